@@ -1,0 +1,3 @@
+"""milan_ray: natural-language descriptions of every unit of every vision model, on Ray."""
+
+__version__ = "0.1.0"

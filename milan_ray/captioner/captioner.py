@@ -1,0 +1,233 @@
+"""The captioner as one thing: vocabulary, decoder and language model, from exemplar features to descriptions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from milan_ray.captioner.beam import beam_search
+from milan_ray.captioner.decoder import Decoded, Decoder, decode_forced, decode_stepwise
+from milan_ray.captioner.device import resolve_device
+from milan_ray.captioner.lm import LanguageModel
+from milan_ray.captioner.quirks import Quirks
+from milan_ray.captioner.rerank import beam_logp, counted_length, rescore
+from milan_ray.captioner.text import Indexer
+from milan_ray.errors import MilanError
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the beam proposes for B units, the most likely first.
+
+    Attributes:
+        tokens: Token ids of every beam, [unit][beam], through ``<stop>`` when finished.
+        finished: Whether the beam reached ``<stop>``, bool (B, beam).
+        logp_d_given_e: log p(d|E), nats, float32 (B, beam), descending. What was searched for: with mutual
+            information in the search, log p(d|E) − λ log p(d).
+        logp_d: log p(d), nats, float32 (B, beam); None without a language model.
+        texts: The descriptions, [unit][beam].
+    """
+
+    tokens: list[list[list[int]]]
+    finished: np.ndarray
+    logp_d_given_e: np.ndarray
+    logp_d: np.ndarray | None
+    texts: list[list[str]]
+
+    def scores(self, lam: float) -> np.ndarray:
+        """log p(d|E) − λ log p(d), float32 (B, beam); log p(d|E) alone when λ is 0.
+
+        Raises:
+            MilanError: λ is not 0 and there is no log p(d).
+        """
+        if lam == 0:
+            return self.logp_d_given_e
+        if self.logp_d is None:
+            raise MilanError(f"re-ranking with λ = {lam} needs a language model and this captioner has none; use λ = 0")
+        return rescore(self.logp_d_given_e, self.logp_d, lam)
+
+    def order(self, lam: float) -> np.ndarray:
+        """Beam indices by falling score, (B, beam); equal scores stay in beam order."""
+        return np.argsort(-self.scores(lam), axis=1, kind="stable")
+
+
+@dataclass(frozen=True)
+class Description:
+    """One description of one unit.
+
+    Attributes:
+        text: The description.
+        score: log p(d|E) − λ log p(d), nats.
+        logp_d_given_e: log p(d|E), nats.
+        logp_d: log p(d), nats; None without a language model.
+    """
+
+    text: str
+    score: float
+    logp_d_given_e: float
+    logp_d: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Captioner:
+    """A trained captioner.
+
+    Attributes:
+        indexer: The vocabulary.
+        decoder: p(d|E).
+        lm: p(d), over the same vocabulary; None for a captioner that only ranks by p(d|E).
+        encoder_name: Registered name of the encoder whose features the decoder was trained on.
+        encoder_state: The encoder backbone's weights, when they come with the captioner.
+        length: Most tokens of a description, ``<stop>`` included.
+        beam_size: Beams per unit.
+        lam: λ.
+    """
+
+    indexer: Indexer
+    decoder: Decoder
+    lm: LanguageModel | None
+    encoder_name: str
+    encoder_state: Mapping[str, Tensor] | None = None
+    length: int = 15
+    beam_size: int = 50
+    lam: float = 0.2
+
+    def __post_init__(self) -> None:
+        words = {"vocabulary": len(self.indexer.vocabulary), "decoder": self.decoder.config.words}
+        if self.lm is not None:
+            words["language model"] = self.lm.config.words
+        if len(set(words.values())) > 1:
+            raise MilanError(f"the captioner's parts are of different vocabularies (words: {words}); take parts trained together")
+        self.decoder.eval()
+        if self.lm is not None:
+            self.lm.eval()
+
+    def to(self, device: str = "auto") -> Captioner:
+        """Moves decoder and language model, in place; ``auto`` is CUDA when there is one."""
+        for module in (self.decoder, self.lm):
+            if module is not None:
+                module.to(resolve_device(device))
+        return self
+
+    def _features(self, features: Tensor | np.ndarray) -> Tensor:
+        weight = self.decoder.embedding.weight
+        features = torch.as_tensor(features).to(weight.device, weight.dtype)
+        size = self.decoder.config.feature_size
+        if features.ndim != 3 or features.shape[2] != size:
+            raise MilanError(
+                f"the decoder takes features of shape (units, exemplars, {size}) and got {tuple(features.shape)}; "
+                f"encode with {self.encoder_name!r}, the encoder it was trained on"
+            )
+        if not torch.isfinite(features).all():
+            bad = (~torch.isfinite(features)).flatten(1).any(1).nonzero().flatten().tolist()
+            raise MilanError(f"features of unit rows {bad[:8]} hold NaN or infinity; encode them again")
+        return features
+
+    def candidates(
+        self,
+        features: Tensor | np.ndarray,
+        beam_size: int | None = None,
+        length: int | None = None,
+        mi_lam: float | None = None,
+        quirks: Quirks = Quirks(),
+    ) -> Candidates:
+        """Searches descriptions of units, with both log-probabilities of each.
+
+        Args:
+            features: Exemplar features (B, k, F).
+            beam_size: Beams per unit; the captioner's own when left out.
+            length: Most tokens; the captioner's own when left out.
+            mi_lam: Search for log p(d|E) − λ log p(d) with this λ instead of log p(d|E).
+            quirks: Defects of the reference to reproduce.
+
+        Raises:
+            MilanError: Features do not fit the decoder, or the vocabulary is smaller than the beam.
+        """
+        if mi_lam is not None and self.lm is None:
+            raise MilanError("searching with mutual information needs a language model and this captioner has none")
+        beams = beam_search(
+            self.decoder,
+            self._features(features),
+            self.beam_size if beam_size is None else beam_size,
+            self.length if length is None else length,
+            self.lm if mi_lam is not None else None,
+            mi_lam or 0.0,
+        )
+        stop = self.indexer.ids.stop
+        lengths = counted_length(beams.tokens, stop, torch.full_like(beams.steps, beams.tokens.shape[2]).unsqueeze(1))
+        tokens = [
+            [row[:n] for row, n in zip(rows, counts, strict=True)]
+            for rows, counts in zip(beams.tokens.tolist(), lengths.tolist(), strict=True)
+        ]
+        return Candidates(
+            tokens=tokens,
+            finished=(beams.tokens == stop).any(dim=2).cpu().numpy(),
+            logp_d_given_e=beams.scores.cpu().numpy(),
+            logp_d=None if self.lm is None else beam_logp(self.lm, beams, quirks).cpu().numpy(),
+            texts=[[self.indexer.reconstruct(row) for row in rows] for rows in tokens],
+        )
+
+    def describe(
+        self,
+        features: Tensor | np.ndarray,
+        lam: float | None = None,
+        n_best: int = 1,
+        beam_size: int | None = None,
+        length: int | None = None,
+        quirks: Quirks = Quirks(),
+    ) -> list[list[Description]]:
+        """The ``n_best`` descriptions of each unit by log p(d|E) − λ log p(d), the best first; see :meth:`candidates`."""
+        candidates = self.candidates(features, beam_size, length, quirks=quirks)
+        return best_descriptions(candidates, self.lam if lam is None else lam, n_best)
+
+    def greedy(self, features: Tensor | np.ndarray, length: int | None = None) -> list[str]:
+        """The greedy description of each unit by p(d|E): cheap, for watching a training run."""
+        decoded = decode_stepwise(self.decoder, self._features(features), self.length if length is None else length)
+        return [self.indexer.reconstruct(row) for row in decoded.tokens.tolist()]
+
+    def score(
+        self, texts: Sequence[str], features: Tensor | np.ndarray, mi: bool | None = None, lam: float | None = None
+    ) -> np.ndarray:
+        """How likely given descriptions are: summed over words and ``<stop>``, nats, float32 (B,).
+
+        Args:
+            texts: One description per unit (B).
+            features: Exemplar features (B, k, F), or (1, k, F) to score all texts for one unit.
+            mi: Score log p(d|E) − λ log p(d); on when there is a language model unless told otherwise.
+            lam: λ; the captioner's own when left out.
+        """
+        rows = self.indexer.index(texts)
+        given = self._features(features)
+        targets = torch.tensor(rows, device=given.device)[:, 1:]
+        use_lm = self.lm is not None if mi is None else mi
+        decoded: Decoded = decode_forced(
+            self.decoder,
+            given.expand(len(texts), -1, -1),
+            targets,
+            self.lm if use_lm else None,
+            self.lam if lam is None else lam,
+        )
+        counts = targets != self.indexer.ids.pad
+        chosen = decoded.log_probs.gather(2, targets.unsqueeze(2)).squeeze(2)
+        return (chosen * counts).sum(dim=1).cpu().numpy()
+
+
+def best_descriptions(candidates: Candidates, lam: float, n_best: int = 1) -> list[list[Description]]:
+    """The ``n_best`` descriptions of each unit by log p(d|E) − λ log p(d), best first."""
+    scores, likely, prior = candidates.scores(lam), candidates.logp_d_given_e, candidates.logp_d
+    return [
+        [
+            Description(
+                candidates.texts[unit][beam],
+                float(scores[unit, beam]),
+                float(likely[unit, beam]),
+                None if prior is None else float(prior[unit, beam]),
+            )
+            for beam in beams[:n_best]
+        ]
+        for unit, beams in enumerate(candidates.order(lam))
+    ]

@@ -1,0 +1,272 @@
+"""Captioners on disk: our format (safetensors and JSON), and the published ``.pth`` files read without trusting them.
+
+Reading the reference's files (REFERENCE §6) executes nothing from them: the unpickler knows the handful of classes the
+format needs, maps them to plain data, and refuses everything else.
+"""
+
+from __future__ import annotations
+
+import collections
+import hashlib
+import io
+import json
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from milan_ray.captioner.captioner import Captioner
+from milan_ray.captioner.decoder import Decoder, DecoderConfig
+from milan_ray.captioner.lm import LanguageModel, LMConfig
+from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.errors import MilanError
+
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+FORMAT = 1
+
+
+def to_bytes(captioner: Captioner) -> dict[str, bytes]:
+    """A captioner as files: name → content. Equal captioners give equal bytes."""
+    parts: dict[str, Mapping[str, Tensor]] = {
+        "decoder": captioner.decoder.state_dict(),
+        "lm": captioner.lm.state_dict() if captioner.lm else {},
+        "encoder": captioner.encoder_state or {},
+    }
+    tensors = {f"{part}.{name}": t.cpu().contiguous() for part, state in parts.items() for name, t in state.items()}
+    config = {
+        "format": FORMAT,
+        "indexer": captioner.indexer.state(),
+        "decoder": asdict(captioner.decoder.config),
+        "lm": asdict(captioner.lm.config) if captioner.lm else None,
+        "encoder": captioner.encoder_name,
+        "length": captioner.length,
+        "beam_size": captioner.beam_size,
+        "lam": captioner.lam,
+    }
+    return {
+        WEIGHTS: safetensors.torch.save(tensors),
+        CONFIG: json.dumps(config, ensure_ascii=False, indent=1).encode(),
+    }
+
+
+def from_bytes(files: Mapping[str, bytes]) -> Captioner:
+    """The captioner of :func:`to_bytes`.
+
+    Raises:
+        MilanError: A file is missing or not of this format.
+    """
+    missing = {WEIGHTS, CONFIG} - set(files)
+    if missing:
+        raise MilanError(f"a captioner is made of {CONFIG} and {WEIGHTS}; {sorted(missing)[0]} is missing; copy both")
+    try:
+        config = json.loads(files[CONFIG])
+        tensors = safetensors.torch.load(files[WEIGHTS])
+        version = config["format"]
+    except (ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise MilanError(f"not a captioner written by milan_ray: {error}; train it again or copy it again") from error
+    if version != FORMAT:
+        raise MilanError(f"the captioner has format {version}, this version reads {FORMAT}; update milan_ray")
+    parts: dict[str, dict[str, Tensor]] = {"decoder": {}, "lm": {}, "encoder": {}}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition(".")
+        parts[part][rest] = tensor
+    return Captioner(
+        Indexer.from_state(config["indexer"]),
+        _filled(Decoder(DecoderConfig(**config["decoder"])), parts["decoder"], "captioner"),
+        _filled(LanguageModel(LMConfig(**config["lm"])), parts["lm"], "captioner") if config["lm"] else None,
+        config["encoder"],
+        parts["encoder"] or None,
+        config["length"],
+        config["beam_size"],
+        config["lam"],
+    )
+
+
+def digest(captioner: Captioner) -> str:
+    """The identity of a captioner, weights and vocabulary included: 16 hex digits."""
+    files = to_bytes(captioner)
+    return hashlib.sha256(files[CONFIG] + files[WEIGHTS]).hexdigest()[:16]
+
+
+def lm_digest(captioner: Captioner) -> str | None:
+    """The identity of a captioner's language model and vocabulary, 16 hex digits; None without one."""
+    if captioner.lm is None:
+        return None
+    words = json.dumps(captioner.indexer.state(), ensure_ascii=False).encode()
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in captioner.lm.state_dict().items()}
+    return hashlib.sha256(words + safetensors.torch.save(tensors)).hexdigest()[:16]
+
+
+def load_reference(path: str | Path) -> Captioner:
+    """Reads a published checkpoint (``milan-*.pth``), with the encoder's weights when it has them.
+
+    Raises:
+        MilanError: The file is missing, is something else, or holds anything the format has no use for.
+    """
+    content = read_pickled(path)
+    try:
+        properties, state = content["properties"], content["state_dict"]
+        config, kind = properties["encoder"]["properties"]["config"], content["children"]["encoder"]
+        if kind != "PyramidConvEncoder":
+            raise MilanError(f"{path} was trained on a {kind}; only PyramidConvEncoder checkpoints can be read")
+        indexer = _indexer(properties["indexer"], path)
+        decoder = Decoder(
+            DecoderConfig(
+                len(indexer.vocabulary),
+                state["init_h.0.weight"].shape[1],
+                properties["embedding_size"],
+                properties["hidden_size"],
+                properties["attention_hidden_size"],
+                properties["dropout"],
+            )
+        )
+        lm = None
+        if properties["lm"] is not None:
+            lm = _language_model(properties["lm"]["properties"], indexer, _below("lm.", state), path)
+        own = {name: t for name, t in state.items() if not name.startswith(("encoder.", "lm."))}
+        return Captioner(
+            indexer,
+            _filled(decoder, own, str(path)),
+            lm,
+            config,
+            _below("encoder.encoder.model.", state) or None,
+            properties["length"],
+            properties["beam_size"],
+            properties["temperature"],
+        )
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _not_ours(path, error) from error
+
+
+def load_reference_lm(path: str | Path) -> tuple[Indexer, LanguageModel]:
+    """Reads a language model saved by the reference (``lm.pth``).
+
+    Raises:
+        MilanError: As :func:`load_reference`.
+    """
+    content = read_pickled(path)
+    try:
+        properties = content["properties"]
+        indexer = _indexer(properties["indexer"], path)
+        return indexer, _language_model(properties, indexer, content["state_dict"], path)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _not_ours(path, error) from error
+
+
+def _not_ours(path: str | Path, error: Exception) -> MilanError:
+    return MilanError(f"{path} is not a checkpoint of the MILAN reference ({error}); download it again")
+
+
+def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
+def _filled(model: Any, state: Mapping[str, Tensor], source: str) -> Any:
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        raise MilanError(f"the weights in {source} do not fit its configuration: {error}; get the file again") from error
+    return model
+
+
+def _indexer(record: Mapping[str, Any], path: str | Path) -> Indexer:
+    properties = record["properties"]
+    tokenize = properties["tokenize"]["properties"]
+    expected = {"start": True, "stop": True, "pad": True, "unk": True, "length": None}
+    expected_tokenize = {"lemmatize": False, "lowercase": True, "ignore_stop": False, "ignore_punct": False}
+    found = {name: properties[name] for name in expected} | {name: tokenize[name] for name in expected_tokenize}
+    if found != expected | expected_tokenize:
+        raise MilanError(f"{path} was trained with other text settings than MILAN's ({found}); it cannot be used here")
+    return Indexer(Vocabulary(tuple(properties["vocab"]["properties"]["tokens"])))
+
+
+def _language_model(
+    properties: Mapping[str, Any], indexer: Indexer, state: Mapping[str, Tensor], path: str | Path
+) -> LanguageModel:
+    sizes = [properties[name] for name in ("embedding_size", "hidden_size", "layers", "dropout")]
+    return _filled(LanguageModel(LMConfig(len(indexer.vocabulary), *sizes)), state, str(path))
+
+
+class _Config(dict[str, Any]):
+    """Stands in for spaCy's configuration class: the data without the code."""
+
+
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+}
+
+
+def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
+    return torch.as_strided(storage, size, stride, offset).clone()  # checks that it stays inside the storage
+
+
+def _encode(text: str, encoding: str) -> bytes:
+    return str.encode(text, {"latin1": "latin1"}[encoding])  # how pickle protocol 2 writes bytes
+
+
+_ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
+    ("collections", "OrderedDict"): collections.OrderedDict,
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("_codecs", "encode"): _encode,
+    ("confection", "Config"): _Config,
+    ("confection._config", "Config"): _Config,
+    ("thinc.config", "Config"): _Config,
+}
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads the pickle inside a torch zip file; only names in ``_ALLOWED`` and tensor storages mean anything."""
+
+    def __init__(self, file: BinaryIO, read_storage: Callable[[str], bytearray], source: str) -> None:
+        super().__init__(file)
+        self._read_storage = read_storage
+        self._source = source
+        self._storages: dict[str, Tensor] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module == "torch" and name in _STORAGES:
+            return _STORAGES[name]
+        if (module, name) not in _ALLOWED:
+            raise MilanError(
+                f"{self._source} refers to {module}.{name}, which no MILAN checkpoint needs; "
+                "nothing of it was executed; do not trust this file"
+            )
+        return _ALLOWED[module, name]
+
+    def persistent_load(self, pid: Any) -> Tensor:
+        _, dtype, key, _, _ = pid
+        if key not in self._storages:
+            self._storages[key] = torch.frombuffer(self._read_storage(key), dtype=dtype)
+        return self._storages[key]
+
+
+def read_pickled(path: str | Path) -> Any:
+    """Reads a ``torch.save`` zip file as plain data: dicts, lists, strings, numbers, tensors.
+
+    Raises:
+        MilanError: The file is missing or damaged, or refers to anything but tensors and plain data.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
+            root = index[: -len("data.pkl")]
+            read = lambda key: bytearray(archive.read(f"{root}data/{key}"))  # noqa: E731
+            return _Unpickler(io.BytesIO(archive.read(index)), read, str(path)).load()
+    except FileNotFoundError as error:
+        raise MilanError(f"no checkpoint at {path}; check the path") from error
+    except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError, TypeError, RuntimeError) as error:
+        raise _not_ours(path, error) from error

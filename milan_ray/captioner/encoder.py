@@ -1,0 +1,243 @@
+"""The image encoder: a pretrained backbone whose maps are pooled with each exemplar's mask (REFERENCE §2).
+
+The mask enters only in the pooling, so an image is encoded once for any number of masks: :meth:`PyramidEncoder.maps`
+once per image, :func:`pool_maps` once per exemplar.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from milan_ray.errors import MilanError, unknown_name
+from milan_ray.models.view import IMAGENET_MEAN, IMAGENET_STD
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """An encoder as the system knows it.
+
+    Attributes:
+        name: Registered name.
+        factory: Builds the backbone with its weights on the CPU; takes the path of a weights file, or None for the
+            backbone's own default.
+        layers: Module paths whose outputs (B, C, h, w) make the pyramid, in feature order.
+        size: Side of the square input images, pixels.
+        mean: Per-channel mean of its inputs, in units of [0, 1].
+        std: Per-channel standard deviation of its inputs, in units of [0, 1].
+        weights: Path of a weights file given by the user; None for the factory's own.
+        architecture: Builds the backbone without weights, for weights that come with a captioner; None builds it with
+            ``factory``.
+    """
+
+    name: str
+    factory: Callable[[str | None], nn.Module]
+    layers: tuple[str, ...]
+    size: int = 224
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    weights: str | None = None
+    architecture: Callable[[], nn.Module] | None = None
+
+    def load(self, state: Mapping[str, Tensor] | None = None) -> PyramidEncoder:
+        """Builds the encoder in eval mode, without gradients.
+
+        Args:
+            state: The backbone's weights, when a captioner brought them; otherwise ``factory`` finds them.
+
+        Raises:
+            MilanError: A weights file is missing, or weights do not fit the backbone.
+        """
+        if state is None:
+            return PyramidEncoder(self, self.factory(self.weights))
+        backbone = self.architecture() if self.architecture else self.factory(self.weights)
+        load_weights(backbone, state, f"the weights that came with the captioner for encoder {self.name!r}")
+        return PyramidEncoder(self, backbone)
+
+
+class PyramidEncoder(nn.Module):
+    """Maps of several layers of a backbone, pooled with masks into one feature vector per exemplar."""
+
+    def __init__(self, spec: EncoderSpec, backbone: nn.Module) -> None:
+        super().__init__()
+        self.spec = spec
+        self.backbone = backbone
+        self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+        self.eval().requires_grad_(False)
+
+    @functools.cached_property
+    def feature_size(self) -> int:
+        """Size F of a feature: the channels of all layers."""
+        images = torch.zeros(1, 3, self.spec.size, self.spec.size, device=self.mean.device)
+        return sum(level.shape[1] for level in self.maps(images))
+
+    @torch.no_grad()
+    def maps(self, images: Tensor, normalize: bool = True) -> list[Tensor]:
+        """Encodes images, once for all masks.
+
+        The layers' outputs are kept, not copied: a layer followed by an in-place ReLU (AlexNet's) yields what the
+        ReLU left, as in the reference.
+
+        Args:
+            images: float (N, 3, H, W) in [0, 1].
+            normalize: Apply the spec's mean and standard deviation.
+
+        Returns:
+            One (N, C, h, w) per layer.
+        """
+        found: dict[str, Tensor] = {}
+
+        def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+            return lambda _module, _inputs, output: found.__setitem__(name, output)
+
+        hooks = [self.backbone.get_submodule(name).register_forward_hook(keep(name)) for name in self.spec.layers]
+        try:
+            self.backbone((images - self.mean) / self.std if normalize else images)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [found[name] for name in self.spec.layers]
+
+    def forward(self, images: Tensor, masks: Tensor | None = None, normalize: bool = True) -> Tensor:
+        """Features (N, F) of images (N, 3, H, W) in [0, 1] under masks (N, H, W), one each; all of it without masks."""
+        if masks is None:
+            masks = images.new_ones(len(images), *images.shape[-2:])
+        return pool_maps(self.maps(images, normalize), masks, torch.arange(len(images), device=images.device))
+
+
+def level_weights(masks: Tensor, size: tuple[int, int]) -> Tensor:
+    """Masks (M, H, W) as pooling weights (M, h, w): downsampled bilinearly, then summing to 1.
+
+    Without antialiasing, a small region can vanish at a coarse level; its weights are 0 and so is its feature.
+    """
+    weights = F.interpolate(masks.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
+    empty = weights.abs().amax(dim=(1, 2), keepdim=True) <= 1e-8
+    return weights / weights.sum(dim=(1, 2), keepdim=True).masked_fill(empty, 1)
+
+
+def pool_maps(maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
+    """Pools pyramids with masks: per image one product [masks × positions]·[positions × channels] per level.
+
+    Args:
+        maps: One (N, C, h, w) per level.
+        masks: (M, H, W), any float or bool; values in [0, 1].
+        index: Which image each mask belongs to, int64 (M,) in [0, N).
+
+    Returns:
+        Features (M, F), F the channels of all levels.
+    """
+    order = index.argsort(stable=True)
+    groups = order.split(index.bincount(minlength=len(maps[0])).tolist())
+    features = maps[0].new_empty(len(masks), sum(level.shape[1] for level in maps))
+    for level, columns in zip(maps, features.split([level.shape[1] for level in maps], dim=1), strict=True):
+        weights = level_weights(masks.to(level.dtype), (level.shape[2], level.shape[3])).flatten(1)
+        for image, group in zip(level.flatten(2), groups, strict=True):
+            columns[group] = weights[group] @ image.T
+    return features
+
+
+class SpatialEncoder(nn.Module):
+    """The reference's other encoder: one layer's map of the *masked* image, position by position (REFERENCE §2)."""
+
+    def __init__(self, encoder: PyramidEncoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    @torch.no_grad()
+    def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
+        """Features (N, h·w, C) of the last layer, row-major, of images (N, 3, H, W) in [0, 1] and masks (N, H, W)."""
+        images = (images - self.encoder.mean) / self.encoder.std
+        if masks is not None:
+            images = images * masks.unsqueeze(1)
+        return self.encoder.maps(images, normalize=False)[-1].flatten(2).transpose(1, 2)
+
+
+_ENCODERS: dict[str, EncoderSpec] = {}
+
+
+def register_encoder(
+    name: str, factory: Callable[[str | None], nn.Module], layers: Sequence[str], **options: Any
+) -> EncoderSpec:
+    """Registers an encoder under a name; a later registration of the same name replaces it.
+
+    Args:
+        name: Name used on the command line and in every table.
+        factory: ``factory(weights_path_or_None) -> nn.Module``.
+        layers: Module paths whose outputs make the pyramid.
+        **options: Further fields of :class:`EncoderSpec`.
+    """
+    _ENCODERS[name] = EncoderSpec(name, factory, tuple(layers), **options)
+    return _ENCODERS[name]
+
+
+def get_encoder(name: str) -> EncoderSpec:
+    """Finds a registered encoder.
+
+    Raises:
+        MilanError: No encoder of that name; the text names the nearest.
+    """
+    if name not in _ENCODERS:
+        raise unknown_name("encoder", name, _ENCODERS, "A plug-in can add one with register_encoder.")
+    return _ENCODERS[name]
+
+
+def encoder_names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_ENCODERS)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads weights into a backbone; a missing classifier head is no error, anything else is.
+
+    Raises:
+        MilanError: The weights do not fit.
+    """
+    own = model.state_dict()
+    wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
+    if wrong:
+        raise MilanError(f"{source} does not fit: {wrong[0]} is missing or of another shape; give the right file")
+    model.load_state_dict({name: state[name] for name in own})
+
+
+def _torchvision(name: str) -> nn.Module:
+    """A torchvision backbone without weights, and without the head that no feature needs."""
+    model = torchvision.models.get_model(name, weights=None)
+    head = "classifier" if name == "alexnet" else "fc"
+    for unused in ("avgpool", head):
+        setattr(model, unused, nn.Identity())
+    return model
+
+
+def _pretrained(name: str, path: str | None) -> nn.Module:
+    url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url  # what the published captioners were trained on
+    file = Path(path) if path else Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
+    if not file.is_file():
+        raise MilanError(f"no weights for encoder {name!r} at {file}; download {url} to that place, or name your own file")
+    model = _torchvision(name)
+    if file.suffix == ".safetensors":
+        state = safetensors.torch.load_file(file)
+    else:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    load_weights(model, state, str(file))
+    return model
+
+
+_RESNET = ("conv1", "layer1", "layer2", "layer3", "layer4")
+_ALEXNET = ("features.0", "features.3", "features.6", "features.8", "features.10")
+for _name in ("alexnet", "resnet18", "resnet50", "resnet101"):
+    register_encoder(
+        _name,
+        functools.partial(_pretrained, _name),
+        _ALEXNET if _name == "alexnet" else _RESNET,
+        architecture=functools.partial(_torchvision, _name),
+    )

@@ -1,0 +1,91 @@
+"""The language model p(d): what is likely to be said of any unit at all (paper §3.2, REFERENCE §4)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from milan_ray.captioner.text import TokenIds
+
+LMState = tuple[Tensor, Tensor]
+"""Hidden and cell state of every layer, each (layers, R, hidden)."""
+
+
+@dataclass(frozen=True)
+class LMConfig:
+    """Sizes of the language model; defaults are the paper's.
+
+    Attributes:
+        words: Words of the vocabulary, special tokens not counted.
+        embedding_size: Size of a token's embedding.
+        hidden_size: Size of each LSTM layer.
+        layers: LSTM layers.
+        dropout: Dropout between LSTM layers while training.
+    """
+
+    words: int
+    embedding_size: int = 128
+    hidden_size: int = 512
+    layers: int = 2
+    dropout: float = 0.5
+
+    @property
+    def ids(self) -> TokenIds:
+        """The ids of the vocabulary."""
+        return TokenIds(self.words)
+
+
+class LanguageModel(nn.Module):
+    """Embedding, LSTM, linear, log-softmax; parameters are named as the reference's."""
+
+    def __init__(self, config: LMConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.ids.total, config.embedding_size, padding_idx=config.ids.pad)
+        self.lstm = nn.LSTM(
+            config.embedding_size, config.hidden_size, config.layers, dropout=config.dropout, batch_first=True
+        )
+        self.output = nn.Sequential(nn.Linear(config.hidden_size, config.ids.total), nn.LogSoftmax(dim=-1))
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Log-probabilities of every next token.
+
+        Args:
+            inputs: Token ids (B, T), beginning with ``<start>``.
+
+        Returns:
+            (B, T, V): [b, t] is log p(· | inputs[b, :t+1]).
+        """
+        return self.output(self.lstm(self.embedding(inputs))[0])
+
+    def step(self, tokens: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
+        """One token further: (R,) ids and the state before them → log-probabilities (R, V) and the state after."""
+        hidden, state = self.lstm(self.embedding(tokens).unsqueeze(1), state)
+        return self.output(hidden.squeeze(1)), state
+
+    @torch.no_grad()
+    def sequence_logp(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """log p of sequences, ``<start>`` implied: Σ_t log p(tokens[t] | tokens[:t]) over t < length, nats.
+
+        Beams share most of their beginnings, so every distinct prefix is run once, whoever's it is.
+
+        Args:
+            tokens: Token ids (N, T).
+            lengths: Tokens that count (N,), at most T.
+        """
+        total = torch.zeros(len(tokens), device=tokens.device)
+        row = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
+        log_probs, state = self.step(row.new_tensor([self.config.ids.start]))
+        for t in range(int(lengths.max()) if len(tokens) else 0):
+            active = (lengths > t).nonzero().squeeze(1)
+            total[active] += log_probs[row[active], tokens[active, t]]
+            active = active[lengths[active] > t + 1]
+            prefixes, row[active] = torch.unique(
+                row[active] * self.config.ids.total + tokens[active, t], return_inverse=True
+            )
+            parents, last = prefixes // self.config.ids.total, prefixes % self.config.ids.total
+            if len(prefixes):
+                log_probs, state = self.step(last, (state[0][:, parents], state[1][:, parents]))
+        return total

@@ -1,0 +1,41 @@
+"""Re-ranking a beam by weighted pointwise mutual information: log p(d|E) − λ log p(d) (paper eq. 2, REFERENCE §5)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from milan_ray.captioner.beam import Beams
+from milan_ray.captioner.lm import LanguageModel
+from milan_ray.captioner.quirks import Quirks
+
+
+def rescore(logp_d_given_e: np.ndarray, logp_d: np.ndarray, lam: float) -> np.ndarray:
+    """log p(d|E) − λ log p(d), nats, for stored log-probabilities of any (equal) shape."""
+    return logp_d_given_e - lam * logp_d
+
+
+def counted_length(tokens: Tensor, stop: int, steps: Tensor, quirks: Quirks = Quirks()) -> Tensor:
+    """How many tokens of each sequence log p(d) counts: through the first ``<stop>``, or all when there is none.
+
+    Args:
+        tokens: Token ids (..., L).
+        stop: Id of ``<stop>``.
+        steps: Tokens that the sequence has, padding included; broadcasts with tokens' leading axes.
+        quirks: With ``lm_counts_past_stop`` one token more where the sequence has one.
+
+    Returns:
+        Lengths (...).
+    """
+    before_stop = ((tokens == stop).cumsum(dim=-1) == 0).sum(dim=-1)
+    return torch.minimum(before_stop + (2 if quirks.lm_counts_past_stop else 1), steps.expand_as(before_stop))
+
+
+def beam_logp(lm: LanguageModel, beams: Beams, quirks: Quirks = Quirks()) -> Tensor:
+    """log p(d) of every beam, nats: (B, beam)."""
+    steps = beams.steps
+    if quirks.batch_dependent_length:
+        steps = torch.full_like(steps, beams.tokens.shape[2])
+    lengths = counted_length(beams.tokens, lm.config.ids.stop, steps.unsqueeze(1), quirks)
+    return lm.sequence_logp(beams.tokens.flatten(0, 1), lengths.flatten()).view_as(beams.scores)

@@ -1,0 +1,193 @@
+"""Text in and out of token ids: spaCy's English tokenizer rules, a vocabulary, four special tokens (REFERENCE §3)."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import spacy
+from spacy.language import Language
+
+from milan_ray.errors import MilanError
+
+
+@functools.cache
+def _english() -> Language:
+    return spacy.blank("en")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """Splits text by spaCy's rules for English, lowercased, without whitespace tokens. Needs no trained model.
+
+    Holds no state of its own, so that it travels to workers as a name and each process builds the rules once.
+    """
+
+    def __call__(self, text: str) -> list[str]:
+        """The tokens of one text."""
+        return [token.text.lower() for token in _english().make_doc(text) if token.text.strip()]
+
+
+@dataclass(frozen=True)
+class TokenIds:
+    """The ids of a vocabulary: words first, then ``<start>``, ``<stop>``, ``<pad>``, ``<unk>``.
+
+    Attributes:
+        words: Number of words.
+    """
+
+    words: int
+
+    @property
+    def start(self) -> int:
+        """Id of ``<start>``."""
+        return self.words
+
+    @property
+    def stop(self) -> int:
+        """Id of ``<stop>``."""
+        return self.words + 1
+
+    @property
+    def pad(self) -> int:
+        """Id of ``<pad>``."""
+        return self.words + 2
+
+    @property
+    def unk(self) -> int:
+        """Id of ``<unk>``."""
+        return self.words + 3
+
+    @property
+    def total(self) -> int:
+        """Number of ids."""
+        return self.words + 4
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """The known words, most frequent first.
+
+    Attributes:
+        words: All words; a word's place is its id.
+    """
+
+    words: tuple[str, ...]
+    _ids: dict[str, int] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_ids", {word: i for i, word in enumerate(self.words)})
+
+    def __len__(self) -> int:
+        return len(self.words)
+
+    def id_of(self, word: str) -> int | None:
+        """The word's id, or None when it is not known."""
+        return self._ids.get(word)
+
+    @classmethod
+    def build(cls, annotations: Iterable[Collection[str]], tokenizer: Tokenizer | None = None) -> Vocabulary:
+        """Counts words over units' annotations: most frequent first, ties by first occurrence.
+
+        Args:
+            annotations: The annotations of each unit. They are joined by a space before tokenizing, as the reference
+                does; sets are sorted first.
+            tokenizer: How to split them.
+
+        Raises:
+            MilanError: There is not a single word.
+        """
+        tokenizer = tokenizer or Tokenizer()
+        counts: Counter[str] = Counter()
+        for texts in annotations:
+            counts.update(tokenizer(" ".join(sorted(texts) if isinstance(texts, (set, frozenset)) else texts)))
+        if not counts:
+            raise MilanError("cannot build a vocabulary: the annotations hold no word; check the annotations table")
+        return cls(tuple(word for word, _ in counts.most_common()))
+
+
+@dataclass(frozen=True)
+class Indexer:
+    """Text ↔ token ids.
+
+    Attributes:
+        vocabulary: The known words.
+        tokenizer: How text is split.
+    """
+
+    vocabulary: Vocabulary
+    tokenizer: Tokenizer = Tokenizer()
+
+    @property
+    def ids(self) -> TokenIds:
+        """Where words end and the special tokens are."""
+        return TokenIds(len(self.vocabulary))
+
+    def words(self, tokens: Sequence[str], unk: bool = True) -> list[int]:
+        """Ids of tokens; an unknown one is ``<unk>``, or left out when ``unk`` is off."""
+        found = map(self.vocabulary.id_of, tokens)
+        return [self.ids.unk if i is None else i for i in found if unk or i is not None]
+
+    def frame(
+        self,
+        words: Sequence[Sequence[int]],
+        *,
+        start: bool = True,
+        stop: bool = True,
+        pad: bool = True,
+        length: int | None = None,
+    ) -> list[list[int]]:
+        """Puts special tokens around word ids.
+
+        Args:
+            words: Word ids of each text.
+            start: Prepend ``<start>``.
+            stop: Append ``<stop>``; the words give way when there is no room.
+            pad: Fill up to the length with ``<pad>``.
+            length: Words to keep, not counting start and stop; the longest text's when left out, so the result depends
+                on the texts of the call.
+        """
+        size = (length or max(map(len, words), default=0)) + start + stop
+        framed = []
+        for text in words:
+            row = [self.ids.start, *text] if start else list(text)
+            row = row[: size - stop] + [self.ids.stop] * stop
+            framed.append(row + [self.ids.pad] * (size - len(row)) if pad else row)
+        return framed
+
+    def index(
+        self, texts: Sequence[str], *, unk: bool = True, length: int | None = None, **specials: bool
+    ) -> list[list[int]]:
+        """Tokenizes and frames texts: :meth:`words` between the special tokens of :meth:`frame`.
+
+        The length is that of the longest text *before* unknown words are left out, as in the reference.
+        """
+        tokens = [self.tokenizer(text) for text in texts]
+        length = length or max(map(len, tokens), default=0)
+        return self.frame([self.words(text, unk) for text in tokens], length=length, **specials)
+
+    def reconstruct(self, ids: Sequence[int]) -> str:
+        """Readable text of token ids: up to the first ``<stop>``, without special tokens, sentences capitalised.
+
+        ``str.capitalize`` lowers everything but the first letter, and a dash swallows the spaces around it, as in the
+        reference.
+        """
+        ids = list(ids)
+        if self.ids.stop in ids:
+            ids = ids[: ids.index(self.ids.stop)]
+        text = " ".join(self.vocabulary.words[i] for i in ids if i < self.ids.words)
+        text = re.sub(r" ([.,;:])", r"\1", text)
+        text = re.sub(r" ?- ?", "-", text)
+        return ". ".join(sentence.strip().capitalize() for sentence in text.split(".")).strip()
+
+    def state(self) -> dict[str, list[str]]:
+        """What :meth:`from_state` needs, as JSON."""
+        return {"words": list(self.vocabulary.words)}
+
+    @classmethod
+    def from_state(cls, state: dict[str, list[str]]) -> Indexer:
+        """The indexer of a :meth:`state`."""
+        return cls(Vocabulary(tuple(state["words"])))

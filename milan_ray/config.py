@@ -1,0 +1,91 @@
+"""The frozen records behind every job, and the hash that says whether two results are the same work."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, is_dataclass
+from pathlib import Path
+from typing import Any
+
+
+def canonical(config: object) -> str:
+    """A configuration as JSON with sorted keys; dataclasses become objects, tuples become lists."""
+
+    def plain(value: object) -> Any:
+        if is_dataclass(value) and not isinstance(value, type):
+            return asdict(value)
+        raise TypeError(f"a configuration cannot hold {type(value).__name__}")
+
+    return json.dumps(config, sort_keys=True, ensure_ascii=False, default=plain)
+
+
+def config_hash(config: Mapping[str, object]) -> str:
+    """The identity of a configuration: 16 hex digits, the same on every machine."""
+    return hashlib.sha256(canonical(config).encode()).hexdigest()[:16]
+
+
+def models_dir() -> Path:
+    """Where weights and checkpoints are looked for: ``$MILAN_MODELS_DIR``, else ``./models``."""
+    return Path(os.environ.get("MILAN_MODELS_DIR", "models")).expanduser().absolute()
+
+
+def results_dir() -> Path:
+    """The default run directory: ``$MILAN_RESULTS_DIR``, else ``./results``."""
+    return Path(os.environ.get("MILAN_RESULTS_DIR", "results")).expanduser().absolute()
+
+
+@dataclass(frozen=True)
+class ExemplarConfig:
+    """How exemplars are made (paper §3; REFERENCE defaults).
+
+    Attributes:
+        k: Exemplars per unit, images.
+        quantile: The level η is this quantile of a unit's activations over all positions of all images.
+        mask_size: (height, width) of masks in pixels; None means the view's own size (224×224 for ImageNet models).
+        batch_size: Images per forward pass. Results agree to the last bit only at the same batch size.
+        shard_size: Images per shard: the unit of work, of retry and of progress. Never changes a result.
+        samples: Positions per unit from which levels are taken exactly; beyond it a fixed pseudo-random sample of at
+            least this many.
+        map_budget: Bytes of activation maps per layer that a shard carries along; above it maps are recomputed from
+            the winning images alone.
+        max_bad: Share of unreadable images above which the job fails.
+    """
+
+    k: int = 15
+    quantile: float = 0.99
+    mask_size: tuple[int, int] | None = None
+    batch_size: int = 128
+    shard_size: int = 256
+    samples: int = 2**20
+    map_budget: int = 256 * 2**20
+    max_bad: float = 0.1
+
+    def identity(self) -> dict[str, object]:
+        """The part that decides results, for the configuration hash."""
+        return {
+            "k": self.k,
+            "quantile": self.quantile,
+            "mask_size": self.mask_size,
+            "batch_size": self.batch_size,
+            "samples": self.samples,
+        }
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What the work may use of the cluster.
+
+    Attributes:
+        address: Ray cluster to join; None starts a local one.
+        actors: Actors per pool; None takes one per GPU where there are GPUs, else one per CPU.
+        cpus_per_actor: CPUs (and torch threads) of each actor. Fixed, because it may change the last bits.
+        gpus_per_actor: GPUs of each actor, fractions allowed; None takes one where there are GPUs.
+    """
+
+    address: str | None = None
+    actors: int | None = None
+    cpus_per_actor: float = 1
+    gpus_per_actor: float | None = None

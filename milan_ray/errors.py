@@ -1,0 +1,36 @@
+"""Errors meant for the user's eyes.
+
+Everything a user can cause (a wrong name, a missing file, a bad image) is raised as a :class:`MilanError` whose text
+is one sentence: what went wrong, where, and what to do. The command line prints that sentence and exits with a
+non-zero status; anything else that escapes is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MilanError(Exception):
+    """A user-facing error: one sentence saying what, where and what to do."""
+
+
+class UnreadableImage(MilanError):
+    """An image that cannot be used; the pipelines skip, count and list it with this reason."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> MilanError:
+    """The error for a name that is not registered, with the nearest known ones.
+
+    Args:
+        kind: What was looked for, e.g. ``"model"``.
+        name: The name as the user gave it.
+        known: All names that would have been accepted.
+        hint: A closing sentence on how to list or register names.
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
+    if not near:
+        near = [candidate for candidate in names if name in candidate][:5]
+    nearest = f"; nearest: {', '.join(near)}" if near else ""
+    return MilanError(f"unknown {kind} {name!r}{nearest}.{' ' + hint if hint else ''}")

@@ -1,0 +1,64 @@
+"""Masks: where in its exemplars a unit fires (paper §3; REFERENCE §1.3)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+
+def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Upsamples activation maps bilinearly with half-pixel centres, fading to zero outside the outermost centres.
+
+    The source coordinate of target t is (t + 0.5)·S/T − 0.5, and what lies outside the map counts as zero: unlike
+    ``interpolate(align_corners=False)``, which repeats the border.
+
+    Args:
+        maps: float32 (N, h, w).
+        size: (H, W) of the result.
+
+    Returns:
+        float32 (N, H, W).
+    """
+    height, width = maps.shape[-2:]
+    rows = _grid(height, size[0], maps.device)
+    columns = _grid(width, size[1], maps.device)
+    grid = torch.stack(torch.broadcast_tensors(columns[None, :], rows[:, None]), dim=-1)
+    # The maps ride as channels of one image: they share the grid.
+    return F.grid_sample(maps[None], grid[None], mode="bilinear", padding_mode="zeros", align_corners=True)[0]
+
+
+def _grid(source: int, target: int, device: torch.device) -> torch.Tensor:
+    """Sampling positions in grid_sample's [−1, 1] coordinates, (target,)."""
+    step = target / source
+    offset = 0.5 * step - 0.5
+    return (torch.arange(target, dtype=torch.float32, device=device) - offset) * (2 / (step * max(1, source - 1))) - 1
+
+
+def masks(maps: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """Where a unit's upsampled activation is strictly above its level.
+
+    Args:
+        maps: float32 (N, h, w).
+        levels: float32 (N,).
+        size: (H, W) of the masks.
+
+    Returns:
+        bool (N, H, W).
+    """
+    return upsample(maps, size) > levels[:, None, None]
+
+
+def pack(masks_: torch.Tensor) -> list[bytes]:
+    """Packs masks bool (N, H, W) into one bit string each: row-major, first pixel in the highest bit."""
+    flat = masks_.reshape(len(masks_), -1).cpu().numpy()
+    return [row.tobytes() for row in np.packbits(flat, axis=1)]
+
+
+def unpack(packed: list[bytes], size: tuple[int, int]) -> np.ndarray:
+    """Unpacks bit strings into bool (N, H, W)."""
+    height, width = size
+    if not packed:
+        return np.zeros((0, height, width), dtype=bool)
+    bits = np.frombuffer(b"".join(packed), dtype=np.uint8).reshape(len(packed), -1)
+    return np.unpackbits(bits, axis=1, count=height * width).reshape(-1, height, width).astype(bool)

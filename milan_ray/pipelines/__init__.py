@@ -1,0 +1,1 @@
+"""The stages on Ray. This is the only package that imports it."""

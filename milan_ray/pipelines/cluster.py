@@ -1,0 +1,88 @@
+"""Joining a Ray cluster, or starting a local one of our own."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+
+import ray
+from ray.data import DataContext
+
+from milan_ray import runtime
+from milan_ray.config import Resources
+from milan_ray.errors import MilanError
+
+LOCAL_OBJECT_STORE = 512 * 2**20
+"""Bytes. Stages pass names of files and manifest rows through it, never images or features."""
+
+
+@contextlib.contextmanager
+def connected(resources: Resources) -> Iterator[None]:
+    """Connects to the cluster for the time of a job; a local one ends with it.
+
+    A session that is already connected (a notebook, a test) is used as it is and left alone.
+
+    Raises:
+        MilanError: The cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        _quiet()
+        yield
+        return
+    address = runtime.prepare(resources.address)
+    options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address is None:
+        options |= {
+            "address": "local",
+            "include_dashboard": False,
+            "object_store_memory": LOCAL_OBJECT_STORE,
+        }
+    else:
+        options["address"] = address
+    try:
+        ray.init(**options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise MilanError(f"cannot reach the Ray cluster at {address or 'local'}: {error}") from error
+    _quiet()
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _quiet() -> None:
+    context = DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    for name in ("ray.data", "ray.train", "ray.tune"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def pool_size(resources: Resources, rows: int) -> tuple[int, float]:
+    """How many actors a pool gets, and how many GPUs each.
+
+    Args:
+        resources: What the user allows.
+        rows: Pieces of work: more actors than that would idle.
+
+    Returns:
+        (actors, GPUs per actor).
+
+    Raises:
+        MilanError: Not one actor fits the cluster.
+    """
+    total = ray.cluster_resources()
+    gpus = resources.gpus_per_actor
+    if gpus is None:
+        gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
+    fits = int(total.get("CPU", 0) // resources.cpus_per_actor)
+    if gpus:
+        fits = min(fits, int(total.get("GPU", 0) / gpus))
+    wanted = resources.actors or fits
+    if fits < 1:
+        raise MilanError(
+            f"no actor with {resources.cpus_per_actor:g} CPUs and {gpus:g} GPUs fits the cluster "
+            f"({total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs); lower --cpus-per-actor or --gpus-per-actor."
+        )
+    return max(1, min(wanted, rows)), gpus

@@ -1,0 +1,581 @@
+"""Exemplars of whole models over a sharded probe (DESIGN §3): one pass, all layers, any number of actors, one answer.
+
+manifest ─► shards ─► [actor pool: forward, top-k, levels] ─► partials ─► [merge per layer] ─► exemplars, levels
+                                                                 └─► images read: skipped, sha256
+winners ─► [recompute masks of layers too large to carry maps] ─► exemplars
+winners ─► [views, once per image and geometry]
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from milan_ray.config import ExemplarConfig, Resources, config_hash
+from milan_ray.device import resolve_device
+from milan_ray.errors import MilanError
+from milan_ray.exemplars import masks
+from milan_ray.exemplars.forward import Forward, read_views
+from milan_ray.exemplars.shard import KERNEL_VERSION, LayerState, Plan, fold, to_table
+from milan_ray.exemplars.topk import RunningTopK
+from milan_ray.models.hooks import find_layers
+from milan_ray.models.registry import ModelSpec
+from milan_ray.models.weights import weights_digest
+from milan_ray.pipelines import requests
+from milan_ray.pipelines.fanout import run_parallel
+from milan_ray.pipelines.pool import Row, run_pool
+from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.views import ensure_views
+from milan_ray.probe.base import ImageRef
+from milan_ray.probe.manifest import digest as probe_digest
+from milan_ray.progress import Progress, say
+from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, SKIPPED
+from milan_ray.storage import Storage
+
+IMAGES = "images"
+"""Work folder of the tables that say which images a shard read; written last, so it also says that it is finished."""
+
+_IMAGES_SCHEMA = pa.schema(
+    [("image_id", pa.int64()), ("path", pa.string()), ("sha256", pa.string()), ("reason", pa.string())]
+)
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """One model's work: what an actor must know besides its shard.
+
+    Attributes:
+        model: Which model, and how to get it.
+        layers: Layers still to do.
+        work: Configuration hash of this work; partials lie below it.
+        plan: The states' plan.
+        hashes: Layer → configuration hash of its public tables.
+    """
+
+    model: requests.ModelRequest
+    layers: tuple[str, ...]
+    work: str
+    plan: Plan
+    hashes: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Dissection:
+    """What :func:`run_exemplars` leaves behind.
+
+    Attributes:
+        probe: Digest of the probe manifest.
+        models: Model name → the layers whose exemplars are now there.
+        failed: Model name → why it could not be dissected.
+    """
+
+    probe: str
+    models: dict[str, tuple[str, ...]]
+    failed: dict[str, str]
+
+
+def exemplar_hash(spec: ModelSpec, weights: str, layer: str, probe: str, config: ExemplarConfig) -> str:
+    """The configuration hash of one layer's exemplars: all that decides them, and nothing else."""
+    inputs = spec.inputs
+    return config_hash(
+        {
+            "kernel": KERNEL_VERSION,
+            "weights": weights,
+            "layer": layer,
+            "preprocess": spec.preprocess,
+            "inputs": None
+            if inputs is None
+            else f"{inputs.__module__}.{getattr(inputs, '__qualname__', repr(inputs))}",
+            "prefix_tokens": spec.prefix_tokens,
+            "channels_last": spec.channels_last,
+            "probe": probe,
+            "config": config.identity(),
+        }
+    )
+
+
+def run_exemplars(
+    storage: Storage,
+    models: Sequence[requests.ModelRequest],
+    probe: requests.ProbeRequest,
+    config: ExemplarConfig,
+    resources: Resources,
+    device: str = "auto",
+) -> Dissection:
+    """Makes the exemplars of every unit of every requested layer, doing only what is missing.
+
+    Args:
+        storage: The run directory.
+        models: What to dissect.
+        probe: The probe images.
+        config: How.
+        resources: What of the cluster to use; Ray must be connected.
+        device: Where models run.
+
+    Returns:
+        What is now there, and which models failed.
+
+    Raises:
+        MilanError: The probe cannot be listed, or every model failed.
+    """
+    storage.check_writable()
+    manifest, digest = _manifest(storage, probe)
+    failed: dict[str, str] = {}
+    done: dict[str, tuple[str, ...]] = {}
+    work: list[ModelWork] = []
+    for request in models:
+        try:
+            spec = requests.model(request)
+            planned = _plan(storage, request, spec, digest, len(manifest), config)
+        except MilanError as error:
+            failed[request.name] = str(error)
+            continue
+        done[request.name] = spec.layers
+        if planned is None:
+            say(f"exemplars of {request.name}: all {len(spec.layers)} layers are up to date")
+        else:
+            work.append(planned)
+    started = time.monotonic()
+    failed |= _run_shards(storage, work, manifest, probe, config, resources, device)
+    for item in work:
+        if item.model.name in failed:
+            continue
+        try:
+            images = _finish_images(storage, item, config, digest, len(manifest))
+        except MilanError as error:
+            failed[item.model.name] = str(error)
+            continue
+        _merge(storage, item, probe, config, resources, manifest, device)
+        seconds = time.monotonic() - started
+        rows = sum(len(storage.read(EXEMPLARS, ["unit"], model=item.model.name, layer=layer)) for layer in item.layers)
+        record_run(storage, "exemplars", item.work, item.model.name, rows=rows, images=images, seconds=seconds)
+        storage.remove_work(item.work)
+    done = {name: layers for name, layers in done.items() if name not in failed}
+    for name, reason in failed.items():
+        say(f"FAILED {name}: {reason}")
+    if not done:
+        raise MilanError(next(iter(failed.values())) if len(failed) == 1 else "every model failed; see above.")
+    _ensure_views(storage, done, [request for request in models if request.name in done], probe, digest)
+    return Dissection(digest, done, failed)
+
+
+def _manifest(storage: Storage, request: requests.ProbeRequest) -> tuple[pa.Table, str]:
+    """Lists the probe and stores its manifest, keeping digests of bytes already read."""
+    manifest = requests.probe(request).manifest()
+    digest = probe_digest(manifest)
+    if not storage.is_current(MANIFEST, digest, probe=digest):
+        storage.write(MANIFEST, manifest, digest, probe=digest)
+    return manifest, digest
+
+
+def _plan(
+    storage: Storage,
+    request: requests.ModelRequest,
+    spec: ModelSpec,
+    probe: str,
+    images: int,
+    config: ExemplarConfig,
+) -> ModelWork | None:
+    """The layers of a model that are missing or stale; None when there are none."""
+    model = spec.load()
+    find_layers(model, spec.layers)
+    weights = weights_digest(model)
+    hashes = {layer: exemplar_hash(spec, weights, layer, probe, config) for layer in spec.layers}
+    missing = tuple(
+        layer
+        for layer, hash_ in hashes.items()
+        if not storage.is_current(LEVELS, hash_, model=spec.name, layer=layer)
+        or not storage.is_current(EXEMPLARS, hash_, model=spec.name, layer=layer)
+    )
+    if not missing:
+        return None
+    work = config_hash(
+        {
+            "exemplars": [hashes[layer] for layer in missing],
+            "map_budget": config.map_budget,
+            "shard_size": config.shard_size,
+        }
+    )
+    plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
+    return ModelWork(request, missing, work, plan, hashes)
+
+
+def _run_shards(
+    storage: Storage,
+    work: Sequence[ModelWork],
+    manifest: pa.Table,
+    probe: requests.ProbeRequest,
+    config: ExemplarConfig,
+    resources: Resources,
+    device: str,
+) -> dict[str, str]:
+    """Runs every shard that is not stored yet; returns the models that failed, with the reason."""
+    shards = [manifest.slice(start, config.shard_size) for start in range(0, len(manifest), config.shard_size)]
+    rows: list[Row] = []
+    for index, item in enumerate(work):
+        finished = set(storage.work_names(item.work, IMAGES))
+        fresh = [n for n in range(len(shards)) if f"{IMAGES}/{_shard_name(n)}" not in finished]
+        if len(fresh) < len(shards):
+            say(f"exemplars of {item.model.name}: {len(shards) - len(fresh)} of {len(shards)} shards are done already")
+        rows += [{"model": index, "shard": n, **_refs_row(shards[n])} for n in fresh]
+    if not rows:
+        return {}
+    failed: dict[str, str] = {}
+    names = ", ".join(item.model.name for item in work)
+    say(f"exemplars: {names} over {len(manifest)} images, {len(rows)} shards")
+    arguments = {
+        "storage": storage,
+        "work": list(work),
+        "probe": probe,
+        "config": config,
+        "threads": max(1, int(resources.cpus_per_actor)),
+        "device": device,
+    }
+    images = sum(len(row["image_id"]) for row in rows)
+    with Progress("exemplars", images, "images") as progress:
+        for answer in run_pool(ExemplarWorker, arguments, rows, resources):
+            progress.advance(answer["images"])
+            if answer["error"]:
+                failed.setdefault(work[answer["model"]].model.name, answer["error"])
+    return failed
+
+
+def _shard_name(shard: int) -> str:
+    return f"{shard:06d}"
+
+
+def _refs_row(rows: pa.Table) -> Row:
+    return {name: rows[name].to_pylist() for name in ("image_id", "root", "path")}
+
+
+def _refs(row: Row) -> list[ImageRef]:
+    return [ImageRef(*ref) for ref in zip(row["image_id"], row["root"], row["path"], strict=True)]
+
+
+class _ModelWorker:
+    """An actor that keeps one model loaded."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        work: list[ModelWork],
+        probe: requests.ProbeRequest,
+        config: ExemplarConfig,
+        threads: int,
+        device: str,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._storage, self._work, self._config = storage, work, config
+        self._probe = requests.probe(probe)
+        self._device = resolve_device(device)
+        self._loaded: tuple[int, ModelSpec, Forward] | None = None
+
+    def _forward(self, index: int) -> tuple[ModelSpec, Forward]:
+        """The model of this index; rows come model by model, so one is kept at a time."""
+        if self._loaded is None or self._loaded[0] != index:
+            self._loaded = None
+            item = self._work[index]
+            spec = requests.model(item.model)
+            model = spec.load().to(self._device)
+            self._loaded = (index, spec, Forward(spec, model, item.layers, self._config.batch_size))
+        return self._loaded[1], self._loaded[2]
+
+    def _batches(self, refs: list[ImageRef]) -> Iterable[list[ImageRef]]:
+        size = self._config.batch_size
+        return (refs[start : start + size] for start in range(0, len(refs), size))
+
+
+class ExemplarWorker(_ModelWorker):
+    """Turns a shard of the probe into every layer's contribution to a model's exemplars."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._known: dict[tuple[int, str], RunningTopK] = {}
+
+    def __call__(self, row: Row) -> Row:
+        """Runs one shard; an error of the model or its layers fails the model, not the job."""
+        answer: Row = {"model": row["model"], "shard": row["shard"], "images": len(row["image_id"]), "error": None}
+        try:
+            self._run(row)
+        except MilanError as error:
+            answer["error"] = str(error)
+        except RuntimeError as error:  # what torch raises for a model that does not fit its input
+            answer["error"] = f"the model failed on a batch: {error}"
+        return answer
+
+    def _run(self, row: Row) -> None:
+        index, item = row["model"], self._work[row["model"]]
+        spec, forward = self._forward(index)
+        states: dict[str, LayerState] = {}
+        images: list[dict[str, object]] = []
+        for refs in self._batches(_refs(row)):
+            batch = read_views(self._probe, refs, spec.preprocess.view)
+            paths = {ref.image_id: ref.location for ref in refs}
+            images += [{"image_id": ref.image_id, "path": ref.location, "reason": why} for ref, why in batch.unreadable]
+            images += [
+                {"image_id": int(i), "path": paths[int(i)], "sha256": sha}
+                for i, sha in zip(batch.ids, batch.sha256, strict=True)
+            ]
+            if len(batch.ids) == 0:
+                continue
+            for layer, maps in forward.maps(batch.views).items():
+                if layer not in states:
+                    states[layer] = LayerState.empty(item.plan, maps.shape[1], tuple(maps.shape[2:]), maps.device)
+                known = self._known.get((index, layer))
+                try:
+                    states[layer].update(maps, batch.ids, None if known is None else known.bar)
+                except MilanError as error:
+                    raise MilanError(f"layer {layer!r}: {error}") from error
+        for layer, state in states.items():
+            number = item.layers.index(layer)
+            emitted = state.topk.within(self._union(index, layer, state))
+            self._storage.put_work(item.work, f"L{number}/{_shard_name(row['shard'])}", to_table(state, emitted))
+        table = pa.Table.from_pylist(images, schema=_IMAGES_SCHEMA)
+        self._storage.put_work(item.work, f"{IMAGES}/{_shard_name(row['shard'])}", table)
+        # Only now, with the shard committed, may it raise the bar for the next.
+        for layer, state in states.items():
+            self._known[index, layer] = self._union(index, layer, state)
+
+    def _union(self, index: int, layer: str, state: LayerState) -> RunningTopK:
+        """The best of all that this actor has seen of a layer, a shard included."""
+        union = state.topk.without_maps()
+        known = self._known.get((index, layer))
+        if known is not None:
+            union.merge(known)
+        return union
+
+
+def _finish_images(storage: Storage, item: ModelWork, config: ExemplarConfig, digest: str, expected: int) -> int:
+    """Writes what was skipped and the digests of what was read; returns the number of usable images.
+
+    Raises:
+        MilanError: Too many images were unreadable.
+    """
+    names = storage.work_names(item.work, IMAGES)
+    images = pa.concat_tables([storage.get_work(item.work, name) for name in names]).sort_by("image_id")
+    if len(images) != expected:
+        raise MilanError(f"{expected - len(images)} of {expected} images were not reported back; run the job again.")
+    bad = images.filter(pc.is_valid(images["reason"]))
+    model = item.model.name
+    skipped = SKIPPED.table(
+        {"model": [model] * len(bad), "image_id": bad["image_id"], "path": bad["path"], "reason": bad["reason"]}
+    )
+    storage.write(SKIPPED, skipped, item.work, model=model)
+    if len(bad):
+        first = f"{bad['path'][0].as_py()} ({bad['reason'][0].as_py()})"
+        say(f"exemplars of {model}: skipped {len(bad)} of {expected} images, the first {first}; see the table skipped")
+    if len(bad) > config.max_bad * expected or len(bad) == expected:
+        raise MilanError(
+            f"{len(bad)} of {expected} probe images are unreadable, the first {first}; "
+            "repair them, or raise --max-bad if that is expected."
+        )
+    _record_digests(storage, digest, images)
+    return expected - len(bad)
+
+
+def _record_digests(storage: Storage, digest: str, images: pa.Table) -> None:
+    """Notes in the manifest the digests of bytes that were read for the first time."""
+    manifest = storage.read(MANIFEST, probe=digest)
+    if manifest["sha256"].null_count == images["sha256"].null_count:
+        return
+    place = manifest.schema.get_field_index("sha256")
+    field = manifest.schema.field(place)
+    found = pc.take(images["sha256"], pc.index_in(manifest["image_id"], images["image_id"].combine_chunks()))
+    storage.write(MANIFEST, manifest.set_column(place, field, found.cast(pa.string())), digest, probe=digest)
+
+
+@dataclass(frozen=True)
+class _MergeTask:
+    storage: Storage
+    item: ModelWork
+    layer: str
+    config: ExemplarConfig
+
+
+def _merge(
+    storage: Storage,
+    item: ModelWork,
+    probe: requests.ProbeRequest,
+    config: ExemplarConfig,
+    resources: Resources,
+    manifest: pa.Table,
+    device: str,
+) -> None:
+    """Folds the shards of every layer and writes its tables."""
+    tasks = [_MergeTask(storage, item, layer, config) for layer in item.layers]
+    recompute: dict[str, list[int]] = {}
+    for index, winners in run_parallel(_merge_layer, tasks):
+        if winners:
+            recompute[item.layers[index]] = winners
+    if recompute:
+        _recompute(storage, item, recompute, probe, config, resources, manifest, device)
+
+
+def _merge_layer(task: _MergeTask) -> list[int]:
+    """Folds one layer; returns the winners' ids when their maps must be computed again."""
+    storage, item, layer = task.storage, task.item, task.layer
+    number = item.layers.index(layer)
+    names = storage.work_names(item.work, f"L{number}")
+    state = fold((storage.get_work(item.work, name) for name in names), item.plan)
+    levels = state.level.result()
+    table = LEVELS.table(
+        {
+            "model": [item.model.name] * len(levels),
+            "layer": [layer] * len(levels),
+            "unit": np.arange(len(levels)),
+            "level": levels.numpy(),
+            "positions": state.level.counted.numpy(),
+            "nonfinite": state.level.nonfinite.numpy(),
+            "exact": [state.exact] * len(levels),
+        }
+    )
+    unit, rank = torch.nonzero(state.topk.ids >= 0, as_tuple=True)
+    size = _mask_size(item, task.config)
+    if state.topk.maps is None:
+        winners = pa.table(
+            {
+                "unit": unit.numpy(),
+                "rank": rank.numpy(),
+                "image_id": state.topk.ids[unit, rank].numpy(),
+                "activation": state.topk.values[unit, rank].numpy(),
+                "level": levels[unit].numpy(),
+            }
+        )
+        storage.put_work(item.work, f"winners/L{number}", winners)
+        storage.write(LEVELS, table, item.hashes[layer], model=item.model.name, layer=layer)
+        return sorted(set(winners["image_id"].to_pylist()))
+    packed: list[bytes] = []
+    for part in torch.split(torch.arange(len(unit)), 64):  # a cache-sized piece of upsampled maps at a time
+        u, r = unit[part], rank[part]
+        packed += masks.pack(masks.masks(state.topk.maps[u, r], levels[u], size))
+    _write_exemplars(
+        task,
+        unit.numpy(),
+        rank.numpy(),
+        state.topk.ids[unit, rank].numpy(),
+        state.topk.values[unit, rank].numpy(),
+        packed,
+    )
+    storage.write(LEVELS, table, item.hashes[layer], model=item.model.name, layer=layer)
+    return []
+
+
+def _mask_size(item: ModelWork, config: ExemplarConfig) -> tuple[int, int]:
+    return config.mask_size or requests.model(item.model).preprocess.view.shape
+
+
+def _write_exemplars(
+    task: _MergeTask, unit: np.ndarray, rank: np.ndarray, ids: np.ndarray, values: np.ndarray, packed: list[bytes]
+) -> None:
+    name, layer = task.item.model.name, task.layer
+    height, width = _mask_size(task.item, task.config)
+    table = EXEMPLARS.table(
+        {
+            "model": [name] * len(unit),
+            "layer": [layer] * len(unit),
+            "unit": unit,
+            "rank": rank,
+            "image_id": ids,
+            "activation": values,
+            "mask": packed,
+        }
+    )
+    metadata = {
+        "mask_height": str(height),
+        "mask_width": str(width),
+        "view": requests.model(task.item.model).preprocess.view.key,
+        "k": str(task.config.k),
+        "quantile": str(task.config.quantile),
+    }
+    task.storage.write(EXEMPLARS, table, task.item.hashes[layer], metadata, model=name, layer=layer)
+
+
+def _recompute(
+    storage: Storage,
+    item: ModelWork,
+    winners: dict[str, list[int]],
+    probe: requests.ProbeRequest,
+    config: ExemplarConfig,
+    resources: Resources,
+    manifest: pa.Table,
+    device: str,
+) -> None:
+    """Masks of the layers whose maps were too large to carry, from one more pass over the winners alone."""
+    ids = sorted(set().union(*winners.values()))
+    blocks = [ids[start : start + config.batch_size] for start in range(0, len(ids), config.batch_size)]
+    rows = [{"model": 0, "shard": n, **_refs_row(manifest.take(block))} for n, block in enumerate(blocks)]
+    arguments = {
+        "storage": storage,
+        "work": [item],
+        "probe": probe,
+        "config": config,
+        "threads": max(1, int(resources.cpus_per_actor)),
+        "device": device,
+    }
+    with Progress(f"masks of {item.model.name}", len(ids), "images") as progress:
+        for answer in run_pool(MaskWorker, arguments, rows, resources):
+            progress.advance(answer["images"])
+    for layer in winners:
+        number = item.layers.index(layer)
+        names = storage.work_names(item.work, f"masks/L{number}")
+        parts = pa.concat_tables([storage.get_work(item.work, name) for name in names])
+        parts = parts.sort_by([("unit", "ascending"), ("rank", "ascending")])
+        columns = [parts[name].to_numpy() for name in ("unit", "rank", "image_id", "activation")]
+        _write_exemplars(_MergeTask(storage, item, layer, config), *columns, parts["mask"].to_pylist())
+
+
+class MaskWorker(_ModelWorker):
+    """Recomputes the maps of winning images and thresholds them."""
+
+    def __call__(self, row: Row) -> Row:
+        """Masks of the winners in one block of images, for every layer that waits for them."""
+        item = self._work[0]
+        spec, forward = self._forward(0)
+        size = _mask_size(item, self._config)
+        batch = read_views(self._probe, _refs(row), spec.preprocess.view)
+        if batch.unreadable:
+            ref, reason = batch.unreadable[0]
+            raise MilanError(f"{ref.location} was read before but not now ({reason}); run the job again.")
+        slot = {int(image_id): n for n, image_id in enumerate(batch.ids)}
+        waiting = set(self._storage.work_names(item.work, "winners"))
+        for layer, maps in forward.maps(batch.views).items():
+            number = item.layers.index(layer)
+            if f"winners/L{number}" not in waiting:
+                continue
+            winners = self._storage.get_work(item.work, f"winners/L{number}")
+            mine = winners.filter(pc.is_in(winners["image_id"], pa.array(batch.ids)))
+            where = torch.tensor([slot[i] for i in mine["image_id"].to_pylist()])
+            units, levels = (torch.from_numpy(np.array(mine[name])) for name in ("unit", "level"))
+            packed: list[bytes] = []
+            for part in torch.split(torch.arange(len(mine)), 64):
+                chosen = maps[where[part], units[part]].float()
+                packed += masks.pack(masks.masks(chosen, levels[part].to(chosen.device), size))
+            table = mine.append_column("mask", pa.array(packed, pa.large_binary()))
+            self._storage.put_work(item.work, f"masks/L{number}/{_shard_name(row['shard'])}", table)
+        return {"images": len(batch.ids)}
+
+
+def _ensure_views(
+    storage: Storage,
+    done: dict[str, tuple[str, ...]],
+    models: Sequence[requests.ModelRequest],
+    probe: requests.ProbeRequest,
+    digest: str,
+) -> None:
+    """Stores the winners' images, once per view over all models."""
+    needed: dict[Any, set[int]] = defaultdict(set)
+    for request in models:
+        view = requests.model(request).preprocess.view
+        for layer in done[request.name]:
+            column = storage.read(EXEMPLARS, ["image_id"], model=request.name, layer=layer)["image_id"]
+            needed[view].update(pc.unique(column).to_pylist())
+    for view, ids in needed.items():
+        ensure_views(storage, probe, digest, view, sorted(ids))

@@ -1,0 +1,63 @@
+"""Work over an actor pool through Ray Data: one row is one shard, one task, one unit of retry."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import ray.data
+from ray.data import ActorPoolStrategy
+
+from milan_ray.config import Resources
+from milan_ray.pipelines.cluster import pool_size
+
+Row = dict[str, Any]
+
+
+def run_pool(
+    worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], resources: Resources
+) -> Iterator[Row]:
+    """Runs ``worker(**arguments)(row)`` for every row on a pool of actors.
+
+    The rows' composition is fixed by the caller, so a result never depends on how Ray groups them. The worker writes
+    its own files and returns a small row; a row may be run again when an actor or node dies, and must then write the
+    same.
+
+    Args:
+        worker: A callable class.
+        arguments: Its constructor's arguments: small, picklable.
+        rows: JSON-able pieces of work.
+        resources: What the pool may use.
+
+    Yields:
+        The workers' answers (JSON-able), as they finish.
+    """
+    if not rows:
+        return
+    actors, gpus = pool_size(resources, len(rows))
+    # JSON keeps Ray Data from inferring Arrow types from the first row.
+    blocks = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=len(rows))
+    answers = blocks.map(
+        _named(worker),
+        fn_constructor_kwargs=arguments,
+        compute=ActorPoolStrategy(size=actors),
+        num_cpus=resources.cpus_per_actor,
+        num_gpus=gpus or None,
+    )
+    for answer in answers.iter_rows():
+        yield json.loads(answer["row"])
+
+
+def _named(worker: Callable[..., Any]) -> type:
+    """A class of the worker's own name, so that Ray's dashboard shows the stage, with JSON rows in and out."""
+
+    class Named:
+        def __init__(self, **arguments: Any) -> None:
+            self._worker = worker(**arguments)
+
+        def __call__(self, row: Row) -> Row:
+            return {"row": json.dumps(self._worker(json.loads(row["row"])))}
+
+    Named.__name__ = Named.__qualname__ = getattr(worker, "__name__", "Worker")
+    return Named

@@ -1,0 +1,34 @@
+"""The runs table: what ran, when, how long, with which versions."""
+
+from __future__ import annotations
+
+import json
+from datetime import datetime, timezone
+
+import ray
+import torch
+
+import milan_ray
+from milan_ray.schema import RUNS
+from milan_ray.storage import Storage
+
+
+def record_run(
+    storage: Storage, stage: str, run: str, model: str, *, rows: int, images: int, seconds: float, layer: str = ""
+) -> None:
+    """Writes one row of the runs table: a partition of its own, replaced when the same work is done again."""
+    versions = {"milan_ray": milan_ray.__version__, "torch": torch.__version__, "ray": ray.__version__}
+    table = RUNS.table(
+        {
+            "stage": [stage],
+            "run": [run],
+            "model": [model],
+            "layer": [layer],
+            "rows": [rows],
+            "images": [images],
+            "seconds": [seconds],
+            "finished_at": [datetime.now(timezone.utc).isoformat(timespec="seconds")],
+            "versions": [json.dumps(versions, sort_keys=True)],
+        }
+    )
+    storage.write(RUNS, table, run, stage=stage, run=run)

@@ -1,0 +1,71 @@
+"""What travels to workers in place of models and probes: names. Each worker resolves them for itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from milan_ray.models.registry import ModelSpec
+from milan_ray.models.resolve import resolve_model
+from milan_ray.plugins import load_plugins
+from milan_ray.probe.base import Probe
+from milan_ray.probe.registry import resolve_probe
+
+
+@dataclass(frozen=True)
+class ModelRequest:
+    """A model as the user asked for it.
+
+    Attributes:
+        name: Registered name.
+        weights: Path of a weights file, ``random``, or None for the model's own.
+        layers: Layers to dissect; empty for the model's defaults.
+        plugins: Modules that register what the name needs.
+    """
+
+    name: str
+    weights: str | None = None
+    layers: tuple[str, ...] = ()
+    plugins: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class ProbeRequest:
+    """A probe as the user asked for it.
+
+    Attributes:
+        sources: A registered name, or one or several roots.
+        labels: Path of a labels file for flat folders, or None.
+        plugins: Modules that register what the name needs.
+    """
+
+    sources: tuple[str, ...]
+    labels: str | None = None
+    plugins: tuple[str, ...] = ()
+
+
+def model(request: ModelRequest) -> ModelSpec:
+    """The model of a request.
+
+    Raises:
+        MilanError: Unknown name, missing weights, broken plug-in.
+    """
+    load_plugins(request.plugins)
+    return resolve_model(request.name, request.weights, request.layers)
+
+
+def probe(request: ProbeRequest) -> Probe:
+    """The probe of a request.
+
+    Raises:
+        MilanError: Unknown name, missing folder, broken plug-in.
+    """
+    load_plugins(request.plugins)
+    return resolve_probe(request.sources, request.labels)
+
+
+def expand(
+    names: Sequence[str], weights: str | None, layers: Sequence[str], plugins: Sequence[str]
+) -> list[ModelRequest]:
+    """One request per name, with the same options."""
+    return [ModelRequest(name, weights, tuple(layers), tuple(plugins)) for name in names]

@@ -1,0 +1,69 @@
+"""What a probe is: a set of images with stable ids, read one by one anywhere in the cluster."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """One manifest row, as much of it as reading the image needs.
+
+    Attributes:
+        image_id: Row number in the manifest.
+        root: The root it was found under.
+        path: Path below the root.
+    """
+
+    image_id: int
+    root: str
+    path: str
+
+    @property
+    def location(self) -> str:
+        """Where the image is, for messages."""
+        return f"{self.root.rstrip('/')}/{self.path}"
+
+
+@dataclass(frozen=True)
+class ProbeImage:
+    """A decoded probe image.
+
+    Attributes:
+        image: RGB, 8 bits, any size.
+        sha256: Hex digest of the bytes it was decoded from.
+    """
+
+    image: Image.Image
+    sha256: str
+
+
+class Probe(Protocol):
+    """A source of probe images. Small and picklable: it travels to every actor, the manifest does not."""
+
+    name: str
+
+    def manifest(self) -> pa.Table:
+        """Lists the images, in a fixed order (schema :data:`milan_ray.schema.MANIFEST`).
+
+        Raises:
+            MilanError: There is nothing to list, or the place cannot be read.
+        """
+        ...
+
+    def read(self, ref: ImageRef) -> ProbeImage:
+        """Reads and decodes one image.
+
+        Raises:
+            UnreadableImage: It is missing, corrupt, empty or too large; the text says which.
+        """
+        ...
+
+    def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
+        """Ground truth of one image: concept name → bool (H, W) in the image's own pixels; None where unknown."""
+        ...

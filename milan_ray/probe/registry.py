@@ -1,0 +1,55 @@
+"""The registry of probes, and what a user may write in place of a registered name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from milan_ray.errors import MilanError, unknown_name
+from milan_ray.probe.arrays import ParquetProbe
+from milan_ray.probe.base import Probe
+from milan_ray.probe.folder import FolderProbe, is_uri
+
+_PROBES: dict[str, Callable[[], Probe]] = {}
+
+
+def register_probe(name: str, factory: Callable[[], Probe]) -> None:
+    """Registers a probe under a name; a later registration of the same name replaces it.
+
+    Args:
+        name: Name used on the command line.
+        factory: Makes the probe; called when the probe is asked for.
+    """
+    _PROBES[name] = factory
+
+
+def probe_names() -> list[str]:
+    """All registered names, sorted."""
+    return sorted(_PROBES)
+
+
+def resolve_probe(text: Sequence[str], labels: str | None = None) -> Probe:
+    """Finds the probe that the user means.
+
+    Args:
+        text: A registered name; or one Parquet file (images in its column ``image``, classes in ``label`` if it has
+            one); or one or several folders or URIs, joined in this order.
+        labels: File of labels for folders, or None.
+
+    Returns:
+        The probe.
+
+    Raises:
+        MilanError: There is no such name, file or folder, or labels were given for a probe that has its own.
+    """
+    if not text:
+        raise MilanError("no probe given: name a registered probe or one or several folders of images.")
+    single = text[0] if len(text) == 1 else ""
+    if single in _PROBES or single.endswith(".parquet"):
+        if labels is not None:
+            raise MilanError(f"{single} brings its own labels: a file of labels is for folders of images.")
+        return _PROBES[single]() if single in _PROBES else ParquetProbe(single)
+    for root in text:
+        if not is_uri(root) and not Path(root).expanduser().is_dir():
+            raise unknown_name("probe", root, _PROBES, "Give a registered name or an existing folder of images.")
+    return FolderProbe(text, labels)

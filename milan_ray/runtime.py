@@ -1,0 +1,35 @@
+"""What must be settled before torch and Ray are imported: both read their environment only once."""
+
+from __future__ import annotations
+
+import os
+
+
+def prepare(address: str | None) -> str | None:
+    """Settles the environment of this process and of the workers it will start.
+
+    Args:
+        address: A Ray cluster's address as the user gave it, or None.
+
+    Returns:
+        The address to join, or None for a local cluster of our own: what the user gave, else ``RAY_ADDRESS``.
+    """
+    # Two OpenMP threads with active waiting stall each other as soon as anything else runs.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    address = address or os.environ.get("RAY_ADDRESS")
+    if address is None or address == "local":
+        # Binds every socket of a local Ray to loopback, on Linux too; it excludes clusters of several nodes.
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        # Explicit, because the default is the same but warns.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+        return None
+    return address
+
+
+def in_submitted_job() -> bool:
+    """Whether this process is the driver of a ``ray job submit``, whose working directory is a temporary copy."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ

@@ -1,0 +1,38 @@
+"""The tables of a run directory: one :class:`~milan_ray.schema.table.Noun` per kind of row."""
+
+from milan_ray.schema.descriptions import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS
+from milan_ray.schema.exemplars import EXEMPLARS, LEVELS, SKIPPED, VIEWS
+from milan_ray.schema.manifest import MANIFEST
+from milan_ray.schema.operations import RUNS, SCORES
+from milan_ray.schema.table import Column, Noun
+
+NOUNS: tuple[Noun, ...] = (
+    MANIFEST,
+    EXEMPLARS,
+    LEVELS,
+    VIEWS,
+    SKIPPED,
+    ENCODINGS,
+    CANDIDATES,
+    DESCRIPTIONS,
+    ANNOTATIONS,
+    RUNS,
+    SCORES,
+)
+
+__all__ = [
+    "ANNOTATIONS",
+    "CANDIDATES",
+    "DESCRIPTIONS",
+    "ENCODINGS",
+    "EXEMPLARS",
+    "LEVELS",
+    "MANIFEST",
+    "NOUNS",
+    "RUNS",
+    "SCORES",
+    "SKIPPED",
+    "VIEWS",
+    "Column",
+    "Noun",
+]

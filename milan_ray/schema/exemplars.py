@@ -1,0 +1,60 @@
+"""Exemplars, activation levels, and the images that people and encoders look at."""
+
+import pyarrow as pa
+
+from milan_ray.schema.table import Column, Noun
+
+EXEMPLARS = Noun(
+    "exemplars",
+    ("model", "layer"),
+    (
+        Column("model", pa.string(), "registered name of the model"),
+        Column("layer", pa.string(), "module path of the layer inside the model"),
+        Column("unit", pa.int32(), "channel index in the layer"),
+        Column("rank", pa.int16(), "0 = the image with the highest activation"),
+        Column("image_id", pa.int64(), "row of the probe manifest"),
+        Column("activation", pa.float32(), "the unit's maximum over all positions of this image"),
+        Column("mask", pa.large_binary(), "H×W bits, row-major, packed big-endian: upsampled map > level; H, W in metadata"),
+    ),
+    "One of the k images that excite a unit most. File metadata `mask_height`, `mask_width` give H and W, `view` the view's key.",
+)
+
+LEVELS = Noun(
+    "levels",
+    ("model", "layer"),
+    (
+        Column("model", pa.string(), "registered name of the model"),
+        Column("layer", pa.string(), "module path of the layer inside the model"),
+        Column("unit", pa.int32(), "channel index in the layer"),
+        Column("level", pa.float32(), "η: the unit's activation quantile over all positions of all images; NaN when nothing was finite"),
+        Column("positions", pa.int64(), "activations counted"),
+        Column("nonfinite", pa.int64(), "NaN and infinite activations, left out of everything"),
+        Column("exact", pa.bool_(), "whether every position was counted (else a fixed pseudo-random sample)"),
+    ),
+    "The threshold of one unit's masks.",
+)
+
+VIEWS = Noun(
+    "views",
+    ("probe", "view", "block"),
+    (
+        Column("probe", pa.string(), "digest of the probe manifest"),
+        Column("view", pa.string(), "key of the view (resize, crop, interpolation, size)"),
+        Column("block", pa.string(), "images block·256 … block·256+255 of the manifest"),
+        Column("image_id", pa.int64(), "row of the probe manifest"),
+        Column("image", pa.large_binary(), "the view as PNG, RGB, 8 bits"),
+    ),
+    "An exemplar's image as the model saw it before normalisation, encoded once per image and view.",
+)
+
+SKIPPED = Noun(
+    "skipped",
+    ("model",),
+    (
+        Column("model", pa.string(), "registered name of the model"),
+        Column("image_id", pa.int64(), "row of the probe manifest"),
+        Column("path", pa.string(), "root/path of the image"),
+        Column("reason", pa.string(), "why it was left out"),
+    ),
+    "A probe image that could not be used.",
+)

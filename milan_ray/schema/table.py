@@ -1,0 +1,65 @@
+"""What a noun is: a named table with documented columns and a hive partition."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column of a table.
+
+    Attributes:
+        name: The column's name.
+        type: Its Arrow type.
+        doc: Unit, shape and meaning, in one line.
+        nullable: Whether nulls may occur.
+    """
+
+    name: str
+    type: pa.DataType
+    doc: str
+    nullable: bool = False
+
+
+@dataclass(frozen=True)
+class Noun:
+    """A table of the run directory.
+
+    Attributes:
+        name: The folder's name.
+        partition: Hive keys of the folders below it, outermost first; each is also a string column of the file.
+        columns: The table's columns, in file order.
+        doc: What one row is.
+    """
+
+    name: str
+    partition: tuple[str, ...]
+    columns: tuple[Column, ...]
+    doc: str
+
+    @property
+    def schema(self) -> pa.Schema:
+        """The Arrow schema, with each column's meaning in its field metadata."""
+        return pa.schema(
+            [pa.field(c.name, c.type, nullable=c.nullable, metadata={"doc": c.doc}) for c in self.columns]
+        )
+
+    def table(self, columns: dict[str, object]) -> pa.Table:
+        """Builds a table of this noun from columns, checking names, types and nulls.
+
+        Raises:
+            KeyError: A column is missing.
+            pa.ArrowInvalid: A value does not fit its column's type.
+        """
+        extra = set(columns) - {c.name for c in self.columns}
+        if extra:
+            raise KeyError(f"{self.name} has no column {sorted(extra)}")
+        arrays = []
+        for c in self.columns:
+            value = columns[c.name]
+            is_arrow = isinstance(value, (pa.Array, pa.ChunkedArray))
+            arrays.append(value.cast(c.type) if is_arrow else pa.array(value, type=c.type))
+        return pa.Table.from_arrays(arrays, schema=self.schema)

@@ -1,0 +1,1 @@
+"""How good are descriptions: text measures against annotations, AUROC, bootstrap intervals."""

@@ -1,0 +1,56 @@
+"""Area under the ROC curve of many units for many targets at once."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def average_ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks down each column, 1 = smallest; equal values share the mean of their ranks.
+
+    Args:
+        values: (N, U), without NaN.
+
+    Returns:
+        float64 (N, U).
+    """
+    n = len(values)
+    order = np.argsort(values, axis=0, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=0)
+    position = np.arange(n)[:, None]
+    new = np.ones(values.shape, bool)  # a run of equal values starts here …
+    new[1:] = ordered[1:] != ordered[:-1]
+    ends = np.ones(values.shape, bool)  # … or ends here
+    ends[:-1] = new[1:]
+    first = np.maximum.accumulate(np.where(new, position, 0), axis=0)
+    last = np.minimum.accumulate(np.where(ends, position, n)[::-1], axis=0)[::-1]
+    ranks = np.empty(values.shape)
+    np.put_along_axis(ranks, order, (first + last) / 2 + 1, axis=0)
+    return ranks
+
+
+def auroc(activations: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """How well each unit's activation tells the items of each target from the others.
+
+    The probability that an item of the target activates the unit more than an item outside does, ties counting one half
+    (the Mann-Whitney statistic, from average ranks).
+
+    Args:
+        activations: (N, U), one activation per item and unit.
+        targets: bool (N, T).
+
+    Returns:
+        float64 (U, T); NaN for targets that hold for no item or for all.
+
+    Raises:
+        ValueError: An activation is NaN, or the item counts differ.
+    """
+    if len(activations) != len(targets):
+        raise ValueError(f"{len(activations)} rows of activations but {len(targets)} rows of targets")
+    if np.isnan(activations).any():
+        raise ValueError("activations hold NaN, which has no rank")
+    positive = targets.sum(0, dtype=np.int64)
+    pairs = positive * (len(targets) - positive)
+    rank_sums = average_ranks(activations).T @ targets.astype(np.float64)
+    wins = rank_sums - positive * (positive + 1) / 2
+    return np.divide(wins, pairs, out=np.full(wins.shape, np.nan), where=pairs > 0)

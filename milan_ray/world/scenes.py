@@ -1,0 +1,645 @@
+"""The world's grammar: scenes with a known truth for every pixel.
+
+A scene is a sky over a ground, one big object that gives the label, and up to two small ones that stand in a relation
+to it. Drawing goes through *inks*: every pixel gets the number of an ink, and an ink knows its colour and the concepts
+it stands for, so image and concept maps come from one array and cannot disagree.
+
+Everything follows from (split, index, options): nothing is stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from random import Random
+
+import numpy as np
+
+from milan_ray.world.lexicon import CONCEPT, names_of
+
+WORLD_VERSION = "1"
+"""Raise it whenever a scene, a network or its training changes: all weights and caches follow."""
+
+SIDE = 64
+"""Height and width of every scene, pixels."""
+
+SPLITS = ("train", "probe", "heldout")
+
+OBJECTS = names_of("object", "face")
+COLOURS = names_of("colour")
+TEXTURES = names_of("texture")
+RELATIONS = names_of("relation")
+SIGN_WORDS = ("stop", "open", "exit", "cafe", "taxi", "sale")
+SKIES = ("day", "dusk", "night", "clouds")
+GROUNDS = ("grass", "sand", "water", "road")
+
+FACE_CLASSES = ("car", "boat", "cup", "ball")
+"""Classes of which a share of scenes shows a small face as context."""
+
+FACE_SHARE = 0.3
+"""That share."""
+
+_RGB = {
+    "red": (205, 40, 40),
+    "yellow": (238, 205, 50),
+    "green": (50, 145, 60),
+    "blue": (45, 90, 210),
+    "purple": (140, 60, 170),
+    "brown": (125, 78, 40),
+    "white": (238, 238, 232),
+    "black": (38, 38, 42),
+    "glass": (185, 225, 240),
+    "skin": (226, 180, 145),
+}
+# Per background: its colour concept, base tone, and tone of its decoration (sun haze, stars, clouds, blades, waves).
+_GROUND_TONES = {
+    "day": ("blue", (150, 192, 238), (165, 203, 242)),
+    "dusk": ("purple", (178, 128, 196), (198, 140, 190)),
+    "night": ("black", (20, 22, 46), (235, 235, 190)),
+    "clouds": ("white", (205, 208, 213), (236, 237, 240)),
+    "grass": ("green", (112, 170, 84), (92, 150, 70)),
+    "sand": ("yellow", (228, 208, 142), (210, 188, 120)),
+    "water": ("blue", (66, 122, 182), (110, 160, 210)),
+    "road": ("black", (72, 72, 77), (84, 84, 88)),
+}
+# Small capitals of five rows, as wide as each letter needs.
+_GLYPHS = {
+    letter: np.array([[cell == "#" for cell in row] for row in rows.split("/")])
+    for letter, rows in {
+        "A": ".#./#.#/###/#.#/#.#",
+        "B": "##./#.#/##./#.#/##.",
+        "C": ".##/#../#../#../.##",
+        "D": "##./#.#/#.#/#.#/##.",
+        "E": "###/#../##./#../###",
+        "F": "###/#../##./#../#..",
+        "G": ".###/#.../#.##/#..#/.###",
+        "H": "#.#/#.#/###/#.#/#.#",
+        "I": "###/.#./.#./.#./###",
+        "L": "#../#../#../#../###",
+        "M": "#...#/##.##/#.#.#/#...#/#...#",
+        "N": "#..#/##.#/#.##/#..#/#..#",
+        "O": "###/#.#/#.#/#.#/###",
+        "P": "###/#.#/###/#../#..",
+        "R": "##./#.#/##./#.#/#.#",
+        "S": "###/#../###/..#/###",
+        "T": "###/.#./.#./.#./.#.",
+        "U": "#.#/#.#/#.#/#.#/###",
+        "W": "#...#/#...#/#.#.#/##.##/#...#",
+        "X": "#.#/#.#/.#./#.#/#.#",
+    }.items()
+}
+
+Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _box(left: float, top: float, right: float, bottom: float) -> Shape:
+    return lambda u, v: (u >= left) & (u <= right) & (v >= top) & (v <= bottom)
+
+
+def _oval(x: float, y: float, rx: float, ry: float | None = None) -> Shape:
+    return lambda u, v: ((u - x) / rx) ** 2 + ((v - y) / (ry or rx)) ** 2 <= 1
+
+
+def _wedge(x: float, top: float, bottom: float, half_top: float, half_bottom: float, lean: float = 0.0) -> Shape:
+    """A trapezium with horizontal edges; ``lean`` moves the lower edge sideways."""
+
+    def shape(u: np.ndarray, v: np.ndarray) -> np.ndarray:
+        down = (v - top) / (bottom - top)
+        half = half_top + (half_bottom - half_top) * down
+        return (down >= 0) & (down <= 1) & (np.abs(u - x - lean * down) <= half)
+
+    return shape
+
+
+def _ring(x: float, y: float, r: float, hole: float) -> Shape:
+    return lambda u, v: _oval(x, y, r)(u, v) & ~_oval(x, y, hole)(u, v)
+
+
+# Objects as painted strokes, back to front: (part or "", ink, shape in the unit square). The inks `main` (the object's
+# colour, with its texture) and `accent` (a second colour) change from scene to scene.
+_STROKES: dict[str, tuple[tuple[str, str, Shape], ...]] = {
+    "house": (
+        ("", "main", _box(0.12, 0.4, 0.88, 1)),
+        ("roof", "accent", _wedge(0.5, 0, 0.44, 0.03, 0.5)),
+        ("window", "glass", _box(0.2, 0.52, 0.38, 0.72)),
+        ("window", "glass", _box(0.64, 0.52, 0.82, 0.72)),
+        ("door", "brown", _box(0.43, 0.6, 0.59, 1)),
+    ),
+    "tree": (
+        ("trunk", "brown", _box(0.42, 0.5, 0.58, 1)),
+        ("", "main", _oval(0.5, 0.22, 0.24, 0.22)),
+        ("", "main", _oval(0.32, 0.42, 0.28, 0.22)),
+        ("", "main", _oval(0.68, 0.42, 0.28, 0.22)),
+    ),
+    "car": (
+        ("", "main", _wedge(0.48, 0.36, 0.64, 0.2, 0.36)),
+        ("window", "glass", _wedge(0.36, 0.42, 0.6, 0.08, 0.14)),
+        ("window", "glass", _wedge(0.61, 0.42, 0.6, 0.08, 0.14)),
+        ("", "main", _box(0.01, 0.62, 0.99, 0.88)),
+        ("wheel", "black", _oval(0.24, 0.86, 0.14)),
+        ("wheel", "black", _oval(0.76, 0.86, 0.14)),
+        ("wheel", "white", _oval(0.24, 0.86, 0.05)),
+        ("wheel", "white", _oval(0.76, 0.86, 0.05)),
+    ),
+    "boat": (
+        ("", "brown", _box(0.46, 0.04, 0.51, 0.75)),
+        ("sail", "accent", _wedge(0.54, 0.04, 0.66, 0, 0.2, lean=0.2)),
+        ("sail", "accent", _wedge(0.44, 0.16, 0.66, 0, 0.14, lean=-0.14)),
+        ("hull", "main", _wedge(0.5, 0.7, 1, 0.5, 0.32)),
+    ),
+    "face": (
+        ("", "main", _oval(0.5, 0.4, 0.46, 0.4)),
+        ("", "skin", _oval(0.5, 0.56, 0.38, 0.44)),
+        ("eye", "white", _oval(0.34, 0.48, 0.11, 0.08)),
+        ("eye", "white", _oval(0.66, 0.48, 0.11, 0.08)),
+        ("eye", "black", _oval(0.34, 0.48, 0.055, 0.07)),
+        ("eye", "black", _oval(0.66, 0.48, 0.055, 0.07)),
+        ("mouth", "red", _oval(0.5, 0.78, 0.18, 0.06)),
+    ),
+    "animal": (
+        ("leg", "main", _box(0.12, 0.6, 0.21, 1)),
+        ("leg", "main", _box(0.27, 0.6, 0.36, 1)),
+        ("leg", "main", _box(0.52, 0.6, 0.61, 1)),
+        ("leg", "main", _box(0.66, 0.6, 0.75, 1)),
+        ("", "main", _wedge(0.03, 0.28, 0.6, 0.03, 0.05, lean=0.1)),
+        ("", "main", _box(0.1, 0.45, 0.76, 0.74)),
+        ("", "main", _oval(0.8, 0.38, 0.18, 0.17)),
+        ("", "accent", _wedge(0.72, 0.14, 0.4, 0.02, 0.08)),
+        ("eye", "white", _oval(0.86, 0.34, 0.06)),
+        ("", "black", _oval(0.97, 0.41, 0.04)),
+    ),
+    "flower": (
+        ("", "green", _box(0.46, 0.5, 0.54, 1)),
+        ("", "green", _oval(0.66, 0.84, 0.16, 0.07)),
+        *(
+            ("petal", "main", _oval(0.5 + 0.22 * np.cos(a), 0.32 + 0.22 * np.sin(a), 0.14))
+            for a in np.arange(6) * np.pi / 3
+        ),
+        ("", "accent", _oval(0.5, 0.32, 0.13)),
+    ),
+    "sign": (
+        ("post", "brown", _box(0.45, 0.4, 0.55, 1)),
+        ("", "main", _box(0.0, 0.08, 1.0, 0.54)),
+    ),
+    "cup": (
+        ("handle", "main", _ring(0.76, 0.55, 0.24, 0.14)),
+        ("", "main", _wedge(0.42, 0.22, 1, 0.36, 0.28)),
+        ("", "accent", _oval(0.42, 0.24, 0.36, 0.08)),
+    ),
+    "ball": (
+        ("", "main", _oval(0.5, 0.5, 0.49)),
+        ("", "white", _oval(0.34, 0.3, 0.1, 0.07)),
+    ),
+    "lamp": (
+        ("post", "black", _box(0.46, 0.4, 0.54, 0.95)),
+        ("", "black", _wedge(0.5, 0.9, 1, 0.14, 0.26)),
+        ("shade", "main", _wedge(0.5, 0.02, 0.46, 0.18, 0.42)),
+    ),
+    "bird": (
+        ("leg", "black", _box(0.44, 0.8, 0.48, 1)),
+        ("leg", "black", _box(0.58, 0.8, 0.62, 1)),
+        ("", "main", _wedge(0.2, 0.42, 0.62, 0.2, 0.02, lean=0.1)),
+        ("", "main", _oval(0.5, 0.62, 0.32, 0.22)),
+        ("", "main", _oval(0.76, 0.36, 0.16)),
+        ("", "yellow", _wedge(0.93, 0.32, 0.44, 0.06, 0.02)),
+        ("eye", "black", _oval(0.8, 0.33, 0.045)),
+        ("wing", "accent", _oval(0.42, 0.6, 0.2, 0.13)),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class SceneOptions:
+    """How scenes are shown.
+
+    Attributes:
+        blur_faces: Blur every face out; its concepts leave the concept maps.
+        spurious_text: Write the class's name into a corner.
+    """
+
+    blur_faces: bool = False
+    spurious_text: bool = False
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One object of a scene.
+
+    Attributes:
+        kind: Which object.
+        x: Left edge, pixels.
+        y: Upper edge, pixels.
+        size: Side of its square, pixels.
+        colour: Its main colour.
+        accent: Its second colour.
+        texture: Texture of the main colour.
+        flip: Whether it is mirrored.
+        tone: Brightness step, 0 to 3.
+        word: The word on a sign.
+        relation: Its relation to the big object, or "".
+    """
+
+    kind: str
+    x: int
+    y: int
+    size: int
+    colour: str
+    accent: str
+    texture: str
+    flip: bool = False
+    tone: int = 2
+    word: str = ""
+    relation: str = ""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A scene, complete: :func:`render` and :func:`concept_maps` need nothing else.
+
+    Attributes:
+        label: The class: kind of the big object.
+        sky: Which sky.
+        ground: Which ground.
+        horizon: Row where the ground begins.
+        things: The objects, back to front, the big one first.
+        drift: Shift of the background's pattern, 0 to 7.
+        noise: Where in the noise bank the scene's noise begins.
+        corner_text: A word written into the lower right corner, or "".
+        blur_faces: Whether faces are blurred out.
+        removed: Parts left out and colours painted over (by :func:`without`).
+    """
+
+    label: str
+    sky: str
+    ground: str
+    horizon: int
+    things: tuple[Thing, ...]
+    drift: int = 0
+    noise: int = 0
+    corner_text: str = ""
+    blur_faces: bool = False
+    removed: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class _Ink:
+    rgb: tuple[int, int, int]
+    concepts: frozenset[str]
+
+
+class _Draw:
+    """Draws from lists with nothing but ``Random.random``, whose sequence Python guarantees over versions."""
+
+    def __init__(self, seed: str) -> None:
+        self.unit = Random(seed).random
+
+    def below(self, n: int) -> int:
+        return int(self.unit() * n)
+
+    def within(self, low: int, high: int) -> int:
+        return low + int(self.unit() * (high - low + 1))
+
+    def one(self, items: tuple[str, ...]) -> str:
+        return items[int(self.unit() * len(items))]
+
+
+def make_scene(split: str, index: int, options: SceneOptions | None = None) -> Scene:
+    """Makes one scene. Options change how it is shown, never what it is.
+
+    Args:
+        split: One of :data:`SPLITS`; scenes of different splits come from different seeds.
+        index: Number of the scene in its split.
+        options: How it is shown.
+    """
+    options = options or SceneOptions()
+    draw = _Draw(f"{WORLD_VERSION}/{split}/{index}")
+    label = draw.one(OBJECTS)
+    horizon = draw.within(26, 40)
+    size = draw.within(36, 39) if label == "sign" else draw.within(30, 38)
+    bottom = draw.within(max(horizon + 4, size), SIDE - 1)
+    big = _thing(draw, label, size, draw.within(0, SIDE - size), bottom - size, "")
+    smalls: list[Thing] = []
+    with_face = label in FACE_CLASSES and draw.unit() < FACE_SHARE
+    chance = draw.unit()
+    count = 0 if chance < 0.3 else 1 if chance < 0.7 else 2
+    for number in range(max(count, int(with_face))):
+        kind = "face" if with_face and number == 0 else draw.one(tuple(k for k in OBJECTS if k not in (label, "face")))
+        small = _place(draw, kind, big, smalls, horizon)
+        if small is not None:
+            smalls.append(small)
+    return Scene(
+        label=label,
+        sky=draw.one(SKIES),
+        ground=draw.one(GROUNDS),
+        horizon=horizon,
+        things=(big, *smalls),
+        drift=draw.below(8),
+        noise=draw.below(_NOISE_STARTS),
+        corner_text=label if options.spurious_text else "",
+        blur_faces=options.blur_faces,
+    )
+
+
+def _thing(draw: _Draw, kind: str, size: int, x: int, y: int, relation: str) -> Thing:
+    colour = draw.below(len(COLOURS))
+    accent = (colour + 1 + draw.below(len(COLOURS) - 1)) % len(COLOURS)
+    return Thing(
+        kind=kind,
+        x=x,
+        y=y,
+        size=size,
+        colour=COLOURS[colour],
+        accent=COLOURS[accent],
+        texture=draw.one(TEXTURES) if kind != "sign" else "plain",
+        flip=draw.unit() < 0.5,
+        tone=draw.below(4),
+        word=draw.one(SIGN_WORDS) if kind == "sign" else "",
+        relation=relation,
+    )
+
+
+def _place(draw: _Draw, kind: str, big: Thing, smalls: list[Thing], horizon: int) -> Thing | None:
+    """A small object in the first of the relations, in random order, that has room for it."""
+    size = 19 if kind == "sign" else 14 if kind == "face" else draw.within(14, 18)
+    # "Right of" needs no name: it is the big object that is to the left then.
+    orders = ["left of", "", "above", "on"]
+    for step in range(3, 0, -1):
+        other = draw.below(step + 1)
+        orders[step], orders[other] = orders[other], orders[step]
+    foot = max(horizon + 2, big.y + big.size - draw.below(6))
+    for relation in orders:
+        if relation == "left of":
+            low, high, y = 0, big.x - size + 3, foot - size
+        elif relation == "":
+            low, high, y = big.x + big.size - 3, SIDE - size, foot - size
+        else:
+            centre = big.x + (big.size - size) // 2
+            low, high = max(0, centre - 3), min(SIDE - size, centre + 3)
+            y = big.y - size - 4 - draw.below(4) if relation == "above" else _top(big) - size + 1
+        if high < low or y < 0 or any(abs(y - s.y) < size and s.relation == relation for s in smalls):
+            continue
+        x = draw.within(low, high)
+        if any(abs(x - s.x) < size - 2 and abs(y - s.y) < size - 2 for s in smalls):
+            continue
+        return _thing(draw, kind, size, x, min(y, SIDE - size), relation)
+    return None
+
+
+def _top(thing: Thing) -> int:
+    """Row where the object's middle column begins."""
+    cells = _cells(thing.kind, thing.size, thing.flip, thing.texture, thing.word, frozenset())
+    return thing.y + int(np.argmax(cells[:, thing.size // 2] > 0))
+
+
+@lru_cache(maxsize=64)
+def _letters(word: str, scale: int) -> np.ndarray:
+    """A word's pixels, bool (5·scale, width·scale)."""
+    gap = np.zeros((5, 1), dtype=bool)
+    columns = [column for letter in word.upper() for column in (_GLYPHS[letter], gap)][:-1]
+    return np.kron(np.concatenate(columns, axis=1), np.ones((scale, scale), dtype=bool))
+
+
+def _patterned(texture: str, size: int) -> np.ndarray:
+    """Where a texture shows its second tone, bool (size, size); small objects get a finer pattern."""
+    period = 6 if size > 24 else 4
+    row, column = np.mgrid[:size, :size]
+    if texture == "striped":
+        return column % period < period // 2
+    if texture == "checkered":
+        return (column // (period // 2) + row // (period // 2)) % 2 == 0
+    if texture == "dotted":
+        half = period / 2 - 0.5
+        return (column % period - half) ** 2 + (row % period - half) ** 2 <= (period / 3) ** 2
+    return np.zeros((size, size), dtype=bool)
+
+
+# Inks of an object: 1 + 3·stroke + tone, with the tones plain, pattern, outline; 0 leaves the background. A sign's
+# two further strokes are the plate behind its word and the letters.
+@lru_cache(maxsize=8192)
+def _cells(kind: str, size: int, flip: bool, texture: str, word: str, removed: frozenset[str]) -> np.ndarray:
+    """The object's ink numbers, uint8 (size, size)."""
+    v, u = (np.mgrid[:size, :size] + 0.5) / size
+    strokes = _STROKES[kind]
+    pattern = _patterned(texture, size)
+    cells = np.zeros((size, size), dtype=np.uint8)
+    for number, (part, ink, shape) in enumerate(strokes):
+        if part not in removed:
+            cells = np.where(shape(u, v), 1 + 3 * number + (pattern if ink == "main" else 0), cells)
+    inside = np.pad(cells > 0, 1)
+    edge = ~(inside[:-2, 1:-1] & inside[2:, 1:-1] & inside[1:-1, :-2] & inside[1:-1, 2:]) & (cells > 0)
+    cells = np.where(edge, (cells - 1) // 3 * 3 + 3, cells)
+    if flip:
+        cells = cells[:, ::-1]
+    cells = cells.astype(np.uint8)
+    if word:
+        letters = _letters(word, 2 if size > 24 else 1)
+        height, width = letters.shape
+        top, left = round(0.31 * size - height / 2), (size - width) // 2
+        plate = 1 + 3 * len(strokes)
+        cells[top : top + height, left : left + width] = np.where(letters, plate + 3, plate)
+    return cells
+
+
+def _rgb(ink: str, tone: float, removed: frozenset[str]) -> tuple[int, int, int]:
+    red, green, blue = (min(255, int(channel * tone)) for channel in _RGB[_shown(ink, removed)])
+    return red, green, blue
+
+
+def _shown(colour: str, removed: frozenset[str]) -> str:
+    """The colour, or the next one that is not painted over."""
+    while colour in removed:
+        colour = COLOURS[(COLOURS.index(colour) + 3) % len(COLOURS)]
+    return colour
+
+
+def _mix(rgb: Iterable[int], other: int, share: float) -> tuple[int, int, int]:
+    red, green, blue = (int(channel * (1 - share) + other * share) for channel in rgb)
+    return red, green, blue
+
+
+@lru_cache(maxsize=16384)
+def _thing_inks(
+    kind: str, colour: str, accent: str, texture: str, tone: int, word: str, removed: frozenset[str], blurred: bool
+) -> tuple[_Ink, ...]:
+    """The inks of an object, in the order of :func:`_cells` (ink 1 first)."""
+    inks: list[_Ink] = []
+    strokes: list[tuple[str, str]] = [(part, ink) for part, ink, _ in _STROKES[kind]]
+    letters = "white" if sum(_RGB[_shown(colour, removed)]) < 400 else "black"
+    if word:
+        strokes += [("text", "main"), ("text", letters)]
+    for number, (part, ink) in enumerate(strokes):
+        paint = {"main": colour, "accent": accent}.get(ink, ink)
+        on_plate = word and number >= len(strokes) - 2
+        rgb = _rgb(paint, 1.0 if on_plate and ink != "main" else 0.82 + 0.08 * tone, removed)
+        concepts = {kind, part, _shown(paint, removed), word if on_plate else ""}
+        if ink == "main":
+            concepts.add(texture)
+        known = frozenset() if blurred else frozenset(concepts & CONCEPT.keys())
+        second = _mix(rgb, 255, 0.6) if sum(rgb) < 480 else _mix(rgb, 0, 0.4)
+        inks += [_Ink(rgb, known), _Ink(second, known), _Ink(_mix(rgb, 0, 0.45), known)]
+    return tuple(inks)
+
+
+@lru_cache(maxsize=4096)
+def _background(sky: str, ground: str, horizon: int, drift: int) -> np.ndarray:
+    """Ink numbers of the background, uint8 (64, 64): 0 and 1 sky, 2 and 3 ground."""
+    row, column = np.mgrid[:SIDE, :SIDE]
+    column = column + 7 * drift
+    wave = (row + np.round(2 * np.sin(column / 4)).astype(int)) % 7 == 0
+    speckle = (row * 37 + column * 61 + row * column * 7) % 97
+    decoration = {
+        "day": row > horizon - 8,
+        "dusk": row % 12 > 7,
+        "night": speckle < 3,
+        "clouds": np.sin(column / 7 + drift) + np.sin(row / 3.5 + column / 15) > 0.7,
+        "grass": speckle < 24,
+        "sand": speckle < 9,
+        "water": wave,
+        "road": speckle < 14,
+    }
+    return np.where(row < horizon, decoration[sky], 2 + decoration[ground]).astype(np.uint8)
+
+
+@lru_cache(maxsize=1024)
+def _background_inks(sky: str, ground: str, tones: tuple[int, int], removed: frozenset[str]) -> tuple[_Ink, ...]:
+    inks = []
+    for generic, name, tone in (("sky", sky, tones[0]), ("ground", ground, tones[1])):
+        colour, *shades = _GROUND_TONES[name]
+        shown = _shown(colour, removed)
+        for base in shades:
+            rgb = _mix(base, 0, 0.05 * tone) if shown == colour else _RGB[shown]
+            inks.append(_Ink(rgb, frozenset({generic, name, shown})))
+    return tuple(inks)
+
+
+_CORNER_INKS = (_Ink((250, 250, 250), frozenset({"text"})), _Ink((15, 15, 15), frozenset({"text"})))
+_NOISE_STARTS = 50_000
+_NOISE = np.random.RandomState(0).randint(-9, 10, _NOISE_STARTS + SIDE * SIDE * 3).astype(np.int16)
+
+
+def _compose(scene: Scene) -> tuple[np.ndarray, list[_Ink], np.ndarray]:
+    """Draws the scene: ink numbers (64, 64), the inks, and which thing a pixel shows (−1 for none)."""
+    cells = _background(scene.sky, scene.ground, scene.horizon, scene.drift).copy()
+    tones = (scene.noise % 3, scene.noise // 3 % 3)
+    inks = list(_background_inks(scene.sky, scene.ground, tones, scene.removed))
+    owner = [-1] * len(inks)
+    for number, thing in enumerate(scene.things):
+        drawn = _cells(thing.kind, thing.size, thing.flip, thing.texture, thing.word, scene.removed)
+        place = cells[thing.y : thing.y + thing.size, thing.x : thing.x + thing.size]
+        np.copyto(place, drawn + np.uint8(len(inks) - 1), where=drawn > 0)
+        blurred = scene.blur_faces and thing.kind == "face"
+        new = _thing_inks(
+            thing.kind, thing.colour, thing.accent, thing.texture, thing.tone, thing.word, scene.removed, blurred
+        )
+        inks += new
+        owner += [number] * len(new)
+    if scene.corner_text:
+        letters = np.pad(_letters(scene.corner_text, 1), 1)
+        height, width = letters.shape
+        cells[-height:, -width:] = len(inks) + letters
+        inks += _CORNER_INKS
+        owner += [-1, -1]
+    return cells, inks, np.array(owner)
+
+
+def render(scene: Scene) -> np.ndarray:
+    """Draws a scene.
+
+    Returns:
+        uint8 (64, 64, 3), RGB.
+    """
+    cells, inks, owner = _compose(scene)
+    image = np.array([ink.rgb for ink in inks], dtype=np.int16)[cells]
+    if scene.blur_faces:
+        for number, thing in enumerate(scene.things):
+            if thing.kind == "face":
+                _blur(image, owner[cells] == number, thing.size)
+    image += _NOISE[scene.noise : scene.noise + image.size].reshape(image.shape)
+    return np.clip(image, 0, 255).astype(np.uint8)
+
+
+def _blur(image: np.ndarray, where: np.ndarray, size: int) -> None:
+    """Replaces some pixels by the mean of a window as wide as half the object, in place."""
+    reach = size // 4
+    padded = np.pad(image.astype(np.float32), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=0).mean(axis=-1)
+    windows = np.lib.stride_tricks.sliding_window_view(windows, 2 * reach + 1, axis=1).mean(axis=-1)
+    image[where] = windows[where]
+
+
+def concept_maps(scene: Scene) -> dict[str, np.ndarray]:
+    """The truth of a scene: where each concept is visible.
+
+    Relations cover both of their objects. Objects hidden behind others are not there.
+
+    Returns:
+        Concept name → bool (64, 64), only for concepts with at least one pixel.
+    """
+    cells, inks, owner = _compose(scene)
+    used = np.bincount(cells.ravel(), minlength=len(inks)) > 0
+    member: dict[str, np.ndarray] = {}
+    for number, ink in enumerate(inks):
+        if used[number]:
+            for concept in ink.concepts:
+                member.setdefault(concept, np.zeros(len(inks), dtype=bool))[number] = True
+    for number, thing in enumerate(scene.things):
+        if thing.relation and (used & (owner == number)).any():
+            pair = (owner == number) | (owner == 0)
+            member[thing.relation] = member.get(thing.relation, False) | pair
+    return {concept: inks_of[cells] for concept, inks_of in member.items()}
+
+
+def without(scene: Scene, concept: str) -> Scene | None:
+    """The same scene without one concept, for causal pairs.
+
+    Objects disappear, parts are left out, colours are painted over with another, textures become plain (plain becomes
+    striped), skies and grounds are exchanged or taken away, words are wiped off, small objects move to the other side.
+
+    Args:
+        scene: A scene.
+        concept: Name of the concept to take out.
+
+    Returns:
+        The other scene; None when the scene does not show the concept or cannot lose it.
+    """
+    if concept not in concept_maps(scene):
+        return None
+    changed = _lose(scene, concept)
+    return None if concept in concept_maps(changed) else changed
+
+
+def _lose(scene: Scene, concept: str) -> Scene:
+    kind = CONCEPT[concept].kind
+    if kind in ("part", "colour"):
+        return replace(scene, removed=scene.removed | {concept})
+    if concept == "sky":
+        return replace(scene, horizon=0)
+    if concept == "ground":
+        return replace(scene, horizon=SIDE)
+    if concept in SKIES:
+        return replace(scene, sky=SKIES[(SKIES.index(concept) + 1) % len(SKIES)])
+    if concept in GROUNDS:
+        return replace(scene, ground=GROUNDS[(GROUNDS.index(concept) + 1) % len(GROUNDS)])
+    if kind == "text":
+        things = tuple(replace(t, word="") if concept in ("text", t.word) else t for t in scene.things)
+        return replace(scene, things=things, corner_text="" if concept == "text" else scene.corner_text)
+    if kind == "texture":
+        other = "plain" if concept != "plain" else "striped"
+        return replace(
+            scene, things=tuple(replace(t, texture=other) if t.texture == concept else t for t in scene.things)
+        )
+    if kind == "relation":
+        return replace(scene, things=tuple(_move(t, scene) if t.relation == concept else t for t in scene.things))
+    kept = tuple(t for t in scene.things if t.kind != concept)
+    if scene.things[0].kind == concept:
+        kept = tuple(replace(t, relation="") for t in kept)
+    return replace(scene, things=kept)
+
+
+def _move(thing: Thing, scene: Scene) -> Thing:
+    """The object, as far to the right of the big one as the image allows."""
+    big = scene.things[0]
+    y = min(max(scene.horizon + 2, big.y + big.size) - thing.size, SIDE - thing.size)
+    x = SIDE - thing.size
+    return replace(thing, x=x, y=y, relation="" if x >= big.x + big.size - thing.size // 2 else thing.relation)

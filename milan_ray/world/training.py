@@ -1,0 +1,273 @@
+"""Training of the world's networks: seeded, on the CPU, seconds each; every training is a task that can run anywhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from safetensors.torch import save
+from torch import nn
+from torch.nn import functional as F
+
+from milan_ray.models.view import Preprocess, View
+from milan_ray.scoring.auroc import auroc
+from milan_ray.world.encoder import EncoderNet
+from milan_ray.world.lexicon import NAMES
+from milan_ray.world.networks import ARCHITECTURES, CLASSES, MEAN, STD, PlantedNet, planted_concepts
+from milan_ray.world.scenes import SIDE, concept_maps, make_scene, render
+
+PREPROCESS = Preprocess(View(resize=None, crop=SIDE), MEAN, STD)
+"""View and normalisation of every network of the world."""
+
+Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How long a network trains.
+
+    Attributes:
+        scenes: Scenes of the split ``train`` it sees, from ``first`` on.
+        epochs: Passes over them.
+        lr: Highest learning rate of the one-cycle schedule.
+        first: Index of the first scene; different networks see different scenes.
+        batch_size: Scenes per step.
+    """
+
+    scenes: int
+    epochs: int
+    lr: float
+    first: int = 0
+    batch_size: int = 64
+
+
+RECIPES: dict[str, Recipe] = {
+    "cnn": Recipe(scenes=10_000, epochs=2, lr=6e-3),
+    "resnet": Recipe(scenes=9_000, epochs=3, lr=5e-3, first=20_000),
+    "vit": Recipe(scenes=9_000, epochs=3, lr=3e-3, first=40_000),
+    "encoder": Recipe(scenes=12_000, epochs=2, lr=5e-3, first=60_000),
+    "planted": Recipe(scenes=6_000, epochs=2, lr=8e-3, first=80_000),
+}
+"""The recipes behind the weights, by network."""
+
+TEST_SCENES = 1_000
+"""Scenes of the split ``heldout`` behind every accuracy."""
+
+TESTS_FROM = 1_000_000
+"""Index of the first of them, beyond any probe's scenes."""
+
+
+def images_of(split: str, start: int, count: int) -> torch.Tensor:
+    """Draws consecutive scenes, uint8 (count, 64, 64, 3)."""
+    return torch.from_numpy(np.stack([render(make_scene(split, i)) for i in range(start, start + count)]))
+
+
+def labels_of(split: str, start: int, count: int) -> torch.Tensor:
+    """Classes of consecutive scenes, int64 (count,), as positions in ``CLASSES``."""
+    return torch.tensor([CLASSES.index(make_scene(split, i).label) for i in range(start, start + count)])
+
+
+def attributes_of(split: str, start: int, count: int) -> torch.Tensor:
+    """Which concepts consecutive scenes show anywhere, float32 (count, C), columns as ``NAMES``."""
+    present = (concept_maps(make_scene(split, i)).keys() for i in range(start, start + count))
+    return torch.tensor([[float(name in shown) for name in NAMES] for shown in present])
+
+
+def planted_targets(split: str, start: int, count: int) -> torch.Tensor:
+    """Where consecutive scenes show the planted concepts, uint8 (count, concepts, 16, 16): 255 · share of the cell."""
+    targets = np.zeros((count, len(planted_concepts), 16, 16), dtype=np.uint8)
+    column = {name: number for number, name in enumerate(planted_concepts)}
+    for row in range(count):
+        for name, shown in concept_maps(make_scene(split, start + row)).items():
+            if name in column:
+                cells = shown.reshape(16, SIDE // 16, 16, SIDE // 16).sum(axis=(1, 3))
+                targets[row, column[name]] = cells * 255 // (SIDE // 16) ** 2
+    return torch.from_numpy(targets)
+
+
+@contextmanager
+def _reproducible(seed: int, threads: int) -> Iterator[None]:
+    """A seed and a thread count for a while; the caller's own come back afterwards."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(before)
+
+
+def fit(network: nn.Module, images: torch.Tensor, targets: torch.Tensor, loss_of: Loss, recipe: Recipe) -> list[float]:
+    """Trains a network in place.
+
+    Args:
+        network: Takes normalised images (B, 3, 64, 64).
+        images: uint8 (N, 64, 64, 3).
+        targets: N targets, as ``loss_of`` takes them.
+        loss_of: (network, inputs, targets) → scalar.
+        recipe: Epochs, batch size, learning rate.
+
+    Returns:
+        The mean loss of every epoch.
+    """
+    network.train().to(memory_format=torch.channels_last)  # a fifth faster on CPUs
+    optimizer = torch.optim.AdamW(network.parameters(), weight_decay=0.02)
+    steps = len(images) // recipe.batch_size
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, recipe.lr, total_steps=recipe.epochs * steps)
+    history = []
+    for _ in range(recipe.epochs):
+        order = torch.randperm(len(images))
+        total = 0.0
+        for step in range(steps):
+            rows = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            inputs = PREPROCESS(images[rows]).to(memory_format=torch.channels_last)
+            loss = loss_of(network, inputs, targets[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        history.append(total / steps)
+    network.eval()
+    return history
+
+
+@torch.no_grad()
+def outputs_on(network: nn.Module, images: torch.Tensor, batch_size: int = 250) -> torch.Tensor:
+    """A network's outputs on uint8 images (N, 64, 64, 3), in eval mode."""
+    network.eval()
+    return torch.cat([network(PREPROCESS(batch)) for batch in images.split(batch_size)])
+
+
+def _class_loss(network: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(network(inputs), labels)
+
+
+def _encoder_loss(network: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    logits = network(inputs)
+    classes, attributes = logits[:, : len(CLASSES)], logits[:, len(CLASSES) :]
+    return F.cross_entropy(classes, targets[:, 0].long()) + 4 * F.binary_cross_entropy_with_logits(
+        attributes, targets[:, 1:]
+    )
+
+
+def _planted_loss(network: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    assert isinstance(network, PlantedNet)
+    return F.binary_cross_entropy_with_logits(network.maps(inputs), targets.float() / 255)
+
+
+def train_classifier(
+    architecture: str, seed: int = 0, threads: int = 1, recipe: Recipe | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Trains one of the architectures to name the big object.
+
+    Args:
+        architecture: A key of :data:`milan_ray.world.networks.ARCHITECTURES`.
+        seed: Of weights and order.
+        threads: Of torch; the result depends on it in the last bits only.
+        recipe: Another length of training.
+
+    Returns:
+        Weights, and metrics: ``accuracy`` on held-out scenes and the last epoch's ``loss``.
+    """
+    recipe = recipe or RECIPES[architecture]
+    with _reproducible(seed, threads):
+        network = ARCHITECTURES[architecture].build()
+        images = images_of("train", recipe.first, recipe.scenes)
+        history = fit(network, images, labels_of("train", recipe.first, recipe.scenes), _class_loss, recipe)
+        guesses = outputs_on(network, images_of("heldout", TESTS_FROM, TEST_SCENES)).argmax(dim=1)
+        accuracy = (guesses == labels_of("heldout", TESTS_FROM, TEST_SCENES)).float().mean().item()
+    return network.state_dict(), {"accuracy": accuracy, "loss": history[-1]}
+
+
+def train_encoder(
+    seed: int = 100, threads: int = 1, recipe: Recipe | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Trains the captioner's encoder on image-level labels: the class and which concepts occur, never where.
+
+    Returns:
+        Weights, and metrics: class ``accuracy`` and mean ``auroc`` of the attributes on held-out scenes.
+    """
+    recipe = recipe or RECIPES["encoder"]
+    with _reproducible(seed, threads):
+        network = EncoderNet()
+        targets = torch.cat(
+            [
+                labels_of("train", recipe.first, recipe.scenes)[:, None].float(),
+                attributes_of("train", recipe.first, recipe.scenes),
+            ],
+            dim=1,
+        )
+        fit(network, images_of("train", recipe.first, recipe.scenes), targets, _encoder_loss, recipe)
+        outputs = outputs_on(network, images_of("heldout", TESTS_FROM, TEST_SCENES))
+        labels = labels_of("heldout", TESTS_FROM, TEST_SCENES)
+        present = attributes_of("heldout", TESTS_FROM, TEST_SCENES)
+    accuracy = (outputs[:, : len(CLASSES)].argmax(dim=1) == labels).float().mean().item()
+    return network.state_dict(), {"accuracy": accuracy, "auroc": _mean_auroc(outputs[:, len(CLASSES) :], present)}
+
+
+def train_planted(
+    seed: int = 200, threads: int = 1, recipe: Recipe | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Trains the net of planted units, backbone and 1×1 convolution together, on concept maps.
+
+    Returns:
+        Weights, and metrics: mean ``auroc`` of the units' maxima for their concepts on held-out scenes.
+    """
+    recipe = recipe or RECIPES["planted"]
+    with _reproducible(seed, threads):
+        network = PlantedNet()
+        targets = planted_targets("train", recipe.first, recipe.scenes)
+        fit(network, images_of("train", recipe.first, recipe.scenes), targets, _planted_loss, recipe)
+        outputs = outputs_on(network, images_of("heldout", TESTS_FROM, TEST_SCENES))
+        columns = [NAMES.index(name) for name in planted_concepts]
+        present = attributes_of("heldout", TESTS_FROM, TEST_SCENES)[:, columns]
+    return network.state_dict(), {"auroc": _mean_auroc(outputs, present)}
+
+
+def _mean_auroc(scores: torch.Tensor, present: torch.Tensor) -> float:
+    """Mean over columns of the AUROC of a score for its own column's concept."""
+    each = auroc(scores.numpy(), present.numpy() > 0).diagonal()
+    return float(np.nanmean(each))
+
+
+@dataclass(frozen=True)
+class TrainTask:
+    """One training, small enough to travel.
+
+    Attributes:
+        name: What it trains; the weights' file is ``<name>.safetensors``.
+        train: Returns (weights, metrics).
+        core_seconds: Estimate.
+    """
+
+    name: str
+    train: Callable[[], tuple[dict[str, torch.Tensor], dict[str, float]]]
+    core_seconds: float
+
+    @property
+    def file(self) -> str:
+        """Name of the weights' file."""
+        return f"{self.name}.safetensors"
+
+    def run(self) -> bytes:
+        """Trains, and returns a whole safetensors file; its metadata ``metrics`` is JSON."""
+        weights, metrics = self.train()
+        contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
+        return save(contiguous, {"metrics": json.dumps(metrics)})
+
+
+def train_all_tasks(threads: int = 1) -> list[TrainTask]:
+    """Every training behind the world's weights, the longest first."""
+    tasks = [TrainTask(name, partial(train_classifier, name, seed, threads), 45) for seed, name in enumerate(ARCHITECTURES)]
+    tasks += [
+        TrainTask("encoder", partial(train_encoder, threads=threads), 60),
+        TrainTask("planted", partial(train_planted, threads=threads), 60),
+    ]
+    return sorted(tasks, key=lambda task: -task.core_seconds)

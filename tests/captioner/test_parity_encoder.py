@@ -1,0 +1,89 @@
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from milan_ray.captioner.captioner import Captioner
+from milan_ray.captioner.encoder import PyramidEncoder, SpatialEncoder, get_encoder, level_weights
+
+
+@pytest.fixture(scope="module")
+def inputs(golden: Path) -> tuple[torch.Tensor, torch.Tensor]:
+    with np.load(golden / "encoder/inputs.npz") as file:
+        images = torch.from_numpy(file["images"]).float() * torch.tensor(1 / 255)
+        masks = torch.from_numpy(np.unpackbits(file["masks"], axis=-1)[:, 0]).float()
+    return images, masks
+
+
+@pytest.fixture(scope="module")
+def features(golden: Path) -> dict[str, np.ndarray]:
+    with np.load(golden / "encoder/features.npz") as file:
+        return dict(file)
+
+
+def seeded(name: str) -> PyramidEncoder:
+    torch.manual_seed(0)
+    return get_encoder(name).load(torchvision.models.get_model(name, weights=None).state_dict())
+
+
+def assert_close(ours: torch.Tensor, reference: np.ndarray) -> None:
+    np.testing.assert_allclose(ours.numpy(), reference, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["alexnet", "resnet18", "resnet50", "resnet101"])
+def test_encoder_golden_features_agree(golden: Path, inputs: tuple, features: dict, name: str) -> None:
+    images, masks = inputs
+    encoder = seeded(name)
+    meta = json.loads((golden / "encoder/meta.json").read_text())[name]
+    assert list(encoder.spec.layers) == meta["layers"]
+    assert [encoder.feature_size] == meta["feature_shape"]
+    if f"{name}_masked" not in features:  # alexnet and resnet50: the golden folder holds no features
+        return
+    assert_close(encoder(images, masks), features[f"{name}_masked"])
+    assert_close(encoder(images[:2]), features[f"{name}_nomask"])
+    assert_close(encoder(images[:1], masks[:1]), features[f"{name}_single"])
+    assert_close(encoder(images[:2], masks[:2], normalize=False), features[f"{name}_unnormalized"])
+
+
+def test_encoder_golden_empty_and_vanished_masks_zero_where_the_reference_is(
+    golden: Path, inputs: tuple, features: dict
+) -> None:
+    images, masks = inputs
+    ours = seeded("resnet18")(images, masks)
+    column = json.loads((golden / "encoder/meta.json").read_text())["resnet18"]["image6_zero_from_column"]
+    assert not ours[5].any()
+    assert ours[6, :column].any() and not ours[6, column:].any()
+
+
+@pytest.mark.parametrize("size", [112, 56, 28, 14, 7])
+def test_level_weights_golden_masks_are_normalised_interpolations(inputs: tuple, features: dict, size: int) -> None:
+    raw = torch.from_numpy(features[f"ms_{size}"]) if f"ms_{size}" in features else None
+    if raw is None:
+        pytest.skip("the golden folder holds no interpolated masks")
+    total = raw.sum(dim=(1, 2), keepdim=True)
+    assert_close(level_weights(inputs[1], (size, size)), (raw / total.masked_fill(total == 0, 1)).numpy())
+
+
+def test_spatial_encoder_golden_features_agree(inputs: tuple, features: dict) -> None:
+    images, masks = inputs
+    encoder = SpatialEncoder(seeded("resnet18"))
+    assert_close(encoder(images[:2], masks[:2]), features["spatial_resnet18"])
+    assert_close(encoder(images[:2]), features["spatial_resnet18_nomask"])
+
+
+def test_encoder_from_golden_checkpoint_needs_no_download(toy: Captioner, inputs: tuple, features: dict) -> None:
+    images, masks = inputs
+    encoder = get_encoder(toy.encoder_name).load(toy.encoder_state)
+    assert_close(encoder(images[:1], masks[:1]), features["resnet18_single"])
+
+
+def test_seeded_resnet18_is_the_reference_backbone(golden: Path, toy: Captioner) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(weights=None)
+    assert toy.encoder_state is not None
+    assert all(torch.equal(tensor, toy.encoder_state[name]) for name, tensor in model.state_dict().items())
+    assert hashlib.sha256(toy.encoder_state["conv1.weight"].numpy().tobytes()).hexdigest()

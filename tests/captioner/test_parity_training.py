@@ -1,0 +1,84 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from milan_ray.captioner.captioner import Captioner
+from milan_ray.captioner.checkpoints import load_reference
+from milan_ray.captioner.training import (
+    TrainingConfig,
+    attention_regularizer,
+    collate_decoder,
+    collate_lm,
+    decoder_epoch,
+    optimizer_for,
+    token_loss,
+)
+
+
+@pytest.fixture
+def captioner(golden: Path) -> Captioner:
+    """A fresh copy with dropout off: the golden losses are those of eval mode."""
+    return load_reference(golden / "milan-toy.pth")
+
+
+@pytest.fixture(scope="module")
+def record(golden: Path) -> dict:
+    return json.loads((golden / "loss/loss.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def arrays(golden: Path) -> dict[str, np.ndarray]:
+    with np.load(golden / "loss/loss.npz") as file:
+        return dict(file)
+
+
+def assert_close(ours: torch.Tensor, reference: np.ndarray) -> None:
+    np.testing.assert_allclose(ours.detach().numpy(), reference, rtol=0, atol=1e-4)
+
+
+def batch_of(captioner: Captioner, record: dict) -> list[list[int]]:
+    tokens = [captioner.indexer.tokenizer(text) for text in record["captions"]]
+    return [captioner.indexer.words(text) for text in tokens]
+
+
+def test_decoder_golden_loss_and_gradients_agree(captioner: Captioner, record: dict, arrays: dict) -> None:
+    batch = collate_decoder(torch.from_numpy(arrays["features"]), batch_of(captioner, record), captioner.indexer)
+    assert batch.targets.tolist() == arrays["targets"].tolist()
+    log_probs, attentions = captioner.decoder(*batch)
+    nll = token_loss(log_probs, batch.targets, captioner.indexer.ids.pad)
+    regularizer = attention_regularizer(attentions)
+    (nll + regularizer).backward()
+    assert nll.item() == pytest.approx(record["nll"], abs=1e-4)
+    assert regularizer.item() == pytest.approx(record["regularizer"], abs=1e-4)
+    gradients = {name: parameter.grad for name, parameter in captioner.decoder.named_parameters()}
+    assert {name: g.norm().item() for name, g in gradients.items()} == pytest.approx(record["grad_norms"], abs=1e-4)
+    for name, reference in arrays.items():
+        if name.startswith("grad."):
+            assert_close(gradients[name.removeprefix("grad.")], reference)
+
+
+def test_decoder_epoch_golden_batch_one_adamw_step_agrees(captioner: Captioner, record: dict, arrays: dict) -> None:
+    batch = collate_decoder(torch.from_numpy(arrays["features"]), batch_of(captioner, record), captioner.indexer)
+    decoder = captioner.decoder
+    decoder.output[0].p = 0.0
+    config = TrainingConfig()
+    loss = decoder_epoch(decoder, optimizer_for(decoder, config), [batch], captioner.indexer.ids.pad, config)
+    assert loss == pytest.approx(record["loss"], abs=1e-4)
+    for name, reference in arrays.items():
+        if name.startswith("adamw1."):
+            assert_close(dict(decoder.named_parameters())[name.removeprefix("adamw1.")], reference)
+
+
+def test_language_model_golden_loss_and_gradients_agree(captioner: Captioner, record: dict, arrays: dict) -> None:
+    batch = collate_lm(batch_of(captioner, record), captioner.indexer)
+    assert batch.inputs.tolist() == arrays["lm_inputs"].tolist()
+    assert batch.targets.tolist() == arrays["lm_targets"].tolist()
+    assert captioner.lm is not None
+    loss = token_loss(captioner.lm(batch.inputs), batch.targets, captioner.indexer.ids.pad)
+    loss.backward()
+    assert loss.item() == pytest.approx(record["lm_loss"], abs=1e-4)
+    norms = {name: parameter.grad.norm().item() for name, parameter in captioner.lm.named_parameters()}
+    assert norms == pytest.approx(record["lm_grad_norms"], abs=1e-4)

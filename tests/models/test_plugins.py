@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from milan_ray.errors import MilanError
+from milan_ray.models.registry import get_model
+from milan_ray.plugins import load_plugins
+
+SOURCE = """
+from torch import nn
+from milan_ray.models.registry import register_model
+register_model("{name}", lambda weights: nn.Linear(2, 2), ["outputs"])
+"""
+
+
+def test_plugins_builtin_ones_are_always_loaded() -> None:
+    load_plugins()
+    assert get_model("alexnet/imagenet").layers[0] == "features.0"
+
+
+def test_plugins_file_and_module_register_their_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "one.py").write_text(SOURCE.format(name="plugin/one"))
+    (tmp_path / "milan_test_plugin_two.py").write_text(SOURCE.format(name="plugin/two"))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    load_plugins([str(tmp_path / "one.py"), "milan_test_plugin_two"])
+    assert get_model("plugin/one").name == "plugin/one"
+    assert get_model("plugin/two").name == "plugin/two"
+
+
+def test_plugins_loaded_twice_run_once(tmp_path: Path) -> None:
+    (tmp_path / "once.py").write_text(f"open({str(tmp_path / 'log')!r}, 'a').write('run ')")
+    for _ in range(2):
+        load_plugins([str(tmp_path / "once.py")])
+    assert (tmp_path / "log").read_text() == "run "
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"), [(None, "FileNotFoundError"), ("1 / 0", "ZeroDivisionError"), ("def", "SyntaxError")]
+)
+def test_plugins_broken_file_is_named_with_the_reason(tmp_path: Path, source: str | None, reason: str) -> None:
+    if source is not None:
+        (tmp_path / "broken.py").write_text(source)
+    modules = set(sys.modules)
+    with pytest.raises(MilanError, match=rf"broken\.py' cannot be imported \({reason}"):
+        load_plugins([str(tmp_path / "broken.py")])
+    assert not {name for name in set(sys.modules) - modules if "broken" in name}
+
+
+def test_plugins_missing_module_is_named() -> None:
+    with pytest.raises(MilanError, match="plug-in 'no_such_module_here' cannot be imported"):
+        load_plugins(["no_such_module_here"])

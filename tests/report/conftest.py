@@ -1,0 +1,141 @@
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from milan_ray.report import write_report
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, LEVELS, RUNS, SCORES, SKIPPED, VIEWS, Noun
+from milan_ray.storage import Storage
+
+SIDE = 20  # pixels of a view and its mask; 400 bits are whole bytes, 20 bits of a row are not
+UNITS = 90
+EXEMPLARS_EACH = 3
+MODEL = "toy/<b>\"x\"&'y'"
+LAYERS = ("Conv1", "conv1")
+NASTY = "<script>document.title='broken'</script> \"quoted\" & 'single' </script>"
+
+
+def describe(unit: int) -> str:
+    return {7: NASTY, 71: "zebra stripes"}.get(unit, f"{('red', 'green', 'blue')[unit % 3]} thing")
+
+
+def score(unit: int) -> float:
+    return float((unit * 37) % UNITS) - 100.0  # a permutation of the units; unit 17 has the highest
+
+
+def mask(unit: int, rank: int) -> np.ndarray:
+    """Left part of the image, wider with the unit, one row lower with the rank."""
+    bits = np.zeros((SIDE, SIDE), bool)
+    bits[rank:, : 1 + unit % (SIDE - 1)] = True
+    return bits
+
+
+def pixels(image_id: int) -> np.ndarray:
+    return np.full((SIDE, SIDE, 3), (200, 40 * image_id, 100), np.uint8)
+
+
+def rows(noun: Noun, values: list[tuple[object, ...]]) -> dict[str, list[object]]:
+    columns = zip(*values, strict=True)
+    return {column.name: list(found) for column, found in zip(noun.columns, columns, strict=True)}
+
+
+def write(storage: Storage, noun: Noun, values: list[tuple[object, ...]], **options: object) -> None:
+    table = noun.table(rows(noun, values))
+    keys = {key: str(table[key][0]) for key in noun.partition}
+    storage.write(noun, table, "a1b2", **options, **keys)  # type: ignore[arg-type]
+
+
+def write_exemplars(storage: Storage) -> None:
+    metadata = {"mask_height": str(SIDE), "mask_width": str(SIDE), "view": "toy-view", "probe": "p1", "k": "3"}
+    for layer in LAYERS:
+        exemplars = [
+            (MODEL, layer, u, r, (u + r) % 6, 100.0 + u - r, np.packbits(mask(u, r)).tobytes())
+            for u in range(UNITS)
+            for r in range(EXEMPLARS_EACH)
+        ]
+        write(storage, EXEMPLARS, exemplars[::-1], metadata=metadata)
+    for block in range(2):
+        images = []
+        for image_id in range(3 * block, 3 * block + 3):
+            png = io.BytesIO()
+            Image.fromarray(pixels(image_id)).save(png, "PNG")
+            images.append(("p1", "toy-view", str(block), image_id, png.getvalue()))
+        write(storage, VIEWS, images)
+
+
+@pytest.fixture
+def sheet_storage(tmp_path: Path) -> Storage:
+    """A run directory with exemplars and views only."""
+    storage = Storage(tmp_path / "run")
+    write_exemplars(storage)
+    return storage
+
+
+@pytest.fixture(scope="session")
+def full_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """A run directory with everything the report shows; in the first layer, 89 has no description and 90 is dead."""
+    storage = Storage(tmp_path_factory.mktemp("full") / "run")
+    write_exemplars(storage)
+    for layer in LAYERS:
+        write(storage, LEVELS, [(MODEL, layer, u, 0.5 + u, 1000, 0, True) for u in range(UNITS)])
+    first = LAYERS[0]
+    write(
+        storage,
+        LEVELS,
+        [
+            (MODEL, first, u, 0.5 + u if u < UNITS else float("nan"), 1000, u // UNITS * 9, True)
+            for u in range(UNITS + 1)
+        ],
+    )
+    for labeler, shift in (("milan", 0.0), ("milan-pdE", 1.0)):
+        described = [
+            (
+                labeler,
+                MODEL,
+                first,
+                u,
+                describe(u),
+                score(u) + shift,
+                -5.0,
+                -20.0,
+                0.2,
+                [
+                    {"text": text, "score": -1.0, "logp_d_given_e": -5.0, "logp_d": -20.0}
+                    for text in (describe(u), "runner-up")
+                ],
+            )
+            for u in range(UNITS - 1)
+        ]
+        write(storage, DESCRIPTIONS, described)
+    write(storage, ANNOTATIONS, [("people", MODEL, first, 7, "A", NASTY), ("people", MODEL, first, 7, "B", "a sign")])
+    write(storage, SKIPPED, [(MODEL, 6, "/data/<i>.jpg", "truncated file")])
+    versions = '{"milan_ray":"0.1.0"}'
+    write(storage, RUNS, [("exemplars", "a1b2", MODEL, "", 540, 6, 1.5, "2025-01-01T00:00:00Z", versions)])
+    scores = [
+        (
+            "held-out",
+            system,
+            metric,
+            value,
+            value - 0.1,
+            value + 0.1,
+            90,
+            "without idf" if metric == "BERTScore" else "",
+        )
+        for system, value in (("milan", 0.5), ("constant", 0.25))
+        for metric in ("BLEU", "BERTScore")
+    ]
+    write(storage, SCORES, scores)
+    return storage
+
+
+@pytest.fixture(scope="session")
+def site(full_storage: Storage, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report of the full run directory."""
+    folder = tmp_path_factory.mktemp("site with spaces") / "report"
+    write_report(full_storage, folder, notes={"Mind": "a <toy> run"})
+    return folder
