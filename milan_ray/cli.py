@@ -218,7 +218,7 @@ def _add_models(parser: argparse.ArgumentParser) -> None:
 
 def _list_models(args: argparse.Namespace) -> int:
     from milan_ray.models.describe import layer_table
-    from milan_ray.models.registry import RANDOM, get_model, model_names
+    from milan_ray.models.registry import get_model, model_names
     from milan_ray.models.resolve import resolve_model
     from milan_ray.plugins import load_plugins
 
@@ -227,13 +227,7 @@ def _list_models(args: argparse.Namespace) -> int:
         for name in model_names():
             print(name)
         return 0
-    get_model(args.name)
-    try:
-        spec = resolve_model(args.name, args.weights)
-    except MilanError:
-        if args.weights is not None:
-            raise
-        spec = resolve_model(args.name, RANDOM)  # shapes do not depend on weights that are not there
+    spec = resolve_model(args.name, args.weights) if args.weights else get_model(args.name)
     print(f"{'layer':40} {'module':24} {'shape':20} {'units':>6}  default")
     for layer in layer_table(spec):
         shape = "×".join(map(str, layer.shape)) if layer.shape else "-"

@@ -6,9 +6,16 @@ import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two OpenMP threads stall each other otherwise
 
+from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+
+from milan_ray import runtime
+
+runtime.prepare(None)  # before anything imports Ray
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -26,3 +33,27 @@ def shared() -> Path:
 def golden(shared: Path) -> Path:
     """Outputs of the genuine reference implementation."""
     return shared / "golden"
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    """One local Ray for all tests that need it."""
+    from milan_ray.config import Resources
+    from milan_ray.pipelines.cluster import connected
+
+    with connected(Resources()):
+        yield
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of 90 small random images of 3 classes, in three sizes."""
+    root = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for index in range(90):
+        folder = root / f"class {index % 3}"
+        folder.mkdir(exist_ok=True)
+        size = (24 + index % 3 * 8, 32)
+        coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"{index:03d}.png")
+    return root

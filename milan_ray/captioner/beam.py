@@ -55,7 +55,7 @@ def beam_search(
     Raises:
         MilanError: The vocabulary is smaller than the beam.
     """
-    ids, hidden = decoder.config.ids, decoder.config.hidden_size
+    ids = decoder.config.ids
     if not 1 <= beam_size <= ids.total:
         raise MilanError(
             f"a beam of {beam_size} does not fit a vocabulary of {ids.total} tokens; set the beam size to 1…{ids.total}"

@@ -13,7 +13,7 @@ from milan_ray.captioner.beam import beam_search
 from milan_ray.captioner.decoder import Decoded, Decoder, decode_forced, decode_stepwise
 from milan_ray.captioner.device import resolve_device
 from milan_ray.captioner.lm import LanguageModel
-from milan_ray.captioner.quirks import Quirks
+from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
 from milan_ray.captioner.rerank import beam_logp, counted_length, rescore
 from milan_ray.captioner.text import Indexer
 from milan_ray.errors import MilanError
@@ -39,7 +39,7 @@ class Candidates:
     texts: list[list[str]]
 
     def scores(self, lam: float) -> np.ndarray:
-        """log p(d|E) − λ log p(d), float32 (B, beam); log p(d|E) alone when λ is 0.
+        """Log p(d|E) − λ log p(d), float32 (B, beam); log p(d|E) alone when λ is 0.
 
         Raises:
             MilanError: λ is not 0 and there is no log p(d).
@@ -101,7 +101,7 @@ class Captioner:
         if self.lm is not None:
             words["language model"] = self.lm.config.words
         if len(set(words.values())) > 1:
-            raise MilanError(f"the captioner's parts are of different vocabularies (words: {words}); take parts trained together")
+            raise MilanError(f"the captioner's parts have different vocabularies (words: {words}); train them together")
         self.decoder.eval()
         if self.lm is not None:
             self.lm.eval()
@@ -133,7 +133,7 @@ class Captioner:
         beam_size: int | None = None,
         length: int | None = None,
         mi_lam: float | None = None,
-        quirks: Quirks = Quirks(),
+        quirks: Quirks = NO_QUIRKS,
     ) -> Candidates:
         """Searches descriptions of units, with both log-probabilities of each.
 
@@ -178,9 +178,9 @@ class Captioner:
         n_best: int = 1,
         beam_size: int | None = None,
         length: int | None = None,
-        quirks: Quirks = Quirks(),
+        quirks: Quirks = NO_QUIRKS,
     ) -> list[list[Description]]:
-        """The ``n_best`` descriptions of each unit by log p(d|E) − λ log p(d), the best first; see :meth:`candidates`."""
+        """The ``n_best`` descriptions of each unit, by :func:`best_descriptions` of :meth:`candidates`."""
         candidates = self.candidates(features, beam_size, length, quirks=quirks)
         return best_descriptions(candidates, self.lam if lam is None else lam, n_best)
 

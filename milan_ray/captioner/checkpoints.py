@@ -12,6 +12,7 @@ import io
 import json
 import pickle
 import zipfile
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +20,7 @@ from typing import Any, BinaryIO
 
 import safetensors.torch
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
@@ -172,7 +173,9 @@ def _filled(model: Any, state: Mapping[str, Tensor], source: str) -> Any:
     try:
         model.load_state_dict(state)
     except RuntimeError as error:
-        raise MilanError(f"the weights in {source} do not fit its configuration: {error}; get the file again") from error
+        raise MilanError(
+            f"the weights in {source} do not fit its configuration: {error}; get the file again"
+        ) from error
     return model
 
 
@@ -192,10 +195,6 @@ def _language_model(
 ) -> LanguageModel:
     sizes = [properties[name] for name in ("embedding_size", "hidden_size", "layers", "dropout")]
     return _filled(LanguageModel(LMConfig(len(indexer.vocabulary), *sizes)), state, str(path))
-
-
-class _Config(dict[str, Any]):
-    """Stands in for spaCy's configuration class: the data without the code."""
 
 
 _STORAGES = {
@@ -222,10 +221,9 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("collections", "OrderedDict"): collections.OrderedDict,
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("_codecs", "encode"): _encode,
-    ("confection", "Config"): _Config,
-    ("confection._config", "Config"): _Config,
-    ("thinc.config", "Config"): _Config,
 }
+# Where versions of spaCy keep the class of its configuration; read as a dict.
+_CONFIG_CLASSES = {("confection", "Config"), ("confection._config", "Config"), ("thinc.config", "Config")}
 
 
 class _Unpickler(pickle.Unpickler):
@@ -236,10 +234,13 @@ class _Unpickler(pickle.Unpickler):
         self._read_storage = read_storage
         self._source = source
         self._storages: dict[str, Tensor] = {}
+        self._config_class = type("Config", (dict,), {})  # one per file: a pickle may set attributes on a class
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
             return _STORAGES[name]
+        if (module, name) in _CONFIG_CLASSES:
+            return self._config_class
         if (module, name) not in _ALLOWED:
             raise MilanError(
                 f"{self._source} refers to {module}.{name}, which no MILAN checkpoint needs; "
@@ -250,8 +251,24 @@ class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, _ = pid
         if key not in self._storages:
-            self._storages[key] = torch.frombuffer(self._read_storage(key), dtype=dtype)
+            content = self._read_storage(key)
+            self._storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
         return self._storages[key]
+
+
+# What zipfile, pickle and torch raise for bytes that are not what they should be.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    OverflowError,
+)
 
 
 def read_pickled(path: str | Path) -> Any:
@@ -264,9 +281,12 @@ def read_pickled(path: str | Path) -> Any:
         with zipfile.ZipFile(path) as archive:
             (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             root = index[: -len("data.pkl")]
-            read = lambda key: bytearray(archive.read(f"{root}data/{key}"))  # noqa: E731
-            return _Unpickler(io.BytesIO(archive.read(index)), read, str(path)).load()
-    except FileNotFoundError as error:
-        raise MilanError(f"no checkpoint at {path}; check the path") from error
-    except (zipfile.BadZipFile, pickle.UnpicklingError, ValueError, KeyError, TypeError, RuntimeError) as error:
+
+            def read_storage(key: str) -> bytearray:
+                return bytearray(archive.read(f"{root}data/{key}"))
+
+            return _Unpickler(io.BytesIO(archive.read(index)), read_storage, str(path)).load()
+    except OSError as error:
+        raise MilanError(f"cannot read the checkpoint {path} ({error.strerror}); check the path") from error
+    except _DAMAGED as error:
         raise _not_ours(path, error) from error

@@ -67,6 +67,9 @@ class EncoderSpec:
 class PyramidEncoder(nn.Module):
     """Maps of several layers of a backbone, pooled with masks into one feature vector per exemplar."""
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(self, spec: EncoderSpec, backbone: nn.Module) -> None:
         super().__init__()
         self.spec = spec
@@ -219,10 +222,14 @@ def _torchvision(name: str) -> nn.Module:
 
 
 def _pretrained(name: str, path: str | None) -> nn.Module:
-    url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url  # what the published captioners were trained on
+    url = torchvision.models.get_model_weights(name)[
+        "IMAGENET1K_V1"
+    ].url  # what the published captioners were trained on
     file = Path(path) if path else Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
     if not file.is_file():
-        raise MilanError(f"no weights for encoder {name!r} at {file}; download {url} to that place, or name your own file")
+        raise MilanError(
+            f"no weights for encoder {name!r} at {file}; download {url} to that place, or name your own file"
+        )
     model = _torchvision(name)
     if file.suffix == ".safetensors":
         state = safetensors.torch.load_file(file)

@@ -67,7 +67,7 @@ class LanguageModel(nn.Module):
 
     @torch.no_grad()
     def sequence_logp(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """log p of sequences, ``<start>`` implied: Σ_t log p(tokens[t] | tokens[:t]) over t < length, nats.
+        """Log p of sequences, ``<start>`` implied: Σ_t log p(tokens[t] | tokens[:t]) over t < length, nats.
 
         Beams share most of their beginnings, so every distinct prefix is run once, whoever's it is.
 

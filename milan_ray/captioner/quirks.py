@@ -21,4 +21,5 @@ class Quirks:
     keep_last_weights: bool = False
 
 
+NO_QUIRKS = Quirks()
 REFERENCE = Quirks(lm_counts_past_stop=True, batch_dependent_length=True, keep_last_weights=True)

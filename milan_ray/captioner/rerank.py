@@ -8,15 +8,15 @@ from torch import Tensor
 
 from milan_ray.captioner.beam import Beams
 from milan_ray.captioner.lm import LanguageModel
-from milan_ray.captioner.quirks import Quirks
+from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
 
 
 def rescore(logp_d_given_e: np.ndarray, logp_d: np.ndarray, lam: float) -> np.ndarray:
-    """log p(d|E) − λ log p(d), nats, for stored log-probabilities of any (equal) shape."""
+    """Log p(d|E) − λ log p(d), nats, for stored log-probabilities of any (equal) shape."""
     return logp_d_given_e - lam * logp_d
 
 
-def counted_length(tokens: Tensor, stop: int, steps: Tensor, quirks: Quirks = Quirks()) -> Tensor:
+def counted_length(tokens: Tensor, stop: int, steps: Tensor, quirks: Quirks = NO_QUIRKS) -> Tensor:
     """How many tokens of each sequence log p(d) counts: through the first ``<stop>``, or all when there is none.
 
     Args:
@@ -32,8 +32,8 @@ def counted_length(tokens: Tensor, stop: int, steps: Tensor, quirks: Quirks = Qu
     return torch.minimum(before_stop + (2 if quirks.lm_counts_past_stop else 1), steps.expand_as(before_stop))
 
 
-def beam_logp(lm: LanguageModel, beams: Beams, quirks: Quirks = Quirks()) -> Tensor:
-    """log p(d) of every beam, nats: (B, beam)."""
+def beam_logp(lm: LanguageModel, beams: Beams, quirks: Quirks = NO_QUIRKS) -> Tensor:
+    """Log p(d) of every beam, nats: (B, beam)."""
     steps = beams.steps
     if quirks.batch_dependent_length:
         steps = torch.full_like(steps, beams.tokens.shape[2])

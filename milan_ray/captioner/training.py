@@ -106,13 +106,19 @@ def optimizer_for(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW
 
 
 def decoder_epoch(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[DecoderBatch], pad: int, config: TrainingConfig
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[DecoderBatch],
+    pad: int,
+    config: TrainingConfig,
 ) -> float:
     """Trains a decoder for one epoch; returns the mean loss over batches, regulariser included."""
 
     def loss(batch: DecoderBatch) -> Tensor:
         log_probs, attentions = model(*batch)
-        return token_loss(log_probs, batch.targets, pad) + config.regularization_weight * attention_regularizer(attentions)
+        return token_loss(log_probs, batch.targets, pad) + config.regularization_weight * attention_regularizer(
+            attentions
+        )
 
     return _train(model, optimizer, batches, loss)
 
@@ -153,7 +159,7 @@ def lm_loss(model: nn.Module, batches: Iterable[LMBatch], pad: int) -> float:
 
 
 def greedy_captions(decoder: Decoder, features: Tensor, indexer: Indexer, length: int = 15) -> list[str]:
-    """Greedy captions of units' features (B, k, F), for BLEU on the validation units; leaves the decoder in eval mode."""
+    """Greedy captions from features (B, k, F), for BLEU on the validation units; leaves the decoder in eval mode."""
     decoder.eval()
     return [indexer.reconstruct(row) for row in decode_stepwise(decoder, features, length).tokens.tolist()]
 

@@ -37,13 +37,13 @@ def read_views(probe: Probe, refs: Sequence[ImageRef], view: View) -> Batch:
     """Reads images and applies a view; unreadable ones are set aside with their reason."""
     batch = Batch(np.zeros((len(refs), *view.shape, 3), np.uint8), np.zeros(len(refs), np.int64), [])
     for ref in refs:
+        good = len(batch.sha256)
         try:
             found = probe.read(ref)
+            batch.views[good] = view(found.image)
         except UnreadableImage as error:
             batch.unreadable.append((ref, str(error)))
             continue
-        good = len(batch.sha256)
-        batch.views[good] = view(found.image)
         batch.ids[good] = ref.image_id
         batch.sha256.append(found.sha256)
     good = len(batch.sha256)

@@ -55,6 +55,7 @@ class ModelWork:
     Attributes:
         model: Which model, and how to get it.
         layers: Layers still to do.
+        probe: Digest of the probe manifest.
         work: Configuration hash of this work; partials lie below it.
         plan: The states' plan.
         hashes: Layer → configuration hash of its public tables.
@@ -62,6 +63,7 @@ class ModelWork:
 
     model: requests.ModelRequest
     layers: tuple[str, ...]
+    probe: str
     work: str
     plan: Plan
     hashes: dict[str, str]
@@ -149,7 +151,7 @@ def run_exemplars(
         if item.model.name in failed:
             continue
         try:
-            images = _finish_images(storage, item, config, digest, len(manifest))
+            images = _finish_images(storage, item, config, len(manifest))
         except MilanError as error:
             failed[item.model.name] = str(error)
             continue
@@ -205,7 +207,7 @@ def _plan(
         }
     )
     plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
-    return ModelWork(request, missing, work, plan, hashes)
+    return ModelWork(request, missing, probe, work, plan, hashes)
 
 
 def _run_shards(
@@ -353,7 +355,7 @@ class ExemplarWorker(_ModelWorker):
         return union
 
 
-def _finish_images(storage: Storage, item: ModelWork, config: ExemplarConfig, digest: str, expected: int) -> int:
+def _finish_images(storage: Storage, item: ModelWork, config: ExemplarConfig, expected: int) -> int:
     """Writes what was skipped and the digests of what was read; returns the number of usable images.
 
     Raises:
@@ -377,7 +379,7 @@ def _finish_images(storage: Storage, item: ModelWork, config: ExemplarConfig, di
             f"{len(bad)} of {expected} probe images are unreadable, the first {first}; "
             "repair them, or raise --max-bad if that is expected."
         )
-    _record_digests(storage, digest, images)
+    _record_digests(storage, item.probe, images)
     return expected - len(bad)
 
 
@@ -491,6 +493,7 @@ def _write_exemplars(
     metadata = {
         "mask_height": str(height),
         "mask_width": str(width),
+        "probe": task.item.probe,
         "view": requests.model(task.item.model).preprocess.view.key,
         "k": str(task.config.k),
         "quantile": str(task.config.quantile),

@@ -34,6 +34,7 @@ from milan_ray.storage import Storage
 PAGE_SIZE = 40
 """Unit cards per page."""
 
+_ROOT = "../../../"  # from a layer's pages to the report's folder
 _EXAMPLES = 4  # per layer, on the index
 _N_BEST = 10
 _SKIPPED_LISTED = 100
@@ -51,6 +52,7 @@ class LayerSummary:
         model: The model's name.
         layer: The layer's name.
         href: The layer's folder, relative to the index, with a slash at its end.
+        shape: Height and width of its masks.
         units: Units in all.
         described: Units with a description.
         mean_score: Mean of the finite scores of the first labeler, None without any.
@@ -60,6 +62,7 @@ class LayerSummary:
     model: str
     layer: str
     href: str
+    shape: tuple[int, int]
     units: int
     described: int
     mean_score: float | None
@@ -107,6 +110,7 @@ def write_report(
     shown_models = _chosen("model with exemplars", models, [keys["model"] for keys in found])
     known_labelers = [keys["labeler"] for keys in storage.partitions(DESCRIPTIONS) if keys["model"] in shown_models]
     shown_labelers = _chosen("labeler with descriptions", labelers, known_labelers)
+    annotation_sources = sorted({keys["source"] for keys in storage.partitions(ANNOTATIONS)})
     layers = sorted(
         (keys for keys in found if keys["model"] in shown_models),
         key=lambda keys: (shown_models.index(keys["model"]), _natural(keys["layer"])),
@@ -123,15 +127,17 @@ def write_report(
     summaries = []
     try:
         out.mkdir(parents=True, exist_ok=True)
+        index = out / "index.html"
+        index.unlink(missing_ok=True)  # no index, no report: one that was cut short is not taken for a whole one
         for done, keys in enumerate(layers):
             if progress:
                 progress(done, len(layers), f"{keys['model']} {keys['layer']}")
-            summaries.append(_write_layer(storage, out, env, keys["model"], keys["layer"], shown_labelers, images))
+            layer = _Layer.read(storage, keys["model"], keys["layer"], shown_labelers, annotation_sources)
+            summaries.append(_write_layer(out, env, layer, images[layer.source]))
         for (probe, view), image_ids in images.items():
             write_images(storage, out, probe, view, image_ids)
         for asset in ("report.css", "report.js"):
             shutil.copyfile(_TEMPLATES / asset, out / asset)
-        index = out / "index.html"
         _render(
             env,
             "index.html",
@@ -167,115 +173,152 @@ def slug(name: str) -> str:
 # -- one layer ------------------------------------------------------------------------------------------------------
 
 
-def _write_layer(
-    storage: Storage,
-    out: Path,
-    env: Environment,
-    model: str,
-    layer: str,
-    labelers: Sequence[str],
-    images: dict[tuple[str, str], set[int]],
-) -> LayerSummary:
+@dataclass(frozen=True)
+class _Layer:
+    """A layer's tables, ready to be asked for one unit after the other."""
+
+    model: str
+    layer: str
+    metadata: dict[str, str]
+    exemplars: pa.Table
+    order: np.ndarray  # rows of `exemplars` by unit and rank
+    unit_of: np.ndarray  # the unit of each row in that order
+    levels: dict[int, Row]
+    descriptions: dict[str, dict[int, Row]]  # labeler → unit → row
+    annotations: dict[int, list[Row]]
+
+    @classmethod
+    def read(
+        cls, storage: Storage, model: str, layer: str, labelers: Sequence[str], annotation_sources: Sequence[str]
+    ) -> _Layer:
+        keys = {"model": model, "layer": layer}
+        exemplars = storage.read(EXEMPLARS, **keys)
+        order = np.lexsort((exemplars["rank"].to_numpy(), exemplars["unit"].to_numpy()))
+        annotations = defaultdict(list)
+        for source in annotation_sources:
+            for row in _rows(storage, ANNOTATIONS, source=source, **keys):
+                annotations[row["unit"]].append(row)
+        return cls(
+            model=model,
+            layer=layer,
+            metadata=storage.metadata(EXEMPLARS, **keys) or {},
+            exemplars=exemplars,
+            order=order,
+            unit_of=exemplars["unit"].to_numpy()[order],
+            levels={row["unit"]: row for row in _rows(storage, LEVELS, **keys)},
+            descriptions={
+                labeler: {row["unit"]: row for row in _rows(storage, DESCRIPTIONS, labeler=labeler, **keys)}
+                for labeler in labelers
+            },
+            annotations=annotations,
+        )
+
+    @property
+    def href(self) -> str:
+        return f"layers/{slug(self.model)}/{slug(self.layer)}/"
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """Digest of the probe and key of the view: which images the exemplars are."""
+        return self.metadata["probe"], self.metadata["view"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the masks."""
+        return int(self.metadata["mask_height"]), int(self.metadata["mask_width"])
+
+    @property
+    def units(self) -> list[int]:
+        return sorted({*self.unit_of.tolist(), *self.levels})
+
+    def exemplars_of(self, unit: int) -> list[Row]:
+        first, last = np.searchsorted(self.unit_of, [unit, unit + 1])
+        return self.exemplars.take(self.order[first:last]).to_pylist()
+
+    def labels_of(self, unit: int) -> dict[str, Row]:
+        return {labeler: rows[unit] for labeler, rows in self.descriptions.items() if unit in rows}
+
+
+def _write_layer(out: Path, env: Environment, layer: _Layer, images: set[int]) -> LayerSummary:
     """Writes a layer's pages, adds the images they show to `images`, and sums the layer up for the index."""
-    href = f"layers/{slug(model)}/{slug(layer)}/"
-    folder = out / href
-    shutil.rmtree(folder, ignore_errors=True)  # an earlier report may have had more pages
+    folder = out / layer.href
+    if folder.exists():
+        shutil.rmtree(folder)  # an earlier report may have had more pages
     (folder / "masks").mkdir(parents=True)
 
-    metadata = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
-    source = metadata["probe"], metadata["view"]
-    shape = int(metadata["mask_height"]), int(metadata["mask_width"])
-    exemplars = storage.read(EXEMPLARS, model=model, layer=layer)
-    order = np.lexsort((exemplars["rank"].to_numpy(), exemplars["unit"].to_numpy()))
-    unit_of = exemplars["unit"].to_numpy()[order]
-    levels = {row["unit"]: row for row in _rows(storage, LEVELS, model=model, layer=layer)}
-    descriptions = [
-        {row["unit"]: row for row in _rows(storage, DESCRIPTIONS, labeler=labeler, model=model, layer=layer)}
-        for labeler in labelers
-    ]
-    annotations = defaultdict(list)
-    for keys in storage.partitions(ANNOTATIONS, model=model, layer=layer):
-        for row in storage.read(ANNOTATIONS, **keys).to_pylist():
-            annotations[row["unit"]].append(row)
-
-    units = sorted({*unit_of.tolist(), *levels})
-    starts = range(0, len(units), PAGE_SIZE)
-    pages = [
-        {"file": _page_file(n), "first": units[s], "last": units[min(s + PAGE_SIZE, len(units)) - 1]}
-        for n, s in enumerate(starts)
-    ]
-    card = env.get_template("card.html")
+    units, labelers = layer.units, list(layer.descriptions)
+    parts = [units[start : start + PAGE_SIZE] for start in range(0, len(units), PAGE_SIZE)]
+    pages = [{"file": _page_file(number), "first": part[0], "last": part[-1]} for number, part in enumerate(parts)]
     entries = []
-    for number, start in enumerate(starts):
+    for number, part in enumerate(parts):
         cards = []
-        for unit in units[start : start + PAGE_SIZE]:
-            rows = exemplars.take(order[slice(*np.searchsorted(unit_of, [unit, unit + 1]))]).to_pylist()
-            if rows:
-                (folder / "masks" / f"{unit}.png").write_bytes(mask_strip([row["mask"] for row in rows], *shape))
-            images[source].update(row["image_id"] for row in rows)
-            labels = [(name, table[unit]) for name, table in zip(labelers, descriptions, strict=True) if unit in table]
-            pictures = [
-                {
-                    "source": image_source(*source, row["image_id"]),
-                    "image_id": row["image_id"],
-                    "activation": row["activation"],
-                    "offset": 100 * i / max(len(rows) - 1, 1),
-                }
-                for i, row in enumerate(rows)
-            ]
-            html = card.render(
-                root="../../../",
-                unit=unit,
-                shape=shape,
-                exemplars=pictures,
-                level=levels.get(unit),
-                labels=labels,
-                n_best=_N_BEST,
-                annotations=annotations[unit],
-            )
-            cards.append(Markup(html))
-            by_labeler = dict(labels)
-            entries.append(
-                {
-                    "unit": unit,
-                    "page": _page_file(number),
-                    "image": pictures[0]["source"] if pictures else None,
-                    "activation": _finite(pictures[0]["activation"]) if pictures else None,
-                    "labels": [by_labeler[name]["description"] if name in by_labeler else "" for name in labelers],
-                    "scores": [_finite(by_labeler[name]["score"]) if name in by_labeler else None for name in labelers],
-                }
-            )
+        for unit in part:
+            exemplars = layer.exemplars_of(unit)
+            if exemplars:
+                strip = mask_strip([row["mask"] for row in exemplars], *layer.shape)
+                (folder / "masks" / f"{unit}.png").write_bytes(strip)
+            images.update(row["image_id"] for row in exemplars)
+            cards.append(_card(env, layer, unit, exemplars))
+            entries.append(_entry(layer, unit, exemplars, _page_file(number)))
         _render(
             env,
             "layer.html",
             folder / _page_file(number),
-            root="../../../",
-            model=model,
+            root=_ROOT,
             layer=layer,
             units=len(units),
             labelers=labelers,
             cards=cards,
             pages=pages,
             number=number,
-            shown=start + len(cards),
-            metadata=metadata,
+            shown=number * PAGE_SIZE + len(part),
         )
         _write_script(folder / f"{_page_file(number)}.js", "milan.cards", _page_file(number), cards)
-    _write_script(
-        folder / "units.js",
-        "milan.layer",
-        {"model": model, "layer": layer, "href": href, "shape": shape, "labelers": labelers, "units": entries},
-    )
+    data = {"model": layer.model, "layer": layer.layer, "href": layer.href, "shape": layer.shape, "units": entries}
+    _write_script(folder / "units.js", "milan.layer", data)
+
     scores = [entry["scores"][0] for entry in entries if labelers and entry["scores"][0] is not None]
     return LayerSummary(
-        model=model,
-        layer=layer,
-        href=href,
+        model=layer.model,
+        layer=layer.layer,
+        href=layer.href,
+        shape=layer.shape,
         units=len(units),
         described=sum(any(entry["labels"]) for entry in entries),
         mean_score=math.fsum(scores) / len(scores) if scores else None,
-        examples=[{**entry, "shape": shape} for entry in _examples(entries, bool(scores))],
+        examples=_examples(entries, bool(scores)),
     )
+
+
+def _card(env: Environment, layer: _Layer, unit: int, exemplars: Sequence[Row]) -> Markup:
+    pictures = [
+        {**row, "source": image_source(*layer.source, row["image_id"]), "offset": 100 * i / max(len(exemplars) - 1, 1)}
+        for i, row in enumerate(exemplars)
+    ]
+    html = env.get_template("card.html").render(
+        root=_ROOT,
+        unit=unit,
+        shape=layer.shape,
+        exemplars=pictures,
+        level=layer.levels.get(unit),
+        labels=list(layer.labels_of(unit).items()),
+        n_best=_N_BEST,
+        annotations=layer.annotations.get(unit, []),
+    )
+    return Markup(html)
+
+
+def _entry(layer: _Layer, unit: int, exemplars: Sequence[Row], page: str) -> Row:
+    """What search, sorting and the index know of a unit."""
+    labels = layer.labels_of(unit)
+    return {
+        "unit": unit,
+        "page": page,
+        "image": image_source(*layer.source, exemplars[0]["image_id"]) if exemplars else None,
+        "activation": _finite(exemplars[0]["activation"]) if exemplars else None,
+        "labels": [labels[name]["description"] if name in labels else "" for name in layer.descriptions],
+        "scores": [_finite(labels[name]["score"]) if name in labels else None for name in layer.descriptions],
+    }
 
 
 def _page_file(number: int) -> str:
@@ -284,11 +327,11 @@ def _page_file(number: int) -> str:
 
 def _examples(entries: Sequence[Row], scored: bool) -> list[Row]:
     """The best scored units, no description twice; without scores, units spread over the layer."""
-    entries = [entry for entry in entries if entry["image"]]
+    entries = [entry for entry in entries if entry["image"] and not (scored and entry["scores"][0] is None)]
     if not scored:
         return [entries[len(entries) * i // _EXAMPLES] for i in range(min(_EXAMPLES, len(entries)))]
     best: dict[str, Row] = {}
-    for entry in sorted(entries, key=lambda e: -math.inf if e["scores"][0] is None else e["scores"][0], reverse=True):
+    for entry in sorted(entries, key=lambda entry: entry["scores"][0], reverse=True):
         best.setdefault(entry["labels"][0], entry)
     return list(best.values())[:_EXAMPLES]
 

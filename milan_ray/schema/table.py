@@ -60,6 +60,8 @@ class Noun:
         arrays = []
         for c in self.columns:
             value = columns[c.name]
-            is_arrow = isinstance(value, (pa.Array, pa.ChunkedArray))
-            arrays.append(value.cast(c.type) if is_arrow else pa.array(value, type=c.type))
+            if isinstance(value, (pa.Array, pa.ChunkedArray)):
+                arrays.append(value.cast(c.type))
+            else:
+                arrays.append(pa.array(value, type=c.type))
         return pa.Table.from_arrays(arrays, schema=self.schema)

@@ -1,1 +1,82 @@
-"""The world as a plug-in."""
+"""Registers the world, exactly as a user's ``--plugin`` does: importing this module is enough."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import nn
+
+from milan_ray.captioner.encoder import register_encoder
+from milan_ray.errors import MilanError
+from milan_ray.models.registry import register_model
+from milan_ray.probe.registry import register_probe
+from milan_ray.world.encoder import LAYERS, EncoderNet
+from milan_ray.world.networks import ARCHITECTURES, CLASSES, MEAN, STD, PlantedNet, planted_concepts
+from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
+from milan_ray.world.scenes import SIDE
+from milan_ray.world.training import PREPROCESS, random_weights
+
+RANDOM_CONTROLS = ("cnn", "resnet")
+"""Architectures that are also registered with random weights, as controls."""
+
+PROBE_SIZE = 4_000
+"""Scenes in ``world/probe`` and ``world/train``."""
+
+HELDOUT_SIZE = 1_000
+"""Scenes in ``world/heldout``."""
+
+
+def weights_dir(models_dir: str | None = None) -> Path:
+    """The folder of the world's weights: one per version of the world.
+
+    Args:
+        models_dir: Folder of all models; ``$MILAN_MODELS_DIR``, else ``./models``, when left out.
+    """
+    return Path(models_dir or os.environ.get("MILAN_MODELS_DIR", "models"), "world", WORLD_DIGEST).absolute()
+
+
+def _load(build: Callable[[], nn.Module], default: Path, weights: str | None) -> nn.Module:
+    path = Path(weights) if weights else default
+    if not path.is_file():
+        raise MilanError(f"the built-in world's weights are missing at {path}; make them with `python -m jobs.demo`.")
+    network = build()
+    network.load_state_dict(load_file(path))
+    return network
+
+
+def register(folder: str | None = None) -> None:
+    """Registers the world's models, encoder and probes.
+
+    Models: ``world/cnn``, ``world/resnet``, ``world/vit``, ``world/planted``, and the random-weight controls
+    ``world/cnn-random`` and ``world/resnet-random``. Encoder: ``world``. Probes: ``world/train``, ``world/probe``,
+    ``world/heldout``.
+
+    Args:
+        folder: Folder of the weights; :func:`weights_dir` when left out.
+    """
+    place = Path(folder) if folder else weights_dir()
+    for name, architecture in ARCHITECTURES.items():
+        factory = partial(_load, architecture.build, place / f"{name}.safetensors")
+        register_model(f"world/{name}", factory, architecture.layers, PREPROCESS, classes=CLASSES)
+    for name in RANDOM_CONTROLS:
+        architecture = ARCHITECTURES[name]
+        register_model(f"world/{name}-random", partial(_random, name), architecture.layers, PREPROCESS, classes=CLASSES)
+    planted = partial(_load, PlantedNet, place / "planted.safetensors")
+    register_model("world/planted", planted, ("planted",), PREPROCESS, classes=planted_concepts)
+    encoder = partial(_load, EncoderNet, place / "encoder.safetensors")
+    register_encoder("world", encoder, LAYERS, size=SIDE, mean=MEAN, std=STD, architecture=EncoderNet)
+    for split, size in (("train", PROBE_SIZE), ("probe", PROBE_SIZE), ("heldout", HELDOUT_SIZE)):
+        register_probe(f"world/{split}", partial(WorldProbe, split, size))
+
+
+def _random(name: str, weights: str | None) -> nn.Module:
+    if weights:
+        raise MilanError(f"world/{name}-random has random weights by definition; leave out {weights}.")
+    return random_weights(name)
+
+
+register()

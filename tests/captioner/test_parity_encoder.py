@@ -1,4 +1,3 @@
-import hashlib
 import json
 from pathlib import Path
 
@@ -34,6 +33,13 @@ def assert_close(ours: torch.Tensor, reference: np.ndarray) -> None:
     np.testing.assert_allclose(ours.numpy(), reference, rtol=1e-4, atol=1e-4)
 
 
+def assert_levels_close(ours: torch.Tensor, reference: np.ndarray, channels: list[int]) -> None:
+    """Within 1e-4, relative to each level's scale: random deep networks reach 1e5, and sums of such numbers cancel."""
+    ends = np.cumsum(channels)[:-1]
+    for level, expected in zip(np.split(ours.numpy(), ends, axis=1), np.split(reference, ends, axis=1), strict=True):
+        np.testing.assert_allclose(level, expected, rtol=1e-4, atol=1e-4 * max(1, np.abs(expected).max() / 100))
+
+
 @pytest.mark.parametrize("name", ["alexnet", "resnet18", "resnet50", "resnet101"])
 def test_encoder_golden_features_agree(golden: Path, inputs: tuple, features: dict, name: str) -> None:
     images, masks = inputs
@@ -41,12 +47,16 @@ def test_encoder_golden_features_agree(golden: Path, inputs: tuple, features: di
     meta = json.loads((golden / "encoder/meta.json").read_text())[name]
     assert list(encoder.spec.layers) == meta["layers"]
     assert [encoder.feature_size] == meta["feature_shape"]
-    if f"{name}_masked" not in features:  # alexnet and resnet50: the golden folder holds no features
-        return
-    assert_close(encoder(images, masks), features[f"{name}_masked"])
-    assert_close(encoder(images[:2]), features[f"{name}_nomask"])
-    assert_close(encoder(images[:1], masks[:1]), features[f"{name}_single"])
-    assert_close(encoder(images[:2], masks[:2], normalize=False), features[f"{name}_unnormalized"])
+    if f"{name}_masked" not in features:
+        pytest.skip(f"layers and size agree; the golden folder holds no features of {name}")
+    channels = [level.shape[1] for level in encoder.maps(images[:1])]
+    for key, ours in (
+        ("masked", encoder(images, masks)),
+        ("nomask", encoder(images[:2])),
+        ("single", encoder(images[:1], masks[:1])),
+        ("unnormalized", encoder(images[:2], masks[:2], normalize=False)),
+    ):
+        assert_levels_close(ours, features[f"{name}_{key}"], channels)
 
 
 def test_encoder_golden_empty_and_vanished_masks_zero_where_the_reference_is(
@@ -61,9 +71,9 @@ def test_encoder_golden_empty_and_vanished_masks_zero_where_the_reference_is(
 
 @pytest.mark.parametrize("size", [112, 56, 28, 14, 7])
 def test_level_weights_golden_masks_are_normalised_interpolations(inputs: tuple, features: dict, size: int) -> None:
-    raw = torch.from_numpy(features[f"ms_{size}"]) if f"ms_{size}" in features else None
-    if raw is None:
+    if f"ms_{size}" not in features:
         pytest.skip("the golden folder holds no interpolated masks")
+    raw = torch.from_numpy(features[f"ms_{size}"])
     total = raw.sum(dim=(1, 2), keepdim=True)
     assert_close(level_weights(inputs[1], (size, size)), (raw / total.masked_fill(total == 0, 1)).numpy())
 
@@ -86,4 +96,3 @@ def test_seeded_resnet18_is_the_reference_backbone(golden: Path, toy: Captioner)
     model = torchvision.models.resnet18(weights=None)
     assert toy.encoder_state is not None
     assert all(torch.equal(tensor, toy.encoder_state[name]) for name, tensor in model.state_dict().items())
-    assert hashlib.sha256(toy.encoder_state["conv1.weight"].numpy().tobytes()).hexdigest()

@@ -12,11 +12,14 @@ from milan_ray.captioner.decoder import Decoded, decode_forced, decode_stepwise
 from milan_ray.captioner.quirks import REFERENCE
 from milan_ray.captioner.rerank import counted_length
 
-close = pytest.approx
-
-
 def assert_close(ours: torch.Tensor | np.ndarray, reference: np.ndarray) -> None:
     np.testing.assert_allclose(np.asarray(ours), reference, rtol=0, atol=1e-4)
+
+
+def assert_decoded_close(ours: Decoded, arrays: dict[str, np.ndarray], run: str) -> None:
+    assert_close(ours.scores, arrays[f"{run}.scores"])
+    assert_close(ours.log_probs, arrays[f"{run}.predictions"])
+    assert_close(ours.attentions, arrays[f"{run}.attentions"])
 
 
 @pytest.fixture(scope="module")
@@ -58,18 +61,16 @@ def test_decoder_golden_teacher_forcing_agrees(
     targets = torch.tensor(toy.indexer.index(runs["forced_captions"], start=False))
     assert targets.tolist() == arrays["forced_targets"].tolist()
     decoded = decode_forced(toy.decoder, features, targets, toy.lm if mi else None)
-    for name, ours in (("scores", decoded.scores), ("predictions", decoded.log_probs), ("attentions", decoded.attentions)):
-        assert_close(ours, arrays[f"forced_mi{int(mi)}.{name}"])
+    assert_decoded_close(decoded, arrays, f"forced_mi{int(mi)}")
 
 
 @pytest.mark.parametrize("name", ["greedy", "greedy_mi"])
 def test_decoder_golden_greedy_agrees(
     toy: Captioner, arrays: dict, runs: dict, features: torch.Tensor, name: str
 ) -> None:
-    decoded: Decoded = decode_stepwise(toy.decoder, features, 15, toy.lm if runs[name]["kwargs"]["mi"] else None)
+    decoded = decode_stepwise(toy.decoder, features, 15, toy.lm if runs[name]["kwargs"]["mi"] else None)
     assert decoded.tokens.tolist() == arrays[f"{name}.tokens"].tolist()
-    for key, ours in (("scores", decoded.scores), ("predictions", decoded.log_probs), ("attentions", decoded.attentions)):
-        assert_close(ours, arrays[f"{name}.{key}"])
+    assert_decoded_close(decoded, arrays, name)
     assert [toy.indexer.reconstruct(row) for row in decoded.tokens.tolist()] == runs[name]["captions"]
 
 

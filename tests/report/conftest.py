@@ -67,6 +67,12 @@ def write_exemplars(storage: Storage) -> None:
         write(storage, VIEWS, images)
 
 
+@pytest.fixture(scope="session")
+def hostile() -> str:
+    """The description of unit 7, and an annotation of it."""
+    return NASTY
+
+
 @pytest.fixture
 def sheet_storage(tmp_path: Path) -> Storage:
     """A run directory with exemplars and views only."""

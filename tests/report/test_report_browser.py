@@ -15,11 +15,8 @@ from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-NASTY = "<script>document.title='broken'</script> \"quoted\" & 'single' </script>"
 
-
-@pytest.fixture(scope="module")
-def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+def start(profile: Path, **preferences: int) -> Chrome:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if not browser or not driver:
@@ -30,9 +27,15 @@ def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
         options.add_argument(f"--{flag}")
     for flag in ("disable-component-update", "disable-sync", "disable-dev-shm-usage", "window-size=1400,1000"):
         options.add_argument(f"--{flag}")
-    options.add_argument(f"--user-data-dir={tmp_path_factory.mktemp('chromium')}")
+    options.add_argument(f"--user-data-dir={profile}")
+    options.add_experimental_option("prefs", preferences)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    chrome = Chrome(options=options, service=Service(driver))
+    return Chrome(options=options, service=Service(driver))
+
+
+@pytest.fixture(scope="module")
+def chrome(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
+    chrome = start(tmp_path_factory.mktemp("chromium"))
     chrome.get("about:blank")  # away from the browser's own start page
     chrome.get_log("performance")
     yield chrome
@@ -83,11 +86,11 @@ def test_index_search_filters_by_layer_and_shows_more(page: Chrome, site: Path) 
     assert "unit 17 · score −11" in page.find_element(By.CSS_SELECTOR, "#results li").text
 
 
-def test_index_search_shows_hostile_text_as_text(page: Chrome, site: Path) -> None:
+def test_index_search_shows_hostile_text_as_text(page: Chrome, site: Path, hostile: str) -> None:
     page.get((site / "index.html").as_uri())
     page.find_element(By.ID, "search").send_keys("<script>document")
     wait(page, "document.querySelectorAll('#results li').length === 1")
-    assert NASTY in page.find_element(By.CSS_SELECTOR, "#results li").text
+    assert hostile in page.find_element(By.CSS_SELECTOR, "#results li").text
     assert page.title == "What every unit responds to"
 
 
@@ -117,15 +120,15 @@ def test_layer_scrolling_brings_the_later_pages(page: Chrome, site: Path) -> Non
     assert cards(page) == list(range(91))
 
 
-def test_layer_filter_shows_matching_cards_with_hostile_text_as_text(page: Chrome, site: Path) -> None:
+def test_layer_filter_shows_matching_cards_with_hostile_text_as_text(page: Chrome, site: Path, hostile: str) -> None:
     page.get((described_layer(site) / "index.html").as_uri())
     title = page.title
     page.find_element(By.ID, "words").send_keys("quoted")
     wait(page, "document.querySelectorAll('.card').length === 1")
     assert page.find_element(By.ID, "status").text == "1 of 91 units"
     card = page.find_element(By.CSS_SELECTOR, ".card")
-    assert card.find_element(By.CLASS_NAME, "description").text == NASTY
-    assert card.find_element(By.CSS_SELECTOR, ".annotations li").text == NASTY
+    assert card.find_element(By.CLASS_NAME, "description").text == hostile
+    assert card.find_element(By.CSS_SELECTOR, ".annotations li").text == hostile
     card.find_element(By.TAG_NAME, "summary").click()
     assert "runner-up" in card.text
     assert page.title == title
@@ -150,3 +153,17 @@ def test_layer_second_mask_covers_what_its_bits_say(page: Chrome, site: Path) ->
         for x in range(20):
             red = shown.getpixel((int((x + 0.5) * side), int((y + 0.5) * side)))[0]
             assert abs(red - (200 if y >= 1 and x <= 9 else 50)) <= 8, (x, y)
+
+
+def test_layer_without_javascript_reads_all_the_same(tmp_path: Path, site: Path) -> None:
+    chrome = start(tmp_path, **{"profile.managed_default_content_settings.javascript": 2})
+    try:
+        chrome.get((described_layer(site) / "index.html").as_uri())
+        chrome.find_element(By.LINK_TEXT, "40–79").click()
+        names = [name.text for name in chrome.find_elements(By.CSS_SELECTOR, ".card h2")]
+        assert len(names) == 40 and any(name.startswith("zebra stripes") for name in names)
+        assert not chrome.find_element(By.ID, "sort").is_displayed()  # nothing offered that would not work
+        chrome.find_element(By.ID, "masks").click()
+        assert not chrome.find_element(By.CSS_SELECTOR, ".mask").is_displayed()
+    finally:
+        chrome.quit()

@@ -1,0 +1,91 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from milan_ray.captioner.encoder import EncoderSpec, PyramidEncoder, get_encoder, pool_maps, register_encoder
+from milan_ray.errors import MilanError
+
+
+def backbone() -> nn.Module:
+    torch.manual_seed(2)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(inplace=True), nn.Conv2d(4, 6, 3, stride=2), nn.ReLU(), nn.Flatten()
+    )
+
+
+@pytest.fixture
+def encoder() -> PyramidEncoder:
+    return EncoderSpec("small", lambda _: backbone(), ("0", "2"), size=17).load()
+
+
+def test_pool_maps_shared_images_equals_one_pass_per_exemplar(encoder: PyramidEncoder) -> None:
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand(4, 3, 17, 17, generator=generator)
+    masks = (torch.rand(9, 17, 17, generator=generator) > 0.6).float()
+    masks[3] = 0
+    index = torch.tensor([3, 0, 0, 2, 3, 3, 0, 2, 0])  # image 1 has no mask
+    pooled = pool_maps(encoder.maps(images), masks, index)
+    assert pooled.shape == (9, encoder.feature_size) == (9, 10)
+    for row, (mask, image) in enumerate(zip(masks, index, strict=True)):
+        naive = []
+        for level in encoder.maps(images[image][None]):
+            small = F.interpolate(mask[None, None], level.shape[2:], mode="bilinear", align_corners=False)
+            small = small / small.sum() if small.any() else small
+            naive.append((level * small).sum((2, 3))[0])
+        assert torch.allclose(pooled[row], torch.cat(naive), atol=1e-6)
+    assert not pooled[3].any()
+
+
+def test_pool_maps_no_mask_at_all_is_empty(encoder: PyramidEncoder) -> None:
+    maps = encoder.maps(torch.rand(1, 3, 17, 17))
+    assert pool_maps(maps, torch.zeros(0, 17, 17), torch.zeros(0, dtype=torch.long)).shape == (0, 10)
+
+
+def test_encoder_in_place_relu_is_seen_as_the_reference_sees_it(encoder: PyramidEncoder) -> None:
+    first, second = encoder.maps(torch.rand(2, 3, 17, 17))
+    assert first.min() == 0
+    assert second.min() < 0
+
+
+def test_encoder_hooks_are_released_even_after_an_error(encoder: PyramidEncoder) -> None:
+    encoder.maps(torch.rand(1, 3, 17, 17))
+    with pytest.raises(RuntimeError):
+        encoder.maps(torch.rand(1, 3, 1, 1))
+    assert not any(module._forward_hooks for module in encoder.modules())
+
+
+def test_encoder_features_can_train_a_decoder(encoder: PyramidEncoder) -> None:
+    layer = nn.Linear(encoder.feature_size, 1)
+    layer(encoder(torch.rand(2, 3, 17, 17))).sum().backward()
+    assert layer.weight.grad is not None
+
+
+def test_registered_encoder_is_found_and_an_unknown_one_names_the_nearest(encoder: PyramidEncoder) -> None:
+    spec = register_encoder("test-small", lambda _: backbone(), ["0"], size=17)
+    assert get_encoder("test-small") is spec
+    with pytest.raises(MilanError, match=r"unknown encoder 'resnet10'.*resnet101"):
+        get_encoder("resnet10")
+
+
+def test_encoder_weights_missing_says_file_and_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    with pytest.raises(MilanError, match=r"resnet18-\w+\.pth; download https://download.pytorch.org/models/resnet18"):
+        get_encoder("resnet18").load()
+
+
+def test_encoder_weights_from_file_and_hub_cache_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    architecture = get_encoder("alexnet").architecture
+    assert architecture is not None
+    state = architecture().state_dict()
+    cache = tmp_path / "hub" / "checkpoints"
+    cache.mkdir(parents=True)
+    torch.save(state, cache / "alexnet-owt-7be5be79.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    loaded = get_encoder("alexnet").load()
+    assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.backbone.state_dict().items())
+    del state["features.0.weight"]
+    with pytest.raises(MilanError, match=r"features\.0\.weight is missing"):
+        get_encoder("alexnet").load(state)

@@ -1,0 +1,190 @@
+"""The exemplars stage on a real local Ray: one answer for any actors, shards, kills and resumes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.errors import MilanError
+from milan_ray.exemplars import masks
+from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.requests import ModelRequest, ProbeRequest, model, probe
+from milan_ray.probe.base import ImageRef
+from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, RUNS, SKIPPED, VIEWS
+from milan_ray.storage import Storage
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGIN = str(ROOT / "tests/plugins/tiny_models.py")
+CNN = ModelRequest("tiny/cnn", plugins=(PLUGIN,))
+CONFIG = ExemplarConfig(k=4, batch_size=16, shard_size=40)
+
+
+def tables(storage: Storage) -> dict[str, pa.Table]:
+    found = {}
+    for noun in (EXEMPLARS, LEVELS):
+        for keys in storage.partitions(noun):
+            found[f"{noun.name} {keys}"] = storage.read(noun, **keys)
+    for keys in storage.partitions(VIEWS):
+        found[f"views {keys}"] = storage.read(VIEWS, **keys)
+    return found
+
+
+def run(path: Path, photos: Path, config: ExemplarConfig = CONFIG, actors: int = 1, models=(CNN,)) -> Storage:
+    storage = Storage(path)
+    run_exemplars(storage, list(models), ProbeRequest((str(photos),)), config, Resources(actors=actors))
+    return storage
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session, photos, tmp_path_factory) -> Storage:
+    return run(tmp_path_factory.mktemp("undisturbed"), photos)
+
+
+def test_exemplars_equal_a_naive_loop(undisturbed, photos):
+    spec = model(CNN)
+    net = spec.load()
+    source = probe(ProbeRequest((str(photos),)))
+    rows = source.manifest().to_pylist()
+    views = np.stack([spec.preprocess.view(source.read(ImageRef(r["image_id"], r["root"], r["path"])).image) for r in rows])
+    with torch.inference_mode():
+        maps = net[:1](spec.prepare(torch.from_numpy(views)))
+    pooled = maps.amax(dim=(2, 3)).numpy()
+    levels = np.quantile(maps.numpy().transpose(1, 0, 2, 3).reshape(6, -1).astype(float), 0.99, axis=1, method="hazen")
+    found = undisturbed.read(EXEMPLARS, model="tiny/cnn", layer="0").to_pydict()
+    np.testing.assert_allclose(
+        undisturbed.read(LEVELS, model="tiny/cnn", layer="0")["level"].to_numpy(), levels, rtol=1e-5
+    )
+    meta = undisturbed.metadata(EXEMPLARS, model="tiny/cnn", layer="0")
+    size = int(meta["mask_height"]), int(meta["mask_width"])
+    assert size == (24, 24)
+    for row in range(len(found["unit"])):
+        unit, rank = found["unit"][row], found["rank"][row]
+        best = np.argsort(-pooled[:, unit], kind="stable")[rank]
+        assert found["image_id"][row] == best
+        assert found["activation"][row] == pytest.approx(pooled[best, unit], rel=1e-5)
+        mask = masks.unpack([found["mask"][row]], size)[0]
+        expected = masks.upsample(maps[best, unit][None], size)[0].numpy() > levels[unit]
+        assert (mask != expected).mean() < 0.01
+    assert len(found["unit"]) == 6 * 4
+
+
+def test_exemplars_of_all_layers_record_views_manifest_and_run(undisturbed):
+    layers = [keys["layer"] for keys in undisturbed.partitions(EXEMPLARS)]
+    assert layers == ["0", "2", "6"]
+    assert undisturbed.read(LEVELS, model="tiny/cnn", layer="6")["exact"].to_pylist() == [True] * 4
+    winners = set()
+    for keys in undisturbed.partitions(EXEMPLARS):
+        winners |= set(undisturbed.read(EXEMPLARS, **keys)["image_id"].to_pylist())
+    (view,) = undisturbed.partitions(VIEWS)
+    assert set(undisturbed.read(VIEWS, **view)["image_id"].to_pylist()) == winners
+    (manifest,) = undisturbed.partitions(MANIFEST)
+    assert undisturbed.read(MANIFEST, **manifest)["sha256"].null_count == 0
+    (run_,) = undisturbed.partitions(RUNS)
+    assert undisturbed.read(RUNS, **run_)["images"].to_pylist() == [90]
+    assert not [f for f in undisturbed.files("_work") if f.endswith(".arrow")]
+
+
+@pytest.mark.parametrize(
+    ("actors", "change"),
+    [
+        (2, {}),
+        (1, {"shard_size": 16}),
+        (1, {"shard_size": 500}),
+        (2, {"map_budget": 0, "shard_size": 23}),
+    ],
+)
+def test_exemplars_are_identical_for_any_actors_shards_and_map_budget(undisturbed, photos, tmp_path, actors, change):
+    other = tables(run(tmp_path, photos, replace(CONFIG, **change), actors))
+    expected = tables(undisturbed)
+    assert other.keys() == expected.keys()
+    for name, table in expected.items():
+        assert other[name].equals(table), name
+
+
+def test_exemplars_run_again_does_nothing_and_changed_k_recomputes(ray_session, photos, tmp_path):
+    storage = run(tmp_path, photos)
+    before = {path: os.stat(tmp_path / path).st_mtime_ns for path in storage.files("exemplars")}
+    run(tmp_path, photos)
+    assert {path: os.stat(tmp_path / path).st_mtime_ns for path in storage.files("exemplars")} == before
+    run(tmp_path, photos, replace(CONFIG, k=3))
+    assert len(storage.read(EXEMPLARS, model="tiny/cnn", layer="0")) == 6 * 3
+
+
+def test_exemplars_missing_layer_alone_is_recomputed(ray_session, photos, tmp_path, undisturbed):
+    storage = run(tmp_path, photos)
+    (tmp_path / storage.path(EXEMPLARS, model="tiny/cnn", layer="2")).unlink()
+    before = os.stat(tmp_path / storage.path(EXEMPLARS, model="tiny/cnn", layer="0")).st_mtime_ns
+    run(tmp_path, photos)
+    assert os.stat(tmp_path / storage.path(EXEMPLARS, model="tiny/cnn", layer="0")).st_mtime_ns == before
+    assert tables(storage)["exemplars {'model': 'tiny/cnn', 'layer': '2'}"].equals(
+        undisturbed.read(EXEMPLARS, model="tiny/cnn", layer="2")
+    )
+
+
+def test_exemplars_unreadable_images_are_skipped_counted_and_listed(ray_session, photos, tmp_path):
+    folder = tmp_path / "with bad ones"
+    folder.mkdir()
+    for file in sorted(photos.rglob("*.png"))[:30]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "000broken.png").write_bytes(b"not an image")
+    (folder / "zz empty.png").write_bytes(b"")
+    storage = run(tmp_path / "run", folder)
+    skipped = storage.read(SKIPPED, model="tiny/cnn").to_pydict()
+    assert skipped["image_id"] == [1, 31]
+    assert skipped["path"][1].endswith("zz empty.png")
+    assert 1 not in storage.read(EXEMPLARS, model="tiny/cnn", layer="0")["image_id"].to_pylist()
+    with pytest.raises(MilanError, match="2 of 32 probe images are unreadable"):
+        run(tmp_path / "strict", folder, replace(CONFIG, max_bad=0.01))
+
+
+def test_exemplars_fewer_images_than_k_give_fewer_ranks(ray_session, photos, tmp_path):
+    folder = tmp_path / "three"
+    folder.mkdir()
+    for file in sorted(photos.rglob("*.png"))[:3]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    storage = run(tmp_path / "run", folder)
+    assert storage.read(EXEMPLARS, model="tiny/cnn", layer="0")["rank"].to_pylist() == [0, 1, 2] * 6
+
+
+def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, photos, tmp_path):
+    failing = ModelRequest("tiny/failing", plugins=(PLUGIN,))
+    storage = Storage(tmp_path)
+    done = run_exemplars(storage, [failing, CNN], ProbeRequest((str(photos),)), CONFIG, Resources())
+    assert list(done.models) == ["tiny/cnn"]
+    assert "the model failed on a batch" in done.failed["tiny/failing"]
+    assert {keys["model"] for keys in storage.partitions(EXEMPLARS)} == {"tiny/cnn"}
+
+
+def test_exemplars_killed_half_way_and_started_again_are_identical(undisturbed, photos, tmp_path):
+    command = [
+        sys.executable, "-m", "jobs.exemplars", "--model", "tiny/cnn", "--plugin", PLUGIN, "--probe", str(photos),
+        "--storage", str(tmp_path), "--k", "4", "--batch-size", "16", "--shard-size", "2", "--actors", "1", "--no-report",
+    ]  # fmt: skip
+    first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("_work/*/images/*.arrow")) and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.02)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    done = len(list(tmp_path.glob("_work/*/images/*.arrow")))
+    assert 0 < done < 45
+    assert not list(tmp_path.glob("exemplars/**/*.parquet"))
+    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert second.returncode == 0, second.stderr
+    assert f"{done} of 45 shards are done already" in second.stderr
+    expected = tables(undisturbed)
+    other = tables(Storage(tmp_path))
+    assert other.keys() == expected.keys()
+    for name, table in expected.items():
+        assert other[name].equals(table), name

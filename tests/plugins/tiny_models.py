@@ -1,0 +1,38 @@
+"""A user's plug-in, as small as can be: a CNN, a network that fails, and one without weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from milan_ray.errors import MilanError
+from milan_ray.models.registry import register_model
+from milan_ray.models.view import Preprocess, View
+
+PREPROCESS = Preprocess(View(resize=24, crop=24))
+
+
+def tiny_cnn(weights: str | None) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 5, stride=2, padding=2), nn.ReLU(), nn.Conv2d(6, 8, 3, stride=2, padding=1), nn.ReLU(inplace=True),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+class Failing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(5, 2, 3)  # expects five channels
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.conv(x)
+
+
+def no_weights(weights: str | None) -> nn.Module:
+    raise MilanError("no weights file at /nowhere/w.pth for tiny/unweighted: give --weights FILE.")
+
+
+register_model("tiny/cnn", tiny_cnn, ("0", "2", "6"), PREPROCESS)
+register_model("tiny/failing", lambda weights: Failing(), ("conv",), PREPROCESS)
+register_model("tiny/unweighted", no_weights, ("conv",), PREPROCESS)
