@@ -7,8 +7,9 @@ environment they read.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,7 +74,9 @@ def _models(parser: argparse.ArgumentParser) -> None:
 
 def _probe(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("probe images")
-    group.add_argument("--probe", nargs="+", required=True, metavar="SOURCE", help="folders, URIs or a registered probe")
+    group.add_argument(
+        "--probe", nargs="+", required=True, metavar="SOURCE", help="folders, URIs or a registered probe"
+    )
     group.add_argument("--labels", metavar="FILE", help="CSV of file names and classes, for folders without classes")
     group.add_argument(
         "--max-bad", type=float, default=EXEMPLARS.max_bad, help="share of unreadable images above which to fail"
@@ -96,6 +99,9 @@ def _report_option(parser: argparse.ArgumentParser) -> None:
 def _decoder_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("descriptions")
     group.add_argument("--decoder", required=True, help="captioner: a name trained into the storage, or its folder")
+    group.add_argument(
+        "--encoder-weights", metavar="FILE", help="weights of the captioner's encoder, if it brings none"
+    )
     group.add_argument("--lam", type=float, default=0.2, help="λ of log p(d|E) − λ·log p(d)")
     group.add_argument("--beam-size", type=int, default=50, help="width of the beam")
     group.add_argument("--length", type=int, default=15, help="most tokens of a description, <stop> included")
@@ -172,7 +178,12 @@ def _exemplar_config(args: argparse.Namespace) -> ExemplarConfig:
     )
 
 
-def _write_report(args: argparse.Namespace, storage: Storage, models: Sequence[str] | None = None) -> None:
+def _write_report(
+    args: argparse.Namespace,
+    storage: Storage,
+    models: Sequence[str] | None = None,
+    notes: Mapping[str, str] | None = None,
+) -> None:
     from milan_ray.progress import say
     from milan_ray.report import write_report
 
@@ -182,8 +193,16 @@ def _write_report(args: argparse.Namespace, storage: Storage, models: Sequence[s
         say("report: skipped; give --report DIR to write one beside a remote storage")
         return
     target = Path(args.report) if args.report else Path(storage.root) / "report"
-    index = write_report(storage, target, models=models)
+    index = write_report(storage, target, models=models, labelers=_labelers(storage), notes=notes)
     say(f"report: {index}")
+
+
+def _labelers(storage: Storage) -> list[str] | None:
+    """The labelers in the order that a report shows them: MILAN first; None without any."""
+    from milan_ray.schema import DESCRIPTIONS
+
+    found = {keys["labeler"] for keys in storage.partitions(DESCRIPTIONS)}
+    return sorted(found, key=lambda labeler: (labeler != "milan", labeler)) or None
 
 
 # -- verbs ------------------------------------------------------------------------------------------------------
@@ -207,6 +226,141 @@ def _exemplars(args: argparse.Namespace) -> int:
     say(f"exemplars: {sum(map(len, done.models.values()))} layers of {len(done.models)} models in {storage.root}")
     _write_report(args, storage, list(done.models))
     return 1 if done.failed else 0
+
+
+def _add_describe(parser: argparse.ArgumentParser) -> None:
+    adders = (
+        _models, _probe, _exemplar_options, _decoder_options, _storage, _report_option, _plugins, _resources, _common
+    )  # fmt: skip
+    for add in adders:
+        add(parser)
+
+
+def _describe(args: argparse.Namespace) -> int:
+    from milan_ray.pipelines.captioners import EncoderRequest, about_captioner, load_captioner
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.describe import Search, run_descriptions
+    from milan_ray.pipelines.encodings import run_encodings
+    from milan_ray.pipelines.exemplars import run_exemplars
+    from milan_ray.progress import say
+
+    storage, probe, models = _open_storage(args), _probe_request(args), _model_requests(args)
+    resources = _resources_of(args)
+    decoder = _decoder(args, storage)
+    captioner = load_captioner(storage, decoder)
+    plugins = tuple(args.plugin)
+    encoder = EncoderRequest(captioner.encoder_name, args.encoder_weights, storage, decoder, plugins)
+    encoder.load()
+    search = Search(decoder, args.beam_size, args.length, args.lam)
+    with connected(resources):
+        done = run_exemplars(storage, models, probe, _exemplar_config(args), resources, args.device)
+        run_encodings(storage, done.models, encoder, resources, args.device)
+        run_descriptions(storage, done.models, search, resources, args.device)
+    say(f"descriptions: {sum(map(len, done.models.values()))} layers of {len(done.models)} models in {storage.root}")
+    about = about_captioner(storage, decoder)
+    _write_report(args, storage, list(done.models), {"About the descriptions": about} if about else None)
+    return 1 if done.failed else 0
+
+
+def _decoder(args: argparse.Namespace, storage: Storage) -> str:
+    """The captioner as workers will find it: a name in the storage, or an absolute path."""
+    path = Path(args.decoder).expanduser()
+    if storage.exists(f"captioners/{args.decoder}/config.json") or not path.exists():
+        return args.decoder
+    _refuse_relative("--decoder", args.decoder, args.decoder)
+    return str(path.absolute())
+
+
+def _add_train(parser: argparse.ArgumentParser) -> None:
+    from milan_ray.captioner.training import TrainingConfig
+
+    config = TrainingConfig()
+    parser.add_argument("--name", required=True, help="name of the captioner in the storage")
+    parser.add_argument("--annotations", required=True, metavar="SOURCE", help="source of the annotations to train on")
+    parser.add_argument(
+        "--model", nargs="+", metavar="NAME", help="only annotated units of these models (default: all)"
+    )
+    parser.add_argument("--encoder", default="resnet101", help="image encoder")
+    parser.add_argument("--encoder-weights", metavar="FILE", help="weights file of the encoder (default: its own)")
+    parser.add_argument("--epochs", type=int, default=config.max_epochs, help="epochs at most, of each model")
+    parser.add_argument("--patience", type=int, default=config.patience, help="epochs without improvement forgiven")
+    parser.add_argument("--hold-out", type=float, default=config.hold_out, help="share of units held out to stop early")
+    parser.add_argument("--hidden", type=int, default=512, help="LSTM state, units")
+    parser.add_argument("--embedding", type=int, default=128, help="token embedding, units")
+    parser.add_argument("--seed", type=int, default=config.seed, help="of weights, dropout and order")
+    parser.add_argument("--workers", type=int, default=1, help="data-parallel training workers")
+    for add in (_storage, _plugins, _resources, _common):
+        add(parser)
+
+
+def _train(args: argparse.Namespace) -> int:
+    from milan_ray.captioner.training import TrainingConfig
+    from milan_ray.pipelines.captioners import EncoderRequest
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.encodings import run_encodings
+    from milan_ray.pipelines.train import Sizes, TrainingJob, run_training
+    from milan_ray.schema import ANNOTATIONS
+
+    storage, resources = _open_storage(args), _resources_of(args)
+    found = storage.partitions(ANNOTATIONS, source=args.annotations)
+    layers = [(keys["model"], keys["layer"]) for keys in found if not args.model or keys["model"] in args.model]
+    if not layers:
+        raise MilanError(f"no annotations of source {args.annotations!r} for these models in {storage.root}.")
+    encoder = EncoderRequest(args.encoder, args.encoder_weights, plugins=tuple(args.plugin))
+    job = TrainingJob(
+        args.name,
+        args.annotations,
+        tuple(layers),
+        encoder,
+        TrainingConfig(max_epochs=args.epochs, patience=args.patience, hold_out=args.hold_out, seed=args.seed),
+        Sizes(args.embedding, args.hidden),
+        args.workers,
+        args.cpus_per_actor,
+        args.gpus_per_actor or 0,
+        max(1, int(args.cpus_per_actor)),
+    )
+    models: dict[str, list[str]] = {}
+    for model, layer in layers:
+        models.setdefault(model, []).append(layer)
+    with connected(resources):
+        run_encodings(storage, models, encoder, resources, args.device)
+        run_training(storage, job)
+    return 0
+
+
+def _add_demo(parser: argparse.ArgumentParser) -> None:
+    for add in (_storage, _report_option, _resources, _common):
+        add(parser)
+
+
+def _demo(args: argparse.Namespace) -> int:
+    import time
+
+    from milan_ray.pipelines.captioners import about_captioner
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.demo import DECODER, run_demo, summary
+    from milan_ray.plugins import load_plugins
+    from milan_ray.progress import say
+    from milan_ray.schema import DESCRIPTIONS
+    from milan_ray.storage import Storage
+
+    started = time.monotonic()
+    load_plugins()
+    if args.storage is None:
+        args.storage = str(results_dir() / "demo")
+    storage, resources = _open_storage(args), _resources_of(args)
+    storage.check_writable()
+    say(f"the built-in world, end to end, into {storage.root}")
+    with connected(resources):
+        scores = run_demo(storage, resources, max(1, (os.cpu_count() or 1) // 2 * 2))
+    _write_report(args, storage, notes={"About the descriptions": about_captioner(storage, DECODER)})
+    layers = storage.partitions(DESCRIPTIONS, labeler="milan")
+    units = sum(len(storage.read(DESCRIPTIONS, ["unit"], **keys)) for keys in layers)
+    say(f"\n{units} units of {len({keys['model'] for keys in layers})} networks described. Beside what costs nothing:")
+    say(summary(scores))
+    say(f"tables: {storage.uri('descriptions')}/**/*.parquet, and the others beside it")
+    say(f"done in {time.monotonic() - started:.0f} s")
+    return 0
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
@@ -252,6 +406,9 @@ def _report(args: argparse.Namespace) -> int:
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "models": ("list models, or one model's layers", _add_models, _list_models),
     "exemplars": ("find every unit's exemplars and masks", _add_exemplars, _exemplars),
+    "describe": ("describe every unit of models", _add_describe, _describe),
+    "train": ("train a captioner on annotated units", _add_train, _train),
+    "demo": ("run everything on the built-in world", _add_demo, _demo),
     "report": ("write the HTML report of a storage", _add_report, _report),
 }
 

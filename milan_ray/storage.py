@@ -129,21 +129,18 @@ class Storage:
         folders = [f"{key}={quote(keys[key], safe=' ')}" for key in noun.partition]
         return "/".join([noun.name, *folders, FILE_NAME])
 
-    def write(
-        self, noun: Noun, table: pa.Table, config: str, metadata: Mapping[str, str] | None = None, **keys: str
-    ) -> None:
+    def write(self, noun: Noun, table: pa.Table, config: str, **keys: str) -> None:
         """Replaces one partition.
 
         Args:
             noun: Which table.
-            table: Its rows (schema of the noun).
+            table: Its rows (schema of the noun); its metadata goes into the file.
             config: Hash of the configuration that made them.
-            metadata: Further key-value pairs for the file.
             **keys: Values of the noun's partition keys.
         """
         if not table.schema.equals(noun.schema):
             raise ValueError(f"{noun.name}: schema differs: {table.schema} instead of {noun.schema}")
-        self.put(self.path(noun, **keys), to_parquet(table, {CONFIG_KEY: config, **(metadata or {})}))
+        self.put(self.path(noun, **keys), to_parquet(table, {CONFIG_KEY: config}))
 
     def read(self, noun: Noun, columns: Sequence[str] | None = None, **keys: str) -> pa.Table:
         """Reads one partition.

@@ -53,13 +53,15 @@ def beam_search(
         lam: λ.
 
     Raises:
-        MilanError: The vocabulary is smaller than the beam.
+        MilanError: The vocabulary is smaller than the beam, or there is no room for a token.
     """
     ids = decoder.config.ids
     if not 1 <= beam_size <= ids.total:
         raise MilanError(
             f"a beam of {beam_size} does not fit a vocabulary of {ids.total} tokens; set the beam size to 1…{ids.total}"
         )
+    if length < 1:
+        raise MilanError(f"a description of {length} tokens says nothing; set the length to 1 or more")
     units, device = len(features), features.device
     keys = decoder.attend.key_to_hidden(features)
     token_gates, context_weight = decoder.token_gates(), decoder.input_weights()[1]

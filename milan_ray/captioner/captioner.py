@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from milan_ray.captioner.beam import beam_search
-from milan_ray.captioner.decoder import Decoded, Decoder, decode_forced, decode_stepwise
-from milan_ray.captioner.device import resolve_device
+from milan_ray.captioner.decoder import Decoder, decode_forced, decode_stepwise
+from milan_ray.captioner.encoder import PyramidEncoder, get_encoder
 from milan_ray.captioner.lm import LanguageModel
 from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
 from milan_ray.captioner.rerank import beam_logp, counted_length, rescore
 from milan_ray.captioner.text import Indexer
+from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
 
 
@@ -108,10 +109,19 @@ class Captioner:
 
     def to(self, device: str = "auto") -> Captioner:
         """Moves decoder and language model, in place; ``auto`` is CUDA when there is one."""
-        for module in (self.decoder, self.lm):
-            if module is not None:
-                module.to(resolve_device(device))
+        where = resolve_device(device)
+        self.decoder.to(where)
+        if self.lm is not None:
+            self.lm.to(where)
         return self
+
+    def encoder(self) -> PyramidEncoder:
+        """The image encoder whose features this captioner takes, on the CPU.
+
+        Raises:
+            MilanError: It is not registered, or its weights neither come with the captioner nor lie where expected.
+        """
+        return get_encoder(self.encoder_name).load(self.encoder_state)
 
     def _features(self, features: Tensor | np.ndarray) -> Tensor:
         weight = self.decoder.embedding.weight
@@ -204,7 +214,7 @@ class Captioner:
         given = self._features(features)
         targets = torch.tensor(rows, device=given.device)[:, 1:]
         use_lm = self.lm is not None if mi is None else mi
-        decoded: Decoded = decode_forced(
+        decoded = decode_forced(
             self.decoder,
             given.expand(len(texts), -1, -1),
             targets,

@@ -10,6 +10,7 @@ import collections
 import hashlib
 import io
 import json
+import math
 import pickle
 import zipfile
 import zlib
@@ -68,26 +69,25 @@ def from_bytes(files: Mapping[str, bytes]) -> Captioner:
         raise MilanError(f"a captioner is made of {CONFIG} and {WEIGHTS}; {sorted(missing)[0]} is missing; copy both")
     try:
         config = json.loads(files[CONFIG])
-        tensors = safetensors.torch.load(files[WEIGHTS])
-        version = config["format"]
-    except (ValueError, KeyError, safetensors.SafetensorError) as error:
-        raise MilanError(f"not a captioner written by milan_ray: {error}; train it again or copy it again") from error
-    if version != FORMAT:
-        raise MilanError(f"the captioner has format {version}, this version reads {FORMAT}; update milan_ray")
-    parts: dict[str, dict[str, Tensor]] = {"decoder": {}, "lm": {}, "encoder": {}}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        parts[part][rest] = tensor
-    return Captioner(
-        Indexer.from_state(config["indexer"]),
-        _filled(Decoder(DecoderConfig(**config["decoder"])), parts["decoder"], "captioner"),
-        _filled(LanguageModel(LMConfig(**config["lm"])), parts["lm"], "captioner") if config["lm"] else None,
-        config["encoder"],
-        parts["encoder"] or None,
-        config["length"],
-        config["beam_size"],
-        config["lam"],
-    )
+        if config["format"] != FORMAT:
+            raise MilanError(f"the captioner has format {config['format']}, this is for {FORMAT}; update milan_ray")
+        parts: dict[str, dict[str, Tensor]] = {"decoder": {}, "lm": {}, "encoder": {}}
+        for name, tensor in safetensors.torch.load(files[WEIGHTS]).items():
+            part, _, rest = name.partition(".")
+            parts[part][rest] = tensor
+        lm = config["lm"] and _filled(LanguageModel(LMConfig(**config["lm"])), parts["lm"], "the captioner")
+        return Captioner(
+            Indexer.from_state(config["indexer"]),
+            _filled(Decoder(DecoderConfig(**config["decoder"])), parts["decoder"], "the captioner"),
+            lm,
+            config["encoder"],
+            parts["encoder"] or None,
+            config["length"],
+            config["beam_size"],
+            config["lam"],
+        )
+    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise MilanError(f"not a captioner written by milan_ray ({error}); train it again or copy it again") from error
 
 
 def digest(captioner: Captioner) -> str:
@@ -210,6 +210,8 @@ _STORAGES = {
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
+    if math.prod(size) > storage.numel():  # strides of 0 could make a small file fill the memory
+        raise ValueError(f"a tensor of shape {size} in {storage.numel()} numbers")
     return torch.as_strided(storage, size, stride, offset).clone()  # checks that it stays inside the storage
 
 
@@ -250,9 +252,12 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, _ = pid
+        if dtype not in _STORAGES.values():
+            raise ValueError(f"a tensor of type {dtype}")
         if key not in self._storages:
             content = self._read_storage(key)
-            self._storages[key] = torch.frombuffer(content, dtype=dtype) if content else torch.empty(0, dtype=dtype)
+            raw = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+            self._storages[key] = raw.view(dtype)
         return self._storages[key]
 
 
@@ -268,6 +273,7 @@ _DAMAGED = (
     AttributeError,
     RuntimeError,
     OverflowError,
+    MemoryError,
 )
 
 

@@ -12,14 +12,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milan_ray.config import models_dir
 from milan_ray.errors import MilanError, unknown_name
+from milan_ray.models.hooks import LayerTap
 from milan_ray.models.view import IMAGENET_MEAN, IMAGENET_STD
+from milan_ray.models.weights import load_strictly, read_state_dict
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,8 @@ class EncoderSpec:
         if state is None:
             return PyramidEncoder(self, self.factory(self.weights))
         backbone = self.architecture() if self.architecture else self.factory(self.weights)
-        load_weights(backbone, state, f"the weights that came with the captioner for encoder {self.name!r}")
+        own = {name: tensor for name, tensor in state.items() if name in backbone.state_dict()}  # a head is left out
+        load_strictly(backbone, own, f"inside the captioner (encoder {self.name!r})")
         return PyramidEncoder(self, backbone)
 
 
@@ -98,18 +101,8 @@ class PyramidEncoder(nn.Module):
         Returns:
             One (N, C, h, w) per layer.
         """
-        found: dict[str, Tensor] = {}
-
-        def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
-            return lambda _module, _inputs, output: found.__setitem__(name, output)
-
-        hooks = [self.backbone.get_submodule(name).register_forward_hook(keep(name)) for name in self.spec.layers]
-        try:
-            self.backbone((images - self.mean) / self.std if normalize else images)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return [found[name] for name in self.spec.layers]
+        with LayerTap(self.backbone, self.spec.layers) as tap:
+            return list(tap((images - self.mean) / self.std if normalize else images).values())
 
     def forward(self, images: Tensor, masks: Tensor | None = None, normalize: bool = True) -> Tensor:
         """Features (N, F) of images (N, 3, H, W) in [0, 1] under masks (N, H, W), one each; all of it without masks."""
@@ -139,11 +132,12 @@ def pool_maps(maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
     Returns:
         Features (M, F), F the channels of all levels.
     """
+    masks = masks.to(maps[0].dtype)
     order = index.argsort(stable=True)
     groups = order.split(index.bincount(minlength=len(maps[0])).tolist())
     features = maps[0].new_empty(len(masks), sum(level.shape[1] for level in maps))
     for level, columns in zip(maps, features.split([level.shape[1] for level in maps], dim=1), strict=True):
-        weights = level_weights(masks.to(level.dtype), (level.shape[2], level.shape[3])).flatten(1)
+        weights = level_weights(masks, (level.shape[2], level.shape[3])).flatten(1)
         for image, group in zip(level.flatten(2), groups, strict=True):
             columns[group] = weights[group] @ image.T
     return features
@@ -199,44 +193,29 @@ def encoder_names() -> list[str]:
     return sorted(_ENCODERS)
 
 
-def load_weights(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads weights into a backbone; a missing classifier head is no error, anything else is.
-
-    Raises:
-        MilanError: The weights do not fit.
-    """
-    own = model.state_dict()
-    wrong = [name for name, tensor in own.items() if name not in state or state[name].shape != tensor.shape]
-    if wrong:
-        raise MilanError(f"{source} does not fit: {wrong[0]} is missing or of another shape; give the right file")
-    model.load_state_dict({name: state[name] for name in own})
-
-
-def _torchvision(name: str) -> nn.Module:
-    """A torchvision backbone without weights, and without the head that no feature needs."""
-    model = torchvision.models.get_model(name, weights=None)
-    head = "classifier" if name == "alexnet" else "fc"
-    for unused in ("avgpool", head):
+def _without_head(name: str, model: nn.Module) -> nn.Module:
+    """Takes off what comes after the last layer that a feature needs."""
+    for unused in ("avgpool", "classifier" if name == "alexnet" else "fc"):
         setattr(model, unused, nn.Identity())
     return model
 
 
+def _architecture(name: str) -> nn.Module:
+    return _without_head(name, torchvision.models.get_model(name, weights=None))
+
+
 def _pretrained(name: str, path: str | None) -> nn.Module:
-    url = torchvision.models.get_model_weights(name)[
-        "IMAGENET1K_V1"
-    ].url  # what the published captioners were trained on
-    file = Path(path) if path else Path(torch.hub.get_dir(), "checkpoints", Path(url).name)
-    if not file.is_file():
-        raise MilanError(
-            f"no weights for encoder {name!r} at {file}; download {url} to that place, or name your own file"
-        )
-    model = _torchvision(name)
-    if file.suffix == ".safetensors":
-        state = safetensors.torch.load_file(file)
-    else:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    load_weights(model, state, str(file))
-    return model
+    # The first version of the weights: what the published captioners were trained on.
+    url = torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+    folders = (Path(torch.hub.get_dir(), "checkpoints"), models_dir())
+    files = [Path(path)] if path else [folder / Path(url).name for folder in folders]
+    file = next((file for file in files if file.is_file()), None)
+    if file is None:
+        looked = " nor ".join(map(str, files))
+        raise MilanError(f"no weights for encoder {name!r} at {looked}; fetch {url} to there, or name your own file.")
+    model = torchvision.models.get_model(name, weights=None)
+    load_strictly(model, read_state_dict(str(file)), str(file))
+    return _without_head(name, model)
 
 
 _RESNET = ("conv1", "layer1", "layer2", "layer3", "layer4")
@@ -246,5 +225,5 @@ for _name in ("alexnet", "resnet18", "resnet50", "resnet101"):
         _name,
         functools.partial(_pretrained, _name),
         _ALEXNET if _name == "alexnet" else _RESNET,
-        architecture=functools.partial(_torchvision, _name),
+        architecture=functools.partial(_architecture, _name),
     )

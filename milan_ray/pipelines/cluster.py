@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 from ray.data import DataContext
@@ -31,7 +32,7 @@ def connected(resources: Resources) -> Iterator[None]:
         yield
         return
     address = runtime.prepare(resources.address)
-    options: dict[str, object] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
         options |= {
             "address": "local",

@@ -330,7 +330,9 @@ class ExemplarWorker(_ModelWorker):
                 continue
             for layer, maps in forward.maps(batch.views).items():
                 if layer not in states:
-                    states[layer] = LayerState.empty(item.plan, maps.shape[1], tuple(maps.shape[2:]), maps.device)
+                    states[layer] = LayerState.empty(
+                        item.plan, maps.shape[1], (maps.shape[2], maps.shape[3]), maps.device
+                    )
                 known = self._known.get((index, layer))
                 try:
                     states[layer].update(maps, batch.ids, None if known is None else known.bar)
@@ -441,16 +443,16 @@ def _merge_layer(task: _MergeTask) -> list[int]:
     )
     unit, rank = torch.nonzero(state.topk.ids >= 0, as_tuple=True)
     size = _mask_size(item, task.config)
+    winners = pa.table(
+        {
+            "unit": unit.numpy(),
+            "rank": rank.numpy(),
+            "image_id": state.topk.ids[unit, rank].numpy(),
+            "activation": state.topk.values[unit, rank].numpy(),
+            "level": levels[unit].numpy(),
+        }
+    )
     if state.topk.maps is None:
-        winners = pa.table(
-            {
-                "unit": unit.numpy(),
-                "rank": rank.numpy(),
-                "image_id": state.topk.ids[unit, rank].numpy(),
-                "activation": state.topk.values[unit, rank].numpy(),
-                "level": levels[unit].numpy(),
-            }
-        )
         storage.put_work(item.work, f"winners/L{number}", winners)
         storage.write(LEVELS, table, item.hashes[layer], model=item.model.name, layer=layer)
         return sorted(set(winners["image_id"].to_pylist()))
@@ -458,14 +460,7 @@ def _merge_layer(task: _MergeTask) -> list[int]:
     for part in torch.split(torch.arange(len(unit)), 64):  # a cache-sized piece of upsampled maps at a time
         u, r = unit[part], rank[part]
         packed += masks.pack(masks.masks(state.topk.maps[u, r], levels[u], size))
-    _write_exemplars(
-        task,
-        unit.numpy(),
-        rank.numpy(),
-        state.topk.ids[unit, rank].numpy(),
-        state.topk.values[unit, rank].numpy(),
-        packed,
-    )
+    _write_exemplars(task, winners.append_column("mask", pa.array(packed, pa.large_binary())))
     storage.write(LEVELS, table, item.hashes[layer], model=item.model.name, layer=layer)
     return []
 
@@ -474,22 +469,10 @@ def _mask_size(item: ModelWork, config: ExemplarConfig) -> tuple[int, int]:
     return config.mask_size or requests.model(item.model).preprocess.view.shape
 
 
-def _write_exemplars(
-    task: _MergeTask, unit: np.ndarray, rank: np.ndarray, ids: np.ndarray, values: np.ndarray, packed: list[bytes]
-) -> None:
+def _write_exemplars(task: _MergeTask, rows: pa.Table) -> None:
+    """Makes a layer's exemplars public: unit, rank, image_id, activation and mask of every winner."""
     name, layer = task.item.model.name, task.layer
     height, width = _mask_size(task.item, task.config)
-    table = EXEMPLARS.table(
-        {
-            "model": [name] * len(unit),
-            "layer": [layer] * len(unit),
-            "unit": unit,
-            "rank": rank,
-            "image_id": ids,
-            "activation": values,
-            "mask": packed,
-        }
-    )
     metadata = {
         "mask_height": str(height),
         "mask_width": str(width),
@@ -498,7 +481,10 @@ def _write_exemplars(
         "k": str(task.config.k),
         "quantile": str(task.config.quantile),
     }
-    task.storage.write(EXEMPLARS, table, task.item.hashes[layer], metadata, model=name, layer=layer)
+    columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
+    columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}
+    table = EXEMPLARS.table(columns, metadata)
+    task.storage.write(EXEMPLARS, table, task.item.hashes[layer], model=name, layer=layer)
 
 
 def _recompute(
@@ -531,8 +517,7 @@ def _recompute(
         names = storage.work_names(item.work, f"masks/L{number}")
         parts = pa.concat_tables([storage.get_work(item.work, name) for name in names])
         parts = parts.sort_by([("unit", "ascending"), ("rank", "ascending")])
-        columns = [parts[name].to_numpy() for name in ("unit", "rank", "image_id", "activation")]
-        _write_exemplars(_MergeTask(storage, item, layer, config), *columns, parts["mask"].to_pylist())
+        _write_exemplars(_MergeTask(storage, item, layer, config), parts)
 
 
 class MaskWorker(_ModelWorker):

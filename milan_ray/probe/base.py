@@ -46,7 +46,10 @@ class ProbeImage:
 class Probe(Protocol):
     """A source of probe images. Small and picklable: it travels to every actor, the manifest does not."""
 
-    name: str
+    @property
+    def name(self) -> str:
+        """The probe's name."""
+        ...
 
     def manifest(self) -> pa.Table:
         """Lists the images, in a fixed order (schema :data:`milan_ray.schema.MANIFEST`).

@@ -3,7 +3,7 @@
 from milan_ray.schema.descriptions import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS
 from milan_ray.schema.exemplars import EXEMPLARS, LEVELS, SKIPPED, VIEWS
 from milan_ray.schema.manifest import MANIFEST
-from milan_ray.schema.operations import RUNS, SCORES
+from milan_ray.schema.operations import RUNS, SCORES, TRAINING
 from milan_ray.schema.table import Column, Noun
 
 NOUNS: tuple[Noun, ...] = (
@@ -16,6 +16,7 @@ NOUNS: tuple[Noun, ...] = (
     CANDIDATES,
     DESCRIPTIONS,
     ANNOTATIONS,
+    TRAINING,
     RUNS,
     SCORES,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "RUNS",
     "SCORES",
     "SKIPPED",
+    "TRAINING",
     "VIEWS",
     "Column",
     "Noun",

@@ -14,7 +14,9 @@ EXEMPLARS = Noun(
         Column("rank", pa.int16(), "0 = the image with the highest activation"),
         Column("image_id", pa.int64(), "row of the probe manifest"),
         Column("activation", pa.float32(), "the unit's maximum over all positions of this image"),
-        Column("mask", pa.large_binary(), "H×W bits, row-major, packed big-endian: upsampled map > level; H, W in metadata"),
+        Column(
+            "mask", pa.large_binary(), "H×W bits, row-major, packed big-endian: upsampled map > level; H, W in metadata"
+        ),
     ),
     "One of the k images that excite a unit most. File metadata `mask_height`, `mask_width` give H and W, `view` the view's key.",
 )
@@ -26,7 +28,11 @@ LEVELS = Noun(
         Column("model", pa.string(), "registered name of the model"),
         Column("layer", pa.string(), "module path of the layer inside the model"),
         Column("unit", pa.int32(), "channel index in the layer"),
-        Column("level", pa.float32(), "η: the unit's activation quantile over all positions of all images; NaN when nothing was finite"),
+        Column(
+            "level",
+            pa.float32(),
+            "η: the unit's activation quantile over all positions of all images; NaN when nothing was finite",
+        ),
         Column("positions", pa.int64(), "activations counted"),
         Column("nonfinite", pa.int64(), "NaN and infinite activations, left out of everything"),
         Column("exact", pa.bool_(), "whether every position was counted (else a fixed pseudo-random sample)"),

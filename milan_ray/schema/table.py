@@ -43,12 +43,14 @@ class Noun:
     @property
     def schema(self) -> pa.Schema:
         """The Arrow schema, with each column's meaning in its field metadata."""
-        return pa.schema(
-            [pa.field(c.name, c.type, nullable=c.nullable, metadata={"doc": c.doc}) for c in self.columns]
-        )
+        return pa.schema([pa.field(c.name, c.type, nullable=c.nullable, metadata={"doc": c.doc}) for c in self.columns])
 
-    def table(self, columns: dict[str, object]) -> pa.Table:
-        """Builds a table of this noun from columns, checking names, types and nulls.
+    def table(self, columns: dict[str, object], metadata: dict[str, str] | None = None) -> pa.Table:
+        """Builds a table of this noun from columns, checking names and types.
+
+        Args:
+            columns: Column name → values.
+            metadata: Key-value pairs for the file.
 
         Raises:
             KeyError: A column is missing.
@@ -64,4 +66,4 @@ class Noun:
                 arrays.append(value.cast(c.type))
             else:
                 arrays.append(pa.array(value, type=c.type))
-        return pa.Table.from_arrays(arrays, schema=self.schema)
+        return pa.Table.from_arrays(arrays, schema=self.schema.with_metadata(metadata))

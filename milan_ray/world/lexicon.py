@@ -16,7 +16,8 @@ _TAGS = {
     "on top of": ("ADP", "NOUN", "ADP"),
 }
 _UNCOUNTED = frozenset(
-    "sky heavens dusk twilight daytime night ground terrain grass turf sand desert water sea road asphalt writing text".split()
+    ("sky", "heavens", "dusk", "twilight", "daytime", "night", "ground", "terrain", "grass", "turf")
+    + ("sand", "desert", "water", "sea", "road", "asphalt", "writing", "text")
 )
 _IRREGULAR = {"person": "people"}
 

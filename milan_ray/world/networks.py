@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from milan_ray.world.lexicon import names_of
-from milan_ray.world.scenes import OBJECTS
+from milan_ray.world.lexicon import NAMES, names_of
+from milan_ray.world.scenes import OBJECTS, SIGN_WORDS
 
 MEAN = (0.45, 0.45, 0.45)
 STD = (0.25, 0.25, 0.25)
@@ -18,8 +18,11 @@ STD = (0.25, 0.25, 0.25)
 CLASSES = OBJECTS
 """Names of the classifiers' outputs."""
 
-planted_concepts: tuple[str, ...] = names_of("object", "face", "part", "colour", "texture", "background", "text")
-"""What the planted units stand for, in the order of the units: unit ``i`` of layer ``planted`` is concept ``i``."""
+planted_concepts: tuple[str, ...] = tuple(n for n in NAMES if n not in (*names_of("relation"), *SIGN_WORDS))
+"""What the planted units stand for, in the order of the units: unit ``i`` of layer ``planted`` is concept ``i``.
+
+Relations are left out because they are nowhere in particular, single words because a small net does not learn to read.
+"""
 
 
 def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
@@ -126,12 +129,14 @@ class TokenNet(nn.Module):
 
     Attributes:
         stem: (B, 72, 8, 8).
-        blocks: Three blocks of (B, 65, 72): a class token, then the 8 × 8 patches.
+        blocks: Three blocks of (B, 65, 72): a token of its own, then the 8 × 8 patches; the head sees their mean.
     """
 
     def __init__(self, outputs: int = len(CLASSES), width: int = 72, depth: int = 3) -> None:
         super().__init__()
-        self.stem = nn.Sequential(_conv(3, 24, stride=2), _conv(24, 48, stride=2), _conv(48, width, stride=2))
+        self.stem = nn.Sequential(
+            _conv(3, 24, kernel=5, stride=2), _conv(24, 48, stride=2), _conv(48, width, stride=2), _conv(width, width)
+        )
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(torch.randn(1, 65, width) * 0.02)
         self.blocks = nn.ModuleList(TokenBlock(width, heads=4) for _ in range(depth))
@@ -144,7 +149,7 @@ class TokenNet(nn.Module):
         tokens = torch.cat([self.cls.expand(len(images), -1, -1), patches], dim=1) + self.position
         for block in self.blocks:
             tokens = block(tokens)
-        return self.head(self.norm(tokens)[:, 0])
+        return self.head(self.norm(tokens).mean(dim=1))
 
 
 class PlantedNet(nn.Module):
@@ -195,3 +200,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "vit": Architecture(TokenNet, ("stem", "blocks.0", "blocks.1", "blocks.2")),
 }
 """The classifiers, by short name."""
+
+
+def random_network(architecture: str, seed: int = 300) -> nn.Module:
+    """One of the architectures, never trained: the control whose units should mean nothing."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ARCHITECTURES[architecture].build()

@@ -15,10 +15,10 @@ from milan_ray.errors import MilanError
 from milan_ray.models.registry import register_model
 from milan_ray.probe.registry import register_probe
 from milan_ray.world.encoder import LAYERS, EncoderNet
-from milan_ray.world.networks import ARCHITECTURES, CLASSES, MEAN, STD, PlantedNet, planted_concepts
+from milan_ray.world.networks import ARCHITECTURES, CLASSES, MEAN, STD, PlantedNet, planted_concepts, random_network
 from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
 from milan_ray.world.scenes import SIDE
-from milan_ray.world.training import PREPROCESS, random_weights
+from milan_ray.world.training import PREPROCESS
 
 RANDOM_CONTROLS = ("cnn", "resnet")
 """Architectures that are also registered with random weights, as controls."""
@@ -76,7 +76,7 @@ def register(folder: str | None = None) -> None:
 def _random(name: str, weights: str | None) -> nn.Module:
     if weights:
         raise MilanError(f"world/{name}-random has random weights by definition; leave out {weights}.")
-    return random_weights(name)
+    return random_network(name)
 
 
 register()

@@ -208,6 +208,12 @@ _STROKES: dict[str, tuple[tuple[str, str, Shape], ...]] = {
     ),
 }
 
+WHOLES: dict[str, tuple[str, ...]] = {
+    part: tuple(kind for kind, strokes in _STROKES.items() if any(part == stroke[0] for stroke in strokes))
+    for part in names_of("part")
+}
+"""Which objects have a part."""
+
 
 @dataclass(frozen=True)
 class SceneOptions:
@@ -233,7 +239,7 @@ class Thing:
         size: Side of its square, pixels.
         colour: Its main colour.
         accent: Its second colour.
-        texture: Texture of the main colour.
+        texture: Texture of the main colour; "" on signs.
         flip: Whether it is mirrored.
         tone: Brightness step, 0 to 3.
         word: The word on a sign.
@@ -351,7 +357,7 @@ def _thing(draw: _Draw, kind: str, size: int, x: int, y: int, relation: str) -> 
         size=size,
         colour=COLOURS[colour],
         accent=COLOURS[accent],
-        texture=draw.one(TEXTURES) if kind != "sign" else "plain",
+        texture=draw.one(TEXTURES) if kind != "sign" else "",  # words stay readable
         flip=draw.unit() < 0.5,
         tone=draw.below(4),
         word=draw.one(SIGN_WORDS) if kind == "sign" else "",

@@ -96,3 +96,8 @@ def test_beam_wider_than_the_vocabulary_says_what_fits(
 ) -> None:
     with pytest.raises(MilanError, match=r"beam of \d+ .* 13 tokens; set the beam size to 1…13"):
         tiny.candidates(tiny_features, beam_size=beam_size)
+
+
+def test_beam_without_room_for_a_token_says_so(tiny: Captioner, tiny_features: torch.Tensor) -> None:
+    with pytest.raises(MilanError, match="set the length to 1 or more"):
+        tiny.candidates(tiny_features, length=0)

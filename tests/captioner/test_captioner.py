@@ -125,3 +125,12 @@ def test_captioner_wrong_features_say_what_fits(tiny: Captioner, tiny_features: 
 def test_captioner_parts_of_different_vocabularies_are_refused(tiny: Captioner) -> None:
     with pytest.raises(MilanError, match="different vocabularies"):
         Captioner(Indexer(Vocabulary(("red",))), tiny.decoder, tiny.lm, "resnet18")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_captioner_on_a_gpu_agrees_with_the_cpu(tiny: Captioner, tiny_features: torch.Tensor) -> None:
+    on_cpu = tiny.candidates(tiny_features)
+    on_gpu = tiny.to("auto").candidates(tiny_features)
+    assert on_gpu.tokens == on_cpu.tokens
+    np.testing.assert_allclose(on_gpu.logp_d_given_e, on_cpu.logp_d_given_e, atol=1e-4)
+    np.testing.assert_allclose(on_gpu.logp_d, on_cpu.logp_d, atol=1e-4)

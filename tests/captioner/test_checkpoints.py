@@ -101,6 +101,25 @@ def test_load_reference_something_else_is_refused(tmp_path: Path, content: bytes
         load_reference(file)
 
 
+def test_read_pickled_cut_off_anywhere_is_refused(tmp_path: Path) -> None:
+    whole, cut = tmp_path / "whole.pth", tmp_path / "cut.pth"
+    torch.save({"a": torch.arange(5.0), "b": (1, "s", b"\xff")}, whole)
+    with zipfile.ZipFile(whole) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    for size in range(0, len(content["whole/data.pkl"]), 5):
+        with zipfile.ZipFile(cut, "w") as archive:
+            for name, data in content.items():
+                archive.writestr(name, data[:size] if name.endswith("data.pkl") else data)
+        with pytest.raises(MilanError, match="not a checkpoint of the MILAN reference"):
+            read_pickled(cut)
+
+
+def test_read_pickled_tensor_larger_than_its_storage_is_refused(tmp_path: Path) -> None:
+    torch.save(torch.zeros(1).expand(10**9), tmp_path / "bomb.pth")  # stride 0: four bytes that want four gigabytes
+    with pytest.raises(MilanError, match="not a checkpoint"):
+        read_pickled(tmp_path / "bomb.pth")
+
+
 def test_load_reference_foreign_state_dict_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "weights.pth"
     torch.save({"conv1.weight": torch.zeros(3)}, file)

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from torch import nn
 from torch.nn import functional as F
 
@@ -72,14 +73,15 @@ def test_registered_encoder_is_found_and_an_unknown_one_names_the_nearest(encode
 
 def test_encoder_weights_missing_says_file_and_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(MilanError, match=r"resnet18-\w+\.pth; download https://download.pytorch.org/models/resnet18"):
+    with pytest.raises(
+        MilanError,
+        match=r"resnet18-\w+\.pth nor .*resnet18-\w+\.pth; fetch https://download.pytorch.org/models/resnet18",
+    ):
         get_encoder("resnet18").load()
 
 
 def test_encoder_weights_from_file_and_hub_cache_agree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    architecture = get_encoder("alexnet").architecture
-    assert architecture is not None
-    state = architecture().state_dict()
+    state = torchvision.models.alexnet(weights=None).state_dict()
     cache = tmp_path / "hub" / "checkpoints"
     cache.mkdir(parents=True)
     torch.save(state, cache / "alexnet-owt-7be5be79.pth")
@@ -87,5 +89,25 @@ def test_encoder_weights_from_file_and_hub_cache_agree(tmp_path: Path, monkeypat
     loaded = get_encoder("alexnet").load()
     assert all(torch.equal(tensor, state[name]) for name, tensor in loaded.backbone.state_dict().items())
     del state["features.0.weight"]
-    with pytest.raises(MilanError, match=r"features\.0\.weight is missing"):
+    with pytest.raises(MilanError, match=r"1 missing \(first: features\.0\.weight\)"):
         get_encoder("alexnet").load(state)
+
+
+@pytest.mark.parametrize(("name", "channels"), [("alexnet", 1152), ("resnet50", 3904)])
+def test_encoder_of_torchvision_equals_hooks_on_the_whole_classifier(name: str, channels: int) -> None:
+    torch.manual_seed(0)
+    classifier = torchvision.models.get_model(name, weights=None).eval()
+    spec = get_encoder(name)
+    outputs: dict[str, torch.Tensor] = {}
+    for layer in spec.layers:
+        classifier.get_submodule(layer).register_forward_hook(
+            lambda _m, _i, out, layer=layer: outputs.update({layer: out})
+        )
+    images = torch.rand(2, 3, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        classifier((images - torch.tensor(spec.mean).view(3, 1, 1)) / torch.tensor(spec.std).view(3, 1, 1))
+    expected = torch.cat([level.mean((2, 3)) for level in outputs.values()], dim=1)
+    ours = spec.load(classifier.state_dict())(images)
+    assert ours.shape == (2, channels)
+    scale = expected.abs().max().clamp(min=1)
+    assert torch.allclose(ours / scale, expected / scale, rtol=1e-4, atol=1e-6)

@@ -12,6 +12,7 @@ from milan_ray.captioner.decoder import Decoded, decode_forced, decode_stepwise
 from milan_ray.captioner.quirks import REFERENCE
 from milan_ray.captioner.rerank import counted_length
 
+
 def assert_close(ours: torch.Tensor | np.ndarray, reference: np.ndarray) -> None:
     np.testing.assert_allclose(np.asarray(ours), reference, rtol=0, atol=1e-4)
 

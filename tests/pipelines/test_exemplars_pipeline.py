@@ -56,7 +56,9 @@ def test_exemplars_equal_a_naive_loop(undisturbed, photos):
     net = spec.load()
     source = probe(ProbeRequest((str(photos),)))
     rows = source.manifest().to_pylist()
-    views = np.stack([spec.preprocess.view(source.read(ImageRef(r["image_id"], r["root"], r["path"])).image) for r in rows])
+    views = np.stack(
+        [spec.preprocess.view(source.read(ImageRef(r["image_id"], r["root"], r["path"])).image) for r in rows]
+    )
     with torch.inference_mode():
         maps = net[:1](spec.prepare(torch.from_numpy(views)))
     pooled = maps.amax(dim=(2, 3)).numpy()

@@ -43,10 +43,12 @@ def rows(noun: Noun, values: list[tuple[object, ...]]) -> dict[str, list[object]
     return {column.name: list(found) for column, found in zip(noun.columns, columns, strict=True)}
 
 
-def write(storage: Storage, noun: Noun, values: list[tuple[object, ...]], **options: object) -> None:
-    table = noun.table(rows(noun, values))
+def write(
+    storage: Storage, noun: Noun, values: list[tuple[object, ...]], metadata: dict[str, str] | None = None
+) -> None:
+    table = noun.table(rows(noun, values), metadata)
     keys = {key: str(table[key][0]) for key in noun.partition}
-    storage.write(noun, table, "a1b2", **options, **keys)  # type: ignore[arg-type]
+    storage.write(noun, table, "a1b2", **keys)
 
 
 def write_exemplars(storage: Storage) -> None:

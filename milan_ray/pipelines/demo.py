@@ -1,0 +1,210 @@
+"""The main job on the built-in world: from nothing to a report, with the truth known (DESIGN §7)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from milan_ray.captioner.training import TrainingConfig
+from milan_ray.config import ExemplarConfig, Resources, config_hash
+from milan_ray.exemplars.forward import Forward
+from milan_ray.experiments import judges
+from milan_ray.experiments.evaluation import RANDOM, best_constant, evaluate_text, nearest_copy, with_trivial_rows
+from milan_ray.pipelines import requests, world
+from milan_ray.pipelines.captioners import EncoderRequest
+from milan_ray.pipelines.describe import LIKELIHOOD, MILAN, Search, run_descriptions
+from milan_ray.pipelines.encodings import run_encodings, unit_features
+from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.train import Sizes, TrainingJob, run_training
+from milan_ray.progress import say
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, ENCODINGS, SCORES
+from milan_ray.scoring.text import BertScore, minilm_directory
+from milan_ray.storage import CONFIG_KEY, Storage
+from milan_ray.world.networks import planted_concepts
+from milan_ray.world.probe import WorldProbe
+from milan_ray.world.training import PREPROCESS
+
+DECODER = "world"
+"""Name of the captioner, and of its encoder."""
+
+TRAIN = ("world/cnn", "world/vit")
+"""Networks whose annotated units train the captioner."""
+
+HELD_OUT = "world/resnet"
+"""The architecture it never saw."""
+
+CONTROL = "world/resnet-random"
+"""The same architecture, untrained."""
+
+PLANTED = "world/planted"
+"""The network whose units' concepts are known beforehand."""
+
+PROBE = requests.ProbeRequest(("world/probe",))
+HELD_OUT_SCENES = requests.ProbeRequest(("world/heldout",))
+
+EXEMPLARS = ExemplarConfig()
+SEARCH = Search(DECODER)
+TRAINING = TrainingConfig(max_epochs=40)
+SIZES = Sizes(embedding=64, hidden=256)
+"""A fraction of the paper's: the world's language is small."""
+
+EXPERIMENTS = ("held-out text", "held-out truth", "untrained truth", "planted units", "interpretable units")
+
+Units = dict[tuple[str, int], str]
+"""(layer, unit) → text."""
+
+
+def run_demo(storage: Storage, resources: Resources, threads: int) -> pa.Table:
+    """Runs everything that is missing; returns the evaluation.
+
+    Args:
+        storage: The run directory.
+        resources: What of the cluster to use; Ray must be connected.
+        threads: Torch threads of the training worker.
+    """
+    world.train_networks()
+    models = [requests.ModelRequest(name) for name in (*TRAIN, HELD_OUT, CONTROL, PLANTED)]
+    dissected = run_exemplars(storage, models, PROBE, EXEMPLARS, resources).models
+    annotated = {name: dissected[name] for name in (*TRAIN, HELD_OUT)}
+    world.annotate(storage, PROBE, annotated)
+    run_encodings(storage, dissected, EncoderRequest(DECODER), resources)
+    layers = tuple((model, layer) for model in TRAIN for layer in dissected[model])
+    job = TrainingJob(DECODER, world.SOURCE, layers, EncoderRequest(DECODER), TRAINING, SIZES, threads=threads)
+    run_training(storage, job)
+    run_descriptions(storage, dissected, SEARCH, resources)
+    return evaluate(storage, dissected)
+
+
+def evaluate(storage: Storage, models: Mapping[str, Sequence[str]]) -> pa.Table:
+    """Scores the descriptions of the held-out, the planted and the untrained network (DESIGN §7, judges a to d)."""
+    configs = [
+        (storage.metadata(noun, model=model, layer=layer, **keys) or {})[CONFIG_KEY]
+        for model, layers in models.items()
+        for layer in layers
+        for noun, keys in ((DESCRIPTIONS, {"labeler": MILAN}), (DESCRIPTIONS, {"labeler": LIKELIHOOD}))
+    ]
+    folder = minilm_directory()
+    config = config_hash({"evaluation": 1, "descriptions": configs, "bertscore": folder is not None})
+    if not all(storage.is_current(SCORES, config, experiment=name) for name in EXPERIMENTS):
+        say("evaluation: against the annotators and against the world itself")
+        for table in _evaluate(storage, models, BertScore(folder) if folder else None):
+            storage.write(SCORES, table, config, experiment=table["experiment"][0].as_py())
+    return pa.concat_tables([storage.read(SCORES, experiment=name) for name in EXPERIMENTS])
+
+
+def _evaluate(storage: Storage, models: Mapping[str, Sequence[str]], bert: BertScore | None) -> list[pa.Table]:
+    text, told, untrained, planted, interpretable = EXPERIMENTS
+    references = _annotations(storage, {HELD_OUT: models[HELD_OUT]})[HELD_OUT]
+    units = sorted(references, key=lambda unit: (list(models[HELD_OUT]).index(unit[0]), unit[1]))
+    trained = _annotations(storage, {name: models[name] for name in TRAIN})
+    train_units = [(model, *unit) for model, found in trained.items() for unit in found]
+    captions = [trained[model][layer, unit] for model, layer, unit in train_units]
+    features = {name: _mean_features(storage, name, models[name]) for name in (*TRAIN, HELD_OUT)}
+    copies = nearest_copy(
+        np.stack([features[model][layer, unit] for model, layer, unit in train_units]),
+        [group[0] for group in captions],
+        np.stack([features[HELD_OUT][unit] for unit in units]),
+    )
+    constant = best_constant(captions)
+    described = {
+        labeler: _descriptions(storage, HELD_OUT, models[HELD_OUT], labeler) for labeler in (MILAN, LIKELIHOOD)
+    }
+    own = {
+        "wPMI": [described[MILAN][unit] for unit in units],
+        "p(d|E)": [described[LIKELIHOOD][unit] for unit in units],
+    }
+    systems = with_trivial_rows(own, constant, copies)
+    control = _descriptions(storage, CONTROL, models[CONTROL], MILAN)
+    tables = [
+        evaluate_text(text, systems | {RANDOM: [control[unit] for unit in units]}, [references[u] for u in units], bert)
+    ]
+    found = world.truth(storage, {name: models[name] for name in (HELD_OUT, CONTROL)}, HELD_OUT_SCENES)
+    source = requests.probe(HELD_OUT_SCENES)
+    assert isinstance(source, WorldProbe)
+    scenes = [source.scene(image_id) for image_id in range(source.size)]
+    shown = judges.presence(scenes)
+    tables.append(
+        pa.concat_tables(
+            [
+                judges.described_auroc(told, found[HELD_OUT].activations, shown, systems),
+                judges.causal_drops(told, _activations(models[HELD_OUT]), scenes, systems),
+            ]
+        )
+    )
+    own_control = with_trivial_rows({"wPMI": [control[unit] for unit in units]}, constant)
+    tables.append(judges.described_auroc(untrained, found[CONTROL].activations, shown, own_control))
+    named = _descriptions(storage, PLANTED, models[PLANTED], MILAN)
+    likely = _descriptions(storage, PLANTED, models[PLANTED], LIKELIHOOD)
+    order = sorted(named)
+    of_planted = {"wPMI": [named[unit] for unit in order], "p(d|E)": [likely[unit] for unit in order]}
+    concepts = [planted_concepts[unit] for _, unit in order]
+    tables.append(judges.planted_accuracy(planted, concepts, with_trivial_rows(of_planted, constant)))
+    shares = {"trained": found[HELD_OUT].iou, RANDOM: found[CONTROL].iou}
+    tables.append(judges.iou_shares(interpretable, shares))
+    return tables
+
+
+def _annotations(storage: Storage, models: Mapping[str, Sequence[str]]) -> dict[str, dict[tuple[str, int], list[str]]]:
+    found: dict[str, dict[tuple[str, int], list[str]]] = {}
+    for model, layers in models.items():
+        units = found.setdefault(model, {})
+        for layer in layers:
+            for row in storage.read(ANNOTATIONS, source=world.SOURCE, model=model, layer=layer).to_pylist():
+                units.setdefault((layer, row["unit"]), []).append(row["text"])
+    return found
+
+
+def _descriptions(storage: Storage, model: str, layers: Sequence[str], labeler: str) -> Units:
+    return {
+        (layer, row["unit"]): row["description"]
+        for layer in layers
+        for row in storage.read(DESCRIPTIONS, labeler=labeler, model=model, layer=layer).to_pylist()
+    }
+
+
+def _mean_features(storage: Storage, model: str, layers: Sequence[str]) -> dict[tuple[str, int], np.ndarray]:
+    return {
+        (layer, unit): features.mean(axis=0)
+        for layer in layers
+        for unit, features in unit_features(storage.read(ENCODINGS, encoder=DECODER, model=model, layer=layer)).items()
+    }
+
+
+def _activations(layers: Sequence[str]) -> object:
+    spec = requests.model(requests.ModelRequest(HELD_OUT))
+    forward = Forward(spec, spec.load(), layers, 16)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        maps = forward.maps(images)
+        return np.concatenate([maps[layer].amax(dim=(2, 3)).numpy() for layer in layers], axis=1)
+
+    assert spec.preprocess == PREPROCESS  # scenes are the network's views as they are
+    return run
+
+
+def summary(scores: pa.Table) -> str:
+    """The evaluation on one screen: the main measures, each system beside the rows that cost nothing."""
+    frame = pl.from_arrow(scores)
+    assert isinstance(frame, pl.DataFrame)
+    lines = []
+    for experiment, metrics in (
+        ("held-out text", ("bleu", "rouge-l-f", "bertscore-f")),
+        ("held-out truth", ("auroc", "causal-drop")),
+        ("untrained truth", ("auroc",)),
+        ("planted units", ("planted-accuracy",)),
+        ("interpretable units", ("iou>.04",)),
+    ):
+        rows = frame.filter(pl.col("experiment") == experiment, ~pl.col("system").str.contains(" − "))
+        for metric in metrics:
+            values = rows.filter(pl.col("metric") == metric)
+            if values.is_empty():
+                continue
+            shown = [
+                f"{row['system']} {row['value']:.3g}" if row["n"] else str(row["note"])
+                for row in values.iter_rows(named=True)
+            ]
+            lines.append(f"  {experiment}, {metric}: " + " · ".join(shown))
+    return "\n".join(lines)

@@ -1,0 +1,304 @@
+"""Descriptions (paper §3; DESIGN §5): a beam of candidates for every unit, then log p(d|E) − λ·log p(d).
+
+encodings ─► [actor pool: beam search] ─► candidates ─► [rescore] ─► descriptions
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from milan_ray.captioner.checkpoints import digest as captioner_digest
+from milan_ray.captioner.checkpoints import lm_digest
+from milan_ray.captioner.rerank import rescore
+from milan_ray.config import Resources, config_hash
+from milan_ray.device import resolve_device
+from milan_ray.errors import MilanError
+from milan_ray.pipelines.captioners import captioner_name, load_captioner
+from milan_ray.pipelines.encodings import unit_features
+from milan_ray.pipelines.fanout import run_parallel
+from milan_ray.pipelines.pool import Row, run_pool
+from milan_ray.progress import Progress, say
+from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS
+from milan_ray.storage import CONFIG_KEY, Storage
+
+KERNEL_VERSION = "candidates-1"
+
+UNITS = 32
+"""Units per beam search: the planned batch."""
+
+N_BEST = 5
+
+MILAN = "milan"
+"""Labeler: log p(d|E) − λ·log p(d)."""
+
+LIKELIHOOD = "milan-pdE"
+"""Labeler: log p(d|E) alone."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How descriptions are searched.
+
+    Attributes:
+        decoder: Captioner: a name in the run directory, a folder, or a published ``.pth`` file.
+        beam_size: Width of the beam.
+        length: Most tokens, ``<stop>`` included.
+        lam: λ.
+    """
+
+    decoder: str
+    beam_size: int = 50
+    length: int = 15
+    lam: float = 0.2
+
+
+@dataclass(frozen=True)
+class _Layer:
+    number: int
+    model: str
+    layer: str
+    config: str
+
+
+def run_descriptions(
+    storage: Storage,
+    models: Mapping[str, Sequence[str]],
+    search: Search,
+    resources: Resources,
+    device: str = "auto",
+) -> None:
+    """Describes every unit of every layer whose descriptions are missing or stale, by both MILAN labelers.
+
+    Args:
+        storage: The run directory, which holds encodings.
+        models: Model name → layers.
+        search: Captioner, beam, λ.
+        resources: What of the cluster to use; Ray must be connected.
+        device: Where the captioner runs.
+
+    Raises:
+        MilanError: The captioner or encodings are missing.
+    """
+    captioner = load_captioner(storage, search.decoder)
+    name = captioner_name(search.decoder)
+    identity = {
+        "kernel": KERNEL_VERSION,
+        "captioner": captioner_digest(captioner),
+        "beam_size": search.beam_size,
+        "length": search.length,
+    }
+    layers: list[_Layer] = []
+    every: list[tuple[str, str, str]] = []
+    for model, paths in models.items():
+        for layer in paths:
+            meta = storage.metadata(ENCODINGS, encoder=captioner.encoder_name, model=model, layer=layer)
+            if meta is None:
+                raise MilanError(
+                    f"no encodings of {model} {layer} by {captioner.encoder_name} in {storage.root}; "
+                    "run jobs.describe, which makes them."
+                )
+            config = config_hash({**identity, "encodings": meta[CONFIG_KEY]})
+            every.append((model, layer, config))
+            if not storage.is_current(CANDIDATES, config, decoder=name, model=model, layer=layer):
+                layers.append(_Layer(len(layers), model, layer, config))
+    if layers:
+        _search(storage, layers, search, name, captioner.encoder_name, lm_digest(captioner), resources, device)
+    else:
+        say(f"candidates ({name}): all up to date")
+    has_lm = captioner.lm is not None
+    tasks = [
+        _Rescore(storage, name, model, layer, config, labeler, lam)
+        for model, layer, config in every
+        for labeler, lam in ((MILAN, search.lam if has_lm else 0.0), (LIKELIHOOD, 0.0))
+    ]
+    stale = [task for task in tasks if not task.done()]
+    for _ in run_parallel(_rescore, stale):
+        pass
+
+
+def _search(
+    storage: Storage,
+    layers: list[_Layer],
+    search: Search,
+    name: str,
+    encoder: str,
+    lm: str | None,
+    resources: Resources,
+    device: str,
+) -> None:
+    work = config_hash({"candidates": [layer.config for layer in layers]})
+    done = set(storage.work_names(work))
+    rows: list[Row] = []
+    units = 0
+    for layer in layers:
+        column = storage.read(ENCODINGS, ["unit"], encoder=encoder, model=layer.model, layer=layer.layer)["unit"]
+        present = sorted(set(column.to_pylist()))
+        for start in range(0, len(present), UNITS):
+            batch = present[start : start + UNITS]
+            if f"L{layer.number}/{batch[0]:06d}" not in done:
+                rows.append({"layer": layer.number, "units": batch})
+                units += len(batch)
+    say(f"descriptions: {units} units of {len({layer.model for layer in layers})} models by {name}")
+    arguments = {
+        "storage": storage,
+        "work": work,
+        "layers": layers,
+        "search": search,
+        "encoder": encoder,
+        "threads": max(1, int(resources.cpus_per_actor)),
+        "device": device,
+    }
+    with Progress("descriptions", units, "units") as progress:
+        for answer in run_pool(CandidateWorker, arguments, rows, resources):
+            progress.advance(answer["units"])
+    tasks = [_Gather(storage, work, layer, name, lm or "", search.beam_size) for layer in layers]
+    for _ in run_parallel(_gather, tasks):
+        pass
+    storage.remove_work(work)
+
+
+class CandidateWorker:
+    """Searches candidates for a batch of units."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        work: str,
+        layers: list[_Layer],
+        search: Search,
+        encoder: str,
+        threads: int,
+        device: str,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._storage, self._work, self._layers, self._search = storage, work, layers, search
+        self._encoder = encoder
+        self._captioner = load_captioner(storage, search.decoder).to(str(resolve_device(device)))
+        self._features: tuple[int, dict[int, np.ndarray]] = (-1, {})
+
+    def __call__(self, row: Row) -> Row:
+        """Runs one batch of units."""
+        layer = self._layers[row["layer"]]
+        features = self._of(layer)
+        by_count: dict[int, list[int]] = defaultdict(list)
+        for unit in row["units"]:
+            by_count[len(features[unit])].append(unit)  # dead or broken units may have fewer exemplars
+        tables = [self._candidates([(unit, features[unit]) for unit in units]) for units in by_count.values()]
+        table = pa.concat_tables(tables).sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
+        self._storage.put_work(self._work, f"L{layer.number}/{row['units'][0]:06d}", table)
+        return {"units": len(row["units"])}
+
+    def _of(self, layer: _Layer) -> dict[int, np.ndarray]:
+        if self._features[0] != layer.number:
+            keys = {"encoder": self._encoder, "model": layer.model, "layer": layer.layer}
+            table = self._storage.read(ENCODINGS, ["unit", "rank", "feature"], **keys)
+            self._features = (layer.number, unit_features(table))
+        return self._features[1]
+
+    def _candidates(self, units: list[tuple[int, np.ndarray]]) -> pa.Table:
+        found = self._captioner.candidates(
+            np.stack([features for _, features in units]), self._search.beam_size, self._search.length
+        )
+        beams = found.logp_d_given_e.shape[1]
+        logp_d = found.logp_d if found.logp_d is not None else np.zeros_like(found.logp_d_given_e)
+        return pa.table(
+            {
+                "unit": pa.array(np.repeat([unit for unit, _ in units], beams), pa.int32()),
+                "beam_rank": pa.array(np.tile(np.arange(beams), len(units)), pa.int32()),
+                "tokens": pa.array([t for unit in found.tokens for t in unit], pa.list_(pa.int32())),
+                "finished": found.finished.ravel(),
+                "logp_d_given_e": found.logp_d_given_e.ravel(),
+                "logp_d": logp_d.ravel(),
+                "text": [text for unit in found.texts for text in unit],
+            }
+        )
+
+
+@dataclass(frozen=True)
+class _Gather:
+    storage: Storage
+    work: str
+    layer: _Layer
+    decoder: str
+    lm: str
+    beam_size: int
+
+
+def _gather(task: _Gather) -> None:
+    names = task.storage.work_names(task.work, f"L{task.layer.number}")
+    table = pa.concat_tables([task.storage.get_work(task.work, name) for name in names])
+    table = table.sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
+    keys = {"decoder": task.decoder, "model": task.layer.model, "layer": task.layer.layer}
+    columns: dict[str, object] = {name: [value] * len(table) for name, value in keys.items()}
+    columns |= {"lm": [task.lm] * len(table), "beam_size": [task.beam_size] * len(table)}
+    rows = CANDIDATES.table(columns | {name: table[name] for name in table.column_names})
+    task.storage.write(CANDIDATES, rows, task.layer.config, **keys)
+
+
+@dataclass(frozen=True)
+class _Rescore:
+    storage: Storage
+    decoder: str
+    model: str
+    layer: str
+    candidates: str
+    labeler: str
+    lam: float
+
+    @property
+    def config(self) -> str:
+        return config_hash({"rescore": 1, "candidates": self.candidates, "lam": self.lam, "n_best": N_BEST})
+
+    def done(self) -> bool:
+        keys = {"labeler": self.labeler, "model": self.model, "layer": self.layer}
+        return self.storage.is_current(DESCRIPTIONS, self.config, **keys)
+
+
+def _rescore(task: _Rescore) -> None:
+    """Chooses the best candidates of a layer for one λ."""
+    table = task.storage.read(CANDIDATES, decoder=task.decoder, model=task.model, layer=task.layer).combine_chunks()
+    units = table["unit"].to_numpy()
+    likely, prior = (table[name].to_numpy() for name in ("logp_d_given_e", "logp_d"))
+    scores = rescore(likely, prior, task.lam)
+    texts = table["text"].to_pylist()
+    has_lm = bool(table["lm"][0].as_py()) if len(table) else False
+    rows: list[dict[str, object]] = []
+    starts = np.flatnonzero(np.diff(units, prepend=-1))
+    for begin, end in zip(starts, [*starts[1:], len(units)], strict=True):
+        best: list[dict[str, object]] = []
+        for place in begin + np.argsort(-scores[begin:end], kind="stable"):
+            if all(texts[place] != other["text"] for other in best):  # different tokens may read the same
+                best.append(
+                    {
+                        "text": texts[place],
+                        "score": float(scores[place]),
+                        "logp_d_given_e": float(likely[place]),
+                        "logp_d": float(prior[place]) if has_lm else None,
+                    }
+                )
+            if len(best) == N_BEST:
+                break
+        rows.append(
+            {
+                "labeler": task.labeler,
+                "model": task.model,
+                "layer": task.layer,
+                "unit": int(units[begin]),
+                "description": best[0]["text"],
+                "score": best[0]["score"],
+                "logp_d_given_e": best[0]["logp_d_given_e"],
+                "logp_d": best[0]["logp_d"],
+                "lam": task.lam,
+                "n_best": best,
+            }
+        )
+    metadata = {"decoder": task.decoder, "lam": str(task.lam)}
+    table = pa.Table.from_pylist(rows, schema=DESCRIPTIONS.schema.with_metadata(metadata))
+    keys = {"labeler": task.labeler, "model": task.model, "layer": task.layer}
+    task.storage.write(DESCRIPTIONS, table, task.config, **keys)

@@ -1,0 +1,162 @@
+"""The built-in world's own stages: its networks, its annotators, its judges."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from milan_ray.config import ExemplarConfig, config_hash
+from milan_ray.exemplars import masks
+from milan_ray.exemplars.forward import Forward, read_views
+from milan_ray.pipelines import requests
+from milan_ray.pipelines.fanout import run_parallel
+from milan_ray.probe.manifest import image_refs
+from milan_ray.progress import Progress, say
+from milan_ray.schema import ANNOTATIONS, EXEMPLARS, LEVELS, MANIFEST
+from milan_ray.storage import CONFIG_KEY, Storage
+from milan_ray.world.annotators import annotate_unit
+from milan_ray.world.iou import ConceptIoU
+from milan_ray.world.lexicon import NAMES
+from milan_ray.world.plugin import weights_dir
+from milan_ray.world.probe import WORLD_DIGEST
+from milan_ray.world.training import TrainTask, train_all_tasks
+
+ANNOTATORS_VERSION = "annotators-1"
+
+SOURCE = "world"
+"""Source of the annotations that the world's annotators write."""
+
+
+def train_networks() -> int:
+    """Trains the world's networks that are not there yet, side by side; returns how many."""
+    place = Storage(weights_dir())
+    tasks = [task for task in train_all_tasks() if not place.exists(task.file)]
+    if not tasks:
+        say(f"the world's networks: all in {place.root}")
+        return 0
+    say(f"training the world's networks: {', '.join(task.name for task in tasks)}")
+    with Progress("networks", len(tasks), "networks") as progress:
+        for index, weights in run_parallel(TrainTask.run, tasks):
+            place.put(tasks[index].file, weights)
+            progress.advance()
+    return len(tasks)
+
+
+@dataclass(frozen=True)
+class _Annotate:
+    storage: Storage
+    probe: requests.ProbeRequest
+    model: str
+    layer: str
+    config: str
+
+
+def annotate(storage: Storage, probe: requests.ProbeRequest, models: Mapping[str, Sequence[str]]) -> None:
+    """Lets the world's annotators describe every unit of some models, where their annotations are missing or stale."""
+    tasks = []
+    for model, layers in models.items():
+        for layer in layers:
+            meta = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
+            config = config_hash({"kernel": ANNOTATORS_VERSION, "world": WORLD_DIGEST, "exemplars": meta[CONFIG_KEY]})
+            if not storage.is_current(ANNOTATIONS, config, source=SOURCE, model=model, layer=layer):
+                tasks.append(_Annotate(storage, probe, model, layer, config))
+    if not tasks:
+        say("annotations: all up to date")
+        return
+    with Progress("annotations", len(tasks), "layers") as progress:
+        for _ in run_parallel(_annotate_layer, tasks):
+            progress.advance()
+
+
+def _annotate_layer(task: _Annotate) -> None:
+    keys = {"model": task.model, "layer": task.layer}
+    exemplars = task.storage.read(EXEMPLARS, ["unit", "image_id", "mask"], **keys)
+    meta = task.storage.metadata(EXEMPLARS, **keys) or {}
+    size = int(meta["mask_height"]), int(meta["mask_width"])
+    ids = sorted(set(exemplars["image_id"].to_pylist()))
+    source = requests.probe(task.probe)
+    maps = {
+        ref.image_id: source.concept_maps(ref) or {}
+        for ref in image_refs(task.storage.read(MANIFEST, probe=meta["probe"]), ids)
+    }
+    units = exemplars["unit"].to_numpy()
+    rows: list[tuple[int, str, str]] = []
+    for unit in np.unique(units):
+        mine = exemplars.filter(units == unit)
+        found = annotate_unit(
+            masks.unpack(mine["mask"].to_pylist(), size),
+            [maps[image_id] for image_id in mine["image_id"].to_pylist()],
+            f"{task.model}/{task.layer}/{unit}",
+        )
+        rows += [(int(unit), annotation.annotator, annotation.text) for annotation in found]
+    table = ANNOTATIONS.table(
+        {
+            "source": [SOURCE] * len(rows),
+            "model": [task.model] * len(rows),
+            "layer": [task.layer] * len(rows),
+            "unit": [unit for unit, _, _ in rows],
+            "annotator": [who for _, who, _ in rows],
+            "text": [text for _, _, text in rows],
+        }
+    )
+    task.storage.write(ANNOTATIONS, table, task.config, source=SOURCE, **keys)
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a network's units do on held-out scenes.
+
+    Attributes:
+        activations: float32 (N, U), each unit's maximum over positions; units of all layers side by side.
+        iou: float64 (U,), each unit's highest IoU with a concept.
+    """
+
+    activations: np.ndarray
+    iou: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Judge:
+    storage: Storage
+    model: requests.ModelRequest
+    layers: tuple[str, ...]
+    probe: requests.ProbeRequest
+
+
+def truth(storage: Storage, models: Mapping[str, Sequence[str]], probe: requests.ProbeRequest) -> dict[str, Truth]:
+    """Runs models over held-out scenes and compares their units with the scenes' concept maps."""
+    tasks = [_Judge(storage, requests.ModelRequest(model), tuple(layers), probe) for model, layers in models.items()]
+    names = list(models)
+    found: dict[str, Truth] = {}
+    with Progress("held-out scenes", len(tasks), "models") as progress:
+        for index, result in run_parallel(_judge, tasks):
+            found[names[index]] = result
+            progress.advance()
+    return found
+
+
+def _judge(task: _Judge) -> Truth:
+    source = requests.probe(task.probe)
+    spec = requests.model(task.model)
+    batch_size = ExemplarConfig().batch_size
+    forward = Forward(spec, spec.load(), task.layers, batch_size)
+    states = {
+        layer: ConceptIoU(
+            torch.from_numpy(np.array(task.storage.read(LEVELS, ["level"], model=spec.name, layer=layer)["level"])),
+            NAMES,
+        )
+        for layer in task.layers
+    }
+    pooled: list[np.ndarray] = []
+    refs = image_refs(source.manifest())
+    for start in range(0, len(refs), batch_size):
+        batch = refs[start : start + batch_size]
+        concepts = [source.concept_maps(ref) or {} for ref in batch]
+        maps = forward.maps(read_views(source, batch, spec.preprocess.view).views)
+        for layer, state in states.items():
+            state.update(maps[layer], concepts)
+        pooled.append(np.concatenate([maps[layer].amax(dim=(2, 3)).numpy() for layer in task.layers], axis=1))
+    return Truth(np.concatenate(pooled), np.concatenate([state.result().max(axis=1) for state in states.values()]))

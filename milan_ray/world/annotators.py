@@ -1,0 +1,327 @@
+"""The world's annotators: what three people would write about a unit's exemplars, with part-of-speech tags and heads.
+
+They see what people see: the exemplars and their masks. Their knowledge of what is where comes from the scenes' concept
+maps. They use synonyms, are often vague and sometimes wrong, as people are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from random import Random
+
+import numpy as np
+
+from milan_ray.world.lexicon import CONCEPT, NAMES, names_of, plural, tags
+from milan_ray.world.scenes import GROUNDS, SIDE, SIGN_WORDS, SKIES, WHOLES, concept_maps, make_scene
+
+PERSONAS = ("object-first", "colour-and-texture-first", "terse")
+"""The annotators: one names things, one colours and textures, one is short."""
+
+GENERIC_SHARE = 0.25
+"""Share of answers that name nothing in particular; without them λ has no work."""
+
+ERROR_SHARE = 0.10
+"""Share of answers that name something else."""
+
+NOUNS = names_of("object", "face", "part", "background", "text")
+"""What annotators name; the rest they only add."""
+
+_WHOLES = {**WHOLES, **dict.fromkeys(names_of("text"), ("sign",))}
+
+_ENOUGH = 0.5
+"""The evidence below which an annotator sees nothing in particular, nats."""
+
+_GENERIC = (
+    "shapes",
+    "dark areas",
+    "bright areas",
+    "edges",
+    "random objects",
+    "different things",
+    "various patterns",
+    "lines",
+)
+_STUFF = ("areas", "surfaces", "regions", "patterns")
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One annotator's description of one unit.
+
+    Attributes:
+        annotator: Which of :data:`PERSONAS` wrote it.
+        text: The description.
+        tokens: Its words.
+        tags: Universal part-of-speech tags, one per token.
+        heads: Per token the position of its syntactic head, counted from 1; 0 for the root (CoNLL-U).
+    """
+
+    annotator: str
+    text: str
+    tokens: tuple[str, ...]
+    tags: tuple[str, ...]
+    heads: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Phrase:
+    """Words with a dependency tree; heads count from 0 within the phrase, the root is its own head."""
+
+    words: tuple[str, ...]
+    tags: tuple[str, ...]
+    heads: tuple[int, ...]
+
+    @property
+    def root(self) -> int:
+        return next(i for i, head in enumerate(self.heads) if i == head)
+
+    def __add__(self, other: _Phrase) -> _Phrase:
+        """Both in a row, the other's root hanging on this one's."""
+        shift = len(self.words)
+        heads = [self.root if i == head else head + shift for i, head in enumerate(other.heads)]
+        return _Phrase(self.words + other.words, self.tags + other.tags, self.heads + tuple(heads))
+
+    def before(self, other: _Phrase) -> _Phrase:
+        """Both in a row, this one's root hanging on the other's."""
+        shift = len(self.words)
+        root = other.root + shift
+        heads = [root if i == head else head for i, head in enumerate(self.heads)]
+        return _Phrase(
+            self.words + other.words, self.tags + other.tags, tuple(heads) + tuple(h + shift for h in other.heads)
+        )
+
+
+def _word(word: str, tag: str) -> _Phrase:
+    return _Phrase((word,), (tag,), (0,))
+
+
+@lru_cache(maxsize=1)
+def _world_shares() -> dict[str, float]:
+    """The share of the world's pixels that shows each concept, over some hundred scenes."""
+    totals = dict.fromkeys(NAMES, 0.0)
+    scenes = 400
+    for index in range(scenes):
+        for name, shown in concept_maps(make_scene("train", index)).items():
+            totals[name] += float(shown.mean()) / scenes
+    return totals
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """How strongly a unit's exemplars speak for each concept that any of them shows.
+
+    The evidence for a concept is c · (ln c/i + ln c/w) / 2, with c its share of the masked pixels, i its share of the
+    exemplars' pixels, w its share of the world's: what the masks pick out of the images, and the images out of the
+    world. Shares are smoothed by 0.01.
+
+    Attributes:
+        masked: Concept → c.
+        shown: Concept → i.
+        nats: Concept → evidence.
+    """
+
+    masked: dict[str, float]
+    shown: dict[str, float]
+    nats: dict[str, float]
+
+
+def evidence(masks: np.ndarray, maps: Sequence[Mapping[str, np.ndarray]]) -> Evidence:
+    """Weighs the exemplars of a unit; every image with a mask counts the same.
+
+    Args:
+        masks: bool (k, H, W), any resolution.
+        maps: Concept maps of the k images, bool (64, 64).
+    """
+    rows = np.arange(SIDE) * masks.shape[1] // SIDE
+    columns = np.arange(SIDE) * masks.shape[2] // SIDE
+    masks = masks[:, rows[:, None], columns]
+    pairs = [(mask, shown) for mask, shown in zip(masks, maps, strict=True) if mask.any()]
+    masked: dict[str, float] = {}
+    shown: dict[str, float] = {}
+    for mask, truth in pairs:
+        for name, where in truth.items():
+            masked[name] = masked.get(name, 0.0) + float(where[mask].mean()) / len(pairs)
+            shown[name] = shown.get(name, 0.0) + float(where.mean()) / len(pairs)
+    world = _world_shares()
+    smooth = 0.01
+    nats = {
+        name: share * (math.log(share + smooth) - 0.5 * math.log((shown[name] + smooth) * (world[name] + smooth)))
+        for name, share in masked.items()
+    }
+    return Evidence(masked, shown, nats)
+
+
+def annotate_unit(masks: np.ndarray, maps: Sequence[Mapping[str, np.ndarray]], key: str) -> list[Annotation]:
+    """Describes a unit from its exemplars.
+
+    Args:
+        masks: bool (k, H, W), the exemplars' masks, any resolution.
+        maps: Concept maps of the exemplars' images (``Probe.concept_maps``), bool (64, 64).
+        key: Which unit it is, e.g. ``world/cnn/conv3/17``: with the same key and exemplars the same people write the
+            same words.
+
+    Returns:
+        One annotation per persona.
+    """
+    seen = _look_at(evidence(masks, maps))
+    return [_annotate(persona, seen, Random(f"{key}/{persona}").random) for persona in PERSONAS]
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What there is to say: the main noun, what else to name, a relation, and colours and textures, strongest first."""
+
+    noun: str | None
+    second: str | None
+    relation: str | None
+    looks: tuple[str, ...]
+    look_leads: bool
+
+    @property
+    def concepts(self) -> frozenset[str]:
+        return frozenset(filter(None, (self.noun, self.second, self.relation, *self.looks)))
+
+
+def _look_at(seen: Evidence) -> _Seen:
+    def best(names: Sequence[str], share: float = 0.0) -> str | None:
+        name = max(names, key=lambda name: seen.nats.get(name, 0.0))
+        return name if seen.nats.get(name, 0.0) >= _ENOUGH and seen.masked[name] > share else None
+
+    thing = best(NOUNS)
+    noun = _detail(thing, seen) if thing else None
+    second = thing if noun != thing else best(_beside(thing), share=0.25) if thing else None
+    looks = [look for kind in ("colour", "texture") if (look := best(names_of(kind), share=0.5))]
+    looks.sort(key=lambda look: -seen.nats[look])
+    relation = best(names_of("relation"), share=0.5) if thing and CONCEPT[thing].kind in ("object", "face") else None
+    look_leads = bool(looks) and (thing is None or seen.nats[looks[0]] > seen.nats[thing])
+    return _Seen(noun, second, relation, tuple(looks), look_leads)
+
+
+def _detail(thing: str, seen: Evidence) -> str:
+    """The part of a thing on which the masks concentrate: at least twice as much as the thing itself would."""
+    details = [name for name, wholes in _WHOLES.items() if thing in wholes and seen.masked.get(name, 0.0) > 0.15]
+    focus = {
+        name: (seen.masked[name] / seen.masked[thing]) / (seen.shown[name] / seen.shown[thing]) for name in details
+    }
+    details = [name for name in details if focus[name] >= 2]
+    return max(details, key=lambda name: seen.nats[name], default=thing)
+
+
+def _beside(noun: str) -> tuple[str, ...]:
+    """What may be named along with a noun: a part's wholes, the sign around a word, other things."""
+    things = names_of("object", "face")
+    if noun in _WHOLES:
+        return _WHOLES[noun]
+    if noun in (*SKIES, "sky"):
+        return (*GROUNDS, "ground", *things)
+    if noun in (*GROUNDS, "ground"):
+        return (*SKIES, "sky", *things)
+    return tuple(name for name in (*things, *names_of("background")) if name != noun)
+
+
+def _annotate(persona: str, seen: _Seen, draw: Callable[[], float]) -> Annotation:
+    chance = draw()
+    if chance < ERROR_SHARE:
+        wrong = [name for name in NOUNS if name not in seen.concepts]
+        phrase = _noun(wrong[int(draw() * len(wrong))], draw)
+    elif chance < ERROR_SHARE + GENERIC_SHARE or not (seen.noun or seen.looks):
+        phrase = _vague(draw)
+    else:
+        phrase = _WRITE[persona](seen, draw)
+    heads = tuple(0 if i == head else head + 1 for i, head in enumerate(phrase.heads))
+    return Annotation(persona, " ".join(phrase.words), phrase.words, phrase.tags, heads)
+
+
+def _object_first(seen: _Seen, draw: Callable[[], float]) -> _Phrase:
+    if seen.noun is None:
+        return _look_first(seen, draw)
+    if seen.relation and draw() < 0.3:
+        return _related(seen.noun, seen.relation, draw)
+    looks = seen.looks[:1] if draw() < 0.5 else ()
+    if seen.second is None:
+        return _noun(seen.noun, draw, looks)
+    if CONCEPT[seen.noun].kind == "part":
+        return _noun(seen.noun, draw) + _word("of", "ADP").before(_noun(seen.second, draw, looks, many=True))
+    if CONCEPT[seen.noun].kind == "text":
+        return _noun(seen.noun, draw, many=True) + _word("on", "ADP").before(_noun(seen.second, draw, looks, many=True))
+    return _noun(seen.noun, draw, looks, many=True) + _word("and", "CCONJ").before(_noun(seen.second, draw, many=True))
+
+
+def _look_first(seen: _Seen, draw: Callable[[], float]) -> _Phrase:
+    if not seen.looks:
+        assert seen.noun is not None  # there is something to say
+        return _noun(seen.noun, draw)
+    first, *others = (_adjective(look, draw) for look in seen.looks)
+    looks = first + _word("and", "CCONJ").before(others[0]) if others else first
+    if seen.noun and draw() < 0.5:
+        return looks.before(_noun(seen.noun, draw, many=True))
+    stuff = looks.before(_word(_STUFF[int(draw() * len(_STUFF))], "NOUN"))
+    if seen.noun and draw() < 0.5:
+        return stuff + _word("on", "ADP").before(_noun(seen.noun, draw, many=True))
+    return stuff
+
+
+def _terse(seen: _Seen, draw: Callable[[], float]) -> _Phrase:
+    if seen.noun is None or seen.look_leads:
+        return _adjective(seen.looks[0], draw)
+    return _noun(seen.noun, draw, many=draw() < 0.7, article=False)
+
+
+_WRITE: dict[str, Callable[[_Seen, Callable[[], float]], _Phrase]] = {
+    "object-first": _object_first,
+    "colour-and-texture-first": _look_first,
+    "terse": _terse,
+}
+
+
+def _related(noun: str, relation: str, draw: Callable[[], float]) -> _Phrase:
+    """Small things in a relation to a big one: "things on top of houses"."""
+    term = _synonym(relation, draw)
+    words, kinds = term.split(), tags(CONCEPT[relation], term)
+    first, big = _word("things", "NOUN"), _noun(noun, draw, many=True)
+    if len(words) == 1:
+        return first + _word(words[0], kinds[0]).before(big)
+    # A fixed expression turns around its middle: "on TOP of houses", "LEFT of houses".
+    *ahead, middle, last = (_word(word, kind) for word, kind in zip(words, kinds, strict=True))
+    pivot = middle + last.before(big)
+    for word in reversed(ahead):
+        pivot = word.before(pivot)
+    return first + pivot
+
+
+def _synonym(concept: str, draw: Callable[[], float]) -> str:
+    """The plainest term more often than all others together."""
+    terms = CONCEPT[concept].synonyms
+    return terms[0] if draw() < 0.6 else terms[int(draw() * len(terms))]
+
+
+def _adjective(concept: str, draw: Callable[[], float]) -> _Phrase:
+    return _word(_synonym(concept, draw), "ADJ")
+
+
+def _noun(
+    concept: str, draw: Callable[[], float], looks: Sequence[str] = (), many: bool | None = None, article: bool = True
+) -> _Phrase:
+    """A noun with its adjectives, in the plural or, left to chance, as "the roof"."""
+    if concept in SIGN_WORDS:
+        return _word("the", "DET").before(_word("word", "NOUN")) + _word(concept, "NOUN")
+    term = _synonym(concept, draw)
+    if many is None:
+        many = draw() < 0.7
+    words = (plural(term) if many else term).split()
+    kinds = tags(CONCEPT[concept], term)
+    phrase = _word(words[-1], kinds[-1])
+    for word, kind in zip(words[:-1][::-1], kinds[:-1][::-1], strict=True):
+        phrase = _word(word, kind).before(phrase)
+    for look in looks:
+        phrase = _adjective(look, draw).before(phrase)
+    return _word("the", "DET").before(phrase) if article and not many else phrase
+
+
+def _vague(draw: Callable[[], float]) -> _Phrase:
+    *adjectives, noun = _GENERIC[int(draw() * len(_GENERIC))].split()
+    phrase = _word(noun, "NOUN")
+    return _word(adjectives[0], "ADJ").before(phrase) if adjectives else phrase

@@ -1,0 +1,133 @@
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn import functional as F
+
+from milan_ray.captioner.encoder import get_encoder
+from milan_ray.errors import MilanError
+from milan_ray.models.hooks import LayerTap
+from milan_ray.models.registry import get_model
+from milan_ray.models.units import unit_maps
+from milan_ray.probe.registry import resolve_probe
+from milan_ray.world.encoder import EncoderNet
+from milan_ray.world.networks import ARCHITECTURES, CLASSES, PlantedNet, planted_concepts, random_network
+from milan_ray.world.plugin import register
+from milan_ray.world.training import (
+    Recipe,
+    TrainTask,
+    fit,
+    images_of,
+    labels_of,
+    planted_targets,
+    train_all_tasks,
+    train_classifier,
+    train_encoder,
+    train_planted,
+)
+
+TINY = Recipe(scenes=96, epochs=2, lr=3e-3, batch_size=16)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_architectures_show_maps_at_their_layers(name: str) -> None:
+    network = random_network(name).eval()
+    layers = ARCHITECTURES[name].layers
+    with LayerTap(network, layers) as tap, torch.no_grad():
+        outputs = tap(torch.zeros(2, 3, 64, 64))
+        logits = network(torch.zeros(2, 3, 64, 64))
+    maps = [unit_maps(output) for output in outputs.values()]
+    assert all(m.shape[2] == m.shape[3] >= 8 for m in maps)
+    assert 200 <= sum(m.shape[1] for m in maps) <= 300
+    assert logits.shape == (2, len(CLASSES))
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_fit_a_few_epochs_lowers_the_loss(name: str) -> None:
+    torch.manual_seed(0)
+    images, labels = images_of("train", 0, 96), labels_of("train", 0, 96)
+    history = fit(
+        ARCHITECTURES[name].build(),
+        images,
+        labels,
+        lambda network, inputs, targets: F.cross_entropy(network(inputs), targets),
+        Recipe(scenes=96, epochs=6, lr=3e-3, batch_size=16),
+    )
+    assert history[-1] < 0.8 * history[0]
+
+
+def test_train_classifier_same_seed_gives_the_same_weights() -> None:
+    first, metrics = train_classifier("cnn", seed=1, recipe=TINY)
+    state = torch.get_rng_state()
+    second, _ = train_classifier("cnn", seed=1, recipe=TINY)
+    other, _ = train_classifier("cnn", seed=2, recipe=TINY)
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["head.weight"], other["head.weight"])
+    assert 0 <= metrics["accuracy"] <= 1
+
+
+def test_planted_targets_are_shares_of_the_cells() -> None:
+    targets = planted_targets("train", 0, 3)
+    assert targets.shape == (3, len(planted_concepts), 16, 16)
+    sky, ground = planted_concepts.index("sky"), planted_concepts.index("ground")
+    assert int(targets[:, [sky, ground]].sum(dim=1).max()) <= 255
+    assert int(targets[:, sky, 0].max()) == 255
+
+
+def test_tasks_train_and_register_what_the_plugin_loads(tmp_path: Path) -> None:
+    tasks = [
+        TrainTask("cnn", lambda: train_classifier("cnn", recipe=TINY), 1),
+        TrainTask("encoder", lambda: train_encoder(recipe=TINY), 1),
+        TrainTask("planted", lambda: train_planted(recipe=TINY), 1),
+    ]
+    for task in tasks:
+        (tmp_path / task.file).write_bytes(task.run())
+        with safe_open(tmp_path / task.file, "pt") as opened:
+            assert "metrics" in opened.metadata()
+    try:
+        register(str(tmp_path))
+        images = get_model("world/cnn").prepare(images_of("probe", 0, 2))
+        assert get_model("world/cnn").load()(images).shape == (2, len(CLASSES))
+        assert get_model("world/planted").load()(images).shape == (2, len(planted_concepts))
+        encoder = get_encoder("world").load()
+        assert [maps.shape[-1] for maps in encoder.maps(images_of("probe", 0, 2).permute(0, 3, 1, 2) / 255)] == [
+            32,
+            16,
+            8,
+            8,
+        ]
+        with pytest.raises(MilanError, match=r"python -m jobs\.demo"):
+            get_model("world/vit").load()
+    finally:
+        register()
+
+
+def test_random_controls_need_no_files_and_refuse_them() -> None:
+    first, second = get_model("world/resnet-random").load(), get_model("world/resnet-random").load()
+    assert all(
+        torch.equal(a, b) for a, b in zip(first.state_dict().values(), second.state_dict().values(), strict=True)
+    )
+    with pytest.raises(MilanError, match="random weights"):
+        get_model("world/cnn-random").factory("somewhere.safetensors")
+
+
+def test_plugin_registers_probes() -> None:
+    assert resolve_probe(["world/heldout"]).name == "world:heldout"
+    assert len(resolve_probe(["world/probe"]).manifest()) == 4000
+
+
+def test_train_all_tasks_are_small_and_picklable() -> None:
+    tasks = train_all_tasks()
+    assert {task.name for task in tasks} == {*ARCHITECTURES, "encoder", "planted"}
+    assert len(pickle.dumps(tasks)) < 5_000
+
+
+def test_encoder_and_planted_net_put_out_one_logit_per_concept() -> None:
+    images = torch.zeros(1, 3, 64, 64)
+    assert EncoderNet().eval()(images).shape == (1, 12 + 59)
+    assert PlantedNet().eval().maps(images).shape == (1, len(planted_concepts), 16, 16)

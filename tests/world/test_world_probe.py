@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import hashlib
+import pickle
+
+import numpy as np
+import pytest
+
+from milan_ray.errors import MilanError
+from milan_ray.probe.base import ImageRef
+from milan_ray.schema import MANIFEST
+from milan_ray.world.lexicon import NAMES
+from milan_ray.world.probe import WORLD_DIGEST, WorldProbe, concept_presence
+
+
+def refs(probe: WorldProbe) -> list[ImageRef]:
+    rows = probe.manifest().select(["image_id", "root", "path"]).to_pylist()
+    return [ImageRef(**row) for row in rows]
+
+
+def test_manifest_has_labels_and_the_worlds_version() -> None:
+    table = WorldProbe("probe", 5).manifest()
+    assert table.schema.equals(MANIFEST.schema)
+    assert table["image_id"].to_pylist() == [0, 1, 2, 3, 4]
+    assert set(table["etag"].to_pylist()) == {WORLD_DIGEST}
+    assert table["class_label"].to_pylist() == [WorldProbe("probe", 5).scene(i).label for i in range(5)]
+
+
+def test_read_gives_the_same_pixels_on_every_machine() -> None:
+    probe = WorldProbe("heldout", 3)
+    ref = refs(probe)[2]
+    first, second = probe.read(ref), pickle.loads(pickle.dumps(probe)).read(ref)
+    assert first.sha256 == second.sha256 == hashlib.sha256(np.asarray(first.image).tobytes()).hexdigest()
+    assert first.image.size == (64, 64)
+    assert first.image.mode == "RGB"
+
+
+def test_options_change_root_and_pixels() -> None:
+    plain, marked = WorldProbe("probe", 2), WorldProbe("probe", 2, spurious_text=True)
+    assert plain.name == "world:probe"
+    assert marked.name == "world:probe+spurious-text"
+    assert plain.read(refs(plain)[0]).sha256 != marked.read(refs(marked)[0]).sha256
+
+
+def test_concept_presence_is_the_area_of_the_maps() -> None:
+    probe = WorldProbe("probe", 4)
+    presence = concept_presence(probe, [3, 1])
+    assert presence.shape == (2, len(NAMES))
+    assert presence.dtype == np.float32
+    for row, image_id in enumerate([3, 1]):
+        maps = probe.concept_maps(refs(probe)[image_id])
+        for column, name in enumerate(NAMES):
+            assert presence[row, column] == pytest.approx(maps[name].mean() if name in maps else 0)
+
+
+def test_unknown_split_and_empty_probe_are_refused() -> None:
+    with pytest.raises(MilanError, match="no split 'test'"):
+        WorldProbe("test", 5)
+    with pytest.raises(MilanError, match="empty"):
+        WorldProbe("train", 0)
