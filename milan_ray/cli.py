@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milan_ray import runtime
-from milan_ray.config import ExemplarConfig, Resources, results_dir
+from milan_ray.config import ExemplarConfig, Resources, TrainingConfig, results_dir
 from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:
@@ -41,7 +41,7 @@ def _storage(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--storage",
         default=None,
-        help="run directory that holds all tables: a path, s3://… or gs://… (default: $MILAN_RESULTS_DIR, else ./results)",
+        help="run directory of all tables: a path, s3://…, gs://… (default: $MILAN_RESULTS_DIR, else ./results)",
     )
 
 
@@ -272,8 +272,6 @@ def _decoder(args: argparse.Namespace, storage: Storage) -> str:
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
-    from milan_ray.captioner.training import TrainingConfig
-
     config = TrainingConfig()
     parser.add_argument("--name", required=True, help="name of the captioner in the storage")
     parser.add_argument("--annotations", required=True, metavar="SOURCE", help="source of the annotations to train on")
@@ -294,7 +292,6 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    from milan_ray.captioner.training import TrainingConfig
     from milan_ray.pipelines.captioners import EncoderRequest
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.encodings import run_encodings
@@ -342,7 +339,6 @@ def _demo(args: argparse.Namespace) -> int:
     from milan_ray.plugins import load_plugins
     from milan_ray.progress import say
     from milan_ray.schema import DESCRIPTIONS
-    from milan_ray.storage import Storage
 
     started = time.monotonic()
     load_plugins()

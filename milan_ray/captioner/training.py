@@ -17,35 +17,9 @@ from torch.nn import functional as F
 
 from milan_ray.captioner.decoder import Decoder, decode_stepwise
 from milan_ray.captioner.text import Indexer
+from milan_ray.config import TrainingConfig
 
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """How decoder and language model are trained; defaults are the paper's.
-
-    Attributes:
-        decoder_batch_size: Captions per step of the decoder.
-        lm_batch_size: Captions per step of the language model.
-        max_epochs: Epochs at most, of each.
-        patience: Epochs without improvement that are forgiven; the next one stops training.
-        hold_out: Share of units held out for validation.
-        regularization_weight: Weight of the doubly-stochastic attention regulariser.
-        learning_rate: AdamW's learning rate.
-        weight_decay: AdamW's weight decay.
-        seed: Seed of initial weights, dropout and the order of captions.
-    """
-
-    decoder_batch_size: int = 64
-    lm_batch_size: int = 128
-    max_epochs: int = 100
-    patience: int = 4
-    hold_out: float = 0.1
-    regularization_weight: float = 1.0
-    learning_rate: float = 1e-3
-    weight_decay: float = 1e-2
-    seed: int = 0
 
 
 class DecoderBatch(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -40,7 +41,8 @@ _NOTES = {
     ANNOTATORS: "each annotation against the unit's other annotations, so with one reference fewer than the other rows",
 }
 _READING = (
-    "against all annotations of the unit; BLEU runs to 100, ROUGE and BERTScore to 1; compare with the other rows"
+    "against all annotations of the unit; BLEU (n-grams to 4; bleu-2: to 2) runs to 100, ROUGE and BERTScore to 1; "
+    "compare with the other rows"
 )
 
 Row = tuple[str, str, Interval, int, str]
@@ -253,7 +255,9 @@ def _statistics(
     bert_score: BertScore | None,
 ) -> Iterator[tuple[str, np.ndarray, Measure]]:
     """Per metric its additive statistics, (number of texts, K), and the measure of their sums."""
-    yield "bleu", bleu_statistics(texts, answers), bleu_values
+    statistics = bleu_statistics(texts, answers)
+    yield "bleu", statistics, bleu_values
+    yield "bleu-2", statistics, partial(bleu_values, order=2)
     pairs = rouge_statistics(texts, answers)
     for kind in "12l":
         yield f"rouge-{kind}-f", pairs[:, [0, 1 + ROUGE_KEYS.index(f"rouge-{kind}-f")]], ratio

@@ -80,10 +80,12 @@ def pool_size(resources: Resources, rows: int) -> tuple[int, float]:
     fits = int(total.get("CPU", 0) // resources.cpus_per_actor)
     if gpus:
         fits = min(fits, int(total.get("GPU", 0) / gpus))
+    # A number given by the user may be more than there is now: an autoscaling cluster grows to it.
     wanted = resources.actors or fits
-    if fits < 1:
+    if wanted < 1:
         raise MilanError(
             f"no actor with {resources.cpus_per_actor:g} CPUs and {gpus:g} GPUs fits the cluster "
-            f"({total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs); lower --cpus-per-actor or --gpus-per-actor."
+            f"({total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs); lower --cpus-per-actor or --gpus-per-actor, "
+            "or give --actors on a cluster that grows."
         )
-    return max(1, min(wanted, rows)), gpus
+    return min(wanted, rows), gpus

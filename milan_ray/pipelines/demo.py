@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from milan_ray.captioner.training import TrainingConfig
-from milan_ray.config import ExemplarConfig, Resources, config_hash
+from milan_ray.config import ExemplarConfig, Resources, TrainingConfig, config_hash
 from milan_ray.exemplars.forward import Forward
 from milan_ray.experiments import judges
 from milan_ray.experiments.evaluation import RANDOM, best_constant, evaluate_text, nearest_copy, with_trivial_rows
@@ -47,7 +46,7 @@ HELD_OUT_SCENES = requests.ProbeRequest(("world/heldout",))
 
 EXEMPLARS = ExemplarConfig()
 SEARCH = Search(DECODER)
-TRAINING = TrainingConfig(max_epochs=40)
+TRAINING = TrainingConfig(max_epochs=30, decoder_batch_size=32, lm_batch_size=32, learning_rate=3e-3)
 SIZES = Sizes(embedding=64, hidden=256)
 """A fraction of the paper's: the world's language is small."""
 
@@ -173,7 +172,7 @@ def _mean_features(storage: Storage, model: str, layers: Sequence[str]) -> dict[
     }
 
 
-def _activations(layers: Sequence[str]) -> object:
+def _activations(layers: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
     spec = requests.model(requests.ModelRequest(HELD_OUT))
     forward = Forward(spec, spec.load(), layers, 16)
 
@@ -191,7 +190,7 @@ def summary(scores: pa.Table) -> str:
     assert isinstance(frame, pl.DataFrame)
     lines = []
     for experiment, metrics in (
-        ("held-out text", ("bleu", "rouge-l-f", "bertscore-f")),
+        ("held-out text", ("bleu-2", "rouge-l-f", "bertscore-f")),
         ("held-out truth", ("auroc", "causal-drop")),
         ("untrained truth", ("auroc",)),
         ("planted units", ("planted-accuracy",)),

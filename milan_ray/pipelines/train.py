@@ -25,14 +25,14 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Tokenizer, Vocabulary
-from milan_ray.captioner.training import EarlyStopping, TrainingConfig
-from milan_ray.config import config_hash
+from milan_ray.captioner.training import EarlyStopping
+from milan_ray.config import TrainingConfig, config_hash
 from milan_ray.errors import MilanError
 from milan_ray.pipelines.captioners import EncoderRequest, save_captioner
 from milan_ray.pipelines.encodings import unit_features
 from milan_ray.progress import say
 from milan_ray.schema import ANNOTATIONS, ENCODINGS, TRAINING
-from milan_ray.scoring.text import bleu
+from milan_ray.scoring.text import bleu_order, bleu_statistics, bleu_values
 from milan_ray.storage import CONFIG_KEY, Storage, to_parquet
 
 KERNEL_VERSION = "training-1"
@@ -277,6 +277,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     state = _State(indexer)
     device = ray.train.torch.get_device()
     pad = indexer.ids.pad
+    order = bleu_order(units.texts)
     train, held_out = units.captions(units.train), units.captions(units.validation)
 
     def lm_batch(items: list[tuple[int, list[int]]]) -> training.LMBatch:
@@ -301,8 +302,8 @@ def _train_worker(arguments: dict[str, Any]) -> None:
         bare = _bare(model)
         assert isinstance(bare, Decoder)
         captions = training.greedy_captions(bare, features, indexer)
-        score = bleu(captions, [units.texts[row] for row in units.validation]).score
-        return loss, score, captions[0]
+        statistics = bleu_statistics(captions, [units.texts[row] for row in units.validation])
+        return loss, float(bleu_values(statistics.sum(axis=0, keepdims=True), order)[0]), captions[0]
 
     torch.manual_seed(config.seed)
     lm_config, decoder_config = _model_configs(job, len(indexer.vocabulary), arguments["feature_size"])

@@ -18,7 +18,8 @@ EXEMPLARS = Noun(
             "mask", pa.large_binary(), "H×W bits, row-major, packed big-endian: upsampled map > level; H, W in metadata"
         ),
     ),
-    "One of the k images that excite a unit most. File metadata `mask_height`, `mask_width` give H and W, `view` the view's key.",
+    "One of the k images that excite a unit most. File metadata: `mask_height`, `mask_width`, `probe`, `view`, `k`, "
+    "`quantile`.",
 )
 
 LEVELS = Noun(

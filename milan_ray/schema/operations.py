@@ -46,7 +46,7 @@ TRAINING = Noun(
         Column("epoch", pa.int32(), "counted from 0"),
         Column("train_loss", pa.float64(), "mean over batches; nats per token, the decoder's regulariser included"),
         Column(
-            "validation", pa.float64(), "lm: nats per token, lower is better; decoder: BLEU (0–100) of greedy captions"
+            "validation", pa.float64(), "lm: nats per token; decoder: BLEU (0–100) of greedy captions"
         ),
         Column("kept", pa.bool_(), "whether the captioner has this epoch's weights"),
         Column("sample", pa.string(), "the decoder's caption of one validation unit; empty for the language model"),

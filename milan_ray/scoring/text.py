@@ -7,6 +7,7 @@ Every measure is reached through per-unit statistics, so that it can be bootstra
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -87,9 +88,27 @@ def bleu_score(sums: np.ndarray) -> BLEUScore:
     return BLEU.compute_bleu(numbers[2:6], numbers[6:], numbers[0], numbers[1], smooth_method="exp")
 
 
-def bleu_values(sums: np.ndarray) -> np.ndarray:
-    """Corpus BLEU of each row of sums (B, 10), 0 to 100, (B,): the measure to bootstrap."""
-    return np.array([bleu_score(row).score for row in sums])
+def bleu_values(sums: np.ndarray, order: int = 4) -> np.ndarray:
+    """Corpus BLEU of each row of sums (B, 10), 0 to 100, (B,): the measure to bootstrap.
+
+    Args:
+        sums: Rows of statistics added up.
+        order: Longest n-grams counted. BLEU with 4 is 0 where no description has four words.
+    """
+    scores = map(bleu_score, sums)
+    if order == 4:
+        return np.array([score.score for score in scores])
+    return np.array([score.bp * _geometric_mean(score.precisions[:order]) for score in scores])
+
+
+def _geometric_mean(values: Sequence[float]) -> float:
+    return math.exp(sum(math.log(value) for value in values) / len(values)) if min(values) > 0 else 0.0
+
+
+def bleu_order(references: References) -> int:
+    """The longest n-grams, 1 to 4, that at least half of all references have: all that short ones can be judged by."""
+    lengths = sorted(len(normalize(text).split()) for group in _groups(references) for text in group)
+    return min(4, max(1, lengths[len(lengths) // 2])) if lengths else 4
 
 
 def bleu(predictions: Sequence[str], references: References, *, quirk: bool = False) -> BLEUScore:

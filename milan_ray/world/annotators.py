@@ -185,29 +185,31 @@ class _Seen:
         return frozenset(filter(None, (self.noun, self.second, self.relation, *self.looks)))
 
 
-def _look_at(seen: Evidence) -> _Seen:
+def _look_at(found: Evidence) -> _Seen:
     def best(names: Sequence[str], share: float = 0.0) -> str | None:
-        name = max(names, key=lambda name: seen.nats.get(name, 0.0))
-        return name if seen.nats.get(name, 0.0) >= _ENOUGH and seen.masked[name] > share else None
+        name = max(names, key=lambda name: found.nats.get(name, 0.0))
+        return name if found.nats.get(name, 0.0) >= _ENOUGH and found.masked[name] > share else None
 
     thing = best(NOUNS)
-    noun = _detail(thing, seen) if thing else None
+    noun = _detail(thing, found) if thing else None
     second = thing if noun != thing else best(_beside(thing), share=0.25) if thing else None
     looks = [look for kind in ("colour", "texture") if (look := best(names_of(kind), share=0.5))]
-    looks.sort(key=lambda look: -seen.nats[look])
-    relation = best(names_of("relation"), share=0.5) if thing and CONCEPT[thing].kind in ("object", "face") else None
-    look_leads = bool(looks) and (thing is None or seen.nats[looks[0]] > seen.nats[thing])
+    looks.sort(key=lambda look: -found.nats[look])
+    big = noun is not None and CONCEPT[noun].kind in ("object", "face")
+    relation = best(names_of("relation"), share=0.5) if big else None
+    look_leads = bool(looks) and (thing is None or found.nats[looks[0]] > found.nats[thing])
     return _Seen(noun, second, relation, tuple(looks), look_leads)
 
 
-def _detail(thing: str, seen: Evidence) -> str:
-    """The part of a thing on which the masks concentrate: at least twice as much as the thing itself would."""
-    details = [name for name, wholes in _WHOLES.items() if thing in wholes and seen.masked.get(name, 0.0) > 0.15]
+def _detail(thing: str, found: Evidence) -> str:
+    """The part of a thing, itself evident, on which the masks lie at least twice as much as on the thing at large."""
+    enough = 0.45 * found.nats[thing]
+    details = [name for name, wholes in _WHOLES.items() if thing in wholes and found.nats.get(name, 0.0) > enough]
     focus = {
-        name: (seen.masked[name] / seen.masked[thing]) / (seen.shown[name] / seen.shown[thing]) for name in details
+        name: (found.masked[name] / found.masked[thing]) / (found.shown[name] / found.shown[thing]) for name in details
     }
     details = [name for name in details if focus[name] >= 2]
-    return max(details, key=lambda name: seen.nats[name], default=thing)
+    return max(details, key=lambda name: found.nats[name], default=thing)
 
 
 def _beside(noun: str) -> tuple[str, ...]:

@@ -16,8 +16,11 @@ _TAGS = {
     "on top of": ("ADP", "NOUN", "ADP"),
 }
 _UNCOUNTED = frozenset(
-    ("sky", "heavens", "dusk", "twilight", "daytime", "night", "ground", "terrain", "grass", "turf")
-    + ("sand", "desert", "water", "sea", "road", "asphalt", "writing", "text")
+    [
+        *("sky", "heavens", "dusk", "twilight", "daytime", "night"),
+        *("ground", "terrain", "grass", "turf", "sand", "desert", "water", "sea", "road", "asphalt"),
+        *("writing", "text"),
+    ]
 )
 _IRREGULAR = {"person": "people"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -105,14 +106,14 @@ class ResidualNet(nn.Module):
 class TokenBlock(nn.Module):
     """A pre-norm transformer block over tokens (B, T, C)."""
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, hidden: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
         self.norm1 = nn.LayerNorm(width)
         self.qkv = nn.Linear(width, 3 * width)
         self.mix = nn.Linear(width, width)
         self.norm2 = nn.LayerNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, hidden), act=nn.GELU(), fc2=nn.Linear(hidden, width)))
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """Tokens (B, T, C) to tokens (B, T, C)."""
@@ -130,6 +131,8 @@ class TokenNet(nn.Module):
     Attributes:
         stem: (B, 72, 8, 8).
         blocks: Three blocks of (B, 65, 72): a token of its own, then the 8 × 8 patches; the head sees their mean.
+            (So small a net keeps its concepts in the blocks' outputs; few of its ``mlp.fc1`` units, which the paper
+            dissects in DINO, stand for one.)
     """
 
     def __init__(self, outputs: int = len(CLASSES), width: int = 72, depth: int = 3) -> None:
@@ -139,7 +142,7 @@ class TokenNet(nn.Module):
         )
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(torch.randn(1, 65, width) * 0.02)
-        self.blocks = nn.ModuleList(TokenBlock(width, heads=4) for _ in range(depth))
+        self.blocks = nn.ModuleList(TokenBlock(width, hidden=80, heads=4) for _ in range(depth))
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, outputs)
 

@@ -477,7 +477,10 @@ def _thing_inks(
     for number, (part, ink) in enumerate(strokes):
         paint = {"main": colour, "accent": accent}.get(ink, ink)
         on_plate = word and number >= len(strokes) - 2
-        rgb = _rgb(paint, 1.0 if on_plate and ink != "main" else 0.82 + 0.08 * tone, removed)
+        light = 1.0 if on_plate and ink != "main" else 0.82 + 0.08 * tone
+        if paint == colour and ink != "main":
+            light *= 2.0 if paint == "black" else 0.7  # a brown door shows on a brown house
+        rgb = _rgb(paint, light, removed)
         concepts = {kind, part, _shown(paint, removed), word if on_plate else ""}
         if ink == "main":
             concepts.add(texture)

@@ -51,7 +51,7 @@ RECIPES: dict[str, Recipe] = {
     "resnet": Recipe(scenes=9_000, epochs=3, lr=5e-3, first=20_000),
     "vit": Recipe(scenes=7_000, epochs=3, lr=3e-3, first=40_000, batch_size=32),
     "encoder": Recipe(scenes=12_000, epochs=2, lr=4e-3, first=60_000, batch_size=32),
-    "planted": Recipe(scenes=5_000, epochs=3, lr=5e-3, first=80_000, batch_size=32),
+    "planted": Recipe(scenes=6_000, epochs=3, lr=5e-3, first=80_000, batch_size=32),
 }
 """The recipes behind the weights, by network."""
 
@@ -272,7 +272,7 @@ def train_all_tasks(threads: int = 1) -> list[TrainTask]:
     classifiers = {name: partial(train_classifier, name, seed, threads) for seed, name in enumerate(ARCHITECTURES)}
     return [
         TrainTask("encoder", partial(train_encoder, threads=threads), 75),
-        TrainTask("planted", partial(train_planted, threads=threads), 50),
+        TrainTask("planted", partial(train_planted, threads=threads), 55),
         TrainTask("resnet", classifiers["resnet"], 50),
         TrainTask("vit", classifiers["vit"], 50),
         TrainTask("cnn", classifiers["cnn"], 22),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from milan_ray.captioner.encoder import register_encoder
 from milan_ray.errors import MilanError
 from milan_ray.models.registry import register_model
 from milan_ray.models.view import Preprocess, View
@@ -36,3 +37,11 @@ def no_weights(weights: str | None) -> nn.Module:
 register_model("tiny/cnn", tiny_cnn, ("0", "2", "6"), PREPROCESS)
 register_model("tiny/failing", lambda weights: Failing(), ("conv",), PREPROCESS)
 register_model("tiny/unweighted", no_weights, ("conv",), PREPROCESS)
+
+
+def tiny_encoder(weights: str | None) -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, padding=1))
+
+
+register_encoder("tiny", tiny_encoder, ("0", "2"), size=24)

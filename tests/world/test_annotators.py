@@ -10,7 +10,7 @@ from milan_ray.world.scenes import concept_maps, make_scene
 
 def unit_for(concept: str, k: int = 8, side: int = 64) -> tuple[np.ndarray, list[dict[str, np.ndarray]]]:
     """Exemplars of a unit that fires exactly on a concept."""
-    maps = []
+    maps: list[dict[str, np.ndarray]] = []
     index = 0
     while len(maps) < k:
         shown = concept_maps(make_scene("probe", index))

@@ -42,7 +42,7 @@ def test_scene_splits_differ() -> None:
 
 
 def test_grammar_many_scenes_show_every_concept() -> None:
-    seen = set()
+    seen: set[str] = set()
     for index in range(1500):
         seen |= concept_maps(make_scene("train", index)).keys()
     assert seen == set(NAMES)

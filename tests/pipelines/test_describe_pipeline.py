@@ -1,0 +1,198 @@
+"""Encodings, training and descriptions on a real local Ray, against the kernels called by hand."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+
+from milan_ray.captioner.captioner import Captioner, best_descriptions
+from milan_ray.captioner.decoder import Decoder, DecoderConfig
+from milan_ray.captioner.lm import LanguageModel, LMConfig
+from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
+from milan_ray.errors import MilanError
+from milan_ray.exemplars import masks
+from milan_ray.pipelines.captioners import EncoderRequest, load_captioner, save_captioner
+from milan_ray.pipelines.describe import LIKELIHOOD, MILAN, Search, run_descriptions
+from milan_ray.pipelines.encodings import run_encodings, unit_features
+from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.pipelines.train import Sizes, TrainingJob, run_training
+from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, TRAINING, VIEWS
+from milan_ray.storage import Storage
+
+PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
+ENCODER = EncoderRequest("tiny", plugins=(PLUGIN,))
+LAYERS = {"tiny/cnn": ("0", "2")}
+SEARCH = Search("toy", beam_size=6, length=5, lam=0.5)
+
+
+def toy_captioner() -> Captioner:
+    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
+    torch.manual_seed(0)
+    words = len(indexer.vocabulary)
+    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
+    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny")
+
+
+@pytest.fixture(scope="module")
+def storage(ray_session, photos, tmp_path_factory) -> Storage:
+    """A run directory with exemplars, encodings and descriptions of two layers."""
+    storage = Storage(tmp_path_factory.mktemp("run"))
+    request = ModelRequest("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
+    run_exemplars(storage, [request], ProbeRequest((str(photos),)), ExemplarConfig(k=4, batch_size=16), Resources())
+    run_encodings(storage, LAYERS, ENCODER, Resources())
+    save_captioner(storage, "toy", toy_captioner(), "A toy.")
+    run_descriptions(storage, LAYERS, SEARCH, Resources())
+    return storage
+
+
+def by_hand(storage: Storage, layer: str) -> dict[int, np.ndarray]:
+    """Every exemplar through the encoder on its own, as the reference does it."""
+    encoder = ENCODER.load()
+    meta = storage.metadata(EXEMPLARS, model="tiny/cnn", layer=layer)
+    size = int(meta["mask_height"]), int(meta["mask_width"])
+    images = {}
+    for keys in storage.partitions(VIEWS):
+        for row in storage.read(VIEWS, **keys).to_pylist():
+            images[row["image_id"]] = np.asarray(Image.open(io.BytesIO(row["image"])))
+    found: dict[int, list[np.ndarray]] = {}
+    for row in storage.read(EXEMPLARS, model="tiny/cnn", layer=layer).to_pylist():
+        image = torch.from_numpy(images[row["image_id"]].copy()).permute(2, 0, 1)[None] / 255
+        mask = torch.from_numpy(masks.unpack([row["mask"]], size)).float()
+        found.setdefault(row["unit"], []).append(encoder(image, mask)[0].numpy())
+    return {unit: np.stack(rows) for unit, rows in found.items()}
+
+
+def test_encodings_equal_one_encoder_pass_per_exemplar(storage):
+    for layer in LAYERS["tiny/cnn"]:
+        expected = by_hand(storage, layer)
+        found = unit_features(storage.read(ENCODINGS, encoder="tiny", model="tiny/cnn", layer=layer))
+        assert found.keys() == expected.keys()
+        for unit, features in expected.items():
+            np.testing.assert_allclose(found[unit], features, atol=1e-5)
+
+
+def test_descriptions_equal_the_kernel(storage):
+    captioner = toy_captioner()
+    for layer in LAYERS["tiny/cnn"]:
+        features = by_hand(storage, layer)
+        units = sorted(features)
+        candidates = captioner.candidates(np.stack([features[u] for u in units]), SEARCH.beam_size, SEARCH.length)
+        for labeler, lam in ((MILAN, SEARCH.lam), (LIKELIHOOD, 0.0)):
+            table = storage.read(DESCRIPTIONS, labeler=labeler, model="tiny/cnn", layer=layer).to_pylist()
+            best = best_descriptions(candidates, lam)
+            assert [row["unit"] for row in table] == units
+            assert [row["description"] for row in table] == [unit[0].text for unit in best]
+            np.testing.assert_allclose([row["score"] for row in table], [unit[0].score for unit in best], atol=1e-4)
+            assert [row["lam"] for row in table] == [lam] * len(units)
+
+
+def test_candidates_keep_tokens_and_both_log_probabilities(storage):
+    rows = storage.read(CANDIDATES, decoder="toy", model="tiny/cnn", layer="2").to_pylist()
+    assert len(rows) == 8 * SEARCH.beam_size
+    indexer = toy_captioner().indexer
+    for row in rows:
+        assert indexer.reconstruct(row["tokens"]) == row["text"]
+        assert row["logp_d_given_e"] < 0 and row["logp_d"] < 0
+        assert row["finished"] == (row["tokens"][-1] == indexer.ids.stop)
+    ranks = [row["logp_d_given_e"] for row in rows[: SEARCH.beam_size]]
+    assert ranks == sorted(ranks, reverse=True)
+
+
+def test_n_best_is_sorted_distinct_and_led_by_the_description(storage):
+    for row in storage.read(DESCRIPTIONS, labeler=MILAN, model="tiny/cnn", layer="0").to_pylist():
+        texts = [other["text"] for other in row["n_best"]]
+        scores = [other["score"] for other in row["n_best"]]
+        assert texts[0] == row["description"] and len(set(texts)) == len(texts)
+        assert scores == sorted(scores, reverse=True)
+
+
+def test_descriptions_again_do_nothing_and_another_lambda_only_rescores(storage):
+    paths = [storage.path(CANDIDATES, decoder="toy", model="tiny/cnn", layer=layer) for layer in LAYERS["tiny/cnn"]]
+    paths += [storage.path(DESCRIPTIONS, labeler=LIKELIHOOD, model="tiny/cnn", layer="0")]
+    before = [os.stat(f"{storage.root}/{path}").st_mtime_ns for path in paths]
+    run_encodings(storage, LAYERS, ENCODER, Resources())
+    run_descriptions(storage, LAYERS, replace(SEARCH, lam=0.9), Resources())
+    assert [os.stat(f"{storage.root}/{path}").st_mtime_ns for path in paths] == before
+    table = storage.read(DESCRIPTIONS, labeler=MILAN, model="tiny/cnn", layer="0")
+    assert set(table["lam"].to_pylist()) == {pytest.approx(0.9)}
+    run_descriptions(storage, LAYERS, SEARCH, Resources())
+
+
+def test_polars_reads_all_descriptions_by_the_documented_glob(storage):
+    frame = pl.scan_parquet(f"{storage.root}/descriptions/**/*.parquet", hive_partitioning=True)
+    counts = frame.filter(pl.col("labeler") == "milan").group_by("model", "layer").len().sort("layer").collect()
+    assert counts.rows() == [("tiny/cnn", "0", 6), ("tiny/cnn", "2", 8)]
+
+
+def test_encodings_without_exemplars_say_what_to_run(storage):
+    with pytest.raises(MilanError, match=r"jobs\.exemplars"):
+        run_encodings(storage, {"tiny/cnn": ("6",)}, ENCODER, Resources())
+
+
+def test_captioner_survives_the_round_trip_through_the_run_directory(storage):
+    again, original = load_captioner(storage, "toy"), toy_captioner()
+    features = torch.rand(2, 4, 10)
+    assert again.candidates(features, 4).texts == original.candidates(features, 4).texts
+    assert again.encoder_name == "tiny"
+
+
+def annotate(storage: Storage) -> None:
+    for layer, texts in (("0", ("dark areas", "dark")), ("2", ("the dog", "dogs"))):
+        units = sorted(by_hand(storage, layer))
+        table = ANNOTATIONS.table(
+            {
+                "source": ["people"] * 2 * len(units),
+                "model": ["tiny/cnn"] * 2 * len(units),
+                "layer": [layer] * 2 * len(units),
+                "unit": units * 2,
+                "annotator": ["a"] * len(units) + ["b"] * len(units),
+                "text": [text for text in texts for _ in units],
+            }
+        )
+        storage.write(ANNOTATIONS, table, f"by hand {layer}", source="people", model="tiny/cnn", layer=layer)
+
+
+def test_training_learns_keeps_the_best_epoch_and_is_not_repeated(storage):
+    annotate(storage)
+    job = TrainingJob(
+        "taught",
+        "people",
+        tuple(("tiny/cnn", layer) for layer in LAYERS["tiny/cnn"]),
+        ENCODER,
+        TrainingConfig(max_epochs=12, learning_rate=0.02, decoder_batch_size=8, lm_batch_size=8, hold_out=0.2),
+        Sizes(8, 16),
+    )
+    assert run_training(storage, job)
+    history = storage.read(TRAINING, decoder="taught").to_pylist()
+    for part in ("lm", "decoder"):
+        losses = [row["train_loss"] for row in history if row["part"] == part]
+        assert losses[-1] < losses[0]
+        (kept,) = [row for row in history if row["part"] == part and row["kept"]]
+        sign = -1 if part == "lm" else 1
+        best = max(sign * row["validation"] for row in history if row["part"] == part)
+        assert sign * kept["validation"] == best
+    captioner = load_captioner(storage, "taught")
+    assert captioner.encoder_state is not None
+    features = by_hand(storage, "2")
+    said = [unit[0].text for unit in captioner.describe(np.stack(list(features.values())), lam=0, beam_size=4)]
+    assert {"dog", "dogs"} & set(" ".join(said).lower().split())
+    assert not run_training(storage, job)
+    assert not [file for file in storage.files("_work") if file != "_work/writable"]
+
+
+def test_tables_carry_the_configuration_that_made_them(storage):
+    for noun in (EXEMPLARS, ENCODINGS, CANDIDATES, DESCRIPTIONS):
+        for keys in storage.partitions(noun):
+            file = Path(storage.root) / storage.path(noun, **keys)
+            assert b"milan_ray.config" in pq.read_schema(file).metadata

@@ -1,0 +1,143 @@
+"""The command line as a user meets it: help, lists, and one clear sentence for everything that can be wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from milan_ray import cli
+
+PLUGIN = str(Path(__file__).parent / "plugins/tiny_models.py")
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    status = cli.main(list(arguments))
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+def exemplars(*arguments: str, model: str = "tiny/cnn") -> list[str]:
+    return ["exemplars", "--model", model, "--plugin", PLUGIN, "--no-report", *arguments]
+
+
+def assert_one_sentence(err: str, *parts: str) -> None:
+    lines = [line for line in err.splitlines() if line.startswith("error:")]
+    assert len(lines) == 1, err
+    assert "Traceback" not in err
+    for part in parts:
+        assert part in lines[0], lines[0]
+
+
+@pytest.mark.parametrize("verb", sorted(cli.VERBS))
+def test_help_of_every_verb_names_every_option(verb, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main([verb, "--help"])
+    assert exit_.value.code == 0
+    assert "--debug" in capsys.readouterr().out
+
+
+def test_every_verb_has_a_job():
+    jobs = {path.stem for path in (Path(__file__).parents[1] / "jobs").glob("*.py")} - {"__init__"}
+    assert jobs == set(cli.VERBS)
+
+
+def test_models_lists_models_and_layers(capsys):
+    status, out, _ = run(capsys, "models", "--plugin", PLUGIN)
+    assert status == 0
+    assert {"tiny/cnn", "resnet18/imagenet"} <= set(out.split())
+    status, out, _ = run(capsys, "models", "tiny/cnn", "--plugin", PLUGIN)
+    assert status == 0
+    assert any(line.split()[:4] == ["0", "Conv2d", "6×12×12", "6"] and line.endswith("*") for line in out.splitlines())
+
+
+def test_models_with_wrong_name_answers_with_the_nearest(capsys):
+    status, _, err = run(capsys, "models", "resnet19/imagenet")
+    assert status == 1
+    assert_one_sentence(err, "resnet19/imagenet", "resnet18/imagenet")
+
+
+def test_exemplars_with_empty_folder_fails_clearly(capsys, tmp_path):
+    (tmp_path / "empty").mkdir()
+    arguments = exemplars("--probe", str(tmp_path / "empty"), "--storage", str(tmp_path / "run"))
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert_one_sentence(err, str(tmp_path / "empty"))
+    assert not list((tmp_path / "run").rglob("*.parquet"))
+
+
+def test_exemplars_with_missing_folder_fails_clearly(capsys, tmp_path):
+    arguments = exemplars("--probe", str(tmp_path / "nowhere"), "--storage", str(tmp_path / "run"))
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert_one_sentence(err, "nowhere")
+
+
+def test_exemplars_with_wrong_layer_answers_with_the_nearest(ray_session, capsys, photos, tmp_path):
+    arguments = exemplars("--probe", str(photos), "--storage", str(tmp_path / "run"), "--layers", "22")
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert_one_sentence(err, "layer '22'", "2")
+    assert not list((tmp_path / "run").rglob("exemplars/**/*.parquet"))
+
+
+def test_exemplars_of_model_without_weights_says_where_they_were_looked_for(ray_session, capsys, photos, tmp_path):
+    arguments = exemplars("--probe", str(photos), "--storage", str(tmp_path / "run"), model="tiny/unweighted")
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert_one_sentence(err, "/nowhere/w.pth", "--weights")
+
+
+def test_exemplars_of_torchvision_model_without_weights_names_file_and_url(capsys, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path / "models"))
+    arguments = [
+        "exemplars",
+        "--model",
+        "resnet18/imagenet",
+        "--probe",
+        str(photos),
+        "--storage",
+        str(tmp_path / "run"),
+    ]
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert_one_sentence(err, "resnet18-", "https://", str(tmp_path / "models"))
+
+
+def test_exemplars_with_missing_weights_file_fails_clearly(capsys, photos, tmp_path):
+    arguments = exemplars("--probe", str(photos), "--weights", str(tmp_path / "none.pth"))
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert_one_sentence(err, "none.pth")
+
+
+def test_exemplars_into_unwritable_storage_fails_before_any_work(capsys, photos, tmp_path):
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    status, _, err = run(capsys, *exemplars("--probe", str(photos), "--storage", str(blocked / "run")))
+    assert status == 1
+    assert_one_sentence(err, str(blocked), "--storage")
+
+
+def test_describe_without_captioner_says_where_it_was_looked_for(capsys, photos, tmp_path):
+    arguments = exemplars("--probe", str(photos), "--storage", str(tmp_path), "--decoder", "nobody")
+    status, _, err = run(capsys, "describe", *arguments[1:])
+    assert status == 1
+    assert_one_sentence(err, "nobody", "captioners/nobody")
+
+
+def test_relative_paths_inside_a_submitted_job_are_refused(capsys, photos, monkeypatch):
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
+    status, _, err = run(capsys, *exemplars("--probe", str(photos), "--storage", "results"))
+    assert status == 1
+    assert_one_sentence(err, "--storage", "absolute")
+    status, _, err = run(capsys, *exemplars("--probe", os.path.relpath(photos), "--storage", "/tmp/run"))
+    assert status == 1
+    assert_one_sentence(err, "--probe", "absolute")
+
+
+def test_debug_shows_the_traceback(tmp_path):
+    with pytest.raises(Exception, match="nowhere"):
+        cli.main(exemplars("--probe", str(tmp_path / "nowhere"), "--debug"))
