@@ -77,9 +77,7 @@ class RunningTopK:
     def within(self, other: RunningTopK) -> RunningTopK:
         """The state with every image blanked out that is not among the same unit's images in ``other``."""
         keep = (self.ids[:, :, None] == other.ids[:, None, :]).any(dim=2)
-        return RunningTopK(
-            self.values.masked_fill(~keep, -torch.inf), self.ids.masked_fill(~keep, NO_IMAGE), self.maps
-        )
+        return RunningTopK(self.values.masked_fill(~keep, -torch.inf), self.ids.masked_fill(~keep, NO_IMAGE), self.maps)
 
     def without_maps(self) -> RunningTopK:
         """A copy of values and ids alone, sharing their memory."""

@@ -45,9 +45,7 @@ TRAINING = Noun(
         Column("part", pa.string(), "lm (language model) or decoder"),
         Column("epoch", pa.int32(), "counted from 0"),
         Column("train_loss", pa.float64(), "mean over batches; nats per token, the decoder's regulariser included"),
-        Column(
-            "validation", pa.float64(), "lm: nats per token; decoder: BLEU (0–100) of greedy captions"
-        ),
+        Column("validation", pa.float64(), "lm: nats per token; decoder: BLEU (0–100) of greedy captions"),
         Column("kept", pa.bool_(), "whether the captioner has this epoch's weights"),
         Column("sample", pa.string(), "the decoder's caption of one validation unit; empty for the language model"),
     ),

@@ -106,9 +106,9 @@ def _geometric_mean(values: Sequence[float]) -> float:
 
 
 def bleu_order(references: References) -> int:
-    """The longest n-grams, 1 to 4, that at least half of all references have: all that short ones can be judged by."""
-    lengths = sorted(len(normalize(text).split()) for group in _groups(references) for text in group)
-    return min(4, max(1, lengths[len(lengths) // 2])) if lengths else 4
+    """The longest n-grams, 1 to 4, that fit a reference of mean length: all that short annotations can be judged by."""
+    lengths = [len(normalize(text).split()) for group in _groups(references) for text in group]
+    return min(4, max(1, sum(lengths) // len(lengths))) if lengths else 4
 
 
 def bleu(predictions: Sequence[str], references: References, *, quirk: bool = False) -> BLEUScore:

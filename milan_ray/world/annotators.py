@@ -31,7 +31,7 @@ NOUNS = names_of("object", "face", "part", "background", "text")
 
 _WHOLES = {**WHOLES, **dict.fromkeys(names_of("text"), ("sign",))}
 
-_ENOUGH = 0.5
+_ENOUGH = 0.3
 """The evidence below which an annotator sees nothing in particular, nats."""
 
 _GENERIC = (
@@ -192,8 +192,8 @@ def _look_at(found: Evidence) -> _Seen:
 
     thing = best(NOUNS)
     noun = _detail(thing, found) if thing else None
-    second = thing if noun != thing else best(_beside(thing), share=0.25) if thing else None
-    looks = [look for kind in ("colour", "texture") if (look := best(names_of(kind), share=0.5))]
+    second = thing if noun != thing else best(_beside(thing), share=0.15) if thing else None
+    looks = [look for kind in ("colour", "texture") if (look := best(names_of(kind), share=0.4))]
     looks.sort(key=lambda look: -found.nats[look])
     big = noun is not None and CONCEPT[noun].kind in ("object", "face")
     relation = best(names_of("relation"), share=0.5) if big else None
@@ -242,7 +242,7 @@ def _object_first(seen: _Seen, draw: Callable[[], float]) -> _Phrase:
         return _look_first(seen, draw)
     if seen.relation and draw() < 0.3:
         return _related(seen.noun, seen.relation, draw)
-    looks = seen.looks[:1] if draw() < 0.5 else ()
+    looks = seen.looks[:1] if draw() < 0.8 else ()
     if seen.second is None:
         return _noun(seen.noun, draw, looks)
     if CONCEPT[seen.noun].kind == "part":

