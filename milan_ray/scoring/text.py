@@ -183,6 +183,9 @@ class BertScore:
         import torch
         from bert_score.utils import model2layers
         from transformers import AutoConfig, AutoModel, AutoTokenizer
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
 
         folder = Path(model_dir).resolve()
         if not (folder / "config.json").is_file():
