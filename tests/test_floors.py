@@ -19,7 +19,7 @@ FLOORS = (
     {"pipelines"},
     {"cli"},
 )
-"""Who may import whom: a module may import its own part and everything on a lower floor, or beside it without circles."""
+"""Who may import whom: a module its own part, all on lower floors, and its neighbours as long as there is no circle."""
 
 FLOOR = {part: number for number, parts in enumerate(FLOORS) for part in parts}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -42,7 +43,15 @@ def train_networks() -> int:
         for index, weights in run_parallel(TrainTask.run, tasks):
             place.put(tasks[index].file, weights)
             progress.advance()
+            say(f"  {tasks[index].name}: {_metrics(weights)} on held-out scenes")
     return len(tasks)
+
+
+def _metrics(weights: bytes) -> str:
+    """What a training says of itself, from the header of its safetensors file."""
+    header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
+    found = json.loads(header["__metadata__"]["metrics"])
+    return ", ".join(f"{name} {found[name]:.3f}" for name in ("accuracy", "auroc") if name in found)
 
 
 @dataclass(frozen=True)

@@ -169,10 +169,10 @@ def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, 
 
 
 def test_exemplars_killed_half_way_and_started_again_are_identical(undisturbed, photos, tmp_path):
-    command = [
-        sys.executable, "-m", "jobs.exemplars", "--model", "tiny/cnn", "--plugin", PLUGIN, "--probe", str(photos),
-        "--storage", str(tmp_path), "--k", "4", "--batch-size", "16", "--shard-size", "2", "--actors", "1", "--no-report",
-    ]  # fmt: skip
+    options = {"--model": "tiny/cnn", "--plugin": PLUGIN, "--probe": str(photos), "--storage": str(tmp_path)}
+    options |= {"--k": "4", "--batch-size": "16", "--shard-size": "2", "--actors": "1"}
+    arguments = [text for pair in options.items() for text in pair]
+    command = [sys.executable, "-m", "jobs.exemplars", *arguments, "--no-report"]
     first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     while not list(tmp_path.glob("_work/*/images/*.arrow")) and time.monotonic() < deadline and first.poll() is None:

@@ -1,0 +1,96 @@
+"""The demo, whole: from an empty folder to a report, and the claims that the README makes about it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+pytestmark = pytest.mark.slow
+
+
+def run_demo(folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "MILAN_MODELS_DIR": str(folder / "models")}
+    command = [sys.executable, "-m", "jobs.demo", "--storage", str(folder / "run")]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500, check=False)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """The run directory of a demo, and what it said."""
+    folder = tmp_path_factory.mktemp("demo")
+    done = run_demo(folder)
+    assert done.returncode == 0, done.stderr
+    return folder / "run", done.stderr
+
+
+@pytest.fixture(scope="module")
+def scores(demo: tuple[Path, str]) -> pl.DataFrame:
+    return pl.read_parquet(demo[0] / "scores/**/*.parquet")
+
+
+def value(scores: pl.DataFrame, experiment: str, metric: str, system: str, column: str = "value") -> float:
+    return scores.filter(experiment=experiment, metric=metric, system=system)[column].item()
+
+
+def test_demo_shows_progress_and_ends_with_a_summary(demo):
+    said = demo[1]
+    for part in ("networks:", "exemplars:", "encodings:", "descriptions:", "held-out text", "planted units", "report:"):
+        assert part in said
+    assert "1082 units of 5 networks described" in said
+    assert (demo[0] / "report/index.html").is_file()
+
+
+@pytest.mark.parametrize("system", ["wPMI", "p(d|E)"])
+@pytest.mark.parametrize(
+    ("experiment", "metric"),
+    [("held-out text", "rouge-l-f"), ("held-out truth", "auroc"), ("held-out truth", "causal-drop")],
+)
+def test_demo_descriptions_of_the_held_out_network_stand_above_trivial_rows(scores, experiment, metric, system):
+    low = value(scores, experiment, metric, system, "low")
+    for trivial in ("constant", "shuffled"):
+        assert low > value(scores, experiment, metric, trivial)
+
+
+def test_demo_trained_network_explains_more_than_the_untrained_one(scores):
+    assert value(scores, "held-out text", "rouge-l-f", "wPMI", "low") > value(
+        scores, "held-out text", "rouge-l-f", "random-weights"
+    )
+    assert value(scores, "held-out truth", "auroc", "wPMI", "low") > value(scores, "untrained truth", "auroc", "wPMI")
+    share = "interpretable units", "iou>.04"
+    assert value(scores, *share, "trained", "low") > value(scores, *share, "random-weights", "high")
+
+
+def test_demo_planted_units_are_named(scores):
+    named = value(scores, "planted units", "planted-accuracy", "wPMI")
+    assert named >= 0.25
+    assert named > value(scores, "planted units", "planted-accuracy", "constant")
+
+
+def test_demo_parquet_answers_the_readmes_question(demo):
+    frame = pl.scan_parquet(f"{demo[0]}/descriptions/**/*.parquet", hive_partitioning=True)
+    signs = (
+        frame.filter(pl.col("labeler") == "milan", pl.col("description").str.to_lowercase().str.contains("sign"))
+        .group_by("model", "layer")
+        .agg(pl.len().alias("units"), pl.col("score").max().alias("best"))
+        .sort("units", descending=True)
+        .collect()
+    )
+    assert signs["units"].sum() > 10
+    assert "world/resnet" in signs["model"].to_list()
+
+
+def test_demo_again_does_nothing(demo):
+    run = demo[0]
+    files = [path for path in run.rglob("*.parquet") if "_work" not in path.parts]
+    before = {path: path.stat().st_mtime_ns for path in files}
+    again = run_demo(run.parent)
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in files} == before
+    assert "training of world: up to date" in again.stderr
