@@ -133,7 +133,7 @@ def test_parity_exemplars_masks_given_the_stored_level(golden, dissected):
 def test_parity_exemplars_views_equal_stored_images_up_to_truncation(golden, dissected):
     """The reference stores v or v−1 (it truncates); ours stores v. Both are nearest-neighbour at 224."""
     name, ours = dissected
-    for layer, state in ours.states.items():
+    for layer in ours.states:
         expected = reference(golden, name, layer)
         images = np.load(golden / "exemplars" / name / layer / "images_head.npz")["images"]
         for index in range(len(images)):
