@@ -33,6 +33,22 @@ class _Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def share(text: str) -> float:
+    """An argument between 0 and 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
+
+
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -58,10 +74,10 @@ def _plugins(parser: argparse.ArgumentParser) -> None:
 def _resources(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cluster")
     group.add_argument("--address", help="Ray cluster to join (default: $RAY_ADDRESS, else a local one of our own)")
-    group.add_argument("--actors", type=int, help="actors per pool (default: one per GPU, else one per CPU)")
-    group.add_argument("--cpus-per-actor", type=float, default=1, help="CPUs and torch threads of each actor")
+    group.add_argument("--actors", type=positive, help="actors per pool (default: one per GPU, else one per CPU)")
+    group.add_argument("--cpus-per-actor", type=positive, default=1, help="CPUs and torch threads of each actor")
     group.add_argument("--gpus-per-actor", type=float, help="GPUs of each actor, fractions allowed (default: 1 if any)")
-    group.add_argument("--device", default="auto", help="where models run: auto, cpu, cuda, cuda:1, …")
+    group.add_argument("--device", default="auto", help="where models run: auto, cpu or cuda")
 
 
 def _models(parser: argparse.ArgumentParser) -> None:
@@ -79,16 +95,16 @@ def _probe(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--labels", metavar="FILE", help="CSV of file names and classes, for folders without classes")
     group.add_argument(
-        "--max-bad", type=float, default=EXEMPLARS.max_bad, help="share of unreadable images above which to fail"
+        "--max-bad", type=share, default=EXEMPLARS.max_bad, help="share of unreadable images above which to fail"
     )
 
 
 def _exemplar_options(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("exemplars")
-    group.add_argument("--k", type=int, default=EXEMPLARS.k, help="exemplars per unit, images")
-    group.add_argument("--quantile", type=float, default=EXEMPLARS.quantile, help="activation quantile of the level η")
-    group.add_argument("--batch-size", type=int, default=EXEMPLARS.batch_size, help="images per forward pass")
-    group.add_argument("--shard-size", type=int, default=EXEMPLARS.shard_size, help="images per unit of work")
+    group.add_argument("--k", type=positive, default=EXEMPLARS.k, help="exemplars per unit, images")
+    group.add_argument("--quantile", type=share, default=EXEMPLARS.quantile, help="activation quantile of the level η")
+    group.add_argument("--batch-size", type=positive, default=EXEMPLARS.batch_size, help="images per forward pass")
+    group.add_argument("--shard-size", type=positive, default=EXEMPLARS.shard_size, help="images per unit of work")
 
 
 def _report_option(parser: argparse.ArgumentParser) -> None:
@@ -103,8 +119,8 @@ def _decoder_options(parser: argparse.ArgumentParser) -> None:
         "--encoder-weights", metavar="FILE", help="weights of the captioner's encoder, if it brings none"
     )
     group.add_argument("--lam", type=float, default=0.2, help="λ of log p(d|E) − λ·log p(d)")
-    group.add_argument("--beam-size", type=int, default=50, help="width of the beam")
-    group.add_argument("--length", type=int, default=15, help="most tokens of a description, <stop> included")
+    group.add_argument("--beam-size", type=positive, default=50, help="width of the beam")
+    group.add_argument("--length", type=positive, default=15, help="most tokens of a description, <stop> included")
 
 
 # -- from arguments to records ----------------------------------------------------------------------------------
@@ -113,21 +129,29 @@ def _decoder_options(parser: argparse.ArgumentParser) -> None:
 def _open_storage(args: argparse.Namespace) -> Storage:
     from milan_ray.storage import Storage
 
-    _refuse_relative("--storage", args.storage or str(results_dir()), given=args.storage)
-    return Storage(args.storage or results_dir())
+    if args.storage is None and runtime.in_submitted_job() and "MILAN_RESULTS_DIR" not in os.environ:
+        raise MilanError("give --storage inside a submitted job: the working directory there is a temporary copy.")
+    return Storage(_absolute("--storage", args.storage or str(results_dir())))
 
 
-def _refuse_relative(option: str, path: str, given: str | None) -> None:
-    relative = "://" not in path and (given is None or not Path(given).expanduser().is_absolute())
-    if relative and runtime.in_submitted_job():
+def _absolute(option: str, path: str) -> str:
+    """A path as every process of the job can use it: absolute, or the URI it is.
+
+    Raises:
+        MilanError: It is relative, inside a submitted job.
+    """
+    if "://" in path:
+        return path
+    if runtime.in_submitted_job() and not Path(path).expanduser().is_absolute():
         raise MilanError(
-            f"{option} must be an absolute path or a URI inside a submitted job (got {given or 'none'}): "
+            f"{option} must be an absolute path or a URI inside a submitted job (got {path}): "
             "the working directory there is a temporary copy."
         )
+    return str(Path(path).expanduser().absolute())
 
 
 def _resources_of(args: argparse.Namespace) -> Resources:
-    return Resources(args.address, args.actors, args.cpus_per_actor, args.gpus_per_actor)
+    return Resources(args.address, args.actors, args.cpus_per_actor, args.gpus_per_actor, args.device)
 
 
 def _model_requests(args: argparse.Namespace) -> list[ModelRequest]:
@@ -139,7 +163,7 @@ def _model_requests(args: argparse.Namespace) -> list[ModelRequest]:
         if len(args.model) > 1:
             raise MilanError("--weights names the weights of one model; give a single --model with it.")
         if args.weights != "random":
-            _refuse_relative("--weights", args.weights, args.weights)
+            args.weights = _absolute("--weights", args.weights)
     load_plugins(args.plugin)
     found = []
     for name in args.model:
@@ -156,15 +180,8 @@ def _probe_request(args: argparse.Namespace) -> ProbeRequest:
     load_plugins(args.plugin)
     sources = []
     for source in args.probe:
-        if source in probe_names() or "://" in source:
-            sources.append(source)
-        else:
-            _refuse_relative("--probe", source, source)
-            sources.append(str(Path(source).expanduser().absolute()))
-    labels = None
-    if args.labels is not None:
-        _refuse_relative("--labels", args.labels, args.labels)
-        labels = str(Path(args.labels).expanduser().absolute())
+        sources.append(source if source in probe_names() else _absolute("--probe", source))
+    labels = None if args.labels is None else _absolute("--labels", args.labels)
     return ProbeRequest(tuple(sources), labels, tuple(args.plugin))
 
 
@@ -192,7 +209,7 @@ def _write_report(
     if args.report is None and not storage.is_local:
         say("report: skipped; give --report DIR to write one beside a remote storage")
         return
-    target = Path(args.report) if args.report else Path(storage.root) / "report"
+    target = Path(_absolute("--report", args.report)) if args.report else Path(storage.root) / "report"
     index = write_report(storage, target, models=models, labelers=_labelers(storage), notes=notes)
     say(f"report: {index}")
 
@@ -222,7 +239,7 @@ def _exemplars(args: argparse.Namespace) -> int:
     resources = _resources_of(args)
     storage.check_writable()
     with connected(resources):
-        done = run_exemplars(storage, models, probe, _exemplar_config(args), resources, args.device)
+        done = run_exemplars(storage, models, probe, _exemplar_config(args), resources)
     say(f"exemplars: {sum(map(len, done.models.values()))} layers of {len(done.models)} models in {storage.root}")
     _write_report(args, storage, list(done.models))
     return 1 if done.failed else 0
@@ -249,13 +266,14 @@ def _describe(args: argparse.Namespace) -> int:
     decoder = _decoder(args, storage)
     captioner = load_captioner(storage, decoder)
     plugins = tuple(args.plugin)
-    encoder = EncoderRequest(captioner.encoder_name, args.encoder_weights, storage, decoder, plugins)
+    weights = None if args.encoder_weights is None else _absolute("--encoder-weights", args.encoder_weights)
+    encoder = EncoderRequest(captioner.encoder_name, weights, storage, decoder, plugins)
     encoder.load()
     search = Search(decoder, args.beam_size, args.length, args.lam)
     with connected(resources):
-        done = run_exemplars(storage, models, probe, _exemplar_config(args), resources, args.device)
-        run_encodings(storage, done.models, encoder, resources, args.device)
-        run_descriptions(storage, done.models, search, resources, args.device)
+        done = run_exemplars(storage, models, probe, _exemplar_config(args), resources)
+        run_encodings(storage, done.models, encoder, resources)
+        run_descriptions(storage, done.models, search, resources)
     say(f"descriptions: {sum(map(len, done.models.values()))} layers of {len(done.models)} models in {storage.root}")
     about = about_captioner(storage, decoder)
     _write_report(args, storage, list(done.models), {"About the descriptions": about} if about else None)
@@ -264,11 +282,11 @@ def _describe(args: argparse.Namespace) -> int:
 
 def _decoder(args: argparse.Namespace, storage: Storage) -> str:
     """The captioner as workers will find it: a name in the storage, or an absolute path."""
-    path = Path(args.decoder).expanduser()
-    if storage.exists(f"captioners/{args.decoder}/config.json") or not path.exists():
+    from milan_ray.pipelines.captioners import has_captioner
+
+    if has_captioner(storage, args.decoder) or not Path(args.decoder).expanduser().exists():
         return args.decoder
-    _refuse_relative("--decoder", args.decoder, args.decoder)
-    return str(path.absolute())
+    return _absolute("--decoder", args.decoder)
 
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
@@ -280,20 +298,20 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--encoder", default="resnet101", help="image encoder")
     parser.add_argument("--encoder-weights", metavar="FILE", help="weights file of the encoder (default: its own)")
-    parser.add_argument("--epochs", type=int, default=config.max_epochs, help="epochs at most, of each model")
+    parser.add_argument("--epochs", type=positive, default=config.max_epochs, help="epochs at most, of each model")
     parser.add_argument("--patience", type=int, default=config.patience, help="epochs without improvement forgiven")
-    parser.add_argument("--hold-out", type=float, default=config.hold_out, help="share of units held out to stop early")
-    parser.add_argument("--hidden", type=int, default=512, help="LSTM state, units")
-    parser.add_argument("--embedding", type=int, default=128, help="token embedding, units")
+    parser.add_argument("--hold-out", type=share, default=config.hold_out, help="share of units held out to stop early")
+    parser.add_argument("--hidden", type=positive, default=512, help="LSTM state, units")
+    parser.add_argument("--embedding", type=positive, default=128, help="token embedding, units")
     parser.add_argument("--seed", type=int, default=config.seed, help="of weights, dropout and order")
-    parser.add_argument("--workers", type=int, default=1, help="data-parallel training workers")
+    parser.add_argument("--workers", type=positive, default=1, help="data-parallel training workers")
     for add in (_storage, _plugins, _resources, _common):
         add(parser)
 
 
 def _train(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.captioners import EncoderRequest
-    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.cluster import connected, gpus_each
     from milan_ray.pipelines.encodings import run_encodings
     from milan_ray.pipelines.train import Sizes, TrainingJob, run_training
     from milan_ray.schema import ANNOTATIONS
@@ -303,24 +321,26 @@ def _train(args: argparse.Namespace) -> int:
     layers = [(keys["model"], keys["layer"]) for keys in found if not args.model or keys["model"] in args.model]
     if not layers:
         raise MilanError(f"no annotations of source {args.annotations!r} for these models in {storage.root}.")
-    encoder = EncoderRequest(args.encoder, args.encoder_weights, plugins=tuple(args.plugin))
-    job = TrainingJob(
-        args.name,
-        args.annotations,
-        tuple(layers),
-        encoder,
-        TrainingConfig(max_epochs=args.epochs, patience=args.patience, hold_out=args.hold_out, seed=args.seed),
-        Sizes(args.embedding, args.hidden),
-        args.workers,
-        args.cpus_per_actor,
-        args.gpus_per_actor or 0,
-        max(1, int(args.cpus_per_actor)),
-    )
+    weights = None if args.encoder_weights is None else _absolute("--encoder-weights", args.encoder_weights)
+    encoder = EncoderRequest(args.encoder, weights, plugins=tuple(args.plugin))
+    config = TrainingConfig(max_epochs=args.epochs, patience=args.patience, hold_out=args.hold_out, seed=args.seed)
     models: dict[str, list[str]] = {}
     for model, layer in layers:
         models.setdefault(model, []).append(layer)
     with connected(resources):
-        run_encodings(storage, models, encoder, resources, args.device)
+        run_encodings(storage, models, encoder, resources)
+        job = TrainingJob(
+            args.name,
+            args.annotations,
+            tuple(layers),
+            encoder,
+            config,
+            Sizes(args.embedding, args.hidden),
+            args.workers,
+            resources.cpus_per_actor,
+            gpus_each(resources),
+            resources.threads,
+        )
         run_training(storage, job)
     return 0
 
@@ -387,7 +407,7 @@ def _list_models(args: argparse.Namespace) -> int:
 
 
 def _add_report(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", nargs="*", metavar="NAME", help="only these models")
+    parser.add_argument("--model", nargs="+", metavar="NAME", help="only these models")
     parser.set_defaults(no_report=False)
     parser.add_argument("--report", metavar="DIR", help="folder for the HTML report (default: report/ in the storage)")
     for add in (_storage, _common):

@@ -83,12 +83,19 @@ class Resources:
         actors: Actors per pool; None takes one per GPU where there are GPUs, else one per CPU.
         cpus_per_actor: CPUs (and torch threads) of each actor. Fixed, because it may change the last bits.
         gpus_per_actor: GPUs of each actor, fractions allowed; None takes one where there are GPUs.
+        device: Where models run: auto (CUDA where the actor has a GPU), cpu or cuda.
     """
 
     address: str | None = None
     actors: int | None = None
     cpus_per_actor: float = 1
     gpus_per_actor: float | None = None
+    device: str = "auto"
+
+    @property
+    def threads(self) -> int:
+        """Torch threads of each actor."""
+        return max(1, int(self.cpus_per_actor))
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,8 @@ def prepare(address: str | None) -> str | None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     address = address or os.environ.get("RAY_ADDRESS")
-    if address is None or address == "local":
+    if not address or address == "local":
+        os.environ.pop("RAY_ADDRESS", None)  # an empty one would not do for Ray
         # Binds every socket of a local Ray to loopback, on Linux too; it excludes clusters of several nodes.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
         # Explicit, because the default is the same but warns.

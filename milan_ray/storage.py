@@ -13,7 +13,7 @@ import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
 import pyarrow.fs as pafs
@@ -23,6 +23,11 @@ from milan_ray.errors import MilanError
 from milan_ray.schema import Noun
 
 CONFIG_KEY = "milan_ray.config"
+"""Metadata key: hash of the configuration that made a file."""
+
+EXEMPLARS_KEY = "milan_ray.exemplars"
+"""Metadata key: configuration hash of the exemplars that a file speaks of."""
+
 FILE_NAME = "data.parquet"
 WORK = "_work"
 
@@ -41,6 +46,8 @@ class Storage:
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
         text = os.fspath(root)
+        if text.startswith("file://"):
+            text = unquote(urlsplit(text).path)
         self.is_local = "://" not in text
         self.root = str(Path(text).expanduser().absolute()) if self.is_local else text.rstrip("/")
         if self.is_local:
@@ -164,12 +171,37 @@ class Storage:
             found = pq.read_schema(f"{self._base}/{path}", filesystem=self._fs).metadata or {}
         except FileNotFoundError:
             return None
+        except pa.ArrowInvalid as error:
+            raise MilanError(f"{self.uri(path)} is damaged ({error}); delete it and run the job again.") from error
         return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
 
     def is_current(self, noun: Noun, config: str, **keys: str) -> bool:
         """Whether one partition exists and was made under this very configuration: "is this done?"."""
         found = self.metadata(noun, **keys)
         return found is not None and found.get(CONFIG_KEY) == config
+
+    def config_of(self, noun: Noun, **keys: str) -> str:
+        """The configuration hash of one partition.
+
+        Raises:
+            MilanError: It does not exist.
+        """
+        return self._present(noun, **keys)[CONFIG_KEY]
+
+    def exemplars_of(self, noun: Noun, **keys: str) -> str | None:
+        """The configuration hash of the exemplars that one partition speaks of; None where it does not say.
+
+        Raises:
+            MilanError: It does not exist.
+        """
+        return self._present(noun, **keys).get(EXEMPLARS_KEY)
+
+    def _present(self, noun: Noun, **keys: str) -> dict[str, str]:
+        found = self.metadata(noun, **keys)
+        if found is None:
+            path = self.uri(self.path(noun, **keys))
+            raise MilanError(f"{path} does not exist; run the stage that makes {noun.name} first.")
+        return found
 
     def partitions(self, noun: Noun, **where: str) -> list[dict[str, str]]:
         """The partitions that exist, as their key values, sorted.
@@ -221,7 +253,8 @@ class Storage:
 
 def to_parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
     """A table as the bytes of a Parquet file: same table and metadata, same bytes."""
-    stamped = {**(table.schema.metadata or {}), **{k.encode(): v.encode() for k, v in sorted(metadata.items())}}
+    stamped = {**(table.schema.metadata or {}), **{key.encode(): value.encode() for key, value in metadata.items()}}
+    stamped = dict(sorted(stamped.items()))
     buffer = io.BytesIO()
     pq.write_table(table.replace_schema_metadata(stamped), buffer, compression="zstd")
     return buffer.getvalue()

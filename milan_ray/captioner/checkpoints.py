@@ -42,8 +42,10 @@ def to_bytes(captioner: Captioner) -> dict[str, bytes]:
         "encoder": captioner.encoder_state or {},
     }
     tensors = {f"{part}.{name}": t.cpu().contiguous() for part, state in parts.items() for name, t in state.items()}
+    weights = safetensors.torch.save(tensors)
     config = {
         "format": FORMAT,
+        "weights": hashlib.sha256(weights).hexdigest(),
         "indexer": captioner.indexer.state(),
         "decoder": asdict(captioner.decoder.config),
         "lm": asdict(captioner.lm.config) if captioner.lm else None,
@@ -53,7 +55,7 @@ def to_bytes(captioner: Captioner) -> dict[str, bytes]:
         "lam": captioner.lam,
     }
     return {
-        WEIGHTS: safetensors.torch.save(tensors),
+        WEIGHTS: weights,
         CONFIG: json.dumps(config, ensure_ascii=False, indent=1).encode(),
     }
 

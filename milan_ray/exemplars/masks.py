@@ -51,7 +51,7 @@ def masks(maps: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> to
 
 def pack(masks_: torch.Tensor) -> list[bytes]:
     """Packs masks bool (N, H, W) into one bit string each: row-major, first pixel in the highest bit."""
-    flat = masks_.reshape(len(masks_), -1).cpu().numpy()
+    flat = masks_.flatten(1).cpu().numpy()
     return [row.tobytes() for row in np.packbits(flat, axis=1)]
 
 

@@ -49,7 +49,7 @@ class EncoderRequest:
 
 def captioner_name(decoder: str) -> str:
     """The name that tables carry for a captioner given by name or path."""
-    return Path(decoder).stem if "/" in decoder or decoder.endswith(".pth") else decoder
+    return Path(decoder).name.removesuffix(".pth")
 
 
 def load_captioner(storage: Storage, decoder: str) -> Captioner:
@@ -64,18 +64,21 @@ def load_captioner(storage: Storage, decoder: str) -> Captioner:
     """
     if decoder.endswith(".pth"):
         return load_reference(decoder)
-    folder = Path(decoder).expanduser()
-    if (folder / CONFIG).is_file():
-        return from_bytes(
-            {name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS) if (folder / name).exists()}
-        )
     path = f"{FOLDER}/{decoder}"
-    if not storage.exists(f"{path}/{CONFIG}"):
+    if "/" not in decoder and storage.exists(f"{path}/{CONFIG}"):
+        return from_bytes({name: storage.get(f"{path}/{name}") for name in (CONFIG, WEIGHTS)})
+    folder = Path(decoder).expanduser()
+    if not (folder / CONFIG).is_file():
         raise MilanError(
             f"no captioner {decoder!r}: neither {storage.uri(path)} nor a folder {folder.absolute()} holds "
             f"{CONFIG} and {WEIGHTS}; train one with jobs.train or jobs.demo, or give the path of a milan-*.pth file."
         )
-    return from_bytes({name: storage.get(f"{path}/{name}") for name in (CONFIG, WEIGHTS)})
+    return from_bytes({name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS) if (folder / name).exists()})
+
+
+def has_captioner(storage: Storage, name: str) -> bool:
+    """Whether the run directory holds a captioner of that name."""
+    return storage.exists(f"{FOLDER}/{name}/{CONFIG}")
 
 
 def save_captioner(storage: Storage, name: str, captioner: Captioner, about: str) -> None:
@@ -95,8 +98,8 @@ def save_captioner(storage: Storage, name: str, captioner: Captioner, about: str
 
 def about_captioner(storage: Storage, decoder: str) -> str:
     """One sentence on what a captioner was trained on; empty where nothing is known."""
-    file = Path(decoder).expanduser() / ABOUT
-    if file.is_file():
-        return file.read_text(encoding="utf-8")
     path = f"{FOLDER}/{decoder}/{ABOUT}"
-    return storage.get(path).decode() if storage.exists(path) else ""
+    if "/" not in decoder and storage.exists(path):
+        return storage.get(path).decode()
+    file = Path(decoder).expanduser() / ABOUT
+    return file.read_text(encoding="utf-8") if file.is_file() else ""

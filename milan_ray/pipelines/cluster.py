@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ import ray
 from ray.data import DataContext
 
 from milan_ray import runtime
-from milan_ray.config import Resources
+from milan_ray.config import Resources, models_dir
 from milan_ray.errors import MilanError
 
 LOCAL_OBJECT_STORE = 512 * 2**20
@@ -41,6 +42,11 @@ def connected(resources: Resources) -> Iterator[None]:
         }
     else:
         options["address"] = address
+        # Workers of a cluster that others started know nothing of this process's environment.
+        options["runtime_env"] = {
+            "env_vars": {"OMP_WAIT_POLICY": "passive", "MILAN_MODELS_DIR": str(models_dir())},
+        }
+        _knock(address)
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
@@ -52,12 +58,37 @@ def connected(resources: Resources) -> Iterator[None]:
         ray.shutdown()
 
 
+def _knock(address: str) -> None:
+    """Finds out in seconds whether anybody listens at host:port; Ray itself tries for many minutes.
+
+    Raises:
+        MilanError: Nobody does.
+    """
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except OSError as error:
+        raise MilanError(
+            f"cannot reach the Ray cluster at {address}: {error}; check --address and RAY_ADDRESS."
+        ) from error
+
+
 def _quiet() -> None:
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     for name in ("ray.data", "ray.train", "ray.tune"):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def gpus_each(resources: Resources) -> float:
+    """GPUs of each actor: what the user asked for, else one where the cluster has GPUs and they are wanted."""
+    if resources.gpus_per_actor is not None:
+        return resources.gpus_per_actor
+    wanted = resources.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
+    return 1.0 if wanted else 0.0
 
 
 def pool_size(resources: Resources, rows: int) -> tuple[int, float]:
@@ -74,9 +105,7 @@ def pool_size(resources: Resources, rows: int) -> tuple[int, float]:
         MilanError: Not one actor fits the cluster.
     """
     total = ray.cluster_resources()
-    gpus = resources.gpus_per_actor
-    if gpus is None:
-        gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
+    gpus = gpus_each(resources)
     fits = int(total.get("CPU", 0) // resources.cpus_per_actor)
     if gpus:
         fits = min(fits, int(total.get("GPU", 0) / gpus))
@@ -85,7 +114,7 @@ def pool_size(resources: Resources, rows: int) -> tuple[int, float]:
     if wanted < 1:
         raise MilanError(
             f"no actor with {resources.cpus_per_actor:g} CPUs and {gpus:g} GPUs fits the cluster "
-            f"({total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs); lower --cpus-per-actor or --gpus-per-actor, "
-            "or give --actors on a cluster that grows."
+            f"({total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs); lower --cpus-per-actor or "
+            "--gpus-per-actor, or give --actors on a cluster that grows."
         )
     return min(wanted, rows), gpus

@@ -21,9 +21,9 @@ from milan_ray.pipelines.train import Sizes, TrainingJob, run_training
 from milan_ray.progress import say
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, ENCODINGS, SCORES
 from milan_ray.scoring.text import BertScore, minilm_directory
-from milan_ray.storage import CONFIG_KEY, Storage
+from milan_ray.storage import Storage
 from milan_ray.world.networks import planted_concepts
-from milan_ray.world.probe import WorldProbe
+from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
 from milan_ray.world.training import PREPROCESS
 
 DECODER = "world"
@@ -79,19 +79,21 @@ def run_demo(storage: Storage, resources: Resources, threads: int) -> pa.Table:
 
 def evaluate(storage: Storage, models: Mapping[str, Sequence[str]]) -> pa.Table:
     """Scores the descriptions of the held-out, the planted and the untrained network (DESIGN §7, judges a to d)."""
-    configs = [
-        (storage.metadata(noun, model=model, layer=layer, **keys) or {})[CONFIG_KEY]
-        for model, layers in models.items()
-        for layer in layers
-        for noun, keys in ((DESCRIPTIONS, {"labeler": MILAN}), (DESCRIPTIONS, {"labeler": LIKELIHOOD}))
-    ]
+    described = [{"labeler": labeler, **keys} for keys in _layers(models) for labeler in (MILAN, LIKELIHOOD)]
+    annotated = [{"source": world.SOURCE, **keys} for keys in _layers(models) if keys["model"] != CONTROL]
+    configs = [storage.config_of(DESCRIPTIONS, **keys) for keys in described]
+    configs += [storage.config_of(ANNOTATIONS, **keys) for keys in annotated]
     folder = minilm_directory()
-    config = config_hash({"evaluation": 1, "descriptions": configs, "bertscore": folder is not None})
+    config = config_hash({"evaluation": 1, "judged": configs, "world": WORLD_DIGEST, "bertscore": folder is not None})
     if not all(storage.is_current(SCORES, config, experiment=name) for name in EXPERIMENTS):
         say("evaluation: against the annotators and against the world itself")
         for table in _evaluate(storage, models, BertScore(folder) if folder else None):
             storage.write(SCORES, table, config, experiment=table["experiment"][0].as_py())
     return pa.concat_tables([storage.read(SCORES, experiment=name) for name in EXPERIMENTS])
+
+
+def _layers(models: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+    return [{"model": model, "layer": layer} for model, layers in models.items() for layer in layers]
 
 
 def _evaluate(storage: Storage, models: Mapping[str, Sequence[str]], bert: BertScore | None) -> list[pa.Table]:

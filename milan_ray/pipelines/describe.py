@@ -18,16 +18,27 @@ from milan_ray.captioner.checkpoints import lm_digest
 from milan_ray.captioner.rerank import rescore
 from milan_ray.config import Resources, config_hash
 from milan_ray.device import resolve_device
-from milan_ray.errors import MilanError
 from milan_ray.pipelines.captioners import captioner_name, load_captioner
 from milan_ray.pipelines.encodings import unit_features
 from milan_ray.pipelines.fanout import run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.progress import Progress, say
 from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS
-from milan_ray.storage import CONFIG_KEY, Storage
+from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 KERNEL_VERSION = "candidates-1"
+
+_CANDIDATES_SCHEMA = pa.schema(
+    [
+        ("unit", pa.int32()),
+        ("beam_rank", pa.int32()),
+        ("tokens", pa.list_(pa.int32())),
+        ("finished", pa.bool_()),
+        ("logp_d_given_e", pa.float32()),
+        ("logp_d", pa.float32()),
+        ("text", pa.string()),
+    ]
+)
 
 UNITS = 32
 """Units per beam search: the planned batch."""
@@ -64,6 +75,7 @@ class _Layer:
     model: str
     layer: str
     config: str
+    exemplars: str
 
 
 def run_descriptions(
@@ -71,7 +83,6 @@ def run_descriptions(
     models: Mapping[str, Sequence[str]],
     search: Search,
     resources: Resources,
-    device: str = "auto",
 ) -> None:
     """Describes every unit of every layer whose descriptions are missing or stale, by both MILAN labelers.
 
@@ -80,7 +91,6 @@ def run_descriptions(
         models: Model name → layers.
         search: Captioner, beam, λ.
         resources: What of the cluster to use; Ray must be connected.
-        device: Where the captioner runs.
 
     Raises:
         MilanError: The captioner or encodings are missing.
@@ -93,30 +103,30 @@ def run_descriptions(
         "beam_size": search.beam_size,
         "length": search.length,
     }
-    layers: list[_Layer] = []
-    every: list[tuple[str, str, str]] = []
+    every: list[_Layer] = []
     for model, paths in models.items():
         for layer in paths:
-            meta = storage.metadata(ENCODINGS, encoder=captioner.encoder_name, model=model, layer=layer)
-            if meta is None:
-                raise MilanError(
-                    f"no encodings of {model} {layer} by {captioner.encoder_name} in {storage.root}; "
-                    "run jobs.describe, which makes them."
-                )
-            config = config_hash({**identity, "encodings": meta[CONFIG_KEY]})
-            every.append((model, layer, config))
-            if not storage.is_current(CANDIDATES, config, decoder=name, model=model, layer=layer):
-                layers.append(_Layer(len(layers), model, layer, config))
-    if layers:
-        _search(storage, layers, search, name, captioner.encoder_name, lm_digest(captioner), resources, device)
-    else:
-        say(f"candidates ({name}): all up to date")
-    has_lm = captioner.lm is not None
-    tasks = [
-        _Rescore(storage, name, model, layer, config, labeler, lam)
-        for model, layer, config in every
-        for labeler, lam in ((MILAN, search.lam if has_lm else 0.0), (LIKELIHOOD, 0.0))
+            keys = {"encoder": captioner.encoder_name, "model": model, "layer": layer}
+            config = config_hash({**identity, "encodings": storage.config_of(ENCODINGS, **keys)})
+            every.append(_Layer(len(every), model, layer, config, storage.exemplars_of(ENCODINGS, **keys) or ""))
+    # Over all layers, so that a job killed while results become public finds its candidates again.
+    work = config_hash({"candidates": [layer.config for layer in every]})
+    layers = [
+        layer
+        for layer in every
+        if not storage.is_current(CANDIDATES, layer.config, decoder=name, model=layer.model, layer=layer.layer)
     ]
+    if layers:
+        _search(storage, work, layers, search, name, captioner.encoder_name, lm_digest(captioner), resources)
+    else:
+        storage.remove_work(work)
+        say(f"candidates ({name}): all up to date")
+    labelers = {LIKELIHOOD: 0.0}
+    if captioner.lm is not None:
+        labelers[MILAN] = search.lam
+    else:
+        say(f"captioner {name} has no language model: described by log p(d|E) alone ({LIKELIHOOD})")
+    tasks = [_Rescore(storage, name, layer, labeler, lam) for layer in every for labeler, lam in labelers.items()]
     stale = [task for task in tasks if not task.done()]
     for _ in run_parallel(_rescore, stale):
         pass
@@ -124,15 +134,14 @@ def run_descriptions(
 
 def _search(
     storage: Storage,
+    work: str,
     layers: list[_Layer],
     search: Search,
     name: str,
     encoder: str,
     lm: str | None,
     resources: Resources,
-    device: str,
 ) -> None:
-    work = config_hash({"candidates": [layer.config for layer in layers]})
     done = set(storage.work_names(work))
     rows: list[Row] = []
     units = 0
@@ -148,11 +157,11 @@ def _search(
     arguments = {
         "storage": storage,
         "work": work,
-        "layers": layers,
+        "layers": {layer.number: layer for layer in layers},
         "search": search,
         "encoder": encoder,
-        "threads": max(1, int(resources.cpus_per_actor)),
-        "device": device,
+        "threads": resources.threads,
+        "device": resources.device,
     }
     with Progress("descriptions", units, "units") as progress:
         for answer in run_pool(CandidateWorker, arguments, rows, resources):
@@ -170,7 +179,7 @@ class CandidateWorker:
         self,
         storage: Storage,
         work: str,
-        layers: list[_Layer],
+        layers: dict[int, _Layer],
         search: Search,
         encoder: str,
         threads: int,
@@ -216,7 +225,8 @@ class CandidateWorker:
                 "logp_d_given_e": found.logp_d_given_e.ravel(),
                 "logp_d": logp_d.ravel(),
                 "text": [text for unit in found.texts for text in unit],
-            }
+            },
+            schema=_CANDIDATES_SCHEMA,
         )
 
 
@@ -232,12 +242,14 @@ class _Gather:
 
 def _gather(task: _Gather) -> None:
     names = task.storage.work_names(task.work, f"L{task.layer.number}")
-    table = pa.concat_tables([task.storage.get_work(task.work, name) for name in names])
+    empty = _CANDIDATES_SCHEMA.empty_table()
+    table = pa.concat_tables([empty, *(task.storage.get_work(task.work, name) for name in names)])
     table = table.sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
     keys = {"decoder": task.decoder, "model": task.layer.model, "layer": task.layer.layer}
     columns: dict[str, object] = {name: [value] * len(table) for name, value in keys.items()}
     columns |= {"lm": [task.lm] * len(table), "beam_size": [task.beam_size] * len(table)}
-    rows = CANDIDATES.table(columns | {name: table[name] for name in table.column_names})
+    columns |= {name: table[name] for name in table.column_names}
+    rows = CANDIDATES.table(columns, {EXEMPLARS_KEY: task.layer.exemplars})
     task.storage.write(CANDIDATES, rows, task.layer.config, **keys)
 
 
@@ -245,24 +257,26 @@ def _gather(task: _Gather) -> None:
 class _Rescore:
     storage: Storage
     decoder: str
-    model: str
-    layer: str
-    candidates: str
+    layer: _Layer
     labeler: str
     lam: float
 
     @property
     def config(self) -> str:
-        return config_hash({"rescore": 1, "candidates": self.candidates, "lam": self.lam, "n_best": N_BEST})
+        return config_hash({"rescore": 1, "candidates": self.layer.config, "lam": self.lam, "n_best": N_BEST})
+
+    @property
+    def keys(self) -> dict[str, str]:
+        return {"labeler": self.labeler, "model": self.layer.model, "layer": self.layer.layer}
 
     def done(self) -> bool:
-        keys = {"labeler": self.labeler, "model": self.model, "layer": self.layer}
-        return self.storage.is_current(DESCRIPTIONS, self.config, **keys)
+        return self.storage.is_current(DESCRIPTIONS, self.config, **self.keys)
 
 
 def _rescore(task: _Rescore) -> None:
     """Chooses the best candidates of a layer for one λ."""
-    table = task.storage.read(CANDIDATES, decoder=task.decoder, model=task.model, layer=task.layer).combine_chunks()
+    keys = {"decoder": task.decoder, "model": task.layer.model, "layer": task.layer.layer}
+    table = task.storage.read(CANDIDATES, **keys).combine_chunks()
     units = table["unit"].to_numpy()
     likely, prior = (table[name].to_numpy() for name in ("logp_d_given_e", "logp_d"))
     scores = rescore(likely, prior, task.lam)
@@ -270,7 +284,8 @@ def _rescore(task: _Rescore) -> None:
     has_lm = bool(table["lm"][0].as_py()) if len(table) else False
     rows: list[dict[str, object]] = []
     starts = np.flatnonzero(np.diff(units, prepend=-1))
-    for begin, end in zip(starts, [*starts[1:], len(units)], strict=True):
+    ends = np.append(starts[1:], len(units))[: len(starts)]
+    for begin, end in zip(starts, ends, strict=True):
         best: list[dict[str, object]] = []
         for place in begin + np.argsort(-scores[begin:end], kind="stable"):
             if all(texts[place] != other["text"] for other in best):  # different tokens may read the same
@@ -286,9 +301,7 @@ def _rescore(task: _Rescore) -> None:
                 break
         rows.append(
             {
-                "labeler": task.labeler,
-                "model": task.model,
-                "layer": task.layer,
+                **task.keys,
                 "unit": int(units[begin]),
                 "description": best[0]["text"],
                 "score": best[0]["score"],
@@ -298,7 +311,6 @@ def _rescore(task: _Rescore) -> None:
                 "n_best": best,
             }
         )
-    metadata = {"decoder": task.decoder, "lam": str(task.lam)}
+    metadata = {"decoder": task.decoder, "lam": str(task.lam), EXEMPLARS_KEY: task.layer.exemplars}
     table = pa.Table.from_pylist(rows, schema=DESCRIPTIONS.schema.with_metadata(metadata))
-    keys = {"labeler": task.labeler, "model": task.model, "layer": task.layer}
-    task.storage.write(DESCRIPTIONS, table, task.config, **keys)
+    task.storage.write(DESCRIPTIONS, table, task.config, **task.keys)

@@ -5,6 +5,7 @@ exemplars ─► [scatter by image block] ─► [actor pool: encode a block's i
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -29,15 +30,16 @@ from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.views import block_of, read_block
 from milan_ray.progress import Progress, say
 from milan_ray.schema import ENCODINGS, EXEMPLARS
-from milan_ray.storage import CONFIG_KEY, Storage
+from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, Storage
 
 KERNEL_VERSION = "encodings-1"
 
 BATCH_SIZE = 32
 """Images per encoder pass: what fits the cache; larger ones are slower and heavier on a CPU."""
 
+_FEATURES_SCHEMA = pa.schema([("unit", pa.int32()), ("rank", pa.int16()), ("feature", pa.list_(pa.float32()))])
+
 FEATURES = "features"
-DONE = "done"
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,6 @@ def run_encodings(
     models: Mapping[str, Sequence[str]],
     encoder: EncoderRequest,
     resources: Resources,
-    device: str = "auto",
 ) -> None:
     """Encodes the exemplars of every layer whose encodings are missing or stale.
 
@@ -73,51 +74,64 @@ def run_encodings(
         models: Model name → layers.
         encoder: Which encoder.
         resources: What of the cluster to use; Ray must be connected.
-        device: Where the encoder runs.
 
     Raises:
         MilanError: Exemplars or the encoder are missing.
     """
-    sources = _missing(storage, models, encoder)
+    every = _sources(storage, models, encoder)
+    # Over all layers, so that a job killed while results become public finds its features again.
+    work = config_hash({"encodings": [source.config for source in every]})
+    sources = [
+        source
+        for source in every
+        if not storage.is_current(
+            ENCODINGS, source.config, encoder=encoder.name, model=source.model, layer=source.layer
+        )
+    ]
     if not sources:
+        storage.remove_work(work)
         say(f"encodings ({encoder.name}): all up to date")
         return
-    work = config_hash({"encodings": [source.config for source in sources]})
     blocks: dict[tuple[str, str, str], list[int]] = defaultdict(list)
     tasks = [_Scatter(storage, work, source) for source in sources]
     for index, touched in run_parallel(_scatter, tasks):
         meta = sources[index].exemplars
         for block in touched:
-            blocks[meta["probe"], meta["view"], block].append(index)
-    done = set(storage.work_names(work, DONE))
-    rows = []
+            blocks[meta["probe"], meta["view"], block].append(sources[index].number)
+    stored = set(storage.work_names(work, FEATURES))
+    every_row: list[Row] = []
     for (probe, view, block), numbers in sorted(blocks.items()):
         name = f"{config_hash({'view': view, 'probe': probe})}-{block}"
-        if f"{DONE}/{name}" not in done:
-            rows.append({"name": name, "probe": probe, "view": view, "block": block, "sources": sorted(numbers)})
+        every_row.append({"name": name, "probe": probe, "view": view, "block": block, "sources": sorted(numbers)})
+    rows = [row for row in every_row if any(f"{FEATURES}/{n}/{row['name']}" not in stored for n in row["sources"])]
     say(f"encodings ({encoder.name}): {len(sources)} layers of {len({s.model for s in sources})} models")
     arguments = {
         "storage": storage,
         "work": work,
-        "sources": sources,
+        "sources": {source.number: source for source in sources},
         "encoder": encoder,
-        "threads": max(1, int(resources.cpus_per_actor)),
-        "device": device,
+        "threads": resources.threads,
+        "device": resources.device,
     }
     with Progress("encodings", len(rows), "blocks of images") as progress:
         for _ in run_pool(EncodingWorker, arguments, rows, resources):
             progress.advance()
-    for _ in run_parallel(_gather, [_Gather(storage, work, encoder.name, source) for source in sources]):
+    parts = {
+        source.number: tuple(row["name"] for row in every_row if source.number in row["sources"]) for source in sources
+    }
+    gathers = [_Gather(storage, work, encoder.name, source, parts[source.number]) for source in sources]
+    for _ in run_parallel(_gather, gathers):
         pass
     storage.remove_work(work)
 
 
-def _missing(storage: Storage, models: Mapping[str, Sequence[str]], encoder: EncoderRequest) -> list[Source]:
-    """The layers whose encodings are missing or stale."""
+def _sources(storage: Storage, models: Mapping[str, Sequence[str]], encoder: EncoderRequest) -> list[Source]:
+    """All layers, with the configuration hash that their encodings should have."""
     net = encoder.load()
     identity = {
         "kernel": KERNEL_VERSION,
         "weights": weights_digest(net.backbone),
+        "structure": hashlib.sha256(repr(net.backbone).encode()).hexdigest(),
         "layers": net.spec.layers,
         "size": net.spec.size,
         "mean": net.spec.mean,
@@ -130,8 +144,7 @@ def _missing(storage: Storage, models: Mapping[str, Sequence[str]], encoder: Enc
             if meta is None:
                 raise MilanError(f"no exemplars of {model} {layer} in {storage.root}; run jobs.exemplars first.")
             config = config_hash({**identity, "exemplars": meta[CONFIG_KEY]})
-            if not storage.is_current(ENCODINGS, config, encoder=encoder.name, model=model, layer=layer):
-                found.append(Source(len(found), model, layer, config, meta))
+            found.append(Source(len(found), model, layer, config, meta))
     return found
 
 
@@ -159,7 +172,13 @@ class EncodingWorker:
     """Encodes the images of one block once and pools them with every mask that refers to them."""
 
     def __init__(
-        self, storage: Storage, work: str, sources: list[Source], encoder: EncoderRequest, threads: int, device: str
+        self,
+        storage: Storage,
+        work: str,
+        sources: dict[int, Source],
+        encoder: EncoderRequest,
+        threads: int,
+        device: str,
     ) -> None:
         torch.set_num_threads(threads)
         self._storage, self._work, self._sources = storage, work, sources
@@ -182,7 +201,6 @@ class EncodingWorker:
                     parts[number].append(self._pool(mine, maps, self._sources[number].exemplars))
         for number, tables in parts.items():
             self._storage.put_work(self._work, f"{FEATURES}/{number}/{row['name']}", pa.concat_tables(tables))
-        self._storage.put_work(self._work, f"{DONE}/{row['name']}", pa.table({"images": [len(ids)]}))
         return {"images": len(ids)}
 
     def _pool(self, table: pa.Table, maps: list[torch.Tensor], meta: Mapping[str, str]) -> pa.Table:
@@ -192,7 +210,7 @@ class EncodingWorker:
         features = pool_maps(maps, regions, index).cpu().numpy()
         offsets = np.arange(len(features) + 1, dtype=np.int32) * features.shape[1]
         lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(features.ravel()))
-        return table.select(["unit", "rank"]).append_column("feature", lists)
+        return pa.table([table["unit"], table["rank"], lists], schema=_FEATURES_SCHEMA)
 
 
 def encode(encoder: PyramidEncoder, pngs: Sequence[bytes], batch_size: int) -> list[torch.Tensor]:
@@ -222,19 +240,22 @@ class _Gather:
     work: str
     encoder: str
     source: Source
+    names: tuple[str, ...]
 
 
 def _gather(task: _Gather) -> None:
     """Puts a layer's features together and makes them public."""
     source = task.source
-    names = task.storage.work_names(task.work, f"{FEATURES}/{source.number}")
-    table = pa.concat_tables([task.storage.get_work(task.work, name) for name in names])
+    names = [f"{FEATURES}/{source.number}/{name}" for name in task.names]
+    empty = _FEATURES_SCHEMA.empty_table()
+    table = pa.concat_tables([empty, *(task.storage.get_work(task.work, name) for name in names)])
     table = table.sort_by([("unit", "ascending"), ("rank", "ascending")]).combine_chunks()
     keys = {"encoder": task.encoder, "model": source.model, "layer": source.layer}
     columns: dict[str, object] = {name: [value] * len(table) for name, value in keys.items()}
     size = len(table["feature"][0]) if len(table) else 0
     columns |= {name: table[name] for name in ("unit", "rank", "feature")}
-    task.storage.write(ENCODINGS, ENCODINGS.table(columns, {"feature_size": str(size)}), source.config, **keys)
+    metadata = {"feature_size": str(size), EXEMPLARS_KEY: source.exemplars[CONFIG_KEY]}
+    task.storage.write(ENCODINGS, ENCODINGS.table(columns, metadata), source.config, **keys)
 
 
 def unit_features(table: pa.Table) -> dict[int, np.ndarray]:

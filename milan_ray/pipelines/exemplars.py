@@ -8,6 +8,8 @@ winners ─► [views, once per image and geometry]
 
 from __future__ import annotations
 
+import hashlib
+import platform
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -18,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
+from torch import nn
 
 from milan_ray.config import ExemplarConfig, Resources, config_hash
 from milan_ray.device import resolve_device
@@ -48,13 +51,26 @@ _IMAGES_SCHEMA = pa.schema(
 )
 
 
+_WINNERS_SCHEMA = pa.schema(
+    [
+        ("unit", pa.int64()),
+        ("rank", pa.int64()),
+        ("image_id", pa.int64()),
+        ("activation", pa.float32()),
+        ("level", pa.float32()),
+    ]
+)
+
+
 @dataclass(frozen=True)
 class ModelWork:
     """One model's work: what an actor must know besides its shard.
 
     Attributes:
         model: Which model, and how to get it.
-        layers: Layers still to do.
+        weights: Digest of its weights, which every worker's copy must have.
+        every: All layers asked for; a layer's place here names its partials.
+        layers: Those still to do.
         probe: Digest of the probe manifest.
         work: Configuration hash of this work; partials lie below it.
         plan: The states' plan.
@@ -62,11 +78,17 @@ class ModelWork:
     """
 
     model: requests.ModelRequest
+    weights: str
+    every: tuple[str, ...]
     layers: tuple[str, ...]
     probe: str
     work: str
     plan: Plan
     hashes: dict[str, str]
+
+    def folder(self, layer: str) -> str:
+        """Work folder of a layer's partials: the same whichever layers are still to do."""
+        return f"L{self.every.index(layer)}"
 
 
 @dataclass(frozen=True)
@@ -84,18 +106,16 @@ class Dissection:
     failed: dict[str, str]
 
 
-def exemplar_hash(spec: ModelSpec, weights: str, layer: str, probe: str, config: ExemplarConfig) -> str:
+def exemplar_hash(spec: ModelSpec, model: nn.Module, layer: str, probe: str, config: ExemplarConfig) -> str:
     """The configuration hash of one layer's exemplars: all that decides them, and nothing else."""
-    inputs = spec.inputs
     return config_hash(
         {
             "kernel": KERNEL_VERSION,
-            "weights": weights,
+            "weights": weights_digest(model),
+            "structure": hashlib.sha256(repr(model).encode()).hexdigest(),
             "layer": layer,
-            "preprocess": spec.preprocess,
-            "inputs": None
-            if inputs is None
-            else f"{inputs.__module__}.{getattr(inputs, '__qualname__', repr(inputs))}",
+            "view": spec.preprocess.view,
+            "inputs": _inputs_digest(spec),
             "prefix_tokens": spec.prefix_tokens,
             "channels_last": spec.channels_last,
             "probe": probe,
@@ -104,13 +124,25 @@ def exemplar_hash(spec: ModelSpec, weights: str, layer: str, probe: str, config:
     )
 
 
+def _inputs_digest(spec: ModelSpec) -> str:
+    """What becomes of one fixed view on its way into the model: tells input functions apart by what they do."""
+    height, width = spec.preprocess.view.shape
+    view = (torch.arange(height * width * 3, dtype=torch.int64) * 7919 % 256).to(torch.uint8)
+    prepared = spec.prepare(view.view(1, height, width, 3))
+    tensors = [prepared] if isinstance(prepared, torch.Tensor) else list(prepared)
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 def run_exemplars(
     storage: Storage,
     models: Sequence[requests.ModelRequest],
     probe: requests.ProbeRequest,
     config: ExemplarConfig,
     resources: Resources,
-    device: str = "auto",
 ) -> Dissection:
     """Makes the exemplars of every unit of every requested layer, doing only what is missing.
 
@@ -120,7 +152,6 @@ def run_exemplars(
         probe: The probe images.
         config: How.
         resources: What of the cluster to use; Ray must be connected.
-        device: Where models run.
 
     Returns:
         What is now there, and which models failed.
@@ -129,6 +160,7 @@ def run_exemplars(
         MilanError: The probe cannot be listed, or every model failed.
     """
     storage.check_writable()
+    models = list(dict.fromkeys(models))
     manifest, digest = _manifest(storage, probe)
     failed: dict[str, str] = {}
     done: dict[str, tuple[str, ...]] = {}
@@ -146,16 +178,16 @@ def run_exemplars(
         else:
             work.append(planned)
     started = time.monotonic()
-    failed |= _run_shards(storage, work, manifest, probe, config, resources, device)
+    failed |= _run_shards(storage, work, manifest, probe, config, resources)
     for item in work:
         if item.model.name in failed:
             continue
         try:
             images = _finish_images(storage, item, config, len(manifest))
+            _merge(storage, item, probe, config, resources, manifest)
         except MilanError as error:
             failed[item.model.name] = str(error)
             continue
-        _merge(storage, item, probe, config, resources, manifest, device)
         seconds = time.monotonic() - started
         rows = sum(len(storage.read(EXEMPLARS, ["unit"], model=item.model.name, layer=layer)) for layer in item.layers)
         record_run(storage, "exemplars", item.work, item.model.name, rows=rows, images=images, seconds=seconds)
@@ -187,27 +219,38 @@ def _plan(
     config: ExemplarConfig,
 ) -> ModelWork | None:
     """The layers of a model that are missing or stale; None when there are none."""
-    model = spec.load()
+    model = _load(spec)
     find_layers(model, spec.layers)
-    weights = weights_digest(model)
-    hashes = {layer: exemplar_hash(spec, weights, layer, probe, config) for layer in spec.layers}
+    hashes = {layer: exemplar_hash(spec, model, layer, probe, config) for layer in spec.layers}
     missing = tuple(
         layer
         for layer, hash_ in hashes.items()
         if not storage.is_current(LEVELS, hash_, model=spec.name, layer=layer)
         or not storage.is_current(EXEMPLARS, hash_, model=spec.name, layer=layer)
     )
-    if not missing:
-        return None
+    # Over all layers, so that a job killed while results become public finds its partials again.
     work = config_hash(
         {
-            "exemplars": [hashes[layer] for layer in missing],
+            "model": spec.name,
+            "exemplars": hashes,
             "map_budget": config.map_budget,
             "shard_size": config.shard_size,
         }
     )
+    if not missing:
+        storage.remove_work(work)
+        return None
     plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
-    return ModelWork(request, missing, probe, work, plan, hashes)
+    return ModelWork(request, weights_digest(model), spec.layers, missing, probe, work, plan, hashes)
+
+
+def _load(spec: ModelSpec) -> nn.Module:
+    try:
+        return spec.load()
+    except MilanError:
+        raise
+    except Exception as error:  # a user's factory may raise anything
+        raise MilanError(f"model {spec.name} cannot be built: {type(error).__name__}: {error}") from error
 
 
 def _run_shards(
@@ -217,14 +260,14 @@ def _run_shards(
     probe: requests.ProbeRequest,
     config: ExemplarConfig,
     resources: Resources,
-    device: str,
 ) -> dict[str, str]:
     """Runs every shard that is not stored yet; returns the models that failed, with the reason."""
     shards = [manifest.slice(start, config.shard_size) for start in range(0, len(manifest), config.shard_size)]
     rows: list[Row] = []
     for index, item in enumerate(work):
-        finished = set(storage.work_names(item.work, IMAGES))
-        fresh = [n for n in range(len(shards)) if f"{IMAGES}/{_shard_name(n)}" not in finished]
+        stored = set(storage.work_names(item.work))
+        folders = [IMAGES, *(item.folder(layer) for layer in item.layers)]
+        fresh = [n for n in range(len(shards)) if any(f"{f}/{_shard_name(n)}" not in stored for f in folders)]
         if len(fresh) < len(shards):
             say(f"exemplars of {item.model.name}: {len(shards) - len(fresh)} of {len(shards)} shards are done already")
         rows += [{"model": index, "shard": n, **_refs_row(shards[n])} for n in fresh]
@@ -233,14 +276,7 @@ def _run_shards(
     failed: dict[str, str] = {}
     names = ", ".join(item.model.name for item in work)
     say(f"exemplars: {names} over {len(manifest)} images, {len(rows)} shards")
-    arguments = {
-        "storage": storage,
-        "work": list(work),
-        "probe": probe,
-        "config": config,
-        "threads": max(1, int(resources.cpus_per_actor)),
-        "device": device,
-    }
+    arguments = _worker_arguments(storage, work, probe, config, resources)
     images = sum(len(row["image_id"]) for row in rows)
     with Progress("exemplars", images, "images") as progress:
         for answer in run_pool(ExemplarWorker, arguments, rows, resources):
@@ -248,6 +284,23 @@ def _run_shards(
             if answer["error"]:
                 failed.setdefault(work[answer["model"]].model.name, answer["error"])
     return failed
+
+
+def _worker_arguments(
+    storage: Storage,
+    work: Sequence[ModelWork],
+    probe: requests.ProbeRequest,
+    config: ExemplarConfig,
+    resources: Resources,
+) -> dict[str, Any]:
+    return {
+        "storage": storage,
+        "work": list(work),
+        "probe": probe,
+        "config": config,
+        "threads": resources.threads,
+        "device": resources.device,
+    }
 
 
 def _shard_name(shard: int) -> str:
@@ -286,8 +339,13 @@ class _ModelWorker:
             self._loaded = None
             item = self._work[index]
             spec = requests.model(item.model)
-            model = spec.load().to(self._device)
-            self._loaded = (index, spec, Forward(spec, model, item.layers, self._config.batch_size))
+            model = _load(spec)
+            if weights_digest(model) != item.weights:
+                raise MilanError(
+                    f"{spec.name} has other weights on {platform.node()} than where the job was started; every node "
+                    "must see the same file, and random weights need a seed."
+                )
+            self._loaded = (index, spec, Forward(spec, model.to(self._device), item.layers, self._config.batch_size))
         return self._loaded[1], self._loaded[2]
 
     def _batches(self, refs: list[ImageRef]) -> Iterable[list[ImageRef]]:
@@ -309,8 +367,8 @@ class ExemplarWorker(_ModelWorker):
             self._run(row)
         except MilanError as error:
             answer["error"] = str(error)
-        except RuntimeError as error:  # what torch raises for a model that does not fit its input
-            answer["error"] = f"the model failed on a batch: {error}"
+        except Exception as error:  # a user's model may raise anything, and must not end the others' job
+            answer["error"] = f"the model failed on a batch: {type(error).__name__}: {error}"
         return answer
 
     def _run(self, row: Row) -> None:
@@ -339,9 +397,9 @@ class ExemplarWorker(_ModelWorker):
                 except MilanError as error:
                     raise MilanError(f"layer {layer!r}: {error}") from error
         for layer, state in states.items():
-            number = item.layers.index(layer)
             emitted = state.topk.within(self._union(index, layer, state))
-            self._storage.put_work(item.work, f"L{number}/{_shard_name(row['shard'])}", to_table(state, emitted))
+            name = f"{item.folder(layer)}/{_shard_name(row['shard'])}"
+            self._storage.put_work(item.work, name, to_table(state, emitted))
         table = pa.Table.from_pylist(images, schema=_IMAGES_SCHEMA)
         self._storage.put_work(item.work, f"{IMAGES}/{_shard_name(row['shard'])}", table)
         # Only now, with the shard committed, may it raise the bar for the next.
@@ -366,7 +424,10 @@ def _finish_images(storage: Storage, item: ModelWork, config: ExemplarConfig, ex
     names = storage.work_names(item.work, IMAGES)
     images = pa.concat_tables([storage.get_work(item.work, name) for name in names]).sort_by("image_id")
     if len(images) != expected:
-        raise MilanError(f"{expected - len(images)} of {expected} images were not reported back; run the job again.")
+        raise MilanError(
+            f"{expected - len(images)} of {expected} images were not reported back; run the job again, and see that "
+            f"every node of the cluster reads and writes {storage.root}."
+        )
     bad = images.filter(pc.is_valid(images["reason"]))
     model = item.model.name
     skipped = SKIPPED.table(
@@ -411,23 +472,23 @@ def _merge(
     config: ExemplarConfig,
     resources: Resources,
     manifest: pa.Table,
-    device: str,
 ) -> None:
     """Folds the shards of every layer and writes its tables."""
     tasks = [_MergeTask(storage, item, layer, config) for layer in item.layers]
     recompute: dict[str, list[int]] = {}
     for index, winners in run_parallel(_merge_layer, tasks):
-        if winners:
+        if winners is not None:
             recompute[item.layers[index]] = winners
     if recompute:
-        _recompute(storage, item, recompute, probe, config, resources, manifest, device)
+        _recompute(storage, item, recompute, probe, config, resources, manifest)
 
 
-def _merge_layer(task: _MergeTask) -> list[int]:
-    """Folds one layer; returns the winners' ids when their maps must be computed again."""
+def _merge_layer(task: _MergeTask) -> list[int] | None:
+    """Folds one layer; returns the winners' ids when their maps must be computed again, else None."""
     storage, item, layer = task.storage, task.item, task.layer
-    number = item.layers.index(layer)
-    names = storage.work_names(item.work, f"L{number}")
+    names = storage.work_names(item.work, item.folder(layer))
+    if not names:
+        raise MilanError(f"layer {layer} of {item.model.name} saw no usable image; see the table skipped.")
     state = fold((storage.get_work(item.work, name) for name in names), item.plan)
     levels = state.level.result()
     table = LEVELS.table(
@@ -450,10 +511,11 @@ def _merge_layer(task: _MergeTask) -> list[int]:
             "image_id": state.topk.ids[unit, rank].numpy(),
             "activation": state.topk.values[unit, rank].numpy(),
             "level": levels[unit].numpy(),
-        }
+        },
+        schema=_WINNERS_SCHEMA,
     )
     if state.topk.maps is None:
-        storage.put_work(item.work, f"winners/L{number}", winners)
+        storage.put_work(item.work, f"winners/{item.folder(layer)}", winners)
         storage.write(LEVELS, table, item.hashes[layer], model=item.model.name, layer=layer)
         return sorted(set(winners["image_id"].to_pylist()))
     packed: list[bytes] = []
@@ -462,7 +524,7 @@ def _merge_layer(task: _MergeTask) -> list[int]:
         packed += masks.pack(masks.masks(state.topk.maps[u, r], levels[u], size))
     _write_exemplars(task, winners.append_column("mask", pa.array(packed, pa.large_binary())))
     storage.write(LEVELS, table, item.hashes[layer], model=item.model.name, layer=layer)
-    return []
+    return None
 
 
 def _mask_size(item: ModelWork, config: ExemplarConfig) -> tuple[int, int]:
@@ -495,27 +557,21 @@ def _recompute(
     config: ExemplarConfig,
     resources: Resources,
     manifest: pa.Table,
-    device: str,
 ) -> None:
     """Masks of the layers whose maps were too large to carry, from one more pass over the winners alone."""
     ids = sorted(set().union(*winners.values()))
     blocks = [ids[start : start + config.batch_size] for start in range(0, len(ids), config.batch_size)]
-    rows = [{"model": 0, "shard": n, **_refs_row(manifest.take(block))} for n, block in enumerate(blocks)]
-    arguments = {
-        "storage": storage,
-        "work": [item],
-        "probe": probe,
-        "config": config,
-        "threads": max(1, int(resources.cpus_per_actor)),
-        "device": device,
-    }
+    names = [config_hash({"winners": block}) for block in blocks]
+    rows = [{"name": name, **_refs_row(manifest.take(block))} for name, block in zip(names, blocks, strict=True)]
+    arguments = _worker_arguments(storage, [item], probe, config, resources)
     with Progress(f"masks of {item.model.name}", len(ids), "images") as progress:
         for answer in run_pool(MaskWorker, arguments, rows, resources):
             progress.advance(answer["images"])
     for layer in winners:
-        number = item.layers.index(layer)
-        names = storage.work_names(item.work, f"masks/L{number}")
-        parts = pa.concat_tables([storage.get_work(item.work, name) for name in names])
+        stored = set(storage.work_names(item.work, f"masks/{item.folder(layer)}"))
+        mine = [name for name in (f"masks/{item.folder(layer)}/{block}" for block in names) if name in stored]
+        empty = _WINNERS_SCHEMA.append(pa.field("mask", pa.large_binary())).empty_table()
+        parts = pa.concat_tables([empty, *(storage.get_work(item.work, name) for name in mine)])
         parts = parts.sort_by([("unit", "ascending"), ("rank", "ascending")])
         _write_exemplars(_MergeTask(storage, item, layer, config), parts)
 
@@ -535,11 +591,12 @@ class MaskWorker(_ModelWorker):
         slot = {int(image_id): n for n, image_id in enumerate(batch.ids)}
         waiting = set(self._storage.work_names(item.work, "winners"))
         for layer, maps in forward.maps(batch.views).items():
-            number = item.layers.index(layer)
-            if f"winners/L{number}" not in waiting:
+            if f"winners/{item.folder(layer)}" not in waiting:
                 continue
-            winners = self._storage.get_work(item.work, f"winners/L{number}")
+            winners = self._storage.get_work(item.work, f"winners/{item.folder(layer)}")
             mine = winners.filter(pc.is_in(winners["image_id"], pa.array(batch.ids)))
+            if not len(mine):
+                continue
             where = torch.tensor([slot[i] for i in mine["image_id"].to_pylist()])
             units, levels = (torch.from_numpy(np.array(mine[name])) for name in ("unit", "level"))
             packed: list[bytes] = []
@@ -547,7 +604,7 @@ class MaskWorker(_ModelWorker):
                 chosen = maps[where[part], units[part]].float()
                 packed += masks.pack(masks.masks(chosen, levels[part].to(chosen.device), size))
             table = mine.append_column("mask", pa.array(packed, pa.large_binary()))
-            self._storage.put_work(item.work, f"masks/L{number}/{_shard_name(row['shard'])}", table)
+            self._storage.put_work(item.work, f"masks/{item.folder(layer)}/{row['name']}", table)
         return {"images": len(batch.ids)}
 
 

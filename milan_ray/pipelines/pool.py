@@ -10,6 +10,7 @@ import ray.data
 from ray.data import ActorPoolStrategy
 
 from milan_ray.config import Resources
+from milan_ray.errors import MilanError
 from milan_ray.pipelines.cluster import pool_size
 
 Row = dict[str, Any]
@@ -32,6 +33,9 @@ def run_pool(
 
     Yields:
         The workers' answers (JSON-able), as they finish.
+
+    Raises:
+        MilanError: As a worker raised it.
     """
     if not rows:
         return
@@ -46,18 +50,33 @@ def run_pool(
         num_gpus=gpus or None,
     )
     for answer in answers.iter_rows():
-        yield json.loads(answer["row"])
+        found = json.loads(answer["row"])
+        if "failure" in found:
+            raise MilanError(found["failure"])
+        yield found
 
 
 def _named(worker: Callable[..., Any]) -> type:
-    """A class of the worker's own name, so that Ray's dashboard shows the stage, with JSON rows in and out."""
+    """A class of the worker's own name, so that Ray's dashboard shows the stage, with JSON rows in and out.
+
+    A :class:`MilanError` comes back as an answer: raised inside an actor it would reach the user wrapped in Ray's own.
+    """
 
     class Named:
         def __init__(self, **arguments: Any) -> None:
-            self._worker = worker(**arguments)
+            self._failure: str | None = None
+            try:
+                self._worker = worker(**arguments)
+            except MilanError as error:
+                self._failure = str(error)
 
         def __call__(self, row: Row) -> Row:
-            return {"row": json.dumps(self._worker(json.loads(row["row"])))}
+            if self._failure is not None:
+                return {"row": json.dumps({"failure": self._failure})}
+            try:
+                return {"row": json.dumps(self._worker(json.loads(row["row"])))}
+            except MilanError as error:
+                return {"row": json.dumps({"failure": str(error)})}
 
     Named.__name__ = Named.__qualname__ = getattr(worker, "__name__", "Worker")
     return Named

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from milan_ray.models.registry import ModelSpec
@@ -62,10 +61,3 @@ def probe(request: ProbeRequest) -> Probe:
     """
     load_plugins(request.plugins)
     return resolve_probe(request.sources, request.labels)
-
-
-def expand(
-    names: Sequence[str], weights: str | None, layers: Sequence[str], plugins: Sequence[str]
-) -> list[ModelRequest]:
-    """One request per name, with the same options."""
-    return [ModelRequest(name, weights, tuple(layers), tuple(plugins)) for name in names]

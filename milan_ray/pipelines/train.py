@@ -28,12 +28,12 @@ from milan_ray.captioner.text import Indexer, Tokenizer, Vocabulary
 from milan_ray.captioner.training import EarlyStopping
 from milan_ray.config import TrainingConfig, config_hash
 from milan_ray.errors import MilanError
-from milan_ray.pipelines.captioners import EncoderRequest, save_captioner
+from milan_ray.pipelines.captioners import EncoderRequest, has_captioner, save_captioner
 from milan_ray.pipelines.encodings import unit_features
 from milan_ray.progress import say
 from milan_ray.schema import ANNOTATIONS, ENCODINGS, TRAINING
 from milan_ray.scoring.text import bleu_order, bleu_statistics, bleu_values
-from milan_ray.storage import CONFIG_KEY, Storage, to_parquet
+from milan_ray.storage import Storage, to_parquet
 
 KERNEL_VERSION = "training-1"
 
@@ -98,9 +98,15 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
         MilanError: Annotations or encodings are missing.
     """
     config = _hash(storage, job)
-    if storage.is_current(TRAINING, config, decoder=job.name):
+    if storage.is_current(TRAINING, config, decoder=job.name) and has_captioner(storage, job.name):
         say(f"training of {job.name}: up to date")
         return False
+    free = ray.cluster_resources().get("CPU", 0) - job.workers * job.cpus
+    if free < 1:
+        raise MilanError(
+            f"training with {job.workers} workers of {job.cpus:g} CPUs leaves {free:g} CPUs of the cluster free, and "
+            "reading needs one; lower --workers or --cpus-per-actor."
+        )
     units, k, size = _write_units(storage, job, config)
     say(f"training {job.name} on {units} annotated units of {len({model for model, _ in job.layers})} models")
     started = time.monotonic()
@@ -157,12 +163,16 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
 def _hash(storage: Storage, job: TrainingJob) -> str:
     inputs = []
     for model, layer in job.layers:
-        annotations = storage.metadata(ANNOTATIONS, source=job.source, model=model, layer=layer)
-        encodings = storage.metadata(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer)
-        if annotations is None or encodings is None:
-            missing = "annotations" if annotations is None else "encodings"
-            raise MilanError(f"no {missing} of {model} {layer} in {storage.root}; make them before training.")
-        inputs.append((model, layer, annotations[CONFIG_KEY], encodings[CONFIG_KEY]))
+        of_people = {"source": job.source, "model": model, "layer": layer}
+        of_encoder = {"encoder": job.encoder.name, "model": model, "layer": layer}
+        if storage.exemplars_of(ANNOTATIONS, **of_people) not in (None, storage.exemplars_of(ENCODINGS, **of_encoder)):
+            raise MilanError(
+                f"the annotations {job.source!r} of {model} {layer} speak of other exemplars than those now in "
+                f"{storage.root}; annotate again, or restore the exemplars."
+            )
+        inputs.append(
+            (model, layer, storage.config_of(ANNOTATIONS, **of_people), storage.config_of(ENCODINGS, **of_encoder))
+        )
     return config_hash(
         {"kernel": KERNEL_VERSION, "inputs": inputs, "config": asdict(job.config), "sizes": asdict(job.sizes)}
     )

@@ -61,8 +61,9 @@ def ensure_views(storage: Storage, probe: requests.ProbeRequest, digest: str, vi
         blocks.setdefault(block_of(image_id), []).append(image_id)
     tasks = []
     for block, wanted in blocks.items():
-        rows = manifest.take(sorted({*wanted, *_stored(storage, digest, view, block)})).to_pylist()
-        if len(rows) > len(_stored(storage, digest, view, block)):
+        stored = _stored(storage, digest, view, block)
+        rows = manifest.take(sorted({*wanted, *stored})).to_pylist()
+        if len(rows) > len(stored):
             refs = tuple(ImageRef(row["image_id"], row["root"], row["path"]) for row in rows)
             tasks.append(_Block(storage, probe, digest, view, block, refs))
     if not tasks:

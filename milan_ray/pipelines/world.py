@@ -17,7 +17,7 @@ from milan_ray.pipelines.fanout import run_parallel
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import ANNOTATIONS, EXEMPLARS, LEVELS, MANIFEST
-from milan_ray.storage import CONFIG_KEY, Storage
+from milan_ray.storage import EXEMPLARS_KEY, Storage
 from milan_ray.world.annotators import annotate_unit
 from milan_ray.world.iou import ConceptIoU
 from milan_ray.world.lexicon import NAMES
@@ -68,8 +68,8 @@ def annotate(storage: Storage, probe: requests.ProbeRequest, models: Mapping[str
     tasks = []
     for model, layers in models.items():
         for layer in layers:
-            meta = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
-            config = config_hash({"kernel": ANNOTATORS_VERSION, "world": WORLD_DIGEST, "exemplars": meta[CONFIG_KEY]})
+            exemplars = storage.config_of(EXEMPLARS, model=model, layer=layer)
+            config = config_hash({"kernel": ANNOTATORS_VERSION, "world": WORLD_DIGEST, "exemplars": exemplars})
             if not storage.is_current(ANNOTATIONS, config, source=SOURCE, model=model, layer=layer):
                 tasks.append(_Annotate(storage, probe, model, layer, config))
     if not tasks:
@@ -109,7 +109,8 @@ def _annotate_layer(task: _Annotate) -> None:
             "unit": [unit for unit, _, _ in rows],
             "annotator": [who for _, who, _ in rows],
             "text": [text for _, _, text in rows],
-        }
+        },
+        {EXEMPLARS_KEY: task.storage.config_of(EXEMPLARS, **keys)},
     )
     task.storage.write(ANNOTATIONS, table, task.config, source=SOURCE, **keys)
 

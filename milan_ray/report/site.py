@@ -26,10 +26,11 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from milan_ray.errors import MilanError, unknown_name
+from milan_ray.progress import say
 from milan_ray.report.images import image_source, mask_strip, write_images
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, LEVELS, RUNS, SCORES, SKIPPED
 from milan_ray.schema.table import Noun
-from milan_ray.storage import Storage
+from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 PAGE_SIZE = 40
 """Unit cards per page."""
@@ -408,8 +409,15 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def _rows(storage: Storage, noun: Noun, **keys: str) -> list[Row]:
-    """The rows of a partition; none when it does not exist."""
-    return [] if storage.metadata(noun, **keys) is None else storage.read(noun, **keys).to_pylist()
+    """A partition's rows; none where it does not exist, or speaks of exemplars that are no longer there."""
+    metadata = storage.metadata(noun, **keys)
+    if metadata is None:
+        return []
+    of_exemplars = metadata.get(EXEMPLARS_KEY)
+    if of_exemplars and of_exemplars != storage.config_of(EXEMPLARS, model=keys["model"], layer=keys["layer"]):
+        say(f"report: left out {noun.name} of {keys['model']} {keys['layer']}: they speak of earlier exemplars")
+        return []
+    return storage.read(noun, **keys).to_pylist()
 
 
 def _read_all(storage: Storage, noun: Noun) -> list[Row]:

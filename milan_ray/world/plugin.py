@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import nn
 
+from milan_ray import config
 from milan_ray.captioner.encoder import register_encoder
 from milan_ray.errors import MilanError
 from milan_ray.models.registry import register_model
@@ -36,7 +36,7 @@ def weights_dir(models_dir: str | None = None) -> Path:
     Args:
         models_dir: Folder of all models; ``$MILAN_MODELS_DIR``, else ``./models``, when left out.
     """
-    return Path(models_dir or os.environ.get("MILAN_MODELS_DIR", "models"), "world", WORLD_DIGEST).absolute()
+    return Path(models_dir or config.models_dir(), "world", WORLD_DIGEST).absolute()
 
 
 def _load(build: Callable[[], nn.Module], default: Path, weights: str | None) -> nn.Module:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from milan_ray.pipelines.encodings import run_encodings, unit_features
 from milan_ray.pipelines.exemplars import run_exemplars
 from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
 from milan_ray.pipelines.train import Sizes, TrainingJob, run_training
+from milan_ray.report import write_report
 from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, TRAINING, VIEWS
 from milan_ray.storage import Storage
 
@@ -191,6 +193,31 @@ def test_training_learns_keeps_the_best_epoch_and_is_not_repeated(storage):
     assert {"dog", "dogs"} & set(" ".join(said).lower().split())
     assert not run_training(storage, job)
     assert not [file for file in storage.files("_work") if file != "_work/writable"]
+
+
+def test_errors_inside_actors_reach_the_user_as_one_sentence(storage):
+    with pytest.raises(MilanError, match="beam"):
+        run_descriptions(storage, LAYERS, replace(SEARCH, beam_size=400), Resources())
+
+
+def test_layers_without_any_exemplar_go_through_every_stage(storage, photos):
+    request = ModelRequest("tiny/broken", plugins=(PLUGIN,))
+    run_exemplars(storage, [request], ProbeRequest((str(photos),)), ExemplarConfig(k=4, batch_size=16), Resources())
+    layers = {"tiny/broken": ("good", "nan")}
+    run_encodings(storage, layers, ENCODER, Resources())
+    run_descriptions(storage, layers, SEARCH, Resources())
+    counts = [len(storage.read(DESCRIPTIONS, labeler=MILAN, model="tiny/broken", layer=x)) for x in ("good", "nan")]
+    assert counts == [4, 0]
+
+
+def test_report_leaves_out_descriptions_of_earlier_exemplars(storage, photos, tmp_path, capsys):
+    copy = Storage(tmp_path / "copy")
+    shutil.copytree(storage.root, copy.root)
+    request = ModelRequest("tiny/cnn", layers=("2",), plugins=(PLUGIN,))
+    run_exemplars(copy, [request], ProbeRequest((str(photos),)), ExemplarConfig(k=3, batch_size=16), Resources())
+    write_report(copy, tmp_path / "report", models=["tiny/cnn"])
+    said = capsys.readouterr().err
+    assert "left out descriptions of tiny/cnn 2" in said and "tiny/cnn 0" not in said
 
 
 def test_tables_carry_the_configuration_that_made_them(storage):

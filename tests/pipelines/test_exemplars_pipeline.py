@@ -18,6 +18,7 @@ import torch
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
+from milan_ray.pipelines import exemplars as stage
 from milan_ray.pipelines.exemplars import run_exemplars
 from milan_ray.pipelines.requests import ModelRequest, ProbeRequest, model, probe
 from milan_ray.probe.base import ImageRef
@@ -159,12 +160,43 @@ def test_exemplars_fewer_images_than_k_give_fewer_ranks(ray_session, photos, tmp
     assert storage.read(EXEMPLARS, model="tiny/cnn", layer="0")["rank"].to_pylist() == [0, 1, 2] * 6
 
 
+def test_exemplars_killed_while_results_become_public_go_on_from_the_shards(undisturbed, photos, tmp_path, capsys):
+    """What a kill between two layers leaves: all partials, one of three layers public."""
+    storage, source = Storage(tmp_path), ProbeRequest((str(photos),))
+    manifest, digest = stage._manifest(storage, source)
+    item = stage._plan(storage, CNN, model(CNN), digest, len(manifest), CONFIG)
+    assert stage._run_shards(storage, [item], manifest, source, CONFIG, Resources()) == {}
+    stage._merge_layer(stage._MergeTask(storage, item, "2", CONFIG))
+    run(tmp_path, photos)
+    said = capsys.readouterr().err
+    assert "3 of 3 shards are done already" in said
+    expected, found = tables(undisturbed), tables(storage)
+    assert found.keys() == expected.keys()
+    assert all(found[name].equals(table) for name, table in expected.items())
+    assert not [file for file in storage.files("_work") if file.endswith(".arrow")]
+
+
+def test_exemplars_of_a_layer_of_nan_are_none_and_harm_nobody(ray_session, photos, tmp_path):
+    for budget in (2**20, 0):
+        storage = Storage(tmp_path / str(budget))
+        request = ModelRequest("tiny/broken", plugins=(PLUGIN,))
+        config = replace(CONFIG, map_budget=budget)
+        run_exemplars(storage, [request], ProbeRequest((str(photos),)), config, Resources())
+        assert len(storage.read(EXEMPLARS, model="tiny/broken", layer="nan")) == 0
+        assert len(storage.read(EXEMPLARS, model="tiny/broken", layer="good")) == 16
+        levels = storage.read(LEVELS, model="tiny/broken", layer="nan").to_pydict()
+        assert np.isnan(levels["level"]).all() and levels["positions"] == [0, 0]
+        assert all(count == 90 * 20 * 20 for count in levels["nonfinite"])
+
+
 def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, photos, tmp_path):
     failing = ModelRequest("tiny/failing", plugins=(PLUGIN,))
     storage = Storage(tmp_path)
-    done = run_exemplars(storage, [failing, CNN], ProbeRequest((str(photos),)), CONFIG, Resources())
+    unseeded = ModelRequest("tiny/unseeded", plugins=(PLUGIN,))
+    done = run_exemplars(storage, [failing, unseeded, CNN], ProbeRequest((str(photos),)), CONFIG, Resources())
     assert list(done.models) == ["tiny/cnn"]
-    assert "the model failed on a batch" in done.failed["tiny/failing"]
+    assert "the model failed on a batch: RuntimeError" in done.failed["tiny/failing"]
+    assert "random weights need a seed" in done.failed["tiny/unseeded"]
     assert {keys["model"] for keys in storage.partitions(EXEMPLARS)} == {"tiny/cnn"}
 
 

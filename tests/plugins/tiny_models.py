@@ -39,8 +39,41 @@ def no_weights(weights: str | None) -> nn.Module:
     raise MilanError("no weights file at /nowhere/w.pth for tiny/unweighted: give --weights FILE.")
 
 
+class Broken(nn.Module):
+    """Two layers, one of which puts out nothing but NaN."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.good, self.nan = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 2, 3)
+        nn.init.constant_(self.nan.weight, torch.nan)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.nan(self.good(x))
+
+
+def broken(weights: str | None) -> nn.Module:
+    torch.manual_seed(4)
+    return Broken()
+
+
+register_model("tiny/broken", broken, ("good", "nan"), PREPROCESS)
 register_model("tiny/cnn", tiny_cnn, ("0", "2", "6"), PREPROCESS)
-register_model("tiny/failing", lambda weights: Failing(), ("conv",), PREPROCESS)
+
+
+def failing(weights: str | None) -> nn.Module:
+    torch.manual_seed(6)
+    return Failing()
+
+
+register_model("tiny/failing", failing, ("conv",), PREPROCESS)
+
+
+def unseeded(weights: str | None) -> nn.Module:
+    torch.seed()
+    return nn.Sequential(nn.Conv2d(3, 2, 3))
+
+
+register_model("tiny/unseeded", unseeded, ("0",), PREPROCESS)
 register_model("tiny/unweighted", no_weights, ("conv",), PREPROCESS)
 
 

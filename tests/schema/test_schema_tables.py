@@ -1,0 +1,92 @@
+"""Every table of the run directory: documented, hive-partitioned by its own columns, and strict about what goes in."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from milan_ray import schema
+from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, NOUNS, SKIPPED, Noun
+
+by_noun = pytest.mark.parametrize("noun", NOUNS, ids=lambda noun: noun.name)
+
+ROW = {"model": ["m"], "image_id": [1], "path": ["p"], "reason": ["empty"]}
+
+
+def test_nouns_have_distinct_names_and_are_all_exported():
+    assert len({noun.name for noun in NOUNS}) == len(NOUNS)
+    exported = {noun.name for name in schema.__all__ if isinstance(noun := getattr(schema, name), Noun)}
+    assert exported == {noun.name for noun in NOUNS}
+    assert all(not noun.name.startswith(("_", ".")) for noun in NOUNS)
+
+
+@by_noun
+def test_noun_is_partitioned_by_required_string_columns_of_its_own(noun):
+    assert noun.partition
+    columns = {column.name: column for column in noun.columns}
+    assert len(columns) == len(noun.columns)
+    # A manifest's key is the digest of its own rows, a scores table's the evaluation's name.
+    own = () if noun is MANIFEST else noun.partition
+    for key in own:
+        assert columns[key].type == pa.string(), key
+        assert not columns[key].nullable, key
+
+
+@by_noun
+def test_noun_and_its_columns_say_what_they_are(noun):
+    assert noun.doc.endswith(".")
+    assert [field.name for field in noun.schema if not field.metadata[b"doc"].strip()] == []
+    assert all("\n" not in column.doc for column in noun.columns)
+
+
+@by_noun
+def test_noun_of_no_rows_round_trips(noun):
+    table = noun.table({column.name: [] for column in noun.columns}, {"k": "v"})
+    assert len(table) == 0
+    assert table.schema.equals(noun.schema)
+    assert table.schema.metadata == {b"k": b"v"}
+
+
+def test_table_takes_lists_arrays_and_numpy_alike():
+    expected = SKIPPED.table(ROW)
+    assert SKIPPED.table({**ROW, "image_id": np.array([1])}).equals(expected)
+    assert SKIPPED.table({**ROW, "image_id": pa.array([1], pa.int32())}).equals(expected)
+    assert SKIPPED.table({**ROW, "path": pa.chunked_array([["p"], []])}).equals(expected)
+    assert SKIPPED.table(dict(reversed(ROW.items()))).equals(expected)
+
+
+@pytest.mark.parametrize("missing", ROW)
+def test_table_without_a_column_raises_key_error(missing):
+    with pytest.raises(KeyError, match=missing):
+        SKIPPED.table({name: values for name, values in ROW.items() if name != missing})
+
+
+def test_table_with_an_unknown_column_raises_key_error():
+    with pytest.raises(KeyError, match=r"skipped has no column.*layer"):
+        SKIPPED.table({**ROW, "layer": ["0"]})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"image_id": ["one"]},
+        {"image_id": [2**63]},
+        {"image_id": pa.array(["one"])},
+        {"image_id": pa.array([1.5])},
+        {"path": [1]},
+        {"path": [b"\xff"]},
+        {"model": ["m", "m"]},
+    ],
+    ids=str,
+)
+def test_table_of_values_that_do_not_fit_raises(change):
+    with pytest.raises((pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)):
+        SKIPPED.table({**ROW, **change})
+
+
+@pytest.mark.parametrize(("noun", "column"), [(EXEMPLARS, "rank"), (LEVELS, "unit")])
+def test_table_of_integers_too_large_for_their_column_raises(noun, column):
+    columns = {c.name: pa.nulls(1, c.type) for c in noun.columns}
+    with pytest.raises(pa.ArrowInvalid):
+        noun.table({**columns, column: pa.array([2**31])})

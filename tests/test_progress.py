@@ -1,0 +1,79 @@
+"""Progress: a line now and then in a log, a bar in a terminal."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from milan_ray import progress
+from milan_ray.progress import Progress, say
+
+SCRIPT = """
+from milan_ray.progress import Progress
+with Progress("exemplars", 5, "images") as progress:
+    progress.advance(2)
+    progress.advance(3)
+"""
+
+
+def test_progress_in_a_log_ends_with_one_line_of_all_that_was_done(capsys):
+    with Progress("exemplars", 5, "images") as bar:
+        bar.advance()
+        bar.advance(3)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert re.fullmatch(r"  exemplars: 4/5 images in 0 s\n", err)
+
+
+def test_progress_in_a_log_prints_a_line_at_most_every_interval(capsys, monkeypatch):
+    with Progress("exemplars", 9, "images") as bar:
+        for _ in range(5):
+            bar.advance()
+        assert capsys.readouterr().err == ""
+        monkeypatch.setattr(progress, "LINE_INTERVAL", 0.0)
+        bar.advance()
+        assert capsys.readouterr().err == "  exemplars: 6/9 images in 0 s\n"
+
+
+def test_progress_of_failed_work_does_not_claim_an_end(capsys):
+    with pytest.raises(RuntimeError, match="broken"), Progress("exemplars", 5, "images") as bar:
+        bar.advance()
+        raise RuntimeError("broken")
+    assert capsys.readouterr().err == ""
+
+
+def test_progress_in_a_terminal_is_a_bar():
+    main, terminal = pty.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT], stderr=terminal, stdout=subprocess.PIPE)
+    os.close(terminal)
+    shown = b""
+    try:
+        while chunk := os.read(main, 4096):
+            shown += chunk
+    except OSError:  # how Linux says that nobody has the terminal open any more
+        pass
+    os.close(main)
+    assert process.communicate()[0] == b""
+    assert process.returncode == 0
+    assert b"exemplars: 100%" in shown
+    assert b"5/5" in shown
+
+
+def test_progress_without_standard_error_open_to_a_terminal_is_plain_text():
+    done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, check=True)
+    assert done.stdout == ""
+    assert done.stderr == "  exemplars: 5/5 images in 0 s\n"
+
+
+def test_say_writes_to_standard_error_alone(capsys):
+    say("λ = 0.2")
+    assert capsys.readouterr() == ("", "λ = 0.2\n")
