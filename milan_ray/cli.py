@@ -118,9 +118,13 @@ def _decoder_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--encoder-weights", metavar="FILE", help="weights of the captioner's encoder, if it brings none"
     )
-    group.add_argument("--lam", type=float, default=0.2, help="λ of log p(d|E) − λ·log p(d)")
-    group.add_argument("--beam-size", type=positive, default=50, help="width of the beam")
-    group.add_argument("--length", type=positive, default=15, help="most tokens of a description, <stop> included")
+    group.add_argument(
+        "--lam", type=float, help="λ of log p(d|E) − λ·log p(d) (default: the captioner's own, as a rule 0.2)"
+    )
+    group.add_argument("--beam-size", type=positive, help="width of the beam (default: the captioner's own, 50)")
+    group.add_argument(
+        "--length", type=positive, help="most tokens, <stop> included (default: the captioner's own, 15)"
+    )
 
 
 # -- from arguments to records ----------------------------------------------------------------------------------

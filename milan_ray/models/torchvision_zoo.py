@@ -111,7 +111,7 @@ def find_weights(architecture: str, download: bool = False) -> str:
     if not download:
         raise MilanError(
             f"no weights for {architecture}/imagenet: {file} is neither in {hub} nor in {own}; fetch it from "
-            f"{url} into one of them, allow the download, or name a file of your own."
+            f"{url} into one of them, let --download fetch it, or name a file of your own with --weights."
         )
     return _download(url, hub / file)
 

@@ -5,6 +5,7 @@ encodings ─► [actor pool: beam search] ─► candidates ─► [rescore] �
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import digest as captioner_digest
 from milan_ray.captioner.checkpoints import lm_digest
 from milan_ray.captioner.rerank import rescore
@@ -22,6 +24,7 @@ from milan_ray.pipelines.captioners import captioner_name, load_captioner
 from milan_ray.pipelines.encodings import unit_features
 from milan_ray.pipelines.fanout import run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
+from milan_ray.pipelines.records import record_run
 from milan_ray.progress import Progress, say
 from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS
 from milan_ray.storage import EXEMPLARS_KEY, Storage
@@ -58,15 +61,34 @@ class Search:
 
     Attributes:
         decoder: Captioner: a name in the run directory, a folder, or a published ``.pth`` file.
-        beam_size: Width of the beam.
-        length: Most tokens, ``<stop>`` included.
-        lam: λ.
+        beam_size: Width of the beam; None takes the captioner's own.
+        length: Most tokens, ``<stop>`` included; None takes the captioner's own.
+        lam: λ; None takes the captioner's own.
     """
 
     decoder: str
-    beam_size: int = 50
-    length: int = 15
-    lam: float = 0.2
+    beam_size: int | None = None
+    length: int | None = None
+    lam: float | None = None
+
+
+@dataclass(frozen=True)
+class _Settled:
+    """A search with nothing left open."""
+
+    decoder: str
+    beam_size: int
+    length: int
+    lam: float
+
+
+def _settle(search: Search, captioner: Captioner) -> _Settled:
+    return _Settled(
+        search.decoder,
+        captioner.beam_size if search.beam_size is None else search.beam_size,
+        captioner.length if search.length is None else search.length,
+        captioner.lam if search.lam is None else search.lam,
+    )
 
 
 @dataclass(frozen=True)
@@ -97,11 +119,12 @@ def run_descriptions(
     """
     captioner = load_captioner(storage, search.decoder)
     name = captioner_name(search.decoder)
+    settled = _settle(search, captioner)
     identity = {
         "kernel": KERNEL_VERSION,
         "captioner": captioner_digest(captioner),
-        "beam_size": search.beam_size,
-        "length": search.length,
+        "beam_size": settled.beam_size,
+        "length": settled.length,
     }
     every: list[_Layer] = []
     for model, paths in models.items():
@@ -117,13 +140,13 @@ def run_descriptions(
         if not storage.is_current(CANDIDATES, layer.config, decoder=name, model=layer.model, layer=layer.layer)
     ]
     if layers:
-        _search(storage, work, layers, search, name, captioner.encoder_name, lm_digest(captioner), resources)
+        _search(storage, work, layers, settled, name, captioner.encoder_name, lm_digest(captioner), resources)
     else:
         storage.remove_work(work)
         say(f"candidates ({name}): all up to date")
     labelers = {LIKELIHOOD: 0.0}
     if captioner.lm is not None:
-        labelers[MILAN] = search.lam
+        labelers[MILAN] = settled.lam
     else:
         say(f"captioner {name} has no language model: described by log p(d|E) alone ({LIKELIHOOD})")
     tasks = [_Rescore(storage, name, layer, labeler, lam) for layer in every for labeler, lam in labelers.items()]
@@ -136,7 +159,7 @@ def _search(
     storage: Storage,
     work: str,
     layers: list[_Layer],
-    search: Search,
+    search: _Settled,
     name: str,
     encoder: str,
     lm: str | None,
@@ -163,12 +186,16 @@ def _search(
         "threads": resources.threads,
         "device": resources.device,
     }
+    started = time.monotonic()
     with Progress("descriptions", units, "units") as progress:
         for answer in run_pool(CandidateWorker, arguments, rows, resources):
             progress.advance(answer["units"])
     tasks = [_Gather(storage, work, layer, name, lm or "", search.beam_size) for layer in layers]
-    for _ in run_parallel(_gather, tasks):
-        pass
+    rows_of: dict[str, int] = defaultdict(int)
+    for index, count in run_parallel(_gather, tasks):
+        rows_of[layers[index].model] += count
+    for model, count in rows_of.items():
+        record_run(storage, "candidates", work, model, rows=count, images=0, seconds=time.monotonic() - started)
     storage.remove_work(work)
 
 
@@ -180,7 +207,7 @@ class CandidateWorker:
         storage: Storage,
         work: str,
         layers: dict[int, _Layer],
-        search: Search,
+        search: _Settled,
         encoder: str,
         threads: int,
         device: str,
@@ -240,7 +267,8 @@ class _Gather:
     beam_size: int
 
 
-def _gather(task: _Gather) -> None:
+def _gather(task: _Gather) -> int:
+    """Puts a layer's candidates together and makes them public; returns the number of rows."""
     names = task.storage.work_names(task.work, f"L{task.layer.number}")
     empty = _CANDIDATES_SCHEMA.empty_table()
     table = pa.concat_tables([empty, *(task.storage.get_work(task.work, name) for name in names)])
@@ -251,6 +279,7 @@ def _gather(task: _Gather) -> None:
     columns |= {name: table[name] for name in table.column_names}
     rows = CANDIDATES.table(columns, {EXEMPLARS_KEY: task.layer.exemplars})
     task.storage.write(CANDIDATES, rows, task.layer.config, **keys)
+    return len(rows)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines.captioners import EncoderRequest
 from milan_ray.pipelines.fanout import run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
+from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.views import block_of, read_block
 from milan_ray.progress import Progress, say
 from milan_ray.schema import ENCODINGS, EXEMPLARS
@@ -113,15 +115,22 @@ def run_encodings(
         "threads": resources.threads,
         "device": resources.device,
     }
+    started, images = time.monotonic(), 0
     with Progress("encodings", len(rows), "blocks of images") as progress:
-        for _ in run_pool(EncodingWorker, arguments, rows, resources):
+        for answer in run_pool(EncodingWorker, arguments, rows, resources):
             progress.advance()
+            images += answer["images"]
     parts = {
         source.number: tuple(row["name"] for row in every_row if source.number in row["sources"]) for source in sources
     }
     gathers = [_Gather(storage, work, encoder.name, source, parts[source.number]) for source in sources]
-    for _ in run_parallel(_gather, gathers):
-        pass
+    rows_of: dict[str, int] = defaultdict(int)
+    for index, count in run_parallel(_gather, gathers):
+        rows_of[sources[index].model] += count
+    for model in {source.model for source in sources}:
+        record_run(
+            storage, "encodings", work, model, rows=rows_of[model], images=images, seconds=time.monotonic() - started
+        )
     storage.remove_work(work)
 
 
@@ -243,8 +252,8 @@ class _Gather:
     names: tuple[str, ...]
 
 
-def _gather(task: _Gather) -> None:
-    """Puts a layer's features together and makes them public."""
+def _gather(task: _Gather) -> int:
+    """Puts a layer's features together and makes them public; returns the number of rows."""
     source = task.source
     names = [f"{FEATURES}/{source.number}/{name}" for name in task.names]
     empty = _FEATURES_SCHEMA.empty_table()
@@ -256,6 +265,7 @@ def _gather(task: _Gather) -> None:
     columns |= {name: table[name] for name in ("unit", "rank", "feature")}
     metadata = {"feature_size": str(size), EXEMPLARS_KEY: source.exemplars[CONFIG_KEY]}
     task.storage.write(ENCODINGS, ENCODINGS.table(columns, metadata), source.config, **keys)
+    return len(table)
 
 
 def unit_features(table: pa.Table) -> dict[int, np.ndarray]:

@@ -31,4 +31,4 @@ def record_run(
             "versions": [json.dumps(versions, sort_keys=True)],
         }
     )
-    storage.write(RUNS, table, run, stage=stage, run=run)
+    storage.write(RUNS, table, run, stage=stage, run=run, model=model)

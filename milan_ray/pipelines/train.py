@@ -30,6 +30,7 @@ from milan_ray.config import TrainingConfig, config_hash
 from milan_ray.errors import MilanError
 from milan_ray.pipelines.captioners import EncoderRequest, has_captioner, save_captioner
 from milan_ray.pipelines.encodings import unit_features
+from milan_ray.pipelines.records import record_run
 from milan_ray.progress import say
 from milan_ray.schema import ANNOTATIONS, ENCODINGS, TRAINING
 from milan_ray.scoring.text import bleu_order, bleu_statistics, bleu_values
@@ -151,10 +152,12 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
         }
     )
     storage.write(TRAINING, table, config, decoder=job.name)
+    seconds = time.monotonic() - started
+    record_run(storage, "training", config, models, rows=len(history), images=0, seconds=seconds)
     storage.remove_work(config)
     best = {row["part"]: row["validation"] for row in history if kept[row["part"]] == row["epoch"]}
     say(
-        f"trained {job.name} in {time.monotonic() - started:.0f} s: perplexity {np.exp(best['lm']):.1f}, "
+        f"trained {job.name} in {seconds:.0f} s: perplexity {np.exp(best['lm']):.1f}, "
         f"validation BLEU {best['decoder']:.1f}"
     )
     return True

@@ -6,11 +6,11 @@ from milan_ray.schema.table import Column, Noun
 
 RUNS = Noun(
     "runs",
-    ("stage", "run"),
+    ("stage", "run", "model"),
     (
-        Column("stage", pa.string(), "exemplars, encodings, candidates, …"),
+        Column("stage", pa.string(), "exemplars, encodings, candidates or training"),
         Column("run", pa.string(), "configuration hash of what was made"),
-        Column("model", pa.string(), "registered name of the model"),
+        Column("model", pa.string(), "registered name of the model; for training, of all its models"),
         Column("layer", pa.string(), "module path of the layer; empty when the run covers all of a model's"),
         Column("rows", pa.int64(), "rows written"),
         Column("images", pa.int64(), "images used; 0 where the stage reads none"),
