@@ -106,22 +106,20 @@ class Dissection:
     failed: dict[str, str]
 
 
-def exemplar_hash(spec: ModelSpec, model: nn.Module, layer: str, probe: str, config: ExemplarConfig) -> str:
-    """The configuration hash of one layer's exemplars: all that decides them, and nothing else."""
-    return config_hash(
-        {
-            "kernel": KERNEL_VERSION,
-            "weights": weights_digest(model),
-            "structure": hashlib.sha256(repr(model).encode()).hexdigest(),
-            "layer": layer,
-            "view": spec.preprocess.view,
-            "inputs": _inputs_digest(spec),
-            "prefix_tokens": spec.prefix_tokens,
-            "channels_last": spec.channels_last,
-            "probe": probe,
-            "config": config.identity(),
-        }
-    )
+def exemplar_hashes(spec: ModelSpec, model: nn.Module, probe: str, config: ExemplarConfig) -> dict[str, str]:
+    """Layer → configuration hash of its exemplars: over all that decides them, and nothing else."""
+    identity = {
+        "kernel": KERNEL_VERSION,
+        "weights": weights_digest(model),
+        "structure": hashlib.sha256(repr(model).encode()).hexdigest(),
+        "view": spec.preprocess.view,
+        "inputs": _inputs_digest(spec),
+        "prefix_tokens": spec.prefix_tokens,
+        "channels_last": spec.channels_last,
+        "probe": probe,
+        "config": config.identity(),
+    }
+    return {layer: config_hash({**identity, "layer": layer}) for layer in spec.layers}
 
 
 def _inputs_digest(spec: ModelSpec) -> str:
@@ -221,7 +219,7 @@ def _plan(
     """The layers of a model that are missing or stale; None when there are none."""
     model = _load(spec)
     find_layers(model, spec.layers)
-    hashes = {layer: exemplar_hash(spec, model, layer, probe, config) for layer in spec.layers}
+    hashes = exemplar_hashes(spec, model, probe, config)
     missing = tuple(
         layer
         for layer, hash_ in hashes.items()

@@ -5,7 +5,9 @@ encodings + annotations ─► units (Parquet) ─► [TorchTrainer: language mo
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -31,7 +33,7 @@ from milan_ray.errors import MilanError
 from milan_ray.pipelines.captioners import EncoderRequest, has_captioner, save_captioner
 from milan_ray.pipelines.encodings import unit_features
 from milan_ray.pipelines.records import record_run
-from milan_ray.progress import say
+from milan_ray.progress import LINE_INTERVAL, say
 from milan_ray.schema import ANNOTATIONS, ENCODINGS, TRAINING
 from milan_ray.scoring.text import bleu_order, bleu_statistics, bleu_values
 from milan_ray.storage import Storage, to_parquet
@@ -39,6 +41,9 @@ from milan_ray.storage import Storage, to_parquet
 KERNEL_VERSION = "training-1"
 
 STATE = "state.pt"
+
+EPOCH = "epoch.txt"
+"""Work file that says, for people, which epoch is done."""
 
 T = TypeVar("T")
 
@@ -113,7 +118,7 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
     started = time.monotonic()
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
-        train_loop_config={"job": job, "exemplars": k, "feature_size": size},
+        train_loop_config={"job": job, "exemplars": k, "feature_size": size, "storage": storage, "work": config},
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.workers,
             use_gpu=job.gpus > 0,
@@ -130,7 +135,8 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )
-    result = trainer.fit()
+    with _watched(storage, config):
+        result = trainer.fit()
     if result.checkpoint is None:
         raise MilanError(f"training of {job.name} ended without a checkpoint; run it again with --debug.")
     with result.checkpoint.as_directory() as folder:
@@ -161,6 +167,29 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
         f"validation BLEU {best['decoder']:.1f}"
     )
     return True
+
+
+@contextlib.contextmanager
+def _watched(storage: Storage, work: str) -> Iterator[None]:
+    """Says now and then how far training is; Ray Train itself reports to its own controller only."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        said = ""
+        while not stop.wait(LINE_INTERVAL):
+            path = f"_work/{work}/{EPOCH}"
+            line = storage.get(path).decode() if storage.exists(path) else ""
+            if line != said:
+                say(f"  training: {line}")
+                said = line
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
 
 
 def _hash(storage: Storage, job: TrainingJob) -> str:
@@ -261,7 +290,8 @@ def _read_units(k: int, size: int, hold_out: float, seed: int) -> tuple[_Units, 
 class _State:
     """What a checkpoint holds: both parts' progress, and the weights to keep of the parts that are finished."""
 
-    def __init__(self, indexer: Indexer) -> None:
+    def __init__(self, indexer: Indexer, storage: Storage, work: str) -> None:
+        self._storage, self._work = storage, work
         self.values: dict[str, Any] = {"history": [], "finished": {}, "kept": {}, "current": None}
         self.values["indexer"] = indexer.state()
         checkpoint = ray.train.get_checkpoint()
@@ -276,6 +306,9 @@ class _State:
         with tempfile.TemporaryDirectory() as folder:
             if ray.train.get_context().get_world_rank() == 0:
                 torch.save(self.values, Path(folder) / STATE)
+                name = {"lm": "language model", "decoder": "decoder"}[row["part"]]
+                line = f"{name}, epoch {row['epoch'] + 1}, loss {row['train_loss']:.2f}"
+                self._storage.put(f"_work/{self._work}/{EPOCH}", line.encode())
                 ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
             else:
                 ray.train.report(metrics)
@@ -287,7 +320,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     config = job.config
     torch.set_num_threads(job.threads)
     units, indexer = _read_units(arguments["exemplars"], arguments["feature_size"], config.hold_out, config.seed)
-    state = _State(indexer)
+    state = _State(indexer, arguments["storage"], arguments["work"])
     device = ray.train.torch.get_device()
     pad = indexer.ids.pad
     order = bleu_order(units.texts)
