@@ -214,15 +214,16 @@ def _write_report(
         say("report: skipped; give --report DIR to write one beside a remote storage")
         return
     target = Path(_absolute("--report", args.report)) if args.report else Path(storage.root) / "report"
-    index = write_report(storage, target, models=models, labelers=_labelers(storage), notes=notes)
+    index = write_report(storage, target, models=models, labelers=_labelers(storage, models), notes=notes)
     say(f"report: {index}")
 
 
-def _labelers(storage: Storage) -> list[str] | None:
-    """The labelers in the order that a report shows them: MILAN first; None without any."""
+def _labelers(storage: Storage, models: Sequence[str] | None) -> list[str] | None:
+    """The labelers of some models (or all) in the order that a report shows them: MILAN first; None without any."""
     from milan_ray.schema import DESCRIPTIONS
 
-    found = {keys["labeler"] for keys in storage.partitions(DESCRIPTIONS)}
+    described = storage.partitions(DESCRIPTIONS)
+    found = {keys["labeler"] for keys in described if models is None or keys["model"] in models}
     return sorted(found, key=lambda labeler: (labeler != "milan", labeler)) or None
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+from milan_ray import cli
 from milan_ray.captioner.captioner import Captioner, best_descriptions
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
@@ -218,6 +219,14 @@ def test_report_leaves_out_descriptions_of_earlier_exemplars(storage, photos, tm
     write_report(copy, tmp_path / "report", models=["tiny/cnn"])
     said = capsys.readouterr().err
     assert "left out descriptions of tiny/cnn 2" in said and "tiny/cnn 0" not in said
+
+
+def test_report_of_a_model_without_descriptions_beside_one_with(storage, photos, tmp_path):
+    request = ModelRequest("tiny/twin", plugins=(PLUGIN,))
+    run_exemplars(storage, [request], ProbeRequest((str(photos),)), ExemplarConfig(k=2, batch_size=16), Resources())
+    report = str(tmp_path / "report")
+    assert cli.main(["report", "--storage", storage.root, "--model", "tiny/twin", "--report", report]) == 0
+    assert (tmp_path / "report/index.html").is_file()
 
 
 def test_tables_carry_the_configuration_that_made_them(storage):

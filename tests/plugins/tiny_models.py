@@ -58,6 +58,7 @@ def broken(weights: str | None) -> nn.Module:
 
 register_model("tiny/broken", broken, ("good", "nan"), PREPROCESS)
 register_model("tiny/cnn", tiny_cnn, ("0", "2", "6"), PREPROCESS)
+register_model("tiny/twin", tiny_cnn, ("0",), PREPROCESS)
 
 
 def failing(weights: str | None) -> nn.Module:
