@@ -188,11 +188,6 @@ def get_encoder(name: str) -> EncoderSpec:
     return _ENCODERS[name]
 
 
-def encoder_names() -> list[str]:
-    """All registered names, sorted."""
-    return sorted(_ENCODERS)
-
-
 def _without_head(name: str, model: nn.Module) -> nn.Module:
     """Takes off what comes after the last layer that a feature needs."""
     for unused in ("avgpool", "classifier" if name == "alexnet" else "fc"):
