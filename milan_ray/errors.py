@@ -34,3 +34,8 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
         near = [candidate for candidate in names if name in candidate][:5]
     nearest = f"; nearest: {', '.join(near)}" if near else ""
     return MilanError(f"unknown {kind} {name!r}{nearest}.{' ' + hint if hint else ''}")
+
+
+def reason(error: BaseException) -> str:
+    """What an error of somebody else's says, on one line; its type when it says nothing."""
+    return str(error).strip().split("\n")[0] or type(error).__name__

@@ -14,7 +14,14 @@ from pathlib import Path
 
 from milan_ray.errors import MilanError
 
-BUILT_IN = ("milan_ray.models.torchvision_zoo", "milan_ray.world.plugin")
+BUILT_IN = (
+    "milan_ray.models.torchvision_zoo",
+    "milan_ray.models.places365_zoo",
+    "milan_ray.models.dino_zoo",
+    "milan_ray.models.timm_zoo",
+    "milan_ray.models.transformers_zoo",
+    "milan_ray.world.plugin",
+)
 
 
 def load_plugins(names: Sequence[str] = ()) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from milan_ray.errors import MilanError
-from milan_ray.models.hooks import first_tensor, named_layers
+from milan_ray.models.hooks import call, first_tensor, named_layers
 from milan_ray.models.registry import RANDOM, ModelSpec
 
 _BATCH = 2  # with one image, an output without a batch dimension would pass for one with
@@ -41,15 +41,24 @@ class LayerInfo:
 def layer_table(spec: ModelSpec) -> list[LayerInfo]:
     """Lists all modules of a model, by one forward pass of blank images.
 
-    Weights are not needed: a model whose weights are a file that nobody chose is built untrained.
+    Weights are not needed: a model whose weights are a file that nobody chose is built untrained. A generator's modules
+    are listed without shapes: what it takes is known to its probe alone.
 
     Args:
         spec: The model.
 
     Returns:
         One entry per module path, in the model's order, its own output last.
+
+    Raises:
+        MilanError: It is a generator, or its weights are missing or do not fit.
     """
-    if spec.find_weights is not None and spec.weights is None:
+    if spec.images is not None:
+        raise MilanError(
+            f"{spec.name} is a generator, whose layers depend on latents that only a probe has, so they cannot be "
+            f"listed here; dissected by default are {', '.join(spec.layers)}, and --layers takes any module's path."
+        )
+    if spec.published and spec.weights is None:
         spec = replace(spec, weights=RANDOM)
     model = spec.load()
     modules = named_layers(model)
@@ -71,7 +80,8 @@ def layer_table(spec: ModelSpec) -> list[LayerInfo]:
         handles.append(module.register_forward_hook(note))
     try:
         with torch.inference_mode():
-            model(spec.prepare(torch.zeros((_BATCH, *spec.preprocess.view.shape, 3), dtype=torch.uint8)))
+            if spec.images is None:  # what a generator takes, only its probe knows
+                call(model, spec.prepare(torch.zeros((_BATCH, *spec.preprocess.view.shape, 3), dtype=torch.uint8)))
     finally:
         for handle in handles:
             handle.remove()

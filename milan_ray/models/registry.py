@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
 from milan_ray.errors import unknown_name
 from milan_ray.models.units import unit_maps
-from milan_ray.models.view import Preprocess
+from milan_ray.models.view import GENERATED, Preprocess
+from milan_ray.models.weights import WeightsFile
+
+ModelInput = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
+"""One tensor, several positional ones, or keyword arguments."""
 
 OUTPUTS = "outputs"
 """The layer name that stands for the model's own output."""
+
+Activations = Literal["seen", "pre", "post"]
+
+TOKEN_BATCH = 32
+"""Images per forward pass of vision transformers, as the reference's: their MLPs put out 617 MB for 128 images."""
 
 RANDOM = "random"
 """In place of a weights file: untrained weights from seed 0, the control. A factory may support it or refuse."""
@@ -29,15 +42,22 @@ class ModelSpec:
         factory: Builds the model with its weights, on the CPU; called once per process that needs it. Takes the path
             of a weights file, :data:`RANDOM`, or None for the model's own default.
         layers: Module paths dissected by default, in order; ``outputs`` is the model's own output.
-        preprocess: View and normalisation of its inputs.
+        preprocess: View and normalisation of its inputs; of a generator, size and normalisation of its images.
         inputs: Turns uint8 views (B, H, W, 3) into the model's input for models that take something else than
-            normalised RGB; None means ``preprocess``.
+            normalised RGB; None means ``preprocess``. Of a generator: turns the probe's tensors, as so many arguments,
+            into the model's input; None passes them on as they are (REFERENCE §1.1, ``transform_inputs``).
+        images: Makes the model a generator: its output → images float (B, 3, H, W), normalised as ``preprocess`` says
+            (REFERENCE §1.1, ``transform_outputs``); their bytes are what people and encoders see.
+        hidden: Takes the tensor of units out of what a layer puts out (``transform_hiddens``); None takes the first
+            tensor in it.
         prefix_tokens: Tokens before the patches (CLS, registers) in (B, T, C) layers; None finds the smallest count
             that leaves a square grid.
         channels_last: Regular expression of the layers whose 4-d outputs are (B, H, W, U); None when there are none.
-        weights: Path of a weights file, or :data:`RANDOM`; None for the factory's own.
-        find_weights: For models whose own weights are a file that may be absent: ``find_weights(download)`` gives its
-            path, fetching it only when told to.
+        activations: Which values of a layer count where an activation function follows it: ``seen``, ``pre`` or
+            ``post``; see :class:`milan_ray.models.hooks.LayerTap`.
+        max_batch: The most images per forward pass, for models with large layers; None for no limit.
+        weights: Path of a weights file, or :data:`RANDOM`; None for the model's own.
+        published: Its published weights by name, the default first; empty when the factory needs no file.
         classes: Names of the outputs, when known; not meant where their number differs.
     """
 
@@ -45,21 +65,37 @@ class ModelSpec:
     factory: Callable[[str | None], nn.Module]
     layers: tuple[str, ...]
     preprocess: Preprocess = field(default_factory=Preprocess)
-    inputs: Callable[[torch.Tensor], torch.Tensor] | None = None
+    inputs: Callable[..., ModelInput] | None = None
+    images: Callable[[Any], torch.Tensor] | None = None
+    hidden: Callable[[Any], torch.Tensor] | None = None
     prefix_tokens: int | None = None
     channels_last: str | None = None
+    activations: Activations = "seen"
+    max_batch: int | None = None
     weights: str | None = None
-    find_weights: Callable[[bool], str] | None = None
+    published: Mapping[str, WeightsFile] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
 
     def load(self) -> nn.Module:
-        """Builds the model, in eval mode and without gradients."""
-        model = self.factory(self.weights)
-        return model.eval().requires_grad_(False)
+        """Builds the model, in eval mode and without gradients.
 
-    def prepare(self, views: torch.Tensor) -> torch.Tensor:
-        """Model inputs from uint8 views (B, H, W, 3)."""
-        return (self.inputs or self.preprocess)(views)
+        Raises:
+            MilanError: Its weights are missing or do not fit.
+        """
+        weights = self.weights
+        if weights is None and self.published:
+            weights = next(iter(self.published.values())).find()
+        return self.factory(weights).eval().requires_grad_(False)
+
+    def batch(self, wanted: int) -> int:
+        """Images per forward pass, as far as the model allows."""
+        return min(wanted, self.max_batch or wanted)
+
+    def prepare(self, *tensors: torch.Tensor) -> ModelInput:
+        """Model inputs from uint8 views (B, H, W, 3), or from a generator's latents, each (B, …)."""
+        if self.inputs is not None:
+            return self.inputs(*tensors)
+        return tensors if self.images is not None else self.preprocess(*tensors)
 
     def unit_maps(self, layer: str, output: torch.Tensor) -> torch.Tensor:
         """A layer's output as one map per unit, (B, U, H, W); see :func:`milan_ray.models.units.unit_maps`."""
@@ -67,7 +103,18 @@ class ModelSpec:
         return unit_maps(output, self.prefix_tokens, channels_last=channels_last, layer=f"layer {layer!r}")
 
 
+def source_of(function: Callable[..., Any] | None) -> str:
+    """What a user's function is, for configuration hashes: its source, so that an edited one makes its results anew."""
+    if isinstance(function, partial):
+        return f"{source_of(function.func)} {function.args} {function.keywords}"
+    try:
+        return inspect.getsource(function) if function is not None else ""
+    except (OSError, TypeError):  # built in, or an object that can be called
+        return f"{type(function).__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
+
+
 _MODELS: dict[str, ModelSpec] = {}
+_FAMILIES: dict[str, tuple[Callable[[str], ModelSpec], str]] = {}
 
 
 def register_model(
@@ -83,25 +130,68 @@ def register_model(
         name: Name used on the command line and in every table.
         factory: ``factory(weights_path_or_None) -> nn.Module``.
         layers: Module paths dissected by default.
-        preprocess: View and normalisation; ImageNet's when left out.
+        preprocess: View and normalisation; ImageNet's when left out, of generators :data:`GENERATED`.
         **options: Further fields of :class:`ModelSpec`.
     """
-    spec = ModelSpec(name, factory, tuple(layers), preprocess or Preprocess(), **options)  # type: ignore[arg-type]
+    if preprocess is None:
+        preprocess = GENERATED if options.get("images") else Preprocess()
+    spec = ModelSpec(name, factory, tuple(layers), preprocess, **options)  # type: ignore[arg-type]
     _MODELS[name] = spec
     return spec
 
 
+def register_family(prefix: str, resolve: Callable[[str], ModelSpec], about: str) -> None:
+    """Registers models too many to list: every name ``prefix/rest`` is ``resolve(rest)``.
+
+    Args:
+        prefix: First part of the names.
+        resolve: Describes one of them; raises a MilanError when it cannot.
+        about: One line for the list of models.
+    """
+    _FAMILIES[prefix] = (resolve, about)
+
+
 def get_model(name: str) -> ModelSpec:
-    """Finds a registered model.
+    """Finds a registered model, or one of a registered family.
 
     Raises:
         MilanError: No model of that name; the text names the nearest.
     """
-    if name not in _MODELS:
-        raise unknown_name("model", name, _MODELS, "`python -m jobs.models` lists them all.")
-    return _MODELS[name]
+    if name in _MODELS:
+        return _MODELS[name]
+    prefix, _, rest = name.partition("/")
+    if prefix in _FAMILIES and rest:
+        return _FAMILIES[prefix][0](rest)
+    raise unknown_name("model", name, _MODELS, "`python -m jobs.models` lists them all.")
+
+
+def match_models(pattern: str) -> list[str]:
+    """The models that a name or a pattern means.
+
+    A registered name means itself. A pattern (``*``, ``?``, ``[…]``) with a ``/`` is compared with whole names, one
+    without with what follows their ``/``: ``imagenet`` means every ``…/imagenet``, ``resnet*/imagenet`` the ResNets.
+
+    Args:
+        pattern: Name or pattern.
+
+    Returns:
+        Names, sorted.
+
+    Raises:
+        MilanError: Nothing is meant by it; the text names the nearest.
+    """
+    if pattern in _MODELS:
+        return [pattern]
+    whole = "/" in pattern
+    found = [name for name in model_names() if fnmatchcase(name if whole else name.partition("/")[2] or name, pattern)]
+    return found or [get_model(pattern).name]
 
 
 def model_names() -> list[str]:
     """All registered names, sorted."""
     return sorted(_MODELS)
+
+
+def family_names() -> dict[str, str]:
+    """What :func:`register_family` registered: prefix → one line about it."""
+    return {prefix: about for prefix, (_, about) in sorted(_FAMILIES.items())}

@@ -1,4 +1,4 @@
-"""Every classifier of torchvision, registered as ``<architecture>/imagenet``.
+"""Every classifier of torchvision, registered as ``<architecture>/imagenet``; some also ``…/imagenet-blurred``.
 
 A plug-in like a user's own: importing it registers. No model is built for that.
 """
@@ -6,21 +6,19 @@ A plug-in like a user's own: importing it registers. No model is built for that.
 from __future__ import annotations
 
 import fnmatch
+import math
 import re
-import urllib.error
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import nn
 from torchvision import models
 
-from milan_ray.config import models_dir
-from milan_ray.errors import MilanError
-from milan_ray.models.registry import OUTPUTS, RANDOM, register_model
+from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, register_model
 from milan_ray.models.view import Preprocess, View
-from milan_ray.models.weights import load_strictly, read_state_dict
+from milan_ray.models.weights import WeightsFile, load_strictly, read_state_dict
 
 
 def _paths(prefix: str, *names: int | str) -> tuple[str, ...]:
@@ -80,83 +78,85 @@ _LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
 
 _CHANNELS_LAST = {"swin": r"features\..*|norm", "convnext": r".*\.block\.[1-5]"}
 
+BLURRED = (
+    "alexnet", "densenet121", "densenet201", "mobilenet_v2", "resnet18", "resnet34", "resnet50", "resnet101",
+    "resnet152", "shufflenet_v2_x1_0", "squeezenet1_0", "vgg11", "vgg13", "vgg16", "vgg19",
+)  # fmt: skip
+"""Architectures that the reference also knows trained on ImageNet with blurred faces (REFERENCE §1.6)."""
+
+_ALEXNET = (
+    "conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "conv3", "relu3", "conv4", "relu4", "conv5", "relu5", "pool5",
+    "avgpool", "flatten", "dropout6", "fc6", "relu6", "dropout7", "fc7", "relu7", "linear8",
+)  # fmt: skip
+
 
 def default_layers(architecture: str) -> tuple[str, ...]:
     """The layers dissected by default; the model's outputs for an architecture that this version does not know."""
     return next((layers for pattern, layers in _LAYERS if fnmatch.fnmatchcase(architecture, pattern)), (OUTPUTS,))
 
 
-def find_weights(architecture: str, download: bool = False) -> str:
-    """Finds torchvision's own weights file of an architecture.
+def published_name(name: str) -> str:
+    """Torchvision's name of a parameter in files that write it otherwise.
 
-    Looked for in torch.hub's checkpoint directory and in ``MILAN_MODELS_DIR`` (default ``./models``).
-
-    Args:
-        architecture: torchvision's name of it.
-        download: Whether to fetch an absent file, into torch.hub's checkpoint directory.
-
-    Returns:
-        The file's absolute path.
-
-    Raises:
-        MilanError: The file is absent, or the download failed.
+    Old DenseNets have ``norm.1`` for ``norm1``; checkpoints of PyTorch's ImageNet example have the ``module.`` of data
+    parallelism inside AlexNet and VGG.
     """
-    url = models.get_model_weights(architecture).DEFAULT.url
-    file = url.rsplit("/", 1)[-1]
-    hub = Path(torch.hub.get_dir(), "checkpoints")
-    own = models_dir()
-    for folder in (hub, own):
-        if (folder / file).is_file():
-            return str((folder / file).resolve())
-    if not download:
-        raise MilanError(
-            f"no weights for {architecture}/imagenet: {file} is neither in {hub} nor in {own}; fetch it from "
-            f"{url} into one of them, let --download fetch it, or name a file of your own with --weights."
-        )
-    return _download(url, hub / file)
+    name = re.sub(r"^features\.module\.", "features.", name)
+    return re.sub(r"(\.denselayer\d+\.(?:norm|conv))\.([12]\.)", r"\1\2", name)
 
 
-def _download(url: str, target: Path) -> str:
-    expected = re.search(r"-([0-9a-f]{8,})\.", target.name)  # torchvision's files carry the start of their sha256
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(target), expected.group(1) if expected else None, progress=True)
-    except (OSError, urllib.error.URLError, RuntimeError) as error:
-        raise MilanError(f"cannot download {url} to {target} ({error}): fetch it there by other means.") from error
-    return str(target.resolve())
-
-
-def build(architecture: str, weights: str | None = None) -> nn.Module:
+def build(
+    architecture: str,
+    weights: str | None,
+    classes: int | None = None,
+    rename: Callable[[str], str] = published_name,
+    arrange: Callable[[nn.Module], nn.Module] | None = None,
+) -> nn.Module:
     """Builds a torchvision classifier with its weights.
 
     The number of classes follows the file's head. Construction leaves torch's random state as it was.
 
     Args:
         architecture: torchvision's name of it.
-        weights: Path of a weights file, ``random`` for untrained ones from seed 0, or None for torchvision's own file.
+        weights: Path of a weights file, or ``random`` for untrained ones from seed 0.
+        classes: Number of classes without a file; None for ImageNet's.
+        rename: From a name in the file to torchvision's.
+        arrange: Brings the loaded model into another shape.
 
     Raises:
         MilanError: There is no such file, or it does not fit.
     """
-    options: dict[str, object] = {}
-    if architecture.startswith("vit_"):
-        options["image_size"] = models.get_model_weights(architecture).DEFAULT.transforms().crop_size[0]
+    options: dict[str, object] = {} if classes is None else {"num_classes": classes}
     if architecture in ("googlenet", "inception_v3"):
         # The published weights are ported ones that expect inputs in [-1, 1] and have no use for the auxiliary heads.
         options.update(transform_input=True, aux_logits=False, init_weights=weights == RANDOM)
-    if weights == RANDOM:
-        return _construct(architecture, options)
-    path = weights or find_weights(architecture)
-    state = read_state_dict(path)
-    if "aux_logits" in options:
-        state = {name: tensor for name, tensor in state.items() if not name.lower().startswith("aux")}
+    if architecture == "vit_h_14":
+        options["image_size"] = 518  # the only size that there are weights for
     model = _construct(architecture, options)
-    head, weight = [(name, p) for name, p in model.named_parameters() if name.endswith("weight") and p.ndim > 1][-1]
-    classes = len(state[head]) if head in state and state[head].ndim else len(weight)
-    if classes != len(weight):
-        model = _construct(architecture, {**options, "num_classes": classes})
-    load_strictly(model, state, path)
-    return model
+    if weights is not None and weights != RANDOM:
+        state = {rename(name): tensor for name, tensor in read_state_dict(weights).items()}
+        if "aux_logits" in options:
+            state = {name: tensor for name, tensor in state.items() if not name.lower().startswith("aux")}
+        fitting = options | _sizes(architecture, model, state)
+        if fitting != options:
+            model = _construct(architecture, fitting)
+        load_strictly(model, state, weights)
+    return arrange(model) if arrange else model
+
+
+def _sizes(architecture: str, model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, object]:
+    """Constructor arguments with which a model has the sizes of given weights, where they differ from its own."""
+    sizes: dict[str, object] = {}
+    own = {name: tensor for name, tensor in model.state_dict().items() if name in state and tensor.ndim}
+    head = [name for name, tensor in own.items() if name.endswith("weight") and tensor.ndim > 1][-1:]
+    for name in head:
+        if state[name].ndim and len(state[name]) != len(own[name]):
+            sizes["num_classes"] = len(state[name])
+    position = "encoder.pos_embedding"
+    if position in own and state[position].shape != own[position].shape:
+        patches = state[position].shape[1] - 1  # without the CLS token
+        sizes["image_size"] = math.isqrt(patches) * int(architecture.rsplit("_", 1)[1])
+    return sizes
 
 
 def _construct(architecture: str, options: dict[str, object]) -> nn.Module:
@@ -165,23 +165,50 @@ def _construct(architecture: str, options: dict[str, object]) -> nn.Module:
         return models.get_model(architecture, weights=None, **options)
 
 
+def alexnet_by_name(model: models.AlexNet) -> nn.Sequential:
+    """AlexNet as the chain of named modules whose layers the reference calls conv1 to conv5 (REFERENCE §1.6)."""
+    modules = (*model.features, model.avgpool, nn.Flatten(), *model.classifier)
+    return nn.Sequential(OrderedDict(zip(_ALEXNET, modules, strict=True)))
+
+
+def _published(architecture: str) -> dict[str, WeightsFile]:
+    """Torchvision's weights by their own names, where there is one the first version first: the reference's."""
+    files = {}
+    for version in sorted(models.get_model_weights(architecture), key=lambda version: version.name != "IMAGENET1K_V1"):
+        recipe = version.transforms()
+        view = View(resize=recipe.resize_size[0], crop=recipe.crop_size[0], interpolation=recipe.interpolation.value)
+        preprocess = Preprocess(view, tuple(recipe.mean), tuple(recipe.std))
+        files[version.name] = WeightsFile.at(version.url, preprocess=preprocess)
+    return files
+
+
 def register(architectures: Iterable[str] = ()) -> None:
     """Registers classifiers of torchvision, all of them when none is named."""
     for name in architectures or models.list_models(module=models):
-        weights = models.get_model_weights(name).DEFAULT
-        recipe = weights.transforms()
-        view = View(resize=recipe.resize_size[0], crop=recipe.crop_size[0], interpolation=recipe.interpolation.value)
+        published = _published(name)
         family = name.split("_")[0]
+        by_name = name == "alexnet"
+        classes = tuple(models.get_model_weights(name).DEFAULT.meta["categories"])
         register_model(
             f"{name}/imagenet",
-            partial(build, name),
-            default_layers(name),
-            Preprocess(view, tuple(recipe.mean), tuple(recipe.std)),
+            partial(build, name, arrange=alexnet_by_name if by_name else None),
+            _paths("conv", 1, 2, 3, 4, 5) if by_name else default_layers(name),
+            next(iter(published.values())).preprocess,
             prefix_tokens=1 if family == "vit" else None,
+            max_batch=TOKEN_BATCH if family == "vit" else None,
             channels_last=_CHANNELS_LAST.get(family),
-            find_weights=partial(find_weights, name),
-            classes=tuple(weights.meta["categories"]),
+            published=published,
+            classes=classes,
         )
+        if name in BLURRED:
+            blurred = WeightsFile(f"{name}_imagenet-blurred.pth", also=(f"{name}/imagenet-blurred.pth",))
+            register_model(
+                f"{name}/imagenet-blurred",
+                partial(build, name),
+                default_layers(name),
+                published={"BLURRED": blurred},
+                classes=classes,
+            )
 
 
 register()

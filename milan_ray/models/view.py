@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,6 +109,41 @@ class Preprocess:
             float32 (B, 3, H, W).
         """
         pixels = views.permute(0, 3, 1, 2).contiguous().to(torch.float32).div_(255)
-        mean = torch.tensor(self.mean, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
-        std = torch.tensor(self.std, dtype=torch.float32, device=pixels.device).view(1, 3, 1, 1)
+        mean, std = (_per_channel(values, pixels.device) for values in (self.mean, self.std))
         return pixels.sub_(mean).div_(std)
+
+    def pixels(self, images: torch.Tensor, truncate: bool = False) -> torch.Tensor:
+        """Turns normalised images back into bytes, with the reference's arithmetic (REFERENCE §1.3).
+
+        Args:
+            images: float (B, 3, H, W), normalised by ``mean`` and ``std``.
+            truncate: The reference's quirk: cut decimals off instead of rounding, so that a byte that went through
+                :meth:`__call__` may come back one lower.
+
+        Returns:
+            uint8 (B, H, W, 3).
+        """
+        factor, offset = (
+            _per_channel([v / (1 / 255) for v in values], images.device) for values in (self.std, self.mean)
+        )
+        scaled = (images.to(torch.float32) * factor + offset).clamp_(0, 255)
+        return (scaled if truncate else scaled.round_()).to(torch.uint8).permute(0, 2, 3, 1)
+
+    def truncated(self, views: np.ndarray) -> np.ndarray:
+        """Views as the reference stores them: through the normalisation and back, decimals cut off (REFERENCE §1.3).
+
+        Args:
+            views: uint8 (B, H, W, 3).
+
+        Returns:
+            uint8 (B, H, W, 3), each value the same or one lower.
+        """
+        return self.pixels(self(torch.from_numpy(views)), truncate=True).numpy()
+
+
+GENERATED = Preprocess(View(resize=(224, 224), crop=None, interpolation="nearest"), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+"""What generators put out as a rule: images in [−1, 1]; shown at the reference's 224 pixels."""
+
+
+def _per_channel(values: Sequence[float], device: torch.device) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)

@@ -4,15 +4,78 @@ from __future__ import annotations
 
 import hashlib
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from milan_ray.errors import MilanError
+from milan_ray import hub
+from milan_ray.config import models_dir
+from milan_ray.errors import MilanError, reason
+from milan_ray.models.view import Preprocess
 
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+
+
+@dataclass(frozen=True)
+class WeightsFile:
+    """A published file of weights.
+
+    Attributes:
+        file: Its name.
+        url: Where it is published; None when whoever has it keeps it to themselves.
+        also: Other names under which it may lie in the models directory.
+        preprocess: The inputs that these weights expect, where they are not the model's.
+    """
+
+    file: str
+    url: str | None = None
+    also: tuple[str, ...] = ()
+    preprocess: Preprocess | None = None
+
+    @classmethod
+    def at(cls, url: str, *also: str, preprocess: Preprocess | None = None) -> WeightsFile:
+        """The file behind an address."""
+        return cls(urlsplit(url).path.rsplit("/", 1)[-1], url, also, preprocess)
+
+    def places(self) -> tuple[Path, ...]:
+        """Where it is looked for: ``MILAN_MODELS_DIR`` (default ``./models``), then torch.hub's own cache."""
+        return models_dir(), Path(torch.hub.get_dir(), "checkpoints")
+
+    def is_here(self) -> bool:
+        """Whether it can be used without a download."""
+        return any((folder / name).is_file() for folder in self.places() for name in (self.file, *self.also))
+
+    def find(self, download: bool = False, option: str = "--weights") -> str:
+        """Finds the file; a download goes into the models directory.
+
+        Args:
+            download: Whether to fetch it when it is absent.
+            option: The option that names a file of the user's own, for the message.
+
+        Returns:
+            Its absolute path.
+
+        Raises:
+            MilanError: It is absent, or the download failed; see :func:`milan_ray.hub.find`.
+        """
+        hint = f"or name a file of your own with {option}"
+        if self.url is not None and not download:
+            hint = f"let --download do so, {hint}"
+        path = hub.find(
+            self.file,
+            self.places(),
+            self.url,
+            download=download,
+            variable="MILAN_MODELS_DIR",
+            sha256=hub.digest_in(self.file),
+            also=self.also,
+            hint=hint,
+        )
+        return str(path)
 
 
 def read_state_dict(path: str) -> dict[str, torch.Tensor]:
@@ -43,14 +106,15 @@ def read_state_dict(path: str) -> dict[str, torch.Tensor]:
             "state_dict() again."
         ) from error
     except Exception as error:  # whatever a damaged file may raise inside the readers
-        reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise MilanError(f"weights file {path} cannot be read ({reason}): fetch or save it again.") from error
-    while isinstance(content, dict):
-        inner = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), None)
-        if inner is None:
-            break
-        content = inner
-    if not isinstance(content, dict) or not content or not all(isinstance(v, torch.Tensor) for v in content.values()):
+        raise MilanError(f"weights file {path} cannot be read ({reason(error)}): fetch or save it again.") from error
+    for _ in _WRAPPERS:  # one in another, but never endlessly: a file may hold a dict that holds itself
+        if isinstance(content, dict):
+            content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), content)
+    if (
+        not isinstance(content, dict)
+        or not content
+        or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items())
+    ):
         raise MilanError(f"weights file {path} holds no state dict (names → tensors): save the model's state_dict().")
     if all(name.startswith("module.") for name in content):
         content = {name.removeprefix("module."): tensor for name, tensor in content.items()}

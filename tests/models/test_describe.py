@@ -1,8 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 from torch import nn
 
+from milan_ray.errors import MilanError
 from milan_ray.models.describe import layer_table
 from milan_ray.models.registry import OUTPUTS, ModelSpec
 from milan_ray.models.view import Preprocess, View
@@ -46,3 +50,9 @@ def test_layer_table_leaves_no_hooks() -> None:
     model = Odd()
     layer_table(ModelSpec("odd", lambda weights: model, (), Preprocess(View(resize=(8, 8), crop=None))))
     assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_layer_table_of_a_generator_says_what_there_is_instead() -> None:
+    generator = replace(spec(), name="odd/generator", images=lambda output: output)
+    with pytest.raises(MilanError, match=r"odd/generator is a generator, .* by default are conv, and --layers takes"):
+        layer_table(generator)

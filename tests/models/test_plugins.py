@@ -18,7 +18,7 @@ register_model("{name}", lambda weights: nn.Linear(2, 2), ["outputs"])
 
 def test_plugins_builtin_ones_are_always_loaded() -> None:
     load_plugins()
-    assert get_model("alexnet/imagenet").layers[0] == "features.0"
+    assert get_model("alexnet/imagenet").layers[0] == "conv1"
 
 
 def test_plugins_file_and_module_register_their_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from torch import nn
 from milan_ray.errors import MilanError
 from milan_ray.models.registry import RANDOM, register_model
 from milan_ray.models.resolve import resolve_model
+from milan_ray.models.weights import WeightsFile
 
 
 @pytest.fixture(autouse=True)
@@ -48,3 +49,14 @@ def test_load_gives_an_eval_model_without_gradients() -> None:
     model = resolve_model("tiny/mine").load()
     assert not model.training and not any(p.requires_grad for p in model.parameters())
     assert model(torch.zeros(1, 2)).grad_fn is None
+
+
+def test_resolve_addresses_with_one_file_name_are_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path / "models"))
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_text(name)
+        found.append(resolve_model("tiny/mine", f"{(tmp_path / name).as_uri()}/model.safetensors").weights)
+    assert [Path(path or "").read_text() for path in found] == ["a", "b"]
+    assert WeightsFile.at("https://example.org/a/model.safetensors?download=true").file == "model.safetensors"

@@ -3,6 +3,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import re
 import time
 from pathlib import Path
 
@@ -39,10 +40,10 @@ def test_zoo_default_layers_put_out_maps_of_units(architecture: str) -> None:
     """On the meta device: shapes without arithmetic."""
     spec = get_model(f"{architecture}/imagenet")
     if architecture.startswith("regnet"):
-        model = torchvision_zoo.build(architecture, RANDOM).to("meta")
+        model = spec.factory(RANDOM).to("meta")
     else:
         with torch.device("meta"):
-            model = torchvision_zoo.build(architecture, RANDOM)
+            model = spec.factory(RANDOM)
     assert OUTPUTS not in spec.layers
     views = torch.zeros((2, *spec.preprocess.view.shape, 3), dtype=torch.uint8, device="meta")
     with LayerTap(model.eval(), spec.layers) as tap, torch.no_grad():
@@ -130,20 +131,63 @@ def test_zoo_weights_in_the_models_directory_are_found(tmp_path: Path, monkeypat
     assert weights_digest(spec.load()) == weights_digest(random)
 
 
-def test_download_checks_the_hash_in_the_name_and_leaves_nothing_behind(tmp_path: Path) -> None:
-    content = b"weights"
-    name = f"net-{hashlib.sha256(content).hexdigest()[:8]}.pth"
-    for source, good in (("good", True), ("bad", False)):
-        (tmp_path / source).mkdir()
-        (tmp_path / source / name).write_bytes(content if good else b"others")
-        target = tmp_path / f"cache-{source}" / name
-        if good:
-            torchvision_zoo._download((tmp_path / source / name).as_uri(), target)
-            assert target.read_bytes() == content
-        else:
-            with pytest.raises(MilanError, match="cannot download"):
-                torchvision_zoo._download((tmp_path / source / name).as_uri(), target)
-            assert not list(target.parent.iterdir())
+def test_zoo_published_name_gives_preprocessing_wherever_the_file_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path))
+    (tmp_path / "elsewhere").mkdir()
+    for path in ("resnet50-0676ba61.pth", "resnet50-11ad3fa6.pth", "elsewhere/resnet50-11ad3fa6.pth"):
+        (tmp_path / path).touch()
+    resizes = {
+        weights: resolve_model("resnet50/imagenet", weights and weights.format(tmp_path)).preprocess.view.resize
+        for weights in (None, "IMAGENET1K_V1", "IMAGENET1K_V2", "{}/elsewhere/resnet50-11ad3fa6.pth", RANDOM)
+    }
+    assert list(resizes.values()) == [256, 256, 232, 232, 256]
+    with pytest.raises(MilanError, match=r"give the path of an existing file, one of IMAGENET1K_V1, IMAGENET1K_V2, or"):
+        resolve_model("resnet50/imagenet", "IMAGENET1K_V3")
+
+
+def test_zoo_weights_by_address_are_fetched_and_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path / "models"))
+    state = models.squeezenet1_1(weights=None, num_classes=7).state_dict()
+    torch.save({"state_dict": {f"module.{name}": tensor for name, tensor in state.items()}}, tmp_path / "mine.pth")
+    spec = resolve_model("squeezenet1_1/imagenet", (tmp_path / "mine.pth").as_uri())
+    assert spec.weights is not None and Path(spec.weights).parent == tmp_path / "models"
+    assert all(torch.equal(tensor, state[name]) for name, tensor in spec.load().state_dict().items())
+
+
+@pytest.mark.parametrize("family", ["densenet", "alexnet"])
+def test_zoo_names_of_published_files_become_torchvision_s(tmp_path: Path, family: str) -> None:
+    """The oldest DenseNets write ``norm.1``; PyTorch's ImageNet example leaves ``module.`` inside ``features``."""
+    if family == "densenet":
+        model: torch.nn.Module = models.DenseNet(8, (1, 1, 1, 1), 16)
+        old = {re.sub(r"(norm|conv)([12])\.", r"\1.\2.", name): name for name in model.state_dict()}
+        assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    else:
+        model = models.alexnet(weights=None)
+        old = {name.replace("features.", "features.module."): name for name in model.state_dict()}
+    assert {name: torchvision_zoo.published_name(name) for name in old} == old
+
+
+def test_zoo_vision_transformer_takes_the_image_size_of_its_file(tmp_path: Path) -> None:
+    with torch.device("meta"):
+        model = models.get_model("vit_b_16", weights=None, image_size=384)
+    sizes = torchvision_zoo._sizes("vit_b_16", models.get_model("vit_b_16", weights=None), model.state_dict())
+    assert sizes == {"image_size": 384}
+
+
+def test_zoo_alexnet_by_name_computes_what_torchvision_s_does() -> None:
+    torch.manual_seed(0)
+    plain = models.alexnet(weights=None).eval()
+    images = torch.rand(2, 3, 224, 224)
+    with LayerTap(plain, ["features.0", "features.10", "outputs"]) as tap, torch.inference_mode():
+        expected = list(tap(images).values())
+    named = torchvision_zoo.alexnet_by_name(plain)
+    with LayerTap(named, ["conv1", "conv5", "outputs"]) as tap, torch.inference_mode():
+        for got, want in zip(tap(images).values(), expected, strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0)
 
 
 def test_layer_table_of_an_absent_model_lists_layers_without_weights() -> None:

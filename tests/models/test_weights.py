@@ -112,3 +112,12 @@ def test_weights_digest_changes_with_values_names_shapes_and_types_only() -> Non
     assert weights_digest(copy) != digest
     assert weights_digest(nn.Sequential(model)) != digest
     assert weights_digest(net().to(torch.bfloat16)) != weights_digest(net())
+
+
+def test_read_state_dict_that_holds_itself_or_numbers_is_refused(tmp_path: Path) -> None:
+    endless: dict[str, object] = {}
+    endless["state_dict"] = endless
+    for content in (endless, {1: torch.zeros(1)}):
+        torch.save(content, tmp_path / "w.pth")
+        with pytest.raises(MilanError, match="holds no state dict"):
+            read_state_dict(str(tmp_path / "w.pth"))

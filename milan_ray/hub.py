@@ -1,0 +1,123 @@
+"""Files that somebody publishes: found where they lie, or downloaded, or missed with one sentence on all of it."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import re
+import shutil
+import urllib.request
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from milan_ray.errors import MilanError
+from milan_ray.progress import Progress
+
+TIMEOUT = 10.0
+"""Seconds without an answer or a byte after which a download has failed."""
+
+_CHUNK = 2**20  # bytes per step of the progress bar
+
+
+def find(
+    name: str,
+    folders: Sequence[Path],
+    url: str | None = None,
+    *,
+    download: bool = False,
+    variable: str | None = None,
+    sha256: str | None = None,
+    also: Sequence[str] = (),
+    hint: str = "",
+) -> Path:
+    """Finds a file, downloading it when it is absent and that is wanted.
+
+    Args:
+        name: File name, or path below a folder.
+        folders: Where to look, in order; a download goes into the first.
+        url: Where it is published; None when it is nowhere.
+        download: Whether to fetch it when it is absent.
+        variable: The environment variable that moves these folders, for the message.
+        sha256: The start of its digest, hex; checked after a download, any number of digits.
+        also: Other names under which it may lie in a folder.
+        hint: Another way out, for the message: ``or …``.
+
+    Returns:
+        The file's absolute path.
+
+    Raises:
+        MilanError: It is absent and not to be downloaded, or the download failed; the sentence names the file, the
+            places, the address and the variable.
+    """
+    for folder in folders:
+        for candidate in (name, *also):
+            if (folder / candidate).is_file():
+                return (folder / candidate).absolute()
+    reason = ""
+    if download and url is not None:
+        try:
+            return fetch(url, folders[0] / name, sha256)
+        except MilanError as error:
+            reason = f"; {error}"
+    places = " nor in ".join(str(folder.absolute()) for folder in folders)
+    places = f"neither in {places}" if len(folders) > 1 else f"not in {places}"
+    names = " or ".join((name, *also))
+    moved = f" (see ${variable})" if variable else ""
+    way = "put it there" if reason or url is None else f"fetch it from {url} into {folders[0].absolute()}"
+    raise MilanError(f"{names} is {places}{moved}{reason}: {way}{f', {hint}' if hint else ''}.")
+
+
+def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
+    """Downloads a file: under another name first, so that ``target`` is whole or absent, whoever else fetches it too.
+
+    Args:
+        url: ``http``, ``https`` or ``file``.
+        target: Where it goes; folders are made.
+        sha256: The start of its digest, hex, when known.
+
+    Returns:
+        The target's absolute path.
+
+    Raises:
+        MilanError: It cannot be had, came incomplete, or has another digest; nothing is left behind.
+    """
+    part = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            digest = _download(url, part)
+            if sha256 is not None and not digest.startswith(sha256.lower()):
+                raise ValueError(f"its sha256 is {digest}, not {sha256}")
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
+    except (OSError, http.client.HTTPException, ValueError) as error:
+        raise MilanError(f"{url} cannot be downloaded ({error or type(error).__name__})") from error
+    return target.absolute()
+
+
+def _download(url: str, part: Path) -> str:
+    """Writes what an address gives into a file; returns its sha256."""
+    digest, written = hashlib.sha256(), 0
+    request = urllib.request.Request(url, headers={"User-Agent": "milan_ray"})
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, part.open("xb") as file:
+        length = answer.headers.get("Content-Length")
+        size = None if length is None else int(length)
+        if size is not None and size > shutil.disk_usage(part.parent).free:
+            raise OSError(f"its {size / 2**20:.0f} MiB do not fit into {part.parent}")
+        with Progress(f"downloading {url}", None if size is None else -(-size // _CHUNK), "MiB") as progress:
+            while chunk := answer.read(_CHUNK):
+                file.write(chunk)
+                digest.update(chunk)
+                written += len(chunk)
+                progress.advance()
+    if size is not None and written != size:
+        raise OSError(f"only {written} of {size} bytes came")
+    return digest.hexdigest()
+
+
+def digest_in(name: str) -> str | None:
+    """The start of the sha256 that names like ``resnet18-f37072fd.pth`` carry; None for other names."""
+    found = re.search(r"-([0-9a-f]{8,})\.", name)
+    return found.group(1) if found else None

@@ -1,0 +1,59 @@
+"""timm's models, where timm is installed; what is said where it is not."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+import torch
+
+from milan_ray.errors import MilanError
+from milan_ray.models.hooks import LayerTap
+from milan_ray.models.registry import RANDOM, get_model
+from milan_ray.plugins import load_plugins
+
+load_plugins()
+INSTALLED = importlib.util.find_spec("timm") is not None
+with_timm = pytest.mark.skipif(not INSTALLED, reason="timm is not installed")
+
+
+@pytest.mark.skipif(INSTALLED, reason="timm is installed")
+def test_timm_absent_says_what_to_install() -> None:
+    with pytest.raises(MilanError, match=r"timm, which is not installed: `pip install timm`"):
+        get_model("timm/resnet18")
+
+
+@with_timm
+@pytest.mark.parametrize(
+    ("name", "prefix", "units", "view"),
+    [
+        ("vit_small_patch14_reg4_dinov2.lvd142m", 5, [1536] * 12, "r518-c518-bicubic-518x518"),
+        ("resnet50.a1_in1k", None, [64, 256, 512, 1024, 2048], "r235-c224-bicubic-224x224"),
+        ("swin_tiny_patch4_window7_224", None, [96, 192, 384, 768], "r248-c224-bicubic-224x224"),
+    ],
+)
+def test_timm_model_brings_view_layers_and_prefix_tokens(
+    name: str, prefix: int | None, units: list[int], view: str
+) -> None:
+    spec = get_model(f"timm/{name}")
+    assert (spec.prefix_tokens, spec.preprocess.view.key) == (prefix, view)
+    with torch.device("meta"):
+        model = spec.factory(RANDOM).eval()
+    views = torch.zeros((1, *spec.preprocess.view.shape, 3), dtype=torch.uint8, device="meta")
+    with LayerTap(model, spec.layers) as tap, torch.no_grad():
+        outputs = tap(spec.prepare(views))
+    assert [spec.unit_maps(layer, output).shape[1] for layer, output in outputs.items()] == units
+
+
+@with_timm
+def test_timm_weights_are_looked_for_under_name_and_tag() -> None:
+    files = get_model("timm/resnet50.a1_in1k").published
+    assert files["a1_in1k"].file == "resnet50.a1_in1k.safetensors"
+    assert files["a1_in1k"].url == "https://huggingface.co/timm/resnet50.a1_in1k/resolve/main/model.safetensors"
+
+
+@with_timm
+def test_timm_wrong_name_answers_with_the_nearest() -> None:
+    for name in ("resnet51", "resnet50.nobody"):
+        with pytest.raises(MilanError, match=rf"unknown timm model '{name}'; nearest: resnet50"):
+            get_model(f"timm/{name}")
