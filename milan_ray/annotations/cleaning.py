@@ -1,0 +1,140 @@
+"""From raw crowd results to annotations: rejected rows go, texts are cleaned by tables (REFERENCE §7, last part)."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+from milan_ray.annotations.layout import write_annotations
+from milan_ray.errors import MilanError
+
+LAYER, UNIT, TEXT, REJECTED, WORKER = "Input.layer", "Input.unit", "Answer.summary", "RejectionTime", "WorkerId"
+"""Columns of Mechanical Turk's results; the worker's is needed only where a table speaks of workers."""
+
+_Table = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class CleaningTables:
+    """What to replace, in which order: tables one after the other, each from its first entry to its last.
+
+    Texts are lower case by then. An empty replacement removes.
+
+    Attributes:
+        prefixes: Start of a text → replacement.
+        substrings: Part of a text, everywhere → replacement.
+        suffixes: End of a text → replacement.
+        exact: Whole text → replacement.
+        words: Misspelt word → correction; adds entries with the punctuation around words to the tables above, after
+            their own.
+        workers: Worker → part of a text → replacement, last of all, on what that worker wrote.
+    """
+
+    prefixes: _Table = field(default_factory=dict)
+    substrings: _Table = field(default_factory=dict)
+    suffixes: _Table = field(default_factory=dict)
+    exact: _Table = field(default_factory=dict)
+    words: _Table = field(default_factory=dict)
+    workers: Mapping[str, _Table] = field(default_factory=dict)
+
+    def spelled(self) -> CleaningTables:
+        """The tables with the entries that ``words`` adds, and no words left."""
+        prefixes, substrings, suffixes, exact = map(dict, (self.prefixes, self.substrings, self.suffixes, self.exact))
+        for word, correction in self.words.items():
+            for mark in (" ", ",", "--", "-", "'", '"', ":", ";"):
+                prefixes.setdefault(f"{word}{mark}", f"{correction}{mark}")
+            for mark in (" ", ",", ".", "'", '"', "--", "-"):
+                substrings.setdefault(f" {word}{mark}", f" {correction}{mark}")
+            for mark in ("", ".", "'"):
+                suffixes.setdefault(f" {word}{mark}", f" {correction}{mark}")
+            exact.setdefault(word, correction)
+        return CleaningTables(prefixes, substrings, suffixes, exact, {}, self.workers)
+
+    def clean(self, text: str, worker: str = "") -> str:
+        """Cleans one text: lower case, the tables in order, no space around it, then the worker's own table."""
+        text = text.lower()
+        for old, new in self.prefixes.items():
+            if text.startswith(old):
+                text = new + text[len(old) :]
+        for old, new in self.substrings.items():
+            text = text.replace(old, new)
+        for old, new in self.suffixes.items():
+            if text.endswith(old):
+                text = text[: len(text) - len(old)] + new
+        for old, new in self.exact.items():
+            if text == old:
+                text = new
+        text = text.strip()
+        for old, new in self.workers.get(worker, {}).items():
+            text = text.replace(old, new)
+        return text
+
+
+def read_tables(path: Path) -> CleaningTables:
+    """Reads tables from JSON: an object with any of the fields of :class:`CleaningTables`.
+
+    Raises:
+        MilanError: It cannot be read, or holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise MilanError(f"the tables in {path} cannot be read ({error}): give a JSON file.") from error
+    names = [item.name for item in fields(CleaningTables)]
+    tables = dict(found) if isinstance(found, dict) else {"": None}
+    workers = tables.pop("workers", {})
+    every = [*tables.values(), *(workers.values() if isinstance(workers, dict) else [None])]
+    if not tables.keys() <= set(names) or not all(map(_is_table, every)):
+        raise MilanError(
+            f"{path} is no set of tables: expected a JSON object of {', '.join(names)}, each a table of texts and "
+            "replacements, workers a table of such tables."
+        )
+    return CleaningTables(**found)
+
+
+def _is_table(value: object) -> bool:
+    return isinstance(value, dict) and "" not in value and all(isinstance(text, str) for text in value.values())
+
+
+def clean_results(
+    results: Path, out: Path, tables: CleaningTables | None = None, *, keep_rejected: bool = False
+) -> tuple[int, int]:
+    """Cleans raw results into an ``annotations.csv``.
+
+    Args:
+        results: Mechanical Turk's CSV, with columns ``Input.layer``, ``Input.unit``, ``Answer.summary`` and
+            ``RejectionTime``, and ``WorkerId`` where a table speaks of workers.
+        out: CSV to write, with columns layer, unit, summary; may be the same file.
+        tables: What to replace.
+        keep_rejected: Keep what was rejected.
+
+    Returns:
+        Rows written, and rows left out because they were rejected.
+
+    Raises:
+        MilanError: A file cannot be read or written, or a column is missing.
+    """
+    tables = (tables or CleaningTables()).spelled()
+    needed = [LAYER, UNIT, TEXT, REJECTED, *([WORKER] if tables.workers else [])]
+    try:
+        with results.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [column for column in needed if column not in (reader.fieldnames or ())]
+            if missing:
+                raise MilanError(f"{results} has no column {', '.join(missing)}: give the results as downloaded.")
+            rows = list(reader)
+        for number, row in enumerate(rows):
+            if any(row[column] is None for column in needed):
+                raise MilanError(f"{results}: row {number + 1} is incomplete: give the results as downloaded.")
+        kept = [row for row in rows if keep_rejected or not row[REJECTED].strip()]
+        cleaned = [(row[LAYER], row[UNIT], tables.clean(row[TEXT], row.get(WORKER) or "")) for row in kept]
+        part = out.parent / f".{out.name}.part"
+        part.parent.mkdir(parents=True, exist_ok=True)
+        write_annotations(part, cleaned)
+        part.replace(out)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MilanError(f"{results} cannot be cleaned into {out} ({error}).") from error
+    return len(kept), len(rows) - len(kept)

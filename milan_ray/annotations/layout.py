@@ -1,0 +1,255 @@
+"""The files of one published layer, memory-mapped (REFERENCE §1.4): a 4 GB ``images.npy`` never enters memory whole."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from milan_ray.errors import MilanError
+
+IMAGES, MASKS, UNITS = "images.npy", "masks.npy", "units.npy"
+IDS, ACTIVATIONS = "ids.csv", "activations.csv"
+ANNOTATIONS = "annotations.csv"
+COLUMNS = ("layer", "unit", "summary")
+"""Columns of ``annotations.csv`` that count; others may stand between them."""
+
+_BYTE = np.float32(1 / 255)
+
+
+@dataclass(frozen=True, eq=False)
+class LayerFiles:
+    """One layer of a published set: U units with k exemplars each, in rank order.
+
+    Attributes:
+        folder: Where it lies; its name is the layer's.
+        images: (U, k, 3, H, W) RGB, uint8, or floats up to 1 or 255; None where they are still to be merged.
+        masks: (U, k, 1, H, W), 0 or 1, of any type.
+        units: int64 (U,), the channel of each position.
+        has_units: Whether ``units.npy`` says so; otherwise units are positions.
+        image_ids: int64 (U, k), rows of the source images in ImageFolder order; None without ``ids.csv``.
+        activations: float32 (U, k); None without ``activations.csv``.
+        white: The value of a full channel in ``images``: 255, or 1 for floats that nowhere exceed it.
+    """
+
+    folder: Path
+    images: np.ndarray | None
+    masks: np.ndarray
+    units: np.ndarray
+    has_units: bool
+    image_ids: np.ndarray | None
+    activations: np.ndarray | None
+    white: int
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return self.folder.name
+
+    @property
+    def k(self) -> int:
+        """Exemplars per unit."""
+        return self.masks.shape[1]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of images and masks, pixels."""
+        return self.masks.shape[3], self.masks.shape[4]
+
+    def stored_images(self, position: int) -> np.ndarray:
+        """One unit's images as they are stored.
+
+        Raises:
+            MilanError: They are still to be merged.
+        """
+        if self.images is None:
+            raise MilanError(
+                f"{self.folder} has masks but no {IMAGES}: merge it with a local copy of its source images first "
+                "(python -m jobs.annotations merge)."
+            )
+        return self.images[position]
+
+    def unit_images(self, position: int) -> np.ndarray:
+        """One unit's images, float32 (k, 3, H, W) in [0, 1], with the reference's arithmetic."""
+        images = self.stored_images(position).astype(np.float32)
+        return images if self.white == 1 else images * _BYTE
+
+    def unit_bytes(self, position: int) -> np.ndarray:
+        """One unit's images, uint8 (k, 3, H, W)."""
+        images = self.stored_images(position)
+        if images.dtype == np.uint8:
+            return np.asarray(images)
+        return np.rint(images.astype(np.float64) * (255 / self.white)).astype(np.uint8)
+
+    def unit_masks(self, position: int) -> np.ndarray:
+        """One unit's masks, bool (k, H, W).
+
+        Raises:
+            MilanError: They hold something other than 0 and 1.
+        """
+        masks = self.masks[position, :, 0]
+        found = masks.astype(bool)
+        if not np.array_equal(found, masks):
+            raise MilanError(
+                f"{self.folder / MASKS} holds values other than 0 and 1 at position {position}: write masks as 0 and 1."
+            )
+        return found
+
+
+def layer_folders(root: Path) -> tuple[list[Path], list[Path]]:
+    """The folders of a set that hold layers, sorted by name, and those that strayed into it; hidden ones are neither.
+
+    Raises:
+        MilanError: There is no such set.
+    """
+    if not root.is_dir():
+        raise MilanError(f"no folder {root}: give a published set's folder or zip.")
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    layers = [path for path in folders if (path / MASKS).exists() or (path / IMAGES).exists()]
+    if not layers:
+        raise MilanError(f"{root} holds no layers: each is a folder with {MASKS}, and {IMAGES} or {IDS}.")
+    return layers, [path for path in folders if path not in layers]
+
+
+def open_layer(folder: Path) -> LayerFiles:
+    """Opens one layer: headers and lists are read, images only where they are floats, once for their range.
+
+    Raises:
+        MilanError: A file is missing, damaged, or does not fit the others.
+    """
+    masks = _array(folder / MASKS)
+    images = _array(folder / IMAGES) if (folder / IMAGES).exists() else None
+    for file, array, channels in ((MASKS, masks, 1), (IMAGES, images, 3)):
+        if array is not None and (array.ndim != 5 or array.shape[2] != channels or 0 in array.shape):
+            raise MilanError(
+                f"{folder / file} has shape {array.shape}: expected (units, exemplars, {channels}, height, width)."
+            )
+    if masks.dtype.kind not in "buif":
+        raise MilanError(f"{folder / MASKS} holds {masks.dtype}: expected bool, integers or floats.")
+    if images is not None and (images.shape[:2], images.shape[3:]) != (masks.shape[:2], masks.shape[3:]):
+        raise MilanError(
+            f"{folder / IMAGES} has shape {images.shape} and {MASKS} {masks.shape}: they must agree in units, "
+            "exemplars, height and width."
+        )
+    units, has_units = np.arange(len(masks)), (folder / UNITS).exists()
+    if has_units:
+        units = np.array(_array(folder / UNITS))
+        if units.shape != (len(masks),) or units.dtype.kind not in "iu":
+            raise MilanError(
+                f"{folder / UNITS} holds {units.dtype} {units.shape}: expected one channel number for each of the "
+                f"{len(masks)} units."
+            )
+        units = units.astype(np.int64)
+        if len(np.unique(units)) < len(units) or units.min() < 0:
+            raise MilanError(f"{folder / UNITS} names a unit twice or a negative one: every unit must be there once.")
+    ids = _numbers(folder / IDS, np.int64, masks.shape[:2])
+    if ids is not None and ids.min() < 0:
+        raise MilanError(f"{folder / IDS} holds the negative id {ids.min()}: ids are rows of the source images.")
+    activations = _numbers(folder / ACTIVATIONS, np.float64, masks.shape[:2])
+    return LayerFiles(
+        folder,
+        images,
+        masks,
+        units,
+        has_units,
+        ids,
+        None if activations is None else activations.astype(np.float32),
+        255 if images is None else _white(folder / IMAGES, images),
+    )
+
+
+def _array(path: Path) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except FileNotFoundError as error:
+        raise MilanError(f"{path} is missing: a layer needs {MASKS}, and {IMAGES} or {IDS} to merge them.") from error
+    except Exception as error:  # numpy raises almost anything on damaged headers
+        raise MilanError(f"{path} is no complete .npy array ({error}): fetch or write it again.") from error
+    if not isinstance(array, np.ndarray):
+        raise MilanError(f"{path} is an archive of arrays, not one .npy array: write it with numpy.save.")
+    return array
+
+
+def _numbers(path: Path, dtype: type, shape: tuple[int, int]) -> np.ndarray | None:
+    """The numbers of a CSV without header; None where there is none."""
+    if not path.exists():
+        return None
+    try:
+        numbers: np.ndarray = np.loadtxt(path, dtype=dtype, delimiter=",", comments=None, ndmin=2)
+    except (OSError, ValueError) as error:
+        raise MilanError(f"{path} cannot be read ({error}): expected rows of numbers, comma separated.") from error
+    if numbers.shape != shape:
+        raise MilanError(
+            f"{path} has {numbers.shape[0]} rows of {numbers.shape[1]} numbers: expected {shape[0]} (units) of "
+            f"{shape[1]} (exemplars)."
+        )
+    return numbers
+
+
+def _white(path: Path, images: np.ndarray) -> int:
+    """255, or 1 for floats that nowhere exceed it.
+
+    The reference takes all numbers for bytes: what its own earlier merges wrote as floats in [0, 1] came back black.
+    """
+    if images.dtype == np.uint8:
+        return 255
+    if images.dtype.kind != "f":
+        raise MilanError(f"{path} holds {images.dtype}: expected uint8, or floats in [0, 1] or [0, 255].")
+    low, high = min(float(unit.min()) for unit in images), max(float(unit.max()) for unit in images)
+    if not 0 <= low <= high <= 255:
+        raise MilanError(f"{path} holds values from {low:g} to {high:g}: expected floats in [0, 1] or [0, 255].")
+    return 1 if high <= 1 else 255
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """One row of ``annotations.csv``.
+
+    Attributes:
+        row: Its number, from 0.
+        layer: The layer's name, as written, even where it looks like a number.
+        unit: Channel.
+        text: The annotation, as written; may be empty.
+    """
+
+    row: int
+    layer: str
+    unit: int
+    text: str
+
+
+def read_annotations(path: Path) -> list[Annotation]:
+    """Reads ``annotations.csv``; its columns may stand in any order, among others.
+
+    Raises:
+        MilanError: It is missing, not text, lacks a column, or a row is incomplete or has no whole number as its unit.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+            if missing:
+                raise MilanError(f"{path} has no column {', '.join(missing)}: it must have {', '.join(COLUMNS)}.")
+            found = []
+            for number, row in enumerate(reader):
+                layer, unit, text = (row[column] for column in COLUMNS)
+                if layer is None or text is None or not (unit or "").strip().isdecimal():
+                    raise MilanError(
+                        f"{path}, line {reader.line_num}: needs a layer, a whole number as unit and a summary, "
+                        f"got {layer!r}, {unit!r}, {text!r}."
+                    )
+                found.append(Annotation(number, layer, int(unit), text))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MilanError(f"{path} cannot be read ({error}): give a CSV with columns {', '.join(COLUMNS)}.") from error
+    return found
+
+
+def write_annotations(path: Path, rows: Iterable[tuple[str, int | str, str]]) -> None:
+    """Writes (layer, unit, text) rows as ``annotations.csv``."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        writer.writerows(rows)

@@ -1,0 +1,86 @@
+"""Published sets by name, with all that it takes: download, unpacking, merging with local images, opening."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from milan_ray.annotations.groups import RELEASED, SetLocation, locate
+from milan_ray.annotations.layout import IMAGES, layer_folders
+from milan_ray.annotations.merge import SOURCES, is_masks_only, merge
+from milan_ray.annotations.published import PublishedSet
+from milan_ray.annotations.quirks import NO_QUIRKS, Quirks
+from milan_ray.config import data_dir
+from milan_ray.errors import MilanError
+from milan_ray.probe.folder import FolderProbe
+
+
+def load(
+    text: str = "base",
+    *,
+    images: Sequence[str | Path] = (),
+    labels: str | Path | None = None,
+    download: bool = False,
+    layers: Iterable[str | int] | None = None,
+    annotation_count: int | None = None,
+    quirks: Quirks = NO_QUIRKS,
+) -> list[PublishedSet]:
+    """Opens a published set, or all sets of a group, in the reference's order.
+
+    Args:
+        text: A group (``base``, ``cls``, …), a set (``alexnet/imagenet``), a folder, or a zip.
+        images: Folders of source images for layers that came without; none takes ``$MILAN_DATA_DIR/<dataset>/val``.
+        labels: File of labels for source images in a flat folder.
+        download: Fetch released sets that are absent.
+        layers: Which layers; None takes all.
+        annotation_count: Keep only units with at least this many annotations, and of these the first so many; 0 keeps
+            every unit; None takes 3 for the released sets, as the reference does, and 0 for others.
+        quirks: Defects of the reference to reproduce.
+
+    Raises:
+        MilanError: A set is unknown, absent, damaged, or lacks images that are not there to be merged.
+    """
+    wanted = None if layers is None else [str(layer) for layer in layers]
+    found = []
+    for location in locate(text, download=download):
+        merge_images(location, images, labels, quirks)
+        count = location.annotation_count if annotation_count is None else annotation_count or None
+        found.append(PublishedSet(location.root, location.name, layers=wanted, annotation_count=count, quirks=quirks))
+    return found
+
+
+def merge_images(
+    location: SetLocation,
+    images: Sequence[str | Path] = (),
+    labels: str | Path | None = None,
+    quirks: Quirks = NO_QUIRKS,
+) -> list[str]:
+    """Merges the layers of a set that came without images, where they are not merged yet.
+
+    Args:
+        location: The set.
+        images: Folders of source images; none takes ``$MILAN_DATA_DIR/<dataset>/val``, as the reference does.
+        labels: File of labels for source images in a flat folder.
+        quirks: Defects of the reference to reproduce.
+
+    Returns:
+        The layers merged.
+
+    Raises:
+        MilanError: There are no source images, or they do not fit.
+    """
+    bare = [folder for folder in layer_folders(location.root)[0] if is_masks_only(folder)]
+    dataset = location.name.rpartition("/")[2]
+    usual = data_dir() / dataset / "val"
+    if bare and not images and not usual.is_dir():
+        if all((folder / IMAGES).exists() for folder in bare):
+            return []  # merged earlier, and the source has gone since
+        raise MilanError(
+            f"{location.name} came without images ({bare[0]} has only masks): name the folder of its source images "
+            f"(--images), or put it in {usual} (see $MILAN_DATA_DIR)."
+        )
+    if not bare:
+        return []
+    probe = FolderProbe(images or [usual], labels)
+    expect = SOURCES.get(dataset) if location.name in RELEASED else None
+    return merge(location.root, probe, expect=expect, quirks=quirks)

@@ -1,0 +1,174 @@
+"""Giving masks-only sets their images: a local ImageNet or Places folder, looked up by ``ids.csv`` (REFERENCE §7)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.functional import interpolate
+
+from milan_ray.annotations.layout import IDS, IMAGES, MASKS, LayerFiles, layer_folders, open_layer
+from milan_ray.annotations.quirks import NO_QUIRKS, Quirks
+from milan_ray.errors import MilanError, UnreadableImage
+from milan_ray.models.view import View
+from milan_ray.probe.base import ImageProbe, ImageRef
+from milan_ray.probe.manifest import digest, image_refs
+from milan_ray.progress import Progress, say
+
+_MARKER = ".merged.json"
+"""Says from what and how ``images.npy`` was merged; images that came with the set have none."""
+
+
+@dataclass(frozen=True)
+class SourceShape:
+    """How many images the sets' ids speak of.
+
+    Attributes:
+        classes: Class folders, or distinct labels.
+        images: Images in all.
+    """
+
+    classes: int
+    images: int
+
+
+SOURCES = {"imagenet": SourceShape(1000, 50_000), "places365": SourceShape(365, 36_500)}
+"""Dataset → its validation images, which the released ``ids.csv`` refer to."""
+
+
+def merge(
+    root: Path,
+    probe: ImageProbe,
+    *,
+    view: View | None = None,
+    expect: SourceShape | None = None,
+    quirks: Quirks = NO_QUIRKS,
+) -> list[str]:
+    """Writes ``images.npy`` of every layer that has none, from ``ids.csv`` and the source images.
+
+    The masks were computed on images resized to 256 and cropped to 224, so that is how source images are seen here,
+    then brought to the masks' size as the reference's exemplars are, by nearest neighbours. The reference's own merge
+    squashes whole images to the masks' size instead, where masks and images lie apart unless images are square
+    (``quirks.merge_geometry``). A layer merged before, otherwise or from elsewhere, is merged again.
+
+    Args:
+        root: The published set's folder.
+        probe: The source images: folders of classes, or flat with a file of labels.
+        view: The geometry that the masks were computed in; None takes ImageNet's, resize 256 and crop 224.
+        expect: What the probe must look like; None accepts any that has all the ids.
+        quirks: Defects of the reference to reproduce.
+
+    Returns:
+        The layers merged.
+
+    Raises:
+        MilanError: The probe has another layout, lacks an id, or an image cannot be read; or a layer is damaged.
+    """
+    manifest = probe.manifest()
+    refs = in_class_order(image_refs(manifest), manifest["class_label"].to_pylist())
+    if expect is not None:
+        labels = len(set(manifest["class_label"].drop_null().to_pylist()))
+        if (labels, len(refs)) != (expect.classes, expect.images):
+            raise MilanError(
+                f"{probe.name} has {len(refs):,} images in {labels:,} classes, but the ids of {root.name} speak of "
+                f"{expect.images:,} in {expect.classes:,}: give the folder that holds the validation set's "
+                f"{expect.classes:,} class folders, or a flat folder with a file of labels."
+            )
+    merged = []
+    for folder in layer_folders(root)[0]:
+        files = open_layer(folder)
+        geometry = View(resize=files.size, crop=None) if quirks.merge_geometry else view or View()
+        identity = {"probe": digest(manifest), "view": geometry.key}
+        if _wanted(files, identity):
+            _merge_layer(files, probe, refs, geometry, identity)
+            merged.append(files.name)
+    say(f"merge: {len(merged)} layers of {root} got their images")
+    return merged
+
+
+def in_class_order(refs: Sequence[ImageRef], labels: Sequence[str | None]) -> list[ImageRef]:
+    """Images in the order of torchvision's ``ImageFolder``: by class, then by path; without class, left out.
+
+    Classes that a file of labels gives as numbers are ordered as such: as indexes into the sorted classes.
+
+    Args:
+        refs: The images, by path.
+        labels: The class of each, or None.
+    """
+    known = [(label, ref) for ref, label in zip(refs, labels, strict=True) if label]
+    if all(label.isdecimal() and not ref.path.startswith(f"{label}/") for label, ref in known):
+        return [ref for _, ref in sorted(known, key=lambda item: int(item[0]))]
+    return [ref for _, ref in sorted(known, key=lambda item: item[0])]  # stable: paths stay in order
+
+
+def is_masks_only(folder: Path) -> bool:
+    """Whether a layer came without images: they are missing, or were merged here."""
+    return not (folder / IMAGES).exists() or (folder / _MARKER).exists()
+
+
+def _wanted(files: LayerFiles, identity: dict[str, str]) -> bool:
+    if files.images is None:
+        return True
+    marker = files.folder / _MARKER
+    return marker.exists() and json.loads(marker.read_text()) != identity
+
+
+def _merge_layer(
+    files: LayerFiles, probe: ImageProbe, refs: Sequence[ImageRef], view: View, identity: dict[str, str]
+) -> None:
+    if files.image_ids is None:
+        raise MilanError(f"{files.folder} has neither {IMAGES} nor {IDS}: nothing says which images its masks are of.")
+    if files.image_ids.max() >= len(refs):
+        raise MilanError(
+            f"{files.folder / IDS} speaks of image {files.image_ids.max():,}, but {probe.name} has only {len(refs):,} "
+            "images with a class: give the folder of images that the set was made from."
+        )
+    places: dict[int, list[tuple[int, int]]] = defaultdict(list)
+    for (position, rank), image_id in np.ndenumerate(files.image_ids):
+        places[int(image_id)].append((position, rank))
+
+    def read(image_id: int) -> tuple[int, np.ndarray]:
+        try:
+            pixels = view(probe.read(refs[image_id]).image)
+        except UnreadableImage as error:
+            raise MilanError(f"{refs[image_id].location} {error}: every source image is needed.") from error
+        return image_id, nearest(pixels.transpose(2, 0, 1), files.size)
+
+    part = files.folder / f".{IMAGES}.part"
+    try:
+        shape = (*files.masks.shape[:2], 3, *files.size)
+        images = np.lib.format.open_memmap(part, mode="w+", dtype=np.uint8, shape=shape)
+        ids = sorted(places)
+        with (
+            Progress(f"merge {files.name}", len(ids), "images") as progress,
+            ThreadPoolExecutor(os.cpu_count()) as pool,
+        ):
+            for start in range(0, len(ids), 256):  # no more images in memory than these
+                for image_id, pixels in pool.map(read, ids[start : start + 256]):
+                    for place in places[image_id]:
+                        images[place] = pixels
+                    progress.advance()
+        images.flush()
+        del images
+        # In this order a kill leaves a layer without images, never images that do not say where they are from.
+        (files.folder / IMAGES).unlink(missing_ok=True)
+        (files.folder / _MARKER).write_text(json.dumps(identity))
+        part.replace(files.folder / IMAGES)
+    except OSError as error:
+        raise MilanError(f"{files.folder / IMAGES} cannot be written ({error}): make room beside {MASKS}.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resizes by nearest neighbours as the reference does for the images it stores: uint8 (3, h, w) → (3, H, W)."""
+    if pixels.shape[1:] == size:
+        return pixels
+    return interpolate(torch.from_numpy(np.ascontiguousarray(pixels))[None], size=size, mode="nearest")[0].numpy()
