@@ -3,7 +3,7 @@
 What makes it fast without changing an answer: attention keys and the token half of the LSTM's input are projected
 once; beams that reached ``<stop>`` are no longer run; and what depends on the state alone (attention, gate, most of
 the LSTM's input, nine tenths of the work) is computed once per *distinct parent*, not once per beam. Right after the
-first step, all beams of a unit have the same parent.
+first step, all beams of a unit have the same parent; later a beam of 50 has about 25.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from milan_ray.captioner.decoder import Decoder
 from milan_ray.captioner.lm import LanguageModel
@@ -63,7 +64,7 @@ def beam_search(
     if length < 1:
         raise MilanError(f"a description of {length} tokens says nothing; set the length to 1 or more")
     units, device = len(features), features.device
-    keys = decoder.attend.key_to_hidden(features)
+    keys = decoder.attend.key_to_hidden(features).unsqueeze(1)
     token_gates, context_weight = decoder.token_gates(), decoder.input_weights()[1]
 
     # A "row" is a sequence that is still running; states are kept for rows only, and `row_of` finds a beam's row.
@@ -86,15 +87,10 @@ def beam_search(
 
         before = row_of[unit, parent[unit, beam]]
         distinct, child_of = torch.unique(before, return_inverse=True)
-        owner = unit_of[distinct]
-        # One batched product per step needs a slot per (unit, parent); rows of one unit lie next to each other.
-        slot = torch.arange(len(owner), device=device) - torch.searchsorted(owner, owner)
-        weights = features.new_zeros(units, int(slot.max()) + 1, features.shape[1])
-        weights[owner, slot] = decoder.attend(h[distinct], keys[owner])
-        context = torch.bmm(weights, features)[owner, slot]
-        gates = decoder.state_gates(h[distinct], context, context_weight)
+        gates = _parent_gates(decoder, features, keys, h[distinct], unit_of[distinct], context_weight)
         token = last[unit, beam]
-        h, c = decoder.cell(gates[child_of] + token_gates[token], c[before])
+        gates = gates.index_select(0, child_of).add_(F.embedding(token, token_gates))
+        h, c = decoder.cell(gates, c.index_select(0, before))
         log_probs = decoder.output(h)
         if lm is not None:
             if lm_state is not None:
@@ -103,14 +99,41 @@ def beam_search(
             log_probs = log_probs - lam * lm_log_probs
         row_of, unit_of = running.flatten().cumsum(0).view_as(running) - 1, unit
 
-        best, choice = log_probs.topk(beam_size, dim=1)
-        candidates = scores.new_full((*scores.shape, beam_size), -torch.inf)
-        candidates[..., 0] = scores  # a finished beam stays as it is, at no cost
-        candidates[unit, beam] = scores[unit, beam].unsqueeze(1) + best
-        choices = torch.full(candidates.shape, ids.stop, device=device)
-        choices[unit, beam] = choice
-        scores, chosen = candidates.flatten(1).topk(beam_size, dim=1)
-        parent = chosen // beam_size
-        last = choices.flatten(1).gather(1, chosen)
+        candidates = scores.new_full((*scores.shape, log_probs.shape[1]), -torch.inf)
+        candidates[..., ids.stop] = scores  # a finished beam stays as it is, at no cost
+        candidates[unit, beam] = log_probs.add_(scores[unit, beam].unsqueeze(1))
+        scores, chosen = largest(candidates.flatten(1), beam_size)
+        parent, last = chosen // candidates.shape[2], chosen % candidates.shape[2]
         tokens = torch.cat([tokens.gather(1, parent.unsqueeze(2).expand(-1, -1, tokens.shape[2])), last[..., None]], 2)
     return Beams(tokens, scores, steps)
+
+
+def _parent_gates(
+    decoder: Decoder, features: Tensor, keys: Tensor, h: Tensor, owner: Tensor, context_weight: Tensor
+) -> Tensor:
+    """What the LSTM's gates get from states h (R, hidden) of units ``owner`` (R,), ascending: (R, 4·hidden)."""
+    # A slot per (unit, row) lets rows meet their unit's keys and features without a copy of them per row.
+    slot = torch.arange(len(owner), device=owner.device) - torch.searchsorted(owner, owner)
+    queries = h.new_zeros(len(features), int(slot.max()) + 1, h.shape[1])
+    queries[owner, slot] = h
+    context = torch.bmm(decoder.attend(queries, keys), features)
+    return decoder.state_gates(
+        h, context.flatten(0, 1).index_select(0, owner * queries.shape[1] + slot), context_weight
+    )
+
+
+def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest ``count`` of every row and where they are, descending: what ``topk`` finds, several times as fast.
+
+    They all lie in the ``count`` blocks that have the largest maxima.
+
+    Args:
+        values: (B, N), N ≥ count.
+        count: How many.
+    """
+    if values.shape[1] % count:
+        return values.topk(count, dim=1)
+    blocks = values.unflatten(1, (-1, count))
+    block = blocks.amax(dim=2).topk(min(count, blocks.shape[1]), dim=1, sorted=False).indices
+    best, place = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, count)).flatten(1).topk(count, dim=1)
+    return best, block.gather(1, place // count) * count + place % count

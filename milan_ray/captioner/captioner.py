@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -9,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from milan_ray.captioner.beam import beam_search
+from milan_ray.captioner.beam import Beams, beam_search
 from milan_ray.captioner.decoder import Decoder, decode_forced, decode_stepwise
 from milan_ray.captioner.encoder import PyramidEncoder, get_encoder
 from milan_ray.captioner.lm import LanguageModel
@@ -17,7 +18,9 @@ from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
 from milan_ray.captioner.rerank import beam_logp, counted_length, rescore
 from milan_ray.captioner.text import Indexer
 from milan_ray.device import resolve_device
-from milan_ray.errors import MilanError
+from milan_ray.errors import MilanError, unknown_name
+
+STRATEGIES = ("greedy", "sample", "beam", "rerank")
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,30 @@ class Description:
     logp_d: float | None
 
 
+@dataclass(frozen=True)
+class Decoding:
+    """What a strategy says of B units, with everything it computed on the way.
+
+    Attributes:
+        texts: One description per unit.
+        tokens: Its token ids (B, T).
+        scores: Its score (B,), nats: for "rerank" log p(d|E) − λ log p(d), otherwise the sum of its tokens'
+            log-probabilities (also of those after ``<stop>``, unless a beam found it).
+        log_probs: Of every token at every step (B, T, V); None where a beam searched.
+        attentions: Weights on the k exemplars (B, T, k); None where a beam searched.
+        beams: All beams, with the score that was searched for; None where none searched.
+        beam_texts: Their descriptions, [unit][beam]; None where none searched.
+    """
+
+    texts: list[str]
+    tokens: Tensor
+    scores: Tensor
+    log_probs: Tensor | None = None
+    attentions: Tensor | None = None
+    beams: Beams | None = None
+    beam_texts: list[list[str]] | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Captioner:
     """A trained captioner.
@@ -86,6 +113,8 @@ class Captioner:
         length: Most tokens of a description, ``<stop>`` included.
         beam_size: Beams per unit.
         lam: λ.
+        strategy: What :meth:`decode` does unless told otherwise; None means "rerank" with a language model and "beam"
+            without. :meth:`describe` always searches a beam and re-ranks it.
     """
 
     indexer: Indexer
@@ -96,6 +125,7 @@ class Captioner:
     length: int = 15
     beam_size: int = 50
     lam: float = 0.2
+    strategy: str | None = None
 
     def __post_init__(self) -> None:
         words = {"vocabulary": len(self.indexer.vocabulary), "decoder": self.decoder.config.words}
@@ -103,6 +133,14 @@ class Captioner:
             words["language model"] = self.lm.config.words
         if len(set(words.values())) > 1:
             raise MilanError(f"the captioner's parts have different vocabularies (words: {words}); train them together")
+        whole = all(isinstance(number, int) and number > 0 for number in (self.length, self.beam_size))
+        if not (whole and isinstance(self.lam, (int, float)) and math.isfinite(self.lam)):
+            raise MilanError(
+                f"a captioner needs a length and a beam of at least 1 and a finite λ, not length {self.length!r}, "
+                f"beam {self.beam_size!r}, λ {self.lam!r}"
+            )
+        if self.strategy is not None and self.strategy not in STRATEGIES:
+            raise unknown_name("strategy", str(self.strategy), STRATEGIES)
         self.decoder.eval()
         if self.lm is not None:
             self.lm.eval()
@@ -194,10 +232,76 @@ class Captioner:
         candidates = self.candidates(features, beam_size, length, quirks=quirks)
         return best_descriptions(candidates, self.lam if lam is None else lam, n_best)
 
-    def greedy(self, features: Tensor | np.ndarray, length: int | None = None) -> list[str]:
-        """The greedy description of each unit by p(d|E): cheap, for watching a training run."""
-        decoded = decode_stepwise(self.decoder, self._features(features), self.length if length is None else length)
-        return [self.indexer.reconstruct(row) for row in decoded.tokens.tolist()]
+    @torch.no_grad()
+    def decode(
+        self,
+        features: Tensor | np.ndarray,
+        strategy: str | Tensor | None = None,
+        mi: bool | None = None,
+        lam: float | None = None,
+        beam_size: int | None = None,
+        length: int | None = None,
+        quirks: Quirks = NO_QUIRKS,
+        generator: torch.Generator | None = None,
+    ) -> Decoding:
+        """Everything the reference's ``forward`` gives, by any of its strategies and with its defaults (REFERENCE §5).
+
+        Args:
+            features: Exemplar features (B, k, F).
+            strategy: "greedy" and "sample" take one token at a time and always ``length`` of them; "beam" takes the
+                best beam; "rerank" the best by log p(d|E) − λ log p(d). Token ids (B, T), without ``<start>``, are
+                only scored. The captioner's own strategy when left out.
+            mi: Decode by log p(d|E) − λ log p(d), token by token, instead of log p(d|E); on when there is a language
+                model and the strategy is not "rerank".
+            lam: λ; the captioner's own when left out.
+            beam_size: Beams per unit; the captioner's own when left out.
+            length: Most tokens; the captioner's own when left out.
+            quirks: Defects of the reference to reproduce.
+            generator: Source of randomness for "sample"; torch's global one when left out.
+
+        Raises:
+            MilanError: Features or tokens do not fit, the strategy is unknown, or it needs a language model.
+        """
+        if strategy is None:
+            strategy = self.strategy or ("beam" if self.lm is None else "rerank")
+        rerank = isinstance(strategy, str) and strategy == "rerank"
+        mi = (self.lm is not None and not rerank) if mi is None else mi
+        if self.lm is None and (mi or rerank):
+            raise MilanError('decoding with mutual information needs a language model; use mi=False, or "beam"')
+        if mi and rerank:
+            raise MilanError('"rerank" subtracts λ log p(d) after the search; use mi=False, or "beam" with mi=True')
+        given = self._features(features)
+        lm, lam = self.lm if mi else None, self.lam if lam is None else lam
+        length = self.length if length is None else length
+
+        if isinstance(strategy, Tensor):
+            if strategy.ndim != 2 or len(strategy) != len(given):
+                raise MilanError(
+                    f"{len(given)} units need tokens of shape ({len(given)}, T), not {tuple(strategy.shape)}"
+                )
+            decoded = decode_forced(self.decoder, given, strategy.to(given.device), lm, lam)
+        elif strategy in ("greedy", "sample"):
+            decoded = decode_stepwise(self.decoder, given, length, lm, lam, strategy == "sample", generator)
+        elif strategy in STRATEGIES:
+            beam_size = self.beam_size if beam_size is None else beam_size
+            beams = beam_search(self.decoder, given, beam_size, length, lm, lam)
+            scores = beams.scores
+            if rerank and self.lm is not None:
+                scores = rescore(scores, beam_logp(self.lm, beams, quirks), lam)
+            best = scores.argmax(dim=1, keepdim=True)
+            tokens = beams.tokens[torch.arange(len(given), device=given.device), best.squeeze(1)]
+            beam_texts = [self._texts(rows) for rows in beams.tokens]
+            return Decoding(
+                self._texts(tokens), tokens, scores.gather(1, best).squeeze(1), beams=beams, beam_texts=beam_texts
+            )
+        else:
+            raise unknown_name("strategy", strategy, STRATEGIES)
+        return Decoding(
+            self._texts(decoded.tokens), decoded.tokens, decoded.scores, decoded.log_probs, decoded.attentions
+        )
+
+    def _texts(self, tokens: Tensor) -> list[str]:
+        return [self.indexer.reconstruct(row) for row in tokens.tolist()]
 
     def score(
         self, texts: Sequence[str], features: Tensor | np.ndarray, mi: bool | None = None, lam: float | None = None
@@ -210,20 +314,16 @@ class Captioner:
             mi: Score log p(d|E) − λ log p(d); on when there is a language model unless told otherwise.
             lam: λ; the captioner's own when left out.
         """
-        rows = self.indexer.index(texts)
+        targets = torch.tensor(self.indexer.index(texts, start=False))
         given = self._features(features)
-        targets = torch.tensor(rows, device=given.device)[:, 1:]
-        use_lm = self.lm is not None if mi is None else mi
-        decoded = decode_forced(
-            self.decoder,
-            given.expand(len(texts), -1, -1),
-            targets,
-            self.lm if use_lm else None,
-            self.lam if lam is None else lam,
-        )
-        counts = targets != self.indexer.ids.pad
-        chosen = decoded.log_probs.gather(2, targets.unsqueeze(2)).squeeze(2)
-        return (chosen * counts).sum(dim=1).cpu().numpy()
+        if len(given) not in (1, len(texts)):
+            raise MilanError(
+                f"{len(texts)} texts need the features of {len(texts)} units, or of one, not of {len(given)}"
+            )
+        decoded = self.decode(given.expand(len(texts), -1, -1), targets, mi, lam)
+        assert decoded.log_probs is not None
+        chosen = decoded.log_probs.gather(2, decoded.tokens.unsqueeze(2)).squeeze(2)
+        return (chosen * (decoded.tokens != self.indexer.ids.pad)).sum(dim=1).cpu().numpy()
 
 
 def best_descriptions(candidates: Candidates, lam: float, n_best: int = 1) -> list[list[Description]]:

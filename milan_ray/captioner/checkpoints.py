@@ -1,7 +1,7 @@
-"""Captioners on disk: our format (safetensors and JSON), and the published ``.pth`` files read without trusting them.
+"""Captioners on disk: our format (safetensors and JSON), and the reference's ``.pth`` files (REFERENCE §6).
 
-Reading the reference's files (REFERENCE §6) executes nothing from them: the unpickler knows the handful of classes the
-format needs, maps them to plain data, and refuses everything else.
+Reading those executes nothing from them: the unpickler knows the handful of classes the format needs, maps them to
+plain data, and refuses everything else. What we write needs no class at all but torch's own.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ import json
 import math
 import pickle
 import zipfile
-import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors.torch
+import spacy
 import torch
 from torch import Tensor
 
@@ -28,10 +28,17 @@ from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.errors import MilanError
+from milan_ray.storage import Storage
 
 WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FORMAT = 1
+
+# What the reference knows and MILAN uses of it.
+_REFERENCE_ENCODERS = ("alexnet", "resnet18", "resnet50", "resnet101")
+_INDEX = {"start": True, "stop": True, "pad": True, "unk": True, "length": None}
+_TOKENIZE = {"lemmatize": False, "lowercase": True, "ignore_stop": False, "ignore_punct": False}
+_LM_SIZES = ("embedding_size", "hidden_size", "layers", "dropout")
 
 
 def to_bytes(captioner: Captioner) -> dict[str, bytes]:
@@ -53,6 +60,7 @@ def to_bytes(captioner: Captioner) -> dict[str, bytes]:
         "length": captioner.length,
         "beam_size": captioner.beam_size,
         "lam": captioner.lam,
+        "strategy": captioner.strategy,
     }
     return {
         WEIGHTS: weights,
@@ -77,18 +85,19 @@ def from_bytes(files: Mapping[str, bytes]) -> Captioner:
         for name, tensor in safetensors.torch.load(files[WEIGHTS]).items():
             part, _, rest = name.partition(".")
             parts[part][rest] = tensor
-        lm = config["lm"] and _filled(LanguageModel(LMConfig(**config["lm"])), parts["lm"], "the captioner")
+        lm = config["lm"] and _filled(LanguageModel, LMConfig(**config["lm"]), parts["lm"], "the captioner")
         return Captioner(
             Indexer.from_state(config["indexer"]),
-            _filled(Decoder(DecoderConfig(**config["decoder"])), parts["decoder"], "the captioner"),
+            _filled(Decoder, DecoderConfig(**config["decoder"]), parts["decoder"], "the captioner"),
             lm,
             config["encoder"],
             parts["encoder"] or None,
             config["length"],
             config["beam_size"],
             config["lam"],
+            config.get("strategy"),  # older files have none
         )
-    except (ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    except (*_DAMAGED, safetensors.SafetensorError) as error:
         raise MilanError(f"not a captioner written by milan_ray ({error}); train it again or copy it again") from error
 
 
@@ -117,18 +126,18 @@ def load_reference(path: str | Path) -> Captioner:
     try:
         properties, state = content["properties"], content["state_dict"]
         config, kind = properties["encoder"]["properties"]["config"], content["children"]["encoder"]
+        if not isinstance(config, str):
+            raise TypeError("an encoder without a name")
         if kind != "PyramidConvEncoder":
             raise MilanError(f"{path} was trained on a {kind}; only PyramidConvEncoder checkpoints can be read")
         indexer = _indexer(properties["indexer"], path)
-        decoder = Decoder(
-            DecoderConfig(
-                len(indexer.vocabulary),
-                state["init_h.0.weight"].shape[1],
-                properties["embedding_size"],
-                properties["hidden_size"],
-                properties["attention_hidden_size"],
-                properties["dropout"],
-            )
+        sizes = DecoderConfig(
+            len(indexer.vocabulary),
+            state["init_h.0.weight"].shape[1],
+            properties["embedding_size"],
+            properties["hidden_size"],
+            properties["attention_hidden_size"],
+            properties["dropout"],
         )
         lm = None
         if properties["lm"] is not None:
@@ -136,15 +145,16 @@ def load_reference(path: str | Path) -> Captioner:
         own = {name: t for name, t in state.items() if not name.startswith(("encoder.", "lm."))}
         return Captioner(
             indexer,
-            _filled(decoder, own, str(path)),
+            _filled(Decoder, sizes, own, str(path)),
             lm,
             config,
             _below("encoder.encoder.model.", state) or None,
             properties["length"],
             properties["beam_size"],
             properties["temperature"],
+            properties["strategy"],
         )
-    except (KeyError, TypeError, AttributeError) as error:
+    except _DAMAGED as error:
         raise _not_ours(path, error) from error
 
 
@@ -159,8 +169,89 @@ def load_reference_lm(path: str | Path) -> tuple[Indexer, LanguageModel]:
         properties = content["properties"]
         indexer = _indexer(properties["indexer"], path)
         return indexer, _language_model(properties, indexer, content["state_dict"], path)
-    except (KeyError, TypeError, AttributeError) as error:
+    except _DAMAGED as error:
         raise _not_ours(path, error) from error
+
+
+def export_reference(captioner: Captioner, path: str | Path) -> None:
+    """Writes a checkpoint (``milan-*.pth``) that the reference can load; :func:`load_reference` reads it back.
+
+    The reference never downloads anything for it: the encoder's weights are in the file, and its ``pretrained`` is off.
+    Where they did not come with the captioner, the encoder's own are found as for describing and put in. A backbone
+    whose classifier was taken off goes in without it: the reference loads with ``strict=False`` and so leaves its
+    classifier as it was initialised, which no feature depends on.
+
+    The tokenizer's spaCy configuration is written as a plain dict, which the reference takes as well as spaCy's own
+    class: that class lies elsewhere in other versions of spaCy, so a file with it loads in some and not in others.
+
+    Raises:
+        MilanError: The reference has no such encoder, its weights are nowhere to be found, or the path cannot be
+            written.
+    """
+    if captioner.encoder_name not in _REFERENCE_ENCODERS:
+        raise MilanError(
+            f"the reference has no encoder {captioner.encoder_name!r} (only {', '.join(_REFERENCE_ENCODERS)}); "
+            "train a captioner on one of these to export it"
+        )
+    encoder, lm, config = captioner.encoder(), captioner.lm, captioner.decoder.config
+    backbone = captioner.encoder_state or encoder.backbone.state_dict()
+    indexer = _indexer_record(captioner.indexer)
+    properties = {
+        "indexer": indexer,
+        "encoder": _record(config=captioner.encoder_name, pretrained=False),
+        "lm": None if lm is None else _lm_record(lm, indexer),
+        "embedding_size": config.embedding_size,
+        "hidden_size": config.hidden_size,
+        "attention_hidden_size": config.attention_hidden_size,
+        "dropout": config.dropout,
+        "length": captioner.length,
+        "strategy": captioner.strategy or ("beam" if lm is None else "rerank"),
+        "temperature": captioner.lam,
+        "beam_size": captioner.beam_size,
+    }
+    state = {
+        "encoder.mean": encoder.mean,
+        "encoder.std": encoder.std,
+        **{f"encoder.encoder.model.{name}": tensor for name, tensor in backbone.items()},
+        **({} if lm is None else {f"lm.{name}": tensor for name, tensor in lm.state_dict().items()}),
+        **captioner.decoder.state_dict(),
+    }
+    _save(properties, {"encoder": "PyramidConvEncoder"}, state, path)
+
+
+def export_reference_lm(indexer: Indexer, lm: LanguageModel, path: str | Path) -> None:
+    """Writes a language model (``lm.pth``) that the reference can load; :func:`load_reference_lm` reads it back.
+
+    Raises:
+        MilanError: The path cannot be written.
+    """
+    _save(_lm_record(lm, _indexer_record(indexer))["properties"], {}, lm.state_dict(), path)
+
+
+def _record(**properties: Any) -> dict[str, Any]:
+    return {"properties": properties, "children": {}}
+
+
+def _indexer_record(indexer: Indexer) -> dict[str, Any]:
+    english = spacy.blank("en")
+    tokenize = _record(nlp=(dict(english.config), english.to_bytes()), **_TOKENIZE)
+    return _record(vocab=_record(tokens=tuple(indexer.vocabulary.words)), tokenize=tokenize, **_INDEX)
+
+
+def _lm_record(lm: LanguageModel, indexer: Mapping[str, Any]) -> dict[str, Any]:
+    sizes = {name: getattr(lm.config, name) for name in _LM_SIZES}
+    return _record(indexer=indexer, **sizes)
+
+
+def _save(
+    properties: Mapping[str, Any], children: Mapping[str, str], state: Mapping[str, Tensor], path: str | Path
+) -> None:
+    # Every tensor on its own storage: a view would take all of what it is a view of with it.
+    tensors = collections.OrderedDict((name, tensor.detach().cpu().clone()) for name, tensor in state.items())
+    buffer = io.BytesIO()
+    torch.save({"properties": properties, "children": children, "state_dict": tensors}, buffer)
+    path = Path(path).expanduser()
+    Storage(path.parent).put(path.name, buffer.getbuffer())
 
 
 def _not_ours(path: str | Path, error: Exception) -> MilanError:
@@ -171,32 +262,38 @@ def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
-def _filled(model: Any, state: Mapping[str, Tensor], source: str) -> Any:
+def _filled(model: Callable[[Any], Any], config: object, state: Mapping[str, Tensor], source: str) -> Any:
+    if getattr(config, "layers", 0) > len(state):
+        raise ValueError(f"{config} has more layers than weights")
+    with torch.device("meta"):
+        empty = model(config)
+    filled = empty.to_empty(device="cpu")  # untouched memory: a small file may claim any size
     try:
-        model.load_state_dict(state)
+        filled.load_state_dict(state)
     except RuntimeError as error:
         raise MilanError(
             f"the weights in {source} do not fit its configuration: {error}; get the file again"
         ) from error
-    return model
+    return filled
 
 
 def _indexer(record: Mapping[str, Any], path: str | Path) -> Indexer:
     properties = record["properties"]
     tokenize = properties["tokenize"]["properties"]
-    expected = {"start": True, "stop": True, "pad": True, "unk": True, "length": None}
-    expected_tokenize = {"lemmatize": False, "lowercase": True, "ignore_stop": False, "ignore_punct": False}
-    found = {name: properties[name] for name in expected} | {name: tokenize[name] for name in expected_tokenize}
-    if found != expected | expected_tokenize:
+    found = {name: properties[name] for name in _INDEX} | {name: tokenize[name] for name in _TOKENIZE}
+    if found != _INDEX | _TOKENIZE:
         raise MilanError(f"{path} was trained with other text settings than MILAN's ({found}); it cannot be used here")
-    return Indexer(Vocabulary(tuple(properties["vocab"]["properties"]["tokens"])))
+    tokens = tuple(properties["vocab"]["properties"]["tokens"])
+    if not all(isinstance(token, str) for token in tokens):
+        raise TypeError("a vocabulary of something else than words")
+    return Indexer(Vocabulary(tokens))
 
 
 def _language_model(
     properties: Mapping[str, Any], indexer: Indexer, state: Mapping[str, Tensor], path: str | Path
 ) -> LanguageModel:
-    sizes = [properties[name] for name in ("embedding_size", "hidden_size", "layers", "dropout")]
-    return _filled(LanguageModel(LMConfig(len(indexer.vocabulary), *sizes)), state, str(path))
+    sizes = [properties[name] for name in _LM_SIZES]
+    return _filled(LanguageModel, LMConfig(len(indexer.vocabulary), *sizes), state, str(path))
 
 
 _STORAGES = {
@@ -212,9 +309,10 @@ _STORAGES = {
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
-    if math.prod(size) > storage.numel():  # strides of 0 could make a small file fill the memory
+    # Strides of 0, or many copies of one storage, could make a small file fill the memory.
+    if math.prod(size) > storage.numel():
         raise ValueError(f"a tensor of shape {size} in {storage.numel()} numbers")
-    return torch.as_strided(storage, size, stride, offset).clone()  # checks that it stays inside the storage
+    return torch.as_strided(storage, size, stride, offset)  # checks that it stays inside the storage
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -238,7 +336,8 @@ class _Unpickler(pickle.Unpickler):
         self._read_storage = read_storage
         self._source = source
         self._storages: dict[str, Tensor] = {}
-        self._config_class = type("Config", (dict,), {})  # one per file: a pickle may set attributes on a class
+        # A pickle may set attributes on a class or function: it gets its own.
+        self._config_class = type("Config", (dict,), {})
 
     def find_class(self, module: str, name: str) -> Any:
         if module == "torch" and name in _STORAGES:
@@ -250,7 +349,8 @@ class _Unpickler(pickle.Unpickler):
                 f"{self._source} refers to {module}.{name}, which no MILAN checkpoint needs; "
                 "nothing of it was executed; do not trust this file"
             )
-        return _ALLOWED[module, name]
+        found = _ALLOWED[module, name]
+        return found if isinstance(found, type) else lambda *given: found(*given)
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, _ = pid
@@ -263,10 +363,8 @@ class _Unpickler(pickle.Unpickler):
         return self._storages[key]
 
 
-# What zipfile, pickle and torch raise for bytes that are not what they should be.
+# What zipfile, pickle and torch raise for content that is not what it should be.
 _DAMAGED = (
-    zipfile.BadZipFile,
-    zlib.error,
     pickle.UnpicklingError,
     EOFError,
     LookupError,
@@ -287,6 +385,10 @@ def read_pickled(path: str | Path) -> Any:
     """
     try:
         with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            if packed or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
+                raise ValueError("it unpacks to more than it holds")
             (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             root = index[: -len("data.pkl")]
 
@@ -296,5 +398,13 @@ def read_pickled(path: str | Path) -> Any:
             return _Unpickler(io.BytesIO(archive.read(index)), read_storage, str(path)).load()
     except OSError as error:
         raise MilanError(f"cannot read the checkpoint {path} ({error.strerror}); check the path") from error
+    except zipfile.BadZipFile as error:
+        with open(path, "rb") as file:
+            if file.read(1) != b"\x80":
+                raise _not_ours(path, error) from error
+        raise MilanError(
+            f"{path} is a bare pickle, which torch wrote before version 1.6 and which cannot be read without executing "
+            "it; where you trust it, load it with torch and save it again"
+        ) from error
     except _DAMAGED as error:
         raise _not_ours(path, error) from error

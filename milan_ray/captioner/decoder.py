@@ -48,9 +48,9 @@ class Attention(nn.Module):
         self.output = nn.Sequential(nn.Linear(hidden_size, 1), nn.Softmax(dim=1))
 
     def forward(self, query: Tensor, keys: Tensor) -> Tensor:
-        """Weights (R, k) of queries (R, hidden) over projected keys (R, k, attention hidden)."""
-        hidden = torch.tanh(self.query_to_hidden(query).unsqueeze(1) + keys)
-        return self.output(hidden).squeeze(-1)
+        """Weights (…, k) of queries (…, hidden) over projected keys (…, k, attention hidden), which may broadcast."""
+        hidden = (self.query_to_hidden(query).unsqueeze(-2) + keys).tanh_()
+        return self.output(hidden.flatten(0, -3)).view(hidden.shape[:-1])
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,8 @@ class Decoder(nn.Module):
         Returns:
             (R, 4·hidden).
         """
-        return F.linear(context * self.feature_gate(h), weight) + F.linear(h, self.lstm.weight_hh, self.lstm.bias_hh)
+        hidden = F.linear(h, self.lstm.weight_hh, self.lstm.bias_hh)
+        return hidden + F.linear(context * self.feature_gate(h), weight)
 
     @staticmethod
     def cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,8 +207,9 @@ def decode_stepwise(
         if lm is not None:
             lm_log_probs, lm_state = lm.step(token, lm_state)
             log_probs = log_probs - lam * lm_log_probs
-        if sample:
-            token = torch.multinomial(log_probs.exp(), 1, replacement=True, generator=generator).squeeze(1)
+        if sample:  # unit by unit: the same seed then draws what the reference draws
+            draws = (torch.multinomial(row, 1, generator=generator) for row in log_probs.softmax(dim=1))
+            token = torch.cat([token[:0], *draws])
         else:
             token = log_probs.argmax(dim=1)
         tokens.append(token)

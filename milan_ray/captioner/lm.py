@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from milan_ray.captioner.text import TokenIds
 
@@ -49,16 +50,21 @@ class LanguageModel(nn.Module):
         )
         self.output = nn.Sequential(nn.Linear(config.hidden_size, config.ids.total), nn.LogSoftmax(dim=-1))
 
-    def forward(self, inputs: Tensor) -> Tensor:
+    def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Log-probabilities of every next token.
 
         Args:
             inputs: Token ids (B, T), beginning with ``<start>``.
+            lengths: Tokens of each row (B,), at least 1, on the CPU: what lies beyond them is not computed.
 
         Returns:
-            (B, T, V): [b, t] is log p(· | inputs[b, :t+1]).
+            (B, T, V): [b, t] is log p(· | inputs[b, :t+1]). With lengths (N, V), N = Σ lengths, in the order of
+            ``pack_padded_sequence``.
         """
-        return self.output(self.lstm(self.embedding(inputs))[0])
+        if lengths is None:
+            return self.output(self.lstm(self.embedding(inputs))[0])
+        packed = pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
+        return self.output(self.lstm(packed._replace(data=self.embedding(packed.data)))[0].data)
 
     def step(self, tokens: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
         """One token further: (R,) ids and the state before them → log-probabilities (R, V) and the state after."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,9 +12,11 @@ from milan_ray.captioner.beam import Beams
 from milan_ray.captioner.lm import LanguageModel
 from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
 
+Values = TypeVar("Values", np.ndarray, Tensor)
 
-def rescore(logp_d_given_e: np.ndarray, logp_d: np.ndarray, lam: float) -> np.ndarray:
-    """Log p(d|E) − λ log p(d), nats, for stored log-probabilities of any (equal) shape."""
+
+def rescore(logp_d_given_e: Values, logp_d: Values, lam: float) -> Values:
+    """Log p(d|E) − λ log p(d), nats, for log-probabilities of any (equal) shape."""
     return logp_d_given_e - lam * logp_d
 
 

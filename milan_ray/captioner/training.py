@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pack_padded_sequence
 
 from milan_ray.captioner.decoder import Decoder, decode_stepwise
 from milan_ray.captioner.text import Indexer
@@ -22,11 +23,30 @@ from milan_ray.config import TrainingConfig
 T = TypeVar("T")
 
 
+class Share(NamedTuple):
+    """What one worker's part of a batch weighs, times the number of workers: 1 each where it is all of it.
+
+    Workers average their gradients, so parts with different numbers of tokens must not count the same.
+
+    Attributes:
+        tokens: Weight of the mean over tokens.
+        captions: Weight of the mean over captions.
+    """
+
+    tokens: float
+    captions: float
+
+
+WHOLE = Share(1.0, 1.0)
+"""All of a batch."""
+
+
 class DecoderBatch(NamedTuple):
     """One batch for the decoder: exemplar features (B, k, F) and the caption's ids (B, T), stopped and padded."""
 
     features: Tensor
     targets: Tensor
+    share: Share = WHOLE
 
 
 class LMBatch(NamedTuple):
@@ -34,17 +54,33 @@ class LMBatch(NamedTuple):
 
     inputs: Tensor
     targets: Tensor
+    share: Share = WHOLE
 
 
-def collate_decoder(features: Tensor, words: Sequence[Sequence[int]], indexer: Indexer) -> DecoderBatch:
-    """A decoder batch of features (B, k, F) and captions as word ids; as long as its own longest caption."""
-    return DecoderBatch(features, torch.tensor(indexer.frame(words, start=False)))
+def collate_decoder(
+    features: Tensor,
+    words: Sequence[Sequence[int]],
+    indexer: Indexer,
+    length: int | None = None,
+    share: Share = WHOLE,
+) -> DecoderBatch:
+    """A decoder batch of features (B, k, F) and captions as word ids.
+
+    Args:
+        features: Features of each caption's unit.
+        words: Captions.
+        indexer: Puts the special tokens around them.
+        length: Words of the longest caption of the whole batch, which the regulariser depends on; their own when left
+            out.
+        share: What this part of a batch weighs.
+    """
+    return DecoderBatch(features, torch.tensor(indexer.frame(words, start=False, length=length)), share)
 
 
-def collate_lm(words: Sequence[Sequence[int]], indexer: Indexer) -> LMBatch:
-    """A language model batch of captions as word ids; as long as its own longest caption."""
+def collate_lm(words: Sequence[Sequence[int]], indexer: Indexer, share: Share = WHOLE) -> LMBatch:
+    """A language model batch of captions as word ids, as long as its own longest; ``share`` is what it weighs."""
     inputs, targets = indexer.frame(words, stop=False), indexer.frame(words, start=False)
-    return LMBatch(torch.tensor(inputs), torch.tensor(targets))
+    return LMBatch(torch.tensor(inputs), torch.tensor(targets), share)
 
 
 def shuffled_batches(items: Sequence[T], batch_size: int, seed: int, epoch: int) -> Iterator[list[T]]:
@@ -52,6 +88,15 @@ def shuffled_batches(items: Sequence[T], batch_size: int, seed: int, epoch: int)
     order = np.random.default_rng((seed, epoch)).permutation(len(items))
     for start in range(0, len(items), batch_size):
         yield [items[i] for i in order[start : start + batch_size]]
+
+
+def share_of(words: Sequence[Sequence[int]], whole: Sequence[Sequence[int]], workers: int) -> Share:
+    """What a worker's captions weigh among those of the whole batch."""
+
+    def tokens(captions: Sequence[Sequence[int]]) -> int:
+        return sum(len(caption) + 1 for caption in captions)  # with <stop>
+
+    return Share(workers * tokens(words) / tokens(whole), workers * len(words) / len(whole))
 
 
 def token_loss(log_probs: Tensor, targets: Tensor, pad: int) -> Tensor:
@@ -89,26 +134,48 @@ def decoder_epoch(
     """Trains a decoder for one epoch; returns the mean loss over batches, regulariser included."""
 
     def loss(batch: DecoderBatch) -> Tensor:
-        log_probs, attentions = model(*batch)
-        return token_loss(log_probs, batch.targets, pad) + config.regularization_weight * attention_regularizer(
-            attentions
+        log_probs, attentions = model(batch.features, batch.targets)
+        regularizer = attention_regularizer(attentions.float())
+        return (
+            batch.share.tokens * token_loss(log_probs.float(), batch.targets, pad)
+            + batch.share.captions * config.regularization_weight * regularizer
         )
 
-    return _train(model, optimizer, batches, loss)
+    return _train(model, optimizer, batches, loss, config.bf16)
 
 
-def lm_epoch(model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[LMBatch], pad: int) -> float:
+def lm_epoch(
+    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[LMBatch], pad: int, config: TrainingConfig
+) -> float:
     """Trains a language model for one epoch; returns the mean loss over batches."""
-    return _train(model, optimizer, batches, lambda batch: token_loss(model(batch.inputs), batch.targets, pad))
+
+    def loss(batch: LMBatch) -> Tensor:
+        log_probs, targets = _lm_predictions(model, batch, pad)
+        return batch.share.tokens * F.nll_loss(log_probs.float(), targets)
+
+    return _train(model, optimizer, batches, loss, config.bf16)
+
+
+def _lm_predictions(model: nn.Module, batch: LMBatch, pad: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities (N, V) and targets (N,) of the tokens that count: nine in ten are padding where one is long."""
+    lengths = (batch.targets != pad).sum(dim=1).cpu()
+    targets = pack_padded_sequence(batch.targets, lengths, batch_first=True, enforce_sorted=False).data
+    return model(batch.inputs, lengths), targets
 
 
 def _train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, batches: Iterable[T], loss_of: Callable[[T], Tensor]
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[T],
+    loss_of: Callable[[T], Tensor],
+    bf16: bool,
 ) -> float:
     model.train()
+    device = next(model.parameters()).device.type
     losses = []
     for batch in batches:
-        loss = loss_of(batch)
+        with torch.autocast(device, torch.bfloat16, enabled=bf16):
+            loss = loss_of(batch)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -120,16 +187,20 @@ def _train(
 def decoder_loss(model: nn.Module, batches: Iterable[DecoderBatch], pad: int) -> float:
     """Validation loss of a decoder: mean token loss over batches, without the regulariser."""
     model.eval()
-    losses = [token_loss(model(*batch)[0], batch.targets, pad) for batch in batches]
+    losses = [token_loss(model(batch.features, batch.targets)[0], batch.targets, pad) for batch in batches]
     return float(torch.stack(losses).mean()) if losses else float("nan")
 
 
 @torch.no_grad()
 def lm_loss(model: nn.Module, batches: Iterable[LMBatch], pad: int) -> float:
-    """Validation loss of a language model: mean token loss over batches."""
+    """Validation loss of a language model: mean over all tokens, nats; e to its power is the perplexity."""
     model.eval()
-    losses = [token_loss(model(batch.inputs), batch.targets, pad) for batch in batches]
-    return float(torch.stack(losses).mean()) if losses else float("nan")
+    total, tokens = 0.0, 0
+    for batch in batches:
+        log_probs, targets = _lm_predictions(model, batch, pad)
+        total += float(F.nll_loss(log_probs, targets, reduction="sum"))
+        tokens += len(targets)
+    return total / tokens if tokens else float("nan")
 
 
 def greedy_captions(decoder: Decoder, features: Tensor, indexer: Indexer, length: int = 15) -> list[str]:
@@ -146,15 +217,15 @@ class EarlyStopping:
         patience: Epochs without improvement that are forgiven; the next one stops training.
         keep_last: Keep the last epoch's weights instead, as the reference does by mistake (a quirk).
         best: The best metric so far; larger is better.
-        best_epoch: The epoch it was reached in.
-        bad: Epochs since.
+        kept_epoch: The epoch whose weights are kept.
+        bad: Epochs since the best one.
         weights: The weights to keep, on the CPU.
     """
 
     patience: int = 4
     keep_last: bool = False
     best: float = -float("inf")
-    best_epoch: int = -1
+    kept_epoch: int = -1
     bad: int = 0
     weights: dict[str, Tensor] = field(default_factory=dict)
 
@@ -168,10 +239,11 @@ class EarlyStopping:
         """
         improved = metric > self.best
         if improved:
-            self.best, self.best_epoch, self.bad = metric, epoch, 0
+            self.best, self.bad = metric, 0
         else:
             self.bad += 1
         if improved or self.keep_last or not self.weights:
+            self.kept_epoch = epoch
             self.weights = {name: tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
         return self.bad > self.patience
 

@@ -1,52 +1,84 @@
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from milan_ray.captioner.beam import beam_search
 from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, decode_forced, decode_stepwise
-from milan_ray.captioner.lm import LanguageModel
+from milan_ray.captioner.decoder import Decoder, DecoderConfig, decode_forced, decode_stepwise
+from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.errors import MilanError
 
 
-def naive_beam(
+def plain_search(
     decoder: Decoder, features: torch.Tensor, beam_size: int, length: int, lm: LanguageModel | None
-) -> list[tuple[list[int], float]]:
-    """One unit's beam, a hypothesis at a time, every prefix decoded from scratch."""
-    stop = decoder.config.ids.stop
-    beams: list[tuple[list[int], float]] = [([], 0.0)]
-    for _ in range(length):
-        if all(tokens and tokens[-1] == stop for tokens, _ in beams):
+) -> tuple[list[list[list[int]]], list[list[float]]]:
+    """AllenNLP's search as REFERENCE §5.1 words it, a hypothesis at a time, every prefix decoded from scratch."""
+    ids, lowest = decoder.config.ids, torch.finfo(torch.float32).min
+
+    def after(unit: int, tokens: list[int]) -> list[float]:
+        if tokens and tokens[-1] == ids.stop:
+            return [0.0 if token == ids.stop else lowest for token in range(ids.total)]
+        prefix = torch.tensor([[*tokens, 0]])
+        return decode_forced(decoder, features[unit : unit + 1], prefix, lm).log_probs[0, -1].tolist()
+
+    def best(beams: list[tuple[list[int], float]]) -> list[tuple[list[int], float]]:
+        return sorted(beams, key=lambda beam: -beam[1])[:beam_size]
+
+    batch: list[list[tuple[list[int], float]]] = [[([], 0.0)] for _ in features]
+    for step in range(length):
+        if step and all(tokens[-1] == ids.stop for beams in batch for tokens, _ in beams):
             break
-        grown = []
-        for tokens, score in beams:
-            if tokens and tokens[-1] == stop:
-                grown.append(([*tokens, stop], score))
-                continue
-            prefix = torch.tensor([[*tokens, 0]])
-            last = decode_forced(decoder, features[None], prefix, lm).log_probs[0, -1]
-            grown += [([*tokens, token], score + value) for token, value in enumerate(last.tolist())]
-        beams = sorted(grown, key=lambda beam: -beam[1])[:beam_size]
-    return beams
+        for unit, beams in enumerate(batch):
+            nodes = []
+            for tokens, score in beams:
+                grown = [([*tokens, token], score + value) for token, value in enumerate(after(unit, tokens))]
+                nodes += best(grown)
+            batch[unit] = best(nodes)
+    return [[tokens for tokens, _ in beams] for beams in batch], [[score for _, score in beams] for beams in batch]
 
 
-@pytest.mark.parametrize("mi", [False, True])
-@pytest.mark.parametrize("beam_size", [1, 2, 5, 13])
-def test_beam_random_decoder_equals_the_naive_search(
-    tiny: Captioner, tiny_features: torch.Tensor, beam_size: int, mi: bool
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    words=st.integers(0, 8),
+    beam_size=st.integers(1, 12),
+    length=st.integers(1, 5),
+    units=st.integers(1, 4),
+    stop_bias=st.sampled_from([-2.0, 0.0, 2.0, 6.0]),
+    mi=st.booleans(),
+    seed=st.integers(0, 9),
+)
+def test_beam_any_decoder_equals_the_plain_search(
+    words: int, beam_size: int, length: int, units: int, stop_bias: float, mi: bool, seed: int
 ) -> None:
-    lm = tiny.lm if mi else None
-    beams = beam_search(tiny.decoder, tiny_features, beam_size, 6, lm)
-    stop = tiny.indexer.ids.stop
-    if beam_size == 5:  # the case is worth something: some beams finish, some do not
-        assert 0 < (beams.tokens == stop).any(2).float().mean() < 1
-    for unit, features in enumerate(tiny_features):
-        naive = naive_beam(tiny.decoder, features, beam_size, 6, lm)
-        padded = [tokens + [stop] * (beams.tokens.shape[2] - len(tokens)) for tokens, _ in naive]
-        assert beams.tokens[unit].tolist() == padded
-        assert beams.scores[unit].tolist() == pytest.approx([score for _, score in naive], abs=1e-4)
-        assert beams.steps[unit] == len(naive[0][0])
+    torch.manual_seed(seed)
+    decoder = Decoder(DecoderConfig(words, feature_size=4, embedding_size=3, hidden_size=5)).eval()
+    lm = LanguageModel(LMConfig(words, embedding_size=3, hidden_size=5)).eval() if mi else None
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(4)
+        decoder.output[1].bias[decoder.config.ids.stop] += stop_bias
+    features = torch.randn(units, 2, 4)
+    if beam_size > decoder.config.ids.total:
+        with pytest.raises(MilanError, match="does not fit a vocabulary"):
+            beam_search(decoder, features, beam_size, length, lm)
+        return
+    ours = beam_search(decoder, features, beam_size, length, lm)
+    tokens, scores = plain_search(decoder, features, beam_size, length, lm)
+    assert ours.tokens.tolist() == tokens  # as long as the longest of the batch, padded with <stop>
+    np.testing.assert_allclose(ours.scores, scores, rtol=0, atol=1e-4)
+
+
+def test_beam_tiny_decoder_some_beams_finish_and_some_run_out_of_room(
+    tiny: Captioner, tiny_features: torch.Tensor
+) -> None:
+    beams = beam_search(tiny.decoder, tiny_features, 5, 6)
+    stopped = beams.tokens == tiny.indexer.ids.stop
+    assert 0 < stopped.any(2).float().mean() < 1
+    assert beams.steps.tolist() == [6 if not unit.any(1).all() else int((~unit).sum(1).max()) + 1 for unit in stopped]
 
 
 def test_beam_whole_vocabulary_finds_the_best_of_all_pairs(tiny: Captioner, tiny_features: torch.Tensor) -> None:

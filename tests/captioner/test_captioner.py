@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -42,6 +44,47 @@ def test_score_of_a_text_equals_forced_decoding_through_stop(tiny: Captioner, ti
             for i, row in enumerate(targets)
         ]
         assert tiny.score(texts, tiny_features[:2], mi=mi).tolist() == pytest.approx(expected, abs=1e-4)
+
+
+def test_score_of_one_unit_is_that_unit_for_every_text(tiny: Captioner, tiny_features: torch.Tensor) -> None:
+    texts = ["red dog", "the round cat.", "unheard of"]
+    repeated = tiny_features[:1].expand(3, -1, -1)
+    assert tiny.score(texts, tiny_features[:1]).tolist() == tiny.score(texts, repeated).tolist()
+    with pytest.raises(MilanError, match="3 texts need the features of 3 units, or of one, not of 2"):
+        tiny.score(texts, tiny_features[:2])
+
+
+def test_decode_defaults_follow_the_language_model_and_the_captioners_strategy(
+    tiny: Captioner, tiny_features: torch.Tensor
+) -> None:
+    def same(captioner: Captioner, **options: object) -> bool:
+        return torch.equal(captioner.decode(tiny_features).scores, captioner.decode(tiny_features, **options).scores)
+
+    plain = replace(tiny, lm=None)
+    greedy = replace(tiny, strategy="greedy")
+    assert same(tiny, strategy="rerank", mi=False) and not same(tiny, strategy="beam")
+    assert same(plain, strategy="beam", mi=False)
+    assert same(greedy, strategy="greedy", mi=True, lam=tiny.lam) and not same(greedy, strategy="greedy", mi=False)
+    texts = [unit[0].text for unit in tiny.describe(tiny_features)]
+    assert tiny.decode(tiny_features).texts == texts == greedy.decode(tiny_features, "rerank").texts
+
+
+@pytest.mark.parametrize("strategy", ["greedy", "sample", "beam", "rerank"])
+def test_decode_no_units_gives_nothing(tiny: Captioner, tiny_features: torch.Tensor, strategy: str) -> None:
+    assert tiny.decode(tiny_features[:0], strategy).texts == []
+
+
+def test_decode_what_does_not_go_together_is_refused(tiny: Captioner, tiny_features: torch.Tensor) -> None:
+    plain = replace(tiny, lm=None)
+    for captioner, options, message in (
+        (plain, {"strategy": "rerank"}, "needs a language model"),
+        (plain, {"strategy": "greedy", "mi": True}, "needs a language model"),
+        (tiny, {"strategy": "rerank", "mi": True}, "after the search"),
+        (tiny, {"strategy": "greddy"}, "unknown strategy 'greddy'; nearest: greedy"),
+        (tiny, {"strategy": torch.zeros(3, 2, dtype=torch.long)}, r"8 units need tokens of shape \(8, T\)"),
+    ):
+        with pytest.raises(MilanError, match=message):
+            captioner.decode(tiny_features, **options)
 
 
 def test_describe_larger_lam_prefers_the_unexpected(tiny: Captioner, tiny_features: torch.Tensor) -> None:

@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from milan_ray.captioner.encoder import EncoderSpec, PyramidEncoder, get_encoder, pool_maps, register_encoder
 from milan_ray.errors import MilanError
+from milan_ray.models.weights import WeightsFile
 
 
 def backbone() -> nn.Module:
@@ -75,7 +76,7 @@ def test_encoder_weights_missing_says_file_and_source(tmp_path: Path, monkeypatc
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(
         MilanError,
-        match=r"resnet18-\w+\.pth nor .*resnet18-\w+\.pth; fetch https://download.pytorch.org/models/resnet18",
+        match=r"resnet18-\w+\.pth is neither in .* nor in .*: fetch it from https://download.pytorch.org/models/resnet18",
     ):
         get_encoder("resnet18").load()
 
@@ -111,3 +112,27 @@ def test_encoder_of_torchvision_equals_hooks_on_the_whole_classifier(name: str, 
     assert ours.shape == (2, channels)
     scale = expected.abs().max().clamp(min=1)
     assert torch.allclose(ours / scale, expected / scale, rtol=1e-4, atol=1e-6)
+
+
+def test_encoder_published_weights_are_fetched_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in ("TORCH_HOME", "MILAN_MODELS_DIR"):
+        monkeypatch.setenv(variable, str(tmp_path / "models"))
+    torch.manual_seed(3)
+    torch.save(backbone().state_dict(), tmp_path / "small.pth")
+
+    def build(path: str | None) -> nn.Module:
+        model = backbone()
+        if path is not None:
+            model.load_state_dict(torch.load(path, weights_only=True))
+        return model
+
+    spec = EncoderSpec("small", build, ("0",), size=17, published=WeightsFile.at((tmp_path / "small.pth").as_uri()))
+    with pytest.raises(MilanError, match=r"small\.pth .*: fetch it .* let --download do so, or .* --encoder-weights"):
+        spec.load()
+    spec.load(backbone().state_dict())  # a captioner's own weights need no file
+    loaded = spec.load(download=True)
+    assert (tmp_path / "models/small.pth").is_file()
+    assert all(
+        torch.equal(tensor, spec.load().backbone.state_dict()[name])
+        for name, tensor in loaded.backbone.state_dict().items()
+    )

@@ -1,3 +1,4 @@
+import hashlib
 import json
 from pathlib import Path
 
@@ -5,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from torch.nn import functional as F
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.encoder import PyramidEncoder, SpatialEncoder, get_encoder, level_weights
@@ -41,18 +43,41 @@ def assert_levels_close(ours: torch.Tensor, reference: np.ndarray, channels: lis
 
 
 @pytest.mark.parametrize("name", ["alexnet", "resnet18", "resnet50", "resnet101"])
-def test_encoder_golden_layers_and_feature_sizes_identical(golden: Path, name: str) -> None:
-    encoder = seeded(name)
+def test_encoder_golden_layers_sizes_and_seeded_weights_are_the_references(golden: Path, name: str) -> None:
     meta = json.loads((golden / "encoder/meta.json").read_text())[name]
+    torch.manual_seed(0)
+    encoder = get_encoder(name).load(state := torchvision.models.get_model(name, weights=None).state_dict())
+    digest = hashlib.sha256()
+    for key, tensor in {"mean": encoder.mean, "std": encoder.std}.items():
+        digest.update(key.encode() + tensor.numpy().tobytes())
+    for key, tensor in state.items():
+        digest.update(f"encoder.model.{key}".encode() + tensor.numpy().tobytes())
+    assert digest.hexdigest() == meta["state_dict_sha256"]
     assert list(encoder.spec.layers) == meta["layers"]
     assert [encoder.feature_size] == meta["feature_shape"]
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet101"])  # the golden folder holds no features of the others
+@pytest.mark.parametrize("name", ["alexnet", "resnet50"])  # the golden folder holds no features of these
+def test_encoder_golden_inputs_features_equal_the_reference_formula(golden: Path, inputs: tuple, name: str) -> None:
+    images, masks = (array[[0, 5, 6]] for array in inputs)
+    encoder, expected = seeded(name), []
+    for level in encoder.maps(images):
+        weights = F.interpolate(masks[:, None], level.shape[-2:], mode="bilinear", align_corners=False)
+        seen = ~weights.isclose(torch.zeros(())).flatten(1).all(1)
+        weights[seen] /= weights[seen].sum((-1, -2), keepdim=True)
+        expected.append((level * weights).sum((-1, -2)))
+    ours = encoder(images, masks)
+    assert_levels_close(ours, torch.cat(expected, dim=1).numpy(), [level.shape[1] for level in expected])
+    column = json.loads((golden / "encoder/meta.json").read_text())[name]["image6_zero_from_column"]
+    assert not ours[1].any()
+    assert ours[2, :column].any() and not ours[2, column:].any()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet101"])
 def test_encoder_golden_features_agree(inputs: tuple, features: dict, name: str) -> None:
     images, masks = inputs
     encoder = seeded(name)
-    channels = [level.shape[1] for level in encoder.maps(images[:1])]
+    channels = [level.shape[1] for level in encoder.maps(images[:1, :, :64, :64])]
     for key, ours in (
         ("masked", encoder(images, masks)),
         ("nomask", encoder(images[:2])),

@@ -1,4 +1,5 @@
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,9 @@ import torch
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import load_reference
+from milan_ray.captioner.quirks import REFERENCE
 from milan_ray.captioner.training import (
+    EarlyStopping,
     TrainingConfig,
     attention_regularizer,
     collate_decoder,
@@ -47,7 +50,7 @@ def batch_of(captioner: Captioner, record: dict) -> list[list[int]]:
 def test_decoder_golden_loss_and_gradients_agree(captioner: Captioner, record: dict, arrays: dict) -> None:
     batch = collate_decoder(torch.from_numpy(arrays["features"]), batch_of(captioner, record), captioner.indexer)
     assert batch.targets.tolist() == arrays["targets"].tolist()
-    log_probs, attentions = captioner.decoder(*batch)
+    log_probs, attentions = captioner.decoder(batch.features, batch.targets)
     nll = token_loss(log_probs, batch.targets, captioner.indexer.ids.pad)
     regularizer = attention_regularizer(attentions)
     (nll + regularizer).backward()
@@ -82,3 +85,20 @@ def test_language_model_golden_loss_and_gradients_agree(captioner: Captioner, re
     assert loss.item() == pytest.approx(record["lm_loss"], abs=1e-4)
     norms = {name: parameter.grad.norm().item() for name, parameter in captioner.lm.named_parameters()}
     assert norms == pytest.approx(record["lm_grad_norms"], abs=1e-4)
+
+
+def test_early_stopping_golden_log_stops_where_the_reference_does_and_keeps_what_it_returns(record: dict) -> None:
+    probe = record["early_stopping_probe"]
+    losses = [float(re.search(r"val_loss=([\d.]+)", line)[1]) for line in probe["log"]]
+    kept = {}
+    for keep_last in (REFERENCE.keep_last_weights, False):
+        model, stopping = torch.nn.Linear(1, 1, bias=False), EarlyStopping(patience=2, keep_last=keep_last)
+        for epoch, loss in enumerate(losses):
+            torch.nn.init.constant_(model.weight, loss)  # stands for the weights that have this loss
+            if stopping.update(epoch, -loss, model):
+                break
+        assert epoch == len(losses) - 1
+        stopping.restore(model)
+        kept[keep_last] = model.weight.item()
+    assert kept[True] == pytest.approx(probe["val_loss_of_returned_model"], abs=1e-3)
+    assert kept[False] == pytest.approx(min(losses)) != pytest.approx(kept[True])

@@ -1,6 +1,8 @@
 import pickle
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from milan_ray.captioner.text import Indexer, Tokenizer, Vocabulary
 from milan_ray.errors import MilanError
@@ -42,3 +44,54 @@ def test_indexer_round_trip_through_state_and_pickle() -> None:
 def test_reconstruct_joins_punctuation_and_capitalises_sentences() -> None:
     indexer = Indexer(Vocabulary(("red", "dog", "-", ".")))
     assert indexer.reconstruct([4, 0, 2, 1, 3, 1, 5, 0]) == "Red-dog. Dog"
+
+
+PIECES = ("red", "dog", "-", "--", ".", "...", ",", ";", ":", "low-res", "-like", "'s", "U.S.")
+
+
+def plain_index(
+    indexer: Indexer, texts: list[list[str]], start: bool, stop: bool, pad: bool, unk: bool, length: int | None
+) -> list[list[int]]:
+    """REFERENCE §3, word for word."""
+    ids, words = indexer.ids, list(indexer.vocabulary.words)
+    size = (length or max(map(len, texts))) + start + stop
+    rows = []
+    for text in texts:
+        row = [ids.start] if start else []
+        for token in text:
+            if token in words:
+                row.append(words.index(token))
+            elif unk:
+                row.append(ids.unk)
+        if stop:
+            row = [*row[: size - 1], ids.stop]
+        row += [ids.pad] * (size - len(row)) if pad else []
+        rows.append(row[:size])
+    return rows
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    texts=st.lists(st.lists(st.sampled_from(("red", "dog", "odd")), max_size=5), min_size=1, max_size=3),
+    flags=st.tuples(*[st.booleans()] * 4),
+    length=st.sampled_from([None, 1, 3, 9]),
+)
+def test_index_any_options_equal_the_plain_rule(
+    texts: list[list[str]], flags: tuple[bool, bool, bool, bool], length: int | None
+) -> None:
+    indexer = Indexer(Vocabulary(("red", "dog")))
+    start, stop, pad, unk = flags
+    ours = indexer.index([" ".join(text) for text in texts], start=start, stop=stop, pad=pad, unk=unk, length=length)
+    assert ours == plain_index(indexer, texts, start, stop, pad, unk, length)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(ids=st.lists(st.integers(0, len(PIECES) + 3), min_size=1, max_size=8))
+def test_reconstruct_any_tokens_equal_replacement_by_replacement(ids: list[int]) -> None:
+    indexer = Indexer(Vocabulary(PIECES))
+    kept = ids[: ids.index(indexer.ids.stop)] if indexer.ids.stop in ids else ids
+    text = " ".join(PIECES[i] for i in kept if i < len(PIECES))
+    for mark in ".,;:-":
+        text = text.replace(f" {mark}", mark)
+    text = text.replace("- ", "-")
+    assert indexer.reconstruct(ids) == ". ".join(part.strip().capitalize() for part in text.split(".")).strip()

@@ -6,7 +6,9 @@ import torch
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.quirks import REFERENCE
 from milan_ray.captioner.training import (
+    DecoderBatch,
     EarlyStopping,
+    LMBatch,
     TrainingConfig,
     collate_decoder,
     collate_lm,
@@ -16,7 +18,9 @@ from milan_ray.captioner.training import (
     lm_epoch,
     lm_loss,
     optimizer_for,
+    share_of,
     shuffled_batches,
+    token_loss,
 )
 
 CAPTIONS = ["red dog", "blue cat.", "the round cat", "a dog of a cat", "red", "blue", "the cat.", "round dog"]
@@ -65,12 +69,75 @@ def test_decoder_epochs_learn_the_captions_by_heart(
 def test_lm_epochs_lower_the_loss(tiny: Captioner, words: list[list[int]]) -> None:
     assert tiny.lm is not None
     torch.manual_seed(0)
-    optimizer, pad = optimizer_for(tiny.lm, TrainingConfig(learning_rate=0.02)), tiny.indexer.ids.pad
+    config = TrainingConfig(learning_rate=0.02)
+    optimizer, pad = optimizer_for(tiny.lm, config), tiny.indexer.ids.pad
     batches = [collate_lm(batch, tiny.indexer) for batch in shuffled_batches(words, 4, seed=0, epoch=0)]
     before = lm_loss(tiny.lm, batches, pad)
     for _ in range(60):
-        lm_epoch(tiny.lm, optimizer, batches, pad)
+        lm_epoch(tiny.lm, optimizer, batches, pad, config)
     assert lm_loss(tiny.lm, batches, pad) < 0.6 * before
+
+
+def test_lm_loss_without_padding_is_the_mean_over_tokens(tiny: Captioner, words: list[list[int]]) -> None:
+    assert tiny.lm is not None
+    batch, pad = collate_lm(words, tiny.indexer), tiny.indexer.ids.pad
+    padded = token_loss(tiny.lm.eval()(batch.inputs), batch.targets, pad)
+    assert lm_loss(tiny.lm, [batch], pad) == pytest.approx(padded.item(), abs=1e-6)
+    halves = [collate_lm(words[:3], tiny.indexer), collate_lm(words[3:], tiny.indexer)]
+    assert lm_loss(tiny.lm, halves, pad) == pytest.approx(padded.item(), abs=1e-6)
+
+
+def trained(model: torch.nn.Module, batches: list[LMBatch] | list[DecoderBatch], pad: int) -> dict[str, torch.Tensor]:
+    """Mean gradients over workers that have a batch each; nothing is learnt."""
+    model, sums = copy.deepcopy(model), {}
+    for module in model.modules():  # no dropout, which each worker draws anew
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        elif isinstance(module, torch.nn.LSTM):
+            module.dropout = 0.0
+    config = TrainingConfig(learning_rate=0)
+    for batch in batches:
+        epoch = lm_epoch if isinstance(batch, LMBatch) else decoder_epoch
+        epoch(model, optimizer_for(model, config), [batch], pad, config)
+        for name, parameter in model.named_parameters():
+            sums[name] = sums.get(name, 0) + parameter.grad / len(batches)
+    return sums
+
+
+@pytest.mark.parametrize("cut", [1, 5, 8])
+def test_share_of_makes_workers_mean_gradient_that_of_the_whole_batch(
+    tiny: Captioner, tiny_features: torch.Tensor, words: list[list[int]], cut: int
+) -> None:
+    pad, longest = tiny.indexer.ids.pad, max(map(len, words))
+    parts = [(words[:cut], tiny_features[:cut]), (words[cut:], tiny_features[cut:])]
+    shares = [share_of(part, words, workers=2) for part, _ in parts]
+    # A worker without a caption of its own computes any, at no weight: all of them must take part.
+    parts = [(part or words[:1], features if part else tiny_features[:1]) for part, features in parts]
+    lm = [collate_lm(part, tiny.indexer, share) for (part, _), share in zip(parts, shares, strict=True)]
+    decoder = [
+        collate_decoder(features, part, tiny.indexer, longest, share)
+        for (part, features), share in zip(parts, shares, strict=True)
+    ]
+    assert tiny.lm is not None
+    torch.testing.assert_close(trained(tiny.lm, lm, pad), trained(tiny.lm, [collate_lm(words, tiny.indexer)], pad))
+    whole = [collate_decoder(tiny_features, words, tiny.indexer)]
+    torch.testing.assert_close(trained(tiny.decoder, decoder, pad), trained(tiny.decoder, whole, pad))
+
+
+def test_epochs_in_bf16_lower_the_loss_and_keep_float32_weights(
+    tiny: Captioner, tiny_features: torch.Tensor, words: list[list[int]]
+) -> None:
+    torch.manual_seed(0)
+    config, pad = TrainingConfig(learning_rate=0.02, bf16=True), tiny.indexer.ids.pad
+    assert tiny.lm is not None
+    for model, epoch, batch in (
+        (tiny.lm, lm_epoch, collate_lm(words, tiny.indexer)),
+        (tiny.decoder, decoder_epoch, collate_decoder(tiny_features, words, tiny.indexer)),
+    ):
+        optimizer = optimizer_for(model, config)
+        losses = [epoch(model, optimizer, [batch], pad, config) for _ in range(40)]
+        assert losses[-1] < 0.8 * losses[0]
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_epoch_without_batches_is_nan_not_an_error(tiny: Captioner) -> None:
@@ -93,7 +160,7 @@ def trained_metrics(stopping: EarlyStopping, metrics: list[float]) -> tuple[int,
 def test_early_stopping_keeps_the_best_epochs_weights() -> None:
     stopping = EarlyStopping(patience=2)
     assert trained_metrics(stopping, [1, 3, 2, 3, float("nan"), 9, 9]) == (4, 1.0)
-    assert (stopping.best, stopping.best_epoch) == (3, 1)
+    assert (stopping.best, stopping.kept_epoch) == (3, 1)
 
 
 def test_early_stopping_quirk_keeps_the_last_epochs_weights() -> None:
@@ -107,4 +174,4 @@ def test_early_stopping_resumed_from_its_state_goes_on_as_if_never_stopped() -> 
     first.update(1, 4.0, model)
     resumed = EarlyStopping(**copy.deepcopy(first.state()))
     assert resumed.update(2, 4.0, model) is True
-    assert resumed.best_epoch == 0 and resumed.weights.keys() == model.state_dict().keys()
+    assert resumed.kept_epoch == 0 and resumed.weights.keys() == model.state_dict().keys()
