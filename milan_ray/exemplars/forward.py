@@ -1,54 +1,108 @@
-"""Running a model over probe images: read, view, pad, one forward pass, all layers."""
+"""Running a model over a probe: read, view, pad, one forward pass, all layers."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from milan_ray.errors import UnreadableImage
-from milan_ray.models.hooks import LayerTap
-from milan_ray.models.registry import ModelSpec
+from milan_ray.errors import MilanError, UnreadableImage
+from milan_ray.models.hooks import LayerTap, call
+from milan_ray.models.registry import ModelInput, ModelSpec
 from milan_ray.models.view import View
-from milan_ray.probe.base import ImageRef, Probe
+from milan_ray.probe.base import ImageProbe, ImageRef, LatentProbe, Probe
+
+Inputs = np.ndarray | tuple[torch.Tensor, ...]
+"""Views uint8 (n, H, W, 3), or a generator's latents, each (n, …)."""
 
 
 @dataclass
 class Batch:
-    """Probe images as one model sees them.
+    """Probe rows as one model takes them.
 
     Attributes:
-        views: uint8 (n, H, W, 3).
+        inputs: The model's views or latents.
         ids: int64 (n,), their image ids.
         sha256: Their digests, n of them.
         unreadable: What could not be read, with the reason.
     """
 
-    views: np.ndarray
+    inputs: Inputs
     ids: np.ndarray
     sha256: list[str]
     unreadable: list[tuple[ImageRef, str]] = field(default_factory=list)
 
+    @property
+    def views(self) -> np.ndarray:
+        """The inputs of a model that takes images, uint8 (n, H, W, 3)."""
+        assert isinstance(self.inputs, np.ndarray)
+        return self.inputs
 
-def read_views(probe: Probe, refs: Sequence[ImageRef], view: View) -> Batch:
+
+def check_probe(spec: ModelSpec, probe: Probe) -> None:
+    """Sees that a generator gets latents and everything else images.
+
+    Raises:
+        MilanError: It is the other way round.
+    """
+    if spec.images is not None and not isinstance(probe, LatentProbe):
+        raise MilanError(
+            f"{spec.name} generates images from tensors, but probe {probe.name!r} holds images: give a folder of its "
+            "latents (.pth, .npy, .npz or .safetensors)."
+        )
+    if spec.images is None and isinstance(probe, LatentProbe):
+        raise MilanError(
+            f"{spec.name} takes images, but probe {probe.name!r} holds latents for a generator: give images, or "
+            "register the model with images=, which makes it a generator."
+        )
+
+
+def read_inputs(probe: Probe, refs: Sequence[ImageRef], spec: ModelSpec) -> Batch:
+    """Reads probe rows as a model takes them; unreadable ones are set aside with their reason."""
+    if not isinstance(probe, LatentProbe):
+        return read_views(probe, refs, spec.preprocess.view)
+    latents = probe.latents(refs)
+    digests = []
+    for row in zip(*latents, strict=True):
+        digest = hashlib.sha256()
+        for tensor in row:
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        digests.append(digest.hexdigest())
+    return Batch(latents, np.array([ref.image_id for ref in refs], np.int64), digests)
+
+
+def read_views(probe: ImageProbe, refs: Sequence[ImageRef], view: View) -> Batch:
     """Reads images and applies a view; unreadable ones are set aside with their reason."""
-    batch = Batch(np.zeros((len(refs), *view.shape, 3), np.uint8), np.zeros(len(refs), np.int64), [])
+    views = np.zeros((len(refs), *view.shape, 3), np.uint8)
+    batch = Batch(views, np.zeros(len(refs), np.int64), [])
     for ref in refs:
         good = len(batch.sha256)
         try:
             found = probe.read(ref)
-            batch.views[good] = view(found.image)
+            views[good] = view(found.image)
         except UnreadableImage as error:
             batch.unreadable.append((ref, str(error)))
             continue
         batch.ids[good] = ref.image_id
         batch.sha256.append(found.sha256)
     good = len(batch.sha256)
-    batch.views, batch.ids = batch.views[:good], batch.ids[:good]
+    batch.inputs, batch.ids = views[:good], batch.ids[:good]
     return batch
+
+
+CPU_PASS = 16
+"""The most images per forward pass on a CPU. Beyond it maps leave the caches: a pass over 128 images takes 15 % longer
+per image, and eight times the memory (BENCHMARKS.md)."""
+
+
+def pass_size(batch_size: int, device: torch.device) -> int:
+    """Images per forward pass, of the ``batch_size`` that are asked for."""
+    return min(batch_size, CPU_PASS) if device.type == "cpu" else batch_size
 
 
 class Forward:
@@ -71,11 +125,11 @@ class Forward:
         self._device = parameter.device if parameter is not None else torch.device("cpu")
 
     @torch.inference_mode()
-    def maps(self, views: np.ndarray) -> dict[str, torch.Tensor]:
+    def maps(self, inputs: Inputs) -> dict[str, torch.Tensor]:
         """Every layer's activation maps of up to a batch of images.
 
         Args:
-            views: uint8 (n, H, W, 3), n ≤ batch size.
+            inputs: n ≤ batch size views, or a generator's latents.
 
         Returns:
             Layer → (n, U, h, w), on the model's device.
@@ -83,10 +137,44 @@ class Forward:
         Raises:
             MilanError: A layer's output cannot be read as maps.
         """
-        count = len(views)
-        if count < self._batch_size:
-            views = np.concatenate([views, np.zeros((self._batch_size - count, *views.shape[1:]), np.uint8)])
-        inputs = self._spec.prepare(torch.from_numpy(views).to(self._device))
-        with LayerTap(self._model, self._layers) as tap:
-            outputs = tap(inputs)
+        count, prepared = self._prepare(inputs)
+        with LayerTap(self._model, self._layers, self._spec.hidden, self._spec.activations) as tap:
+            outputs = tap(prepared)
         return {layer: self._spec.unit_maps(layer, output)[:count] for layer, output in outputs.items()}
+
+    @torch.inference_mode()
+    def images(self, latents: Inputs, truncate: bool = False) -> np.ndarray:
+        """What a generator makes of up to a batch of latents, brought to its view's size by nearest neighbour.
+
+        Args:
+            latents: Its inputs, n ≤ batch size.
+            truncate: The reference's quirk; see :meth:`milan_ray.models.view.Preprocess.pixels`.
+
+        Returns:
+            uint8 (n, H, W, 3).
+
+        Raises:
+            MilanError: What it puts out is no batch of images.
+        """
+        spec = self._spec
+        assert spec.images is not None
+        count, prepared = self._prepare(latents)
+        images = spec.images(call(self._model, prepared))
+        if images.ndim != 4 or images.shape[:2] != (self._batch_size, 3):
+            raise MilanError(
+                f"{spec.name} puts out images of shape {tuple(images.shape)}, not (B, 3, H, W): register it with "
+                "images=, a function that takes them out of its output."
+            )
+        pixels = spec.preprocess.pixels(images[:count], truncate).cpu().permute(0, 3, 1, 2)
+        return F.interpolate(pixels, size=spec.preprocess.view.shape, mode="nearest").permute(0, 2, 3, 1).numpy()
+
+    def _prepare(self, inputs: Inputs) -> tuple[int, ModelInput]:
+        """How many inputs there are, and the model's input of a full batch."""
+        tensors = inputs if isinstance(inputs, tuple) else (torch.from_numpy(inputs),)
+        count = len(tensors[0])
+        if count < self._batch_size:
+            short = self._batch_size - count
+            tensors = tuple(torch.cat([tensor, tensor.new_zeros((short, *tensor.shape[1:]))]) for tensor in tensors)
+        if self._device.type == "cuda":
+            tensors = tuple(tensor.pin_memory() for tensor in tensors)  # else the host waits for the copy
+        return count, self._spec.prepare(*(tensor.to(self._device, non_blocking=True) for tensor in tensors))

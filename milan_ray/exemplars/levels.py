@@ -60,10 +60,14 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 class RunningLevel:
     """Per unit, the largest activations seen and how many were counted.
 
+    Once a unit's tail is full, its least value is a bar: what is not above it can never matter again. So nearly all
+    activations cost one comparison, and only what passes is moved.
+
     Attributes:
         quantile: q, e.g. 0.99.
         capacity: Largest values kept per unit.
-        tail: float32 (U, ≤ capacity), unordered; −inf where fewer were finite.
+        tail: float32 (U, n), unordered, −inf where there is none; n may exceed the capacity until it is trimmed.
+        bar: float32 (U,), values at or below which nothing needs to enter; −inf until a tail is full.
         counted: int64 (U,), finite activations seen.
         nonfinite: int64 (U,), NaN and infinite activations left out.
     """
@@ -71,8 +75,11 @@ class RunningLevel:
     quantile: float
     capacity: int
     tail: torch.Tensor
+    bar: torch.Tensor
     counted: torch.Tensor
     nonfinite: torch.Tensor
+    _used: np.ndarray
+    """int64 (U,), columns of the tail that are taken."""
 
     @classmethod
     def empty(cls, units: int, quantile: float, planned: int, device: str | torch.device = "cpu") -> RunningLevel:
@@ -85,20 +92,31 @@ class RunningLevel:
             device: Where the state lives.
         """
         capacity = min(planned, math.ceil((1 - quantile) * planned) + 2)
+        tail = torch.empty((units, 0), device=device)
+        bar = torch.full((units,), -torch.inf, device=device)
         zeros = torch.zeros(units, dtype=torch.int64, device=device)
-        return cls(quantile, capacity, torch.empty((units, 0), device=device), zeros, zeros.clone())
+        return cls(quantile, capacity, tail, bar, zeros, zeros.clone(), np.zeros(units, np.int64))
 
-    def update(self, activations: torch.Tensor) -> None:
-        """Counts activations float32 (U, n), contiguous; they may be reordered in place."""
-        counted = torch.full_like(self.counted, activations.shape[1])
-        # A finite sum proves all finite in one cheap pass; an overflowing one only costs the closer look.
-        if not bool(torch.isfinite(activations.sum())):
+    def update(self, activations: torch.Tensor, known: torch.Tensor | None = None) -> None:
+        """Counts activations.
+
+        Args:
+            activations: float32 (m, U, n), contiguous: m·n per unit.
+            known: (U,), values below which nothing matters any more, whatever this state holds (another state's
+                :attr:`bar`). Values equal to it are kept: each of several states that know each other's bars must
+                keep its own, or a tie could be lost in all of them.
+        """
+        per_unit = activations.shape[0] * activations.shape[2]
+        counted = torch.full_like(self.counted, per_unit)
+        # On a CPU a finite sum proves all finite in one cheap pass (an overflowing one only costs the closer look); on
+        # a GPU the closer look is cheap, and asking would make the host wait.
+        if activations.is_cuda or not bool(torch.isfinite(activations.sum())):
             finite = torch.isfinite(activations)
-            counted = finite.sum(dim=1)
+            counted = finite.sum(dim=(0, 2))
             activations = activations.masked_fill(~finite, -torch.inf)
-            self.nonfinite = self.nonfinite + activations.shape[1] - counted
+            self.nonfinite = self.nonfinite + per_unit - counted
         self.counted = self.counted + counted
-        self._keep(activations)
+        self._keep(activations, known)
 
     def merge(self, other: RunningLevel) -> None:
         """Adds another state's activations (of the same quantile and capacity)."""
@@ -106,15 +124,64 @@ class RunningLevel:
             raise ValueError("levels of different plans cannot be merged")
         self.counted = self.counted + other.counted
         self.nonfinite = self.nonfinite + other.nonfinite
-        self._keep(other.tail)
+        self._keep(other.tail[None], None)
 
-    def _keep(self, values: torch.Tensor) -> None:
-        values = torch.cat([self.tail, _largest(values, self.capacity)], dim=1)
-        self.tail = _largest(values, self.capacity)
+    def trim(self) -> None:
+        """Drops what is beyond the capacity, and raises the bar."""
+        if self.tail.shape[1] < self.capacity:
+            return
+        self.tail = _largest(self.tail, self.capacity)
+        self._used[:] = self.capacity
+        self.bar = torch.maximum(self.bar, self.tail.amin(dim=1))
+
+    def _keep(self, values: torch.Tensor, known: torch.Tensor | None) -> None:
+        bar = self.bar
+        if known is not None:
+            bar = torch.maximum(bar, torch.nextafter(known, torch.full_like(known, -torch.inf)))
+        if self.capacity == 0 or values.numel() == 0:
+            return
+        if values.is_cuda:  # no sizes that depend on the data: the host would have to wait for them
+            self._append(values.masked_fill(values <= bar[:, None], -torch.inf))
+            return
+        array = values.numpy()
+        above = array > bar.numpy()[:, None]  # four times as fast as torch's
+        if 8 * np.count_nonzero(above) > above.size:
+            self._append(values.masked_fill(~torch.from_numpy(above), -torch.inf))
+            return
+        hits = np.flatnonzero(above)
+        units = hits // values.shape[2]
+        units -= units // values.shape[1] * values.shape[1]  # several times as fast as numpy's %
+        order = np.argsort(units.astype(np.min_scalar_type(values.shape[1])), kind="stable")  # radix sort of 16 bits
+        units = units[order]
+        counts = np.bincount(units, minlength=values.shape[1])
+        columns = np.arange(len(units)) + (self._used - np.cumsum(counts) + counts)[units]
+        self._used += counts
+        self._widen(int(self._used.max()))
+        self.tail.numpy()[units, columns] = array.reshape(-1)[hits[order]]
+        if self._used.max() > self._limit:
+            self.trim()
+
+    def _append(self, values: torch.Tensor) -> None:
+        """Adds all of (m, U, n)."""
+        self.tail = torch.cat([self.tail, values.transpose(0, 1).flatten(1)], dim=1)
+        self._used[:] = self.tail.shape[1]
+        self.trim()
+
+    @property
+    def _limit(self) -> int:
+        """Columns of the tail at which it is trimmed: little beyond the capacity, as a high bar saves most."""
+        return self.capacity + self.capacity // 8
+
+    def _widen(self, columns: int) -> None:
+        """Makes room in the tail, with some to spare: growing copies it."""
+        units, width = self.tail.shape
+        if columns > width:
+            room = max(columns, min(2 * columns, self._limit)) - width
+            self.tail = torch.cat([self.tail, torch.full((units, room), -torch.inf)], dim=1)
 
     def sorted_tail(self) -> torch.Tensor:
-        """The kept activations, descending (U, ≤ capacity): the same for every order of the updates."""
-        return torch.sort(self.tail, dim=1, descending=True).values
+        """The kept activations, descending (U, ≤ capacity), −inf where there are fewer: the same for every order."""
+        return torch.sort(_largest(self.tail.clone(), self.capacity), dim=1, descending=True).values
 
     def result(self) -> torch.Tensor:
         """The levels, float32 (U,): the Hazen quantile, as the reference's sketch has it while it is exact.

@@ -46,7 +46,10 @@ def masks(maps: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> to
     Returns:
         bool (N, H, W).
     """
-    return upsample(maps, size) > levels[:, None, None]
+    found = upsample(maps, size)
+    if found.is_cuda:
+        return found > levels[:, None, None]
+    return torch.from_numpy(found.numpy() > levels.numpy()[:, None, None])  # several times as fast as torch's
 
 
 def pack(masks_: torch.Tensor) -> list[bytes]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,7 +13,7 @@ from milan_ray.errors import MilanError
 from milan_ray.exemplars.levels import RunningLevel, positions_per_image, sample_positions
 from milan_ray.exemplars.topk import NO_IMAGE, RunningTopK
 
-KERNEL_VERSION = "exemplars-1"
+KERNEL_VERSION = "exemplars-2"
 """Part of every configuration hash: raised when the arithmetic below changes its results."""
 
 
@@ -76,15 +76,15 @@ class LayerState:
         positions = self.map_shape[0] * self.map_shape[1]
         return positions_per_image(self.plan.images, positions, self.plan.samples) == positions
 
-    def update(self, maps: torch.Tensor, image_ids: np.ndarray, bar: torch.Tensor | None = None) -> torch.Tensor:
+    def update(self, maps: torch.Tensor, image_ids: np.ndarray, known: Committed | None = None) -> torch.Tensor:
         """Adds a batch of images, each id once per state.
 
         NaN and infinite activations are left out of everything and counted.
 
         Args:
-            maps: float (B, U, h, w), the layer's activation maps.
+            maps: float (B, U, h, w), the layer's activation maps; both memory formats are read as they lie.
             image_ids: int64 (B,).
-            bar: (U,), activations below which an image need not enter.
+            known: What the actor has committed: what is below its bars need not enter.
 
         Returns:
             float32 (B, U): the images' activations, maxima over positions.
@@ -92,37 +92,93 @@ class LayerState:
         Raises:
             MilanError: The maps have another size than the batches before.
         """
-        if tuple(maps.shape[2:]) != self.map_shape or maps.shape[1] != len(self.topk.ids):
-            raise MilanError(
-                f"its output changed from {(len(self.topk.ids), *self.map_shape)} to {tuple(maps.shape[1:])} "
-                "(units, height, width) between batches; dissect a layer whose shape is fixed."
-            )
+        self._check(tuple(maps.shape[1:]))
         maps = maps.to(torch.float32)
-        flat = maps.flatten(2)
-        pooled = flat.amax(dim=2)
+        pooled = maps.amax(dim=(2, 3))
         broken = ~torch.isfinite(pooled)
-        if bool(broken.any()):
-            bad = flat[broken]
-            pooled[broken] = bad.masked_fill(~torch.isfinite(bad), -torch.inf).amax(dim=1)
+        if broken.is_cuda or bool(broken.any()):  # on a GPU, asking would make the host wait
+            clean = maps.masked_fill(~torch.isfinite(maps), -torch.inf).amax(dim=(2, 3))
+            pooled = torch.where(broken, clean, pooled)
         ids = torch.from_numpy(image_ids).to(pooled.device)
+        bar = None if known is None else known.topk_bar
         self.topk.update(pooled, ids, maps if self.topk.maps is not None else None, bar)
-        self.level.update(self._positions(flat, image_ids))
+        self.level.update(self._positions(maps, image_ids), None if known is None else known.level_bar)
         return pooled
 
-    def _positions(self, flat: torch.Tensor, image_ids: np.ndarray) -> torch.Tensor:
-        """The activations (U, B·s) that count for the levels, from maps (B, U, P)."""
-        units, positions = flat.shape[1:]
+    def _positions(self, maps: torch.Tensor, image_ids: np.ndarray) -> torch.Tensor:
+        """The activations that count for the levels, (m, U, n), from maps (B, U, h, w): a view where that can be."""
+        images, units = maps.shape[:2]
+        positions = self.map_shape[0] * self.map_shape[1]
         count = positions_per_image(self.plan.images, positions, self.plan.samples)
+        chosen = torch.empty(0, dtype=torch.int64)
         if count < positions:
-            chosen = torch.from_numpy(sample_positions(image_ids, count, positions)).to(flat.device)
+            chosen = torch.from_numpy(sample_positions(image_ids, count, positions)).to(maps.device)
+        if maps.stride(1) == 1:  # units last in memory, as channels_last convolutions and transformers have them
+            rows = maps.permute(0, 2, 3, 1).reshape(-1, units)
+            if count < positions:
+                first = torch.arange(images, device=maps.device)[:, None] * positions
+                rows = rows.index_select(0, (first + chosen).flatten())
+            return rows[:, :, None]
+        flat = maps.flatten(2)
+        if count < positions:
             flat = flat.gather(2, chosen[:, None, :].expand(-1, units, -1))
-        # A copy in any case: what is counted may be reordered.
-        return flat.transpose(0, 1).clone(memory_format=torch.contiguous_format).view(units, -1)
+        return flat.contiguous()
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        """Refuses maps of another shape (U, h, w) than those before."""
+        own = (len(self.topk.ids), *self.map_shape)
+        if shape != own:
+            raise MilanError(
+                f"its output changed from {own} to {shape} (units, height, width) between batches; "
+                "dissect a layer whose shape is fixed."
+            )
 
     def merge(self, other: LayerState) -> None:
-        """Adds the images of another state of the same plan; each shard only once (levels count)."""
+        """Adds the images of another state of the same plan; each shard only once (levels count).
+
+        Raises:
+            MilanError: Its maps have another size.
+        """
+        self._check((len(other.topk.ids), *other.map_shape))
         self.topk.merge(other.topk)
         self.level.merge(other.level)
+
+
+class Committed:
+    """What one actor has made durable of a layer, and so need not tell again.
+
+    Only committed shards raise the bars, and each only once: then whatever is left out of a shard is outdone by other
+    shards' images, whoever runs a shard again, and in whatever order.
+    """
+
+    def __init__(self, state: LayerState) -> None:
+        """Nothing committed yet, for states like this one."""
+        plan = replace(state.plan, map_budget=0)
+        self._state = LayerState.empty(plan, len(state.topk.ids), state.map_shape, state.topk.ids.device)
+        self._shards: set[int] = set()
+
+    @property
+    def topk_bar(self) -> torch.Tensor:
+        """(U,): activations below which an image cannot enter the top k."""
+        return self._state.topk.bar
+
+    @property
+    def level_bar(self) -> torch.Tensor:
+        """(U,): activations below which a position cannot matter for the level."""
+        return self._state.level.bar
+
+    def news(self, state: LayerState) -> RunningTopK:
+        """The part of a shard's top k that survives the union with what is committed."""
+        union = state.topk.without_maps()
+        union.merge(self._state.topk)
+        return state.topk.within(union)
+
+    def commit(self, shard: int, state: LayerState) -> None:
+        """Raises the bars by a shard that is durable now."""
+        if shard not in self._shards:
+            self._shards.add(shard)
+            self._state.merge(state)
+            self._state.level.trim()
 
 
 def _lists(values: np.ndarray, lengths: np.ndarray, type_: pa.DataType) -> pa.LargeListArray:
@@ -146,6 +202,7 @@ def to_table(state: LayerState, emitted: RunningTopK) -> pa.Table:
     carried = emitted.maps is not None
     maps = emitted.maps.cpu()[valid].flatten().numpy() if emitted.maps is not None else np.zeros(0, np.float32)
     tail = state.level.sorted_tail().cpu().numpy()
+    kept = tail > -np.inf
     units = len(valid)
     table = pa.table(
         {
@@ -153,7 +210,7 @@ def to_table(state: LayerState, emitted: RunningTopK) -> pa.Table:
             "image_ids": _lists(emitted.ids.cpu()[valid].numpy(), lengths, pa.int64()),
             "activations": _lists(emitted.values.cpu()[valid].numpy(), lengths, pa.float32()),
             "maps": _lists(maps, lengths * h * w * carried, pa.float32()),
-            "tail": _lists(tail.ravel(), np.full(units, tail.shape[1]), pa.float32()),
+            "tail": _lists(tail[kept], kept.sum(axis=1), pa.float32()),
             "counted": pa.array(state.level.counted.cpu().numpy(), pa.int64()),
             "nonfinite": pa.array(state.level.nonfinite.cpu().numpy(), pa.int64()),
         }
@@ -162,22 +219,27 @@ def to_table(state: LayerState, emitted: RunningTopK) -> pa.Table:
 
 
 def from_table(table: pa.Table, plan: Plan) -> LayerState:
-    """Rebuilds a state from a shard's contribution."""
+    """Rebuilds a shard's contribution as a state to merge; its top k is as wide as its longest list."""
     h, w = (int(table.schema.metadata[key]) for key in (b"height", b"width"))
-    state = LayerState.empty(plan, len(table), (h, w))
-    image_ids = table["image_ids"].combine_chunks()
-    lengths = np.diff(image_ids.offsets.to_numpy())
-    slots = torch.from_numpy(np.arange(plan.k)[None, :] < lengths[:, None])
+    state = LayerState.empty(replace(plan, k=0), len(table), (h, w))
 
     def values(name: str) -> torch.Tensor:
-        flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        return torch.from_numpy(np.array(flat))
+        return torch.from_numpy(np.array(table[name].combine_chunks().flatten()))
 
-    state.topk.values[slots] = values("activations")
-    state.topk.ids[slots] = values("image_ids")
-    if state.topk.maps is not None:
-        state.topk.maps[slots] = values("maps").reshape(-1, h, w)
-    state.level.tail = values("tail").reshape(len(table), -1)
+    def dense(name: str, slots: torch.Tensor, blank: float) -> torch.Tensor:
+        flat = values(name)
+        return torch.full(slots.shape, blank, dtype=flat.dtype).masked_scatter_(slots, flat)
+
+    def slots(name: str) -> torch.Tensor:
+        lengths = np.diff(table[name].combine_chunks().offsets.to_numpy())
+        return torch.from_numpy(np.arange(lengths.max(initial=0))[None, :] < lengths[:, None])
+
+    images = slots("image_ids")
+    state.topk = RunningTopK(dense("activations", images, -torch.inf), dense("image_ids", images, NO_IMAGE))
+    if plan.carries_maps(len(table), (h, w)):
+        state.topk.maps = torch.zeros((*images.shape, h, w))
+        state.topk.maps[images] = values("maps").reshape(-1, h, w)
+    state.level.merge(replace(state.level, tail=dense("tail", slots("tail"), -torch.inf)))
     state.level.counted = torch.from_numpy(np.array(table["counted"].to_numpy()))
     state.level.nonfinite = torch.from_numpy(np.array(table["nonfinite"].to_numpy()))
     return state
@@ -187,15 +249,15 @@ def fold(tables: Iterable[pa.Table], plan: Plan) -> LayerState:
     """Folds shards' contributions, each given once, in any order, into the layer's answer.
 
     Raises:
+        MilanError: They have maps of different sizes.
         ValueError: There are none.
     """
     total: LayerState | None = None
     for table in tables:
         state = from_table(table, plan)
         if total is None:
-            total = state
-        else:
-            total.merge(state)
+            total = LayerState.empty(plan, len(table), state.map_shape)
+        total.merge(state)
     if total is None:
         raise ValueError("nothing to fold")
     return total

@@ -67,8 +67,7 @@ class RunningTopK:
         values = values.T
         if bar is not None:
             values = values.masked_fill(values < bar[:, None], -torch.inf)
-        per_unit = None if maps is None else maps.transpose(0, 1)
-        self._absorb(values, ids.expand(values.shape), per_unit)
+        self._absorb(values, ids.expand(values.shape), None if maps is None else maps.transpose(0, 1))
 
     def merge(self, other: RunningTopK) -> None:
         """Adds another state's images."""
@@ -80,13 +79,17 @@ class RunningTopK:
         return RunningTopK(self.values.masked_fill(~keep, -torch.inf), self.ids.masked_fill(~keep, NO_IMAGE), self.maps)
 
     def without_maps(self) -> RunningTopK:
-        """A copy of values and ids alone, sharing their memory."""
-        return RunningTopK(self.values, self.ids)
+        """A copy of values and ids alone."""
+        return RunningTopK(self.values.clone(), self.ids.clone())
 
     def _absorb(self, values: torch.Tensor, ids: torch.Tensor, maps: torch.Tensor | None) -> None:
+        """Adds (U, n) candidates with maps (U, n, h, w)."""
+        if self.maps is not None and maps is None:
+            raise ValueError("this state carries maps: give the batch's maps too")
         k = self.values.shape[1]
-        all_values = torch.cat([self.values, values], dim=1)
-        all_ids = torch.cat([self.ids, ids], dim=1)
+        rows = self._rows(values, ids)
+        all_values = torch.cat([self.values[rows], values[rows]], dim=1)
+        all_ids = torch.cat([self.ids[rows], ids[rows]], dim=1)
         # Two stable sorts make the total order: by id ascending, then by activation descending.
         order = torch.argsort(all_ids, dim=1, stable=True)
         by_activation = torch.argsort(all_values.gather(1, order), dim=1, descending=True, stable=True)
@@ -94,17 +97,23 @@ class RunningTopK:
         sorted_ids = all_ids.gather(1, order)
         sorted_values = all_values.gather(1, order)
         repeated = _later_duplicates(sorted_ids) & (sorted_values > -torch.inf)
-        if repeated.any():
+        if repeated.is_cuda or repeated.any():
             last = torch.argsort(repeated.to(torch.uint8), dim=1, stable=True)
             order, repeated, sorted_values = (x.gather(1, last) for x in (order, repeated, sorted_values))
         blank = repeated | (sorted_values == -torch.inf)
         order, blank = order[:, :k], blank[:, :k]
-        self.values = all_values.gather(1, order).masked_fill(blank, -torch.inf)
-        self.ids = all_ids.gather(1, order).masked_fill(blank, NO_IMAGE)
-        if self.maps is not None:
-            if maps is None:
-                raise ValueError("this state carries maps: give the batch's maps too")
-            self.maps = _pick_maps(self.maps, maps, order)
+        self.values[rows] = all_values.gather(1, order).masked_fill(blank, -torch.inf)
+        self.ids[rows] = all_ids.gather(1, order).masked_fill(blank, NO_IMAGE)
+        if self.maps is not None and maps is not None:
+            _move_maps(self.maps, maps, rows, order)
+
+    def _rows(self, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """The units that one of the candidates may enter: few, once the bar is high. On a GPU all, without asking."""
+        if values.is_cuda:
+            return torch.arange(len(values), device=values.device)
+        ties = (values == self.bar[:, None]) & (ids < self.ids[:, -1:])
+        enters = (values > self.bar[:, None]) | (ties & (values > -torch.inf))
+        return enters.any(dim=1).nonzero()[:, 0]
 
 
 def _later_duplicates(sorted_ids: torch.Tensor) -> torch.Tensor:
@@ -116,12 +125,18 @@ def _later_duplicates(sorted_ids: torch.Tensor) -> torch.Tensor:
     return torch.zeros_like(repeated).scatter(1, by_id, repeated)
 
 
-def _pick_maps(own: torch.Tensor, new: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Maps of the chosen images: index < k takes from ``own`` (U, k, h, w), the others from ``new`` (U, n, h, w)."""
+def _move_maps(own: torch.Tensor, new: torch.Tensor, rows: torch.Tensor, order: torch.Tensor) -> None:
+    """Reorders ``own`` (U, k, h, w) in ``rows``: where index < k from itself, else from ``new`` (U, n, h, w)."""
     k = own.shape[1]
-    if bool((order == torch.arange(k, device=order.device)).all()):
-        return own  # nothing moved: the common case once the bar is high
-    picked = own.gather(1, order.clamp(max=k - 1)[:, :, None, None].expand(own.shape))
-    unit, slot = torch.nonzero(order >= k, as_tuple=True)
-    picked[unit, slot] = new[unit, order[unit, slot] - k]
-    return picked
+    if own.is_cuda:  # no sizes that depend on the data
+        size = (*order.shape, *own.shape[2:])
+        kept = own.gather(1, order.clamp(max=k - 1)[:, :, None, None].expand(size))
+        came = new.gather(1, (order - k).clamp(min=0)[:, :, None, None].expand(size))
+        torch.where((order < k)[:, :, None, None], kept, came, out=own)
+        return
+    unit, slot = torch.nonzero(order != torch.arange(k), as_tuple=True)
+    source, unit = order[unit, slot], rows[unit]
+    is_new = source >= k
+    moved = own[unit[~is_new], source[~is_new]]
+    own[unit[is_new], slot[is_new]] = new[unit[is_new], source[is_new] - k]
+    own[unit[~is_new], slot[~is_new]] = moved

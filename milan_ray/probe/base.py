@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
+import torch
 from PIL import Image
 
 
@@ -43,8 +45,8 @@ class ProbeImage:
     sha256: str
 
 
-class Probe(Protocol):
-    """A source of probe images. Small and picklable: it travels to every actor, the manifest does not."""
+class Source(Protocol):
+    """What every probe is. Small and picklable: it travels to every actor, the manifest does not."""
 
     @property
     def name(self) -> str:
@@ -59,6 +61,14 @@ class Probe(Protocol):
         """
         ...
 
+    def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
+        """Ground truth of one image: concept name → bool (H, W) in the image's own pixels; None where unknown."""
+        ...
+
+
+class ImageProbe(Source, Protocol):
+    """A source of probe images."""
+
     def read(self, ref: ImageRef) -> ProbeImage:
         """Reads and decodes one image.
 
@@ -67,6 +77,18 @@ class Probe(Protocol):
         """
         ...
 
-    def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
-        """Ground truth of one image: concept name → bool (H, W) in the image's own pixels; None where unknown."""
+
+@runtime_checkable
+class LatentProbe(Source, Protocol):
+    """A source of a generator's inputs: an "image" of its manifest is the one generated from that row's tensors."""
+
+    def latents(self, refs: Sequence[ImageRef]) -> tuple[torch.Tensor, ...]:
+        """The tensors of some rows, in the order in which the generator takes them, each (len(refs), …), on the CPU.
+
+        Raises:
+            MilanError: A file is no longer there or has changed.
+        """
         ...
+
+
+Probe = ImageProbe | LatentProbe

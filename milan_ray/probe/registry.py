@@ -8,7 +8,9 @@ from pathlib import Path
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.probe.arrays import ParquetProbe
 from milan_ray.probe.base import Probe
-from milan_ray.probe.folder import FolderProbe, is_uri
+from milan_ray.probe.folder import EXTENSIONS, FolderProbe, is_uri
+from milan_ray.probe.latents import EXTENSIONS as TENSORS
+from milan_ray.probe.latents import LatentFiles, latent_files
 
 _PROBES: dict[str, Callable[[], Probe]] = {}
 
@@ -33,7 +35,8 @@ def resolve_probe(text: Sequence[str], labels: str | None = None) -> Probe:
 
     Args:
         text: A registered name; or one Parquet file (images in its column ``image``, classes in ``label`` if it has
-            one); or one or several folders or URIs, joined in this order.
+            one); or a generator's latents, as one folder of tensors without images or one or several files of
+            tensors; or one or several folders or URIs, joined in this order.
         labels: File of labels for folders, or None.
 
     Returns:
@@ -49,7 +52,20 @@ def resolve_probe(text: Sequence[str], labels: str | None = None) -> Probe:
         if labels is not None:
             raise MilanError(f"{single} brings its own labels: a file of labels is for folders of images.")
         return _PROBES[single]() if single in _PROBES else ParquetProbe(single)
+    if all(source.lower().endswith(TENSORS) for source in text) or _holds_tensors(single):
+        if labels is not None:
+            raise MilanError(f"labels are for images: leave them out for the latents {', '.join(text)}.")
+        return LatentFiles(text)
     for root in text:
         if not is_uri(root) and not Path(root).expanduser().is_dir():
             raise unknown_name("probe", root, _PROBES, "Give a registered name or an existing folder of images.")
     return FolderProbe(text, labels)
+
+
+def _holds_tensors(source: str) -> bool:
+    """Whether a source is a local folder with files of tensors in it, and neither images nor further folders."""
+    folder = Path(source).expanduser()
+    if not source or is_uri(source) or not folder.is_dir() or not latent_files(folder):
+        return False
+    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    return not any(entry.is_dir() or entry.suffix.lower() in EXTENSIONS for entry in entries)

@@ -26,7 +26,8 @@ Relations are left out because they are nowhere in particular, single words beca
 """
 
 
-def _conv(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> nn.Sequential:
+    """A convolution, batch normalisation and ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
     )
@@ -44,10 +45,10 @@ class PlainNet(nn.Module):
 
     def __init__(self, outputs: int = len(CLASSES)) -> None:
         super().__init__()
-        self.conv1 = _conv(3, 24, kernel=5, stride=2)
-        self.conv2 = _conv(24, 48)
-        self.conv3 = _conv(48, 80)
-        self.conv4 = _conv(80, 96)
+        self.conv1 = convolution(3, 24, kernel=5, stride=2)
+        self.conv2 = convolution(24, 48)
+        self.conv3 = convolution(48, 80)
+        self.conv4 = convolution(80, 96)
         self.head = nn.Linear(96, outputs)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -62,7 +63,7 @@ class Block(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
-        self.first = _conv(inputs, outputs, stride=stride)
+        self.first = convolution(inputs, outputs, stride=stride)
         self.second = nn.Sequential(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False), nn.BatchNorm2d(outputs))
         self.shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
@@ -84,7 +85,7 @@ class ResidualNet(nn.Module):
     def __init__(self, outputs: int = len(CLASSES), widths: tuple[int, int, int, int] = (24, 48, 72, 104)) -> None:
         super().__init__()
         stem, one, two, three = widths
-        self.stem = _conv(3, stem, kernel=5, stride=2)
+        self.stem = convolution(3, stem, kernel=5, stride=2)
         self.layer1 = Block(stem, one)
         self.layer2 = Block(one, two, stride=2)
         self.layer3 = Block(two, three)
@@ -138,7 +139,10 @@ class TokenNet(nn.Module):
     def __init__(self, outputs: int = len(CLASSES), width: int = 72, depth: int = 3) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            _conv(3, 24, kernel=5, stride=2), _conv(24, 48, stride=2), _conv(48, width, stride=2), _conv(width, width)
+            convolution(3, 24, kernel=5, stride=2),
+            convolution(24, 48, stride=2),
+            convolution(48, width, stride=2),
+            convolution(width, width),
         )
         self.cls = nn.Parameter(torch.zeros(1, 1, width))
         self.position = nn.Parameter(torch.randn(1, 65, width) * 0.02)

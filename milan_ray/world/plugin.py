@@ -15,6 +15,8 @@ from milan_ray.errors import MilanError
 from milan_ray.models.registry import register_model
 from milan_ray.probe.registry import register_probe
 from milan_ray.world.encoder import LAYERS, EncoderNet
+from milan_ray.world.generator import LAYERS as GENERATOR_LAYERS
+from milan_ray.world.generator import CodeProbe, SceneGenerator, as_they_are
 from milan_ray.world.networks import ARCHITECTURES, CLASSES, MEAN, STD, PlantedNet, planted_concepts, random_network
 from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
 from milan_ray.world.scenes import SIDE
@@ -42,7 +44,10 @@ def weights_dir(models_dir: str | None = None) -> Path:
 def _load(build: Callable[[], nn.Module], default: Path, weights: str | None) -> nn.Module:
     path = Path(weights) if weights else default
     if not path.is_file():
-        raise MilanError(f"the built-in world's weights are missing at {path}; make them with `python -m jobs.demo`.")
+        option = " --generator" if default.stem == "generator" else ""
+        raise MilanError(
+            f"the built-in world's weights are missing at {path}; make them with `python -m jobs.demo{option}`."
+        )
     network = build()
     network.load_state_dict(load_file(path))
     return network
@@ -52,8 +57,9 @@ def register(folder: str | None = None) -> None:
     """Registers the world's models, encoder and probes.
 
     Models: ``world/cnn``, ``world/resnet``, ``world/vit``, ``world/planted``, and the random-weight controls
-    ``world/cnn-random`` and ``world/resnet-random``. Encoder: ``world``. Probes: ``world/train``, ``world/probe``,
-    ``world/heldout``.
+    ``world/cnn-random`` and ``world/resnet-random``; ``world/generator``, which paints scenes from their codes.
+    Encoder: ``world``. Probes: ``world/train``, ``world/probe``, ``world/heldout``, and codes of the same scenes:
+    ``world/train-codes``, ``world/probe-codes``, ``world/heldout-codes``.
 
     Args:
         folder: Folder of the weights; :func:`weights_dir` when left out.
@@ -69,8 +75,15 @@ def register(folder: str | None = None) -> None:
     register_model("world/planted", planted, ("planted",), PREPROCESS, classes=planted_concepts)
     encoder = partial(_load, EncoderNet, place / "encoder.safetensors")
     register_encoder("world", encoder, LAYERS, size=SIDE, mean=MEAN, std=STD, architecture=EncoderNet)
+    painter = partial(_load, SceneGenerator, place / "generator.safetensors")
+    register_model("world/generator", painter, GENERATOR_LAYERS, PREPROCESS, images=as_they_are)
     for split, size in (("train", PROBE_SIZE), ("probe", PROBE_SIZE), ("heldout", HELDOUT_SIZE)):
         register_probe(f"world/{split}", partial(WorldProbe, split, size))
+        register_probe(f"world/{split}-codes", partial(_codes, split, size))
+
+
+def _codes(split: str, size: int) -> CodeProbe:
+    return CodeProbe(WorldProbe(split, size))
 
 
 def _random(name: str, weights: str | None) -> nn.Module:

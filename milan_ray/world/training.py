@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch.nn import functional as F
 from milan_ray.models.view import Preprocess, View
 from milan_ray.scoring.auroc import auroc
 from milan_ray.world.encoder import EncoderNet
+from milan_ray.world.generator import SceneGenerator, scene_code
 from milan_ray.world.lexicon import NAMES
 from milan_ray.world.networks import ARCHITECTURES, CLASSES, MEAN, STD, PlantedNet, planted_concepts
 from milan_ray.world.scenes import SIDE, concept_maps, make_scene, render
@@ -52,6 +54,7 @@ RECIPES: dict[str, Recipe] = {
     "vit": Recipe(scenes=7_000, epochs=3, lr=3e-3, first=40_000, batch_size=32),
     "encoder": Recipe(scenes=12_000, epochs=2, lr=4e-3, first=60_000, batch_size=32),
     "planted": Recipe(scenes=6_000, epochs=3, lr=5e-3, first=80_000, batch_size=32),
+    "generator": Recipe(scenes=6_000, epochs=3, lr=6e-3, first=100_000, batch_size=16),
 }
 """The recipes behind the weights, by network."""
 
@@ -88,6 +91,11 @@ def planted_targets(split: str, start: int, count: int) -> torch.Tensor:
                 cells = shown.reshape(16, SIDE // 16, 16, SIDE // 16).sum(axis=(1, 3))
                 targets[row, column[name]] = cells * 255 // (SIDE // 16) ** 2
     return torch.from_numpy(targets)
+
+
+def codes_of(split: str, start: int, count: int) -> torch.Tensor:
+    """Codes of consecutive scenes, float32 (count, CODE_SIZE)."""
+    return torch.from_numpy(np.stack([scene_code(make_scene(split, i)) for i in range(start, start + count)]))
 
 
 @contextmanager
@@ -235,6 +243,30 @@ def train_planted(
     return network.state_dict(), {"auroc": _mean_auroc(outputs, present)}
 
 
+def _painting_loss(network: nn.Module, images: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
+    return F.l1_loss(network(codes), images)
+
+
+def train_generator(
+    seed: int = 400, threads: int = 1, recipe: Recipe | None = None
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Trains the generator to paint scenes from their codes, pixel by pixel.
+
+    Returns:
+        Weights, and metrics: ``psnr`` of its images on held-out scenes, dB.
+    """
+    recipe = recipe or RECIPES["generator"]
+    with _reproducible(seed, threads):
+        network = SceneGenerator()
+        codes = codes_of("train", recipe.first, recipe.scenes)
+        fit(network, images_of("train", recipe.first, recipe.scenes), codes, _painting_loss, recipe)
+        images, codes = (draw("heldout", TESTS_FROM, TEST_SCENES) for draw in (images_of, codes_of))
+        with torch.no_grad():
+            painted = torch.cat([PREPROCESS.pixels(network(batch)) for batch in codes.split(250)])
+        error = (painted.float() - images.float()).square().mean().item()
+    return network.state_dict(), {"psnr": 10 * math.log10(255**2 / error)}
+
+
 def _mean_auroc(scores: torch.Tensor, present: torch.Tensor) -> float:
     """Mean over columns of the AUROC of a score for its own column's concept."""
     each = auroc(scores.numpy(), present.numpy() > 0).diagonal()
@@ -267,8 +299,13 @@ class TrainTask:
         return save(contiguous, {"metrics": json.dumps(metrics)})
 
 
+def generator_task(threads: int = 1) -> TrainTask:
+    """The training of the generator, which only those need who dissect it."""
+    return TrainTask("generator", partial(train_generator, threads=threads), 90)
+
+
 def train_all_tasks(threads: int = 1) -> list[TrainTask]:
-    """Every training behind the world's weights, the longest first, so that few workers end at about the same time."""
+    """Every training that the demo needs, the longest first, so that few workers end at about the same time."""
     classifiers = {name: partial(train_classifier, name, seed, threads) for seed, name in enumerate(ARCHITECTURES)}
     return [
         TrainTask("encoder", partial(train_encoder, threads=threads), 75),

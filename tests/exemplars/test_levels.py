@@ -23,7 +23,7 @@ def test_level_any_split_and_order_equals_numpys_hazen_quantile():
         for part in np.split(order, cuts):
             shard = RunningLevel.empty(3, 0.99, 5000)
             for piece in np.array_split(part, 3):
-                shard.update(torch.from_numpy(values[:, piece]))
+                shard.update(torch.from_numpy(values[:, piece])[None])
             total.merge(shard)
         levels.append(total.result().numpy())
     np.testing.assert_allclose(levels[0], expected, rtol=1e-6)
@@ -40,7 +40,7 @@ def test_level_with_nonfinite_values_ignores_and_counts_them(values, quantile, p
     array = np.array(values, dtype=np.float32)
     state = RunningLevel.empty(1, quantile, len(array))
     for piece in np.array_split(array, parts):
-        state.update(torch.from_numpy(piece[None]))
+        state.update(torch.from_numpy(piece[None, None]))
     finite = array[np.isfinite(array)]
     assert int(state.counted[0]) == len(finite)
     assert int(state.nonfinite[0]) == len(array) - len(finite)
@@ -71,7 +71,7 @@ def test_level_of_sampled_positions_lies_within_rank_tolerance(name):
     for start in range(0, images, 256):
         ids = np.arange(start, min(images, start + 256))
         chosen = sample_positions(ids, count, positions)
-        state.update(torch.from_numpy(np.take_along_axis(values[ids], chosen, axis=1).reshape(1, -1)))
+        state.update(torch.from_numpy(np.take_along_axis(values[ids], chosen, axis=1).reshape(1, 1, -1)))
     level = state.result()[0].item()
     below, upto = (values < level).mean(), (values <= level).mean()
     assert below - 0.0013 <= 0.99 <= upto + 0.0013

@@ -1,0 +1,139 @@
+"""Probes of a generator's inputs: tensors in files, one row per image (REFERENCE §1.6, ``TensorDatasetOnDisk``)."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+import zipfile
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from milan_ray.errors import MilanError, reason
+from milan_ray.probe.base import ImageRef
+from milan_ray.probe.manifest import Entry, build
+
+EXTENSIONS = (".pth", ".pt", ".npy", ".npz", ".safetensors")
+"""File name endings taken for tensors."""
+
+
+class LatentFiles:
+    """Tensors of equal length in one or several files; row ``i`` of all of them makes image ``i``.
+
+    Files are mapped into memory where their format allows it (all but ``.npz`` and old ``.pth``), so that only the
+    rows asked for are read. Nothing pickled is executed.
+    """
+
+    def __init__(self, sources: Sequence[str | Path]) -> None:
+        """Nothing is read yet.
+
+        Args:
+            sources: One folder, whose files are taken floating-point tensors first (the reference's order: codes, then
+                classes), then by name; or files, taken in this order.
+        """
+        self._sources = tuple(str(Path(source).expanduser().resolve()) for source in sources)
+        self.name = "+".join(Path(source).name for source in self._sources)
+
+    def manifest(self) -> pa.Table:
+        """Lists the rows; their version tag is that of all the files: names, sizes, modification times.
+
+        Raises:
+            MilanError: There are no such files, they hold no tensors, or tensors of different lengths.
+        """
+        files = self._files()
+        identity = hashlib.sha256()
+        for file in files:
+            found = file.stat()
+            identity.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+        root, etag = "+".join(self._sources), identity.hexdigest()[:16]
+        return build([Entry(root, str(row), etag=etag) for row in range(len(self._tensors(files)[0]))])
+
+    def latents(self, refs: Sequence[ImageRef]) -> tuple[torch.Tensor, ...]:
+        """Some rows of every tensor.
+
+        Raises:
+            MilanError: There are no longer so many rows.
+        """
+        tensors = self._tensors(self._files())
+        rows = torch.tensor([int(ref.path) for ref in refs], dtype=torch.int64)
+        if len(rows) and int(rows.max()) >= len(tensors[0]):
+            raise MilanError(f"{self.name} has only {len(tensors[0])} rows now: run the job again.")
+        return tuple(tensor[rows] for tensor in tensors)
+
+    def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
+        """Unknown: None."""
+        return None
+
+    def _files(self) -> list[Path]:
+        first = Path(self._sources[0])
+        files = latent_files(first) if first.is_dir() else [Path(source) for source in self._sources]
+        if not files:
+            raise MilanError(f"no tensors in {first}: looked for files ending in {', '.join(EXTENSIONS)}.")
+        missing = next((file for file in files if not file.is_file()), None)
+        if missing is not None:
+            raise MilanError(f"no file {missing}: give a folder of tensors, or one or several files of them.")
+        return files
+
+    def _tensors(self, files: Sequence[Path]) -> tuple[torch.Tensor, ...]:
+        named = _open(tuple(files), tuple(file.stat().st_mtime_ns for file in files))
+        lengths = {name: len(tensor) if tensor.ndim else 0 for name, tensor in named}
+        if len(set(lengths.values())) != 1 or 0 in lengths.values():
+            told = ", ".join(f"{name} {length}" for name, length in lengths.items())
+            raise MilanError(
+                f"the tensors of {', '.join(self._sources)} have {told} rows: give each as many, one row per image."
+            )
+        tensors = [tensor for _, tensor in named]
+        if Path(self._sources[0]).is_dir():
+            tensors.sort(key=lambda tensor: not tensor.dtype.is_floating_point)  # stable: by name among equals
+        return tuple(tensors)
+
+
+def latent_files(folder: Path) -> list[Path]:
+    """The files of tensors that lie directly in a folder, by name."""
+    return sorted(
+        file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
+    )
+
+
+@lru_cache(maxsize=1)
+def _open(files: tuple[Path, ...], mtimes: tuple[int, ...]) -> tuple[tuple[str, torch.Tensor], ...]:
+    """(name for messages, tensor) of all tensors; modification times make a changed file another one."""
+    return tuple(item for file in files for item in _read(file))
+
+
+def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        content = _content(file)
+    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise MilanError(f"{file} cannot be read as tensors ({reason(error)}): save the tensors alone.") from error
+    for name, tensor in content.items():
+        if not isinstance(tensor, torch.Tensor):
+            raise MilanError(
+                f"{file} holds a {type(tensor).__name__} where a tensor should be: save the tensors alone."
+            )
+        yield name, tensor.detach()
+
+
+def _content(file: Path) -> dict[str, object]:
+    """What a file holds, by name; of a single tensor, the file's."""
+    kind = file.suffix.lower()
+    if kind == ".safetensors":
+        return dict(load_file(file))
+    if kind == ".npz":
+        with np.load(file, allow_pickle=False) as arrays:
+            return {f"{file.name}:{name}": torch.from_numpy(arrays[name]) for name in arrays.files}
+    if kind == ".npy":
+        # Copy-on-write rather than read-only: torch knows no read-only tensors.
+        return {file.name: torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))}
+    content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+    if isinstance(content, dict):
+        return {f"{file.name}:{name}": tensor for name, tensor in content.items()}
+    if isinstance(content, (list, tuple)):
+        return {f"{file.name}:{place}": tensor for place, tensor in enumerate(content)}
+    return {file.name: content}
