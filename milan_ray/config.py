@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
@@ -27,6 +28,35 @@ def config_hash(config: Mapping[str, object]) -> str:
     return hashlib.sha256(canonical(config).encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Recipe:
+    """What decides the content of a table.
+
+    Attributes:
+        hash: Its identity.
+        parts: Ingredient → digest, which tells afterwards the ingredient that changed.
+        whole: The same table's identity with all of a layer's units.
+        units: The units selected; empty for all.
+    """
+
+    hash: str
+    parts: dict[str, str]
+    whole: str
+    units: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, config: Mapping[str, object], units: tuple[int, ...] = ()) -> Recipe:
+        """The recipe of a configuration, an ingredient per key."""
+        chosen = {**config, "units": units} if units else config
+        parts = {name: config_hash({name: value})[:8] for name, value in chosen.items()}
+        return cls(config_hash(chosen), parts, config_hash(config), units)
+
+
+def data_dir() -> Path:
+    """Where published datasets are looked for: ``$MILAN_DATA_DIR``, else ``./data``."""
+    return Path(os.environ.get("MILAN_DATA_DIR", "data")).expanduser().absolute()
+
+
 def models_dir() -> Path:
     """Where weights and checkpoints are looked for: ``$MILAN_MODELS_DIR``, else ``./models``."""
     return Path(os.environ.get("MILAN_MODELS_DIR", "models")).expanduser().absolute()
@@ -45,23 +75,32 @@ class ExemplarConfig:
         k: Exemplars per unit, images.
         quantile: The level η is this quantile of a unit's activations over all positions of all images.
         mask_size: (height, width) of masks in pixels; None means the view's own size (224×224 for ImageNet models).
-        batch_size: Images per forward pass. Results agree to the last bit only at the same batch size.
-        shard_size: Images per shard: the unit of work, of retry and of progress. Never changes a result.
+        batch_size: Images per forward pass, on GPUs; CPUs take at most 16, which is faster there. Results agree to the
+            last bit only at the same batch size.
+        shard_size: Images per shard: the unit of work, of retry and of progress. Never changes a result. None takes
+            up to 256, and less of small probes, so that several actors have something to do.
         samples: Positions per unit from which levels are taken exactly; beyond it a fixed pseudo-random sample of at
             least this many.
         map_budget: Bytes of activation maps per layer that a shard carries along; above it maps are recomputed from
             the winning images alone.
         max_bad: Share of unreadable images above which the job fails.
+        truncate_bytes: The reference's quirk: views went through the model's normalisation and back, decimals cut off
+            (REFERENCE §1.3); off, they are the image's own pixels, and a generator's are rounded.
     """
 
     k: int = 15
     quantile: float = 0.99
     mask_size: tuple[int, int] | None = None
     batch_size: int = 128
-    shard_size: int = 256
+    shard_size: int | None = None
     samples: int = 2**20
     map_budget: int = 256 * 2**20
     max_bad: float = 0.1
+    truncate_bytes: bool = False
+
+    def shard(self, images: int) -> int:
+        """Images per shard of a probe of so many images: a multiple of the 16 that a CPU takes per pass."""
+        return self.shard_size or 16 * min(16, math.ceil(images / 256))
 
     def identity(self) -> dict[str, object]:
         """The part that decides results, for the configuration hash."""
@@ -80,7 +119,7 @@ class Resources:
 
     Attributes:
         address: Ray cluster to join; None starts a local one.
-        actors: Actors per pool; None takes one per GPU where there are GPUs, else one per CPU.
+        actors: Actors of a pool at most; None takes one per GPU where there are GPUs, else one per CPU.
         cpus_per_actor: CPUs (and torch threads) of each actor. Fixed, because it may change the last bits.
         gpus_per_actor: GPUs of each actor, fractions allowed; None takes one where there are GPUs.
         device: Where models run: auto (CUDA where the actor has a GPU), cpu or cuda.
@@ -112,6 +151,8 @@ class TrainingConfig:
         learning_rate: AdamW's learning rate.
         weight_decay: AdamW's weight decay.
         seed: Seed of initial weights, dropout and the order of captions.
+        keep_last_weights: Keep the last epoch's weights instead of the best, as the reference does by mistake.
+        bf16: Compute forward passes in bfloat16 where that is safe (autocast); weights stay float32.
     """
 
     decoder_batch_size: int = 64
@@ -123,3 +164,5 @@ class TrainingConfig:
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
     seed: int = 0
+    keep_last_weights: bool = False
+    bf16: bool = False

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterable
 from types import TracebackType
 
 from tqdm import tqdm
@@ -17,13 +19,15 @@ class Progress:
 
     Args:
         label: What is being done.
-        total: Items in all.
+        total: Items in all; None when nobody knows.
         unit: What an item is.
+        pieces: (model, layer) of every piece of work, to tell how many models and layers are through.
     """
 
-    def __init__(self, label: str, total: int, unit: str) -> None:
+    def __init__(self, label: str, total: int | None, unit: str, pieces: Iterable[tuple[str, str]] = ()) -> None:
         self._label, self._total, self._unit = label, total, unit
         self._done = 0
+        self._left = Counter(pieces)
         self._started = self._printed = time.monotonic()
         self._bar = tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True) if sys.stderr.isatty() else None
 
@@ -38,10 +42,13 @@ class Progress:
         elif kind is None:
             self._line()
 
-    def advance(self, items: int = 1) -> None:
-        """Counts finished items."""
+    def advance(self, items: int = 1, pieces: Iterable[tuple[str, str]] = ()) -> None:
+        """Counts finished items, and the pieces of work that they were."""
         self._done += items
+        self._left.subtract(pieces)
         if self._bar is not None:
+            if self._left:
+                self._bar.set_postfix_str(self._through(), refresh=False)
             self._bar.update(items)
         elif time.monotonic() - self._printed >= LINE_INTERVAL:
             self._line()
@@ -49,7 +56,17 @@ class Progress:
     def _line(self) -> None:
         self._printed = time.monotonic()
         seconds = self._printed - self._started
-        say(f"  {self._label}: {self._done}/{self._total} {self._unit} in {seconds:.0f} s")
+        total = "" if self._total is None else f"/{self._total}"
+        through = f" ({self._through()})" if self._left else ""
+        say(f"  {self._label}: {self._done}{total} {self._unit} in {seconds:.0f} s{through}")
+
+    def _through(self) -> str:
+        waiting = [piece for piece, left in self._left.items() if left > 0]
+        models, unfinished = {model for model, _ in self._left}, {model for model, _ in waiting}
+        return (
+            f"{len(models) - len(unfinished)}/{len(models)} models, "
+            f"{len(self._left) - len(waiting)}/{len(self._left)} layers"
+        )
 
 
 def say(text: str) -> None:

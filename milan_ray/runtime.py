@@ -20,6 +20,8 @@ def prepare(address: str | None) -> str | None:
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     # Ray Train's controller takes an epoch's report only at its next look; the default is every 2 s.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
+    # Ray Tune's newer output prints tables however quiet it is told to be; progress is ours.
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     address = address or os.environ.get("RAY_ADDRESS")
     if not address or address == "local":

@@ -9,9 +9,14 @@ the old file or the new one and never a torso. Every file carries the hash of th
 from __future__ import annotations
 
 import io
+import json
 import os
 import tempfile
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import accumulate
 from pathlib import Path
 from urllib.parse import quote, unquote, urlsplit
 
@@ -19,17 +24,43 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
+from milan_ray.config import Recipe
 from milan_ray.errors import MilanError
 from milan_ray.schema import Noun
 
 CONFIG_KEY = "milan_ray.config"
 """Metadata key: hash of the configuration that made a file."""
 
+PARTS_KEY = "milan_ray.parts"
+"""Metadata key: digests of that configuration's ingredients, as JSON."""
+
+UNITS_KEY = "milan_ray.units"
+"""Metadata key: the units that a file was made for, where these are not all."""
+
+WHOLE_KEY = "milan_ray.whole"
+"""Metadata key: hash that the configuration would have with all units, where a file is for some."""
+
 EXEMPLARS_KEY = "milan_ray.exemplars"
 """Metadata key: configuration hash of the exemplars that a file speaks of."""
 
 FILE_NAME = "data.parquet"
 WORK = "_work"
+
+ROW_GROUP = 2**14
+"""Rows that are read together at least: a worker needs its few rows of a long manifest."""
+
+
+@dataclass(frozen=True)
+class FileStat:
+    """What a file system knows of a file.
+
+    Attributes:
+        size: Bytes.
+        modified: When it was last written, UTC; None where the file system does not say.
+    """
+
+    size: int
+    modified: datetime | None
 
 
 class Storage:
@@ -97,8 +128,16 @@ class Storage:
         Raises:
             FileNotFoundError: There is none.
         """
-        with self._fs.open_input_file(f"{self._base}/{path}") as stream:
+        with self.open(path) as stream:
             return stream.read()
+
+    def open(self, path: str) -> pa.NativeFile:
+        """Opens a file, to read parts of it.
+
+        Raises:
+            FileNotFoundError: There is none.
+        """
+        return self._fs.open_input_file(f"{self._base}/{path}")
 
     def exists(self, path: str) -> bool:
         """Whether there is a file of that name."""
@@ -106,10 +145,17 @@ class Storage:
 
     def files(self, folder: str) -> list[str]:
         """All files below a folder, as sorted paths relative to the root; none when there is no such folder."""
+        return list(self.stat(folder))
+
+    def stat(self, folder: str) -> dict[str, FileStat]:
+        """Size and age of all files below a folder, by path relative to the root, sorted."""
         selector = pafs.FileSelector(f"{self._base}/{folder}", recursive=True, allow_not_found=True)
         prefix = len(self._base.rstrip("/")) + 1
-        found = [info.path for info in self._fs.get_file_info(selector) if info.type == pafs.FileType.File]
-        return sorted(path[prefix:] for path in found if not path.rsplit("/", 1)[-1].startswith("."))
+        found = [info for info in self._fs.get_file_info(selector) if info.type == pafs.FileType.File]
+        visible = [info for info in found if not info.base_name.startswith(".")]
+        return {
+            info.path[prefix:]: FileStat(info.size, info.mtime) for info in sorted(visible, key=lambda info: info.path)
+        }
 
     def remove(self, folder: str) -> None:
         """Removes a folder and all below it; nothing happens when there is none."""
@@ -136,18 +182,24 @@ class Storage:
         folders = [f"{key}={quote(keys[key], safe=' ')}" for key in noun.partition]
         return "/".join([noun.name, *folders, FILE_NAME])
 
-    def write(self, noun: Noun, table: pa.Table, config: str, **keys: str) -> None:
+    def write(self, noun: Noun, table: pa.Table, config: str | Recipe, **keys: str) -> None:
         """Replaces one partition.
 
         Args:
             noun: Which table.
             table: Its rows (schema of the noun); its metadata goes into the file.
-            config: Hash of the configuration that made them.
+            config: What decided them; a hash alone where nobody will ask what changed.
             **keys: Values of the noun's partition keys.
         """
         if not table.schema.equals(noun.schema):
             raise ValueError(f"{noun.name}: schema differs: {table.schema} instead of {noun.schema}")
-        self.put(self.path(noun, **keys), to_parquet(table, {CONFIG_KEY: config}))
+        if isinstance(config, str):
+            stamp = {CONFIG_KEY: config}
+        else:
+            stamp = {CONFIG_KEY: config.hash, PARTS_KEY: json.dumps(config.parts, sort_keys=True)}
+            if config.units:
+                stamp |= {WHOLE_KEY: config.whole, UNITS_KEY: ",".join(map(str, config.units))}
+        self.put(self.path(noun, **keys), to_parquet(table, stamp))
 
     def read(self, noun: Noun, columns: Sequence[str] | None = None, **keys: str) -> pa.Table:
         """Reads one partition.
@@ -160,6 +212,21 @@ class Storage:
             return pq.read_table(f"{self._base}/{path}", columns=columns, filesystem=self._fs, partitioning=None)
         except FileNotFoundError as error:
             raise MilanError(f"{self.uri(path)} does not exist; run the stage that makes {noun.name} first.") from error
+
+    def read_rows(self, noun: Noun, start: int, stop: int, columns: Sequence[str], **keys: str) -> pa.Table:
+        """Rows ``start`` to ``stop - 1`` of one partition; of a long one only the row groups that hold them are read.
+
+        Raises:
+            MilanError: It does not exist.
+        """
+        self._present(noun, **keys)
+        with self.open(self.path(noun, **keys)) as stream:
+            file = pq.ParquetFile(stream)
+            ends = list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
+            first, last = bisect_right(ends, start), bisect_left(ends, stop)
+            before = ends[first - 1] if first else 0
+            table = file.read_row_groups(range(first, last + 1), columns=list(columns))
+            return table.slice(start - before, stop - start)
 
     def metadata(self, noun: Noun, **keys: str) -> dict[str, str] | None:
         """The file metadata of one partition, or None where there is no such partition."""
@@ -180,6 +247,28 @@ class Storage:
         found = self.metadata(noun, **keys)
         return found is not None and found.get(CONFIG_KEY) == config
 
+    def count(self, noun: Noun, **keys: str) -> int:
+        """Rows of one partition, from its footer; 0 where there is no such partition."""
+        try:
+            return pq.read_metadata(f"{self._base}/{self.path(noun, **keys)}", filesystem=self._fs).num_rows
+        except FileNotFoundError:
+            return 0
+
+    def why(self, noun: Noun, recipe: Recipe, **keys: str) -> str | None:
+        """Why one partition has to be made: ``missing``, or which ingredients changed.
+
+        None when it is current; where only some units are wanted, one with all of them will do.
+        """
+        found = self.metadata(noun, **keys)
+        if found is None:
+            return "missing"
+        if found.get(CONFIG_KEY) in (recipe.hash, recipe.whole):
+            return None
+        old = json.loads(found.get(PARTS_KEY, "{}"))
+        names = {**recipe.parts, **old}
+        changed = [name for name in names if old.get(name) != recipe.parts.get(name)]
+        return f"{', '.join(changed)} changed" if old else "made by an earlier version"
+
     def config_of(self, noun: Noun, **keys: str) -> str:
         """The configuration hash of one partition.
 
@@ -187,6 +276,15 @@ class Storage:
             MilanError: It does not exist.
         """
         return self._present(noun, **keys)[CONFIG_KEY]
+
+    def whole_of(self, noun: Noun, **keys: str) -> str:
+        """The configuration hash of one partition, or what it would be with all of the layer's units.
+
+        Raises:
+            MilanError: It does not exist.
+        """
+        found = self._present(noun, **keys)
+        return found.get(WHOLE_KEY, found[CONFIG_KEY])
 
     def exemplars_of(self, noun: Noun, **keys: str) -> str | None:
         """The configuration hash of the exemplars that one partition speaks of; None where it does not say.
@@ -256,7 +354,7 @@ def to_parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
     stamped = {**(table.schema.metadata or {}), **{key.encode(): value.encode() for key, value in metadata.items()}}
     stamped = dict(sorted(stamped.items()))
     buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(stamped), buffer, compression="zstd")
+    pq.write_table(table.replace_schema_metadata(stamped), buffer, compression="zstd", row_group_size=ROW_GROUP)
     return buffer.getvalue()
 
 

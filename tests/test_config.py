@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from milan_ray.config import ExemplarConfig, canonical, config_hash, models_dir, results_dir
+from milan_ray.config import ExemplarConfig, canonical, config_hash, data_dir, models_dir, results_dir
 
 OTHER = {"k": 16, "quantile": 0.995, "mask_size": (112, 112), "batch_size": 127, "samples": 2**20 + 1}
-WITHOUT_EFFECT = {"shard_size": 17, "map_budget": 0, "max_bad": 0.5}
+# The bytes of views are part of the view's own key.
+WITHOUT_EFFECT = {"shard_size": 17, "map_budget": 0, "max_bad": 0.5, "truncate_bytes": True}
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
@@ -83,7 +84,7 @@ def test_identity_changes_with_what_decides_results(name):
 
 
 @pytest.mark.parametrize("name", WITHOUT_EFFECT)
-def test_identity_does_not_change_with_how_work_is_cut(name):
+def test_identity_does_not_change_with_what_decides_no_activation(name):
     changed = replace(ExemplarConfig(), **{name: WITHOUT_EFFECT[name]})
     assert config_hash(changed.identity()) == config_hash(ExemplarConfig().identity())
 
@@ -92,7 +93,10 @@ def test_directories_come_from_the_environment_else_from_here(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MILAN_MODELS_DIR", raising=False)
     monkeypatch.delenv("MILAN_RESULTS_DIR", raising=False)
-    assert (models_dir(), results_dir()) == (tmp_path / "models", tmp_path / "results")
+    monkeypatch.delenv("MILAN_DATA_DIR", raising=False)
+    assert (data_dir(), models_dir(), results_dir()) == tuple(tmp_path / name for name in ("data", "models", "results"))
+    monkeypatch.setenv("MILAN_DATA_DIR", "/data")
+    assert data_dir() == Path("/data")
     monkeypatch.setenv("MILAN_MODELS_DIR", "elsewhere")
     monkeypatch.setenv("MILAN_RESULTS_DIR", "~/results")
     monkeypatch.setenv("HOME", "/home/someone")

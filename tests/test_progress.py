@@ -77,3 +77,11 @@ def test_progress_without_standard_error_open_to_a_terminal_is_plain_text():
 def test_say_writes_to_standard_error_alone(capsys):
     say("λ = 0.2")
     assert capsys.readouterr() == ("", "λ = 0.2\n")
+
+
+def test_progress_of_pieces_tells_models_and_layers_that_are_through(capsys):
+    pieces = [("a", "0"), ("a", "0"), ("a", "2"), ("b", "0")]
+    with Progress("encodings", 3, "blocks", pieces) as bar:
+        bar.advance(1, [("a", "0"), ("b", "0")])
+        bar.advance(1, [("a", "2")])
+    assert capsys.readouterr().err.endswith("2/3 blocks in 0 s (1/2 models, 2/3 layers)\n")

@@ -16,6 +16,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from milan_ray.config import Recipe
 from milan_ray.errors import MilanError
 from milan_ray.schema import LEVELS, RUNS, SKIPPED
 from milan_ray.storage import CONFIG_KEY, Storage, to_parquet
@@ -93,6 +94,7 @@ def test_put_on_a_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path):
     """The kernel refuses the write half way, as on a full disk; Python ignores the signal that comes with it."""
     script = """
 import resource, sys
+from milan_ray.config import Recipe
 from milan_ray.errors import MilanError
 from milan_ray.storage import Storage
 storage = Storage(sys.argv[1])
@@ -386,3 +388,45 @@ def test_work_is_never_met_by_a_glob_for_tables(tmp_path):
     assert not list(tmp_path.rglob("*.parquet"))
     assert storage.partitions(LEVELS) == []
     assert os.listdir(tmp_path) == ["_work"]
+
+
+# -- recipes ------------------------------------------------------------------------------------------------------
+
+
+def test_why_names_the_ingredients_that_changed(tmp_path):
+    storage, keys = Storage(tmp_path), {"model": "tiny/cnn", "layer": "0"}
+    recipe = Recipe.of({"weights": "a", "k": 3})
+    assert storage.why(LEVELS, recipe, **keys) == "missing"
+    storage.write(LEVELS, levels(), recipe, **keys)
+    assert storage.why(LEVELS, recipe, **keys) is None
+    assert storage.is_current(LEVELS, recipe.hash, **keys)
+    assert storage.why(LEVELS, Recipe.of({"weights": "b", "k": 3}), **keys) == "weights changed"
+    assert storage.why(LEVELS, Recipe.of({"weights": "b", "k": 4}), **keys) == "weights, k changed"
+    assert storage.why(LEVELS, Recipe.of({"weights": "a", "k": 3, "λ": 0.2}), **keys) == "λ changed"
+    storage.write(LEVELS, levels(), "an older hash", **keys)
+    assert storage.why(LEVELS, recipe, **keys) == "made by an earlier version"
+
+
+def test_why_takes_all_units_for_some_but_not_some_for_all(tmp_path):
+    storage, keys = Storage(tmp_path), {"model": "tiny/cnn", "layer": "0"}
+    whole, some = Recipe.of({"k": 3}), Recipe.of({"k": 3}, (0, 2))
+    storage.write(LEVELS, levels(), whole, **keys)
+    assert storage.why(LEVELS, some, **keys) is None
+    storage.write(LEVELS, levels(units=2), some, **keys)
+    assert storage.why(LEVELS, some, **keys) is None
+    assert storage.why(LEVELS, whole, **keys) == "units changed"
+    assert storage.why(LEVELS, Recipe.of({"k": 3}, (1,)), **keys) == "units changed"
+    assert storage.config_of(LEVELS, **keys) == some.hash and storage.whole_of(LEVELS, **keys) == whole.hash
+
+
+@pytest.mark.parametrize(
+    ("start", "stop"), [(0, 5), (16_380, 16_390), (16_384, 16_385), (40_000, 50_000), (49_999, 50_000)]
+)
+def test_read_rows_across_row_groups_equals_a_slice(tmp_path, start, stop):
+    storage, keys = Storage(tmp_path), {"model": "tiny/cnn", "layer": "0"}
+    table = levels(units=50_000)
+    storage.write(LEVELS, table, "hash", **keys)
+    assert storage.read_rows(LEVELS, start, stop, ["unit"], **keys)["unit"].to_pylist() == list(range(start, stop))
+    assert storage.count(LEVELS, **keys) == 50_000
+    with pytest.raises(MilanError, match="does not exist"):
+        storage.read_rows(LEVELS, 0, 1, ["unit"], model="other", layer="0")

@@ -3,7 +3,7 @@
 from milan_ray.schema.descriptions import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS
 from milan_ray.schema.exemplars import EXEMPLARS, LEVELS, SKIPPED, VIEWS
 from milan_ray.schema.manifest import MANIFEST
-from milan_ray.schema.operations import RUNS, SCORES, TRAINING
+from milan_ray.schema.operations import RUNS, SCORES, TRAINING, TRIALS, TRIALS_FIGURE, TRIALS_SETTING
 from milan_ray.schema.table import Column, Noun
 
 NOUNS: tuple[Noun, ...] = (
@@ -19,6 +19,7 @@ NOUNS: tuple[Noun, ...] = (
     TRAINING,
     RUNS,
     SCORES,
+    TRIALS,
 )
 
 __all__ = [
@@ -34,6 +35,9 @@ __all__ = [
     "SCORES",
     "SKIPPED",
     "TRAINING",
+    "TRIALS",
+    "TRIALS_FIGURE",
+    "TRIALS_SETTING",
     "VIEWS",
     "Column",
     "Noun",

@@ -77,7 +77,7 @@ ANNOTATIONS = Noun(
         _MODEL,
         _LAYER,
         _UNIT,
-        Column("annotator", pa.string(), "who wrote it"),
+        Column("annotator", pa.string(), "who wrote it; where that is not known, its place among its unit's"),
         Column("text", pa.string(), "the annotation, as written"),
     ),
     "One person's description of one unit.",

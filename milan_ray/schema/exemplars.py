@@ -13,7 +13,11 @@ EXEMPLARS = Noun(
         Column("unit", pa.int32(), "channel index in the layer"),
         Column("rank", pa.int16(), "0 = the image with the highest activation"),
         Column("image_id", pa.int64(), "row of the probe manifest"),
-        Column("activation", pa.float32(), "the unit's maximum over all positions of this image"),
+        Column(
+            "activation",
+            pa.float32(),
+            "the unit's maximum over all positions of this image; NaN where a published set does not say",
+        ),
         Column(
             "mask", pa.large_binary(), "H×W bits, row-major, packed big-endian: upsampled map > level; H, W in metadata"
         ),

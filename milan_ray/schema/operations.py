@@ -1,4 +1,4 @@
-"""What ran and how well: runs and scores."""
+"""What ran and how well: runs, scores, trials."""
 
 import pyarrow as pa
 
@@ -8,13 +8,19 @@ RUNS = Noun(
     "runs",
     ("stage", "run", "model"),
     (
-        Column("stage", pa.string(), "exemplars, encodings, candidates or training"),
-        Column("run", pa.string(), "configuration hash of what was made"),
-        Column("model", pa.string(), "registered name of the model; for training, of all its models"),
-        Column("layer", pa.string(), "module path of the layer; empty when the run covers all of a model's"),
+        Column("stage", pa.string(), "exemplars, encodings, candidates, training, tuning or import"),
+        Column("run", pa.string(), "configuration hash of what was made: of the table's partition, where it is one"),
+        Column("model", pa.string(), "registered name of the model; for training, name of the captioner"),
+        Column("layer", pa.string(), "module path of the layer; empty when the run is not of one layer"),
         Column("rows", pa.int64(), "rows written"),
         Column("images", pa.int64(), "images used; 0 where the stage reads none"),
-        Column("seconds", pa.float64(), "wall-clock seconds of the stage for this model"),
+        Column(
+            "seconds",
+            pa.float64(),
+            "seconds of the pieces of work that this layer was in, summed over actors; layers that share a pass count "
+            "the whole pass each",
+        ),
+        Column("images_per_second", pa.float64(), "images per second and actor; null where none are read", True),
         Column("finished_at", pa.string(), "UTC, ISO 8601"),
         Column("versions", pa.string(), "JSON: milan_ray, torch, ray"),
     ),
@@ -51,3 +57,30 @@ TRAINING = Noun(
     ),
     "One epoch of a captioner's training.",
 )
+
+TRIALS = Noun(
+    "trials",
+    ("decoder", "sweep"),
+    (
+        Column("decoder", pa.string(), "name of the captioner"),
+        Column("sweep", pa.string(), "name of the search space: of its file in tune_configs"),
+        Column("strategy", pa.string(), "greedy, greedy-mi, beam, beam-mi or rerank; beam is rerank with λ = 0"),
+        Column("beam_size", pa.int32(), "width of the beam; null for greedy decoding", True),
+        Column("length", pa.int32(), "most tokens, <stop> included"),
+        Column("lam", pa.float64(), "λ; 0 where log p(d) is not used"),
+        Column("split", pa.string(), "validation: the units that choose; held-out: the others"),
+        Column("metric", pa.string(), "name of the measure, against the annotations"),
+        Column("value", pa.float64(), "the measure"),
+        Column("low", pa.float64(), "lower end of the 95 % bootstrap interval over units"),
+        Column("high", pa.float64(), "upper end of the 95 % bootstrap interval over units"),
+        Column("n", pa.int64(), "units behind the value"),
+        Column("chosen", pa.bool_(), "whether this is the setting that was chosen"),
+    ),
+    "One measure of one way to decode.",
+)
+
+TRIALS_FIGURE = "figure.svg"
+"""File beside a table of trials: the scores over λ."""
+
+TRIALS_SETTING = "setting.yaml"
+"""File beside a table of trials: what was chosen."""

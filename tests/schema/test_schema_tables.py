@@ -78,7 +78,7 @@ def test_table_with_an_unknown_column_raises_key_error():
         {"path": [b"\xff"]},
         {"model": ["m", "m"]},
     ],
-    ids=str,
+    ids=lambda change: " ".join(change),
 )
 def test_table_of_values_that_do_not_fit_raises(change):
     with pytest.raises((pa.ArrowInvalid, pa.ArrowTypeError, OverflowError)):
