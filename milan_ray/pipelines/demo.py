@@ -24,7 +24,7 @@ from milan_ray.scoring.text import BertScore, minilm_directory
 from milan_ray.storage import Storage
 from milan_ray.world.networks import planted_concepts
 from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
-from milan_ray.world.training import PREPROCESS
+from milan_ray.world.training import PREPROCESS, generator_task
 
 DECODER = "world"
 """Name of the captioner, and of its encoder."""
@@ -41,7 +41,11 @@ CONTROL = "world/resnet-random"
 PLANTED = "world/planted"
 """The network whose units' concepts are known beforehand."""
 
+GENERATOR = "world/generator"
+"""Paints scenes from their codes; on request only."""
+
 PROBE = requests.ProbeRequest(("world/probe",))
+CODES = requests.ProbeRequest(("world/probe-codes",))
 HELD_OUT_SCENES = requests.ProbeRequest(("world/heldout",))
 
 EXEMPLARS = ExemplarConfig()
@@ -75,6 +79,16 @@ def run_demo(storage: Storage, resources: Resources, threads: int) -> pa.Table:
     run_training(storage, job)
     run_descriptions(storage, dissected, SEARCH, resources)
     return evaluate(storage, dissected)
+
+
+def run_generator(storage: Storage, resources: Resources) -> None:
+    """Trains the world's generator, dissects it and describes its units with the captioner of :func:`run_demo`."""
+    world.train_networks([generator_task()])
+    models = [requests.ModelRequest(GENERATOR)]
+    dissected = run_exemplars(storage, models, CODES, EXEMPLARS, resources).models
+    world.annotate(storage, CODES, dissected)
+    run_encodings(storage, dissected, EncoderRequest(DECODER), resources)
+    run_descriptions(storage, dissected, SEARCH, resources)
 
 
 def evaluate(storage: Storage, models: Mapping[str, Sequence[str]]) -> pa.Table:

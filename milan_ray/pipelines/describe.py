@@ -5,7 +5,6 @@ encodings ─► [actor pool: beam search] ─► candidates ─► [rescore] �
 
 from __future__ import annotations
 
-import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,11 +16,12 @@ import torch
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import digest as captioner_digest
 from milan_ray.captioner.checkpoints import lm_digest
+from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
 from milan_ray.captioner.rerank import rescore
-from milan_ray.config import Resources, config_hash
+from milan_ray.config import Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.pipelines.captioners import captioner_name, load_captioner
-from milan_ray.pipelines.encodings import unit_features
+from milan_ray.pipelines.encodings import only_units, unit_features
 from milan_ray.pipelines.fanout import run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import record_run
@@ -44,7 +44,10 @@ _CANDIDATES_SCHEMA = pa.schema(
 )
 
 UNITS = 32
-"""Units per beam search: the planned batch."""
+"""Units per beam search."""
+
+REFERENCE_UNITS = 16
+"""Units per beam search of the reference, whose scores depend on it (REFERENCE §5)."""
 
 N_BEST = 5
 
@@ -64,12 +67,14 @@ class Search:
         beam_size: Width of the beam; None takes the captioner's own.
         length: Most tokens, ``<stop>`` included; None takes the captioner's own.
         lam: λ; None takes the captioner's own.
+        quirks: Defects of the reference to reproduce in log p(d).
     """
 
     decoder: str
     beam_size: int | None = None
     length: int | None = None
     lam: float | None = None
+    quirks: Quirks = NO_QUIRKS
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,12 @@ class _Settled:
     beam_size: int
     length: int
     lam: float
+    quirks: Quirks
+
+    @property
+    def units(self) -> int:
+        """Units per beam search: the planned batch."""
+        return REFERENCE_UNITS if self.quirks.batch_dependent_length else UNITS
 
 
 def _settle(search: Search, captioner: Captioner) -> _Settled:
@@ -88,7 +99,42 @@ def _settle(search: Search, captioner: Captioner) -> _Settled:
         captioner.beam_size if search.beam_size is None else search.beam_size,
         captioner.length if search.length is None else search.length,
         captioner.lam if search.lam is None else search.lam,
+        search.quirks,
     )
+
+
+def search_identity(captioner: Captioner, search: Search) -> dict[str, object]:
+    """All that decides candidates besides the encodings."""
+    settled = _settle(search, captioner)
+    return {
+        "kernel": KERNEL_VERSION,
+        "captioner": captioner_digest(captioner),
+        "beam_size": settled.beam_size,
+        "length": settled.length,
+        "quirks": settled.quirks,
+    }
+
+
+def candidates_recipe(search: Mapping[str, object], encodings: str, units: tuple[int, ...]) -> Recipe:
+    """What decides a layer's candidates.
+
+    Args:
+        search: As :func:`search_identity` gives it.
+        encodings: Configuration hash of the layer's encodings, all units of them.
+        units: The units selected; empty for all.
+    """
+    return Recipe.of({**search, "encodings": encodings}, units)
+
+
+def labelers(captioner: Captioner, search: Search) -> dict[str, float]:
+    """Labeler → λ of the descriptions that a captioner gives."""
+    lams = {LIKELIHOOD: 0.0}
+    return lams if captioner.lm is None else {**lams, MILAN: _settle(search, captioner).lam}
+
+
+def description_recipe(candidates: Recipe, lam: float) -> Recipe:
+    """What decides a layer's descriptions by one λ."""
+    return Recipe.of({"rescore": 1, "candidates": candidates.whole, "lam": lam, "n_best": N_BEST}, candidates.units)
 
 
 @dataclass(frozen=True)
@@ -96,8 +142,12 @@ class _Layer:
     number: int
     model: str
     layer: str
-    config: str
+    recipe: Recipe
     exemplars: str
+
+    @property
+    def name(self) -> tuple[str, str]:
+        return self.model, self.layer
 
 
 def run_descriptions(
@@ -105,6 +155,7 @@ def run_descriptions(
     models: Mapping[str, Sequence[str]],
     search: Search,
     resources: Resources,
+    units: tuple[int, ...] = (),
 ) -> None:
     """Describes every unit of every layer whose descriptions are missing or stale, by both MILAN labelers.
 
@@ -113,6 +164,7 @@ def run_descriptions(
         models: Model name → layers.
         search: Captioner, beam, λ.
         resources: What of the cluster to use; Ray must be connected.
+        units: The units of every layer to describe; empty for all.
 
     Raises:
         MilanError: The captioner or encodings are missing.
@@ -120,36 +172,29 @@ def run_descriptions(
     captioner = load_captioner(storage, search.decoder)
     name = captioner_name(search.decoder)
     settled = _settle(search, captioner)
-    identity = {
-        "kernel": KERNEL_VERSION,
-        "captioner": captioner_digest(captioner),
-        "beam_size": settled.beam_size,
-        "length": settled.length,
-    }
+    identity = search_identity(captioner, search)
     every: list[_Layer] = []
     for model, paths in models.items():
         for layer in paths:
             keys = {"encoder": captioner.encoder_name, "model": model, "layer": layer}
-            config = config_hash({**identity, "encodings": storage.config_of(ENCODINGS, **keys)})
-            every.append(_Layer(len(every), model, layer, config, storage.exemplars_of(ENCODINGS, **keys) or ""))
+            recipe = candidates_recipe(identity, storage.whole_of(ENCODINGS, **keys), units)
+            every.append(_Layer(len(every), model, layer, recipe, storage.exemplars_of(ENCODINGS, **keys) or ""))
     # Over all layers, so that a job killed while results become public finds its candidates again.
-    work = config_hash({"candidates": [layer.config for layer in every]})
+    work = config_hash({"candidates": [layer.recipe.hash for layer in every]})
     layers = [
         layer
         for layer in every
-        if not storage.is_current(CANDIDATES, layer.config, decoder=name, model=layer.model, layer=layer.layer)
+        if storage.why(CANDIDATES, layer.recipe, decoder=name, model=layer.model, layer=layer.layer)
     ]
     if layers:
         _search(storage, work, layers, settled, name, captioner.encoder_name, lm_digest(captioner), resources)
     else:
         storage.remove_work(work)
         say(f"candidates ({name}): all up to date")
-    labelers = {LIKELIHOOD: 0.0}
-    if captioner.lm is not None:
-        labelers[MILAN] = settled.lam
-    else:
+    if captioner.lm is None:
         say(f"captioner {name} has no language model: described by log p(d|E) alone ({LIKELIHOOD})")
-    tasks = [_Rescore(storage, name, layer, labeler, lam) for layer in every for labeler, lam in labelers.items()]
+    lams = labelers(captioner, search)
+    tasks = [_Rescore(storage, name, layer, labeler, lam) for layer in every for labeler, lam in lams.items()]
     stale = [task for task in tasks if not task.done()]
     for _ in run_parallel(_rescore, stale):
         pass
@@ -169,10 +214,10 @@ def _search(
     rows: list[Row] = []
     units = 0
     for layer in layers:
-        column = storage.read(ENCODINGS, ["unit"], encoder=encoder, model=layer.model, layer=layer.layer)["unit"]
-        present = sorted(set(column.to_pylist()))
-        for start in range(0, len(present), UNITS):
-            batch = present[start : start + UNITS]
+        encoded = storage.read(ENCODINGS, ["unit"], encoder=encoder, model=layer.model, layer=layer.layer)
+        present = sorted(set(only_units(encoded, layer.recipe.units)["unit"].to_pylist()))
+        for start in range(0, len(present), search.units):
+            batch = present[start : start + search.units]
             if f"L{layer.number}/{batch[0]:06d}" not in done:
                 rows.append({"layer": layer.number, "units": batch})
                 units += len(batch)
@@ -186,16 +231,25 @@ def _search(
         "threads": resources.threads,
         "device": resources.device,
     }
-    started = time.monotonic()
-    with Progress("descriptions", units, "units") as progress:
+    names = {layer.number: layer.name for layer in layers}
+    seconds: dict[int, float] = defaultdict(float)
+    with Progress("descriptions", units, "units", (names[row["layer"]] for row in rows)) as progress:
         for answer in run_pool(CandidateWorker, arguments, rows, resources):
-            progress.advance(answer["units"])
+            progress.advance(answer["units"], [names[answer["layer"]]])
+            seconds[answer["layer"]] += answer["seconds"]
     tasks = [_Gather(storage, work, layer, name, lm or "", search.beam_size) for layer in layers]
-    rows_of: dict[str, int] = defaultdict(int)
     for index, count in run_parallel(_gather, tasks):
-        rows_of[layers[index].model] += count
-    for model, count in rows_of.items():
-        record_run(storage, "candidates", work, model, rows=count, images=0, seconds=time.monotonic() - started)
+        made = layers[index]
+        record_run(
+            storage,
+            "candidates",
+            made.recipe.hash,
+            made.model,
+            layer=made.layer,
+            rows=count,
+            images=0,
+            seconds=seconds[made.number],
+        )
     storage.remove_work(work)
 
 
@@ -228,7 +282,7 @@ class CandidateWorker:
         tables = [self._candidates([(unit, features[unit]) for unit in units]) for units in by_count.values()]
         table = pa.concat_tables(tables).sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
         self._storage.put_work(self._work, f"L{layer.number}/{row['units'][0]:06d}", table)
-        return {"units": len(row["units"])}
+        return {"layer": layer.number, "units": len(row["units"])}
 
     def _of(self, layer: _Layer) -> dict[int, np.ndarray]:
         if self._features[0] != layer.number:
@@ -239,7 +293,10 @@ class CandidateWorker:
 
     def _candidates(self, units: list[tuple[int, np.ndarray]]) -> pa.Table:
         found = self._captioner.candidates(
-            np.stack([features for _, features in units]), self._search.beam_size, self._search.length
+            np.stack([features for _, features in units]),
+            self._search.beam_size,
+            self._search.length,
+            quirks=self._search.quirks,
         )
         beams = found.logp_d_given_e.shape[1]
         logp_d = found.logp_d if found.logp_d is not None else np.zeros_like(found.logp_d_given_e)
@@ -278,7 +335,7 @@ def _gather(task: _Gather) -> int:
     columns |= {"lm": [task.lm] * len(table), "beam_size": [task.beam_size] * len(table)}
     columns |= {name: table[name] for name in table.column_names}
     rows = CANDIDATES.table(columns, {EXEMPLARS_KEY: task.layer.exemplars})
-    task.storage.write(CANDIDATES, rows, task.layer.config, **keys)
+    task.storage.write(CANDIDATES, rows, task.layer.recipe, **keys)
     return len(rows)
 
 
@@ -291,21 +348,21 @@ class _Rescore:
     lam: float
 
     @property
-    def config(self) -> str:
-        return config_hash({"rescore": 1, "candidates": self.layer.config, "lam": self.lam, "n_best": N_BEST})
+    def recipe(self) -> Recipe:
+        return description_recipe(self.layer.recipe, self.lam)
 
     @property
     def keys(self) -> dict[str, str]:
         return {"labeler": self.labeler, "model": self.layer.model, "layer": self.layer.layer}
 
     def done(self) -> bool:
-        return self.storage.is_current(DESCRIPTIONS, self.config, **self.keys)
+        return self.storage.why(DESCRIPTIONS, self.recipe, **self.keys) is None
 
 
 def _rescore(task: _Rescore) -> None:
     """Chooses the best candidates of a layer for one λ."""
     keys = {"decoder": task.decoder, "model": task.layer.model, "layer": task.layer.layer}
-    table = task.storage.read(CANDIDATES, **keys).combine_chunks()
+    table = only_units(task.storage.read(CANDIDATES, **keys), task.layer.recipe.units).combine_chunks()
     units = table["unit"].to_numpy()
     likely, prior = (table[name].to_numpy() for name in ("logp_d_given_e", "logp_d"))
     scores = rescore(likely, prior, task.lam)
@@ -342,4 +399,4 @@ def _rescore(task: _Rescore) -> None:
         )
     metadata = {"decoder": task.decoder, "lam": str(task.lam), EXEMPLARS_KEY: task.layer.exemplars}
     table = pa.Table.from_pylist(rows, schema=DESCRIPTIONS.schema.with_metadata(metadata))
-    task.storage.write(DESCRIPTIONS, table, task.config, **task.keys)
+    task.storage.write(DESCRIPTIONS, table, task.recipe, **task.keys)

@@ -1,13 +1,13 @@
 """Encodings (DESIGN §4): the encoder sees every image once, for all units, layers and models of a view.
 
-exemplars ─► [scatter by image block] ─► [actor pool: encode a block's images, pool with all masks] ─► [gather]
+exemplars ─► [scatter by chunk of images] ─► [actor pool: encode a chunk's images, pool with all masks] ─► [gather]
 """
 
 from __future__ import annotations
 
 import hashlib
 import io
-import time
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from milan_ray.captioner.encoder import PyramidEncoder, pool_maps
-from milan_ray.config import Resources, config_hash
+from milan_ray.config import Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
@@ -31,13 +31,16 @@ from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.views import block_of, read_block
 from milan_ray.progress import Progress, say
-from milan_ray.schema import ENCODINGS, EXEMPLARS
+from milan_ray.schema import ENCODINGS, EXEMPLARS, LEVELS
 from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, Storage
 
-KERNEL_VERSION = "encodings-1"
+KERNEL_VERSION = "encodings-2"
 
-BATCH_SIZE = 32
-"""Images per encoder pass: what fits the cache; larger ones are slower and heavier on a CPU."""
+BATCH_SIZE = 16
+"""Images per encoder pass: on a CPU larger ones are no faster and heavier, smaller ones slower."""
+
+MASKS = 256
+"""Masks pooled at once: what bounds memory where an image is an exemplar of thousands of units."""
 
 _FEATURES_SCHEMA = pa.schema([("unit", pa.int32()), ("rank", pa.int16()), ("feature", pa.list_(pa.float32()))])
 
@@ -52,15 +55,30 @@ class Source:
         number: Its folder in the work.
         model: Name of the model.
         layer: Module path.
-        config: Configuration hash of its encodings.
+        recipe: What decides its encodings.
         exemplars: File metadata of its exemplars.
     """
 
     number: int
     model: str
     layer: str
-    config: str
+    recipe: Recipe
     exemplars: Mapping[str, str]
+
+    @property
+    def name(self) -> tuple[str, str]:
+        """(model, layer)."""
+        return self.model, self.layer
+
+    @property
+    def view(self) -> tuple[str, str]:
+        """(probe, view): what its images are."""
+        return self.exemplars["probe"], self.exemplars["view"]
+
+    @property
+    def mask_size(self) -> tuple[int, int]:
+        """(height, width) of its masks, pixels."""
+        return int(self.exemplars["mask_height"]), int(self.exemplars["mask_width"])
 
 
 def run_encodings(
@@ -68,6 +86,7 @@ def run_encodings(
     models: Mapping[str, Sequence[str]],
     encoder: EncoderRequest,
     resources: Resources,
+    units: tuple[int, ...] = (),
 ) -> None:
     """Encodes the exemplars of every layer whose encodings are missing or stale.
 
@@ -76,35 +95,36 @@ def run_encodings(
         models: Model name → layers.
         encoder: Which encoder.
         resources: What of the cluster to use; Ray must be connected.
+        units: The units of every layer to encode; empty for all.
 
     Raises:
-        MilanError: Exemplars or the encoder are missing.
+        MilanError: Exemplars or the encoder are missing, or a layer has no such unit.
     """
-    every = _sources(storage, models, encoder)
+    every = _sources(storage, models, encoder, units)
     # Over all layers, so that a job killed while results become public finds its features again.
-    work = config_hash({"encodings": [source.config for source in every]})
+    work = config_hash({"encodings": [source.recipe.hash for source in every]})
     sources = [
         source
         for source in every
-        if not storage.is_current(
-            ENCODINGS, source.config, encoder=encoder.name, model=source.model, layer=source.layer
-        )
+        if storage.why(ENCODINGS, source.recipe, encoder=encoder.name, model=source.model, layer=source.layer)
     ]
     if not sources:
         storage.remove_work(work)
         say(f"encodings ({encoder.name}): all up to date")
         return
-    blocks: dict[tuple[str, str, str], list[int]] = defaultdict(list)
-    tasks = [_Scatter(storage, work, source) for source in sources]
-    for index, touched in run_parallel(_scatter, tasks):
-        meta = sources[index].exemplars
-        for block in touched:
-            blocks[meta["probe"], meta["view"], block].append(sources[index].number)
+    used: dict[tuple[str, str], set[int]] = defaultdict(set)
+    for index, ids in run_parallel(_image_ids, [_Scatter(storage, work, source) for source in every]):
+        used[every[index].view].update(ids)
+    starts = {view: chunk_starts(sorted(ids)) for view, ids in used.items()}
+    row_of: dict[str, Row] = {}
+    scatters = [_Scatter(storage, work, source, starts[source.view]) for source in sources]
+    for index, names in run_parallel(_scatter, scatters):
+        probe, view = sources[index].view
+        for name in names:
+            row = row_of.setdefault(name, {"name": name, "probe": probe, "view": view, "sources": []})
+            row["sources"].append(sources[index].number)
     stored = set(storage.work_names(work, FEATURES))
-    every_row: list[Row] = []
-    for (probe, view, block), numbers in sorted(blocks.items()):
-        name = f"{config_hash({'view': view, 'probe': probe})}-{block}"
-        every_row.append({"name": name, "probe": probe, "view": view, "block": block, "sources": sorted(numbers)})
+    every_row = [row_of[name] for name in sorted(row_of)]
     rows = [row for row in every_row if any(f"{FEATURES}/{n}/{row['name']}" not in stored for n in row["sources"])]
     say(f"encodings ({encoder.name}): {len(sources)} layers of {len({s.model for s in sources})} models")
     arguments = {
@@ -115,29 +135,38 @@ def run_encodings(
         "threads": resources.threads,
         "device": resources.device,
     }
-    started, images = time.monotonic(), 0
-    with Progress("encodings", len(rows), "blocks of images") as progress:
+    images: dict[int, int] = defaultdict(int)
+    seconds: dict[int, float] = defaultdict(float)
+    pieces = (every[number].name for row in rows for number in row["sources"])
+    with Progress("encodings", len(rows), "chunks of images", pieces) as progress:
         for answer in run_pool(EncodingWorker, arguments, rows, resources):
-            progress.advance()
-            images += answer["images"]
+            progress.advance(1, (every[number].name for number in answer["sources"]))
+            for number in answer["sources"]:
+                images[number] += answer["images"]
+                seconds[number] += answer["seconds"]
     parts = {
         source.number: tuple(row["name"] for row in every_row if source.number in row["sources"]) for source in sources
     }
     gathers = [_Gather(storage, work, encoder.name, source, parts[source.number]) for source in sources]
-    rows_of: dict[str, int] = defaultdict(int)
     for index, count in run_parallel(_gather, gathers):
-        rows_of[sources[index].model] += count
-    for model in {source.model for source in sources}:
+        done = sources[index]
         record_run(
-            storage, "encodings", work, model, rows=rows_of[model], images=images, seconds=time.monotonic() - started
+            storage,
+            "encodings",
+            done.recipe.hash,
+            done.model,
+            layer=done.layer,
+            rows=count,
+            images=images[done.number],
+            seconds=seconds[done.number],
         )
     storage.remove_work(work)
 
 
-def _sources(storage: Storage, models: Mapping[str, Sequence[str]], encoder: EncoderRequest) -> list[Source]:
-    """All layers, with the configuration hash that their encodings should have."""
+def encoder_identity(encoder: EncoderRequest) -> dict[str, object]:
+    """All that decides encodings besides the exemplars."""
     net = encoder.load()
-    identity = {
+    return {
         "kernel": KERNEL_VERSION,
         "weights": weights_digest(net.backbone),
         "structure": hashlib.sha256(repr(net.backbone).encode()).hexdigest(),
@@ -146,14 +175,38 @@ def _sources(storage: Storage, models: Mapping[str, Sequence[str]], encoder: Enc
         "mean": net.spec.mean,
         "std": net.spec.std,
     }
+
+
+def encodings_recipe(encoder: Mapping[str, object], exemplars: str, units: tuple[int, ...]) -> Recipe:
+    """What decides a layer's encodings.
+
+    Args:
+        encoder: As :func:`encoder_identity` gives it.
+        exemplars: Configuration hash of the layer's exemplars.
+        units: The units selected; empty for all.
+    """
+    return Recipe.of({**encoder, "exemplars": exemplars}, units)
+
+
+def _sources(
+    storage: Storage, models: Mapping[str, Sequence[str]], encoder: EncoderRequest, units: tuple[int, ...]
+) -> list[Source]:
+    """All layers, with the recipe that their encodings should have."""
+    identity = encoder_identity(encoder)
     found: list[Source] = []
     for model, layers in models.items():
         for layer in layers:
             meta = storage.metadata(EXEMPLARS, model=model, layer=layer)
             if meta is None:
                 raise MilanError(f"no exemplars of {model} {layer} in {storage.root}; run jobs.exemplars first.")
-            config = config_hash({**identity, "exemplars": meta[CONFIG_KEY]})
-            found.append(Source(len(found), model, layer, config, meta))
+            count = storage.count(LEVELS, model=model, layer=layer)
+            if units and max(units) >= count:
+                raise MilanError(
+                    f"{model} {layer} has {count} units, numbered from 0, and --units asks for {max(units)}; "
+                    "leave that one out, or choose other --layers."
+                )
+            recipe = encodings_recipe(identity, meta[CONFIG_KEY], units)
+            found.append(Source(len(found), model, layer, recipe, meta))
     return found
 
 
@@ -162,23 +215,48 @@ class _Scatter:
     storage: Storage
     work: str
     source: Source
+    starts: tuple[int, ...] = ()
+
+    def read(self, columns: list[str]) -> pa.Table:
+        source = self.source
+        table = self.storage.read(EXEMPLARS, ["unit", *columns], model=source.model, layer=source.layer)
+        return only_units(table, source.recipe.units)
+
+
+def _image_ids(task: _Scatter) -> list[int]:
+    """The images that a layer's exemplars show, ascending."""
+    return np.unique(task.read(["image_id"])["image_id"].to_numpy()).tolist()
+
+
+def chunk_starts(ids: Sequence[int]) -> tuple[int, ...]:
+    """Cuts a view's images into chunks, the units of work, by the first of each.
+
+    A few images make chunks small enough to keep several actors busy; many make chunks so large that hardly a block of
+    views is read twice and files stay few. Which images share a chunk never changes a result.
+
+    Args:
+        ids: Image ids, ascending.
+    """
+    batches = min(max(len(ids) // (64 * BATCH_SIZE), 2), 16)
+    return tuple(ids[:: batches * BATCH_SIZE])
 
 
 def _scatter(task: _Scatter) -> list[str]:
-    """Sorts a layer's exemplars into blocks of images; returns the blocks."""
-    source = task.source
-    columns = ["unit", "rank", "image_id", "mask"]
-    table = task.storage.read(EXEMPLARS, columns, model=source.model, layer=source.layer).combine_chunks()
-    block = np.array([block_of(image_id) for image_id in table["image_id"].to_pylist()])
-    names = sorted(set(block.tolist()))
-    for name in names:
-        part = table.filter(pa.array(block == name))
-        task.storage.put_work(task.work, f"masks/{name}/{source.number}", part)
+    """Sorts a layer's exemplars into chunks of images; returns the chunks' names."""
+    probe, view = task.source.view
+    table = task.read(["rank", "image_id", "mask"]).sort_by("image_id").combine_chunks()
+    cuts = np.searchsorted(table["image_id"].to_numpy(), [*task.starts, np.iinfo(np.int64).max])
+    names = []
+    for start, (begin, end) in zip(task.starts, itertools.pairwise(cuts.tolist()), strict=True):
+        if begin < end:
+            names.append(f"{config_hash({'view': view, 'probe': probe})}-{start:09d}")
+            part = table.slice(begin, end - begin)
+            task.storage.put_work(task.work, f"masks/{names[-1]}/{task.source.number}", part)
     return names
 
 
 class EncodingWorker:
-    """Encodes the images of one block once and pools them with every mask that refers to them."""
+    """Encodes the images of one chunk once and pools them with every mask that refers to them."""
 
     def __init__(
         self,
@@ -195,31 +273,47 @@ class EncodingWorker:
         self._encoder = encoder.load().to(self._device)
 
     def __call__(self, row: Row) -> Row:
-        """Runs one block."""
-        exemplars = {n: self._storage.get_work(self._work, f"masks/{row['block']}/{n}") for n in row["sources"]}
-        ids = sorted({i for table in exemplars.values() for i in table["image_id"].to_pylist()})
-        views = read_block(self._storage, row["probe"], row["view"], row["block"], ids)["image"].to_pylist()
-        parts: dict[int, list[pa.Table]] = defaultdict(list)
+        """Runs one chunk."""
+        by_size: dict[tuple[int, int], list[pa.Table]] = defaultdict(list)
+        for number in row["sources"]:
+            table = self._storage.get_work(self._work, f"masks/{row['name']}/{number}")
+            source = pa.array(np.full(len(table), number, np.int32))
+            by_size[self._sources[number].mask_size].append(table.append_column("source", source))
+        exemplars = {size: pa.concat_tables(tables).sort_by("image_id") for size, tables in by_size.items()}
+        ids = np.unique(np.concatenate([table["image_id"].to_numpy() for table in exemplars.values()])).tolist()
+        views = self._views(row, ids)
+        pooled: list[pa.Table] = []
         for start in range(0, len(ids), BATCH_SIZE):
-            batch = ids[start : start + BATCH_SIZE]
+            batch = np.array(ids[start : start + BATCH_SIZE])
             maps = encode(self._encoder, views[start : start + BATCH_SIZE], BATCH_SIZE)
-            for number, table in exemplars.items():
-                places = pc.index_in(table["image_id"], pa.array(batch, pa.int64()))
-                mine = table.append_column("place", places).filter(pc.is_valid(places))
-                if len(mine):
-                    parts[number].append(self._pool(mine, maps, self._sources[number].exemplars))
-        for number, tables in parts.items():
-            self._storage.put_work(self._work, f"{FEATURES}/{number}/{row['name']}", pa.concat_tables(tables))
-        return {"images": len(ids)}
+            for size, table in exemplars.items():
+                begin, end = np.searchsorted(table["image_id"].to_numpy(), [batch[0], batch[-1] + 1]).tolist()
+                for first in range(begin, end, MASKS):
+                    pooled.append(self._pool(table.slice(first, min(MASKS, end - first)), batch, maps, size))
+        features = pa.concat_tables(pooled)
+        for number in row["sources"]:
+            part = features.filter(pc.equal(features["source"], number)).drop_columns("source")
+            self._storage.put_work(self._work, f"{FEATURES}/{number}/{row['name']}", part)
+        return {"sources": row["sources"], "images": len(ids)}
 
-    def _pool(self, table: pa.Table, maps: list[torch.Tensor], meta: Mapping[str, str]) -> pa.Table:
-        size = int(meta["mask_height"]), int(meta["mask_width"])
-        regions = torch.from_numpy(masks.unpack(table["mask"].to_pylist(), size)).to(self._device)
-        index = torch.from_numpy(np.array(table["place"], dtype=np.int64)).to(self._device)
+    def _views(self, row: Row, ids: list[int]) -> list[bytes]:
+        """The images' PNGs, in the order of the ids; every block is read once."""
+        pngs: list[bytes] = []
+        for block, members in itertools.groupby(ids, block_of):
+            pngs += read_block(self._storage, row["probe"], row["view"], block, list(members))["image"].to_pylist()
+        return pngs
+
+    def _pool(
+        self, table: pa.Table, batch: np.ndarray, maps: list[torch.Tensor], mask_size: tuple[int, int]
+    ) -> pa.Table:
+        regions = torch.from_numpy(masks.unpack(table["mask"].to_pylist(), mask_size)).to(self._device)
+        index = torch.from_numpy(np.searchsorted(batch, table["image_id"].to_numpy())).to(self._device)
         features = pool_maps(maps, regions, index).cpu().numpy()
         offsets = np.arange(len(features) + 1, dtype=np.int32) * features.shape[1]
         lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(features.ravel()))
-        return pa.table([table["unit"], table["rank"], lists], schema=_FEATURES_SCHEMA)
+        return pa.table([table["unit"], table["rank"], lists], schema=_FEATURES_SCHEMA).append_column(
+            "source", table["source"]
+        )
 
 
 def encode(encoder: PyramidEncoder, pngs: Sequence[bytes], batch_size: int) -> list[torch.Tensor]:
@@ -264,8 +358,13 @@ def _gather(task: _Gather) -> int:
     size = len(table["feature"][0]) if len(table) else 0
     columns |= {name: table[name] for name in ("unit", "rank", "feature")}
     metadata = {"feature_size": str(size), EXEMPLARS_KEY: source.exemplars[CONFIG_KEY]}
-    task.storage.write(ENCODINGS, ENCODINGS.table(columns, metadata), source.config, **keys)
+    task.storage.write(ENCODINGS, ENCODINGS.table(columns, metadata), source.recipe, **keys)
     return len(table)
+
+
+def only_units(table: pa.Table, units: tuple[int, ...]) -> pa.Table:
+    """The rows of some units; all of them where none are named."""
+    return table.filter(pc.is_in(table["unit"], pa.array(units, table["unit"].type))) if units else table
 
 
 def unit_features(table: pa.Table) -> dict[int, np.ndarray]:

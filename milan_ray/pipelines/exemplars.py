@@ -11,8 +11,10 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,29 +24,32 @@ import pyarrow.compute as pc
 import torch
 from torch import nn
 
-from milan_ray.config import ExemplarConfig, Resources, config_hash
+from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
-from milan_ray.exemplars.forward import Forward, read_views
-from milan_ray.exemplars.shard import KERNEL_VERSION, LayerState, Plan, fold, to_table
-from milan_ray.exemplars.topk import RunningTopK
+from milan_ray.exemplars.forward import Batch, Forward, check_probe, pass_size, read_inputs
+from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerState, Plan, fold, to_table
 from milan_ray.models.hooks import find_layers
-from milan_ray.models.registry import ModelSpec
+from milan_ray.models.registry import ModelSpec, source_of
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
-from milan_ray.pipelines.fanout import run_parallel
+from milan_ray.pipelines.fanout import FEW_IMAGES, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import record_run
-from milan_ray.pipelines.views import ensure_views
+from milan_ray.pipelines.views import Pictures, ensure_views, view_key
 from milan_ray.probe.base import ImageRef
 from milan_ray.probe.manifest import digest as probe_digest
+from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, SKIPPED
 from milan_ray.storage import Storage
 
 IMAGES = "images"
 """Work folder of the tables that say which images a shard read; written last, so it also says that it is finished."""
+
+SECONDS = "seconds"
+"""Metadata key of these tables: what the shard took."""
 
 _IMAGES_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("path", pa.string()), ("sha256", pa.string()), ("reason", pa.string())]
@@ -74,7 +79,8 @@ class ModelWork:
         probe: Digest of the probe manifest.
         work: Configuration hash of this work; partials lie below it.
         plan: The states' plan.
-        hashes: Layer → configuration hash of its public tables.
+        recipes: Layer → what decides its public tables.
+        view: Key of the view that shows its exemplars.
     """
 
     model: requests.ModelRequest
@@ -84,7 +90,8 @@ class ModelWork:
     probe: str
     work: str
     plan: Plan
-    hashes: dict[str, str]
+    recipes: dict[str, Recipe]
+    view: str
 
     def folder(self, layer: str) -> str:
         """Work folder of a layer's partials: the same whichever layers are still to do."""
@@ -106,20 +113,25 @@ class Dissection:
     failed: dict[str, str]
 
 
-def exemplar_hashes(spec: ModelSpec, model: nn.Module, probe: str, config: ExemplarConfig) -> dict[str, str]:
-    """Layer → configuration hash of its exemplars: over all that decides them, and nothing else."""
+def exemplar_recipes(
+    spec: ModelSpec, model: nn.Module, weights: str, view: str, probe: str, config: ExemplarConfig
+) -> dict[str, Recipe]:
+    """Layer → what decides its exemplars, and nothing else."""
     identity = {
         "kernel": KERNEL_VERSION,
-        "weights": weights_digest(model),
+        "weights": weights,
         "structure": hashlib.sha256(repr(model).encode()).hexdigest(),
-        "view": spec.preprocess.view,
-        "inputs": _inputs_digest(spec),
+        "view": view,
+        "inputs": source_of(spec.inputs) if spec.images is not None else _inputs_digest(spec),
+        "hidden": source_of(spec.hidden),
         "prefix_tokens": spec.prefix_tokens,
         "channels_last": spec.channels_last,
+        "activations": spec.activations,
         "probe": probe,
-        "config": config.identity(),
+        **config.identity(),
+        "batch_size": spec.batch(config.batch_size),
     }
-    return {layer: config_hash({**identity, "layer": layer}) for layer in spec.layers}
+    return {layer: Recipe.of({**identity, "layer": layer}) for layer in spec.layers}
 
 
 def _inputs_digest(spec: ModelSpec) -> str:
@@ -127,7 +139,9 @@ def _inputs_digest(spec: ModelSpec) -> str:
     height, width = spec.preprocess.view.shape
     view = (torch.arange(height * width * 3, dtype=torch.int64) * 7919 % 256).to(torch.uint8)
     prepared = spec.prepare(view.view(1, height, width, 3))
-    tensors = [prepared] if isinstance(prepared, torch.Tensor) else list(prepared)
+    if isinstance(prepared, Mapping):
+        prepared = [prepared[name] for name in sorted(prepared)]
+    tensors = [prepared] if isinstance(prepared, torch.Tensor) else prepared
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(repr((tuple(tensor.shape), str(tensor.dtype))).encode())
@@ -160,12 +174,14 @@ def run_exemplars(
     storage.check_writable()
     models = list(dict.fromkeys(models))
     manifest, digest = _manifest(storage, probe)
+    source = requests.probe(probe)
     failed: dict[str, str] = {}
     done: dict[str, tuple[str, ...]] = {}
     work: list[ModelWork] = []
     for request in models:
         try:
             spec = requests.model(request)
+            check_probe(spec, source)
             planned = _plan(storage, request, spec, digest, len(manifest), config)
         except MilanError as error:
             failed[request.name] = str(error)
@@ -175,27 +191,27 @@ def run_exemplars(
             say(f"exemplars of {request.name}: all {len(spec.layers)} layers are up to date")
         else:
             work.append(planned)
-    started = time.monotonic()
     failed |= _run_shards(storage, work, manifest, probe, config, resources)
     for item in work:
         if item.model.name in failed:
             continue
         try:
-            images = _finish_images(storage, item, config, len(manifest))
+            images, seconds = _finish_images(storage, item, config, len(manifest))
             _merge(storage, item, probe, config, resources, manifest)
         except MilanError as error:
             failed[item.model.name] = str(error)
             continue
-        seconds = time.monotonic() - started
-        rows = sum(len(storage.read(EXEMPLARS, ["unit"], model=item.model.name, layer=layer)) for layer in item.layers)
-        record_run(storage, "exemplars", item.work, item.model.name, rows=rows, images=images, seconds=seconds)
+        for layer in item.layers:
+            name, run = item.model.name, item.recipes[layer].hash
+            rows = storage.count(EXEMPLARS, model=name, layer=layer)
+            record_run(storage, "exemplars", run, name, layer=layer, rows=rows, images=images, seconds=seconds)
         storage.remove_work(item.work)
     done = {name: layers for name, layers in done.items() if name not in failed}
     for name, reason in failed.items():
         say(f"FAILED {name}: {reason}")
     if not done:
         raise MilanError(next(iter(failed.values())) if len(failed) == 1 else "every model failed; see above.")
-    _ensure_views(storage, done, [request for request in models if request.name in done], probe, digest)
+    _ensure_views(storage, done, [request for request in models if request.name in done], probe, config, resources)
     return Dissection(digest, done, failed)
 
 
@@ -217,29 +233,41 @@ def _plan(
     config: ExemplarConfig,
 ) -> ModelWork | None:
     """The layers of a model that are missing or stale; None when there are none."""
-    model = _load(spec)
-    find_layers(model, spec.layers)
-    hashes = exemplar_hashes(spec, model, probe, config)
-    missing = tuple(
-        layer
-        for layer, hash_ in hashes.items()
-        if not storage.is_current(LEVELS, hash_, model=spec.name, layer=layer)
-        or not storage.is_current(EXEMPLARS, hash_, model=spec.name, layer=layer)
-    )
+    weights, view, recipes = describe_model(spec, probe, config)
+    missing = tuple(layer for layer, recipe in recipes.items() if why_exemplars(storage, recipe, spec.name, layer))
     # Over all layers, so that a job killed while results become public finds its partials again.
     work = config_hash(
         {
             "model": spec.name,
-            "exemplars": hashes,
+            "exemplars": {layer: recipe.hash for layer, recipe in recipes.items()},
             "map_budget": config.map_budget,
-            "shard_size": config.shard_size,
+            "shard_size": config.shard(images),
         }
     )
     if not missing:
         storage.remove_work(work)
         return None
     plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
-    return ModelWork(request, weights_digest(model), spec.layers, missing, probe, work, plan, hashes)
+    return ModelWork(request, weights, spec.layers, missing, probe, work, plan, recipes, view)
+
+
+def describe_model(spec: ModelSpec, probe: str, config: ExemplarConfig) -> tuple[str, str, dict[str, Recipe]]:
+    """Builds a model; returns its weights' digest, its view's key, and layer → what decides its exemplars.
+
+    Raises:
+        MilanError: It cannot be built, or has no such layer.
+    """
+    model = _load(spec)
+    find_layers(model, spec.layers)
+    weights = weights_digest(model)
+    view = view_key(spec, model, weights, config)
+    return weights, view, exemplar_recipes(spec, model, weights, view, probe, config)
+
+
+def why_exemplars(storage: Storage, recipe: Recipe, model: str, layer: str) -> str | None:
+    """Why a layer's exemplars have to be made; None when they and their levels are current."""
+    keys = {"model": model, "layer": layer}
+    return storage.why(EXEMPLARS, recipe, **keys) or storage.why(LEVELS, recipe, **keys)
 
 
 def _load(spec: ModelSpec) -> nn.Module:
@@ -260,25 +288,32 @@ def _run_shards(
     resources: Resources,
 ) -> dict[str, str]:
     """Runs every shard that is not stored yet; returns the models that failed, with the reason."""
-    shards = [manifest.slice(start, config.shard_size) for start in range(0, len(manifest), config.shard_size)]
+    size = config.shard(len(manifest))
+    starts = range(0, len(manifest), size)
     rows: list[Row] = []
     for index, item in enumerate(work):
         stored = set(storage.work_names(item.work))
         folders = [IMAGES, *(item.folder(layer) for layer in item.layers)]
-        fresh = [n for n in range(len(shards)) if any(f"{f}/{_shard_name(n)}" not in stored for f in folders)]
-        if len(fresh) < len(shards):
-            say(f"exemplars of {item.model.name}: {len(shards) - len(fresh)} of {len(shards)} shards are done already")
-        rows += [{"model": index, "shard": n, **_refs_row(shards[n])} for n in fresh]
+        fresh = [n for n in range(len(starts)) if any(f"{f}/{_shard_name(n)}" not in stored for f in folders)]
+        if len(fresh) < len(starts):
+            say(f"exemplars of {item.model.name}: {len(starts) - len(fresh)} of {len(starts)} shards are done already")
+        # What travels through Ray says where a shard lies in the manifest, not what is in it.
+        rows += [
+            {"model": index, "shard": n, "start": start, "stop": min(start + size, len(manifest))}
+            for n, start in ((n, starts[n]) for n in fresh)
+        ]
     if not rows:
         return {}
     failed: dict[str, str] = {}
     names = ", ".join(item.model.name for item in work)
     say(f"exemplars: {names} over {len(manifest)} images, {len(rows)} shards")
     arguments = _worker_arguments(storage, work, probe, config, resources)
-    images = sum(len(row["image_id"]) for row in rows)
-    with Progress("exemplars", images, "images") as progress:
+    images = sum(row["stop"] - row["start"] for row in rows)
+    layers = [[(item.model.name, layer) for layer in item.layers] for item in work]
+    pieces = (piece for row in rows for piece in layers[row["model"]])
+    with Progress("exemplars", images, "images", pieces) as progress:
         for answer in run_pool(ExemplarWorker, arguments, rows, resources):
-            progress.advance(answer["images"])
+            progress.advance(answer["images"], layers[answer["model"]])
             if answer["error"]:
                 failed.setdefault(work[answer["model"]].model.name, answer["error"])
     return failed
@@ -326,6 +361,7 @@ class _ModelWorker:
         device: str,
     ) -> None:
         torch.set_num_threads(threads)
+        self._threads = threads
         self._storage, self._work, self._config = storage, work, config
         self._probe = requests.probe(probe)
         self._device = resolve_device(device)
@@ -343,12 +379,26 @@ class _ModelWorker:
                     f"{spec.name} has other weights on {platform.node()} than where the job was started; every node "
                     "must see the same file, and random weights need a seed."
                 )
-            self._loaded = (index, spec, Forward(spec, model.to(self._device), item.layers, self._config.batch_size))
+            forward = Forward(spec, model.to(self._device), item.layers, self._pass_size(spec))
+            self._loaded = (index, spec, forward)
         return self._loaded[1], self._loaded[2]
 
-    def _batches(self, refs: list[ImageRef]) -> Iterable[list[ImageRef]]:
-        size = self._config.batch_size
-        return (refs[start : start + size] for start in range(0, len(refs), size))
+    def _pass_size(self, spec: ModelSpec) -> int:
+        return pass_size(spec.batch(self._config.batch_size), self._device)
+
+    def _batches(self, refs: list[ImageRef], spec: ModelSpec) -> Iterator[tuple[list[ImageRef], Batch]]:
+        """Reads as many rows at a time as a forward pass takes; the next ones while the model runs."""
+        size = self._pass_size(spec)
+        waiting: deque[tuple[list[ImageRef], Future[Batch]]] = deque()
+        with ThreadPoolExecutor(self._threads) as readers:
+            for start in range(0, len(refs), size):
+                part = refs[start : start + size]
+                waiting.append((part, readers.submit(read_inputs, self._probe, part, spec)))
+                if len(waiting) > self._threads:
+                    part, batch = waiting.popleft()
+                    yield part, batch.result()
+            for part, batch in waiting:
+                yield part, batch.result()
 
 
 class ExemplarWorker(_ModelWorker):
@@ -356,26 +406,34 @@ class ExemplarWorker(_ModelWorker):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._known: dict[tuple[int, str], RunningTopK] = {}
+        self._known: dict[tuple[int, str], Committed] = {}
+        self._failed: dict[int, str] = {}
 
     def __call__(self, row: Row) -> Row:
         """Runs one shard; an error of the model or its layers fails the model, not the job."""
-        answer: Row = {"model": row["model"], "shard": row["shard"], "images": len(row["image_id"]), "error": None}
-        try:
-            self._run(row)
-        except MilanError as error:
-            answer["error"] = str(error)
-        except Exception as error:  # a user's model may raise anything, and must not end the others' job
-            answer["error"] = f"the model failed on a batch: {type(error).__name__}: {error}"
-        return answer
+        index = row["model"]
+        if index not in self._failed:
+            try:
+                self._run(row)
+            except MilanError as error:
+                self._failed[index] = str(error)
+            except Exception as error:  # a user's model may raise anything, and must not end the others' job
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                self._failed[index] = f"the model failed on a batch: {reason}"
+        images = row["stop"] - row["start"]
+        return {"model": index, "shard": row["shard"], "images": images, "error": self._failed.get(index)}
 
     def _run(self, row: Row) -> None:
+        started = time.monotonic()
         index, item = row["model"], self._work[row["model"]]
         spec, forward = self._forward(index)
+        # The bars of the models before: their rows are over.
+        self._known = {key: known for key, known in self._known.items() if key[0] == index}
+        columns = ["image_id", "root", "path"]
+        part = self._storage.read_rows(MANIFEST, row["start"], row["stop"], columns, probe=item.probe)
         states: dict[str, LayerState] = {}
         images: list[dict[str, object]] = []
-        for refs in self._batches(_refs(row)):
-            batch = read_views(self._probe, refs, spec.preprocess.view)
+        for refs, batch in self._batches(image_refs(part), spec):
             paths = {ref.image_id: ref.location for ref in refs}
             images += [{"image_id": ref.image_id, "path": ref.location, "reason": why} for ref, why in batch.unreadable]
             images += [
@@ -384,43 +442,44 @@ class ExemplarWorker(_ModelWorker):
             ]
             if len(batch.ids) == 0:
                 continue
-            for layer, maps in forward.maps(batch.views).items():
+            for layer, maps in forward.maps(batch.inputs).items():
                 if layer not in states:
                     states[layer] = LayerState.empty(
                         item.plan, maps.shape[1], (maps.shape[2], maps.shape[3]), maps.device
                     )
-                known = self._known.get((index, layer))
-                try:
-                    states[layer].update(maps, batch.ids, None if known is None else known.bar)
-                except MilanError as error:
-                    raise MilanError(f"layer {layer!r}: {error}") from error
+                    self._known.setdefault((index, layer), Committed(states[layer]))
+                with _naming(layer):
+                    states[layer].update(maps, batch.ids, self._known[index, layer])
         for layer, state in states.items():
-            emitted = state.topk.within(self._union(index, layer, state))
             name = f"{item.folder(layer)}/{_shard_name(row['shard'])}"
-            self._storage.put_work(item.work, name, to_table(state, emitted))
-        table = pa.Table.from_pylist(images, schema=_IMAGES_SCHEMA)
+            self._storage.put_work(item.work, name, to_table(state, self._known[index, layer].news(state)))
+        seconds = {SECONDS: str(time.monotonic() - started)}
+        table = pa.Table.from_pylist(images, schema=_IMAGES_SCHEMA.with_metadata(seconds))
         self._storage.put_work(item.work, f"{IMAGES}/{_shard_name(row['shard'])}", table)
-        # Only now, with the shard committed, may it raise the bar for the next.
+        # Only now, with the shard durable, may it raise the bars for the next.
         for layer, state in states.items():
-            self._known[index, layer] = self._union(index, layer, state)
-
-    def _union(self, index: int, layer: str, state: LayerState) -> RunningTopK:
-        """The best of all that this actor has seen of a layer, a shard included."""
-        union = state.topk.without_maps()
-        known = self._known.get((index, layer))
-        if known is not None:
-            union.merge(known)
-        return union
+            with _naming(layer):
+                self._known[index, layer].commit(row["shard"], state)
 
 
-def _finish_images(storage: Storage, item: ModelWork, config: ExemplarConfig, expected: int) -> int:
-    """Writes what was skipped and the digests of what was read; returns the number of usable images.
+@contextmanager
+def _naming(layer: str) -> Iterator[None]:
+    """Says in errors which layer they are about."""
+    try:
+        yield
+    except MilanError as error:
+        raise MilanError(f"layer {layer!r}: {error}") from error
+
+
+def _finish_images(storage: Storage, item: ModelWork, config: ExemplarConfig, expected: int) -> tuple[int, float]:
+    """Writes what was skipped and the digests of what was read; returns (usable images, seconds of all shards).
 
     Raises:
         MilanError: Too many images were unreadable.
     """
     names = storage.work_names(item.work, IMAGES)
-    images = pa.concat_tables([storage.get_work(item.work, name) for name in names]).sort_by("image_id")
+    shards = [storage.get_work(item.work, name) for name in names]
+    images = pa.concat_tables(shards).sort_by("image_id")
     if len(images) != expected:
         raise MilanError(
             f"{expected - len(images)} of {expected} images were not reported back; run the job again, and see that "
@@ -441,7 +500,8 @@ def _finish_images(storage: Storage, item: ModelWork, config: ExemplarConfig, ex
             "repair them, or raise --max-bad if that is expected."
         )
     _record_digests(storage, item.probe, images)
-    return expected - len(bad)
+    seconds = sum(float((shard.schema.metadata or {})[SECONDS.encode()]) for shard in shards)
+    return expected - len(bad), seconds
 
 
 def _record_digests(storage: Storage, digest: str, images: pa.Table) -> None:
@@ -474,7 +534,7 @@ def _merge(
     """Folds the shards of every layer and writes its tables."""
     tasks = [_MergeTask(storage, item, layer, config) for layer in item.layers]
     recompute: dict[str, list[int]] = {}
-    for index, winners in run_parallel(_merge_layer, tasks):
+    for index, winners in run_parallel(_merge_layer, tasks, here=len(manifest) <= FEW_IMAGES):
         if winners is not None:
             recompute[item.layers[index]] = winners
     if recompute:
@@ -487,7 +547,8 @@ def _merge_layer(task: _MergeTask) -> list[int] | None:
     names = storage.work_names(item.work, item.folder(layer))
     if not names:
         raise MilanError(f"layer {layer} of {item.model.name} saw no usable image; see the table skipped.")
-    state = fold((storage.get_work(item.work, name) for name in names), item.plan)
+    with _naming(layer):
+        state = fold((storage.get_work(item.work, name) for name in names), item.plan)
     levels = state.level.result()
     table = LEVELS.table(
         {
@@ -514,14 +575,14 @@ def _merge_layer(task: _MergeTask) -> list[int] | None:
     )
     if state.topk.maps is None:
         storage.put_work(item.work, f"winners/{item.folder(layer)}", winners)
-        storage.write(LEVELS, table, item.hashes[layer], model=item.model.name, layer=layer)
+        storage.write(LEVELS, table, item.recipes[layer], model=item.model.name, layer=layer)
         return sorted(set(winners["image_id"].to_pylist()))
     packed: list[bytes] = []
     for part in torch.split(torch.arange(len(unit)), 64):  # a cache-sized piece of upsampled maps at a time
         u, r = unit[part], rank[part]
         packed += masks.pack(masks.masks(state.topk.maps[u, r], levels[u], size))
     _write_exemplars(task, winners.append_column("mask", pa.array(packed, pa.large_binary())))
-    storage.write(LEVELS, table, item.hashes[layer], model=item.model.name, layer=layer)
+    storage.write(LEVELS, table, item.recipes[layer], model=item.model.name, layer=layer)
     return None
 
 
@@ -537,14 +598,14 @@ def _write_exemplars(task: _MergeTask, rows: pa.Table) -> None:
         "mask_height": str(height),
         "mask_width": str(width),
         "probe": task.item.probe,
-        "view": requests.model(task.item.model).preprocess.view.key,
+        "view": task.item.view,
         "k": str(task.config.k),
         "quantile": str(task.config.quantile),
     }
     columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
     columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}
     table = EXEMPLARS.table(columns, metadata)
-    task.storage.write(EXEMPLARS, table, task.item.hashes[layer], model=name, layer=layer)
+    task.storage.write(EXEMPLARS, table, task.item.recipes[layer], model=name, layer=layer)
 
 
 def _recompute(
@@ -558,7 +619,8 @@ def _recompute(
 ) -> None:
     """Masks of the layers whose maps were too large to carry, from one more pass over the winners alone."""
     ids = sorted(set().union(*winners.values()))
-    blocks = [ids[start : start + config.batch_size] for start in range(0, len(ids), config.batch_size)]
+    size = requests.model(item.model).batch(config.batch_size)
+    blocks = [ids[start : start + size] for start in range(0, len(ids), size)]
     names = [config_hash({"winners": block}) for block in blocks]
     rows = [{"name": name, **_refs_row(manifest.take(block))} for name, block in zip(names, blocks, strict=True)]
     arguments = _worker_arguments(storage, [item], probe, config, resources)
@@ -582,28 +644,32 @@ class MaskWorker(_ModelWorker):
         item = self._work[0]
         spec, forward = self._forward(0)
         size = _mask_size(item, self._config)
-        batch = read_views(self._probe, _refs(row), spec.preprocess.view)
-        if batch.unreadable:
-            ref, reason = batch.unreadable[0]
-            raise MilanError(f"{ref.location} was read before but not now ({reason}); run the job again.")
-        slot = {int(image_id): n for n, image_id in enumerate(batch.ids)}
         waiting = set(self._storage.work_names(item.work, "winners"))
-        for layer, maps in forward.maps(batch.views).items():
-            if f"winners/{item.folder(layer)}" not in waiting:
-                continue
-            winners = self._storage.get_work(item.work, f"winners/{item.folder(layer)}")
-            mine = winners.filter(pc.is_in(winners["image_id"], pa.array(batch.ids)))
-            if not len(mine):
-                continue
-            where = torch.tensor([slot[i] for i in mine["image_id"].to_pylist()])
-            units, levels = (torch.from_numpy(np.array(mine[name])) for name in ("unit", "level"))
-            packed: list[bytes] = []
-            for part in torch.split(torch.arange(len(mine)), 64):
-                chosen = maps[where[part], units[part]].float()
-                packed += masks.pack(masks.masks(chosen, levels[part].to(chosen.device), size))
-            table = mine.append_column("mask", pa.array(packed, pa.large_binary()))
+        winners = {
+            layer: self._storage.get_work(item.work, f"winners/{item.folder(layer)}")
+            for layer in item.layers
+            if f"winners/{item.folder(layer)}" in waiting
+        }
+        found: dict[str, list[pa.Table]] = defaultdict(list)
+        for _, batch in self._batches(_refs(row), spec):
+            if batch.unreadable:
+                ref, reason = batch.unreadable[0]
+                raise MilanError(f"{ref.location} was read before but not now ({reason}); run the job again.")
+            slot = {int(image_id): n for n, image_id in enumerate(batch.ids)}
+            maps = forward.maps(batch.inputs)
+            for layer, rows in winners.items():
+                mine = rows.filter(pc.is_in(rows["image_id"], pa.array(batch.ids)))
+                where = torch.tensor([slot[i] for i in mine["image_id"].to_pylist()], dtype=torch.int64)
+                units, levels = (torch.from_numpy(np.array(mine[name])) for name in ("unit", "level"))
+                packed: list[bytes] = []
+                for part in torch.split(torch.arange(len(mine)), 64):
+                    chosen = maps[layer][where[part], units[part]].float()
+                    packed += masks.pack(masks.masks(chosen, levels[part].to(chosen.device), size))
+                found[layer].append(mine.append_column("mask", pa.array(packed, pa.large_binary())))
+        for layer, parts in found.items():
+            table = pa.concat_tables(parts)
             self._storage.put_work(item.work, f"masks/{item.folder(layer)}/{row['name']}", table)
-        return {"images": len(batch.ids)}
+        return {"images": len(row["image_id"])}
 
 
 def _ensure_views(
@@ -611,14 +677,18 @@ def _ensure_views(
     done: dict[str, tuple[str, ...]],
     models: Sequence[requests.ModelRequest],
     probe: requests.ProbeRequest,
-    digest: str,
+    config: ExemplarConfig,
+    resources: Resources,
 ) -> None:
     """Stores the winners' images, once per view over all models."""
-    needed: dict[Any, set[int]] = defaultdict(set)
+    needed: dict[tuple[str, str], set[int]] = defaultdict(set)
+    makers: dict[tuple[str, str], requests.ModelRequest] = {}
     for request in models:
-        view = requests.model(request).preprocess.view
         for layer in done[request.name]:
+            meta = storage.metadata(EXEMPLARS, model=request.name, layer=layer) or {}
+            place = meta["probe"], meta["view"]
             column = storage.read(EXEMPLARS, ["image_id"], model=request.name, layer=layer)["image_id"]
-            needed[view].update(pc.unique(column).to_pylist())
-    for view, ids in needed.items():
-        ensure_views(storage, probe, digest, view, sorted(ids))
+            needed[place].update(pc.unique(column).to_pylist())
+            makers[place] = request
+    for (digest, key), ids in needed.items():
+        ensure_views(storage, Pictures(probe, digest, key, makers[digest, key], config), sorted(ids), resources)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any, TypeVar
 
 import ray
@@ -11,8 +13,19 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+FEW_IMAGES = 4096
+"""A probe of no more images is merged, and its views are stored, by the driver: workers take longer to start."""
+
+MOST_THREADS = 8
+"""Threads of the driver that work at once: each may hold a layer's state."""
+
+
 def run_parallel(
-    function: Callable[[Item], Result], items: Sequence[Item], num_cpus: float = 1, num_gpus: float = 0
+    function: Callable[[Item], Result],
+    items: Sequence[Item],
+    num_cpus: float = 1,
+    num_gpus: float = 0,
+    here: bool = False,
 ) -> Iterator[tuple[int, Result]]:
     """Runs a function on every item as Ray tasks; a task whose worker or node dies is run again.
 
@@ -21,6 +34,7 @@ def run_parallel(
         items: Its arguments.
         num_cpus: CPUs per call.
         num_gpus: GPUs per call.
+        here: Whether threads of this process do it instead, for what is done before Ray has started a worker.
 
     Yields:
         (index of the item, result), as they finish.
@@ -28,6 +42,12 @@ def run_parallel(
     Raises:
         Exception: What the function raised, as the function raised it.
     """
+    if here:
+        with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
+            futures = {threads.submit(function, item): index for index, item in enumerate(items)}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        return
     remote: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3)(function)
     pending = {remote.remote(item): index for index, item in enumerate(items)}
     while pending:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -32,22 +33,22 @@ def run_pool(
         resources: What the pool may use.
 
     Yields:
-        The workers' answers (JSON-able), as they finish.
+        The workers' answers (JSON-able), as they finish, with the ``seconds`` that each took.
 
     Raises:
         MilanError: As a worker raised it.
     """
     if not rows:
         return
-    actors, gpus = pool_size(resources, len(rows))
+    size = pool_size(resources, len(rows))
     # JSON keeps Ray Data from inferring Arrow types from the first row.
     blocks = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=len(rows))
     answers = blocks.map(
         _named(worker),
         fn_constructor_kwargs=arguments,
-        compute=ActorPoolStrategy(size=actors),
+        compute=ActorPoolStrategy(min_size=size.least, max_size=size.most),
         num_cpus=resources.cpus_per_actor,
-        num_gpus=gpus or None,
+        num_gpus=size.gpus or None,
     )
     for answer in answers.iter_rows():
         found = json.loads(answer["row"])
@@ -73,10 +74,12 @@ def _named(worker: Callable[..., Any]) -> type:
         def __call__(self, row: Row) -> Row:
             if self._failure is not None:
                 return {"row": json.dumps({"failure": self._failure})}
+            started = time.monotonic()
             try:
-                return {"row": json.dumps(self._worker(json.loads(row["row"])))}
+                answer = self._worker(json.loads(row["row"]))
             except MilanError as error:
-                return {"row": json.dumps({"failure": str(error)})}
+                answer = {"failure": str(error)}
+            return {"row": json.dumps({"seconds": time.monotonic() - started, **answer})}
 
     Named.__name__ = Named.__qualname__ = getattr(worker, "__name__", "Worker")
     return Named

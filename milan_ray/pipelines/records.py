@@ -16,7 +16,18 @@ from milan_ray.storage import Storage
 def record_run(
     storage: Storage, stage: str, run: str, model: str, *, rows: int, images: int, seconds: float, layer: str = ""
 ) -> None:
-    """Writes one row of the runs table: a partition of its own, replaced when the same work is done again."""
+    """Writes one row of the runs table: a partition of its own, replaced when the same work is done again.
+
+    Args:
+        storage: The run directory.
+        stage: What ran.
+        run: Configuration hash of what was made.
+        model: Name of the model, or of what else it is about.
+        rows: Rows written.
+        images: Images used; 0 where the stage reads none.
+        seconds: What it took.
+        layer: Module path; empty where the run is not of one layer.
+    """
     versions = {"milan_ray": milan_ray.__version__, "torch": torch.__version__, "ray": ray.__version__}
     table = RUNS.table(
         {
@@ -27,6 +38,7 @@ def record_run(
             "rows": [rows],
             "images": [images],
             "seconds": [seconds],
+            "images_per_second": [images / seconds if images and seconds else None],
             "finished_at": [datetime.now(timezone.utc).isoformat(timespec="seconds")],
             "versions": [json.dumps(versions, sort_keys=True)],
         }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from milan_ray.models.registry import ModelSpec
+from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
 from milan_ray.plugins import load_plugins
 from milan_ray.probe.base import Probe
@@ -20,12 +20,14 @@ class ModelRequest:
         weights: Path of a weights file, ``random``, or None for the model's own.
         layers: Layers to dissect; empty for the model's defaults.
         plugins: Modules that register what the name needs.
+        activations: Which values of a layer count: ``seen``, ``pre`` or ``post``.
     """
 
     name: str
     weights: str | None = None
     layers: tuple[str, ...] = ()
     plugins: tuple[str, ...] = ()
+    activations: Activations = "seen"
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ def model(request: ModelRequest) -> ModelSpec:
         MilanError: Unknown name, missing weights, broken plug-in.
     """
     load_plugins(request.plugins)
-    return resolve_model(request.name, request.weights, request.layers)
+    return resolve_model(request.name, request.weights, request.layers, activations=request.activations)
 
 
 def probe(request: ProbeRequest) -> Probe:

@@ -1,6 +1,10 @@
 """Training captioners with Ray Train (DESIGN §6): first p(d), then p(d|E), on annotated units.
 
 encodings + annotations ─► units (Parquet) ─► [TorchTrainer: language model, decoder] ─► captioner, training table
+
+Both parts learn from the same units and are measured on the same held-out ones. The reference holds out *captions* from
+the language model, by the numbers of the decoder's held-out units (REFERENCE §4), so it learns most of what the decoder
+is measured on.
 """
 
 from __future__ import annotations
@@ -9,14 +13,13 @@ import contextlib
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import ray.data
 import ray.train
 import ray.train.torch
 import torch
@@ -26,26 +29,34 @@ from milan_ray.captioner import training
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Tokenizer, Vocabulary
+from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.captioner.training import EarlyStopping
-from milan_ray.config import TrainingConfig, config_hash
+from milan_ray.config import Recipe, TrainingConfig
 from milan_ray.errors import MilanError
 from milan_ray.pipelines.captioners import EncoderRequest, has_captioner, save_captioner
-from milan_ray.pipelines.encodings import unit_features
 from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.training_units import UnitFeatures, write_units
 from milan_ray.progress import LINE_INTERVAL, say
-from milan_ray.schema import ANNOTATIONS, ENCODINGS, TRAINING
+from milan_ray.schema import ANNOTATIONS, ENCODINGS, EXEMPLARS, TRAINING
 from milan_ray.scoring.text import bleu_order, bleu_statistics, bleu_values
-from milan_ray.storage import Storage, to_parquet
+from milan_ray.storage import Storage
 
-KERNEL_VERSION = "training-1"
+KERNEL_VERSION = "training-2"
 
 STATE = "state.pt"
 
 EPOCH = "epoch.txt"
 """Work file that says, for people, which epoch is done."""
 
-T = TypeVar("T")
+MEMORY_LIMIT = 2 * 2**30
+"""Bytes of features that a worker keeps in memory; more are read from Parquet as they are needed."""
+
+Caption = tuple[int, list[int]]
+"""An annotation: its unit's row, and its word ids."""
+
+Item = TypeVar("Item")
+Batch = TypeVar("Batch")
+Collated = TypeVar("Collated", training.LMBatch, training.DecoderBatch)
 
 
 @dataclass(frozen=True)
@@ -55,10 +66,12 @@ class Sizes:
     Attributes:
         embedding: Token embeddings of both models.
         hidden: LSTM states of both models.
+        dropout: Dropout of both models while training.
     """
 
     embedding: int = 128
     hidden: int = 512
+    dropout: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -73,9 +86,10 @@ class TrainingJob:
         config: Optimisation.
         sizes: Sizes of the models.
         workers: Data-parallel workers.
-        cpus: CPUs of each worker; leave one of the cluster's free for reading.
+        cpus: CPUs of each worker.
         gpus: GPUs of each worker.
         threads: Torch threads of each worker.
+        memory_limit: Bytes of features that a worker keeps in memory; more are read as they are needed.
     """
 
     name: str
@@ -88,6 +102,57 @@ class TrainingJob:
     cpus: float = 1
     gpus: float = 0
     threads: int = 1
+    memory_limit: int = MEMORY_LIMIT
+
+
+def run_trainings(storage: Storage, jobs: Sequence[TrainingJob]) -> None:
+    """Trains several captioners, as many side by side as the cluster has room for; one's failure stops no other.
+
+    Args:
+        storage: The run directory, which holds encodings and annotations.
+        jobs: What to train; all with the same workers.
+
+    Raises:
+        MilanError: Trainings failed; says which, and why.
+    """
+    if len(jobs) == 1:
+        run_training(storage, jobs[0])
+        return
+    together = min(len(jobs), _room(jobs[0]))
+    say(f"training {len(jobs)} captioners, {together} at a time")
+    failures = {}
+    pool = ThreadPoolExecutor(together)
+    try:
+        running = {job.name: pool.submit(run_training, storage, job) for job in jobs}
+        for name, future in running.items():
+            try:
+                future.result()
+            except MilanError as error:
+                failures[name] = error
+                say(f"training of {name} failed: {error}")
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # when interrupted, Ray ends what runs
+    if failures:
+        reasons = " ".join(f"{name}: {error}" for name, error in failures.items())
+        raise MilanError(f"{len(failures)} of {len(jobs)} trainings failed. {reasons}")
+
+
+def _room(job: TrainingJob) -> int:
+    """How many such trainings the cluster has room for at a time.
+
+    Raises:
+        MilanError: Not one.
+    """
+    total = ray.cluster_resources()
+    room = int(total.get("CPU", 0) / (job.workers * job.cpus))
+    if job.gpus:
+        room = min(room, int(total.get("GPU", 0) / (job.workers * job.gpus)))
+    if room < 1:
+        raise MilanError(
+            f"{job.workers} training workers of {job.cpus:g} CPUs and {job.gpus:g} GPUs do not fit the cluster "
+            f"({total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs); lower --workers or --cpus-per-actor."
+        )
+    return room
 
 
 def run_training(storage: Storage, job: TrainingJob) -> bool:
@@ -103,31 +168,31 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
     Raises:
         MilanError: Annotations or encodings are missing.
     """
-    config = _hash(storage, job)
-    if storage.is_current(TRAINING, config, decoder=job.name) and has_captioner(storage, job.name):
+    encodings = {
+        (model, layer): storage.config_of(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer)
+        for model, layer in job.layers
+    }
+    recipe = training_recipe(storage, job, encodings)
+    config = recipe.hash
+    if not storage.why(TRAINING, recipe, decoder=job.name) and has_captioner(storage, job.name):
         say(f"training of {job.name}: up to date")
         return False
-    free = ray.cluster_resources().get("CPU", 0) - job.workers * job.cpus
-    if free < 1:
-        raise MilanError(
-            f"training with {job.workers} workers of {job.cpus:g} CPUs leaves {free:g} CPUs of the cluster free, and "
-            "reading needs one; lower --workers or --cpus-per-actor."
-        )
-    units, k, size = _write_units(storage, job, config)
-    say(f"training {job.name} on {units} annotated units of {len({model for model, _ in job.layers})} models")
+    _room(job)
+    units = write_units(storage, config, job.source, job.encoder.name, job.layers)
+    where = "in memory" if units.nbytes <= job.memory_limit else "read as needed"
+    say(
+        f"training {job.name} on {len(units)} annotated units of {len({model for model, _ in job.layers})} models "
+        f"({units.nbytes / 2**20:.0f} MiB of features, {where})"
+    )
     started = time.monotonic()
     trainer = ray.train.torch.TorchTrainer(
         _train_worker,
-        train_loop_config={"job": job, "exemplars": k, "feature_size": size, "storage": storage, "work": config},
+        train_loop_config={"job": job, "storage": storage, "work": config},
         scaling_config=ray.train.ScalingConfig(
             num_workers=job.workers,
             use_gpu=job.gpus > 0,
             resources_per_worker={"CPU": job.cpus, **({"GPU": job.gpus} if job.gpus else {})},
         ),
-        datasets={"units": ray.data.read_parquet(storage.uri(f"_work/{config}/units"))},
-        # Every worker keeps all units: each takes its share of every batch, so that any number of workers sees the
-        # same batches.
-        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
         run_config=ray.train.RunConfig(
             name="train",
             storage_path=storage.uri(f"_work/{config}"),
@@ -135,16 +200,21 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
         ),
     )
-    with _watched(storage, config):
-        result = trainer.fit()
+    with _watched(storage, config, job.name):
+        try:
+            result = trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise MilanError(
+                f"training of {job.name} failed ({_reason(error)}); run it again to go on from its last epoch."
+            ) from error
     if result.checkpoint is None:
         raise MilanError(f"training of {job.name} ended without a checkpoint; run it again with --debug.")
     with result.checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / STATE, weights_only=True)
-    captioner = _captioner(job, state, size)
+    captioner = _captioner(job, state, units.size)
     models = ", ".join(sorted({model for model, _ in job.layers}))
     about = (
-        f"Captioner {job.name}: trained on the annotations {job.source!r} of {units} units of {models}; "
+        f"Captioner {job.name}: trained on the annotations {job.source!r} of {len(units)} units of {models}; "
         f"it knows {len(captioner.indexer.vocabulary)} words, and no others."
     )
     save_captioner(storage, job.name, captioner, about)
@@ -157,9 +227,9 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
             "kept": [kept[row["part"]] == row["epoch"] for row in history],
         }
     )
-    storage.write(TRAINING, table, config, decoder=job.name)
+    storage.write(TRAINING, table, recipe, decoder=job.name)
     seconds = time.monotonic() - started
-    record_run(storage, "training", config, models, rows=len(history), images=0, seconds=seconds)
+    record_run(storage, "training", config, job.name, rows=len(history), images=0, seconds=seconds)
     storage.remove_work(config)
     best = {row["part"]: row["validation"] for row in history if kept[row["part"]] == row["epoch"]}
     say(
@@ -169,8 +239,14 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
     return True
 
 
+def _reason(error: ray.train.TrainingFailedError) -> str:
+    """What went wrong, in a line."""
+    failures = list(getattr(error, "worker_failures", {}).values())
+    return str(failures[0] if failures else error).strip().splitlines()[-1]
+
+
 @contextlib.contextmanager
-def _watched(storage: Storage, work: str) -> Iterator[None]:
+def _watched(storage: Storage, work: str, name: str) -> Iterator[None]:
     """Says now and then how far training is; Ray Train itself reports to its own controller only."""
     stop = threading.Event()
 
@@ -180,7 +256,7 @@ def _watched(storage: Storage, work: str) -> Iterator[None]:
             path = f"_work/{work}/{EPOCH}"
             line = storage.get(path).decode() if storage.exists(path) else ""
             if line != said:
-                say(f"  training: {line}")
+                say(f"  {name}: {line}")
                 said = line
 
     thread = threading.Thread(target=watch, daemon=True)
@@ -192,99 +268,33 @@ def _watched(storage: Storage, work: str) -> Iterator[None]:
         thread.join()
 
 
-def _hash(storage: Storage, job: TrainingJob) -> str:
-    inputs = []
+def training_recipe(storage: Storage, job: TrainingJob, encodings: Mapping[tuple[str, str], str]) -> Recipe:
+    """What decides a captioner.
+
+    Args:
+        storage: The run directory, which holds exemplars and annotations.
+        job: What to train, and how.
+        encodings: (model, layer) → configuration hash of the encodings.
+
+    Raises:
+        MilanError: Annotations are missing, or speak of other exemplars.
+    """
+    annotations = []
     for model, layer in job.layers:
         of_people = {"source": job.source, "model": model, "layer": layer}
-        of_encoder = {"encoder": job.encoder.name, "model": model, "layer": layer}
-        if storage.exemplars_of(ANNOTATIONS, **of_people) not in (None, storage.exemplars_of(ENCODINGS, **of_encoder)):
+        exemplars = storage.config_of(EXEMPLARS, model=model, layer=layer)
+        if storage.exemplars_of(ANNOTATIONS, **of_people) not in (None, exemplars):
             raise MilanError(
                 f"the annotations {job.source!r} of {model} {layer} speak of other exemplars than those now in "
                 f"{storage.root}; annotate again, or restore the exemplars."
             )
-        inputs.append(
-            (model, layer, storage.config_of(ANNOTATIONS, **of_people), storage.config_of(ENCODINGS, **of_encoder))
-        )
-    return config_hash(
-        {"kernel": KERNEL_VERSION, "inputs": inputs, "config": asdict(job.config), "sizes": asdict(job.sizes)}
-    )
-
-
-def _write_units(storage: Storage, job: TrainingJob, config: str) -> tuple[int, int, int]:
-    """One Parquet file per layer: a row per annotated unit; returns (units, exemplars per unit, feature size)."""
-    shapes: set[tuple[int, int]] = set()
-    total = 0
-    for number, (model, layer) in enumerate(job.layers):
-        features = unit_features(storage.read(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer))
-        texts: dict[int, list[str]] = {}
-        annotations = storage.read(ANNOTATIONS, source=job.source, model=model, layer=layer)
-        for row in annotations.sort_by([("unit", "ascending"), ("annotator", "ascending")]).to_pylist():
-            texts.setdefault(row["unit"], []).append(row["text"])
-        most = max((len(rows) for rows in features.values()), default=0)
-        # A unit with fewer exemplars than the others is dead or broken: nothing to learn from.
-        units = [unit for unit in sorted(texts) if len(features.get(unit, ())) == most > 0]
-        if not units:
-            continue
-        shapes.add(features[units[0]].shape)
-        k, size = features[units[0]].shape
-        table = pa.table(
-            {
-                "key": [f"{number:04d}/{unit:06d}" for unit in units],
-                "feature": pa.FixedSizeListArray.from_arrays(
-                    pa.array(np.concatenate([features[unit].ravel() for unit in units])), k * size
-                ),
-                "texts": pa.array([texts[unit] for unit in units], pa.list_(pa.string())),
-            }
-        )
-        storage.put(f"_work/{config}/units/{number:04d}.parquet", to_parquet(table, {}))
-        total += len(units)
-    if not shapes:
-        raise MilanError(f"no annotated units among {len(job.layers)} layers in {storage.root}.")
-    if len(shapes) > 1:
-        raise MilanError(f"units have different numbers of exemplars or feature sizes: {sorted(shapes)}.")
-    ((k, size),) = shapes
-    return total, k, size
+        annotations.append((model, layer, storage.config_of(ANNOTATIONS, **of_people)))
+    # The name too: captioners of two names made from the same things may be in the making at the same time.
+    inputs = {"name": job.name, "annotations": annotations, "encodings": [encodings[pair] for pair in job.layers]}
+    return Recipe.of({"kernel": KERNEL_VERSION, **inputs, **asdict(job.config), **asdict(job.sizes)})
 
 
 # -- inside a training worker -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Units:
-    """All annotated units, in a fixed order.
-
-    Attributes:
-        features: float32 (n, k, F).
-        texts: The annotations of each.
-        words: Their word ids.
-        train: Rows to train on.
-        validation: Rows held out.
-    """
-
-    features: torch.Tensor
-    texts: list[list[str]]
-    words: list[list[list[int]]]
-    train: list[int]
-    validation: list[int]
-
-    def captions(self, rows: Sequence[int]) -> list[tuple[int, list[int]]]:
-        """(unit row, word ids) of every annotation of some units."""
-        return [(row, words) for row in rows for words in self.words[row]]
-
-
-def _read_units(k: int, size: int, hold_out: float, seed: int) -> tuple[_Units, Indexer]:
-    shard = ray.train.get_dataset_shard("units")
-    parts = list(shard.iter_batches(batch_size=256, batch_format="pyarrow"))
-    table = pa.concat_tables(parts).sort_by("key").combine_chunks()
-    features = table["feature"].combine_chunks().flatten().to_numpy().reshape(len(table), k, size)
-    texts = table["texts"].to_pylist()
-    tokenizer = Tokenizer()
-    indexer = Indexer(Vocabulary.build(texts, tokenizer))
-    words = [[indexer.words(tokenizer(text)) for text in unit] for unit in texts]
-    order = np.random.default_rng(seed).permutation(len(table)).tolist()
-    held = max(1, int(hold_out * len(table)))
-    units = _Units(torch.from_numpy(np.array(features)), texts, words, sorted(order[held:]), sorted(order[:held]))
-    return units, indexer
 
 
 class _State:
@@ -306,12 +316,18 @@ class _State:
         with tempfile.TemporaryDirectory() as folder:
             if ray.train.get_context().get_world_rank() == 0:
                 torch.save(self.values, Path(folder) / STATE)
-                name = {"lm": "language model", "decoder": "decoder"}[row["part"]]
-                line = f"{name}, epoch {row['epoch'] + 1}, loss {row['train_loss']:.2f}"
-                self._storage.put(f"_work/{self._work}/{EPOCH}", line.encode())
+                self._storage.put(f"_work/{self._work}/{EPOCH}", _line(row).encode())
                 ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(folder))
             else:
                 ray.train.report(metrics)
+
+
+def _line(row: dict[str, Any]) -> str:
+    """One epoch, for people."""
+    done = f"epoch {row['epoch'] + 1}, loss {row['train_loss']:.2f}"
+    if row["part"] == "lm":
+        return f"language model, {done}, held-out perplexity {np.exp(row['validation']):.1f}"
+    return f"decoder, {done}, held-out BLEU {row['validation']:.1f}, says {row['sample']!r}"
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
@@ -319,43 +335,92 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     job: TrainingJob = arguments["job"]
     config = job.config
     torch.set_num_threads(job.threads)
-    units, indexer = _read_units(arguments["exemplars"], arguments["feature_size"], config.hold_out, config.seed)
+    units = UnitFeatures(arguments["storage"], arguments["work"])
+    if units.nbytes <= job.memory_limit:
+        units.keep()
+    indexer = Indexer(Vocabulary.build(units.texts))
+    held_out, train = split_units(len(units), config)
+    references = [units.texts[row] for row in held_out]
+    train_captions, held_out_captions = _captions(units, train, indexer), _captions(units, held_out, indexer)
     state = _State(indexer, arguments["storage"], arguments["work"])
     device = ray.train.torch.get_device()
-    pad = indexer.ids.pad
-    order = bleu_order(units.texts)
-    train, held_out = units.captions(units.train), units.captions(units.validation)
+    pad, order = indexer.ids.pad, bleu_order(units.texts)
+    context = ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
 
-    def lm_batch(items: list[tuple[int, list[int]]]) -> training.LMBatch:
-        inputs, targets = training.collate_lm([words for _, words in items], indexer)
-        return training.LMBatch(inputs.to(device), targets.to(device))
+    def lm_batch(batch: list[Caption]) -> training.LMBatch:
+        whole = [words for _, words in batch]
+        mine = whole[rank::workers]
+        share = training.share_of(mine, whole, workers)
+        return _on(device, training.collate_lm(mine or whole[:1], indexer, share))
 
-    def decoder_batch(items: list[tuple[int, list[int]]]) -> training.DecoderBatch:
-        features = units.features[[row for row, _ in items]]
-        batch = training.collate_decoder(features, [words for _, words in items], indexer)
-        return training.DecoderBatch(batch.features.to(device), batch.targets.to(device))
+    def decoder_batch(batch: list[Caption]) -> training.DecoderBatch:
+        whole = [words for _, words in batch]
+        mine = batch[rank::workers]
+        share = training.share_of([words for _, words in mine], whole, workers)
+        rows, words = zip(*(mine or batch[:1]), strict=True)
+        longest = max(map(len, whole))
+        return _on(device, training.collate_decoder(units.take(rows), words, indexer, longest, share))
 
     def lm_step(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> tuple[float, float, str]:
-        batches = _shared(train, config.lm_batch_size, config.seed, epoch)
-        loss = training.lm_epoch(model, optimizer, map(lm_batch, batches), pad)
-        chunks = (held_out[i : i + config.lm_batch_size] for i in range(0, len(held_out), config.lm_batch_size))
-        return loss, training.lm_loss(_bare(model), map(lm_batch, chunks), pad), ""
+        batches = training.shuffled_batches(train_captions, config.lm_batch_size, config.seed, epoch)
+        loss = training.lm_epoch(model, optimizer, _ahead(lm_batch, batches), pad, config)
+        held = [words for _, words in held_out_captions]
+        chunks = (training.collate_lm(chunk, indexer) for chunk in _chunks(held, config.lm_batch_size))
+        return loss, training.lm_loss(_bare(model), (_on(device, chunk) for chunk in chunks), pad), ""
 
     def decoder_step(model: nn.Module, optimizer: torch.optim.Optimizer, epoch: int) -> tuple[float, float, str]:
-        batches = _shared(train, config.decoder_batch_size, config.seed, epoch)
-        loss = training.decoder_epoch(model, optimizer, map(decoder_batch, batches), pad, config)
-        features = units.features[units.validation].to(device)
+        batches = training.shuffled_batches(train_captions, config.decoder_batch_size, config.seed, epoch)
+        loss = training.decoder_epoch(model, optimizer, _ahead(decoder_batch, batches), pad, config)
         bare = _bare(model)
         assert isinstance(bare, Decoder)
-        captions = training.greedy_captions(bare, features, indexer)
-        statistics = bleu_statistics(captions, [units.texts[row] for row in units.validation])
+        captions = [
+            caption
+            for features in _ahead(units.take, _chunks(held_out, config.decoder_batch_size))
+            for caption in training.greedy_captions(bare, features.to(device), indexer)
+        ]
+        statistics = bleu_statistics(captions, references)
         return loss, float(bleu_values(statistics.sum(axis=0, keepdims=True), order)[0]), captions[0]
 
+    lm_config, decoder_config = _model_configs(job, len(indexer.vocabulary), units.size)
     torch.manual_seed(config.seed)
-    lm_config, decoder_config = _model_configs(job, len(indexer.vocabulary), arguments["feature_size"])
     _run_part("lm", LanguageModel(lm_config), lm_step, False, state, config)
     torch.manual_seed(config.seed + 1)
     _run_part("decoder", Decoder(decoder_config), decoder_step, True, state, config)
+
+
+def split_units(units: int, config: TrainingConfig) -> tuple[list[int], list[int]]:
+    """Rows (held out, to train on), each ascending; depends on the number of units and the seed alone."""
+    order = np.random.default_rng(config.seed).permutation(units).tolist()
+    held = max(1, int(config.hold_out * units))
+    return sorted(order[:held]), sorted(order[held:])
+
+
+def _captions(units: UnitFeatures, rows: Sequence[int], indexer: Indexer) -> list[Caption]:
+    """Every annotation of some units."""
+    return [(row, indexer.words(indexer.tokenizer(text))) for row in rows for text in units.texts[row]]
+
+
+def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _on(device: torch.device, batch: Collated) -> Collated:
+    inputs, targets, share = batch
+    return type(batch)(inputs.to(device), targets.to(device), share)
+
+
+def _ahead(load: Callable[[Item], Batch], items: Iterable[Item]) -> Iterator[Batch]:
+    """Loads every item while the one before is used."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = None
+        for item in items:
+            loading = pool.submit(load, item)
+            if waiting is not None:
+                yield waiting.result()
+            waiting = loading
+        if waiting is not None:
+            yield waiting.result()
 
 
 Step = Callable[[nn.Module, torch.optim.Optimizer, int], tuple[float, float, str]]
@@ -365,9 +430,10 @@ def _run_part(part: str, model: nn.Module, step: Step, larger: bool, state: _Sta
     """Trains one part, going on from the checkpoint where there is one."""
     if part in state.values["finished"]:
         return
+    rank = ray.train.get_context().get_world_rank()
     wrapped = ray.train.torch.prepare_model(model)
     optimizer = training.optimizer_for(wrapped, config)
-    stopping = EarlyStopping(config.patience)
+    stopping = EarlyStopping(config.patience, config.keep_last_weights)
     first = 0
     current = state.values["current"]
     if current is not None and current["part"] == part:
@@ -376,15 +442,16 @@ def _run_part(part: str, model: nn.Module, step: Step, larger: bool, state: _Sta
         stopping = EarlyStopping(**current["stopping"])
         first = current["epoch"] + 1
     for epoch in range(first, config.max_epochs):
-        torch.manual_seed(1_000_003 * config.seed + epoch)  # dropout: the same after a resume
+        torch.manual_seed(1_000_003 * config.seed + 1_009 * rank + epoch)  # dropout: the same after a resume
         loss, validation, sample = step(wrapped, optimizer, epoch)
+        loss, validation = _agreed(loss, validation)
         stop = stopping.update(epoch, validation if larger else -validation, _bare(wrapped))
         row = {"part": part, "epoch": epoch, "train_loss": loss, "validation": validation, "sample": sample}
         state.values["history"].append(row)
         last = stop or epoch + 1 == config.max_epochs
         if last:
             state.values["finished"][part] = stopping.weights
-            state.values["kept"][part] = stopping.best_epoch
+            state.values["kept"][part] = stopping.kept_epoch
             state.values["current"] = None
         else:
             state.values["current"] = {
@@ -399,13 +466,11 @@ def _run_part(part: str, model: nn.Module, step: Step, larger: bool, state: _Sta
             return
 
 
-def _shared(items: Sequence[T], batch_size: int, seed: int, epoch: int) -> Iterator[list[T]]:
-    """This worker's share of every batch; a batch too small for all workers is left out by all."""
-    context = ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    for batch in training.shuffled_batches(items, batch_size, seed, epoch):
-        if len(batch) >= workers:
-            yield batch[rank::workers]
+def _agreed(*metrics: float) -> list[float]:
+    """The mean over all workers, so that all of them stop after the same epoch."""
+    values = torch.tensor(metrics, dtype=torch.float64, device=ray.train.torch.get_device())
+    torch.distributed.all_reduce(values)
+    return (values / torch.distributed.get_world_size()).tolist()
 
 
 def _bare(model: nn.Module) -> nn.Module:
@@ -413,8 +478,11 @@ def _bare(model: nn.Module) -> nn.Module:
 
 
 def _model_configs(job: TrainingJob, words: int, feature_size: int) -> tuple[LMConfig, DecoderConfig]:
-    sizes = {"embedding_size": job.sizes.embedding, "hidden_size": job.sizes.hidden}
-    return LMConfig(words, **sizes), DecoderConfig(words, feature_size, **sizes)
+    sizes = job.sizes
+    return (
+        LMConfig(words, sizes.embedding, sizes.hidden, dropout=sizes.dropout),
+        DecoderConfig(words, feature_size, sizes.embedding, sizes.hidden, dropout=sizes.dropout),
+    )
 
 
 def _captioner(job: TrainingJob, state: dict[str, Any], feature_size: int) -> Captioner:

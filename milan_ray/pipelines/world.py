@@ -11,7 +11,7 @@ import torch
 
 from milan_ray.config import ExemplarConfig, config_hash
 from milan_ray.exemplars import masks
-from milan_ray.exemplars.forward import Forward, read_views
+from milan_ray.exemplars.forward import Forward, read_inputs
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.fanout import run_parallel
 from milan_ray.probe.manifest import image_refs
@@ -31,10 +31,14 @@ SOURCE = "world"
 """Source of the annotations that the world's annotators write."""
 
 
-def train_networks() -> int:
-    """Trains the world's networks that are not there yet, side by side; returns how many."""
+def train_networks(wanted: Sequence[TrainTask] | None = None) -> int:
+    """Trains the world's networks that are not there yet, side by side; returns how many.
+
+    Args:
+        wanted: Which; None for those that the demo needs.
+    """
     place = Storage(weights_dir())
-    tasks = [task for task in train_all_tasks() if not place.exists(task.file)]
+    tasks = [task for task in wanted or train_all_tasks() if not place.exists(task.file)]
     if not tasks:
         say(f"the world's networks: all in {place.root}")
         return 0
@@ -51,7 +55,7 @@ def _metrics(weights: bytes) -> str:
     """What a training says of itself, from the header of its safetensors file."""
     header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
     found = json.loads(header["__metadata__"]["metrics"])
-    return ", ".join(f"{name} {found[name]:.3f}" for name in ("accuracy", "auroc") if name in found)
+    return ", ".join(f"{name} {found[name]:.3f}" for name in ("accuracy", "auroc", "psnr") if name in found)
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,7 @@ def _judge(task: _Judge) -> Truth:
     for start in range(0, len(refs), batch_size):
         batch = refs[start : start + batch_size]
         concepts = [source.concept_maps(ref) or {} for ref in batch]
-        maps = forward.maps(read_views(source, batch, spec.preprocess.view).views)
+        maps = forward.maps(read_inputs(source, batch, spec).inputs)
         for layer, state in states.items():
             state.update(maps[layer], concepts)
         pooled.append(np.concatenate([maps[layer].amax(dim=(2, 3)).numpy() for layer in task.layers], axis=1))

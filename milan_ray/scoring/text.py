@@ -7,7 +7,6 @@ Every measure is reached through per-unit statistics, so that it can be bootstra
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,18 +90,21 @@ def bleu_score(sums: np.ndarray) -> BLEUScore:
 def bleu_values(sums: np.ndarray, order: int = 4) -> np.ndarray:
     """Corpus BLEU of each row of sums (B, 10), 0 to 100, (B,): the measure to bootstrap.
 
+    As :func:`bleu_score`, but for all rows at once: a bootstrap has a thousand.
+
     Args:
         sums: Rows of statistics added up.
         order: Longest n-grams counted. BLEU with 4 is 0 where no description has four words.
     """
-    scores = map(bleu_score, sums)
-    if order == 4:
-        return np.array([score.score for score in scores])
-    return np.array([score.bp * _geometric_mean(score.precisions[:order]) for score in scores])
-
-
-def _geometric_mean(values: Sequence[float]) -> float:
-    return math.exp(sum(math.log(value) for value in values) / len(values)) if min(values) > 0 else 0.0
+    length, closest, matched, total = sums[:, 0], sums[:, 1], sums[:, 2:6], sums[:, 6:]
+    # sacrebleu's exponential smoothing: the i-th precision without a match counts as 1 / (2^i · n-grams).
+    missed = (matched == 0) & (total > 0)
+    smoothed = np.where(missed, 0.5 ** missed.cumsum(axis=1), matched)
+    precisions = smoothed[:, :order] / np.maximum(total[:, :order], 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        mean = np.exp(np.log(precisions).mean(axis=1))
+        brevity = np.exp(np.minimum(0, 1 - closest / length))
+    return np.where(matched.any(axis=1), 100 * brevity * mean, 0.0)
 
 
 def bleu_order(references: References) -> int:

@@ -17,7 +17,7 @@ import ray
 
 from milan_ray.config import Resources
 from milan_ray.errors import MilanError
-from milan_ray.pipelines.cluster import connected, pool_size
+from milan_ray.pipelines.cluster import PoolSize, connected, pool_size
 
 PROC = Path("/proc")
 LISTENING = "0A"
@@ -197,20 +197,25 @@ def cpus(ray_session) -> int:
 def test_pool_size_without_gpus_takes_an_actor_per_cpu(cpus):
     if ray.cluster_resources().get("GPU"):
         pytest.skip("the session has GPUs")
-    assert pool_size(Resources(), 1000) == (cpus, 0.0)
-    assert pool_size(Resources(cpus_per_actor=cpus), 1000) == (1, 0.0)
-    assert pool_size(Resources(cpus_per_actor=0.5), 1000) == (2 * cpus, 0.0)
+    assert pool_size(Resources(), 1000) == PoolSize(cpus, cpus, 0.0)
+    assert pool_size(Resources(cpus_per_actor=cpus), 1000) == PoolSize(1, 1, 0.0)
+    assert pool_size(Resources(cpus_per_actor=0.5), 1000) == PoolSize(2 * cpus, 2 * cpus, 0.0)
 
 
 def test_pool_size_never_exceeds_the_rows(cpus):
-    assert pool_size(Resources(gpus_per_actor=0), 1) == (1, 0)
-    assert pool_size(Resources(gpus_per_actor=0, actors=8), 3) == (3, 0)
+    assert pool_size(Resources(gpus_per_actor=0), 1) == PoolSize(1, 1, 0)
+    assert pool_size(Resources(gpus_per_actor=0, actors=8), 3).most == 3
 
 
 def test_pool_size_takes_the_users_number_even_beyond_the_cluster_of_now(cpus):
-    assert pool_size(Resources(gpus_per_actor=0, actors=1), 1000) == (1, 0)
-    assert pool_size(Resources(gpus_per_actor=0, actors=cpus + 5), 1000) == (cpus + 5, 0)
-    assert pool_size(Resources(actors=2, gpus_per_actor=1000), 1000) == (2, 1000)
+    assert pool_size(Resources(gpus_per_actor=0, actors=1), 1000) == PoolSize(1, 1, 0)
+    assert pool_size(Resources(gpus_per_actor=0, actors=cpus + 5), 1000) == PoolSize(cpus + 5, cpus + 5, 0)
+    assert pool_size(Resources(actors=2, gpus_per_actor=1000), 1000) == PoolSize(2, 2, 1000)
+
+
+def test_pool_size_asks_a_growing_cluster_for_what_the_work_is_worth(cpus):
+    rows = 4 * (cpus + 3)
+    assert pool_size(Resources(gpus_per_actor=0, actors=100), rows) == PoolSize(cpus + 3, rows, 0)
 
 
 @pytest.mark.parametrize("change", [{"cpus_per_actor": 10_000}, {"gpus_per_actor": 1000}, {"actors": -1}], ids=str)

@@ -15,10 +15,12 @@ import pytest
 import torch
 from PIL import Image
 
+import milan_ray
 from milan_ray import cli
 from milan_ray.captioner.captioner import Captioner, best_descriptions
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
+from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
 from milan_ray.errors import MilanError
@@ -130,6 +132,34 @@ def test_descriptions_again_do_nothing_and_another_lambda_only_rescores(storage)
     table = storage.read(DESCRIPTIONS, labeler=MILAN, model="tiny/cnn", layer="0")
     assert table["lam"].to_pylist() == pytest.approx([0.9] * 6)
     run_descriptions(storage, LAYERS, SEARCH, Resources())
+
+
+def test_reference_quirks_change_log_p_d_as_the_kernel_does(storage, tmp_path):
+    for folder in ("encodings", "captioners"):
+        shutil.copytree(f"{storage.root}/{folder}", tmp_path / folder)
+    other, wide = Storage(tmp_path), replace(SEARCH, beam_size=14, quirks=REFERENCE)  # all tokens, <stop> among them
+    run_descriptions(other, {"tiny/cnn": ("2",)}, wide, Resources())
+    found = np.array(other.read(CANDIDATES, decoder="toy", model="tiny/cnn", layer="2")["logp_d"])
+    features = by_hand(storage, "2")
+    stacked = np.stack([features[unit] for unit in sorted(features)])
+    with_quirks, without = (
+        toy_captioner().candidates(stacked, wide.beam_size, wide.length, quirks=quirks).logp_d.ravel()
+        for quirks in (REFERENCE, NO_QUIRKS)
+    )
+    np.testing.assert_allclose(found, with_quirks, atol=1e-4)
+    assert (found < without - 1e-3).any()  # one token more is counted past <stop>
+
+
+def test_library_calls_say_what_the_jobs_wrote(storage):
+    milan, exemplars = milan_ray.load("toy", storage.root, device="cpu"), milan_ray.open_exemplars(storage.root)
+    for layer in LAYERS["tiny/cnn"]:
+        units = [exemplars.lookup(layer, unit) for name, unit in exemplars.units() if name == layer]
+        images, masks_ = ([getattr(unit, name) for unit in units] for name in ("images", "masks"))
+        encodings = unit_features(storage.read(ENCODINGS, encoder="tiny", model="tiny/cnn", layer=layer))
+        np.testing.assert_allclose(milan.encode(images, masks_), list(encodings.values()), atol=1e-5)
+        said = replace(milan, captioner=replace(milan.captioner, length=SEARCH.length))
+        found = said.describe(images, masks_, lam=SEARCH.lam, beam_size=SEARCH.beam_size)
+        assert found["description"].to_list() == [unit.description for unit in units]
 
 
 def test_polars_reads_all_descriptions_by_the_documented_glob(storage):

@@ -93,8 +93,15 @@ def test_exemplars_of_all_layers_record_views_manifest_and_run(undisturbed):
     assert set(undisturbed.read(VIEWS, **view)["image_id"].to_pylist()) == winners
     (manifest,) = undisturbed.partitions(MANIFEST)
     assert undisturbed.read(MANIFEST, **manifest)["sha256"].null_count == 0
-    (run_,) = undisturbed.partitions(RUNS)
-    assert undisturbed.read(RUNS, **run_)["images"].to_pylist() == [90]
+    runs = [undisturbed.read(RUNS, **keys).to_pylist()[0] for keys in undisturbed.partitions(RUNS)]
+    assert sorted((row["layer"], row["rows"], row["images"]) for row in runs) == [
+        ("0", 24, 90),
+        ("2", 32, 90),
+        ("6", 16, 90),
+    ]
+    for row in runs:
+        assert row["run"] == undisturbed.config_of(EXEMPLARS, model="tiny/cnn", layer=row["layer"])
+        assert row["images_per_second"] == pytest.approx(90 / row["seconds"])
     assert not [f for f in undisturbed.files("_work") if f.endswith(".arrow")]
 
 

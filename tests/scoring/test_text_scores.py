@@ -10,7 +10,9 @@ from milan_ray.scoring.text import (
     ROUGE_KEYS,
     BertScore,
     bleu,
+    bleu_score,
     bleu_statistics,
+    bleu_values,
     minilm_directory,
     rouge,
     rouge_statistics,
@@ -59,6 +61,18 @@ def test_bleu_even_references_is_the_same_with_and_without_the_quirk(metrics: di
 
 def test_bleu_of_nothing_but_empty_predictions_is_zero() -> None:
     assert bleu(["", "."], ["a dog", "a cat"]).score == 0
+
+
+def test_bleu_values_of_many_sums_are_sacrebleus_of_each() -> None:
+    rng = np.random.default_rng(0)
+    lengths, closest = rng.integers(0, 12, 500), rng.integers(1, 12, 500)
+    totals = np.maximum(lengths[:, None] - np.arange(4), 0)
+    matched = np.minimum.accumulate((totals * rng.random((500, 4)) * (rng.random((500, 4)) < 0.8)).astype(int), axis=1)
+    sums = np.column_stack([lengths, closest, matched, totals])
+    expected = [bleu_score(row) for row in sums]
+    np.testing.assert_allclose(bleu_values(sums), [score.score for score in expected], atol=1e-9)
+    unigrams = [score.bp * score.precisions[0] for score in expected]
+    np.testing.assert_allclose(bleu_values(sums, order=1), unigrams, atol=1e-9)
 
 
 def test_bleu_statistics_one_row_per_unit() -> None:

@@ -1,0 +1,155 @@
+"""What a job would do, and why: the stages' own recipes beside the storage. Starts no Ray, writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from milan_ray.config import ExemplarConfig, Recipe
+from milan_ray.errors import MilanError
+from milan_ray.exemplars.forward import check_probe
+from milan_ray.pipelines import requests
+from milan_ray.pipelines.captioners import EncoderRequest, captioner_name, load_captioner
+from milan_ray.pipelines.describe import (
+    Search,
+    candidates_recipe,
+    description_recipe,
+    labelers,
+    search_identity,
+)
+from milan_ray.pipelines.encodings import encoder_identity, encodings_recipe
+from milan_ray.pipelines.exemplars import describe_model, why_exemplars
+from milan_ray.pipelines.train import TrainingJob, training_recipe
+from milan_ray.probe.manifest import digest as probe_digest
+from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, TRAINING, Noun
+from milan_ray.storage import Storage
+
+Layers = Mapping[tuple[str, str], str]
+"""(model, layer) → configuration hash that a table of all its units will have."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One partition.
+
+    Attributes:
+        table: Name of the table.
+        keys: Its partition: model and layer, with what else tells it apart.
+        reason: Why it would be made; None when it is up to date.
+    """
+
+    table: str
+    keys: tuple[str, ...]
+    reason: str | None
+
+
+@dataclass
+class Plan:
+    """What a job would do.
+
+    Attributes:
+        steps: Its partitions, in the order of the stages.
+        failed: Model → why it would be skipped.
+    """
+
+    steps: list[Step] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+
+    def text(self) -> str:
+        """The steps that would run, a line each, and how many would not."""
+        due = [step for step in self.steps if step.reason]
+        rows = [(step.table, " ".join(step.keys), step.reason) for step in due]
+        rows += [("skipped", name, reason) for name, reason in self.failed.items()]
+        width = max((len(where) for _, where, _ in rows), default=0)
+        lines = [f"{table:12}  {where:{width}}  {reason}" for table, where, reason in rows]
+        current = len(self.steps) - len(due)
+        return "\n".join([*lines, f"{len(due)} tables would be made, {current} are up to date; nothing was done."])
+
+    def _add(self, storage: Storage, noun: Noun, recipe: Recipe, **keys: str) -> None:
+        self.steps.append(Step(noun.name, tuple(keys.values()), storage.why(noun, recipe, **keys)))
+
+
+def plan_exemplars(
+    storage: Storage,
+    models: Sequence[requests.ModelRequest],
+    probe: requests.ProbeRequest,
+    config: ExemplarConfig,
+) -> tuple[Plan, Layers]:
+    """The plan of :func:`milan_ray.pipelines.exemplars.run_exemplars`, and what its exemplars will be.
+
+    Raises:
+        MilanError: The probe cannot be listed.
+    """
+    source = requests.probe(probe)
+    digest = probe_digest(source.manifest())
+    plan = Plan()
+    layers: dict[tuple[str, str], str] = {}
+    for request in dict.fromkeys(models):
+        try:
+            spec = requests.model(request)
+            check_probe(spec, source)
+            recipes = describe_model(spec, digest, config)[2]
+        except MilanError as error:
+            plan.failed[request.name] = str(error)
+            continue
+        for layer, recipe in recipes.items():
+            reason = why_exemplars(storage, recipe, spec.name, layer)
+            plan.steps.append(Step(EXEMPLARS.name, (spec.name, layer), reason))
+            layers[spec.name, layer] = recipe.hash
+    return plan, layers
+
+
+def plan_present(storage: Storage, models: Mapping[str, Sequence[str]]) -> tuple[Plan, Layers]:
+    """The empty plan that takes the exemplars as they are, model name → layers, and what they are.
+
+    Raises:
+        MilanError: There are none of one of them.
+    """
+    return Plan(), {
+        (model, layer): storage.config_of(EXEMPLARS, model=model, layer=layer)
+        for model, layers in models.items()
+        for layer in layers
+    }
+
+
+def plan_encodings(
+    storage: Storage, plan: Plan, exemplars: Layers, encoder: EncoderRequest, units: tuple[int, ...] = ()
+) -> Layers:
+    """Adds the plan of :func:`milan_ray.pipelines.encodings.run_encodings`; returns what its encodings will be."""
+    identity = encoder_identity(encoder)
+    layers: dict[tuple[str, str], str] = {}
+    for (model, layer), config in exemplars.items():
+        recipe = encodings_recipe(identity, config, units)
+        plan._add(storage, ENCODINGS, recipe, encoder=encoder.name, model=model, layer=layer)
+        layers[model, layer] = recipe.whole
+    return layers
+
+
+def plan_descriptions(
+    storage: Storage, plan: Plan, encodings: Layers, search: Search, units: tuple[int, ...] = ()
+) -> None:
+    """Adds the plan of :func:`milan_ray.pipelines.describe.run_descriptions`."""
+    captioner, name = load_captioner(storage, search.decoder), captioner_name(search.decoder)
+    identity = search_identity(captioner, search)
+    recipes = {key: candidates_recipe(identity, config, units) for key, config in encodings.items()}
+    for (model, layer), recipe in recipes.items():
+        plan._add(storage, CANDIDATES, recipe, decoder=name, model=model, layer=layer)
+    for labeler, lam in labelers(captioner, search).items():
+        for (model, layer), recipe in recipes.items():
+            described = description_recipe(recipe, lam)
+            plan._add(storage, DESCRIPTIONS, described, labeler=labeler, model=model, layer=layer)
+
+
+def plan_training(storage: Storage, job: TrainingJob) -> Plan:
+    """The plan of encoding the annotated layers and :func:`milan_ray.pipelines.train.run_training`.
+
+    Raises:
+        MilanError: Exemplars or annotations are missing, or do not belong together.
+    """
+    models: dict[str, list[str]] = {}
+    for model, layer in job.layers:
+        models.setdefault(model, []).append(layer)
+    plan, exemplars = plan_present(storage, models)
+    encodings = plan_encodings(storage, plan, exemplars, job.encoder)
+    plan._add(storage, TRAINING, training_recipe(storage, job, encodings), decoder=job.name)
+    return plan

@@ -1,0 +1,128 @@
+"""A zoo of 24 networks, and three that fail, described in one job."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import re
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import polars as pl
+import pytest
+import torch
+
+from milan_ray import cli
+from milan_ray.captioner.captioner import Captioner
+from milan_ray.captioner.decoder import Decoder, DecoderConfig
+from milan_ray.captioner.lm import LanguageModel, LMConfig
+from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.errors import MilanError
+from milan_ray.models.registry import match_models
+from milan_ray.pipelines.captioners import save_captioner
+from milan_ray.plugins import load_plugins
+from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, RUNS
+from milan_ray.storage import Storage
+
+PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
+MODELS = sorted(f"net{index:02d}/{data}" for index in range(12) for data in ("scenes", "scenes-blurred"))
+BROKEN = ("bad-batch/bad", "unbuildable/bad", "unfetched/bad")
+SHARDS = 6
+
+
+def toy_captioner() -> Captioner:
+    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
+    torch.manual_seed(0)
+    words = len(indexer.vocabulary)
+    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
+    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny")
+
+
+@pytest.fixture(scope="module")
+def plugin(tmp_path_factory) -> Path:
+    """The zoo's plug-in, beside a file in which it notes what is built where."""
+    folder = tmp_path_factory.mktemp("zoo")
+    (folder / "loads").touch()
+    return Path(shutil.copy(PLUGINS / "zoo_models.py", folder))
+
+
+@pytest.fixture(scope="module")
+def described(ray_session, plugin, tmp_path_factory) -> tuple[Storage, int, str]:
+    """(the run directory, the job's exit status, what it said)."""
+    storage = Storage(tmp_path_factory.mktemp("run"))
+    save_captioner(storage, "toy", toy_captioner(), "A toy.")
+    zoo = [
+        "--zoo",
+        "scenes,scenes-blurred,bad",
+        "--plugin",
+        str(plugin),
+        "--plugin",
+        str(PLUGINS / "tiny_models.py"),
+    ]
+    options = ["--probe", "scenes", "--decoder", "toy", "--beam-size", "3", "--k", "3", "--batch-size", "8"]
+    options += ["--shard-size", str(48 // SHARDS), "--storage", storage.root, "--no-report", "--actors", "2"]
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = cli.main(["describe", *zoo, *options])
+    return storage, status, said.getvalue()
+
+
+def test_zoo_is_described_in_one_job(described):
+    storage, _, said = described
+    for labeler in ("milan", "milan-pdE"):
+        assert sorted(keys["model"] for keys in storage.partitions(DESCRIPTIONS, labeler=labeler)) == sorted(MODELS * 2)
+    frame = pl.scan_parquet(f"{storage.root}/descriptions/**/*.parquet", hive_partitioning=True)
+    units = frame.filter(pl.col("labeler") == "milan", pl.col("layer") == "2").group_by("model").len().collect()
+    assert sorted(units.rows()) == [(model, 4) for model in MODELS]
+    for stage in ("encodings", "descriptions"):
+        lines = [line for line in said.splitlines() if line.startswith(f"  {stage}: ")]
+        assert lines[-1].endswith("(24/24 models, 48/48 layers)")
+    # Every image once, 32 at a time, for all models of the view: two chunks at most.
+    assert re.search(r"  encodings: (1/1|2/2) chunks of images in", said)
+
+
+def test_zoo_with_failing_models_says_so_and_finishes_the_others(described):
+    storage, status, said = described
+    assert status == 1
+    assert {keys["model"] for keys in storage.partitions(EXEMPLARS)} == set(MODELS)
+    closing = said[said.index("descriptions: 48 layers of 24 models in ") :].splitlines()
+    assert storage.root in closing[0]
+    reasons = dict(line.removeprefix("skipped ").split(": ", 1) for line in closing[1:])
+    assert set(reasons) == set(BROKEN)
+    assert reasons["bad-batch/bad"] == "the model failed on a batch: ValueError: this batch is not to my taste"
+    assert "cannot be built: RuntimeError: out of order" in reasons["unbuildable/bad"]
+    assert "unfetched-0.pth" in reasons["unfetched/bad"]
+
+
+def test_zoo_builds_every_model_once_per_process(described, plugin):
+    loads = Counter(plugin.with_name("loads").read_text().splitlines())
+    assert set(loads.values()) == {1}
+    assert len({line.split()[0] for line in loads}) <= 3  # the driver, two actors
+    assert {line.split()[1] for line in loads} == {*MODELS, "bad-batch"}
+
+
+def test_zoo_has_a_run_for_every_stage_model_and_layer(described):
+    storage, _, _ = described
+    runs = [storage.read(RUNS, **keys).to_pylist()[0] for keys in storage.partitions(RUNS)]
+    expected = [(model, layer) for model in MODELS for layer in ("0", "2")]
+    for stage in ("exemplars", "encodings", "candidates"):
+        assert sorted((row["model"], row["layer"]) for row in runs if row["stage"] == stage) == expected
+    for row in runs:
+        assert row["seconds"] > 0 and row["rows"] > 0
+        assert set(json.loads(row["versions"])) == {"milan_ray", "torch", "ray"}
+    for row in runs:
+        if row["stage"] == "exemplars":
+            assert row["images"] == 48 and row["images_per_second"] == pytest.approx(48 / row["seconds"])
+            assert row["run"] == storage.config_of(EXEMPLARS, model=row["model"], layer=row["layer"])
+
+
+def test_match_models_by_pattern_of_whole_names_or_of_what_follows(plugin):
+    load_plugins([str(plugin)])
+    assert match_models("net03/scenes") == ["net03/scenes"]
+    assert match_models("scenes") == [f"net{index:02d}/scenes" for index in range(12)]
+    assert match_models("scenes*") == MODELS
+    assert match_models("net0[12]/*-blurred") == ["net01/scenes-blurred", "net02/scenes-blurred"]
+    with pytest.raises(MilanError, match="unknown model 'scene'"):
+        match_models("scene")
