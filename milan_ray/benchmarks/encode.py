@@ -1,0 +1,167 @@
+"""Encodings: one encoder pass per image, whatever number of masks, units and models refer to it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+
+from milan_ray.benchmarks.harness import Options, Result, compare, photographs
+from milan_ray.captioner.encoder import PyramidEncoder, pool_maps
+from milan_ray.config import Resources, config_hash
+from milan_ray.exemplars.masks import pack
+from milan_ray.pipelines.captioners import EncoderRequest
+from milan_ray.pipelines.cluster import connected
+from milan_ray.pipelines.encodings import BATCH_SIZE, MASKS, run_encodings
+from milan_ray.pipelines.views import block_of, png
+from milan_ray.schema import ENCODINGS, EXEMPLARS, VIEWS
+from milan_ray.storage import Storage
+
+PER_IMAGE = 20
+"""Masks per image: what ResNet-18's 1,024 units have on 800 images."""
+
+K = 15
+
+ZOO = 4
+"""Models whose exemplars are the same images."""
+
+PUBLISHED = 9.98
+"""Images per second of the reference with ResNet-101 on two cores of a machine of this kind (REFERENCE, appendix)."""
+
+
+def random_encoder(name: str, folder: Path) -> EncoderRequest:
+    """An encoder of random weights, written where workers find it.
+
+    Args:
+        name: A registered encoder of torchvision's.
+        folder: Where to write the weights.
+    """
+    torch.manual_seed(0)
+    network = torchvision.models.get_model(name, weights=None)
+    for module in network.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):  # else the untrained residual sums grow with every block
+            module.weight.data.fill_(0.5)
+    file = folder / f"{name}.pth"
+    torch.save(network.state_dict(), file)
+    return EncoderRequest(name, str(file))
+
+
+def run(options: Options) -> list[Result]:
+    """Measures pooling, batch sizes, and the stage with one and several models."""
+    name, count = ("resnet18", 8) if options.short else ("resnet101", 96)
+    with TemporaryDirectory(prefix="milan-encode-") as folder, photographs(options, count) as photos:
+        request = random_encoder(name, Path(folder))
+        views = [_view(file) for file in sorted(photos.iterdir())]
+        images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
+        encoder = request.load()
+        kernels = [_pooling(encoder, images, options), *_batch_sizes(encoder, images, options)]
+        return [*kernels, *_stage(request, encoder, views, images, Path(folder), options)]
+
+
+def _view(file: Path) -> np.ndarray:
+    return np.asarray(Image.open(file).convert("RGB").resize((224, 224)))
+
+
+def _pooling(encoder: PyramidEncoder, images: torch.Tensor, options: Options) -> Result:
+    images = images[:BATCH_SIZE]
+    index = torch.arange(len(images)).repeat_interleave(PER_IMAGE)
+    regions = torch.from_numpy(_masks(len(index)))
+    maps = encoder.maps(images)
+
+    def pool() -> None:
+        for some, where in zip(regions.split(MASKS), index.split(MASKS), strict=True):
+            pool_maps(maps, some, where)
+
+    name = f"pooling beside the encoder pass, {PER_IMAGE} masks per image"
+    return compare(name, pool, lambda: encoder.maps(images), options.repeats, work=len(index), unit="masks")
+
+
+def _batch_sizes(encoder: PyramidEncoder, images: torch.Tensor, options: Options) -> list[Result]:
+    """Other batch sizes beside the pipeline's own, over the same images."""
+
+    def passes(size: int) -> None:
+        for batch in images.split(size):
+            encoder.maps(batch)
+
+    return [
+        compare(
+            f"batch of {BATCH_SIZE} beside batch of {size}",
+            lambda: passes(BATCH_SIZE),
+            lambda size=size: passes(size),  # type: ignore[misc]
+            options.repeats,
+            work=len(images),
+            unit="images",
+        ).with_facts(the_reference_on_two_cores_images_per_second=PUBLISHED)
+        for size in ([4] if options.short else [4, 48])
+    ]
+
+
+def _stage(
+    request: EncoderRequest,
+    encoder: PyramidEncoder,
+    views: list[np.ndarray],
+    images: torch.Tensor,
+    folder: Path,
+    options: Options,
+) -> list[Result]:
+    """The whole stage, on Ray, from the run directory and back, beside bare encoder passes over its images."""
+    storage = Storage(folder / "run")
+    _write_views(storage, views)
+    models = [f"benchmark/{number}" for number in range(1 if options.short else ZOO)]
+    for number, model in enumerate(models):
+        _write_exemplars(storage, model, len(views), number)
+
+    def bare() -> None:
+        for batch in images.split(BATCH_SIZE):
+            encoder.maps(batch)
+
+    def stage(count: int) -> None:
+        storage.remove(ENCODINGS.name)
+        run_encodings(storage, {model: ["layer"] for model in models[:count]}, request, resources)
+
+    resources = Resources(cpus_per_actor=1, actors=options.threads)
+    results = []
+    with connected(resources):
+        for count in sorted({1, len(models)}):
+            name = f"stage with {count} models beside bare encoder passes over the images"
+            compared = compare(name, lambda: stage(count), bare, options.repeats, work=len(views), unit="images")  # noqa: B023
+            results.append(compared.with_facts(masks=float(count * PER_IMAGE * len(views))))
+    return results
+
+
+def _write_views(storage: Storage, views: list[np.ndarray]) -> None:
+    for block in sorted({block_of(image_id) for image_id in range(len(views))}):
+        ids = [image_id for image_id in range(len(views)) if block_of(image_id) == block]
+        keys = {"probe": "benchmark", "view": "benchmark", "block": block}
+        columns = {name: [value] * len(ids) for name, value in keys.items()}
+        pngs = [png(views[image_id]) for image_id in ids]
+        storage.write(VIEWS, VIEWS.table({**columns, "image_id": ids, "image": pngs}), "benchmark", **keys)
+
+
+def _write_exemplars(storage: Storage, model: str, images: int, seed: int) -> None:
+    """Exemplars of as many units as give every image its share of masks."""
+    count = images * PER_IMAGE // K * K
+    order = np.random.default_rng(seed).permutation(count) % images
+    columns = {
+        "model": [model] * count,
+        "layer": ["layer"] * count,
+        "unit": np.repeat(np.arange(count // K), K),
+        "rank": np.tile(np.arange(K), count // K),
+        "image_id": order,
+        "activation": np.zeros(count, np.float32),
+        "mask": pack(torch.from_numpy(_masks(count))),
+    }
+    metadata = {"probe": "benchmark", "view": "benchmark", "mask_height": "224", "mask_width": "224"}
+    table = EXEMPLARS.table(columns, metadata)
+    storage.write(EXEMPLARS, table, config_hash({"benchmark": model}), model=model, layer="layer")
+
+
+def _masks(count: int) -> np.ndarray:
+    """Round regions of about a tenth of the image, bool (count, 224, 224)."""
+    centre = np.random.default_rng(0).integers(0, 224, (2, count, 1, 1))
+    rows, columns = np.ogrid[:224, :224]
+    return (rows[None] - centre[0]) ** 2 + (columns[None] - centre[1]) ** 2 < 40**2

@@ -1,0 +1,153 @@
+"""Exemplars: one pass for all layers, beside the bare forward pass over the same images."""
+
+from __future__ import annotations
+
+from functools import cache, partial
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+from torch import nn
+
+from milan_ray.benchmarks.harness import Options, Result, alone, compare, elapsed, photographs
+from milan_ray.benchmarks.plain_stage import PlainStage
+from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.exemplars.forward import Forward, pass_size, read_views
+from milan_ray.exemplars.shard import LayerState, Plan
+from milan_ray.models.registry import ModelSpec
+from milan_ray.pipelines import requests
+from milan_ray.pipelines.cluster import connected
+from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.probe.manifest import image_refs
+from milan_ray.storage import Storage
+
+REFERENCE = 143.6
+"""Seconds of the reference for the whole stage over 300 photographs on two cores (REFERENCE, appendix)."""
+
+BATCH = 128
+
+
+def resnet18(options: Options) -> ModelRequest:
+    """The model that is measured: all five layers of an untrained ResNet-18, only the last in short runs."""
+    return ModelRequest("resnet18/imagenet", "random", ("layer4",) if options.short else ())
+
+
+def run(options: Options) -> list[Result]:
+    """Measures kernels, kernels with decoding, the whole stage, memory, and what each of the sizes costs."""
+    count, model = (12, resnet18(options)) if options.short else (300, resnet18(options))
+    with photographs(options, count) as folder:
+        probe = ProbeRequest((str(folder),))
+        views = _views(model, probe)
+        forward, plan = _forward(model), Plan(count, 15, 0.99, 2**20, 2**28)
+        kernels = compare(
+            "all layers of decoded images, beside the bare forward pass in batches of 128",
+            lambda: _dissect(forward, plan, views),
+            lambda: _bare(model, views),
+            options.repeats,
+            work=count,
+            unit="images",
+        )
+        best = min(elapsed(lambda: _bare(model, views, pass_size(BATCH, torch.device("cpu")))) for _ in range(2))
+        kernels = kernels.with_facts(bare_forward_pass_in_batches_of_16_seconds=best)
+        return [
+            kernels,
+            _with_decoding(model, probe, count, options),
+            _stage(model, probe, count, options),
+            *([] if options.short else [_memory(model, probe, count)]),
+            *_scaling(options),
+        ]
+
+
+def _views(model: ModelRequest, probe: ProbeRequest) -> np.ndarray:
+    source = requests.probe(probe)
+    return read_views(source, image_refs(source.manifest()), requests.model(model).preprocess.view).views  # type: ignore[arg-type]
+
+
+def _forward(model: ModelRequest) -> Forward:
+    spec, network = _network(model)
+    return Forward(spec, network, spec.layers, pass_size(BATCH, torch.device("cpu")))
+
+
+def _dissect(forward: Forward, plan: Plan, views: np.ndarray) -> None:
+    """What an actor does with a shard's decoded images."""
+    states: dict[str, LayerState] = {}
+    size = pass_size(BATCH, torch.device("cpu"))
+    for start in range(0, len(views), size):
+        ids = np.arange(start, min(start + size, len(views)))
+        for layer, maps in forward.maps(views[ids]).items():
+            if layer not in states:
+                states[layer] = LayerState.empty(plan, maps.shape[1], (maps.shape[2], maps.shape[3]))
+            states[layer].update(maps, ids)
+
+
+@cache
+def _network(model: ModelRequest) -> tuple[ModelSpec, nn.Module]:
+    spec = requests.model(model)
+    return spec, spec.load()
+
+
+@torch.inference_mode()
+def _bare(model: ModelRequest, views: np.ndarray, batch: int = BATCH) -> None:
+    """The model over the images and nothing else."""
+    spec, network = _network(model)
+    for start in range(0, len(views), batch):
+        network(spec.prepare(torch.from_numpy(views[start : start + batch])))
+
+
+def _with_decoding(model: ModelRequest, probe: ProbeRequest, count: int, options: Options) -> Result:
+    stage, ours, bare = PlainStage(), [], []
+    for _ in range(options.repeats):
+        with TemporaryDirectory(prefix="milan-exemplars-") as folder:
+            stage.run(Storage(folder), model, probe, ExemplarConfig())
+        ours.append(sum(stage.shards))
+        bare.append(elapsed(lambda: _bare(model, _views(model, probe))))
+    name = "an actor's shards, reading and writing included, beside reading, decoding and the bare forward pass"
+    return Result(name, tuple(ours), tuple(bare), count, "images")
+
+
+def _stage(model: ModelRequest, probe: ProbeRequest, count: int, options: Options) -> Result:
+    def stage() -> None:
+        resources = Resources()
+        with TemporaryDirectory(prefix="milan-exemplars-") as folder, connected(resources):
+            run_exemplars(Storage(folder), [model], probe, ExemplarConfig(), resources)
+
+    name = f"the whole stage from a cold start, {count} photographs"
+    baseline = REFERENCE if count == 300 else None
+    return compare(name, stage, baseline, options.repeats, work=count, unit="images", warm_up=False)
+
+
+def _memory(model: ModelRequest, probe: ProbeRequest, count: int) -> Result:
+    seconds, actor = alone(_plain, model, probe)
+    bare_seconds, bare = alone(_bare_alone, model, probe)
+    return Result("peak memory", (seconds,), (bare_seconds,), count, "images").with_facts(
+        actor_MB=actor, bare_forward_pass_in_batches_of_128_MB=bare, difference_MB=actor - bare
+    )
+
+
+def _plain(model: ModelRequest, probe: ProbeRequest) -> float:
+    with TemporaryDirectory(prefix="milan-exemplars-") as folder:
+        return elapsed(lambda: PlainStage().run(Storage(folder), model, probe, ExemplarConfig()))
+
+
+def _bare_alone(model: ModelRequest, probe: ProbeRequest) -> float:
+    return elapsed(lambda: _bare(model, _views(model, probe)))
+
+
+def _scaling(options: Options) -> list[Result]:
+    """Kernel seconds against images, units and k, on made-up maps: those of layer2, twice and four times as many."""
+    images, units, k = (32, 8, 5) if options.short else (256, 128, 15)
+    results = []
+    for i, u, j in ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)):
+        name = f"kernels alone: {images * i} images, {units * u} units, k {k * j}"
+        kernels = partial(_kernels, images * i, units * u, k * j)
+        results.append(compare(name, kernels, None, options.repeats, work=images * i, unit="images"))
+    return results
+
+
+def _kernels(images: int, units: int, k: int) -> None:
+    state = LayerState.empty(Plan(images, k, 0.99, 2**20, 2**28), units, (28, 28))
+    maps = torch.randn(16, units, 28, 28, generator=torch.Generator().manual_seed(0))
+    for start in range(0, images, 16):
+        # Each batch differs from the ones before, at the price of one pass over it.
+        state.update(maps + 0.01 * np.sin(start), np.arange(start, start + 16))

@@ -1,0 +1,95 @@
+"""Merging shards: the cost of one more, what leaves an actor, and how many actors the work keeps busy."""
+
+from __future__ import annotations
+
+import heapq
+from functools import partial
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from milan_ray.benchmarks.exemplars import resnet18
+from milan_ray.benchmarks.harness import Options, Result, compare, elapsed, photographs
+from milan_ray.benchmarks.plain_stage import PlainStage
+from milan_ray.config import ExemplarConfig
+from milan_ray.exemplars.shard import Committed, LayerState, Plan, fold, to_table
+from milan_ray.pipelines.requests import ProbeRequest
+from milan_ray.storage import Storage
+
+IMAGES = 64
+"""Per shard, in a probe of as many shards as the benchmark makes."""
+
+ACTORS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def run(options: Options) -> list[Result]:
+    """Folds 8 to 128 shards of one layer, then plays 128 recorded shards on 1 to 64 actors."""
+    units, shards, images = (16, 8, 16) if options.short else (32, 128, IMAGES)
+    plan = Plan(shards * images, 15, 0.99, 2**20, 2**28)
+    single = _tables(plan, units, shards, images, actors=1)
+    results = []
+    for count in (shards // 16, shards // 4, shards) if not options.short else (shards,):
+        folding = partial(fold, single[:count], plan)
+        results.append(compare(f"fold {count} shards", folding, None, options.repeats, work=count, unit="shards"))
+    sizes = [_bytes(table) for table in single]
+    facts = {f"shard {n + 1} leaves, kB": sizes[n] / 1e3 for n in (0, 1, 3, 15, 63, 127) if n < len(sizes)}
+    results[-1] = results[-1].with_facts(**facts)
+    return [*results, *_scaling(options, plan, units, shards, images)]
+
+
+def _tables(plan: Plan, units: int, shards: int, images: int, actors: int) -> list[pa.Table]:
+    """What so many actors emit that take the shards in turn: a layer of 14 × 14 maps, units of different scales."""
+    empty = LayerState.empty(plan, units, (14, 14))
+    known = [Committed(empty) for _ in range(actors)]
+    tables = []
+    scale = torch.linspace(0.5, 2, units)[:, None, None]
+    for shard in range(shards):
+        state, actor = LayerState.empty(plan, units, (14, 14)), known[shard % actors]
+        maps = torch.randn(images, units, 14, 14, generator=torch.Generator().manual_seed(shard)) * scale
+        state.update(maps, np.arange(images) + shard * images, actor)
+        tables.append(to_table(state, actor.news(state)))
+        actor.commit(shard, state)
+    return tables
+
+
+def _bytes(table: pa.Table) -> int:
+    """Bytes of a partial as the storage writes it."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
+        writer.write_table(table)
+    return int(sink.getvalue().size)
+
+
+def _scaling(options: Options, plan: Plan, units: int, shards: int, images: int) -> list[Result]:
+    """Seconds until the last actor is done and all is merged; shard times are recorded, the merge is real."""
+    count = 8 if options.short else 128
+    with photographs(options, count) as photos, TemporaryDirectory(prefix="milan-merge-") as folder:
+        stage = PlainStage()
+        config = ExemplarConfig(shard_size=4 if options.short else 16)
+        stage.run(Storage(folder), resnet18(options), ProbeRequest((str(photos),)), config)
+    recorded = [stage.shards[n % len(stage.shards)] for n in range(shards)]
+    one = 0.0
+    results = []
+    for actors in ACTORS:
+        tables = _tables(plan, units, shards, images, actors)
+        merging = min(elapsed(partial(fold, tables, plan)) for _ in range(3))
+        seconds = _last_done(recorded, actors) + merging
+        one = one or seconds
+        facts = {
+            "merge, seconds": merging,
+            "all that leaves the actors, MB": sum(map(_bytes, tables)) / 1e6,
+            "speed-up": one / seconds,
+        }
+        name = f"{shards} recorded shards played on {actors} actors, and merged"
+        results.append(Result(name, (seconds,), (), shards, "shards", facts))
+    return results
+
+
+def _last_done(seconds: list[float], actors: int) -> float:
+    """When the last of the actors is done, each taking the next shard as it becomes free."""
+    free = [0.0] * actors
+    for duration in seconds:
+        heapq.heappush(free, heapq.heappop(free) + duration)
+    return max(free)

@@ -1,0 +1,55 @@
+"""The exemplars stage with Ray taken out: the same functions on the same pieces of work, in plain loops."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.pipelines import exemplars, views
+from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.pool import Row
+from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.storage import Storage
+
+
+class PlainStage:
+    """Runs the stage in this process.
+
+    Attributes:
+        shards: Seconds of each shard in the run before: reading, decoding, forward pass, kernels, writing.
+    """
+
+    def __init__(self) -> None:
+        self.shards: list[float] = []
+
+    def run(self, storage: Storage, model: ModelRequest, probe: ProbeRequest, config: ExemplarConfig) -> None:
+        """Does what :func:`run_exemplars` does."""
+        self.shards.clear()
+        with (
+            patch.object(exemplars, "run_pool", self._pool),
+            patch.object(exemplars, "run_parallel", _parallel),
+            patch.object(views, "run_parallel", _parallel),
+        ):
+            resources = Resources(cpus_per_actor=torch.get_num_threads(), device="cpu")
+            run_exemplars(storage, [model], probe, config, resources)
+
+    def _pool(
+        self, worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], resources: Resources
+    ) -> Iterator[Row]:
+
+        built = worker(**arguments)
+        for row in rows:
+            started = time.perf_counter()
+            yield built(row)
+            self.shards.append(time.perf_counter() - started)
+
+
+def _parallel(
+    function: Callable[[Any], Any], items: Sequence[Any], *_: object, **__: object
+) -> Iterator[tuple[int, Any]]:
+    return enumerate(map(function, items))

@@ -1,0 +1,76 @@
+"""What Ray adds to the same functions called in a plain loop: a fixed start, and so much per shard."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from tempfile import TemporaryDirectory
+
+from milan_ray.benchmarks.exemplars import resnet18
+from milan_ray.benchmarks.harness import Options, Result, compare, elapsed, photographs
+from milan_ray.benchmarks.plain_stage import PlainStage
+from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.pipelines.cluster import connected
+from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.storage import Storage
+
+JOB = 600.0
+"""Seconds of the job of which the overhead is given."""
+
+
+def run(options: Options) -> list[Result]:
+    """Runs the exemplars stage with and without Ray over some and over thrice as many images, one actor each."""
+    few, many = (4, 8) if options.short else (128, 384)
+    config = ExemplarConfig(shard_size=4 if options.short else 32)
+    model = resnet18(options)
+    times: dict[int, Result] = {}
+    for count in (few, many):
+        with photographs(options, count) as folder:
+            probe = ProbeRequest((str(folder),))
+            ours, plain = [], []
+            for _ in range(options.repeats):
+                plain.append(_plain(model, probe, config))
+                ours.append(_ray(model, probe, config, options.threads))
+        times[count] = Result(
+            f"{count} images through Ray, beside a plain loop", tuple(ours), tuple(plain), count, "images"
+        )
+
+    def line(seconds: dict[int, float]) -> tuple[float, float]:
+        """Seconds that any run takes, and seconds per image."""
+        slope = (seconds[many] - seconds[few]) / (many - few)
+        return seconds[few] - slope * few, slope
+
+    fixed, slope = line({count: min(result.seconds) for count, result in times.items()})
+    plain_fixed, plain_slope = line({count: min(result.baseline) for count, result in times.items()})
+    images = (JOB - plain_fixed) / plain_slope
+    facts = {
+        "Ray's fixed cost, seconds": fixed - plain_fixed,
+        "Ray's cost per shard, seconds": (slope - plain_slope) * (config.shard_size or 0),
+        f"overhead of a job of {JOB:.0f} s, %": 100 * ((fixed + slope * images) / JOB - 1),
+    }
+    last = times[many]
+    return [times[few], Result(last.name, last.seconds, last.baseline, last.work, last.unit, facts), _import(options)]
+
+
+def _plain(model: ModelRequest, probe: ProbeRequest, config: ExemplarConfig) -> float:
+    with TemporaryDirectory(prefix="milan-overhead-") as folder:
+        return elapsed(lambda: PlainStage().run(Storage(folder), model, probe, config))
+
+
+def _ray(model: ModelRequest, probe: ProbeRequest, config: ExemplarConfig, threads: int) -> float:
+    resources = Resources(actors=1, cpus_per_actor=threads, device="cpu")
+
+    def job() -> None:
+        with TemporaryDirectory(prefix="milan-overhead-") as folder, connected(resources):
+            run_exemplars(Storage(folder), [model], probe, config, resources)
+
+    return elapsed(job)
+
+
+def _import(options: Options) -> Result:
+    def start(code: str) -> None:
+        subprocess.run([sys.executable, "-c", code], check=True)
+
+    name = "import milan_ray in a fresh interpreter, beside an interpreter that does nothing"
+    return compare(name, lambda: start("import milan_ray.cli"), lambda: start("pass"), options.repeats)

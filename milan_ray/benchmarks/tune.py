@@ -1,0 +1,48 @@
+"""Tuning: a trial with 100 values of λ beside one with a single value, each with its search and all its scores."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from milan_ray.benchmarks.captioners import Sizes, random_features, trained
+from milan_ray.benchmarks.harness import Options, Result, compare
+from milan_ray.experiments.evaluation import NO_BERTSCORE
+from milan_ray.experiments.tuning import rescored, trial_scores
+from milan_ray.scoring.text import BertScore, minilm_directory
+
+LAMS = 100
+
+
+def run(options: Options) -> list[Result]:
+    """Compares both trials, for a trained captioner of the paper's sizes."""
+    sizes = Sizes.of(options)
+    captioner = trained(options, sizes)
+    features = random_features(4 if options.short else 64, sizes.features)
+    # What the captioner would rather not say stands in for the annotations: as long, and of the same words.
+    references = [texts[-3:] for texts in captioner.candidates(features).texts]
+    halves = dict(zip(("validation", "held-out"), np.array_split(np.arange(len(features)), 2), strict=True))
+    folder = minilm_directory()
+    bert_score = BertScore(folder) if folder else None
+
+    def trial(lams: list[float]) -> int:
+        found = captioner.candidates(features)
+        said = rescored(found.texts, found.logp_d_given_e, found.logp_d, lams)
+        trial_scores(said, references, halves, bert_score, samples=1000, seed=0)
+        return len({pair for texts in said for pair in enumerate(texts)})
+
+    many = np.linspace(0, 1, LAMS).tolist()
+    result = compare(
+        f"a trial of {LAMS} values of λ beside one",
+        lambda: trial(many),
+        lambda: trial([0.2]),
+        options.repeats,
+        work=len(features),
+        unit="units",
+        warm_up=not options.short,
+    )
+    return [
+        result.with_facts(
+            distinct_descriptions_per_unit=trial(many) / len(features),
+            bertscore="MiniLM" if folder else NO_BERTSCORE,
+        )
+    ]
