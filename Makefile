@@ -9,8 +9,8 @@ export OMP_WAIT_POLICY ?= passive
 demo: $(STAMP)  ## describe every unit of the built-in world's networks, and write the report
 	$(VENV)/bin/python -m jobs.demo
 
-test: $(STAMP)  ## the whole test suite
-	$(VENV)/bin/python -m pytest -q
+test: $(STAMP)  ## the whole test suite, two processes side by side
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2
 
 lint: $(STAMP)  ## formatting and lint
 	$(VENV)/bin/ruff format --check .

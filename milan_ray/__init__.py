@@ -1,3 +1,23 @@
-"""milan_ray: natural-language descriptions of every unit of every vision model, on Ray."""
+"""milan_ray: natural-language descriptions of every unit of every vision model, on Ray.
+
+The library calls of :mod:`milan_ray.api` are imported when they are first used: ``import milan_ray`` stays light.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from milan_ray.api import Milan, load, open_exemplars
 
 __version__ = "0.1.0"
+
+__all__ = ["Milan", "__version__", "load", "open_exemplars"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from milan_ray import api
+
+    return getattr(api, name)

@@ -7,17 +7,24 @@ environment they read.
 from __future__ import annotations
 
 import argparse
+import fnmatch
 import os
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milan_ray import runtime
+from milan_ray.benchmarks import BENCHMARKS
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig, results_dir
 from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:
+    from milan_ray.pipelines.captioners import EncoderRequest
+    from milan_ray.pipelines.describe import Search
+    from milan_ray.pipelines.plan import Plan
     from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
     from milan_ray.storage import Storage
 
@@ -49,6 +56,20 @@ def share(text: str) -> float:
     return number
 
 
+def gib(text: str) -> int:
+    """An argument in GiB, as bytes."""
+    return int(float(text) * 2**30)
+
+
+def units(text: str) -> tuple[int, ...]:
+    """An argument that selects units: numbers and ranges."""
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        chosen.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(chosen))
+
+
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
@@ -58,6 +79,26 @@ def _storage(parser: argparse.ArgumentParser) -> None:
         "--storage",
         default=None,
         help="run directory of all tables: a path, s3://…, gs://… (default: $MILAN_RESULTS_DIR, else ./results)",
+    )
+
+
+def _download(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--download", action="store_true", help="fetch published weights that are absent")
+
+
+def _quirks(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--reference-quirks", action="store_true", help="reproduce the reference's defects too (ARCHITECTURE.md)"
+    )
+
+
+def _dry_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="say what would be made and why, and make nothing")
+
+
+def _units(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--units", type=units, default=(), metavar="1,5,7-12", help="describe only these units of every layer"
     )
 
 
@@ -74,7 +115,7 @@ def _plugins(parser: argparse.ArgumentParser) -> None:
 def _resources(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cluster")
     group.add_argument("--address", help="Ray cluster to join (default: $RAY_ADDRESS, else a local one of our own)")
-    group.add_argument("--actors", type=positive, help="actors per pool (default: one per GPU, else one per CPU)")
+    group.add_argument("--actors", type=positive, help="most actors of a pool (default: one per GPU, else per CPU)")
     group.add_argument("--cpus-per-actor", type=positive, default=1, help="CPUs and torch threads of each actor")
     group.add_argument("--gpus-per-actor", type=float, help="GPUs of each actor, fractions allowed (default: 1 if any)")
     group.add_argument("--device", default="auto", help="where models run: auto, cpu or cuda")
@@ -82,16 +123,44 @@ def _resources(parser: argparse.ArgumentParser) -> None:
 
 def _models(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("models")
-    group.add_argument("--model", nargs="+", required=True, metavar="NAME", help="registered models; see jobs.models")
-    group.add_argument("--weights", metavar="FILE", help="weights file for the one model given, or 'random'")
+    which = group.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--model",
+        nargs="+",
+        metavar="NAME",
+        help="registered models, or patterns ('resnet*/imagenet'); see jobs.models",
+    )
+    which.add_argument(
+        "--zoo",
+        type=lambda text: text.split(","),
+        dest="model",
+        metavar="NAMES",
+        help="the same as one word: 'imagenet,imagenet-blurred' is every …/imagenet and …/imagenet-blurred",
+    )
+    group.add_argument(
+        "--weights",
+        metavar="WEIGHTS",
+        help="weights of the one model given: a file, a URL, the name of published ones (IMAGENET1K_V2) or 'random'",
+    )
     group.add_argument("--layers", nargs="+", default=[], metavar="PATH", help="layers (default: the model's own list)")
-    group.add_argument("--download", action="store_true", help="fetch the model's published weights if absent")
+    group.add_argument(
+        "--activations",
+        choices=("seen", "pre", "post"),
+        default="seen",
+        help="of a layer with an activation function behind it: what the reference sees (values after it where it "
+        "works in place, else before), always before, or always after",
+    )
 
 
-def _probe(parser: argparse.ArgumentParser) -> None:
+def _probe(parser: argparse.ArgumentParser, required: bool) -> None:
     group = parser.add_argument_group("probe images")
     group.add_argument(
-        "--probe", nargs="+", required=True, metavar="SOURCE", help="folders, URIs or a registered probe"
+        "--probe",
+        nargs="+",
+        required=required,
+        metavar="SOURCE",
+        help="folders, URIs or a registered probe; of a generator, its latents"
+        + ("" if required else " (default: describe the exemplars that the storage holds)"),
     )
     group.add_argument("--labels", metavar="FILE", help="CSV of file names and classes, for folders without classes")
     group.add_argument(
@@ -104,7 +173,7 @@ def _exemplar_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--k", type=positive, default=EXEMPLARS.k, help="exemplars per unit, images")
     group.add_argument("--quantile", type=share, default=EXEMPLARS.quantile, help="activation quantile of the level η")
     group.add_argument("--batch-size", type=positive, default=EXEMPLARS.batch_size, help="images per forward pass")
-    group.add_argument("--shard-size", type=positive, default=EXEMPLARS.shard_size, help="images per unit of work")
+    group.add_argument("--shard-size", type=positive, help="images per unit of work (default: at most 256)")
 
 
 def _report_option(parser: argparse.ArgumentParser) -> None:
@@ -112,11 +181,25 @@ def _report_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-report", action="store_true", help="write no HTML report")
 
 
-def _decoder_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("descriptions")
-    group.add_argument("--decoder", required=True, help="captioner: a name trained into the storage, or its folder")
+def _captioner_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("captioner")
+    captioner = group.add_mutually_exclusive_group(required=True)
+    captioner.add_argument("--decoder", help="captioner: a name trained into the storage, its folder, or a .pth file")
+    captioner.add_argument(
+        "--milan",
+        metavar="KEY",
+        help="published captioner: base, cls, gen, imagenet, places365, alexnet, resnet152, biggan, "
+        "not-alexnet-imagenet, …; looked for in $MILAN_MODELS_DIR, else downloaded there",
+    )
     group.add_argument(
         "--encoder-weights", metavar="FILE", help="weights of the captioner's encoder, if it brings none"
+    )
+
+
+def _search_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("descriptions")
+    group.add_argument(
+        "--setting", metavar="FILE", help="λ, beam size and length as jobs.tune chose them; the options below win"
     )
     group.add_argument(
         "--lam", type=float, help="λ of log p(d|E) − λ·log p(d) (default: the captioner's own, as a rule 0.2)"
@@ -159,20 +242,29 @@ def _resources_of(args: argparse.Namespace) -> Resources:
 
 
 def _model_requests(args: argparse.Namespace) -> list[ModelRequest]:
+    from milan_ray.models.registry import RANDOM, get_model, match_models
     from milan_ray.models.resolve import resolve_model
     from milan_ray.pipelines.requests import ModelRequest
     from milan_ray.plugins import load_plugins
+    from milan_ray.progress import say
 
-    if args.weights is not None:
-        if len(args.model) > 1:
-            raise MilanError("--weights names the weights of one model; give a single --model with it.")
-        if args.weights != "random":
-            args.weights = _absolute("--weights", args.weights)
     load_plugins(args.plugin)
+    names = list(dict.fromkeys(name for pattern in args.model for name in match_models(pattern)))
+    if args.weights is not None:
+        if len(names) > 1:
+            raise MilanError("--weights names the weights of one model; give a single --model with it.")
+        if args.weights != RANDOM and args.weights not in get_model(names[0]).published:
+            args.weights = _absolute("--weights", args.weights)
     found = []
-    for name in args.model:
-        spec = resolve_model(name, args.weights, args.layers, download=args.download)
-        found.append(ModelRequest(name, spec.weights, tuple(args.layers), tuple(args.plugin)))
+    for name in names:
+        weights = args.weights
+        try:
+            weights = resolve_model(name, weights, args.layers, download=args.download).weights
+        except MilanError as error:
+            if len(names) == 1:
+                raise
+            say(f"{name}: {error}")  # the first stage finds the same, and goes on with the others
+        found.append(ModelRequest(name, weights, tuple(args.layers), tuple(args.plugin), args.activations))
     return found
 
 
@@ -196,6 +288,7 @@ def _exemplar_config(args: argparse.Namespace) -> ExemplarConfig:
         batch_size=args.batch_size,
         shard_size=args.shard_size,
         max_bad=args.max_bad,
+        truncate_bytes=args.reference_quirks,
     )
 
 
@@ -231,64 +324,135 @@ def _labelers(storage: Storage, models: Sequence[str] | None) -> list[str] | Non
 
 
 def _add_exemplars(parser: argparse.ArgumentParser) -> None:
-    for add in (_models, _probe, _exemplar_options, _storage, _report_option, _plugins, _resources, _common):
+    _probe(parser, required=True)
+    adders = (
+        _models, _exemplar_options, _download, _quirks, _storage, _report_option, _plugins, _resources, _dry_run,
+        _common
+    )  # fmt: skip
+    for add in adders:
         add(parser)
 
 
 def _exemplars(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.exemplars import run_exemplars
-    from milan_ray.progress import say
+    from milan_ray.pipelines.plan import plan_exemplars
 
+    started = time.monotonic()
     storage, probe, models = _open_storage(args), _probe_request(args), _model_requests(args)
-    resources = _resources_of(args)
+    resources, config = _resources_of(args), _exemplar_config(args)
+    if args.dry_run:
+        return _show(plan_exemplars(storage, models, probe, config)[0])
     storage.check_writable()
     with connected(resources):
-        done = run_exemplars(storage, models, probe, _exemplar_config(args), resources)
-    say(f"exemplars: {sum(map(len, done.models.values()))} layers of {len(done.models)} models in {storage.root}")
+        done = run_exemplars(storage, models, probe, config, resources)
     _write_report(args, storage, list(done.models))
-    return 1 if done.failed else 0
+    return _close("exemplars", storage, done.models, done.failed, started)
 
 
 def _add_describe(parser: argparse.ArgumentParser) -> None:
+    _probe(parser, required=False)
     adders = (
-        _models, _probe, _exemplar_options, _decoder_options, _storage, _report_option, _plugins, _resources, _common
+        _models, _exemplar_options, _captioner_options, _search_options, _units, _download, _quirks, _storage,
+        _report_option, _plugins, _resources, _dry_run, _common
     )  # fmt: skip
     for add in adders:
         add(parser)
 
 
 def _describe(args: argparse.Namespace) -> int:
-    from milan_ray.pipelines.captioners import EncoderRequest, about_captioner, load_captioner
+    from milan_ray.pipelines.annotations_export import exemplar_layers
+    from milan_ray.pipelines.captioners import about_captioner, load_captioner
     from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.describe import Search, run_descriptions
+    from milan_ray.pipelines.describe import run_descriptions
     from milan_ray.pipelines.encodings import run_encodings
     from milan_ray.pipelines.exemplars import run_exemplars
+    from milan_ray.pipelines.plan import plan_descriptions, plan_encodings, plan_exemplars, plan_present
+
+    started = time.monotonic()
+    storage, resources = _open_storage(args), _resources_of(args)
+    decoder = _decoder(args, storage)
+    encoder = _encoder(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
+    encoder.load()
+    search = _search(args, decoder)
+    present: dict[str, tuple[str, ...]] = {}
+    failed: dict[str, str] = {}
+    if args.probe is None:
+        present = {name: tuple(exemplar_layers(storage, name, args.layers or None)) for name in args.model}
+    else:
+        dissection = storage, _model_requests(args), _probe_request(args), _exemplar_config(args)
+    if args.dry_run:
+        plan, layers = plan_present(storage, present) if args.probe is None else plan_exemplars(*dissection)
+        plan_descriptions(storage, plan, plan_encodings(storage, plan, layers, encoder, args.units), search, args.units)
+        return _show(plan)
+    with connected(resources):
+        if args.probe is not None:
+            done = run_exemplars(*dissection, resources)
+            present, failed = done.models, done.failed
+        run_encodings(storage, present, encoder, resources, args.units)
+        run_descriptions(storage, present, search, resources, args.units)
+    about = about_captioner(storage, decoder)
+    _write_report(args, storage, list(present), {"About the descriptions": about} if about else None)
+    return _close("descriptions", storage, present, failed, started)
+
+
+def _encoder(
+    args: argparse.Namespace, name: str, storage: Storage | None = None, decoder: str | None = None
+) -> EncoderRequest:
+    from milan_ray.pipelines.captioners import EncoderRequest
+
+    weights = None if args.encoder_weights is None else _absolute("--encoder-weights", args.encoder_weights)
+    return EncoderRequest(name, weights, storage, decoder, tuple(args.plugin), args.download)
+
+
+def _search(args: argparse.Namespace, decoder: str) -> Search:
+    """How to search: the options given, else what the setting says, else the captioner's own."""
+    from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
+    from milan_ray.experiments.tuning import read_setting
+    from milan_ray.pipelines.describe import Search
+
+    search = Search(decoder, args.beam_size, args.length, args.lam, REFERENCE if args.reference_quirks else NO_QUIRKS)
+    if args.setting is None:
+        return search
+    setting = read_setting(_text("--setting", args.setting), args.setting)
+    return replace(search, **{name: value for name, value in asdict(setting).items() if getattr(args, name) is None})
+
+
+def _text(option: str, path: str) -> str:
+    """A text file, local or on an object store."""
+    from milan_ray.storage import Storage
+
+    folder, _, name = _absolute(option, path).rpartition("/")
+    try:
+        return Storage(folder or "/").get(name).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MilanError(f"cannot read {option} {path} ({error}); give a YAML file.") from error
+
+
+def _show(plan: Plan) -> int:
+    print(plan.text())
+    return 1 if plan.failed else 0
+
+
+def _close(
+    stage: str, storage: Storage, done: Mapping[str, Sequence[str]], failed: Mapping[str, str], started: float
+) -> int:
+    """Says what is there now, where, how long it took, and what is not there and why; returns the exit status."""
     from milan_ray.progress import say
 
-    storage, probe, models = _open_storage(args), _probe_request(args), _model_requests(args)
-    resources = _resources_of(args)
-    decoder = _decoder(args, storage)
-    captioner = load_captioner(storage, decoder)
-    plugins = tuple(args.plugin)
-    weights = None if args.encoder_weights is None else _absolute("--encoder-weights", args.encoder_weights)
-    encoder = EncoderRequest(captioner.encoder_name, weights, storage, decoder, plugins)
-    encoder.load()
-    search = Search(decoder, args.beam_size, args.length, args.lam)
-    with connected(resources):
-        done = run_exemplars(storage, models, probe, _exemplar_config(args), resources)
-        run_encodings(storage, done.models, encoder, resources)
-        run_descriptions(storage, done.models, search, resources)
-    say(f"descriptions: {sum(map(len, done.models.values()))} layers of {len(done.models)} models in {storage.root}")
-    about = about_captioner(storage, decoder)
-    _write_report(args, storage, list(done.models), {"About the descriptions": about} if about else None)
-    return 1 if done.failed else 0
+    seconds = time.monotonic() - started
+    say(f"{stage}: {sum(map(len, done.values()))} layers of {len(done)} models in {seconds:.0f} s, in {storage.root}")
+    for name, reason in failed.items():
+        say(f"skipped {name}: {reason}")
+    return 1 if failed else 0
 
 
 def _decoder(args: argparse.Namespace, storage: Storage) -> str:
     """The captioner as workers will find it: a name in the storage, or an absolute path."""
-    from milan_ray.pipelines.captioners import has_captioner
+    from milan_ray.pipelines.captioners import find_milan, has_captioner
 
+    if args.milan is not None:
+        return find_milan(args.milan)
     if has_captioner(storage, args.decoder) or not Path(args.decoder).expanduser().exists():
         return args.decoder
     return _absolute("--decoder", args.decoder)
@@ -296,11 +460,17 @@ def _decoder(args: argparse.Namespace, storage: Storage) -> str:
 
 def _add_train(parser: argparse.ArgumentParser) -> None:
     config = TrainingConfig()
-    parser.add_argument("--name", required=True, help="name of the captioner in the storage")
-    parser.add_argument("--annotations", required=True, metavar="SOURCE", help="source of the annotations to train on")
+    parser.add_argument("--name", help="name of the captioner in the storage (default: the group's)")
     parser.add_argument(
-        "--model", nargs="+", metavar="NAME", help="only annotated units of these models (default: all)"
+        "--annotations", default="milannotations", metavar="SOURCE", help="source of the annotations to train on"
     )
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--group", "--groups", nargs="+", metavar="GROUP",
+        help="a captioner each: base, cls, gen, imagenet, places365, alexnet, resnet152, biggan, not-MODEL-DATASET, "
+        "an annotated model, NAME=MODEL,MODEL for your own, or all",
+    )  # fmt: skip
+    which.add_argument("--model", nargs="+", metavar="NAME", help="only annotated units of these models (default: all)")
     parser.add_argument("--encoder", default="resnet101", help="image encoder")
     parser.add_argument("--encoder-weights", metavar="FILE", help="weights file of the encoder (default: its own)")
     parser.add_argument("--epochs", type=positive, default=config.max_epochs, help="epochs at most, of each model")
@@ -308,59 +478,134 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hold-out", type=share, default=config.hold_out, help="share of units held out to stop early")
     parser.add_argument("--hidden", type=positive, default=512, help="LSTM state, units")
     parser.add_argument("--embedding", type=positive, default=128, help="token embedding, units")
+    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
     parser.add_argument("--seed", type=int, default=config.seed, help="of weights, dropout and order")
-    parser.add_argument("--workers", type=positive, default=1, help="data-parallel training workers")
-    for add in (_storage, _plugins, _resources, _common):
+    parser.add_argument("--workers", type=positive, default=1, help="data-parallel training workers of each captioner")
+    parser.add_argument(
+        "--memory-limit", type=gib, default="2", metavar="GIB",
+        help="features a worker keeps in memory; more are read from disk as needed",
+    )  # fmt: skip
+    for add in (_download, _quirks, _storage, _plugins, _resources, _dry_run, _common):
         add(parser)
 
 
 def _train(args: argparse.Namespace) -> int:
-    from milan_ray.pipelines.captioners import EncoderRequest
+    from milan_ray.annotations.groups import training_groups
     from milan_ray.pipelines.cluster import connected, gpus_each
     from milan_ray.pipelines.encodings import run_encodings
-    from milan_ray.pipelines.train import Sizes, TrainingJob, run_training
-    from milan_ray.schema import ANNOTATIONS
+    from milan_ray.pipelines.plan import plan_training
+    from milan_ray.pipelines.train import Sizes, TrainingJob, run_trainings
 
     storage, resources = _open_storage(args), _resources_of(args)
-    found = storage.partitions(ANNOTATIONS, source=args.annotations)
-    layers = [(keys["model"], keys["layer"]) for keys in found if not args.model or keys["model"] in args.model]
-    if not layers:
-        raise MilanError(f"no annotations of source {args.annotations!r} for these models in {storage.root}.")
-    weights = None if args.encoder_weights is None else _absolute("--encoder-weights", args.encoder_weights)
-    encoder = EncoderRequest(args.encoder, weights, plugins=tuple(args.plugin))
-    config = TrainingConfig(max_epochs=args.epochs, patience=args.patience, hold_out=args.hold_out, seed=args.seed)
-    models: dict[str, list[str]] = {}
-    for model, layer in layers:
-        models.setdefault(model, []).append(layer)
-    with connected(resources):
-        run_encodings(storage, models, encoder, resources)
-        job = TrainingJob(
-            args.name,
+    annotated = _annotated(storage, args.annotations, args.model)
+    if args.group:
+        groups = training_groups(args.group, annotated)
+        if args.name and len(groups) > 1:
+            raise MilanError(f"--name is for one captioner, and these are {len(groups)} groups: leave it out.")
+        names = {args.name or group: models for group, models in groups.items()}
+    elif args.name:
+        names = {args.name: tuple(annotated)}
+    else:
+        raise MilanError("which annotations to train on: give --group, or --name for a captioner of all of them.")
+    encoder = _encoder(args, args.encoder)
+    config = TrainingConfig(
+        max_epochs=args.epochs,
+        patience=args.patience,
+        hold_out=args.hold_out,
+        seed=args.seed,
+        bf16=args.bf16,
+        keep_last_weights=args.reference_quirks,
+    )
+    jobs = [
+        TrainingJob(
+            name,
             args.annotations,
-            tuple(layers),
+            tuple((model, layer) for model in models for layer in annotated[model]),
             encoder,
             config,
             Sizes(args.embedding, args.hidden),
             args.workers,
             resources.cpus_per_actor,
-            gpus_each(resources),
-            resources.threads,
+            threads=resources.threads,
+            memory_limit=args.memory_limit,
         )
-        run_training(storage, job)
+        for name, models in names.items()
+    ]
+    if args.dry_run:
+        return max(_show(plan_training(storage, job)) for job in jobs)
+    with connected(resources):
+        wanted = {model: annotated[model] for models in names.values() for model in models}
+        run_encodings(storage, wanted, encoder, resources)
+        run_trainings(storage, [replace(job, gpus=gpus_each(resources)) for job in jobs])
+    return 0
+
+
+def _add_tune(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", required=True, metavar="FILE", help="what to try: tune_configs/rerank.yaml, …")
+    parser.add_argument("--annotations", required=True, metavar="SOURCE", help="source of the annotations that judge")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        metavar="NAME",
+        help="only annotated units of these models: best ones that the captioner was not trained on (default: all)",
+    )
+    parser.add_argument(
+        "--bert-model", metavar="DIR", help="language model of BERTScore (default: MiniLM, where it is installed)"
+    )
+    for add in (_captioner_options, _download, _storage, _plugins, _resources, _common):
+        add(parser)
+
+
+def _annotated(storage: Storage, source: str, models: Sequence[str] | None) -> dict[str, list[str]]:
+    """Model → layers with annotations of a source.
+
+    Raises:
+        MilanError: There are none.
+    """
+    from milan_ray.schema import ANNOTATIONS
+
+    found: dict[str, list[str]] = {}
+    for keys in storage.partitions(ANNOTATIONS, source=source):
+        if not models or keys["model"] in models:
+            found.setdefault(keys["model"], []).append(keys["layer"])
+    if not found:
+        raise MilanError(f"no annotations of source {source!r} for these models in {storage.root}.")
+    return found
+
+
+def _tune(args: argparse.Namespace) -> int:
+    from milan_ray.experiments.tuning import read_sweep
+    from milan_ray.pipelines.captioners import load_captioner
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.encodings import run_encodings
+    from milan_ray.pipelines.tune import TuningJob, run_tuning
+    from milan_ray.scoring.text import minilm_directory
+
+    storage, resources = _open_storage(args), _resources_of(args)
+    sweep = read_sweep(_text("--config", args.config), args.config)
+    decoder = _decoder(args, storage)
+    models = _annotated(storage, args.annotations, args.model)
+    layers = tuple((model, layer) for model, paths in models.items() for layer in paths)
+    minilm = minilm_directory()
+    bert_model = _absolute("--bert-model", args.bert_model or str(minilm)) if args.bert_model or minilm else None
+    job = TuningJob(Path(args.config).stem, decoder, args.annotations, layers, sweep, bert_model)
+    encoder = _encoder(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
+    with connected(resources):
+        run_encodings(storage, models, encoder, resources)
+        run_tuning(storage, job, resources)
     return 0
 
 
 def _add_demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--generator", action="store_true", help="dissect the world's image generator too (2 minutes)")
     for add in (_storage, _report_option, _resources, _common):
         add(parser)
 
 
 def _demo(args: argparse.Namespace) -> int:
-    import time
-
     from milan_ray.pipelines.captioners import about_captioner
     from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.demo import DECODER, run_demo, summary
+    from milan_ray.pipelines.demo import DECODER, run_demo, run_generator, summary
     from milan_ray.plugins import load_plugins
     from milan_ray.progress import say
     from milan_ray.schema import DESCRIPTIONS
@@ -374,6 +619,8 @@ def _demo(args: argparse.Namespace) -> int:
     say(f"the built-in world, end to end, into {storage.root}")
     with connected(resources):
         scores = run_demo(storage, resources, max(1, (os.cpu_count() or 1) // 2 * 2))
+        if args.generator:
+            run_generator(storage, resources)
     _write_report(args, storage, notes={"About the descriptions": about_captioner(storage, DECODER)})
     layers = storage.partitions(DESCRIPTIONS, labeler="milan")
     units = sum(len(storage.read(DESCRIPTIONS, ["unit"], **keys)) for keys in layers)
@@ -385,10 +632,28 @@ def _demo(args: argparse.Namespace) -> int:
 
 
 def _add_models(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", help="a model whose layers to list, with shapes and unit counts")
-    parser.add_argument("--weights", metavar="FILE", help="weights file of that model")
+    parser.add_argument(
+        "name",
+        nargs="?",
+        help="a model whose layers to list, with shapes and unit counts, or a pattern ('*/places365')",
+    )
+    parser.add_argument("--weights", metavar="WEIGHTS", help="weights of that model: a file, a name or a URL")
     for add in (_plugins, _common):
         add(parser)
+
+
+def _print_models(names: Sequence[str], families: bool) -> None:
+    """Lists models: how many layers are dissected by default, and which published weights lie here."""
+    from milan_ray.models.registry import family_names, get_model
+
+    for name in names:
+        spec = get_model(name)
+        here = [version for version, file in spec.published.items() if file.is_here()]
+        state = f"here: {', '.join(here)}" if here else "absent" if spec.published else "its own"
+        print(f"{name:40} {len(spec.layers):>3} layers   weights {state}")
+    if families:
+        for prefix, about in family_names().items():
+            print(f"{prefix + '/…':40} {about}")
 
 
 def _list_models(args: argparse.Namespace) -> int:
@@ -398,9 +663,8 @@ def _list_models(args: argparse.Namespace) -> int:
     from milan_ray.plugins import load_plugins
 
     load_plugins(args.plugin)
-    if args.name is None:
-        for name in model_names():
-            print(name)
+    if args.name is None or set(args.name) & set("*?["):
+        _print_models(fnmatch.filter(model_names(), args.name or "*"), args.name is None)
         return 0
     spec = resolve_model(args.name, args.weights) if args.weights else get_model(args.name)
     print(f"{'layer':40} {'module':24} {'shape':20} {'units':>6}  default")
@@ -408,6 +672,27 @@ def _list_models(args: argparse.Namespace) -> int:
         shape = "×".join(map(str, layer.shape)) if layer.shape else "-"
         units = layer.units if layer.units is not None else "-"
         print(f"{layer.path:40} {layer.kind:24} {shape:20} {units:>6}  {'*' if layer.default else ''}")
+    return 0
+
+
+def _add_benchmark(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
+    parser.add_argument("--repeats", type=positive, default=3, help="interleaved runs of subject and baseline")
+    parser.add_argument("--threads", type=positive, default=2, help="torch threads of both")
+    parser.add_argument("--photos", metavar="DIR", help="folder of JPEG photographs (default: generated noise)")
+    parser.add_argument("--annotations", metavar="DIR", help="folder of human annotations (default: invented ones)")
+    parser.add_argument("--short", action="store_true", help="tiny sizes, to see that it works; figures mean nothing")
+    parser.add_argument("--json", metavar="FILE", help="write machine and figures there")
+    _common(parser)
+
+
+def _benchmark(args: argparse.Namespace) -> int:
+    from milan_ray.benchmarks.harness import Options, run_benchmark
+
+    photos, annotations, json = (
+        None if path is None else Path(path) for path in (args.photos, args.annotations, args.json)
+    )
+    run_benchmark(args.name, Options(args.repeats, args.threads, args.short, photos, annotations), json)
     return 0
 
 
@@ -424,13 +709,158 @@ def _report(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_status(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    for add in (_storage, _common):
+        add(parser)
+
+
+def _status(args: argparse.Namespace) -> int:
+    from milan_ray.pipelines.status import status
+
+    found = status(_open_storage(args))
+    print(found.json() if args.json else found.text())
+    return 0
+
+
+def _add_annotations(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, summary: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=summary, description=summary + ".", formatter_class=_Help)
+
+    sets = "group (base, cls, gen, …), set (alexnet/imagenet, …), folder or zip"
+    bring = action("import", "Bring published exemplars and annotations into the storage")
+    bring.add_argument(
+        "set", metavar="SET", help=f"{sets}; or a CSV (layer, unit, summary) for the exemplars of --model"
+    )
+    bring.add_argument("--model", help="name of the model in the storage (default: the set's, e.g. alexnet/imagenet)")
+    bring.add_argument("--layers", nargs="+", metavar="LAYER", help="only these layers")
+    bring.add_argument("--download", action="store_true", help="fetch released sets that are absent")
+    bring.add_argument(
+        "--annotation-count", type=int, metavar="N",
+        help="units with at least N annotations, the first N of each; 0 for all (default: 3 for released sets, else 0)",
+    )  # fmt: skip
+    merge = action("merge", "Give masks-only sets the images of a local ImageNet or Places folder")
+    merge.add_argument("set", metavar="SET", help=sets)
+    for one in (bring, merge):
+        one.add_argument("--images", nargs="+", default=[], metavar="DIR", help="source images in class folders "
+                         "(default: $MILAN_DATA_DIR/imagenet/val, …)")  # fmt: skip
+        one.add_argument("--labels", metavar="FILE", help="classes of source images in a flat folder")
+        one.add_argument("--reference-quirks", action="store_true", help="squash images as the reference's merge does")
+    export = action("export", "Write exemplars and annotations of a model as a published set")
+    export.add_argument("model", metavar="MODEL", help="a model with exemplars in the storage")
+    export.add_argument("folder", metavar="DIR", help="folder to be made")
+    export.add_argument("--layers", nargs="+", metavar="LAYER", help="only these layers")
+    clean = action("clean", "Clean raw crowd results into an annotations.csv")
+    clean.add_argument("results", metavar="FILE", help="Mechanical Turk's CSV")
+    clean.add_argument("out", metavar="FILE", help="annotations.csv to write")
+    clean.add_argument(
+        "--tables", metavar="JSON", help="prefixes, substrings, suffixes, exact, words, workers: replacements"
+    )
+    clean.add_argument("--keep-rejected", action="store_true", help="keep what was rejected")
+    for one in (bring, export):
+        one.add_argument("--source", help="source of the annotations (default: milannotations; export: the only one)")
+        _storage(one)
+    for one in (bring, merge, export, clean):
+        _common(one)
+
+
+def _annotations(args: argparse.Namespace) -> int:
+    return {"import": _import_annotations, "merge": _merge, "export": _export_annotations, "clean": _clean}[
+        args.action
+    ](args)
+
+
+def _import_annotations(args: argparse.Namespace) -> int:
+    from milan_ray.annotations.load import load
+    from milan_ray.annotations.quirks import Quirks
+    from milan_ray.pipelines.annotations_import import SOURCE, import_csv, run_import
+
+    storage, source = _open_storage(args), args.source or SOURCE
+    if args.set.endswith(".csv"):
+        if args.model is None:
+            raise MilanError("annotations from a CSV need --model, the model whose exemplars they speak of.")
+        path = Path(_absolute("SET", args.set))
+        import_csv(storage, path, args.model, source=source, annotation_count=args.annotation_count or None)
+        return 0
+    sets = load(
+        args.set, images=args.images, labels=args.labels, download=args.download, layers=args.layers,
+        annotation_count=args.annotation_count, quirks=Quirks(merge_geometry=args.reference_quirks),
+    )  # fmt: skip
+    if args.model is not None and len(sets) > 1:
+        raise MilanError(f"--model names one model, but {args.set} is {len(sets)} sets; import them one by one.")
+    for one in sets:
+        run_import(storage, one, model=args.model, source=source)
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from milan_ray.annotations.groups import locate
+    from milan_ray.annotations.load import merge_images
+    from milan_ray.annotations.quirks import Quirks
+
+    for location in locate(args.set):
+        merge_images(location, args.images, args.labels, Quirks(merge_geometry=args.reference_quirks))
+    return 0
+
+
+def _export_annotations(args: argparse.Namespace) -> int:
+    from milan_ray.pipelines.annotations_export import run_export
+    from milan_ray.progress import say
+
+    folder = Path(_absolute("DIR", args.folder))
+    layers = run_export(_open_storage(args), args.model, folder, source=args.source, layers=args.layers)
+    say(f"export: {len(layers)} layers of {args.model} in {folder}")
+    return 0
+
+
+def _clean(args: argparse.Namespace) -> int:
+    from milan_ray.annotations.cleaning import clean_results, read_tables
+    from milan_ray.progress import say
+
+    tables = read_tables(Path(args.tables)) if args.tables else None
+    kept, rejected = clean_results(Path(args.results), Path(args.out), tables, keep_rejected=args.keep_rejected)
+    say(f"clean: {kept} annotations in {args.out}, {rejected} rejected ones left out")
+    return 0
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", metavar="FILE", help="checkpoint to write, e.g. milan-mine.pth")
+    for add in (_captioner_options, _download, _storage, _plugins, _common):
+        add(parser)
+
+
+def _export(args: argparse.Namespace) -> int:
+    from milan_ray.captioner.checkpoints import export_reference
+    from milan_ray.pipelines.captioners import load_captioner
+    from milan_ray.plugins import load_plugins
+    from milan_ray.progress import say
+
+    load_plugins(args.plugin)
+    storage = _open_storage(args)
+    decoder = _decoder(args, storage)
+    captioner = load_captioner(storage, decoder)
+    if captioner.encoder_state is None:
+        encoder = _encoder(args, captioner.encoder_name, storage, decoder).load()
+        captioner = replace(captioner, encoder_state=encoder.backbone.state_dict())
+    export_reference(captioner, _absolute("FILE", args.out))
+    say(f"export: {args.out}, a checkpoint that MILAN's reference implementation loads")
+    return 0
+
+
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "models": ("list models, or one model's layers", _add_models, _list_models),
     "exemplars": ("find every unit's exemplars and masks", _add_exemplars, _exemplars),
     "describe": ("describe every unit of models", _add_describe, _describe),
     "train": ("train a captioner on annotated units", _add_train, _train),
+    "annotations": ("bring published annotations in, out, and into shape", _add_annotations, _annotations),
+    "export": ("write a captioner as a checkpoint of the reference implementation", _add_export, _export),
+    "tune": ("choose λ, beam size and strategy on annotated units", _add_tune, _tune),
     "demo": ("run everything on the built-in world", _add_demo, _demo),
     "report": ("write the HTML report of a storage", _add_report, _report),
+    "status": ("list what a storage holds, stale, orphaned and unfinished", _add_status, _status),
+    "benchmark": ("measure a stage beside its bare computation", _add_benchmark, _benchmark),
 }
 
 

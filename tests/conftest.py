@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two OpenMP threads stall each other otherwise
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +20,24 @@ from milan_ray import runtime
 runtime.prepare(None)  # before anything imports Ray
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Under ``-n 2``: one process has the Ray session, and a folder's or file's fixtures are made once."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFixtures(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid.split("::")[0])
+
+    return ByFixtures(config, log)
+
+
+@functools.cache
+def group_of(file: str) -> str:
+    """The group of tests that a test file belongs to, by its path below the root."""
+    return "ray" if "ray_session" in (ROOT / file).read_text(encoding="utf-8") else Path(file).parts[1]
 
 
 @pytest.fixture(scope="session")

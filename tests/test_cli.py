@@ -30,10 +30,13 @@ def assert_one_sentence(err: str, *parts: str) -> None:
         assert part in lines[0], lines[0]
 
 
-@pytest.mark.parametrize("verb", sorted(cli.VERBS))
+ACTIONS = [("annotations", action) for action in ("import", "merge", "export", "clean")]
+
+
+@pytest.mark.parametrize("verb", [*((verb,) for verb in sorted(cli.VERBS) if verb != "annotations"), *ACTIONS])
 def test_help_of_every_verb_names_every_option(verb, capsys):
     with pytest.raises(SystemExit) as exit_:
-        cli.main([verb, "--help"])
+        cli.main([*verb, "--help"])
     assert exit_.value.code == 0
     assert "--debug" in capsys.readouterr().out
 
@@ -141,3 +144,30 @@ def test_relative_paths_inside_a_submitted_job_are_refused(capsys, photos, monke
 def test_debug_shows_the_traceback(tmp_path):
     with pytest.raises(Exception, match="nowhere"):
         cli.main(exemplars("--probe", str(tmp_path / "nowhere"), "--debug"))
+
+
+def test_models_with_pattern_lists_those_and_what_lies_here(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "resnet18").mkdir()
+    (tmp_path / "resnet18/places365.pth").touch()
+    status, out, _ = run(capsys, "models", "*/places365")
+    assert status == 0
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in out.splitlines()}
+    assert list(lines) == [f"{name}/places365" for name in ("alexnet", "resnet152", "resnet18", "vgg16")]
+    assert lines["resnet18/places365"] == "5 layers weights here: PLACES365"
+    assert lines["vgg16/places365"] == "5 layers weights absent"
+
+
+def test_models_without_pattern_names_the_families(capsys):
+    _, out, _ = run(capsys, "models")
+    assert {"timm/…", "hf/…"} <= {line.split()[0] for line in out.splitlines()}
+
+
+def test_weights_by_published_name_are_looked_for_by_their_file(capsys, photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path))
+    arguments = exemplars("--probe", str(photos), "--weights", "IMAGENET1K_V2", model="resnet50/imagenet")
+    status, _, err = run(capsys, *arguments)
+    assert status == 1
+    assert_one_sentence(err, "resnet50-11ad3fa6.pth", "--download")

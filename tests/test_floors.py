@@ -12,11 +12,12 @@ PACKAGE = Path(__file__).resolve().parents[1] / "milan_ray"
 FLOORS = (
     {"errors"},
     {"schema", "config", "device", "runtime", "progress"},
-    {"models", "probe", "storage", "plugins"},
+    {"models", "probe", "storage", "plugins", "hub"},
     {"exemplars", "annotations", "scoring"},
     {"world", "captioner"},
     {"labelers", "experiments", "report"},
     {"pipelines"},
+    {"api", "benchmarks"},
     {"cli"},
 )
 """Who may import whom: a module its own part, all on lower floors, and its neighbours as long as there is no circle."""

@@ -28,9 +28,9 @@ from markupsafe import Markup
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.progress import say
 from milan_ray.report.images import image_source, mask_strip, write_images
-from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, LEVELS, RUNS, SCORES, SKIPPED
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, LEVELS, RUNS, SCORES, SKIPPED, TRIALS, TRIALS_FIGURE
 from milan_ray.schema.table import Noun
-from milan_ray.storage import EXEMPLARS_KEY, Storage
+from milan_ray.storage import EXEMPLARS_KEY, FILE_NAME, Storage
 
 PAGE_SIZE = 40
 """Unit cards per page."""
@@ -150,6 +150,7 @@ def write_report(
             labelers=shown_labelers,
             images=sum(map(len, images.values())),
             evaluations=_evaluations(_read_all(storage, SCORES) if scores is None else scores.to_pylist()),
+            figures=_write_figures(storage, out),
             notes=notes or {},
             skipped=_skipped(storage, shown_models),
             skipped_listed=_SKIPPED_LISTED,
@@ -379,6 +380,20 @@ def _skipped(storage: Storage, models: Sequence[str]) -> list[Row]:
     return tables
 
 
+def _write_figures(storage: Storage, out: Path) -> list[tuple[str, str]]:
+    """Copies the figures that lie beside tables of trials; returns title and file of each."""
+    figures = []
+    for keys in storage.partitions(TRIALS):
+        source = storage.path(TRIALS, **keys).replace(FILE_NAME, TRIALS_FIGURE)
+        if storage.exists(source):
+            title = f"{keys['decoder']} tuned by {keys['sweep']}"
+            file = f"figures/{slug(title)}.svg"
+            (out / "figures").mkdir(exist_ok=True)
+            (out / file).write_bytes(storage.get(source))
+            figures.append((title, file))
+    return figures
+
+
 def _provenance(storage: Storage, models: Sequence[str]) -> Row:
     """What ran for these models, and the versions it ran with."""
     runs = [row for row in _read_all(storage, RUNS) if row["model"] in models or not row["model"]]
@@ -430,7 +445,7 @@ def _finite(value: float | None) -> float | None:
 
 def _number(value: float | None) -> str:
     """A figure for people: four significant digits, a true minus sign, a dash where there is none."""
-    return "–" if value is None else f"{value:.4g}".replace("-", "−")
+    return "–" if value is None or math.isnan(value) else f"{value:.4g}".replace("-", "−")
 
 
 def _render(env: Environment, template: str, path: Path, **context: Any) -> None:

@@ -122,7 +122,7 @@ def full_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     write(storage, ANNOTATIONS, [("people", MODEL, first, 7, "A", NASTY), ("people", MODEL, first, 7, "B", "a sign")])
     write(storage, SKIPPED, [(MODEL, 6, "/data/<i>.jpg", "truncated file")])
     versions = '{"milan_ray":"0.1.0"}'
-    write(storage, RUNS, [("exemplars", "a1b2", MODEL, "", 540, 6, 1.5, "2025-01-01T00:00:00Z", versions)])
+    write(storage, RUNS, [("exemplars", "a1b2", MODEL, "", 540, 6, 1.5, 4.0, "2025-01-01T00:00:00Z", versions)])
     scores = [
         (
             "held-out",

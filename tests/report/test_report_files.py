@@ -16,7 +16,7 @@ from milan_ray.errors import MilanError
 from milan_ray.report import write_report
 from milan_ray.report.images import mask_strip, thumbnail
 from milan_ray.report.site import slug
-from milan_ray.schema import VIEWS
+from milan_ray.schema import TRIALS, VIEWS
 from milan_ray.storage import Storage
 
 
@@ -79,12 +79,23 @@ def test_report_index_shows_scores_skips_and_versions(site: Path) -> None:
 def test_report_dead_unit_says_so_and_counts_nonfinite(site: Path) -> None:
     folder = next(f for f in layer_folders(site) if "zebra" in (f / "units.js").read_text())
     text = re.sub(r"\s+", " ", Page(folder / "3.html").text)
-    assert "unit 90 level ηnan NaN or infinite activations9 No exemplars" in text
+    assert "unit 90 level η– NaN or infinite activations9 No exemplars" in text
 
 
 def test_report_images_are_stored_once(site: Path) -> None:
     assert len(list(site.rglob("*.jpg"))) == 6
     assert len(list(site.rglob("masks/*.png"))) == 2 * 90
+
+
+def test_report_shows_the_figure_of_a_tuning(sheet_storage: Storage, tmp_path: Path) -> None:
+    row = {"strategy": "rerank", "beam_size": 5, "length": 15, "lam": 0.2, "split": "validation", "metric": "bleu"}
+    row |= {"value": 1.0, "low": 0.0, "high": 2.0, "n": 9, "chosen": True, "decoder": "d/1", "sweep": "a"}
+    keys, table = {"decoder": "d/1", "sweep": "a"}, TRIALS.table({name: [value] for name, value in row.items()})
+    sheet_storage.write(TRIALS, table, "c", **keys)
+    sheet_storage.put(str(Path(sheet_storage.path(TRIALS, **keys)).with_name("figure.svg")), b"<svg></svg>")
+    index = write_report(sheet_storage, tmp_path / "report")
+    (shown,) = re.findall(r'<img src="(figures/[^"]+)"', index.read_text(encoding="utf-8"))
+    assert (index.parent / shown).read_bytes() == b"<svg></svg>"
 
 
 def test_report_from_exemplars_alone_is_a_plain_sheet(sheet_storage: Storage, tmp_path: Path) -> None:

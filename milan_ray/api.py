@@ -1,0 +1,402 @@
+"""Library calls: describe exemplars one already has, and look units up (``import milan_ray``).
+
+All of it runs in the caller's process, without Ray. Whole models over large probes are for the jobs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from milan_ray.annotations.groups import locate
+from milan_ray.annotations.published import PublishedSet, Sample
+from milan_ray.captioner.captioner import Captioner, best_descriptions
+from milan_ray.captioner.encoder import PyramidEncoder, get_encoder, pool_maps
+from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE, Quirks
+from milan_ray.device import resolve_device
+from milan_ray.errors import MilanError, unknown_name
+from milan_ray.exemplars import masks as packed_masks
+from milan_ray.pipelines.captioners import load_captioner
+from milan_ray.plugins import load_plugins
+from milan_ray.progress import Progress
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS, Noun
+from milan_ray.storage import EXEMPLARS_KEY, Storage
+
+MILAN = "milan"
+"""The labeler whose description counts where nothing else is asked for."""
+
+BATCH_SIZE = 32
+"""Images per encoder pass."""
+
+UNITS = 16
+"""Units per beam search, as in the reference: with its quirks on, a score depends on the batch (REFERENCE §5.1)."""
+
+_MASKS = 256  # masks pooled at a time: 50 MB at 224×224
+
+Images = np.ndarray | torch.Tensor | Sequence[Any]
+"""Exemplar images of U units, k each: an array or tensor (U, k, 3, H, W) or (U, k, H, W, 3), RGB, uint8 or floats in
+[0, 1], a memory-mapped one too; or nested lists of such arrays or of PIL images."""
+
+Masks = np.ndarray | torch.Tensor | Sequence[Any]
+"""Their masks: (U, k, 1, H, W), (U, k, H, W) or (U, k, H, W, 1), boolean or numbers in [0, 1]; or nested lists."""
+
+
+@dataclass(frozen=True, eq=False)
+class Milan:
+    """A captioner with its image encoder, ready to describe.
+
+    Attributes:
+        captioner: Vocabulary, decoder and language model.
+        encoder: The image encoder, on the same device.
+        quirks: Defects of the reference to reproduce.
+    """
+
+    captioner: Captioner
+    encoder: PyramidEncoder
+    quirks: Quirks = NO_QUIRKS
+
+    def describe(
+        self,
+        images: Images,
+        masks: Masks | None = None,
+        *,
+        n_best: int = 5,
+        lam: float | None = None,
+        beam_size: int | None = None,
+        resize: bool = False,
+    ) -> pl.DataFrame:
+        """Describes units by their exemplars (paper §3).
+
+        Args:
+            images: The exemplars, see :data:`Images`.
+            masks: Where in them the unit is active, see :data:`Masks`; None takes the whole images.
+            n_best: How many descriptions to list per unit.
+            lam: λ of log p(d|E) − λ·log p(d); the captioner's own when left out.
+            beam_size: Width of the beam; the captioner's own when left out.
+            resize: Bring images of another size to the encoder's own, as the jobs do; off, they are encoded at the
+                size they have, as in the reference.
+
+        Returns:
+            One row per unit, in order: unit (its place), description, score, logp_d_given_e, logp_d, lam, n_best
+            (the best first, no two alike), as in the table of descriptions.
+
+        Raises:
+            MilanError: Shapes, types or values cannot be used; the sentence says which.
+        """
+        if n_best < 1:
+            raise MilanError(f"n_best is {n_best}: ask for at least one description per unit.")
+        features = self.encode(images, masks, resize=resize)
+        if lam is None:
+            lam = 0.0 if self.captioner.lm is None else self.captioner.lam
+        rows: list[dict[str, object]] = []
+        with Progress("describing", len(features), "units") as progress:
+            for start in range(0, len(features), UNITS):
+                batch = features[start : start + UNITS]
+                found = self.captioner.candidates(batch, beam_size, quirks=self.quirks)
+                for beams in best_descriptions(found, lam, found.logp_d_given_e.shape[1]):
+                    distinct: dict[str, dict[str, object]] = {}  # different tokens may read the same
+                    for beam in beams:
+                        distinct.setdefault(beam.text, vars(beam))
+                    best = list(distinct.values())[:n_best]
+                    row = {"unit": len(rows), "description": best[0]["text"], "lam": lam, "n_best": best}
+                    rows.append(best[0] | row)
+                progress.advance(len(batch))
+        names = ("unit", "description", "score", "logp_d_given_e", "logp_d", "lam", "n_best")
+        schema = pa.schema([DESCRIPTIONS.schema.field(name) for name in names])
+        return _frame(pa.Table.from_pylist(rows, schema=schema))
+
+    def encode(self, images: Images, masks: Masks | None = None, *, resize: bool = False) -> np.ndarray:
+        """What the captioner sees of exemplars; equal images are encoded once.
+
+        Args:
+            images: See :data:`Images`.
+            masks: See :data:`Masks`; None takes the whole images.
+            resize: See :meth:`describe`.
+
+        Returns:
+            float32 (U, k, F).
+
+        Raises:
+            MilanError: Shapes, types or values cannot be used.
+        """
+        pictures = _images(images)
+        regions = None if masks is None else _masks(masks, pictures.shape)
+        units, k = pictures.shape[:2]
+        features = np.zeros((units * k, self.encoder.feature_size), np.float32)
+        slots: dict[bytes, int] = {}  # digest of an image → its number among the different ones
+        index = np.array([slots.setdefault(_digest(image), len(slots)) for unit in pictures for image in unit], int)
+        first = np.unique(index, return_index=True)[1]
+        with Progress("encoding", len(first), "images") as progress:
+            for start in range(0, len(first), BATCH_SIZE):
+                batch = first[start : start + BATCH_SIZE]
+                maps = self.encoder.maps(self._inputs(np.stack([pictures[divmod(n, k)] for n in batch]), resize))
+                mine = np.flatnonzero((index >= start) & (index < start + len(batch)))
+                for part in np.split(mine, range(_MASKS, len(mine), _MASKS)):
+                    features[part] = self._pool(maps, regions, part, k, index[part] - start)
+                progress.advance(len(batch))
+        return features.reshape(units, k, self.encoder.feature_size)
+
+    def _inputs(self, pixels: np.ndarray, resize: bool) -> torch.Tensor:
+        """Encoder inputs (N, 3, H, W) in [0, 1]."""
+        inputs = torch.from_numpy(pixels).to(self.encoder.mean.device)
+        inputs = inputs * (1 / 255) if pixels.dtype == np.uint8 else inputs.float()
+        if not bool(((inputs >= 0) & (inputs <= 1)).all()):  # NaN is neither
+            raise MilanError("images hold NaN or numbers outside [0, 1]: give floats in [0, 1], or uint8.")
+        side = self.encoder.spec.size
+        if resize and inputs.shape[-2:] != (side, side):
+            inputs = F.interpolate(inputs, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
+        return inputs
+
+    def _pool(
+        self, maps: Sequence[torch.Tensor], regions: np.ndarray | None, part: np.ndarray, k: int, index: np.ndarray
+    ) -> np.ndarray:
+        device = self.encoder.mean.device
+        if regions is None:
+            chosen = torch.ones(len(part), *maps[0].shape[-2:], device=device)
+        else:
+            chosen = torch.from_numpy(np.stack([regions[divmod(n, k)] for n in part])).to(device).float()
+        return pool_maps(maps, chosen, torch.from_numpy(index).to(device)).cpu().numpy()
+
+
+def load(
+    captioner: str | os.PathLike[str] = "base",
+    storage: str | os.PathLike[str] | None = None,
+    *,
+    encoder_weights: str | None = None,
+    device: str = "auto",
+    reference_quirks: bool = False,
+    plugins: Sequence[str] = (),
+) -> Milan:
+    """Loads a captioner and its encoder.
+
+    Args:
+        captioner: A published one (``base``, ``cls``, …, looked for in ``$MILAN_MODELS_DIR``); the path of a
+            ``milan-*.pth`` file or of a captioner's folder; or the name of one trained in ``storage``.
+        storage: Run directory that holds it.
+        encoder_weights: File with the encoder's weights; None takes those that come with the captioner, else the
+            encoder's published ones.
+        device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda:1`` …
+        reference_quirks: Reproduce the reference's defects.
+        plugins: Modules or ``.py`` files that register the encoder, where it is an own one.
+
+    Raises:
+        MilanError: There is no such captioner, or its encoder's weights are missing.
+    """
+    load_plugins(plugins)
+    found = load_captioner(None if storage is None else Storage(storage), os.fspath(captioner))
+    spec = replace(get_encoder(found.encoder_name), weights=encoder_weights)
+    encoder = spec.load(found.encoder_state if encoder_weights is None else None)
+    where = resolve_device(device)
+    return Milan(found.to(str(where)), encoder.to(where), REFERENCE if reference_quirks else NO_QUIRKS)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Unit(Sample):
+    """A unit of a run directory: a sample with all that is known of it.
+
+    Attributes:
+        model: Name of the model.
+        image_ids: Rows of the probe manifest, int64 (k,).
+        activations: The unit's maxima over the exemplars, float32 (k,).
+        descriptions: One row per labeler, columns as in the table of descriptions.
+    """
+
+    model: str
+    image_ids: np.ndarray
+    activations: np.ndarray
+    descriptions: pl.DataFrame
+
+    @property
+    def description(self) -> str | None:
+        """What MILAN says of it; None where it is not described."""
+        return next(iter(self.descriptions.filter(labeler=MILAN)["description"]), None)
+
+
+class RunExemplars:
+    """The exemplars of one model in a run directory, unit by unit."""
+
+    def __init__(self, storage: Storage, model: str | None = None) -> None:
+        """Finds the model's layers; exemplars are read when asked for.
+
+        Args:
+            storage: The run directory.
+            model: Name of the model; None where there is but one.
+
+        Raises:
+            MilanError: No such model, or several and none named.
+        """
+        found = storage.partitions(EXEMPLARS)
+        models = sorted({keys["model"] for keys in found})
+        if not models:
+            raise MilanError(f"{storage.root} holds no exemplars: give a run directory that jobs.exemplars wrote.")
+        if model is None and len(models) > 1:
+            raise MilanError(f"{storage.root} has exemplars of {', '.join(models)}: say which with model=.")
+        self.model = models[0] if model is None else model
+        if self.model not in models:
+            raise unknown_name("model", self.model, models, f"These have exemplars in {storage.root}.")
+        self.layers = [keys["layer"] for keys in found if keys["model"] == self.model]
+        self._storage = storage
+
+    def units(self) -> list[tuple[str, int]]:
+        """(layer, unit) of every unit that has exemplars."""
+        columns = (
+            (layer, self._storage.read(EXEMPLARS, ["unit"], model=self.model, layer=layer)["unit"])
+            for layer in self.layers
+        )
+        return [(layer, unit) for layer, column in columns for unit in sorted(set(column.to_pylist()))]
+
+    def lookup(self, layer: str | int, unit: int) -> Unit:
+        """Reads a unit: exemplars, masks, descriptions, annotations.
+
+        Raises:
+            MilanError: There is no such layer or unit, or the run directory lacks an image.
+        """
+        layer = str(layer)
+        if layer not in self.layers:
+            raise unknown_name("layer", layer, self.layers, f"These have exemplars in {self._storage.root}.")
+        keys = {"model": self.model, "layer": layer}
+        table = self._storage.read(EXEMPLARS, **keys)
+        rows = table.filter(pc.field("unit") == unit).sort_by("rank")
+        if not len(rows):
+            raise MilanError(f"{self.model} has no exemplars of unit {unit} in layer {layer!r}: dead, or no such unit.")
+        meta = self._storage.metadata(EXEMPLARS, **keys) or {}
+        ids = rows["image_id"].to_numpy()
+        images = self._views(meta["probe"], meta["view"], ids)
+        size = int(meta["mask_height"]), int(meta["mask_width"])
+        regions = torch.from_numpy(packed_masks.unpack(rows["mask"].to_pylist(), size))[:, None].float()
+        if size != images.shape[-2:]:
+            regions = F.interpolate(regions, size=images.shape[-2:], mode="nearest")
+        notes = _frame(self._of_unit(ANNOTATIONS, unit, keys))
+        return Unit(
+            layer,
+            unit,
+            images.astype(np.float32) * np.float32(1 / 255),
+            regions.numpy(),
+            tuple(notes["text"].to_list()),
+            model=self.model,
+            image_ids=ids,
+            activations=rows["activation"].to_numpy(),
+            descriptions=_frame(self._of_unit(DESCRIPTIONS, unit, keys)),
+        )
+
+    def _of_unit(self, noun: Noun, unit: int, keys: dict[str, str]) -> pa.Table:
+        """A unit's rows of a table, from all partitions that speak of the exemplars that are there now."""
+        current = self._storage.config_of(EXEMPLARS, **keys)
+        tables = [noun.schema.empty_table()]
+        for partition in self._storage.partitions(noun, **keys):
+            if (self._storage.metadata(noun, **partition) or {}).get(EXEMPLARS_KEY, current) == current:
+                tables.append(self._storage.read(noun, **partition).filter(pc.field("unit") == unit))
+        return pa.concat_tables(table.replace_schema_metadata() for table in tables)
+
+    def _views(self, probe: str, view: str, image_ids: np.ndarray) -> np.ndarray:
+        """The images, uint8 (k, 3, H, W)."""
+        found: dict[int, np.ndarray] = {}
+        for keys in self._storage.partitions(VIEWS, probe=probe, view=view):
+            table = self._storage.read(VIEWS, ["image_id"], **keys)
+            if pc.any(pc.is_in(table["image_id"], pa.array(image_ids))).as_py():
+                table = self._storage.read(VIEWS, ["image_id", "image"], **keys)
+                for row in table.filter(pc.field("image_id").isin(image_ids.tolist())).to_pylist():
+                    found[row["image_id"]] = np.asarray(Image.open(io.BytesIO(row["image"])))
+        if missing := set(image_ids.tolist()) - set(found):
+            raise MilanError(f"{self._storage.root} lacks the view of image {min(missing)}: run jobs.exemplars again.")
+        return np.stack([found[image_id] for image_id in image_ids.tolist()]).transpose(0, 3, 1, 2)
+
+
+def open_exemplars(
+    source: str | os.PathLike[str], model: str | None = None, *, download: bool = False
+) -> RunExemplars | PublishedSet:
+    """Opens exemplars to look units up in, by ``lookup(layer, unit)``.
+
+    Args:
+        source: A run directory; or a published set: its name (``dino_vits8/imagenet``, looked for in
+            ``$MILAN_DATA_DIR``), folder or zip.
+        model: Which model of the run directory, where it has several.
+        download: Fetch a published set that is absent.
+
+    Raises:
+        MilanError: There is nothing of the sort.
+    """
+    text = os.fspath(source)
+    if "://" in text or os.path.isdir(os.path.join(os.path.expanduser(text), EXEMPLARS.name)):
+        return RunExemplars(Storage(text), model)
+    if model is not None:
+        raise MilanError(f"{text} is no run directory with exemplars: model= has no meaning there.")
+    found = locate(text, download=download)
+    if len(found) > 1:
+        raise MilanError(f"{text} is a group of sets: open one of {', '.join(location.name for location in found)}.")
+    return PublishedSet(found[0].root, found[0].name, annotation_count=found[0].annotation_count)
+
+
+def _frame(table: pa.Table) -> pl.DataFrame:
+    frame = pl.from_arrow(table)
+    assert isinstance(frame, pl.DataFrame)  # a series comes of an array only
+    return frame
+
+
+def _digest(image: np.ndarray) -> bytes:
+    return hashlib.blake2b(np.ascontiguousarray(image).tobytes(), digest_size=16).digest()
+
+
+def _array(value: Any, what: str) -> np.ndarray:
+    """Arrays, tensors, PIL images, and nested lists of them as one array; memory-mapped ones stay where they are."""
+    if isinstance(value, Image.Image):
+        return np.asarray(value.convert("RGB") if what == "images" else value)
+    if isinstance(value, torch.Tensor):
+        value = value.detach().cpu()
+        return (value.float() if value.is_floating_point() else value).numpy()  # numpy knows no bfloat16
+    if isinstance(value, (list, tuple)):
+        parts = [_array(part, what) for part in value]
+        if len(shapes := {part.shape for part in parts}) > 1:
+            raise MilanError(f"{what} have different shapes ({sorted(shapes)}): give every unit as many, of one size.")
+        return np.stack(parts) if parts else np.zeros(0)
+    return np.asarray(value)
+
+
+def _images(images: Images) -> np.ndarray:
+    """The images as (U, k, 3, H, W), uint8 or float."""
+    found = _array(images, "images")
+    if found.ndim != 5 or 3 not in (found.shape[2], found.shape[4]) or 0 in found.shape[1:]:
+        raise MilanError(
+            f"images have shape {found.shape}: give (units, exemplars, 3, height, width) or (…, height, width, 3); "
+            "images[None] makes a set of one unit."
+        )
+    if found.dtype != np.uint8 and not np.issubdtype(found.dtype, np.floating):
+        raise MilanError(f"images are of type {found.dtype}: give uint8, or floats in [0, 1].")
+    return found if found.shape[2] == 3 else np.moveaxis(found, 4, 2)
+
+
+def _masks(masks: Masks, shape: tuple[int, ...]) -> np.ndarray:
+    """The masks (U, k, H, W) of images (U, k, 3, H, W), boolean or numbers in [0, 1]."""
+    given = found = _array(masks, "masks")
+    units, k, _, height, width = shape
+    for axis in (2, 4):
+        if found.ndim == 5 and found.shape[axis] == 1:
+            found = found.squeeze(axis)
+    if found.shape != (units, k, height, width):
+        raise MilanError(
+            f"masks have shape {given.shape} and images {shape}: give one mask of the image's size for each, "
+            "(units, exemplars, 1, height, width)."
+        )
+    if found.dtype != bool and not np.issubdtype(found.dtype, np.number):
+        raise MilanError(f"masks are of type {found.dtype}: give booleans, or numbers in [0, 1].")
+    empty = []
+    for unit, regions in enumerate(found):  # one at a time: the array may be memory-mapped
+        if not bool(((regions >= 0) & (regions <= 1)).all()):
+            raise MilanError(f"masks of unit row {unit} hold NaN or numbers outside [0, 1]: give booleans, or 0 and 1.")
+        if not regions.any():
+            empty.append(unit)
+    if empty:
+        raise MilanError(f"masks of unit rows {empty[:8]} are empty in all exemplars: leave these units out.")
+    return found
