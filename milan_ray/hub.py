@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import glob
 import hashlib
 import http.client
 import re
 import shutil
+import time
 import urllib.request
 import uuid
 from collections.abc import Sequence
@@ -17,6 +20,7 @@ from milan_ray.progress import Progress
 TIMEOUT = 10.0
 """Seconds without an answer or a byte after which a download has failed."""
 
+_FORGOTTEN = 24 * 3600.0  # seconds without a byte after which what a killed download left behind is removed
 _CHUNK = 2**20  # bytes per step of the progress bar
 
 
@@ -85,6 +89,10 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
     part = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
+            with contextlib.suppress(FileNotFoundError):  # another one was quicker
+                if time.time() - left.stat().st_mtime > _FORGOTTEN:
+                    left.unlink()
         try:
             digest = _download(url, part)
             if sha256 is not None and not digest.startswith(sha256.lower()):

@@ -8,16 +8,21 @@ the old file or the new one and never a torso. Every file carries the hash of th
 
 from __future__ import annotations
 
+import errno
 import io
 import json
+import mmap
 import os
 import tempfile
 from bisect import bisect_left, bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
+from typing import BinaryIO, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
@@ -26,7 +31,10 @@ import pyarrow.parquet as pq
 
 from milan_ray.config import Recipe
 from milan_ray.errors import MilanError
+from milan_ray.remote import is_uri, open_uri, split_query, why
 from milan_ray.schema import Noun
+
+Result = TypeVar("Result")
 
 CONFIG_KEY = "milan_ray.config"
 """Metadata key: hash of the configuration that made a file."""
@@ -48,6 +56,14 @@ WORK = "_work"
 
 ROW_GROUP = 2**14
 """Rows that are read together at least: a worker needs its few rows of a long manifest."""
+
+
+_TRIES = 8
+"""Attempts at a local file or folder that another job removes or fills at the same moment."""
+
+
+class WorkGone(MilanError):
+    """Work in progress that was there before is no longer: another job on the same storage has finished it."""
 
 
 @dataclass(frozen=True)
@@ -79,16 +95,16 @@ class Storage:
         text = os.fspath(root)
         if text.startswith("file://"):
             text = unquote(urlsplit(text).path)
-        self.is_local = "://" not in text
-        self.root = str(Path(text).expanduser().absolute()) if self.is_local else text.rstrip("/")
+        self.is_local = not is_uri(text)
         if self.is_local:
+            self.root = str(Path(text).expanduser().absolute())
+            self._place, self._query = self.root, ""
             self._fs: pafs.FileSystem = pafs.LocalFileSystem()
             self._base = self.root
         else:
-            try:
-                self._fs, self._base = pafs.FileSystem.from_uri(self.root)
-            except (pa.ArrowException, ValueError, OSError) as error:
-                raise MilanError(f"cannot open the storage {self.root}: {error}") from error
+            self._fs, self._base = open_uri(text)
+            self._place, self._query = split_query(text)
+            self.root = self._place + self._query
 
     def __reduce__(self) -> tuple[type[Storage], tuple[str]]:
         return (Storage, (self.root,))
@@ -100,27 +116,80 @@ class Storage:
 
     def uri(self, path: str = "") -> str:
         """Where a file lies, in the form the user gave the root."""
-        return f"{self.root}/{path}" if path else self.root
+        return f"{self._place}/{path}{self._query}" if path else self.root
+
+    def _steady(self, path: str, read: Callable[[str], Result]) -> Result:
+        """Reads of one version of a file alone, however often others replace it meanwhile.
+
+        Locally an open file stays what it was. An object store answers each request, of which a table takes several,
+        with the version of that moment.
+
+        Raises:
+            FileNotFoundError: There is none.
+            MilanError: It cannot be read.
+        """
+        target = f"{self._base}/{path}"
+        with self._reading(path):
+            if self.is_local:
+                return read(target)
+            for _ in range(_TRIES):
+                before = self._version(target)
+                try:
+                    result = read(target)
+                except (OSError, pa.ArrowException):
+                    if self._version(target) == before:
+                        raise
+                    continue
+                if self._version(target) == before:
+                    return result
+        raise MilanError(f"{self.uri(path)} is replaced over and over while it is read; run the job again.")
+
+    def _version(self, target: str) -> tuple[object, ...]:
+        """What tells one version of an object from another: its tag, where the store has such, and size and time."""
+        with self._fs.open_input_stream(target) as stream:
+            found = {name.lower(): value for name, value in (stream.metadata() or {}).items()}
+        if b"etag" in found:
+            return (found[b"etag"],)
+        info = self._fs.get_file_info(target)
+        return info.size, info.mtime_ns
+
+    @contextmanager
+    def _reading(self, path: str) -> Iterator[None]:
+        """Turns what the file system says, other than that a file is not there, into one sentence."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise MilanError(f"cannot read {self.uri(path)}: {why(error, self.root)}") from error
 
     def put(self, path: str, data: bytes | memoryview) -> None:
         """Writes a file so that readers see all of it or none.
 
-        Locally: temporary file, fsync, replace. On an object store: one PUT of the finished buffer, which becomes
-        visible as a whole; an exception before it leaves nothing (a stream closed by an exception would).
+        Locally: temporary file, fsync, replace. On an object store: one PUT of the finished buffer (in parts, where it
+        is large), which becomes visible as a whole when the stream is closed.
 
         Raises:
             MilanError: The place cannot be written.
         """
         target = f"{self._base}/{path}"
-        try:
-            if self.is_local:
+        if self.is_local:
+            try:
                 _replace(Path(target), data)
-            else:
-                with self._fs.open_output_stream(target) as stream:
-                    stream.write(data)
+            except OSError as error:
+                said = error.strerror or error
+                raise MilanError(f"cannot write {self.uri(path)}: {said}; choose a writable --storage.") from error
+            return
+        try:
+            # In another thread, because a KeyboardInterrupt here would close the stream and make a torso visible.
+            with ThreadPoolExecutor(1) as thread:
+                thread.submit(self._upload, target, data).result()
         except OSError as error:
-            reason = error.strerror or error
-            raise MilanError(f"cannot write {self.uri(path)}: {reason}; choose a writable --storage.") from error
+            raise MilanError(f"cannot write {self.uri(path)}: {why(error, self.root)}") from error
+
+    def _upload(self, target: str, data: bytes | memoryview) -> None:
+        with self._fs.open_output_stream(target) as stream:
+            stream.write(data)
 
     def get(self, path: str) -> bytes:
         """Reads a file.
@@ -128,7 +197,10 @@ class Storage:
         Raises:
             FileNotFoundError: There is none.
         """
-        with self.open(path) as stream:
+        return self._steady(path, self._bytes)
+
+    def _bytes(self, target: str) -> bytes:
+        with self._fs.open_input_file(target) as stream:
             return stream.read()
 
     def open(self, path: str) -> pa.NativeFile:
@@ -137,11 +209,13 @@ class Storage:
         Raises:
             FileNotFoundError: There is none.
         """
-        return self._fs.open_input_file(f"{self._base}/{path}")
+        with self._reading(path):
+            return self._fs.open_input_file(f"{self._base}/{path}")
 
     def exists(self, path: str) -> bool:
         """Whether there is a file of that name."""
-        return self._fs.get_file_info(f"{self._base}/{path}").type == pafs.FileType.File
+        with self._reading(path):
+            return self._fs.get_file_info(f"{self._base}/{path}").type == pafs.FileType.File
 
     def files(self, folder: str) -> list[str]:
         """All files below a folder, as sorted paths relative to the root; none when there is no such folder."""
@@ -151,18 +225,43 @@ class Storage:
         """Size and age of all files below a folder, by path relative to the root, sorted."""
         selector = pafs.FileSelector(f"{self._base}/{folder}", recursive=True, allow_not_found=True)
         prefix = len(self._base.rstrip("/")) + 1
-        found = [info for info in self._fs.get_file_info(selector) if info.type == pafs.FileType.File]
+        found = [info for info in self._list(selector, folder) if info.type == pafs.FileType.File]
         visible = [info for info in found if not info.base_name.startswith(".")]
         return {
             info.path[prefix:]: FileStat(info.size, info.mtime) for info in sorted(visible, key=lambda info: info.path)
         }
 
+    def _list(self, selector: pafs.FileSelector, folder: str) -> list[pafs.FileInfo]:
+        with self._reading(folder):
+            for _ in range(_TRIES):
+                try:
+                    return self._fs.get_file_info(selector)
+                except FileNotFoundError:  # a folder below was removed while it was listed
+                    continue
+            return self._fs.get_file_info(selector)
+
     def remove(self, folder: str) -> None:
-        """Removes a folder and all below it; nothing happens when there is none."""
-        if self._fs.get_file_info(f"{self._base}/{folder}").type != pafs.FileType.NotFound:
+        """Removes a folder and all below it; nothing happens when there is none.
+
+        What another job writes there at the same time may stay; that job removes it when it is done.
+        """
+        target = f"{self._base}/{folder}"
+        with self._reading(folder):
+            for _ in range(_TRIES):
+                if self._fs.get_file_info(target).type == pafs.FileType.NotFound:
+                    return
+                try:
+                    self._fs.delete_dir(target)
+                except OSError as error:  # another job removed some of it first, or has just put something there
+                    if not isinstance(error, FileNotFoundError) and error.errno != errno.ENOTEMPTY:
+                        raise
+
+    def remove_file(self, path: str) -> None:
+        """Removes a file; nothing happens when there is none."""
+        with self._reading(path):
             try:
-                self._fs.delete_dir(f"{self._base}/{folder}")
-            except FileNotFoundError:  # another job on the same storage removed it first
+                self._fs.delete_file(f"{self._base}/{path}")
+            except FileNotFoundError:
                 return
 
     def check_writable(self) -> None:
@@ -193,13 +292,48 @@ class Storage:
         """
         if not table.schema.equals(noun.schema):
             raise ValueError(f"{noun.name}: schema differs: {table.schema} instead of {noun.schema}")
-        if isinstance(config, str):
-            stamp = {CONFIG_KEY: config}
-        else:
-            stamp = {CONFIG_KEY: config.hash, PARTS_KEY: json.dumps(config.parts, sort_keys=True)}
-            if config.units:
-                stamp |= {WHOLE_KEY: config.whole, UNITS_KEY: ",".join(map(str, config.units))}
-        self.put(self.path(noun, **keys), to_parquet(table, stamp))
+        self.put(self.path(noun, **keys), to_parquet(table, _stamp(config)))
+
+    def write_stream(
+        self, noun: Noun, pieces: Iterable[pa.Table], config: str | Recipe, metadata: Mapping[str, str], **keys: str
+    ) -> None:
+        """Replaces one partition, whatever its size, and holds one piece at a time.
+
+        The file is whole on this machine's disk before it takes its place: by a rename locally, on an object store as
+        one PUT out of a memory map.
+
+        Args:
+            noun: Which table.
+            pieces: Its rows (schema of the noun); each piece becomes a row group.
+            config: What decided them, as for :meth:`write`.
+            metadata: Key-value pairs for the file.
+            **keys: Values of the noun's partition keys.
+
+        Raises:
+            MilanError: The place cannot be written.
+        """
+        path = self.path(noun, **keys)
+        schema = noun.schema.with_metadata(dict(sorted({**metadata, **_stamp(config)}.items())))
+
+        def fill(stream: BinaryIO) -> None:
+            with pq.ParquetWriter(stream, schema, compression="zstd") as writer:
+                for piece in pieces:
+                    writer.write_table(piece)
+
+        if not self.is_local:
+            with tempfile.TemporaryFile() as spool:
+                fill(spool)
+                spool.flush()
+                self.put(path, memoryview(mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ)))
+            return
+        target = Path(self._base, path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with _replacing(target) as stream:
+                fill(stream)
+        except OSError as error:
+            said = error.strerror or error
+            raise MilanError(f"cannot write {self.uri(path)}: {said}; choose a writable --storage.") from error
 
     def read(self, noun: Noun, columns: Sequence[str] | None = None, **keys: str) -> pa.Table:
         """Reads one partition.
@@ -209,12 +343,32 @@ class Storage:
         """
         path = self.path(noun, **keys)
         try:
-            return pq.read_table(f"{self._base}/{path}", columns=columns, filesystem=self._fs, partitioning=None)
+            return self._steady(
+                path, lambda file: pq.read_table(file, columns=columns, filesystem=self._fs, partitioning=None)
+            )
         except FileNotFoundError as error:
             raise MilanError(f"{self.uri(path)} does not exist; run the stage that makes {noun.name} first.") from error
 
     def read_rows(self, noun: Noun, start: int, stop: int, columns: Sequence[str], **keys: str) -> pa.Table:
-        """Rows ``start`` to ``stop - 1`` of one partition; of a long one only the row groups that hold them are read.
+        """Rows ``start`` to ``stop - 1`` of one partition, as far as it has them; only their row groups are read.
+
+        Raises:
+            MilanError: It does not exist.
+        """
+        self._present(noun, **keys)
+
+        def rows(target: str) -> pa.Table:
+            file = pq.ParquetFile(target, filesystem=self._fs)
+            ends = list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
+            first, last = bisect_right(ends, start), min(bisect_left(ends, stop), len(ends) - 1)
+            before = ends[first - 1] if first else 0
+            table = file.read_row_groups(range(first, last + 1), columns=list(columns))
+            return table.slice(start - before, stop - start)
+
+        return self._steady(self.path(noun, **keys), rows)
+
+    def stream(self, noun: Noun, columns: Sequence[str] | None = None, **keys: str) -> Iterator[pa.Table]:
+        """The rows of one partition in their order, a row group at a time: for tables that need not fit in memory.
 
         Raises:
             MilanError: It does not exist.
@@ -222,11 +376,8 @@ class Storage:
         self._present(noun, **keys)
         with self.open(self.path(noun, **keys)) as stream:
             file = pq.ParquetFile(stream)
-            ends = list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
-            first, last = bisect_right(ends, start), bisect_left(ends, stop)
-            before = ends[first - 1] if first else 0
-            table = file.read_row_groups(range(first, last + 1), columns=list(columns))
-            return table.slice(start - before, stop - start)
+            for group in range(file.num_row_groups):
+                yield file.read_row_group(group, columns=None if columns is None else list(columns))
 
     def metadata(self, noun: Noun, **keys: str) -> dict[str, str] | None:
         """The file metadata of one partition, or None where there is no such partition."""
@@ -235,7 +386,7 @@ class Storage:
     def file_metadata(self, path: str) -> dict[str, str] | None:
         """The key-value metadata of a Parquet file, or None where there is none."""
         try:
-            found = pq.read_schema(f"{self._base}/{path}", filesystem=self._fs).metadata or {}
+            found = self._steady(path, lambda file: pq.read_schema(file, filesystem=self._fs)).metadata or {}
         except FileNotFoundError:
             return None
         except pa.ArrowInvalid as error:
@@ -249,8 +400,9 @@ class Storage:
 
     def count(self, noun: Noun, **keys: str) -> int:
         """Rows of one partition, from its footer; 0 where there is no such partition."""
+        path = self.path(noun, **keys)
         try:
-            return pq.read_metadata(f"{self._base}/{self.path(noun, **keys)}", filesystem=self._fs).num_rows
+            return self._steady(path, lambda file: pq.read_metadata(file, filesystem=self._fs)).num_rows
         except FileNotFoundError:
             return 0
 
@@ -335,8 +487,17 @@ class Storage:
         self.put(f"{WORK}/{config}/{name}.arrow", buffer.getbuffer())
 
     def get_work(self, config: str, name: str) -> pa.Table:
-        """Reads a work table back."""
-        return pa.ipc.open_file(pa.BufferReader(self.get(f"{WORK}/{config}/{name}.arrow"))).read_all()
+        """Reads a work table back.
+
+        Raises:
+            WorkGone: It is not there.
+        """
+        path = f"{WORK}/{config}/{name}.arrow"
+        try:
+            data = self.get(path)
+        except FileNotFoundError as error:
+            raise WorkGone(f"{self.uri(path)} is gone; run the job again to go on from what is there.") from error
+        return pa.ipc.open_file(pa.BufferReader(data)).read_all()
 
     def work_names(self, config: str, folder: str = "") -> list[str]:
         """The names of a configuration's finished work tables, below a folder of it."""
@@ -347,6 +508,16 @@ class Storage:
     def remove_work(self, config: str) -> None:
         """Removes a configuration's work, once its result is public."""
         self.remove(f"{WORK}/{config}")
+
+
+def _stamp(config: str | Recipe) -> dict[str, str]:
+    """What a file says of the configuration that made it."""
+    if isinstance(config, str):
+        return {CONFIG_KEY: config}
+    stamp = {CONFIG_KEY: config.hash, PARTS_KEY: json.dumps(config.parts, sort_keys=True)}
+    if config.units:
+        stamp |= {WHOLE_KEY: config.whole, UNITS_KEY: ",".join(map(str, config.units))}
+    return stamp
 
 
 def to_parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
@@ -360,11 +531,27 @@ def to_parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
 
 def _replace(target: Path, data: bytes | memoryview) -> None:
     """Writes a local file through a temporary neighbour, durably."""
-    target.parent.mkdir(parents=True, exist_ok=True)
+    for last in (*[False] * (_TRIES - 1), True):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            return _replace_in_folder(target, data)
+        except FileNotFoundError:  # another job has just removed the folder
+            if last:
+                raise
+
+
+def _replace_in_folder(target: Path, data: bytes | memoryview) -> None:
+    with _replacing(target) as stream:
+        stream.write(data)
+
+
+@contextmanager
+def _replacing(target: Path) -> Iterator[BinaryIO]:
+    """A temporary neighbour of a local file, which takes its place durably when nothing went wrong."""
     handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=target.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.chmod(temporary, 0o644)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import signal
 import socket
 import subprocess
@@ -172,3 +173,14 @@ def test_digest_in_reads_what_publishers_put_into_names() -> None:
     assert hub.digest_in("resnet18-f37072fd.pth") == "f37072fd"
     assert hub.digest_in("resnet152_places365-f928166e5c.pth") == "f928166e5c"
     assert hub.digest_in("milan-base.pth") is None
+
+
+def test_fetch_removes_what_a_killed_download_left_long_ago(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.write_bytes(b"content")
+    old, new = tmp_path / ".file.00000000.part", tmp_path / ".file.11111111.part"
+    for part in (old, new):
+        part.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    hub.fetch(source.as_uri(), tmp_path / "file")
+    assert not old.exists() and new.exists()

@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import wraps
 from typing import Any, TypeVar
 
 import ray
+
+from milan_ray.progress import say
+from milan_ray.storage import WorkGone
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -18,6 +22,25 @@ FEW_IMAGES = 4096
 
 MOST_THREADS = 8
 """Threads of the driver that work at once: each may hold a layer's state."""
+
+
+def beside_others(stage: Callable[..., Result]) -> Callable[..., Result]:
+    """A stage that another job on the same storage may run at the same time.
+
+    Whoever is done first removes the work in progress of both. The other then looks again at what is missing, which is
+    as a rule nothing.
+    """
+
+    @wraps(stage)
+    def settled(*arguments: Any, **named: Any) -> Result:
+        for _ in range(2):
+            try:
+                return stage(*arguments, **named)
+            except WorkGone:
+                say("another job on this storage has finished the same work; looking what is left")
+        return stage(*arguments, **named)
+
+    return settled
 
 
 def run_parallel(

@@ -13,6 +13,7 @@ from ray.data import ActorPoolStrategy
 from milan_ray.config import Resources
 from milan_ray.errors import MilanError
 from milan_ray.pipelines.cluster import pool_size
+from milan_ray.storage import WorkGone
 
 Row = dict[str, Any]
 
@@ -53,7 +54,7 @@ def run_pool(
     for answer in answers.iter_rows():
         found = json.loads(answer["row"])
         if "failure" in found:
-            raise MilanError(found["failure"])
+            raise (WorkGone if found["gone"] else MilanError)(found["failure"])
         yield found
 
 
@@ -73,12 +74,12 @@ def _named(worker: Callable[..., Any]) -> type:
 
         def __call__(self, row: Row) -> Row:
             if self._failure is not None:
-                return {"row": json.dumps({"failure": self._failure})}
+                return {"row": json.dumps({"failure": self._failure, "gone": False})}
             started = time.monotonic()
             try:
                 answer = self._worker(json.loads(row["row"]))
             except MilanError as error:
-                answer = {"failure": str(error)}
+                answer = {"failure": str(error), "gone": isinstance(error, WorkGone)}
             return {"row": json.dumps({"seconds": time.monotonic() - started, **answer})}
 
     Named.__name__ = Named.__qualname__ = getattr(worker, "__name__", "Worker")

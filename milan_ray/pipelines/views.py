@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
 import platform
+import time
+import uuid
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
 from functools import lru_cache
 
 import numpy as np
@@ -31,6 +36,15 @@ from milan_ray.storage import Storage
 
 BLOCK = 256
 """Images of the manifest that share one partition."""
+
+WANTED = "wanted"
+"""Folder of a view in which jobs announce the images that they want."""
+
+FORGET = timedelta(days=1)
+"""Age of announcements that nobody takes back: of jobs that were killed, or that were not alone."""
+
+_PAUSES = (0.2, 1.0, 5.0)
+"""Seconds to wait for images that another job, extending the same block, is about to put back."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +76,7 @@ class _Block:
     storage: Storage
     pictures: Pictures
     block: str
-    refs: tuple[ImageRef, ...]
+    wanted: tuple[int, ...]
     resources: Resources
 
 
@@ -94,6 +108,7 @@ def view_key(spec: ModelSpec, model: nn.Module, weights: str, config: ExemplarCo
         "inputs": source_of(spec.inputs),
         "images": source_of(spec.images),
         "batch_size": spec.batch(config.batch_size),
+        "arithmetic": config.arithmetic,
     }
     return f"{spec.name} {config_hash(identity)}"
 
@@ -101,46 +116,118 @@ def view_key(spec: ModelSpec, model: nn.Module, weights: str, config: ExemplarCo
 def ensure_views(storage: Storage, pictures: Pictures, image_ids: list[int], resources: Resources) -> None:
     """Stores the views of these images where they are missing; a block keeps what it had.
 
+    Jobs of other models may extend the same blocks at the same time. None loses what another wrote: each announces the
+    images that it wants before it reads a block, and looks after it has replaced one whether more were announced.
+
     Args:
         storage: The run directory.
         pictures: Where the images come from.
         image_ids: Manifest rows.
         resources: What of the cluster a generator may use.
     """
-    manifest = storage.read(MANIFEST, ["image_id", "root", "path"], probe=pictures.digest)
-    blocks: dict[str, list[int]] = {}
+    blocks: dict[str, set[int]] = defaultdict(set)
     for image_id in image_ids:
-        blocks.setdefault(block_of(image_id), []).append(image_id)
-    tasks = []
-    for block, wanted in blocks.items():
-        stored = _stored(storage, pictures, block)
-        rows = manifest.take(sorted({*wanted, *stored})).to_pylist()
-        if len(rows) > len(stored):
-            refs = tuple(ImageRef(row["image_id"], row["root"], row["path"]) for row in rows)
-            tasks.append(_Block(storage, pictures, block, refs, resources))
+        blocks[block_of(image_id)].add(image_id)
+    tasks = [
+        _Block(storage, pictures, block, tuple(sorted(wanted)), resources)
+        for block, wanted in blocks.items()
+        if wanted - _stored(storage, pictures, block)
+    ]
     if not tasks:
         return
+    own = _announce(storage, pictures, image_ids)
     generator = requests.model(pictures.model).images is not None
     cpus, gpus = (resources.cpus_per_actor, gpus_each(resources)) if generator else (1, 0)
-    with Progress(f"views {pictures.key}", sum(len(task.refs) for task in tasks), "images") as progress:
-        here = len(manifest) <= FEW_IMAGES and not generator
+    with Progress(f"views {pictures.key}", sum(len(task.wanted) for task in tasks), "images") as progress:
+        here = storage.count(MANIFEST, probe=pictures.digest) <= FEW_IMAGES and not generator
         for index, _ in run_parallel(_write_block, tasks, cpus, gpus, here):
-            progress.advance(len(tasks[index].refs))
+            progress.advance(len(tasks[index].wanted))
+    _withdraw(storage, pictures, own)
 
 
-def _stored(storage: Storage, pictures: Pictures, block: str) -> list[int]:
+def _keys(pictures: Pictures, block: str) -> dict[str, str]:
+    return {"probe": pictures.digest, "view": pictures.key, "block": block}
+
+
+def _stored(storage: Storage, pictures: Pictures, block: str) -> set[int]:
     """The images that a block holds already."""
-    keys = {"probe": pictures.digest, "view": pictures.key, "block": block}
+    keys = _keys(pictures, block)
     if not storage.is_current(VIEWS, pictures.hash, **keys):
-        return []
-    return storage.read(VIEWS, ["image_id"], **keys)["image_id"].to_pylist()
+        return set()
+    return set(storage.read(VIEWS, ["image_id"], **keys)["image_id"].to_pylist())
+
+
+def _announced(storage: Storage, pictures: Pictures) -> set[str]:
+    """The files in which jobs say what they want of a view; those of long ago are gone afterwards."""
+    old = datetime.now(timezone.utc) - FORGET
+    found = set()
+    for path, stat in storage.stat(_board(storage, pictures)).items():
+        if stat.modified is not None and stat.modified < old:
+            storage.remove_file(path)
+        else:
+            found.add(path)
+    return found
+
+
+def _board(storage: Storage, pictures: Pictures) -> str:
+    return f"{storage.path(VIEWS, **_keys(pictures, '')).rsplit('/', 2)[0]}/{WANTED}"
+
+
+def _announce(storage: Storage, pictures: Pictures, image_ids: list[int]) -> str:
+    path = f"{_board(storage, pictures)}/{uuid.uuid4().hex}.json"
+    storage.put(path, json.dumps(image_ids).encode())
+    return path
+
+
+def _withdraw(storage: Storage, pictures: Pictures, own: str) -> None:
+    """Takes an announcement back, unless another job is at work, which may have to see it.
+
+    A job that begins after this look reads blocks that are as they should be; one that began before has announced
+    what it wants.
+    """
+    if _announced(storage, pictures) == {own}:
+        storage.remove_file(own)
 
 
 def _write_block(task: _Block) -> None:
-    pictures = task.pictures
-    pixels = _draw(pictures, task.refs, task.resources)
-    ids, pngs = [ref.image_id for ref in task.refs], [png(image) for image in pixels]
-    write_block(task.storage, pictures.hash, ids, pngs, probe=pictures.digest, view=pictures.key, block=task.block)
+    """Extends a block by what this and all other jobs want of it."""
+    storage, pictures, keys = task.storage, task.pictures, _keys(task.pictures, task.block)
+    wanted, seen = set(task.wanted), set[str]()
+    drawn: dict[int, bytes] = {}
+    while True:
+        for path in _announced(storage, pictures) - seen:
+            seen.add(path)
+            wanted.update(i for i in _read_announcement(storage, path) if block_of(i) == task.block)
+        lacking = wanted - drawn.keys() - _stored(storage, pictures, task.block)
+        if lacking:
+            drawn.update(_draw(pictures, _refs(storage, pictures, task.block, lacking), task.resources))
+        # As late as can be: what is stored between this and the next line is found by the look after it.
+        current = storage.is_current(VIEWS, pictures.hash, **keys)
+        stored = storage.read(VIEWS, ["image_id", "image"], **keys) if current else None
+        together = dict(drawn)
+        if stored is not None:
+            together |= zip(stored["image_id"].to_pylist(), stored["image"].to_pylist(), strict=True)
+        if stored is None or len(together) > len(stored):
+            ids = sorted(together)
+            write_block(storage, pictures.hash, ids, [together[image_id] for image_id in ids], **keys)
+        if _announced(storage, pictures) <= seen:
+            return
+
+
+def _read_announcement(storage: Storage, path: str) -> list[int]:
+    try:
+        return json.loads(storage.get(path))
+    except FileNotFoundError:  # withdrawn since it was listed: its blocks are as they should be
+        return []
+
+
+def _refs(storage: Storage, pictures: Pictures, block: str, image_ids: set[int]) -> list[ImageRef]:
+    """Where images of a block lie, ascending."""
+    first = int(block) * BLOCK
+    rows = storage.read_rows(MANIFEST, first, first + BLOCK, ["image_id", "root", "path"], probe=pictures.digest)
+    return [
+        ImageRef(row["image_id"], row["root"], row["path"]) for row in rows.to_pylist() if row["image_id"] in image_ids
+    ]
 
 
 def write_block(storage: Storage, config: str, image_ids: list[int], pngs: list[bytes], **keys: str) -> None:
@@ -149,8 +236,8 @@ def write_block(storage: Storage, config: str, image_ids: list[int], pngs: list[
     storage.write(VIEWS, VIEWS.table(columns | {"image_id": image_ids, "image": pngs}), config, **keys)
 
 
-def _draw(pictures: Pictures, refs: Sequence[ImageRef], resources: Resources) -> np.ndarray:
-    """The images of these rows, uint8 (n, H, W, 3).
+def _draw(pictures: Pictures, refs: Sequence[ImageRef], resources: Resources) -> dict[int, bytes]:
+    """The images of these rows as PNG, by id.
 
     Raises:
         MilanError: One can no longer be read, or the generator has other weights than before.
@@ -158,19 +245,18 @@ def _draw(pictures: Pictures, refs: Sequence[ImageRef], resources: Resources) ->
     spec = requests.model(pictures.model)
     size, truncate = spec.batch(pictures.config.batch_size), pictures.config.truncate_bytes
     forward = None if spec.images is None else _generator(pictures, resources)
-    drawn = []
+    drawn: dict[int, bytes] = {}
     for start in range(0, len(refs), size):
         batch = read_inputs(requests.probe(pictures.probe), refs[start : start + size], spec)
         if batch.unreadable:
             ref, reason = batch.unreadable[0]
             raise MilanError(f"{ref.location} was read before but not now ({reason}); run the job again.")
         if forward is not None:
-            drawn.append(forward.images(batch.inputs, truncate))
-        elif truncate:
-            drawn.append(spec.preprocess.truncated(batch.views))
+            pixels = forward.images(batch.inputs, truncate)
         else:
-            drawn.append(batch.views)
-    return np.concatenate(drawn)
+            pixels = spec.preprocess.truncated(batch.views) if truncate else batch.views
+        drawn.update(zip(batch.ids.tolist(), map(png, pixels), strict=True))
+    return drawn
 
 
 @lru_cache(maxsize=1)  # a worker process draws block after block
@@ -183,7 +269,9 @@ def _generator(pictures: Pictures, resources: Resources) -> Forward:
             f"{spec.name} on {platform.node()} is not the generator whose exemplars these are; every node must see the "
             "same weights, and random ones need a seed."
         )
-    return Forward(spec, model.to(resolve_device(resources.device)), (), spec.batch(pictures.config.batch_size))
+    config = pictures.config
+    device = resolve_device(resources.device)
+    return Forward(spec, model.to(device), (), spec.batch(config.batch_size), config.arithmetic)
 
 
 def png(pixels: np.ndarray) -> bytes:
@@ -200,8 +288,11 @@ def read_block(storage: Storage, digest: str, view_key: str, block: str, image_i
     Raises:
         MilanError: One is missing.
     """
-    table = storage.read(VIEWS, ["image_id", "image"], probe=digest, view=view_key, block=block)
-    places = pc.index_in(pa.array(image_ids, pa.int64()), table["image_id"].combine_chunks())
-    if places.null_count:
-        raise MilanError(f"views block {block} of {view_key} lacks images of the exemplars; run jobs.exemplars again.")
-    return table.take(places)
+    for pause in (*_PAUSES, None):
+        table = storage.read(VIEWS, ["image_id", "image"], probe=digest, view=view_key, block=block)
+        places = pc.index_in(pa.array(image_ids, pa.int64()), table["image_id"].combine_chunks())
+        if not places.null_count:
+            return table.take(places)
+        if pause is not None:
+            time.sleep(pause)
+    raise MilanError(f"views block {block} of {view_key} lacks images of the exemplars; run jobs.exemplars again.")

@@ -16,8 +16,9 @@ from pyarrow import fs
 from milan_ray.errors import MilanError, UnreadableImage
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.decode import decode
-from milan_ray.probe.folder import filesystem, is_uri
+from milan_ray.probe.folder import filesystem
 from milan_ray.probe.manifest import Entry, build
+from milan_ray.remote import is_uri
 
 
 class ArrayProbe:
@@ -52,7 +53,7 @@ class ArrayProbe:
         self._concept_maps = concept_maps
 
     def manifest(self) -> pa.Table:
-        """Lists the images; an image's version tag is the hash of its pixels.
+        """Lists the images; an image's version tag is the hash of its pixels, and of its concept maps.
 
         Raises:
             MilanError: There are none.
@@ -63,7 +64,8 @@ class ArrayProbe:
         for i, pixels in enumerate(self._images):
             sha256 = _sha256(pixels)
             label = None if self._labels is None else str(self._labels[i])
-            entries.append(Entry(f"array:{self.name}", str(i), etag=sha256, class_label=label, sha256=sha256))
+            tag = sha256 if self._concept_maps is None else _tag(sha256, self._concept_maps[i])
+            entries.append(Entry(f"array:{self.name}", str(i), etag=tag, class_label=label, sha256=sha256))
         return build(entries)
 
     def read(self, ref: ImageRef) -> ProbeImage:
@@ -153,6 +155,15 @@ class ParquetProbe:
 
 def _sha256(pixels: np.ndarray) -> str:
     return hashlib.sha256(pixels.tobytes()).hexdigest()
+
+
+def _tag(sha256: str, maps: Mapping[str, np.ndarray]) -> str:
+    """Identity of an image and its concept maps."""
+    digest = hashlib.sha256(sha256.encode())
+    for name in sorted(maps):
+        digest.update(repr((name, maps[name].shape)).encode())
+        digest.update(np.packbits(maps[name]).tobytes())
+    return digest.hexdigest()
 
 
 def _open(root: str) -> tuple[fs.FileSystem, str]:

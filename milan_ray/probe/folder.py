@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import time
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
@@ -17,9 +18,13 @@ from milan_ray.errors import MilanError, UnreadableImage
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.decode import decode
 from milan_ray.probe.manifest import Entry, build
+from milan_ray.remote import is_uri, open_uri, split_query, why
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """File name endings taken for images, whatever their case: torchvision's."""
+
+_PAUSES = (0.5, 2.0)
+"""Seconds between the attempts to read an image from an object store that fails for a moment."""
 
 _FILE_COLUMNS = ("file", "filename", "file_name", "path", "image", "name")
 _LABEL_COLUMNS = ("label", "class_label", "class_name", "class", "category", "name", "wnid", "synset", "class_index")
@@ -43,7 +48,7 @@ class FolderProbe:
         """
         self._roots = tuple(str(root) if is_uri(root) else str(Path(root).expanduser().resolve()) for root in roots)
         self._labels = None if labels is None else str(Path(labels).expanduser().resolve())
-        self.name = "+".join(PurePosixPath(root).name or root for root in self._roots)
+        self.name = "+".join(PurePosixPath(split_query(root)[0]).name or root for root in self._roots)
 
     def manifest(self) -> pa.Table:
         """Lists the images by name, size and modification time, without reading them.
@@ -70,7 +75,7 @@ class FolderProbe:
 
         Raises:
             UnreadableImage: It is missing, corrupt, empty or too large.
-            OSError: A remote filesystem failed; trying again may help.
+            MilanError: A remote filesystem failed, time after time.
         """
         data = _read_remote(ref) if is_uri(ref.root) else _read_local(ref)
         return ProbeImage(decode(data), hashlib.sha256(data).hexdigest())
@@ -80,11 +85,6 @@ class FolderProbe:
         return None
 
 
-def is_uri(root: str | Path) -> bool:
-    """Whether a root is for pyarrow's filesystems rather than the local one."""
-    return "://" in str(root)
-
-
 @lru_cache
 def filesystem(root: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of a URI, and the path in it; one client per process.
@@ -92,12 +92,7 @@ def filesystem(root: str) -> tuple[fs.FileSystem, str]:
     Raises:
         MilanError: No filesystem answers to it.
     """
-    try:
-        return fs.FileSystem.from_uri(root)
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise MilanError(
-            f"cannot open {root} ({error}): give a folder, or a URI such as s3://bucket/folder."
-        ) from error
+    return open_uri(root)
 
 
 def read_labels(path: str) -> dict[str, str]:
@@ -170,7 +165,7 @@ def _list_remote(root: str) -> _Found:
     try:
         infos = system.get_file_info(fs.FileSelector(base, recursive=True))
     except (OSError, pa.ArrowException) as error:
-        raise MilanError(f"cannot list {root} ({error}): give an existing folder that you may read.") from error
+        raise MilanError(f"cannot list {root}: {why(error, root)}") from error
     for info in infos:
         path = info.path.removeprefix(base).lstrip("/")
         if info.type == fs.FileType.File and _wanted(path):
@@ -186,8 +181,14 @@ def _read_local(ref: ImageRef) -> bytes:
 
 def _read_remote(ref: ImageRef) -> bytes:
     system, base = filesystem(ref.root)
-    try:
-        with system.open_input_file(f"{base.rstrip('/')}/{ref.path}") as file:
-            return file.read()
-    except (FileNotFoundError, PermissionError) as error:  # anything else may be the network's fault: not the image's
-        raise UnreadableImage(f"cannot be read ({type(error).__name__})") from error
+    for pause in (*_PAUSES, None):
+        try:
+            with system.open_input_file(f"{base.rstrip('/')}/{ref.path}") as file:
+                return file.read()
+        except (FileNotFoundError, PermissionError) as error:
+            raise UnreadableImage(f"cannot be read ({type(error).__name__})") from error
+        except OSError as error:  # the network's fault, not the image's: skipping it would change the result
+            if pause is None:
+                raise MilanError(f"cannot read {ref.location}: {why(error, ref.root)}") from error
+            time.sleep(pause)
+    raise AssertionError("the last attempt returns or raises")

@@ -1,0 +1,55 @@
+"""Run by a test: exemplars on a cluster that has no worker yet, as an autoscaler of fake nodes gives it some.
+
+``python autoscaling.py ADDRESS STORAGE PHOTOS PLUGIN`` prints, as JSON, the most nodes there were during the job, the
+nodes that ran shards, and the nodes that were left when idle ones had gone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ray
+
+from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.storage import Storage
+
+PATIENCE = 90
+"""Seconds to wait for idle nodes to go."""
+
+
+def alive() -> int:
+    """Nodes of the cluster."""
+    return sum(node["Alive"] for node in ray.nodes())
+
+
+def main(address: str, root: str, photos: str, plugin: str) -> None:
+    """Runs it."""
+    ray.init(address=address, log_to_driver=False)
+    before = alive()
+    request, probe = ModelRequest("slow/cnn", plugins=(plugin,)), ProbeRequest((photos,))
+    config, resources = ExemplarConfig(k=4, batch_size=16, shard_size=1), Resources(actors=2)
+    job = threading.Thread(target=run_exemplars, args=(Storage(root), [request], probe, config, resources))
+    job.start()
+    most = before
+    while job.is_alive():
+        most = max(most, alive())
+        time.sleep(0.2)
+    job.join()
+    ray.shutdown()  # its pool goes with the driver
+    ray.init(address=address, log_to_driver=False)
+    deadline = time.monotonic() + PATIENCE
+    while alive() > before and time.monotonic() < deadline:
+        time.sleep(0.5)
+    ran = set(Path(os.environ["MILAN_TEST_WHERE"]).read_text().split())
+    print(json.dumps({"before": before, "most": most, "ran": len(ran), "after": alive()}))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

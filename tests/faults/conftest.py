@@ -1,0 +1,117 @@
+"""A small job of all stages, as a process of its own that can be disturbed, and its undisturbed result."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import torch
+
+from milan_ray.captioner.captioner import Captioner
+from milan_ray.captioner.checkpoints import to_bytes
+from milan_ray.captioner.decoder import Decoder, DecoderConfig
+from milan_ray.captioner.lm import LanguageModel, LMConfig
+from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, LEVELS, SKIPPED, VIEWS
+from milan_ray.storage import Storage
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGIN = str(ROOT / "tests/plugins/slow_models.py")
+TABLES = (EXEMPLARS, LEVELS, SKIPPED, VIEWS, ENCODINGS, CANDIDATES, DESCRIPTIONS)
+"""What a job leaves behind; manifest and runs hold moments of reading and writing beside it."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """``jobs.describe`` on a slow network and 90 photographs.
+
+    Attributes:
+        photos: The probe.
+        captioner: Folder of a toy captioner.
+        environment: Variables beside this process's own.
+    """
+
+    photos: Path
+    captioner: Path
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def command(self, storage: str | Path, *more: str, model: str = "slow/cnn") -> list[str]:
+        options = {"--model": model, "--plugin": PLUGIN, "--probe": str(self.photos), "--storage": str(storage)}
+        options |= {"--decoder": str(self.captioner), "--beam-size": "5", "--length": "5"}
+        options |= {"--k": "4", "--batch-size": "16", "--shard-size": "4", "--actors": "1"}
+        arguments = [text for pair in options.items() for text in pair]
+        return [sys.executable, "-m", "jobs.describe", *arguments, "--no-report", *more]
+
+    def start(self, storage: str | Path, *more: str, model: str = "slow/cnn") -> subprocess.Popen[str]:
+        """Starts it in a process group of its own; what it says is to be read from ``stderr``."""
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        return subprocess.Popen(
+            self.command(storage, *more, model=model),
+            cwd=ROOT,
+            env={**environment, **self.environment},
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, storage: str | Path, *more: str, model: str = "slow/cnn") -> str:
+        """Runs it to its end; returns what it said."""
+        process = self.start(storage, *more, model=model)
+        said = process.communicate(timeout=600)[1]
+        assert process.returncode == 0, said
+        return said
+
+    @staticmethod
+    def kill(process: subprocess.Popen[str]) -> str:
+        """Ends a job as a power cut would; returns what it had said."""
+        early = process.poll()
+        if early is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        said = process.communicate()[1]
+        assert not early, said  # it failed by itself
+        return said
+
+    @staticmethod
+    def tables(storage: Storage) -> dict[str, pa.Table]:
+        """All tables of a storage, by noun and partition."""
+        return {
+            f"{noun.name} {keys}": storage.read(noun, **keys) for noun in TABLES for keys in storage.partitions(noun)
+        }
+
+    def assert_same(self, found: Storage, expected: dict[str, pa.Table]) -> None:
+        """Nothing twice, nothing missing, not a bit different; and nothing half done is left."""
+        there = self.tables(found)
+        assert there.keys() == expected.keys()
+        for name, table in expected.items():
+            assert there[name].equals(table), name
+        assert not [file for file in found.files("_work") if file.endswith(".arrow")]
+
+
+@pytest.fixture(scope="session")
+def job(photos, tmp_path_factory) -> Job:
+    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
+    torch.manual_seed(0)
+    words = len(indexer.vocabulary)
+    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
+    captioner = Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "slow")
+    folder = tmp_path_factory.mktemp("captioner")
+    for name, data in to_bytes(captioner).items():
+        (folder / name).write_bytes(data)
+    return Job(photos, folder)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(job, tmp_path_factory) -> dict[str, pa.Table]:
+    """The tables of the job when nobody disturbs it."""
+    path = tmp_path_factory.mktemp("undisturbed")
+    job.run(path)
+    found = job.tables(Storage(path))
+    assert {name.split()[0] for name in found} == {noun.name for noun in TABLES}
+    return found

@@ -1,0 +1,99 @@
+"""Run by a test: a job on a storage where the first file of every kind cannot be written, run again after each.
+
+``python full_disk.py STORAGE LOG PHOTOS PLUGIN CAPTIONER`` prints what the job said each time, as JSON. This folder
+must be on ``PYTHONPATH``, so that workers know the storage too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import sys
+from pathlib import Path
+
+from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.errors import MilanError
+from milan_ray.pipelines.captioners import EncoderRequest
+from milan_ray.pipelines.cluster import connected
+from milan_ray.pipelines.describe import Search, run_descriptions
+from milan_ray.pipelines.encodings import run_encodings
+from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.storage import Storage
+
+
+def kind_of(path: str) -> str:
+    """``_work/…/L0/000003.arrow`` is ``_work L``, ``exemplars/model=…`` is ``exemplars``."""
+    parts = path.split("/")
+    if parts[0] == "_work" and len(parts) > 2:
+        return "_work " + re.sub(r"\d", "", parts[2])
+    return f"{parts[0]} wanted" if "wanted" in parts else parts[0]
+
+
+class FullDisk(Storage):
+    """The kernel refuses the first file of every kind half way, in whichever process it is written."""
+
+    def __init__(self, root: str, log: str) -> None:
+        super().__init__(root)
+        self._log = log
+
+    def __reduce__(self):
+        return (FullDisk, (self.root, self._log))
+
+    def put(self, path: str, data: bytes | memoryview) -> None:
+        log = Path(self._log)
+        if not data or kind_of(path) in log.read_text().splitlines():
+            super().put(path, data)
+            return
+        with log.open("a") as file:
+            file.write(kind_of(path) + "\n")
+        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(data) // 2, hard))
+        try:
+            super().put(path, data)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+
+def torsos(root: Path) -> list[str]:
+    """Files that are not whole, but for temporary ones of tasks that go on."""
+    import pyarrow as pa
+    import pyarrow.ipc
+    import pyarrow.parquet as pq
+
+    found = []
+    for file in root.rglob("*"):
+        try:
+            if file.suffix == ".parquet":
+                pq.read_table(file, partitioning=None)
+            elif file.suffix == ".arrow":
+                pa.ipc.open_file(file).read_all()
+        except pa.ArrowException:
+            found.append(str(file))
+    return found
+
+
+def main(root: str, log: str, photos: str, plugin: str, captioner: str) -> None:
+    """Runs it until nothing fails any more."""
+    storage = FullDisk(root, log)
+    Path(log).touch()
+    request, probe = ModelRequest("slow/cnn", plugins=(plugin,)), ProbeRequest((photos,))
+    encoder = EncoderRequest("slow", plugins=(plugin,))
+    config, resources = ExemplarConfig(k=4, batch_size=16, shard_size=45), Resources(actors=1)
+    said: list[str] = []
+    with connected(resources):
+        while len(said) < 40:
+            try:
+                done = run_exemplars(storage, [request], probe, config, resources)
+                run_encodings(storage, done.models, encoder, resources)
+                run_descriptions(storage, done.models, Search(captioner, 5, 5), resources)
+                break
+            except MilanError as error:
+                said.append(str(error))
+                assert torsos(Path(root)) == []
+    print(json.dumps(said))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,49 @@
+"""Run by a test: exemplars on a cluster of which one node is lost in the middle, and which another one joins.
+
+``python nodes.py STORAGE PHOTOS PLUGIN`` prints the ids of head, lost and joined node as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.storage import Storage
+
+
+def main(root: str, photos: str, plugin: str) -> None:
+    """Runs it."""
+    storage = Storage(root)
+    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
+    lost = cluster.add_node(**node)
+    ray.init(address=cluster.address, log_to_driver=False)
+    request, probe = ModelRequest("slow/cnn", plugins=(plugin,)), ProbeRequest((photos,))
+    config = ExemplarConfig(k=4, batch_size=16, shard_size=1)
+    job = threading.Thread(target=run_exemplars, args=(storage, [request], probe, config, Resources(actors=3)))
+    job.start()
+
+    where = Path(os.environ["MILAN_TEST_WHERE"])
+    while job.is_alive() and not (where.exists() and lost.node_id in where.read_text()):
+        time.sleep(0.05)
+    assert job.is_alive(), "the job was over too early"
+    cluster.remove_node(lost, allow_graceful=False)
+    joined = cluster.add_node(**node)
+    job.join()
+    print(json.dumps([cluster.head_node.node_id, lost.node_id, joined.node_id]))
+    ray.shutdown()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

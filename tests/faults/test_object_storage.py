@@ -1,0 +1,240 @@
+"""The same job on `s3://`, against a local S3 server: visibility, kill and resume, status, credentials."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import fs
+
+from milan_ray.errors import MilanError, UnreadableImage
+from milan_ray.pipelines.status import status
+from milan_ray.probe import folder
+from milan_ray.probe.base import ImageRef
+from milan_ray.probe.folder import FolderProbe
+from milan_ray.storage import Storage
+
+moto = pytest.importorskip("moto", reason="the local S3 server comes with the extra dev")
+
+ROOT = Path(__file__).resolve().parents[2]
+SECRET = "sEcReT/0123456789+ofNobody"
+KEY = "AKIANOBODYATALL00000"
+BUCKET = "photos-and-results"
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory) -> Iterator[str]:
+    """URI of an empty bucket; the environment of this process and its children can use it."""
+    port = free_port()
+    log = (tmp_path_factory.mktemp("moto") / "log").open("w")
+    # A process of its own: a server in this one could wait for the very stream that waits for it.
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    server = subprocess.Popen(command, stdout=log, stderr=log)
+    settings = {
+        "AWS_ENDPOINT_URL": f"http://127.0.0.1:{port}",
+        "AWS_ACCESS_KEY_ID": KEY,
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "AWS_DEFAULT_REGION": "us-east-1",
+        "AWS_EC2_METADATA_DISABLED": "true",
+    }
+    try:
+        deadline = time.monotonic() + 60
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                break
+            except OSError:
+                assert server.poll() is None and time.monotonic() < deadline
+                time.sleep(0.1)
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in settings.items():
+                patch.setenv(name, value)
+            endpoint = f"s3://?scheme=http&endpoint_override=127.0.0.1:{port}&allow_bucket_creation=true"
+            system, _ = fs.FileSystem.from_uri(endpoint.replace("s3://", f"s3://{BUCKET}"))
+            system.create_dir(BUCKET)
+            yield f"s3://{BUCKET}"
+    finally:
+        server.kill()
+        server.wait()
+        log.close()
+
+
+@pytest.fixture(scope="module")
+def remote_job(s3, job) -> Iterator[Any]:
+    """The job with its probe in the bucket too, and with a folder of its own for all that Ray logs."""
+    photos = Storage(f"{s3}/photos")
+    for file in sorted(job.photos.rglob("*.png")):
+        photos.put(str(file.relative_to(job.photos)), file.read_bytes())
+    logs = Path(tempfile.mkdtemp(prefix="ray"))  # sockets' paths must be short
+    yield replace(job, environment={"RAY_TMPDIR": str(logs)})
+    shutil.rmtree(logs, ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_job_on_s3_killed_and_started_again_ends_with_the_tables_of_a_local_one(s3, remote_job, undisturbed):
+    storage = Storage(f"{s3}/run")
+    probe = ("--probe", f"{s3}/photos")
+    process = remote_job.start(storage.root, *probe)
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        done = [file for file in storage.files("_work") if "/images/" in file]
+        if len(done) > 3:
+            break
+        time.sleep(0.05)
+    said = remote_job.kill(process)
+    assert 3 < len(done) < 23, said
+    assert storage.files("exemplars") == []
+    (unfinished,) = status(storage).work
+    assert unfinished.files >= len(done)
+    again = remote_job.run(storage.root, *probe)
+    assert "of 23 shards are done already" in again
+    found = remote_job.tables(storage)
+    # The probe lies elsewhere, so its digest is another; all else is the same, to the bit.
+    assert sorted(name.split()[0] for name in found) == sorted(name.split()[0] for name in undisturbed)
+    for name, table in undisturbed.items():
+        if not name.startswith("views"):
+            assert found[name].equals(table), name
+    (views,) = (table for name, table in found.items() if name.startswith("views"))
+    (expected,) = (table for name, table in undisturbed.items() if name.startswith("views"))
+    assert views.select(["image_id", "image"]).equals(expected.select(["image_id", "image"]))
+    shown = status(storage)
+    assert not shown.work and not [part for part in shown.partitions if part.state]
+    before = storage.stat("exemplars")
+    third = remote_job.run(storage.root, *probe)
+    assert "all 2 layers are up to date" in third and "candidates" in third
+    assert storage.stat("exemplars") == before
+    shows_no_secret(said + again + third, storage, Path(remote_job.environment["RAY_TMPDIR"]))
+
+
+def shows_no_secret(said: str, storage: Storage, logs: Path) -> None:
+    """Neither the output nor any object nor any of Ray's logs holds the credentials."""
+    assert SECRET not in said and KEY not in said
+    for path in storage.files(""):
+        data = storage.get(path)
+        assert SECRET.encode() not in data and KEY.encode() not in data, path
+    files = [file for file in logs.rglob("*") if file.is_file()]
+    assert len([file for file in files if file.suffix in (".log", ".out", ".err")]) > 5
+    for file in files:
+        data = file.read_bytes()
+        assert SECRET.encode() not in data and KEY.encode() not in data, file
+
+
+def test_put_on_s3_is_seen_whole_or_not_at_all(s3):
+    storage = Storage(f"{s3}/whole")
+    versions = [bytes([value]) * size for value, size in ((1, 12_000_000), (2, 100), (3, 7_000_000))]
+    storage.put("file", versions[0])
+    seen: set[bytes] = set()
+    over = threading.Event()
+
+    def read() -> None:
+        while not over.is_set():
+            seen.add(storage.get("file"))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for version in versions * 3:
+        storage.put("file", version)
+        time.sleep(0.05)
+    over.set()
+    reader.join()
+    assert seen <= set(versions)
+
+
+def test_put_on_s3_killed_in_the_middle_leaves_nothing(s3):
+    script = """
+import sys
+from milan_ray.storage import Storage
+storage = Storage(sys.argv[1])
+data = bytes(60_000_000)
+print("now", flush=True)
+storage.put("torso", data)
+print("done", flush=True)
+"""
+    storage = Storage(f"{s3}/killed")
+    rng = random.Random(6)
+    for _ in range(3):
+        command = [sys.executable, "-c", script, storage.root]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "now\n"
+        time.sleep(rng.uniform(0.02, 0.4))
+        process.kill()
+        done = "done" in process.communicate()[0]
+        found = storage.files("")
+        assert found == (["torso"] if done else []) or len(storage.get("torso")) == 60_000_000
+        storage.remove("")
+
+
+def test_storage_on_s3_says_in_one_sentence_what_is_wrong(s3, monkeypatch):
+    with pytest.raises(MilanError, match=r"cannot write s3://no-such-bucket/run/.*there is no such bucket"):
+        Storage("s3://no-such-bucket/run").check_writable()
+    for root in ("s3://", "s3:///run", "gs://"):
+        with pytest.raises(MilanError, match="names no bucket"):
+            Storage(root)
+    assert status(Storage(f"{s3}/nothing/here")).partitions == []
+
+
+@pytest.mark.parametrize("where", [Storage, lambda root: FolderProbe([root]).manifest()], ids=["storage", "probe"])
+def test_credentials_in_a_uri_are_refused_and_not_repeated(where):
+    with pytest.raises(MilanError, match="carries credentials") as caught:
+        where(f"s3://{KEY}:{SECRET.replace('/', '%2F')}@{BUCKET}/run")
+    assert KEY not in str(caught.value) and "sEcReT" not in str(caught.value)
+
+
+def test_storage_options_in_the_uri_stay_behind_the_path(s3):
+    port = os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]
+    storage = Storage(f"{s3}/options/?scheme=http&endpoint_override=127.0.0.1:{port}")
+    storage.put("a/b", b"x")
+    assert storage.files("a") == ["a/b"]
+    assert storage.uri("a/b").startswith(f"{s3}/options/a/b?scheme=http&")
+    assert Storage(storage.uri("a")).get("b") == b"x"
+
+
+def test_probe_on_s3_reads_again_what_fails_for_a_moment(s3, monkeypatch):
+    root = f"{s3}/flaky"
+    Storage(root).put("image.png", b"x")
+    ref = ImageRef(0, root, "image.png")
+    system, base = folder.filesystem(root)
+    failures = [OSError("AWS Error SLOW_DOWN"), OSError("curlCode: 28, Timeout was reached")]
+
+    class Flaky:
+        def open_input_file(self, path: str) -> Any:
+            if failures:
+                raise failures.pop()
+            return system.open_input_file(path)
+
+    monkeypatch.setattr(folder, "_PAUSES", (0.01, 0.01))
+    with monkeypatch.context() as patch:
+        patch.setattr(folder, "filesystem", lambda root: (Flaky(), base))
+        assert folder._read_remote(ref) == b"x"
+    assert not failures
+    monkeypatch.setattr(folder, "_PAUSES", ())
+    with pytest.raises(UnreadableImage, match="FileNotFoundError"):
+        folder._read_remote(ImageRef(0, root, "absent.png"))
+    nowhere = f"{root}?scheme=http&endpoint_override=127.0.0.1:1"
+    with pytest.raises(MilanError, match=r"cannot read .*see that the bucket is there"):
+        folder._read_remote(ImageRef(0, nowhere, "image.png"))
+
+
+def test_gs_goes_the_same_way():
+    """No server for it is at hand: the file system is the right one, and nothing is asked before it is used."""
+    storage = Storage("gs://anonymous@bucket/run?retry_limit_seconds=1")
+    assert isinstance(storage._fs, fs.GcsFileSystem)
+    assert storage._base == "bucket/run" and not storage.is_local

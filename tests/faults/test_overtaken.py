@@ -1,0 +1,97 @@
+"""A job whose work in progress is finished and removed by another one, at the worst moment, ends as if alone."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.pipelines.captioners import EncoderRequest
+from milan_ray.pipelines.encodings import run_encodings
+from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.schema import ENCODINGS, EXEMPLARS, LEVELS, SKIPPED, VIEWS
+from milan_ray.storage import Storage
+
+PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
+CNN = ModelRequest("tiny/cnn", plugins=(PLUGIN,))
+ENCODER = EncoderRequest("tiny", plugins=(PLUGIN,))
+LAYERS = {"tiny/cnn": ("0", "2", "6")}
+
+
+class Overtaken(Storage):
+    """Something else happens before a certain step of the driver, once; workers know nothing of it."""
+
+    def __init__(self, root: str, step: str, happens: Callable[[], None]) -> None:
+        super().__init__(root)
+        self._step = step
+        self._happens: Callable[[], None] | None = happens
+
+    def __reduce__(self):
+        return (Storage, (self.root,))
+
+    def _reached(self, step: str) -> None:
+        if step == self._step and self._happens is not None:
+            happens, self._happens = self._happens, None
+            happens()
+
+    def write(self, noun, table, config, **keys):
+        super().write(noun, table, config, **keys)
+        self._reached(noun.name)
+
+    def work_names(self, config, folder=""):
+        found = super().work_names(config, folder)
+        self._reached(f"work {folder}")
+        return found
+
+
+def exemplars(storage: Storage, photos: Path, budget: int) -> None:
+    config = ExemplarConfig(k=4, batch_size=16, shard_size=40, map_budget=budget)
+    run_exemplars(storage, [CNN], ProbeRequest((str(photos),)), config, Resources(actors=1))
+
+
+def assert_equal(found: Storage, expected: Storage) -> None:
+    for noun in (EXEMPLARS, LEVELS, VIEWS, ENCODINGS):
+        assert found.partitions(noun) == expected.partitions(noun)
+        for keys in expected.partitions(noun):
+            assert found.read(noun, **keys).equals(expected.read(noun, **keys)), (noun.name, keys)
+    assert not [file for file in found.files("_work") if file.endswith(".arrow")]
+
+
+@pytest.fixture(scope="module")
+def alone(ray_session, photos, tmp_path_factory) -> Storage:
+    storage = Storage(tmp_path_factory.mktemp("alone"))
+    exemplars(storage, photos, 2**20)
+    run_encodings(storage, LAYERS, ENCODER, Resources())
+    return storage
+
+
+@pytest.mark.parametrize(
+    ("step", "budget"),
+    [
+        ("work images", 2**20),  # the other is done while the first one lists its shards
+        (SKIPPED.name, 2**20),  # … before it merges the first layer
+        (LEVELS.name, 2**20),  # … between two layers
+        (SKIPPED.name, 0),  # … before masks are recomputed
+    ],
+)
+def test_exemplars_overtaken_by_the_same_job_are_those_of_one(alone, photos, tmp_path, capsys, step, budget):
+    overtaken = Overtaken(str(tmp_path), step, lambda: exemplars(Storage(tmp_path), photos, budget))
+    exemplars(overtaken, photos, budget)
+    assert overtaken._happens is None
+    run_encodings(overtaken, LAYERS, ENCODER, Resources())
+    assert_equal(Storage(tmp_path), alone)
+
+
+def test_encodings_overtaken_by_the_same_job_are_those_of_one(alone, tmp_path, capsys):
+    shutil.copytree(alone.root, tmp_path / "run")
+    storage = Storage(tmp_path / "run")
+    storage.remove(ENCODINGS.name)
+    run = storage.root
+    overtaken = Overtaken(run, "work features", lambda: run_encodings(Storage(run), LAYERS, ENCODER, Resources()))
+    run_encodings(overtaken, LAYERS, ENCODER, Resources())
+    assert "another job on this storage has finished the same work" in capsys.readouterr().err
+    assert_equal(storage, alone)
