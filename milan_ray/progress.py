@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import json
+import os
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import datetime, timezone
 from types import TracebackType
 
 from tqdm import tqdm
 
 LINE_INTERVAL = 10.0
 """Seconds between lines when the output is not a terminal."""
+
+
+LOG = "MILAN_LOG"
+"""Environment variable: ``json`` makes every line of the log a JSON object."""
+
+
+def _json_wanted() -> bool:
+    return os.environ.get(LOG) == "json"
 
 
 class Progress:
@@ -29,7 +42,7 @@ class Progress:
         self._done = 0
         self._left = Counter(pieces)
         self._started = self._printed = time.monotonic()
-        self._bar = tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True) if sys.stderr.isatty() else None
+        self._bar = tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True) if _bar_wanted() else None
 
     def __enter__(self) -> Progress:
         return self
@@ -58,7 +71,14 @@ class Progress:
         seconds = self._printed - self._started
         total = "" if self._total is None else f"/{self._total}"
         through = f" ({self._through()})" if self._left else ""
-        say(f"  {self._label}: {self._done}{total} {self._unit} in {seconds:.0f} s{through}")
+        say(
+            f"  {self._label}: {self._done}{total} {self._unit} in {seconds:.0f} s{through}",
+            stage=self._label,
+            done=self._done,
+            total=self._total,
+            unit=self._unit,
+            seconds=round(seconds, 3),
+        )
 
     def _through(self) -> str:
         waiting = [piece for piece, left in self._left.items() if left > 0]
@@ -69,6 +89,43 @@ class Progress:
         )
 
 
-def say(text: str) -> None:
-    """One line for the user, on standard error."""
+@contextmanager
+def watched(look: Callable[[], None], interval: float = LINE_INTERVAL) -> Iterator[None]:
+    """Looks now and then while something runs elsewhere, and a last time when it is over.
+
+    Args:
+        look: Called from a thread of its own.
+        interval: Seconds between two looks.
+    """
+    over = threading.Event()
+
+    def watch() -> None:
+        stopped = False
+        while not stopped:
+            stopped = over.wait(interval)
+            look()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def say(text: str, **fields: object) -> None:
+    """One line for the user, on standard error; with ``MILAN_LOG=json`` as a JSON object.
+
+    Args:
+        text: What to say.
+        **fields: What of it programs may want, for the JSON object.
+    """
+    if _json_wanted():
+        now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+        text = json.dumps({"time": now, "level": "info", "message": text.strip(), **fields}, ensure_ascii=False)
     print(text, file=sys.stderr, flush=True)
+
+
+def _bar_wanted() -> bool:
+    return sys.stderr.isatty() and not _json_wanted()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import pty
 import re
@@ -85,3 +86,27 @@ def test_progress_of_pieces_tells_models_and_layers_that_are_through(capsys):
         bar.advance(1, [("a", "0"), ("b", "0")])
         bar.advance(1, [("a", "2")])
     assert capsys.readouterr().err.endswith("2/3 blocks in 0 s (1/2 models, 2/3 layers)\n")
+
+
+def test_log_as_json_is_an_object_per_line_with_what_programs_want(capsys, monkeypatch):
+    monkeypatch.setenv("MILAN_LOG", "json")
+    with Progress('views "a"', 5, "images") as bar:
+        bar.advance(5)
+    say("done\nat last", layers=3)
+    first, second = map(json.loads, capsys.readouterr().err.splitlines())
+    assert (first["stage"], first["done"], first["total"], first["unit"]) == ('views "a"', 5, 5, "images")
+    assert first["message"] == 'views "a": 5/5 images in 0 s' and first["level"] == "info"
+    assert second["message"] == "done\nat last" and second["layers"] == 3 and second["time"].endswith("+00:00")
+
+
+def test_log_as_json_says_errors_too_and_shows_no_bar_in_a_terminal(capsys, monkeypatch, tmp_path):
+    from milan_ray import cli
+
+    monkeypatch.setenv("MILAN_LOG", "text")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert cli.main(["report", "--storage", str(tmp_path), "--log", "json"]) == 1
+    with Progress("views", 5, "images") as bar:
+        bar.advance(5)
+    error, line = map(json.loads, capsys.readouterr().err.splitlines())
+    assert error["level"] == "error" and error["message"].startswith("error: ")
+    assert line["stage"] == "views"
