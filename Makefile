@@ -4,13 +4,19 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test lint types check clean
+.PHONY: demo test test-slow soak lint types check clean
 
 demo: $(STAMP)  ## describe every unit of the built-in world's networks, and write the report
 	$(VENV)/bin/python -m jobs.demo
 
-test: $(STAMP)  ## the whole test suite, two processes side by side
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2
+test: $(STAMP)  ## the test suite, two processes side by side; all but the long tests
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m 'not slow'
+
+test-slow: $(STAMP)  ## the long tests: the whole demo, 50,000 images, submitted jobs, failing nodes
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m slow
+
+soak: $(STAMP)  ## a job whose driver is killed 24 times at random moments, against one that nobody disturbs
+	OMP_NUM_THREADS=1 MILAN_SOAK=24 $(VENV)/bin/python -m pytest -q tests/faults/test_disturbed.py -k driver_killed
 
 lint: $(STAMP)  ## formatting and lint
 	$(VENV)/bin/ruff format --check .
@@ -19,7 +25,7 @@ lint: $(STAMP)  ## formatting and lint
 types: $(STAMP)  ## static types
 	$(VENV)/bin/mypy
 
-check: lint types test
+check: lint types test test-slow
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"milan_ray needs Python 3.10 or newer; {sys.executable} is {v.major}.{v.minor}. Give another one: make PYTHON=/path/to/python3.x")'

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST, VIEWS, Noun
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST, POOLED, VIEWS, Noun
 from milan_ray.storage import Storage
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/cookbook.md"
@@ -30,9 +30,13 @@ def write(
     metadata: dict[str, str] | None = None,
     **keys: str,
 ) -> None:
-    columns = dict(zip((column.name for column in noun.columns), map(list, zip(*rows, strict=True)), strict=True))
+    columns = _columns(noun, rows)
     keys = keys or {key: str(columns[key][0]) for key in noun.partition}
     storage.write(noun, noun.table(columns, metadata), "by hand", **keys)
+
+
+def _columns(noun: Noun, rows: list[tuple[object, ...]]) -> dict[str, list[object]]:
+    return dict(zip((column.name for column in noun.columns), map(list, zip(*rows, strict=True)), strict=True))
 
 
 def n_best(unit: int, text: str) -> list[dict[str, object]]:
@@ -60,6 +64,12 @@ def write_layer(storage: Storage, model: str, layer: str, texts: tuple[str, ...]
     write(storage, EXEMPLARS, exemplars, metadata)
     levels = [(model, layer, unit, 5.0 if unit == 1 else 4.0, 100, int(unit == 2), True) for unit in range(len(texts))]
     write(storage, LEVELS, levels)
+    pooled = [
+        (model, layer, image, [float(image == unit) + image for unit in range(len(texts))], [0.0] * len(texts))
+        for image in range(4)
+    ]
+    pieces = (POOLED.table(_columns(POOLED, [row])) for row in pooled)
+    storage.write_stream(POOLED, pieces, "by hand", {"probe": "p"}, model=model, layer=layer)
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +139,12 @@ def test_cookbook_margins_are_smallest_first(found: dict[str, Any]) -> None:
 def test_cookbook_labelers_and_people_stand_side_by_side(found: dict[str, Any]) -> None:
     assert found["both"]["milan-pdE"].to_list() == ["Things"] * 4 and set(found["both"]["unit"]) == {1}
     assert found["beside"].rows() == [("net/plain", "conv1", 2, "a dog / a face", "Dog faces")]
+
+
+def test_cookbook_pooled_activations_cover_every_image(found: dict[str, Any]) -> None:
+    assert found["per_class"].rows() == [("b", 3.0, 2), ("a", 0.5, 2)]
+    maxima = np.arange(4)[:, None] + np.eye(4)
+    np.testing.assert_allclose(found["correlation"], np.corrcoef(maxima.T))
 
 
 def test_cookbook_images_classes_and_distrust(found: dict[str, Any]) -> None:

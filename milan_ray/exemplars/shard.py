@@ -11,6 +11,7 @@ import torch
 
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.levels import RunningLevel, positions_per_image, sample_positions
+from milan_ray.exemplars.pooled import maxima
 from milan_ray.exemplars.topk import NO_IMAGE, RunningTopK
 
 KERNEL_VERSION = "exemplars-2"
@@ -94,11 +95,7 @@ class LayerState:
         """
         self._check(tuple(maps.shape[1:]))
         maps = maps.to(torch.float32)
-        pooled = maps.amax(dim=(2, 3))
-        broken = ~torch.isfinite(pooled)
-        if broken.is_cuda or bool(broken.any()):  # on a GPU, asking would make the host wait
-            clean = maps.masked_fill(~torch.isfinite(maps), -torch.inf).amax(dim=(2, 3))
-            pooled = torch.where(broken, clean, pooled)
+        pooled = maxima(maps)
         ids = torch.from_numpy(image_ids).to(pooled.device)
         bar = None if known is None else known.topk_bar
         self.topk.update(pooled, ids, maps if self.topk.maps is not None else None, bar)

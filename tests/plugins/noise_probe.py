@@ -19,7 +19,7 @@ from milan_ray.probe.manifest import Entry, build
 from milan_ray.probe.registry import register_probe
 
 SIDE = 8
-SIZES = (5_000, 50_000)
+SIZES = (50_000,)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,8 @@
-"""A zoo of 24 networks that are built in no time: 12 shapes, for plain and for face-blurred scenes, and some that fail.
+"""A zoo of 24 networks of the world, barely trained, and some that fail.
 
-Where a file ``loads`` lies beside this one, every build writes a line into it.
+Three architectures from four seeds, each on plain and on face-blurred scenes; all are dissected on plain scenes, as in
+the paper's audit (§6: "exemplar sets containing only unblurred images"). Their weights lie beside this file, where
+``train`` puts them. Where a file ``loads`` lies there too, every build writes a line into it.
 """
 
 from __future__ import annotations
@@ -9,28 +11,57 @@ import os
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
+from torch.nn import functional as F
 
 from milan_ray.models.registry import register_model
-from milan_ray.models.view import Preprocess, View
 from milan_ray.models.weights import WeightsFile
 from milan_ray.probe.registry import register_probe
+from milan_ray.world.networks import ARCHITECTURES, CLASSES
 from milan_ray.world.probe import WorldProbe
+from milan_ray.world.scenes import SceneOptions, make_scene, render
+from milan_ray.world.training import PREPROCESS, Recipe, fit
 
-PREPROCESS = Preprocess(View(resize=24, crop=24))
-LOADS = Path(__file__).with_name("loads")
-SHAPES = tuple((width, kernel, stride) for width in (3, 4, 5) for kernel in (3, 5) for stride in (1, 2))
+FOLDER = Path(__file__).parent
+SEEDS = range(4)
+DATA = {"scenes": SceneOptions(), "scenes-blurred": SceneOptions(blur_faces=True)}
+LAYERS = {"cnn": ("conv1", "conv3"), "resnet": ("stem", "layer2"), "vit": ("stem", "blocks.2")}
+BARELY = Recipe(scenes=32, epochs=1, lr=5e-3, batch_size=16)
 
 
-def net(name: str, weights: str | None) -> nn.Sequential:
-    if LOADS.exists():
-        with LOADS.open("a") as log:
-            log.write(f"{os.getpid()} {name}\n")
-    number, _, data = name.partition("/")
-    width, kernel, stride = SHAPES[int(number.removeprefix("net"))]
-    torch.manual_seed(int(number.removeprefix("net")) + 100 * data.endswith("blurred"))
-    return nn.Sequential(nn.Conv2d(3, width, kernel, stride), nn.ReLU(), nn.Conv2d(width, 4, 3, 2), nn.ReLU())
+def log(name: str) -> None:
+    if (FOLDER / "loads").exists():
+        with (FOLDER / "loads").open("a") as loads:
+            loads.write(f"{os.getpid()} {name}\n")
+
+
+def file_of(name: str) -> Path:
+    return FOLDER / f"{name.replace('/', '-')}.safetensors"
+
+
+def train() -> None:
+    """Trains every network for two steps: some seconds in all."""
+    scenes = range(BARELY.scenes)
+    labels = torch.tensor([CLASSES.index(make_scene("train", i).label) for i in scenes])
+    for data, options in DATA.items():
+        images = torch.from_numpy(np.stack([render(make_scene("train", i, options)) for i in scenes]))
+        for architecture in ARCHITECTURES:
+            for seed in SEEDS:
+                torch.manual_seed(seed)
+                network = ARCHITECTURES[architecture].build()
+                fit(network, images, labels, lambda net, inputs, targets: F.cross_entropy(net(inputs), targets), BARELY)
+                weights = {name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+                save_file(weights, file_of(f"{architecture}{seed}/{data}"))
+
+
+def trained(name: str, architecture: str, weights: str | None) -> nn.Module:
+    log(name)
+    network = ARCHITECTURES[architecture].build()
+    network.load_state_dict(load_file(weights or file_of(name)))
+    return network
 
 
 class Raises(nn.Module):
@@ -46,9 +77,7 @@ class Raises(nn.Module):
 
 
 def raises(weights: str | None) -> nn.Module:
-    if LOADS.exists():
-        with LOADS.open("a") as log:
-            log.write(f"{os.getpid()} bad-batch\n")
+    log("bad-batch")
     return Raises()
 
 
@@ -56,10 +85,11 @@ def unbuildable(weights: str | None) -> nn.Module:
     raise RuntimeError("out of order")
 
 
-for index in range(len(SHAPES)):
-    for data in ("scenes", "scenes-blurred"):
-        name = f"net{index:02d}/{data}"
-        register_model(name, partial(net, name), ("0", "2"), PREPROCESS)
+for architecture, layers in LAYERS.items():
+    for seed in SEEDS:
+        for data in DATA:
+            name = f"{architecture}{seed}/{data}"
+            register_model(name, partial(trained, name, architecture), layers, PREPROCESS, classes=CLASSES)
 
 register_model("bad-batch/bad", raises, ("conv",), PREPROCESS)
 register_model("unbuildable/bad", unbuildable, ("conv",), PREPROCESS)
@@ -70,4 +100,4 @@ register_model(
     PREPROCESS,
     published={"V1": WeightsFile("unfetched-0.pth", "https://example.invalid/unfetched-0.pth")},
 )
-register_probe("scenes", partial(WorldProbe, "probe", 48, blur_faces=True))
+register_probe("scenes", partial(WorldProbe, "probe", 48))

@@ -1,0 +1,110 @@
+"""Pooled activations: what every unit makes of every probe image, as one maximum and one mean.
+
+Exemplars keep the best images of each unit alone. Labelers and scores that compare units over a whole probe
+(CLIP-Dissect, simulation scores) need the others too, and need them as numbers, not as maps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+POOLED_VERSION = "pooled-1"
+"""Part of every hash of pooled activations: raised when the arithmetic below changes its results."""
+
+GROUP_VALUES = 2**20
+"""Values per column that are written and read together: 4 MiB."""
+
+
+def maxima(maps: torch.Tensor) -> torch.Tensor:
+    """The largest finite activation of every unit on every image.
+
+    Args:
+        maps: float32 (B, U, h, w).
+
+    Returns:
+        (B, U); −inf where no position is finite.
+    """
+    largest = maps.amax(dim=(2, 3))
+    broken = ~torch.isfinite(largest)
+    if broken.is_cuda or bool(broken.any()):  # on a GPU, asking would make the host wait
+        clean = maps.masked_fill(~torch.isfinite(maps), -torch.inf).amax(dim=(2, 3))
+        largest = torch.where(broken, clean, largest)
+    return largest
+
+
+def means(maps: torch.Tensor) -> torch.Tensor:
+    """The mean of the finite activations of every unit on every image.
+
+    An image's means do not depend on which images share its batch: every one is summed for itself, in one order.
+
+    Args:
+        maps: float32 (B, U, h, w).
+
+    Returns:
+        (B, U); NaN where no position is finite.
+    """
+    mean = maps.mean(dim=(2, 3))
+    broken = ~torch.isfinite(mean)
+    if broken.is_cuda or bool(broken.any()):
+        finite = torch.isfinite(maps)
+        total = maps.masked_fill(~finite, 0).sum(dim=(2, 3), dtype=torch.float64)
+        mean = torch.where(broken, (total / finite.sum(dim=(2, 3))).to(maps.dtype), mean)
+    return mean
+
+
+def to_table(image_ids: np.ndarray, largest: Sequence[torch.Tensor], mean: Sequence[torch.Tensor]) -> pa.Table:
+    """Some images' pooled activations as rows.
+
+    Args:
+        image_ids: int64 (n,).
+        largest: Batches of :func:`maxima`, n images in all.
+        mean: Batches of :func:`means`, likewise.
+
+    Returns:
+        Columns image_id, max and mean: lists of U float32; NaN where no position was finite.
+    """
+    top = torch.cat(list(largest))
+    top = torch.where(torch.isneginf(top), torch.nan, top)
+    return pa.table(
+        {"image_id": pa.array(image_ids, pa.int64()), "max": _lists(top), "mean": _lists(torch.cat(list(mean)))}
+    )
+
+
+def _lists(values: torch.Tensor) -> pa.ListArray:
+    rows, units = values.shape
+    offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * units)
+    return pa.ListArray.from_arrays(offsets, pa.array(values.to("cpu", torch.float32).numpy().ravel()))
+
+
+def matrix(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of lists, ``max`` or ``mean`` of a table of pooled activations, as float32 (n, U)."""
+    values = column.combine_chunks()
+    return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1)
+
+
+def in_groups(tables: Iterable[pa.Table], values: int = GROUP_VALUES) -> Iterator[pa.Table]:
+    """The same rows in pieces of one size, which depends on the number of units alone, holding little more than one.
+
+    Args:
+        tables: Pieces of any sizes, as :func:`to_table` makes them.
+        values: Values per column of each piece.
+    """
+    waiting: list[pa.Table] = []
+    held = 0
+    for table in tables:
+        waiting.append(table)
+        held += len(table)
+        rows = max(1, values // max(1, len(table["max"][0]) if len(table) else 1))
+        if held < rows:
+            continue
+        joined = pa.concat_tables(waiting)
+        whole = held - held % rows
+        for start in range(0, whole, rows):
+            yield joined.slice(start, rows)
+        waiting, held = [joined.slice(whole)], held - whole
+    if held:
+        yield pa.concat_tables(waiting)
