@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from functools import cache, partial
 from tempfile import TemporaryDirectory
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from milan_ray.benchmarks.harness import Options, Result, alone, compare, elapsed, photographs
 from milan_ray.benchmarks.plain_stage import PlainStage
-from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.config import FLOAT32, Arithmetic, ExemplarConfig, Resources
 from milan_ray.exemplars.forward import Forward, pass_size, read_views
 from milan_ray.exemplars.shard import LayerState, Plan
 from milan_ray.models.registry import ModelSpec
@@ -39,19 +40,24 @@ def run(options: Options) -> list[Result]:
     with photographs(options, count) as folder:
         probe = ProbeRequest((str(folder),))
         views = _views(model, probe)
-        forward, plan = _forward(model), Plan(count, 15, 0.99, 2**20, 2**28)
-        kernels = compare(
-            "all layers of decoded images, beside the bare forward pass in batches of 128",
-            lambda: _dissect(forward, plan, views),
-            lambda: _bare(model, views),
-            options.repeats,
-            work=count,
-            unit="images",
-        )
-        best = min(elapsed(lambda: _bare(model, views, pass_size(BATCH, torch.device("cpu")))) for _ in range(2))
-        kernels = kernels.with_facts(bare_forward_pass_in_batches_of_16_seconds=best)
+        plan, small = Plan(count, 15, 0.99, 2**20, 2**28), pass_size(BATCH, torch.device("cpu"))
+        kernels = [
+            compare(
+                f"all layers of decoded images, beside the bare forward pass in batches of {batch}{note}",
+                partial(_dissect, _forward(model, arithmetic), plan, views),
+                partial(_bare, model, views, batch),
+                options.repeats,
+                work=count,
+                unit="images",
+            )
+            for batch, arithmetic, note in (
+                (BATCH, FLOAT32, ""),
+                (small, FLOAT32, ""),
+                (BATCH, Arithmetic(channels_last=True), "; the subject with --channels-last"),
+            )
+        ]
         return [
-            kernels,
+            *kernels,
             _with_decoding(model, probe, count, options),
             _stage(model, probe, count, options),
             *([] if options.short else [_memory(model, probe, count)]),
@@ -64,9 +70,10 @@ def _views(model: ModelRequest, probe: ProbeRequest) -> np.ndarray:
     return read_views(source, image_refs(source.manifest()), requests.model(model).preprocess.view).views  # type: ignore[arg-type]
 
 
-def _forward(model: ModelRequest) -> Forward:
+def _forward(model: ModelRequest, arithmetic: Arithmetic) -> Forward:
     spec, network = _network(model)
-    return Forward(spec, network, spec.layers, pass_size(BATCH, torch.device("cpu")))
+    # A copy, because channels-last weights are changed in place.
+    return Forward(spec, deepcopy(network), spec.layers, pass_size(BATCH, torch.device("cpu")), arithmetic)
 
 
 def _dissect(forward: Forward, plan: Plan, views: np.ndarray) -> None:
@@ -101,7 +108,7 @@ def _with_decoding(model: ModelRequest, probe: ProbeRequest, count: int, options
         with TemporaryDirectory(prefix="milan-exemplars-") as folder:
             stage.run(Storage(folder), model, probe, ExemplarConfig())
         ours.append(sum(stage.shards))
-        bare.append(elapsed(lambda: _bare(model, _views(model, probe))))
+        bare.append(elapsed(lambda: _bare_with_decoding(model, probe)))
     name = "an actor's shards, reading and writing included, beside reading, decoding and the bare forward pass"
     return Result(name, tuple(ours), tuple(bare), count, "images")
 
@@ -112,9 +119,14 @@ def _stage(model: ModelRequest, probe: ProbeRequest, count: int, options: Option
         with TemporaryDirectory(prefix="milan-exemplars-") as folder, connected(resources):
             run_exemplars(Storage(folder), [model], probe, ExemplarConfig(), resources)
 
-    name = f"the whole stage from a cold start, {count} photographs"
-    baseline = REFERENCE if count == 300 else None
-    return compare(name, stage, baseline, options.repeats, work=count, unit="images", warm_up=False)
+    name = f"the whole stage from a cold start, {count} photographs, beside one bare pass with decoding"
+    bare = partial(_bare_with_decoding, model, probe)
+    found = compare(name, stage, bare, options.repeats, work=count, unit="images", warm_up=False)
+    passes = 2 * len(requests.model(model).layers)
+    found = found.with_facts(**{f"times as fast as the reference's {passes} passes, bare": passes / found.ratio})
+    if options.short:
+        return found
+    return found.with_facts(**{"times as fast as the reference's 143.6 s (best run)": REFERENCE / min(found.seconds)})
 
 
 def _memory(model: ModelRequest, probe: ProbeRequest, count: int) -> Result:
@@ -131,7 +143,11 @@ def _plain(model: ModelRequest, probe: ProbeRequest) -> float:
 
 
 def _bare_alone(model: ModelRequest, probe: ProbeRequest) -> float:
-    return elapsed(lambda: _bare(model, _views(model, probe)))
+    return elapsed(lambda: _bare_with_decoding(model, probe))
+
+
+def _bare_with_decoding(model: ModelRequest, probe: ProbeRequest) -> None:
+    _bare(model, _views(model, probe))
 
 
 def _scaling(options: Options) -> list[Result]:

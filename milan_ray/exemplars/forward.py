@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from milan_ray.config import FLOAT32, Arithmetic
 from milan_ray.errors import MilanError, UnreadableImage
 from milan_ray.models.hooks import LayerTap, call
 from milan_ray.models.registry import ModelInput, ModelSpec
@@ -117,10 +118,20 @@ class Forward:
         model: The model, built, on its device.
         layers: Module paths to read.
         batch_size: Images per forward pass.
+        arithmetic: How the model computes.
     """
 
-    def __init__(self, spec: ModelSpec, model: nn.Module, layers: Sequence[str], batch_size: int) -> None:
-        self._spec, self._model, self._layers, self._batch_size = spec, model, tuple(layers), batch_size
+    def __init__(
+        self,
+        spec: ModelSpec,
+        model: nn.Module,
+        layers: Sequence[str],
+        batch_size: int,
+        arithmetic: Arithmetic = FLOAT32,
+    ) -> None:
+        self._spec, self._layers, self._batch_size = spec, tuple(layers), batch_size
+        self._model = model.to(memory_format=torch.channels_last) if arithmetic.channels_last else model
+        self._low = None if arithmetic.precision == "float32" else getattr(torch, arithmetic.precision)
         parameter = next(iter(model.parameters()), None)
         self._device = parameter.device if parameter is not None else torch.device("cpu")
 
@@ -132,15 +143,16 @@ class Forward:
             inputs: n ≤ batch size views, or a generator's latents.
 
         Returns:
-            Layer → (n, U, h, w), on the model's device.
+            Layer → (n, U, h, w), on the model's device, float32 whatever the precision.
 
         Raises:
             MilanError: A layer's output cannot be read as maps.
         """
         count, prepared = self._prepare(inputs)
-        with LayerTap(self._model, self._layers, self._spec.hidden, self._spec.activations) as tap:
+        with LayerTap(self._model, self._layers, self._spec.hidden, self._spec.activations) as tap, self._mixed():
             outputs = tap(prepared)
-        return {layer: self._spec.unit_maps(layer, output)[:count] for layer, output in outputs.items()}
+        maps = {layer: self._spec.unit_maps(layer, output)[:count] for layer, output in outputs.items()}
+        return {layer: found.float() if self._low else found for layer, found in maps.items()}
 
     @torch.inference_mode()
     def images(self, latents: Inputs, truncate: bool = False) -> np.ndarray:
@@ -159,7 +171,8 @@ class Forward:
         spec = self._spec
         assert spec.images is not None
         count, prepared = self._prepare(latents)
-        images = spec.images(call(self._model, prepared))
+        with self._mixed():
+            images = spec.images(call(self._model, prepared)).float()
         if images.ndim != 4 or images.shape[:2] != (self._batch_size, 3):
             raise MilanError(
                 f"{spec.name} puts out images of shape {tuple(images.shape)}, not (B, 3, H, W): register it with "
@@ -167,6 +180,9 @@ class Forward:
             )
         pixels = spec.preprocess.pixels(images[:count], truncate).cpu().permute(0, 3, 1, 2)
         return F.interpolate(pixels, size=spec.preprocess.view.shape, mode="nearest").permute(0, 2, 3, 1).numpy()
+
+    def _mixed(self) -> torch.autocast:
+        return torch.autocast(self._device.type, self._low, enabled=self._low is not None)
 
     def _prepare(self, inputs: Inputs) -> tuple[int, ModelInput]:
         """How many inputs there are, and the model's input of a full batch."""
