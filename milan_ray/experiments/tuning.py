@@ -7,9 +7,8 @@ serves all λ that say the same of a unit.
 from __future__ import annotations
 
 import io
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -18,10 +17,11 @@ import pyarrow as pa
 import yaml
 
 from milan_ray.captioner.rerank import rescore
-from milan_ray.errors import MilanError, unknown_name
+from milan_ray.errors import MilanError
 from milan_ray.experiments.evaluation import METRICS, Row, score_table, text_statistics
-from milan_ray.scoring.bootstrap import difference, interval, resampling_counts
-from milan_ray.scoring.text import BertScore
+from milan_ray.experiments.files import is_number, known, mapping, whole, wrong
+from milan_ray.scoring.bootstrap import difference, interval, intervals, resampling_counts
+from milan_ray.scoring.text import BertScore, References
 
 STRATEGIES = GREEDY, GREEDY_MI, BEAM, BEAM_MI, RERANK = ("greedy", "greedy-mi", "beam", "beam-mi", "rerank")
 """With -mi, log p(d|E) − λ log p(d) is what is searched for; "rerank" searches for log p(d|E) and subtracts then."""
@@ -135,88 +135,50 @@ def read_sweep(text: str, where: str) -> Sweep:
     Raises:
         MilanError: It is no YAML, or a key or value is not what it should be.
     """
-    given = _mapping(text, where, Sweep)
+    given = mapping(text, where, Sweep)
     read: dict[str, Any] = {}
     for key, value in given.items():
         if key in ("beam_sizes", "lengths", "lams"):
             read[key] = _numbers(value, key, where)
         elif key == "strategies":
             if not isinstance(value, list) or not value:
-                raise _wrong(where, key, value, f"a list of {', '.join(STRATEGIES)}")
-            read[key] = tuple(_known(f"strategy in {where}:", name, STRATEGIES) for name in value)
+                raise wrong(where, key, value, f"a list of {', '.join(STRATEGIES)}")
+            read[key] = tuple(known(f"strategy in {where}:", name, STRATEGIES) for name in value)
         elif key == "metric":
-            read[key] = _known(f"metric in {where}:", value, METRICS)
+            read[key] = known(f"metric in {where}:", value, METRICS)
         elif key == "validation":
-            if not _is_number(value) or not 0 < value < 1:
-                raise _wrong(where, key, value, "a share between 0 and 1, both excluded")
+            if not is_number(value) or not 0 < value < 1:
+                raise wrong(where, key, value, "a share between 0 and 1, both excluded")
             read[key] = float(value)
         else:
-            read[key] = _whole(value, key, where, 0 if key == "seed" else 1)
+            read[key] = whole(value, key, where, 0 if key == "seed" else 1)
     return Sweep(**read)
 
 
 def read_setting(text: str, where: str) -> Setting:
     """Reads a setting; arguments and errors as :func:`read_sweep`."""
-    given = _mapping(text, where, Setting)
-    if not _is_number(given["lam"]):
-        raise _wrong(where, "lam", given["lam"], "a number")
+    given = mapping(text, where, Setting)
+    if not is_number(given["lam"]):
+        raise wrong(where, "lam", given["lam"], "a number")
     return Setting(
-        _whole(given["beam_size"], "beam_size", where), _whole(given["length"], "length", where), float(given["lam"])
+        whole(given["beam_size"], "beam_size", where), whole(given["length"], "length", where), float(given["lam"])
     )
 
 
-def _mapping(text: str, where: str, record: type) -> dict[str, Any]:
-    try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise MilanError(f"{where} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(found, dict):
-        raise MilanError(f"{where} must hold lines of the form 'key: value'.")
-    known = [field.name for field in fields(record)]
-    for key in found:
-        if key not in known:
-            raise unknown_name(f"key in {where}:", str(key), known, f"Known are {', '.join(known)}.")
-    required = [field.name for field in fields(record) if field.default is MISSING]
-    for key in required:
-        if key not in found:
-            raise MilanError(f"{where} lacks {key!r}; it needs {', '.join(required)}.")
-    return found
-
-
-def _wrong(where: str, key: str, value: object, wanted: str) -> MilanError:
-    return MilanError(f"{where}: {key} must be {wanted}, not {value!r}.")
-
-
-def _known(kind: str, name: object, names: Sequence[str]) -> str:
-    if name not in names:
-        raise unknown_name(kind, str(name), names)
-    return str(name)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _whole(value: object, key: str, where: str, least: int = 1) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise _wrong(where, key, value, f"a whole number of at least {least}")
-    return value
-
-
 def _numbers(value: object, key: str, where: str) -> tuple[Any, ...]:
-    whole = key != "lams"
-    wanted = f"a list of {'whole numbers from 1' if whole else 'numbers from 0'}, or {{from: …, to: …, step: …}}"
+    integral = key != "lams"
+    wanted = f"a list of {'whole numbers from 1' if integral else 'numbers from 0'}, or {{from: …, to: …, step: …}}"
     numbers: Sequence[Any] = value if isinstance(value, list) else []
-    if isinstance(value, dict) and set(value) == {"from", "to", "step"} and all(map(_is_number, value.values())):
+    if isinstance(value, dict) and set(value) == {"from", "to", "step"} and all(map(is_number, value.values())):
         first, last, step = value["from"], value["to"], value["step"]
         if step > 0:
             # Rounded, because 0.05 + 2 · 0.05 is not 0.15.
             numbers = [round(first + i * step, 10) for i in range(int((last - first) / step + 1e-6) + 1)]
     integers = all(isinstance(number, int) for number in numbers)
-    good = all(_is_number(number) and number >= (1 if whole else 0) for number in numbers)
-    if not numbers or not good or (whole and not integers):
-        raise _wrong(where, key, value, wanted)
-    return tuple(sorted({int(number) if whole else float(number) for number in numbers}))
+    good = all(is_number(number) and number >= (1 if integral else 0) for number in numbers)
+    if not numbers or not good or (integral and not integers):
+        raise wrong(where, key, value, wanted)
+    return tuple(sorted({int(number) if integral else float(number) for number in numbers}))
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
@@ -287,11 +249,36 @@ def trial_scores(
     found = []
     for metric, statistics, measure in text_statistics(texts, answers, references, bert_score):
         for split, units in splits.items():
-            scores = [interval(statistics[row], measure, counts[split]) for row in distinct[split][0]]
-            settings = enumerate(distinct[split][1].ravel())
-            found += [(setting, split, metric, *scores[i], len(units)) for setting, i in settings]
+            of_settings, place = distinct[split]
+            scores = intervals(statistics[of_settings], measure, counts[split])[place.ravel()].tolist()
+            found += [(setting, split, metric, *score, len(units)) for setting, score in enumerate(scores)]
     names = ["setting", "split", "metric", "value", "low", "high", "n"]
     return pl.DataFrame(found, schema=names, orient="row")
+
+
+class RememberingBertScore(BertScore):
+    """BERTScore that scores no description of a unit twice: searches with other beams find many of the same."""
+
+    def __call__(
+        self, predictions: Sequence[str], references: References, idf_references: Sequence[str] | None = None
+    ) -> np.ndarray:
+        """As :class:`~milan_ray.scoring.text.BertScore`; forgets all when ``idf_references`` are others than before."""
+        if idf_references is None:  # the weights are those of this very call
+            return super().__call__(predictions, references)
+        if tuple(idf_references) != self._weighed_by:
+            self._known, self._weighed_by = {}, tuple(idf_references)
+        pairs = [
+            (text, (group,) if isinstance(group, str) else tuple(group))
+            for text, group in zip(predictions, references, strict=True)
+        ]
+        new = [pair for pair in dict.fromkeys(pairs) if pair not in self._known]
+        if new:
+            texts, answers = zip(*new, strict=True)
+            self._known.update(zip(new, super().__call__(texts, answers, idf_references), strict=True))
+        return np.array([self._known[pair] for pair in pairs]).reshape(-1, 3)
+
+    _known: dict[tuple[str, tuple[str, ...]], np.ndarray]
+    _weighed_by: tuple[str, ...] | None = None
 
 
 def _distinct(

@@ -5,11 +5,9 @@ encodings + annotations ─► [Tuner: a trial = a search, every λ rescored ins
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -37,6 +35,7 @@ from milan_ray.experiments.tuning import (
     RERANK,
     STRATEGIES,
     VALIDATION,
+    RememberingBertScore,
     Setting,
     Sweep,
     Trial,
@@ -53,7 +52,7 @@ from milan_ray.pipelines.cluster import gpus_each
 from milan_ray.pipelines.describe import Search, candidates_recipe, search_identity
 from milan_ray.pipelines.encodings import unit_features
 from milan_ray.pipelines.records import record_run
-from milan_ray.progress import LINE_INTERVAL, Progress, say
+from milan_ray.progress import LINE_INTERVAL, Progress, say, watched
 from milan_ray.schema import ANNOTATIONS, CANDIDATES, ENCODINGS, SCORES, TRIALS, TRIALS_FIGURE, TRIALS_SETTING
 from milan_ray.scoring.text import BertScore, normalize
 from milan_ray.storage import Storage
@@ -222,35 +221,17 @@ def _try(storage: Storage, task: _Task, trials: Sequence[Trial], resources: Reso
                 failure_config=ray.tune.FailureConfig(max_failures=3),
             ),
         )
-    with _counted(storage, task.work, len(trials)):
+    done = 0
+
+    def count() -> None:  # Ray Tune's own tables are for its own terminal
+        nonlocal done
+        before, done = done, len(storage.work_names(task.work, DONE))
+        progress.advance(done - before)
+
+    with Progress("trials", len(trials), "trials") as progress, watched(count, LINE_INTERVAL / 4):
         results = tuner.fit()
     if results.errors:
         raise results.errors[0]
-
-
-@contextmanager
-def _counted(storage: Storage, work: str, trials: int) -> Iterator[None]:
-    """Says now and then how many trials are done; Ray Tune's own tables are for its own terminal."""
-    stop = threading.Event()
-
-    def watch() -> None:
-        with Progress("trials", trials, "trials") as progress:
-            done = 0
-            while True:
-                stopped = stop.wait(LINE_INTERVAL / 4)
-                now = len(storage.work_names(work, DONE))
-                progress.advance(now - done)
-                done = now
-                if stopped:
-                    return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
 
 
 def _gather(storage: Storage, task: _Task, trials: Sequence[Trial], keys: Mapping[str, str]) -> pl.DataFrame:
@@ -386,7 +367,8 @@ class _Task:
 
 @lru_cache(maxsize=1)
 def _bert_score(folder: str) -> BertScore:
-    return BertScore(folder)
+    """A process scores one trial after the other."""
+    return RememberingBertScore(folder)
 
 
 def _run_trial(config: dict[str, Any], task: _Task) -> None:

@@ -69,6 +69,23 @@ def interval(statistics: np.ndarray, measure: Measure, counts: np.ndarray) -> In
     return _percentiles(measure(statistics.sum(0, keepdims=True)), values)
 
 
+def intervals(statistics: np.ndarray, measure: Measure, counts: np.ndarray) -> np.ndarray:
+    """:func:`interval` of many systems at once, several times as fast.
+
+    Args:
+        statistics: (S, N, K) additive statistics per system and unit.
+        measure: From sums to values.
+        counts: (B, N) from :func:`resampling_counts`.
+
+    Returns:
+        (S, 3): value and ends.
+    """
+    systems, _, k = statistics.shape
+    values = measure((counts @ statistics).reshape(-1, k)).reshape(systems, -1)
+    low, high = np.percentile(values, [2.5, 97.5], axis=1)
+    return np.stack([measure(statistics.sum(1)), low, high], axis=1)
+
+
 def difference(a: np.ndarray, b: np.ndarray, measure: Measure, counts: np.ndarray) -> Interval:
     """How much higher a measure is for ``a`` than for ``b`` on the same units, with its paired 95 % interval.
 

@@ -18,12 +18,21 @@ import pytest
 import torch
 
 from milan_ray import cli
-from milan_ray.config import TrainingConfig
+from milan_ray.config import Resources, TrainingConfig
 from milan_ray.errors import MilanError
+from milan_ray.experiments.decoder_search import (
+    Budget,
+    Choices,
+    DecoderSetting,
+    DecoderSpace,
+    Range,
+    read_decoder_setting,
+)
 from milan_ray.pipelines.captioners import EncoderRequest, load_captioner
 from milan_ray.pipelines.train import EPOCH, Sizes, TrainingJob, run_training, run_trainings
 from milan_ray.pipelines.training_units import UnitFeatures, write_units
-from milan_ray.schema import ANNOTATIONS, ENCODINGS, EXEMPLARS, TRAINING
+from milan_ray.pipelines.tune_decoder import DecoderTuningJob, run_decoder_tuning
+from milan_ray.schema import ANNOTATIONS, DECODER_TRIALS, ENCODINGS, EXEMPLARS, TRAINING
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -31,15 +40,19 @@ ENCODER = EncoderRequest("tiny", plugins=(PLUGIN,))
 THINGS = ("dog", "cat", "house", "tree", "sign", "boat")
 COLOURS = ("red", "blue", "green", "dark")
 K, SIZE = 3, 10
+ONE_AT_A_TIME = Resources(actors=1)
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 MODELS = ("a/x", "a/y", "b/x")
 CONFIG = TrainingConfig(
-    max_epochs=25, patience=25, learning_rate=0.01, decoder_batch_size=8, lm_batch_size=8, hold_out=0.2
+    max_epochs=15, patience=25, learning_rate=0.01, decoder_batch_size=8, lm_batch_size=8, hold_out=0.2
 )
 
 
 def write_layer(storage: Storage, model: str, units: int, k: int = K, size: int = SIZE) -> None:
-    """Exemplars (none, but for their hash), encodings that tell thing and colour, and annotations that say them."""
+    """Exemplars (none, but for their hash), encodings that tell thing and colour, and annotations that say them.
+
+    The encoder "blind" has seen nothing.
+    """
     rng = np.random.default_rng(len(model) + units)
     things, colours = rng.integers(len(THINGS), size=units), rng.integers(len(COLOURS), size=units)
     features = rng.normal(0, 0.1, (units, k, size)).astype(np.float32)
@@ -47,15 +60,16 @@ def write_layer(storage: Storage, model: str, units: int, k: int = K, size: int 
     features[np.arange(units), :, len(THINGS) + colours] += 1
     keys = {"model": model, "layer": "0"}
     storage.write(EXEMPLARS, EXEMPLARS.table({column: [] for column in EXEMPLARS.schema.names}), "drawn", **keys)
-    encodings = {
-        "encoder": ["tiny"] * units * k,
-        "model": [model] * units * k,
-        "layer": ["0"] * units * k,
-        "unit": np.repeat(np.arange(units), k),
-        "rank": np.tile(np.arange(k), units),
-        "feature": pa.ListArray.from_arrays(np.arange(0, features.size + 1, size, np.int32), features.ravel()),
-    }
-    storage.write(ENCODINGS, ENCODINGS.table(encodings), f"encoded {model}", encoder="tiny", **keys)
+    for encoder, seen in (("tiny", features), ("blind", np.zeros_like(features))):
+        encodings = {
+            "encoder": [encoder] * units * k,
+            "model": [model] * units * k,
+            "layer": ["0"] * units * k,
+            "unit": np.repeat(np.arange(units), k),
+            "rank": np.tile(np.arange(k), units),
+            "feature": pa.ListArray.from_arrays(np.arange(0, features.size + 1, size, np.int32), seen.ravel()),
+        }
+        storage.write(ENCODINGS, ENCODINGS.table(encodings), f"encoded {model}", encoder=encoder, **keys)
     texts = [f"{COLOURS[c]} {THINGS[t]}" for t, c in zip(things, colours, strict=True)]
     longer = [f"the {text}s on the left of something" for text in texts]
     annotations = {
@@ -100,13 +114,91 @@ def test_training_two_workers_reading_from_disk_have_the_curve_of_one_with_all_i
     np.testing.assert_allclose(curve(storage, "pair"), plain, rtol=2e-3)
 
 
+SPACE = {
+    "learning_rate": Choices((0.06, 1e-6)),
+    "embedding": Choices((8,)),
+    "hidden": Choices((32,)),
+    "dropout": Range(0, 0.1),
+    "encoder": Choices(("tiny", "blind")),
+}
+BUDGET = Budget(trials=6, epochs=7, patience=25, grace=3, reduction=2, searcher="random", hold_out=0.2, seed=1)
+
+
+def tuning_job(name: str, **budget: object) -> DecoderTuningJob:
+    layers = tuple((model, "0") for model in MODELS)
+    return DecoderTuningJob(name, "people", layers, DecoderSpace(SPACE, replace(BUDGET, **budget)))
+
+
+def tried(storage: Storage, name: str) -> list[dict]:
+    return storage.read(DECODER_TRIALS, sweep=name).to_pylist()
+
+
+def test_decoder_tuning_stops_worse_trials_early_and_training_does_what_the_chosen_one_did(storage, capsys) -> None:
+    setting = run_decoder_tuning(storage, tuning_job("first"), ONE_AT_A_TIME)
+    rows = tried(storage, "first")
+    assert [row["trial"] for row in rows] == list(range(BUDGET.trials))
+    (best,) = (row for row in rows if row["chosen"])
+    assert (
+        best["bleu"] == rows[0]["bleu"] == max(row["bleu"] for row in rows)
+        and best["ended"] == "epochs"
+        and best["epochs"] == 7
+    )
+    assert (setting.learning_rate, setting.encoder) == (best["learning_rate"], best["encoder"]) == (0.06, "tiny")
+    stopped = [row for row in rows if row["ended"] == "asha"]
+    assert stopped and {row["epochs"] for row in stopped} <= {3, 6}
+    assert all(
+        row["learning_rate"] < 0.06 or row["encoder"] == "blind" or row["bleu"] < best["bleu"] for row in stopped
+    )
+    path = Path(storage.root, storage.path(DECODER_TRIALS, sweep="first")).with_name("setting.yaml")
+    assert read_decoder_setting(path.read_text(encoding="utf-8"), "setting.yaml") == setting
+    tuned = replace(job_for("tuned"), decoder=setting, config=BUDGET.config)
+    assert run_training(storage, tuned)
+    epochs = [row for row in storage.read(TRAINING, decoder="tuned").to_pylist() if row["part"] == "decoder"]
+    (kept,) = (row for row in epochs if row["kept"])
+    assert (kept["epoch"], kept["validation"]) == (best["epoch"], pytest.approx(best["bleu"]))
+    assert run_decoder_tuning(storage, tuning_job("first"), ONE_AT_A_TIME) == setting
+    assert "up to date" in capsys.readouterr().err and not storage.files("_work")
+
+
+def test_decoder_tuning_by_optuna(storage) -> None:
+    pytest.importorskip("optuna")
+    run_decoder_tuning(storage, tuning_job("by-optuna", searcher="optuna", trials=2, epochs=1), Resources())
+    rows = tried(storage, "by-optuna")
+    assert len(rows) == 2 and {row["ended"] for row in rows} == {"epochs"}
+    assert len({row["dropout"] for row in rows}) == 2
+
+
+@pytest.mark.slow
+def test_killed_decoder_tuning_goes_on_where_it_was(storage) -> None:
+    command = [sys.executable, "-c", TUNE_AND_BE_KILLED, storage.root]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    environment.pop("RAY_ADDRESS", None)
+    first = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, env=environment)
+    work = Path(storage.root, "_work")
+    while not list(work.glob("*/epochs/*.txt")) and first.poll() is None:
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    (path,) = work.glob("*/states/*.pt")
+    while time.time() - path.stat().st_mtime < 3:  # the trial's own process ends a little later
+        time.sleep(0.1)
+    state = torch.load(path, weights_only=True)
+    assert 0 < len(state["history"]) < 7 and not storage.partitions(DECODER_TRIALS, sweep="killed")
+    state["history"][0]["validation"] = 1000.0  # marked, to see that this epoch is not trained again
+    torch.save(state, path)
+    run_decoder_tuning(storage, tuning_job("killed"), ONE_AT_A_TIME)
+    rows = tried(storage, "killed")
+    assert len(rows) == BUDGET.trials
+    assert [(row["epoch"], row["epochs"], row["chosen"]) for row in rows if row["bleu"] == 1000] == [(0, 7, True)]
+
+
 def done(storage: Storage) -> list[str]:
     """The newest epoch of every training under way."""
     return [path.read_text() for path in Path(storage.root).glob(f"_work/*/{EPOCH}")]
 
 
 def child_of(pid: int, name: str) -> int | None:
-    """A process below another one whose command line has a text in it."""
+    """The newest process below another one whose command line has a text in it, if any."""
     parents, commands = {}, {}
     for path in Path("/proc").iterdir():
         if path.name.isdigit():
@@ -115,14 +207,27 @@ def child_of(pid: int, name: str) -> int | None:
                 commands[int(path.name)] = (path / "cmdline").read_text()
             except OSError:  # ended meanwhile
                 continue
+    found = []
     for child, command in commands.items():
         above = child
         while above in parents and above != pid:
             above = parents[above]
         if above == pid and name in command:
-            return child
-    return None
+            found.append(child)
+    return max(found, default=None)
 
+
+TUNE_AND_BE_KILLED = """
+import sys
+from milan_ray import runtime
+runtime.prepare(None)
+from test_training_pipeline import ONE_AT_A_TIME, tuning_job
+from milan_ray.pipelines.cluster import connected
+from milan_ray.pipelines.tune_decoder import run_decoder_tuning
+from milan_ray.storage import Storage
+with connected(ONE_AT_A_TIME):
+    run_decoder_tuning(Storage(sys.argv[1]), tuning_job("killed"), ONE_AT_A_TIME)
+"""
 
 HALF = """
 import sys
@@ -139,6 +244,7 @@ with connected(Resources()):
 
 
 @linux
+@pytest.mark.slow
 def test_training_goes_on_after_driver_and_worker_are_killed_to_the_same_result(storage: Storage) -> None:
     command = [sys.executable, "-c", HALF, storage.root]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
@@ -155,7 +261,7 @@ def test_training_goes_on_after_driver_and_worker_are_killed_to_the_same_result(
     def kill_in_the_middle() -> None:
         worker = None
         while worker is None or done(storage) == before:
-            worker = worker or child_of(os.getpid(), "RayTrainWorker")
+            worker = child_of(os.getpid(), "RayTrainWorker") or worker  # before the epochs, which are short, begin
             if stop.wait(0.01):
                 return
         os.kill(worker, signal.SIGKILL)
@@ -199,27 +305,57 @@ def test_train_command_plans_a_captioner_per_group_and_refuses_what_is_not_clear
     assert "give --group, or --name" in capsys.readouterr().err
 
 
-READ = """
+def test_tune_command_knows_what_a_file_tunes(tmp_path, capsys) -> None:
+    write_layer(Storage(tmp_path), "a/x", 5)
+    configs = Path(__file__).resolve().parents[2] / "tune_configs"
+    common = ["--annotations", "people", "--storage", str(tmp_path)]
+    for file, options, says in (
+        ("decoder.yaml", ["--decoder", "x"], "tunes how a decoder is trained: leave out --decoder"),
+        ("decoder.yaml", ["--encoder-weights", "w.pth"], "--encoder-weights is for one encoder"),
+        ("rerank.yaml", [], "tunes how a captioner decodes: give --decoder or --milan"),
+    ):
+        assert cli.main(["tune", "--config", str(configs / file), *options, *common]) == 1
+        assert says in capsys.readouterr().err
+
+
+def test_train_command_takes_a_tuned_setting(tmp_path, capsys) -> None:
+    write_layer(Storage(tmp_path), "a/x", 5)
+    file = tmp_path / "setting.yaml"
+    file.write_text(DecoderSetting(hidden=8, encoder="tiny").to_yaml("chosen by nobody"))
+    command = ["train", "--annotations", "people", "--name", "one", "--plugin", PLUGIN, "--storage", str(tmp_path)]
+    assert cli.main([*command, "--setting", str(file), "--dry-run"]) == 0
+    assert "encodings     tiny a/x 0" in capsys.readouterr().out
+    assert cli.main([*command, "--setting", str(tmp_path / "none.yaml"), "--dry-run"]) == 1
+    file.write_text("hiden: 8")
+    assert cli.main([*command, "--setting", str(file), "--dry-run"]) == 1
+    assert "nearest: hidden" in capsys.readouterr().err
+
+
+TRAIN = """
 import sys
 from pathlib import Path
-import numpy as np
+import torch
+from milan_ray.captioner.fit import Plan, Sizes, fit, new_state
+from milan_ray.config import TrainingConfig
 from milan_ray.pipelines.training_units import UnitFeatures
 from milan_ray.storage import Storage
 def peak():  # resource.getrusage would count the process that started this one
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
+torch.set_num_threads(1)
 units = UnitFeatures(Storage(sys.argv[1]), "w")
-units.take([0])
+plan = Plan(TrainingConfig(max_epochs=1, decoder_batch_size=8), Sizes(8, 16))
+class Few:
+    texts, size, take = units.texts[:24], units.size, units.take
+fit(Few, {"decoder": plan}, new_state(units.texts), lambda state: None)
 before = peak()
-rows = np.random.default_rng(0).permutation(len(units)).tolist()
-for start in range(0, len(rows), 16):
-    units.take(rows[start : start + 16])
+fit(units, {"decoder": plan}, new_state(units.texts), lambda state: None)
 print(units.nbytes, peak() - before)
 """
 
 
 @linux
-def test_units_read_from_disk_never_are_in_memory_together(tmp_path: Path) -> None:
+def test_training_on_units_read_from_disk_never_has_them_in_memory_together(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     write_layer(storage, "big/x", 300, k=15, size=3904)
     write_units(storage, "w", "people", "tiny", [("big/x", "0")])
@@ -228,6 +364,6 @@ def test_units_read_from_disk_never_are_in_memory_together(tmp_path: Path) -> No
     read = units.take(rows)
     units.keep()
     assert torch.equal(read, units.take(rows)) and read.shape == (4, 15, 3904)
-    found = subprocess.run([sys.executable, "-c", READ, storage.root], capture_output=True, text=True, check=True)
+    found = subprocess.run([sys.executable, "-c", TRAIN, storage.root], capture_output=True, text=True, check=True)
     size, grown = map(int, found.stdout.split())
     assert size > 66 * 2**20 and grown < 25 * 2**20

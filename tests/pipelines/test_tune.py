@@ -177,6 +177,7 @@ def test_candidates_of_the_storage_are_rescored_and_not_searched_again(ray_sessi
     assert rows["value"].to_list() == pytest.approx([rows["value"].max()]) and rows["value"][0] > 0.5
 
 
+@pytest.mark.slow
 def test_a_killed_tuning_goes_on_where_it_was(storage, tmp_path):
     resumed = fill(tmp_path)
     first = subprocess.Popen([sys.executable, __file__, str(tmp_path)], cwd=ROOT, start_new_session=True)

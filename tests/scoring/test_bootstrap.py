@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from milan_ray.scoring.bootstrap import difference, interval, ratio, resampling_counts
+from milan_ray.scoring.bootstrap import difference, interval, intervals, ratio, resampling_counts
 from milan_ray.scoring.text import bleu, bleu_statistics, bleu_values
 
 
@@ -27,6 +27,17 @@ def test_interval_of_a_mean_has_the_width_theory_gives() -> None:
 
 def test_interval_of_one_unit_is_a_point() -> None:
     assert interval(np.array([[1.0, 5.0]]), ratio, resampling_counts(1, 10)) == (5, 5, 5)
+
+
+def test_intervals_are_those_of_each_system() -> None:
+    rng = np.random.default_rng(0)
+    counts = resampling_counts(30, 200)
+    for statistics, measure in (
+        (np.stack([np.ones((4, 30)), rng.normal(size=(4, 30))], 2), ratio),
+        (rng.integers(1, 9, (4, 30, 10)), bleu_values),
+    ):
+        got = intervals(statistics, measure, counts)
+        np.testing.assert_allclose(got, [interval(of_one, measure, counts) for of_one in statistics], rtol=1e-12)
 
 
 def test_ratio_of_nothing_is_zero() -> None:
