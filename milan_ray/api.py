@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,13 +22,16 @@ from torch.nn import functional as F
 
 from milan_ray.annotations.groups import locate
 from milan_ray.annotations.published import PublishedSet, Sample
-from milan_ray.captioner.captioner import Captioner, best_descriptions
-from milan_ray.captioner.encoder import PyramidEncoder, get_encoder, pool_maps
+from milan_ray.captioner.captioner import Captioner
+from milan_ray.captioner.encoder import PyramidEncoder, get_encoder
 from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE, Quirks
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.exemplars import masks as packed_masks
-from milan_ray.pipelines.captioners import load_captioner
+from milan_ray.labelers.clip import Clip, query, similarity
+from milan_ray.labelers.milan import best_labels
+from milan_ray.models.image_text import DEFAULT, ImageText, find_image_text
+from milan_ray.pipelines.captioners import RERANKED, load_captioner
 from milan_ray.plugins import load_plugins
 from milan_ray.progress import Progress
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS, Noun
@@ -61,11 +64,15 @@ class Milan:
         captioner: Vocabulary, decoder and language model.
         encoder: The image encoder, on the same device.
         quirks: Defects of the reference to reproduce.
+        clip: How candidates are re-ranked; None for log p(d|E) − λ·log p(d).
+        judge: The model of images and texts that re-ranks, on the same device.
     """
 
     captioner: Captioner
     encoder: PyramidEncoder
     quirks: Quirks = NO_QUIRKS
+    clip: Clip | None = None
+    judge: ImageText | None = None
 
     def describe(
         self,
@@ -83,8 +90,9 @@ class Milan:
             images: The exemplars, see :data:`Images`.
             masks: Where in them the unit is active, see :data:`Masks`; None takes the whole images.
             n_best: How many descriptions to list per unit.
-            lam: λ of log p(d|E) − λ·log p(d); the captioner's own when left out.
-            beam_size: Width of the beam; the captioner's own when left out.
+            lam: λ of log p(d|E) − λ·log p(d); the captioner's own when left out. With CLIP it is what candidates are
+                searched with.
+            beam_size: Width of the beam; the captioner's own when left out, or CLIP's.
             resize: Bring images of another size to the encoder's own, as the jobs do; off, they are encoded at the
                 size they have, as in the reference.
 
@@ -98,20 +106,27 @@ class Milan:
         if n_best < 1:
             raise MilanError(f"n_best is {n_best}: ask for at least one description per unit.")
         features = self.encode(images, masks, resize=resize)
-        if lam is None:
-            lam = 0.0 if self.captioner.lm is None else self.captioner.lam
+        quirks, mi_lam, similarities = self.quirks, None, None
+        if self.clip is None:
+            lam = (0.0 if self.captioner.lm is None else self.captioner.lam) if lam is None else lam
+        else:
+            similarities = self._similarities(images, masks)
+            mi_lam = self.clip.mi_lam(self.captioner) if lam is None else lam
+            beam_size = self.clip.beams(self.captioner) if beam_size is None else beam_size
+            quirks, lam = NO_QUIRKS, None  # no quirk touches this search, and no λ what it ranks by
+        size = UNITS if self.clip is None else 1
         rows: list[dict[str, object]] = []
         with Progress("describing", len(features), "units") as progress:
-            for start in range(0, len(features), UNITS):
-                batch = features[start : start + UNITS]
-                found = self.captioner.candidates(batch, beam_size, quirks=self.quirks)
-                for beams in best_descriptions(found, lam, found.logp_d_given_e.shape[1]):
-                    distinct: dict[str, dict[str, object]] = {}  # different tokens may read the same
-                    for beam in beams:
-                        distinct.setdefault(beam.text, vars(beam))
-                    best = list(distinct.values())[:n_best]
-                    row = {"unit": len(rows), "description": best[0]["text"], "lam": lam, "n_best": best}
-                    rows.append(best[0] | row)
+            for start in range(0, len(features), size):
+                batch = features[start : start + size]
+                found = self.captioner.candidates(batch, beam_size, mi_lam=mi_lam, quirks=quirks)
+                likely = found.likelihood(mi_lam)
+                for place, texts in enumerate(found.texts):
+                    scores = similarities(len(rows), texts) if similarities else found.scores(lam or 0.0)[place]
+                    prior = None if found.logp_d is None else found.logp_d[place]
+                    best = best_labels(texts, scores, likely[place], prior, n_best)
+                    row = {"unit": len(rows), "description": best[0].text, "lam": lam, "n_best": list(map(vars, best))}
+                    rows.append(vars(best[0]) | row)
                 progress.advance(len(batch))
         names = ("unit", "description", "score", "logp_d_given_e", "logp_d", "lam", "n_best")
         schema = pa.schema([DESCRIPTIONS.schema.field(name) for name in names])
@@ -131,43 +146,56 @@ class Milan:
         Raises:
             MilanError: Shapes, types or values cannot be used.
         """
+        return self._encode(self.encoder, images, masks, resize)
+
+    def _similarities(self, images: Images, masks: Masks | None) -> Callable[[int, list[str]], np.ndarray]:
+        """(unit, texts) → how well each fits the unit's exemplars; every distinct text is embedded once."""
+        judge, clip = self.judge, self.clip
+        assert judge is not None and clip is not None
+        queries = [query(unit, clip.z) for unit in self._encode(judge, images, masks, resize=True)]
+        embedded: dict[str, np.ndarray] = {}
+
+        def similarities(unit: int, texts: list[str]) -> np.ndarray:
+            new = sorted(set(texts) - embedded.keys())
+            embedded.update(zip(new, judge.embed_texts(new).cpu().numpy(), strict=True))
+            return similarity(np.stack([embedded[text] for text in texts]), np.stack([queries[unit]] * len(texts)))
+
+        return similarities
+
+    def _encode(
+        self, encoder: PyramidEncoder | ImageText, images: Images, masks: Masks | None, resize: bool
+    ) -> np.ndarray:
         pictures = _images(images)
         regions = None if masks is None else _masks(masks, pictures.shape)
         units, k = pictures.shape[:2]
-        features = np.zeros((units * k, self.encoder.feature_size), np.float32)
+        features = np.zeros((units * k, encoder.feature_size), np.float32)
         slots: dict[bytes, int] = {}  # digest of an image → its number among the different ones
         index = np.array([slots.setdefault(_digest(image), len(slots)) for unit in pictures for image in unit], int)
         first = np.unique(index, return_index=True)[1]
         with Progress("encoding", len(first), "images") as progress:
             for start in range(0, len(first), BATCH_SIZE):
                 batch = first[start : start + BATCH_SIZE]
-                maps = self.encoder.maps(self._inputs(np.stack([pictures[divmod(n, k)] for n in batch]), resize))
+                inputs = _inputs(np.stack([pictures[divmod(n, k)] for n in batch]), encoder.mean.device)
+                maps = encoder.maps(encoder.fit(inputs) if resize else inputs)
                 mine = np.flatnonzero((index >= start) & (index < start + len(batch)))
                 for part in np.split(mine, range(_MASKS, len(mine), _MASKS)):
-                    features[part] = self._pool(maps, regions, part, k, index[part] - start)
+                    if regions is None:
+                        chosen = torch.ones(len(part), *inputs.shape[-2:], device=inputs.device)
+                    else:
+                        chosen = torch.from_numpy(np.stack([regions[divmod(n, k)] for n in part]))
+                    where = torch.from_numpy(index[part] - start).to(inputs.device)
+                    features[part] = encoder.pool(maps, chosen.to(inputs.device).float(), where).cpu().numpy()
                 progress.advance(len(batch))
-        return features.reshape(units, k, self.encoder.feature_size)
+        return features.reshape(units, k, encoder.feature_size)
 
-    def _inputs(self, pixels: np.ndarray, resize: bool) -> torch.Tensor:
-        """Encoder inputs (N, 3, H, W) in [0, 1]."""
-        inputs = torch.from_numpy(pixels).to(self.encoder.mean.device)
-        inputs = inputs * (1 / 255) if pixels.dtype == np.uint8 else inputs.float()
-        if not bool(((inputs >= 0) & (inputs <= 1)).all()):  # NaN is neither
-            raise MilanError("images hold NaN or numbers outside [0, 1]: give floats in [0, 1], or uint8.")
-        side = self.encoder.spec.size
-        if resize and inputs.shape[-2:] != (side, side):
-            inputs = F.interpolate(inputs, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
-        return inputs
 
-    def _pool(
-        self, maps: Sequence[torch.Tensor], regions: np.ndarray | None, part: np.ndarray, k: int, index: np.ndarray
-    ) -> np.ndarray:
-        device = self.encoder.mean.device
-        if regions is None:
-            chosen = torch.ones(len(part), *maps[0].shape[-2:], device=device)
-        else:
-            chosen = torch.from_numpy(np.stack([regions[divmod(n, k)] for n in part])).to(device).float()
-        return pool_maps(maps, chosen, torch.from_numpy(index).to(device)).cpu().numpy()
+def _inputs(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Images (N, 3, H, W) in [0, 1]."""
+    inputs = torch.from_numpy(pixels).to(device)
+    inputs = inputs * (1 / 255) if pixels.dtype == np.uint8 else inputs.float()
+    if not bool(((inputs >= 0) & (inputs <= 1)).all()):  # NaN is neither
+        raise MilanError("images hold NaN or numbers outside [0, 1]: give floats in [0, 1], or uint8.")
+    return inputs
 
 
 def load(
@@ -175,6 +203,8 @@ def load(
     storage: str | os.PathLike[str] | None = None,
     *,
     encoder_weights: str | None = None,
+    clip: str | os.PathLike[str] | None = None,
+    clip_z: float = 0.5,
     device: str = "auto",
     reference_quirks: bool = False,
     plugins: Sequence[str] = (),
@@ -183,10 +213,14 @@ def load(
 
     Args:
         captioner: A published one (``base``, ``cls``, …, looked for in ``$MILAN_MODELS_DIR``); the path of a
-            ``milan-*.pth`` file or of a captioner's folder; or the name of one trained in ``storage``.
+            ``milan-*.pth`` file or of a captioner's folder; or the name of one trained in ``storage``. With ``+clip``
+            at its end, a wide beam is re-ranked by a model of images and texts (docs/clip.md).
         storage: Run directory that holds it.
         encoder_weights: File with the encoder's weights; None takes those that come with the captioner, else the
             encoder's published ones.
+        clip: That model, CLIP or SigLIP: a folder, or the name of one in ``$MILAN_MODELS_DIR``; None takes CLIP
+            ViT-B/32 where the captioner's name ends in ``+clip``, and re-ranks nothing otherwise.
+        clip_z: Weight of whole images against their masked regions.
         device: ``auto`` (CUDA where there is one), ``cpu``, ``cuda:1`` …
         reference_quirks: Reproduce the reference's defects.
         plugins: Modules or ``.py`` files that register the encoder, where it is an own one.
@@ -195,11 +229,17 @@ def load(
         MilanError: There is no such captioner, or its encoder's weights are missing.
     """
     load_plugins(plugins)
-    found = load_captioner(None if storage is None else Storage(storage), os.fspath(captioner))
+    name = os.fspath(captioner)
+    if name.endswith(RERANKED) and not os.path.exists(name):
+        name, clip = name.removesuffix(RERANKED), clip or DEFAULT
+    how = None if clip is None else Clip(find_image_text(os.fspath(clip)), clip_z)
+    found = load_captioner(None if storage is None else Storage(storage), name)
     spec = replace(get_encoder(found.encoder_name), weights=encoder_weights)
     encoder = spec.load(found.encoder_state if encoder_weights is None else None)
     where = resolve_device(device)
-    return Milan(found.to(str(where)), encoder.to(where), REFERENCE if reference_quirks else NO_QUIRKS)
+    judge = None if how is None else how.load().to(where)
+    quirks = REFERENCE if reference_quirks else NO_QUIRKS
+    return Milan(found.to(str(where)), encoder.to(where), quirks, how, judge)
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)

@@ -54,6 +54,12 @@ class Candidates:
             raise MilanError(f"re-ranking with λ = {lam} needs a language model and this captioner has none; use λ = 0")
         return rescore(self.logp_d_given_e, self.logp_d, lam)
 
+    def likelihood(self, mi_lam: float | None) -> np.ndarray:
+        """Log p(d|E), float32 (B, beam), of a search that subtracted λ log p(d) with this λ, or nothing."""
+        if mi_lam is None or self.logp_d is None:
+            return self.logp_d_given_e
+        return self.logp_d_given_e + mi_lam * self.logp_d
+
     def order(self, lam: float) -> np.ndarray:
         """Beam indices by falling score, (B, beam); equal scores stay in beam order."""
         return np.argsort(-self.scores(lam), axis=1, kind="stable")

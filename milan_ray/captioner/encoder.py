@@ -7,19 +7,19 @@ once per image, :func:`pool_maps` once per exemplar.
 from __future__ import annotations
 
 import functools
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milan_ray.errors import unknown_name
 from milan_ray.models.hooks import LayerTap
 from milan_ray.models.view import IMAGENET_MEAN, IMAGENET_STD
-from milan_ray.models.weights import WeightsFile, load_strictly, read_state_dict
+from milan_ray.models.weights import WeightsFile, load_strictly, read_state_dict, weights_digest
 
 
 @dataclass(frozen=True)
@@ -86,11 +86,29 @@ class PyramidEncoder(nn.Module):
         self.eval().requires_grad_(False)
         self.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, and on GPUs with tensor cores
 
+    def identity(self) -> dict[str, object]:
+        """All that decides features besides images and masks."""
+        return {
+            "weights": weights_digest(self.backbone),
+            "structure": hashlib.sha256(repr(self.backbone).encode()).hexdigest(),
+            "layers": self.spec.layers,
+            "size": self.spec.size,
+            "mean": self.spec.mean,
+            "std": self.spec.std,
+        }
+
     @functools.cached_property
     def feature_size(self) -> int:
         """Size F of a feature: the channels of all layers."""
         images = torch.zeros(1, 3, self.spec.size, self.spec.size, device=self.mean.device)
         return sum(level.shape[1] for level in self.maps(images))
+
+    def fit(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) at the encoder's own size."""
+        side = self.spec.size
+        if images.shape[-2:] == (side, side):
+            return images
+        return F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
 
     @torch.no_grad()
     def maps(self, images: Tensor, normalize: bool = True) -> list[Tensor]:
@@ -109,6 +127,10 @@ class PyramidEncoder(nn.Module):
         with LayerTap(self.backbone, self.spec.layers) as tap:
             images = images.contiguous(memory_format=torch.channels_last)
             return list(tap((images - self.mean) / self.std if normalize else images).values())
+
+    def pool(self, maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
+        """Features (M, F) of regions, by :func:`pool_maps`."""
+        return pool_maps(maps, masks, index)
 
     def forward(self, images: Tensor, masks: Tensor | None = None, normalize: bool = True) -> Tensor:
         """Features (N, F) of images (N, 3, H, W) in [0, 1] under masks (N, H, W), one each; all of it without masks."""
@@ -198,7 +220,9 @@ def get_encoder(name: str) -> EncoderSpec:
 
 def _build(name: str, path: str | None) -> nn.Module:
     """A backbone without what comes after the last layer that a feature needs."""
-    model = torchvision.models.get_model(name, weights=None)
+    from torchvision import models  # not above: importing it takes a third of a worker's start
+
+    model = models.get_model(name, weights=None)
     if path is not None:
         load_strictly(model, read_state_dict(path), path)
     for unused in ("avgpool", "classifier" if name == "alexnet" else "fc"):
@@ -208,12 +232,19 @@ def _build(name: str, path: str | None) -> nn.Module:
 
 _RESNET = ("conv1", "layer1", "layer2", "layer3", "layer4")
 _ALEXNET = ("features.0", "features.3", "features.6", "features.8", "features.10")
-for _name in ("alexnet", "resnet18", "resnet50", "resnet101"):
+_FILES = {
+    "alexnet": "alexnet-owt-7be5be79.pth",
+    "resnet18": "resnet18-f37072fd.pth",
+    "resnet50": "resnet50-0676ba61.pth",
+    "resnet101": "resnet101-63fe2227.pth",
+}
+"""The first version of torchvision's weights: what the published captioners were trained on."""
+
+for _name, _file in _FILES.items():
     register_encoder(
         _name,
         functools.partial(_build, _name),
         _ALEXNET if _name == "alexnet" else _RESNET,
-        # The first version of the weights: what the published captioners were trained on.
-        published=WeightsFile.at(torchvision.models.get_model_weights(_name)["IMAGENET1K_V1"].url),
+        published=WeightsFile.at(f"https://download.pytorch.org/models/{_file}"),
         architecture=functools.partial(_build, _name, None),
     )

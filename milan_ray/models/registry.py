@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import re
+import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -114,6 +117,8 @@ def source_of(function: Callable[..., Any] | None) -> str:
 
 
 _MODELS: dict[str, ModelSpec] = {}
+_LATER: list[str] = []
+_IMPORTING = threading.RLock()
 _FAMILIES: dict[str, tuple[Callable[[str], ModelSpec], str]] = {}
 
 
@@ -151,6 +156,28 @@ def register_family(prefix: str, resolve: Callable[[str], ModelSpec], about: str
     _FAMILIES[prefix] = (resolve, about)
 
 
+def register_later(module: str) -> None:
+    """Leaves the models of a module aside until one is asked for that nobody else has registered.
+
+    For networks of a library that takes long to import: workers on other models never need it.
+
+    Args:
+        module: Its name. Importing it calls ``register_model``; names that are taken by then stay as they are.
+    """
+    if module not in sys.modules and module not in _LATER:
+        _LATER.append(module)
+
+
+def _register_now() -> None:
+    """Imports what was left aside."""
+    with _IMPORTING:
+        while _LATER:
+            taken = dict(_MODELS)
+            importlib.import_module(_LATER[0])
+            _MODELS.update(taken)
+            _LATER.pop(0)
+
+
 def get_model(name: str) -> ModelSpec:
     """Finds a registered model, or one of a registered family.
 
@@ -162,6 +189,9 @@ def get_model(name: str) -> ModelSpec:
     prefix, _, rest = name.partition("/")
     if prefix in _FAMILIES and rest:
         return _FAMILIES[prefix][0](rest)
+    _register_now()
+    if name in _MODELS:
+        return _MODELS[name]
     raise unknown_name("model", name, _MODELS, "`python -m jobs.models` lists them all.")
 
 
@@ -189,6 +219,7 @@ def match_models(pattern: str) -> list[str]:
 
 def model_names() -> list[str]:
     """All registered names, sorted."""
+    _register_now()
     return sorted(_MODELS)
 
 

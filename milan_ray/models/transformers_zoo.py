@@ -42,7 +42,7 @@ def resolve(source: str) -> ModelSpec:
     Raises:
         MilanError: transformers is not installed, there is no such model, or a view cannot make its inputs.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
     source = str(Path(source).expanduser().absolute()) if Path(source).expanduser().is_dir() else source
     try:
         config = transformers.AutoConfig.from_pretrained(source, **_LOCAL)
@@ -76,7 +76,7 @@ def build(source: str, weights: str | None) -> nn.Module:
     Raises:
         MilanError: Weights are missing or do not fit.
     """
-    transformers = _transformers()
+    transformers = import_transformers()
     config = transformers.AutoConfig.from_pretrained(source, **_LOCAL)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # also for a pooler that was not saved; nothing that is dissected depends on it
@@ -105,13 +105,16 @@ def build(source: str, weights: str | None) -> nn.Module:
     return _vision(model).float()
 
 
-def _transformers() -> ModuleType:
+def import_transformers(what: str = "models named hf/… come") -> ModuleType:
+    """The package transformers, without its progress bars.
+
+    Raises:
+        MilanError: It is not installed.
+    """
     try:
         transformers = importlib.import_module("transformers")
     except ImportError as error:
-        raise MilanError(
-            "models named hf/… come with transformers, which is not installed: `pip install transformers`."
-        ) from error
+        raise MilanError(f"{what} with transformers, which is not installed: `pip install transformers`.") from error
     transformers.utils.logging.disable_progress_bar()
     return transformers
 

@@ -17,6 +17,9 @@ from milan_ray.storage import Storage
 FOLDER = "captioners"
 ABOUT = "about.txt"
 
+RERANKED = "+clip"
+"""What a captioner's name ends with whose candidates are to be re-ranked."""
+
 HOST = "http://milan.csail.mit.edu/models"
 MILAN = (
     "base", "cls", "gen", "imagenet", "places365", "alexnet", "resnet152", "biggan",
@@ -77,8 +80,11 @@ def find_milan(key: str) -> str:
         MilanError: There is no such captioner, or it can neither be found nor downloaded.
     """
     name = key.replace("/", "-")
-    if name.endswith("+clip"):
-        raise MilanError(f"{key!r} re-ranks by CLIP, which is not built yet: use {name.removesuffix('+clip')!r}.")
+    if name.endswith(RERANKED):
+        plain = name.removesuffix(RERANKED)
+        raise MilanError(
+            f"{key!r} is {plain!r} re-ranked by CLIP, which only jobs.describe and milan_ray.load do: use {plain!r}."
+        )
     if name not in MILAN:
         raise unknown_name("published captioner", key, MILAN)
     file = f"milan-{name}.pth"
@@ -108,7 +114,7 @@ def load_captioner(storage: Storage | None, decoder: str) -> Captioner:
     if (folder / CONFIG).is_file():
         parts = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
         return from_bytes({name: (folder / name).read_bytes() for name in parts})
-    if decoder.replace("/", "-").removesuffix("+clip") in MILAN:
+    if decoder.replace("/", "-").removesuffix(RERANKED) in MILAN:
         return load_reference(find_milan(decoder))
     places = [f"folder {folder.absolute()}"] if storage is None else [storage.uri(path), f"folder {folder.absolute()}"]
     raise MilanError(
@@ -119,7 +125,7 @@ def load_captioner(storage: Storage | None, decoder: str) -> Captioner:
 
 def has_captioner(storage: Storage, name: str) -> bool:
     """Whether the run directory holds a captioner of that name."""
-    return storage.exists(f"{FOLDER}/{name}/{CONFIG}")
+    return "/" not in name and storage.exists(f"{FOLDER}/{name}/{CONFIG}")
 
 
 def save_captioner(storage: Storage, name: str, captioner: Captioner, about: str) -> None:

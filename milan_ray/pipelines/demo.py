@@ -12,11 +12,13 @@ from milan_ray.config import ExemplarConfig, Resources, TrainingConfig, config_h
 from milan_ray.exemplars.forward import Forward
 from milan_ray.experiments import judges
 from milan_ray.experiments.evaluation import RANDOM, best_constant, evaluate_text, nearest_copy, with_trivial_rows
+from milan_ray.labelers.clip import CLIP, Clip
 from milan_ray.pipelines import requests, world
 from milan_ray.pipelines.captioners import EncoderRequest
 from milan_ray.pipelines.describe import LIKELIHOOD, MILAN, Search, run_descriptions
 from milan_ray.pipelines.encodings import run_encodings, unit_features
 from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.rerank import run_reranking
 from milan_ray.pipelines.train import Sizes, TrainingJob, run_training
 from milan_ray.progress import say
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, ENCODINGS, SCORES
@@ -56,17 +58,21 @@ SIZES = Sizes(embedding=64, hidden=256)
 
 EXPERIMENTS = ("held-out text", "held-out truth", "untrained truth", "planted units", "interpretable units")
 
+SYSTEMS = {"wPMI": MILAN, "p(d|E)": LIKELIHOOD}
+"""What the evaluation compares, as it is shown: system → labeler."""
+
 Units = dict[tuple[str, int], str]
 """(layer, unit) → text."""
 
 
-def run_demo(storage: Storage, resources: Resources, threads: int) -> pa.Table:
+def run_demo(storage: Storage, resources: Resources, threads: int, clip: bool = False) -> pa.Table:
     """Runs everything that is missing; returns the evaluation.
 
     Args:
         storage: The run directory.
         resources: What of the cluster to use; Ray must be connected.
         threads: Torch threads of the training worker.
+        clip: Also train the world's own model of images and texts, and re-rank with it.
     """
     world.train_networks()
     models = [requests.ModelRequest(name) for name in (*TRAIN, HELD_OUT, CONTROL, PLANTED)]
@@ -78,7 +84,11 @@ def run_demo(storage: Storage, resources: Resources, threads: int) -> pa.Table:
     job = TrainingJob(DECODER, world.SOURCE, layers, EncoderRequest(DECODER), TRAINING, SIZES, threads=threads)
     run_training(storage, job)
     run_descriptions(storage, dissected, SEARCH, resources)
-    return evaluate(storage, dissected)
+    if not clip:
+        return evaluate(storage, dissected)
+    folder = world.train_image_text()
+    run_reranking(storage, dissected, SEARCH, Clip(folder), resources)
+    return evaluate(storage, dissected, SYSTEMS | {"wPMI beam + CLIP": CLIP})
 
 
 def run_generator(storage: Storage, resources: Resources) -> None:
@@ -91,9 +101,15 @@ def run_generator(storage: Storage, resources: Resources) -> None:
     run_descriptions(storage, dissected, SEARCH, resources)
 
 
-def evaluate(storage: Storage, models: Mapping[str, Sequence[str]]) -> pa.Table:
-    """Scores the descriptions of the held-out, the planted and the untrained network (DESIGN §7, judges a to d)."""
-    described = [{"labeler": labeler, **keys} for keys in _layers(models) for labeler in (MILAN, LIKELIHOOD)]
+def evaluate(storage: Storage, models: Mapping[str, Sequence[str]], systems: Mapping[str, str] = SYSTEMS) -> pa.Table:
+    """Scores the descriptions of the held-out, the planted and the untrained network (DESIGN §7, judges a to d).
+
+    Args:
+        storage: The run directory.
+        models: Model name → layers.
+        systems: System, as it is shown → labeler; the first is the one that trivial rows are compared with.
+    """
+    described = [{"labeler": labeler, **keys} for keys in _layers(models) for labeler in systems.values()]
     annotated = [{"source": world.SOURCE, **keys} for keys in _layers(models) if keys["model"] != CONTROL]
     configs = [storage.config_of(DESCRIPTIONS, **keys) for keys in described]
     configs += [storage.config_of(ANNOTATIONS, **keys) for keys in annotated]
@@ -101,7 +117,7 @@ def evaluate(storage: Storage, models: Mapping[str, Sequence[str]]) -> pa.Table:
     config = config_hash({"evaluation": 1, "judged": configs, "world": WORLD_DIGEST, "bertscore": folder is not None})
     if not all(storage.is_current(SCORES, config, experiment=name) for name in EXPERIMENTS):
         say("evaluation: against the annotators and against the world itself")
-        for table in _evaluate(storage, models, BertScore(folder) if folder else None):
+        for table in _evaluate(storage, models, systems, BertScore(folder) if folder else None):
             storage.write(SCORES, table, config, experiment=table["experiment"][0].as_py())
     return pa.concat_tables([storage.read(SCORES, experiment=name) for name in EXPERIMENTS])
 
@@ -110,7 +126,9 @@ def _layers(models: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
     return [{"model": model, "layer": layer} for model, layers in models.items() for layer in layers]
 
 
-def _evaluate(storage: Storage, models: Mapping[str, Sequence[str]], bert: BertScore | None) -> list[pa.Table]:
+def _evaluate(
+    storage: Storage, models: Mapping[str, Sequence[str]], labelers: Mapping[str, str], bert: BertScore | None
+) -> list[pa.Table]:
     text, told, untrained, planted, interpretable = EXPERIMENTS
     references = _annotations(storage, {HELD_OUT: models[HELD_OUT]})[HELD_OUT]
     units = sorted(references, key=lambda unit: (list(models[HELD_OUT]).index(unit[0]), unit[1]))
@@ -124,13 +142,10 @@ def _evaluate(storage: Storage, models: Mapping[str, Sequence[str]], bert: BertS
         np.stack([features[HELD_OUT][unit] for unit in units]),
     )
     constant = best_constant(captions)
-    described = {
-        labeler: _descriptions(storage, HELD_OUT, models[HELD_OUT], labeler) for labeler in (MILAN, LIKELIHOOD)
-    }
-    own = {
-        "wPMI": [described[MILAN][unit] for unit in units],
-        "p(d|E)": [described[LIKELIHOOD][unit] for unit in units],
-    }
+    own = {}
+    for system, labeler in labelers.items():
+        described = _descriptions(storage, HELD_OUT, models[HELD_OUT], labeler)
+        own[system] = [described[unit] for unit in units]
     systems = with_trivial_rows(own, constant, copies)
     control = _descriptions(storage, CONTROL, models[CONTROL], MILAN)
     tables = [
@@ -151,12 +166,11 @@ def _evaluate(storage: Storage, models: Mapping[str, Sequence[str]], bert: BertS
     )
     own_control = with_trivial_rows({"wPMI": [control[unit] for unit in units]}, constant)
     tables.append(judges.described_auroc(untrained, found[CONTROL].activations, shown, own_control))
-    named = _descriptions(storage, PLANTED, models[PLANTED], MILAN)
-    likely = _descriptions(storage, PLANTED, models[PLANTED], LIKELIHOOD)
-    order = sorted(named)
+    named = {system: _descriptions(storage, PLANTED, models[PLANTED], labeler) for system, labeler in labelers.items()}
+    order = sorted(named[next(iter(labelers))])
     said = _annotations(storage, {PLANTED: models[PLANTED]})[PLANTED]
     of_planted = with_trivial_rows(
-        {"wPMI": [named[unit] for unit in order], "p(d|E)": [likely[unit] for unit in order]}, constant
+        {system: [found[unit] for unit in order] for system, found in named.items()}, constant
     ) | {"an annotator": [said[unit][0] for unit in order]}
     concepts = [planted_concepts[unit] for _, unit in order]
     tables.append(judges.planted_accuracy(planted, concepts, of_planted))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -17,12 +17,13 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import digest as captioner_digest
 from milan_ray.captioner.checkpoints import lm_digest
 from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
-from milan_ray.captioner.rerank import rescore
 from milan_ray.config import Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
+from milan_ray.labelers.milan import LIKELIHOOD, MILAN, PointwiseMutualInformation
+from milan_ray.labelers.protocol import Evidence, Label, Labeler
 from milan_ray.pipelines.captioners import captioner_name, load_captioner
 from milan_ray.pipelines.encodings import only_units, unit_features
-from milan_ray.pipelines.fanout import run_parallel
+from milan_ray.pipelines.fanout import beside_others, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import record_run
 from milan_ray.progress import Progress, say
@@ -46,16 +47,11 @@ _CANDIDATES_SCHEMA = pa.schema(
 UNITS = 32
 """Units per beam search."""
 
+WIDE_BEAMS = 4000
+"""Beams of all units of a search by mutual information, which is a wide one: what bounds its memory."""
+
 REFERENCE_UNITS = 16
 """Units per beam search of the reference, whose scores depend on it (REFERENCE §5)."""
-
-N_BEST = 5
-
-MILAN = "milan"
-"""Labeler: log p(d|E) − λ·log p(d)."""
-
-LIKELIHOOD = "milan-pdE"
-"""Labeler: log p(d|E) alone."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +64,8 @@ class Search:
         length: Most tokens, ``<stop>`` included; None takes the captioner's own.
         lam: λ; None takes the captioner's own.
         quirks: Defects of the reference to reproduce in log p(d).
+        mi_lam: Search for log p(d|E) − λ·log p(d) with this λ, token by token; None searches for log p(d|E).
+        table: Name of the partition of candidates; None takes the captioner's.
     """
 
     decoder: str
@@ -75,6 +73,13 @@ class Search:
     length: int | None = None
     lam: float | None = None
     quirks: Quirks = NO_QUIRKS
+    mi_lam: float | None = None
+    table: str | None = None
+
+    @property
+    def name(self) -> str:
+        """The partition of candidates."""
+        return captioner_name(self.decoder) if self.table is None else self.table
 
 
 @dataclass(frozen=True)
@@ -86,10 +91,13 @@ class _Settled:
     length: int
     lam: float
     quirks: Quirks
+    mi_lam: float | None
 
     @property
     def units(self) -> int:
         """Units per beam search: the planned batch."""
+        if self.mi_lam is not None:
+            return max(1, WIDE_BEAMS // self.beam_size)
         return REFERENCE_UNITS if self.quirks.batch_dependent_length else UNITS
 
 
@@ -100,19 +108,21 @@ def _settle(search: Search, captioner: Captioner) -> _Settled:
         captioner.length if search.length is None else search.length,
         captioner.lam if search.lam is None else search.lam,
         search.quirks,
+        search.mi_lam,
     )
 
 
 def search_identity(captioner: Captioner, search: Search) -> dict[str, object]:
     """All that decides candidates besides the encodings."""
     settled = _settle(search, captioner)
-    return {
+    identity: dict[str, object] = {
         "kernel": KERNEL_VERSION,
         "captioner": captioner_digest(captioner),
         "beam_size": settled.beam_size,
         "length": settled.length,
         "quirks": settled.quirks,
     }
+    return identity if settled.mi_lam is None else identity | {"mi_lam": settled.mi_lam}
 
 
 def candidates_recipe(search: Mapping[str, object], encodings: str, units: tuple[int, ...]) -> Recipe:
@@ -126,19 +136,38 @@ def candidates_recipe(search: Mapping[str, object], encodings: str, units: tuple
     return Recipe.of({**search, "encodings": encodings}, units)
 
 
-def labelers(captioner: Captioner, search: Search) -> dict[str, float]:
-    """Labeler → λ of the descriptions that a captioner gives."""
-    lams = {LIKELIHOOD: 0.0}
-    return lams if captioner.lm is None else {**lams, MILAN: _settle(search, captioner).lam}
+def labelers(captioner: Captioner, search: Search) -> list[PointwiseMutualInformation]:
+    """The labelers that rank what a captioner's own search finds."""
+    found = [PointwiseMutualInformation(LIKELIHOOD, 0.0)]
+    if captioner.lm is not None:
+        found.append(PointwiseMutualInformation(MILAN, _settle(search, captioner).lam))
+    return found
 
 
-def description_recipe(candidates: Recipe, lam: float) -> Recipe:
-    """What decides a layer's descriptions by one λ."""
-    return Recipe.of({"rescore": 1, "candidates": candidates.whole, "lam": lam, "n_best": N_BEST}, candidates.units)
+def description_recipe(candidates: Recipe, labeler: Labeler, encodings: str | None = None) -> Recipe:
+    """What decides a layer's descriptions by one labeler.
+
+    Args:
+        candidates: What decides the candidates.
+        labeler: The labeler.
+        encodings: Configuration hash of the layer's encodings, all units of them, where the labeler compares with them.
+    """
+    parts = labeler.identity() | {"candidates": candidates.whole}
+    return Recipe.of(parts if encodings is None else parts | {"encodings": encodings}, candidates.units)
 
 
 @dataclass(frozen=True)
-class _Layer:
+class Layer:
+    """A layer on its way from encodings to descriptions.
+
+    Attributes:
+        number: Its place among the job's layers.
+        model: Name of the model.
+        layer: Module path.
+        recipe: What decides its candidates.
+        exemplars: Configuration hash of the exemplars.
+    """
+
     number: int
     model: str
     layer: str
@@ -147,9 +176,11 @@ class _Layer:
 
     @property
     def name(self) -> tuple[str, str]:
+        """(model, layer)."""
         return self.model, self.layer
 
 
+@beside_others
 def run_descriptions(
     storage: Storage,
     models: Mapping[str, Sequence[str]],
@@ -170,15 +201,44 @@ def run_descriptions(
         MilanError: The captioner or encodings are missing.
     """
     captioner = load_captioner(storage, search.decoder)
-    name = captioner_name(search.decoder)
-    settled = _settle(search, captioner)
+    layers = run_candidates(storage, models, search, captioner, resources, units)
+    if captioner.lm is None:
+        say(f"captioner {search.name} has no language model: described by log p(d|E) alone ({LIKELIHOOD})")
+    tasks = [_Rank(storage, search.name, layer, labeler) for layer in layers for labeler in labelers(captioner, search)]
+    stale = [task for task in tasks if not task.done()]
+    for _ in run_parallel(_rank, stale):
+        pass
+
+
+def run_candidates(
+    storage: Storage,
+    models: Mapping[str, Sequence[str]],
+    search: Search,
+    captioner: Captioner,
+    resources: Resources,
+    units: tuple[int, ...] = (),
+) -> list[Layer]:
+    """Searches candidates of every unit of every layer where they are missing or stale; returns all layers.
+
+    Args:
+        storage: The run directory, which holds encodings.
+        models: Model name → layers.
+        search: Captioner, beam.
+        captioner: The search's captioner.
+        resources: What of the cluster to use; Ray must be connected.
+        units: The units of every layer to describe; empty for all.
+
+    Raises:
+        MilanError: Encodings are missing.
+    """
+    settled, name = _settle(search, captioner), search.name
     identity = search_identity(captioner, search)
-    every: list[_Layer] = []
+    every: list[Layer] = []
     for model, paths in models.items():
         for layer in paths:
             keys = {"encoder": captioner.encoder_name, "model": model, "layer": layer}
             recipe = candidates_recipe(identity, storage.whole_of(ENCODINGS, **keys), units)
-            every.append(_Layer(len(every), model, layer, recipe, storage.exemplars_of(ENCODINGS, **keys) or ""))
+            every.append(Layer(len(every), model, layer, recipe, storage.exemplars_of(ENCODINGS, **keys) or ""))
     # Over all layers, so that a job killed while results become public finds its candidates again.
     work = config_hash({"candidates": [layer.recipe.hash for layer in every]})
     layers = [
@@ -191,19 +251,13 @@ def run_descriptions(
     else:
         storage.remove_work(work)
         say(f"candidates ({name}): all up to date")
-    if captioner.lm is None:
-        say(f"captioner {name} has no language model: described by log p(d|E) alone ({LIKELIHOOD})")
-    lams = labelers(captioner, search)
-    tasks = [_Rescore(storage, name, layer, labeler, lam) for layer in every for labeler, lam in lams.items()]
-    stale = [task for task in tasks if not task.done()]
-    for _ in run_parallel(_rescore, stale):
-        pass
+    return every
 
 
 def _search(
     storage: Storage,
     work: str,
-    layers: list[_Layer],
+    layers: list[Layer],
     search: _Settled,
     name: str,
     encoder: str,
@@ -211,6 +265,7 @@ def _search(
     resources: Resources,
 ) -> None:
     done = set(storage.work_names(work))
+    parts: dict[int, list[str]] = defaultdict(list)
     rows: list[Row] = []
     units = 0
     for layer in layers:
@@ -218,7 +273,8 @@ def _search(
         present = sorted(set(only_units(encoded, layer.recipe.units)["unit"].to_pylist()))
         for start in range(0, len(present), search.units):
             batch = present[start : start + search.units]
-            if f"L{layer.number}/{batch[0]:06d}" not in done:
+            parts[layer.number].append(f"L{layer.number}/{batch[0]:06d}")
+            if parts[layer.number][-1] not in done:
                 rows.append({"layer": layer.number, "units": batch})
                 units += len(batch)
     say(f"descriptions: {units} units of {len({layer.model for layer in layers})} models by {name}")
@@ -237,7 +293,9 @@ def _search(
         for answer in run_pool(CandidateWorker, arguments, rows, resources):
             progress.advance(answer["units"], [names[answer["layer"]]])
             seconds[answer["layer"]] += answer["seconds"]
-    tasks = [_Gather(storage, work, layer, name, lm or "", search.beam_size) for layer in layers]
+    tasks = [
+        _Gather(storage, work, layer, name, lm or "", search.beam_size, tuple(parts[layer.number])) for layer in layers
+    ]
     for index, count in run_parallel(_gather, tasks):
         made = layers[index]
         record_run(
@@ -260,7 +318,7 @@ class CandidateWorker:
         self,
         storage: Storage,
         work: str,
-        layers: dict[int, _Layer],
+        layers: dict[int, Layer],
         search: _Settled,
         encoder: str,
         threads: int,
@@ -284,7 +342,7 @@ class CandidateWorker:
         self._storage.put_work(self._work, f"L{layer.number}/{row['units'][0]:06d}", table)
         return {"layer": layer.number, "units": len(row["units"])}
 
-    def _of(self, layer: _Layer) -> dict[int, np.ndarray]:
+    def _of(self, layer: Layer) -> dict[int, np.ndarray]:
         if self._features[0] != layer.number:
             keys = {"encoder": self._encoder, "model": layer.model, "layer": layer.layer}
             table = self._storage.read(ENCODINGS, ["unit", "rank", "feature"], **keys)
@@ -296,7 +354,8 @@ class CandidateWorker:
             np.stack([features for _, features in units]),
             self._search.beam_size,
             self._search.length,
-            quirks=self._search.quirks,
+            self._search.mi_lam,
+            self._search.quirks,
         )
         beams = found.logp_d_given_e.shape[1]
         logp_d = found.logp_d if found.logp_d is not None else np.zeros_like(found.logp_d_given_e)
@@ -306,7 +365,7 @@ class CandidateWorker:
                 "beam_rank": pa.array(np.tile(np.arange(beams), len(units)), pa.int32()),
                 "tokens": pa.array([t for unit in found.tokens for t in unit], pa.list_(pa.int32())),
                 "finished": found.finished.ravel(),
-                "logp_d_given_e": found.logp_d_given_e.ravel(),
+                "logp_d_given_e": found.likelihood(self._search.mi_lam).ravel(),
                 "logp_d": logp_d.ravel(),
                 "text": [text for unit in found.texts for text in unit],
             },
@@ -318,17 +377,17 @@ class CandidateWorker:
 class _Gather:
     storage: Storage
     work: str
-    layer: _Layer
+    layer: Layer
     decoder: str
     lm: str
     beam_size: int
+    parts: tuple[str, ...]
 
 
 def _gather(task: _Gather) -> int:
     """Puts a layer's candidates together and makes them public; returns the number of rows."""
-    names = task.storage.work_names(task.work, f"L{task.layer.number}")
     empty = _CANDIDATES_SCHEMA.empty_table()
-    table = pa.concat_tables([empty, *(task.storage.get_work(task.work, name) for name in names)])
+    table = pa.concat_tables([empty, *(task.storage.get_work(task.work, name) for name in task.parts)])
     table = table.sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
     keys = {"decoder": task.decoder, "model": task.layer.model, "layer": task.layer.layer}
     columns: dict[str, object] = {name: [value] * len(table) for name, value in keys.items()}
@@ -340,63 +399,72 @@ def _gather(task: _Gather) -> int:
 
 
 @dataclass(frozen=True)
-class _Rescore:
+class _Rank:
     storage: Storage
     decoder: str
-    layer: _Layer
-    labeler: str
-    lam: float
+    layer: Layer
+    labeler: PointwiseMutualInformation
 
     @property
     def recipe(self) -> Recipe:
-        return description_recipe(self.layer.recipe, self.lam)
-
-    @property
-    def keys(self) -> dict[str, str]:
-        return {"labeler": self.labeler, "model": self.layer.model, "layer": self.layer.layer}
+        return description_recipe(self.layer.recipe, self.labeler)
 
     def done(self) -> bool:
-        return self.storage.why(DESCRIPTIONS, self.recipe, **self.keys) is None
+        return described(self.storage, self.layer, self.labeler, self.recipe)
 
 
-def _rescore(task: _Rescore) -> None:
-    """Chooses the best candidates of a layer for one λ."""
-    keys = {"decoder": task.decoder, "model": task.layer.model, "layer": task.layer.layer}
-    table = only_units(task.storage.read(CANDIDATES, **keys), task.layer.recipe.units).combine_chunks()
-    units = table["unit"].to_numpy()
-    likely, prior = (table[name].to_numpy() for name in ("logp_d_given_e", "logp_d"))
-    scores = rescore(likely, prior, task.lam)
-    texts = table["text"].to_pylist()
-    has_lm = bool(table["lm"][0].as_py()) if len(table) else False
-    rows: list[dict[str, object]] = []
-    starts = np.flatnonzero(np.diff(units, prepend=-1))
-    ends = np.append(starts[1:], len(units))[: len(starts)]
-    for begin, end in zip(starts, ends, strict=True):
-        best: list[dict[str, object]] = []
-        for place in begin + np.argsort(-scores[begin:end], kind="stable"):
-            if all(texts[place] != other["text"] for other in best):  # different tokens may read the same
-                best.append(
-                    {
-                        "text": texts[place],
-                        "score": float(scores[place]),
-                        "logp_d_given_e": float(likely[place]),
-                        "logp_d": float(prior[place]) if has_lm else None,
-                    }
-                )
-            if len(best) == N_BEST:
-                break
-        rows.append(
-            {
-                **task.keys,
-                "unit": int(units[begin]),
-                "description": best[0]["text"],
-                "score": best[0]["score"],
-                "logp_d_given_e": best[0]["logp_d_given_e"],
-                "logp_d": best[0]["logp_d"],
-                "lam": task.lam,
-                "n_best": best,
-            }
-        )
-    metadata = {"decoder": task.decoder, "lam": str(task.lam), EXEMPLARS_KEY: task.layer.exemplars}
+def _rank(task: _Rank) -> None:
+    """Ranks the candidates of a layer."""
+    evidence = Evidence(read_candidates(task.storage, task.decoder, task.layer))
+    labels = task.labeler.label(evidence)
+    write_labels(task.storage, task.decoder, task.layer, task.labeler, task.recipe, labels)
+
+
+def read_candidates(storage: Storage, decoder: str, layer: Layer, columns: Sequence[str] | None = None) -> pa.Table:
+    """A layer's candidates, of the units selected, by unit and beam rank."""
+    table = storage.read(CANDIDATES, columns, decoder=decoder, model=layer.model, layer=layer.layer)
+    return only_units(table, layer.recipe.units).combine_chunks()
+
+
+def described(storage: Storage, layer: Layer, labeler: Labeler, recipe: Recipe) -> bool:
+    """Whether a layer's descriptions by a labeler are there."""
+    return storage.why(DESCRIPTIONS, recipe, labeler=labeler.name, model=layer.model, layer=layer.layer) is None
+
+
+def write_labels(
+    storage: Storage,
+    decoder: str,
+    layer: Layer,
+    labeler: Labeler,
+    recipe: Recipe,
+    labels: Mapping[int, Sequence[Label]],
+) -> None:
+    """Writes a layer's descriptions.
+
+    Args:
+        storage: The run directory.
+        decoder: Which candidates were labels to choose from.
+        layer: The layer.
+        labeler: Whose labels they are.
+        recipe: What decides them.
+        labels: Unit → its labels, best first.
+    """
+    keys = {"labeler": labeler.name, "model": layer.model, "layer": layer.layer}
+    rows = [
+        {
+            **keys,
+            "unit": unit,
+            "description": best[0].text,
+            "score": best[0].score,
+            "logp_d_given_e": best[0].logp_d_given_e,
+            "logp_d": best[0].logp_d,
+            "lam": labeler.lam,
+            "n_best": [asdict(label) for label in best],
+        }
+        for unit, best in labels.items()
+    ]
+    metadata = {"decoder": decoder, EXEMPLARS_KEY: layer.exemplars}
+    if labeler.lam is not None:
+        metadata["lam"] = str(labeler.lam)
     table = pa.Table.from_pylist(rows, schema=DESCRIPTIONS.schema.with_metadata(metadata))
-    task.storage.write(DESCRIPTIONS, table, task.recipe, **task.keys)
+    storage.write(DESCRIPTIONS, table, recipe, **keys)

@@ -5,28 +5,24 @@ exemplars ─► [scatter by chunk of images] ─► [actor pool: encode a chunk
 
 from __future__ import annotations
 
-import hashlib
 import io
 import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-import torch.nn.functional as F
 from PIL import Image
 
-from milan_ray.captioner.encoder import PyramidEncoder, pool_maps
 from milan_ray.config import Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
-from milan_ray.models.weights import weights_digest
-from milan_ray.pipelines.captioners import EncoderRequest
-from milan_ray.pipelines.fanout import run_parallel
+from milan_ray.pipelines.fanout import beside_others, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.views import block_of, read_block
@@ -45,6 +41,38 @@ MASKS = 256
 _FEATURES_SCHEMA = pa.schema([("unit", pa.int32()), ("rank", pa.int16()), ("feature", pa.list_(pa.float32()))])
 
 FEATURES = "features"
+
+
+class Encoder(Protocol):
+    """What turns images and masks into features: a captioner's encoder, or a model of images and texts."""
+
+    mean: torch.Tensor
+
+    def identity(self) -> dict[str, object]:
+        """All that decides features besides images and masks."""
+
+    def to(self, device: torch.device) -> Any:
+        """The encoder, moved."""
+
+    def fit(self, images: torch.Tensor) -> torch.Tensor:
+        """Images (N, 3, H, W) in [0, 1] at the encoder's own size."""
+
+    def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
+        """What is the same for all masks, from one pass over N images: tensors of N rows."""
+
+    def pool(self, maps: Sequence[torch.Tensor], masks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        """Features (M, F) of masks (M, H, W), ``index`` (M,) telling whose image each belongs to."""
+
+
+class Request(Protocol):
+    """An encoder as it travels to workers."""
+
+    @property
+    def name(self) -> str:
+        """Its name in the table of encodings."""
+
+    def load(self) -> Encoder:
+        """Builds it."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +109,11 @@ class Source:
         return int(self.exemplars["mask_height"]), int(self.exemplars["mask_width"])
 
 
+@beside_others
 def run_encodings(
     storage: Storage,
     models: Mapping[str, Sequence[str]],
-    encoder: EncoderRequest,
+    encoder: Request,
     resources: Resources,
     units: tuple[int, ...] = (),
 ) -> None:
@@ -163,18 +192,9 @@ def run_encodings(
     storage.remove_work(work)
 
 
-def encoder_identity(encoder: EncoderRequest) -> dict[str, object]:
+def encoder_identity(encoder: Request) -> dict[str, object]:
     """All that decides encodings besides the exemplars."""
-    net = encoder.load()
-    return {
-        "kernel": KERNEL_VERSION,
-        "weights": weights_digest(net.backbone),
-        "structure": hashlib.sha256(repr(net.backbone).encode()).hexdigest(),
-        "layers": net.spec.layers,
-        "size": net.spec.size,
-        "mean": net.spec.mean,
-        "std": net.spec.std,
-    }
+    return {"kernel": KERNEL_VERSION, **encoder.load().identity()}
 
 
 def encodings_recipe(encoder: Mapping[str, object], exemplars: str, units: tuple[int, ...]) -> Recipe:
@@ -189,7 +209,7 @@ def encodings_recipe(encoder: Mapping[str, object], exemplars: str, units: tuple
 
 
 def _sources(
-    storage: Storage, models: Mapping[str, Sequence[str]], encoder: EncoderRequest, units: tuple[int, ...]
+    storage: Storage, models: Mapping[str, Sequence[str]], encoder: Request, units: tuple[int, ...]
 ) -> list[Source]:
     """All layers, with the recipe that their encodings should have."""
     identity = encoder_identity(encoder)
@@ -263,7 +283,7 @@ class EncodingWorker:
         storage: Storage,
         work: str,
         sources: dict[int, Source],
-        encoder: EncoderRequest,
+        encoder: Request,
         threads: int,
         device: str,
     ) -> None:
@@ -308,7 +328,7 @@ class EncodingWorker:
     ) -> pa.Table:
         regions = torch.from_numpy(masks.unpack(table["mask"].to_pylist(), mask_size)).to(self._device)
         index = torch.from_numpy(np.searchsorted(batch, table["image_id"].to_numpy())).to(self._device)
-        features = pool_maps(maps, regions, index).cpu().numpy()
+        features = self._encoder.pool(maps, regions, index).cpu().numpy()
         offsets = np.arange(len(features) + 1, dtype=np.int32) * features.shape[1]
         lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(features.ravel()))
         return pa.table([table["unit"], table["rank"], lists], schema=_FEATURES_SCHEMA).append_column(
@@ -316,7 +336,7 @@ class EncodingWorker:
         )
 
 
-def encode(encoder: PyramidEncoder, pngs: Sequence[bytes], batch_size: int) -> list[torch.Tensor]:
+def encode(encoder: Encoder, pngs: Sequence[bytes], batch_size: int) -> list[torch.Tensor]:
     """One encoder pass over up to a batch of views, padded to the full batch so that results do not depend on it.
 
     Args:
@@ -325,16 +345,13 @@ def encode(encoder: PyramidEncoder, pngs: Sequence[bytes], batch_size: int) -> l
         batch_size: Images per pass.
 
     Returns:
-        One (n, C, h, w) per pyramid level.
+        The encoder's maps of n images; of a pyramid, one (n, C, h, w) per level.
     """
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(png))) for png in pngs])
     padded = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
     padded[: len(pixels)] = pixels
     images = torch.from_numpy(padded).to(encoder.mean.device).permute(0, 3, 1, 2).float() * (1 / 255)
-    side = encoder.spec.size
-    if images.shape[-2:] != (side, side):
-        images = F.interpolate(images, size=(side, side), mode="bilinear", align_corners=False, antialias=True)
-    return [level[: len(pixels)] for level in encoder.maps(images)]
+    return [level[: len(pixels)] for level in encoder.maps(encoder.fit(images))]
 
 
 @dataclass(frozen=True)

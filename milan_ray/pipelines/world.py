@@ -19,6 +19,7 @@ from milan_ray.progress import Progress, say
 from milan_ray.schema import ANNOTATIONS, EXEMPLARS, LEVELS, MANIFEST
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 from milan_ray.world.annotators import annotate_unit
+from milan_ray.world.image_text import FOLDER, build, image_text_task
 from milan_ray.world.iou import ConceptIoU
 from milan_ray.world.lexicon import NAMES
 from milan_ray.world.plugin import weights_dir
@@ -49,6 +50,14 @@ def train_networks(wanted: Sequence[TrainTask] | None = None) -> int:
             progress.advance()
             say(f"  {tasks[index].name}: {_metrics(weights)} on held-out scenes")
     return len(tasks)
+
+
+def train_image_text() -> str:
+    """Trains the world's model of images and texts if it is not there yet; returns its folder."""
+    folder = weights_dir() / FOLDER
+    build(folder)
+    train_networks([image_text_task()])
+    return str(folder)
 
 
 def _metrics(weights: bytes) -> str:

@@ -99,7 +99,7 @@ def codes_of(split: str, start: int, count: int) -> torch.Tensor:
 
 
 @contextmanager
-def _reproducible(seed: int, threads: int) -> Iterator[None]:
+def reproducible(seed: int, threads: int) -> Iterator[None]:
     """A seed and a thread count for a while; the caller's own come back afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
@@ -186,7 +186,7 @@ def train_classifier(
         Weights, and metrics: ``accuracy`` on held-out scenes and the last epoch's ``loss``.
     """
     recipe = recipe or RECIPES[architecture]
-    with _reproducible(seed, threads):
+    with reproducible(seed, threads):
         network = ARCHITECTURES[architecture].build()
         images = images_of("train", recipe.first, recipe.scenes)
         history = fit(network, images, labels_of("train", recipe.first, recipe.scenes), _class_loss, recipe)
@@ -204,7 +204,7 @@ def train_encoder(
         Weights, and metrics: class ``accuracy`` and mean ``auroc`` of the attributes on held-out scenes.
     """
     recipe = recipe or RECIPES["encoder"]
-    with _reproducible(seed, threads):
+    with reproducible(seed, threads):
         network = EncoderNet()
         targets = torch.cat(
             [
@@ -230,7 +230,7 @@ def train_planted(
         Weights, and metrics: mean ``auroc`` of the units' maxima for their concepts on held-out scenes.
     """
     recipe = recipe or RECIPES["planted"]
-    with _reproducible(seed, threads):
+    with reproducible(seed, threads):
         network = PlantedNet()
         targets = planted_targets("train", recipe.first, recipe.scenes)
         share = (targets.float().mean(dim=(0, 2, 3)) / 255).clamp(min=1e-4)
@@ -256,7 +256,7 @@ def train_generator(
         Weights, and metrics: ``psnr`` of its images on held-out scenes, dB.
     """
     recipe = recipe or RECIPES["generator"]
-    with _reproducible(seed, threads):
+    with reproducible(seed, threads):
         network = SceneGenerator()
         codes = codes_of("train", recipe.first, recipe.scenes)
         fit(network, images_of("train", recipe.first, recipe.scenes), codes, _painting_loss, recipe)
@@ -296,7 +296,7 @@ class TrainTask:
         """Trains, and returns a whole safetensors file; its metadata ``metrics`` is JSON."""
         weights, metrics = self.train()
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
-        return save(contiguous, {"metrics": json.dumps(metrics)})
+        return save(contiguous, {"format": "pt", "metrics": json.dumps(metrics)})
 
 
 def generator_task(threads: int = 1) -> TrainTask:

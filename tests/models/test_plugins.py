@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +20,27 @@ register_model("{name}", lambda weights: nn.Linear(2, 2), ["outputs"])
 def test_plugins_builtin_ones_are_always_loaded() -> None:
     load_plugins()
     assert get_model("alexnet/imagenet").layers[0] == "conv1"
+
+
+def test_plugins_of_a_user_s_own_model_need_no_torchvision_and_override_its_names(tmp_path: Path) -> None:
+    """Importing it takes a third of the time in which a worker starts."""
+    plugin = tmp_path / "own.py"
+    plugin.write_text(SOURCE.format(name="own/net") + SOURCE.format(name="vgg11/imagenet"))
+    script = f"""
+from milan_ray.pipelines import describe, encodings, exemplars
+from milan_ray.models.registry import get_model, match_models
+from milan_ray.plugins import load_plugins
+import sys
+load_plugins([{str(plugin)!r}])
+load_plugins([{str(plugin)!r}])
+assert get_model("own/net").layers == ("outputs",)
+assert "torchvision" not in sys.modules and "torch._dynamo" not in sys.modules
+assert match_models("vgg1[13]/imagenet") == ["vgg11/imagenet", "vgg13/imagenet"]
+assert "torchvision" in sys.modules
+assert get_model("vgg11/imagenet").layers == ("outputs",)
+assert get_model("vgg13/imagenet").layers != ("outputs",)
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
 
 
 def test_plugins_file_and_module_register_their_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,11 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision import transforms
 
 from milan_ray.errors import UnreadableImage
-from milan_ray.models.view import GENERATED, IMAGENET_MEAN, IMAGENET_STD, Preprocess, View
+from milan_ray.models.view import GENERATED, IMAGENET_MEAN, IMAGENET_STD, MAX_ASPECT, Preprocess, View
 
 
 @pytest.mark.parametrize("size", [(300, 200), (100, 301), (224, 224)])
@@ -24,6 +26,25 @@ def test_preprocess_equals_torchvision_bit_for_bit(size: tuple[int, int]) -> Non
     preprocess = Preprocess()
     views = torch.from_numpy(preprocess.view(image)[None].copy())
     assert torch.equal(preprocess(views)[0], recipe(image))
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    width=st.integers(1, 90),
+    height=st.integers(1, 90),
+    resize=st.one_of(st.none(), st.integers(1, 64), st.tuples(st.integers(1, 64), st.integers(1, 64))),
+    crop=st.integers(1, 64),
+    interpolation=st.sampled_from(["bilinear", "bicubic", "nearest"]),
+)
+def test_view_equals_torchvision_s_resize_and_centre_crop(width, height, resize, crop, interpolation) -> None:
+    assume(not isinstance(resize, int) or max(width, height) <= MAX_ASPECT * min(width, height))
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    expected = image
+    if resize is not None:
+        size = list(resize) if isinstance(resize, tuple) else [resize]
+        expected = transforms.functional.resize(expected, size, transforms.InterpolationMode(interpolation))
+    expected = transforms.functional.center_crop(expected, [crop, crop])
+    np.testing.assert_array_equal(View(resize, crop, interpolation)(image), np.asarray(expected))
 
 
 def test_view_elongated_image_is_unreadable_rather_than_enormous() -> None:

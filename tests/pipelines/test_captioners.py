@@ -58,10 +58,10 @@ def test_milan_without_network_is_one_sentence_with_file_address_and_variable(
         assert part in error
 
 
-def test_milan_with_clip_says_that_it_is_not_there() -> None:
-    with pytest.raises(MilanError, match=r"'base\+clip' re-ranks by CLIP, which is not built yet: use 'base'"):
+def test_milan_with_clip_says_who_re_ranks() -> None:
+    with pytest.raises(MilanError, match=r"'base\+clip' is 'base' re-ranked by CLIP, which only jobs.describe .* do"):
         captioners.find_milan("base+clip")
-    with pytest.raises(MilanError, match="re-ranks by CLIP"):
+    with pytest.raises(MilanError, match="re-ranked by CLIP"):
         captioners.load_captioner(None, "not-biggan/imagenet+clip")
 
 

@@ -1,0 +1,84 @@
+"""MILAN's labelers: the candidates of its captioner, ranked by its own log-probabilities (paper §3; REFERENCE §5)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+
+from milan_ray.captioner.rerank import rescore
+from milan_ray.labelers.protocol import Evidence, Kind, Label
+
+MILAN = "milan"
+"""Labeler: log p(d|E) − λ·log p(d)."""
+
+LIKELIHOOD = "milan-pdE"
+"""Labeler: log p(d|E) alone."""
+
+N_BEST = 5
+
+
+@dataclass(frozen=True)
+class PointwiseMutualInformation:
+    """Ranks by log p(d|E) − λ·log p(d); with λ = 0 by log p(d|E) (paper eq. 2).
+
+    Attributes:
+        name: :data:`MILAN` or :data:`LIKELIHOOD`.
+        lam: λ.
+    """
+
+    name: str
+    lam: float
+    requires: tuple[Kind, ...] = field(default=("candidates",), init=False)
+
+    def identity(self) -> dict[str, object]:
+        """All that decides its labels besides the candidates."""
+        return {"rescore": 1, "lam": self.lam, "n_best": N_BEST}
+
+    def label(self, evidence: Evidence) -> dict[int, list[Label]]:
+        """The best candidates of every unit."""
+        table = evidence.candidates
+        assert table is not None  # required
+        likely, prior = (table[name].to_numpy() for name in ("logp_d_given_e", "logp_d"))
+        return rank(table, rescore(likely, prior, self.lam))
+
+
+def rank(candidates: pa.Table, scores: np.ndarray) -> dict[int, list[Label]]:
+    """The best few candidates of every unit.
+
+    Args:
+        candidates: Rows of the table of candidates, a unit's together.
+        scores: Their scores; equal ones stay in beam order.
+    """
+    texts = candidates["text"].to_pylist()
+    likely, prior = (candidates[name].to_numpy() for name in ("logp_d_given_e", "logp_d"))
+    has_lm = bool(candidates["lm"][0].as_py()) if len(candidates) else False
+    return {
+        unit: best_labels(texts[rows], scores[rows], likely[rows], prior[rows] if has_lm else None)
+        for unit, rows in by_unit(candidates["unit"].to_numpy())
+    }
+
+
+def by_unit(units: np.ndarray) -> Iterator[tuple[int, slice]]:
+    """Each unit and its rows, in a column where a unit's rows lie together."""
+    starts = np.flatnonzero(np.diff(units, prepend=-1))
+    ends = np.append(starts[1:], len(units))[: len(starts)]
+    for begin, end in zip(starts.tolist(), ends.tolist(), strict=True):
+        yield int(units[begin]), slice(begin, end)
+
+
+def best_labels(
+    texts: Sequence[str], scores: np.ndarray, likely: np.ndarray, prior: np.ndarray | None, n_best: int = N_BEST
+) -> list[Label]:
+    """The best distinct texts of one unit, with their scores and log-probabilities, best first."""
+    best: dict[str, Label] = {}
+    for place in np.argsort(-scores, kind="stable").tolist():
+        text = texts[place]
+        if text not in best:  # different tokens may read the same
+            chosen = None if prior is None else float(prior[place])
+            best[text] = Label(text, float(scores[place]), float(likely[place]), chosen)
+        if len(best) == n_best:
+            break
+    return list(best.values())

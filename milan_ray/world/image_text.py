@@ -1,0 +1,242 @@
+"""The world's own model of images and texts: a small CLIP, learned from drawn scenes and phrases about them.
+
+It knows scenes as CLIP knows photographs: from whole images and what is said of them, never from masks, units or what
+annotators say of units. Its folder is one that transformers saves, and is found as any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from milan_ray.models.transformers_zoo import import_transformers
+from milan_ray.world.lexicon import CONCEPT, CONCEPTS, NAMES, names_of, plural
+from milan_ray.world.networks import CLASSES, MEAN, STD
+from milan_ray.world.scenes import SIDE
+from milan_ray.world.training import (
+    PREPROCESS,
+    TEST_SCENES,
+    TESTS_FROM,
+    Recipe,
+    TrainTask,
+    attributes_of,
+    fit,
+    images_of,
+    labels_of,
+    reproducible,
+)
+
+FOLDER = "clip"
+"""Its folder beside the world's other weights."""
+
+RECIPE = Recipe(scenes=5_000, epochs=5, lr=2e-3, first=120_000, batch_size=32)
+"""How it is trained; the default, of about 100 s on one core."""
+
+LENGTH = 16
+"""Most tokens of a text, begin and end included."""
+
+_STUFF = ("areas", "surfaces", "regions", "patterns", "things", "shapes", "objects", "edges", "lines")
+_FILLER = ("the", "a", "of", "on", "and", "in", "with", "word", "dark", "bright", "random", "different", "various")
+_BEGIN, _END, _PAD, _UNKNOWN = "<s>", "</s>", "<pad>", "<unk>"
+
+_LOOKS = names_of("colour", "texture")
+_RELATIONS = names_of("relation")
+
+
+def phrase(concepts: Sequence[str], draw: Callable[[], float]) -> str:
+    """A phrase that says of an image that some concepts show: "red houses and roofs", "striped areas", "dusk".
+
+    Args:
+        concepts: Names, one or more.
+        draw: Uniform numbers in [0, 1).
+    """
+
+    def term(name: str) -> str:
+        known = CONCEPT[name]
+        chosen = known.synonyms[int(draw() * len(known.synonyms))]
+        return plural(chosen) if known.kind not in ("colour", "texture", "relation") and draw() < 0.6 else chosen
+
+    looks = [term(name) for name in concepts if name in _LOOKS]
+    relations = [term(name) for name in concepts if name in _RELATIONS]
+    nouns = [term(name) for name in concepts if name not in (*_LOOKS, *_RELATIONS)]
+    joint = (" and ", " of ", " on ", " ")[int(draw() * 4)]
+    if relations:
+        return " ".join([*looks, "things", *relations, joint.join(nouns)]).strip()
+    if not nouns and draw() < 0.5:
+        nouns = [_STUFF[int(draw() * len(_STUFF))]]
+    return " ".join([" and ".join(looks) if draw() < 0.5 else " ".join(looks), joint.join(nouns)]).strip()
+
+
+def captions(labels: Sequence[int], shown: Tensor, draw: Callable[[], float]) -> tuple[list[str], Tensor]:
+    """One caption per scene: as a rule of its big object, alone or with up to two more concepts.
+
+    Args:
+        labels: Classes of B scenes, as positions in ``CLASSES``.
+        shown: Which concepts they show, (B, C), columns as ``NAMES``.
+        draw: Uniform numbers in [0, 1).
+
+    Returns:
+        B captions, and which concepts each names, (B, C).
+    """
+    texts, named = [], torch.zeros(len(labels), len(NAMES))
+    for row, (label, present) in enumerate(zip(labels, shown.tolist(), strict=True)):
+        others = [name for name, there in zip(NAMES, present, strict=True) if there and name != CLASSES[label]]
+        chosen = [CLASSES[label]] if draw() < 0.7 else []
+        for _ in range(int(draw() * 3) if chosen else 1 + int(draw() * 2)):
+            chosen.append(others.pop(int(draw() * len(others))))
+        named[row, [NAMES.index(name) for name in chosen]] = 1
+        texts.append(phrase(chosen, draw))
+    return texts, named
+
+
+def vocabulary() -> list[str]:
+    """All words of the world, and those around them."""
+    words = {word for concept in CONCEPTS for term in concept.synonyms for word in f"{term} {plural(term)}".split()}
+    return [_PAD, _BEGIN, _END, _UNKNOWN, *sorted(words.union(_STUFF, _FILLER))]
+
+
+def build(folder: Path) -> None:
+    """Writes what is not learned into a folder: configuration, tokenizer, image processor."""
+    transformers = import_transformers("the world's model of images and texts comes")
+    folder.mkdir(parents=True, exist_ok=True)
+    _config(transformers).save_pretrained(folder)
+    _tokenizer(transformers).save_pretrained(folder)
+    transformers.CLIPImageProcessor(
+        size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=MEAN, image_std=STD
+    ).save_pretrained(folder)
+
+
+def _config(transformers: Any) -> Any:
+    words = vocabulary()
+    ids = {"pad_token_id": words.index(_PAD), "bos_token_id": words.index(_BEGIN), "eos_token_id": words.index(_END)}
+    size = {"num_attention_heads": 4, "projection_dim": 64}
+    return transformers.CLIPConfig(
+        text_config={
+            "vocab_size": len(words), "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1,
+            "max_position_embeddings": LENGTH, **ids, **size,
+        },
+        vision_config={
+            "image_size": SIDE, "patch_size": 8, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 3,
+            **size,
+        },
+        projection_dim=64,
+        architectures=["CLIPModel"],
+    )  # fmt: skip
+
+
+def _tokenizer(transformers: Any) -> Any:
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+
+    ids = {word: number for number, word in enumerate(vocabulary())}
+    rules = Tokenizer(models.WordLevel(ids, unk_token=_UNKNOWN))
+    rules.normalizer = normalizers.Lowercase()
+    rules.pre_tokenizer = pre_tokenizers.Whitespace()
+    ends = [(word, ids[word]) for word in (_BEGIN, _END)]
+    rules.post_processor = processors.TemplateProcessing(single=f"{_BEGIN} $A {_END}", special_tokens=ends)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=rules, bos_token=_BEGIN, eos_token=_END, pad_token=_PAD, unk_token=_UNKNOWN,
+        model_max_length=LENGTH,
+    )  # fmt: skip
+
+
+def contrastive_loss(similar: Tensor, fits: Tensor) -> Tensor:
+    """CLIP's loss, where several texts may fit an image and several images a text.
+
+    Args:
+        similar: Logits of images (B) and texts (T), (B, T).
+        fits: Which texts are true of which images, (B, T), 0 or 1; every row and column has a 1.
+    """
+    of_images = (F.log_softmax(similar, dim=1) * fits).sum(dim=1) / fits.sum(dim=1)
+    of_texts = (F.log_softmax(similar, dim=0) * fits).sum(dim=0) / fits.sum(dim=0)
+    return -of_images.mean() - of_texts.mean()
+
+
+@torch.no_grad()
+def ranking(similar: Tensor, shown: Tensor) -> dict[str, float]:
+    """How often what an image shows is nearer to it than something of the same kind that it does not show.
+
+    Args:
+        similar: Similarities of images (N) and concepts (C), (N, C), columns as ``NAMES``.
+        shown: Which concepts each image shows, (N, C).
+
+    Returns:
+        Kind of concept → share of (image, shown, not shown) that are in order; .5 is chance.
+    """
+    found = {}
+    for kind in dict.fromkeys(concept.kind for concept in CONCEPTS):
+        kinds = ("object", "face") if kind in ("object", "face") else (kind,)
+        columns = [number for number, concept in enumerate(CONCEPTS) if concept.kind in kinds]
+        scores, there = similar[:, columns], shown[:, columns].bool()
+        pairs = there[:, :, None] & ~there[:, None, :]
+        found[kind] = (scores[:, :, None] > scores[:, None, :])[pairs].float().mean().item()
+    return found
+
+
+def _loss(tokenizer: Any, draw: Callable[[], float], network: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Images and their captions, each to be found by the other; and a word for every concept, to be found an image for.
+
+    A batch has too few captions for the rarer concepts: the words make sure that each is trained at every step.
+    """
+    model: Any = network
+    labels, shown = targets[:, 0].long().tolist(), targets[:, 1:]
+    texts, named = captions(labels, shown, draw)
+    texts += [phrase([name], draw) for name in NAMES]
+    named = torch.cat([named, torch.eye(len(NAMES))])
+    images = F.normalize(model.visual_projection(model.vision_model(pixel_values=inputs).pooler_output), dim=1)
+    ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
+    told = F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output), dim=1)
+    similar = images @ told.T * model.logit_scale.exp().clamp(max=100)
+    fits = (named @ shown.T == named.sum(dim=1, keepdim=True)).float().T
+    count = len(labels)
+    some = count + fits[:, count:].any(dim=0).nonzero().flatten()  # concepts that some image of the batch shows
+    words = -(F.log_softmax(similar[:, some], dim=0) * fits[:, some]).sum(dim=0) / fits[:, some].sum(dim=0)
+    objects = [count + NAMES.index(name) for name in CLASSES]
+    return (
+        contrastive_loss(similar[:, :count], fits[:, :count])
+        + words.mean()
+        + F.cross_entropy(similar[:, objects], torch.tensor(labels))
+    )
+
+
+def train_image_text(
+    seed: int = 500, threads: int = 1, recipe: Recipe | None = None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
+    """Trains the model of images and texts on scenes and captions.
+
+    Returns:
+        Weights, and metrics on held-out scenes: by kind of concept and, as ``accuracy``, on average over the kinds how
+        often what a scene shows is nearer to it than something of the same kind that it does not show.
+    """
+    transformers = import_transformers("the world's model of images and texts comes")
+    recipe = recipe or RECIPE
+    with reproducible(seed, threads):
+        network, tokenizer = transformers.CLIPModel(_config(transformers)), _tokenizer(transformers)
+        for module in network.vision_model.modules():
+            if isinstance(module, nn.Linear):  # from CLIP's own small start so small a tower takes far longer
+                nn.init.xavier_uniform_(module.weight)
+        scenes = "train", recipe.first, recipe.scenes
+        targets = torch.cat([labels_of(*scenes)[:, None].float(), attributes_of(*scenes)], dim=1)
+        fit(network, images_of(*scenes), targets, partial(_loss, tokenizer, Random(seed).random), recipe)
+        words = [CONCEPT[name].synonyms[0] for name in NAMES]
+        with torch.no_grad():
+            ids = tokenizer(words, padding=True, return_tensors="pt")["input_ids"]
+            told = F.normalize(network.text_projection(network.text_model(input_ids=ids).pooler_output), dim=1)
+            pooled = [
+                network.vision_model(pixel_values=PREPROCESS(batch)).pooler_output
+                for batch in images_of("heldout", TESTS_FROM, TEST_SCENES).split(250)
+            ]
+            images = F.normalize(network.visual_projection(torch.cat(pooled)), dim=1)
+        found = ranking(images @ told.T, attributes_of("heldout", TESTS_FROM, TEST_SCENES))
+    return network.state_dict(), {"accuracy": sum(found.values()) / len(found), **found}
+
+
+def image_text_task(threads: int = 1) -> TrainTask:
+    """The training of the model of images and texts, which only those need who re-rank by it."""
+    return TrainTask(f"{FOLDER}/model", partial(train_image_text, threads=threads), 120)
