@@ -18,12 +18,15 @@ from typing import TYPE_CHECKING
 
 from milan_ray import runtime
 from milan_ray.benchmarks import BENCHMARKS
-from milan_ray.config import ExemplarConfig, Resources, TrainingConfig, results_dir
+from milan_ray.config import FLOAT32, Arithmetic, ExemplarConfig, Resources, TrainingConfig, results_dir
 from milan_ray.errors import MilanError
+from milan_ray.progress import LOG, say
 
 if TYPE_CHECKING:
+    from milan_ray.labelers.clip import Clip
     from milan_ray.pipelines.captioners import EncoderRequest
     from milan_ray.pipelines.describe import Search
+    from milan_ray.pipelines.label import LabelConfig
     from milan_ray.pipelines.plan import Plan
     from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
     from milan_ray.storage import Storage
@@ -72,6 +75,7 @@ def units(text: str) -> tuple[int, ...]:
 
 def _common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--log", choices=("text", "json"), help="form of the log (default: $MILAN_LOG, else text)")
 
 
 def _storage(parser: argparse.ArgumentParser) -> None:
@@ -174,6 +178,22 @@ def _exemplar_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--quantile", type=share, default=EXEMPLARS.quantile, help="activation quantile of the level η")
     group.add_argument("--batch-size", type=positive, default=EXEMPLARS.batch_size, help="images per forward pass")
     group.add_argument("--shard-size", type=positive, help="images per unit of work (default: at most 256)")
+    group.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        default=FLOAT32.precision,
+        help="how models compute; below float32 activations are rounded, so that images may tie and masks change",
+    )
+    group.add_argument(
+        "--channels-last",
+        action="store_true",
+        help="keep channels last in memory: faster convolutions, equal within float error; not every model allows it",
+    )
+    group.add_argument(
+        "--pooled",
+        action="store_true",
+        help="also store every unit's maximum and mean on every image (table pooled), which some labelers read",
+    )
 
 
 def _report_option(parser: argparse.ArgumentParser) -> None:
@@ -181,9 +201,9 @@ def _report_option(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--no-report", action="store_true", help="write no HTML report")
 
 
-def _captioner_options(parser: argparse.ArgumentParser) -> None:
+def _captioner_options(parser: argparse.ArgumentParser, required: bool = True) -> None:
     group = parser.add_argument_group("captioner")
-    captioner = group.add_mutually_exclusive_group(required=True)
+    captioner = group.add_mutually_exclusive_group(required=required)
     captioner.add_argument("--decoder", help="captioner: a name trained into the storage, its folder, or a .pth file")
     captioner.add_argument(
         "--milan",
@@ -193,6 +213,27 @@ def _captioner_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--encoder-weights", metavar="FILE", help="weights of the captioner's encoder, if it brings none"
+    )
+
+
+def _clip_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("re-ranking by a model of images and texts, as labeler milan+clip")
+    group.add_argument(
+        "--clip",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="re-rank the candidates of a wide beam by CLIP or SigLIP: a folder, or the name of one in "
+        "$MILAN_MODELS_DIR (alone, or with --milan KEY+clip: clip-vit-base-patch32)",
+    )
+    group.add_argument(
+        "--clip-z", type=share, default=0.5, metavar="Z", help="weight of whole images against their masked regions"
+    )
+    group.add_argument(
+        "--clip-beam-size", type=positive, metavar="N", help="candidates per unit (default: 1000, or the vocabulary)"
+    )
+    group.add_argument(
+        "--clip-lam", type=float, default=0.5, metavar="LAM", help="λ that the search for candidates subtracts with"
     )
 
 
@@ -246,7 +287,6 @@ def _model_requests(args: argparse.Namespace) -> list[ModelRequest]:
     from milan_ray.models.resolve import resolve_model
     from milan_ray.pipelines.requests import ModelRequest
     from milan_ray.plugins import load_plugins
-    from milan_ray.progress import say
 
     load_plugins(args.plugin)
     names = list(dict.fromkeys(name for pattern in args.model for name in match_models(pattern)))
@@ -278,7 +318,8 @@ def _probe_request(args: argparse.Namespace) -> ProbeRequest:
     for source in args.probe:
         sources.append(source if source in probe_names() else _absolute("--probe", source))
     labels = None if args.labels is None else _absolute("--labels", args.labels)
-    return ProbeRequest(tuple(sources), labels, tuple(args.plugin))
+    legend = getattr(args, "legend", None)
+    return ProbeRequest(tuple(sources), labels, tuple(args.plugin), legend and _absolute("--legend", legend))
 
 
 def _exemplar_config(args: argparse.Namespace) -> ExemplarConfig:
@@ -289,6 +330,8 @@ def _exemplar_config(args: argparse.Namespace) -> ExemplarConfig:
         shard_size=args.shard_size,
         max_bad=args.max_bad,
         truncate_bytes=args.reference_quirks,
+        arithmetic=Arithmetic(args.precision, args.channels_last),
+        pooled=args.pooled,
     )
 
 
@@ -298,7 +341,6 @@ def _write_report(
     models: Sequence[str] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    from milan_ray.progress import say
     from milan_ray.report import write_report
 
     if args.no_report:
@@ -353,8 +395,8 @@ def _exemplars(args: argparse.Namespace) -> int:
 def _add_describe(parser: argparse.ArgumentParser) -> None:
     _probe(parser, required=False)
     adders = (
-        _models, _exemplar_options, _captioner_options, _search_options, _units, _download, _quirks, _storage,
-        _report_option, _plugins, _resources, _dry_run, _common
+        _models, _exemplar_options, _captioner_options, _clip_options, _search_options, _units, _download, _quirks,
+        _storage, _report_option, _plugins, _resources, _dry_run, _common
     )  # fmt: skip
     for add in adders:
         add(parser)
@@ -367,10 +409,18 @@ def _describe(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.describe import run_descriptions
     from milan_ray.pipelines.encodings import run_encodings
     from milan_ray.pipelines.exemplars import run_exemplars
-    from milan_ray.pipelines.plan import plan_descriptions, plan_encodings, plan_exemplars, plan_present
+    from milan_ray.pipelines.plan import (
+        plan_descriptions,
+        plan_encodings,
+        plan_exemplars,
+        plan_present,
+        plan_reranking,
+    )
+    from milan_ray.pipelines.rerank import run_reranking
 
     started = time.monotonic()
     storage, resources = _open_storage(args), _resources_of(args)
+    clip = _clip(args)
     decoder = _decoder(args, storage)
     encoder = _encoder(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
     encoder.load()
@@ -383,7 +433,10 @@ def _describe(args: argparse.Namespace) -> int:
         dissection = storage, _model_requests(args), _probe_request(args), _exemplar_config(args)
     if args.dry_run:
         plan, layers = plan_present(storage, present) if args.probe is None else plan_exemplars(*dissection)
-        plan_descriptions(storage, plan, plan_encodings(storage, plan, layers, encoder, args.units), search, args.units)
+        encodings = plan_encodings(storage, plan, layers, encoder, args.units)
+        plan_descriptions(storage, plan, encodings, search, args.units)
+        if clip is not None:
+            plan_reranking(storage, plan, layers, encodings, search, clip, args.units)
         return _show(plan)
     with connected(resources):
         if args.probe is not None:
@@ -391,9 +444,92 @@ def _describe(args: argparse.Namespace) -> int:
             present, failed = done.models, done.failed
         run_encodings(storage, present, encoder, resources, args.units)
         run_descriptions(storage, present, search, resources, args.units)
+        if clip is not None:
+            run_reranking(storage, present, search, clip, resources, args.units)
     about = about_captioner(storage, decoder)
     _write_report(args, storage, list(present), {"About the descriptions": about} if about else None)
     return _close("descriptions", storage, present, failed, started)
+
+
+def _add_label(parser: argparse.ArgumentParser) -> None:
+    _probe(parser, required=True)
+    group = parser.add_argument_group("labels from concept maps")
+    group.add_argument(
+        "--labeler",
+        type=lambda text: text.split(","),
+        default="netdissect,compexp",
+        metavar="NAMES",
+        help="netdissect (one concept per unit), compexp (a formula of concepts), or both",
+    )
+    group.add_argument(
+        "--legend", metavar="FILE", help="what the numbers in a folder's label maps mean: lines of `number name`"
+    )
+    group.add_argument(
+        "--grid", type=positive, metavar="N", help="count on N × N positions (default: about 56, or a small view's own)"
+    )
+    group.add_argument("--formula-beam-size", type=positive, default=5, metavar="N", help="formulas kept per round")
+    group.add_argument("--formula-length", type=positive, default=3, metavar="N", help="concepts in a formula at most")
+    adders = (
+        _models, _exemplar_options, _units, _download, _quirks, _storage, _report_option, _plugins, _resources,
+        _dry_run, _common
+    )  # fmt: skip
+    for add in adders:
+        add(parser)
+
+
+def _label(args: argparse.Namespace) -> int:
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.exemplars import run_exemplars
+    from milan_ray.pipelines.label import run_labels
+    from milan_ray.pipelines.plan import plan_exemplars, plan_labels
+
+    started = time.monotonic()
+    how = _label_config(args)
+    storage, probe, models = _open_storage(args), _probe_request(args), _model_requests(args)
+    resources, config = _resources_of(args), _exemplar_config(args)
+    if args.dry_run:
+        plan, layers = plan_exemplars(storage, models, probe, config)
+        plan_labels(storage, plan, layers, models, how, args.units)
+        return _show(plan)
+    storage.check_writable()
+    with connected(resources):
+        done = run_exemplars(storage, models, probe, config, resources)
+        failed = done.failed | run_labels(storage, done, models, probe, config, how, resources, args.units)
+    labelled = {name: layers for name, layers in done.models.items() if name not in failed}
+    _write_report(args, storage, list(done.models))
+    return _close("labels", storage, labelled, failed, started)
+
+
+def _label_config(args: argparse.Namespace) -> LabelConfig:
+    from milan_ray.errors import unknown_name
+    from milan_ray.labelers.compexp import CompExp
+    from milan_ray.labelers.netdissect import NetDissect
+    from milan_ray.pipelines.label import ConceptLabeler, LabelConfig
+
+    composed = CompExp(args.formula_beam_size, args.formula_length)
+    known: dict[str, ConceptLabeler] = {NetDissect.name: NetDissect(), CompExp.name: composed}
+    for name in args.labeler:
+        if name not in known:
+            raise unknown_name("labeler", name, known, f"--labeler takes {' or '.join(known)}.")
+    chosen = tuple(labeler for name, labeler in known.items() if name in args.labeler)
+    return LabelConfig(chosen, args.grid and (args.grid, args.grid))
+
+
+def _clip(args: argparse.Namespace) -> Clip | None:
+    """How to re-rank, where ``--clip`` asks for it or a captioner's name ending in ``+clip``, which is taken off."""
+    from milan_ray.labelers.clip import Clip
+    from milan_ray.models.image_text import DEFAULT, find_image_text
+    from milan_ray.pipelines.captioners import RERANKED
+
+    for option in ("milan", "decoder"):
+        name = getattr(args, option)
+        if name is not None and name.endswith(RERANKED) and not Path(name).exists():
+            setattr(args, option, name.removesuffix(RERANKED))
+            args.clip = args.clip or ""
+    if args.clip is None:
+        return None
+    folder = _absolute("--clip", args.clip) if Path(args.clip).parent != Path(".") else args.clip
+    return Clip(find_image_text(folder or DEFAULT), args.clip_z, args.clip_beam_size, args.clip_lam)
 
 
 def _encoder(
@@ -438,8 +574,6 @@ def _close(
     stage: str, storage: Storage, done: Mapping[str, Sequence[str]], failed: Mapping[str, str], started: float
 ) -> int:
     """Says what is there now, where, how long it took, and what is not there and why; returns the exit status."""
-    from milan_ray.progress import say
-
     seconds = time.monotonic() - started
     say(f"{stage}: {sum(map(len, done.values()))} layers of {len(done)} models in {seconds:.0f} s, in {storage.root}")
     for name, reason in failed.items():
@@ -471,7 +605,12 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
         "an annotated model, NAME=MODEL,MODEL for your own, or all",
     )  # fmt: skip
     which.add_argument("--model", nargs="+", metavar="NAME", help="only annotated units of these models (default: all)")
-    parser.add_argument("--encoder", default="resnet101", help="image encoder")
+    parser.add_argument(
+        "--setting", metavar="FILE",
+        help="learning rate, sizes, dropout, regulariser and encoder of the decoder, as jobs.tune chose them; the "
+        "language model keeps the options below",
+    )  # fmt: skip
+    parser.add_argument("--encoder", help="image encoder (default: the setting's, else resnet101)")
     parser.add_argument("--encoder-weights", metavar="FILE", help="weights file of the encoder (default: its own)")
     parser.add_argument("--epochs", type=positive, default=config.max_epochs, help="epochs at most, of each model")
     parser.add_argument("--patience", type=int, default=config.patience, help="epochs without improvement forgiven")
@@ -491,6 +630,7 @@ def _add_train(parser: argparse.ArgumentParser) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from milan_ray.annotations.groups import training_groups
+    from milan_ray.experiments.decoder_search import DecoderSetting, read_decoder_setting
     from milan_ray.pipelines.cluster import connected, gpus_each
     from milan_ray.pipelines.encodings import run_encodings
     from milan_ray.pipelines.plan import plan_training
@@ -507,7 +647,11 @@ def _train(args: argparse.Namespace) -> int:
         names = {args.name: tuple(annotated)}
     else:
         raise MilanError("which annotations to train on: give --group, or --name for a captioner of all of them.")
-    encoder = _encoder(args, args.encoder)
+    setting = None
+    if args.setting:
+        setting = read_decoder_setting(_text("--setting", args.setting), args.setting)
+        setting = replace(setting, encoder=args.encoder or setting.encoder)
+    encoder = _encoder(args, args.encoder or (setting or DecoderSetting()).encoder)
     config = TrainingConfig(
         max_epochs=args.epochs,
         patience=args.patience,
@@ -528,6 +672,7 @@ def _train(args: argparse.Namespace) -> int:
             resources.cpus_per_actor,
             threads=resources.threads,
             memory_limit=args.memory_limit,
+            decoder=setting,
         )
         for name, models in names.items()
     ]
@@ -552,7 +697,8 @@ def _add_tune(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bert-model", metavar="DIR", help="language model of BERTScore (default: MiniLM, where it is installed)"
     )
-    for add in (_captioner_options, _download, _storage, _plugins, _resources, _common):
+    _captioner_options(parser, required=False)  # decoder.yaml tunes how to train one
+    for add in (_download, _storage, _plugins, _resources, _common):
         add(parser)
 
 
@@ -574,6 +720,7 @@ def _annotated(storage: Storage, source: str, models: Sequence[str] | None) -> d
 
 
 def _tune(args: argparse.Namespace) -> int:
+    from milan_ray.experiments.decoder_search import tunes_decoder
     from milan_ray.experiments.tuning import read_sweep
     from milan_ray.pipelines.captioners import load_captioner
     from milan_ray.pipelines.cluster import connected
@@ -582,7 +729,12 @@ def _tune(args: argparse.Namespace) -> int:
     from milan_ray.scoring.text import minilm_directory
 
     storage, resources = _open_storage(args), _resources_of(args)
-    sweep = read_sweep(_text("--config", args.config), args.config)
+    text = _text("--config", args.config)
+    if tunes_decoder(text):
+        return _tune_decoder(args, storage, resources, text)
+    if args.decoder is None and args.milan is None:
+        raise MilanError(f"{args.config} tunes how a captioner decodes: give --decoder or --milan.")
+    sweep = read_sweep(text, args.config)
     decoder = _decoder(args, storage)
     models = _annotated(storage, args.annotations, args.model)
     layers = tuple((model, layer) for model, paths in models.items() for layer in paths)
@@ -596,8 +748,32 @@ def _tune(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tune_decoder(args: argparse.Namespace, storage: Storage, resources: Resources, text: str) -> int:
+    from milan_ray.experiments.decoder_search import read_decoder_space
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.encodings import run_encodings
+    from milan_ray.pipelines.tune_decoder import DecoderTuningJob, run_decoder_tuning
+
+    if args.decoder or args.milan:
+        raise MilanError(f"{args.config} tunes how a decoder is trained: leave out --decoder and --milan.")
+    space = read_decoder_space(text, args.config)
+    if args.encoder_weights and len(space.encoders) > 1:
+        raise MilanError(f"--encoder-weights is for one encoder, and {args.config} has {', '.join(space.encoders)}.")
+    models = _annotated(storage, args.annotations, args.model)
+    layers = tuple((model, layer) for model, paths in models.items() for layer in paths)
+    job = DecoderTuningJob(Path(args.config).stem, args.annotations, layers, space)
+    with connected(resources):
+        for name in space.encoders:
+            run_encodings(storage, models, _encoder(args, name), resources)
+        run_decoder_tuning(storage, job, resources)
+    return 0
+
+
 def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--generator", action="store_true", help="dissect the world's image generator too (2 minutes)")
+    parser.add_argument(
+        "--clip", action="store_true", help="re-rank by a small CLIP trained on the world, too (4 minutes)"
+    )
     for add in (_storage, _report_option, _resources, _common):
         add(parser)
 
@@ -607,7 +783,6 @@ def _demo(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.demo import DECODER, run_demo, run_generator, summary
     from milan_ray.plugins import load_plugins
-    from milan_ray.progress import say
     from milan_ray.schema import DESCRIPTIONS
 
     started = time.monotonic()
@@ -618,7 +793,7 @@ def _demo(args: argparse.Namespace) -> int:
     storage.check_writable()
     say(f"the built-in world, end to end, into {storage.root}")
     with connected(resources):
-        scores = run_demo(storage, resources, max(1, (os.cpu_count() or 1) // 2 * 2))
+        scores = run_demo(storage, resources, max(1, (os.cpu_count() or 1) // 2 * 2), args.clip)
         if args.generator:
             run_generator(storage, resources)
     _write_report(args, storage, notes={"About the descriptions": about_captioner(storage, DECODER)})
@@ -807,7 +982,6 @@ def _merge(args: argparse.Namespace) -> int:
 
 def _export_annotations(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.annotations_export import run_export
-    from milan_ray.progress import say
 
     folder = Path(_absolute("DIR", args.folder))
     layers = run_export(_open_storage(args), args.model, folder, source=args.source, layers=args.layers)
@@ -817,7 +991,6 @@ def _export_annotations(args: argparse.Namespace) -> int:
 
 def _clean(args: argparse.Namespace) -> int:
     from milan_ray.annotations.cleaning import clean_results, read_tables
-    from milan_ray.progress import say
 
     tables = read_tables(Path(args.tables)) if args.tables else None
     kept, rejected = clean_results(Path(args.results), Path(args.out), tables, keep_rejected=args.keep_rejected)
@@ -835,7 +1008,6 @@ def _export(args: argparse.Namespace) -> int:
     from milan_ray.captioner.checkpoints import export_reference
     from milan_ray.pipelines.captioners import load_captioner
     from milan_ray.plugins import load_plugins
-    from milan_ray.progress import say
 
     load_plugins(args.plugin)
     storage = _open_storage(args)
@@ -853,6 +1025,7 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[
     "models": ("list models, or one model's layers", _add_models, _list_models),
     "exemplars": ("find every unit's exemplars and masks", _add_exemplars, _exemplars),
     "describe": ("describe every unit of models", _add_describe, _describe),
+    "label": ("label every unit by the concept maps of its probe", _add_label, _label),
     "train": ("train a captioner on annotated units", _add_train, _train),
     "annotations": ("bring published annotations in, out, and into shape", _add_annotations, _annotations),
     "export": ("write a captioner as a checkpoint of the reference implementation", _add_export, _export),
@@ -883,15 +1056,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         verb.set_defaults(run=run)
     args = parser.parse_args(arguments)
     runtime.prepare(getattr(args, "address", None))
+    if args.log is not None:
+        os.environ[LOG] = args.log
     try:
         return args.run(args)
     except MilanError as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        say(f"error: {error}", level="error")
         return 1
     except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on from here.", file=sys.stderr)
+        say("interrupted; run the same command again to go on from here.", level="error")
         return 130
 
 

@@ -9,7 +9,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 
 def canonical(config: object) -> str:
@@ -68,6 +68,24 @@ def results_dir() -> Path:
 
 
 @dataclass(frozen=True)
+class Arithmetic:
+    """How dissected models compute.
+
+    Attributes:
+        precision: float32, or bfloat16 or float16 for mixed precision (torch's autocast): activations are rounded to
+            8 or 11 bits, more images tie, and exemplars and masks change.
+        channels_last: Convolutions keep their channels last in memory: up to a third faster, equal within float
+            error. Models that call ``view()`` on their maps refuse it.
+    """
+
+    precision: Literal["float32", "bfloat16", "float16"] = "float32"
+    channels_last: bool = False
+
+
+FLOAT32 = Arithmetic()
+
+
+@dataclass(frozen=True)
 class ExemplarConfig:
     """How exemplars are made (paper §3; REFERENCE defaults).
 
@@ -86,6 +104,8 @@ class ExemplarConfig:
         max_bad: Share of unreadable images above which the job fails.
         truncate_bytes: The reference's quirk: views went through the model's normalisation and back, decimals cut off
             (REFERENCE §1.3); off, they are the image's own pixels, and a generator's are rounded.
+        arithmetic: Precision and memory format of the models.
+        pooled: Whether to store every unit's maximum and mean on every image too; never changes another table.
     """
 
     k: int = 15
@@ -97,6 +117,8 @@ class ExemplarConfig:
     map_budget: int = 256 * 2**20
     max_bad: float = 0.1
     truncate_bytes: bool = False
+    arithmetic: Arithmetic = FLOAT32
+    pooled: bool = False
 
     def shard(self, images: int) -> int:
         """Images per shard of a probe of so many images: a multiple of the 16 that a CPU takes per pass."""
@@ -110,6 +132,7 @@ class ExemplarConfig:
             "mask_size": self.mask_size,
             "batch_size": self.batch_size,
             "samples": self.samples,
+            "arithmetic": self.arithmetic,
         }
 
 

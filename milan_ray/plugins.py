@@ -13,15 +13,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from milan_ray.errors import MilanError
+from milan_ray.models.registry import register_later
 
 BUILT_IN = (
-    "milan_ray.models.torchvision_zoo",
-    "milan_ray.models.places365_zoo",
     "milan_ray.models.dino_zoo",
     "milan_ray.models.timm_zoo",
     "milan_ray.models.transformers_zoo",
     "milan_ray.world.plugin",
 )
+
+LATER = ("milan_ray.models.torchvision_zoo", "milan_ray.models.places365_zoo")
+"""Built-in ones that are loaded when one of their models is asked for."""
 
 
 def load_plugins(names: Sequence[str] = ()) -> None:
@@ -36,6 +38,8 @@ def load_plugins(names: Sequence[str] = ()) -> None:
     Raises:
         MilanError: A module is missing or fails while being imported.
     """
+    for module in LATER:
+        register_later(module)
     for name in (*BUILT_IN, *names):
         try:
             if name.endswith(".py"):

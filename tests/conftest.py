@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
+import runpy
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two OpenMP threads stall each other otherwise
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -77,3 +78,9 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"{index:03d}.png")
     return root
+
+
+@pytest.fixture(scope="session")
+def save_clip() -> Callable[..., str]:
+    """Saves a tiny random CLIP or SigLIP: ``save_clip(folder, kind)`` of ``tests/plugins/tiny_clip.py``."""
+    return runpy.run_path(str(ROOT / "tests/plugins/tiny_clip.py"))["save_clip"]

@@ -20,6 +20,8 @@ import pytest
 from milan_ray.schema import EXEMPLARS
 from milan_ray.storage import Storage
 
+pytestmark = pytest.mark.slow  # a head of its own, and a driver for every job
+
 ROOT = Path(__file__).resolve().parents[1]
 PLUGIN = "tests/plugins/tiny_models.py"
 RAY = Path(sys.executable).with_name("ray")
@@ -101,7 +103,6 @@ def exemplars(storage: object, probe: object) -> list[str]:
     return [*arguments, "--probe", str(probe), "--storage", str(storage)]
 
 
-@pytest.mark.slow
 def test_submitted_job_runs_and_its_log_and_tables_come_back(head, photos, tmp_path):
     done = head.submit(*exemplars(tmp_path / "run", photos))
     said = done.stdout + done.stderr

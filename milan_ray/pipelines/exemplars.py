@@ -1,7 +1,8 @@
 """Exemplars of whole models over a sharded probe (DESIGN §3): one pass, all layers, any number of actors, one answer.
 
 manifest ─► shards ─► [actor pool: forward, top-k, levels] ─► partials ─► [merge per layer] ─► exemplars, levels
-                                                                 └─► images read: skipped, sha256
+                                                                 ├─► images read: skipped, sha256
+                                                                 └─► [strung together] ─► pooled, when asked for
 winners ─► [recompute masks of layers too large to carry maps] ─► exemplars
 winners ─► [views, once per image and geometry]
 """
@@ -29,12 +30,14 @@ from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.forward import Batch, Forward, check_probe, pass_size, read_inputs
+from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
+from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerState, Plan, fold, to_table
 from milan_ray.models.hooks import find_layers
 from milan_ray.models.registry import ModelSpec, source_of
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
-from milan_ray.pipelines.fanout import FEW_IMAGES, run_parallel
+from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.views import Pictures, ensure_views, view_key
@@ -42,14 +45,17 @@ from milan_ray.probe.base import ImageRef
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
-from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, SKIPPED
-from milan_ray.storage import Storage
+from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, POOLED, SKIPPED
+from milan_ray.storage import Storage, WorkGone
 
 IMAGES = "images"
 """Work folder of the tables that say which images a shard read; written last, so it also says that it is finished."""
 
 SECONDS = "seconds"
 """Metadata key of these tables: what the shard took."""
+
+_AFTER_ACTIVATIONS = ("kernel", "k", "quantile", "mask_size", "samples")
+"""Ingredients of exemplars that no activation depends on."""
 
 _IMAGES_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("path", pa.string()), ("sha256", pa.string()), ("reason", pa.string())]
@@ -80,6 +86,7 @@ class ModelWork:
         work: Configuration hash of this work; partials lie below it.
         plan: The states' plan.
         recipes: Layer → what decides its public tables.
+        pooled: Layer whose pooled activations are still to do → what decides them.
         view: Key of the view that shows its exemplars.
     """
 
@@ -91,7 +98,13 @@ class ModelWork:
     work: str
     plan: Plan
     recipes: dict[str, Recipe]
+    pooled: dict[str, Recipe]
     view: str
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The layers to look at in a forward pass."""
+        return tuple(layer for layer in self.every if layer in self.layers or layer in self.pooled)
 
     def folder(self, layer: str) -> str:
         """Work folder of a layer's partials: the same whichever layers are still to do."""
@@ -134,6 +147,13 @@ def exemplar_recipes(
     return {layer: Recipe.of({**identity, "layer": layer}) for layer in spec.layers}
 
 
+def pooled_recipe(exemplars: Recipe) -> Recipe:
+    """What decides a layer's pooled activations: all that decides its exemplars, but what is done with activations."""
+    parts = {name: digest for name, digest in exemplars.parts.items() if name not in _AFTER_ACTIVATIONS}
+    parts["pooling"] = config_hash({"pooling": POOLED_VERSION})[:8]
+    return Recipe(config_hash(parts), parts, config_hash(parts))
+
+
 def _inputs_digest(spec: ModelSpec) -> str:
     """What becomes of one fixed view on its way into the model: tells input functions apart by what they do."""
     height, width = spec.preprocess.view.shape
@@ -149,6 +169,7 @@ def _inputs_digest(spec: ModelSpec) -> str:
     return digest.hexdigest()
 
 
+@beside_others
 def run_exemplars(
     storage: Storage,
     models: Sequence[requests.ModelRequest],
@@ -196,8 +217,11 @@ def run_exemplars(
         if item.model.name in failed:
             continue
         try:
-            images, seconds = _finish_images(storage, item, config, len(manifest))
-            _merge(storage, item, probe, config, resources, manifest)
+            images, seconds, shards = _finish_images(storage, item, config, len(manifest))
+            _merge(storage, item, shards, probe, config, resources, manifest)
+            _merge_pooled(storage, item, shards, images)
+        except WorkGone:
+            raise
         except MilanError as error:
             failed[item.model.name] = str(error)
             continue
@@ -205,6 +229,9 @@ def run_exemplars(
             name, run = item.model.name, item.recipes[layer].hash
             rows = storage.count(EXEMPLARS, model=name, layer=layer)
             record_run(storage, "exemplars", run, name, layer=layer, rows=rows, images=images, seconds=seconds)
+        for layer, recipe in item.pooled.items():
+            name, run = item.model.name, recipe.hash
+            record_run(storage, "pooled", run, name, layer=layer, rows=images, images=images, seconds=seconds)
         storage.remove_work(item.work)
     done = {name: layers for name, layers in done.items() if name not in failed}
     for name, reason in failed.items():
@@ -235,6 +262,8 @@ def _plan(
     """The layers of a model that are missing or stale; None when there are none."""
     weights, view, recipes = describe_model(spec, probe, config)
     missing = tuple(layer for layer, recipe in recipes.items() if why_exemplars(storage, recipe, spec.name, layer))
+    pooled = {layer: pooled_recipe(recipe) for layer, recipe in recipes.items()} if config.pooled else {}
+    pooled = {key: recipe for key, recipe in pooled.items() if why_pooled(storage, recipe, spec.name, key)}
     # Over all layers, so that a job killed while results become public finds its partials again.
     work = config_hash(
         {
@@ -244,11 +273,13 @@ def _plan(
             "shard_size": config.shard(images),
         }
     )
-    if not missing:
+    if not missing and not pooled:
         storage.remove_work(work)
         return None
+    if not missing:
+        say(f"exemplars of {spec.name}: up to date; one more pass over the probe for their pooled activations")
     plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
-    return ModelWork(request, weights, spec.layers, missing, probe, work, plan, recipes, view)
+    return ModelWork(request, weights, spec.layers, missing, probe, work, plan, recipes, pooled, view)
 
 
 def describe_model(spec: ModelSpec, probe: str, config: ExemplarConfig) -> tuple[str, str, dict[str, Recipe]]:
@@ -268,6 +299,11 @@ def why_exemplars(storage: Storage, recipe: Recipe, model: str, layer: str) -> s
     """Why a layer's exemplars have to be made; None when they and their levels are current."""
     keys = {"model": model, "layer": layer}
     return storage.why(EXEMPLARS, recipe, **keys) or storage.why(LEVELS, recipe, **keys)
+
+
+def why_pooled(storage: Storage, recipe: Recipe, model: str, layer: str) -> str | None:
+    """Why a layer's pooled activations have to be made; None when they are current."""
+    return storage.why(POOLED, recipe, model=model, layer=layer)
 
 
 def _load(spec: ModelSpec) -> nn.Module:
@@ -293,7 +329,7 @@ def _run_shards(
     rows: list[Row] = []
     for index, item in enumerate(work):
         stored = set(storage.work_names(item.work))
-        folders = [IMAGES, *(item.folder(layer) for layer in item.layers)]
+        folders = [IMAGES, *map(item.folder, item.layers), *(f"pooled/{item.folder(layer)}" for layer in item.pooled)]
         fresh = [n for n in range(len(starts)) if any(f"{f}/{_shard_name(n)}" not in stored for f in folders)]
         if len(fresh) < len(starts):
             say(f"exemplars of {item.model.name}: {len(starts) - len(fresh)} of {len(starts)} shards are done already")
@@ -309,7 +345,7 @@ def _run_shards(
     say(f"exemplars: {names} over {len(manifest)} images, {len(rows)} shards")
     arguments = _worker_arguments(storage, work, probe, config, resources)
     images = sum(row["stop"] - row["start"] for row in rows)
-    layers = [[(item.model.name, layer) for layer in item.layers] for item in work]
+    layers = [[(item.model.name, layer) for layer in item.read] for item in work]
     pieces = (piece for row in rows for piece in layers[row["model"]])
     with Progress("exemplars", images, "images", pieces) as progress:
         for answer in run_pool(ExemplarWorker, arguments, rows, resources):
@@ -348,7 +384,7 @@ def _refs(row: Row) -> list[ImageRef]:
     return [ImageRef(*ref) for ref in zip(row["image_id"], row["root"], row["path"], strict=True)]
 
 
-class _ModelWorker:
+class ModelWorker:
     """An actor that keeps one model loaded."""
 
     def __init__(
@@ -379,7 +415,7 @@ class _ModelWorker:
                     f"{spec.name} has other weights on {platform.node()} than where the job was started; every node "
                     "must see the same file, and random weights need a seed."
                 )
-            forward = Forward(spec, model.to(self._device), item.layers, self._pass_size(spec))
+            forward = Forward(spec, model.to(self._device), item.read, self._pass_size(spec))
             self._loaded = (index, spec, forward)
         return self._loaded[1], self._loaded[2]
 
@@ -401,7 +437,7 @@ class _ModelWorker:
                 yield part, batch.result()
 
 
-class ExemplarWorker(_ModelWorker):
+class ExemplarWorker(ModelWorker):
     """Turns a shard of the probe into every layer's contribution to a model's exemplars."""
 
     def __init__(self, **arguments: Any) -> None:
@@ -432,17 +468,20 @@ class ExemplarWorker(_ModelWorker):
         columns = ["image_id", "root", "path"]
         part = self._storage.read_rows(MANIFEST, row["start"], row["stop"], columns, probe=item.probe)
         states: dict[str, LayerState] = {}
+        pooled: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
         images: list[dict[str, object]] = []
-        for refs, batch in self._batches(image_refs(part), spec):
-            paths = {ref.image_id: ref.location for ref in refs}
+        for _, batch in self._batches(image_refs(part), spec):
             images += [{"image_id": ref.image_id, "path": ref.location, "reason": why} for ref, why in batch.unreadable]
-            images += [
-                {"image_id": int(i), "path": paths[int(i)], "sha256": sha}
-                for i, sha in zip(batch.ids, batch.sha256, strict=True)
-            ]
+            images += [{"image_id": int(i), "sha256": sha} for i, sha in zip(batch.ids, batch.sha256, strict=True)]
             if len(batch.ids) == 0:
                 continue
             for layer, maps in forward.maps(batch.inputs).items():
+                if layer in item.pooled:
+                    values = maps.to(torch.float32)
+                    for part_of, reduced in zip(pooled[layer], (maxima(values), means(values)), strict=True):
+                        part_of.append(reduced)
+                if layer not in item.layers:
+                    continue
                 if layer not in states:
                     states[layer] = LayerState.empty(
                         item.plan, maps.shape[1], (maps.shape[2], maps.shape[3]), maps.device
@@ -453,6 +492,10 @@ class ExemplarWorker(_ModelWorker):
         for layer, state in states.items():
             name = f"{item.folder(layer)}/{_shard_name(row['shard'])}"
             self._storage.put_work(item.work, name, to_table(state, self._known[index, layer].news(state)))
+        readable = np.array([image["image_id"] for image in images if "reason" not in image], np.int64)
+        for layer, (largest, mean) in pooled.items():
+            name = f"pooled/{item.folder(layer)}/{_shard_name(row['shard'])}"
+            self._storage.put_work(item.work, name, pooled_table(readable, largest, mean))
         seconds = {SECONDS: str(time.monotonic() - started)}
         table = pa.Table.from_pylist(images, schema=_IMAGES_SCHEMA.with_metadata(seconds))
         self._storage.put_work(item.work, f"{IMAGES}/{_shard_name(row['shard'])}", table)
@@ -467,20 +510,32 @@ def _naming(layer: str) -> Iterator[None]:
     """Says in errors which layer they are about."""
     try:
         yield
+    except WorkGone:
+        raise
     except MilanError as error:
         raise MilanError(f"layer {layer!r}: {error}") from error
 
 
-def _finish_images(storage: Storage, item: ModelWork, config: ExemplarConfig, expected: int) -> tuple[int, float]:
-    """Writes what was skipped and the digests of what was read; returns (usable images, seconds of all shards).
+def _finish_images(
+    storage: Storage, item: ModelWork, config: ExemplarConfig, expected: int
+) -> tuple[int, float, tuple[str, ...]]:
+    """Writes what was skipped and the digests of what was read.
+
+    Returns:
+        Usable images, seconds of all shards, and the names of those that saw a usable image.
 
     Raises:
         MilanError: Too many images were unreadable.
+        WorkGone: Another job has made the same layers public meanwhile.
     """
     names = storage.work_names(item.work, IMAGES)
     shards = [storage.get_work(item.work, name) for name in names]
-    images = pa.concat_tables(shards).sort_by("image_id")
+    images = pa.concat_tables([_IMAGES_SCHEMA.empty_table(), *shards]).sort_by("image_id")
     if len(images) != expected:
+        due = [why_exemplars(storage, item.recipes[layer], item.model.name, layer) for layer in item.layers]
+        due += [why_pooled(storage, recipe, item.model.name, layer) for layer, recipe in item.pooled.items()]
+        if not any(due):
+            raise WorkGone(f"the exemplars of {item.model.name} are there already; run the job again.")
         raise MilanError(
             f"{expected - len(images)} of {expected} images were not reported back; run the job again, and see that "
             f"every node of the cluster reads and writes {storage.root}."
@@ -501,7 +556,12 @@ def _finish_images(storage: Storage, item: ModelWork, config: ExemplarConfig, ex
         )
     _record_digests(storage, item.probe, images)
     seconds = sum(float((shard.schema.metadata or {})[SECONDS.encode()]) for shard in shards)
-    return expected - len(bad), seconds
+    seeing = tuple(
+        name.rpartition("/")[2]
+        for name, shard in zip(names, shards, strict=True)
+        if shard["reason"].null_count  # the reason why an image is unusable
+    )
+    return expected - len(bad), seconds, seeing
 
 
 def _record_digests(storage: Storage, digest: str, images: pa.Table) -> None:
@@ -521,18 +581,20 @@ class _MergeTask:
     item: ModelWork
     layer: str
     config: ExemplarConfig
+    shards: tuple[str, ...]
 
 
 def _merge(
     storage: Storage,
     item: ModelWork,
+    shards: tuple[str, ...],
     probe: requests.ProbeRequest,
     config: ExemplarConfig,
     resources: Resources,
     manifest: pa.Table,
 ) -> None:
     """Folds the shards of every layer and writes its tables."""
-    tasks = [_MergeTask(storage, item, layer, config) for layer in item.layers]
+    tasks = [_MergeTask(storage, item, layer, config, shards) for layer in item.layers]
     recompute: dict[str, list[int]] = {}
     for index, winners in run_parallel(_merge_layer, tasks, here=len(manifest) <= FEW_IMAGES):
         if winners is not None:
@@ -544,11 +606,9 @@ def _merge(
 def _merge_layer(task: _MergeTask) -> list[int] | None:
     """Folds one layer; returns the winners' ids when their maps must be computed again, else None."""
     storage, item, layer = task.storage, task.item, task.layer
-    names = storage.work_names(item.work, item.folder(layer))
-    if not names:
-        raise MilanError(f"layer {layer} of {item.model.name} saw no usable image; see the table skipped.")
+    # By name, not what is there: another job may be removing the same work, and some of it is not all of it.
     with _naming(layer):
-        state = fold((storage.get_work(item.work, name) for name in names), item.plan)
+        state = fold((storage.get_work(item.work, f"{item.folder(layer)}/{n}") for n in task.shards), item.plan)
     levels = state.level.result()
     table = LEVELS.table(
         {
@@ -581,31 +641,74 @@ def _merge_layer(task: _MergeTask) -> list[int] | None:
     for part in torch.split(torch.arange(len(unit)), 64):  # a cache-sized piece of upsampled maps at a time
         u, r = unit[part], rank[part]
         packed += masks.pack(masks.masks(state.topk.maps[u, r], levels[u], size))
-    _write_exemplars(task, winners.append_column("mask", pa.array(packed, pa.large_binary())))
+    rows = winners.append_column("mask", pa.array(packed, pa.large_binary()))
+    _write_exemplars(storage, item, layer, task.config, rows)
     storage.write(LEVELS, table, item.recipes[layer], model=item.model.name, layer=layer)
     return None
+
+
+@dataclass(frozen=True)
+class _PooledTask:
+    storage: Storage
+    item: ModelWork
+    layer: str
+    shards: tuple[str, ...]
+    images: int
+
+
+def _merge_pooled(storage: Storage, item: ModelWork, shards: tuple[str, ...], images: int) -> None:
+    """Makes the pooled activations of all layers public.
+
+    Raises:
+        MilanError: A shard's are not those of the images it read.
+    """
+    tasks = [_PooledTask(storage, item, layer, shards, images) for layer in item.pooled]
+    for _ in run_parallel(_merge_pooled_layer, tasks, here=images <= FEW_IMAGES):
+        pass
+
+
+def _merge_pooled_layer(task: _PooledTask) -> None:
+    """Strings the shards of one layer together in the manifest's order, one at a time."""
+    item, layer = task.item, task.layer
+    names = [f"pooled/{item.folder(layer)}/{shard}" for shard in task.shards]
+    first = task.storage.get_work(item.work, names[0])
+    metadata = {"units": str(len(first["max"][0])), "probe": item.probe}
+    rows = 0
+
+    def pieces() -> Iterator[pa.Table]:
+        nonlocal rows
+        for piece in in_groups(task.storage.get_work(item.work, name) for name in names):
+            rows += len(piece)
+            keys = {"model": [item.model.name] * len(piece), "layer": [layer] * len(piece)}
+            yield POOLED.table({**keys, **{name: piece[name] for name in piece.column_names}})
+        if rows != task.images:
+            raise MilanError(
+                f"{rows} of {task.images} images have pooled activations of layer {layer!r}; run the job again."
+            )
+
+    task.storage.write_stream(POOLED, pieces(), item.pooled[layer], metadata, model=item.model.name, layer=layer)
 
 
 def _mask_size(item: ModelWork, config: ExemplarConfig) -> tuple[int, int]:
     return config.mask_size or requests.model(item.model).preprocess.view.shape
 
 
-def _write_exemplars(task: _MergeTask, rows: pa.Table) -> None:
+def _write_exemplars(storage: Storage, item: ModelWork, layer: str, config: ExemplarConfig, rows: pa.Table) -> None:
     """Makes a layer's exemplars public: unit, rank, image_id, activation and mask of every winner."""
-    name, layer = task.item.model.name, task.layer
-    height, width = _mask_size(task.item, task.config)
+    name = item.model.name
+    height, width = _mask_size(item, config)
     metadata = {
         "mask_height": str(height),
         "mask_width": str(width),
-        "probe": task.item.probe,
-        "view": task.item.view,
-        "k": str(task.config.k),
-        "quantile": str(task.config.quantile),
+        "probe": item.probe,
+        "view": item.view,
+        "k": str(config.k),
+        "quantile": str(config.quantile),
     }
     columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
     columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}
     table = EXEMPLARS.table(columns, metadata)
-    task.storage.write(EXEMPLARS, table, task.item.recipes[layer], model=name, layer=layer)
+    storage.write(EXEMPLARS, table, item.recipes[layer], model=name, layer=layer)
 
 
 def _recompute(
@@ -628,15 +731,13 @@ def _recompute(
         for answer in run_pool(MaskWorker, arguments, rows, resources):
             progress.advance(answer["images"])
     for layer in winners:
-        stored = set(storage.work_names(item.work, f"masks/{item.folder(layer)}"))
-        mine = [name for name in (f"masks/{item.folder(layer)}/{block}" for block in names) if name in stored]
+        blocks_of = (storage.get_work(item.work, f"masks/{item.folder(layer)}/{name}") for name in names)
         empty = _WINNERS_SCHEMA.append(pa.field("mask", pa.large_binary())).empty_table()
-        parts = pa.concat_tables([empty, *(storage.get_work(item.work, name) for name in mine)])
-        parts = parts.sort_by([("unit", "ascending"), ("rank", "ascending")])
-        _write_exemplars(_MergeTask(storage, item, layer, config), parts)
+        parts = pa.concat_tables([empty, *blocks_of]).sort_by([("unit", "ascending"), ("rank", "ascending")])
+        _write_exemplars(storage, item, layer, config, parts)
 
 
-class MaskWorker(_ModelWorker):
+class MaskWorker(ModelWorker):
     """Recomputes the maps of winning images and thresholds them."""
 
     def __call__(self, row: Row) -> Row:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from milan_ray.captioner.captioner import Captioner
 from milan_ray.config import ExemplarConfig, Recipe
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import check_probe
+from milan_ray.labelers.clip import Clip
 from milan_ray.pipelines import requests
-from milan_ray.pipelines.captioners import EncoderRequest, captioner_name, load_captioner
+from milan_ray.pipelines.captioners import load_captioner
 from milan_ray.pipelines.describe import (
     Search,
     candidates_recipe,
@@ -17,11 +19,13 @@ from milan_ray.pipelines.describe import (
     labelers,
     search_identity,
 )
-from milan_ray.pipelines.encodings import encoder_identity, encodings_recipe
-from milan_ray.pipelines.exemplars import describe_model, why_exemplars
+from milan_ray.pipelines.encodings import Request, encoder_identity, encodings_recipe
+from milan_ray.pipelines.exemplars import describe_model, pooled_recipe, why_exemplars
+from milan_ray.pipelines.label import LabelConfig, label_recipe
+from milan_ray.pipelines.rerank import wide_search
 from milan_ray.pipelines.train import TrainingJob, training_recipe
 from milan_ray.probe.manifest import digest as probe_digest
-from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, TRAINING, Noun
+from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, POOLED, TRAINING, Noun
 from milan_ray.storage import Storage
 
 Layers = Mapping[tuple[str, str], str]
@@ -95,6 +99,8 @@ def plan_exemplars(
         for layer, recipe in recipes.items():
             reason = why_exemplars(storage, recipe, spec.name, layer)
             plan.steps.append(Step(EXEMPLARS.name, (spec.name, layer), reason))
+            if config.pooled:
+                plan._add(storage, POOLED, pooled_recipe(recipe), model=spec.name, layer=layer)
             layers[spec.name, layer] = recipe.hash
     return plan, layers
 
@@ -113,7 +119,7 @@ def plan_present(storage: Storage, models: Mapping[str, Sequence[str]]) -> tuple
 
 
 def plan_encodings(
-    storage: Storage, plan: Plan, exemplars: Layers, encoder: EncoderRequest, units: tuple[int, ...] = ()
+    storage: Storage, plan: Plan, exemplars: Layers, encoder: Request, units: tuple[int, ...] = ()
 ) -> Layers:
     """Adds the plan of :func:`milan_ray.pipelines.encodings.run_encodings`; returns what its encodings will be."""
     identity = encoder_identity(encoder)
@@ -129,15 +135,76 @@ def plan_descriptions(
     storage: Storage, plan: Plan, encodings: Layers, search: Search, units: tuple[int, ...] = ()
 ) -> None:
     """Adds the plan of :func:`milan_ray.pipelines.describe.run_descriptions`."""
-    captioner, name = load_captioner(storage, search.decoder), captioner_name(search.decoder)
+    captioner = load_captioner(storage, search.decoder)
+    recipes = _plan_candidates(storage, plan, encodings, captioner, search, units)
+    for labeler in labelers(captioner, search):
+        for (model, layer), recipe in recipes.items():
+            described = description_recipe(recipe, labeler)
+            plan._add(storage, DESCRIPTIONS, described, labeler=labeler.name, model=model, layer=layer)
+
+
+def _plan_candidates(
+    storage: Storage, plan: Plan, encodings: Layers, captioner: Captioner, search: Search, units: tuple[int, ...]
+) -> dict[tuple[str, str], Recipe]:
     identity = search_identity(captioner, search)
     recipes = {key: candidates_recipe(identity, config, units) for key, config in encodings.items()}
     for (model, layer), recipe in recipes.items():
-        plan._add(storage, CANDIDATES, recipe, decoder=name, model=model, layer=layer)
-    for labeler, lam in labelers(captioner, search).items():
-        for (model, layer), recipe in recipes.items():
-            described = description_recipe(recipe, lam)
-            plan._add(storage, DESCRIPTIONS, described, labeler=labeler, model=model, layer=layer)
+        plan._add(storage, CANDIDATES, recipe, decoder=search.name, model=model, layer=layer)
+    return recipes
+
+
+def plan_reranking(
+    storage: Storage,
+    plan: Plan,
+    exemplars: Layers,
+    encodings: Layers,
+    search: Search,
+    clip: Clip,
+    units: tuple[int, ...] = (),
+) -> None:
+    """Adds the plan of :func:`milan_ray.pipelines.rerank.run_reranking`.
+
+    Args:
+        storage: The run directory.
+        plan: What is planned already.
+        exemplars: What exemplars will be.
+        encodings: What the captioner's encodings will be.
+        search: The captioner and its own search.
+        clip: How to re-rank.
+        units: The units of every layer to describe; empty for all.
+    """
+    captioner = load_captioner(storage, search.decoder)
+    recipes = _plan_candidates(storage, plan, encodings, captioner, wide_search(captioner, search, clip), units)
+    compared = plan_encodings(storage, plan, exemplars, clip, units)
+    labeler = clip.labeler()
+    for (model, layer), recipe in recipes.items():
+        described = description_recipe(recipe, labeler, compared[model, layer])
+        plan._add(storage, DESCRIPTIONS, described, labeler=labeler.name, model=model, layer=layer)
+
+
+def plan_labels(
+    storage: Storage,
+    plan: Plan,
+    exemplars: Layers,
+    models: Sequence[requests.ModelRequest],
+    how: LabelConfig,
+    units: tuple[int, ...] = (),
+) -> None:
+    """Adds the plan of :func:`milan_ray.pipelines.label.run_labels`.
+
+    Args:
+        storage: The run directory.
+        plan: What is planned already.
+        exemplars: What exemplars will be.
+        models: The models to label.
+        how: How to label.
+        units: The units of every layer to label; empty for all.
+    """
+    grids = {request.name: how.grid(requests.model(request)) for request in models if request.name not in plan.failed}
+    for labeler in how.labelers:
+        for (model, layer), config in exemplars.items():
+            recipe = label_recipe(labeler, config, grids[model], units)
+            plan._add(storage, DESCRIPTIONS, recipe, labeler=labeler.name, model=model, layer=layer)
 
 
 def plan_training(storage: Storage, job: TrainingJob) -> Plan:

@@ -38,11 +38,13 @@ class ProbeRequest:
         sources: A registered name, or one or several roots.
         labels: Path of a labels file for flat folders, or None.
         plugins: Modules that register what the name needs.
+        legend: Path of what the numbers in a folder's label maps mean, or None.
     """
 
     sources: tuple[str, ...]
     labels: str | None = None
     plugins: tuple[str, ...] = ()
+    legend: str | None = None
 
 
 def model(request: ModelRequest) -> ModelSpec:
@@ -62,4 +64,4 @@ def probe(request: ProbeRequest) -> Probe:
         MilanError: Unknown name, missing folder, broken plug-in.
     """
     load_plugins(request.plugins)
-    return resolve_probe(request.sources, request.labels)
+    return resolve_probe(request.sources, request.labels, request.legend)

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from milan_ray.config import Recipe
-from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, Noun
+from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, POOLED, Noun
 from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, PARTS_KEY, UNITS_KEY, WHOLE_KEY, WORK, Storage
 
-STAGES = (EXEMPLARS, ANNOTATIONS, ENCODINGS, CANDIDATES, DESCRIPTIONS)
+STAGES = (EXEMPLARS, POOLED, ANNOTATIONS, ENCODINGS, CANDIDATES, DESCRIPTIONS)
 """The tables of layers; each is made from earlier ones."""
 
 
@@ -97,11 +97,16 @@ def status(storage: Storage) -> Status:
     """Looks at every file of a storage, at tables by their footers alone."""
     found: list[Partition] = []
     made: dict[tuple[str, str, str], dict[str, str]] = {}  # (table, model, layer) → digest of it as a part, its state
+    exemplars: dict[tuple[str, str], dict[str, str]] = {}  # (model, layer) → what its exemplars are made of
     for noun in STAGES:
         stats = storage.stat(noun.name)
         for keys in storage.partitions(noun):
             meta = storage.metadata(noun, **keys) or {}
             state = _state(noun, keys, meta, made)
+            if noun is EXEMPLARS:
+                exemplars[keys["model"], keys["layer"]] = json.loads(meta.get(PARTS_KEY, "{}"))
+            elif noun is POOLED:
+                state = _beside(exemplars.get((keys["model"], keys["layer"]), {}), meta)
             config = meta.get(CONFIG_KEY, "")
             part = _digest(noun.name, meta.get(WHOLE_KEY, config))
             made.setdefault((noun.name, keys["model"], keys["layer"]), {})[part] = state
@@ -132,6 +137,13 @@ def _state(
             if there[parts[above.name]]:
                 return f"stale: {above.name} are, too"
     return ""
+
+
+def _beside(exemplars: dict[str, str], meta: dict[str, str]) -> str:
+    """Whether pooled activations, made beside a layer's exemplars and not from them, are of something else."""
+    parts: dict[str, str] = json.loads(meta.get(PARTS_KEY, "{}"))
+    other = [name for name in parts if parts[name] != exemplars.get(name, parts[name])]
+    return f"stale: exemplars have other {', '.join(other)}" if other else ""
 
 
 def _work(storage: Storage) -> list[Work]:

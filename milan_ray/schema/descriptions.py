@@ -26,13 +26,13 @@ CANDIDATES = Noun(
     "candidates",
     ("decoder", "model", "layer"),
     (
-        Column("decoder", pa.string(), "name of the captioner (decoder and language model)"),
+        Column("decoder", pa.string(), "name of the captioner; with +clip, of its wide search"),
         _MODEL,
         _LAYER,
         _UNIT,
         Column("lm", pa.string(), "digest of the language model behind logp_d"),
         Column("beam_size", pa.int32(), "width of the beam"),
-        Column("beam_rank", pa.int32(), "0 = highest log p(d|E)"),
+        Column("beam_rank", pa.int32(), "0 = highest log p(d|E); of a wide search, less λ·log p(d)"),
         Column("tokens", pa.list_(pa.int32()), "token ids up to and including <stop> when finished"),
         Column("finished", pa.bool_(), "whether the beam reached <stop>"),
         Column("logp_d_given_e", pa.float32(), "log p(d|E), nats, summed over tokens"),
@@ -55,12 +55,19 @@ DESCRIPTIONS = Noun(
     "descriptions",
     ("labeler", "model", "layer"),
     (
-        Column("labeler", pa.string(), "which method and setting labelled the unit, e.g. milan or milan-pdE"),
+        Column(
+            "labeler", pa.string(), "which method labelled the unit: milan, milan-pdE, milan+clip, netdissect, compexp"
+        ),
         _MODEL,
         _LAYER,
         _UNIT,
         Column("description", pa.string(), "the label"),
-        Column("score", pa.float32(), "the labeler's own score; for milan log p(d|E) − λ·log p(d), nats"),
+        Column(
+            "score",
+            pa.float32(),
+            "the labeler's own; milan: log p(d|E) − λ·log p(d), nats; milan+clip: a mean cosine; netdissect and "
+            "compexp: intersection over union",
+        ),
         Column("logp_d_given_e", pa.float32(), "log p(d|E), nats; null for labelers without one", True),
         Column("logp_d", pa.float32(), "log p(d), nats; null for labelers without one", True),
         Column("lam", pa.float32(), "λ; null for labelers without one", True),

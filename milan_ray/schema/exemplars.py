@@ -69,3 +69,25 @@ SKIPPED = Noun(
     ),
     "A probe image that could not be used.",
 )
+
+POOLED = Noun(
+    "pooled",
+    ("model", "layer"),
+    (
+        Column("model", pa.string(), "registered name of the model"),
+        Column("layer", pa.string(), "module path of the layer inside the model"),
+        Column("image_id", pa.int64(), "row of the probe manifest; ascending"),
+        Column(
+            "max",
+            pa.list_(pa.float32()),
+            "U activations, unit by unit: the maximum over all positions of this image; NaN where none is finite",
+        ),
+        Column(
+            "mean",
+            pa.list_(pa.float32()),
+            "U activations, unit by unit: the mean over all finite positions of this image; NaN where there is none",
+        ),
+    ),
+    "What all units of a layer make of one readable probe image; only with `--pooled`. Lists, not fixed-size ones: one "
+    "query may read layers of different widths. File metadata: `units`, `probe`.",
+)

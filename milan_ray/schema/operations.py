@@ -8,7 +8,7 @@ RUNS = Noun(
     "runs",
     ("stage", "run", "model"),
     (
-        Column("stage", pa.string(), "exemplars, encodings, candidates, training, tuning or import"),
+        Column("stage", pa.string(), "exemplars, pooled, encodings, candidates, training, tuning or import"),
         Column("run", pa.string(), "configuration hash of what was made: of the table's partition, where it is one"),
         Column("model", pa.string(), "registered name of the model; for training, name of the captioner"),
         Column("layer", pa.string(), "module path of the layer; empty when the run is not of one layer"),
@@ -77,6 +77,29 @@ TRIALS = Noun(
         Column("chosen", pa.bool_(), "whether this is the setting that was chosen"),
     ),
     "One measure of one way to decode.",
+)
+
+DECODER_TRIALS = Noun(
+    "decoder_trials",
+    ("sweep",),
+    (
+        Column("sweep", pa.string(), "name of the search space: of its file in tune_configs"),
+        Column("trial", pa.int32(), "counted from 0, the best first"),
+        Column("learning_rate", pa.float64(), "AdamW's"),
+        Column("embedding", pa.int32(), "size of token embeddings"),
+        Column("hidden", pa.int32(), "size of LSTM states"),
+        Column("dropout", pa.float64(), "while training"),
+        Column("regularization_weight", pa.float64(), "weight of the attention regulariser"),
+        Column("encoder", pa.string(), "image encoder whose encodings were read"),
+        Column("bleu", pa.float64(), "BLEU (0–100) of greedy captions of the held-out units, after the best epoch"),
+        Column("epoch", pa.int32(), "the best epoch, counted from 0"),
+        Column("epochs", pa.int32(), "epochs trained"),
+        Column(
+            "ended", pa.string(), "patience: no more improvement; epochs: all done; asha: worse than others by then"
+        ),
+        Column("chosen", pa.bool_(), "whether this is the setting that was chosen"),
+    ),
+    "One way to train a decoder that was tried.",
 )
 
 TRIALS_FIGURE = "figure.svg"

@@ -173,7 +173,8 @@ def test_exemplars_killed_while_results_become_public_go_on_from_the_shards(undi
     manifest, digest = stage._manifest(storage, source)
     item = stage._plan(storage, CNN, model(CNN), digest, len(manifest), CONFIG)
     assert stage._run_shards(storage, [item], manifest, source, CONFIG, Resources()) == {}
-    stage._merge_layer(stage._MergeTask(storage, item, "2", CONFIG))
+    shards = stage._finish_images(storage, item, CONFIG, len(manifest))[2]
+    stage._merge_layer(stage._MergeTask(storage, item, "2", CONFIG, shards))
     run(tmp_path, photos)
     said = capsys.readouterr().err
     assert "3 of 3 shards are done already" in said

@@ -1,0 +1,386 @@
+"""Folders of images with label maps beside them: CamVid's layout and its likes, Broden's, ADE20K's (docs/labelers.md).
+
+Each image's label maps are part of its version tag in the manifest: a map that changes is another probe.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from PIL import Image, ImageDraw
+
+from milan_ray.errors import MilanError
+from milan_ray.probe.base import ImageRef, ProbeImage
+from milan_ray.probe.decode import FORMATS, MAX_PIXELS
+from milan_ray.probe.folder import EXTENSIONS, FolderProbe
+from milan_ray.probe.manifest import Entry, build
+
+LABEL_FOLDERS = ("labels", "annotations", "masks")
+"""Names of the folder of label maps beside ``images``."""
+
+LEGENDS = ("classes.csv", "classes.txt", "labels.csv", "names.txt", "objectInfo150.txt")
+"""Files beside ``images`` that say what the numbers of label maps mean."""
+
+VOID = {"", "void", "ignore", "unlabelled", "unlabeled", "other"}
+"""Names of what is nothing in particular."""
+
+_BRODEN = ("color", "object", "part", "material", "scene", "texture")
+"""Broden's categories; an entry is a file of its own per map, or the number of a label of the whole image."""
+
+
+def is_labelled(folder: Path) -> bool:
+    """Whether a folder has one of the layouts that :func:`labelled_folder` reads, with all that it takes.
+
+    ``images`` beside ``annotations`` is no such folder without a legend: COCO's has the same names.
+    """
+    numbered = _label_folder(folder) is not None and _legend_of(folder) is not None
+    return numbered or _is_broden(folder) or _is_ade20k(folder)
+
+
+def labelled_folder(folder: str | Path, legend: str | Path | None = None) -> LabelledFolder:
+    """The probe of a folder with label maps.
+
+    Args:
+        folder: Broden's (``index.csv``, ``label.csv``, ``images/``), CamVid's (``images/`` and ``labels/``, files of
+            the same stem), or ADE20K's (``NAME.jpg``, ``NAME_seg.png``, ``NAME.json``).
+        legend: What the numbers of CamVid's label maps mean: lines or CSV rows of number and name.
+
+    Raises:
+        MilanError: It has none of these layouts, or there is no legend where one is needed.
+    """
+    path = Path(folder).expanduser().resolve()
+    if _is_broden(path):
+        return BrodenFolder(path)
+    if _label_folder(path) is not None:
+        return NumberedFolder(path, legend)
+    if _is_ade20k(path):
+        return Ade20kFolder(path)
+    raise MilanError(
+        f"{path} has no label maps: give a folder with images/ and labels/, Broden's index.csv and label.csv, or "
+        "ADE20K's NAME.jpg with NAME_seg.png."
+    )
+
+
+def read_legend(path: Path) -> dict[int, str]:
+    """What numbers in label maps mean: lines of ``number name``, a CSV, or ADE20K's ``objectInfo150.txt``.
+
+    A header is recognised by its lack of a number; of several names (``car, auto``) the first counts.
+
+    Raises:
+        MilanError: It cannot be read, or has no line with a number and a name.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MilanError(f"cannot read the legend {path} ({error}): give lines of `number name`.") from error
+    found = {}
+    for line in lines:
+        cells = line.split("\t") if "\t" in line else next(csv.reader([line]), []) if "," in line else []
+        cells = [cell.strip() for cell in cells] if len(cells) > 1 else line.split(maxsplit=1)
+        if len(cells) > 1 and cells[0].isdigit():
+            # Of a table, the name comes last; of lines with several names after a comma, it is the first.
+            name = cells[-1] if "\t" in line else cells[1]
+            found[int(cells[0])] = name.split(",")[0].strip()
+        elif cells and cells[0].partition(" ")[0].isdigit():  # `401 car, auto`
+            number, _, name = cells[0].partition(" ")
+            found[int(number)] = name.strip()
+    if not found:
+        raise MilanError(f"{path} is no legend of label maps: give lines of `number name`.")
+    return found
+
+
+class LabelledFolder:
+    """What the layouts have in common: local files, a manifest whose tags cover the label maps."""
+
+    def __init__(self, root: Path) -> None:
+        """Nothing is read yet.
+
+        Args:
+            root: The folder.
+        """
+        self._root = root
+        self.name = root.name
+
+    def manifest(self) -> pa.Table:
+        """Lists the images by name, size and modification time, those of their label maps too.
+
+        Raises:
+            MilanError: There are none.
+        """
+        entries = []
+        for path, label in self._images():
+            try:
+                status = (self._root / path).stat()
+            except OSError as error:
+                raise MilanError(f"cannot read {self._root / path} ({error.strerror}): mend the index.") from error
+            tag = hashlib.sha256(repr(self._version()).encode())
+            for file in self._label_files(path):
+                tag.update(repr((file.name, *_stat(file))).encode())
+            entries.append(
+                Entry(str(self._root), path, status.st_size, status.st_mtime_ns, tag.hexdigest()[:16], label)
+            )
+        if not entries:
+            raise MilanError(f"no images with label maps in {self._root}: see docs/labelers.md for the layouts.")
+        return build(entries)
+
+    def read(self, ref: ImageRef) -> ProbeImage:
+        """Reads and decodes one image.
+
+        Raises:
+            UnreadableImage: It is missing, corrupt, empty or too large.
+        """
+        return FolderProbe([self._root]).read(ref)
+
+    def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
+        """Concept → bool (H, W), for concepts that show; None for an image without label maps.
+
+        Raises:
+            MilanError: A label map is damaged.
+        """
+        raise NotImplementedError
+
+    def _images(self) -> list[tuple[str, str | None]]:
+        """(path below the root, class) of each image."""
+        raise NotImplementedError
+
+    def _label_files(self, path: str) -> list[Path]:
+        """The files that an image's concept maps come from."""
+        raise NotImplementedError
+
+    def _version(self) -> object:
+        """What else decides concept maps."""
+        return 1
+
+
+class NumberedFolder(LabelledFolder):
+    """CamVid's layout and its likes: ``images/A.jpg`` beside ``labels/A.png``, whose pixels are numbers of a legend.
+
+    Numbers without a name, and names that say nothing (void, unlabelled), are no concepts. Folders below are followed,
+    as in ADE20K's scene parsing (``images/training/…``, ``annotations/training/…``).
+    """
+
+    def __init__(self, root: Path, legend: str | Path | None = None) -> None:
+        """Reads the legend.
+
+        Args:
+            root: The folder.
+            legend: What the numbers mean; None looks for a file beside ``images``.
+
+        Raises:
+            MilanError: There is no legend.
+        """
+        super().__init__(root)
+        labels = _label_folder(root)
+        assert labels is not None
+        self._labels = labels
+        place = Path(legend).expanduser() if legend else _legend_of(root)
+        if place is None:
+            raise MilanError(
+                f"nothing says what the numbers of the label maps in {labels} mean: give --legend FILE with lines of "
+                f"`number name`, or put such a file beside them as {LEGENDS[0]}."
+            )
+        self._legend = {n: name for n, name in read_legend(place).items() if name.lower() not in VOID}
+
+    def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
+        """Concept → bool (H, W); None for an image without a label map."""
+        files = self._label_files(ref.path)
+        if not files:
+            return None
+        numbers = _numbers(files[0])
+        return {self._legend[n]: numbers == n for n in np.unique(numbers).tolist() if n in self._legend}
+
+    def _images(self) -> list[tuple[str, str | None]]:
+        return [(path.relative_to(self._root).as_posix(), None) for path in _walk(self._root / "images")]
+
+    def _label_files(self, path: str) -> list[Path]:
+        file = (self._labels / Path(path).relative_to("images")).with_suffix(".png")
+        return [file] if file.is_file() else []
+
+    def _version(self) -> object:
+        return sorted(self._legend.items())
+
+
+class BrodenFolder(LabelledFolder):
+    """Broden (Bau et al. 2017): ``index.csv`` names each image's maps per category, ``label.csv`` their numbers.
+
+    A map's pixel is red + 256 · green; several maps, and several labels of a whole image, are separated by ``;``. The
+    suffixes of colours and scenes (``-c``, ``-s``) are left off; a class is the image's scene, if it has one.
+    """
+
+    def __init__(self, root: Path) -> None:
+        """Reads the index.
+
+        Args:
+            root: The folder.
+
+        Raises:
+            MilanError: It is none of Broden's.
+        """
+        super().__init__(root)
+        self._names = {
+            int(row["number"]): row["name"].removesuffix("-c").removesuffix("-s")
+            for row in _rows(root / "label.csv", ("number", "name"))
+        }
+        self._index = {row["image"]: row for row in _rows(root / "index.csv", ("image", "sh", "sw"))}
+
+    def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
+        """Concept → bool (H, W), at the scale of the label maps."""
+        names, row = self._names, self._index[ref.path.removeprefix("images/")]
+        maps = [_numbers(file) for file in self._label_files(ref.path)]
+        shape = maps[0].shape if maps else (int(row["sh"]), int(row["sw"]))
+        found: dict[str, np.ndarray] = {}
+        for numbers in maps:
+            for number in np.unique(numbers).tolist():
+                if number in names:
+                    found[names[number]] = found.get(names[number], False) | (numbers == number)
+        for entry in _entries(row):
+            if entry.isdigit() and int(entry) in names:
+                found[names[int(entry)]] = np.ones(shape, bool)
+        return found
+
+    def _images(self) -> list[tuple[str, str | None]]:
+        found = []
+        for image, row in self._index.items():
+            scene = (row.get("scene") or "").split(";")[0]
+            found.append((f"images/{image}", self._names.get(int(scene)) if scene.isdigit() else None))
+        return found
+
+    def _label_files(self, path: str) -> list[Path]:
+        entries = _entries(self._index[path.removeprefix("images/")])
+        return [self._root / "images" / entry for entry in entries if entry and not entry.isdigit()]
+
+    def _version(self) -> object:
+        return sorted(self._names.items())
+
+
+class Ade20kFolder(LabelledFolder):
+    """ADE20K's own files: ``NAME.jpg``, ``NAME_seg.png`` and ``NAME.json``.
+
+    Objects are the pixels red // 10 · 256 + green of the map, named by the JSON; parts are its polygons; the scene is
+    true everywhere. Of several names (``car, auto``) the first counts.
+    """
+
+    def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
+        """Concept → bool (H, W)."""
+        segmentation, about = self._label_files(ref.path)
+        annotation = _ade20k(about)
+        objects = annotation.get("object", [])
+        numbers = _numbers(segmentation, ade20k=True)
+        names = {int(thing["name_ndx"]): _first(thing["name"]) for thing in objects}
+        found: dict[str, np.ndarray] = {}
+        for number in np.unique(numbers).tolist():
+            if number in names:
+                found[names[number]] = found.get(names[number], False) | (numbers == number)
+        drawn: dict[str, Image.Image] = {}
+        for thing in objects:
+            corners = list(zip(thing["polygon"]["x"], thing["polygon"]["y"], strict=True))
+            if thing.get("parts", {}).get("part_level", 0) and len(corners) > 2:
+                canvas = drawn.setdefault(_first(thing["name"]), Image.new("1", numbers.shape[::-1]))
+                ImageDraw.Draw(canvas).polygon(corners, fill=1)
+        for name, canvas in drawn.items():
+            found[name] = found.get(name, False) | np.asarray(canvas)
+        if scene := self._scene(annotation):
+            found[scene] = np.ones(numbers.shape, bool)
+        return found
+
+    @staticmethod
+    def _scene(annotation: Mapping[str, Any]) -> str | None:
+        named = [name for name in annotation.get("scene", []) if name]
+        return named[-1] if named else None
+
+    def _images(self) -> list[tuple[str, str | None]]:
+        found = []
+        for path in _walk(self._root):
+            files = self._label_files(path.relative_to(self._root).as_posix())
+            if all(file.is_file() for file in files):  # not the maps themselves
+                found.append((path.relative_to(self._root).as_posix(), self._scene(_ade20k(files[1]))))
+        return found
+
+    def _label_files(self, path: str) -> list[Path]:
+        whole = self._root / path
+        return [whole.with_name(f"{whole.stem}_seg.png"), whole.with_suffix(".json")]
+
+
+def _is_broden(folder: Path) -> bool:
+    return all((folder / name).exists() for name in ("index.csv", "label.csv", "images"))
+
+
+def _label_folder(folder: Path) -> Path | None:
+    if not (folder / "images").is_dir():
+        return None
+    return next((folder / name for name in LABEL_FOLDERS if (folder / name).is_dir()), None)
+
+
+def _legend_of(folder: Path) -> Path | None:
+    return next((folder / name for name in LEGENDS if (folder / name).is_file()), None)
+
+
+def _is_ade20k(folder: Path) -> bool:
+    first = next(folder.glob("*_seg.png"), None)
+    return first is not None and first.with_name(first.name.replace("_seg.png", ".json")).is_file()
+
+
+def _walk(folder: Path) -> list[Path]:
+    """The images below a folder, hidden ones left out, sorted by path."""
+    found = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+
+
+def _stat(file: Path) -> tuple[int, int]:
+    try:
+        status = file.stat()
+    except OSError as error:
+        raise MilanError(f"cannot read the label map {file} ({error.strerror}): put it there.") from error
+    return status.st_size, status.st_mtime_ns
+
+
+def _numbers(file: Path, ade20k: bool = False) -> np.ndarray:
+    """The numbers in a label map, int64 (H, W): grey or palette values, or red and green taken together.
+
+    Raises:
+        MilanError: It is missing, damaged or too large.
+    """
+    try:
+        with Image.open(io.BytesIO(file.read_bytes()), formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                raise ValueError(f"{image.width}×{image.height} pixels are too many")
+            pixels = np.asarray(image).astype(np.int64)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise MilanError(f"cannot read the label map {file} ({error}): put a sound one there.") from error
+    if pixels.ndim == 2:
+        return pixels
+    red, green = pixels[..., 0], pixels[..., 1]
+    return red // 10 * 256 + green if ade20k else red + 256 * green
+
+
+def _first(name: str) -> str:
+    return name.split(",")[0].strip()
+
+
+def _rows(path: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
+    try:
+        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+    except (OSError, UnicodeDecodeError) as error:
+        raise MilanError(f"cannot read {path} ({error}): give Broden's own file.") from error
+    if not rows or any(rows[0].get(name) is None for name in needed):
+        raise MilanError(f"{path} is none of Broden's: it lacks rows or the columns {', '.join(needed)}.")
+    return rows
+
+
+def _entries(row: Mapping[str, str]) -> list[str]:
+    return [entry for category in _BRODEN for entry in (row.get(category) or "").split(";")]
+
+
+def _ade20k(file: Path) -> dict[str, Any]:
+    try:
+        return json.loads(file.read_bytes())["annotation"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise MilanError(f"cannot read {file} ({error!r}): give ADE20K's own file.") from error
