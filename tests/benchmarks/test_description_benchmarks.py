@@ -25,11 +25,13 @@ def test_describe_short_finds_what_the_plain_search_finds():
         assert float(result.facts["largest difference in log p"]) < 1e-4
 
 
+@pytest.mark.slow
 def test_encode_short_compares_pooling_batches_and_the_stage(ray_session):
     names = [result.name for result in encode.run(SHORT)]
     assert [name.split()[0] for name in names] == ["pooling", "batch", "stage"]
 
 
+@pytest.mark.slow
 def test_end_to_end_short_describes_every_unit(ray_session):
     (result,) = end_to_end.run(SHORT)
     assert result.work == 64

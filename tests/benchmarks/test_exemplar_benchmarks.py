@@ -9,7 +9,10 @@ import pytest
 from milan_ray import cli
 
 
-@pytest.mark.parametrize("name", ["exemplars", "merge", "ray-overhead"])
+@pytest.mark.parametrize(
+    "name",
+    ["merge", pytest.param("exemplars", marks=pytest.mark.slow), pytest.param("ray-overhead", marks=pytest.mark.slow)],
+)
 def test_benchmark_short_form_writes_its_figures(ray_session, name, tmp_path, capsys):
     file = tmp_path / "figures.json"
     assert cli.main(["benchmark", name, "--short", "--repeats", "1", "--threads", "1", "--json", str(file)]) == 0

@@ -84,6 +84,7 @@ def test_squeezenet_over_photographs_finds_what_it_was_trained_for(ray_session, 
     assert len(list((run / "report").rglob("*.html"))) > 1
 
 
+@pytest.mark.slow
 def test_mobilenet_over_photographs_has_masks_where_its_relu6_does_not_saturate(
     ray_session, shared, photographs, tmp_path
 ):
