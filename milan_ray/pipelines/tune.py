@@ -48,19 +48,16 @@ from milan_ray.experiments.tuning import (
     trial_scores,
 )
 from milan_ray.pipelines.captioners import about_captioner, captioner_name, load_captioner
-from milan_ray.pipelines.cluster import gpus_each
 from milan_ray.pipelines.describe import Search, candidates_recipe, search_identity
 from milan_ray.pipelines.encodings import unit_features
 from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.tuner import resumable_tuner
 from milan_ray.progress import LINE_INTERVAL, Progress, say, watched
 from milan_ray.schema import ANNOTATIONS, CANDIDATES, ENCODINGS, SCORES, TRIALS, TRIALS_FIGURE, TRIALS_SETTING
 from milan_ray.scoring.text import BertScore, normalize
 from milan_ray.storage import Storage
 
 KERNEL_VERSION = "tuning-1"
-
-EXPERIMENT = "tune"
-"""Folder of Ray Tune's own state, in the work of a sweep."""
 
 DONE, TEXTS = "scores", "texts"
 """Folders of the trials' results, in the work of a sweep; a trial whose scores are there is done."""
@@ -201,26 +198,15 @@ def _recipe(storage: Storage, captioner: Captioner, job: TuningJob) -> Recipe:
 
 def _try(storage: Storage, task: _Task, trials: Sequence[Trial], resources: Resources) -> None:
     """Runs all trials, going on where a killed job left off."""
-    work = storage.uri(f"_work/{task.work}")
-    trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(_run_trial, task=task),
-        {"cpu": resources.cpus_per_actor, "gpu": gpus_each(resources)},
+    tuner = resumable_tuner(
+        _run_trial,
+        task,
+        storage.uri(f"_work/{task.work}"),
+        {"trial": ray.tune.grid_search([asdict(trial) for trial in trials])},
+        # A process that has loaded the captioner and BERTScore's model runs one trial after the other.
+        ray.tune.TuneConfig(reuse_actors=True, max_concurrent_trials=resources.actors),
+        resources,
     )
-    if ray.tune.Tuner.can_restore(f"{work}/{EXPERIMENT}"):
-        tuner = ray.tune.Tuner.restore(f"{work}/{EXPERIMENT}", trainable, restart_errored=True)
-    else:
-        tuner = ray.tune.Tuner(
-            trainable,
-            param_space={"trial": ray.tune.grid_search([asdict(trial) for trial in trials])},
-            # A process that has loaded the captioner and BERTScore's model runs one trial after the other.
-            tune_config=ray.tune.TuneConfig(reuse_actors=True, max_concurrent_trials=resources.actors),
-            run_config=ray.tune.RunConfig(
-                name=EXPERIMENT,
-                storage_path=work,
-                verbose=0,
-                failure_config=ray.tune.FailureConfig(max_failures=3),
-            ),
-        )
     done = 0
 
     def count() -> None:  # Ray Tune's own tables are for its own terminal

@@ -39,18 +39,15 @@ from milan_ray.experiments.decoder_search import (
     Range,
     read_decoder_setting,
 )
-from milan_ray.pipelines.cluster import gpus_each
 from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.train import MEMORY_LIMIT, annotations_read
 from milan_ray.pipelines.training_units import UnitFeatures, write_units
+from milan_ray.pipelines.tuner import resumable_tuner
 from milan_ray.progress import say, watched
 from milan_ray.schema import DECODER_TRIALS, ENCODINGS, TRIALS_SETTING
 from milan_ray.storage import Storage
 
 KERNEL_VERSION = "decoder-tuning-1"
-
-EXPERIMENT = "tune"
-"""Folder of Ray Tune's own state, in the work of a search."""
 
 STATES, EPOCH_LINES = "states", "epochs"
 """Folders of the trials' states after their last epoch, and of the same for people, in the work of a search."""
@@ -180,7 +177,8 @@ def _write_units(storage: Storage, work: str, job: DecoderTuningJob) -> int:
         units = write_units(storage, _work_of(work, job, encoder), job.source, encoder, job.layers)
         if texts is not None and units.texts != texts:
             raise MilanError(
-                f"{encoder} has encoded other units than {job.space.encoders[0]}; encode with both again (jobs.encode)."
+                f"{encoder} has encoded other units than {job.space.encoders[0]}: encode all units with both "
+                "(without --units)."
             )
         texts = units.texts
     assert texts is not None
@@ -189,38 +187,29 @@ def _write_units(storage: Storage, work: str, job: DecoderTuningJob) -> int:
 
 def _try(storage: Storage, task: _Task, searcher: str, resources: Resources) -> list[dict[str, Any]]:
     """Runs all trials, going on where a killed job left off; returns a row for each, the best first."""
-    work, budget = storage.uri(f"_work/{task.work}"), task.job.space.budget
-    trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(_run_trial, task=task),
-        {"cpu": resources.cpus_per_actor, "gpu": gpus_each(resources)},
+    budget = task.job.space.budget
+    asha = ASHAScheduler(
+        time_attr="epochs",
+        max_t=budget.epochs,
+        grace_period=min(budget.grace, budget.epochs),
+        reduction_factor=budget.reduction,
     )
-    if ray.tune.Tuner.can_restore(f"{work}/{EXPERIMENT}"):
-        tuner = ray.tune.Tuner.restore(f"{work}/{EXPERIMENT}", trainable, restart_errored=True)
-    else:
-        tuner = ray.tune.Tuner(
-            trainable,
-            param_space={key: _domain(drawn) for key, drawn in task.job.space.space.items()},
-            tune_config=ray.tune.TuneConfig(
-                metric=METRIC,
-                mode="max",
-                num_samples=budget.trials,
-                search_alg=_search_algorithm(searcher, budget.seed),
-                scheduler=ASHAScheduler(
-                    time_attr="epochs",
-                    max_t=budget.epochs,
-                    grace_period=min(budget.grace, budget.epochs),
-                    reduction_factor=budget.reduction,
-                ),
-                max_concurrent_trials=resources.actors,
-                reuse_actors=True,
-            ),
-            run_config=ray.tune.RunConfig(
-                name=EXPERIMENT,
-                storage_path=work,
-                verbose=0,
-                failure_config=ray.tune.FailureConfig(max_failures=3),
-            ),
-        )
+    tuner = resumable_tuner(
+        _run_trial,
+        task,
+        storage.uri(f"_work/{task.work}"),
+        {key: _domain(drawn) for key, drawn in task.job.space.space.items()},
+        ray.tune.TuneConfig(
+            metric=METRIC,
+            mode="max",
+            num_samples=budget.trials,
+            search_alg=_search_algorithm(searcher, budget.seed),
+            scheduler=asha,
+            max_concurrent_trials=resources.actors,
+            reuse_actors=True,
+        ),
+        resources,
+    )
     with watched(_progress_said(storage, task)):
         results = tuner.fit()
     if results.errors:
