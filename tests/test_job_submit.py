@@ -111,7 +111,7 @@ def test_submitted_job_runs_and_its_log_and_tables_come_back(head, photos, tmp_p
     storage = Storage(tmp_path / "run")
     assert len(storage.read(EXEMPLARS, model="tiny/twin", layer="0")) == 6 * 3
     (package,) = head.folder.glob("session_2*/runtime_resources/working_dir_files/_ray_pkg_*/")
-    assert (package / "milan_ray/cli.py").is_file() and not (package / ".venv").exists()
+    assert (package / "milan_ray/cli/__init__.py").is_file() and not (package / ".venv").exists()
     files = [file for file in package.rglob("*") if file.is_file() and "__pycache__" not in file.parts]
     assert sum(file.stat().st_size for file in files) < WORKING_DIR_LIMIT
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import platform
 import time
-from collections import defaultdict, deque
+from abc import ABC, abstractmethod
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -213,26 +214,26 @@ def run_exemplars(
         else:
             work.append(planned)
     failed |= _run_shards(storage, work, manifest, probe, config, resources)
+    unmasked: list[_Merged] = []
     for item in work:
         if item.model.name in failed:
             continue
         try:
-            images, seconds, shards = _finish_images(storage, item, config, len(manifest))
-            _merge(storage, item, shards, probe, config, resources, manifest)
-            _merge_pooled(storage, item, shards, images)
+            merged = _merge(storage, item, config, len(manifest))
         except WorkGone:
             raise
         except MilanError as error:
             failed[item.model.name] = str(error)
             continue
-        for layer in item.layers:
-            name, run = item.model.name, item.recipes[layer].hash
-            rows = storage.count(EXEMPLARS, model=name, layer=layer)
-            record_run(storage, "exemplars", run, name, layer=layer, rows=rows, images=images, seconds=seconds)
-        for layer, recipe in item.pooled.items():
-            name, run = item.model.name, recipe.hash
-            record_run(storage, "pooled", run, name, layer=layer, rows=images, images=images, seconds=seconds)
-        storage.remove_work(item.work)
+        if merged.winners:
+            unmasked.append(merged)
+        else:
+            _close(storage, merged)
+    for merged, reason in _recompute(storage, unmasked, probe, config, resources, manifest):
+        if reason is None:
+            _close(storage, merged)
+        else:
+            failed[merged.item.model.name] = reason
     done = {name: layers for name, layers in done.items() if name not in failed}
     for name, reason in failed.items():
         say(f"FAILED {name}: {reason}")
@@ -335,7 +336,7 @@ def _run_shards(
             say(f"exemplars of {item.model.name}: {len(starts) - len(fresh)} of {len(starts)} shards are done already")
         # What travels through Ray says where a shard lies in the manifest, not what is in it.
         rows += [
-            {"model": index, "shard": n, "start": start, "stop": min(start + size, len(manifest))}
+            {"model": index, "shard": n, "start": start, "images": min(size, len(manifest) - start)}
             for n, start in ((n, starts[n]) for n in fresh)
         ]
     if not rows:
@@ -344,7 +345,7 @@ def _run_shards(
     names = ", ".join(item.model.name for item in work)
     say(f"exemplars: {names} over {len(manifest)} images, {len(rows)} shards")
     arguments = _worker_arguments(storage, work, probe, config, resources)
-    images = sum(row["stop"] - row["start"] for row in rows)
+    images = sum(row["images"] for row in rows)
     layers = [[(item.model.name, layer) for layer in item.read] for item in work]
     pieces = (piece for row in rows for piece in layers[row["model"]])
     with Progress("exemplars", images, "images", pieces) as progress:
@@ -384,8 +385,8 @@ def _refs(row: Row) -> list[ImageRef]:
     return [ImageRef(*ref) for ref in zip(row["image_id"], row["root"], row["path"], strict=True)]
 
 
-class ModelWorker:
-    """An actor that keeps one model loaded."""
+class ModelWorker(ABC):
+    """An actor that keeps one model loaded; its rows say which ``model`` they are for, by its place in ``work``."""
 
     def __init__(
         self,
@@ -402,6 +403,26 @@ class ModelWorker:
         self._probe = requests.probe(probe)
         self._device = resolve_device(device)
         self._loaded: tuple[int, ModelSpec, Forward] | None = None
+        self._failed: dict[int, str] = {}
+
+    def __call__(self, row: Row) -> Row:
+        """Runs one row; an error of the model or its layers fails the model, not the job."""
+        index = row["model"]
+        if index not in self._failed:
+            try:
+                self._run(row)
+            except WorkGone:
+                raise
+            except MilanError as error:
+                self._failed[index] = str(error)
+            except Exception as error:  # a user's model may raise anything, and must not end the others' job
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                self._failed[index] = f"the model failed on a batch: {reason}"
+        return {"model": index, "images": row["images"], "error": self._failed.get(index)}
+
+    @abstractmethod
+    def _run(self, row: Row) -> None:
+        """Does what a row asks for, and stores it."""
 
     def _forward(self, index: int) -> tuple[ModelSpec, Forward]:
         """The model of this index; rows come model by model, so one is kept at a time."""
@@ -443,21 +464,6 @@ class ExemplarWorker(ModelWorker):
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
         self._known: dict[tuple[int, str], Committed] = {}
-        self._failed: dict[int, str] = {}
-
-    def __call__(self, row: Row) -> Row:
-        """Runs one shard; an error of the model or its layers fails the model, not the job."""
-        index = row["model"]
-        if index not in self._failed:
-            try:
-                self._run(row)
-            except MilanError as error:
-                self._failed[index] = str(error)
-            except Exception as error:  # a user's model may raise anything, and must not end the others' job
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                self._failed[index] = f"the model failed on a batch: {reason}"
-        images = row["stop"] - row["start"]
-        return {"model": index, "shard": row["shard"], "images": images, "error": self._failed.get(index)}
 
     def _run(self, row: Row) -> None:
         started = time.monotonic()
@@ -466,7 +472,8 @@ class ExemplarWorker(ModelWorker):
         # The bars of the models before: their rows are over.
         self._known = {key: known for key, known in self._known.items() if key[0] == index}
         columns = ["image_id", "root", "path"]
-        part = self._storage.read_rows(MANIFEST, row["start"], row["stop"], columns, probe=item.probe)
+        start = row["start"]
+        part = self._storage.read_rows(MANIFEST, start, start + row["images"], columns, probe=item.probe)
         states: dict[str, LayerState] = {}
         pooled: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
         images: list[dict[str, object]] = []
@@ -584,23 +591,50 @@ class _MergeTask:
     shards: tuple[str, ...]
 
 
-def _merge(
-    storage: Storage,
-    item: ModelWork,
-    shards: tuple[str, ...],
-    probe: requests.ProbeRequest,
-    config: ExemplarConfig,
-    resources: Resources,
-    manifest: pa.Table,
-) -> None:
-    """Folds the shards of every layer and writes its tables."""
+@dataclass(frozen=True)
+class _Merged:
+    """A model whose shards are folded.
+
+    Attributes:
+        item: Its work.
+        images: Usable images.
+        seconds: What its shards took, together.
+        winners: Layer whose masks are still to be computed → the ids of its winners.
+    """
+
+    item: ModelWork
+    images: int
+    seconds: float
+    winners: dict[str, list[int]]
+
+
+def _merge(storage: Storage, item: ModelWork, config: ExemplarConfig, expected: int) -> _Merged:
+    """Folds the shards of every layer and writes its tables, as far as no masks are missing for them.
+
+    Raises:
+        MilanError: A layer or too many images cannot be used.
+        WorkGone: Another job has made the same layers public meanwhile.
+    """
+    images, seconds, shards = _finish_images(storage, item, config, expected)
     tasks = [_MergeTask(storage, item, layer, config, shards) for layer in item.layers]
-    recompute: dict[str, list[int]] = {}
-    for index, winners in run_parallel(_merge_layer, tasks, here=len(manifest) <= FEW_IMAGES):
-        if winners is not None:
-            recompute[item.layers[index]] = winners
-    if recompute:
-        _recompute(storage, item, recompute, probe, config, resources, manifest)
+    winners: dict[str, list[int]] = {}
+    for index, ids in run_parallel(_merge_layer, tasks, here=expected <= FEW_IMAGES):
+        if ids is not None:
+            winners[item.layers[index]] = ids
+    _merge_pooled(storage, item, shards, images)
+    return _Merged(item, images, seconds, winners)
+
+
+def _close(storage: Storage, merged: _Merged) -> None:
+    """Notes what ran for a model whose tables are all public, and removes its work in progress."""
+    item, images, seconds = merged.item, merged.images, merged.seconds
+    name = item.model.name
+    for layer in item.layers:
+        rows, run = storage.count(EXEMPLARS, model=name, layer=layer), item.recipes[layer].hash
+        record_run(storage, "exemplars", run, name, layer=layer, rows=rows, images=images, seconds=seconds)
+    for layer, recipe in item.pooled.items():
+        record_run(storage, "pooled", recipe.hash, name, layer=layer, rows=images, images=images, seconds=seconds)
+    storage.remove_work(item.work)
 
 
 def _merge_layer(task: _MergeTask) -> list[int] | None:
@@ -713,44 +747,81 @@ def _write_exemplars(storage: Storage, item: ModelWork, layer: str, config: Exem
 
 def _recompute(
     storage: Storage,
-    item: ModelWork,
-    winners: dict[str, list[int]],
+    unmasked: Sequence[_Merged],
     probe: requests.ProbeRequest,
     config: ExemplarConfig,
     resources: Resources,
     manifest: pa.Table,
-) -> None:
-    """Masks of the layers whose maps were too large to carry, from one more pass over the winners alone."""
-    ids = sorted(set().union(*winners.values()))
-    size = requests.model(item.model).batch(config.batch_size)
-    blocks = [ids[start : start + size] for start in range(0, len(ids), size)]
-    names = [config_hash({"winners": block}) for block in blocks]
-    rows = [{"name": name, **_refs_row(manifest.take(block))} for name, block in zip(names, blocks, strict=True)]
-    arguments = _worker_arguments(storage, [item], probe, config, resources)
-    with Progress(f"masks of {item.model.name}", len(ids), "images") as progress:
+) -> Iterator[tuple[_Merged, str | None]]:
+    """Masks of the layers whose maps were too large to carry, from one more pass over the winners alone.
+
+    One pool serves all models, and a model's exemplars become public with its last block.
+
+    Yields:
+        Each model as it is through, and why it failed; None when it did not.
+
+    Raises:
+        WorkGone: Another job has made the same layers public meanwhile.
+    """
+    if not unmasked:
+        return
+    rows: list[Row] = []
+    for index, merged in enumerate(unmasked):
+        size = requests.model(merged.item.model).batch(config.batch_size)
+        ids = sorted(set().union(*merged.winners.values()))
+        for block in (ids[start : start + size] for start in range(0, len(ids), size)):
+            what = {"model": index, "name": config_hash({"winners": block}), "layers": list(merged.winners)}
+            rows.append({**what, "images": len(block), **_refs_row(manifest.take(block))})
+    names = [[row["name"] for row in rows if row["model"] == index] for index in range(len(unmasked))]
+    waiting = Counter(row["model"] for row in rows)
+    failed: dict[int, str] = {}
+
+    def through(index: int) -> tuple[_Merged, str | None]:
+        if index not in failed:
+            try:
+                _write_masked(storage, unmasked[index], names[index], config)
+            except WorkGone:
+                raise
+            except MilanError as error:
+                failed[index] = str(error)
+        return unmasked[index], failed.get(index)
+
+    for index in range(len(unmasked)):
+        if not waiting[index]:  # no unit of these layers has a winner
+            yield through(index)
+    layers = [[(merged.item.model.name, layer) for layer in merged.winners] for merged in unmasked]
+    pieces = (piece for row in rows for piece in layers[row["model"]])
+    arguments = _worker_arguments(storage, [merged.item for merged in unmasked], probe, config, resources)
+    with Progress("masks", sum(row["images"] for row in rows), "images", pieces) as progress:
         for answer in run_pool(MaskWorker, arguments, rows, resources):
-            progress.advance(answer["images"])
-    for layer in winners:
-        blocks_of = (storage.get_work(item.work, f"masks/{item.folder(layer)}/{name}") for name in names)
+            index = answer["model"]
+            progress.advance(answer["images"], layers[index])
+            if answer["error"]:
+                failed.setdefault(index, answer["error"])
+            waiting[index] -= 1
+            if not waiting[index]:
+                yield through(index)
+
+
+def _write_masked(storage: Storage, merged: _Merged, names: list[str], config: ExemplarConfig) -> None:
+    """Strings the masks of a model's blocks together, and makes its exemplars public."""
+    item = merged.item
+    for layer in merged.winners:
+        blocks = (storage.get_work(item.work, f"masks/{item.folder(layer)}/{name}") for name in names)
         empty = _WINNERS_SCHEMA.append(pa.field("mask", pa.large_binary())).empty_table()
-        parts = pa.concat_tables([empty, *blocks_of]).sort_by([("unit", "ascending"), ("rank", "ascending")])
+        parts = pa.concat_tables([empty, *blocks]).sort_by([("unit", "ascending"), ("rank", "ascending")])
         _write_exemplars(storage, item, layer, config, parts)
 
 
 class MaskWorker(ModelWorker):
     """Recomputes the maps of winning images and thresholds them."""
 
-    def __call__(self, row: Row) -> Row:
-        """Masks of the winners in one block of images, for every layer that waits for them."""
-        item = self._work[0]
-        spec, forward = self._forward(0)
+    def _run(self, row: Row) -> None:
+        """Stores masks of the winners in one block of images, for every layer that waits for them."""
+        item = self._work[row["model"]]
+        spec, forward = self._forward(row["model"])
         size = _mask_size(item, self._config)
-        waiting = set(self._storage.work_names(item.work, "winners"))
-        winners = {
-            layer: self._storage.get_work(item.work, f"winners/{item.folder(layer)}")
-            for layer in item.layers
-            if f"winners/{item.folder(layer)}" in waiting
-        }
+        winners = {layer: self._storage.get_work(item.work, f"winners/{item.folder(layer)}") for layer in row["layers"]}
         found: dict[str, list[pa.Table]] = defaultdict(list)
         for _, batch in self._batches(_refs(row), spec):
             if batch.unreadable:
@@ -770,7 +841,6 @@ class MaskWorker(ModelWorker):
         for layer, parts in found.items():
             table = pa.concat_tables(parts)
             self._storage.put_work(item.work, f"masks/{item.folder(layer)}/{row['name']}", table)
-        return {"images": len(row["image_id"])}
 
 
 def _ensure_views(

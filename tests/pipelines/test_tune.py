@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import subprocess
@@ -15,7 +16,7 @@ import polars as pl
 import pytest
 import torch
 
-from milan_ray import cli, runtime
+from milan_ray import runtime
 
 runtime.prepare(None)  # before anything imports Ray: this file is a job, too
 
@@ -23,6 +24,7 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.cli.describe import search_of
 from milan_ray.config import Resources
 from milan_ray.errors import MilanError
 from milan_ray.experiments.tuning import Sweep, read_setting, split_units
@@ -141,8 +143,8 @@ def test_the_choice_is_the_best_on_validation_and_what_describing_says(storage):
     ]
     assert bleu_2(said, split_units(20, SWEEP)["held-out"]) == pytest.approx(chosen["value"][1])
     options = {"beam_size": None, "length": None, "lam": 7.0, "setting": str(path), "reference_quirks": False}
-    arguments = cli.argparse.Namespace(**options)
-    assert cli._search(arguments, "toy") == Search("toy", setting.beam_size, setting.length, 7.0)
+    arguments = argparse.Namespace(**options)
+    assert search_of(arguments, "toy") == Search("toy", setting.beam_size, setting.length, 7.0)
 
 
 def test_held_out_units_judge_the_choice_in_the_scores(storage):

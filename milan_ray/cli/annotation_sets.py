@@ -1,0 +1,113 @@
+"""``milan-ray annotations``: annotated sets in, out, and into shape."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from milan_ray.cli import options
+from milan_ray.cli.records import absolute, open_storage
+from milan_ray.errors import MilanError
+from milan_ray.progress import say
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+
+    def action(name: str, summary: str) -> argparse.ArgumentParser:
+        return actions.add_parser(name, help=summary, description=summary + ".", formatter_class=options.Help)
+
+    sets = "group (base, cls, gen, …), set (alexnet/imagenet, …), folder or zip"
+    bring = action("import", "Bring published exemplars and annotations into the storage")
+    bring.add_argument(
+        "set", metavar="SET", help=f"{sets}; or a CSV (layer, unit, summary) for the exemplars of --model"
+    )
+    bring.add_argument("--model", help="name of the model in the storage (default: the set's, e.g. alexnet/imagenet)")
+    bring.add_argument("--layers", nargs="+", metavar="LAYER", help="only these layers")
+    bring.add_argument("--download", action="store_true", help="fetch released sets that are absent")
+    bring.add_argument(
+        "--annotation-count", type=int, metavar="N",
+        help="units with at least N annotations, the first N of each; 0 for all (default: 3 for released sets, else 0)",
+    )  # fmt: skip
+    merge = action("merge", "Give masks-only sets the images of a local ImageNet or Places folder")
+    merge.add_argument("set", metavar="SET", help=sets)
+    for one in (bring, merge):
+        one.add_argument("--images", nargs="+", default=[], metavar="DIR", help="source images in class folders "
+                         "(default: $MILAN_DATA_DIR/imagenet/val, …)")  # fmt: skip
+        one.add_argument("--labels", metavar="FILE", help="classes of source images in a flat folder")
+        one.add_argument("--reference-quirks", action="store_true", help="squash images as the reference's merge does")
+    export = action("export", "Write exemplars and annotations of a model as a published set")
+    export.add_argument("model", metavar="MODEL", help="a model with exemplars in the storage")
+    export.add_argument("folder", metavar="DIR", help="folder to be made")
+    export.add_argument("--layers", nargs="+", metavar="LAYER", help="only these layers")
+    clean = action("clean", "Clean raw crowd results into an annotations.csv")
+    clean.add_argument("results", metavar="FILE", help="Mechanical Turk's CSV")
+    clean.add_argument("out", metavar="FILE", help="annotations.csv to write")
+    clean.add_argument(
+        "--tables", metavar="JSON", help="prefixes, substrings, suffixes, exact, words, workers: replacements"
+    )
+    clean.add_argument("--keep-rejected", action="store_true", help="keep what was rejected")
+    for one in (bring, export):
+        one.add_argument("--source", help="source of the annotations (default: milannotations; export: the only one)")
+        options.storage(one)
+    for one in (bring, merge, export, clean):
+        options.common(one)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    return {"import": _import_annotations, "merge": _merge, "export": _export_annotations, "clean": _clean}[
+        args.action
+    ](args)
+
+
+def _import_annotations(args: argparse.Namespace) -> int:
+    from milan_ray.annotations.load import load
+    from milan_ray.annotations.quirks import Quirks
+    from milan_ray.pipelines.annotations_import import SOURCE, import_csv, run_import
+
+    storage, source = open_storage(args), args.source or SOURCE
+    if args.set.endswith(".csv"):
+        if args.model is None:
+            raise MilanError("annotations from a CSV need --model, the model whose exemplars they speak of.")
+        path = Path(absolute("SET", args.set))
+        import_csv(storage, path, args.model, source=source, annotation_count=args.annotation_count or None)
+        return 0
+    sets = load(
+        args.set, images=args.images, labels=args.labels, download=args.download, layers=args.layers,
+        annotation_count=args.annotation_count, quirks=Quirks(merge_geometry=args.reference_quirks),
+    )  # fmt: skip
+    if args.model is not None and len(sets) > 1:
+        raise MilanError(f"--model names one model, but {args.set} is {len(sets)} sets; import them one by one.")
+    for one in sets:
+        run_import(storage, one, model=args.model, source=source)
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from milan_ray.annotations.groups import locate
+    from milan_ray.annotations.load import merge_images
+    from milan_ray.annotations.quirks import Quirks
+
+    for location in locate(args.set):
+        merge_images(location, args.images, args.labels, Quirks(merge_geometry=args.reference_quirks))
+    return 0
+
+
+def _export_annotations(args: argparse.Namespace) -> int:
+    from milan_ray.pipelines.annotations_export import run_export
+
+    folder = Path(absolute("DIR", args.folder))
+    layers = run_export(open_storage(args), args.model, folder, source=args.source, layers=args.layers)
+    say(f"export: {len(layers)} layers of {args.model} in {folder}")
+    return 0
+
+
+def _clean(args: argparse.Namespace) -> int:
+    from milan_ray.annotations.cleaning import clean_results, read_tables
+
+    tables = read_tables(Path(args.tables)) if args.tables else None
+    kept, rejected = clean_results(Path(args.results), Path(args.out), tables, keep_rejected=args.keep_rejected)
+    say(f"clean: {kept} annotations in {args.out}, {rejected} rejected ones left out")
+    return 0

@@ -1,0 +1,51 @@
+"""``milan-ray demo``: everything on the built-in world."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+
+from milan_ray.cli import options
+from milan_ray.cli.closing import report_on
+from milan_ray.cli.records import open_storage, resources_of
+from milan_ray.config import results_dir
+from milan_ray.progress import say
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    parser.add_argument("--generator", action="store_true", help="dissect the world's image generator too (2 minutes)")
+    parser.add_argument(
+        "--clip", action="store_true", help="re-rank by a small CLIP trained on the world, too (4 minutes)"
+    )
+    options.add_to(parser, options.storage, options.report, options.resources, options.common)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.pipelines.captioners import about_captioner
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.demo import DECODER, run_demo, run_generator, summary
+    from milan_ray.plugins import load_plugins
+    from milan_ray.schema import DESCRIPTIONS
+
+    started = time.monotonic()
+    load_plugins()
+    if args.storage is None:
+        args.storage = str(results_dir() / "demo")
+    storage, resources = open_storage(args), resources_of(args)
+    storage.check_writable()
+    say(f"the built-in world, end to end, into {storage.root}")
+    with connected(resources):
+        scores = run_demo(storage, resources, max(1, (os.cpu_count() or 1) // 2 * 2), args.clip)
+        if args.generator:
+            run_generator(storage, resources)
+    report_on(args, storage, notes={"About the descriptions": about_captioner(storage, DECODER)})
+    layers = storage.partitions(DESCRIPTIONS, labeler="milan")
+    units = sum(len(storage.read(DESCRIPTIONS, ["unit"], **keys)) for keys in layers)
+    say(f"\n{units} units of {len({keys['model'] for keys in layers})} networks described. Beside what costs nothing:")
+    say(summary(scores))
+    say(f"tables: {storage.uri('descriptions')}/**/*.parquet, and the others beside it")
+    say(f"done in {time.monotonic() - started:.0f} s")
+    return 0

@@ -1,0 +1,129 @@
+"""``milan-ray describe``: descriptions of every unit."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from milan_ray.cli import options
+from milan_ray.cli.closing import close, report_on, show_plan
+from milan_ray.cli.records import (
+    absolute,
+    encoder_request,
+    exemplar_config,
+    find_captioner,
+    model_requests,
+    open_storage,
+    probe_request,
+    read_text,
+    resources_of,
+)
+
+if TYPE_CHECKING:
+    from milan_ray.labelers.clip import Clip
+    from milan_ray.pipelines.describe import Search
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    options.probe(parser, required=False)
+    options.add_to(
+        parser,
+        options.models,
+        options.exemplars,
+        options.captioner,
+        options.clip,
+        options.search,
+        options.units,
+        options.download,
+        options.quirks,
+        options.storage,
+        options.report,
+        options.plugins,
+        options.resources,
+        options.dry_run,
+        options.common,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.pipelines.annotations_export import exemplar_layers
+    from milan_ray.pipelines.captioners import about_captioner, load_captioner
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.describe import run_descriptions
+    from milan_ray.pipelines.encodings import run_encodings
+    from milan_ray.pipelines.exemplars import run_exemplars
+    from milan_ray.pipelines.plan import (
+        plan_descriptions,
+        plan_encodings,
+        plan_exemplars,
+        plan_present,
+        plan_reranking,
+    )
+    from milan_ray.pipelines.rerank import run_reranking
+
+    started = time.monotonic()
+    storage, resources = open_storage(args), resources_of(args)
+    clip = _clip(args)
+    decoder = find_captioner(args, storage)
+    encoder = encoder_request(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
+    encoder.load()
+    search = search_of(args, decoder)
+    present: dict[str, tuple[str, ...]] = {}
+    failed: dict[str, str] = {}
+    if args.probe is None:
+        present = {name: tuple(exemplar_layers(storage, name, args.layers or None)) for name in args.model}
+    else:
+        dissection = storage, model_requests(args), probe_request(args), exemplar_config(args)
+    if args.dry_run:
+        plan, layers = plan_present(storage, present) if args.probe is None else plan_exemplars(*dissection)
+        encodings = plan_encodings(storage, plan, layers, encoder, args.units)
+        plan_descriptions(storage, plan, encodings, search, args.units)
+        if clip is not None:
+            plan_reranking(storage, plan, layers, encodings, search, clip, args.units)
+        return show_plan(plan)
+    with connected(resources):
+        if args.probe is not None:
+            done = run_exemplars(*dissection, resources)
+            present, failed = done.models, done.failed
+        run_encodings(storage, present, encoder, resources, args.units)
+        run_descriptions(storage, present, search, resources, args.units)
+        if clip is not None:
+            run_reranking(storage, present, search, clip, resources, args.units)
+    about = about_captioner(storage, decoder)
+    report_on(args, storage, list(present), {"About the descriptions": about} if about else None)
+    return close("descriptions", storage, present, failed, started)
+
+
+def _clip(args: argparse.Namespace) -> Clip | None:
+    """How to re-rank, where ``--clip`` asks for it or a captioner's name ending in ``+clip``, which is taken off."""
+    from milan_ray.labelers.clip import Clip
+    from milan_ray.models.image_text import DEFAULT, find_image_text
+    from milan_ray.pipelines.captioners import RERANKED
+
+    for option in ("milan", "decoder"):
+        name = getattr(args, option)
+        if name is not None and name.endswith(RERANKED) and not Path(name).exists():
+            setattr(args, option, name.removesuffix(RERANKED))
+            args.clip = args.clip or ""
+    if args.clip is None:
+        return None
+    folder = absolute("--clip", args.clip) if Path(args.clip).parent != Path(".") else args.clip
+    return Clip(find_image_text(folder or DEFAULT), args.clip_z, args.clip_beam_size, args.clip_lam)
+
+
+def search_of(args: argparse.Namespace, decoder: str) -> Search:
+    """How to search: the options given, else what the setting says, else the captioner's own."""
+    from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
+    from milan_ray.experiments.tuning import read_setting
+    from milan_ray.pipelines.describe import Search
+
+    search = Search(decoder, args.beam_size, args.length, args.lam, REFERENCE if args.reference_quirks else NO_QUIRKS)
+    if args.setting is None:
+        return search
+    setting = read_setting(read_text("--setting", args.setting), args.setting)
+    return replace(search, **{name: value for name, value in asdict(setting).items() if getattr(args, name) is None})

@@ -1,0 +1,46 @@
+"""``milan-ray exemplars``: every unit's exemplars and masks."""
+
+from __future__ import annotations
+
+import argparse
+import time
+
+from milan_ray.cli import options
+from milan_ray.cli.closing import close, report_on, show_plan
+from milan_ray.cli.records import exemplar_config, model_requests, open_storage, probe_request, resources_of
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    options.probe(parser, required=True)
+    options.add_to(
+        parser,
+        options.models,
+        options.exemplars,
+        options.download,
+        options.quirks,
+        options.storage,
+        options.report,
+        options.plugins,
+        options.resources,
+        options.dry_run,
+        options.common,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.exemplars import run_exemplars
+    from milan_ray.pipelines.plan import plan_exemplars
+
+    started = time.monotonic()
+    storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
+    resources, config = resources_of(args), exemplar_config(args)
+    if args.dry_run:
+        return show_plan(plan_exemplars(storage, models, probe, config)[0])
+    storage.check_writable()
+    with connected(resources):
+        done = run_exemplars(storage, models, probe, config, resources)
+    report_on(args, storage, list(done.models))
+    return close("exemplars", storage, done.models, done.failed, started)

@@ -1,0 +1,34 @@
+"""``milan-ray export``: a captioner as a checkpoint of the reference implementation."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from milan_ray.cli import options
+from milan_ray.cli.records import absolute, encoder_request, find_captioner, open_storage
+from milan_ray.progress import say
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    parser.add_argument("out", metavar="FILE", help="checkpoint to write, e.g. milan-mine.pth")
+    options.add_to(parser, options.captioner, options.download, options.storage, options.plugins, options.common)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.captioner.checkpoints import export_reference
+    from milan_ray.pipelines.captioners import load_captioner
+    from milan_ray.plugins import load_plugins
+
+    load_plugins(args.plugin)
+    storage = open_storage(args)
+    decoder = find_captioner(args, storage)
+    captioner = load_captioner(storage, decoder)
+    if captioner.encoder_state is None:
+        encoder = encoder_request(args, captioner.encoder_name, storage, decoder).load()
+        captioner = replace(captioner, encoder_state=encoder.backbone.state_dict())
+    export_reference(captioner, absolute("FILE", args.out))
+    say(f"export: {args.out}, a checkpoint that MILAN's reference implementation loads")
+    return 0

@@ -1,0 +1,248 @@
+"""Groups of options that verbs share, and the types of their arguments."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+from milan_ray.config import FLOAT32, ExemplarConfig
+
+EXEMPLARS = ExemplarConfig()
+
+
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows every default, but not those that say nothing."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        if action.default in (None, False, [], ()):
+            return action.help
+        return super()._get_help_string(action)
+
+
+def positive(text: str) -> int:
+    """An argument that counts something."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def share(text: str) -> float:
+    """An argument between 0 and 1."""
+    number = float(text)
+    if not 0 <= number <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return number
+
+
+def gib(text: str) -> int:
+    """An argument in GiB, as bytes."""
+    return int(float(text) * 2**30)
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    """An argument that selects units: numbers and ranges."""
+    chosen: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        chosen.update(range(int(first), int(last or first) + 1))
+    return tuple(sorted(chosen))
+
+
+def add_to(parser: argparse.ArgumentParser, *groups: Callable[[argparse.ArgumentParser], None]) -> None:
+    """Gives a verb groups of options, in this order."""
+    for group in groups:
+        group(parser)
+
+
+def common(parser: argparse.ArgumentParser) -> None:
+    """Debugging and logs."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.add_argument("--log", choices=("text", "json"), help="form of the log (default: $MILAN_LOG, else text)")
+
+
+def storage(parser: argparse.ArgumentParser) -> None:
+    """The run directory."""
+    parser.add_argument(
+        "--storage",
+        default=None,
+        help="run directory of all tables: a path, s3://…, gs://… (default: $MILAN_RESULTS_DIR, else ./results)",
+    )
+
+
+def download(parser: argparse.ArgumentParser) -> None:
+    """Leave to download."""
+    parser.add_argument("--download", action="store_true", help="fetch published weights that are absent")
+
+
+def quirks(parser: argparse.ArgumentParser) -> None:
+    """The reference's defects."""
+    parser.add_argument(
+        "--reference-quirks", action="store_true", help="reproduce the reference's defects too (ARCHITECTURE.md)"
+    )
+
+
+def dry_run(parser: argparse.ArgumentParser) -> None:
+    """Say only."""
+    parser.add_argument("--dry-run", action="store_true", help="say what would be made and why, and make nothing")
+
+
+def units(parser: argparse.ArgumentParser) -> None:
+    """A selection of units."""
+    parser.add_argument(
+        "--units", type=numbers, default=(), metavar="1,5,7-12", help="describe only these units of every layer"
+    )
+
+
+def plugins(parser: argparse.ArgumentParser) -> None:
+    """Modules that register models or probes."""
+    parser.add_argument(
+        "--plugin",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="importable module or .py file that registers models or probes; may be repeated",
+    )
+
+
+def resources(parser: argparse.ArgumentParser) -> None:
+    """Cluster and device."""
+    group = parser.add_argument_group("cluster")
+    group.add_argument("--address", help="Ray cluster to join (default: $RAY_ADDRESS, else a local one of our own)")
+    group.add_argument("--actors", type=positive, help="most actors of a pool (default: one per GPU, else per CPU)")
+    group.add_argument("--cpus-per-actor", type=positive, default=1, help="CPUs and torch threads of each actor")
+    group.add_argument("--gpus-per-actor", type=float, help="GPUs of each actor, fractions allowed (default: 1 if any)")
+    group.add_argument("--device", default="auto", help="where models run: auto, cpu or cuda")
+
+
+def models(parser: argparse.ArgumentParser) -> None:
+    """Models, weights and layers."""
+    group = parser.add_argument_group("models")
+    which = group.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--model",
+        nargs="+",
+        metavar="NAME",
+        help="registered models, or patterns ('resnet*/imagenet'); see jobs.models",
+    )
+    which.add_argument(
+        "--zoo",
+        type=lambda text: text.split(","),
+        dest="model",
+        metavar="NAMES",
+        help="the same as one word: 'imagenet,imagenet-blurred' is every …/imagenet and …/imagenet-blurred",
+    )
+    group.add_argument(
+        "--weights",
+        metavar="WEIGHTS",
+        help="weights of the one model given: a file, a URL, the name of published ones (IMAGENET1K_V2) or 'random'",
+    )
+    group.add_argument("--layers", nargs="+", default=[], metavar="PATH", help="layers (default: the model's own list)")
+    group.add_argument(
+        "--activations",
+        choices=("seen", "pre", "post"),
+        default="seen",
+        help="of a layer with an activation function behind it: what the reference sees (values after it where it "
+        "works in place, else before), always before, or always after",
+    )
+
+
+def probe(parser: argparse.ArgumentParser, required: bool) -> None:
+    """Probe images."""
+    group = parser.add_argument_group("probe images")
+    group.add_argument(
+        "--probe",
+        nargs="+",
+        required=required,
+        metavar="SOURCE",
+        help="folders, URIs or a registered probe; of a generator, its latents"
+        + ("" if required else " (default: describe the exemplars that the storage holds)"),
+    )
+    group.add_argument("--labels", metavar="FILE", help="CSV of file names and classes, for folders without classes")
+    group.add_argument(
+        "--max-bad", type=share, default=EXEMPLARS.max_bad, help="share of unreadable images above which to fail"
+    )
+
+
+def exemplars(parser: argparse.ArgumentParser) -> None:
+    """How exemplars are found."""
+    group = parser.add_argument_group("exemplars")
+    group.add_argument("--k", type=positive, default=EXEMPLARS.k, help="exemplars per unit, images")
+    group.add_argument("--quantile", type=share, default=EXEMPLARS.quantile, help="activation quantile of the level η")
+    group.add_argument("--batch-size", type=positive, default=EXEMPLARS.batch_size, help="images per forward pass")
+    group.add_argument("--shard-size", type=positive, help="images per unit of work (default: at most 256)")
+    group.add_argument(
+        "--precision",
+        choices=("float32", "bfloat16", "float16"),
+        default=FLOAT32.precision,
+        help="how models compute; below float32 activations are rounded, so that images may tie and masks change",
+    )
+    group.add_argument(
+        "--channels-last",
+        action="store_true",
+        help="keep channels last in memory: faster convolutions, equal within float error; not every model allows it",
+    )
+    group.add_argument(
+        "--pooled",
+        action="store_true",
+        help="also store every unit's maximum and mean on every image (table pooled), which some labelers read",
+    )
+
+
+def report(parser: argparse.ArgumentParser) -> None:
+    """Where the report goes."""
+    parser.add_argument("--report", metavar="DIR", help="folder for the HTML report (default: report/ in the storage)")
+    parser.add_argument("--no-report", action="store_true", help="write no HTML report")
+
+
+def captioner(parser: argparse.ArgumentParser, required: bool = True) -> None:
+    """Which captioner."""
+    group = parser.add_argument_group("captioner")
+    captioner = group.add_mutually_exclusive_group(required=required)
+    captioner.add_argument("--decoder", help="captioner: a name trained into the storage, its folder, or a .pth file")
+    captioner.add_argument(
+        "--milan",
+        metavar="KEY",
+        help="published captioner: base, cls, gen, imagenet, places365, alexnet, resnet152, biggan, "
+        "not-alexnet-imagenet, …; looked for in $MILAN_MODELS_DIR, else downloaded there",
+    )
+    group.add_argument(
+        "--encoder-weights", metavar="FILE", help="weights of the captioner's encoder, if it brings none"
+    )
+
+
+def clip(parser: argparse.ArgumentParser) -> None:
+    """Re-ranking by a model of images and texts."""
+    group = parser.add_argument_group("re-ranking by a model of images and texts, as labeler milan+clip")
+    group.add_argument(
+        "--clip",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="re-rank the candidates of a wide beam by CLIP or SigLIP: a folder, or the name of one in "
+        "$MILAN_MODELS_DIR (alone, or with --milan KEY+clip: clip-vit-base-patch32)",
+    )
+    group.add_argument(
+        "--clip-z", type=share, default=0.5, metavar="Z", help="weight of whole images against their masked regions"
+    )
+    group.add_argument(
+        "--clip-beam-size", type=positive, metavar="N", help="candidates per unit (default: 1000, or the vocabulary)"
+    )
+    group.add_argument(
+        "--clip-lam", type=float, default=0.5, metavar="LAM", help="λ that the search for candidates subtracts with"
+    )
+
+
+def search(parser: argparse.ArgumentParser) -> None:
+    """How descriptions are searched."""
+    group = parser.add_argument_group("descriptions")
+    group.add_argument(
+        "--setting", metavar="FILE", help="λ, beam size and length as jobs.tune chose them; the options below win"
+    )
+    group.add_argument(
+        "--lam", type=float, help="λ of log p(d|E) − λ·log p(d) (default: the captioner's own, as a rule 0.2)"
+    )
+    group.add_argument("--beam-size", type=positive, help="width of the beam (default: the captioner's own, 50)")
+    group.add_argument(
+        "--length", type=positive, help="most tokens, <stop> included (default: the captioner's own, 15)"
+    )

@@ -1,0 +1,154 @@
+"""From parsed arguments to the records that pipelines take."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from milan_ray import runtime
+from milan_ray.config import Arithmetic, ExemplarConfig, Resources, results_dir
+from milan_ray.errors import MilanError
+from milan_ray.progress import say
+
+if TYPE_CHECKING:
+    from milan_ray.pipelines.captioners import EncoderRequest
+    from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+    from milan_ray.storage import Storage
+
+
+def open_storage(args: argparse.Namespace) -> Storage:
+    """The run directory that ``--storage`` or the environment names."""
+    from milan_ray.storage import Storage
+
+    if args.storage is None and runtime.in_submitted_job() and "MILAN_RESULTS_DIR" not in os.environ:
+        raise MilanError("give --storage inside a submitted job: the working directory there is a temporary copy.")
+    return Storage(absolute("--storage", args.storage or str(results_dir())))
+
+
+def absolute(option: str, path: str) -> str:
+    """A path as every process of the job can use it: absolute, or the URI it is.
+
+    Raises:
+        MilanError: It is relative, inside a submitted job.
+    """
+    if "://" in path:
+        return path
+    if runtime.in_submitted_job() and not Path(path).expanduser().is_absolute():
+        raise MilanError(
+            f"{option} must be an absolute path or a URI inside a submitted job (got {path}): "
+            "the working directory there is a temporary copy."
+        )
+    return str(Path(path).expanduser().absolute())
+
+
+def read_text(option: str, path: str) -> str:
+    """A text file, local or on an object store."""
+    from milan_ray.storage import Storage
+
+    folder, _, name = absolute(option, path).rpartition("/")
+    try:
+        return Storage(folder or "/").get(name).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise MilanError(f"cannot read {option} {path} ({error}); give a YAML file.") from error
+
+
+def resources_of(args: argparse.Namespace) -> Resources:
+    """The cluster options as a record."""
+    return Resources(args.address, args.actors, args.cpus_per_actor, args.gpus_per_actor, args.device)
+
+
+def model_requests(args: argparse.Namespace) -> list[ModelRequest]:
+    """The models asked for, patterns resolved; one that fails alone is left to the first stage to report."""
+    from milan_ray.models.registry import RANDOM, get_model, match_models
+    from milan_ray.models.resolve import resolve_model
+    from milan_ray.pipelines.requests import ModelRequest
+    from milan_ray.plugins import load_plugins
+
+    load_plugins(args.plugin)
+    names = list(dict.fromkeys(name for pattern in args.model for name in match_models(pattern)))
+    if args.weights is not None:
+        if len(names) > 1:
+            raise MilanError("--weights names the weights of one model; give a single --model with it.")
+        if args.weights != RANDOM and args.weights not in get_model(names[0]).published:
+            args.weights = absolute("--weights", args.weights)
+    found = []
+    for name in names:
+        weights = args.weights
+        try:
+            weights = resolve_model(name, weights, args.layers, download=args.download).weights
+        except MilanError as error:
+            if len(names) == 1:
+                raise
+            say(f"{name}: {error}")  # the first stage finds the same, and goes on with the others
+        found.append(ModelRequest(name, weights, tuple(args.layers), tuple(args.plugin), args.activations))
+    return found
+
+
+def probe_request(args: argparse.Namespace) -> ProbeRequest:
+    """Where probe images come from."""
+    from milan_ray.pipelines.requests import ProbeRequest
+    from milan_ray.plugins import load_plugins
+    from milan_ray.probe.registry import probe_names
+
+    load_plugins(args.plugin)
+    sources = []
+    for source in args.probe:
+        sources.append(source if source in probe_names() else absolute("--probe", source))
+    labels = None if args.labels is None else absolute("--labels", args.labels)
+    legend = getattr(args, "legend", None)
+    return ProbeRequest(tuple(sources), labels, tuple(args.plugin), legend and absolute("--legend", legend))
+
+
+def exemplar_config(args: argparse.Namespace) -> ExemplarConfig:
+    """The exemplar options as a record."""
+    return ExemplarConfig(
+        k=args.k,
+        quantile=args.quantile,
+        batch_size=args.batch_size,
+        shard_size=args.shard_size,
+        max_bad=args.max_bad,
+        truncate_bytes=args.reference_quirks,
+        arithmetic=Arithmetic(args.precision, args.channels_last),
+        pooled=args.pooled,
+    )
+
+
+def find_captioner(args: argparse.Namespace, storage: Storage) -> str:
+    """The captioner as workers will find it: a name in the storage, or an absolute path."""
+    from milan_ray.pipelines.captioners import find_milan, has_captioner
+
+    if args.milan is not None:
+        return find_milan(args.milan)
+    if has_captioner(storage, args.decoder) or not Path(args.decoder).expanduser().exists():
+        return args.decoder
+    return absolute("--decoder", args.decoder)
+
+
+def encoder_request(
+    args: argparse.Namespace, name: str, storage: Storage | None = None, decoder: str | None = None
+) -> EncoderRequest:
+    """A captioner's encoder, with the weights given or its own."""
+    from milan_ray.pipelines.captioners import EncoderRequest
+
+    weights = None if args.encoder_weights is None else absolute("--encoder-weights", args.encoder_weights)
+    return EncoderRequest(name, weights, storage, decoder, tuple(args.plugin), args.download)
+
+
+def annotated_layers(storage: Storage, source: str, models: Sequence[str] | None) -> dict[str, list[str]]:
+    """Model → layers with annotations of a source.
+
+    Raises:
+        MilanError: There are none.
+    """
+    from milan_ray.schema import ANNOTATIONS
+
+    found: dict[str, list[str]] = {}
+    for keys in storage.partitions(ANNOTATIONS, source=source):
+        if not models or keys["model"] in models:
+            found.setdefault(keys["model"], []).append(keys["layer"])
+    if not found:
+        raise MilanError(f"no annotations of source {source!r} for these models in {storage.root}.")
+    return found

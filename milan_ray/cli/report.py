@@ -1,0 +1,23 @@
+"""``milan-ray report``: the HTML report of a storage."""
+
+from __future__ import annotations
+
+import argparse
+
+from milan_ray.cli import options
+from milan_ray.cli.closing import report_on
+from milan_ray.cli.records import open_storage
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    parser.add_argument("--model", nargs="+", metavar="NAME", help="only these models")
+    parser.set_defaults(no_report=False)
+    parser.add_argument("--report", metavar="DIR", help="folder for the HTML report (default: report/ in the storage)")
+    options.add_to(parser, options.storage, options.common)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    report_on(args, open_storage(args), args.model)
+    return 0

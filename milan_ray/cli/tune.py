@@ -1,0 +1,91 @@
+"""``milan-ray tune``: λ, beam size and strategy, or how to train a decoder."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from milan_ray.cli import options
+from milan_ray.cli.records import (
+    absolute,
+    annotated_layers,
+    encoder_request,
+    find_captioner,
+    open_storage,
+    read_text,
+    resources_of,
+)
+from milan_ray.config import Resources
+from milan_ray.errors import MilanError
+
+if TYPE_CHECKING:
+    from milan_ray.storage import Storage
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    parser.add_argument("--config", required=True, metavar="FILE", help="what to try: tune_configs/rerank.yaml, …")
+    parser.add_argument("--annotations", required=True, metavar="SOURCE", help="source of the annotations that judge")
+    parser.add_argument(
+        "--model",
+        nargs="+",
+        metavar="NAME",
+        help="only annotated units of these models: best ones that the captioner was not trained on (default: all)",
+    )
+    parser.add_argument(
+        "--bert-model", metavar="DIR", help="language model of BERTScore (default: MiniLM, where it is installed)"
+    )
+    options.captioner(parser, required=False)  # decoder.yaml tunes how to train one
+    options.add_to(parser, options.download, options.storage, options.plugins, options.resources, options.common)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.experiments.decoder_search import tunes_decoder
+    from milan_ray.experiments.tuning import read_sweep
+    from milan_ray.pipelines.captioners import load_captioner
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.encodings import run_encodings
+    from milan_ray.pipelines.tune import TuningJob, run_tuning
+    from milan_ray.scoring.text import minilm_directory
+
+    storage, resources = open_storage(args), resources_of(args)
+    text = read_text("--config", args.config)
+    if tunes_decoder(text):
+        return _tune_decoder(args, storage, resources, text)
+    if args.decoder is None and args.milan is None:
+        raise MilanError(f"{args.config} tunes how a captioner decodes: give --decoder or --milan.")
+    sweep = read_sweep(text, args.config)
+    decoder = find_captioner(args, storage)
+    models = annotated_layers(storage, args.annotations, args.model)
+    layers = tuple((model, layer) for model, paths in models.items() for layer in paths)
+    minilm = minilm_directory()
+    bert_model = absolute("--bert-model", args.bert_model or str(minilm)) if args.bert_model or minilm else None
+    job = TuningJob(Path(args.config).stem, decoder, args.annotations, layers, sweep, bert_model)
+    encoder = encoder_request(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
+    with connected(resources):
+        run_encodings(storage, models, encoder, resources)
+        run_tuning(storage, job, resources)
+    return 0
+
+
+def _tune_decoder(args: argparse.Namespace, storage: Storage, resources: Resources, text: str) -> int:
+    from milan_ray.experiments.decoder_search import read_decoder_space
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.encodings import run_encodings
+    from milan_ray.pipelines.tune_decoder import DecoderTuningJob, run_decoder_tuning
+
+    if args.decoder or args.milan:
+        raise MilanError(f"{args.config} tunes how a decoder is trained: leave out --decoder and --milan.")
+    space = read_decoder_space(text, args.config)
+    if args.encoder_weights and len(space.encoders) > 1:
+        raise MilanError(f"--encoder-weights is for one encoder, and {args.config} has {', '.join(space.encoders)}.")
+    models = annotated_layers(storage, args.annotations, args.model)
+    layers = tuple((model, layer) for model, paths in models.items() for layer in paths)
+    job = DecoderTuningJob(Path(args.config).stem, args.annotations, layers, space)
+    with connected(resources):
+        for name in space.encoders:
+            run_encodings(storage, models, encoder_request(args, name), resources)
+        run_decoder_tuning(storage, job, resources)
+    return 0
