@@ -6,6 +6,8 @@ annotations, where finished beams and units leave the batch.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 from torch import Tensor
 
@@ -18,15 +20,13 @@ PUBLISHED = 2.01
 """Units per second of the reference itself, on two cores of a machine of this kind (REFERENCE, appendix)."""
 
 
-def run(options: Options) -> list[Result]:
+def run(options: Options) -> Iterator[Result]:
     """Compares both captioners' descriptions and times."""
     sizes = Sizes.of(options)
     batch = 2 if options.short else 16
     features = random_features(batch, sizes.features)
-    return [
-        _compare(f"descriptions, {name}", captioner, features, options)
-        for name, captioner in (("untrained", untrained(sizes)), ("trained", trained(options, sizes)))
-    ]
+    yield _compare("descriptions, untrained", untrained(sizes), features, options)
+    yield _compare("descriptions, trained", trained(options, sizes), features, options)
 
 
 def _compare(name: str, captioner: Captioner, features: Tensor, options: Options) -> Result:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -50,7 +51,7 @@ def random_encoder(name: str, folder: Path) -> EncoderRequest:
     return EncoderRequest(name, str(file))
 
 
-def run(options: Options) -> list[Result]:
+def run(options: Options) -> Iterator[Result]:
     """Measures pooling, batch sizes, and the stage with one and several models."""
     name, count = ("resnet18", 8) if options.short else ("resnet101", 96)
     with TemporaryDirectory(prefix="milan-encode-") as folder, photographs(options, count) as photos:
@@ -58,8 +59,9 @@ def run(options: Options) -> list[Result]:
         views = [_view(file) for file in sorted(photos.iterdir())]
         images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
         encoder = request.load()
-        kernels = [_pooling(encoder, images, options), *_batch_sizes(encoder, images, options)]
-        return [*kernels, *_stage(request, encoder, views, images, Path(folder), options)]
+        yield _pooling(encoder, images, options)
+        yield from _batch_sizes(encoder, images, options)
+        yield from _stage(request, encoder, views, images, Path(folder), options)
 
 
 def _view(file: Path) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +28,7 @@ REFERENCE = 143.6 + 1024 / 0.50
 """Seconds of the reference for 1,024 units over 300 photographs, two cores (REFERENCE, appendix)."""
 
 
-def run(options: Options) -> list[Result]:
+def run(options: Options) -> Iterator[Result]:
     """Describes all units over all photographs; then half the photographs, and a quarter of the units."""
     photos, sizes = 16 if options.short else 300, Sizes.of(options)
     with TemporaryDirectory(prefix="milan-end-to-end-") as folder:
@@ -40,18 +41,16 @@ def run(options: Options) -> list[Result]:
                 return job.run(captioner, some)
 
         if options.short:
-            return [describe(photos, LAYERS[:1])]
+            yield describe(photos, LAYERS[:1])
+            return
         everything = describe(photos, LAYERS)
-        half, quarter = describe(photos // 2, LAYERS), describe(photos, LAYERS[:3])
-        units = float(everything.work - quarter.work)
-        return [
-            everything.with_facts(
-                seconds_for_one_more_photograph=(everything.seconds[0] - half.seconds[0]) / (photos - photos // 2),
-                seconds_for_one_more_unit=(everything.seconds[0] - quarter.seconds[0]) / units,
-            ),
-            half,
-            quarter,
-        ]
+        yield everything
+        half = describe(photos // 2, LAYERS)
+        more = (everything.seconds[0] - half.seconds[0]) / (photos - photos // 2)
+        yield half.with_facts(seconds_for_one_more_photograph=more)
+        quarter = describe(photos, LAYERS[:3])
+        more = (everything.seconds[0] - quarter.seconds[0]) / float(everything.work - quarter.work)
+        yield quarter.with_facts(seconds_for_one_more_unit=more)
 
 
 @dataclass(frozen=True)

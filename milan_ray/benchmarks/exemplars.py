@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from copy import deepcopy
 from functools import cache, partial
 from tempfile import TemporaryDirectory
@@ -34,15 +35,19 @@ def resnet18(options: Options) -> ModelRequest:
     return ModelRequest("resnet18/imagenet", "random", ("layer4",) if options.short else ())
 
 
-def run(options: Options) -> list[Result]:
+def run(options: Options) -> Iterator[Result]:
     """Measures kernels, kernels with decoding, the whole stage, memory, and what each of the sizes costs."""
     count, model = (12, resnet18(options)) if options.short else (300, resnet18(options))
     with photographs(options, count) as folder:
         probe = ProbeRequest((str(folder),))
         views = _views(model, probe)
         plan, small = Plan(count, 15, 0.99, 2**20, 2**28), pass_size(BATCH, torch.device("cpu"))
-        kernels = [
-            compare(
+        for batch, arithmetic, note in (
+            (BATCH, FLOAT32, ""),
+            (small, FLOAT32, ""),
+            (BATCH, Arithmetic(channels_last=True), "; the subject with --channels-last"),
+        ):
+            yield compare(
                 f"all layers of decoded images, beside the bare forward pass in batches of {batch}{note}",
                 partial(_dissect, _forward(model, arithmetic), plan, views),
                 partial(_bare, model, views, batch),
@@ -50,19 +55,11 @@ def run(options: Options) -> list[Result]:
                 work=count,
                 unit="images",
             )
-            for batch, arithmetic, note in (
-                (BATCH, FLOAT32, ""),
-                (small, FLOAT32, ""),
-                (BATCH, Arithmetic(channels_last=True), "; the subject with --channels-last"),
-            )
-        ]
-        return [
-            *kernels,
-            _with_decoding(model, probe, count, options),
-            _stage(model, probe, count, options),
-            *([] if options.short else [_memory(model, probe, count)]),
-            *_scaling(options),
-        ]
+        yield _with_decoding(model, probe, count, options)
+        yield _stage(model, probe, count, options)
+        if not options.short:
+            yield _memory(model, probe, count)
+        yield from _scaling(options)
 
 
 def _views(model: ModelRequest, probe: ProbeRequest) -> np.ndarray:
@@ -150,15 +147,13 @@ def _bare_with_decoding(model: ModelRequest, probe: ProbeRequest) -> None:
     _bare(model, _views(model, probe))
 
 
-def _scaling(options: Options) -> list[Result]:
+def _scaling(options: Options) -> Iterator[Result]:
     """Kernel seconds against images, units and k, on made-up maps: those of layer2, twice and four times as many."""
     images, units, k = (32, 8, 5) if options.short else (256, 128, 15)
-    results = []
     for i, u, j in ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)):
         name = f"kernels alone: {images * i} images, {units * u} units, k {k * j}"
         kernels = partial(_kernels, images * i, units * u, k * j)
-        results.append(compare(name, kernels, None, options.repeats, work=images * i, unit="images"))
-    return results
+        yield compare(name, kernels, None, options.repeats, work=images * i, unit="images")
 
 
 def _kernels(images: int, units: int, k: int) -> None:

@@ -1,7 +1,7 @@
 """Timing a subject against a baseline, interleaved, so that what else the machine does meets both alike.
 
-A benchmark is a module of this package with one function ``run(options: Options) -> list[Result]``; the command line
-finds it by name (``milan-ray benchmark NAME``).
+A benchmark is a module of this package with one function ``run(options: Options) -> Iterator[Result]``, found by its
+name (``milan-ray benchmark NAME``). A result is printed as soon as it is there.
 """
 
 from __future__ import annotations
@@ -239,9 +239,10 @@ def run_benchmark(name: str, options: Options, json_file: Path | None = None) ->
             )
     say(", ".join(f"{key} {value}" for key, value in about.items() if value is not None))
     module = importlib.import_module(f"milan_ray.benchmarks.{name.replace('-', '_')}")
-    results: list[Result] = module.run(options)
-    for result in results:
-        print(result)
+    results: list[Result] = []
+    for result in module.run(options):
+        print(result, flush=True)
+        results.append(result)
     if json_file is not None:
         record = {"benchmark": name, "machine": about, "results": [result.record() for result in results]}
         json_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

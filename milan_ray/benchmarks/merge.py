@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Iterator
 from functools import partial
 from tempfile import TemporaryDirectory
 
@@ -24,19 +25,18 @@ IMAGES = 64
 ACTORS = (1, 2, 4, 8, 16, 32, 64)
 
 
-def run(options: Options) -> list[Result]:
+def run(options: Options) -> Iterator[Result]:
     """Folds 8 to 128 shards of one layer, then plays 128 recorded shards on 1 to 64 actors."""
     units, shards, images = (16, 8, 16) if options.short else (32, 128, IMAGES)
     plan = Plan(shards * images, 15, 0.99, 2**20, 2**28)
     single = _tables(plan, units, shards, images, actors=1)
-    results = []
-    for count in (shards // 16, shards // 4, shards) if not options.short else (shards,):
-        folding = partial(fold, single[:count], plan)
-        results.append(compare(f"fold {count} shards", folding, None, options.repeats, work=count, unit="shards"))
     sizes = [_bytes(table) for table in single]
     facts = {f"shard {n + 1} leaves, kB": sizes[n] / 1e3 for n in (0, 1, 3, 15, 63, 127) if n < len(sizes)}
-    results[-1] = results[-1].with_facts(**facts)
-    return [*results, *_scaling(options, plan, units, shards, images)]
+    for count in (shards // 16, shards // 4, shards) if not options.short else (shards,):
+        folding = partial(fold, single[:count], plan)
+        folded = compare(f"fold {count} shards", folding, None, options.repeats, work=count, unit="shards")
+        yield folded.with_facts(**facts) if count == shards else folded
+    yield from _scaling(options, plan, units, shards, images)
 
 
 def _tables(plan: Plan, units: int, shards: int, images: int, actors: int) -> list[pa.Table]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from tempfile import TemporaryDirectory
 
 from milan_ray.benchmarks.exemplars import resnet18
@@ -19,7 +20,7 @@ JOB = 600.0
 """Seconds of the job of which the overhead is given."""
 
 
-def run(options: Options) -> list[Result]:
+def run(options: Options) -> Iterator[Result]:
     """Runs the exemplars stage with and without Ray over some and over thrice as many images, one actor each."""
     few, many = (4, 8) if options.short else (128, 384)
     config = ExemplarConfig(shard_size=4 if options.short else 32)
@@ -35,6 +36,8 @@ def run(options: Options) -> list[Result]:
         times[count] = Result(
             f"{count} images through Ray, beside a plain loop", tuple(ours), tuple(plain), count, "images"
         )
+        if count == few:
+            yield times[few]
 
     def line(seconds: dict[int, float]) -> tuple[float, float]:
         """Seconds that any run takes, and seconds per image."""
@@ -50,7 +53,8 @@ def run(options: Options) -> list[Result]:
         f"overhead of a job of {JOB:.0f} s, %": 100 * ((fixed + slope * images) / JOB - 1),
     }
     last = times[many]
-    return [times[few], Result(last.name, last.seconds, last.baseline, last.work, last.unit, facts), _import(options)]
+    yield Result(last.name, last.seconds, last.baseline, last.work, last.unit, facts)
+    yield _import(options)
 
 
 def _plain(model: ModelRequest, probe: ProbeRequest, config: ExemplarConfig) -> float:

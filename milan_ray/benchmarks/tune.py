@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 
 from milan_ray.benchmarks.captioners import Sizes, random_features, trained
@@ -13,7 +15,7 @@ from milan_ray.scoring.text import BertScore, minilm_directory
 LAMS = 100
 
 
-def run(options: Options) -> list[Result]:
+def run(options: Options) -> Iterator[Result]:
     """Compares both trials, for a trained captioner of the paper's sizes."""
     sizes = Sizes.of(options)
     captioner = trained(options, sizes)
@@ -40,9 +42,7 @@ def run(options: Options) -> list[Result]:
         unit="units",
         warm_up=not options.short,
     )
-    return [
-        result.with_facts(
-            distinct_descriptions_per_unit=trial(many) / len(features),
-            bertscore="MiniLM" if folder else NO_BERTSCORE,
-        )
-    ]
+    yield result.with_facts(
+        distinct_descriptions_per_unit=trial(many) / len(features),
+        bertscore="MiniLM" if folder else NO_BERTSCORE,
+    )

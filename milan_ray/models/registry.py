@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from milan_ray.errors import unknown_name
+from milan_ray.errors import MilanError, unknown_name
 from milan_ray.models.units import unit_maps
 from milan_ray.models.view import GENERATED, Preprocess
 from milan_ray.models.weights import WeightsFile
@@ -102,8 +102,24 @@ class ModelSpec:
 
     def unit_maps(self, layer: str, output: torch.Tensor) -> torch.Tensor:
         """A layer's output as one map per unit, (B, U, H, W); see :func:`milan_ray.models.units.unit_maps`."""
-        channels_last = self.channels_last is not None and re.fullmatch(self.channels_last, layer) is not None
-        return unit_maps(output, self.prefix_tokens, channels_last=channels_last, layer=f"layer {layer!r}")
+        return unit_maps(
+            output, self.prefix_tokens, channels_last=self._is_channels_last(layer), layer=f"layer {layer!r}"
+        )
+
+    def unit_axis(self, layer: str, output: torch.Tensor) -> int:
+        """Which axis of a layer's output counts its units: maps (B, U, H, W), tokens (B, T, U), vectors (B, U).
+
+        Raises:
+            MilanError: It is none of these.
+        """
+        if output.ndim == 4:
+            return 3 if self._is_channels_last(layer) else 1
+        if output.ndim in (2, 3):
+            return output.ndim - 1
+        raise MilanError(f"layer {layer!r} puts out a tensor of shape {tuple(output.shape)}: it has no units.")
+
+    def _is_channels_last(self, layer: str) -> bool:
+        return self.channels_last is not None and re.fullmatch(self.channels_last, layer) is not None
 
 
 def source_of(function: Callable[..., Any] | None) -> str:

@@ -1,0 +1,197 @@
+"""Switching units off: what a network puts out when some units of its layers are zero."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from milan_ray.errors import MilanError
+from milan_ray.models.hooks import call, find_layers, first_tensor
+from milan_ray.models.registry import ModelSpec
+
+UnitSet = Mapping[str, Sequence[int]]
+"""Layer → its units that are switched off."""
+
+ROWS = 512
+"""Rows (sets × images) of a pass behind the first layer that is changed, at most."""
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Sets whose first layer is the same; ``numbers`` are their places in the list given."""
+
+    first: str | None
+    numbers: tuple[int, ...]
+
+
+class Ablation:
+    """A classifier with each of several sets of units switched off (REFERENCE §9).
+
+    A unit is switched off where it is described: in its layer's output, which is zero there, at all positions and, of
+    tokens, in all tokens. What comes before the first layer that a set changes is the same for all sets that begin
+    there, so it runs once: the first layer's output is repeated, once per set, and the rest of the network sees a
+    longer batch. A network that does not allow this (one with a shortcut around the layer) is found out on the first
+    images and given repeated inputs instead.
+
+    Args:
+        spec: The model.
+        model: The model, built, in eval mode, on its device.
+        sets: Sets of units; an empty one leaves the model as it is.
+        rows: Rows of a pass at most; bounds memory.
+
+    Raises:
+        MilanError: A layer or unit does not exist.
+    """
+
+    def __init__(self, spec: ModelSpec, model: nn.Module, sets: Sequence[UnitSet], rows: int = ROWS) -> None:
+        self._spec, self._model, self._rows = spec, model, rows
+        self._sets = [{layer: sorted(set(units)) for layer, units in one.items() if len(units)} for one in sets]
+        self._modules = find_layers(model, dict.fromkeys(layer for one in self._sets for layer in one))
+        self._groups: list[_Group] | None = None
+        self._shared: dict[str | None, bool] = {None: True}  # first layer → whether the pass before it can be shared
+
+    @torch.inference_mode()
+    def logits(self, views: torch.Tensor) -> torch.Tensor:
+        """The model's outputs with each set switched off.
+
+        Args:
+            views: uint8 (n, H, W, 3), the model's views.
+
+        Returns:
+            float32 (sets, n, classes), on the CPU.
+
+        Raises:
+            MilanError: A layer's output has another number of units than a set names, or is no tensor to change, or
+                the model puts out something else than one row of logits per image.
+        """
+        if self._groups is None:
+            self._groups = self._grouped(views[:1])
+        outputs: list[torch.Tensor | None] = [None] * len(self._sets)
+        for group in self._groups:
+            some = max(1, self._rows // len(views))
+            for start in range(0, len(group.numbers), some):
+                numbers = group.numbers[start : start + some]
+                for number, output in zip(numbers, self._run(views, group.first, numbers), strict=True):
+                    outputs[number] = output
+        return torch.stack([output for output in outputs if output is not None])
+
+    def correct(self, views: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """How many images of each class each set leaves correctly classified.
+
+        Args:
+            views: uint8 (n, H, W, 3).
+            labels: int64 (n,), numbers of classes.
+
+        Returns:
+            int64 (sets, classes).
+        """
+        logits = self.logits(views)
+        right = logits.argmax(-1) == labels
+        counts = torch.zeros(len(self._sets), logits.shape[-1], dtype=torch.int64)
+        return counts.index_add_(1, labels, right.long())
+
+    def _grouped(self, views: torch.Tensor) -> list[_Group]:
+        """Sets by the layer that runs first of those they change."""
+        order: list[str] = []
+        handles = [
+            module.register_forward_hook(lambda *_, layer=layer: order.append(layer))
+            for layer, module in self._modules.items()
+        ]
+        try:
+            call(self._model, self._spec.prepare(self._on_device(views)))
+        finally:
+            for handle in handles:
+                handle.remove()
+        if absent := [layer for layer in self._modules if layer not in order]:
+            raise MilanError(f"layer {absent[0]!r} does not run in the model's forward pass: choose another layer.")
+        groups: dict[str | None, list[int]] = {}
+        for number, one in enumerate(self._sets):
+            groups.setdefault(min(one, key=order.index, default=None), []).append(number)
+        return [_Group(first, tuple(numbers)) for first, numbers in groups.items()]
+
+    def _run(self, views: torch.Tensor, first: str | None, numbers: Sequence[int]) -> torch.Tensor:
+        """Logits (sets, n, classes) of sets that begin at the same layer."""
+        sets = [self._sets[number] for number in numbers]
+        if first is None:
+            return self._pass(views, sets[:1], first=None).expand(len(sets), -1, -1)
+        if first not in self._shared and len(views) > 1 and len(sets) > 1:
+            self._shared[first] = self._can_share(views[:2], sets[:2], first)
+        if self._shared.get(first, False):
+            return self._pass(views, sets, first)
+        return torch.cat([self._pass(views, [one], first=None) for one in sets])
+
+    def _can_share(self, views: torch.Tensor, sets: Sequence[UnitSet], first: str) -> bool:
+        """Whether the shared pass gives what separate ones give."""
+        try:
+            together = self._pass(views, sets, first)
+        except (RuntimeError, ValueError, IndexError):  # batches of different lengths met: torch's own errors
+            return False
+        apart = torch.cat([self._pass(views, [one], first=None) for one in sets])
+        return together.shape == apart.shape and torch.allclose(together, apart, rtol=1e-3, atol=1e-4)
+
+    def _pass(self, views: torch.Tensor, sets: Sequence[UnitSet], first: str | None) -> torch.Tensor:
+        """One forward pass; without a ``first`` layer to repeat at, of one set.
+
+        Returns:
+            (sets, n, classes), on the CPU.
+        """
+        handles = [
+            self._modules[layer].register_forward_hook(self._switch(layer, sets, len(views), first))
+            for layer in dict.fromkeys(layer for one in sets for layer in one)
+        ]
+        try:
+            output = first_tensor(call(self._model, self._spec.prepare(self._on_device(views))))
+        finally:
+            for handle in handles:
+                handle.remove()
+        if output is None or output.ndim != 2 or len(output) != len(sets) * len(views):
+            raise MilanError(
+                f"{self._spec.name} does not put out one row of logits per image; units are ablated in classifiers."
+            )
+        return output.float().cpu().view(len(sets), len(views), -1)
+
+    def _switch(self, layer: str, sets: Sequence[UnitSet], images: int, first: str | None) -> Any:
+        """A forward hook that sets units of a layer's output to zero, for each set in its own rows."""
+
+        def hook(module: nn.Module, args: object, output: object) -> object:
+            tensor = first_tensor(output)
+            if tensor is None:
+                raise MilanError(f"layer {layer!r} puts out no tensor, so that its units cannot be switched off.")
+            axis = self._spec.unit_axis(layer, tensor)
+            times = len(sets) if first is not None and len(tensor) == images else 1
+            # A copy in any case, because what the layer put out may be used elsewhere too.
+            changed = tensor.repeat(times, *[1] * (tensor.ndim - 1))
+            rows = changed.unflatten(0, (len(sets), len(changed) // len(sets))).movedim(axis + 1, 2)
+            for number, one in enumerate(sets):
+                units = one.get(layer, [])
+                if units and not 0 <= units[0] <= units[-1] < tensor.shape[axis]:
+                    raise MilanError(f"layer {layer!r} has {tensor.shape[axis]} units, so none of number {units[-1]}.")
+                rows[number, :, units] = 0
+            return _replaced(output, tensor, changed)
+
+        return hook
+
+    def _on_device(self, views: torch.Tensor) -> torch.Tensor:
+        parameter = next(iter(self._model.parameters()), None)
+        return views if parameter is None else views.to(parameter.device)
+
+
+def _replaced(output: object, old: torch.Tensor, new: torch.Tensor) -> object:
+    """A module's output with one tensor in it replaced."""
+    if output is old:
+        return new
+    if isinstance(output, Mapping):
+        return type(output)({key: _replaced(value, old, new) for key, value in output.items()})  # type: ignore[call-arg]
+    if isinstance(output, (tuple, list)):
+        members = (_replaced(value, old, new) for value in output)
+        return type(output)(*members) if hasattr(output, "_fields") else type(output)(members)
+    return output
+
+
+def batches(views: torch.Tensor, labels: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Images and their classes, ``size`` at a time."""
+    yield from zip(views.split(size), labels.split(size), strict=True)

@@ -1,0 +1,158 @@
+"""Networks without some of their units: switched off in the weights, so that the edited network needs no hooks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from milan_ray.errors import MilanError
+from milan_ray.models.ablation import Ablation, UnitSet
+from milan_ray.models.hooks import find_layers, is_activation
+from milan_ray.models.registry import ModelSpec
+
+Weighted = (nn.Linear, nn.modules.conv._ConvNd)
+_TRANSPOSED = nn.modules.conv._ConvTransposeNd
+
+_KEEPING_MODULES = (
+    nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Tanh, nn.Identity, nn.Dropout, nn.Dropout2d, nn.MaxPool2d, nn.AvgPool2d,
+    nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.LeakyReLU, nn.ELU, nn.Hardswish,
+)  # fmt: skip
+_KEEPING_FUNCTIONS = (
+    torch.relu, F.relu, F.gelu, F.silu, torch.tanh, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
+    F.adaptive_max_pool2d, F.dropout, torch.max_pool2d,
+)  # fmt: skip
+_KEEPING_METHODS = ("relu", "tanh", "contiguous", "clone")
+
+
+def edited(spec: ModelSpec, model: nn.Module, units: UnitSet, views: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The weights of a network in which some units put out nothing.
+
+    Where a layer ends in a convolution, linear map or batch normalisation, the rows that make the unit are set to zero;
+    where it ends elsewhere (in the sum of a residual block), the columns of all convolutions and linear maps that read
+    the unit. Whether this is the same as switching the units off is checked on images before anything is returned.
+
+    Args:
+        spec: The model.
+        model: The model, built, in eval mode. It is not changed.
+        units: Layer → units to switch off.
+        views: uint8 (n, H, W, 3), a few of the model's views for the check.
+
+    Returns:
+        State dict, as ``model.state_dict()``, of new tensors.
+
+    Raises:
+        MilanError: A layer's units cannot be switched off in the weights.
+    """
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    for layer, numbers in units.items():
+        rows, columns = list(_makers(model, layer)), []
+        if not rows:
+            columns = list(_readers(model, layer))
+        for name in rows:
+            for part in ("weight", "bias"):
+                if f"{name}.{part}" in state:
+                    _rows(state[f"{name}.{part}"], model.get_submodule(name), part)[list(numbers)] = 0
+        for name in columns:
+            _columns(state[f"{name}.weight"], model.get_submodule(name))[:, list(numbers)] = 0
+    _check(spec, model, units, state, views)
+    return state
+
+
+def _rows(tensor: torch.Tensor, module: nn.Module, part: str) -> torch.Tensor:
+    transposed = isinstance(module, _TRANSPOSED) and part == "weight"
+    return tensor.movedim(1, 0) if transposed else tensor
+
+
+def _columns(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    return tensor.movedim(1, 0) if isinstance(module, _TRANSPOSED) else tensor
+
+
+def _makers(model: nn.Module, layer: str) -> Iterator[str]:
+    """The one module whose rows make a layer's units; none where the layer does not end in one."""
+    module, path = find_layers(model, [layer])[layer], layer
+    while isinstance(module, nn.Sequential) and len(module):
+        names = [name for name, child in module.named_children() if not is_activation(child)]
+        if not names:
+            return
+        path, module = f"{path}.{names[-1]}", module.get_submodule(names[-1])
+    if isinstance(module, (*Weighted, nn.modules.batchnorm._BatchNorm)) and getattr(module, "weight", None) is not None:
+        yield path
+
+
+def _readers(model: nn.Module, layer: str) -> Iterator[str]:
+    """The convolutions and linear maps that read a layer's output, through what leaves zeros zero.
+
+    Raises:
+        MilanError: Something else reads it, or the network cannot be traced.
+    """
+
+    class Tracer(fx.Tracer):
+        def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+            return module_qualified_name == layer or super().is_leaf_module(m, module_qualified_name)
+
+    try:
+        graph = Tracer().trace(model)
+    except Exception as error:  # torch.fx raises anything, from wherever the network's own code cannot be traced
+        raise MilanError(
+            f"layer {layer!r} cannot be switched off in the weights: torch.fx cannot trace the network ({error})."
+        ) from error
+    start = [node for node in graph.nodes if node.op == "call_module" and node.target == layer]
+    waiting = [user for node in start for user in node.users]
+    found: dict[str, None] = {}
+    while waiting:
+        node = waiting.pop()
+        module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Weighted):
+            found[str(node.target)] = None
+        elif _keeps_units(node, module):
+            waiting += list(node.users)
+        else:
+            raise MilanError(
+                f"layer {layer!r} cannot be switched off in the weights: {node.name} reads it, which is no convolution "
+                "or linear map; choose a layer before it."
+            )
+    if not found:
+        raise MilanError(f"layer {layer!r} cannot be switched off in the weights: no weights make or read it.")
+    yield from found
+
+
+def _keeps_units(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation leaves units that are zero at zero, and in their places."""
+    if module is not None:
+        return isinstance(module, _KEEPING_MODULES) or (isinstance(module, nn.Flatten) and module.start_dim == 1)
+    if node.op == "call_function":
+        if node.target is torch.flatten:
+            return node.args[1:] == (1,) or node.kwargs.get("start_dim") == 1
+        return node.target in _KEEPING_FUNCTIONS or (node.target is torch.mean and _over_positions(node))
+    if node.op == "call_method":
+        if node.target == "mean":
+            return _over_positions(node)
+        return node.target in _KEEPING_METHODS
+    return False
+
+
+def _over_positions(node: fx.Node) -> bool:
+    dims = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else None)
+    return isinstance(dims, (tuple, list)) and all(dim in (2, 3, -1, -2) for dim in dims)
+
+
+@torch.inference_mode()
+def _check(
+    spec: ModelSpec, model: nn.Module, units: UnitSet, state: dict[str, torch.Tensor], views: torch.Tensor
+) -> None:
+    """Sees that the weights do what switching off does.
+
+    Raises:
+        MilanError: They do not.
+    """
+    wanted = Ablation(spec, model, [units]).logits(views)[0]
+    found = torch.func.functional_call(model, state, (spec.prepare(views),))
+    if not torch.allclose(found.float().cpu(), wanted, rtol=1e-3, atol=1e-4):
+        layers = ", ".join(repr(layer) for layer in units)
+        raise MilanError(
+            f"units of {layers} cannot be switched off in the weights: the edited network puts out something else than "
+            "the one with these units at zero; choose other layers."
+        )

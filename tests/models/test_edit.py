@@ -1,0 +1,97 @@
+"""Units zeroed in the weights, against units switched off by hooks."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from milan_ray.errors import MilanError
+from milan_ray.models.ablation import Ablation
+from milan_ray.models.edit import edited
+from milan_ray.world.networks import ARCHITECTURES
+from tests.models.test_ablation import images, spec_of
+
+
+def trained_statistics(network: nn.Module) -> nn.Module:
+    """Batch normalisation that does something, as after training."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return network
+
+
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [
+        ("cnn", {"conv1": [0, 3], "conv4": [1, 2, 95]}),  # rows of batch normalisation
+        ("resnet", {"stem": [4]}),
+        ("resnet", {"layer1": [0, 7]}),  # a residual sum: columns of both readers
+        ("resnet", {"layer3": list(range(40))}),  # read by the head through a mean
+        ("resnet", {"stem": [1], "layer1": [2], "layer2": [3], "layer3": [4]}),
+        ("vit", {"stem": [2]}),
+    ],
+)
+def test_edited_weights_do_what_hooks_do(name, units):
+    spec, network = spec_of(lambda: trained_statistics(ARCHITECTURES[name].build()))
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    state = edited(spec, network, units, images(2, seed=3))
+    fresh = ARCHITECTURES[name].build().eval()
+    fresh.load_state_dict(state)
+    views = images(6)
+    with torch.inference_mode():
+        found = fresh(spec.prepare(views))
+        unchanged = network(spec.prepare(views))
+    torch.testing.assert_close(found, Ablation(spec, network, [units]).logits(views)[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, unchanged, atol=1e-4)  # the units matter
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+
+
+def test_resnet18s_residual_layers():
+    torchvision = pytest.importorskip("torchvision")
+    spec, network = spec_of(lambda: trained_statistics(torchvision.models.resnet18(num_classes=5)))
+    edited(spec, network, {"layer1": [3], "layer4": [500], "conv1": [7]}, images(2))  # checks itself
+
+
+class Shortcut(nn.Module):
+    """A layer that is read by a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Softplus())  # not zero where its input is
+        self.head = nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head((self.inner(x) + x).mean((2, 3)))
+
+
+def test_layer_that_cannot_be_edited_is_refused():
+    spec, network = spec_of(Shortcut)
+    with pytest.raises(MilanError, match="something else than"):
+        edited(spec, network, {"inner": [0]}, images(2))
+    spec, network = spec_of(ARCHITECTURES["vit"].build)
+    with pytest.raises(MilanError, match=r"'blocks\.1' cannot be switched off in the weights"):
+        edited(spec, network, {"blocks.1": [0]}, images(2))
+
+
+class Linears(nn.Module):
+    """Functional activations, and a transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 4, 2, 2)
+        self.after = nn.Linear(4, 6)
+        self.head = nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(F.relu(self.after(self.up(x).mean((2, 3)))))
+
+
+@pytest.mark.parametrize("layer", ["up", "after"])
+def test_transposed_convolutions_and_linear_maps(layer):
+    spec, network = spec_of(Linears)
+    edited(spec, network, {layer: [1, 3]}, images(2))
