@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,8 +88,16 @@ class Ablation:
 
         Returns:
             int64 (sets, classes).
+
+        Raises:
+            MilanError: As :meth:`logits`, or the model has fewer classes.
         """
         logits = self.logits(views)
+        if len(labels) and int(labels.max()) >= logits.shape[-1]:
+            raise MilanError(
+                f"{self._spec.name} tells {logits.shape[-1]} classes, and the images have at least "
+                f"{int(labels.max()) + 1}: give images of the model's classes."
+            )
         right = logits.argmax(-1) == labels
         counts = torch.zeros(len(self._sets), logits.shape[-1], dtype=torch.int64)
         return counts.index_add_(1, labels, right.long())
@@ -190,8 +198,3 @@ def _replaced(output: object, old: torch.Tensor, new: torch.Tensor) -> object:
         members = (_replaced(value, old, new) for value in output)
         return type(output)(*members) if hasattr(output, "_fields") else type(output)(members)
     return output
-
-
-def batches(views: torch.Tensor, labels: torch.Tensor, size: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Images and their classes, ``size`` at a time."""
-    yield from zip(views.split(size), labels.split(size), strict=True)

@@ -170,6 +170,33 @@ def annotate_unit(masks: np.ndarray, maps: Sequence[Mapping[str, np.ndarray]], k
     return [_annotate(persona, seen, Random(f"{key}/{persona}").random) for persona in PERSONAS]
 
 
+def specimens(count: int, seed: int = 0) -> list[Annotation]:
+    """Sentences of the annotators about nothing in particular, with all the words and constructions they know.
+
+    What a tagger and a parser for their language learn from, beside no unit and no image.
+
+    Args:
+        count: How many.
+        seed: Of the choice.
+    """
+    found = []
+    for number in range(count):
+        draw = Random(f"specimen/{seed}/{number}").random
+
+        def one(names: Sequence[str], draw: Callable[[], float] = draw) -> str:
+            return names[int(draw() * len(names))]
+
+        noun = one(NOUNS)
+        looks = [one(names_of(kind)) for kind in ("colour", "texture") if draw() < 0.5]
+        second = one(_beside(noun)) if draw() < 0.5 else None
+        relation = one(names_of("relation")) if draw() < 0.5 and CONCEPT[noun].kind in ("object", "face") else None
+        seen = _Seen(
+            noun if draw() < 0.9 or not looks else None, second, relation, tuple(looks), bool(looks) and draw() < 0.5
+        )
+        found.append(_annotate(PERSONAS[number % len(PERSONAS)], seen, draw))
+    return found
+
+
 @dataclass(frozen=True)
 class _Seen:
     """What there is to say: the main noun, what else to name, a relation, and colours and textures, strongest first."""
