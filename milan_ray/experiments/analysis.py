@@ -77,7 +77,7 @@ def max_word_difference(doc: Doc) -> float:
     """The largest squared Euclidean distance between the vectors of two of a text's tokens (REFERENCE §10)."""
     if not len(doc):
         return 0.0
-    vectors = np.stack([token.vector for token in doc]).astype(np.float64)
+    vectors = np.array([token.vector for token in doc], np.float64)
     squares = (vectors**2).sum(1)
     return float((squares[:, None] + squares - 2 * vectors @ vectors.T).max().clip(min=0))
 

@@ -81,7 +81,7 @@ def train_language(
 
 def _listening(nlp: Language, name: str) -> dict[str, object]:
     """A component's default model, reading the shared tok2vec instead of one of its own."""
-    model = dict(nlp.get_factory_meta(name).default_config["model"])
+    model = dict((nlp.get_factory_meta(name).default_config or {})["model"])
     model["tok2vec"] = {"@architectures": "spacy.Tok2VecListener.v1", "width": 96, "upstream": "*"}
     return model
 

@@ -195,6 +195,6 @@ def _replaced(output: object, old: torch.Tensor, new: torch.Tensor) -> object:
     if isinstance(output, Mapping):
         return type(output)({key: _replaced(value, old, new) for key, value in output.items()})  # type: ignore[call-arg]
     if isinstance(output, (tuple, list)):
-        members = (_replaced(value, old, new) for value in output)
+        members: list[Any] = [_replaced(value, old, new) for value in output]
         return type(output)(*members) if hasattr(output, "_fields") else type(output)(members)
     return output

@@ -125,7 +125,7 @@ def _keeps_units(node: fx.Node, module: nn.Module | None) -> bool:
         return isinstance(module, _KEEPING_MODULES) or (isinstance(module, nn.Flatten) and module.start_dim == 1)
     if node.op == "call_function":
         if node.target is torch.flatten:
-            return node.args[1:] == (1,) or node.kwargs.get("start_dim") == 1
+            return bool((*node.args[1:], node.kwargs.get("start_dim"))[0] == 1)
         return node.target in _KEEPING_FUNCTIONS or (node.target is torch.mean and _over_positions(node))
     if node.op == "call_method":
         if node.target == "mean":

@@ -1,0 +1,55 @@
+"""``milan-ray analyze``: how much units matter, by what is said of them."""
+
+from __future__ import annotations
+
+import argparse
+
+from milan_ray.cli import options
+from milan_ray.cli.closing import report_on
+from milan_ray.cli.records import model_requests, open_storage, probe_request, resources_of
+from milan_ray.progress import say
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    options.models(parser)
+    options.probe(parser, required=True)
+    group = parser.add_argument_group("analysis")
+    group.add_argument("--labeler", default="milan", help="whose descriptions of the units to read")
+    options.language(group)
+    group.add_argument(
+        "--words", nargs="*", metavar="WORD", help="words that descriptions are compared with (default: the paper's)"
+    )
+    group.add_argument("--trials", type=options.positive, default=5, help="random orders beside the others")
+    group.add_argument("--seed", type=int, default=0, help="of the random orders")
+    options.add_to(
+        parser,
+        options.download,
+        options.storage,
+        options.report,
+        options.plugins,
+        options.resources,
+        options.common,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.pipelines.analyze import AnalysisConfig, figure_path, run_analysis, summary
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.languages import find_language
+
+    storage, models, probe = open_storage(args), model_requests(args), probe_request(args)
+    storage.check_writable()
+    nlp, language = find_language(args.language)
+    config = AnalysisConfig(args.labeler, trials=args.trials, seed=args.seed)
+    if args.words is not None:
+        config = AnalysisConfig(args.labeler, tuple(args.words), trials=args.trials, seed=args.seed)
+    with connected(resources_of(args)):
+        for model in models:
+            rows = run_analysis(storage, model, probe, nlp, language, config, resources_of(args))
+            say(f"{model.name}: {summary(rows)}")
+            public = {"experiment": "analysis", "model": model.name}
+            say(f"figure: {storage.uri(figure_path(storage, public, 'svg'))}")
+    report_on(args, storage, [model.name for model in models])
+    return 0

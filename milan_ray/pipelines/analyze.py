@@ -1,0 +1,281 @@
+"""How much units matter by what is said of them: descriptions ─► scores, orders ─► accuracy as units are ablated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+from spacy.language import Language
+
+from milan_ray.config import Recipe, Resources
+from milan_ray.errors import MilanError
+from milan_ray.experiments import analysis, figures
+from milan_ray.models.ablation import UnitSet
+from milan_ray.models.weights import weights_digest
+from milan_ray.pipelines import requests
+from milan_ray.pipelines.ablate import Accuracies, run_ablations
+from milan_ray.pipelines.exemplars import store_manifest
+from milan_ray.progress import say
+from milan_ray.schema import ABLATIONS, CRITERIA, DESCRIPTIONS, FIGURE
+from milan_ray.storage import Storage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KERNEL_VERSION = "analysis-1"
+
+
+@dataclass(frozen=True)
+class AnalysisConfig:
+    """How a network is analysed; the defaults are the reference's (REFERENCE §10).
+
+    Attributes:
+        labeler: Whose descriptions.
+        words: Words that descriptions are compared with.
+        fractions: Shares of all units that are ablated.
+        trials: Random orders.
+        seed: Of the random orders.
+        split: What the images are called in the tables.
+    """
+
+    labeler: str = "milan"
+    words: tuple[str, ...] = analysis.WORDS
+    fractions: tuple[float, ...] = analysis.FRACTIONS
+    trials: int = 5
+    seed: int = 0
+    split: str = "validation"
+
+
+def run_analysis(
+    storage: Storage,
+    model: requests.ModelRequest,
+    probe: requests.ProbeRequest,
+    nlp: Language,
+    language: str,
+    config: AnalysisConfig,
+    resources: Resources,
+    name: str = "analysis",
+) -> pl.DataFrame:
+    """Ablates units in the orders that their descriptions give, doing only what is missing.
+
+    Args:
+        storage: The run directory, which holds descriptions of the model's layers.
+        model: The classifier.
+        probe: Images with classes, to count accuracy on.
+        nlp: The spaCy pipeline that reads descriptions.
+        language: What it is called: printed, and part of what decides the result.
+        config: How.
+        resources: What of the cluster to use; Ray must be connected.
+        name: Name of the experiment in the tables.
+
+    Returns:
+        Rows of schema ABLATIONS, over all classes; those of single classes are in the table too.
+
+    Raises:
+        MilanError: A layer has no descriptions, or the images have no classes.
+    """
+    spec = requests.model(model)
+    layers = described_layers(storage, spec.name, model.layers or spec.layers, config.labeler)
+    probe_digest = store_manifest(storage, probe)[1]
+    keys = {"labeler": config.labeler, "model": spec.name}
+    recipe = Recipe.of(
+        {
+            "kernel": KERNEL_VERSION,
+            "descriptions": {layer: storage.config_of(DESCRIPTIONS, layer=layer, **keys) for layer in layers},
+            "weights": weights_digest(spec.load()),
+            "probe": probe_digest,
+            "language": language,
+            "analysis": config,
+        }
+    )
+    public = {"experiment": name, "model": spec.name}
+    say(f"{name}: sentences are read by {language}")
+    for each in analysis.missing_criteria(nlp, config.words):
+        say(f"{name}: without {', '.join(each.criteria)}, because {each.reason}")
+    if storage.why(ABLATIONS, recipe, **public) is None:
+        say(f"{name} of {spec.name}: up to date")
+    else:
+        scores = analysis.unit_scores(read_descriptions(storage, layers, keys), nlp, config.words)
+        _store_scores(storage, scores, recipe, public)
+        orders = analysis.orders(scores, config.trials, config.seed)
+        steps = [analysis.steps(order, config.fractions) for order in orders]
+        sets, places = distinct_sets([analysis.units_of(scores, step) for of_order in steps for step in of_order])
+        every = replace(model, layers=layers)
+        found = run_ablations(storage, every, probe, sets, resources)
+        curves = [
+            Curve(order.criterion, order.trial, config.split, config.fractions, tuple(map(len, of_order)))
+            for order, of_order in zip(orders, steps, strict=True)
+        ]
+        table = ablation_rows(public, curves, found, places)
+        drawn = figures.files(draw(pl.DataFrame(pl.from_arrow(table)), analysis.layer_properties(scores), language))
+        for ending, picture in drawn.items():
+            storage.put(figure_path(storage, public, ending), picture)
+        storage.write(ABLATIONS, table, recipe, **public)  # last: it says that all is done
+    rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **public)))
+    return rows.filter(pl.col("class") == "")
+
+
+def figure_path(storage: Storage, public: dict[str, str], ending: str) -> str:
+    """Where the figure of an ablation experiment lies, below the storage's root."""
+    return storage.path(ABLATIONS, **public).replace("data.parquet", f"{FIGURE}.{ending}")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Units of one order, switched off step by step.
+
+    Attributes:
+        condition: By what they were ordered.
+        trial: Which of several such orders.
+        split: On which images accuracy was counted.
+        fractions: Share of all units, per step.
+        ablated: Units switched off, per step.
+    """
+
+    condition: str
+    trial: int
+    split: str
+    fractions: Sequence[float]
+    ablated: Sequence[int]
+
+
+def ablation_rows(
+    public: dict[str, str], curves: Sequence[Curve], found: Accuracies, places: Sequence[int]
+) -> pa.Table:
+    """Rows of schema ABLATIONS: every step of every curve, over all images and by class.
+
+    Args:
+        public: Partition keys.
+        curves: What was ablated.
+        found: Accuracies of distinct sets.
+        places: For each step of each curve, in order, the place of its set in ``found``.
+    """
+    shown = np.flatnonzero(found.images)
+    names = ["", *(found.classes[number] for number in shown)]
+    counts = np.concatenate([[found.images.sum()], found.images[shown]])
+    steps = [(curve, step) for curve in curves for step in range(len(curve.ablated))]
+    right = np.concatenate([found.correct.sum(1, keepdims=True), found.correct[:, shown]], axis=1)[list(places)]
+    rows = len(steps) * len(names)
+
+    def column(values: list[object]) -> list[object]:
+        return [value for value in values for _ in names]
+
+    return ABLATIONS.table(
+        {
+            **{key: [value] * rows for key, value in public.items()},
+            "condition": column([curve.condition for curve, _ in steps]),
+            "trial": column([curve.trial for curve, _ in steps]),
+            "split": column([curve.split for curve, _ in steps]),
+            "fraction": column([float(curve.fractions[step]) for curve, step in steps]),
+            "ablated": column([curve.ablated[step] for curve, step in steps]),
+            "class": names * len(steps),
+            "accuracy": (right / counts).ravel(),
+            "n": np.tile(counts, len(steps)),
+        }
+    )
+
+
+def distinct_sets(sets: Sequence[UnitSet]) -> tuple[list[UnitSet], list[int]]:
+    """Sets without repetition, and the place of each in that list."""
+    places: dict[frozenset[tuple[str, int]], int] = {}
+    kept: list[UnitSet] = []
+    found = []
+    for one in sets:
+        key = frozenset((layer, unit) for layer, units in one.items() for unit in units)
+        if key not in places:
+            places[key] = len(kept)
+            kept.append(one)
+        found.append(places[key])
+    return kept, found
+
+
+def described_layers(storage: Storage, model: str, layers: Sequence[str], labeler: str) -> tuple[str, ...]:
+    """The layers, all of which must be described.
+
+    Raises:
+        MilanError: One is not.
+    """
+    there = {keys["layer"] for keys in storage.partitions(DESCRIPTIONS, labeler=labeler, model=model)}
+    if absent := [layer for layer in layers if layer not in there]:
+        raise MilanError(
+            f"{storage.root} holds no descriptions of {model} {', '.join(absent)} by {labeler}: run "
+            f"`python -m jobs.describe --model {model} …` first, or choose --layers."
+        )
+    return tuple(layers)
+
+
+def read_descriptions(storage: Storage, layers: Sequence[str], keys: dict[str, str]) -> pl.DataFrame:
+    """Columns layer, unit, description of some layers, in their order and by number of the unit."""
+    columns = ["layer", "unit", "description"]
+    return pl.concat(
+        pl.DataFrame(pl.from_arrow(storage.read(DESCRIPTIONS, columns, layer=layer, **keys))).sort("unit")
+        for layer in layers
+    )
+
+
+def _store_scores(storage: Storage, scores: pl.DataFrame, recipe: Recipe, public: dict[str, str]) -> None:
+    rows = scores.unpivot(
+        analysis.criteria(scores), index=["layer", "unit", "description"], variable_name="criterion", value_name="score"
+    )
+    columns = {name: rows[name].to_list() for name in ("layer", "unit", "criterion", "score", "description")}
+    table = CRITERIA.table({**{key: [value] * len(rows) for key, value in public.items()}, **columns})
+    storage.write(CRITERIA, table, recipe, **public)
+
+
+SYNTACTIC = ("verbs", "adpositions", "adjectives", "nouns")
+STRUCTURAL = ("max-word-difference", "parse-depth", "description-length")
+
+
+def draw(rows: pl.DataFrame, properties: pl.DataFrame, language: str) -> Figure:
+    """The paper's Figure 4: accuracy over the share ablated, by kinds of words and structure; properties by layer."""
+    rows = rows.filter(pl.col("class") == "")
+    there = list(dict.fromkeys(rows["condition"]))
+    words = [name for name in there if name not in (*SYNTACTIC, *STRUCTURAL, analysis.RANDOM)]
+    groups = [("words of a kind", SYNTACTIC), ("structure", STRUCTURAL), ("likeness to a word", tuple(words))]
+    groups = [(title, names) for title, names in groups if set(names) & set(there)]
+    figure = figures.new_figure(4 * (len(groups) + 1), 3.6)
+    panels = figure.subplots(1, len(groups) + 1)
+    random = rows.filter(pl.col("condition") == analysis.RANDOM)
+    for axes, (title, names) in zip(panels, groups, strict=False):
+        if len(random):
+            spread = random.group_by("fraction", maintain_order=True).agg(
+                pl.col("accuracy").mean().alias("mean"),
+                pl.col("accuracy").min().alias("low"),
+                pl.col("accuracy").max().alias("high"),
+            )
+            axes.plot(100 * spread["fraction"], spread["mean"], "--", color="0.4", label="random, mean and range")
+            axes.fill_between(100 * spread["fraction"], spread["low"], spread["high"], color="0.4", alpha=0.2)
+        for name in names:
+            line = rows.filter(pl.col("condition") == name)
+            if len(line):
+                axes.plot(100 * line["fraction"], line["accuracy"], marker=".", label=name.removeprefix("similar to "))
+        axes.set_xlabel("% units ablated")
+        axes.set_ylabel("accuracy")
+        axes.set_title(title, fontsize="medium")
+        axes.legend(fontsize="x-small")
+    last = panels[-1]
+    layers = list(dict.fromkeys(properties["layer"]))
+    for name in dict.fromkeys(properties["property"]):
+        line = properties.filter(pl.col("property") == name)
+        last.plot(range(len(layers)), line["share"], marker="o", label=name)
+    last.set_xticks(range(len(layers)), layers, rotation=30, ha="right")
+    last.set_ylabel("share of units")
+    last.set_ylim(0, 1)
+    last.set_title("descriptions by layer", fontsize="medium")
+    last.legend(fontsize="x-small")
+    figure.suptitle(f"{rows['model'][0]} on {rows['n'][0]:,} images; sentences read by {language}", fontsize="small")
+    return figure
+
+
+def summary(rows: pl.DataFrame) -> str:
+    """Accuracy without any and with the largest share of units ablated, by condition, the worst first."""
+    last = rows.filter(pl.col("fraction") == pl.col("fraction").max())
+    means = last.group_by("condition").agg(pl.col("accuracy").mean(), pl.len().alias("trials")).sort("accuracy")
+    start = rows.filter(pl.col("ablated") == 0)["accuracy"][0]
+    lines = [f"accuracy on {rows['n'][0]:,} images: {start:.3f}; with {last['fraction'][0]:.0%} of units ablated by"]
+    lines += [f"  {name:24} {value:.3f}" for name, value, _ in means.iter_rows()]
+    return "\n".join(lines)

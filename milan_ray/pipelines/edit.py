@@ -1,0 +1,245 @@
+"""Editing a network: units found by their descriptions ─► importance ─► accuracy without them ─► edited weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import torch
+
+from milan_ray.config import Recipe, Resources
+from milan_ray.errors import MilanError
+from milan_ray.exemplars.forward import read_views
+from milan_ray.experiments import figures
+from milan_ray.experiments.analysis import RANDOM, units_of
+from milan_ray.experiments.editing import EVERY, FOUND, MOST, TEXT, mentioning, removal_orders, stop
+from milan_ray.models.edit import edited
+from milan_ray.models.weights import weights_digest
+from milan_ray.pipelines import requests
+from milan_ray.pipelines.ablate import run_ablations
+from milan_ray.pipelines.analyze import (
+    Curve,
+    ablation_rows,
+    described_layers,
+    distinct_sets,
+    figure_path,
+    read_descriptions,
+)
+from milan_ray.pipelines.exemplars import store_manifest
+from milan_ray.probe.manifest import image_refs
+from milan_ray.progress import say
+from milan_ray.schema import ABLATIONS, CRITERIA, DESCRIPTIONS
+from milan_ray.storage import Storage
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+KERNEL_VERSION = "editing-1"
+
+VALIDATION, TEST = "validation", "test"
+"""Splits: images like those of training, which choose; images that the network must not fail on, which judge."""
+
+ALONE = "validation accuracy without the unit"
+"""The criterion by which units are removed."""
+
+CHECKED = 8
+"""Images on which edited weights are compared with switched-off units."""
+
+
+@dataclass(frozen=True)
+class EditingConfig:
+    """How a network is edited; the defaults are the paper's (REFERENCE §10).
+
+    Attributes:
+        labeler: Whose descriptions.
+        words: What descriptions of unwanted units contain.
+        most: Units removed at most.
+        trials: Random orders.
+        seed: Of the random orders.
+    """
+
+    labeler: str = "milan"
+    words: tuple[str, ...] = TEXT
+    most: int = MOST
+    trials: int = 5
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What came of it.
+
+    Attributes:
+        rows: Rows of schema ABLATIONS, over all classes.
+        order: Layer and unit of those whose descriptions have the words, in the order of removal.
+        stop: How many of them to remove, by validation accuracy.
+    """
+
+    rows: pl.DataFrame
+    order: tuple[tuple[str, int], ...]
+    stop: int
+
+    def removed(self, count: int) -> dict[str, list[int]]:
+        """The first units of the order, by layer."""
+        units: dict[str, list[int]] = {}
+        for layer, unit in self.order[:count]:
+            units.setdefault(layer, []).append(unit)
+        return units
+
+    def accuracy(self, split: str, condition: str = FOUND, trial: int = 0) -> list[float]:
+        """Accuracy without the first 0, 1, 2, … units of an order."""
+        where = (pl.col("split") == split, pl.col("condition") == condition, pl.col("trial") == trial)
+        return self.rows.filter(*where).sort("ablated")["accuracy"].to_list()
+
+
+def run_editing(
+    storage: Storage,
+    model: requests.ModelRequest,
+    validation: requests.ProbeRequest,
+    test: requests.ProbeRequest | None,
+    config: EditingConfig,
+    resources: Resources,
+    name: str = "editing",
+) -> Edit:
+    """Removes the units whose descriptions have some words, one by one, doing only what is missing.
+
+    Args:
+        storage: The run directory, which holds descriptions of the model's layers.
+        model: The classifier.
+        validation: Images with classes, like those of training: they order units and say when to stop.
+        test: Images with classes that judge, e.g. with misleading texts; None for none.
+        config: How.
+        resources: What of the cluster to use; Ray must be connected.
+        name: Name of the experiment in the tables.
+
+    Raises:
+        MilanError: A layer has no descriptions, none has the words, or images have no classes.
+    """
+    spec = requests.model(model)
+    layers = described_layers(storage, spec.name, model.layers or spec.layers, config.labeler)
+    every = replace(model, layers=layers)
+    keys = {"labeler": config.labeler, "model": spec.name}
+    probes = {VALIDATION: validation, **({} if test is None else {TEST: test})}
+    recipe = Recipe.of(
+        {
+            "kernel": KERNEL_VERSION,
+            "descriptions": {layer: storage.config_of(DESCRIPTIONS, layer=layer, **keys) for layer in layers},
+            "weights": weights_digest(spec.load()),
+            "probes": {split: store_manifest(storage, probe)[1] for split, probe in probes.items()},
+            "editing": config,
+        }
+    )
+    public = {"experiment": name, "model": spec.name}
+    units = read_descriptions(storage, layers, keys)
+    found = mentioning(units["description"].to_list(), config.words)
+    if not len(found):
+        raise MilanError(
+            f"no description of {spec.name} by {config.labeler} contains {' or '.join(config.words)}: choose --words."
+        )
+    if storage.why(ABLATIONS, recipe, **public) is None:
+        say(f"{name} of {spec.name}: up to date")
+        alone = _stored_scores(storage, units, public)
+    else:
+        say(f"{name}: {len(found)} of {len(units)} units of {spec.name} speak of {', '.join(config.words)}")
+        single = [units_of(units, np.array([place])) for place in range(len(units))]
+        alone = run_ablations(storage, every, validation, single, resources).accuracy
+        _store_scores(storage, units, alone, recipe, public)
+    orders = removal_orders(alone, found, config.trials, config.seed)
+    if storage.why(ABLATIONS, recipe, **public) is not None:
+        most = min(config.most, len(found))
+        steps = [[order.units[:count] for count in range(most + 1)] for order in orders]
+        sets, places = distinct_sets([units_of(units, step) for of_order in steps for step in of_order])
+        tables = []
+        for split, probe in probes.items():
+            fractions = [count / len(units) for count in range(most + 1)]
+            curves = [Curve(o.criterion, o.trial, split, fractions, tuple(range(most + 1))) for o in orders]
+            accuracies = run_ablations(storage, every, probe, sets, resources)
+            tables.append(ablation_rows(public, curves, accuracies, places))
+        table = pa.concat_tables(tables)
+        drawn = figures.files(draw(pl.DataFrame(pl.from_arrow(table))))
+        for ending, picture in drawn.items():
+            storage.put(figure_path(storage, public, ending), picture)
+        storage.write(ABLATIONS, table, recipe, **public)  # last: it says that all is done
+    rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **public))).filter(pl.col("class") == "")
+    order = tuple(units[orders[0].units].select("layer", "unit").iter_rows())
+    edit = Edit(rows, order, 0)
+    return replace(edit, stop=stop(edit.accuracy(VALIDATION)))
+
+
+def edited_weights(
+    model: requests.ModelRequest, units: Mapping[str, Sequence[int]], probe: requests.ProbeRequest
+) -> dict[str, torch.Tensor]:
+    """Weights of a network without some units; see :func:`milan_ray.models.edit.edited`.
+
+    Args:
+        model: The network.
+        units: Layer → units.
+        probe: Images, a few of which the weights are checked on.
+    """
+    spec = requests.model(replace(model, layers=tuple(units) or model.layers))
+    source = requests.probe(probe)
+    refs = image_refs(source.manifest().slice(0, CHECKED))
+    views = read_views(source, refs, spec.preprocess.view).views  # type: ignore[arg-type]
+    return edited(spec, spec.load(), units, torch.from_numpy(views))
+
+
+def _store_scores(
+    storage: Storage, units: pl.DataFrame, alone: np.ndarray, recipe: Recipe, public: dict[str, str]
+) -> None:
+    columns = {name: units[name].to_list() for name in ("layer", "unit", "description")}
+    keys = {key: [value] * len(units) for key, value in public.items()}
+    table = CRITERIA.table({**keys, **columns, "criterion": [ALONE] * len(units), "score": alone})
+    storage.write(CRITERIA, table, recipe, **public)
+
+
+def _stored_scores(storage: Storage, units: pl.DataFrame, public: dict[str, str]) -> np.ndarray:
+    rows = pl.DataFrame(pl.from_arrow(storage.read(CRITERIA, ["layer", "unit", "score"], **public)))
+    return units.join(rows, on=["layer", "unit"], how="left", maintain_order="left")["score"].to_numpy()
+
+
+def draw(rows: pl.DataFrame) -> Figure:
+    """The paper's Figures 8 and 15: accuracy as units are removed, on each split."""
+    rows = rows.filter(pl.col("class") == "")
+    splits = [split for split in (TEST, VALIDATION) if split in set(rows["split"])]
+    figure = figures.new_figure(4.5 * len(splits), 3.6)
+    for axes, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
+        here = rows.filter(pl.col("split") == split)
+        random = here.filter(pl.col("condition") == RANDOM).group_by("ablated").agg(
+            pl.col("accuracy").mean().alias("mean"), pl.col("accuracy").min().alias("low"),
+            pl.col("accuracy").max().alias("high"),
+        ).sort("ablated")  # fmt: skip
+        if len(random):
+            axes.plot(random["ablated"], random["mean"], "--", color="0.4", label="random, mean and range")
+            axes.fill_between(random["ablated"], random["low"], random["high"], color="0.4", alpha=0.2)
+        for condition, label in ((FOUND, "found by description"), (EVERY, "all units")):
+            line = here.filter(pl.col("condition") == condition).sort("ablated")
+            axes.plot(line["ablated"], line["accuracy"], label=label)
+        axes.axhline(here.filter(pl.col("ablated") == 0)["accuracy"][0], color="0.6", linewidth=0.8, linestyle=":")
+        axes.set_xlabel("units removed")
+        axes.set_ylabel("accuracy")
+        axes.set_title(f"{split} images (n = {here['n'][0]:,})", fontsize="medium")
+        axes.legend(fontsize="x-small")
+    figure.suptitle(rows["model"][0], fontsize="small")
+    return figure
+
+
+def summary(edit: Edit) -> str:
+    """Accuracy with all units, at the stopping rule's number, and at the best that the images would have told."""
+    lines = [f"{len(edit.order)} units found; removing {edit.stop} keeps validation accuracy"]
+    for split in dict.fromkeys(edit.rows["split"]):
+        by_condition = {}
+        for condition in (FOUND, EVERY):
+            values = edit.accuracy(split, condition)
+            by_condition[condition] = (
+                f"{condition} {values[edit.stop]:.3f}, best {max(values):.3f} at {np.argmax(values)}"
+            )
+        trials = edit.rows.filter(pl.col("condition") == RANDOM)["trial"].unique()
+        random = [edit.accuracy(split, RANDOM, trial)[edit.stop] for trial in trials]
+        at_random = f"; {RANDOM} {np.mean(random):.3f} (mean of {len(random)})" if random else ""
+        before = edit.accuracy(split)[0]
+        lines.append(f"  {split}: {before:.3f} with all units; {'; '.join(by_condition.values())}{at_random}")
+    return "\n".join(lines)
