@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import runpy
+import signal
+import subprocess
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two OpenMP threads stall each other otherwise
 
@@ -25,20 +28,35 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Under ``-n 2``: one process has the Ray session, and a folder's or file's fixtures are made once."""
+    """Under ``-n 2``: what shares fixtures stays together."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFixtures(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             return group_of(nodeid.split("::")[0])
 
+    config.option.loadscopereorder = False  # the order is that of `pytest_collection_modifyitems`
     return ByFixtures(config, log)
 
 
-@functools.cache
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Side by side, the long files go first, so that the processes are done at the same time."""
+    if hasattr(config, "workerinput"):
+        items.sort(key=lambda item: not needs_ray(item.nodeid.split("::")[0]))
+
+
 def group_of(file: str) -> str:
-    """The group of tests that a test file belongs to, by its path below the root."""
-    return "ray" if "ray_session" in (ROOT / file).read_text(encoding="utf-8") else Path(file).parts[1]
+    """The group of tests that a test file belongs to, by its path below the root: a folder, but with Ray a file.
+
+    Each process then has a Ray of its own: what takes its time is the start of workers, of which two go side by side.
+    """
+    return file if needs_ray(file) else Path(file).parts[1]
+
+
+@functools.cache
+def needs_ray(file: str) -> bool:
+    """Whether tests of a file use the local Ray."""
+    return "ray_session" in (ROOT / file).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="session")
@@ -60,10 +78,51 @@ def golden(shared: Path) -> Path:
 def ray_session() -> Iterator[None]:
     """One local Ray for all tests that need it."""
     from milan_ray.config import Resources
-    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.cluster import connected, start
 
     with connected(Resources()):
+        start()
         yield
+
+
+def _below(pid: int) -> dict[int, str]:
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("reads processes from /proc")
+    parents, commands = {}, {}
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+                commands[int(path.name)] = (path / "cmdline").read_text()
+            except OSError:  # ended meanwhile
+                continue
+    found = {}
+    for child, command in commands.items():
+        above = parents[child]
+        while above in parents and above != pid:
+            above = parents[above]
+        if above == pid:
+            found[child] = command
+    return found
+
+
+@pytest.fixture(scope="session")
+def below() -> Callable[[int], dict[int, str]]:
+    """``below(pid)``: the processes that one has started, and those that they have, with their command lines."""
+    return _below
+
+
+@pytest.fixture(scope="session")
+def kill_all() -> Callable[[subprocess.Popen[Any]], None]:
+    """``kill_all(process)`` ends a job with all that it has started: its workers would else go on for a moment."""
+
+    def kill(process: subprocess.Popen[Any]) -> None:
+        for pid in [process.pid, *_below(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+    return kill
 
 
 @pytest.fixture(scope="session")

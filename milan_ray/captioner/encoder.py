@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from milan_ray.errors import unknown_name
 from milan_ray.models.hooks import LayerTap
+from milan_ray.models.registry import BUILDING
 from milan_ray.models.view import IMAGENET_MEAN, IMAGENET_STD
 from milan_ray.models.weights import WeightsFile, load_strictly, read_state_dict, weights_digest
 
@@ -64,8 +65,10 @@ class EncoderSpec:
             weights = self.weights
             if weights is None and self.published is not None:
                 weights = self.published.find(download, "--encoder-weights")
-            return PyramidEncoder(self, self.factory(weights))
-        backbone = self.architecture() if self.architecture else self.factory(self.weights)
+            with BUILDING:
+                return PyramidEncoder(self, self.factory(weights))
+        with BUILDING:
+            backbone = self.architecture() if self.architecture else self.factory(self.weights)
         own = {name: tensor for name, tensor in state.items() if name in backbone.state_dict()}  # a head is left out
         load_strictly(backbone, own, f"inside the captioner (encoder {self.name!r})")
         return PyramidEncoder(self, backbone)

@@ -29,6 +29,9 @@ OUTPUTS = "outputs"
 
 Activations = Literal["seen", "pre", "post"]
 
+BUILDING = threading.RLock()
+"""Held while a network is built: factories seed torch's one random generator, and threads may want networks at once."""
+
 TOKEN_BATCH = 32
 """Images per forward pass of vision transformers, as the reference's: their MLPs put out 617 MB for 128 images."""
 
@@ -88,7 +91,8 @@ class ModelSpec:
         weights = self.weights
         if weights is None and self.published:
             weights = next(iter(self.published.values())).find()
-        return self.factory(weights).eval().requires_grad_(False)
+        with BUILDING:
+            return self.factory(weights).eval().requires_grad_(False)
 
     def batch(self, wanted: int) -> int:
         """Images per forward pass, as far as the model allows."""

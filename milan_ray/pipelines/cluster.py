@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.data import DataContext
+import torch
 
 from milan_ray import runtime
 from milan_ray.config import Resources, models_dir
@@ -22,6 +23,29 @@ LOCAL_OBJECT_STORE = 512 * 2**20
 
 ROWS_PER_NEW_ACTOR = 4
 """Pieces of work for which one more actor is asked of a cluster that grows: fewer are done before a node is up."""
+
+
+AUTO_CONNECT = "RAY_ENABLE_AUTO_CONNECT"
+"""Environment variable: 0 keeps Ray from starting by itself, with a dashboard and open to other machines."""
+
+FEW_PIECES = 32
+"""Pieces of work that threads of the driver do on a laptop: see :func:`threads_here`."""
+
+
+@dataclass
+class _Own:
+    """A local Ray of our own, started when something needs it.
+
+    Attributes:
+        wanted: Whether jobs run on one.
+        options: What to start it with, until it runs.
+    """
+
+    wanted: bool = False
+    options: dict[str, Any] | None = None
+
+
+_own = _Own()
 
 
 @dataclass(frozen=True)
@@ -48,34 +72,46 @@ def connected(resources: Resources) -> Iterator[None]:
     Raises:
         MilanError: The cluster cannot be reached.
     """
-    if ray.is_initialized():
-        _quiet()
+    if ray.is_initialized() or _own.wanted:
         yield
         return
     address = runtime.prepare(resources.address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address is None:
-        options |= {
-            "address": "local",
-            "include_dashboard": False,
-            "object_store_memory": LOCAL_OBJECT_STORE,
-        }
-    else:
-        options["address"] = address
-        # Workers of a cluster that others started know nothing of this process's environment.
-        options["runtime_env"] = {
-            "env_vars": {"OMP_WAIT_POLICY": "passive", "MILAN_MODELS_DIR": str(models_dir())},
-        }
-        _knock(address)
+    try:
+        if address is None:
+            _own.wanted = True
+            os.environ[AUTO_CONNECT] = "0"
+            _own.options = {
+                **options,
+                "address": "local",
+                "include_dashboard": False,
+                "object_store_memory": LOCAL_OBJECT_STORE,
+            }
+        else:
+            # Workers of a cluster that others started know nothing of this process's environment.
+            environment = {"OMP_WAIT_POLICY": "passive", "MILAN_MODELS_DIR": str(models_dir())}
+            _knock(address)
+            _init(address, {**options, "address": address, "runtime_env": {"env_vars": environment}})
+        yield
+    finally:
+        _own.wanted, _own.options = False, None
+        os.environ.pop(AUTO_CONNECT, None)
+        ray.shutdown()
+
+
+def start() -> None:
+    """Starts the local Ray of :func:`connected` where nothing has yet: small jobs never do."""
+    if _own.options is not None and not ray.is_initialized():
+        _init("local", _own.options)
+        _own.options = None
+    _quiet()
+
+
+def _init(address: str, options: dict[str, Any]) -> None:
     try:
         ray.init(**options)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise MilanError(f"cannot reach the Ray cluster at {address or 'local'}: {error}") from error
-    _quiet()
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        raise MilanError(f"cannot reach the Ray cluster at {address}: {error}") from error
 
 
 def _knock(address: str) -> None:
@@ -96,6 +132,8 @@ def _knock(address: str) -> None:
 
 
 def _quiet() -> None:
+    from ray.data import DataContext
+
     context = DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
@@ -107,8 +145,29 @@ def gpus_each(resources: Resources) -> float:
     """GPUs of each actor: what the user asked for, else one where the cluster has GPUs and they are wanted."""
     if resources.gpus_per_actor is not None:
         return resources.gpus_per_actor
-    wanted = resources.device != "cpu" and ray.cluster_resources().get("GPU", 0) >= 1
+    if resources.device == "cpu":
+        return 0.0
+    start()
+    wanted = ray.cluster_resources().get("GPU", 0) >= 1
     return 1.0 if wanted else 0.0
+
+
+def is_alone() -> bool:
+    """Whether the cluster is this machine alone."""
+    start()
+    return len(ray.nodes()) == 1
+
+
+def threads_here(resources: Resources, rows: int) -> int:
+    """How many threads of this process do a job; 0 where a pool of actors does it.
+
+    Threads do jobs of few pieces on a local Ray of our own without a GPU, unless the user asked for actors: for what
+    takes seconds, starting processes that import torch and Ray Data takes longer than the work.
+    """
+    small = _own.wanted and rows <= FEW_PIECES and resources.actors is None and not resources.gpus_per_actor
+    if not small or (resources.device != "cpu" and torch.cuda.is_available()):
+        return 0
+    return max(1, min(rows, int(len(os.sched_getaffinity(0)) / resources.cpus_per_actor)))
 
 
 def pool_size(resources: Resources, rows: int) -> PoolSize:
@@ -121,6 +180,7 @@ def pool_size(resources: Resources, rows: int) -> PoolSize:
     Raises:
         MilanError: Not one actor fits the cluster.
     """
+    start()
     total = ray.cluster_resources()
     gpus = gpus_each(resources)
     fits = int(total.get("CPU", 0) // resources.cpus_per_actor)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 import ray
 
+from milan_ray.pipelines.cluster import start
 from milan_ray.progress import say
 from milan_ray.storage import WorkGone
 
@@ -19,6 +20,9 @@ Result = TypeVar("Result")
 
 FEW_IMAGES = 4096
 """A probe of no more images is merged, and its views are stored, by the driver: workers take longer to start."""
+
+FEW_ROWS = 2**14
+"""A job of no more exemplars or candidates is taken apart and put together by the driver, for the same reason."""
 
 MOST_THREADS = 8
 """Threads of the driver that work at once: each may hold a layer's state."""
@@ -71,6 +75,7 @@ def run_parallel(
             for future in as_completed(futures):
                 yield futures[future], future.result()
         return
+    start()
     remote: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3)(function)
     pending = {remote.remote(item): index for index, item in enumerate(items)}
     while pending:

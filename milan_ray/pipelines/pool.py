@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
-import ray.data
-from ray.data import ActorPoolStrategy
-
 from milan_ray.config import Resources
+from milan_ray.device import torch_threads
 from milan_ray.errors import MilanError
-from milan_ray.pipelines.cluster import pool_size
+from milan_ray.pipelines.cluster import pool_size, start, threads_here
 from milan_ray.storage import WorkGone
 
 Row = dict[str, Any]
@@ -21,7 +21,7 @@ Row = dict[str, Any]
 def run_pool(
     worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], resources: Resources
 ) -> Iterator[Row]:
-    """Runs ``worker(**arguments)(row)`` for every row on a pool of actors.
+    """Runs ``worker(**arguments)(row)`` for every row on a pool of actors, or of threads where that is over sooner.
 
     The rows' composition is fixed by the caller, so a result never depends on how Ray groups them. The worker writes
     its own files and returns a small row; a row may be run again when an actor or node dies, and must then write the
@@ -41,21 +41,49 @@ def run_pool(
     """
     if not rows:
         return
+    threads = threads_here(resources, len(rows))
+    answers = _here(worker, arguments, rows, threads) if threads else _actors(worker, arguments, rows, resources)
+    for found in answers:
+        if "failure" in found:
+            raise (WorkGone if found["gone"] else MilanError)(found["failure"])
+        yield found
+
+
+def _actors(
+    worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], resources: Resources
+) -> Iterator[Row]:
+    import ray.data  # two seconds of CPU, which a small job does not pay
+
+    start()
     size = pool_size(resources, len(rows))
     # JSON keeps Ray Data from inferring Arrow types from the first row.
     blocks = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=len(rows))
     answers = blocks.map(
         _named(worker),
         fn_constructor_kwargs=arguments,
-        compute=ActorPoolStrategy(min_size=size.least, max_size=size.most),
+        compute=ray.data.ActorPoolStrategy(min_size=size.least, max_size=size.most),
         num_cpus=resources.cpus_per_actor,
         num_gpus=size.gpus or None,
     )
     for answer in answers.iter_rows():
-        found = json.loads(answer["row"])
-        if "failure" in found:
-            raise (WorkGone if found["gone"] else MilanError)(found["failure"])
-        yield found
+        yield json.loads(answer["row"])
+
+
+def _here(worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], threads: int) -> Iterator[Row]:
+    """The same by threads of this process, each with a worker of its own."""
+    own, named = threading.local(), _named(worker)
+
+    def run(row: Row) -> Row:
+        if not hasattr(own, "worker"):
+            own.worker = named(**arguments)
+        return json.loads(own.worker({"row": json.dumps(row)})["row"])
+
+    with torch_threads(arguments["threads"]), ThreadPoolExecutor(threads) as executor:
+        try:
+            for future in as_completed([executor.submit(run, row) for row in rows]):
+                yield future.result()
+        finally:
+            executor.shutdown(cancel_futures=True)
 
 
 def _named(worker: Callable[..., Any]) -> type:

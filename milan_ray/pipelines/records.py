@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from datetime import datetime, timezone
+from importlib.metadata import version
 
-import ray
 import torch
 
 import milan_ray
@@ -28,7 +28,7 @@ def record_run(
         seconds: What it took.
         layer: Module path; empty where the run is not of one layer.
     """
-    versions = {"milan_ray": milan_ray.__version__, "torch": torch.__version__, "ray": ray.__version__}
+    versions = {"milan_ray": milan_ray.__version__, "torch": torch.__version__, "ray": version("ray")}
     table = RUNS.table(
         {
             "stage": [stage],

@@ -28,6 +28,7 @@ from milan_ray.config import Recipe, TrainingConfig
 from milan_ray.errors import MilanError
 from milan_ray.experiments.decoder_search import DecoderSetting
 from milan_ray.pipelines.captioners import EncoderRequest, has_captioner, save_captioner
+from milan_ray.pipelines.cluster import start
 from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.training_units import UnitFeatures, write_units
 from milan_ray.progress import say, watched
@@ -99,6 +100,7 @@ def run_trainings(storage: Storage, jobs: Sequence[TrainingJob]) -> None:
         run_training(storage, jobs[0])
         return
     together = min(len(jobs), _room(jobs[0]))
+    started = time.monotonic()
     say(f"training {len(jobs)} captioners, {together} at a time")
     failures = {}
     pool = ThreadPoolExecutor(together)
@@ -115,6 +117,7 @@ def run_trainings(storage: Storage, jobs: Sequence[TrainingJob]) -> None:
     if failures:
         reasons = " ".join(f"{name}: {error}" for name, error in failures.items())
         raise MilanError(f"{len(failures)} of {len(jobs)} trainings failed. {reasons}")
+    say(f"{len(jobs)} captioners are there, after {time.monotonic() - started:.0f} s")
 
 
 def _room(job: TrainingJob) -> int:
@@ -123,6 +126,7 @@ def _room(job: TrainingJob) -> int:
     Raises:
         MilanError: Not one.
     """
+    start()
     total = ray.cluster_resources()
     room = int(total.get("CPU", 0) / (job.workers * job.cpus))
     if job.gpus:

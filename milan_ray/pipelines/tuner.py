@@ -8,7 +8,7 @@ from typing import Any
 import ray.tune
 
 from milan_ray.config import Resources
-from milan_ray.pipelines.cluster import gpus_each
+from milan_ray.pipelines.cluster import gpus_each, start
 
 EXPERIMENT = "tune"
 """Folder of Ray Tune's own state, in the work of a tuning."""
@@ -32,6 +32,7 @@ def resumable_tuner(
         config: Number of trials, searcher, scheduler.
         resources: What each trial gets.
     """
+    start()
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(trial, task=task), {"cpu": resources.cpus_per_actor, "gpu": gpus_each(resources)}
     )

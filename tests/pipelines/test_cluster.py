@@ -30,30 +30,15 @@ from milan_ray import runtime
 runtime.prepare(None)
 import ray
 from milan_ray.config import Resources
-from milan_ray.pipelines.cluster import connected
+from milan_ray.pipelines.cluster import connected, start
 with connected(Resources()):
+    start()
     assert ray.get(ray.remote(lambda: 1).remote()) == 1
     print("up", flush=True)
     sys.stdin.readline()
 print("down", flush=True)
 sys.stdin.readline()
 """
-
-
-def descendants(pid: int) -> list[int]:
-    """The processes started by a process, and by these, itself left out."""
-    children: dict[int, list[int]] = {}
-    for folder in PROC.iterdir():
-        if folder.name.isdigit():
-            with contextlib.suppress(OSError):  # ended meanwhile
-                parent = (folder / "stat").read_text().rpartition(")")[2].split()[1]
-                children.setdefault(int(parent), []).append(int(folder.name))
-    found, waiting = [], [pid]
-    while waiting:
-        below = children.get(waiting.pop(), [])
-        found += below
-        waiting += below
-    return found
 
 
 def listening(pids: list[int]) -> list[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]]:
@@ -90,14 +75,14 @@ def alive(pids: list[int]) -> list[int]:
 
 
 def assert_ended(pids: list[int]) -> None:
-    deadline = time.monotonic() + 10  # told to end by then; it takes them a moment
+    deadline = time.monotonic() + 60  # told to end by then; it takes them a moment
     while alive(pids) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert alive(pids) == []
 
 
 @pytest.fixture
-def local_ray():
+def local_ray(below):
     """A process of its own with a local Ray of ours in it, up."""
     process = subprocess.Popen(
         [sys.executable, "-c", LOCAL_RAY],
@@ -111,7 +96,7 @@ def local_ray():
     try:
         line = process.stdout.readline()
         assert line == "up\n", process.stderr.read()
-        started = descendants(process.pid)
+        started = list(below(process.pid))
         yield process, started
     finally:
         with contextlib.suppress(BrokenPipeError):

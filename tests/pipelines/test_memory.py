@@ -30,12 +30,12 @@ from pathlib import Path
 from milan_ray import runtime
 runtime.prepare(None)
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.pipelines.cluster import connected
+from milan_ray.pipelines.cluster import connected, start
 from milan_ray.pipelines.exemplars import run_exemplars
 from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
 from milan_ray.storage import Storage
 
-plugin, folder, images = sys.argv[1:]
+plugin, folder, images, result = sys.argv[1:]
 mine = str(os.getpid())
 samples = []  # how many shards are done; process, private bytes, shared bytes
 
@@ -66,6 +66,7 @@ def watch():
                 samples.append((done, "raylet", *found))
 
 with connected(Resources(actors=1)):
+    start()
     raylet = next(pid for pid, said, _, parent in processes() if "/raylet/raylet" in said and parent == mine)
     stop = threading.Event()
     thread = threading.Thread(target=watch)
@@ -79,7 +80,7 @@ with connected(Resources(actors=1)):
     )
     stop.set()
     thread.join()
-print(json.dumps(samples))
+Path(result).write_text(json.dumps(samples))
 """
 
 
@@ -93,13 +94,14 @@ def private(samples: list, process: str, since: float, until: float) -> float:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of processes from /proc")
 def test_memory_and_object_store_do_not_grow_with_the_probe(tmp_path):
-    command = [sys.executable, "-c", JOB, str(PLUGIN), str(tmp_path), str(IMAGES)]
+    result, folder = tmp_path / "result", tmp_path / "run"
+    command = [sys.executable, "-c", JOB, str(PLUGIN), str(folder), str(IMAGES), str(result)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    samples = json.loads(done.stdout.splitlines()[-1])
+    samples = json.loads(result.read_text())
 
-    storage, keys = Storage(tmp_path), {"model": "noise/net", "layer": "0"}
+    storage, keys = Storage(folder), {"model": "noise/net", "layer": "0"}
     assert min(storage.read(LEVELS, **keys)["positions"].to_pylist()) >= 2**20  # 36 an image: not all are counted
     assert (storage.count(EXEMPLARS, **keys), storage.count(POOLED, **keys)) == (8 * 3, IMAGES)
 
