@@ -195,7 +195,7 @@ def run_exemplars(
     """
     storage.check_writable()
     models = list(dict.fromkeys(models))
-    manifest, digest = _manifest(storage, probe)
+    manifest, digest = store_manifest(storage, probe)
     source = requests.probe(probe)
     failed: dict[str, str] = {}
     done: dict[str, tuple[str, ...]] = {}
@@ -243,7 +243,7 @@ def run_exemplars(
     return Dissection(digest, done, failed)
 
 
-def _manifest(storage: Storage, request: requests.ProbeRequest) -> tuple[pa.Table, str]:
+def store_manifest(storage: Storage, request: requests.ProbeRequest) -> tuple[pa.Table, str]:
     """Lists the probe and stores its manifest, keeping digests of bytes already read."""
     manifest = requests.probe(request).manifest()
     digest = probe_digest(manifest)
@@ -386,7 +386,13 @@ def _refs(row: Row) -> list[ImageRef]:
 
 
 class ModelWorker(ABC):
-    """An actor that keeps one model loaded; its rows say which ``model`` they are for, by its place in ``work``."""
+    """An actor that keeps one model loaded.
+
+    Its rows say which ``model`` they are for, by its place in ``work``, and how many ``images`` they take.
+    """
+
+    runs = "the model"
+    """What may fail on a batch, for messages."""
 
     def __init__(
         self,
@@ -417,7 +423,7 @@ class ModelWorker(ABC):
                 self._failed[index] = str(error)
             except Exception as error:  # a user's model may raise anything, and must not end the others' job
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                self._failed[index] = f"the model failed on a batch: {reason}"
+                self._failed[index] = f"{self.runs} failed on a batch: {reason}"
         return {"model": index, "images": row["images"], "error": self._failed.get(index)}
 
     @abstractmethod

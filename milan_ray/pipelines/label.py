@@ -7,6 +7,7 @@ levels ─► [actor pool: forward once more, masks beside concept maps] ─► 
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -261,7 +262,7 @@ def _run_shards(
         if len(fresh) < len(names):
             say(f"labels of {planned.item.model.name}: {len(names) - len(fresh)} of {len(names)} shards are done")
         rows += [
-            {"model": index, "name": names[n], "start": n * size, "stop": min((n + 1) * size, total)} for n in fresh
+            {"model": index, "name": names[n], "start": n * size, "images": min(size, total - n * size)} for n in fresh
         ]
     failed: dict[str, str] = {}
     seconds: dict[str, float] = defaultdict(float)
@@ -276,7 +277,7 @@ def _run_shards(
     }
     layers = [[(planned.item.model.name, layer) for layer in planned.item.read] for planned in work]
     pieces = (piece for row in rows for piece in layers[row["model"]])
-    with Progress("concepts", sum(row["stop"] - row["start"] for row in rows), "images", pieces) as progress:
+    with Progress("concepts", sum(row["images"] for row in rows), "images", pieces) as progress:
         for answer in run_pool(CountWorker, arguments, rows, resources):
             name = work[answer["model"]].item.model.name
             progress.advance(answer["images"], layers[answer["model"]])
@@ -304,26 +305,12 @@ def _pieces(planned: _Work) -> list[tuple[str, str]]:
 class CountWorker(ModelWorker):
     """Counts the units of one shard of the probe beside its concepts."""
 
+    runs = "the model or its concept maps"
+
     def __init__(self, labels: list[_Work], **arguments: Any) -> None:
         super().__init__(**arguments)
         self._labels = labels
-        self._failed: dict[int, str] = {}
         self._levels: tuple[int, dict[str, torch.Tensor]] = (-1, {})
-
-    def __call__(self, row: Row) -> Row:
-        """Runs one shard; an error of the model fails the model, not the job."""
-        index = row["model"]
-        if index not in self._failed:
-            try:
-                self._run(row)
-            except WorkGone:
-                raise
-            except MilanError as error:
-                self._failed[index] = str(error)
-            except Exception as error:  # a user's model or concept maps may raise anything
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                self._failed[index] = f"the model or its concept maps failed on a batch: {reason}"
-        return {"model": index, "images": row["stop"] - row["start"], "error": self._failed.get(index)}
 
     def _levels_of(self, index: int) -> dict[str, torch.Tensor]:
         if self._levels[0] != index:
@@ -341,7 +328,7 @@ class CountWorker(ModelWorker):
         composed = planned.layers.get(CompExp.name, {})
         refs = image_refs(
             part := self._storage.read_rows(
-                MANIFEST, row["start"], row["stop"], ["image_id", "root", "path"], probe=item.probe
+                MANIFEST, row["start"], row["start"] + row["images"], ["image_id", "root", "path"], probe=item.probe
             ),
             range(len(part)),
         )
@@ -434,8 +421,9 @@ class _Compose:
                 yield Seen(row["names"], concepts, units[begin:end], words[begin:end], positions)
 
 
-def _compose(task: _Compose) -> int:
-    """Searches the formulas of one block of units; returns how many units they are."""
+def _compose(task: _Compose) -> float:
+    """Searches the formulas of one block of units; returns how many seconds it took."""
+    started = time.monotonic()
     counts = ConceptCounts.from_table(task.storage.get_work(task.work, f"merged/{task.folder}"))
     totals = Totals.of(counts)
     best = explain(task.units, totals, task.images, task.labeler.beam_size, task.labeler.length)
@@ -445,7 +433,7 @@ def _compose(task: _Compose) -> int:
         for label in found
     ]
     task.storage.put_work(task.work, task.name, pa.Table.from_pylist(rows, schema=_FORMULAS_SCHEMA))
-    return len(task.units)
+    return time.monotonic() - started
 
 
 def _finish(storage: Storage, planned: _Work, how: LabelConfig, config: ExemplarConfig, seconds: float) -> None:
@@ -466,10 +454,12 @@ def _finish(storage: Storage, planned: _Work, how: LabelConfig, config: Exemplar
     if not images or not next(iter(counts.values())).size:
         raise MilanError(f"no image that {name} could read shows a concept; look at the probe's label maps.")
     evidence = {layer: Evidence(counts=counts[layer]) for layer in item.layers}
+    searching = 0.0
     for labeler in how.labelers:
         if isinstance(labeler, CompExp) and planned.layers[labeler.name]:
-            for layer, formulas in _search(storage, planned, labeler, counts, shards).items():
-                evidence[layer] = replace(evidence[layer], formulas=formulas)
+            formulas, searching = _search(storage, planned, labeler, counts, shards)
+            for layer, found in formulas.items():
+                evidence[layer] = replace(evidence[layer], formulas=found)
     due = [(labeler, layer) for labeler in how.labelers for layer in planned.layers[labeler.name]]
     for number, (labeler, layer) in enumerate(due):
         recipe = planned.layers[labeler.name][layer]
@@ -477,8 +467,9 @@ def _finish(storage: Storage, planned: _Work, how: LabelConfig, config: Exemplar
         labelled = {unit: labelled[unit] for unit in recipe.units or sorted(labelled)}
         made = Layer(number, name, layer, recipe, planned.exemplars[layer])
         write_labels(storage, "", made, labeler, recipe, labelled)
+        spent = seconds + searching * isinstance(labeler, CompExp)  # of all layers together, as the pass is
         record_run(
-            storage, labeler.name, recipe.hash, name, layer=layer, rows=len(labelled), images=images, seconds=seconds
+            storage, labeler.name, recipe.hash, name, layer=layer, rows=len(labelled), images=images, seconds=spent
         )
         clear = sum(best[0].score > INTERPRETABLE for best in labelled.values())
         say(f"{labeler.name}: {name} {layer}: {clear} of {len(labelled)} units above IoU {INTERPRETABLE}")
@@ -487,8 +478,11 @@ def _finish(storage: Storage, planned: _Work, how: LabelConfig, config: Exemplar
 
 def _search(
     storage: Storage, planned: _Work, labeler: CompExp, counts: dict[str, ConceptCounts], shards: tuple[str, ...]
-) -> dict[str, dict[int, list[Label]]]:
-    """Layer → the formulas of its units, searched block by block; blocks that are stored are not searched again."""
+) -> tuple[dict[str, dict[int, list[Label]]], float]:
+    """Layer → the formulas of its units, searched block by block, and the seconds that took on one process.
+
+    Blocks that are stored are not searched again.
+    """
     item = planned.item
     stored = set(storage.work_names(item.work))
     tasks: dict[str, list[_Compose]] = {}
@@ -502,14 +496,16 @@ def _search(
             for start in range(0, len(units), UNITS)
         ]
     fresh = [task for of in tasks.values() for task in of if task.name not in stored]
+    seconds = 0.0
     with Progress(f"formulas of {item.model.name}", sum(len(task.units) for task in fresh), "units") as progress:
         here = item.plan.images * sum(len(task.units) for task in fresh) <= FEW
-        for _, searched in run_parallel(_compose, fresh, here=here):
-            progress.advance(searched)
+        for index, spent in run_parallel(_compose, fresh, here=here):
+            progress.advance(len(fresh[index].units))
+            seconds += spent
     found: dict[str, dict[int, list[Label]]] = {}
     for layer, of in tasks.items():
         found[layer] = defaultdict(list)
         for task in of:
             for row in storage.get_work(item.work, task.name).to_pylist():
                 found[layer][row["unit"]].append(Label(row["text"], row["iou"]))
-    return found
+    return found, seconds

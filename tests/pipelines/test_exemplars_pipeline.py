@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,25 +103,22 @@ def test_exemplars_of_all_layers_record_views_manifest_and_run(undisturbed):
     assert not [f for f in undisturbed.files("_work") if f.endswith(".arrow")]
 
 
-@pytest.mark.parametrize(
-    ("actors", "change"),
-    [
-        (2, {}),
-        (1, {"shard_size": 16}),
-        (1, {"shard_size": 500}),
-        (2, {"map_budget": 0, "shard_size": 23}),
-    ],
-)
-def test_exemplars_are_identical_for_any_actors_shards_and_map_budget(undisturbed, photos, tmp_path, actors, change):
-    other = tables(run(tmp_path, photos, replace(CONFIG, **change), actors))
+@pytest.mark.parametrize(("actors", "shard_size"), [(2, 16), (1, 500)])
+def test_exemplars_are_identical_for_any_actors_and_shards(undisturbed, photos, tmp_path, actors, shard_size):
+    other = tables(run(tmp_path, photos, replace(CONFIG, shard_size=shard_size), actors))
     expected = tables(undisturbed)
     assert other.keys() == expected.keys()
     for name, table in expected.items():
         assert other[name].equals(table), name
 
 
-def test_exemplars_run_again_does_nothing_and_changed_k_recomputes(ray_session, photos, tmp_path):
-    storage = run(tmp_path, photos)
+def copy(storage: Storage, path: Path) -> Storage:
+    shutil.copytree(storage.root, path, dirs_exist_ok=True)
+    return Storage(path)
+
+
+def test_exemplars_run_again_does_nothing_and_changed_k_recomputes(undisturbed, photos, tmp_path):
+    storage = copy(undisturbed, tmp_path)
     before = {path: os.stat(tmp_path / path).st_mtime_ns for path in storage.files("exemplars")}
     run(tmp_path, photos)
     assert {path: os.stat(tmp_path / path).st_mtime_ns for path in storage.files("exemplars")} == before
@@ -131,8 +126,8 @@ def test_exemplars_run_again_does_nothing_and_changed_k_recomputes(ray_session, 
     assert len(storage.read(EXEMPLARS, model="tiny/cnn", layer="0")) == 6 * 3
 
 
-def test_exemplars_missing_layer_alone_is_recomputed(ray_session, photos, tmp_path, undisturbed):
-    storage = run(tmp_path, photos)
+def test_exemplars_missing_layer_alone_is_recomputed(undisturbed, photos, tmp_path):
+    storage = copy(undisturbed, tmp_path)
     (tmp_path / storage.path(EXEMPLARS, model="tiny/cnn", layer="2")).unlink()
     before = os.stat(tmp_path / storage.path(EXEMPLARS, model="tiny/cnn", layer="0")).st_mtime_ns
     run(tmp_path, photos)
@@ -149,13 +144,13 @@ def test_exemplars_unreadable_images_are_skipped_counted_and_listed(ray_session,
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "000broken.png").write_bytes(b"not an image")
     (folder / "zz empty.png").write_bytes(b"")
-    storage = run(tmp_path / "run", folder)
+    with pytest.raises(MilanError, match="2 of 32 probe images are unreadable"):
+        run(tmp_path / "run", folder, replace(CONFIG, max_bad=0.01))
+    storage = run(tmp_path / "run", folder)  # from the shards of the first
     skipped = storage.read(SKIPPED, model="tiny/cnn").to_pydict()
     assert skipped["image_id"] == [1, 31]
     assert skipped["path"][1].endswith("zz empty.png")
     assert 1 not in storage.read(EXEMPLARS, model="tiny/cnn", layer="0")["image_id"].to_pylist()
-    with pytest.raises(MilanError, match="2 of 32 probe images are unreadable"):
-        run(tmp_path / "strict", folder, replace(CONFIG, max_bad=0.01))
 
 
 def test_exemplars_fewer_images_than_k_give_fewer_ranks(ray_session, photos, tmp_path):
@@ -170,7 +165,7 @@ def test_exemplars_fewer_images_than_k_give_fewer_ranks(ray_session, photos, tmp
 def test_exemplars_killed_while_results_become_public_go_on_from_the_shards(undisturbed, photos, tmp_path, capsys):
     """What a kill between two layers leaves: all partials, one of three layers public."""
     storage, source = Storage(tmp_path), ProbeRequest((str(photos),))
-    manifest, digest = stage._manifest(storage, source)
+    manifest, digest = stage.store_manifest(storage, source)
     item = stage._plan(storage, CNN, model(CNN), digest, len(manifest), CONFIG)
     assert stage._run_shards(storage, [item], manifest, source, CONFIG, Resources()) == {}
     shards = stage._finish_images(storage, item, CONFIG, len(manifest))[2]
@@ -184,49 +179,79 @@ def test_exemplars_killed_while_results_become_public_go_on_from_the_shards(undi
     assert not [file for file in storage.files("_work") if file.endswith(".arrow")]
 
 
-def test_exemplars_of_a_layer_of_nan_are_none_and_harm_nobody(ray_session, photos, tmp_path):
-    for budget in (2**20, 0):
-        storage = Storage(tmp_path / str(budget))
-        request = ModelRequest("tiny/broken", plugins=(PLUGIN,))
-        config = replace(CONFIG, map_budget=budget)
-        run_exemplars(storage, [request], ProbeRequest((str(photos),)), config, Resources())
-        assert len(storage.read(EXEMPLARS, model="tiny/broken", layer="nan")) == 0
-        assert len(storage.read(EXEMPLARS, model="tiny/broken", layer="good")) == 16
-        levels = storage.read(LEVELS, model="tiny/broken", layer="nan").to_pydict()
-        assert np.isnan(levels["level"]).all() and levels["positions"] == [0, 0]
-        assert all(count == 90 * 20 * 20 for count in levels["nonfinite"])
+BROKEN = ModelRequest("tiny/broken", plugins=(PLUGIN,))
+
+
+def assert_layer_of_nan_has_no_exemplars(storage: Storage) -> None:
+    assert len(storage.read(EXEMPLARS, model="tiny/broken", layer="nan")) == 0
+    assert len(storage.read(EXEMPLARS, model="tiny/broken", layer="good")) == 16
+    levels = storage.read(LEVELS, model="tiny/broken", layer="nan").to_pydict()
+    assert np.isnan(levels["level"]).all() and levels["positions"] == [0, 0]
+    assert all(count == 90 * 20 * 20 for count in levels["nonfinite"])
 
 
 def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, photos, tmp_path):
     failing = ModelRequest("tiny/failing", plugins=(PLUGIN,))
     storage = Storage(tmp_path)
     unseeded = ModelRequest("tiny/unseeded", plugins=(PLUGIN,))
-    done = run_exemplars(storage, [failing, unseeded, CNN], ProbeRequest((str(photos),)), CONFIG, Resources())
-    assert list(done.models) == ["tiny/cnn"]
+    models = [failing, unseeded, BROKEN, CNN]
+    done = run_exemplars(storage, models, ProbeRequest((str(photos),)), CONFIG, Resources(actors=1))
+    assert list(done.models) == ["tiny/broken", "tiny/cnn"]
     assert "the model failed on a batch: RuntimeError" in done.failed["tiny/failing"]
     assert "random weights need a seed" in done.failed["tiny/unseeded"]
-    assert {keys["model"] for keys in storage.partitions(EXEMPLARS)} == {"tiny/cnn"}
+    assert {keys["model"] for keys in storage.partitions(EXEMPLARS)} == {"tiny/broken", "tiny/cnn"}
+    assert_layer_of_nan_has_no_exemplars(storage)
 
 
-def test_exemplars_killed_half_way_and_started_again_are_identical(undisturbed, photos, tmp_path):
-    options = {"--model": "tiny/cnn", "--plugin": PLUGIN, "--probe": str(photos), "--storage": str(tmp_path)}
-    options |= {"--k": "4", "--batch-size": "16", "--shard-size": "2", "--actors": "1"}
-    arguments = [text for pair in options.items() for text in pair]
-    command = [sys.executable, "-m", "jobs.exemplars", *arguments, "--no-report"]
-    first = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("_work/*/images/*.arrow")) and time.monotonic() < deadline and first.poll() is None:
-        time.sleep(0.02)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
-    done = len(list(tmp_path.glob("_work/*/images/*.arrow")))
-    assert 0 < done < 45
-    assert not list(tmp_path.glob("exemplars/**/*.parquet"))
-    second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
-    assert second.returncode == 0, second.stderr
-    assert f"{done} of 45 shards are done already" in second.stderr
-    expected = tables(undisturbed)
-    other = tables(Storage(tmp_path))
-    assert other.keys() == expected.keys()
-    for name, table in expected.items():
-        assert other[name].equals(table), name
+def test_exemplars_above_the_map_budget_are_masked_in_one_pool_whatever_model_fails(
+    undisturbed, photos, tmp_path, monkeypatch
+):
+    plugin, run_pool = str(shutil.copy(ROOT / "tests/plugins/late_models.py", tmp_path)), stage.run_pool
+    pools: list[str] = []
+
+    def watched(worker, arguments, rows, resources):
+        pools.append(worker.__name__)
+        if worker is stage.MaskWorker:
+            (tmp_path / "loads").touch()
+        return run_pool(worker, arguments, rows, resources)
+
+    def fails_after_the_shards(storage, unmasked, *rest):
+        (tmp_path / "fail").touch()
+        return recompute(storage, unmasked, *rest)
+
+    recompute = stage._recompute
+    monkeypatch.setattr(stage, "run_pool", watched)
+    monkeypatch.setattr(stage, "_recompute", fails_after_the_shards)
+    storage = Storage(tmp_path / "run")
+    names = [f"late/{name}" for name in ("cnn", "failing", "twin")]
+    models = [ModelRequest(name, plugins=(plugin,)) for name in names]
+    config = replace(CONFIG, map_budget=0, shard_size=23)
+    arguments = [*models, BROKEN], ProbeRequest((str(photos),)), config, Resources(actors=2)
+    done = run_exemplars(storage, *arguments)
+    assert done.failed == {"late/failing": "the model failed on a batch: RuntimeError: not now"}
+    assert pools == ["ExemplarWorker", "MaskWorker"]
+    loads = Counter((tmp_path / "loads").read_text().splitlines())
+    assert set(loads.values()) == {1} and {line.split()[1] for line in loads} == set(names)
+
+    def assert_as_alone(model: str, layer: str) -> None:
+        for noun in (EXEMPLARS, LEVELS):
+            found = storage.read(noun, model=model, layer=layer)
+            expected = undisturbed.read(noun, model="tiny/cnn", layer=layer)
+            assert set(found["model"].to_pylist()) == {model}
+            assert found.drop_columns("model").equals(expected.drop_columns("model"))
+
+    for keys in (
+        {"model": "late/cnn", "layer": "0"},
+        {"model": "late/cnn", "layer": "2"},
+        {"model": "late/twin", "layer": "0"},
+    ):
+        assert_as_alone(**keys)
+    assert_layer_of_nan_has_no_exemplars(storage)
+    assert {keys["model"] for keys in storage.partitions(EXEMPLARS)} == {"late/cnn", "late/twin", "tiny/broken"}
+    # What failed goes on from its winners.
+    (tmp_path / "fail").unlink()
+    monkeypatch.setattr(stage, "_recompute", recompute)
+    assert run_exemplars(storage, *arguments).failed == {}
+    assert pools[2:] == ["MaskWorker"]
+    assert_as_alone("late/failing", "2")
+    assert not [file for file in storage.files("_work") if file.endswith(".arrow")]

@@ -127,12 +127,12 @@ def test_pooled_is_added_later_without_making_exemplars_again(undisturbed, few, 
 def test_pooled_after_a_kill_has_every_row_once(undisturbed, few, tmp_path, capsys):
     """A shard run twice, one half written, some without pooled activations, one layer public: as kills leave them."""
     storage, source, config = Storage(tmp_path), ProbeRequest((str(few),)), replace(CONFIG, shard_size=8)
-    manifest, digest = stage._manifest(storage, source)
+    manifest, digest = stage.store_manifest(storage, source)
     for asked, shards in ((replace(config, pooled=False), range(5)), (config, (0, 1, 1, 2, 3, 4))):
         item = stage._plan(storage, CNN, model(CNN), digest, len(manifest), asked)
         worker = stage.ExemplarWorker(**stage._worker_arguments(storage, [item], source, asked, Resources()))
         for n in shards:
-            assert worker({"model": 0, "shard": n, "start": 8 * n, "stop": 8 * n + 8})["error"] is None
+            assert worker({"model": 0, "shard": n, "start": 8 * n, "images": 8})["error"] is None
     for file in ("pooled/L1/000000", "pooled/L1/000003"):
         (tmp_path / f"_work/{item.work}/{file}.arrow").unlink()
     (tmp_path / f"_work/{item.work}/images/000002.arrow").unlink()
