@@ -23,7 +23,7 @@ from milan_ray.labelers.milan import LIKELIHOOD, MILAN, PointwiseMutualInformati
 from milan_ray.labelers.protocol import Evidence, Label, Labeler
 from milan_ray.pipelines.captioners import captioner_name, load_captioner
 from milan_ray.pipelines.encodings import only_units, unit_features
-from milan_ray.pipelines.fanout import beside_others, run_parallel
+from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import record_run
 from milan_ray.progress import Progress, say
@@ -206,7 +206,8 @@ def run_descriptions(
         say(f"captioner {search.name} has no language model: described by log p(d|E) alone ({LIKELIHOOD})")
     tasks = [_Rank(storage, search.name, layer, labeler) for layer in layers for labeler in labelers(captioner, search)]
     stale = [task for task in tasks if not task.done()]
-    for _ in run_parallel(_rank, stale):
+    rows = sum(storage.count(CANDIDATES, decoder=search.name, model=one.model, layer=one.layer) for one in layers)
+    for _ in run_parallel(_rank, stale, here=rows <= FEW_ROWS):
         pass
 
 
@@ -267,10 +268,11 @@ def _search(
     done = set(storage.work_names(work))
     parts: dict[int, list[str]] = defaultdict(list)
     rows: list[Row] = []
-    units = 0
+    units = total = 0
     for layer in layers:
         encoded = storage.read(ENCODINGS, ["unit"], encoder=encoder, model=layer.model, layer=layer.layer)
         present = sorted(set(only_units(encoded, layer.recipe.units)["unit"].to_pylist()))
+        total += len(present)
         for start in range(0, len(present), search.units):
             batch = present[start : start + search.units]
             parts[layer.number].append(f"L{layer.number}/{batch[0]:06d}")
@@ -296,7 +298,7 @@ def _search(
     tasks = [
         _Gather(storage, work, layer, name, lm or "", search.beam_size, tuple(parts[layer.number])) for layer in layers
     ]
-    for index, count in run_parallel(_gather, tasks):
+    for index, count in run_parallel(_gather, tasks, here=total * search.beam_size <= FEW_ROWS):
         made = layers[index]
         record_run(
             storage,

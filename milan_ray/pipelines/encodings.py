@@ -22,7 +22,7 @@ from milan_ray.config import Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
-from milan_ray.pipelines.fanout import beside_others, run_parallel
+from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.views import block_of, read_block
@@ -142,12 +142,13 @@ def run_encodings(
         say(f"encodings ({encoder.name}): all up to date")
         return
     used: dict[tuple[str, str], set[int]] = defaultdict(set)
-    for index, ids in run_parallel(_image_ids, [_Scatter(storage, work, source) for source in every]):
+    here = sum(storage.count(EXEMPLARS, model=source.model, layer=source.layer) for source in every) <= FEW_ROWS
+    for index, ids in run_parallel(_image_ids, [_Scatter(storage, work, source) for source in every], here=here):
         used[every[index].view].update(ids)
     starts = {view: chunk_starts(sorted(ids)) for view, ids in used.items()}
     row_of: dict[str, Row] = {}
     scatters = [_Scatter(storage, work, source, starts[source.view]) for source in sources]
-    for index, names in run_parallel(_scatter, scatters):
+    for index, names in run_parallel(_scatter, scatters, here=here):
         probe, view = sources[index].view
         for name in names:
             row = row_of.setdefault(name, {"name": name, "probe": probe, "view": view, "sources": []})
@@ -177,7 +178,7 @@ def run_encodings(
         source.number: tuple(row["name"] for row in every_row if source.number in row["sources"]) for source in sources
     }
     gathers = [_Gather(storage, work, encoder.name, source, parts[source.number]) for source in sources]
-    for index, count in run_parallel(_gather, gathers):
+    for index, count in run_parallel(_gather, gathers, here=here):
         done = sources[index]
         record_run(
             storage,

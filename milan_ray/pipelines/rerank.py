@@ -34,7 +34,7 @@ from milan_ray.pipelines.describe import (
     write_labels,
 )
 from milan_ray.pipelines.encodings import only_units, run_encodings, unit_features
-from milan_ray.pipelines.fanout import beside_others, run_parallel
+from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import record_run
 from milan_ray.progress import Progress, say
@@ -130,7 +130,7 @@ def run_reranking(
         say(f"descriptions ({labeler.name}): all up to date")
         return
     names: dict[int, list[str]] = {}
-    for index, found in run_parallel(_scatter, tasks):
+    for index, found in run_parallel(_scatter, tasks, here=total <= FEW_ROWS):
         names[index] = found
     stored = set(storage.work_names(work, "scores"))
     row_of: dict[str, Row] = defaultdict(lambda: {"layers": []})
@@ -156,7 +156,7 @@ def run_reranking(
             for number in answer["layers"]:
                 seconds[number] += answer["seconds"] / len(answer["layers"])
     gathers = [replace(task, parts=tuple(names[index])) for index, task in enumerate(tasks)]
-    for index, count in run_parallel(_gather, gathers):
+    for index, count in run_parallel(_gather, gathers, here=total <= FEW_ROWS):
         made = tasks[index].layer
         record_run(
             storage,

@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import math
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import torchvision
 
 from milan_ray.config import ExemplarConfig
 from milan_ray.exemplars import masks
-from milan_ray.exemplars.forward import Batch, Forward, read_inputs
+from milan_ray.exemplars.forward import Batch, Forward, pass_size, read_inputs
 from milan_ray.exemplars.shard import LayerState, Plan
 from milan_ray.models.registry import ModelSpec
 from milan_ray.models.view import GENERATED, Preprocess
@@ -43,6 +44,12 @@ def build(golden: Path, name: str) -> torch.nn.Module:
     return model
 
 
+def beginning(model: torchvision.models.ResNet) -> torch.nn.Module:
+    """What the golden's layers need of it: half the work."""
+    children = list(model.named_children())
+    return torch.nn.Sequential(OrderedDict(children[: [name for name, _ in children].index("layer3")]))
+
+
 def reference(golden: Path, name: str, layer: str) -> dict:
     folder = golden / "exemplars" / name / layer
     found = dict(np.load(folder / "stats.npz")) | {"meta": json.loads((folder / "meta.json").read_text())}
@@ -61,7 +68,7 @@ class Dissected:
         spec: The model.
         forward: The model, loaded.
         inputs: Its whole probe.
-        states: Layer → state over the whole probe.
+        states: Layer → state over the whole probe, of the golden's units.
         activations: Layer → float32 (positions, units of the golden), in the reference's order.
         expected: Layer → the golden.
     """
@@ -78,10 +85,9 @@ class Dissected:
         return inputs[ids] if isinstance(inputs, np.ndarray) else tuple(tensor[ids] for tensor in inputs)
 
     def each(self):
-        """(layer, golden, state's top k of the golden's units, their levels) of every layer."""
+        """(layer, golden, state, places of the golden's units in it) of every layer."""
         for layer, expected in self.expected.items():
-            state, units = self.states[layer], torch.from_numpy(expected["units"])
-            yield layer, expected, state, units
+            yield layer, expected, self.states[layer], torch.arange(len(expected["units"]))
 
 
 @pytest.fixture(scope="module", params=NAMES)
@@ -89,11 +95,12 @@ def dissected(request, golden: Path) -> Dissected:
     name = request.param
     layers = tuple(sorted(folder.name for folder in (golden / "exemplars" / name).iterdir()))
     expected = {layer: reference(golden, name, layer) for layer in layers}
-    batch_size, config = expected[layers[0]]["meta"]["batch_size"], ExemplarConfig()
+    config = ExemplarConfig()
+    batch_size = pass_size(expected[layers[0]]["meta"]["batch_size"], torch.device("cpu"))
     generator = name == "toygen"
     spec = ModelSpec(
         name,
-        lambda weights: build(golden, name),
+        lambda weights: beginning(build(golden, name)) if name == "resnet18" else build(golden, name),
         layers,
         GENERATED if generator else Preprocess(),
         images=(lambda outputs: outputs) if generator else None,
@@ -109,7 +116,8 @@ def dissected(request, golden: Path) -> Dissected:
     for start in range(0, 300, batch_size):
         ids = np.arange(start, min(300, start + batch_size))
         for layer, maps in ours.forward.maps(ours.batch(ids)).items():
-            kept = maps[:, torch.from_numpy(expected[layer]["units"])].permute(0, 2, 3, 1)
+            maps = maps[:, torch.from_numpy(expected[layer]["units"])]
+            kept = maps.permute(0, 2, 3, 1)
             seen[layer].append(kept.reshape(-1, kept.shape[-1]).clone().numpy())
             if layer not in ours.states:
                 ours.states[layer] = LayerState.empty(plan, maps.shape[1], tuple(maps.shape[2:]))

@@ -1,7 +1,8 @@
 """Run by a test: exemplars on a cluster that has no worker yet, as an autoscaler of fake nodes gives it some.
 
-``python autoscaling.py ADDRESS STORAGE PHOTOS PLUGIN`` prints, as JSON, the most nodes there were during the job, the
-nodes that ran shards, and the nodes that were left when idle ones had gone.
+``python autoscaling.py ADDRESS RESULT STORAGE PHOTOS PLUGIN`` writes, as JSON, the nodes that there were before, those
+that ran shards, and those that were left when idle ones had gone. All passes wait at the gate until two nodes have
+begun one: else the first could be done before the second is up.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from milan_ray.pipelines.exemplars import run_exemplars
 from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
 from milan_ray.storage import Storage
 
-PATIENCE = 90
+PATIENCE = 300
 """Seconds to wait for idle nodes to go."""
 
 
@@ -29,7 +30,7 @@ def alive() -> int:
     return sum(node["Alive"] for node in ray.nodes())
 
 
-def main(address: str, root: str, photos: str, plugin: str) -> None:
+def main(address: str, result: str, root: str, photos: str, plugin: str) -> None:
     """Runs it."""
     ray.init(address=address, log_to_driver=False)
     before = alive()
@@ -37,18 +38,18 @@ def main(address: str, root: str, photos: str, plugin: str) -> None:
     config, resources = ExemplarConfig(k=4, batch_size=16, shard_size=1), Resources(actors=2)
     job = threading.Thread(target=run_exemplars, args=(Storage(root), [request], probe, config, resources))
     job.start()
-    most = before
-    while job.is_alive():
-        most = max(most, alive())
-        time.sleep(0.2)
+    where = Path(os.environ["MILAN_TEST_WHERE"])
+    while job.is_alive() and not (where.exists() and len(set(where.read_text().split())) > 1):
+        time.sleep(0.1)
+    Path(os.environ["MILAN_TEST_GATE"]).touch()
     job.join()
     ray.shutdown()  # its pool goes with the driver
     ray.init(address=address, log_to_driver=False)
     deadline = time.monotonic() + PATIENCE
     while alive() > before and time.monotonic() < deadline:
         time.sleep(0.5)
-    ran = set(Path(os.environ["MILAN_TEST_WHERE"]).read_text().split())
-    print(json.dumps({"before": before, "most": most, "ran": len(ran), "after": alive()}))
+    ran = set(where.read_text().split())
+    Path(result).write_text(json.dumps({"before": before, "ran": len(ran), "after": alive()}))
 
 
 if __name__ == "__main__":

@@ -23,30 +23,34 @@ from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = str(ROOT / "tests/plugins/slow_models.py")
-TABLES = (EXEMPLARS, LEVELS, SKIPPED, VIEWS, ENCODINGS, CANDIDATES, DESCRIPTIONS)
+FIRST = (EXEMPLARS, LEVELS, SKIPPED, VIEWS)
+TABLES = (*FIRST, ENCODINGS, CANDIDATES, DESCRIPTIONS)
 """What a job leaves behind; manifest and runs hold moments of reading and writing beside it."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """``jobs.describe`` on a slow network and 90 photographs.
+    """``jobs.describe`` on a slow network and 90 photographs, or its first half.
 
     Attributes:
         photos: The probe.
         captioner: Folder of a toy captioner.
         environment: Variables beside this process's own.
+        verb: ``exemplars`` where the stages after these are not looked at.
     """
 
     photos: Path
     captioner: Path
     environment: dict[str, str] = field(default_factory=dict)
+    verb: str = "describe"
 
     def command(self, storage: str | Path, *more: str, model: str = "slow/cnn") -> list[str]:
         options = {"--model": model, "--plugin": PLUGIN, "--probe": str(self.photos), "--storage": str(storage)}
-        options |= {"--decoder": str(self.captioner), "--beam-size": "5", "--length": "5"}
+        if self.verb == "describe":
+            options |= {"--decoder": str(self.captioner), "--beam-size": "5", "--length": "5"}
         options |= {"--k": "4", "--batch-size": "16", "--shard-size": "4", "--actors": "1"}
         arguments = [text for pair in options.items() for text in pair]
-        return [sys.executable, "-m", "jobs.describe", *arguments, "--no-report", *more]
+        return [sys.executable, "-m", f"jobs.{self.verb}", *arguments, "--no-report", *more]
 
     def start(self, storage: str | Path, *more: str, model: str = "slow/cnn") -> subprocess.Popen[str]:
         """Starts it in a process group of its own; what it says is to be read from ``stderr``."""
@@ -87,6 +91,9 @@ class Job:
 
     def assert_same(self, found: Storage, expected: dict[str, pa.Table]) -> None:
         """Nothing twice, nothing missing, not a bit different; and nothing half done is left."""
+        if self.verb == "exemplars":
+            firsts = tuple(noun.name for noun in FIRST)
+            expected = {name: table for name, table in expected.items() if name.split()[0] in firsts}
         there = self.tables(found)
         assert there.keys() == expected.keys()
         for name, table in expected.items():

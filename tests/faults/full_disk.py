@@ -1,7 +1,7 @@
 """Run by a test: a job on a storage where the first file of every kind cannot be written, run again after each.
 
-``python full_disk.py STORAGE LOG PHOTOS PLUGIN CAPTIONER`` prints what the job said each time, as JSON. This folder
-must be on ``PYTHONPATH``, so that workers know the storage too.
+``python full_disk.py RESULT STORAGE LOG PHOTOS PLUGIN CAPTIONER`` writes what the job said each time, as JSON, and an
+empty file for every kind into the folder LOG. This folder must be on ``PYTHONPATH``, so that workers know the storage.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import re
 import resource
 import sys
+import threading
 from pathlib import Path
 
 from milan_ray.config import ExemplarConfig, Resources
@@ -31,6 +32,10 @@ def kind_of(path: str) -> str:
     return f"{parts[0]} wanted" if "wanted" in parts else parts[0]
 
 
+LIMIT = threading.Lock()
+"""Held by the thread whose write is to fail: the limit is the whole process's."""
+
+
 class FullDisk(Storage):
     """The kernel refuses the first file of every kind half way, in whichever process it is written."""
 
@@ -42,18 +47,24 @@ class FullDisk(Storage):
         return (FullDisk, (self.root, self._log))
 
     def put(self, path: str, data: bytes | memoryview) -> None:
-        log = Path(self._log)
-        if not data or kind_of(path) in log.read_text().splitlines():
+        if not data or not self._first_of_its_kind(path):
             super().put(path, data)
             return
-        with log.open("a") as file:
-            file.write(kind_of(path) + "\n")
-        _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(data) // 2, hard))
+        with LIMIT:
+            _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (len(data) // 2, hard))
+            try:
+                super().put(path, data)
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+
+    def _first_of_its_kind(self, path: str) -> bool:
+        """Whether nobody asked before, in any process."""
         try:
-            super().put(path, data)
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+            Path(self._log, kind_of(path)).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
 
 
 def torsos(root: Path) -> list[str]:
@@ -74,10 +85,10 @@ def torsos(root: Path) -> list[str]:
     return found
 
 
-def main(root: str, log: str, photos: str, plugin: str, captioner: str) -> None:
+def main(result: str, root: str, log: str, photos: str, plugin: str, captioner: str) -> None:
     """Runs it until nothing fails any more."""
     storage = FullDisk(root, log)
-    Path(log).touch()
+    Path(log).mkdir()
     request, probe = ModelRequest("slow/cnn", plugins=(plugin,)), ProbeRequest((photos,))
     encoder = EncoderRequest("slow", plugins=(plugin,))
     config, resources = ExemplarConfig(k=4, batch_size=16, shard_size=45), Resources(actors=1)
@@ -92,8 +103,10 @@ def main(root: str, log: str, photos: str, plugin: str, captioner: str) -> None:
             except MilanError as error:
                 said.append(str(error))
                 assert torsos(Path(root)) == []
-    print(json.dumps(said))
+    Path(result).write_text(json.dumps(said))
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    import full_disk  # by this name workers find the storage; what is of `__main__` would travel, and a lock cannot
+
+    full_disk.main(*sys.argv[1:])

@@ -1,6 +1,7 @@
 """Run by a test: exemplars on a cluster of which one node is lost in the middle, and which another one joins.
 
-``python nodes.py STORAGE PHOTOS PLUGIN`` prints the ids of head, lost and joined node as JSON.
+``python nodes.py RESULT STORAGE PHOTOS PLUGIN`` writes the ids of head, lost and joined node as JSON. All passes wait
+at the gate until the joined node has begun one: the lost node is lost in the middle of a pass, and none is left over.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
 from milan_ray.storage import Storage
 
 
-def main(root: str, photos: str, plugin: str) -> None:
+def main(result: str, root: str, photos: str, plugin: str) -> None:
     """Runs it."""
     storage = Storage(root)
     node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
@@ -32,15 +33,21 @@ def main(root: str, photos: str, plugin: str) -> None:
     config = ExemplarConfig(k=4, batch_size=16, shard_size=1)
     job = threading.Thread(target=run_exemplars, args=(storage, [request], probe, config, Resources(actors=3)))
     job.start()
-
     where = Path(os.environ["MILAN_TEST_WHERE"])
-    while job.is_alive() and not (where.exists() and lost.node_id in where.read_text()):
-        time.sleep(0.05)
-    assert job.is_alive(), "the job was over too early"
+
+    def wait_for(*nodes: str) -> None:
+        while not (where.exists() and set(nodes) <= set(where.read_text().split())):
+            assert job.is_alive(), "the job was over too early"
+            time.sleep(0.05)
+
+    head = cluster.head_node.node_id
+    wait_for(head, lost.node_id)
     cluster.remove_node(lost, allow_graceful=False)
     joined = cluster.add_node(**node)
+    wait_for(joined.node_id)
+    Path(os.environ["MILAN_TEST_GATE"]).touch()
     job.join()
-    print(json.dumps([cluster.head_node.node_id, lost.node_id, joined.node_id]))
+    Path(result).write_text(json.dumps([head, lost.node_id, joined.node_id]))
     ray.shutdown()
     cluster.shutdown()
 

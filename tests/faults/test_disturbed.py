@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from ray._common.utils import get_system_memory
+from ray._private.utils import get_used_memory
 
 from milan_ray.schema import EXEMPLARS, LEVELS, VIEWS
 from milan_ray.storage import Storage
@@ -24,56 +30,80 @@ KILLS = int(os.environ.get("MILAN_SOAK", "6"))
 linux = pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads /proc")
 
 
-def shards_done(storage: Storage) -> int:
-    return sum("/images/" in file for file in storage.files("_work"))
+SHARDS = 23
+"""Shards of the job's probe; each is one pass."""
+
+COST = (1, 2)
+"""Passes more when one is cut off: its own, and perhaps that of the shard before, whose answer was still on its way."""
+
+JOB_MEMORY = 3 * 2**30
+"""Bytes: more than the processes of the job take together."""
 
 
-def workers_of(group: int, name: str) -> list[int]:
-    """Processes of a process group, or started by it, whose title names a stage."""
-    found = []
-    for folder in Path("/proc").iterdir():
-        try:
-            if folder.name.isdigit() and name in (folder / "cmdline").read_text():
-                ancestor = int(folder.name)
-                while ancestor > 1 and ancestor != group:
-                    ancestor = int((Path("/proc") / str(ancestor) / "stat").read_text().rpartition(")")[2].split()[1])
-                if ancestor == group:
-                    found.append(int(folder.name))
-        except OSError:  # ended meanwhile
-            continue
-    return found
+def waiting(where: Path, passes: int, gate: Path | None = None, hunger: Path | None = None) -> dict[str, str]:
+    """The environment of a job that stops in the middle of a pass, or takes memory there, after so many passes."""
+    files = {"MILAN_TEST_WHERE": where, "MILAN_TEST_GATE": gate, "MILAN_TEST_HUNGER": hunger}
+    return {"MILAN_TEST_PASSES": str(passes), **{name: str(file) for name, file in files.items() if file}}
+
+
+def passes(where: Path) -> int:
+    """How many passes have begun."""
+    return len(where.read_text().split()) if where.exists() else 0
 
 
 @linux
 @pytest.mark.slow
-def test_worker_killed_in_the_middle_of_a_shard_costs_that_shard_alone(job, undisturbed, tmp_path):
-    storage = Storage(tmp_path)
-    process = job.start(tmp_path)
-    while process.poll() is None and shards_done(storage) < 3:
+def test_worker_killed_in_the_middle_of_a_shard_costs_that_shard_alone(job, undisturbed, below, tmp_path):
+    storage, where, gate = Storage(tmp_path / "run"), tmp_path / "where", tmp_path / "gate"
+    job = replace(job, environment=waiting(where, 3, gate), verb="exemplars")
+    process = job.start(storage.root)
+    while process.poll() is None and passes(where) < 4:
         time.sleep(0.02)
-    victims = workers_of(process.pid, "ExemplarWorker")
+    victims = [pid for pid, command in below(process.pid).items() if "ExemplarWorker" in command]
     for victim in victims:
         os.kill(victim, signal.SIGKILL)
+    gate.touch()
     said = process.communicate(timeout=600)[1]
     assert victims and process.returncode == 0, said
     job.assert_same(storage, undisturbed)
+    assert passes(where) - SHARDS in COST
+
+
+@linux
+@pytest.mark.slow
+def test_worker_killed_for_the_memory_it_takes_costs_that_shard_alone(job, undisturbed, tmp_path):
+    """By Ray's own memory monitor, whose limit is set a little above what this machine uses at the moment."""
+    storage, where, hunger = Storage(tmp_path / "run"), tmp_path / "where", tmp_path / "hunger"
+    total, used = get_system_memory(), get_used_memory()
+    limit = used + JOB_MEMORY
+    if total - limit < 2**31:
+        pytest.skip("takes some GiB of memory")
+    logs = Path(tempfile.mkdtemp(prefix="ray"))  # sockets' paths must be short
+    monitor = {"RAY_memory_usage_threshold": str(limit / total), "RAY_memory_monitor_refresh_ms": "50"}
+    told = {"RAY_TMPDIR": str(logs), "RAY_BACKEND_LOG_LEVEL": "info"}
+    job = replace(job, environment={**waiting(where, 3, hunger=hunger), **monitor, **told}, verb="exemplars")
+    try:
+        said = job.run(storage.root)
+        raylet = "".join(file.read_text() for file in logs.rglob("raylet.out"))
+    finally:
+        shutil.rmtree(logs, ignore_errors=True)
+    assert hunger.exists(), said
+    assert re.search("(above|exceeded) threshold", raylet)
+    job.assert_same(storage, undisturbed)
+    assert passes(where) - SHARDS in COST
 
 
 @pytest.mark.slow
 def test_node_lost_and_node_joined_in_the_middle(job, undisturbed, tmp_path):
-    where = tmp_path / "where"
+    where, result = tmp_path / "where", tmp_path / "result"
     alien = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE")
     environment = {name: value for name, value in os.environ.items() if name not in alien}
-    environment |= {"MILAN_TEST_WHERE": str(where), "MILAN_TEST_SECONDS": "0.4"}
-    command = [sys.executable, str(ROOT / "tests/faults/nodes.py"), str(tmp_path / "run"), str(job.photos), PLUGIN]
-    done = subprocess.run(
-        command, cwd=ROOT, env={**environment, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600
-    )
+    environment |= {**waiting(where, 0, tmp_path / "gate"), "MILAN_TEST_SECONDS": "0", "PYTHONPATH": str(ROOT)}
+    arguments = [str(result), str(tmp_path / "run"), str(job.photos), PLUGIN]
+    command = [sys.executable, str(ROOT / "tests/faults/nodes.py"), *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr
-    head, lost, joined = json.loads(done.stdout.splitlines()[-1])
-    ran = where.read_text().split()
-    assert {head, lost, joined} == set(ran)
-    assert ran.index(joined) > len(ran) - 1 - ran[::-1].index(lost)  # one was gone before the other came
+    assert set(json.loads(result.read_text())) == set(where.read_text().split())
     found = job.tables(Storage(tmp_path / "run"))
     for name, table in undisturbed.items():
         if name.split()[0] in (EXEMPLARS.name, LEVELS.name, VIEWS.name):
@@ -83,12 +113,15 @@ def test_node_lost_and_node_joined_in_the_middle(job, undisturbed, tmp_path):
 @pytest.mark.slow
 def test_driver_killed_at_any_moment_again_and_again(job, undisturbed, tmp_path):
     rng = random.Random(KILLS)
-    storage = Storage(tmp_path)
+    storage, begun = Storage(tmp_path), tmp_path / "_work/writable"
     killed = 0
     while killed < KILLS:
+        begun.unlink(missing_ok=True)
         process = job.start(tmp_path)
-        # Starting Python and Ray takes a few seconds, in which nothing happens that a kill could harm.
-        time.sleep(rng.uniform(4, 16))
+        # Until Python and Ray have started, nothing happens that a kill could harm.
+        while process.poll() is None and not begun.exists():
+            time.sleep(0.02)
+        time.sleep(rng.uniform(0, 12))
         if process.poll() is not None:  # through before the kill: begin anew
             assert process.returncode == 0, process.communicate()[1]
             process.communicate()
@@ -107,11 +140,11 @@ def test_driver_killed_at_any_moment_again_and_again(job, undisturbed, tmp_path)
 
 @pytest.mark.slow
 def test_file_of_any_kind_that_cannot_be_written_is_one_sentence_and_no_torso(job, undisturbed, tmp_path):
-    log = tmp_path / "log"
+    log, result = tmp_path / "log", tmp_path / "result"
     here = str(ROOT / "tests/faults")
-    command = [sys.executable, f"{here}/full_disk.py", str(tmp_path / "run"), str(log), str(job.photos), PLUGIN]
+    arguments = [str(result), str(tmp_path / "run"), str(log), str(job.photos), PLUGIN, str(job.captioner)]
     done = subprocess.run(
-        [*command, str(job.captioner)],
+        [sys.executable, f"{here}/full_disk.py", *arguments],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": f"{here}{os.pathsep}{ROOT}"},
         capture_output=True,
@@ -119,11 +152,11 @@ def test_file_of_any_kind_that_cannot_be_written_is_one_sentence_and_no_torso(jo
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    said, kinds = json.loads(done.stdout.splitlines()[-1]), log.read_text().split("\n")[:-1]
-    assert len(kinds) >= 12 and len(set(kinds)) == len(kinds)
+    said, kinds = json.loads(result.read_text()), [file.name for file in log.iterdir()]
+    assert len(kinds) >= 12
     for public in ("manifest", "skipped", "exemplars", "levels", "views", "encodings", "candidates", "descriptions"):
         assert public in kinds
-    assert len(said) >= len(kinds) - 2  # two threads may fail in the same run
+    assert len(said) >= len(kinds) / 2  # the threads of two layers may fail in the same run
     assert not list((tmp_path / "run").rglob("*.tmp"))
     for sentence in said:
         assert "cannot write" in sentence and "File too large" in sentence and "\n" not in sentence

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ from milan_ray.pipelines.captioners import EncoderRequest
 from milan_ray.pipelines.encodings import run_encodings
 from milan_ray.pipelines.exemplars import run_exemplars
 from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
-from milan_ray.schema import ENCODINGS, EXEMPLARS, LEVELS, SKIPPED, VIEWS
+from milan_ray.schema import ENCODINGS, EXEMPLARS, LEVELS, SKIPPED, VIEWS, Noun
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -53,8 +53,8 @@ def exemplars(storage: Storage, photos: Path, budget: int) -> None:
     run_exemplars(storage, [CNN], ProbeRequest((str(photos),)), config, Resources(actors=1))
 
 
-def assert_equal(found: Storage, expected: Storage) -> None:
-    for noun in (EXEMPLARS, LEVELS, VIEWS, ENCODINGS):
+def assert_equal(found: Storage, expected: Storage, nouns: Sequence[Noun]) -> None:
+    for noun in nouns:
         assert found.partitions(noun) == expected.partitions(noun)
         for keys in expected.partitions(noun):
             assert found.read(noun, **keys).equals(expected.read(noun, **keys)), (noun.name, keys)
@@ -65,7 +65,7 @@ def assert_equal(found: Storage, expected: Storage) -> None:
 def alone(ray_session, photos, tmp_path_factory) -> Storage:
     storage = Storage(tmp_path_factory.mktemp("alone"))
     exemplars(storage, photos, 2**20)
-    run_encodings(storage, LAYERS, ENCODER, Resources())
+    run_encodings(storage, LAYERS, ENCODER, Resources(actors=1))
     return storage
 
 
@@ -82,8 +82,7 @@ def test_exemplars_overtaken_by_the_same_job_are_those_of_one(alone, photos, tmp
     overtaken = Overtaken(str(tmp_path), step, lambda: exemplars(Storage(tmp_path), photos, budget))
     exemplars(overtaken, photos, budget)
     assert overtaken._happens is None
-    run_encodings(overtaken, LAYERS, ENCODER, Resources())
-    assert_equal(Storage(tmp_path), alone)
+    assert_equal(Storage(tmp_path), alone, (EXEMPLARS, LEVELS, VIEWS))
 
 
 def test_encodings_overtaken_by_the_same_job_are_those_of_one(alone, tmp_path, capsys):
@@ -91,7 +90,9 @@ def test_encodings_overtaken_by_the_same_job_are_those_of_one(alone, tmp_path, c
     storage = Storage(tmp_path / "run")
     storage.remove(ENCODINGS.name)
     run = storage.root
-    overtaken = Overtaken(run, "work features", lambda: run_encodings(Storage(run), LAYERS, ENCODER, Resources()))
-    run_encodings(overtaken, LAYERS, ENCODER, Resources())
+    overtaken = Overtaken(
+        run, "work features", lambda: run_encodings(Storage(run), LAYERS, ENCODER, Resources(actors=1))
+    )
+    run_encodings(overtaken, LAYERS, ENCODER, Resources(actors=1))
     assert "another job on this storage has finished the same work" in capsys.readouterr().err
-    assert_equal(storage, alone)
+    assert_equal(storage, alone, (EXEMPLARS, LEVELS, VIEWS, ENCODINGS))

@@ -25,6 +25,7 @@ from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
+from milan_ray.pipelines import describe
 from milan_ray.pipelines.captioners import EncoderRequest, load_captioner, save_captioner
 from milan_ray.pipelines.describe import LIKELIHOOD, MILAN, Search, run_descriptions
 from milan_ray.pipelines.encodings import run_encodings, unit_features
@@ -51,13 +52,19 @@ def toy_captioner() -> Captioner:
 
 @pytest.fixture(scope="module")
 def storage(ray_session, photos, tmp_path_factory) -> Storage:
-    """A run directory with exemplars, encodings and descriptions of two layers."""
+    """A run directory with exemplars, encodings and descriptions of two layers.
+
+    Beside them are a model of which one layer has no exemplars, and one without descriptions.
+    """
     storage = Storage(tmp_path_factory.mktemp("run"))
-    request = ModelRequest("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
-    run_exemplars(storage, [request], ProbeRequest((str(photos),)), ExemplarConfig(k=4, batch_size=16), Resources())
-    run_encodings(storage, LAYERS, ENCODER, Resources())
+    models = {**LAYERS, "tiny/broken": ("good", "nan"), "tiny/twin": ("0",)}
+    requests = [ModelRequest(name, layers=layers, plugins=(PLUGIN,)) for name, layers in models.items()]
+    one = Resources(actors=1)
+    run_exemplars(storage, requests, ProbeRequest((str(photos),)), ExemplarConfig(k=4, batch_size=16), one)
+    del models["tiny/twin"]
+    run_encodings(storage, models, ENCODER, one)
     save_captioner(storage, "toy", toy_captioner(), "A toy.")
-    run_descriptions(storage, LAYERS, SEARCH, Resources())
+    run_descriptions(storage, models, SEARCH, one)
     return storage
 
 
@@ -126,19 +133,20 @@ def test_descriptions_again_do_nothing_and_another_lambda_only_rescores(storage)
     paths = [storage.path(CANDIDATES, decoder="toy", model="tiny/cnn", layer=layer) for layer in LAYERS["tiny/cnn"]]
     paths += [storage.path(DESCRIPTIONS, labeler=LIKELIHOOD, model="tiny/cnn", layer="0")]
     before = [os.stat(f"{storage.root}/{path}").st_mtime_ns for path in paths]
-    run_encodings(storage, LAYERS, ENCODER, Resources())
-    run_descriptions(storage, LAYERS, replace(SEARCH, lam=0.9), Resources())
+    run_encodings(storage, LAYERS, ENCODER, Resources(actors=1))
+    run_descriptions(storage, LAYERS, replace(SEARCH, lam=0.9), Resources(actors=1))
     assert [os.stat(f"{storage.root}/{path}").st_mtime_ns for path in paths] == before
     table = storage.read(DESCRIPTIONS, labeler=MILAN, model="tiny/cnn", layer="0")
     assert table["lam"].to_pylist() == pytest.approx([0.9] * 6)
-    run_descriptions(storage, LAYERS, SEARCH, Resources())
+    run_descriptions(storage, LAYERS, SEARCH, Resources(actors=1))
 
 
-def test_reference_quirks_change_log_p_d_as_the_kernel_does(storage, tmp_path):
+def test_reference_quirks_change_log_p_d_as_the_kernel_does(storage, tmp_path, monkeypatch):
+    monkeypatch.setattr(describe, "FEW_ROWS", -1)  # by tasks, as for many
     for folder in ("encodings", "captioners"):
         shutil.copytree(f"{storage.root}/{folder}", tmp_path / folder)
     other, wide = Storage(tmp_path), replace(SEARCH, beam_size=14, quirks=REFERENCE)  # all tokens, <stop> among them
-    run_descriptions(other, {"tiny/cnn": ("2",)}, wide, Resources())
+    run_descriptions(other, {"tiny/cnn": ("2",)}, wide, Resources(actors=1))
     found = np.array(other.read(CANDIDATES, decoder="toy", model="tiny/cnn", layer="2")["logp_d"])
     features = by_hand(storage, "2")
     stacked = np.stack([features[unit] for unit in sorted(features)])
@@ -151,7 +159,8 @@ def test_reference_quirks_change_log_p_d_as_the_kernel_does(storage, tmp_path):
 
 
 def test_library_calls_say_what_the_jobs_wrote(storage):
-    milan, exemplars = milan_ray.load("toy", storage.root, device="cpu"), milan_ray.open_exemplars(storage.root)
+    milan = milan_ray.load("toy", storage.root, device="cpu")
+    exemplars = milan_ray.open_exemplars(storage.root, "tiny/cnn")
     for layer in LAYERS["tiny/cnn"]:
         units = [exemplars.lookup(layer, unit) for name, unit in exemplars.units() if name == layer]
         images, masks_ = ([getattr(unit, name) for unit in units] for name in ("images", "masks"))
@@ -164,13 +173,13 @@ def test_library_calls_say_what_the_jobs_wrote(storage):
 
 def test_polars_reads_all_descriptions_by_the_documented_glob(storage):
     frame = pl.scan_parquet(f"{storage.root}/descriptions/**/*.parquet", hive_partitioning=True)
-    counts = frame.filter(pl.col("labeler") == "milan").group_by("model", "layer").len().sort("layer").collect()
+    counts = frame.filter(labeler="milan", model="tiny/cnn").group_by("model", "layer").len().sort("layer").collect()
     assert counts.rows() == [("tiny/cnn", "0", 6), ("tiny/cnn", "2", 8)]
 
 
 def test_encodings_without_exemplars_say_what_to_run(storage):
     with pytest.raises(MilanError, match=r"jobs\.exemplars"):
-        run_encodings(storage, {"tiny/cnn": ("6",)}, ENCODER, Resources())
+        run_encodings(storage, {"tiny/cnn": ("6",)}, ENCODER, Resources(actors=1))
 
 
 def test_captioner_survives_the_round_trip_through_the_run_directory(storage):
@@ -228,15 +237,10 @@ def test_training_learns_keeps_the_best_epoch_and_is_not_repeated(storage):
 
 def test_errors_inside_actors_reach_the_user_as_one_sentence(storage):
     with pytest.raises(MilanError, match="beam"):
-        run_descriptions(storage, LAYERS, replace(SEARCH, beam_size=400), Resources())
+        run_descriptions(storage, LAYERS, replace(SEARCH, beam_size=400), Resources(actors=1))
 
 
-def test_layers_without_any_exemplar_go_through_every_stage(storage, photos):
-    request = ModelRequest("tiny/broken", plugins=(PLUGIN,))
-    run_exemplars(storage, [request], ProbeRequest((str(photos),)), ExemplarConfig(k=4, batch_size=16), Resources())
-    layers = {"tiny/broken": ("good", "nan")}
-    run_encodings(storage, layers, ENCODER, Resources())
-    run_descriptions(storage, layers, SEARCH, Resources())
+def test_layers_without_any_exemplar_go_through_every_stage(storage):
     counts = [len(storage.read(DESCRIPTIONS, labeler=MILAN, model="tiny/broken", layer=x)) for x in ("good", "nan")]
     assert counts == [4, 0]
 
@@ -245,15 +249,15 @@ def test_report_leaves_out_descriptions_of_earlier_exemplars(storage, photos, tm
     copy = Storage(tmp_path / "copy")
     shutil.copytree(storage.root, copy.root)
     request = ModelRequest("tiny/cnn", layers=("2",), plugins=(PLUGIN,))
-    run_exemplars(copy, [request], ProbeRequest((str(photos),)), ExemplarConfig(k=3, batch_size=16), Resources())
+    run_exemplars(
+        copy, [request], ProbeRequest((str(photos),)), ExemplarConfig(k=3, batch_size=16), Resources(actors=1)
+    )
     write_report(copy, tmp_path / "report", models=["tiny/cnn"])
     said = capsys.readouterr().err
     assert "left out descriptions of tiny/cnn 2" in said and "tiny/cnn 0" not in said
 
 
-def test_report_of_a_model_without_descriptions_beside_one_with(storage, photos, tmp_path):
-    request = ModelRequest("tiny/twin", plugins=(PLUGIN,))
-    run_exemplars(storage, [request], ProbeRequest((str(photos),)), ExemplarConfig(k=2, batch_size=16), Resources())
+def test_report_of_a_model_without_descriptions_beside_one_with(storage, tmp_path):
     report = str(tmp_path / "report")
     assert cli.main(["report", "--storage", storage.root, "--model", "tiny/twin", "--report", report]) == 0
     assert (tmp_path / "report/index.html").is_file()

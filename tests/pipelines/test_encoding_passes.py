@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.pipelines import encodings as encodings_stage
 from milan_ray.pipelines.captioners import EncoderRequest
 from milan_ray.pipelines.encodings import BATCH_SIZE, chunk_starts, run_encodings
 from milan_ray.pipelines.exemplars import run_exemplars
@@ -43,7 +44,8 @@ def storage(ray_session, photos, tmp_path_factory) -> Storage:
     """Exemplars of two models over the same view."""
     storage = Storage(tmp_path_factory.mktemp("passes"))
     requests = [ModelRequest(name, layers=layers, plugins=(TINY,)) for name, layers in ZOO.items()]
-    run_exemplars(storage, requests, ProbeRequest((str(photos),)), ExemplarConfig(k=4, batch_size=16), Resources())
+    config = ExemplarConfig(k=4, batch_size=16)
+    run_exemplars(storage, requests, ProbeRequest((str(photos),)), config, Resources(actors=1))
     return storage
 
 
@@ -56,17 +58,18 @@ def images_of(storage: Storage, models: dict[str, tuple[str, ...]]) -> set[int]:
     }
 
 
-def test_encoder_passes_are_unique_images_for_one_model_and_for_several(storage, tmp_path):
+def test_encoder_passes_are_unique_images_for_one_model_and_for_several(storage, tmp_path, monkeypatch):
     log, plugin = tmp_path / "log", tmp_path / "counting.py"
     plugin.write_text(COUNTING.format(log=str(log)))
     encoder = EncoderRequest("counting", plugins=(str(plugin),))
     encoder.load().feature_size  # noqa: B018 - its images are zeros
-    run_encodings(storage, ONE, encoder, Resources())
+    run_encodings(storage, ONE, encoder, Resources(actors=1))
     assert len(log.read_text().splitlines()) == len(set(log.read_text().splitlines())) == len(images_of(storage, ONE))
     alone = encodings(storage)
 
     log.write_text("")
     storage.remove(ENCODINGS.name)
+    monkeypatch.setattr(encodings_stage, "FEW_ROWS", -1)  # by tasks, as for many
     run_encodings(storage, ZOO, encoder, Resources())
     assert len(images_of(storage, ZOO)) > len(images_of(storage, ONE))
     assert len(log.read_text().splitlines()) == len(set(log.read_text().splitlines())) == len(images_of(storage, ZOO))

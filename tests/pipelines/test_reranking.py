@@ -58,11 +58,13 @@ def storage(ray_session, photos, clip, tmp_path_factory) -> Storage:
     """A run directory with re-ranked descriptions of two layers."""
     storage = Storage(tmp_path_factory.mktemp("run"))
     request = ModelRequest("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
-    run_exemplars(storage, [request], ProbeRequest((str(photos),)), ExemplarConfig(k=4, batch_size=16), Resources())
-    run_encodings(storage, LAYERS, ENCODER, Resources())
+    run_exemplars(
+        storage, [request], ProbeRequest((str(photos),)), ExemplarConfig(k=4, batch_size=16), Resources(actors=1)
+    )
+    run_encodings(storage, LAYERS, ENCODER, Resources(actors=1))
     save_captioner(storage, "toy", captioner(), "A toy.")
-    run_descriptions(storage, LAYERS, SEARCH, Resources())
-    run_reranking(storage, LAYERS, SEARCH, clip, Resources())
+    run_descriptions(storage, LAYERS, SEARCH, Resources(actors=1))
+    run_reranking(storage, LAYERS, SEARCH, clip, Resources(actors=1))
     return storage
 
 
@@ -146,6 +148,7 @@ def test_command_line_plans_and_reranks_selected_units(storage, clip, monkeypatc
         os.symlink(f"{storage.root}/{folder}", f"{other.root}/{folder}")
     options = ["--model", "tiny/cnn", "--layers", "2", "--plugin", PLUGIN, "--storage", other.root, "--no-report"]
     options += ["--decoder", "toy+clip", "--clip", CLIP_ENCODER, "--units", "0,5", "--beam-size", "6"]
+    options += ["--actors", "1"]
     assert cli.main(["describe", *options, "--dry-run"]) == 0
     planned = capsys.readouterr().out
     for part in (
@@ -184,7 +187,7 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
 ):
     nouns = CANDIDATES, ENCODINGS, DESCRIPTIONS
     before = stamps(storage, *nouns)
-    run_reranking(storage, LAYERS, SEARCH, clip, Resources())
+    run_reranking(storage, LAYERS, SEARCH, clip, Resources(actors=1))
     assert stamps(storage, *nouns) == before and "milan+clip): all up to date" in capsys.readouterr().err
     answers, run_pool = [], rerank.run_pool
 
@@ -195,7 +198,8 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
 
     monkeypatch.setattr(rerank, "run_pool", watched)
     monkeypatch.setattr(rerank, "PAIRS", 40)
-    run_reranking(storage, LAYERS, SEARCH, replace(clip, z=1.0), Resources())
+    monkeypatch.setattr(rerank, "FEW_ROWS", -1)  # by tasks, as for many
+    run_reranking(storage, LAYERS, SEARCH, replace(clip, z=1.0), Resources(actors=1))
     after = stamps(storage, *nouns)
     keys = [{"model": "tiny/cnn", "layer": layer} for layer in LAYERS["tiny/cnn"]]
     assert {path for path in before if after[path] != before[path]} == {

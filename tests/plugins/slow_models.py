@@ -1,4 +1,8 @@
-"""A network that takes its time and says where it runs: for jobs that tests disturb."""
+"""A network that takes its time, says where it runs, and waits or takes memory where it is told to.
+
+For jobs that tests disturb. What happens when is told by variables of the environment, so that no test depends on how
+fast a machine is; every process of a job has them.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,57 @@ SECONDS = "MILAN_TEST_SECONDS"
 """Environment variable: seconds per forward pass."""
 
 WHERE = "MILAN_TEST_WHERE"
-"""Environment variable with a file to which every pass adds the node that it runs on."""
+"""Environment variable with a file to which every pass, as it begins, adds the node that it runs on."""
+
+PASSES = "MILAN_TEST_PASSES"
+"""Environment variable: passes of all processes together that are like any other; 0 when it is not there."""
+
+GATE = "MILAN_TEST_GATE"
+"""Environment variable with a file: later passes wait until it is there. Needs `WHERE`."""
+
+HUNGER = "MILAN_TEST_HUNGER"
+"""Environment variable with a file: the first of the later passes makes it, takes memory, and waits for its process to
+be killed for that. Needs `WHERE`."""
+
+PATIENCE = 300
+"""Seconds; who waits longer waits in vain."""
+
+PORTION, PORTIONS = 2**26, 96
+"""Bytes of memory that are taken at a time, and how often: 6 GiB in all."""
 
 
 class Slow(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        time.sleep(float(os.environ.get(SECONDS, "0.05")))
         if where := os.environ.get(WHERE):
             import ray
 
             with Path(where).open("a") as log:
                 log.write(f"{ray.get_runtime_context().get_node_id()}\n")
+            if len(Path(where).read_text().split()) > int(os.environ.get(PASSES, "0")):
+                disturb()
+        time.sleep(float(os.environ.get(SECONDS, "0.05")))
         return x
+
+
+def disturb() -> None:
+    """Whatever the environment wants to happen in the middle of a pass."""
+    deadline = time.monotonic() + PATIENCE
+    if hunger := os.environ.get(HUNGER):
+        try:
+            Path(hunger).touch(exist_ok=False)
+        except FileExistsError:
+            return
+        taken = []
+        while time.monotonic() < deadline:
+            if len(taken) < PORTIONS:
+                taken.append(torch.ones(PORTION, dtype=torch.uint8))
+            time.sleep(0.05)
+        raise RuntimeError(f"nobody minds {len(taken) * PORTION} bytes")
+    if gate := os.environ.get(GATE):
+        while not Path(gate).exists():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"nobody opens {gate}")
+            time.sleep(0.05)
 
 
 def slow_cnn(weights: str | None) -> nn.Module:
