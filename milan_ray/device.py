@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from milan_ray.errors import MilanError
@@ -22,3 +25,14 @@ def resolve_device(device: str = "auto") -> torch.device:
     if found.type == "cuda" and not torch.cuda.is_available():
         raise MilanError(f"device {device!r} was asked for but CUDA is not available here; use --device cpu or auto.")
     return found
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """So many threads for a while: another number may change the last bits of a result."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

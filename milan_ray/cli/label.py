@@ -1,4 +1,4 @@
-"""``milan-ray label``: labels of every unit from the concept maps of its probe."""
+"""``milan-ray label``: labels of every unit without a captioner, by its probe's concept maps or a list of concepts."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
 from milan_ray.cli.closing import close, report_on, show_plan
-from milan_ray.cli.records import exemplar_config, model_requests, open_storage, probe_request, resources_of
+from milan_ray.cli.records import (
+    exemplar_config,
+    image_text_request,
+    model_requests,
+    open_storage,
+    probe_request,
+    read_text,
+    resources_of,
+)
+from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:
+    from milan_ray.labelers.clip_dissect import ClipDissect
     from milan_ray.pipelines.label import LabelConfig
 
 
@@ -23,7 +33,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         type=lambda text: text.split(","),
         default="netdissect,compexp",
         metavar="NAMES",
-        help="netdissect (one concept per unit), compexp (a formula of concepts), or both",
+        help="netdissect (one concept per unit), compexp (a formula of concepts), clip-dissect (one of a list of "
+        "concepts, by a model of images and texts), or several",
     )
     group.add_argument(
         "--legend", metavar="FILE", help="what the numbers in a folder's label maps mean: lines of `number name`"
@@ -39,6 +50,31 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--formula-length", type=options.positive, default=3, metavar="N", help="concepts in a formula at most"
+    )
+    group = parser.add_argument_group("labels from a list of concepts (clip-dissect)")
+    group.add_argument(
+        "--clip", metavar="MODEL", help="CLIP or SigLIP: a folder, or the name of one in $MILAN_MODELS_DIR"
+    )
+    group.add_argument(
+        "--concepts",
+        metavar="FILE",
+        help="one concept per line (default: what the model brings, concepts.txt in its folder)",
+    )
+    group.add_argument(
+        "--similarity",
+        default="soft_wpmi",
+        metavar="NAME",
+        help="soft_wpmi, wpmi, rank_reorder, cos_similarity or cos_similarity_cubed",
+    )
+    group.add_argument(
+        "--pooling", choices=("mean", "max"), default="mean", help="what stands for a unit's map of an image"
+    )
+    group.add_argument(
+        "--hold-out",
+        type=options.share,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the probe's images not to look at, so that jobs.score --held-out can be taken on them",
     )
     options.add_to(
         parser,
@@ -58,38 +94,69 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
+    from milan_ray.pipelines.clip_dissect import run_clip_dissect
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.exemplars import run_exemplars
     from milan_ray.pipelines.label import run_labels
-    from milan_ray.pipelines.plan import plan_exemplars, plan_labels
+    from milan_ray.pipelines.plan import plan_clip_dissect, plan_exemplars, plan_labels
 
     started = time.monotonic()
-    how = _label_config(args)
     storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
+    how, dissect = _labelers(args)
+    args.pooled = args.pooled or dissect is not None
     resources, config = resources_of(args), exemplar_config(args)
     if args.dry_run:
         plan, layers = plan_exemplars(storage, models, probe, config)
         plan_labels(storage, plan, layers, models, how, args.units)
+        if dissect is not None:
+            plan_clip_dissect(storage, plan, layers, probe, dissect, image_text_request(args), args.units)
         return show_plan(plan)
     storage.check_writable()
     with connected(resources):
         done = run_exemplars(storage, models, probe, config, resources)
-        failed = done.failed | run_labels(storage, done, models, probe, config, how, resources, args.units)
+        failed = dict(done.failed)
+        if how.labelers:
+            failed |= run_labels(storage, done, models, probe, config, how, resources, args.units)
+        if dissect is not None:
+            run_clip_dissect(storage, done.models, probe, dissect, image_text_request(args), resources, args.units)
     labelled = {name: layers for name, layers in done.models.items() if name not in failed}
     report_on(args, storage, list(done.models))
     return close("labels", storage, labelled, failed, started)
 
 
-def _label_config(args: argparse.Namespace) -> LabelConfig:
+def _labelers(args: argparse.Namespace) -> tuple[LabelConfig, ClipDissect | None]:
+    """Who labels: those that compare with concept maps, and CLIP-Dissect."""
     from milan_ray.errors import unknown_name
+    from milan_ray.labelers.clip_dissect import CLIP_DISSECT
     from milan_ray.labelers.compexp import CompExp
     from milan_ray.labelers.netdissect import NetDissect
     from milan_ray.pipelines.label import ConceptLabeler, LabelConfig
 
     composed = CompExp(args.formula_beam_size, args.formula_length)
     known: dict[str, ConceptLabeler] = {NetDissect.name: NetDissect(), CompExp.name: composed}
+    names = [*known, CLIP_DISSECT]
     for name in args.labeler:
-        if name not in known:
-            raise unknown_name("labeler", name, known, f"--labeler takes {' or '.join(known)}.")
+        if name not in names:
+            raise unknown_name("labeler", name, names, f"--labeler takes {', '.join(names)}.")
     chosen = tuple(labeler for name, labeler in known.items() if name in args.labeler)
-    return LabelConfig(chosen, args.grid and (args.grid, args.grid))
+    grid = args.grid and (args.grid, args.grid)
+    return LabelConfig(chosen, grid), _clip_dissect(args) if CLIP_DISSECT in args.labeler else None
+
+
+def _clip_dissect(args: argparse.Namespace) -> ClipDissect:
+    """The list of concepts, and how to compare.
+
+    Raises:
+        MilanError: There is no list.
+    """
+    from milan_ray.labelers.clip_dissect import ClipDissect, read_concepts
+    from milan_ray.models.image_text import CONCEPTS_FILE, own_concepts
+
+    if args.concepts is not None:
+        text = read_text("--concepts", args.concepts, "a text file with one concept per line")
+    else:
+        folder = image_text_request(args).folder
+        text = "\n".join(own_concepts(folder))
+        if not text:
+            raise MilanError(f"give a file with one concept per line with --concepts; {folder} has no {CONCEPTS_FILE}.")
+    return ClipDissect(read_concepts(text), args.similarity, args.pooling, args.hold_out)

@@ -14,6 +14,7 @@ from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
+    from milan_ray.models.image_text import ImageTextRequest
     from milan_ray.pipelines.captioners import EncoderRequest
     from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
     from milan_ray.storage import Storage
@@ -44,7 +45,23 @@ def absolute(option: str, path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def read_text(option: str, path: str) -> str:
+def image_text_request(args: argparse.Namespace) -> ImageTextRequest:
+    """The model of images and texts that ``--clip`` names: a folder, one in $MILAN_MODELS_DIR, or a registered one.
+
+    Raises:
+        MilanError: There is none.
+    """
+    from milan_ray.models.image_text import DEFAULT, ImageTextRequest, find_image_text, is_registered
+    from milan_ray.plugins import load_plugins
+
+    load_plugins(args.plugin)
+    name = args.clip or DEFAULT
+    if not is_registered(name) and Path(name).parent != Path("."):
+        name = absolute("--clip", name)
+    return ImageTextRequest(find_image_text(name))
+
+
+def read_text(option: str, path: str, form: str = "a YAML file") -> str:
     """A text file, local or on an object store."""
     from milan_ray.storage import Storage
 
@@ -52,7 +69,7 @@ def read_text(option: str, path: str) -> str:
     try:
         return Storage(folder or "/").get(name).decode()
     except (OSError, UnicodeDecodeError) as error:
-        raise MilanError(f"cannot read {option} {path} ({error}); give a YAML file.") from error
+        raise MilanError(f"cannot read {option} {path} ({error}); give {form}.") from error
 
 
 def resources_of(args: argparse.Namespace) -> Resources:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.labelers.milan import N_BEST, rank
 from milan_ray.labelers.protocol import Evidence, Kind, Label
-from milan_ray.models.image_text import ImageText
+from milan_ray.models.image_text import ImageText, ImageTextRequest
 
 CLIP = "milan+clip"
 """The labeler's name."""
@@ -21,7 +20,7 @@ BEAM_SIZE = 1000
 
 
 @dataclass(frozen=True)
-class Clip:
+class Clip(ImageTextRequest):
     """How to re-rank.
 
     Attributes:
@@ -31,15 +30,9 @@ class Clip:
         lam: λ of the search for candidates, which subtracts λ·log p(d) token by token (the reference's .5).
     """
 
-    folder: str
     z: float = 0.5
     beam_size: int | None = None
     lam: float = 0.5
-
-    @property
-    def name(self) -> str:
-        """The name of its encodings."""
-        return Path(self.folder).name
 
     def load(self) -> ImageText:
         """The model, on the CPU.

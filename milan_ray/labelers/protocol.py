@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from milan_ray.exemplars.concepts import ConceptCounts
 
-Kind = Literal["candidates", "similarity", "counts", "formulas"]
+Kind = Literal["candidates", "similarity", "counts", "formulas", "concepts", "drawn"]
 """A piece of evidence, as :class:`Evidence` names it."""
 
 
@@ -33,6 +33,21 @@ class Label:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """What a unit makes of the images that were drawn for one candidate label.
+
+    Attributes:
+        text: The candidate.
+        activations: The unit's pooled activation on each of n images, float32 (n,).
+        similarities: Each image's mean cosine with the unit's exemplars, float32 (n,); None where none was asked for.
+    """
+
+    text: str
+    activations: np.ndarray
+    similarities: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What is known of a layer's units.
 
@@ -42,12 +57,16 @@ class Evidence:
         similarity: How well each candidate fits its unit's exemplars, float32 (rows of candidates); by row.
         counts: How often units and concepts are on, apart and together, over the whole probe.
         formulas: Unit → the formulas of concepts found for it, in words, best first.
+        concepts: Unit → the concepts of a list that its activations over a probe follow best, best first.
+        drawn: Unit → its candidate labels with the images drawn for them, in the order in which they were proposed.
     """
 
     candidates: pa.Table | None = None
     similarity: np.ndarray | None = None
     counts: ConceptCounts | None = None
     formulas: Mapping[int, list[Label]] | None = None
+    concepts: Mapping[int, list[Label]] | None = None
+    drawn: Mapping[int, list[Drawn]] | None = None
 
 
 class Labeler(Protocol):

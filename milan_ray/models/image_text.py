@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -21,6 +23,7 @@ from milan_ray import hub
 from milan_ray.config import models_dir
 from milan_ray.errors import MilanError, reason
 from milan_ray.models.transformers_zoo import import_transformers
+from milan_ray.models.view import View
 from milan_ray.models.weights import weights_digest
 
 DEFAULT = "clip-vit-base-patch32"
@@ -39,18 +42,109 @@ _LENGTHS = 8
 """Texts are padded to a multiple of so many tokens: few passes differ in shape, and no pad depends on other texts."""
 
 
+class Embedder(Protocol):
+    """What puts images and texts into one space, where the product of two embeddings says how well they fit."""
+
+    @property
+    def width(self) -> int:
+        """D, the size of embeddings."""
+
+    @property
+    def view(self) -> View | None:
+        """What of an image it looks at; None where it reads the probe's concept maps instead of pixels."""
+
+    def identity(self) -> dict[str, object]:
+        """All that decides embeddings of images besides the images."""
+
+    def text_identity(self) -> dict[str, object]:
+        """All that decides embeddings of texts."""
+
+    def to(self, device: torch.device) -> Any:
+        """The embedder, moved."""
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Images (N, 3, H, W) in [0, 1] as float32 (N, D); only where there is a view."""
+
+    def embed_maps(self, maps: Sequence[Mapping[str, np.ndarray] | None]) -> Tensor:
+        """Concept maps of N images as float32 (N, D); only where there is no view."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts as float32 (N, D)."""
+
+
+CONCEPTS_FILE = "concepts.txt"
+"""Where a model's folder may bring a list of concepts of its own."""
+
+_REGISTERED: dict[str, Callable[[], Embedder]] = {}
+_CONCEPTS: dict[str, tuple[str, ...]] = {}
+
+
+def register_image_text(name: str, factory: Callable[[], Embedder], concepts: Sequence[str] = ()) -> None:
+    """Registers a model of images and texts of one's own; a later registration of the same name replaces it.
+
+    Args:
+        name: Name used in place of a folder.
+        factory: Builds it, on the CPU.
+        concepts: What it knows, as the list of concepts where none is given.
+    """
+    _REGISTERED[name], _CONCEPTS[name] = factory, tuple(concepts)
+
+
+def own_concepts(folder: str) -> tuple[str, ...]:
+    """The list of concepts that a model of images and texts brings: registered, or the lines of a file in its folder.
+
+    Args:
+        folder: As :func:`find_image_text` gives it.
+    """
+    if folder in _REGISTERED:
+        return _CONCEPTS[folder]
+    file = Path(folder) / CONCEPTS_FILE
+    return tuple(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
+
+
+def is_registered(name: str) -> bool:
+    """Whether a name is one of :func:`register_image_text`."""
+    return name in _REGISTERED
+
+
+@dataclass(frozen=True)
+class ImageTextRequest:
+    """A model of images and texts as it travels to workers.
+
+    Attributes:
+        folder: Its folder as :func:`find_image_text` gives it, or a registered name.
+    """
+
+    folder: str
+
+    @property
+    def name(self) -> str:
+        """Its name in tables."""
+        return Path(self.folder).name if Path(self.folder).is_absolute() else self.folder
+
+    def load(self) -> Embedder:
+        """Builds it, on the CPU.
+
+        Raises:
+            MilanError: It is missing or damaged.
+        """
+        return _REGISTERED[self.folder]() if self.folder in _REGISTERED else ImageText(self.folder)
+
+
 def find_image_text(name: str) -> str:
     """Finds the folder of a model of images and texts.
 
     Args:
-        name: A folder; or the name of one in ``$MILAN_MODELS_DIR``.
+        name: A folder; or the name of one in ``$MILAN_MODELS_DIR``; or a registered name.
 
     Returns:
-        Its absolute path.
+        Its absolute path; a registered name as it is.
 
     Raises:
         MilanError: There is none; the sentence names what is looked for, where, the variable, and how to get it.
     """
+    if name in _REGISTERED:
+        return name
     folder = Path(name).expanduser()
     if (folder / "config.json").is_file():
         return str(folder.absolute())
@@ -107,6 +201,13 @@ class ImageText(nn.Module):
     def feature_size(self) -> int:
         """Size of what :meth:`pool` gives."""
         return 2 * self.width
+
+    @property
+    def view(self) -> View:
+        """What of an image such models look at: SigLIP squashes it, CLIP takes the middle of it."""
+        if self.kind == "siglip":
+            return View((self.size, self.size), None, "bicubic")
+        return View(self.size, self.size, "bicubic")
 
     def identity(self) -> dict[str, object]:
         """All that decides embeddings of images and regions besides the images."""
@@ -202,6 +303,29 @@ class ImageText(nn.Module):
             tokens = tokens + _attend(block.self_attn, block.layer_norm1(tokens), kept)
             tokens = tokens + block.mlp(block.layer_norm2(tokens))
         return F.normalize(self.model.visual_projection(vision.post_layernorm(tokens[:, 0])), dim=1)
+
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Embeds whole images; each as if it were alone.
+
+        Args:
+            images: (N, 3, H, W) in [0, 1], of any one size.
+
+        Returns:
+            float32 (N, D).
+        """
+        found = [images.new_zeros(0, self.width)]
+        for start in range(0, len(images), BATCH_SIZE):
+            some = images[start : start + BATCH_SIZE]
+            found.append(self.maps(_padded(self.fit(some), BATCH_SIZE))[1][: len(some)])
+        return torch.cat(found)
+
+    def embed_maps(self, maps: Sequence[Mapping[str, np.ndarray] | None]) -> Tensor:
+        """Not for models that see pixels.
+
+        Raises:
+            TypeError: Always.
+        """
+        raise TypeError(f"{self.name} looks at pixels, not at concept maps")
 
     # -- texts ------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from milan_ray.models.generators import Generator, GeneratorRequest
+from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerRequest
+from milan_ray.models.image_text import Embedder, ImageTextRequest
 from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
 from milan_ray.plugins import load_plugins
@@ -65,3 +68,33 @@ def probe(request: ProbeRequest) -> Probe:
     """
     load_plugins(request.plugins)
     return resolve_probe(request.sources, request.labels, request.legend)
+
+
+def image_text(request: ImageTextRequest, plugins: tuple[str, ...] = ()) -> Embedder:
+    """The model of images and texts of a request.
+
+    Raises:
+        MilanError: It is missing or damaged, or a plug-in is broken.
+    """
+    load_plugins(plugins)
+    return request.load()
+
+
+def generator(request: GeneratorRequest, plugins: tuple[str, ...] = ()) -> Generator:
+    """The generator of a request.
+
+    Raises:
+        MilanError: There is none of that name, or a plug-in is broken.
+    """
+    load_plugins(plugins)
+    return request.load()
+
+
+def image_captioner(request: ImageCaptionerRequest, plugins: tuple[str, ...] = ()) -> ImageCaptioner:
+    """The captioner of images of a request.
+
+    Raises:
+        MilanError: It is missing or damaged, or a plug-in is broken.
+    """
+    load_plugins(plugins)
+    return request.load()

@@ -1,7 +1,17 @@
 """The tables of a run directory: one :class:`~milan_ray.schema.table.Noun` per kind of row."""
 
-from milan_ray.schema.descriptions import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS
+from milan_ray.schema.descriptions import (
+    ANNOTATIONS,
+    CANDIDATES,
+    DESCRIPTIONS,
+    DRAWINGS,
+    ENCODINGS,
+    IMAGE_EMBEDDINGS,
+    TEXT_EMBEDDINGS,
+)
+from milan_ray.schema.differences import CHANGES, DIFFERENCES
 from milan_ray.schema.exemplars import EXEMPLARS, LEVELS, POOLED, SKIPPED, VIEWS
+from milan_ray.schema.experiments import ABLATIONS, CRITERIA, FIGURE
 from milan_ray.schema.manifest import MANIFEST
 from milan_ray.schema.operations import (
     DECODER_TRIALS,
@@ -11,6 +21,7 @@ from milan_ray.schema.operations import (
     TRIALS,
     TRIALS_FIGURE,
     TRIALS_SETTING,
+    UNIT_SCORES,
 )
 from milan_ray.schema.table import Column, Noun
 
@@ -22,23 +33,38 @@ NOUNS: tuple[Noun, ...] = (
     VIEWS,
     SKIPPED,
     ENCODINGS,
+    IMAGE_EMBEDDINGS,
+    TEXT_EMBEDDINGS,
     CANDIDATES,
+    DRAWINGS,
     DESCRIPTIONS,
     ANNOTATIONS,
     TRAINING,
     RUNS,
     SCORES,
+    UNIT_SCORES,
     TRIALS,
     DECODER_TRIALS,
+    DIFFERENCES,
+    CHANGES,
+    ABLATIONS,
+    CRITERIA,
 )
 
 __all__ = [
+    "ABLATIONS",
     "ANNOTATIONS",
     "CANDIDATES",
+    "CHANGES",
+    "CRITERIA",
     "DECODER_TRIALS",
     "DESCRIPTIONS",
+    "DIFFERENCES",
+    "DRAWINGS",
     "ENCODINGS",
     "EXEMPLARS",
+    "FIGURE",
+    "IMAGE_EMBEDDINGS",
     "LEVELS",
     "MANIFEST",
     "NOUNS",
@@ -46,10 +72,12 @@ __all__ = [
     "RUNS",
     "SCORES",
     "SKIPPED",
+    "TEXT_EMBEDDINGS",
     "TRAINING",
     "TRIALS",
     "TRIALS_FIGURE",
     "TRIALS_SETTING",
+    "UNIT_SCORES",
     "VIEWS",
     "Column",
     "Noun",

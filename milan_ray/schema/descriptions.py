@@ -22,6 +22,30 @@ ENCODINGS = Noun(
     "What the captioner sees of one exemplar.",
 )
 
+IMAGE_EMBEDDINGS = Noun(
+    "image_embeddings",
+    ("encoder", "probe"),
+    (
+        Column("encoder", pa.string(), "name of the model of images and texts"),
+        Column("probe", pa.string(), "digest of the probe manifest"),
+        Column("image_id", pa.int64(), "row of the probe manifest; ascending"),
+        Column("embedding", pa.list_(pa.float32()), "D numbers; as a rule of length 1"),
+    ),
+    "One readable probe image as a model of images and texts sees it. File metadata: `width` D.",
+)
+
+TEXT_EMBEDDINGS = Noun(
+    "text_embeddings",
+    ("encoder", "texts"),
+    (
+        Column("encoder", pa.string(), "name of the model of images and texts"),
+        Column("texts", pa.string(), "hash of the set of texts"),
+        Column("text", pa.string(), "the text; ascending, each once"),
+        Column("embedding", pa.list_(pa.float32()), "D numbers; as a rule of length 1"),
+    ),
+    "One text as a model of images and texts reads it.",
+)
+
 CANDIDATES = Noun(
     "candidates",
     ("decoder", "model", "layer"),
@@ -56,7 +80,9 @@ DESCRIPTIONS = Noun(
     ("labeler", "model", "layer"),
     (
         Column(
-            "labeler", pa.string(), "which method labelled the unit: milan, milan-pdE, milan+clip, netdissect, compexp"
+            "labeler",
+            pa.string(),
+            "which method labelled the unit: milan, milan-pdE, milan+clip, netdissect, compexp, clip-dissect, dnd",
         ),
         _MODEL,
         _LAYER,
@@ -66,7 +92,8 @@ DESCRIPTIONS = Noun(
             "score",
             pa.float32(),
             "the labeler's own; milan: log p(d|E) − λ·log p(d), nats; milan+clip: a mean cosine; netdissect and "
-            "compexp: intersection over union",
+            "compexp: intersection over union; clip-dissect: its similarity, comparable inside one layer; "
+            "dnd: its scoring function's, comparable inside one unit",
         ),
         Column("logp_d_given_e", pa.float32(), "log p(d|E), nats; null for labelers without one", True),
         Column("logp_d", pa.float32(), "log p(d), nats; null for labelers without one", True),
@@ -74,6 +101,27 @@ DESCRIPTIONS = Noun(
         Column("n_best", pa.list_(NBEST), "the best labels, best first"),
     ),
     "The label of one unit.",
+)
+
+DRAWINGS = Noun(
+    "drawings",
+    ("labeler", "model", "layer"),
+    (
+        Column("labeler", pa.string(), "for which method the images were drawn: dnd, with its tag"),
+        _MODEL,
+        _LAYER,
+        _UNIT,
+        Column("place", pa.int16(), "0 = the candidate that was proposed first"),
+        Column("text", pa.string(), "a candidate label"),
+        Column("activations", pa.list_(pa.float32()), "the unit's pooled activation on each image drawn for it"),
+        Column(
+            "similarities",
+            pa.list_(pa.float32()),
+            "each image's mean cosine with the unit's exemplars and crops; null where nothing embedded them",
+            True,
+        ),
+    ),
+    "What a unit makes of the images that a generator drew for one candidate label.",
 )
 
 ANNOTATIONS = Noun(

@@ -43,6 +43,24 @@ SCORES = Noun(
     "One figure of an evaluation.",
 )
 
+UNIT_SCORES = Noun(
+    "unit_scores",
+    ("predictor", "labeler", "model", "layer"),
+    (
+        Column("predictor", pa.string(), "model of images and texts, or generator, that a description is judged by"),
+        Column("labeler", pa.string(), "whose description; exemplars: of a score that needs none"),
+        Column("model", pa.string(), "registered name of the model"),
+        Column("layer", pa.string(), "module path of the layer inside the model"),
+        Column("unit", pa.int32(), "channel index in the layer"),
+        Column("system", pa.string(), "own, or what costs nothing: shuffled (another unit's), constant (one for all)"),
+        Column("description", pa.string(), "what was judged; empty where there is nothing to say"),
+        Column("metric", pa.string(), "name of the measure (docs/scores.md)"),
+        Column("value", pa.float64(), "the measure; null for a unit whose activation never changes", True),
+        Column("images", pa.int64(), "images behind the value; 0 where it needs none"),
+    ),
+    "How well one description fits one unit, by one measure.",
+)
+
 TRAINING = Noun(
     "training",
     ("decoder",),

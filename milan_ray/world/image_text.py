@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milan_ray.models.image_text import CONCEPTS_FILE
 from milan_ray.models.transformers_zoo import import_transformers
 from milan_ray.world.lexicon import CONCEPT, CONCEPTS, NAMES, names_of, plural
 from milan_ray.world.networks import CLASSES, MEAN, STD
@@ -103,7 +104,7 @@ def vocabulary() -> list[str]:
 
 
 def build(folder: Path) -> None:
-    """Writes what is not learned into a folder: configuration, tokenizer, image processor."""
+    """Writes what is not learned into a folder: configuration, tokenizer, image processor, and a list of concepts."""
     transformers = import_transformers("the world's model of images and texts comes")
     folder.mkdir(parents=True, exist_ok=True)
     _config(transformers).save_pretrained(folder)
@@ -111,6 +112,8 @@ def build(folder: Path) -> None:
     transformers.CLIPImageProcessor(
         size={"height": SIDE, "width": SIDE}, do_center_crop=False, image_mean=MEAN, image_std=STD
     ).save_pretrained(folder)
+    words = [CONCEPT[name].synonyms[0] for name in NAMES]
+    (folder / CONCEPTS_FILE).write_text("\n".join(words) + "\n", encoding="utf-8")
 
 
 def _config(transformers: Any) -> Any:

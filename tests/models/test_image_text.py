@@ -216,3 +216,16 @@ def test_weights_that_are_missing_are_named(tmp_path: Path, save_clip: Save) -> 
     save_file(state, file, {"format": "pt"})
     with pytest.raises(MilanError, match=r"lack visual_projection.weight and 0 more"):
         ImageText(str(file.parent))
+
+
+def test_whole_images_are_embedded_as_if_alone_and_looked_at_as_such_models_do(clip, siglip):
+    for model in (clip, siglip):
+        some = images(BATCH_SIZE + 3)
+        found = model.embed_images(some)
+        assert torch.equal(found[-1:], model.embed_images(some[-1:]))
+        torch.testing.assert_close(found, model.maps(some)[1], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found.norm(dim=1), torch.ones(len(some)))
+        assert model.embed_images(some[:0]).shape == (0, model.width)
+        with pytest.raises(TypeError, match="not at concept maps"):
+            model.embed_maps([None])
+    assert (clip.view.resize, clip.view.crop, siglip.view.resize, siglip.view.crop) == (SIZE, SIZE, (SIZE, SIZE), None)

@@ -12,6 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 
+from milan_ray.models.concept_truth import ConceptTruth
+from milan_ray.models.generators import register_generator
+from milan_ray.models.image_text import register_image_text
 from milan_ray.models.registry import register_model
 from milan_ray.models.view import Preprocess, View
 from milan_ray.probe.base import ImageRef, ProbeImage
@@ -26,10 +29,11 @@ TRUTH = ("red", "green", "blue", "red or green", "blue and left")
 
 @dataclass(frozen=True)
 class Flags:
-    """Noise below half brightness with one field each of some colours; every fifth image has no maps."""
+    """Noise below half brightness with one field each of all colours, or of a share; every fifth image has no maps."""
 
     size: int = 120
     concepts: bool = True
+    share: float = 1.0
 
     name = "flags"
 
@@ -44,7 +48,7 @@ class Flags:
         for channel, colour in enumerate(COLOURS):
             row, column = rng.integers(0, SIDE - 5, 2)
             field = np.zeros((SIDE, SIDE), bool)
-            field[row : row + 5, column : column + 5] = True
+            field[row : row + 5, column : column + 5] = self.share == 1 or rng.random() < self.share
             for other in COLOURS[:channel]:
                 field &= ~maps[other]
             pixels[..., channel][field] = rng.integers(150, 256, field.sum())
@@ -82,6 +86,31 @@ def watcher(weights: str | None) -> nn.Module:
     return Watcher()
 
 
+class Fields:
+    """A generator: noise below half brightness, with a field of every colour that the text names."""
+
+    name = "flags/fields"
+
+    def identity(self) -> dict[str, object]:
+        return {"fields": 1}
+
+    def to(self, device: torch.device) -> Fields:
+        return self
+
+    def generate(self, text: str, count: int, seed: int) -> np.ndarray:
+        rng = np.random.default_rng([seed, *text.encode()])
+        images = rng.integers(0, 60, (count, SIDE, SIDE, 3), dtype=np.uint8)
+        for channel, colour in enumerate(COLOURS):
+            if colour in text.split():
+                images[:, 2:8, 2:8, channel] = rng.integers(150, 256, (count, 6, 6))
+        return images
+
+
+register_generator("flags/fields", Fields)
 register_probe("flags", Flags)
+register_probe("flags/some", partial(Flags, 400, share=0.4))
 register_probe("flags/unlabelled", partial(Flags, concepts=False))
 register_model("flags/watcher", watcher, ("colours", "seen"), Preprocess(View(SIDE, SIDE), (0, 0, 0), (1, 1, 1)))
+register_image_text(
+    "flags/truth", partial(ConceptTruth, (*COLOURS, "left"), lambda text: set(text.split()), "1"), COLOURS
+)

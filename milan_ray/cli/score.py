@@ -1,0 +1,152 @@
+"""``milan-ray score``: how well descriptions fit their units, beside what costs nothing."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from typing import TYPE_CHECKING
+
+from milan_ray.cli import options
+from milan_ray.cli.closing import close
+from milan_ray.cli.records import image_text_request, model_requests, open_storage, probe_request, resources_of
+from milan_ray.errors import MilanError
+from milan_ray.progress import say
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from milan_ray.pipelines.requests import ModelRequest
+    from milan_ray.pipelines.score import Described
+    from milan_ray.scoring.simulation import Sigmoid
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    options.probe(parser, required=True)
+    group = parser.add_argument_group("scores")
+    group.add_argument(
+        "--labeler", type=lambda text: text.split(","), default=[], metavar="NAMES", help="only theirs (default: all)"
+    )
+    group.add_argument(
+        "--clip",
+        metavar="MODEL",
+        help="CLIP or SigLIP that judges: a folder, the name of one in $MILAN_MODELS_DIR, or a registered one "
+        "(world/truth: the built-in world's concept maps)",
+    )
+    group.add_argument(
+        "--generator",
+        metavar="NAME",
+        help="generate images from descriptions (CoSy): a registered generator such as world/painter",
+    )
+    group.add_argument("--images", type=options.positive, default=50, metavar="N", help="generated images per text")
+    group.add_argument("--prompt", default="{}", help="what the generator is told; {} stands for the description")
+    group.add_argument("--pooling", choices=("mean", "max"), default="mean", help="what stands for a unit's map")
+    group.add_argument(
+        "--held-out", type=options.share, default=1.0, metavar="SHARE", help="share of the probe's images to score on"
+    )
+    group.add_argument(
+        "--top", type=options.share, default=0.01, metavar="SHARE", help="AUPRC: share of images that count as exciting"
+    )
+    group.add_argument(
+        "--retrieved", type=options.positive, default=50, metavar="N", help="retrieval: images nearest to a description"
+    )
+    group.add_argument(
+        "--sigmoid",
+        type=_sigmoid,
+        metavar="A,B",
+        help="simulation: prediction = 1 / (1 + exp(−A·(cos + B))) (default: what belongs to CLIP or SigLIP)",
+    )
+    group.add_argument(
+        "--class-names",
+        action="store_true",
+        help="also compare descriptions with class names: for the layer that puts out the classes alone",
+    )
+    group.add_argument(
+        "--sanity",
+        action="store_true",
+        help="also judge the scores themselves, where the model's classes are concepts of --clip's concept maps",
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the shuffled row and the bootstrap")
+    options.add_to(
+        parser,
+        options.models,
+        options.download,
+        options.storage,
+        options.plugins,
+        options.resources,
+        options.common,
+    )
+
+
+def _sigmoid(text: str) -> Sigmoid:
+    from milan_ray.scoring.simulation import Sigmoid
+
+    a, b = (float(part) for part in text.split(","))
+    return Sigmoid(a, b)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.models.generators import GeneratorRequest
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.cosy import CosyConfig, run_cosy
+    from milan_ray.pipelines.score import ScoreConfig, described_layers, run_sanity, run_scores
+    from milan_ray.schema import SCORES
+
+    started = time.monotonic()
+    if args.clip is None and args.generator is None:
+        raise MilanError("give what judges: a model of images and texts with --clip, or --generator, or both.")
+    storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
+    resources = resources_of(args)
+    described = described_layers(storage, [model.name for model in models], args.labeler, args.layers)
+    config = ScoreConfig(args.pooling, args.held_out, args.top, args.retrieved, args.sigmoid, args.seed)
+    storage.check_writable()
+    experiments: list[str] = []
+    with connected(resources):
+        if args.clip is not None:
+            judge = image_text_request(args)
+            classes = _classes(models, described) if args.class_names or args.sanity else {}
+            named = classes if args.class_names else {}
+            experiments += run_scores(storage, described, probe, judge, config, resources, named)
+            if args.sanity:
+                experiments += run_sanity(storage, probe, judge, config, resources, classes)
+        if args.generator is not None:
+            cosy = CosyConfig(args.images, args.seed, args.prompt)
+            experiments += run_cosy(
+                storage, described, probe, models, GeneratorRequest(args.generator), cosy, config, resources
+            )
+    for experiment in experiments:
+        say(_text(storage.read(SCORES, experiment=experiment)))
+    done: dict[str, list[str]] = {}
+    for what in described:
+        done.setdefault(what.model, [])
+        if what.layer not in done[what.model]:
+            done[what.model].append(what.layer)
+    return close("scores", storage, done, {}, started)
+
+
+def _classes(models: list[ModelRequest], described: list[Described]) -> dict[tuple[str, str], tuple[str, ...]]:
+    """(model, layer) → the names of its classes.
+
+    Raises:
+        MilanError: A model's classes have no names.
+    """
+    from milan_ray.pipelines import requests
+
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    for model in models:
+        names = requests.model(model).classes
+        if names is None:
+            raise MilanError(f"{model.name} is registered without names of its classes; leave out --class-names.")
+        found |= {(what.model, what.layer): names for what in described if what.model == model.name}
+    return found
+
+
+def _text(scores: pa.Table) -> str:
+    """An experiment on one screen: every metric, each labeler beside the rows that cost nothing."""
+    lines: dict[str, list[str]] = {}
+    for row in scores.to_pylist():
+        if " − " not in row["system"]:
+            lines.setdefault(row["metric"], []).append(f"{row['system']} {row['value']:.3g}")
+    title = scores["experiment"][0].as_py() if len(scores) else "no scores"
+    return "\n".join([title, *(f"  {metric}: {' · '.join(found)}" for metric, found in lines.items())])

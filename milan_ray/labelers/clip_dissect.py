@@ -1,0 +1,334 @@
+"""CLIP-Dissect: a unit is named after the concept whose fit to images follows its activation (docs/clip-dissect.md).
+
+Let P[x, c] be the product of the embeddings of image x and concept c, A[x, u] the pooled activation of unit u. Every
+similarity of a unit and a concept below is a function of the concept's own column of P, but for the softmax over
+concepts in p(c|x). Work is therefore cut along concepts: what crosses is one number per image, log Σ_c exp(a·P[x, c]),
+which adds up exactly enough for any cut (:class:`LogSumExp`); the prior p(c) is a sum over the units of a layer, which
+one piece has all of.
+
+Source: Oikarinen and Weng, *CLIP-Dissect* (ICLR 2023) and its code (METHODS §3).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+
+from milan_ray.errors import MilanError, unknown_name
+from milan_ray.labelers.protocol import Evidence, Kind, Label
+
+CLIP_DISSECT = "clip-dissect"
+"""The labeler's name."""
+
+N_BEST = 5
+
+MIN_PROB = 1e-7
+"""What keeps logarithms finite: the reference's."""
+
+MIN_NORM = 1e-3
+"""What norms of cosines are clipped at: the reference's."""
+
+FRACTION, SCALE, PERMUTATIONS = 0.05, 0.5, 5
+"""Of rank reorder: share of the probe's images, power of the mean fit, shuffles."""
+
+MIN_FIT = 1e-3
+"""Of rank reorder: a mean fit below counts as this. It is a cosine, which the reference takes a root of."""
+
+_SUMS_SCHEMA = pa.schema([("piece", pa.string()), ("top", pa.list_(pa.float64())), ("sum", pa.list_(pa.float64()))])
+
+Similarity = Literal["soft_wpmi", "wpmi", "rank_reorder", "cos_similarity", "cos_similarity_cubed"]
+
+
+@dataclass(frozen=True)
+class Wpmi:
+    """Parameters of the two similarities that weigh pointwise mutual information.
+
+    Attributes:
+        top_k: K, the images with the unit's highest activations.
+        a: Factor of P in the softmax over concepts.
+        lam: λ, weight of the prior p(c).
+        soft: Probability that the image of rank 0, and of rank K, belongs to the unit; None takes it for certain.
+    """
+
+    top_k: int
+    a: float
+    lam: float
+    soft: tuple[float, float] | None = None
+
+
+WPMI: dict[str, Wpmi] = {
+    "soft_wpmi": Wpmi(100, 10.0, 1.0, (0.998, 0.97)),
+    "wpmi": Wpmi(28, 2.0, 0.6),
+}
+"""The reference's parameters."""
+
+SIMILARITIES: tuple[Similarity, ...] = ("soft_wpmi", "wpmi", "rank_reorder", "cos_similarity", "cos_similarity_cubed")
+
+
+@dataclass(frozen=True)
+class ClipDissect:
+    """Names units after concepts of a list.
+
+    Attributes:
+        concepts: The list, in its order; texts as they are given to the model of images and texts.
+        similarity: How a unit and a concept are compared.
+        pooling: ``mean`` or ``max``: what stands for an activation map.
+        hold_out: Share of the probe's images that are not looked at, so that a score may be taken on them
+            (:func:`milan_ray.scoring.simulation.held_out`).
+    """
+
+    concepts: tuple[str, ...]
+    similarity: Similarity = "soft_wpmi"
+    pooling: Literal["mean", "max"] = "mean"
+    hold_out: float = 0.0
+    name: ClassVar[str] = CLIP_DISSECT
+    requires: ClassVar[tuple[Kind, ...]] = ("concepts",)
+
+    def __post_init__(self) -> None:
+        if self.similarity not in SIMILARITIES:
+            raise unknown_name("similarity", self.similarity, SIMILARITIES, f"One of {', '.join(SIMILARITIES)}.")
+        if not self.concepts:
+            raise MilanError("the list of concepts is empty: give a file with one concept per line with --concepts.")
+
+    @property
+    def wpmi(self) -> Wpmi | None:
+        """Parameters, where the similarity is one of mutual information."""
+        return WPMI.get(self.similarity)
+
+    @property
+    def lam(self) -> float | None:
+        """λ; None for similarities without a prior."""
+        return None if self.wpmi is None else self.wpmi.lam
+
+    def images(self, probe: int) -> int:
+        """How many images per unit are looked at, of so many readable ones; all of them for cosines."""
+        if self.wpmi is not None:
+            return min(self.wpmi.top_k, probe)
+        return max(1, int(probe * FRACTION)) if self.similarity == "rank_reorder" else probe
+
+    def identity(self) -> dict[str, object]:
+        """All that decides its labels besides activations and embeddings."""
+        return {
+            "clip_dissect": 1,
+            "concepts": list(self.concepts),
+            "similarity": self.similarity,
+            "parameters": self.wpmi,
+            "pooling": self.pooling,
+            "hold_out": self.hold_out,
+            "n_best": N_BEST,
+        }
+
+    def label(self, evidence: Evidence) -> Mapping[int, list[Label]]:
+        """The best concepts of every unit."""
+        assert evidence.concepts is not None  # required
+        return evidence.concepts
+
+
+def read_concepts(text: str) -> tuple[str, ...]:
+    """The concepts of a file, one per line: blank lines and repetitions count nowhere, so that no label shifts.
+
+    Raises:
+        MilanError: There is none.
+    """
+    found = tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    if not found:
+        raise MilanError("the list of concepts is empty: give a file with one concept per line with --concepts.")
+    return found
+
+
+class LogSumExp:
+    """log Σ exp(x) of many columns at once, over terms that come in any pieces.
+
+    Pieces are kept by name until the result, which adds them in the order of their names: any order of pieces, and any
+    repetition, gives the identical result.
+    """
+
+    def __init__(self) -> None:
+        """Starts with nothing seen."""
+        self._pieces: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+
+    def update(self, name: str, terms: np.ndarray) -> None:
+        """Adds one piece.
+
+        Args:
+            name: Its name.
+            terms: x, (columns, terms).
+        """
+        top = terms.max(axis=1).astype(np.float64)
+        self._pieces[name] = top, np.exp(terms - top[:, None], dtype=np.float64).sum(axis=1)
+
+    def merge(self, other: LogSumExp) -> None:
+        """Adds what another state has seen."""
+        self._pieces |= other._pieces
+
+    def to_table(self) -> pa.Table:
+        """The state as rows: piece, and per column its largest term and the sum of exp(x − largest)."""
+        rows = [
+            {"piece": name, "top": top.tolist(), "sum": total.tolist()} for name, (top, total) in self._pieces.items()
+        ]
+        return pa.Table.from_pylist(rows, schema=_SUMS_SCHEMA)
+
+    @classmethod
+    def from_table(cls, table: pa.Table) -> LogSumExp:
+        """The state that :meth:`to_table` wrote."""
+        state = cls()
+        for row in table.to_pylist():
+            state._pieces[row["piece"]] = np.array(row["top"]), np.array(row["sum"])
+        return state
+
+    def result(self) -> np.ndarray:
+        """float64 (columns,).
+
+        Raises:
+            ValueError: There is no piece.
+        """
+        if not self._pieces:
+            raise ValueError("nothing was added yet")
+        tops, sums = zip(*(self._pieces[name] for name in sorted(self._pieces)), strict=True)
+        top = np.max(tops, axis=0)
+        total = np.zeros_like(top)
+        for own, sum_ in zip(tops, sums, strict=True):
+            total += sum_ * np.exp(own - top)
+        return top + np.log(total)
+
+
+def weights(how: Wpmi, images: int) -> np.ndarray:
+    """w_j: how likely the image of rank j belongs to the unit, float64 (images,)."""
+    if how.soft is None:
+        return np.ones(images)
+    first, last = how.soft
+    return first - np.arange(images) / images * (first - last)
+
+
+def pointwise(fit: Tensor, normalisers: Tensor, rows: Tensor, how: Wpmi) -> Tensor:
+    """Similarities of all units of a layer and some concepts by (soft) weighted pointwise mutual information.
+
+    With p(c|x) = exp(a·P[x, c]) / Σ_c′ exp(a·P[x, c′]) and x_j the image of rank j,
+    s(u, c) = Σ_j log(1 + w_j·(p(c|x_j) − 1) + 10⁻⁷), or Σ_j log(p(c|x_j) + 10⁻⁷) without w;
+    log p(c) = log Σ_u exp s(u, c) − log U; the similarity is s(u, c) − λ·log p(c).
+
+    Args:
+        fit: P of the images that some unit needs, and of these concepts, (N, C).
+        normalisers: log Σ_c exp(a·P[x, c]) over *all* concepts, float64 (N,).
+        rows: Row of P of every unit's images, best first, int64 (U, K); −1 where a unit has fewer.
+        how: Parameters.
+
+    Returns:
+        float64 (U, C).
+    """
+    probability = torch.exp(how.a * fit.double() - normalisers[:, None])
+    found = probability.new_empty(len(rows), fit.shape[1])
+    weight = torch.from_numpy(weights(how, rows.shape[1])).to(fit.device)[:, None]
+    for unit, own in enumerate(rows):
+        there = own >= 0
+        p = probability[own[there]]
+        terms = p + MIN_PROB if how.soft is None else 1 + weight[there] * (p - 1) + MIN_PROB
+        found[unit] = terms.log().sum(dim=0)
+    prior = torch.logsumexp(found, dim=0) - float(np.log(len(rows)))
+    return found - how.lam * prior
+
+
+def rank_reorder(fit: Tensor, rows: Tensor, activations: Tensor) -> Tensor:
+    """Similarities by how little a unit's activations change when its images are put into a concept's order.
+
+    −( mean |a − a′|³ / b ) / f^½, with a the unit's highest activations, a′ the same in the order of P[·, c], b the
+    mean of mean |a − a″|³ over five fixed shuffles a″, and f the mean of P[·, c] over these images.
+
+    Args:
+        fit: P of the images that some unit needs, and of some concepts, (N, C).
+        rows: Row of P of every unit's images, best first, int64 (U, K); −1 where a unit has fewer.
+        activations: Their activations, (U, K).
+
+    Returns:
+        float64 (U, C).
+    """
+    found = torch.empty(len(rows), fit.shape[1], dtype=torch.float64, device=fit.device)
+    for unit, own in enumerate(rows):
+        there = own >= 0
+        near, act = fit[own[there]].T.contiguous(), activations[unit][there].double()
+        order = torch.argsort(near, dim=1, descending=True, stable=True)
+        # Over places in the concept's order: the mean over images is the same sum.
+        apart = (act - act[order]).abs()
+        errors = (apart * apart * apart).mean(dim=1)
+        rng = np.random.default_rng(0)
+        shuffles = [torch.from_numpy(rng.permutation(len(act))).to(act.device) for _ in range(PERMUTATIONS)]
+        usual = torch.stack([(act - act[shuffle]).abs().pow(3).mean() for shuffle in shuffles]).mean()
+        fits = near.double().mean(dim=1).clamp(min=MIN_FIT)
+        found[unit] = -(errors / usual.clamp(min=torch.finfo(torch.float64).tiny)) / fits**SCALE
+    return found
+
+
+class Cosines:
+    """Cosines of units' activations and concepts' fits over images, both centred; of their cubes, where asked for.
+
+    Attributes:
+        products: Σ_x A′[x, u]·P′[x, c], float64 (U, C).
+    """
+
+    def __init__(self, units: Tensor, concepts: Tensor, power: int) -> None:
+        """Starts with nothing seen.
+
+        Args:
+            units: Mean of every unit's activations over the probe, float64 (U,).
+            concepts: Mean of every concept's fits, float64 (C,).
+            power: 1, or 3 for cubes.
+        """
+        self._units, self._concepts, self._power = units, concepts, power
+        self.products = units.new_zeros(len(units), len(concepts))
+        self._squares = units.new_zeros(len(units)), units.new_zeros(len(concepts))
+
+    def update(self, activations: Tensor, fit: Tensor) -> None:
+        """Adds images: activations (B, U), NaN for none, and P (B, C)."""
+        own = torch.nan_to_num(activations.double() - self._units).pow(self._power)
+        near = (fit.double() - self._concepts).pow(self._power)
+        self.products += own.T @ near
+        self._squares[0].add_(own.square().sum(dim=0))
+        self._squares[1].add_(near.square().sum(dim=0))
+
+    def result(self) -> Tensor:
+        """float64 (U, C)."""
+        units, concepts = (squares.sqrt().clamp(min=MIN_NORM) for squares in self._squares)
+        return self.products / units[:, None] / concepts
+
+
+@dataclass(frozen=True)
+class Best:
+    """Every unit's best concepts among some.
+
+    Attributes:
+        concepts: Numbers of the concepts, best first, int64 (U, n).
+        scores: Their similarities, float64 (U, n).
+    """
+
+    concepts: np.ndarray
+    scores: np.ndarray
+
+    @classmethod
+    def of(cls, similarities: np.ndarray, first: int, n_best: int = N_BEST) -> Best:
+        """The best of similarities (U, C), whose first column is the concept of that number; equal ones in order."""
+        order = np.argsort(-similarities, axis=1, kind="stable")[:, :n_best]
+        return cls(order + first, np.take_along_axis(similarities, order, axis=1))
+
+    @classmethod
+    def merged(cls, found: Iterable[Best], n_best: int = N_BEST) -> Best:
+        """The best of several, whatever their order."""
+        every = list(found)
+        concepts = np.concatenate([best.concepts for best in every], axis=1)
+        scores = np.concatenate([best.scores for best in every], axis=1)
+        order = np.lexsort((concepts, -scores), axis=1)[:, :n_best]
+        return cls(np.take_along_axis(concepts, order, axis=1), np.take_along_axis(scores, order, axis=1))
+
+    def labels(self, names: Sequence[str], alive: np.ndarray, nothing: str) -> dict[int, list[Label]]:
+        """The units' labels; a unit whose activation never changes gets ``nothing``, with score 0."""
+        return {
+            unit: [Label(names[concept], float(score)) for concept, score in zip(*rows, strict=True)]
+            if alive[unit]
+            else [Label(nothing, 0.0)]
+            for unit, rows in enumerate(zip(self.concepts.tolist(), self.scores.tolist(), strict=True))
+        }

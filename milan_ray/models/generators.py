@@ -1,0 +1,91 @@
+"""Generators: what draws images of a text. The real ones are big; what uses them asks for nothing but this."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from milan_ray.errors import unknown_name
+
+
+class Generator(Protocol):
+    """Draws images of a text.
+
+    Attributes:
+        name: Its name in tables and messages.
+    """
+
+    name: str
+
+    def identity(self) -> dict[str, object]:
+        """All that decides its images besides text, count and seed."""
+
+    def to(self, device: torch.device) -> Any:
+        """The generator, moved."""
+
+    def generate(self, text: str, count: int, seed: int) -> np.ndarray:
+        """Draws images; the same call gives the same images.
+
+        Args:
+            text: What they are to show.
+            count: How many.
+            seed: Other seeds give other images.
+
+        Returns:
+            uint8 (count, H, W, 3).
+        """
+
+
+_GENERATORS: dict[str, Callable[[], Generator]] = {}
+_FAMILIES: dict[str, Callable[[str], Generator]] = {}
+
+
+def register_generator(name: str, factory: Callable[[], Generator]) -> None:
+    """Registers a generator under a name; a later registration of the same name replaces it.
+
+    Args:
+        name: Name used on the command line.
+        factory: Builds it, on the CPU.
+    """
+    _GENERATORS[name] = factory
+
+
+def register_generator_family(prefix: str, resolve: Callable[[str], Generator]) -> None:
+    """Registers all names that begin with a prefix.
+
+    Args:
+        prefix: Such as ``diffusers/``.
+        resolve: Builds the generator that what follows the prefix names.
+    """
+    _FAMILIES[prefix] = resolve
+
+
+@dataclass(frozen=True)
+class GeneratorRequest:
+    """A generator as it travels to workers.
+
+    Attributes:
+        name: A registered name, or one of a family.
+    """
+
+    name: str
+
+    def load(self) -> Generator:
+        """Builds it, on the CPU.
+
+        Raises:
+            MilanError: There is none of that name; the text names the nearest.
+        """
+        if self.name in _GENERATORS:
+            return _GENERATORS[self.name]()
+        for prefix, resolve in _FAMILIES.items():
+            if self.name.startswith(prefix):
+                return resolve(self.name[len(prefix) :])
+        families = [f"{prefix}…" for prefix in _FAMILIES]
+        raise unknown_name(
+            "generator", self.name, [*_GENERATORS, *families], "A plug-in can add one with register_generator."
+        )

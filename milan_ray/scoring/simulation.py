@@ -1,0 +1,152 @@
+"""Does a description predict its unit? Simulation correlation and AUPRC (docs/scores.md; METHODS §8).
+
+A text predicts how much an image excites a unit: s = 1 / (1 + exp(−a·(f + b))), f the product of the embeddings of
+image and text. The score is the Pearson correlation of s and the unit's activation over images; six sums per unit are
+all that it takes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+def held_out(image_ids: np.ndarray, share: float) -> np.ndarray:
+    """Which images are held out: a fixed pseudo-random choice by id, which any job makes again.
+
+    Args:
+        image_ids: int64 (N,).
+        share: How many of them, about: 0 none, 1 all.
+
+    Returns:
+        bool (N,).
+    """
+    # splitmix64's finalizer: neighbouring ids must not be held out together.
+    x = image_ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53 < share
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """How a fit becomes a prediction.
+
+    Attributes:
+        a: Steepness.
+        b: Added to the fit.
+    """
+
+    a: float
+    b: float
+
+    def __call__(self, fit: np.ndarray) -> np.ndarray:
+        """Predictions between 0 and 1, float64 of the same shape."""
+        return 1 / (1 + np.exp(-self.a * (fit.astype(np.float64) + self.b)))
+
+
+SIGMOIDS = {"clip": Sigmoid(58, -0.25), "siglip": Sigmoid(58, -0.13)}
+"""Fitted on ImageNet's superclasses for CLIP ViT-L/14-336 and SigLIP SO400M (METHODS §8), by kind of model."""
+
+
+class Moments:
+    """Sums over images behind the correlation of two columns: n, Σx, Σy, Σx², Σy², Σxy.
+
+    Images come in blocks that have names. Sums are kept by block until the result, which adds them in the order of
+    their names: any order of blocks, any split of them over states and any repetition gives the identical result.
+    """
+
+    def __init__(self) -> None:
+        """Starts with nothing seen."""
+        self._blocks: dict[int, np.ndarray] = {}
+
+    def update(self, block: int, x: np.ndarray, y: np.ndarray, use: np.ndarray | None = None) -> None:
+        """Adds a block of images.
+
+        Args:
+            block: Its number.
+            x: Activations, (B, C), NaN where there is none.
+            y: Predictions, (B, C).
+            use: bool (B, C), which of them count; None for all.
+        """
+        there = np.isfinite(x) if use is None else use & np.isfinite(x)
+        x = np.where(there, x, 0).astype(np.float64)
+        y = np.where(there, y, 0).astype(np.float64)
+        sums = [there, x, y, x * x, y * y, x * y]
+        self._blocks[block] = np.stack([values.sum(axis=0, dtype=np.float64) for values in sums])
+
+    def merge(self, other: Moments) -> None:
+        """Adds what another state has seen."""
+        self._blocks |= other._blocks
+
+    def sums(self) -> np.ndarray:
+        """float64 (6, C).
+
+        Raises:
+            ValueError: There is no block.
+        """
+        if not self._blocks:
+            raise ValueError("nothing was added yet")
+        total = np.zeros_like(next(iter(self._blocks.values())))
+        for block in sorted(self._blocks):
+            total += self._blocks[block]
+        return total
+
+    def result(self) -> np.ndarray:
+        """Pearson correlations, float64 (C,); 0 where a column never changes: it says nothing of the other."""
+        n, x, y, xx, yy, xy = self.sums()
+        # Variances of n values times n²; what rounding alone leaves of a constant column counts as none.
+        spread_x, spread_y = n * xx - x * x, n * yy - y * y
+        varies = (spread_x > 1e-10 * n * xx) & (spread_y > 1e-10 * n * yy)
+        scale = np.sqrt(np.where(varies, spread_x, 1)) * np.sqrt(np.where(varies, spread_y, 1))
+        return np.where(varies, (n * xy - x * y) / scale, 0.0)
+
+
+def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Area under the precision-recall curve as the sum of precisions over steps of recall; equal scores are one step.
+
+    Args:
+        scores: (N,).
+        positive: bool (N,).
+
+    Returns:
+        0 to 1; NaN where nothing is positive. A score that says nothing gets the share of positives.
+    """
+    total = int(positive.sum())
+    if not total:
+        return float("nan")
+    order = np.argsort(-scores, kind="stable")
+    ranked, hits = scores[order], np.cumsum(positive[order])
+    ends = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
+    found = hits[ends]
+    precision = found / (ends + 1)
+    return float(np.sum(np.diff(found, prepend=0) * precision) / total)
+
+
+def highest(values: np.ndarray, count: int) -> np.ndarray:
+    """Which of the values (N,) are the highest few: bool (N,); of equal ones the first."""
+    chosen = np.zeros(len(values), bool)
+    chosen[np.argsort(-values, kind="stable")[:count]] = True
+    return chosen
+
+
+def retrieval(activations: np.ndarray, chosen: np.ndarray) -> tuple[float, float]:
+    """How much more a unit fires on chosen images than on the others (CoSy; METHODS §7).
+
+    Args:
+        activations: (N,), without NaN.
+        chosen: bool (N,): generated for the description, or nearest to it.
+
+    Returns:
+        AUC: the probability that a chosen image excites the unit more than another does, ties counting one half.
+        MAD: (mean over the chosen − mean over the others) / standard deviation of the others, 0 where that is 0.
+        NaN for both where all or none are chosen.
+    """
+    own, other = activations[chosen].astype(np.float64), np.sort(activations[~chosen].astype(np.float64))
+    if not len(own) or not len(other):
+        return float("nan"), float("nan")
+    below, upto = np.searchsorted(other, own, "left"), np.searchsorted(other, own, "right")
+    auc = float((below + upto).sum() / (2 * len(own) * len(other)))
+    deviation = float(other.std())
+    return auc, float((own.mean() - other.mean()) / deviation) if deviation > 0 else 0.0

@@ -1,0 +1,38 @@
+"""The world's generator of images must show what it is told to, and the same again for the same seed."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from milan_ray.models.generators import GeneratorRequest
+from milan_ray.pipelines.requests import generator
+from milan_ray.world.lexicon import concepts_in
+from milan_ray.world.painter import ScenePainter
+from milan_ray.world.scenes import concept_maps, make_scene
+
+
+@pytest.mark.parametrize("text", ["red houses", "a dog on the grass", "nothing of the kind"])
+def test_scenes_show_what_the_text_names(text, monkeypatch):
+    drawn = []
+    monkeypatch.setattr("milan_ray.world.painter.render", lambda scene: drawn.append(scene) or np.zeros((64, 64, 3)))
+    ScenePainter().generate(text, 6, 0)
+    assert len(drawn) == 6 and len(set(drawn)) == 6
+    assert all(concepts_in(text) <= concept_maps(scene).keys() for scene in drawn)
+
+
+def test_images_follow_from_concepts_count_and_seed():
+    painter = generator(GeneratorRequest("world/painter")).to(torch.device("cpu"))
+    first = painter.generate("blue boats", 4, 0)
+    assert first.shape == (4, 64, 64, 3) and first.dtype == np.uint8
+    np.testing.assert_array_equal(first, painter.generate("a ship, azure", 4, 0))
+    assert not np.array_equal(first, painter.generate("blue boats", 4, 1))
+    assert not np.array_equal(first, painter.generate("red boats", 4, 0))
+
+
+def test_what_no_scene_shows_gets_scenes_that_show_most_of_it():
+    text = "stop, open, exit and sale"  # a scene has one sign with one word, two at most
+    images = ScenePainter().generate(text, 3, 0)
+    assert images.shape == (3, 64, 64, 3)
+    assert make_scene(ScenePainter.split, 0).things
