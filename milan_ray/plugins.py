@@ -16,6 +16,7 @@ from milan_ray.errors import MilanError
 from milan_ray.models.registry import register_later
 
 BUILT_IN = (
+    "milan_ray.models.diffusion",
     "milan_ray.models.dino_zoo",
     "milan_ray.models.timm_zoo",
     "milan_ray.models.transformers_zoo",

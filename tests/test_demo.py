@@ -10,6 +10,9 @@ from pathlib import Path
 import polars as pl
 import pytest
 
+from milan_ray.world.lexicon import concepts_in
+from milan_ray.world.networks import planted_concepts
+
 ROOT = Path(__file__).resolve().parents[1]
 
 pytestmark = pytest.mark.slow
@@ -73,6 +76,18 @@ def test_demo_planted_units_are_named(scores):
     assert named > value(scores, "planted units", "planted-accuracy", "constant")
 
 
+def test_demo_tuned_lambda_is_on_held_out_units_not_worse_than_none_or_the_papers(demo, scores):
+    rows = scores.filter(pl.col("experiment") == "tuning of world by lam")
+    metric = "bertscore-f" if "bertscore-f" in rows["metric"] else "rouge-l-f"
+    chosen = pl.read_parquet(demo[0] / "trials/**/*.parquet").filter("chosen", metric=metric, split="held-out")
+    others = {"λ = 0", "λ = 0.2"} - {f"λ = {chosen['lam'].item():g}"}
+    for other in others:
+        difference = rows.filter(pl.col("system").str.ends_with(f" − {other}"), metric=metric)
+        assert difference["high"].item() >= 0
+    (figure,) = (demo[0] / "report/figures").glob("world-tuned-by-lam-*.svg")
+    assert f'src="figures/{figure.name}"' in (demo[0] / "report/index.html").read_text(encoding="utf-8")
+
+
 def test_demo_parquet_answers_the_readmes_question(demo):
     frame = pl.scan_parquet(f"{demo[0]}/descriptions/**/*.parquet", hive_partitioning=True)
     signs = (
@@ -94,3 +109,19 @@ def test_demo_again_does_nothing(demo):
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in files} == before
     assert "training of world: up to date" in again.stderr
+
+
+def test_demo_planted_units_are_named_by_describe_and_dissect(demo):
+    """The whole method offline: captions of a tagger, phrases counted, scenes drawn (docs/describe-and-dissect.md)."""
+    environment = {**os.environ, "MILAN_MODELS_DIR": str(demo[0].parent / "models")}
+    command = [sys.executable, "-m", "jobs.dnd", "--model", "world/planted", "--probe", "world/probe", "--no-report"]
+    command += ["--storage", str(demo[0]), "--captioner", "world/tagger", "--llm", "frequent"]
+    command += ["--generator", "world/painter", "--scoring", "topk-squared-mean", "--pooling", "max"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    labels = pl.read_parquet(demo[0] / "descriptions/labeler=dnd/**/*.parquet").sort("unit")
+    assert labels["unit"].to_list() == list(range(len(planted_concepts)))
+    named = [
+        concept in concepts_in(text) for concept, text in zip(planted_concepts, labels["description"], strict=True)
+    ]
+    assert sum(named) / len(named) >= 0.2

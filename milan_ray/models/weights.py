@@ -9,7 +9,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from milan_ray import hub
@@ -17,6 +18,8 @@ from milan_ray.config import models_dir
 from milan_ray.errors import MilanError, reason
 from milan_ray.models.view import Preprocess
 
+_READ = (".json", ".safetensors", ".txt", ".model", ".jinja")
+_CHUNK = 2**22  # bytes that are hashed at a time
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
 
 
@@ -121,6 +124,23 @@ def read_state_dict(path: str) -> dict[str, torch.Tensor]:
     return content
 
 
+def save_weights(state: dict[str, torch.Tensor], path: str | Path) -> None:
+    """Writes a state dict as ``.safetensors``, or as torch's own format with any other ending.
+
+    Raises:
+        MilanError: It cannot be written there.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+        else:
+            torch.save(state, path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise MilanError(
+            f"cannot write weights to {path} ({reason(error)}); give a file in a folder that is there."
+        ) from error
+
+
 def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
     """Loads weights into a model, every name and shape of which must match; half precision becomes float32.
 
@@ -160,4 +180,23 @@ def weights_digest(model: nn.Module) -> str:
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def folder_digest(folder: str) -> str:
+    """The identity of a model's folder: a hash over names and bytes of all files that libraries read models from.
+
+    Args:
+        folder: The folder, subfolders included.
+
+    Returns:
+        sha256, hex.
+    """
+    digest = hashlib.sha256()
+    root = Path(folder)
+    for path in sorted(path for path in root.rglob("*") if path.suffix in _READ and path.is_file()):
+        digest.update(f"{path.relative_to(root).as_posix()} {path.stat().st_size}\n".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                digest.update(chunk)
     return digest.hexdigest()

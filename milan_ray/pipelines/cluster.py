@@ -152,12 +152,6 @@ def gpus_each(resources: Resources) -> float:
     return 1.0 if wanted else 0.0
 
 
-def is_alone() -> bool:
-    """Whether the cluster is this machine alone."""
-    start()
-    return len(ray.nodes()) == 1
-
-
 def threads_here(resources: Resources, rows: int) -> int:
     """How many threads of this process do a job; 0 where a pool of actors does it.
 

@@ -10,8 +10,11 @@ from milan_ray.config import ExemplarConfig, Recipe
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import check_probe
 from milan_ray.labelers.clip import Clip
+from milan_ray.labelers.clip_dissect import ClipDissect
+from milan_ray.models.image_text import ImageTextRequest
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.captioners import load_captioner
+from milan_ray.pipelines.clip_dissect import clip_dissect_recipe
 from milan_ray.pipelines.describe import (
     Search,
     candidates_recipe,
@@ -19,13 +22,25 @@ from milan_ray.pipelines.describe import (
     labelers,
     search_identity,
 )
+from milan_ray.pipelines.dnd import DndConfig, dnd_recipe, drawings_identity, drawings_recipe
+from milan_ray.pipelines.embeddings import image_embeddings_recipe
 from milan_ray.pipelines.encodings import Request, encoder_identity, encodings_recipe
 from milan_ray.pipelines.exemplars import describe_model, pooled_recipe, why_exemplars
 from milan_ray.pipelines.label import LabelConfig, label_recipe
 from milan_ray.pipelines.rerank import wide_search
 from milan_ray.pipelines.train import TrainingJob, training_recipe
 from milan_ray.probe.manifest import digest as probe_digest
-from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, POOLED, TRAINING, Noun
+from milan_ray.schema import (
+    CANDIDATES,
+    DESCRIPTIONS,
+    DRAWINGS,
+    ENCODINGS,
+    EXEMPLARS,
+    IMAGE_EMBEDDINGS,
+    POOLED,
+    TRAINING,
+    Noun,
+)
 from milan_ray.storage import Storage
 
 Layers = Mapping[tuple[str, str], str]
@@ -54,10 +69,12 @@ class Plan:
     Attributes:
         steps: Its partitions, in the order of the stages.
         failed: Model → why it would be skipped.
+        pooled: (model, layer) → configuration hash that its pooled activations will have, where they are asked for.
     """
 
     steps: list[Step] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
+    pooled: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def text(self) -> str:
         """The steps that would run, a line each, and how many would not."""
@@ -101,6 +118,7 @@ def plan_exemplars(
             plan.steps.append(Step(EXEMPLARS.name, (spec.name, layer), reason))
             if config.pooled:
                 plan._add(storage, POOLED, pooled_recipe(recipe), model=spec.name, layer=layer)
+                plan.pooled[spec.name, layer] = pooled_recipe(recipe).hash
             layers[spec.name, layer] = recipe.hash
     return plan, layers
 
@@ -205,6 +223,54 @@ def plan_labels(
         for (model, layer), config in exemplars.items():
             recipe = label_recipe(labeler, config, grids[model], units)
             plan._add(storage, DESCRIPTIONS, recipe, labeler=labeler.name, model=model, layer=layer)
+
+
+def plan_clip_dissect(
+    storage: Storage,
+    plan: Plan,
+    exemplars: Layers,
+    probe: requests.ProbeRequest,
+    labeler: ClipDissect,
+    request: ImageTextRequest,
+    units: tuple[int, ...] = (),
+) -> None:
+    """Adds the plan of :func:`milan_ray.pipelines.clip_dissect.run_clip_dissect`.
+
+    Args:
+        storage: The run directory.
+        plan: What is planned already, pooled activations among it.
+        exemplars: What exemplars will be.
+        probe: The probe they are of.
+        labeler: The list of concepts, and how to compare.
+        request: The model of images and texts.
+        units: The units of every layer to label; empty for all.
+    """
+    embedder = requests.image_text(request, probe.plugins)
+    digest = probe_digest(requests.probe(probe).manifest())
+    images = image_embeddings_recipe(embedder, digest)
+    plan._add(storage, IMAGE_EMBEDDINGS, images, encoder=request.name, probe=digest)
+    for (model, layer), config in exemplars.items():
+        pooled = plan.pooled[model, layer]
+        recipe = clip_dissect_recipe(labeler, embedder.text_identity(), config, pooled, images.hash, units)
+        plan._add(storage, DESCRIPTIONS, recipe, labeler=labeler.name, model=model, layer=layer)
+
+
+def plan_dnd(storage: Storage, plan: Plan, exemplars: Layers, how: DndConfig, units: tuple[int, ...] = ()) -> None:
+    """Adds the plan of :func:`milan_ray.pipelines.dnd.run_dnd`.
+
+    Args:
+        storage: The run directory.
+        plan: What is planned already.
+        exemplars: What exemplars will be.
+        how: How to describe.
+        units: The units of every layer to describe; empty for all.
+    """
+    identity = drawings_identity(storage, how)
+    for (model, layer), config in exemplars.items():
+        drawings = drawings_recipe(identity, config, units)
+        keys = {"labeler": how.labeler.name, "model": model, "layer": layer}
+        plan._add(storage, DRAWINGS, drawings, **keys)
+        plan._add(storage, DESCRIPTIONS, dnd_recipe(drawings, how.labeler), **keys)
 
 
 def plan_training(storage: Storage, job: TrainingJob) -> Plan:

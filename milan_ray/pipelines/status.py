@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from milan_ray.config import Recipe
-from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, POOLED, Noun
+from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, DRAWINGS, ENCODINGS, EXEMPLARS, POOLED, Noun
 from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, PARTS_KEY, UNITS_KEY, WHOLE_KEY, WORK, Storage
 
-STAGES = (EXEMPLARS, POOLED, ANNOTATIONS, ENCODINGS, CANDIDATES, DESCRIPTIONS)
+STAGES = (EXEMPLARS, POOLED, ANNOTATIONS, ENCODINGS, CANDIDATES, DRAWINGS, DESCRIPTIONS)
 """The tables of layers; each is made from earlier ones."""
 
 

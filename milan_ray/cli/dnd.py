@@ -1,0 +1,183 @@
+"""``milan-ray dnd``: labels of every unit by Describe-and-Dissect."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from milan_ray.cli import options
+from milan_ray.cli.closing import close, report_on, show_plan
+from milan_ray.cli.records import (
+    absolute,
+    exemplar_config,
+    image_text_request,
+    model_requests,
+    open_storage,
+    probe_request,
+    resources_of,
+)
+from milan_ray.errors import MilanError
+
+if TYPE_CHECKING:
+    from milan_ray.pipelines.dnd import DndConfig
+
+CAPTIONER = "blip-image-captioning-base"
+GENERATOR = "diffusers/stable-diffusion-v1-5"
+EMBEDDER = "clip-vit-base-patch16"
+"""What stands in $MILAN_MODELS_DIR unless told otherwise."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    options.probe(parser, required=True)
+    group = parser.add_argument_group("captions, candidates, drawn images (docs/describe-and-dissect.md)")
+    group.add_argument(
+        "--captioner",
+        default=CAPTIONER,
+        metavar="MODEL",
+        help="what captions images: a BLIP folder, the name of one in $MILAN_MODELS_DIR, a registered one, or "
+        "milan/NAME, a captioner of units in the storage or its folder",
+    )
+    group.add_argument(
+        "--llm",
+        required=True,
+        metavar="MODEL",
+        help="what finds what captions share: a language model's folder, its name in $MILAN_MODELS_DIR, the address of "
+        "a server that speaks OpenAI's protocol (https://…/v1; key in $MILAN_LLM_KEY or $OPENAI_API_KEY), or "
+        "'frequent', which counts phrases",
+    )
+    group.add_argument(
+        "--generator",
+        default=GENERATOR,
+        metavar="MODEL",
+        help="what draws images: diffusers/FOLDER (#N for N steps), or a registered one",
+    )
+    group.add_argument(
+        "--scoring",
+        default="topk-compare",
+        metavar="NAME",
+        help="what chooses the label: mean, topk-squared-mean, image-products or topk-compare",
+    )
+    group.add_argument(
+        "--clip",
+        metavar="MODEL",
+        help=f"what compares images, for the last two: a CLIP or SigLIP folder, or its name (default: {EMBEDDER})",
+    )
+    group.add_argument("--tag", default="", help="tells several ways apart: the labeler is dnd-TAG")
+    group.add_argument("--top", type=options.positive, default=10, metavar="N", help="images and crops per unit")
+    group.add_argument(
+        "--crops", type=int, default=4, metavar="N", help="attention crops per image at most; 0 for none"
+    )
+    group.add_argument(
+        "--pooling",
+        choices=("mean", "max"),
+        default="mean",
+        help="what stands for a unit's map of an image; max for layers whose values are signed, as logits are",
+    )
+    group.add_argument("--drawn", type=options.positive, default=10, metavar="N", help="images drawn per candidate")
+    group.add_argument(
+        "--prompt", default="a realistic photograph of {}", help="what the generator is asked for; {} is the candidate"
+    )
+    group.add_argument("--seed", type=int, default=0, help="seed of the drawn images")
+    group = parser.add_argument_group("language model")
+    group.add_argument("--llm-temperature", type=float, default=0.3, metavar="T", help="temperature of its answers")
+    group.add_argument("--llm-model", metavar="NAME", help="the model's name on the server")
+    group.add_argument("--llm-per-minute", type=float, default=300.0, metavar="N", help="requests per minute at most")
+    group.add_argument(
+        "--llm-prices",
+        type=float,
+        nargs=2,
+        default=(0.0, 0.0),
+        metavar=("IN", "OUT"),
+        help="US dollars per million tokens of questions and of answers",
+    )
+    group.add_argument(
+        "--llm-budget", type=float, metavar="USD", help="what this run may cost at most, at these prices"
+    )
+    options.add_to(
+        parser,
+        options.models,
+        options.exemplars,
+        options.units,
+        options.download,
+        options.quirks,
+        options.storage,
+        options.report,
+        options.plugins,
+        options.resources,
+        options.dry_run,
+        options.common,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.dnd import run_dnd
+    from milan_ray.pipelines.exemplars import run_exemplars
+    from milan_ray.pipelines.plan import plan_dnd, plan_exemplars
+
+    started = time.monotonic()
+    args.pooled = True  # the images with the highest mean activation come from there
+    storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
+    resources, config, how = resources_of(args), exemplar_config(args), _config(args)
+    if args.dry_run:
+        plan, layers = plan_exemplars(storage, models, probe, config)
+        plan_dnd(storage, plan, layers, how, args.units)
+        return show_plan(plan)
+    storage.check_writable()
+    with connected(resources):
+        done = run_exemplars(storage, models, probe, config, resources)
+        failed = run_dnd(storage, done, models, probe, config, how, resources, args.units)
+    labelled = {name: layers for name, layers in done.models.items() if name not in failed}
+    report_on(args, storage, list(done.models))
+    return close("labels", storage, labelled, {**done.failed, **failed}, started)
+
+
+def _config(args: argparse.Namespace) -> DndConfig:
+    from milan_ray.labelers.dnd.labeler import DescribeAndDissect
+    from milan_ray.models.chat import Limits
+    from milan_ray.models.diffusion import PREFIX
+    from milan_ray.models.generators import GeneratorRequest
+    from milan_ray.models.image_captions import ImageCaptionerRequest
+    from milan_ray.pipelines.dnd import DndConfig, SummariserRequest
+
+    if args.crops < 0 or args.llm_per_minute <= 0 or args.llm_temperature < 0:
+        raise MilanError("--crops and --llm-temperature take 0 or more, --llm-per-minute more than 0.")
+    labeler = DescribeAndDissect(args.scoring, args.tag)
+    args.clip = args.clip or (EMBEDDER if labeler.compares else None)
+    generator = args.generator
+    if generator.startswith(PREFIX):
+        generator = PREFIX + _place("--generator", generator.removeprefix(PREFIX))
+    summariser = SummariserRequest(
+        _place("--llm", args.llm),
+        args.llm_model,
+        args.llm_temperature,
+        Limits(
+            per_minute=args.llm_per_minute,
+            input_price=args.llm_prices[0],
+            output_price=args.llm_prices[1],
+            budget=args.llm_budget,
+        ),
+    )
+    return DndConfig(
+        labeler,
+        ImageCaptionerRequest(_place("--captioner", args.captioner)),
+        summariser,
+        GeneratorRequest(generator),
+        None if args.clip is None else image_text_request(args),
+        args.top,
+        args.crops,
+        args.pooling,
+        args.drawn,
+        args.prompt,
+        args.seed,
+        tuple(args.plugin),
+    )
+
+
+def _place(option: str, name: str) -> str:
+    """A folder as every process of the job can use it; a mere name, or one that is registered, as it is."""
+    return absolute(option, name) if Path(name).expanduser().is_absolute() or name.startswith((".", "~")) else name

@@ -1,0 +1,181 @@
+"""Generators of diffusers in a local folder: Stable Diffusion and its likes (extra ``dnd``). Nothing is fetched."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from milan_ray import hub
+from milan_ray.config import models_dir
+from milan_ray.errors import MilanError, reason
+from milan_ray.models.generators import register_generator_family
+from milan_ray.models.weights import folder_digest
+
+PREFIX = "diffusers/"
+"""What names of such generators begin with: ``diffusers/FOLDER``, or ``diffusers/FOLDER#STEPS``."""
+
+DEFAULT = "stable-diffusion-v1-5"
+"""The one that Describe-and-Dissect's README names."""
+
+STEPS = 50
+"""Denoising steps."""
+
+BATCH_SIZE = 5
+"""Images per pass: what 8 GiB of GPU memory hold at 512 × 512 in half precision."""
+
+_INDEX = "model_index.json"
+_CLASSIC = "StableDiffusionPipeline"
+
+
+def find_diffusion(name: str) -> str:
+    """Finds the folder of a generator.
+
+    Args:
+        name: A folder, or the name of one in ``$MILAN_MODELS_DIR``.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        MilanError: There is none; the sentence names what is looked for, where, the variable, and how to get it.
+    """
+    folder = Path(name).expanduser()
+    if (folder / _INDEX).is_file():
+        return str(folder.absolute())
+    if folder.parent != Path("."):
+        hub.find(_INDEX, [folder], hint="or name the folder of another pipeline of diffusers")
+    target = models_dir() / name
+    known = name == DEFAULT
+    fetch = f"`hf download {DEFAULT}/{DEFAULT} --local-dir {target}` does" if known else "save the pipeline there"
+    hint = f"{fetch}, or name the folder of another pipeline of diffusers"
+    return str(hub.find(f"{name}/{_INDEX}", [models_dir()], variable="MILAN_MODELS_DIR", hint=hint).parent)
+
+
+class DiffusionGenerator:
+    """A text-to-image pipeline, read from its folder when it first draws: half precision on GPUs, float32 on CPUs.
+
+    Every image starts from noise of its own, which seed and number decide. A classic Stable Diffusion draws with the
+    DPM-Solver multistep scheduler, everything else with its own. Checkers that blacken images are left out: nobody
+    sees these images, and black ones would be measured like any other.
+    """
+
+    def __init__(self, folder: str, steps: int = STEPS) -> None:
+        """Remembers the folder.
+
+        Args:
+            folder: As :func:`find_diffusion` gives it.
+            steps: Denoising steps.
+
+        Raises:
+            MilanError: diffusers is not installed, or the folder holds no pipeline of its.
+        """
+        self.name = Path(folder).name
+        self._folder, self._steps, self._device = folder, steps, torch.device("cpu")
+        self._pipeline: Any = None
+        _import_diffusers()
+        try:
+            index = json.loads(Path(folder, _INDEX).read_text(encoding="utf-8"))
+            self._kind: str = index["_class_name"]
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise MilanError(f"{Path(folder, _INDEX)} names no pipeline ({reason(error)}): save it again.") from error
+        self._checked = "safety_checker" in index
+
+    def identity(self) -> dict[str, object]:
+        """All that decides its images besides text, count and seed, but the precision, which the device decides."""
+        return {"diffusers": 1, "files": folder_digest(self._folder), "steps": self._steps}
+
+    def to(self, device: torch.device) -> DiffusionGenerator:
+        """The generator, moved."""
+        self._device = device
+        if self._pipeline is not None:
+            self._pipeline.to(device)
+        return self
+
+    @torch.inference_mode()
+    def generate(self, text: str, count: int, seed: int) -> np.ndarray:
+        """Draws images; the same call gives the same ones, within float error.
+
+        Args:
+            text: The prompt.
+            count: How many.
+            seed: Other seeds give other images.
+
+        Returns:
+            uint8 (count, H, W, 3).
+
+        Raises:
+            MilanError: The pipeline's files are absent, damaged or unfit.
+        """
+        if self._pipeline is None:
+            self._pipeline = self._load()
+        drawn: list[np.ndarray] = []
+        for start in range(0, count, BATCH_SIZE):
+            numbers = range(start, min(start + BATCH_SIZE, count))
+            # On the CPU, so that every device starts from the same noise.
+            noise = [torch.Generator("cpu").manual_seed(_noise_seed(seed, number)) for number in numbers]
+            images = self._pipeline(
+                [text] * len(noise), num_inference_steps=self._steps, generator=noise, output_type="np"
+            ).images
+            drawn.append(np.rint(np.clip(np.nan_to_num(images), 0, 1) * 255).astype(np.uint8))
+        return np.concatenate(drawn)
+
+    def _load(self) -> Any:
+        diffusers = _import_diffusers()
+        precision = torch.float32 if self._device.type == "cpu" else torch.float16
+        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+        if self._checked:
+            options |= {"safety_checker": None, "requires_safety_checker": False}
+        if self._only_half():
+            options["variant"] = "fp16"
+        try:
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(self._folder, **options)
+        except Exception as error:  # whatever diffusers' readers raise on absent, damaged or unfit files
+            raise MilanError(
+                f"the generator in {self._folder} cannot be loaded ({reason(error)}): it needs a whole pipeline of "
+                "diffusers, with weights in safetensors."
+            ) from error
+        if self._kind == _CLASSIC:
+            solver = diffusers.DPMSolverMultistepScheduler
+            pipeline.scheduler = solver.from_config(pipeline.scheduler.config)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline.to(device=self._device, dtype=precision)
+
+    def _only_half(self) -> bool:
+        names = [path.name for path in Path(self._folder).glob("*/*.safetensors")]
+        return bool(names) and all(".fp16." in name for name in names)
+
+
+def _noise_seed(seed: int, number: int) -> int:
+    """The seed of an image's noise: none that follow each other, as theirs might be alike."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:6], "big")
+
+
+def _import_diffusers() -> Any:
+    """The package diffusers.
+
+    Raises:
+        MilanError: It is not installed.
+    """
+    try:
+        return importlib.import_module("diffusers")
+    except ImportError as error:
+        raise MilanError(
+            "images are drawn with diffusers, which is not installed: `pip install 'milan-ray[dnd]'`."
+        ) from error
+
+
+def _resolve(name: str) -> DiffusionGenerator:
+    """The generator of ``FOLDER``, or of ``FOLDER#STEPS``."""
+    folder, _, steps = name.rpartition("#")
+    if folder and steps.isdigit() and int(steps):
+        return DiffusionGenerator(find_diffusion(folder), int(steps))
+    return DiffusionGenerator(find_diffusion(name))
+
+
+register_generator_family(PREFIX, _resolve)

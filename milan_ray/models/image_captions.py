@@ -1,0 +1,177 @@
+"""Models that say what an image shows, as one sentence: BLIP in a local folder, or a plug-in's own.
+
+Nothing is fetched: a model is a folder that ``save_pretrained`` wrote or a hub's client downloaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from milan_ray import hub
+from milan_ray.config import models_dir
+from milan_ray.errors import MilanError, reason
+from milan_ray.models.transformers_zoo import import_transformers
+from milan_ray.models.weights import folder_digest
+
+DEFAULT = "blip-image-captioning-base"
+"""BLIP base, trained with filtered captions (Li et al., ICML 2022)."""
+
+BATCH_SIZE = 10
+"""Images per pass."""
+
+LONGEST, SHORTEST = 32, 5
+"""Most new and least tokens of a caption."""
+
+
+class ImageCaptioner(Protocol):
+    """Says what images show."""
+
+    name: str
+
+    def identity(self) -> dict[str, object]:
+        """All that decides its captions besides the images."""
+
+    def to(self, device: torch.device) -> Any:
+        """The captioner, moved."""
+
+    def caption(self, images: Sequence[np.ndarray]) -> list[str]:
+        """One caption per image, uint8 (H, W, 3) each, all of one size."""
+
+
+_REGISTERED: dict[str, Callable[[], ImageCaptioner]] = {}
+
+
+def register_image_captioner(name: str, factory: Callable[[], ImageCaptioner]) -> None:
+    """Registers a captioner of one's own; a later registration of the same name replaces it.
+
+    Args:
+        name: Name used in place of a folder.
+        factory: Builds it, on the CPU.
+    """
+    _REGISTERED[name] = factory
+
+
+@dataclass(frozen=True)
+class ImageCaptionerRequest:
+    """A captioner of images as it travels to workers.
+
+    Attributes:
+        name: A registered one, a folder, or the name of one in ``$MILAN_MODELS_DIR``.
+    """
+
+    name: str = DEFAULT
+
+    def load(self) -> ImageCaptioner:
+        """Builds it, on the CPU.
+
+        Raises:
+            MilanError: There is none, or its files are damaged.
+        """
+        return _REGISTERED[self.name]() if self.name in _REGISTERED else Blip(find_folder(self.name, "--captioner"))
+
+
+def find_folder(name: str, option: str, index: str = "config.json", default: str = f"Salesforce/{DEFAULT}") -> str:
+    """Finds the folder of a model.
+
+    Args:
+        name: A folder, or the name of one in ``$MILAN_MODELS_DIR``.
+        option: The option that names another one, for the message.
+        index: The file that such a folder has.
+        default: Where the one that is taken by default is published, for the message.
+
+    Returns:
+        Its absolute path.
+
+    Raises:
+        MilanError: There is none; the sentence names what is looked for, where, the variable, and how to get it.
+    """
+    folder = Path(name).expanduser()
+    if (folder / index).is_file():
+        return str(folder.absolute())
+    if folder.parent != Path("."):
+        hub.find(index, [folder], hint=f"or name another folder with {option}")
+    known = name == default.rpartition("/")[2]
+    fetch = f"`hf download {default} --local-dir {models_dir() / name}` does" if known else "save the model there"
+    hint = f"{fetch}, or name the folder of another model with {option}"
+    return str(hub.find(f"{name}/{index}", [models_dir()], variable="MILAN_MODELS_DIR", hint=hint).parent)
+
+
+class Blip:
+    """A BLIP model for captions, float32, read from a folder when it is first used."""
+
+    def __init__(self, folder: str) -> None:
+        """Remembers the folder.
+
+        Args:
+            folder: With the model's config.json and weights, its tokenizer and its image processor.
+
+        Raises:
+            MilanError: transformers is not installed, or the folder holds something else.
+        """
+        self.name = Path(folder).name
+        self._folder, self._device = folder, torch.device("cpu")
+        self._loaded: tuple[Any, Any, Any] | None = None
+        transformers = import_transformers("captions of images come")
+        try:
+            kind = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+        except (OSError, ValueError) as error:
+            raise MilanError(
+                f"the captioner in {folder} cannot be loaded ({reason(error)}): fetch or save it again."
+            ) from error
+        if kind != "blip":
+            raise MilanError(f"{folder} is a model of type {kind!r}: give the folder of a BLIP captioner.")
+
+    def identity(self) -> dict[str, object]:
+        """All that decides its captions besides the images."""
+        return {"blip": 1, "files": folder_digest(self._folder), "tokens": (SHORTEST, LONGEST)}
+
+    def to(self, device: torch.device) -> Blip:
+        """The captioner, moved."""
+        self._device = device
+        return self
+
+    @torch.inference_mode()
+    def caption(self, images: Sequence[np.ndarray]) -> list[str]:
+        """One caption per image, uint8 (H, W, 3) each; the likeliest word at every step.
+
+        Raises:
+            MilanError: The model's files are absent, damaged or unfit.
+        """
+        if self._loaded is None:
+            self._loaded = self._load()
+        model, tokenizer, processor = self._loaded
+        found: list[str] = []
+        for start in range(0, len(images), BATCH_SIZE):
+            some = [np.array(image) for image in images[start : start + BATCH_SIZE]]
+            full = some + [some[0]] * (BATCH_SIZE - len(some))  # a full batch always: no caption depends on others
+            pixels = processor(images=full, return_tensors="pt")["pixel_values"].to(self._device)
+            tokens = model.generate(pixel_values=pixels, max_new_tokens=LONGEST, min_length=SHORTEST, do_sample=False)
+            texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
+            found += [text.strip() for text in texts[: len(some)]]
+        return found
+
+    def _load(self) -> tuple[Any, Any, Any]:
+        transformers = import_transformers("captions of images come")
+        local = {"local_files_only": True}
+        try:
+            processor = transformers.AutoImageProcessor.from_pretrained(self._folder, **local)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, **local)
+            model, report = transformers.BlipForConditionalGeneration.from_pretrained(
+                self._folder, output_loading_info=True, use_safetensors=True, **local
+            )
+        except Exception as error:  # whatever transformers' readers raise on absent, damaged or unfit files
+            raise MilanError(
+                f"the captioner in {self._folder} cannot be loaded ({reason(error)}): it needs config.json, "
+                "model.safetensors, the tokenizer's files and preprocessor_config.json of a BLIP model for captions."
+            ) from error
+        if missing := sorted(name for name in report["missing_keys"] if not name.endswith("position_ids")):
+            raise MilanError(
+                f"the weights in {self._folder} lack {missing[0]} and {len(missing) - 1} more: fetch them again."
+            )
+        return model.float().to(self._device).eval().requires_grad_(False), tokenizer, processor
