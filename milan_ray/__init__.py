@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from milan_ray.api import Milan, load, open_exemplars
+    from milan_ray.api import Milan, diff, load, open_exemplars, search
 
 __version__ = "0.1.0"
 
-__all__ = ["Milan", "__version__", "load", "open_exemplars"]
+__all__ = ["Milan", "__version__", "diff", "load", "open_exemplars", "search"]
 
 
 def __getattr__(name: str) -> Any:

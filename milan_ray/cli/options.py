@@ -147,6 +147,12 @@ def models(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def described(parser: argparse.ArgumentParser) -> None:
+    """A selection of what is described."""
+    parser.add_argument("--model", nargs="+", metavar="NAME", help="only these models, or patterns ('resnet*')")
+    parser.add_argument("--layers", nargs="+", metavar="PATH", help="only these layers, or patterns")
+
+
 def probe(parser: argparse.ArgumentParser, required: bool) -> None:
     """Probe images."""
     group = parser.add_argument_group("probe images")
@@ -186,6 +192,16 @@ def exemplars(parser: argparse.ArgumentParser) -> None:
         "--pooled",
         action="store_true",
         help="also store every unit's maximum and mean on every image (table pooled), which some labelers read",
+    )
+
+
+def language(parser: argparse._ActionsContainer) -> None:
+    """The spaCy pipeline that reads descriptions."""
+    parser.add_argument(
+        "--language",
+        metavar="PIPELINE",
+        help="spaCy pipeline, installed or a directory (default: en_core_web_lg, _md or _sm where installed, else a "
+        "small one trained on the built-in world's sentences)",
     )
 
 

@@ -135,10 +135,12 @@ class Truth:
     Attributes:
         activations: float32 (N, U), each unit's maximum over positions; units of all layers side by side.
         iou: float64 (U,), each unit's highest IoU with a concept.
+        concept: int64 (U,), which concept that is: place in :data:`~milan_ray.world.lexicon.NAMES`.
     """
 
     activations: np.ndarray
     iou: np.ndarray
+    concept: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -182,4 +184,5 @@ def _judge(task: _Judge) -> Truth:
         for layer, state in states.items():
             state.update(maps[layer], concepts)
         pooled.append(np.concatenate([maps[layer].amax(dim=(2, 3)).numpy() for layer in task.layers], axis=1))
-    return Truth(np.concatenate(pooled), np.concatenate([state.result().max(axis=1) for state in states.values()]))
+    ious = np.concatenate([state.result() for state in states.values()])
+    return Truth(np.concatenate(pooled), ious.max(axis=1), ious.argmax(axis=1))

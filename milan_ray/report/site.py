@@ -13,6 +13,7 @@ import json
 import math
 import re
 import shutil
+from bisect import bisect_right
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,11 +27,25 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from milan_ray.errors import MilanError, unknown_name
+from milan_ray.experiments.comparison import FIGURE
+from milan_ray.experiments.differences import difference_config
 from milan_ray.progress import say
 from milan_ray.report.images import image_source, mask_strip, write_images
-from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, LEVELS, RUNS, SCORES, SKIPPED, TRIALS, TRIALS_FIGURE
+from milan_ray.schema import (
+    ANNOTATIONS,
+    CHANGES,
+    DESCRIPTIONS,
+    DIFFERENCES,
+    EXEMPLARS,
+    LEVELS,
+    RUNS,
+    SCORES,
+    SKIPPED,
+    TRIALS,
+    TRIALS_FIGURE,
+)
 from milan_ray.schema.table import Noun
-from milan_ray.storage import EXEMPLARS_KEY, FILE_NAME, Storage
+from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, FILE_NAME, Storage
 
 PAGE_SIZE = 40
 """Unit cards per page."""
@@ -39,6 +54,8 @@ _ROOT = "../../../"  # from a layer's pages to the report's folder
 _EXAMPLES = 4  # per layer, on the index
 _N_BEST = 10
 _SKIPPED_LISTED = 100
+_WORDS_LISTED = 40
+_CHANGES_LISTED = 200
 _TEMPLATES = Path(__file__).parent / "templates"
 
 Row = dict[str, Any]
@@ -58,6 +75,7 @@ class LayerSummary:
         described: Units with a description.
         mean_score: Mean of the finite scores of the first labeler, None without any.
         examples: A few units, as in the search index.
+        firsts: The first unit of each page.
     """
 
     model: str
@@ -68,6 +86,11 @@ class LayerSummary:
     described: int
     mean_score: float | None
     examples: list[Row]
+    firsts: list[int]
+
+    def card(self, unit: int) -> str:
+        """Where a unit's card is, relative to the index."""
+        return f"{self.href}{_page_file(max(0, bisect_right(self.firsts, unit) - 1))}#unit-{unit}"
 
 
 def write_report(
@@ -150,6 +173,8 @@ def write_report(
             labelers=shown_labelers,
             images=sum(map(len, images.values())),
             evaluations=_evaluations(_read_all(storage, SCORES) if scores is None else scores.to_pylist()),
+            score_figures=_score_figures(storage, out) if scores is None else [],
+            differences=_differences(storage, summaries),
             figures=_write_figures(storage, out),
             notes=notes or {},
             skipped=_skipped(storage, shown_models),
@@ -289,6 +314,7 @@ def _write_layer(out: Path, env: Environment, layer: _Layer, images: set[int]) -
         described=sum(any(entry["labels"]) for entry in entries),
         mean_score=math.fsum(scores) / len(scores) if scores else None,
         examples=_examples(entries, bool(scores)),
+        firsts=[part[0] for part in parts],
     )
 
 
@@ -392,6 +418,53 @@ def _write_figures(storage: Storage, out: Path) -> list[tuple[str, str]]:
             (out / file).write_bytes(storage.get(source))
             figures.append((title, file))
     return figures
+
+
+def _score_figures(storage: Storage, out: Path) -> list[tuple[str, str]]:
+    """Copies the figures that lie beside tables of scores; returns the comparison's name and file of each."""
+    figures = []
+    for keys in storage.partitions(SCORES):
+        source = storage.path(SCORES, **keys).replace(FILE_NAME, FIGURE)
+        if storage.exists(source):
+            title = keys["experiment"].rpartition(": ")[0]
+            file = f"figures/{slug(keys['experiment'])}.svg"
+            (out / "figures").mkdir(exist_ok=True)
+            (out / file).write_bytes(storage.get(source))
+            figures.append((title, file))
+    return figures
+
+
+def _differences(storage: Storage, layers: Sequence[LayerSummary]) -> list[Row]:
+    """Pairs of networks that were compared, both in the report, as far as their descriptions are those of today."""
+    shown = {(layer.model, layer.layer): layer for layer in layers}
+    models = {layer.model for layer in layers}
+    found = []
+    for keys in storage.partitions(DIFFERENCES):
+        if not {keys["model"], keys["other"]} <= models:
+            continue
+        meta = storage.metadata(DIFFERENCES, **keys) or {}
+        if meta.get(CONFIG_KEY) != difference_config(storage, **keys, words=json.loads(meta["words"])):
+            say(f"report: left out {keys['model']} against {keys['other']}: their descriptions have changed")
+            continue
+        words = storage.read(DIFFERENCES, **keys).to_pylist()
+        changes = storage.read(CHANGES, **keys).to_pylist() if storage.exists(storage.path(CHANGES, **keys)) else []
+        worded = [row for row in changes if row["gained"] or row["lost"]]
+        for row in worded[:_CHANGES_LISTED]:
+            for name in ("model", "other"):
+                layer = shown.get((keys[name], row["layer"]))
+                row[f"{name}_card"] = layer and layer.card(row["unit"])
+        found.append(
+            {
+                **keys,
+                "words": words[:_WORDS_LISTED],
+                "all_words": len(words),
+                "changed": len(changes),
+                "compared": int(meta["units"]),
+                "changes": worded[:_CHANGES_LISTED],
+                "all_changes": len(worded),
+            }
+        )
+    return found
 
 
 def _provenance(storage: Storage, models: Sequence[str]) -> Row:

@@ -18,6 +18,7 @@ from milan_ray.experiments.decoder_search import (
     read_decoder_space,
     tunes_decoder,
 )
+from milan_ray.experiments.files import to_yaml
 
 CONFIGS = Path(__file__).resolve().parents[2] / "tune_configs"
 TUNES = "tunes: decoder\n"
@@ -72,7 +73,7 @@ def test_a_bad_space_is_one_sentence(text: str, says: str) -> None:
 
 def test_a_setting_is_read_as_it_was_written_and_changes_a_plan() -> None:
     setting = DecoderSetting(0.0005, 64, 256, 0.25, 0.5, "resnet50")
-    assert read_decoder_setting(setting.to_yaml("chosen by nobody"), "s.yaml") == setting
+    assert read_decoder_setting(to_yaml(setting, "chosen by nobody"), "s.yaml") == setting
     assert read_decoder_setting("hidden: 64", "s.yaml") == DecoderSetting(hidden=64)
     plan = setting.plan(Plan(TrainingConfig(seed=3, max_epochs=7)))
     assert plan.sizes == Sizes(64, 256, 0.25)

@@ -11,6 +11,7 @@ import pytest
 from milan_ray.captioner.captioner import Candidates
 from milan_ray.errors import MilanError
 from milan_ray.experiments.evaluation import evaluate_text
+from milan_ray.experiments.files import to_yaml
 from milan_ray.experiments.tuning import (
     RememberingBertScore,
     Setting,
@@ -100,7 +101,7 @@ def test_a_bad_search_space_is_one_sentence(text, says):
 
 def test_a_setting_is_read_as_it_was_written():
     setting = Setting(beam_size=20, length=15, lam=0.35)
-    text = setting.to_yaml("chosen by nobody")
+    text = to_yaml(setting, "chosen by nobody")
     assert read_setting(text, "s.yaml") == setting
     with pytest.raises(MilanError, match=r"s\.yaml: lam must be a number, not 'x'"):
         read_setting(text.replace("0.35", "x"), "s.yaml")

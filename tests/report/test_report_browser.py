@@ -77,6 +77,14 @@ def test_index_search_finds_a_unit_and_leads_to_its_card(page: Chrome, site: Pat
     wait(page, "document.querySelector('.card:target img').naturalWidth === 20")
 
 
+def test_index_search_takes_a_plural_for_its_singular(page: Chrome, site: Path) -> None:
+    page.get((site / "index.html").as_uri())
+    page.find_element(By.ID, "search").send_keys("stripes zebras")
+    wait(page, "document.querySelector('#status').textContent === '1 unit found'")
+    page.find_element(By.ID, "search").send_keys("x")  # no such plural, and no word that begins so
+    wait(page, "document.querySelector('#status').textContent === '0 units found'")
+
+
 def test_index_search_filters_by_layer_and_shows_more(page: Chrome, site: Path) -> None:
     page.get((site / "index.html").as_uri())
     Select(page.find_element(By.ID, "layer")).select_by_visible_text("Conv1")

@@ -7,16 +7,18 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
+import polars as pl
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from milan_ray.errors import MilanError
+from milan_ray.experiments.differences import Difference, store
 from milan_ray.report import write_report
 from milan_ray.report.images import mask_strip, thumbnail
 from milan_ray.report.site import slug
-from milan_ray.schema import TRIALS, VIEWS
+from milan_ray.schema import DIFFERENCES, EXEMPLARS, TRIALS, VIEWS
 from milan_ray.storage import Storage
 
 
@@ -96,6 +98,27 @@ def test_report_shows_the_figure_of_a_tuning(sheet_storage: Storage, tmp_path: P
     index = write_report(sheet_storage, tmp_path / "report")
     (shown,) = re.findall(r'<img src="(figures/[^"]+)"', index.read_text(encoding="utf-8"))
     assert (index.parent / shown).read_bytes() == b"<svg></svg>"
+
+
+def test_report_shows_what_two_networks_say_differently(sheet_storage: Storage, tmp_path: Path, hostile: str) -> None:
+    model = sheet_storage.partitions(EXEMPLARS)[0]["model"]
+    row = {"word": hostile, "layer": "", "units": 4, "of": 9, "other_units": 1, "other_of": 8, "difference": -0.3}
+    words = pl.DataFrame([row | {"low": -0.6, "high": 0.1, "p": 0.2, "q": 0.25}])
+    change = {"layer": "Conv1", "unit": 57, "description": hostile, "other_description": "dogs"}
+    changes = pl.DataFrame([change | {"gained": ["dogs"], "lost": ["<b>"]}])
+    store(sheet_storage, Difference(words, changes, 12, (9, 8)), "milan", model, model)
+    index = write_report(sheet_storage, tmp_path / "report")
+    page = Page(index)
+    text = re.sub(r"\s+", "", page.text)
+    assert hostile in page.text and "all4of91of8−0.3[−0.6,0.1]0.25" in text
+    assert "1of12saysomethingelse,1inotherwords" in text and "dogsdogs<b>" in text
+    (link, _) = [link for link in page.links if link.endswith("2.html#unit-57")]
+    assert 'id="unit-57"' in (index.parent / unquote(urlsplit(link).path)).read_text(encoding="utf-8")
+    assert len([1 for tag, _ in page.tags if tag == "script"]) == 1
+
+    sheet_storage.write(DIFFERENCES, sheet_storage.read(DIFFERENCES, labeler="milan", model=model, other=model), "old",
+                        labeler="milan", model=model, other=model)  # fmt: skip
+    assert "say something else" not in Page(write_report(sheet_storage, tmp_path / "report")).text
 
 
 def test_report_from_exemplars_alone_is_a_plain_sheet(sheet_storage: Storage, tmp_path: Path) -> None:

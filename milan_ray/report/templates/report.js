@@ -32,12 +32,15 @@
 
   const wordsOf = (text) => text.toLowerCase().split(/[^\p{L}\p{N}]+/u).filter(Boolean);
 
-  // Every word must begin a word of one of the descriptions, or be the unit's number.
+  const singulars = (word) => [[/(..)ies$/, "$1y"], [/([sxz]|[cs]h)es$/, "$1"], [/(..[^s])s$/, "$1"]]
+    .filter(([ending]) => ending.test(word)).map(([ending, rest]) => word.replace(ending, rest));
+
+  // Every word must begin a word of one of the descriptions, or be a plural of one, or the unit's number.
   const matcher = (text) => {
-    const words = wordsOf(text);
+    const words = wordsOf(text).map((word) => [` ${word}`, ...singulars(word).map((one) => ` ${one} `)]);
     return (unit) => {
-      unit.text ??= ` ${unit.unit} ${wordsOf(unit.labels.join(" ")).join(" ")}`;
-      return words.every((word) => unit.text.includes(` ${word}`));
+      unit.text ??= ` ${unit.unit} ${wordsOf(unit.labels.join(" ")).join(" ")} `;
+      return words.every((word) => word.some((form) => unit.text.includes(form)));
     };
   };
 

