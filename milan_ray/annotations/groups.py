@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,26 +31,57 @@ RELEASED = (*BASE, "dino_vits8/imagenet")
 still dropped the last token in place of the first (REFERENCE §1.5)."""
 
 
-def _of(part: str) -> tuple[str, ...]:
-    return tuple(name for name in BASE if part in name.split("/"))
+Sets = Mapping[tuple[str, str], str]
+"""(network, dataset) → the model whose units were annotated: a network dissected on a dataset."""
 
 
-GROUPS: dict[str, tuple[str, ...]] = {
-    "base": BASE,
-    "cls": _of("alexnet") + _of("resnet152"),
-    "gen": _of("biggan"),
-    **{part: _of(part) for part in ("imagenet", "places365", "alexnet", "resnet152", "biggan")},
-    **{f"not-{name.replace('/', '-')}": tuple(other for other in BASE if other != name) for name in BASE},
-}
+def groups_of(classifiers: Sets, generators: Sets) -> dict[str, tuple[str, ...]]:
+    """The paper's groups of sets: all, by task, by dataset, by network, and all but one (Table 3; REFERENCE §7).
+
+    Args:
+        classifiers: Sets of networks that name what they see.
+        generators: Sets of networks that paint.
+
+    Returns:
+        Group → its models: base, cls, gen, every dataset, every network, ``not-NETWORK-DATASET``.
+    """
+    sets = {**classifiers, **generators}
+    parts = dict.fromkeys([dataset for _, dataset in sets] + [network for network, _ in sets])
+    return {
+        "base": tuple(sets.values()),
+        "cls": tuple(classifiers.values()),
+        "gen": tuple(generators.values()),
+        **{part: tuple(model for pair, model in sets.items() if part in pair) for part in parts},
+        **{f"not-{'-'.join(pair)}": tuple(model for other, model in sets.items() if other != pair) for pair in sets},
+    }
+
+
+def _pairs(names: Sequence[str]) -> Sets:
+    return {(network, dataset): f"{network}/{dataset}" for network, dataset in (name.split("/") for name in names)}
+
+
+GROUPS: dict[str, tuple[str, ...]] = groups_of(_pairs(BASE[:4]), _pairs(BASE[4:]))
 """Group → its sets, in the reference's order."""
+
+_GROUPS = dict(GROUPS)
+
+
+def register_groups(prefix: str, groups: Mapping[str, Sequence[str]]) -> None:
+    """Registers groups of annotated models to train on, as a plug-in does for its own.
+
+    Args:
+        prefix: What their names begin with, so that they are not mistaken for the paper's; a hyphen follows it.
+        groups: Group → its models; :func:`groups_of` makes the paper's of other sets.
+    """
+    _GROUPS.update({f"{prefix}-{name}": tuple(models) for name, models in groups.items()})
 
 
 def training_groups(names: Sequence[str], annotated: Collection[str]) -> dict[str, tuple[str, ...]]:
     """Finds what users mean by groups of annotated models to train on.
 
     Args:
-        names: Each one of :data:`GROUPS`, an annotated model, ``NAME=MODEL,MODEL`` for a group of one's own, or
-            ``all`` for every group of :data:`GROUPS` whose models are all annotated.
+        names: Each one of :data:`GROUPS` or of those that plug-ins registered, an annotated model, ``NAME=MODEL,MODEL``
+            for a group of one's own, or ``all`` for every group whose models are all annotated.
         annotated: The models that have annotations.
 
     Returns:
@@ -64,7 +95,7 @@ def training_groups(names: Sequence[str], annotated: Collection[str]) -> dict[st
         name, _, members = text.partition("=")
         key = name.replace("/", "-")
         if text == "all":
-            found |= {name: models for name, models in GROUPS.items() if set(models) <= set(annotated)}
+            found |= {name: models for name, models in _GROUPS.items() if set(models) <= set(annotated)}
             if not found:
                 raise MilanError(
                     f"no group has annotations of all its models: there are {', '.join(sorted(annotated)) or 'none'}."
@@ -72,12 +103,12 @@ def training_groups(names: Sequence[str], annotated: Collection[str]) -> dict[st
             continue
         if members:
             models = tuple(members.split(","))
-        elif key in GROUPS:
-            models = GROUPS[key]
+        elif key in _GROUPS:
+            models = _GROUPS[key]
         elif name in annotated:
             models = (name,)
         else:
-            raise unknown_name("group", text, [*GROUPS, *annotated, "all"], "Or give NAME=MODEL,MODEL.")
+            raise unknown_name("group", text, [*_GROUPS, *annotated, "all"], "Or give NAME=MODEL,MODEL.")
         missing = [model for model in models if model not in annotated]
         if missing:
             raise MilanError(

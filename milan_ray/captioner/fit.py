@@ -212,6 +212,13 @@ class _Fitting:
         """Every annotation of some units."""
         return [(row, words) for row in rows for words in self.words[row]]
 
+    def _part(self, batch: Sequence[Caption]) -> tuple[Sequence[int], Sequence[list[int]], training.Share]:
+        """This worker's part of a batch: rows, words, their weight; who gets none has a caption that weighs nothing."""
+        mine = batch[self.team.rank :: self.team.workers]
+        whole, own = ([words for _, words in captions] for captions in (batch, mine))
+        rows, words = zip(*(mine or batch[:1]), strict=True)
+        return rows, words, training.share_of(own, whole, self.team.workers)
+
     def _lm_epoch(
         self,
         model: nn.Module,
@@ -220,13 +227,9 @@ class _Fitting:
         config: TrainingConfig,
         epoch: int,
     ) -> float:
-        rank, workers = self.team.rank, self.team.workers
-
         def load(batch: list[Caption]) -> training.LMBatch:
-            whole = [words for _, words in batch]
-            mine = whole[rank::workers]
-            share = training.share_of(mine, whole, workers)
-            return self._on_device(training.collate_lm(mine or whole[:1], self.indexer, share))
+            _, words, share = self._part(batch)
+            return self._on_device(training.collate_lm(words, self.indexer, share))
 
         batches = training.shuffled_batches(captions, config.lm_batch_size, config.seed, epoch)
         return training.lm_epoch(model, optimizer, _ahead(load, batches), self.pad, config)
@@ -244,14 +247,9 @@ class _Fitting:
         config: TrainingConfig,
         epoch: int,
     ) -> float:
-        rank, workers = self.team.rank, self.team.workers
-
         def load(batch: list[Caption]) -> training.DecoderBatch:
-            whole = [words for _, words in batch]
-            mine = batch[rank::workers]
-            share = training.share_of([words for _, words in mine], whole, workers)
-            rows, words = zip(*(mine or batch[:1]), strict=True)
-            longest = max(map(len, whole))
+            rows, words, share = self._part(batch)
+            longest = max(len(words) for _, words in batch)
             features = self.units.take(rows)
             return self._on_device(training.collate_decoder(features, words, self.indexer, longest, share))
 

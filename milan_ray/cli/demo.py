@@ -19,6 +19,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip", action="store_true", help="re-rank by a small CLIP trained on the world, too (4 minutes)"
     )
+    parser.add_argument(
+        "--groups",
+        action="store_true",
+        help="train a captioner on each of the paper's 14 groups of sets, played by six of the world's networks, too",
+    )
     options.add_to(parser, options.storage, options.report, options.resources, options.common)
 
 
@@ -26,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.pipelines.captioners import about_captioner
     from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.demo import DECODER, run_demo, run_generator, summary
+    from milan_ray.pipelines.demo import DECODER, run_demo, run_generator, run_groups, summary
     from milan_ray.plugins import load_plugins
     from milan_ray.schema import DESCRIPTIONS
 
@@ -41,6 +46,8 @@ def run(args: argparse.Namespace) -> int:
         scores = run_demo(storage, resources, max(1, (os.cpu_count() or 1) // 2 * 2), args.clip)
         if args.generator:
             run_generator(storage, resources)
+        if args.groups:
+            run_groups(storage, resources)
     report_on(args, storage, notes={"About the descriptions": about_captioner(storage, DECODER)})
     layers = storage.partitions(DESCRIPTIONS, labeler="milan")
     units = sum(len(storage.read(DESCRIPTIONS, ["unit"], **keys)) for keys in layers)

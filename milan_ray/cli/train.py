@@ -23,7 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     which.add_argument(
         "--group", "--groups", nargs="+", metavar="GROUP",
         help="a captioner each: base, cls, gen, imagenet, places365, alexnet, resnet152, biggan, not-MODEL-DATASET, "
-        "an annotated model, NAME=MODEL,MODEL for your own, or all",
+        "the same of the built-in world (world-base, …), an annotated model, NAME=MODEL,MODEL for your own, or all",
     )  # fmt: skip
     which.add_argument("--model", nargs="+", metavar="NAME", help="only annotated units of these models (default: all)")
     parser.add_argument(
@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.encodings import run_encodings
     from milan_ray.pipelines.plan import plan_training
     from milan_ray.pipelines.train import Sizes, TrainingJob, run_trainings
+    from milan_ray.plugins import load_plugins
 
+    load_plugins(args.plugin)  # they may register groups
     storage, resources = open_storage(args), resources_of(args)
     annotated = annotated_layers(storage, args.annotations, args.model)
     if args.group:

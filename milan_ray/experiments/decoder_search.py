@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import yaml
 
 from milan_ray.captioner.fit import Plan, Sizes
 from milan_ray.config import TrainingConfig
-from milan_ray.experiments.files import is_number, known, mapping, whole, wrong
+from milan_ray.experiments.files import known, mapping, number, share, whole, wrong
 
 SEARCHERS = AUTO, OPTUNA, RANDOM = ("auto", "optuna", "random")
 """auto is Optuna where it is installed, else Ray Tune's own random search."""
@@ -67,10 +67,6 @@ class DecoderSetting:
             plan.config, learning_rate=self.learning_rate, regularization_weight=self.regularization_weight
         )
         return Plan(config, Sizes(self.embedding, self.hidden, self.dropout))
-
-    def to_yaml(self, about: str) -> str:
-        """A file that :func:`read_decoder_setting` reads, with a remark for people on top."""
-        return f"# {about}\n" + yaml.safe_dump(asdict(self), sort_keys=False)
 
 
 _LIMITS: dict[str, tuple[float, float]] = {
@@ -166,9 +162,7 @@ def read_decoder_space(text: str, where: str) -> DecoderSpace:
         if key == "searcher":
             read[key] = known(f"searcher in {where}:", value, SEARCHERS)
         elif key == "hold_out":
-            if not is_number(value) or not 0 < value < 1:
-                raise wrong(where, key, value, "a share between 0 and 1, both excluded")
-            read[key] = float(value)
+            read[key] = share(value, key, where)
         else:
             read[key] = whole(value, key, where, {"seed": 0, "patience": 0, "reduction": 2}.get(key, 1))
     return DecoderSpace(space, Budget(**read))
@@ -202,17 +196,11 @@ def _value(value: object, key: str, where: str) -> Any:
         if not isinstance(value, str) or not value:
             raise wrong(where, key, value, _wanted(key))
         return value
-    number: float
-    if key in _WHOLE:
-        number = whole(value, key, where)
-    elif is_number(value):
-        number = float(str(value))
-    else:
-        raise wrong(where, key, value, _wanted(key))
+    found = whole(value, key, where) if key in _WHOLE else number(value, key, where, _wanted(key))
     low, high = _LIMITS[key]
-    if not low <= number <= high:
+    if not low <= found <= high:
         raise wrong(where, key, value, f"between {low:g} and {high:g}")
-    return number
+    return found
 
 
 def _wanted(key: str) -> str:

@@ -1,15 +1,20 @@
-"""Reading YAML that people write: what is wrong with it is one sentence."""
+"""YAML that people write and read: what is wrong with it is one sentence."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, asdict, fields
 from typing import Any
 
 import yaml
 
 from milan_ray.errors import MilanError, unknown_name
+
+
+def to_yaml(record: Any, about: str) -> str:
+    """A dataclass as a file that :func:`mapping` reads, with a remark for people on top."""
+    return f"# {about}\n" + yaml.safe_dump(asdict(record), sort_keys=False)
 
 
 def mapping(text: str, where: str, *records: type, required: Sequence[str] = ()) -> dict[str, Any]:
@@ -61,6 +66,28 @@ def known(kind: str, name: object, names: Sequence[str]) -> str:
 def is_number(value: object) -> bool:
     """Whether a value is a finite number."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def number(value: Any, key: str, where: str, wanted: str = "a number") -> float:
+    """A finite number.
+
+    Raises:
+        MilanError: It is none.
+    """
+    if not is_number(value):
+        raise wrong(where, key, value, wanted)
+    return float(value)
+
+
+def share(value: Any, key: str, where: str) -> float:
+    """A part of a whole that leaves something on both sides.
+
+    Raises:
+        MilanError: It is none.
+    """
+    if not is_number(value) or not 0 < value < 1:
+        raise wrong(where, key, value, "a share between 0 and 1, both excluded")
+    return float(value)
 
 
 def whole(value: object, key: str, where: str, least: int = 1) -> int:

@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import yaml
 
 from milan_ray.captioner.rerank import rescore
 from milan_ray.errors import MilanError
 from milan_ray.experiments.evaluation import METRICS, Row, score_table, text_statistics
-from milan_ray.experiments.files import is_number, known, mapping, whole, wrong
+from milan_ray.experiments.files import is_number, known, mapping, number, share, whole, wrong
 from milan_ray.scoring.bootstrap import difference, interval, intervals, resampling_counts
 from milan_ray.scoring.text import BertScore, References
 
@@ -116,10 +115,6 @@ class Setting:
     length: int
     lam: float
 
-    def to_yaml(self, about: str) -> str:
-        """A file that :func:`read_setting` reads, with a remark for people on top."""
-        return f"# {about}\n" + yaml.safe_dump(asdict(self), sort_keys=False)
-
 
 # -- files that people write ------------------------------------------------------------------------------------------
 
@@ -147,9 +142,7 @@ def read_sweep(text: str, where: str) -> Sweep:
         elif key == "metric":
             read[key] = known(f"metric in {where}:", value, METRICS)
         elif key == "validation":
-            if not is_number(value) or not 0 < value < 1:
-                raise wrong(where, key, value, "a share between 0 and 1, both excluded")
-            read[key] = float(value)
+            read[key] = share(value, key, where)
         else:
             read[key] = whole(value, key, where, 0 if key == "seed" else 1)
     return Sweep(**read)
@@ -158,11 +151,8 @@ def read_sweep(text: str, where: str) -> Sweep:
 def read_setting(text: str, where: str) -> Setting:
     """Reads a setting; arguments and errors as :func:`read_sweep`."""
     given = mapping(text, where, Setting)
-    if not is_number(given["lam"]):
-        raise wrong(where, "lam", given["lam"], "a number")
-    return Setting(
-        whole(given["beam_size"], "beam_size", where), whole(given["length"], "length", where), float(given["lam"])
-    )
+    beam_size, length = (whole(given[key], key, where) for key in ("beam_size", "length"))
+    return Setting(beam_size, length, number(given["lam"], "lam", where))
 
 
 def _numbers(value: object, key: str, where: str) -> tuple[Any, ...]:

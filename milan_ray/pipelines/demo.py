@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from milan_ray.annotations.groups import training_groups
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig, config_hash
 from milan_ray.exemplars.forward import Forward
 from milan_ray.experiments import judges
 from milan_ray.experiments.evaluation import RANDOM, best_constant, evaluate_text, nearest_copy, with_trivial_rows
+from milan_ray.experiments.tuning import Sweep
 from milan_ray.labelers.clip import CLIP, Clip
 from milan_ray.pipelines import requests, world
 from milan_ray.pipelines.captioners import EncoderRequest
@@ -19,14 +22,16 @@ from milan_ray.pipelines.describe import LIKELIHOOD, MILAN, Search, run_descript
 from milan_ray.pipelines.encodings import run_encodings, unit_features
 from milan_ray.pipelines.exemplars import run_exemplars
 from milan_ray.pipelines.rerank import run_reranking
-from milan_ray.pipelines.train import Sizes, TrainingJob, run_training
+from milan_ray.pipelines.train import Sizes, TrainingJob, run_training, run_trainings
+from milan_ray.pipelines.tune import TuningJob, run_tuning
 from milan_ray.progress import say
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, ENCODINGS, SCORES
 from milan_ray.scoring.text import BertScore, minilm_directory
 from milan_ray.storage import Storage
 from milan_ray.world.networks import planted_concepts
+from milan_ray.world.plugin import CLASSIFIERS, GENERATORS
 from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
-from milan_ray.world.training import PREPROCESS, generator_task
+from milan_ray.world.training import PREPROCESS, generator_task, places_tasks, train_all_tasks
 
 DECODER = "world"
 """Name of the captioner, and of its encoder."""
@@ -49,12 +54,30 @@ GENERATOR = "world/generator"
 PROBE = requests.ProbeRequest(("world/probe",))
 CODES = requests.ProbeRequest(("world/probe-codes",))
 HELD_OUT_SCENES = requests.ProbeRequest(("world/heldout",))
+TRAIN_SCENES = requests.ProbeRequest(("world/train",))
+TRAIN_CODES = requests.ProbeRequest(("world/train-codes",))
+
+SETS: dict[requests.ProbeRequest, tuple[str, ...]] = {
+    PROBE: tuple(name for (_, dataset), name in CLASSIFIERS.items() if dataset == "objects"),
+    TRAIN_SCENES: tuple(name for (_, dataset), name in CLASSIFIERS.items() if dataset == "places"),
+    CODES: (GENERATORS["generator", "objects"],),
+    TRAIN_CODES: (GENERATORS["generator", "places"],),
+}
+"""What the networks of the groups are dissected on."""
 
 EXEMPLARS = ExemplarConfig()
 SEARCH = Search(DECODER)
 TRAINING = TrainingConfig(max_epochs=15, patience=6, hold_out=0.15, decoder_batch_size=32, lm_batch_size=32)
 SIZES = Sizes(embedding=64, hidden=256)
 """A fraction of the paper's: the world's language is small."""
+
+TUNING = "lam"
+"""Name of the sweep over λ."""
+
+GROUP_TRAINING = replace(TRAINING, max_epochs=10, patience=4)
+
+SWEEP = Sweep((50,), tuple(step / 20 for step in range(21)), metric="rouge-l-f")
+"""λ of re-ranking; the candidates are those of the descriptions. BERTScore chooses where there is a model for it."""
 
 EXPERIMENTS = ("held-out text", "held-out truth", "untrained truth", "planted units", "interpretable units")
 
@@ -84,11 +107,22 @@ def run_demo(storage: Storage, resources: Resources, threads: int, clip: bool = 
     job = TrainingJob(DECODER, world.SOURCE, layers, EncoderRequest(DECODER), TRAINING, SIZES, threads=threads)
     run_training(storage, job)
     run_descriptions(storage, dissected, SEARCH, resources)
-    if not clip:
-        return evaluate(storage, dissected)
-    folder = world.train_image_text()
-    run_reranking(storage, dissected, SEARCH, Clip(folder), resources)
-    return evaluate(storage, dissected, SYSTEMS | {"wPMI beam + CLIP": CLIP})
+    tuning = tune(storage, {name: dissected[name] for name in (HELD_OUT, PLANTED)}, resources)
+    systems = SYSTEMS
+    if clip:
+        run_reranking(storage, dissected, SEARCH, Clip(world.train_image_text()), resources)
+        systems = SYSTEMS | {"wPMI beam + CLIP": CLIP}
+    return pa.concat_tables([evaluate(storage, dissected, systems), tuning])
+
+
+def tune(storage: Storage, models: Mapping[str, Sequence[str]], resources: Resources) -> pa.Table:
+    """Tunes λ on half of the annotated units of networks that the captioner never saw; returns what the others say."""
+    folder = minilm_directory()
+    sweep = replace(SWEEP, metric="bertscore-f") if folder else SWEEP
+    layers = tuple((model, layer) for model, layers in models.items() for layer in layers)
+    job = TuningJob(TUNING, DECODER, world.SOURCE, layers, sweep, str(folder) if folder else None)
+    run_tuning(storage, job, resources)
+    return storage.read(SCORES, experiment=job.experiment)
 
 
 def run_generator(storage: Storage, resources: Resources) -> None:
@@ -99,6 +133,50 @@ def run_generator(storage: Storage, resources: Resources) -> None:
     world.annotate(storage, CODES, dissected)
     run_encodings(storage, dissected, EncoderRequest(DECODER), resources)
     run_descriptions(storage, dissected, SEARCH, resources)
+
+
+def run_groups(
+    storage: Storage,
+    resources: Resources,
+    sets: Mapping[requests.ProbeRequest, Sequence[str]] = SETS,
+    config: ExemplarConfig = EXEMPLARS,
+    training: TrainingConfig = GROUP_TRAINING,
+    groups: Sequence[str] = ("all",),
+) -> None:
+    """Trains a captioner on each of the paper's groups of sets, played by the world's networks, side by side.
+
+    Args:
+        storage: The run directory.
+        resources: What of the cluster to use; Ray must be connected.
+        sets: Probe → networks that are dissected on it.
+        config: How to dissect.
+        training: How to train.
+        groups: Which groups, as :func:`~milan_ray.annotations.groups.training_groups` takes them.
+    """
+    encoder = EncoderRequest(DECODER)
+    needed = {"encoder", *(name.removeprefix("world/") for models in sets.values() for name in models)}
+    tasks = [generator_task(), *places_tasks(), *train_all_tasks()]
+    world.train_networks([task for task in tasks if task.name in needed])
+    dissected: dict[str, tuple[str, ...]] = {}
+    for probe, models in sets.items():
+        found = run_exemplars(
+            storage, [requests.ModelRequest(name) for name in models], probe, config, resources
+        ).models
+        world.annotate(storage, probe, found)
+        dissected |= found
+    run_encodings(storage, dissected, encoder, resources)
+    jobs = [
+        TrainingJob(
+            group,
+            world.SOURCE,
+            tuple((model, layer) for model in models for layer in dissected[model]),
+            encoder,
+            training,
+            SIZES,
+        )
+        for group, models in training_groups(groups, dissected).items()
+    ]
+    run_trainings(storage, jobs)
 
 
 def evaluate(storage: Storage, models: Mapping[str, Sequence[str]], systems: Mapping[str, str] = SYSTEMS) -> pa.Table:
@@ -228,6 +306,7 @@ def summary(scores: pa.Table) -> str:
         ("untrained truth", ("auroc",)),
         ("planted units", ("planted-accuracy",)),
         ("interpretable units", ("iou>.04",)),
+        (f"tuning of {DECODER} by {TUNING}", ("rouge-l-f", "bertscore-f")),
     ):
         rows = frame.filter(pl.col("experiment") == experiment, ~pl.col("system").str.contains(" − "))
         for metric in metrics:

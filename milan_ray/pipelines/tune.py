@@ -26,6 +26,7 @@ from milan_ray.captioner.checkpoints import digest as captioner_digest
 from milan_ray.config import Recipe, Resources
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
+from milan_ray.experiments.files import to_yaml
 from milan_ray.experiments.tuning import (
     BEAM_MI,
     DESCRIBED,
@@ -89,6 +90,11 @@ class TuningJob:
     sweep: Sweep
     bert_model: str | None = None
 
+    @property
+    def experiment(self) -> str:
+        """Name of the evaluation on the units that did not choose, in SCORES."""
+        return f"tuning of {captioner_name(self.decoder)} by {self.name}"
+
 
 def run_tuning(storage: Storage, job: TuningJob, resources: Resources) -> Setting:
     """Tries what a sweep holds unless that is done, and chooses.
@@ -128,7 +134,7 @@ def run_tuning(storage: Storage, job: TuningJob, resources: Resources) -> Settin
     table = _gather(storage, task, trials, keys)
     best = best_trial(table, job.sweep.metric)
     setting = Setting(best["beam_size"] or 1, best["length"], best["lam"])
-    compared = _judge(storage, task, trials, best, units, split[HELD_OUT], keys)
+    compared = _judge(storage, task, trials, best, units, split[HELD_OUT])
     is_best = pl.all_horizontal(
         pl.col(name).eq_missing(best[name]) for name in ("strategy", "beam_size", "length", "lam")
     )
@@ -137,10 +143,9 @@ def run_tuning(storage: Storage, job: TuningJob, resources: Resources) -> Settin
         f"{job.decoder}, chosen by {job.sweep.metric} {best['value']:.4g} [{best['low']:.4g}, {best['high']:.4g}] on "
         f"{best['n']} units annotated by {job.source}: {best['strategy']}"
     )
-    storage.put(f"{folder}/{TRIALS_SETTING}", setting.to_yaml(about).encode())
+    storage.put(f"{folder}/{TRIALS_SETTING}", to_yaml(setting, about).encode())
     storage.put(f"{folder}/{TRIALS_FIGURE}", draw_trials(table, job.sweep.metric, best))
-    experiment = compared["experiment"][0].as_py()
-    storage.write(SCORES, compared, recipe, experiment=experiment)
+    storage.write(SCORES, compared, recipe, experiment=job.experiment)
     found = TRIALS.table({name: column.to_arrow() for name, column in columns.items()})
     storage.write(TRIALS, found, recipe, **keys)
     seconds = time.monotonic() - started
@@ -247,7 +252,6 @@ def _judge(
     best: Mapping[str, Any],
     units: Sequence[_Unit],
     held_out: np.ndarray,
-    keys: Mapping[str, str],
 ) -> pa.Table:
     """The chosen setting on the units that did not choose, beside the same search with λ = 0 and the paper's λ."""
     trial = next(
@@ -263,8 +267,8 @@ def _judge(
     systems = {name: said[trial.lams.index(lam)] for name, lam in wanted.items()}
     sweep = task.job.sweep
     references = [unit.references for unit in units]
-    name = f"tuning of {keys['decoder']} by {keys['sweep']}"
-    return compare_systems(name, systems, references, held_out, task.bert_score(), sweep.samples, sweep.seed)
+    bert = task.bert_score()
+    return compare_systems(task.job.experiment, systems, references, held_out, bert, sweep.samples, sweep.seed)
 
 
 def _summary(

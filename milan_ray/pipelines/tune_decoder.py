@@ -39,6 +39,7 @@ from milan_ray.experiments.decoder_search import (
     Range,
     read_decoder_setting,
 )
+from milan_ray.experiments.files import to_yaml
 from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.train import MEMORY_LIMIT, annotations_read
 from milan_ray.pipelines.training_units import UnitFeatures, write_units
@@ -113,7 +114,7 @@ def run_decoder_tuning(storage: Storage, job: DecoderTuningJob, resources: Resou
         f"The decoder, chosen by BLEU {best['bleu']:.4g} on the held-out ones of {units} units annotated by "
         f"{job.source}: the best of {len(rows)} trials, so others will be lower"
     )
-    storage.put(f"{folder}/{TRIALS_SETTING}", setting.to_yaml(about).encode())
+    storage.put(f"{folder}/{TRIALS_SETTING}", to_yaml(setting, about).encode())
     columns = frame.with_columns((pl.col("trial") == best["trial"]).alias("chosen")).to_dict()
     table = DECODER_TRIALS.table({name: column.to_arrow() for name, column in columns.items()})
     storage.write(DECODER_TRIALS, table, recipe, **keys)

@@ -11,13 +11,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from milan_ray.world.lexicon import NAMES, names_of
-from milan_ray.world.scenes import OBJECTS, SIGN_WORDS
+from milan_ray.world.scenes import GROUNDS, OBJECTS, SIGN_WORDS, SKIES
 
 MEAN = (0.45, 0.45, 0.45)
 STD = (0.25, 0.25, 0.25)
 
 CLASSES = OBJECTS
 """Names of the classifiers' outputs."""
+
+PLACES = tuple(f"{ground}, {sky}" for ground in GROUNDS for sky in SKIES)
+"""Names of the outputs of those that tell places instead of objects, as networks for Places365 do."""
 
 planted_concepts: tuple[str, ...] = tuple(n for n in NAMES if n not in (*names_of("relation"), *SIGN_WORDS))
 """What the planted units stand for, in the order of the units: unit ``i`` of layer ``planted`` is concept ``i``.
@@ -193,11 +196,11 @@ class Architecture:
     """A network to describe.
 
     Attributes:
-        build: Makes it, with fresh weights.
+        build: Makes it, with fresh weights; ``outputs`` is the number of classes.
         layers: Its layers worth describing, in order.
     """
 
-    build: Callable[[], nn.Module]
+    build: Callable[..., nn.Module]
     layers: tuple[str, ...]
 
 

@@ -10,20 +10,50 @@ from safetensors.torch import load_file
 from torch import nn
 
 from milan_ray import config
+from milan_ray.annotations.groups import groups_of, register_groups
 from milan_ray.captioner.encoder import register_encoder
 from milan_ray.errors import MilanError
+from milan_ray.models.concept_truth import ConceptTruth
+from milan_ray.models.generators import register_generator
+from milan_ray.models.image_captions import register_image_captioner
+from milan_ray.models.image_text import ImageText, register_image_text
 from milan_ray.models.registry import register_model
 from milan_ray.probe.registry import register_probe
 from milan_ray.world.encoder import LAYERS, EncoderNet
 from milan_ray.world.generator import LAYERS as GENERATOR_LAYERS
 from milan_ray.world.generator import CodeProbe, SceneGenerator, as_they_are
-from milan_ray.world.networks import ARCHITECTURES, CLASSES, MEAN, STD, PlantedNet, planted_concepts, random_network
+from milan_ray.world.lexicon import CONCEPT, NAMES, concepts_in
+from milan_ray.world.networks import (
+    ARCHITECTURES,
+    CLASSES,
+    MEAN,
+    PLACES,
+    STD,
+    PlantedNet,
+    planted_concepts,
+    random_network,
+)
+from milan_ray.world.painter import ScenePainter
 from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
 from milan_ray.world.scenes import SIDE
-from milan_ray.world.training import PREPROCESS
+from milan_ray.world.tagger import SceneTagger
+from milan_ray.world.training import PLACES_SUFFIX, PREPROCESS
 
 RANDOM_CONTROLS = ("cnn", "resnet")
 """Architectures that are also registered with random weights, as controls."""
+
+CLASSIFIERS = {
+    ("cnn", "objects"): "world/cnn",
+    ("cnn", "places"): f"world/cnn{PLACES_SUFFIX}",
+    ("resnet", "objects"): "world/resnet",
+    ("resnet", "places"): f"world/resnet{PLACES_SUFFIX}",
+}
+GENERATORS = {
+    ("generator", "objects"): "world/generator",
+    ("generator", "places"): f"world/generator{PLACES_SUFFIX}",
+}
+"""The sets that play the paper's: (network, dataset) → model. Those of places are dissected on ``world/train``, whose
+scenes none of them was trained on, the others on ``world/probe``."""
 
 PROBE_SIZE = 4_000
 """Scenes in ``world/probe`` and ``world/train``."""
@@ -41,10 +71,16 @@ def weights_dir(models_dir: str | None = None) -> Path:
     return Path(models_dir or config.models_dir(), "world", WORLD_DIGEST).absolute()
 
 
+_MADE_BY = {
+    "--generator": ("generator",),
+    "--groups": tuple(f"{name}{PLACES_SUFFIX}" for name in ("cnn", "resnet", "generator")),
+}
+
+
 def _load(build: Callable[[], nn.Module], default: Path, weights: str | None) -> nn.Module:
     path = Path(weights) if weights else default
     if not path.is_file():
-        option = " --generator" if default.stem == "generator" else ""
+        option = next((f" {option}" for option, stems in _MADE_BY.items() if default.stem in stems), "")
         raise MilanError(
             f"the built-in world's weights are missing at {path}; make them with `python -m jobs.demo{option}`."
         )
@@ -57,9 +93,13 @@ def register(folder: str | None = None) -> None:
     """Registers the world's models, encoder and probes.
 
     Models: ``world/cnn``, ``world/resnet``, ``world/vit``, ``world/planted``, and the random-weight controls
-    ``world/cnn-random`` and ``world/resnet-random``; ``world/generator``, which paints scenes from their codes.
+    ``world/cnn-random`` and ``world/resnet-random``; ``world/generator``, which paints scenes from their codes; and
+    ``world/cnn-places``, ``world/resnet-places`` and ``world/generator-places``, trained on other scenes, the first two
+    to tell places. Groups: ``world-base`` and the like, the paper's with these six models in their places.
     Encoder: ``world``. Probes: ``world/train``, ``world/probe``, ``world/heldout``, and codes of the same scenes:
-    ``world/train-codes``, ``world/probe-codes``, ``world/heldout-codes``.
+    ``world/train-codes``, ``world/probe-codes``, ``world/heldout-codes``. Models of images
+    and texts: ``world/clip`` and, reading concept maps, ``world/truth``. A generator of images from texts:
+    ``world/painter``; a captioner of images: ``world/tagger``.
 
     Args:
         folder: Folder of the weights; :func:`weights_dir` when left out.
@@ -75,11 +115,37 @@ def register(folder: str | None = None) -> None:
     register_model("world/planted", planted, ("planted",), PREPROCESS, classes=planted_concepts)
     encoder = partial(_load, EncoderNet, place / "encoder.safetensors")
     register_encoder("world", encoder, LAYERS, size=SIDE, mean=MEAN, std=STD, architecture=EncoderNet)
-    painter = partial(_load, SceneGenerator, place / "generator.safetensors")
-    register_model("world/generator", painter, GENERATOR_LAYERS, PREPROCESS, images=as_they_are)
+    for (network, dataset), name in CLASSIFIERS.items():
+        if dataset == "places":
+            architecture = ARCHITECTURES[network]
+            factory = partial(_load, partial(architecture.build, len(PLACES)), place / _file(name))
+            register_model(name, factory, architecture.layers, PREPROCESS, classes=PLACES)
+    for name in GENERATORS.values():
+        painter = partial(_load, SceneGenerator, place / _file(name))
+        register_model(name, painter, GENERATOR_LAYERS, PREPROCESS, images=as_they_are)
+    register_groups("world", groups_of(CLASSIFIERS, GENERATORS))
+    words = [CONCEPT[name].synonyms[0] for name in NAMES]
+    register_image_text("world/truth", partial(ConceptTruth, NAMES, concepts_in, WORLD_DIGEST), words)
+    register_image_text("world/clip", partial(_image_text, place / "clip"), words)
+    register_generator("world/painter", ScenePainter)
+    eyes = partial(_load, EncoderNet, place / "encoder.safetensors", None)
+    register_image_captioner("world/tagger", partial(SceneTagger, eyes))
     for split, size in (("train", PROBE_SIZE), ("probe", PROBE_SIZE), ("heldout", HELDOUT_SIZE)):
         register_probe(f"world/{split}", partial(WorldProbe, split, size))
         register_probe(f"world/{split}-codes", partial(_codes, split, size))
+
+
+def _file(model: str) -> str:
+    return f"{model.removeprefix('world/')}.safetensors"
+
+
+def _image_text(folder: Path) -> ImageText:
+    if not (folder / "model.safetensors").is_file():
+        raise MilanError(
+            f"the built-in world's model of images and texts is missing at {folder}; make it with "
+            "`python -m jobs.demo --clip`."
+        )
+    return ImageText(str(folder))
 
 
 def _codes(split: str, size: int) -> CodeProbe:

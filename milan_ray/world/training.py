@@ -20,7 +20,7 @@ from milan_ray.scoring.auroc import auroc
 from milan_ray.world.encoder import EncoderNet
 from milan_ray.world.generator import SceneGenerator, scene_code
 from milan_ray.world.lexicon import NAMES
-from milan_ray.world.networks import ARCHITECTURES, CLASSES, MEAN, STD, PlantedNet, planted_concepts
+from milan_ray.world.networks import ARCHITECTURES, CLASSES, MEAN, PLACES, STD, PlantedNet, planted_concepts
 from milan_ray.world.scenes import SIDE, concept_maps, make_scene, render
 
 PREPROCESS = Preprocess(View(resize=None, crop=SIDE), MEAN, STD)
@@ -55,8 +55,14 @@ RECIPES: dict[str, Recipe] = {
     "encoder": Recipe(scenes=12_000, epochs=2, lr=4e-3, first=60_000, batch_size=32),
     "planted": Recipe(scenes=6_000, epochs=3, lr=5e-3, first=80_000, batch_size=32),
     "generator": Recipe(scenes=6_000, epochs=3, lr=6e-3, first=100_000, batch_size=16),
+    "cnn-places": Recipe(scenes=6_000, epochs=2, lr=6e-3, first=120_000),
+    "resnet-places": Recipe(scenes=5_000, epochs=2, lr=5e-3, first=140_000),
+    "generator-places": Recipe(scenes=4_000, epochs=2, lr=6e-3, first=160_000, batch_size=16),
 }
 """The recipes behind the weights, by network."""
+
+PLACES_SUFFIX = "-places"
+"""What the names of the second dataset's networks end with: other scenes, and places in place of objects."""
 
 TEST_SCENES = 1_000
 """Scenes of the split ``heldout`` behind every accuracy."""
@@ -73,6 +79,12 @@ def images_of(split: str, start: int, count: int) -> torch.Tensor:
 def labels_of(split: str, start: int, count: int) -> torch.Tensor:
     """Classes of consecutive scenes, int64 (count,), as positions in ``CLASSES``."""
     return torch.tensor([CLASSES.index(make_scene(split, i).label) for i in range(start, start + count)])
+
+
+def places_of(split: str, start: int, count: int) -> torch.Tensor:
+    """Places of consecutive scenes, int64 (count,), as positions in ``PLACES``."""
+    scenes = (make_scene(split, i) for i in range(start, start + count))
+    return torch.tensor([PLACES.index(f"{scene.ground}, {scene.sky}") for scene in scenes])
 
 
 def attributes_of(split: str, start: int, count: int) -> torch.Tensor:
@@ -172,26 +184,28 @@ def _planted_loss(network: nn.Module, inputs: torch.Tensor, targets: torch.Tenso
 
 
 def train_classifier(
-    architecture: str, seed: int = 0, threads: int = 1, recipe: Recipe | None = None
+    architecture: str, seed: int = 0, threads: int = 1, recipe: Recipe | None = None, places: bool = False
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Trains one of the architectures to name the big object.
+    """Trains one of the architectures to name the big object, or the place.
 
     Args:
         architecture: A key of :data:`milan_ray.world.networks.ARCHITECTURES`.
         seed: Of weights and order.
         threads: Of torch; another number rounds differently and so gives other weights.
         recipe: Another length of training.
+        places: Tell places, not objects.
 
     Returns:
         Weights, and metrics: ``accuracy`` on held-out scenes and the last epoch's ``loss``.
     """
-    recipe = recipe or RECIPES[architecture]
+    recipe = recipe or RECIPES[f"{architecture}{PLACES_SUFFIX}" if places else architecture]
+    of, classes = (places_of, PLACES) if places else (labels_of, CLASSES)
     with reproducible(seed, threads):
-        network = ARCHITECTURES[architecture].build()
+        network = ARCHITECTURES[architecture].build(len(classes))
         images = images_of("train", recipe.first, recipe.scenes)
-        history = fit(network, images, labels_of("train", recipe.first, recipe.scenes), _class_loss, recipe)
+        history = fit(network, images, of("train", recipe.first, recipe.scenes), _class_loss, recipe)
         guesses = outputs_on(network, images_of("heldout", TESTS_FROM, TEST_SCENES)).argmax(dim=1)
-        accuracy = (guesses == labels_of("heldout", TESTS_FROM, TEST_SCENES)).float().mean().item()
+        accuracy = (guesses == of("heldout", TESTS_FROM, TEST_SCENES)).float().mean().item()
     return network.state_dict(), {"accuracy": accuracy, "loss": history[-1]}
 
 
@@ -302,6 +316,16 @@ class TrainTask:
 def generator_task(threads: int = 1) -> TrainTask:
     """The training of the generator, which only those need who dissect it."""
     return TrainTask("generator", partial(train_generator, threads=threads), 90)
+
+
+def places_tasks(threads: int = 1) -> list[TrainTask]:
+    """The trainings of the second dataset's networks, which only the groups of sets need; the longest first."""
+    short = RECIPES["generator-places"]
+    return [
+        TrainTask("generator-places", partial(train_generator, 401, threads, short), 40),
+        TrainTask("resnet-places", partial(train_classifier, "resnet", 11, threads, places=True), 20),
+        TrainTask("cnn-places", partial(train_classifier, "cnn", 10, threads, places=True), 13),
+    ]
 
 
 def train_all_tasks(threads: int = 1) -> list[TrainTask]:

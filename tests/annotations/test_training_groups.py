@@ -2,6 +2,7 @@ import pytest
 
 from milan_ray.annotations.groups import BASE, GROUPS, training_groups
 from milan_ray.errors import MilanError
+from milan_ray.world import plugin  # registers groups
 
 ALEXNET = ("alexnet/imagenet", "alexnet/places365")
 
@@ -19,6 +20,23 @@ def test_training_groups_of_the_paper_one_model_and_ones_own_have_their_models()
 def test_training_groups_all_are_those_whose_models_are_all_annotated() -> None:
     assert training_groups(["all"], ALEXNET) == {"alexnet": ALEXNET}
     assert training_groups(["all"], BASE) == GROUPS
+
+
+def test_training_groups_of_the_world_are_the_papers_with_other_sets_in_their_places() -> None:
+    sets = {**plugin.CLASSIFIERS, **plugin.GENERATORS}
+    found = training_groups(["all"], list(sets.values()))
+    play = {
+        "alexnet": "cnn",
+        "resnet152": "resnet",
+        "biggan": "generator",
+        "imagenet": "objects",
+        "places365": "places",
+    }
+    for name, models in GROUPS.items():
+        renamed = "-".join(["world", *(play.get(part, part) for part in name.split("-"))])
+        pairs = [tuple(play[part] for part in model.split("/")) for model in models]
+        assert found.pop(renamed) == tuple(sets[pair] for pair in pairs)
+    assert not found
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from milan_ray import cli
+from milan_ray.annotations.groups import groups_of
 from milan_ray.config import Resources, TrainingConfig
 from milan_ray.errors import MilanError
 from milan_ray.experiments.decoder_search import (
@@ -28,12 +29,14 @@ from milan_ray.experiments.decoder_search import (
     Range,
     read_decoder_setting,
 )
+from milan_ray.experiments.files import to_yaml
 from milan_ray.pipelines.captioners import EncoderRequest, load_captioner
 from milan_ray.pipelines.train import EPOCH, Sizes, TrainingJob, run_training, run_trainings
 from milan_ray.pipelines.training_units import UnitFeatures, write_units
 from milan_ray.pipelines.tune_decoder import DecoderTuningJob, run_decoder_tuning
 from milan_ray.schema import ANNOTATIONS, DECODER_TRIALS, ENCODINGS, EXEMPLARS, TRAINING
 from milan_ray.storage import Storage
+from milan_ray.world.plugin import CLASSIFIERS, GENERATORS
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
 ENCODER = EncoderRequest("tiny", plugins=(PLUGIN,))
@@ -168,8 +171,9 @@ def test_decoder_tuning_by_optuna(storage) -> None:
     assert len({row["dropout"] for row in rows}) == 2
 
 
+@linux
 @pytest.mark.slow
-def test_killed_decoder_tuning_goes_on_where_it_was(storage) -> None:
+def test_killed_decoder_tuning_goes_on_where_it_was(storage, kill_all) -> None:
     command = [sys.executable, "-c", TUNE_AND_BE_KILLED, storage.root]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     environment.pop("RAY_ADDRESS", None)
@@ -177,13 +181,10 @@ def test_killed_decoder_tuning_goes_on_where_it_was(storage) -> None:
     work = Path(storage.root, "_work")
     while not list(work.glob("*/epochs/*.txt")) and first.poll() is None:
         time.sleep(0.01)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    kill_all(first)
     (path,) = work.glob("*/states/*.pt")
-    while time.time() - path.stat().st_mtime < 3:  # the trial's own process ends a little later
-        time.sleep(0.1)
     state = torch.load(path, weights_only=True)
-    assert 0 < len(state["history"]) < 7 and not storage.partitions(DECODER_TRIALS, sweep="killed")
+    assert state["history"] and not storage.partitions(DECODER_TRIALS, sweep="killed")
     state["history"][0]["validation"] = 1000.0  # marked, to see that this epoch is not trained again
     torch.save(state, path)
     run_decoder_tuning(storage, tuning_job("killed"), ONE_AT_A_TIME)
@@ -195,26 +196,6 @@ def test_killed_decoder_tuning_goes_on_where_it_was(storage) -> None:
 def done(storage: Storage) -> list[str]:
     """The newest epoch of every training under way."""
     return [path.read_text() for path in Path(storage.root).glob(f"_work/*/{EPOCH}")]
-
-
-def child_of(pid: int, name: str) -> int | None:
-    """The newest process below another one whose command line has a text in it, if any."""
-    parents, commands = {}, {}
-    for path in Path("/proc").iterdir():
-        if path.name.isdigit():
-            try:
-                parents[int(path.name)] = int((path / "stat").read_text().rpartition(")")[2].split()[1])
-                commands[int(path.name)] = (path / "cmdline").read_text()
-            except OSError:  # ended meanwhile
-                continue
-    found = []
-    for child, command in commands.items():
-        above = child
-        while above in parents and above != pid:
-            above = parents[above]
-        if above == pid and name in command:
-            found.append(child)
-    return max(found, default=None)
 
 
 TUNE_AND_BE_KILLED = """
@@ -245,15 +226,14 @@ with connected(Resources()):
 
 @linux
 @pytest.mark.slow
-def test_training_goes_on_after_driver_and_worker_are_killed_to_the_same_result(storage: Storage) -> None:
+def test_training_goes_on_after_driver_and_worker_are_killed_to_the_same_result(storage, below, kill_all) -> None:
     command = [sys.executable, "-c", HALF, storage.root]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
     environment.pop("RAY_ADDRESS", None)
     first = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, env=environment)
     while not done(storage) and first.poll() is None:
         time.sleep(0.01)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.wait()
+    kill_all(first)
     before = done(storage)
     assert before and not storage.partitions(TRAINING, decoder="late")
     killed: list[int] = []
@@ -261,7 +241,9 @@ def test_training_goes_on_after_driver_and_worker_are_killed_to_the_same_result(
     def kill_in_the_middle() -> None:
         worker = None
         while worker is None or done(storage) == before:
-            worker = child_of(os.getpid(), "RayTrainWorker") or worker  # before the epochs, which are short, begin
+            # Before the epochs, which are short, begin.
+            workers = [pid for pid, command in below(os.getpid()).items() if "RayTrainWorker" in command]
+            worker = max(workers, default=worker)
             if stop.wait(0.01):
                 return
         os.kill(worker, signal.SIGKILL)
@@ -305,6 +287,15 @@ def test_train_command_plans_a_captioner_per_group_and_refuses_what_is_not_clear
     assert "give --group, or --name" in capsys.readouterr().err
 
 
+def test_train_command_all_groups_of_the_world_are_fourteen_captioners(tmp_path, capsys) -> None:
+    for model in (*CLASSIFIERS.values(), *GENERATORS.values()):
+        write_layer(Storage(tmp_path), model, 5)
+    command = ["train", "--groups", "all", "--annotations", "people", "--encoder", "tiny", "--plugin", PLUGIN]
+    assert cli.main([*command, "--storage", str(tmp_path), "--dry-run"]) == 0
+    planned = [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("training")]
+    assert planned == [f"world-{group}" for group in groups_of(CLASSIFIERS, GENERATORS)] and len(planned) == 14
+
+
 def test_tune_command_knows_what_a_file_tunes(tmp_path, capsys) -> None:
     write_layer(Storage(tmp_path), "a/x", 5)
     configs = Path(__file__).resolve().parents[2] / "tune_configs"
@@ -321,7 +312,7 @@ def test_tune_command_knows_what_a_file_tunes(tmp_path, capsys) -> None:
 def test_train_command_takes_a_tuned_setting(tmp_path, capsys) -> None:
     write_layer(Storage(tmp_path), "a/x", 5)
     file = tmp_path / "setting.yaml"
-    file.write_text(DecoderSetting(hidden=8, encoder="tiny").to_yaml("chosen by nobody"))
+    file.write_text(to_yaml(DecoderSetting(hidden=8, encoder="tiny"), "chosen by nobody"))
     command = ["train", "--annotations", "people", "--name", "one", "--plugin", PLUGIN, "--storage", str(tmp_path)]
     assert cli.main([*command, "--setting", str(file), "--dry-run"]) == 0
     assert "encodings     tiny a/x 0" in capsys.readouterr().out

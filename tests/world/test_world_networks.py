@@ -15,14 +15,17 @@ from milan_ray.models.registry import get_model
 from milan_ray.models.units import unit_maps
 from milan_ray.probe.registry import resolve_probe
 from milan_ray.world.encoder import EncoderNet
-from milan_ray.world.networks import ARCHITECTURES, CLASSES, PlantedNet, planted_concepts, random_network
-from milan_ray.world.plugin import register
+from milan_ray.world.networks import ARCHITECTURES, CLASSES, PLACES, PlantedNet, planted_concepts, random_network
+from milan_ray.world.plugin import CLASSIFIERS, GENERATORS, register
+from milan_ray.world.scenes import make_scene
 from milan_ray.world.training import (
     Recipe,
     TrainTask,
     fit,
     images_of,
     labels_of,
+    places_of,
+    places_tasks,
     planted_targets,
     train_all_tasks,
     train_classifier,
@@ -84,6 +87,7 @@ def test_tasks_train_and_register_what_the_plugin_loads(tmp_path: Path) -> None:
         TrainTask("cnn", lambda: train_classifier("cnn", recipe=TINY), 1),
         TrainTask("encoder", lambda: train_encoder(recipe=TINY), 1),
         TrainTask("planted", lambda: train_planted(recipe=TINY), 1),
+        TrainTask("cnn-places", lambda: train_classifier("cnn", recipe=TINY, places=True), 1),
     ]
     for task in tasks:
         (tmp_path / task.file).write_bytes(task.run())
@@ -101,8 +105,10 @@ def test_tasks_train_and_register_what_the_plugin_loads(tmp_path: Path) -> None:
             8,
             8,
         ]
-        with pytest.raises(MilanError, match=r"python -m jobs\.demo"):
-            get_model("world/vit").load()
+        assert get_model("world/cnn-places").load()(images).shape == (2, len(PLACES))
+        for name, option in (("vit", ""), ("generator", " --generator"), ("resnet-places", " --groups")):
+            with pytest.raises(MilanError, match=rf"python -m jobs\.demo{option}`"):
+                get_model(f"world/{name}").load()
     finally:
         register()
 
@@ -125,6 +131,13 @@ def test_train_all_tasks_are_small_and_picklable() -> None:
     tasks = train_all_tasks()
     assert {task.name for task in tasks} == {*ARCHITECTURES, "encoder", "planted"}
     assert len(pickle.dumps(tasks)) < 5_000
+    sets = {name.removeprefix("world/") for name in (*CLASSIFIERS.values(), *GENERATORS.values())}
+    assert sets <= {task.name for task in (*tasks, *places_tasks())} | {"generator"}
+
+
+def test_places_are_sky_and_ground() -> None:
+    scene = make_scene("train", 7)
+    assert PLACES[places_of("train", 7, 1).item()] == f"{scene.ground}, {scene.sky}"
 
 
 def test_encoder_and_planted_net_put_out_one_logit_per_concept() -> None:
