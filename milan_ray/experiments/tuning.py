@@ -6,7 +6,6 @@ serves all λ that say the same of a unit.
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +17,7 @@ import pyarrow as pa
 from milan_ray.captioner.rerank import rescore
 from milan_ray.errors import MilanError
 from milan_ray.experiments.evaluation import METRICS, Row, score_table, text_statistics
+from milan_ray.experiments.figures import files, new_figure
 from milan_ray.experiments.files import is_number, known, mapping, number, share, whole, wrong
 from milan_ray.scoring.bootstrap import difference, interval, intervals, resampling_counts
 from milan_ray.scoring.text import BertScore, References
@@ -351,21 +351,13 @@ def draw_trials(trials: pl.DataFrame, metric: str, chosen: Mapping[str, Any]) ->
         trials: Columns of :data:`~milan_ray.schema.TRIALS`.
         metric: What to show.
         chosen: The row that was chosen; only trials of its length are shown, and its line has its 95 % intervals.
-
-    Raises:
-        MilanError: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # takes a second, and nothing else here needs it
-        from matplotlib.backends.backend_svg import FigureCanvasSVG
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MilanError("figures need matplotlib; pip install matplotlib.") from error
+    import matplotlib  # takes a second, and nothing else here needs it
+
     rows = trials.filter(
         pl.col("split") == VALIDATION, pl.col("metric") == metric, pl.col("length") == chosen["length"]
     )
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    FigureCanvasSVG(figure)
+    figure = new_figure(7, 4.5)
     axes = figure.add_subplot()
     colours = matplotlib.colormaps["viridis"]
     beams = sorted(rows["beam_size"].drop_nulls().unique())
@@ -387,7 +379,4 @@ def draw_trials(trials: pl.DataFrame, metric: str, chosen: Mapping[str, Any]) ->
     axes.set_xlabel("λ")
     axes.set_ylabel(f"{metric} on {chosen['n']} validation units")
     axes.legend(fontsize="small", ncols=2)
-    buffer = io.BytesIO()
-    with matplotlib.rc_context({"svg.hashsalt": "milan_ray"}):  # same trials, same bytes
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return buffer.getvalue()
+    return files(figure)["svg"]
