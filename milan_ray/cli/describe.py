@@ -38,14 +38,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         options.clip,
         options.search,
         options.units,
-        options.download,
-        options.quirks,
-        options.storage,
-        options.report,
-        options.plugins,
-        options.resources,
-        options.dry_run,
-        options.common,
+        options.dissection,
     )
 
 

@@ -101,14 +101,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         options.models,
         options.exemplars,
         options.units,
-        options.download,
-        options.quirks,
-        options.storage,
-        options.report,
-        options.plugins,
-        options.resources,
-        options.dry_run,
-        options.common,
+        options.dissection,
     )
 
 

@@ -17,14 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         parser,
         options.models,
         options.exemplars,
-        options.download,
-        options.quirks,
-        options.storage,
-        options.report,
-        options.plugins,
-        options.resources,
-        options.dry_run,
-        options.common,
+        options.dissection,
     )
 
 

@@ -262,3 +262,8 @@ def search(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--length", type=positive, help="most tokens, <stop> included (default: the captioner's own, 15)"
     )
+
+
+def dissection(parser: argparse.ArgumentParser) -> None:
+    """What every verb that dissects models takes beside them: weights, storage, report, cluster and the like."""
+    add_to(parser, download, quirks, storage, report, plugins, resources, dry_run, common)
