@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import os
 import pickle
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -175,3 +176,11 @@ def test_zip_members_that_climb_write_nothing_outside(tmp_path):
         assert not [file for file in tmp_path.rglob("*") if file.is_file() and file != archive]
         assert not Path("/tmp/milan-ray-evil").exists()
         shutil.rmtree(tmp_path / "inner" / "out", ignore_errors=True)
+
+
+def test_declared_ranges_leave_out_the_versions_of_the_audit():
+    page = (ROOT / "docs/security.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\w+) \| .*CVE.* \| ([\d.]+) \|$", page, re.M)
+    declared = dict(re.findall(r'^    "(\w+)(?:\[.*\])?>=([\d.]+)",$', (ROOT / "pyproject.toml").read_text(), re.M))
+    assert len(rows) >= 6
+    assert rows == [(name, declared[name]) for name, _ in rows]
