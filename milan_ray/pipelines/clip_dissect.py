@@ -124,11 +124,7 @@ def run_clip_dissect(
             meta = storage.metadata(POOLED, **keys)
             if meta is None or meta["probe"] != digest:
                 raise MilanError(f"{model} {path} has no pooled activations of this probe; make them with --pooled.")
-            if units and max(units) >= int(meta["units"]):
-                raise MilanError(
-                    f"{model} {path} has {meta['units']} units, numbered from 0, and --units asks for {max(units)}; "
-                    "leave that one out, or choose other --layers."
-                )
+            requests.check_units(units, int(meta["units"]), model, path)
             exemplars, pooled = storage.config_of(EXEMPLARS, **keys), storage.config_of(POOLED, **keys)
             recipe = clip_dissect_recipe(labeler, texts, exemplars, pooled, embedded, units)
             every.append(Layer(len(every), model, path, recipe, exemplars))

@@ -316,11 +316,7 @@ def _run_model(
     for layer in spec.layers:
         keys = {"model": spec.name, "layer": layer}
         count = storage.count(LEVELS, **keys)
-        if units and max(units) >= count:
-            raise MilanError(
-                f"{spec.name} {layer} has {count} units, numbered from 0, and --units asks for {max(units)}; "
-                "leave that one out, or choose other --layers."
-            )
+        requests.check_units(units, count, spec.name, layer)
         recipes[layer] = drawings_recipe(identity, storage.config_of(EXEMPLARS, **keys), units)
     # Over all layers, so that a job killed while results become public finds its work again.
     work = config_hash({"model": spec.name, "drawings": {layer: recipe.hash for layer, recipe in recipes.items()}})

@@ -25,6 +25,7 @@ from milan_ray.exemplars import masks
 from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.requests import check_units
 from milan_ray.pipelines.views import block_of, read_block
 from milan_ray.progress import Progress, say
 from milan_ray.schema import ENCODINGS, EXEMPLARS, LEVELS
@@ -221,11 +222,7 @@ def _sources(
             if meta is None:
                 raise MilanError(f"no exemplars of {model} {layer} in {storage.root}; run jobs.exemplars first.")
             count = storage.count(LEVELS, model=model, layer=layer)
-            if units and max(units) >= count:
-                raise MilanError(
-                    f"{model} {layer} has {count} units, numbered from 0, and --units asks for {max(units)}; "
-                    "leave that one out, or choose other --layers."
-                )
+            check_units(units, count, model, layer)
             recipe = encodings_recipe(identity, meta[CONFIG_KEY], units)
             found.append(Source(len(found), model, layer, recipe, meta))
     return found

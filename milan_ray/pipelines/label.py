@@ -216,11 +216,7 @@ def label_recipes(
     for layer in spec.layers:
         exemplars = storage.config_of(EXEMPLARS, model=spec.name, layer=layer)
         count = storage.count(LEVELS, model=spec.name, layer=layer)
-        if units and max(units) >= count:
-            raise MilanError(
-                f"{spec.name} {layer} has {count} units, numbered from 0, and --units asks for {max(units)}; "
-                "leave that one out, or choose other --layers."
-            )
+        requests.check_units(units, count, spec.name, layer)
         for labeler in how.labelers:
             found[labeler.name][layer] = label_recipe(labeler, exemplars, how.grid(spec), units)
     return found

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from milan_ray.errors import MilanError
 from milan_ray.models.generators import Generator, GeneratorRequest
 from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerRequest
 from milan_ray.models.image_text import Embedder, ImageTextRequest
@@ -98,3 +100,16 @@ def image_captioner(request: ImageCaptionerRequest, plugins: tuple[str, ...] = (
     """
     load_plugins(plugins)
     return request.load()
+
+
+def check_units(units: Sequence[int], count: int, model: str, layer: str) -> None:
+    """Sees that a layer has the units that ``--units`` asks for.
+
+    Raises:
+        MilanError: It has not.
+    """
+    if units and max(units) >= count:
+        raise MilanError(
+            f"{model} {layer} has {count} units, numbered from 0, and --units asks for {max(units)}; "
+            "leave that one out, or choose other --layers."
+        )
