@@ -6,7 +6,6 @@ pooled ────────────────────────�
 
 from __future__ import annotations
 
-import platform
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.embeddings import lists_of, rows_of
 from milan_ray.pipelines.fanout import beside_others
-from milan_ray.pipelines.pool import Row, run_pool
+from milan_ray.pipelines.pool import Kept, Row, run_pool
 from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.score import (
     ROWS_SCHEMA,
@@ -109,7 +108,7 @@ def run_cosy(
     digest = probe_digest(requests.probe(probe).manifest())
     generator = requests.generator(request, probe.plugins)
     by_name = {model.name: model for model in models}
-    weights = {name: weights_digest(requests.model(model).load()) for name, model in by_name.items()}
+    weights = {name: weights_digest(requests.network(requests.model(model))) for name, model in by_name.items()}
     recipes: dict[Described, Recipe] = {}
     for what in described:
         check_pooled(storage, what, digest)
@@ -204,7 +203,7 @@ class CosyWorker:
         self._pool = means if pooling == "mean" else maxima
         self._device = resolve_device(device)
         self._generator: Generator = requests.generator(generator, plugins).to(self._device)
-        self._loaded: tuple[int, ModelSpec, Forward] | None = None
+        self._forward = Kept(self._load)
 
     def __call__(self, row: Row) -> Row:
         """Draws a few texts."""
@@ -223,19 +222,11 @@ class CosyWorker:
         self._storage.put_work(self._work, f"drawn/{row['name']}", pa.concat_tables(found))
         return {"model": row["model"], "texts": len(row["texts"])}
 
-    def _forward(self, index: int) -> tuple[ModelSpec, Forward]:
-        if self._loaded is None or self._loaded[0] != index:
-            self._loaded = None
-            spec = requests.model(self._models[index])
-            model = spec.load()
-            if weights_digest(model) != self._weights[index]:
-                raise MilanError(
-                    f"{spec.name} has other weights on {platform.node()} than where the job was started; every node "
-                    "must see the same file, and random weights need a seed."
-                )
-            size = pass_size(spec.batch(ExemplarConfig().batch_size), self._device)
-            self._loaded = (index, spec, Forward(spec, model.to(self._device), self._layers[index], size))
-        return self._loaded[1], self._loaded[2]
+    def _load(self, index: int) -> tuple[ModelSpec, Forward]:
+        spec = requests.model(self._models[index])
+        model = requests.network(spec, self._weights[index]).to(self._device)
+        size = pass_size(spec.batch(ExemplarConfig().batch_size), self._device)
+        return spec, Forward(spec, model, self._layers[index], size)
 
     def _activations(self, spec: ModelSpec, forward: Forward, views: np.ndarray) -> dict[str, np.ndarray]:
         """Layer → pooled activations of N views, float32 (N, U)."""

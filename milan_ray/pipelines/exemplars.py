@@ -10,7 +10,6 @@ winners ─► [views, once per image and geometry]
 from __future__ import annotations
 
 import hashlib
-import platform
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict, deque
@@ -39,7 +38,7 @@ from milan_ray.models.registry import ModelSpec, source_of
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
-from milan_ray.pipelines.pool import Row, run_pool
+from milan_ray.pipelines.pool import Kept, Row, run_pool
 from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.views import Pictures, ensure_views, view_key
 from milan_ray.probe.base import ImageRef
@@ -289,7 +288,7 @@ def describe_model(spec: ModelSpec, probe: str, config: ExemplarConfig) -> tuple
     Raises:
         MilanError: It cannot be built, or has no such layer.
     """
-    model = _load(spec)
+    model = requests.network(spec)
     find_layers(model, spec.layers)
     weights = weights_digest(model)
     view = view_key(spec, model, weights, config)
@@ -305,15 +304,6 @@ def why_exemplars(storage: Storage, recipe: Recipe, model: str, layer: str) -> s
 def why_pooled(storage: Storage, recipe: Recipe, model: str, layer: str) -> str | None:
     """Why a layer's pooled activations have to be made; None when they are current."""
     return storage.why(POOLED, recipe, model=model, layer=layer)
-
-
-def _load(spec: ModelSpec) -> nn.Module:
-    try:
-        return spec.load()
-    except MilanError:
-        raise
-    except Exception as error:  # a user's factory may raise anything
-        raise MilanError(f"model {spec.name} cannot be built: {type(error).__name__}: {error}") from error
 
 
 def _run_shards(
@@ -408,7 +398,7 @@ class ModelWorker(ABC):
         self._storage, self._work, self._config = storage, work, config
         self._probe = requests.probe(probe)
         self._device = resolve_device(device)
-        self._loaded: tuple[int, ModelSpec, Forward] | None = None
+        self._forward = Kept(self._load)
         self._failed: dict[int, str] = {}
 
     def __call__(self, row: Row) -> Row:
@@ -430,21 +420,11 @@ class ModelWorker(ABC):
     def _run(self, row: Row) -> None:
         """Does what a row asks for, and stores it."""
 
-    def _forward(self, index: int) -> tuple[ModelSpec, Forward]:
-        """The model of this index; rows come model by model, so one is kept at a time."""
-        if self._loaded is None or self._loaded[0] != index:
-            self._loaded = None
-            item = self._work[index]
-            spec = requests.model(item.model)
-            model = _load(spec)
-            if weights_digest(model) != item.weights:
-                raise MilanError(
-                    f"{spec.name} has other weights on {platform.node()} than where the job was started; every node "
-                    "must see the same file, and random weights need a seed."
-                )
-            forward = Forward(spec, model.to(self._device), item.read, self._pass_size(spec))
-            self._loaded = (index, spec, forward)
-        return self._loaded[1], self._loaded[2]
+    def _load(self, index: int) -> tuple[ModelSpec, Forward]:
+        item = self._work[index]
+        spec = requests.model(item.model)
+        model = requests.network(spec, item.weights)
+        return spec, Forward(spec, model.to(self._device), item.read, self._pass_size(spec))
 
     def _pass_size(self, spec: ModelSpec) -> int:
         return pass_size(spec.batch(self._config.batch_size), self._device)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from milan_ray.config import Resources
 from milan_ray.device import torch_threads
@@ -16,6 +16,40 @@ from milan_ray.pipelines.cluster import pool_size, start, threads_here
 from milan_ray.storage import WorkGone
 
 Row = dict[str, Any]
+T = TypeVar("T")
+
+_WAITING = 2
+"""Rows on their way to an actor: one runs, and the next is there when it ends."""
+
+
+class Kept(Generic[T]):
+    """What a worker keeps loaded, one thing at a time, where rows come thing by thing.
+
+    An actor may run its two waiting rows in either order, so the thing before the current one stays until the current
+    one is asked for twice in succession; then nothing is loaded twice.
+
+    Args:
+        build: Loads the thing of an index.
+    """
+
+    def __init__(self, build: Callable[[int], T]) -> None:
+        self._build = build
+        self._kept: dict[int, T] = {}
+        self._last: int | None = None
+
+    def __call__(self, index: int) -> T:
+        """The thing of this index."""
+        if index not in self._kept:
+            self._keep_newest()  # before the next is built: never three at once
+            self._kept[index] = self._build(index)
+        elif index == self._last == next(reversed(self._kept)):
+            self._keep_newest()
+        self._last = index
+        return self._kept[index]
+
+    def _keep_newest(self) -> None:
+        while len(self._kept) > 1:
+            del self._kept[next(iter(self._kept))]
 
 
 def run_pool(
@@ -61,7 +95,9 @@ def _actors(
     answers = blocks.map(
         _named(worker),
         fn_constructor_kwargs=arguments,
-        compute=ray.data.ActorPoolStrategy(min_size=size.least, max_size=size.most),
+        compute=ray.data.ActorPoolStrategy(
+            min_size=size.least, max_size=size.most, max_tasks_in_flight_per_actor=_WAITING
+        ),
         num_cpus=resources.cpus_per_actor,
         num_gpus=size.gpus or None,
     )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import nn
 
 from milan_ray.errors import MilanError
 from milan_ray.models.generators import Generator, GeneratorRequest
@@ -11,6 +14,7 @@ from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerReques
 from milan_ray.models.image_text import Embedder, ImageTextRequest
 from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
+from milan_ray.models.weights import weights_digest
 from milan_ray.plugins import load_plugins
 from milan_ray.probe.base import Probe
 from milan_ray.probe.registry import resolve_probe
@@ -70,6 +74,30 @@ def probe(request: ProbeRequest) -> Probe:
     """
     load_plugins(request.plugins)
     return resolve_probe(request.sources, request.labels, request.legend)
+
+
+def network(spec: ModelSpec, weights: str | None = None) -> nn.Module:
+    """Builds a model, on the CPU.
+
+    Args:
+        spec: Which.
+        weights: The digest that its weights must have, where the job was started with them.
+
+    Raises:
+        MilanError: It cannot be built, or its weights differ.
+    """
+    try:
+        model = spec.load()
+    except MilanError:
+        raise
+    except Exception as error:  # a user's factory may raise anything
+        raise MilanError(f"model {spec.name} cannot be built: {type(error).__name__}: {error}") from error
+    if weights is not None and weights_digest(model) != weights:
+        raise MilanError(
+            f"{spec.name} has other weights on {platform.node()} than where the job was started; every node must see "
+            "the same file, and random weights need a seed."
+        )
+    return model
 
 
 def image_text(request: ImageTextRequest, plugins: tuple[str, ...] = ()) -> Embedder:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 from pathlib import Path
 
 import pytest
@@ -15,7 +17,7 @@ from milan_ray.errors import MilanError
 from milan_ray.pipelines import cluster
 from milan_ray.pipelines.cluster import FEW_PIECES, threads_here
 from milan_ray.pipelines.exemplars import run_exemplars
-from milan_ray.pipelines.pool import Row, run_pool
+from milan_ray.pipelines.pool import Kept, Row, run_pool
 from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
 from milan_ray.schema import EXEMPLARS, LEVELS
 from milan_ray.storage import Storage, WorkGone
@@ -122,3 +124,24 @@ def test_failures_come_out_as_they_went_in(fails, error):
     rows = [{"number": number, "fails": fails if number == 3 else False} for number in range(8)]
     with pytest.raises(error, match=r"gone|it failed; choose another\."):
         list(run_pool(Worker, {"threads": 1}, rows, Resources(device="cpu")))
+
+
+@pytest.mark.parametrize("rows", ["aaabbbccc", "aababbbccc", "aabacbcc", "abc", "aabbabb"], ids="{}".format)
+def test_nothing_is_loaded_twice_when_two_waiting_rows_change_places(rows):
+    loads: list[int] = []
+    kept = Kept(lambda index: loads.append(index) or chr(index))
+    assert "".join(kept(ord(row)) for row in rows) == rows
+    assert "".join(map(chr, loads)) == "".join(dict.fromkeys(rows)) + ("a" if rows == "aabbabb" else "")
+
+
+def test_one_thing_is_kept_when_it_is_asked_for_again():
+    class Thing:
+        """Something large."""
+
+    kept = Kept(lambda index: Thing())
+    first = weakref.ref(kept(0))
+    kept(1)
+    assert first() is not None
+    kept(1)
+    gc.collect()
+    assert first() is None
