@@ -98,7 +98,7 @@ class LayerState:
         pooled = maxima(maps)
         ids = torch.from_numpy(image_ids).to(pooled.device)
         bar = None if known is None else known.topk_bar
-        self.topk.update(pooled, ids, maps if self.topk.maps is not None else None, bar)
+        self.topk.update(pooled, ids, maps if self.topk.carries_maps else None, bar)
         self.level.update(self._positions(maps, image_ids), None if known is None else known.level_bar)
         return pooled
 
@@ -196,8 +196,11 @@ def to_table(state: LayerState, emitted: RunningTopK) -> pa.Table:
     valid = (emitted.ids != NO_IMAGE).cpu()
     lengths = valid.sum(dim=1).numpy()
     h, w = state.map_shape
-    carried = emitted.maps is not None
-    maps = emitted.maps.cpu()[valid].flatten().numpy() if emitted.maps is not None else np.zeros(0, np.float32)
+    carried = emitted.carries_maps
+    maps = np.zeros(0, np.float32)
+    if carried:
+        unit, rank = torch.nonzero(emitted.ids != NO_IMAGE, as_tuple=True)
+        maps = emitted.maps_of(unit, rank).flatten().cpu().numpy()
     tail = state.level.sorted_tail().cpu().numpy()
     kept = tail > -np.inf
     units = len(valid)
@@ -232,10 +235,11 @@ def from_table(table: pa.Table, plan: Plan) -> LayerState:
         return torch.from_numpy(np.arange(lengths.max(initial=0))[None, :] < lengths[:, None])
 
     images = slots("image_ids")
-    state.topk = RunningTopK(dense("activations", images, -torch.inf), dense("image_ids", images, NO_IMAGE))
+    maps = None
     if plan.carries_maps(len(table), (h, w)):
-        state.topk.maps = torch.zeros((*images.shape, h, w))
-        state.topk.maps[images] = values("maps").reshape(-1, h, w)
+        maps = torch.zeros((*images.shape, h, w))
+        maps[images] = values("maps").reshape(-1, h, w)
+    state.topk = RunningTopK(dense("activations", images, -torch.inf), dense("image_ids", images, NO_IMAGE), maps)
     state.level.merge(replace(state.level, tail=dense("tail", slots("tail"), -torch.inf)))
     state.level.counted = torch.from_numpy(np.array(table["counted"].to_numpy()))
     state.level.nonfinite = torch.from_numpy(np.array(table["nonfinite"].to_numpy()))

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 
 NO_IMAGE = -1
 
 
-@dataclass
 class RunningTopK:
     """Per unit, the k images with the highest activation, over distinct image ids.
 
@@ -19,12 +16,29 @@ class RunningTopK:
     Attributes:
         values: float32 (U, k), best first; −inf where there are fewer than k images.
         ids: int64 (U, k); −1 where there are fewer than k images.
-        maps: float32 (U, k, h, w), the activation maps of these images, or None when they are not carried along.
     """
 
-    values: torch.Tensor
-    ids: torch.Tensor
-    maps: torch.Tensor | None = None
+    def __init__(self, values: torch.Tensor, ids: torch.Tensor, maps: torch.Tensor | None = None) -> None:
+        """A state of these images, with their maps (U, k, h, w) if they are to be carried along."""
+        self.values, self.ids, self.maps = values, ids, maps
+
+    @property
+    def maps(self) -> torch.Tensor | None:
+        """float32 (U, k, h, w), these images' activation maps, or None when they are not carried along.
+
+        Where there is no image they hold anything. On a CPU a copy: there a map stays where it is while its image's
+        rank changes, and is put in order here.
+        """
+        if self._store is None or self._slots is None:
+            return self._store
+        units, k = self._slots.shape
+        return self.maps_of(torch.arange(units)[:, None].expand(units, k), torch.arange(k).expand(units, k))
+
+    @maps.setter
+    def maps(self, maps: torch.Tensor | None) -> None:
+        self._store, self._slots = maps, None
+        if maps is not None and not maps.is_cuda:
+            self._slots = torch.arange(maps.shape[1]).repeat(len(maps), 1)
 
     @classmethod
     def empty(
@@ -43,6 +57,16 @@ class RunningTopK:
             torch.full((units, k), NO_IMAGE, dtype=torch.int64, device=device),
             None if map_shape is None else torch.zeros((units, k, *map_shape), device=device),
         )
+
+    @property
+    def carries_maps(self) -> bool:
+        """Whether it has its images' maps."""
+        return self._store is not None
+
+    def maps_of(self, unit: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
+        """The maps (…, h, w) of some images, by unit (…) and rank (…)."""
+        assert self._store is not None
+        return self._store[unit, rank if self._slots is None else self._slots[unit, rank]]
 
     @property
     def bar(self) -> torch.Tensor:
@@ -71,20 +95,24 @@ class RunningTopK:
 
     def merge(self, other: RunningTopK) -> None:
         """Adds another state's images."""
-        self._absorb(other.values, other.ids, other.maps)
+        self._absorb(other.values, other.ids, other._store, other._slots)
 
     def within(self, other: RunningTopK) -> RunningTopK:
         """The state with every image blanked out that is not among the same unit's images in ``other``."""
         keep = (self.ids[:, :, None] == other.ids[:, None, :]).any(dim=2)
-        return RunningTopK(self.values.masked_fill(~keep, -torch.inf), self.ids.masked_fill(~keep, NO_IMAGE), self.maps)
+        found = RunningTopK(self.values.masked_fill(~keep, -torch.inf), self.ids.masked_fill(~keep, NO_IMAGE))
+        found._store, found._slots = self._store, self._slots
+        return found
 
     def without_maps(self) -> RunningTopK:
         """A copy of values and ids alone."""
         return RunningTopK(self.values.clone(), self.ids.clone())
 
-    def _absorb(self, values: torch.Tensor, ids: torch.Tensor, maps: torch.Tensor | None) -> None:
-        """Adds (U, n) candidates with maps (U, n, h, w)."""
-        if self.maps is not None and maps is None:
+    def _absorb(
+        self, values: torch.Tensor, ids: torch.Tensor, maps: torch.Tensor | None, slots: torch.Tensor | None = None
+    ) -> None:
+        """Adds (U, n) candidates with maps (U, n, h, w), which lie in order or in ``slots`` (U, n)."""
+        if self._store is not None and maps is None:
             raise ValueError("this state carries maps: give the batch's maps too")
         k = self.values.shape[1]
         rows = self._rows(values, ids)
@@ -104,8 +132,30 @@ class RunningTopK:
         order, blank = order[:, :k], blank[:, :k]
         self.values[rows] = all_values.gather(1, order).masked_fill(blank, -torch.inf)
         self.ids[rows] = all_ids.gather(1, order).masked_fill(blank, NO_IMAGE)
-        if self.maps is not None and maps is not None:
-            _move_maps(self.maps, maps, rows, order)
+        if self._store is not None and maps is not None:
+            self._move_maps(maps, slots, rows, order)
+
+    def _move_maps(
+        self, new: torch.Tensor, places: torch.Tensor | None, rows: torch.Tensor, order: torch.Tensor
+    ) -> None:
+        """Reorders the maps of some units: index < k from the state itself, else from ``new`` (U, n, h, w)."""
+        own, slots, k = self._store, self._slots, self.values.shape[1]
+        assert own is not None
+        if slots is None:  # on a GPU, no sizes that depend on the data
+            size = (*order.shape, *own.shape[2:])
+            kept = own.gather(1, order.clamp(max=k - 1)[:, :, None, None].expand(size))
+            came = new.gather(1, (order - k).clamp(min=0)[:, :, None, None].expand(size))
+            torch.where((order < k)[:, :, None, None], kept, came, out=own)
+            return
+        stays = order < k
+        place = slots[rows].gather(1, order.clamp(max=k - 1))
+        taken = torch.zeros_like(place).scatter_add_(1, place, stays.to(place.dtype))
+        free = torch.argsort(taken, dim=1, stable=True)  # as many at its head as maps are new
+        place = torch.where(stays, place, free.gather(1, (torch.cumsum(~stays, 1) - 1).clamp(min=0)))
+        slots[rows] = place
+        row, rank = torch.nonzero(~stays, as_tuple=True)
+        unit, source = rows[row], order[row, rank] - k
+        own[unit, place[row, rank]] = new[unit, source if places is None else places[unit, source]]
 
     def _rows(self, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """The units that one of the candidates may enter: few, once the bar is high. On a GPU all, without asking."""
@@ -123,20 +173,3 @@ def _later_duplicates(sorted_ids: torch.Tensor) -> torch.Tensor:
     repeated = torch.zeros_like(ids, dtype=torch.bool)
     repeated[:, 1:] = ids[:, 1:] == ids[:, :-1]
     return torch.zeros_like(repeated).scatter(1, by_id, repeated)
-
-
-def _move_maps(own: torch.Tensor, new: torch.Tensor, rows: torch.Tensor, order: torch.Tensor) -> None:
-    """Reorders ``own`` (U, k, h, w) in ``rows``: where index < k from itself, else from ``new`` (U, n, h, w)."""
-    k = own.shape[1]
-    if own.is_cuda:  # no sizes that depend on the data
-        size = (*order.shape, *own.shape[2:])
-        kept = own.gather(1, order.clamp(max=k - 1)[:, :, None, None].expand(size))
-        came = new.gather(1, (order - k).clamp(min=0)[:, :, None, None].expand(size))
-        torch.where((order < k)[:, :, None, None], kept, came, out=own)
-        return
-    unit, slot = torch.nonzero(order != torch.arange(k), as_tuple=True)
-    source, unit = order[unit, slot], rows[unit]
-    is_new = source >= k
-    moved = own[unit[~is_new], source[~is_new]]
-    own[unit[is_new], slot[is_new]] = new[unit[is_new], source[is_new] - k]
-    own[unit[~is_new], slot[~is_new]] = moved

@@ -12,11 +12,11 @@ from __future__ import annotations
 import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
-from milan_ray.exemplars.forward import Batch, Forward, check_probe, pass_size, read_inputs
+from milan_ray.exemplars.forward import Batch, Behind, Forward, check_probe, pass_size, read_ahead
 from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerState, Plan, fold, to_table
@@ -429,19 +429,9 @@ class ModelWorker(ABC):
     def _pass_size(self, spec: ModelSpec) -> int:
         return pass_size(spec.batch(self._config.batch_size), self._device)
 
-    def _batches(self, refs: list[ImageRef], spec: ModelSpec) -> Iterator[tuple[list[ImageRef], Batch]]:
-        """Reads as many rows at a time as a forward pass takes; the next ones while the model runs."""
-        size = self._pass_size(spec)
-        waiting: deque[tuple[list[ImageRef], Future[Batch]]] = deque()
-        with ThreadPoolExecutor(self._threads) as readers:
-            for start in range(0, len(refs), size):
-                part = refs[start : start + size]
-                waiting.append((part, readers.submit(read_inputs, self._probe, part, spec)))
-                if len(waiting) > self._threads:
-                    part, batch = waiting.popleft()
-                    yield part, batch.result()
-            for part, batch in waiting:
-                yield part, batch.result()
+    def _batches(self, refs: list[ImageRef], spec: ModelSpec) -> Iterator[tuple[Sequence[ImageRef], Batch]]:
+        """Reads as many rows at a time as a forward pass takes."""
+        return read_ahead(self._probe, refs, spec, self._pass_size(spec), self._threads)
 
 
 class ExemplarWorker(ModelWorker):
@@ -463,12 +453,9 @@ class ExemplarWorker(ModelWorker):
         states: dict[str, LayerState] = {}
         pooled: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
         images: list[dict[str, object]] = []
-        for _, batch in self._batches(image_refs(part), spec):
-            images += [{"image_id": ref.image_id, "path": ref.location, "reason": why} for ref, why in batch.unreadable]
-            images += [{"image_id": int(i), "sha256": sha} for i, sha in zip(batch.ids, batch.sha256, strict=True)]
-            if len(batch.ids) == 0:
-                continue
-            for layer, maps in forward.maps(batch.inputs).items():
+
+        def look(batch: Batch, found: dict[str, torch.Tensor]) -> None:
+            for layer, maps in found.items():
                 if layer in item.pooled:
                     values = maps.to(torch.float32)
                     for part_of, reduced in zip(pooled[layer], (maxima(values), means(values)), strict=True):
@@ -482,6 +469,15 @@ class ExemplarWorker(ModelWorker):
                     self._known.setdefault((index, layer), Committed(states[layer]))
                 with _naming(layer):
                     states[layer].update(maps, batch.ids, self._known[index, layer])
+
+        with Behind(self._threads if self._device.type == "cpu" else 1) as behind:
+            for _, batch in self._batches(image_refs(part), spec):
+                images += [
+                    {"image_id": ref.image_id, "path": ref.location, "reason": why} for ref, why in batch.unreadable
+                ]
+                images += [{"image_id": int(i), "sha256": sha} for i, sha in zip(batch.ids, batch.sha256, strict=True)]
+                if len(batch.ids):
+                    behind.run(partial(look, batch, forward.maps(batch.inputs)))
         for layer, state in states.items():
             name = f"{item.folder(layer)}/{_shard_name(row['shard'])}"
             self._storage.put_work(item.work, name, to_table(state, self._known[index, layer].news(state)))
@@ -653,14 +649,14 @@ def _merge_layer(task: _MergeTask) -> list[int] | None:
         },
         schema=_WINNERS_SCHEMA,
     )
-    if state.topk.maps is None:
+    if not state.topk.carries_maps:
         storage.put_work(item.work, f"winners/{item.folder(layer)}", winners)
         storage.write(LEVELS, table, item.recipes[layer], model=item.model.name, layer=layer)
         return sorted(set(winners["image_id"].to_pylist()))
     packed: list[bytes] = []
     for part in torch.split(torch.arange(len(unit)), 64):  # a cache-sized piece of upsampled maps at a time
         u, r = unit[part], rank[part]
-        packed += masks.pack(masks.masks(state.topk.maps[u, r], levels[u], size))
+        packed += masks.pack(masks.masks(state.topk.maps_of(u, r), levels[u], size))
     rows = winners.append_column("mask", pa.array(packed, pa.large_binary()))
     _write_exemplars(storage, item, layer, task.config, rows)
     storage.write(LEVELS, table, item.recipes[layer], model=item.model.name, layer=layer)
