@@ -6,28 +6,44 @@ import hashlib
 import io
 import math
 import os
-from collections.abc import Sequence
+import shutil
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
 from milan_ray.errors import MilanError
-from milan_ray.schema import VIEWS
+from milan_ray.report.pages import write_script
+from milan_ray.schema import MANIFEST, VIEWS
 from milan_ray.storage import Storage
 
 THUMBNAIL = 224
 """Longest side of a thumbnail in pixels: twice the size it is shown at, for dense displays."""
 
+FOLDER = 1000
+"""Images whose ids differ by less may share a folder."""
+
+_SMALL = 128  # pixels
+_BATCH = 256  # masks drawn between two looks at the next ones
+
 _SHADE = bytes([191, 0])  # alpha of bit 0 and bit 1: black at .75 over an image leaves a quarter of its light
+
+
+def image_folder(probe: str, view: str) -> str:
+    """The folder of a probe's thumbnails, below the report's folder."""
+    digest = hashlib.sha256(f"{probe}\n{view}".encode()).hexdigest()
+    return f"images/{digest[:12]}"
 
 
 def image_source(probe: str, view: str, image_id: int) -> str:
     """Where the thumbnail of an image lies below the report's folder."""
-    folder = hashlib.sha256(f"{probe}\n{view}".encode()).hexdigest()[:12]
-    return f"images/{folder}/{image_id // 1000}/{image_id}.jpg"
+    return f"{image_folder(probe, view)}/{image_id // FOLDER}/{image_id}.jpg"
 
 
 def mask_strip(masks: Sequence[bytes], height: int, width: int) -> bytes:
@@ -47,7 +63,9 @@ def mask_strip(masks: Sequence[bytes], height: int, width: int) -> bytes:
     """
     bits = np.stack([np.unpackbits(np.frombuffer(mask, np.uint8), count=height * width) for mask in masks])
     factor = math.ceil(THUMBNAIL / max(height, width))
-    bits = bits.reshape(-1, width).repeat(factor, axis=0).repeat(factor, axis=1)
+    bits = bits.reshape(-1, width)
+    if factor > 1:  # the copies take longer than all else
+        bits = bits.repeat(factor, axis=0).repeat(factor, axis=1)
     strip = Image.frombytes("P", bits.shape[::-1], bits.tobytes())
     strip.putpalette(bytes(6))
     buffer = io.BytesIO()
@@ -55,12 +73,60 @@ def mask_strip(masks: Sequence[bytes], height: int, width: int) -> bytes:
     return buffer.getvalue()
 
 
+def write_masks(pieces: Iterable[pa.Table], counts: Mapping[int, int], shape: tuple[int, int], folder: Path) -> None:
+    """Writes the strip of every unit, `UNIT.png`; the folder is there when all of them are.
+
+    Holds one piece at a time and the units that it has a part of.
+
+    Args:
+        pieces: Columns unit, rank and mask of a layer's exemplars, in any order.
+        counts: Unit → exemplars.
+        shape: Height and width of the masks.
+        folder: Where to; must not exist.
+    """
+    partial = folder.with_name(f"{folder.name}.part")
+    if partial.exists():  # of a report that was cut short
+        shutil.rmtree(partial)
+    partial.mkdir(parents=True)
+    waiting: dict[int, dict[int, bytes]] = defaultdict(dict)
+
+    def draw(unit: int, masks: dict[int, bytes]) -> None:
+        (partial / f"{unit}.png").write_bytes(mask_strip([masks[rank] for rank in sorted(masks)], *shape))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for piece in pieces:
+            for batch in piece.to_batches(max_chunksize=_BATCH):
+                for row in batch.to_pylist():
+                    waiting[row["unit"]][row["rank"]] = row["mask"]
+                ready = [unit for unit in waiting if len(waiting[unit]) == counts[unit]]
+                list(pool.map(draw, ready, [waiting.pop(unit) for unit in ready]))
+    partial.rename(folder)
+
+
+def write_names(storage: Storage, folder: Path, probe: str, view: str, image_ids: set[int]) -> None:
+    """Writes what the manifest says of some images, path and class: a script per :data:`FOLDER` of images."""
+    if not storage.exists(storage.path(MANIFEST, probe=probe)):
+        return  # exemplars that were brought along
+
+    def shown() -> Iterator[tuple[int, str | None, str]]:
+        for piece in storage.stream(MANIFEST, ["image_id", "class_label", "path"], probe=probe):
+            for row in piece.to_pylist():
+                if row["image_id"] in image_ids:
+                    yield row["image_id"], row["class_label"], row["path"]
+
+    place = image_folder(probe, view)
+    for number, rows in groupby(shown(), key=lambda row: row[0] // FOLDER):
+        names = {image_id: [label, path] for image_id, label, path in rows}
+        write_script(folder / place / str(number) / "names.js", "milan.names", f"{place}/{number}/", names)
+
+
 def thumbnail(png: bytes) -> bytes:
     """A view as a JPEG of at most :data:`THUMBNAIL` pixels a side."""
     image = Image.open(io.BytesIO(png)).convert("RGB")
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    image.save(buffer, "JPEG", quality=85, subsampling=0)  # full colour resolution: views may be 64 pixels wide
+    # Small views keep their full colour resolution; of large ones a third of the bytes is saved.
+    image.save(buffer, "JPEG", quality=85, subsampling=0 if max(image.size) <= _SMALL else 2)
     return buffer.getvalue()
 
 

@@ -4,11 +4,26 @@ import io
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from PIL import Image
 
+from milan_ray.experiments.differences import Difference, store
 from milan_ray.report import write_report
-from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, LEVELS, RUNS, SCORES, SKIPPED, VIEWS, Noun
+from milan_ray.schema import (
+    ANNOTATIONS,
+    DESCRIPTIONS,
+    ENCODINGS,
+    EXEMPLARS,
+    LEVELS,
+    MANIFEST,
+    RUNS,
+    SCORES,
+    SKIPPED,
+    UNIT_SCORES,
+    VIEWS,
+    Noun,
+)
 from milan_ray.storage import Storage
 
 SIDE = 20  # pixels of a view and its mask; 400 bits are whole bytes, 20 bits of a row are not
@@ -16,7 +31,7 @@ UNITS = 90
 EXEMPLARS_EACH = 3
 MODEL = "toy/<b>\"x\"&'y'"
 LAYERS = ("Conv1", "conv1")
-NASTY = "<script>document.title='broken'</script> \"quoted\" & 'single' </script>"
+NASTY = "<script>document.title='broken'</script> \"quoted\" & 'single' </script><img src=x onerror=alert(1)>\u2028<!--"
 
 
 def describe(unit: int) -> str:
@@ -83,6 +98,56 @@ def sheet_storage(tmp_path: Path) -> Storage:
     return storage
 
 
+def write_scores_of_units(storage: Storage) -> None:
+    """Simulation scores of milan's descriptions in the first layer, but unit 5's are of an earlier description."""
+    judged = [
+        ("judge", "milan", MODEL, LAYERS[0], u, system, "earlier" if u == 5 else said, "simulation", value, 1000)
+        for u in range(UNITS - 1)
+        for system, said, value in (
+            ("own", describe(u), u / 100),
+            ("shuffled", "other", -0.25),
+            ("constant", "red thing", None),
+        )
+    ]
+    write(storage, UNIT_SCORES, judged)
+    write(
+        storage,
+        UNIT_SCORES,
+        [("judge", "exemplars", MODEL, LAYERS[0], u, "own", "", "clarity", 0.5, 0) for u in range(UNITS)],
+    )
+
+
+def write_encodings(storage: Storage) -> None:
+    """Features on a circle, unit after unit: neighbours are the numbers before and behind."""
+    angles = 2 * np.pi * np.arange(UNITS) / UNITS
+    features = [
+        ("encoder", MODEL, LAYERS[0], u, r, [float(np.cos(angles[u])), float(np.sin(angles[u]))])
+        for u in range(UNITS)
+        for r in range(EXEMPLARS_EACH)
+    ]
+    write(storage, ENCODINGS, features)
+
+
+def write_difference(storage: Storage) -> None:
+    """The network beside itself: 25 units that say something else, unit 7 something hostile."""
+    row = {"word": "zebra", "layer": "", "units": 4, "of": 9, "other_units": 1, "other_of": 8, "difference": -0.3}
+    words = pl.DataFrame([row | {"low": -0.6, "high": 0.1, "p": 0.2, "q": 0.25}])
+    changes = pl.DataFrame(
+        [
+            {
+                "layer": LAYERS[0],
+                "unit": u,
+                "description": describe(u),
+                "other_description": "striped dogs",
+                "gained": ["dog", "stripe"],
+                "lost": [describe(u).split()[0]],
+            }
+            for u in (7, *range(50, 74))
+        ]
+    )
+    store(storage, Difference(words, changes, 90, (90, 90)), "milan", MODEL, MODEL)
+
+
 @pytest.fixture(scope="session")
 def full_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """A run directory with everything the report shows; in the first layer, 89 has no description and 90 is dead."""
@@ -120,6 +185,11 @@ def full_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
         ]
         write(storage, DESCRIPTIONS, described)
     write(storage, ANNOTATIONS, [("people", MODEL, first, 7, "A", NASTY), ("people", MODEL, first, 7, "B", "a sign")])
+    files = [("/data", f"{NASTY}/{i}.jpg", 1, 2, None, NASTY if i else "cats", None) for i in range(6)]
+    manifest = [(image_id, *file) for image_id, file in enumerate(files)]
+    storage.write(MANIFEST, MANIFEST.table(rows(MANIFEST, manifest)), "a1b2", probe="p1")
+    write_scores_of_units(storage)
+    write_encodings(storage)
     write(storage, SKIPPED, [(MODEL, 6, "/data/<i>.jpg", "truncated file")])
     versions = '{"milan_ray":"0.1.0"}'
     write(storage, RUNS, [("exemplars", "a1b2", MODEL, "", 540, 6, 1.5, 4.0, "2025-01-01T00:00:00Z", versions)])
@@ -138,6 +208,9 @@ def full_storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
         for metric in ("BLEU", "BERTScore")
     ]
     write(storage, SCORES, scores)
+    of_model = f"scores by judge: {MODEL}"
+    write(storage, SCORES, [(of_model, "milan", "simulation", 0.4, 0.3, 0.5, 89, "higher is better")])
+    write_difference(storage)
     return storage
 
 

@@ -1,173 +1,183 @@
 "use strict";
-// Search over all layers (index) and sorting and filtering within one (layer pages). Data arrives in scripts that call
-// window.milan, because a page opened from disk may load scripts but nothing else. Text from the data is only ever set
-// as text; the cards' HTML was escaped where it was written.
-(() => {
-  const $ = (selector) => document.querySelector(selector);
-  const layers = [];
-  const cards = new Map();
-  window.milan = {
-    layer: (layer) => layers.push(layer),
-    cards: (page, html) => cards.set(page, html),
-  };
+// What all pages share: data, words, elements, pictures. Data arrive in scripts that call window.milan, because a page
+// opened from disk may load scripts but nothing else. Text from data is only ever set as text, never as HTML.
+window.milan = (() => {
+  const root = document.documentElement.dataset.root;
+  const $ = (selector, within = document) => within.querySelector(selector);
+  const $$ = (selector, within = document) => [...within.querySelectorAll(selector)];
+
+  // -- data ----------------------------------------------------------------------------------------------------------
 
   const scripts = new Map();
   const load = (source) => {
     if (!scripts.has(source)) {
       scripts.set(source, new Promise((resolve, reject) => {
         const script = document.createElement("script");
-        script.onload = resolve;
-        script.onerror = () => reject(new Error(`cannot read ${source}`));
-        script.src = source;
+        script.onload = () => { script.remove(); resolve(); };
+        script.onerror = () => { scripts.delete(source); reject(new Error(`cannot read ${source}`)); };
+        script.src = root + source;
         document.head.append(script);
       }));
     }
     return scripts.get(source);
   };
 
-  const say = (text) => { $("#status").textContent = text; };
-  const complain = (error) => { say(error.message); throw error; };
-  const count = (n) => `${n.toLocaleString("en")} unit${n === 1 ? "" : "s"}`;
-  const number = (value) => Number(value.toPrecision(4)).toString().replace("-", "−");
+  const layers = new Map();
+  const cards = new Map();
+  const names = new Map();
+  const layer = (data) => {
+    data.places = new Map(data.units.map((unit, place) => [unit, place]));
+    layers.set(data.href, data);
+  };
+  const layerAt = async (href) => {
+    if (!layers.has(href)) await load(`${href}units.js`);
+    return layers.get(href);
+  };
+  // All that is known of a unit: a promise, of null where the layer has no such unit.
+  const cardOf = async (of, unit) => {
+    const place = of.places.get(unit);
+    if (place === undefined) return null;
+    const [number, offset] = [Math.floor(place / of.page), place % of.page];
+    const key = `${of.href}cards/${number}.js`;
+    if (!cards.has(key)) await load(key);
+    return cards.get(key)[offset];
+  };
+  const FOLDER = 1000; // images per folder
+  const namesOf = async (of, image) => {
+    if (!of.named) return null;
+    const folder = `${of.images}${Math.floor(image / FOLDER)}/`;
+    if (!names.has(folder)) await load(`${folder}names.js`);
+    return names.get(folder)[image] ?? null;
+  };
+
+  // -- figures and words ---------------------------------------------------------------------------------------------
+
+  const number = (value) => (value === null || value === undefined ? "–" : Number(value.toPrecision(4)).toString().replace("-", "−"));
+  const count = (n, noun = "unit") => `${n.toLocaleString("en")} ${noun}${n === 1 ? "" : "s"}`;
 
   const wordsOf = (text) => text.toLowerCase().split(/[^\p{L}\p{N}]+/u).filter(Boolean);
-
   const singulars = (word) => [[/(..)ies$/, "$1y"], [/([sxz]|[cs]h)es$/, "$1"], [/(..[^s])s$/, "$1"]]
     .filter(([ending]) => ending.test(word)).map(([ending, rest]) => word.replace(ending, rest));
-
-  // Every word must begin a word of one of the descriptions, or be a plural of one, or the unit's number.
-  const matcher = (text) => {
-    const words = wordsOf(text).map((word) => [` ${word}`, ...singulars(word).map((one) => ` ${one} `)]);
-    return (unit) => {
-      unit.text ??= ` ${unit.unit} ${wordsOf(unit.labels.join(" ")).join(" ")} `;
-      return words.every((word) => word.some((form) => unit.text.includes(form)));
-    };
+  // Tells of a text (its words between blanks) whether every word of the query begins one of its words, or is a plural of one.
+  const matcher = (query) => {
+    const words = wordsOf(query).map((word) => [` ${word}`, ...singulars(word).map((one) => ` ${one} `)]);
+    return (text) => words.every((forms) => forms.some((form) => text.includes(form)));
   };
+  const spoken = (...texts) => ` ${wordsOf(texts.join(" ")).join(" ")} `;
 
-  // Units without a value come last in either direction.
-  const compare = (key, sign) => (a, b) => {
-    const [x, y] = [key(a), key(b)];
-    if (x === null || y === null) return (x === null) - (y === null);
-    return sign * (x - y);
-  };
-  const score = (unit) => unit.scores[0] ?? null;
-  const orders = {
-    "unit": () => 0,
-    "score-down": compare(score, -1),
-    "score-up": compare(score, 1),
-    "activation-down": compare((unit) => unit.activation, -1),
-    "activation-up": compare((unit) => unit.activation, 1),
-  };
+  // -- elements ------------------------------------------------------------------------------------------------------
 
-  const element = (name, properties, ...children) => {
+  // element("p.other.small", { title: "…" }, "text", child, null): classes behind the name, children that are null left out.
+  const element = (kind, properties = {}, ...children) => {
+    const [name, ...classes] = kind.split(".");
     const made = Object.assign(document.createElement(name), properties);
-    made.append(...children);
+    if (classes.length) made.className = classes.join(" ");
+    made.append(...children.filter((child) => child !== null && child !== undefined && child !== ""));
     return made;
   };
+  const link = (href, ...children) => element("a", { href: root + href }, ...children);
+  const facts = (pairs) => element("dl.facts", {}, ...pairs.filter(Boolean).map(([name, value, kind = ""]) =>
+    element("div", { className: kind }, element("dt", {}, name), element("dd", {}, value))));
+  const table = (heads, rows, kind = "") => element("div.wide", {}, element("table", { className: kind },
+    element("thead", {}, element("tr", {}, ...heads.map((head) => element("th", { scope: "col" }, head)))),
+    element("tbody", {}, ...rows.map(([first, ...rest]) => element("tr", {},
+      element("th", { scope: "row" }, first), ...rest.map((cell) => element("td", {}, cell)))))));
 
-  const startIndex = () => {
-    const STEP = 60;
-    const sources = Array.from(document.querySelectorAll("[data-units]"), (row) => row.dataset.units);
-    const [results, list, button] = [$("#results"), $("#results ol"), $("#results button")];
-    let found = [];
-
-    const result = ([layer, unit]) => {
-      const link = element("a", { href: `${layer.href}${unit.page}#unit-${unit.unit}` });
-      if (unit.image !== null) {
-        const picture = element("span", { className: "picture" },
-          element("img", { src: unit.image, alt: "", loading: "lazy" }),
-          element("img", { src: `${layer.href}masks/${unit.unit}.png`, alt: "", loading: "lazy", className: "mask" }));
-        picture.style.aspectRatio = `${layer.shape[1]}/${layer.shape[0]}`;
-        picture.lastChild.style.objectPosition = "0 0";
-        link.append(picture);
-      }
-      const where = `${layer.model} · ${layer.layer} · unit ${unit.unit}`;
-      const value = score(unit) === null ? "" : ` · score ${number(score(unit))}`;
-      const labels = [...new Set(unit.labels.filter(Boolean))].join(" / ");
-      link.append(element("span", {}, labels, element("small", {}, where + value)));
-      return element("li", {}, link);
-    };
-    const more = () => {
-      const shown = list.children.length;
-      list.append(...found.slice(shown, shown + STEP).map(result));
-      button.hidden = list.children.length >= found.length;
-    };
-    const search = async () => {
-      const [text, href] = [$("#search").value.trim(), $("#layer").value];
-      results.hidden = !text && !href;
-      if (results.hidden) return say("");
-      await Promise.all(sources.map(load)).catch(complain);
-      if (text !== $("#search").value.trim() || href !== $("#layer").value) return; // typed on meanwhile
-      const matches = matcher(text);
-      found = layers.filter((layer) => !href || layer.href === href)
-        .flatMap((layer) => layer.units.filter(matches).map((unit) => [layer, unit]))
-        .sort((a, b) => orders["score-down"](a[1], b[1]));
-      list.replaceChildren();
-      more();
-      say(`${count(found.length)} found`);
-    };
-    $("#search").addEventListener("input", search);
-    $("#layer").addEventListener("change", search);
-    button.addEventListener("click", more);
-    search(); // a browser may have kept the words of an earlier visit
+  // An image under the veil of its mask; `rank`: which of the `of_ranks` masks of the unit's strip.
+  const picture = (of, image, unit, rank, ranks, alt) => {
+    const folder = `${root}${of.images}${Math.floor(image / FOLDER)}/`;
+    const made = element("span.picture", {},
+      element("img", { src: `${folder}${image}.jpg`, alt, loading: "lazy" }),
+      element("img.mask", { src: `${root}${of.masks}${unit}.png`, alt: "", loading: "lazy" }));
+    made.style.aspectRatio = `${of.shape[1]}/${of.shape[0]}`;
+    made.lastChild.style.objectPosition = `0 ${100 * rank / Math.max(ranks - 1, 1)}%`;
+    return made;
   };
+  const exemplars = (of, card, most = Infinity) => {
+    if (!card.images.length) return element("p.empty", {}, "No exemplars: the unit has no finite activation on any image.");
+    return element("ol.exemplars", {}, ...card.images.slice(0, most).map((image, rank) => {
+      const value = card.activations[rank];
+      const made = picture(of, image, card.unit, rank, card.images.length, `image ${image}`);
+      return element("li", {}, made, element("span.activation", { title: `activation on image ${image}` }, number(value)));
+    }));
+  };
+  const unitLink = (of, unit) => `${of.href}index.html#unit-${unit}`;
+  const labelOf = (of, place, by = 0) => (of.labels[by]?.[place] ?? -1) < 0 ? "" : of.texts[of.labels[by][place]];
 
-  const startLayer = () => {
-    const STEP = 20;
-    const [grid, end, units] = [$("#content"), $("#more"), layers[0].units];
-    let order = units;
-    let shown = Number(grid.dataset.shown); // the page's own cards; scrolling adds those of later pages
-    let round = 0;
-    let busy = false;
+  // A unit in a list: its strongest exemplar, what is said of it, where it is.
+  const item = (of, place, note, labels = of.labelers.map((_, by) => labelOf(of, place, by))) => {
+    const [unit, image] = [of.units[place], of.first[place]];
+    const said = [...new Set(labels.filter(Boolean))].join(" / ");
+    return element("li", {}, link(unitLink(of, unit),
+      image === null ? null : strongest(of, place),
+      element("span", {}, said, element("small", {}, note))));
+  };
+  // Which part of the strip is the strongest exemplar's needs no count: it is the first.
+  const strongest = (of, place) => picture(of, of.first[place], of.units[place], 0, 1, "");
 
-    const more = async () => {
-      if (busy || shown >= order.length) return;
-      busy = true;
-      const started = round;
-      const batch = order.slice(shown, shown + STEP);
-      await Promise.all(batch.map((unit) => load(`${unit.page}.js`))).catch(complain);
-      busy = false;
-      if (started === round) {
-        const template = document.createElement("template");
-        template.innerHTML = batch.map((unit) => cards.get(unit.page)[unit.place]).join("");
-        grid.append(template.content);
-        shown += batch.length;
-      }
-      watcher.unobserve(end); // observing anew reports again when the end is still in sight
-      watcher.observe(end);
-    };
-    const watcher = new IntersectionObserver((seen) => { if (seen.at(-1).isIntersecting) more(); }, { rootMargin: "800px" });
-    const arrange = () => {
-      order = units.filter(matcher($("#words").value)).sort(orders[$("#sort").value]);
-      shown = 0;
-      round += 1;
-      document.querySelectorAll(".pager").forEach((pager) => { pager.hidden = true; }); // pages are in unit order
-      grid.replaceChildren();
-      say(order.length === units.length ? "" : `${order.length} of ${count(units.length)}`);
-      more();
-    };
-    let page = null;
-    let place = 0;
-    for (const unit of units) { // where in its page's list the card is
-      place = unit.page === page ? place + 1 : 0;
-      page = unit.page;
-      unit.place = place;
+  const say = (text) => { const status = $("#status"); if (status) status.textContent = text; };
+  const complain = (error) => { say(error.message); throw error; };
+
+  // -- pages of a list -----------------------------------------------------------------------------------------------
+
+  // Keeps all pagers of the document in step; `go` is called with the page (from 0) that was asked for.
+  const pagers = (go) => {
+    const all = $$(".pager");
+    let [page, pages] = [0, 1];
+    const ask = (to) => { if (to >= 0 && to < pages && to !== page) go(to); };
+    for (const pager of all) {
+      $$("button", pager).forEach((button) => button.addEventListener("click", () => ask(page + Number(button.dataset.step))));
+      $("input", pager).addEventListener("change", (event) => {
+        const to = Math.min(Math.max(Math.trunc(Number(event.target.value)) || 1, 1), pages) - 1;
+        event.target.value = to + 1;
+        ask(to);
+      });
     }
-    $("#words").addEventListener("input", arrange);
-    $("#sort").addEventListener("change", arrange);
-    watcher.observe(end);
-    if ($("#words").value || $("#sort").value !== "unit") arrange();
+    return (now, items, size) => {
+      [page, pages] = [now, Math.max(1, Math.ceil(items / size))];
+      for (const pager of all) {
+        pager.hidden = pages === 1;
+        Object.assign($("input", pager), { value: page + 1, max: pages });
+        $("span", pager).textContent = `of ${pages.toLocaleString("en")}`;
+        const [back, on] = $$("button", pager);
+        [back.disabled, on.disabled] = [page === 0, page === pages - 1];
+      }
+    };
   };
 
+  // -- masks ---------------------------------------------------------------------------------------------------------
+
+  // The choice holds for all pages, where the browser lets a page opened from disk remember.
+  const remember = (key, value) => {
+    try {
+      if (value !== undefined) localStorage.setItem(key, value);
+      return localStorage.getItem(key);
+    } catch {
+      return null;
+    }
+  };
   document.addEventListener("DOMContentLoaded", () => {
-    document.querySelectorAll(".script").forEach((control) => { control.hidden = false; });
-    document.querySelectorAll(".toolbar").forEach((form) => form.addEventListener("submit", (event) => event.preventDefault()));
-    document.addEventListener("keydown", (event) => {
-      if (event.key === "/" && !/^(INPUT|SELECT)$/.test(event.target.tagName)) {
-        event.preventDefault();
-        $("input[type=search]").focus();
-      }
-    });
-    if ($("#results")) startIndex(); else startLayer();
+    const choices = $$("input[name=masks]");
+    const kept = choices.find((choice) => choice.value === remember("milan-masks"));
+    if (kept) kept.checked = true;
+    choices.forEach((choice) => choice.addEventListener("change", () => remember("milan-masks", choice.value)));
+    $$("form").forEach((form) => form.addEventListener("submit", (event) => event.preventDefault()));
   });
+  document.addEventListener("keydown", (event) => {
+    if (event.key === "/" && !event.ctrlKey && !event.metaKey && !/^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) {
+      const search = $("input[type=search]");
+      if (search?.offsetParent) {
+        event.preventDefault();
+        search.focus();
+      }
+    }
+  });
+
+  return {
+    layer,
+    cards: (href, page, found) => cards.set(`${href}cards/${page}.js`, found),
+    names: (folder, found) => names.set(folder, found),
+    $, $$, load, layerAt, cardOf, namesOf, number, count, matcher, spoken, wordsOf, element, link, facts, table, exemplars,
+    item, strongest, unitLink, labelOf, say, complain, pagers,
+  };
 })();

@@ -1,0 +1,64 @@
+"""Audits in the report: a page each, whose units lead to their exemplars."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from milan_ray.experiments.auditing import REJECT, descriptions_hash
+from milan_ray.progress import say
+from milan_ray.report.layers import LayerSummary, layer_folder
+from milan_ray.report.pages import Pages, Row, natural, slug
+from milan_ray.schema import AUDITED, AUDITS, FIGURE
+from milan_ray.storage import FILE_NAME, Storage
+
+
+def card_link(model: str, layer: str, unit: int) -> str:
+    """Where a report has, or would have, a unit's exemplars, relative to its folder."""
+    return f"{layer_folder(model, layer)}index.html#unit-{unit}"
+
+
+def audits(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSummary]) -> list[Row]:
+    """Writes a page for each audit of which all networks are in the report.
+
+    Audits are left out whose descriptions have changed since.
+
+    Returns:
+        Per audit its name, the page, and how many units it counts on both sides.
+    """
+    shown = {(layer.model, layer.layer) for layer in layers}
+    models = {layer.model for layer in layers}
+    found = []
+    for keys in storage.partitions(AUDITS):
+        name = keys["audit"]
+        pairs = storage.read(AUDITS, **keys).to_pylist()
+        meta = storage.metadata(AUDITS, **keys) or {}
+        named = sorted({pair[side] for pair in pairs for side in ("model", "other")})
+        if not models.issuperset(named):
+            continue
+        if meta["descriptions"] != descriptions_hash(storage, meta["labeler"], named):
+            say(f"report: left out the audit {name}: descriptions have changed")
+            continue
+        units = storage.read(AUDITED, **keys).to_pylist()
+        units.sort(key=lambda row: (row["verdict"] == REJECT, row["model"], natural(row["layer"]), row["unit"]))
+        for row in units:
+            there = (row["model"], row["layer"]) in shown
+            row["card"] = card_link(row["model"], row["layer"], row["unit"]) if there else None
+        folder = f"audits/{slug(name)}/"
+        figure = storage.path(AUDITS, **keys).replace(FILE_NAME, f"{FIGURE}.svg")
+        (out / folder).mkdir(parents=True, exist_ok=True)
+        (out / folder / "figure.svg").write_bytes(storage.get(figure))
+        audit = {
+            "name": name,
+            "href": f"{folder}index.html",
+            "words": meta["words"],
+            "labeler": meta["labeler"],
+            "images": pairs[0]["images"],
+            "pairs": pairs,
+            "units": units,
+            "unblurred": sum(pair["units"] for pair in pairs),
+            "blurred": sum(pair["other_units"] for pair in pairs),
+        }
+        pages.write("audit.html", out / audit["href"], root="../../", audit=audit)
+        found.append(audit)
+    return found

@@ -1,0 +1,435 @@
+"""A layer's page and its data: an index of its units, their cards page by page, their masks.
+
+The page is an empty frame that its scripts fill: `units.js` is the layer column by column, small enough to search a
+zoo with, and `cards/N.js` has all that the report knows of the N-th :data:`PAGE_SIZE` units. A unit has no file but
+its strip of masks: its page is the layer's page with `#unit-12` behind it.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from milan_ray.progress import say
+from milan_ray.report.images import image_folder, image_source, write_masks
+from milan_ray.report.nearest import mean_features, nearest
+from milan_ray.report.pages import Pages, Row, short, slug, write_script
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, ENCODINGS, EXEMPLARS, LEVELS, MANIFEST, UNIT_SCORES, Noun
+from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, Storage
+
+PAGE_SIZE = 40
+"""Unit cards per page, and per script."""
+
+ROOT = "../../../"
+"""The way from a layer's page to the report's folder."""
+
+_EXAMPLES = 12  # per layer, on its model's page; the overview has the first of them
+_MOST_SAID = 5
+_NEAREST = 8
+_N_BEST = 10
+_MASKS = 1  # version of what mask_strip draws
+_OWN, _OF_EXEMPLARS = "own", "exemplars"  # of table unit_scores
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What of the run directory the layers' pages show.
+
+    Attributes:
+        storage: The run directory.
+        labelers: Whose descriptions, the main one first.
+        annotations: Sources of annotations.
+        encodings: (model, layer) → encoders that have encoded its exemplars.
+        scores: (model, layer) → partitions of unit_scores.
+    """
+
+    storage: Storage
+    labelers: tuple[str, ...]
+    annotations: tuple[str, ...]
+    encodings: dict[tuple[str, str], list[str]]
+    scores: dict[tuple[str, str], list[dict[str, str]]]
+
+    @classmethod
+    def find(cls, storage: Storage, labelers: Sequence[str]) -> Sources:
+        """Looks what there is, once for all layers."""
+        encodings, scores = defaultdict(list), defaultdict(list)
+        for keys in storage.partitions(ENCODINGS):
+            encodings[keys["model"], keys["layer"]].append(keys["encoder"])
+        for keys in storage.partitions(UNIT_SCORES):
+            scores[keys["model"], keys["layer"]].append(keys)
+        annotations = sorted({keys["source"] for keys in storage.partitions(ANNOTATIONS)})
+        return cls(storage, tuple(labelers), tuple(annotations), dict(encodings), dict(scores))
+
+
+@dataclass(frozen=True)
+class LayerSummary:
+    """What the overview and the model's page say about a layer.
+
+    Attributes:
+        model: The model's name.
+        layer: The layer's name.
+        href: The layer's folder, relative to the report's, with a slash at its end.
+        masks: The folder of its masks, in the same way.
+        shape: Height and width of its masks.
+        units: Units in all.
+        described: Units with a description.
+        means: Per labeler, the mean of its finite scores; None without any.
+        examples: A few units: unit, image, description.
+        most_said: The main labeler's most frequent descriptions, with their units.
+        columns: What its units can be sorted by, key → name.
+    """
+
+    model: str
+    layer: str
+    href: str
+    masks: str
+    shape: tuple[int, int]
+    units: int
+    described: int
+    means: list[float | None]
+    examples: list[Row]
+    most_said: list[tuple[str, int]]
+    columns: dict[str, str]
+
+    def card(self, unit: int) -> str:
+        """Where a unit's page is, relative to the report's folder."""
+        return f"{self.href}index.html#unit-{unit}"
+
+
+class _ByUnit:
+    """A partition's rows, to be asked for a few neighbouring units at a time."""
+
+    def __init__(self, table: pa.Table, then: str | None = None) -> None:
+        unit = table["unit"].to_numpy()
+        order = np.lexsort((table[then].to_numpy(), unit)) if then else np.argsort(unit, kind="stable")
+        in_order = bool((order[1:] > order[:-1]).all())
+        self._table = table if in_order else table.take(pa.array(order))
+        self.unit_of = unit[order]
+
+    def rows(self, units: Sequence[int]) -> dict[int, list[Row]]:
+        """The rows of some units, which are ascending and leave out none that the table has between them."""
+        start, stop = np.searchsorted(self.unit_of, [units[0], units[-1] + 1])
+        found: dict[int, list[Row]] = defaultdict(list)
+        for row in self._table.slice(start, stop - start).to_pylist():
+            found[row["unit"]].append(row)
+        return found
+
+
+@dataclass
+class _Layer:
+    """A layer's tables, without masks, and what is gathered of them for the index."""
+
+    sources: Sources
+    model: str
+    layer: str
+    metadata: dict[str, str]
+    exemplars: _ByUnit
+    levels: _ByUnit
+    descriptions: dict[str, _ByUnit]
+    annotations: list[_ByUnit]
+    scores: dict[tuple[str, str], _ByUnit]  # (predictor, labeler) → rows
+    first: list[int | None] = field(default_factory=list)
+    texts: dict[str, int] = field(default_factory=dict)  # description → number
+    labels: list[list[int]] = field(default_factory=list)  # per labeler and unit, a number; −1 without
+    columns: dict[str, Row] = field(default_factory=dict)
+    stale: int = 0  # scores of earlier descriptions
+
+    @classmethod
+    def read(cls, sources: Sources, model: str, layer: str) -> _Layer:
+        storage, keys = sources.storage, {"model": model, "layer": layer}
+        columns = [column.name for column in EXEMPLARS.columns if column.name not in ("model", "layer", "mask")]
+        descriptions = {name: read_rows(storage, DESCRIPTIONS, labeler=name, **keys) for name in sources.labelers}
+        judged = (*sources.labelers, _OF_EXEMPLARS)
+        shown = [at for at in sources.scores.get((model, layer), []) if at["labeler"] in judged]
+        shown.sort(key=lambda at: judged.index(at["labeler"]))
+        annotations = [read_rows(storage, ANNOTATIONS, source=source, **keys) for source in sources.annotations]
+        return cls(
+            sources=sources,
+            model=model,
+            layer=layer,
+            metadata=storage.metadata(EXEMPLARS, **keys) or {},
+            exemplars=_ByUnit(storage.read(EXEMPLARS, columns, **keys), "rank"),
+            levels=_ByUnit(read_rows(storage, LEVELS, **keys)),
+            descriptions={name: _ByUnit(table) for name, table in descriptions.items()},
+            annotations=[_ByUnit(table) for table in annotations if len(table)],
+            scores={(at["predictor"], at["labeler"]): _ByUnit(read_rows(storage, UNIT_SCORES, **at)) for at in shown},
+        )
+
+    @property
+    def keys(self) -> dict[str, str]:
+        return {"model": self.model, "layer": self.layer}
+
+    @property
+    def href(self) -> str:
+        return layer_folder(self.model, self.layer)
+
+    @property
+    def masks(self) -> str:
+        """The masks' folder; another one when they change, so that those that are there need not be drawn again."""
+        return f"{self.href}masks-{_MASKS}-{slug(self.metadata[CONFIG_KEY])}/"
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """Digest of the probe and key of the view: which images the exemplars are."""
+        return self.metadata["probe"], self.metadata["view"]
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the masks."""
+        return int(self.metadata["mask_height"]), int(self.metadata["mask_width"])
+
+    @property
+    def units(self) -> list[int]:
+        return sorted({*self.exemplars.unit_of.tolist(), *self.levels.unit_of.tolist()})
+
+    def nearest(self) -> dict[int, list[tuple[int, float]]]:
+        """Each unit's nearest by its exemplars' encodings, where there are any on this machine."""
+        storage = self.sources.storage
+        config = self.metadata.get(CONFIG_KEY)
+        for encoder in self.sources.encodings.get((self.model, self.layer), []) if storage.is_local else []:
+            at = {"encoder": encoder, **self.keys}
+            if storage.exemplars_of(ENCODINGS, **at) in (None, config):
+                units, features = mean_features(storage.stream(ENCODINGS, ["unit", "feature"], **at))
+                places, cosines = nearest(features, _NEAREST)
+                return {
+                    unit: [(int(units[place]), float(short(cosine) or 0)) for place, cosine in zip(*row, strict=True)]
+                    for unit, row in zip(units.tolist(), zip(places, cosines.tolist(), strict=True), strict=True)
+                }
+        return {}
+
+
+def write_layer(
+    out: Path,
+    pages: Pages,
+    sources: Sources,
+    model: str,
+    layer: str,
+    siblings: Sequence[str],
+    images: dict[tuple[str, str], set[int]],
+) -> LayerSummary:
+    """Writes a layer's page and data.
+
+    Args:
+        out: The report's folder.
+        pages: Writes pages.
+        sources: What is shown.
+        model: The model's name.
+        layer: The layer's name.
+        siblings: The model's layers in the report, this one too, as :func:`layer_folder` names them.
+        images: (probe, view) → images shown, to which this layer's are added.
+
+    Returns:
+        What the overview says of it.
+    """
+    found = _Layer.read(sources, model, layer)
+    folder, units = out / found.href, found.units
+    _tidy(out, found)
+    if not (out / found.masks).exists():
+        pieces = sources.storage.stream(EXEMPLARS, ["unit", "rank", "mask"], **found.keys)
+        counts = Counter(found.exemplars.unit_of.tolist())
+        write_masks(pieces, counts, found.shape, out / found.masks)
+    near = found.nearest()
+    found.labels = [[] for _ in sources.labelers]
+    shown = images[found.source]
+    for number, start in enumerate(range(0, len(units), PAGE_SIZE)):
+        part = units[start : start + PAGE_SIZE]
+        cards = list(_cards(found, part, start, len(units), near))
+        for card in cards:
+            shown.update(card["images"])
+        write_script(folder / "cards" / f"{number}.js", "milan.cards", found.href, number, cards)
+    if found.stale:
+        say(f"report: left out {found.stale} scores of {model} {layer}: they are of earlier descriptions")
+    columns = {key: column for key, column in found.columns.items() if any(v is not None for v in column["values"])}
+    write_script(
+        folder / "units.js",
+        "milan.layer",
+        {
+            "model": model,
+            "layer": layer,
+            "href": found.href,
+            "images": f"{image_folder(*found.source)}/",
+            "masks": found.masks,
+            "named": sources.storage.exists(sources.storage.path(MANIFEST, probe=found.source[0])),
+            "shape": found.shape,
+            "page": PAGE_SIZE,
+            "labelers": sources.labelers,
+            "units": units,
+            "first": found.first,
+            "texts": list(found.texts),
+            "labels": found.labels,
+            "columns": columns,
+        },
+    )
+    summary = _summary(found, units, {key: column["name"] for key, column in columns.items()})
+    pages.write(
+        "layer.html",
+        folder / "index.html",
+        root=ROOT,
+        summary=summary,
+        siblings=siblings,
+        metadata=found.metadata,
+        page_size=PAGE_SIZE,
+    )
+    return summary
+
+
+def layer_folder(model: str, layer: str) -> str:
+    """A layer's folder, relative to the report's, with a slash at its end."""
+    return f"layers/{slug(model)}/{slug(layer)}/"
+
+
+def read_rows(storage: Storage, noun: Noun, **keys: str) -> pa.Table:
+    """A partition's rows; none where it does not exist, or speaks of exemplars that are no longer there."""
+    metadata = storage.metadata(noun, **keys)
+    if metadata is None:
+        return noun.schema.empty_table()
+    of_exemplars = metadata.get(EXEMPLARS_KEY)
+    if of_exemplars and of_exemplars != storage.config_of(EXEMPLARS, model=keys["model"], layer=keys["layer"]):
+        say(f"report: left out {noun.name} of {keys['model']} {keys['layer']}: they speak of earlier exemplars")
+        return noun.schema.empty_table()
+    wanted = [column.name for column in noun.columns if column.name not in ("model", "layer")]
+    return storage.read(noun, wanted, **keys)
+
+
+def _tidy(out: Path, layer: _Layer) -> None:
+    """Removes what an earlier report left in a layer's folder, except masks that are still the same."""
+    folder = out / layer.href
+    for path in folder.iterdir() if folder.exists() else ():
+        if path == out / layer.masks:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _cards(
+    layer: _Layer, units: Sequence[int], start: int, total: int, near: dict[int, list[tuple[int, float]]]
+) -> Iterator[Row]:
+    """All that is known of some units; on the way, what the index says of them."""
+    exemplars, levels = layer.exemplars.rows(units), layer.levels.rows(units)
+    labels = {name: rows.rows(units) for name, rows in layer.descriptions.items()}
+    annotations = [table.rows(units) for table in layer.annotations]
+    scores = {key: rows.rows(units) for key, rows in layer.scores.items()}
+    for place, unit in enumerate(units, start):
+        put = partial(_put, layer.columns, total, place)
+        mine = exemplars.get(unit, [])
+        said: list[Row | None] = []
+        for number, (name, rows) in enumerate(labels.items()):
+            row = rows[unit][0] if unit in rows else None
+            layer.labels[number].append(layer.texts.setdefault(row["description"], len(layer.texts)) if row else -1)
+            put(f"score {name}", "score" if len(labels) == 1 else f"{name}: score", row["score"] if row else None)
+            said.append(row and _label(row))
+        level = levels[unit][0] if unit in levels else None
+        layer.first.append(mine[0]["image_id"] if mine else None)
+        put("activation", "highest activation", mine[0]["activation"] if mine else None)
+        put("level", "level η", level["level"] if level else None)
+        yield {
+            "unit": unit,
+            "images": [row["image_id"] for row in mine],
+            "activations": [short(row["activation"]) for row in mine],
+            "level": level and [short(level["level"]), level["positions"], level["nonfinite"], level["exact"]],
+            "labels": said,
+            "annotations": [
+                [row["text"], row["annotator"], row["source"]] for table in annotations for row in table.get(unit, [])
+            ],
+            "scores": list(_scores(layer, unit, scores, said, put)),
+            "near": near.get(unit, []),
+        }
+
+
+def _put(columns: dict[str, Row], total: int, place: int, key: str, name: str, value: float | None) -> None:
+    column = columns.setdefault(key, {"name": name, "values": [None] * total})
+    column["values"][place] = short(value)
+
+
+def _label(row: Row) -> Row:
+    figures = ("score", "logp_d_given_e", "logp_d")
+    return {
+        "text": row["description"],
+        **{name: short(row[name]) for name in (*figures, "lam")},
+        "best": [[best["text"], *(short(best[name]) for name in figures)] for best in (row["n_best"] or [])[:_N_BEST]],
+    }
+
+
+def _scores(
+    layer: _Layer,
+    unit: int,
+    scores: dict[tuple[str, str], dict[int, list[Row]]],
+    said: Sequence[Row | None],
+    put: Callable[[str, str, float | None], None],
+) -> Iterator[Row]:
+    """A unit's scores, one per judge, labeler and metric, where what was judged is the description of today."""
+    now = dict(zip(layer.descriptions, said, strict=True))
+    for (predictor, labeler), rows in scores.items():
+        metrics: dict[str, dict[str, Row]] = defaultdict(dict)
+        for row in rows.get(unit, []):
+            metrics[row["metric"]][row["system"]] = row
+        for metric, systems in metrics.items():
+            own = systems.get(_OWN)
+            label = now.get(labeler)
+            if own is None:
+                continue
+            if labeler != _OF_EXEMPLARS and own["description"] != (label["text"] if label else None):
+                layer.stale += 1
+                continue
+            who = "" if labeler == _OF_EXEMPLARS or len(now) == 1 else f"{labeler}: "
+            put(f"{predictor} {labeler} {metric}", f"{who}{metric} ({predictor})", own["value"])
+            yield {
+                "judge": predictor,
+                "labeler": labeler,
+                "metric": metric,
+                "images": own["images"],
+                **{system: short(row["value"]) for system, row in systems.items()},
+            }
+
+
+def _summary(layer: _Layer, units: Sequence[int], columns: dict[str, str]) -> LayerSummary:
+    names = layer.sources.labelers
+    values = [layer.columns[f"score {name}"]["values"] if units else [] for name in names]
+    finite = [[value for value in of if value is not None] for of in values]
+    texts = list(layer.texts)
+    labels = layer.labels[0] if names else []
+    return LayerSummary(
+        model=layer.model,
+        layer=layer.layer,
+        href=layer.href,
+        masks=layer.masks,
+        shape=layer.shape,
+        units=len(units),
+        described=sum(any(of[place] >= 0 for of in layer.labels) for place in range(len(units))),
+        means=[math.fsum(of) / len(of) if of else None for of in finite],
+        examples=_examples(layer, units, values[0] if names and finite[0] else None),
+        most_said=[(texts[n], count) for n, count in Counter(n for n in labels if n >= 0).most_common(_MOST_SAID)],
+        columns=columns,
+    )
+
+
+def _examples(layer: _Layer, units: Sequence[int], scores: Sequence[float | None] | None) -> list[Row]:
+    """The best scored units, no description twice; without scores, units spread over the layer."""
+    texts = list(layer.texts)
+    places = [place for place, image in enumerate(layer.first) if image is not None]
+    if scores is None:
+        places = [places[len(places) * i // _EXAMPLES] for i in range(min(_EXAMPLES, len(places)))]
+    else:
+        best: dict[int, int] = {}
+        ranked = [(-score, place) for place in places if (score := scores[place]) is not None]
+        for _, place in sorted(ranked):
+            best.setdefault(layer.labels[0][place], place)
+        places = list(best.values())[:_EXAMPLES]
+    return [
+        {
+            "unit": units[place],
+            "image": image_source(*layer.source, int(layer.first[place] or 0)),
+            "description": texts[layer.labels[0][place]] if layer.labels and layer.labels[0][place] >= 0 else "",
+        }
+        for place in places
+    ]

@@ -1,0 +1,71 @@
+"""Nearest units: whose exemplars look alike to the captioner's encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import pyarrow as pa
+
+_BLOCK = 1024  # units compared with all others at once: 64 MiB of cosines beside 16,384 units
+
+
+def mean_features(pieces: Iterable[pa.Table]) -> tuple[np.ndarray, np.ndarray]:
+    """The mean encoding of each unit's exemplars.
+
+    Args:
+        pieces: Columns unit and feature (F numbers each) of the table of encodings, in any order; held one at a time.
+
+    Returns:
+        U units, ascending, and their means, float32 (U, F).
+    """
+    sums: dict[int, np.ndarray] = {}
+    counts: dict[int, int] = {}
+    for piece in pieces:
+        for batch in piece.to_batches(max_chunksize=_BLOCK):
+            if not batch.num_rows:
+                continue
+            units = batch["unit"].to_numpy()
+            order = np.argsort(units, kind="stable")
+            features = batch["feature"].flatten().to_numpy(zero_copy_only=False).reshape(len(units), -1)
+            found, starts, lengths = np.unique(units[order], return_index=True, return_counts=True)
+            totals = np.add.reduceat(features[order], starts, axis=0, dtype=np.float32)
+            for unit, total, count in zip(found.tolist(), totals, lengths.tolist(), strict=True):
+                sums[unit] = sums[unit] + total if unit in sums else total.copy()
+                counts[unit] = counts.get(unit, 0) + count
+    units = np.array(sorted(sums), np.int64)
+    if not len(units):
+        return units, np.zeros((0, 0), np.float32)
+    return units, np.stack([sums.pop(unit) / counts[unit] for unit in units.tolist()])
+
+
+def nearest(features: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
+    """The nearest others of each unit, exactly, by the cosine of what sets them apart from their mean.
+
+    Without the mean taken off, all encodings of photographs are near each other: what they share says nothing.
+
+    Args:
+        features: (U, F), float32.
+        top: Others per unit.
+
+    Returns:
+        Places of the others, the nearest first, of equals the first one first, int64 (U, min(top, U − 1)); and their
+        cosines, float32. A unit that is the mean itself has cosine 0 with all.
+    """
+    count = max(0, min(top, len(features) - 1))
+    apart = features - features.mean(axis=0, keepdims=True) if len(features) else features
+    lengths = np.linalg.norm(apart, axis=1, keepdims=True)
+    apart = np.divide(apart, lengths, out=np.zeros_like(apart), where=lengths > 0)
+    places = np.zeros((len(features), count), np.int64)
+    cosines = np.zeros((len(features), count), np.float32)
+    for start in range(0, len(features) if count else 0, _BLOCK):
+        found = apart[start : start + _BLOCK] @ apart.T
+        rows = np.arange(len(found))
+        found[rows, start + rows] = -np.inf  # not itself
+        # All that reach the last place's cosine are candidates, so that equals are in order of their place.
+        bars = -np.partition(-found, count - 1, axis=1)[:, count - 1]
+        for row in rows:
+            candidates = np.flatnonzero(found[row] >= bars[row])
+            best = candidates[np.argsort(-found[row, candidates], kind="stable")][:count]
+            places[start + row], cosines[start + row] = best, found[row, best]
+    return places, cosines

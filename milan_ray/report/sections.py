@@ -1,0 +1,189 @@
+"""What the overview and the models' pages show beside layers: evaluations, figures, differences, what ran."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from milan_ray.experiments.differences import difference_config
+from milan_ray.progress import say
+from milan_ray.report.layers import LayerSummary
+from milan_ray.report.pages import Pages, Row, slug, write_script
+from milan_ray.schema import ABLATIONS, CHANGES, DIFFERENCES, FIGURE, NOUNS, RUNS, SCORES, SKIPPED, TRIALS, Noun
+from milan_ray.storage import CONFIG_KEY, FILE_NAME, Storage
+
+_WORDS_LISTED = 40
+_WORDS_SHOWN = 10
+_FIGURE = f"{FIGURE}.svg"
+
+
+_ABOUT = {
+    SCORES.name: "What was measured, a panel each: a row per labeler, with what costs nothing below",
+    TRIALS.name: "Score over λ, a line per beam size",
+    ABLATIONS.name: "Accuracy over the share of units switched off, a line per order",
+}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A figure that lies beside a table.
+
+    Attributes:
+        title: What it is of.
+        file: Its copy, relative to the report's folder.
+        about: What it shows, for those who do not see it.
+        model: The model that it is of; None where it is not of one.
+    """
+
+    title: str
+    file: str
+    about: str
+    model: str | None
+
+
+def evaluations(rows: Sequence[Row]) -> list[Row]:
+    """Scores as one table per experiment: a row per system, a column per metric."""
+    tables = []
+    for experiment in dict.fromkeys(row["experiment"] for row in rows):
+        cells = {(row["system"], row["metric"]): row for row in rows if row["experiment"] == experiment}
+        systems = list(dict.fromkeys(system for system, _ in cells))
+        metrics = list(dict.fromkeys(metric for _, metric in cells))
+        notes: dict[str, list[str]] = defaultdict(list)
+        for (system, metric), row in cells.items():
+            if row["note"]:
+                of_metric = all(other["note"] == row["note"] for (_, m), other in cells.items() if m == metric)
+                of_system = all(other["note"] == row["note"] for (s, _), other in cells.items() if s == system)
+                about = metric if of_metric else system if of_system else f"{system}, {metric}"
+                if about not in notes[row["note"]]:
+                    notes[row["note"]].append(about)
+        counts = {row["n"] for row in cells.values()}
+        tables.append(
+            {
+                "name": experiment,
+                "model": experiment.rpartition(": ")[2] if ": " in experiment else None,
+                "metrics": metrics,
+                "rows": [(system, [cells.get((system, metric)) for metric in metrics]) for system in systems],
+                "n": counts.pop() if len(counts) == 1 else None,
+                "notes": notes,
+            }
+        )
+    return tables
+
+
+def skipped(storage: Storage, models: Sequence[str]) -> list[Row]:
+    """Models with images left out: rows, and reasons with how often."""
+    tables = []
+    for keys in storage.partitions(SKIPPED):
+        model = keys["model"]
+        rows = storage.read(SKIPPED, **keys).to_pylist() if model in models else []
+        if rows:
+            tables.append(
+                {"model": model, "rows": rows, "reasons": Counter(row["reason"] for row in rows).most_common()}
+            )
+    return tables
+
+
+def figures(storage: Storage, out: Path) -> list[Figure]:
+    """Copies the figures that lie beside tables of experiments and tunings, whatever these are."""
+    found = []
+    for noun in (noun for noun in NOUNS if {"experiment", "sweep"} & {*noun.partition}):
+        for keys in storage.partitions(noun):
+            source = storage.path(noun, **keys).replace(FILE_NAME, _FIGURE)
+            if not storage.exists(source):
+                continue
+            title = _title(noun, keys)
+            file = f"figures/{slug(title if noun is TRIALS else source)}.svg"
+            (out / "figures").mkdir(exist_ok=True)
+            (out / file).write_bytes(storage.get(source))
+            about = _ABOUT.get(noun.name, f"Figure beside the table {noun.name}")
+            found.append(Figure(title, file, about, keys.get("model")))
+    return found
+
+
+def differences(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSummary]) -> list[Row]:
+    """Writes a page for each pair of networks that were compared and are both in the report.
+
+    Pairs are left out whose descriptions are no longer those that were compared.
+
+    Returns:
+        Per pair what the overview shows of it.
+    """
+    shown = {(layer.model, layer.layer): layer for layer in layers}
+    models = {layer.model for layer in layers}
+    found = []
+    for keys in storage.partitions(DIFFERENCES):
+        if not {keys["model"], keys["other"]} <= models:
+            continue
+        meta = storage.metadata(DIFFERENCES, **keys) or {}
+        if meta.get(CONFIG_KEY) != difference_config(storage, **keys, words=json.loads(meta["words"])):
+            say(f"report: left out {keys['model']} against {keys['other']}: their descriptions have changed")
+            continue
+        words = storage.read(DIFFERENCES, **keys).to_pylist()
+        there = storage.exists(storage.path(CHANGES, **keys))
+        columns = ["layer", "unit", "description", "other_description", "gained", "lost"]
+        changes = storage.read(CHANGES, columns, **keys).to_pylist() if there else []
+        worded = [row for row in changes if row["gained"] or row["lost"]]
+        names = list(dict.fromkeys(row["layer"] for row in worded))
+        href = f"differences/{slug(json.dumps([keys['labeler'], keys['model'], keys['other']]))}/"
+        pair = {
+            **keys,
+            "href": href,
+            "words": words[:_WORDS_LISTED],
+            "all_words": len(words),
+            "first_words": words[:_WORDS_SHOWN],
+            "changed": len(changes),
+            "compared": int(meta["units"]),
+            "worded": len(worded),
+            "layers": names,
+        }
+        sides = [[(layer := shown.get((keys[name], of))) and layer.href for of in names] for name in ("model", "other")]
+        place = {name: number for number, name in enumerate(names)}
+        write_script(
+            out / href / "changes.js",
+            "milan.changes",
+            {
+                "labeler": keys["labeler"],
+                "models": [keys["model"], keys["other"]],
+                "layers": names,
+                "sides": sides,
+                "rows": [
+                    [
+                        place[row["layer"]],
+                        row["unit"],
+                        row["description"],
+                        row["other_description"],
+                        row["gained"],
+                        row["lost"],
+                    ]
+                    for row in worded
+                ],
+            },
+        )
+        pages.write("difference.html", out / href / "index.html", root="../../", pair=pair)
+        found.append(pair)
+    return found
+
+
+def provenance(storage: Storage, models: Sequence[str]) -> Row:
+    """What ran for these models, and the versions it ran with."""
+    every = [row for keys in storage.partitions(RUNS) for row in storage.read(RUNS, **keys).to_pylist()]
+    runs = [row for row in every if row["model"] in models or not row["model"]]
+    versions: dict[str, list[str]] = {}
+    for row in runs:
+        for name, version in json.loads(row["versions"] or "{}").items():
+            if version not in versions.setdefault(name, []):
+                versions[name].append(version)
+    return {"runs": sorted(runs, key=lambda row: row["finished_at"]), "versions": versions}
+
+
+def _title(noun: Noun, keys: dict[str, str]) -> str:
+    if noun is TRIALS:
+        return f"{keys['decoder']} tuned by {keys['sweep']}"
+    if noun is SCORES:
+        return keys["experiment"].rpartition(": ")[0] or keys["experiment"]
+    if "experiment" in keys and "model" in keys:
+        return f"{keys['experiment']}: {keys['model']}"
+    return ", ".join([noun.name, *keys.values()])
