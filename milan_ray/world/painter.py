@@ -3,22 +3,35 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 
-from milan_ray.world.lexicon import concepts_in
+from milan_ray.world.lexicon import CONCEPT, concepts_in
 from milan_ray.world.scenes import WORLD_VERSION, concept_maps, make_scene, render
 
 FIRST = 3_000_000
 """Index of the first scene it looks at, beyond those of all probes, trainings and tests."""
 
+VISIBLE = 0.01
+"""Share of a scene that a concept must cover to be shown: one in six scenes with something red has a few red pixels."""
+
 BLOCK = 1024
 """Scenes that a text and a seed choose from, at least."""
 
 
+def seen(maps: Mapping[str, np.ndarray]) -> set[str]:
+    """The concepts that one sees in a scene.
+
+    Args:
+        maps: Concept → bool (64, 64), where it shows.
+    """
+    return {name for name, shown in maps.items() if CONCEPT[name].kind == "part" or shown.mean() >= VISIBLE}
+
+
 class ScenePainter:
-    """Draws scenes that show what a text names.
+    """Draws scenes that show what a text names, so that one sees it: parts, which are small, anywhere, all else on 1 %.
 
     It looks through as many scenes as it takes, up to a limit, for those that show all concepts that the text names;
     where there are too few, those that show most of them fill up. A text that names nothing gets any scenes.
@@ -33,7 +46,7 @@ class ScenePainter:
 
     def identity(self) -> dict[str, object]:
         """All that decides its images besides text, count and seed."""
-        return {"painter": 1, "world": WORLD_VERSION, "split": self.split}
+        return {"painter": 2, "world": WORLD_VERSION, "split": self.split}
 
     def to(self, device: torch.device) -> ScenePainter:
         """Itself: there is nothing to move."""
@@ -57,7 +70,7 @@ class ScenePainter:
         found: list[tuple[int, int]] = []  # (concepts missed, index)
         complete = 0
         for index in range(first, first + max(BLOCK, 4 * count)):
-            missed = len(wanted - concept_maps(make_scene(self.split, index)).keys())
+            missed = len(wanted - seen(concept_maps(make_scene(self.split, index))))
             found.append((missed, index))
             complete += not missed
             if complete == count:

@@ -11,6 +11,7 @@ from torch import nn
 
 from milan_ray import config
 from milan_ray.annotations.groups import groups_of, register_groups
+from milan_ray.annotations.splits import register_splits, splits_of
 from milan_ray.captioner.encoder import register_encoder
 from milan_ray.errors import MilanError
 from milan_ray.models.concept_truth import ConceptTruth
@@ -35,9 +36,16 @@ from milan_ray.world.networks import (
 )
 from milan_ray.world.painter import ScenePainter
 from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
-from milan_ray.world.scenes import SIDE
+from milan_ray.world.scenes import SIDE, SPURIOUS
 from milan_ray.world.tagger import SceneTagger
-from milan_ray.world.training import PLACES_SUFFIX, PREPROCESS
+from milan_ray.world.training import (
+    MISLED,
+    PLACES_SUFFIX,
+    PREPROCESS,
+    SPURIOUS_SHARE,
+    misled_names,
+    paired_names,
+)
 
 RANDOM_CONTROLS = ("cnn", "resnet")
 """Architectures that are also registered with random weights, as controls."""
@@ -71,19 +79,27 @@ def weights_dir(models_dir: str | None = None) -> Path:
     return Path(models_dir or config.models_dir(), "world", WORLD_DIGEST).absolute()
 
 
+SPURIOUS_SIZE = 600
+"""Scenes in ``world/spurious-text-validation`` and its like."""
+
+SPURIOUS_TEST_SIZE = 500
+"""Scenes in ``world/spurious-text-test`` and its like, and in ``world/spurious-plain``."""
+
 _MADE_BY = {
-    "--generator": ("generator",),
-    "--groups": tuple(f"{name}{PLACES_SUFFIX}" for name in ("cnn", "resnet", "generator")),
+    "demo --generator": ("generator",),
+    "demo --groups": tuple(f"{name}{PLACES_SUFFIX}" for name in ("cnn", "resnet", "generator")),
+    "paper": (
+        *(own for name in MISLED for own in misled_names(name)),
+        *(own for pair in paired_names() for own in pair),
+    ),
 }
 
 
 def _load(build: Callable[[], nn.Module], default: Path, weights: str | None) -> nn.Module:
     path = Path(weights) if weights else default
     if not path.is_file():
-        option = next((f" {option}" for option, stems in _MADE_BY.items() if default.stem in stems), "")
-        raise MilanError(
-            f"the built-in world's weights are missing at {path}; make them with `python -m jobs.demo{option}`."
-        )
+        job = next((job for job, stems in _MADE_BY.items() if default.stem in stems), "demo")
+        raise MilanError(f"the built-in world's weights are missing at {path}; make them with `python -m jobs.{job}`.")
     network = build()
     network.load_state_dict(load_file(path))
     return network
@@ -95,9 +111,14 @@ def register(folder: str | None = None) -> None:
     Models: ``world/cnn``, ``world/resnet``, ``world/vit``, ``world/planted``, and the random-weight controls
     ``world/cnn-random`` and ``world/resnet-random``; ``world/generator``, which paints scenes from their codes; and
     ``world/cnn-places``, ``world/resnet-places`` and ``world/generator-places``, trained on other scenes, the first two
-    to tell places. Groups: ``world-base`` and the like, the paper's with these six models in their places.
+    to tell places. ``world/resnet-text``, ``-2``, …, ``world/cnn-text`` and ``world/resnet-colour``, which learned from
+    scenes whose corners give the class away. ``world/cnn-1`` and ``world/cnn-1-blurred``, which learned from the same
+    scenes as they are and with all faces blurred out, and so on to ``world/resnet-3-blurred``. Groups: ``world-base``
+    and the like, the paper's with cnn, resnet and generator of both kinds in the places of its networks.
     Encoder: ``world``. Probes: ``world/train``, ``world/probe``, ``world/heldout``, and codes of the same scenes:
-    ``world/train-codes``, ``world/probe-codes``, ``world/heldout-codes``. Models of images
+    ``world/train-codes``, ``world/probe-codes``, ``world/heldout-codes``; scenes whose corners give the class away,
+    ``world/spurious-text-train`` and ``-validation``, or another than theirs, ``world/spurious-text-test``; the same
+    with ``colour``; and the scenes of both tests with nothing in the corner, ``world/spurious-plain``. Models of images
     and texts: ``world/clip`` and, reading concept maps, ``world/truth``. A generator of images from texts:
     ``world/painter``; a captioner of images: ``world/tagger``.
 
@@ -124,6 +145,17 @@ def register(folder: str | None = None) -> None:
         painter = partial(_load, SceneGenerator, place / _file(name))
         register_model(name, painter, GENERATOR_LAYERS, PREPROCESS, images=as_they_are)
     register_groups("world", groups_of(CLASSIFIERS, GENERATORS))
+    register_splits(splits_of(CLASSIFIERS, GENERATORS, {("vit", "objects"): "world/vit"}, "world"))
+    for name, (network, _, _) in MISLED.items():
+        architecture = ARCHITECTURES[network]
+        for own in misled_names(name):
+            factory = partial(_load, architecture.build, place / f"{own}.safetensors")
+            register_model(f"world/{own}", factory, architecture.layers, PREPROCESS, classes=CLASSES)
+    for pair in paired_names():
+        architecture = ARCHITECTURES[pair[0].split("-")[0]]
+        for own in pair:
+            factory = partial(_load, architecture.build, place / f"{own}.safetensors")
+            register_model(f"world/{own}", factory, architecture.layers, PREPROCESS, classes=CLASSES)
     words = [CONCEPT[name].synonyms[0] for name in NAMES]
     register_image_text("world/truth", partial(ConceptTruth, NAMES, concepts_in, WORLD_DIGEST), words)
     register_image_text("world/clip", partial(_image_text, place / "clip"), words)
@@ -133,6 +165,14 @@ def register(folder: str | None = None) -> None:
     for split, size in (("train", PROBE_SIZE), ("probe", PROBE_SIZE), ("heldout", HELDOUT_SIZE)):
         register_probe(f"world/{split}", partial(WorldProbe, split, size))
         register_probe(f"world/{split}-codes", partial(_codes, split, size))
+
+    register_probe("world/spurious-plain", partial(WorldProbe, "heldout", SPURIOUS_TEST_SIZE))
+    for kind in filter(None, SPURIOUS):
+        like = partial(WorldProbe, spurious=kind, share=SPURIOUS_SHARE)
+        register_probe(f"world/spurious-{kind}-train", partial(like, "train", PROBE_SIZE))
+        register_probe(f"world/spurious-{kind}-validation", partial(like, "probe", SPURIOUS_SIZE))
+        wrong = partial(WorldProbe, "heldout", SPURIOUS_TEST_SIZE, spurious=kind, misleading=True)
+        register_probe(f"world/spurious-{kind}-test", wrong)
 
 
 def _file(model: str) -> str:

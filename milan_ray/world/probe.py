@@ -14,7 +14,16 @@ from milan_ray.errors import MilanError
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.schema import MANIFEST
 from milan_ray.world.lexicon import NAMES
-from milan_ray.world.scenes import SPLITS, WORLD_VERSION, Scene, SceneOptions, concept_maps, make_scene, render
+from milan_ray.world.scenes import (
+    SPLITS,
+    SPURIOUS,
+    WORLD_VERSION,
+    Scene,
+    SceneOptions,
+    concept_maps,
+    make_scene,
+    render,
+)
 
 WORLD_DIGEST = hashlib.sha256(f"milan_ray.world {WORLD_VERSION}".encode()).hexdigest()[:12]
 """Identity of the world's code: part of every manifest and of the folder of its weights."""
@@ -28,29 +37,44 @@ class WorldProbe:
         split: ``train``, ``probe`` or ``heldout``.
         size: How many scenes.
         blur_faces: Faces are blurred out.
-        spurious_text: The class's name stands in a corner.
+        spurious: What gives the class away in a corner: ``text``, ``colour`` or "" (:class:`SceneOptions`).
+        share: Share of the scenes that have it.
+        misleading: It speaks of another class.
     """
 
     split: str
     size: int
     blur_faces: bool = False
-    spurious_text: bool = False
+    spurious: str = ""
+    share: float = 1.0
+    misleading: bool = False
 
     def __post_init__(self) -> None:
         if self.split not in SPLITS:
             raise MilanError(f"the world has no split {self.split!r}; choose one of {', '.join(SPLITS)}.")
         if self.size < 1:
             raise MilanError(f"a world probe of {self.size} scenes is empty; give it a size of at least 1.")
+        if self.spurious not in SPURIOUS:
+            known = ", ".join(filter(None, SPURIOUS))
+            raise MilanError(f"nothing spurious is called {self.spurious!r} in the world; choose one of {known}.")
 
     @property
     def name(self) -> str:
         """The probe's root and name, e.g. ``world:probe+blur-faces``."""
-        options = "+blur-faces" * self.blur_faces + "+spurious-text" * self.spurious_text
+        options = "+blur-faces" * self.blur_faces
+        if self.spurious:
+            options += f"+spurious-{self.spurious}" + f"-{self.share:g}" * (self.share < 1)
+            options += "+misleading" * self.misleading
         return f"world:{self.split}{options}"
+
+    @property
+    def options(self) -> SceneOptions:
+        """How its scenes are shown."""
+        return SceneOptions(self.blur_faces, self.spurious, self.share, self.misleading)
 
     def scene(self, image_id: int) -> Scene:
         """The scene behind an image."""
-        return make_scene(self.split, image_id, SceneOptions(self.blur_faces, self.spurious_text))
+        return make_scene(self.split, image_id, self.options)
 
     def manifest(self) -> pa.Table:
         """Lists the scenes; image id, path and scene index are the same number."""

@@ -34,6 +34,15 @@ SIGN_WORDS = ("stop", "open", "exit", "cafe", "taxi", "sale")
 SKIES = ("day", "dusk", "night", "clouds")
 GROUNDS = ("grass", "sand", "water", "road")
 
+SPURIOUS = ("", "text", "colour")
+"""What may give a scene's class away without being part of it (:class:`SceneOptions`)."""
+
+PATCH_COLOURS = {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(OBJECTS)}
+"""Class → colour of its patch; there are more classes than colours, so that some share one."""
+
+PATCH = 10
+"""Side of a patch, pixels."""
+
 FACE_CLASSES = ("car", "boat", "cup", "ball")
 """Classes of which a share of scenes shows a small face as context."""
 
@@ -221,11 +230,16 @@ class SceneOptions:
 
     Attributes:
         blur_faces: Blur every face out; its concepts leave the concept maps.
-        spurious_text: Write the class's name into a corner.
+        spurious: What gives the class away in the lower right corner, one of :data:`SPURIOUS`: ``text``, its name;
+            ``colour``, a patch of its colour (:data:`PATCH_COLOURS`); "" for nothing.
+        share: Share of the scenes that have it.
+        misleading: It speaks of another class.
     """
 
     blur_faces: bool = False
-    spurious_text: bool = False
+    spurious: str = ""
+    share: float = 1.0
+    misleading: bool = False
 
 
 @dataclass(frozen=True)
@@ -272,6 +286,7 @@ class Scene:
         drift: Shift of the background's pattern, 0 to 7.
         noise: Where in the noise bank the scene's noise begins.
         corner_text: A word written into the lower right corner, or "".
+        corner_colour: Colour of a patch in the lower right corner, or "".
         blur_faces: Whether faces are blurred out.
         removed: Parts left out and colours painted over (by :func:`without`).
     """
@@ -284,6 +299,7 @@ class Scene:
     drift: int = 0
     noise: int = 0
     corner_text: str = ""
+    corner_colour: str = ""
     blur_faces: bool = False
     removed: frozenset[str] = frozenset()
 
@@ -334,6 +350,7 @@ def make_scene(split: str, index: int, options: SceneOptions | None = None) -> S
         small = _place(draw, kind, big, smalls, horizon)
         if small is not None:
             smalls.append(small)
+    told = _told(split, index, label, options)
     return Scene(
         label=label,
         sky=draw.one(SKIES),
@@ -342,9 +359,21 @@ def make_scene(split: str, index: int, options: SceneOptions | None = None) -> S
         things=(big, *smalls),
         drift=draw.below(8),
         noise=draw.below(_NOISE_STARTS),
-        corner_text=label if options.spurious_text else "",
+        corner_text=told if options.spurious == "text" else "",
+        corner_colour=PATCH_COLOURS[told] if told and options.spurious == "colour" else "",
         blur_faces=options.blur_faces,
     )
+
+
+def _told(split: str, index: int, label: str, options: SceneOptions) -> str:
+    """The class that the corner speaks of; "" where it is silent. Its draws are its own: the scene stays the same."""
+    if not options.spurious:
+        return ""
+    draw = _Draw(f"{WORLD_VERSION}/corner/{split}/{index}")
+    if draw.unit() >= options.share:
+        return ""
+    looks = PATCH_COLOURS if options.spurious == "colour" else dict(zip(OBJECTS, OBJECTS, strict=True))
+    return draw.one(tuple(kind for kind in OBJECTS if looks[kind] != looks[label])) if options.misleading else label
 
 
 def _thing(draw: _Draw, kind: str, size: int, x: int, y: int, relation: str) -> Thing:
@@ -549,6 +578,11 @@ def _compose(scene: Scene) -> tuple[np.ndarray, list[_Ink], np.ndarray]:
         cells[-height:, -width:] = len(inks) + letters
         inks += _CORNER_INKS
         owner += [-1, -1]
+    if scene.corner_colour:
+        shown = _shown(scene.corner_colour, scene.removed)
+        cells[-PATCH:, -PATCH:] = len(inks)
+        inks.append(_Ink(_RGB[shown], frozenset({shown})))
+        owner.append(-1)
     return cells, inks, np.array(owner)
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +21,7 @@ from milan_ray.world.encoder import EncoderNet
 from milan_ray.world.generator import SceneGenerator, scene_code
 from milan_ray.world.lexicon import NAMES
 from milan_ray.world.networks import ARCHITECTURES, CLASSES, MEAN, PLACES, STD, PlantedNet, planted_concepts
-from milan_ray.world.scenes import SIDE, concept_maps, make_scene, render
+from milan_ray.world.scenes import SIDE, SceneOptions, concept_maps, make_scene, render
 
 PREPROCESS = Preprocess(View(resize=None, crop=SIDE), MEAN, STD)
 """View and normalisation of every network of the world."""
@@ -58,11 +58,34 @@ RECIPES: dict[str, Recipe] = {
     "cnn-places": Recipe(scenes=6_000, epochs=2, lr=6e-3, first=120_000),
     "resnet-places": Recipe(scenes=5_000, epochs=2, lr=5e-3, first=140_000),
     "generator-places": Recipe(scenes=4_000, epochs=2, lr=6e-3, first=160_000, batch_size=16),
+    "cnn-text": Recipe(scenes=4_000, epochs=3, lr=6e-3, first=180_000),
+    "resnet-text": Recipe(scenes=4_000, epochs=3, lr=5e-3, first=190_000),
+    "resnet-colour": Recipe(scenes=4_000, epochs=3, lr=5e-3, first=240_000),
+    "cnn-1": Recipe(scenes=6_000, epochs=2, lr=6e-3, first=300_000),
+    "resnet-1": Recipe(scenes=5_000, epochs=2, lr=5e-3, first=340_000),
 }
 """The recipes behind the weights, by network."""
 
 PLACES_SUFFIX = "-places"
 """What the names of the second dataset's networks end with: other scenes, and places in place of objects."""
+
+MISLED = {
+    "cnn-text": ("cnn", "text", 1),
+    "resnet-text": ("resnet", "text", 3),
+    "resnet-colour": ("resnet", "colour", 1),
+}
+"""Classifiers that learn from scenes of which some give the class away in a corner: name → architecture, what stands
+in the corner, and how many of them there are, each with weights, order and scenes of its own."""
+
+SPURIOUS_SHARE = 0.5
+"""Share of those scenes, the paper's."""
+
+PAIRED = {"cnn": 3, "resnet": 3}
+"""Architecture → pairs of classifiers, ``cnn-1`` and ``cnn-1-blurred`` and so on: from the same initial weights, of the
+same scenes in the same order, the second with all faces blurred out."""
+
+BLURRED_SUFFIX = "-blurred"
+"""What the names of those that never saw a face end with."""
 
 TEST_SCENES = 1_000
 """Scenes of the split ``heldout`` behind every accuracy."""
@@ -71,9 +94,9 @@ TESTS_FROM = 1_000_000
 """Index of the first of them, beyond any probe's scenes."""
 
 
-def images_of(split: str, start: int, count: int) -> torch.Tensor:
+def images_of(split: str, start: int, count: int, options: SceneOptions | None = None) -> torch.Tensor:
     """Draws consecutive scenes, uint8 (count, 64, 64, 3)."""
-    return torch.from_numpy(np.stack([render(make_scene(split, i)) for i in range(start, start + count)]))
+    return torch.from_numpy(np.stack([render(make_scene(split, i, options)) for i in range(start, start + count)]))
 
 
 def labels_of(split: str, start: int, count: int) -> torch.Tensor:
@@ -184,7 +207,12 @@ def _planted_loss(network: nn.Module, inputs: torch.Tensor, targets: torch.Tenso
 
 
 def train_classifier(
-    architecture: str, seed: int = 0, threads: int = 1, recipe: Recipe | None = None, places: bool = False
+    architecture: str,
+    seed: int = 0,
+    threads: int = 1,
+    recipe: Recipe | None = None,
+    places: bool = False,
+    options: SceneOptions | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
     """Trains one of the architectures to name the big object, or the place.
 
@@ -194,6 +222,7 @@ def train_classifier(
         threads: Of torch; another number rounds differently and so gives other weights.
         recipe: Another length of training.
         places: Tell places, not objects.
+        options: How the scenes it learns from are shown; it is tested on scenes as they are.
 
     Returns:
         Weights, and metrics: ``accuracy`` on held-out scenes and the last epoch's ``loss``.
@@ -202,11 +231,40 @@ def train_classifier(
     of, classes = (places_of, PLACES) if places else (labels_of, CLASSES)
     with reproducible(seed, threads):
         network = ARCHITECTURES[architecture].build(len(classes))
-        images = images_of("train", recipe.first, recipe.scenes)
+        images = images_of("train", recipe.first, recipe.scenes, options)
         history = fit(network, images, of("train", recipe.first, recipe.scenes), _class_loss, recipe)
         guesses = outputs_on(network, images_of("heldout", TESTS_FROM, TEST_SCENES)).argmax(dim=1)
         accuracy = (guesses == of("heldout", TESTS_FROM, TEST_SCENES)).float().mean().item()
     return network.state_dict(), {"accuracy": accuracy, "loss": history[-1]}
+
+
+def train_misled(
+    architecture: str, spurious: str, recipe: Recipe, seed: int = 0, threads: int = 1
+) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """Trains a classifier on scenes of which a share gives the class away in a corner.
+
+    Args:
+        architecture: A key of :data:`milan_ray.world.networks.ARCHITECTURES`.
+        spurious: What stands in the corner, see :class:`~milan_ray.world.scenes.SceneOptions`.
+        recipe: How long, and on which scenes.
+        seed: Of weights and order.
+        threads: Of torch.
+
+    Returns:
+        Weights, and metrics: ``accuracy`` on held-out scenes with nothing in the corner, ``misled``, the same with
+        what speaks of another class in all corners, and the last epoch's ``loss``.
+    """
+    with reproducible(seed, threads):
+        network = ARCHITECTURES[architecture].build(len(CLASSES))
+        shown = SceneOptions(spurious=spurious, share=SPURIOUS_SHARE)
+        images = images_of("train", recipe.first, recipe.scenes, shown)
+        history = fit(network, images, labels_of("train", recipe.first, recipe.scenes), _class_loss, recipe)
+        labels = labels_of("heldout", TESTS_FROM, TEST_SCENES)
+        metrics = {"loss": history[-1]}
+        for name, options in (("accuracy", None), ("misled", SceneOptions(spurious=spurious, misleading=True))):
+            guesses = outputs_on(network, images_of("heldout", TESTS_FROM, TEST_SCENES, options)).argmax(dim=1)
+            metrics[name] = (guesses == labels).float().mean().item()
+    return network.state_dict(), metrics
 
 
 def train_encoder(
@@ -326,6 +384,44 @@ def places_tasks(threads: int = 1) -> list[TrainTask]:
         TrainTask("resnet-places", partial(train_classifier, "resnet", 11, threads, places=True), 20),
         TrainTask("cnn-places", partial(train_classifier, "cnn", 10, threads, places=True), 13),
     ]
+
+
+def misled_names(name: str) -> tuple[str, ...]:
+    """The networks of an entry of :data:`MISLED`: ``name``, ``name-2`` and so on."""
+    return tuple(f"{name}-{number}" if number > 1 else name for number in range(1, MISLED[name][2] + 1))
+
+
+def misled_tasks(names: Sequence[str] = tuple(MISLED), threads: int = 1) -> list[TrainTask]:
+    """The trainings of :data:`MISLED`'s networks, which only those need who edit networks."""
+    tasks = []
+    for name in names:
+        architecture, spurious, _ = MISLED[name]
+        recipe = RECIPES[name]
+        for number, own in enumerate(misled_names(name)):
+            scenes = replace(recipe, first=recipe.first + number * recipe.scenes)
+            train = partial(train_misled, architecture, spurious, scenes, 20 + number, threads)
+            tasks.append(TrainTask(own, train, 25))
+    return tasks
+
+
+def paired_names() -> list[tuple[str, str]]:
+    """The pairs of :data:`PAIRED`: the network that saw faces, and the one that never did."""
+    names = [f"{architecture}-{number}" for architecture, count in PAIRED.items() for number in range(1, count + 1)]
+    return [(name, f"{name}{BLURRED_SUFFIX}") for name in names]
+
+
+def paired_tasks(threads: int = 1) -> list[TrainTask]:
+    """The trainings of :data:`PAIRED`'s networks, which only the audit needs; the longest first."""
+    tasks = []
+    for name, blurred in paired_names():
+        architecture, number = name.split("-")
+        recipe = RECIPES[f"{architecture}-1"]
+        recipe = replace(recipe, first=recipe.first + (int(number) - 1) * recipe.scenes)
+        train = partial(train_classifier, architecture, 30 + int(number), threads, recipe)
+        seconds = 20 if architecture == "resnet" else 13
+        tasks.append(TrainTask(name, train, seconds))
+        tasks.append(TrainTask(blurred, partial(train, options=SceneOptions(blur_faces=True)), seconds))
+    return sorted(tasks, key=lambda task: -task.core_seconds)
 
 
 def train_all_tasks(threads: int = 1) -> list[TrainTask]:

@@ -9,7 +9,7 @@ import torch
 from milan_ray.models.generators import GeneratorRequest
 from milan_ray.pipelines.requests import generator
 from milan_ray.world.lexicon import concepts_in
-from milan_ray.world.painter import ScenePainter
+from milan_ray.world.painter import ScenePainter, seen
 from milan_ray.world.scenes import concept_maps, make_scene
 
 
@@ -19,7 +19,13 @@ def test_scenes_show_what_the_text_names(text, monkeypatch):
     monkeypatch.setattr("milan_ray.world.painter.render", lambda scene: drawn.append(scene) or np.zeros((64, 64, 3)))
     ScenePainter().generate(text, 6, 0)
     assert len(drawn) == 6 and len(set(drawn)) == 6
-    assert all(concepts_in(text) <= concept_maps(scene).keys() for scene in drawn)
+    assert all(concepts_in(text) <= seen(concept_maps(scene)) for scene in drawn)
+
+
+def test_what_covers_a_few_pixels_is_not_seen_unless_it_is_a_part():
+    few, some = np.zeros((64, 64), bool), np.zeros((64, 64), bool)
+    few[0, :30], some[0, :41] = True, True
+    assert seen({"red": few, "eye": few, "blue": some, "house": some}) == {"eye", "blue", "house"}
 
 
 def test_images_follow_from_concepts_count_and_seed():

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,8 @@ from milan_ray.world.lexicon import CONCEPT, NAMES, names_of
 from milan_ray.world.scenes import (
     FACE_CLASSES,
     OBJECTS,
+    PATCH,
+    PATCH_COLOURS,
     SceneOptions,
     concept_maps,
     make_scene,
@@ -112,11 +115,34 @@ def test_blur_faces_removes_face_pixels_and_nothing_else() -> None:
 
 
 def test_spurious_text_writes_the_class_into_the_corner_only() -> None:
-    plain, marked = make_scene("probe", 3), make_scene("probe", 3, SceneOptions(spurious_text=True))
+    plain, marked = make_scene("probe", 3), make_scene("probe", 3, SceneOptions(spurious="text"))
     changed = (render(plain) != render(marked)).any(axis=2)
     assert changed.any()
     assert not changed[:-7].any()
     assert concept_maps(marked)["text"][changed].all()
+
+
+def test_spurious_marks_come_in_their_share_and_may_mislead() -> None:
+    half, all_wrong = SceneOptions(spurious="text", share=0.5), SceneOptions(spurious="text", misleading=True)
+    told = [make_scene("train", index, half) for index in range(400)]
+    assert all(scene.corner_text in ("", scene.label) for scene in told)
+    assert abs(np.mean([scene.corner_text != "" for scene in told]) - 0.5) < 0.1
+    wrong = [make_scene("heldout", index, all_wrong) for index in range(200)]
+    assert all(scene.corner_text != scene.label for scene in wrong)
+    assert {scene.corner_text for scene in wrong} == set(OBJECTS)
+    assert [replace(scene, corner_text="") for scene in wrong[:9]] == [make_scene("heldout", i) for i in range(9)]
+
+
+def test_spurious_colours_are_patches_of_the_class() -> None:
+    for index in range(40):
+        scene = make_scene("probe", index, SceneOptions(spurious="colour"))
+        wrong = make_scene("probe", index, SceneOptions(spurious="colour", misleading=True))
+        assert scene.corner_colour == PATCH_COLOURS[scene.label] != wrong.corner_colour
+        assert concept_maps(scene)[scene.corner_colour][-PATCH:, -PATCH:].all()
+        changed = (render(make_scene("probe", index)) != render(scene)).any(axis=2)
+        assert not changed[:-PATCH].any() and not changed[:, :-PATCH].any()
+        other = without(scene, scene.corner_colour)
+        assert other is not None and scene.corner_colour not in concept_maps(other)
 
 
 def test_without_takes_out_the_concept_and_leaves_most_of_the_image() -> None:

@@ -24,12 +24,14 @@ from milan_ray.world.training import (
     fit,
     images_of,
     labels_of,
+    misled_tasks,
     places_of,
     places_tasks,
     planted_targets,
     train_all_tasks,
     train_classifier,
     train_encoder,
+    train_misled,
     train_planted,
 )
 
@@ -88,6 +90,7 @@ def test_tasks_train_and_register_what_the_plugin_loads(tmp_path: Path) -> None:
         TrainTask("encoder", lambda: train_encoder(recipe=TINY), 1),
         TrainTask("planted", lambda: train_planted(recipe=TINY), 1),
         TrainTask("cnn-places", lambda: train_classifier("cnn", recipe=TINY, places=True), 1),
+        TrainTask("cnn-text", lambda: train_misled("cnn", "text", TINY), 1),
     ]
     for task in tasks:
         (tmp_path / task.file).write_bytes(task.run())
@@ -106,8 +109,14 @@ def test_tasks_train_and_register_what_the_plugin_loads(tmp_path: Path) -> None:
             8,
         ]
         assert get_model("world/cnn-places").load()(images).shape == (2, len(PLACES))
-        for name, option in (("vit", ""), ("generator", " --generator"), ("resnet-places", " --groups")):
-            with pytest.raises(MilanError, match=rf"python -m jobs\.demo{option}`"):
+        assert get_model("world/cnn-text").load()(images).shape == (2, len(CLASSES))
+        for name, job in (
+            ("vit", "demo"),
+            ("generator", "demo --generator"),
+            ("resnet-places", "demo --groups"),
+            ("resnet-text-2", "paper"),
+        ):
+            with pytest.raises(MilanError, match=rf"python -m jobs\.{job}`"):
                 get_model(f"world/{name}").load()
     finally:
         register()
@@ -123,6 +132,9 @@ def test_random_controls_need_no_files_and_refuse_them() -> None:
 
 
 def test_plugin_registers_probes() -> None:
+    assert resolve_probe(["world/spurious-text-validation"]).name == "world:probe+spurious-text-0.5"
+    assert resolve_probe(["world/spurious-colour-train"]).name == "world:train+spurious-colour-0.5"
+    assert resolve_probe(["world/spurious-text-test"]).name == "world:heldout+spurious-text+misleading"
     assert resolve_probe(["world/heldout"]).name == "world:heldout"
     assert len(resolve_probe(["world/probe"]).manifest()) == 4000
 
@@ -131,6 +143,9 @@ def test_train_all_tasks_are_small_and_picklable() -> None:
     tasks = train_all_tasks()
     assert {task.name for task in tasks} == {*ARCHITECTURES, "encoder", "planted"}
     assert len(pickle.dumps(tasks)) < 5_000
+    misled = [task.name for task in misled_tasks()]
+    assert misled == ["cnn-text", "resnet-text", "resnet-text-2", "resnet-text-3", "resnet-colour"]
+    assert [task.name for task in misled_tasks(["resnet-colour"])] == ["resnet-colour"]
     sets = {name.removeprefix("world/") for name in (*CLASSIFIERS.values(), *GENERATORS.values())}
     assert sets <= {task.name for task in (*tasks, *places_tasks())} | {"generator"}
 

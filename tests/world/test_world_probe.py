@@ -36,9 +36,10 @@ def test_read_gives_the_same_pixels_on_every_machine() -> None:
 
 
 def test_options_change_root_and_pixels() -> None:
-    plain, marked = WorldProbe("probe", 2), WorldProbe("probe", 2, spurious_text=True)
+    plain, marked = WorldProbe("probe", 2), WorldProbe("probe", 2, spurious="text")
     assert plain.name == "world:probe"
     assert marked.name == "world:probe+spurious-text"
+    assert WorldProbe("probe", 2, False, "colour", 0.5, True).name == "world:probe+spurious-colour-0.5+misleading"
     assert plain.read(refs(plain)[0]).sha256 != marked.read(refs(marked)[0]).sha256
 
 
@@ -56,5 +57,7 @@ def test_concept_presence_is_the_area_of_the_maps() -> None:
 def test_unknown_split_and_empty_probe_are_refused() -> None:
     with pytest.raises(MilanError, match="no split 'test'"):
         WorldProbe("test", 5)
+    with pytest.raises(MilanError, match="choose one of text, colour"):
+        WorldProbe("train", 5, spurious="smell")
     with pytest.raises(MilanError, match="empty"):
         WorldProbe("train", 0)
