@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow soak lint types check clean
+.PHONY: demo test test-slow soak lint types docs check clean
 
 demo: $(STAMP)  ## describe every unit of the built-in world's networks, and write the report
 	$(VENV)/bin/python -m jobs.demo
@@ -26,6 +26,10 @@ lint: $(STAMP)  ## formatting and lint
 types: $(STAMP)  ## static types
 	$(VENV)/bin/mypy
 
+docs: $(STAMP)  ## the pages in docs/ as HTML, in docs/_build
+	$(VENV)/bin/python -m pip install --quiet --editable '.[docs]'
+	$(VENV)/bin/sphinx-build -q -W --keep-going -b html docs docs/_build
+
 check: lint types test test-slow
 
 $(STAMP): pyproject.toml
@@ -35,4 +39,4 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,239 @@
+"""What the documents say to type: every command parses, every import is there, and what is marked is run."""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import importlib
+import re
+import runpy
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+import yaml
+
+from milan_ray import cli
+from milan_ray.captioner.captioner import Captioner
+from milan_ray.captioner.decoder import Decoder, DecoderConfig
+from milan_ray.captioner.lm import LanguageModel, LMConfig
+from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.pipelines.captioners import save_captioner
+from milan_ray.storage import Storage
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "ARCHITECTURE.md", "BENCHMARKS.md", "CHANGELOG.md")),
+    ROOT / "tune_configs/README.md",
+    *sorted(path for path in (ROOT / "docs").rglob("*.md") if "_build" not in path.parts),
+]
+TUTORIALS = ("notebook", "own-model", "annotations")
+"""Pages with blocks to run, in an order in which each finds what it needs."""
+
+BLOCK = re.compile(r"^(<!-- run -->\n)?```([\w{}-]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
+COMMAND = re.compile(r"(?:^|[\s`])(?:python -m jobs\.|milan-ray )(?P<verb>[a-z]+)\b(?P<rest>.*)")
+ELSEWHERE = {
+    "--address", "--working-dir", "--runtime-env-json", "--local-dir", "--head", "--only", "--help", "--upgrade",
+    "--force-reinstall",
+}  # fmt: skip
+"""Options of Ray, pip and others that the documents name, and of every program."""
+
+
+def blocks(page: Path) -> Iterator[tuple[bool, str, str]]:
+    """(to be run, language, text) of every fenced block."""
+    for run, language, text in BLOCK.findall(page.read_text(encoding="utf-8")):
+        yield bool(run), language, text
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """Every command line of this project in some lines of a shell, without comments and redirections."""
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        found = COMMAND.search(line)
+        if found:
+            rest = re.split(r"\s(?:\||&&|;|2?>)\s", found["rest"])[0]
+            yield [found["verb"], *shlex.split(rest, comments=True)]
+
+
+def written() -> list[tuple[str, list[str]]]:
+    """Every command of every page: in blocks of a shell, and between backticks as a whole command."""
+    found = []
+    for page in PAGES:
+        name = str(page.relative_to(ROOT))
+        text = page.read_text(encoding="utf-8")
+        shells = [block for _, language, block in blocks(page) if language in ("", "sh", "bash")]
+        inline = [one for one in re.findall(r"`([^`\n]+)`", BLOCK.sub("", text)) if COMMAND.match(one)]
+        found += [(name, command) for part in (*shells, *inline) for command in commands(part)]
+    return found
+
+
+WRITTEN = written()
+PARSER = cli.build_parser()
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the pages show, by the name in their first line."""
+    folder = tmp_path_factory.mktemp("documents")
+    (folder / "tune_configs").symlink_to(ROOT / "tune_configs")
+    for page in PAGES:
+        for _, language, text in blocks(page):
+            name = re.match(r"# ([\w-]+\.(?:py|yaml))\n", text)
+            if language in ("python", "yaml") and name:
+                (folder / name.group(1)).write_text(text, encoding="utf-8")
+    return folder
+
+
+def leaf(verb: list[str]) -> argparse.ArgumentParser:
+    """The parser of a verb, and of its action where it has some."""
+    parser: argparse.ArgumentParser = PARSER
+    for word in verb:
+        below = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        if not below or word not in below[0].choices:
+            break
+        parser = below[0].choices[word]
+    return parser
+
+
+def every_option() -> set[str]:
+    def options(parser: argparse.ArgumentParser) -> set[str]:
+        found = set(parser._option_string_actions)
+        for action in parser._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                found |= set().union(*map(options, action.choices.values()))
+        return found
+
+    return options(PARSER)
+
+
+def test_documents_have_commands() -> None:
+    assert len(WRITTEN) > 60
+    assert {command[0] for _, command in WRITTEN} >= {
+        "demo",
+        "exemplars",
+        "describe",
+        "train",
+        "tune",
+        "doctor",
+        "plan",
+    }
+
+
+@pytest.mark.parametrize(("page", "command"), WRITTEN, ids=[f"{page}: {' '.join(one)}"[:90] for page, one in WRITTEN])
+def test_every_command_is_one_that_there_is(page, command, place, monkeypatch, capsys) -> None:
+    monkeypatch.chdir(place)
+    assert command[0] in cli.VERBS, f"{page} names jobs.{command[0]}"
+    names = [word for word in command if not re.fullmatch("[A-Z]{4,}", word)]
+    if any("…" in word for word in command) or len(command) == 1 or len(names) < len(command):
+        # In part: a placeholder, or the name of the job alone. Its options must be there all the same.
+        known = set(leaf(command)._option_string_actions)
+        assert {word.partition("=")[0] for word in command if word.startswith("--")} <= known
+        return
+    try:
+        PARSER.read(command)
+    except SystemExit as error:
+        assert error.code == 0, f"{page}: {capsys.readouterr().err}"
+
+
+def test_options_named_in_the_text_are_there() -> None:
+    known = every_option() | ELSEWHERE
+    for page in PAGES:
+        if page.name == "CHANGELOG.md":
+            continue
+        text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+        named = {
+            match
+            for code in re.findall(r"`([^`\n]+)`", text)
+            for match in re.findall(r"(?<![\w-])--[a-z][a-z-]+", code)
+        }
+        assert named <= known, f"{page.name}: {sorted(named - known)}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_imports_of_the_documents_are_there(page) -> None:
+    for _, language, text in blocks(page):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("milan_ray"):
+                module = importlib.import_module(node.module or "")
+                assert all(hasattr(module, alias.name) for alias in node.names)
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "milan_ray":
+                assert hasattr(importlib.import_module("milan_ray"), node.attr)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=[page.name for page in PAGES])
+def test_links_between_pages_lead_somewhere(page) -> None:
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        path, _, anchor = target.partition("#")
+        if "://" in target:
+            continue
+        file = (page.parent / path).resolve() if path else page
+        assert file.exists(), f"{page.name} links {target}"
+        if anchor and file.suffix == ".md":
+            heads = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.MULTILINE)
+            slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+            assert anchor in slugs, f"{page.name} links {target}"
+
+
+def test_every_page_is_in_the_contents() -> None:
+    trees = "".join(text for _, language, text in blocks(ROOT / "docs/index.md") if language == "{toctree}")
+    listed = {line for line in trees.splitlines() if line and not line.startswith(":")}
+    pages = {
+        str(page.relative_to(ROOT / "docs").with_suffix("")) for page in PAGES if page.is_relative_to(ROOT / "docs")
+    }
+    assert listed == pages - {"index"}
+
+
+def test_table_reference_is_that_of_the_schemas() -> None:
+    made = runpy.run_path(str(ROOT / "docs/make_tables.py"))["page"]()
+    assert (ROOT / "docs/tables.md").read_text(encoding="utf-8") == made, "run: python docs/make_tables.py"
+
+
+def test_citation_is_whole() -> None:
+    found = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "title", "message", "authors", "license"} <= found.keys()
+    assert importlib.import_module("milan_ray").__version__ == found["version"]
+
+
+def captioner() -> Captioner:
+    """An untrained captioner over an untrained ResNet-18: what tutorials need to run, not to make sense."""
+    torch.manual_seed(0)
+    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
+    words = len(indexer.vocabulary)
+    decoder = Decoder(DecoderConfig(words, feature_size=1024, embedding_size=8, hidden_size=12))
+    state = torchvision.models.resnet18().state_dict()
+    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "resnet18", state, 5, 6, 0.5)
+
+
+@pytest.mark.slow
+def test_marked_blocks_run(place, photos, monkeypatch, capsys) -> None:
+    """The blocks of the tutorials that need nothing but a folder of images and a captioner, one after the other."""
+    monkeypatch.chdir(place)
+    for file in sorted(photos.rglob("*.png"))[::5]:
+        folder = place / "photos" / file.parent.name
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder)
+    save_captioner(Storage(place / "results/demo"), "world", captioner(), "Untrained.")
+    ran = 0
+    for tutorial in TUTORIALS:
+        names: dict[str, object] = {}
+        for number, (run, language, text) in enumerate(blocks(ROOT / f"docs/tutorials/{tutorial}.md")):
+            if not run:
+                continue
+            ran += 1
+            if language == "python":
+                exec(compile(text, f"{tutorial}.md, block {number + 1}", "exec"), names)
+                continue
+            lines = list(commands(text))
+            assert lines, f"{tutorial}.md, block {number + 1} has no command"
+            for command in lines:
+                assert cli.main(command) == 0, f"{tutorial}.md: {command}: {capsys.readouterr().err}"
+    assert ran >= 8
+    assert (
+        (place / "run/report/index.html").exists() and (place / "exported").is_dir() and (place / "unit-3.png").exists()
+    )
