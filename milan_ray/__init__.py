@@ -1,6 +1,7 @@
 """milan_ray: natural-language descriptions of every unit of every vision model, on Ray.
 
-The library calls of :mod:`milan_ray.api` are imported when they are first used: ``import milan_ray`` stays light.
+The library calls of :mod:`milan_ray.api` and :mod:`milan_ray.notebook` are imported when they are first used:
+``import milan_ray`` stays light.
 """
 
 from __future__ import annotations
@@ -9,15 +10,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from milan_ray.api import Milan, diff, load, open_exemplars, search
+    from milan_ray.notebook import Dissection, dissect
 
 __version__ = "0.1.0"
 
-__all__ = ["Milan", "__version__", "diff", "load", "open_exemplars", "search"]
+__all__ = ["Dissection", "Milan", "__version__", "diff", "dissect", "load", "open_exemplars", "search"]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from milan_ray import api
+    from milan_ray import api, notebook
 
-    return getattr(api, name)
+    return getattr(notebook if name in ("Dissection", "dissect") else api, name)

@@ -49,7 +49,8 @@ BATCH_SIZE = 32
 UNITS = 16
 """Units per beam search, as in the reference: with its quirks on, a score depends on the batch (REFERENCE §5.1)."""
 
-_MASKS = 256  # masks pooled at a time: 50 MB at 224×224
+MASKS = 256
+"""Masks pooled at a time: 50 MB at 224×224."""
 
 Images = np.ndarray | torch.Tensor | Sequence[Any]
 """Exemplar images of U units, k each: an array or tensor (U, k, 3, H, W) or (U, k, H, W, 3), RGB, uint8 or floats in
@@ -106,14 +107,42 @@ class Milan:
         Raises:
             MilanError: Shapes, types or values cannot be used; the sentence says which.
         """
-        if n_best < 1:
-            raise MilanError(f"n_best is {n_best}: ask for at least one description per unit.")
+        _check_best(n_best)
         features = self.encode(images, masks, resize=resize)
+        queries = None if self.judge is None else self._encode(self.judge, images, masks, resize=True)
+        return self.describe_encoded(features, queries, n_best=n_best, lam=lam, beam_size=beam_size)
+
+    def describe_encoded(
+        self,
+        features: np.ndarray,
+        queries: np.ndarray | None = None,
+        *,
+        n_best: int = 5,
+        lam: float | None = None,
+        beam_size: int | None = None,
+    ) -> pl.DataFrame:
+        """Describes units by what :meth:`encode` made of their exemplars.
+
+        Args:
+            features: float32 (U, k, F).
+            queries: With CLIP, the same by :attr:`judge`.
+            n_best: See :meth:`describe`.
+            lam: See :meth:`describe`.
+            beam_size: See :meth:`describe`.
+
+        Returns:
+            See :meth:`describe`.
+
+        Raises:
+            MilanError: The features are not this encoder's.
+        """
+        _check_best(n_best)
         quirks, mi_lam, similarities = self.quirks, None, None
         if self.clip is None:
             lam = (0.0 if self.captioner.lm is None else self.captioner.lam) if lam is None else lam
         else:
-            similarities = self._similarities(images, masks)
+            assert queries is not None
+            similarities = self._similarities(queries)
             mi_lam = self.clip.mi_lam(self.captioner) if lam is None else lam
             beam_size = self.clip.beams(self.captioner) if beam_size is None else beam_size
             quirks, lam = NO_QUIRKS, None  # no quirk touches this search, and no λ what it ranks by
@@ -133,7 +162,7 @@ class Milan:
                 progress.advance(len(batch))
         names = ("unit", "description", "score", "logp_d_given_e", "logp_d", "lam", "n_best")
         schema = pa.schema([DESCRIPTIONS.schema.field(name) for name in names])
-        return _frame(pa.Table.from_pylist(rows, schema=schema))
+        return as_frame(pa.Table.from_pylist(rows, schema=schema))
 
     def encode(self, images: Images, masks: Masks | None = None, *, resize: bool = False) -> np.ndarray:
         """What the captioner sees of exemplars; equal images are encoded once.
@@ -151,11 +180,11 @@ class Milan:
         """
         return self._encode(self.encoder, images, masks, resize)
 
-    def _similarities(self, images: Images, masks: Masks | None) -> Callable[[int, list[str]], np.ndarray]:
+    def _similarities(self, seen: np.ndarray) -> Callable[[int, list[str]], np.ndarray]:
         """(unit, texts) → how well each fits the unit's exemplars; every distinct text is embedded once."""
         judge, clip = self.judge, self.clip
         assert judge is not None and clip is not None
-        queries = [query(unit, clip.z) for unit in self._encode(judge, images, masks, resize=True)]
+        queries = [query(unit, clip.z) for unit in seen]
         embedded: dict[str, np.ndarray] = {}
 
         def similarities(unit: int, texts: list[str]) -> np.ndarray:
@@ -181,7 +210,7 @@ class Milan:
                 inputs = _inputs(np.stack([pictures[divmod(n, k)] for n in batch]), encoder.mean.device)
                 maps = encoder.maps(encoder.fit(inputs) if resize else inputs)
                 mine = np.flatnonzero((index >= start) & (index < start + len(batch)))
-                for part in np.split(mine, range(_MASKS, len(mine), _MASKS)):
+                for part in np.split(mine, range(MASKS, len(mine), MASKS)):
                     if regions is None:
                         chosen = torch.ones(len(part), *inputs.shape[-2:], device=inputs.device)
                     else:
@@ -190,6 +219,11 @@ class Milan:
                     features[part] = encoder.pool(maps, chosen.to(inputs.device).float(), where).cpu().numpy()
                 progress.advance(len(batch))
         return features.reshape(units, k, encoder.feature_size)
+
+
+def _check_best(n_best: int) -> None:
+    if n_best < 1:
+        raise MilanError(f"n_best is {n_best}: ask for at least one description per unit.")
 
 
 def _inputs(pixels: np.ndarray, device: torch.device) -> torch.Tensor:
@@ -300,6 +334,20 @@ class RunExemplars:
         )
         return [(layer, unit) for layer, column in columns for unit in sorted(set(column.to_pylist()))]
 
+    @property
+    def exemplars(self) -> pl.DataFrame:
+        """One row per unit and exemplar of all layers: layer, unit, rank, image_id, activation."""
+        columns = ["layer", "unit", "rank", "image_id", "activation"]
+        tables = [self._storage.read(EXEMPLARS, columns, model=self.model, layer=layer) for layer in self.layers]
+        return as_frame(pa.concat_tables(table.replace_schema_metadata() for table in tables))
+
+    @property
+    def descriptions(self) -> pl.DataFrame:
+        """One row per unit and labeler, columns as in the table of descriptions; none where nothing is described."""
+        tables = [DESCRIPTIONS.schema.empty_table()]
+        tables += [self._current(DESCRIPTIONS, {"model": self.model, "layer": layer}) for layer in self.layers]
+        return as_frame(pa.concat_tables(table.replace_schema_metadata() for table in tables))
+
     def lookup(self, layer: str | int, unit: int) -> Unit:
         """Reads a unit: exemplars, masks, descriptions, annotations.
 
@@ -321,7 +369,7 @@ class RunExemplars:
         regions = torch.from_numpy(packed_masks.unpack(rows["mask"].to_pylist(), size))[:, None].float()
         if size != images.shape[-2:]:
             regions = F.interpolate(regions, size=images.shape[-2:], mode="nearest")
-        notes = _frame(self._of_unit(ANNOTATIONS, unit, keys))
+        notes = as_frame(self._of_unit(ANNOTATIONS, unit, keys))
         return Unit(
             layer,
             unit,
@@ -331,16 +379,19 @@ class RunExemplars:
             model=self.model,
             image_ids=ids,
             activations=rows["activation"].to_numpy(),
-            descriptions=_frame(self._of_unit(DESCRIPTIONS, unit, keys)),
+            descriptions=as_frame(self._of_unit(DESCRIPTIONS, unit, keys)),
         )
 
     def _of_unit(self, noun: Noun, unit: int, keys: dict[str, str]) -> pa.Table:
-        """A unit's rows of a table, from all partitions that speak of the exemplars that are there now."""
+        return self._current(noun, keys).filter(pc.field("unit") == unit)
+
+    def _current(self, noun: Noun, keys: dict[str, str]) -> pa.Table:
+        """A layer's rows of a table, from all partitions that speak of the exemplars that are there now."""
         current = self._storage.config_of(EXEMPLARS, **keys)
         tables = [noun.schema.empty_table()]
         for partition in self._storage.partitions(noun, **keys):
             if (self._storage.metadata(noun, **partition) or {}).get(EXEMPLARS_KEY, current) == current:
-                tables.append(self._storage.read(noun, **partition).filter(pc.field("unit") == unit))
+                tables.append(self._storage.read(noun, **partition))
         return pa.concat_tables(table.replace_schema_metadata() for table in tables)
 
     def _views(self, probe: str, view: str, image_ids: np.ndarray) -> np.ndarray:
@@ -458,7 +509,8 @@ def _descriptions(
     return scan_descriptions(storage, models, layers, labelers)
 
 
-def _frame(table: pa.Table) -> pl.DataFrame:
+def as_frame(table: pa.Table) -> pl.DataFrame:
+    """An Arrow table as a polars frame."""
     frame = pl.from_arrow(table)
     assert isinstance(frame, pl.DataFrame)  # a series comes of an array only
     return frame

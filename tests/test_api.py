@@ -301,3 +301,12 @@ def test_lookup_of_a_published_set_gives_its_sample(golden: Path) -> None:
 def test_descriptions_frame_has_the_columns_of_the_table(milan, images, masks) -> None:
     found = milan.describe(images, masks)
     assert set(found.columns) == {column.name for column in DESCRIPTIONS.columns} - set(DESCRIPTIONS.partition)
+
+
+def test_run_directory_is_read_as_frames(run) -> None:
+    found = milan_ray.open_exemplars(run.root, MODEL)
+    assert len(found.exemplars) == sum(UNITS.values()) * K
+    assert found.exemplars.columns == ["layer", "unit", "rank", "image_id", "activation"]
+    said = found.descriptions.filter(labeler="milan", layer="0")
+    assert said.sort("unit")["description"].to_list() == [f"a dog {unit}" for unit in range(UNITS["0"])]
+    assert said.columns == [column.name for column in DESCRIPTIONS.columns]

@@ -1,0 +1,257 @@
+"""A small run, measured: what an image, a mask and a unit take here, and what a row of each table weighs."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import torch
+
+from milan_ray.benchmarks.harness import Options, elapsed, photographs
+from milan_ray.captioner.captioner import Captioner
+from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.device import resolve_device, torch_threads
+from milan_ray.errors import MilanError
+from milan_ray.exemplars.forward import Forward, pass_size, read_views
+from milan_ray.exemplars.masks import unpack
+from milan_ray.exemplars.shard import LayerState, Plan
+from milan_ray.experiments.costs import LayerShape, ModelCost, Sample, TableSize
+from milan_ray.models.registry import ModelSpec
+from milan_ray.pipelines import requests
+from milan_ray.pipelines.captioners import EncoderRequest, load_captioner, save_captioner
+from milan_ray.pipelines.cluster import connected
+from milan_ray.pipelines.describe import Search, labelers, run_descriptions
+from milan_ray.pipelines.encodings import BATCH_SIZE, run_encodings, unit_features
+from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.pipelines.views import png
+from milan_ray.probe.base import LatentProbe
+from milan_ray.probe.manifest import image_refs
+from milan_ray.progress import say
+from milan_ray.schema import ENCODINGS, EXEMPLARS, NOUNS
+from milan_ray.storage import Storage, to_parquet
+
+UNITS = 32
+"""Units that are searched, at most, of each layer: a beam search takes as many at a time."""
+
+CAPTIONER = "sample"
+"""Name of the captioner in the temporary run directory."""
+
+
+def measure(
+    models: Sequence[ModelRequest],
+    probe: ProbeRequest | None,
+    config: ExemplarConfig,
+    resources: Resources,
+    count: int,
+    search: Search | None = None,
+    encoder: EncoderRequest | None = None,
+) -> tuple[Sample, int | None, dict[str, str]]:
+    """Runs everything over a few images and says what it took; what it writes is temporary.
+
+    Times are those of one actor, by its kernels, without the start of processes; bytes are those of a real run.
+
+    Args:
+        models: What would be dissected.
+        probe: The probe; None takes noise of 500 × 375 pixels as JPEG.
+        config: How exemplars would be made.
+        resources: Device and threads of an actor.
+        count: Images to look at, spread evenly over the probe.
+        search: How descriptions would be searched; None leaves descriptions out.
+        encoder: The captioner's encoder.
+
+    Returns:
+        The sample; images in the probe, None without one; model → why it could not be measured.
+
+    Raises:
+        MilanError: No model can be measured, or the probe cannot be read.
+    """
+    device = resolve_device(resources.device)
+    with TemporaryDirectory(prefix="milan-plan-") as folder, ExitStack() as stack:
+        stack.enter_context(torch_threads(resources.threads))
+        images, total = stack.enter_context(_images(probe, count, Path(folder, "images")))
+        source = ProbeRequest((str(images),))
+        found: list[ModelCost] = []
+        failed: dict[str, str] = {}
+        kept: list[ModelRequest] = []
+        read, views = 0.0, np.zeros(0, np.uint8)
+        for request in models:
+            try:
+                spec = requests.model(request)
+                seconds, views = _read(source, spec)
+                found.append(_model(request, spec, views, config, device))
+            except Exception as error:  # a user's model may raise anything; the others are measured all the same
+                failed[request.name] = str(error) or type(error).__name__
+                continue
+            read = max(read, seconds)
+            kept.append(request)
+        if not found:
+            raise MilanError(f"nothing can be measured: {next(iter(failed.values()), 'no model was given')}")
+        picture = _per_call(lambda: png(views[0]), len(views))
+        storage = Storage(Path(folder, "run"))
+        sample = Sample(len(views), device.type, resources.threads, tuple(found), read, picture)
+        with connected(resources):
+            done = run_exemplars(storage, kept, source, replace(config, shard_size=None), resources)
+            failed |= done.failed
+            if search is not None and encoder is not None:
+                sample = _captioned(storage, done.models, search, encoder, sample, device, resources)
+        tables = _tables(storage)
+    return replace(sample, tables=tables), total, failed
+
+
+@contextmanager
+def _images(probe: ProbeRequest | None, count: int, folder: Path) -> Iterator[tuple[Path, int | None]]:
+    """A folder with some images of a probe, and how many the probe has."""
+    if probe is None:
+        with photographs(Options(), count) as noise:
+            yield noise, None
+        return
+    source = requests.probe(probe)
+    if isinstance(source, LatentProbe):
+        raise MilanError("jobs.plan measures models that take images: a generator's latents are not measured.")
+    manifest = source.manifest()
+    places = np.unique(np.linspace(0, len(manifest) - 1, min(count, len(manifest))).astype(int))
+    folder.mkdir()
+    for number, ref in enumerate(image_refs(manifest.take(places))):
+        file = Path(ref.root, ref.path)
+        if file.is_file() and file.suffix:
+            os.symlink(file.absolute(), folder / f"{number:06d}{file.suffix}")
+        else:  # in a table or an object store, or drawn: as photographs are kept
+            source.read(ref).image.save(folder / f"{number:06d}.jpg", quality=90)
+    yield folder, len(manifest)
+
+
+def _read(probe: ProbeRequest, spec: ModelSpec) -> tuple[float, np.ndarray]:
+    """Seconds to read an image, and all views."""
+    if spec.images is not None:
+        raise MilanError(f"{spec.name} is a generator: measure what its discriminator or a classifier takes.")
+    source = requests.probe(probe)
+    refs = image_refs(source.manifest())
+    started = time.perf_counter()
+    batch = read_views(source, refs, spec.preprocess.view)  # type: ignore[arg-type]
+    seconds = time.perf_counter() - started
+    if not len(batch.ids):
+        raise MilanError(f"none of {len(refs)} images of the sample can be read: {batch.unreadable[0][1]}.")
+    return seconds / len(refs), batch.views
+
+
+def _model(
+    request: ModelRequest, spec: ModelSpec, views: np.ndarray, config: ExemplarConfig, device: torch.device
+) -> ModelCost:
+    """What an actor takes for an image: forward pass, exemplars, levels."""
+    network = requests.network(spec).to(device)
+    size = pass_size(spec.batch(config.batch_size), device)
+    forward = Forward(spec, network, spec.layers, size, config.arithmetic)
+    plan = Plan(len(views), config.k, config.quantile, config.samples, config.map_budget)
+    states: dict[str, LayerState] = {}
+
+    def dissect() -> None:
+        for start in range(0, len(views), size):
+            ids = np.arange(start, min(start + size, len(views)))
+            for layer, maps in forward.maps(views[ids]).items():
+                if layer not in states:
+                    states[layer] = LayerState.empty(plan, maps.shape[1], (maps.shape[2], maps.shape[3]), maps.device)
+                states[layer].update(maps, ids)
+        _wait(device)
+
+    forward.maps(views[:size])  # what the first pass allocates and chooses
+    _wait(device)
+    seconds = elapsed(dissect)
+    passes = -(-len(views) // size) * size  # a short batch is padded, and takes as long as a full one
+    layers = tuple(LayerShape(layer, len(state.topk.ids), *state.map_shape) for layer, state in states.items())
+    return ModelCost(request.name, layers, seconds / passes, spec.preprocess.view.key)
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _per_call(function: Callable[[], object], times: int) -> float:
+    return elapsed(lambda: [function() for _ in range(times)]) / times
+
+
+def _captioned(
+    storage: Storage,
+    models: dict[str, tuple[str, ...]],
+    search: Search,
+    encoder: EncoderRequest,
+    sample: Sample,
+    device: torch.device,
+    resources: Resources,
+) -> Sample:
+    """Runs encodings and descriptions of some units, and times their kernels."""
+    least = min(layer.units for model in sample.models for layer in model.layers)
+    units = tuple(range(min(UNITS, least)))
+    captioner = load_captioner(encoder.storage, search.decoder)
+    save_captioner(storage, CAPTIONER, captioner, "A copy.")
+    search = replace(search, decoder=CAPTIONER)
+    run_encodings(storage, models, encoder, resources, units)
+    run_descriptions(storage, models, search, resources, units)
+    model, layers = next(iter(models.items()))
+    captioner = captioner.to(str(device))
+    exemplars = storage.read(EXEMPLARS, model=model, layer=layers[0])
+    meta = storage.metadata(EXEMPLARS, model=model, layer=layers[0]) or {}
+    size = int(meta["mask_height"]), int(meta["mask_width"])
+    masks = torch.from_numpy(unpack(exemplars["mask"].to_pylist()[:256], size)).to(device)
+    loaded = encoder.load().to(device)
+    images = loaded.fit(torch.rand(BATCH_SIZE, 3, *size, device=device))
+    maps = loaded.maps(images)  # the first pass is not counted
+
+    def encode() -> None:
+        loaded.maps(images)
+        _wait(device)
+
+    def pool() -> None:
+        loaded.pool(maps, masks, torch.arange(len(masks), device=device) % BATCH_SIZE)
+        _wait(device)
+
+    beam = captioner.beam_size if search.beam_size is None else search.beam_size
+    return replace(
+        sample,
+        encode=_per_call(encode, 2) / BATCH_SIZE,
+        pool=_per_call(pool, 2) / max(1, len(masks)),
+        search=_search(storage, captioner, search, model, layers),
+        beam_size=beam,
+        labelers=len(labelers(captioner, search)),
+    )
+
+
+def _search(storage: Storage, captioner: Captioner, search: Search, model: str, layers: Sequence[str]) -> float:
+    """Seconds of the beam search per unit."""
+    features: list[np.ndarray] = []
+    for layer in layers:
+        table = storage.read(ENCODINGS, encoder=captioner.encoder_name, model=model, layer=layer)
+        features += unit_features(table).values()
+    most = max(map(len, features))
+    batch = np.stack([one for one in features if len(one) == most][:UNITS])
+    return elapsed(lambda: captioner.candidates(batch, search.beam_size, search.length, search.mi_lam)) / len(batch)
+
+
+def _tables(storage: Storage) -> dict[str, TableSize]:
+    """What a row and a file of every table weigh, from what the run wrote."""
+    found = {}
+    for noun in NOUNS:
+        bytes_ = rows = empty = 0
+        files = storage.partitions(noun)
+        for keys in files:
+            bytes_ += storage.stat(noun.name)[storage.path(noun, **keys)].size
+            table = storage.read(noun, **keys)
+            rows += len(table)
+            empty += len(to_parquet(table.slice(0, 0), storage.metadata(noun, **keys) or {}))
+        if rows:
+            fit = TableSize.fit(bytes_, rows, empty)
+            found[noun.name] = TableSize(fit.per_file / len(files), fit.per_row)
+    return found
+
+
+def note(failed: dict[str, str]) -> None:
+    """Says which models are not in the estimate."""
+    for name, why in failed.items():
+        say(f"not measured: {name}: {why}")

@@ -1,0 +1,26 @@
+"""``milan-ray doctor``: what is here, what is missing, what works without it and how to get it."""
+
+from __future__ import annotations
+
+import argparse
+
+from milan_ray.cli import options
+from milan_ray.cli.records import open_storage, resources_of
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    parser.add_argument("--no-ray", action="store_true", help="do not start or join Ray, which takes some seconds")
+    options.add_to(parser, options.storage, options.plugins, options.resources)
+    options.common(parser, json="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status: 1 when something is missing that nothing works without."""
+    from milan_ray.pipelines.doctor import diagnose
+    from milan_ray.plugins import load_plugins
+
+    load_plugins(args.plugin)
+    found = diagnose(open_storage(args), resources_of(args), start_ray=not args.no_ray)
+    print(found.json() if args.json else found.text())
+    return 0 if found.ok else 1

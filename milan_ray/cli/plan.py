@@ -1,0 +1,119 @@
+"""``milan-ray plan``: what a big run will cost, from a short measured sample."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from milan_ray.cli import options
+from milan_ray.cli.records import (
+    encoder_request,
+    exemplar_config,
+    find_captioner,
+    open_storage,
+    probe_request,
+    resources_of,
+)
+from milan_ray.errors import MilanError
+from milan_ray.progress import say
+
+if TYPE_CHECKING:
+    from milan_ray.pipelines.requests import ModelRequest
+
+SAMPLE = 48
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    group = parser.add_argument_group("the run")
+    group.add_argument("--images", type=options.positive, metavar="N", help="probe images (default: all of --probe)")
+    group.add_argument(
+        "--copies",
+        type=options.positive,
+        default=1,
+        metavar="N",
+        help="so many models, and their units, like each of those given",
+    )
+    group.add_argument(
+        "--price", type=float, metavar="P", help="price of one actor's hour, in any currency (default: none is said)"
+    )
+    group.add_argument(
+        "--sample", type=options.positive, default=SAMPLE, metavar="N", help="images that are measured, of the probe"
+    )
+    group.add_argument(
+        "--speed-up", type=float, default=1.0, metavar="X",
+        help="how many times as fast forward and encoder passes are on the actors meant as on this machine",
+    )  # fmt: skip
+    group.add_argument(
+        "--probe", nargs="+", metavar="SOURCE", help="folders, URIs or a registered probe (default: noise as JPEG)"
+    )
+    parser.set_defaults(labels=None, reference_quirks=False, max_bad=options.EXEMPLARS.max_bad)
+    options.add_to(parser, options.models, options.exemplars)
+    options.captioner(parser, required=False)
+    options.add_to(parser, options.download, options.storage, options.plugins, options.resources)
+    options.common(parser, json="print JSON")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.benchmarks.sample import measure, note
+    from milan_ray.experiments.costs import Wanted, estimate, faster, text
+    from milan_ray.pipelines.captioners import load_captioner
+    from milan_ray.pipelines.describe import Search
+    from milan_ray.plugins import load_plugins
+
+    load_plugins(args.plugin)
+    if args.probe is None and args.images is None:
+        raise MilanError("how many images: give --images N, or --probe, whose images are counted.")
+    if args.speed_up <= 0:
+        raise MilanError(f"--speed-up is {args.speed_up:g}: give a number above 0.")
+    config, resources = exemplar_config(args), resources_of(args)
+    probe = None if args.probe is None else probe_request(args)
+    search = encoder = None
+    if args.decoder is not None or args.milan is not None:
+        storage = open_storage(args)
+        search = Search(find_captioner(args, storage))
+        encoder = encoder_request(args, load_captioner(storage, search.decoder).encoder_name, storage, search.decoder)
+    here = replace(resources, address="local", actors=None)  # the sample is of this machine, by one actor
+    sample, total, failed = measure(_models(args), probe, config, here, args.sample, search, encoder)
+    note(failed)
+    images = args.images or total
+    assert images is not None  # one of the two was given
+    wanted = Wanted(
+        images=images,
+        copies=args.copies,
+        k=config.k,
+        quantile=config.quantile,
+        samples=config.samples,
+        map_budget=config.map_budget,
+        shard_size=config.shard(images),
+        actors=args.actors or 1,
+        pooled=config.pooled,
+        price=args.price,
+    )
+    sample = faster(sample, args.speed_up)
+    found = estimate(sample, wanted)
+    print(json.dumps(found.record(), indent=1, ensure_ascii=False) if args.json else text(found, sample))
+    return 1 if failed else 0
+
+
+def _models(args: argparse.Namespace) -> list[ModelRequest]:
+    """The models asked for; one whose weights are absent is measured untrained, which takes as long."""
+    from milan_ray.models.registry import RANDOM, match_models
+    from milan_ray.models.resolve import resolve_model
+    from milan_ray.pipelines.requests import ModelRequest
+
+    found = []
+    for name in dict.fromkeys(name for pattern in args.model for name in match_models(pattern)):
+        weights = args.weights
+        try:
+            weights = resolve_model(name, weights, args.layers, download=args.download).weights
+        except MilanError:
+            if weights is not None:
+                raise
+            weights = RANDOM
+            say(f"{name}: its weights are not here; measured with random ones: as long, other masks")
+        found.append(ModelRequest(name, weights, tuple(args.layers), tuple(args.plugin), args.activations))
+    return found

@@ -1,0 +1,153 @@
+"""A torch model dissected and described in this process, beside what the jobs find."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import milan_ray
+from milan_ray import cli
+from milan_ray.captioner.captioner import Captioner
+from milan_ray.captioner.decoder import Decoder, DecoderConfig
+from milan_ray.captioner.lm import LanguageModel, LMConfig
+from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.errors import MilanError
+from milan_ray.models.view import Preprocess, View
+from milan_ray.pipelines.captioners import save_captioner
+from milan_ray.storage import Storage
+
+PLUGIN = str(Path(__file__).parent / "plugins/tiny_models.py")
+PREPROCESS = Preprocess(View(resize=24, crop=24))
+K = 5
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    """A run directory with a captioner."""
+    found = Storage(tmp_path_factory.mktemp("notebook") / "run")
+    torch.manual_seed(0)
+    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
+    words = len(indexer.vocabulary)
+    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
+    lm = LanguageModel(LMConfig(words, 8, 12))
+    save_captioner(found, "toy", Captioner(indexer, decoder, lm, "tiny", None, 5, 6, 0.5), "A toy.")
+    return found
+
+
+@pytest.fixture(scope="module")
+def milan(storage: Storage) -> milan_ray.Milan:
+    return milan_ray.load("toy", storage.root, device="cpu", plugins=(PLUGIN,))
+
+
+@pytest.fixture(scope="module")
+def found(photos: Path) -> milan_ray.Dissection:
+    return milan_ray.dissect("tiny/cnn", photos, ["0", "2"], k=K, plugins=(PLUGIN,), device="cpu")
+
+
+def test_dissect_and_describe_are_what_the_job_makes(storage, milan, found, photos, capsys) -> None:
+    arguments = ["describe", "--model", "tiny/cnn", "--layers", "0", "2", "--probe", str(photos), "--plugin", PLUGIN]
+    arguments += ["--k", str(K), "--decoder", "toy", "--device", "cpu", "--storage", storage.root, "--no-report"]
+    assert cli.main(arguments) == 0
+    capsys.readouterr()
+    job = milan_ray.open_exemplars(storage.root, "tiny/cnn")
+    here = found.describe(milan)
+    for layer, unit in job.units():
+        theirs, ours = job.lookup(layer, unit), found.lookup(layer, unit)
+        np.testing.assert_array_equal(ours.image_ids, theirs.image_ids)
+        np.testing.assert_array_equal(ours.activations, theirs.activations)
+        np.testing.assert_array_equal(ours.masks, theirs.masks)
+        np.testing.assert_array_equal(ours.images, theirs.images)
+        assert ours.description == theirs.description
+    pattern = f"{storage.root}/descriptions/labeler=milan/**/*.parquet"
+    table = pl.read_parquet(pattern, hive_partitioning=False).sort("layer", "unit")
+    assert found.units() == job.units() and len(here) == len(table) == 14
+    assert here["score"].to_numpy() == pytest.approx(table["score"].to_numpy(), abs=1e-4)
+    assert here.columns == table.columns and here.schema == table.schema
+
+
+def test_own_network_is_left_as_it_was(photos) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.9))
+    network[2].eval()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    found = milan_ray.dissect(network, photos, ["1", "2"], k=3, preprocess=PREPROCESS)
+    assert network.training and network[1].training and not network[2].training
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
+    assert all(parameter.requires_grad for parameter in network.parameters())
+    first, second = (found.exemplars.filter(layer=layer).drop("layer") for layer in ("1", "2"))
+    assert found.model == "Sequential" and first.equals(second)  # dropout was off
+
+
+def test_exemplars_are_a_frame_with_paths_and_levels(found, photos) -> None:
+    frame = found.exemplars
+    assert frame.columns == ["layer", "unit", "rank", "image", "activation", "level"]
+    assert len(frame) == 14 * K and all(Path(image).is_file() for image in frame["image"])
+    assert (frame["activation"] >= frame["level"]).all()
+    assert frame.filter(rank=0)["activation"].min() >= frame.filter(rank=1)["activation"].min()
+
+
+def test_grid_is_a_picture_of_the_exemplars(found) -> None:
+    unit = found.lookup("2", 1)
+    assert isinstance(unit.grid(), Image.Image) and unit.grid(limit=2).size == (2 * 26 + 2, 28)
+    assert unit.images.shape == (K, 3, 24, 24) and unit.masks.shape == (K, 1, 24, 24)
+
+
+def test_images_may_be_pictures_arrays_or_files(photos) -> None:
+    files = sorted(photos.rglob("*.png"))[:20]
+    pictures = [Image.open(file) for file in files]
+    same = [np.asarray(picture.convert("RGB").resize((32, 24))) for picture in pictures]
+    network = nn.Conv2d(3, 4, 3)
+    lists = milan_ray.dissect(network, same, ["outputs"], k=3, preprocess=PREPROCESS)
+    array = milan_ray.dissect(network, np.stack(same), ["outputs"], k=3, preprocess=PREPROCESS)
+    assert lists.exemplars.equals(array.exemplars)
+    images = milan_ray.dissect(network, pictures, ["outputs"], k=3, preprocess=PREPROCESS)
+    assert set(images.exemplars["image"]) <= {f"memory:/{n}" for n in range(20)}
+
+
+def test_unreadable_images_are_left_out_and_listed(photos, tmp_path) -> None:
+    for file in sorted(photos.rglob("*.png"))[:6]:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    found = milan_ray.dissect(nn.Conv2d(3, 2, 3), tmp_path, ["outputs"], preprocess=PREPROCESS)
+    assert found.skipped["image"].to_list() == [str(tmp_path / "broken.png")]
+    assert len(found.exemplars) == 2 * 6  # fewer images than k
+
+
+def test_some_units_are_described_with_fewer_exemplars_than_k(milan, photos, tmp_path) -> None:
+    for file in sorted(photos.rglob("*.png"))[:4]:
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    found = milan_ray.dissect("tiny/cnn", tmp_path, ["2"], plugins=(PLUGIN,), device="cpu")
+    said = found.describe(milan, units=[3, 1], n_best=2)
+    assert said["unit"].to_list() == [1, 3] and set(said["labeler"]) == {"milan"}
+    assert found.lookup("2", 3).description == said["description"][1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"layers": None}, "layers=[…]"),
+        ({"layers": ["nowhere"]}, "nowhere"),
+        ({"images": "/nowhere"}, "/nowhere"),
+        ({"images": []}, "no images"),
+        ({"images": [np.zeros((4, 4))]}, "uint8"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(arguments, said, photos) -> None:
+    given = {"images": photos, "layers": ["outputs"], **arguments}
+    with pytest.raises(MilanError, match=re.escape(said)):
+        milan_ray.dissect(nn.Conv2d(3, 2, 3), preprocess=PREPROCESS, **given)
+
+
+def test_unknown_layer_and_dead_unit_are_named(found, milan) -> None:
+    with pytest.raises(MilanError, match="layer '9'"):
+        found.lookup("9", 0)
+    with pytest.raises(MilanError, match="unit 99"):
+        found.lookup("0", 99)
+    with pytest.raises(MilanError, match="99"):
+        found.describe(milan, units=[99])
