@@ -56,11 +56,12 @@ def groups_of(classifiers: Sets, generators: Sets) -> dict[str, tuple[str, ...]]
     }
 
 
-def _pairs(names: Sequence[str]) -> Sets:
+def pairs_of(names: Sequence[str]) -> Sets:
+    """Sets by network and dataset, of models that are named after both."""
     return {(network, dataset): f"{network}/{dataset}" for network, dataset in (name.split("/") for name in names)}
 
 
-GROUPS: dict[str, tuple[str, ...]] = groups_of(_pairs(BASE[:4]), _pairs(BASE[4:]))
+GROUPS: dict[str, tuple[str, ...]] = groups_of(pairs_of(BASE[:4]), pairs_of(BASE[4:]))
 """Group → its sets, in the reference's order."""
 
 _GROUPS = dict(GROUPS)

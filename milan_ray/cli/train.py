@@ -6,7 +6,7 @@ import argparse
 from dataclasses import replace
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import show_plan
+from milan_ray.cli.closing import note, show_plan
 from milan_ray.cli.records import annotated_layers, encoder_request, open_storage, read_text, resources_of
 from milan_ray.config import TrainingConfig
 from milan_ray.errors import MilanError
@@ -14,7 +14,6 @@ from milan_ray.errors import MilanError
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the verb its options."""
-    config = TrainingConfig()
     parser.add_argument("--name", help="name of the captioner in the storage (default: the group's)")
     parser.add_argument(
         "--annotations", default="milannotations", metavar="SOURCE", help="source of the annotations to train on"
@@ -33,6 +32,22 @@ def add(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--encoder", help="image encoder (default: the setting's, else resnet101)")
     parser.add_argument("--encoder-weights", metavar="FILE", help="weights file of the encoder (default: its own)")
+    fitting(parser)
+    options.add_to(
+        parser,
+        options.download,
+        options.quirks,
+        options.storage,
+        options.plugins,
+        options.resources,
+        options.dry_run,
+        options.common,
+    )
+
+
+def fitting(parser: argparse.ArgumentParser) -> None:
+    """How captioners are fitted: sizes, epochs, workers."""
+    config = TrainingConfig()
     parser.add_argument(
         "--epochs", type=options.positive, default=config.max_epochs, help="epochs at most, of each model"
     )
@@ -43,23 +58,25 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hidden", type=options.positive, default=512, help="LSTM state, units")
     parser.add_argument("--embedding", type=options.positive, default=128, help="token embedding, units")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
-    parser.add_argument("--seed", type=int, default=config.seed, help="of weights, dropout and order")
+    parser.add_argument("--seed", type=int, default=config.seed, help="seed of weights, dropout and order")
     parser.add_argument(
         "--workers", type=options.positive, default=1, help="data-parallel training workers of each captioner"
     )
     parser.add_argument(
         "--memory-limit", type=options.gib, default="2", metavar="GIB",
-        help="features a worker keeps in memory; more are read from disk as needed",
+        help="GiB of features a worker keeps in memory; more are read from disk as needed",
     )  # fmt: skip
-    options.add_to(
-        parser,
-        options.download,
-        options.quirks,
-        options.storage,
-        options.plugins,
-        options.resources,
-        options.dry_run,
-        options.common,
+
+
+def training_config(args: argparse.Namespace) -> TrainingConfig:
+    """The options of :func:`fitting` as a record."""
+    return TrainingConfig(
+        max_epochs=args.epochs,
+        patience=args.patience,
+        hold_out=args.hold_out,
+        seed=args.seed,
+        bf16=args.bf16,
+        keep_last_weights=args.reference_quirks,
     )
 
 
@@ -90,14 +107,7 @@ def run(args: argparse.Namespace) -> int:
         setting = read_decoder_setting(read_text("--setting", args.setting), args.setting)
         setting = replace(setting, encoder=args.encoder or setting.encoder)
     encoder = encoder_request(args, args.encoder or (setting or DecoderSetting()).encoder)
-    config = TrainingConfig(
-        max_epochs=args.epochs,
-        patience=args.patience,
-        hold_out=args.hold_out,
-        seed=args.seed,
-        bf16=args.bf16,
-        keep_last_weights=args.reference_quirks,
-    )
+    config = training_config(args)
     jobs = [
         TrainingJob(
             name,
@@ -115,9 +125,10 @@ def run(args: argparse.Namespace) -> int:
         for name, models in names.items()
     ]
     if args.dry_run:
-        return max(show_plan(plan_training(storage, job)) for job in jobs)
+        return max(show_plan(args, plan_training(storage, job)) for job in jobs)
     with connected(resources):
         wanted = {model: annotated[model] for models in names.values() for model in models}
         run_encodings(storage, wanted, encoder, resources)
         run_trainings(storage, [replace(job, gpus=gpus_each(resources)) for job in jobs])
+    note(args, f"captioner{'s' * (len(names) > 1)} {', '.join(names)}", captioners=list(names))
     return 0

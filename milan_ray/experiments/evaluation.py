@@ -200,6 +200,8 @@ def evaluate_text(
     references: Sequence[Sequence[str]],
     bert_score: BertScore | None = None,
     *,
+    owners: Sequence[int] | None = None,
+    orders: Sequence[int] = (4, 2),
     samples: int = 1000,
     seed: int = 0,
 ) -> pa.Table:
@@ -213,6 +215,9 @@ def evaluate_text(
         systems: System → description of each of N units (see :func:`with_trivial_rows`), the main one first.
         references: Per unit its annotations, at least one with words in it.
         bert_score: The scorer; None writes one row that says it was skipped.
+        owners: The unit, 0 to U − 1, of each of N descriptions, where units were described more than once: what is
+            resampled are units. None: each is of a unit of its own.
+        orders: Longest n-grams of each BLEU.
         samples: Bootstrap resamples.
         seed: Seed of the bootstrap.
 
@@ -229,28 +234,36 @@ def evaluate_text(
             raise ValueError(f"{system} describes {len(descriptions)} units, the annotations are of {n}")
     # The annotators are one more system, of (unit, annotation) items whose statistics are then summed per unit.
     held_out = [
-        (unit, said, rest)
-        for unit, group in enumerate(references)
+        (place, said, rest)
+        for place, group in enumerate(references)
         for i, said in enumerate(group)
         if normalize(said) and any(map(normalize, rest := [*group[:i], *group[i + 1 :]]))
     ]
-    owners = np.array([unit for unit, _, _ in held_out], np.int64)
+    unit = np.arange(n) if owners is None else np.asarray(owners)
+    of_annotators = unit[[place for place, _, _ in held_out]]
     texts = [text for descriptions in systems.values() for text in descriptions] + [said for _, said, _ in held_out]
     answers = [group for _ in systems for group in references] + [rest for _, _, rest in held_out]
 
-    counts = resampling_counts(n, samples, seed)
+    counts = resampling_counts(int(unit.max()) + 1, samples, seed)
     rows = []
-    for metric, statistics, measure in text_statistics(texts, answers, references, bert_score):
+    for metric, statistics, measure in text_statistics(texts, answers, references, bert_score, orders):
         of_systems = statistics[: len(systems) * n].reshape(len(systems), n, -1)
-        rows += system_rows(metric, _READING, dict(zip(systems, of_systems, strict=True)), measure, counts)
+        per_unit = [_per_unit(of_system, unit, counts.shape[1]) for of_system in of_systems]
+        rows += system_rows(metric, _READING, dict(zip(systems, per_unit, strict=True)), measure, counts)
         if held_out:
-            of_units = np.zeros((n, statistics.shape[1]))
-            np.add.at(of_units, owners, statistics[len(systems) * n :])
+            of_units = _per_unit(statistics[len(systems) * n :], of_annotators, counts.shape[1])
             agreement = interval(of_units, measure, counts)
-            rows.append((ANNOTATORS, metric, agreement, len(np.unique(owners)), _NOTES[ANNOTATORS]))
+            rows.append((ANNOTATORS, metric, agreement, len(np.unique(of_annotators)), _NOTES[ANNOTATORS]))
     if bert_score is None:
         rows.append((next(iter(systems)), "bertscore-f", Interval(np.nan, np.nan, np.nan), 0, NO_BERTSCORE))
     return score_table(experiment, rows)
+
+
+def _per_unit(statistics: np.ndarray, owners: np.ndarray, units: int) -> np.ndarray:
+    """Sums of statistics (N, K) over what belongs to each unit: (units, K)."""
+    sums = np.zeros((units, statistics.shape[1]))
+    np.add.at(sums, owners, statistics)
+    return sums
 
 
 def text_statistics(
@@ -258,6 +271,7 @@ def text_statistics(
     answers: Sequence[Sequence[str]],
     references: Sequence[Sequence[str]],
     bert_score: BertScore | None,
+    orders: Sequence[int] = (4, 2),
 ) -> Iterator[tuple[str, np.ndarray, Measure]]:
     """Per metric of :data:`METRICS` its additive statistics, (number of texts, K), and the measure of their sums.
 
@@ -266,10 +280,11 @@ def text_statistics(
         answers: For each the annotations that it is scored against.
         references: All units' annotations, each once: what weighs BERTScore's tokens.
         bert_score: The scorer; None leaves BERTScore out.
+        orders: Longest n-grams of each BLEU.
     """
     statistics = bleu_statistics(texts, answers)
-    yield "bleu", statistics, bleu_values
-    yield "bleu-2", statistics, partial(bleu_values, order=2)
+    for order in orders:
+        yield "bleu" if order == 4 else f"bleu-{order}", statistics, partial(bleu_values, order=order)
     pairs = rouge_statistics(texts, answers)
     for kind in "12l":
         yield f"rouge-{kind}-f", pairs[:, [0, 1 + ROUGE_KEYS.index(f"rouge-{kind}-f")]], ratio

@@ -5,6 +5,7 @@ encodings + annotations ─► units (Parquet) ─► [TorchTrainer: language mo
 
 from __future__ import annotations
 
+import io
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -29,11 +30,12 @@ from milan_ray.errors import MilanError
 from milan_ray.experiments.decoder_search import DecoderSetting
 from milan_ray.pipelines.captioners import EncoderRequest, has_captioner, save_captioner
 from milan_ray.pipelines.cluster import start
+from milan_ray.pipelines.fanout import run_parallel
 from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.training_units import UnitFeatures, write_units
-from milan_ray.progress import say, watched
+from milan_ray.progress import Progress, say, watched
 from milan_ray.schema import ANNOTATIONS, ENCODINGS, EXEMPLARS, TRAINING
-from milan_ray.storage import Storage
+from milan_ray.storage import WORK, Storage
 
 KERNEL_VERSION = "training-2"
 
@@ -44,6 +46,13 @@ EPOCH = "epoch.txt"
 
 MEMORY_LIMIT = 2 * 2**30
 """Bytes of features that a worker keeps in memory; more are read from Parquet as they are needed."""
+
+FEW_EXEMPLARS = 2**16
+"""Of several captioners, one with no more exemplars is trained in a plain task: Ray Train's worker and its checkpoints
+of every epoch take longer than the training."""
+
+SAVE_INTERVAL = 10.0
+"""Seconds of training that a killed task may lose."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,8 @@ class TrainingJob:
         memory_limit: Bytes of features that a worker keeps in memory; more are read as they are needed.
         decoder: What tuning chose for the decoder (:mod:`milan_ray.pipelines.tune_decoder`); the language model keeps
             ``config`` and ``sizes``. None fits both alike.
+        units: Of each layer, the units to train on; empty for all that are annotated.
+        keep_encoder: Whether the captioner brings its encoder's weights, or leaves them where the encoder finds them.
     """
 
     name: str
@@ -78,6 +89,8 @@ class TrainingJob:
     threads: int = 1
     memory_limit: int = MEMORY_LIMIT
     decoder: DecoderSetting | None = None
+    units: tuple[tuple[int, ...], ...] = ()
+    keep_encoder: bool = True
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -102,7 +115,29 @@ def run_trainings(storage: Storage, jobs: Sequence[TrainingJob]) -> None:
     together = min(len(jobs), _room(jobs[0]))
     started = time.monotonic()
     say(f"training {len(jobs)} captioners, {together} at a time")
-    failures = {}
+    sizes = {job.name: _exemplars(storage, job) for job in jobs}
+    little = [job for job in jobs if job.workers == 1 and not job.gpus and sizes[job.name] <= FEW_EXEMPLARS]
+    little.sort(key=lambda job: -sizes[job.name])  # so that all are done at about the same time
+    failures = _train_little(storage, little)
+    failures |= _train_side_by_side(storage, [job for job in jobs if job not in little], together)
+    if failures:
+        reasons = " ".join(f"{name}: {error}" for name, error in failures.items())
+        raise MilanError(f"{len(failures)} of {len(jobs)} trainings failed. {reasons}")
+    say(f"{len(jobs)} captioners are there, after {time.monotonic() - started:.0f} s")
+
+
+def _exemplars(storage: Storage, job: TrainingJob) -> int:
+    """Exemplars of a training's layers."""
+    return sum(
+        storage.count(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer) for model, layer in job.layers
+    )
+
+
+def _train_side_by_side(storage: Storage, jobs: Sequence[TrainingJob], together: int) -> dict[str, str]:
+    """Trains captioners with Ray Train, so many at a time; returns what went wrong, by name."""
+    if not jobs:
+        return {}
+    failures: dict[str, str] = {}
     pool = ThreadPoolExecutor(together)
     try:
         running = {job.name: pool.submit(run_training, storage, job) for job in jobs}
@@ -110,14 +145,36 @@ def run_trainings(storage: Storage, jobs: Sequence[TrainingJob]) -> None:
             try:
                 future.result()
             except MilanError as error:
-                failures[name] = error
+                failures[name] = str(error)
                 say(f"training of {name} failed: {error}")
     finally:
         pool.shutdown(wait=False, cancel_futures=True)  # when interrupted, Ray ends what runs
-    if failures:
-        reasons = " ".join(f"{name}: {error}" for name, error in failures.items())
-        raise MilanError(f"{len(failures)} of {len(jobs)} trainings failed. {reasons}")
-    say(f"{len(jobs)} captioners are there, after {time.monotonic() - started:.0f} s")
+    return failures
+
+
+def _train_little(storage: Storage, jobs: Sequence[TrainingJob]) -> dict[str, str]:
+    """Trains captioners in plain tasks, to the same weights; returns what went wrong, by name."""
+    failures: dict[str, str] = {}
+    tasks = []
+    for job in jobs:
+        try:
+            recipe = _due(storage, job)
+        except MilanError as error:
+            failures[job.name] = str(error)
+            say(f"training of {job.name} failed: {error}")
+            continue
+        if recipe is not None:
+            tasks.append(_Little(storage, job, recipe))
+    if not tasks:
+        return failures
+    with Progress("captioners", len(tasks), "captioners") as progress:
+        for index, (trained, said) in run_parallel(_train_here, tasks, tasks[0].job.cpus):
+            name = tasks[index].job.name
+            if not trained:
+                failures[name] = said
+            say(said if trained else f"training of {name} failed: {said}")
+            progress.advance()
+    return failures
 
 
 def _room(job: TrainingJob) -> int:
@@ -152,17 +209,12 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
     Raises:
         MilanError: Annotations or encodings are missing.
     """
-    encodings = {
-        (model, layer): storage.config_of(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer)
-        for model, layer in job.layers
-    }
-    recipe = training_recipe(storage, job, encodings)
-    config = recipe.hash
-    if not storage.why(TRAINING, recipe, decoder=job.name) and has_captioner(storage, job.name):
-        say(f"training of {job.name}: up to date")
+    recipe = _due(storage, job)
+    if recipe is None:
         return False
+    config = recipe.hash
     _room(job)
-    units = write_units(storage, config, job.source, job.encoder.name, job.layers)
+    units = write_units(storage, config, job.source, job.encoder.name, job.layers, job.units)
     where = "in memory" if units.nbytes <= job.memory_limit else "read as needed"
     say(
         f"training {job.name} on {len(units)} annotated units of {len({model for model, _ in job.layers})} models "
@@ -195,6 +247,27 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
         raise MilanError(f"training of {job.name} ended without a checkpoint; run it again with --debug.")
     with result.checkpoint.as_directory() as folder:
         state = torch.load(Path(folder) / STATE, weights_only=True)
+    say(_publish(storage, job, recipe, state, units, started))
+    return True
+
+
+def _due(storage: Storage, job: TrainingJob) -> Recipe | None:
+    """What decides a captioner that has to be trained; None for one that is there."""
+    encodings = {
+        (model, layer): storage.config_of(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer)
+        for model, layer in job.layers
+    }
+    recipe = training_recipe(storage, job, encodings)
+    if storage.why(TRAINING, recipe, decoder=job.name) or not has_captioner(storage, job.name):
+        return recipe
+    say(f"training of {job.name}: up to date")
+    return None
+
+
+def _publish(
+    storage: Storage, job: TrainingJob, recipe: Recipe, state: State, units: UnitFeatures, started: float
+) -> str:
+    """Writes a finished captioner and its history; returns a line on them."""
     captioner = _captioner(job, state, units.size)
     models = ", ".join(sorted({model for model, _ in job.layers}))
     about = (
@@ -213,14 +286,13 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
     )
     storage.write(TRAINING, table, recipe, decoder=job.name)
     seconds = time.monotonic() - started
-    record_run(storage, "training", config, job.name, rows=len(history), images=0, seconds=seconds)
-    storage.remove_work(config)
+    record_run(storage, "training", recipe.hash, job.name, rows=len(history), images=0, seconds=seconds)
+    storage.remove_work(recipe.hash)
     best = {row["part"]: row["validation"] for row in history if kept[row["part"]] == row["epoch"]}
-    say(
+    return (
         f"trained {job.name} in {seconds:.0f} s: perplexity {np.exp(best['lm']):.1f}, "
         f"validation BLEU {best['decoder']:.1f}"
     )
-    return True
 
 
 def _reason(error: ray.train.TrainingFailedError) -> str:
@@ -259,7 +331,8 @@ def training_recipe(storage: Storage, job: TrainingJob, encodings: Mapping[tuple
     # The name too: captioners of two names made from the same things may be in the making at the same time.
     inputs = {"name": job.name, "annotations": annotations, "encodings": [encodings[pair] for pair in job.layers]}
     tuned = {"decoder": asdict(job.decoder)} if job.decoder else {}
-    return Recipe.of({"kernel": KERNEL_VERSION, **inputs, **asdict(job.config), **asdict(job.sizes), **tuned})
+    chosen = {"units": job.units} if job.units else {}
+    return Recipe.of({"kernel": KERNEL_VERSION, **inputs, **asdict(job.config), **asdict(job.sizes), **tuned, **chosen})
 
 
 def annotations_read(storage: Storage, source: str, layers: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
@@ -330,9 +403,50 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     fit(units, job.plans, state, report, team)
 
 
+@dataclass(frozen=True)
+class _Little:
+    """A captioner to train in a task."""
+
+    storage: Storage
+    job: TrainingJob
+    recipe: Recipe
+
+
+def _train_here(task: _Little) -> tuple[bool, str]:
+    """Trains a captioner in this process; returns whether it could, and a line on it or the reason.
+
+    What was fitted lies in the run directory now and then, so that a task that is run again goes on from there.
+    """
+    storage, job, work = task.storage, task.job, task.recipe.hash
+    path = f"{WORK}/{work}/{STATE}"
+    started = saved = time.monotonic()
+    torch.set_num_threads(job.threads)
+
+    def report(state: State) -> None:
+        nonlocal saved
+        if time.monotonic() - saved >= SAVE_INTERVAL:
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            storage.put(path, buffer.getvalue())
+            saved = time.monotonic()
+
+    try:
+        units = write_units(storage, work, job.source, job.encoder.name, job.layers, job.units)
+        if units.nbytes <= job.memory_limit:
+            units.keep()
+        if storage.exists(path):
+            state = torch.load(io.BytesIO(storage.get(path)), weights_only=True)
+        else:
+            state = new_state(units.texts)
+        fit(units, job.plans, state, report)
+        return True, _publish(storage, job, task.recipe, state, units, started)
+    except Exception as error:  # stops no other; the driver says it, and fails with it at the end
+        return False, str(error) if isinstance(error, MilanError) else f"{type(error).__name__}: {error}"
+
+
 def _captioner(job: TrainingJob, state: State, feature_size: int) -> Captioner:
     """The captioner of a finished training, with its encoder's weights."""
     lm, decoder = (fitted(state, part, plan, feature_size) for part, plan in job.plans.items())
     assert isinstance(lm, LanguageModel) and isinstance(decoder, Decoder)
-    encoder = job.encoder.load()
-    return Captioner(Indexer.from_state(state["indexer"]), decoder, lm, job.encoder.name, encoder.backbone.state_dict())
+    weights = job.encoder.load().backbone.state_dict() if job.keep_encoder else None
+    return Captioner(Indexer.from_state(state["indexer"]), decoder, lm, job.encoder.name, weights)

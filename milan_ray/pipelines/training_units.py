@@ -31,7 +31,12 @@ TEXTS = "texts.parquet"
 
 
 def write_units(
-    storage: Storage, work: str, source: str, encoder: str, layers: Sequence[tuple[str, str]]
+    storage: Storage,
+    work: str,
+    source: str,
+    encoder: str,
+    layers: Sequence[tuple[str, str]],
+    chosen: Sequence[Sequence[int]] = (),
 ) -> UnitFeatures:
     """Writes features and annotations of all annotated units, unless they are there; in memory is one layer at a time.
 
@@ -43,6 +48,7 @@ def write_units(
         source: Source of the annotations.
         encoder: Name of the encoder.
         layers: (model, layer) pairs.
+        chosen: Of each layer, the units to take; empty for all that are annotated.
 
     Raises:
         MilanError: No unit is annotated, or units differ in number or size of their features.
@@ -52,14 +58,15 @@ def write_units(
     shapes: set[tuple[int, int]] = set()
     files: list[int] = []
     texts: list[list[str]] = []
-    for model, layer in layers:
+    for place, (model, layer) in enumerate(layers):
         annotations = storage.read(ANNOTATIONS, source=source, model=model, layer=layer)
         said: dict[int, list[str]] = {}
         for row in annotations.sort_by([("unit", "ascending"), ("annotator", "ascending")]).to_pylist():
             said.setdefault(row["unit"], []).append(row["text"])
         features = unit_features(storage.read(ENCODINGS, encoder=encoder, model=model, layer=layer))
         most = max(map(len, features.values()), default=0)
-        units = [unit for unit in sorted(said) if len(features.get(unit, ())) == most > 0]
+        wanted = set(chosen[place]) if chosen else said.keys()
+        units = [unit for unit in sorted(said) if len(features.get(unit, ())) == most > 0 and unit in wanted]
         for start in range(0, len(units), UNITS_PER_FILE):
             some = units[start : start + UNITS_PER_FILE]
             storage.put(_features(work, len(files)), _feature_file(np.stack([features[unit] for unit in some])))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import signal
@@ -19,6 +20,7 @@ import torch
 
 from milan_ray import cli
 from milan_ray.annotations.groups import groups_of
+from milan_ray.captioner.fit import fit, new_state
 from milan_ray.config import Resources, TrainingConfig
 from milan_ray.errors import MilanError
 from milan_ray.experiments.decoder_search import (
@@ -31,7 +33,16 @@ from milan_ray.experiments.decoder_search import (
 )
 from milan_ray.experiments.files import to_yaml
 from milan_ray.pipelines.captioners import EncoderRequest, load_captioner
-from milan_ray.pipelines.train import EPOCH, Sizes, TrainingJob, run_training, run_trainings
+from milan_ray.pipelines.train import (
+    EPOCH,
+    FEW_EXEMPLARS,
+    STATE,
+    Sizes,
+    TrainingJob,
+    run_training,
+    run_trainings,
+    training_recipe,
+)
 from milan_ray.pipelines.training_units import UnitFeatures, write_units
 from milan_ray.pipelines.tune_decoder import DecoderTuningJob, run_decoder_tuning
 from milan_ray.schema import ANNOTATIONS, DECODER_TRIALS, ENCODINGS, EXEMPLARS, TRAINING
@@ -261,16 +272,55 @@ def test_training_goes_on_after_driver_and_worker_are_killed_to_the_same_result(
     torch.testing.assert_close(ours, theirs)
 
 
-def test_trainings_of_groups_run_side_by_side_and_survive_one_that_fails(storage: Storage) -> None:
+@pytest.mark.parametrize("few", [FEW_EXEMPLARS, 0], ids=["tasks", "ray-train"])
+def test_trainings_of_groups_run_side_by_side_and_survive_one_that_fails(storage: Storage, few, monkeypatch) -> None:
+    monkeypatch.setattr("milan_ray.pipelines.train.FEW_EXEMPLARS", few)
     short = replace(CONFIG, max_epochs=1, bf16=True)
     write_layer(storage, "odd/x", 5, size=12)
     groups = {"odd": ("a/x", "odd/x"), "a": ("a/x", "a/y"), "b": ("b/x",)}
-    jobs = [job_for(name, *models, config=short, cpus=0.5) for name, models in groups.items()]
-    with pytest.raises(MilanError, match=r"1 of 3 trainings failed\. odd: units have different"):
+    jobs = [job_for(f"{name}{few}", *models, config=short, cpus=0.5) for name, models in groups.items()]
+    with pytest.raises(MilanError, match=rf"1 of 3 trainings failed\. odd{few}: units have different"):
         run_trainings(storage, jobs)
-    assert not storage.partitions(TRAINING, decoder="odd")
-    for name in ("a", "b"):
+    assert not storage.partitions(TRAINING, decoder=f"odd{few}")
+    for name in (f"a{few}", f"b{few}"):
         assert len(curve(storage, name)) == 2 and all(math.isfinite(loss) for loss, _ in curve(storage, name))
+
+
+def test_trainings_in_tasks_are_those_of_ray_train_to_the_bit_and_go_on_where_they_were(storage, capsys) -> None:
+    jobs = [job_for("twin"), job_for("resumed")]
+    begin(storage, jobs[1], epochs=3)
+    run_trainings(storage, jobs)
+    assert curve(storage, "twin") == curve(storage, "plain")
+    resumed = curve(storage, "resumed")
+    assert resumed[0][1] == 1000 and resumed[1:] == curve(storage, "plain")[1:]
+    ours, theirs = (load_captioner(storage, name).decoder.state_dict() for name in ("twin", "plain"))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    run_trainings(storage, jobs)
+    assert "training of resumed: up to date" in capsys.readouterr().err
+
+
+class Killed(Exception):
+    pass
+
+
+def begin(storage: Storage, job: TrainingJob, epochs: int) -> None:
+    """The first epochs of a training whose task was then killed; the first is marked, so that one sees it is kept."""
+    encodings = {
+        pair: storage.config_of(ENCODINGS, encoder="tiny", model=pair[0], layer=pair[1]) for pair in job.layers
+    }
+    work = training_recipe(storage, job, encodings).hash
+    units = write_units(storage, work, job.source, "tiny", job.layers)
+
+    def report(state: dict) -> None:
+        if len(state["history"]) == epochs:
+            state["history"][0]["validation"] = 1000.0
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            storage.put(f"_work/{work}/{STATE}", buffer.getvalue())
+            raise Killed
+
+    with pytest.raises(Killed):
+        fit(units, job.plans, new_state(units.texts), report)
 
 
 def test_train_command_plans_a_captioner_per_group_and_refuses_what_is_not_clear(tmp_path, capsys) -> None:
@@ -307,6 +357,21 @@ def test_tune_command_knows_what_a_file_tunes(tmp_path, capsys) -> None:
     ):
         assert cli.main(["tune", "--config", str(configs / file), *options, *common]) == 1
         assert says in capsys.readouterr().err
+
+
+def test_tune_command_takes_its_options_from_the_file_too_and_plans(tmp_path, capsys) -> None:
+    write_layer(Storage(tmp_path), "a/x", 5)
+    file = tmp_path / "space.yaml"
+    file.write_text(f"tunes: decoder\nencoder: [tiny]\ntrials: 7\nannotations: people\nplugin: {PLUGIN}\n")
+    assert cli.main(["tune", "--config", str(file), "--storage", str(tmp_path), "--dry-run"]) == 0
+    encodings, trials, counted = capsys.readouterr().out.splitlines()
+    assert encodings.split()[:4] == ["encodings", "tiny", "a/x", "0"] and counted.startswith("2 tables would be made")
+    assert trials.split()[1] == "space" and "7 trials of at most 100 epochs" in trials
+    file.write_text("tunes: decoder\nanotations: people\n")
+    assert cli.main(["tune", "--config", str(file), "--annotations", "people", "--storage", str(tmp_path)]) == 1
+    assert "unknown key" in capsys.readouterr().err
+    assert cli.main(["tune", "--annotations", "people", "--storage", str(tmp_path)]) == 1
+    assert "--config" in capsys.readouterr().err
 
 
 def test_train_command_takes_a_tuned_setting(tmp_path, capsys) -> None:

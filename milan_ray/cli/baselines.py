@@ -1,0 +1,101 @@
+"""``milan-ray baselines``: MILAN beside labels from concept maps, on networks that its captioner never saw."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from milan_ray.cli import options
+from milan_ray.cli.closing import report_on
+from milan_ray.cli.records import (
+    absolute,
+    encoder_request,
+    exemplar_config,
+    find_captioner,
+    model_requests,
+    open_storage,
+    probe_request,
+    resources_of,
+)
+from milan_ray.progress import say
+
+if TYPE_CHECKING:
+    from milan_ray.pipelines.baselines import HeldOut
+    from milan_ray.pipelines.requests import ModelRequest
+    from milan_ray.storage import Storage
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    options.probe(parser, required=True)
+    group = parser.add_argument_group("labels from concept maps")
+    group.add_argument(
+        "--legend", metavar="FILE", help="what the numbers in a folder's label maps mean: lines of `number name`"
+    )
+    group = parser.add_argument_group("comparison")
+    group.add_argument("--annotations", metavar="SOURCE", help="whose annotations (default: the one source there is)")
+    group.add_argument(
+        "--bertscore", metavar="FOLDER", help="language model for BERTScore (default: that of milan-ray[minilm])"
+    )
+    group.add_argument("--name", default="baselines", help="what its tables begin with")
+    options.captioner(parser, required=False)
+    options.add_to(
+        parser,
+        options.search,
+        options.models,
+        options.exemplars,
+        options.download,
+        options.quirks,
+        options.storage,
+        options.report,
+        options.plugins,
+        options.resources,
+        options.common,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.experiments.baselines import summary
+    from milan_ray.pipelines.baselines import run_baselines
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.generalize import figure_path
+    from milan_ray.pipelines.label import LabelConfig
+    from milan_ray.scoring.text import minilm_directory
+
+    storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
+    storage.check_writable()
+    networks = [_held_out(args, storage, model) for model in models]
+    bert = absolute("--bertscore", args.bertscore) if args.bertscore else minilm_directory()
+    resources = resources_of(args)
+    with connected(resources):
+        rows = run_baselines(
+            storage,
+            networks,
+            probe,
+            exemplar_config(args),
+            LabelConfig(),
+            resources,
+            source=args.annotations,
+            bert_score=bert,
+            name=args.name,
+        )
+    say(f"agreement with annotations, and where the built-in world judges, with what it knows:\n{summary(rows)}")
+    say(f"figure: {storage.uri(figure_path(storage, args.name, 'svg'))}")
+    report_on(args, storage, [model.name for model in models])
+    return 0
+
+
+def _held_out(args: argparse.Namespace, storage: Storage, model: ModelRequest) -> HeldOut:
+    """A network with its captioner: the one given, else that of all sets but its own, as trained or published."""
+    from milan_ray.cli.describe import search_of
+    from milan_ray.pipelines.baselines import HeldOut
+    from milan_ray.pipelines.captioners import find_milan, has_captioner, load_captioner
+
+    if args.milan is not None or args.decoder is not None:
+        decoder = find_captioner(args, storage)
+    else:
+        own = f"not-{model.name.replace('/', '-')}"
+        decoder = own if has_captioner(storage, own) else find_milan(own)
+    encoder = encoder_request(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
+    return HeldOut(model, search_of(args, decoder), encoder)

@@ -1,0 +1,118 @@
+"""``milan-ray generalize``: captioners trained on some annotated networks, judged on others."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+from milan_ray.cli import options
+from milan_ray.cli.closing import report_on
+from milan_ray.cli.records import absolute, annotated_layers, encoder_request, open_storage, resources_of
+from milan_ray.cli.train import fitting, training_config
+from milan_ray.errors import MilanError
+from milan_ray.progress import say
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    group = parser.add_argument_group("splits")
+    group.add_argument(
+        "--split", nargs="+", default=["all"], metavar="SPLIT",
+        help="within-network, across-architectures, across-datasets, across-tasks, leave-one-out, or all of them, as "
+        "far as annotations are there; TRAIN:TEST, each a group (base, cls, not-alexnet-imagenet, …), a model or "
+        "MODEL,MODEL; or one of these alone, whose units are divided",
+    )  # fmt: skip
+    group.add_argument("--annotations", default="milannotations", metavar="SOURCE", help="source of the annotations")
+    group.add_argument("--layers", nargs="+", metavar="PATH", help="only these layers")
+    group.add_argument("--trials", type=options.positive, default=5, help="captioners per split, of seeds of their own")
+    group.add_argument(
+        "--share", type=options.share, default=0.1, help="share of units to judge by where one network's are divided"
+    )
+    group.add_argument(
+        "--within-patience", type=int, default=10, metavar="N", help="--patience where one network's units are divided"
+    )
+    group.add_argument("--name", default="generalization", help="name of the experiment in the tables")
+    group = parser.add_argument_group("captioners")
+    group.add_argument("--encoder", default="resnet101", help="image encoder")
+    group.add_argument("--encoder-weights", metavar="FILE", help="weights file of the encoder (default: its own)")
+    fitting(parser)
+    group = parser.add_argument_group("descriptions")
+    group.add_argument("--lam", type=float, help="λ of log p(d|E) − λ·log p(d) (default: 0.2)")
+    group.add_argument("--beam-size", type=options.positive, help="width of the beam (default: 50)")
+    options.language(group)
+    group.add_argument(
+        "--bertscore", metavar="FOLDER", help="language model for BERTScore (default: that of milan-ray[minilm])"
+    )
+    options.add_to(
+        parser,
+        options.download,
+        options.quirks,
+        options.storage,
+        options.report,
+        options.plugins,
+        options.resources,
+        options.common,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.annotations.splits import chosen_splits
+    from milan_ray.experiments.generalization import summary
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.encodings import run_encodings
+    from milan_ray.pipelines.generalize import (
+        GeneralizationConfig,
+        GeneralizationJob,
+        figure_path,
+        run_generalization,
+    )
+    from milan_ray.pipelines.languages import find_language
+    from milan_ray.pipelines.train import Sizes
+    from milan_ray.plugins import load_plugins
+    from milan_ray.scoring.text import minilm_directory
+
+    if "/" in args.name:
+        raise MilanError(
+            f"captioners are called after the experiment: choose a --name without slashes, not {args.name}."
+        )
+    load_plugins(args.plugin)  # they may register splits
+    storage, resources = open_storage(args), resources_of(args)
+    storage.check_writable()
+    annotated = annotated_layers(storage, args.annotations, None)
+    splits = chosen_splits(args.split, annotated)
+    models = dict.fromkeys(model for split in splits for model in split.models)
+    layers = {model: [path for path in annotated[model] if not args.layers or path in args.layers] for model in models}
+    if bare := [model for model in models if not layers[model]]:
+        raise MilanError(f"{', '.join(bare)} have no annotated layer of --layers {' '.join(args.layers)}.")
+    bert = absolute("--bertscore", args.bertscore) if args.bertscore else minilm_directory()
+    encoder = encoder_request(args, args.encoder)
+    nlp, language = find_language(args.language)
+    training = training_config(args)
+    config = GeneralizationConfig(
+        args.trials,
+        args.share,
+        replace(training, patience=args.within_patience),
+        training,
+        Sizes(args.embedding, args.hidden),
+        args.beam_size,
+        args.lam,
+    )
+    job = GeneralizationJob(
+        args.annotations,
+        layers,
+        splits,
+        encoder,
+        config,
+        str(bert) if bert else None,
+        args.name,
+        args.workers,
+        args.memory_limit,
+    )
+    with connected(resources):
+        run_encodings(storage, layers, encoder, resources)
+        rows = run_generalization(storage, job, nlp, language, resources)
+    say(summary(rows))
+    say(f"tables: {storage.uri('generalization')}; figure: {storage.uri(figure_path(storage, job.name, 'svg'))}")
+    report_on(args, storage)
+    return 0

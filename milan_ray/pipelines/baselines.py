@@ -1,0 +1,157 @@
+"""The paper's Table 2: labels from concept maps, p(d|E) and wPMI, on networks that the captioner never saw."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from milan_ray.config import ExemplarConfig, Recipe, Resources
+from milan_ray.errors import MilanError
+from milan_ray.experiments import baselines, figures
+from milan_ray.experiments.baselines import LABELERS
+from milan_ray.experiments.evaluation import score_table
+from milan_ray.labelers.milan import LIKELIHOOD, MILAN
+from milan_ray.pipelines import requests
+from milan_ray.pipelines.captioners import EncoderRequest, about_captioner
+from milan_ray.pipelines.compare import run_comparison
+from milan_ray.pipelines.describe import Search, run_descriptions
+from milan_ray.pipelines.encodings import run_encodings
+from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.generalize import figure_path
+from milan_ray.pipelines.judges import HELD_OUT_SCENES
+from milan_ray.pipelines.label import LabelConfig, run_labels
+from milan_ray.progress import say
+from milan_ray.schema import DESCRIPTIONS, SCORES
+from milan_ray.storage import CONFIG_KEY, Storage
+
+VERSION = "baselines-1"
+
+NAME = "baselines"
+"""Name of the experiment where nobody gives another."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A network, and a captioner that never saw it.
+
+    Attributes:
+        model: The network.
+        search: How it is described, by which captioner.
+        encoder: The captioner's encoder.
+    """
+
+    model: requests.ModelRequest
+    search: Search
+    encoder: EncoderRequest
+
+
+def run_baselines(
+    storage: Storage,
+    networks: Sequence[HeldOut],
+    probe: requests.ProbeRequest,
+    config: ExemplarConfig,
+    how: LabelConfig,
+    resources: Resources,
+    *,
+    source: str | None = None,
+    bert_score: str | Path | None = None,
+    name: str = NAME,
+    scenes: requests.ProbeRequest = HELD_OUT_SCENES,
+) -> pl.DataFrame:
+    """Labels networks by every method, and compares the labels with annotations; does only what is missing.
+
+    Labelers that have labelled all layers of a network before, such as ``dnd`` or ``clip-dissect``, are compared too.
+
+    Args:
+        storage: The run directory, which holds annotations of the networks.
+        networks: What to label, and with which captioner.
+        probe: The probe images, with concept maps.
+        config: How to dissect.
+        how: How to label from concept maps.
+        resources: What of the cluster to use; Ray must be connected.
+        source: Whose annotations; None takes the one source there is.
+        bert_score: Folder of the language model of BERTScore; None leaves BERTScore out.
+        name: Name of the experiment, which its tables begin with.
+        scenes: What the built-in world judges its own networks by.
+
+    Returns:
+        Columns model, system, metric, value, low, high, n, note (:func:`milan_ray.experiments.baselines.collected`).
+
+    Raises:
+        MilanError: A network could not be dissected or labelled, or nobody has annotated it.
+    """
+    models = [network.model for network in networks]
+    for network in networks:
+        _check_held_out(storage, network)
+    done = run_exemplars(storage, models, probe, config, resources)
+    failed = dict(done.failed)
+    for network in networks:
+        if network.model.name in done.models:
+            layers = {network.model.name: done.models[network.model.name]}
+            run_encodings(storage, layers, network.encoder, resources)
+            run_descriptions(storage, layers, network.search, resources)
+    failed |= run_labels(storage, done, models, probe, config, how, resources)
+    if failed:
+        raise MilanError(" ".join(f"{model}: {reason}" for model, reason in failed.items()))
+    comparisons = {}
+    for model, layers_of in done.models.items():
+        labelers = labelers_of_all(storage, model, layers_of)
+        found = run_comparison(
+            storage,
+            models=[model],
+            labelers=labelers,
+            source=source,
+            bert_score=bert_score,
+            name=f"{name} of {model}",
+            scenes=scenes,
+        )
+        comparisons[model] = pl.DataFrame(pl.from_arrow(found))
+    rows = baselines.collected(comparisons)
+    if "rouge-l-f" not in set(rows["metric"]):
+        raise MilanError(
+            f"nobody has annotated {', '.join(done.models)}: bring annotations in with jobs.annotations first."
+        )
+    _publish(storage, name, rows, comparisons)
+    return rows
+
+
+def labelers_of_all(storage: Storage, model: str, layers: Sequence[str]) -> list[str]:
+    """The labelers that have labelled all of a model's layers: MILAN's first, then the paper's, then others."""
+    found: dict[str, set[str]] = {}
+    for keys in storage.partitions(DESCRIPTIONS, model=model):
+        found.setdefault(keys["labeler"], set()).add(keys["layer"])
+    whole = [labeler for labeler, there in found.items() if there >= set(layers)]
+    for labeler in sorted(set(found) - set(whole)):
+        say(f"{labeler} has labelled {len(found[labeler])} of {len(layers)} layers of {model}: left out")
+    order = [MILAN, LIKELIHOOD, *LABELERS]
+    return sorted(whole, key=lambda labeler: (order.index(labeler) if labeler in order else len(order), labeler))
+
+
+def _check_held_out(storage: Storage, network: HeldOut) -> None:
+    """Says where a captioner was trained on the network it is to be judged by."""
+    model, decoder = network.model.name, network.search.decoder
+    if re.search(rf"(?<![\w/-]){re.escape(model)}(?![\w/-])", about_captioner(storage, decoder)):
+        say(
+            f"captioner {network.search.name} was trained on annotations of {model}: what it says there is no measure "
+            "of what it would say of a network that is new to it",
+            level="warning",
+        )
+
+
+def _publish(storage: Storage, name: str, rows: pl.DataFrame, comparisons: Mapping[str, pl.DataFrame]) -> None:
+    configs = {
+        model: {
+            experiment: (storage.metadata(SCORES, experiment=experiment) or {}).get(CONFIG_KEY)
+            for experiment in found["experiment"].unique().sort()
+        }
+        for model, found in comparisons.items()
+    }
+    recipe = Recipe.of({"version": VERSION, "comparisons": configs})
+    if storage.why(SCORES, recipe, experiment=name):
+        for ending, picture in figures.files(baselines.draw(rows)).items():
+            storage.put(figure_path(storage, name, ending), picture)
+        storage.write(SCORES, score_table(name, baselines.score_rows(rows)), recipe, experiment=name)

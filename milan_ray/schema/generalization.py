@@ -1,0 +1,57 @@
+"""What captioners say of units that they did not learn from, and how well."""
+
+import pyarrow as pa
+
+from milan_ray.schema.table import Column, Noun
+
+SPLITS = Noun(
+    "splits",
+    ("experiment", "split"),
+    (
+        Column("experiment", pa.string(), "name of the experiment"),
+        Column("split", pa.string(), "name of the split, e.g. within-alexnet-imagenet, alexnet-to-resnet152"),
+        Column("trial", pa.int32(), "counted from 0"),
+        Column("part", pa.string(), "train: the captioner learned from the unit; test: it was judged on it"),
+        Column("model", pa.string(), "registered name of the model"),
+        Column("layer", pa.string(), "module path of the layer"),
+        Column("unit", pa.int32(), "number of the unit in its layer"),
+    ),
+    "One annotated unit in one trial of a split.",
+)
+
+HELD_OUT = Noun(
+    "held_out",
+    ("experiment", "split", "trial"),
+    (
+        Column("experiment", pa.string(), "name of the experiment"),
+        Column("split", pa.string(), "name of the split"),
+        Column("trial", pa.string(), "counted from 0"),
+        Column("system", pa.string(), "milan, milan-pdE (p(d|E) alone), or what costs nothing: constant, nearest-copy"),
+        Column("model", pa.string(), "registered name of the model"),
+        Column("layer", pa.string(), "module path of the layer"),
+        Column("unit", pa.int32(), "number of the unit in its layer"),
+        Column("description", pa.string(), "what the system says of it"),
+    ),
+    "What a captioner says of a unit that it did not learn from.",
+)
+
+GENERALIZATION = Noun(
+    "generalization",
+    ("experiment", "split"),
+    (
+        Column("experiment", pa.string(), "name of the experiment"),
+        Column("split", pa.string(), "name of the split"),
+        Column("kind", pa.string(), "within-network, across-architectures, -datasets, -tasks, leave-one-out or own"),
+        Column("train", pa.string(), "group whose units the captioner learned from"),
+        Column("test", pa.string(), "group whose units it was judged on"),
+        Column("trial", pa.int32(), "counted from 0; null: all trials together, units resampled", True),
+        Column("system", pa.string(), "milan, milan-pdE, constant, shuffled, nearest-copy, annotators; differences"),
+        Column("metric", pa.string(), "bleu, bleu-1 …, rouge-1-f …, bertscore-f; of the texts: words, length, …"),
+        Column("value", pa.float64(), "the measure"),
+        Column("low", pa.float64(), "lower end of the 95 % bootstrap interval over units; null without one", True),
+        Column("high", pa.float64(), "upper end of the 95 % bootstrap interval over units; null without one", True),
+        Column("n", pa.int64(), "units behind the value"),
+        Column("note", pa.string(), "how to read it"),
+    ),
+    "One figure of one split.",
+)
