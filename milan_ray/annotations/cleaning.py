@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
@@ -119,6 +119,34 @@ def clean_results(
     """
     tables = (tables or CleaningTables()).spelled()
     needed = [LAYER, UNIT, TEXT, REJECTED, *([WORKER] if tables.workers else [])]
+    rows, rejected = read_results(results, needed, keep_rejected=keep_rejected)
+    cleaned = [(row[LAYER], row[UNIT], tables.clean(row[TEXT], row.get(WORKER) or "")) for row in rows]
+    part = out.parent / f".{out.name}.part"
+    try:
+        part.parent.mkdir(parents=True, exist_ok=True)
+        write_annotations(part, cleaned)
+        part.replace(out)
+    except OSError as error:
+        raise MilanError(f"{results} cannot be cleaned into {out} ({error}).") from error
+    return len(rows), rejected
+
+
+def read_results(
+    results: Path, needed: Sequence[str], *, keep_rejected: bool = False
+) -> tuple[list[dict[str, str]], int]:
+    """Reads Mechanical Turk's CSV.
+
+    Args:
+        results: The file, as downloaded.
+        needed: Columns that every row must have; :data:`REJECTED` among them.
+        keep_rejected: Keep what was rejected.
+
+    Returns:
+        The rows, and how many were left out because they were rejected.
+
+    Raises:
+        MilanError: It cannot be read, a column is missing, or a row is incomplete.
+    """
     try:
         with results.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
@@ -126,15 +154,10 @@ def clean_results(
             if missing:
                 raise MilanError(f"{results} has no column {', '.join(missing)}: give the results as downloaded.")
             rows = list(reader)
-        for number, row in enumerate(rows):
-            if any(row[column] is None for column in needed):
-                raise MilanError(f"{results}: row {number + 1} is incomplete: give the results as downloaded.")
-        kept = [row for row in rows if keep_rejected or not row[REJECTED].strip()]
-        cleaned = [(row[LAYER], row[UNIT], tables.clean(row[TEXT], row.get(WORKER) or "")) for row in kept]
-        part = out.parent / f".{out.name}.part"
-        part.parent.mkdir(parents=True, exist_ok=True)
-        write_annotations(part, cleaned)
-        part.replace(out)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise MilanError(f"{results} cannot be cleaned into {out} ({error}).") from error
-    return len(kept), len(rows) - len(kept)
+        raise MilanError(f"{results} cannot be read ({error}): give Mechanical Turk's results as CSV.") from error
+    for number, row in enumerate(rows):
+        if any(row[column] is None for column in needed):
+            raise MilanError(f"{results}: row {number + 1} is incomplete: give the results as downloaded.")
+    kept = [row for row in rows if keep_rejected or not row[REJECTED].strip()]
+    return kept, len(rows) - len(kept)

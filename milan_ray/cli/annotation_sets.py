@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from milan_ray.cli import options
+from milan_ray.cli import annotation_collection, options
+from milan_ray.cli.closing import note
 from milan_ray.cli.records import absolute, open_storage
 from milan_ray.errors import MilanError
-from milan_ray.progress import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -48,6 +48,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--tables", metavar="JSON", help="prefixes, substrings, suffixes, exact, words, workers: replacements"
     )
     clean.add_argument("--keep-rejected", action="store_true", help="keep what was rejected")
+    annotation_collection.add_to(action)
     for one in (bring, export):
         one.add_argument("--source", help="source of the annotations (default: milannotations; export: the only one)")
         options.storage(one)
@@ -57,9 +58,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    return {"import": _import_annotations, "merge": _merge, "export": _export_annotations, "clean": _clean}[
-        args.action
-    ](args)
+    work = {"import": _import_annotations, "merge": _merge, "export": _export_annotations, "clean": _clean}
+    return {**work, **annotation_collection.ACTIONS}[args.action](args)
 
 
 def _import_annotations(args: argparse.Namespace) -> int:
@@ -100,7 +100,7 @@ def _export_annotations(args: argparse.Namespace) -> int:
 
     folder = Path(absolute("DIR", args.folder))
     layers = run_export(open_storage(args), args.model, folder, source=args.source, layers=args.layers)
-    say(f"export: {len(layers)} layers of {args.model} in {folder}")
+    note(args, f"{len(layers)} layers of {args.model} in {folder}", folder=str(folder))
     return 0
 
 
@@ -109,5 +109,5 @@ def _clean(args: argparse.Namespace) -> int:
 
     tables = read_tables(Path(args.tables)) if args.tables else None
     kept, rejected = clean_results(Path(args.results), Path(args.out), tables, keep_rejected=args.keep_rejected)
-    say(f"clean: {kept} annotations in {args.out}, {rejected} rejected ones left out")
+    note(args, f"{kept} annotations in {args.out}, {rejected} rejected ones left out,", kept=kept, rejected=rejected)
     return 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,10 @@ from spacy.language import Language
 
 from milan_ray.errors import MilanError
 from milan_ray.scoring.bootstrap import interval, ratio, resampling_counts
-from milan_ray.scoring.text import BertScore, normalize
+from milan_ray.scoring.text import ROUGE_KEYS, References, normalize, rouge_statistics
+
+TextScore = Callable[[Sequence[str], References, Sequence[str]], np.ndarray]
+"""From N texts, the references of each, and documents that words are weighed by, to (N, 3): precision, recall, F."""
 
 TEXT_COLUMNS = ("text", "summary", "description", "caption", "annotation")
 """Names of the column of texts, in the order they are looked for: ours, MILANNOTATIONS', those of generated files."""
@@ -95,7 +98,9 @@ def tag_words(texts: Sequence[str], nlp: Language) -> pl.DataFrame:
     return pl.DataFrame(rows, {"place": pl.Int64, "word": pl.String, "tag": pl.String}, orient="row")
 
 
-def annotation_statistics(texts: pl.DataFrame, nlp: Language, by: Sequence[str] = ("layer",)) -> pl.DataFrame:
+def annotation_statistics(
+    texts: pl.DataFrame, nlp: Language, by: Sequence[str] = ("layer",), words: pl.DataFrame | None = None
+) -> pl.DataFrame:
     """Corpus statistics per group (paper, Tables 5 and 6).
 
     Words are counted as the paper's figures have it: punctuation left out, and as distinct lemmas. On MILANNOTATIONS of
@@ -105,6 +110,7 @@ def annotation_statistics(texts: pl.DataFrame, nlp: Language, by: Sequence[str] 
         texts: Columns layer, unit, text and those of ``by``: :func:`read_texts`, or the table of annotations.
         nlp: From :func:`load_language`.
         by: Columns to group by; none gives one row for all.
+        words: What :func:`tag_words` found in the texts, where they are grouped in several ways.
 
     Returns:
         The columns of ``by``, then units, texts, words (distinct), length (mean words per text), and noun, adjective,
@@ -117,9 +123,9 @@ def annotation_statistics(texts: pl.DataFrame, nlp: Language, by: Sequence[str] 
     counts = place.group_by(group, maintain_order=True).agg(
         pl.struct(unit).n_unique().alias("units"), pl.len().alias("texts")
     )
-    words = (
-        tag_words(texts["text"].to_list(), nlp)
-        .join(place, on="place", maintain_order="left")
+    tagged = tag_words(texts["text"].to_list(), nlp) if words is None else words
+    said = (
+        tagged.join(place, on="place", maintain_order="left")
         .group_by(group)
         .agg(
             pl.col("word").n_unique().alias("words"),
@@ -130,7 +136,7 @@ def annotation_statistics(texts: pl.DataFrame, nlp: Language, by: Sequence[str] 
             ),
         )
     )
-    return counts.join(words, on=keys, how="left", maintain_order="left").select(
+    return counts.join(said, on=keys, how="left", maintain_order="left").select(
         *by,
         "units",
         "texts",
@@ -140,15 +146,60 @@ def annotation_statistics(texts: pl.DataFrame, nlp: Language, by: Sequence[str] 
     )
 
 
+def rouge_l(said: Sequence[str], others: References, documents: Sequence[str] | None = None) -> np.ndarray:
+    """ROUGE-L in the place of BERTScore, where there is no language model: shared words in order, not meaning.
+
+    Args:
+        said: N texts.
+        others: Per text its references; the mean over them counts.
+        documents: Not used; BERTScore weighs words by them.
+
+    Returns:
+        float64 (N, 3): precision, recall, F.
+    """
+    sums = rouge_statistics(said, others)
+    columns = [1 + ROUGE_KEYS.index(key) for key in ("rouge-l-p", "rouge-l-r", "rouge-l-f")]
+    return sums[:, columns] / np.maximum(sums[:, :1], 1)
+
+
+def leave_one_out(texts: pl.DataFrame, score: TextScore) -> pl.DataFrame:
+    """Scores every annotation against its unit's others.
+
+    Args:
+        texts: Columns layer, unit, text and any others; with ``model``, units of several models are kept apart.
+        score: BERTScore, or :func:`rouge_l`.
+
+    Returns:
+        The rows that could be compared, with a column score (F). Annotations without words and units with one
+        annotation are left out.
+    """
+    unit = [name for name in ("model", "layer", "unit") if name in texts.columns]
+    spoken = texts.filter(pl.col("text").map_elements(lambda text: bool(normalize(text)), pl.Boolean))
+    spoken = spoken.filter(pl.len().over(unit) > 1)
+    groups = spoken.with_row_index("row").group_by(unit, maintain_order=True).agg("row", "text")
+    rows: list[int] = []  # rows of a unit need not stand together
+    said: list[str] = []
+    others: list[list[str]] = []
+    for places, group in groups.select("row", "text").iter_rows():
+        rows += places
+        said += group
+        others += [group[:place] + group[place + 1 :] for place in range(len(group))]
+    scores = np.zeros(len(said))
+    if said:
+        scores[rows] = score(said, others, said)[:, 2]
+    return spoken.with_columns(pl.Series("score", scores, pl.Float64))
+
+
 def annotator_agreement(
-    texts: pl.DataFrame, bert_score: BertScore, by: Sequence[str] = ("layer",), samples: int = 1000, seed: int = 0
+    texts: pl.DataFrame, bert_score: TextScore, by: Sequence[str] = ("layer",), samples: int = 1000, seed: int = 0
 ) -> pl.DataFrame:
     """How much annotators agree (paper, Table 4): BERTScore of every annotation against its unit's others.
 
     Args:
         texts: Columns layer, unit, text and those of ``by``.
         bert_score: The scorer; figures of different language models do not compare.
-        by: Columns to group by; none gives one row for all.
+        by: Columns to group by, ``annotator`` among them for how much each agrees with the others; none gives one row
+            for all.
         samples: Bootstrap resamples.
         seed: Seed of the bootstrap.
 
@@ -157,19 +208,19 @@ def annotator_agreement(
         bootstrap interval over units; groups in the order they first occur. Annotations without words and units with
         one annotation are left out.
     """
-    keys = {name: None for name in ("model", "layer", "unit", *by) if name in texts.columns}
-    units = texts.filter(pl.col("text").map_elements(lambda text: bool(normalize(text)), pl.Boolean))
-    units = units.group_by(list(keys), maintain_order=True).agg("text").filter(pl.col("text").list.len() > 1)
-    groups = units["text"].to_list()
-    said = [text for group in groups for text in group]
-    others = [group[:i] + group[i + 1 :] for group in groups for i in range(len(group))]
-    scores = bert_score(said, others, said)[:, 2]
-    counts = np.array([len(group) for group in groups])
-    starts = np.cumsum(counts) - counts
-    units = units.with_columns(pl.Series("texts", counts), pl.Series("score", np.add.reduceat(scores, starts)))
+    return mean_agreement(leave_one_out(texts, bert_score), by, samples, seed)
+
+
+def mean_agreement(
+    scores: pl.DataFrame, by: Sequence[str] = ("layer",), samples: int = 1000, seed: int = 0
+) -> pl.DataFrame:
+    """:func:`annotator_agreement` from the scores of :func:`leave_one_out`, which may be grouped in several ways."""
+    keys = {name: None for name in ("model", "layer", "unit", *by) if name in scores.columns}
+    units = scores.group_by(list(keys), maintain_order=True).agg(pl.len().alias("texts"), pl.col("score").sum())
     found = []
     for values, group in units.group_by(list(by) or [pl.lit(0)], maintain_order=True):
         statistics = group.select("texts", "score").to_numpy()
         agreement = interval(statistics, ratio, resampling_counts(len(group), samples, seed))
         found.append((*(values if by else ()), len(group), int(statistics[:, 0].sum()), *agreement))
-    return pl.DataFrame(found, schema=[*by, "units", "texts", "agreement", "low", "high"], orient="row")
+    figures = {"units": pl.Int64, "texts": pl.Int64, "agreement": pl.Float64, "low": pl.Float64, "high": pl.Float64}
+    return pl.DataFrame(found, schema={**{name: scores.schema[name] for name in by}, **figures}, orient="row")

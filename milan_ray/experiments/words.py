@@ -130,3 +130,24 @@ def vocabulary_of(texts: pl.Series) -> list[str]:
     """The different words of texts, sorted."""
     found = texts.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+").explode().drop_nulls()
     return found.unique().sort().to_list()
+
+
+def asked_in(texts: pl.Series, words: Sequence[str]) -> pl.Series:
+    """Which of some words occur in texts, each with all its forms.
+
+    Args:
+        texts: N texts.
+        words: Each as a query of :func:`parse`: ``face|person`` is either, ``"left of"`` a phrase; where there are
+            several terms, all must occur.
+
+    Returns:
+        Lists of strings, (N,): those of the words that occur, in their order.
+    """
+    vocabulary = vocabulary_of(texts)
+    frame = pl.DataFrame({"text": texts})
+    for place, word in enumerate(dict.fromkeys(words)):
+        # Alternatives are one term; words in a row are several, which must all occur.
+        hits = [spoken("text").str.contains(pattern(term, vocabulary)) for term in parse(word)]
+        found = pl.when(pl.all_horizontal(hits)).then(pl.lit(word)).alias(f"word {place}")
+        frame = frame.with_columns(found)
+    return frame.select(pl.concat_list(pl.exclude("text")).list.drop_nulls().alias("words")).to_series()

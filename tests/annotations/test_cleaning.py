@@ -83,7 +83,7 @@ def test_clean_results_malformed_is_one_sentence(tmp_path, rows, tables, message
 
 
 def test_clean_results_missing_file_is_one_sentence(tmp_path):
-    with pytest.raises(MilanError, match="cannot be cleaned"):
+    with pytest.raises(MilanError, match="cannot be read"):
         clean_results(tmp_path / "absent.csv", tmp_path / "out.csv")
 
 

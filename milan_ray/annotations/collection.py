@@ -1,0 +1,319 @@
+"""Asking people: task files for Mechanical Turk and Label Studio, a qualification test, and reading the answers."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from milan_ray.annotations.cleaning import REJECTED, TEXT, WORKER, read_results
+from milan_ray.errors import MilanError
+
+TASK_COLUMNS = ("model", "layer", "unit", "exemplars", "image")
+"""What a task knows; Mechanical Turk gives it back as ``Input.model`` and so on, Label Studio as the task's data."""
+
+QUESTION_COLUMNS = ("model", "layer", "unit", "right", "wrong")
+"""Columns of the file that a qualification test is made of; ``wrong`` has several, with ``|`` between."""
+
+TEMPLATES = Path(__file__).parent / "templates"
+
+_SCHEMAS = "http://mechanicalturk.amazonaws.com/AWSMechanicalTurkDataSchemas"
+_FORM, _KEY = f"{_SCHEMAS}/2017-11-06/QuestionForm.xsd", f"{_SCHEMAS}/2005-10-01/AnswerKey.xsd"
+_SUMMARY, _CHOICE = "summary", "choice"  # names in the templates
+
+
+@dataclass(frozen=True)
+class Task:
+    """One unit to describe.
+
+    Attributes:
+        model: Name of the model.
+        layer: Its layer.
+        unit: Channel.
+        exemplars: Configuration hash of the exemplars shown: answers are about these.
+        image: Address of the picture of them.
+    """
+
+    model: str
+    layer: str
+    unit: int
+    exemplars: str
+    image: str
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question of the qualification test: which sentence describes a unit best?
+
+    Attributes:
+        task: The unit.
+        right: The answer.
+        wrong: The other sentences.
+    """
+
+    task: Task
+    right: str
+    wrong: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """A name for it that does not tell."""
+        unit = f"{self.task.model}/{self.task.layer}/{self.task.unit}"
+        return f"question-{hashlib.sha256(unit.encode()).hexdigest()[:8]}"
+
+    @property
+    def options(self) -> list[str]:
+        """All sentences, in an order that does not tell either but is always the same."""
+        return sorted((self.right, *self.wrong), key=lambda text: hashlib.sha256(text.encode()).hexdigest())
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one worker wrote about one unit.
+
+    Attributes:
+        model: Name of the model.
+        layer: Its layer.
+        unit: Channel.
+        exemplars: Configuration hash of the exemplars that the worker saw.
+        worker: Who, as the platform has it.
+        text: The description, as written.
+    """
+
+    model: str
+    layer: str
+    unit: int
+    exemplars: str
+    worker: str
+    text: str
+
+
+def read_questions(path: Path) -> list[tuple[str, str, int, str, tuple[str, ...]]]:
+    """Reads what a qualification test is made of.
+
+    Args:
+        path: CSV with columns :data:`QUESTION_COLUMNS`.
+
+    Returns:
+        Model, layer, unit, the right sentence, the wrong ones.
+
+    Raises:
+        MilanError: It cannot be read, a column is missing, or a question has no two different sentences.
+    """
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file)
+            missing = [column for column in QUESTION_COLUMNS if column not in (reader.fieldnames or ())]
+            if missing:
+                raise MilanError(
+                    f"{path} has no column {', '.join(missing)}: a qualification test needs "
+                    f"{', '.join(QUESTION_COLUMNS)} (several wrong sentences with | between)."
+                )
+            rows = list(reader)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise MilanError(
+            f"{path} cannot be read ({error}): give a CSV file of {', '.join(QUESTION_COLUMNS)}."
+        ) from error
+    found = []
+    for number, row in enumerate(rows):
+        unit, right = (row["unit"] or "").strip(), (row["right"] or "").strip()
+        wrong = tuple(filter(None, (text.strip() for text in (row["wrong"] or "").split("|"))))
+        if not unit.isdecimal() or not right or not wrong or len({right, *wrong}) < 1 + len(wrong):
+            raise MilanError(
+                f"{path}, question {number + 1}: needs a whole number as unit, a right sentence, and wrong ones that "
+                "all differ."
+            )
+        found.append((row["model"], row["layer"], int(unit), right, wrong))
+    return found
+
+
+# -- out ----------------------------------------------------------------------------------------------------------
+
+
+def tasks_csv(tasks: Iterable[Task]) -> str:
+    """The batch file of Mechanical Turk."""
+    return _csv(TASK_COLUMNS, ([getattr(task, name) for name in TASK_COLUMNS] for task in tasks))
+
+
+def tasks_jsonl(tasks: Iterable[Task]) -> str:
+    """The tasks of Label Studio, one a line."""
+    return "".join(json.dumps({"data": asdict(task)}, ensure_ascii=False) + "\n" for task in tasks)
+
+
+def questions_jsonl(questions: Iterable[Question]) -> str:
+    """The qualification test as tasks of Label Studio, without the answers."""
+    return "".join(
+        json.dumps(
+            {
+                "data": {
+                    "question": each.name,
+                    "image": each.task.image,
+                    "options": [{"value": option} for option in each.options],
+                }
+            },
+            ensure_ascii=False,
+        )
+        + "\n"
+        for each in questions
+    )
+
+
+def key_csv(questions: Iterable[Question]) -> str:
+    """The answers of the qualification test."""
+    return _csv(("question", "right"), ((each.name, each.right) for each in questions))
+
+
+def question_form(questions: Iterable[Question]) -> str:
+    """The qualification test of Mechanical Turk (``CreateQualificationType``, parameter Test)."""
+    form = ElementTree.Element("QuestionForm", xmlns=_FORM)
+    overview = ElementTree.SubElement(form, "Overview")
+    _text(overview, "Title", "Describing highlighted regions")
+    _text(overview, "Text", "Choose the sentence that describes best what is inside the highlighted regions.")
+    for each in questions:
+        question = ElementTree.SubElement(form, "Question")
+        _text(question, "QuestionIdentifier", each.name)
+        _text(question, "IsRequired", "true")
+        content = ElementTree.SubElement(question, "QuestionContent")
+        picture = ElementTree.SubElement(content, "Binary")
+        mime = ElementTree.SubElement(picture, "MimeType")
+        _text(mime, "Type", "image")
+        _text(mime, "SubType", "jpeg")
+        _text(picture, "DataURL", each.task.image)
+        _text(picture, "AltText", "Pictures with highlighted regions")
+        answer = ElementTree.SubElement(ElementTree.SubElement(question, "AnswerSpecification"), "SelectionAnswer")
+        _text(answer, "StyleSuggestion", "radiobutton")
+        selections = ElementTree.SubElement(answer, "Selections")
+        for number, option in enumerate(each.options):
+            selection = ElementTree.SubElement(selections, "Selection")
+            _text(selection, "SelectionIdentifier", f"{number}")
+            _text(selection, "Text", option)
+    return _xml(form)
+
+
+def answer_key(questions: Sequence[Question]) -> str:
+    """Its answers (parameter AnswerKey): the score is the percentage of right ones."""
+    key = ElementTree.Element("AnswerKey", xmlns=_KEY)
+    for each in questions:
+        question = ElementTree.SubElement(key, "Question")
+        _text(question, "QuestionIdentifier", each.name)
+        option = ElementTree.SubElement(question, "AnswerOption")
+        _text(option, "SelectionIdentifier", f"{each.options.index(each.right)}")
+        _text(option, "AnswerScore", "1")
+    mapping = ElementTree.SubElement(ElementTree.SubElement(key, "QualificationValueMapping"), "PercentageMapping")
+    _text(mapping, "MaximumSummedScore", f"{len(questions)}")
+    return _xml(key)
+
+
+def _csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return buffer.getvalue()
+
+
+def _text(parent: ElementTree.Element, name: str, text: str) -> None:
+    ElementTree.SubElement(parent, name).text = text
+
+
+def _xml(root: ElementTree.Element) -> str:
+    ElementTree.indent(root)
+    return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
+
+
+# -- back ---------------------------------------------------------------------------------------------------------
+
+
+def read_answers(path: Path, *, keep_rejected: bool = False) -> tuple[list[Answer], int]:
+    """Reads the answers of either platform, by the end of the file's name.
+
+    Args:
+        path: Mechanical Turk's results (``.csv``), or Label Studio's export (``.json``, or ``.jsonl`` with a task per
+            line).
+        keep_rejected: Keep what was rejected, or skipped.
+
+    Returns:
+        The answers, and how many were left out because they were rejected, or skipped by the worker.
+
+    Raises:
+        MilanError: It is neither, or damaged.
+    """
+    if path.suffix.lower() == ".csv":
+        inputs = {name: f"Input.{name}" for name in TASK_COLUMNS[:4]}
+        rows, rejected = read_results(path, [*inputs.values(), TEXT, WORKER, REJECTED], keep_rejected=keep_rejected)
+        places: list[Mapping[str, Any]] = [{name: row[column] for name, column in inputs.items()} for row in rows]
+        said = [(row[WORKER], row[TEXT]) for row in rows]
+    else:
+        found = _label_studio(path, _SUMMARY)
+        kept = [each for each in found if keep_rejected or not each[2]]
+        rejected = len(found) - len(kept)
+        places = [data for data, *_ in kept]
+        said = [(worker, " ".join(texts)) for _, worker, _, texts in kept]
+    answers = []
+    for place, (worker, text) in zip(places, said, strict=True):
+        missing = [name for name in TASK_COLUMNS[:4] if not str(place.get(name, "")).strip()]
+        if missing or not str(place["unit"]).strip().isdecimal():
+            raise MilanError(
+                f"{path} has an answer to a task without {', '.join(missing) or 'a whole number as unit'}: give the "
+                "answers to tasks of `annotations collect`, as downloaded."
+            )
+        model, layer, exemplars = (str(place[name]) for name in ("model", "layer", "exemplars"))
+        answers.append(Answer(model, layer, int(place["unit"]), exemplars, worker, text))
+    return answers, rejected
+
+
+def passed_workers(path: Path, key: Path) -> set[str]:
+    """Workers who answered all questions of the qualification test rightly.
+
+    Args:
+        path: Label Studio's export of the test; on Mechanical Turk only those who passed get tasks.
+        key: ``qualification-key.csv``.
+
+    Raises:
+        MilanError: One of them cannot be read.
+    """
+    try:
+        with key.open(encoding="utf-8-sig", newline="") as file:
+            right = {row["question"]: row["right"] for row in csv.DictReader(file)}
+    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
+        raise MilanError(f"{key} cannot be read ({error}): give the qualification-key.csv of the tasks.") from error
+    answered: dict[str, dict[str, str]] = {}
+    for data, worker, _, choices in _label_studio(path, _CHOICE):
+        answered.setdefault(worker, {})[str(data.get("question"))] = choices[0] if choices else ""
+    return {
+        worker for worker, given in answered.items() if all(given.get(name) == text for name, text in right.items())
+    }
+
+
+def _label_studio(path: Path, name: str) -> list[tuple[Mapping[str, Any], str, bool, list[str]]]:
+    """Per annotation of an export: the task's data, the worker, whether it was skipped, what was given as ``name``."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        tasks = (
+            json.loads(text)
+            if text.lstrip().startswith("[")
+            else list(map(json.loads, filter(str.strip, text.splitlines())))
+        )
+        found: list[tuple[Mapping[str, Any], str, bool, list[str]]] = []
+        for task in tasks:
+            for annotation in task["annotations"]:
+                who = annotation["completed_by"]  # a number; in some exports the person's record
+                worker = str(who["id"] if isinstance(who, dict) else who)
+                given: list[str] = []
+                for result in annotation["result"]:
+                    if result.get("from_name") == name:
+                        value = result["value"].get("text" if name == _SUMMARY else "choices", [])
+                        given += [value] if isinstance(value, str) else list(map(str, value))
+                found.append((dict(task["data"]), worker, bool(annotation.get("was_cancelled")), given))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise MilanError(
+            f"{path} is no export of Label Studio ({type(error).__name__}: {error}): give its JSON, or the results of "
+            "Mechanical Turk as .csv."
+        ) from error
+    return found

@@ -1,0 +1,154 @@
+"""``milan-ray annotations collect``, ``answers`` and ``statistics``: asking people, and what they write."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from milan_ray.cli import options
+from milan_ray.cli.closing import note
+from milan_ray.cli.records import absolute, open_storage
+from milan_ray.errors import MilanError
+from milan_ray.progress import say
+
+if TYPE_CHECKING:
+    from milan_ray.experiments.annotation_statistics import TextScore
+
+AddAction = Callable[[str, str], argparse.ArgumentParser]
+"""From name and summary to the parser of an action."""
+
+
+def add_to(action: AddAction) -> None:
+    """Gives the verb these actions."""
+    collect = action("collect", "Write pictures of exemplars and task files for people to describe")
+    collect.add_argument("model", metavar="MODEL", help="a model with exemplars in the storage")
+    collect.add_argument("folder", metavar="DIR", help="folder to be made")
+    collect.add_argument("--layers", nargs="+", metavar="LAYER", help="only these layers")
+    collect.add_argument(
+        "--units", type=options.numbers, default=(), metavar="1,5,7-12", help="only these units of every layer"
+    )
+    collect.add_argument(
+        "--url", default="", metavar="PREFIX",
+        help="what pictures' addresses begin with: where the folder is served (https://…/ for Mechanical Turk)",
+    )  # fmt: skip
+    collect.add_argument(
+        "--qualification",
+        metavar="FILE",
+        help="CSV of model, layer, unit, right, wrong (wrong|wrong|…): a test for people",
+    )
+    answers = action("answers", "Bring people's answers into the storage, cleaned, and say how much they agree")
+    answers.add_argument(
+        "files", nargs="+", metavar="FILE", help="Mechanical Turk's results (.csv) or Label Studio's export (.json)"
+    )
+    answers.add_argument(
+        "--source", required=True, help="what these annotations are to be called; replaces earlier ones"
+    )
+    answers.add_argument(
+        "--tables", metavar="JSON", help="prefixes, substrings, suffixes, exact, words, workers: replacements"
+    )
+    answers.add_argument("--keep-rejected", action="store_true", help="keep what was rejected, or skipped")
+    answers.add_argument(
+        "--qualification", metavar="FILE", help="Label Studio's export of the test: only who passed counts; with --key"
+    )
+    answers.add_argument("--key", metavar="FILE", help="qualification-key.csv of the tasks")
+    statistics = action("statistics", "Count what annotations are like: how many, how long, of which words, agreement")
+    statistics.add_argument(
+        "set", nargs="?", metavar="CSV", help="a CSV (layer, unit, summary) instead of the storage's annotations"
+    )
+    statistics.add_argument("--model", nargs="+", metavar="NAME", help="only these models; of a CSV, its model's name")
+    statistics.add_argument("--source", help="whose annotations (default: the one source there is)")
+    options.language(statistics)
+    for one in (answers, statistics):
+        one.add_argument(
+            "--bertscore", metavar="FOLDER",
+            help="language model for agreement (default: that of milan-ray[minilm], else ROUGE-L)",
+        )  # fmt: skip
+        one.add_argument("--rouge", action="store_true", help="agreement by ROUGE-L: seconds instead of minutes")
+    for one in (collect, answers, statistics):
+        options.storage(one)
+        options.common(one)
+
+
+def _collect(args: argparse.Namespace) -> int:
+    from milan_ray.pipelines.annotations_collect import run_collect
+
+    folder = Path(absolute("DIR", args.folder))
+    qualification = None if args.qualification is None else Path(absolute("--qualification", args.qualification))
+    count = run_collect(
+        open_storage(args), args.model, folder, layers=args.layers, units=args.units, url=args.url,
+        qualification=qualification,
+    )  # fmt: skip
+    if not args.url:
+        say("pictures' addresses are relative; --url says where the folder will be served")
+    note(args, f"{count} tasks in {folder} (tasks.csv, label-studio.jsonl)", folder=str(folder), tasks=count)
+    return 0
+
+
+def _answers(args: argparse.Namespace) -> int:
+    from milan_ray.annotations.cleaning import read_tables
+    from milan_ray.annotations.collection import passed_workers
+    from milan_ray.pipelines.annotations_collect import agreement_report, run_answers
+
+    if (args.qualification is None) != (args.key is None):
+        raise MilanError("--qualification and --key go together: the answers to the test, and the right ones.")
+    qualified = None
+    if args.qualification is not None:
+        qualified = passed_workers(Path(args.qualification), Path(args.key))
+        say(f"{len(qualified)} people passed the qualification test")
+    storage = open_storage(args)
+    storage.check_writable()
+    found = run_answers(
+        storage, [Path(file) for file in args.files], args.source,
+        tables=read_tables(Path(args.tables)) if args.tables else None,
+        keep_rejected=args.keep_rejected, qualified=qualified,
+    )  # fmt: skip
+    say(agreement_report(found, *_score(args)))
+    say(f"train with them: jobs.train --annotations {args.source}")
+    note(args, f"{len(found.texts)} annotations brought in", source=args.source, annotations=len(found.texts))
+    return 0
+
+
+def _statistics(args: argparse.Namespace) -> int:
+    from milan_ray.pipelines.annotation_statistics import (
+        file_annotations,
+        run_statistics,
+        stored_annotations,
+        summary,
+    )
+    from milan_ray.pipelines.languages import find_language
+    from milan_ray.schema import ANNOTATION_STATISTICS
+
+    storage = open_storage(args)
+    storage.check_writable()
+    if args.set is None:
+        texts = stored_annotations(storage, args.source, args.model)
+    elif args.model is not None and len(args.model) > 1:
+        raise MilanError("the annotations of a CSV speak of one model: give --model a single name.")
+    else:
+        texts = file_annotations(absolute("CSV", args.set), args.model and args.model[0], args.source)
+    nlp, language = find_language(args.language)
+    score, measure = _score(args)
+    say(summary(run_statistics(storage, texts, nlp, language, score, measure), language, measure))
+    say(f"table: {storage.uri(ANNOTATION_STATISTICS.name)}")
+    note(args, f"{len(texts)} annotations counted", source=texts["source"][0], annotations=len(texts))
+    return 0
+
+
+def _score(args: argparse.Namespace) -> tuple[TextScore, str]:
+    """What agreement is measured by, and its name."""
+    from milan_ray.pipelines.annotation_statistics import find_score
+    from milan_ray.scoring.text import minilm_directory
+
+    if args.rouge:
+        return find_score(None)
+    return find_score(absolute("--bertscore", args.bertscore) if args.bertscore else minilm_directory())
+
+
+ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "collect": _collect,
+    "answers": _answers,
+    "statistics": _statistics,
+}
+"""Action → its work; returns the exit status."""

@@ -1,0 +1,112 @@
+"""``milan-ray audit``: units that still look for what was blurred out of their network's training images."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from milan_ray.cli import describe, options
+from milan_ray.cli.closing import note, report_on
+from milan_ray.cli.records import open_storage
+from milan_ray.cli.search import table, text_model
+from milan_ray.errors import MilanError
+from milan_ray.progress import say
+
+if TYPE_CHECKING:
+    from milan_ray.pipelines.audit import Audit
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    group = parser.add_argument_group("audit; without --model, of all pairs that the storage has descriptions of")
+    group.add_argument(
+        "--suffix", default="-blurred", help="what blurred networks' names have behind their twins' (--suffix=-masked)"
+    )
+    group.add_argument(
+        "--pair",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("UNBLURRED", "BLURRED"),
+        help="a pair of other names; may be repeated, and is then all there is",
+    )
+    group.add_argument(
+        "--words",
+        type=lambda text: [word.strip() for word in text.split(",") if word.strip()],
+        metavar="WORDS",
+        help="what descriptions must contain, with commas between, each as in a search "
+        "(default: face,head,nose,eyes,mouth)",
+    )
+    group.add_argument("--labeler", default="milan", help="whose descriptions")
+    group.add_argument("--name", default="faces", help="name of the audit in the tables")
+    group.add_argument(
+        "--query", action="append", default=[], metavar="TEXT",
+        help="then search the units found in blurred networks, e.g. for faces of some people; may be repeated",
+    )  # fmt: skip
+    group.add_argument("--semantic", nargs="?", const="", metavar="MODEL", help="search by meaning, as in jobs.search")
+    options.models(parser, required=False)
+    options.probe(parser, required=False)
+    options.captioner(parser, required=False)
+    options.add_to(
+        parser,
+        options.exemplars,
+        options.clip,
+        options.search,
+        options.units,
+        options.dissection,
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.experiments.auditing import FACE_WORDS, pair_models, summary
+    from milan_ray.pipelines.audit import AuditConfig, described_models, figure_path, review_path, run_audit
+    from milan_ray.schema import AUDITS
+
+    storage = open_storage(args)
+    storage.check_writable()
+    status = 0
+    if args.decoder is not None or args.milan is not None:
+        status = _describe(args)
+        if args.dry_run:
+            return status
+    elif args.probe is not None or args.dry_run:
+        raise MilanError("--probe and --dry-run are for describing: give a --decoder or --milan too.")
+    pairs = [(model, other) for model, other in args.pair]
+    if not pairs:
+        pairs = pair_models(described_models(storage, args.labeler), args.suffix, args.model)
+    config = AuditConfig(args.name, tuple(FACE_WORDS if args.words is None else args.words), args.labeler)
+    if not config.words:
+        raise MilanError("--words holds no word: give some, e.g. --words 'face|person,mouth'.")
+    found = run_audit(storage, pairs, config)
+    images = found.pairs["images"][0] or "the same images"
+    say(f"exemplars of all networks are from {images}, in which nothing may be blurred")
+    say(summary(found.pairs, found.rows))
+    for query in args.query:
+        _follow_up(found, query, args.semantic)
+    review = review_path(storage, config.name)
+    say(f"accept or reject each unit in {review}, and run this again")
+    say(f"figure: {storage.uri(figure_path(storage, config.name, 'svg'))}; table: {storage.uri(AUDITS.name)}")
+    report_on(args, storage)
+    note(args, f"{len(found.units)} units of {len(pairs)} pairs found", audit=config.name, review=review)
+    return status
+
+
+def _describe(args: argparse.Namespace) -> int:
+    """Describes the networks first, as ``milan-ray describe`` does, whose options these are."""
+    names = args.model or [name for pair in args.pair for name in pair]
+    if not names:
+        raise MilanError("to describe networks first, name them with --model, --zoo or --pair.")
+    return describe.run(argparse.Namespace(**{**vars(args), "model": names, "no_report": True}))
+
+
+def _follow_up(found: Audit, query: str, semantic: str | None) -> None:
+    from milan_ray.experiments.search import search_descriptions
+
+    blurred = found.counted.filter(found.counted["model"].is_in(found.pairs["other"].implode()))
+    units = blurred.select("model", "layer", "unit", "description")
+    model = None if semantic is None else text_model(semantic)
+    hits = search_descriptions(units, query, model=model, top=20)
+    say(f"{len(hits)} units for {query!r} in blurred networks")
+    if len(hits):
+        say(table(hits))
