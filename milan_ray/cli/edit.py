@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import report_on
+from milan_ray.cli.closing import note, report_on
 from milan_ray.cli.records import absolute, model_requests, open_storage, probe_request, resources_of
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
+
+if TYPE_CHECKING:
+    from milan_ray.pipelines.requests import ProbeRequest
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +38,10 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--remove", type=options.positive, metavar="N", help="units to remove (default: by validation accuracy)"
     )
     group.add_argument(
+        "--fine-tune", nargs="+", metavar="SOURCE", help="then fine-tune the last layer on these images, with classes"
+    )
+    group.add_argument("--lr", type=float, default=1e-4, help="learning rate of the fine-tuning")
+    group.add_argument(
         "--out", metavar="FILE", help="write the network's weights without these units, .pth or .safetensors"
     )
     options.add_to(
@@ -44,28 +52,51 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.experiments.editing import TEXT
+    from milan_ray.models.heads import HeadTraining
     from milan_ray.models.weights import save_weights
     from milan_ray.pipelines.analyze import figure_path
     from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.edit import EditingConfig, edited_weights, run_editing, summary
+    from milan_ray.pipelines.edit import (
+        TEST,
+        VALIDATION,
+        EditingConfig,
+        edited_weights,
+        run_editing,
+        run_fine_tuning,
+        summary,
+    )
 
     storage, models, validation = open_storage(args), model_requests(args), probe_request(args)
     if len(models) > 1:
         raise MilanError("a network is edited at a time: give a single --model.")
     storage.check_writable()
-    test = None
-    if args.test is not None:
-        args.probe = args.test
-        test = probe_request(args)
+    test = None if args.test is None else _probe(args, args.test)
+    train = None if args.fine_tune is None else _probe(args, args.fine_tune)
     config = EditingConfig(args.labeler, tuple(args.words or TEXT), args.most, args.trials, args.seed)
     with connected(resources_of(args)):
         found = run_editing(storage, models[0], validation, test, config, resources_of(args))
-    say(summary(found))
+        say(summary(found))
+        count = args.remove or found.stop
+        tuned = None
+        if train is not None:
+            probes = {VALIDATION: validation, **({} if test is None else {TEST: test})}
+            training = HeadTraining(lr=args.lr, seed=args.seed)
+            rows, tuned = run_fine_tuning(storage, models[0], train, probes, found, count, training, resources_of(args))
+            for split, ablated, accuracy in rows.select("split", "ablated", "accuracy").iter_rows():
+                say(f"  {split}: {accuracy:.3f} without {ablated} units and with the last layer fine-tuned")
     public = {"experiment": "editing", "model": models[0].name}
     say(f"figure: {storage.uri(figure_path(storage, public, 'svg'))}")
     if args.out is not None:
         path = Path(absolute("--out", args.out))
-        save_weights(edited_weights(models[0], found.removed(args.remove or found.stop), validation), path)
+        weights = edited_weights(models[0], found.removed(count), validation)
+        save_weights(weights | (tuned.state if tuned else {}), path)
         say(f"edited weights: {path}")
+        note(args, weights=str(path))
+    note(args, f"{models[0].name} edited", units=count)
     report_on(args, storage, [models[0].name])
     return 0
+
+
+def _probe(args: argparse.Namespace, sources: list[str]) -> ProbeRequest:
+    """The images of another option, read like those of ``--probe``."""
+    return probe_request(argparse.Namespace(**{**vars(args), "probe": sources}))

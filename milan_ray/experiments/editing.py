@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from scipy.stats import t as student
 
 from milan_ray.experiments.analysis import RANDOM, Order
+from milan_ray.experiments.differences import wilson
+from milan_ray.scoring.bootstrap import Interval
 
 TEXT = ("text", "word", "letter")
 """What descriptions of units that read text contain, the paper's."""
@@ -59,3 +63,49 @@ def stop(validation: Sequence[float]) -> int:
         validation: Accuracy with the first 0, 1, 2, … units of an order removed.
     """
     return max(step for step, accuracy in enumerate(validation) if accuracy >= validation[0])
+
+
+def mean_interval(values: Sequence[float]) -> Interval:
+    """The mean of independent values, such as of networks, with its 95 % interval by Student's t; NaN ends of one."""
+    array = np.asarray(values, np.float64)
+    mean = float(array.mean())
+    if len(array) < 2:
+        return Interval(mean, float("nan"), float("nan"))
+    half = float(student.ppf(0.975, len(array) - 1) * array.std(ddof=1) / np.sqrt(len(array)))
+    return Interval(mean, mean - half, mean + half)
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """How well units found by words are those that fire at a concept.
+
+    Attributes:
+        found: Units found.
+        true: Units that fire at the concept.
+        both: Units that are both.
+        units: All units.
+    """
+
+    found: int
+    true: int
+    both: int
+    units: int
+
+    @property
+    def precision(self) -> Interval:
+        """Share of the units found that fire at the concept, with its 95 % interval (Wilson)."""
+        return self._share(self.found)
+
+    @property
+    def recall(self) -> Interval:
+        """Share of the units that fire at the concept that were found, with its 95 % interval (Wilson)."""
+        return self._share(self.true)
+
+    def _share(self, of: int) -> Interval:
+        share, low, high = (float(value[0]) for value in wilson(np.array([self.both]), np.array([max(of, 1)])))
+        return Interval(share, low, high)
+
+    def __add__(self, other: Retrieval) -> Retrieval:
+        return Retrieval(
+            self.found + other.found, self.true + other.true, self.both + other.both, self.units + other.units
+        )

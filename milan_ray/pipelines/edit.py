@@ -13,11 +13,12 @@ import torch
 
 from milan_ray.config import Recipe, Resources
 from milan_ray.errors import MilanError
-from milan_ray.exemplars.forward import read_views
 from milan_ray.experiments import figures
 from milan_ray.experiments.analysis import RANDOM, units_of
 from milan_ray.experiments.editing import EVERY, FOUND, MOST, TEXT, mentioning, removal_orders, stop
 from milan_ray.models.edit import edited
+from milan_ray.models.heads import HeadTraining
+from milan_ray.models.registry import ModelSpec
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.ablate import run_ablations
@@ -30,9 +31,11 @@ from milan_ray.pipelines.analyze import (
     read_descriptions,
 )
 from milan_ray.pipelines.exemplars import store_manifest
+from milan_ray.pipelines.fine_tune import Tuned, fine_tune
+from milan_ray.pipelines.pictures import exemplar_views, unit_exemplars, unit_masks, veiled, views_of
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import say
-from milan_ray.schema import ABLATIONS, CRITERIA, DESCRIPTIONS
+from milan_ray.schema import ABLATIONS, CRITERIA, DESCRIPTIONS, EXEMPLARS, FIGURE
 from milan_ray.storage import Storage
 
 if TYPE_CHECKING:
@@ -45,6 +48,12 @@ VALIDATION, TEST = "validation", "test"
 
 ALONE = "validation accuracy without the unit"
 """The criterion by which units are removed."""
+
+IMAGES = "images"
+"""Stem of the figure of images, beside that of accuracies."""
+
+SHOWN_IMAGES, SHOWN_UNITS = 8, 3
+"""In that figure: images of each split and exemplars of each unit; units."""
 
 CHECKED = 8
 """Images on which edited weights are compared with switched-off units."""
@@ -77,11 +86,13 @@ class Edit:
         rows: Rows of schema ABLATIONS, over all classes.
         order: Layer and unit of those whose descriptions have the words, in the order of removal.
         stop: How many of them to remove, by validation accuracy.
+        units: Units of the network that are described.
     """
 
     rows: pl.DataFrame
     order: tuple[tuple[str, int], ...]
     stop: int
+    units: int
 
     def removed(self, count: int) -> dict[str, list[int]]:
         """The first units of the order, by layer."""
@@ -160,14 +171,69 @@ def run_editing(
             accuracies = run_ablations(storage, every, probe, sets, resources)
             tables.append(ablation_rows(public, curves, accuracies, places))
         table = pa.concat_tables(tables)
-        drawn = figures.files(draw(pl.DataFrame(pl.from_arrow(table))))
-        for ending, picture in drawn.items():
-            storage.put(figure_path(storage, public, ending), picture)
+        first = units[orders[0].units[:SHOWN_UNITS]]
+        for stem, figure in (
+            (FIGURE, draw(pl.DataFrame(pl.from_arrow(table)))),
+            (IMAGES, draw_images(storage, spec, probes, first)),
+        ):
+            for ending, picture in figures.files(figure).items():
+                storage.put(figure_path(storage, public, ending, stem), picture)
         storage.write(ABLATIONS, table, recipe, **public)  # last: it says that all is done
     rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **public))).filter(pl.col("class") == "")
     order = tuple(units[orders[0].units].select("layer", "unit").iter_rows())
-    edit = Edit(rows, order, 0)
+    edit = Edit(rows, order, 0, len(units))
     return replace(edit, stop=stop(edit.accuracy(VALIDATION)))
+
+
+def run_fine_tuning(
+    storage: Storage,
+    model: requests.ModelRequest,
+    train: requests.ProbeRequest,
+    probes: Mapping[str, requests.ProbeRequest],
+    edit: Edit,
+    count: int,
+    config: HeadTraining,
+    resources: Resources,
+    name: str = "editing",
+) -> tuple[pl.DataFrame, Tuned]:
+    """Fine-tunes the last layer with all units, and without the first so many of those found.
+
+    Args:
+        storage: The run directory.
+        model: The classifier.
+        train: Images with classes, to learn from.
+        probes: Split → images with classes, to count accuracy on.
+        edit: From :func:`run_editing`.
+        count: Units removed.
+        config: How to learn.
+        resources: What of the cluster to use; Ray must be connected.
+        name: Name of the editing; the rows' is ``NAME, fine-tuned``.
+
+    Returns:
+        Rows of schema ABLATIONS over all classes, and the last layer without the units.
+    """
+    steps = tuple(dict.fromkeys((0, count)))
+    tuned, accuracies = fine_tune(model, train, probes, [edit.removed(step) for step in steps], config, resources)
+    public = {"experiment": f"{name}, fine-tuned", "model": model.name}
+    units = edit.units
+    tables = [
+        ablation_rows(
+            public, [Curve(FOUND, 0, split, [step / units for step in steps], steps)], found, range(len(steps))
+        )
+        for split, found in accuracies.items()
+    ]
+    recipe = Recipe.of(
+        {
+            "kernel": KERNEL_VERSION,
+            "weights": weights_digest(requests.model(model).load()),
+            "units": [list(unit) for unit in edit.order[:count]],
+            "probes": {split: store_manifest(storage, probe)[1] for split, probe in {"train": train, **probes}.items()},
+            "training": config,
+        }
+    )
+    table = pa.concat_tables(tables)
+    storage.write(ABLATIONS, table, recipe, **public)
+    return pl.DataFrame(pl.from_arrow(table)).filter(pl.col("class") == ""), tuned[-1]
 
 
 def edited_weights(
@@ -181,9 +247,7 @@ def edited_weights(
         probe: Images, a few of which the weights are checked on.
     """
     spec = requests.model(replace(model, layers=tuple(units) or model.layers))
-    source = requests.probe(probe)
-    refs = image_refs(source.manifest().slice(0, CHECKED))
-    views = read_views(source, refs, spec.preprocess.view).views  # type: ignore[arg-type]
+    views = views_of(probe, image_refs(requests.probe(probe).manifest().slice(0, CHECKED)), spec)
     return edited(spec, spec.load(), units, torch.from_numpy(views))
 
 
@@ -224,6 +288,41 @@ def draw(rows: pl.DataFrame) -> Figure:
         axes.set_title(f"{split} images (n = {here['n'][0]:,})", fontsize="medium")
         axes.legend(fontsize="x-small")
     figure.suptitle(rows["model"][0], fontsize="small")
+    return figure
+
+
+def draw_images(
+    storage: Storage, spec: ModelSpec, probes: Mapping[str, requests.ProbeRequest], units: pl.DataFrame
+) -> Figure:
+    """The paper's Figure 7: images of each split, and exemplars of units found by their descriptions.
+
+    Args:
+        storage: The run directory; a unit without exemplars in it is left out.
+        spec: The model.
+        probes: Split → images.
+        units: Columns layer, unit, description.
+    """
+    rows: list[tuple[str, np.ndarray]] = []
+    for split, probe in probes.items():
+        refs = image_refs(requests.probe(probe).manifest().slice(0, SHOWN_IMAGES))
+        rows.append((f"{split} images", views_of(probe, refs, spec)))
+    for layer, unit, text in units.select("layer", "unit", "description").iter_rows():
+        if storage.metadata(EXEMPLARS, model=spec.name, layer=layer) is None:
+            continue
+        mine = unit_exemplars(storage, spec.name, layer, unit).head(SHOWN_IMAGES)
+        found = exemplar_views(storage, spec.name, layer, mine["image_id"].to_list())
+        masks = unit_masks(storage, spec.name, layer, mine["mask"].to_list())
+        rows.append((f"{layer} {unit}\n“{text}”", veiled(found, masks)))
+    figure = figures.new_figure(1.1 * SHOWN_IMAGES + 1.5, 1.15 * len(rows))
+    panels = figure.subplots(len(rows), SHOWN_IMAGES, squeeze=False)
+    for places, (title, images) in zip(panels, rows, strict=True):
+        places[0].set_ylabel(title, fontsize="x-small", rotation=0, ha="right", va="center")
+        for number, axes in enumerate(places):
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.set_frame_on(False)
+            if number < len(images):
+                axes.imshow(images[number])
     return figure
 
 

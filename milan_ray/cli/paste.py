@@ -1,0 +1,56 @@
+"""``milan-ray paste``: adversarial images, made of what units fire at."""
+
+from __future__ import annotations
+
+import argparse
+
+from milan_ray.cli import options
+from milan_ray.cli.closing import note, report_on
+from milan_ray.cli.records import model_requests, open_storage, probe_request, resources_of
+from milan_ray.progress import say
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    options.models(parser)
+    options.probe(parser, required=True)
+    group = parser.add_argument_group("adversarial images; --probe gives the images that something is pasted on")
+    group.add_argument("--labeler", default="milan", help="whose descriptions of the units to read")
+    options.language(group)
+    group.add_argument(
+        "--each", type=options.positive, default=20, metavar="N", help="units of different words, and of the others"
+    )
+    group.add_argument(
+        "--originals", type=options.positive, default=8, metavar="N", help="images that are pasted on, per unit"
+    )
+    group.add_argument(
+        "--distractors", type=options.positive, default=8, metavar="N", help="exemplars to cut from, per unit, at most"
+    )
+    group.add_argument(
+        "--pool", type=options.positive, default=2000, metavar="N", help="images to look for originals among"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of the choice of images and of the other units")
+    options.add_to(
+        parser, options.download, options.storage, options.report, options.plugins, options.resources, options.common
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.cut_and_paste import PastingConfig, figure_path, run_pasting, summary
+    from milan_ray.pipelines.languages import find_language
+
+    storage, models, probe = open_storage(args), model_requests(args), probe_request(args)
+    storage.check_writable()
+    nlp, language = find_language(args.language)
+    config = PastingConfig(args.labeler, args.each, args.originals, args.distractors, args.pool, seed=args.seed)
+    with connected(resources_of(args)):
+        for model in models:
+            rows = run_pasting(storage, model, probe, nlp, language, config, resources_of(args))
+            say(f"{model.name}: {summary(rows)}")
+            public = {"experiment": "cut-and-paste", "model": model.name}
+            say(f"figure: {storage.uri(figure_path(storage, public, 'svg'))}")
+    note(args, f"adversarial images for {', '.join(model.name for model in models)}", models=[m.name for m in models])
+    report_on(args, storage, [model.name for model in models])
+    return 0
