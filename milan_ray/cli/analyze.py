@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import report_on
+from milan_ray.cli.closing import note, report_on
 from milan_ray.cli.records import model_requests, open_storage, probe_request, resources_of
 from milan_ray.progress import say
 
@@ -21,7 +22,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--words", nargs="*", metavar="WORD", help="words that descriptions are compared with (default: the paper's)"
     )
     group.add_argument("--trials", type=options.positive, default=5, help="random orders beside the others")
-    group.add_argument("--seed", type=int, default=0, help="of the random orders")
+    group.add_argument("--seed", type=int, default=0, help="seed of the random orders")
+    group.add_argument(
+        "--ties", type=int, default=0, metavar="N",
+        help="orders per criterion, ties broken at random (default: one order, ties layer by layer as in the paper)",
+    )  # fmt: skip
     options.add_to(
         parser,
         options.download,
@@ -35,21 +40,23 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.pipelines.analyze import AnalysisConfig, figure_path, run_analysis, summary
+    from milan_ray.pipelines.analyze import AnalysisConfig, examples, figure_path, run_analysis, summary
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.languages import find_language
 
     storage, models, probe = open_storage(args), model_requests(args), probe_request(args)
     storage.check_writable()
     nlp, language = find_language(args.language)
-    config = AnalysisConfig(args.labeler, trials=args.trials, seed=args.seed)
+    config = AnalysisConfig(args.labeler, trials=args.trials, seed=args.seed, ties=args.ties)
     if args.words is not None:
-        config = AnalysisConfig(args.labeler, tuple(args.words), trials=args.trials, seed=args.seed)
+        config = replace(config, words=tuple(args.words))
     with connected(resources_of(args)):
         for model in models:
             rows = run_analysis(storage, model, probe, nlp, language, config, resources_of(args))
             say(f"{model.name}: {summary(rows)}")
+            say(examples(storage, model.name))
             public = {"experiment": "analysis", "model": model.name}
             say(f"figure: {storage.uri(figure_path(storage, public, 'svg'))}")
     report_on(args, storage, [model.name for model in models])
+    note(args, f"{', '.join(model.name for model in models)} analysed", models=[model.name for model in models])
     return 0

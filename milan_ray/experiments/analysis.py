@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import polars as pl
+from scipy.stats import t as student
 from spacy.language import Language
 from spacy.tokens import Doc, Token
 
+from milan_ray.experiments.differences import newcombe, wilson
 from milan_ray.models.ablation import UnitSet
 
 WORDS = ("airliner", "finch", "gazelle", "ship", "tabby", "truck")
@@ -24,6 +26,9 @@ FRACTIONS = tuple(round(0.02 * step, 2) for step in range(10))
 RANDOM = "random"
 """The criterion beside which the others are read: units in random order."""
 
+SAME_LAYERS = ": other units of the same layers"
+"""Behind a criterion: not its units, but as many of each layer at every step."""
+
 PROPERTIES: Mapping[str, tuple[str, float]] = {
     "contains a verb": ("verbs", 0),
     "contains an adjective": ("adjectives", 0),
@@ -35,6 +40,19 @@ PROPERTIES: Mapping[str, tuple[str, float]] = {
 
 TOP_WORD_DIFFERENCE = 0.9
 """Quantile of the word difference above which a description counts as made of different words (Figure 4, right)."""
+
+DIFFERENT_WORDS = "top 10 % word difference"
+"""The property that this quantile decides."""
+
+
+_FIRST = {
+    "criterion": pl.String,
+    "place": pl.Int64,
+    "layer": pl.String,
+    "unit": pl.Int64,
+    "score": pl.Float64,
+    "description": pl.String,
+}
 
 
 @dataclass(frozen=True)
@@ -127,18 +145,134 @@ def layer_properties(scores: pl.DataFrame) -> pl.DataFrame:
     """How common properties of descriptions are in every layer (Figure 4, right).
 
     Returns:
-        Columns layer, property, share, units; layers in the order they first occur.
+        Columns layer, property, holding (units of which it holds), units, share, and the ends low and high of its
+        95 % interval; layers in the order they first occur.
     """
     shown = {name: pl.col(column) > above for name, (column, above) in PROPERTIES.items() if column in scores.columns}
     if "max-word-difference" in scores.columns:
         bar = scores["max-word-difference"].quantile(TOP_WORD_DIFFERENCE, "linear")
-        shown["top 10 % word difference"] = pl.col("max-word-difference") > bar
-    return (
+        shown[DIFFERENT_WORDS] = pl.col("max-word-difference") > bar
+    counted = (
         scores.group_by("layer", maintain_order=True)
-        .agg(*(holds.mean().alias(name) for name, holds in shown.items()), pl.len().cast(pl.Int64).alias("units"))
-        .unpivot(list(shown), index=["layer", "units"], variable_name="property", value_name="share")
-        .select("layer", "property", "share", "units")
+        .agg(*(holds.sum().cast(pl.Int64).alias(name) for name, holds in shown.items()), units=pl.len().cast(pl.Int64))
+        .unpivot(list(shown), index=["layer", "units"], variable_name="property", value_name="holding")
     )
+    share, low, high = wilson(counted["holding"].to_numpy(), counted["units"].to_numpy())
+    return counted.select("layer", "property", "holding", "units").with_columns(
+        share=pl.Series(share, dtype=pl.Float64),
+        low=pl.Series(low, dtype=pl.Float64),
+        high=pl.Series(high, dtype=pl.Float64),
+    )
+
+
+@dataclass(frozen=True)
+class Contrast:
+    """How much more common a property is in some layers than in others.
+
+    Attributes:
+        here: Share of units in the ones.
+        there: Share of units in the others.
+        low: Lower end of the 95 % interval of here − there (Newcombe 1998).
+        high: Its upper end.
+    """
+
+    here: float
+    there: float
+    low: float
+    high: float
+
+
+def contrast(properties: pl.DataFrame, name: str, here: pl.Expr, there: pl.Expr) -> Contrast | None:
+    """Compares the shares of a property in two groups of layers, units of each group taken together.
+
+    Args:
+        properties: From :func:`layer_properties`, of one or several networks.
+        name: The property.
+        here: Which rows are the ones.
+        there: Which are the others.
+
+    Returns:
+        None where the property was not told, or a group has no units.
+    """
+    of_it = properties.filter(pl.col("property") == name)
+    (a, of_a), (b, of_b) = (
+        (int(rows["holding"].sum()), int(rows["units"].sum())) for rows in (of_it.filter(there), of_it.filter(here))
+    )
+    if not of_a or not of_b:
+        return None
+    low, high = newcombe(np.array([a]), of_a, np.array([b]), of_b)
+    return Contrast(b / of_b, a / of_a, float(low[0]), float(high[0]))
+
+
+def first_ablated(scores: pl.DataFrame, count: int = 10, of: Collection[str] | None = None) -> pl.DataFrame:
+    """The units that each criterion ablates first (the paper's Figure 13 is chosen from among the first 10).
+
+    Args:
+        scores: From :func:`unit_scores`.
+        count: Units per criterion.
+        of: Criteria; all when left out.
+
+    Returns:
+        Columns criterion, place (from 1), layer, unit, score, description.
+    """
+    chosen = [name for name in criteria(scores) if of is None or name in of]
+    if not chosen:
+        return pl.DataFrame(schema=_FIRST)
+    found = []
+    for name in chosen:
+        first = scores[np.argsort(-scores[name].to_numpy().astype(np.float64), kind="stable")[:count]]
+        found.append(
+            first.select(
+                pl.lit(name).alias("criterion"),
+                pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias("place"),
+                "layer",
+                pl.col("unit").cast(pl.Int64),
+                pl.col(name).cast(pl.Float64).alias("score"),
+                "description",
+            )
+        )
+    return pl.concat(found)
+
+
+def beside_random(rows: pl.DataFrame) -> pl.DataFrame:
+    """How much accuracy each criterion leaves, beside what random orders leave.
+
+    What is compared is the mean accuracy over all steps that ablate something: the height of the curve.
+
+    Args:
+        rows: Columns condition, trial, ablated, accuracy, over all classes.
+
+    Returns:
+        Columns condition, accuracy, random (mean over the random orders), and low and high: the range in which 95 % of
+        random orders are expected (Student's t; null with less than two of them). Lowest accuracy first.
+    """
+    heights = (
+        rows.filter(pl.col("ablated") > 0)
+        .group_by("condition", "trial", maintain_order=True)
+        .agg(pl.col("accuracy").mean())
+    )
+    random = heights.filter(pl.col("condition") == RANDOM)["accuracy"].to_numpy()
+    mean, low, high = expected_range(random)
+    return (
+        heights.filter(pl.col("condition") != RANDOM)
+        .group_by("condition", maintain_order=True)
+        .agg(pl.col("accuracy").mean())
+        .with_columns(random=pl.lit(mean, pl.Float64), low=pl.lit(low, pl.Float64), high=pl.lit(high, pl.Float64))
+        .sort("accuracy")
+    )
+
+
+def expected_range(values: np.ndarray) -> tuple[float | None, float | None, float | None]:
+    """Mean of independent values, and the range in which 95 % of further ones are expected (Student's t).
+
+    Returns:
+        Mean, low, high; None for what cannot be said of so few.
+    """
+    if len(values) < 2:
+        return (float(values[0]) if len(values) else None), None, None
+    mean = float(values.mean())
+    half = float(student.ppf(0.975, len(values) - 1) * values.std(ddof=1) * np.sqrt(1 + 1 / len(values)))
+    return mean, mean - half, mean + half
 
 
 @dataclass(frozen=True)
@@ -147,7 +281,7 @@ class Order:
 
     Attributes:
         criterion: By which: a criterion, or :data:`RANDOM`.
-        trial: Counted from 0; only random orders have several.
+        trial: Counted from 0; only random orders, and those with ties broken at random, have several.
         units: Places of the units in the table of scores, first ablated first.
     """
 
@@ -156,22 +290,43 @@ class Order:
     units: np.ndarray
 
 
-def orders(scores: pl.DataFrame, trials: int = 5, seed: int = 0) -> list[Order]:
+def orders(
+    scores: pl.DataFrame, trials: int = 5, seed: int = 0, ties: int = 0, matched: Collection[str] = ()
+) -> list[Order]:
     """Orders of all units, highest score first, and random ones.
 
-    Units of equal score stay in the table's order, as in the reference.
+    Units of equal score stay in the table's order, as in the reference: layer by layer. Where few units have other
+    scores than the rest, such an order says more of layers than of descriptions; ``ties`` takes that out.
 
     Args:
         scores: From :func:`unit_scores`.
         trials: Random orders.
-        seed: Of the random orders.
+        seed: Of whatever is random.
+        ties: Orders per criterion, each with its ties broken at random; criteria by which all units are equal are left
+            out. 0 for one order, ties in the table's order.
+        matched: Criteria for which there are also orders of other units of the same layers: what of a criterion's
+            effect is where its units lie.
     """
-    found = [
-        Order(name, 0, np.argsort(-scores[name].to_numpy().astype(np.float64), kind="stable"))
-        for name in criteria(scores)
-    ]
     random = np.random.default_rng(seed)
-    return found + [Order(RANDOM, trial, random.permutation(len(scores))) for trial in range(trials)]
+    shuffled = [Order(RANDOM, trial, random.permutation(len(scores))) for trial in range(trials)]
+    found = []
+    for name in criteria(scores):
+        values = -scores[name].to_numpy().astype(np.float64)
+        if not ties:
+            found.append(Order(name, 0, np.argsort(values, kind="stable")))
+        elif len(np.unique(values)) > 1:
+            found += [Order(name, trial, np.lexsort((random.random(len(values)), values))) for trial in range(ties)]
+    same = [_of_the_same_layers(order, scores, random) for order in found if order.criterion in matched]
+    return found + same + shuffled
+
+
+def _of_the_same_layers(order: Order, scores: pl.DataFrame, random: np.random.Generator) -> Order:
+    """An order that takes as many units of each layer at every step, but any."""
+    layers = scores["layer"].to_numpy()[order.units]
+    units = order.units.copy()
+    for layer in dict.fromkeys(layers):
+        units[layers == layer] = random.permutation(units[layers == layer])
+    return Order(f"{order.criterion}{SAME_LAYERS}", order.trial, units)
 
 
 def units_of(scores: pl.DataFrame, places: np.ndarray) -> UnitSet:

@@ -170,7 +170,7 @@ def cost_rows(storage: Storage, labelers: Sequence[str], layers: Iterable[tuple[
     pairs = list(dict.fromkeys(layers))
     runs: dict[tuple[str, str], dict[str, Any]] = {}
     for keys in storage.partitions(RUNS):
-        for row in storage.read(RUNS, ["stage", "run", "seconds"], **keys).to_pylist():
+        for row in storage.read(RUNS, ["stage", "run", "model", "seconds"], **keys).to_pylist():
             runs[row["stage"], row["run"]] = row
     found: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     units: Counter[str] = Counter()
@@ -188,7 +188,8 @@ def cost_rows(storage: Storage, labelers: Sequence[str], layers: Iterable[tuple[
                 missing.add(labeler)
             units[labeler] += storage.count(DESCRIPTIONS, **keys)
             for stage, run in behind:
-                found[labeler][model, stage].append(runs[stage, run]["seconds"])
+                # What is embedded of a probe serves all models: its run is none of theirs, and counts once.
+                found[labeler][runs[stage, run]["model"], stage].append(runs[stage, run]["seconds"])
     rows: list[Row] = []
     for labeler in (*labelers, EVERYBODY):
         if labeler in missing or not found[labeler] or not units[labeler]:
@@ -211,12 +212,13 @@ def _of_stage(stage: str, seconds: Sequence[float]) -> float:
 def lineage(storage: Storage, noun: Noun, keys: Mapping[str, str]) -> set[tuple[str, str]]:
     """(stage, run) of a partition and of all that it was made from, exemplars left out."""
     meta = storage.metadata(noun, **keys) or {}
-    found = {(keys["labeler"] if noun is DESCRIPTIONS else noun.name, meta.get(CONFIG_KEY, ""))}
+    found = {(keys.get("labeler", noun.name), meta.get(CONFIG_KEY, ""))}
     parts: dict[str, str] = json.loads(meta.get(PARTS_KEY, "{}"))
     for above in NOUNS:
-        if above is EXEMPLARS or above.name not in parts or not {"model", "layer"} <= set(above.partition):
+        if above is EXEMPLARS or above.name not in parts:
             continue
-        for other in storage.partitions(above, model=keys["model"], layer=keys["layer"]):
+        same = {key: keys[key] for key in ("model", "layer") if key in above.partition}
+        for other in storage.partitions(above, **same):
             made = storage.metadata(above, **other) or {}
             whole = made.get(WHOLE_KEY, made.get(CONFIG_KEY, ""))
             if Recipe.of({above.name: whole}).parts[above.name] == parts[above.name]:
@@ -262,6 +264,10 @@ def draw_comparison(scores: pl.DataFrame, by_kind: str) -> dict[str, bytes]:
             axes.plot(row["value"], -place, "o", color=colour, markersize=5)
         if metric == PER_HOUR:
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 3)))
+            axes.xaxis.set_major_formatter("{x:,.0f}")
+            axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
+            axes.tick_params(axis="x", labelsize="small")
         axes.set_title(PANELS[metric], fontsize="medium")
         axes.set_yticks(list(places.values()), systems)
         axes.grid(axis="x", alpha=0.3)

@@ -20,13 +20,13 @@ from milan_ray.pipelines import requests
 from milan_ray.pipelines.ablate import Accuracies, run_ablations
 from milan_ray.pipelines.exemplars import store_manifest
 from milan_ray.progress import say
-from milan_ray.schema import ABLATIONS, CRITERIA, DESCRIPTIONS, FIGURE
+from milan_ray.schema import ABLATIONS, CRITERIA, DESCRIPTIONS, FIGURE, LAYER_PROPERTIES
 from milan_ray.storage import Storage
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-KERNEL_VERSION = "analysis-1"
+KERNEL_VERSION = "analysis-2"
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,8 @@ class AnalysisConfig:
         fractions: Shares of all units that are ablated.
         trials: Random orders.
         seed: Of the random orders.
+        ties: Orders per criterion with ties broken at random; 0 for one, ties in the table's order as in the reference.
+        matched: Criteria beside which as many other units of the same layers are ablated.
         split: What the images are called in the tables.
     """
 
@@ -47,6 +49,8 @@ class AnalysisConfig:
     fractions: tuple[float, ...] = analysis.FRACTIONS
     trials: int = 5
     seed: int = 0
+    ties: int = 0
+    matched: tuple[str, ...] = ()
     split: str = "validation"
 
 
@@ -101,7 +105,9 @@ def run_analysis(
     else:
         scores = analysis.unit_scores(read_descriptions(storage, layers, keys), nlp, config.words)
         _store_scores(storage, scores, recipe, public)
-        orders = analysis.orders(scores, config.trials, config.seed)
+        properties = analysis.layer_properties(scores)
+        _store_properties(storage, properties, recipe, public)
+        orders = analysis.orders(scores, config.trials, config.seed, config.ties, config.matched)
         steps = [analysis.steps(order, config.fractions) for order in orders]
         sets, places = distinct_sets([analysis.units_of(scores, step) for of_order in steps for step in of_order])
         every = replace(model, layers=layers)
@@ -111,7 +117,7 @@ def run_analysis(
             for order, of_order in zip(orders, steps, strict=True)
         ]
         table = ablation_rows(public, curves, found, places)
-        drawn = figures.files(draw(pl.DataFrame(pl.from_arrow(table)), analysis.layer_properties(scores), language))
+        drawn = figures.files(draw(pl.DataFrame(pl.from_arrow(table)), properties, language))
         for ending, picture in drawn.items():
             storage.put(figure_path(storage, public, ending), picture)
         storage.write(ABLATIONS, table, recipe, **public)  # last: it says that all is done
@@ -119,9 +125,9 @@ def run_analysis(
     return rows.filter(pl.col("class") == "")
 
 
-def figure_path(storage: Storage, public: dict[str, str], ending: str) -> str:
-    """Where the figure of an ablation experiment lies, below the storage's root."""
-    return storage.path(ABLATIONS, **public).replace("data.parquet", f"{FIGURE}.{ending}")
+def figure_path(storage: Storage, public: dict[str, str], ending: str, stem: str = FIGURE) -> str:
+    """Where a figure of an ablation experiment lies, below the storage's root."""
+    return storage.path(ABLATIONS, **public).replace("data.parquet", f"{stem}.{ending}")
 
 
 @dataclass(frozen=True)
@@ -226,6 +232,18 @@ def _store_scores(storage: Storage, scores: pl.DataFrame, recipe: Recipe, public
     storage.write(CRITERIA, table, recipe, **public)
 
 
+def _store_properties(storage: Storage, properties: pl.DataFrame, recipe: Recipe, public: dict[str, str]) -> None:
+    columns = {name: properties[name].to_list() for name in properties.columns}
+    table = LAYER_PROPERTIES.table({**{key: [value] * len(properties) for key, value in public.items()}, **columns})
+    storage.write(LAYER_PROPERTIES, table, recipe, **public)
+
+
+def stored_scores(storage: Storage, model: str, name: str = "analysis") -> pl.DataFrame:
+    """The scores that an analysis stored: a row per unit, columns as those of :func:`analysis.unit_scores`."""
+    rows = pl.DataFrame(pl.from_arrow(storage.read(CRITERIA, experiment=name, model=model)))
+    return rows.pivot("criterion", index=["layer", "unit", "description"], values="score", maintain_order=True)
+
+
 SYNTACTIC = ("verbs", "adpositions", "adjectives", "nouns")
 STRUCTURAL = ("max-word-difference", "parse-depth", "description-length")
 
@@ -234,8 +252,9 @@ def draw(rows: pl.DataFrame, properties: pl.DataFrame, language: str) -> Figure:
     """The paper's Figure 4: accuracy over the share ablated, by kinds of words and structure; properties by layer."""
     rows = rows.filter(pl.col("class") == "")
     there = list(dict.fromkeys(rows["condition"]))
-    words = [name for name in there if name not in (*SYNTACTIC, *STRUCTURAL, analysis.RANDOM)]
-    groups = [("words of a kind", SYNTACTIC), ("structure", STRUCTURAL), ("likeness to a word", tuple(words))]
+    same = [name for name in there if name.endswith(analysis.SAME_LAYERS)]
+    words = [name for name in there if name not in (*SYNTACTIC, *STRUCTURAL, *same, analysis.RANDOM)]
+    groups = [("words of a kind", (*SYNTACTIC, *same)), ("structure", STRUCTURAL), ("likeness to a word", tuple(words))]
     groups = [(title, names) for title, names in groups if set(names) & set(there)]
     figure = figures.new_figure(4 * (len(groups) + 1), 3.6)
     panels = figure.subplots(1, len(groups) + 1)
@@ -250,7 +269,8 @@ def draw(rows: pl.DataFrame, properties: pl.DataFrame, language: str) -> Figure:
             axes.plot(100 * spread["fraction"], spread["mean"], "--", color="0.4", label="random, mean and range")
             axes.fill_between(100 * spread["fraction"], spread["low"], spread["high"], color="0.4", alpha=0.2)
         for name in names:
-            line = rows.filter(pl.col("condition") == name)
+            of_it = rows.filter(pl.col("condition") == name)
+            line = of_it.group_by("fraction", maintain_order=True).agg(pl.col("accuracy").mean())
             if len(line):
                 axes.plot(100 * line["fraction"], line["accuracy"], marker=".", label=name.removeprefix("similar to "))
         axes.set_xlabel("% units ablated")
@@ -262,6 +282,7 @@ def draw(rows: pl.DataFrame, properties: pl.DataFrame, language: str) -> Figure:
     for name in dict.fromkeys(properties["property"]):
         line = properties.filter(pl.col("property") == name)
         last.plot(range(len(layers)), line["share"], marker="o", label=name)
+        last.fill_between(range(len(layers)), line["low"], line["high"], alpha=0.1)
     last.set_xticks(range(len(layers)), layers, rotation=30, ha="right")
     last.set_ylabel("share of units")
     last.set_ylim(0, 1)
@@ -272,10 +293,32 @@ def draw(rows: pl.DataFrame, properties: pl.DataFrame, language: str) -> Figure:
 
 
 def summary(rows: pl.DataFrame) -> str:
-    """Accuracy without any and with the largest share of units ablated, by condition, the worst first."""
+    """Accuracy without any and with the largest share of units ablated, by condition, the worst first.
+
+    Behind it the mean over all steps, where it lies outside the range in which 95 % of random orders are expected.
+    """
     last = rows.filter(pl.col("fraction") == pl.col("fraction").max())
     means = last.group_by("condition").agg(pl.col("accuracy").mean(), pl.len().alias("trials")).sort("accuracy")
     start = rows.filter(pl.col("ablated") == 0)["accuracy"][0]
     lines = [f"accuracy on {rows['n'][0]:,} images: {start:.3f}; with {last['fraction'][0]:.0%} of units ablated by"]
-    lines += [f"  {name:24} {value:.3f}" for name, value, _ in means.iter_rows()]
+    unusual = {}
+    for name, height, _, low, high in analysis.beside_random(rows).iter_rows():
+        if low is not None and not low <= height <= high:
+            matter = "more" if height < low else "less"
+            unusual[name] = (
+                f"  these units matter {matter}: {height:.3f} over all steps, random [{low:.3f}, {high:.3f}]"
+            )
+    lines += [f"  {name:24} {value:.3f}{unusual.get(name, '')}" for name, value, _ in means.iter_rows()]
+    return "\n".join(lines)
+
+
+def examples(storage: Storage, model: str, count: int = 3, name: str = "analysis") -> str:
+    """The units that each criterion ablated first, for people."""
+    first = analysis.first_ablated(stored_scores(storage, model, name), count)
+    lines = ["ablated first by"]
+    for (criterion,), rows in first.group_by(["criterion"], maintain_order=True):
+        shown = "; ".join(
+            f"{layer} {unit} “{text}”" for layer, unit, text in rows.select("layer", "unit", "description").iter_rows()
+        )
+        lines.append(f"  {criterion:24} {shown}")
     return "\n".join(lines)

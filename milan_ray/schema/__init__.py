@@ -1,5 +1,7 @@
 """The tables of a run directory: one :class:`~milan_ray.schema.table.Noun` per kind of row."""
 
+from milan_ray.schema.annotation_statistics import ANNOTATION_STATISTICS
+from milan_ray.schema.audits import AUDITED, AUDITS
 from milan_ray.schema.descriptions import (
     ANNOTATIONS,
     CANDIDATES,
@@ -11,7 +13,8 @@ from milan_ray.schema.descriptions import (
 )
 from milan_ray.schema.differences import CHANGES, DIFFERENCES
 from milan_ray.schema.exemplars import EXEMPLARS, LEVELS, POOLED, SKIPPED, VIEWS
-from milan_ray.schema.experiments import ABLATIONS, CRITERIA, FIGURE
+from milan_ray.schema.experiments import ABLATIONS, CLAIMS, CRITERIA, FIGURE, LAYER_PROPERTIES, PASTED
+from milan_ray.schema.generalization import GENERALIZATION, HELD_OUT, SPLITS
 from milan_ray.schema.manifest import MANIFEST
 from milan_ray.schema.operations import (
     DECODER_TRIALS,
@@ -49,13 +52,26 @@ NOUNS: tuple[Noun, ...] = (
     CHANGES,
     ABLATIONS,
     CRITERIA,
+    SPLITS,
+    HELD_OUT,
+    GENERALIZATION,
+    LAYER_PROPERTIES,
+    PASTED,
+    CLAIMS,
+    ANNOTATION_STATISTICS,
+    AUDITS,
+    AUDITED,
 )
 
 __all__ = [
     "ABLATIONS",
     "ANNOTATIONS",
+    "ANNOTATION_STATISTICS",
+    "AUDITED",
+    "AUDITS",
     "CANDIDATES",
     "CHANGES",
+    "CLAIMS",
     "CRITERIA",
     "DECODER_TRIALS",
     "DESCRIPTIONS",
@@ -64,14 +80,19 @@ __all__ = [
     "ENCODINGS",
     "EXEMPLARS",
     "FIGURE",
+    "GENERALIZATION",
+    "HELD_OUT",
     "IMAGE_EMBEDDINGS",
+    "LAYER_PROPERTIES",
     "LEVELS",
     "MANIFEST",
     "NOUNS",
+    "PASTED",
     "POOLED",
     "RUNS",
     "SCORES",
     "SKIPPED",
+    "SPLITS",
     "TEXT_EMBEDDINGS",
     "TRAINING",
     "TRIALS",

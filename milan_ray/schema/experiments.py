@@ -11,7 +11,9 @@ ABLATIONS = Noun(
         Column("experiment", pa.string(), "name of the experiment"),
         Column("model", pa.string(), "registered name of the model"),
         Column("condition", pa.string(), "by what units were ordered: nouns, description-length, random, sort-text, …"),
-        Column("trial", pa.int32(), "counted from 0; only random orders have several"),
+        Column(
+            "trial", pa.int32(), "counted from 0; random orders, and those with ties broken at random, have several"
+        ),
         Column("split", pa.string(), "images on which accuracy was counted"),
         Column("fraction", pa.float64(), "share of all units ablated"),
         Column("ablated", pa.int32(), "units ablated: the first of the order"),
@@ -35,6 +37,67 @@ CRITERIA = Noun(
         Column("description", pa.string(), "the description that it was taken from"),
     ),
     "One unit by one criterion of an experiment.",
+)
+
+LAYER_PROPERTIES = Noun(
+    "layer_properties",
+    ("experiment", "model"),
+    (
+        Column("experiment", pa.string(), "name of the experiment"),
+        Column("model", pa.string(), "registered name of the model"),
+        Column("layer", pa.string(), "module path of the layer"),
+        Column("property", pa.string(), "property of descriptions, e.g. contains an adjective"),
+        Column("holding", pa.int64(), "units of the layer whose description has it"),
+        Column("units", pa.int64(), "described units of the layer"),
+        Column("share", pa.float64(), "holding / units"),
+        Column("low", pa.float64(), "lower end of the share's 95 % interval (Wilson)"),
+        Column("high", pa.float64(), "upper end of it"),
+    ),
+    "How common a property of descriptions is in one layer.",
+)
+
+CLAIMS = Noun(
+    "claims",
+    ("experiment",),
+    (
+        Column("experiment", pa.string(), "name of the experiment"),
+        Column("claim", pa.string(), "what the paper says, in a sentence"),
+        Column("paper", pa.string(), "the paper's figures for it, and where they stand"),
+        Column("ours", pa.string(), "what was found on the built-in world"),
+        Column(
+            "reproduced", pa.bool_(), "whether the shape of the result is the same; null where it cannot be said", True
+        ),
+        Column("note", pa.string(), "why not, or what is different here"),
+        Column("small", pa.bool_(), "whether sizes were those of a test, so that figures mean nothing"),
+        Column("seconds", pa.float64(), "how long the experiment took, this time"),
+    ),
+    "One claim of the paper beside what was found.",
+)
+
+PASTED = Noun(
+    "pasted",
+    ("experiment", "model"),
+    (
+        Column("experiment", pa.string(), "name of the experiment"),
+        Column("model", pa.string(), "registered name of the model"),
+        Column("layer", pa.string(), "module path of the layer"),
+        Column("unit", pa.int32(), "number of the unit in its layer"),
+        Column("group", pa.string(), "why the unit was chosen: different words, other units"),
+        Column("score", pa.float64(), "its description's word difference"),
+        Column("description", pa.string(), "its description"),
+        Column("targets", pa.list_(pa.string()), "classes that the unit speaks for most, the strongest first"),
+        Column("original", pa.int64(), "image that something is pasted on: row of the manifest of the images given"),
+        Column("original_class", pa.string(), "its class, which the model tells"),
+        Column("distractor", pa.int64(), "exemplar that it is cut from: row of the manifest of the exemplars' probe"),
+        Column("distractor_class", pa.string(), "what the model takes that image for"),
+        Column("predicted", pa.string(), "what the model takes the result for"),
+        Column("fooled", pa.bool_(), "whether that is one of the targets and neither image's class"),
+        Column("control", pa.int64(), "image of those given from which the same cut was taken for comparison"),
+        Column("control_class", pa.string(), "what the model takes that image for"),
+        Column("control_predicted", pa.string(), "what the model takes the original with that cut for"),
+        Column("control_fooled", pa.bool_(), "the same of it"),
+    ),
+    "What a unit fires at, cut from one of its exemplars and pasted on an image that the unit is silent on.",
 )
 
 FIGURE = "figure"

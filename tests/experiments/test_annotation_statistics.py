@@ -9,8 +9,11 @@ from milan_ray.errors import MilanError
 from milan_ray.experiments.annotation_statistics import (
     annotation_statistics,
     annotator_agreement,
+    leave_one_out,
     load_language,
+    mean_agreement,
     read_texts,
+    rouge_l,
     tag_words,
 )
 from milan_ray.experiments.evaluation import best_constant, shuffled
@@ -166,3 +169,20 @@ def test_annotator_agreement_is_higher_where_people_say_the_same() -> None:
     assert (whole["units"], whole["texts"]) == (2, 4)
     # Two units: a resample has both, or one of them twice.
     assert [whole["low"], whole["high"]] == pytest.approx(found["agreement"].to_list(), abs=0.02)
+
+
+def test_agreement_leaves_each_annotation_out_once_whatever_the_order_of_rows() -> None:
+    rows = [("a", 0, "x", "red dogs"), ("a", 1, "x", "sky"), ("a", 0, "y", "dogs"), ("a", 1, "y", " . ")]
+    rows += [("b", 0, "x", "cats"), ("a", 0, "z", "red cats")]
+    texts = pl.DataFrame(rows, ["layer", "unit", "annotator", "text"], orient="row")
+    scores = leave_one_out(texts, rouge_l)
+    # ROUGE-L F of: red dogs with dogs 2/3 and with red cats 1/2; dogs with red cats 0.
+    assert scores.select("text", "score").rows() == [
+        ("red dogs", pytest.approx((2 / 3 + 1 / 2) / 2)),
+        ("dogs", pytest.approx((2 / 3 + 0) / 2)),
+        ("red cats", pytest.approx((1 / 2 + 0) / 2)),
+    ]
+    by_person = mean_agreement(scores, ("annotator",))
+    assert by_person.select("annotator", "units", "texts").rows() == [("x", 1, 1), ("y", 1, 1), ("z", 1, 1)]
+    assert by_person["agreement"].to_list() == pytest.approx(scores["score"].to_list())
+    assert leave_one_out(texts.filter(pl.col("annotator") == "x"), rouge_l).is_empty()

@@ -20,7 +20,16 @@ from milan_ray.experiments.comparison import (
     with_trivial_labels,
 )
 from milan_ray.experiments.evaluation import score_table
-from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, RUNS, Noun
+from milan_ray.schema import (
+    CANDIDATES,
+    DESCRIPTIONS,
+    DRAWINGS,
+    ENCODINGS,
+    EXEMPLARS,
+    IMAGE_EMBEDDINGS,
+    RUNS,
+    Noun,
+)
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.storage import Storage
 
@@ -74,16 +83,13 @@ def storage(tmp_path: Path) -> Storage:
         columns |= {"description": ["x"] * rows, "score": [1.0] * rows, "n_best": [[]] * rows}
         table = noun.table({name: columns[name] for name in (column.name for column in noun.columns)})
         found.write(noun, table, recipe, **keys)
-        run = {"stage": stage, "run": recipe.hash, "model": "m", "layer": keys["layer"], "rows": rows, "images": 9,
+        record(stage, recipe, seconds, keys["layer"], "m")
+
+    def record(stage: str, recipe: Recipe, seconds: float, layer: str, model: str) -> None:
+        run = {"stage": stage, "run": recipe.hash, "model": model, "layer": layer, "rows": 4, "images": 9,
                "seconds": seconds, "images_per_second": None, "finished_at": "", "versions": "{}"}  # fmt: skip
-        found.write(
-            RUNS,
-            RUNS.table({name: [value] for name, value in run.items()}),
-            "r",
-            stage=stage,
-            run=recipe.hash,
-            model="m",
-        )
+        table = RUNS.table({name: [value] for name, value in run.items()})
+        found.write(RUNS, table, "r", stage=stage, run=recipe.hash, model=model)
 
     for layer, seconds in (("1", 10.0), ("2", 8.0)):
         keys = {"model": "m", "layer": layer}
@@ -97,6 +103,14 @@ def storage(tmp_path: Path) -> Storage:
         ranked = Recipe.of({"candidates": searched.whole, "lam": 0.2})
         write(DESCRIPTIONS, ranked, 4, 0.0, "none", labeler="milan", **keys)
         write(DESCRIPTIONS, Recipe.of({"exemplars": first.hash}), 4, 6.0, "netdissect", labeler="netdissect", **keys)
+        drawn = Recipe.of({"exemplars": first.hash, "scoring": "mean"})
+        write(DRAWINGS, drawn, 0, 1.0 + float(layer), "dnd-x", labeler="dnd-x", **keys)
+        write(DESCRIPTIONS, Recipe.of({"drawings": drawn.whole}), 4, 0.0, "none", labeler="dnd-x", **keys)
+        embedded = Recipe.of({"probe": "p"})
+        found.write(IMAGE_EMBEDDINGS, IMAGE_EMBEDDINGS.schema.empty_table(), embedded, encoder="clip", probe="p")
+        record("image_embeddings", embedded, 3.0, "", "clip")
+        named = Recipe.of({"exemplars": first.hash, "image_embeddings": embedded.hash})
+        write(DESCRIPTIONS, named, 4, 2.0 * float(layer), "clip-dissect", labeler="clip-dissect", **keys)
     return found
 
 
@@ -109,6 +123,13 @@ def test_cost_follows_what_labels_were_made_from_and_counts_shared_passes_once(s
     assert found[EVERYBODY, SECONDS] == 10 / 8
     assert found["netdissect", PER_HOUR] == pytest.approx(4800)
     assert {note for system, _, _, _, note in rows if system == "milan"} == {"candidates, encodings"}
+
+
+def test_cost_of_every_labeler_is_found(storage: Storage) -> None:
+    rows = cost_rows(storage, ["dnd-x", "clip-dissect"], [("m", "1"), ("m", "2")])
+    found = {(system, metric): score.value for system, metric, score, _, _ in rows}
+    assert found["dnd-x", SECONDS] == (2 + 3) / 8
+    assert found["clip-dissect", SECONDS] == (2 + 4 + 3) / 8  # the probe is embedded once
 
 
 def test_cost_of_labels_without_records_is_left_out(storage: Storage) -> None:

@@ -13,7 +13,7 @@ class Ground:
     """Where and how large.
 
     Attributes:
-        storage: The run directory, in which ``jobs.demo --generator --groups`` is done.
+        storage: The run directory, as :func:`milan_ray.pipelines.paper.prepare` leaves it.
         resources: What of the cluster to use; Ray must be connected.
         small: Sizes of a few seconds per experiment, for tests: the figures then mean nothing.
     """

@@ -1,0 +1,69 @@
+"""``milan-ray paper``: the paper's experiments on the built-in world, and what came of its claims."""
+
+from __future__ import annotations
+
+import argparse
+import os
+
+from milan_ray.cli import options
+from milan_ray.cli.closing import note, report_folder, report_on
+from milan_ray.cli.records import open_storage, resources_of
+from milan_ray.config import results_dir
+from milan_ray.progress import say
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Gives the verb its options."""
+    parser.add_argument("--small", action="store_true", help="sizes of a test: minutes, and figures that mean nothing")
+    parser.add_argument(
+        "--only",
+        type=lambda text: [name for name in text.split(",") if name],
+        default=[],
+        metavar="NAMES",
+        help="only these experiments, e.g. editing,audit; the page keeps what others found before (default: all)",
+    )
+    options.add_to(parser, options.storage, options.report, options.resources, options.common)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Does the verb's work; returns the exit status."""
+    from milan_ray.pipelines.captioners import about_captioner
+    from milan_ray.pipelines.cluster import connected
+    from milan_ray.pipelines.demo import DECODER
+    from milan_ray.pipelines.paper import EXPERIMENTS, chosen, prepare, run_experiments
+    from milan_ray.pipelines.paper.ground import Ground
+    from milan_ray.plugins import load_plugins
+    from milan_ray.report.paper import stored_entry, write_page
+
+    load_plugins()
+    names = chosen(args.only)
+    if args.storage is None:
+        args.storage = str(results_dir() / "demo")
+    storage, resources = open_storage(args), resources_of(args)
+    storage.check_writable()
+    ground = Ground(storage, resources, args.small)
+    with connected(resources):
+        prepare(ground, max(1, (os.cpu_count() or 1) // 2 * 2))
+        found = {entry.name: entry for entry in run_experiments(ground, names)}
+    entries = {name: found.get(name) or stored_entry(storage, name) for name in EXPERIMENTS}
+    folder = report_folder(args, storage)
+    page = None
+    if folder is not None:
+        shown = [entry for entry in entries.values() if entry is not None]
+        absent = [name for name, entry in entries.items() if entry is None]
+        page = write_page(storage, folder, shown, absent, overview=not args.no_report)
+    report_on(args, storage, notes={"About the descriptions": about_captioner(storage, DECODER)})
+    told = [claim.reproduced for entry in found.values() for claim in entry.claims]
+    failed = {name: entry.error for name, entry in found.items() if entry.error}
+    if page is not None:
+        say(f"page: {page}")
+        note(args, page=str(page))
+    note(
+        args,
+        f"{len(told)} claims, {told.count(True)} reproduced in shape, {told.count(False)} not, "
+        f"{told.count(None)} cannot be said",
+        experiments=list(found),
+        storage=storage.root,
+    )
+    args.summary.skipped |= failed
+    return 1 if failed else 0
