@@ -8,7 +8,7 @@ non-zero status; anything else that escapes is a defect of ours and keeps its tr
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 
 class MilanError(Exception):
@@ -34,6 +34,20 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
         near = [candidate for candidate in names if name in candidate][:5]
     nearest = f"; nearest: {', '.join(near)}" if near else ""
     return MilanError(f"unknown {kind} {name!r}{nearest}.{' ' + hint if hint else ''}")
+
+
+def all_failed(failed: Mapping[str, str], tried: int) -> None:
+    """Refuses to go on when nothing is left.
+
+    Args:
+        failed: Model → why it failed.
+        tried: How many there were.
+
+    Raises:
+        MilanError: All of them failed; it says why.
+    """
+    if failed and len(failed) == tried:
+        raise MilanError("; ".join(dict.fromkeys(failed.values())))
 
 
 def reason(error: BaseException) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime, timezone
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
@@ -21,6 +22,34 @@ LINE_INTERVAL = 10.0
 
 LOG = "MILAN_LOG"
 """Environment variable: ``json`` makes every line of the log a JSON object."""
+
+QUIET = "MILAN_QUIET"
+"""Environment variable: ``1`` leaves out all but warnings and errors, bars included."""
+
+NOTEBOOK_WIDTH = 100
+"""Characters of a bar in a notebook, which has no width that one could ask for."""
+
+
+@contextmanager
+def speaking(log: str | None, quiet: bool) -> Iterator[None]:
+    """For a while, another form of log than the environment's, or none.
+
+    Args:
+        log: ``text`` or ``json``; None leaves it to the environment.
+        quiet: Whether to say nothing but warnings and errors; False leaves it to the environment.
+    """
+    wanted = {name: value for name, value in ((LOG, log), (QUIET, "1" if quiet else None)) if value is not None}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def _quiet_wanted() -> bool:
+    return os.environ.get(QUIET) == "1"
 
 
 def _json_wanted() -> bool:
@@ -42,7 +71,9 @@ class Progress:
         self._done = 0
         self._left = Counter(pieces)
         self._started = self._printed = time.monotonic()
-        self._bar = tqdm(total=total, desc=label, unit=unit, dynamic_ncols=True) if _bar_wanted() else None
+        # In a notebook a bar of text needs no widgets, and stays as it was when the page is shared.
+        width: dict[str, Any] = {"ncols": NOTEBOOK_WIDTH} if _in_notebook() else {"dynamic_ncols": True}
+        self._bar = tqdm(total=total, desc=label, unit=f" {unit}", **width) if _bar_wanted() else None
 
     def __enter__(self) -> Progress:
         return self
@@ -114,18 +145,31 @@ def watched(look: Callable[[], None], interval: float = LINE_INTERVAL) -> Iterat
         thread.join()
 
 
-def say(text: str, **fields: object) -> None:
+def say(text: str, level: str = "info", **fields: object) -> None:
     """One line for the user, on standard error; with ``MILAN_LOG=json`` as a JSON object.
 
     Args:
         text: What to say.
+        level: ``info``, ``warning`` or ``error``; ``MILAN_QUIET=1`` leaves the first out.
         **fields: What of it programs may want, for the JSON object.
     """
+    if level == "info" and _quiet_wanted():
+        return
     if _json_wanted():
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
-        text = json.dumps({"time": now, "level": "info", "message": text.strip(), **fields}, ensure_ascii=False)
-    print(text, file=sys.stderr, flush=True)
+        text = json.dumps({"time": now, "level": level, "message": text.strip(), **fields}, ensure_ascii=False)
+    if _bar_wanted():
+        tqdm.write(text, file=sys.stderr)  # above a bar, should there be one
+        sys.stderr.flush()
+    else:
+        print(text, file=sys.stderr, flush=True)
 
 
 def _bar_wanted() -> bool:
-    return sys.stderr.isatty() and not _json_wanted()
+    return (sys.stderr.isatty() or _in_notebook()) and not _json_wanted() and not _quiet_wanted()
+
+
+def _in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this process: its standard error is a page that can go back on a line."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None

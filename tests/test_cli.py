@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -53,6 +54,10 @@ def test_models_lists_models_and_layers(capsys):
     status, out, _ = run(capsys, "models", "tiny/cnn", "--plugin", PLUGIN)
     assert status == 0
     assert any(line.split()[:4] == ["0", "Conv2d", "6×12×12", "6"] and line.endswith("*") for line in out.splitlines())
+    _, out, _ = run(capsys, "models", "tiny/cnn", "--plugin", PLUGIN, "--json")
+    assert {"path": "0", "kind": "Conv2d", "shape": [6, 12, 12], "units": 6, "default": True}.items() <= json.loads(
+        out.splitlines()[0]
+    ).items()
 
 
 def test_models_with_wrong_name_answers_with_the_nearest(capsys):
@@ -157,6 +162,9 @@ def test_models_with_pattern_lists_those_and_what_lies_here(capsys, tmp_path, mo
     assert list(lines) == [f"{name}/places365" for name in ("alexnet", "resnet152", "resnet18", "vgg16")]
     assert lines["resnet18/places365"] == "5 layers weights here: PLACES365"
     assert lines["vgg16/places365"] == "5 layers weights absent"
+    _, out, _ = run(capsys, "models", "*/places365", "--json")
+    told = [json.loads(line) for line in out.splitlines()]
+    assert [model["here"] for model in told] == [[], [], ["PLACES365"], []] and len(told[0]["layers"]) == 5
 
 
 def test_models_without_pattern_names_the_families(capsys):

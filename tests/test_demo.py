@@ -125,3 +125,18 @@ def test_demo_planted_units_are_named_by_describe_and_dissect(demo):
         concept in concepts_in(text) for concept, text in zip(planted_concepts, labels["description"], strict=True)
     ]
     assert sum(named) / len(named) >= 0.2
+
+
+def test_papers_experiments_in_small_write_the_page(demo):
+    """Sizes of a test: that all hangs together, from the demo's tables to the page; figures mean nothing."""
+    environment = {**os.environ, "MILAN_MODELS_DIR": str(demo[0].parent / "models")}
+    experiments = ("analysis", "annotations", "audit", "cut-and-paste")  # the others train something
+    command = [sys.executable, "-m", "jobs.paper", "--small", "--only", ",".join(experiments), "--no-report"]
+    command += ["--storage", str(demo[0])]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    claims = pl.read_parquet(demo[0] / "claims/**/*.parquet")
+    assert set(claims["experiment"]) == set(experiments) and claims["small"].all()
+    page = (demo[0] / "report/paper/index.html").read_text(encoding="utf-8")
+    assert "Sizes of a test" in page and "Not run here yet" in page
+    assert all(f'id="{name}"' in page for name in experiments)

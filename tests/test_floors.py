@@ -17,7 +17,7 @@ FLOORS = (
     {"world", "captioner"},
     {"labelers", "experiments", "report"},
     {"pipelines"},
-    {"api", "benchmarks"},
+    {"api", "benchmarks", "notebook"},
     {"cli"},
 )
 """Who may import whom: a module its own part, all on lower floors, and its neighbours as long as there is no circle."""

@@ -15,7 +15,7 @@ import termios
 import pytest
 
 from milan_ray import progress
-from milan_ray.progress import Progress, say
+from milan_ray.progress import Progress, say, speaking
 
 SCRIPT = """
 from milan_ray.progress import Progress
@@ -80,6 +80,43 @@ def test_say_writes_to_standard_error_alone(capsys):
     assert capsys.readouterr() == ("", "λ = 0.2\n")
 
 
+def test_quiet_leaves_warnings_and_errors_and_no_bar(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with speaking(None, True):
+        say("done")
+        say("skipped a: broken", level="warning")
+        with Progress("views", 5, "images") as bar:
+            bar.advance(5)
+    assert capsys.readouterr().err == "skipped a: broken\n"
+    assert "MILAN_QUIET" not in os.environ
+
+
+def test_what_is_said_beside_a_bar_is_a_line_of_its_own(capsys, monkeypatch):
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    with Progress("views", 2, "images") as bar:
+        say("one image is unreadable")
+        bar.advance(2)
+    lines = re.split(r"[\r\n]+", capsys.readouterr().err)
+    assert "one image is unreadable" in lines
+    assert any(line.startswith("views: 100%") and "2/2" in line for line in lines)
+
+
+NOTEBOOK = """
+import sys, types
+from milan_ray.progress import Progress
+class Shell:  # what a kernel leaves in IPython; it is not installed here
+    kernel = object()
+sys.modules["IPython"] = types.SimpleNamespace(get_ipython=Shell)
+with Progress("exemplars", 5, "images") as progress:
+    progress.advance(5)
+"""
+
+
+def test_progress_in_a_notebook_is_a_bar_of_text():
+    done = subprocess.run([sys.executable, "-c", NOTEBOOK], capture_output=True, text=True, check=True)
+    assert "exemplars: 100%" in done.stderr and max(map(len, re.split(r"[\r\n]+", done.stderr))) <= 100
+
+
 def test_progress_of_pieces_tells_models_and_layers_that_are_through(capsys):
     pieces = [("a", "0"), ("a", "0"), ("a", "2"), ("b", "0")]
     with Progress("encodings", 3, "blocks", pieces) as bar:
@@ -105,6 +142,8 @@ def test_log_as_json_says_errors_too_and_shows_no_bar_in_a_terminal(capsys, monk
     monkeypatch.setenv("MILAN_LOG", "text")
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     assert cli.main(["report", "--storage", str(tmp_path), "--log", "json"]) == 1
+    assert os.environ["MILAN_LOG"] == "text"
+    monkeypatch.setenv("MILAN_LOG", "json")
     with Progress("views", 5, "images") as bar:
         bar.advance(5)
     error, line = map(json.loads, capsys.readouterr().err.splitlines())

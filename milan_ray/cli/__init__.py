@@ -7,25 +7,37 @@ the verb that needs them, after :func:`milan_ray.runtime.prepare` has settled th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import sys
+import tempfile
+import traceback
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 
 from milan_ray import runtime
 from milan_ray.cli import (
     analyze,
     annotation_sets,
+    audit,
+    baselines,
     benchmark,
     compare,
     demo,
     describe,
     diff,
     dnd,
+    doctor,
     edit,
     exemplars,
     export,
+    generalize,
     label,
     models,
     options,
+    paper,
+    paste,
+    plan,
     report,
     score,
     search,
@@ -33,8 +45,10 @@ from milan_ray.cli import (
     train,
     tune,
 )
-from milan_ray.errors import MilanError
-from milan_ray.progress import LOG, say
+from milan_ray.cli.closing import Summary
+from milan_ray.cli.parsing import Parser
+from milan_ray.errors import MilanError, reason
+from milan_ray.progress import say, speaking
 
 VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "models": ("list models, or one model's layers", models.add, models.run),
@@ -48,12 +62,19 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[
     "tune": ("choose λ, beam size and strategy on annotated units", tune.add, tune.run),
     "demo": ("run everything on the built-in world", demo.add, demo.run),
     "score": ("score descriptions on images that did not make them", score.add, score.run),
+    "generalize": ("train captioners on some networks and judge them on others", generalize.add, generalize.run),
+    "baselines": ("compare MILAN with labels from concept maps on networks new to it", baselines.add, baselines.run),
     "compare": ("compare all labelers on the same units", compare.add, compare.run),
     "search": ("find units by their descriptions", search.add, search.run),
     "diff": ("compare what the units of two networks say", diff.add, diff.run),
     "analyze": ("ablate units in the order of what is said of them", analyze.add, analyze.run),
     "edit": ("remove units that are described by some words", edit.add, edit.run),
+    "audit": ("count units that name what was blurred out, in pairs of networks", audit.add, audit.run),
+    "paste": ("make adversarial images of what units fire at", paste.add, paste.run),
+    "paper": ("run the paper's experiments on the built-in world", paper.add, paper.run),
     "report": ("write the HTML report of a storage", report.add, report.run),
+    "doctor": ("say what is installed and found, what is missing, and how to get it", doctor.add, doctor.run),
+    "plan": ("estimate what a big run costs, from a short measured sample", plan.add, plan.run),
     "status": ("list what a storage holds, stale, orphaned and unfinished", status.add, status.run),
     "benchmark": ("measure a stage beside its bare computation", benchmark.add, benchmark.run),
 }
@@ -67,11 +88,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: The command line without the program's name; None takes the process's own.
 
     Returns:
-        Exit status: 0 when all is done, 1 when something could not be.
+        Exit status: 0 when all is done, 1 when something could not be, 2 when the file of ``--config`` is wrong, 130
+        when interrupted.
     """
-    parser = argparse.ArgumentParser(
-        prog="milan-ray", description="Natural-language descriptions of every unit of vision models."
-    )
+    try:
+        args = build_parser().read(sys.argv[1:] if arguments is None else arguments)
+    except MilanError as error:
+        say(f"error: {error}", level="error")
+        return 2
+    runtime.prepare(getattr(args, "address", None))
+    args.summary = Summary(" ".join([args.verb, *filter(None, [getattr(args, "action", None)])]))
+    with speaking(args.log, args.quiet):
+        summarised = args.json is True and not args.prints_result
+        with contextlib.redirect_stdout(sys.stderr) if summarised else contextlib.nullcontext():
+            status = _run(args)
+        if args.prints_result:
+            args.summary.what = None
+        args.summary.say()
+        if summarised or (args.json is True and args.summary.error is not None):
+            print(args.summary.json(status))
+    return status
+
+
+def build_parser() -> Parser:
+    """The parser of all verbs."""
+    parser = Parser(prog="milan-ray", description="Natural-language descriptions of every unit of vision models.")
+    parser.add_argument("--version", action="version", version=f"milan-ray {version('milan-ray')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (summary, add, run) in VERBS.items():
         verb = verbs.add_parser(
@@ -79,17 +121,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         add(verb)
         verb.set_defaults(run=run)
-    args = parser.parse_args(arguments)
-    runtime.prepare(getattr(args, "address", None))
-    if args.log is not None:
-        os.environ[LOG] = args.log
+    parser.tell_defaults()
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Does the verb's work; what goes wrong becomes one sentence, unless ``--debug`` asks for the traceback."""
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()
+        return status
     except MilanError as error:
         if args.debug:
             raise
-        say(f"error: {error}", level="error")
-        return 1
+        args.summary.error = str(error)
     except KeyboardInterrupt:
-        say("interrupted; run the same command again to go on from here.", level="error")
+        args.summary.error = "interrupted; run the same command again to go on from here."
+        say(args.summary.error, level="error")
         return 130
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and args.prints_result:  # its reader has seen enough, as in `… | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 141
+        if args.debug:
+            raise
+        args.summary.error = _unforeseen(error)
+    say(f"error: {args.summary.error}", level="error")
+    return 1
+
+
+def _unforeseen(error: Exception) -> str:
+    """The sentence for what the machine refuses, or what is a defect of ours, whose traceback is kept in a file."""
+    cause = getattr(error, "cause", None) or error  # Ray's errors carry what happened in a worker
+    if isinstance(cause, OSError):
+        return (
+            f"{reason(cause)}; see to that and run the same command again, which goes on from here (--debug shows "
+            "where it happened)."
+        )
+    handle, file = tempfile.mkstemp(prefix="milan-ray-", suffix=".txt")
+    with open(handle, "w", encoding="utf-8") as out:
+        traceback.print_exception(type(error), error, error.__traceback__, file=out)
+    return (
+        f"{type(cause).__name__}: {reason(cause)}; this should not happen: please report it with the traceback, which "
+        f"is in {file} (--debug shows it at once)."
+    )

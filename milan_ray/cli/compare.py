@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import time
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import report_on
+from milan_ray.cli.closing import note, report_on, show_plan
 from milan_ray.cli.records import absolute, open_storage, resources_of
 from milan_ray.progress import say
 
@@ -22,31 +21,36 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--bertscore", metavar="FOLDER", help="language model for BERTScore (default: that of milan-ray[minilm])"
     )
     parser.add_argument("--name", default="comparison", help="what its tables begin with")
-    options.add_to(parser, options.storage, options.report, options.plugins, options.resources, options.common)
+    options.add_to(
+        parser,
+        options.storage,
+        options.report,
+        options.plugins,
+        options.resources,
+        options.dry_run,
+        options.common,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.compare import run_comparison, summary
+    from milan_ray.pipelines.compare import find_comparison, run_comparison, summary
+    from milan_ray.pipelines.plan import plan_comparison
     from milan_ray.plugins import load_plugins
     from milan_ray.scoring.text import minilm_directory
 
-    started = time.monotonic()
     load_plugins(args.plugin)
     storage, resources = open_storage(args), resources_of(args)
-    storage.check_writable()
     bert = absolute("--bertscore", args.bertscore) if args.bertscore else minilm_directory()
+    asked = {"models": args.model, "labelers": args.labeler, "source": args.annotations, "name": args.name}
+    if args.dry_run:
+        return show_plan(args, plan_comparison(storage, find_comparison(storage, bert_score=bert, **asked)))
+    storage.check_writable()
     with connected(resources):
-        scores = run_comparison(
-            storage,
-            models=args.model,
-            labelers=args.labeler,
-            source=args.annotations,
-            bert_score=bert,
-            name=args.name,
-        )
+        scores = run_comparison(storage, bert_score=bert, **asked)
     say(summary(scores))
     report_on(args, storage)
-    say(f"tables: {storage.uri('scores')}, with figures beside them; done in {time.monotonic() - started:.0f} s")
+    say(f"tables: {storage.uri('scores')}, with figures beside them")
+    note(args, "compared", experiments=sorted(set(scores["experiment"].to_pylist())))
     return 0

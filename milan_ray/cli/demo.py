@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import time
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import report_on
+from milan_ray.cli.closing import note, report_on
 from milan_ray.cli.records import open_storage, resources_of
 from milan_ray.config import results_dir
 from milan_ray.progress import say
@@ -35,7 +34,6 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.plugins import load_plugins
     from milan_ray.schema import DESCRIPTIONS
 
-    started = time.monotonic()
     load_plugins()
     if args.storage is None:
         args.storage = str(results_dir() / "demo")
@@ -54,5 +52,5 @@ def run(args: argparse.Namespace) -> int:
     say(f"\n{units} units of {len({keys['model'] for keys in layers})} networks described. Beside what costs nothing:")
     say(summary(scores))
     say(f"tables: {storage.uri('descriptions')}/**/*.parquet, and the others beside it")
-    say(f"done in {time.monotonic() - started:.0f} s")
+    note(args, f"{units} units described", units=units, networks=len({keys["model"] for keys in layers}))
     return 0

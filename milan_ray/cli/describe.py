@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -59,7 +58,6 @@ def run(args: argparse.Namespace) -> int:
     )
     from milan_ray.pipelines.rerank import run_reranking
 
-    started = time.monotonic()
     storage, resources = open_storage(args), resources_of(args)
     clip = _clip(args)
     decoder = find_captioner(args, storage)
@@ -78,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         plan_descriptions(storage, plan, encodings, search, args.units)
         if clip is not None:
             plan_reranking(storage, plan, layers, encodings, search, clip, args.units)
-        return show_plan(plan)
+        return show_plan(args, plan)
     with connected(resources):
         if args.probe is not None:
             done = run_exemplars(*dissection, resources)
@@ -89,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
             run_reranking(storage, present, search, clip, resources, args.units)
     about = about_captioner(storage, decoder)
     report_on(args, storage, list(present), {"About the descriptions": about} if about else None)
-    return close("descriptions", storage, present, failed, started)
+    return close(args, "descriptions", present, failed)
 
 
 def _clip(args: argparse.Namespace) -> Clip | None:

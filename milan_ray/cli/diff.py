@@ -24,8 +24,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--by-layer", action="store_true", help="compare the layers that both have one by one, too")
     parser.add_argument("--top", type=options.positive, default=20, metavar="N", help="words and units to print")
-    parser.add_argument("--json", action="store_true", help="print JSON, all of it")
-    options.add_to(parser, options.storage, options.common)
+    options.storage(parser)
+    options.common(parser, json="print JSON, all of it")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -94,7 +93,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="US dollars per million tokens of questions and of answers",
     )
     group.add_argument(
-        "--llm-budget", type=float, metavar="USD", help="what this run may cost at most, at these prices"
+        "--llm-budget", type=float, metavar="USD", help="what this run may cost at most, US dollars, at these prices"
     )
     options.add_to(
         parser,
@@ -112,21 +111,20 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.exemplars import run_exemplars
     from milan_ray.pipelines.plan import plan_dnd, plan_exemplars
 
-    started = time.monotonic()
     args.pooled = True  # the images with the highest mean activation come from there
     storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
     resources, config, how = resources_of(args), exemplar_config(args), _config(args)
     if args.dry_run:
         plan, layers = plan_exemplars(storage, models, probe, config)
         plan_dnd(storage, plan, layers, how, args.units)
-        return show_plan(plan)
+        return show_plan(args, plan)
     storage.check_writable()
     with connected(resources):
         done = run_exemplars(storage, models, probe, config, resources)
         failed = run_dnd(storage, done, models, probe, config, how, resources, args.units)
     labelled = {name: layers for name, layers in done.models.items() if name not in failed}
     report_on(args, storage, list(done.models))
-    return close("labels", storage, labelled, {**done.failed, **failed}, started)
+    return close(args, "labels", labelled, {**done.failed, **failed})
 
 
 def _config(args: argparse.Namespace) -> DndConfig:

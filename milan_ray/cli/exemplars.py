@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 
 from milan_ray.cli import options
 from milan_ray.cli.closing import close, report_on, show_plan
@@ -27,13 +26,12 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.exemplars import run_exemplars
     from milan_ray.pipelines.plan import plan_exemplars
 
-    started = time.monotonic()
     storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
     resources, config = resources_of(args), exemplar_config(args)
     if args.dry_run:
-        return show_plan(plan_exemplars(storage, models, probe, config)[0])
+        return show_plan(args, plan_exemplars(storage, models, probe, config)[0])
     storage.check_writable()
     with connected(resources):
         done = run_exemplars(storage, models, probe, config, resources)
     report_on(args, storage, list(done.models))
-    return close("exemplars", storage, done.models, done.failed, started)
+    return close(args, "exemplars", done.models, done.failed)

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import replace
 
 from milan_ray.cli import options
+from milan_ray.cli.closing import note
 from milan_ray.cli.records import absolute, encoder_request, find_captioner, open_storage
-from milan_ray.progress import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -30,5 +30,5 @@ def run(args: argparse.Namespace) -> int:
         encoder = encoder_request(args, captioner.encoder_name, storage, decoder).load()
         captioner = replace(captioner, encoder_state=encoder.backbone.state_dict())
     export_reference(captioner, absolute("FILE", args.out))
-    say(f"export: {args.out}, a checkpoint that MILAN's reference implementation loads")
+    note(args, f"{args.out}, a checkpoint that MILAN's reference implementation loads,", file=args.out)
     return 0

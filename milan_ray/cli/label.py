@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import time
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
@@ -38,6 +37,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--legend", metavar="FILE", help="what the numbers in a folder's label maps mean: lines of `number name`"
+    )
+    group.add_argument(
+        "--segmentation",
+        metavar="MODEL",
+        help="network for semantic segmentation that says what pixels show: a folder as transformers saves it, or the "
+        "name of one in $MILAN_MODELS_DIR (default: the probe's own label maps)",
     )
     group.add_argument(
         "--grid",
@@ -93,7 +98,6 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.label import run_labels
     from milan_ray.pipelines.plan import plan_clip_dissect, plan_exemplars, plan_labels
 
-    started = time.monotonic()
     storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
     how, dissect = _labelers(args)
     args.pooled = args.pooled or dissect is not None
@@ -103,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         plan_labels(storage, plan, layers, models, how, args.units)
         if dissect is not None:
             plan_clip_dissect(storage, plan, layers, probe, dissect, image_text_request(args), args.units)
-        return show_plan(plan)
+        return show_plan(args, plan)
     storage.check_writable()
     with connected(resources):
         done = run_exemplars(storage, models, probe, config, resources)
@@ -114,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
             run_clip_dissect(storage, done.models, probe, dissect, image_text_request(args), resources, args.units)
     labelled = {name: layers for name, layers in done.models.items() if name not in failed}
     report_on(args, storage, list(done.models))
-    return close("labels", storage, labelled, failed, started)
+    return close(args, "labels", labelled, failed)
 
 
 def _labelers(args: argparse.Namespace) -> tuple[LabelConfig, ClipDissect | None]:

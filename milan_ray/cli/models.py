@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-from collections.abc import Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
 
 from milan_ray.cli import options
 
@@ -17,7 +20,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="a model whose layers to list, with shapes and unit counts, or a pattern ('*/places365')",
     )
     parser.add_argument("--weights", metavar="WEIGHTS", help="weights of that model: a file, a name or a URL")
-    options.add_to(parser, options.plugins, options.common)
+    options.plugins(parser)
+    options.common(parser, json="print JSON, an object per model or layer and line")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -29,9 +33,16 @@ def run(args: argparse.Namespace) -> int:
 
     load_plugins(args.plugin)
     if args.name is None or set(args.name) & set("*?["):
-        _print_models(fnmatch.filter(model_names(), args.name or "*"), args.name is None)
+        names = fnmatch.filter(model_names(), args.name or "*")
+        if args.json:
+            _print_json(map(_model, names))
+        else:
+            _print_models(names, args.name is None)
         return 0
     spec = resolve_model(args.name, args.weights) if args.weights else get_model(args.name)
+    if args.json:
+        _print_json(map(asdict, layer_table(spec)))
+        return 0
     print(f"{'layer':40} {'module':24} {'shape':20} {'units':>6}  default")
     for layer in layer_table(spec):
         shape = "×".join(map(str, layer.shape)) if layer.shape else "-"
@@ -40,15 +51,27 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
+def _model(name: str) -> dict[str, Any]:
+    """A model: its default layers, the names of its published weights, and those that are here."""
+    from milan_ray.models.registry import get_model
+
+    spec = get_model(name)
+    here = [version for version, file in spec.published.items() if file.is_here()]
+    return {"name": name, "layers": list(spec.layers), "published": list(spec.published), "here": here}
+
+
+def _print_json(rows: Iterable[Mapping[str, Any]]) -> None:
+    for row in rows:
+        print(json.dumps(row, ensure_ascii=False))
+
+
 def _print_models(names: Sequence[str], families: bool) -> None:
     """Lists models: how many layers are dissected by default, and which published weights lie here."""
-    from milan_ray.models.registry import family_names, get_model
+    from milan_ray.models.registry import family_names
 
-    for name in names:
-        spec = get_model(name)
-        here = [version for version, file in spec.published.items() if file.is_here()]
-        state = f"here: {', '.join(here)}" if here else "absent" if spec.published else "its own"
-        print(f"{name:40} {len(spec.layers):>3} layers   weights {state}")
+    for model in map(_model, names):
+        here, absent = ", ".join(model["here"]), "absent" if model["published"] else "its own"
+        print(f"{model['name']:40} {len(model['layers']):>3} layers   weights {f'here: {here}' if here else absent}")
     if families:
         for prefix, about in family_names().items():
             print(f"{prefix + '/…':40} {about}")

@@ -14,7 +14,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
     """Shows every default, but not those that say nothing."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        if action.default in (None, False, [], ()):
+        if action.default is None or action.default is False or action.default in ("", [], ()):  # 0 == False
             return action.help
         return super()._get_help_string(action)
 
@@ -55,10 +55,26 @@ def add_to(parser: argparse.ArgumentParser, *groups: Callable[[argparse.Argument
         group(parser)
 
 
-def common(parser: argparse.ArgumentParser) -> None:
-    """Debugging and logs."""
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    parser.add_argument("--log", choices=("text", "json"), help="form of the log (default: $MILAN_LOG, else text)")
+def common(parser: argparse.ArgumentParser, json: str | None = None) -> None:
+    """What every verb has (docs/command-line.md).
+
+    Args:
+        parser: The verb's.
+        json: What a verb that prints its result says of ``--json``; None where it is the closing summary. One that
+            already has an option of that name keeps it.
+    """
+    group = parser.add_argument_group("every verb")
+    group.add_argument(
+        "--config", metavar="FILE", help="options from a YAML file, lines of 'option: value'; the command line wins"
+    )
+    group.add_argument("--quiet", action="store_true", help="say nothing but warnings and errors")
+    own = "--json" in parser._option_string_actions
+    if not own:
+        told = json or "print the closing summary on standard output, as one JSON object"
+        group.add_argument("--json", action="store_true", help=told)
+    group.add_argument("--log", choices=("text", "json"), help="form of the log (default: $MILAN_LOG, else text)")
+    group.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    parser.set_defaults(prints_result=own or json is not None)
 
 
 def storage(parser: argparse.ArgumentParser) -> None:
@@ -115,10 +131,10 @@ def resources(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", default="auto", help="where models run: auto, cpu or cuda")
 
 
-def models(parser: argparse.ArgumentParser) -> None:
+def models(parser: argparse.ArgumentParser, required: bool = True) -> None:
     """Models, weights and layers."""
     group = parser.add_argument_group("models")
-    which = group.add_mutually_exclusive_group(required=True)
+    which = group.add_mutually_exclusive_group(required=required)
     which.add_argument(
         "--model",
         nargs="+",

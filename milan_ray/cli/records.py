@@ -26,7 +26,9 @@ def open_storage(args: argparse.Namespace) -> Storage:
 
     if args.storage is None and runtime.in_submitted_job() and "MILAN_RESULTS_DIR" not in os.environ:
         raise MilanError("give --storage inside a submitted job: the working directory there is a temporary copy.")
-    return Storage(absolute("--storage", args.storage or str(results_dir())))
+    storage = Storage(absolute("--storage", args.storage or str(results_dir())))
+    args.summary.facts["storage"] = storage.root
+    return storage
 
 
 def absolute(option: str, path: str) -> str:
@@ -99,7 +101,7 @@ def model_requests(args: argparse.Namespace) -> list[ModelRequest]:
         except MilanError as error:
             if len(names) == 1:
                 raise
-            say(f"{name}: {error}")  # the first stage finds the same, and goes on with the others
+            say(f"{name}: {error}", level="warning")  # the first stage finds the same, and goes on with the others
         found.append(ModelRequest(name, weights, tuple(args.layers), tuple(args.plugin), args.activations))
     return found
 
@@ -115,8 +117,10 @@ def probe_request(args: argparse.Namespace) -> ProbeRequest:
     for source in args.probe:
         sources.append(source if source in probe_names() else absolute("--probe", source))
     labels = None if args.labels is None else absolute("--labels", args.labels)
-    legend = getattr(args, "legend", None)
-    return ProbeRequest(tuple(sources), labels, tuple(args.plugin), legend and absolute("--legend", legend))
+    legend, network = getattr(args, "legend", None), getattr(args, "segmentation", None)
+    if network is not None and Path(network).parent != Path("."):
+        network = absolute("--segmentation", network)
+    return ProbeRequest(tuple(sources), labels, tuple(args.plugin), legend and absolute("--legend", legend), network)
 
 
 def exemplar_config(args: argparse.Namespace) -> ExemplarConfig:

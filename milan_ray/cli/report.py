@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import report_on
+from milan_ray.cli.closing import note, report_on
 from milan_ray.cli.records import open_storage
 
 
@@ -20,4 +20,5 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     report_on(args, open_storage(args), args.model)
+    note(args, "written")
     return 0

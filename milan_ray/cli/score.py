@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import time
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import close
+from milan_ray.cli.closing import close, note, show_plan
 from milan_ray.cli.records import image_text_request, model_requests, open_storage, probe_request, resources_of
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
@@ -66,7 +65,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also judge the scores themselves, where the model's classes are concepts of --clip's concept maps",
     )
-    group.add_argument("--seed", type=int, default=0, help="of the shuffled row and the bootstrap")
+    group.add_argument("--seed", type=int, default=0, help="seed of the shuffled row and the bootstrap")
     options.add_to(
         parser,
         options.models,
@@ -74,6 +73,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         options.storage,
         options.plugins,
         options.resources,
+        options.dry_run,
         options.common,
     )
 
@@ -90,31 +90,36 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.models.generators import GeneratorRequest
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.cosy import CosyConfig, run_cosy
+    from milan_ray.pipelines.plan import Plan, plan_cosy, plan_scores
     from milan_ray.pipelines.score import ScoreConfig, described_layers, run_sanity, run_scores
     from milan_ray.schema import SCORES
 
-    started = time.monotonic()
     if args.clip is None and args.generator is None:
         raise MilanError("give what judges: a model of images and texts with --clip, or --generator, or both.")
     storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
     resources = resources_of(args)
     described = described_layers(storage, [model.name for model in models], args.labeler, args.layers)
     config = ScoreConfig(args.pooling, args.held_out, args.top, args.retrieved, args.sigmoid, args.seed)
+    judge = None if args.clip is None else image_text_request(args)
+    classes = _classes(models, described) if args.clip and (args.class_names or args.sanity) else {}
+    named = classes if args.class_names else {}
+    painter, cosy = GeneratorRequest(args.generator or ""), CosyConfig(args.images, args.seed, args.prompt)
+    if args.dry_run:
+        plan = Plan()
+        if judge is not None:
+            plan_scores(storage, plan, described, probe, judge, config, named)
+        if args.generator is not None:
+            plan_cosy(storage, plan, described, probe, models, painter, cosy, config)
+        return show_plan(args, plan)
     storage.check_writable()
     experiments: list[str] = []
     with connected(resources):
-        if args.clip is not None:
-            judge = image_text_request(args)
-            classes = _classes(models, described) if args.class_names or args.sanity else {}
-            named = classes if args.class_names else {}
+        if judge is not None:
             experiments += run_scores(storage, described, probe, judge, config, resources, named)
             if args.sanity:
                 experiments += run_sanity(storage, probe, judge, config, resources, classes)
         if args.generator is not None:
-            cosy = CosyConfig(args.images, args.seed, args.prompt)
-            experiments += run_cosy(
-                storage, described, probe, models, GeneratorRequest(args.generator), cosy, config, resources
-            )
+            experiments += run_cosy(storage, described, probe, models, painter, cosy, config, resources)
     for experiment in experiments:
         say(_text(storage.read(SCORES, experiment=experiment)))
     done: dict[str, list[str]] = {}
@@ -122,7 +127,8 @@ def run(args: argparse.Namespace) -> int:
         done.setdefault(what.model, [])
         if what.layer not in done[what.model]:
             done[what.model].append(what.layer)
-    return close("scores", storage, done, {}, started)
+    note(args, experiments=experiments)
+    return close(args, "scores", done, {})
 
 
 def _classes(models: list[ModelRequest], described: list[Described]) -> dict[tuple[str, str], tuple[str, ...]]:

@@ -35,9 +35,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "$MILAN_MODELS_DIR (alone: the MiniLM of milan-ray[minilm])",
     )
     parser.add_argument("--top", type=int, default=50, metavar="N", help="units at most; 0 for all")
-    parser.add_argument("--json", action="store_true", help="print JSON, a unit per line")
     parser.add_argument("--parquet", metavar="FILE", help="write a Parquet file instead")
-    options.add_to(parser, options.plugins, options.storage, options.common)
+    options.add_to(parser, options.plugins, options.storage)
+    options.common(parser, json="print JSON, a unit per line")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     model = None
     if args.semantic is not None:
         load_plugins(args.plugin)
-        model = _model(args.semantic)
+        model = text_model(args.semantic)
     top = None if args.top < 1 else args.top
     found = search_descriptions(frame, args.query, model=model, any_word=args.any, top=top)
     if args.parquet:
@@ -58,13 +58,18 @@ def run(args: argparse.Namespace) -> int:
         for row in found.iter_rows(named=True):
             print(json.dumps(row, ensure_ascii=False))
     else:
-        print(_table(found))
+        print(table(found))
     least = "at least " if len(found) == top else ""
     say(f"{least}{len(found)} units" + (f"; in {args.parquet}" if args.parquet else ""))
     return 0
 
 
-def _model(name: str) -> EmbedsTexts:
+def text_model(name: str) -> EmbedsTexts:
+    """The model that ``--semantic`` names; alone, the installed MiniLM.
+
+    Raises:
+        MilanError: There is none.
+    """
     from milan_ray.models.sentences import load_text_model
     from milan_ray.scoring.text import minilm_directory
 
@@ -84,8 +89,10 @@ def _write(found: pl.DataFrame, path: str) -> None:
         raise MilanError(f"cannot write {path}: {error.strerror or error}; choose another --parquet.") from error
 
 
-def _table(found: pl.DataFrame) -> str:
-    columns = ("relevance", "model", "layer", "unit", "labeler", "description")
+def table(found: pl.DataFrame) -> str:
+    """What a search found, as columns of text."""
+    columns: tuple[str, ...] = ("relevance", "model", "layer", "unit", "labeler", "description")
+    columns = tuple(name for name in columns if name in found.columns)
     rows = [[f"{row['relevance']:.3f}", *(str(row[name]) for name in columns[1:])] for row in found.to_dicts()]
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [columns, *rows])

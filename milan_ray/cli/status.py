@@ -10,8 +10,8 @@ from milan_ray.cli.records import open_storage
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the verb its options."""
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options.add_to(parser, options.storage, options.common)
+    options.storage(parser)
+    options.common(parser, json="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from milan_ray.cli import options
+from milan_ray.cli.closing import note, show_plan
 from milan_ray.cli.records import (
     absolute,
     annotated_layers,
     encoder_request,
     find_captioner,
     open_storage,
-    read_text,
     resources_of,
 )
 from milan_ray.config import Resources
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the verb its options."""
-    parser.add_argument("--config", required=True, metavar="FILE", help="what to try: tune_configs/rerank.yaml, …")
+    parser.set_defaults(rest={})  # what is no option in the file of --config: what to try
     parser.add_argument("--annotations", required=True, metavar="SOURCE", help="source of the annotations that judge")
     parser.add_argument(
         "--model",
@@ -37,7 +40,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--bert-model", metavar="DIR", help="language model of BERTScore (default: MiniLM, where it is installed)"
     )
     options.captioner(parser, required=False)  # decoder.yaml tunes how to train one
-    options.add_to(parser, options.download, options.storage, options.plugins, options.resources, options.common)
+    options.add_to(
+        parser,
+        options.download,
+        options.storage,
+        options.plugins,
+        options.resources,
+        options.dry_run,
+        options.common,
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,11 +58,14 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.captioners import load_captioner
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.encodings import run_encodings
+    from milan_ray.pipelines.plan import plan_tuning
     from milan_ray.pipelines.tune import TuningJob, run_tuning
     from milan_ray.scoring.text import minilm_directory
 
     storage, resources = open_storage(args), resources_of(args)
-    text = read_text("--config", args.config)
+    if args.config is None:
+        raise MilanError("what to try: give a file with --config, such as tune_configs/rerank.yaml.")
+    text = yaml.safe_dump(args.rest)
     if tunes_decoder(text):
         return _tune_decoder(args, storage, resources, text)
     if args.decoder is None and args.milan is None:
@@ -64,9 +78,12 @@ def run(args: argparse.Namespace) -> int:
     bert_model = absolute("--bert-model", args.bert_model or str(minilm)) if args.bert_model or minilm else None
     job = TuningJob(Path(args.config).stem, decoder, args.annotations, layers, sweep, bert_model)
     encoder = encoder_request(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
+    if args.dry_run:
+        return show_plan(args, plan_tuning(storage, job, encoder))
     with connected(resources):
         run_encodings(storage, models, encoder, resources)
-        run_tuning(storage, job, resources)
+        setting = run_tuning(storage, job, resources)
+    note(args, f"{decoder} tuned", setting=asdict(setting))
     return 0
 
 
@@ -74,6 +91,7 @@ def _tune_decoder(args: argparse.Namespace, storage: Storage, resources: Resourc
     from milan_ray.experiments.decoder_search import read_decoder_space
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.encodings import run_encodings
+    from milan_ray.pipelines.plan import plan_decoder_tuning
     from milan_ray.pipelines.tune_decoder import DecoderTuningJob, run_decoder_tuning
 
     if args.decoder or args.milan:
@@ -84,8 +102,12 @@ def _tune_decoder(args: argparse.Namespace, storage: Storage, resources: Resourc
     models = annotated_layers(storage, args.annotations, args.model)
     layers = tuple((model, layer) for model, paths in models.items() for layer in paths)
     job = DecoderTuningJob(Path(args.config).stem, args.annotations, layers, space)
+    encoders = [encoder_request(args, name) for name in space.encoders]
+    if args.dry_run:
+        return show_plan(args, plan_decoder_tuning(storage, job, encoders))
     with connected(resources):
-        for name in space.encoders:
-            run_encodings(storage, models, encoder_request(args, name), resources)
-        run_decoder_tuning(storage, job, resources)
+        for encoder in encoders:
+            run_encodings(storage, models, encoder, resources)
+        setting = run_decoder_tuning(storage, job, resources)
+    note(args, "decoder tuned", setting=asdict(setting))
     return 0

@@ -77,7 +77,8 @@ def clip_dissect_recipe(
         units: The units selected; empty for all.
     """
     parts = {**labeler.identity(), "kernel": KERNEL_VERSION, "clip": dict(texts)}
-    return Recipe.of(parts | {"exemplars": exemplars, "pooled": pooled, "images": images}, units)
+    above = {"exemplars": exemplars, "pooled": pooled, "image_embeddings": images}
+    return Recipe.of(parts | above, units)
 
 
 @dataclass(frozen=True)

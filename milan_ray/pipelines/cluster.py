@@ -7,12 +7,16 @@ import logging
 import math
 import os
 import socket
+import sys
+import tempfile
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 import torch
+from ray.util.annotations import RayDeprecationWarning
 
 from milan_ray import runtime
 from milan_ray.config import Resources, models_dir
@@ -27,6 +31,8 @@ ROWS_PER_NEW_ACTOR = 4
 
 AUTO_CONNECT = "RAY_ENABLE_AUTO_CONNECT"
 """Environment variable: 0 keeps Ray from starting by itself, with a dashboard and open to other machines."""
+
+REMARK = b"Set ray log level from environment variable"
 
 FEW_PIECES = 32
 """Pieces of work that threads of the driver do on a laptop: see :func:`threads_here`."""
@@ -75,6 +81,8 @@ def connected(resources: Resources) -> Iterator[None]:
     if ray.is_initialized() or _own.wanted:
         yield
         return
+    if not sys.warnoptions:  # they speak to those who call Ray; it asks for them by the same rule
+        warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     address = runtime.prepare(resources.address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     try:
@@ -109,9 +117,28 @@ def start() -> None:
 
 def _init(address: str, options: dict[str, Any]) -> None:
     try:
-        ray.init(**options)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+        with _without_remark():
+            ray.init(**options)
+    except Exception as error:  # Ray also raises bare exceptions, as where a busy machine takes too long to start one
         raise MilanError(f"cannot reach the Ray cluster at {address}: {error}") from error
+
+
+@contextlib.contextmanager
+def _without_remark() -> Iterator[None]:
+    """Keeps a remark of Ray's native core, which no setting silences, off standard error; all else is passed on."""
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            said.seek(0)
+            for line in said:
+                if REMARK not in line:
+                    os.write(2, line)
 
 
 def _knock(address: str) -> None:

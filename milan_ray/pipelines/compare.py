@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
@@ -19,7 +20,7 @@ from milan_ray.experiments.comparison import (
     unit_score_rows,
     with_trivial_labels,
 )
-from milan_ray.experiments.evaluation import best_constant, evaluate_text, score_table
+from milan_ray.experiments.evaluation import Row, best_constant, evaluate_text, score_table
 from milan_ray.experiments.search import scan_descriptions
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.judges import BY_KIND, HELD_OUT_SCENES, in_words, judge_labels, of_the_world
@@ -35,6 +36,84 @@ AGREEMENT, COST = "annotations", "cost"
 """What its tables are called, behind its name."""
 
 VERSION = 1
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        name: What its tables begin with.
+        units: The N units that all labelers have labelled.
+        systems: Labeler → N labels, the main one first.
+        said: Unit → what people say of it.
+        costs: Rows of what labels cost.
+        scored: Partitions of unit scores that speak of these layers and labelers.
+        config: Hash of all that decides the result.
+    """
+
+    name: str
+    units: list[Unit]
+    systems: dict[str, list[str]]
+    said: dict[Unit, list[str]]
+    costs: list[Row]
+    scored: list[dict[str, str]]
+    config: str
+
+    @property
+    def models(self) -> set[str]:
+        """Names of the units' models."""
+        return {model for model, _, _ in self.units}
+
+    def figure(self, storage: Storage) -> str:
+        """Where its figure lies, below the storage's root."""
+        return storage.path(SCORES, experiment=f"{self.name}: {COST}").replace("data.parquet", FIGURE)
+
+    def why(self, storage: Storage) -> str | None:
+        """Why it would be made; None when it is up to date."""
+        keys = {"experiment": f"{self.name}: {COST}"}
+        if storage.is_current(SCORES, self.config, **keys) and storage.exists(self.figure(storage)):
+            return None
+        return "missing" if storage.metadata(SCORES, **keys) is None else "labels, annotations or scores changed"
+
+
+def find_comparison(
+    storage: Storage,
+    *,
+    models: Sequence[str] | None = None,
+    labelers: Sequence[str] | None = None,
+    source: str | None = None,
+    bert_score: str | Path | None = None,
+    name: str = NAME,
+    scenes: requests.ProbeRequest = HELD_OUT_SCENES,
+) -> Comparison:
+    """Finds what :func:`run_comparison` compares; arguments and errors as there."""
+    frame = scan_descriptions(storage, models, None, labelers).select(
+        "labeler", "model", "layer", "unit", "description"
+    )
+    descriptions = _in_order(frame.collect(), labelers)
+    units, systems = common_units(descriptions)
+    layers = sorted({(model, layer) for model, layer, _ in units})
+    said = _annotations(storage, source, layers)
+    costs = cost_rows(storage, list(systems), layers)
+    scored = [keys for keys in storage.partitions(UNIT_SCORES) if keys["labeler"] in systems]
+    scored = [keys for keys in scored if (keys["model"], keys["layer"]) in layers]
+    config = config_hash(
+        {
+            "scores": [storage.config_of(UNIT_SCORES, **keys) for keys in scored],
+            "comparison": VERSION,
+            "descriptions": [
+                storage.config_of(DESCRIPTIONS, labeler=labeler, model=model, layer=layer)
+                for labeler in systems
+                for model, layer in layers
+            ],
+            "annotations": [(unit, texts) for unit, texts in sorted(said.items())],
+            "bertscore": bert_score is not None,
+            "scenes": scenes.sources,
+            "costs": [(labeler, metric, score.value) for labeler, metric, score, _, _ in costs],
+        }
+    )
+    return Comparison(name, units, systems, said, costs, scored, config)
 
 
 def run_comparison(
@@ -67,60 +146,39 @@ def run_comparison(
     Raises:
         MilanError: There are no descriptions, no unit that all labelers have labelled, or several sources.
     """
-    frame = scan_descriptions(storage, models, None, labelers).select(
-        "labeler", "model", "layer", "unit", "description"
+    found = find_comparison(
+        storage, models=models, labelers=labelers, source=source, bert_score=bert_score, name=name, scenes=scenes
     )
-    descriptions = _in_order(frame.collect(), labelers)
-    units, systems = common_units(descriptions)
-    layers = sorted({(model, layer) for model, layer, _ in units})
-    said = _annotations(storage, source, layers)
-    costs = cost_rows(storage, list(systems), layers)
-    scored = [keys for keys in storage.partitions(UNIT_SCORES) if keys["labeler"] in systems]
-    scored = [keys for keys in scored if (keys["model"], keys["layer"]) in layers]
-    config = config_hash(
-        {
-            "scores": [storage.config_of(UNIT_SCORES, **keys) for keys in scored],
-            "comparison": VERSION,
-            "descriptions": [
-                storage.config_of(DESCRIPTIONS, labeler=labeler, model=model, layer=layer)
-                for labeler in systems
-                for model, layer in layers
-            ],
-            "annotations": [(unit, texts) for unit, texts in sorted(said.items())],
-            "bertscore": bert_score is not None,
-            "scenes": scenes.sources,
-            "costs": [(labeler, metric, score.value) for labeler, metric, score, _, _ in costs],
-        }
-    )
-    figure = storage.path(SCORES, experiment=f"{name}: {COST}").replace("data.parquet", FIGURE)
-    if storage.is_current(SCORES, config, experiment=f"{name}: {COST}") and storage.exists(figure):
+    units, systems, said = found.units, found.systems, found.said
+    if found.why(storage) is None:
         say(f"{name}: up to date")
-        return _stored(storage, name, config)
-    say(f"{name}: {', '.join(systems)} on {len(units)} units of {len({model for model, _ in layers})} models")
+        return _stored(storage, name, found.config)
+    say(f"{name}: {', '.join(systems)} on {len(units)} units of {len(found.models)} models")
     tables = []
     if annotated := [unit for unit in units if unit in said]:
         tables.append(_agreement(f"{name}: {AGREEMENT}", annotated, units, systems, said, bert_score))
     else:
         say("nobody has annotated these units: no agreement is measured")
-    in_world = {model: of_the_world(storage, model) for model in {model for model, _ in layers}}
+    in_world = {model: of_the_world(storage, model) for model in found.models}
     if any(in_world.values()):
         words = {labeler: [in_words(labeler, label) for label in labels] for labeler, labels in systems.items()}
         judged = [place for place, (model, _, _) in enumerate(units) if in_world[model]]
         some = {labeler: [labels[place] for place in judged] for labeler, labels in words.items()}
         constant = best_constant(list(said.values())) if said else None
         tables += judge_labels(storage, name, [units[n] for n in judged], with_trivial_labels(some, constant), scenes)
-    for predictor in sorted({keys["predictor"] for keys in scored}):
-        mine = [storage.read(UNIT_SCORES, **keys) for keys in scored if keys["predictor"] == predictor]
+    for predictor in sorted({keys["predictor"] for keys in found.scored}):
+        mine = [storage.read(UNIT_SCORES, **keys) for keys in found.scored if keys["predictor"] == predictor]
         unit_scores = pl.DataFrame(pl.from_arrow(pa.concat_tables(table.replace_schema_metadata() for table in mine)))
         if rows := unit_score_rows(unit_scores, units, systems):
             tables.append(score_table(f"{name}: scores by {predictor}", rows))
-    tables.append(score_table(f"{name}: {COST}", costs))
+    tables.append(score_table(f"{name}: {COST}", found.costs))
     for table in tables[:-1]:
-        storage.write(SCORES, table, config, experiment=table["experiment"][0].as_py())
+        storage.write(SCORES, table, found.config, experiment=table["experiment"][0].as_py())
     everything = pa.concat_tables(tables)
+    figure = found.figure(storage)
     for kind, picture in draw_comparison(pl.DataFrame(pl.from_arrow(everything)), f"{name}: {BY_KIND}").items():
         storage.put(figure.replace(".svg", f".{kind}"), picture)
-    storage.write(SCORES, tables[-1], config, experiment=f"{name}: {COST}")  # last: it says that all is done
+    storage.write(SCORES, tables[-1], found.config, experiment=f"{name}: {COST}")  # last: it says that all is done
     return everything
 
 

@@ -7,7 +7,7 @@ pooled ────────────────────────�
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,13 +35,13 @@ from milan_ray.pipelines.score import (
     ScoreConfig,
     Seen,
     Texts,
-    check_pooled,
     summarise,
+    upstream,
     write_unit_scores,
 )
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.progress import Progress, say
-from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, POOLED, UNIT_SCORES
+from milan_ray.schema import UNIT_SCORES
 from milan_ray.scoring.simulation import retrieval
 from milan_ray.storage import Storage
 
@@ -108,23 +108,8 @@ def run_cosy(
     digest = probe_digest(requests.probe(probe).manifest())
     generator = requests.generator(request, probe.plugins)
     by_name = {model.name: model for model in models}
-    weights = {name: weights_digest(requests.network(requests.model(model))) for name, model in by_name.items()}
-    recipes: dict[Described, Recipe] = {}
-    for what in described:
-        check_pooled(storage, what, digest)
-        keys = {"model": what.model, "layer": what.layer}
-        recipes[what] = Recipe.of(
-            {
-                "kernel": KERNEL_VERSION,
-                "generator": generator.identity(),
-                "cosy": cosy,
-                "config": config,
-                "weights": weights[what.model],
-                "descriptions": storage.config_of(DESCRIPTIONS, **what.keys),
-                "pooled": storage.config_of(POOLED, **keys),
-                "exemplars": storage.config_of(EXEMPLARS, **keys),
-            }
-        )
+    weights = weights_of(models)
+    recipes = cosy_recipes(storage, described, digest, weights, generator, cosy, config)
     work = config_hash({"cosy": [recipe.hash for recipe in recipes.values()]})
     due = [w for w in described if storage.why(UNIT_SCORES, recipes[w], predictor=request.name, **w.keys)]
     if not due:
@@ -178,6 +163,41 @@ def run_cosy(
         )
     storage.remove_work(work)
     return summarise(storage, request.name, sorted({what.model for what in described}), config)
+
+
+def weights_of(models: Sequence[requests.ModelRequest]) -> dict[str, str]:
+    """Model → digest of its weights."""
+    return {model.name: weights_digest(requests.network(requests.model(model))) for model in models}
+
+
+def cosy_recipes(
+    storage: Storage,
+    described: Sequence[Described],
+    digest: str,
+    weights: Mapping[str, str],
+    generator: Generator,
+    cosy: CosyConfig,
+    config: ScoreConfig,
+) -> dict[Described, Recipe]:
+    """All that decides the scores of descriptions by generated images.
+
+    Args:
+        storage: The run directory.
+        described: What to score.
+        digest: Identity of the probe.
+        weights: Of :func:`weights_of`.
+        generator: What draws.
+        cosy: How to draw.
+        config: How to pool, and which images of the probe count.
+
+    Raises:
+        MilanError: Pooled activations are missing.
+    """
+    identity = {"kernel": KERNEL_VERSION, "generator": generator.identity(), "cosy": cosy, "config": config}
+    return {
+        what: Recipe.of({**identity, "weights": weights[what.model], **upstream(storage, what, digest)})
+        for what in described
+    }
 
 
 class CosyWorker:

@@ -135,6 +135,37 @@ def run_generator(storage: Storage, resources: Resources) -> None:
     run_descriptions(storage, dissected, SEARCH, resources)
 
 
+def run_sets(
+    storage: Storage,
+    resources: Resources,
+    sets: Mapping[requests.ProbeRequest, Sequence[str]] = SETS,
+    config: ExemplarConfig = EXEMPLARS,
+) -> dict[str, tuple[str, ...]]:
+    """Makes the sets of annotated units that play the paper's: networks trained, dissected, annotated and encoded.
+
+    Args:
+        storage: The run directory.
+        resources: What of the cluster to use; Ray must be connected.
+        sets: Probe → networks that are dissected on it.
+        config: How to dissect.
+
+    Returns:
+        Model → layers.
+    """
+    needed = {"encoder", *(name.removeprefix("world/") for models in sets.values() for name in models)}
+    tasks = [generator_task(), *places_tasks(), *train_all_tasks()]
+    world.train_networks([task for task in tasks if task.name in needed])
+    dissected: dict[str, tuple[str, ...]] = {}
+    for probe, models in sets.items():
+        found = run_exemplars(
+            storage, [requests.ModelRequest(name) for name in models], probe, config, resources
+        ).models
+        world.annotate(storage, probe, found)
+        dissected |= found
+    run_encodings(storage, dissected, EncoderRequest(DECODER), resources)
+    return dissected
+
+
 def run_groups(
     storage: Storage,
     resources: Resources,
@@ -153,24 +184,13 @@ def run_groups(
         training: How to train.
         groups: Which groups, as :func:`~milan_ray.annotations.groups.training_groups` takes them.
     """
-    encoder = EncoderRequest(DECODER)
-    needed = {"encoder", *(name.removeprefix("world/") for models in sets.values() for name in models)}
-    tasks = [generator_task(), *places_tasks(), *train_all_tasks()]
-    world.train_networks([task for task in tasks if task.name in needed])
-    dissected: dict[str, tuple[str, ...]] = {}
-    for probe, models in sets.items():
-        found = run_exemplars(
-            storage, [requests.ModelRequest(name) for name in models], probe, config, resources
-        ).models
-        world.annotate(storage, probe, found)
-        dissected |= found
-    run_encodings(storage, dissected, encoder, resources)
+    dissected = run_sets(storage, resources, sets, config)
     jobs = [
         TrainingJob(
             group,
             world.SOURCE,
             tuple((model, layer) for model in models for layer in dissected[model]),
-            encoder,
+            EncoderRequest(DECODER),
             training,
             SIZES,
         )

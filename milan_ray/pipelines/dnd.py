@@ -22,7 +22,7 @@ from PIL import Image
 
 from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
-from milan_ray.errors import MilanError, unknown_name
+from milan_ray.errors import MilanError, all_failed, unknown_name
 from milan_ray.exemplars.forward import Forward, read_inputs
 from milan_ray.exemplars.pooled import matrix, maxima, means
 from milan_ray.exemplars.shard import Plan
@@ -290,8 +290,7 @@ def run_dnd(
             raise
         except MilanError as error:
             failed[request.name] = str(error)
-    if failed and len(failed) == len(dissected.models):
-        raise MilanError(next(iter(failed.values())) if len(failed) == 1 else "; ".join(failed.values()))
+    all_failed(failed, len(dissected.models))
     return failed
 
 

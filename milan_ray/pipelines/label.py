@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 import torch
 
 from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
-from milan_ray.errors import MilanError
+from milan_ray.errors import MilanError, all_failed
 from milan_ray.exemplars.concepts import ConceptCounts, Seen, fires, grid_size, pack_words, sample
 from milan_ray.exemplars.shard import Plan
 from milan_ray.labelers.compexp import CompExp, Totals, explain, labels
@@ -164,8 +164,7 @@ def run_labels(
                 raise
             except MilanError as error:
                 failed[name] = str(error)
-    if failed and len(failed) == len(dissected.models):
-        raise MilanError(next(iter(failed.values())) if len(failed) == 1 else "; ".join(failed.values()))
+    all_failed(failed, len(dissected.models))
     return failed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.config import ExemplarConfig, Recipe
@@ -11,10 +12,12 @@ from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import check_probe
 from milan_ray.labelers.clip import Clip
 from milan_ray.labelers.clip_dissect import ClipDissect
+from milan_ray.models.generators import GeneratorRequest
 from milan_ray.models.image_text import ImageTextRequest
 from milan_ray.pipelines import requests
-from milan_ray.pipelines.captioners import load_captioner
+from milan_ray.pipelines.captioners import captioner_name, load_captioner
 from milan_ray.pipelines.clip_dissect import clip_dissect_recipe
+from milan_ray.pipelines.cosy import CosyConfig, cosy_recipes, weights_of
 from milan_ray.pipelines.describe import (
     Search,
     candidates_recipe,
@@ -28,20 +31,30 @@ from milan_ray.pipelines.encodings import Request, encoder_identity, encodings_r
 from milan_ray.pipelines.exemplars import describe_model, pooled_recipe, why_exemplars
 from milan_ray.pipelines.label import LabelConfig, label_recipe
 from milan_ray.pipelines.rerank import wide_search
+from milan_ray.pipelines.score import Described, ScoreConfig, exemplar_score_recipes, score_recipes
 from milan_ray.pipelines.train import TrainingJob, training_recipe
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.schema import (
     CANDIDATES,
+    DECODER_TRIALS,
     DESCRIPTIONS,
     DRAWINGS,
     ENCODINGS,
     EXEMPLARS,
     IMAGE_EMBEDDINGS,
     POOLED,
+    SCORES,
     TRAINING,
+    TRIALS,
+    UNIT_SCORES,
     Noun,
 )
 from milan_ray.storage import Storage
+
+if TYPE_CHECKING:
+    from milan_ray.pipelines.compare import Comparison
+    from milan_ray.pipelines.tune import TuningJob
+    from milan_ray.pipelines.tune_decoder import DecoderTuningJob
 
 Layers = Mapping[tuple[str, str], str]
 """(model, layer) → configuration hash that a table of all its units will have."""
@@ -273,16 +286,115 @@ def plan_dnd(storage: Storage, plan: Plan, exemplars: Layers, how: DndConfig, un
         plan._add(storage, DESCRIPTIONS, dnd_recipe(drawings, how.labeler), **keys)
 
 
+def plan_scores(
+    storage: Storage,
+    plan: Plan,
+    described: Sequence[Described],
+    probe: requests.ProbeRequest,
+    request: ImageTextRequest,
+    config: ScoreConfig,
+    classes: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
+) -> None:
+    """Adds the plan of :func:`milan_ray.pipelines.score.run_scores`.
+
+    Args:
+        storage: The run directory.
+        plan: What is planned already.
+        described: What to score.
+        probe: The probe that it is of.
+        request: The model of images and texts.
+        config: How to score.
+        classes: (model, layer) → what each unit stands for.
+
+    Raises:
+        MilanError: Pooled activations or the model are missing.
+    """
+    embedder = requests.image_text(request, probe.plugins)
+    digest = probe_digest(requests.probe(probe).manifest())
+    images = image_embeddings_recipe(embedder, digest)
+    plan._add(storage, IMAGE_EMBEDDINGS, images, encoder=request.name, probe=digest)
+    recipes = score_recipes(storage, described, digest, embedder, images.hash, config, classes)
+    recipes |= exemplar_score_recipes(storage, described, images.hash)
+    for what, recipe in recipes.items():
+        plan._add(storage, UNIT_SCORES, recipe, predictor=request.name, **what.keys)
+
+
+def plan_cosy(
+    storage: Storage,
+    plan: Plan,
+    described: Sequence[Described],
+    probe: requests.ProbeRequest,
+    models: Sequence[requests.ModelRequest],
+    request: GeneratorRequest,
+    cosy: CosyConfig,
+    config: ScoreConfig,
+) -> None:
+    """Adds the plan of :func:`milan_ray.pipelines.cosy.run_cosy`; arguments and errors as there."""
+    digest = probe_digest(requests.probe(probe).manifest())
+    generator = requests.generator(request, probe.plugins)
+    weights = weights_of(models)
+    for what, recipe in cosy_recipes(storage, described, digest, weights, generator, cosy, config).items():
+        plan._add(storage, UNIT_SCORES, recipe, predictor=request.name, **what.keys)
+
+
 def plan_training(storage: Storage, job: TrainingJob) -> Plan:
     """The plan of encoding the annotated layers and :func:`milan_ray.pipelines.train.run_training`.
 
     Raises:
         MilanError: Exemplars or annotations are missing, or do not belong together.
     """
-    models: dict[str, list[str]] = {}
-    for model, layer in job.layers:
-        models.setdefault(model, []).append(layer)
-    plan, exemplars = plan_present(storage, models)
-    encodings = plan_encodings(storage, plan, exemplars, job.encoder)
+    plan, (encodings,) = _plan_annotated(storage, job.layers, [job.encoder])
     plan._add(storage, TRAINING, training_recipe(storage, job, encodings), decoder=job.name)
     return plan
+
+
+def plan_tuning(storage: Storage, job: TuningJob, encoder: Request) -> Plan:
+    """The plan of encoding the annotated layers and :func:`milan_ray.pipelines.tune.run_tuning`.
+
+    Raises:
+        MilanError: Exemplars or annotations are missing, or the captioner cannot do what the sweep asks for.
+    """
+    from milan_ray.pipelines.tune import why_tuning  # Ray Tune takes a second to import
+
+    plan, _ = _plan_annotated(storage, job.layers, [encoder])
+    trials = f"{len(job.sweep.trials())} trials: "
+    keys = (captioner_name(job.decoder), job.name)
+    reason = "encodings are missing or changed" if _due(plan) else why_tuning(storage, job)
+    plan.steps.append(Step(TRIALS.name, keys, reason and trials + reason))
+    return plan
+
+
+def plan_decoder_tuning(storage: Storage, job: DecoderTuningJob, encoders: Sequence[Request]) -> Plan:
+    """The plan of encoding the annotated layers and :func:`milan_ray.pipelines.tune_decoder.run_decoder_tuning`.
+
+    Raises:
+        MilanError: Exemplars or annotations are missing, or Optuna is asked for and not installed.
+    """
+    from milan_ray.pipelines.tune_decoder import why_decoder_tuning
+
+    plan, _ = _plan_annotated(storage, job.layers, encoders)
+    trials = f"{job.space.budget.trials} trials of at most {job.space.budget.epochs} epochs: "
+    reason = "encodings are missing or changed" if _due(plan) else why_decoder_tuning(storage, job)
+    plan.steps.append(Step(DECODER_TRIALS.name, (job.name,), reason and trials + reason))
+    return plan
+
+
+def _due(plan: Plan) -> bool:
+    return any(step.reason for step in plan.steps)
+
+
+def _plan_annotated(
+    storage: Storage, layers: Sequence[tuple[str, str]], encoders: Sequence[Request]
+) -> tuple[Plan, list[Layers]]:
+    models: dict[str, list[str]] = {}
+    for model, layer in layers:
+        models.setdefault(model, []).append(layer)
+    plan, exemplars = plan_present(storage, models)
+    return plan, [plan_encodings(storage, plan, exemplars, encoder) for encoder in encoders]
+
+
+def plan_comparison(storage: Storage, comparison: Comparison) -> Plan:
+    """The plan of :func:`milan_ray.pipelines.compare.run_comparison`."""
+    about = f"{', '.join(comparison.systems)} on {len(comparison.units)} units"
+    reason = comparison.why(storage)
+    return Plan([Step(SCORES.name, (comparison.name,), reason and f"{about}: {reason}")])

@@ -14,10 +14,12 @@ from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerReques
 from milan_ray.models.image_text import Embedder, ImageTextRequest
 from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
+from milan_ray.models.segmentation import Segmenter
 from milan_ray.models.weights import weights_digest
 from milan_ray.plugins import load_plugins
-from milan_ray.probe.base import Probe
+from milan_ray.probe.base import LatentProbe, Probe
 from milan_ray.probe.registry import resolve_probe
+from milan_ray.probe.segmented import SegmentedProbe
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class ProbeRequest:
         labels: Path of a labels file for flat folders, or None.
         plugins: Modules that register what the name needs.
         legend: Path of what the numbers in a folder's label maps mean, or None.
+        segmentation: Folder of the network that makes concept maps, or None for the probe's own.
     """
 
     sources: tuple[str, ...]
     labels: str | None = None
     plugins: tuple[str, ...] = ()
     legend: str | None = None
+    segmentation: str | None = None
 
 
 def model(request: ModelRequest) -> ModelSpec:
@@ -73,7 +77,12 @@ def probe(request: ProbeRequest) -> Probe:
         MilanError: Unknown name, missing folder, broken plug-in.
     """
     load_plugins(request.plugins)
-    return resolve_probe(request.sources, request.labels, request.legend)
+    found = resolve_probe(request.sources, request.labels, request.legend)
+    if request.segmentation is None:
+        return found
+    if isinstance(found, LatentProbe):
+        raise MilanError("a generator's latents cannot be segmented: leave out --segmentation.")
+    return SegmentedProbe(found, Segmenter(request.segmentation))
 
 
 def network(spec: ModelSpec, weights: str | None = None) -> nn.Module:

@@ -273,22 +273,7 @@ def run_scores(
     embedder = requests.image_text(request, probe.plugins)
     curve = config.curve(embedder)
     embedded = storage.config_of(IMAGE_EMBEDDINGS, encoder=request.name, probe=digest)
-    identity = {"kernel": KERNEL_VERSION, "config": config, "curve": curve, "texts": embedder.text_identity()}
-    recipes: dict[Described, Recipe] = {}
-    for what in described:
-        check_pooled(storage, what, digest)
-        keys = {"model": what.model, "layer": what.layer}
-        names = (classes or {}).get((what.model, what.layer))
-        recipes[what] = Recipe.of(
-            {
-                **identity,
-                "images": embedded,
-                "descriptions": storage.config_of(DESCRIPTIONS, **what.keys),
-                "pooled": storage.config_of(POOLED, **keys),
-                "exemplars": storage.config_of(EXEMPLARS, **keys),
-                "classes": names,
-            }
-        )
+    recipes = score_recipes(storage, described, digest, embedder, embedded, config, classes)
     work = config_hash({"scores": [recipe.hash for recipe in recipes.values()]})
     due = [w for w in described if storage.why(UNIT_SCORES, recipes[w], predictor=request.name, **w.keys)]
     texts = {what: Texts.read(storage, what, config.seed) for what in due}
@@ -330,6 +315,63 @@ def run_scores(
         say(f"scores by {request.name}: all up to date")
     _score_exemplars(storage, described, request, digest, embedded)
     return summarise(storage, request.name, sorted({what.model for what in described}), config)
+
+
+def score_recipes(
+    storage: Storage,
+    described: Sequence[Described],
+    digest: str,
+    embedder: Embedder,
+    embedded: str,
+    config: ScoreConfig,
+    classes: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
+) -> dict[Described, Recipe]:
+    """All that decides the scores of descriptions.
+
+    Args:
+        storage: The run directory.
+        described: What to score.
+        digest: Identity of the probe.
+        embedder: The model of images and texts.
+        embedded: Configuration hash of the probe's embeddings.
+        config: How to score.
+        classes: (model, layer) → what each unit stands for.
+
+    Raises:
+        MilanError: Pooled activations are missing.
+    """
+    texts = {"curve": config.curve(embedder), "texts": embedder.text_identity()}
+    identity = {"kernel": KERNEL_VERSION, "config": config, **texts, "images": embedded}
+    recipes: dict[Described, Recipe] = {}
+    for what in described:
+        names = (classes or {}).get((what.model, what.layer))
+        recipes[what] = Recipe.of({**identity, **upstream(storage, what, digest), "classes": names})
+    return recipes
+
+
+def upstream(storage: Storage, what: Described, digest: str) -> dict[str, str]:
+    """The configuration hashes of what scores of a layer are taken of.
+
+    Raises:
+        MilanError: Its pooled activations on the probe are missing.
+    """
+    check_pooled(storage, what, digest)
+    keys = {"model": what.model, "layer": what.layer}
+    return {
+        "descriptions": storage.config_of(DESCRIPTIONS, **what.keys),
+        "pooled": storage.config_of(POOLED, **keys),
+        "exemplars": storage.config_of(EXEMPLARS, **keys),
+    }
+
+
+def exemplar_score_recipes(storage: Storage, described: Sequence[Described], embedded: str) -> dict[Described, Recipe]:
+    """All that decides the scores of exemplars alone, one per layer."""
+    found: dict[Described, Recipe] = {}
+    for model, layer in sorted({(what.model, what.layer) for what in described}):
+        exemplars = storage.config_of(EXEMPLARS, model=model, layer=layer)
+        parts = {"kernel": KERNEL_VERSION, "images": embedded, "exemplars": exemplars}
+        found[Described(WORDLESS, model, layer)] = Recipe.of(parts)
+    return found
 
 
 def _stack(texts: Sequence[str], vectors: Mapping[str, np.ndarray], embedder: Embedder) -> np.ndarray:
@@ -511,13 +553,10 @@ def _score_exemplars(
     storage: Storage, described: Sequence[Described], request: ImageTextRequest, digest: str, embedded: str
 ) -> None:
     """Clarity, polysemanticity and redundancy of layers, where they are missing or stale."""
-    for model, layer in sorted({(what.model, what.layer) for what in described}):
-        what = Described(WORDLESS, model, layer)
-        exemplars = storage.config_of(EXEMPLARS, model=model, layer=layer)
-        recipe = Recipe.of({"kernel": KERNEL_VERSION, "images": embedded, "exemplars": exemplars})
+    for what, recipe in exemplar_score_recipes(storage, described, embedded).items():
         if not storage.why(UNIT_SCORES, recipe, predictor=request.name, **what.keys):
             continue
-        table = storage.read(EXEMPLARS, ["unit", "image_id"], model=model, layer=layer)
+        table = storage.read(EXEMPLARS, ["unit", "image_id"], model=what.model, layer=what.layer)
         of, images = table["unit"].to_numpy(), table["image_id"].to_numpy()
         ids = np.unique(images)
         vectors = embeddings_of(storage, request.name, digest, ids).astype(np.float64)

@@ -158,6 +158,18 @@ def run_tuning(storage: Storage, job: TuningJob, resources: Resources) -> Settin
     return setting
 
 
+def why_tuning(storage: Storage, job: TuningJob) -> str | None:
+    """Why a sweep would be tried; None when it is done.
+
+    Raises:
+        MilanError: As :func:`run_tuning`.
+    """
+    captioner = load_captioner(storage, job.decoder)
+    _check(captioner, job)
+    keys = {"decoder": captioner_name(job.decoder), "sweep": job.name}
+    return storage.why(TRIALS, _recipe(storage, captioner, job), **keys)
+
+
 def _check(captioner: Captioner, job: TuningJob) -> None:
     """Finds out before any work what a captioner cannot do."""
     sweep = job.sweep

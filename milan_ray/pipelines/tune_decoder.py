@@ -145,6 +145,11 @@ def _searcher_name(space: DecoderSpace) -> str:
     return wanted if wanted in (OPTUNA, RANDOM) else OPTUNA if installed else RANDOM
 
 
+def why_decoder_tuning(storage: Storage, job: DecoderTuningJob) -> str | None:
+    """Why a space would be searched; None when it is done. Errors as :func:`run_decoder_tuning`."""
+    return storage.why(DECODER_TRIALS, _recipe(storage, job, _searcher_name(job.space)), sweep=job.name)
+
+
 def _recipe(storage: Storage, job: DecoderTuningJob, searcher: str) -> Recipe:
     encodings = [
         storage.config_of(ENCODINGS, encoder=encoder, model=model, layer=layer)

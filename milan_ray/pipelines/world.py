@@ -64,7 +64,7 @@ def _metrics(weights: bytes) -> str:
     """What a training says of itself, from the header of its safetensors file."""
     header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
     found = json.loads(header["__metadata__"]["metrics"])
-    return ", ".join(f"{name} {found[name]:.3f}" for name in ("accuracy", "auroc", "psnr") if name in found)
+    return ", ".join(f"{name} {found[name]:.3f}" for name in ("accuracy", "misled", "auroc", "psnr") if name in found)
 
 
 @dataclass(frozen=True)

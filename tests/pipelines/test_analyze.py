@@ -11,7 +11,7 @@ import torch
 from milan_ray import cli
 from milan_ray.pipelines.analyze import figure_path
 from milan_ray.pipelines.languages import find_language
-from milan_ray.schema import ABLATIONS, CRITERIA, DESCRIPTIONS
+from milan_ray.schema import ABLATIONS, CRITERIA, DESCRIPTIONS, LAYER_PROPERTIES
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -72,6 +72,10 @@ def test_analysis_from_descriptions_to_figure(storage, photos, capsys):
     assert by_class.filter(pl.col("fraction") == 0.18)["n"].to_list() == [30, 30, 30]
     assert by_class.filter(pl.col("fraction") == 0.18)["accuracy"].mean() == pytest.approx(line["accuracy"][-1])
     assert whole.filter(pl.col("condition") == "random")["trial"].n_unique() == 2
+    properties = pl.DataFrame(pl.from_arrow(storage.read(LAYER_PROPERTIES, **PUBLIC)))
+    adjective = properties.filter(pl.col("property") == "contains an adjective").select("layer", "holding", "units")
+    assert adjective.rows() == [("0", 3, 6), ("2", 1, 8)]
+    assert "  adjectives               0 2 “striped red boats”; 2 7 “red striped cups”; 0 0 “red houses”" in said
     picture = storage.get(figure_path(storage, PUBLIC, "svg"))
     assert b"<svg" in picture and storage.get(figure_path(storage, PUBLIC, "png"))[1:4] == b"PNG"
 

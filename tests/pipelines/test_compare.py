@@ -12,8 +12,9 @@ import pytest
 
 from milan_ray.errors import MilanError
 from milan_ray.pipelines import compare, requests
-from milan_ray.pipelines.compare import run_comparison, summary
+from milan_ray.pipelines.compare import find_comparison, run_comparison, summary
 from milan_ray.pipelines.judges import in_words
+from milan_ray.pipelines.plan import plan_comparison
 from milan_ray.report import write_report
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST, SCORES, VIEWS
 from milan_ray.storage import EXEMPLARS_KEY, Storage
@@ -95,6 +96,8 @@ def test_comparison_is_stored_with_its_figure_and_done_once(storage: Storage, sc
     }
     again = run_comparison(storage, scenes=SCENES)
     assert "up to date" in capsys.readouterr().err
+    plan = plan_comparison(storage, find_comparison(storage, scenes=SCENES))
+    assert plan.text() == "0 tables would be made, 1 are up to date; nothing was done."
     assert pl.DataFrame(pl.from_arrow(again)).sort(pl.all()).equals(scores.sort(pl.all()))
     assert "planted-accuracy" in summary(again)
 
@@ -116,6 +119,7 @@ def test_probes_of_ones_own_are_compared_by_agreement_alone(tmp_path: Path) -> N
     found.write(MANIFEST, MANIFEST.table(nothing | images), "m", probe="q")
     for labeler in ("b", "milan"):
         label(found, labeler, "m", "1", ["dogs", "cats"])
+    assert plan_comparison(found, find_comparison(found)).steps[0].reason == "milan, b on 2 units: missing"
     scores = pl.DataFrame(pl.from_arrow(run_comparison(found)))
     assert scores.is_empty()  # nobody annotated anything, no runs are recorded: an empty table of costs
     notes = [{"source": s, "model": "m", "layer": "1", "unit": 0, "annotator": "a", "text": "dog"} for s in ("x",)]

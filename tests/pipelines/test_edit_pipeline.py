@@ -71,8 +71,22 @@ def test_units_found_by_words_are_removed_step_by_step(photos, tmp_path, capsys)
         found = deployed(spec.prepare(views))
     torch.testing.assert_close(found, Ablation(spec, spec.load(), [sets[2]]).logits(views)[0], rtol=1e-4, atol=1e-5)
 
-    assert cli.main(arguments) == 0
-    assert "editing of tiny/cnn: up to date" in capsys.readouterr().err
+    tuning = ["--remove", "2", "--fine-tune", str(photos), "--lr", "0.05", "--out", str(out)]
+    assert cli.main([*arguments, *tuning]) == 0
+    said = capsys.readouterr().err
+    assert "editing of tiny/cnn: up to date" in said
+    tuned = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, experiment="editing, fine-tuned", model="tiny/cnn")))
+    tuned = tuned.filter(pl.col("class") == "").sort("split", "ablated")
+    assert tuned["split"].to_list() == ["test", "test", "validation", "validation"]
+    assert tuned["ablated"].to_list() == [0, 2, 0, 2]
+    weights = spec.load().state_dict()
+    learnt = {name: tensor.clone() for name, tensor in read_state_dict(str(out)).items()}
+    assert not torch.equal(learnt["6.weight"], weights["6.weight"])
+    deployed.load_state_dict(learnt)
+    with torch.inference_mode():
+        right = deployed(spec.prepare(views)).argmax(-1) == views_of(spec, photos)[1]
+    assert tuned["accuracy"][3] == pytest.approx(right.double().mean().item())
+    assert tuned["accuracy"][3] >= accuracies(spec, photos, [sets[2]])[0]  # the training images themselves
     assert cli.main([*arguments, "--words", "unicorn"]) == 1
     assert "contains unicorn" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
@@ -210,6 +211,12 @@ def test_command_line_says_what_is_up_to_date_and_what_is_missing(storage, capsy
     said = capsys.readouterr().err
     assert "scores by flags/truth: all up to date" in said and "scores by flags/fields: all up to date" in said
     assert "simulation: clip-dissect " in said and "· clip-dissect, shuffled" in said and "cosy-auc: " in said
+    planned = [*options, "--clip", "flags/truth", *DRAW, "--dry-run"]
+    assert cli.main(planned) == 0
+    assert capsys.readouterr().out == "0 tables would be made, 4 are up to date; nothing was done.\n"
+    assert cli.main([*planned, "--prompt", "{}", "--json"]) == 0
+    (due,) = json.loads(capsys.readouterr().out)["planned"]
+    assert due["keys"] == ["flags/fields", "clip-dissect", "flags/watcher", "seen"] and due["reason"] == "cosy changed"
     assert cli.main(options) == 1
     assert "give what judges" in capsys.readouterr().err
     assert cli.main([*options, "--clip", "flags/truth", "--class-names"]) == 1

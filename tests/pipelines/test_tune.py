@@ -29,7 +29,7 @@ from milan_ray.experiments.tuning import Sweep, read_setting, split_units
 from milan_ray.pipelines.captioners import save_captioner
 from milan_ray.pipelines.cluster import connected
 from milan_ray.pipelines.describe import MILAN, Search, run_descriptions
-from milan_ray.pipelines.tune import TuningJob, run_tuning
+from milan_ray.pipelines.tune import TuningJob, run_tuning, why_tuning
 from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, SCORES, TRIALS
 from milan_ray.scoring.text import bleu_statistics, bleu_values
 from milan_ray.storage import Storage
@@ -155,6 +155,8 @@ def test_held_out_units_judge_the_choice_in_the_scores(storage):
 def test_tuning_again_does_nothing(storage, capsys):
     path = Path(storage.root, storage.path(TRIALS, **KEYS))
     before = path.stat().st_mtime_ns
+    assert why_tuning(storage, JOB) is None
+    assert why_tuning(storage, replace(JOB, sweep=replace(SWEEP, validation=0.3))) == "validation changed"
     run_tuning(storage, JOB, Resources())
     assert path.stat().st_mtime_ns == before and "up to date" in capsys.readouterr().err
     assert not storage.files("_work")

@@ -24,7 +24,7 @@ from milan_ray.errors import MilanError
 from milan_ray.models.registry import match_models
 from milan_ray.pipelines.captioners import save_captioner
 from milan_ray.plugins import load_plugins
-from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, MANIFEST, RUNS
+from milan_ray.schema import AUDITS, DESCRIPTIONS, EXEMPLARS, MANIFEST, RUNS
 from milan_ray.storage import Storage
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
@@ -158,6 +158,20 @@ def test_zoo_of_plain_and_blurred_networks_is_dissected_on_the_same_plain_images
             for data in ("scenes", "scenes-blurred")
         )
         assert not plain.equals(blurred)
+
+
+@pytest.mark.slow
+def test_zoo_is_audited_pair_by_pair(described):
+    storage, _, _ = described
+    assert cli.main(["audit", "--words", "dog|house", "--storage", storage.root, "--no-report"]) == 0
+    pairs = pl.DataFrame(pl.from_arrow(storage.read(AUDITS, audit="faces")))
+    assert pairs.select("model", "other").rows() == [(f"{n}/scenes", f"{n}/scenes-blurred") for n in NETWORKS]
+    assert set(pairs["images"]) == {"world:probe"} and set(pairs["of"]) == set(pairs["other_of"]) == {2 * UNITS}
+    frame = pl.scan_parquet(f"{storage.root}/descriptions/**/*.parquet", hive_partitioning=True)
+    said = frame.filter(pl.col("labeler") == "milan", pl.col("description").str.contains(r"(?i)\b(dogs?|houses?)\b"))
+    units = dict(said.group_by("model").len().collect().iter_rows())
+    for model, other, mine, theirs in pairs.select("model", "other", "units", "other_units").iter_rows():
+        assert (mine, theirs) == (units.get(model, 0), units.get(other, 0))
 
 
 def test_match_models_by_pattern_of_whole_names_or_of_what_follows():

@@ -1,0 +1,162 @@
+"""How the command line is read: errors of one sentence, and options from a file."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+import yaml
+
+from milan_ray.cli.records import read_text
+from milan_ray.errors import MilanError, unknown_name
+from milan_ray.progress import say
+
+CONFIG = "--config"
+
+ONLY = r"\bonly\b"
+"""What the help of an option that filters says."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one sentence; options are written out: a new one makes no other ambiguous."""
+
+    def __init__(self, **keywords: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **keywords})
+
+    def error(self, message: str) -> NoReturn:
+        """Says what is wrong and where help is, and ends with status 2."""
+        say(f"error: {message}; {self.prog} --help lists what there is.", level="error")
+        raise SystemExit(2)
+
+    def tell_defaults(self) -> None:
+        """Has the help of every option that may be left out say what happens then, where it does not yet."""
+        needed = [
+            action for group in self._mutually_exclusive_groups if group.required for action in group._group_actions
+        ]
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                for parser in action.choices.values():
+                    parser.tell_defaults()
+                continue
+            text = action.help or "default"
+            silent = action.option_strings and "default" not in text and action.nargs != 0
+            if silent and action.default in (None, "", [], ()) and not action.required and action not in needed:
+                action.help = f"{text} (default: {'all' if re.search(ONLY, text) else 'none'})"
+
+    def read(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """Parses a command line, and what the file of its ``--config`` adds to it.
+
+        Args:
+            arguments: The command line without the program's name.
+
+        Returns:
+            The options; of a verb whose files hold more than options, what else there is, as ``rest``.
+
+        Raises:
+            MilanError: The file cannot be read, or holds what is no option of the verb.
+        """
+        verb = _verb_of(self, arguments)
+        more, rest = from_file(verb, arguments)
+        args, unknown = self.parse_known_args([*arguments, *more])
+        if unknown:
+            name, words = unknown[0].partition("=")[0], " ".join(unknown)
+            if not name.startswith("-"):
+                verb.error(f"what is {words!r}?")
+            nearest = str(unknown_name("option", name, _options(verb))).removesuffix(".")
+            verb.error(nearest)
+        args.rest = rest
+        return args
+
+
+def from_file(verb: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """What the file of ``--config`` adds to a command line.
+
+    Args:
+        verb: The verb's parser. Its default ``rest`` is not None where the file may hold more than options.
+        arguments: The command line, which wins.
+
+    Returns:
+        Arguments to append; keys that are no options.
+
+    Raises:
+        MilanError: The file is no YAML mapping, or has a key that is no option or a value that none can have.
+    """
+    options = _options(verb)
+    if CONFIG not in options:
+        return [], {}
+    one = Parser(add_help=False, prog=verb.prog)
+    one.add_argument(CONFIG)
+    path = one.parse_known_args(list(arguments))[0].config
+    if path is None:
+        return [], {}
+    try:
+        found = yaml.safe_load(read_text(CONFIG, path))
+    except yaml.YAMLError as error:
+        raise MilanError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(found, dict):
+        raise MilanError(f"{path} must hold lines of the form 'option: value'.")
+    given = {token.partition("=")[0] for token in arguments if token.startswith("--")}
+    tokens: list[str] = []
+    rest: dict[str, Any] = {}
+    for key, value in found.items():
+        name = "--" + str(key).replace("_", "-")
+        if name in options and name != CONFIG:
+            if not given & _rivals(verb, options[name]):
+                tokens += _tokens(options[name], name, value, path)
+        elif verb.get_default("rest") is not None:
+            rest[key] = value
+        else:
+            names = [known.removeprefix("--") for known in options if known != CONFIG]
+            raise unknown_name(f"option in {path}:", str(key), names, f"{verb.prog} --help lists them.")
+    return tokens, rest
+
+
+def _verb_of(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """The parser of the verb, and of its action, that a command line begins with; ends the program without one."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction) and arguments and not arguments[0].startswith("-"):
+            if arguments[0] not in action.choices:
+                kind = str(action.metavar).lower()
+                parser.error(str(unknown_name(kind, arguments[0], action.choices)).removesuffix("."))
+            return _verb_of(action.choices[arguments[0]], arguments[1:])
+    return parser
+
+
+def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
+    """``--name`` → its action, but for ``--help``."""
+    return {
+        name: action
+        for action in parser._actions
+        for name in action.option_strings
+        if name.startswith("--") and name != "--help"
+    }
+
+
+def _rivals(parser: argparse.ArgumentParser, action: argparse.Action) -> set[str]:
+    """The names under which a command line says the same as an option, or excludes it."""
+    found = set(action.option_strings)
+    for group in parser._mutually_exclusive_groups:
+        if action in group._group_actions:
+            found |= {name for other in group._group_actions for name in other.option_strings}
+    return found
+
+
+def _tokens(action: argparse.Action, name: str, value: object, where: str) -> list[str]:
+    """An option and its value as a command line has them."""
+    if value is None:
+        return []
+    if action.nargs == 0 or (action.nargs == "?" and isinstance(value, bool)):
+        if not isinstance(value, bool):
+            raise MilanError(f"{name.removeprefix('--')} in {where} is true or false, not {value!r}.")
+        return [name] if value else []
+    values = value if isinstance(value, list) else [value]
+    if any(isinstance(one, bool | list | dict) for one in values):
+        raise MilanError(f"{name.removeprefix('--')} in {where} is {value!r}; give what {name} takes.")
+    texts = [str(one) for one in values]
+    if isinstance(action, argparse._AppendAction):
+        return [f"{name}={text}" for text in texts]
+    if action.nargs in (None, "?"):
+        return [f"{name}={','.join(texts)}"]  # lists of the command line have commas
+    return [name, *texts]

@@ -1,0 +1,91 @@
+"""Concept maps by a network for semantic segmentation: a folder as transformers saves it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from milan_ray.device import resolve_device
+from milan_ray.errors import MilanError, reason
+from milan_ray.models.image_captions import find_folder
+from milan_ray.models.transformers_zoo import import_transformers
+from milan_ray.models.weights import folder_digest
+
+OPTION = "--segmentation"
+
+DEFAULT = "nvidia/segformer-b0-finetuned-ade-512-512"
+"""One of 150 classes of ADE20K, for the message (Xie et al., NeurIPS 2021)."""
+
+NOTHING = {"background", "unlabeled", "unlabelled", "void", "ignore"}
+"""Names of classes that are nothing in particular."""
+
+
+class Segmenter:
+    """Says which class each pixel of an image shows. Small when pickled: the network is read where it is first used."""
+
+    def __init__(self, name: str) -> None:
+        """Finds the folder.
+
+        Args:
+            name: A folder with config.json, model.safetensors and preprocessor_config.json, or the name of one in
+                ``$MILAN_MODELS_DIR``.
+
+        Raises:
+            MilanError: There is none, or transformers is not installed.
+        """
+        import_transformers("segmentations come")
+        self.folder = find_folder(name, OPTION, default=DEFAULT)
+        self._digest: str | None = None
+        self._loaded: tuple[Any, Any, dict[int, str], torch.device] | None = None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the network."""
+        return {**self.__dict__, "_loaded": None}
+
+    def identity(self) -> str:
+        """All that decides its maps: what the folder holds."""
+        if self._digest is None:
+            self._digest = folder_digest(self.folder)
+        return self._digest
+
+    @torch.inference_mode()
+    def maps(self, image: Image.Image) -> dict[str, np.ndarray]:
+        """Class → bool (H, W), in the image's own pixels; only for classes with at least one.
+
+        Args:
+            image: RGB.
+
+        Raises:
+            MilanError: The network's files are absent, damaged or those of something else.
+        """
+        if self._loaded is None:
+            self._loaded = self._load()
+        model, processor, names, device = self._loaded
+        inputs = processor(images=image, return_tensors="pt").to(device)
+        sizes = [(image.height, image.width)]
+        (labels,) = processor.post_process_semantic_segmentation(model(**inputs), target_sizes=sizes)
+        found = labels.cpu().numpy()
+        return {names[number]: found == number for number in np.unique(found).tolist() if number in names}
+
+    def _load(self) -> tuple[Any, Any, dict[int, str], torch.device]:
+        transformers = import_transformers("segmentations come")
+        try:
+            processor = transformers.AutoImageProcessor.from_pretrained(self.folder, local_files_only=True)
+            model = transformers.AutoModelForSemanticSegmentation.from_pretrained(
+                self.folder, local_files_only=True, use_safetensors=True
+            )
+        except Exception as error:  # whatever transformers' readers raise on absent, damaged or unfit files
+            raise MilanError(
+                f"the network in {self.folder} cannot be loaded ({reason(error)}): {OPTION} takes config.json, "
+                "model.safetensors and preprocessor_config.json of one for semantic segmentation."
+            ) from error
+        if not hasattr(processor, "post_process_semantic_segmentation"):
+            raise MilanError(f"the image processor in {Path(self.folder).name} makes no segmentations; give another.")
+        device = resolve_device("auto")
+        names = {int(number): name.lower() for number, name in model.config.id2label.items()}
+        names = {number: name for number, name in names.items() if name not in NOTHING}
+        return model.float().to(device).eval().requires_grad_(False), processor, names, device

@@ -1,0 +1,78 @@
+"""Concept maps by a network: a tiny random SegFormer, saved and read as a real one."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from PIL import Image
+
+from milan_ray.cli import build_parser
+from milan_ray.cli.records import probe_request
+from milan_ray.errors import MilanError
+from milan_ray.models.segmentation import Segmenter
+from milan_ray.pipelines import requests
+from milan_ray.probe.manifest import digest, image_refs
+
+NAMES = {0: "background", 1: "Sky", 2: "tree", 3: "road"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("models") / "tiny-segformer"
+    torch.manual_seed(0)
+    config = transformers.SegformerConfig(
+        depths=[1] * 4, hidden_sizes=[8] * 4, num_attention_heads=[1] * 4, decoder_hidden_size=8, id2label=NAMES
+    )
+    network = transformers.SegformerForSemanticSegmentation(config)
+    with torch.no_grad():  # untrained, it sees one class everywhere
+        network.decode_head.classifier.weight.mul_(100)
+    network.save_pretrained(path)
+    transformers.SegformerImageProcessor(size={"height": 64, "width": 64}).save_pretrained(path)
+    return str(path)
+
+
+def test_maps_are_those_of_transformers_in_the_images_own_pixels(folder, photos):
+    found = requests.probe(requests.ProbeRequest((str(photos),), segmentation=folder))
+    (ref,) = image_refs(found.manifest(), [1])
+    image = found.read(ref).image
+    model = transformers.SegformerForSemanticSegmentation.from_pretrained(folder).eval()
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    with torch.inference_mode():
+        logits = model(**processor(images=image, return_tensors="pt")).logits
+    size = (image.height, image.width)
+    truth = torch.nn.functional.interpolate(logits, size=size, mode="bilinear", align_corners=False)[0].argmax(0)
+    maps = pickle.loads(pickle.dumps(found)).concept_maps(ref)
+    shown = {number for number in truth.unique().tolist() if number}
+    assert set(maps) == {NAMES[number].lower() for number in shown} and len(shown) > 1
+    for number in shown:
+        np.testing.assert_array_equal(maps[NAMES[number].lower()], (truth == number).numpy())
+
+
+def test_who_made_the_maps_is_part_of_the_probes_identity(folder, photos, tmp_path):
+    plain = requests.probe(requests.ProbeRequest((str(photos),))).manifest()
+    mapped = requests.probe(requests.ProbeRequest((str(photos),), segmentation=folder)).manifest()
+    assert mapped.schema == plain.schema and mapped.drop_columns("etag") == plain.drop_columns("etag")
+    assert digest(mapped) != digest(plain)
+    network = transformers.SegformerForSemanticSegmentation.from_pretrained(folder)
+    with torch.no_grad():
+        next(network.parameters()).add_(1)
+    network.save_pretrained(tmp_path)
+    for file in Path(folder).glob("preprocessor*"):
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    assert Segmenter(str(tmp_path)).identity() != Segmenter(folder).identity()
+
+
+def test_a_network_is_found_in_the_models_folder_or_missed_with_one_sentence(folder, photos, monkeypatch, save_clip):
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(Path(folder).parent))
+    command = ["label", "--model", "m", "--probe", str(photos), "--segmentation", "tiny-segformer"]
+    assert requests.probe(probe_request(build_parser().read(command))).by.folder == folder
+    with pytest.raises(MilanError, match=r"--segmentation"):
+        Segmenter("absent")
+    other = Segmenter(save_clip(Path(folder).parent / "clip"))
+    with pytest.raises(MilanError, match=r"cannot be loaded .*for semantic segmentation"):
+        other.maps(Image.new("RGB", (8, 8)))
