@@ -43,11 +43,13 @@ class Accuracies:
         classes: Names of the C classes.
         correct: int64 (S, C), images of each class that each of S sets leaves correctly classified.
         images: int64 (C,), images of each class.
+        work: Where the counts lie in the run directory; the caller removes them when its own table is there.
     """
 
     classes: tuple[str, ...]
     correct: np.ndarray
     images: np.ndarray
+    work: str = ""
 
     @property
     def accuracy(self) -> np.ndarray:
@@ -80,7 +82,8 @@ def run_ablations(
 ) -> Accuracies:
     """Counts what a classifier gets right with each set of units switched off.
 
-    Tasks that are done lie in the run directory until all are, so that a job that dies goes on where it was.
+    Tasks that are done lie in the run directory until the caller has made its table of them
+    (:attr:`Accuracies.work`), so that a job that dies goes on where it was.
 
     Args:
         storage: The run directory.
@@ -127,8 +130,7 @@ def run_ablations(
         first = int(task.name.rsplit("-", 1)[1])
         rows = storage.get_work(work, task.name)["correct"].to_pylist()
         correct[first : first + len(rows)] += np.array(rows, np.int64)
-    storage.remove_work(work)
-    return Accuracies(classes, correct, np.bincount(labels, minlength=len(classes)))
+    return Accuracies(classes, correct, np.bincount(labels, minlength=len(classes)), work)
 
 
 def class_numbers(labels: Sequence[str | None], spec: ModelSpec) -> tuple[tuple[str, ...], list[int]]:

@@ -121,6 +121,7 @@ def run_analysis(
         for ending, picture in drawn.items():
             storage.put(figure_path(storage, public, ending), picture)
         storage.write(ABLATIONS, table, recipe, **public)  # last: it says that all is done
+        storage.remove_work(found.work)
     rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **public)))
     return rows.filter(pl.col("class") == "")
 

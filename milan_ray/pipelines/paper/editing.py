@@ -167,6 +167,7 @@ def edit_networks(
         retrieval, wrong = _retrieval(storage, model, described[model], sizes, edit)
         failures += wrong
         whole = run_ablations(storage, request, sizes.plain, [{}], ground.resources)
+        storage.remove_work(whole.work)
         networks[model] = Network(edit, float(whole.accuracy[0]), retrieval)
     return networks, tuple(failures), tuple(examples)
 
