@@ -14,7 +14,7 @@ from torch import nn
 from milan_ray.benchmarks.harness import Options, Result, alone, compare, elapsed, photographs
 from milan_ray.benchmarks.plain_stage import PlainStage
 from milan_ray.config import FLOAT32, Arithmetic, ExemplarConfig, Resources
-from milan_ray.exemplars.forward import Behind, Forward, pass_size, read_views
+from milan_ray.exemplars.forward import Forward, pass_size, read_views
 from milan_ray.exemplars.shard import LayerState, Plan
 from milan_ray.models.registry import ModelSpec
 from milan_ray.pipelines import requests
@@ -77,17 +77,12 @@ def _dissect(forward: Forward, plan: Plan, views: np.ndarray) -> None:
     """What an actor does with a shard's decoded images."""
     states: dict[str, LayerState] = {}
     size = pass_size(BATCH, torch.device("cpu"))
-
-    def look(ids: np.ndarray, found: dict[str, torch.Tensor]) -> None:
-        for layer, maps in found.items():
+    for start in range(0, len(views), size):
+        ids = np.arange(start, min(start + size, len(views)))
+        for layer, maps in forward.maps(views[ids]).items():
             if layer not in states:
                 states[layer] = LayerState.empty(plan, maps.shape[1], (maps.shape[2], maps.shape[3]))
             states[layer].update(maps, ids)
-
-    with Behind(torch.get_num_threads()) as behind:
-        for start in range(0, len(views), size):
-            ids = np.arange(start, min(start + size, len(views)))
-            behind.run(partial(look, ids, forward.maps(views[ids])))
 
 
 @cache

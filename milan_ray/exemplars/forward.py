@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -120,46 +120,6 @@ def read_ahead(
                 yield part, batch.result()
         for part, batch in waiting:
             yield part, batch.result()
-
-
-class Behind:
-    """Runs one piece of work at a time beside the caller: a batch is looked at while the next one is computed.
-
-    A forward pass leaves threads idle between its kernels, and numpy has one; together they take as long as their CPU
-    time. With one thread, or on a GPU, where nothing waits anyway, the caller does the work.
-
-    Args:
-        threads: Threads that the caller may use.
-    """
-
-    def __init__(self, threads: int) -> None:
-        self._thread = ThreadPoolExecutor(1) if threads > 1 else None
-        self._work: Future[None] | None = None
-
-    def __enter__(self) -> Behind:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        try:
-            if kind is None:
-                self.wait()
-        finally:
-            if self._thread is not None:
-                self._thread.shutdown(cancel_futures=True)
-
-    def run(self, work: Callable[[], None]) -> None:
-        """Starts a piece of work when the one before is over, whose error it raises."""
-        if self._thread is None:
-            work()
-            return
-        self.wait()
-        self._work = self._thread.submit(work)
-
-    def wait(self) -> None:
-        """Returns when all work is over, and raises its error."""
-        if self._work is not None:
-            work, self._work = self._work, None
-            work.result()
 
 
 CPU_PASS = 16

@@ -16,7 +16,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,7 @@ from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
-from milan_ray.exemplars.forward import Batch, Behind, Forward, check_probe, pass_size, read_ahead
+from milan_ray.exemplars.forward import Batch, Forward, check_probe, pass_size, read_ahead
 from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerState, Plan, fold, to_table
@@ -453,9 +452,12 @@ class ExemplarWorker(ModelWorker):
         states: dict[str, LayerState] = {}
         pooled: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
         images: list[dict[str, object]] = []
-
-        def look(batch: Batch, found: dict[str, torch.Tensor]) -> None:
-            for layer, maps in found.items():
+        for _, batch in self._batches(image_refs(part), spec):
+            images += [{"image_id": ref.image_id, "path": ref.location, "reason": why} for ref, why in batch.unreadable]
+            images += [{"image_id": int(i), "sha256": sha} for i, sha in zip(batch.ids, batch.sha256, strict=True)]
+            if len(batch.ids) == 0:
+                continue
+            for layer, maps in forward.maps(batch.inputs).items():
                 if layer in item.pooled:
                     values = maps.to(torch.float32)
                     for part_of, reduced in zip(pooled[layer], (maxima(values), means(values)), strict=True):
@@ -469,15 +471,6 @@ class ExemplarWorker(ModelWorker):
                     self._known.setdefault((index, layer), Committed(states[layer]))
                 with _naming(layer):
                     states[layer].update(maps, batch.ids, self._known[index, layer])
-
-        with Behind(self._threads if self._device.type == "cpu" else 1) as behind:
-            for _, batch in self._batches(image_refs(part), spec):
-                images += [
-                    {"image_id": ref.image_id, "path": ref.location, "reason": why} for ref, why in batch.unreadable
-                ]
-                images += [{"image_id": int(i), "sha256": sha} for i, sha in zip(batch.ids, batch.sha256, strict=True)]
-                if len(batch.ids):
-                    behind.run(partial(look, batch, forward.maps(batch.inputs)))
         for layer, state in states.items():
             name = f"{item.folder(layer)}/{_shard_name(row['shard'])}"
             self._storage.put_work(item.work, name, to_table(state, self._known[index, layer].news(state)))

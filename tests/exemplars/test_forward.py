@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import threading
-from functools import partial
-
 import pytest
 import torch
 from torch import nn
 
 from milan_ray.config import Arithmetic, ExemplarConfig, config_hash
-from milan_ray.exemplars.forward import Behind, Forward
+from milan_ray.exemplars.forward import Forward
 from milan_ray.models.registry import ModelSpec, Preprocess
 from milan_ray.models.view import View
 
@@ -61,32 +58,3 @@ def test_mixed_precision_rounds_activations_and_gives_float32_maps(spec, views, 
 def test_arithmetic_is_part_of_the_identity():
     kinds = [Arithmetic(), Arithmetic(channels_last=True), Arithmetic("bfloat16"), Arithmetic("float16")]
     assert len({config_hash(ExemplarConfig(arithmetic=kind).identity()) for kind in kinds}) == len(kinds)
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_behind_works_in_order_one_at_a_time(threads):
-    done: list[int] = []
-    running = threading.Semaphore(1)
-
-    def work(number: int) -> None:
-        assert running.acquire(blocking=False)  # nobody else
-        done.append(number)
-        running.release()
-
-    with Behind(threads) as behind:
-        for number in range(20):
-            behind.run(partial(work, number))
-    assert done == list(range(20))
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_behind_raises_what_its_work_raised(threads):
-    def fail() -> None:
-        raise ValueError("no")
-
-    with pytest.raises(ValueError, match="no"), Behind(threads) as behind:
-        behind.run(fail)
-    with pytest.raises(KeyError), Behind(threads) as behind:  # the caller's own error comes first
-        if threads > 1:
-            behind.run(fail)
-        raise KeyError
