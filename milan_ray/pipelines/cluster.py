@@ -21,6 +21,7 @@ from ray.util.annotations import RayDeprecationWarning
 from milan_ray import runtime
 from milan_ray.config import Resources, models_dir
 from milan_ray.errors import MilanError
+from milan_ray.progress import say
 
 LOCAL_OBJECT_STORE = 512 * 2**20
 """Bytes. Stages pass names of files and manifest rows through it, never images or features."""
@@ -33,6 +34,9 @@ AUTO_CONNECT = "RAY_ENABLE_AUTO_CONNECT"
 """Environment variable: 0 keeps Ray from starting by itself, with a dashboard and open to other machines."""
 
 REMARK = b"Set ray log level from environment variable"
+
+STARTS = 3
+"""How often a local Ray is started before a job gives up: Ray allows it 30 s, which a busy machine may exceed."""
 
 FEW_PIECES = 32
 """Pieces of work that threads of the driver do on a laptop: see :func:`threads_here`."""
@@ -110,9 +114,21 @@ def connected(resources: Resources) -> Iterator[None]:
 def start() -> None:
     """Starts the local Ray of :func:`connected` where nothing has yet: small jobs never do."""
     if _own.options is not None and not ray.is_initialized():
-        _init("local", _own.options)
+        _start_local(_own.options)
         _own.options = None
     _quiet()
+
+
+def _start_local(options: dict[str, Any]) -> None:
+    """Starts a Ray of our own; one that did not come up in time is given up for another."""
+    for left in reversed(range(STARTS)):
+        try:
+            return _init("local", options)
+        except MilanError as error:
+            if not left:
+                raise
+            ray.shutdown()
+            say(f"{error} Starting another one.", level="warning")
 
 
 def _init(address: str, options: dict[str, Any]) -> None:

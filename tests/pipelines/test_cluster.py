@@ -81,10 +81,8 @@ def assert_ended(pids: list[int]) -> None:
     assert alive(pids) == []
 
 
-@pytest.fixture
-def local_ray(below):
-    """A process of its own with a local Ray of ours in it, up."""
-    process = subprocess.Popen(
+def local_ray_process() -> subprocess.Popen[str]:
+    return subprocess.Popen(
         [sys.executable, "-c", LOCAL_RAY],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -92,6 +90,12 @@ def local_ray(below):
         text=True,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
     )
+
+
+@pytest.fixture
+def local_ray(below):
+    """A process of its own with a local Ray of ours in it, up."""
+    process = local_ray_process()
     started: list[int] = []
     try:
         line = process.stdout.readline()
@@ -128,6 +132,24 @@ def test_connected_local_ray_ends_when_its_job_is_terminated(local_ray):
     process, started = local_ray
     process.terminate()
     process.wait(60)
+    assert_ended(started)
+
+
+@linux
+@pytest.mark.slow
+def test_local_ray_that_does_not_come_up_in_time_is_given_up_for_another(below):
+    """As on a machine that is too busy: the first raylet is stopped, and Ray gives it up after half a minute."""
+    process = local_ray_process()
+    stopped: list[int] = []
+    while process.poll() is None and not stopped:
+        stopped = [pid for pid, command in below(process.pid).items() if command.split("\0")[0].endswith("/raylet")]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    line = process.stdout.readline()
+    started = list(below(process.pid))
+    said = process.communicate("\n\n", timeout=60)[1]
+    assert line == "up\n", said
+    assert "timed out during startup" in said and "Starting another one." in said
     assert_ended(started)
 
 
