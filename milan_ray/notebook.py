@@ -27,7 +27,7 @@ from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.exemplars import masks as packed_masks
 from milan_ray.exemplars.forward import Forward, check_probe, pass_size, read_ahead, read_views
-from milan_ray.exemplars.shard import LayerState, Plan
+from milan_ray.exemplars.shard import LayerState, LayerStates, Plan
 from milan_ray.labelers.milan import MILAN
 from milan_ray.models.hooks import find_layers, named_layers
 from milan_ray.models.image_text import ImageText
@@ -352,19 +352,15 @@ def _run(
     forward: Forward, spec: ModelSpec, probe: ImageProbe, refs: Sequence[ImageRef], size: int, plan: Plan
 ) -> tuple[dict[str, LayerState], list[tuple[ImageRef, str]]]:
     """One pass over the images; layer → its state, and what could not be read."""
-    states: dict[str, LayerState] = {}
+    layers = LayerStates(plan, torch.get_num_threads())
     skipped: list[tuple[ImageRef, str]] = []
     with Progress(f"exemplars of {spec.name}", len(refs), "images") as progress:
         for part, batch in read_ahead(probe, refs, spec, size, torch.get_num_threads()):
             skipped += batch.unreadable
             if len(batch.ids):
-                for layer, maps in forward.maps(batch.inputs).items():
-                    if layer not in states:
-                        shape = maps.shape[2], maps.shape[3]
-                        states[layer] = LayerState.empty(plan, maps.shape[1], shape, maps.device)
-                    states[layer].update(maps, batch.ids)
+                layers.update(forward.maps(batch.inputs), batch.ids)
             progress.advance(len(part))
-    return states, skipped
+    return layers.states, skipped
 
 
 def _settle(state: LayerState, size: tuple[int, int]) -> _Layer:

@@ -15,7 +15,7 @@ from milan_ray.benchmarks.harness import Options, Result, alone, compare, elapse
 from milan_ray.benchmarks.plain_stage import PlainStage
 from milan_ray.config import FLOAT32, Arithmetic, ExemplarConfig, Resources
 from milan_ray.exemplars.forward import Forward, pass_size, read_views
-from milan_ray.exemplars.shard import LayerState, Plan
+from milan_ray.exemplars.shard import LayerState, LayerStates, Plan
 from milan_ray.models.registry import ModelSpec
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.cluster import connected
@@ -75,14 +75,11 @@ def _forward(model: ModelRequest, arithmetic: Arithmetic) -> Forward:
 
 def _dissect(forward: Forward, plan: Plan, views: np.ndarray) -> None:
     """What an actor does with a shard's decoded images."""
-    states: dict[str, LayerState] = {}
+    layers = LayerStates(plan, torch.get_num_threads())
     size = pass_size(BATCH, torch.device("cpu"))
     for start in range(0, len(views), size):
         ids = np.arange(start, min(start + size, len(views)))
-        for layer, maps in forward.maps(views[ids]).items():
-            if layer not in states:
-                states[layer] = LayerState.empty(plan, maps.shape[1], (maps.shape[2], maps.shape[3]))
-            states[layer].update(maps, ids)
+        layers.update(forward.maps(views[ids]), ids)
 
 
 @cache

@@ -20,7 +20,7 @@ from milan_ray.device import resolve_device, torch_threads
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import Forward, pass_size, read_views
 from milan_ray.exemplars.masks import unpack
-from milan_ray.exemplars.shard import LayerState, Plan
+from milan_ray.exemplars.shard import LayerStates, Plan
 from milan_ray.experiments.costs import LayerShape, ModelCost, Sample, TableSize
 from milan_ray.models.registry import ModelSpec
 from milan_ray.pipelines import requests
@@ -149,22 +149,19 @@ def _model(
     size = pass_size(spec.batch(config.batch_size), device)
     forward = Forward(spec, network, spec.layers, size, config.arithmetic)
     plan = Plan(len(views), config.k, config.quantile, config.samples, config.map_budget)
-    states: dict[str, LayerState] = {}
+    found = LayerStates(plan, torch.get_num_threads())
 
     def dissect() -> None:
         for start in range(0, len(views), size):
             ids = np.arange(start, min(start + size, len(views)))
-            for layer, maps in forward.maps(views[ids]).items():
-                if layer not in states:
-                    states[layer] = LayerState.empty(plan, maps.shape[1], (maps.shape[2], maps.shape[3]), maps.device)
-                states[layer].update(maps, ids)
+            found.update(forward.maps(views[ids]), ids)
         _wait(device)
 
     forward.maps(views[:size])  # what the first pass allocates and chooses
     _wait(device)
     seconds = elapsed(dissect)
     passes = -(-len(views) // size) * size  # a short batch is padded, and takes as long as a full one
-    layers = tuple(LayerShape(layer, len(state.topk.ids), *state.map_shape) for layer, state in states.items())
+    layers = tuple(LayerShape(layer, len(state.topk.ids), *state.map_shape) for layer, state in found.states.items())
     return ModelCost(request.name, layers, seconds / passes, spec.preprocess.view.key)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -13,6 +15,7 @@ from milan_ray.errors import MilanError
 from milan_ray.exemplars.levels import RunningLevel, positions_per_image, sample_positions
 from milan_ray.exemplars.pooled import maxima
 from milan_ray.exemplars.topk import NO_IMAGE, RunningTopK
+from milan_ray.storage import WorkGone
 
 KERNEL_VERSION = "exemplars-2"
 """Part of every configuration hash: raised when the arithmetic below changes its results."""
@@ -139,6 +142,70 @@ class LayerState:
         self._check((len(other.topk.ids), *other.map_shape))
         self.topk.merge(other.topk)
         self.level.merge(other.level)
+
+
+class LayerStates:
+    """The states of a model's layers, each made when its first maps are there.
+
+    Layers have nothing to do with each other, so that threads of a CPU share them: the numpy kernels inside use one
+    each, while the forward pass before had them all.
+
+    Attributes:
+        states: Layer → its state.
+    """
+
+    def __init__(self, plan: Plan, threads: int = 1) -> None:
+        """No state yet.
+
+        Args:
+            plan: What decides the states' shapes.
+            threads: Layers that are updated at a time. Results do not depend on it.
+        """
+        self.states: dict[str, LayerState] = {}
+        self._plan = plan
+        self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
+
+    def update(
+        self, maps: Mapping[str, torch.Tensor], image_ids: np.ndarray, known: dict[str, Committed] | None = None
+    ) -> None:
+        """Adds a batch of images to every layer.
+
+        Args:
+            maps: Layer → float (B, U, h, w).
+            image_ids: int64 (B,).
+            known: What the actor has committed of each layer; what is new among them gets its own.
+
+        Raises:
+            MilanError: A layer's maps have another size than before; the message names the layer.
+        """
+        for layer, found in maps.items():
+            if layer not in self.states:
+                shape = found.shape[2], found.shape[3]
+                self.states[layer] = LayerState.empty(self._plan, found.shape[1], shape, found.device)
+            if known is not None and layer not in known:
+                known[layer] = Committed(self.states[layer])
+
+        def one(layer: str) -> None:
+            with naming(layer):
+                self.states[layer].update(maps[layer], image_ids, None if known is None else known[layer])
+
+        if self._pool is None or any(found.is_cuda for found in maps.values()):
+            for layer in maps:
+                one(layer)
+        else:
+            largest_first = sorted(maps, key=lambda layer: -maps[layer].numel())
+            list(self._pool.map(one, largest_first))
+
+
+@contextmanager
+def naming(layer: str) -> Iterator[None]:
+    """Says in errors which layer they are about."""
+    try:
+        yield
+    except WorkGone:
+        raise
+    except MilanError as error:
+        raise MilanError(f"layer {layer!r}: {error}") from error
 
 
 class Committed:

@@ -14,7 +14,6 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,7 @@ from milan_ray.exemplars import masks
 from milan_ray.exemplars.forward import Batch, Forward, check_probe, pass_size, read_ahead
 from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
-from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerState, Plan, fold, to_table
+from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerStates, Plan, fold, naming, to_table
 from milan_ray.models.hooks import find_layers
 from milan_ray.models.registry import ModelSpec, source_of
 from milan_ray.models.weights import weights_digest
@@ -438,18 +437,19 @@ class ExemplarWorker(ModelWorker):
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._known: dict[tuple[int, str], Committed] = {}
+        self._known: dict[int, dict[str, Committed]] = {}
 
     def _run(self, row: Row) -> None:
         started = time.monotonic()
         index, item = row["model"], self._work[row["model"]]
         spec, forward = self._forward(index)
         # The bars of the models before: their rows are over.
-        self._known = {key: known for key, known in self._known.items() if key[0] == index}
+        known = self._known.setdefault(index, {})
+        self._known = {index: known}
         columns = ["image_id", "root", "path"]
         start = row["start"]
         part = self._storage.read_rows(MANIFEST, start, start + row["images"], columns, probe=item.probe)
-        states: dict[str, LayerState] = {}
+        layers = LayerStates(item.plan, self._threads)
         pooled: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
         images: list[dict[str, object]] = []
         for _, batch in self._batches(image_refs(part), spec):
@@ -457,23 +457,15 @@ class ExemplarWorker(ModelWorker):
             images += [{"image_id": int(i), "sha256": sha} for i, sha in zip(batch.ids, batch.sha256, strict=True)]
             if len(batch.ids) == 0:
                 continue
-            for layer, maps in forward.maps(batch.inputs).items():
-                if layer in item.pooled:
-                    values = maps.to(torch.float32)
-                    for part_of, reduced in zip(pooled[layer], (maxima(values), means(values)), strict=True):
-                        part_of.append(reduced)
-                if layer not in item.layers:
-                    continue
-                if layer not in states:
-                    states[layer] = LayerState.empty(
-                        item.plan, maps.shape[1], (maps.shape[2], maps.shape[3]), maps.device
-                    )
-                    self._known.setdefault((index, layer), Committed(states[layer]))
-                with _naming(layer):
-                    states[layer].update(maps, batch.ids, self._known[index, layer])
-        for layer, state in states.items():
+            found = forward.maps(batch.inputs)
+            for layer in item.pooled:
+                values = found[layer].to(torch.float32)
+                for part_of, reduced in zip(pooled[layer], (maxima(values), means(values)), strict=True):
+                    part_of.append(reduced)
+            layers.update({layer: found[layer] for layer in item.layers}, batch.ids, known)
+        for layer, state in layers.states.items():
             name = f"{item.folder(layer)}/{_shard_name(row['shard'])}"
-            self._storage.put_work(item.work, name, to_table(state, self._known[index, layer].news(state)))
+            self._storage.put_work(item.work, name, to_table(state, known[layer].news(state)))
         readable = np.array([image["image_id"] for image in images if "reason" not in image], np.int64)
         for layer, (largest, mean) in pooled.items():
             name = f"pooled/{item.folder(layer)}/{_shard_name(row['shard'])}"
@@ -482,20 +474,9 @@ class ExemplarWorker(ModelWorker):
         table = pa.Table.from_pylist(images, schema=_IMAGES_SCHEMA.with_metadata(seconds))
         self._storage.put_work(item.work, f"{IMAGES}/{_shard_name(row['shard'])}", table)
         # Only now, with the shard durable, may it raise the bars for the next.
-        for layer, state in states.items():
-            with _naming(layer):
-                self._known[index, layer].commit(row["shard"], state)
-
-
-@contextmanager
-def _naming(layer: str) -> Iterator[None]:
-    """Says in errors which layer they are about."""
-    try:
-        yield
-    except WorkGone:
-        raise
-    except MilanError as error:
-        raise MilanError(f"layer {layer!r}: {error}") from error
+        for layer, state in layers.states.items():
+            with naming(layer):
+                known[layer].commit(row["shard"], state)
 
 
 def _finish_images(
@@ -616,7 +597,7 @@ def _merge_layer(task: _MergeTask) -> list[int] | None:
     """Folds one layer; returns the winners' ids when their maps must be computed again, else None."""
     storage, item, layer = task.storage, task.item, task.layer
     # By name, not what is there: another job may be removing the same work, and some of it is not all of it.
-    with _naming(layer):
+    with naming(layer):
         state = fold((storage.get_work(item.work, f"{item.folder(layer)}/{n}") for n in task.shards), item.plan)
     levels = state.level.result()
     table = LEVELS.table(
