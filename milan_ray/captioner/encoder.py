@@ -153,7 +153,11 @@ def level_weights(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def pool_maps(maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
-    """Pools pyramids with masks: per image one product [masks × positions]·[positions × channels] per level.
+    """Pools pyramids with masks: per level a sum of the positions that a mask covers, weighted.
+
+    Each mask's sum runs over its own positions in their order, whatever other masks there are. A product [masks ×
+    positions]·[positions × channels] would not: which kernel a row gets depends on its place and on the number of rows,
+    and with it the last bits.
 
     Args:
         maps: One (N, C, h, w) per level.
@@ -164,16 +168,16 @@ def pool_maps(maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
         Features (M, F), F the channels of all levels.
     """
     masks = masks.to(maps[0].dtype)
-    order = index.argsort(stable=True)
-    groups = order.split(index.bincount(minlength=len(maps[0])).tolist())
-    used = [image for image, group in enumerate(groups) if len(group)]
-    features = maps[0].new_empty(len(masks), sum(level.shape[1] for level in maps))
-    for level, columns in zip(maps, features.split([level.shape[1] for level in maps], dim=1), strict=True):
+    pooled = []
+    for level in maps:
         weights = level_weights(masks, (level.shape[2], level.shape[3])).flatten(1)
-        positions = level.permute(0, 2, 3, 1).flatten(1, 2)
-        for image in used:
-            columns[groups[image]] = weights[groups[image]] @ positions[image]
-    return features
+        mask, position = weights.nonzero(as_tuple=True)
+        starts = torch.searchsorted(mask, torch.arange(len(masks), device=mask.device))
+        rows = index[mask] * weights.shape[1] + position
+        table = level.permute(0, 2, 3, 1).flatten(0, 2)
+        sums = F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights[mask, position])
+        pooled.append(sums)
+    return torch.cat(pooled, dim=1)
 
 
 class SpatialEncoder(nn.Module):

@@ -31,7 +31,7 @@ from milan_ray.progress import Progress, say
 from milan_ray.schema import ENCODINGS, EXEMPLARS, LEVELS
 from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, Storage
 
-KERNEL_VERSION = "encodings-2"
+KERNEL_VERSION = "encodings-3"
 
 BATCH_SIZE = 16
 """Images per encoder pass: on a CPU larger ones are no faster and heavier, smaller ones slower."""
@@ -155,7 +155,7 @@ def run_encodings(
             row = row_of.setdefault(name, {"name": name, "probe": probe, "view": view, "sources": []})
             row["sources"].append(sources[index].number)
     stored = set(storage.work_names(work, FEATURES))
-    every_row = [row_of[name] for name in sorted(row_of)]
+    every_row = [{**row_of[name], "sources": sorted(row_of[name]["sources"])} for name in sorted(row_of)]
     rows = [row for row in every_row if any(f"{FEATURES}/{n}/{row['name']}" not in stored for n in row["sources"])]
     say(f"encodings ({encoder.name}): {len(sources)} layers of {len({s.model for s in sources})} models")
     arguments = {

@@ -41,6 +41,19 @@ def test_pool_maps_shared_images_equals_one_pass_per_exemplar(encoder: PyramidEn
     assert not pooled[3].any()
 
 
+def test_pool_maps_a_mask_s_last_bits_do_not_depend_on_other_masks(encoder: PyramidEncoder) -> None:
+    """Which masks are pooled together depends on what a job still has to do."""
+    random = torch.Generator().manual_seed(0)
+    maps = encoder.maps(torch.rand(3, 3, 16, 16, generator=random))
+    maps += [torch.randn(3, 64, 40, 40, generator=random)]  # wide enough for other kernels of matrix products
+    masks = torch.rand(50, 17, 17, generator=random) > 0.7
+    index = torch.randint(0, 3, (50,), generator=random)
+    together = pool_maps(maps, masks, index)
+    for size in (1, 2, 7, 49):
+        some = torch.randperm(50, generator=random)[:size]
+        assert torch.equal(pool_maps(maps, masks[some], index[some]), together[some])
+
+
 def test_pool_maps_no_mask_at_all_is_empty(encoder: PyramidEncoder) -> None:
     maps = encoder.maps(torch.rand(1, 3, 17, 17))
     assert pool_maps(maps, torch.zeros(0, 17, 17), torch.zeros(0, dtype=torch.long)).shape == (0, 10)
