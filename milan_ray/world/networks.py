@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from milan_ray.world.lexicon import NAMES, names_of
-from milan_ray.world.scenes import GROUNDS, OBJECTS, SIGN_WORDS, SKIES
+from milan_ray.world.lexicon import NAMES
+from milan_ray.world.scenes import GROUNDS, OBJECTS, RELATIONS, SIGN_WORDS, SKIES
 
 MEAN = (0.45, 0.45, 0.45)
 STD = (0.25, 0.25, 0.25)
@@ -22,10 +22,10 @@ CLASSES = OBJECTS
 PLACES = tuple(f"{ground}, {sky}" for ground in GROUNDS for sky in SKIES)
 """Names of the outputs of those that tell places instead of objects, as networks for Places365 do."""
 
-planted_concepts: tuple[str, ...] = tuple(n for n in NAMES if n not in (*names_of("relation"), *SIGN_WORDS))
+planted_concepts: tuple[str, ...] = (*(n for n in NAMES if n not in (*RELATIONS, *SIGN_WORDS)), *RELATIONS)
 """What the planted units stand for, in the order of the units: unit ``i`` of layer ``planted`` is concept ``i``.
 
-Relations are left out because they are nowhere in particular, single words because a small net does not learn to read.
+A relation is planted where both of its things are. Single words are left out: a small net does not learn to read.
 """
 
 

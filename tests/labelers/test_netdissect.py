@@ -41,7 +41,7 @@ def counted() -> tuple[ConceptCounts, list[Seen]]:
 def test_planted_units_get_their_names(counted):
     labels = best_concepts(counted[0])
     right = [labels[unit][0].text == concept for unit, concept in enumerate(planted_concepts)]
-    assert len(right) == 50 and sum(right) >= 40  # by chance, one
+    assert len(right) == 53 and sum(right) >= 40  # by chance, one
     assert all(a.score >= b.score for best in labels.values() for a, b in itertools.pairwise(best))
 
 
