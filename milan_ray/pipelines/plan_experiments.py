@@ -42,8 +42,10 @@ from milan_ray.probe.manifest import digest
 from milan_ray.schema import (
     ABLATIONS,
     AUDITS,
+    CANDIDATES,
     DESCRIPTIONS,
     ENCODINGS,
+    EXEMPLARS,
     GENERALIZATION,
     HELD_OUT,
     PASTED,
@@ -52,6 +54,9 @@ from milan_ray.schema import (
     TRAINING,
 )
 from milan_ray.storage import Storage
+
+LABELLING = tuple(noun.name for noun in (EXEMPLARS, ENCODINGS, CANDIDATES, DESCRIPTIONS))
+"""What a comparison reads, labels or what they cost: that of stages made again is another."""
 
 ANEW = "made anew by every run"
 """The reason of what is kept nowhere to go on from."""
@@ -169,7 +174,7 @@ def plan_baselines(
     comparisons: dict[str, pl.DataFrame] = {}
     for model, layers in by_model(exemplars).items():
         whole = comparison_name(name, model)
-        if plan.waits(SCORES.name, (whole,), DESCRIPTIONS.name, of=model):
+        if plan.waits(SCORES.name, (whole,), *LABELLING, of=model):
             continue
         labelers = labelers_of_all(storage, model, layers)
         found = find_comparison(

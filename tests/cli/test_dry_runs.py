@@ -188,21 +188,28 @@ def test_generalize_knows_its_units_when_encodings_are_there(tmp_path, dry_run: 
     }
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_baselines_from_nothing_to_done(tmp_path, dry_run: DryRun) -> None:
+@pytest.fixture
+def toy(tmp_path: Path) -> Storage:
+    """A run directory with a captioner of tiny encodings."""
     storage = Storage(tmp_path / "run")
     torch.manual_seed(0)
     indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
     words = len(indexer.vocabulary)
     decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    toy = Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny", None, 5, 6)
-    save_captioner(storage, "toy", toy, "A toy.")
+    language_model = LanguageModel(LMConfig(words, 8, 12))
+    save_captioner(storage, "toy", Captioner(indexer, decoder, language_model, "tiny", None, 5, 6), "A toy.")
+    return storage
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_baselines_from_nothing_to_done(toy: Storage, dry_run: DryRun) -> None:
+    storage = toy
     annotate(storage, "flags/watcher", "seen", 5)
     command = ["baselines", "--model", "flags/watcher", "--layers", "seen", "--probe", "flags", "--decoder", "toy"]
     command += ["--plugin", FLAGS, "--plugin", TINY, "--k", "3", "--no-report", "--device", "cpu"]
     of_layer = ("exemplars", "encodings tiny", "candidates toy", "descriptions milan", "descriptions milan-pdE")
     labels = ("descriptions netdissect", "descriptions compexp")
-    later = "not known before: descriptions"
+    later = "not known before: exemplars, encodings, candidates, descriptions"
     of_network, every = "scores baselines of flags/watcher", "scores baselines"
     assert dry_run(storage.root, *command) == {
         **{f"{table} flags/watcher seen": "missing" for table in (*of_layer, *labels)},
@@ -216,10 +223,15 @@ def test_baselines_from_nothing_to_done(tmp_path, dry_run: DryRun) -> None:
     assert set(again) == {of_network, every} and again[of_network].endswith("labels, annotations or scores changed")
 
 
-def test_audit_waits_for_descriptions(photos, tmp_path, dry_run: DryRun) -> None:
-    storage = Storage(tmp_path / "run")
-    describe(storage, "tiny/twin", "0", ["a face"] * 6)
-    assert dry_run(storage.root, "audit", "--pair", "tiny/twin", "tiny/twin") == {"audits faces": "missing"}
+def test_audit_waits_for_descriptions_where_it_makes_them(photos, toy: Storage, dry_run: DryRun) -> None:
+    pair = ["audit", "--pair", "tiny/cnn", "tiny/twin"]
+    describing = ["--decoder", "toy", "--probe", str(photos), "--layers", "0", "--plugin", TINY]
+    said = dry_run(toy.root, *pair, *describing)
+    assert said.pop("audits faces") == "not known before: descriptions"
+    assert set(said.values()) == {"missing"} and "descriptions milan tiny/twin 0" in said
+    for model in ("tiny/cnn", "tiny/twin"):
+        describe(toy, model, "0", ["a face"] * 6)
+    assert dry_run(toy.root, *pair) == {"audits faces": "missing"}
 
 
 def test_dry_runs_start_no_ray(tmp_path) -> None:
