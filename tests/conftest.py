@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import os
 import runpy
 import signal
@@ -137,6 +138,39 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
         coarse = rng.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).save(folder / f"{index:03d}.png")
     return root
+
+
+def _files(*folders: Path) -> dict[Path, tuple[int, int]]:
+    found = [path for folder in folders for path in folder.rglob("*")]
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns) for path in found}
+
+
+@pytest.fixture
+def dry_run(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, str]]:
+    """``dry_run(root, VERB, …)``: what a dry run says, table and partition → reason, as text and as JSON alike.
+
+    It ends with 0, and writes nothing into the run directory or beside the models.
+    """
+    from milan_ray import cli
+    from milan_ray.config import models_dir
+
+    def said(root: str, *arguments: str) -> dict[str, str]:
+        folders = Path(root), models_dir()
+        before = _files(*folders)
+        command = [*arguments, "--storage", root, "--dry-run"]
+        capsys.readouterr()
+        assert cli.main(command) == 0
+        *lines, closing = capsys.readouterr().out.splitlines()
+        assert cli.main([*command, "--json"]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert _files(*folders) == before
+        assert told["status"] == "done" and len(lines) == len(told["planned"])
+        assert "would be made" in closing and closing.endswith("; nothing was done.")
+        for line, step in zip(lines, told["planned"], strict=True):
+            assert line.startswith(step["table"]) and line.endswith(step["reason"])
+        return {" ".join([step["table"], *step["keys"]]): step["reason"] for step in told["planned"]}
+
+    return said
 
 
 @pytest.fixture(scope="session")

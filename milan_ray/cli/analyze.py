@@ -6,15 +6,14 @@ import argparse
 from dataclasses import replace
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import note, report_on
-from milan_ray.cli.records import model_requests, open_storage, probe_request, resources_of
+from milan_ray.cli.closing import note, report_on, show_plan
+from milan_ray.cli.records import opened, resources_of
 from milan_ray.progress import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the verb its options."""
-    options.models(parser)
-    options.probe(parser, required=True)
+    options.experiment(parser)
     group = parser.add_argument_group("analysis")
     group.add_argument("--labeler", default="milan", help="whose descriptions of the units to read")
     options.language(group)
@@ -27,29 +26,26 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--ties", type=int, default=0, metavar="N",
         help="orders per criterion, ties broken at random (default: one order, ties layer by layer as in the paper)",
     )  # fmt: skip
-    options.add_to(
-        parser,
-        options.download,
-        options.storage,
-        options.report,
-        options.plugins,
-        options.resources,
-        options.common,
-    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.pipelines.analyze import AnalysisConfig, examples, figure_path, run_analysis, summary
     from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.languages import find_language
+    from milan_ray.pipelines.languages import find_language, language_name
+    from milan_ray.pipelines.plan import Plan
+    from milan_ray.pipelines.plan_experiments import plan_analysis
 
-    storage, models, probe = open_storage(args), model_requests(args), probe_request(args)
-    storage.check_writable()
-    nlp, language = find_language(args.language)
+    storage, models, probe = opened(args)
     config = AnalysisConfig(args.labeler, trials=args.trials, seed=args.seed, ties=args.ties)
     if args.words is not None:
         config = replace(config, words=tuple(args.words))
+    if args.dry_run:
+        plan = Plan()
+        for model in models:
+            plan_analysis(storage, plan, model, probe, language_name(args.language), config)
+        return show_plan(args, plan)
+    nlp, language = find_language(args.language)
     with connected(resources_of(args)):
         for model in models:
             rows = run_analysis(storage, model, probe, nlp, language, config, resources_of(args))

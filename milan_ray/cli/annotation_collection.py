@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
 from milan_ray.cli.closing import note
-from milan_ray.cli.records import absolute, open_storage
+from milan_ray.cli.records import absolute, bert_score_folder, open_storage
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
@@ -139,11 +139,10 @@ def _statistics(args: argparse.Namespace) -> int:
 def _score(args: argparse.Namespace) -> tuple[TextScore, str]:
     """What agreement is measured by, and its name."""
     from milan_ray.pipelines.annotation_statistics import find_score
-    from milan_ray.scoring.text import minilm_directory
 
     if args.rouge:
         return find_score(None)
-    return find_score(absolute("--bertscore", args.bertscore) if args.bertscore else minilm_directory())
+    return find_score(bert_score_folder(args))
 
 
 ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {

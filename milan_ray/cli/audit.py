@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import describe, options
-from milan_ray.cli.closing import note, report_on
-from milan_ray.cli.records import open_storage
+from milan_ray.cli.closing import note, report_on, show_plan
+from milan_ray.cli.records import writable_storage
 from milan_ray.cli.search import table, text_model
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
+    from milan_ray.experiments.auditing import Pair
     from milan_ray.pipelines.audit import Audit
+    from milan_ray.pipelines.plan import Plan
+    from milan_ray.storage import Storage
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -53,31 +57,41 @@ def add(parser: argparse.ArgumentParser) -> None:
         options.clip,
         options.search,
         options.units,
-        options.dissection,
+        options.download,
+        options.quirks,
+        options.job,
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.experiments.auditing import FACE_WORDS, pair_models, summary
-    from milan_ray.pipelines.audit import AuditConfig, described_models, figure_path, review_path, run_audit
-    from milan_ray.schema import AUDITS
+    from milan_ray.experiments.auditing import FACE_WORDS, summary
+    from milan_ray.pipelines.audit import AuditConfig, figure_path, review_path, run_audit
+    from milan_ray.pipelines.plan import Plan
+    from milan_ray.pipelines.plan_experiments import plan_audit
+    from milan_ray.schema import AUDITS, DESCRIPTIONS
 
-    storage = open_storage(args)
-    storage.check_writable()
-    status = 0
-    if args.decoder is not None or args.milan is not None:
-        status = _describe(args)
-        if args.dry_run:
-            return status
-    elif args.probe is not None or args.dry_run:
-        raise MilanError("--probe and --dry-run are for describing: give a --decoder or --milan too.")
-    pairs = [(model, other) for model, other in args.pair]
-    if not pairs:
-        pairs = pair_models(described_models(storage, args.labeler), args.suffix, args.model)
+    storage = writable_storage(args)
     config = AuditConfig(args.name, tuple(FACE_WORDS if args.words is None else args.words), args.labeler)
     if not config.words:
         raise MilanError("--words holds no word: give some, e.g. --words 'face|person,mouth'.")
+
+    def then(plan: Plan) -> None:
+        if not plan.waits(AUDITS.name, (config.name,), DESCRIPTIONS.name):
+            plan_audit(storage, plan, _pairs(args, storage), config)
+
+    status = 0
+    if args.decoder is not None or args.milan is not None:
+        status = _describe(args, then)
+        if args.dry_run:
+            return status
+    elif args.probe is not None:
+        raise MilanError("--probe is for describing: give a --decoder or --milan too.")
+    elif args.dry_run:
+        plan = Plan()
+        then(plan)
+        return show_plan(args, plan)
+    pairs = _pairs(args, storage)
     found = run_audit(storage, pairs, config)
     images = found.pairs["images"][0] or "the same images"
     say(f"exemplars of all networks are from {images}, in which nothing may be blurred")
@@ -92,12 +106,21 @@ def run(args: argparse.Namespace) -> int:
     return status
 
 
-def _describe(args: argparse.Namespace) -> int:
+def _pairs(args: argparse.Namespace, storage: Storage) -> list[Pair]:
+    """The pairs given, else those of networks that are described."""
+    from milan_ray.experiments.auditing import pair_models
+    from milan_ray.pipelines.audit import described_models
+
+    pairs = [(model, other) for model, other in args.pair]
+    return pairs or pair_models(described_models(storage, args.labeler), args.suffix, args.model)
+
+
+def _describe(args: argparse.Namespace, then: Callable[[Plan], None]) -> int:
     """Describes the networks first, as ``milan-ray describe`` does, whose options these are."""
     names = args.model or [name for pair in args.pair for name in pair]
     if not names:
         raise MilanError("to describe networks first, name them with --model, --zoo or --pair.")
-    return describe.run(argparse.Namespace(**{**vars(args), "model": names, "no_report": True}))
+    return describe.run(argparse.Namespace(**{**vars(args), "model": names, "no_report": True}), then)
 
 
 def _follow_up(found: Audit, query: str, semantic: str | None) -> None:

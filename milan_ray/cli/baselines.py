@@ -6,15 +6,13 @@ import argparse
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import report_on
+from milan_ray.cli.closing import report_on, show_plan
 from milan_ray.cli.records import (
-    absolute,
+    bert_score_folder,
     encoder_request,
     exemplar_config,
     find_captioner,
-    model_requests,
-    open_storage,
-    probe_request,
+    opened,
     resources_of,
 )
 from milan_ray.progress import say
@@ -34,24 +32,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("comparison")
     group.add_argument("--annotations", metavar="SOURCE", help="whose annotations (default: the one source there is)")
-    group.add_argument(
-        "--bertscore", metavar="FOLDER", help="language model for BERTScore (default: that of milan-ray[minilm])"
-    )
+    options.bertscore(group)
     group.add_argument("--name", default="baselines", help="what its tables begin with")
     options.captioner(parser, required=False)
-    options.add_to(
-        parser,
-        options.search,
-        options.models,
-        options.exemplars,
-        options.download,
-        options.quirks,
-        options.storage,
-        options.report,
-        options.plugins,
-        options.resources,
-        options.common,
-    )
+    options.add_to(parser, options.search, options.dissection)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,25 +45,17 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.generalize import figure_path
     from milan_ray.pipelines.label import LabelConfig
-    from milan_ray.scoring.text import minilm_directory
+    from milan_ray.pipelines.plan_experiments import plan_baselines
 
-    storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
-    storage.check_writable()
+    storage, models, probe = opened(args)
     networks = [_held_out(args, storage, model) for model in models]
-    bert = absolute("--bertscore", args.bertscore) if args.bertscore else minilm_directory()
+    labelling = storage, networks, probe, exemplar_config(args), LabelConfig()
+    comparing = {"source": args.annotations, "bert_score": bert_score_folder(args), "name": args.name}
+    if args.dry_run:
+        return show_plan(args, plan_baselines(*labelling, **comparing))
     resources = resources_of(args)
     with connected(resources):
-        rows = run_baselines(
-            storage,
-            networks,
-            probe,
-            exemplar_config(args),
-            LabelConfig(),
-            resources,
-            source=args.annotations,
-            bert_score=bert,
-            name=args.name,
-        )
+        rows = run_baselines(*labelling, resources, **comparing)
     say(f"agreement with annotations, and where the built-in world judges, with what it knows:\n{summary(rows)}")
     say(f"figure: {storage.uri(figure_path(storage, args.name, 'svg'))}")
     report_on(args, storage, [model.name for model in models])

@@ -127,8 +127,9 @@ def show_plan(args: argparse.Namespace, plan: Plan) -> int:
     """Prints a plan, or leaves it to the summary of ``--json``; returns the exit status."""
     args.summary.what = None
     if args.json:
-        due = [{"table": step.table, "keys": step.keys, "reason": step.reason} for step in plan.steps if step.reason]
-        note(args, planned=[*args.summary.facts.get("planned", ()), *due])
+        steps = [*plan.due, *plan.later]
+        told = [{"table": step.table, "keys": step.keys, "reason": step.reason} for step in steps]
+        note(args, planned=[*args.summary.facts.get("planned", ()), *told])
         args.summary.skipped |= plan.failed
     else:
         print(plan.text())

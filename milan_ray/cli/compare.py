@@ -6,7 +6,7 @@ import argparse
 
 from milan_ray.cli import options
 from milan_ray.cli.closing import note, report_on, show_plan
-from milan_ray.cli.records import absolute, open_storage, resources_of
+from milan_ray.cli.records import bert_score_folder, resources_of, writable_storage
 from milan_ray.progress import say
 
 
@@ -17,19 +17,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--labeler", nargs="+", metavar="NAME", help="only these labelers, or patterns; the first is the main one"
     )
     parser.add_argument("--annotations", metavar="SOURCE", help="whose annotations (default: the one source there is)")
-    parser.add_argument(
-        "--bertscore", metavar="FOLDER", help="language model for BERTScore (default: that of milan-ray[minilm])"
-    )
+    options.bertscore(parser)
     parser.add_argument("--name", default="comparison", help="what its tables begin with")
-    options.add_to(
-        parser,
-        options.storage,
-        options.report,
-        options.plugins,
-        options.resources,
-        options.dry_run,
-        options.common,
-    )
+    options.job(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -38,15 +28,13 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.compare import find_comparison, run_comparison, summary
     from milan_ray.pipelines.plan import plan_comparison
     from milan_ray.plugins import load_plugins
-    from milan_ray.scoring.text import minilm_directory
 
     load_plugins(args.plugin)
-    storage, resources = open_storage(args), resources_of(args)
-    bert = absolute("--bertscore", args.bertscore) if args.bertscore else minilm_directory()
+    storage, resources = writable_storage(args), resources_of(args)
+    bert = bert_score_folder(args)
     asked = {"models": args.model, "labelers": args.labeler, "source": args.annotations, "name": args.name}
     if args.dry_run:
         return show_plan(args, plan_comparison(storage, find_comparison(storage, bert_score=bert, **asked)))
-    storage.check_writable()
     with connected(resources):
         scores = run_comparison(storage, bert_score=bert, **asked)
     say(summary(scores))

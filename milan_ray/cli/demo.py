@@ -6,8 +6,8 @@ import argparse
 import os
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import note, report_on
-from milan_ray.cli.records import open_storage, resources_of
+from milan_ray.cli.closing import note, report_on, show_plan
+from milan_ray.cli.records import resources_of, writable_storage
 from milan_ray.config import results_dir
 from milan_ray.progress import say
 
@@ -23,7 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="train a captioner on each of the paper's 14 groups of sets, played by six of the world's networks, too",
     )
-    options.add_to(parser, options.storage, options.report, options.resources, options.common)
+    options.add_to(parser, options.storage, options.report, options.resources, options.dry_run, options.common)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -31,14 +31,15 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.captioners import about_captioner
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.demo import DECODER, run_demo, run_generator, run_groups, summary
+    from milan_ray.pipelines.plan_world import plan_demo
     from milan_ray.plugins import load_plugins
     from milan_ray.schema import DESCRIPTIONS
 
     load_plugins()
-    if args.storage is None:
-        args.storage = str(results_dir() / "demo")
-    storage, resources = open_storage(args), resources_of(args)
-    storage.check_writable()
+    args.storage = args.storage or str(results_dir() / "demo")
+    storage, resources = writable_storage(args), resources_of(args)
+    if args.dry_run:
+        return show_plan(args, plan_demo(storage, args.clip, args.generator, args.groups))
     say(f"the built-in world, end to end, into {storage.root}")
     with connected(resources):
         scores = run_demo(storage, resources, max(1, (os.cpu_count() or 1) // 2 * 2), args.clip)

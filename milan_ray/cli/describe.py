@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,25 +25,22 @@ from milan_ray.cli.records import (
 if TYPE_CHECKING:
     from milan_ray.labelers.clip import Clip
     from milan_ray.pipelines.describe import Search
+    from milan_ray.pipelines.plan import Plan
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the verb its options."""
     options.probe(parser, required=False)
-    options.add_to(
-        parser,
-        options.models,
-        options.exemplars,
-        options.captioner,
-        options.clip,
-        options.search,
-        options.units,
-        options.dissection,
-    )
+    options.add_to(parser, options.captioner, options.clip, options.search, options.units, options.dissection)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) -> int:
+    """Does the verb's work; returns the exit status.
+
+    Args:
+        args: Its options.
+        then: Adds to the plan of a dry run what another verb does afterwards; None for nothing.
+    """
     from milan_ray.pipelines.annotations_export import exemplar_layers
     from milan_ray.pipelines.captioners import about_captioner, load_captioner
     from milan_ray.pipelines.cluster import connected
@@ -76,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
         plan_descriptions(storage, plan, encodings, search, args.units)
         if clip is not None:
             plan_reranking(storage, plan, layers, encodings, search, clip, args.units)
+        if then is not None:
+            then(plan)
         return show_plan(args, plan)
     with connected(resources):
         if args.probe is not None:

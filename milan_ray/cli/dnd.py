@@ -12,9 +12,7 @@ from milan_ray.cli.records import (
     absolute,
     exemplar_config,
     image_text_request,
-    model_requests,
-    open_storage,
-    probe_request,
+    opened,
     resources_of,
 )
 from milan_ray.errors import MilanError
@@ -95,13 +93,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--llm-budget", type=float, metavar="USD", help="what this run may cost at most, US dollars, at these prices"
     )
-    options.add_to(
-        parser,
-        options.models,
-        options.exemplars,
-        options.units,
-        options.dissection,
-    )
+    options.add_to(parser, options.units, options.dissection)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -112,13 +104,12 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.plan import plan_dnd, plan_exemplars
 
     args.pooled = True  # the images with the highest mean activation come from there
-    storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
+    storage, models, probe = opened(args)
     resources, config, how = resources_of(args), exemplar_config(args), _config(args)
     if args.dry_run:
         plan, layers = plan_exemplars(storage, models, probe, config)
         plan_dnd(storage, plan, layers, how, args.units)
         return show_plan(args, plan)
-    storage.check_writable()
     with connected(resources):
         done = run_exemplars(storage, models, probe, config, resources)
         failed = run_dnd(storage, done, models, probe, config, how, resources, args.units)

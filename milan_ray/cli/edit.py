@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import note, report_on
-from milan_ray.cli.records import absolute, model_requests, open_storage, probe_request, resources_of
+from milan_ray.cli.closing import note, report_on, show_plan
+from milan_ray.cli.records import absolute, opened, probe_request, resources_of
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the verb its options."""
-    options.models(parser)
-    options.probe(parser, required=True)
+    options.experiment(parser)
     group = parser.add_argument_group("editing; --probe gives the validation images, which are like those of training")
     group.add_argument(
         "--test", nargs="+", metavar="SOURCE", help="images that judge: those that the network should not fail on"
@@ -44,9 +43,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--out", metavar="FILE", help="write the network's weights without these units, .pth or .safetensors"
     )
-    options.add_to(
-        parser, options.download, options.storage, options.report, options.plugins, options.resources, options.common
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,31 +53,34 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.analyze import figure_path
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.edit import (
-        TEST,
-        VALIDATION,
         EditingConfig,
         edited_weights,
         run_editing,
         run_fine_tuning,
+        splits,
         summary,
     )
+    from milan_ray.pipelines.plan import Plan
+    from milan_ray.pipelines.plan_experiments import plan_editing
 
-    storage, models, validation = open_storage(args), model_requests(args), probe_request(args)
+    storage, models, validation = opened(args)
     if len(models) > 1:
         raise MilanError("a network is edited at a time: give a single --model.")
-    storage.check_writable()
     test = None if args.test is None else _probe(args, args.test)
     train = None if args.fine_tune is None else _probe(args, args.fine_tune)
     config = EditingConfig(args.labeler, tuple(args.words or TEXT), args.most, args.trials, args.seed)
+    if args.dry_run:
+        plan = Plan()
+        plan_editing(storage, plan, models[0], validation, test, config, train is not None)
+        return show_plan(args, plan)
     with connected(resources_of(args)):
         found = run_editing(storage, models[0], validation, test, config, resources_of(args))
         say(summary(found))
         count = args.remove or found.stop
         tuned = None
         if train is not None:
-            probes = {VALIDATION: validation, **({} if test is None else {TEST: test})}
-            training = HeadTraining(lr=args.lr, seed=args.seed)
-            rows, tuned = run_fine_tuning(storage, models[0], train, probes, found, count, training, resources_of(args))
+            training, images = HeadTraining(lr=args.lr, seed=args.seed), splits(validation, test)
+            rows, tuned = run_fine_tuning(storage, models[0], train, images, found, count, training, resources_of(args))
             for split, ablated, accuracy in rows.select("split", "ablated", "accuracy").iter_rows():
                 say(f"  {split}: {accuracy:.3f} without {ablated} units and with the last layer fine-tuned")
     public = {"experiment": "editing", "model": models[0].name}

@@ -6,18 +6,13 @@ import argparse
 
 from milan_ray.cli import options
 from milan_ray.cli.closing import close, report_on, show_plan
-from milan_ray.cli.records import exemplar_config, model_requests, open_storage, probe_request, resources_of
+from milan_ray.cli.records import exemplar_config, opened, resources_of
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the verb its options."""
     options.probe(parser, required=True)
-    options.add_to(
-        parser,
-        options.models,
-        options.exemplars,
-        options.dissection,
-    )
+    options.dissection(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -26,11 +21,10 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.exemplars import run_exemplars
     from milan_ray.pipelines.plan import plan_exemplars
 
-    storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
+    storage, models, probe = opened(args)
     resources, config = resources_of(args), exemplar_config(args)
     if args.dry_run:
         return show_plan(args, plan_exemplars(storage, models, probe, config)[0])
-    storage.check_writable()
     with connected(resources):
         done = run_exemplars(storage, models, probe, config, resources)
     report_on(args, storage, list(done.models))

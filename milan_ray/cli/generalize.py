@@ -6,8 +6,14 @@ import argparse
 from dataclasses import replace
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import report_on
-from milan_ray.cli.records import absolute, annotated_layers, encoder_request, open_storage, resources_of
+from milan_ray.cli.closing import report_on, show_plan
+from milan_ray.cli.records import (
+    annotated_layers,
+    bert_score_folder,
+    encoder_request,
+    resources_of,
+    writable_storage,
+)
 from milan_ray.cli.train import fitting, training_config
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
@@ -40,19 +46,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--lam", type=float, help="λ of log p(d|E) − λ·log p(d) (default: 0.2)")
     group.add_argument("--beam-size", type=options.positive, help="width of the beam (default: 50)")
     options.language(group)
-    group.add_argument(
-        "--bertscore", metavar="FOLDER", help="language model for BERTScore (default: that of milan-ray[minilm])"
-    )
-    options.add_to(
-        parser,
-        options.download,
-        options.quirks,
-        options.storage,
-        options.report,
-        options.plugins,
-        options.resources,
-        options.common,
-    )
+    options.bertscore(group)
+    options.add_to(parser, options.download, options.quirks, options.job)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -67,27 +62,24 @@ def run(args: argparse.Namespace) -> int:
         figure_path,
         run_generalization,
     )
-    from milan_ray.pipelines.languages import find_language
+    from milan_ray.pipelines.languages import find_language, language_name
+    from milan_ray.pipelines.plan_experiments import plan_generalization
     from milan_ray.pipelines.train import Sizes
     from milan_ray.plugins import load_plugins
-    from milan_ray.scoring.text import minilm_directory
 
     if "/" in args.name:
         raise MilanError(
             f"captioners are called after the experiment: choose a --name without slashes, not {args.name}."
         )
     load_plugins(args.plugin)  # they may register splits
-    storage, resources = open_storage(args), resources_of(args)
-    storage.check_writable()
+    storage, resources = writable_storage(args), resources_of(args)
     annotated = annotated_layers(storage, args.annotations, None)
     splits = chosen_splits(args.split, annotated)
     models = dict.fromkeys(model for split in splits for model in split.models)
     layers = {model: [path for path in annotated[model] if not args.layers or path in args.layers] for model in models}
     if bare := [model for model in models if not layers[model]]:
         raise MilanError(f"{', '.join(bare)} have no annotated layer of --layers {' '.join(args.layers)}.")
-    bert = absolute("--bertscore", args.bertscore) if args.bertscore else minilm_directory()
     encoder = encoder_request(args, args.encoder)
-    nlp, language = find_language(args.language)
     training = training_config(args)
     config = GeneralizationConfig(
         args.trials,
@@ -104,11 +96,14 @@ def run(args: argparse.Namespace) -> int:
         splits,
         encoder,
         config,
-        str(bert) if bert else None,
+        bert_score_folder(args),
         args.name,
         args.workers,
         args.memory_limit,
     )
+    if args.dry_run:
+        return show_plan(args, plan_generalization(storage, job, language_name(args.language), resources))
+    nlp, language = find_language(args.language)
     with connected(resources):
         run_encodings(storage, layers, encoder, resources)
         rows = run_generalization(storage, job, nlp, language, resources)

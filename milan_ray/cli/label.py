@@ -10,9 +10,7 @@ from milan_ray.cli.closing import close, report_on, show_plan
 from milan_ray.cli.records import (
     exemplar_config,
     image_text_request,
-    model_requests,
-    open_storage,
-    probe_request,
+    opened,
     read_text,
     resources_of,
 )
@@ -81,13 +79,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="share of the probe's images not to look at, so that jobs.score --held-out can be taken on them",
     )
-    options.add_to(
-        parser,
-        options.models,
-        options.exemplars,
-        options.units,
-        options.dissection,
-    )
+    options.add_to(parser, options.units, options.dissection)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -98,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.label import run_labels
     from milan_ray.pipelines.plan import plan_clip_dissect, plan_exemplars, plan_labels
 
-    storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
+    storage, models, probe = opened(args)
     how, dissect = _labelers(args)
     args.pooled = args.pooled or dissect is not None
     resources, config = resources_of(args), exemplar_config(args)
@@ -108,7 +100,6 @@ def run(args: argparse.Namespace) -> int:
         if dissect is not None:
             plan_clip_dissect(storage, plan, layers, probe, dissect, image_text_request(args), args.units)
         return show_plan(args, plan)
-    storage.check_writable()
     with connected(resources):
         done = run_exemplars(storage, models, probe, config, resources)
         failed = dict(done.failed)

@@ -280,6 +280,25 @@ def search(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def bertscore(parser: argparse._ActionsContainer) -> None:
+    """The language model of BERTScore."""
+    parser.add_argument(
+        "--bertscore", metavar="FOLDER", help="language model for BERTScore (default: that of milan-ray[minilm])"
+    )
+
+
+def job(parser: argparse.ArgumentParser) -> None:
+    """What every verb has that takes long and ends with a report: storage, cluster, dry run and the like."""
+    add_to(parser, storage, report, plugins, resources, dry_run, common)
+
+
+def experiment(parser: argparse.ArgumentParser) -> None:
+    """What every verb takes that looks into networks with images, beside what it looks for."""
+    models(parser)
+    probe(parser, required=True)
+    add_to(parser, download, job)
+
+
 def dissection(parser: argparse.ArgumentParser) -> None:
-    """What every verb that dissects models takes beside them: weights, storage, report, cluster and the like."""
-    add_to(parser, download, quirks, storage, report, plugins, resources, dry_run, common)
+    """What every verb that dissects models takes: the models, how, and what such a job has."""
+    add_to(parser, models, exemplars, download, quirks, job)

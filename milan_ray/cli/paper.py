@@ -6,8 +6,8 @@ import argparse
 import os
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import note, report_folder, report_on
-from milan_ray.cli.records import open_storage, resources_of
+from milan_ray.cli.closing import note, report_folder, report_on, show_plan
+from milan_ray.cli.records import resources_of, writable_storage
 from milan_ray.config import results_dir
 from milan_ray.progress import say
 
@@ -22,7 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="NAMES",
         help="only these experiments, e.g. editing,audit; the page keeps what others found before (default: all)",
     )
-    options.add_to(parser, options.storage, options.report, options.resources, options.common)
+    options.add_to(parser, options.storage, options.report, options.resources, options.dry_run, options.common)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -32,15 +32,16 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.demo import DECODER
     from milan_ray.pipelines.paper import EXPERIMENTS, chosen, prepare, run_experiments
     from milan_ray.pipelines.paper.ground import Ground
+    from milan_ray.pipelines.plan_world import plan_paper
     from milan_ray.plugins import load_plugins
     from milan_ray.report.paper import stored_entry, write_page
 
     load_plugins()
     names = chosen(args.only)
-    if args.storage is None:
-        args.storage = str(results_dir() / "demo")
-    storage, resources = open_storage(args), resources_of(args)
-    storage.check_writable()
+    args.storage = args.storage or str(results_dir() / "demo")
+    storage, resources = writable_storage(args), resources_of(args)
+    if args.dry_run:
+        return show_plan(args, plan_paper(storage, args.small, names))
     ground = Ground(storage, resources, args.small)
     with connected(resources):
         prepare(ground, max(1, (os.cpu_count() or 1) // 2 * 2))

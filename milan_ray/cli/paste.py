@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import note, report_on
-from milan_ray.cli.records import model_requests, open_storage, probe_request, resources_of
+from milan_ray.cli.closing import note, report_on, show_plan
+from milan_ray.cli.records import opened, resources_of
 from milan_ray.progress import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the verb its options."""
-    options.models(parser)
-    options.probe(parser, required=True)
+    options.experiment(parser)
     group = parser.add_argument_group("adversarial images; --probe gives the images that something is pasted on")
     group.add_argument("--labeler", default="milan", help="whose descriptions of the units to read")
     options.language(group)
@@ -30,21 +29,24 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--pool", type=options.positive, default=2000, metavar="N", help="images to look for originals among"
     )
     group.add_argument("--seed", type=int, default=0, help="of the choice of images and of the other units")
-    options.add_to(
-        parser, options.download, options.storage, options.report, options.plugins, options.resources, options.common
-    )
 
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.cut_and_paste import PastingConfig, figure_path, run_pasting, summary
-    from milan_ray.pipelines.languages import find_language
+    from milan_ray.pipelines.languages import find_language, language_name
+    from milan_ray.pipelines.plan import Plan
+    from milan_ray.pipelines.plan_experiments import plan_pasting
 
-    storage, models, probe = open_storage(args), model_requests(args), probe_request(args)
-    storage.check_writable()
-    nlp, language = find_language(args.language)
+    storage, models, probe = opened(args)
     config = PastingConfig(args.labeler, args.each, args.originals, args.distractors, args.pool, seed=args.seed)
+    if args.dry_run:
+        plan = Plan()
+        for model in models:
+            plan_pasting(storage, plan, model, probe, language_name(args.language), config)
+        return show_plan(args, plan)
+    nlp, language = find_language(args.language)
     with connected(resources_of(args)):
         for model in models:
             rows = run_pasting(storage, model, probe, nlp, language, config, resources_of(args))

@@ -31,6 +31,27 @@ def open_storage(args: argparse.Namespace) -> Storage:
     return storage
 
 
+def writable_storage(args: argparse.Namespace) -> Storage:
+    """The same for a job that will write there, which fails early where it cannot; a dry run does not even try."""
+    storage = open_storage(args)
+    if not args.dry_run:
+        storage.check_writable()
+    return storage
+
+
+def opened(args: argparse.Namespace) -> tuple[Storage, list[ModelRequest], ProbeRequest]:
+    """What a job on models and images begins with: the run directory, the models, the images."""
+    return writable_storage(args), model_requests(args), probe_request(args)
+
+
+def bert_score_folder(args: argparse.Namespace) -> str | None:
+    """The language model of BERTScore: that of ``--bertscore``, else the installed one; None where there is none."""
+    from milan_ray.scoring.text import minilm_directory
+
+    folder = absolute("--bertscore", args.bertscore) if args.bertscore else minilm_directory()
+    return None if folder is None else str(folder)
+
+
 def absolute(option: str, path: str) -> str:
     """A path as every process of the job can use it: absolute, or the URI it is.
 

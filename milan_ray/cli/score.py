@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
 from milan_ray.cli.closing import close, note, show_plan
-from milan_ray.cli.records import image_text_request, model_requests, open_storage, probe_request, resources_of
+from milan_ray.cli.records import image_text_request, opened, resources_of
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.clip is None and args.generator is None:
         raise MilanError("give what judges: a model of images and texts with --clip, or --generator, or both.")
-    storage, probe, models = open_storage(args), probe_request(args), model_requests(args)
+    storage, models, probe = opened(args)
     resources = resources_of(args)
     described = described_layers(storage, [model.name for model in models], args.labeler, args.layers)
     config = ScoreConfig(args.pooling, args.held_out, args.top, args.retrieved, args.sigmoid, args.seed)
@@ -111,7 +111,6 @@ def run(args: argparse.Namespace) -> int:
         if args.generator is not None:
             plan_cosy(storage, plan, described, probe, models, painter, cosy, config)
         return show_plan(args, plan)
-    storage.check_writable()
     experiments: list[str] = []
     with connected(resources):
         if judge is not None:

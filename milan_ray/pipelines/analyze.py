@@ -15,6 +15,7 @@ from milan_ray.config import Recipe, Resources
 from milan_ray.errors import MilanError
 from milan_ray.experiments import analysis, figures
 from milan_ray.models.ablation import UnitSet
+from milan_ray.models.registry import ModelSpec
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.ablate import Accuracies, run_ablations
@@ -82,20 +83,9 @@ def run_analysis(
     Raises:
         MilanError: A layer has no descriptions, or the images have no classes.
     """
-    spec = requests.model(model)
-    layers = described_layers(storage, spec.name, model.layers or spec.layers, config.labeler)
-    probe_digest = store_manifest(storage, probe)[1]
+    spec, layers = described_model(storage, model, config.labeler)
+    recipe = analysis_recipe(storage, spec, layers, store_manifest(storage, probe)[1], language, config)
     keys = {"labeler": config.labeler, "model": spec.name}
-    recipe = Recipe.of(
-        {
-            "kernel": KERNEL_VERSION,
-            "descriptions": {layer: storage.config_of(DESCRIPTIONS, layer=layer, **keys) for layer in layers},
-            "weights": weights_digest(spec.load()),
-            "probe": probe_digest,
-            "language": language,
-            "analysis": config,
-        }
-    )
     public = {"experiment": name, "model": spec.name}
     say(f"{name}: sentences are read by {language}")
     for each in analysis.missing_criteria(nlp, config.words):
@@ -124,6 +114,31 @@ def run_analysis(
         storage.remove_work(found.work)
     rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **public)))
     return rows.filter(pl.col("class") == "")
+
+
+def analysis_recipe(
+    storage: Storage, spec: ModelSpec, layers: Sequence[str], probe: str, language: str, config: AnalysisConfig
+) -> Recipe:
+    """What decides an analysis.
+
+    Args:
+        storage: The run directory.
+        spec: The classifier.
+        layers: Its layers, which are described.
+        probe: Digest of the images.
+        language: What the pipeline is called that reads descriptions.
+        config: How.
+    """
+    return Recipe.of(
+        {
+            "kernel": KERNEL_VERSION,
+            "descriptions": descriptions_of(storage, spec.name, layers, config.labeler),
+            "weights": weights_digest(spec.load()),
+            "probe": probe,
+            "language": language,
+            "analysis": config,
+        }
+    )
 
 
 def figure_path(storage: Storage, public: dict[str, str], ending: str, stem: str = FIGURE) -> str:
@@ -200,19 +215,28 @@ def distinct_sets(sets: Sequence[UnitSet]) -> tuple[list[UnitSet], list[int]]:
     return kept, found
 
 
-def described_layers(storage: Storage, model: str, layers: Sequence[str], labeler: str) -> tuple[str, ...]:
-    """The layers, all of which must be described.
+def described_model(
+    storage: Storage, request: requests.ModelRequest, labeler: str
+) -> tuple[ModelSpec, tuple[str, ...]]:
+    """A model, and the layers asked for, all of which must be described.
 
     Raises:
         MilanError: One is not.
     """
-    there = {keys["layer"] for keys in storage.partitions(DESCRIPTIONS, labeler=labeler, model=model)}
+    spec = requests.model(request)
+    layers = request.layers or spec.layers
+    there = {keys["layer"] for keys in storage.partitions(DESCRIPTIONS, labeler=labeler, model=spec.name)}
     if absent := [layer for layer in layers if layer not in there]:
         raise MilanError(
-            f"{storage.root} holds no descriptions of {model} {', '.join(absent)} by {labeler}: run "
-            f"`python -m jobs.describe --model {model} …` first, or choose --layers."
+            f"{storage.root} holds no descriptions of {spec.name} {', '.join(absent)} by {labeler}: run "
+            f"`python -m jobs.describe --model {spec.name} …` first, or choose --layers."
         )
-    return tuple(layers)
+    return spec, tuple(layers)
+
+
+def descriptions_of(storage: Storage, model: str, layers: Sequence[str], labeler: str) -> dict[str, str]:
+    """Layer → configuration hash of its descriptions."""
+    return {layer: storage.config_of(DESCRIPTIONS, labeler=labeler, model=model, layer=layer) for layer in layers}
 
 
 def read_descriptions(storage: Storage, layers: Sequence[str], keys: dict[str, str]) -> pl.DataFrame:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from milan_ray.config import config_hash
+from milan_ray.config import Recipe
 from milan_ray.errors import MilanError
 from milan_ray.experiments import auditing, figures
 from milan_ray.experiments.auditing import descriptions_hash
@@ -15,7 +15,7 @@ from milan_ray.experiments.evaluation import Row, score_table
 from milan_ray.experiments.search import scan_descriptions
 from milan_ray.progress import say
 from milan_ray.report.audits import card_link
-from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS, FIGURE, MANIFEST, SCORES
+from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS, FIGURE, MANIFEST, SCORES, Noun
 from milan_ray.schema.audits import REVIEW
 from milan_ray.schema.table import Column
 from milan_ray.storage import FILE_NAME, Storage
@@ -63,6 +63,29 @@ def described_models(storage: Storage, labeler: str) -> list[str]:
     return sorted({keys["model"] for keys in storage.partitions(DESCRIPTIONS, labeler=labeler)})
 
 
+@dataclass(frozen=True)
+class Found:
+    """An audit before it is written.
+
+    Attributes:
+        audit: What comes of it.
+        recipe: What decides that, people's verdicts among it.
+        about: Metadata of table AUDITS.
+        review: The review file as it should be; None where it is.
+        reviewed: Whether there is a review file.
+    """
+
+    audit: Audit
+    recipe: Recipe
+    about: dict[str, str]
+    review: str | None
+    reviewed: bool
+
+    def why(self, storage: Storage, name: str) -> str | None:
+        """Why an audit would be written; None when it is up to date."""
+        return storage.why(AUDITS, self.recipe, audit=name) or (None if self.reviewed else f"{REVIEW} missing")
+
+
 def run_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditConfig) -> Audit:
     """Counts units by their descriptions in pairs of networks, with what people said of them in the review file.
 
@@ -78,6 +101,22 @@ def run_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCon
         MilanError: A network has no descriptions, the networks were dissected on different images, or the review file
             is damaged.
     """
+    found = find_audit(storage, pairs, config)
+    if found.review is not None:  # else the file stays as people saved it
+        storage.put(_review(storage, config.name), found.review.encode())
+    if found.why(storage, config.name):
+        audit, keys, experiment = found.audit, {"audit": config.name}, f"audit: {config.name}"
+        storage.write(AUDITED, AUDITED.table(_columns(audit.units, AUDITED.columns)), found.recipe, **keys)
+        storage.write(SCORES, score_table(experiment, audit.rows), found.recipe, experiment=experiment)
+        for ending, picture in figures.files(auditing.draw(audit.pairs, config.words)).items():
+            storage.put(figure_path(storage, config.name, ending), picture)
+        table = AUDITS.table(_columns(audit.pairs, AUDITS.columns), found.about)
+        storage.write(AUDITS, table, found.recipe, **keys)  # last: it says that all is done
+    return found.audit
+
+
+def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditConfig) -> Found:
+    """Counts as :func:`run_audit` does, whose arguments and errors these are, and writes nothing."""
     models = list(dict.fromkeys(name for pair in pairs for name in pair))
     known = described_models(storage, config.labeler)
     if absent := [name for name in models if name not in known]:
@@ -97,58 +136,54 @@ def run_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCon
         _exemplars(storage, found),
         pl.Series("card", [card_link(*row) for row in found.select("model", "layer", "unit").iter_rows()], pl.String),
     )
-    keys = {"audit": config.name}
-    place = storage.path(AUDITED, **keys).replace(FILE_NAME, REVIEW)
+    place = _review(storage, config.name)
     try:
         text = storage.get(place).decode("utf-8") if storage.exists(place) else None
     except UnicodeDecodeError as error:
         raise MilanError(f"{storage.uri(place)} is not UTF-8 ({error}): save it as a CSV file in UTF-8.") from error
     earlier = None if text is None else auditing.read_review(text, storage.uri(place))
     units, new = auditing.reviewed(found, earlier)
-    if text is None or len(new):  # else the file stays as people saved it
-        storage.put(place, auditing.write_review(new, text).encode())
     counts = auditing.count_pairs(pairs, units, sizes)
     rows = auditing.compare_sides(counts)
     described = descriptions_hash(storage, config.labeler, models)
-    stamp = config_hash(
+    name = pl.lit(config.name).alias("audit")
+    audited = _frame(AUDITED, units.with_columns(name))
+    recipe = Recipe.of(
         {
             "kernel": KERNEL_VERSION,
             "audit": config,
             "pairs": [list(pair) for pair in pairs],
             "descriptions": described,
-            "verdicts": units.select("model", "layer", "unit", "verdict", "note").rows(),
+            "units and verdicts": audited.rows(),
+            "images": images,
         }
     )
-    audited = AUDITED.table({"audit": [config.name] * len(units), **_columns(units, AUDITED.columns[1:])})
-    table = AUDITS.table(
-        {
-            "audit": [config.name] * len(counts),
-            **_columns(counts, AUDITS.columns[1:-1]),
-            "images": [images] * len(counts),
-        },
-        {
-            "labeler": config.labeler,
-            "words": ", ".join(config.words),
-            "descriptions": described,
-        },
+    return Found(
+        Audit(_frame(AUDITS, counts.with_columns(name, pl.lit(images).alias("images"))), audited, rows),
+        recipe,
+        {"labeler": config.labeler, "words": ", ".join(config.words), "descriptions": described},
+        auditing.write_review(new, text) if text is None or len(new) else None,
+        text is not None,
     )
-    storage.write(AUDITED, audited, stamp, **keys)
-    experiment = f"audit: {config.name}"
-    storage.write(SCORES, score_table(experiment, rows), stamp, experiment=experiment)
-    for ending, picture in figures.files(auditing.draw(counts, config.words)).items():
-        storage.put(figure_path(storage, config.name, ending), picture)
-    storage.write(AUDITS, table, stamp, **keys)
-    return Audit(pl.DataFrame(pl.from_arrow(table)), pl.DataFrame(pl.from_arrow(audited)), rows)
 
 
 def review_path(storage: Storage, name: str) -> str:
     """Where the review file lies."""
-    return storage.uri(storage.path(AUDITED, audit=name).replace(FILE_NAME, REVIEW))
+    return storage.uri(_review(storage, name))
+
+
+def _review(storage: Storage, name: str) -> str:
+    return storage.path(AUDITED, audit=name).replace(FILE_NAME, REVIEW)
 
 
 def figure_path(storage: Storage, name: str, ending: str) -> str:
     """Where the figure lies, below the storage's root."""
     return storage.path(AUDITS, audit=name).replace(FILE_NAME, f"{FIGURE}.{ending}")
+
+
+def _frame(noun: Noun, frame: pl.DataFrame) -> pl.DataFrame:
+    """Rows as they are when read back."""
+    return pl.DataFrame(pl.from_arrow(noun.table(_columns(frame, noun.columns))))
 
 
 def _columns(frame: pl.DataFrame, columns: Sequence[Column]) -> dict[str, object]:

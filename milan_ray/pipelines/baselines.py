@@ -106,7 +106,7 @@ def run_baselines(
             labelers=labelers,
             source=source,
             bert_score=bert_score,
-            name=f"{name} of {model}",
+            name=comparison_name(name, model),
             scenes=scenes,
         )
         comparisons[model] = pl.DataFrame(pl.from_arrow(found))
@@ -117,6 +117,11 @@ def run_baselines(
         )
     _publish(storage, name, rows, comparisons)
     return rows
+
+
+def comparison_name(name: str, model: str) -> str:
+    """What the comparison of one network is called."""
+    return f"{name} of {model}"
 
 
 def labelers_of_all(storage: Storage, model: str, layers: Sequence[str]) -> list[str]:
@@ -142,7 +147,13 @@ def _check_held_out(storage: Storage, network: HeldOut) -> None:
         )
 
 
-def _publish(storage: Storage, name: str, rows: pl.DataFrame, comparisons: Mapping[str, pl.DataFrame]) -> None:
+def baselines_recipe(storage: Storage, comparisons: Mapping[str, pl.DataFrame]) -> Recipe:
+    """What decides the table of all networks.
+
+    Args:
+        storage: The run directory.
+        comparisons: Model → rows of its comparison.
+    """
     configs = {
         model: {
             experiment: (storage.metadata(SCORES, experiment=experiment) or {}).get(CONFIG_KEY)
@@ -150,7 +161,11 @@ def _publish(storage: Storage, name: str, rows: pl.DataFrame, comparisons: Mappi
         }
         for model, found in comparisons.items()
     }
-    recipe = Recipe.of({"version": VERSION, "comparisons": configs})
+    return Recipe.of({"version": VERSION, "comparisons": configs})
+
+
+def _publish(storage: Storage, name: str, rows: pl.DataFrame, comparisons: Mapping[str, pl.DataFrame]) -> None:
+    recipe = baselines_recipe(storage, comparisons)
     if storage.why(SCORES, recipe, experiment=name):
         for ending, picture in figures.files(baselines.draw(rows)).items():
             storage.put(figure_path(storage, name, ending), picture)

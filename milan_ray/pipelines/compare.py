@@ -76,6 +76,12 @@ class Comparison:
             return None
         return "missing" if storage.metadata(SCORES, **keys) is None else "labels, annotations or scores changed"
 
+    def stored(self, storage: Storage) -> pa.Table:
+        """What was found when it was made last; it must be up to date."""
+        found = [keys for keys in storage.partitions(SCORES) if keys["experiment"].startswith(f"{self.name}: ")]
+        found = [keys for keys in found if storage.is_current(SCORES, self.config, **keys)]
+        return pa.concat_tables(storage.read(SCORES, **keys).replace_schema_metadata() for keys in found)
+
 
 def find_comparison(
     storage: Storage,
@@ -152,7 +158,7 @@ def run_comparison(
     units, systems, said = found.units, found.systems, found.said
     if found.why(storage) is None:
         say(f"{name}: up to date")
-        return _stored(storage, name, found.config)
+        return found.stored(storage)
     say(f"{name}: {', '.join(systems)} on {len(units)} units of {len(found.models)} models")
     tables = []
     if annotated := [unit for unit in units if unit in said]:
@@ -180,12 +186,6 @@ def run_comparison(
         storage.put(figure.replace(".svg", f".{kind}"), picture)
     storage.write(SCORES, tables[-1], found.config, experiment=f"{name}: {COST}")  # last: it says that all is done
     return everything
-
-
-def _stored(storage: Storage, name: str, config: str) -> pa.Table:
-    found = [keys for keys in storage.partitions(SCORES) if keys["experiment"].startswith(f"{name}: ")]
-    found = [keys for keys in found if storage.is_current(SCORES, config, **keys)]
-    return pa.concat_tables(storage.read(SCORES, **keys).replace_schema_metadata() for keys in found)
 
 
 def _in_order(descriptions: pl.DataFrame, labelers: Sequence[str] | None) -> pl.DataFrame:

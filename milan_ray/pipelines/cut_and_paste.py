@@ -36,7 +36,7 @@ from milan_ray.models.registry import ModelSpec
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.ablate import class_numbers
-from milan_ray.pipelines.analyze import described_layers, read_descriptions
+from milan_ray.pipelines.analyze import described_model, read_descriptions
 from milan_ray.pipelines.cluster import gpus_each
 from milan_ray.pipelines.exemplars import store_manifest
 from milan_ray.pipelines.fanout import run_parallel
@@ -159,24 +159,10 @@ def run_pasting(
         MilanError: Descriptions or word vectors are missing, the model does not end in a linear map over a described
             layer, or no image can be pasted on.
     """
-    spec = requests.model(model)
-    layers = described_layers(storage, spec.name, model.layers or spec.layers, config.labeler)
+    spec, layers = described_model(storage, model, config.labeler)
     manifest, digest = store_manifest(storage, probe)
-    network = spec.load()
-    weight = _head_weight(spec, network, probe)
-    layer = _last_layer(storage, spec, layers, weight.shape[1], config.labeler)
+    recipe, layer, weight = pasting_recipe(storage, spec, layers, probe, digest, language, config)
     keys = {"model": spec.name, "layer": layer}
-    recipe = Recipe.of(
-        {
-            "kernel": KERNEL_VERSION,
-            "descriptions": storage.config_of(DESCRIPTIONS, labeler=config.labeler, **keys),
-            "exemplars": storage.config_of(EXEMPLARS, **keys),
-            "weights": weights_digest(network),
-            "probe": digest,
-            "language": language,
-            "pasting": config,
-        }
-    )
     public = {"experiment": name, "model": spec.name}
     if storage.why(PASTED, recipe, **public) is None:
         say(f"{name} of {spec.name}: up to date")
@@ -238,6 +224,47 @@ def run_pasting(
         storage.put(figure_path(storage, public, ending), picture)
     storage.write(PASTED, table, recipe, **public)  # last: it says that all is done
     return frame
+
+
+def pasting_recipe(
+    storage: Storage,
+    spec: ModelSpec,
+    layers: Sequence[str],
+    probe: requests.ProbeRequest,
+    digest: str,
+    language: str,
+    config: PastingConfig,
+) -> tuple[Recipe, str, torch.Tensor]:
+    """What decides adversarial images, the layer that the classifier's last one reads, and that one's weights.
+
+    Args:
+        storage: The run directory.
+        spec: The classifier.
+        layers: Its layers, which are described.
+        probe: The images to paste on.
+        digest: Theirs.
+        language: What the pipeline is called that reads descriptions.
+        config: How.
+
+    Raises:
+        MilanError: The model does not end in a linear map over a described layer, which has no exemplars.
+    """
+    network = spec.load()
+    weight = _head_weight(spec, network, probe)
+    layer = _last_layer(storage, spec, layers, weight.shape[1], config.labeler)
+    keys = {"model": spec.name, "layer": layer}
+    recipe = Recipe.of(
+        {
+            "kernel": KERNEL_VERSION,
+            "descriptions": storage.config_of(DESCRIPTIONS, labeler=config.labeler, **keys),
+            "exemplars": storage.config_of(EXEMPLARS, **keys),
+            "weights": weights_digest(network),
+            "probe": digest,
+            "language": language,
+            "pasting": config,
+        }
+    )
+    return recipe, layer, weight
 
 
 def figure_path(storage: Storage, public: dict[str, str], ending: str) -> str:

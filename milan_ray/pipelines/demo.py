@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 
 from milan_ray.annotations.groups import training_groups
-from milan_ray.config import ExemplarConfig, Resources, TrainingConfig, config_hash
+from milan_ray.config import ExemplarConfig, Recipe, Resources, TrainingConfig
 from milan_ray.exemplars.forward import Forward
 from milan_ray.experiments import judges
 from milan_ray.experiments.evaluation import RANDOM, best_constant, evaluate_text, nearest_copy, with_trivial_rows
@@ -31,7 +31,7 @@ from milan_ray.storage import Storage
 from milan_ray.world.networks import planted_concepts
 from milan_ray.world.plugin import CLASSIFIERS, GENERATORS
 from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
-from milan_ray.world.training import PREPROCESS, generator_task, places_tasks, train_all_tasks
+from milan_ray.world.training import PREPROCESS, TrainTask, generator_task, places_tasks, train_all_tasks
 
 DECODER = "world"
 """Name of the captioner, and of its encoder."""
@@ -47,6 +47,9 @@ CONTROL = "world/resnet-random"
 
 PLANTED = "world/planted"
 """The network whose units' concepts are known beforehand."""
+
+MODELS = (*TRAIN, HELD_OUT, CONTROL, PLANTED)
+"""The demo's networks; all but the untrained one are annotated."""
 
 GENERATOR = "world/generator"
 """Paints scenes from their codes; on request only."""
@@ -82,7 +85,8 @@ SWEEP = Sweep((50,), tuple(step / 20 for step in range(21)), metric="rouge-l-f")
 EXPERIMENTS = ("held-out text", "held-out truth", "untrained truth", "planted units", "interpretable units")
 
 SYSTEMS = {"wPMI": MILAN, "p(d|E)": LIKELIHOOD}
-"""What the evaluation compares, as it is shown: system → labeler."""
+CLIP_SYSTEM = {"wPMI beam + CLIP": CLIP}
+"""What the evaluation compares, as it is shown: system → labeler; the last only where it is asked for."""
 
 Units = dict[tuple[str, int], str]
 """(layer, unit) → text."""
@@ -98,31 +102,32 @@ def run_demo(storage: Storage, resources: Resources, threads: int, clip: bool = 
         clip: Also train the world's own model of images and texts, and re-rank with it.
     """
     world.train_networks()
-    models = [requests.ModelRequest(name) for name in (*TRAIN, HELD_OUT, CONTROL, PLANTED)]
+    models = [requests.ModelRequest(name) for name in MODELS]
     dissected = run_exemplars(storage, models, PROBE, EXEMPLARS, resources).models
-    annotated = {name: dissected[name] for name in (*TRAIN, HELD_OUT, PLANTED)}
-    world.annotate(storage, PROBE, annotated)
+    world.annotate(storage, PROBE, {name: dissected[name] for name in MODELS if name != CONTROL})
     run_encodings(storage, dissected, EncoderRequest(DECODER), resources)
-    layers = tuple((model, layer) for model in TRAIN for layer in dissected[model])
-    job = TrainingJob(DECODER, world.SOURCE, layers, EncoderRequest(DECODER), TRAINING, SIZES, threads=threads)
-    run_training(storage, job)
+    run_training(storage, replace(captioner_job(dissected), threads=threads))
     run_descriptions(storage, dissected, SEARCH, resources)
-    tuning = tune(storage, {name: dissected[name] for name in (HELD_OUT, PLANTED)}, resources)
-    systems = SYSTEMS
+    tuning = tuning_job(dissected)
+    run_tuning(storage, tuning, resources)
     if clip:
         run_reranking(storage, dissected, SEARCH, Clip(world.train_image_text()), resources)
-        systems = SYSTEMS | {"wPMI beam + CLIP": CLIP}
-    return pa.concat_tables([evaluate(storage, dissected, systems), tuning])
+    evaluated = evaluate(storage, dissected, SYSTEMS | (CLIP_SYSTEM if clip else {}))
+    return pa.concat_tables([evaluated, storage.read(SCORES, experiment=tuning.experiment)])
 
 
-def tune(storage: Storage, models: Mapping[str, Sequence[str]], resources: Resources) -> pa.Table:
-    """Tunes λ on half of the annotated units of networks that the captioner never saw; returns what the others say."""
+def captioner_job(models: Mapping[str, Sequence[str]]) -> TrainingJob:
+    """The training of the demo's captioner, on networks given with their layers."""
+    layers = tuple((model, layer) for model in TRAIN for layer in models[model])
+    return TrainingJob(DECODER, world.SOURCE, layers, EncoderRequest(DECODER), TRAINING, SIZES)
+
+
+def tuning_job(models: Mapping[str, Sequence[str]]) -> TuningJob:
+    """The sweep over λ: half of the annotated units of networks new to the captioner choose, the others judge."""
     folder = minilm_directory()
     sweep = replace(SWEEP, metric="bertscore-f") if folder else SWEEP
-    layers = tuple((model, layer) for model, layers in models.items() for layer in layers)
-    job = TuningJob(TUNING, DECODER, world.SOURCE, layers, sweep, str(folder) if folder else None)
-    run_tuning(storage, job, resources)
-    return storage.read(SCORES, experiment=job.experiment)
+    layers = tuple((model, layer) for model in (HELD_OUT, PLANTED) for layer in models[model])
+    return TuningJob(TUNING, DECODER, world.SOURCE, layers, sweep, str(folder) if folder else None)
 
 
 def run_generator(storage: Storage, resources: Resources) -> None:
@@ -152,9 +157,7 @@ def run_sets(
     Returns:
         Model → layers.
     """
-    needed = {"encoder", *(name.removeprefix("world/") for models in sets.values() for name in models)}
-    tasks = [generator_task(), *places_tasks(), *train_all_tasks()]
-    world.train_networks([task for task in tasks if task.name in needed])
+    world.train_networks(sets_tasks(sets))
     dissected: dict[str, tuple[str, ...]] = {}
     for probe, models in sets.items():
         found = run_exemplars(
@@ -164,6 +167,12 @@ def run_sets(
         dissected |= found
     run_encodings(storage, dissected, EncoderRequest(DECODER), resources)
     return dissected
+
+
+def sets_tasks(sets: Mapping[requests.ProbeRequest, Sequence[str]] = SETS) -> list[TrainTask]:
+    """The trainings of the networks of :func:`run_sets`."""
+    needed = {"encoder", *(name.removeprefix("world/") for models in sets.values() for name in models)}
+    return [task for task in (generator_task(), *places_tasks(), *train_all_tasks()) if task.name in needed]
 
 
 def run_groups(
@@ -184,19 +193,26 @@ def run_groups(
         training: How to train.
         groups: Which groups, as :func:`~milan_ray.annotations.groups.training_groups` takes them.
     """
-    dissected = run_sets(storage, resources, sets, config)
-    jobs = [
+    run_trainings(storage, group_jobs(run_sets(storage, resources, sets, config), training, groups))
+
+
+def group_jobs(
+    models: Mapping[str, Sequence[str]],
+    training: TrainingConfig = GROUP_TRAINING,
+    groups: Sequence[str] = ("all",),
+) -> list[TrainingJob]:
+    """The trainings of :func:`run_groups`, on networks given with their layers."""
+    return [
         TrainingJob(
             group,
             world.SOURCE,
-            tuple((model, layer) for model in models for layer in dissected[model]),
+            tuple((model, layer) for model in members for layer in models[model]),
             EncoderRequest(DECODER),
             training,
             SIZES,
         )
-        for group, models in training_groups(groups, dissected).items()
+        for group, members in training_groups(groups, models).items()
     ]
-    run_trainings(storage, jobs)
 
 
 def evaluate(storage: Storage, models: Mapping[str, Sequence[str]], systems: Mapping[str, str] = SYSTEMS) -> pa.Table:
@@ -207,17 +223,23 @@ def evaluate(storage: Storage, models: Mapping[str, Sequence[str]], systems: Map
         models: Model name → layers.
         systems: System, as it is shown → labeler; the first is the one that trivial rows are compared with.
     """
+    recipe = evaluation_recipe(storage, models, systems)
+    if any(storage.why(SCORES, recipe, experiment=name) for name in EXPERIMENTS):
+        say("evaluation: against the annotators and against the world itself")
+        folder = minilm_directory()
+        for table in _evaluate(storage, models, systems, BertScore(folder) if folder else None):
+            storage.write(SCORES, table, recipe, experiment=table["experiment"][0].as_py())
+    return pa.concat_tables([storage.read(SCORES, experiment=name) for name in EXPERIMENTS])
+
+
+def evaluation_recipe(storage: Storage, models: Mapping[str, Sequence[str]], systems: Mapping[str, str]) -> Recipe:
+    """What decides the evaluation; arguments as of :func:`evaluate`."""
     described = [{"labeler": labeler, **keys} for keys in _layers(models) for labeler in systems.values()]
     annotated = [{"source": world.SOURCE, **keys} for keys in _layers(models) if keys["model"] != CONTROL]
     configs = [storage.config_of(DESCRIPTIONS, **keys) for keys in described]
     configs += [storage.config_of(ANNOTATIONS, **keys) for keys in annotated]
-    folder = minilm_directory()
-    config = config_hash({"evaluation": 1, "judged": configs, "world": WORLD_DIGEST, "bertscore": folder is not None})
-    if not all(storage.is_current(SCORES, config, experiment=name) for name in EXPERIMENTS):
-        say("evaluation: against the annotators and against the world itself")
-        for table in _evaluate(storage, models, systems, BertScore(folder) if folder else None):
-            storage.write(SCORES, table, config, experiment=table["experiment"][0].as_py())
-    return pa.concat_tables([storage.read(SCORES, experiment=name) for name in EXPERIMENTS])
+    bertscore = minilm_directory() is not None
+    return Recipe.of({"evaluation": 1, "judged": configs, "world": WORLD_DIGEST, "bertscore": bertscore})
 
 
 def _layers(models: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:

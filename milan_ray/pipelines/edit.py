@@ -25,7 +25,8 @@ from milan_ray.pipelines.ablate import run_ablations
 from milan_ray.pipelines.analyze import (
     Curve,
     ablation_rows,
-    described_layers,
+    described_model,
+    descriptions_of,
     distinct_sets,
     figure_path,
     read_descriptions,
@@ -35,7 +36,7 @@ from milan_ray.pipelines.fine_tune import Tuned, fine_tune
 from milan_ray.pipelines.pictures import exemplar_views, unit_exemplars, unit_masks, veiled, views_of
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import say
-from milan_ray.schema import ABLATIONS, CRITERIA, DESCRIPTIONS, EXEMPLARS, FIGURE
+from milan_ray.schema import ABLATIONS, CRITERIA, EXEMPLARS, FIGURE
 from milan_ray.storage import Storage
 
 if TYPE_CHECKING:
@@ -130,27 +131,13 @@ def run_editing(
     Raises:
         MilanError: A layer has no descriptions, none has the words, or images have no classes.
     """
-    spec = requests.model(model)
-    layers = described_layers(storage, spec.name, model.layers or spec.layers, config.labeler)
+    spec, layers = described_model(storage, model, config.labeler)
     every = replace(model, layers=layers)
-    keys = {"labeler": config.labeler, "model": spec.name}
-    probes = {VALIDATION: validation, **({} if test is None else {TEST: test})}
-    recipe = Recipe.of(
-        {
-            "kernel": KERNEL_VERSION,
-            "descriptions": {layer: storage.config_of(DESCRIPTIONS, layer=layer, **keys) for layer in layers},
-            "weights": weights_digest(spec.load()),
-            "probes": {split: store_manifest(storage, probe)[1] for split, probe in probes.items()},
-            "editing": config,
-        }
-    )
+    probes = splits(validation, test)
+    digests = {split: store_manifest(storage, probe)[1] for split, probe in probes.items()}
+    recipe = editing_recipe(storage, spec, layers, digests, config)
     public = {"experiment": name, "model": spec.name}
-    units = read_descriptions(storage, layers, keys)
-    found = mentioning(units["description"].to_list(), config.words)
-    if not len(found):
-        raise MilanError(
-            f"no description of {spec.name} by {config.labeler} contains {' or '.join(config.words)}: choose --words."
-        )
+    units, found = unwanted_units(storage, spec.name, layers, config)
     if storage.why(ABLATIONS, recipe, **public) is None:
         say(f"{name} of {spec.name}: up to date")
         alone = _stored_scores(storage, units, public)
@@ -190,6 +177,56 @@ def run_editing(
     return replace(edit, stop=stop(edit.accuracy(VALIDATION)))
 
 
+def splits(validation: requests.ProbeRequest, test: requests.ProbeRequest | None) -> dict[str, requests.ProbeRequest]:
+    """Split → images, of an editing."""
+    return {VALIDATION: validation, **({} if test is None else {TEST: test})}
+
+
+def editing_recipe(
+    storage: Storage, spec: ModelSpec, layers: Sequence[str], probes: Mapping[str, str], config: EditingConfig
+) -> Recipe:
+    """What decides an editing.
+
+    Args:
+        storage: The run directory.
+        spec: The classifier.
+        layers: Its layers, which are described.
+        probes: Split → digest of its images.
+        config: How.
+    """
+    return Recipe.of(
+        {
+            "kernel": KERNEL_VERSION,
+            "descriptions": descriptions_of(storage, spec.name, layers, config.labeler),
+            "weights": weights_digest(spec.load()),
+            "probes": dict(probes),
+            "editing": config,
+        }
+    )
+
+
+def unwanted_units(
+    storage: Storage, model: str, layers: Sequence[str], config: EditingConfig
+) -> tuple[pl.DataFrame, np.ndarray]:
+    """All described units, and the places of those whose descriptions have the words.
+
+    Raises:
+        MilanError: None has.
+    """
+    units = read_descriptions(storage, layers, {"labeler": config.labeler, "model": model})
+    found = mentioning(units["description"].to_list(), config.words)
+    if not len(found):
+        raise MilanError(
+            f"no description of {model} by {config.labeler} contains {' or '.join(config.words)}: choose --words."
+        )
+    return units, found
+
+
+def tuned_name(name: str) -> str:
+    """What the experiment is called that fine-tunes after an editing."""
+    return f"{name}, fine-tuned"
+
+
 def run_fine_tuning(
     storage: Storage,
     model: requests.ModelRequest,
@@ -219,7 +256,7 @@ def run_fine_tuning(
     """
     steps = tuple(dict.fromkeys((0, count)))
     tuned, accuracies = fine_tune(model, train, probes, [edit.removed(step) for step in steps], config, resources)
-    public = {"experiment": f"{name}, fine-tuned", "model": model.name}
+    public = {"experiment": tuned_name(name), "model": model.name}
     units = edit.units
     tables = [
         ablation_rows(

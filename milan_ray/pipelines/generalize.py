@@ -96,14 +96,27 @@ class GeneralizationJob:
     workers: int = 1
     memory_limit: int = 2 * 2**30
 
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that the splits name."""
+        return tuple(dict.fromkeys(model for split in self.splits for model in split.models))
+
     def pairs(self, models: Sequence[str]) -> tuple[tuple[str, str], ...]:
         """(model, layer) pairs of models."""
         return tuple((model, layer) for model in models for layer in self.layers[model])
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """One captioner and what it is judged on."""
+class Trial:
+    """One captioner and what it is judged on.
+
+    Attributes:
+        split: What trains and what judges.
+        number: Which of several such captioners.
+        train: Units that it is trained on.
+        test: Units that it is judged by.
+        training: How it is trained; without GPUs.
+    """
 
     split: Split
     number: int
@@ -135,19 +148,14 @@ def run_generalization(
         MilanError: Annotations or encodings are missing, a split has no unit on one side, or trainings failed.
     """
     started = time.monotonic()
-    models = list(dict.fromkeys(model for split in job.splits for model in split.models))
-    annotated = {model: _annotated(storage, job, model) for model in models}
-    gpus = gpus_each(resources)
-    trials = [
-        _trial(split, number, job, annotated, resources, gpus)
-        for split in job.splits
-        for number in range(job.config.trials)
-    ]
+    trials = find_trials(storage, job, resources)
+    units = {unit for trial in trials for unit in (*trial.train, *trial.test)}
     say(
-        f"{job.name}: {len(job.splits)} splits, {job.config.trials} trials each, "
-        f"{sum(map(len, annotated.values()))} annotated units of {len(models)} models"
+        f"{job.name}: {len(job.splits)} splits, {job.config.trials} trials each, {len(units)} annotated units of "
+        f"{len(job.models)} models"
     )
-    run_trainings(storage, [trial.training for trial in trials])
+    gpus = gpus_each(resources)
+    run_trainings(storage, [replace(trial.training, gpus=gpus) for trial in trials])
     _store_splits(storage, job.name, trials)
     _describe(storage, job, trials, resources)
     _score(storage, job, trials, nlp, language, resources)
@@ -171,14 +179,21 @@ def _annotated(storage: Storage, job: GeneralizationJob, model: str) -> list[Uni
     return found
 
 
+def find_trials(storage: Storage, job: GeneralizationJob, resources: Resources) -> list[Trial]:
+    """All captioners of an experiment, trained or not; arguments and errors as of :func:`run_generalization`."""
+    annotated = {model: _annotated(storage, job, model) for model in job.models}
+    return [
+        _trial(split, number, job, annotated, resources) for split in job.splits for number in range(job.config.trials)
+    ]
+
+
 def _trial(
     split: Split,
     number: int,
     job: GeneralizationJob,
     annotated: Mapping[str, Sequence[Unit]],
     resources: Resources,
-    gpus: float,
-) -> _Trial:
+) -> Trial:
     config = job.config
     optimisation = config.within if split.within else config.training
     train, test = generalization.divided(split, annotated, config.share, optimisation.seed, number)
@@ -200,26 +215,30 @@ def _trial(
         config.sizes,
         job.workers,
         resources.cpus_per_actor,
-        gpus=gpus,
         threads=resources.threads,
         memory_limit=job.memory_limit,
         units=tuple(map(tuple, of_layers.values())) if split.within else (),
         keep_encoder=False,
     )
-    return _Trial(split, number, train, test, training)
+    return Trial(split, number, train, test, training)
 
 
-def _store_splits(storage: Storage, experiment: str, trials: Sequence[_Trial]) -> None:
+def split_units(trials: Sequence[Trial], split: str) -> tuple[list[tuple[int, str, str, str, int]], Recipe]:
+    """The rows of a split's table, trial, part and unit, and what decides them."""
+    parts = [
+        (trial.number, part, *unit)
+        for trial in trials
+        if trial.split.name == split
+        for part, units in ((TRAIN, trial.train), (TEST, trial.test))
+        for unit in units
+    ]
+    return parts, Recipe.of({"kernel": KERNEL_VERSION, "units": parts})
+
+
+def _store_splits(storage: Storage, experiment: str, trials: Sequence[Trial]) -> None:
     for split in dict.fromkeys(trial.split.name for trial in trials):
-        parts = [
-            (trial.number, part, *unit)
-            for trial in trials
-            if trial.split.name == split
-            for part, units in ((TRAIN, trial.train), (TEST, trial.test))
-            for unit in units
-        ]
-        recipe = Recipe.of({"kernel": KERNEL_VERSION, "units": parts})
-        if not storage.is_current(SPLITS, recipe.hash, experiment=experiment, split=split):
+        parts, recipe = split_units(trials, split)
+        if storage.why(SPLITS, recipe, experiment=experiment, split=split):
             columns = dict(zip(("trial", "part", "model", "layer", "unit"), zip(*parts, strict=True), strict=True))
             names = {"experiment": [experiment] * len(parts), "split": [split] * len(parts)}
             storage.write(SPLITS, SPLITS.table({**names, **columns}), recipe, experiment=experiment, split=split)
@@ -234,30 +253,43 @@ class _Saying:
 
     storage: Storage
     job: GeneralizationJob
-    trial: _Trial
+    trial: Trial
     recipe: Recipe
     threads: int
     device: str
 
 
-def _describe(storage: Storage, job: GeneralizationJob, trials: Sequence[_Trial], resources: Resources) -> None:
+def held_out_recipe(storage: Storage, job: GeneralizationJob, trial: Trial, captioner: str) -> Recipe:
+    """What decides what a captioner says of held-out units.
+
+    Args:
+        storage: The run directory.
+        job: What to find out.
+        trial: The captioner.
+        captioner: Configuration hash that it has, or will have.
+    """
+    layers = (*trial.training.layers, *job.pairs(trial.split.test_models))
+    return Recipe.of(
+        {
+            "kernel": KERNEL_VERSION,
+            "captioner": captioner,
+            "encodings": [
+                storage.config_of(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer)
+                for model, layer in layers
+            ],
+            "annotations": annotations_read(storage, job.source, layers),
+            "units": [trial.train, trial.test],
+            "beam_size": job.config.beam_size,
+            "lam": job.config.lam,
+        }
+    )
+
+
+def _describe(storage: Storage, job: GeneralizationJob, trials: Sequence[Trial], resources: Resources) -> None:
     tasks = []
     for trial in trials:
-        layers = (*trial.training.layers, *job.pairs(trial.split.test_models))
-        recipe = Recipe.of(
-            {
-                "kernel": KERNEL_VERSION,
-                "captioner": storage.config_of(TRAINING, decoder=trial.training.name),
-                "encodings": [
-                    storage.config_of(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer)
-                    for model, layer in layers
-                ],
-                "annotations": annotations_read(storage, job.source, layers),
-                "units": [trial.train, trial.test],
-                "beam_size": job.config.beam_size,
-                "lam": job.config.lam,
-            }
-        )
+        captioner = storage.config_of(TRAINING, decoder=trial.training.name)
+        recipe = held_out_recipe(storage, job, trial, captioner)
         if storage.why(HELD_OUT, recipe, **trial.public(job.name)):
             tasks.append(_Saying(storage, job, trial, recipe, resources.threads, resources.device))
     if not tasks:
@@ -338,10 +370,33 @@ class _Scoring:
     threads: int
 
 
+def split_recipe(job: GeneralizationJob, language: str, held_out: Sequence[str]) -> Recipe:
+    """What decides the scores of a split.
+
+    Args:
+        job: What to find out.
+        language: What the pipeline is called that reads descriptions.
+        held_out: Configuration hashes of what its captioners say, or will have said.
+    """
+    return Recipe.of(
+        {
+            "kernel": KERNEL_VERSION,
+            "held_out": list(held_out),
+            "bertscore": job.bert_score and Path(job.bert_score).name,
+            "language": language,
+        }
+    )
+
+
+def scores_recipe(splits: Sequence[str]) -> Recipe:
+    """What decides the table that the report shows, from the configuration hashes of the splits' scores."""
+    return Recipe.of({"kernel": KERNEL_VERSION, "splits": list(splits)})
+
+
 def _score(
     storage: Storage,
     job: GeneralizationJob,
-    trials: Sequence[_Trial],
+    trials: Sequence[Trial],
     nlp: Language,
     language: str,
     resources: Resources,
@@ -349,14 +404,8 @@ def _score(
     tasks, recipes = [], []
     for split in job.splits:
         mine = [trial for trial in trials if trial.split == split]
-        recipe = Recipe.of(
-            {
-                "kernel": KERNEL_VERSION,
-                "held_out": [storage.config_of(HELD_OUT, **trial.public(job.name)) for trial in mine],
-                "bertscore": job.bert_score and Path(job.bert_score).name,
-                "language": language,
-            }
-        )
+        said = [storage.config_of(HELD_OUT, **trial.public(job.name)) for trial in mine]
+        recipe = split_recipe(job, language, said)
         if storage.why(GENERALIZATION, recipe, experiment=job.name, split=split.name):
             units = sorted({unit for trial in mine for unit in trial.test})
             tasks.append(_Scoring(storage, job, split.name, units, resources.threads))
@@ -425,7 +474,7 @@ def _publish(storage: Storage, job: GeneralizationJob, rows: pl.DataFrame) -> No
         ],
     )
     configs = [storage.config_of(GENERALIZATION, experiment=job.name, split=split.name) for split in job.splits]
-    recipe = Recipe.of({"kernel": KERNEL_VERSION, "splits": configs})
+    recipe = scores_recipe(configs)
     if storage.why(SCORES, recipe, experiment=job.name):
         for ending, picture in figures.files(generalization.draw(rows)).items():
             storage.put(figure_path(storage, job.name, ending), picture)

@@ -21,6 +21,7 @@ INSTALLED = ("en_core_web_lg", "en_core_web_md", "en_core_web_sm")
 
 SPECIMENS = 3000
 VERSION = "language-1"
+OF_THE_WORLD = f"a small pipeline trained on the built-in world's sentences ({VERSION}), which knows no others"
 
 
 def find_language(name: str | None = None) -> tuple[Language, str]:
@@ -36,16 +37,21 @@ def find_language(name: str | None = None) -> tuple[Language, str]:
     Raises:
         MilanError: There is no such pipeline.
     """
-    if name is not None:
-        nlp = load_language(name)
-        return nlp, f"{nlp.meta['lang']}_{nlp.meta['name']} {nlp.meta['version']}"
-    for installed in INSTALLED:
-        if spacy.util.is_package(installed):
-            return find_language(installed)
-    return (
-        _of_the_world(),
-        f"a small pipeline trained on the built-in world's sentences ({VERSION}), which knows no others",
-    )
+    name = name or _installed()
+    if name is None:
+        return _of_the_world(), OF_THE_WORLD
+    nlp = load_language(name)
+    return nlp, f"{nlp.meta['lang']}_{nlp.meta['name']} {nlp.meta['version']}"
+
+
+def language_name(name: str | None = None) -> str:
+    """What :func:`find_language` calls the pipeline, found out without training one."""
+    name = name or _installed()
+    return OF_THE_WORLD if name is None else find_language(name)[1]
+
+
+def _installed() -> str | None:
+    return next((name for name in INSTALLED if spacy.util.is_package(name)), None)
 
 
 def _of_the_world() -> Language:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,7 @@ from milan_ray.pipelines.exemplars import describe_model, pooled_recipe, why_exe
 from milan_ray.pipelines.label import LabelConfig, label_recipe
 from milan_ray.pipelines.rerank import wide_search
 from milan_ray.pipelines.score import Described, ScoreConfig, exemplar_score_recipes, score_recipes
-from milan_ray.pipelines.train import TrainingJob, training_recipe
+from milan_ray.pipelines.train import TrainingJob, training_recipe, why_training
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.schema import (
     CANDIDATES,
@@ -60,6 +60,10 @@ Layers = Mapping[tuple[str, str], str]
 """(model, layer) → configuration hash that a table of all its units will have."""
 
 
+NETWORKS = "networks"
+"""What stands among the names of tables for networks to be trained first; they lie beside models, not in storages."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One partition.
@@ -81,26 +85,55 @@ class Plan:
 
     Attributes:
         steps: Its partitions, in the order of the stages.
+        later: Partitions, or groups of them, that are made of what is not there yet: only then can it be told whether
+            they would be made.
         failed: Model → why it would be skipped.
         pooled: (model, layer) → configuration hash that its pooled activations will have, where they are asked for.
     """
 
     steps: list[Step] = field(default_factory=list)
+    later: list[Step] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
     pooled: dict[tuple[str, str], str] = field(default_factory=dict)
 
+    @property
+    def due(self) -> list[Step]:
+        """The steps that would run."""
+        return [step for step in self.steps if step.reason]
+
     def text(self) -> str:
-        """The steps that would run, a line each, and how many would not."""
-        due = [step for step in self.steps if step.reason]
-        rows = [(step.table, " ".join(step.keys), step.reason) for step in due]
+        """The steps that would run, a line each, those that cannot be told yet, and how many would not."""
+        due = self.due
+        rows = [(step.table, " ".join(step.keys), step.reason) for step in (*due, *self.later)]
         rows += [("skipped", name, reason) for name, reason in self.failed.items()]
         width = max((len(where) for _, where, _ in rows), default=0)
         lines = [f"{table:12}  {where:{width}}  {reason}" for table, where, reason in rows]
         current = len(self.steps) - len(due)
-        return "\n".join([*lines, f"{len(due)} tables would be made, {current} are up to date; nothing was done."])
+        after = f", {len(self.later)} depend on them" if self.later else ""
+        what = "networks and tables" if any(step.table == NETWORKS for step in self.steps) else "tables"
+        counted = f"{len(due)} {what} would be made, {current} are up to date{after}; nothing was done."
+        return "\n".join([*lines, counted])
 
-    def _add(self, storage: Storage, noun: Noun, recipe: Recipe, **keys: str) -> None:
+    def add(self, storage: Storage, noun: Noun, recipe: Recipe, **keys: str) -> None:
+        """Adds a partition of which the recipe is known."""
         self.steps.append(Step(noun.name, tuple(keys.values()), storage.why(noun, recipe, **keys)))
+
+    def waits(self, table: str, keys: tuple[str, ...], *before: str, of: str | None = None) -> bool:
+        """Whether a table is made of others that would be made first, so that its recipe is not known; notes it then.
+
+        Args:
+            table: Its name.
+            keys: Its partition, or what stands for several.
+            *before: Names of the others.
+            of: A key that the others' partitions must have to count, such as a model; None for any.
+        """
+        for ahead in (self.due, self.later):
+            there = {step.table for step in ahead if of is None or of in step.keys}
+            if first := [name for name in before if name in there]:
+                step = Step(table, keys, f"not known before: {', '.join(first)}")
+                self.later += [] if step in self.later else [step]
+                return True
+        return False
 
 
 def plan_exemplars(
@@ -108,15 +141,23 @@ def plan_exemplars(
     models: Sequence[requests.ModelRequest],
     probe: requests.ProbeRequest,
     config: ExemplarConfig,
+    plan: Plan | None = None,
 ) -> tuple[Plan, Layers]:
     """The plan of :func:`milan_ray.pipelines.exemplars.run_exemplars`, and what its exemplars will be.
+
+    Args:
+        storage: The run directory.
+        models: What to dissect.
+        probe: The probe images.
+        config: How.
+        plan: What is planned already, which is added to; None for nothing.
 
     Raises:
         MilanError: The probe cannot be listed.
     """
     source = requests.probe(probe)
     digest = probe_digest(source.manifest())
-    plan = Plan()
+    plan = plan or Plan()
     layers: dict[tuple[str, str], str] = {}
     for request in dict.fromkeys(models):
         try:
@@ -130,7 +171,7 @@ def plan_exemplars(
             reason = why_exemplars(storage, recipe, spec.name, layer)
             plan.steps.append(Step(EXEMPLARS.name, (spec.name, layer), reason))
             if config.pooled:
-                plan._add(storage, POOLED, pooled_recipe(recipe), model=spec.name, layer=layer)
+                plan.add(storage, POOLED, pooled_recipe(recipe), model=spec.name, layer=layer)
                 plan.pooled[spec.name, layer] = pooled_recipe(recipe).hash
             layers[spec.name, layer] = recipe.hash
     return plan, layers
@@ -157,7 +198,7 @@ def plan_encodings(
     layers: dict[tuple[str, str], str] = {}
     for (model, layer), config in exemplars.items():
         recipe = encodings_recipe(identity, config, units)
-        plan._add(storage, ENCODINGS, recipe, encoder=encoder.name, model=model, layer=layer)
+        plan.add(storage, ENCODINGS, recipe, encoder=encoder.name, model=model, layer=layer)
         layers[model, layer] = recipe.whole
     return layers
 
@@ -171,7 +212,7 @@ def plan_descriptions(
     for labeler in labelers(captioner, search):
         for (model, layer), recipe in recipes.items():
             described = description_recipe(recipe, labeler)
-            plan._add(storage, DESCRIPTIONS, described, labeler=labeler.name, model=model, layer=layer)
+            plan.add(storage, DESCRIPTIONS, described, labeler=labeler.name, model=model, layer=layer)
 
 
 def _plan_candidates(
@@ -180,7 +221,7 @@ def _plan_candidates(
     identity = search_identity(captioner, search)
     recipes = {key: candidates_recipe(identity, config, units) for key, config in encodings.items()}
     for (model, layer), recipe in recipes.items():
-        plan._add(storage, CANDIDATES, recipe, decoder=search.name, model=model, layer=layer)
+        plan.add(storage, CANDIDATES, recipe, decoder=search.name, model=model, layer=layer)
     return recipes
 
 
@@ -210,7 +251,7 @@ def plan_reranking(
     labeler = clip.labeler()
     for (model, layer), recipe in recipes.items():
         described = description_recipe(recipe, labeler, compared[model, layer])
-        plan._add(storage, DESCRIPTIONS, described, labeler=labeler.name, model=model, layer=layer)
+        plan.add(storage, DESCRIPTIONS, described, labeler=labeler.name, model=model, layer=layer)
 
 
 def plan_labels(
@@ -235,7 +276,7 @@ def plan_labels(
     for labeler in how.labelers:
         for (model, layer), config in exemplars.items():
             recipe = label_recipe(labeler, config, grids[model], units)
-            plan._add(storage, DESCRIPTIONS, recipe, labeler=labeler.name, model=model, layer=layer)
+            plan.add(storage, DESCRIPTIONS, recipe, labeler=labeler.name, model=model, layer=layer)
 
 
 def plan_clip_dissect(
@@ -261,11 +302,11 @@ def plan_clip_dissect(
     embedder = requests.image_text(request, probe.plugins)
     digest = probe_digest(requests.probe(probe).manifest())
     images = image_embeddings_recipe(embedder, digest)
-    plan._add(storage, IMAGE_EMBEDDINGS, images, encoder=request.name, probe=digest)
+    plan.add(storage, IMAGE_EMBEDDINGS, images, encoder=request.name, probe=digest)
     for (model, layer), config in exemplars.items():
         pooled = plan.pooled[model, layer]
         recipe = clip_dissect_recipe(labeler, embedder.text_identity(), config, pooled, images.hash, units)
-        plan._add(storage, DESCRIPTIONS, recipe, labeler=labeler.name, model=model, layer=layer)
+        plan.add(storage, DESCRIPTIONS, recipe, labeler=labeler.name, model=model, layer=layer)
 
 
 def plan_dnd(storage: Storage, plan: Plan, exemplars: Layers, how: DndConfig, units: tuple[int, ...] = ()) -> None:
@@ -282,8 +323,8 @@ def plan_dnd(storage: Storage, plan: Plan, exemplars: Layers, how: DndConfig, un
     for (model, layer), config in exemplars.items():
         drawings = drawings_recipe(identity, config, units)
         keys = {"labeler": how.labeler.name, "model": model, "layer": layer}
-        plan._add(storage, DRAWINGS, drawings, **keys)
-        plan._add(storage, DESCRIPTIONS, dnd_recipe(drawings, how.labeler), **keys)
+        plan.add(storage, DRAWINGS, drawings, **keys)
+        plan.add(storage, DESCRIPTIONS, dnd_recipe(drawings, how.labeler), **keys)
 
 
 def plan_scores(
@@ -312,11 +353,11 @@ def plan_scores(
     embedder = requests.image_text(request, probe.plugins)
     digest = probe_digest(requests.probe(probe).manifest())
     images = image_embeddings_recipe(embedder, digest)
-    plan._add(storage, IMAGE_EMBEDDINGS, images, encoder=request.name, probe=digest)
+    plan.add(storage, IMAGE_EMBEDDINGS, images, encoder=request.name, probe=digest)
     recipes = score_recipes(storage, described, digest, embedder, images.hash, config, classes)
     recipes |= exemplar_score_recipes(storage, described, images.hash)
     for what, recipe in recipes.items():
-        plan._add(storage, UNIT_SCORES, recipe, predictor=request.name, **what.keys)
+        plan.add(storage, UNIT_SCORES, recipe, predictor=request.name, **what.keys)
 
 
 def plan_cosy(
@@ -334,7 +375,7 @@ def plan_cosy(
     generator = requests.generator(request, probe.plugins)
     weights = weights_of(models)
     for what, recipe in cosy_recipes(storage, described, digest, weights, generator, cosy, config).items():
-        plan._add(storage, UNIT_SCORES, recipe, predictor=request.name, **what.keys)
+        plan.add(storage, UNIT_SCORES, recipe, predictor=request.name, **what.keys)
 
 
 def plan_training(storage: Storage, job: TrainingJob) -> Plan:
@@ -344,8 +385,15 @@ def plan_training(storage: Storage, job: TrainingJob) -> Plan:
         MilanError: Exemplars or annotations are missing, or do not belong together.
     """
     plan, (encodings,) = _plan_annotated(storage, job.layers, [job.encoder])
-    plan._add(storage, TRAINING, training_recipe(storage, job, encodings), decoder=job.name)
+    add_training(storage, plan, job, encodings)
     return plan
+
+
+def add_training(storage: Storage, plan: Plan, job: TrainingJob, encodings: Layers) -> Recipe:
+    """Adds a training on encodings that are planned already; returns what decides its captioner."""
+    recipe = training_recipe(storage, job, encodings)
+    plan.steps.append(Step(TRAINING.name, (job.name,), why_training(storage, job, recipe)))
+    return recipe
 
 
 def plan_tuning(storage: Storage, job: TuningJob, encoder: Request) -> Plan:
@@ -354,14 +402,18 @@ def plan_tuning(storage: Storage, job: TuningJob, encoder: Request) -> Plan:
     Raises:
         MilanError: Exemplars or annotations are missing, or the captioner cannot do what the sweep asks for.
     """
+    plan, _ = _plan_annotated(storage, job.layers, [encoder])
+    add_tuning(storage, plan, job, "encodings are missing or changed" if plan.due else None)
+    return plan
+
+
+def add_tuning(storage: Storage, plan: Plan, job: TuningJob, reason: str | None = None) -> None:
+    """Adds a sweep on encodings that are planned already; a reason where one is known without looking at it."""
     from milan_ray.pipelines.tune import why_tuning  # Ray Tune takes a second to import
 
-    plan, _ = _plan_annotated(storage, job.layers, [encoder])
     trials = f"{len(job.sweep.trials())} trials: "
-    keys = (captioner_name(job.decoder), job.name)
-    reason = "encodings are missing or changed" if _due(plan) else why_tuning(storage, job)
-    plan.steps.append(Step(TRIALS.name, keys, reason and trials + reason))
-    return plan
+    reason = reason or why_tuning(storage, job)
+    plan.steps.append(Step(TRIALS.name, (captioner_name(job.decoder), job.name), reason and trials + reason))
 
 
 def plan_decoder_tuning(storage: Storage, job: DecoderTuningJob, encoders: Sequence[Request]) -> Plan:
@@ -374,27 +426,33 @@ def plan_decoder_tuning(storage: Storage, job: DecoderTuningJob, encoders: Seque
 
     plan, _ = _plan_annotated(storage, job.layers, encoders)
     trials = f"{job.space.budget.trials} trials of at most {job.space.budget.epochs} epochs: "
-    reason = "encodings are missing or changed" if _due(plan) else why_decoder_tuning(storage, job)
+    reason = "encodings are missing or changed" if plan.due else why_decoder_tuning(storage, job)
     plan.steps.append(Step(DECODER_TRIALS.name, (job.name,), reason and trials + reason))
     return plan
-
-
-def _due(plan: Plan) -> bool:
-    return any(step.reason for step in plan.steps)
 
 
 def _plan_annotated(
     storage: Storage, layers: Sequence[tuple[str, str]], encoders: Sequence[Request]
 ) -> tuple[Plan, list[Layers]]:
+    plan, exemplars = plan_present(storage, by_model(layers))
+    return plan, [plan_encodings(storage, plan, exemplars, encoder) for encoder in encoders]
+
+
+def by_model(layers: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    """Model → layers, of pairs of them."""
     models: dict[str, list[str]] = {}
     for model, layer in layers:
         models.setdefault(model, []).append(layer)
-    plan, exemplars = plan_present(storage, models)
-    return plan, [plan_encodings(storage, plan, exemplars, encoder) for encoder in encoders]
+    return models
 
 
 def plan_comparison(storage: Storage, comparison: Comparison) -> Plan:
     """The plan of :func:`milan_ray.pipelines.compare.run_comparison`."""
+    return Plan([comparison_step(storage, comparison)])
+
+
+def comparison_step(storage: Storage, comparison: Comparison) -> Step:
+    """The step of a comparison."""
     about = f"{', '.join(comparison.systems)} on {len(comparison.units)} units"
     reason = comparison.why(storage)
-    return Plan([Step(SCORES.name, (comparison.name,), reason and f"{about}: {reason}")])
+    return Step(SCORES.name, (comparison.name,), reason and f"{about}: {reason}")

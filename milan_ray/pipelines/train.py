@@ -258,10 +258,16 @@ def _due(storage: Storage, job: TrainingJob) -> Recipe | None:
         for model, layer in job.layers
     }
     recipe = training_recipe(storage, job, encodings)
-    if storage.why(TRAINING, recipe, decoder=job.name) or not has_captioner(storage, job.name):
+    if why_training(storage, job, recipe):
         return recipe
     say(f"training of {job.name}: up to date")
     return None
+
+
+def why_training(storage: Storage, job: TrainingJob, recipe: Recipe) -> str | None:
+    """Why a captioner has to be trained; None when it is there."""
+    lost = None if has_captioner(storage, job.name) else "captioner missing"
+    return storage.why(TRAINING, recipe, decoder=job.name) or lost
 
 
 def _publish(

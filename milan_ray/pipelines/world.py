@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from milan_ray.config import ExemplarConfig, config_hash
+from milan_ray.config import ExemplarConfig, Recipe
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.forward import Forward, read_inputs
 from milan_ray.pipelines import requests
@@ -38,8 +39,7 @@ def train_networks(wanted: Sequence[TrainTask] | None = None) -> int:
     Args:
         wanted: Which; None for those that the demo needs.
     """
-    place = Storage(weights_dir())
-    tasks = [task for task in wanted or train_all_tasks() if not place.exists(task.file)]
+    place, tasks = Storage(weights_dir()), untrained(wanted)
     if not tasks:
         say(f"the world's networks: all in {place.root}")
         return 0
@@ -52,9 +52,20 @@ def train_networks(wanted: Sequence[TrainTask] | None = None) -> int:
     return len(tasks)
 
 
+def untrained(wanted: Sequence[TrainTask] | None = None) -> list[TrainTask]:
+    """The trainings of :func:`train_networks` whose networks are not there."""
+    place = Storage(weights_dir())
+    return [task for task in wanted or train_all_tasks() if not place.exists(task.file)]
+
+
+def image_text_folder() -> Path:
+    """Where the world's model of images and texts lies, once it is trained."""
+    return weights_dir() / FOLDER
+
+
 def train_image_text() -> str:
     """Trains the world's model of images and texts if it is not there yet; returns its folder."""
-    folder = weights_dir() / FOLDER
+    folder = image_text_folder()
     build(folder)
     train_networks([image_text_task()])
     return str(folder)
@@ -73,7 +84,12 @@ class _Annotate:
     probe: requests.ProbeRequest
     model: str
     layer: str
-    config: str
+    recipe: Recipe
+
+
+def annotations_recipe(exemplars: str) -> Recipe:
+    """What decides a layer's annotations, given the configuration hash of its exemplars."""
+    return Recipe.of({"kernel": ANNOTATORS_VERSION, "world": WORLD_DIGEST, "exemplars": exemplars})
 
 
 def annotate(storage: Storage, probe: requests.ProbeRequest, models: Mapping[str, Sequence[str]]) -> None:
@@ -81,10 +97,9 @@ def annotate(storage: Storage, probe: requests.ProbeRequest, models: Mapping[str
     tasks = []
     for model, layers in models.items():
         for layer in layers:
-            exemplars = storage.config_of(EXEMPLARS, model=model, layer=layer)
-            config = config_hash({"kernel": ANNOTATORS_VERSION, "world": WORLD_DIGEST, "exemplars": exemplars})
-            if not storage.is_current(ANNOTATIONS, config, source=SOURCE, model=model, layer=layer):
-                tasks.append(_Annotate(storage, probe, model, layer, config))
+            recipe = annotations_recipe(storage.config_of(EXEMPLARS, model=model, layer=layer))
+            if storage.why(ANNOTATIONS, recipe, source=SOURCE, model=model, layer=layer):
+                tasks.append(_Annotate(storage, probe, model, layer, recipe))
     if not tasks:
         say("annotations: all up to date")
         return
@@ -125,7 +140,7 @@ def _annotate_layer(task: _Annotate) -> None:
         },
         {EXEMPLARS_KEY: task.storage.config_of(EXEMPLARS, **keys)},
     )
-    task.storage.write(ANNOTATIONS, table, task.config, source=SOURCE, **keys)
+    task.storage.write(ANNOTATIONS, table, task.recipe, source=SOURCE, **keys)
 
 
 @dataclass(frozen=True)

@@ -46,9 +46,11 @@ def monkeypatch_module():
 
 
 @pytest.mark.usefixtures("ray_session", "language")
-def test_analysis_from_descriptions_to_figure(storage, photos, capsys):
+def test_analysis_from_descriptions_to_figure(storage, photos, capsys, dry_run):
     arguments = ["analyze", "--model", "tiny/cnn", "--plugin", PLUGIN, "--layers", "0", "2", "--probe", str(photos)]
-    arguments += ["--storage", storage.root, "--trials", "2", "--no-report", "--words", "wheel"]
+    arguments += ["--trials", "2", "--no-report", "--words", "wheel"]
+    assert dry_run(storage.root, *arguments) == {"ablations analysis tiny/cnn": "missing"}
+    arguments += ["--storage", storage.root]
     assert cli.main(arguments) == 0
     said = capsys.readouterr().err
     assert "the built-in world's sentences" in said and "accuracy on 90 images" in said
@@ -79,8 +81,12 @@ def test_analysis_from_descriptions_to_figure(storage, photos, capsys):
     picture = storage.get(figure_path(storage, PUBLIC, "svg"))
     assert b"<svg" in picture and storage.get(figure_path(storage, PUBLIC, "png"))[1:4] == b"PNG"
 
+    assert dry_run(storage.root, *arguments) == {}
+    stale = {"ablations analysis tiny/cnn": "analysis changed"}
+    assert dry_run(storage.root, *arguments, "--seed", "1") == stale
     assert cli.main(arguments) == 0
     assert "analysis of tiny/cnn: up to date" in capsys.readouterr().err
+    assert cli.main([*arguments, "--labeler", "nobody", "--dry-run"]) == 1
     assert cli.main([*arguments, "--labeler", "nobody"]) == 1
     assert "no descriptions of tiny/cnn 0, 2 by nobody" in capsys.readouterr().err
 

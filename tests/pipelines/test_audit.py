@@ -57,9 +57,11 @@ def read(storage: Storage, noun) -> pl.DataFrame:
     return pl.DataFrame(pl.from_arrow(storage.read(noun, audit="faces")))
 
 
-def test_audit_counts_reviews_and_counts_again(storage: Storage, capsys, monkeypatch) -> None:
+def test_audit_counts_reviews_and_counts_again(storage: Storage, capsys, dry_run) -> None:
+    assert dry_run(storage.root, "audit") == {"audits faces": "missing"}
     assert audit(storage) == 0
     out = capsys.readouterr()
+    assert dry_run(storage.root, "audit") == {}
     assert "are from /photos" in out.err
     assert "5 units in 2 unblurred networks, 1 in 2 blurred ones" in out.err
     pairs = read(storage, AUDITS)
@@ -89,6 +91,8 @@ def test_audit_counts_reviews_and_counts_again(storage: Storage, capsys, monkeyp
     with file.open("w", newline="") as lines:
         csv.writer(lines).writerows([header, *rows])
     saved = file.read_bytes()
+    stale = {"audits faces": "units and verdicts changed"}
+    assert dry_run(storage.root, "audit") == stale
     describe(storage, "new/plain-blurred", ("sky", "a face", "sky", "sky", "sky"))
     assert audit(storage, "--query", "face") == 0
     out = capsys.readouterr()
@@ -99,6 +103,7 @@ def test_audit_counts_reviews_and_counts_again(storage: Storage, capsys, monkeyp
     with file.open(newline="") as lines:
         assert len(list(csv.reader(lines))) == 8  # the header, the six, the new one
     assert audit(storage) == 0
+    assert dry_run(storage.root, "audit") == {}
     assert read(storage, AUDITED).filter(pl.col("note") == "a dog")["verdict"].to_list() == ["reject"]
 
 

@@ -26,7 +26,7 @@ PUBLIC = {"experiment": "editing", "model": "tiny/cnn"}
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_units_found_by_words_are_removed_step_by_step(photos, tmp_path, capsys):
+def test_units_found_by_words_are_removed_step_by_step(photos, tmp_path, capsys, dry_run):
     storage = Storage(tmp_path / "run")
     for layer, texts in SAID.items():
         columns = {"labeler": "milan", "model": "tiny/cnn", "layer": layer}
@@ -40,7 +40,9 @@ def test_units_found_by_words_are_removed_step_by_step(photos, tmp_path, capsys)
         Image.open(file).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(target)
     out = tmp_path / "edited.safetensors"
     arguments = ["edit", "--model", "tiny/cnn", "--plugin", PLUGIN, "--layers", "0", "2", "--probe", str(photos)]
-    arguments += ["--storage", storage.root, "--test", str(test), "--trials", "2", "--no-report"]
+    arguments += ["--test", str(test), "--trials", "2", "--no-report"]
+    assert dry_run(storage.root, *arguments, "--out", str(out)) == {"ablations editing tiny/cnn": "missing"}
+    arguments += ["--storage", storage.root]
     assert cli.main([*arguments, "--remove", "2", "--out", str(out)]) == 0
     said = capsys.readouterr().err
     assert "3 of 14 units" in said and "3 units found" in said and "test: " in said
@@ -72,6 +74,11 @@ def test_units_found_by_words_are_removed_step_by_step(photos, tmp_path, capsys)
     torch.testing.assert_close(found, Ablation(spec, spec.load(), [sets[2]]).logits(views)[0], rtol=1e-4, atol=1e-5)
 
     tuning = ["--remove", "2", "--fine-tune", str(photos), "--lr", "0.05", "--out", str(out)]
+    assert dry_run(storage.root, *arguments) == {}
+    anew = {"ablations editing, fine-tuned tiny/cnn": "made anew by every run"}
+    assert dry_run(storage.root, *arguments, *tuning) == anew
+    stale = {"ablations editing tiny/cnn": "editing changed"}
+    assert dry_run(storage.root, *arguments, "--words", "roof") == stale
     assert cli.main([*arguments, *tuning]) == 0
     said = capsys.readouterr().err
     assert "editing of tiny/cnn: up to date" in said
@@ -87,6 +94,7 @@ def test_units_found_by_words_are_removed_step_by_step(photos, tmp_path, capsys)
         right = deployed(spec.prepare(views)).argmax(-1) == views_of(spec, photos)[1]
     assert tuned["accuracy"][3] == pytest.approx(right.double().mean().item())
     assert tuned["accuracy"][3] >= accuracies(spec, photos, [sets[2]])[0]  # the training images themselves
+    assert cli.main([*arguments, "--words", "unicorn", "--dry-run"]) == 1
     assert cli.main([*arguments, "--words", "unicorn"]) == 1
     assert "contains unicorn" in capsys.readouterr().err
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import spacy
 from milan_ray import cli
 from milan_ray.annotations.splits import chosen_splits
 from milan_ray.config import Resources, TrainingConfig
+from milan_ray.pipelines import plan_experiments
 from milan_ray.pipelines.captioners import EncoderRequest, load_captioner
 from milan_ray.pipelines.generalize import GeneralizationConfig, GeneralizationJob, run_generalization
+from milan_ray.pipelines.plan_experiments import plan_generalization
 from milan_ray.pipelines.train import Sizes
 from milan_ray.schema import ANNOTATIONS, ENCODINGS, EXEMPLARS, GENERALIZATION, HELD_OUT, SCORES, SPLITS, TRAINING
 from milan_ray.storage import Storage
@@ -63,16 +66,29 @@ TRAINED = TrainingConfig(max_epochs=2)
 CONFIG = GeneralizationConfig(2, 0.2, TRAINED, TRAINED, Sizes(8, 16), beam_size=4)
 
 
-def generalize(storage: Storage, **changes: object) -> pl.DataFrame:
+def job_of(**changes: object) -> GeneralizationJob:
     models = ("mine/a", "mine/b")
-    job = GeneralizationJob(
+    return GeneralizationJob(
         "people",
         dict.fromkeys(models, ("0",)),
         chosen_splits(["mine/a", "mine/a:mine/b"], models),
         EncoderRequest("tiny", plugins=(PLUGIN,)),
         replace(CONFIG, **changes),
     )
-    return run_generalization(storage, job, spacy.blank("en"), "rules", Resources(device="cpu"))
+
+
+def generalize(storage: Storage, **changes: object) -> pl.DataFrame:
+    return run_generalization(storage, job_of(**changes), spacy.blank("en"), "rules", Resources(device="cpu"))
+
+
+def planned(storage: Storage, monkeypatch: pytest.MonkeyPatch, **changes: object) -> dict[str, int]:
+    """Table → partitions that a dry run would make, where the encodings are those that tests have invented."""
+    invented = {(model, "0"): f"encoded {model}" for model in ("mine/a", "mine/b")}
+    monkeypatch.setattr(plan_experiments, "plan_encodings", lambda *_: invented)
+    before = storage.stat("")
+    plan = plan_generalization(storage, job_of(**changes), "rules", Resources(device="cpu"))
+    assert storage.stat("") == before and not plan.later
+    return Counter(step.table for step in plan.due)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +109,14 @@ def done(storage: Storage, ray_session: None) -> Storage:
 
 def frame(storage: Storage, noun, split: str, **keys: str) -> pl.DataFrame:
     return pl.DataFrame(pl.from_arrow(storage.read(noun, experiment="generalization", split=split, **keys)))
+
+
+def test_a_dry_run_says_what_a_run_then_makes(done: Storage, monkeypatch) -> None:
+    assert planned(done, monkeypatch) == {}
+    stronger = planned(done, monkeypatch, lam=0.5)
+    assert stronger == {"held_out": 4, "generalization": 2, "scores": 1}, "captioners stay as they are"
+    more = planned(done, monkeypatch, trials=3)
+    assert more == {"splits": 2, "training": 2, "held_out": 2, "generalization": 2, "scores": 1}
 
 
 def test_splits_are_kept_as_a_table(done: Storage) -> None:

@@ -16,6 +16,8 @@ from milan_ray.experiments.cut_and_paste import grown, paste
 from milan_ray.pipelines.cut_and_paste import PastingConfig, figure_path, run_pasting, summary
 from milan_ray.pipelines.exemplars import run_exemplars
 from milan_ray.pipelines.pictures import exemplar_views, unit_exemplars, unit_masks, views_of
+from milan_ray.pipelines.plan import Plan
+from milan_ray.pipelines.plan_experiments import plan_pasting
 from milan_ray.pipelines.requests import ModelRequest, ProbeRequest, model, probe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import DESCRIPTIONS
@@ -25,6 +27,16 @@ PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
 REQUEST = ModelRequest("tiny/cnn", layers=("2",), plugins=(PLUGIN,))
 CONFIG = PastingConfig(units=3, originals=3, distractors=2, targets=2)
 PUBLIC = {"experiment": "cut-and-paste", "model": "tiny/cnn"}
+
+
+def why(storage: Storage, images: ProbeRequest, language: str) -> str | None:
+    """What a dry run says."""
+    plan, before = Plan(), storage.stat("")
+    plan_pasting(storage, plan, REQUEST, images, language, CONFIG)
+    assert storage.stat("") == before
+    (step,) = plan.steps
+    assert (step.table, step.keys) == ("pasted", tuple(PUBLIC.values()))
+    return step.reason
 
 
 @pytest.fixture
@@ -46,7 +58,9 @@ def test_what_units_fire_at_is_pasted_on_what_they_are_silent_on(photos, tmp_pat
     table = DESCRIPTIONS.table({c.name: [row.get(c.name) for row in rows] for c in DESCRIPTIONS.columns})
     storage.write(DESCRIPTIONS, table, "d", **keys)
 
+    assert why(storage, images, "four words") == "missing"
     pairs = run_pasting(storage, REQUEST, images, nlp, "four words", CONFIG, Resources())
+    assert why(storage, images, "four words") is None and why(storage, images, "others") == "language changed"
     different = pairs.filter(pl.col("group") == "different words")
     assert set(different["unit"]) <= {1, 2, 4} and len(set(pairs["unit"])) >= 2
     assert "images with something pasted on" in summary(pairs)
