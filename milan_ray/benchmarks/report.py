@@ -89,7 +89,7 @@ def write_zoo(storage: Storage, zoo: Zoo) -> None:
     storage.write(MANIFEST, MANIFEST.table(manifest), "synthetic", probe=PROBE)
     for block in range(0, zoo.images, _BLOCK):
         part = ids[block : block + _BLOCK]
-        where = {"probe": PROBE, "view": VIEW, "block": str(block // _BLOCK)}
+        where = {"probe": PROBE, "view": VIEW, "block": f"{block // _BLOCK:06d}"}
         images = {"image_id": part, "image": [_picture(rng, zoo.side) for _ in part]}
         storage.write(VIEWS, VIEWS.table(_repeated(where, len(part)) | images), "synthetic", **where)
     masks = [_mask(rng, zoo.side) for _ in range(_MASKS)]
