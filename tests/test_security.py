@@ -17,10 +17,14 @@ import torch
 
 from milan_ray.captioner.checkpoints import load_reference
 from milan_ray.errors import MilanError
+from milan_ray.models.image_text import ImageText
+from milan_ray.models.resolve import resolve_model
+from milan_ray.models.sentences import SentenceEncoder
 from milan_ray.models.weights import read_state_dict
 from milan_ray.pipelines.views import block_of
 from milan_ray.probe.latents import LatentFiles
 from milan_ray.schema import ANNOTATIONS, LEVELS
+from milan_ray.scoring.text import BertScore
 from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -119,6 +123,39 @@ def test_hostile_weights_execute_nothing(make, read, tmp_path):
     make(file, Bomb(target))
     with pytest.raises(MilanError):
         read(file)
+    assert not target.exists()
+
+
+def image_text(folder: Path) -> None:
+    ImageText(str(folder))
+
+
+def network(folder: Path) -> None:
+    resolve_model(f"hf/{folder}").load()
+
+
+def sentences(folder: Path) -> None:
+    SentenceEncoder(folder, "cpu")
+
+
+def bert_score(folder: Path) -> None:
+    import transformers
+
+    transformers.BertConfig(num_hidden_layers=1).save_pretrained(folder)
+    BertScore(folder, num_layers=1, device="cpu")
+
+
+@pytest.mark.parametrize("make", [as_torch, as_bare_pickle, as_old_torch])
+@pytest.mark.parametrize("read", [image_text, network, sentences, bert_score])
+def test_hostile_folders_of_transformers_execute_nothing(make, read, save_clip, tmp_path):
+    """Whose weights are no safetensors file: transformers reads them by ``weights_only``."""
+    pytest.importorskip("transformers")
+    target, folder = tmp_path / "executed", tmp_path / "hostile"
+    save_clip(folder)
+    (folder / "model.safetensors").unlink()
+    make(folder / "pytorch_model.bin", Bomb(target))
+    with pytest.raises((MilanError, pickle.UnpicklingError, ValueError, OSError)):
+        read(folder)
     assert not target.exists()
 
 
