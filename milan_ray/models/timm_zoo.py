@@ -39,8 +39,7 @@ def resolve(name: str) -> ModelSpec:
         config = None
     if config is None:
         raise unknown_name("timm model", name, timm.list_models(pretrained=True))
-    with torch.device("meta"):
-        model = timm.create_model(name, pretrained=False)
+    model = _structure(timm, name)
     prefix = getattr(model, "num_prefix_tokens", None)
     if prefix is None:
         layers = [info["module"] for info in getattr(model, "feature_info", ())]
@@ -70,6 +69,15 @@ def build(name: str, weights: str | None) -> nn.Module:
     if weights is not None and weights != RANDOM:
         load_strictly(model, read_state_dict(weights), weights)
     return model
+
+
+def _structure(timm: ModuleType, name: str) -> nn.Module:
+    """A model without weights, for its layers' names."""
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, pretrained=False)
+    except RuntimeError:  # versions up to 1.0.20 at least read numbers off tensors while they build some networks
+        return build(name, None)
 
 
 def _timm() -> ModuleType:
