@@ -18,9 +18,9 @@ ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.slow
 
 
-def run_demo(folder: Path) -> subprocess.CompletedProcess[str]:
+def run_demo(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "MILAN_MODELS_DIR": str(folder / "models")}
-    command = [sys.executable, "-m", "jobs.demo", "--storage", str(folder / "run")]
+    command = [sys.executable, "-m", "jobs.demo", "--storage", str(folder / "run"), *options]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1500, check=False)
 
 
@@ -46,7 +46,7 @@ def test_demo_shows_progress_and_ends_with_a_summary(demo):
     said = demo[1]
     for part in ("networks:", "exemplars:", "encodings:", "descriptions:", "held-out text", "planted units", "report:"):
         assert part in said
-    assert "1082 units of 5 networks described" in said
+    assert "1085 units of 5 networks described" in said
     assert (demo[0] / "report/index.html").is_file()
 
 
@@ -109,6 +109,12 @@ def test_demo_again_does_nothing(demo):
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in files} == before
     assert "training of world: up to date" in again.stderr
+
+
+def test_demo_that_is_done_has_nothing_to_do(demo):
+    planned = run_demo(demo[0].parent, "--dry-run")
+    assert planned.returncode == 0, planned.stderr
+    assert planned.stdout.splitlines()[-1].startswith("0 networks and tables would be made, ")
 
 
 def test_demo_planted_units_are_named_by_describe_and_dissect(demo):

@@ -85,10 +85,9 @@ from dataclasses import replace
 from milan_ray import runtime
 runtime.prepare(None)
 from safetensors.torch import save_file
-from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
+from milan_ray.config import ExemplarConfig, TrainingConfig
 from milan_ray.experiments.tuning import Sweep
 from milan_ray.pipelines import demo
-from milan_ray.pipelines.cluster import connected
 from milan_ray.pipelines.plan_world import plan_demo
 from milan_ray.pipelines.requests import ProbeRequest
 from milan_ray.plugins import load_plugins
@@ -109,47 +108,24 @@ demo.SEARCH, demo.SWEEP = replace(demo.SEARCH, beam_size=2), Sweep((2,), (0.0, 0
 demo.minilm_directory = lambda: None
 storage = Storage(sys.argv[1])
 print(plan_demo(storage).text())
-if len(sys.argv) > 3:
-    with connected(Resources()):
-        demo.run_demo(storage, Resources(), 1)
-    print(plan_demo(storage).text())
-    demo.SEARCH = replace(demo.SEARCH, lam=0.7)
-    print(plan_demo(storage).text())
 """
-"""The demo with untrained networks and 40 scenes: planned, and where it is asked for, run and planned again."""
-
-
-def small_demo(folder: Path, *run: str) -> tuple[dict[str, str], list[str]]:
-    """What the first plan says, and the lines of those after it."""
-    environment = {**os.environ, "MILAN_MODELS_DIR": str(folder / "models")}
-    command = [sys.executable, "-c", SMALL, str(folder / "run"), WORLD, *run]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    lines = done.stdout.splitlines()
-    place = next(number for number, line in enumerate(lines) if "would be made" in line)
-    rows = (re.split(r"\s{2,}", line) for line in lines[: place + 1])
-    return {f"{row[0]} {row[1]}": row[2] for row in rows if len(row) == 3}, lines[place:]
+"""The demo with untrained networks and 40 scenes, planned; tests/test_demo.py plans a finished one."""
 
 
 def test_demo_says_which_layers_where_its_networks_are_there(tmp_path) -> None:
-    said, closing = small_demo(tmp_path)
+    environment = {**os.environ, "MILAN_MODELS_DIR": str(tmp_path / "models")}
+    command = [sys.executable, "-c", SMALL, str(tmp_path / "run"), WORLD]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    *lines, closing = done.stdout.splitlines()
+    said = {f"{row[0]} {row[1]}": row[2] for row in (re.split(r"\s{2,}", line) for line in lines) if len(row) == 3}
     assert said["exemplars world/planted planted"] == said["encodings world world/planted planted"] == "missing"
     assert said["annotations world world/planted planted"] == "missing"
     assert not [key for key in said if key.startswith(("networks", "annotations world world/resnet-random"))]
     assert said["training world"] == "not known before: exemplars, annotations"
     assert said["descriptions the demo's networks"] == "not known before: training"
-    (line,) = closing
-    assert line.startswith("47 networks and tables would be made, 5 are up to date, 4 depend on them;")
+    assert closing.startswith("47 networks and tables would be made, 5 are up to date, 4 depend on them;")
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.slow
-def test_demo_that_is_done_has_nothing_to_do(tmp_path) -> None:
-    _, (_, done, *again) = small_demo(tmp_path, "run")
-    assert done.startswith("0 networks and tables would be made, 110 are up to date;")
-    made = [re.split(r"\s{2,}", line) for line in again[:-1]]
-    assert [row[0] for row in made] == ["descriptions"] * 17 + ["scores"]
-    assert {row[-1] for row in made} == {"lam changed", "not known before: descriptions"}
 
 
 def test_paper_stands_on_the_demo_and_finds_its_claims_anew(tmp_path, dry_run: DryRun) -> None:
