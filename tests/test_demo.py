@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -131,6 +133,28 @@ def test_demo_planted_units_are_named_by_describe_and_dissect(demo):
         concept in concepts_in(text) for concept, text in zip(planted_concepts, labels["description"], strict=True)
     ]
     assert sum(named) / len(named) >= 0.2
+
+
+def documented() -> list[list[str]]:
+    """The commands of the documents that are about the demo's networks, in the order of the pages."""
+    documents = runpy.run_path(str(ROOT / "tests/test_documents.py"))
+    return [command for command in documents["TYPED"] if documents["why_not"](command) == [documents["ON_THE_DEMO"]]]
+
+
+def test_documents_commands_on_the_demo_run(demo, tmp_path):
+    """As they are written, but for a shorter sweep."""
+    sweep = tmp_path / "rerank.yaml"
+    sweep.write_text("strategies: [beam, rerank]\nbeam_sizes: [5]\nlams: [0, 0.2]\nmetric: rouge-l-f\n")
+    environment = {**os.environ, "MILAN_MODELS_DIR": str(demo[0].parent / "models")}
+    ran = set()
+    for command in documented():
+        places = {"results/demo": demo[0], "tune_configs/rerank.yaml": sweep}
+        verb, *words = (functools.reduce(lambda w, p: w.replace(p, str(places[p])), places, word) for word in command)
+        line = [sys.executable, "-m", f"jobs.{verb}", *words]
+        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
+        assert done.returncode == 0, (command, done.stderr)
+        ran.add(verb)
+    assert ran >= {"dnd", "baselines", "label", "score", "compare", "tune", "describe"}
 
 
 def test_papers_experiments_in_small_write_the_page(demo):

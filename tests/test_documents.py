@@ -45,6 +45,8 @@ ELSEWHERE = {
 """Options of Ray, pip and others that the documents name, and of every program."""
 
 
+ON_THE_DEMO = "(?!edit|.*world/clip).* world/(resnet|planted|probe)"
+
 NOT_RUN = {
     "demo|paper|benchmark": "minutes by themselves: tests/test_demo.py and tests/benchmarks run them",
     "(describe|plan) --zoo": "dozens of networks: tests/pipelines/test_zoo.py runs a small zoo",
@@ -52,7 +54,8 @@ NOT_RUN = {
     "annotations (collect|answers)": "people's answers: tests/pipelines/test_collection_pipeline.py makes some",
     "annotations statistics annotations.csv": "a pipeline of spaCy that has to be downloaded",
     "train|generalize|baselines --model alexnet|tune (?!.*world/).*": "training and trials: tests/pipelines has them",
-    ".* world/(resnet|planted|probe)(-text)?": "networks that the demo trains, for minutes",
+    "edit .*-text|label .*world/clip": "networks that jobs.paper or the demo with --clip train, for minutes",
+    ON_THE_DEMO: "networks that the demo trains: tests/test_demo.py runs these, too",
     "describe .*--milan base.clip|dnd --model resnet50": "big models to download: tests/pipelines has tiny ones",
     "label --model resnet18": "Broden's concept maps: tests/pipelines/test_label_pipeline.py has some",
     "(analyze|paste) --model resnet18": "ImageNet's classes: tests/pipelines has other ones",
