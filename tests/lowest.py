@@ -11,7 +11,7 @@ REQUIREMENT = re.compile(r'"(?P<name>[\w-]+)(?:\[[^\]]*\])?>=(?P<lowest>[\d.]+)(
 def constraints(pyproject: str) -> list[str]:
     """`name==version` of every requirement that says from which version on, extras' too."""
     project = pyproject.partition("\ndependencies = ")[2].partition("\n[project.scripts]")[0]
-    return [f"{found['name']}=={found['lowest']}" for found in REQUIREMENT.finditer(project)]
+    return list(dict.fromkeys(f"{found['name']}=={found['lowest']}" for found in REQUIREMENT.finditer(project)))
 
 
 if __name__ == "__main__":
