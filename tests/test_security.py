@@ -131,6 +131,11 @@ def image_text(folder: Path) -> None:
 
 
 def network(folder: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
+    transformers.ViTConfig(**sizes, image_size=32, patch_size=8).save_pretrained(folder)
+    transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
     resolve_model(f"hf/{folder}").load()
 
 
@@ -154,7 +159,7 @@ def test_hostile_folders_of_transformers_execute_nothing(make, read, save_clip, 
     save_clip(folder)
     (folder / "model.safetensors").unlink()
     make(folder / "pytorch_model.bin", Bomb(target))
-    with pytest.raises((MilanError, pickle.UnpicklingError, ValueError, OSError)):
+    with pytest.raises(MilanError, match="cannot be loaded"):
         read(folder)
     assert not target.exists()
 

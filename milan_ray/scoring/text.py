@@ -15,7 +15,7 @@ import numpy as np
 from rouge import Rouge
 from sacrebleu.metrics.bleu import BLEU, BLEUScore
 
-from milan_ray.errors import MilanError
+from milan_ray.errors import MilanError, reason
 
 References = Sequence[Sequence[str]] | Sequence[str]
 """Per unit its references; a plain string is a unit's only reference."""
@@ -202,8 +202,12 @@ class BertScore:
             raise MilanError(f"{folder} has {config.num_hidden_layers} layers; num_layers={layers} is not one of them.")
         config.num_hidden_layers = layers
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        self.model = AutoModel.from_pretrained(folder, config=config, local_files_only=True).eval().to(self.device)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            model = AutoModel.from_pretrained(folder, config=config, local_files_only=True)
+        except Exception as error:  # whatever transformers' readers raise on absent, damaged or unfit files
+            raise MilanError(f"the model for BERTScore in {folder} cannot be loaded ({reason(error)}).") from error
+        self.model = model.eval().to(self.device)
         self.idf = idf
         self.baseline = np.zeros(3)
         if rescale:
