@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milan_ray.errors import MilanError
-from milan_ray.exemplars.shard import Committed, LayerState, Plan, fold, to_table
+from milan_ray.exemplars.shard import Committed, LayerState, LayerStates, Plan, fold, to_table
 
 PLAN = Plan(images=200, k=5, quantile=0.99, samples=1500, map_budget=2**20)
 
@@ -131,3 +131,32 @@ def test_bytes_of_a_shard_fall_as_the_bars_rise():
         known.commit(shard, state)
     assert sizes[-1] < 0.4 * sizes[0]
     assert sorted(sizes, reverse=True)[:3] == sizes[:3]
+
+
+def test_layer_states_of_several_threads_are_those_of_one():
+    random = np.random.default_rng(0)
+    shapes = {"wide": (6, 9, 9), "deep": (40, 2, 2), "flat": (5, 1, 1)}
+    batches = [
+        {layer: torch.from_numpy(random.standard_normal((7, *shape), np.float32)) for layer, shape in shapes.items()}
+        for _ in range(4)
+    ]
+    plan = Plan(28, 3, 0.9, 1000, 2**20)
+    found, known = [], []
+    for threads in (1, 3):
+        layers, mine = LayerStates(plan, threads), {}
+        for number, batch in enumerate(batches):
+            layers.update(batch, np.arange(7) + 7 * number, mine)
+        found.append(layers.states)
+        known.append(mine)
+    assert [set(states) for states in found] == [set(mine) for mine in known] == [set(shapes)] * 2
+    for layer in shapes:
+        one, other = (states[layer] for states in found)
+        assert to_table(one, one.topk).equals(to_table(other, other.topk))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_layer_states_name_the_layer_whose_shape_changes(threads):
+    layers = LayerStates(PLAN, threads)
+    layers.update({"a": torch.ones(2, 3, 4, 4), "b": torch.ones(2, 3, 4, 4)}, np.arange(2))
+    with pytest.raises(MilanError, match=r"^layer 'b': its output changed"):
+        layers.update({"a": torch.ones(2, 3, 4, 4), "b": torch.ones(2, 3, 5, 5)}, np.arange(2, 4))
