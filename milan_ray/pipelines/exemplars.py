@@ -444,7 +444,7 @@ class ExemplarWorker(ModelWorker):
         index, item = row["model"], self._work[row["model"]]
         spec, forward = self._forward(index)
         # The bars of the models before: their rows are over.
-        known = self._known.setdefault(index, {})
+        known = self._known.get(index, {})
         self._known = {index: known}
         columns = ["image_id", "root", "path"]
         start = row["start"]
