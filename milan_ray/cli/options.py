@@ -170,7 +170,9 @@ def reading(group: argparse._ActionsContainer) -> None:
         "--units-axis", type=int, metavar="N", help="axis of the layers' outputs that counts units; -1 is the last"
     )
     group.add_argument("--batch-axis", type=int, metavar="N", help="axis of the layers' outputs that counts images")
-    group.add_argument("--grid", type=grid, metavar="HxW", help="height and width of the layers' positions, as 16x8")
+    group.add_argument(
+        "--layer-grid", type=grid, metavar="HxW", help="height and width of the layers' positions, as 16x8"
+    )
     group.add_argument(
         "--prefix-tokens", type=int, metavar="N", help="tokens before the positions (CLS, registers), left out"
     )

@@ -133,7 +133,7 @@ def reading_of(args: argparse.Namespace) -> Reading:
     """What the user says of the layers' axes."""
     from milan_ray.models.layouts import Reading
 
-    return Reading(args.batch_axis, args.units_axis, args.grid, args.prefix_tokens)
+    return Reading(args.batch_axis, args.units_axis, args.layer_grid, args.prefix_tokens)
 
 
 def probe_request(args: argparse.Namespace) -> ProbeRequest:

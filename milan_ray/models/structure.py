@@ -25,6 +25,7 @@ _WIDTHS = (
     ("num_channels", 1),
     ("embed_dim", -1),
     ("embedding_dim", -1),
+    ("hidden_size", -1),
     ("nf", -1),
 )
 """Attributes in which modules keep their number of features, and the axis on which their kind puts them."""

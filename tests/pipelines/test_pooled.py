@@ -130,7 +130,7 @@ def test_pooled_after_a_kill_has_every_row_once(undisturbed, few, tmp_path, caps
     storage, source, config = Storage(tmp_path), ProbeRequest((str(few),)), replace(CONFIG, shard_size=8)
     manifest, digest = stage.store_manifest(storage, source)
     for asked, shards in ((replace(config, pooled=False), range(5)), (config, (0, 1, 1, 2, 3, 4))):
-        item = stage._plan(storage, CNN, model(CNN), digest, len(manifest), asked)
+        item = stage._plan(storage, CNN, model(CNN), probe(source), digest, len(manifest), asked)
         worker = stage.ExemplarWorker(**stage._worker_arguments(storage, [item], source, asked, Resources()))
         for n in shards:
             assert worker({"model": 0, "shard": n, "start": 8 * n, "images": 8})["error"] is None
