@@ -69,7 +69,7 @@ def candidates(
         declared: The model's own number of prefix tokens; None where it says none.
         told: What the user says.
     """
-    axes = [axis for axis in ((1, 2) if len(per_image) == 2 else (1, 3)) if axis != units.axis]
+    axes = [axis for axis in ((1, 2) if len(per_image) == 2 else (1, 3, 2)) if axis != units.axis]
     if units.axis is not None:
         axes = [units.axis] if told.units_axis is not None else [units.axis, *axes]
     for axis in axes:

@@ -251,8 +251,8 @@ class _Examination:
                 return
             values = (tensor.dequantize() if tensor.is_quantized else tensor).movedim(axis, 0).float().nan_to_num()
             squares = (values[1:] - values[:1]).square()
-            axes = (1, 2) if values.ndim == 3 else (1, 3)
-            found.setdefault(key, []).append({units: squares.sum(units).sqrt().double().cpu() for units in axes})
+            sums = {units: squares.sum(units).sqrt().double().cpu() for units in range(1, values.ndim)}
+            found.setdefault(key, []).append(sums)
 
         handles = [module.register_forward_hook(after) for module in {module for module, _ in wanted}]
         some = 1 if self._alone else min(self._most, _TOGETHER) - 1
@@ -364,7 +364,9 @@ class _Examination:
             return f"{puts_out}, which does not agree with {said}; correct that, or choose another layer."
         if ways and (told.grid is not None or (told.units_axis is not None and len(per_image) == 3)):
             return ways[0].layout(per_image, batch, "what was said of it")
-        best, evidence = self._best(ways, key)
+        best, evidence = self._best([way for way in ways if units.certain and way.units_axis == units.axis], key)
+        if evidence is None or evidence.hit < 0.9 * evidence.peak:
+            best, evidence = self._best(ways, key)
         if best is not None and evidence is not None and evidence.confirms:
             return best.layout(per_image, batch, "lit patches")
         if evidence is not None and evidence.contradicts:
