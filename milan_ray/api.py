@@ -467,7 +467,7 @@ def search(
         MilanError: There are no such descriptions, there is no word in the query, or no such model.
     """
     meaning = None if text_model is None else load_text_model(os.fspath(text_model))
-    frame = _descriptions(source, models, layers, labelers)
+    frame = _descriptions(source, models, layers, labelers, leave_out=True)
     return search_descriptions(frame, query, model=meaning, any_word=any_word, top=top)
 
 
@@ -502,11 +502,12 @@ def _descriptions(
     models: Sequence[str] | None,
     layers: Sequence[str] | None,
     labelers: Sequence[str] | None,
+    leave_out: bool = False,
 ) -> pl.LazyFrame:
     if isinstance(source, (pl.LazyFrame, pl.DataFrame)):
         return source.lazy()
     storage = source if isinstance(source, Storage) else Storage(source)
-    return scan_descriptions(storage, models, layers, labelers)
+    return scan_descriptions(storage, models, layers, labelers, leave_out=leave_out)
 
 
 def as_frame(table: pa.Table) -> pl.DataFrame:

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "milan_ray"
 FLOORS = (
     {"errors"},
     {"schema", "config", "device", "runtime", "progress", "remote"},
-    {"models", "probe", "storage", "plugins", "hub"},
+    {"models", "probe", "storage", "plugins", "hub", "damaged"},
     {"exemplars", "annotations", "scoring"},
     {"world", "captioner"},
     {"labelers", "experiments", "report"},
