@@ -246,7 +246,8 @@ class Storage:
         except OSError as error:
             if Path(self._target(path)).is_dir():
                 raise MilanError(
-                    f"cannot write {self.uri(path)}: it is a folder, where a file belongs; remove it and run the job again."
+                    f"cannot write {self.uri(path)}: it is a folder, where a file belongs; remove it and run the job "
+                    "again."
                 ) from error
             said = error.strerror or error
             raise MilanError(f"cannot write {self.uri(path)}: {said}; choose a writable --storage.") from error

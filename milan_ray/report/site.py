@@ -52,7 +52,7 @@ def write_report(
     existing report in the same folder is replaced, except images and masks that are still the same; the overview is
     written last.
 
-    Damaged tables are left out, and it is said which: a layer whose exemplars are, and what else is shown of the others.
+    Damaged tables are left out, and it is said which: layers whose exemplars are, else what the table would show.
 
     Args:
         storage: The run directory.
@@ -146,10 +146,7 @@ def _write_overview(
 ) -> None:
     """The models' pages and the overview, which shares out what is of one model alone."""
     models = {model: list(of) for model, of in groupby(layers, key=lambda layer: layer.model)}
-    if scores is None:
-        rows = rows_of(storage, SCORES, left_out)
-    else:
-        rows = scores.to_pylist()
+    rows = rows_of(storage, SCORES, left_out) if scores is None else scores.to_pylist()
     tables, drawn = evaluations(rows), figures(storage, out)
     pairs = differences(storage, out, pages, layers, left_out)
     unusable = skipped(storage, list(models), left_out)
