@@ -31,6 +31,8 @@ import pyarrow.parquet as pq
 
 from milan_ray.config import Recipe
 from milan_ray.errors import DamagedTable, MilanError, reason
+from milan_ray.names import shown
+from milan_ray.progress import say
 from milan_ray.remote import is_uri, open_uri, split_query, why
 from milan_ray.schema import Noun
 
@@ -97,6 +99,7 @@ class Storage:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._said: set[str] = set()
         text = os.fspath(root)
         if text.startswith("file://"):
             text = unquote(urlsplit(text).path)
@@ -157,9 +160,12 @@ class Storage:
         """
         for part in path.split("/") if path else ():
             if part in ("", ".", "..") or "\0" in part:
-                raise MilanError(f"{path!r} is no place in a storage: {part!r} is no name of a file; choose another.")
-            if len(os.fsencode(part)) > LONGEST:
-                raise MilanError(f"the name {part!r} is longer than {LONGEST} bytes; choose a shorter one.")
+                raise MilanError(
+                    f"{shown(path)} is no place in a storage: {shown(part)} is no name of a file or folder; choose "
+                    "another name."
+                )
+            if len(part.encode(errors="surrogatepass")) > LONGEST:
+                raise MilanError(f"the name {shown(part)} is longer than {LONGEST} bytes; choose a shorter one.")
         return f"{self._base}/{path}"
 
     def _version(self, target: str) -> tuple[object, ...]:
@@ -343,7 +349,10 @@ class Storage:
     # -- tables -----------------------------------------------------------------------------------------------
 
     def path(self, noun: Noun, **keys: str) -> str:
-        """The file of one partition, relative to the root."""
+        """The file of one partition, relative to the root.
+
+        Values are quoted: whatever they are, each is one folder, and no other than itself.
+        """
         if set(keys) != set(noun.partition):
             raise KeyError(f"{noun.name} is partitioned by {noun.partition}, got {tuple(keys)}")
         folders = [f"{key}={quote(keys[key], safe=' ')}" for key in noun.partition]
@@ -492,6 +501,7 @@ class Storage:
         try:
             found = self.metadata(noun, **keys)
         except DamagedTable:
+            self._say_missing(self.path(noun, **keys))
             return False
         return found is not None and found.get(CONFIG_KEY) == config
 
@@ -511,6 +521,7 @@ class Storage:
         try:
             found = self.metadata(noun, **keys)
         except DamagedTable:
+            self._say_missing(self.path(noun, **keys))
             return "damaged"
         if found is None:
             return "missing"
@@ -520,6 +531,11 @@ class Storage:
         names = {**recipe.parts, **old}
         changed = [name for name in names if old.get(name) != recipe.parts.get(name)]
         return f"{', '.join(changed)} changed" if old else "made by an earlier version"
+
+    def _say_missing(self, path: str) -> None:
+        if path not in self._said:
+            self._said.add(path)
+            say(f"{self.uri(path)} is damaged: it counts as missing, and is made anew", level="warning")
 
     def config_of(self, noun: Noun, **keys: str) -> str:
         """The configuration hash of one partition.

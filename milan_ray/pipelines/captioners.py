@@ -11,6 +11,7 @@ from milan_ray.captioner.checkpoints import CONFIG, WEIGHTS, from_bytes, load_re
 from milan_ray.captioner.encoder import PyramidEncoder, get_encoder
 from milan_ray.config import models_dir
 from milan_ray.errors import MilanError, unknown_name
+from milan_ray.names import checked_name
 from milan_ray.plugins import load_plugins
 from milan_ray.storage import Storage
 
@@ -108,7 +109,7 @@ def load_captioner(storage: Storage | None, decoder: str) -> Captioner:
     if decoder.endswith(".pth"):
         return load_reference(decoder)
     path = f"{FOLDER}/{decoder}"
-    if storage is not None and "/" not in decoder and storage.exists(f"{path}/{CONFIG}"):
+    if storage is not None and has_captioner(storage, decoder):
         return from_bytes({name: storage.get(f"{path}/{name}") for name in (CONFIG, WEIGHTS)})
     folder = Path(decoder).expanduser()
     if (folder / CONFIG).is_file():
@@ -125,7 +126,12 @@ def load_captioner(storage: Storage | None, decoder: str) -> Captioner:
 
 def has_captioner(storage: Storage, name: str) -> bool:
     """Whether the run directory holds a captioner of that name."""
-    return "/" not in name and storage.exists(f"{FOLDER}/{name}/{CONFIG}")
+    return _one_folder(name) and storage.exists(f"{FOLDER}/{name}/{CONFIG}")
+
+
+def _one_folder(name: str) -> bool:
+    """Whether a captioner in the run directory may be called so; all else is a path."""
+    return "/" not in name and name not in ("", ".", "..")
 
 
 def save_captioner(storage: Storage, name: str, captioner: Captioner, about: str) -> None:
@@ -136,7 +142,11 @@ def save_captioner(storage: Storage, name: str, captioner: Captioner, about: str
         name: Name of the captioner.
         captioner: The captioner.
         about: One sentence on what it was trained on, for people.
+
+    Raises:
+        MilanError: No captioner can be called so.
     """
+    checked_name("a captioner", name)
     files = to_bytes(captioner)
     storage.put(f"{FOLDER}/{name}/{ABOUT}", about.encode())
     for part in (WEIGHTS, CONFIG):
@@ -146,7 +156,7 @@ def save_captioner(storage: Storage, name: str, captioner: Captioner, about: str
 def about_captioner(storage: Storage, decoder: str) -> str:
     """One sentence on what a captioner was trained on; empty where nothing is known."""
     path = f"{FOLDER}/{decoder}/{ABOUT}"
-    if "/" not in decoder and storage.exists(path):
+    if _one_folder(decoder) and storage.exists(path):
         return storage.get(path).decode()
     file = Path(decoder).expanduser() / ABOUT
     return file.read_text(encoding="utf-8") if file.is_file() else ""

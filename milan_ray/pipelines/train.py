@@ -28,6 +28,7 @@ from milan_ray.captioner.text import Indexer
 from milan_ray.config import Recipe, TrainingConfig
 from milan_ray.errors import MilanError
 from milan_ray.experiments.decoder_search import DecoderSetting
+from milan_ray.names import checked_name
 from milan_ray.pipelines.captioners import EncoderRequest, has_captioner, save_captioner
 from milan_ray.pipelines.cluster import start
 from milan_ray.pipelines.fanout import run_parallel
@@ -91,6 +92,9 @@ class TrainingJob:
     decoder: DecoderSetting | None = None
     units: tuple[tuple[int, ...], ...] = ()
     keep_encoder: bool = True
+
+    def __post_init__(self) -> None:
+        checked_name("a captioner", self.name)
 
     @property
     def plans(self) -> dict[str, Plan]:
