@@ -640,6 +640,9 @@ class _Entries(dict[str, str]):
         super().__init__(entries)
         self._where, self._what = where, what
 
+    def __bool__(self) -> bool:
+        return True  # that of a file without any is not that of no file
+
     def __missing__(self, key: str) -> str:
         raise DamagedTable(
             f"{self._where} is damaged (its metadata lack {key!r}); delete it and run {_again(self._what)}."

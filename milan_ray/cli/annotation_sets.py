@@ -51,7 +51,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     annotation_collection.add_to(action)
     for one in (bring, export):
         one.add_argument(
-            "--source", type=options.table_name if one is bring else None,
+            "--source", type=options.table_name if one is bring else str,
             help="source of the annotations (default: milannotations; export: the only one)",
         )  # fmt: skip
         options.storage(one)
