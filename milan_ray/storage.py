@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
@@ -269,6 +269,32 @@ class Storage:
             FileNotFoundError: There is none.
         """
         return self._steady(path, self._bytes)
+
+    def text(self, path: str) -> str:
+        """Reads a file of text.
+
+        Raises:
+            DamagedTable: It is none.
+            MilanError: There is none.
+        """
+        try:
+            with self.intact(path):
+                return self.get(path).decode()
+        except FileNotFoundError as error:
+            raise MilanError(f"{self.uri(path)} does not exist; run the job that makes it again.") from error
+
+    def json(self, path: str) -> Any:
+        """Reads a JSON file.
+
+        Raises:
+            DamagedTable: It is none.
+            MilanError: There is none.
+        """
+        text = self.text(path)
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise DamagedTable(f"{self.uri(path)} is damaged ({error}); delete it and run the job again.") from error
 
     def _bytes(self, target: str) -> bytes:
         with self._fs.open_input_file(target) as stream:

@@ -218,7 +218,7 @@ def _images(storage: Storage, models: Sequence[str], labeler: str) -> str:
         if keys["model"] in models:
             meta = storage.metadata(EXEMPLARS, model=keys["model"], layer=keys["layer"])
             if meta is not None:
-                probes.setdefault(meta.get("probe", ""), keys["model"])
+                probes.setdefault(meta["probe"], keys["model"])
     if len(probes) > 1:
         first, second = list(probes.values())[:2]
         raise MilanError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -110,11 +111,12 @@ def load_captioner(storage: Storage | None, decoder: str) -> Captioner:
         return load_reference(decoder)
     path = f"{FOLDER}/{decoder}"
     if storage is not None and has_captioner(storage, decoder):
-        return from_bytes({name: storage.get(f"{path}/{name}") for name in (CONFIG, WEIGHTS)})
+        there = [name for name in (CONFIG, WEIGHTS) if storage.exists(f"{path}/{name}")]
+        return _read({name: storage.get(f"{path}/{name}") for name in there}, storage.uri(path))
     folder = Path(decoder).expanduser()
     if (folder / CONFIG).is_file():
         parts = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
-        return from_bytes({name: (folder / name).read_bytes() for name in parts})
+        return _read({name: (folder / name).read_bytes() for name in parts}, str(folder))
     if decoder.replace("/", "-").removesuffix(RERANKED) in MILAN:
         return load_reference(find_milan(decoder))
     places = [f"folder {folder.absolute()}"] if storage is None else [storage.uri(path), f"folder {folder.absolute()}"]
@@ -122,6 +124,13 @@ def load_captioner(storage: Storage | None, decoder: str) -> Captioner:
         f"no captioner {decoder!r}: {CONFIG} and {WEIGHTS} are not in {' nor in '.join(places)}; train one with "
         "jobs.train or jobs.demo, or give the path of a milan-*.pth file."
     )
+
+
+def _read(files: Mapping[str, bytes], folder: str) -> Captioner:
+    try:
+        return from_bytes(files)
+    except MilanError as error:
+        raise MilanError(f"{folder}: {error}") from error
 
 
 def has_captioner(storage: Storage, name: str) -> bool:
@@ -157,6 +166,6 @@ def about_captioner(storage: Storage, decoder: str) -> str:
     """One sentence on what a captioner was trained on; empty where nothing is known."""
     path = f"{FOLDER}/{decoder}/{ABOUT}"
     if _one_folder(decoder) and storage.exists(path):
-        return storage.get(path).decode()
+        return storage.text(path)
     file = Path(decoder).expanduser() / ABOUT
     return file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -156,7 +156,13 @@ def write_images(storage: Storage, folder: Path, probe: str, view: str, image_id
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for keys in storage.partitions(VIEWS, probe=probe, view=view) if missing else []:
             try:
-                here = missing.intersection(storage.read(VIEWS, ["image_id"], **keys)["image_id"].to_pylist())
+                held = storage.read(VIEWS, ["image_id"], **keys)["image_id"].to_pylist()
+                if not held:
+                    place = storage.uri(storage.path(VIEWS, **keys))
+                    raise DamagedTable(
+                        f"{place} is damaged (it holds no image); delete it and run jobs.exemplars again."
+                    )
+                here = missing.intersection(held)
                 table = storage.read(VIEWS, ["image_id", "image"], **keys) if here else None
             except DamagedTable as error:
                 left_out.note(error)
