@@ -692,7 +692,8 @@ def _open_parquet(stream: pa.NativeFile, noun: Noun | None, buffered: bool) -> p
     """Opens a Parquet file and looks whether it may be believed, before anything is allocated for it.
 
     Raises:
-        pa.ArrowInvalid: Its footer is damaged or claims more than the file holds, or its columns are not the noun's.
+        pa.ArrowInvalid: Its footer is damaged or claims more than the file holds, its columns are not the noun's, or it
+            does not say what it was made of.
     """
     file = pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=buffered)
     metadata, size = file.metadata, stream.size()
@@ -708,6 +709,8 @@ def _open_parquet(stream: pa.NativeFile, noun: Noun | None, buffered: bool) -> p
                 raise pa.ArrowInvalid("its footer claims more than the file holds")
     if noun is not None:
         noun.check(file.schema_arrow)
+        if CONFIG_KEY.encode() not in (file.schema_arrow.metadata or {}):
+            raise pa.ArrowInvalid(f"its metadata lack {CONFIG_KEY!r}")
     return file
 
 
