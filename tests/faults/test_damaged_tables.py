@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from damage import DAMAGE, FOLDER, MODELS, build, commands, damage, repair, tables
 
 import milan_ray
 from milan_ray import cli
@@ -30,10 +30,6 @@ from milan_ray.report.layers import layer_folder
 from milan_ray.report.paper import Entry, store_entry, stored_entry
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, NOUNS, VIEWS
 from milan_ray.storage import WORK, Storage, WorkGone
-
-sys.path.insert(0, str(Path(__file__).parent))
-
-from damage import DAMAGE, FOLDER, MODELS, build, commands, damage, repair, tables
 
 KINDS = (*DAMAGE, FOLDER)
 BEHIND_THE_FOOTER = ("other_pages", "nulls")
