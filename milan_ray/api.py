@@ -26,7 +26,7 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.encoder import PyramidEncoder, get_encoder
 from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE, Quirks
 from milan_ray.device import resolve_device
-from milan_ray.errors import MilanError, unknown_name
+from milan_ray.errors import DamagedTable, MilanError, unknown_name
 from milan_ray.exemplars import masks as packed_masks
 from milan_ray.experiments.differences import Difference, diff_descriptions
 from milan_ray.experiments.search import scan_descriptions, search_descriptions
@@ -397,13 +397,21 @@ class RunExemplars:
     def _views(self, probe: str, view: str, image_ids: np.ndarray) -> np.ndarray:
         """The images, uint8 (k, 3, H, W)."""
         found: dict[int, np.ndarray] = {}
+        damaged: DamagedTable | None = None
         for keys in self._storage.partitions(VIEWS, probe=probe, view=view):
-            table = self._storage.read(VIEWS, ["image_id"], **keys)
+            try:
+                table = self._storage.read(VIEWS, ["image_id"], **keys)
+            except DamagedTable as error:  # of other images, perhaps
+                damaged = error
+                continue
             if pc.any(pc.is_in(table["image_id"], pa.array(image_ids))).as_py():
                 table = self._storage.read(VIEWS, ["image_id", "image"], **keys)
                 for row in table.filter(pc.field("image_id").isin(image_ids.tolist())).to_pylist():
                     found[row["image_id"]] = np.asarray(Image.open(io.BytesIO(row["image"])))
-        if missing := set(image_ids.tolist()) - set(found):
+        missing = set(image_ids.tolist()) - set(found)
+        if missing and damaged is not None:
+            raise damaged
+        if missing:
             raise MilanError(f"{self._storage.root} lacks the view of image {min(missing)}: run jobs.exemplars again.")
         return np.stack([found[image_id] for image_id in image_ids.tolist()]).transpose(0, 3, 1, 2)
 
@@ -467,7 +475,7 @@ def search(
         MilanError: There are no such descriptions, there is no word in the query, or no such model.
     """
     meaning = None if text_model is None else load_text_model(os.fspath(text_model))
-    frame = _descriptions(source, models, layers, labelers)
+    frame = _descriptions(source, models, layers, labelers, leave_out=True)
     return search_descriptions(frame, query, model=meaning, any_word=any_word, top=top)
 
 
@@ -502,11 +510,12 @@ def _descriptions(
     models: Sequence[str] | None,
     layers: Sequence[str] | None,
     labelers: Sequence[str] | None,
+    leave_out: bool = False,
 ) -> pl.LazyFrame:
     if isinstance(source, (pl.LazyFrame, pl.DataFrame)):
         return source.lazy()
     storage = source if isinstance(source, Storage) else Storage(source)
-    return scan_descriptions(storage, models, layers, labelers)
+    return scan_descriptions(storage, models, layers, labelers, leave_out=leave_out)
 
 
 def as_frame(table: pa.Table) -> pl.DataFrame:

@@ -19,6 +19,13 @@ class UnreadableImage(MilanError):
     """An image that cannot be used; the pipelines skip, count and list it with this reason."""
 
 
+class DamagedTable(MilanError):
+    """A file of a run directory that is not what it should be: torn, overwritten, or with other columns.
+
+    A stage that can make it anew does; what reads many leaves it out and says so; else this sentence is for the user.
+    """
+
+
 def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> MilanError:
     """The error for a name that is not registered, with the nearest known ones.
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
@@ -30,7 +30,9 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from milan_ray.config import Recipe
-from milan_ray.errors import MilanError
+from milan_ray.errors import DamagedTable, MilanError, reason
+from milan_ray.names import shown
+from milan_ray.progress import say
 from milan_ray.remote import is_uri, open_uri, split_query, why
 from milan_ray.schema import Noun
 
@@ -57,6 +59,11 @@ WORK = "_work"
 ROW_GROUP = 2**14
 """Rows that are read together at least: a worker needs its few rows of a long manifest."""
 
+
+LONGEST = 255
+"""Bytes of a file's name at most, on all common file systems."""
+
+_CHUNK = 2**23
 
 _TRIES = 8
 """Attempts at a local file or folder that another job removes or fills at the same moment."""
@@ -92,6 +99,7 @@ class Storage:
     """
 
     def __init__(self, root: str | os.PathLike[str]) -> None:
+        self._said: set[str] = set()
         text = os.fspath(root)
         if text.startswith("file://"):
             text = unquote(urlsplit(text).path)
@@ -128,7 +136,7 @@ class Storage:
             FileNotFoundError: There is none.
             MilanError: It cannot be read.
         """
-        target = f"{self._base}/{path}"
+        target = self._target(path)
         with self._reading(path):
             if self.is_local:
                 return read(target)
@@ -136,13 +144,29 @@ class Storage:
                 before = self._version(target)
                 try:
                     result = read(target)
-                except (OSError, pa.ArrowException):
+                except (OSError, pa.ArrowException, DamagedTable):
                     if self._version(target) == before:
                         raise
                     continue
                 if self._version(target) == before:
                     return result
         raise MilanError(f"{self.uri(path)} is replaced over and over while it is read; run the job again.")
+
+    def _target(self, path: str) -> str:
+        """Where a path lies for the file system: always below the root, whatever names it is made of.
+
+        Raises:
+            MilanError: A part of it is no name of a file.
+        """
+        for part in path.split("/") if path else ():
+            if part in ("", ".", "..") or "\0" in part:
+                raise MilanError(
+                    f"{shown(path)} is no place in a storage: {shown(part)} is no name of a file or folder; choose "
+                    "another name."
+                )
+            if len(part.encode(errors="surrogatepass")) > LONGEST:
+                raise MilanError(f"the name {shown(part)} is longer than {LONGEST} bytes; choose a shorter one.")
+        return f"{self._base}/{path}"
 
     def _version(self, target: str) -> tuple[object, ...]:
         """What tells one version of an object from another: its tag, where the store has such, and size and time."""
@@ -163,6 +187,42 @@ class Storage:
         except OSError as error:
             raise MilanError(f"cannot read {self.uri(path)}: {why(error, self.root)}") from error
 
+    @contextmanager
+    def intact(self, path: str, what: str = "") -> Iterator[None]:
+        """Turns what a reader of a file's content says, whenever it says it, into one sentence.
+
+        Args:
+            path: The file.
+            what: What is to be made again; left out, the job is to be run again.
+
+        Raises:
+            DamagedTable: It can be read, and is not what it should be.
+        """
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (OSError, pa.ArrowException, MemoryError, UnicodeError) as error:
+            target = self._target(path)
+            if self._fs.get_file_info(target).type == pafs.FileType.Directory:
+                raise DamagedTable(
+                    f"{self.uri(path)} is a folder, where a file belongs; remove it and run {_again(what)}."
+                ) from error
+            if isinstance(error, OSError) and not self._legible(target):
+                raise
+            said = reason(error).rstrip(".")
+            raise DamagedTable(f"{self.uri(path)} is damaged ({said}); delete it and run {_again(what)}.") from error
+
+    def _legible(self, target: str) -> bool:
+        """Whether all bytes of a file can be had: what is wrong with it is then its content."""
+        try:
+            with self._fs.open_input_file(target) as stream:
+                while stream.read(_CHUNK):
+                    pass
+        except OSError:
+            return False
+        return True
+
     def put(self, path: str, data: bytes | memoryview) -> None:
         """Writes a file so that readers see all of it or none.
 
@@ -172,13 +232,10 @@ class Storage:
         Raises:
             MilanError: The place cannot be written.
         """
-        target = f"{self._base}/{path}"
+        target = self._target(path)
         if self.is_local:
-            try:
+            with self._writing(path):
                 _replace(Path(target), data)
-            except OSError as error:
-                said = error.strerror or error
-                raise MilanError(f"cannot write {self.uri(path)}: {said}; choose a writable --storage.") from error
             return
         try:
             # In another thread, because a KeyboardInterrupt here would close the stream and make a torso visible.
@@ -186,6 +243,20 @@ class Storage:
                 thread.submit(self._upload, target, data).result()
         except OSError as error:
             raise MilanError(f"cannot write {self.uri(path)}: {why(error, self.root)}") from error
+
+    @contextmanager
+    def _writing(self, path: str) -> Iterator[None]:
+        """Turns what the local file system says into one sentence."""
+        try:
+            yield
+        except OSError as error:
+            if Path(self._target(path)).is_dir():
+                raise MilanError(
+                    f"cannot write {self.uri(path)}: it is a folder, where a file belongs; remove it and run the job "
+                    "again."
+                ) from error
+            said = error.strerror or error
+            raise MilanError(f"cannot write {self.uri(path)}: {said}; choose a writable --storage.") from error
 
     def _upload(self, target: str, data: bytes | memoryview) -> None:
         with self._fs.open_output_stream(target) as stream:
@@ -199,6 +270,32 @@ class Storage:
         """
         return self._steady(path, self._bytes)
 
+    def text(self, path: str) -> str:
+        """Reads a file of text.
+
+        Raises:
+            DamagedTable: It is none.
+            MilanError: There is none.
+        """
+        try:
+            with self.intact(path):
+                return self.get(path).decode()
+        except FileNotFoundError as error:
+            raise MilanError(f"{self.uri(path)} does not exist; run the job that makes it again.") from error
+
+    def json(self, path: str) -> Any:
+        """Reads a JSON file.
+
+        Raises:
+            DamagedTable: It is none.
+            MilanError: There is none.
+        """
+        text = self.text(path)
+        try:
+            return json.loads(text)
+        except ValueError as error:
+            raise DamagedTable(f"{self.uri(path)} is damaged ({error}); delete it and run the job again.") from error
+
     def _bytes(self, target: str) -> bytes:
         with self._fs.open_input_file(target) as stream:
             return stream.read()
@@ -210,12 +307,12 @@ class Storage:
             FileNotFoundError: There is none.
         """
         with self._reading(path):
-            return self._fs.open_input_file(f"{self._base}/{path}")
+            return self._fs.open_input_file(self._target(path))
 
     def exists(self, path: str) -> bool:
         """Whether there is a file of that name."""
         with self._reading(path):
-            return self._fs.get_file_info(f"{self._base}/{path}").type == pafs.FileType.File
+            return self._fs.get_file_info(self._target(path)).type == pafs.FileType.File
 
     def files(self, folder: str) -> list[str]:
         """All files below a folder, as sorted paths relative to the root; none when there is no such folder."""
@@ -223,15 +320,18 @@ class Storage:
 
     def stat(self, folder: str) -> dict[str, FileStat]:
         """Size and age of all files below a folder, by path relative to the root, sorted."""
-        selector = pafs.FileSelector(f"{self._base}/{folder}", recursive=True, allow_not_found=True)
-        prefix = len(self._base.rstrip("/")) + 1
-        found = [info for info in self._list(selector, folder) if info.type == pafs.FileType.File]
-        visible = [info for info in found if not info.base_name.startswith(".")]
-        return {
-            info.path[prefix:]: FileStat(info.size, info.mtime) for info in sorted(visible, key=lambda info: info.path)
-        }
+        found = self._list(folder)
+        return {path: FileStat(i.size, i.mtime) for path, i in found.items() if i.type == pafs.FileType.File}
 
-    def _list(self, selector: pafs.FileSelector, folder: str) -> list[pafs.FileInfo]:
+    def _list(self, folder: str) -> dict[str, pafs.FileInfo]:
+        """All files and folders below a folder, but hidden ones, by path relative to the root, sorted."""
+        selector = pafs.FileSelector(self._target(folder), recursive=True, allow_not_found=True)
+        prefix = len(self._base.rstrip("/")) + 1
+        found = self._infos(selector, folder)
+        visible = [info for info in found if not info.base_name.startswith(".")]
+        return {info.path[prefix:]: info for info in sorted(visible, key=lambda info: info.path)}
+
+    def _infos(self, selector: pafs.FileSelector, folder: str) -> list[pafs.FileInfo]:
         with self._reading(folder):
             for _ in range(_TRIES):
                 try:
@@ -245,7 +345,7 @@ class Storage:
 
         What another job writes there at the same time may stay; that job removes it when it is done.
         """
-        target = f"{self._base}/{folder}"
+        target = self._target(folder)
         with self._reading(folder):
             for _ in range(_TRIES):
                 if self._fs.get_file_info(target).type == pafs.FileType.NotFound:
@@ -260,7 +360,7 @@ class Storage:
         """Removes a file; nothing happens when there is none."""
         with self._reading(path):
             try:
-                self._fs.delete_file(f"{self._base}/{path}")
+                self._fs.delete_file(self._target(path))
             except FileNotFoundError:
                 return
 
@@ -275,7 +375,10 @@ class Storage:
     # -- tables -----------------------------------------------------------------------------------------------
 
     def path(self, noun: Noun, **keys: str) -> str:
-        """The file of one partition, relative to the root."""
+        """The file of one partition, relative to the root.
+
+        Values are quoted: whatever they are, each is one folder, and no other than itself.
+        """
         if set(keys) != set(noun.partition):
             raise KeyError(f"{noun.name} is partitioned by {noun.partition}, got {tuple(keys)}")
         folders = [f"{key}={quote(keys[key], safe=' ')}" for key in noun.partition]
@@ -316,7 +419,7 @@ class Storage:
         schema = noun.schema.with_metadata(dict(sorted({**metadata, **_stamp(config)}.items())))
 
         def fill(stream: BinaryIO) -> None:
-            with pq.ParquetWriter(stream, schema, compression="zstd") as writer:
+            with pq.ParquetWriter(stream, schema, compression="zstd", write_page_checksum=True) as writer:
                 for piece in pieces:
                     writer.write_table(piece)
 
@@ -326,26 +429,23 @@ class Storage:
                 spool.flush()
                 self.put(path, memoryview(mmap.mmap(spool.fileno(), 0, access=mmap.ACCESS_READ)))
             return
-        target = Path(self._base, path)
-        try:
+        target = Path(self._target(path))
+        with self._writing(path):
             target.parent.mkdir(parents=True, exist_ok=True)
             with _replacing(target) as stream:
                 fill(stream)
-        except OSError as error:
-            said = error.strerror or error
-            raise MilanError(f"cannot write {self.uri(path)}: {said}; choose a writable --storage.") from error
 
     def read(self, noun: Noun, columns: Sequence[str] | None = None, **keys: str) -> pa.Table:
         """Reads one partition.
 
         Raises:
             MilanError: It does not exist.
+            DamagedTable: It cannot be read, or is another table.
         """
         path = self.path(noun, **keys)
+        names = noun.schema.names if columns is None else list(columns)
         try:
-            return self._steady(
-                path, lambda file: pq.read_table(file, columns=columns, filesystem=self._fs, partitioning=None)
-            )
+            return self._parquet(path, noun, lambda file: _sound(file.read(names, use_threads=True), noun, names))
         except FileNotFoundError as error:
             raise MilanError(f"{self.uri(path)} does not exist; run the stage that makes {noun.name} first.") from error
 
@@ -354,72 +454,114 @@ class Storage:
 
         Raises:
             MilanError: It does not exist.
+            DamagedTable: It cannot be read, or is another table.
         """
         self._present(noun, **keys)
+        names = list(columns)
 
-        def rows(target: str) -> pa.Table:
-            file = pq.ParquetFile(target, filesystem=self._fs)
+        def rows(file: pq.ParquetFile) -> pa.Table:
             ends = list(accumulate(file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)))
             first, last = bisect_right(ends, start), min(bisect_left(ends, stop), len(ends) - 1)
             before = ends[first - 1] if first else 0
-            table = file.read_row_groups(range(first, last + 1), columns=list(columns))
-            return table.slice(start - before, stop - start)
+            table = file.read_row_groups(range(first, last + 1), columns=names)
+            return _sound(table, noun, names).slice(start - before, stop - start)
 
-        return self._steady(self.path(noun, **keys), rows)
+        return self._parquet(self.path(noun, **keys), noun, rows)
 
     def stream(self, noun: Noun, columns: Sequence[str] | None = None, **keys: str) -> Iterator[pa.Table]:
         """The rows of one partition in their order, a row group at a time: for tables that need not fit in memory.
 
         Raises:
             MilanError: It does not exist.
+            DamagedTable: It cannot be read, or is another table.
         """
         self._present(noun, **keys)
-        with self.open(self.path(noun, **keys)) as stream:
-            file = pq.ParquetFile(stream)
+        path = self.path(noun, **keys)
+        names = noun.schema.names if columns is None else list(columns)
+        with self.open(path) as stream:
+            with self.intact(path, noun.name):
+                file = _open_parquet(stream, noun, not self.is_local)
             for group in range(file.num_row_groups):
-                yield file.read_row_group(group, columns=None if columns is None else list(columns))
+                with self.intact(path, noun.name):
+                    piece = _sound(file.read_row_group(group, columns=names), noun, names)
+                yield piece
+
+    def _parquet(self, path: str, noun: Noun | None, use: Callable[[pq.ParquetFile], Result]) -> Result:
+        """What is wanted of one version of a Parquet file, whose claims and, for a noun, columns hold.
+
+        Raises:
+            FileNotFoundError: There is none.
+            DamagedTable: It cannot be read, or is another table.
+        """
+
+        def read(target: str) -> Result:
+            with self.intact(path, noun.name if noun else ""), self._fs.open_input_file(target) as stream:
+                return use(_open_parquet(stream, noun, not self.is_local))
+
+        return self._steady(path, read)
 
     def metadata(self, noun: Noun, **keys: str) -> dict[str, str] | None:
-        """The file metadata of one partition, or None where there is no such partition."""
-        return self.file_metadata(self.path(noun, **keys))
+        """The file metadata of one partition, or None where there is no such partition.
+
+        Raises:
+            DamagedTable: Its footer cannot be read, or it is another table; or, when it is looked up, an entry lacks.
+        """
+        return self._metadata(self.path(noun, **keys), noun)
 
     def file_metadata(self, path: str) -> dict[str, str] | None:
         """The key-value metadata of a Parquet file, or None where there is none."""
+        return self._metadata(path, None)
+
+    def _metadata(self, path: str, noun: Noun | None) -> dict[str, str] | None:
+        def entries(file: pq.ParquetFile) -> dict[str, str]:
+            found = file.schema_arrow.metadata or {}
+            return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
+
         try:
-            found = self._steady(path, lambda file: pq.read_schema(file, filesystem=self._fs)).metadata or {}
+            return _Entries(self._parquet(path, noun, entries), where=self.uri(path), what=noun.name if noun else "")
         except FileNotFoundError:
             return None
-        except pa.ArrowInvalid as error:
-            raise MilanError(f"{self.uri(path)} is damaged ({error}); delete it and run the job again.") from error
-        return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
 
     def is_current(self, noun: Noun, config: str, **keys: str) -> bool:
         """Whether one partition exists and was made under this very configuration: "is this done?"."""
-        found = self.metadata(noun, **keys)
+        try:
+            found = self.metadata(noun, **keys)
+        except DamagedTable:
+            self._say_missing(self.path(noun, **keys))
+            return False
         return found is not None and found.get(CONFIG_KEY) == config
 
     def count(self, noun: Noun, **keys: str) -> int:
         """Rows of one partition, from its footer; 0 where there is no such partition."""
         path = self.path(noun, **keys)
         try:
-            return self._steady(path, lambda file: pq.read_metadata(file, filesystem=self._fs)).num_rows
+            return self._parquet(path, noun, lambda file: file.metadata.num_rows)
         except FileNotFoundError:
             return 0
 
     def why(self, noun: Noun, recipe: Recipe, **keys: str) -> str | None:
-        """Why one partition has to be made: ``missing``, or which ingredients changed.
+        """Why one partition has to be made: ``missing``, ``damaged``, or which ingredients changed.
 
         None when it is current; where only some units are wanted, one with all of them will do.
         """
-        found = self.metadata(noun, **keys)
+        try:
+            found = self.metadata(noun, **keys)
+        except DamagedTable:
+            self._say_missing(self.path(noun, **keys))
+            return "damaged"
         if found is None:
             return "missing"
         if found.get(CONFIG_KEY) in (recipe.hash, recipe.whole):
             return None
-        old = json.loads(found.get(PARTS_KEY, "{}"))
+        old = parts_of(found)
         names = {**recipe.parts, **old}
         changed = [name for name in names if old.get(name) != recipe.parts.get(name)]
         return f"{', '.join(changed)} changed" if old else "made by an earlier version"
+
+    def _say_missing(self, path: str) -> None:
+        if path not in self._said:
+            self._said.add(path)
+            say(f"{self.uri(path)} is damaged: it counts as missing, and is made anew", level="warning")
 
     def config_of(self, noun: Noun, **keys: str) -> str:
         """The configuration hash of one partition.
@@ -454,14 +596,14 @@ class Storage:
         return found
 
     def partitions(self, noun: Noun, **where: str) -> list[dict[str, str]]:
-        """The partitions that exist, as their key values, sorted.
+        """The partitions that exist, damaged ones too, as their key values, sorted.
 
         Args:
             noun: Which table.
             **where: Only partitions with these values.
         """
         found = []
-        for file in self.files(noun.name):
+        for file in self._list(noun.name):
             parts = file.split("/")[1:]
             if parts[-1] != FILE_NAME or len(parts) != len(noun.partition) + 1:
                 continue
@@ -497,7 +639,14 @@ class Storage:
             data = self.get(path)
         except FileNotFoundError as error:
             raise WorkGone(f"{self.uri(path)} is gone; run the job again to go on from what is there.") from error
-        return pa.ipc.open_file(pa.BufferReader(data)).read_all()
+        try:
+            with self.intact(path):
+                table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
+                table.validate(full=True)
+                return table
+        except DamagedTable as error:
+            self.remove_file(path)
+            raise WorkGone(f"{self.uri(path)} was damaged and is gone; run the job again to make it anew.") from error
 
     def work_names(self, config: str, folder: str = "") -> list[str]:
         """The names of a configuration's finished work tables, below a folder of it."""
@@ -508,6 +657,75 @@ class Storage:
     def remove_work(self, config: str) -> None:
         """Removes a configuration's work, once its result is public."""
         self.remove(f"{WORK}/{config}")
+
+
+class _Entries(dict[str, str]):
+    """File metadata; an entry that lacks says which file is damaged."""
+
+    def __init__(self, entries: Mapping[str, str], *, where: str, what: str) -> None:
+        super().__init__(entries)
+        self._where, self._what = where, what
+
+    def __bool__(self) -> bool:
+        return True  # that of a file without any is not that of no file
+
+    def __missing__(self, key: str) -> str:
+        raise DamagedTable(
+            f"{self._where} is damaged (its metadata lack {key!r}); delete it and run {_again(self._what)}."
+        )
+
+
+def _again(what: str) -> str:
+    return f"the job that makes {what} again" if what else "the job again"
+
+
+def parts_of(metadata: Mapping[str, str]) -> dict[str, str]:
+    """The digests of the ingredients of a file, by its metadata; none where it does not say, or not legibly."""
+    try:
+        found = json.loads(metadata.get(PARTS_KEY, "{}"))
+    except ValueError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _open_parquet(stream: pa.NativeFile, noun: Noun | None, buffered: bool) -> pq.ParquetFile:
+    """Opens a Parquet file and looks whether it may be believed, before anything is allocated for it.
+
+    Raises:
+        pa.ArrowInvalid: Its footer is damaged or claims more than the file holds, its columns are not the noun's, or it
+            does not say what it was made of.
+    """
+    file = pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=buffered)
+    metadata, size = file.metadata, stream.size()
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    if sum(group.num_rows for group in groups) != metadata.num_rows:
+        raise pa.ArrowInvalid("its footer contradicts itself")
+    for group in groups:
+        for column in map(group.column, range(group.num_columns)):
+            first = column.data_page_offset
+            if column.has_dictionary_page and column.dictionary_page_offset is not None:
+                first = min(first, column.dictionary_page_offset)
+            if min(first, column.total_compressed_size) < 0 or first + column.total_compressed_size > size:
+                raise pa.ArrowInvalid("its footer claims more than the file holds")
+    if noun is not None:
+        noun.check(file.schema_arrow)
+        if CONFIG_KEY.encode() not in (file.schema_arrow.metadata or {}):
+            raise pa.ArrowInvalid(f"its metadata lack {CONFIG_KEY!r}")
+    return file
+
+
+def _sound(table: pa.Table, noun: Noun, names: Sequence[str]) -> pa.Table:
+    """The columns of a table that was read, in the order asked for.
+
+    Raises:
+        pa.ArrowInvalid: A text is none, or a value lacks that must be there.
+    """
+    table = table.select(names)
+    table.validate(full=True)
+    for column in noun.columns:
+        if not column.nullable and column.name in table.column_names and table[column.name].null_count:
+            raise pa.ArrowInvalid(f"column {column.name!r} has rows without a value")
+    return table
 
 
 def _stamp(config: str | Recipe) -> dict[str, str]:
@@ -525,7 +743,8 @@ def to_parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
     stamped = {**(table.schema.metadata or {}), **{key.encode(): value.encode() for key, value in metadata.items()}}
     stamped = dict(sorted(stamped.items()))
     buffer = io.BytesIO()
-    pq.write_table(table.replace_schema_metadata(stamped), buffer, compression="zstd", row_group_size=ROW_GROUP)
+    table = table.replace_schema_metadata(stamped)
+    pq.write_table(table, buffer, compression="zstd", row_group_size=ROW_GROUP, write_page_checksum=True)
     return buffer.getvalue()
 
 

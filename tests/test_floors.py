@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).resolve().parents[1] / "milan_ray"
 
 FLOORS = (
     {"errors"},
-    {"schema", "config", "device", "runtime", "progress", "remote"},
-    {"models", "probe", "storage", "plugins", "hub"},
+    {"schema", "config", "device", "runtime", "progress", "remote", "names"},
+    {"models", "probe", "storage", "plugins", "hub", "damaged"},
     {"exemplars", "annotations", "scoring"},
     {"world", "captioner"},
     {"labelers", "experiments", "report"},

@@ -47,7 +47,7 @@ def extract(archive: Path, target: Path, max_bytes: int = MAX_BYTES) -> Path:
         if target.exists():
             if not marker.is_file():
                 raise MilanError(f"{target} exists and was not unpacked from {archive.name}: use or move that folder.")
-            if json.loads(marker.read_text()) == identity:
+            if _says(marker, identity):
                 return content(target)
         part = target.parent / f".{target.name}.part"
         if part.exists():
@@ -66,6 +66,14 @@ def extract(archive: Path, target: Path, max_bytes: int = MAX_BYTES) -> Path:
     except Exception as error:  # zipfile and its decompressors raise almost anything on damaged files
         raise MilanError(f"{archive} cannot be unpacked ({error}): fetch it again.") from error
     return content(target)
+
+
+def _says(marker: Path, identity: dict[str, object]) -> bool:
+    """Whether a folder was unpacked from this very archive; not where it cannot be told, for it is unpacked again."""
+    try:
+        return json.loads(marker.read_text(encoding="utf-8")) == identity
+    except ValueError:
+        return False
 
 
 def _unpack(archive: Path, folder: Path, max_bytes: int) -> None:

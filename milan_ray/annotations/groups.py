@@ -10,6 +10,7 @@ from milan_ray import hub
 from milan_ray.annotations.archive import content, extract
 from milan_ray.config import data_dir
 from milan_ray.errors import MilanError, unknown_name
+from milan_ray.names import checked_name
 
 RELEASED_COUNT = 3
 """``annotation_count`` with which the reference loads the released sets."""
@@ -103,6 +104,7 @@ def training_groups(names: Sequence[str], annotated: Collection[str]) -> dict[st
                 )
             continue
         if members:
+            checked_name("a group", key)
             models = tuple(members.split(","))
         elif key in _GROUPS:
             models = _GROUPS[key]
@@ -162,7 +164,7 @@ def locate(text: str, *, download: bool = False) -> list[SetLocation]:
         return [SetLocation(text, own, None)]
     if path.is_file() and path.suffix == ".zip":
         name = next((name for name in RELEASED if name.replace("/", "-") == path.stem), None)
-        root = extract(path, data_dir() / (name or path.stem))
+        root = extract(path, data_dir() / (name or checked_name("a set", path.stem)))
         return [SetLocation(name or path.stem, root, RELEASED_COUNT if name else None)]
     if path.is_dir():
         path = path.absolute()

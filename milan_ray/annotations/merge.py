@@ -117,7 +117,10 @@ def _wanted(files: LayerFiles, identity: dict[str, str]) -> bool:
     if files.images is None:
         return True
     marker = files.folder / _MARKER
-    return marker.exists() and json.loads(marker.read_text()) != identity
+    try:
+        return marker.exists() and json.loads(marker.read_text(encoding="utf-8")) != identity
+    except ValueError:  # damaged: merged again
+        return True
 
 
 def _merge_layer(

@@ -81,6 +81,8 @@ def from_bytes(files: Mapping[str, bytes]) -> Captioner:
         config = json.loads(files[CONFIG])
         if config["format"] != FORMAT:
             raise MilanError(f"the captioner has format {config['format']}, this is for {FORMAT}; update milan_ray")
+        if config.get("weights") not in (None, hashlib.sha256(files[WEIGHTS]).hexdigest()):
+            raise MilanError(f"{WEIGHTS} is damaged, or not what {CONFIG} is of; train it again or copy both again")
         parts: dict[str, dict[str, Tensor]] = {"decoder": {}, "lm": {}, "encoder": {}}
         for name, tensor in safetensors.torch.load(files[WEIGHTS]).items():
             part, _, rest = name.partition(".")

@@ -43,7 +43,10 @@ def add_to(action: AddAction) -> None:
         "files", nargs="+", metavar="FILE", help="Mechanical Turk's results (.csv) or Label Studio's export (.json)"
     )
     answers.add_argument(
-        "--source", required=True, help="what these annotations are to be called; replaces earlier ones"
+        "--source",
+        type=options.table_name,
+        required=True,
+        help="what these annotations are to be called; replaces earlier ones",
     )
     answers.add_argument(
         "--tables", metavar="JSON", help="prefixes, substrings, suffixes, exact, words, workers: replacements"

@@ -50,7 +50,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     clean.add_argument("--keep-rejected", action="store_true", help="keep what was rejected")
     annotation_collection.add_to(action)
     for one in (bring, export):
-        one.add_argument("--source", help="source of the annotations (default: milannotations; export: the only one)")
+        one.add_argument(
+            "--source", type=options.table_name if one is bring else str,
+            help="source of the annotations (default: milannotations; export: the only one)",
+        )  # fmt: skip
         options.storage(one)
     for one in (bring, merge, export, clean):
         options.common(one)

@@ -42,7 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "(default: face,head,nose,eyes,mouth)",
     )
     group.add_argument("--labeler", default="milan", help="whose descriptions")
-    group.add_argument("--name", default="faces", help="name of the audit in the tables")
+    group.add_argument("--name", type=options.table_name, default="faces", help="name of the audit in the tables")
     group.add_argument(
         "--query", action="append", default=[], metavar="TEXT",
         help="then search the units found in blurred networks, e.g. for faces of some people; may be repeated",

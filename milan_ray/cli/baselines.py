@@ -33,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("comparison")
     group.add_argument("--annotations", metavar="SOURCE", help="whose annotations (default: the one source there is)")
     options.bertscore(group)
-    group.add_argument("--name", default="baselines", help="what its tables begin with")
+    group.add_argument("--name", type=options.table_name, default="baselines", help="what its tables begin with")
     options.captioner(parser, required=False)
     options.add_to(parser, options.search, options.dissection)
 

@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--annotations", metavar="SOURCE", help="whose annotations (default: the one source there is)")
     options.bertscore(parser)
-    parser.add_argument("--name", default="comparison", help="what its tables begin with")
+    parser.add_argument("--name", type=options.table_name, default="comparison", help="what its tables begin with")
     options.job(parser)
 
 

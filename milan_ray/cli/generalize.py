@@ -37,7 +37,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--within-patience", type=int, default=10, metavar="N", help="--patience where one network's units are divided"
     )
-    group.add_argument("--name", default="generalization", help="name of the experiment in the tables")
+    group.add_argument(
+        "--name", type=options.name, default="generalization", help="name of the experiment in the tables"
+    )
     group = parser.add_argument_group("captioners")
     group.add_argument("--encoder", default="resnet101", help="image encoder")
     group.add_argument("--encoder-weights", metavar="FILE", help="weights file of the encoder (default: its own)")
@@ -67,10 +69,6 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.train import Sizes
     from milan_ray.plugins import load_plugins
 
-    if "/" in args.name:
-        raise MilanError(
-            f"captioners are called after the experiment: choose a --name without slashes, not {args.name}."
-        )
     load_plugins(args.plugin)  # they may register splits
     storage, resources = writable_storage(args), resources_of(args)
     annotated = annotated_layers(storage, args.annotations, None)

@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Callable
 
 from milan_ray.config import FLOAT32, ExemplarConfig
+from milan_ray.errors import MilanError
+from milan_ray.names import checked_name
 
 EXEMPLARS = ExemplarConfig()
 
@@ -47,6 +49,23 @@ def numbers(text: str) -> tuple[int, ...]:
         first, _, last = part.strip().partition("-")
         chosen.update(range(int(first), int(last or first) + 1))
     return tuple(sorted(chosen))
+
+
+def name(text: str) -> str:
+    """An argument that becomes a folder of its own."""
+    return _checked(text, slashes=False)
+
+
+def table_name(text: str) -> str:
+    """An argument that tables are kept under: it may look like a model's name, with slashes."""
+    return _checked(text, slashes=True)
+
+
+def _checked(text: str, slashes: bool) -> str:
+    try:
+        return checked_name("it", text, slashes=slashes)
+    except MilanError as error:
+        raise argparse.ArgumentTypeError(str(error).rstrip(".").replace("%", "%%")) from error
 
 
 def add_to(parser: argparse.ArgumentParser, *groups: Callable[[argparse.ArgumentParser], None]) -> None:

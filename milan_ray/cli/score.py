@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from milan_ray.pipelines.requests import ModelRequest
-    from milan_ray.pipelines.score import Described
     from milan_ray.scoring.simulation import Sigmoid
 
 
@@ -58,7 +57,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--class-names",
         action="store_true",
-        help="also compare descriptions with class names: for the layer that puts out the classes alone",
+        help="also compare descriptions with class names, in layers of as many units as there are classes alone",
     )
     group.add_argument(
         "--sanity",
@@ -91,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.cosy import CosyConfig, run_cosy
     from milan_ray.pipelines.plan import Plan, plan_cosy, plan_scores
-    from milan_ray.pipelines.score import ScoreConfig, described_layers, run_sanity, run_scores
+    from milan_ray.pipelines.score import ScoreConfig, class_layers, described_layers, run_sanity, run_scores
     from milan_ray.schema import SCORES
 
     if args.clip is None and args.generator is None:
@@ -101,7 +100,9 @@ def run(args: argparse.Namespace) -> int:
     described = described_layers(storage, [model.name for model in models], args.labeler, args.layers)
     config = ScoreConfig(args.pooling, args.held_out, args.top, args.retrieved, args.sigmoid, args.seed)
     judge = None if args.clip is None else image_text_request(args)
-    classes = _classes(models, described) if args.clip and (args.class_names or args.sanity) else {}
+    classes = (
+        class_layers(storage, described, _classes(models)) if args.clip and (args.class_names or args.sanity) else {}
+    )
     named = classes if args.class_names else {}
     painter, cosy = GeneratorRequest(args.generator or ""), CosyConfig(args.images, args.seed, args.prompt)
     if args.dry_run:
@@ -130,20 +131,20 @@ def run(args: argparse.Namespace) -> int:
     return close(args, "scores", done, {})
 
 
-def _classes(models: list[ModelRequest], described: list[Described]) -> dict[tuple[str, str], tuple[str, ...]]:
-    """(model, layer) → the names of its classes.
+def _classes(models: list[ModelRequest]) -> dict[str, tuple[str, ...]]:
+    """Model → the names of its classes.
 
     Raises:
         MilanError: A model's classes have no names.
     """
     from milan_ray.pipelines import requests
 
-    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    found: dict[str, tuple[str, ...]] = {}
     for model in models:
         names = requests.model(model).classes
         if names is None:
             raise MilanError(f"{model.name} is registered without names of its classes; leave out --class-names.")
-        found |= {(what.model, what.layer): names for what in described if what.model == model.name}
+        found[model.name] = names
     return found
 
 

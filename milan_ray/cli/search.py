@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.experiments.search import scan_descriptions, search_descriptions
     from milan_ray.plugins import load_plugins
 
-    frame = scan_descriptions(open_storage(args), args.model, args.layers, args.labeler)
+    frame = scan_descriptions(open_storage(args), args.model, args.layers, args.labeler, leave_out=True)
     model = None
     if args.semantic is not None:
         load_plugins(args.plugin)

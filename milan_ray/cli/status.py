@@ -11,6 +11,9 @@ from milan_ray.cli.records import open_storage
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the verb its options."""
     options.storage(parser)
+    parser.add_argument(
+        "--verify", action="store_true", help="read every table, so that damage behind an intact footer is found, too"
+    )
     options.common(parser, json="print JSON")
 
 
@@ -18,6 +21,6 @@ def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.pipelines.status import status
 
-    found = status(open_storage(args))
+    found = status(open_storage(args), args.verify)
     print(found.json() if args.json else found.text())
     return 0

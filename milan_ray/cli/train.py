@@ -14,7 +14,7 @@ from milan_ray.errors import MilanError
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Gives the verb its options."""
-    parser.add_argument("--name", help="name of the captioner in the storage (default: the group's)")
+    parser.add_argument("--name", type=options.name, help="name of the captioner in the storage (default: the group's)")
     parser.add_argument(
         "--annotations", default="milannotations", metavar="SOURCE", help="source of the annotations to train on"
     )

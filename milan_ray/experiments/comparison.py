@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import polars as pl
 
 from milan_ray.config import Recipe
+from milan_ray.damaged import LeftOut
 from milan_ray.errors import MilanError
 from milan_ray.experiments.evaluation import (
     ANNOTATORS,
@@ -26,7 +27,7 @@ from milan_ray.experiments.evaluation import (
 from milan_ray.experiments.figures import files, new_figure
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, NOUNS, RUNS, Noun
 from milan_ray.scoring.bootstrap import Interval, ratio, resampling_counts
-from milan_ray.storage import CONFIG_KEY, PARTS_KEY, WHOLE_KEY, Storage
+from milan_ray.storage import CONFIG_KEY, WHOLE_KEY, Storage, parts_of
 
 Unit = tuple[str, str, int]
 """(model, layer, unit)."""
@@ -169,8 +170,11 @@ def cost_rows(storage: Storage, labelers: Sequence[str], layers: Iterable[tuple[
     """
     pairs = list(dict.fromkeys(layers))
     runs: dict[tuple[str, str], dict[str, Any]] = {}
+    left_out = LeftOut("costs")
     for keys in storage.partitions(RUNS):
-        for row in storage.read(RUNS, ["stage", "run", "model", "seconds"], **keys).to_pylist():
+        columns = ["stage", "run", "model", "seconds"]
+        table = left_out.unless_damaged(partial(storage.read, RUNS, columns, **keys), RUNS.schema.empty_table())
+        for row in table.to_pylist():
             runs[row["stage"], row["run"]] = row
     found: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
     units: Counter[str] = Counter()
@@ -213,13 +217,13 @@ def lineage(storage: Storage, noun: Noun, keys: Mapping[str, str]) -> set[tuple[
     """(stage, run) of a partition and of all that it was made from, exemplars left out."""
     meta = storage.metadata(noun, **keys) or {}
     found = {(keys.get("labeler", noun.name), meta.get(CONFIG_KEY, ""))}
-    parts: dict[str, str] = json.loads(meta.get(PARTS_KEY, "{}"))
+    parts = parts_of(meta)
     for above in NOUNS:
         if above is EXEMPLARS or above.name not in parts:
             continue
         same = {key: keys[key] for key in ("model", "layer") if key in above.partition}
         for other in storage.partitions(above, **same):
-            made = storage.metadata(above, **other) or {}
+            made = LeftOut("costs").unless_damaged(partial(storage.metadata, above, **other), None) or {}
             whole = made.get(WHOLE_KEY, made.get(CONFIG_KEY, ""))
             if Recipe.of({above.name: whole}).parts[above.name] == parts[above.name]:
                 found |= lineage(storage, above, other)

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from milan_ray.errors import MilanError, unknown_name
+from milan_ray.damaged import LeftOut
+from milan_ray.errors import DamagedTable, MilanError, unknown_name
 from milan_ray.experiments.words import parse, pattern, spoken, vocabulary_of, words_of
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS
-from milan_ray.storage import EXEMPLARS_KEY, Storage
+from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, Storage
 
 if TYPE_CHECKING:
     from milan_ray.models.sentences import EmbedsTexts  # brings torch, which a search by words does without
@@ -32,7 +33,7 @@ SATURATION, LENGTH = 1.2, 0.75
 TEXTS = 4096
 """Descriptions embedded between two lines of progress."""
 
-_THREADS = 16  # reading footers is waiting
+_THREADS = 16  # reading files is waiting
 
 
 def scan_descriptions(
@@ -40,21 +41,25 @@ def scan_descriptions(
     models: Sequence[str] | None = None,
     layers: Sequence[str] | None = None,
     labelers: Sequence[str] | None = None,
+    *,
+    leave_out: bool = False,
 ) -> pl.LazyFrame:
     """The descriptions of a run directory, without those that speak of exemplars that are no longer there.
 
-    Local files are read when a query needs them; those of an object store at once, :data:`COLUMNS` alone.
+    All files are looked through once, :data:`COLUMNS` alone; local ones are read again when a query needs them.
 
     Args:
         storage: The run directory.
         models: Names or patterns (``resnet*``); None for all.
         layers: The same, of layers.
         labelers: The same, of labelers.
+        leave_out: Leave damaged tables out, and say so, as a search does: the others' units are found as ever.
 
     Returns:
         :data:`COLUMNS`.
 
     Raises:
+        DamagedTable: A table is, and none is to be left out; or all are.
         MilanError: There are none, or none of a name that was asked for.
     """
     found = storage.partitions(DESCRIPTIONS)
@@ -70,11 +75,17 @@ def scan_descriptions(
             found = [keys for keys in found if any(fnmatchcase(keys[key], name) for name in wanted)]
     if not found:
         raise MilanError("no layer has descriptions of all that is asked for together; leave one filter out.")
+    left_out = LeftOut("search")
     with ThreadPoolExecutor(_THREADS) as threads:
-        current = list(threads.map(lambda keys: _speaks_of_what_is_there(storage, keys), found))
-        if stale := [keys for keys, is_current in zip(found, current, strict=True) if not is_current]:
-            say(f"left out {len(stale)} tables of descriptions that speak of earlier exemplars")
-        found = [keys for keys in found if keys not in stale]
+        looked = list(threads.map(lambda keys: _look(storage, keys), found))
+        damaged = [each for each in looked if isinstance(each, DamagedTable)]
+        if damaged and (len(damaged) == len(looked) or not leave_out):
+            raise damaged[0]
+        for error in damaged:
+            left_out.note(error)
+        if stale := looked.count(False):
+            say(f"left out {stale} tables of descriptions that speak of earlier exemplars")
+        found = [keys for keys, each in zip(found, looked, strict=True) if each is True]
         if not found:
             raise MilanError(f"all descriptions in {storage.root} speak of earlier exemplars; describe again.")
         if storage.is_local:
@@ -84,10 +95,22 @@ def scan_descriptions(
         return pl.concat([pl.DataFrame(pl.from_arrow(table)) for table in tables]).lazy()
 
 
-def _speaks_of_what_is_there(storage: Storage, keys: dict[str, str]) -> bool:
-    said = (storage.metadata(DESCRIPTIONS, **keys) or {}).get(EXEMPLARS_KEY)
-    there = storage.metadata(EXEMPLARS, model=keys["model"], layer=keys["layer"])
-    return not said or there is None or storage.config_of(EXEMPLARS, model=keys["model"], layer=keys["layer"]) == said
+def _look(storage: Storage, keys: dict[str, str]) -> bool | DamagedTable:
+    """Whether descriptions speak of exemplars that are there, or why they cannot be read.
+
+    All their pages are read: of damage that a query meets, it could not say where it is.
+    """
+    try:
+        said = (storage.metadata(DESCRIPTIONS, **keys) or {}).get(EXEMPLARS_KEY)
+        if storage.is_local:
+            storage.read(DESCRIPTIONS, list(COLUMNS), **keys)
+    except DamagedTable as error:
+        return error
+    try:
+        there = storage.metadata(EXEMPLARS, model=keys["model"], layer=keys["layer"])
+    except DamagedTable:  # what they speak of cannot be told, and they say it all the same
+        return True
+    return not said or there is None or there.get(CONFIG_KEY) == said
 
 
 def search_descriptions(

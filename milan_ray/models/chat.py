@@ -305,7 +305,9 @@ class Endpoint:
             kept = json.loads(self.storage.get(path))
         except FileNotFoundError:
             kept = None
-        if kept is not None:
+        except ValueError:  # damaged
+            kept = None
+        if isinstance(kept, dict) and isinstance(kept.get("answer"), str):
             with self._lock:
                 self.spent.remembered += 1
             return kept["answer"]

@@ -53,7 +53,12 @@ class SentenceEncoder:
                 "tokenizer and weights of a BERT-like model."
             ) from error
         pooling = place / "1_Pooling/config.json"
-        modes = json.loads(pooling.read_text(encoding="utf-8")) if pooling.is_file() else {}
+        try:
+            modes = json.loads(pooling.read_text(encoding="utf-8")) if pooling.is_file() else {}
+        except ValueError as error:
+            raise MilanError(f"{pooling} is damaged ({error}): save the model again.") from error
+        if not isinstance(modes, dict):
+            raise MilanError(f"{pooling} is no JSON object: save the model again.")
         chosen = [name for name, on in modes.items() if name.startswith("pooling_mode_") and on is True]
         self._first = chosen == ["pooling_mode_cls_token"]
         if chosen and not self._first and chosen != ["pooling_mode_mean_tokens"]:
@@ -112,7 +117,7 @@ def load_text_model(name: str) -> EmbedsTexts:
     if config.is_file():
         try:
             kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        except ValueError as error:
+        except (ValueError, AttributeError) as error:
             raise MilanError(f"{config} is damaged ({error}): save the model again.") from error
         if kind not in KINDS:
             return SentenceEncoder(name)

@@ -25,6 +25,7 @@ from milan_ray.config import config_hash
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.experiments.annotation_statistics import TextScore, leave_one_out, mean_agreement
+from milan_ray.names import checked_name
 from milan_ray.pipelines.annotations_export import exemplar_layers
 from milan_ray.pipelines.views import block_of, read_block
 from milan_ray.progress import Progress, say
@@ -240,6 +241,7 @@ def run_answers(
     Raises:
         MilanError: A file is damaged, holds no answer, or speaks of other exemplars than those that are there.
     """
+    checked_name("a source of annotations", source, slashes=True)
     tables = (tables or CleaningTables()).spelled()
     answers: list[Answer] = []
     rejected = 0

@@ -18,6 +18,7 @@ from milan_ray.annotations.merge import nearest
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.exemplars import masks
 from milan_ray.pipelines.views import block_of, read_block
+from milan_ray.probe.manifest import rows_of
 from milan_ray.progress import Progress, say
 from milan_ray.schema import ANNOTATIONS, EXEMPLARS, MANIFEST
 from milan_ray.storage import EXEMPLARS_KEY, Storage
@@ -189,7 +190,7 @@ def _export_layer(storage: Storage, model: str, layer: str, folder: Path) -> set
 
 def _source_ids(storage: Storage, probe: str, image_ids: np.ndarray) -> np.ndarray | None:
     """Manifest rows → what ``ids.csv`` says of them; None where it was not there when they were imported."""
-    images = storage.read(MANIFEST, ["root", "path"], probe=probe).take(image_ids)
+    images = rows_of(storage.read(MANIFEST, ["root", "path"], probe=probe), image_ids)
     if not images["root"][0].as_py().startswith(ROOT):
         return image_ids
     paths = images["path"].to_pylist()

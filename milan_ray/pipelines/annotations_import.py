@@ -29,6 +29,7 @@ from milan_ray.config import config_hash
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.models.view import View
+from milan_ray.names import checked_name
 from milan_ray.pipelines.annotations_export import CSV_ROWS, PUBLISHED, ROOT, UNITS_FILE, exemplar_layers
 from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.views import block_of, png, write_block
@@ -65,6 +66,9 @@ def run_import(storage: Storage, published: PublishedSet, *, model: str | None =
     Raises:
         MilanError: The set has no images yet, masks are not 0 and 1, or exemplars of this model were made here.
     """
+    if model is not None:
+        checked_name("a model", model, slashes=True)
+    checked_name("a source of annotations", source, slashes=True)
     model = model or published.name
     config = config_hash({"kernel": KERNEL_VERSION, "model": model, "set": published.name, "files": _files(published)})
     for layer in published.layers:
@@ -98,6 +102,7 @@ def import_csv(storage: Storage, path: Path, model: str, *, source: str, annotat
     Raises:
         MilanError: The CSV is damaged, or there are no exemplars of the model.
     """
+    checked_name("a source of annotations", source, slashes=True)
     units = {
         layer: storage.read(EXEMPLARS, ["unit"], model=model, layer=layer)["unit"].unique().to_pylist()
         for layer in exemplar_layers(storage, model)

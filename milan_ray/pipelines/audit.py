@@ -13,6 +13,7 @@ from milan_ray.experiments import auditing, figures
 from milan_ray.experiments.auditing import descriptions_hash
 from milan_ray.experiments.evaluation import Row, score_table
 from milan_ray.experiments.search import scan_descriptions
+from milan_ray.names import checked_name
 from milan_ray.progress import say
 from milan_ray.report.audits import card_link
 from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS, FIGURE, MANIFEST, SCORES, Noun
@@ -36,6 +37,9 @@ class AuditConfig:
     name: str = "faces"
     words: tuple[str, ...] = auditing.FACE_WORDS
     labeler: str = "milan"
+
+    def __post_init__(self) -> None:
+        checked_name("an audit", self.name, slashes=True)
 
 
 @dataclass(frozen=True)
@@ -214,7 +218,7 @@ def _images(storage: Storage, models: Sequence[str], labeler: str) -> str:
         if keys["model"] in models:
             meta = storage.metadata(EXEMPLARS, model=keys["model"], layer=keys["layer"])
             if meta is not None:
-                probes.setdefault(meta.get("probe", ""), keys["model"])
+                probes.setdefault(meta["probe"], keys["model"])
     if len(probes) > 1:
         first, second = list(probes.values())[:2]
         raise MilanError(

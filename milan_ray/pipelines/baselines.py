@@ -15,6 +15,7 @@ from milan_ray.experiments import baselines, figures
 from milan_ray.experiments.baselines import LABELERS
 from milan_ray.experiments.evaluation import score_table
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
+from milan_ray.names import checked_name
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.captioners import EncoderRequest, about_captioner
 from milan_ray.pipelines.compare import run_comparison
@@ -84,6 +85,7 @@ def run_baselines(
     Raises:
         MilanError: A network could not be dissected or labelled, or nobody has annotated it.
     """
+    checked_name("an experiment", name, slashes=True)
     models = [network.model for network in networks]
     for network in networks:
         _check_held_out(storage, network)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from milan_ray.captioner.checkpoints import CONFIG, WEIGHTS, from_bytes, load_re
 from milan_ray.captioner.encoder import PyramidEncoder, get_encoder
 from milan_ray.config import models_dir
 from milan_ray.errors import MilanError, unknown_name
+from milan_ray.names import checked_name
 from milan_ray.plugins import load_plugins
 from milan_ray.storage import Storage
 
@@ -108,12 +110,13 @@ def load_captioner(storage: Storage | None, decoder: str) -> Captioner:
     if decoder.endswith(".pth"):
         return load_reference(decoder)
     path = f"{FOLDER}/{decoder}"
-    if storage is not None and "/" not in decoder and storage.exists(f"{path}/{CONFIG}"):
-        return from_bytes({name: storage.get(f"{path}/{name}") for name in (CONFIG, WEIGHTS)})
+    if storage is not None and has_captioner(storage, decoder):
+        there = [name for name in (CONFIG, WEIGHTS) if storage.exists(f"{path}/{name}")]
+        return _read({name: storage.get(f"{path}/{name}") for name in there}, storage.uri(path))
     folder = Path(decoder).expanduser()
     if (folder / CONFIG).is_file():
         parts = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
-        return from_bytes({name: (folder / name).read_bytes() for name in parts})
+        return _read({name: (folder / name).read_bytes() for name in parts}, str(folder))
     if decoder.replace("/", "-").removesuffix(RERANKED) in MILAN:
         return load_reference(find_milan(decoder))
     places = [f"folder {folder.absolute()}"] if storage is None else [storage.uri(path), f"folder {folder.absolute()}"]
@@ -123,9 +126,21 @@ def load_captioner(storage: Storage | None, decoder: str) -> Captioner:
     )
 
 
+def _read(files: Mapping[str, bytes], folder: str) -> Captioner:
+    try:
+        return from_bytes(files)
+    except MilanError as error:
+        raise MilanError(f"{folder}: {error}") from error
+
+
 def has_captioner(storage: Storage, name: str) -> bool:
     """Whether the run directory holds a captioner of that name."""
-    return "/" not in name and storage.exists(f"{FOLDER}/{name}/{CONFIG}")
+    return _one_folder(name) and storage.exists(f"{FOLDER}/{name}/{CONFIG}")
+
+
+def _one_folder(name: str) -> bool:
+    """Whether a captioner in the run directory may be called so; all else is a path."""
+    return "/" not in name and name not in ("", ".", "..")
 
 
 def save_captioner(storage: Storage, name: str, captioner: Captioner, about: str) -> None:
@@ -136,7 +151,11 @@ def save_captioner(storage: Storage, name: str, captioner: Captioner, about: str
         name: Name of the captioner.
         captioner: The captioner.
         about: One sentence on what it was trained on, for people.
+
+    Raises:
+        MilanError: No captioner can be called so.
     """
+    checked_name("a captioner", name)
     files = to_bytes(captioner)
     storage.put(f"{FOLDER}/{name}/{ABOUT}", about.encode())
     for part in (WEIGHTS, CONFIG):
@@ -146,7 +165,7 @@ def save_captioner(storage: Storage, name: str, captioner: Captioner, about: str
 def about_captioner(storage: Storage, decoder: str) -> str:
     """One sentence on what a captioner was trained on; empty where nothing is known."""
     path = f"{FOLDER}/{decoder}/{ABOUT}"
-    if "/" not in decoder and storage.exists(path):
-        return storage.get(path).decode()
+    if _one_folder(decoder) and storage.exists(path):
+        return storage.text(path)
     file = Path(decoder).expanduser() / ABOUT
     return file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -22,6 +22,7 @@ from milan_ray.experiments.comparison import (
 )
 from milan_ray.experiments.evaluation import Row, best_constant, evaluate_text, score_table
 from milan_ray.experiments.search import scan_descriptions
+from milan_ray.names import checked_name
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.judges import BY_KIND, HELD_OUT_SCENES, in_words, judge_labels, of_the_world
 from milan_ray.progress import say
@@ -94,6 +95,7 @@ def find_comparison(
     scenes: requests.ProbeRequest = HELD_OUT_SCENES,
 ) -> Comparison:
     """Finds what :func:`run_comparison` compares; arguments and errors as there."""
+    checked_name("a comparison", name, slashes=True)
     frame = scan_descriptions(storage, models, None, labelers).select(
         "labeler", "model", "layer", "unit", "description"
     )

@@ -218,6 +218,52 @@ def check_pooled(storage: Storage, what: Described, digest: str) -> None:
         )
 
 
+def units_of(storage: Storage, model: str, layer: str) -> int:
+    """How many units a layer has, dead ones too.
+
+    Raises:
+        MilanError: It has no pooled activations.
+    """
+    meta = storage.metadata(POOLED, model=model, layer=layer)
+    if meta is None:
+        raise MilanError(f"{model} {layer} has no pooled activations; make them with jobs.exemplars --pooled.")
+    return int(meta["units"])
+
+
+def class_layers(
+    storage: Storage, described: Sequence[Described], classes: Mapping[str, tuple[str, ...]]
+) -> dict[tuple[str, str], tuple[str, ...]]:
+    """Finds the layers whose units are classes: those of as many units. Says which these are, and which are not.
+
+    Args:
+        storage: The run directory, which holds pooled activations.
+        described: Layers to choose from.
+        classes: Model → the names of its classes.
+
+    Returns:
+        (model, layer) → the names of its units.
+
+    Raises:
+        MilanError: There is none, of no model.
+    """
+    found: dict[tuple[str, str], tuple[str, ...]] = {}
+    others: list[str] = []
+    for model, layer in dict.fromkeys((what.model, what.layer) for what in described if what.model in classes):
+        if (units := units_of(storage, model, layer)) == len(classes[model]):
+            found[model, layer] = classes[model]
+        else:
+            others.append(f"{model} {layer} ({units} units, {len(classes[model])} classes)")
+    if not found:
+        raise MilanError(
+            f"class names are for the layer that puts the classes out, which has as many units: not {', '.join(others)}"
+            "; describe it (--layers outputs), or leave out --class-names and --sanity."
+        )
+    say(f"class names: compared in {', '.join(' '.join(keys) for keys in found)}, which have as many units as classes")
+    if others:
+        say(f"class names: left out {', '.join(others)}: their units are no classes")
+    return found
+
+
 @dataclass(frozen=True)
 class _Block:
     storage: Storage
@@ -261,7 +307,8 @@ def run_scores(
         request: The model of images and texts, or what takes its place.
         config: How.
         resources: What of the cluster to use; Ray must be connected.
-        classes: (model, layer) → what each unit stands for, where that is known: of a classifier's outputs.
+        classes: (model, layer) → what each unit stands for, where that is known (:func:`class_layers`): of a
+            classifier's outputs.
 
     Returns:
         The experiments of table ``scores``, one per model.
@@ -269,6 +316,12 @@ def run_scores(
     Raises:
         MilanError: Pooled activations, exemplars or the model are missing, or there are not as many classes as units.
     """
+    for (model, layer), concepts in (classes or {}).items():
+        if (units := units_of(storage, model, layer)) != len(concepts):
+            raise MilanError(
+                f"{model} {layer} has {units} units and the model names {len(concepts)} classes: class names are for "
+                "the layer that puts them out; choose it with --layers."
+            )
     digest = run_image_embeddings(storage, probe, request, resources)
     embedder = requests.image_text(request, probe.plugins)
     curve = config.curve(embedder)
@@ -305,7 +358,7 @@ def run_scores(
             table = pa.concat_tables([ROWS_SCHEMA.empty_table(), *parts])
             names = (classes or {}).get((what.model, what.layer))
             if names is not None:
-                table = pa.concat_tables([table, _class_rows(what, said, names, vectors, embedder)])
+                table = pa.concat_tables([table, _class_rows(said, names, vectors, embedder)])
             write_unit_scores(storage, request.name, what, table, recipes[what])
             rows = len(table)
             record_run(storage, "scores", recipes[what].hash, what.model, layer=what.layer, rows=rows, images=0,
@@ -519,22 +572,12 @@ def _products(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
 
 def _class_rows(
-    what: Described,
     texts: Texts,
     names: tuple[str, ...],
     vectors: Mapping[str, np.ndarray],
     embedder: Embedder,
 ) -> pa.Table:
-    """How well descriptions of a classifier's outputs name their classes (METHODS §9).
-
-    Raises:
-        MilanError: There are not as many classes as units.
-    """
-    if max(texts.units, default=-1) >= len(names):
-        raise MilanError(
-            f"{what.model} {what.layer} has a unit {max(texts.units)} and the model names {len(names)} classes: class "
-            "names are for the layer that puts them out; choose it with --layers."
-        )
+    """How well descriptions of a classifier's outputs name their classes (METHODS §9)."""
     said = embedder.embed_texts(names).cpu().numpy()
     rows: list[dict[str, object]] = []
     for system, own in texts.systems.items():

@@ -10,11 +10,25 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 
 from milan_ray.config import Recipe
-from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, DRAWINGS, ENCODINGS, EXEMPLARS, POOLED, Noun
-from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, PARTS_KEY, UNITS_KEY, WHOLE_KEY, WORK, Storage
+from milan_ray.errors import DamagedTable, MilanError
+from milan_ray.schema import (
+    ANNOTATIONS,
+    CANDIDATES,
+    DESCRIPTIONS,
+    DRAWINGS,
+    ENCODINGS,
+    EXEMPLARS,
+    NOUNS,
+    POOLED,
+    Noun,
+)
+from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, UNITS_KEY, WHOLE_KEY, WORK, FileStat, Storage, parts_of
 
 STAGES = (EXEMPLARS, POOLED, ANNOTATIONS, ENCODINGS, CANDIDATES, DRAWINGS, DESCRIPTIONS)
 """The tables of layers; each is made from earlier ones."""
+
+DAMAGED = "damaged"
+"""How the state of a damaged partition begins."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +42,7 @@ class Partition:
         units: The units it was made for, as ``1,5,7``; empty for all.
         written: When, UTC, ISO 8601; empty where the file system does not say.
         config: Configuration hash.
-        state: Empty; or why it no longer belongs to what it was made from: stale or orphaned.
+        state: Empty; or why it no longer belongs to what it was made from: stale or orphaned; or that it is damaged.
     """
 
     table: str
@@ -63,7 +77,8 @@ class Status:
 
     Attributes:
         root: The storage.
-        partitions: Every partition of the tables of layers, in the order of the stages.
+        partitions: Every partition of the tables of layers, in the order of the stages; of other tables those that are
+            damaged.
         work: Unfinished work.
     """
 
@@ -83,37 +98,87 @@ class Status:
             notes = "; ".join(note for note in (units, found.state) if note)
             where = " ".join(found.keys.values())
             lines.append(f"{found.table:12} {where:48} {found.rows:8}  {found.written:19}  {found.config[:8]}  {notes}")
-        models = {found.keys["model"] for found in self.partitions}
-        layers = {(found.keys["model"], found.keys["layer"]) for found in self.partitions}
-        amiss = sum(1 for found in self.partitions if found.state)
-        lines.append(f"{len(layers)} layers of {len(models)} models; {amiss} tables stale or orphaned")
+        of_layers = [found for found in self.partitions if {"model", "layer"} <= found.keys.keys()]
+        models = {found.keys["model"] for found in of_layers}
+        layers = {(found.keys["model"], found.keys["layer"]) for found in of_layers}
+        damaged = sum(1 for found in self.partitions if found.state.startswith(DAMAGED))
+        amiss = sum(1 for found in self.partitions if found.state) - damaged
+        also = f", {damaged} damaged" if damaged else ""
+        lines.append(f"{len(layers)} layers of {len(models)} models; {amiss} tables stale or orphaned{also}")
         for work in self.work:
             size = f"{work.bytes / 2**20:.1f} MiB"
             lines.append(f"unfinished   {WORK}/{work.config}: {work.files} files, {size}, the last {work.written}")
         return "\n".join(line.rstrip() for line in lines)
 
 
-def status(storage: Storage) -> Status:
-    """Looks at every file of a storage, at tables by their footers alone."""
+def status(storage: Storage, verify: bool = False) -> Status:
+    """Looks at every file of a storage, at tables by their footers alone, unless they are to be verified.
+
+    Args:
+        storage: The run directory.
+        verify: Read all tables, so that damage inside them is found, too.
+    """
     found: list[Partition] = []
     made: dict[tuple[str, str, str], dict[str, str]] = {}  # (table, model, layer) → digest of it as a part, its state
     exemplars: dict[tuple[str, str], dict[str, str]] = {}  # (model, layer) → what its exemplars are made of
     for noun in STAGES:
         stats = storage.stat(noun.name)
         for keys in storage.partitions(noun):
-            meta = storage.metadata(noun, **keys) or {}
+            written = _written(stats, storage.path(noun, **keys))
+            try:
+                meta, rows = _look(storage, noun, keys, verify)
+            except MilanError as error:
+                part, state = "", _damage(error)
+                found.append(Partition(noun.name, keys, 0, "", written, "", state))
+                made.setdefault((noun.name, keys["model"], keys["layer"]), {})[part] = state
+                continue
             state = _state(noun, keys, meta, made)
             if noun is EXEMPLARS:
-                exemplars[keys["model"], keys["layer"]] = json.loads(meta.get(PARTS_KEY, "{}"))
+                exemplars[keys["model"], keys["layer"]] = parts_of(meta)
             elif noun is POOLED:
                 state = _beside(exemplars.get((keys["model"], keys["layer"]), {}), meta)
             config = meta.get(CONFIG_KEY, "")
             part = _digest(noun.name, meta.get(WHOLE_KEY, config))
             made.setdefault((noun.name, keys["model"], keys["layer"]), {})[part] = state
-            written = _time(stats[storage.path(noun, **keys)].modified)
-            rows = storage.count(noun, **keys)
             found.append(Partition(noun.name, keys, rows, meta.get(UNITS_KEY, ""), written, config, state))
+    for noun in NOUNS:
+        if noun not in STAGES:
+            found += _damaged(storage, noun, verify)
     return Status(storage.root, found, _work(storage))
+
+
+def _look(storage: Storage, noun: Noun, keys: dict[str, str], verify: bool) -> tuple[dict[str, str], int]:
+    """A partition's metadata and rows.
+
+    Raises:
+        MilanError: It is damaged, or cannot be read.
+    """
+    meta = storage.metadata(noun, **keys) or {}
+    if verify:
+        for _ in storage.stream(noun, **keys):
+            pass
+    return meta, storage.count(noun, **keys)
+
+
+def _damaged(storage: Storage, noun: Noun, verify: bool) -> list[Partition]:
+    """The damaged partitions of a table that is not of layers."""
+    stats = storage.stat(noun.name)
+    found = []
+    for keys in storage.partitions(noun):
+        try:
+            _look(storage, noun, keys, verify)
+        except MilanError as error:
+            written = _written(stats, storage.path(noun, **keys))
+            found.append(Partition(noun.name, keys, 0, "", written, "", _damage(error)))
+    return found
+
+
+def _damage(error: MilanError) -> str:
+    return f"{DAMAGED if isinstance(error, DamagedTable) else 'unreadable'}: {error}"
+
+
+def _written(stats: dict[str, FileStat], path: str) -> str:
+    return _time(stats[path].modified) if path in stats else ""
 
 
 def _digest(name: str, config: str) -> str:
@@ -124,7 +189,7 @@ def _state(
     noun: Noun, keys: dict[str, str], meta: dict[str, str], made: dict[tuple[str, str, str], dict[str, str]]
 ) -> str:
     """What became of that which a partition was made from."""
-    parts: dict[str, str] = json.loads(meta.get(PARTS_KEY, "{}"))
+    parts = parts_of(meta)
     if EXEMPLARS_KEY in meta:
         parts["exemplars"] = _digest("exemplars", meta[EXEMPLARS_KEY])
     for above in STAGES[: STAGES.index(noun)]:
@@ -133,7 +198,8 @@ def _state(
             if there is None:
                 return f"orphaned: {above.name} are gone"
             if parts[above.name] not in there:
-                return f"stale: {above.name} have changed"
+                damaged = "" in there
+                return f"stale: {above.name} are damaged" if damaged else f"stale: {above.name} have changed"
             if there[parts[above.name]]:
                 return f"stale: {above.name} are, too"
     return ""
@@ -141,7 +207,7 @@ def _state(
 
 def _beside(exemplars: dict[str, str], meta: dict[str, str]) -> str:
     """Whether pooled activations, made beside a layer's exemplars and not from them, are of something else."""
-    parts: dict[str, str] = json.loads(meta.get(PARTS_KEY, "{}"))
+    parts = parts_of(meta)
     other = [name for name in parts if parts[name] != exemplars.get(name, parts[name])]
     return f"stale: exemplars have other {', '.join(other)}" if other else ""
 

@@ -26,9 +26,10 @@ from milan_ray.captioner.fit import DECODER, LM, Plan, Sizes, State, Team, epoch
 from milan_ray.captioner.lm import LanguageModel
 from milan_ray.captioner.text import Indexer
 from milan_ray.config import Recipe, TrainingConfig
-from milan_ray.errors import MilanError
+from milan_ray.errors import MilanError, reason
 from milan_ray.experiments.decoder_search import DecoderSetting
-from milan_ray.pipelines.captioners import EncoderRequest, has_captioner, save_captioner
+from milan_ray.names import checked_name
+from milan_ray.pipelines.captioners import EncoderRequest, has_captioner, load_captioner, save_captioner
 from milan_ray.pipelines.cluster import start
 from milan_ray.pipelines.fanout import run_parallel
 from milan_ray.pipelines.records import record_run
@@ -91,6 +92,9 @@ class TrainingJob:
     decoder: DecoderSetting | None = None
     units: tuple[tuple[int, ...], ...] = ()
     keep_encoder: bool = True
+
+    def __post_init__(self) -> None:
+        checked_name("a captioner", self.name)
 
     @property
     def plans(self) -> dict[str, Plan]:
@@ -266,8 +270,30 @@ def _due(storage: Storage, job: TrainingJob) -> Recipe | None:
 
 def why_training(storage: Storage, job: TrainingJob, recipe: Recipe) -> str | None:
     """Why a captioner has to be trained; None when it is there."""
-    lost = None if has_captioner(storage, job.name) else "captioner missing"
-    return storage.why(TRAINING, recipe, decoder=job.name) or lost
+    if due := storage.why(TRAINING, recipe, decoder=job.name):
+        return due
+    if not has_captioner(storage, job.name):
+        return "captioner missing"
+    try:
+        load_captioner(storage, job.name)
+    except MilanError as error:
+        say(f"{error}: it is trained anew", level="warning")
+        return "captioner damaged"
+    return None
+
+
+def stored_state(storage: Storage, path: str) -> State | None:
+    """How far a training had come that was cut short; None where it has to begin anew."""
+    if not storage.exists(path):
+        return None
+    try:
+        state = torch.load(io.BytesIO(storage.get(path)), weights_only=True)
+        return state if state["history"] is not None else None
+    except MilanError:
+        raise
+    except Exception as error:  # whatever a damaged file may raise inside the reader
+        say(f"{storage.uri(path)} is damaged ({reason(error)}): the training begins anew", level="warning")
+        return None
 
 
 def _publish(
@@ -440,10 +466,7 @@ def _train_here(task: _Little) -> tuple[bool, str]:
         units = write_units(storage, work, job.source, job.encoder.name, job.layers, job.units)
         if units.nbytes <= job.memory_limit:
             units.keep()
-        if storage.exists(path):
-            state = torch.load(io.BytesIO(storage.get(path)), weights_only=True)
-        else:
-            state = new_state(units.texts)
+        state = stored_state(storage, path) or new_state(units.texts)
         fit(units, job.plans, state, report)
         return True, _publish(storage, job, task.recipe, state, units, started)
     except Exception as error:  # stops no other; the driver says it, and fails with it at the end

@@ -17,8 +17,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from milan_ray.errors import MilanError
+from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.pipelines.encodings import unit_features
+from milan_ray.progress import say
 from milan_ray.schema import ANNOTATIONS, ENCODINGS
 from milan_ray.storage import WORK, Storage, to_parquet
 
@@ -54,7 +55,10 @@ def write_units(
         MilanError: No unit is annotated, or units differ in number or size of their features.
     """
     if storage.exists(f"{_folder(work)}/{TEXTS}"):
-        return UnitFeatures(storage, work)
+        try:
+            return UnitFeatures(storage, work, looked_through=True)
+        except DamagedTable as error:
+            say(f"{error} They are written anew.", level="warning")
     shapes: set[tuple[int, int]] = set()
     files: list[int] = []
     texts: list[list[str]] = []
@@ -97,7 +101,7 @@ def _feature_file(features: np.ndarray) -> bytes:
     column = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features[0].size)
     table = pa.table({"feature": column})
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=1, compression="none", use_dictionary=False)
+    pq.write_table(table, buffer, row_group_size=1, compression="none", use_dictionary=False, write_page_checksum=True)
     return buffer.getvalue()
 
 
@@ -108,19 +112,33 @@ class UnitFeatures:
         storage: The run directory.
         work: Configuration hash of the training, whose units :func:`write_units` wrote.
 
+        looked_through: Look at all files first: what a killed job has left may be torn.
+
     Attributes:
         texts: The annotations of each unit.
         k: Exemplars of each.
         size: Size F of an exemplar's feature.
+
+    Raises:
+        DamagedTable: A file is.
     """
 
-    def __init__(self, storage: Storage, work: str) -> None:
+    def __init__(self, storage: Storage, work: str, looked_through: bool = False) -> None:
         self._storage, self._work = storage, work
-        table = pq.read_table(pa.BufferReader(storage.get(f"{_folder(work)}/{TEXTS}")))
-        metadata = table.schema.metadata
-        self.texts: list[list[str]] = table["texts"].to_pylist()
+        path = f"{_folder(work)}/{TEXTS}"
+        with storage.intact(path):
+            table = pq.read_table(pa.BufferReader(storage.get(path)), page_checksum_verification=True)
+            metadata = table.schema.metadata or {}
+            if missing := {b"k", b"feature_size", b"files"} - metadata.keys():
+                raise pa.ArrowInvalid(f"its metadata lack {min(missing).decode()!r}")
+            self.texts: list[list[str]] = table["texts"].to_pylist()
         self.k, self.size = int(metadata[b"k"]), int(metadata[b"feature_size"])
-        self._ends = np.cumsum([int(rows) for rows in metadata[b"files"].split(b",")])
+        files = [int(rows) for rows in metadata[b"files"].split(b",")]
+        self._ends = np.cumsum(files)
+        for file, rows in enumerate(files) if looked_through else ():
+            with storage.intact(_features(work, file)), storage.open(_features(work, file)) as stream:
+                if pq.ParquetFile(stream).metadata.num_rows != rows:
+                    raise pa.ArrowInvalid(f"it has not the {rows} rows that it had")
         self._readers: dict[int, pq.ParquetFile] = {}
         self._resident: torch.Tensor | None = None
 
@@ -150,12 +168,15 @@ class UnitFeatures:
             places.setdefault(file, []).append(place)
 
         def read(file: int) -> None:
-            if file not in self._readers:
-                self._readers[file] = pq.ParquetFile(self._storage.open(_features(self._work, file)))
-            first = int(self._ends[file - 1]) if file else 0
-            for place in places[file]:
-                column = self._readers[file].read_row_group(rows[place] - first)["feature"]
-                found[place] = column.combine_chunks().flatten().to_numpy()
+            path = _features(self._work, file)
+            with self._storage.intact(path):
+                if file not in self._readers:
+                    stream = self._storage.open(path)
+                    self._readers[file] = pq.ParquetFile(stream, page_checksum_verification=True)
+                first = int(self._ends[file - 1]) if file else 0
+                for place in places[file]:
+                    column = self._readers[file].read_row_group(rows[place] - first)["feature"]
+                    found[place] = column.combine_chunks().flatten().to_numpy()
 
         for _ in self._pool.map(read, places):
             pass

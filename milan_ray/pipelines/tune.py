@@ -118,9 +118,7 @@ def run_tuning(storage: Storage, job: TuningJob, resources: Resources) -> Settin
     folder = str(Path(storage.path(TRIALS, **keys)).parent)
     if not storage.why(TRIALS, recipe, **keys):
         say(f"tuning of {job.decoder} by {job.name}: up to date, in {storage.uri(folder)}")
-        return read_setting(
-            storage.get(f"{folder}/{TRIALS_SETTING}").decode(), storage.uri(f"{folder}/{TRIALS_SETTING}")
-        )
+        return read_setting(storage.text(f"{folder}/{TRIALS_SETTING}"), storage.uri(f"{folder}/{TRIALS_SETTING}"))
     trials = job.sweep.trials()
     task = _Task(storage.root, recipe.hash, captioner.encoder_name, job, resources.threads, resources.device)
     units = task.annotated()

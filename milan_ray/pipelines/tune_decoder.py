@@ -41,7 +41,7 @@ from milan_ray.experiments.decoder_search import (
 )
 from milan_ray.experiments.files import to_yaml
 from milan_ray.pipelines.records import record_run
-from milan_ray.pipelines.train import MEMORY_LIMIT, annotations_read
+from milan_ray.pipelines.train import MEMORY_LIMIT, annotations_read, stored_state
 from milan_ray.pipelines.training_units import UnitFeatures, write_units
 from milan_ray.pipelines.tuner import resumable_tuner
 from milan_ray.progress import say, watched
@@ -98,7 +98,7 @@ def run_decoder_tuning(storage: Storage, job: DecoderTuningJob, resources: Resou
     file = storage.uri(f"{folder}/{TRIALS_SETTING}")
     if not storage.why(DECODER_TRIALS, recipe, **keys):
         say(f"tuning of a decoder by {job.name}: up to date, in {storage.uri(folder)}")
-        return read_decoder_setting(storage.get(f"{folder}/{TRIALS_SETTING}").decode(), file)
+        return read_decoder_setting(storage.text(f"{folder}/{TRIALS_SETTING}"), file)
     started = time.monotonic()
     units = _write_units(storage, recipe.hash, job)
     budget = job.space.budget
@@ -295,10 +295,7 @@ def _run_trial(config: dict[str, Any], task: _Task) -> None:
     units = _units(task.root, _work_of(task.work, job, setting.encoder), job.memory_limit)
     name = config_hash(asdict(setting))
     path = f"_work/{task.work}/{STATES}/{name}.pt"
-    if storage.exists(path):
-        state = torch.load(io.BytesIO(storage.get(path)), weights_only=True)
-    else:
-        state = new_state(units.texts)
+    state = stored_state(storage, path) or new_state(units.texts)
     begun = len(state["history"])
 
     def report(state: State) -> None:

@@ -22,7 +22,7 @@ from torch import nn
 
 from milan_ray.config import ExemplarConfig, Resources, config_hash
 from milan_ray.device import resolve_device
-from milan_ray.errors import MilanError
+from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.exemplars.forward import Forward, read_inputs
 from milan_ray.models.registry import ModelSpec, source_of
 from milan_ray.models.weights import weights_digest
@@ -30,7 +30,7 @@ from milan_ray.pipelines import requests
 from milan_ray.pipelines.cluster import gpus_each
 from milan_ray.pipelines.fanout import FEW_IMAGES, run_parallel
 from milan_ray.probe.base import ImageRef
-from milan_ray.progress import Progress
+from milan_ray.progress import Progress, say
 from milan_ray.schema import MANIFEST, VIEWS
 from milan_ray.storage import Storage
 
@@ -151,10 +151,20 @@ def _keys(pictures: Pictures, block: str) -> dict[str, str]:
 
 def _stored(storage: Storage, pictures: Pictures, block: str) -> set[int]:
     """The images that a block holds already."""
+    table = _read(storage, pictures, block, "image_id")
+    return set() if table is None else set(table["image_id"].to_pylist())
+
+
+def _read(storage: Storage, pictures: Pictures, block: str, *columns: str) -> pa.Table | None:
+    """Columns of a block; None where there is none of this view, or it is damaged: it is then made anew."""
     keys = _keys(pictures, block)
     if not storage.is_current(VIEWS, pictures.hash, **keys):
-        return set()
-    return set(storage.read(VIEWS, ["image_id"], **keys)["image_id"].to_pylist())
+        return None
+    try:
+        return storage.read(VIEWS, list(columns), **keys)
+    except DamagedTable as error:
+        say(f"{error} It is made anew.", level="warning")
+        return None
 
 
 def _announced(storage: Storage, pictures: Pictures) -> set[str]:
@@ -202,8 +212,9 @@ def _write_block(task: _Block) -> None:
         if lacking:
             drawn.update(_draw(pictures, _refs(storage, pictures, task.block, lacking), task.resources))
         # As late as can be: what is stored between this and the next line is found by the look after it.
-        current = storage.is_current(VIEWS, pictures.hash, **keys)
-        stored = storage.read(VIEWS, ["image_id", "image"], **keys) if current else None
+        stored = _read(storage, pictures, task.block, "image_id", "image")
+        if stored is None and (lost := wanted - drawn.keys()):  # their ids were legible, and their images are not
+            drawn.update(_draw(pictures, _refs(storage, pictures, task.block, lost), task.resources))
         together = dict(drawn)
         if stored is not None:
             together |= zip(stored["image_id"].to_pylist(), stored["image"].to_pylist(), strict=True)
@@ -216,9 +227,13 @@ def _write_block(task: _Block) -> None:
 
 def _read_announcement(storage: Storage, path: str) -> list[int]:
     try:
-        return json.loads(storage.get(path))
+        found = json.loads(storage.get(path))
     except FileNotFoundError:  # withdrawn since it was listed: its blocks are as they should be
         return []
+    except ValueError as error:
+        say(f"{storage.uri(path)} is damaged ({error}): the job that wrote it makes its own images", level="warning")
+        return []
+    return [image for image in found if isinstance(image, int)] if isinstance(found, list) else []
 
 
 def _refs(storage: Storage, pictures: Pictures, block: str, image_ids: set[int]) -> list[ImageRef]:

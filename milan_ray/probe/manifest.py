@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from milan_ray.errors import MilanError
 from milan_ray.probe.base import ImageRef
@@ -59,10 +60,28 @@ def image_refs(manifest: pa.Table, image_ids: Iterable[int] | None = None) -> li
     Args:
         manifest: A probe's manifest.
         image_ids: The images wanted, in order; None for all.
+
+    Raises:
+        MilanError: It lacks one.
     """
     ids = range(len(manifest)) if image_ids is None else list(image_ids)
-    rows = manifest.select(["image_id", "root", "path"]).take(pa.array(ids, pa.int64()))
+    rows = rows_of(manifest.select(["image_id", "root", "path"]), ids)
     return [ImageRef(**row) for row in rows.to_pylist()]
+
+
+def rows_of(manifest: pa.Table, image_ids: Iterable[int]) -> pa.Table:
+    """The rows of some images, in the order asked for.
+
+    Raises:
+        MilanError: It lacks one.
+    """
+    ids = pa.array(list(image_ids), pa.int64())
+    if len(ids) and (least := pc.max(ids).as_py()) >= len(manifest):
+        raise MilanError(
+            f"the manifest of the probe has {len(manifest)} rows and lacks image {least}: it is damaged; delete it and "
+            "run jobs.exemplars again."
+        )
+    return manifest.take(ids)
 
 
 def digest(manifest: pa.Table) -> str:

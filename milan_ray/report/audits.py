@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from milan_ray.damaged import LeftOut
+from milan_ray.errors import DamagedTable
 from milan_ray.experiments.auditing import REJECT, descriptions_hash
 from milan_ray.progress import say
 from milan_ray.report.layers import LayerSummary, layer_folder
@@ -18,10 +20,10 @@ def card_link(model: str, layer: str, unit: int) -> str:
     return f"{layer_folder(model, layer)}index.html#unit-{unit}"
 
 
-def audits(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSummary]) -> list[Row]:
+def audits(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSummary], left_out: LeftOut) -> list[Row]:
     """Writes a page for each audit of which all networks are in the report.
 
-    Audits are left out whose descriptions have changed since.
+    Audits are left out whose descriptions have changed since, or of which a table is damaged.
 
     Returns:
         Per audit its name, the page, and how many units it counts on both sides.
@@ -31,21 +33,28 @@ def audits(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSumm
     found = []
     for keys in storage.partitions(AUDITS):
         name = keys["audit"]
-        pairs = storage.read(AUDITS, **keys).to_pylist()
-        meta = storage.metadata(AUDITS, **keys) or {}
-        named = sorted({pair[side] for pair in pairs for side in ("model", "other")})
-        if not models.issuperset(named):
+        figure = storage.path(AUDITS, **keys).replace(FILE_NAME, f"{FIGURE}.svg")
+        try:
+            pairs = storage.read(AUDITS, **keys).to_pylist()
+            meta = storage.metadata(AUDITS, **keys) or {}
+            named = sorted({pair[side] for pair in pairs for side in ("model", "other")})
+            if not models.issuperset(named):
+                continue
+            if meta["descriptions"] != descriptions_hash(storage, meta["labeler"], named):
+                say(f"report: left out the audit {name}: descriptions have changed")
+                continue
+            if not pairs or not storage.exists(figure):
+                say(f"report: left out the audit {name}: it has no {'figure' if pairs else 'rows'}; run it again")
+                continue
+            units = storage.read(AUDITED, **keys).to_pylist()
+        except DamagedTable as error:
+            left_out.note(error)
             continue
-        if meta["descriptions"] != descriptions_hash(storage, meta["labeler"], named):
-            say(f"report: left out the audit {name}: descriptions have changed")
-            continue
-        units = storage.read(AUDITED, **keys).to_pylist()
         units.sort(key=lambda row: (row["verdict"] == REJECT, row["model"], natural(row["layer"]), row["unit"]))
         for row in units:
             there = (row["model"], row["layer"]) in shown
             row["card"] = card_link(row["model"], row["layer"], row["unit"]) if there else None
         folder = f"audits/{slug(name)}/"
-        figure = storage.path(AUDITS, **keys).replace(FILE_NAME, f"{FIGURE}.svg")
         (out / folder).mkdir(parents=True, exist_ok=True)
         (out / folder / "figure.svg").write_bytes(storage.get(figure))
         audit = {

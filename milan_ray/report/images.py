@@ -18,7 +18,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from milan_ray.errors import MilanError
+from milan_ray.damaged import LeftOut
+from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.report.pages import write_script
 from milan_ray.schema import MANIFEST, VIEWS
 from milan_ray.storage import Storage
@@ -103,16 +104,22 @@ def write_masks(pieces: Iterable[pa.Table], counts: Mapping[int, int], shape: tu
     partial.rename(folder)
 
 
-def write_names(storage: Storage, folder: Path, probe: str, view: str, image_ids: set[int]) -> None:
-    """Writes what the manifest says of some images, path and class: a script per :data:`FOLDER` of images."""
-    if not storage.exists(storage.path(MANIFEST, probe=probe)):
+def write_names(storage: Storage, folder: Path, probe: str, view: str, image_ids: set[int], left_out: LeftOut) -> None:
+    """Writes what the manifest says of some images, path and class: a script per :data:`FOLDER` of images.
+
+    Of a damaged manifest, the names before the damage are written.
+    """
+    if left_out.unless_damaged(lambda: storage.metadata(MANIFEST, probe=probe), None) is None:
         return  # exemplars that were brought along
 
     def shown() -> Iterator[tuple[int, str | None, str]]:
-        for piece in storage.stream(MANIFEST, ["image_id", "class_label", "path"], probe=probe):
-            for row in piece.to_pylist():
-                if row["image_id"] in image_ids:
-                    yield row["image_id"], row["class_label"], row["path"]
+        try:
+            for piece in storage.stream(MANIFEST, ["image_id", "class_label", "path"], probe=probe):
+                for row in piece.to_pylist():
+                    if row["image_id"] in image_ids:
+                        yield row["image_id"], row["class_label"], row["path"]
+        except DamagedTable as error:
+            left_out.note(error)
 
     place = image_folder(probe, view)
     for number, rows in groupby(shown(), key=lambda row: row[0] // FOLDER):
@@ -130,12 +137,13 @@ def thumbnail(png: bytes) -> bytes:
     return buffer.getvalue()
 
 
-def write_images(storage: Storage, folder: Path, probe: str, view: str, image_ids: set[int]) -> None:
+def write_images(storage: Storage, folder: Path, probe: str, view: str, image_ids: set[int], left_out: LeftOut) -> None:
     """Writes the thumbnails of some images of one probe and view, block by block; those already there stay.
 
     Raises:
-        MilanError: The views table lacks one of them.
+        MilanError: The views table lacks one of them, and no block is damaged.
     """
+    before = len(left_out.said)
     missing = {i for i in image_ids if not (folder / image_source(probe, view, i)).exists()}
 
     def write(image_id: int, png: bytes) -> None:
@@ -147,13 +155,23 @@ def write_images(storage: Storage, folder: Path, probe: str, view: str, image_id
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for keys in storage.partitions(VIEWS, probe=probe, view=view) if missing else []:
-            here = missing.intersection(storage.read(VIEWS, ["image_id"], **keys)["image_id"].to_pylist())
-            if here:
-                table = storage.read(VIEWS, ["image_id", "image"], **keys)
+            try:
+                held = storage.read(VIEWS, ["image_id"], **keys)["image_id"].to_pylist()
+                if not held:
+                    place = storage.uri(storage.path(VIEWS, **keys))
+                    raise DamagedTable(
+                        f"{place} is damaged (it holds no image); delete it and run jobs.exemplars again."
+                    )
+                here = missing.intersection(held)
+                table = storage.read(VIEWS, ["image_id", "image"], **keys) if here else None
+            except DamagedTable as error:
+                left_out.note(error)
+                continue
+            if table is not None:
                 table = table.filter(pc.field("image_id").isin(sorted(here)))
                 list(pool.map(write, table["image_id"].to_pylist(), table["image"].to_pylist()))
                 missing -= here
-    if missing:
+    if missing and len(left_out.said) == before:
         raise MilanError(
             f"{storage.uri(VIEWS.name)} lacks {len(missing)} of the exemplars' images "
             f"(the first is image {min(missing)}); run `python -m jobs.exemplars` again."

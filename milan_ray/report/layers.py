@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
+from milan_ray.damaged import LeftOut
 from milan_ray.progress import say
 from milan_ray.report.images import image_folder, image_source, write_masks
 from milan_ray.report.nearest import mean_features, nearest
@@ -49,6 +50,7 @@ class Sources:
         annotations: Sources of annotations.
         encodings: (model, layer) → encoders that have encoded its exemplars.
         scores: (model, layer) → partitions of unit_scores.
+        left_out: Says which damaged tables are not shown.
     """
 
     storage: Storage
@@ -56,9 +58,10 @@ class Sources:
     annotations: tuple[str, ...]
     encodings: dict[tuple[str, str], list[str]]
     scores: dict[tuple[str, str], list[dict[str, str]]]
+    left_out: LeftOut
 
     @classmethod
-    def find(cls, storage: Storage, labelers: Sequence[str]) -> Sources:
+    def find(cls, storage: Storage, labelers: Sequence[str], left_out: LeftOut) -> Sources:
         """Looks what there is, once for all layers."""
         encodings, scores = defaultdict(list), defaultdict(list)
         for keys in storage.partitions(ENCODINGS):
@@ -66,7 +69,17 @@ class Sources:
         for keys in storage.partitions(UNIT_SCORES):
             scores[keys["model"], keys["layer"]].append(keys)
         annotations = sorted({keys["source"] for keys in storage.partitions(ANNOTATIONS)})
-        return cls(storage, tuple(labelers), tuple(annotations), dict(encodings), dict(scores))
+        return cls(storage, tuple(labelers), tuple(annotations), dict(encodings), dict(scores), left_out)
+
+    def rows(self, noun: Noun, **keys: str) -> pa.Table:
+        """A partition's rows, as :func:`read_rows` gives them; none where it is damaged."""
+        read = partial(read_rows, self.storage, noun, **keys)
+        return self.left_out.unless_damaged(read, noun.schema.empty_table())
+
+    def named(self, probe: str) -> bool:
+        """Whether there is a manifest that names a probe's images."""
+        look = partial(self.storage.metadata, MANIFEST, probe=probe)
+        return self.left_out.unless_damaged(look, None) is not None
 
 
 @dataclass(frozen=True)
@@ -146,21 +159,21 @@ class _Layer:
     def read(cls, sources: Sources, model: str, layer: str) -> _Layer:
         storage, keys = sources.storage, {"model": model, "layer": layer}
         columns = [column.name for column in EXEMPLARS.columns if column.name not in ("model", "layer", "mask")]
-        descriptions = {name: read_rows(storage, DESCRIPTIONS, labeler=name, **keys) for name in sources.labelers}
+        descriptions = {name: sources.rows(DESCRIPTIONS, labeler=name, **keys) for name in sources.labelers}
         judged = (*sources.labelers, _OF_EXEMPLARS)
         shown = [at for at in sources.scores.get((model, layer), []) if at["labeler"] in judged]
         shown.sort(key=lambda at: judged.index(at["labeler"]))
-        annotations = [read_rows(storage, ANNOTATIONS, source=source, **keys) for source in sources.annotations]
+        annotations = [sources.rows(ANNOTATIONS, source=source, **keys) for source in sources.annotations]
         return cls(
             sources=sources,
             model=model,
             layer=layer,
             metadata=storage.metadata(EXEMPLARS, **keys) or {},
             exemplars=_ByUnit(storage.read(EXEMPLARS, columns, **keys), "rank"),
-            levels=_ByUnit(read_rows(storage, LEVELS, **keys)),
+            levels=_ByUnit(sources.rows(LEVELS, **keys)),
             descriptions={name: _ByUnit(table) for name, table in descriptions.items()},
             annotations=[_ByUnit(table) for table in annotations if len(table)],
-            scores={(at["predictor"], at["labeler"]): _ByUnit(read_rows(storage, UNIT_SCORES, **at)) for at in shown},
+            scores={(at["predictor"], at["labeler"]): _ByUnit(sources.rows(UNIT_SCORES, **at)) for at in shown},
         )
 
     @property
@@ -192,18 +205,25 @@ class _Layer:
 
     def nearest(self) -> dict[int, list[tuple[int, float]]]:
         """Each unit's nearest by its exemplars' encodings, where there are any on this machine."""
-        storage = self.sources.storage
-        config = self.metadata.get(CONFIG_KEY)
-        for encoder in self.sources.encodings.get((self.model, self.layer), []) if storage.is_local else []:
-            at = {"encoder": encoder, **self.keys}
-            if storage.exemplars_of(ENCODINGS, **at) in (None, config):
-                units, features = mean_features(storage.stream(ENCODINGS, ["unit", "feature"], **at))
+        for encoder in (
+            self.sources.encodings.get((self.model, self.layer), []) if self.sources.storage.is_local else []
+        ):
+            means = self.sources.left_out.unless_damaged(partial(self._means, encoder), None)
+            if means is not None:
+                units, features = means
                 places, cosines = nearest(features, _NEAREST)
                 return {
                     unit: [(int(units[place]), float(short(cosine) or 0)) for place, cosine in zip(*row, strict=True)]
                     for unit, row in zip(units.tolist(), zip(places, cosines.tolist(), strict=True), strict=True)
                 }
         return {}
+
+    def _means(self, encoder: str) -> tuple[np.ndarray, np.ndarray] | None:
+        """Units and their mean encodings; None where they are of other exemplars."""
+        storage, at = self.sources.storage, {"encoder": encoder, **self.keys}
+        if storage.exemplars_of(ENCODINGS, **at) not in (None, self.metadata.get(CONFIG_KEY)):
+            return None
+        return mean_features(storage.stream(ENCODINGS, ["unit", "feature"], **at))
 
 
 def write_layer(
@@ -228,6 +248,9 @@ def write_layer(
 
     Returns:
         What the overview says of it.
+
+    Raises:
+        DamagedTable: Its exemplars are.
     """
     found = _Layer.read(sources, model, layer)
     folder, units = out / found.href, found.units
@@ -257,7 +280,7 @@ def write_layer(
             "href": found.href,
             "images": f"{image_folder(*found.source)}/",
             "masks": found.masks,
-            "named": sources.storage.exists(sources.storage.path(MANIFEST, probe=found.source[0])),
+            "named": sources.named(found.source[0]),
             "shape": found.shape,
             "page": PAGE_SIZE,
             "labelers": sources.labelers,

@@ -10,7 +10,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from milan_ray.errors import MilanError
+from milan_ray.damaged import LeftOut
+from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.experiments.paper import Claim, Section
 from milan_ray.progress import say
 from milan_ray.report.pages import TEMPLATES, Pages, number, slug
@@ -123,11 +124,22 @@ def store_entry(storage: Storage, entry: Entry) -> None:
 
 
 def stored_entry(storage: Storage, name: str) -> Entry | None:
-    """What an experiment found when it last ran here; None where it never did."""
+    """What an experiment found when it last ran here; None where it never did, or that is damaged, which is said."""
     path = f"{FOLDER}/{name}.json"
     if not storage.exists(path):
         return None
-    fields: dict[str, Any] = json.loads(storage.get(path))
+    try:
+        return _entry(storage.json(path))
+    except DamagedTable as error:
+        LeftOut("page").note(error)
+    except (KeyError, TypeError, AttributeError) as error:
+        LeftOut("page").note(
+            DamagedTable(f"{storage.uri(path)} is damaged ({error!r}); delete it and run the experiment again.")
+        )
+    return None
+
+
+def _entry(fields: dict[str, Any]) -> Entry:
     fields |= {part: tuple(fields[part]) for part in ("figures", "failures", "examples")}
     fields["claims"] = tuple(Claim(**claim) for claim in fields["claims"])
     fields["tables"] = tuple(

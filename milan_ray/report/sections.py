@@ -6,8 +6,11 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
+from milan_ray.damaged import LeftOut
+from milan_ray.errors import DamagedTable
 from milan_ray.experiments.differences import difference_config
 from milan_ray.progress import say
 from milan_ray.report.layers import LayerSummary
@@ -73,12 +76,20 @@ def evaluations(rows: Sequence[Row]) -> list[Row]:
     return tables
 
 
-def skipped(storage: Storage, models: Sequence[str]) -> list[Row]:
+def rows_of(storage: Storage, noun: Noun, left_out: LeftOut, **where: str) -> list[Row]:
+    """The rows of all partitions of a table that are not damaged."""
+    empty = noun.schema.empty_table()
+    found = storage.partitions(noun, **where)
+    tables = [left_out.unless_damaged(partial(storage.read, noun, **keys), empty) for keys in found]
+    return [row for table in tables for row in table.to_pylist()]
+
+
+def skipped(storage: Storage, models: Sequence[str], left_out: LeftOut) -> list[Row]:
     """Models with images left out: rows, and reasons with how often."""
     tables = []
     for keys in storage.partitions(SKIPPED):
         model = keys["model"]
-        rows = storage.read(SKIPPED, **keys).to_pylist() if model in models else []
+        rows = rows_of(storage, SKIPPED, left_out, model=model) if model in models else []
         if rows:
             tables.append(
                 {"model": model, "rows": rows, "reasons": Counter(row["reason"] for row in rows).most_common()}
@@ -103,7 +114,9 @@ def figures(storage: Storage, out: Path) -> list[Figure]:
     return found
 
 
-def differences(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSummary]) -> list[Row]:
+def differences(
+    storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSummary], left_out: LeftOut
+) -> list[Row]:
     """Writes a page for each pair of networks that were compared and are both in the report.
 
     Pairs are left out whose descriptions are no longer those that were compared.
@@ -117,14 +130,17 @@ def differences(storage: Storage, out: Path, pages: Pages, layers: Sequence[Laye
     for keys in storage.partitions(DIFFERENCES):
         if not {keys["model"], keys["other"]} <= models:
             continue
-        meta = storage.metadata(DIFFERENCES, **keys) or {}
-        if meta.get(CONFIG_KEY) != difference_config(storage, **keys, words=json.loads(meta["words"])):
-            say(f"report: left out {keys['model']} against {keys['other']}: their descriptions have changed")
+        try:
+            meta = storage.metadata(DIFFERENCES, **keys) or {}
+            if meta.get(CONFIG_KEY) != difference_config(storage, **keys, words=json.loads(meta["words"])):
+                say(f"report: left out {keys['model']} against {keys['other']}: their descriptions have changed")
+                continue
+            compared = int(meta["units"])
+            words = storage.read(DIFFERENCES, **keys).to_pylist()
+        except DamagedTable as error:
+            left_out.note(error)
             continue
-        words = storage.read(DIFFERENCES, **keys).to_pylist()
-        there = storage.exists(storage.path(CHANGES, **keys))
-        columns = ["layer", "unit", "description", "other_description", "gained", "lost"]
-        changes = storage.read(CHANGES, columns, **keys).to_pylist() if there else []
+        changes = rows_of(storage, CHANGES, left_out, **keys)
         worded = [row for row in changes if row["gained"] or row["lost"]]
         names = list(dict.fromkeys(row["layer"] for row in worded))
         href = f"differences/{slug(json.dumps([keys['labeler'], keys['model'], keys['other']]))}/"
@@ -135,7 +151,7 @@ def differences(storage: Storage, out: Path, pages: Pages, layers: Sequence[Laye
             "all_words": len(words),
             "first_words": words[:_WORDS_SHOWN],
             "changed": len(changes),
-            "compared": int(meta["units"]),
+            "compared": compared,
             "worded": len(worded),
             "layers": names,
         }
@@ -167,10 +183,9 @@ def differences(storage: Storage, out: Path, pages: Pages, layers: Sequence[Laye
     return found
 
 
-def provenance(storage: Storage, models: Sequence[str]) -> Row:
+def provenance(storage: Storage, models: Sequence[str], left_out: LeftOut) -> Row:
     """What ran for these models, and the versions it ran with."""
-    every = [row for keys in storage.partitions(RUNS) for row in storage.read(RUNS, **keys).to_pylist()]
-    runs = [row for row in every if row["model"] in models or not row["model"]]
+    runs = [row for row in rows_of(storage, RUNS, left_out) if row["model"] in models or not row["model"]]
     versions: dict[str, list[str]] = {}
     for row in runs:
         for name, version in json.loads(row["versions"] or "{}").items():

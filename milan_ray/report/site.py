@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from milan_ray.errors import MilanError, unknown_name
+from milan_ray.damaged import LeftOut
+from milan_ray.errors import DamagedTable, MilanError, unknown_name
 from milan_ray.report.audits import audits
 from milan_ray.report.images import write_images, write_names
 from milan_ray.report.layers import PAGE_SIZE, LayerSummary, Sources, layer_folder, write_layer
 from milan_ray.report.pages import ASSETS, TEMPLATES, Pages, natural, slug
-from milan_ray.report.sections import differences, evaluations, figures, provenance, skipped
+from milan_ray.report.sections import differences, evaluations, figures, provenance, rows_of, skipped
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, SCORES
 from milan_ray.storage import Storage
 
@@ -51,6 +52,8 @@ def write_report(
     existing report in the same folder is replaced, except images and masks that are still the same; the overview is
     written last.
 
+    Damaged tables are left out, and it is said which: layers whose exemplars are, else what the table would show.
+
     Args:
         storage: The run directory.
         out_dir: Local folder for the report; made when missing.
@@ -65,8 +68,8 @@ def write_report(
         The path of `index.html`.
 
     Raises:
-        MilanError: There are no exemplars, none of a model or labeler that was asked for, a view is missing, or the
-            folder cannot be written.
+        MilanError: There are no exemplars, none of a model or labeler that was asked for, all of them are damaged, a
+            view is missing, or the folder cannot be written.
     """
     out = Path(out_dir)
     found = storage.partitions(EXEMPLARS)
@@ -79,30 +82,55 @@ def write_report(
         (keys for keys in found if keys["model"] in shown_models),
         key=lambda keys: (shown_models.index(keys["model"]), natural(keys["layer"])),
     )
-    sources = Sources.find(storage, shown_labelers)
+    left_out = LeftOut("report")
+    sources = Sources.find(storage, shown_labelers, left_out)
     pages = Pages(labelers=shown_labelers)
-    images: dict[tuple[str, str], set[int]] = defaultdict(set)
-    summaries: list[LayerSummary] = []
     try:
         out.mkdir(parents=True, exist_ok=True)
         index = out / "index.html"
         index.unlink(missing_ok=True)  # no overview, no report: one that was cut short is not taken for a whole one
-        for done, keys in enumerate(layers):
-            if progress:
-                progress(done, len(layers), f"{keys['model']} {keys['layer']}")
-            siblings = [layer_folder(**other) for other in layers if other["model"] == keys["model"]]
-            summaries.append(write_layer(out, pages, sources, keys["model"], keys["layer"], siblings, images))
+        summaries, images = _write_layers(out, pages, sources, layers, progress)
         for (probe, view), image_ids in images.items():
-            write_images(storage, out, probe, view, image_ids)
-            write_names(storage, out, probe, view, image_ids)
+            write_images(storage, out, probe, view, image_ids, left_out)
+            write_names(storage, out, probe, view, image_ids, left_out)
         for asset in ASSETS:
             shutil.copyfile(TEMPLATES / asset, out / asset)
-        _write_overview(storage, out, pages, summaries, title, scores, notes or {}, sum(map(len, images.values())))
+        count = sum(map(len, images.values()))
+        _write_overview(storage, out, pages, summaries, title, scores, notes or {}, count, left_out)
     except OSError as error:
         raise MilanError(f"the report {out} could not be written: {error}; choose a folder that can.") from error
     if progress:
         progress(len(layers), len(layers), "report")
     return index
+
+
+def _write_layers(
+    out: Path, pages: Pages, sources: Sources, layers: list[dict[str, str]], progress: Progress | None
+) -> tuple[list[LayerSummary], dict[tuple[str, str], set[int]]]:
+    """Writes the layers' pages; the damaged ones leave the list, and no page names them.
+
+    Returns:
+        What the overview says of each; (probe, view) → images shown.
+
+    Raises:
+        DamagedTable: All of them are.
+    """
+    images: dict[tuple[str, str], set[int]] = defaultdict(set)
+    summaries: list[LayerSummary] = []
+    for done, keys in enumerate(layers):
+        if progress:
+            progress(done, len(layers), f"{keys['model']} {keys['layer']}")
+        siblings = [layer_folder(**other) for other in layers if other["model"] == keys["model"]]
+        try:
+            summaries.append(write_layer(out, pages, sources, keys["model"], keys["layer"], siblings, images))
+        except DamagedTable as error:
+            layers.remove(keys)
+            if not layers:
+                raise
+            sources.left_out.note(error)
+            # From the first: earlier pages name this one. Masks that are drawn stay.
+            return _write_layers(out, pages, sources, layers, progress)
+    return summaries, images
 
 
 def _write_overview(
@@ -114,19 +142,15 @@ def _write_overview(
     scores: pa.Table | None,
     notes: Mapping[str, str],
     images: int,
+    left_out: LeftOut,
 ) -> None:
     """The models' pages and the overview, which shares out what is of one model alone."""
     models = {model: list(of) for model, of in groupby(layers, key=lambda layer: layer.model)}
-    if scores is None:
-        rows = [row for keys in storage.partitions(SCORES) for row in storage.read(SCORES, **keys).to_pylist()]
-    else:
-        rows = scores.to_pylist()
+    rows = rows_of(storage, SCORES, left_out) if scores is None else scores.to_pylist()
     tables, drawn = evaluations(rows), figures(storage, out)
-    pairs, left_out, ran = (
-        differences(storage, out, pages, layers),
-        skipped(storage, list(models)),
-        provenance(storage, list(models)),
-    )
+    pairs = differences(storage, out, pages, layers, left_out)
+    unusable = skipped(storage, list(models), left_out)
+    ran = provenance(storage, list(models), left_out)
     hrefs = {model: f"layers/{slug(model)}/index.html" for model in models}
     for model, of in models.items():
         pages.write(
@@ -138,7 +162,7 @@ def _write_overview(
             evaluations=[table for table in tables if table["model"] == model],
             figures=[figure for figure in drawn if figure.model == model],
             differences=[pair for pair in pairs if model in (pair["model"], pair["other"])],
-            skipped=[table for table in left_out if table["model"] == model],
+            skipped=[table for table in unusable if table["model"] == model],
             skipped_listed=_SKIPPED_LISTED,
             runs=[row for row in ran["runs"] if row["model"] == model],
             versions={},
@@ -161,10 +185,10 @@ def _write_overview(
         of_models=[(table["name"], hrefs[table["model"]]) for table in tables if table["model"] in models],
         figures=[figure for figure in drawn if figure.model not in models],
         differences=pairs,
-        audits=audits(storage, out, pages, layers),
+        audits=audits(storage, out, pages, layers, left_out),
         paper=PAPER if (out / PAPER).is_file() else None,
         notes=notes,
-        skipped=left_out,
+        skipped=unusable,
         skipped_listed=_SKIPPED_LISTED,
         **ran,
     )

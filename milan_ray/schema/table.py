@@ -45,6 +45,21 @@ class Noun:
         """The Arrow schema, with each column's meaning in its field metadata."""
         return pa.schema([pa.field(c.name, c.type, nullable=c.nullable, metadata={"doc": c.doc}) for c in self.columns])
 
+    def check(self, schema: pa.Schema) -> None:
+        """Looks whether a file has this noun's columns; others beside them do no harm.
+
+        Raises:
+            pa.ArrowInvalid: One lacks, or is of another type.
+        """
+        for column in self.columns:
+            number = schema.get_field_index(column.name)
+            if number < 0:
+                raise pa.ArrowInvalid(f"it has no column {column.name!r}")
+            if schema.field(number).type != column.type:
+                raise pa.ArrowInvalid(
+                    f"its column {column.name!r} holds {schema.field(number).type} instead of {column.type}"
+                )
+
     def table(self, columns: dict[str, object], metadata: dict[str, str] | None = None) -> pa.Table:
         """Builds a table of this noun from columns, checking names and types.
 

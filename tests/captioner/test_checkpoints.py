@@ -63,7 +63,8 @@ def test_from_bytes_without_language_model_has_none(tiny: Captioner) -> None:
     [
         (lambda files: {CONFIG: files[CONFIG]}, "is missing"),
         (lambda files: {**files, CONFIG: b"{"}, "not a captioner"),
-        (lambda files: {**files, WEIGHTS: files[WEIGHTS][:100]}, "not a captioner"),
+        (lambda files: {**files, WEIGHTS: files[WEIGHTS][:100]}, "is damaged"),
+        (lambda files: {**files, WEIGHTS: files[WEIGHTS][:-1] + b"?"}, "is damaged, or not what config.json is of"),
         (lambda files: {**files, CONFIG: files[CONFIG].replace(b'"format": 1', b'"format": 99')}, "format 99"),
         (
             lambda files: {**files, CONFIG: files[CONFIG].replace(b'"hidden_size": 7', b'"hidden_size": 8')},

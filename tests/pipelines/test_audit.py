@@ -9,6 +9,7 @@ import polars as pl
 import pytest
 
 from milan_ray import cli
+from milan_ray.damaged import LeftOut
 from milan_ray.pipelines.audit import figure_path
 from milan_ray.report.audits import audits
 from milan_ray.report.layers import layer_folder
@@ -136,13 +137,13 @@ def test_report_has_a_page_whose_units_lead_to_their_exemplars(storage: Storage,
 
     out = tmp_path / "report"
     pages, layers = Pages(labelers=["milan"]), [Shown(model) for model in SAID]
-    (found,) = audits(storage, out, pages, layers)
+    (found,) = audits(storage, out, pages, layers, LeftOut("test"))
     assert (found["unblurred"], found["blurred"]) == (5, 1)
     html = (out / found["href"]).read_text(encoding="utf-8")
     assert f'href="../../{layer_folder("net/plain", "conv1")}index.html#unit-1"' in html
     assert "&lt;b&gt;eyes" in html and "<b>eyes" not in html
     assert (out / found["href"]).with_name("figure.svg").is_file()
-    assert audits(storage, out, pages, layers[1:]) == []
+    assert audits(storage, out, pages, layers[1:], LeftOut("test")) == []
     describe(storage, "net/plain", ("sky",) * 5)
-    assert audits(storage, out, pages, layers) == []
+    assert audits(storage, out, pages, layers, LeftOut("test")) == []
     assert "descriptions have changed" in capsys.readouterr().err

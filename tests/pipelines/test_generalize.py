@@ -189,7 +189,6 @@ def test_new_annotations_judge_anew_and_train_only_where_they_teach(done: Storag
         (["--split", "nobody"], "unknown group 'nobody'"),
         (["--layers", "9"], "no annotated layer of --layers 9"),
         (["--annotations", "nobody"], "no annotations of source 'nobody'"),
-        (["--name", "a/b"], "choose a --name without"),
     ],
 )
 def test_bad_requests_are_one_sentence(storage: Storage, capsys, arguments, says) -> None:

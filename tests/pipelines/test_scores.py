@@ -192,6 +192,68 @@ def test_class_names_and_scores_judged(storage, tmp_path):
         run_scores(mine, described(mine), PROBE, TRUTH, CONFIG, ONE, {("flags/watcher", "seen"): ("red",)})
 
 
+CLASSIFIER = """
+import torch
+from torch import nn
+from milan_ray.models.registry import register_model
+from milan_ray.models.view import Preprocess, View
+
+
+class Classifier(nn.Module):
+    def __init__(self, classes):
+        super().__init__()
+        torch.manual_seed(0)
+        self.features, self.head = nn.Conv2d(3, 4, 1), nn.Conv2d(4, classes, 1)
+
+    def forward(self, images):
+        return self.head(self.features(images).relu()).amax((-2, -1))
+
+
+view = Preprocess(View(16, 16), (0, 0, 0), (1, 1, 1))
+three = ("red", "green", "blue")
+register_model("two/classifier", lambda weights: Classifier(3), ("features", "head"), view, classes=three)
+register_model("two/other", lambda weights: Classifier(2), ("features", "head"), view, classes=three)
+"""
+
+
+def test_g1_class_names_are_for_layers_with_as_many_units_as_classes(tmp_path, capsys):
+    plugin = tmp_path / "classifier.py"
+    plugin.write_text(CLASSIFIER)
+    (tmp_path / "concepts.txt").write_text("red\ngreen\nblue\n")
+    options = ["--plugin", str(plugin), "--plugin", PLUGIN, "--probe", "flags/some", "--storage", str(tmp_path / "run")]
+    label = ["--labeler", "clip-dissect", "--concepts", str(tmp_path / "concepts.txt"), "--k", "3", "--no-report"]
+    judge = [*options, "--clip", "flags/truth"]
+    models = ["--model", "two/classifier", "two/other"]
+    assert cli.main(["label", *models, *judge, *label]) == 0
+    capsys.readouterr()
+    assert cli.main(["score", *models, *judge, "--class-names"]) == 0
+    said = capsys.readouterr().err
+    assert "class names: compared in two/classifier head, which have as many units as classes" in said
+    for left_out in (
+        "two/classifier features (4 units, 3 classes)",
+        "two/other features (4 units, 3 classes)",
+        "two/other head (2 units, 3 classes)",
+    ):
+        assert left_out in said
+    storage = Storage(tmp_path / "run")
+    judged = {
+        keys["layer"] + keys["model"]
+        for keys in storage.partitions(UNIT_SCORES)
+        if "class-top1" in storage.read(UNIT_SCORES, **keys)["metric"].to_pylist()
+    }
+    assert judged == {"headtwo/classifier"}
+    (top,) = [
+        row
+        for row in storage.read(SCORES, experiment="scores by flags/truth: two/classifier").to_pylist()
+        if (row["system"], row["metric"]) == ("clip-dissect", "class-top1")
+    ]
+    assert top["n"] == 3  # the units of the head, and none of another layer
+    assert cli.main(["score", "--model", "two/other", *judge, "--class-names"]) == 1
+    assert "class names are for the layer that puts the classes out, which has as many units: not " in (
+        capsys.readouterr().err
+    )
+
+
 def test_what_cannot_be_scored_says_so(storage, tmp_path):
     with pytest.raises(MilanError, match="no descriptions of flags/watcher by milan"):
         described_layers(storage, ["flags/watcher"], ["milan"])

@@ -12,6 +12,7 @@ import numpy as np
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.labelers.dnd.scoring import COMPARING, SCORINGS, order
 from milan_ray.labelers.protocol import Drawn, Evidence, Kind, Label
+from milan_ray.names import checked_name
 
 DND = "dnd"
 """The labeler's name; with a tag, ``dnd-TAG``."""
@@ -39,6 +40,7 @@ class DescribeAndDissect:
             raise unknown_name("scoring function", self.scoring, SCORINGS)
         if not re.fullmatch(r"[\w.+-]*", self.tag):
             raise MilanError(f"{self.tag!r} cannot be a tag: give letters, digits, '.', '_', '+' and '-' alone.")
+        checked_name("a labeler", self.name)
 
     @property
     def name(self) -> str:
