@@ -12,6 +12,7 @@ from milan_ray import runtime
 from milan_ray.config import Arithmetic, ExemplarConfig, Resources, results_dir
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
+from milan_ray.textfiles import decode_text
 
 if TYPE_CHECKING:
     from milan_ray.models.image_text import ImageTextRequest
@@ -90,7 +91,7 @@ def read_text(option: str, path: str, form: str = "a YAML file") -> str:
 
     folder, _, name = absolute(option, path).rpartition("/")
     try:
-        return Storage(folder or "/").get(name).decode()
+        return decode_text(Storage(folder or "/").get(name))
     except (OSError, UnicodeDecodeError) as error:
         raise MilanError(f"cannot read {option} {path} ({error}); give {form}.") from error
 
