@@ -37,7 +37,7 @@ from milan_ray.models.view import Preprocess
 from milan_ray.plugins import load_plugins
 from milan_ray.probe.base import ImageProbe, ImageRef, Probe, ProbeImage, Source
 from milan_ray.probe.decode import from_array, settle
-from milan_ray.probe.files import tell
+from milan_ray.probe.files import tell, tell_doubts
 from milan_ray.probe.manifest import Entry, build, image_refs
 from milan_ray.probe.registry import resolve_probe
 from milan_ray.progress import Progress, say
@@ -310,10 +310,13 @@ def dissect(
         where = torch.device("cpu") if parameter is None else parameter.device
         size = pass_size(spec.batch(batch_size), where)
         plan = Plan(len(refs), k, quantile, max(len(refs), 2**20), _ALL_MAPS)
-        states, skipped = _run(Forward(spec, network, spec.layers, size, FLOAT32), spec, probe, refs, size, plan)
+        states, skipped, doubts = _run(
+            Forward(spec, network, spec.layers, size, FLOAT32), spec, probe, refs, size, plan
+        )
     if not states:
         first = f", the first {skipped[0][0].location}: {skipped[0][1]}" if skipped else ""
         raise MilanError(f"none of {len(refs)} images can be read{first}; give images that PIL can open.")
+    tell_doubts(doubts, len(doubts))
     if skipped:
         say(f"skipped {len(skipped)} of {len(refs)} images: see .skipped")
     found = {layer: _settle(state, spec.preprocess.view.shape) for layer, state in states.items()}
@@ -344,13 +347,18 @@ def _spec(
 
 def _probe(images: Pictures | Probe, image_column: str | None = None) -> ImageProbe:
     tell.cache_clear()  # what is left out is said in every cell
+    in_memory = isinstance(images, (Source, np.ndarray)) or not (
+        isinstance(images, (str, os.PathLike)) or all(isinstance(one, (str, os.PathLike)) for one in images)
+    )
+    if in_memory and image_column is not None:
+        raise MilanError("image_column= is for Parquet, Arrow and tar files: leave it out for images in memory.")
     if isinstance(images, Source):
         return images  # type: ignore[return-value]
     if isinstance(images, (str, os.PathLike)):
         images = [images]
     if not len(images):
         raise MilanError("no images given: give at least one.")
-    if isinstance(images, np.ndarray) or not all(isinstance(one, (str, os.PathLike)) for one in images):
+    if in_memory:
         return _Pictures(list(images))
     sources = [os.fspath(one) for one in images]
     sources = [str(Path(one).expanduser()) if "://" not in one else one for one in sources]
@@ -359,17 +367,19 @@ def _probe(images: Pictures | Probe, image_column: str | None = None) -> ImagePr
 
 def _run(
     forward: Forward, spec: ModelSpec, probe: ImageProbe, refs: Sequence[ImageRef], size: int, plan: Plan
-) -> tuple[dict[str, LayerState], list[tuple[ImageRef, str]]]:
-    """One pass over the images; layer → its state, and what could not be read."""
+) -> tuple[dict[str, LayerState], list[tuple[ImageRef, str]], list[tuple[str, str]]]:
+    """One pass over the images; layer → its state, what could not be read, and doubts about what was."""
     layers = LayerStates(plan, torch.get_num_threads())
     skipped: list[tuple[ImageRef, str]] = []
+    doubts: list[tuple[str, str]] = []
     with Progress(f"exemplars of {spec.name}", len(refs), "images") as progress:
         for part, batch in read_ahead(probe, refs, spec, size, torch.get_num_threads()):
             skipped += batch.unreadable
+            doubts += [(ref.location, why) for ref, why in batch.notes]
             if len(batch.ids):
                 layers.update(forward.maps(batch.inputs), batch.ids)
             progress.advance(len(part))
-    return layers.states, skipped
+    return layers.states, skipped, doubts
 
 
 def _settle(state: LayerState, size: tuple[int, int]) -> _Layer:

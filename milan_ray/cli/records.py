@@ -142,7 +142,9 @@ def probe_request(args: argparse.Namespace) -> ProbeRequest:
     legend, network = getattr(args, "legend", None), getattr(args, "segmentation", None)
     if network is not None and Path(network).parent != Path("."):
         network = absolute("--segmentation", network)
-    return ProbeRequest(tuple(sources), labels, tuple(args.plugin), legend and absolute("--legend", legend), network)
+    legend = legend and absolute("--legend", legend)
+    columns = args.image_column, args.label_column
+    return ProbeRequest(tuple(sources), labels, tuple(args.plugin), legend, network, *columns)
 
 
 def exemplar_config(args: argparse.Namespace) -> ExemplarConfig:

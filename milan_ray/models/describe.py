@@ -81,7 +81,7 @@ def layer_table(spec: ModelSpec) -> list[LayerInfo]:
     try:
         with torch.inference_mode():
             if spec.images is None:  # what a generator takes, only its probe knows
-                call(model, spec.prepare(torch.zeros((_BATCH, *spec.preprocess.view.shape, 3), dtype=torch.uint8)))
+                call(model, spec.prepare(torch.zeros((_BATCH, *spec.view_shape), dtype=torch.uint8)))
     finally:
         for handle in handles:
             handle.remove()

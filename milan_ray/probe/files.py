@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -185,6 +185,19 @@ def tell_left_out(where: str, left_out: Counter[str], links: list[str]) -> None:
         more = f" and {len(links) - 3} more" if len(links) > 3 else ""
         what = "1 link" if len(links) == 1 else f"{len(links)} links"
         tell(f"probe: left out {what} in {where} to what is listed already: {', '.join(links[:3])}{more}")
+
+
+def tell_doubts(doubts: Sequence[tuple[str, str]], count: int) -> None:
+    """Says that images may have been meant otherwise than they were decoded, once for all of them.
+
+    Args:
+        doubts: Where an image is, and the doubt; at least the first.
+        count: How many there are.
+    """
+    if doubts:
+        where, why = doubts[0]
+        others = f" (and {count - 1} more images like it)" if count > 1 else ""
+        tell(f"probe: {where}{others}: {why}")
 
 
 @lru_cache(maxsize=4096)
