@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "milan_ray"
 
 FLOORS = (
     {"errors"},
-    {"schema", "config", "device", "runtime", "progress", "remote", "textfiles"},
+    {"schema", "config", "device", "runtime", "progress", "remote", "tensorfiles", "textfiles"},
     {"models", "probe", "storage", "plugins", "hub"},
     {"exemplars", "annotations", "scoring"},
     {"world", "captioner"},

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from milan_ray.errors import MilanError
+from milan_ray.tensorfiles import check_sizes
 from milan_ray.textfiles import clean, dict_reader, read_text
 
 IMAGES, MASKS, UNITS = "images.npy", "masks.npy", "units.npy"
@@ -164,6 +165,7 @@ def open_layer(folder: Path) -> LayerFiles:
 
 def _array(path: Path) -> np.ndarray:
     try:
+        check_sizes(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise MilanError(f"{path} is missing: a layer needs {MASKS}, and {IMAGES} or {IDS} to merge them.") from error
