@@ -107,11 +107,11 @@ def _check_pickles(file: BinaryIO, size: int, sizes: dict[str, int] | None = Non
                 elif name == "MEMOIZE":
                     memo[len(memo)] = pushed[-1] if pushed else None
                 elif name.endswith("PUT"):
-                    memo[int(argument)] = pushed[-1] if pushed else None
+                    memo[int(str(argument))] = pushed[-1] if pushed else None
                 elif name.endswith("GET"):
-                    pushed.append(memo.get(int(argument)))
+                    pushed.append(memo.get(int(str(argument))))
                 elif name == "GLOBAL":
-                    pushed.append(_Name(argument.rpartition(" ")[2]))
+                    pushed.append(_Name(str(argument).rpartition(" ")[2]))
                 elif name == "STACK_GLOBAL":
                     pushed.append(_Name(next((one for one in reversed(pushed) if type(one) is str), "")))
                 elif argument is not None:

@@ -166,7 +166,7 @@ def _members(source: _Bounded) -> Iterator[_Member]:
     """The plain files of an archive, hidden and system ones left out."""
     with tarfile.open(fileobj=cast(Any, source), mode="r:") as archive:
         while (info := archive.next()) is not None:
-            archive.members.clear()  # else it keeps all of them
+            archive.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them
             if info.isfile() and info.offset_data + info.size > source.size:
                 raise EOFError(f"it is cut off in {info.name}")
             parts = info.name.removeprefix("./").split("/")

@@ -114,7 +114,7 @@ def probe_image(data: bytes, sha256: str | None = None) -> ProbeImage:
     """
     if not data:
         raise UnreadableImage("is empty (0 bytes)")
-    formats = FORMATS
+    formats: tuple[str, ...] = FORMATS
     if _is_heif(data):
         if not heic_is_read():
             raise UnreadableImage(f"is HEIC: {HEIC_REMEDY}")
@@ -174,7 +174,7 @@ def _settle(image: Image.Image, sha256: str) -> ProbeImage:
     if image.mode == "PA":
         image = image.convert("RGBA")
     note = None
-    if deep and max(high for _, high in image.convert("RGB").getextrema()) >> (_NOT_16_BITS - 8) == 0:  # type: ignore[operator, misc]
+    if deep and max(high for _, high in image.convert("RGB").getextrema()) >> (_NOT_16_BITS - 8) == 0:  # type: ignore[misc]
         note = _too_dark(_NOT_16_BITS)
     bands = None
     if image.mode in _GREY:

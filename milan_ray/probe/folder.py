@@ -192,9 +192,9 @@ def read_labels(path: str) -> dict[str, str]:
         split = [line.split(maxsplit=1) for line in text.splitlines()]
         pairs = [(unquoted(words[0]), unquoted(words[1])) for words in split if len(words) == 2]
     found: dict[str, str] = {}
-    for name, label in ((same_name(name), label) for name, label in pairs if name and label):
-        if found.setdefault(name, label) != label:
-            raise MilanError(f"{path} labels {name} twice, as {found[name]!r} and as {label!r}: leave one.")
+    for name, said in ((same_name(name), said) for name, said in pairs if name and said):
+        if found.setdefault(name, said) != said:
+            raise MilanError(f"{path} labels {name} twice, as {found[name]!r} and as {said!r}: leave one.")
     if not found:
         raise MilanError(f"no labels in {path}: give a CSV with columns `file` and `label`, or lines of `file label`.")
     return found
