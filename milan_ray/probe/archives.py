@@ -16,7 +16,7 @@ import pyarrow as pa
 from milan_ray.errors import MilanError, UnreadableImage, reason
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.decode import HEAD, image_endings, looks_like_image, probe_image
-from milan_ray.probe.files import SYSTEM_FILES, Found, filesystem, read_part
+from milan_ray.probe.files import SYSTEM_FILES, Found, file_name, filesystem, read_part
 from milan_ray.probe.manifest import Entry
 from milan_ray.probe.tables import Columns
 from milan_ray.textfiles import clean, decode_text
@@ -58,7 +58,7 @@ class _Member:
 def is_member(ref: ImageRef) -> bool:
     """Whether a manifest's row lies in an archive."""
     place = _PLACE.fullmatch(ref.path)
-    return place is not None and (place[1] or ref.root).lower().endswith(TAR)
+    return place is not None and file_name(ref.root, place[1] or "").endswith(TAR)
 
 
 def read_member(ref: ImageRef) -> ProbeImage:

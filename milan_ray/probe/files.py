@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ from pyarrow import fs
 from milan_ray.errors import MilanError, UnreadableImage
 from milan_ray.probe.decode import HEAD, HEIC, HEIC_REMEDY, image_endings, looks_like_image
 from milan_ray.progress import say
-from milan_ray.remote import is_uri, open_uri, why
+from milan_ray.remote import is_uri, open_uri, split_query, why
 
 SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "$recycle.bin",
                           "system volume information", "@eadir", "lost+found"})  # fmt: skip
@@ -82,6 +83,11 @@ def absolute_root(root: str | Path) -> str:
     return str(path.parent.resolve() / path.name if path.is_file() else path.resolve())
 
 
+def file_name(root: str, path: str) -> str:
+    """What tells a file's kind by its ending: its path, or its root where that is the file; in lower case."""
+    return (path or split_query(root)[0]).lower()
+
+
 def local_path(root: str) -> str | None:
     """The local folder or file that a root is, ``file://`` included; None where it is elsewhere."""
     if not is_uri(root):
@@ -111,7 +117,10 @@ def read_file(root: str, path: str) -> bytes:
     local = local_path(root)
     if local is not None:
         try:
-            return Path(local, path).read_bytes()
+            place = Path(local, path)
+            if not stat.S_ISREG(place.stat().st_mode):  # a pipe would keep its reader waiting
+                raise UnreadableImage("is no plain file")
+            return place.read_bytes()
         except OSError as error:
             raise UnreadableImage(f"cannot be read ({error.strerror})") from error
     return _remotely(root, path, lambda file: file.read())

@@ -21,6 +21,7 @@ from milan_ray.probe.files import (
     Found,
     absolute_root,
     ending,
+    file_name,
     images_of,
     list_files,
     local_path,
@@ -216,7 +217,7 @@ def _entries_of(root: str, labels: _Labels | None, columns: Columns) -> list[Ent
     kinds[PARQUET] = [found for found in kinds[PARQUET] if found.path not in described]
     present = [kind for kind, files in kinds.items() if files]
     if not present:
-        packed = next((found for found in listing.files if (found.path or root).lower().endswith(PACKED)), None)
+        packed = next((found for found in listing.files if file_name(root, found.path).endswith(PACKED)), None)
         if packed is not None:
             raise MilanError(
                 f"no images in {root}, but packed archives ({packed.path or root}): unpack them, or write plain .tar."
@@ -250,7 +251,7 @@ def _entries_of(root: str, labels: _Labels | None, columns: Columns) -> list[Ent
 
 
 def _ending_in(root: str, files: Sequence[Found], endings: tuple[str, ...]) -> list[Found]:
-    found = [found for found in files if (found.path or root).lower().endswith(endings)]
+    found = [found for found in files if file_name(root, found.path).endswith(endings)]
     return sorted(found, key=lambda found: found.path)
 
 

@@ -19,7 +19,7 @@ from pyarrow import fs
 from milan_ray.errors import MilanError, UnreadableImage, reason
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.decode import probe_image
-from milan_ray.probe.files import Found, filesystem, local_path, read_file, tell
+from milan_ray.probe.files import Found, file_name, filesystem, local_path, read_file, tell
 from milan_ray.probe.manifest import Entry
 from milan_ray.remote import is_uri
 
@@ -48,7 +48,7 @@ class Columns:
 def is_row(ref: ImageRef) -> bool:
     """Whether a manifest's row lies in a table."""
     place = _PLACE.fullmatch(ref.path)
-    return place is not None and (place[1] or ref.root).lower().endswith(PARQUET + ARROW)
+    return place is not None and file_name(ref.root, place[1]).endswith(PARQUET + ARROW)
 
 
 def table_entries(root: str, files: Sequence[Found], columns: Columns) -> list[Entry]:
@@ -216,7 +216,7 @@ class _Arrow:
 
 
 def _open(root: str, path: str) -> _Parquet | _Arrow:
-    return _Arrow(root, path) if (path or root).lower().endswith(ARROW) else _Parquet(root, path)
+    return _Arrow(root, path) if file_name(root, path).endswith(ARROW) else _Parquet(root, path)
 
 
 _reading = threading.Lock()

@@ -151,6 +151,16 @@ def test_c2_overlapping_roots_show_each_file_once(tmp_path: Path) -> None:
     assert paths(probe) == ["2.png", "a/1.png"]
 
 
+def test_c2_pipes_are_not_waited_for(tmp_path: Path) -> None:
+    put(tmp_path / "a.png", drawn(0))
+    for name in ("b.png", "pipe"):
+        os.mkfifo(tmp_path / name)
+    probe = FolderProbe([tmp_path])
+    assert paths(probe) == ["a.png", "b.png"]
+    with pytest.raises(UnreadableImage, match="is no plain file"):
+        probe.read(image_refs(probe.manifest(), [1])[0])
+
+
 # C3: endings.
 
 
