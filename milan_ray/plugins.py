@@ -107,7 +107,7 @@ def _neighbours(path: Path, known: set[str]) -> set[str]:
             names = [node.module]
         for name in {name.partition(".")[0] for name in names} - known:
             file, package = path.parent / f"{name}.py", path.parent / name / "__init__.py"
-            if file.is_file() or package.parent.is_dir():
+            if name != "milan_ray" and (file.is_file() or package.is_file()):
                 known.add(name)
                 _neighbours(package if package.is_file() else file, known)
     return known

@@ -30,6 +30,9 @@ EXTENSIONS = (
 )  # fmt: skip
 """Endings of files that are taken for images without a look inside, whatever their case. Others are looked into."""
 
+IMAGE_FOLDER = EXTENSIONS[:9]
+"""The endings that torchvision's ``ImageFolder`` knows: what numbers its images counts these alone."""
+
 HEIC = (".heic", ".heif", ".hif")
 """Endings of files that Pillow decodes with the package pillow-heif (extra ``heic``)."""
 

@@ -159,17 +159,22 @@ def _remotely(root: str, path: str, read: Callable[[pa.NativeFile], bytes]) -> b
     raise AssertionError("the last attempt returns or raises")
 
 
-def images_of(root: str, listing: Listing) -> tuple[list[Found], Counter[str]]:
+def images_of(root: str, listing: Listing, only: tuple[str, ...] | None = None) -> tuple[list[Found], Counter[str]]:
     """The images of a listing, and what else there is.
 
     Files with an image's ending are taken for images; others, and those without an ending, are looked into.
 
+    Args:
+        root: The root that was listed.
+        listing: What lies below it.
+        only: Endings of images; no others are looked into. None for all.
+
     Returns:
         The images, in the listing's order; ending → how many files are no images.
     """
-    endings = image_endings()
+    endings = only or image_endings()
     odd = [found for found in listing.files if not found.path.lower().endswith(endings)]
-    seen = set(_look(root, odd))
+    seen = set(_look(root, odd)) if only is None else set()
     left_out = Counter(ending(found.path) for found in odd if found.path not in seen)
     images = [found for found in listing.files if found.path.lower().endswith(endings) or found.path in seen]
     return images, left_out

@@ -69,6 +69,7 @@ class FolderProbe:
         labels: str | Path | None = None,
         image_column: str | None = None,
         label_column: str | None = None,
+        endings: tuple[str, ...] | None = None,
     ) -> None:
         """Nothing is read yet.
 
@@ -78,7 +79,10 @@ class FolderProbe:
                 (``label``, ``class``, ``name``, …), or lines of ``file label``. Files are names or paths below a root.
             image_column: Of shards, the column of images, or the part of a sample (``jpg``); None finds it.
             label_column: Of shards, the column of classes, or the part of a sample (``cls``); None finds it.
+            endings: Endings of files that are images, in lower case, where others know them by number; None takes all
+                images.
         """
+        self._endings = endings
         self._roots = tuple(map(absolute_root, roots))
         self._labels = None if labels is None else str(Path(labels).expanduser().resolve())
         self._columns = Columns(image_column, label_column)
@@ -94,7 +98,7 @@ class FolderProbe:
         entries: list[Entry] = []
         seen: set[str] = set()
         for root in self._roots:
-            found = _entries_of(root, labels, self._columns)
+            found = _entries_of(root, labels, self._columns, self._endings)
             if len(self._roots) > 1:
                 fresh = [entry for entry in found if (place := _real(entry)) not in seen and not seen.add(place)]  # type: ignore[func-returns-value]
                 if len(fresh) < len(found):
@@ -201,10 +205,10 @@ def read_labels(path: str) -> dict[str, str]:
     return found
 
 
-def _entries_of(root: str, labels: _Labels | None, columns: Columns) -> list[Entry]:
+def _entries_of(root: str, labels: _Labels | None, columns: Columns, endings: tuple[str, ...] | None) -> list[Entry]:
     """The images below one root."""
     listing = list_files(root)
-    images, left_out = images_of(root, listing)
+    images, left_out = images_of(root, listing, endings)
     if images and not is_saved(listing.files):  # what a saved data set refers to may lie beside it
         tell_left_out(root, left_out, listing.links)
         entries = []

@@ -20,7 +20,7 @@ from milan_ray.errors import MilanError, UnreadableImage
 from milan_ray.notebook import _Pictures
 from milan_ray.probe.arrays import ParquetProbe
 from milan_ray.probe.base import ImageRef, Probe
-from milan_ray.probe.decode import FORMATS, decode, heic_is_read, probe_image
+from milan_ray.probe.decode import FORMATS, IMAGE_FOLDER, decode, heic_is_read, probe_image
 from milan_ray.probe.folder import FolderProbe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.probe.registry import register_probe, resolve_probe
@@ -177,6 +177,13 @@ def test_c3_odd_endings_are_read_by_content_and_the_rest_is_counted(tmp_path: Pa
     assert {image.shape for image in pixels(found)} == {(9, 13, 3)}
     assert "left out 4 files that are no images" in (told := capsys.readouterr().err)
     assert ".txt 2, .mp4 1, no ending 1" in told and "Thumbs" not in told
+
+
+def test_c3_images_that_others_know_by_number_are_those_of_imagefolder(tmp_path: Path, capsys: Any) -> None:
+    for name, kind in {"a/1.gif": "GIF", "a/2.png": "PNG", "b/3": "PNG", "b/4.webp": "WEBP"}.items():
+        put(tmp_path / name, encode(RGB, kind))
+    assert paths(FolderProbe([tmp_path], endings=IMAGE_FOLDER)) == ["a/2.png", "b/4.webp"]
+    assert "left out 2 files" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "TGA", "ICO", "DDS", "PCX", "SGI", "QOI", "DIB", "XBM"])
