@@ -250,7 +250,6 @@ def _list_local(root: str) -> Listing:
     folders: set[str] = set()
     links: list[tuple[str, str]] = []
     file_links: list[tuple[str, str]] = []
-    real: set[str] = set()
 
     def fail(error: OSError) -> None:
         raise MilanError(
@@ -278,7 +277,6 @@ def _list_local(root: str) -> Listing:
                     continue
                 status = os.stat(place)
                 listing.files.append(Found(here + name, status.st_size, status.st_mtime_ns))
-                real.add(place)
 
     walk(os.path.realpath(root), "")
     while links:  # real folders have their own names; what is reached by links alone has the first link's
@@ -289,9 +287,11 @@ def _list_local(root: str) -> Listing:
             listing.links.append(path)
         else:
             walk(target, path + "/")
+    linked_to: set[str] = set()
     for path, place in sorted(file_links):
         target = os.path.realpath(place)
-        if target in real:
+        folder, name = os.path.split(target)
+        if target in linked_to or (folder in folders and not is_ignored(name) and os.path.isfile(target)):
             listing.links.append(path)
             continue
         try:
@@ -299,7 +299,7 @@ def _list_local(root: str) -> Listing:
         except OSError:  # a broken link: listed here, then skipped with a reason when read
             listing.files.append(Found(path, None, None))
         else:
-            real.add(target)
+            linked_to.add(target)
             listing.files.append(Found(path, status.st_size, status.st_mtime_ns))
     return listing
 
