@@ -37,15 +37,18 @@ from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
 from milan_ray.models.view import Preprocess
 from milan_ray.plugins import load_plugins
-from milan_ray.probe.base import ImageProbe, ImageRef, ProbeImage
+from milan_ray.probe.base import ImageProbe, ImageRef, Probe, ProbeImage, Source
+from milan_ray.probe.decode import from_array, settle
+from milan_ray.probe.files import tell, tell_doubts
 from milan_ray.probe.manifest import Entry, build, image_refs
 from milan_ray.probe.registry import resolve_probe
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS
 
 Pictures = str | os.PathLike[str] | np.ndarray | Sequence[Any]
-"""Images to show a model: a folder, URI or registered probe, or several folders; a list of PIL images or of arrays
-(H, W, 3); or an array uint8 (N, H, W, 3)."""
+"""Images to show a model: whatever ``--probe`` takes, by name or path, or several of them; a probe
+(:class:`milan_ray.probe.arrays.ParquetProbe` and its likes); a list of PIL images or of arrays uint8 (H, W, 3); or an
+array uint8 (N, H, W, 3). Models with ``inputs=`` and ``bands=`` take arrays of as many bands."""
 
 _ALL_MAPS = 2**62  # bytes of maps that a layer's state may carry: all of them, there is but one pass
 
@@ -63,14 +66,14 @@ class _Pictures:
 
     def read(self, ref: ImageRef) -> ProbeImage:
         image = self._images[int(ref.path)]
-        if not isinstance(image, Image.Image):
-            pixels = np.asarray(image)
-            if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3:
-                raise MilanError(
-                    f"image {ref.path} is {pixels.dtype} {pixels.shape}: give PIL images, or uint8 (height, width, 3)."
-                )
-            image = Image.fromarray(pixels)
-        return ProbeImage(image.convert("RGB"), "")
+        if isinstance(image, Image.Image):
+            return settle(image)
+        pixels = np.asarray(image)
+        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not pixels.size:
+            raise MilanError(
+                f"image {ref.path} is {pixels.dtype} {pixels.shape}: give PIL images, or uint8 (height, width, bands)."
+            )
+        return from_array(pixels)
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
         return None
@@ -257,7 +260,7 @@ class Dissection:
 
 def dissect(
     model: nn.Module | str,
-    images: Pictures,
+    images: Pictures | Probe,
     layers: Sequence[str] | None = None,
     *,
     k: int = 15,
@@ -274,6 +277,7 @@ def dissect(
     channels_last: bool | None = None,
     name: str | None = None,
     plugins: Sequence[str] = (),
+    image_column: str | None = None,
 ) -> Dissection:
     """Finds the exemplars of all units of a model's layers (paper §3): one pass over the images, in this process.
 
@@ -295,6 +299,7 @@ def dissect(
         channels_last: Whether 4-d outputs are (B, H, W, U): short for ``units_axis=-1``.
         name: What to call the model; of a registered one its own.
         plugins: Modules or ``.py`` files that register the model or the probe.
+        image_column: Of Parquet, Arrow and tar files, where images are; None finds it.
 
     Raises:
         MilanError: There is no such model, layer or folder, a layer has no units, or no image can be read.
@@ -314,7 +319,7 @@ def dissect(
         spec = resolve_model(model, weights, layers, activations=activations, reading=reading)
         spec = replace(spec, preprocess=preprocess or spec.preprocess, name=name or spec.name)
         network = spec.load().to(resolve_device(device))
-    probe = _probe(images)
+    probe = _probe(images, image_column)
     check_probe(spec, probe)
     if spec.images is not None:
         raise MilanError(f"{spec.name} is a generator: dissect it with jobs.exemplars.")
@@ -330,10 +335,11 @@ def dissect(
             if layout.remark:
                 say(f"layer {layer!r} of {spec.name} {layout.remark}", level="warning")
         forward = Forward(spec, network, spec.layers, size, FLOAT32, layouts)
-        states, skipped = _run(forward, spec, probe, refs, size, plan)
+        states, skipped, doubts = _run(forward, spec, probe, refs, size, plan)
     if not states:
         first = f", the first {skipped[0][0].location}: {skipped[0][1]}" if skipped else ""
         raise MilanError(f"none of {len(refs)} images can be read{first}; give images that PIL can open.")
+    tell_doubts(doubts, len(doubts))
     if skipped:
         say(f"skipped {len(skipped)} of {len(refs)} images: see .skipped")
     found = {layer: _settle(state, spec.preprocess.view.shape) for layer, state in states.items()}
@@ -364,30 +370,41 @@ def _spec(
     )
 
 
-def _probe(images: Pictures) -> ImageProbe:
+def _probe(images: Pictures | Probe, image_column: str | None = None) -> ImageProbe:
+    tell.cache_clear()  # what is left out is said in every cell
+    in_memory = isinstance(images, (Source, np.ndarray)) or not (
+        isinstance(images, (str, os.PathLike)) or all(isinstance(one, (str, os.PathLike)) for one in images)
+    )
+    if in_memory and image_column is not None:
+        raise MilanError("image_column= is for Parquet, Arrow and tar files: leave it out for images in memory.")
+    if isinstance(images, Source):
+        return images  # type: ignore[return-value]
     if isinstance(images, (str, os.PathLike)):
         images = [images]
     if not len(images):
         raise MilanError("no images given: give at least one.")
-    if isinstance(images, np.ndarray) or not all(isinstance(one, (str, os.PathLike)) for one in images):
+    if in_memory:
         return _Pictures(list(images))
     sources = [os.fspath(one) for one in images]
-    return resolve_probe([str(Path(one).expanduser()) if "://" not in one else one for one in sources])  # type: ignore[return-value]
+    sources = [str(Path(one).expanduser()) if "://" not in one else one for one in sources]
+    return resolve_probe(sources, image_column=image_column)  # type: ignore[return-value]
 
 
 def _run(
     forward: Forward, spec: ModelSpec, probe: ImageProbe, refs: Sequence[ImageRef], size: int, plan: Plan
-) -> tuple[dict[str, LayerState], list[tuple[ImageRef, str]]]:
-    """One pass over the images; layer → its state, and what could not be read."""
+) -> tuple[dict[str, LayerState], list[tuple[ImageRef, str]], list[tuple[str, str]]]:
+    """One pass over the images; layer → its state, what could not be read, and doubts about what was."""
     layers = LayerStates(plan, torch.get_num_threads())
     skipped: list[tuple[ImageRef, str]] = []
+    doubts: list[tuple[str, str]] = []
     with Progress(f"exemplars of {spec.name}", len(refs), "images") as progress:
         for part, batch in read_ahead(probe, refs, spec, size, torch.get_num_threads()):
             skipped += batch.unreadable
+            doubts += [(ref.location, why) for ref, why in batch.notes]
             if len(batch.ids):
                 layers.update(forward.maps(batch.inputs), batch.ids)
             progress.advance(len(part))
-    return layers.states, skipped
+    return layers.states, skipped, doubts
 
 
 def _settle(state: LayerState, size: tuple[int, int]) -> _Layer:

@@ -5,6 +5,7 @@ The built-in ones are loaded by name, as a user's are: nothing below the world m
 
 from __future__ import annotations
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -34,7 +35,7 @@ def load_plugins(names: Sequence[str] = ()) -> None:
     what they hold can only be unpickled where its module is loaded.
 
     Args:
-        names: Dotted module names, or paths of ``.py`` files.
+        names: Dotted module names, or paths of ``.py`` files, which may import the modules beside them.
 
     Raises:
         MilanError: A module is missing or fails while being imported.
@@ -62,6 +63,8 @@ def _load_file(path: Path) -> None:
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"no Python file at {path}")
+    if path.is_file():
+        _see_neighbours(path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -69,3 +72,42 @@ def _load_file(path: Path) -> None:
     except BaseException:
         del sys.modules[name]
         raise
+
+
+def _see_neighbours(path: Path) -> None:
+    """Lets a file import the modules beside it, as a script may, now and later.
+
+    Raises:
+        ImportError: Another module of a neighbour's name is loaded: the file would get that one.
+    """
+    folder = path.parent
+    for name in sorted(_neighbours(path, set())):
+        loaded = sys.modules.get(name)
+        if loaded is None:
+            continue
+        places = [getattr(loaded, "__file__", None), *getattr(loaded, "__path__", ())]
+        if not any(place and Path(place).resolve().is_relative_to(folder) for place in places):
+            raise ImportError(
+                f"it imports {name}, which lies beside it, but another module {name} "
+                f"({next((place for place in places if place), 'of Python')}) is loaded: rename the one beside it"
+            )
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+
+
+def _neighbours(path: Path, known: set[str]) -> set[str]:
+    """The modules beside a file that it imports, and that these import in turn, by name."""
+    try:
+        tree = ast.parse(path.read_bytes())
+    except (OSError, SyntaxError, ValueError):  # whoever imports it says so
+        return known
+    for node in ast.walk(tree):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            names = [node.module]
+        for name in {name.partition(".")[0] for name in names} - known:
+            file, package = path.parent / f"{name}.py", path.parent / name / "__init__.py"
+            if name != "milan_ray" and (file.is_file() or package.is_file()):
+                known.add(name)
+                _neighbours(package if package.is_file() else file, known)
+    return known

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "milan_ray"
 
 FLOORS = (
     {"errors"},
-    {"schema", "config", "device", "runtime", "progress", "remote", "names"},
+    {"schema", "config", "device", "runtime", "progress", "remote", "names", "tensorfiles", "textfiles"},
     {"models", "probe", "storage", "plugins", "hub", "damaged"},
     {"exemplars", "annotations", "scoring"},
     {"world", "captioner"},

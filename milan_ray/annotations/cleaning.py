@@ -10,6 +10,7 @@ from pathlib import Path
 
 from milan_ray.annotations.layout import write_annotations
 from milan_ray.errors import MilanError
+from milan_ray.textfiles import dict_reader, read_text
 
 LAYER, UNIT, TEXT, REJECTED, WORKER = "Input.layer", "Input.unit", "Answer.summary", "RejectionTime", "WorkerId"
 """Columns of Mechanical Turk's results; the worker's is needed only where a table speaks of workers."""
@@ -148,12 +149,11 @@ def read_results(
         MilanError: It cannot be read, a column is missing, or a row is incomplete.
     """
     try:
-        with results.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [column for column in needed if column not in (reader.fieldnames or ())]
-            if missing:
-                raise MilanError(f"{results} has no column {', '.join(missing)}: give the results as downloaded.")
-            rows = list(reader)
+        reader = dict_reader(read_text(results))
+        missing = [column for column in needed if column not in (reader.fieldnames or ())]
+        if missing:
+            raise MilanError(f"{results} has no column {', '.join(missing)}: give the results as downloaded.")
+        rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MilanError(f"{results} cannot be read ({error}): give Mechanical Turk's results as CSV.") from error
     for number, row in enumerate(rows):

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 from milan_ray.annotations.cleaning import REJECTED, TEXT, WORKER, read_results
 from milan_ray.errors import MilanError
+from milan_ray.textfiles import dict_reader, read_text
 
 TASK_COLUMNS = ("model", "layer", "unit", "exemplars", "image")
 """What a task knows; Mechanical Turk gives it back as ``Input.model`` and so on, Label Studio as the task's data."""
@@ -107,15 +108,14 @@ def read_questions(path: Path) -> list[tuple[str, str, int, str, tuple[str, ...]
         MilanError: It cannot be read, a column is missing, or a question has no two different sentences.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [column for column in QUESTION_COLUMNS if column not in (reader.fieldnames or ())]
-            if missing:
-                raise MilanError(
-                    f"{path} has no column {', '.join(missing)}: a qualification test needs "
-                    f"{', '.join(QUESTION_COLUMNS)} (several wrong sentences with | between)."
-                )
-            rows = list(reader)
+        reader = dict_reader(read_text(path))
+        missing = [column for column in QUESTION_COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise MilanError(
+                f"{path} has no column {', '.join(missing)}: a qualification test needs "
+                f"{', '.join(QUESTION_COLUMNS)} (several wrong sentences with | between)."
+            )
+        rows = list(reader)
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MilanError(
             f"{path} cannot be read ({error}): give a CSV file of {', '.join(QUESTION_COLUMNS)}."
@@ -279,8 +279,7 @@ def passed_workers(path: Path, key: Path) -> set[str]:
         MilanError: One of them cannot be read.
     """
     try:
-        with key.open(encoding="utf-8-sig", newline="") as file:
-            right = {row["question"]: row["right"] for row in csv.DictReader(file)}
+        right = {row["question"]: row["right"] for row in dict_reader(read_text(key))}
     except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
         raise MilanError(f"{key} cannot be read ({error}): give the qualification-key.csv of the tasks.") from error
     answered: dict[str, dict[str, str]] = {}
@@ -294,7 +293,7 @@ def passed_workers(path: Path, key: Path) -> set[str]:
 def _label_studio(path: Path, name: str) -> list[tuple[Mapping[str, Any], str, bool, list[str]]]:
     """Per annotation of an export: the task's data, the worker, whether it was skipped, what was given as ``name``."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         tasks = (
             json.loads(text)
             if text.lstrip().startswith("[")

@@ -10,6 +10,8 @@ from pathlib import Path
 import numpy as np
 
 from milan_ray.errors import MilanError
+from milan_ray.tensorfiles import check_sizes
+from milan_ray.textfiles import clean, dict_reader, read_text
 
 IMAGES, MASKS, UNITS = "images.npy", "masks.npy", "units.npy"
 IDS, ACTIVATIONS = "ids.csv", "activations.csv"
@@ -163,6 +165,7 @@ def open_layer(folder: Path) -> LayerFiles:
 
 def _array(path: Path) -> np.ndarray:
     try:
+        check_sizes(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise MilanError(f"{path} is missing: a layer needs {MASKS}, and {IMAGES} or {IDS} to merge them.") from error
@@ -210,7 +213,7 @@ class Annotation:
 
     Attributes:
         row: Its number, from 0.
-        layer: The layer's name, as written, even where it looks like a number.
+        layer: The layer's name without blanks around it, even where it looks like a number.
         unit: Channel.
         text: The annotation, as written; may be empty.
     """
@@ -228,20 +231,19 @@ def read_annotations(path: Path) -> list[Annotation]:
         MilanError: It is missing, not text, lacks a column, or a row is incomplete or has no whole number as its unit.
     """
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file)
-            missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-            if missing:
-                raise MilanError(f"{path} has no column {', '.join(missing)}: it must have {', '.join(COLUMNS)}.")
-            found = []
-            for number, row in enumerate(reader):
-                layer, unit, text = (row[column] for column in COLUMNS)
-                if layer is None or text is None or not (unit or "").strip().isdecimal():
-                    raise MilanError(
-                        f"{path}, line {reader.line_num}: needs a layer, a whole number as unit and a summary, "
-                        f"got {layer!r}, {unit!r}, {text!r}."
-                    )
-                found.append(Annotation(number, layer, int(unit), text))
+        reader = dict_reader(read_text(path))
+        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
+        if missing:
+            raise MilanError(f"{path} has no column {', '.join(missing)}: it must have {', '.join(COLUMNS)}.")
+        found = []
+        for number, row in enumerate(reader):
+            layer, unit, text = (row[column] for column in COLUMNS)
+            if layer is None or text is None or not (unit or "").strip().isdecimal():
+                raise MilanError(
+                    f"{path}, line {reader.line_num}: needs a layer, a whole number as unit and a summary, "
+                    f"got {layer!r}, {unit!r}, {text!r}."
+                )
+            found.append(Annotation(number, clean(layer), int(unit), text))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MilanError(f"{path} cannot be read ({error}): give a CSV with columns {', '.join(COLUMNS)}.") from error
     return found

@@ -12,6 +12,7 @@ from milan_ray.annotations.published import PublishedSet
 from milan_ray.annotations.quirks import NO_QUIRKS, Quirks
 from milan_ray.config import data_dir
 from milan_ray.errors import MilanError
+from milan_ray.probe.decode import IMAGE_FOLDER
 from milan_ray.probe.folder import FolderProbe
 
 
@@ -81,6 +82,6 @@ def merge_images(
         )
     if not bare:
         return []
-    probe = FolderProbe(images or [usual], labels)
+    probe = FolderProbe(images or [usual], labels, endings=IMAGE_FOLDER)
     expect = SOURCES.get(dataset) if location.name in RELEASED else None
     return merge(location.root, probe, expect=expect, quirks=quirks)

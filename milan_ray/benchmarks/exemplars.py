@@ -14,7 +14,7 @@ from torch import nn
 from milan_ray.benchmarks.harness import Options, Result, alone, compare, elapsed, photographs
 from milan_ray.benchmarks.plain_stage import PlainStage
 from milan_ray.config import FLOAT32, Arithmetic, ExemplarConfig, Resources
-from milan_ray.exemplars.forward import Forward, pass_size, read_views
+from milan_ray.exemplars.forward import Forward, pass_size, read_inputs
 from milan_ray.exemplars.shard import LayerState, LayerStates, Plan
 from milan_ray.models.registry import ModelSpec
 from milan_ray.pipelines import requests
@@ -64,7 +64,7 @@ def run(options: Options) -> Iterator[Result]:
 
 def _views(model: ModelRequest, probe: ProbeRequest) -> np.ndarray:
     source = requests.probe(probe)
-    return read_views(source, image_refs(source.manifest()), requests.model(model).preprocess.view).views  # type: ignore[arg-type]
+    return read_inputs(source, image_refs(source.manifest()), requests.model(model)).views
 
 
 def _forward(model: ModelRequest, arithmetic: Arithmetic) -> Forward:

@@ -18,7 +18,7 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.device import resolve_device, torch_threads
 from milan_ray.errors import MilanError
-from milan_ray.exemplars.forward import Forward, pass_size, read_views
+from milan_ray.exemplars.forward import Forward, pass_size, read_inputs
 from milan_ray.exemplars.masks import unpack
 from milan_ray.exemplars.shard import LayerStates, Plan
 from milan_ray.experiments.costs import LayerShape, ModelCost, Sample, TableSize
@@ -134,7 +134,7 @@ def _read(probe: ProbeRequest, spec: ModelSpec) -> tuple[float, np.ndarray]:
     source = requests.probe(probe)
     refs = image_refs(source.manifest())
     started = time.perf_counter()
-    batch = read_views(source, refs, spec.preprocess.view)  # type: ignore[arg-type]
+    batch = read_inputs(source, refs, spec)
     seconds = time.perf_counter() - started
     if not len(batch.ids):
         raise MilanError(f"none of {len(refs)} images of the sample can be read: {batch.unreadable[0][1]}.")

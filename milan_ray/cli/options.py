@@ -217,12 +217,29 @@ def probe(parser: argparse.ArgumentParser, required: bool) -> None:
         nargs="+",
         required=required,
         metavar="SOURCE",
-        help="folders, URIs or a registered probe; of a generator, its latents"
+        help="folders, Parquet, Arrow or tar files, URIs, or a registered probe; of a generator, its latents"
         + ("" if required else " (default: describe the exemplars that the storage holds)"),
     )
     group.add_argument("--labels", metavar="FILE", help="CSV of file names and classes, for folders without classes")
+    columns(group)
     group.add_argument(
         "--max-bad", type=share, default=EXEMPLARS.max_bad, help="share of unreadable images above which to fail"
+    )
+
+
+def columns(parser: argparse._ActionsContainer) -> None:
+    """Where tables and archives hold images and classes."""
+    parser.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="of Parquet and Arrow files, the column of images; of tar files, the part of a sample, such as jpg "
+        "(default: found where only one can be meant)",
+    )
+    parser.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="of Parquet and Arrow files, the column of classes; of tar files, the part of a sample, such as cls, or a "
+        "field of its json (default: label, the one column of class names, or cls, json, txt)",
     )
 
 

@@ -48,8 +48,12 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="how many times as fast forward and encoder passes are on the actors meant as on this machine",
     )  # fmt: skip
     group.add_argument(
-        "--probe", nargs="+", metavar="SOURCE", help="folders, URIs or a registered probe (default: noise as JPEG)"
+        "--probe",
+        nargs="+",
+        metavar="SOURCE",
+        help="folders, Parquet, Arrow or tar files, URIs, or a registered probe (default: noise as JPEG)",
     )
+    options.columns(group)
     parser.set_defaults(labels=None, reference_quirks=False, max_bad=options.EXEMPLARS.max_bad)
     options.add_to(parser, options.models, options.exemplars)
     options.captioner(parser, required=False)

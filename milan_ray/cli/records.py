@@ -12,6 +12,7 @@ from milan_ray import runtime
 from milan_ray.config import Arithmetic, ExemplarConfig, Resources, results_dir
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
+from milan_ray.textfiles import decode_text
 
 if TYPE_CHECKING:
     from milan_ray.models.image_text import ImageTextRequest
@@ -91,7 +92,7 @@ def read_text(option: str, path: str, form: str = "a YAML file") -> str:
 
     folder, _, name = absolute(option, path).rpartition("/")
     try:
-        return Storage(folder or "/").get(name).decode()
+        return decode_text(Storage(folder or "/").get(name))
     except (OSError, UnicodeDecodeError) as error:
         raise MilanError(f"cannot read {option} {path} ({error}); give {form}.") from error
 
@@ -150,7 +151,9 @@ def probe_request(args: argparse.Namespace) -> ProbeRequest:
     legend, network = getattr(args, "legend", None), getattr(args, "segmentation", None)
     if network is not None and Path(network).parent != Path("."):
         network = absolute("--segmentation", network)
-    return ProbeRequest(tuple(sources), labels, tuple(args.plugin), legend and absolute("--legend", legend), network)
+    legend = legend and absolute("--legend", legend)
+    columns = args.image_column, args.label_column
+    return ProbeRequest(tuple(sources), labels, tuple(args.plugin), legend, network, *columns)
 
 
 def exemplar_config(args: argparse.Namespace) -> ExemplarConfig:

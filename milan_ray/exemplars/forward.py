@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import torch
@@ -21,10 +22,10 @@ from milan_ray.models.inputs import prepare, runs_alone
 from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelInput, ModelSpec
 from milan_ray.models.view import View
-from milan_ray.probe.base import ImageProbe, ImageRef, LatentProbe, Probe
+from milan_ray.probe.base import ImageProbe, ImageRef, LatentProbe, Probe, ProbeImage
 
 Inputs = np.ndarray | tuple[torch.Tensor, ...]
-"""Views uint8 (n, H, W, 3), or a generator's latents, each (n, …)."""
+"""Views uint8 (n, H, W, bands), or a generator's latents, each (n, …)."""
 
 
 @dataclass
@@ -36,16 +37,18 @@ class Batch:
         ids: int64 (n,), their image ids.
         sha256: Their digests, n of them.
         unreadable: What could not be read, with the reason.
+        notes: Doubts about how images were decoded.
     """
 
     inputs: Inputs
     ids: np.ndarray
     sha256: list[str]
     unreadable: list[tuple[ImageRef, str]] = field(default_factory=list)
+    notes: list[tuple[ImageRef, str]] = field(default_factory=list)
 
     @property
     def views(self) -> np.ndarray:
-        """The inputs of a model that takes images, uint8 (n, H, W, 3)."""
+        """The inputs of a model that takes images, uint8 (n, H, W, 3), or of as many bands as it takes."""
         assert isinstance(self.inputs, np.ndarray)
         return self.inputs
 
@@ -69,9 +72,13 @@ def check_probe(spec: ModelSpec, probe: Probe) -> None:
 
 
 def read_inputs(probe: Probe, refs: Sequence[ImageRef], spec: ModelSpec) -> Batch:
-    """Reads probe rows as a model takes them; unreadable ones are set aside with their reason."""
+    """Reads probe rows as a model takes them; unreadable ones are set aside with their reason.
+
+    Raises:
+        MilanError: An image has bands that the model would not see.
+    """
     if not isinstance(probe, LatentProbe):
-        return read_views(probe, refs, spec.preprocess.view)
+        return _read(probe, refs, spec.view_shape, partial(_seen_by, spec))
     latents = probe.latents(refs)
     digests = []
     for row in zip(*latents, strict=True):
@@ -83,17 +90,55 @@ def read_inputs(probe: Probe, refs: Sequence[ImageRef], spec: ModelSpec) -> Batc
 
 
 def read_views(probe: ImageProbe, refs: Sequence[ImageRef], view: View) -> Batch:
-    """Reads images and applies a view; unreadable ones are set aside with their reason."""
-    views = np.zeros((len(refs), *view.shape, 3), np.uint8)
+    """Reads images as people see them, in RGB, and applies a view; unreadable ones are set aside with their reason."""
+    return _read(probe, refs, (*view.shape, 3), lambda _, found: view(found.image))
+
+
+def _seen_by(spec: ModelSpec, ref: ImageRef, found: ProbeImage) -> np.ndarray:
+    """An image as a model takes it, uint8 of its ``view_shape``.
+
+    Raises:
+        UnreadableImage: It has another number of bands than the model takes.
+        MilanError: It has bands that the model would not see, and nobody has said that they may be dropped.
+    """
+    view, planes = spec.preprocess.view, found.planes
+    is_picture = not isinstance(found.bands, np.ndarray)  # its fourth band, or second of grey, is alpha, or it is CMYK
+    if spec.bands is None:
+        if len(planes) in (1, 3) or (spec.inputs is None and is_picture):
+            return view(found.image)
+        if spec.inputs is not None:
+            remedy = f"register it with bands={len(planes)}, so that inputs= gets them all"
+            remedy += ", or with bands=3, which drops alpha" if is_picture else ""
+        else:
+            remedy = f"register it with inputs= and bands={len(planes)}, or give the three bands to show"
+        raise MilanError(f"{ref.location} has {len(planes)} bands, of which {spec.name} would see RGB alone: {remedy}.")
+    if spec.bands == 3 and (is_picture or len(planes) == 1):
+        return view(found.image)
+    if spec.bands == 1 and is_picture and len(planes) == 2:
+        planes = planes[:1]
+    if len(planes) != spec.bands:
+        raise UnreadableImage(f"has {len(planes)} bands where {spec.name} takes {spec.bands}")
+    return view.bands(planes)
+
+
+def _read(
+    probe: ImageProbe,
+    refs: Sequence[ImageRef],
+    shape: tuple[int, ...],
+    see: Callable[[ImageRef, ProbeImage], np.ndarray],
+) -> Batch:
+    views = np.zeros((len(refs), *shape), np.uint8)
     batch = Batch(views, np.zeros(len(refs), np.int64), [])
     for ref in refs:
         good = len(batch.sha256)
         try:
             found = probe.read(ref)
-            views[good] = view(found.image)
+            views[good] = see(ref, found)
         except UnreadableImage as error:
             batch.unreadable.append((ref, str(error)))
             continue
+        if found.note is not None:
+            batch.notes.append((ref, found.note))
         batch.ids[good] = ref.image_id
         batch.sha256.append(found.sha256)
     good = len(batch.sha256)

@@ -13,6 +13,7 @@ from spacy.language import Language
 from milan_ray.errors import MilanError
 from milan_ray.scoring.bootstrap import interval, ratio, resampling_counts
 from milan_ray.scoring.text import ROUGE_KEYS, References, normalize, rouge_statistics
+from milan_ray.textfiles import clean, delimiter, read_text
 
 TextScore = Callable[[Sequence[str], References, Sequence[str]], np.ndarray]
 """From N texts, the references of each, and documents that words are weighed by, to (N, 3): precision, recall, F."""
@@ -39,17 +40,20 @@ def read_texts(path: str | Path) -> pl.DataFrame:
         MilanError: It cannot be read, or lacks a column, or a unit is not a number.
     """
     try:
-        table = pl.read_csv(path, infer_schema=False)
-    except (OSError, pl.exceptions.PolarsError) as error:
+        text = read_text(path)
+        table = pl.read_csv(text.encode(), infer_schema=False, separator=delimiter(text))
+    except (OSError, UnicodeDecodeError, pl.exceptions.PolarsError) as error:
         raise MilanError(f"cannot read {path} ({error}): give a CSV file of layer, unit and text.") from error
-    text = next((name for name in TEXT_COLUMNS if name in table.columns), None)
-    if text is None or not {"layer", "unit"} <= set(table.columns):
+    table = table.rename({name: clean(name) for name in table.columns})
+    column = next((name for name in TEXT_COLUMNS if name in table.columns), None)
+    if column is None or not {"layer", "unit"} <= set(table.columns):
         raise MilanError(
             f"{path} has the columns {', '.join(table.columns)}: it needs layer, unit and one of "
             f"{', '.join(TEXT_COLUMNS)}."
         )
     try:
-        return table.select(pl.col("layer"), pl.col("unit").cast(pl.Int64), pl.col(text).fill_null("").alias("text"))
+        unit = pl.col("unit").str.strip_chars().cast(pl.Int64)
+        return table.select(pl.col("layer").str.strip_chars(), unit, pl.col(column).fill_null("").alias("text"))
     except pl.exceptions.InvalidOperationError as error:
         raise MilanError(f"{path} has units that are not whole numbers ({error}): number them from 0.") from error
 

@@ -20,6 +20,7 @@ from milan_ray.schema import DESCRIPTIONS
 from milan_ray.scoring.bootstrap import Interval, difference, interval, ratio, resampling_counts
 from milan_ray.scoring.paired import sign, signed_rank
 from milan_ray.storage import Storage
+from milan_ray.textfiles import clean, delimiter, dict_reader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -108,7 +109,7 @@ def read_review(text: str, where: str) -> pl.DataFrame:
     Raises:
         MilanError: A column is missing, a verdict or unit is none, or a unit has two verdicts.
     """
-    reader = csv.DictReader(io.StringIO(text.removeprefix("\ufeff")))
+    reader = dict_reader(text)
     missing = [name for name in REVIEW_COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise MilanError(f"{where} has no column {', '.join(missing)}: keep the header, and commas between columns.")
@@ -120,7 +121,9 @@ def read_review(text: str, where: str) -> pl.DataFrame:
                 f"{where}, line {reader.line_num}: unit {unit!r} with verdict {verdict!r}: the unit must be a number, "
                 f"the verdict {ACCEPT}, {REJECT} or empty."
             )
-        rows.append({**{name: row[name] or "" for name in REVIEW_COLUMNS}, "unit": int(unit), "verdict": verdict})
+        cells = {name: row[name] or "" for name in REVIEW_COLUMNS}
+        names = {name: clean(cells[name]) for name in ("model", "layer")}
+        rows.append({**cells, **names, "unit": int(unit), "verdict": verdict})
     schema: dict[str, type[pl.DataType]] = dict.fromkeys(REVIEW_COLUMNS, pl.String)
     frame = pl.DataFrame(rows, {**schema, "unit": pl.Int64})
     twice = frame.group_by(_KEY).agg(pl.col("verdict").n_unique().alias("verdicts")).filter(pl.col("verdicts") > 1)
@@ -139,13 +142,15 @@ def write_review(new: pl.DataFrame, text: str | None = None) -> str:
     """
     end = "\r\n" if text and "\r\n" in text else "\n"
     buffer = io.StringIO(newline="")
+    between = ","
     if text is None:
         header = list(REVIEW_COLUMNS)
         csv.writer(buffer, lineterminator=end).writerow(header)
     else:
         buffer.write(text if text.endswith("\n") else text + end)
-        header = next(csv.reader(io.StringIO(text.removeprefix("\ufeff"))))
-    writer = csv.DictWriter(buffer, header, restval="", lineterminator=end)
+        between = delimiter(text)
+        header = list(dict_reader(text).fieldnames or ())
+    writer = csv.DictWriter(buffer, header, restval="", lineterminator=end, delimiter=between)
     writer.writerows(new.select(REVIEW_COLUMNS).iter_rows(named=True))
     return buffer.getvalue()
 

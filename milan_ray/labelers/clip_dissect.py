@@ -22,6 +22,7 @@ from torch import Tensor
 
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.labelers.protocol import Evidence, Kind, Label
+from milan_ray.textfiles import read_lines
 
 CLIP_DISSECT = "clip-dissect"
 """The labeler's name."""
@@ -133,10 +134,12 @@ class ClipDissect:
 def read_concepts(text: str) -> tuple[str, ...]:
     """The concepts of a file, one per line: blank lines and repetitions count nowhere, so that no label shifts.
 
+    Byte-order marks, blanks around a concept and a pair of quotes are dropped; letters are composed (NFC).
+
     Raises:
         MilanError: There is none.
     """
-    found = tuple(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    found = tuple(dict.fromkeys(read_lines(text)))
     if not found:
         raise MilanError("the list of concepts is empty: give a file with one concept per line with --concepts.")
     return found

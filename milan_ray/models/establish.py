@@ -133,7 +133,7 @@ class _Examination:
         self._spec, self._model, self._layers, self._latents = spec, model, layers, latents
         self._places = find_places(model, layers)
         self._structure = Structure(model, self._tensor)
-        self._pictures = LitPictures(spec.preprocess.view.shape, getattr(spec, "bands", None) or 3)
+        self._pictures = LitPictures(spec.preprocess.view.shape, spec.bands or 3)
         self._alone = runs_alone(model)
         self._most = spec.max_batch or _SOME
         self._tolerance = _SAME.get(model_dtype(model), _SAME[torch.bfloat16])

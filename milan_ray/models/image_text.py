@@ -25,6 +25,7 @@ from milan_ray.errors import MilanError, reason
 from milan_ray.models.transformers_zoo import import_transformers
 from milan_ray.models.view import View
 from milan_ray.models.weights import weights_digest
+from milan_ray.textfiles import read_text
 
 DEFAULT = "clip-vit-base-patch32"
 """The reference's model, CLIP ViT-B/32."""
@@ -99,7 +100,7 @@ def own_concepts(folder: str) -> tuple[str, ...]:
     if folder in _REGISTERED:
         return _CONCEPTS[folder]
     file = Path(folder) / CONCEPTS_FILE
-    return tuple(file.read_text(encoding="utf-8").splitlines()) if file.is_file() else ()
+    return tuple(read_text(file).splitlines()) if file.is_file() else ()
 
 
 def is_registered(name: str) -> bool:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from milan_ray.errors import unknown_name
+from milan_ray.errors import MilanError, unknown_name
 from milan_ray.models.layouts import UNSAID, Reading
 from milan_ray.models.view import GENERATED, Preprocess
 from milan_ray.models.weights import WeightsFile
@@ -49,9 +49,9 @@ class ModelSpec:
             of a weights file, :data:`RANDOM`, or None for the model's own default.
         layers: Module paths dissected by default, in order; ``outputs`` is the model's own output.
         preprocess: View and normalisation of its inputs; of a generator, size and normalisation of its images.
-        inputs: Turns uint8 views (B, H, W, 3) into the model's input for models that take something else than
-            normalised RGB; None means ``preprocess``. Of a generator: turns the probe's tensors, as so many arguments,
-            into the model's input; None passes them on as they are (REFERENCE §1.1, ``transform_inputs``).
+        inputs: Turns uint8 views (B, H, W, 3), or of ``bands`` bands, into the model's input for models that take
+            something else than normalised RGB; None means ``preprocess``. Of a generator: turns the probe's tensors,
+            as so many arguments, into the model's input; None passes them on (REFERENCE §1.1, ``transform_inputs``).
         images: Makes the model a generator: its output → images float (B, 3, H, W), normalised as ``preprocess`` says
             (REFERENCE §1.1, ``transform_outputs``); their bytes are what people and encoders see.
         hidden: Takes the tensor of units out of what a layer puts out (``transform_hiddens``); None takes the first
@@ -67,6 +67,8 @@ class ModelSpec:
         weights: Path of a weights file, or :data:`RANDOM`; None for the model's own.
         published: Its published weights by name, the default first; empty when the factory needs no file.
         classes: Names of the outputs, when known; not meant where their number differs.
+        bands: How many bands ``inputs`` takes; an image with another number is skipped. 3 takes RGB and drops alpha, 1
+            takes grey. None takes RGB and refuses images with bands that would be lost.
     """
 
     name: str
@@ -84,6 +86,23 @@ class ModelSpec:
     weights: str | None = None
     published: Mapping[str, WeightsFile] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
+    bands: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bands is None:
+            return
+        if self.bands < 1:
+            raise MilanError(f"{self.name} is registered with bands={self.bands}: give a number of at least 1.")
+        if self.inputs is None or self.images is not None:
+            raise MilanError(
+                f"{self.name} is registered with bands={self.bands}: that is for models with inputs=, a function that "
+                "turns views of so many bands into the model's input."
+            )
+
+    @property
+    def view_shape(self) -> tuple[int, int, int]:
+        """(height, width, bands) of the views that :meth:`prepare` takes."""
+        return (*self.preprocess.view.shape, self.bands or 3)
 
     def load(self) -> nn.Module:
         """Builds the model, in eval mode and without gradients.
@@ -102,7 +121,7 @@ class ModelSpec:
         return min(wanted, self.max_batch or wanted)
 
     def prepare(self, *tensors: torch.Tensor) -> ModelInput:
-        """Model inputs from uint8 views (B, H, W, 3), or from a generator's latents, each (B, …)."""
+        """Model inputs from uint8 views (B, *:attr:`view_shape`), or from a generator's latents, each (B, …)."""
         if self.inputs is not None:
             return self.inputs(*tensors)
         return tensors if self.images is not None else self.preprocess(*tensors)

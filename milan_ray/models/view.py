@@ -70,16 +70,39 @@ class View:
             UnreadableImage: The image is too elongated.
             ValueError: The result has another size than the view promises.
         """
+        pixels = self._apply(image)
+        if pixels.shape != (*self.shape, 3):
+            raise ValueError(f"view {self.key} got an image of shape {pixels.shape}, expected {(*self.shape, 3)}")
+        return pixels
+
+    def bands(self, planes: Sequence[Image.Image]) -> np.ndarray:
+        """Applies the view to an image of any number of bands.
+
+        Each band is resized alone: as an image with alpha, Pillow would weigh colours by it.
+
+        Args:
+            planes: The bands as grey images of one size.
+
+        Returns:
+            uint8 (H, W, bands), with (H, W) = :attr:`shape`.
+
+        Raises:
+            UnreadableImage: The image is too elongated.
+            ValueError: The result has another size than the view promises.
+        """
+        found = [self._apply(plane) for plane in planes]
+        if any(pixels.shape != self.shape for pixels in found):
+            raise ValueError(f"view {self.key} got bands of shape {found[0].shape}, expected {self.shape}")
+        return np.stack(found, axis=-1)
+
+    def _apply(self, image: Image.Image) -> np.ndarray:
         if isinstance(self.resize, int) and max(image.size) > MAX_ASPECT * min(image.size):
             raise UnreadableImage(f"is {image.width}×{image.height} pixels, more elongated than {MAX_ASPECT}:1")
         if self.resize is not None:
             image = _resized(image, self.resize, self.interpolation)
         if self.crop is not None:
             image = _cropped(image, self.crop)
-        pixels = np.asarray(image)
-        if pixels.shape != (*self.shape, 3):
-            raise ValueError(f"view {self.key} got an image of shape {pixels.shape}, expected {(*self.shape, 3)}")
-        return pixels
+        return np.asarray(image)
 
 
 # torchvision's Resize and CenterCrop on PIL images, to the bit. Importing torchvision takes a third of the time in

@@ -17,6 +17,7 @@ from milan_ray import hub
 from milan_ray.config import models_dir
 from milan_ray.errors import MilanError, reason
 from milan_ray.models.view import Preprocess
+from milan_ray.tensorfiles import check_sizes
 
 _READ = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _CHUNK = 2**22  # bytes that are hashed at a time
@@ -99,6 +100,7 @@ def read_state_dict(path: str) -> dict[str, torch.Tensor]:
     if not Path(path).is_file():
         raise MilanError(f"no weights file at {path}: give the path of a .pth, .pt or .safetensors file.")
     try:
+        check_sizes(path)
         if path.endswith(".safetensors"):
             content: object = load_file(path)
         else:

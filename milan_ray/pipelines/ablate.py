@@ -13,7 +13,7 @@ import torch
 from milan_ray.config import Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
-from milan_ray.exemplars.forward import pass_size, read_views
+from milan_ray.exemplars.forward import pass_size, read_inputs
 from milan_ray.models.ablation import Ablation, UnitSet
 from milan_ray.models.registry import ModelSpec
 from milan_ray.models.weights import weights_digest
@@ -177,7 +177,7 @@ def _count(task: _Task) -> None:
     device = resolve_device(task.device)
     spec, network = _model(task.model, str(device))
     ablation = Ablation(spec, network, task.sets)
-    batch = read_views(requests.probe(task.probe), task.refs, spec.preprocess.view)  # type: ignore[arg-type]
+    batch = read_inputs(requests.probe(task.probe), task.refs, spec)
     if batch.unreadable:
         ref, reason = batch.unreadable[0]
         raise MilanError(f"{ref.location} {reason}: accuracy needs every image; remove it or mend it.")

@@ -20,6 +20,7 @@ from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS, FIGURE, M
 from milan_ray.schema.audits import REVIEW
 from milan_ray.schema.table import Column
 from milan_ray.storage import FILE_NAME, Storage
+from milan_ray.textfiles import decode_text
 
 KERNEL_VERSION = "audit-1"
 
@@ -142,7 +143,7 @@ def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCo
     )
     place = _review(storage, config.name)
     try:
-        text = storage.get(place).decode("utf-8") if storage.exists(place) else None
+        text = decode_text(storage.get(place)) if storage.exists(place) else None
     except UnicodeDecodeError as error:
         raise MilanError(f"{storage.uri(place)} is not UTF-8 ({error}): save it as a CSV file in UTF-8.") from error
     earlier = None if text is None else auditing.read_review(text, storage.uri(place))

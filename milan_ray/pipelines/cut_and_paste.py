@@ -275,6 +275,8 @@ def figure_path(storage: Storage, public: dict[str, str], ending: str) -> str:
 
 
 def _head_weight(spec: ModelSpec, network: nn.Module, probe: requests.ProbeRequest) -> torch.Tensor:
+    if spec.bands not in (None, 3):
+        raise MilanError(f"{spec.name} takes {spec.bands} bands: exemplars are kept, and can be pasted, in RGB alone.")
     first = views_of(probe, image_refs(requests.probe(probe).manifest().slice(0, 1)), spec)
     head = network.get_submodule(find_head(spec, network, torch.from_numpy(first)))
     assert isinstance(head, nn.Linear)

@@ -602,6 +602,8 @@ class AugmentWorker(_DndWorker):
         self._storage.put_work(item.work, f"augmented/{block}", pa.Table.from_pylist(rows, schema=_AUGMENTED_SCHEMA))
 
     def _read(self, refs: list[ImageRef], spec: ModelSpec) -> np.ndarray:
+        if spec.bands not in (None, 3):
+            raise MilanError(f"{spec.name} takes {spec.bands} bands: crops are made, and captioned, in RGB alone.")
         batch = read_inputs(self._probe, refs, spec)
         if batch.unreadable:
             ref, reason = batch.unreadable[0]

@@ -457,6 +457,7 @@ OPTIONAL: Sequence[tuple[str, str, str, str]] = (
     ("diffusers", "drawn images for jobs.dnd and CoSy", "all else; the world has a painter",
      "pip install 'milan-ray[dnd]'"),
     ("optuna", "a searcher for tune_configs/decoder.yaml", "random search instead", "pip install 'milan-ray[optuna]'"),
+    ("pillow_heif", "HEIC images", "all other formats", "pip install 'milan-ray[heic]'"),
 )  # fmt: skip
 """Module, what it is for, what works without it, how to get it."""
 

@@ -33,7 +33,7 @@ from milan_ray.pipelines.analyze import (
 )
 from milan_ray.pipelines.exemplars import store_manifest
 from milan_ray.pipelines.fine_tune import Tuned, fine_tune
-from milan_ray.pipelines.pictures import exemplar_views, unit_exemplars, unit_masks, veiled, views_of
+from milan_ray.pipelines.pictures import exemplar_views, shown_views_of, unit_exemplars, unit_masks, veiled, views_of
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import say
 from milan_ray.schema import ABLATIONS, CRITERIA, EXEMPLARS, FIGURE
@@ -347,7 +347,7 @@ def draw_images(
     rows: list[tuple[str, np.ndarray]] = []
     for split, probe in probes.items():
         refs = image_refs(requests.probe(probe).manifest().slice(0, SHOWN_IMAGES))
-        rows.append((f"{split} images", views_of(probe, refs, spec)))
+        rows.append((f"{split} images", shown_views_of(probe, refs, spec)))
     for layer, unit, text in units.select("layer", "unit", "description").iter_rows():
         if storage.metadata(EXEMPLARS, model=spec.name, layer=layer) is None:
             continue

@@ -10,6 +10,7 @@ winners ─► [views, once per image and geometry]
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
@@ -42,6 +43,7 @@ from milan_ray.pipelines.pool import Kept, Row, run_pool
 from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.views import Pictures, ensure_views, view_key
 from milan_ray.probe.base import ImageRef, LatentProbe, Probe
+from milan_ray.probe.files import tell_doubts
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
@@ -53,6 +55,9 @@ IMAGES = "images"
 
 SECONDS = "seconds"
 """Metadata key of these tables: what the shard took."""
+
+NOTES = "notes"
+"""Metadata key of these tables: how many images were decoded with a doubt, and the first with it, as JSON."""
 
 _AFTER_ACTIVATIONS = ("kernel", "k", "quantile", "mask_size", "samples")
 """Ingredients of exemplars that no activation depends on."""
@@ -173,6 +178,8 @@ def exemplar_recipes(
         **config.identity(),
         "batch_size": spec.batch(config.batch_size),
     }
+    if spec.bands not in (None, 3):  # three are what a model without bands= gets
+        identity["bands"] = spec.bands
     recipes = {}
     for layer in spec.layers:
         layout = layouts[layer]
@@ -190,9 +197,9 @@ def pooled_recipe(exemplars: Recipe) -> Recipe:
 
 def _inputs_digest(spec: ModelSpec) -> str:
     """What becomes of one fixed view on its way into the model: tells input functions apart by what they do."""
-    height, width = spec.preprocess.view.shape
-    view = (torch.arange(height * width * 3, dtype=torch.int64) * 7919 % 256).to(torch.uint8)
-    prepared = spec.prepare(view.view(1, height, width, 3))
+    height, width, bands = spec.view_shape
+    view = (torch.arange(height * width * bands, dtype=torch.int64) * 7919 % 256).to(torch.uint8)
+    prepared = spec.prepare(view.view(1, height, width, bands))
     if isinstance(prepared, Mapping):
         prepared = [prepared[name] for name in sorted(prepared)]
     tensors = [prepared] if isinstance(prepared, torch.Tensor) else prepared
@@ -518,7 +525,9 @@ class ExemplarWorker(ModelWorker):
         layers = LayerStates(item.plan, self._threads)
         pooled: dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
         images: list[dict[str, object]] = []
+        notes: list[tuple[str, str]] = []
         for _, batch in self._batches(image_refs(part), spec):
+            notes += [(ref.location, note) for ref, note in batch.notes]
             images += [{"image_id": ref.image_id, "path": ref.location, "reason": why} for ref, why in batch.unreadable]
             images += [{"image_id": int(i), "sha256": sha} for i, sha in zip(batch.ids, batch.sha256, strict=True)]
             if len(batch.ids) == 0:
@@ -536,8 +545,8 @@ class ExemplarWorker(ModelWorker):
         for layer, (largest, mean) in pooled.items():
             name = f"pooled/{item.folder(layer)}/{_shard_name(row['shard'])}"
             self._storage.put_work(item.work, name, pooled_table(readable, largest, mean))
-        seconds = {SECONDS: str(time.monotonic() - started)}
-        table = pa.Table.from_pylist(images, schema=_IMAGES_SCHEMA.with_metadata(seconds))
+        about = {SECONDS: str(time.monotonic() - started), NOTES: json.dumps([len(notes), notes[:1]])}
+        table = pa.Table.from_pylist(images, schema=_IMAGES_SCHEMA.with_metadata(about))
         self._storage.put_work(item.work, f"{IMAGES}/{_shard_name(row['shard'])}", table)
         # Only now, with the shard durable, may it raise the bars for the next.
         for layer, state in layers.states.items():
@@ -578,6 +587,8 @@ def _finish_images(
     if len(bad):
         first = f"{bad['path'][0].as_py()} ({bad['reason'][0].as_py()})"
         say(f"exemplars of {model}: skipped {len(bad)} of {expected} images, the first {first}; see the table skipped")
+    doubts = [json.loads((shard.schema.metadata or {}).get(NOTES.encode(), b"[0, []]")) for shard in shards]
+    tell_doubts([(where, why) for _, some in doubts for where, why in some], sum(count for count, _ in doubts))
     if len(bad) > config.max_bad * expected or len(bad) == expected:
         raise MilanError(
             f"{len(bad)} of {expected} probe images are unreadable, the first {first}; "

@@ -11,7 +11,7 @@ from PIL import Image
 
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
-from milan_ray.exemplars.forward import read_views
+from milan_ray.exemplars.forward import Batch, read_inputs, read_views
 from milan_ray.models.registry import ModelSpec
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.views import block_of, read_block
@@ -21,12 +21,24 @@ from milan_ray.storage import Storage
 
 
 def views_of(probe: requests.ProbeRequest, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
-    """Images of a probe as a model sees them, uint8 (n, H, W, 3).
+    """Images of a probe as a model takes them, uint8 (n, H, W, bands).
 
     Raises:
         MilanError: One cannot be read.
     """
-    batch = read_views(requests.probe(probe), refs, spec.preprocess.view)  # type: ignore[arg-type]
+    return _all(read_inputs(requests.probe(probe), refs, spec))
+
+
+def shown_views_of(probe: requests.ProbeRequest, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
+    """Images of a probe as people see what a model takes, uint8 (n, H, W, 3).
+
+    Raises:
+        MilanError: One cannot be read.
+    """
+    return _all(read_views(requests.probe(probe), refs, spec.preprocess.view))  # type: ignore[arg-type]
+
+
+def _all(batch: Batch) -> np.ndarray:
     if batch.unreadable:
         ref, reason = batch.unreadable[0]
         raise MilanError(f"{ref.location} {reason}: every image is needed; remove it or mend it.")

@@ -54,6 +54,8 @@ class ProbeRequest:
         plugins: Modules that register what the name needs.
         legend: Path of what the numbers in a folder's label maps mean, or None.
         segmentation: Folder of the network that makes concept maps, or None for the probe's own.
+        image_column: Where tables and archives hold images; None finds it.
+        label_column: Where they hold classes; None finds it.
     """
 
     sources: tuple[str, ...]
@@ -61,6 +63,8 @@ class ProbeRequest:
     plugins: tuple[str, ...] = ()
     legend: str | None = None
     segmentation: str | None = None
+    image_column: str | None = None
+    label_column: str | None = None
 
 
 def model(request: ModelRequest) -> ModelSpec:
@@ -82,7 +86,7 @@ def probe(request: ProbeRequest) -> Probe:
         MilanError: Unknown name, missing folder, broken plug-in.
     """
     load_plugins(request.plugins)
-    found = resolve_probe(request.sources, request.labels, request.legend)
+    found = resolve_probe(request.sources, request.labels, request.legend, request.image_column, request.label_column)
     if request.segmentation is None:
         return found
     if isinstance(found, LatentProbe):

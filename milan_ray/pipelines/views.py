@@ -23,13 +23,13 @@ from torch import nn
 from milan_ray.config import ExemplarConfig, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.errors import DamagedTable, MilanError
-from milan_ray.exemplars.forward import Forward, read_inputs
+from milan_ray.exemplars.forward import Forward, read_inputs, read_views
 from milan_ray.models.registry import ModelSpec, source_of
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.cluster import gpus_each
 from milan_ray.pipelines.fanout import FEW_IMAGES, run_parallel
-from milan_ray.probe.base import ImageRef
+from milan_ray.probe.base import ImageRef, LatentProbe
 from milan_ray.progress import Progress, say
 from milan_ray.schema import MANIFEST, VIEWS
 from milan_ray.storage import Storage
@@ -262,7 +262,11 @@ def _draw(pictures: Pictures, refs: Sequence[ImageRef], resources: Resources) ->
     forward = None if spec.images is None else _generator(pictures, resources)
     drawn: dict[int, bytes] = {}
     for start in range(0, len(refs), size):
-        batch = read_inputs(requests.probe(pictures.probe), refs[start : start + size], spec)
+        probe, rows = requests.probe(pictures.probe), refs[start : start + size]
+        if isinstance(probe, LatentProbe):
+            batch = read_inputs(probe, rows, spec)
+        else:
+            batch = read_views(probe, rows, spec.preprocess.view)
         if batch.unreadable:
             ref, reason = batch.unreadable[0]
             raise MilanError(f"{ref.location} was read before but not now ({reason}); run the job again.")

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-from PIL import Image
-from pyarrow import fs
 
-from milan_ray.errors import MilanError, UnreadableImage
+from milan_ray.errors import MilanError
 from milan_ray.probe.base import ImageRef, ProbeImage
-from milan_ray.probe.decode import decode
-from milan_ray.probe.folder import filesystem
+from milan_ray.probe.decode import from_array
+from milan_ray.probe.files import absolute_root, list_files, local_path
 from milan_ray.probe.manifest import Entry, build
-from milan_ray.remote import is_uri
+from milan_ray.probe.tables import PARQUET, Columns, read_row, table_entries
 
 
 class ArrayProbe:
@@ -34,7 +30,7 @@ class ArrayProbe:
         """Takes the images as they are.
 
         Args:
-            images: uint8 (N, H, W, 3), RGB.
+            images: uint8 (N, H, W, 3), RGB; or (N, H, W, B) of any number of bands, for models that take as many.
             labels: Class of each image, or None.
             concept_maps: Per image, concept → bool (H, W), or None.
             name: The probe's name.
@@ -42,8 +38,8 @@ class ArrayProbe:
         Raises:
             MilanError: The images have another shape or type, or the other lists another length.
         """
-        if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3:
-            raise MilanError(f"images are {images.dtype} {images.shape}: an ArrayProbe takes uint8 (N, H, W, 3).")
+        if images.dtype != np.uint8 or images.ndim != 4 or not images.shape[-1]:
+            raise MilanError(f"images are {images.dtype} {images.shape}: an ArrayProbe takes uint8 (N, H, W, bands).")
         for given in (labels, concept_maps):
             if given is not None and len(given) != len(images):
                 raise MilanError(f"{len(images)} images with {len(given)} labels or concept maps: give one for each.")
@@ -71,7 +67,7 @@ class ArrayProbe:
     def read(self, ref: ImageRef) -> ProbeImage:
         """The image of this row."""
         pixels = self._images[int(ref.path)]
-        return ProbeImage(Image.fromarray(pixels), _sha256(pixels))
+        return from_array(pixels, _sha256(pixels))
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
         """Concept → bool (H, W) of this row's image, where given."""
@@ -81,17 +77,17 @@ class ArrayProbe:
 class ParquetProbe:
     """Encoded images in a column of one or several Parquet files, read by row group."""
 
-    def __init__(self, path: str | Path, image: str = "image", label: str | None = None) -> None:
+    def __init__(self, path: str | Path, image: str | None = None, label: str | None = None) -> None:
         """Nothing is read yet.
 
         Args:
             path: A Parquet file or a folder of them, local or a URI.
-            image: Column of encoded images (binary, or a struct with a binary field ``bytes``).
-            label: Column of classes; None takes ``label`` where there is such a column.
+            image: Column of encoded images (binary, or a struct with a binary field ``bytes`` and, where that is null,
+                a file's ``path``); None takes ``image``, or the one column that can hold images.
+            label: Column of classes; None takes ``label``, or the one column that ``datasets`` calls a class label.
         """
-        self._root = str(path) if is_uri(path) else str(Path(path).expanduser().resolve())
-        self._image = image
-        self._label = label
+        self._root = absolute_root(path)
+        self._columns = Columns(image, label)
         self.name = PurePosixPath(self._root).name or self._root
 
     def manifest(self) -> pa.Table:
@@ -100,53 +96,23 @@ class ParquetProbe:
         Raises:
             MilanError: There are no such files, columns or rows.
         """
-        system, base = _open(self._root)
-        entries = []
-        try:
-            for path, info in _parquet_files(system, base):
-                with system.open_input_file(info.path) as source:
-                    for position, label in self._rows(pq.ParquetFile(source), f"{self._root}/{path}"):
-                        entries.append(
-                            Entry(
-                                self._root,
-                                f"{path}#{position}",
-                                mtime_ns=info.mtime_ns,
-                                etag=f"{info.size} bytes",
-                                class_label=label,
-                            )
-                        )
-        except (OSError, pa.ArrowException) as error:
-            raise MilanError(f"cannot read {self._root} ({error}): give a Parquet file or a folder of them.") from error
+        local = local_path(self._root)
+        if local is not None and not Path(local).exists():
+            raise MilanError(f"cannot read {self._root} (there is none): give a Parquet file or a folder of them.")
+        found = list_files(self._root).files
+        files = [file for file in found if not file.path or file.path.lower().endswith(PARQUET)]
+        entries = table_entries(self._root, sorted(files, key=lambda file: file.path), self._columns)
         if not entries:
             raise MilanError(f"no images in {self._root}: it has no Parquet file with rows.")
         return build(entries)
-
-    def _rows(self, file: pq.ParquetFile, location: str) -> Iterator[tuple[str, str | None]]:
-        """(``row group:row``, class) of each row."""
-        names = file.schema_arrow.names
-        label = self._label or ("label" if "label" in names else None)
-        for column in (self._image, label):
-            if column is not None and column not in names:
-                raise MilanError(f"{location} has no column {column!r}: it has {', '.join(names)}.")
-        for group in range(file.num_row_groups):
-            classes: list[object] = [None] * file.metadata.row_group(group).num_rows
-            if label is not None:
-                classes = file.read_row_group(group, columns=[label]).column(0).to_pylist()
-            for row, name in enumerate(classes):
-                yield f"{group}:{row}", None if name is None else str(name)
 
     def read(self, ref: ImageRef) -> ProbeImage:
         """Reads and decodes one row's image.
 
         Raises:
-            UnreadableImage: It is null, corrupt, empty or too large.
+            UnreadableImage: It is null, missing, corrupt, empty or too large.
         """
-        path, _, position = ref.path.rpartition("#")
-        group, _, row = position.partition(":")
-        value = _images(ref.root, path, int(group), self._image)[int(row)].as_py()
-        if value is None:
-            raise UnreadableImage("is null")
-        return ProbeImage(decode(value), hashlib.sha256(value).hexdigest())
+        return read_row(ref, self._columns)
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
         """Unknown: None."""
@@ -164,27 +130,3 @@ def _tag(sha256: str, maps: Mapping[str, np.ndarray]) -> str:
         digest.update(repr((name, maps[name].shape)).encode())
         digest.update(np.packbits(maps[name]).tobytes())
     return digest.hexdigest()
-
-
-def _open(root: str) -> tuple[fs.FileSystem, str]:
-    return filesystem(root) if is_uri(root) else (fs.LocalFileSystem(), root)
-
-
-def _parquet_files(system: fs.FileSystem, base: str) -> list[tuple[str, fs.FileInfo]]:
-    """(path below the base, information) of each Parquet file, by path; the base itself when it is one file."""
-    info = system.get_file_info(base)
-    if info.type == fs.FileType.File:
-        return [("", info)]
-    files = system.get_file_info(fs.FileSelector(base, recursive=True))
-    found = [(f.path.removeprefix(base).lstrip("/"), f) for f in files if f.path.endswith(".parquet")]
-    return sorted(found, key=lambda item: item[0])
-
-
-@lru_cache(maxsize=2)  # rows are read mostly in order: a group is decoded once, and one more is kept for readahead
-def _images(root: str, path: str, group: int, column: str) -> pa.ChunkedArray:
-    system, base = _open(root)
-    with system.open_input_file(f"{base}/{path}" if path else base) as source:
-        images = pq.ParquetFile(source).read_row_group(group, columns=[column]).column(0)
-    if pa.types.is_struct(images.type):
-        images = pa.chunked_array([chunk.field("bytes") for chunk in images.chunks])
-    return images

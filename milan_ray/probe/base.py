@@ -37,14 +37,27 @@ class ProbeImage:
     """A decoded probe image.
 
     Attributes:
-        image: RGB, 8 bits, any size.
+        image: RGB, 8 bits, any size: what people see, and models that take RGB.
         sha256: Hex digest of the bytes it was decoded from.
+        bands: The image with all its bands, where these are not RGB: a PIL image of 8 bits per band (grey, with alpha,
+            CMYK), or uint8 (H, W, N); None for RGB.
+        note: A doubt about how it was decoded, to be said once; None without.
     """
 
     image: Image.Image
     sha256: str
+    bands: Image.Image | np.ndarray | None = None
+    note: str | None = None
+
+    @property
+    def planes(self) -> list[Image.Image]:
+        """Its bands as grey images, in order."""
+        if isinstance(self.bands, np.ndarray):
+            return [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(self.bands, -1, 0)]
+        return list((self.image if self.bands is None else self.bands).split())
 
 
+@runtime_checkable
 class Source(Protocol):
     """What every probe is. Small and picklable: it travels to every actor, the manifest does not."""
 

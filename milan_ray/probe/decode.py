@@ -1,27 +1,93 @@
-"""From a file's bytes to an RGB image, whatever the file is."""
+"""Decodes probe images, whatever they come as: a file's bytes, a PIL image or an array."""
 
 from __future__ import annotations
 
+import hashlib
+import importlib.util
 import io
+import threading
+from contextlib import nullcontext
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from milan_ray.errors import UnreadableImage
+from milan_ray.probe.base import ProbeImage
 
-FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
-"""Formats that are decoded, whatever the file is called. Pillow knows more, some of which start programs (EPS)."""
+FORMATS = (
+    "JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000", "DIB", "TGA", "ICO", "ICNS", "CUR",
+    "PSD", "QOI", "PCX", "DCX", "DDS", "SGI", "SUN", "XBM", "XPM", "MSP", "PIXAR", "FLI", "IM", "BLP", "FTEX", "GBR",
+    "PCD", "XVTHUMB",
+)  # fmt: skip
+"""Formats that are decoded, whatever the file is called.
+
+Pillow knows more: some start programs (EPS, WMF), some unpack without a limit (FITS), some only identify files.
+"""
+
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".jfif", ".jpe", ".gif", ".apng",
+    ".avif", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga",
+)  # fmt: skip
+"""Endings of files that are taken for images without a look inside, whatever their case. Others are looked into."""
+
+IMAGE_FOLDER = EXTENSIONS[:9]
+"""The endings that torchvision's ``ImageFolder`` knows: what numbers its images counts these alone."""
+
+HEIC = (".heic", ".heif", ".hif")
+"""Endings of files that Pillow decodes with the package pillow-heif (extra ``heic``)."""
+
+HEIC_REMEDY = "pip install 'milan-ray[heic]' reads them"
 
 MAX_PIXELS = 89_478_485
 """The largest image that is decoded (Pillow's own warning limit; 256 MiB as RGB): beyond lie decompression bombs."""
 
+HEAD = 512
+"""Bytes at the start of a file that tell what it is."""
+
+_GREY = ("1", "L")
+_NOT_16_BITS = 14
+"""16-bit pixels that need no more bits than this are taken for those of a camera or scanner with fewer bits."""
+
+_CERTAIN = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000", "PSD", "QOI", "DDS")
+"""Formats whose first bytes are like nothing else's."""
+
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+
+_loading = threading.Lock()
+
+
+def heic_is_read() -> bool:
+    """Whether HEIC can be decoded: the optional package is installed."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def image_endings() -> tuple[str, ...]:
+    """Endings of files that are taken for images without a look inside."""
+    return EXTENSIONS + HEIC if heic_is_read() else EXTENSIONS
+
+
+def looks_like_image(head: bytes) -> bool:
+    """Whether the first :data:`HEAD` bytes of a file with an odd ending are those of an image that can be decoded."""
+    if _is_heif(head):
+        return heic_is_read()
+    Image.init()
+    if any(name in Image.OPEN and Image.OPEN[name][1](head) is True for name in _CERTAIN):  # type: ignore[misc]
+        return True
+    # Two letters (BMP, netpbm) may begin a text: the rest of the header has to make sense, too.
+    try:
+        with Image.open(io.BytesIO(head), formats=("BMP", "PPM")):
+            return True
+    except Exception:  # Pillow's readers raise almost anything on what is no image
+        return False
+
 
 def decode(data: bytes) -> Image.Image:
-    """Decodes an image as torchvision's default loader does, with defined answers where that has none.
-
-    Grayscale, CMYK, palette and alpha go through Pillow's ``convert("RGB")`` (alpha is dropped, not composited); of
-    animations the first frame counts; EXIF orientation is ignored. 16-bit grayscale is scaled down to 8 bits, where
-    Pillow alone would clip it.
+    """Decodes an image as torchvision's default loader does; see :func:`probe_image`.
 
     Args:
         data: The file's content.
@@ -32,28 +98,118 @@ def decode(data: bytes) -> Image.Image:
     Raises:
         UnreadableImage: It is empty, truncated, damaged, too large, or no image.
     """
+    return probe_image(data, "").image
+
+
+def probe_image(data: bytes, sha256: str | None = None) -> ProbeImage:
+    """Decodes an image as torchvision's default loader does, with defined answers where that has none.
+
+    Grayscale, CMYK, palette and alpha go through Pillow's ``convert("RGB")`` (alpha is dropped, not composited); of
+    animations the first frame counts; EXIF orientation is ignored. 16-bit grayscale is scaled down to 8 bits, where
+    Pillow alone would clip it.
+
+    Args:
+        data: The file's content.
+        sha256: Hex digest of it; None computes it.
+
+    Raises:
+        UnreadableImage: It is empty, truncated, damaged, too large, or no image.
+    """
     if not data:
         raise UnreadableImage("is empty (0 bytes)")
+    formats: tuple[str, ...] = FORMATS
+    if _is_heif(data):
+        if not heic_is_read():
+            raise UnreadableImage(f"is HEIC: {HEIC_REMEDY}")
+        formats = (*FORMATS, "HEIF")
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise UnreadableImage(f"is {image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
-            if image.mode == "F":
-                raise UnreadableImage("has floating-point pixels, whose range is unknown")
-            if image.mode.startswith("I"):
-                return _from_16_bits(image)
-            return image.convert("RGB")
+        with Image.open(io.BytesIO(data), formats=formats) as image:
+            return settle(image, hashlib.sha256(data).hexdigest() if sha256 is None else sha256)
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:  # its text holds a memory address
-        raise UnreadableImage(f"is no image in a known format ({', '.join(FORMATS)})") from error
-    except Image.DecompressionBombError as error:
-        raise UnreadableImage(f"is more than {MAX_PIXELS:,} pixels large") from error
+        raise UnreadableImage("is no image in a known format (JPEG, PNG, TIFF, WebP, GIF, AVIF, …)") from error
+    except Exception as error:
+        raise _unreadable(error) from error
+
+
+def settle(image: Image.Image, sha256: str = "") -> ProbeImage:
+    """Brings an opened or drawn PIL image to what :func:`probe_image` gives for its file.
+
+    Raises:
+        UnreadableImage: It is damaged, too large, or has pixels of unknown range.
+    """
+    try:
+        return _settle(image, sha256)
+    except UnreadableImage:
+        raise
     except Exception as error:  # Pillow's readers raise almost anything on damaged files
-        raise UnreadableImage(f"cannot be decoded ({type(error).__name__}: {error})") from error
+        raise _unreadable(error) from error
 
 
-def _from_16_bits(image: Image.Image) -> Image.Image:
-    # Mode I has 32 bits, but holds what 16-bit PNG and PGM files contain; larger values saturate.
-    pixels = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-    return Image.fromarray(((pixels + 128) // 257).astype(np.uint8)).convert("RGB")
+def from_array(pixels: np.ndarray, sha256: str = "") -> ProbeImage:
+    """Takes pixels for an image.
+
+    Args:
+        pixels: uint8 (H, W), (H, W, 3) or, of any number of bands, (H, W, N); people see the first three bands, or the
+            first alone where there are two.
+        sha256: Digest of its content.
+    """
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.shape[2] == 3:
+        return ProbeImage(Image.fromarray(np.ascontiguousarray(pixels)), sha256)
+    shown = pixels[..., :3] if pixels.shape[2] > 3 else np.repeat(pixels[..., :1], 3, axis=2)
+    return ProbeImage(Image.fromarray(np.ascontiguousarray(shown)), sha256, pixels)
+
+
+def _settle(image: Image.Image, sha256: str) -> ProbeImage:
+    if image.width * image.height > MAX_PIXELS:
+        raise UnreadableImage(f"is {image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
+    if image.mode == "F":
+        raise UnreadableImage("has floating-point pixels, whose range is unknown")
+    deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
+    # An image that was opened and not yet loaded may stand in a list twice, and be read by two threads.
+    with _loading if getattr(image, "fp", None) is not None else nullcontext():
+        image.load()
+    if image.mode.startswith("I"):
+        return _from_16_bits(image, sha256)
+    if image.mode == "PA":
+        image = image.convert("RGBA")
+    note = None
+    if deep and max(high for _, high in image.convert("RGB").getextrema()) >> (_NOT_16_BITS - 8) == 0:  # type: ignore[misc]
+        note = _too_dark(_NOT_16_BITS)
+    bands = None
+    if image.mode in _GREY:
+        bands = image.convert("L")
+    elif image.mode in ("LA", "RGBA", "RGBX", "CMYK"):
+        bands = image if getattr(image, "fp", None) is None else image.copy()
+    return ProbeImage(image.convert("RGB"), sha256, bands, note)
+
+
+def _from_16_bits(image: Image.Image, sha256: str) -> ProbeImage:
+    # Mode I has 32 bits, but holds what 16-bit PNG and PGM files contain.
+    pixels = np.asarray(image).astype(np.int64)
+    low, high = (int(pixels.min()), int(pixels.max())) if pixels.size else (0, 0)
+    if low < 0 or high > 65535:
+        raise UnreadableImage(f"has 32-bit pixels from {low} to {high}, whose range is unknown")
+    grey = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
+    bits = high.bit_length()
+    return ProbeImage(grey.convert("RGB"), sha256, grey, _too_dark(bits) if 0 < bits <= _NOT_16_BITS else None)
+
+
+def _too_dark(bits: int) -> str:
+    return (
+        f"its 16-bit pixels use {bits} bits at most; 16 bits are scaled to 8, so that it is nearly black: where it was "
+        f"taken with fewer bits (a camera's 12, say), write it again over the full range, or in 8 bits"
+    )
+
+
+def _is_heif(head: bytes) -> bool:
+    return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS and b"avif" not in head[8:64]
+
+
+def _unreadable(error: Exception) -> UnreadableImage:
+    if isinstance(error, Image.DecompressionBombError):
+        return UnreadableImage(f"is more than {MAX_PIXELS:,} pixels large")
+    return UnreadableImage(f"cannot be decoded ({type(error).__name__}: {error})")

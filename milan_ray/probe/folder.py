@@ -1,73 +1,117 @@
-"""Probes made of image files: folders of classes, flat folders, with or without a file of labels, local or remote."""
+"""Probes made of files: folders of classes, flat folders, with or without a file of labels, and shards of images."""
 
 from __future__ import annotations
 
 import csv
 import hashlib
 import os
-import time
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import fs
 
-from milan_ray.errors import MilanError, UnreadableImage
+from milan_ray.errors import MilanError
+from milan_ray.probe.archives import PACKED, TAR, archive_entries, is_member, read_member
 from milan_ray.probe.base import ImageRef, ProbeImage
-from milan_ray.probe.decode import decode
+from milan_ray.probe.decode import EXTENSIONS, image_endings, probe_image
+from milan_ray.probe.files import (
+    Found,
+    absolute_root,
+    ending,
+    file_name,
+    images_of,
+    list_files,
+    local_path,
+    read_file,
+    tell,
+    tell_left_out,
+)
 from milan_ray.probe.manifest import Entry, build
-from milan_ray.remote import is_uri, open_uri, split_query, why
-
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
-"""File name endings taken for images, whatever their case: torchvision's."""
-
-_PAUSES = (0.5, 2.0)
-"""Seconds between the attempts to read an image from an object store that fails for a moment."""
+from milan_ray.probe.tables import (
+    ARROW,
+    PARQUET,
+    Columns,
+    arrow_files,
+    is_row,
+    is_saved,
+    read_row,
+    sidecars,
+    table_entries,
+)
+from milan_ray.remote import split_query
+from milan_ray.textfiles import read_rows, read_text, same_name, unquoted
 
 _FILE_COLUMNS = ("file", "filename", "file_name", "path", "image", "name")
 _LABEL_COLUMNS = ("label", "class_label", "class_name", "class", "category", "name", "wnid", "synset", "class_index")
 
+_DESCRIPTIVE = ("state.json", "dataset_info.json", "dataset_dict.json")
+"""Files that ``datasets`` writes beside its shards."""
+
 
 class FolderProbe:
-    """The images below one or several roots.
+    """The images below one or several roots: files, or where a root has none, the rows and members of its shards.
 
     An image's class is the name of the folder directly below the root that it lies in; images directly in the root
     have none. Ids follow torchvision's ``ImageFolder``: classes sorted, then folders, then files, root after root.
-    Hidden files and folders are left out. A file of labels takes the folders' place.
+    Hidden files, and those of operating systems, are ignored; what else is no image is left out and counted. A link
+    never shows a file twice. A file of labels takes the folders' place.
+
+    Shards are Parquet files, Arrow files of ``datasets.save_to_disk``, and tar archives in WebDataset's layout; ids
+    follow their names and the order in them.
     """
 
-    def __init__(self, roots: Sequence[str | Path], labels: str | Path | None = None) -> None:
+    def __init__(
+        self,
+        roots: Sequence[str | Path],
+        labels: str | Path | None = None,
+        image_column: str | None = None,
+        label_column: str | None = None,
+        endings: tuple[str, ...] | None = None,
+    ) -> None:
         """Nothing is read yet.
 
         Args:
-            roots: Folders, or URIs that pyarrow's filesystems understand (``s3://…``, ``gs://…``).
+            roots: Folders, single shards, or URIs that pyarrow's filesystems understand (``s3://…``, ``gs://…``).
             labels: A CSV file whose header has a column of files (``file``, ``path``, …) and one of labels
                 (``label``, ``class``, ``name``, …), or lines of ``file label``. Files are names or paths below a root.
+            image_column: Of shards, the column of images, or the part of a sample (``jpg``); None finds it.
+            label_column: Of shards, the column of classes, or the part of a sample (``cls``); None finds it.
+            endings: Endings of files that are images, in lower case, where others know them by number; None takes all
+                images.
         """
-        self._roots = tuple(str(root) if is_uri(root) else str(Path(root).expanduser().resolve()) for root in roots)
+        self._endings = endings
+        self._roots = tuple(map(absolute_root, roots))
         self._labels = None if labels is None else str(Path(labels).expanduser().resolve())
+        self._columns = Columns(image_column, label_column)
         self.name = "+".join(PurePosixPath(split_query(root)[0]).name or root for root in self._roots)
 
     def manifest(self) -> pa.Table:
         """Lists the images by name, size and modification time, without reading them.
 
         Raises:
-            MilanError: A root is missing, unreadable or without images; or the labels do not fit.
+            MilanError: A root is missing, unreadable or without images; or labels or columns do not fit.
         """
-        labels = None if self._labels is None else read_labels(self._labels)
-        entries = []
+        labels = None if self._labels is None else _Labels(self._labels)
+        entries: list[Entry] = []
+        seen: set[str] = set()
         for root in self._roots:
-            found = sorted(_list_remote(root) if is_uri(root) else _list_local(root), key=lambda item: _parts(item[0]))
-            if not found:
-                raise MilanError(f"no images in {root}: looked for files ending in {', '.join(EXTENSIONS)}.")
-            for path, size, mtime_ns in found:
-                folder = _parts(path)[0] or None
-                label = folder if labels is None else labels.get(path, labels.get(PurePosixPath(path).name))
-                entries.append(Entry(root, path, size, mtime_ns, class_label=label))
-        if labels is not None and all(entry.class_label is None for entry in entries):
-            raise MilanError(f"{self._labels} labels none of the images in {', '.join(self._roots)}: check its names.")
+            found = _entries_of(root, labels, self._columns, self._endings)
+            if len(self._roots) > 1:
+                fresh = [entry for entry in found if (place := _real(entry)) not in seen and not seen.add(place)]  # type: ignore[func-returns-value]
+                if len(fresh) < len(found):
+                    tell(f"probe: {len(found) - len(fresh)} of {len(found)} images in {root} are listed already")
+                found = fresh
+            entries += found
+        if labels is not None:
+            labels.tell(len(entries), self._roots)
+        if self._columns != Columns() and not any(_in_shard(entry) for entry in entries):
+            raise MilanError(
+                f"{', '.join(self._roots)} holds images as files: --image-column and --label-column are for Parquet, "
+                "Arrow and tar files."
+            )
         return build(entries)
 
     def read(self, ref: ImageRef) -> ProbeImage:
@@ -77,22 +121,51 @@ class FolderProbe:
             UnreadableImage: It is missing, corrupt, empty or too large.
             MilanError: A remote filesystem failed, time after time.
         """
-        data = _read_remote(ref) if is_uri(ref.root) else _read_local(ref)
-        return ProbeImage(decode(data), hashlib.sha256(data).hexdigest())
+        if is_row(ref):
+            return read_row(ref, self._columns)
+        if is_member(ref):
+            return read_member(ref)
+        data = read_file(ref.root, ref.path)
+        return probe_image(data, hashlib.sha256(data).hexdigest())
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
         """Unknown: None."""
         return None
 
 
-@lru_cache
-def filesystem(root: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a URI, and the path in it; one client per process.
+class _Labels:
+    """A file of labels, and what of it matches."""
 
-    Raises:
-        MilanError: No filesystem answers to it.
-    """
-    return open_uri(root)
+    def __init__(self, path: str) -> None:
+        self._path = path
+        self._labels = read_labels(path)
+        self._used: set[str] = set()
+        self._without: list[str] = []
+
+    def of(self, path: str) -> str | None:
+        """The label of an image, by its path below the root or else by its name."""
+        for name in (same_name(path), same_name(PurePosixPath(path).name)):
+            if name in self._labels:
+                self._used.add(name)
+                return self._labels[name]
+        self._without.append(path)
+        return None
+
+    def tell(self, images: int, roots: Sequence[str]) -> None:
+        """Says what matches nothing.
+
+        Raises:
+            MilanError: Nothing matches.
+        """
+        if not self._used:
+            raise MilanError(f"{self._path} labels none of the images in {', '.join(roots)}: check its names.")
+        if self._without:
+            first = ", ".join(self._without[:3])
+            tell(f"probe: {len(self._without)} of {images} images have no label in {self._path}, such as {first}")
+        spare = [name for name in self._labels if name not in self._used]
+        if spare:
+            first = ", ".join(spare[:3])
+            tell(f"probe: {len(spare)} of {len(self._labels)} names in {self._path} are no images, such as {first}")
 
 
 def read_labels(path: str) -> dict[str, str]:
@@ -102,93 +175,112 @@ def read_labels(path: str) -> dict[str, str]:
         path: A CSV with header, or lines of ``file label``.
 
     Returns:
-        File name (or path below the root) → label.
+        File name (or path below the root) in composed letters → label.
 
     Raises:
-        MilanError: It cannot be read, or no line has a file and a label.
+        MilanError: It cannot be read, no line has a file and a label, or a file has two labels.
     """
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+        rows = read_rows(text)
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise MilanError(f"cannot read the labels in {path} ({error}): give a CSV or lines of `file label`.") from error
-    rows = list(csv.reader(lines))
-    header = [name.strip().lower() for name in rows[0]] if rows else []
+    header = [name.lower() for name in rows[0]] if rows else []
     file_column = next((name for name in _FILE_COLUMNS if name in header), None)
     label_column = next((name for name in _LABEL_COLUMNS if name in header and name != file_column), None)
     if file_column and label_column:
         file, label = header.index(file_column), header.index(label_column)
         pairs = [(row[file], row[label]) for row in rows[1:] if len(row) > max(file, label)]
+    elif rows and all(len(row) == 2 and row[0].lower().endswith(image_endings()) for row in rows):  # without a header
+        pairs = [(row[0], row[1]) for row in rows]
     else:
-        split = [line.split(maxsplit=1) for line in lines]
-        pairs = [(words[0], words[1].strip()) for words in split if len(words) == 2]
-    if not pairs:
+        split = [line.split(maxsplit=1) for line in text.splitlines()]
+        pairs = [(unquoted(words[0]), unquoted(words[1])) for words in split if len(words) == 2]
+    found: dict[str, str] = {}
+    for name, said in ((same_name(name), said) for name, said in pairs if name and said):
+        if found.setdefault(name, said) != said:
+            raise MilanError(f"{path} labels {name} twice, as {found[name]!r} and as {said!r}: leave one.")
+    if not found:
         raise MilanError(f"no labels in {path}: give a CSV with columns `file` and `label`, or lines of `file label`.")
-    return dict(pairs)
+    return found
+
+
+def _entries_of(root: str, labels: _Labels | None, columns: Columns, endings: tuple[str, ...] | None) -> list[Entry]:
+    """The images below one root."""
+    listing = list_files(root)
+    images, left_out = images_of(root, listing, endings)
+    if images and not is_saved(listing.files):  # what a saved data set refers to may lie beside it
+        tell_left_out(root, left_out, listing.links)
+        entries = []
+        for path, size, mtime_ns in sorted(images, key=lambda found: _parts(found.path)):
+            label = (_parts(path)[0] or None) if labels is None else labels.of(path)
+            entries.append(Entry(root, path, size, mtime_ns, class_label=label))
+        return entries
+    kinds = {kind: _ending_in(root, listing.files, kind) for kind in (PARQUET, ARROW, TAR)}
+    described = {found.path for found in sidecars(kinds[PARQUET], kinds[TAR])}
+    kinds[PARQUET] = [found for found in kinds[PARQUET] if found.path not in described]
+    present = [kind for kind, files in kinds.items() if files]
+    if not present:
+        packed = next((found for found in listing.files if file_name(root, found.path).endswith(PACKED)), None)
+        if packed is not None:
+            raise MilanError(
+                f"no images in {root}, but packed archives ({packed.path or root}): unpack them, or write plain .tar."
+            )
+        tell_left_out(root, left_out, listing.links)
+        raise MilanError(
+            f"no images in {root}: looked for files ending in {', '.join(EXTENSIONS)}, for others that begin as images "
+            "do, and for .parquet, .arrow and .tar files."
+        )
+    if len(present) > 1:
+        names = " and ".join(kind[0] for kind in present)
+        raise MilanError(f"{root} holds {names} files: give a folder of one kind, or the files by name.")
+    if labels is not None:
+        raise MilanError(f"{root} brings its own labels: a file of labels is for folders of images.")
+    (kind,) = present
+    files = kinds[kind]
+    if kind is ARROW:
+        files = arrow_files(root, files, listing.files)
+    used = {found.path for found in files}
+    rest = (found.path for found in listing.files if found.path not in used)
+    left_out = Counter(ending(path) for path in rest if PurePosixPath(path).name not in _DESCRIPTIVE)
+    if kind is TAR:
+        entries, others = archive_entries(root, files, columns)
+        left_out += others
+    else:
+        entries = table_entries(root, files, columns)
+    tell_left_out(root, left_out, listing.links)
+    if not entries:
+        raise MilanError(f"no images in {root}: its {kind[0]} files hold none.")
+    return entries
+
+
+def _ending_in(root: str, files: Sequence[Found], endings: tuple[str, ...]) -> list[Found]:
+    found = [found for found in files if file_name(root, found.path).endswith(endings)]
+    return sorted(found, key=lambda found: found.path)
+
+
+def _in_shard(entry: Entry) -> bool:
+    ref = ImageRef(0, entry.root, entry.path)
+    return is_row(ref) or is_member(ref)
+
+
+@lru_cache(maxsize=4096)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _real(entry: Entry) -> str:
+    """Where an image really lies, for telling whether two roots share it."""
+    local = local_path(entry.root)
+    if local is None:
+        return f"{entry.root.rstrip('/')}/{entry.path}"
+    place = os.path.join(local, entry.path)
+    if os.path.islink(place):
+        return os.path.realpath(place)
+    return os.path.join(_real_folder(os.path.dirname(place)), os.path.basename(place))
 
 
 def _parts(path: str) -> tuple[str, str, str]:
     """Class folder (empty in the root), whole folder and name of a path below a root: also the order of the ids."""
     folder, _, name = path.rpartition("/")
     return folder.partition("/")[0], folder, name
-
-
-def _wanted(path: str) -> bool:
-    return path.lower().endswith(EXTENSIONS) and not any(part.startswith(".") for part in path.split("/"))
-
-
-_Found = Iterator[tuple[str, int | None, int | None]]
-
-
-def _list_local(root: str) -> _Found:
-    def fail(error: OSError) -> None:
-        raise MilanError(
-            f"cannot list {error.filename} ({error.strerror}): give an existing folder of images that you may read."
-        ) from error
-
-    for folder, folders, files in os.walk(root, onerror=fail, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        below = os.path.relpath(folder, root).replace(os.sep, "/")
-        for name in files:
-            path = name if below == "." else f"{below}/{name}"
-            if not _wanted(path):
-                continue
-            try:
-                status = os.stat(os.path.join(folder, name))
-            except OSError:  # a broken link: listed here, then skipped with a reason when read
-                yield path, None, None
-            else:
-                yield path, status.st_size, status.st_mtime_ns
-
-
-def _list_remote(root: str) -> _Found:
-    system, base = filesystem(root)
-    try:
-        infos = system.get_file_info(fs.FileSelector(base, recursive=True))
-    except (OSError, pa.ArrowException) as error:
-        raise MilanError(f"cannot list {root}: {why(error, root)}") from error
-    for info in infos:
-        path = info.path.removeprefix(base).lstrip("/")
-        if info.type == fs.FileType.File and _wanted(path):
-            yield path, info.size, info.mtime_ns
-
-
-def _read_local(ref: ImageRef) -> bytes:
-    try:
-        return Path(ref.root, ref.path).read_bytes()
-    except OSError as error:
-        raise UnreadableImage(f"cannot be read ({error.strerror})") from error
-
-
-def _read_remote(ref: ImageRef) -> bytes:
-    system, base = filesystem(ref.root)
-    for pause in (*_PAUSES, None):
-        try:
-            with system.open_input_file(f"{base.rstrip('/')}/{ref.path}") as file:
-                return file.read()
-        except (FileNotFoundError, PermissionError) as error:
-            raise UnreadableImage(f"cannot be read ({type(error).__name__})") from error
-        except OSError as error:  # the network's fault, not the image's: skipping it would change the result
-            if pause is None:
-                raise MilanError(f"cannot read {ref.location}: {why(error, ref.root)}") from error
-            time.sleep(pause)
-    raise AssertionError("the last attempt returns or raises")

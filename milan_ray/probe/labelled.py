@@ -19,9 +19,10 @@ from PIL import Image, ImageDraw
 
 from milan_ray.errors import MilanError
 from milan_ray.probe.base import ImageRef, ProbeImage
-from milan_ray.probe.decode import FORMATS, MAX_PIXELS
-from milan_ray.probe.folder import EXTENSIONS, FolderProbe
+from milan_ray.probe.decode import EXTENSIONS, FORMATS, MAX_PIXELS
+from milan_ray.probe.folder import FolderProbe
 from milan_ray.probe.manifest import Entry, build
+from milan_ray.textfiles import clean, delimiter, dict_reader, read_text, unquoted
 
 LABEL_FOLDERS = ("labels", "annotations", "masks")
 """Names of the folder of label maps beside ``images``."""
@@ -78,20 +79,21 @@ def read_legend(path: Path) -> dict[int, str]:
         MilanError: It cannot be read, or has no line with a number and a name.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = read_text(path).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise MilanError(f"cannot read the legend {path} ({error}): give lines of `number name`.") from error
     found = {}
-    for line in lines:
-        cells = line.split("\t") if "\t" in line else next(csv.reader([line]), []) if "," in line else []
+    for line in map(clean, lines):
+        between = "\t" if "\t" in line else delimiter(line)
+        cells = next(csv.reader([line], delimiter=between), []) if between in line else []
         cells = [cell.strip() for cell in cells] if len(cells) > 1 else line.split(maxsplit=1)
         if len(cells) > 1 and cells[0].isdigit():
             # Of a table, the name comes last; of lines with several names after a comma, it is the first.
-            name = cells[-1] if "\t" in line else cells[1]
-            found[int(cells[0])] = name.split(",")[0].strip()
+            name = cells[-1] if between == "\t" else cells[1]
+            found[int(cells[0])] = unquoted(name.split(",")[0])
         elif cells and cells[0].partition(" ")[0].isdigit():  # `401 car, auto`
             number, _, name = cells[0].partition(" ")
-            found[int(number)] = name.strip()
+            found[int(number)] = unquoted(name)
     if not found:
         raise MilanError(f"{path} is no legend of label maps: give lines of `number name`.")
     return found
@@ -367,7 +369,7 @@ def _first(name: str) -> str:
 
 def _rows(path: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
     try:
-        rows = list(csv.DictReader(io.StringIO(path.read_text(encoding="utf-8-sig"))))
+        rows = list(dict_reader(read_text(path)))
     except (OSError, UnicodeDecodeError) as error:
         raise MilanError(f"cannot read {path} ({error}): give Broden's own file.") from error
     if not rows or any(rows[0].get(name) is None for name in needed):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -12,12 +11,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from milan_ray.errors import MilanError, reason
 from milan_ray.probe.base import ImageRef
 from milan_ray.probe.manifest import Entry, build
+from milan_ray.tensorfiles import check_sizes, describe_dtype
 
 EXTENSIONS = (".pth", ".pt", ".npy", ".npz", ".safetensors")
 """File name endings taken for tensors."""
@@ -110,7 +109,9 @@ def _open(files: tuple[Path, ...], mtimes: tuple[int, ...]) -> tuple[tuple[str, 
 def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         content = _content(file)
-    except (OSError, ValueError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+    except MilanError:
+        raise
+    except Exception as error:  # the readers raise almost anything on damaged files
         raise MilanError(f"{file} cannot be read as tensors ({reason(error)}): save the tensors alone.") from error
     for name, tensor in content.items():
         if not isinstance(tensor, torch.Tensor):
@@ -123,17 +124,25 @@ def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def _content(file: Path) -> dict[str, object]:
     """What a file holds, by name; of a single tensor, the file's."""
     kind = file.suffix.lower()
+    check_sizes(file)
     if kind == ".safetensors":
         return dict(load_file(file))
     if kind == ".npz":
         with np.load(file, allow_pickle=False) as arrays:
-            return {f"{file.name}:{name}": torch.from_numpy(arrays[name]) for name in arrays.files}
+            return {f"{file.name}:{name}": _tensor(file, arrays[name]) for name in arrays.files}
     if kind == ".npy":
         # Copy-on-write rather than read-only: torch knows no read-only tensors.
-        return {file.name: torch.from_numpy(np.load(file, mmap_mode="c", allow_pickle=False))}
+        return {file.name: _tensor(file, np.load(file, mmap_mode="c", allow_pickle=False))}
     content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     if isinstance(content, dict):
         return {f"{file.name}:{name}": tensor for name, tensor in content.items()}
     if isinstance(content, (list, tuple)):
         return {f"{file.name}:{place}": tensor for place, tensor in enumerate(content)}
     return {file.name: content}
+
+
+def _tensor(file: Path, array: np.ndarray) -> torch.Tensor:
+    told = describe_dtype(array.dtype)
+    if told is not None:
+        raise MilanError(f"{file} holds {told} ({array.dtype}) where numbers should be: save the tensors alone.")
+    return torch.from_numpy(array if array.dtype.isnative else array.astype(array.dtype.newbyteorder("=")))

@@ -6,13 +6,20 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from milan_ray.errors import MilanError, unknown_name
+from milan_ray.probe.archives import TAR
 from milan_ray.probe.arrays import ParquetProbe
 from milan_ray.probe.base import Probe
-from milan_ray.probe.folder import EXTENSIONS, FolderProbe
+from milan_ray.probe.decode import image_endings
+from milan_ray.probe.files import is_ignored
+from milan_ray.probe.folder import FolderProbe
 from milan_ray.probe.labelled import is_labelled, labelled_folder
 from milan_ray.probe.latents import EXTENSIONS as TENSORS
 from milan_ray.probe.latents import LatentFiles, latent_files
+from milan_ray.probe.tables import ARROW, PARQUET
 from milan_ray.remote import is_uri
+
+SHARDS = PARQUET + ARROW + TAR
+"""Endings of single files that hold images."""
 
 _PROBES: dict[str, Callable[[], Probe]] = {}
 
@@ -32,16 +39,23 @@ def probe_names() -> list[str]:
     return sorted(_PROBES)
 
 
-def resolve_probe(text: Sequence[str], labels: str | None = None, legend: str | None = None) -> Probe:
+def resolve_probe(
+    text: Sequence[str],
+    labels: str | None = None,
+    legend: str | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Probe:
     """Finds the probe that the user means.
 
     Args:
-        text: A registered name; or one Parquet file (images in its column ``image``, classes in ``label`` if it has
-            one); or one local folder with label maps (:mod:`milan_ray.probe.labelled`); or a generator's latents, as
-            one folder of tensors without images or one or several files of tensors; or one or several folders or
-            URIs, joined in this order.
+        text: A registered name; or one local folder with label maps (:mod:`milan_ray.probe.labelled`); or a generator's
+            latents, as one folder of tensors without images or one or several files of tensors; or one or several
+            folders, Parquet, Arrow or tar files, or URIs, joined in this order (:class:`FolderProbe`).
         labels: File of labels for folders, or None.
         legend: What the numbers in a folder's label maps mean, or None.
+        image_column: Of Parquet, Arrow and tar files, where images are; None finds it.
+        label_column: Of the same, where classes are; None finds it.
 
     Returns:
         The probe.
@@ -55,21 +69,41 @@ def resolve_probe(text: Sequence[str], labels: str | None = None, legend: str | 
     if legend is not None:
         if not single or is_uri(single) or labels is not None:
             raise MilanError("a legend is for one local folder of images and label maps: give that alone.")
+        _without_columns(image_column, label_column, single)
         return labelled_folder(single, legend)
-    if single in _PROBES or single.endswith(".parquet"):
+    if single in _PROBES or single.lower().endswith(SHARDS):
         if labels is not None:
             raise MilanError(f"{single} brings its own labels: a file of labels is for folders of images.")
-        return _PROBES[single]() if single in _PROBES else ParquetProbe(single)
+        if single in _PROBES:
+            _without_columns(image_column, label_column, single)
+            return _PROBES[single]()
+        if single.lower().endswith(PARQUET):
+            return ParquetProbe(single, image_column, label_column)
     if all(source.lower().endswith(TENSORS) for source in text) or _holds_tensors(single):
         if labels is not None:
             raise MilanError(f"labels are for images: leave them out for the latents {', '.join(text)}.")
+        _without_columns(image_column, label_column, ", ".join(text))
         return LatentFiles(text)
     if single and labels is None and not is_uri(single) and is_labelled(Path(single).expanduser()):
+        _without_columns(image_column, label_column, single)
         return labelled_folder(single)
     for root in text:
-        if not is_uri(root) and not Path(root).expanduser().is_dir():
+        if root in _PROBES:
+            raise MilanError(f"the registered probe {root} cannot be joined with others: give it alone.")
+        path = Path(root).expanduser()
+        if not is_uri(root) and not path.is_dir() and not (path.is_file() and root.lower().endswith(SHARDS)):
             raise unknown_name("probe", root, _PROBES, "Give a registered name or an existing folder of images.")
-    return FolderProbe(text, labels)
+    return FolderProbe(text, labels, image_column, label_column)
+
+
+def _without_columns(image: str | None, label: str | None, what: str) -> None:
+    """Refuses the choice of columns where there are none.
+
+    Raises:
+        MilanError: Some were chosen.
+    """
+    if image is not None or label is not None:
+        raise MilanError(f"{what} has no columns: --image-column and --label-column are for Parquet, Arrow and tar.")
 
 
 def _holds_tensors(source: str) -> bool:
@@ -77,5 +111,5 @@ def _holds_tensors(source: str) -> bool:
     folder = Path(source).expanduser()
     if not source or is_uri(source) or not folder.is_dir() or not latent_files(folder):
         return False
-    entries = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-    return not any(entry.is_dir() or entry.suffix.lower() in EXTENSIONS for entry in entries)
+    entries = [entry for entry in folder.iterdir() if not is_ignored(entry.name)]
+    return not any(entry.is_dir() or entry.suffix.lower() in (*image_endings(), *SHARDS) for entry in entries)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import random
 import shutil
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import threading
 import time
@@ -17,14 +19,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 from pyarrow import fs
 
 from milan_ray.errors import MilanError, UnreadableImage
 from milan_ray.pipelines.status import status
-from milan_ray.probe import folder
-from milan_ray.probe.base import ImageRef
+from milan_ray.probe import files
 from milan_ray.probe.folder import FolderProbe
+from milan_ray.probe.manifest import image_refs
+from milan_ray.probe.registry import resolve_probe
 from milan_ray.storage import Storage
 
 moto = pytest.importorskip("moto", reason="the local S3 server comes with the extra dev")
@@ -250,8 +256,7 @@ def test_storage_options_in_the_uri_stay_behind_the_path(s3):
 def test_probe_on_s3_reads_again_what_fails_for_a_moment(s3, monkeypatch):
     root = f"{s3}/flaky"
     Storage(root).put("image.png", b"x")
-    ref = ImageRef(0, root, "image.png")
-    system, base = folder.filesystem(root)
+    system, base = files.filesystem(root)
     failures = [OSError("AWS Error SLOW_DOWN"), OSError("curlCode: 28, Timeout was reached")]
 
     class Flaky:
@@ -260,17 +265,37 @@ def test_probe_on_s3_reads_again_what_fails_for_a_moment(s3, monkeypatch):
                 raise failures.pop()
             return system.open_input_file(path)
 
-    monkeypatch.setattr(folder, "_PAUSES", (0.01, 0.01))
+    monkeypatch.setattr(files, "_PAUSES", (0.01, 0.01))
     with monkeypatch.context() as patch:
-        patch.setattr(folder, "filesystem", lambda root: (Flaky(), base))
-        assert folder._read_remote(ref) == b"x"
+        patch.setattr(files, "filesystem", lambda root: (Flaky(), base))
+        assert files.read_file(root, "image.png") == b"x"
     assert not failures
-    monkeypatch.setattr(folder, "_PAUSES", ())
+    monkeypatch.setattr(files, "_PAUSES", ())
     with pytest.raises(UnreadableImage, match="FileNotFoundError"):
-        folder._read_remote(ImageRef(0, root, "absent.png"))
+        files.read_file(root, "absent.png")
     nowhere = f"{root}?scheme=http&endpoint_override=127.0.0.1:1"
     with pytest.raises(MilanError, match=r"cannot read .*see that the bucket is there"):
-        folder._read_remote(ImageRef(0, nowhere, "image.png"))
+        files.read_file(nowhere, "image.png")
+
+
+def test_probe_on_s3_reads_shards_as_from_disk(s3, tmp_path):
+    png = io.BytesIO()
+    Image.new("RGB", (3, 2), (9, 8, 7)).save(png, "PNG")
+    pq.write_table(pa.table({"img": [png.getvalue()] * 2}), tmp_path / "a.parquet")
+    with tarfile.open(tmp_path / "b.tar", "w") as archive:
+        info = tarfile.TarInfo("x.png")
+        info.size = len(png.getvalue())
+        archive.addfile(info, io.BytesIO(png.getvalue()))
+    for name, count in (("a.parquet", 2), ("b.tar", 1)):
+        Storage(f"{s3}/shards/{name[0]}").put(f"deep/{name}", (tmp_path / name).read_bytes())
+        for root in (f"{s3}/shards/{name[0]}", f"{s3}/shards/{name[0]}/deep/{name}"):
+            probe = resolve_probe([root])
+            refs = image_refs(probe.manifest())
+            assert len(refs) == count and all(probe.read(ref).image.getpixel((1, 1)) == (9, 8, 7) for ref in refs)
+    Storage(f"{s3}/odd").put("a.jfif", png.getvalue())
+    Storage(f"{s3}/odd").put("b", png.getvalue())
+    Storage(f"{s3}/odd").put("c.txt", b"no image")
+    assert FolderProbe([f"{s3}/odd"]).manifest()["path"].to_pylist() == ["a.jfif", "b"]
 
 
 def test_storage_on_gs_asks_nothing_before_it_is_used():

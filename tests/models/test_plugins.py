@@ -74,3 +74,45 @@ def test_plugins_broken_file_is_named_with_the_reason(tmp_path: Path, source: st
 def test_plugins_missing_module_is_named() -> None:
     with pytest.raises(MilanError, match="plug-in 'no_such_module_here' cannot be imported"):
         load_plugins(["no_such_module_here"])
+
+
+NEIGHBOUR = """
+from torch import nn
+class Net(nn.Linear):
+    width = {width}
+    def __init__(self) -> None:
+        super().__init__({width}, 2)
+"""
+WITH_NEIGHBOUR = """
+from {module} import Net
+from milan_ray.models.registry import register_model
+def build(weights):
+    from {module}_late import extra
+    assert extra
+    return Net()
+register_model("{name}", build, ["outputs"])
+"""
+
+
+def test_c6_a_plugin_imports_its_neighbours_at_once_and_later(tmp_path: Path) -> None:
+    (tmp_path / "c6_net.py").write_text(NEIGHBOUR.format(width=3))
+    (tmp_path / "c6_net_late.py").write_text("extra = True")
+    (tmp_path / "mine.py").write_text(WITH_NEIGHBOUR.format(module="c6_net", name="c6/net"))
+    load_plugins([str(tmp_path / "mine.py")])
+    assert get_model("c6/net").load().in_features == 3
+
+
+def test_c6_two_plugins_with_neighbours_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for width, folder in ((3, "a"), (4, "b")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "c6_twin.py").write_text(NEIGHBOUR.format(width=width))
+        (tmp_path / folder / "c6_by.py").write_text("from c6_twin import Net")
+        source = WITH_NEIGHBOUR.format(module="c6_by", name=f"c6/{folder}")
+        (tmp_path / folder / f"{folder}_mine.py").write_text(source)
+    load_plugins([str(tmp_path / "a/a_mine.py")])
+    with pytest.raises(MilanError, match=r"b_mine\.py' .*imports c6_by, .*another module c6_by .*rename"):
+        load_plugins([str(tmp_path / "b/b_mine.py")])
+    (tmp_path / "b/json.py").write_text("loads = None")
+    (tmp_path / "b/late.py").write_text("from json import loads")
+    with pytest.raises(MilanError, match="another module json"):
+        load_plugins([str(tmp_path / "b/late.py")])

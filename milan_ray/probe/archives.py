@@ -1,0 +1,226 @@
+"""Images in tar archives, read in place: WebDataset's layout, ``key.jpg`` beside ``key.cls``, ``.json``, ``.txt``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pyarrow as pa
+
+from milan_ray.errors import MilanError, UnreadableImage, reason
+from milan_ray.probe.base import ImageRef, ProbeImage
+from milan_ray.probe.decode import HEAD, image_endings, looks_like_image, probe_image
+from milan_ray.probe.files import SYSTEM_FILES, Found, file_name, filesystem, read_part
+from milan_ray.probe.manifest import Entry
+from milan_ray.probe.tables import Columns
+from milan_ray.textfiles import clean, decode_text
+
+TAR = (".tar",)
+"""Endings of archives that are read in place."""
+
+PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
+"""Endings of archives that are not: nothing in them can be read without unpacking what lies before."""
+
+_PLACE = re.compile(r"(?s)(.*\.tar)?#(.*)@(\d+):(\d+)", re.IGNORECASE)
+"""Path of a member in a manifest: archive, name, offset and size of its content, bytes."""
+
+_LABELS = ("cls", "json", "txt")
+"""What of a sample says its class, the first that is there."""
+
+_JSON_LABELS = ("label", "class_name", "class", "category", "cls")
+_MAX_LABEL = 1 << 20  # bytes of a label's member that are read
+
+
+@dataclass(frozen=True)
+class _Member:
+    name: str
+    offset: int
+    size: int
+
+    @property
+    def key(self) -> str:
+        """What the parts of a sample have in common: the path up to the name's first dot."""
+        folder, slash, name = self.name.rpartition("/")
+        return folder + slash + name.partition(".")[0]
+
+    @property
+    def part(self) -> str:
+        """What it is of the sample: what follows the name's first dot, in lower case."""
+        return self.name.rpartition("/")[2].partition(".")[2].lower()
+
+
+def is_member(ref: ImageRef) -> bool:
+    """Whether a manifest's row lies in an archive."""
+    place = _PLACE.fullmatch(ref.path)
+    return place is not None and file_name(ref.root, place[1] or "").endswith(TAR)
+
+
+def read_member(ref: ImageRef) -> ProbeImage:
+    """Reads and decodes one image.
+
+    Raises:
+        UnreadableImage: It is missing, corrupt, empty or too large.
+    """
+    place = _PLACE.fullmatch(ref.path)
+    assert place is not None  # is_member
+    data = read_part(ref.root, place[1] or "", int(place[3]), int(place[4]))
+    if len(data) < int(place[4]):
+        raise UnreadableImage("is cut off: the archive is shorter than when it was listed")
+    return probe_image(data)
+
+
+def archive_entries(root: str, files: Sequence[Found], columns: Columns) -> tuple[list[Entry], Counter[str]]:
+    """The images of some archives, as entries of a manifest; their headers are read, and their labels.
+
+    Args:
+        root: The root that the archives lie below.
+        files: The archives, in order.
+        columns: ``image`` is the part of a sample that is its image (``jpg``), ``label`` the one that says its class
+            (``cls``), or a field of its ``json``.
+
+    Returns:
+        Entries, samples in the archives' order; ending → how many members are neither images nor say a class.
+
+    Raises:
+        MilanError: An archive is damaged, or a sample has several images.
+    """
+    entries: list[Entry] = []
+    left_out: Counter[str] = Counter()
+    for file in files:
+        where = f"{root.rstrip('/')}/{file.path}" if file.path else root
+        try:
+            with _Bounded(root, file.path) as source:
+                for sample in _samples(source):
+                    images = _images(source, sample, columns.image)
+                    if len(images) > 1:
+                        parts = ", ".join(member.part for member in images)
+                        raise MilanError(
+                            f"sample {images[0].key} of {where} has several images ({parts}): choose one with "
+                            "--image-column."
+                        )
+                    label = _label(source, sample, columns.label, where)
+                    told = (*_LABELS, columns.label)
+                    left_out.update(
+                        f".{member.part}" if member.part else "no ending"
+                        for member in sample
+                        if member not in images and not (images and member.part in told)
+                    )
+                    for member in images:
+                        folder = member.name.partition("/")[0] if "/" in member.name else None
+                        place = f"{file.path}#{member.name}@{member.offset}:{member.size}"
+                        tag = f"{file.size} bytes"
+                        entries.append(Entry(root, place, member.size, file.mtime_ns, tag, label or folder))
+        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, pa.ArrowException) as error:
+            raise MilanError(f"cannot read {where} ({reason(error)}): give a sound tar archive.") from error
+    return entries, left_out
+
+
+class _Bounded:
+    """A file that reads no more than it holds, whatever an archive's header claims."""
+
+    def __init__(self, root: str, path: str) -> None:
+        system, base = filesystem(root)
+        self._file = system.open_input_file(f"{base.rstrip('/')}/{path}" if path else base)
+        self.size = self._file.size()
+
+    def __enter__(self) -> _Bounded:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._file.seek(offset, whence)
+
+    def read(self, size: int = -1) -> bytes:
+        left = max(self.size - self._file.tell(), 0)
+        return self._file.read(left if size < 0 else min(size, left))
+
+    def part(self, member: _Member, size: int) -> bytes:
+        """The first bytes of a member."""
+        return self._file.read_at(min(size, member.size), member.offset)
+
+
+def _samples(source: _Bounded) -> Iterator[list[_Member]]:
+    """Members that follow each other and have the same key."""
+    sample: list[_Member] = []
+    for member in _members(source):
+        if sample and member.key != sample[0].key:
+            yield sample
+            sample = []
+        sample.append(member)
+    if sample:
+        yield sample
+
+
+def _members(source: _Bounded) -> Iterator[_Member]:
+    """The plain files of an archive, hidden and system ones left out."""
+    with tarfile.open(fileobj=cast(Any, source), mode="r:") as archive:
+        while (info := archive.next()) is not None:
+            archive.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them
+            if info.isfile() and info.offset_data + info.size > source.size:
+                raise EOFError(f"it is cut off in {info.name}")
+            parts = info.name.removeprefix("./").split("/")
+            if info.isreg() and not any(part.startswith(".") or part.lower() in SYSTEM_FILES for part in parts):
+                yield _Member("/".join(parts), info.offset_data, info.size)
+        # A damaged header ends tarfile's list without a word; a sound archive ends with zeros, or with the file.
+        source.seek(archive.offset)
+        if any(source.read(tarfile.BLOCKSIZE)):
+            raise tarfile.ReadError(f"it is damaged at byte {archive.offset:,}")
+
+
+def _images(source: _Bounded, sample: list[_Member], wanted: str | None) -> list[_Member]:
+    """The members of a sample that are images, or the one that is asked for."""
+    if wanted is not None:
+        return [member for member in sample if member.part == wanted.lower().removeprefix(".")]
+    endings = image_endings()
+    found = [member for member in sample if f".{member.part}".endswith(endings)]
+    others = [member for member in sample if member.part not in _LABELS and member not in found]
+    return found or [member for member in others if member.size and looks_like_image(source.part(member, HEAD))]
+
+
+def _label(source: _Bounded, sample: list[_Member], wanted: str | None, where: str) -> str | None:
+    """What a sample says of its class."""
+    parts = {member.part: member for member in sample}
+    if wanted is not None and wanted.lower() not in parts:
+        return _of_json(source, parts, (wanted,), where)
+    for part in _LABELS if wanted is None else (wanted.lower(),):
+        if part not in parts:
+            continue
+        if part == "json":
+            label = _of_json(source, parts, _JSON_LABELS, where)
+        else:
+            label = clean(_text(source, parts[part], where)) or None
+        if label is not None:
+            return label
+    return None
+
+
+def _of_json(source: _Bounded, parts: dict[str, _Member], fields: Sequence[str], where: str) -> str | None:
+    if "json" not in parts:
+        return None
+    try:
+        found = json.loads(_text(source, parts["json"], where))
+    except ValueError as error:
+        raise MilanError(f"{parts['json'].name} in {where} is no JSON ({error}): write the archive again.") from error
+    if isinstance(found, dict):
+        found = next((found[name] for name in fields if found.get(name) is not None), None)
+    return None if found is None or isinstance(found, (dict, list)) else str(found)
+
+
+def _text(source: _Bounded, member: _Member, where: str) -> str:
+    if member.size > _MAX_LABEL:
+        raise MilanError(f"{member.name} in {where} has {member.size:,} bytes, too many for a label: leave it out.")
+    try:
+        return decode_text(source.part(member, member.size))
+    except UnicodeDecodeError as error:
+        raise MilanError(f"{member.name} in {where} is no text in UTF-8 ({error}): write the archive again.") from error

@@ -1,0 +1,374 @@
+"""Images in tables: Parquet files and the Arrow files of Hugging Face's ``datasets.save_to_disk``."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import PurePosixPath
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from milan_ray.errors import MilanError, UnreadableImage, reason
+from milan_ray.probe.base import ImageRef, ProbeImage
+from milan_ray.probe.decode import probe_image
+from milan_ray.probe.files import Found, file_name, filesystem, local_path, read_file, tell
+from milan_ray.probe.manifest import Entry
+from milan_ray.remote import is_uri
+
+PARQUET, ARROW = (".parquet",), (".arrow",)
+"""Endings of the files of tables."""
+
+_PLACE = re.compile(r"(?s)(.*)#(\d+):(\d+)")
+"""Path of a row in a manifest: file, row group or batch, row in it."""
+
+_NOT_A_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which columns of tables hold images and classes.
+
+    Attributes:
+        image: Column of images; None takes ``image``, or the one column that can hold images.
+        label: Column of classes; None takes ``label``, or the one column of class names.
+    """
+
+    image: str | None = None
+    label: str | None = None
+
+
+def is_row(ref: ImageRef) -> bool:
+    """Whether a manifest's row lies in a table."""
+    place = _PLACE.fullmatch(ref.path)
+    return place is not None and file_name(ref.root, place[1]).endswith(PARQUET + ARROW)
+
+
+def table_entries(root: str, files: Sequence[Found], columns: Columns) -> list[Entry]:
+    """The rows of some files, as entries of a manifest; images are not read.
+
+    Args:
+        root: The root that the files lie below.
+        files: The files, in order.
+        columns: Which columns to read.
+
+    Raises:
+        MilanError: A file cannot be read, or has no such column.
+    """
+    entries = []
+    for file in files:
+        where = _location(root, file.path)
+        try:
+            table = _open(root, file.path)
+            image, label, names = _chosen(table.schema, columns, where)
+            for group, rows in enumerate(table.rows):
+                classes = table.column(group, label).to_pylist() if label is not None else [None] * rows
+                tags = _tags(root, file, table, group, image)
+                for row, name in enumerate(classes):
+                    place = f"{file.path}#{group}:{row}"
+                    found = _class_name(name, names)
+                    entries.append(Entry(root, place, mtime_ns=file.mtime_ns, etag=tags[row], class_label=found))
+        except (OSError, pa.ArrowException) as error:
+            raise MilanError(f"cannot read {where} ({reason(error)}): mend it, or write it again.") from error
+    return entries
+
+
+def is_saved(files: Sequence[Found]) -> bool:
+    """Whether a folder is one that ``save_to_disk`` has written."""
+    names = {PurePosixPath(found.path).name for found in files}
+    return "state.json" in names and any(name.endswith(ARROW) for name in names)
+
+
+def arrow_files(root: str, files: Sequence[Found], others: Sequence[Found]) -> list[Found]:
+    """The Arrow files of one data set: those that its ``state.json`` names, in their order.
+
+    Args:
+        root: The root.
+        files: The Arrow files below it.
+        others: All other files below it.
+
+    Raises:
+        MilanError: There are several data sets, or the data set's rows are chosen by another file.
+    """
+    states = [found for found in others if PurePosixPath(found.path).name == "state.json"]
+    if len(states) > 1:
+        folders = ", ".join(sorted(str(PurePosixPath(found.path).parent) for found in states))
+        raise MilanError(f"{root} holds several data sets ({folders}): give one of these folders, or several, by name.")
+    if not states:
+        return list(files)
+    path = states[0].path
+    try:
+        state = json.loads(read_file(root, path))
+        names = [str(item["filename"]) for item in state["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise MilanError(f"cannot read {_location(root, path)} ({reason(error)}): save the data set again.") from error
+    if state.get("_indices_data_files"):
+        raise MilanError(
+            f"{root} is saved with a choice of rows beside its data: call flatten_indices() and save_to_disk again."
+        )
+    folder = path.rpartition("/")[0]
+    below = {found.path: found for found in files}
+    wanted = [f"{folder}/{name}" if folder else name for name in names]
+    absent = next((name for name in wanted if name not in below), None)
+    if absent is not None:
+        raise MilanError(f"{_location(root, absent)} is missing: {path} names it; copy or save the data set again.")
+    return [below[name] for name in wanted]
+
+
+def read_row(ref: ImageRef, columns: Columns) -> ProbeImage:
+    """Reads and decodes one row's image.
+
+    Raises:
+        UnreadableImage: It is null, missing, corrupt, empty or too large.
+    """
+    place = _PLACE.fullmatch(ref.path)
+    assert place is not None  # is_row
+    path, group, row = place[1], int(place[2]), int(place[3])
+    mtime = _mtime(ref.root, path)
+    with _reading:
+        image = _image_column(ref.root, path, mtime, columns)
+        value = _images(ref.root, path, mtime, group, image)[row].as_py()
+    data, beside = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if data is None and beside:
+        data = _beside(ref.root, path, str(beside))
+    if data is None:
+        raise UnreadableImage("is null")
+    return probe_image(data)
+
+
+def _beside(root: str, path: str, target: str) -> bytes:
+    """The file that a row names instead of holding its bytes: relative to the table's folder, or absolute."""
+    if _NOT_A_PATH.match(target):
+        raise UnreadableImage(f"lies at {target}: nothing is fetched; download the images, or embed them in the table")
+    try:
+        if os.path.isabs(target):
+            return read_file("/", target)
+        return read_file(_folder(root, path), target)
+    except UnreadableImage as error:
+        raise UnreadableImage(f"lies in the file {target}, which {error}") from error
+
+
+def _folder(root: str, path: str) -> str:
+    return (f"{root.rstrip('/')}/{path}" if path else root).rpartition("/")[0]
+
+
+class _Parquet:
+    """A Parquet file by row groups."""
+
+    def __init__(self, root: str, path: str) -> None:
+        system, place = _place(root, path)
+        self._file = pq.ParquetFile(system.open_input_file(place))
+        self.schema: pa.Schema = self._file.schema_arrow
+        groups = range(self._file.num_row_groups)
+        self.rows = [self._file.metadata.row_group(group).num_rows for group in groups]
+
+    def column(self, group: int, name: str) -> pa.ChunkedArray:
+        return self._file.read_row_group(group, columns=[name]).column(0)
+
+    def holds_paths(self, group: int, name: str) -> bool:
+        """Whether some images of a group may be named instead of held."""
+        leaves = self._file.metadata.row_group(group)
+        for place in range(leaves.num_columns):
+            leaf = leaves.column(place)
+            if leaf.path_in_schema == f"{name}.bytes":
+                return leaf.statistics is None or not leaf.statistics.has_null_count or leaf.statistics.null_count > 0
+        return False
+
+    def paths(self, group: int, name: str) -> list[Any]:
+        return (
+            self._file.read_row_group(group, columns=[f"{name}.path"]).column(0).combine_chunks().field(0).to_pylist()
+        )
+
+
+class _Arrow:
+    """An Arrow file by record batches, a stream or not; a local one is mapped."""
+
+    def __init__(self, root: str, path: str) -> None:
+        local = local_path(root)
+        system, place = _place(root, path)
+        source = pa.memory_map(place) if local is not None else system.open_input_file(place).read_buffer()
+        try:
+            reader = pa.ipc.open_stream(source)
+        except pa.ArrowInvalid:
+            reader = pa.ipc.open_file(source)
+        self._batches = reader.read_all().to_batches()
+        self.schema: pa.Schema = reader.schema
+        self.rows = [batch.num_rows for batch in self._batches]
+
+    def column(self, group: int, name: str) -> pa.ChunkedArray:
+        column = self._batches[group].column(name)
+        column.validate(full=True)  # a damaged file may point anywhere
+        return pa.chunked_array([column])
+
+    def holds_paths(self, group: int, name: str) -> bool:
+        column = self._batches[group].column(name)
+        return pa.types.is_struct(column.type) and column.field("bytes").null_count > 0
+
+    def paths(self, group: int, name: str) -> list[Any]:
+        return self.column(group, name).combine_chunks().field("path").to_pylist()
+
+
+def _open(root: str, path: str) -> _Parquet | _Arrow:
+    return _Arrow(root, path) if file_name(root, path).endswith(ARROW) else _Parquet(root, path)
+
+
+_reading = threading.Lock()
+"""Held while a table is read: an open file serves one thread at a time, and threads want the same group."""
+
+
+@lru_cache(maxsize=2)
+def _opened(root: str, path: str, mtime: int | None) -> _Parquet | _Arrow:
+    """A file that rows are read from; a changed one is another."""
+    return _open(root, path)
+
+
+@lru_cache(maxsize=2)  # rows are read mostly in order: a group is decoded once, and one more is kept for readahead
+def _images(root: str, path: str, mtime: int | None, group: int, column: str) -> pa.ChunkedArray:
+    try:
+        return _opened(root, path, mtime).column(group, column)
+    except (OSError, pa.ArrowException, IndexError) as error:
+        raise MilanError(
+            f"cannot read {_location(root, path)} ({reason(error)}): mend it, or write it again."
+        ) from error
+
+
+@lru_cache(maxsize=64)
+def _image_column(root: str, path: str, mtime: int | None, columns: Columns) -> str:
+    try:
+        return _image_of(_opened(root, path, mtime).schema, columns.image, _location(root, path))
+    except (OSError, pa.ArrowException) as error:
+        raise MilanError(
+            f"cannot read {_location(root, path)} ({reason(error)}): mend it, or write it again."
+        ) from error
+
+
+def _mtime(root: str, path: str) -> int | None:
+    """Modification time of a local file, ns: what is kept of it must not outlive it."""
+    local = local_path(root)
+    if local is None:
+        return None
+    try:
+        return os.stat(os.path.join(local, path) if path else local).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _place(root: str, path: str) -> tuple[fs.FileSystem, str]:
+    system, base = filesystem(root)
+    return system, f"{base.rstrip('/')}/{path}" if path else base
+
+
+def _location(root: str, path: str) -> str:
+    return f"{root.rstrip('/')}/{path}" if path else root
+
+
+def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
+    """What Hugging Face's ``datasets`` says of the columns; nothing in other tables."""
+    try:
+        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature for name, feature in found.items() if isinstance(feature, dict)}
+    except (KeyError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _image_of(schema: pa.Schema, wanted: str | None, location: str) -> str:
+    """The column of images.
+
+    Raises:
+        MilanError: There is none, or several can be meant.
+    """
+    names = schema.names
+    if wanted is not None:
+        if wanted not in names:
+            raise MilanError(f"{location} has no column {wanted!r}: it has {', '.join(names)}.")
+        if not _can_hold_images(schema.field(wanted).type):
+            raise MilanError(
+                f"column {wanted!r} of {location} holds {schema.field(wanted).type}, no encoded images: choose another."
+            )
+        return wanted
+    if "image" in names and _can_hold_images(schema.field("image").type):
+        return "image"
+    features = _features(schema)
+    able = [name for name in names if _can_hold_images(schema.field(name).type)]
+    for kind in (
+        [name for name in able if features.get(name, {}).get("_type") == "Image"],
+        [name for name in able if pa.types.is_struct(schema.field(name).type)],
+        able,
+    ):
+        if len(kind) == 1:
+            return kind[0]
+        if kind:
+            raise MilanError(
+                f"{location} has several columns that can hold images ({', '.join(kind)}): choose one with "
+                "--image-column."
+            )
+    raise MilanError(f"{location} has no column of encoded images: it has {', '.join(names)}.")
+
+
+def _can_hold_images(type_: pa.DataType) -> bool:
+    if pa.types.is_struct(type_):
+        return type_.get_field_index("bytes") >= 0 and _is_binary(type_.field("bytes").type)
+    return _is_binary(type_)
+
+
+def _is_binary(type_: pa.DataType) -> bool:
+    kinds = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view, pa.types.is_null)
+    return any(kind(type_) for kind in kinds)
+
+
+def _chosen(schema: pa.Schema, columns: Columns, location: str) -> tuple[str, str | None, list[str] | None]:
+    """The column of images, the column of classes if there is one, and the names of the classes' numbers."""
+    image = _image_of(schema, columns.image, location)
+    features = _features(schema)
+    label = columns.label
+    if label is None:
+        named = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
+        label = "label" if "label" in schema.names else named[0] if len(named) == 1 else None
+        if label is None and named:
+            tell(f"probe: {location} has several columns of classes ({', '.join(named)}): --label-column chooses one")
+    elif label not in schema.names:
+        raise MilanError(f"{location} has no column {label!r}: it has {', '.join(schema.names)}.")
+    names = features.get(label or "", {}).get("names")
+    return image, label, [str(name) for name in names] if isinstance(names, list) else None
+
+
+def _class_name(value: object, names: list[str] | None) -> str | None:
+    if value is None:
+        return None
+    if names is not None and isinstance(value, int):
+        return names[value] if 0 <= value < len(names) else None  # −1 is "unknown"
+    return str(value)
+
+
+def _tags(root: str, file: Found, table: _Parquet | _Arrow, group: int, image: str) -> list[str]:
+    """Version tags of a group's rows: the table's, and that of the file that holds the image instead of the row."""
+    whole = f"{file.size} bytes"
+    rows = table.rows[group]
+    if not pa.types.is_struct(table.schema.field(image).type) or not table.holds_paths(group, image):
+        return [whole] * rows
+    if table.schema.field(image).type.get_field_index("path") < 0 or is_uri(root):
+        return [whole] * rows
+    return [whole + _version(root, file.path, target) for target in table.paths(group, image)]
+
+
+def _version(root: str, path: str, target: object) -> str:
+    if not isinstance(target, str) or _NOT_A_PATH.match(target):
+        return ""
+    try:
+        status = os.stat(target if os.path.isabs(target) else os.path.join(_folder(root, path), target))
+    except OSError:
+        return ""
+    return f" {target} {status.st_size} {status.st_mtime_ns}"
+
+
+def sidecars(tables: Sequence[Found], archives: Sequence[Found]) -> Iterator[Found]:
+    """The tables that lie beside archives of the same name and describe them."""
+    stems = {found.path.rpartition(".")[0] for found in archives}
+    yield from (found for found in tables if found.path.rpartition(".")[0] in stems)
