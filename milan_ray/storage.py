@@ -270,7 +270,10 @@ class Storage:
         Raises:
             MilanError: The root cannot be written.
         """
-        self.put(f"{WORK}/writable", b"")
+        path = f"{WORK}/writable"
+        self.put(path, b"")
+        self.remove_file(path)
+        self._remove_empty_work()
 
     # -- tables -----------------------------------------------------------------------------------------------
 
@@ -506,8 +509,18 @@ class Storage:
         return [name.removesuffix(".arrow") for name in names if name.endswith(".arrow")]
 
     def remove_work(self, config: str) -> None:
-        """Removes a configuration's work, once its result is public."""
+        """Removes a configuration's work, once its result is public; the last one's takes the folder with it."""
         self.remove(f"{WORK}/{config}")
+        self._remove_empty_work()
+
+    def _remove_empty_work(self) -> None:
+        """Removes the folder of work in progress, unless some job has work there; who writes next makes it again."""
+        if self.is_local:
+            try:
+                os.rmdir(f"{self._base}/{WORK}")
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                    raise
 
 
 def _stamp(config: str | Recipe) -> dict[str, str]:
@@ -532,8 +545,8 @@ def to_parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
 def _replace(target: Path, data: bytes | memoryview) -> None:
     """Writes a local file through a temporary neighbour, durably."""
     for last in (*[False] * (_TRIES - 1), True):
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             return _replace_in_folder(target, data)
         except FileNotFoundError:  # another job has just removed the folder
             if last:

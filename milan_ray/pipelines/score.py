@@ -35,7 +35,7 @@ from milan_ray.pipelines.embeddings import (
     text_embeddings,
 )
 from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED, SCORES, UNIT_SCORES
 from milan_ray.scoring.bootstrap import difference, interval, ratio, resampling_counts
@@ -295,24 +295,23 @@ def run_scores(
         fresh = [block for block in blocks if block.name not in stored]
         say(f"scores by {request.name}: {len(due)} layers and labelers")
         here = storage.count(POOLED, model=due[0].model, layer=due[0].layer) <= FEW_IMAGES
-        seconds = 0.0
+        costs = {what: Cost() for what in due}
         with torch_threads(resources.threads), Progress(f"scores ({request.name})", len(fresh), "blocks") as progress:
-            for _, took in run_parallel(_score, fresh, here=here):
+            for index, took in run_parallel(_score, fresh, here=here):
                 progress.advance()
-                seconds += took
+                costs[fresh[index].what].add(took)
         for what, said in texts.items():
             parts = [storage.get_work(work, block.name) for block in blocks if block.what == what]
             table = pa.concat_tables([ROWS_SCHEMA.empty_table(), *parts])
             names = (classes or {}).get((what.model, what.layer))
             if names is not None:
                 table = pa.concat_tables([table, _class_rows(what, said, names, vectors, embedder)])
+            run = recipes[what].hash
+            record_run(storage, "scores", run, what.model, layer=what.layer, rows=len(table), cost=costs[what])
             write_unit_scores(storage, request.name, what, table, recipes[what])
-            rows = len(table)
-            record_run(storage, "scores", recipes[what].hash, what.model, layer=what.layer, rows=rows, images=0,
-                       seconds=seconds / len(due))  # fmt: skip
-        storage.remove_work(work)
     else:
         say(f"scores by {request.name}: all up to date")
+    storage.remove_work(work)
     _score_exemplars(storage, described, request, digest, embedded)
     return summarise(storage, request.name, sorted({what.model for what in described}), config)
 
