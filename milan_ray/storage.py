@@ -9,6 +9,7 @@ the old file or the new one and never a torso. Every file carries the hash of th
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import mmap
@@ -176,6 +177,8 @@ class Storage:
         if self.is_local:
             try:
                 _replace(Path(target), data)
+                if not path.startswith(f"{WORK}/"):  # goes as a whole
+                    _remove_dead(Path(target).parent)
             except OSError as error:
                 said = error.strerror or error
                 raise MilanError(f"cannot write {self.uri(path)}: {said}; choose a writable --storage.") from error
@@ -334,6 +337,7 @@ class Storage:
             target.parent.mkdir(parents=True, exist_ok=True)
             with _replacing(target) as stream:
                 fill(stream)
+            _remove_dead(target.parent)
         except OSError as error:
             said = error.strerror or error
             raise MilanError(f"cannot write {self.uri(path)}: {said}; choose a writable --storage.") from error
@@ -516,6 +520,7 @@ class Storage:
     def _remove_empty_work(self) -> None:
         """Removes the folder of work in progress, unless some job has work there; who writes next makes it again."""
         if self.is_local:
+            _remove_dead(Path(self._base, WORK))
             try:
                 os.rmdir(f"{self._base}/{WORK}")
             except OSError as error:
@@ -561,14 +566,47 @@ def _replace_in_folder(target: Path, data: bytes | memoryview) -> None:
 @contextmanager
 def _replacing(target: Path) -> Iterator[BinaryIO]:
     """A temporary neighbour of a local file, which takes its place durably when nothing went wrong."""
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=target.parent)
+    handle, temporary = _temporary(target.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)  # while it is open, and with that locked
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _temporary(folder: Path) -> tuple[int, str]:
+    """A new temporary file, locked as long as its writer lives, where the file system has locks."""
+    while True:
+        handle, path = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+        _lock(handle, wait=True)
+        if os.path.exists(path):
+            return handle, path
+        os.close(handle)  # another job was faster than the lock and took it for a dead writer's
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    """Locks a file; False where its writer lives, or nothing can be locked."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_dead(folder: Path) -> None:
+    """Removes what killed processes have left of files that they were writing into a folder."""
+    for path in folder.glob(".*.tmp"):
+        try:
+            handle = os.open(path, os.O_RDWR)
+        except (FileNotFoundError, PermissionError):  # finished or removed since it was listed, or another user's
+            continue
+        try:
+            if _lock(handle, wait=False):
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)

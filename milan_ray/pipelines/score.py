@@ -276,9 +276,14 @@ def run_scores(
     recipes = score_recipes(storage, described, digest, embedder, embedded, config, classes)
     work = config_hash({"scores": [recipe.hash for recipe in recipes.values()]})
     due = [w for w in described if storage.why(UNIT_SCORES, recipes[w], predictor=request.name, **w.keys)]
-    texts = {what: Texts.read(storage, what, config.seed) for what in due}
     if due:
-        every = sorted(set().union(*(said.every() for said in texts.values())))
+        # Of all that was due when the job began, so that one that goes on after a kill finds these very texts embedded.
+        begun = _begun(storage, work, [described.index(what) for what in due])
+        read = {
+            what: Texts.read(storage, what, config.seed) for number, what in enumerate(described) if number in begun
+        }
+        every = sorted(set().union(*(said.every() for said in read.values())))
+        texts = {what: read[what] for what in due}
         vectors = dict(zip(every, text_embeddings(storage, every, request, resources, probe.plugins), strict=True))
         blocks: list[_Block] = []
         for what, said in texts.items():
@@ -314,6 +319,13 @@ def run_scores(
     storage.remove_work(work)
     _score_exemplars(storage, described, request, digest, embedded)
     return summarise(storage, request.name, sorted({what.model for what in described}), config)
+
+
+def _begun(storage: Storage, work: str, due: Sequence[int]) -> set[int]:
+    """What was due when a job began, by number, and what is now."""
+    if "due" not in storage.work_names(work):
+        storage.put_work(work, "due", pa.table({"number": due}))
+    return {*due, *storage.get_work(work, "due")["number"].to_pylist()}
 
 
 def score_recipes(
@@ -555,6 +567,7 @@ def _score_exemplars(
     for what, recipe in exemplar_score_recipes(storage, described, embedded).items():
         if not storage.why(UNIT_SCORES, recipe, predictor=request.name, **what.keys):
             continue
+        started = time.monotonic()
         table = storage.read(EXEMPLARS, ["unit", "image_id"], model=what.model, layer=what.layer)
         of, images = table["unit"].to_numpy(), table["image_id"].to_numpy()
         ids = np.unique(images)
@@ -572,6 +585,9 @@ def _score_exemplars(
                 ("redundancy", near),
             )
         ]
+        cost = Cost()
+        cost.add(time.monotonic() - started)
+        record_run(storage, "scores", recipe.hash, what.model, layer=what.layer, rows=len(rows), cost=cost)
         write_unit_scores(storage, request.name, what, pa.Table.from_pylist(rows, schema=ROWS_SCHEMA), recipe)
 
 
