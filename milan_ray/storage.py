@@ -600,7 +600,11 @@ def _lock(handle: int, wait: bool) -> bool:
 
 def _remove_dead(folder: Path) -> None:
     """Removes what killed processes have left of files that they were writing into a folder."""
-    for path in folder.glob(".*.tmp"):
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:  # another job has removed it
+        return
+    for path in (folder / name for name in names if name.startswith(".") and name.endswith(".tmp")):
         try:
             handle = os.open(path, os.O_RDWR)
         except (FileNotFoundError, PermissionError):  # finished or removed since it was listed, or another user's
