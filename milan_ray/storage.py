@@ -9,6 +9,7 @@ the old file or the new one and never a torso. Every file carries the hash of th
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import json
 import mmap
@@ -236,6 +237,8 @@ class Storage:
         if self.is_local:
             with self._writing(path):
                 _replace(Path(target), data)
+                if not path.startswith(f"{WORK}/"):  # goes as a whole
+                    _remove_dead(Path(target).parent)
             return
         try:
             # In another thread, because a KeyboardInterrupt here would close the stream and make a torso visible.
@@ -370,7 +373,10 @@ class Storage:
         Raises:
             MilanError: The root cannot be written.
         """
-        self.put(f"{WORK}/writable", b"")
+        path = f"{WORK}/writable"
+        self.put(path, b"")
+        self.remove_file(path)
+        self._remove_empty_work()
 
     # -- tables -----------------------------------------------------------------------------------------------
 
@@ -434,6 +440,7 @@ class Storage:
             target.parent.mkdir(parents=True, exist_ok=True)
             with _replacing(target) as stream:
                 fill(stream)
+            _remove_dead(target.parent)
 
     def read(self, noun: Noun, columns: Sequence[str] | None = None, **keys: str) -> pa.Table:
         """Reads one partition.
@@ -655,8 +662,19 @@ class Storage:
         return [name.removesuffix(".arrow") for name in names if name.endswith(".arrow")]
 
     def remove_work(self, config: str) -> None:
-        """Removes a configuration's work, once its result is public."""
+        """Removes a configuration's work, once its result is public; the last one's takes the folder with it."""
         self.remove(f"{WORK}/{config}")
+        self._remove_empty_work()
+
+    def _remove_empty_work(self) -> None:
+        """Removes the folder of work in progress, unless some job has work there; who writes next makes it again."""
+        if self.is_local:
+            _remove_dead(Path(self._base, WORK))
+            try:
+                os.rmdir(f"{self._base}/{WORK}")
+            except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+                    raise
 
 
 class _Entries(dict[str, str]):
@@ -751,8 +769,8 @@ def to_parquet(table: pa.Table, metadata: Mapping[str, str]) -> bytes:
 def _replace(target: Path, data: bytes | memoryview) -> None:
     """Writes a local file through a temporary neighbour, durably."""
     for last in (*[False] * (_TRIES - 1), True):
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
+            target.parent.mkdir(parents=True, exist_ok=True)
             return _replace_in_folder(target, data)
         except FileNotFoundError:  # another job has just removed the folder
             if last:
@@ -767,14 +785,51 @@ def _replace_in_folder(target: Path, data: bytes | memoryview) -> None:
 @contextmanager
 def _replacing(target: Path) -> Iterator[BinaryIO]:
     """A temporary neighbour of a local file, which takes its place durably when nothing went wrong."""
-    handle, temporary = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=target.parent)
+    handle, temporary = _temporary(target.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, target)
+            os.chmod(temporary, 0o644)
+            os.replace(temporary, target)  # while it is open, and with that locked
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def _temporary(folder: Path) -> tuple[int, str]:
+    """A new temporary file, locked as long as its writer lives, where the file system has locks."""
+    while True:
+        handle, path = tempfile.mkstemp(prefix=".", suffix=".tmp", dir=folder)
+        _lock(handle, wait=True)
+        if os.path.exists(path):
+            return handle, path
+        os.close(handle)  # another job was faster than the lock and took it for a dead writer's
+
+
+def _lock(handle: int, wait: bool) -> bool:
+    """Locks a file; False where its writer lives, or nothing can be locked."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _remove_dead(folder: Path) -> None:
+    """Removes what killed processes have left of files that they were writing into a folder."""
+    try:
+        names = os.listdir(folder)
+    except FileNotFoundError:  # another job has removed it
+        return
+    for path in (folder / name for name in names if name.startswith(".") and name.endswith(".tmp")):
+        try:
+            handle = os.open(path, os.O_RDWR)
+        except (FileNotFoundError, PermissionError):  # finished or removed since it was listed, or another user's
+            continue
+        try:
+            if _lock(handle, wait=False):
+                path.unlink(missing_ok=True)
+        finally:
+            os.close(handle)

@@ -8,6 +8,7 @@ import pickle
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import polars as pl
@@ -379,6 +380,54 @@ def test_work_tables_come_back_and_go_with_their_configuration(tmp_path):
     assert storage.work_names("two") == ["L0/000000"]
     with pytest.raises(WorkGone, match="is gone; run the job again"):
         storage.get_work("one", "L0/000001")
+
+
+def test_f6_nothing_is_left_of_work(tmp_path):
+    storage, work = Storage(tmp_path), tmp_path / "_work"
+    storage.check_writable()
+    assert list(tmp_path.iterdir()) == []
+    storage.put_work("one", "L0/000000", levels())
+    storage.put_work("two", "L0/000000", levels())
+    storage.check_writable()
+    storage.remove_work("one")
+    assert os.listdir(work) == ["two"]
+    storage.remove_work("two")
+    assert not work.exists()
+    storage.remove_work("two")
+
+
+def test_f6_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_path):
+    storage, keys = Storage(tmp_path), {"model": "tiny/cnn", "layer": "0"}
+    storage.check_writable()
+    folder = (tmp_path / storage.path(LEVELS, **keys)).parent
+    for place in (folder, tmp_path / "_work"):
+        place.mkdir(parents=True)
+        (place / ".a.tmp").write_bytes(b"PAR1")
+
+    def pieces():
+        """Other writers are done while one is at it."""
+        storage.write(LEVELS, levels(), "others", **keys)
+        assert len(list(folder.glob(".*.tmp"))) == 1
+        storage.check_writable()
+        yield levels()
+
+    storage.write_stream(LEVELS, pieces(), "own", {}, **keys)
+    assert storage.config_of(LEVELS, **keys) == "own"
+    assert os.listdir(folder) == ["data.parquet"] and not (tmp_path / "_work").exists()
+
+
+def test_f6_writers_of_work_and_removers_of_its_folder_do_not_meet(tmp_path):
+    def work(number: int) -> None:
+        storage = Storage(tmp_path)
+        for turn in range(30):
+            storage.check_writable()
+            storage.put_work(str(number), f"{turn}/{turn}", levels())
+            assert storage.get_work(str(number), f"{turn}/{turn}").num_rows
+            storage.remove_work(str(number))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_work_is_never_met_by_a_glob_for_tables(tmp_path):

@@ -6,7 +6,6 @@ import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import polars as pl
@@ -26,6 +25,7 @@ from milan_ray.experiments.evaluation import (
 )
 from milan_ray.experiments.figures import files, new_figure
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, NOUNS, RUNS, Noun
+from milan_ray.schema.operations import SHARES
 from milan_ray.scoring.bootstrap import Interval, ratio, resampling_counts
 from milan_ray.storage import CONFIG_KEY, WHOLE_KEY, Storage, parts_of
 
@@ -156,8 +156,8 @@ def unit_score_rows(
 def cost_rows(storage: Storage, labelers: Sequence[str], layers: Iterable[tuple[str, str]]) -> list[Row]:
     """What labels cost, by the table of runs: each stage behind them but the exemplars, which all labelers need.
 
-    Seconds are those of one actor at a time, as if nothing had run side by side. Layers that share a pass over images
-    count it once per model.
+    Seconds are those of one worker at a time, as if nothing had run side by side. What was done for several layers at
+    once, as a pass over images, counts by the share of these layers; what was done for all of them, once.
 
     Args:
         storage: The run directory.
@@ -165,25 +165,20 @@ def cost_rows(storage: Storage, labelers: Sequence[str], layers: Iterable[tuple[
         layers: (model, layer) pairs that all of them have labelled.
 
     Returns:
-        Rows of :data:`SECONDS` and :data:`PER_HOUR`; a labeler whose runs are not recorded has none. What a killed job
-        had done before it was started again is in no record.
+        Rows of :data:`SECONDS` and :data:`PER_HOUR`; a labeler whose runs are not recorded, or by a version whose
+        seconds do not add up (:data:`~milan_ray.schema.operations.SHARES`), has none. What a killed job had done before
+        it was started again is in no record.
     """
     pairs = list(dict.fromkeys(layers))
-    runs: dict[tuple[str, str], dict[str, Any]] = {}
-    left_out = LeftOut("costs")
-    for keys in storage.partitions(RUNS):
-        columns = ["stage", "run", "model", "seconds"]
-        table = left_out.unless_damaged(partial(storage.read, RUNS, columns, **keys), RUNS.schema.empty_table())
-        for row in table.to_pylist():
-            runs[row["stage"], row["run"]] = row
-    found: dict[str, dict[tuple[str, str], list[float]]] = defaultdict(lambda: defaultdict(list))
+    runs = _runs(storage)
+    found: dict[str, dict[tuple[str, str, str], float]] = defaultdict(dict)
     units: Counter[str] = Counter()
     missing: set[str] = set()
     for model, layer in pairs:
         made = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
         ran = ("exemplars", made.get(CONFIG_KEY, ""))
         if ran in runs:
-            found[EVERYBODY][model, "exemplars"].append(runs[ran]["seconds"])
+            found[EVERYBODY] |= _spent(runs, ran, model)
             units[EVERYBODY] += storage.count(DESCRIPTIONS, labeler=labelers[0], model=model, layer=layer)
         for labeler in labelers:
             keys = {"labeler": labeler, "model": model, "layer": layer}
@@ -191,26 +186,42 @@ def cost_rows(storage: Storage, labelers: Sequence[str], layers: Iterable[tuple[
             if not behind:
                 missing.add(labeler)
             units[labeler] += storage.count(DESCRIPTIONS, **keys)
-            for stage, run in behind:
-                # What is embedded of a probe serves all models: its run is none of theirs, and counts once.
-                found[labeler][runs[stage, run]["model"], stage].append(runs[stage, run]["seconds"])
+            # By its run, so that what serves several layers, as the embeddings of a probe, counts once.
+            for run in behind:
+                found[labeler] |= _spent(runs, run, model)
     rows: list[Row] = []
     for labeler in (*labelers, EVERYBODY):
         if labeler in missing or not found[labeler] or not units[labeler]:
             continue
-        seconds = math.fsum(_of_stage(stage, spent) for (_, stage), spent in found[labeler].items()) / units[labeler]
-        if not seconds:
+        seconds = math.fsum(found[labeler].values()) / units[labeler]
+        if not seconds > 0:  # NaN: of an earlier version
             continue
-        stages = ", ".join(dict.fromkeys(stage for _, stage in found[labeler]))
+        stages = ", ".join(dict.fromkeys(stage for stage, _, _ in found[labeler]))
         for metric, value in ((SECONDS, seconds), (PER_HOUR, 3600 / seconds)):
             rows.append((labeler, metric, Interval(value, math.nan, math.nan), units[labeler], stages))
     return rows
 
 
-def _of_stage(stage: str, seconds: Sequence[float]) -> float:
-    """A model's seconds in a stage, given its layers': passes over images that layers share are recorded for each."""
-    shared = stage in ("exemplars", "encodings") or (len(seconds) > 1 and len(set(seconds)) == 1)
-    return max(seconds) if shared else math.fsum(seconds)
+def _runs(storage: Storage) -> dict[tuple[str, str], dict[str, float]]:
+    """(stage, run) → model → its seconds; NaN where these do not add up, in records of earlier versions."""
+    found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    left_out, columns = LeftOut("costs"), ["stage", "run", "model", "seconds"]
+    for keys in storage.partitions(RUNS):
+        table = left_out.unless_damaged(partial(storage.read, RUNS, columns, **keys), None)
+        if table is None:
+            continue
+        adds_up = SHARES.items() <= (storage.metadata(RUNS, **keys) or {}).items()
+        for row in table.to_pylist():
+            found[row["stage"], row["run"]][row["model"]] = row["seconds"] if adds_up else math.nan
+    return found
+
+
+def _spent(
+    runs: Mapping[tuple[str, str], Mapping[str, float]], run: tuple[str, str], model: str
+) -> dict[tuple[str, str, str], float]:
+    """A run, by the model that it was of, and its seconds; a network that goes by two names has it twice."""
+    of = model if model in runs[run] else next(iter(runs[run]))
+    return {(*run, of): runs[run][of]}
 
 
 def lineage(storage: Storage, noun: Noun, keys: Mapping[str, str]) -> set[tuple[str, str]]:

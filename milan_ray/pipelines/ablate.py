@@ -79,11 +79,12 @@ def run_ablations(
     probe: requests.ProbeRequest,
     sets: Sequence[UnitSet],
     resources: Resources,
+    within: str = "",
 ) -> Accuracies:
     """Counts what a classifier gets right with each set of units switched off.
 
-    Tasks that are done lie in the run directory until the caller has made its table of them
-    (:attr:`Accuracies.work`), so that a job that dies goes on where it was.
+    Tasks that are done lie in the run directory until the caller has made its table of them, so that a job that dies
+    goes on where it was.
 
     Args:
         storage: The run directory.
@@ -91,6 +92,8 @@ def run_ablations(
         probe: Images with classes.
         sets: Sets of units, see :class:`milan_ray.models.ablation.Ablation`.
         resources: What of the cluster to use; Ray must be connected.
+        within: Configuration hash of the caller's table, whose work this is part of; the caller removes that. Empty
+            leaves it to :attr:`Accuracies.work`.
 
     Raises:
         MilanError: The images have no classes, or others than the model's.
@@ -103,6 +106,7 @@ def run_ablations(
     weights = weights_digest(spec.load())
     tidy = [{layer: sorted(set(map(int, units))) for layer, units in one.items()} for one in sets]
     work = config_hash({"ablations": tidy, "model": spec.name, "weights": weights, "probe": digest})
+    work = f"{within}/{work}" if within else work
     stored = set(storage.work_names(work))
     tasks = [
         _Task(

@@ -101,7 +101,7 @@ def run_analysis(
         steps = [analysis.steps(order, config.fractions) for order in orders]
         sets, places = distinct_sets([analysis.units_of(scores, step) for of_order in steps for step in of_order])
         every = replace(model, layers=layers)
-        found = run_ablations(storage, every, probe, sets, resources)
+        found = run_ablations(storage, every, probe, sets, resources, recipe.hash)
         curves = [
             Curve(order.criterion, order.trial, config.split, config.fractions, tuple(map(len, of_order)))
             for order, of_order in zip(orders, steps, strict=True)
@@ -111,7 +111,7 @@ def run_analysis(
         for ending, picture in drawn.items():
             storage.put(figure_path(storage, public, ending), picture)
         storage.write(ABLATIONS, table, recipe, **public)  # last: it says that all is done
-        storage.remove_work(found.work)
+    storage.remove_work(recipe.hash)
     rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **public)))
     return rows.filter(pl.col("class") == "")
 

@@ -31,7 +31,7 @@ from milan_ray.exemplars import masks
 from milan_ray.models.view import View
 from milan_ray.names import checked_name
 from milan_ray.pipelines.annotations_export import CSV_ROWS, PUBLISHED, ROOT, UNITS_FILE, exemplar_layers
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.pipelines.views import block_of, png, write_block
 from milan_ray.probe.manifest import Entry, build
 from milan_ray.probe.manifest import digest as manifest_digest
@@ -84,6 +84,7 @@ def run_import(storage: Storage, published: PublishedSet, *, model: str | None =
         _import_exemplars(storage, published, missing, model, config)
     else:
         say(f"exemplars of {model}: all {len(published.layers)} layers are up to date")
+    storage.remove_work(config)
     units = {layer: files.units.tolist() for layer, files in published.files.items()}
     _write_annotations(storage, published.kept, units, model, source)
     return model
@@ -146,10 +147,11 @@ def _import_exemplars(
     rows = 0
     for layer in missing:
         mine = ids.filter(pl.col("layer") == layer).sort("position", "rank")
-        _write_exemplars(storage, published, layer, mine, model, probe, config)
         rows += len(mine)
-    record_run(storage, "import", config, model, rows=rows, images=len(images), seconds=time.monotonic() - started)
-    storage.remove_work(config)
+        if layer == missing[-1]:
+            seconds = time.monotonic() - started
+            record_run(storage, "import", config, model, rows=rows, cost=Cost(seconds, seconds, len(images)))
+        _write_exemplars(storage, published, layer, mine, model, probe, config)
 
 
 def _scan(storage: Storage, published: PublishedSet, config: str, pool: ThreadPoolExecutor) -> pl.DataFrame:

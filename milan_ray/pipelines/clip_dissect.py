@@ -32,7 +32,7 @@ from milan_ray.pipelines.cluster import gpus_each
 from milan_ray.pipelines.describe import Layer, described, write_labels
 from milan_ray.pipelines.embeddings import embeddings_of, lists_of, rows_of, run_image_embeddings, text_embeddings
 from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.progress import Progress, say
 from milan_ray.schema import EXEMPLARS, IMAGE_EMBEDDINGS, POOLED
 from milan_ray.scoring.simulation import held_out
@@ -142,8 +142,10 @@ def run_clip_dissect(
         storage.put_work(work, "concepts", pa.table({"embedding": lists_of(vectors)}))
     few = storage.count(IMAGE_EMBEDDINGS, encoder=request.name, probe=digest) <= FEW_IMAGES
     scans = [_Scan(storage, work, layer, labeler, request.name, digest) for layer in every]
-    for _ in run_parallel(_scan, [s for s in scans if f"units/{s.layer.number}" not in stored], here=few):
-        pass
+    scans = [scan for scan in scans if f"units/{scan.layer.number}" not in stored]
+    scanned = {layer.number: 0.0 for layer in every}
+    for index, took in run_parallel(_scan, scans, here=few):
+        scanned[scans[index].layer.number] = took
     needed = np.unique(np.concatenate([_needed(storage, work, layer) for layer in every]))
     seconds = _compare(storage, work, every, labeler, request.name, digest, needed, resources)
     size = chunk_of(len(labeler.concepts))
@@ -153,25 +155,20 @@ def run_clip_dissect(
             for first in range(0, len(labeler.concepts), size)
         ]
         best = Best.merged(Best(rows_of(t["concepts"]), rows_of(t["scores"])) for t in found)
-        scanned = storage.get_work(work, f"units/{layer.number}")
-        named = best.labels(labeler.concepts, scanned["alive"].to_numpy(), NOTHING)
+        alive = storage.get_work(work, f"units/{layer.number}")["alive"].to_numpy()
+        named = best.labels(labeler.concepts, alive, NOTHING)
         labels = labeler.label(Evidence(concepts={unit: named[unit] for unit in units or sorted(named)}))
+        cost = Cost(scanned[layer.number], scanned[layer.number], len(needed))
+        cost.add(seconds, len(due))
+        run, model, path = layer.recipe.hash, layer.model, layer.layer
+        record_run(storage, labeler.name, run, model, layer=path, rows=len(labels), cost=cost)
         write_labels(storage, "", layer, labeler, layer.recipe, labels)
-        record_run(
-            storage,
-            labeler.name,
-            layer.recipe.hash,
-            layer.model,
-            layer=layer.layer,
-            rows=len(labels),
-            images=len(needed),
-            seconds=seconds,
-        )
     storage.remove_work(work)
 
 
-def _scan(task: _Scan) -> None:
-    """Finds the images of every unit of a layer, in one pass over its pooled activations."""
+def _scan(task: _Scan) -> float:
+    """Finds the images of every unit of a layer, in one pass over its pooled activations; returns the seconds."""
+    started = time.monotonic()
     keys = {"model": task.layer.model, "layer": task.layer.layer}
     known = np.concatenate(
         [
@@ -213,6 +210,7 @@ def _scan(task: _Scan) -> None:
     )
     task.storage.put_work(task.work, f"known/{task.layer.number}", pa.table({"image_id": known}))
     task.storage.put_work(task.work, f"units/{task.layer.number}", table)
+    return time.monotonic() - started
 
 
 def _every_image(labeler: ClipDissect) -> bool:

@@ -7,11 +7,14 @@ import logging
 import math
 import os
 import socket
+import subprocess
 import sys
 import tempfile
+import uuid
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,6 +24,7 @@ from ray.util.annotations import RayDeprecationWarning
 from milan_ray import runtime
 from milan_ray.config import Resources, models_dir
 from milan_ray.errors import MilanError
+from milan_ray.pipelines import reaper
 from milan_ray.progress import say
 
 LOCAL_OBJECT_STORE = 512 * 2**20
@@ -49,10 +53,12 @@ class _Own:
     Attributes:
         wanted: Whether jobs run on one.
         options: What to start it with, until it runs.
+        reaper: Process that ends what is left of it when this one is gone.
     """
 
     wanted: bool = False
     options: dict[str, Any] | None = None
+    reaper: subprocess.Popen[bytes] | None = None
 
 
 _own = _Own()
@@ -108,7 +114,10 @@ def connected(resources: Resources) -> Iterator[None]:
     finally:
         _own.wanted, _own.options = False, None
         os.environ.pop(AUTO_CONNECT, None)
-        ray.shutdown()
+        try:
+            ray.shutdown()
+        finally:
+            _dismiss()
 
 
 def start() -> None:
@@ -121,6 +130,44 @@ def start() -> None:
 
 def _start_local(options: dict[str, Any]) -> None:
     """Starts a Ray of our own; one that did not come up in time is given up for another."""
+    with _reaped():
+        _start_in_time(options)
+
+
+@contextlib.contextmanager
+def _reaped() -> Iterator[None]:
+    """Marks the processes that are started meanwhile, and starts the one that ends them when this one is killed."""
+    if not Path(reaper.PROC, "self/environ").exists():
+        yield
+        return
+    value = uuid.uuid4().hex
+    # In a session of its own, so that nothing that ends this process's group ends it as well.
+    command = [sys.executable, "-I", "-S", reaper.__file__, value, str(os.getpid())]
+    _own.reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
+    # Ray's processes name themselves, by default in the place of their environment; this keeps it readable.
+    marks = {reaper.VARIABLE: value, "SPT_NOENV": "1"}
+    before = {name: os.environ.get(name) for name in marks}
+    os.environ.update(marks)
+    try:
+        yield
+    finally:
+        for name, old in before.items():
+            if old is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = old
+
+
+def _dismiss() -> None:
+    """Ends the reaper, and with it what Ray's own end has left."""
+    ending, _own.reaper = _own.reaper, None
+    if ending is not None:
+        assert ending.stdin is not None
+        ending.stdin.close()
+        ending.wait()
+
+
+def _start_in_time(options: dict[str, Any]) -> None:
     for left in reversed(range(STARTS)):
         try:
             return _init("local", options)

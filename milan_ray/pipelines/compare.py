@@ -162,6 +162,12 @@ def run_comparison(
         say(f"{name}: up to date")
         return found.stored(storage)
     say(f"{name}: {', '.join(systems)} on {len(units)} units of {len(found.models)} models")
+    counted = {labeler for labeler, *_ in found.costs}
+    if uncounted := [labeler for labeler in systems if labeler not in counted]:
+        say(
+            f"no cost of {', '.join(uncounted)}: what they took is not recorded, or by an earlier version that counted "
+            "a pass once for each of its layers; delete their labels and make them again for a figure"
+        )
     tables = []
     if annotated := [unit for unit in units if unit in said]:
         tables.append(_agreement(f"{name}: {AGREEMENT}", annotated, units, systems, said, bert_score))

@@ -27,7 +27,7 @@ from milan_ray.pipelines import requests
 from milan_ray.pipelines.embeddings import lists_of, rows_of
 from milan_ray.pipelines.fanout import beside_others
 from milan_ray.pipelines.pool import Kept, Row, run_pool
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.pipelines.score import (
     ROWS_SCHEMA,
     SYSTEMS,
@@ -149,18 +149,18 @@ def run_cosy(
         "threads": resources.threads,
         "device": resources.device,
     }
-    seconds: dict[int, float] = defaultdict(float)
+    costs = {what: Cost() for what in due}
+    sharing = {number: [what for what in due if what.model == name] for number, name in enumerate(names)}
     with Progress(f"scores ({request.name})", sum(len(row["texts"]) for row in rows), "texts") as progress:
         for answer in run_pool(CosyWorker, arguments, rows, resources):
             progress.advance(answer["texts"])
-            seconds[answer["model"]] += answer["seconds"]
+            for what in sharing[answer["model"]]:
+                costs[what].add(answer["seconds"], len(sharing[answer["model"]]))
     for what, said in texts.items():
         table = _score_layer(storage, work, what, said, place, config)
+        run = recipes[what].hash
+        record_run(storage, "cosy", run, what.model, layer=what.layer, rows=len(table), cost=costs[what])
         write_unit_scores(storage, request.name, what, table, recipes[what])
-        took = seconds[names.index(what.model)]
-        record_run(
-            storage, "cosy", recipes[what].hash, what.model, layer=what.layer, rows=len(table), images=0, seconds=took
-        )
     storage.remove_work(work)
     return summarise(storage, request.name, sorted({what.model for what in described}), config)
 

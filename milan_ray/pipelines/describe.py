@@ -25,7 +25,7 @@ from milan_ray.pipelines.captioners import captioner_name, load_captioner
 from milan_ray.pipelines.encodings import only_units, unit_features
 from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.progress import Progress, say
 from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS
 from milan_ray.storage import EXEMPLARS_KEY, Storage
@@ -290,26 +290,26 @@ def _search(
         "device": resources.device,
     }
     names = {layer.number: layer.name for layer in layers}
-    seconds: dict[int, float] = defaultdict(float)
+    costs = {layer.number: Cost() for layer in layers}
     with Progress("descriptions", units, "units", (names[row["layer"]] for row in rows)) as progress:
         for answer in run_pool(CandidateWorker, arguments, rows, resources):
             progress.advance(answer["units"], [names[answer["layer"]]])
-            seconds[answer["layer"]] += answer["seconds"]
+            costs[answer["layer"]].add(answer["seconds"])
     tasks = [
-        _Gather(storage, work, layer, name, lm or "", search.beam_size, tuple(parts[layer.number])) for layer in layers
-    ]
-    for index, count in run_parallel(_gather, tasks, here=total * search.beam_size <= FEW_ROWS):
-        made = layers[index]
-        record_run(
+        _Gather(
             storage,
-            "candidates",
-            made.recipe.hash,
-            made.model,
-            layer=made.layer,
-            rows=count,
-            images=0,
-            seconds=seconds[made.number],
+            work,
+            layer,
+            name,
+            lm or "",
+            search.beam_size,
+            tuple(parts[layer.number]),
+            costs[layer.number],
         )
+        for layer in layers
+    ]
+    for _ in run_parallel(_gather, tasks, here=total * search.beam_size <= FEW_ROWS):
+        pass
     storage.remove_work(work)
 
 
@@ -384,10 +384,11 @@ class _Gather:
     lm: str
     beam_size: int
     parts: tuple[str, ...]
+    cost: Cost
 
 
-def _gather(task: _Gather) -> int:
-    """Puts a layer's candidates together and makes them public; returns the number of rows."""
+def _gather(task: _Gather) -> None:
+    """Puts a layer's candidates together and makes them public."""
     empty = _CANDIDATES_SCHEMA.empty_table()
     table = pa.concat_tables([empty, *(task.storage.get_work(task.work, name) for name in task.parts)])
     table = table.sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
@@ -396,8 +397,9 @@ def _gather(task: _Gather) -> int:
     columns |= {"lm": [task.lm] * len(table), "beam_size": [task.beam_size] * len(table)}
     columns |= {name: table[name] for name in table.column_names}
     rows = CANDIDATES.table(columns, {EXEMPLARS_KEY: task.layer.exemplars})
+    run, model, layer = task.layer.recipe.hash, task.layer.model, task.layer.layer
+    record_run(task.storage, "candidates", run, model, layer=layer, rows=len(rows), cost=task.cost)
     task.storage.write(CANDIDATES, rows, task.layer.recipe, **keys)
-    return len(rows)
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ from milan_ray.pipelines import requests
 from milan_ray.pipelines.exemplars import Dissection, ModelWork, ModelWorker, describe_model
 from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.pipelines.views import png
 from milan_ray.plugins import load_plugins
 from milan_ray.probe.base import ImageRef
@@ -420,17 +420,8 @@ def _draw_all(
     clock.run("drawn", DrawWorker, modelled, drawing)
     images = sum(row["images"] for row in drawing)
     for layer in item.layers:
-        rows_of = _publish(storage, work, layer, recipes[layer], [row["block"] for row in drawing])
-        record_run(
-            storage,
-            how.labeler.name,
-            recipes[layer].hash,
-            name,
-            layer=layer,
-            rows=rows_of,
-            images=images,
-            seconds=clock.seconds * len(found[layer]) / max(1, count),
-        )
+        cost = Cost(clock.seconds * len(found[layer]) / max(1, count), clock.seconds, images)  # shared by units
+        _publish(storage, work, layer, recipes[layer], [row["block"] for row in drawing], cost)
     say(f"{how.labeler.name} of {name}: {clock.text(count)}")
 
 
@@ -787,8 +778,8 @@ class DrawWorker(_DndWorker):
         return self._anchors[number][unit]
 
 
-def _publish(storage: Storage, work: _Work, layer: str, recipe: Recipe, chunks: Sequence[str]) -> int:
-    """Puts a layer's drawings together and makes them public; returns the number of rows."""
+def _publish(storage: Storage, work: _Work, layer: str, recipe: Recipe, chunks: Sequence[str], cost: Cost) -> None:
+    """Puts a layer's drawings together and makes them public."""
     item = work.item
     number = item.every.index(layer)
     drawn = pa.concat_tables(
@@ -817,5 +808,5 @@ def _publish(storage: Storage, work: _Work, layer: str, recipe: Recipe, chunks: 
     rows.sort(key=lambda row: (row["unit"], row["place"]))
     metadata = {EXEMPLARS_KEY: storage.config_of(EXEMPLARS, model=item.model.name, layer=layer)}
     table = pa.Table.from_pylist(rows, schema=DRAWINGS.schema.with_metadata(metadata))
+    record_run(storage, keys["labeler"], recipe.hash, item.model.name, layer=layer, rows=len(rows), cost=cost)
     storage.write(DRAWINGS, table, recipe, **keys)
-    return len(rows)

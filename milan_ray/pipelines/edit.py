@@ -144,22 +144,20 @@ def run_editing(
     else:
         say(f"{name}: {len(found)} of {len(units)} units of {spec.name} speak of {', '.join(config.words)}")
         single = [units_of(units, np.array([place])) for place in range(len(units))]
-        counted = run_ablations(storage, every, validation, single, resources)
+        counted = run_ablations(storage, every, validation, single, resources, recipe.hash)
         alone = counted.accuracy
         _store_scores(storage, units, alone, recipe, public)
-        storage.remove_work(counted.work)
     orders = removal_orders(alone, found, config.trials, config.seed)
     if storage.why(ABLATIONS, recipe, **public) is not None:
         most = min(config.most, len(found))
         steps = [[order.units[:count] for count in range(most + 1)] for order in orders]
         sets, places = distinct_sets([units_of(units, step) for of_order in steps for step in of_order])
-        tables, work = [], []
+        tables = []
         for split, probe in probes.items():
             fractions = [count / len(units) for count in range(most + 1)]
             curves = [Curve(o.criterion, o.trial, split, fractions, tuple(range(most + 1))) for o in orders]
-            accuracies = run_ablations(storage, every, probe, sets, resources)
+            accuracies = run_ablations(storage, every, probe, sets, resources, recipe.hash)
             tables.append(ablation_rows(public, curves, accuracies, places))
-            work.append(accuracies.work)
         table = pa.concat_tables(tables)
         first = units[orders[0].units[:SHOWN_UNITS]]
         for stem, figure in (
@@ -169,8 +167,7 @@ def run_editing(
             for ending, picture in figures.files(figure).items():
                 storage.put(figure_path(storage, public, ending, stem), picture)
         storage.write(ABLATIONS, table, recipe, **public)  # last: it says that all is done
-        for counts in work:
-            storage.remove_work(counts)
+    storage.remove_work(recipe.hash)
     rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **public))).filter(pl.col("class") == "")
     order = tuple(units[orders[0].units].select("layer", "unit").iter_rows())
     edit = Edit(rows, order, 0, len(units))

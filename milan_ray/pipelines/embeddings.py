@@ -21,7 +21,7 @@ from milan_ray.pipelines import requests
 from milan_ray.pipelines.exemplars import store_manifest
 from milan_ray.pipelines.fanout import beside_others
 from milan_ray.pipelines.pool import Row, run_pool
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.probe.base import ImageRef, LatentProbe, Probe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
@@ -86,10 +86,11 @@ def run_image_embeddings(
     embedder = requests.image_text(request, probe.plugins)
     recipe = image_embeddings_recipe(embedder, digest)
     keys = {"encoder": request.name, "probe": digest}
+    total, work = len(manifest), config_hash({"image_embeddings": recipe.hash})
     if not storage.why(IMAGE_EMBEDDINGS, recipe, **keys):
+        storage.remove_work(work)
         say(f"image embeddings ({request.name}): up to date")
         return digest
-    total, work = len(manifest), config_hash({"image_embeddings": recipe.hash})
     names = [f"{n:06d}" for n in range(-(-total // SHARD))]
     stored = set(storage.work_names(work))
     rows: list[Row] = [
@@ -107,11 +108,11 @@ def run_image_embeddings(
         "threads": resources.threads,
         "device": resources.device,
     }
-    seconds = 0.0
+    cost = Cost()
     with Progress("image embeddings", sum(row["stop"] - row["start"] for row in rows), "images") as progress:
         for answer in run_pool(ImageEmbeddingWorker, arguments, rows, resources):
             progress.advance(answer["images"])
-            seconds += answer["seconds"]
+            cost.add(answer["seconds"])
     metadata = {"width": str(embedder.width)}
     made = 0
 
@@ -124,11 +125,12 @@ def run_image_embeddings(
             yield IMAGE_EMBEDDINGS.table(columns | {name: piece[name] for name in piece.column_names})
         if not made:
             raise MilanError(f"no image of the probe could be read, so there is nothing for {request.name} to embed.")
+        cost.images = made
+        record_run(storage, "image_embeddings", recipe.hash, request.name, rows=made, cost=cost)
 
     storage.write_stream(IMAGE_EMBEDDINGS, pieces(), recipe, metadata, **keys)
     if made < total:
         say(f"image embeddings ({request.name}): {total - made} of {total} images could not be read")
-    record_run(storage, "image_embeddings", recipe.hash, request.name, rows=made, images=made, seconds=seconds)
     storage.remove_work(work)
     return digest
 
@@ -271,8 +273,10 @@ def text_embeddings(
     key = config_hash({"texts": distinct})
     recipe = Recipe.of({**embedder.text_identity(), "kernel": KERNEL_VERSION, "texts": key})
     keys = {"encoder": request.name, "texts": key}
+    work = config_hash({"text_embeddings": recipe.hash})
     if storage.why(TEXT_EMBEDDINGS, recipe, **keys):
-        _embed_texts(storage, distinct, embedder, request, resources, plugins, recipe, keys)
+        _embed_texts(storage, work, distinct, embedder, request, resources, plugins, recipe, keys)
+    storage.remove_work(work)
     table = storage.read(TEXT_EMBEDDINGS, ["text", "embedding"], **keys)
     place = {text: row for row, text in enumerate(table["text"].to_pylist())}
     return rows_of(table["embedding"])[[place[text] for text in texts]]
@@ -281,6 +285,7 @@ def text_embeddings(
 @beside_others
 def _embed_texts(
     storage: Storage,
+    work: str,
     texts: list[str],
     embedder: Embedder,
     request: ImageTextRequest,
@@ -290,7 +295,6 @@ def _embed_texts(
     keys: dict[str, str],
 ) -> None:
     """Embeds distinct texts and makes them public."""
-    work = config_hash({"text_embeddings": recipe.hash})
     chunks = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
     if len(texts) <= FEW_TEXTS:
         with torch_threads(resources.threads):
@@ -315,7 +319,6 @@ def _embed_texts(
     columns: dict[str, object] = {name: [value] * len(made) for name, value in keys.items()}
     table = TEXT_EMBEDDINGS.table(columns | {name: made[name] for name in made.column_names})
     storage.write(TEXT_EMBEDDINGS, table, recipe, **keys)
-    storage.remove_work(work)
 
 
 class TextEmbeddingWorker:

@@ -24,7 +24,7 @@ from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.pipelines.requests import check_units
 from milan_ray.pipelines.views import block_of, read_block
 from milan_ray.progress import Progress, say
@@ -166,31 +166,21 @@ def run_encodings(
         "threads": resources.threads,
         "device": resources.device,
     }
-    images: dict[int, int] = defaultdict(int)
-    seconds: dict[int, float] = defaultdict(float)
+    costs = {source.number: Cost() for source in sources}
     pieces = (every[number].name for row in rows for number in row["sources"])
     with Progress("encodings", len(rows), "chunks of images", pieces) as progress:
         for answer in run_pool(EncodingWorker, arguments, rows, resources):
             progress.advance(1, (every[number].name for number in answer["sources"]))
             for number in answer["sources"]:
-                images[number] += answer["images"]
-                seconds[number] += answer["seconds"]
+                costs[number].add(answer["seconds"], len(answer["sources"]), answer["images"])
     parts = {
         source.number: tuple(row["name"] for row in every_row if source.number in row["sources"]) for source in sources
     }
-    gathers = [_Gather(storage, work, encoder.name, source, parts[source.number]) for source in sources]
-    for index, count in run_parallel(_gather, gathers, here=here):
-        done = sources[index]
-        record_run(
-            storage,
-            "encodings",
-            done.recipe.hash,
-            done.model,
-            layer=done.layer,
-            rows=count,
-            images=images[done.number],
-            seconds=seconds[done.number],
-        )
+    gathers = [
+        _Gather(storage, work, encoder.name, source, parts[source.number], costs[source.number]) for source in sources
+    ]
+    for _ in run_parallel(_gather, gathers, here=here):
+        pass
     storage.remove_work(work)
 
 
@@ -359,10 +349,11 @@ class _Gather:
     encoder: str
     source: Source
     names: tuple[str, ...]
+    cost: Cost
 
 
-def _gather(task: _Gather) -> int:
-    """Puts a layer's features together and makes them public; returns the number of rows."""
+def _gather(task: _Gather) -> None:
+    """Puts a layer's features together and makes them public."""
     source = task.source
     names = [f"{FEATURES}/{source.number}/{name}" for name in task.names]
     empty = _FEATURES_SCHEMA.empty_table()
@@ -373,8 +364,9 @@ def _gather(task: _Gather) -> int:
     size = len(table["feature"][0]) if len(table) else 0
     columns |= {name: table[name] for name in ("unit", "rank", "feature")}
     metadata = {"feature_size": str(size), EXEMPLARS_KEY: source.exemplars[CONFIG_KEY]}
+    run, model, layer = source.recipe.hash, source.model, source.layer
+    record_run(task.storage, "encodings", run, model, layer=layer, rows=len(table), cost=task.cost)
     task.storage.write(ENCODINGS, ENCODINGS.table(columns, metadata), source.recipe, **keys)
-    return len(table)
 
 
 def only_units(table: pa.Table, units: tuple[int, ...]) -> pa.Table:

@@ -40,7 +40,7 @@ from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
 from milan_ray.pipelines.pool import Kept, Row, run_pool
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.pipelines.views import Pictures, ensure_views, view_key
 from milan_ray.probe.base import ImageRef, LatentProbe, Probe
 from milan_ray.probe.files import tell_doubts
@@ -268,10 +268,10 @@ def run_exemplars(
         if merged.winners:
             unmasked.append(merged)
         else:
-            _close(storage, merged)
+            storage.remove_work(item.work)
     for merged, reason in _recompute(storage, unmasked, probe, config, resources, manifest):
         if reason is None:
-            _close(storage, merged)
+            storage.remove_work(merged.item.work)
         else:
             failed[merged.item.model.name] = reason
     done = {name: layers for name, layers in done.items() if name not in failed}
@@ -622,6 +622,7 @@ class _MergeTask:
     layer: str
     config: ExemplarConfig
     shards: tuple[str, ...]
+    cost: Cost
 
 
 @dataclass(frozen=True)
@@ -630,14 +631,12 @@ class _Merged:
 
     Attributes:
         item: Its work.
-        images: Usable images.
-        seconds: What its shards took, together.
+        cost: What one of its tables took; masks that are computed again are added.
         winners: Layer whose masks are still to be computed → the ids of its winners.
     """
 
     item: ModelWork
-    images: int
-    seconds: float
+    cost: Cost
     winners: dict[str, list[int]]
 
 
@@ -649,25 +648,15 @@ def _merge(storage: Storage, item: ModelWork, config: ExemplarConfig, expected: 
         WorkGone: Another job has made the same layers public meanwhile.
     """
     images, seconds, shards = _finish_images(storage, item, config, expected)
-    tasks = [_MergeTask(storage, item, layer, config, shards) for layer in item.layers]
+    cost = Cost(images=images)
+    cost.add(seconds, len(item.layers) + len(item.pooled))  # one pass for all
+    tasks = [_MergeTask(storage, item, layer, config, shards, cost) for layer in item.layers]
     winners: dict[str, list[int]] = {}
     for index, ids in run_parallel(_merge_layer, tasks, here=expected <= FEW_IMAGES):
         if ids is not None:
             winners[item.layers[index]] = ids
-    _merge_pooled(storage, item, shards, images)
-    return _Merged(item, images, seconds, winners)
-
-
-def _close(storage: Storage, merged: _Merged) -> None:
-    """Notes what ran for a model whose tables are all public, and removes its work in progress."""
-    item, images, seconds = merged.item, merged.images, merged.seconds
-    name = item.model.name
-    for layer in item.layers:
-        rows, run = storage.count(EXEMPLARS, model=name, layer=layer), item.recipes[layer].hash
-        record_run(storage, "exemplars", run, name, layer=layer, rows=rows, images=images, seconds=seconds)
-    for layer, recipe in item.pooled.items():
-        record_run(storage, "pooled", recipe.hash, name, layer=layer, rows=images, images=images, seconds=seconds)
-    storage.remove_work(item.work)
+    _merge_pooled(storage, item, shards, cost)
+    return _Merged(item, cost, winners)
 
 
 def _merge_layer(task: _MergeTask) -> list[int] | None:
@@ -709,7 +698,7 @@ def _merge_layer(task: _MergeTask) -> list[int] | None:
         u, r = unit[part], rank[part]
         packed += masks.pack(masks.masks(state.topk.maps_of(u, r), levels[u], size))
     rows = winners.append_column("mask", pa.array(packed, pa.large_binary()))
-    _write_exemplars(storage, item, layer, task.config, rows)
+    _write_exemplars(storage, item, layer, task.config, rows, task.cost)
     storage.write(LEVELS, table, item.recipes[layer], model=item.model.name, layer=layer)
     return None
 
@@ -720,23 +709,24 @@ class _PooledTask:
     item: ModelWork
     layer: str
     shards: tuple[str, ...]
-    images: int
+    cost: Cost
 
 
-def _merge_pooled(storage: Storage, item: ModelWork, shards: tuple[str, ...], images: int) -> None:
+def _merge_pooled(storage: Storage, item: ModelWork, shards: tuple[str, ...], cost: Cost) -> None:
     """Makes the pooled activations of all layers public.
 
     Raises:
         MilanError: A shard's are not those of the images it read.
     """
-    tasks = [_PooledTask(storage, item, layer, shards, images) for layer in item.pooled]
-    for _ in run_parallel(_merge_pooled_layer, tasks, here=images <= FEW_IMAGES):
+    tasks = [_PooledTask(storage, item, layer, shards, cost) for layer in item.pooled]
+    for _ in run_parallel(_merge_pooled_layer, tasks, here=cost.images <= FEW_IMAGES):
         pass
 
 
 def _merge_pooled_layer(task: _PooledTask) -> None:
     """Strings the shards of one layer together in the manifest's order, one at a time."""
-    item, layer = task.item, task.layer
+    item, layer, images = task.item, task.layer, task.cost.images
+    run = item.pooled[layer].hash
     names = [f"pooled/{item.folder(layer)}/{shard}" for shard in task.shards]
     first = task.storage.get_work(item.work, names[0])
     metadata = {"units": str(len(first["max"][0])), "probe": item.probe}
@@ -748,10 +738,11 @@ def _merge_pooled_layer(task: _PooledTask) -> None:
             rows += len(piece)
             keys = {"model": [item.model.name] * len(piece), "layer": [layer] * len(piece)}
             yield POOLED.table({**keys, **{name: piece[name] for name in piece.column_names}})
-        if rows != task.images:
+        if rows != images:
             raise MilanError(
-                f"{rows} of {task.images} images have pooled activations of layer {layer!r}; run the job again."
+                f"{rows} of {images} images have pooled activations of layer {layer!r}; run the job again."
             )
+        record_run(task.storage, "pooled", run, item.model.name, layer=layer, rows=rows, cost=task.cost)
 
     task.storage.write_stream(POOLED, pieces(), item.pooled[layer], metadata, model=item.model.name, layer=layer)
 
@@ -760,7 +751,9 @@ def _mask_size(item: ModelWork, config: ExemplarConfig) -> tuple[int, int]:
     return config.mask_size or requests.model(item.model).preprocess.view.shape
 
 
-def _write_exemplars(storage: Storage, item: ModelWork, layer: str, config: ExemplarConfig, rows: pa.Table) -> None:
+def _write_exemplars(
+    storage: Storage, item: ModelWork, layer: str, config: ExemplarConfig, rows: pa.Table, cost: Cost
+) -> None:
     """Makes a layer's exemplars public: unit, rank, image_id, activation and mask of every winner."""
     name = item.model.name
     height, width = _mask_size(item, config)
@@ -776,6 +769,7 @@ def _write_exemplars(storage: Storage, item: ModelWork, layer: str, config: Exem
     columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
     columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}
     table = EXEMPLARS.table(columns, metadata)
+    record_run(storage, "exemplars", item.recipes[layer].hash, name, layer=layer, rows=len(table), cost=cost)
     storage.write(EXEMPLARS, table, item.recipes[layer], model=name, layer=layer)
 
 
@@ -830,6 +824,7 @@ def _recompute(
         for answer in run_pool(MaskWorker, arguments, rows, resources):
             index = answer["model"]
             progress.advance(answer["images"], layers[index])
+            unmasked[index].cost.add(answer["seconds"], len(unmasked[index].winners))
             if answer["error"]:
                 failed.setdefault(index, answer["error"])
             waiting[index] -= 1
@@ -844,7 +839,7 @@ def _write_masked(storage: Storage, merged: _Merged, names: list[str], config: E
         blocks = (storage.get_work(item.work, f"masks/{item.folder(layer)}/{name}") for name in names)
         empty = _WINNERS_SCHEMA.append(pa.field("mask", pa.large_binary())).empty_table()
         parts = pa.concat_tables([empty, *blocks]).sort_by([("unit", "ascending"), ("rank", "ascending")])
-        _write_exemplars(storage, item, layer, config, parts)
+        _write_exemplars(storage, item, layer, config, parts, merged.cost)
 
 
 class MaskWorker(ModelWorker):

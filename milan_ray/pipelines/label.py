@@ -32,7 +32,7 @@ from milan_ray.pipelines.describe import Layer, write_labels
 from milan_ray.pipelines.exemplars import Dissection, ModelWork, ModelWorker, describe_model
 from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.probe.base import Probe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
@@ -451,10 +451,10 @@ def _finish(storage: Storage, planned: _Work, how: LabelConfig, config: Exemplar
     if not images or not next(iter(counts.values())).size:
         raise MilanError(f"no image that {name} could read shows a concept; look at the probe's label maps.")
     evidence = {layer: Evidence(counts=counts[layer]) for layer in item.layers}
-    searching = 0.0
+    searched: dict[str, float] = {}
     for labeler in how.labelers:
         if isinstance(labeler, CompExp) and planned.layers[labeler.name]:
-            formulas, searching = _search(storage, planned, labeler, counts, shards)
+            formulas, searched = _search(storage, planned, labeler, counts, shards)
             for layer, found in formulas.items():
                 evidence[layer] = replace(evidence[layer], formulas=found)
     due = [(labeler, layer) for labeler in how.labelers for layer in planned.layers[labeler.name]]
@@ -463,11 +463,12 @@ def _finish(storage: Storage, planned: _Work, how: LabelConfig, config: Exemplar
         labelled = labeler.label(evidence[layer])
         labelled = {unit: labelled[unit] for unit in recipe.units or sorted(labelled)}
         made = Layer(number, name, layer, recipe, planned.exemplars[layer])
+        cost = Cost(images=images)
+        cost.add(seconds, len(due))
+        if isinstance(labeler, CompExp):
+            cost.add(searched[layer])
+        record_run(storage, labeler.name, recipe.hash, name, layer=layer, rows=len(labelled), cost=cost)
         write_labels(storage, "", made, labeler, recipe, labelled)
-        spent = seconds + searching * isinstance(labeler, CompExp)  # of all layers together, as the pass is
-        record_run(
-            storage, labeler.name, recipe.hash, name, layer=layer, rows=len(labelled), images=images, seconds=spent
-        )
         clear = sum(best[0].score > INTERPRETABLE for best in labelled.values())
         say(f"{labeler.name}: {name} {layer}: {clear} of {len(labelled)} units above IoU {INTERPRETABLE}")
     storage.remove_work(item.work)
@@ -475,8 +476,8 @@ def _finish(storage: Storage, planned: _Work, how: LabelConfig, config: Exemplar
 
 def _search(
     storage: Storage, planned: _Work, labeler: CompExp, counts: dict[str, ConceptCounts], shards: tuple[str, ...]
-) -> tuple[dict[str, dict[int, list[Label]]], float]:
-    """Layer → the formulas of its units, searched block by block, and the seconds that took on one process.
+) -> tuple[dict[str, dict[int, list[Label]]], dict[str, float]]:
+    """Layer → the formulas of its units, searched block by block, and layer → the seconds that took on one process.
 
     Blocks that are stored are not searched again.
     """
@@ -492,13 +493,14 @@ def _search(
             _Compose(storage, item.work, folder, shards, units[start : start + UNITS], planned.size, labeler)
             for start in range(0, len(units), UNITS)
         ]
-    fresh = [task for of in tasks.values() for task in of if task.name not in stored]
-    seconds = 0.0
-    with Progress(f"formulas of {item.model.name}", sum(len(task.units) for task in fresh), "units") as progress:
-        here = item.plan.images * sum(len(task.units) for task in fresh) <= FEW
-        for index, spent in run_parallel(_compose, fresh, here=here):
-            progress.advance(len(fresh[index].units))
-            seconds += spent
+    fresh = [(layer, task) for layer, of in tasks.items() for task in of if task.name not in stored]
+    seconds = dict.fromkeys(tasks, 0.0)
+    with Progress(f"formulas of {item.model.name}", sum(len(task.units) for _, task in fresh), "units") as progress:
+        here = item.plan.images * sum(len(task.units) for _, task in fresh) <= FEW
+        for index, spent in run_parallel(_compose, [task for _, task in fresh], here=here):
+            layer, task = fresh[index]
+            progress.advance(len(task.units))
+            seconds[layer] += spent
     found: dict[str, dict[int, list[Label]]] = {}
     for layer, of in tasks.items():
         found[layer] = defaultdict(list)

@@ -36,7 +36,7 @@ from milan_ray.pipelines.describe import (
 from milan_ray.pipelines.encodings import only_units, run_encodings, unit_features
 from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.progress import Progress, say
 from milan_ray.schema import CANDIDATES, ENCODINGS
 from milan_ray.storage import Storage
@@ -73,6 +73,7 @@ class _Compare:
     labeler: ClipSimilarity
     recipe: Recipe
     chunks: int
+    cost: Cost
     parts: tuple[str, ...] = ()
 
     def part(self, chunk: str) -> str:
@@ -121,7 +122,7 @@ def run_reranking(
     total = sum(storage.count(CANDIDATES, decoder=wide.name, model=one.model, layer=one.layer) for one in layers)
     chunks = max(1, total // PAIRS)
     tasks = [
-        _Compare(storage, work, wide.name, clip.name, layer, labeler, recipes[layer.number], chunks)
+        _Compare(storage, work, wide.name, clip.name, layer, labeler, recipes[layer.number], chunks, Cost())
         for layer in layers
         if not described(storage, layer, labeler, recipes[layer.number])
     ]
@@ -148,26 +149,16 @@ def run_reranking(
         "device": resources.device,
     }
     named = {task.layer.number: task.layer.name for task in tasks}
-    seconds: dict[int, float] = defaultdict(float)
+    costs = {task.layer.number: task.cost for task in tasks}
     pieces = (named[number] for row in rows for number in row["layers"])
     with Progress(f"descriptions ({labeler.name})", len(rows), "chunks of texts", pieces) as progress:
         for answer in run_pool(SimilarityWorker, arguments, rows, resources):
             progress.advance(1, (named[number] for number in answer["layers"]))
             for number in answer["layers"]:
-                seconds[number] += answer["seconds"] / len(answer["layers"])
+                costs[number].add(answer["seconds"], len(answer["layers"]))
     gathers = [replace(task, parts=tuple(names[index])) for index, task in enumerate(tasks)]
-    for index, count in run_parallel(_gather, gathers, here=total <= FEW_ROWS):
-        made = tasks[index].layer
-        record_run(
-            storage,
-            labeler.name,
-            tasks[index].recipe.hash,
-            made.model,
-            layer=made.layer,
-            rows=count,
-            images=0,
-            seconds=seconds[made.number],
-        )
+    for _ in run_parallel(_gather, gathers, here=total <= FEW_ROWS):
+        pass
     storage.remove_work(work)
 
 
@@ -228,8 +219,8 @@ class SimilarityWorker:
         return {"layers": row["layers"], "texts": len(texts)}
 
 
-def _gather(task: _Compare) -> int:
-    """Ranks a layer's candidates and makes the best public; returns the number of units."""
+def _gather(task: _Compare) -> None:
+    """Ranks a layer's candidates and makes the best public."""
     table = read_candidates(task.storage, task.decoder, task.layer)
     scores = np.zeros(0, np.float32)
     if len(table):
@@ -237,5 +228,6 @@ def _gather(task: _Compare) -> int:
         found = found.sort_by([("unit", "ascending"), ("beam_rank", "ascending")])  # the candidates' own order
         scores = found["similarity"].to_numpy()
     labels = task.labeler.label(Evidence(table, scores))
+    run, model, layer = task.recipe.hash, task.layer.model, task.layer.layer
+    record_run(task.storage, task.labeler.name, run, model, layer=layer, rows=len(labels), cost=task.cost)
     write_labels(task.storage, task.decoder, task.layer, task.labeler, task.recipe, labels)
-    return len(labels)

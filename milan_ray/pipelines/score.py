@@ -35,7 +35,7 @@ from milan_ray.pipelines.embeddings import (
     text_embeddings,
 )
 from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED, SCORES, UNIT_SCORES
 from milan_ray.scoring.bootstrap import difference, interval, ratio, resampling_counts
@@ -329,9 +329,14 @@ def run_scores(
     recipes = score_recipes(storage, described, digest, embedder, embedded, config, classes)
     work = config_hash({"scores": [recipe.hash for recipe in recipes.values()]})
     due = [w for w in described if storage.why(UNIT_SCORES, recipes[w], predictor=request.name, **w.keys)]
-    texts = {what: Texts.read(storage, what, config.seed) for what in due}
     if due:
-        every = sorted(set().union(*(said.every() for said in texts.values())))
+        # Of all that was due when the job began, so that one that goes on after a kill finds these very texts embedded.
+        begun = _begun(storage, work, [described.index(what) for what in due])
+        read = {
+            what: Texts.read(storage, what, config.seed) for number, what in enumerate(described) if number in begun
+        }
+        every = sorted(set().union(*(said.every() for said in read.values())))
+        texts = {what: read[what] for what in due}
         vectors = dict(zip(every, text_embeddings(storage, every, request, resources, probe.plugins), strict=True))
         blocks: list[_Block] = []
         for what, said in texts.items():
@@ -348,26 +353,32 @@ def run_scores(
         fresh = [block for block in blocks if block.name not in stored]
         say(f"scores by {request.name}: {len(due)} layers and labelers")
         here = storage.count(POOLED, model=due[0].model, layer=due[0].layer) <= FEW_IMAGES
-        seconds = 0.0
+        costs = {what: Cost() for what in due}
         with torch_threads(resources.threads), Progress(f"scores ({request.name})", len(fresh), "blocks") as progress:
-            for _, took in run_parallel(_score, fresh, here=here):
+            for index, took in run_parallel(_score, fresh, here=here):
                 progress.advance()
-                seconds += took
+                costs[fresh[index].what].add(took)
         for what, said in texts.items():
             parts = [storage.get_work(work, block.name) for block in blocks if block.what == what]
             table = pa.concat_tables([ROWS_SCHEMA.empty_table(), *parts])
             names = (classes or {}).get((what.model, what.layer))
             if names is not None:
                 table = pa.concat_tables([table, _class_rows(said, names, vectors, embedder)])
+            run = recipes[what].hash
+            record_run(storage, "scores", run, what.model, layer=what.layer, rows=len(table), cost=costs[what])
             write_unit_scores(storage, request.name, what, table, recipes[what])
-            rows = len(table)
-            record_run(storage, "scores", recipes[what].hash, what.model, layer=what.layer, rows=rows, images=0,
-                       seconds=seconds / len(due))  # fmt: skip
-        storage.remove_work(work)
     else:
         say(f"scores by {request.name}: all up to date")
+    storage.remove_work(work)
     _score_exemplars(storage, described, request, digest, embedded)
     return summarise(storage, request.name, sorted({what.model for what in described}), config)
+
+
+def _begun(storage: Storage, work: str, due: Sequence[int]) -> set[int]:
+    """What was due when a job began, by number, and what is now."""
+    if "due" not in storage.work_names(work):
+        storage.put_work(work, "due", pa.table({"number": due}))
+    return {*due, *storage.get_work(work, "due")["number"].to_pylist()}
 
 
 def score_recipes(
@@ -599,6 +610,7 @@ def _score_exemplars(
     for what, recipe in exemplar_score_recipes(storage, described, embedded).items():
         if not storage.why(UNIT_SCORES, recipe, predictor=request.name, **what.keys):
             continue
+        started = time.monotonic()
         table = storage.read(EXEMPLARS, ["unit", "image_id"], model=what.model, layer=what.layer)
         of, images = table["unit"].to_numpy(), table["image_id"].to_numpy()
         ids = np.unique(images)
@@ -616,6 +628,9 @@ def _score_exemplars(
                 ("redundancy", near),
             )
         ]
+        cost = Cost()
+        cost.add(time.monotonic() - started)
+        record_run(storage, "scores", recipe.hash, what.model, layer=what.layer, rows=len(rows), cost=cost)
         write_unit_scores(storage, request.name, what, pa.Table.from_pylist(rows, schema=ROWS_SCHEMA), recipe)
 
 

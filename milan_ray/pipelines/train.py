@@ -32,7 +32,7 @@ from milan_ray.names import checked_name
 from milan_ray.pipelines.captioners import EncoderRequest, has_captioner, load_captioner, save_captioner
 from milan_ray.pipelines.cluster import start
 from milan_ray.pipelines.fanout import run_parallel
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.pipelines.training_units import UnitFeatures, write_units
 from milan_ray.progress import Progress, say, watched
 from milan_ray.schema import ANNOTATIONS, ENCODINGS, EXEMPLARS, TRAINING
@@ -264,6 +264,7 @@ def _due(storage: Storage, job: TrainingJob) -> Recipe | None:
     recipe = training_recipe(storage, job, encodings)
     if why_training(storage, job, recipe):
         return recipe
+    storage.remove_work(recipe.hash)
     say(f"training of {job.name}: up to date")
     return None
 
@@ -316,9 +317,10 @@ def _publish(
             "kept": [kept[row["part"]] == row["epoch"] for row in history],
         }
     )
-    storage.write(TRAINING, table, recipe, decoder=job.name)
     seconds = time.monotonic() - started
-    record_run(storage, "training", recipe.hash, job.name, rows=len(history), images=0, seconds=seconds)
+    cost = Cost(seconds * job.workers, seconds * job.workers)  # of all workers
+    record_run(storage, "training", recipe.hash, job.name, rows=len(history), cost=cost)
+    storage.write(TRAINING, table, recipe, decoder=job.name)
     storage.remove_work(recipe.hash)
     best = {row["part"]: row["validation"] for row in history if kept[row["part"]] == row["epoch"]}
     return (

@@ -51,7 +51,7 @@ from milan_ray.experiments.tuning import (
 from milan_ray.pipelines.captioners import about_captioner, captioner_name, load_captioner
 from milan_ray.pipelines.describe import Search, candidates_recipe, search_identity
 from milan_ray.pipelines.encodings import unit_features
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.pipelines.tuner import resumable_tuner
 from milan_ray.progress import LINE_INTERVAL, Progress, say, watched
 from milan_ray.schema import ANNOTATIONS, CANDIDATES, ENCODINGS, SCORES, TRIALS, TRIALS_FIGURE, TRIALS_SETTING
@@ -117,6 +117,7 @@ def run_tuning(storage: Storage, job: TuningJob, resources: Resources) -> Settin
     keys = {"decoder": captioner_name(job.decoder), "sweep": job.name}
     folder = str(Path(storage.path(TRIALS, **keys)).parent)
     if not storage.why(TRIALS, recipe, **keys):
+        storage.remove_work(recipe.hash)
         say(f"tuning of {job.decoder} by {job.name}: up to date, in {storage.uri(folder)}")
         return read_setting(storage.text(f"{folder}/{TRIALS_SETTING}"), storage.uri(f"{folder}/{TRIALS_SETTING}"))
     trials = job.sweep.trials()
@@ -145,11 +146,11 @@ def run_tuning(storage: Storage, job: TuningJob, resources: Resources) -> Settin
     storage.put(f"{folder}/{TRIALS_FIGURE}", draw_trials(table, job.sweep.metric, best))
     storage.write(SCORES, compared, recipe, experiment=job.experiment)
     found = TRIALS.table({name: column.to_arrow() for name, column in columns.items()})
+    timing, cost = _timing(storage, task, trials)  # before the table: who finds it there removes the trials
+    record_run(storage, "tuning", recipe.hash, job.decoder, rows=len(found), cost=cost)
     storage.write(TRIALS, found, recipe, **keys)
-    seconds = time.monotonic() - started
-    record_run(storage, "tuning", recipe.hash, job.decoder, rows=len(found), images=0, seconds=seconds)
-    timing = _timing(storage, task, trials)
     storage.remove_work(recipe.hash)
+    seconds = time.monotonic() - started
     for line in _summary(table, best, compared, timing, job.sweep):
         say(line)
     say(f"tuned in {seconds:.0f} s; {TRIALS_SETTING}, {TRIALS_FIGURE} and the table: {storage.uri(folder)}")
@@ -304,14 +305,18 @@ def _summary(
     yield f"  {timing}"
 
 
-def _timing(storage: Storage, task: _Task, trials: Sequence[Trial]) -> str:
-    """What the trial with the most values of λ took."""
-    longest = max(trials, key=lambda trial: len(trial.lams))
-    took = storage.get_work(task.work, f"{DONE}/{longest.name}").schema.metadata
-    return (
-        f"{longest.name}, {len(longest.lams)} values of λ: searched in {float(took[b'search']):.1f} s, all of them "
-        f"scored in {float(took[b'score']):.1f} s"
-    )
+def _timing(storage: Storage, task: _Task, trials: Sequence[Trial]) -> tuple[str, Cost]:
+    """A line on what the trial with the most values of λ took, and what all trials took."""
+    cost, lines = Cost(), {}
+    for trial in trials:
+        metadata = storage.get_work(task.work, f"{DONE}/{trial.name}").schema.metadata
+        search, score = float(metadata[b"search"]), float(metadata[b"score"])
+        cost.add(search + score)
+        lines[trial] = (
+            f"{trial.name}, {len(trial.lams)} values of λ: searched in {search:.1f} s, all of them scored in "
+            f"{score:.1f} s"
+        )
+    return lines[max(trials, key=lambda trial: len(trial.lams))], cost
 
 
 # -- inside a trial ---------------------------------------------------------------------------------------------------

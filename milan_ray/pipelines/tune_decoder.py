@@ -40,7 +40,7 @@ from milan_ray.experiments.decoder_search import (
     read_decoder_setting,
 )
 from milan_ray.experiments.files import to_yaml
-from milan_ray.pipelines.records import record_run
+from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.pipelines.train import MEMORY_LIMIT, annotations_read, stored_state
 from milan_ray.pipelines.training_units import UnitFeatures, write_units
 from milan_ray.pipelines.tuner import resumable_tuner
@@ -97,6 +97,7 @@ def run_decoder_tuning(storage: Storage, job: DecoderTuningJob, resources: Resou
     folder = str(Path(storage.path(DECODER_TRIALS, **keys)).parent)
     file = storage.uri(f"{folder}/{TRIALS_SETTING}")
     if not storage.why(DECODER_TRIALS, recipe, **keys):
+        storage.remove_work(recipe.hash)
         say(f"tuning of a decoder by {job.name}: up to date, in {storage.uri(folder)}")
         return read_decoder_setting(storage.text(f"{folder}/{TRIALS_SETTING}"), file)
     started = time.monotonic()
@@ -106,7 +107,7 @@ def run_decoder_tuning(storage: Storage, job: DecoderTuningJob, resources: Resou
         f"tuning a decoder by {job.name} on {units} annotated units: {budget.trials} trials of at most "
         f"{budget.epochs} epochs, drawn by {searcher}"
     )
-    rows = _try(storage, _Task(storage.root, recipe.hash, job, resources), searcher, resources)
+    rows, cost = _try(storage, _Task(storage.root, recipe.hash, job, resources), searcher, resources)
     frame = pl.DataFrame({"sweep": [job.name] * len(rows)} | {key: [row[key] for row in rows] for key in rows[0]})
     best = rows[0]
     setting = DecoderSetting(**{field.name: best[field.name] for field in fields(DecoderSetting)})
@@ -117,10 +118,10 @@ def run_decoder_tuning(storage: Storage, job: DecoderTuningJob, resources: Resou
     storage.put(f"{folder}/{TRIALS_SETTING}", to_yaml(setting, about).encode())
     columns = frame.with_columns((pl.col("trial") == best["trial"]).alias("chosen")).to_dict()
     table = DECODER_TRIALS.table({name: column.to_arrow() for name, column in columns.items()})
+    record_run(storage, "tuning", recipe.hash, job.name, rows=len(rows), cost=cost)
     storage.write(DECODER_TRIALS, table, recipe, **keys)
-    seconds = time.monotonic() - started
-    record_run(storage, "tuning", recipe.hash, job.name, rows=len(rows), images=0, seconds=seconds)
     storage.remove_work(recipe.hash)
+    seconds = time.monotonic() - started
     ended = frame["ended"].value_counts(sort=True).rows()
     say(
         f"tuned a decoder in {seconds:.0f} s: BLEU {best['bleu']:.1f} with {_in_words(asdict(setting))}; "
@@ -191,8 +192,8 @@ def _write_units(storage: Storage, work: str, job: DecoderTuningJob) -> int:
     return len(texts)
 
 
-def _try(storage: Storage, task: _Task, searcher: str, resources: Resources) -> list[dict[str, Any]]:
-    """Runs all trials, going on where a killed job left off; returns a row for each, the best first."""
+def _try(storage: Storage, task: _Task, searcher: str, resources: Resources) -> tuple[list[dict[str, Any]], Cost]:
+    """Runs all trials, going on where a killed job left off; returns a row for each, the best first, and their cost."""
     budget = task.job.space.budget
     asha = ASHAScheduler(
         time_attr="epochs",
@@ -222,14 +223,16 @@ def _try(storage: Storage, task: _Task, searcher: str, resources: Resources) -> 
         reason = str(results.errors[0]).strip().splitlines()[-1]
         raise MilanError(f"{len(results.errors)} of {len(results)} trials failed ({reason}); run it again to go on.")
     rows: list[dict[str, Any]] = []
+    cost = Cost()
     for number in range(len(results)):
         config, metrics = results[number].config, results[number].metrics
         assert config is not None and metrics is not None
         of_metrics = {"bleu": metrics[METRIC], "epoch": metrics["best_epoch"], "epochs": metrics["epochs"]}
+        cost.add(metrics["time_total_s"])
         rows.append({**asdict(DecoderSetting(**config)), **of_metrics, "ended": metrics["ended"] or ASHA})
     # Ray Tune keeps no order over a restart.
     rows.sort(key=lambda row: (-row["bleu"], -row["epochs"], canonical(row)))
-    return [{"trial": trial, **row} for trial, row in enumerate(rows)]
+    return [{"trial": trial, **row} for trial, row in enumerate(rows)], cost
 
 
 def _domain(drawn: Choices | Range) -> Any:

@@ -8,7 +8,12 @@ RUNS = Noun(
     "runs",
     ("stage", "run", "model"),
     (
-        Column("stage", pa.string(), "exemplars, pooled, encodings, candidates, training, tuning or import"),
+        Column(
+            "stage",
+            pa.string(),
+            "exemplars, pooled, encodings, candidates, image_embeddings, scores, cosy, training, tuning, import, or a "
+            "labeler whose labels are a stage's work",
+        ),
         Column("run", pa.string(), "configuration hash of what was made: of the table's partition, where it is one"),
         Column("model", pa.string(), "registered name of the model; for training, name of the captioner"),
         Column("layer", pa.string(), "module path of the layer; empty when the run is not of one layer"),
@@ -17,15 +22,25 @@ RUNS = Noun(
         Column(
             "seconds",
             pa.float64(),
-            "seconds of the pieces of work that this layer was in, summed over actors; layers that share a pass count "
-            "the whole pass each",
+            "seconds of one worker (actor, task, trial, training worker), summed over workers: what was done for this "
+            "row alone, and an equal share of what was done for several, as a pass for all layers; rows add up to what "
+            "the stage took. Putting pieces together is not counted, nor what a killed job had done. In files without "
+            "the metadata seconds = share, of earlier versions, layers that share a pass count the whole pass each",
         ),
-        Column("images_per_second", pa.float64(), "images per second and actor; null where none are read", True),
+        Column(
+            "images_per_second",
+            pa.float64(),
+            "images per second of one worker, by whole passes; null where none are read",
+            True,
+        ),
         Column("finished_at", pa.string(), "UTC, ISO 8601"),
         Column("versions", pa.string(), "JSON: milan_ray, torch, ray"),
     ),
-    "One finished piece of work.",
+    "What a table took to make, written right before the table.",
 )
+
+SHARES = {"seconds": "share"}
+"""File metadata of :data:`RUNS` whose seconds add up; files of earlier versions are without."""
 
 SCORES = Noun(
     "scores",

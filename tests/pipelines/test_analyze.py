@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 
@@ -84,8 +85,11 @@ def test_analysis_from_descriptions_to_figure(storage, photos, capsys, dry_run):
     assert dry_run(storage.root, *arguments) == {}
     stale = {"ablations analysis tiny/cnn": "analysis changed"}
     assert dry_run(storage.root, *arguments, "--seed", "1") == stale
+    assert not Path(storage.root, "_work").exists()
+    storage.put_work(storage.config_of(ABLATIONS, **PUBLIC), "left", pa.table({"by": ["a killed job"]}))
     assert cli.main(arguments) == 0
     assert "analysis of tiny/cnn: up to date" in capsys.readouterr().err
+    assert not Path(storage.root, "_work").exists()
     assert cli.main([*arguments, "--labeler", "nobody", "--dry-run"]) == 1
     assert cli.main([*arguments, "--labeler", "nobody"]) == 1
     assert "no descriptions of tiny/cnn 0, 2 by nobody" in capsys.readouterr().err

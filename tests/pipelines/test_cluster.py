@@ -135,6 +135,53 @@ def test_connected_local_ray_ends_when_its_job_is_terminated(local_ray):
     assert_ended(started)
 
 
+BUSY_RAY = """
+import subprocess, sys
+from milan_ray import runtime
+runtime.prepare(None)
+import ray
+from milan_ray.config import Resources
+from milan_ray.pipelines.cluster import connected, start
+def work():
+    return subprocess.Popen(["sleep", "600"], start_new_session=True).pid
+with connected(Resources()):
+    start()
+    print(ray.get(ray.remote(work).remote()), flush=True)
+    sys.stdin.readline()
+sys.stdin.readline()
+"""
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [True, False])
+def test_f6_local_ray_and_all_that_it_started_end_with_its_driver(below, killed):
+    """Also what Ray itself would leave: a process that a task has started."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY_RAY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+    )
+    asleep = int(process.stdout.readline())
+    started = [asleep, *below(process.pid)]
+    try:
+        assert alive([asleep]) and len(started) > 5
+        if killed:
+            process.kill()
+            process.wait(60)
+        else:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert_ended(started)
+    finally:
+        process.kill()
+        process.wait(60)
+        for pid in alive(started):
+            os.kill(pid, signal.SIGKILL)
+
+
 @linux
 @pytest.mark.slow
 def test_local_ray_that_does_not_come_up_in_time_is_given_up_for_another(below):

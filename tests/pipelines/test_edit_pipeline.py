@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 from PIL import Image
@@ -79,7 +80,10 @@ def test_units_found_by_words_are_removed_step_by_step(photos, tmp_path, capsys,
     assert dry_run(storage.root, *arguments, *tuning) == anew
     stale = {"ablations editing tiny/cnn": "editing changed"}
     assert dry_run(storage.root, *arguments, "--words", "roof") == stale
+    assert not Path(storage.root, "_work").exists()
+    storage.put_work(storage.config_of(ABLATIONS, **PUBLIC), "left", pa.table({"by": ["a killed job"]}))
     assert cli.main([*arguments, *tuning]) == 0
+    assert not Path(storage.root, "_work").exists()
     said = capsys.readouterr().err
     assert "editing of tiny/cnn: up to date" in said
     tuned = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, experiment="editing, fine-tuned", model="tiny/cnn")))

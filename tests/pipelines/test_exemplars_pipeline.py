@@ -99,7 +99,7 @@ def test_exemplars_of_all_layers_record_views_manifest_and_run(undisturbed):
     ]
     for row in runs:
         assert row["run"] == undisturbed.config_of(EXEMPLARS, model="tiny/cnn", layer=row["layer"])
-        assert row["images_per_second"] == pytest.approx(90 / row["seconds"])
+        assert row["images_per_second"] == pytest.approx(90 / (3 * row["seconds"]))  # one pass for three layers
     assert not [f for f in undisturbed.files("_work") if f.endswith(".arrow")]
 
 

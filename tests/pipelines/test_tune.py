@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 
@@ -157,9 +158,10 @@ def test_tuning_again_does_nothing(storage, capsys):
     before = path.stat().st_mtime_ns
     assert why_tuning(storage, JOB) is None
     assert why_tuning(storage, replace(JOB, sweep=replace(SWEEP, validation=0.3))) == "validation changed"
+    storage.put_work(storage.config_of(TRIALS, **KEYS), "left", pa.table({"by": ["a killed job"]}))
     run_tuning(storage, JOB, Resources())
     assert path.stat().st_mtime_ns == before and "up to date" in capsys.readouterr().err
-    assert not storage.files("_work")
+    assert not Path(storage.root, "_work").exists()
 
 
 def test_candidates_of_the_storage_are_rescored_and_not_searched_again(ray_session, tmp_path):

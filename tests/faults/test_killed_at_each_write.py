@@ -1,0 +1,357 @@
+"""A job that is killed at each of its writes in turn, started again, leaves what an undisturbed one does.
+
+Every stage runs in this process, on threads, with a storage that dies at its n-th write or removal and does nothing any
+more after that, as a killed process. What happens before a write is what happens after the one before.
+"""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
+from pathlib import Path
+
+import pytest
+import torch
+
+from milan_ray.captioner.captioner import Captioner
+from milan_ray.captioner.decoder import Decoder, DecoderConfig
+from milan_ray.captioner.lm import LanguageModel, LMConfig
+from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
+from milan_ray.labelers.clip import Clip
+from milan_ray.labelers.clip_dissect import ClipDissect
+from milan_ray.labelers.dnd.labeler import DescribeAndDissect
+from milan_ray.models.generators import GeneratorRequest
+from milan_ray.models.image_captions import ImageCaptionerRequest
+from milan_ray.models.image_text import ImageTextRequest
+from milan_ray.pipelines import dnd, embeddings, train
+from milan_ray.pipelines.captioners import EncoderRequest, save_captioner
+from milan_ray.pipelines.clip_dissect import run_clip_dissect
+from milan_ray.pipelines.cluster import connected
+from milan_ray.pipelines.cosy import CosyConfig, run_cosy
+from milan_ray.pipelines.describe import Search, run_descriptions
+from milan_ray.pipelines.dnd import DndConfig, SummariserRequest, run_dnd
+from milan_ray.pipelines.embeddings import run_image_embeddings, text_embeddings
+from milan_ray.pipelines.encodings import run_encodings
+from milan_ray.pipelines.exemplars import Dissection, run_exemplars
+from milan_ray.pipelines.label import LabelConfig, run_labels
+from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.pipelines.rerank import run_reranking
+from milan_ray.pipelines.score import ScoreConfig, described_layers, run_scores
+from milan_ray.schema import (
+    ANNOTATIONS,
+    CANDIDATES,
+    DESCRIPTIONS,
+    DRAWINGS,
+    ENCODINGS,
+    EXEMPLARS,
+    IMAGE_EMBEDDINGS,
+    POOLED,
+    RUNS,
+    TRAINING,
+    UNIT_SCORES,
+    Noun,
+)
+from milan_ray.storage import CONFIG_KEY, Storage
+
+PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
+TINY, FLAGS, COLOURS = (str(PLUGINS / f"{name}.py") for name in ("tiny_models", "flags", "colours"))
+HERE = Resources()
+CNN = ModelRequest("tiny/cnn", layers=("0", "6"), plugins=(TINY,))
+ENCODER = EncoderRequest("tiny", plugins=(TINY,))
+LAYERS = {"tiny/cnn": CNN.layers}
+SEARCH = Search("toy", beam_size=4, length=4, lam=0.5)
+CONFIG = ExemplarConfig(k=2, batch_size=16, shard_size=20, pooled=True)
+WATCHER = ModelRequest("flags/watcher", layers=("seen",), plugins=(FLAGS,))
+FIELDS = ProbeRequest(("flags",), plugins=(FLAGS,))
+FEW = ExemplarConfig(k=2, quantile=0.95, batch_size=32, shard_size=64, pooled=True)
+TRUTH = ImageTextRequest("flags/truth")
+SCORING = ScoreConfig(share=0.9, top=0.2, retrieved=10)
+COLOUR_MODEL = ModelRequest("colours/watcher", plugins=(COLOURS,))
+SCENES = ProbeRequest(("colours",), plugins=(COLOURS,))
+SHOTS = ExemplarConfig(k=3, batch_size=16, shard_size=96, pooled=True)
+
+
+class Killed(BaseException):
+    """The process is gone: no handler of errors sees this."""
+
+
+class Dying(Storage):
+    """Dies at its n-th write or removal, which is done by half, and takes no other after that."""
+
+    def __init__(self, root: str, last: int) -> None:
+        super().__init__(root)
+        self._last, self._done, self._lock = last, 0, threading.Lock()
+
+    def __reduce__(self):
+        raise AssertionError("nothing here travels to another process")
+
+    @contextmanager
+    def _write(self, path: str, half: Callable[[Path], None]) -> Iterator[None]:
+        with self._lock:  # one at a time, so that none is half done when another one dies
+            self._done += 1
+            if self._done == self._last:
+                half(Path(self.root, path))
+            if self._done >= self._last:
+                raise Killed
+            yield
+
+    @property
+    def died(self) -> bool:
+        return self._done >= self._last
+
+    def put(self, path, data):
+        with self._write(path, _torso):
+            super().put(path, data)
+
+    def write_stream(self, noun, pieces, config, metadata, **keys):
+        everything = list(pieces)  # what its rows write comes first
+        with self._write(self.path(noun, **keys), _torso):
+            super().write_stream(noun, everything, config, metadata, **keys)
+
+    def remove(self, folder):
+        if Path(self.root, folder).exists():
+            with self._write(folder, _remove_one):
+                super().remove(folder)
+
+    def remove_file(self, path):
+        with self._write(path, lambda path: None):
+            super().remove_file(path)
+
+
+def _torso(path: Path) -> None:
+    """What a kill between the first byte and the rename leaves."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    (path.parent / f".{path.name}.torso.tmp").write_bytes(b"PAR1")
+
+
+def _remove_one(folder: Path) -> None:
+    next(path for path in sorted(folder.rglob("*")) if path.is_file()).unlink()
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A job.
+
+    Attributes:
+        run: What to do in a storage.
+        tables: Table → stage of the row of runs that each of its partitions has.
+    """
+
+    run: Callable[[Storage], object]
+    tables: dict[Noun, str]
+
+
+def captioner() -> Captioner:
+    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
+    torch.manual_seed(0)
+    words = len(indexer.vocabulary)
+    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
+    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny", None, 4, 4, 0.5)
+
+
+def annotate(storage: Storage) -> None:
+    """Gives the toy captioner, and what people say of the units of the first layer."""
+    save_captioner(storage, "toy", captioner(), "A toy.")
+    keys = {"source": "people", "model": "tiny/cnn", "layer": "0"}
+    texts = ["a red dog", "dark house", "the dark dog", "red house", "a house", "dogs"]
+    columns = {key: [value] * len(texts) for key, value in keys.items()}
+    columns |= {"unit": range(len(texts)), "annotator": ["1"] * len(texts), "text": texts}
+    storage.write(ANNOTATIONS, ANNOTATIONS.table(columns), "said", **keys)
+
+
+def train_here(storage: Storage) -> None:
+    """A training as a task does it, here."""
+    config = TrainingConfig(max_epochs=2, learning_rate=0.01, decoder_batch_size=4, lm_batch_size=4, hold_out=0.2)
+    job = train.TrainingJob("taught", "people", (("tiny/cnn", "0"),), ENCODER, config, train.Sizes(4, 6))
+    recipe = train._due(storage, job)
+    if recipe is not None:
+        done, said = train._train_here(train._Little(storage, job, recipe))
+        assert done, said
+
+
+def look(storage: Storage) -> Dissection:
+    return run_exemplars(storage, [WATCHER], FIELDS, FEW, HERE)
+
+
+def explain(storage: Storage) -> None:
+    assert run_labels(storage, look(storage), [WATCHER], FIELDS, FEW, LabelConfig(), HERE) == {}
+
+
+def name(storage: Storage) -> None:
+    layers = {"flags/watcher": ("seen",)}
+    run_clip_dissect(storage, layers, FIELDS, ClipDissect(("red", "green", "blue", "left")), TRUTH, HERE)
+
+
+def score(storage: Storage) -> None:
+    run_scores(storage, described_layers(storage, ["flags/watcher"]), FIELDS, TRUTH, SCORING, HERE)
+
+
+def draw(storage: Storage) -> None:
+    described = described_layers(storage, ["flags/watcher"])[:1]
+    run_cosy(storage, described, FIELDS, [WATCHER], GeneratorRequest("flags/fields"), CosyConfig(4), SCORING, HERE)
+
+
+def watch(storage: Storage) -> Dissection:
+    return run_exemplars(storage, [COLOUR_MODEL], SCENES, SHOTS, HERE)
+
+
+def describe_and_dissect(storage: Storage) -> None:
+    how = DndConfig(
+        DescribeAndDissect("topk-squared-mean"), ImageCaptionerRequest("colours/names"), SummariserRequest(),
+        GeneratorRequest("world/painter"), ImageTextRequest("colours/grid"), images=3, crops=1, drawn=2,
+        plugins=(COLOURS,),
+    )  # fmt: skip
+    assert run_dnd(storage, watch(storage), [COLOUR_MODEL], SCENES, SHOTS, how, HERE) == {}
+
+
+@pytest.fixture(scope="module")
+def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
+    """World → its stages, each of which needs those before."""
+    folder = tmp_path_factory.mktemp("few")
+    for file in sorted(photos.rglob("*.png"))[::3]:
+        shutil.copy(file, folder)
+    (folder / "none.png").write_bytes(b"no image")
+    probe = ProbeRequest((str(folder),))
+    clip_folder = save_clip(tmp_path_factory.mktemp("models") / "tiny-clip")
+    clip, embedder = Clip(clip_folder, beam_size=4), ImageTextRequest(clip_folder)
+
+    def dissect(config: ExemplarConfig) -> Callable[[Storage], object]:
+        return lambda storage: run_exemplars(storage, [CNN], probe, config, HERE)
+
+    exemplars = {EXEMPLARS: "exemplars", POOLED: "pooled"}
+    texts = ["a dog", "a house", "red"]
+    photographs = {
+        "exemplars": Stage(dissect(CONFIG), exemplars),
+        "masks": Stage(dissect(replace(CONFIG, k=3, map_budget=0)), exemplars),
+        "encodings": Stage(lambda place: run_encodings(place, LAYERS, ENCODER, HERE), {ENCODINGS: "encodings"}),
+        "annotations": Stage(annotate, {}),
+        "descriptions": Stage(lambda place: run_descriptions(place, LAYERS, SEARCH, HERE), {CANDIDATES: "candidates"}),
+        "reranking": Stage(
+            lambda place: run_reranking(place, LAYERS, SEARCH, clip, HERE),
+            {CANDIDATES: "candidates", ENCODINGS: "encodings"},
+        ),
+        "training": Stage(train_here, {TRAINING: "training"}),
+        "image embeddings": Stage(
+            lambda place: run_image_embeddings(place, probe, embedder, HERE), {IMAGE_EMBEDDINGS: "image_embeddings"}
+        ),
+        "text embeddings": Stage(lambda place: text_embeddings(place, texts, embedder, HERE), {}),
+    }
+    fields = {
+        "dissected": Stage(look, exemplars),
+        "labels": Stage(explain, {DESCRIPTIONS: ""}),
+        "clip-dissect": Stage(name, {DESCRIPTIONS: ""}),
+        "scores": Stage(score, {UNIT_SCORES: "scores"}),
+        "cosy": Stage(draw, {}),
+    }
+    scenes = {"dissected": Stage(watch, exemplars), "dnd": Stage(describe_and_dissect, {DRAWINGS: "dnd"})}
+    return {"photographs": photographs, "fields": fields, "scenes": scenes}
+
+
+@pytest.fixture(scope="module")
+def on_threads() -> Iterator[None]:
+    with connected(HERE), pytest.MonkeyPatch.context() as patched:
+        patched.setattr(embeddings, "SHARD", 16)
+        patched.setattr(embeddings, "CHUNK", 2)
+        patched.setattr(embeddings, "FEW_TEXTS", 0)
+        patched.setattr(dnd, "UNITS", 3)
+        yield
+
+
+@pytest.fixture(scope="module")
+def undisturbed(on_threads, stages, tmp_path_factory) -> Callable[[str, str], tuple[Path, Path, Stage]]:
+    """``undisturbed(world, stage)``: the storage before the stage and after it, and the stage."""
+    made: dict[tuple[str, str], tuple[Path, Path, Stage]] = {}
+
+    def find(world: str, wanted: str) -> tuple[Path, Path, Stage]:
+        before = tmp_path_factory.mktemp("empty")
+        for name, stage in stages[world].items():
+            if (world, name) not in made:
+                after = tmp_path_factory.mktemp(name)
+                shutil.copytree(before, after, dirs_exist_ok=True)
+                stage.run(Storage(after))
+                assert not (after / "_work").exists()
+                made[world, name] = before, after, stage
+            before, after, stage = made[world, name]
+            if name == wanted:
+                return before, after, stage
+            before = after
+        raise KeyError(wanted)
+
+    return find
+
+
+def public(root: Path) -> dict[str, bytes]:
+    """All files, but the table of runs and what jobs ask of each other's views, which is forgotten after a while."""
+    found = {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    return {path: data for path, data in found.items() if not path.startswith("runs/") and "/wanted/" not in path}
+
+
+def runs(root: Path) -> dict[str, dict[str, object]]:
+    """The table of runs, without moments and what something took."""
+    storage = Storage(root)
+    return {
+        storage.path(RUNS, **keys): {
+            name: value
+            for name, value in storage.read(RUNS, **keys).to_pylist()[0].items()
+            if name in ("stage", "run", "model", "layer", "rows", "versions")
+        }
+        for keys in storage.partitions(RUNS)
+    }
+
+
+def assert_recorded(root: Path, tables: dict[Noun, str]) -> None:
+    """Every table that there is has its row of runs."""
+    storage = Storage(root)
+    recorded = {(keys["stage"], keys["run"]) for keys in storage.partitions(RUNS)}
+    for noun, stage in tables.items():
+        for keys in storage.partitions(noun):
+            made = storage.metadata(noun, **keys)
+            assert made is not None
+            assert (stage or keys["labeler"], made[CONFIG_KEY]) in recorded, (noun.name, keys)
+
+
+FAST = {
+    "photographs": (
+        "exemplars",
+        "masks",
+        "encodings",
+        "descriptions",
+        "training",
+        "image embeddings",
+        "text embeddings",
+    ),
+    "fields": ("labels", "clip-dissect", "scores", "cosy"),
+}
+LONG = {"photographs": ("reranking",), "scenes": ("dnd",)}
+EVERY = [(world, name) for world, names in FAST.items() for name in names]
+EVERY += [pytest.param(world, name, marks=pytest.mark.slow) for world, names in LONG.items() for name in names]
+
+
+@pytest.mark.parametrize(("world", "name"), EVERY)
+def test_f1_f6_killed_at_each_write_in_turn(undisturbed, tmp_path, world, name):
+    before, after, stage = undisturbed(world, name)
+    expected, recorded = public(after), runs(after)
+    for last in count(1):
+        root = tmp_path / str(last)
+        shutil.copytree(before, root)
+        dying = Dying(str(root), last)
+        try:
+            stage.run(dying)
+        except Killed:
+            assert_recorded(root, stage.tables)
+        else:
+            assert not dying.died, "a kill was swallowed"
+            break
+        stage.run(Storage(root))
+        found = public(root)
+        assert found.keys() == expected.keys(), (last, found.keys() ^ expected.keys())
+        assert [path for path in expected if found[path] != expected[path]] == [], last
+        assert runs(root) == recorded, last
+        assert not (root / "_work").exists(), last
+        shutil.rmtree(root)
+    assert last > 3
