@@ -34,7 +34,8 @@ from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerStates, Pl
 from milan_ray.models.hooks import find_layers
 from milan_ray.models.registry import ModelSpec, source_of
 from milan_ray.models.weights import weights_digest
-from milan_ray.pipelines import requests
+from milan_ray.pipelines import arithmetic, requests
+from milan_ray.pipelines.arithmetic import refused_by
 from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
 from milan_ray.pipelines.pool import Kept, Row, run_pool
 from milan_ray.pipelines.records import record_run
@@ -411,7 +412,8 @@ class ModelWorker(ABC):
                 self._failed[index] = str(error)
             except Exception as error:  # a user's model may raise anything, and must not end the others' job
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                self._failed[index] = f"{self.runs} failed on a batch: {reason}"
+                told = f"{self.runs} failed on a batch: {reason}"
+                self._failed[index] = told + refused_by(self._config.arithmetic)
         return {"model": index, "images": row["images"], "error": self._failed.get(index)}
 
     @abstractmethod
@@ -422,7 +424,7 @@ class ModelWorker(ABC):
         item = self._work[index]
         spec = requests.model(item.model)
         model = requests.network(spec, item.weights)
-        return spec, Forward(spec, model.to(self._device), item.read, self._pass_size(spec))
+        return spec, Forward(spec, model.to(self._device), item.read, self._pass_size(spec), self._config.arithmetic)
 
     def _pass_size(self, spec: ModelSpec) -> int:
         return pass_size(spec.batch(self._config.batch_size), self._device)
@@ -577,7 +579,7 @@ def _merge(storage: Storage, item: ModelWork, config: ExemplarConfig, expected: 
     for index, ids in run_parallel(_merge_layer, tasks, here=expected <= FEW_IMAGES):
         if ids is not None:
             winners[item.layers[index]] = ids
-    _merge_pooled(storage, item, shards, images)
+    _merge_pooled(storage, item, config, shards, images)
     return _Merged(item, images, seconds, winners)
 
 
@@ -642,17 +644,20 @@ class _PooledTask:
     storage: Storage
     item: ModelWork
     layer: str
+    config: ExemplarConfig
     shards: tuple[str, ...]
     images: int
 
 
-def _merge_pooled(storage: Storage, item: ModelWork, shards: tuple[str, ...], images: int) -> None:
+def _merge_pooled(
+    storage: Storage, item: ModelWork, config: ExemplarConfig, shards: tuple[str, ...], images: int
+) -> None:
     """Makes the pooled activations of all layers public.
 
     Raises:
         MilanError: A shard's are not those of the images it read.
     """
-    tasks = [_PooledTask(storage, item, layer, shards, images) for layer in item.pooled]
+    tasks = [_PooledTask(storage, item, layer, config, shards, images) for layer in item.pooled]
     for _ in run_parallel(_merge_pooled_layer, tasks, here=images <= FEW_IMAGES):
         pass
 
@@ -662,7 +667,7 @@ def _merge_pooled_layer(task: _PooledTask) -> None:
     item, layer = task.item, task.layer
     names = [f"pooled/{item.folder(layer)}/{shard}" for shard in task.shards]
     first = task.storage.get_work(item.work, names[0])
-    metadata = {"units": str(len(first["max"][0])), "probe": item.probe}
+    metadata = {"units": str(len(first["max"][0])), "probe": item.probe, **arithmetic.metadata(task.config.arithmetic)}
     rows = 0
 
     def pieces() -> Iterator[pa.Table]:
@@ -694,6 +699,7 @@ def _write_exemplars(storage: Storage, item: ModelWork, layer: str, config: Exem
         "view": item.view,
         "k": str(config.k),
         "quantile": str(config.quantile),
+        **arithmetic.metadata(config.arithmetic),
     }
     columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
     columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}
