@@ -81,6 +81,14 @@ class Arithmetic:
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     channels_last: bool = False
 
+    def identity(self) -> object:
+        """For configuration hashes.
+
+        Tables that say another arithmetic than the default one without ``applied`` are of versions in which it did not
+        reach the workers.
+        """
+        return self if self == Arithmetic() else {**asdict(self), "applied": True}
+
 
 FLOAT32 = Arithmetic()
 
@@ -132,7 +140,7 @@ class ExemplarConfig:
             "mask_size": self.mask_size,
             "batch_size": self.batch_size,
             "samples": self.samples,
-            "arithmetic": self.arithmetic,
+            "arithmetic": self.arithmetic.identity(),
         }
 
 

@@ -11,7 +11,7 @@ import shutil
 import time
 import urllib.request
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from milan_ray.errors import MilanError
@@ -22,6 +22,28 @@ TIMEOUT = 10.0
 
 _FORGOTTEN = 24 * 3600.0  # seconds without a byte after which what a killed download left behind is removed
 _CHUNK = 2**20  # bytes per step of the progress bar
+
+
+_dry: list[tuple[str, str]] | None = None  # what a dry run would have fetched, and from where
+
+
+class WouldDownload(MilanError):
+    """A dry run has come to a file that it would have to fetch."""
+
+
+@contextlib.contextmanager
+def dry() -> Iterator[list[tuple[str, str]]]:
+    """While nothing may be fetched: whoever tries gets :class:`WouldDownload`.
+
+    Yields:
+        The files that would have been fetched, and from where, as they are asked for.
+    """
+    global _dry
+    before, _dry = _dry, []
+    try:
+        yield _dry
+    finally:
+        _dry = before
 
 
 def find(
@@ -62,6 +84,8 @@ def find(
     if download and url is not None:
         try:
             return fetch(url, folders[0] / name, sha256)
+        except WouldDownload:
+            raise
         except MilanError as error:
             reason = f"; {error}"
     places = " nor in ".join(str(folder.absolute()) for folder in folders)
@@ -85,7 +109,11 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
 
     Raises:
         MilanError: It cannot be had, came incomplete, or has another digest; nothing is left behind.
+        WouldDownload: This is a dry run.
     """
+    if _dry is not None:
+        _dry.append((target.name, url))
+        raise WouldDownload(f"{target.name} would be fetched from {url}, and a dry run fetches nothing.")
     part = target.parent / f".{target.name}.{uuid.uuid4().hex[:8]}.part"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from torch import nn
 
 from milan_ray.api import BATCH_SIZE, MASKS, Milan, Unit, as_frame
 from milan_ray.captioner.encoder import PyramidEncoder
-from milan_ray.config import FLOAT32
+from milan_ray.config import FLOAT32, Arithmetic
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.exemplars import masks as packed_masks
@@ -268,6 +269,7 @@ def dissect(
     preprocess: Preprocess | None = None,
     activations: Activations = "seen",
     batch_size: int = 128,
+    arithmetic: Arithmetic = FLOAT32,
     weights: str | None = None,
     device: str = "auto",
     batch_axis: int | None = None,
@@ -290,6 +292,8 @@ def dissect(
         preprocess: View and normalisation of the model's inputs; None takes ImageNet's, or the registered model's.
         activations: Which values of a layer count; see :class:`milan_ray.models.hooks.LayerTap`.
         batch_size: Images per forward pass; CPUs take at most 16.
+        arithmetic: Precision and memory format that the network computes in; an ``autocast`` around the call is not
+            heeded. The network itself stays as it is.
         weights: Of a registered model: a file, the name of published ones, or ``random``.
         device: Where a registered model runs.
         batch_axis: Axis of the layers' outputs that counts images, where it cannot be found out (docs/layouts.md).
@@ -334,7 +338,9 @@ def dissect(
         for layer, layout in layouts.items():
             if layout.remark:
                 say(f"layer {layer!r} of {spec.name} {layout.remark}", level="warning")
-        forward = Forward(spec, network, spec.layers, size, FLOAT32, layouts)
+        # A copy for channels last, because weights are changed in place.
+        runs = deepcopy(network) if arithmetic.channels_last else network
+        forward = Forward(spec, runs, spec.layers, size, arithmetic, layouts)
         states, skipped, doubts = _run(forward, spec, probe, refs, size, plan)
     if not states:
         first = f", the first {skipped[0][0].location}: {skipped[0][1]}" if skipped else ""

@@ -57,6 +57,7 @@ def run(options: Options) -> Iterator[Result]:
             )
         yield _with_decoding(model, probe, count, options)
         yield _stage(model, probe, count, options)
+        yield from _arithmetics(model, probe, count, options)
         if not options.short:
             yield _memory(model, probe, count)
         yield from _scaling(options)
@@ -121,6 +122,25 @@ def _stage(model: ModelRequest, probe: ProbeRequest, count: int, options: Option
     if options.short:
         return found
     return found.with_facts(**{"times as fast as the reference's 143.6 s (best run)": REFERENCE / min(found.seconds)})
+
+
+def _arithmetics(model: ModelRequest, probe: ProbeRequest, count: int, options: Options) -> Iterator[Result]:
+    """The whole stage with ``--precision`` and ``--channels-last``, beside itself without."""
+
+    def stage(arithmetic: Arithmetic) -> None:
+        resources = Resources()
+        with TemporaryDirectory(prefix="milan-exemplars-") as folder, connected(resources):
+            run_exemplars(Storage(folder), [model], probe, ExemplarConfig(arithmetic=arithmetic), resources)
+
+    for told, arithmetic in (
+        ("--channels-last", Arithmetic(channels_last=True)),
+        ("--precision bfloat16", Arithmetic("bfloat16")),
+        ("--precision bfloat16 --channels-last", Arithmetic("bfloat16", True)),
+    ):
+        name = f"the whole stage with {told}, beside the same without"
+        plain = partial(stage, FLOAT32)
+        subject = partial(stage, arithmetic)
+        yield compare(name, subject, plain, options.repeats, work=count, unit="images", warm_up=False)
 
 
 def _memory(model: ModelRequest, probe: ProbeRequest, count: int) -> Result:

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
-from milan_ray import runtime
+from milan_ray import hub, runtime
 from milan_ray.cli import (
     analyze,
     annotation_sets,
@@ -38,6 +38,7 @@ from milan_ray.cli import (
     paper,
     paste,
     plan,
+    refusals,
     report,
     score,
     search,
@@ -45,7 +46,7 @@ from milan_ray.cli import (
     train,
     tune,
 )
-from milan_ray.cli.closing import Summary
+from milan_ray.cli.closing import Summary, show_downloads
 from milan_ray.cli.parsing import Parser
 from milan_ray.errors import MilanError, reason
 from milan_ray.progress import say, speaking
@@ -128,7 +129,8 @@ def build_parser() -> Parser:
 def _run(args: argparse.Namespace) -> int:
     """Does the verb's work; what goes wrong becomes one sentence, unless ``--debug`` asks for the traceback."""
     try:
-        status = args.run(args)
+        refusals.check(args)
+        status = _dry_run(args) if getattr(args, "dry_run", False) else args.run(args)
         sys.stdout.flush()
         return status
     except MilanError as error:
@@ -148,6 +150,19 @@ def _run(args: argparse.Namespace) -> int:
         args.summary.error = _unforeseen(error)
     say(f"error: {args.summary.error}", level="error")
     return 1
+
+
+def _dry_run(args: argparse.Namespace) -> int:
+    """Says what the verb would do: fetches nothing, and writes nothing, not even the bytecode of plug-ins."""
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
+    try:
+        with hub.dry() as absent:
+            try:
+                return args.run(args)
+            except hub.WouldDownload:
+                return show_downloads(args, absent)
+    finally:
+        sys.dont_write_bytecode = before
 
 
 def _unforeseen(error: Exception) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from milan_ray.cli import options
 from milan_ray.cli.closing import note
 from milan_ray.cli.records import absolute, bert_score_folder, open_storage
+from milan_ray.cli.refusals import refuse
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
@@ -144,6 +145,7 @@ def _score(args: argparse.Namespace) -> tuple[TextScore, str]:
     from milan_ray.pipelines.annotation_statistics import find_score
 
     if args.rouge:
+        refuse(args, ["bertscore"], "with --rouge", "leave out --rouge")
         return find_score(None)
     return find_score(bert_score_folder(args))
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from milan_ray.cli import annotation_collection, options
 from milan_ray.cli.closing import note
 from milan_ray.cli.records import absolute, open_storage
+from milan_ray.cli.refusals import refuse
 from milan_ray.errors import MilanError
 
 
@@ -74,6 +75,8 @@ def _import_annotations(args: argparse.Namespace) -> int:
     if args.set.endswith(".csv"):
         if args.model is None:
             raise MilanError("annotations from a CSV need --model, the model whose exemplars they speak of.")
+        others = ["layers", "download", "images", "labels", "reference_quirks"]
+        refuse(args, others, "for a CSV of annotations", "name a published set instead")
         path = Path(absolute("SET", args.set))
         import_csv(storage, path, args.model, source=source, annotation_count=args.annotation_count or None)
         return 0

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from milan_ray.cli import describe, options
 from milan_ray.cli.closing import note, report_on, show_plan
 from milan_ray.cli.records import writable_storage
+from milan_ray.cli.refusals import DISSECTION, refuse
 from milan_ray.cli.search import table, text_model
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
@@ -69,8 +70,11 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.audit import AuditConfig, figure_path, review_path, run_audit
     from milan_ray.pipelines.plan import Plan
     from milan_ray.pipelines.plan_experiments import plan_audit
+    from milan_ray.plugins import load_plugins
     from milan_ray.schema import AUDITS, DESCRIPTIONS
 
+    load_plugins(args.plugin)
+    _refuse(args)
     storage = writable_storage(args)
     config = AuditConfig(args.name, tuple(FACE_WORDS if args.words is None else args.words), args.labeler)
     if not config.words:
@@ -104,6 +108,25 @@ def run(args: argparse.Namespace) -> int:
     report_on(args, storage)
     note(args, f"{len(found.units)} units of {len(pairs)} pairs found", audit=config.name, review=review)
     return status
+
+
+def _refuse(args: argparse.Namespace) -> None:
+    """Refuses options that would do nothing.
+
+    Raises:
+        MilanError: There is one.
+    """
+    if not args.query:
+        refuse(args, ["semantic"], "without --query", "give --query too")
+    if args.pair:
+        refuse(args, ["suffix"], "with --pair", "leave out --pair")
+    if args.decoder is None and args.milan is None:
+        if args.pair:
+            refuse(args, ["model"], "with --pair", "leave out --pair")
+        describing = "layers clip clip_z clip_beam_size clip_lam setting lam beam_size length units encoder_weights"
+        names = [*DISSECTION, *describing.split(), "download", "reference_quirks"]
+        remedy = "give a --decoder or --milan that describes the networks first"
+        refuse(args, names, "of networks that are described already,", remedy)
 
 
 def _pairs(args: argparse.Namespace, storage: Storage) -> list[Pair]:

@@ -136,6 +136,19 @@ def show_plan(args: argparse.Namespace, plan: Plan) -> int:
     return 1 if plan.failed else 0
 
 
+def show_downloads(args: argparse.Namespace, absent: Sequence[tuple[str, str]]) -> int:
+    """Prints the plan of a dry run that would begin with downloads: what follows is not known before them.
+
+    Args:
+        args: The verb's options.
+        absent: Files that would be fetched, and from where.
+    """
+    from milan_ray.pipelines.plan import DOWNLOADS, Plan, Step
+
+    files = [Step(DOWNLOADS, (file,), f"missing: would be fetched from {url}") for file, url in dict.fromkeys(absent)]
+    return show_plan(args, Plan(files, [Step("tables", (args.verb,), f"not known before: {DOWNLOADS}")]))
+
+
 def close(args: argparse.Namespace, stage: str, done: Mapping[str, Sequence[str]], failed: Mapping[str, str]) -> int:
     """Tells the summary which layers are there now, and which models are not and why; returns the exit status."""
     layers = sum(map(len, done.values()))

@@ -21,6 +21,7 @@ from milan_ray.cli.records import (
     read_text,
     resources_of,
 )
+from milan_ray.cli.refusals import DISSECTION, refuse
 
 if TYPE_CHECKING:
     from milan_ray.labelers.clip import Clip
@@ -56,6 +57,8 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     )
     from milan_ray.pipelines.rerank import run_reranking
 
+    if args.probe is None:
+        refuse(args, DISSECTION, "without --probe exemplars are taken as the storage has them, and", "give --probe too")
     storage, resources = open_storage(args), resources_of(args)
     clip = _clip(args)
     decoder = find_captioner(args, storage)

@@ -7,6 +7,7 @@ import json
 
 from milan_ray.cli import options
 from milan_ray.cli.records import open_storage
+from milan_ray.cli.refusals import refuse
 from milan_ray.progress import say
 
 
@@ -33,6 +34,8 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.experiments.differences import diff_descriptions, store, summary
     from milan_ray.experiments.search import scan_descriptions
 
+    if args.json:
+        refuse(args, ["top"], "with --json, which prints all of it,", "leave out --json")
     storage = open_storage(args)
     frame = scan_descriptions(storage, [args.model, args.other], None, [args.labeler])
     found = diff_descriptions(frame, args.model, args.other, words=args.words, by_layer=args.by_layer)

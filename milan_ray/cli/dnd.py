@@ -15,6 +15,7 @@ from milan_ray.cli.records import (
     opened,
     resources_of,
 )
+from milan_ray.cli.refusals import refuse
 from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:
@@ -99,10 +100,23 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.dnd import run_dnd
+    from milan_ray.pipelines.dnd import FREQUENT, drawings_identity, run_dnd
     from milan_ray.pipelines.exemplars import run_exemplars
     from milan_ray.pipelines.plan import plan_dnd, plan_exemplars
 
+    for server, names in (
+        (args.llm != FREQUENT, ["llm_temperature"]),
+        ("://" in args.llm, ["llm_model", "llm_per_minute", "llm_prices", "llm_budget"]),
+    ):
+        if not server:
+            refuse(
+                args,
+                names,
+                f"with --llm {args.llm}",
+                "name a server (https://…/v1)" if len(names) > 1 else "name a language model",
+            )
+    if not any(args.llm_prices):
+        refuse(args, ["llm_budget"], "without --llm-prices every answer costs nothing, and", "give --llm-prices too")
     args.pooled = True  # the images with the highest mean activation come from there
     storage, models, probe = opened(args)
     resources, config, how = resources_of(args), exemplar_config(args), _config(args)
@@ -110,9 +124,10 @@ def run(args: argparse.Namespace) -> int:
         plan, layers = plan_exemplars(storage, models, probe, config)
         plan_dnd(storage, plan, layers, how, args.units)
         return show_plan(args, plan)
+    identity = drawings_identity(storage, how)  # what is missing is missed before anything starts
     with connected(resources):
         done = run_exemplars(storage, models, probe, config, resources)
-        failed = run_dnd(storage, done, models, probe, config, how, resources, args.units)
+        failed = run_dnd(storage, done, models, probe, config, how, resources, args.units, identity)
     labelled = {name: layers for name, layers in done.models.items() if name not in failed}
     report_on(args, storage, list(done.models))
     return close(args, "labels", labelled, {**done.failed, **failed})

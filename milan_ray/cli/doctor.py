@@ -6,6 +6,7 @@ import argparse
 
 from milan_ray.cli import options
 from milan_ray.cli.records import open_storage, resources_of
+from milan_ray.cli.refusals import refuse
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +22,9 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.plugins import load_plugins
 
     load_plugins(args.plugin)
+    refuse(args, ["actors", "cpus_per_actor", "gpus_per_actor"], "where no work is done", "ask jobs.plan")
+    if args.no_ray:
+        refuse(args, ["address"], "with --no-ray", "leave out --no-ray")
     found = diagnose(open_storage(args), resources_of(args), start_ray=not args.no_ray)
     print(found.json() if args.json else found.text())
     return 0 if found.ok else 1

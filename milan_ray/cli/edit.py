@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from milan_ray.cli import options
 from milan_ray.cli.closing import note, report_on, show_plan
 from milan_ray.cli.records import absolute, opened, probe_request, resources_of
+from milan_ray.cli.refusals import refuse
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
@@ -63,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.plan import Plan
     from milan_ray.pipelines.plan_experiments import plan_editing
 
+    if args.fine_tune is None:
+        refuse(args, ["lr"], "without --fine-tune", "give --fine-tune too")
     storage, models, validation = opened(args)
     if len(models) > 1:
         raise MilanError("a network is edited at a time: give a single --model.")

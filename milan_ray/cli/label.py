@@ -14,6 +14,7 @@ from milan_ray.cli.records import (
     read_text,
     resources_of,
 )
+from milan_ray.cli.refusals import refuse
 from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:
@@ -84,29 +85,34 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
+    from milan_ray.pipelines import requests
     from milan_ray.pipelines.clip_dissect import run_clip_dissect
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.exemplars import run_exemplars
-    from milan_ray.pipelines.label import run_labels
+    from milan_ray.pipelines.label import check_concepts, run_labels
     from milan_ray.pipelines.plan import plan_clip_dissect, plan_exemplars, plan_labels
 
-    storage, models, probe = opened(args)
     how, dissect = _labelers(args)
+    storage, models, probe = opened(args)
+    if how.labelers:
+        source = requests.probe(probe)
+        check_concepts(source, source.manifest())
+    judge = None if dissect is None else image_text_request(args)
     args.pooled = args.pooled or dissect is not None
     resources, config = resources_of(args), exemplar_config(args)
     if args.dry_run:
         plan, layers = plan_exemplars(storage, models, probe, config)
         plan_labels(storage, plan, layers, models, how, args.units)
-        if dissect is not None:
-            plan_clip_dissect(storage, plan, layers, probe, dissect, image_text_request(args), args.units)
+        if dissect is not None and judge is not None:
+            plan_clip_dissect(storage, plan, layers, probe, dissect, judge, args.units)
         return show_plan(args, plan)
     with connected(resources):
         done = run_exemplars(storage, models, probe, config, resources)
         failed = dict(done.failed)
         if how.labelers:
             failed |= run_labels(storage, done, models, probe, config, how, resources, args.units)
-        if dissect is not None:
-            run_clip_dissect(storage, done.models, probe, dissect, image_text_request(args), resources, args.units)
+        if dissect is not None and judge is not None:
+            run_clip_dissect(storage, done.models, probe, dissect, judge, resources, args.units)
     labelled = {name: layers for name, layers in done.models.items() if name not in failed}
     report_on(args, storage, list(done.models))
     return close(args, "labels", labelled, failed)
@@ -126,6 +132,15 @@ def _labelers(args: argparse.Namespace) -> tuple[LabelConfig, ClipDissect | None
     for name in args.labeler:
         if name not in names:
             raise unknown_name("labeler", name, names, f"--labeler takes {', '.join(names)}.")
+    for labelers, own in (
+        ([CompExp.name], ["formula_beam_size", "formula_length"]),
+        (list(known), ["legend", "segmentation", "grid"]),
+        ([CLIP_DISSECT], ["clip", "concepts", "similarity", "pooling", "hold_out"]),
+    ):
+        if not set(labelers) & set(args.labeler):
+            refuse(args, own, f"without --labeler {' or '.join(labelers)}", "add that labeler")
+    if args.segmentation is not None:
+        refuse(args, ["legend"], "with --segmentation, which says itself what pixels show,", "leave out --segmentation")
     chosen = tuple(labeler for name, labeler in known.items() if name in args.labeler)
     grid = args.grid and (args.grid, args.grid)
     return LabelConfig(chosen, grid), _clip_dissect(args) if CLIP_DISSECT in args.labeler else None

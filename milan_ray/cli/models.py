@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from milan_ray.cli import options
+from milan_ray.cli.refusals import refuse
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +34,7 @@ def run(args: argparse.Namespace) -> int:
 
     load_plugins(args.plugin)
     if args.name is None or set(args.name) & set("*?["):
+        refuse(args, ["weights"], "without the name of one model", "name it")
         names = fnmatch.filter(model_names(), args.name or "*")
         if args.json:
             _print_json(map(_model, names))

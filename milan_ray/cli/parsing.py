@@ -52,7 +52,8 @@ class Parser(argparse.ArgumentParser):
             arguments: The command line without the program's name.
 
         Returns:
-            The options; of a verb whose files hold more than options, what else there is, as ``rest``.
+            The options; of a verb whose files hold more than options, what else there is, as ``rest``; as ``given``
+            which were given: destination → option as it was written.
 
         Raises:
             MilanError: The file cannot be read, or holds what is no option of the verb.
@@ -67,6 +68,9 @@ class Parser(argparse.ArgumentParser):
             nearest = str(unknown_name("option", name, _options(verb))).removesuffix(".")
             verb.error(nearest)
         args.rest = rest
+        written = (token.partition("=")[0] for token in (*arguments, *more))
+        known = _options(verb)
+        args.given = {known[name].dest: name for name in written if name in known}
         return args
 
 

@@ -17,6 +17,7 @@ from milan_ray.cli.records import (
     reading_of,
     resources_of,
 )
+from milan_ray.cli.refusals import refuse
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
@@ -72,6 +73,9 @@ def run(args: argparse.Namespace) -> int:
     load_plugins(args.plugin)
     if args.probe is None and args.images is None:
         raise MilanError("how many images: give --images N, or --probe, whose images are counted.")
+    refuse(args, ["address"], "the sample is measured on this machine, where", "measure where it is to run")
+    if args.decoder is None and args.milan is None:
+        refuse(args, ["encoder_weights"], "without --decoder or --milan", "give one of these too")
     if args.speed_up <= 0:
         raise MilanError(f"--speed-up is {args.speed_up:g}: give a number above 0.")
     config, resources = exemplar_config(args), resources_of(args)

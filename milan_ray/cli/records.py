@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from milan_ray import runtime
 from milan_ray.config import Arithmetic, ExemplarConfig, Resources, results_dir
 from milan_ray.errors import MilanError
+from milan_ray.hub import WouldDownload
 from milan_ray.progress import say
 from milan_ray.textfiles import decode_text
 
@@ -116,17 +117,21 @@ def model_requests(args: argparse.Namespace) -> list[ModelRequest]:
             raise MilanError("--weights names the weights of one model; give a single --model with it.")
         if args.weights != RANDOM and args.weights not in get_model(names[0]).published:
             args.weights = absolute("--weights", args.weights)
-    found = []
+    found, absent = [], None
     for name in names:
         weights = args.weights
         try:
             weights = resolve_model(name, weights, args.layers, download=args.download).weights
+        except WouldDownload as error:  # a dry run names all of them
+            absent = error
         except MilanError as error:
             if len(names) == 1:
                 raise
             say(f"{name}: {error}", level="warning")  # the first stage finds the same, and goes on with the others
         layers, plugins = tuple(args.layers), tuple(args.plugin)
         found.append(ModelRequest(name, weights, layers, plugins, args.activations, reading_of(args)))
+    if absent is not None:
+        raise absent
     return found
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from milan_ray.cli import options
 from milan_ray.cli.closing import close, note, show_plan
 from milan_ray.cli.records import image_text_request, opened, resources_of
+from milan_ray.cli.refusals import refuse
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
@@ -95,6 +96,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.clip is None and args.generator is None:
         raise MilanError("give what judges: a model of images and texts with --clip, or --generator, or both.")
+    if args.clip is None:
+        judged = ["top", "retrieved", "sigmoid", "class_names", "sanity"]
+        refuse(args, judged, "without --clip", "give --clip too")
+    if args.generator is None:
+        refuse(args, ["images", "prompt", "weights", "activations"], "without --generator", "give --generator too")
     storage, models, probe = opened(args)
     resources = resources_of(args)
     described = described_layers(storage, [model.name for model in models], args.labeler, args.layers)

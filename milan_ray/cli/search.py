@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
 from milan_ray.cli.records import absolute, open_storage
+from milan_ray.cli.refusals import refuse
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
@@ -45,10 +46,12 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.experiments.search import scan_descriptions, search_descriptions
     from milan_ray.plugins import load_plugins
 
+    load_plugins(args.plugin)
+    if args.parquet:
+        refuse(args, ["json"], "with --parquet", "leave out --parquet")
     frame = scan_descriptions(open_storage(args), args.model, args.layers, args.labeler, leave_out=True)
     model = None
     if args.semantic is not None:
-        load_plugins(args.plugin)
         model = text_model(args.semantic)
     top = None if args.top < 1 else args.top
     found = search_descriptions(frame, args.query, model=model, any_word=args.any, top=top)

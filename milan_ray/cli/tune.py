@@ -19,6 +19,7 @@ from milan_ray.cli.records import (
     open_storage,
     resources_of,
 )
+from milan_ray.cli.refusals import refuse
 from milan_ray.config import Resources
 from milan_ray.errors import MilanError
 
@@ -96,6 +97,7 @@ def _tune_decoder(args: argparse.Namespace, storage: Storage, resources: Resourc
 
     if args.decoder or args.milan:
         raise MilanError(f"{args.config} tunes how a decoder is trained: leave out --decoder and --milan.")
+    refuse(args, ["bert_model"], f"with {args.config}, which tunes how a decoder is trained,", "tune a captioner")
     space = read_decoder_space(text, args.config)
     if args.encoder_weights and len(space.encoders) > 1:
         raise MilanError(f"--encoder-weights is for one encoder, and {args.config} has {', '.join(space.encoders)}.")

@@ -14,16 +14,18 @@ import numpy as np
 import pyarrow as pa
 import torch
 from PIL import Image
+from torch import nn
 
-from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
+from milan_ray.config import Arithmetic, ExemplarConfig, Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
-from milan_ray.exemplars.forward import Forward, pass_size
+from milan_ray.exemplars.forward import pass_size
 from milan_ray.exemplars.pooled import maxima, means
 from milan_ray.models.generators import Generator, GeneratorRequest
 from milan_ray.models.registry import ModelSpec
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
+from milan_ray.pipelines.arithmetic import Forwards, arithmetics_of
 from milan_ray.pipelines.embeddings import lists_of, rows_of
 from milan_ray.pipelines.fanout import beside_others
 from milan_ray.pipelines.pool import Kept, Row, run_pool
@@ -41,7 +43,7 @@ from milan_ray.pipelines.score import (
 )
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.progress import Progress, say
-from milan_ray.schema import UNIT_SCORES
+from milan_ray.schema import POOLED, UNIT_SCORES
 from milan_ray.scoring.simulation import retrieval
 from milan_ray.storage import Storage
 
@@ -141,7 +143,9 @@ def run_cosy(
         "work": work,
         "models": [by_name[name] for name in names],
         "weights": [weights[name] for name in names],
-        "layers": [sorted({w.layer for w in due if w.model == name}) for name in names],
+        "layers": [
+            arithmetics_of(storage, name, sorted({w.layer for w in due if w.model == name}), POOLED) for name in names
+        ],
         "generator": request,
         "cosy": cosy,
         "pooling": config.pooling,
@@ -209,7 +213,7 @@ class CosyWorker:
         work: str,
         models: list[requests.ModelRequest],
         weights: list[str],
-        layers: list[list[str]],
+        layers: list[dict[str, Arithmetic]],
         generator: GeneratorRequest,
         cosy: CosyConfig,
         pooling: str,
@@ -242,13 +246,16 @@ class CosyWorker:
         self._storage.put_work(self._work, f"drawn/{row['name']}", pa.concat_tables(found))
         return {"model": row["model"], "texts": len(row["texts"])}
 
-    def _load(self, index: int) -> tuple[ModelSpec, Forward]:
+    def _load(self, index: int) -> tuple[ModelSpec, Forwards]:
         spec = requests.model(self._models[index])
-        model = requests.network(spec, self._weights[index]).to(self._device)
         size = pass_size(spec.batch(ExemplarConfig().batch_size), self._device)
-        return spec, Forward(spec, model, self._layers[index], size)
 
-    def _activations(self, spec: ModelSpec, forward: Forward, views: np.ndarray) -> dict[str, np.ndarray]:
+        def build() -> nn.Module:
+            return requests.network(spec, self._weights[index]).to(self._device)
+
+        return spec, Forwards(spec, build, self._layers[index], size)
+
+    def _activations(self, spec: ModelSpec, forward: Forwards, views: np.ndarray) -> dict[str, np.ndarray]:
         """Layer → pooled activations of N views, float32 (N, U)."""
         size = pass_size(spec.batch(ExemplarConfig().batch_size), self._device)
         found: dict[str, list[np.ndarray]] = defaultdict(list)

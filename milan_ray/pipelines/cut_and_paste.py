@@ -13,10 +13,10 @@ import torch
 from spacy.language import Language
 from torch import nn
 
-from milan_ray.config import Recipe, Resources
+from milan_ray.config import Arithmetic, Recipe, Resources
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
-from milan_ray.exemplars.forward import pass_size
+from milan_ray.exemplars.forward import Forward, pass_size
 from milan_ray.experiments import analysis, figures
 from milan_ray.experiments.cut_and_paste import (
     CRITERION,
@@ -30,15 +30,13 @@ from milan_ray.experiments.cut_and_paste import (
     paste,
     rates,
 )
-from milan_ray.models.establish import established
 from milan_ray.models.heads import find_head, strongest_classes
-from milan_ray.models.hooks import LayerTap
-from milan_ray.models.inputs import prepare
-from milan_ray.models.registry import ModelSpec
+from milan_ray.models.registry import OUTPUTS, ModelSpec
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.ablate import class_numbers
 from milan_ray.pipelines.analyze import described_model, read_descriptions
+from milan_ray.pipelines.arithmetic import arithmetic_of
 from milan_ray.pipelines.cluster import gpus_each
 from milan_ray.pipelines.exemplars import store_manifest
 from milan_ray.pipelines.fanout import run_parallel
@@ -93,6 +91,7 @@ class _Scan:
     refs: tuple[ImageRef, ...]
     threads: int
     device: str
+    arithmetic: Arithmetic
 
 
 @dataclass(frozen=True)
@@ -180,7 +179,13 @@ def run_pasting(
     classes, labels = class_numbers(manifest["class_label"].to_pylist(), spec)
     pool = np.random.default_rng(config.seed).permutation(len(manifest))[: config.pool]
     guesses, maxima = _scan_images(
-        replace(model, layers=layers), layer, numbers, probe, image_refs(manifest, pool), resources
+        replace(model, layers=layers),
+        layer,
+        numbers,
+        probe,
+        image_refs(manifest, pool),
+        resources,
+        arithmetic_of(storage, spec.name, layer),
     )
     level = _levels(storage, keys)
     material = []
@@ -317,6 +322,16 @@ def _model(request: requests.ModelRequest, device: str) -> tuple[ModelSpec, nn.M
     return spec, spec.load().to(device)
 
 
+@lru_cache(maxsize=1)
+def _forward(
+    request: requests.ModelRequest, layer: str, device: str, arithmetic: Arithmetic
+) -> tuple[ModelSpec, Forward, int]:
+    """The model with taps on a layer and its output, and how many images it takes at a time."""
+    spec = requests.model(request)
+    size = pass_size(spec.batch(128), torch.device(device))
+    return spec, Forward(spec, spec.load().to(device), [layer, OUTPUTS], size, arithmetic), size
+
+
 def _scan_images(
     model: requests.ModelRequest,
     layer: str,
@@ -324,10 +339,12 @@ def _scan_images(
     probe: requests.ProbeRequest,
     refs: Sequence[ImageRef],
     resources: Resources,
+    arithmetic: Arithmetic,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the model takes images for (n,), and the units' maxima on them (n, units)."""
+    """What the model takes images for (n,), and the units' maxima on them (n, units), computed as their levels were."""
+    how = resources.threads, resources.device, arithmetic
     tasks = [
-        _Scan(model, layer, units, probe, tuple(refs[start : start + IMAGES]), resources.threads, resources.device)
+        _Scan(model, layer, units, probe, tuple(refs[start : start + IMAGES]), *how)
         for start in range(0, len(refs), IMAGES)
     ]
     found = dict(run_parallel(_scan, tasks, resources.cpus_per_actor, gpus_each(resources)))
@@ -337,16 +354,13 @@ def _scan_images(
 def _scan(task: _Scan) -> tuple[np.ndarray, np.ndarray]:
     torch.set_num_threads(task.threads)
     device = resolve_device(task.device)
-    spec, network = _model(task.model, str(device))
+    spec, forward, size = _forward(task.model, task.layer, str(device), task.arithmetic)
     views = views_of(task.probe, task.refs, spec)
     guesses, maxima = [], []
-    layout = established(spec, network, [task.layer])[task.layer]
-    with LayerTap(network, [task.layer, "outputs"], spec.hidden, spec.activations) as tap, torch.inference_mode():
-        for some in torch.from_numpy(views).split(pass_size(spec.batch(128), device)):
-            outputs = tap(prepare(spec, network, some.to(device)))
-            guesses.append(outputs["outputs"].argmax(-1).cpu().numpy())
-            maps = layout.maps(outputs[task.layer], f"layer {task.layer!r}")
-            maxima.append(maps.amax(dim=(2, 3))[:, list(task.units)].float().cpu().numpy())
+    for start in range(0, len(views), size):
+        maps = forward.maps(views[start : start + size])
+        guesses.append(maps[OUTPUTS].flatten(1).argmax(-1).cpu().numpy())
+        maxima.append(maps[task.layer].amax(dim=(2, 3))[:, list(task.units)].float().cpu().numpy())
     return np.concatenate(guesses), np.concatenate(maxima)
 
 

@@ -260,6 +260,7 @@ def run_dnd(
     how: DndConfig,
     resources: Resources,
     units: tuple[int, ...] = (),
+    identity: Mapping[str, object] | None = None,
 ) -> dict[str, str]:
     """Describes and dissects every unit of every layer where that is missing or stale.
 
@@ -272,6 +273,7 @@ def run_dnd(
         how: How to describe.
         resources: What of the cluster to use; Ray must be connected.
         units: The units of every layer to describe; empty for all.
+        identity: What :func:`drawings_identity` says, where that was asked before the exemplars were made.
 
     Returns:
         Model → why it could not be described.
@@ -279,7 +281,7 @@ def run_dnd(
     Raises:
         MilanError: A captioner, summariser, generator or model of images and texts is missing, or every model failed.
     """
-    identity = drawings_identity(storage, how)
+    identity = drawings_identity(storage, how) if identity is None else identity
     failed: dict[str, str] = {}
     for request in dict.fromkeys(models):
         if request.name not in dissected.models:

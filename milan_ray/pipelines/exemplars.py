@@ -37,7 +37,8 @@ from milan_ray.models.hooks import find_layers
 from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelSpec, source_of
 from milan_ray.models.weights import weights_digest
-from milan_ray.pipelines import requests
+from milan_ray.pipelines import arithmetic, requests
+from milan_ray.pipelines.arithmetic import refused_by
 from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
 from milan_ray.pipelines.pool import Kept, Row, run_pool
 from milan_ray.pipelines.records import Cost, record_run
@@ -482,7 +483,8 @@ class ModelWorker(ABC):
                 self._failed[index] = str(error)
             except Exception as error:  # a user's model may raise anything, and must not end the others' job
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-                self._failed[index] = f"{self.runs} failed on a batch: {reason}"
+                told = f"{self.runs} failed on a batch: {reason}"
+                self._failed[index] = told + refused_by(self._config.arithmetic)
         return {"model": index, "images": row["images"], "error": self._failed.get(index)}
 
     @abstractmethod
@@ -495,7 +497,8 @@ class ModelWorker(ABC):
         model = requests.network(spec, item.weights)
         layers = item.read
         layouts = {layer: item.layouts[layer] for layer in layers} if item.layouts else None
-        return spec, Forward(spec, model.to(self._device), layers, self._pass_size(spec), layouts=layouts)
+        size, how = self._pass_size(spec), self._config.arithmetic
+        return spec, Forward(spec, model.to(self._device), layers, size, how, layouts)
 
     def _pass_size(self, spec: ModelSpec) -> int:
         return pass_size(spec.batch(self._config.batch_size), self._device)
@@ -655,7 +658,7 @@ def _merge(storage: Storage, item: ModelWork, config: ExemplarConfig, expected: 
     for index, ids in run_parallel(_merge_layer, tasks, here=expected <= FEW_IMAGES):
         if ids is not None:
             winners[item.layers[index]] = ids
-    _merge_pooled(storage, item, shards, cost)
+    _merge_pooled(storage, item, config, shards, cost)
     return _Merged(item, cost, winners)
 
 
@@ -708,17 +711,20 @@ class _PooledTask:
     storage: Storage
     item: ModelWork
     layer: str
+    config: ExemplarConfig
     shards: tuple[str, ...]
     cost: Cost
 
 
-def _merge_pooled(storage: Storage, item: ModelWork, shards: tuple[str, ...], cost: Cost) -> None:
+def _merge_pooled(
+    storage: Storage, item: ModelWork, config: ExemplarConfig, shards: tuple[str, ...], cost: Cost
+) -> None:
     """Makes the pooled activations of all layers public.
 
     Raises:
         MilanError: A shard's are not those of the images it read.
     """
-    tasks = [_PooledTask(storage, item, layer, shards, cost) for layer in item.pooled]
+    tasks = [_PooledTask(storage, item, layer, config, shards, cost) for layer in item.pooled]
     for _ in run_parallel(_merge_pooled_layer, tasks, here=cost.images <= FEW_IMAGES):
         pass
 
@@ -729,7 +735,7 @@ def _merge_pooled_layer(task: _PooledTask) -> None:
     run = item.pooled[layer].hash
     names = [f"pooled/{item.folder(layer)}/{shard}" for shard in task.shards]
     first = task.storage.get_work(item.work, names[0])
-    metadata = {"units": str(len(first["max"][0])), "probe": item.probe}
+    metadata = {"units": str(len(first["max"][0])), "probe": item.probe, **arithmetic.metadata(task.config.arithmetic)}
     rows = 0
 
     def pieces() -> Iterator[pa.Table]:

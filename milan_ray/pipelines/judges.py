@@ -8,12 +8,12 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from milan_ray.exemplars.forward import Forward
 from milan_ray.experiments import judges
 from milan_ray.experiments.comparison import Unit
 from milan_ray.labelers.compexp import CompExp
 from milan_ray.models.registry import ModelSpec
 from milan_ray.pipelines import requests, world
+from milan_ray.pipelines.arithmetic import Forwards, arithmetics_of
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST
 from milan_ray.storage import Storage
 from milan_ray.world.lexicon import CONCEPT, CONCEPTS, KINDS
@@ -121,7 +121,7 @@ def _by_scenes(
     scenes = [source.scene(image_id) for image_id in range(source.size)]
     shown = judges.presence(scenes)
     told = f"{name}: {TRUTH}"
-    run = _activations(layers, columns)
+    run = _activations(storage, layers, columns)
     tables = [
         pa.concat_tables(
             [
@@ -165,13 +165,15 @@ def _by_kind(experiment: str, parts: Sequence[tuple[str, pa.Table]], metric: str
     return pl.concat(frames).to_arrow().cast(parts[0][1].schema)
 
 
-def _activations(layers: Mapping[str, Sequence[str]], columns: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
+def _activations(
+    storage: Storage, layers: Mapping[str, Sequence[str]], columns: np.ndarray
+) -> Callable[[np.ndarray], np.ndarray]:
     """From scenes (N, 64, 64, 3) to the chosen units' maxima, (N, U)."""
     forwards = {}
     for model, of in layers.items():
         spec = _spec(model)
         assert spec.preprocess == PREPROCESS  # scenes are the network's views as they are
-        forwards[model] = Forward(spec, spec.load(), of, 16)
+        forwards[model] = Forwards(spec, spec.load, arithmetics_of(storage, model, of), 16)
 
     def run(images: np.ndarray) -> np.ndarray:
         found = []

@@ -152,7 +152,9 @@ def run_labels(
         else:
             work.append(planned)
     if work:
-        _check_concepts(storage, source, dissected.probe)
+        digest = dissected.probe
+        rows = storage.read_rows(MANIFEST, 0, PEEK, ["image_id", "root", "path"], probe=digest)
+        check_concepts(source, rows)
         broken, seconds = _run_shards(storage, work, dissected.probe, probe, config, how, resources)
         failed |= broken
         for planned in work:
@@ -223,13 +225,13 @@ def label_recipes(
     return found
 
 
-def _check_concepts(storage: Storage, source: Probe, digest: str) -> None:
+def check_concepts(source: Probe, manifest: pa.Table) -> None:
     """Sees before anything starts that there are concept maps at all.
 
     Raises:
         MilanError: The first images have none.
     """
-    first = storage.read_rows(MANIFEST, 0, PEEK, ["image_id", "root", "path"], probe=digest)
+    first = manifest.slice(0, PEEK)
     if all(source.concept_maps(ref) is None for ref in image_refs(first, range(len(first)))):
         raise MilanError(
             f"probe {source.name!r} has no concept maps, which these labelers compare units with: give images with "

@@ -64,6 +64,10 @@ NETWORKS = "networks"
 """What stands among the names of tables for networks to be trained first; they lie beside models, not in storages."""
 
 
+DOWNLOADS = "downloads"
+"""The same for files that would be fetched first."""
+
+
 @dataclass(frozen=True)
 class Step:
     """One partition.
@@ -110,7 +114,10 @@ class Plan:
         lines = [f"{table:12}  {where:{width}}  {reason}" for table, where, reason in rows]
         current = len(self.steps) - len(due)
         after = f", {len(self.later)} depend on them" if self.later else ""
-        what = "networks and tables" if any(step.table == NETWORKS for step in self.steps) else "tables"
+        what = "tables"
+        for others in (NETWORKS, DOWNLOADS):
+            if any(step.table == others for step in self.steps):
+                what = f"{others} and tables"
         counted = f"{len(due)} {what} would be made, {current} are up to date{after}; nothing was done."
         return "\n".join([*lines, counted])
 

@@ -12,8 +12,9 @@ import torch
 
 from milan_ray.config import ExemplarConfig, Recipe
 from milan_ray.exemplars import masks
-from milan_ray.exemplars.forward import Forward, read_inputs
+from milan_ray.exemplars.forward import read_inputs
 from milan_ray.pipelines import requests
+from milan_ray.pipelines.arithmetic import Forwards, arithmetics_of
 from milan_ray.pipelines.fanout import run_parallel
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
@@ -182,7 +183,7 @@ def _judge(task: _Judge) -> Truth:
     source = requests.probe(task.probe)
     spec = requests.model(task.model)
     batch_size = ExemplarConfig().batch_size
-    forward = Forward(spec, spec.load(), task.layers, batch_size)
+    forward = Forwards(spec, spec.load, arithmetics_of(task.storage, spec.name, task.layers), batch_size)
     states = {
         layer: ConceptIoU(
             torch.from_numpy(np.array(task.storage.read(LEVELS, ["level"], model=spec.name, layer=layer)["level"])),

@@ -137,7 +137,7 @@ def test_pooled_after_a_kill_has_every_row_once(undisturbed, few, tmp_path, caps
     for file in ("pooled/L1/000000", "pooled/L1/000003"):
         (tmp_path / f"_work/{item.work}/{file}.arrow").unlink()
     (tmp_path / f"_work/{item.work}/images/000002.arrow").unlink()
-    stage._merge_pooled_layer(stage._PooledTask(storage, item, "0", tuple(f"{n:06d}" for n in range(5)), 39))
+    stage._merge_pooled_layer(stage._PooledTask(storage, item, "0", config, tuple(f"{n:06d}" for n in range(5)), 39))
     capsys.readouterr()
     run(tmp_path, few, config)
     assert "2 of 5 shards are done already" in capsys.readouterr().err

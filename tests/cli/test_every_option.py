@@ -1,0 +1,325 @@
+"""Every option of every verb does what it says: has a test that fails where it is ignored, or says why it needs none.
+
+A new option fails here until a row names its test. ``OWED`` are those whose row is still to be written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from milan_ray import cli
+from milan_ray.pipelines.arithmetic import arithmetic_of
+from milan_ray.schema import EXEMPLARS, LEVELS, POOLED
+from milan_ray.storage import Storage
+
+TESTS = Path(__file__).resolve().parents[1]
+WITNESS = str(TESTS / "plugins/witness.py")
+TINY = str(TESTS / "plugins/tiny_models.py")
+
+HERE = "cli/test_every_option.py"
+COMMAND = "cli/test_command_line.py"
+TRAIN, LABEL = "pipelines/test_training_pipeline.py", "pipelines/test_scores.py"
+DND, COLLECT = "pipelines/test_dnd_pipeline.py", "pipelines/test_collection_pipeline.py"
+ALONE = f"{HERE}::test_g5_options_that_would_do_nothing_are_refused"
+WORKERS = f"{HERE}::test_d_options_of_dissections_reach_the_workers"
+CHANGES = f"{HERE}::test_options_change_the_tables_that_they_speak_of"
+
+ROWS: dict[str, str] = {
+    "--precision": WORKERS,
+    "--channels-last": WORKERS,
+    "--batch-size": WORKERS,
+    "--cpus-per-actor": WORKERS,
+    "--k": CHANGES,
+    "--quantile": CHANGES,
+    "--activations": CHANGES,
+    "--weights": CHANGES,
+    "--layers": CHANGES,
+    "--pooled": CHANGES,
+    "--max-bad": CHANGES,
+    "--device": CHANGES,
+    "--model": f"{COMMAND}::test_options_of_a_file_are_those_of_the_command_line",
+    "--zoo": f"{COMMAND}::test_options_of_a_file_are_those_of_the_command_line",
+    "--config": f"{COMMAND}::test_options_of_a_file_are_those_of_the_command_line",
+    "--json": f"{COMMAND}::test_a_plan_is_text_or_json",
+    "--quiet": f"{COMMAND}::test_a_plan_is_text_or_json",
+    "--log": "test_progress.py::test_log_as_json_says_errors_too_and_shows_no_bar_in_a_terminal",
+    "--debug": "test_cli.py::test_debug_shows_the_traceback",
+    "--dry-run": f"{HERE}::test_e_dry_runs_connect_to_nothing_and_write_nothing",
+    "--download": f"{HERE}::test_e_dry_runs_connect_to_nothing_and_write_nothing",
+    "--milan": f"{HERE}::test_e_dry_runs_connect_to_nothing_and_write_nothing",
+    "--storage": CHANGES,
+    "--plugin": CHANGES,
+    "--probe": CHANGES,
+    "--report": "pipelines/test_describe_pipeline.py::test_report_of_a_model_without_descriptions_beside_one_with",
+    "--no-report": CHANGES,
+    "--units": "pipelines/test_staleness.py::test_units_alone_are_described_and_do_not_pass_for_the_whole_layer",
+    "--lam": "pipelines/test_staleness.py::test_run_makes_again_what_the_dry_run_named_and_nothing_else",
+    "--setting": f"{TRAIN}::test_train_command_takes_a_tuned_setting",
+    "--groups": f"{TRAIN}::test_train_command_all_groups_of_the_world_are_fourteen_captioners",
+    "--annotations": f"{COLLECT}::test_answers_of_mturk_become_annotations",
+    "--tables": f"{COLLECT}::test_answers_of_mturk_become_annotations",
+    "--source": f"{COLLECT}::test_answers_of_mturk_become_annotations",
+    "--rouge": f"{COLLECT}::test_statistics_of_stored_annotations_and_of_a_file",
+    "--language": f"{COLLECT}::test_statistics_of_stored_annotations_and_of_a_file",
+    "--key": f"{COLLECT}::test_answers_of_label_studio_become_the_same_annotations",
+    "--qualification": f"{COLLECT}::test_answers_of_label_studio_become_the_same_annotations",
+    "--concepts": f"{LABEL}::test_units_are_named_and_a_dry_run_finds_them_done",
+    "--similarity": f"{LABEL}::test_units_are_named_and_a_dry_run_finds_them_done",
+    "--class-names": f"{LABEL}::test_command_line_says_what_is_up_to_date_and_what_is_missing",
+    "--captioner": f"{DND}::test_command_line_plans_and_says_what_is_missing",
+    "--llm": f"{DND}::test_command_line_plans_and_says_what_is_missing",
+    "--scoring": f"{DND}::test_command_line_plans_and_says_what_is_missing",
+    "--tag": f"{DND}::test_command_line_plans_and_says_what_is_missing",
+    "--pair": "pipelines/test_audit.py::test_audit_of_other_words_pairs_and_networks",
+    "--words": "pipelines/test_audit.py::test_audit_of_other_words_pairs_and_networks",
+    "--suffix": "pipelines/test_audit.py::test_audit_refuses_what_it_cannot_compare",
+    "--query": "pipelines/test_audit.py::test_audit_counts_reviews_and_counts_again",
+    "--semantic": "experiments/test_search_command.py::test_search_by_meaning_takes_the_model_at_hand",
+    "--parquet": "experiments/test_search_command.py::test_search_prints_a_table_or_json_or_writes_parquet",
+    "--remove": "pipelines/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
+    "--fine-tune": "pipelines/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
+    "--out": "pipelines/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
+    "--test": "pipelines/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
+    "--small": "cli/test_dry_runs.py::test_paper_stands_on_the_demo_and_finds_its_claims_anew",
+    "--only": "cli/test_dry_runs.py::test_paper_stands_on_the_demo_and_finds_its_claims_anew",
+    "--split": "cli/test_dry_runs.py::test_generalize_knows_its_units_when_encodings_are_there",
+    "--encoder": "cli/test_dry_runs.py::test_generalize_knows_its_units_when_encodings_are_there",
+    "--copies": "cli/test_plan.py::test_plan_needs_no_images_and_multiplies_models",
+    "--price": "cli/test_plan.py::test_plan_needs_no_images_and_multiplies_models",
+    "--sample": "cli/test_plan.py::test_plan_needs_no_images_and_multiplies_models",
+    "--short": "benchmarks/test_exemplar_benchmarks.py::test_benchmark_short_form_writes_its_figures",
+    "--repeats": "benchmarks/test_exemplar_benchmarks.py::test_benchmark_short_form_writes_its_figures",
+}
+"""Option → the test that fails where it is ignored, below ``tests``; ``VERB --option`` comes before ``--option``."""
+
+CANNOT_MATTER = {
+    "--actors": "how many never changes a result: tests/pipelines/test_exemplars_pipeline.py compares one with two",
+    "--shard-size": "how large never changes a result: tests/pipelines/test_exemplars_pipeline.py compares three",
+    "--gpus-per-actor": "there is no GPU where the tests run",
+    "--memory-limit": "the same batches come from memory and from disk",
+    "dnd --pooled": "always on there",
+}
+
+OWED = {
+    "--address", "--annotation-count", "--any", "--beam-size", "--bert-model", "--bertscore", "--bf16", "--by-layer",
+    "--clip", "--clip-beam-size", "--clip-lam", "--clip-z", "--crops", "--decoder", "--distractors", "--drawn",
+    "--each", "--embedding", "--encoder-weights", "--epochs", "--formula-beam-size", "--formula-length",
+    "--generator", "--grid", "--held-out", "--hidden", "--hold-out", "--images", "--keep-rejected", "--labeler",
+    "--labels", "--legend", "--length", "--llm-budget", "--llm-model", "--llm-per-minute", "--llm-prices",
+    "--llm-temperature", "--lr", "--most", "--name", "--no-ray", "--originals", "--patience", "--photos", "--pool",
+    "--pooling", "--prompt", "--reference-quirks", "--retrieved", "--sanity", "--seed", "--segmentation", "--share",
+    "--sigmoid", "--speed-up", "--threads", "--ties", "--top", "--trials", "--url", "--within-patience", "--workers",
+}  # fmt: skip
+"""Options whose row is still to be written. Nothing may be added."""
+
+
+def verbs(parser: argparse.ArgumentParser, name: str = "") -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for verb, below in action.choices.items():
+                yield from verbs(below, f"{name} {verb}".strip())
+            return
+    yield name, parser
+
+
+def every_option() -> list[tuple[str, str]]:
+    return [
+        (verb, action.option_strings[-1])
+        for verb, parser in verbs(cli.build_parser())
+        for action in parser._actions
+        if action.option_strings and action.dest != "help"
+    ]
+
+
+@cache
+def names_in(file: str) -> set[str]:
+    tree = ast.parse((TESTS / file).read_text(encoding="utf-8"))
+    return {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+
+
+@pytest.mark.parametrize("verb", [verb for verb, _ in verbs(cli.build_parser())])
+def test_every_option_has_a_test_that_fails_where_it_is_ignored(verb: str) -> None:
+    for option in (option for name, option in every_option() if name == verb):
+        rows = [f"{verb} {option}", option]
+        found = next((table[row] for row in rows for table in (ROWS, CANNOT_MATTER) if row in table), None)
+        assert found is not None or option in OWED, f"{verb} {option} has no row: name its test in ROWS"
+        if found is not None and "::" in found:
+            file, test = found.split("::")
+            assert test in names_in(file), found
+
+
+def test_rows_speak_of_options_that_there_are() -> None:
+    known = {name for verb, option in every_option() for name in (option, f"{verb} {option}")}
+    assert {*ROWS, *CANNOT_MATTER, *OWED} <= known
+    assert not OWED & {*ROWS, *CANNOT_MATTER}
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("few")
+    for number in range(20):
+        pixels = np.random.default_rng(number).integers(0, 256, (24, 24, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number:02d}.png")
+    return folder
+
+
+def dissect(root: Path, few: Path, *options: str, plugin: str = TINY, model: str = "tiny/cnn") -> Storage:
+    command = ["exemplars", "--model", model, "--plugin", plugin, "--probe", str(few), "--storage", str(root)]
+    assert cli.main([*command, "--no-report", *options]) == 0
+    return Storage(root)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ([], [32, 0, 16, 1]),
+        (["--precision", "bfloat16"], [16, 0, 16, 1]),
+        (["--precision", "float16", "--batch-size", "7"], [17, 0, 7, 1]),
+        (["--channels-last", "--cpus-per-actor", "2"], [32, 1, 16, 2]),
+    ],
+)
+def test_d_options_of_dissections_reach_the_workers(few, tmp_path, options, says) -> None:
+    storage = dissect(tmp_path, few, "--pooled", *options, plugin=WITNESS, model="witness")
+    keys = {"model": "witness", "layer": "says"}
+    found = storage.read(POOLED, ["max"], **keys)["max"].to_pylist()
+    assert np.max(found, axis=0).tolist() == says
+    first = storage.read(EXEMPLARS, ["unit", "activation"], **keys).to_pydict()
+    assert dict(zip(first["unit"], first["activation"], strict=True)) == dict(enumerate(map(float, says)))
+    how = arithmetic_of(storage, **keys)
+    assert (how.precision == "float32", how.channels_last) == (says[0] == 32, says[1] == 1)
+
+
+def test_options_change_the_tables_that_they_speak_of(few, tmp_path, capsys) -> None:
+    plain = dissect(tmp_path / "plain", few)
+    keys = {"model": "tiny/cnn", "layer": "0"}
+    table = plain.read(EXEMPLARS, **keys)
+    assert sorted(k["layer"] for k in plain.partitions(EXEMPLARS)) == ["0", "2", "6"]
+    assert not plain.partitions(POOLED) and not (tmp_path / "plain/report").exists()
+    own = dissect(tmp_path / "own", few, "--layers", "0", "--k", "3", "--pooled", "--activations", "post")
+    assert [k["layer"] for k in own.partitions(EXEMPLARS)] == ["0"] and own.count(POOLED, **keys) == 20
+    assert own.count(EXEMPLARS, **keys) == 6 * 3 and len(table) == 6 * 15
+    post = own.read(EXEMPLARS, ["activation"], **keys)["activation"].to_numpy()
+    assert post.min() >= 0
+    low = dissect(tmp_path / "low", few, "--layers", "0", "--quantile", "0.5", "--weights", "random")
+    assert (low.read(LEVELS, **keys)["level"].to_numpy() < plain.read(LEVELS, **keys)["level"].to_numpy()).all()
+    (few / "zz.png").write_bytes(b"no image")
+    command = ["exemplars", "--model", "tiny/cnn", "--plugin", TINY, "--storage", str(tmp_path / "bad")]
+    try:
+        assert cli.main([*command, "--probe", str(few), "--no-report", "--max-bad", "0.01"]) == 1
+        assert cli.main([*command, "--probe", str(few), "--no-report", "--max-bad", "0.2"]) == 0
+        assert cli.main([*command, "--probe", str(few), "--no-report", "--device", "cuda:9", "--k", "2"]) == 1
+    finally:
+        (few / "zz.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("command", "sentence"),
+    [
+        (["describe", "--model", "m", "--decoder", "d", "--quantile", ".98", "--k", "15"], "--quantile, --k|--k, --q"),
+        (["describe", "--model", "m", "--decoder", "d", "--probe", "p", "--clip-z", "1"], "without --clip --clip-z"),
+        (["label", "--model", "m", "--probe", "p", "--concepts", "c"], "clip-dissect --concepts would do nothing"),
+        (["label", "--model", "m", "--probe", "p", "--labeler", "netdissect", "--formula-length", "2"], "compexp"),
+        (["label", "--model", "m", "--probe", "p", "--labeler", "clip-dissect", "--grid", "2"], "--grid would do"),
+        (["dnd", "--model", "m", "--probe", "p", "--llm", "frequent", "--llm-model", "x"], "--llm-model would do"),
+        (["dnd", "--model", "m", "--probe", "p", "--llm", "https://h/v1", "--llm-budget", "1"], "--llm-prices"),
+        (["score", "--model", "m", "--probe", "p", "--clip", "c", "--images", "2"], "without --generator --images"),
+        (["score", "--model", "m", "--probe", "p", "--generator", "g", "--top", ".1"], "without --clip --top"),
+        (["audit", "--semantic"], "without --query"),
+        (["audit", "--k", "3"], "described already, --k would do nothing"),
+        (["search", "red", "--json", "--parquet", "f"], "--json would do nothing"),
+        (["diff", "a", "b", "--json", "--top", "3"], "--top would do nothing"),
+        (["models", "--weights", "w"], "--weights would do nothing"),
+        (["edit", "--model", "m", "--probe", "p", "--lr", ".1"], "without --fine-tune"),
+        (["compare", "--report", "x", "--no-report"], "with --no-report --report would do nothing"),
+        (["annotations", "import", "a.csv", "--model", "m", "--download"], "--download would do nothing"),
+    ],
+)
+def test_g5_options_that_would_do_nothing_are_refused(command, sentence, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(command) == 1
+    said = capsys.readouterr().err
+    assert "leave" in said and any(part in said for part in sentence.split("|")), said
+    assert not list(tmp_path.iterdir())
+
+
+def test_g7_labels_without_concept_maps_are_refused_before_exemplars(few, tmp_path, capsys) -> None:
+    command = ["label", "--model", "tiny/cnn", "--plugin", TINY, "--probe", str(few), "--storage", str(tmp_path)]
+    assert cli.main(command) == 1
+    assert "has no concept maps" in capsys.readouterr().err and not Storage(tmp_path).partitions(EXEMPLARS)
+
+
+def test_g7_describe_and_dissect_without_generator_is_refused_before_exemplars(few, tmp_path, capsys) -> None:
+    command = ["dnd", "--model", "tiny/cnn", "--plugin", TINY, "--probe", str(few), "--storage", str(tmp_path)]
+    assert cli.main([*command, "--llm", "frequent", "--captioner", "absent", "--scoring", "mean"]) == 1
+    assert "absent" in capsys.readouterr().err and not Storage(tmp_path).partitions(EXEMPLARS)
+
+
+_WATCHED: list[tuple[str, object]] | None = None
+_WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.utime"}
+
+
+def _watch(event: str, args: tuple[object, ...]) -> None:
+    if _WATCHED is None:
+        return
+    if event in ("socket.connect", "socket.getaddrinfo", "socket.bind", *_WRITES):
+        _WATCHED.append((event, args[:1]))
+    if event == "open" and args[0] != os.devnull and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
+        _WATCHED.append((event, args[0]))
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[list[tuple[str, object]]]:
+    """What connects or writes meanwhile."""
+    global _WATCHED
+    if not getattr(sys, "_milan_watched", False):
+        sys.addaudithook(_watch)
+        sys._milan_watched = True  # type: ignore[attr-defined]
+    _WATCHED = []
+    try:
+        yield _WATCHED
+    finally:
+        _WATCHED = None
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["describe", "--milan", "base", "--model", "tiny/cnn", "--plugin", TINY, "--probe", "{few}"],
+        [
+            "exemplars",
+            "--model",
+            "tiny/cnn",
+            "--plugin",
+            TINY,
+            "--probe",
+            "{few}",
+            "--weights",
+            "http://127.0.0.1/w.pth",
+        ],
+        ["exemplars", "--model", "resnet18/imagenet", "alexnet/imagenet", "--probe", "{few}", "--download"],
+        ["exemplars", "--model", "tiny/cnn", "--plugin", TINY, "--probe", "{few}"],
+    ],
+)
+def test_e_dry_runs_connect_to_nothing_and_write_nothing(command, few, tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path / "models"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
+    command = [part.format(few=few) for part in command]
+    with watched() as seen:
+        assert cli.main([*command, "--storage", str(tmp_path / "run"), "--dry-run"]) == 0
+    assert seen == [] and not list(tmp_path.iterdir())
+    out = capsys.readouterr().out
+    assert out.splitlines()[-1].endswith("nothing was done.")
+    asked = "--weights" in command or "--download" in command or "--milan" in command
+    assert ("would be fetched from" in out) == asked
+    assert "--download" not in command or out.count("would be fetched from") == 2  # all of them are named
