@@ -47,7 +47,7 @@ BATCH_SIZE = 32
 """Images per encoder pass."""
 
 UNITS = 16
-"""Units per beam search, as in the reference: with its quirks on, a score depends on the batch (REFERENCE §5.1)."""
+"""Units per beam search, as in the reference: with its quirks on, a score depends on the batch."""
 
 MASKS = 256
 """Masks pooled at a time: 50 MB at 224×224."""

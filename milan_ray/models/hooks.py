@@ -75,8 +75,8 @@ class LayerTap:
     A module that runs several times in one forward pass shows its last output; one that puts out a tuple or dict shows
     the first tensor in it. Where an activation function follows a layer, its values can be meant in three ways:
 
-    - ``seen``: the tensor that the module put out, as it is after the forward pass. This is what the reference keeps
-      (REFERENCE §1.1): where the function works in place (``features.N`` of torchvision's AlexNet, VGG, SqueezeNet) its
+    - ``seen``: the tensor that the module put out, as it is after the forward pass. This is what the reference
+      keeps: where the function works in place (``features.N`` of torchvision's AlexNet, VGG, SqueezeNet) its
       result is seen, else the values before it.
     - ``pre``: what the module put out, copied before anything can change it.
     - ``post``: what came out of the activation module (``torch.nn.ReLU``, ``GELU``, …) that took the layer's output as

@@ -15,7 +15,7 @@ MAX_PREFIX_TOKENS = 8
 def unit_maps(
     output: torch.Tensor, prefix_tokens: int | None = None, *, channels_last: bool = False, layer: str = "the layer"
 ) -> torch.Tensor:
-    """Arranges a layer's output as maps over image positions, one per unit (REFERENCE §1.1, §1.5).
+    """Arranges a layer's output as maps over image positions, one per unit.
 
     Args:
         output: Maps (B, U, H, W), tokens (B, T, U) or vectors (B, U).

@@ -1,4 +1,4 @@
-"""MILANNOTATIONS out of the run directory: exemplars + views + annotations ─► a published set (REFERENCE §1.4, §7)."""
+"""MILANNOTATIONS out of the run directory: exemplars + views + annotations ─► a published set."""
 
 from __future__ import annotations
 

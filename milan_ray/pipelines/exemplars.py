@@ -1,4 +1,4 @@
-"""Exemplars of whole models over a sharded probe (DESIGN §3): one pass, all layers, any number of actors, one answer.
+"""Exemplars of whole models over a sharded probe: one pass, all layers, any number of actors, one answer.
 
 manifest ─► shards ─► [actor pool: forward, top-k, levels] ─► partials ─► [merge per layer] ─► exemplars, levels
                                                                  ├─► images read: skipped, sha256

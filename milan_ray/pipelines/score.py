@@ -525,7 +525,7 @@ def _class_rows(
     vectors: Mapping[str, np.ndarray],
     embedder: Embedder,
 ) -> pa.Table:
-    """How well descriptions of a classifier's outputs name their classes (METHODS §9).
+    """How well descriptions of a classifier's outputs name their classes.
 
     Raises:
         MilanError: There are not as many classes as units.
