@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import IO, BinaryIO, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
@@ -57,6 +57,9 @@ WORK = "_work"
 ROW_GROUP = 2**14
 """Rows that are read together at least: a worker needs its few rows of a long manifest."""
 
+
+_PART = 2**23
+"""Bytes of an object that are copied at once."""
 
 _TRIES = 8
 """Attempts at a local file or folder that another job removes or fills at the same moment."""
@@ -204,13 +207,36 @@ class Storage:
             return stream.read()
 
     def open(self, path: str) -> pa.NativeFile:
-        """Opens a file, to read parts of it.
+        """Opens one version of a file, to read parts of it, however often others replace it meanwhile.
+
+        From an object store, which answers each request with the version of that moment, it is copied into a temporary
+        file of this machine first.
 
         Raises:
             FileNotFoundError: There is none.
+            MilanError: It cannot be read, or there is no room for the copy.
         """
-        with self._reading(path):
-            return self._fs.open_input_file(f"{self._base}/{path}")
+        if self.is_local:
+            with self._reading(path):
+                return self._fs.open_input_file(f"{self._base}/{path}")
+        with tempfile.NamedTemporaryFile() as spool:
+            self._steady(path, lambda target: self._copy(target, spool))
+            return pa.OSFile(spool.name)  # which stays readable without its name
+
+    def _copy(self, target: str, spool: IO[bytes]) -> None:
+        """Fills a local file with an object's bytes."""
+        spool.seek(0)
+        spool.truncate()
+        with self._fs.open_input_stream(target) as source:
+            while part := source.read(_PART):
+                try:
+                    spool.write(part)
+                    spool.flush()
+                except OSError as error:
+                    raise MilanError(
+                        f"cannot copy {target} into {tempfile.gettempdir()}: {error.strerror or error}; "
+                        "set TMPDIR to a folder with more room."
+                    ) from error
 
     def exists(self, path: str) -> bool:
         """Whether there is a file of that name."""
