@@ -323,7 +323,9 @@ class RunExemplars:
         self.model = models[0] if model is None else model
         if self.model not in models:
             raise unknown_name("model", self.model, models, f"These have exemplars in {storage.root}.")
-        self.layers = [keys["layer"] for keys in found if keys["model"] == self.model]
+        self.layers = storage.layers_in_order(
+            self.model, (keys["layer"] for keys in found if keys["model"] == self.model)
+        )
         self._storage = storage
 
     def units(self) -> list[tuple[str, int]]:

@@ -13,6 +13,7 @@ import io
 import json
 import mmap
 import os
+import re
 import tempfile
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -32,7 +33,7 @@ import pyarrow.parquet as pq
 from milan_ray.config import Recipe
 from milan_ray.errors import MilanError
 from milan_ray.remote import is_uri, open_uri, split_query, why
-from milan_ray.schema import Noun
+from milan_ray.schema import EXEMPLARS, Noun
 
 Result = TypeVar("Result")
 
@@ -51,6 +52,9 @@ WHOLE_KEY = "milan_ray.whole"
 EXEMPLARS_KEY = "milan_ray.exemplars"
 """Metadata key: configuration hash of the exemplars that a file speaks of."""
 
+ORDER_KEY = "milan_ray.order"
+"""Metadata key of exemplars: the layer's place among the modules of its model."""
+
 FILE_NAME = "data.parquet"
 WORK = "_work"
 
@@ -60,6 +64,9 @@ ROW_GROUP = 2**14
 
 _PART = 2**23
 """Bytes of an object that are copied at once."""
+
+_READERS = 16
+"""Files of an object store whose footers are read at once."""
 
 _TRIES = 8
 """Attempts at a local file or folder that another job removes or fills at the same moment."""
@@ -499,6 +506,45 @@ class Storage:
                 found.append(keys)
         return found
 
+    def in_model_order(self, partitions: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
+        """Partitions by their keys, but layers as they follow one another in their model.
+
+        The order is what the model's exemplars say. Where one of the layers has none that say it, names decide, numbers
+        in them by their value.
+
+        Args:
+            partitions: Keys of partitions, ``model`` and ``layer`` among them.
+        """
+        found = [dict(keys) for keys in partitions]
+        layers: dict[str, set[str]] = {}
+        for keys in found:
+            layers.setdefault(keys["model"], set()).add(keys["layer"])
+        ranks = {
+            model: {layer: n for n, layer in enumerate(self.layers_in_order(model, of))} for model, of in layers.items()
+        }
+
+        def place(keys: dict[str, str]) -> tuple[str | int, ...]:
+            return tuple(ranks[keys["model"]][value] if name == "layer" else value for name, value in keys.items())
+
+        return sorted(found, key=place)
+
+    def layers_in_order(self, model: str, layers: Iterable[str]) -> list[str]:
+        """Some layers of a model as they follow one another in it; order as for :meth:`in_model_order`."""
+        names = sorted(set(layers), key=natural)
+        with ThreadPoolExecutor(1 if self.is_local else _READERS) as threads:
+            places = list(threads.map(lambda layer: self._place_of(model, layer), names))
+        known = [place for place in places if place is not None]
+        if len(known) < len(names):
+            return names
+        return [names[n] for n in sorted(range(len(names)), key=lambda n: (known[n], n))]
+
+    def _place_of(self, model: str, layer: str) -> int | None:
+        try:
+            found = (self.metadata(EXEMPLARS, model=model, layer=layer) or {}).get(ORDER_KEY, "")
+        except MilanError:  # a damaged file has no say; whoever reads its rows says that it is damaged
+            return None
+        return int(found) if found.isdecimal() else None
+
     # -- work in progress -------------------------------------------------------------------------------------
 
     def put_work(self, config: str, name: str, table: pa.Table) -> None:
@@ -534,6 +580,11 @@ class Storage:
     def remove_work(self, config: str) -> None:
         """Removes a configuration's work, once its result is public."""
         self.remove(f"{WORK}/{config}")
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts ``layer10`` after ``layer9``."""
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _stamp(config: str | Recipe) -> dict[str, str]:

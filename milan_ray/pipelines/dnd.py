@@ -325,7 +325,7 @@ def _run_model(
         if storage.why(DRAWINGS, recipe, labeler=labeler.name, model=spec.name, layer=layer)
     )
     if missing:
-        weights, view, _ = describe_model(spec, digest, config)
+        weights, view, *_ = describe_model(spec, digest, config)
         images = storage.count(MANIFEST, probe=digest)
         plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
         item = ModelWork(request, weights, spec.layers, missing, digest, work, plan, {}, {}, view)

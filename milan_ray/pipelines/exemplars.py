@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerStates, Plan, fold, naming, to_table
 from milan_ray.models.hooks import find_layers
+from milan_ray.models.order import places
 from milan_ray.models.registry import ModelSpec, source_of
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
@@ -44,7 +45,7 @@ from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, POOLED, SKIPPED
-from milan_ray.storage import Storage, WorkGone
+from milan_ray.storage import ORDER_KEY, Storage, WorkGone
 
 IMAGES = "images"
 """Work folder of the tables that say which images a shard read; written last, so it also says that it is finished."""
@@ -86,6 +87,7 @@ class ModelWork:
         recipes: Layer → what decides its public tables.
         pooled: Layer whose pooled activations are still to do → what decides them.
         view: Key of the view that shows its exemplars.
+        order: Layer → its place among the model's modules.
     """
 
     model: requests.ModelRequest
@@ -98,6 +100,7 @@ class ModelWork:
     recipes: dict[str, Recipe]
     pooled: dict[str, Recipe]
     view: str
+    order: dict[str, int] = field(default_factory=dict)
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -258,7 +261,7 @@ def _plan(
     config: ExemplarConfig,
 ) -> ModelWork | None:
     """The layers of a model that are missing or stale; None when there are none."""
-    weights, view, recipes = describe_model(spec, probe, config)
+    weights, view, recipes, order = describe_model(spec, probe, config)
     missing = tuple(layer for layer, recipe in recipes.items() if why_exemplars(storage, recipe, spec.name, layer))
     pooled = {layer: pooled_recipe(recipe) for layer, recipe in recipes.items()} if config.pooled else {}
     pooled = {key: recipe for key, recipe in pooled.items() if why_pooled(storage, recipe, spec.name, key)}
@@ -277,11 +280,13 @@ def _plan(
     if not missing:
         say(f"exemplars of {spec.name}: up to date; one more pass over the probe for their pooled activations")
     plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
-    return ModelWork(request, weights, spec.layers, missing, probe, work, plan, recipes, pooled, view)
+    return ModelWork(request, weights, spec.layers, missing, probe, work, plan, recipes, pooled, view, order)
 
 
-def describe_model(spec: ModelSpec, probe: str, config: ExemplarConfig) -> tuple[str, str, dict[str, Recipe]]:
-    """Builds a model; returns its weights' digest, its view's key, and layer → what decides its exemplars.
+def describe_model(
+    spec: ModelSpec, probe: str, config: ExemplarConfig
+) -> tuple[str, str, dict[str, Recipe], dict[str, int]]:
+    """Builds a model; returns its weights' digest, its view's key, layer → what decides its exemplars, layer → place.
 
     Raises:
         MilanError: It cannot be built, or has no such layer.
@@ -290,7 +295,8 @@ def describe_model(spec: ModelSpec, probe: str, config: ExemplarConfig) -> tuple
     find_layers(model, spec.layers)
     weights = weights_digest(model)
     view = view_key(spec, model, weights, config)
-    return weights, view, exemplar_recipes(spec, model, weights, view, probe, config)
+    recipes = exemplar_recipes(spec, model, weights, view, probe, config)
+    return weights, view, recipes, places(model, spec.layers)
 
 
 def why_exemplars(storage: Storage, recipe: Recipe, model: str, layer: str) -> str | None:
@@ -694,6 +700,7 @@ def _write_exemplars(storage: Storage, item: ModelWork, layer: str, config: Exem
         "view": item.view,
         "k": str(config.k),
         "quantile": str(config.quantile),
+        ORDER_KEY: str(item.order[layer]),
     }
     columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
     columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}

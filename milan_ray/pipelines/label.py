@@ -196,7 +196,7 @@ def _plan(
     if not missing:
         storage.remove_work(work)
         return None
-    weights, view, _ = describe_model(spec, probe, config)
+    weights, view, *_ = describe_model(spec, probe, config)
     plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
     item = ModelWork(request, weights, spec.layers, missing, probe, work, plan, {}, {}, view)
     exemplars = {layer: storage.config_of(EXEMPLARS, model=spec.name, layer=layer) for layer in missing}

@@ -113,7 +113,21 @@ def status(storage: Storage) -> Status:
             written = _time(stats[storage.path(noun, **keys)].modified)
             rows = storage.count(noun, **keys)
             found.append(Partition(noun.name, keys, rows, meta.get(UNITS_KEY, ""), written, config, state))
-    return Status(storage.root, found, _work(storage))
+    return Status(storage.root, _in_model_order(storage, found), _work(storage))
+
+
+def _in_model_order(storage: Storage, found: list[Partition]) -> list[Partition]:
+    """Partitions table by table, their layers as they follow one another in their model."""
+    layers = {(part.keys["model"], part.keys["layer"]) for part in found}
+    ordered = storage.in_model_order({"model": model, "layer": layer} for model, layer in layers)
+    rank = {(keys["model"], keys["layer"]): number for number, keys in enumerate(ordered)}
+    stage = {noun.name: number for number, noun in enumerate(STAGES)}
+
+    def place(part: Partition) -> tuple[str | int, ...]:
+        own = rank[part.keys["model"], part.keys["layer"]]
+        return stage[part.table], *(own if key == "layer" else value for key, value in part.keys.items())
+
+    return sorted(found, key=place)
 
 
 def _digest(name: str, config: str) -> str:

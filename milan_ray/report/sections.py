@@ -126,7 +126,7 @@ def differences(storage: Storage, out: Path, pages: Pages, layers: Sequence[Laye
         columns = ["layer", "unit", "description", "other_description", "gained", "lost"]
         changes = storage.read(CHANGES, columns, **keys).to_pylist() if there else []
         worded = [row for row in changes if row["gained"] or row["lost"]]
-        names = list(dict.fromkeys(row["layer"] for row in worded))
+        names = storage.layers_in_order(keys["model"], (row["layer"] for row in worded))
         href = f"differences/{slug(json.dumps([keys['labeler'], keys['model'], keys['other']]))}/"
         pair = {
             **keys,
