@@ -1,4 +1,4 @@
-"""An architecture of one's own as a plug-in: the CIFAR ResNets of He et al. 2016 (§4.2).
+"""An architecture of one's own as a plug-in: the CIFAR ResNets of He et al. 2016 (section 4.2).
 
     python -m jobs.exemplars --plugin examples/cifar_resnets.py --model resnet20/cifar10 \
         --weights cifar10_resnet20.pth --probe photos/

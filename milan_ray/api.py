@@ -47,7 +47,7 @@ BATCH_SIZE = 32
 """Images per encoder pass."""
 
 UNITS = 16
-"""Units per beam search, as in the reference: with its quirks on, a score depends on the batch (REFERENCE §5.1)."""
+"""Units per beam search, as in the reference: with its quirks on, a score depends on the batch."""
 
 MASKS = 256
 """Masks pooled at a time: 50 MB at 224×224."""
@@ -323,7 +323,9 @@ class RunExemplars:
         self.model = models[0] if model is None else model
         if self.model not in models:
             raise unknown_name("model", self.model, models, f"These have exemplars in {storage.root}.")
-        self.layers = [keys["layer"] for keys in found if keys["model"] == self.model]
+        self.layers = storage.layers_in_order(
+            self.model, (keys["layer"] for keys in found if keys["model"] == self.model)
+        )
         self._storage = storage
 
     def units(self) -> list[tuple[str, int]]:

@@ -95,7 +95,7 @@ FLOAT32 = Arithmetic()
 
 @dataclass(frozen=True)
 class ExemplarConfig:
-    """How exemplars are made (paper §3; REFERENCE defaults).
+    """How exemplars are made (paper §3; the reference's defaults).
 
     Attributes:
         k: Exemplars per unit, images.
@@ -110,8 +110,8 @@ class ExemplarConfig:
         map_budget: Bytes of activation maps per layer that a shard carries along; above it maps are recomputed from
             the winning images alone.
         max_bad: Share of unreadable images above which the job fails.
-        truncate_bytes: The reference's quirk: views went through the model's normalisation and back, decimals cut off
-            (REFERENCE §1.3); off, they are the image's own pixels, and a generator's are rounded.
+        truncate_bytes: The reference's quirk: views went through the model's normalisation and back, decimals cut
+            off; without it, they are the image's own pixels, and a generator's are rounded.
         arithmetic: Precision and memory format of the models.
         pooled: Whether to store every unit's maximum and mean on every image too; never changes another table.
     """

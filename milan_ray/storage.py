@@ -14,6 +14,7 @@ import io
 import json
 import mmap
 import os
+import re
 import tempfile
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
 import pyarrow as pa
@@ -35,7 +36,7 @@ from milan_ray.errors import DamagedTable, MilanError, reason
 from milan_ray.names import shown
 from milan_ray.progress import say
 from milan_ray.remote import is_uri, open_uri, split_query, why
-from milan_ray.schema import Noun
+from milan_ray.schema import EXEMPLARS, Noun
 
 Result = TypeVar("Result")
 
@@ -54,6 +55,9 @@ WHOLE_KEY = "milan_ray.whole"
 EXEMPLARS_KEY = "milan_ray.exemplars"
 """Metadata key: configuration hash of the exemplars that a file speaks of."""
 
+ORDER_KEY = "milan_ray.order"
+"""Metadata key of exemplars: the layer's place among the modules of its model."""
+
 FILE_NAME = "data.parquet"
 WORK = "_work"
 
@@ -65,6 +69,10 @@ LONGEST = 255
 """Bytes of a file's name at most, on all common file systems."""
 
 _CHUNK = 2**23
+"""Bytes of a file that are read at once."""
+
+_READERS = 16
+"""Files of an object store whose footers are read at once."""
 
 _TRIES = 8
 """Attempts at a local file or folder that another job removes or fills at the same moment."""
@@ -304,13 +312,36 @@ class Storage:
             return stream.read()
 
     def open(self, path: str) -> pa.NativeFile:
-        """Opens a file, to read parts of it.
+        """Opens one version of a file, to read parts of it, however often others replace it meanwhile.
+
+        From an object store, which answers each request with the version of that moment, it is copied into a temporary
+        file of this machine first.
 
         Raises:
             FileNotFoundError: There is none.
+            MilanError: It cannot be read, or there is no room for the copy.
         """
-        with self._reading(path):
-            return self._fs.open_input_file(self._target(path))
+        if self.is_local:
+            with self._reading(path):
+                return self._fs.open_input_file(self._target(path))
+        with tempfile.NamedTemporaryFile() as spool:
+            self._steady(path, lambda target: self._copy(target, spool))
+            return pa.OSFile(spool.name)  # which stays readable without its name
+
+    def _copy(self, target: str, spool: IO[bytes]) -> None:
+        """Fills a local file with an object's bytes."""
+        spool.seek(0)
+        spool.truncate()
+        with self._fs.open_input_stream(target) as source:
+            while part := source.read(_CHUNK):
+                try:
+                    spool.write(part)
+                    spool.flush()
+                except OSError as error:
+                    raise MilanError(
+                        f"cannot copy {target} into {tempfile.gettempdir()}: {error.strerror or error}; "
+                        "set TMPDIR to a folder with more room."
+                    ) from error
 
     def exists(self, path: str) -> bool:
         """Whether there is a file of that name."""
@@ -622,6 +653,45 @@ class Storage:
                 found.append(keys)
         return found
 
+    def in_model_order(self, partitions: Iterable[Mapping[str, str]]) -> list[dict[str, str]]:
+        """Partitions by their keys, but layers as they follow one another in their model.
+
+        The order is what the model's exemplars say. Where one of the layers has none that say it, names decide, numbers
+        in them by their value.
+
+        Args:
+            partitions: Keys of partitions, ``model`` and ``layer`` among them.
+        """
+        found = [dict(keys) for keys in partitions]
+        layers: dict[str, set[str]] = {}
+        for keys in found:
+            layers.setdefault(keys["model"], set()).add(keys["layer"])
+        ranks = {
+            model: {layer: n for n, layer in enumerate(self.layers_in_order(model, of))} for model, of in layers.items()
+        }
+
+        def place(keys: dict[str, str]) -> tuple[str | int, ...]:
+            return tuple(ranks[keys["model"]][value] if name == "layer" else value for name, value in keys.items())
+
+        return sorted(found, key=place)
+
+    def layers_in_order(self, model: str, layers: Iterable[str]) -> list[str]:
+        """Some layers of a model as they follow one another in it; order as for :meth:`in_model_order`."""
+        names = sorted(set(layers), key=natural)
+        with ThreadPoolExecutor(1 if self.is_local else _READERS) as threads:
+            places = list(threads.map(lambda layer: self._place_of(model, layer), names))
+        known = [place for place in places if place is not None]
+        if len(known) < len(names):
+            return names
+        return [names[n] for n in sorted(range(len(names)), key=lambda n: (known[n], n))]
+
+    def _place_of(self, model: str, layer: str) -> int | None:
+        try:
+            found = (self.metadata(EXEMPLARS, model=model, layer=layer) or {}).get(ORDER_KEY, "")
+        except MilanError:  # a damaged file has no say; whoever reads its rows says that it is damaged
+            return None
+        return int(found) if found.isdecimal() else None
+
     # -- work in progress -------------------------------------------------------------------------------------
 
     def put_work(self, config: str, name: str, table: pa.Table) -> None:
@@ -744,6 +814,11 @@ def _sound(table: pa.Table, noun: Noun, names: Sequence[str]) -> pa.Table:
         if not column.nullable and column.name in table.column_names and table[column.name].null_count:
             raise pa.ArrowInvalid(f"column {column.name!r} has rows without a value")
     return table
+
+
+def natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts ``layer10`` after ``layer9``."""
+    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", name)]
 
 
 def _stamp(config: str | Recipe) -> dict[str, str]:

@@ -1,1 +1,1 @@
-"""MILANNOTATIONS in and out: published sets of exemplars with people's annotations (REFERENCE §1.4, §7)."""
+"""MILANNOTATIONS in and out: published sets of exemplars with people's annotations."""

@@ -1,4 +1,4 @@
-"""From raw crowd results to annotations: rejected rows go, texts are cleaned by tables (REFERENCE §7, last part)."""
+"""From raw crowd results to annotations: rejected rows go, texts are cleaned by tables."""
 
 from __future__ import annotations
 

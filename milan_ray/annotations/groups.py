@@ -1,4 +1,4 @@
-"""Names of published sets and groups of them, and where they lie (REFERENCE §7)."""
+"""Names of published sets and groups of them, and where they lie."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BASE = (
 
 RELEASED = (*BASE, "dino_vits8/imagenet")
 """All annotated sets that can be downloaded. In DINO's the masks are one patch off: they were made when the reference
-still dropped the last token in place of the first (REFERENCE §1.5)."""
+still dropped the last token in place of the first."""
 
 
 Sets = Mapping[tuple[str, str], str]
@@ -37,7 +37,7 @@ Sets = Mapping[tuple[str, str], str]
 
 
 def groups_of(classifiers: Sets, generators: Sets) -> dict[str, tuple[str, ...]]:
-    """The paper's groups of sets: all, by task, by dataset, by network, and all but one (Table 3; REFERENCE §7).
+    """The paper's groups of sets: all, by task, by dataset, by network, and all but one (Table 3).
 
     Args:
         classifiers: Sets of networks that name what they see.

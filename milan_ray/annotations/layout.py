@@ -1,4 +1,4 @@
-"""The files of one published layer, memory-mapped (REFERENCE §1.4): a 4 GB ``images.npy`` never enters memory whole."""
+"""The files of one published layer, memory-mapped: a 4 GB ``images.npy`` never enters memory whole."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Giving masks-only sets their images: a local ImageNet or Places folder, looked up by ``ids.csv`` (REFERENCE §7)."""
+"""Giving masks-only sets their images: a local ImageNet or Places folder, looked up by ``ids.csv``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Published sets as a library view: samples of images, masks and annotations, read when asked for (REFERENCE §7)."""
+"""Published sets as a library view: samples of images, masks and annotations, read when asked for."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Quirks:
-    """Which of the reference's defects to reproduce (REFERENCE §7).
+    """Which of the reference's defects to reproduce.
 
     Attributes:
         merge_geometry: Source images are squashed to the masks' size, whereas masks were computed on centre crops.

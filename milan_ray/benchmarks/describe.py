@@ -17,7 +17,7 @@ from milan_ray.benchmarks.plain_search import PlainBeams, plain_rerank
 from milan_ray.captioner.captioner import Candidates, Captioner
 
 PUBLISHED = 2.01
-"""Units per second of the reference itself, on two cores of a machine of this kind (REFERENCE, appendix)."""
+"""Units per second of the reference itself, on two cores of a machine of this kind."""
 
 
 def run(options: Options) -> Iterator[Result]:

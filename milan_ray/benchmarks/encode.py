@@ -31,7 +31,7 @@ ZOO = 4
 """Models whose exemplars are the same images."""
 
 PUBLISHED = 9.98
-"""Images per second of the reference with ResNet-101 on two cores of a machine of this kind (REFERENCE, appendix)."""
+"""Images per second of the reference with ResNet-101 on two cores of a machine of this kind."""
 
 
 def random_encoder(name: str, folder: Path) -> EncoderRequest:

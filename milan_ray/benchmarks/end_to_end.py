@@ -25,7 +25,7 @@ MODEL = "resnet18/imagenet"
 LAYERS = ("conv1", "layer1", "layer2", "layer3", "layer4")
 
 REFERENCE = 143.6 + 1024 / 0.50
-"""Seconds of the reference for 1,024 units over 300 photographs, two cores (REFERENCE, appendix)."""
+"""Seconds of the reference for 1,024 units over 300 photographs, two cores."""
 
 
 def run(options: Options) -> Iterator[Result]:

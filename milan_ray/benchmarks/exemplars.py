@@ -25,7 +25,7 @@ from milan_ray.probe.manifest import image_refs
 from milan_ray.storage import Storage
 
 REFERENCE = 143.6
-"""Seconds of the reference for the whole stage over 300 photographs on two cores (REFERENCE, appendix)."""
+"""Seconds of the reference for the whole stage over 300 photographs on two cores."""
 
 BATCH = 128
 

@@ -1,4 +1,4 @@
-"""Beam search and re-ranking as the reference does them, for comparison only (REFERENCE §5, §5.1 and appendix).
+"""Beam search and re-ranking as the reference does them, for comparison only.
 
 Nothing is shared between beams or steps: the features travel with every beam, their attention keys are projected again
 at every step, finished beams are run on, and the language model reads every beam from the start.

@@ -1,4 +1,4 @@
-"""Beam search over units × beams at once, with the semantics of AllenNLP's (REFERENCE §5.1).
+"""Beam search over units × beams at once, with the semantics of AllenNLP's.
 
 What makes it fast without changing an answer: attention keys and the token half of the LSTM's input are projected
 once; beams that reached ``<stop>`` are no longer run; and what depends on the state alone (attention, gate, most of

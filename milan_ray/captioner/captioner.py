@@ -250,7 +250,7 @@ class Captioner:
         quirks: Quirks = NO_QUIRKS,
         generator: torch.Generator | None = None,
     ) -> Decoding:
-        """Everything the reference's ``forward`` gives, by any of its strategies and with its defaults (REFERENCE §5).
+        """Everything the reference's ``forward`` gives, by any of its strategies and with its defaults.
 
         Args:
             features: Exemplar features (B, k, F).

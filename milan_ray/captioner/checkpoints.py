@@ -1,4 +1,4 @@
-"""Captioners on disk: our format (safetensors and JSON), and the reference's ``.pth`` files (REFERENCE §6).
+"""Captioners on disk: our format (safetensors and JSON), and the reference's ``.pth`` files.
 
 Reading those executes nothing from them: the unpickler knows the handful of classes the format needs, maps them to
 plain data, and refuses everything else. What we write needs no class at all but torch's own.

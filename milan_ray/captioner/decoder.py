@@ -1,4 +1,4 @@
-"""The attention decoder p(d|E): from a unit's k exemplar features to words (paper §3.1 and A.2, REFERENCE §5)."""
+"""The attention decoder p(d|E): from a unit's k exemplar features to words (paper §3.1 and A.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The image encoder: a pretrained backbone whose maps are pooled with each exemplar's mask (REFERENCE §2).
+"""The image encoder: a pretrained backbone whose maps are pooled with each exemplar's mask.
 
 The mask enters only in the pooling, so an image is encoded once for any number of masks: :meth:`PyramidEncoder.maps`
 once per image, :func:`pool_maps` once per exemplar.
@@ -181,7 +181,7 @@ def pool_maps(maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
 
 
 class SpatialEncoder(nn.Module):
-    """The reference's other encoder: one layer's map of the *masked* image, position by position (REFERENCE §2)."""
+    """The reference's other encoder: one layer's map of the *masked* image, position by position."""
 
     def __init__(self, encoder: PyramidEncoder) -> None:
         super().__init__()

@@ -4,7 +4,7 @@ One loop for everybody: it reports every epoch together with all that is needed 
 :class:`Team` for the little that differs between a process of its own, a worker of Ray Train and a trial of Ray Tune.
 
 Both parts learn from the same units and are measured on the same held-out ones. The reference holds out *captions* from
-the language model, by the numbers of the decoder's held-out units (REFERENCE §4), so it learns most of what the decoder
+the language model, by the numbers of the decoder's held-out units, so it learns most of what the decoder
 is measured on.
 """
 

@@ -1,4 +1,4 @@
-"""The language model p(d): what is likely to be said of any unit at all (paper §3.2, REFERENCE §4)."""
+"""The language model p(d): what is likely to be said of any unit at all (paper §3.2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Re-ranking a beam by weighted pointwise mutual information: log p(d|E) − λ log p(d) (paper eq. 2, REFERENCE §5)."""
+"""Re-ranking a beam by weighted pointwise mutual information: log p(d|E) − λ log p(d) (paper eq. 2)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text in and out of token ids: spaCy's English tokenizer rules, a vocabulary, four special tokens (REFERENCE §3)."""
+"""Text in and out of token ids: spaCy's English tokenizer rules, a vocabulary, four special tokens."""
 
 from __future__ import annotations
 

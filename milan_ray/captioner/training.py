@@ -1,4 +1,4 @@
-"""Training decoder and language model: losses, epochs, early stopping (paper A.3; REFERENCE §4, §5.2).
+"""Training decoder and language model: losses, epochs, early stopping (paper A.3).
 
 Plain functions over batches; who streams the batches and on how many machines is the pipeline's business. Models may
 be wrapped in ``DistributedDataParallel``: they are only ever called, never looked into.

@@ -254,8 +254,8 @@ def exemplars(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("float32", "bfloat16", "float16"),
         default=FLOAT32.precision,
-        help="how the dissected models compute; below float32 activations are rounded, so that images may tie and masks "
-        "change",
+        help="how the dissected models compute; below float32 activations are rounded, so that images may tie and "
+        "masks change",
     )
     group.add_argument(
         "--channels-last",

@@ -1,4 +1,4 @@
-"""Levels: the activation quantile above which a position belongs to a unit's mask (paper §3; REFERENCE §1.2).
+"""Levels: the activation quantile above which a position belongs to a unit's mask (paper §3).
 
 A level lies near the top of a unit's activations, so a state needs to keep only the highest ones: with N positions
 planned in all, the largest ⌈(1−q)·N⌉ + 2 settle the q-quantile exactly. Keeping a multiset's largest values commutes

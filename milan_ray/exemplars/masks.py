@@ -1,4 +1,4 @@
-"""Masks: where in its exemplars a unit fires (paper §3; REFERENCE §1.3)."""
+"""Masks: where in its exemplars a unit fires (paper §3)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the words of descriptions say about units, and orders of ablation by it (paper, Section 5; REFERENCE §10)."""
+"""What the words of descriptions say about units, and orders of ablation by it (paper, Section 5)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def missing_criteria(nlp: Language, words: Sequence[str] = WORDS) -> list[Missin
 
 
 def parse_depth(doc: Doc) -> int:
-    """Levels below the last root of a parsed text, 0 for a lone word (REFERENCE §10).
+    """Levels below the last root of a parsed text, 0 for a lone word.
 
     A text that was taken for several sentences has several roots; the reference looks at the last.
     """
@@ -92,7 +92,7 @@ def parse_depth(doc: Doc) -> int:
 
 
 def max_word_difference(doc: Doc) -> float:
-    """The largest squared Euclidean distance between the vectors of two of a text's tokens (REFERENCE §10)."""
+    """The largest squared Euclidean distance between the vectors of two of a text's tokens."""
     if not len(doc):
         return 0.0
     vectors = np.array([token.vector for token in doc], np.float64)

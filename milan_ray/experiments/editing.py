@@ -26,13 +26,13 @@ MOST = 50
 
 
 def mentioning(descriptions: Sequence[str], words: Sequence[str]) -> np.ndarray:
-    """Places of the descriptions that contain one of some words, also within other words (REFERENCE §10)."""
+    """Places of the descriptions that contain one of some words, also within other words."""
     lowered = [text.lower() for text in descriptions]
     return np.array([n for n, text in enumerate(lowered) if any(word.lower() in text for word in words)], np.int64)
 
 
 def removal_orders(alone: np.ndarray, found: np.ndarray, trials: int = 5, seed: int = 0) -> list[Order]:
-    """Orders in which units are removed (REFERENCE §10).
+    """Orders in which units are removed.
 
     Args:
         alone: Validation accuracy with each of all U units removed alone: the higher, the less it is missed.

@@ -1,4 +1,4 @@
-"""Judges that know the truth: descriptions of the built-in world's networks against the world itself (DESIGN §7).
+"""Judges that know the truth: descriptions of the built-in world's networks against the world itself.
 
 The oracle that wrote the training captions must not be the only judge. These ask other questions: does the description
 name what was planted in the unit, does the unit fire on held-out scenes that show what the description names, does it

@@ -1,4 +1,4 @@
-"""How well the language model p(d) learns people's annotations: perplexity on held-out units (REFERENCE §4).
+"""How well the language model p(d) learns people's annotations: perplexity on held-out units.
 
 python -m milan_ray.experiments.language_model annotations.csv split.json
 """

@@ -1,4 +1,4 @@
-"""Tuning how descriptions are searched: what there is to try, its scores over λ, and the choice (REFERENCE §10).
+"""Tuning how descriptions are searched: what there is to try, its scores over λ, and the choice.
 
 Half of the annotated units choose, the others judge the choice. One search serves all λ of re-ranking, and one score
 serves all λ that say the same of a unit.

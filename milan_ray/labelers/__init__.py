@@ -1,1 +1,1 @@
-"""Ways to label units, all behind one protocol (DESIGN §2)."""
+"""Ways to label units, all behind one protocol."""

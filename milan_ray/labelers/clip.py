@@ -1,4 +1,4 @@
-"""MILAN+CLIP: a wide beam of candidates, ranked by a model of images and texts (REFERENCE §11; docs/clip.md)."""
+"""MILAN+CLIP: a wide beam of candidates, ranked by a model of images and texts (docs/clip.md)."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def query(features: np.ndarray, z: float) -> np.ndarray:
     """What texts are compared with to see how well they fit a unit: the mean of (1 − z) · region + z · image.
 
     Products of unit vectors are cosines, and the mean of products is the product with the mean: one vector stands for
-    all of a unit's exemplars (REFERENCE §11, with the mean in place of the sum).
+    all of a unit's exemplars (with the mean in place of the reference's sum).
 
     Args:
         features: Of k exemplars, each the region's embedding, then the image's: (k, 2 D).

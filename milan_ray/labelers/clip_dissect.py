@@ -6,7 +6,7 @@ concepts in p(c|x). Work is therefore cut along concepts: what crosses is one nu
 which adds up exactly enough for any cut (:class:`LogSumExp`); the prior p(c) is a sum over the units of a layer, which
 one piece has all of.
 
-Source: Oikarinen and Weng, *CLIP-Dissect* (ICLR 2023) and its code (METHODS §3).
+Source: Oikarinen and Weng, *CLIP-Dissect* (ICLR 2023) and its code.
 """
 
 from __future__ import annotations

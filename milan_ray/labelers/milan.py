@@ -1,4 +1,4 @@
-"""MILAN's labelers: the candidates of its captioner, ranked by its own log-probabilities (paper §3; REFERENCE §5)."""
+"""MILAN's labelers: the candidates of its captioner, ranked by its own log-probabilities (paper §3)."""
 
 from __future__ import annotations
 

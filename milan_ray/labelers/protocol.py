@@ -1,4 +1,4 @@
-"""What a labeler is: a method that names units from evidence that the stages before it have gathered (DESIGN §2)."""
+"""What a labeler is: a method that names units from evidence that the stages before it have gathered."""
 
 from __future__ import annotations
 

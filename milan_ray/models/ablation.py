@@ -33,7 +33,7 @@ class _Group:
 
 
 class Ablation:
-    """A classifier with each of several sets of units switched off (REFERENCE §9).
+    """A classifier with each of several sets of units switched off.
 
     A unit is switched off where it is described: in its layer's output, which is zero there, at all positions and, of
     tokens, in all tokens. What comes before the first layer that a set changes is the same for all sets that begin

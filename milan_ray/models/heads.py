@@ -17,7 +17,7 @@ from milan_ray.models.registry import ModelSpec
 
 @dataclass(frozen=True)
 class HeadTraining:
-    """How a classifier's last layer is fine-tuned; the defaults are the reference's (REFERENCE §9, §10).
+    """How a classifier's last layer is fine-tuned; the defaults are the reference's.
 
     Attributes:
         lr: Learning rate of AdamW.
@@ -103,8 +103,8 @@ def fit_head(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Fine-tunes a last layer on what reaches it; the rest of the network stays.
 
-    Keeps the weights of the pass with the lowest loss on the images held out (the reference keeps the last ones,
-    REFERENCE §9), the first ones where no pass is better.
+    Keeps the weights of the pass with the lowest loss on the images held out (the reference keeps the last ones),
+    the first ones where no pass is better.
 
     Args:
         inputs: float32 (n, D).

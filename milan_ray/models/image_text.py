@@ -261,8 +261,8 @@ class ImageText(nn.Module):
         """Embeds regions, each beside the whole of its image.
 
         In every block of CLIP's image tower, the weights that the CLS token's attention gives to patches are multiplied
-        by the mask, and not renormalised; what it gives to itself and all other tokens' attention stay as they are
-        (REFERENCE §11). SigLIP has no CLS token: there it is the weights of the pooling head, the one place where an
+        by the mask, and not renormalised; what it gives to itself and all other tokens' attention stay as they
+        are. SigLIP has no CLS token: there it is the weights of the pooling head, the one place where an
         embedding is gathered from patches.
 
         Args:

@@ -53,7 +53,7 @@ def resnet152_name(name: str) -> str:
 
 
 def in_order(model: models.ResNet) -> nn.Sequential:
-    """A ResNet as the chain of modules that the reference dissects by number: 0, 4, 5, 6, 7 (REFERENCE §1.6)."""
+    """A ResNet as the chain of modules that the reference dissects by number: 0, 4, 5, 6, 7."""
     *modules, head = model.children()
     return nn.Sequential(*modules, nn.Flatten(), head)
 

@@ -51,9 +51,9 @@ class ModelSpec:
         preprocess: View and normalisation of its inputs; of a generator, size and normalisation of its images.
         inputs: Turns uint8 views (B, H, W, 3), or of ``bands`` bands, into the model's input for models that take
             something else than normalised RGB; None means ``preprocess``. Of a generator: turns the probe's tensors,
-            as so many arguments, into the model's input; None passes them on (REFERENCE §1.1, ``transform_inputs``).
+            as so many arguments, into the model's input; None passes them on (the reference's ``transform_inputs``).
         images: Makes the model a generator: its output → images float (B, 3, H, W), normalised as ``preprocess`` says
-            (REFERENCE §1.1, ``transform_outputs``); their bytes are what people and encoders see.
+            (the reference's ``transform_outputs``); their bytes are what people and encoders see.
         hidden: Takes the tensor of units out of what a layer puts out (``transform_hiddens``); None takes the first
             tensor in it.
         prefix_tokens: Tokens before the patches (CLS, registers) in the layers that have them; None where that is not

@@ -33,7 +33,7 @@ def _mlps(blocks: int) -> tuple[str, ...]:
     return tuple(f"encoder.layers.encoder_layer_{i}.mlp.0" for i in range(blocks))
 
 
-# The reference's lists (REFERENCE §1.6) as far as it has them; for ViTs, as there, the MLPs' hidden units before the
+# The reference's lists as far as it has them; for ViTs, as there, the MLPs' hidden units before the
 # GELU; else stem and stages. The first match counts.
 _LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("alexnet", _features(0, 3, 6, 8, 10)),
@@ -82,7 +82,7 @@ BLURRED = (
     "alexnet", "densenet121", "densenet201", "mobilenet_v2", "resnet18", "resnet34", "resnet50", "resnet101",
     "resnet152", "shufflenet_v2_x1_0", "squeezenet1_0", "vgg11", "vgg13", "vgg16", "vgg19",
 )  # fmt: skip
-"""Architectures that the reference also knows trained on ImageNet with blurred faces (REFERENCE §1.6)."""
+"""Architectures that the reference also knows trained on ImageNet with blurred faces."""
 
 _ALEXNET = (
     "conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "conv3", "relu3", "conv4", "relu4", "conv5", "relu5", "pool5",
@@ -166,7 +166,7 @@ def _construct(architecture: str, options: dict[str, object]) -> nn.Module:
 
 
 def alexnet_by_name(model: models.AlexNet) -> nn.Sequential:
-    """AlexNet as the chain of named modules whose layers the reference calls conv1 to conv5 (REFERENCE §1.6)."""
+    """AlexNet as the chain of named modules whose layers the reference calls conv1 to conv5."""
     modules = (*model.features, model.avgpool, nn.Flatten(), *model.classifier)
     return nn.Sequential(OrderedDict(zip(_ALEXNET, modules, strict=True)))
 

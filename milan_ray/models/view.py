@@ -156,7 +156,7 @@ class Preprocess:
         return pixels.sub_(mean).div_(std)
 
     def pixels(self, images: torch.Tensor, truncate: bool = False) -> torch.Tensor:
-        """Turns normalised images back into bytes, with the reference's arithmetic (REFERENCE §1.3).
+        """Turns normalised images back into bytes, with the reference's arithmetic.
 
         Args:
             images: float (B, 3, H, W), normalised by ``mean`` and ``std``.
@@ -173,7 +173,7 @@ class Preprocess:
         return (scaled if truncate else scaled.round_()).to(torch.uint8).permute(0, 2, 3, 1)
 
     def truncated(self, views: np.ndarray) -> np.ndarray:
-        """Views as the reference stores them: through the normalisation and back, decimals cut off (REFERENCE §1.3).
+        """Views as the reference stores them: through the normalisation and back, decimals cut off.
 
         Args:
             views: uint8 (B, H, W, 3).

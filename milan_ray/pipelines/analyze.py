@@ -32,7 +32,7 @@ KERNEL_VERSION = "analysis-2"
 
 @dataclass(frozen=True)
 class AnalysisConfig:
-    """How a network is analysed; the defaults are the reference's (REFERENCE §10).
+    """How a network is analysed; the defaults are the reference's.
 
     Attributes:
         labeler: Whose descriptions.

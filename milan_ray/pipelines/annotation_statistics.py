@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -54,7 +53,7 @@ def stored_annotations(storage: Storage, source: str | None, models: Sequence[st
         models: Only of these models; None for all.
 
     Returns:
-        Columns source, model, layer, unit, annotator, text; layers in natural order, rows as stored.
+        Columns source, model, layer, unit, annotator, text; layers in their model's order, rows as stored.
 
     Raises:
         MilanError: There are none, several sources, or none of such a name.
@@ -73,7 +72,7 @@ def stored_annotations(storage: Storage, source: str | None, models: Sequence[st
         if name not in known:
             raise unknown_name("model with annotations", name, known)
     found = [keys for keys in found if models is None or keys["model"] in models]
-    found.sort(key=lambda keys: (keys["model"], _natural(keys["layer"])))
+    found = storage.in_model_order(found)
     columns = [column.name for column in ANNOTATIONS.columns]
     return pl.concat(pl.DataFrame(pl.from_arrow(storage.read(ANNOTATIONS, columns, **keys))) for keys in found)
 
@@ -171,8 +170,3 @@ def summary(rows: pl.DataFrame, language: str, measure: str) -> str:
             f"{shares[0]:>7} {shares[1]:>6} {shares[2]:>7}"
         )
     return "\n".join(lines)
-
-
-def _natural(name: str) -> list[tuple[int, int, str]]:
-    """Sorts ``layer10`` after ``layer9``."""
-    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", name)]

@@ -1,4 +1,4 @@
-"""MILANNOTATIONS out of the run directory: exemplars + views + annotations ─► a published set (REFERENCE §1.4, §7)."""
+"""MILANNOTATIONS out of the run directory: exemplars + views + annotations ─► a published set."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def exemplar_layers(storage: Storage, model: str, layers: Sequence[str] | None =
     for layer in layers or ():
         if layer not in found:
             raise unknown_name("layer with exemplars", layer, found)
-    return list(found if layers is None else layers)
+    return storage.layers_in_order(model, found) if layers is None else list(layers)
 
 
 def _annotations(storage: Storage, model: str, source: str | None, layers: Sequence[str]) -> list[tuple[str, int, str]]:

@@ -1,4 +1,4 @@
-"""MILANNOTATIONS into the run directory (DESIGN §2, REFERENCE §1.4, §7).
+"""MILANNOTATIONS into the run directory.
 
 published set ─► [hash images] ─► manifest ─► views ─► exemplars ─► annotations
 

@@ -28,7 +28,7 @@ MILAN = (
     "not-alexnet-imagenet", "not-alexnet-places365", "not-resnet152-imagenet", "not-resnet152-places365",
     "not-biggan-imagenet", "not-biggan-places365",
 )  # fmt: skip
-"""The captioners that MILAN's authors published, by what they were trained on (REFERENCE §6, §7)."""
+"""The captioners that MILAN's authors published, by what they were trained on."""
 
 
 @dataclass(frozen=True)

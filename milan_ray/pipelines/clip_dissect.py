@@ -339,8 +339,12 @@ def _compare_chunk(task: _Chunk) -> float:
     normalisers = torch.zeros(0)
     if task.labeler.wpmi is not None:
         state = LogSumExp()
-        for name in task.storage.work_names(task.work, "sums"):
-            state.merge(LogSumExp.from_table(task.storage.get_work(task.work, name)))
+        total = len(task.labeler.concepts)
+        for first in range(
+            0, total, chunk_of(total)
+        ):  # by name: a piece that is missing is an error, not a smaller sum
+            found = task.storage.get_work(task.work, f"sums/{_chunk_name(first)}")
+            state.merge(LogSumExp.from_table(found))
         normalisers = torch.from_numpy(state.result()).to(device)
     for layer in task.layers:
         scanned = task.storage.get_work(task.work, f"units/{layer.number}")

@@ -1,4 +1,4 @@
-"""The main job on the built-in world: from nothing to a report, with the truth known (DESIGN §7)."""
+"""The main job on the built-in world: from nothing to a report, with the truth known."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ def group_jobs(
 
 
 def evaluate(storage: Storage, models: Mapping[str, Sequence[str]], systems: Mapping[str, str] = SYSTEMS) -> pa.Table:
-    """Scores the descriptions of the held-out, the planted and the untrained network (DESIGN §7, judges a to d).
+    """Scores the descriptions of the held-out, the planted and the untrained network.
 
     Args:
         storage: The run directory.

@@ -1,4 +1,4 @@
-"""Descriptions (paper §3; DESIGN §5): a beam of candidates for every unit, then log p(d|E) − λ·log p(d).
+"""Descriptions (paper §3): a beam of candidates for every unit, then log p(d|E) − λ·log p(d).
 
 encodings ─► [actor pool: beam search] ─► candidates ─► [rescore] ─► descriptions
 """
@@ -51,7 +51,7 @@ WIDE_BEAMS = 4000
 """Beams of all units of a search by mutual information, which is a wide one: what bounds its memory."""
 
 REFERENCE_UNITS = 16
-"""Units per beam search of the reference, whose scores depend on it (REFERENCE §5)."""
+"""Units per beam search of the reference, whose scores depend on it."""
 
 
 @dataclass(frozen=True)

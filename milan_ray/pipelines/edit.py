@@ -62,7 +62,7 @@ CHECKED = 8
 
 @dataclass(frozen=True)
 class EditingConfig:
-    """How a network is edited; the defaults are the paper's (REFERENCE §10).
+    """How a network is edited; the defaults are the paper's.
 
     Attributes:
         labeler: Whose descriptions.

@@ -1,4 +1,4 @@
-"""Encodings (DESIGN §4): the encoder sees every image once, for all units, layers and models of a view.
+"""Encodings: the encoder sees every image once, for all units, layers and models of a view.
 
 exemplars ─► [scatter by chunk of images] ─► [actor pool: encode a chunk's images, pool with all masks] ─► [gather]
 """

@@ -1,4 +1,4 @@
-"""Exemplars of whole models over a sharded probe (DESIGN §3): one pass, all layers, any number of actors, one answer.
+"""Exemplars of whole models over a sharded probe: one pass, all layers, any number of actors, one answer.
 
 manifest ─► shards ─► [actor pool: forward, top-k, levels] ─► partials ─► [merge per layer] ─► exemplars, levels
                                                                  ├─► images read: skipped, sha256
@@ -33,8 +33,9 @@ from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerStates, Plan, fold, naming, to_table
 from milan_ray.models.establish import established
-from milan_ray.models.hooks import find_layers
+from milan_ray.models.hooks import find_layers, unwrap
 from milan_ray.models.layouts import Layout
+from milan_ray.models.order import places
 from milan_ray.models.registry import ModelSpec, source_of
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import arithmetic, requests
@@ -49,7 +50,7 @@ from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, POOLED, SKIPPED
-from milan_ray.storage import Storage, WorkGone
+from milan_ray.storage import ORDER_KEY, Storage, WorkGone
 
 IMAGES = "images"
 """Work folder of the tables that say which images a shard read; written last, so it also says that it is finished."""
@@ -95,6 +96,7 @@ class ModelWork:
         pooled: Layer whose pooled activations are still to do → what decides them.
         view: Key of the view that shows its exemplars.
         layouts: Layer → how its output is read; empty where workers find that out themselves.
+        order: Layer → its place among the model's modules.
     """
 
     model: requests.ModelRequest
@@ -108,6 +110,7 @@ class ModelWork:
     pooled: dict[str, Recipe]
     view: str
     layouts: dict[str, Layout] = field(default_factory=dict)
+    order: dict[str, int] = field(default_factory=dict)
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -143,12 +146,14 @@ class DescribedModel:
         view: Key of the view that shows its exemplars.
         recipes: Layer → what decides its exemplars.
         layouts: Layer → how its output is read.
+        order: Layer → its place among the model's modules.
     """
 
     weights: str
     view: str
     recipes: dict[str, Recipe]
     layouts: dict[str, Layout]
+    order: dict[str, int]
 
 
 def exemplar_recipes(
@@ -338,6 +343,7 @@ def _plan(
         pooled,
         described.view,
         described.layouts,
+        described.order,
     )
 
 
@@ -362,7 +368,7 @@ def describe_model(spec: ModelSpec, source: Probe, probe: str, config: ExemplarC
         latents = source.latents(image_refs(source.manifest().slice(0, 3)))
     layouts = established(spec, model, spec.layers, latents)
     recipes = exemplar_recipes(spec, model, weights, view, probe, config, layouts)
-    return DescribedModel(weights, view, recipes, layouts)
+    return DescribedModel(weights, view, recipes, layouts, places(unwrap(model), spec.layers))
 
 
 def why_exemplars(storage: Storage, recipe: Recipe, model: str, layer: str) -> str | None:
@@ -771,6 +777,7 @@ def _write_exemplars(
         "k": str(config.k),
         "quantile": str(config.quantile),
         "layout": item.layouts[layer].to_json(),
+        ORDER_KEY: str(item.order[layer]),
     }
     columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
     columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}

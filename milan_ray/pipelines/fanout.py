@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from functools import wraps
+from itertools import islice
 from typing import Any, TypeVar
 
 import ray
@@ -16,7 +17,10 @@ from milan_ray.storage import WorkGone
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+Task = TypeVar("Task")
 
+AHEAD = 4
+"""Tasks submitted per task that can run: enough that none waits for the driver, and that an autoscaler sees a need."""
 
 FEW_IMAGES = 4096
 """A probe of no more images is merged, and its views are stored, by the driver: workers take longer to start."""
@@ -47,18 +51,48 @@ def beside_others(stage: Callable[..., Result]) -> Callable[..., Result]:
     return settled
 
 
+def in_flight(
+    items: Iterable[Item],
+    limit: Callable[[], int],
+    submit: Callable[[Item], Task],
+    wait: Callable[[list[Task]], Iterable[Task]],
+) -> Iterator[tuple[int, Task]]:
+    """Submits items as others are done: the time per item does not grow with their number.
+
+    Args:
+        items: What to submit, taken one by one.
+        limit: How many may be submitted and not yet done, asked anew each time; at least 1.
+        submit: Starts an item.
+        wait: Returns those of some tasks that are done, at least one.
+
+    Yields:
+        (index of the item, its finished task), as they finish.
+    """
+    numbered = enumerate(items)
+    pending: dict[Task, int] = {}
+    while True:
+        for index, item in islice(numbered, max(0, limit() - len(pending))):
+            pending[submit(item)] = index
+        if not pending:
+            return
+        for task in wait(list(pending)):
+            yield pending.pop(task), task
+
+
 def run_parallel(
     function: Callable[[Item], Result],
-    items: Sequence[Item],
+    items: Iterable[Item],
     num_cpus: float = 1,
     num_gpus: float = 0,
     here: bool = False,
 ) -> Iterator[tuple[int, Result]]:
     """Runs a function on every item as Ray tasks; a task whose worker or node dies is run again.
 
+    A few items per call that the cluster has room for are submitted at a time; the others are not even asked for.
+
     Args:
         function: A picklable function of one item.
-        items: Its arguments.
+        items: Its arguments; an iterator is read as tasks finish.
         num_cpus: CPUs per call.
         num_gpus: GPUs per call.
         here: Whether threads of this process do it instead, for what is done before Ray has started a worker.
@@ -70,19 +104,37 @@ def run_parallel(
         Exception: What the function raised, as the function raised it.
     """
     if here:
-        with ThreadPoolExecutor(min(MOST_THREADS, os.cpu_count() or 1)) as threads:
-            futures = {threads.submit(function, item): index for index, item in enumerate(items)}
-            for future in as_completed(futures):
-                yield futures[future], future.result()
+        most = min(MOST_THREADS, os.cpu_count() or 1)
+        with ThreadPoolExecutor(most) as threads:
+            try:
+                for index, future in in_flight(
+                    items, lambda: AHEAD * most, lambda item: threads.submit(function, item), first_done
+                ):
+                    yield index, future.result()
+            finally:
+                threads.shutdown(cancel_futures=True)
         return
     start()
     remote: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3)(function)
-    pending = {remote.remote(item): index for index, item in enumerate(items)}
-    while pending:
-        done, _ = ray.wait(list(pending), num_returns=1)
-        for reference in done:
-            index = pending.pop(reference)
-            try:
-                yield index, ray.get(reference)
-            except ray.exceptions.RayTaskError as error:
-                raise error.cause from error
+    for index, reference in in_flight(
+        items,
+        lambda: AHEAD * _room(num_cpus, num_gpus),
+        remote.remote,
+        lambda pending: ray.wait(pending, num_returns=1)[0],
+    ):
+        try:
+            yield index, ray.get(reference)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
+
+
+def first_done(futures: list[Future[Result]]) -> Iterable[Future[Result]]:
+    """Waits for the first of some futures; returns all that are done."""
+    return wait(futures, return_when=FIRST_COMPLETED).done
+
+
+def _room(num_cpus: float, num_gpus: float) -> int:
+    """Calls that the cluster, as large as it is now, can run at once; at least 1."""
+    resources = ray.cluster_resources()
+    rooms = [resources.get(name, 0.0) / each for name, each in (("CPU", num_cpus), ("GPU", num_gpus)) if each]
+    return max(1, int(min(rooms, default=resources.get("CPU", 1.0))))

@@ -49,7 +49,7 @@ FEW_UNITS = 256
 
 @dataclass(frozen=True)
 class GeneralizationConfig:
-    """How captioners are trained and judged; defaults are the paper's (REFERENCE §10).
+    """How captioners are trained and judged; defaults are the paper's.
 
     Attributes:
         trials: Captioners per split; they differ in seed, and where one network's units are divided, in the division.

@@ -72,7 +72,7 @@ def exemplar_views(storage: Storage, model: str, layer: str, image_ids: Sequence
 
 
 def veiled(views: np.ndarray, found: np.ndarray) -> np.ndarray:
-    """Images darkened to a quarter outside of masks, as people are shown exemplars (REFERENCE §7).
+    """Images darkened to a quarter outside of masks, as people are shown exemplars.
 
     Args:
         views: uint8 (n, H, W, 3).

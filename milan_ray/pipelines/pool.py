@@ -6,13 +6,14 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 from milan_ray.config import Resources
 from milan_ray.device import torch_threads
 from milan_ray.errors import MilanError
 from milan_ray.pipelines.cluster import pool_size, start, threads_here
+from milan_ray.pipelines.fanout import AHEAD, first_done, in_flight
 from milan_ray.storage import WorkGone
 
 Row = dict[str, Any]
@@ -116,7 +117,9 @@ def _here(worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row]
 
     with torch_threads(arguments["threads"]), ThreadPoolExecutor(threads) as executor:
         try:
-            for future in as_completed([executor.submit(run, row) for row in rows]):
+            for _, future in in_flight(
+                rows, lambda: AHEAD * threads, lambda row: executor.submit(run, row), first_done
+            ):
                 yield future.result()
         finally:
             executor.shutdown(cancel_futures=True)

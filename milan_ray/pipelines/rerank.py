@@ -1,4 +1,4 @@
-"""Re-ranking by a model of images and texts (REFERENCE §11; docs/clip.md), as labeler ``milan+clip``.
+"""Re-ranking by a model of images and texts (docs/clip.md), as labeler ``milan+clip``.
 
 encodings ─► [actor pool: wide beam search] ─► candidates ─┐
 exemplars ─► [actor pool: embed images and regions] ─► encodings ─► [scatter by text] ─► [actor pool: embed texts,

@@ -588,7 +588,7 @@ def _class_rows(
     vectors: Mapping[str, np.ndarray],
     embedder: Embedder,
 ) -> pa.Table:
-    """How well descriptions of a classifier's outputs name their classes (METHODS §9)."""
+    """How well descriptions of a classifier's outputs name their classes."""
     said = embedder.embed_texts(names).cpu().numpy()
     rows: list[dict[str, object]] = []
     for system, own in texts.systems.items():

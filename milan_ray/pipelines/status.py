@@ -144,7 +144,21 @@ def status(storage: Storage, verify: bool = False) -> Status:
     for noun in NOUNS:
         if noun not in STAGES:
             found += _damaged(storage, noun, verify)
-    return Status(storage.root, found, _work(storage))
+    return Status(storage.root, _in_model_order(storage, found), _work(storage))
+
+
+def _in_model_order(storage: Storage, found: list[Partition]) -> list[Partition]:
+    """Partitions table by table, their layers as they follow one another in their model."""
+    layers = {(part.keys["model"], part.keys["layer"]) for part in found if "layer" in part.keys}
+    ordered = storage.in_model_order({"model": model, "layer": layer} for model, layer in sorted(layers))
+    rank = {(keys["model"], keys["layer"]): number for number, keys in enumerate(ordered)}
+    stage = {noun.name: number for number, noun in enumerate((*STAGES, *NOUNS))}
+
+    def place(part: Partition) -> tuple[int, list[tuple[int, str]]]:
+        own = rank.get((part.keys.get("model", ""), part.keys.get("layer", "")), 0)
+        return stage[part.table], [(own, "") if key == "layer" else (0, value) for key, value in part.keys.items()]
+
+    return sorted(found, key=place)
 
 
 def _look(storage: Storage, noun: Noun, keys: dict[str, str], verify: bool) -> tuple[dict[str, str], int]:

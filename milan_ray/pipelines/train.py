@@ -1,4 +1,4 @@
-"""Training captioners with Ray Train (DESIGN §6): first p(d), then p(d|E), on annotated units.
+"""Training captioners with Ray Train: first p(d), then p(d|E), on annotated units.
 
 encodings + annotations ─► units (Parquet) ─► [TorchTrainer: language model, decoder] ─► captioner, training table
 """

@@ -1,4 +1,4 @@
-"""Annotated units for training: features on disk, so that a training set may be larger than memory (DESIGN §6).
+"""Annotated units for training: features on disk, so that a training set may be larger than memory.
 
 Every training worker reads the units of its share of every batch, by number, while the batch before is computed. A
 Ray Data stream would deliver blocks in an order of its own, start anew (1.5 s) every epoch, and shuffle only within a

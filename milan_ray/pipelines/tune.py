@@ -1,4 +1,4 @@
-"""Tuning with Ray Tune (DESIGN §6): how to search descriptions, judged by annotated units.
+"""Tuning with Ray Tune: how to search descriptions, judged by annotated units.
 
 encodings + annotations ─► [Tuner: a trial = a search, every λ rescored inside] ─► trials, setting, figure, scores
 """

@@ -1,4 +1,4 @@
-"""Searching how to train a decoder, with Ray Tune: learning rate, sizes, dropout, regulariser, encoder (DESIGN §6).
+"""Searching how to train a decoder, with Ray Tune: learning rate, sizes, dropout, regulariser, encoder.
 
 encodings + annotations ─► [Tuner: a trial = a training, ASHA stops the worse ones] ─► trials, setting
 

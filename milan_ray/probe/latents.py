@@ -1,4 +1,4 @@
-"""Probes of a generator's inputs: tensors in files, one row per image (REFERENCE §1.6, ``TensorDatasetOnDisk``)."""
+"""Probes of a generator's inputs: tensors in files, one row per image (the reference's ``TensorDatasetOnDisk``)."""
 
 from __future__ import annotations
 

@@ -10,9 +10,9 @@ from milan_ray.errors import DamagedTable
 from milan_ray.experiments.auditing import REJECT, descriptions_hash
 from milan_ray.progress import say
 from milan_ray.report.layers import LayerSummary, layer_folder
-from milan_ray.report.pages import Pages, Row, natural, slug
+from milan_ray.report.pages import Pages, Row, slug
 from milan_ray.schema import AUDITED, AUDITS, FIGURE
-from milan_ray.storage import FILE_NAME, Storage
+from milan_ray.storage import FILE_NAME, Storage, natural
 
 
 def card_link(model: str, layer: str, unit: int) -> str:
@@ -28,7 +28,8 @@ def audits(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSumm
     Returns:
         Per audit its name, the page, and how many units it counts on both sides.
     """
-    shown = {(layer.model, layer.layer) for layer in layers}
+    place = {(layer.model, layer.layer): number for number, layer in enumerate(layers)}
+    shown = set(place)
     models = {layer.model for layer in layers}
     found = []
     for keys in storage.partitions(AUDITS):
@@ -50,7 +51,15 @@ def audits(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSumm
         except DamagedTable as error:
             left_out.note(error)
             continue
-        units.sort(key=lambda row: (row["verdict"] == REJECT, row["model"], natural(row["layer"]), row["unit"]))
+        units.sort(
+            key=lambda row: (
+                row["verdict"] == REJECT,
+                row["model"],
+                place.get((row["model"], row["layer"]), len(place)),
+                natural(row["layer"]),
+                row["unit"],
+            )
+        )
         for row in units:
             there = (row["model"], row["layer"]) in shown
             row["card"] = card_link(row["model"], row["layer"], row["unit"]) if there else None

@@ -50,7 +50,7 @@ def image_source(probe: str, view: str, image_id: int) -> str:
 def mask_strip(masks: Sequence[bytes], height: int, width: int) -> bytes:
     """A unit's masks as a veil to lay over its images: black at .75 outside the mask, transparent inside.
 
-    Over an image it gives the reference's masked image, `image * (mask == 0 ? .25 : 1)` (REFERENCE §7,
+    Over an image it gives the reference's masked image, `image * (mask == 0 ? .25 : 1)` (its
     `as_masked_images_tensor`), without a copy of the image per unit. Small masks are repeated up to thumbnail size, so
     that a browser's smooth scaling does not blur one mask into the next.
 

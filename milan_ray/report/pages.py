@@ -86,8 +86,3 @@ def short(value: float | None) -> float | None:
 def number(value: float | None) -> str:
     """A figure for people: four significant digits, a true minus sign, a dash where there is none."""
     return "–" if value is None or math.isnan(value) else f"{value:.4g}".replace("-", "−")
-
-
-def natural(name: str) -> list[tuple[int, int, str]]:
-    """Sorts `layer10` after `layer9`."""
-    return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", name)]

@@ -142,7 +142,7 @@ def differences(
             continue
         changes = rows_of(storage, CHANGES, left_out, **keys)
         worded = [row for row in changes if row["gained"] or row["lost"]]
-        names = list(dict.fromkeys(row["layer"] for row in worded))
+        names = storage.layers_in_order(keys["model"], (row["layer"] for row in worded))
         href = f"differences/{slug(json.dumps([keys['labeler'], keys['model'], keys['other']]))}/"
         pair = {
             **keys,

@@ -20,10 +20,10 @@ from milan_ray.errors import DamagedTable, MilanError, unknown_name
 from milan_ray.report.audits import audits
 from milan_ray.report.images import write_images, write_names
 from milan_ray.report.layers import PAGE_SIZE, LayerSummary, Sources, layer_folder, write_layer
-from milan_ray.report.pages import ASSETS, TEMPLATES, Pages, natural, slug
+from milan_ray.report.pages import ASSETS, TEMPLATES, Pages, slug
 from milan_ray.report.sections import differences, evaluations, figures, provenance, rows_of, skipped
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, SCORES
-from milan_ray.storage import Storage
+from milan_ray.storage import Storage, natural
 
 PAPER = "paper/index.html"
 """The page of `jobs.paper` below the report's folder, to which the overview links where it exists."""
@@ -78,10 +78,8 @@ def write_report(
     shown_models = _chosen("model with exemplars", models, [keys["model"] for keys in found])
     known_labelers = [keys["labeler"] for keys in storage.partitions(DESCRIPTIONS) if keys["model"] in shown_models]
     shown_labelers = _chosen("labeler with descriptions", labelers, known_labelers)
-    layers = sorted(
-        (keys for keys in found if keys["model"] in shown_models),
-        key=lambda keys: (shown_models.index(keys["model"]), natural(keys["layer"])),
-    )
+    layers = storage.in_model_order(keys for keys in found if keys["model"] in shown_models)
+    layers.sort(key=lambda keys: shown_models.index(keys["model"]))
     left_out = LeftOut("report")
     sources = Sources.find(storage, shown_labelers, left_out)
     pages = Pages(labelers=shown_labelers)

@@ -1,4 +1,4 @@
-"""What a unit's exemplars say of it without any words: clarity, polysemanticity, redundancy (METHODS §6).
+"""What a unit's exemplars say of it without any words: clarity, polysemanticity, redundancy.
 
 Source: Dreyer et al., *Mechanistic understanding and validation of large AI models with SemanticLens* (2025), and its
 code. V = embeddings of a unit's k exemplars, of length 1.

@@ -1,4 +1,4 @@
-"""Does a description predict its unit? Simulation correlation and AUPRC (docs/scores.md; METHODS §8).
+"""Does a description predict its unit? Simulation correlation and AUPRC (docs/scores.md).
 
 A text predicts how much an image excites a unit: s = 1 / (1 + exp(−a·(f + b))), f the product of the embeddings of
 image and text. The score is the Pearson correlation of s and the unit's activation over images; six sums per unit are
@@ -47,7 +47,7 @@ class Sigmoid:
 
 
 SIGMOIDS = {"clip": Sigmoid(58, -0.25), "siglip": Sigmoid(58, -0.13)}
-"""Fitted on ImageNet's superclasses for CLIP ViT-L/14-336 and SigLIP SO400M (METHODS §8), by kind of model."""
+"""Fitted on ImageNet's superclasses for CLIP ViT-L/14-336 and SigLIP SO400M, by kind of model."""
 
 
 class Moments:
@@ -132,7 +132,7 @@ def highest(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def retrieval(activations: np.ndarray, chosen: np.ndarray) -> tuple[float, float]:
-    """How much more a unit fires on chosen images than on the others (CoSy; METHODS §7).
+    """How much more a unit fires on chosen images than on the others (CoSy).
 
     Args:
         activations: (N,), without NaN.

@@ -1,7 +1,7 @@
 """BLEU, ROUGE and BERTScore of descriptions, with the reference's definitions and without its mistakes.
 
 Every measure is reached through per-unit statistics, so that it can be bootstrapped
-(:mod:`milan_ray.scoring.bootstrap`) without tokenising anything twice. Source: REFERENCE §8.
+(:mod:`milan_ray.scoring.bootstrap`) without tokenising anything twice.
 """
 
 from __future__ import annotations

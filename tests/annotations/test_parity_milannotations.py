@@ -1,4 +1,4 @@
-"""Published sets as the reference loads and merges them (REFERENCE §7)."""
+"""Published sets as the reference loads and merges them."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ def test_parity_milannotations_merge_identical_with_quirk_and_right_without(gold
         assert off.max() <= 1 and np.count_nonzero(off) < 1e-4 * off.size
     assert np.abs(reference - exemplars).max() > 100
     merge(tmp_path / "set", FolderProbe([golden / "images"]))
-    truncated = np.load(file).astype(np.int16) - exemplars  # the exemplars' bytes were truncated (REFERENCE §1.3)
+    truncated = np.load(file).astype(np.int16) - exemplars  # the exemplars' bytes were truncated
     assert set(np.unique(truncated)) <= {0, 1}
 
 

@@ -16,7 +16,7 @@ from milan_ray.errors import MilanError
 def plain_search(
     decoder: Decoder, features: torch.Tensor, beam_size: int, length: int, lm: LanguageModel | None
 ) -> tuple[list[list[list[int]]], list[list[float]]]:
-    """AllenNLP's search as REFERENCE §5.1 words it, a hypothesis at a time, every prefix decoded from scratch."""
+    """AllenNLP's search as the reference uses it, a hypothesis at a time, every prefix decoded from scratch."""
     ids, lowest = decoder.config.ids, torch.finfo(torch.float32).min
 
     def after(unit: int, tokens: list[int]) -> list[float]:

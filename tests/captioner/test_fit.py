@@ -45,7 +45,7 @@ def reported() -> list[dict]:
 
 
 def test_defaults_are_the_papers() -> None:
-    """REFERENCE §4, §5 and §5.2, which quote train_milan.py and the paper's Appendix B."""
+    """The reference's train_milan.py and the paper's Appendix B."""
     config, sizes = Plan().config, Plan().sizes
     assert (config.decoder_batch_size, config.lm_batch_size) == (64, 128)
     assert (config.learning_rate, config.weight_decay) == (1e-3, 1e-2)

@@ -37,7 +37,7 @@ def assert_decoding_agrees(ours: Decoding, arrays: dict[str, np.ndarray], run: s
 def plain_stepwise(
     toy: Captioner, features: torch.Tensor, strategy: str, lam: float, length: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Greedy or sampled decoding with mutual information as REFERENCE §5 words it, on torch's own modules."""
+    """Greedy or sampled decoding with mutual information as the reference does it, on torch's own modules."""
     decoder, lm = toy.decoder, toy.lm
     assert lm is not None
     h, c = decoder.init_h(features.mean(1)), decoder.init_c(features.mean(1))

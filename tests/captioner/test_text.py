@@ -52,7 +52,7 @@ PIECES = ("red", "dog", "-", "--", ".", "...", ",", ";", ":", "low-res", "-like"
 def plain_index(
     indexer: Indexer, texts: list[list[str]], start: bool, stop: bool, pad: bool, unk: bool, length: int | None
 ) -> list[list[int]]:
-    """REFERENCE §3, word for word."""
+    """The reference's tokens, word for word."""
     ids, words = indexer.ids, list(indexer.vocabulary.words)
     size = (length or max(map(len, texts))) + start + stop
     rows = []

@@ -67,7 +67,7 @@ def test_counts_equal_a_dense_computation():
 
 
 def test_iou_is_that_of_conditional_means():
-    """METHODS §1, new style: E[I|c]P(c) / (E[I] + P(c) − E[I|c]P(c))."""
+    """NetDissect's IoU by sums: E[I|c]P(c) / (E[I] + P(c) − E[I|c]P(c))."""
     images = random_images(20)[2]
     state = counted(images)
     _, sizes, both = state.result()

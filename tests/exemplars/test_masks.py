@@ -9,7 +9,7 @@ from milan_ray.exemplars import masks
 
 
 def naive_upsample(map_: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """REFERENCE §1.3 pixel by pixel: half-pixel centres, zero outside."""
+    """The reference's masks pixel by pixel: half-pixel centres, zero outside."""
     h, w = map_.shape
     padded = np.zeros((h + 2, w + 2))
     padded[1:-1, 1:-1] = map_

@@ -224,7 +224,7 @@ def iou(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 def sketched_level(activations: np.ndarray, quantile: float = 0.99, resolution: int = 8192) -> np.ndarray:
-    """The reference's own level: its KLL sketch as REFERENCE §1.2 describes it, with the random bits of its run."""
+    """The reference's own level: its KLL sketch in plain Python, with the random bits of its run."""
     torch.manual_seed(0)
     torch.empty((), dtype=torch.int64).random_()  # the DataLoader's base seed
     bits = iter(())

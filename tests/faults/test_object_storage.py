@@ -31,6 +31,7 @@ from milan_ray.probe import files
 from milan_ray.probe.folder import FolderProbe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.probe.registry import resolve_probe
+from milan_ray.schema import IMAGE_EMBEDDINGS
 from milan_ray.storage import Storage
 
 moto = pytest.importorskip("moto", reason="the local S3 server comes with the extra dev")
@@ -207,6 +208,7 @@ def test_put_is_seen_whole_or_not_at_all(store, request):
 def test_put_on_s3_killed_in_the_middle_leaves_nothing(s3):
     script = """
 import sys
+from milan_ray.schema import IMAGE_EMBEDDINGS
 from milan_ray.storage import Storage
 storage = Storage(sys.argv[1])
 data = bytes(60_000_000)
@@ -302,3 +304,50 @@ def test_storage_on_gs_asks_nothing_before_it_is_used():
     storage = Storage("gs://anonymous@bucket/run?retry_limit_seconds=1")
     assert isinstance(storage._fs, fs.GcsFileSystem)
     assert storage._base == "bucket/run" and not storage.is_local
+
+
+def test_e_readers_of_an_object_see_one_version_however_it_is_replaced(s3):
+    storage = Storage(f"{s3}/versions")
+    at = {"encoder": "e", "probe": "p"}
+
+    def write(value: float) -> None:
+        pieces = [
+            IMAGE_EMBEDDINGS.table(
+                {"encoder": ["e"] * 2, "probe": ["p"] * 2, "image_id": [n, n + 1], "embedding": [[value] * 3] * 2}
+            )
+            for n in (0, 2, 4)
+        ]
+        storage.write_stream(IMAGE_EMBEDDINGS, pieces, str(value), {}, **at)
+
+    write(1.0)
+    pieces = storage.stream(IMAGE_EMBEDDINGS, ["image_id", "embedding"], **at)
+    found = [next(pieces)]
+    write(2.0)  # between the first row group and the second
+    found += pieces
+    assert [value.as_py() for piece in found for value in piece["embedding"]] == [[1.0] * 3] * 6
+    path = storage.path(IMAGE_EMBEDDINGS, **at)
+    whole = storage.get(path)
+    with storage.open(path) as file:
+        write(3.0)
+        assert file.read(100) + file.read() == whole
+    assert storage.get(path) != whole
+
+
+def test_e_object_replaced_while_it_is_opened_is_read_again(s3, monkeypatch):
+    storage = Storage(f"{s3}/opened")
+    old, new = b"a" * 3_000_000, b"b" * 2_000_000
+    storage.put("file", old)
+    copy, copies = storage._copy, []
+
+    def replaced_meanwhile(target, spool):
+        copy(target, spool)
+        copies.append(target)
+        if len(copies) == 1:
+            storage.put("file", new)
+
+    monkeypatch.setattr(storage, "_copy", replaced_meanwhile)
+    with storage.open("file") as file:
+        assert file.read() == new
+    assert len(copies) == 2
+    with pytest.raises(FileNotFoundError):
+        storage.open("absent")

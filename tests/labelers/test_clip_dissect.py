@@ -40,7 +40,7 @@ def best_images(activations: np.ndarray, count: int) -> np.ndarray:
 
 
 def dense_wpmi(fit: np.ndarray, activations: np.ndarray, name: str) -> np.ndarray:
-    """METHODS §3, word by word."""
+    """The formulas of CLIP-Dissect's published code, one line each."""
     k, a, lam = {"soft_wpmi": (100, 10, 1.0), "wpmi": (28, 2, 0.6)}[name]
     p = np.exp(a * fit)
     p = p / p.sum(axis=1, keepdims=True)

@@ -22,7 +22,7 @@ from milan_ray.labelers.protocol import Drawn, Evidence
 
 
 def reference(activations, cosines) -> dict[str, list[float]]:
-    """Each function as METHODS words it: lower ranks are better, the scores' signs are turned at the end."""
+    """Each function as in Describe-and-Dissect: lower ranks are better, the scores' signs are turned at the end."""
     every = sorted(
         ((value, candidate, image) for candidate, found in enumerate(activations) for image, value in enumerate(found)),
         key=lambda one: -one[0],

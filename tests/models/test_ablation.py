@@ -33,7 +33,7 @@ def images(count: int, seed: int = 1) -> torch.Tensor:
 
 @torch.inference_mode()
 def by_hand(spec: ModelSpec, network: nn.Module, views: torch.Tensor, one: dict[str, list[int]]) -> torch.Tensor:
-    """The reference's way (REFERENCE §9): the layer's output times a mask, for one set."""
+    """The reference's way: the layer's output times a mask, for one set."""
 
     def times_mask(layer: str) -> Callable[..., torch.Tensor]:
         def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:

@@ -223,7 +223,7 @@ def test_is_activation_knows_torch_s_and_not_attention() -> None:
 
 
 def test_parity_activations_in_place_relu_of_the_golden_network_is_seen(golden: Path) -> None:
-    """REFERENCE §1.1: conv2's ReLU works in place, conv3's does not."""
+    """In the reference: conv2's ReLU works in place, conv3's does not."""
     stats = {layer: np.load(golden / "exemplars/toycnn" / layer / "stats.npz") for layer in ("conv2", "conv3")}
     model = golden_models(golden).ToyCNN()
     model.load_state_dict(torch.load(golden / "toycnn_seed7.pth", weights_only=True))

@@ -1,4 +1,4 @@
-"""Models of images and texts against an obvious, slow reading of REFERENCE §11, on tiny random models."""
+"""Models of images and texts against an obvious, slow reading of the re-ranking rule, on tiny random models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The reference's models and layers (REFERENCE §1.6), written down once more and held against the architectures."""
+"""The reference's models and layers, written down once more and held against the architectures."""
 
 from __future__ import annotations
 

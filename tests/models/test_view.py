@@ -62,7 +62,7 @@ def test_truncation_quirk_loses_at_most_one_and_rounding_nothing() -> None:
     np.testing.assert_array_equal(preprocess.pixels(preprocess(torch.from_numpy(views))).numpy(), views)
     lost = views.astype(int) - preprocess.truncated(views)
     assert set(np.unique(lost)) == {0, 1}
-    # The reference's arithmetic by hand: float32 x·mul + add, cut off (REFERENCE §1.3).
+    # The reference's arithmetic by hand: float32 x·mul + add, cut off.
     x = preprocess(torch.from_numpy(views[:1, :1, :1])).flatten().numpy()
     by_hand = x * np.float32(np.array(preprocess.std) * 255) + np.float32(np.array(preprocess.mean) * 255)
     np.testing.assert_allclose(preprocess.truncated(views)[0, 0, 0], by_hand.clip(0, 255).astype(np.uint8), atol=0)

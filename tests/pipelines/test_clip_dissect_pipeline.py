@@ -106,7 +106,7 @@ def test_texts_are_embedded_once_by_driver_or_pool(storage, request_of, monkeypa
 
 
 def dense(storage: Storage, layer: str, request: ImageTextRequest, how: ClipDissect) -> np.ndarray:
-    """Similarities (units, concepts) from whole matrices, as METHODS §3 says."""
+    """Similarities (units, concepts) from whole matrices, as CLIP-Dissect's paper says."""
     (keys,) = storage.partitions(IMAGE_EMBEDDINGS)
     ids, images = image_embeddings(storage, **keys)
     texts = ImageText(request.folder).embed_texts(how.concepts).numpy()
