@@ -17,7 +17,7 @@ from torch import nn
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, ModelSpec, register_family
 from milan_ray.models.view import Preprocess, View
-from milan_ray.models.weights import WeightsFile, load_strictly, read_state_dict
+from milan_ray.models.weights import WeightsFile, load_weights
 
 
 def resolve(name: str) -> ModelSpec:
@@ -67,7 +67,7 @@ def build(name: str, weights: str | None) -> nn.Module:
         torch.manual_seed(0)
         model = _timm().create_model(name, pretrained=False)
     if weights is not None and weights != RANDOM:
-        load_strictly(model, read_state_dict(weights), weights)
+        load_weights(model, weights)
     return model
 
 

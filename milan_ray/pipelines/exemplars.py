@@ -32,7 +32,7 @@ from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerStates, Plan, fold, naming, to_table
 from milan_ray.models.hooks import find_layers
-from milan_ray.models.registry import ModelSpec, source_of
+from milan_ray.models.registry import ModelSpec, blaming, source_of
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
@@ -284,13 +284,14 @@ def describe_model(spec: ModelSpec, probe: str, config: ExemplarConfig) -> tuple
     """Builds a model; returns its weights' digest, its view's key, and layer → what decides its exemplars.
 
     Raises:
-        MilanError: It cannot be built, or has no such layer.
+        MilanError: It cannot be built, has no such layer, or its weights or inputs cannot be identified.
     """
     model = requests.network(spec)
-    find_layers(model, spec.layers)
-    weights = weights_digest(model)
-    view = view_key(spec, model, weights, config)
-    return weights, view, exemplar_recipes(spec, model, weights, view, probe, config)
+    with blaming(f"model {spec.name} cannot be looked at"):
+        find_layers(model, spec.layers)
+        weights = weights_digest(model)
+        view = view_key(spec, model, weights, config)
+        return weights, view, exemplar_recipes(spec, model, weights, view, probe, config)
 
 
 def why_exemplars(storage: Storage, recipe: Recipe, model: str, layer: str) -> str | None:
