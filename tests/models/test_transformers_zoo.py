@@ -73,7 +73,7 @@ def test_transformers_weights_are_the_saved_ones_or_random(vit: str) -> None:
 def test_transformers_register_tokens_are_dropped(dinov2: str) -> None:
     spec = resolve_model(dinov2)
     assert spec.prefix_tokens == 5
-    assert spec.preprocess.view.key == "r36-c28-bicubic-28x28"
+    assert spec.preprocess.view.key == "r36-c28f-bicubic-28x28"
     model = spec.load()
     embeddings: list[torch.Tensor] = []
     handle = model.embeddings.register_forward_hook(lambda module, args, output: embeddings.append(output))
