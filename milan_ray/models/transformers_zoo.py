@@ -23,7 +23,7 @@ from milan_ray.models.hooks import LayerTap
 from milan_ray.models.processors import fit
 from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, ModelSpec, register_family
 from milan_ray.models.view import Preprocess
-from milan_ray.models.weights import read_state_dict
+from milan_ray.models.weights import UnfitWeights, read_state_dict, read_weights
 
 _MLP = re.compile(r".*\.(mlp\.fc1|intermediate\.dense|mlp\.up_proj)")
 _STAGE = re.compile(r"(.*\.)?stages\.\d+")
@@ -84,8 +84,8 @@ def build(source: str, weights: str | None) -> nn.Module:
         if weights == RANDOM:
             return _vision(transformers.AutoModel.from_config(config)).float()
         with torch.device("meta"):
-            kind = type(transformers.AutoModel.from_config(config))
-        state = None if weights is None else read_state_dict(weights)
+            empty = transformers.AutoModel.from_config(config)
+        kind, state = type(empty), None if weights is None else _state(weights, empty)
         try:
             model, report = kind.from_pretrained(
                 source if weights is None else None,
@@ -104,6 +104,14 @@ def build(source: str, weights: str | None) -> nn.Module:
             f"the weights in {weights or source} lack {missing[0]} and {len(missing) - 1} more of {source}."
         )
     return _vision(model).float()
+
+
+def _state(weights: str, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a file, under the network's names or, where transformers knows better, those of the file."""
+    try:
+        return read_weights(weights, model, needless=lambda name: "pooler." in name)
+    except UnfitWeights:  # names of earlier versions, for one: what transformers makes of them is checked
+        return read_state_dict(weights)
 
 
 def import_transformers(what: str = "models named hf/… come") -> ModuleType:

@@ -87,6 +87,10 @@ class WeightsFile:
         return str(path)
 
 
+class UnfitWeights(MilanError):
+    """Nothing in a file of weights fits the network."""
+
+
 def split_weights(weights: str | Path) -> tuple[str, str]:
     """The file and the part of it that ``FILE#PART`` names; the part is empty where a whole file is meant."""
     weights = str(weights)
@@ -149,7 +153,8 @@ def read_weights(
         The network's names of parameters and buffers → tensors, on the CPU.
 
     Raises:
-        MilanError: The file is missing or damaged, or nothing in it fits, or several things do; the text names them.
+        UnfitWeights: Nothing in the file fits; the text names what is nearest.
+        MilanError: The file is missing or damaged, or several things in it fit; the text names them.
     """
     path, part = split_weights(path)
     checkpoint = read_checkpoint(path)
@@ -292,7 +297,7 @@ def _problems(missing: list[str], unexpected: list[str], different: list[str]) -
 
 def _misfit(
     path: str, model: str, problems: list[str], nearest: _Fit, own: Mapping[str, tuple[int, ...]]
-) -> MilanError:
+) -> UnfitWeights:
     """The sentence on a file in which nothing fits: what is nearest, and the way out."""
     where = f", below {nearest.path!r}" if nearest.path else ""
     exact, common = nearest.matching(own)
@@ -308,7 +313,7 @@ def _misfit(
         remedy = f"it has other parts: save the state_dict() of this network, or {register}"
     else:
         remedy = f"it is of another size or has another head: {register}"
-    return MilanError(f"weights file {path} does not fit {model}: weights {', '.join(problems)}{where}; {remedy}.")
+    return UnfitWeights(f"weights file {path} does not fit {model}: weights {', '.join(problems)}{where}; {remedy}.")
 
 
 _said: set[tuple[str, str]] = set()
