@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from milan_ray.errors import MilanError
 from milan_ray.models.registry import RANDOM, register_model
 from milan_ray.models.view import Preprocess, View
-from milan_ray.models.weights import load_strictly, read_state_dict
+from milan_ray.models.weights import load_weights
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -68,7 +68,7 @@ def build(depth: int, weights: str | None) -> nn.Module:
         torch.manual_seed(0)
         model = CifarResNet((depth - 2) // 6)
     if weights != RANDOM:
-        load_strictly(model, read_state_dict(weights), weights)
+        load_weights(model, weights)
     return model
 
 

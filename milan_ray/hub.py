@@ -138,6 +138,8 @@ def _download(url: str, part: Path) -> str:
     digest, written = hashlib.sha256(), 0
     request = urllib.request.Request(url, headers={"User-Agent": "milan_ray"})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, part.open("xb") as file:
+        if url.lower().startswith("https:") and not answer.geturl().lower().startswith("https:"):
+            raise OSError(f"it leads to {answer.geturl()}, without encryption")
         length = answer.headers.get("Content-Length")
         size = None if length is None else int(length)
         if size is not None and size > shutil.disk_usage(part.parent).free:

@@ -20,7 +20,7 @@ from milan_ray.errors import unknown_name
 from milan_ray.models.hooks import LayerTap
 from milan_ray.models.registry import BUILDING
 from milan_ray.models.view import IMAGENET_MEAN, IMAGENET_STD
-from milan_ray.models.weights import WeightsFile, load_strictly, read_state_dict, weights_digest
+from milan_ray.models.weights import WeightsFile, load_strictly, load_weights, weights_digest
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ def _build(name: str, path: str | None) -> nn.Module:
 
     model = models.get_model(name, weights=None)
     if path is not None:
-        load_strictly(model, read_state_dict(path), path)
+        load_weights(model, path)
     for unused in ("avgpool", "classifier" if name == "alexnet" else "fc"):
         setattr(model, unused, nn.Identity())
     return model

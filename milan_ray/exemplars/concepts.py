@@ -72,16 +72,11 @@ def _places(view: View, source: tuple[int, int], size: tuple[int, int]) -> tuple
     found = []
     for axis in range(2):
         shown, whole = view.shape[axis], resized[axis]
-        offset = 0 if view.crop is None else _crop_offset(whole, shown)
+        offset = 0 if view.crop is None else view.offset(whole, shown)
         at = (np.arange(size[axis]) + 0.5) * (shown / size[axis]) + offset
         place = np.floor(at * (source[axis] / whole)).astype(np.int64)
         found.append(np.where((at >= 0) & (at < whole), place.clip(0, source[axis] - 1), -1))
     return found[0], found[1]
-
-
-def _crop_offset(whole: int, shown: int) -> int:
-    """Where torchvision's centre crop begins; negative where it pads."""
-    return round((whole - shown) / 2) if whole >= shown else -((shown - whole) // 2)
 
 
 def pack_words(masks: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from milan_ray.models.registry import RANDOM, TOKEN_BATCH, register_model
 from milan_ray.models.view import Preprocess, View
-from milan_ray.models.weights import WeightsFile, load_strictly, read_state_dict
+from milan_ray.models.weights import WeightsFile, load_weights
 
 HOST = "https://dl.fbaipublicfiles.com/dino"
 DEPTH = 12
@@ -116,7 +116,7 @@ def build(patch: int, width: int, heads: int, weights: str | None) -> nn.Module:
         torch.manual_seed(0)
         model = VisionTransformer(patch, width, heads)
     if weights is not None and weights != RANDOM:
-        load_strictly(model, read_state_dict(weights), weights)
+        load_weights(model, weights)
     return model
 
 

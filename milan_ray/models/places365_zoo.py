@@ -16,7 +16,7 @@ from torchvision import models
 
 from milan_ray.models.registry import RANDOM, register_model
 from milan_ray.models.torchvision_zoo import build, default_layers
-from milan_ray.models.weights import WeightsFile, load_strictly, read_state_dict
+from milan_ray.models.weights import WeightsFile, load_weights
 
 HOST = "https://dissect.csail.mit.edu/models"
 CLASSES = 365
@@ -68,7 +68,7 @@ def build_alexnet(weights: str | None) -> nn.Module:
         torch.manual_seed(0)
         model = alexnet()
     if weights is not None and weights != RANDOM:
-        load_strictly(model, read_state_dict(weights), weights)
+        load_weights(model, weights)
     return model
 
 

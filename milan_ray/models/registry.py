@@ -7,7 +7,8 @@ import inspect
 import re
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
@@ -108,12 +109,12 @@ class ModelSpec:
         """Builds the model, in eval mode and without gradients.
 
         Raises:
-            MilanError: Its weights are missing or do not fit.
+            MilanError: Its weights are missing or do not fit, or its factory failed.
         """
         weights = self.weights
         if weights is None and self.published:
             weights = next(iter(self.published.values())).find()
-        with BUILDING:
+        with BUILDING, blaming(f"model {self.name} cannot be built"):
             return self.factory(weights).eval().requires_grad_(False)
 
     def batch(self, wanted: int) -> int:
@@ -129,6 +130,25 @@ class ModelSpec:
     def is_channels_last(self, layer: str) -> bool:
         """Whether the model says that a layer's 4-d outputs are (B, H, W, U)."""
         return self.channels_last is not None and re.fullmatch(self.channels_last, layer) is not None
+
+
+@contextmanager
+def blaming(what: str) -> Iterator[None]:
+    """Makes one sentence of whatever a network, or code that comes with it, raises.
+
+    Args:
+        what: What went wrong, to begin the sentence with.
+
+    Raises:
+        MilanError: In place of any other error.
+    """
+    try:
+        yield
+    except MilanError:
+        raise
+    except Exception as error:  # a user's code may raise anything
+        text = " ".join(str(error).split())
+        raise MilanError(f"{what}: {type(error).__name__}{f': {text}' if text else ''}") from error
 
 
 def source_of(function: Callable[..., Any] | None) -> str:
@@ -217,7 +237,8 @@ def get_model(name: str) -> ModelSpec:
         return _MODELS[name]
     prefix, _, rest = name.partition("/")
     if prefix in _FAMILIES and rest:
-        return _FAMILIES[prefix][0](rest)
+        with blaming(f"model {name} cannot be described"):
+            return _FAMILIES[prefix][0](rest)
     _register_now()
     if name in _MODELS:
         return _MODELS[name]

@@ -7,12 +7,14 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from milan_ray.errors import MilanError
 from milan_ray.hub import digest_in
 from milan_ray.models.layouts import UNSAID, Reading
 from milan_ray.models.registry import RANDOM, Activations, ModelSpec, get_model
-from milan_ray.models.weights import WeightsFile
+from milan_ray.models.weights import WeightsFile, split_weights
+from milan_ray.progress import say
 
 
 def resolve_model(
@@ -33,7 +35,8 @@ def resolve_model(
     Args:
         name: Registered name.
         weights: Path or address of a weights file, the name of published ones (``IMAGENET1K_V2``), ``random`` for
-            untrained weights from seed 0, or None for the model's own.
+            untrained weights from seed 0, or None for the model's own. ``FILE#PART`` means one of several networks in
+            a file; see :func:`milan_ray.models.weights.read_weights`.
         layers: Module paths to dissect, in order; None or empty for the model's defaults.
         activations: Which values of a layer count; see :class:`milan_ray.models.hooks.LayerTap`.
         reading: What the user says of the layers' axes, over what the model says.
@@ -50,17 +53,18 @@ def resolve_model(
         weights = spec.weights or next(iter(spec.published), None)
     if weights is not None and weights in spec.published:
         weights = spec.published[weights].find(download)
-    elif weights is not None and "://" in weights:
-        weights = _at(weights).find(download=True)
+    elif weights is not None and _is_address(weights):
+        weights = _fetched(weights)
     elif weights is not None and weights != RANDOM:
-        path = Path(weights).expanduser().resolve()
+        given, part = split_weights(_local(weights))
+        path = Path(given).expanduser().resolve()
         if not path.is_file():
             names = f", one of {', '.join(spec.published)}," if spec.published else ""
             raise MilanError(
                 f"no weights file at {path} for {name}: give the path of an existing file{names} or a URL."
             )
-        weights = str(path)
-    file = Path(weights).name if weights else None
+        weights = f"{path}#{part}" if part else str(path)
+    file = Path(split_weights(weights)[0]).name if weights else None
     version = next((version for version in spec.published.values() if version.file == file), None)
     return replace(
         spec,
@@ -70,6 +74,50 @@ def resolve_model(
         reading=reading.over(spec.reading),
         preprocess=version.preprocess if version and version.preprocess else spec.preprocess,
     )
+
+
+def _is_address(weights: str) -> bool:
+    """Whether something has to be fetched.
+
+    Raises:
+        MilanError: It is an address of a kind that is not fetched.
+    """
+    scheme, separator, _ = weights.partition("://")
+    if not separator or scheme.lower() == "file" or Path(weights).is_file():
+        return False
+    if scheme.lower() not in ("http", "https"):
+        raise MilanError(
+            f"weights are fetched by https or http, not by {scheme} ({weights}): give a file or such a URL."
+        )
+    return True
+
+
+def _local(weights: str) -> str:
+    """The path that a ``file:`` address means; other paths as they are.
+
+    Raises:
+        MilanError: The address is of another computer.
+    """
+    if not weights.lower().startswith("file:"):
+        return weights
+    address = urlsplit(weights, allow_fragments=False)
+    if address.netloc not in ("", "localhost"):
+        raise MilanError(f"{weights} is a file of the computer {address.netloc}: give a path of this one.")
+    return url2pathname(address.path)
+
+
+def _fetched(url: str) -> str:
+    """The file behind a user's address, downloaded where it is not here yet; its part stays named."""
+    address, _, part = url.partition("#")
+    file = _at(address)
+    if address.lower().startswith("http:") and digest_in(file.file) is None and not file.is_here():
+        say(
+            f"warning: {address} is fetched without encryption, and its name carries no digest: whoever is on the way "
+            "can give you other weights; use https where there is one.",
+            "warning",
+        )
+    path = file.find(download=True)
+    return f"{path}#{part}" if part else path
 
 
 def _at(url: str) -> WeightsFile:

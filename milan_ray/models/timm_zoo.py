@@ -11,13 +11,16 @@ from functools import partial
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from milan_ray.errors import MilanError, unknown_name
+from milan_ray.models.processors import agrees
 from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, ModelSpec, register_family
 from milan_ray.models.view import Preprocess, View
-from milan_ray.models.weights import WeightsFile, load_strictly, read_state_dict
+from milan_ray.models.weights import WeightsFile, load_weights
 
 
 def resolve(name: str) -> ModelSpec:
@@ -49,7 +52,7 @@ def resolve(name: str) -> ModelSpec:
         f"timm/{name}",
         partial(build, name),
         tuple(dict.fromkeys(layers)) or (OUTPUTS,),
-        _preprocess(name, timm.data.resolve_data_config(pretrained_cfg=config.to_dict())),
+        _preprocess(timm, name, timm.data.resolve_data_config(pretrained_cfg=config.to_dict())),
         prefix_tokens=prefix,
         channels_last=".*" if getattr(model, "output_fmt", "NCHW") == "NHWC" else None,
         max_batch=None if prefix is None else TOKEN_BATCH,
@@ -67,7 +70,7 @@ def build(name: str, weights: str | None) -> nn.Module:
         torch.manual_seed(0)
         model = _timm().create_model(name, pretrained=False)
     if weights is not None and weights != RANDOM:
-        load_strictly(model, read_state_dict(weights), weights)
+        load_weights(model, weights)
     return model
 
 
@@ -87,16 +90,43 @@ def _timm() -> ModuleType:
         raise MilanError("models named timm/… come with timm, which is not installed: `pip install timm`.") from error
 
 
-def _preprocess(name: str, config: dict[str, Any]) -> Preprocess:
-    _, height, width = config["input_size"]
-    resize = math.floor(height / config["crop_pct"])
-    if height != width or config["crop_mode"] not in ("center", "squash"):
-        raise MilanError(
-            f"timm/{name} takes {height}×{width} images with crop mode {config['crop_mode']!r}, which a view cannot "
-            "make: register it in a plug-in with a view of your own."
-        )
-    view = View((resize, resize) if config["crop_mode"] == "squash" else resize, height, config["interpolation"])
-    return Preprocess(view, tuple(config["mean"]), tuple(config["std"]))
+_CHECKED: dict[str, Preprocess] = {}
+
+
+def _preprocess(timm: ModuleType, name: str, config: dict[str, Any]) -> Preprocess:
+    """The view and normalisation of a data configuration, checked against timm's own transforms on test pictures.
+
+    Raises:
+        MilanError: There are none.
+    """
+    key = repr(sorted(config.items()))
+    if key in _CHECKED:
+        return _CHECKED[key]
+    channels, height, width = config["input_size"]
+    refused = MilanError(
+        f"timm/{name} takes {channels}×{height}×{width} images with crop mode {config['crop_mode']!r}, which a view "
+        "cannot make: register it in a plug-in (--plugin), with a view of your own, or with inputs=."
+    )
+    if channels != 3 or len(config["mean"]) != 3 or len(config["std"]) != 3:
+        raise refused
+    resize = tuple(math.floor(side / config["crop_pct"]) for side in (height, width))
+    crop = height if height == width else (height, width)
+    squash = config["crop_mode"] == "squash"
+    if not squash and height != width:
+        raise refused
+    preprocess = Preprocess(
+        View((resize[0], resize[1]) if squash else resize[0], crop, config["interpolation"]),
+        tuple(config["mean"]),
+        tuple(config["std"]),
+    )
+    transform = timm.data.create_transform(**config)
+
+    def process(image: Image.Image) -> np.ndarray:
+        return np.asarray(transform(image), np.float32)
+
+    if not agrees(process, preprocess):
+        raise refused
+    return _CHECKED.setdefault(key, preprocess)
 
 
 def _published(config: Any) -> dict[str, WeightsFile]:

@@ -18,7 +18,7 @@ from torchvision import models
 
 from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, register_model
 from milan_ray.models.view import Preprocess, View
-from milan_ray.models.weights import WeightsFile, load_strictly, read_state_dict
+from milan_ray.models.weights import WeightsFile, load_strictly, read_weights
 
 
 def _paths(prefix: str, *names: int | str) -> tuple[str, ...]:
@@ -134,9 +134,14 @@ def build(
         options["image_size"] = 518  # the only size that there are weights for
     model = _construct(architecture, options)
     if weights is not None and weights != RANDOM:
-        state = {rename(name): tensor for name, tensor in read_state_dict(weights).items()}
-        if "aux_logits" in options:
-            state = {name: tensor for name, tensor in state.items() if not name.lower().startswith("aux")}
+        auxiliary = "aux_logits" in options
+        state = read_weights(
+            weights,
+            model,
+            rename=rename,
+            needless=lambda name: auxiliary and name.lower().startswith("aux"),
+            sizes=False,  # the head and the size of images follow the file's
+        )
         fitting = options | _sizes(architecture, model, state)
         if fitting != options:
             model = _construct(architecture, fitting)

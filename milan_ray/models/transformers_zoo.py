@@ -6,23 +6,24 @@ Nothing is fetched: a model is a folder that ``save_pretrained`` wrote, or lies 
 from __future__ import annotations
 
 import importlib
-import math
+import inspect
 import re
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
 from milan_ray.errors import MilanError, reason
 from milan_ray.models.hooks import LayerTap
+from milan_ray.models.processors import fit
 from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, ModelSpec, register_family
-from milan_ray.models.view import Preprocess, View
-from milan_ray.models.weights import read_state_dict
+from milan_ray.models.view import Preprocess
+from milan_ray.models.weights import UnfitWeights, read_state_dict, read_weights
 
 _MLP = re.compile(r".*\.(mlp\.fc1|intermediate\.dense|mlp\.up_proj)")
 _STAGE = re.compile(r"(.*\.)?stages\.\d+")
@@ -46,17 +47,17 @@ def resolve(source: str) -> ModelSpec:
     source = str(Path(source).expanduser().absolute()) if Path(source).expanduser().is_dir() else source
     try:
         config = transformers.AutoConfig.from_pretrained(source, **_LOCAL)
-        processor = transformers.AutoImageProcessor.from_pretrained(source, **_LOCAL)
+        processor = _processor(transformers, source)
     except (OSError, ValueError) as error:
         raise MilanError(
             f"hf/{source} is neither a folder with a vision model's config.json, model.safetensors and "
             f"preprocessor_config.json nor in the Hugging Face cache ({reason(error)}): give such a "
             f"folder, or run `hf download {source}`."
         ) from error
-    preprocess = _preprocess(source, processor.to_dict())
-    inputs = partial(_pixel_values, preprocess)
+    preprocess, swapped = _preprocess(source, processor)
     with torch.device("meta"):
-        model = _vision(transformers.AutoModel.from_config(config)).eval()
+        model = _vision(transformers.AutoModel.from_config(_unmasked(config))).eval()
+    inputs = partial(_inputs, preprocess, swapped, _masked_patches(model, preprocess))
     paths = [path for path, _ in model.named_modules()]
     mlps = tuple(filter(_MLP.fullmatch, paths))
     return ModelSpec(
@@ -77,14 +78,14 @@ def build(source: str, weights: str | None) -> nn.Module:
         MilanError: Weights are missing or do not fit.
     """
     transformers = import_transformers()
-    config = transformers.AutoConfig.from_pretrained(source, **_LOCAL)
+    config = _unmasked(transformers.AutoConfig.from_pretrained(source, **_LOCAL))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # also for a pooler that was not saved; nothing that is dissected depends on it
         if weights == RANDOM:
             return _vision(transformers.AutoModel.from_config(config)).float()
         with torch.device("meta"):
-            kind = type(transformers.AutoModel.from_config(config))
-        state = None if weights is None else read_state_dict(weights)
+            empty = transformers.AutoModel.from_config(config)
+        kind, state = type(empty), None if weights is None else _state(weights, empty)
         try:
             model, report = kind.from_pretrained(
                 source if weights is None else None,
@@ -105,6 +106,14 @@ def build(source: str, weights: str | None) -> nn.Module:
     return _vision(model).float()
 
 
+def _state(weights: str, model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of a file, under the network's names or, where transformers knows better, those of the file."""
+    try:
+        return read_weights(weights, model, needless=lambda name: "pooler." in name)
+    except UnfitWeights:  # names of earlier versions, for one: what transformers makes of them is checked
+        return read_state_dict(weights)
+
+
 def import_transformers(what: str = "models named hf/… come") -> ModuleType:
     """The package transformers, without its progress bars.
 
@@ -123,8 +132,31 @@ def _vision(model: nn.Module) -> nn.Module:
     return model.get_submodule("vision_model") if hasattr(model, "vision_model") else model
 
 
-def _pixel_values(preprocess: Preprocess, views: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"pixel_values": preprocess(views)}
+def _unmasked(config: Any) -> Any:
+    """A configuration of a network that is trained on images of which it sees a part, so that it sees all of it."""
+    if hasattr(config, "mask_ratio"):
+        config.mask_ratio = 0.0
+    return config
+
+
+def _masked_patches(model: nn.Module, preprocess: Preprocess) -> int:
+    """How many patches a network puts into a random order before it leaves out some of them; mostly 0."""
+    if "noise" not in inspect.signature(model.forward).parameters or not hasattr(model.config, "mask_ratio"):
+        return 0
+    if not getattr(getattr(model, "embeddings", None), "is_mae", True):  # it can, and does not
+        return 0
+    (height, width), patch = preprocess.view.shape, int(getattr(model.config, "patch_size", 1))
+    return (height // patch) * (width // patch)
+
+
+def _inputs(preprocess: Preprocess, swapped: bool, masked: int, views: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What a network takes: pixels, and numbers by which it sorts its patches, if it does, so that they stay sorted."""
+    pixels = preprocess(views)
+    inputs = {"pixel_values": pixels.flip(1) if swapped else pixels}
+    if masked:
+        order = torch.arange(masked, dtype=torch.float32, device=pixels.device)
+        inputs["noise"] = order.expand(len(pixels), masked)
+    return inputs
 
 
 def _prefix_tokens(model: nn.Module, layer: str, preprocess: Preprocess) -> int | None:
@@ -138,34 +170,39 @@ def _prefix_tokens(model: nn.Module, layer: str, preprocess: Preprocess) -> int 
     return tokens.shape[1] - (height // patch) * (width // patch) if tokens.ndim == 3 else None
 
 
-def _preprocess(source: str, processor: Mapping[str, Any]) -> Preprocess:
-    """The view and normalisation of an image processor.
+def _processor(transformers: ModuleType, source: str) -> Any:
+    """The image processor of a folder; the one that works on images, as we do, where there are two."""
+    images = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {"use_fast": False}
+    return transformers.AutoImageProcessor.from_pretrained(source, **images, **_LOCAL)
+
+
+_FITTED: dict[tuple[str, str], tuple[Preprocess, bool]] = {}
+
+
+def _preprocess(source: str, processor: Any) -> tuple[Preprocess, bool]:
+    """The view and normalisation that do what an image processor does, and whether its networks take blue first.
 
     Raises:
-        MilanError: Its images vary in size, or are no square crops, or are scaled otherwise than to [0, 1].
+        MilanError: There is none: its images vary in size, or are made in another way.
     """
-    size, crop = processor.get("size") or {}, None
-    resize: int | tuple[int, int] | None = size.get("shortest_edge")
-    if size.get("height"):
-        resize = (size["height"], size["width"])
-    if processor.get("do_center_crop"):
-        crop = processor["crop_size"]["height"]
-    elif processor.get("crop_pct") and isinstance(resize, int):  # ConvNeXt's
-        resize, crop = (
-            (math.floor(resize / processor["crop_pct"]), resize) if resize < 384 else ((resize, resize), None)
-        )
-    scaled = math.isclose(processor.get("rescale_factor", 1 / 255), 1 / 255)
-    if not processor.get("do_resize", True):
-        resize = None
-    if not scaled or (crop is None and not isinstance(resize, tuple)):
-        raise MilanError(
-            f"the images that hf/{source} takes have no fixed size or scale (size {size}, crop {crop}): register it in "
-            "a plug-in with a view of your own."
-        )
-    view = View(resize, crop, Image.Resampling(processor.get("resample", 2)).name.lower())
-    if not processor.get("do_normalize", True):
-        return Preprocess(view, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
-    return Preprocess(view, tuple(processor["image_mean"]), tuple(processor["image_std"]))
+
+    def process(image: Image.Image) -> np.ndarray:
+        made = processor(images=image, return_tensors="np")
+        if any(name.endswith("mask") and not np.all(values) for name, values in made.items()):
+            return np.zeros(0)
+        (inputs,) = np.asarray(made["pixel_values"], np.float32)
+        return inputs
+
+    key = type(processor).__qualname__, processor.to_json_string()
+    if key not in _FITTED:
+        try:
+            _FITTED[key] = fit(process, processor.to_dict())
+        except MilanError as error:
+            raise MilanError(
+                f"the images that hf/{source} takes cannot be made by a view ({type(processor).__name__}): {error}; "
+                "register the model in a plug-in (--plugin), with a view of your own, or with inputs=."
+            ) from error
+    return _FITTED[key]
 
 
 register_family(

@@ -24,20 +24,23 @@ class View:
 
     Attributes:
         resize: Length of the shorter side in pixels, or (height, width) to squash to, or None to leave the size.
-        crop: Side of the centred square crop in pixels, or None for no crop.
+        crop: Side of the centred square crop in pixels, or (height, width), or None for no crop.
         interpolation: ``bilinear``, ``bicubic`` or ``nearest``, with antialiasing, as torchvision on PIL images does.
         size: (height, width) of the result; given by ``crop`` or a squashing ``resize`` when left out.
+        floor: Whether a crop that cannot be centred begins on the upper or left pixel, as in transformers; else it
+            begins on the even one, as in torchvision.
     """
 
     resize: int | tuple[int, int] | None = 256
-    crop: int | None = 224
+    crop: int | tuple[int, int] | None = 224
     interpolation: str = "bilinear"
     size: tuple[int, int] | None = None
+    floor: bool = False
 
     def __post_init__(self) -> None:
         size = self.size
         if size is None and self.crop is not None:
-            size = (self.crop, self.crop)
+            size = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
         if size is None and isinstance(self.resize, tuple):
             size = self.resize
         if size is None:
@@ -53,9 +56,18 @@ class View:
     @property
     def key(self) -> str:
         """A readable name that is the same exactly when the geometry is, e.g. ``r256-c224-bilinear-224x224``."""
-        resize = "x".join(map(str, self.resize)) if isinstance(self.resize, tuple) else self.resize
+        resize, crop = (
+            "x".join(map(str, side)) if isinstance(side, tuple) else side for side in (self.resize, self.crop)
+        )
         height, width = self.shape
-        return f"r{resize}-c{self.crop}-{self.interpolation}-{height}x{width}".replace("None", "0")
+        floor = "f" if self.floor and self.crop is not None else ""
+        return f"r{resize}-c{crop}{floor}-{self.interpolation}-{height}x{width}".replace("None", "0")
+
+    def offset(self, whole: int, shown: int) -> int:
+        """Where a centred crop of ``shown`` pixels begins along a side of ``whole``; negative where it pads."""
+        if whole < shown:
+            return -((shown - whole) // 2)
+        return (whole - shown) // 2 if self.floor else round((whole - shown) / 2)
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """Applies the view.
@@ -101,7 +113,9 @@ class View:
         if self.resize is not None:
             image = _resized(image, self.resize, self.interpolation)
         if self.crop is not None:
-            image = _cropped(image, self.crop)
+            height, width = (self.crop, self.crop) if isinstance(self.crop, int) else self.crop
+            left, top = self.offset(image.width, width), self.offset(image.height, height)
+            image = image.crop((left, top, left + width, top + height))  # black where the image does not reach
         return np.asarray(image)
 
 
@@ -120,12 +134,6 @@ def _resized(image: Image.Image, size: int | tuple[int, int], interpolation: str
     if image.size == (width, height):
         return image
     return image.resize((width, height), Image.Resampling[interpolation.upper()])
-
-
-def _cropped(image: Image.Image, side: int) -> Image.Image:
-    """The centred square, black where the image does not reach."""
-    left, top = (round((own - side) / 2) if own >= side else -((side - own) // 2) for own in image.size)
-    return image.crop((left, top, left + side, top + side))
 
 
 @dataclass(frozen=True)

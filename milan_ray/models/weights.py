@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-import pickle
+import io
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 from milan_ray import hub
 from milan_ray.config import models_dir
 from milan_ray.errors import MilanError, reason
+from milan_ray.models.checkpoints import Checkpoint, StateDict, read_checkpoint
 from milan_ray.models.view import Preprocess
-from milan_ray.tensorfiles import check_sizes
+from milan_ray.progress import say
 
 _READ = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _CHUNK = 2**22  # bytes that are hashed at a time
-_WRAPPERS = ("state_dict", "model_state_dict", "model")
+_WRAPPERS = ("module.", "_orig_mod.")
+_PREFIX = 8  # dots in a prefix at most
+_PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.device)
 
 
 @dataclass(frozen=True)
@@ -82,48 +87,253 @@ class WeightsFile:
         return str(path)
 
 
-def read_state_dict(path: str) -> dict[str, torch.Tensor]:
-    """Reads a ``.pth``, ``.pt`` or ``.safetensors`` file of weights.
+class UnfitWeights(MilanError):
+    """Nothing in a file of weights fits the network."""
 
-    Pickled code is never executed. A dict around the weights (``state_dict``, ``model_state_dict``, ``model``) and the
-    ``module.`` prefix that data parallelism leaves are taken off.
+
+def split_weights(weights: str | Path) -> tuple[str, str]:
+    """The file and the part of it that ``FILE#PART`` names; the part is empty where a whole file is meant."""
+    weights = str(weights)
+    path, mark, part = weights.rpartition("#")
+    return (path, part) if mark and path and not Path(weights).is_file() else (weights, "")
+
+
+def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
+    """Reads a file of weights without knowing for which network; see :func:`read_weights`.
+
+    Pickled code is never executed. A dict around the weights (``state_dict``, ``model``, …) is taken off, and the
+    prefixes ``module.`` and ``_orig_mod.`` that data parallelism and compilation leave.
 
     Args:
-        path: The file.
+        path: The file, or ``FILE#PART`` where it holds several state dicts.
 
     Returns:
         Parameter and buffer names → tensors, on the CPU.
 
     Raises:
-        MilanError: The file is missing, damaged, or holds something else than tensors.
+        MilanError: The file is missing, damaged, or holds no state dict or several.
     """
-    if not Path(path).is_file():
-        raise MilanError(f"no weights file at {path}: give the path of a .pth, .pt or .safetensors file.")
-    try:
-        check_sizes(path)
-        if path.endswith(".safetensors"):
-            content: object = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+    path, part = split_weights(path)
+    states = [state for state in read_checkpoint(path).states if _is_part(state.address, part)]
+    if not states:
+        raise MilanError(f"weights file {path} holds no part {part!r}: leave out #{part}.")
+    outer = [state for state in states if not any(_is_inside(state.address, other.address) for other in states)]
+    if len(outer) > 1:
+        raise _several(path, [state.address for state in outer])
+    if outer[0].others:
         raise MilanError(
-            f"weights file {path} is damaged or holds more than tensors, which is never executed: save the model's "
-            "state_dict() again."
-        ) from error
-    except Exception as error:  # whatever a damaged file may raise inside the readers
-        raise MilanError(f"weights file {path} cannot be read ({reason(error)}): fetch or save it again.") from error
-    for _ in _WRAPPERS:  # one in another, but never endlessly: a file may hold a dict that holds itself
-        if isinstance(content, dict):
-            content = next((content[key] for key in _WRAPPERS if isinstance(content.get(key), dict)), content)
-    if (
-        not isinstance(content, dict)
-        or not content
-        or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in content.items())
-    ):
-        raise MilanError(f"weights file {path} holds no state dict (names → tensors): save the model's state_dict().")
-    if all(name.startswith("module.") for name in content):
-        content = {name.removeprefix("module."): tensor for name, tensor in content.items()}
-    return content
+            f"weights file {path} holds no state dict (names → tensors) but also {', '.join(outer[0].others[:3])}: "
+            "save the model's state_dict()."
+        )
+    return _unwrapped(outer[0].tensors())
+
+
+def read_weights(
+    path: str | Path,
+    model: nn.Module,
+    *,
+    rename: Callable[[str], str] = str,
+    needless: Callable[[str], bool] = lambda name: False,
+    sizes: bool = True,
+) -> dict[str, torch.Tensor]:
+    """Reads the weights of a network out of a file, whatever is around them.
+
+    A file may hold several state dicts, in dicts in dicts, and each may hold networks under prefixes (``model.``,
+    ``_orig_mod.``, ``backbone.``). What fits the network, name by name and shape by shape, is taken and said; it must
+    be one thing, or copies of one. Pickled code is never executed.
+
+    Args:
+        path: The file, or ``FILE#PART`` to look only in a part: keys and prefixes joined by dots, as messages name it.
+        model: The network.
+        rename: The network's name of a parameter that the file names otherwise, after its prefix.
+        needless: Which parameters, by the network's names, the file may lack and may have without use.
+        sizes: Whether shapes must fit, too.
+
+    Returns:
+        The network's names of parameters and buffers → tensors, on the CPU.
+
+    Raises:
+        UnfitWeights: Nothing in the file fits; the text names what is nearest.
+        MilanError: The file is missing or damaged, or several things in it fit; the text names them.
+    """
+    path, part = split_weights(path)
+    checkpoint = read_checkpoint(path)
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if hasattr(tensor, "shape")}
+    fits = [
+        fit for state in checkpoint.states for fit in _fits(state, own, rename, needless) if _is_part(fit.path, part)
+    ]
+    if not fits:
+        raise MilanError(f"weights file {path} holds no part {part!r}: leave out #{part}.")
+    # Counters of BatchNorm that old files lack; torch fills them in.
+    needed = {name for name in own if not name.endswith("num_batches_tracked") and not needless(name)}
+    good = [fit for fit in fits if not fit.problems(own, needed, sizes)]
+    if not good:
+        nearest = max(fits, key=lambda fit: fit.matching(own))
+        raise _misfit(path, type(model).__name__, nearest.problems(own, needed, sizes), nearest, own)
+    chosen, tensors = good[0], good[0].tensors()
+    for other in good[1:]:
+        if other.sources != chosen.sources and not _same(tensors, other.tensors()):
+            raise _several(path, [fit.path for fit in good])
+    _say_once(path, type(model).__name__, checkpoint, chosen)
+    return tensors
+
+
+@dataclass(frozen=True)
+class _Fit:
+    """What a state dict holds under a prefix.
+
+    Attributes:
+        state: The state dict.
+        prefix: The prefix, empty or with a dot behind it.
+        names: The network's names → the file's.
+        left: The file's names of tensors that are not below the prefix.
+    """
+
+    state: StateDict
+    prefix: str
+    names: dict[str, str]
+    left: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """What names it in ``FILE#PART``."""
+        return ".".join(filter(None, (self.state.address, self.prefix.rstrip("."))))
+
+    @property
+    def sources(self) -> tuple[str, dict[str, str]]:
+        """Where each tensor comes from."""
+        return self.state.address, self.names
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.state.shapes[self.names[name]]
+
+    def matching(self, own: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
+        """How near it is: names that fit with their shapes, then names alone."""
+        common = [name for name in self.names if name in own]
+        return sum(self.shape(name) == own[name] for name in common), len(common)
+
+    def problems(self, own: Mapping[str, tuple[int, ...]], needed: set[str], sizes: bool) -> list[str]:
+        missing = [name for name in own if name in needed and name not in self.names]
+        unexpected = [name for name in self.names if name not in own]
+        different = [
+            f"{name} {self.shape(name)} for {own[name]}"
+            for name in own
+            if sizes and name in self.names and self.shape(name) != own[name]
+        ]
+        return _problems(missing, unexpected, different)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        tensors = self.state.tensors()
+        return {name: tensors[of] for name, of in self.names.items()}
+
+
+def _fits(
+    state: StateDict,
+    own: Mapping[str, tuple[int, ...]],
+    rename: Callable[[str], str],
+    needless: Callable[[str], bool],
+) -> Iterator[_Fit]:
+    """What a state dict holds without a prefix, and under each prefix that has enough below it."""
+    below = Counter(prefix for name in state.shapes for prefix in _prefixes(name))
+    prefixes = [prefix for prefix, count in below.items() if 2 * count >= len(own) or count == len(state.shapes)]
+    for prefix in ("", *prefixes):
+        names: dict[str, str] = {}
+        for name in state.shapes:
+            if name.startswith(prefix):
+                renamed = rename(_plain(name[len(prefix) :], own))
+                if renamed in own or not needless(renamed):
+                    names.setdefault(renamed, name)
+        left = tuple(name for name in state.shapes if not name.startswith(prefix))
+        yield _Fit(state, prefix, names, left)
+
+
+def _prefixes(name: str) -> list[str]:
+    parts = name.split(".")
+    return [".".join(parts[:count]) + "." for count in range(1, min(len(parts), _PREFIX))]
+
+
+def _plain(name: str, own: Mapping[str, object]) -> str:
+    """A name without the marks that compilation leaves, at any place, unless the network has them itself."""
+    return name if name in own else name.replace("_orig_mod.", "")
+
+
+def _unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    for prefix in _WRAPPERS * 2:  # either may be around the other
+        if all(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+    return state
+
+
+def _is_part(path: str, part: str) -> bool:
+    return not part or path == part or path.startswith(f"{part}.")
+
+
+def _is_inside(address: str, other: str) -> bool:
+    return address != other and (not other or address.startswith(f"{other}."))
+
+
+def _same(some: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:
+    return some.keys() == others.keys() and all(
+        tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]) for name, tensor in some.items()
+    )
+
+
+def _several(path: str, parts: Sequence[str]) -> MilanError:
+    named = [part or "the weights beside them" for part in parts]
+    choice = next(part for part in parts if part)
+    return MilanError(
+        f"weights file {path} holds several networks, {', '.join(named[:5])}: choose one by --weights "
+        f"{path}#{choice}, or save its state_dict() alone."
+    )
+
+
+def _problems(missing: list[str], unexpected: list[str], different: list[str]) -> list[str]:
+    return [
+        f"{len(names)} {what} (first: {', '.join(names[:3])})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", different))
+        if names
+    ]
+
+
+def _misfit(
+    path: str, model: str, problems: list[str], nearest: _Fit, own: Mapping[str, tuple[int, ...]]
+) -> UnfitWeights:
+    """The sentence on a file in which nothing fits: what is nearest, and the way out."""
+    where = f", below {nearest.path!r}" if nearest.path else ""
+    exact, common = nearest.matching(own)
+    register = "register the network that it is of in a plug-in"
+    if not common:
+        names = list(nearest.names.values())
+        shared = [prefix for prefix in _prefixes(names[0]) if all(name.startswith(prefix) for name in names)]
+        begin = f"all its names begin with {shared[-1]!r}" if shared else f"its names are others ({names[0]})"
+        remedy = (
+            f"{begin}: save the state_dict() again with the names of this one ({next(iter(own), '')}), or {register}"
+        )
+    elif exact == common:
+        remedy = f"it has other parts: save the state_dict() of this network, or {register}"
+    else:
+        remedy = f"it is of another size or has another head: {register}"
+    return UnfitWeights(f"weights file {path} does not fit {model}: weights {', '.join(problems)}{where}; {remedy}.")
+
+
+_said: set[tuple[str, str]] = set()
+
+
+def _say_once(path: str, model: str, checkpoint: Checkpoint, chosen: _Fit) -> None:
+    """Says what was taken out of a file and what was left, where that is more than taking all of it."""
+    left = (*chosen.left, *chosen.state.others)
+    compiled = any(
+        name.removeprefix(chosen.prefix) != own for own, name in chosen.names.items() if "_orig_mod." in name
+    )
+    if not (chosen.path or left or compiled or checkpoint.ignored) or (path, model) in _said:
+        return
+    _said.add((path, model))
+    parts = [f"weights of {model}: {chosen.path or 'those'} of {path}{', without _orig_mod.' if compiled else ''}"]
+    if left:
+        parts.append(f"{len(left)} other entries are not used (first: {left[0]})")
+    if checkpoint.ignored:
+        parts.append(f"objects in it were neither read nor executed ({', '.join(checkpoint.ignored[:3])})")
+    say("; ".join(parts))
 
 
 def save_weights(state: dict[str, torch.Tensor], path: str | Path) -> None:
@@ -158,31 +368,117 @@ def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -
     # Counters of BatchNorm that old files lack; torch fills them in.
     missing = [name for name in own if name not in state and not name.endswith("num_batches_tracked")]
     unexpected = [name for name in state if name not in own]
-    different = [name for name in own if name in state and own[name].shape != state[name].shape]
-    problems = [
-        f"{len(names)} {what} (first: {', '.join(names[:3])})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", different))
-        if names
-    ]
+    shared = [name for name in own if name in state and isinstance(own[name], torch.Tensor)]
+    different = [name for name in shared if own[name].shape != state[name].shape]
+    # Numbers that are no weights yet, such as those of a compressed file, would be taken as they are.
+    whole = [name for name in shared if own[name].is_floating_point() and not _is_real(state[name])]
+    problems = _problems(missing, unexpected, different)
+    if whole:
+        problems.append(f"{len(whole)} of another type (first: {whole[0]} {state[whole[0]].dtype})")
     if problems:
         raise MilanError(f"weights file {path} does not fit {type(model).__name__}: weights {', '.join(problems)}.")
-    model.load_state_dict(state, strict=False)
+    try:
+        model.load_state_dict(state, strict=False)
+    except RuntimeError as error:  # of networks that take their weights apart by themselves
+        raise MilanError(f"weights file {path} does not fit {type(model).__name__} ({reason(error)}).") from error
+
+
+def load_weights(model: nn.Module, path: str, *, rename: Callable[[str], str] = str) -> None:
+    """Loads a file of weights into a model, whatever is around them; see :func:`read_weights`.
+
+    Raises:
+        MilanError: The file is missing or damaged, or does not fit.
+    """
+    load_strictly(model, read_weights(path, model, rename=rename), path)
+
+
+def _is_real(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and not tensor.is_quantized
 
 
 def weights_digest(model: nn.Module) -> str:
     """The identity of a model's weights: a hash over names, types, shapes and bytes of its state dict, in order.
+
+    Any type of numbers is welcome, sparse and quantised tensors, and what quantised modules keep instead of tensors.
 
     Args:
         model: The model, on any device.
 
     Returns:
         sha256, hex.
+
+    Raises:
+        MilanError: It keeps something whose content cannot be told.
     """
     digest = hashlib.sha256()
-    for name, tensor in model.state_dict().items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    try:
+        for name, value in model.state_dict().items():
+            _add(digest, name, value)
+    except Exception as error:  # a network may keep anything, and put it into its state dict in ways of its own
+        raise MilanError(
+            f"the weights of {type(model).__name__} cannot be identified ({reason(error)}): tables need that to tell "
+            "networks apart; give a network whose state_dict() holds tensors."
+        ) from error
     return digest.hexdigest()
+
+
+def _add(digest: hashlib._Hash, name: str, value: object) -> None:
+    """Adds an entry of a state dict; of plain tensors, nothing but name, type, shape and bytes.
+
+    Raises:
+        Exception: Its content cannot be told.
+    """
+    if isinstance(value, torch.Tensor):
+        for part, tensor in _plain_tensors(value):
+            digest.update(f"{name}{part} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    elif isinstance(value, tuple | list):
+        digest.update(f"{name} {len(value)} items\n".encode())
+        for index, item in enumerate(value):
+            _add(digest, f"{name}[{index}]", item)
+    elif isinstance(value, Mapping):
+        digest.update(f"{name} {len(value)} entries\n".encode())
+        for key, item in value.items():
+            _add(digest, f"{name}[{key!r}]", item)
+    elif isinstance(value, torch.ScriptObject):  # packed weights
+        _add(digest, f"{name} {value._type()}", value.__getstate__())
+    elif isinstance(value, io.BytesIO):
+        digest.update(f"{name} {len(value.getvalue())} bytes\n".encode() + value.getvalue())
+    elif value is None or isinstance(value, _PLAIN):
+        digest.update(f"{name} {value!r}\n".encode())
+    else:
+        raise TypeError(f"{name} is a {type(value).__name__}")
+
+
+def _plain_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """A tensor as tensors whose bytes say all, on the CPU; mostly as itself."""
+    tensor = tensor.detach()
+    if tensor.is_meta:
+        raise ValueError("it was built without memory, on the meta device")
+    if tensor.layout == torch.sparse_coo:
+        tensor = tensor.coalesce()
+        parts = {".indices": tensor.indices(), ".values": tensor.values()}
+    elif tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        parts = {".crow": tensor.crow_indices(), ".col": tensor.col_indices(), ".values": tensor.values()}
+    elif tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        parts = {".ccol": tensor.ccol_indices(), ".row": tensor.row_indices(), ".values": tensor.values()}
+    elif tensor.is_quantized and tensor.qscheme() in (torch.per_tensor_affine, torch.per_tensor_symmetric):
+        scale = torch.tensor([tensor.q_scale(), tensor.q_zero_point()], dtype=torch.float64)
+        parts = {f" {tensor.dtype}": tensor.int_repr(), ".scale": scale}
+    elif tensor.is_quantized:
+        scales = {".scales": tensor.q_per_channel_scales(), ".zeros": tensor.q_per_channel_zero_points()}
+        parts = {f" {tensor.dtype} {tensor.q_per_channel_axis()}": tensor.int_repr(), **scales}
+    elif hasattr(tensor, "__tensor_flatten__"):  # subclasses of tensors that hold several, such as packed weights
+        inner, rest = tensor.__tensor_flatten__()
+        parts = {f" {type(tensor).__name__} {rest!r}.{name}": getattr(tensor, name) for name in inner}
+        for name, part in parts.items():
+            yield from ((f"{name}{deeper}", plain) for deeper, plain in _plain_tensors(part))
+        return
+    else:
+        parts = {"": tensor.resolve_conj().resolve_neg()}
+    if tensor.layout != torch.strided:
+        parts = {f" {tuple(tensor.shape)}{name}": part for name, part in parts.items()}
+    yield from ((name, part.cpu()) for name, part in parts.items())
 
 
 def folder_digest(folder: str) -> str:

@@ -36,7 +36,7 @@ from milan_ray.models.establish import established
 from milan_ray.models.hooks import find_layers, unwrap
 from milan_ray.models.layouts import Layout
 from milan_ray.models.order import places
-from milan_ray.models.registry import ModelSpec, source_of
+from milan_ray.models.registry import ModelSpec, blaming, source_of
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import arithmetic, requests
 from milan_ray.pipelines.arithmetic import refused_by
@@ -360,14 +360,15 @@ def describe_model(spec: ModelSpec, source: Probe, probe: str, config: ExemplarC
         MilanError: It cannot be built, has no such layer, or a layer cannot be read.
     """
     model = requests.network(spec)
-    find_layers(model, spec.layers)
-    weights = weights_digest(model)
-    view = view_key(spec, model, weights, config)
     latents = None
     if isinstance(source, LatentProbe):
         latents = source.latents(image_refs(source.manifest().slice(0, 3)))
-    layouts = established(spec, model, spec.layers, latents)
-    recipes = exemplar_recipes(spec, model, weights, view, probe, config, layouts)
+    with blaming(f"model {spec.name} cannot be looked at"):
+        find_layers(model, spec.layers)
+        weights = weights_digest(model)
+        view = view_key(spec, model, weights, config)
+        layouts = established(spec, model, spec.layers, latents)
+        recipes = exemplar_recipes(spec, model, weights, view, probe, config, layouts)
     return DescribedModel(weights, view, recipes, layouts, places(unwrap(model), spec.layers))
 
 

@@ -104,12 +104,7 @@ def network(spec: ModelSpec, weights: str | None = None) -> nn.Module:
     Raises:
         MilanError: It cannot be built, or its weights differ.
     """
-    try:
-        model = spec.load()
-    except MilanError:
-        raise
-    except Exception as error:  # a user's factory may raise anything
-        raise MilanError(f"model {spec.name} cannot be built: {type(error).__name__}: {error}") from error
+    model = spec.load()
     if weights is not None and weights_digest(model) != weights:
         raise MilanError(
             f"{spec.name} has other weights on {platform.node()} than where the job was started; every node must see "

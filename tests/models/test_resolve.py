@@ -1,5 +1,10 @@
 from __future__ import annotations
 
+import hashlib
+import threading
+from collections.abc import Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -51,12 +56,67 @@ def test_load_gives_an_eval_model_without_gradients() -> None:
     assert model(torch.zeros(1, 2)).grad_fn is None
 
 
-def test_resolve_addresses_with_one_file_name_are_two_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path / "models"))
-    found = []
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[str]:
+    """The address of a server of ``a/model.pth`` and ``b/model.pth`` on this machine."""
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "model.safetensors").write_text(name)
-        found.append(resolve_model("tiny/mine", f"{(tmp_path / name).as_uri()}/model.safetensors").weights)
+        (tmp_path / "site" / name).mkdir(parents=True)
+        for file in ("model.pth", f"model-{hashlib.sha256(name.encode()).hexdigest()[:8]}.pth"):
+            (tmp_path / "site" / name / file).write_text(name)
+    running = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path / "site")))
+    thread = threading.Thread(target=running.serve_forever, args=(0.01,))
+    thread.start()
+    yield f"http://127.0.0.1:{running.server_port}"
+    running.shutdown()
+    thread.join()
+    running.server_close()
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: object) -> None:
+        """Says nothing."""
+
+
+def test_resolve_addresses_with_one_file_name_are_two_files(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path / "models"))
+    found = [resolve_model("tiny/mine", f"{server}/{name}/model.pth").weights for name in ("a", "b")]
     assert [Path(path or "").read_text() for path in found] == ["a", "b"]
     assert WeightsFile.at("https://example.org/a/model.safetensors?download=true").file == "model.safetensors"
+
+
+def test_f5_plain_http_without_a_digest_is_warned_about_once(
+    server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path / "models"))
+    named = f"{server}/a/model-{hashlib.sha256(b'a').hexdigest()[:8]}.pth"
+    assert Path(resolve_model("tiny/mine", named).weights or "").read_text() == "a"
+    assert "without encryption" not in capfd.readouterr().err
+    for warned in (True, False):
+        resolve_model("tiny/mine", f"{server}/a/model.pth#ema")
+        assert ("without encryption" in capfd.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("form", ["{path}", "file://{path}", "file://localhost{path}", "FILE:{path}"])
+def test_f5_local_weights_are_used_where_they_are(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path / "models"))
+    path = tmp_path / "my weights#1.pth"
+    path.touch()
+    assert resolve_model("tiny/mine", form.format(path=path)).weights == str(path)
+    assert resolve_model("tiny/mine", form.format(path=f"{path}#ema")).weights == f"{path}#ema"
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("address", "words"),
+    [
+        ("ftp://host/w.pth", "are fetched by https or http, not by ftp"),
+        ("s3://bucket/w.pth", "are fetched by https or http, not by s3"),
+        ("file://other/w.pth", "is a file of the computer other"),
+        ("file:///nowhere/w.pth", "no weights file at /nowhere/w.pth for tiny/mine"),
+    ],
+)
+def test_f5_other_addresses_are_one_sentence(address: str, words: str) -> None:
+    with pytest.raises(MilanError, match=words):
+        resolve_model("tiny/mine", address)

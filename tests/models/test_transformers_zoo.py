@@ -72,10 +72,23 @@ def test_transformers_weights_are_the_saved_ones_or_random(vit: str) -> None:
     assert weights_digest(resolve_model(vit, file).load()) == saved
 
 
+def test_b7_transformers_weights_below_a_prefix_are_those_of_the_network(vit: str, tmp_path: Path) -> None:
+    model = resolve_model(vit).load()
+    state = {name: tensor + 1 for name, tensor in model.state_dict().items() if "pooler" not in name}
+    prefixed = {f"model.vit.{name}": tensor for name, tensor in state.items()}
+    torch.save({"state_dict": prefixed | {"model.classifier.weight": torch.ones(2, 16)}}, tmp_path / "w.ckpt")
+    loaded = resolve_model(vit, str(tmp_path / "w.ckpt")).load().state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
+    two = prefixed | {f"ema.{name}": tensor * 2 for name, tensor in prefixed.items()}
+    torch.save(two, tmp_path / "two.ckpt")
+    with pytest.raises(MilanError, match=r"several networks, model\.vit, ema\.model\.vit"):
+        resolve_model(vit, str(tmp_path / "two.ckpt")).load()
+
+
 def test_transformers_register_tokens_are_dropped(dinov2: str) -> None:
     spec = resolve_model(dinov2)
     assert spec.prefix_tokens == 5
-    assert spec.preprocess.view.key == "r36-c28-bicubic-28x28"
+    assert spec.preprocess.view.key == "r36-c28f-bicubic-28x28"
     model = spec.load()
     embeddings: list[torch.Tensor] = []
     handle = model.embeddings.register_forward_hook(lambda module, args, output: embeddings.append(output))

@@ -203,6 +203,18 @@ def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, 
     assert_layer_of_nan_has_no_exemplars(storage)
 
 
+@pytest.mark.filterwarnings("ignore:.*quantiz:DeprecationWarning")
+def test_b6_models_of_any_numbers_run_or_fail_alone_with_one_sentence(ray_session, photos, tmp_path):
+    plugin = str(ROOT / "tests/plugins/bad_models.py")
+    names = ("bad/secret", "bad/unbuilt", "bad/inputs", "bad/int8")
+    models = [*(ModelRequest(name, plugins=(plugin,)) for name in names), CNN]
+    done = run_exemplars(Storage(tmp_path), models, ProbeRequest((str(photos),)), CONFIG, Resources(actors=1))
+    assert list(done.models) == ["bad/int8", "tiny/cnn"]
+    assert "the weights of Secret cannot be identified" in done.failed["bad/secret"]
+    assert done.failed["bad/unbuilt"] == "model bad/unbuilt cannot be built: KeyError: 'no such\\nsize'"
+    assert done.failed["bad/inputs"].startswith("model bad/inputs cannot be looked at: ")
+
+
 def test_exemplars_above_the_map_budget_are_masked_in_one_pool_whatever_model_fails(
     undisturbed, photos, tmp_path, monkeypatch
 ):

@@ -45,3 +45,40 @@ for _kind in (Values, Raises, Tuple, Shape):
     register_model(
         f"bad/{_kind.__name__.lower()}", lambda weights, kind=_kind: nn.Sequential(kind()), ("0",), PREPROCESS
     )
+
+
+class Wide(nn.Module):
+    """A convolution and a linear layer: what is commonly made small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.features, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.features(x).mean((2, 3)))
+
+
+class Secret(Wide):
+    """Keeps something whose content cannot be told."""
+
+    def get_extra_state(self) -> object:
+        return object()
+
+
+def _broken(weights: str | None) -> nn.Module:
+    raise KeyError("no such\nsize")
+
+
+register_model(
+    "bad/int8",
+    lambda weights: torch.ao.quantization.quantize_dynamic(Wide(), {nn.Linear}, dtype=torch.qint8),
+    ("features", "head"),
+    PREPROCESS,
+)
+register_model("bad/secret", lambda weights: Secret(), ("features",), PREPROCESS)
+register_model("bad/unbuilt", _broken, ("features",), PREPROCESS)
+register_model(
+    "bad/inputs", lambda weights: Wide(), ("features",), PREPROCESS, inputs=lambda views: views.permute(0, 9, 1, 2)
+)

@@ -1,0 +1,255 @@
+"""Reads checkpoints of any training framework as plain data: only tensors, and only their bytes, mean anything."""
+
+from __future__ import annotations
+
+import collections
+import io
+import math
+import pickle
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors.torch import load_file
+
+from milan_ray.errors import MilanError, reason
+from milan_ray.tensorfiles import check_sizes
+
+_DEPTH = 4
+"""How deep dicts lie in dicts at most: a wrapper, a network, a part of it, one more."""
+
+_NO_WEIGHTS = ("optim", "sched", "scaler", "callbacks", "loops")
+"""How entries of checkpoints begin that hold tensors of the training, not of a network."""
+
+
+class Ignored:
+    """Stands for an object in a file. Whatever the file wants done with it is not done."""
+
+    def __new__(cls, *_: object, **__: object) -> Ignored:
+        """An empty one."""
+        return object.__new__(cls)
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __call__(self, *_: object, **__: object) -> Ignored:
+        """Nothing, too."""
+        return self
+
+    def __setstate__(self, _: object) -> None: ...
+
+    def __setitem__(self, _: object, __: object) -> None: ...
+
+    def append(self, _: object) -> None:
+        """Nothing."""
+
+    def extend(self, _: object) -> None:
+        """Nothing."""
+
+    def add(self, _: object) -> None:
+        """Nothing."""
+
+
+class _Stored(Ignored):
+    """A tensor that was not read yet: its type, shape and where its bytes lie."""
+
+    def __init__(
+        self,
+        read: Callable[[], torch.Tensor],
+        numbers: int,
+        dtype: torch.dtype,
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+    ) -> None:
+        # Strides of 0, or many copies of one storage, could make a small file fill the memory.
+        if math.prod(shape) > numbers:
+            raise ValueError(f"a tensor of shape {shape} in {numbers} numbers")
+        self._read, self.dtype, self.offset, self.shape, self.stride = read, dtype, offset, shape, stride
+
+    def tensor(self) -> torch.Tensor:
+        return torch.as_strided(self._read(), self.shape, self.stride, self.offset)  # checks that it stays inside
+
+
+@dataclass(frozen=True)
+class StateDict:
+    """A state dict in a checkpoint.
+
+    Attributes:
+        address: The keys that lead to it, joined by dots; empty where it is the whole file.
+        shapes: Names → shapes of its tensors, in order.
+        others: Names of its entries that are no tensors.
+    """
+
+    address: str
+    shapes: dict[str, tuple[int, ...]]
+    others: tuple[str, ...]
+    _entries: Mapping[str, Any] = field(repr=False)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Reads all tensors, onto the CPU."""
+        return {name: _tensor(self._entries[name]) for name in self.shapes}
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a file of weights holds.
+
+    Attributes:
+        path: The file.
+        states: Its state dicts, outer ones first.
+        ignored: Classes and functions that the file names and that were ignored, e.g. ``argparse.Namespace``.
+    """
+
+    path: str
+    states: tuple[StateDict, ...]
+    ignored: tuple[str, ...] = ()
+
+
+def read_checkpoint(path: str) -> Checkpoint:
+    """Reads a ``.pth``, ``.pt``, ``.ckpt`` or ``.safetensors`` file.
+
+    Nothing in it is executed: where torch's restricted reader refuses a file because it holds objects beside tensors
+    (a ``Namespace`` of options, numbers of numpy, callbacks), these are ignored.
+
+    Raises:
+        MilanError: The file is missing or damaged, or holds no state dict.
+    """
+    if not Path(path).is_file():
+        raise MilanError(f"no weights file at {path}: give the path of a .pth, .pt, .ckpt or .safetensors file.")
+    ignored: set[str] = set()
+    try:
+        check_sizes(path)
+        if path.endswith(".safetensors"):
+            content: object = load_file(path)
+        else:
+            try:
+                content = torch.load(path, map_location="cpu", weights_only=True)
+            except pickle.UnpicklingError:
+                if not zipfile.is_zipfile(path):
+                    raise
+                content = _read_ignoring(path, ignored)
+        states = tuple(_states(content, "", _DEPTH))
+    except pickle.UnpicklingError as error:
+        raise MilanError(
+            f"weights file {path} is damaged or holds more than tensors, which is never executed: save the model's "
+            "state_dict() again."
+        ) from error
+    except Exception as error:  # whatever a damaged file may raise inside the readers
+        raise MilanError(f"weights file {path} cannot be read ({reason(error)}): fetch or save it again.") from error
+    if not states:
+        objects = f" but {', '.join(sorted(ignored)[:3])}, which is never executed" if ignored else ""
+        raise MilanError(
+            f"weights file {path} holds no state dict (names → tensors){objects}: save the model's state_dict()."
+        )
+    return Checkpoint(path, states, tuple(sorted(ignored)))
+
+
+def _states(content: object, address: str, depth: int) -> Iterator[StateDict]:
+    """The state dicts in a content; a depth, since a file may hold a dict that holds itself."""
+    if not isinstance(content, dict) or not depth:
+        return
+    # By the class: a file may set attributes on its dicts, one called "items" among them.
+    entries = {name: value for name, value in dict.items(content) if isinstance(name, str)}
+    shapes = {name: tuple(value.shape) for name, value in entries.items() if _is_tensor(value)}
+    if shapes and len(entries) == len(content):
+        others = tuple(name for name, value in entries.items() if name not in shapes and not isinstance(value, dict))
+        yield StateDict(address, shapes, others, entries)
+    for name, value in entries.items():
+        if not name.lower().startswith(_NO_WEIGHTS):
+            yield from _states(value, f"{address}.{name}" if address else name, depth - 1)
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, torch.Tensor | _Stored)
+
+
+def _tensor(value: torch.Tensor | _Stored) -> torch.Tensor:
+    return value.tensor() if isinstance(value, _Stored) else value
+
+
+_STORAGES = {
+    "FloatStorage": torch.float32,
+    "DoubleStorage": torch.float64,
+    "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+    "LongStorage": torch.int64,
+    "IntStorage": torch.int32,
+    "ShortStorage": torch.int16,
+    "CharStorage": torch.int8,
+    "ByteStorage": torch.uint8,
+    "BoolStorage": torch.bool,
+    "ComplexFloatStorage": torch.complex64,
+    "ComplexDoubleStorage": torch.complex128,
+    "UntypedStorage": torch.uint8,
+}
+
+
+def _read_ignoring(path: str, ignored: set[str]) -> object:
+    """Reads a file of ``torch.save``; what it names beside tensors is put into ``ignored``.
+
+    Raises:
+        Exception: Whatever readers raise on content that is not what it should be.
+    """
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+        if packed or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
+            raise ValueError("it unpacks to more than it holds")
+        indices = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
+        if len(indices) != 1:
+            raise pickle.UnpicklingError("not a file of torch.save")
+        root = indices[0].removesuffix("data.pkl")
+        sizes = {entry.filename: entry.file_size for entry in entries}
+        return _Reader(io.BytesIO(archive.read(indices[0])), path, root, sizes, ignored).load()
+
+
+# Python's own implementation of the reader: that in C reserves as much memory as a number in the file says.
+class _Reader(pickle._Unpickler):
+    """Reads a pickle that may name anything: tensors are noted down, all else becomes :class:`Ignored`."""
+
+    def __init__(self, file: BinaryIO, path: str, root: str, sizes: Mapping[str, int], ignored: set[str]) -> None:
+        super().__init__(file)
+        self._path, self._root, self._sizes, self._ignored = path, root, sizes, ignored
+        self._storages: dict[tuple[str, torch.dtype], torch.Tensor] = {}
+        # A pickle may set attributes on a class or function: each file gets its own.
+        self._class = type("Ignored", (Ignored,), {})
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return lambda *items: collections.OrderedDict(*items)
+        if module in ("torch", "torch.storage") and name in _STORAGES:
+            return _STORAGES[name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")):
+            return _rebuilt
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda data, *_: data
+        self._ignored.add(f"{module}.{name}")
+        return type(name, (self._class,), {})
+
+    def persistent_load(self, pid: Any) -> tuple[Callable[[torch.dtype], torch.Tensor], int, torch.dtype]:
+        kind, dtype, key, _, _ = pid
+        if kind != "storage" or not isinstance(dtype, torch.dtype) or not isinstance(key, str):
+            raise ValueError(f"a reference to {kind!r}")
+        name = f"{self._root}data/{key}"
+
+        def read(of: torch.dtype) -> torch.Tensor:
+            if (name, of) not in self._storages:
+                with zipfile.ZipFile(self._path) as archive:
+                    content = bytearray(archive.read(name))
+                raw = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+                self._storages[name, of] = raw.view(of)
+            return self._storages[name, of]
+
+        return read, self._sizes[name], dtype
+
+
+def _rebuilt(storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> _Stored:
+    read, size, dtype = storage
+    # Types newer than typed storages follow as the last argument, after whether it has gradients, and hooks.
+    dtype = next((item for item in rest if isinstance(item, torch.dtype)), dtype)
+    return _Stored(lambda: read(dtype), size // dtype.itemsize, dtype, int(offset), tuple(shape), tuple(stride))
