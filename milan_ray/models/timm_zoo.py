@@ -32,23 +32,19 @@ def resolve(name: str) -> ModelSpec:
     Raises:
         MilanError: timm is not installed, has no such model, or crops images in a way that a view has not.
     """
-    timm = _timm()
+    timm = import_timm()
     try:
         config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     except RuntimeError:  # no weights of that tag
         config = None
     if config is None:
         raise unknown_name("timm model", name, timm.list_models(pretrained=True))
-    model = _structure(timm, name)
+    model = structure(name)
     prefix = getattr(model, "num_prefix_tokens", None)
-    if prefix is None:
-        layers = [info["module"] for info in getattr(model, "feature_info", ())]
-    else:
-        layers = [path for path, _ in model.named_modules() if path.endswith("mlp.fc1")]
     return ModelSpec(
         f"timm/{name}",
         partial(build, name),
-        tuple(dict.fromkeys(layers)) or (OUTPUTS,),
+        default_layers(model),
         _preprocess(name, timm.data.resolve_data_config(pretrained_cfg=config.to_dict())),
         prefix_tokens=prefix,
         channels_last=".*" if getattr(model, "output_fmt", "NCHW") == "NHWC" else None,
@@ -65,22 +61,36 @@ def build(name: str, weights: str | None) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _timm().create_model(name, pretrained=False)
+        model = import_timm().create_model(name, pretrained=False)
     if weights is not None and weights != RANDOM:
         load_strictly(model, read_state_dict(weights), weights)
     return model
 
 
-def _structure(timm: ModuleType, name: str) -> nn.Module:
-    """A model without weights, for its layers' names."""
+def default_layers(model: nn.Module) -> tuple[str, ...]:
+    """The layers of one of timm's networks that are dissected by default."""
+    if getattr(model, "num_prefix_tokens", None) is None:
+        layers = [info["module"] for info in getattr(model, "feature_info", ())]
+    else:
+        layers = [path for path, _ in model.named_modules() if path.endswith("mlp.fc1")]
+    return tuple(dict.fromkeys(layers)) or (OUTPUTS,)
+
+
+def structure(name: str) -> nn.Module:
+    """One of timm's networks without weights, for its layers' names."""
     try:
         with torch.device("meta"):
-            return timm.create_model(name, pretrained=False)
+            return import_timm().create_model(name, pretrained=False)
     except RuntimeError:  # versions up to 1.0.20 at least read numbers off tensors while they build some networks
         return build(name, None)
 
 
-def _timm() -> ModuleType:
+def import_timm() -> ModuleType:
+    """The package timm.
+
+    Raises:
+        MilanError: It is not installed.
+    """
     try:
         return importlib.import_module("timm")
     except ImportError as error:
