@@ -29,8 +29,10 @@ from milan_ray.exemplars import masks as packed_masks
 from milan_ray.exemplars.forward import Forward, check_probe, pass_size, read_ahead, read_views
 from milan_ray.exemplars.shard import LayerState, LayerStates, Plan
 from milan_ray.labelers.milan import MILAN
-from milan_ray.models.hooks import find_layers, named_layers
+from milan_ray.models.establish import establish
+from milan_ray.models.hooks import find_layers, named_layers, unwrap
 from milan_ray.models.image_text import ImageText
+from milan_ray.models.layouts import Reading
 from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
 from milan_ray.models.view import Preprocess
@@ -265,6 +267,11 @@ def dissect(
     batch_size: int = 128,
     weights: str | None = None,
     device: str = "auto",
+    batch_axis: int | None = None,
+    units_axis: int | None = None,
+    grid: tuple[int, int] | None = None,
+    prefix_tokens: int | None = None,
+    channels_last: bool | None = None,
     name: str | None = None,
     plugins: Sequence[str] = (),
 ) -> Dissection:
@@ -281,6 +288,11 @@ def dissect(
         batch_size: Images per forward pass; CPUs take at most 16.
         weights: Of a registered model: a file, the name of published ones, or ``random``.
         device: Where a registered model runs.
+        batch_axis: Axis of the layers' outputs that counts images, where it cannot be found out (docs/layouts.md).
+        units_axis: Axis that counts units; negative ones count from the end.
+        grid: (height, width) of the layers' positions.
+        prefix_tokens: Tokens before the positions (CLS, registers), which are left out.
+        channels_last: Whether 4-d outputs are (B, H, W, U): short for ``units_axis=-1``.
         name: What to call the model; of a registered one its own.
         plugins: Modules or ``.py`` files that register the model or the probe.
 
@@ -288,10 +300,18 @@ def dissect(
         MilanError: There is no such model, layer or folder, a layer has no units, or no image can be read.
     """
     load_plugins(plugins)
+    if channels_last is not None:
+        if units_axis not in (None, -1 if channels_last else 1):
+            raise MilanError(
+                f"channels_last={channels_last} and units_axis={units_axis} say different things: give one."
+            )
+        units_axis = -1 if channels_last else 1
+    reading = Reading(batch_axis, units_axis, grid, prefix_tokens)
     if isinstance(model, nn.Module):
-        network, spec = model, _spec(model, layers, preprocess, activations, name)
+        model = unwrap(model)
+        network, spec = model, _spec(model, layers, preprocess, activations, name, reading)
     else:
-        spec = resolve_model(model, weights, layers, activations=activations)
+        spec = resolve_model(model, weights, layers, activations=activations, reading=reading)
         spec = replace(spec, preprocess=preprocess or spec.preprocess, name=name or spec.name)
         network = spec.load().to(resolve_device(device))
     probe = _probe(images)
@@ -305,7 +325,12 @@ def dissect(
         where = torch.device("cpu") if parameter is None else parameter.device
         size = pass_size(spec.batch(batch_size), where)
         plan = Plan(len(refs), k, quantile, max(len(refs), 2**20), _ALL_MAPS)
-        states, skipped = _run(Forward(spec, network, spec.layers, size, FLOAT32), spec, probe, refs, size, plan)
+        layouts = establish(spec, network, spec.layers)
+        for layer, layout in layouts.items():
+            if layout.remark:
+                say(f"layer {layer!r} of {spec.name} {layout.remark}", level="warning")
+        forward = Forward(spec, network, spec.layers, size, FLOAT32, layouts)
+        states, skipped = _run(forward, spec, probe, refs, size, plan)
     if not states:
         first = f", the first {skipped[0][0].location}: {skipped[0][1]}" if skipped else ""
         raise MilanError(f"none of {len(refs)} images can be read{first}; give images that PIL can open.")
@@ -321,6 +346,7 @@ def _spec(
     preprocess: Preprocess | None,
     activations: Activations,
     name: str | None,
+    reading: Reading,
 ) -> ModelSpec:
     if not layers:
         paths = [path for path, _ in model.named_children()] or list(named_layers(model))
@@ -334,6 +360,7 @@ def _spec(
         tuple(dict.fromkeys(layers)),
         preprocess or Preprocess(),
         activations=activations,
+        reading=reading,
     )
 
 

@@ -43,11 +43,14 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         _print_json(map(asdict, layer_table(spec)))
         return 0
-    print(f"{'layer':40} {'module':24} {'shape':20} {'units':>6}  default")
+    print(f"{'layer':40} {'module':24} {'shape':20} {'units':>6}  default  reading")
     for layer in layer_table(spec):
         shape = "×".join(map(str, layer.shape)) if layer.shape else "-"
         units = layer.units if layer.units is not None else "-"
-        print(f"{layer.path:40} {layer.kind:24} {shape:20} {units:>6}  {'*' if layer.default else ''}")
+        row = (
+            f"{layer.path:40} {layer.kind:24} {shape:20} {units:>6}  {'*' if layer.default else '':7}  {layer.reading}"
+        )
+        print(row.rstrip())
     return 0
 
 

@@ -161,6 +161,27 @@ def models(parser: argparse.ArgumentParser, required: bool = True) -> None:
         help="of a layer with an activation function behind it: what the reference sees (values after it where it "
         "works in place, else before), always before, or always after",
     )
+    reading(group)
+
+
+def reading(group: argparse._ActionsContainer) -> None:
+    """How layers' outputs are read, where that cannot be found out (docs/layouts.md)."""
+    group.add_argument(
+        "--units-axis", type=int, metavar="N", help="axis of the layers' outputs that counts units; -1 is the last"
+    )
+    group.add_argument("--batch-axis", type=int, metavar="N", help="axis of the layers' outputs that counts images")
+    group.add_argument(
+        "--layer-grid", type=grid, metavar="HxW", help="height and width of the layers' positions, as 16x8"
+    )
+    group.add_argument(
+        "--prefix-tokens", type=int, metavar="N", help="tokens before the positions (CLS, registers), left out"
+    )
+
+
+def grid(text: str) -> tuple[int, int]:
+    """An argument that says height and width."""
+    height, _, width = text.lower().partition("x")
+    return positive(height), positive(width)
 
 
 def described(parser: argparse.ArgumentParser) -> None:

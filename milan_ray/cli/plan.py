@@ -14,6 +14,7 @@ from milan_ray.cli.records import (
     find_captioner,
     open_storage,
     probe_request,
+    reading_of,
     resources_of,
 )
 from milan_ray.errors import MilanError
@@ -115,5 +116,6 @@ def _models(args: argparse.Namespace) -> list[ModelRequest]:
                 raise
             weights = RANDOM
             say(f"{name}: its weights are not here; measured with random ones: as long, other masks")
-        found.append(ModelRequest(name, weights, tuple(args.layers), tuple(args.plugin), args.activations))
+        layers, plugins = tuple(args.layers), tuple(args.plugin)
+        found.append(ModelRequest(name, weights, layers, plugins, args.activations, reading_of(args)))
     return found

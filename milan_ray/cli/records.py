@@ -15,6 +15,7 @@ from milan_ray.progress import say
 
 if TYPE_CHECKING:
     from milan_ray.models.image_text import ImageTextRequest
+    from milan_ray.models.layouts import Reading
     from milan_ray.pipelines.captioners import EncoderRequest
     from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
     from milan_ray.storage import Storage
@@ -123,8 +124,16 @@ def model_requests(args: argparse.Namespace) -> list[ModelRequest]:
             if len(names) == 1:
                 raise
             say(f"{name}: {error}", level="warning")  # the first stage finds the same, and goes on with the others
-        found.append(ModelRequest(name, weights, tuple(args.layers), tuple(args.plugin), args.activations))
+        layers, plugins = tuple(args.layers), tuple(args.plugin)
+        found.append(ModelRequest(name, weights, layers, plugins, args.activations, reading_of(args)))
     return found
+
+
+def reading_of(args: argparse.Namespace) -> Reading:
+    """What the user says of the layers' axes."""
+    from milan_ray.models.layouts import Reading
+
+    return Reading(args.batch_axis, args.units_axis, args.layer_grid, args.prefix_tokens)
 
 
 def probe_request(args: argparse.Namespace) -> ProbeRequest:

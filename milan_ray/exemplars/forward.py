@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
@@ -15,7 +15,10 @@ from torch import nn
 
 from milan_ray.config import FLOAT32, Arithmetic
 from milan_ray.errors import MilanError, UnreadableImage
-from milan_ray.models.hooks import LayerTap, call
+from milan_ray.models.establish import established
+from milan_ray.models.hooks import LayerTap, call, unwrap
+from milan_ray.models.inputs import prepare, runs_alone
+from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelInput, ModelSpec
 from milan_ray.models.view import View
 from milan_ray.probe.base import ImageProbe, ImageRef, LatentProbe, Probe
@@ -145,6 +148,10 @@ class Forward:
         layers: Module paths to read.
         batch_size: Images per forward pass.
         arithmetic: How the model computes.
+        layouts: Layer → how its output is read; None finds that out with the first batch.
+
+    Raises:
+        MilanError: A layer does not exist.
     """
 
     def __init__(
@@ -154,8 +161,12 @@ class Forward:
         layers: Sequence[str],
         batch_size: int,
         arithmetic: Arithmetic = FLOAT32,
+        layouts: Mapping[str, Layout] | None = None,
     ) -> None:
-        self._spec, self._layers, self._batch_size = spec, tuple(layers), batch_size
+        model = unwrap(model)
+        self._spec, self._layers, self._layouts = spec, tuple(layers), layouts
+        self._alone = runs_alone(model)
+        self._batch_size = 1 if self._alone else batch_size
         self._model = model.to(memory_format=torch.channels_last) if arithmetic.channels_last else model
         self._low = None if arithmetic.precision == "float32" else getattr(torch, arithmetic.precision)
         parameter = next(iter(model.parameters()), None)
@@ -174,11 +185,28 @@ class Forward:
         Raises:
             MilanError: A layer's output cannot be read as maps.
         """
+        if self._layouts is None:
+            latents = inputs if isinstance(inputs, tuple) else None
+            self._layouts = established(self._spec, self._model, self._layers, latents)
+        parts = [self._maps(part, self._layouts) for part in self._parts(inputs)]
+        return (
+            parts[0] if len(parts) == 1 else {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
+        )
+
+    def _maps(self, inputs: Inputs, layouts: Mapping[str, Layout]) -> dict[str, torch.Tensor]:
         count, prepared = self._prepare(inputs)
         with LayerTap(self._model, self._layers, self._spec.hidden, self._spec.activations) as tap, self._mixed():
             outputs = tap(prepared)
-        maps = {layer: self._spec.unit_maps(layer, output)[:count] for layer, output in outputs.items()}
-        return {layer: found.float() if self._low else found for layer, found in maps.items()}
+        maps = {layer: layouts[layer].maps(output, f"layer {layer!r}")[:count] for layer, output in outputs.items()}
+        return {layer: found.float() for layer, found in maps.items()}
+
+    def _parts(self, inputs: Inputs) -> Iterator[Inputs]:
+        """The inputs as one forward pass takes them: all at once, or one by one where images must run alone."""
+        if not self._alone:
+            yield inputs
+            return
+        for row in range(len(inputs[0]) if isinstance(inputs, tuple) else len(inputs)):
+            yield tuple(t[row : row + 1] for t in inputs) if isinstance(inputs, tuple) else inputs[row : row + 1]
 
     @torch.inference_mode()
     def images(self, latents: Inputs, truncate: bool = False) -> np.ndarray:
@@ -219,4 +247,5 @@ class Forward:
             tensors = tuple(torch.cat([tensor, tensor.new_zeros((short, *tensor.shape[1:]))]) for tensor in tensors)
         if self._device.type == "cuda":
             tensors = tuple(tensor.pin_memory() for tensor in tensors)  # else the host waits for the copy
-        return count, self._spec.prepare(*(tensor.to(self._device, non_blocking=True) for tensor in tensors))
+        there = (tensor.to(self._device, non_blocking=True) for tensor in tensors)
+        return count, prepare(self._spec, self._model, *there)

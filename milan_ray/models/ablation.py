@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,10 @@ import torch
 from torch import nn
 
 from milan_ray.errors import MilanError
-from milan_ray.models.hooks import call, find_layers, first_tensor
+from milan_ray.models.establish import established
+from milan_ray.models.hooks import call, find_places, first_tensor
+from milan_ray.models.inputs import prepare
+from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelSpec
 
 UnitSet = Mapping[str, Sequence[int]]
@@ -50,7 +54,9 @@ class Ablation:
     def __init__(self, spec: ModelSpec, model: nn.Module, sets: Sequence[UnitSet], rows: int = ROWS) -> None:
         self._spec, self._model, self._rows = spec, model, rows
         self._sets = [{layer: sorted(set(units)) for layer, units in one.items() if len(units)} for one in sets]
-        self._modules = find_layers(model, dict.fromkeys(layer for one in self._sets for layer in one))
+        self._places = find_places(model, dict.fromkeys(layer for one in self._sets for layer in one))
+        self._layouts: dict[str, Layout] = {}
+        self._last: Counter[str] = Counter()  # layer → which call of its module is meant
         self._groups: list[_Group] | None = None
         self._shared: dict[str | None, bool] = {None: True}  # first layer → whether the pass before it can be shared
 
@@ -104,17 +110,19 @@ class Ablation:
 
     def _grouped(self, views: torch.Tensor) -> list[_Group]:
         """Sets by the layer that runs first of those they change."""
+        self._layouts = established(self._spec, self._model, list(self._places), positions=False)
         order: list[str] = []
         handles = [
-            module.register_forward_hook(lambda *_, layer=layer: order.append(layer))
-            for layer, module in self._modules.items()
+            place.module.register_forward_hook(lambda *_, layer=layer: order.append(layer))
+            for layer, place in self._places.items()
         ]
         try:
-            call(self._model, self._spec.prepare(self._on_device(views)))
+            call(self._model, prepare(self._spec, self._model, self._on_device(views)))
         finally:
             for handle in handles:
                 handle.remove()
-        if absent := [layer for layer in self._modules if layer not in order]:
+        self._last = Counter({layer: place.call or order.count(layer) for layer, place in self._places.items()})
+        if absent := [layer for layer in self._places if layer not in order]:
             raise MilanError(f"layer {absent[0]!r} does not run in the model's forward pass: choose another layer.")
         groups: dict[str | None, list[int]] = {}
         for number, one in enumerate(self._sets):
@@ -148,11 +156,11 @@ class Ablation:
             (sets, n, classes), on the CPU.
         """
         handles = [
-            self._modules[layer].register_forward_hook(self._switch(layer, sets, len(views), first))
+            self._places[layer].module.register_forward_hook(self._switch(layer, sets, len(views), first))
             for layer in dict.fromkeys(layer for one in sets for layer in one)
         ]
         try:
-            output = first_tensor(call(self._model, self._spec.prepare(self._on_device(views))))
+            output = first_tensor(call(self._model, prepare(self._spec, self._model, self._on_device(views))))
         finally:
             for handle in handles:
                 handle.remove()
@@ -164,12 +172,18 @@ class Ablation:
 
     def _switch(self, layer: str, sets: Sequence[UnitSet], images: int, first: str | None) -> Any:
         """A forward hook that sets units of a layer's output to zero, for each set in its own rows."""
+        layout, calls = self._layouts[layer], 0
 
         def hook(module: nn.Module, args: object, output: object) -> object:
-            tensor = first_tensor(output)
-            if tensor is None:
+            nonlocal calls
+            calls += 1
+            if calls != self._last[layer]:
+                return output
+            own = first_tensor(output)
+            if own is None:
                 raise MilanError(f"layer {layer!r} puts out no tensor, so that its units cannot be switched off.")
-            axis = self._spec.unit_axis(layer, tensor)
+            tensor = own.movedim(layout.batch_axis, 0)
+            axis = layout.units_axis + (layout.units_axis < layout.batch_axis)
             times = len(sets) if first is not None and len(tensor) == images else 1
             # A copy in any case, because what the layer put out may be used elsewhere too.
             changed = tensor.repeat(times, *[1] * (tensor.ndim - 1))
@@ -179,7 +193,7 @@ class Ablation:
                 if units and not 0 <= units[0] <= units[-1] < tensor.shape[axis]:
                     raise MilanError(f"layer {layer!r} has {tensor.shape[axis]} units, so none of number {units[-1]}.")
                 rows[number, :, units] = 0
-            return _replaced(output, tensor, changed)
+            return _replaced(output, own, changed.movedim(0, layout.batch_axis))
 
         return hook
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import torch
-
 from milan_ray.errors import MilanError
-from milan_ray.models.hooks import call, first_tensor, named_layers
+from milan_ray.models.establish import examine
+from milan_ray.models.hooks import find_places, named_layers
 from milan_ray.models.registry import RANDOM, ModelSpec
-
-_BATCH = 2  # with one image, an output without a batch dimension would pass for one with
 
 
 @dataclass(frozen=True)
@@ -20,10 +17,10 @@ class LayerInfo:
     Attributes:
         path: Module path; ``outputs`` is the model itself.
         kind: The module's class.
-        shape: Shape of its output for one image, without the batch dimension; None when it puts out no tensor, does
-            not run, or its first dimension is not the batch.
+        shape: Shape of its output for one image, without the batch's axis; None when it cannot be dissected.
         units: Number of units, or None when the layer cannot be dissected.
         default: Whether it is dissected when no layers are asked for.
+        reading: How its output is read, or why it cannot be.
     """
 
     path: str
@@ -31,6 +28,7 @@ class LayerInfo:
     shape: tuple[int, ...] | None
     units: int | None
     default: bool
+    reading: str = ""
 
     @property
     def dissectable(self) -> bool:
@@ -39,7 +37,7 @@ class LayerInfo:
 
 
 def layer_table(spec: ModelSpec) -> list[LayerInfo]:
-    """Lists all modules of a model, by one forward pass of blank images.
+    """Lists all modules of a model, by a few small forward passes.
 
     Weights are not needed: a model whose weights are a file that nobody chose is built untrained. A generator's modules
     are listed without shapes: what it takes is known to its probe alone.
@@ -62,36 +60,16 @@ def layer_table(spec: ModelSpec) -> list[LayerInfo]:
         spec = replace(spec, weights=RANDOM)
     model = spec.load()
     modules = named_layers(model)
-    shapes: dict[str, torch.Size] = {}
-    units: dict[str, int] = {}
-    handles = []
-    for path, module in modules.items():
-
-        def note(module: torch.nn.Module, args: object, output: object, path: str = path) -> None:
-            tensor = first_tensor(output)
-            if tensor is None or tensor.ndim == 0 or len(tensor) != _BATCH:
-                return
-            shapes[path] = tensor.shape[1:]
-            try:
-                units[path] = spec.unit_maps(path, tensor).shape[1]
-            except MilanError:
-                units.pop(path, None)  # listed, but not dissectable
-
-        handles.append(module.register_forward_hook(note))
-    try:
-        with torch.inference_mode():
-            if spec.images is None:  # what a generator takes, only its probe knows
-                call(model, spec.prepare(torch.zeros((_BATCH, *spec.preprocess.view.shape, 3), dtype=torch.uint8)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    default = find_places(model, spec.layers)
+    paths = list(dict.fromkeys([*modules, *spec.layers]))
     return [
         LayerInfo(
             path,
-            type(module).__name__,
-            tuple(shapes[path]) if path in shapes else None,
-            units.get(path),
+            type(default[path].module if path in default else modules[path]).__name__,
+            None if isinstance(reading, str) else reading.shape,
+            None if isinstance(reading, str) else reading.units,
             path in spec.layers,
+            str(reading),
         )
-        for path, module in modules.items()
+        for path, reading in examine(spec, model, paths).items()
     ]

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
@@ -13,54 +18,130 @@ from torch.utils.hooks import RemovableHandle
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.models.registry import OUTPUTS, Activations, ModelInput
 
+OWN_OUTPUT = "@outputs"
+"""The model's own output, in a model that has a module called :data:`~milan_ray.models.registry.OUTPUTS`."""
+
+_CALL = re.compile(r"(.+)@(\d+)")
+_WRAPPERS = ("_orig_mod", "module")  # torch.compile's, and those of (distributed) data parallelism
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The network inside ``torch.compile`` and data parallelism, whose modules have the names that people know."""
+    while True:
+        if isinstance(model, torch._dynamo.eval_frame.OptimizedModule if _compiles() else ()):
+            model = model.get_submodule(_WRAPPERS[0])
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.get_submodule(_WRAPPERS[1])
+        else:
+            return model
+
+
+def _compiles() -> bool:
+    """Whether anything may have been compiled: torch's compiler takes seconds to import."""
+    return "torch._dynamo" in sys.modules
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Runs compiled modules as they were written: hooks see nothing of compiled ones."""
+    if not _compiles():
+        yield
+        return
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
 
 def named_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """All modules by path, the model itself last as :data:`~milan_ray.models.registry.OUTPUTS`."""
-    modules = dict(model.named_modules(remove_duplicate=False))
-    modules[OUTPUTS] = modules.pop("")
+    """All modules by path, the model itself last as :data:`~milan_ray.models.registry.OUTPUTS`.
+
+    A model with a module of that name has its own output as :data:`OWN_OUTPUT`.
+    """
+    modules = dict(unwrap(model).named_modules(remove_duplicate=False))
+    own = modules.pop("")
+    modules[OWN_OUTPUT if OUTPUTS in modules else OUTPUTS] = own
     return modules
 
 
-def find_layers(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
-    """Finds modules by path.
+@dataclass(frozen=True)
+class Place:
+    """Where a layer's values come from.
+
+    Attributes:
+        module: The module.
+        call: Which of its calls in a forward pass, counted from 1; None for the last.
+    """
+
+    module: nn.Module
+    call: int | None = None
+
+
+def find_places(model: nn.Module, layers: Iterable[str]) -> dict[str, Place]:
+    """Finds layers by name.
 
     Args:
         model: The model.
-        layers: Module paths; :data:`~milan_ray.models.registry.OUTPUTS` is the model itself.
+        layers: Module paths, with or without ``@n`` for the n-th call of a module that runs several times;
+            :data:`~milan_ray.models.registry.OUTPUTS` is the model itself.
 
     Returns:
-        Path → module, in the order asked for.
+        Name → place, in the order asked for.
+
+    Raises:
+        MilanError: There is no such module, the text names the nearest; or its calls cannot be seen.
+    """
+    modules = named_layers(model)
+    places: dict[str, Place] = {}
+    for layer in layers:
+        match = None if layer in modules else _CALL.fullmatch(layer)
+        path, call = (match[1], int(match[2])) if match else (layer, None)
+        if layer == OWN_OUTPUT and OUTPUTS in modules and OWN_OUTPUT not in modules:
+            path = OUTPUTS
+        if path not in modules or call == 0:
+            raise unknown_name("layer", layer, modules, "`python -m jobs.models MODEL` lists a model's layers.")
+        module = modules[path]
+        if isinstance(module, torch.jit.ScriptModule) and module is not modules.get(OUTPUTS):
+            raise MilanError(
+                f"layer {layer!r} is inside a TorchScript module, whose layers cannot be read while it runs: give the "
+                "network as Python code, with its weights from script.state_dict()."
+            )
+        places[layer] = Place(module, call)
+    return places
+
+
+def find_layers(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]:
+    """The modules of :func:`find_places`: name → module, in the order asked for.
 
     Raises:
         MilanError: There is no such module; the text names the nearest.
     """
-    modules = named_layers(model)
-    layers = list(layers)
-    for layer in layers:
-        if layer not in modules:
-            raise unknown_name("layer", layer, modules, "`python -m jobs.models MODEL` lists a model's layers.")
-    return {layer: modules[layer] for layer in layers}
+    return {layer: place.module for layer, place in find_places(model, layers).items()}
 
 
-def first_tensor(output: object) -> torch.Tensor | None:
-    """The first tensor of a module's output: itself, or the first in a (nested) tuple, list or dict; None without."""
+def tensors(output: object) -> list[torch.Tensor]:
+    """All tensors in a module's output: itself, or those in a (nested) tuple, list or dict."""
     if isinstance(output, torch.Tensor):
-        return output
+        return [output]
     members: Iterable[object] = ()
     if isinstance(output, Mapping):
         members = output.values()
     elif isinstance(output, (tuple, list)):
         members = output
-    return next((tensor for tensor in map(first_tensor, members) if tensor is not None), None)
+    return [tensor for member in members for tensor in tensors(member)]
+
+
+def first_tensor(output: object) -> torch.Tensor | None:
+    """The first tensor of a module's output: itself, or the first in a (nested) tuple, list or dict; None without."""
+    return next(iter(tensors(output)), None)
 
 
 def call(model: nn.Module, inputs: ModelInput) -> Any:
-    """Runs a model on one tensor, several positional ones, or keyword arguments."""
-    if isinstance(inputs, torch.Tensor):
-        return model(inputs)
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs)
+    """Runs a model on one tensor, several positional ones, or keyword arguments, as it was written."""
+    with eagerly():
+        if isinstance(inputs, torch.Tensor):
+            return model(inputs)
+        if isinstance(inputs, Mapping):
+            return model(**inputs)
+        return model(*inputs)
 
 
 def is_activation(module: nn.Module) -> bool:
@@ -72,17 +153,23 @@ def is_activation(module: nn.Module) -> bool:
 class LayerTap:
     """Collects the outputs of any number of layers in one forward pass.
 
-    A module that runs several times in one forward pass shows its last output; one that puts out a tuple or dict shows
-    the first tensor in it. Where an activation function follows a layer, its values can be meant in three ways:
+    A module that runs several times in one forward pass shows its last output, or its n-th as ``path@n``; one that puts
+    out a tuple or dict shows the first tensor in it. Where an activation function follows a layer, its values can be
+    meant in three ways:
 
-    - ``seen``: the tensor that the module put out, as it is after the forward pass. This is what the reference keeps
-      (REFERENCE §1.1): where the function works in place (``features.N`` of torchvision's AlexNet, VGG, SqueezeNet) its
-      result is seen, else the values before it.
+    - ``seen``: the tensor that the module put out, as it is after the forward pass. This is what the reference keeps:
+      where the function works in place (``features.N`` of torchvision's AlexNet, VGG, SqueezeNet) its result is seen,
+      else the values before it.
     - ``pre``: what the module put out, copied before anything can change it.
     - ``post``: what came out of the activation module (``torch.nn.ReLU``, ``GELU``, …) that took the layer's output as
       it was. A layer whose output goes elsewhere (to a norm, or to a function that is no module) shows what is seen.
 
     Gradients and device are the caller's affair.
+
+    Attributes:
+        calls: Layer → how often its module ran in the last forward pass.
+        counts: Layer → how many tensors it put out, of which the first counts.
+        missing: Layer → why it has no values in the last forward pass.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
@@ -97,6 +184,7 @@ class LayerTap:
         layers: Iterable[str],
         hidden: Callable[[Any], torch.Tensor | None] | None = None,
         activations: Activations = "seen",
+        lenient: bool = False,
     ) -> None:
         """Finds the layers; hooks are set on entering the context.
 
@@ -105,28 +193,37 @@ class LayerTap:
             layers: Module paths.
             hidden: Takes the tensor out of what a layer puts out; None takes the first in it.
             activations: ``seen``, ``pre`` or ``post`` the activation function, see above.
+            lenient: Whether a layer that does not run or puts out no tensor is left out, and said in ``missing``.
 
         Raises:
             MilanError: A layer does not exist.
         """
-        self._model, self._hidden, self._activations = model, hidden or first_tensor, activations
-        self._modules = find_layers(model, layers)
+        self._lenient = lenient
+        self.missing: dict[str, str] = {}
+        self.counts: dict[str, int] = {}
+        self._model, self._hidden, self._activations = unwrap(model), hidden or first_tensor, activations
+        self._places = find_places(model, layers)
+        self.calls: Counter[str] = Counter()
         self._outputs: dict[str, object] = {}
         self._settled: dict[str, torch.Tensor] = {}  # values that are known before the pass is over
         self._awaited: dict[str, torch.Tensor | None] = {}  # outputs that no activation module has taken yet
         self._handles: list[RemovableHandle] = []
 
     def __enter__(self) -> LayerTap:
-        for layer, module in self._modules.items():
+        for layer, place in self._places.items():
 
-            def keep(module: nn.Module, args: object, output: object, layer: str = layer) -> None:
+            def keep(module: nn.Module, args: object, output: object, layer: str = layer, place: Place = place) -> None:
+                self.calls[layer] += 1
+                if place.call not in (None, self.calls[layer]):
+                    return
                 self._outputs[layer] = output
+                self._settled.pop(layer, None)  # of a call before
                 tensor = self._hidden(output)
                 if self._activations == "pre" and tensor is not None:
                     self._settled[layer] = tensor.clone()
                 self._awaited[layer] = tensor
 
-            self._handles.append(module.register_forward_hook(keep))
+            self._handles.append(place.module.register_forward_hook(keep))
         if self._activations == "post":
             for module in filter(is_activation, self._model.modules()):
                 self._handles.append(module.register_forward_hook(self._follow))
@@ -135,7 +232,7 @@ class LayerTap:
     def _follow(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
         """Settles the layers whose output an activation module has just taken."""
         for layer, tensor in list(self._awaited.items()):
-            if args and args[0] is tensor and self._modules[layer] is not module:
+            if args and args[0] is tensor and self._places[layer].module is not module:
                 result = first_tensor(output)
                 assert result is not None
                 self._settled[layer] = result
@@ -162,21 +259,36 @@ class LayerTap:
             MilanError: A layer did not run, or put out no tensor.
         """
         self._forget()
+        self.calls.clear()
         call(self._model, inputs)
         collected = {}
-        for layer in self._modules:
-            if layer not in self._outputs:
-                raise MilanError(f"layer {layer!r} does not run in the model's forward pass: choose another layer.")
-            tensor = self._settled[layer] if layer in self._settled else self._hidden(self._outputs[layer])
-            if tensor is None:
-                came = type(self._outputs[layer]).__name__
-                raise MilanError(
-                    f"layer {layer!r} puts out a {came} without a tensor in it: choose another layer, or register the "
-                    "model with hidden=, a function that takes the tensor out."
-                )
-            collected[layer] = tensor
+        self.missing, self.counts = {}, {}
+        for layer in self._places:
+            tensor = self._collect(layer)
+            if isinstance(tensor, str):
+                self.missing[layer] = tensor
+            else:
+                collected[layer] = tensor.dequantize() if tensor.is_quantized else tensor
+                self.counts[layer] = len(tensors(self._outputs[layer])) if self._hidden is first_tensor else 1
         self._forget()
+        if self.missing and not self._lenient:
+            raise MilanError(next(iter(self.missing.values())))
         return collected
+
+    def _collect(self, layer: str) -> torch.Tensor | str:
+        """What a layer put out in the pass that is over; a sentence where that is nothing."""
+        if layer not in self._outputs:
+            often = self.calls[layer]
+            why = f"runs {often} times" if often else "does not run"
+            return f"layer {layer!r} {why} in the model's forward pass: choose another layer."
+        tensor = self._settled[layer] if layer in self._settled else self._hidden(self._outputs[layer])
+        if tensor is None:
+            came = type(self._outputs[layer]).__name__
+            return (
+                f"layer {layer!r} puts out a {came} without a tensor in it: choose another layer, or register the "
+                "model with hidden=, a function that takes the tensor out."
+            )
+        return tensor
 
     def _forget(self) -> None:
         for kept in (self._outputs, self._settled, self._awaited):

@@ -16,8 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from milan_ray.errors import MilanError, unknown_name
-from milan_ray.models.units import unit_maps
+from milan_ray.errors import unknown_name
+from milan_ray.models.layouts import UNSAID, Reading
 from milan_ray.models.view import GENERATED, Preprocess
 from milan_ray.models.weights import WeightsFile
 
@@ -56,9 +56,11 @@ class ModelSpec:
             (REFERENCE §1.1, ``transform_outputs``); their bytes are what people and encoders see.
         hidden: Takes the tensor of units out of what a layer puts out (``transform_hiddens``); None takes the first
             tensor in it.
-        prefix_tokens: Tokens before the patches (CLS, registers) in (B, T, C) layers; None finds the smallest count
-            that leaves a square grid.
-        channels_last: Regular expression of the layers whose 4-d outputs are (B, H, W, U); None when there are none.
+        prefix_tokens: Tokens before the patches (CLS, registers) in the layers that have them; None where that is not
+            known, so that it is found out (:mod:`milan_ray.models.establish`).
+        channels_last: Regular expression of the layers whose 4-d outputs are (B, H, W, U); None leaves it to be found
+            out.
+        reading: What is said of the layers' axes and overrides what would be found out.
         activations: Which values of a layer count where an activation function follows it: ``seen``, ``pre`` or
             ``post``; see :class:`milan_ray.models.hooks.LayerTap`.
         max_batch: The most images per forward pass, for models with large layers; None for no limit.
@@ -76,6 +78,7 @@ class ModelSpec:
     hidden: Callable[[Any], torch.Tensor] | None = None
     prefix_tokens: int | None = None
     channels_last: str | None = None
+    reading: Reading = UNSAID
     activations: Activations = "seen"
     max_batch: int | None = None
     weights: str | None = None
@@ -104,25 +107,8 @@ class ModelSpec:
             return self.inputs(*tensors)
         return tensors if self.images is not None else self.preprocess(*tensors)
 
-    def unit_maps(self, layer: str, output: torch.Tensor) -> torch.Tensor:
-        """A layer's output as one map per unit, (B, U, H, W); see :func:`milan_ray.models.units.unit_maps`."""
-        return unit_maps(
-            output, self.prefix_tokens, channels_last=self._is_channels_last(layer), layer=f"layer {layer!r}"
-        )
-
-    def unit_axis(self, layer: str, output: torch.Tensor) -> int:
-        """Which axis of a layer's output counts its units: maps (B, U, H, W), tokens (B, T, U), vectors (B, U).
-
-        Raises:
-            MilanError: It is none of these.
-        """
-        if output.ndim == 4:
-            return 3 if self._is_channels_last(layer) else 1
-        if output.ndim in (2, 3):
-            return output.ndim - 1
-        raise MilanError(f"layer {layer!r} puts out a tensor of shape {tuple(output.shape)}: it has no units.")
-
-    def _is_channels_last(self, layer: str) -> bool:
+    def is_channels_last(self, layer: str) -> bool:
+        """Whether the model says that a layer's 4-d outputs are (B, H, W, U)."""
         return self.channels_last is not None and re.fullmatch(self.channels_last, layer) is not None
 
 
@@ -156,8 +142,12 @@ def register_model(
         factory: ``factory(weights_path_or_None) -> nn.Module``.
         layers: Module paths dissected by default.
         preprocess: View and normalisation; ImageNet's when left out, of generators :data:`GENERATED`.
-        **options: Further fields of :class:`ModelSpec`.
+        **options: Further fields of :class:`ModelSpec`; ``batch_axis``, ``units_axis`` and ``grid`` are those of its
+            ``reading`` (docs/layouts.md).
     """
+    said = {field: options.pop(field) for field in ("batch_axis", "units_axis", "grid") if field in options}
+    if said:
+        options["reading"] = Reading(**said)  # type: ignore[arg-type]
     if preprocess is None:
         preprocess = GENERATED if options.get("images") else Preprocess()
     spec = ModelSpec(name, factory, tuple(layers), preprocess, **options)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from urllib.parse import urlsplit
 
 from milan_ray.errors import MilanError
 from milan_ray.hub import digest_in
+from milan_ray.models.layouts import UNSAID, Reading
 from milan_ray.models.registry import RANDOM, Activations, ModelSpec, get_model
 from milan_ray.models.weights import WeightsFile
 
@@ -20,6 +21,7 @@ def resolve_model(
     layers: Sequence[str] | None = None,
     *,
     activations: Activations = "seen",
+    reading: Reading = UNSAID,
     download: bool = False,
 ) -> ModelSpec:
     """Finds a registered model and applies the user's choices to it.
@@ -34,6 +36,7 @@ def resolve_model(
             untrained weights from seed 0, or None for the model's own.
         layers: Module paths to dissect, in order; None or empty for the model's defaults.
         activations: Which values of a layer count; see :class:`milan_ray.models.hooks.LayerTap`.
+        reading: What the user says of the layers' axes, over what the model says.
         download: Whether to fetch the model's own weights where they are absent; an address is always fetched.
 
     Returns:
@@ -64,6 +67,7 @@ def resolve_model(
         weights=weights,
         layers=tuple(dict.fromkeys(layers or spec.layers)),
         activations=activations,
+        reading=reading.over(spec.reading),
         preprocess=version.preprocess if version and version.preprocess else spec.preprocess,
     )
 

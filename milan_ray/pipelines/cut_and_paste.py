@@ -30,8 +30,10 @@ from milan_ray.experiments.cut_and_paste import (
     paste,
     rates,
 )
+from milan_ray.models.establish import established
 from milan_ray.models.heads import find_head, strongest_classes
 from milan_ray.models.hooks import LayerTap
+from milan_ray.models.inputs import prepare
 from milan_ray.models.registry import ModelSpec
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
@@ -336,11 +338,12 @@ def _scan(task: _Scan) -> tuple[np.ndarray, np.ndarray]:
     spec, network = _model(task.model, str(device))
     views = views_of(task.probe, task.refs, spec)
     guesses, maxima = [], []
+    layout = established(spec, network, [task.layer])[task.layer]
     with LayerTap(network, [task.layer, "outputs"], spec.hidden, spec.activations) as tap, torch.inference_mode():
         for some in torch.from_numpy(views).split(pass_size(spec.batch(128), device)):
-            outputs = tap(spec.prepare(some.to(device)))
+            outputs = tap(prepare(spec, network, some.to(device)))
             guesses.append(outputs["outputs"].argmax(-1).cpu().numpy())
-            maps = spec.unit_maps(task.layer, outputs[task.layer])
+            maps = layout.maps(outputs[task.layer], f"layer {task.layer!r}")
             maxima.append(maps.amax(dim=(2, 3))[:, list(task.units)].float().cpu().numpy())
     return np.concatenate(guesses), np.concatenate(maxima)
 

@@ -325,10 +325,12 @@ def _run_model(
         if storage.why(DRAWINGS, recipe, labeler=labeler.name, model=spec.name, layer=layer)
     )
     if missing:
-        weights, view, _ = describe_model(spec, digest, config)
+        model = describe_model(spec, requests.probe(probe), digest, config)
         images = storage.count(MANIFEST, probe=digest)
         plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
-        item = ModelWork(request, weights, spec.layers, missing, digest, work, plan, {}, {}, view)
+        item = ModelWork(
+            request, model.weights, spec.layers, missing, digest, work, plan, {}, {}, model.view, model.layouts
+        )
         _draw_all(storage, item, probe, config, how, identity, recipes, resources, units)
     storage.remove_work(work)
     stale = 0

@@ -14,7 +14,7 @@ import time
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,9 @@ from milan_ray.exemplars.forward import Batch, Forward, check_probe, pass_size, 
 from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerStates, Plan, fold, naming, to_table
+from milan_ray.models.establish import established
 from milan_ray.models.hooks import find_layers
+from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelSpec, source_of
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
@@ -39,7 +41,7 @@ from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
 from milan_ray.pipelines.pool import Kept, Row, run_pool
 from milan_ray.pipelines.records import record_run
 from milan_ray.pipelines.views import Pictures, ensure_views, view_key
-from milan_ray.probe.base import ImageRef
+from milan_ray.probe.base import ImageRef, LatentProbe, Probe
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
@@ -86,6 +88,7 @@ class ModelWork:
         recipes: Layer → what decides its public tables.
         pooled: Layer whose pooled activations are still to do → what decides them.
         view: Key of the view that shows its exemplars.
+        layouts: Layer → how its output is read; empty where workers find that out themselves.
     """
 
     model: requests.ModelRequest
@@ -98,6 +101,7 @@ class ModelWork:
     recipes: dict[str, Recipe]
     pooled: dict[str, Recipe]
     view: str
+    layouts: dict[str, Layout] = field(default_factory=dict)
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -124,10 +128,37 @@ class Dissection:
     failed: dict[str, str]
 
 
+@dataclass(frozen=True)
+class DescribedModel:
+    """A model as its exemplars depend on it.
+
+    Attributes:
+        weights: Digest of its weights.
+        view: Key of the view that shows its exemplars.
+        recipes: Layer → what decides its exemplars.
+        layouts: Layer → how its output is read.
+    """
+
+    weights: str
+    view: str
+    recipes: dict[str, Recipe]
+    layouts: dict[str, Layout]
+
+
 def exemplar_recipes(
-    spec: ModelSpec, model: nn.Module, weights: str, view: str, probe: str, config: ExemplarConfig
+    spec: ModelSpec,
+    model: nn.Module,
+    weights: str,
+    view: str,
+    probe: str,
+    config: ExemplarConfig,
+    layouts: Mapping[str, Layout],
 ) -> dict[str, Recipe]:
-    """Layer → what decides its exemplars, and nothing else."""
+    """Layer → what decides its exemplars, and nothing else.
+
+    A layout is part of it where it is another than was taken for granted before layouts were established: tables that
+    were made then and are right stay current.
+    """
     identity = {
         "kernel": KERNEL_VERSION,
         "weights": weights,
@@ -142,7 +173,12 @@ def exemplar_recipes(
         **config.identity(),
         "batch_size": spec.batch(config.batch_size),
     }
-    return {layer: Recipe.of({**identity, "layer": layer}) for layer in spec.layers}
+    recipes = {}
+    for layer in spec.layers:
+        layout = layouts[layer]
+        usual = layout.is_conventional(spec.prefix_tokens, spec.is_channels_last(layer))
+        recipes[layer] = Recipe.of({**identity, "layer": layer} | ({} if usual else {"layout": layout.identity()}))
+    return recipes
 
 
 def pooled_recipe(exemplars: Recipe) -> Recipe:
@@ -201,7 +237,7 @@ def run_exemplars(
         try:
             spec = requests.model(request)
             check_probe(spec, source)
-            planned = _plan(storage, request, spec, digest, len(manifest), config)
+            planned = _plan(storage, request, spec, source, digest, len(manifest), config)
         except MilanError as error:
             failed[request.name] = str(error)
             continue
@@ -253,12 +289,14 @@ def _plan(
     storage: Storage,
     request: requests.ModelRequest,
     spec: ModelSpec,
+    source: Probe,
     probe: str,
     images: int,
     config: ExemplarConfig,
 ) -> ModelWork | None:
     """The layers of a model that are missing or stale; None when there are none."""
-    weights, view, recipes = describe_model(spec, probe, config)
+    described = describe_model(spec, source, probe, config)
+    recipes = described.recipes
     missing = tuple(layer for layer, recipe in recipes.items() if why_exemplars(storage, recipe, spec.name, layer))
     pooled = {layer: pooled_recipe(recipe) for layer, recipe in recipes.items()} if config.pooled else {}
     pooled = {key: recipe for key, recipe in pooled.items() if why_pooled(storage, recipe, spec.name, key)}
@@ -276,21 +314,47 @@ def _plan(
         return None
     if not missing:
         say(f"exemplars of {spec.name}: up to date; one more pass over the probe for their pooled activations")
+    for layer in missing:
+        if remark := described.layouts[layer].remark:
+            say(f"layer {layer!r} of {spec.name} {remark}", level="warning")
     plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
-    return ModelWork(request, weights, spec.layers, missing, probe, work, plan, recipes, pooled, view)
+    return ModelWork(
+        request,
+        described.weights,
+        spec.layers,
+        missing,
+        probe,
+        work,
+        plan,
+        recipes,
+        pooled,
+        described.view,
+        described.layouts,
+    )
 
 
-def describe_model(spec: ModelSpec, probe: str, config: ExemplarConfig) -> tuple[str, str, dict[str, Recipe]]:
-    """Builds a model; returns its weights' digest, its view's key, and layer → what decides its exemplars.
+def describe_model(spec: ModelSpec, source: Probe, probe: str, config: ExemplarConfig) -> DescribedModel:
+    """Builds a model and finds out how its layers are read.
+
+    Args:
+        spec: The model.
+        source: The probe; a generator is tried on its first inputs.
+        probe: Digest of its manifest.
+        config: How exemplars are made.
 
     Raises:
-        MilanError: It cannot be built, or has no such layer.
+        MilanError: It cannot be built, has no such layer, or a layer cannot be read.
     """
     model = requests.network(spec)
     find_layers(model, spec.layers)
     weights = weights_digest(model)
     view = view_key(spec, model, weights, config)
-    return weights, view, exemplar_recipes(spec, model, weights, view, probe, config)
+    latents = None
+    if isinstance(source, LatentProbe):
+        latents = source.latents(image_refs(source.manifest().slice(0, 3)))
+    layouts = established(spec, model, spec.layers, latents)
+    recipes = exemplar_recipes(spec, model, weights, view, probe, config, layouts)
+    return DescribedModel(weights, view, recipes, layouts)
 
 
 def why_exemplars(storage: Storage, recipe: Recipe, model: str, layer: str) -> str | None:
@@ -422,7 +486,9 @@ class ModelWorker(ABC):
         item = self._work[index]
         spec = requests.model(item.model)
         model = requests.network(spec, item.weights)
-        return spec, Forward(spec, model.to(self._device), item.read, self._pass_size(spec))
+        layers = item.read
+        layouts = {layer: item.layouts[layer] for layer in layers} if item.layouts else None
+        return spec, Forward(spec, model.to(self._device), layers, self._pass_size(spec), layouts=layouts)
 
     def _pass_size(self, spec: ModelSpec) -> int:
         return pass_size(spec.batch(self._config.batch_size), self._device)
@@ -694,6 +760,7 @@ def _write_exemplars(storage: Storage, item: ModelWork, layer: str, config: Exem
         "view": item.view,
         "k": str(config.k),
         "quantile": str(config.quantile),
+        "layout": item.layouts[layer].to_json(),
     }
     columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
     columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}

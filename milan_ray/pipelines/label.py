@@ -138,11 +138,12 @@ def run_labels(
     """
     failed: dict[str, str] = {}
     work: list[_Work] = []
+    source = requests.probe(probe)
     for request in dict.fromkeys(models):
         if request.name not in dissected.models:
             continue
         try:
-            planned = _plan(storage, request, dissected.probe, config, how, units)
+            planned = _plan(storage, request, source, dissected.probe, config, how, units)
         except MilanError as error:
             failed[request.name] = str(error)
             continue
@@ -151,7 +152,7 @@ def run_labels(
         else:
             work.append(planned)
     if work:
-        _check_concepts(storage, requests.probe(probe), dissected.probe)
+        _check_concepts(storage, source, dissected.probe)
         broken, seconds = _run_shards(storage, work, dissected.probe, probe, config, how, resources)
         failed |= broken
         for planned in work:
@@ -171,6 +172,7 @@ def run_labels(
 def _plan(
     storage: Storage,
     request: requests.ModelRequest,
+    source: Probe,
     probe: str,
     config: ExemplarConfig,
     how: LabelConfig,
@@ -196,9 +198,9 @@ def _plan(
     if not missing:
         storage.remove_work(work)
         return None
-    weights, view, _ = describe_model(spec, probe, config)
+    model = describe_model(spec, source, probe, config)
     plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
-    item = ModelWork(request, weights, spec.layers, missing, probe, work, plan, {}, {}, view)
+    item = ModelWork(request, model.weights, spec.layers, missing, probe, work, plan, {}, {}, model.view, model.layouts)
     exemplars = {layer: storage.config_of(EXEMPLARS, model=spec.name, layer=layer) for layer in missing}
     return _Work(item, due, exemplars, size)
 

@@ -163,7 +163,7 @@ def plan_exemplars(
         try:
             spec = requests.model(request)
             check_probe(spec, source)
-            recipes = describe_model(spec, digest, config)[2]
+            recipes = describe_model(spec, source, digest, config).recipes
         except MilanError as error:
             plan.failed[request.name] = str(error)
             continue

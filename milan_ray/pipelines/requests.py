@@ -12,6 +12,7 @@ from milan_ray.errors import MilanError
 from milan_ray.models.generators import Generator, GeneratorRequest
 from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerRequest
 from milan_ray.models.image_text import Embedder, ImageTextRequest
+from milan_ray.models.layouts import UNSAID, Reading
 from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
 from milan_ray.models.segmentation import Segmenter
@@ -32,6 +33,7 @@ class ModelRequest:
         layers: Layers to dissect; empty for the model's defaults.
         plugins: Modules that register what the name needs.
         activations: Which values of a layer count: ``seen``, ``pre`` or ``post``.
+        reading: What the user says of the layers' axes.
     """
 
     name: str
@@ -39,6 +41,7 @@ class ModelRequest:
     layers: tuple[str, ...] = ()
     plugins: tuple[str, ...] = ()
     activations: Activations = "seen"
+    reading: Reading = UNSAID
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,9 @@ def model(request: ModelRequest) -> ModelSpec:
         MilanError: Unknown name, missing weights, broken plug-in.
     """
     load_plugins(request.plugins)
-    return resolve_model(request.name, request.weights, request.layers, activations=request.activations)
+    return resolve_model(
+        request.name, request.weights, request.layers, activations=request.activations, reading=request.reading
+    )
 
 
 def probe(request: ProbeRequest) -> Probe:

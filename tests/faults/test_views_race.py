@@ -41,10 +41,11 @@ class Interrupted(Storage):
 @pytest.fixture
 def pictures(photos, tmp_path) -> Pictures:
     source = ProbeRequest((str(photos),))
-    manifest = probe(source).manifest()
+    images = probe(source)
+    manifest = images.manifest()
     digest, config = probe_digest(manifest), ExemplarConfig()
     Storage(tmp_path).write(MANIFEST, manifest, digest, probe=digest)
-    return Pictures(source, digest, describe_model(model(CNN), digest, config)[1], CNN, config)
+    return Pictures(source, digest, describe_model(model(CNN), images, digest, config).view, CNN, config)
 
 
 def extend(storage: Storage, pictures: Pictures, ids: range | list[int]) -> None:

@@ -18,7 +18,7 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv2d(3, 6, 3, padding=1)
-        self.tokens = nn.Flatten(2)  # (B, 6, 64): 6 tokens are no square, 4 are after dropping 2
+        self.tokens = nn.Flatten(2)  # (B, 6, 64): six units at 64 positions
         self.volume = nn.Unflatten(1, (2, 3))
         self.unused = nn.Linear(1, 1)
         self.moved = nn.Flatten(0, 1)
@@ -39,8 +39,13 @@ def test_layer_table_tells_dissectable_layers_from_others() -> None:
     table = {info.path: info for info in layer_table(spec())}
     assert list(table) == ["conv", "tokens", "volume", "unused", "moved", "head", OUTPUTS]
     assert (table["conv"].shape, table["conv"].units, table["conv"].default) == ((6, 8, 8), 6, True)
-    assert table["tokens"].units == 64
-    assert (table["volume"].shape, table["volume"].dissectable) == ((2, 3, 8, 8), False)
+    assert (table["tokens"].units, table["tokens"].reading) == (
+        6,
+        "units on axis 1, 8×8 tokens; known from lit patches",
+    )
+    assert (table["volume"].shape, table["volume"].dissectable) == (None, False)
+    assert "puts out (2, 3, 8, 8) per image: units are read from vectors, tokens and maps" in table["volume"].reading
+    assert "axis 0 holds 6 rows per image" in table["moved"].reading
     assert (table["unused"].shape, table["unused"].dissectable) == (None, False)
     assert (table["moved"].shape, table["moved"].dissectable) == (None, False)
     assert (table[OUTPUTS].kind, table[OUTPUTS].shape, table[OUTPUTS].units) == ("Odd", (5,), 5)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from milan_ray.errors import MilanError
+from milan_ray.models.establish import establish
 from milan_ray.models.hooks import LayerTap, find_layers, is_activation
 from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.view import Preprocess
@@ -143,7 +144,7 @@ def test_layers_of_golden_models_have_the_reference_s_maxima(
     some = range(0, len(refs), 7)
     views = np.stack([spec.preprocess.view(probe.read(refs[i]).image) for i in some])
     with LayerTap(spec.load(), spec.layers) as tap, torch.inference_mode():
-        maps = spec.unit_maps(layer, tap(spec.prepare(torch.from_numpy(views)))[layer])
+        maps = establish(spec, model, [layer])[layer].maps(tap(spec.prepare(torch.from_numpy(views)))[layer])
     np.testing.assert_allclose(maps.amax((2, 3)).numpy(), expected[list(some)], rtol=0, atol=1e-5)
 
 

@@ -76,8 +76,9 @@ def test_parity_zoo_layers_are_the_reference_s_and_exist(name: str) -> None:
     classes = outputs.pop("outputs").shape[1]
     assert classes == {"places365": 365, "dino_vits8": 384}.get(name.split("/")[name.endswith("places365")], 1000)
     for layer, output in outputs.items():
-        maps = spec.unit_maps(layer, output)
-        assert maps.ndim == 4 and maps.shape[1] == (ALL[name][layer] or maps.shape[1]), layer
+        assert output.ndim == (3 if spec.prefix_tokens else 4), layer
+        units = output.shape[-1 if spec.prefix_tokens else 1]
+        assert units == (ALL[name][layer] or units), layer
 
 
 def test_parity_zoo_batches_of_dino_are_32() -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import importlib.util
 
 import pytest
-import torch
 
 from milan_ray.errors import MilanError
-from milan_ray.models.hooks import LayerTap
+from milan_ray.models.establish import establish
 from milan_ray.models.registry import RANDOM, get_model
 from milan_ray.plugins import load_plugins
 
@@ -38,10 +37,9 @@ def test_timm_model_brings_view_layers_and_prefix_tokens(
     spec = get_model(f"timm/{name}")
     assert (spec.prefix_tokens, spec.preprocess.view.key) == (prefix, view)
     model = spec.factory(RANDOM).eval()
-    views = torch.zeros((1, *spec.preprocess.view.shape, 3), dtype=torch.uint8)
-    with LayerTap(model, spec.layers) as tap, torch.no_grad():
-        outputs = tap(spec.prepare(views))
-    assert [spec.unit_maps(layer, output).shape[1] for layer, output in outputs.items()] == units
+    layouts = establish(spec, model, spec.layers)
+    assert [layouts[layer].units for layer in spec.layers] == units
+    assert {layouts[layer].prefix_tokens for layer in spec.layers} == {prefix or 0}
 
 
 @with_timm

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from milan_ray.errors import MilanError
 from milan_ray.models.describe import layer_table
+from milan_ray.models.establish import establish
 from milan_ray.models.hooks import LayerTap
 from milan_ray.models.registry import RANDOM, get_model
 from milan_ray.models.resolve import resolve_model
@@ -60,7 +61,8 @@ def test_transformers_vit_is_dissected_at_the_hidden_units_of_its_mlps(vit: str)
         expected = model(pixel_values=spec.preprocess(views)).last_hidden_state
     with LayerTap(model, ["outputs"]) as tap, torch.inference_mode():
         torch.testing.assert_close(tap(spec.prepare(views))["outputs"], expected, rtol=0, atol=0)
-    assert [spec.unit_maps(layer, output).shape for layer, output in outputs.items()] == [(3, 24, 4, 4)] * 2
+    layouts = establish(spec, model, spec.layers)
+    assert [layouts[layer].maps(output).shape for layer, output in outputs.items()] == [(3, 24, 4, 4)] * 2
 
 
 def test_transformers_weights_are_the_saved_ones_or_random(vit: str) -> None:
@@ -79,7 +81,7 @@ def test_transformers_register_tokens_are_dropped(dinov2: str) -> None:
     handle = model.embeddings.register_forward_hook(lambda module, args, output: embeddings.append(output))
     model(**spec.prepare(torch.zeros(1, 28, 28, 3, dtype=torch.uint8)))
     handle.remove()
-    maps = spec.unit_maps("embeddings", embeddings[0])
+    maps = establish(spec, model, ["embeddings"])["embeddings"].maps(embeddings[0])
     torch.testing.assert_close(maps.flatten(2).transpose(1, 2), embeddings[0][:, 5:], rtol=0, atol=0)
 
 
@@ -100,7 +102,8 @@ def test_transformers_image_tower_of_a_model_with_text_is_taken(tmp_path: Path) 
     assert spec.prefix_tokens == 1
     with LayerTap(spec.load(), spec.layers) as tap, torch.inference_mode():
         outputs = tap(spec.prepare(torch.zeros(1, 28, 28, 3, dtype=torch.uint8)))
-    assert [spec.unit_maps(layer, output).shape for layer, output in outputs.items()] == [(1, 24, 2, 2)] * 2
+    layouts = establish(spec, spec.load(), spec.layers)
+    assert [layouts[layer].maps(output).shape for layer, output in outputs.items()] == [(1, 24, 2, 2)] * 2
 
 
 def test_transformers_convolutional_model_is_dissected_at_its_stages(tmp_path: Path) -> None:

@@ -166,7 +166,7 @@ def test_exemplars_killed_while_results_become_public_go_on_from_the_shards(undi
     """What a kill between two layers leaves: all partials, one of three layers public."""
     storage, source = Storage(tmp_path), ProbeRequest((str(photos),))
     manifest, digest = stage.store_manifest(storage, source)
-    item = stage._plan(storage, CNN, model(CNN), digest, len(manifest), CONFIG)
+    item = stage._plan(storage, CNN, model(CNN), probe(source), digest, len(manifest), CONFIG)
     assert stage._run_shards(storage, [item], manifest, source, CONFIG, Resources()) == {}
     shards = stage._finish_images(storage, item, CONFIG, len(manifest))[2]
     stage._merge_layer(stage._MergeTask(storage, item, "2", CONFIG, shards))
@@ -197,7 +197,7 @@ def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, 
     models = [failing, unseeded, BROKEN, CNN]
     done = run_exemplars(storage, models, ProbeRequest((str(photos),)), CONFIG, Resources(actors=1))
     assert list(done.models) == ["tiny/broken", "tiny/cnn"]
-    assert "the model failed on a batch: RuntimeError" in done.failed["tiny/failing"]
+    assert "does not run on a test batch of (3, 24, 24, 3) (RuntimeError" in done.failed["tiny/failing"]
     assert "random weights need a seed" in done.failed["tiny/unseeded"]
     assert {keys["model"] for keys in storage.partitions(EXEMPLARS)} == {"tiny/broken", "tiny/cnn"}
     assert_layer_of_nan_has_no_exemplars(storage)

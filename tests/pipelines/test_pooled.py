@@ -15,6 +15,7 @@ import torch
 from milan_ray import cli
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.exemplars.pooled import matrix
+from milan_ray.models.establish import establish
 from milan_ray.pipelines import exemplars as stage
 from milan_ray.pipelines.exemplars import run_exemplars
 from milan_ray.pipelines.requests import ModelRequest, ProbeRequest, model, probe
@@ -129,7 +130,7 @@ def test_pooled_after_a_kill_has_every_row_once(undisturbed, few, tmp_path, caps
     storage, source, config = Storage(tmp_path), ProbeRequest((str(few),)), replace(CONFIG, shard_size=8)
     manifest, digest = stage.store_manifest(storage, source)
     for asked, shards in ((replace(config, pooled=False), range(5)), (config, (0, 1, 1, 2, 3, 4))):
-        item = stage._plan(storage, CNN, model(CNN), digest, len(manifest), asked)
+        item = stage._plan(storage, CNN, model(CNN), probe(source), digest, len(manifest), asked)
         worker = stage.ExemplarWorker(**stage._worker_arguments(storage, [item], source, asked, Resources()))
         for n in shards:
             assert worker({"model": 0, "shard": n, "start": 8 * n, "images": 8})["error"] is None
@@ -149,7 +150,9 @@ def test_pooled_of_other_weights_than_the_exemplars_is_stale(undisturbed, tmp_pa
     assert found["pooled", "0"] == found["exemplars", "0"] == ""
     keys = {"model": "tiny/cnn", "layer": "0"}
     view, weights = "another", "others"
-    recipes = stage.exemplar_recipes(model(CNN), model(CNN).load(), weights, view, "probe", CONFIG)
+    network = model(CNN).load()
+    layouts = establish(model(CNN), network, model(CNN).layers)
+    recipes = stage.exemplar_recipes(model(CNN), network, weights, view, "probe", CONFIG, layouts)
     storage.write(EXEMPLARS, storage.read(EXEMPLARS, **keys).replace_schema_metadata(None), recipes["0"], **keys)
     found = {(row.table, row.keys["layer"]): row.state for row in status(storage).partitions}
     assert found["pooled", "0"] == "stale: exemplars have other probe, view, weights"

@@ -10,9 +10,10 @@ from torch.nn import functional as F
 
 from milan_ray.captioner.encoder import get_encoder
 from milan_ray.errors import MilanError
+from milan_ray.models.establish import establish
 from milan_ray.models.hooks import LayerTap
-from milan_ray.models.registry import get_model
-from milan_ray.models.units import unit_maps
+from milan_ray.models.registry import ModelSpec, get_model
+from milan_ray.models.view import Preprocess, View
 from milan_ray.probe.registry import resolve_probe
 from milan_ray.world.encoder import EncoderNet
 from milan_ray.world.networks import ARCHITECTURES, CLASSES, PLACES, PlantedNet, planted_concepts, random_network
@@ -45,7 +46,10 @@ def test_architectures_show_maps_at_their_layers(name: str) -> None:
     with LayerTap(network, layers) as tap, torch.no_grad():
         outputs = tap(torch.zeros(2, 3, 64, 64))
         logits = network(torch.zeros(2, 3, 64, 64))
-    maps = [unit_maps(output) for output in outputs.values()]
+    spec = ModelSpec(name, lambda weights: network, tuple(layers), Preprocess(View(64, 64)))
+    layouts = establish(spec, network, layers)
+    assert all(layout.is_conventional(None, False) for layout in layouts.values())
+    maps = [layouts[layer].maps(output) for layer, output in outputs.items()]
     assert all(m.shape[2] == m.shape[3] >= 8 for m in maps)
     assert 200 <= sum(m.shape[1] for m in maps) <= 320
     assert logits.shape == (2, len(CLASSES))

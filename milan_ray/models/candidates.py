@@ -1,0 +1,137 @@
+"""The ways in which a layer's positions may be arranged, before pictures say which is right."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from milan_ray.models.layouts import Layout, Reading, grids
+from milan_ray.models.structure import Units
+
+MAX_PREFIX_TOKENS = 16
+"""The most tokens besides the positions that are looked for where the model does not say their number."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to read a layer's output; axes count with the images first.
+
+    Attributes:
+        units_axis: Axis of the units.
+        grid: (height, width) of the positions.
+        columns_first: Whether positions run down columns.
+        prefix: Tokens before the positions.
+        suffix: Tokens behind them.
+        certain: Whether the layer's kind says so, even where it does not answer to pictures.
+    """
+
+    units_axis: int
+    grid: tuple[int, int]
+    columns_first: bool = False
+    prefix: int = 0
+    suffix: int = 0
+    certain: bool = False
+
+    def cells(self, responses: torch.Tensor) -> torch.Tensor:
+        """Responses (pictures, positions…) as (pictures, h, w)."""
+        height, width = self.grid
+        if responses.ndim == 2:
+            responses = responses[:, self.prefix : responses.shape[1] - self.suffix]
+            responses = responses.unflatten(1, (width, height) if self.columns_first else (height, width))
+        return responses.transpose(1, 2) if self.columns_first else responses
+
+    def layout(
+        self, per_image: tuple[int, ...], batch: int, known: str, order: tuple[int, ...] | None = None
+    ) -> Layout:
+        """The layout that it stands for."""
+        axis = self.units_axis if self.units_axis > batch else self.units_axis - 1
+        return Layout(per_image, batch, axis, self.grid, self.columns_first, self.prefix, self.suffix, order, known)
+
+
+def candidates(
+    per_image: tuple[int, ...],
+    units: Units,
+    view: tuple[int, int],
+    seen: Sequence[tuple[int, int]],
+    declared: int | None,
+    told: Reading,
+) -> Iterator[Candidate]:
+    """Ways to read tokens or maps, likeliest first; none that the user's word excludes.
+
+    Args:
+        per_image: The output's axes but the images: two of tokens, three of maps.
+        units: What the structure says of the units' axis.
+        view: (height, width) of the model's view.
+        seen: Sizes of maps that the model computes before.
+        declared: The model's own number of prefix tokens; None where it says none.
+        told: What the user says.
+    """
+    axes = [axis for axis in ((1, 2) if len(per_image) == 2 else (1, 3)) if axis != units.axis]
+    if units.axis is not None:
+        axes = [units.axis] if told.units_axis is not None else [units.axis, *axes]
+    for axis in axes:
+        sizes = [size for number, size in enumerate(per_image) if number + 1 != axis]
+        sure = units.certain and axis == units.axis
+        if len(sizes) == 1:
+            yield from _of_tokens(axis, sizes[0], sure, view, seen, declared, told)
+            continue
+        height, width = sizes
+        if told.grid in (None, (height, width)):
+            plausible = units.of_maps or (height, width) in grids(height * width, view)
+            yield Candidate(axis, (height, width), certain=sure and plausible)
+        if told.grid in (None, (width, height)):
+            yield Candidate(axis, (width, height), columns_first=True)
+
+
+def _of_tokens(
+    axis: int,
+    count: int,
+    sure: bool,
+    view: tuple[int, int],
+    seen: Sequence[tuple[int, int]],
+    declared: int | None,
+    told: Reading,
+) -> Iterator[Candidate]:
+    if told.grid is not None:
+        positions = told.grid[0] * told.grid[1]
+        prefix = count - positions if told.prefix_tokens is None else told.prefix_tokens
+        if prefix >= 0 and prefix + positions == count:
+            yield Candidate(axis, told.grid, prefix=prefix)
+        return
+    prefixes = [told.prefix_tokens] if told.prefix_tokens is not None else list(dict.fromkeys([declared or 0, 0]))
+    for prefix in prefixes:
+        if count - prefix == 1:
+            yield Candidate(axis, (1, 1), prefix=prefix, certain=sure and prefix == 0)
+        for grid in grids(count - prefix, view, seen) if count - prefix > 1 else []:
+            yield Candidate(axis, grid, prefix=prefix)
+            if min(grid) > 1:
+                yield Candidate(axis, grid, True, prefix)
+            if prefix and told.prefix_tokens is None:
+                yield Candidate(axis, grid, suffix=prefix)
+    for grid in seen if told.prefix_tokens is None else []:  # tokens beyond the positions of the model's own maps
+        more = count - grid[0] * grid[1]
+        if grid[0] * grid[1] > 1 and 0 < more <= MAX_PREFIX_TOKENS and more not in prefixes:
+            yield Candidate(axis, grid, prefix=more)
+            yield Candidate(axis, grid, suffix=more)
+
+
+def known_orders(model: nn.Module) -> Iterator[tuple[tuple[int, int], tuple[int, ...]]]:
+    """Orders of tokens that a model says itself: Hiera's, in timm and transformers, can be rolled back.
+
+    Yields:
+        (height, width) of the grid, and each token's place in it, row by row.
+    """
+    for module in model.modules():
+        schedule = getattr(module, "schedule", None)
+        reroll = module if type(module).__name__ == "Reroll" else getattr(module, "reroll", None)
+        if not isinstance(schedule, dict) or not callable(reroll):
+            continue
+        seen = set()
+        for stage, (_, size) in schedule.items():
+            if len(size) == 2 and tuple(size) not in seen:
+                seen.add(tuple(size))
+                cells = reroll(torch.arange(size[0] * size[1]).view(1, -1, 1), stage).flatten()
+                yield (int(size[0]), int(size[1])), tuple(torch.argsort(cells).tolist())

@@ -1,0 +1,464 @@
+"""Finding out how a model's layers are read, by a few small forward passes, before they are relied on.
+
+1. Three pictures, then two of them in another order, twice: the axis that follows the images is the batch, and an
+   image's values must be the same beside other images. This unmasks windows stacked on the batch axis, statistics of
+   the batch, random masking and dropout that is left on.
+2. What the layer's last linear map, convolution or norm says of its features is the axis of the units.
+3. Grey pictures with one lit patch each: a layer answers there. This confirms the positions, or finds their order.
+
+Fourteen pictures in all; layers whose tokens come in an unknown order take up to thirty more.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from weakref import WeakKeyDictionary
+
+import numpy as np
+import torch
+from torch import nn
+
+from milan_ray.errors import MilanError
+from milan_ray.models.candidates import Candidate, candidates, known_orders
+from milan_ray.models.hooks import OWN_OUTPUT, LayerTap, call, find_places, first_tensor, named_layers, unwrap
+from milan_ray.models.inputs import model_dtype, prepare, runs_alone
+from milan_ray.models.layouts import Layout
+from milan_ray.models.lit_cells import Evidence, LitPictures
+from milan_ray.models.registry import OUTPUTS, ModelInput, ModelSpec
+from milan_ray.models.structure import Key, Structure, Units
+
+_FIRST = 3  # images of the first batch
+_TOGETHER = 8  # pictures of a pass with lit patches
+_SOME = 64  # more than any pass here takes
+_SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
+"""Relative difference (L2) up to which two passes agree, by number type: kernels depend on batch sizes."""
+_CLEARLY = 0.02  # by which a less likely way to read positions must be better than a likelier one
+_SAY = "say how it is read by units_axis=, batch_axis=, grid= or prefix_tokens= (docs/layouts.md)"
+
+Inputs = np.ndarray | tuple[torch.Tensor, ...]
+"""Views uint8 (n, H, W, bands), or a generator's latents, each (n, …)."""
+
+
+def establish(
+    spec: ModelSpec,
+    model: nn.Module,
+    layers: Sequence[str],
+    latents: tuple[torch.Tensor, ...] | None = None,
+    positions: bool = True,
+) -> dict[str, Layout]:
+    """Finds out how a model's layers are read.
+
+    Args:
+        spec: The model.
+        model: The model, built, in eval mode, on its device.
+        layers: Module paths.
+        latents: Of a generator: some of its inputs, each (n, …), n ≥ 1.
+        positions: Whether positions matter; else a layout whose axes are known alone will do.
+
+    Returns:
+        Layer → layout.
+
+    Raises:
+        MilanError: A layer does not exist or run, or cannot be read; the text says why and what to do.
+    """
+    found = examine(spec, model, layers, latents, positions)
+    for reading in found.values():
+        if isinstance(reading, str):
+            raise MilanError(reading)
+    return {layer: reading for layer, reading in found.items() if isinstance(reading, Layout)}
+
+
+_DECISIVE = ("reading", "prefix_tokens", "channels_last", "inputs", "hidden", "activations", "max_batch")
+_ESTABLISHED: WeakKeyDictionary[nn.Module, dict[object, Layout]] = WeakKeyDictionary()
+
+
+def established(
+    spec: ModelSpec,
+    model: nn.Module,
+    layers: Sequence[str],
+    latents: tuple[torch.Tensor, ...] | None = None,
+    positions: bool = True,
+) -> dict[str, Layout]:
+    """As :func:`establish`, once per network in this process: for networks that nobody changes.
+
+    Without ``positions`` layouts whose axes are known alone will do.
+
+    Raises:
+        MilanError: As :func:`establish`.
+    """
+    known = _ESTABLISHED.setdefault(unwrap(model), {})
+    said = (*(getattr(spec, name) for name in _DECISIVE), spec.preprocess.view, positions)
+    due = [layer for layer in dict.fromkeys(layers) if (layer, said) not in known]
+    if due:
+        known |= {(layer, said): layout for layer, layout in establish(spec, model, due, latents, positions).items()}
+    return {layer: known[layer, said] for layer in layers}
+
+
+def examine(
+    spec: ModelSpec,
+    model: nn.Module,
+    layers: Sequence[str],
+    latents: tuple[torch.Tensor, ...] | None = None,
+    positions: bool = True,
+) -> dict[str, Layout | str]:
+    """As :func:`establish`, but says of each layer that cannot be read why, in place of its layout.
+
+    Args:
+        spec: The model.
+        model: The model, built, in eval mode, on its device.
+        layers: Module paths.
+        latents: Of a generator: some of its inputs.
+        positions: Whether positions matter; else a layout whose axes are known alone will do.
+
+    Raises:
+        MilanError: A layer does not exist, or the model does not run.
+    """
+    return _Examination(spec, unwrap(model), tuple(dict.fromkeys(layers)), latents, positions).results()
+
+
+class _Examination:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        model: nn.Module,
+        layers: tuple[str, ...],
+        latents: tuple[torch.Tensor, ...] | None,
+        positions: bool,
+    ) -> None:
+        self._positions = positions
+        self._spec, self._model, self._layers, self._latents = spec, model, layers, latents
+        self._places = find_places(model, layers)
+        self._structure = Structure(model, self._tensor)
+        self._pictures = LitPictures(spec.preprocess.view.shape, getattr(spec, "bands", None) or 3)
+        self._alone = runs_alone(model)
+        self._most = spec.max_batch or _SOME
+        self._tolerance = _SAME.get(model_dtype(model), _SAME[torch.bfloat16])
+        tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
+        self._device = torch.device("cpu") if tensor is None else tensor.device
+        self._responses: dict[Key, dict[int, torch.Tensor]] = {}
+        self._orders: list[tuple[tuple[int, int], tuple[int, ...]]] | None = None
+        self._counts: dict[str, int] = {}  # layer → tensors it puts out
+        self._missing: dict[str, str] = {}  # layer → why it puts out nothing
+
+    @torch.inference_mode()
+    def results(self) -> dict[str, Layout | str]:
+        if not self._layers:
+            return {}
+        size = min(_FIRST, self._most)
+        inputs = self._inputs(size)
+        order = [size - 1, 0][: max(1, size - 1)]  # fewer, in another order, beside others
+        with self._structure.recording():
+            first, often = self._run(inputs)
+        with self._structure.recording(smaller=True):
+            second, _ = self._run(_take(inputs, order))
+        again, _ = self._run(_take(inputs, order))
+        batches: dict[str, int | str] = {}
+        for layer in self._layers:
+            if layer in self._missing:
+                batches[layer] = self._missing[layer]
+                continue
+            axis = self._batch_axis(layer, first[layer].shape, second[layer].shape, size, len(order))
+            if isinstance(axis, int) and size > 1 and not self._alone:
+                one, two, three = (output[layer].movedim(axis, 0) for output in (first, second, again))
+                if not self._equal(two, three):
+                    axis = (
+                        f"{self._where(layer)} puts out something else when the same images are shown again: dropout "
+                        "or random masking is on; switch it off in the model (eval mode, mask_ratio=0), or choose an "
+                        "earlier layer."
+                    )
+                elif not self._equal(one[order], two):
+                    axis = self._why_other_values(layer, one, axis, inputs)
+            batches[layer] = axis
+        if self._latents is None and size > 1:
+            keys = {self._structure.key(self._places[layer]) for layer in self._layers}
+            shapes = {self._structure.calls[key].shape for key in keys if key is not None}
+            alike = {key for key, call_ in self._structure.calls.items() if call_.shape in shapes}
+            self._responses = self._respond(self._pictures.patches(), alike)
+        found: dict[str, Layout | str] = {}
+        for layer in self._layers:
+            axis = batches[layer]
+            reading = axis if isinstance(axis, str) else self._read(layer, first[layer].shape, axis)
+            if isinstance(reading, Layout):
+                reading = replace(reading, remark=self._remark(layer, often[layer]))
+            found[layer] = reading
+        return found
+
+    # The passes
+
+    def _inputs(self, count: int) -> Inputs:
+        """Random pictures, or a generator's first inputs."""
+        if self._latents is None:
+            return self._pictures.random(count)
+        rows = [number % len(self._latents[0]) for number in range(count)]
+        return tuple(tensor[rows] for tensor in self._latents)
+
+    def _prepared(self, inputs: Inputs) -> ModelInput:
+        tensors = inputs if isinstance(inputs, tuple) else (torch.from_numpy(inputs),)
+        return prepare(self._spec, self._model, *(tensor.to(self._device) for tensor in tensors))
+
+    def _run(self, inputs: Inputs) -> tuple[dict[str, torch.Tensor], Mapping[str, int]]:
+        """The layers' outputs, and how often each ran."""
+        spec = self._spec
+        with LayerTap(self._model, self._layers, spec.hidden, spec.activations, lenient=True) as tap:
+            with self._explaining(inputs):
+                outputs = tap(self._prepared(inputs))
+            self._missing |= tap.missing
+            self._counts |= tap.counts
+            return outputs, dict(tap.calls)
+
+    @contextmanager
+    def _explaining(self, inputs: Inputs) -> Iterator[None]:
+        """Turns whatever a user's model raises on a test batch into a sentence."""
+        try:
+            yield
+        except MilanError:
+            raise
+        except Exception as error:
+            shapes = [tuple(part.shape) for part in (inputs if isinstance(inputs, tuple) else (inputs,))]
+            why = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            raise MilanError(
+                f"{self._spec.name} does not run on a test batch of {', '.join(map(str, shapes))} ({why}): see that "
+                "its view, inputs= and number type fit it, that all of it is on one device, and that it takes any "
+                "batch size (else register it with max_batch=1)."
+            ) from error
+
+    def _tensor(self, output: object) -> torch.Tensor | None:
+        """The tensor in what any module puts out: a user's hidden= is written for the layers asked for alone."""
+        if self._spec.hidden is not None:
+            with suppress(Exception):
+                return self._spec.hidden(output)
+        return first_tensor(output)
+
+    def _respond(self, pictures: np.ndarray, wanted: set[Key]) -> dict[Key, dict[int, torch.Tensor]]:
+        """How strongly calls answer to pictures, compared with plain grey.
+
+        Returns:
+            Call → axis taken for the units (images first) → float64 (pictures, positions…).
+        """
+        found: dict[Key, list[dict[int, torch.Tensor]]] = {}
+        numbers: Counter[nn.Module] = Counter()
+
+        def after(module: nn.Module, args: object, output: object) -> None:
+            numbers[module] += 1
+            key = module, numbers[module]
+            tensor = self._tensor(output)
+            axis = self._structure.image_axis(key) if key in wanted else None
+            if axis is None or tensor is None or tensor.ndim not in (3, 4):
+                return
+            values = (tensor.dequantize() if tensor.is_quantized else tensor).movedim(axis, 0).float().nan_to_num()
+            squares = (values[1:] - values[:1]).square()
+            axes = (1, 2) if values.ndim == 3 else (1, 3)
+            found.setdefault(key, []).append({units: squares.sum(units).sqrt().double().cpu() for units in axes})
+
+        handles = [module.register_forward_hook(after) for module in {module for module, _ in wanted}]
+        some = 1 if self._alone else min(self._most, _TOGETHER) - 1
+        try:
+            for start in range(0, len(pictures), some):
+                numbers.clear()
+                batch = np.concatenate([self._pictures.grey(1), pictures[start : start + some]])
+                with self._explaining(batch):
+                    call(self._model, self._prepared(batch))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return {
+            key: {axis: torch.cat([part[axis] for part in parts]) for axis in parts[0]} for key, parts in found.items()
+        }
+
+    # The images
+
+    def _where(self, layer: str) -> str:
+        return f"layer {layer!r} of {self._spec.name}"
+
+    def _batch_axis(self, layer: str, first: torch.Size, second: torch.Size, size: int, smaller: int) -> int | str:
+        """The axis that follows the images; a sentence where there is none."""
+        told = self._spec.reading.batch_axis
+        puts_out = f"{self._where(layer)} puts out {tuple(first)} for {size} images"
+        if told is not None:
+            axis = told + len(first) if told < 0 else told
+            fits = 0 <= axis < len(first) and first[axis] == size
+            return axis if fits else f"{puts_out}: batch_axis={told} does not count them; correct that."
+        if size == smaller:  # images run one at a time
+            return 0 if len(first) and first[0] == 1 else f"{puts_out}, without an axis for them; choose another layer."
+        if len(first) != len(second):
+            return f"{puts_out} and {tuple(second)} for {smaller}; choose another layer."
+        changed = [axis for axis in range(len(first)) if first[axis] != second[axis]]
+        if not changed:
+            return f"{puts_out}, and the same for {smaller}: it does not depend on them; choose another layer."
+        axis = changed[0]
+        if len(changed) == 1 and (first[axis], second[axis]) == (size, smaller):
+            return axis
+        if len(changed) == 1 and first[axis] * smaller == second[axis] * size:
+            parent = layer.rpartition(".")[0]
+            return (
+                f"{puts_out}: axis {axis} holds {first[axis] // size} rows per image (windows, tokens or heads stacked "
+                "on the batch), so that images cannot be told apart; choose a layer around it"
+                f"{f', as {parent!r}' if parent else ''}."
+            )
+        return f"{puts_out} and {tuple(second)} for {smaller}: no axis counts them; choose another layer."
+
+    def _equal(self, one: torch.Tensor, other: torch.Tensor) -> bool:
+        one, other = one.double().nan_to_num(), other.double().nan_to_num()
+        return float((one - other).norm()) <= self._tolerance * float(one.norm()) + 1e-12
+
+    def _why_other_values(self, layer: str, one: torch.Tensor, axis: int, inputs: Inputs) -> str:
+        """Why an image has other values in another batch."""
+        turned = [*range(1, len(one)), 0]
+        moved, _ = self._run(_take(inputs, turned))
+        if not self._equal(one[turned], moved[layer].movedim(axis, 0)):
+            return (
+                f"{self._where(layer)} has as many rows on axis {axis} as there are images, but they do not follow the "
+                "images' order: it mixes them; choose another layer."
+            )
+        norms = (
+            path
+            for path, module in self._model.named_modules()
+            if isinstance(module, nn.modules.batchnorm._BatchNorm) and (module.training or module.running_mean is None)
+        )
+        norm = next(norms, None)
+        return (
+            f"{self._where(layer)} puts out other values for an image beside other images"
+            f"{f' ({norm} uses statistics of the batch)' if norm else ''}, so that results would depend on the "
+            "batches: give the model fixed statistics (track_running_stats=True, eval mode), register it with "
+            "max_batch=1 so that images run alone, or choose an earlier layer."
+        )
+
+    def _remark(self, layer: str, often: int) -> str:
+        remarks = []
+        if often > 1 and self._places[layer].call is None:
+            remarks.append(f"runs {often} times in a forward pass, and this is its last; {layer}@1 is its first")
+        if layer == OUTPUTS and OWN_OUTPUT in named_layers(self._model):
+            remarks.append(f"is the module of that name; the model's own output is {OWN_OUTPUT!r}")
+        if (count := self._counts.get(layer, 1)) > 1:
+            remarks.append(f"puts out {count} tensors, and this is the first; hidden= takes another")
+        return "; ".join(remarks)
+
+    # Units and positions
+
+    def _read(self, layer: str, shape: torch.Size, batch: int) -> Layout | str:
+        """A layer's layout; a sentence where it cannot be found out."""
+        per_image = tuple(size for axis, size in enumerate(shape) if axis != batch)
+        puts_out = f"{self._where(layer)} puts out {per_image} per image"
+        if not 1 <= len(per_image) <= 3:
+            return f"{puts_out}: units are read from vectors, tokens and maps; choose another layer."
+        key, told = self._structure.key(self._places[layer]), self._spec.reading
+        units = self._structure.units(key, batch, per_image)
+        if told.units_axis is not None:
+            axis = told.units_axis + len(shape) if told.units_axis < 0 else told.units_axis
+            if not 0 <= axis < len(shape) or axis == batch:
+                said = f"units_axis={told.units_axis} is none of the others"
+                return f"{puts_out}, the images on axis {batch}: {said}; correct that."
+            units = Units(axis + (axis < batch), certain=True)
+        elif len(per_image) == 3 and self._spec.is_channels_last(layer):
+            units = Units(3, certain=True)
+        if len(per_image) == 1:
+            return Candidate(1, (1, 1)).layout(per_image, batch, "its only axis besides the images")
+        view, seen = self._pictures.view, self._structure.map_sizes(key)
+        ways = list(candidates(per_image, units, view, seen, self._spec.prefix_tokens, told))
+        if not ways and (told.grid, told.prefix_tokens) != (None, None):
+            said = f"grid={told.grid}" if told.grid is not None else f"prefix_tokens={told.prefix_tokens}"
+            return f"{puts_out}, which does not agree with {said}; correct that, or choose another layer."
+        if ways and (told.grid is not None or (told.units_axis is not None and len(per_image) == 3)):
+            return ways[0].layout(per_image, batch, "what was said of it")
+        best, evidence = self._best(ways, key)
+        if best is not None and evidence is not None and evidence.confirms:
+            return best.layout(per_image, batch, "lit patches")
+        if evidence is not None and evidence.contradicts:
+            ordered = self._ordered(ways, key) if key is not None and len(per_image) == 2 else None
+            if ordered is not None:
+                return ordered[0].layout(per_image, batch, "lit patches", ordered[1])
+            return (
+                f"{puts_out}, and a lit patch of the picture shows elsewhere in it: its positions come in an unknown "
+                f"order; choose another layer, or {_SAY}."
+            )
+        if ways and (ways[0].certain or ways[0].grid == (1, 1)):
+            return ways[0].layout(per_image, batch, "the kind of its modules")
+        if key is not None and (witness := self._witness(key, ways)) is not None:
+            return witness.layout(per_image, batch, "lit patches in a layer of the same shape before it")
+        if not self._positions and units.certain and units.axis is not None:
+            return Candidate(units.axis, (1, 1)).layout(per_image, batch, "the kind of its modules")
+        return (
+            f"{puts_out}, and neither its modules nor lit patches of a picture tell its units from its positions; "
+            f"choose another layer, or {_SAY}."
+        )
+
+    def _best(self, ways: Sequence[Candidate], key: Key | None) -> tuple[Candidate | None, Evidence | None]:
+        """The way that the lit pictures speak for most; of equals the likeliest."""
+        best: Candidate | None = None
+        most: Evidence | None = None
+        responses = {} if key is None else self._responses.get(key, {})
+        for way in ways:
+            evidence = None
+            if way.units_axis in responses:
+                evidence = self._pictures.weigh(way.cells(responses[way.units_axis]))
+            if evidence is None:
+                continue
+            if most is None or (evidence.confirms and (not most.confirms or evidence.hit > most.hit + _CLEARLY)):
+                best, most = way, evidence
+        return best, most
+
+    def _witness(self, key: Key, ways: Sequence[Candidate]) -> Candidate | None:
+        """What the nearest call before this one says that has the same shape and answers to the lit pictures."""
+        own = self._structure.calls[key]
+        before = [
+            (call_.ended, other)
+            for other, call_ in self._structure.calls.items()
+            if call_.ended < own.ended and call_.shape == own.shape and other in self._responses
+        ]
+        for _, other in sorted(before, key=lambda item: -item[0]):
+            best, evidence = self._best(ways, other)
+            if evidence is not None and evidence.confirms:
+                return best
+            if evidence is not None and evidence.contradicts:
+                return None
+        return None
+
+    def _ordered(self, ways: Sequence[Candidate], key: Key) -> tuple[Candidate, tuple[int, ...]] | None:
+        """The order of tokens that do not come row by row; None where it cannot be told.
+
+        Orders that the model itself knows, or that were found for other layers, are taken where the layer answers to
+        the lit pictures in them; else each cell's token is looked for.
+        """
+        plain = [
+            way for way in ways if not way.columns_first and not way.suffix and way.units_axis == ways[0].units_axis
+        ]
+        if self._orders is None:
+            self._orders = list(known_orders(self._model))
+        for way in plain:
+            for grid, order in self._orders:
+                if grid == way.grid and self._answers_in(way, order, key):
+                    return way, order
+        for way in plain:
+            decoded = self._decoded(way, key)
+            if decoded is not None and self._answers_in(way, decoded, key):
+                self._orders.append((way.grid, decoded))
+                return way, decoded
+        return None
+
+    def _answers_in(self, way: Candidate, order: tuple[int, ...], key: Key) -> bool:
+        """Whether a layer answers at the lit patches when its tokens are taken in an order."""
+        tokens = self._responses[key][way.units_axis][:, way.prefix :]
+        cells = tokens[:, torch.argsort(torch.tensor(order))].unflatten(1, way.grid)
+        evidence = self._pictures.weigh(cells)
+        return evidence is not None and evidence.confirms
+
+    def _decoded(self, way: Candidate, key: Key) -> tuple[int, ...] | None:
+        """Each token's cell, by pictures that number the cells; None where tokens do not answer to one cell each."""
+        (height, width), view = way.grid, self._pictures.view
+        if height > view[0] or width > view[1]:
+            return None
+        responses = self._respond(self._pictures.digits(way.grid), {key}).get(key)
+        if responses is None:
+            return None
+        answers = responses[way.units_axis][:, way.prefix :].unflatten(0, (-1, 2))
+        digits = (answers[:, 1] > answers[:, 0]).long()
+        cells = (digits << torch.arange(len(digits))[:, None]).sum(0).tolist()
+        return tuple(cells) if sorted(cells) == list(range(height * width)) else None
+
+
+def _take(inputs: Inputs, rows: list[int]) -> Inputs:
+    return inputs[rows] if isinstance(inputs, np.ndarray) else tuple(tensor[rows] for tensor in inputs)

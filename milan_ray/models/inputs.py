@@ -1,0 +1,45 @@
+"""What a network takes: its number type, and whether images must run alone."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from milan_ray.models.registry import ModelInput, ModelSpec
+
+
+def runs_alone(model: nn.Module) -> bool:
+    """Whether images must run one by one: dynamic quantisation scales activations by the whole batch."""
+    return any("quantized.dynamic" in type(module).__module__ for module in model.modules())
+
+
+def model_dtype(model: nn.Module) -> torch.dtype:
+    """The floating-point type that a model computes in: that of its first such parameter or buffer, else float32."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        if tensor.is_floating_point():
+            return tensor.dtype
+    return torch.float32
+
+
+def fitted(inputs: ModelInput, dtype: torch.dtype) -> ModelInput:
+    """Floating-point inputs in the type that the model computes in."""
+    if dtype == torch.float32:
+        return inputs
+
+    def fit(tensor: Any) -> Any:
+        return tensor.to(dtype) if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() else tensor
+
+    if isinstance(inputs, torch.Tensor):
+        return fit(inputs)
+    if isinstance(inputs, Mapping):
+        return {name: fit(tensor) for name, tensor in inputs.items()}
+    return [fit(tensor) for tensor in inputs]
+
+
+def prepare(spec: ModelSpec, model: nn.Module, *tensors: torch.Tensor) -> ModelInput:
+    """A model's inputs from uint8 views (B, H, W, 3) or a generator's latents, in its own number type."""
+    return fitted(spec.prepare(*tensors), model_dtype(model))

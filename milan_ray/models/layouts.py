@@ -1,0 +1,197 @@
+"""How a layer's output is read: which axis is the batch, which the units, which the positions.
+
+A :class:`Layout` is established by :mod:`milan_ray.models.establish` and holds for every batch of the same model and
+view. Nothing is guessed from a tensor's rank.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+
+from milan_ray.errors import MilanError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one layer's output is read as one activation map per unit.
+
+    Attributes:
+        shape: The output's shape for one image: all axes but the batch.
+        batch_axis: Axis of the output that counts images.
+        units_axis: Axis of the output that counts units.
+        grid: (height, width) of the units' maps; (1, 1) where there are no positions.
+        columns_first: Whether positions run down columns: their axes are (x, y), or tokens go column by column.
+        prefix_tokens: Tokens before the positions (CLS, registers), which are dropped.
+        suffix_tokens: Tokens behind the positions, which are dropped.
+        order: Place of each token's position in the grid, row by row, where tokens come in another order; else None.
+        known: How this is known.
+        remark: What people should know besides, as that the module runs several times; empty for nothing.
+    """
+
+    shape: tuple[int, ...]
+    batch_axis: int
+    units_axis: int
+    grid: tuple[int, int]
+    columns_first: bool = False
+    prefix_tokens: int = 0
+    suffix_tokens: int = 0
+    order: tuple[int, ...] | None = None
+    known: str = ""
+    remark: str = ""
+
+    @property
+    def units(self) -> int:
+        """Number of units."""
+        return self.shape[self.units_axis - (self.units_axis > self.batch_axis)]
+
+    def maps(self, output: torch.Tensor, layer: str = "the layer") -> torch.Tensor:
+        """Arranges the layer's output as one map per unit.
+
+        Args:
+            output: What the layer puts out for B images.
+            layer: The layer's name, for messages.
+
+        Returns:
+            (B, U, h, w), a view of the output wherever that can be.
+
+        Raises:
+            MilanError: The output has another shape than when the layout was established.
+        """
+        if output.ndim != len(self.shape) + 1 or self._per_image(output) != self.shape:
+            raise MilanError(
+                f"{layer} puts out a tensor of shape {tuple(output.shape)}, where it had {self.shape} per image and "
+                f"the images on axis {self.batch_axis} before: dissect a layer whose shape is fixed."
+            )
+        first = output if self.batch_axis == 0 else output.movedim(self.batch_axis, 0)
+        axis = self.units_axis + (self.units_axis < self.batch_axis)
+        maps = first if axis == 1 else first.movedim(axis, 1)
+        height, width = self.grid
+        if maps.ndim == 2:
+            return maps[:, :, None, None]
+        if maps.ndim == 4:
+            return maps.transpose(2, 3) if self.columns_first else maps
+        tokens = maps[:, :, self.prefix_tokens : maps.shape[2] - self.suffix_tokens]
+        if self.order is not None:
+            tokens = tokens[:, :, torch.tensor(_inverse(self.order), device=tokens.device)]
+        if self.columns_first:
+            return tokens.unflatten(2, (width, height)).transpose(2, 3)
+        return tokens.unflatten(2, (height, width))
+
+    def _per_image(self, output: torch.Tensor) -> tuple[int, ...]:
+        return tuple(size for axis, size in enumerate(output.shape) if axis != self.batch_axis)
+
+    def identity(self) -> dict[str, object]:
+        """The part that decides results, for configuration hashes."""
+        return {key: value for key, value in asdict(self).items() if key not in ("known", "remark", "shape")}
+
+    def is_conventional(self, prefix_tokens: int | None, channels_last: bool) -> bool:
+        """Whether it is what was taken for granted before layouts were established.
+
+        Tables that were made then are still right, and keep their configuration hashes.
+
+        Args:
+            prefix_tokens: The model's declared number of prefix tokens; None where it declares none.
+            channels_last: Whether the model declares that this layer's maps are (B, H, W, U).
+        """
+        if self.batch_axis != 0 or self.columns_first or self.suffix_tokens or self.order is not None:
+            return False
+        rank = len(self.shape)
+        if rank != 2:
+            return self.units_axis == (3 if rank == 3 and channels_last else 1)
+        if self.units_axis != 2 or self.grid[0] != self.grid[1]:
+            return False
+        counts = range(9) if prefix_tokens is None else (prefix_tokens,)
+        squares = [n for n in counts if self.shape[0] > n and math.isqrt(self.shape[0] - n) ** 2 == self.shape[0] - n]
+        return squares[:1] == [self.prefix_tokens]
+
+    def to_json(self) -> str:
+        """The layout as text, for a table's metadata."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Layout:
+        """Reads what :meth:`to_json` wrote."""
+        values: dict[str, Any] = json.loads(text)
+        for name in ("shape", "grid", "order"):
+            if values[name] is not None:
+                values[name] = tuple(values[name])
+        return cls(**values)
+
+    def __str__(self) -> str:
+        """For people, e.g. ``units on axis 2, 14×14 tokens after 1 (lit cells)``."""
+        parts = [f"units on axis {self.units_axis}"]
+        if self.batch_axis:
+            parts.insert(0, f"images on axis {self.batch_axis}")
+        if len(self.shape) > 1:
+            parts.append(f"{self.grid[0]}×{self.grid[1]} " + ("tokens" if len(self.shape) == 2 else "positions"))
+        if self.prefix_tokens:
+            parts.append(f"after {self.prefix_tokens} prefix tokens")
+        if self.suffix_tokens:
+            parts.append(f"before {self.suffix_tokens} suffix tokens")
+        if self.columns_first:
+            parts.append("column by column")
+        if self.order is not None:
+            parts.append("in an order of its own")
+        return f"{', '.join(parts)}; known from {self.known}{'; ' + self.remark if self.remark else ''}"
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What a user says of a model's layers; None leaves it to the program (docs/layouts.md).
+
+    Attributes:
+        batch_axis: Axis of a layer's output that counts images.
+        units_axis: Axis of a layer's output that counts units; negative ones count from the end.
+        grid: (height, width) of the positions.
+        prefix_tokens: Tokens before the positions.
+    """
+
+    batch_axis: int | None = None
+    units_axis: int | None = None
+    grid: tuple[int, int] | None = None
+    prefix_tokens: int | None = None
+
+    def over(self, other: Reading) -> Reading:
+        """This one, completed by another where it says nothing."""
+        own = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(other, **own)
+
+
+UNSAID = Reading()
+"""Nothing is said: all is found out."""
+
+
+def grids(count: int, view: tuple[int, int], seen: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int]]:
+    """The (height, width) that so many positions may have, likeliest first.
+
+    Args:
+        count: Positions.
+        view: (height, width) of the model's view: a grid has its proportions, within rounding.
+        seen: Sizes of maps that the model computes before: taken first, whatever their proportions.
+    """
+    found = [grid for grid in dict.fromkeys(seen) if grid[0] * grid[1] == count]
+    height, width = view
+    fitting = []
+    for h in range(1, count + 1):
+        if count % h:
+            continue
+        w = count // h
+        # One stride s must make both: h = H/s and w = W/s, each rounded up or down.
+        low, high = max(height / (h + 1), width / (w + 1)), min(height / max(h - 1, 0.5), width / max(w - 1, 0.5))
+        if low < high:
+            fitting.append((abs(math.log((height / h) / (width / w))), (h, w)))
+    found += [grid for _, grid in sorted(fitting)]
+    return list(dict.fromkeys(found))
+
+
+def _inverse(order: Sequence[int]) -> list[int]:
+    inverse = [0] * len(order)
+    for token, place in enumerate(order):
+        inverse[place] = token
+    return inverse

@@ -1,0 +1,134 @@
+"""Grey pictures with one lit patch: where in its output a layer answers, it has the patch's position."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+_SIDE = 7
+_PATCHES = ((1, 4), (5, 2), (3, 6), (6, 0), (0, 2), (4, 5))
+"""Places of the lit patches on a 7 × 7 grid over the view: without symmetry, so that a turned or flipped grid shows."""
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What lit pictures say of one way to read a layer's positions.
+
+    Attributes:
+        hit: Share of the response that lies where the pictures are lit.
+        peak: Share of the response in as many of its strongest positions: what ``hit`` could be at most.
+        chance: Share of positions that are lit.
+    """
+
+    hit: float
+    peak: float
+    chance: float
+
+    @property
+    def confirms(self) -> bool:
+        """Whether the layer answers at the lit patches.
+
+        Read rightly, layers of untrained and trained networks have ``hit`` near ``peak``; read wrongly, near
+        ``chance`` (docs/layouts.md has the figures).
+        """
+        return self.hit >= max(3 * self.chance, self.chance + 0.05, self.peak / 2)
+
+    @property
+    def contradicts(self) -> bool:
+        """Whether it answers, as clearly, elsewhere."""
+        return self.peak >= max(0.5, 4 * self.chance) and self.hit < self.peak / 4
+
+
+class LitPictures:
+    """The pictures for models of one view.
+
+    Args:
+        view: (height, width), pixels.
+        bands: Bands of the model's pictures.
+    """
+
+    def __init__(self, view: tuple[int, int], bands: int = 3) -> None:
+        self.view, self._bands = view, bands
+        height, width = view
+        self._boxes = [
+            (y * height // _SIDE, (y + 1) * height // _SIDE, x * width // _SIDE, (x + 1) * width // _SIDE)
+            for y, x in _PATCHES
+        ]
+
+    def random(self, count: int) -> np.ndarray:
+        """Random pictures, smooth and fine, uint8 (count, H, W, bands)."""
+        height, width = self.view
+        random = np.random.default_rng(0)
+        coarse = random.integers(0, 256, (count, -(-height // 8), -(-width // 8), self._bands))
+        fine = random.integers(-40, 41, (count, height, width, self._bands))
+        return (coarse.repeat(8, 1).repeat(8, 2)[:, :height, :width] + fine).clip(0, 255).astype(np.uint8)
+
+    def grey(self, count: int) -> np.ndarray:
+        """Plain grey pictures, uint8 (count, H, W, bands)."""
+        return np.full((count, *self.view, self._bands), 128, np.uint8)
+
+    def patches(self) -> np.ndarray:
+        """Pictures with a lit patch each, uint8 (6, H, W, bands)."""
+        pictures, noise = self.grey(len(self._boxes)), self._noise()
+        for picture, (top, bottom, left, right) in zip(pictures, self._boxes, strict=True):
+            picture[top:bottom, left:right] = noise[top:bottom, left:right]
+        return pictures
+
+    def digits(self, grid: tuple[int, int]) -> np.ndarray:
+        """Pictures that number the cells of a grid, uint8 (2 · digits, H, W, bands).
+
+        For each binary digit of a cell's number, the lowest first, one lights the cells without it and one those with
+        it. The grid has no more cells than the view has pixels, either way.
+        """
+        height, width = grid
+        y = np.arange(self.view[0]) * height // self.view[0]
+        x = np.arange(self.view[1]) * width // self.view[1]
+        cell = y[:, None] * width + x[None, :]
+        count = (height * width - 1).bit_length()
+        pictures, noise = self.grey(2 * count), self._noise()
+        for digit in range(count):
+            for value in (0, 1):
+                lit = ((cell >> digit) & 1) == value
+                pictures[2 * digit + value][lit] = noise[lit]
+        return pictures
+
+    def weigh(self, responses: torch.Tensor) -> Evidence | None:
+        """Compares where a layer answers to :meth:`patches` with where they are lit.
+
+        Args:
+            responses: float64 (6, h, w), the strength of its answers at each position.
+
+        Returns:
+            None where it does not answer, or has too few positions.
+        """
+        pictures, height, width = responses.shape
+        flat = responses.reshape(pictures, -1)
+        total = flat.sum(1, keepdim=True)
+        if height * width < 4 or not bool((total > 0).all()):
+            return None
+        # What a picture adds to a position beyond what the others add there: positions that answer to all say nothing.
+        shares = flat / total
+        own = (shares - (shares.sum(0, keepdim=True) - shares) / (pictures - 1)).clamp_min(0)
+        sums = own.sum(1)
+        if not bool((sums > 0).all()):
+            return None
+        lit = self._lit(height, width)
+        counts = lit.sum(1)
+        peak = torch.stack([row.topk(int(count)).values.sum() for row, count in zip(own, counts, strict=True)]) / sums
+        hit = (own * lit).sum(1) / sums
+        return Evidence(float(hit.mean()), float(peak.mean()), float((counts / (height * width)).mean()))
+
+    def _lit(self, height: int, width: int) -> torch.Tensor:
+        """Which cells of a grid overlap the lit patches, bool (6, height · width)."""
+        y, x = torch.arange(height), torch.arange(width)
+        rows = []
+        for top, bottom, left, right in self._boxes:
+            lit_y = ((y + 1) * self.view[0] > top * height) & (y * self.view[0] < bottom * height)
+            lit_x = ((x + 1) * self.view[1] > left * width) & (x * self.view[1] < right * width)
+            rows.append((lit_y[:, None] & lit_x[None, :]).flatten())
+        return torch.stack(rows)
+
+    def _noise(self) -> np.ndarray:
+        return np.random.default_rng(1).integers(0, 2, (*self.view, self._bands)).astype(np.uint8) * 255
