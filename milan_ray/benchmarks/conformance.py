@@ -9,14 +9,12 @@ compared through plain hooks, its positions in the order of the tokens of a laye
 from __future__ import annotations
 
 import gc
-import tempfile
+import os
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import Any
+from importlib import metadata
 
 import numpy as np
 import torch
@@ -153,7 +151,7 @@ def _compare(case: Case, result: Result) -> None:
     known = dict(truths)
     for layer in spec.layers:
         if layer not in known and layer in raw:
-            maps = _arranged(network.get_submodule(layer) if layer != OUTPUTS else network, raw[layer], raw, truths)
+            maps = _arranged(network, layer, raw, truths)
             if maps is not None:
                 known[layer] = maps
     del raw
@@ -172,7 +170,9 @@ def _read(spec: ModelSpec, network: nn.Module, layers: Sequence[str], result: Re
         result.refused[layers[0] if len(layers) == 1 else ""] = str(error)
         return None
     except Exception as error:  # what a user would get to see instead of a sentence
-        result.wrong[layers[0] if len(layers) == 1 else ""] = f"no sentence, but {type(error).__name__}: {reason(error)}"
+        result.wrong[layers[0] if len(layers) == 1 else ""] = (
+            f"no sentence, but {type(error).__name__}: {reason(error)}"
+        )
         return None
     return forward
 
@@ -254,6 +254,46 @@ def _difference(own: torch.Tensor, truth: torch.Tensor) -> str | None:
     return f"other values (the strongest image is another one for {share:.0%} of the units)"
 
 
+def summary(results: Sequence[Result]) -> str:
+    """One line: how many families, how many wrong, how many run with their default layers."""
+    built = [result for result in results if result.built]
+    wrong, run = sum(bool(result.wrong) for result in built), sum(result.defaults_run for result in built)
+    return (
+        f"{len(built)} families of {len(results)} build; {wrong} wrong; {run} ({run / max(len(built), 1):.1%}) run with "
+        "their default layers."
+    )
+
+
+def page(results: Sequence[Result]) -> str:
+    """The table as Markdown, with the libraries' versions."""
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "timm", "transformers")
+    )
+    lines = [
+        "# Conformance",
+        "",
+        "<!-- Made by `python -m jobs.models --conformance --out docs/conformance.md`: do not edit. -->",
+        "",
+        "What is read of a layer (units, positions, activations) against what the network's own library says, for the",
+        "smallest network of every family, untrained, on the CPU: torchvision's feature extractor, timm's",
+        "`forward_intermediates`, transformers' `output_hidden_states`. Pictures are also exchanged within a batch.",
+        "*Compared* are layers with such a truth; *lit* are others, where a lit cell of a grey picture answers at its place.",
+        "",
+        f"{versions}. {summary(results)}",
+        "",
+        "| library | family | network | default layers | compared | lit | result |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        run = f"{result.defaults} run" if result.defaults_run else "do not run"
+        verdict = result.verdict.replace("|", "\\|").replace("\n", " ")
+        lines.append(
+            f"| {result.library} | {result.family} | `{result.network}` | {run} | {result.compared} | {result.lit} | "
+            f"{verdict} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 # The truth --------------------------------------------------------------------------------------------------------
 
 
@@ -327,24 +367,27 @@ def _holds(tensor: torch.Tensor, sums: tuple[float, float], maps: torch.Tensor, 
 
 
 def _arranged(
-    module: nn.Module, output: torch.Tensor, raw: dict[str, torch.Tensor], truths: dict[str, torch.Tensor]
+    network: nn.Module, layer: str, raw: dict[str, torch.Tensor], truths: dict[str, torch.Tensor]
 ) -> torch.Tensor | None:
     """The maps (n, U, h, w) of a module that the library does not list; None where nothing proves its layout.
 
     Tokens are in the order in which a listed layer with as many tokens has them. Maps have their units where torch says
     for the kind of module, or beside the grid of a listed layer.
     """
+    output = raw[layer]
     if output.ndim == 2:
         return output[:, :, None, None]
     if output.ndim == 3 and len(output) == IMAGES:
-        for path, maps in truths.items():
+        nearest = sorted(truths, key=lambda path: -len(os.path.commonprefix([path, layer])))
+        for path in nearest:
+            maps = truths[path]
             tokens = raw.get(path)
             if tokens is not None and tokens.ndim == 3 and tokens.shape[:2] == output.shape[:2]:
                 order = _token_order(tokens[0], maps[0])
                 if order is not None:
                     return output[:, order].transpose(1, 2).unflatten(2, maps.shape[2:])
     if output.ndim == 4 and len(output) == IMAGES:
-        axis = _units_axis(module)
+        axis = _units_axis(network.get_submodule(layer) if layer != OUTPUTS else network)
         if axis is None:
             grids = {tuple(maps.shape[2:]) for maps in truths.values()}
             first, last = tuple(output.shape[2:]) in grids, tuple(output.shape[1:3]) in grids

@@ -115,7 +115,9 @@ def _extracted(
     family: str, spec: ModelSpec, network: nn.Module, layers: tuple[str, ...], views: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Layers' maps by torchvision's feature extractor, their axes as each family's source has them."""
-    options = {"leaf_modules": []} if family == "vit" else {}  # else an MLP is looked at from outside
+    options = (
+        {"autowrap_functions": (), "leaf_modules": []} if family == "vit" else {}
+    )  # else an MLP is looked at from outside
     nodes = {layer: layer for layer in layers}
     last = get_graph_node_names(network, options)[1][-1]  # the whole network runs, functions in place too
     extractor = create_feature_extractor(network, {**nodes, last: OUTPUTS}, tracer_kwargs=options)
@@ -306,7 +308,7 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
     "ChineseCLIPVision": (_VIT, 1),
     "ConvNext": ({"num_stages": 3, **_CONVOLUTIONS, "image_size": 64}, MAPS),
     "ConvNextV2": ({"num_stages": 3, **_CONVOLUTIONS, "image_size": 64}, MAPS),
-    "Cvt": ({"embed_dim": [16, 24, 32], "num_heads": [1, 2, 2], "depth": [1, 1, 2]}, MAPS),
+    "Cvt": ({"depth": [1, 1, 2]}, MAPS),
     "DINOv3ConvNext": ({**_CONVOLUTIONS, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1]}, MAPS),
     "DINOv3ViT": ({**_VIT, "num_register_tokens": 4}, 5),
     "DPT": ({**_VIT, "backbone_out_indices": [0, 1, 2, 2], "neck_hidden_sizes": [8, 8, 8, 8]}, 1),
@@ -315,7 +317,7 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
     "Dinov2": ({**_TINY, "mlp_ratio": 2, "image_size": 64, "patch_size": 8}, 1),
     "Dinov2WithRegisters": ({**_TINY, "mlp_ratio": 2, "image_size": 64, "patch_size": 8, "num_register_tokens": 3}, 4),
     "DonutSwin": ({**_STAGES, "window_size": 4}, RESHAPED),
-    "EfficientNet": ({"width_coefficient": 0.25, "depth_coefficient": 0.5, "image_size": 64, "hidden_dim": 64}, MAPS),
+    "EfficientNet": ({"width_coefficient": 0.25, "depth_coefficient": 0.5, "image_size": 64, "hidden_dim": 320}, MAPS),
     "FocalNet": (
         {
             "embed_dim": 16,
@@ -357,7 +359,7 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
     "InternVLVision": (_VIT, 1),
     "Levit": (
         {
-            "image_size": 64,
+            "image_size": 224,
             "hidden_sizes": [32, 48, 64],
             "num_attention_heads": [2, 3, 4],
             "depths": [1, 1, 1],
@@ -367,7 +369,6 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
         0,
     ),
     "MLCDVision": (_VIT, 1),
-    "MaskFormerSwin": ({**_STAGES, "window_size": 4}, 0),
     "MobileNetV1": ({"depth_multiplier": 0.25, "image_size": 64, "min_depth": 8}, MAPS),
     "MobileNetV2": ({"depth_multiplier": 0.25, "image_size": 64, "min_depth": 8}, MAPS),
     "MobileViT": (
@@ -380,11 +381,15 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
         MAPS,
     ),
     "MobileViTV2": ({"image_size": 64, "width_multiplier": 0.25}, MAPS),
-    "Owlv2": (_VIT, 1),
     "Pixio": ({**_TINY, "mlp_ratio": 2, "image_size": 64, "patch_size": 8, "n_cls_tokens": 2}, 2),
     "PoolFormer": ({"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1]}, MAPS),
     "Pvt": (
-        {"image_size": 64, "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2]},
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 16, 32, 32],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 1, 2, 2],
+        },
         0,
     ),
     "PvtV2": (
@@ -413,7 +418,7 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
     "Swin": ({**_STAGES, "window_size": 4}, RESHAPED),
     "Swin2SR": ({"image_size": 64, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 8}, 0),
     "Swinv2": ({**_STAGES, "window_size": 4}, RESHAPED),
-    "TextNet": ({"image_size": [64, 64], "hidden_sizes": [16, 16, 24, 32, 40]}, MAPS),
+    "TextNet": ({"image_size": [64, 64], "stem_out_channels": 16, "hidden_sizes": [16, 16, 24, 32, 40]}, MAPS),
     "ViT": (_VIT, 1),
     "ViTMAE": (_VIT, 1),
     "ViTMSN": (_VIT, 1),
@@ -460,6 +465,9 @@ def _hidden_states(spec: ModelSpec, network: nn.Module, layout: int | str, views
     if layout in (LAST, RESHAPED_LAST):
         return [state.permute(0, 3, 1, 2) for state in states]
     assert isinstance(layout, int)
-    # What is behind the patches (YOLOS's detections) is less than another row and column.
-    return [_grid(state[:, layout:][:, : math.isqrt(state.shape[1] - layout) ** 2]) for state in states]
-
+    maps = []
+    for state in states:
+        patches = math.isqrt(state.shape[1] - layout) ** 2  # behind them are, in YOLOS, a few detections
+        start = layout or state.shape[1] - patches  # PVT has a class token in its last stage alone
+        maps.append(_grid(state[:, start : start + patches]))
+    return maps

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -15,16 +16,20 @@ import torch
 from torch import nn
 
 from milan_ray.errors import MilanError, unknown_name
+from milan_ray.models.blocks import blocks, running
 from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, ModelSpec, register_family
 from milan_ray.models.view import Preprocess, View
 from milan_ray.models.weights import WeightsFile, load_strictly, read_state_dict
+
+_NO_PATCHES = re.compile(r"blocks_token_only|cls_attn|rel_pos|attn_pool")
+"""MLPs of class tokens and of tables of positions: their outputs say nothing of a place in the image."""
 
 
 def resolve(name: str) -> ModelSpec:
     """Describes one of timm's models: preprocessing from its data config, prefix tokens from the model.
 
     Dissected by default are, in transformers, the MLPs' hidden units before the activation, else the stages that timm
-    lists as features.
+    lists as features; see :func:`default_layers`.
 
     Args:
         name: timm's name, with or without the tag of its weights.
@@ -68,12 +73,21 @@ def build(name: str, weights: str | None) -> nn.Module:
 
 
 def default_layers(model: nn.Module) -> tuple[str, ...]:
-    """The layers of one of timm's networks that are dissected by default."""
-    if getattr(model, "num_prefix_tokens", None) is None:
-        layers = [info["module"] for info in getattr(model, "feature_info", ())]
-    else:
-        layers = [path for path, _ in model.named_modules() if path.endswith("mlp.fc1")]
-    return tuple(dict.fromkeys(layers)) or (OUTPUTS,)
+    """The layers of one of timm's networks that are dissected by default.
+
+    In transformers with tokens before the patches the hidden units of MLPs, else the modules that timm lists as
+    features; its blocks where these are none (gated MLPs) or name no module that runs.
+
+    Args:
+        model: The network; weights are not needed.
+    """
+    modules = dict(model.named_modules())
+    layers: tuple[str, ...] = ()
+    if getattr(model, "num_prefix_tokens", None) is not None:
+        layers = tuple(path for path in modules if path.endswith("mlp.fc1") and not _NO_PATCHES.search(path))
+    if not layers:
+        layers = running(model, [info.get("module", "") for info in getattr(model, "feature_info", None) or ()])
+    return layers or blocks(model) or (OUTPUTS,)
 
 
 def structure(name: str) -> nn.Module:
