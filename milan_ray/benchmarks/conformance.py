@@ -9,7 +9,6 @@ compared through plain hooks, its positions in the order of the tokens of a laye
 from __future__ import annotations
 
 import gc
-import os
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -259,8 +258,8 @@ def summary(results: Sequence[Result]) -> str:
     built = [result for result in results if result.built]
     wrong, run = sum(bool(result.wrong) for result in built), sum(result.defaults_run for result in built)
     return (
-        f"{len(built)} families of {len(results)} build; {wrong} wrong; {run} ({run / max(len(built), 1):.1%}) run with "
-        "their default layers."
+        f"{len(built)} families of {len(results)} build; {wrong} wrong; {run} ({run / max(len(built), 1):.1%}) run "
+        "with their default layers."
     )
 
 
@@ -277,7 +276,7 @@ def page(results: Sequence[Result]) -> str:
         "What is read of a layer (units, positions, activations) against what the network's own library says, for the",
         "smallest network of every family, untrained, on the CPU: torchvision's feature extractor, timm's",
         "`forward_intermediates`, transformers' `output_hidden_states`. Pictures are also exchanged within a batch.",
-        "*Compared* are layers with such a truth; *lit* are others, where a lit cell of a grey picture answers at its place.",
+        "*Compared* are layers with such a truth; *lit* are others, where a lit cell of a grey picture answers there.",
         "",
         f"{versions}. {summary(results)}",
         "",
@@ -378,7 +377,7 @@ def _arranged(
     if output.ndim == 2:
         return output[:, :, None, None]
     if output.ndim == 3 and len(output) == IMAGES:
-        nearest = sorted(truths, key=lambda path: -len(os.path.commonprefix([path, layer])))
+        nearest = sorted(truths, key=lambda path: -_common(path, layer))
         for path in nearest:
             maps = truths[path]
             tokens = raw.get(path)
@@ -395,6 +394,12 @@ def _arranged(
         if axis is not None:
             return output.movedim(axis, 1)
     return None
+
+
+def _common(path: str, other: str) -> int:
+    """How many parts two module paths have in common, from the front."""
+    parts = list(zip(path.split("."), other.split("."), strict=False))
+    return next((number for number, (own, its) in enumerate(parts) if own != its), len(parts))
 
 
 def _units_axis(module: nn.Module) -> int | None:

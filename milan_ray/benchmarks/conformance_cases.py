@@ -93,7 +93,8 @@ def _classifier(family: str, name: str, side: int | None) -> Subject:
     if side is not None:
         spec = _square(spec, side)
     network = spec.load()
-    return Subject(spec, network, partial(_extracted, family, spec, network, (*spec.layers, *_EXTRA.get(family, ()))))
+    layers = (*(spec.layers if family != "vit" else ()), *_EXTRA.get(family, ()))  # the extractor takes MLPs as wholes
+    return Subject(spec, network, partial(_extracted, family, spec, network, layers))
 
 
 def _part(name: str, inside: str, side: int | None) -> Subject:
@@ -115,12 +116,9 @@ def _extracted(
     family: str, spec: ModelSpec, network: nn.Module, layers: tuple[str, ...], views: torch.Tensor
 ) -> dict[str, torch.Tensor]:
     """Layers' maps by torchvision's feature extractor, their axes as each family's source has them."""
-    options = (
-        {"autowrap_functions": (), "leaf_modules": []} if family == "vit" else {}
-    )  # else an MLP is looked at from outside
     nodes = {layer: layer for layer in layers}
-    last = get_graph_node_names(network, options)[1][-1]  # the whole network runs, functions in place too
-    extractor = create_feature_extractor(network, {**nodes, last: OUTPUTS}, tracer_kwargs=options)
+    last = get_graph_node_names(network)[1][-1]  # the whole network runs, functions in place too
+    extractor = create_feature_extractor(network, {**nodes, last: OUTPUTS})
     outputs = extractor(spec.prepare(views))
     return {layer: _as_maps(family, layer, outputs[layer]) for layer in layers}
 
@@ -425,8 +423,8 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
     "VitDet": ({**_TINY, "image_size": 64, "patch_size": 8, "window_size": 4, "window_block_indices": [0, 2]}, MAPS),
     "Yolos": ({**_VIT, "image_size": [64, 64], "num_detection_tokens": 5}, 1),
 }
-"""Architecture → its tiny configuration, and how ``output_hidden_states`` puts maps out: the number of tokens in front of
-the patches, or one of :data:`MAPS` (n, U, h, w), :data:`LAST` (n, h, w, U) and ``reshaped_hidden_states`` of these."""
+"""Architecture → its tiny configuration, and how ``output_hidden_states`` puts maps out: the number of tokens in
+front of the patches, or one of :data:`MAPS` (n, U, h, w), :data:`LAST` (n, h, w, U) and ``reshaped_hidden_states`` of these."""
 
 
 def _transformers(side: int | None) -> Iterator[Case]:
