@@ -423,8 +423,10 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
     "VitDet": ({**_TINY, "image_size": 64, "patch_size": 8, "window_size": 4, "window_block_indices": [0, 2]}, MAPS),
     "Yolos": ({**_VIT, "image_size": [64, 64], "num_detection_tokens": 5}, 1),
 }
-"""Architecture → its tiny configuration, and how ``output_hidden_states`` puts maps out: the number of tokens in
-front of the patches, or one of :data:`MAPS` (n, U, h, w), :data:`LAST` (n, h, w, U) and ``reshaped_hidden_states`` of these."""
+"""Architecture → its tiny configuration, and how ``output_hidden_states`` puts maps out.
+
+That is the number of tokens in front of the patches, or :data:`MAPS` (n, U, h, w), :data:`LAST` (n, h, w, U), or
+``reshaped_hidden_states`` of these kinds."""
 
 
 def _transformers(side: int | None) -> Iterator[Case]:
