@@ -7,10 +7,12 @@ import fnmatch
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from milan_ray.cli import options
 from milan_ray.cli.refusals import refuse
+from milan_ray.errors import MilanError
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -21,6 +23,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="a model whose layers to list, with shapes and unit counts, or a pattern ('*/places365')",
     )
     parser.add_argument("--weights", metavar="WEIGHTS", help="weights of that model: a file, a name or a URL")
+    group = parser.add_argument_group("conformance")
+    group.add_argument(
+        "--conformance",
+        action="store_true",
+        help="compare what is read of layers with what torchvision, timm and transformers say, family by family",
+    )
+    group.add_argument("--families", metavar="PATTERN", default="*", help="only these families ('swin*')")
+    group.add_argument("--library", choices=("torchvision", "timm", "transformers"), help="only this library's")
+    group.add_argument("--out", metavar="FILE", help="write the table as Markdown")
     options.plugins(parser)
     options.common(parser, json="print JSON, an object per model or layer and line")
 
@@ -33,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.plugins import load_plugins
 
     load_plugins(args.plugin)
+    if args.conformance:
+        return _conformance(args)
+    if args.families != "*" or args.library or args.out:
+        raise MilanError("--families, --library and --out belong to --conformance: give that too.")
     if args.name is None or set(args.name) & set("*?["):
         refuse(args, ["weights"], "without the name of one model", "name it")
         names = fnmatch.filter(model_names(), args.name or "*")
@@ -54,6 +69,29 @@ def run(args: argparse.Namespace) -> int:
         )
         print(row.rstrip())
     return 0
+
+
+def _conformance(args: argparse.Namespace) -> int:
+    """Compares families one by one; the exit status is 1 when one is wrong."""
+    from milan_ray.benchmarks.conformance import check, page, summary
+    from milan_ray.benchmarks.conformance_cases import cases
+
+    if args.name is not None:
+        raise MilanError(f"--conformance takes no model's name ({args.name}): choose families with --families.")
+    results = []
+    for case in cases(args.library, args.families):
+        results.append(check(case))
+        if args.json:
+            _print_json([{**asdict(results[-1]), "verdict": results[-1].verdict}])
+        else:
+            print(f"{case.library:13} {case.family:40} {results[-1].verdict}", flush=True)
+    if not results:
+        raise MilanError(f"no family is called {args.families!r}: `python -m jobs.models --conformance` runs them all.")
+    if not args.json:
+        print(summary(results))
+    if args.out:
+        Path(args.out).write_text(page(results), encoding="utf-8")
+    return int(any(result.wrong for result in results))
 
 
 def _model(name: str) -> dict[str, Any]:

@@ -79,6 +79,8 @@ def candidates(
             yield from _of_tokens(axis, sizes[0], sure, view, seen, declared, told)
             continue
         height, width = sizes
+        if told.prefix_tokens:
+            return
         if told.grid in (None, (height, width)):
             plausible = units.of_maps or (height, width) in grids(height * width, view)
             yield Candidate(axis, (height, width), certain=sure and plausible)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 from functools import partial
 from types import ModuleType
 from typing import Any
@@ -17,17 +18,21 @@ from PIL import Image
 from torch import nn
 
 from milan_ray.errors import MilanError, unknown_name
+from milan_ray.models.blocks import blocks, running
 from milan_ray.models.processors import agrees
 from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, ModelSpec, register_family
 from milan_ray.models.view import Preprocess, View
 from milan_ray.models.weights import WeightsFile, load_weights
+
+_NO_PATCHES = re.compile(r"blocks_token_only|cls_attn|rel_pos")
+"""MLPs of class tokens and of tables of positions: their outputs say nothing of a place in the image."""
 
 
 def resolve(name: str) -> ModelSpec:
     """Describes one of timm's models: preprocessing from its data config, prefix tokens from the model.
 
     Dissected by default are, in transformers, the MLPs' hidden units before the activation, else the stages that timm
-    lists as features.
+    lists as features; see :func:`default_layers`.
 
     Args:
         name: timm's name, with or without the tag of its weights.
@@ -35,23 +40,19 @@ def resolve(name: str) -> ModelSpec:
     Raises:
         MilanError: timm is not installed, has no such model, or crops images in a way that a view has not.
     """
-    timm = _timm()
+    timm = import_timm()
     try:
         config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
     except RuntimeError:  # no weights of that tag
         config = None
     if config is None:
         raise unknown_name("timm model", name, timm.list_models(pretrained=True))
-    model = _structure(timm, name)
+    model = structure(name)
     prefix = getattr(model, "num_prefix_tokens", None)
-    if prefix is None:
-        layers = [info["module"] for info in getattr(model, "feature_info", ())]
-    else:
-        layers = [path for path, _ in model.named_modules() if path.endswith("mlp.fc1")]
     return ModelSpec(
         f"timm/{name}",
         partial(build, name),
-        tuple(dict.fromkeys(layers)) or (OUTPUTS,),
+        default_layers(model),
         _preprocess(timm, name, timm.data.resolve_data_config(pretrained_cfg=config.to_dict())),
         prefix_tokens=prefix,
         channels_last=".*" if getattr(model, "output_fmt", "NCHW") == "NHWC" else None,
@@ -68,22 +69,45 @@ def build(name: str, weights: str | None) -> nn.Module:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = _timm().create_model(name, pretrained=False)
+        model = import_timm().create_model(name, pretrained=False)
     if weights is not None and weights != RANDOM:
         load_weights(model, weights)
     return model
 
 
-def _structure(timm: ModuleType, name: str) -> nn.Module:
-    """A model without weights, for its layers' names."""
+def default_layers(model: nn.Module) -> tuple[str, ...]:
+    """The layers of one of timm's networks that are dissected by default.
+
+    In transformers with tokens before the patches the hidden units of MLPs, else the modules that timm lists as
+    features; its blocks where these are none (gated MLPs) or name no module that runs.
+
+    Args:
+        model: The network; weights are not needed.
+    """
+    modules = dict(model.named_modules())
+    layers: tuple[str, ...] = ()
+    if getattr(model, "num_prefix_tokens", None) is not None:
+        layers = tuple(path for path in modules if path.endswith("mlp.fc1") and not _NO_PATCHES.search(path))
+    if not layers:
+        layers = running(model, [info.get("module", "") for info in getattr(model, "feature_info", None) or ()])
+    return layers or blocks(model) or (OUTPUTS,)
+
+
+def structure(name: str) -> nn.Module:
+    """One of timm's networks without weights, for its layers' names."""
     try:
         with torch.device("meta"):
-            return timm.create_model(name, pretrained=False)
+            return import_timm().create_model(name, pretrained=False)
     except RuntimeError:  # versions up to 1.0.20 at least read numbers off tensors while they build some networks
         return build(name, None)
 
 
-def _timm() -> ModuleType:
+def import_timm() -> ModuleType:
+    """The package timm.
+
+    Raises:
+        MilanError: It is not installed.
+    """
     try:
         return importlib.import_module("timm")
     except ImportError as error:

@@ -19,6 +19,7 @@ from PIL import Image
 from torch import nn
 
 from milan_ray.errors import MilanError, reason
+from milan_ray.models.blocks import blocks
 from milan_ray.models.hooks import LayerTap
 from milan_ray.models.processors import fit
 from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, ModelSpec, register_family
@@ -34,8 +35,8 @@ _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 def resolve(source: str) -> ModelSpec:
     """Describes a vision model: preprocessing from its image processor, prefix tokens from its patches.
 
-    Dissected by default are, in transformers, the MLPs' hidden units before the activation, else the stages. Of a
-    model of images and text it is the image tower.
+    Dissected by default are, in transformers, the MLPs' hidden units before the activation, else the stages, else
+    the blocks. Of a model of images and text it is the image tower.
 
     Args:
         source: Folder of the model, or its id in the Hugging Face cache.
@@ -60,10 +61,12 @@ def resolve(source: str) -> ModelSpec:
     inputs = partial(_inputs, preprocess, swapped, _masked_patches(model, preprocess))
     paths = [path for path, _ in model.named_modules()]
     mlps = tuple(filter(_MLP.fullmatch, paths))
+    if mlps and not _rows_are_images(model, mlps[0], preprocess):
+        mlps = ()
     return ModelSpec(
         f"hf/{source}",
         partial(build, source),
-        mlps or tuple(filter(_STAGE.fullmatch, paths)) or (OUTPUTS,),
+        mlps or tuple(filter(_STAGE.fullmatch, paths)) or blocks(model) or (OUTPUTS,),
         preprocess,
         inputs,
         prefix_tokens=_prefix_tokens(model, mlps[0], preprocess) if mlps else None,
@@ -157,6 +160,15 @@ def _inputs(preprocess: Preprocess, swapped: bool, masked: int, views: torch.Ten
         order = torch.arange(masked, dtype=torch.float32, device=pixels.device)
         inputs["noise"] = order.expand(len(pixels), masked)
     return inputs
+
+
+def _rows_are_images(model: nn.Module, layer: str, preprocess: Preprocess) -> bool:
+    """Whether a layer puts out one row per image, not one per window or per pixel of a patch (MobileViT)."""
+    if not isinstance(getattr(model.config, "patch_size", None), int):
+        return True
+    height, width = preprocess.view.shape
+    with LayerTap(model, [layer]) as tap, torch.no_grad():
+        return len(tap({"pixel_values": torch.zeros(1, 3, height, width, device="meta")})[layer]) == 1
 
 
 def _prefix_tokens(model: nn.Module, layer: str, preprocess: Preprocess) -> int | None:

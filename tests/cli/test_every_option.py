@@ -99,6 +99,17 @@ ROWS: dict[str, str] = {
     "--price": "cli/test_plan.py::test_plan_needs_no_images_and_multiplies_models",
     "--sample": "cli/test_plan.py::test_plan_needs_no_images_and_multiplies_models",
     "--short": "benchmarks/test_exemplar_benchmarks.py::test_benchmark_short_form_writes_its_figures",
+    "--units-axis": f"{HERE}::test_options_say_how_layers_are_read",
+    "--batch-axis": f"{HERE}::test_options_say_how_layers_are_read",
+    "--layer-grid": f"{HERE}::test_options_say_how_layers_are_read",
+    "--prefix-tokens": f"{HERE}::test_options_say_how_layers_are_read",
+    "--image-column": "pipelines/test_any_probe.py::test_options_image_column_and_label_column_choose",
+    "--label-column": "pipelines/test_any_probe.py::test_options_image_column_and_label_column_choose",
+    "--verify": "faults/test_damaged_tables.py::test_f2_status_lists_what_is_damaged_and_goes_on",
+    "--conformance": f"{HERE}::test_conformance_of_chosen_families_is_written",
+    "--families": f"{HERE}::test_conformance_of_chosen_families_is_written",
+    "--library": f"{HERE}::test_conformance_of_chosen_families_is_written",
+    "models --out": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "--repeats": "benchmarks/test_exemplar_benchmarks.py::test_benchmark_short_form_writes_its_figures",
 }
 """Option → the test that fails where it is ignored, below ``tests``; ``VERB --option`` comes before ``--option``."""
@@ -221,6 +232,29 @@ def test_options_change_the_tables_that_they_speak_of(few, tmp_path, capsys) -> 
         assert cli.main([*command, "--probe", str(few), "--no-report", "--device", "cuda:9", "--k", "2"]) == 1
     finally:
         (few / "zz.png").unlink()
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (["--units-axis", "9"], "units_axis=9"),
+        (["--batch-axis", "1"], "batch_axis=1"),
+        (["--layer-grid", "3x5"], "grid=(3, 5)"),
+        (["--prefix-tokens", "2"], "prefix_tokens=2"),
+    ],
+)
+def test_options_say_how_layers_are_read(few, tmp_path, capsys, option, sentence) -> None:
+    command = ["exemplars", "--model", "tiny/cnn", "--plugin", TINY, "--probe", str(few), "--storage", str(tmp_path)]
+    assert cli.main([*command, "--layers", "0", *option]) == 1
+    assert sentence in capsys.readouterr().err
+
+
+def test_conformance_of_chosen_families_is_written(tmp_path, capsys) -> None:
+    pytest.importorskip("timm")
+    command = ["models", "--conformance", "--library", "torchvision", "--families", "mnasnet*"]
+    assert cli.main([*command, "--out", str(tmp_path / "page.md")]) == 0
+    page = (tmp_path / "page.md").read_text()
+    assert "mnasnet" in page and "resnet" not in page and "timm/" not in page
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,479 @@
+"""Conformance: what is read of a layer, compared with what the network's own library says, family by family.
+
+``python -m jobs.models --conformance`` runs the smallest network of every family, untrained. The truth never goes
+through the project's own reading of layers: it is torchvision's feature extractor, timm's ``forward_intermediates``,
+and transformers' ``output_hidden_states``. A layer that the library does not list (the hidden units of an MLP) is
+compared through plain hooks, its positions in the order of the tokens of a layer that the library does list.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+
+import numpy as np
+import torch
+from torch import nn
+
+from milan_ray.errors import MilanError, reason
+from milan_ray.exemplars.forward import Forward
+from milan_ray.models.registry import OUTPUTS, ModelSpec
+
+IMAGES = 3
+"""Pictures per network: enough to exchange, few enough to be quick."""
+
+MOST_PARAMETERS = 150_000_000
+"""Larger networks are left out, by name."""
+
+MOST_LAYERS = 8
+"""The most layers of the library's own list that are compared, evenly spaced; default layers all take part."""
+
+_TOLERANCE = 2e-4  # of a layer's largest value: another order of the same sums
+_LIT = 8  # a lit cell is an eighth of the picture high and wide
+
+
+@dataclass
+class Subject:
+    """A network of a family, ready to be compared.
+
+    Attributes:
+        spec: As the project describes it.
+        network: Built, in eval mode.
+        truths: From views uint8 (n, H, W, 3) to what the library says its layers are, each (n, U, h, w); by path where
+            the library names the module, else in any order.
+    """
+
+    spec: ModelSpec
+    network: nn.Module
+    truths: Callable[[torch.Tensor], dict[str, torch.Tensor] | list[torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A family and how its smallest network is built.
+
+    Attributes:
+        library: ``torchvision``, ``timm`` or ``transformers``.
+        family: The library's module or architecture.
+        network: The network's name.
+        build: Builds it; raises when it does not build.
+    """
+
+    library: str
+    family: str
+    network: str
+    build: Callable[[], Subject]
+
+
+@dataclass
+class Result:
+    """What came out for a family.
+
+    Attributes:
+        library: As of the case.
+        family: As of the case.
+        network: As of the case.
+        built: Whether the network could be built.
+        defaults: Number of default layers.
+        defaults_run: Whether all of them can be read at once.
+        compared: Number of layers that were read as the library says.
+        lit: Number of layers without a truth of the library's, where a lit cell answers at its place.
+        refused: Layer → the sentence that refuses it; ``""`` is the network as a whole.
+        wrong: Layer → what is wrong with what was read.
+        seconds: What it took.
+    """
+
+    library: str
+    family: str
+    network: str
+    built: bool = True
+    defaults: int = 0
+    defaults_run: bool = False
+    compared: int = 0
+    lit: int = 0
+    refused: dict[str, str] = field(default_factory=dict)
+    wrong: dict[str, str] = field(default_factory=dict)
+    seconds: float = 0.0
+
+    @property
+    def verdict(self) -> str:
+        """``right``, ``refused: …``, ``does not build: …`` or ``WRONG: …``."""
+        if self.wrong:
+            layer, what = next(iter(self.wrong.items()))
+            more = f" (and {len(self.wrong) - 1} more layers)" if len(self.wrong) > 1 else ""
+            return f"WRONG: {layer}: {what}{more}" if layer else f"WRONG: {what}"
+        if not self.built:
+            return f"does not build: {next(iter(self.refused.values()))}"
+        if self.defaults_run and self.compared + self.lit:
+            return "right"
+        return f"refused: {next(iter(self.refused.values()), 'no layer could be compared')}"
+
+
+def check(case: Case) -> Result:
+    """Builds a family's network, compares what is read of its layers with the truth, and says what came out."""
+    result, start = Result(case.library, case.family, case.network), time.perf_counter()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            _compare(case, result)
+    finally:
+        result.seconds = time.perf_counter() - start
+        gc.collect()
+    return result
+
+
+def _compare(case: Case, result: Result) -> None:
+    try:
+        subject = case.build()
+    except MilanError as error:
+        result.refused[""] = str(error)
+        return
+    except Exception as error:  # whatever a library raises while it builds a network
+        result.built, result.refused[""] = False, reason(error)
+        return
+    spec, network = subject.spec, subject.network
+    _vary(network)
+    views = _pictures(spec.preprocess.view.shape)
+    result.defaults = len(spec.layers)
+    try:
+        raw, truths = _truths(subject, views)
+    except Exception as error:  # the library cannot run its own network
+        result.built, result.refused[""] = False, f"its library does not run it: {reason(error)}"
+        return
+    defaults = _read(spec, network, spec.layers, result)
+    if defaults is not None:
+        result.defaults_run = True
+    known = dict(truths)
+    for layer in spec.layers:
+        if layer not in known and layer in raw:
+            maps = _arranged(network, layer, raw, truths)
+            if maps is not None:
+                known[layer] = maps
+    del raw
+    listed = _spaced(list(truths), MOST_LAYERS)
+    layers = tuple(dict.fromkeys([*spec.layers, *listed]))
+    for forward, part in _forwards(spec, network, layers, result):
+        _judge(forward, part, views, known, result)
+
+
+def _read(spec: ModelSpec, network: nn.Module, layers: Sequence[str], result: Result) -> Forward | None:
+    """A forward pass of layers that can be read, or the sentence why they cannot."""
+    try:
+        forward = Forward(spec, network, layers, IMAGES)
+        forward.maps(_pictures(spec.preprocess.view.shape))
+    except MilanError as error:
+        result.refused[layers[0] if len(layers) == 1 else ""] = str(error)
+        return None
+    except Exception as error:  # what a user would get to see instead of a sentence
+        result.wrong[layers[0] if len(layers) == 1 else ""] = (
+            f"no sentence, but {type(error).__name__}: {reason(error)}"
+        )
+        return None
+    return forward
+
+
+def _forwards(
+    spec: ModelSpec, network: nn.Module, layers: Sequence[str], result: Result
+) -> Iterator[tuple[Forward, Sequence[str]]]:
+    """All layers at once, or, where one is refused, one by one."""
+    noted = Result("", "", "")
+    forward = _read(spec, network, layers, noted)
+    if forward is not None:
+        yield forward, layers
+        return
+    result.refused.pop("", None)
+    result.wrong.pop("", None)
+    for layer in layers:
+        forward = _read(spec, network, (layer,), result)
+        if forward is not None:
+            yield forward, (layer,)
+    if not result.refused and not result.wrong:  # each alone, but not together
+        result.refused |= noted.refused
+        result.wrong |= noted.wrong
+
+
+def _judge(
+    forward: Forward, layers: Sequence[str], views: np.ndarray, known: dict[str, torch.Tensor], result: Result
+) -> None:
+    """Maps against the truth, exchanged pictures, and a lit cell where there is no truth."""
+    maps = forward.maps(views)
+    order = [2, 0, 1]
+    exchanged = forward.maps(views[order])
+    lit = None
+    for layer in layers:
+        own = maps[layer].float()
+        size = own.abs().amax().clamp_min(1e-30)
+        if (exchanged[layer].float() - own[order]).abs().amax() > 5 * _TOLERANCE * size:
+            result.wrong[layer] = "an image's map depends on the other images of its batch"
+            continue
+        if layer in known:
+            difference = _difference(own, known[layer].float())
+            if difference is None:
+                result.compared += 1
+            else:
+                result.wrong[layer] = difference
+            continue
+        if lit is None:
+            lit = forward.maps(_cells(views.shape[1:3])), forward.maps(_cells(views.shape[1:3], lit=False))
+        strayed = _strayed(lit[0][layer].float(), lit[1][layer].float())
+        if strayed is None:
+            result.lit += 1
+        else:
+            result.wrong[layer] = strayed
+
+
+def _difference(own: torch.Tensor, truth: torch.Tensor) -> str | None:
+    """What differs between maps (n, U, h, w) as read and as they are; None when nothing does."""
+    if own.shape != truth.shape:
+        said = []
+        if own.shape[1] != truth.shape[1]:
+            said.append(f"{own.shape[1]} units instead of {truth.shape[1]}")
+        if own.shape[2:] != truth.shape[2:]:
+            grids = ["×".join(map(str, maps.shape[2:])) for maps in (own, truth)]
+            said.append(f"a grid of {grids[0]} instead of {grids[1]}")
+        return ", ".join(said) or f"shape {tuple(own.shape)} instead of {tuple(truth.shape)}"
+    size = truth.abs().amax().clamp_min(1e-30)
+    if (own - truth).abs().amax() <= _TOLERANCE * size:
+        return None
+    same = [
+        (maps.flatten(2).sort(dim=2).values if sort == 2 else maps.sort(dim=1).values)
+        for sort in (2, 1)
+        for maps in (own, truth)
+    ]
+    if (same[0] - same[1]).abs().amax() <= _TOLERANCE * size:
+        return "positions in another order"
+    if (same[2] - same[3]).abs().amax() <= _TOLERANCE * size:
+        return "units in another order"
+    strongest = [maps.flatten(2).amax(2).argmax(0) for maps in (own, truth)]
+    share = (strongest[0] != strongest[1]).float().mean().item()
+    return f"other values (the strongest image is another one for {share:.0%} of the units)"
+
+
+def summary(results: Sequence[Result]) -> str:
+    """One line: how many families, how many wrong, how many run with their default layers."""
+    built = [result for result in results if result.built]
+    wrong, run = sum(bool(result.wrong) for result in built), sum(result.defaults_run for result in built)
+    return (
+        f"{len(built)} families of {len(results)} build; {wrong} wrong; {run} ({run / max(len(built), 1):.1%}) run "
+        "with their default layers."
+    )
+
+
+def page(results: Sequence[Result]) -> str:
+    """The table as Markdown, with the libraries' versions."""
+    versions = ", ".join(
+        f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "timm", "transformers")
+    )
+    lines = [
+        "# Conformance",
+        "",
+        "<!-- Made by `python -m jobs.models --conformance --out docs/conformance.md`: do not edit. -->",
+        "",
+        "What is read of a layer (units, positions, activations) against what the network's own library says, for the",
+        "smallest network of every family, untrained, on the CPU: torchvision's feature extractor, timm's",
+        "`forward_intermediates`, transformers' `output_hidden_states`. Pictures are also exchanged within a batch.",
+        "*Compared* are layers with such a truth; *lit* are others, where a lit cell of a grey picture answers there.",
+        "",
+        f"{versions}. {summary(results)}",
+        "",
+        "| library | family | network | default layers | compared | lit | result |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        run = f"{result.defaults} run" if result.defaults_run else "do not run"
+        verdict = result.verdict.replace("|", "\\|").replace("\n", " ")
+        lines.append(
+            f"| {result.library} | {result.family} | `{result.network}` | {run} | {result.compared} | {result.lit} | "
+            f"{verdict} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+# The truth --------------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def _truths(subject: Subject, views: np.ndarray) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Every module's first output tensor, and the library's maps of those modules that it lists, by path.
+
+    A library that lists maps without naming modules is matched by values: the module whose output holds the same
+    numbers, in whatever order.
+    """
+    inputs = torch.from_numpy(views)
+    said = subject.truths(inputs)
+    raw: dict[str, torch.Tensor] = {}
+    handles = []
+    for path, module in subject.network.named_modules():
+
+        def note(module: nn.Module, args: object, output: object, path: str = path or OUTPUTS) -> None:
+            tensor = _first(output)
+            if tensor is not None:
+                raw[path] = tensor
+
+        handles.append(module.register_forward_hook(note))
+    try:
+        prepared = subject.spec.prepare(inputs)
+        if isinstance(prepared, torch.Tensor):
+            subject.network(prepared)
+        else:
+            subject.network(**prepared) if isinstance(prepared, dict) else subject.network(*prepared)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if isinstance(said, dict):
+        return raw, said
+    found: dict[str, torch.Tensor] = {}
+    sums = {path: _sums(tensor) for path, tensor in raw.items() if tensor.is_floating_point() and tensor.numel()}
+    for maps in said:
+        wanted = _sums(maps)
+        same = [path for path in sums if path != OUTPUTS and _holds(raw[path], sums[path], maps, wanted)]
+        if same:
+            found[min(same, key=lambda path: (path.count("."), len(path)))] = maps
+    return raw, found
+
+
+def _first(output: object) -> torch.Tensor | None:
+    if isinstance(output, torch.Tensor):
+        return output
+    members = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
+    return next((tensor for tensor in map(_first, members) if tensor is not None), None)
+
+
+def _sums(tensor: torch.Tensor) -> tuple[float, float]:
+    exact = tensor.double()
+    return exact.sum().item(), exact.square().sum().item()
+
+
+def _close(own: tuple[float, float], other: tuple[float, float]) -> bool:
+    size = max(own[1], other[1], 1e-300)
+    return abs(own[1] - other[1]) <= 1e-7 * size and abs(own[0] - other[0]) <= 1e-5 * max(size**0.5, abs(own[0]))
+
+
+def _holds(tensor: torch.Tensor, sums: tuple[float, float], maps: torch.Tensor, wanted: tuple[float, float]) -> bool:
+    """Whether a module's output holds the numbers of maps (n, U, h, w), perhaps with tokens in front or behind."""
+    if tensor.numel() == maps.numel():
+        return _close(sums, wanted)
+    if tensor.ndim != 3 or tensor.shape[2] != maps.shape[1] or len(tensor) != len(maps):
+        return False
+    positions = maps.shape[2] * maps.shape[3]
+    if not positions < tensor.shape[1] <= positions + 300:
+        return False
+    return any(_close(_sums(part), wanted) for part in (tensor[:, -positions:], tensor[:, :positions]))
+
+
+def _arranged(
+    network: nn.Module, layer: str, raw: dict[str, torch.Tensor], truths: dict[str, torch.Tensor]
+) -> torch.Tensor | None:
+    """The maps (n, U, h, w) of a module that the library does not list; None where nothing proves its layout.
+
+    Tokens are in the order in which a listed layer with as many tokens has them. Maps have their units where torch says
+    for the kind of module, or beside the grid of a listed layer.
+    """
+    output = raw[layer]
+    if output.ndim == 2:
+        return output[:, :, None, None]
+    if output.ndim == 3 and len(output) == IMAGES:
+        nearest = sorted(truths, key=lambda path: -_common(path, layer))
+        for path in nearest:
+            maps = truths[path]
+            tokens = raw.get(path)
+            if tokens is not None and tokens.ndim == 3 and tokens.shape[:2] == output.shape[:2]:
+                order = _token_order(tokens[0], maps[0])
+                if order is not None:
+                    return output[:, order].transpose(1, 2).unflatten(2, maps.shape[2:])
+    if output.ndim == 4 and len(output) == IMAGES:
+        axis = _units_axis(network.get_submodule(layer) if layer != OUTPUTS else network)
+        if axis is None:
+            grids = {tuple(maps.shape[2:]) for maps in truths.values()}
+            first, last = tuple(output.shape[2:]) in grids, tuple(output.shape[1:3]) in grids
+            axis = 1 if first and not last else 3 if last and not first else None
+        if axis is not None:
+            return output.movedim(axis, 1)
+    return None
+
+
+def _common(path: str, other: str) -> int:
+    """How many parts two module paths have in common, from the front."""
+    parts = list(zip(path.split("."), other.split("."), strict=False))
+    return next((number for number, (own, its) in enumerate(parts) if own != its), len(parts))
+
+
+def _units_axis(module: nn.Module) -> int | None:
+    """Which axis of a 4-d output counts units, by torch's own definition of a module."""
+    if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
+        return 1
+    return 3 if type(module) in (nn.Linear, nn.LayerNorm) else None
+
+
+def _token_order(tokens: torch.Tensor, maps: torch.Tensor) -> torch.Tensor | None:
+    """For each position of maps (U, h, w), row by row, which of the tokens (T, U) has its values."""
+    wanted = maps.flatten(1).T.double()
+    distances = torch.cdist(wanted, tokens.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    nearest = distances.min(dim=1)
+    if nearest.values.amax() > 1e-3 * wanted.norm(dim=1).amax() or len(nearest.indices.unique()) < len(wanted):
+        return None
+    return nearest.indices
+
+
+# Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def _pictures(shape: tuple[int, int]) -> np.ndarray:
+    """Smooth random pictures with fine noise, uint8 (n, H, W, 3)."""
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand((IMAGES, 3, 6, 6), generator=generator)
+    smooth = nn.functional.interpolate(coarse, size=shape, mode="bicubic", align_corners=False)
+    noisy = smooth + 0.1 * torch.randn((IMAGES, 3, *shape), generator=generator)
+    return (noisy.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
+
+
+_PLACES = ((1, 5), (5, 2), (6, 6))  # of lit cells, in eighths of height and width
+
+
+def _cells(shape: Sequence[int], lit: bool = True) -> np.ndarray:
+    """Grey pictures, each with one lit cell."""
+    height, width = shape
+    views = np.full((IMAGES, height, width, 3), 127, np.uint8)
+    for number, (row, column) in enumerate(_PLACES if lit else ()):
+        top, left = row * height // _LIT, column * width // _LIT
+        views[number, top : top + height // _LIT, left : left + width // _LIT] = (255, 230, 10)
+    return views
+
+
+def _strayed(lit: torch.Tensor, grey: torch.Tensor) -> str | None:
+    """Where a lit cell answers, if not at its place."""
+    height, width = lit.shape[2:]
+    if min(height, width) < 4:
+        return None
+    change = (lit - grey).abs()
+    answer = (change / change.amax(dim=(0, 2, 3), keepdim=True).clamp_min(1e-30)).sum(1)
+    for number, (row, column) in enumerate(_PLACES):
+        peak = divmod(int(answer[number].argmax()), width)
+        at = ((peak[0] + 0.5) / height, (peak[1] + 0.5) / width)
+        meant = ((row + 0.5) / _LIT, (column + 0.5) / _LIT)
+        slack = (0.5 / _LIT + 1 / height, 0.5 / _LIT + 1 / width)
+        if any(abs(a - b) > c for a, b, c in zip(at, meant, slack, strict=True)):
+            return (
+                f"a cell lit at {meant[0]:.0%} of the height and {meant[1]:.0%} of the width answers at {at[0]:.0%} "
+                f"and {at[1]:.0%}"
+            )
+    return None
+
+
+@torch.no_grad()
+def _vary(network: nn.Module) -> None:
+    """Moves gains and biases off 0 and 1: at their first values whole branches of some networks are switched off."""
+    generator = torch.Generator().manual_seed(2)
+    for parameter in network.parameters():
+        if parameter.ndim == 1 and parameter.is_floating_point():
+            parameter.add_(torch.empty_like(parameter).uniform_(0.05, 0.3, generator=generator))
+
+
+def _spaced(items: list[str], most: int) -> list[str]:
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

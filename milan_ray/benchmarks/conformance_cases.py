@@ -1,0 +1,474 @@
+"""The families that :mod:`milan_ray.benchmarks.conformance` compares: each with its smallest network, untrained."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import re
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from fnmatch import fnmatchcase
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision import models
+from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
+
+from milan_ray.benchmarks.conformance import MOST_PARAMETERS, Case, Subject
+from milan_ray.errors import MilanError
+from milan_ray.models import timm_zoo
+from milan_ray.models.registry import OUTPUTS, RANDOM, ModelSpec, get_model
+from milan_ray.models.transformers_zoo import import_transformers
+from milan_ray.models.view import Preprocess, View
+
+LIBRARIES = ("torchvision", "timm", "transformers")
+
+_SIDE = 256  # pixels, of networks that take any size and by default a larger one
+
+
+def cases(library: str | None = None, families: str = "*", side: int | None = None) -> Iterator[Case]:
+    """The families of the libraries that are installed.
+
+    Args:
+        library: One of :data:`LIBRARIES`; None for all of them.
+        families: Pattern of their names.
+        side: Height and width in pixels for networks that take any size; None for the network's own, at most 256.
+    """
+    for name, listed in zip(LIBRARIES, (_torchvision, _timm, _transformers), strict=True):
+        if library in (None, name):
+            yield from (case for case in listed(side) if fnmatchcase(case.family, families))
+
+
+def _seeded(build: Callable[[], nn.Module]) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return build().eval().requires_grad_(False)
+
+
+def _square(spec: ModelSpec, side: int) -> ModelSpec:
+    preprocess = spec.preprocess
+    return replace(spec, preprocess=Preprocess(View((side, side), None), preprocess.mean, preprocess.std))
+
+
+# torchvision ------------------------------------------------------------------------------------------------------
+
+_CLASSIFIERS = (
+    "convnext", "densenet", "efficientnet_v2", "efficientnet", "maxvit", "mnasnet", "mobilenet_v2", "mobilenet_v3",
+    "regnet_x", "regnet_y", "resnet", "resnext", "shufflenet_v2", "squeezenet", "swin_v2", "swin", "vgg*_bn", "vgg",
+    "vit", "wide_resnet",
+)  # fmt: skip
+_ANY_SIZE = "convnext*|densenet*|efficientnet*|mnasnet*|mobilenet*|regnet*|res*|wide*|shufflenet*|squeezenet*|vgg*"
+_EXTRA = {
+    "convnext": ("features.1.0.block.0", "features.1.0.block.2", "features.1.0.block.3"),
+    "swin": ("features.1.0", "features.2", "features.3.0"),
+    "swin_v2": ("features.1.0", "features.2", "features.3.0"),
+    "vit": ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11"),
+    "densenet": ("features.transition1",),
+}
+"""Layers that are compared besides the default ones: those where the axes are in another order."""
+
+
+def _torchvision(side: int | None) -> Iterator[Case]:
+    smallest: dict[str, tuple[int, str]] = {}
+    for name in models.list_models(module=models):
+        family = next((part for part in _CLASSIFIERS if fnmatchcase(name, f"{part}*")), name)
+        size = int(models.get_model_weights(name).DEFAULT.meta["num_params"])
+        smallest[family] = min(smallest.get(family, (size, name)), (size, name))
+    for family, (_, name) in smallest.items():
+        free = any(fnmatchcase(name, part) for part in _ANY_SIZE.split("|"))
+        yield Case("torchvision", family, name, partial(_classifier, family, name, side if free else None))
+    for name in models.list_models(module=models.segmentation):
+        if not name.endswith("101"):
+            yield Case("torchvision", f"segmentation/{name}", name, partial(_part, name, "backbone.", side))
+    for name in models.list_models(module=models.detection):
+        yield Case("torchvision", f"detection/{name}", name, partial(_part, name, "", side))
+
+
+def _classifier(family: str, name: str, side: int | None) -> Subject:
+    spec = get_model(f"{name}/imagenet")
+    spec = replace(spec, published={}, weights=RANDOM)
+    if side is not None:
+        spec = _square(spec, side)
+    network = spec.load()
+    layers = (*(spec.layers if family != "vit" else ()), *_EXTRA.get(family, ()))  # the extractor takes MLPs as wholes
+    return Subject(spec, network, partial(_extracted, family, spec, network, layers))
+
+
+def _part(name: str, inside: str, side: int | None) -> Subject:
+    """A network for segmentation, or the backbone of a detector, as a plug-in would register it."""
+    whole = _seeded(lambda: models.get_model(name, weights=None, weights_backbone=None))
+    network = whole if inside else whole.get_submodule("backbone")
+    layers: list[str] = []
+    for path, child in network.named_children():
+        if path.startswith(("backbone", "body", "features")):
+            layers += [f"{path}.{part}" for part, stage in child.named_children() if _parameters(stage)]
+        elif path == "classifier":
+            layers.append(path)
+    side = 300 if name.startswith("ssd300") else side or 192
+    spec = ModelSpec(name, lambda weights: network, tuple(layers), Preprocess(View((side, side), None)))
+    return Subject(spec, network, partial(_extracted, "", spec, network, spec.layers))
+
+
+def _extracted(
+    family: str, spec: ModelSpec, network: nn.Module, layers: tuple[str, ...], views: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Layers' maps by torchvision's feature extractor, their axes as each family's source has them."""
+    nodes = {layer: layer for layer in layers}
+    last = get_graph_node_names(network)[1][-1]  # the whole network runs, functions in place too
+    extractor = create_feature_extractor(network, {**nodes, last: OUTPUTS})
+    outputs = extractor(spec.prepare(views))
+    return {layer: _as_maps(family, layer, outputs[layer]) for layer in layers}
+
+
+def _as_maps(family: str, layer: str, output: torch.Tensor) -> torch.Tensor:
+    if output.ndim == 2:
+        return output[:, :, None, None]
+    if output.ndim == 3:  # ViT: a class token, then the patches row by row
+        return _grid(output[:, 1:])
+    last = family.startswith("swin") or (family == "convnext" and re.search(r"\.block\.[1-5]$", layer))
+    return output.permute(0, 3, 1, 2) if last else output
+
+
+def _grid(tokens: torch.Tensor) -> torch.Tensor:
+    """Tokens (n, h·w, U) of a square picture, row by row, as maps."""
+    return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
+
+
+# timm -------------------------------------------------------------------------------------------------------------
+
+_SMALLEST = {
+    "beit": "beit_base_patch16_224",
+    "byoanet": "halonet_h1",
+    "byobnet": "test_byobnet",
+    "cait": "cait_xxs24_224",
+    "coat": "coat_tiny",
+    "convit": "convit_tiny",
+    "convmixer": "convmixer_768_32",
+    "convnext": "test_convnext",
+    "cpubone": "cpubone_nano",
+    "crossvit": "crossvit_tiny_240",
+    "csatv2": "csatv2",
+    "cspnet": "cs3darknet_focus_s",
+    "cspnext": "cspnext_tiny",
+    "davit": "davit_tiny",
+    "deepseek_vit": "deepseek_vit_412m",
+    "deit": "deit_tiny_patch16_224",
+    "densenet": "densenet121",
+    "dla": "dla46x_c",
+    "dpn": "dpn48b",
+    "edgenext": "edgenext_xx_small",
+    "efficientformer": "efficientformer_l1",
+    "efficientformer_v2": "efficientformerv2_s0",
+    "efficientnet": "test_efficientnet",
+    "efficientvim": "efficientvim_m1",
+    "efficientvit_mit": "efficientvit_b0",
+    "efficientvit_msra": "efficientvit_m0",
+    "eva": "vit_tiny_patch16_dinov3_qkvb",
+    "fasternet": "fasternet_t0",
+    "fastvit": "fastvit_t8",
+    "focalnet": "focalnet_tiny_srf",
+    "gcvit": "gcvit_xxtiny",
+    "gemma4_vit": "gemma4_vit_167m",
+    "ghostnet": "ghostnet_050",
+    "hardcorenas": "hardcorenas_b",
+    "hgnet": "hgnetv2_b0",
+    "hiera": "hiera_tiny_224",
+    "hieradet_sam2": "sam2_hiera_tiny",
+    "hrnet": "hrnet_w18_small",
+    "iformer": "iformer_t",
+    "inception_next": "inception_next_atto",
+    "inception_resnet_v2": "inception_resnet_v2",
+    "inception_v3": "inception_v3",
+    "inception_v4": "inception_v4",
+    "lcnetv2": "lcnetv2_small",
+    "levit": "levit_128s",
+    "lowformer": "lowformer_b0",
+    "mambaout": "test_mambaout",
+    "maxxvit": "test_coatnet",
+    "metaformer": "poolformerv2_s12",
+    "mlp_mixer": "gmlp_ti16_224",
+    "mobilenetv3": "mobilenetv3_small_050",
+    "mobilenetv5": "mobilenetv5_base",
+    "mobilevit": "mobilevit_xxs",
+    "mvitv2": "mvitv2_tiny",
+    "naflexvit": "naflexvit_base_patch16_parfac_gap",
+    "nasnet": "nasnetalarge",
+    "nest": "nest_tiny",
+    "nextvit": "nextvit_small",
+    "nfnet": "test_nfnet",
+    "pit": "pit_ti_224",
+    "pnasnet": "pnasnet5large",
+    "pvt_v2": "pvt_v2_b0",
+    "qwen3_vit": "qwen3_vit_88m",
+    "rdnet": "rdnet_tiny",
+    "regnet": "regnetx_002",
+    "repghost": "repghostnet_050",
+    "repvit": "repvit_m1",
+    "res2net": "res2next50",
+    "resnest": "resnest14d",
+    "resnet": "test_resnet",
+    "resnetv2": "resnetv2_18",
+    "rexnet": "rexnet_100",
+    "selecsls": "selecsls42",
+    "senet": "legacy_seresnet18",
+    "sequencer": "sequencer2d_s",
+    "shvit": "shvit_s1",
+    "sknet": "skresnet18",
+    "starnet": "starnet_s050",
+    "swiftformer": "swiftformer_xs",
+    "swin_transformer": "swin_tiny_patch4_window7_224",
+    "swin_transformer_v2": "swinv2_tiny_window8_256",
+    "swin_transformer_v2_cr": "swinv2_cr_tiny_224",
+    "tiny_vit": "tiny_vit_5m_224",
+    "tnt": "tnt_s_legacy_patch16_224",
+    "tresnet": "tresnet_m",
+    "twins": "twins_svt_small",
+    "vgg": "vgg11",
+    "visformer": "visformer_tiny",
+    "vision_transformer": "test_vit",
+    "vision_transformer_hybrid": "vit_tiny_r_s16_p8_224",
+    "vision_transformer_relpos": "test_vit_relpos",
+    "vision_transformer_sam": "samvit_base_patch16_224",
+    "vitamin": "vitamin_small_224",
+    "volo": "volo_d1_224",
+    "vovnet": "ese_vovnet19b_slim_dw",
+    "xception": "legacy_xception",
+    "xception_aligned": "xception41p",
+    "xcit": "xcit_nano_12_p8_224",
+}
+"""The smallest network of each of timm's modules; of a module that is not listed it is looked for."""
+
+
+def _signature(name: str) -> set[str]:
+    """What a network's constructor takes."""
+    return set(inspect.signature(type(timm_zoo.structure(name)).__init__).parameters)
+
+
+def _timm(side: int | None) -> Iterator[Case]:
+    try:
+        timm = timm_zoo.import_timm()
+    except MilanError:
+        return
+    for family in timm.list_modules():
+        names = timm.list_models(module=family)
+        name = _SMALLEST.get(family, "")
+        if name not in names:
+            name = min(names, key=lambda one: _parameters(timm_zoo.structure(one)))
+        yield Case("timm", family, name, partial(_timm_subject, name, side))
+
+
+def _parameters(network: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def _timm_subject(name: str, side: int | None) -> Subject:
+    timm = timm_zoo.import_timm()
+    spec = get_model(f"timm/{name}")
+    spec = replace(spec, published={}, weights=RANDOM)
+    options: dict[str, Any] = {}
+    if _parameters(timm_zoo.structure(name)) > MOST_PARAMETERS:
+        options["depth"] = 2
+    if not timm.get_pretrained_cfg(name).fixed_input_size:
+        wanted = side or min(_SIDE, *spec.preprocess.view.shape)
+        if wanted != spec.preprocess.view.shape[0]:
+            spec = _square(spec, wanted)
+            if "img_size" in _signature(name):
+                options["img_size"] = wanted
+    if options:
+        network = _seeded(lambda: timm.create_model(name, pretrained=False, **options))
+        spec = replace(spec, layers=timm_zoo.default_layers(network), factory=lambda weights: network)
+    else:
+        network = spec.load()
+    return Subject(spec, network, partial(_intermediates, spec, network))
+
+
+def _intermediates(spec: ModelSpec, network: Any, views: torch.Tensor) -> list[torch.Tensor]:
+    return list(network.forward_intermediates(spec.prepare(views), output_fmt="NCHW", intermediates_only=True))
+
+
+# transformers -----------------------------------------------------------------------------------------------------
+
+_TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+_VIT: dict[str, Any] = {**_TINY, "intermediate_size": 48, "image_size": 64, "patch_size": 8}
+_STAGES: dict[str, Any] = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "image_size": 64, "patch_size": 4}
+_CONVOLUTIONS: dict[str, Any] = {"hidden_sizes": [16, 24, 32], "depths": [1, 2, 1]}
+
+MAPS, LAST, RESHAPED, RESHAPED_LAST = "maps", "last", "reshaped", "reshaped, units last"
+
+_ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
+    "Aimv2Vision": (_VIT, 0),
+    "Beit": ({**_VIT, "use_relative_position_bias": True}, 1),
+    "Bit": ({"embedding_size": 16, **_CONVOLUTIONS, "num_groups": 4}, MAPS),
+    "CLIPVision": (_VIT, 1),
+    "ChineseCLIPVision": (_VIT, 1),
+    "ConvNext": ({"num_stages": 3, **_CONVOLUTIONS, "image_size": 64}, MAPS),
+    "ConvNextV2": ({"num_stages": 3, **_CONVOLUTIONS, "image_size": 64}, MAPS),
+    "Cvt": ({"depth": [1, 1, 2]}, MAPS),
+    "DINOv3ConvNext": ({**_CONVOLUTIONS, "hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1]}, MAPS),
+    "DINOv3ViT": ({**_VIT, "num_register_tokens": 4}, 5),
+    "DPT": ({**_VIT, "backbone_out_indices": [0, 1, 2, 2], "neck_hidden_sizes": [8, 8, 8, 8]}, 1),
+    "Data2VecVision": ({**_VIT, "use_relative_position_bias": True}, 1),
+    "DeiT": (_VIT, 2),
+    "Dinov2": ({**_TINY, "mlp_ratio": 2, "image_size": 64, "patch_size": 8}, 1),
+    "Dinov2WithRegisters": ({**_TINY, "mlp_ratio": 2, "image_size": 64, "patch_size": 8, "num_register_tokens": 3}, 4),
+    "DonutSwin": ({**_STAGES, "window_size": 4}, RESHAPED),
+    "EfficientNet": ({"width_coefficient": 0.25, "depth_coefficient": 0.5, "image_size": 64, "hidden_dim": 320}, MAPS),
+    "FocalNet": (
+        {
+            "embed_dim": 16,
+            "hidden_sizes": [16, 32],
+            "depths": [1, 2],
+            "focal_levels": [2, 2],
+            "focal_windows": [3, 3],
+            "image_size": 64,
+        },
+        RESHAPED,
+    ),
+    "GLPN": (
+        {
+            "depths": [1, 1, 1, 1],
+            "hidden_sizes": [16, 16, 32, 32],
+            "decoder_hidden_size": 16,
+            "num_attention_heads": [1, 1, 2, 2],
+        },
+        MAPS,
+    ),
+    "HGNetV2": (
+        {
+            "embedding_size": 16,
+            "stem_channels": [3, 8, 16],
+            "depths": [1, 1, 1, 1],
+            "hidden_sizes": [16, 24, 32, 40],
+            "stage_in_channels": [16, 16, 24, 32],
+            "stage_mid_channels": [8, 8, 12, 16],
+            "stage_out_channels": [16, 24, 32, 40],
+            "stage_num_blocks": [1, 1, 1, 1],
+        },
+        MAPS,
+    ),
+    "Hiera": (
+        {"embed_dim": 16, "image_size": [64, 64], "depths": [1, 2, 1], "num_heads": [1, 2, 4], "num_query_pool": 2},
+        RESHAPED_LAST,
+    ),
+    "IJepa": (_VIT, 0),
+    "InternVLVision": (_VIT, 1),
+    "Levit": (
+        {
+            "image_size": 224,
+            "hidden_sizes": [32, 48, 64],
+            "num_attention_heads": [2, 3, 4],
+            "depths": [1, 1, 1],
+            "key_dim": [8, 8, 8],
+            "down_ops": [["Subsample", 8, 4, 4, 2, 2], ["Subsample", 8, 6, 4, 2, 2]],
+        },
+        0,
+    ),
+    "MLCDVision": (_VIT, 1),
+    "MobileNetV1": ({"depth_multiplier": 0.25, "image_size": 64, "min_depth": 8}, MAPS),
+    "MobileNetV2": ({"depth_multiplier": 0.25, "image_size": 64, "min_depth": 8}, MAPS),
+    "MobileViT": (
+        {
+            "image_size": 64,
+            "hidden_sizes": [24, 32, 40],
+            "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32],
+            "num_attention_heads": 2,
+        },
+        MAPS,
+    ),
+    "MobileViTV2": ({"image_size": 64, "width_multiplier": 0.25}, MAPS),
+    "Pixio": ({**_TINY, "mlp_ratio": 2, "image_size": 64, "patch_size": 8, "n_cls_tokens": 2}, 2),
+    "PoolFormer": ({"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1]}, MAPS),
+    "Pvt": (
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 16, 32, 32],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 1, 2, 2],
+        },
+        0,
+    ),
+    "PvtV2": (
+        {
+            "image_size": 64,
+            "hidden_sizes": [16, 16, 32, 32],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 1, 2, 2],
+        },
+        MAPS,
+    ),
+    "RegNet": ({"embedding_size": 8, "hidden_sizes": [8, 16, 24], "depths": [1, 2, 1], "groups_width": 8}, MAPS),
+    "ResNet": ({"embedding_size": 8, **_CONVOLUTIONS}, MAPS),
+    "SamVision": ({**_VIT, "output_channels": 16, "window_size": 4, "global_attn_indexes": [2]}, LAST),
+    "Segformer": (
+        {
+            "hidden_sizes": [16, 16, 32, 32],
+            "depths": [1, 1, 1, 1],
+            "num_attention_heads": [1, 1, 2, 2],
+            "decoder_hidden_size": 16,
+        },
+        MAPS,
+    ),
+    "SiglipVision": (_VIT, 0),
+    "SwiftFormer": ({"image_size": 64, "depths": [1, 1, 2, 1], "embed_dims": [16, 24, 32, 40]}, MAPS),
+    "Swin": ({**_STAGES, "window_size": 4}, RESHAPED),
+    "Swin2SR": ({"image_size": 64, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 8}, 0),
+    "Swinv2": ({**_STAGES, "window_size": 4}, RESHAPED),
+    "TextNet": ({"image_size": [64, 64], "stem_out_channels": 16, "hidden_sizes": [16, 16, 24, 32, 40]}, MAPS),
+    "ViT": (_VIT, 1),
+    "ViTMAE": (_VIT, 1),
+    "ViTMSN": (_VIT, 1),
+    "VitDet": ({**_TINY, "image_size": 64, "patch_size": 8, "window_size": 4, "window_block_indices": [0, 2]}, MAPS),
+    "Yolos": ({**_VIT, "image_size": [64, 64], "num_detection_tokens": 5}, 1),
+}
+"""Architecture → its tiny configuration, and how ``output_hidden_states`` puts maps out.
+
+That is the number of tokens in front of the patches, or :data:`MAPS` (n, U, h, w), :data:`LAST` (n, h, w, U), or
+``reshaped_hidden_states`` of these kinds."""
+
+
+def _transformers(side: int | None) -> Iterator[Case]:
+    try:
+        transformers = import_transformers()
+    except MilanError:
+        return
+    for name in _ARCHITECTURES:
+        if hasattr(transformers, f"{name}Config"):
+            yield Case("transformers", name, f"tiny {name}", partial(_tiny, name))
+
+
+def _tiny(name: str) -> Subject:
+    """Saves a network with a processor, as anybody would, and resolves the folder."""
+    transformers = import_transformers()
+    options, layout = _ARCHITECTURES[name]
+    size = options.get("image_size", 64)
+    height, width = size if isinstance(size, list) else (size, size)
+    config = getattr(transformers, f"{name}Config")(**options)
+    with tempfile.TemporaryDirectory() as folder:
+        model: Any = _seeded(lambda: transformers.AutoModel.from_config(config))
+        model.save_pretrained(folder)
+        processor = transformers.ViTImageProcessor(size={"height": height, "width": width})
+        processor.save_pretrained(folder)
+        spec = get_model(f"hf/{folder}")
+        network = spec.load()
+    return Subject(spec, network, partial(_hidden_states, spec, network, layout))
+
+
+def _hidden_states(spec: ModelSpec, network: nn.Module, layout: int | str, views: torch.Tensor) -> list[torch.Tensor]:
+    prepared = spec.prepare(views)
+    assert isinstance(prepared, dict)
+    said = network(**prepared, output_hidden_states=True)
+    states = said.reshaped_hidden_states if layout in (RESHAPED, RESHAPED_LAST) else said.hidden_states
+    if layout in (MAPS, RESHAPED):
+        return list(states)
+    if layout in (LAST, RESHAPED_LAST):
+        return [state.permute(0, 3, 1, 2) for state in states]
+    assert isinstance(layout, int)
+    maps = []
+    for state in states:
+        patches = math.isqrt(state.shape[1] - layout) ** 2  # behind them are, in YOLOS, a few detections
+        start = layout or state.shape[1] - patches  # PVT has a class token in its last stage alone
+        maps.append(_grid(state[:, start : start + patches]))
+    return maps
