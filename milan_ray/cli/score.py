@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.models.generators import GeneratorRequest
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.cosy import CosyConfig, run_cosy
+    from milan_ray.pipelines.fanout import models_apart
     from milan_ray.pipelines.plan import Plan, plan_cosy, plan_scores
     from milan_ray.pipelines.score import ScoreConfig, class_layers, described_layers, run_sanity, run_scores
     from milan_ray.schema import SCORES
@@ -119,22 +121,32 @@ def run(args: argparse.Namespace) -> int:
             plan_cosy(storage, plan, described, probe, models, painter, cosy, config)
         return show_plan(args, plan)
     experiments: list[str] = []
-    with connected(resources):
+    layers: dict[str, list[str]] = {}
+    for what in described:
+        layers.setdefault(what.model, [])
+        if what.layer not in layers[what.model]:
+            layers[what.model].append(what.layer)
+
+    def score(left: dict[str, Sequence[str]]) -> None:
+        experiments.clear()
+        chosen = [what for what in described if what.model in left]
         if judge is not None:
-            experiments += run_scores(storage, described, probe, judge, config, resources, named)
+            own = {keys: names for keys, names in named.items() if keys[0] in left}
+            experiments.extend(run_scores(storage, chosen, probe, judge, config, resources, own))
             if args.sanity:
-                experiments += run_sanity(storage, probe, judge, config, resources, classes)
+                own = {keys: names for keys, names in classes.items() if keys[0] in left}
+                experiments.extend(run_sanity(storage, probe, judge, config, resources, own))
         if args.generator is not None:
-            experiments += run_cosy(storage, described, probe, models, painter, cosy, config, resources)
+            drawn = [model for model in models if model.name in left]
+            experiments.extend(run_cosy(storage, chosen, probe, drawn, painter, cosy, config, resources))
+
+    failed: dict[str, str] = {}
+    with connected(resources):
+        done = models_apart(score, layers, failed)
     for experiment in experiments:
         say(_text(storage.read(SCORES, experiment=experiment)))
-    done: dict[str, list[str]] = {}
-    for what in described:
-        done.setdefault(what.model, [])
-        if what.layer not in done[what.model]:
-            done[what.model].append(what.layer)
     note(args, experiments=experiments)
-    return close(args, "scores", done, {})
+    return close(args, "scores", done, failed)
 
 
 def _classes(models: list[ModelRequest]) -> dict[str, tuple[str, ...]]:

@@ -23,7 +23,7 @@ from milan_ray.labelers.milan import LIKELIHOOD, MILAN, PointwiseMutualInformati
 from milan_ray.labelers.protocol import Evidence, Label, Labeler
 from milan_ray.pipelines.captioners import captioner_name, load_captioner
 from milan_ray.pipelines.encodings import only_units, unit_features
-from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, run_parallel
+from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, removed_if_damaged, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.progress import Progress, say
@@ -248,7 +248,8 @@ def run_candidates(
         if storage.why(CANDIDATES, layer.recipe, decoder=name, model=layer.model, layer=layer.layer)
     ]
     if layers:
-        _search(storage, work, layers, settled, name, captioner.encoder_name, lm_digest(captioner), resources)
+        with removed_if_damaged(storage, work):
+            _search(storage, work, layers, settled, name, captioner.encoder_name, lm_digest(captioner), resources)
     else:
         storage.remove_work(work)
         say(f"candidates ({name}): all up to date")
