@@ -37,6 +37,7 @@ from milan_ray.names import shown
 from milan_ray.progress import say
 from milan_ray.remote import is_uri, open_uri, split_query, why
 from milan_ray.schema import EXEMPLARS, Noun
+from milan_ray.tensorfiles import check_groups
 
 Result = TypeVar("Result")
 
@@ -791,17 +792,7 @@ def _open_parquet(stream: pa.NativeFile, noun: Noun | None, buffered: bool) -> p
             does not say what it was made of.
     """
     file = pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=buffered)
-    metadata, size = file.metadata, stream.size()
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    if sum(group.num_rows for group in groups) != metadata.num_rows:
-        raise pa.ArrowInvalid("its footer contradicts itself")
-    for group in groups:
-        for column in map(group.column, range(group.num_columns)):
-            first = column.data_page_offset
-            if column.has_dictionary_page and column.dictionary_page_offset is not None:
-                first = min(first, column.dictionary_page_offset)
-            if min(first, column.total_compressed_size) < 0 or first + column.total_compressed_size > size:
-                raise pa.ArrowInvalid("its footer claims more than the file holds")
+    check_groups(file.metadata, stream.size())
     if noun is not None:
         noun.check(file.schema_arrow)
         if CONFIG_KEY.encode() not in (file.schema_arrow.metadata or {}):

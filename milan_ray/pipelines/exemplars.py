@@ -26,7 +26,7 @@ from torch import nn
 
 from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
-from milan_ray.errors import MilanError
+from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.forward import Batch, Forward, check_probe, pass_size, read_ahead
 from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
@@ -280,12 +280,19 @@ def run_exemplars(
             storage.remove_work(merged.item.work)
         else:
             failed[merged.item.model.name] = reason
+    needed: dict[requests.ModelRequest, _Needed] = {}
+    for request in models:
+        if request.name not in failed and request.name in done:
+            try:
+                needed[request] = _needed(storage, request.name, done[request.name])
+            except DamagedTable as error:  # of values behind a sound footer: it looked up to date
+                failed[request.name] = str(error)
     done = {name: layers for name, layers in done.items() if name not in failed}
     for name, reason in failed.items():
         say(f"FAILED {name}: {reason}")
     if not done:
         raise MilanError(next(iter(failed.values())) if len(failed) == 1 else "every model failed; see above.")
-    _ensure_views(storage, done, [request for request in models if request.name in done], probe, config, resources)
+    _ensure_views(storage, needed, probe, config, resources)
     return Dissection(digest, done, failed)
 
 
@@ -886,23 +893,33 @@ class MaskWorker(ModelWorker):
             self._storage.put_work(item.work, f"masks/{item.folder(layer)}/{row['name']}", table)
 
 
+_Needed = dict[tuple[str, str], set[int]]
+"""(probe, view) → the images whose views are needed."""
+
+
+def _needed(storage: Storage, model: str, layers: Sequence[str]) -> _Needed:
+    """The winners of a model's layers."""
+    needed: _Needed = defaultdict(set)
+    for layer in layers:
+        meta = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
+        column = storage.read(EXEMPLARS, ["image_id"], model=model, layer=layer)["image_id"]
+        needed[meta["probe"], meta["view"]].update(pc.unique(column).to_pylist())
+    return needed
+
+
 def _ensure_views(
     storage: Storage,
-    done: dict[str, tuple[str, ...]],
-    models: Sequence[requests.ModelRequest],
+    needed: Mapping[requests.ModelRequest, _Needed],
     probe: requests.ProbeRequest,
     config: ExemplarConfig,
     resources: Resources,
 ) -> None:
     """Stores the winners' images, once per view over all models."""
-    needed: dict[tuple[str, str], set[int]] = defaultdict(set)
+    every: _Needed = defaultdict(set)
     makers: dict[tuple[str, str], requests.ModelRequest] = {}
-    for request in models:
-        for layer in done[request.name]:
-            meta = storage.metadata(EXEMPLARS, model=request.name, layer=layer) or {}
-            place = meta["probe"], meta["view"]
-            column = storage.read(EXEMPLARS, ["image_id"], model=request.name, layer=layer)["image_id"]
-            needed[place].update(pc.unique(column).to_pylist())
+    for request, of_model in needed.items():
+        for place, images in of_model.items():
+            every[place] |= images
             makers[place] = request
-    for (digest, key), ids in needed.items():
+    for (digest, key), ids in every.items():
         ensure_views(storage, Pictures(probe, digest, key, makers[digest, key], config), sorted(ids), resources)

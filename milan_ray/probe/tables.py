@@ -22,6 +22,7 @@ from milan_ray.probe.decode import probe_image
 from milan_ray.probe.files import Found, file_name, filesystem, local_path, read_file, tell
 from milan_ray.probe.manifest import Entry
 from milan_ray.remote import is_uri
+from milan_ray.tensorfiles import check_groups
 
 PARQUET, ARROW = (".parquet",), (".arrow",)
 """Endings of the files of tables."""
@@ -67,6 +68,8 @@ def table_entries(root: str, files: Sequence[Found], columns: Columns) -> list[E
         where = _location(root, file.path)
         try:
             table = _open(root, file.path)
+            if file.size is not None and sum(table.rows) > 8 * file.size:  # a row takes more than a bit
+                raise pa.ArrowInvalid(f"it claims {sum(table.rows):,} rows, and has {file.size:,} bytes")
             image, label, names = _chosen(table.schema, columns, where)
             for group, rows in enumerate(table.rows):
                 classes = table.column(group, label).to_pylist() if label is not None else [None] * rows
@@ -164,7 +167,9 @@ class _Parquet:
 
     def __init__(self, root: str, path: str) -> None:
         system, place = _place(root, path)
-        self._file = pq.ParquetFile(system.open_input_file(place))
+        stream = system.open_input_file(place)
+        self._file = pq.ParquetFile(stream)
+        check_groups(self._file.metadata, stream.size())
         self.schema: pa.Schema = self._file.schema_arrow
         groups = range(self._file.num_row_groups)
         self.rows = [self._file.metadata.row_group(group).num_rows for group in groups]

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -51,7 +50,6 @@ from milan_ray.pipelines.edit import EditingConfig, run_editing
 from milan_ray.pipelines.embeddings import run_image_embeddings, text_embeddings
 from milan_ray.pipelines.encodings import run_encodings
 from milan_ray.pipelines.exemplars import Dissection, run_exemplars
-from milan_ray.pipelines.fanout import run_parallel
 from milan_ray.pipelines.label import LabelConfig, run_labels
 from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
 from milan_ray.pipelines.rerank import run_reranking
@@ -226,13 +224,19 @@ def describe_and_dissect(storage: Storage) -> None:
 
 def tune_here(storage: Storage) -> None:
     """A sweep whose trials run here, where Ray Tune would start a process for each."""
-    sweep = Sweep((2,), (0.0, 0.5), ("greedy", "rerank"), (4,), "bleu-1", samples=10)
+    sweep = Sweep((2,), (0.0, 0.5), ("greedy", "rerank"), (4,), "bleu-2", samples=10)
     tune.run_tuning(storage, tune.TuningJob("sweep", "toy", "people", (("tiny/cnn", "0"),), sweep), HERE)
 
 
 def try_here(storage: Storage, task: tune._Task, trials: list[tune.Trial], resources: Resources) -> None:
     for trial in trials:
         tune._run_trial({"trial": asdict(trial)}, task)
+
+
+def in_turn(function: Callable[[object], object], items: Sequence[object], *_: float) -> Iterator[tuple[int, object]]:
+    """Tasks that keep one network, which in processes of their own each have theirs."""
+    for number, item in enumerate(items):
+        yield number, function(item)
 
 
 def bring_in(folder: Path) -> Callable[[Storage], object]:
@@ -360,8 +364,8 @@ def on_threads() -> Iterator[None]:
         patched.setattr(embeddings, "CHUNK", 2)
         patched.setattr(embeddings, "FEW_TEXTS", 0)
         patched.setattr(dnd, "UNITS", 3)
-        patched.setattr(ablate, "run_parallel", partial(run_parallel, here=True))
-        patched.setattr(cut_and_paste, "run_parallel", partial(run_parallel, here=True))
+        patched.setattr(ablate, "run_parallel", in_turn)
+        patched.setattr(cut_and_paste, "run_parallel", in_turn)
         patched.setattr(ablate, "SETS", 4)
         patched.setattr(tune, "_try", try_here)
         patched.setattr(ray.tune, "report", lambda scores: None)
