@@ -24,7 +24,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     bring.add_argument(
         "set", metavar="SET", help=f"{sets}; or a CSV (layer, unit, summary) for the exemplars of --model"
     )
-    bring.add_argument("--model", help="name of the model in the storage (default: the set's, e.g. alexnet/imagenet)")
+    bring.add_argument(
+        "--model",
+        type=options.table_name,
+        help="name of the model in the storage (default: the set's, e.g. alexnet/imagenet)",
+    )
     bring.add_argument("--layers", nargs="+", metavar="LAYER", help="only these layers")
     bring.add_argument("--download", action="store_true", help="fetch released sets that are absent")
     bring.add_argument(

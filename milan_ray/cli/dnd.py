@@ -63,7 +63,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"what compares images, for the last two: a CLIP or SigLIP folder, or its name (default: {EMBEDDER})",
     )
-    group.add_argument("--tag", default="", help="tells several ways apart: the labeler is dnd-TAG")
+    group.add_argument("--tag", type=options.tag, default="", help="tells several ways apart: the labeler is dnd-TAG")
     group.add_argument("--top", type=options.positive, default=10, metavar="N", help="images and crops per unit")
     group.add_argument(
         "--crops", type=int, default=4, metavar="N", help="attention crops per image at most; 0 for none"

@@ -61,6 +61,11 @@ def table_name(text: str) -> str:
     return _checked(text, slashes=True)
 
 
+def tag(text: str) -> str:
+    """An argument that is put behind a labeler's name; empty for none."""
+    return text and name(text)
+
+
 def _checked(text: str, slashes: bool) -> str:
     try:
         return checked_name("it", text, slashes=slashes)
