@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -486,10 +486,8 @@ def test_e_f6_work_is_gone_whichever_way_the_job_before_ended(undisturbed, tmp_p
     for error in (MilanError, KeyboardInterrupt):
         root = tmp_path / error.__name__
         shutil.copytree(before, root)
-        try:
+        with suppress(error, AssertionError):  # or models that failed, which their stages here take for a defect
             stage.run(Dying(str(root), counting.done // 2 + 1, error))
-        except (error, AssertionError):  # or models that failed, which their stages here take for a defect
-            pass
         left = root / "_work"
         if left.exists():
             done = tmp_path / f"{error.__name__} done"
