@@ -355,8 +355,9 @@ class _Examination:
             units = Units(axis + (axis < batch), certain=True)
         elif len(per_image) == 3 and self._spec.is_channels_last(layer):
             units = Units(3, certain=True)
-        if len(per_image) == 1:
-            return Candidate(1, (1, 1)).layout(per_image, batch, "its only axis besides the images")
+        longer = [axis for axis, size in enumerate(per_image, 1) if size > 1] if len(per_image) > 1 else [1]
+        if len(longer) == 1 and units.axis in (None, *longer) and told.grid is None and not told.prefix_tokens:
+            return Candidate(longer[0], (1, 1)).layout(per_image, batch, "its only axis besides the images")
         view, seen = self._pictures.view, self._structure.map_sizes(key)
         ways = list(candidates(per_image, units, view, seen, self._spec.prefix_tokens, told))
         if not ways and (told.grid, told.prefix_tokens) != (None, None):

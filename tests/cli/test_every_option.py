@@ -192,15 +192,17 @@ def dissect(root: Path, few: Path, *options: str, plugin: str = TINY, model: str
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "says", "images"),
     [
-        ([], [32, 0, 16, 1]),
-        (["--precision", "bfloat16"], [16, 0, 16, 1]),
-        (["--precision", "float16", "--batch-size", "7"], [17, 0, 7, 1]),
-        (["--channels-last", "--cpus-per-actor", "2"], [32, 1, 16, 2]),
+        ([], [32, 0, 1], 16),
+        (["--precision", "bfloat16"], [16, 0, 1], 16),
+        (["--precision", "float16", "--batch-size", "7"], [17, 0, 1], 7),
+        (["--channels-last", "--cpus-per-actor", "2"], [32, 1, 2], 16),
     ],
 )
-def test_d_options_of_dissections_reach_the_workers(few, tmp_path, options, says) -> None:
+def test_d_options_of_dissections_reach_the_workers(few, tmp_path, monkeypatch, options, says, images) -> None:
+    passes = tmp_path / "passes"
+    monkeypatch.setenv("MILAN_WITNESS_PASSES", str(passes))
     storage = dissect(tmp_path, few, "--pooled", *options, plugin=WITNESS, model="witness")
     keys = {"model": "witness", "layer": "says"}
     found = storage.read(POOLED, ["max"], **keys)["max"].to_pylist()
@@ -209,6 +211,7 @@ def test_d_options_of_dissections_reach_the_workers(few, tmp_path, options, says
     assert dict(zip(first["unit"], first["activation"], strict=True)) == dict(enumerate(map(float, says)))
     how = arithmetic_of(storage, **keys)
     assert (how.precision == "float32", how.channels_last) == (says[0] == 32, says[1] == 1)
+    assert max(map(int, passes.read_text().split())) == images
 
 
 def test_options_change_the_tables_that_they_speak_of(few, tmp_path, capsys) -> None:
