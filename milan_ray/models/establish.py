@@ -6,7 +6,9 @@
 2. What the layer's last linear map, convolution or norm says of its features is the axis of the units.
 3. Grey pictures with one lit patch each: a layer answers there. This confirms the positions, or finds their order.
 
-Fourteen pictures in all; layers whose tokens come in an unknown order take up to thirty more.
+Fourteen pictures in all; layers whose tokens come in an unknown order take up to thirty more. Where a layer answers too
+faintly, because what is before it mixes all positions, patches are lit in the maps of an earlier layer whose positions
+are clear, in place of the picture: up to 49 more for each such layer.
 """
 
 from __future__ import annotations
@@ -26,7 +28,7 @@ from milan_ray.errors import MilanError
 from milan_ray.models.candidates import Candidate, candidates, known_orders
 from milan_ray.models.hooks import OWN_OUTPUT, LayerTap, call, find_places, first_tensor, named_layers, unwrap
 from milan_ray.models.inputs import model_dtype, prepare, runs_alone
-from milan_ray.models.layouts import Layout
+from milan_ray.models.layouts import UNSAID, Layout
 from milan_ray.models.lit_cells import Evidence, LitPictures
 from milan_ray.models.registry import OUTPUTS, ModelInput, ModelSpec
 from milan_ray.models.structure import Key, Structure, Units
@@ -36,6 +38,7 @@ _TOGETHER = 8  # pictures of a pass with lit patches
 _SOME = 64  # more than any pass here takes
 _SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """Relative difference (L2) up to which two passes agree, by number type: kernels depend on batch sizes."""
+_MOST_SOURCES = 6  # earlier layers in which patches are lit for the sake of one layer
 _CLEARLY = 0.02  # by which a less likely way to read positions must be better than a likelier one
 _SAY = "say how it is read by units_axis=, batch_axis=, grid= or prefix_tokens= (docs/layouts.md)"
 
@@ -140,6 +143,8 @@ class _Examination:
         tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
         self._device = torch.device("cpu") if tensor is None else tensor.device
         self._responses: dict[Key, dict[int, torch.Tensor]] = {}
+        self._sources: dict[Key, Candidate] | None = None  # calls whose positions are clear
+        self._passed_on: dict[Key, dict[Key, dict[int, torch.Tensor]]] = {}  # source → calls' answers to patches in it
         self._orders: list[tuple[tuple[int, int], tuple[int, ...]]] | None = None
         self._counts: dict[str, int] = {}  # layer → tensors it puts out
         self._missing: dict[str, str] = {}  # layer → why it puts out nothing
@@ -233,8 +238,15 @@ class _Examination:
                 return self._spec.hidden(output)
         return first_tensor(output)
 
-    def _respond(self, pictures: np.ndarray, wanted: set[Key]) -> dict[Key, dict[int, torch.Tensor]]:
+    def _respond(
+        self, pictures: np.ndarray, wanted: set[Key], source: tuple[Key, Candidate] | None = None
+    ) -> dict[Key, dict[int, torch.Tensor]]:
         """How strongly calls answer to pictures, compared with plain grey.
+
+        Args:
+            pictures: uint8 (n, H, W, bands).
+            wanted: The calls.
+            source: An earlier call, in whose maps the patches are lit; all pictures are the same then.
 
         Returns:
             Call → axis taken for the units (images first) → float64 (pictures, positions…).
@@ -254,12 +266,27 @@ class _Examination:
             sums = {units: squares.sum(units).sqrt().double().cpu() for units in range(1, values.ndim)}
             found.setdefault(key, []).append(sums)
 
-        handles = [module.register_forward_hook(after) for module in {module for module, _ in wanted}]
+        shown: list[int] = []  # pictures of this pass
+
+        def light(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor | None:
+            assert source is not None
+            key, way = source
+            axis = self._structure.image_axis(key)
+            if axis is None or key != (module, numbers[module] + 1):
+                return None
+            cells = self._pictures.lit(*way.grid)
+            cells = torch.cat([torch.zeros_like(cells[:1]), cells[shown]])  # the first image stays as it is
+            return way.lit(output.movedim(axis, 0), cells).movedim(0, axis)
+
+        handles = [] if source is None else [source[0][0].register_forward_hook(light)]
+        handles += [module.register_forward_hook(after) for module in {module for module, _ in wanted}]
         some = 1 if self._alone else min(self._most, _TOGETHER) - 1
         try:
             for start in range(0, len(pictures), some):
                 numbers.clear()
-                batch = np.concatenate([self._pictures.grey(1), pictures[start : start + some]])
+                shown[:] = range(start, min(start + some, len(pictures)))
+                plain = self._pictures.grey(1) if source is None else pictures[:1]
+                batch = np.concatenate([plain, pictures[start : start + some]])
                 with self._explaining(batch):
                     call(self._model, self._prepared(batch))
         finally:
@@ -364,23 +391,31 @@ class _Examination:
             return f"{puts_out}, which does not agree with {said}; correct that, or choose another layer."
         if ways and (told.grid is not None or (told.units_axis is not None and len(per_image) == 3)):
             return ways[0].layout(per_image, batch, "what was said of it")
-        best, evidence = self._best([way for way in ways if units.certain and way.units_axis == units.axis], key)
-        if evidence is None or evidence.hit < 0.9 * evidence.peak:
-            best, evidence = self._best(ways, key)
-        if best is not None and evidence is not None and evidence.confirms:
+        clear = self._clear(ways, self._responses.get(key, {}) if key is not None else {})
+        if clear is not None:
+            return clear.layout(per_image, batch, "lit patches")
+        best, evidence = self._best([way for way in ways if not units.certain or way.units_axis == units.axis], key)
+        confirmed = best is ways[0] if ways and evidence is not None and evidence.confirms else False
+        if best is not None and confirmed and best.certain:
             return best.layout(per_image, batch, "lit patches")
-        if evidence is not None and evidence.contradicts:
+        strange = evidence is not None and evidence.contradicts
+        if strange:
             ordered = self._ordered(ways, key) if key is not None and len(per_image) == 2 else None
             if ordered is not None:
                 return ordered[0].layout(per_image, batch, "lit patches", ordered[1])
+        elif ways and (ways[0].certain or ways[0].grid == (1, 1)):
+            return ways[0].layout(per_image, batch, "the kind of its modules")
+        if key is not None and (passed_on := self._from_sources(key, ways)) is not None:
+            return passed_on[0].layout(per_image, batch, passed_on[1])
+        if strange:
             return (
                 f"{puts_out}, and a lit patch of the picture shows elsewhere in it: its positions come in an unknown "
                 f"order; choose another layer, or {_SAY}."
             )
-        if ways and (ways[0].certain or ways[0].grid == (1, 1)):
-            return ways[0].layout(per_image, batch, "the kind of its modules")
         if key is not None and (witness := self._witness(key, ways)) is not None:
             return witness.layout(per_image, batch, "lit patches in a layer of the same shape before it")
+        if best is not None and confirmed:
+            return best.layout(per_image, batch, "lit patches")
         if not self._positions and units.certain and units.axis is not None:
             return Candidate(units.axis, (1, 1)).layout(per_image, batch, "the kind of its modules")
         return (
@@ -402,6 +437,64 @@ class _Examination:
             if most is None or (evidence.confirms and (not most.confirms or evidence.hit > most.hit + _CLEARLY)):
                 best, most = way, evidence
         return best, most
+
+    def _clear(self, ways: Sequence[Candidate], responses: Mapping[int, torch.Tensor]) -> Candidate | None:
+        """The way in which a call answers clearly, and more exactly than in any other; None where there is none."""
+        weighed = [
+            (evidence, way)
+            for way in ways
+            if way.units_axis in responses
+            and (evidence := self._pictures.weigh(way.cells(responses[way.units_axis]))) is not None
+        ]
+        best, way = max(weighed, key=lambda item: item[0].hit, default=(None, None))
+        if best is None or way is None or not best.clear:
+            return None
+        return way if all(way.reads_as(other) or best.beats(evidence) for evidence, other in weighed) else None
+
+    def _from_sources(self, key: Key, ways: Sequence[Candidate]) -> tuple[Candidate, str] | None:
+        """What a call says of patches that are lit in the maps of earlier ones, the nearest first; and how it is known.
+
+        Sources are calls that answer clearly to lit pictures, or to patches in other sources.
+        """
+        calls = self._structure.calls
+        if self._sources is None:
+            every = {other for other in calls if self._structure.image_axis(other) is not None}
+            self._sources = self._clear_ones(self._respond(self._pictures.patches(), every))
+        names = {module: path for path, module in named_layers(self._model).items()}
+        tried: set[Key] = set()
+        while len(tried) < _MOST_SOURCES:
+            before = [
+                source for source in self._sources if source not in tried and calls[source].ended < calls[key].ended
+            ]
+            source = max(before, key=lambda other: calls[other].ended, default=None)
+            if source is None:
+                return None
+            tried.add(source)
+            if source not in self._passed_on:
+                after = {other for other in calls if calls[other].ended > calls[source].started}
+                picture = self._pictures.random(1).repeat(len(self._pictures.patches()), 0)
+                self._passed_on[source] = self._respond(picture, after, (source, self._sources[source]))
+                self._sources = {**self._clear_ones(self._passed_on[source]), **self._sources}
+            way = self._clear(ways, self._passed_on[source].get(key, {}))
+            if way is not None:
+                return way, f"patches lit in {names[source[0]]}"
+        return None
+
+    def _clear_ones(self, responses: Mapping[Key, Mapping[int, torch.Tensor]]) -> dict[Key, Candidate]:
+        """Those of some calls whose positions are clear by themselves, and that can be sources."""
+        found = {}
+        for key, answers in responses.items():
+            call_ = self._structure.calls[key]
+            batch = self._structure.image_axis(key)
+            if batch is None or not call_.bare or call_.shape.numel() == 0:
+                continue
+            per_image = tuple(size for axis, size in enumerate(call_.shape) if axis != batch)
+            units, seen = self._structure.units(key, batch, per_image), self._structure.map_sizes(key)
+            ways = candidates(per_image, units, self._pictures.view, seen, self._spec.prefix_tokens, UNSAID)
+            clear = self._clear(list(ways), answers)
+            if clear is not None:
+                found[key] = clear
+        return found
 
     def _witness(self, key: Key, ways: Sequence[Candidate]) -> Candidate | None:
         """What the nearest call before this one says that has the same shape and answers to the lit pictures."""
