@@ -143,8 +143,8 @@ class _Examination:
         tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
         self._device = torch.device("cpu") if tensor is None else tensor.device
         self._responses: dict[Key, dict[int, torch.Tensor]] = {}
-        self._sources: dict[Key, Candidate] | None = None  # calls whose positions are clear
-        self._passed_on: dict[Key, dict[Key, dict[int, torch.Tensor]]] = {}  # source → calls' answers to patches in it
+        self._answers: dict[Key | None, dict[Key, dict[int, torch.Tensor]]] = {}  # to patches in a call, or in pictures
+        self._looked: dict[Key, tuple[int, Candidate | None]] = {}  # what is clear of a call from so many of them
         self._orders: list[tuple[tuple[int, int], tuple[int, ...]]] | None = None
         self._counts: dict[str, int] = {}  # layer → tensors it puts out
         self._missing: dict[str, str] = {}  # layer → why it puts out nothing
@@ -457,44 +457,51 @@ class _Examination:
         Sources are calls that answer clearly to lit pictures, or to patches in other sources.
         """
         calls = self._structure.calls
-        if self._sources is None:
-            every = {other for other in calls if self._structure.image_axis(other) is not None}
-            self._sources = self._clear_ones(self._respond(self._pictures.patches(), every))
         names = {module: path for path, module in named_layers(self._model).items()}
-        tried: set[Key] = set()
-        while len(tried) < _MOST_SOURCES:
-            before = [
-                source for source in self._sources if source not in tried and calls[source].ended < calls[key].ended
-            ]
-            source = max(before, key=lambda other: calls[other].ended, default=None)
-            if source is None:
-                return None
-            tried.add(source)
-            if source not in self._passed_on:
-                after = {other for other in calls if calls[other].ended > calls[source].started}
-                picture = self._pictures.random(1).repeat(len(self._pictures.patches()), 0)
-                self._passed_on[source] = self._respond(picture, after, (source, self._sources[source]))
-                self._sources = {**self._clear_ones(self._passed_on[source]), **self._sources}
-            way = self._clear(ways, self._passed_on[source].get(key, {}))
+        if not self._answers:
+            every = {other for other in calls if self._structure.image_axis(other) is not None}
+            self._answers[None] = self._respond(self._pictures.patches(), every)
+        before = sorted(
+            (other for other, call_ in calls.items() if call_.bare and call_.ended < calls[key].ended),
+            key=lambda other: -calls[other].ended,
+        )
+        lit = [source for source in before if source in self._answers]  # what was tried for other layers comes first
+        for number in range(len(lit) + _MOST_SOURCES):
+            if number >= len(lit):
+                ready = (other for other in before if other not in self._answers and self._clear_way(other) is not None)
+                source = next(ready, None)
+                if source is None:
+                    return None
+                self._light(source)
+                lit.append(source)
+            way = self._clear(ways, self._answers[lit[number]].get(key, {}))
             if way is not None:
-                return way, f"patches lit in {names[source[0]]}"
+                return way, f"patches lit in {names[lit[number][0]]}"
         return None
 
-    def _clear_ones(self, responses: Mapping[Key, Mapping[int, torch.Tensor]]) -> dict[Key, Candidate]:
-        """Those of some calls whose positions are clear by themselves, and that can be sources."""
-        found = {}
-        for key, answers in responses.items():
-            call_ = self._structure.calls[key]
-            batch = self._structure.image_axis(key)
-            if batch is None or not call_.bare or call_.shape.numel() == 0:
-                continue
-            per_image = tuple(size for axis, size in enumerate(call_.shape) if axis != batch)
+    def _light(self, source: Key) -> None:
+        """Notes how later calls answer to patches that are lit in a call's maps."""
+        calls, way = self._structure.calls, self._clear_way(source)
+        assert way is not None
+        later = {other for other in calls if calls[other].ended > calls[source].started}
+        picture = self._pictures.random(1).repeat(len(self._pictures.patches()), 0)
+        self._answers[source] = self._respond(picture, later, (source, way))
+
+    def _clear_way(self, key: Key) -> Candidate | None:
+        """How a call's output is read, where it is clear by itself from what was lit so far; else None."""
+        looked, way = self._looked.get(key, (0, None))
+        batch, shape = self._structure.image_axis(key), self._structure.calls[key].shape
+        if way is None and looked < len(self._answers) and batch is not None and shape.numel():
+            per_image = tuple(size for axis, size in enumerate(shape) if axis != batch)
             units, seen = self._structure.units(key, batch, per_image), self._structure.map_sizes(key)
-            ways = candidates(per_image, units, self._pictures.view, seen, self._spec.prefix_tokens, UNSAID)
-            clear = self._clear(list(ways), answers)
-            if clear is not None:
-                found[key] = clear
-        return found
+            if len(per_image) in (2, 3):
+                found = candidates(per_image, units, self._pictures.view, seen, self._spec.prefix_tokens, UNSAID)
+                ways = list(found)
+                fresh = list(self._answers.values())[looked:]
+                clear = (self._clear(ways, answers[key]) for answers in fresh if key in answers)
+                way = next((one for one in clear if one is not None), None)
+        self._looked[key] = len(self._answers), way
+        return way
 
     def _witness(self, key: Key, ways: Sequence[Candidate]) -> Candidate | None:
         """What the nearest call before this one says that has the same shape and answers to the lit pictures."""
