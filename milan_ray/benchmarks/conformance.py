@@ -395,15 +395,17 @@ def _close(own: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def _holds(tensor: torch.Tensor, sums: tuple[float, float], maps: torch.Tensor, wanted: tuple[float, float]) -> bool:
-    """Whether a module's output holds the numbers of maps (n, U, h, w), perhaps with tokens in front or behind."""
+    """Whether a module's output holds the numbers of maps (n, U, h, w), perhaps among other tokens."""
     if tensor.numel() == maps.numel():
         return _close(sums, wanted)
     if tensor.ndim != 3 or tensor.shape[2] != maps.shape[1] or len(tensor) != len(maps):
         return False
     positions = maps.shape[2] * maps.shape[3]
-    if not positions < tensor.shape[1] <= positions + 300:
+    more = tensor.shape[1] - positions
+    if not 0 < more <= 300:
         return False
-    return any(_close(_sums(part), wanted) for part in (tensor[:, -positions:], tensor[:, :positions]))
+    starts = range(more + 1) if more <= 20 else (0, more)
+    return any(_close(_sums(tensor[:, start : start + positions]), wanted) for start in starts)
 
 
 def _arranged(

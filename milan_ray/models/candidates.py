@@ -137,13 +137,19 @@ def _of_tokens(
             yield Candidate(axis, grid, prefix=prefix)
             if min(grid) > 1:
                 yield Candidate(axis, grid, True, prefix)
-            if prefix and told.prefix_tokens is None:
-                yield Candidate(axis, grid, suffix=prefix)
+            if told.prefix_tokens is None:
+                yield from _apart(axis, grid, prefix)
     for grid in seen if told.prefix_tokens is None else []:  # tokens beyond the positions of the model's own maps
         more = count - grid[0] * grid[1]
         if grid[0] * grid[1] > 1 and 0 < more <= MAX_PREFIX_TOKENS and more not in prefixes:
             yield Candidate(axis, grid, prefix=more)
-            yield Candidate(axis, grid, suffix=more)
+            yield from _apart(axis, grid, more)
+
+
+def _apart(axis: int, grid: tuple[int, int], more: int) -> Iterator[Candidate]:
+    """Tokens beside the positions that are not all in front of them: behind them, or on both sides (YOLOS)."""
+    for prefix in range(min(more, MAX_PREFIX_TOKENS + 1)):
+        yield Candidate(axis, grid, prefix=prefix, suffix=more - prefix)
 
 
 def known_orders(model: nn.Module) -> Iterator[tuple[tuple[int, int], tuple[int, ...]]]:

@@ -17,7 +17,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -38,6 +38,7 @@ _TOGETHER = 8  # pictures of a pass with lit patches
 _SOME = 64  # more than any pass here takes
 _SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """Relative difference (L2) up to which two passes agree, by number type: kernels depend on batch sizes."""
+_FEW = 8  # positions a side, where a patch may lie between those that a later layer takes
 _MOST_SOURCES = 6  # earlier layers in which patches are lit for the sake of one layer
 _CLEARLY = 0.02  # by which a less likely way to read positions must be better than a likelier one
 _SAY = "say how it is read by units_axis=, batch_axis=, grid= or prefix_tokens= (docs/layouts.md)"
@@ -123,6 +124,19 @@ def examine(
     return _Examination(spec, unwrap(model), tuple(dict.fromkeys(layers)), latents, positions).results()
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """How calls answer to lit patches.
+
+    Attributes:
+        calls: Call → axis taken for the units (images first) → float64 (pictures, positions…).
+        pictures: Where the patches are.
+    """
+
+    calls: Mapping[Key, Mapping[int, torch.Tensor]]
+    pictures: LitPictures
+
+
 class _Examination:
     def __init__(
         self,
@@ -137,13 +151,14 @@ class _Examination:
         self._places = find_places(model, layers)
         self._structure = Structure(model, self._tensor)
         self._pictures = LitPictures(spec.preprocess.view.shape, spec.bands or 3)
+        self._wide = LitPictures(spec.preprocess.view.shape, spec.bands or 3, size=2)
         self._alone = runs_alone(model)
         self._most = spec.max_batch or _SOME
         self._tolerance = _SAME.get(model_dtype(model), _SAME[torch.bfloat16])
         tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
         self._device = torch.device("cpu") if tensor is None else tensor.device
         self._responses: dict[Key, dict[int, torch.Tensor]] = {}
-        self._answers: dict[Key | None, dict[Key, dict[int, torch.Tensor]]] = {}  # to patches in a call, or in pictures
+        self._answers: dict[Key | None, _Answers] = {}  # to patches in a call's maps, or in pictures
         self._looked: dict[Key, tuple[int, Candidate | None]] = {}  # what is clear of a call from so many of them
         self._orders: list[tuple[tuple[int, int], tuple[int, ...]]] | None = None
         self._counts: dict[str, int] = {}  # layer → tensors it puts out
@@ -239,14 +254,14 @@ class _Examination:
         return first_tensor(output)
 
     def _respond(
-        self, pictures: np.ndarray, wanted: set[Key], source: tuple[Key, Candidate] | None = None
+        self, pictures: np.ndarray, wanted: set[Key], source: tuple[Key, Candidate, LitPictures] | None = None
     ) -> dict[Key, dict[int, torch.Tensor]]:
         """How strongly calls answer to pictures, compared with plain grey.
 
         Args:
             pictures: uint8 (n, H, W, bands).
             wanted: The calls.
-            source: An earlier call, in whose maps the patches are lit; all pictures are the same then.
+            source: An earlier call, how it is read, and where patches are lit in its maps; all pictures are the same.
 
         Returns:
             Call → axis taken for the units (images first) → float64 (pictures, positions…).
@@ -270,11 +285,11 @@ class _Examination:
 
         def light(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor | None:
             assert source is not None
-            key, way = source
+            key, way, places = source
             axis = self._structure.image_axis(key)
             if axis is None or key != (module, numbers[module] + 1):
                 return None
-            cells = self._pictures.lit(*way.grid)
+            cells = places.lit(*way.grid)
             cells = torch.cat([torch.zeros_like(cells[:1]), cells[shown]])  # the first image stays as it is
             return way.lit(output.movedim(axis, 0), cells).movedim(0, axis)
 
@@ -391,7 +406,7 @@ class _Examination:
             return f"{puts_out}, which does not agree with {said}; correct that, or choose another layer."
         if ways and (told.grid is not None or (told.units_axis is not None and len(per_image) == 3)):
             return ways[0].layout(per_image, batch, "what was said of it")
-        clear = self._clear(ways, self._responses.get(key, {}) if key is not None else {})
+        clear = None if key is None else self._clear(ways, _Answers(self._responses, self._pictures), key)
         if clear is not None:
             return clear.layout(per_image, batch, "lit patches")
         best, evidence = self._best([way for way in ways if not units.certain or way.units_axis == units.axis], key)
@@ -438,13 +453,14 @@ class _Examination:
                 best, most = way, evidence
         return best, most
 
-    def _clear(self, ways: Sequence[Candidate], responses: Mapping[int, torch.Tensor]) -> Candidate | None:
+    def _clear(self, ways: Sequence[Candidate], answers: _Answers, key: Key) -> Candidate | None:
         """The way in which a call answers clearly, and more exactly than in any other; None where there is none."""
+        responses = answers.calls.get(key, {})
         weighed = [
             (evidence, way)
             for way in ways
             if way.units_axis in responses
-            and (evidence := self._pictures.weigh(way.cells(responses[way.units_axis]))) is not None
+            and (evidence := answers.pictures.weigh(way.cells(responses[way.units_axis]))) is not None
         ]
         best, way = max(weighed, key=lambda item: item[0].hit, default=(None, None))
         if best is None or way is None or not best.clear:
@@ -460,7 +476,7 @@ class _Examination:
         names = {module: path for path, module in named_layers(self._model).items()}
         if not self._answers:
             every = {other for other in calls if self._structure.image_axis(other) is not None}
-            self._answers[None] = self._respond(self._pictures.patches(), every)
+            self._answers[None] = _Answers(self._respond(self._pictures.patches(), every), self._pictures)
         before = sorted(
             (other for other, call_ in calls.items() if call_.bare and call_.ended < calls[key].ended),
             key=lambda other: -calls[other].ended,
@@ -474,7 +490,7 @@ class _Examination:
                     return None
                 self._light(source)
                 lit.append(source)
-            way = self._clear(ways, self._answers[lit[number]].get(key, {}))
+            way = self._clear(ways, self._answers[lit[number]], key)
             if way is not None:
                 return way, f"patches lit in {names[lit[number][0]]}"
         return None
@@ -484,8 +500,9 @@ class _Examination:
         calls, way = self._structure.calls, self._clear_way(source)
         assert way is not None
         later = {other for other in calls if calls[other].ended > calls[source].started}
-        picture = self._pictures.random(1).repeat(len(self._pictures.patches()), 0)
-        self._answers[source] = self._respond(picture, later, (source, way))
+        pictures = self._wide if min(way.grid) <= _FEW else self._pictures
+        picture = pictures.random(1).repeat(len(pictures.patches()), 0)
+        self._answers[source] = _Answers(self._respond(picture, later, (source, way, pictures)), pictures)
 
     def _clear_way(self, key: Key) -> Candidate | None:
         """How a call's output is read, where it is clear by itself from what was lit so far; else None."""
@@ -498,7 +515,7 @@ class _Examination:
                 found = candidates(per_image, units, self._pictures.view, seen, self._spec.prefix_tokens, UNSAID)
                 ways = list(found)
                 fresh = list(self._answers.values())[looked:]
-                clear = (self._clear(ways, answers[key]) for answers in fresh if key in answers)
+                clear = (self._clear(ways, answers, key) for answers in fresh)
                 way = next((one for one in clear if one is not None), None)
         self._looked[key] = len(self._answers), way
         return way

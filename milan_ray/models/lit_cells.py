@@ -58,14 +58,16 @@ class LitPictures:
     Args:
         view: (height, width), pixels.
         bands: Bands of the model's pictures.
+        size: Height and width of the patches, in sevenths of the view.
     """
 
-    def __init__(self, view: tuple[int, int], bands: int = 3) -> None:
+    def __init__(self, view: tuple[int, int], bands: int = 3, size: int = 1) -> None:
         self.view, self._bands = view, bands
         height, width = view
+        corners = [(min(y, _SIDE - size), min(x, _SIDE - size)) for y, x in _PATCHES]
         self._boxes = [
-            (y * height // _SIDE, (y + 1) * height // _SIDE, x * width // _SIDE, (x + 1) * width // _SIDE)
-            for y, x in _PATCHES
+            (y * height // _SIDE, (y + size) * height // _SIDE, x * width // _SIDE, (x + size) * width // _SIDE)
+            for y, x in corners
         ]
 
     def random(self, count: int) -> np.ndarray:
