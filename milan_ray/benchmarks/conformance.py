@@ -335,11 +335,19 @@ def page(results: Sequence[Result]) -> str:
     for result in results:
         run = f"{result.defaults} run" if result.defaults_run else "do not run"
         verdict = result.verdict.replace("|", "\\|").replace("\n", " ")
-        height, width = result.view
-        lines.append(
-            f"| {result.library} | {result.family} | `{result.network}` | {height}×{width} | {run} | {result.compared} | {result.lit} | "
-            f"{result.unproven} | {verdict} |"
+        pictures = "×".join(map(str, result.view)) if any(result.view) else "-"
+        cells = (
+            result.library,
+            result.family,
+            f"`{result.network}`",
+            pictures,
+            run,
+            result.compared,
+            result.lit,
+            result.unproven,
+            verdict,
         )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
