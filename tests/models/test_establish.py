@@ -406,7 +406,7 @@ def test_tap_counts_calls_of_the_last_pass():
 
 
 class Mixing(nn.Module):
-    """Attention without a bypass, as LeViT's between its stages: all positions in each, and a few tokens beside them."""
+    """Attention without a bypass, as LeViT's between its stages: each position is a mean of all."""
 
     def __init__(self, before: int = 0, behind: int = 0) -> None:
         super().__init__()
@@ -418,7 +418,7 @@ class Mixing(nn.Module):
         tokens, extra = self.conv(x).flatten(2).mT, self.extra.expand(len(x), -1, -1)
         tokens = torch.cat([extra[:, : self.before], tokens, extra[:, self.before :]], 1)
         query, value = self.query(tokens), self.value(tokens)
-        return self.mlp((query @ value.mT / 100).softmax(2) @ value)
+        return self.mlp((query @ value.mT / 1000).softmax(2) @ value)
 
 
 def test_a_layer_that_mixes_all_positions_is_read_through_an_earlier_one():
