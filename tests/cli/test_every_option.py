@@ -108,6 +108,8 @@ ROWS: dict[str, str] = {
     "--verify": "faults/test_damaged_tables.py::test_f2_status_lists_what_is_damaged_and_goes_on",
     "--conformance": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "--families": f"{HERE}::test_conformance_of_chosen_families_is_written",
+    "--side": f"{HERE}::test_conformance_of_chosen_families_is_written",
+    "--earlier": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "--library": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "models --out": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "--repeats": "benchmarks/test_exemplar_benchmarks.py::test_benchmark_short_form_writes_its_figures",
@@ -255,9 +257,12 @@ def test_options_say_how_layers_are_read(few, tmp_path, capsys, option, sentence
 def test_conformance_of_chosen_families_is_written(tmp_path, capsys) -> None:
     pytest.importorskip("timm")
     command = ["models", "--conformance", "--library", "torchvision", "--families", "mnasnet*"]
-    assert cli.main([*command, "--out", str(tmp_path / "page.md")]) == 0
-    page = (tmp_path / "page.md").read_text()
-    assert "mnasnet" in page and "resnet" not in page and "timm/" not in page
+    assert cli.main([*command, "--side", "64", "--json", "--out", str(tmp_path / "page.md")]) == 0
+    page, rows = (tmp_path / "page.md").read_text(), capsys.readouterr().out
+    assert "| mnasnet | `mnasnet0_5` | 64×64 |" in page and "resnet" not in page and "timm/" not in page
+    (tmp_path / "rows").write_text(rows.replace("64, 64", "63, 65"))
+    assert cli.main([*command, "--earlier", str(tmp_path / "rows"), "--out", str(tmp_path / "page.md")]) == 0
+    assert "63×65" in (tmp_path / "page.md").read_text()  # what was said earlier, and not run again
 
 
 @pytest.mark.parametrize(
