@@ -53,7 +53,7 @@ def test_models_lists_models_and_layers(capsys):
     assert {"tiny/cnn", "resnet18/imagenet"} <= set(out.split())
     status, out, _ = run(capsys, "models", "tiny/cnn", "--plugin", PLUGIN)
     assert status == 0
-    assert any(line.split()[:4] == ["0", "Conv2d", "6×12×12", "6"] and line.endswith("*") for line in out.splitlines())
+    assert any(line.split()[:5] == ["0", "Conv2d", "6×12×12", "6", "*"] for line in out.splitlines())
     _, out, _ = run(capsys, "models", "tiny/cnn", "--plugin", PLUGIN, "--json")
     assert {"path": "0", "kind": "Conv2d", "shape": [6, 12, 12], "units": 6, "default": True}.items() <= json.loads(
         out.splitlines()[0]

@@ -48,8 +48,10 @@ ELSEWHERE = {
 ON_THE_DEMO = "(?!edit|.*world/clip).* world/(resnet|planted|probe)"
 
 NOT_RUN = {
+    "models --conformance": "a quarter of an hour: tests/benchmarks/test_conformance.py runs a sample",
     "demo|paper|benchmark": "minutes by themselves: tests/test_demo.py and tests/benchmarks run them",
     "(describe|plan) --zoo": "dozens of networks: tests/pipelines/test_zoo.py runs a small zoo",
+    "models --conformance": "hundreds of networks: tests/benchmarks/test_conformance.py",
     "annotations import base": "a download: tests/pipelines/test_published_sets.py imports a set of its own",
     "annotations (collect|answers)": "people's answers: tests/pipelines/test_collection_pipeline.py makes some",
     "annotations statistics annotations.csv": "a pipeline of spaCy that has to be downloaded",
@@ -127,8 +129,7 @@ def adapted(command: list[str]) -> list[str]:
         r"(--report) \S+": r"\1 elsewhere",
         r" --download| --weights \S+\.pth": "",
         r"^(describe|label) (?=.*/imagenet .*--probe)": r"\1 --weights random --units 0,1 --k 3 ",
-        r"^(exemplars|score) (?=.*/imagenet)": r"\1 --weights random ",
-        r"^exemplars (?=.*/imagenet)": "exemplars --layers layer4 --k 3 ",
+        r"^exemplars (?=.*/imagenet)": "exemplars --weights random --layers layer4 --k 3 ",
         r"alexnet/imagenet (?=--dry-run)": "mine ",
         r"^edit ": f"edit --trials 1 --most 2 --words {' '.join(WORDS)} ",
         r"^plan ": "plan --sample 2 --layers layer4 ",

@@ -9,11 +9,15 @@ compared through plain hooks, its positions in the order of the tokens of a laye
 from __future__ import annotations
 
 import gc
+import json
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -77,11 +81,13 @@ class Result:
         library: As of the case.
         family: As of the case.
         network: As of the case.
+        view: Height and width of the pictures, in pixels.
         built: Whether the network could be built.
         defaults: Number of default layers.
         defaults_run: Whether all of them can be read at once.
         compared: Number of layers that were read as the library says.
         lit: Number of layers without a truth of the library's, where a lit cell answers at its place.
+        unproven: Number of layers that are read, of too few positions for a lit cell, without a truth of the library's.
         refused: Layer → the sentence that refuses it; ``""`` is the network as a whole.
         wrong: Layer → what is wrong with what was read.
         seconds: What it took.
@@ -90,11 +96,13 @@ class Result:
     library: str
     family: str
     network: str
+    view: tuple[int, int] = (0, 0)
     built: bool = True
     defaults: int = 0
     defaults_run: bool = False
     compared: int = 0
     lit: int = 0
+    unproven: int = 0
     refused: dict[str, str] = field(default_factory=dict)
     wrong: dict[str, str] = field(default_factory=dict)
     seconds: float = 0.0
@@ -136,6 +144,7 @@ def _compare(case: Case, result: Result) -> None:
         result.built, result.refused[""] = False, reason(error)
         return
     spec, network = subject.spec, subject.network
+    result.view = spec.preprocess.view.shape
     _vary(network)
     views = _pictures(spec.preprocess.view.shape)
     result.defaults = len(spec.layers)
@@ -154,7 +163,7 @@ def _compare(case: Case, result: Result) -> None:
             if maps is not None:
                 known[layer] = maps
     del raw
-    listed = _spaced(list(truths), MOST_LAYERS)
+    listed = _spaced([path for path in truths if "#" not in path], MOST_LAYERS)
     layers = tuple(dict.fromkeys([*spec.layers, *listed]))
     for forward, part in _forwards(spec, network, layers, result):
         _judge(forward, part, views, known, result)
@@ -220,7 +229,9 @@ def _judge(
         if lit is None:
             lit = forward.maps(_cells(views.shape[1:3])), forward.maps(_cells(views.shape[1:3], lit=False))
         strayed = _strayed(lit[0][layer].float(), lit[1][layer].float())
-        if strayed is None:
+        if strayed == "":
+            result.unproven += 1
+        elif strayed is None:
             result.lit += 1
         else:
             result.wrong[layer] = strayed
@@ -263,33 +274,80 @@ def summary(results: Sequence[Result]) -> str:
     )
 
 
+def _versions() -> dict[str, str]:
+    """Library → its version, of those that are installed."""
+    installed = {}
+    for name in ("torch", "torchvision", "timm", "transformers"):
+        with suppress(metadata.PackageNotFoundError):
+            installed[name] = metadata.version(name)
+    return installed
+
+
+def to_row(result: Result) -> dict[str, Any]:
+    """A result as JSON, with the versions it holds for and the verdict; :func:`read_rows` reads it."""
+    return {**asdict(result), "verdict": result.verdict, "versions": _versions()}
+
+
+def read_rows(path: Path) -> list[Result]:
+    """Results of an earlier run, a JSON object per line.
+
+    Raises:
+        MilanError: There is no such file, it holds something else, or results of other versions of the libraries.
+    """
+    names = {field.name for field in fields(Result)}
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        results = [Result(**{name: value for name, value in row.items() if name in names}) for row in rows]
+        versions = [row["versions"] for row in rows]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise MilanError(
+            f"{path} does not hold results of `models --conformance --json` ({reason(error)}): make it again."
+        ) from error
+    other = next((made for made in versions if made != _versions()), None)
+    if other is not None:
+        raise MilanError(f"{path} holds results of {other}, where {_versions()} are installed: make it again.")
+    return results
+
+
 def page(results: Sequence[Result]) -> str:
     """The table as Markdown, with the libraries' versions."""
-    versions = ", ".join(
-        f"{name} {metadata.version(name)}" for name in ("torch", "torchvision", "timm", "transformers")
-    )
+    versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
     lines = [
         "# Conformance",
         "",
-        "<!-- Made by `python -m jobs.models --conformance --out docs/conformance.md`: do not edit. -->",
+        "<!-- Made by `python -m jobs.models --conformance --side 128 --out docs/conformance.md`: do not edit. -->",
+        "",
+        "```sh",
+        "python -m jobs.models --conformance --side 128",
+        "```",
         "",
         "What is read of a layer (units, positions, activations) against what the network's own library says, for the",
         "smallest network of every family, untrained, on the CPU: torchvision's feature extractor, timm's",
         "`forward_intermediates`, transformers' `output_hidden_states`. Pictures are also exchanged within a batch.",
-        "*Compared* are layers with such a truth; *lit* are others, where a lit cell of a grey picture answers there.",
+        "*Compared* are layers with such a truth; *lit* are others, where a lit cell of a grey picture answers there;",
+        "*unproven* are others of fewer than 4 × 4 positions. A detector is its backbone.",
         "",
         f"{versions}. {summary(results)}",
         "",
-        "| library | family | network | default layers | compared | lit | result |",
-        "|---|---|---|---|---|---|---|",
+        "| library | family | network | pictures | default layers | compared | lit | unproven | result |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         run = f"{result.defaults} run" if result.defaults_run else "do not run"
         verdict = result.verdict.replace("|", "\\|").replace("\n", " ")
-        lines.append(
-            f"| {result.library} | {result.family} | `{result.network}` | {run} | {result.compared} | {result.lit} | "
-            f"{verdict} |"
+        pictures = "×".join(map(str, result.view)) if any(result.view) else "-"
+        cells = (
+            result.library,
+            result.family,
+            f"`{result.network}`",
+            pictures,
+            run,
+            result.compared,
+            result.lit,
+            result.unproven,
+            verdict,
         )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 
@@ -298,10 +356,10 @@ def page(results: Sequence[Result]) -> str:
 
 @torch.inference_mode()
 def _truths(subject: Subject, views: np.ndarray) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Every module's first output tensor, and the library's maps of those modules that it lists, by path.
+    """Every module's output tensors, and the library's maps of those modules that it lists, by path.
 
     A library that lists maps without naming modules is matched by values: the module whose output holds the same
-    numbers, in whatever order.
+    numbers, in whatever order. What a module puts out besides its first tensor is ``path#1``, ``path#2``, ….
     """
     inputs = torch.from_numpy(views)
     said = subject.truths(inputs)
@@ -310,9 +368,8 @@ def _truths(subject: Subject, views: np.ndarray) -> tuple[dict[str, torch.Tensor
     for path, module in subject.network.named_modules():
 
         def note(module: nn.Module, args: object, output: object, path: str = path or OUTPUTS) -> None:
-            tensor = _first(output)
-            if tensor is not None:
-                raw[path] = tensor
+            for number, tensor in enumerate(_tensors(output)):
+                raw[f"{path}#{number}" if number else path] = tensor
 
         handles.append(module.register_forward_hook(note))
     try:
@@ -332,15 +389,15 @@ def _truths(subject: Subject, views: np.ndarray) -> tuple[dict[str, torch.Tensor
         wanted = _sums(maps)
         same = [path for path in sums if path != OUTPUTS and _holds(raw[path], sums[path], maps, wanted)]
         if same:
-            found[min(same, key=lambda path: (path.count("."), len(path)))] = maps
+            found[min(same, key=lambda path: ("#" in path, path.count("."), len(path)))] = maps
     return raw, found
 
 
-def _first(output: object) -> torch.Tensor | None:
+def _tensors(output: object) -> list[torch.Tensor]:
     if isinstance(output, torch.Tensor):
-        return output
+        return [output]
     members = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
-    return next((tensor for tensor in map(_first, members) if tensor is not None), None)
+    return [tensor for member in members for tensor in _tensors(member)]
 
 
 def _sums(tensor: torch.Tensor) -> tuple[float, float]:
@@ -354,15 +411,17 @@ def _close(own: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def _holds(tensor: torch.Tensor, sums: tuple[float, float], maps: torch.Tensor, wanted: tuple[float, float]) -> bool:
-    """Whether a module's output holds the numbers of maps (n, U, h, w), perhaps with tokens in front or behind."""
+    """Whether a module's output holds the numbers of maps (n, U, h, w), perhaps among other tokens."""
     if tensor.numel() == maps.numel():
         return _close(sums, wanted)
     if tensor.ndim != 3 or tensor.shape[2] != maps.shape[1] or len(tensor) != len(maps):
         return False
     positions = maps.shape[2] * maps.shape[3]
-    if not positions < tensor.shape[1] <= positions + 300:
+    more = tensor.shape[1] - positions
+    if not 0 < more <= 300:
         return False
-    return any(_close(_sums(part), wanted) for part in (tensor[:, -positions:], tensor[:, :positions]))
+    starts = range(more + 1) if more <= 20 else (0, more)
+    return any(_close(_sums(tensor[:, start : start + positions]), wanted) for start in starts)
 
 
 def _arranged(
@@ -445,10 +504,10 @@ def _cells(shape: Sequence[int], lit: bool = True) -> np.ndarray:
 
 
 def _strayed(lit: torch.Tensor, grey: torch.Tensor) -> str | None:
-    """Where a lit cell answers, if not at its place."""
+    """Where a lit cell answers, if not at its place; nothing where there are too few positions to tell."""
     height, width = lit.shape[2:]
     if min(height, width) < 4:
-        return None
+        return ""
     change = (lit - grey).abs()
     answer = (change / change.amax(dim=(0, 2, 3), keepdim=True).clamp_min(1e-30)).sum(1)
     for number, (row, column) in enumerate(_PLACES):

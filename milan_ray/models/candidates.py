@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -42,6 +43,31 @@ class Candidate:
             responses = responses[:, self.prefix : responses.shape[1] - self.suffix]
             responses = responses.unflatten(1, (width, height) if self.columns_first else (height, width))
         return responses.transpose(1, 2) if self.columns_first else responses
+
+    def reads_as(self, other: Candidate) -> bool:
+        """Whether another one finds the same values at the same positions."""
+        return replace(self, certain=other.certain) == other
+
+    def lit(self, values: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
+        """A layer's output with noise in some cells of its maps, three times as strong as its own values.
+
+        Args:
+            values: The output, images first, (n, …).
+            cells: Which cells of each image, row by row, bool (n, h · w).
+
+        Returns:
+            A copy, as ``values``.
+        """
+        units_last = values.movedim(self.units_axis, -1)
+        changed = units_last.flatten(1, -2).clone()  # (n, positions, U)
+        positions = units_last.shape[1:-1]
+        places = self.cells(torch.arange(math.prod(positions)).view(1, *positions)).flatten()
+        noise = torch.randn(changed.shape[1:], generator=torch.Generator().manual_seed(0)).to(changed)
+        noise *= 3 * changed.float().std().to(changed.dtype)
+        for image, lit in zip(changed, cells, strict=True):
+            where = places[lit].to(changed.device)
+            image[where] += noise[where]
+        return changed.unflatten(1, positions).movedim(-1, self.units_axis)
 
     def layout(
         self, per_image: tuple[int, ...], batch: int, known: str, order: tuple[int, ...] | None = None
@@ -111,13 +137,19 @@ def _of_tokens(
             yield Candidate(axis, grid, prefix=prefix)
             if min(grid) > 1:
                 yield Candidate(axis, grid, True, prefix)
-            if prefix and told.prefix_tokens is None:
-                yield Candidate(axis, grid, suffix=prefix)
+            if told.prefix_tokens is None:
+                yield from _apart(axis, grid, prefix)
     for grid in seen if told.prefix_tokens is None else []:  # tokens beyond the positions of the model's own maps
         more = count - grid[0] * grid[1]
         if grid[0] * grid[1] > 1 and 0 < more <= MAX_PREFIX_TOKENS and more not in prefixes:
             yield Candidate(axis, grid, prefix=more)
-            yield Candidate(axis, grid, suffix=more)
+            yield from _apart(axis, grid, more)
+
+
+def _apart(axis: int, grid: tuple[int, int], more: int) -> Iterator[Candidate]:
+    """Tokens beside the positions that are not all in front of them: behind them, or on both sides (YOLOS)."""
+    for prefix in range(min(more, MAX_PREFIX_TOKENS + 1)):
+        yield Candidate(axis, grid, prefix=prefix, suffix=more - prefix)
 
 
 def known_orders(model: nn.Module) -> Iterator[tuple[tuple[int, int], tuple[int, ...]]]:

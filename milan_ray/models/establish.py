@@ -6,7 +6,9 @@
 2. What the layer's last linear map, convolution or norm says of its features is the axis of the units.
 3. Grey pictures with one lit patch each: a layer answers there. This confirms the positions, or finds their order.
 
-Fourteen pictures in all; layers whose tokens come in an unknown order take up to thirty more.
+Fourteen pictures in all; layers whose tokens come in an unknown order take up to thirty more. Where a layer answers too
+faintly, because what is before it mixes all positions, patches are lit in the maps of an earlier layer whose positions
+are clear, in place of the picture: up to 49 more for each such layer.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import itertools
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -26,7 +28,7 @@ from milan_ray.errors import MilanError
 from milan_ray.models.candidates import Candidate, candidates, known_orders
 from milan_ray.models.hooks import OWN_OUTPUT, LayerTap, call, find_places, first_tensor, named_layers, unwrap
 from milan_ray.models.inputs import model_dtype, prepare, runs_alone
-from milan_ray.models.layouts import Layout
+from milan_ray.models.layouts import UNSAID, Layout
 from milan_ray.models.lit_cells import Evidence, LitPictures
 from milan_ray.models.registry import OUTPUTS, ModelInput, ModelSpec
 from milan_ray.models.structure import Key, Structure, Units
@@ -36,6 +38,8 @@ _TOGETHER = 8  # pictures of a pass with lit patches
 _SOME = 64  # more than any pass here takes
 _SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
 """Relative difference (L2) up to which two passes agree, by number type: kernels depend on batch sizes."""
+_FEW = 8  # positions a side, where a patch may lie between those that a later layer takes
+_MOST_SOURCES = 6  # earlier layers in which patches are lit for the sake of one layer
 _CLEARLY = 0.02  # by which a less likely way to read positions must be better than a likelier one
 _SAY = "say how it is read by units_axis=, batch_axis=, grid= or prefix_tokens= (docs/layouts.md)"
 
@@ -120,6 +124,19 @@ def examine(
     return _Examination(spec, unwrap(model), tuple(dict.fromkeys(layers)), latents, positions).results()
 
 
+@dataclass(frozen=True)
+class _Answers:
+    """How calls answer to lit patches.
+
+    Attributes:
+        calls: Call → axis taken for the units (images first) → float64 (pictures, positions…).
+        pictures: Where the patches are.
+    """
+
+    calls: Mapping[Key, Mapping[int, torch.Tensor]]
+    pictures: LitPictures
+
+
 class _Examination:
     def __init__(
         self,
@@ -134,12 +151,15 @@ class _Examination:
         self._places = find_places(model, layers)
         self._structure = Structure(model, self._tensor)
         self._pictures = LitPictures(spec.preprocess.view.shape, spec.bands or 3)
+        self._wide = LitPictures(spec.preprocess.view.shape, spec.bands or 3, size=2)
         self._alone = runs_alone(model)
         self._most = spec.max_batch or _SOME
         self._tolerance = _SAME.get(model_dtype(model), _SAME[torch.bfloat16])
         tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
         self._device = torch.device("cpu") if tensor is None else tensor.device
         self._responses: dict[Key, dict[int, torch.Tensor]] = {}
+        self._answers: dict[Key | None, _Answers] = {}  # to patches in a call's maps, or in pictures
+        self._looked: dict[Key, tuple[int, Candidate | None]] = {}  # what is clear of a call from so many of them
         self._orders: list[tuple[tuple[int, int], tuple[int, ...]]] | None = None
         self._counts: dict[str, int] = {}  # layer → tensors it puts out
         self._missing: dict[str, str] = {}  # layer → why it puts out nothing
@@ -233,8 +253,15 @@ class _Examination:
                 return self._spec.hidden(output)
         return first_tensor(output)
 
-    def _respond(self, pictures: np.ndarray, wanted: set[Key]) -> dict[Key, dict[int, torch.Tensor]]:
+    def _respond(
+        self, pictures: np.ndarray, wanted: set[Key], source: tuple[Key, Candidate, LitPictures] | None = None
+    ) -> dict[Key, dict[int, torch.Tensor]]:
         """How strongly calls answer to pictures, compared with plain grey.
+
+        Args:
+            pictures: uint8 (n, H, W, bands).
+            wanted: The calls.
+            source: An earlier call, how it is read, and where patches are lit in its maps; all pictures are the same.
 
         Returns:
             Call → axis taken for the units (images first) → float64 (pictures, positions…).
@@ -254,12 +281,27 @@ class _Examination:
             sums = {units: squares.sum(units).sqrt().double().cpu() for units in range(1, values.ndim)}
             found.setdefault(key, []).append(sums)
 
-        handles = [module.register_forward_hook(after) for module in {module for module, _ in wanted}]
+        shown: list[int] = []  # pictures of this pass
+
+        def light(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor | None:
+            assert source is not None
+            key, way, places = source
+            axis = self._structure.image_axis(key)
+            if axis is None or key != (module, numbers[module] + 1):
+                return None
+            cells = places.lit(*way.grid)
+            cells = torch.cat([torch.zeros_like(cells[:1]), cells[shown]])  # the first image stays as it is
+            return way.lit(output.movedim(axis, 0), cells).movedim(0, axis)
+
+        handles = [] if source is None else [source[0][0].register_forward_hook(light)]
+        handles += [module.register_forward_hook(after) for module in {module for module, _ in wanted}]
         some = 1 if self._alone else min(self._most, _TOGETHER) - 1
         try:
             for start in range(0, len(pictures), some):
                 numbers.clear()
-                batch = np.concatenate([self._pictures.grey(1), pictures[start : start + some]])
+                shown[:] = range(start, min(start + some, len(pictures)))
+                plain = self._pictures.grey(1) if source is None else pictures[:1]
+                batch = np.concatenate([plain, pictures[start : start + some]])
                 with self._explaining(batch):
                     call(self._model, self._prepared(batch))
         finally:
@@ -355,8 +397,9 @@ class _Examination:
             units = Units(axis + (axis < batch), certain=True)
         elif len(per_image) == 3 and self._spec.is_channels_last(layer):
             units = Units(3, certain=True)
-        if len(per_image) == 1:
-            return Candidate(1, (1, 1)).layout(per_image, batch, "its only axis besides the images")
+        longer = [axis for axis, size in enumerate(per_image, 1) if size > 1] if len(per_image) > 1 else [1]
+        if len(longer) == 1 and units.axis in (None, *longer) and told.grid is None and not told.prefix_tokens:
+            return Candidate(longer[0], (1, 1)).layout(per_image, batch, "its only axis besides the images")
         view, seen = self._pictures.view, self._structure.map_sizes(key)
         ways = list(candidates(per_image, units, view, seen, self._spec.prefix_tokens, told))
         if not ways and (told.grid, told.prefix_tokens) != (None, None):
@@ -364,23 +407,31 @@ class _Examination:
             return f"{puts_out}, which does not agree with {said}; correct that, or choose another layer."
         if ways and (told.grid is not None or (told.units_axis is not None and len(per_image) == 3)):
             return ways[0].layout(per_image, batch, "what was said of it")
-        best, evidence = self._best([way for way in ways if units.certain and way.units_axis == units.axis], key)
-        if evidence is None or evidence.hit < 0.9 * evidence.peak:
-            best, evidence = self._best(ways, key)
-        if best is not None and evidence is not None and evidence.confirms:
+        clear = None if key is None else self._clear(ways, _Answers(self._responses, self._pictures), key)
+        if clear is not None:
+            return clear.layout(per_image, batch, "lit patches")
+        best, evidence = self._best([way for way in ways if not units.certain or way.units_axis == units.axis], key)
+        confirmed = best is ways[0] if ways and evidence is not None and evidence.confirms else False
+        if best is not None and confirmed and best.certain:
             return best.layout(per_image, batch, "lit patches")
-        if evidence is not None and evidence.contradicts:
+        strange = evidence is not None and evidence.contradicts
+        if strange:
             ordered = self._ordered(ways, key) if key is not None and len(per_image) == 2 else None
             if ordered is not None:
                 return ordered[0].layout(per_image, batch, "lit patches", ordered[1])
+        elif ways and (ways[0].certain or ways[0].grid == (1, 1)):
+            return ways[0].layout(per_image, batch, "the kind of its modules")
+        if key is not None and (passed_on := self._from_sources(key, ways)) is not None:
+            return passed_on[0].layout(per_image, batch, passed_on[1])
+        if strange:
             return (
                 f"{puts_out}, and a lit patch of the picture shows elsewhere in it: its positions come in an unknown "
                 f"order; choose another layer, or {_SAY}."
             )
-        if ways and (ways[0].certain or ways[0].grid == (1, 1)):
-            return ways[0].layout(per_image, batch, "the kind of its modules")
         if key is not None and (witness := self._witness(key, ways)) is not None:
             return witness.layout(per_image, batch, "lit patches in a layer of the same shape before it")
+        if best is not None and confirmed:
+            return best.layout(per_image, batch, "lit patches")
         if not self._positions and units.certain and units.axis is not None:
             return Candidate(units.axis, (1, 1)).layout(per_image, batch, "the kind of its modules")
         return (
@@ -402,6 +453,73 @@ class _Examination:
             if most is None or (evidence.confirms and (not most.confirms or evidence.hit > most.hit + _CLEARLY)):
                 best, most = way, evidence
         return best, most
+
+    def _clear(self, ways: Sequence[Candidate], answers: _Answers, key: Key) -> Candidate | None:
+        """The way in which a call answers clearly, and more exactly than in any other; None where there is none."""
+        responses = answers.calls.get(key, {})
+        weighed = [
+            (evidence, way)
+            for way in ways
+            if way.units_axis in responses
+            and (evidence := answers.pictures.weigh(way.cells(responses[way.units_axis]))) is not None
+        ]
+        best, way = max(weighed, key=lambda item: item[0].hit, default=(None, None))
+        if best is None or way is None or not best.clear:
+            return None
+        return way if all(way.reads_as(other) or best.beats(evidence) for evidence, other in weighed) else None
+
+    def _from_sources(self, key: Key, ways: Sequence[Candidate]) -> tuple[Candidate, str] | None:
+        """What a call says of patches that are lit in the maps of earlier ones, the nearest first; and how it is known.
+
+        Sources are calls that answer clearly to lit pictures, or to patches in other sources.
+        """
+        calls = self._structure.calls
+        names = {module: path for path, module in named_layers(self._model).items()}
+        if not self._answers:
+            every = {other for other in calls if self._structure.image_axis(other) is not None}
+            self._answers[None] = _Answers(self._respond(self._pictures.patches(), every), self._pictures)
+        before = sorted(
+            (other for other, call_ in calls.items() if call_.bare and call_.ended < calls[key].ended),
+            key=lambda other: -calls[other].ended,
+        )
+        lit = [source for source in before if source in self._answers]  # what was tried for other layers comes first
+        for number in range(len(lit) + _MOST_SOURCES):
+            if number >= len(lit):
+                ready = (other for other in before if other not in self._answers and self._clear_way(other) is not None)
+                source = next(ready, None)
+                if source is None:
+                    return None
+                self._light(source)
+                lit.append(source)
+            way = self._clear(ways, self._answers[lit[number]], key)
+            if way is not None:
+                return way, f"patches lit in {names[lit[number][0]]}"
+        return None
+
+    def _light(self, source: Key) -> None:
+        """Notes how later calls answer to patches that are lit in a call's maps."""
+        calls, way = self._structure.calls, self._clear_way(source)
+        assert way is not None
+        later = {other for other in calls if calls[other].ended > calls[source].started}
+        pictures = self._wide if min(way.grid) <= _FEW else self._pictures
+        picture = pictures.random(1).repeat(len(pictures.patches()), 0)
+        self._answers[source] = _Answers(self._respond(picture, later, (source, way, pictures)), pictures)
+
+    def _clear_way(self, key: Key) -> Candidate | None:
+        """How a call's output is read, where it is clear by itself from what was lit so far; else None."""
+        looked, way = self._looked.get(key, (0, None))
+        batch, shape = self._structure.image_axis(key), self._structure.calls[key].shape
+        if way is None and looked < len(self._answers) and batch is not None and shape.numel():
+            per_image = tuple(size for axis, size in enumerate(shape) if axis != batch)
+            units, seen = self._structure.units(key, batch, per_image), self._structure.map_sizes(key)
+            if len(per_image) in (2, 3):
+                found = candidates(per_image, units, self._pictures.view, seen, self._spec.prefix_tokens, UNSAID)
+                ways = list(found)
+                fresh = list(self._answers.values())[looked:]
+                clear = (self._clear(ways, answers, key) for answers in fresh)
+                way = next((one for one in clear if one is not None), None)
+        self._looked[key] = len(self._answers), way
+        return way
 
     def _witness(self, key: Key, ways: Sequence[Candidate]) -> Candidate | None:
         """What the nearest call before this one says that has the same shape and answers to the lit pictures."""

@@ -20,11 +20,13 @@ class Evidence:
         hit: Share of the response that lies where the pictures are lit.
         peak: Share of the response in as many of its strongest positions: what ``hit`` could be at most.
         chance: Share of positions that are lit.
+        hits: ``hit`` of each picture alone.
     """
 
     hit: float
     peak: float
     chance: float
+    hits: tuple[float, ...]
 
     @property
     def confirms(self) -> bool:
@@ -34,6 +36,15 @@ class Evidence:
         ``chance`` (docs/layouts.md has the figures).
         """
         return self.hit >= max(3 * self.chance, self.chance + 0.05, self.peak / 2)
+
+    @property
+    def clear(self) -> bool:
+        """Whether the answer is so strong that a reading beside the right one can hardly have caused it."""
+        return self.confirms and self.hit >= max(0.25, 0.7 * self.peak)
+
+    def beats(self, other: Evidence) -> bool:
+        """Whether the layer answers more exactly than read in another way, in all pictures or all but one."""
+        return sum(own > its for own, its in zip(self.hits, other.hits, strict=True)) >= len(self.hits) - 1
 
     @property
     def contradicts(self) -> bool:
@@ -47,14 +58,16 @@ class LitPictures:
     Args:
         view: (height, width), pixels.
         bands: Bands of the model's pictures.
+        size: Height and width of the patches, in sevenths of the view.
     """
 
-    def __init__(self, view: tuple[int, int], bands: int = 3) -> None:
+    def __init__(self, view: tuple[int, int], bands: int = 3, size: int = 1) -> None:
         self.view, self._bands = view, bands
         height, width = view
+        corners = [(min(y, _SIDE - size), min(x, _SIDE - size)) for y, x in _PATCHES]
         self._boxes = [
-            (y * height // _SIDE, (y + 1) * height // _SIDE, x * width // _SIDE, (x + 1) * width // _SIDE)
-            for y, x in _PATCHES
+            (y * height // _SIDE, (y + size) * height // _SIDE, x * width // _SIDE, (x + size) * width // _SIDE)
+            for y, x in corners
         ]
 
     def random(self, count: int) -> np.ndarray:
@@ -114,13 +127,14 @@ class LitPictures:
         sums = own.sum(1)
         if not bool((sums > 0).all()):
             return None
-        lit = self._lit(height, width)
+        lit = self.lit(height, width)
         counts = lit.sum(1)
         peak = torch.stack([row.topk(int(count)).values.sum() for row, count in zip(own, counts, strict=True)]) / sums
         hit = (own * lit).sum(1) / sums
-        return Evidence(float(hit.mean()), float(peak.mean()), float((counts / (height * width)).mean()))
+        chance = float((counts / (height * width)).mean())
+        return Evidence(float(hit.mean()), float(peak.mean()), chance, tuple(hit.tolist()))
 
-    def _lit(self, height: int, width: int) -> torch.Tensor:
+    def lit(self, height: int, width: int) -> torch.Tensor:
         """Which cells of a grid overlap the lit patches, bool (6, height · width)."""
         y, x = torch.arange(height), torch.arange(width)
         rows = []

@@ -69,6 +69,7 @@ class Call:
         shape: Shape of the tensor it put out.
         features: What the module says of its features.
         of_maps: Whether its kind works on maps (B, U, H, W).
+        bare: Whether it put out that tensor and nothing around it.
     """
 
     started: int
@@ -76,6 +77,7 @@ class Call:
     shape: torch.Size = field(default_factory=torch.Size)
     features: tuple[int, int | None] | None = None
     of_maps: bool = False
+    bare: bool = True
 
 
 @dataclass(frozen=True)
@@ -133,6 +135,7 @@ class Structure:
                 tensor.shape,
                 features(module, tensor.shape) if leaf else None,
                 type(module).__name__.lower().endswith(_OF_MAPS),
+                tensor is output,
             )
 
         for module in self._model.modules():

@@ -784,6 +784,7 @@ def _write_exemplars(
         "view": item.view,
         "k": str(config.k),
         "quantile": str(config.quantile),
+        **arithmetic.metadata(config.arithmetic),
         "layout": item.layouts[layer].to_json(),
         ORDER_KEY: str(item.order[layer]),
     }

@@ -108,6 +108,8 @@ ROWS: dict[str, str] = {
     "--verify": "faults/test_damaged_tables.py::test_f2_status_lists_what_is_damaged_and_goes_on",
     "--conformance": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "--families": f"{HERE}::test_conformance_of_chosen_families_is_written",
+    "--side": f"{HERE}::test_conformance_of_chosen_families_is_written",
+    "--earlier": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "--library": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "models --out": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "--repeats": "benchmarks/test_exemplar_benchmarks.py::test_benchmark_short_form_writes_its_figures",
@@ -192,15 +194,17 @@ def dissect(root: Path, few: Path, *options: str, plugin: str = TINY, model: str
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "says", "images"),
     [
-        ([], [32, 0, 16, 1]),
-        (["--precision", "bfloat16"], [16, 0, 16, 1]),
-        (["--precision", "float16", "--batch-size", "7"], [17, 0, 7, 1]),
-        (["--channels-last", "--cpus-per-actor", "2"], [32, 1, 16, 2]),
+        ([], [32, 0, 1], 16),
+        (["--precision", "bfloat16"], [16, 0, 1], 16),
+        (["--precision", "float16", "--batch-size", "7"], [17, 0, 1], 7),
+        (["--channels-last", "--cpus-per-actor", "2"], [32, 1, 2], 16),
     ],
 )
-def test_d_options_of_dissections_reach_the_workers(few, tmp_path, options, says) -> None:
+def test_d_options_of_dissections_reach_the_workers(few, tmp_path, monkeypatch, options, says, images) -> None:
+    passes = tmp_path / "passes"
+    monkeypatch.setenv("MILAN_WITNESS_PASSES", str(passes))
     storage = dissect(tmp_path, few, "--pooled", *options, plugin=WITNESS, model="witness")
     keys = {"model": "witness", "layer": "says"}
     found = storage.read(POOLED, ["max"], **keys)["max"].to_pylist()
@@ -209,6 +213,7 @@ def test_d_options_of_dissections_reach_the_workers(few, tmp_path, options, says
     assert dict(zip(first["unit"], first["activation"], strict=True)) == dict(enumerate(map(float, says)))
     how = arithmetic_of(storage, **keys)
     assert (how.precision == "float32", how.channels_last) == (says[0] == 32, says[1] == 1)
+    assert max(map(int, passes.read_text().split())) == images
 
 
 def test_options_change_the_tables_that_they_speak_of(few, tmp_path, capsys) -> None:
@@ -252,9 +257,12 @@ def test_options_say_how_layers_are_read(few, tmp_path, capsys, option, sentence
 def test_conformance_of_chosen_families_is_written(tmp_path, capsys) -> None:
     pytest.importorskip("timm")
     command = ["models", "--conformance", "--library", "torchvision", "--families", "mnasnet*"]
-    assert cli.main([*command, "--out", str(tmp_path / "page.md")]) == 0
-    page = (tmp_path / "page.md").read_text()
-    assert "mnasnet" in page and "resnet" not in page and "timm/" not in page
+    assert cli.main([*command, "--side", "64", "--json", "--out", str(tmp_path / "page.md")]) == 0
+    page, rows = (tmp_path / "page.md").read_text(), capsys.readouterr().out
+    assert "| mnasnet | `mnasnet0_5` | 64×64 |" in page and "resnet" not in page and "timm/" not in page
+    (tmp_path / "rows").write_text(rows.replace("64, 64", "63, 65"))
+    assert cli.main([*command, "--earlier", str(tmp_path / "rows"), "--out", str(tmp_path / "page.md")]) == 0
+    assert "63×65" in (tmp_path / "page.md").read_text()  # what was said earlier, and not run again
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.forward import read_inputs
+from milan_ray.models.establish import establish
 from milan_ray.models.registry import ModelSpec, get_model, register_model
 from milan_ray.models.view import Preprocess, View
 from milan_ray.pipelines.cluster import connected
@@ -274,7 +275,9 @@ def test_a7_bands_enter_the_hash_only_where_they_are_not_three():
     parts = []
     for bands in (None, 3, 4):
         spec = banded("a7/hash", bands or 3, bands)
-        recipe = exemplar_recipes(spec, spec.load(), "w", "v", "p", CONFIG)["conv"]
+        network = spec.load()
+        layouts = establish(spec, network, ["conv"])
+        recipe = exemplar_recipes(spec, network, "w", "v", "p", CONFIG, layouts)["conv"]
         parts.append(recipe)
     assert parts[0].hash == parts[1].hash != parts[2].hash
     assert "bands" in parts[2].parts and "bands" not in parts[0].parts

@@ -141,6 +141,7 @@ def test_activations_are_those_of_the_units_compared(storage: Storage) -> None:
 
     load_plugins()
     scenes = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
-    every = _activations({NETWORK: [LAYER]}, np.arange(48))(scenes)
-    np.testing.assert_array_equal(_activations({NETWORK: [LAYER]}, np.array([5, 0]))(scenes), every[:, [5, 0]])
+    every = _activations(storage, {NETWORK: [LAYER]}, np.arange(48))(scenes)
+    some = _activations(storage, {NETWORK: [LAYER]}, np.array([5, 0]))(scenes)
+    np.testing.assert_array_equal(some, every[:, [5, 0]])
     assert compare.NAME == "comparison"

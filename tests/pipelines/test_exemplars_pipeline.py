@@ -18,6 +18,7 @@ from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.pipelines import exemplars as stage
 from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.records import Cost
 from milan_ray.pipelines.requests import ModelRequest, ProbeRequest, model, probe
 from milan_ray.probe.base import ImageRef
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, RUNS, SKIPPED, VIEWS
@@ -169,7 +170,7 @@ def test_exemplars_killed_while_results_become_public_go_on_from_the_shards(undi
     item = stage._plan(storage, CNN, model(CNN), probe(source), digest, len(manifest), CONFIG)
     assert stage._run_shards(storage, [item], manifest, source, CONFIG, Resources()) == {}
     shards = stage._finish_images(storage, item, CONFIG, len(manifest))[2]
-    stage._merge_layer(stage._MergeTask(storage, item, "2", CONFIG, shards))
+    stage._merge_layer(stage._MergeTask(storage, item, "2", CONFIG, shards, Cost(images=90)))
     run(tmp_path, photos)
     said = capsys.readouterr().err
     assert "3 of 3 shards are done already" in said
@@ -212,7 +213,9 @@ def test_b6_models_of_any_numbers_run_or_fail_alone_with_one_sentence(ray_sessio
     assert list(done.models) == ["bad/int8", "tiny/cnn"]
     assert "the weights of Secret cannot be identified" in done.failed["bad/secret"]
     assert done.failed["bad/unbuilt"] == "model bad/unbuilt cannot be built: KeyError: 'no such\\nsize'"
-    assert done.failed["bad/inputs"].startswith("model bad/inputs cannot be looked at: ")
+    assert done.failed["bad/inputs"].startswith(
+        "bad/inputs does not run on a test batch of (3, 16, 16, 3) (IndexError: "
+    )
 
 
 def test_exemplars_above_the_map_budget_are_masked_in_one_pool_whatever_model_fails(

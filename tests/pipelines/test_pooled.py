@@ -18,6 +18,7 @@ from milan_ray.exemplars.pooled import matrix
 from milan_ray.models.establish import establish
 from milan_ray.pipelines import exemplars as stage
 from milan_ray.pipelines.exemplars import run_exemplars
+from milan_ray.pipelines.records import Cost
 from milan_ray.pipelines.requests import ModelRequest, ProbeRequest, model, probe
 from milan_ray.pipelines.status import status
 from milan_ray.probe.base import ImageRef
@@ -137,7 +138,9 @@ def test_pooled_after_a_kill_has_every_row_once(undisturbed, few, tmp_path, caps
     for file in ("pooled/L1/000000", "pooled/L1/000003"):
         (tmp_path / f"_work/{item.work}/{file}.arrow").unlink()
     (tmp_path / f"_work/{item.work}/images/000002.arrow").unlink()
-    stage._merge_pooled_layer(stage._PooledTask(storage, item, "0", config, tuple(f"{n:06d}" for n in range(5)), 39))
+    stage._merge_pooled_layer(
+        stage._PooledTask(storage, item, "0", config, tuple(f"{n:06d}" for n in range(5)), Cost(images=39))
+    )
     capsys.readouterr()
     run(tmp_path, few, config)
     assert "2 of 5 shards are done already" in capsys.readouterr().err
