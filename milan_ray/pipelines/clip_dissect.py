@@ -30,7 +30,14 @@ from milan_ray.models.image_text import ImageTextRequest
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.cluster import gpus_each
 from milan_ray.pipelines.describe import Layer, described, write_labels
-from milan_ray.pipelines.embeddings import embeddings_of, lists_of, rows_of, run_image_embeddings, text_embeddings
+from milan_ray.pipelines.embeddings import (
+    embeddings_of,
+    lists_of,
+    remove_text_work,
+    rows_of,
+    run_image_embeddings,
+    text_embeddings,
+)
 from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, removed_if_damaged, run_parallel
 from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.progress import Progress, say
@@ -117,7 +124,8 @@ def run_clip_dissect(
     """
     digest = run_image_embeddings(storage, probe, request, resources)
     embedded = storage.config_of(IMAGE_EMBEDDINGS, encoder=request.name, probe=digest)
-    texts = requests.image_text(request, probe.plugins).text_identity()
+    embedder = requests.image_text(request, probe.plugins)
+    texts = embedder.text_identity()
     every: list[Layer] = []
     for model, paths in models.items():
         for path in paths:
@@ -134,6 +142,7 @@ def run_clip_dissect(
     due = [layer for layer in every if not described(storage, layer, labeler, layer.recipe)]
     if not due:
         storage.remove_work(work)
+        remove_text_work(storage, labeler.concepts, embedder)
         say(f"descriptions ({labeler.name}): all up to date")
         return
     with removed_if_damaged(storage, work):

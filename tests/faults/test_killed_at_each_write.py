@@ -19,6 +19,7 @@ import pytest
 import ray.tune
 import spacy
 import torch
+from damage import damage, tables
 from PIL import Image
 
 from milan_ray.annotations.layout import write_annotations
@@ -499,3 +500,37 @@ def test_e_f6_work_is_gone_whichever_way_the_job_before_ended(undisturbed, tmp_p
         stage.run(Storage(root))
         assert not left.exists()
         assert public(root) == public(after)
+
+
+STUDIED = [
+    ("photographs", "comparison"),
+    ("photographs", "tuning"),
+    ("photographs", "training"),
+    *(pytest.param(world, name, marks=pytest.mark.slow) for world in ("experiments", "scenes") for name in LONG[world]),
+]
+
+
+@pytest.mark.parametrize("kind", ["emptied", "cut", "other_pages", "other_columns", "other_footer"])
+@pytest.mark.parametrize(("world", "name"), STUDIED)
+def test_f2_damaged_tables_of_studies_are_made_anew_or_named(undisturbed, tmp_path, world, name, kind):
+    """Of every table there is, before the stage and after it: what comes out is right, or a sentence."""
+    before, after, stage = undisturbed(world, name)
+    expected = public(after)
+    for number, where in enumerate((before, after)):
+        for noun, file in tables(Storage(where)).items():
+            path = file.relative_to(where)
+            root = tmp_path / f"{number} {noun}"
+            shutil.copytree(where, root)
+            damage(root / path, kind)
+            try:
+                stage.run(Storage(root))
+            except MilanError as error:
+                assert str(path) in str(error) and "is damaged" in str(error) and "delete it" in str(error), error
+            except AssertionError as error:  # the models that failed, and why
+                assert str(path) in str(error) and "delete it" in str(error), error
+            else:
+                # What a label cost follows the tables on its way, and leaves out, and says so, what is damaged of them.
+                others = (str(path), *(each for each in expected if "comparison%3A cost" in each))
+                found = {each: data for each, data in public(root).items() if each not in others}
+                assert found == {each: data for each, data in expected.items() if each not in others}, noun
+            shutil.rmtree(root)
