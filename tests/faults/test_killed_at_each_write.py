@@ -525,7 +525,14 @@ STUDIED = [
 ]
 
 
-@pytest.mark.parametrize("kind", ["emptied", "cut", "other_pages", "other_columns", "other_footer"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "other_pages",
+        "other_columns",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("emptied", "cut", "other_footer")),
+    ],
+)
 @pytest.mark.parametrize(("world", "name"), STUDIED)
 def test_f2_damaged_tables_of_studies_are_made_anew_or_named(undisturbed, tmp_path, world, name, kind):
     """Of every table there is, before the stage and after it: what comes out is right, or a sentence."""
