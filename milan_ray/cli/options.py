@@ -29,6 +29,14 @@ def positive(text: str) -> int:
     return number
 
 
+def count(text: str) -> int:
+    """An argument that counts something, perhaps nothing; or a seed."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return number
+
+
 def share(text: str) -> float:
     """An argument between 0 and 1."""
     number = float(text)
