@@ -305,7 +305,9 @@ def captioner(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "not-alexnet-imagenet, …; looked for in $MILAN_MODELS_DIR, else downloaded there",
     )
     group.add_argument(
-        "--encoder-weights", metavar="FILE", help="weights of the captioner's encoder, if it brings none"
+        "--encoder-weights",
+        metavar="FILE",
+        help="weights of the captioner's encoder (default: those that it brings, else the encoder's own)",
     )
 
 
