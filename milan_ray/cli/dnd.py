@@ -78,7 +78,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompt", default="a realistic photograph of {}", help="what the generator is asked for; {} is the candidate"
     )
-    group.add_argument("--seed", type=int, default=0, help="seed of the drawn images")
+    group.add_argument("--seed", type=options.count, default=0, help="seed of the drawn images")
     group = parser.add_argument_group("language model")
     group.add_argument("--llm-temperature", type=float, default=0.3, metavar="T", help="temperature of its answers")
     group.add_argument("--llm-model", metavar="NAME", help="the model's name on the server")

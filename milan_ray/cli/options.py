@@ -29,6 +29,14 @@ def positive(text: str) -> int:
     return number
 
 
+def count(text: str) -> int:
+    """An argument that counts something, perhaps nothing; or a seed."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return number
+
+
 def share(text: str) -> float:
     """An argument between 0 and 1."""
     number = float(text)
@@ -302,7 +310,9 @@ def captioner(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "not-alexnet-imagenet, …; looked for in $MILAN_MODELS_DIR, else downloaded there",
     )
     group.add_argument(
-        "--encoder-weights", metavar="FILE", help="weights of the captioner's encoder, if it brings none"
+        "--encoder-weights",
+        metavar="FILE",
+        help="weights of the captioner's encoder (default: those that it brings, else the encoder's own)",
     )
 
 

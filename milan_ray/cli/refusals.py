@@ -26,6 +26,9 @@ DISSECTION = (
 )
 """Options, by destination, that say how models are dissected."""
 
+CLUSTER = ("address", "actors", "cpus_per_actor", "gpus_per_actor", "device")
+"""Options, by destination, that say where and with how much work is done."""
+
 
 def given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
     """Those of these options that were given, as they were written, on the command line or in the file of --config.

@@ -66,7 +66,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also judge the scores themselves, where the model's classes are concepts of --clip's concept maps",
     )
-    group.add_argument("--seed", type=int, default=0, help="seed of the shuffled row and the bootstrap")
+    group.add_argument("--seed", type=options.count, default=0, help="seed of the shuffled row and the bootstrap")
     options.add_to(
         parser,
         options.models,

@@ -82,6 +82,11 @@ class Search:
         return captioner_name(self.decoder) if self.table is None else self.table
 
 
+def units_per_search(quirks: Quirks) -> int:
+    """Units per beam search: the planned batch, or where their scores depend on it, the reference's."""
+    return REFERENCE_UNITS if quirks.batch_dependent_length else UNITS
+
+
 @dataclass(frozen=True)
 class _Settled:
     """A search with nothing left open."""
@@ -98,7 +103,7 @@ class _Settled:
         """Units per beam search: the planned batch."""
         if self.mi_lam is not None:
             return max(1, WIDE_BEAMS // self.beam_size)
-        return REFERENCE_UNITS if self.quirks.batch_dependent_length else UNITS
+        return units_per_search(self.quirks)
 
 
 def _settle(search: Search, captioner: Captioner) -> _Settled:

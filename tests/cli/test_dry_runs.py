@@ -21,7 +21,7 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
-from milan_ray.pipelines.captioners import save_captioner
+from milan_ray.pipelines.captioners import load_captioner, save_captioner
 from milan_ray.schema import ANNOTATIONS, CLAIMS, DESCRIPTIONS, EXEMPLARS
 from milan_ray.storage import Storage
 
@@ -194,6 +194,23 @@ def test_baselines_from_nothing_to_done(toy: Storage, dry_run: DryRun) -> None:
     }
     assert cli.main([*command, "--storage", storage.root]) == 0
     assert dry_run(storage.root, *command) == {}
+    save_captioner(storage, "other", load_captioner(storage, "toy"), "Another.")
+    candidates = "candidates toy flags/watcher seen"
+    for option, table, reason in (
+        (["--decoder", "other"], "candidates other flags/watcher seen", "missing"),
+        (["--beam-size", "3"], candidates, "beam_size changed"),
+        (["--length", "3"], candidates, "length changed"),
+        (["--bertscore", toy.root], of_network, "labels, annotations or scores changed"),
+        (["--name", "mine"], "scores mine", ""),
+        (["--reference-quirks"], "exemplars flags/watcher seen", "view changed"),
+    ):
+        found = dry_run(storage.root, *command, *option)
+        assert any(key.startswith(table) and reason in why for key, why in found.items()), (option, found)
+    label = ["label", *command[1:7], *command[9:]]
+    for option in (["--formula-beam-size", "2"], ["--formula-length", "2"]):
+        assert list(dry_run(storage.root, *label, *option)) == ["descriptions compexp flags/watcher seen"]
+    one = dry_run(storage.root, *label, "--grid", "5", "--labeler", "netdissect")
+    assert list(one) == ["descriptions netdissect flags/watcher seen"]
     annotate(storage, "flags/watcher", "seen", 4)
     again = dry_run(storage.root, *command)
     assert set(again) == {of_network, every} and again[of_network].endswith("labels, annotations or scores changed")

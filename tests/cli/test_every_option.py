@@ -33,6 +33,16 @@ TRAIN, LABEL = "pipelines/test_training_pipeline.py", "pipelines/test_scores.py"
 DND, COLLECT = "pipelines/test_dnd_pipeline.py", "pipelines/test_collection_pipeline.py"
 ALONE = f"{HERE}::test_g5_options_that_would_do_nothing_are_refused"
 WORKERS = f"{HERE}::test_d_options_of_dissections_reach_the_workers"
+MORE = "cli/test_every_option_of_training.py"
+NAMES = f"{MORE}::test_dry_runs_of_what_is_done_name_what_an_option_changes"
+DESCRIBING = f"{MORE}::test_audits_describe_with_the_options_of_describing"
+ONE_LABELER = f"{MORE}::test_scores_and_searches_of_one_labeler_leave_the_others_alone"
+FED = f"{MORE}::test_encoder_weights_reach_the_encoder_even_of_a_captioner_that_brings_its_own"
+PASTE = f"{MORE}::test_options_of_pasting_are_those_of_its_recipe"
+BASELINES = "cli/test_dry_runs.py::test_baselines_from_nothing_to_done"
+ANALYZE = "pipelines/test_analyze.py::test_analysis_from_descriptions_to_figure"
+EDIT = "pipelines/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step"
+MERGED = "annotations/test_merge.py::test_reference_quirks_of_the_command_line_squash_and_sets_with_images_refuse_them"
 CHANGES = f"{HERE}::test_options_change_the_tables_that_they_speak_of"
 
 ROWS: dict[str, str] = {
@@ -113,6 +123,77 @@ ROWS: dict[str, str] = {
     "--library": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "models --out": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "--repeats": "benchmarks/test_exemplar_benchmarks.py::test_benchmark_short_form_writes_its_figures",
+    "--annotation-count": "pipelines/test_published_sets.py::test_annotation_count_chooses_units_and_annotations",
+    "--address": f"{MORE}::test_address_is_where_ray_is_looked_for",
+    "plan --address": f"{HERE}::test_g5_options_that_would_do_nothing_are_refused",
+    "--beam-size": NAMES,
+    "baselines --beam-size": BASELINES,
+    "audit --beam-size": DESCRIBING,
+    "--bert-model": f"{MORE}::test_language_model_of_tuning_is_part_of_what_decides",
+    "--bertscore": NAMES,
+    "annotations answers --bertscore": f"{COLLECT}::test_answers_of_mturk_become_annotations",
+    "annotations statistics --bertscore": f"{MORE}::test_agreement_takes_the_language_model_asked_for",
+    "baselines --bertscore": BASELINES,
+    "--bf16": NAMES,
+    "--clip": NAMES,
+    "dnd --clip": f"{DND}::test_command_line_plans_and_says_what_is_missing",
+    "demo --clip": "cli/test_dry_runs.py::test_demo_begins_with_its_networks",
+    "audit --clip": DESCRIBING,
+    "--clip-beam-size": NAMES,
+    "audit --clip-beam-size": DESCRIBING,
+    "--clip-lam": NAMES,
+    "audit --clip-lam": DESCRIBING,
+    "--clip-z": NAMES,
+    "audit --clip-z": DESCRIBING,
+    "--decoder": FED,
+    "--encoder-weights": FED,
+    "--epochs": NAMES,
+    "--formula-beam-size": BASELINES,
+    "--formula-length": BASELINES,
+    "--held-out": NAMES,
+    "--hidden": NAMES,
+    "--hold-out": NAMES,
+    "--labeler": NAMES,
+    "label --labeler": BASELINES,
+    "score --labeler": ONE_LABELER,
+    "search --labeler": ONE_LABELER,
+    "diff --labeler": ONE_LABELER,
+    "analyze --labeler": ANALYZE,
+    "edit --labeler": EDIT,
+    "paste --labeler": PASTE,
+    "--length": NAMES,
+    "baselines --length": BASELINES,
+    "audit --length": DESCRIBING,
+    "--lr": EDIT,
+    "--name": NAMES,
+    "train --name": f"{TRAIN}::test_train_command_plans_a_captioner_per_group_and_refuses_what_is_not_clear",
+    "baselines --name": BASELINES,
+    "--patience": NAMES,
+    "--pool": PASTE,
+    "--pooling": NAMES,
+    "dnd --pooling": f"{DND}::test_command_line_plans_and_says_what_is_missing",
+    "--reference-quirks": NAMES,
+    "exemplars --reference-quirks": DESCRIBING,
+    "annotations import --reference-quirks": MERGED,
+    "annotations merge --reference-quirks": MERGED,
+    "dnd --reference-quirks": f"{DND}::test_command_line_plans_and_says_what_is_missing",
+    "baselines --reference-quirks": BASELINES,
+    "audit --reference-quirks": DESCRIBING,
+    "--seed": NAMES,
+    "dnd --seed": f"{DND}::test_command_line_plans_and_says_what_is_missing",
+    "analyze --seed": ANALYZE,
+    "edit --seed": EDIT,
+    "paste --seed": PASTE,
+    "--share": NAMES,
+    "--within-patience": NAMES,
+    "--trials": NAMES,
+    "analyze --trials": ANALYZE,
+    "edit --trials": EDIT,
+    "--ties": ANALYZE,
+    "--workers": f"{MORE}::test_more_training_workers_than_there_is_room_for_are_refused",
+    "--threads": "benchmarks/test_exemplar_benchmarks.py::test_benchmark_short_form_writes_its_figures",
+    "--no-ray": "cli/test_doctor.py::test_doctor_says_of_everything_missing_what_works_without_it_and_how_to_get_it",
+    "--embedding": NAMES,
 }
 """Option → the test that fails where it is ignored, below ``tests``; ``VERB --option`` comes before ``--option``."""
 
@@ -125,14 +206,10 @@ CANNOT_MATTER = {
 }
 
 OWED = {
-    "--address", "--annotation-count", "--any", "--beam-size", "--bert-model", "--bertscore", "--bf16", "--by-layer",
-    "--clip", "--clip-beam-size", "--clip-lam", "--clip-z", "--crops", "--decoder", "--distractors", "--drawn",
-    "--each", "--embedding", "--encoder-weights", "--epochs", "--formula-beam-size", "--formula-length",
-    "--generator", "--grid", "--held-out", "--hidden", "--hold-out", "--images", "--keep-rejected", "--labeler",
-    "--labels", "--legend", "--length", "--llm-budget", "--llm-model", "--llm-per-minute", "--llm-prices",
-    "--llm-temperature", "--lr", "--most", "--name", "--no-ray", "--originals", "--patience", "--photos", "--pool",
-    "--pooling", "--prompt", "--reference-quirks", "--retrieved", "--sanity", "--seed", "--segmentation", "--share",
-    "--sigmoid", "--speed-up", "--threads", "--ties", "--top", "--trials", "--url", "--within-patience", "--workers",
+    "--any", "--by-layer", "--crops", "--distractors", "--drawn", "--each", "--generator", "--grid", "--images",
+    "--keep-rejected", "--labels", "--legend", "--llm-budget", "--llm-model", "--llm-per-minute", "--llm-prices",
+    "--llm-temperature", "--most", "--originals", "--photos", "--prompt", "--retrieved", "--sanity",
+    "--segmentation", "--sigmoid", "--speed-up", "--top", "--url",
 }  # fmt: skip
 """Options whose row is still to be written. Nothing may be added."""
 

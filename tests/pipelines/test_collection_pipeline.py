@@ -154,6 +154,9 @@ def test_answers_of_mturk_become_annotations(storage: Storage, folder: Path, tmp
     assert "3 units with 3 to 3 annotations" in report.err and report.err.count("worker-") == 3
     assert not any(worker in report.err for worker in ("object-first", "idler"))
     assert "jobs.train --annotations crowd" in report.err
+    absent = str(tmp_path / "absent")
+    assert cli.main(["annotations", *arguments, "--bertscore", absent, "--storage", storage.root]) == 1
+    assert absent in capsys.readouterr().err
 
 
 def test_answers_of_label_studio_become_the_same_annotations(
