@@ -43,11 +43,35 @@ def load(
     """
     wanted = None if layers is None else [str(layer) for layer in layers]
     found = []
-    for location in locate(text, download=download):
+    locations = locate(text, download=download)
+    refuse_images(locations, images, labels)
+    for location in locations:
         merge_images(location, images, labels, quirks)
         count = location.annotation_count if annotation_count is None else annotation_count or None
         found.append(PublishedSet(location.root, location.name, layers=wanted, annotation_count=count, quirks=quirks))
     return found
+
+
+def refuse_images(
+    locations: Sequence[SetLocation], images: Sequence[str | Path] = (), labels: str | Path | None = None
+) -> None:
+    """Refuses source images where every layer came with its own.
+
+    Args:
+        locations: The sets.
+        images: Folders of source images, as the user gave them.
+        labels: File of their labels, as the user gave it.
+
+    Raises:
+        MilanError: They would do nothing.
+    """
+    given = [name for name, value in (("--images", images), ("--labels", labels)) if value]
+    if given and not any(is_masks_only(folder) for one in locations for folder in layer_folders(one.root)[0]):
+        names = ", ".join(one.name for one in locations)
+        raise MilanError(
+            f"{names} came with images, so that {' and '.join(given)} would do nothing: leave "
+            f"{'them' if len(given) > 1 else 'it'} out."
+        )
 
 
 def merge_images(

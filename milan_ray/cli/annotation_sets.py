@@ -93,10 +93,12 @@ def _import_annotations(args: argparse.Namespace) -> int:
 
 def _merge(args: argparse.Namespace) -> int:
     from milan_ray.annotations.groups import locate
-    from milan_ray.annotations.load import merge_images
+    from milan_ray.annotations.load import merge_images, refuse_images
     from milan_ray.annotations.quirks import Quirks
 
-    for location in locate(args.set):
+    locations = locate(args.set)
+    refuse_images(locations, args.images, args.labels)
+    for location in locations:
         merge_images(location, args.images, args.labels, Quirks(merge_geometry=args.reference_quirks))
     return 0
 
