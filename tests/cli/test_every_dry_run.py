@@ -1,4 +1,4 @@
-"""``--dry-run`` of every verb that has it connects to nothing and writes nothing; ``--labels`` and ``--legend`` are read.
+"""``--dry-run`` of every verb connects to nothing and writes nothing, and reads ``--labels`` and ``--legend``.
 
 A new verb with a dry run fails here until it has a command line.
 """
@@ -26,7 +26,7 @@ from milan_ray.storage import Storage
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
 TINY, FLAGS, COLOURS = (f"--plugin={PLUGINS / name}.py" for name in ("tiny_models", "flags", "colours"))
-PHOTOS = ["--model", "tiny/cnn", TINY, "--probe", "{photos}"]
+PHOTOS = ["--model", "tiny/cnn", "--layers", "2", TINY, "--probe", "{photos}"]
 WATCHER = ["--model", "flags/watcher", "--layers", "seen", FLAGS, "--probe", "flags"]
 TRAINED = ["--annotations", "people", TINY]
 
@@ -45,7 +45,7 @@ COMMANDS: dict[str, list[str]] = {
     "score": [*WATCHER, "--clip", "flags/truth", "--generator", "flags/fields"],
     "generalize": [*TRAINED, "--split", "tiny/cnn:tiny/twin", "--encoder", "tiny"],
     "baselines": [*WATCHER, TINY, "--decoder", "toy", "--annotations", "people"],
-    "compare": ["--annotations", "people"],
+    "compare": ["--annotations", "people", "--labeler", "milan"],
     "analyze": [*PHOTOS, "--words", "dog"],
     "edit": [*PHOTOS, "--words", "dog", "--test", "{photos}", "--fine-tune", "{photos}", "--out", "{out}"],
     "audit": ["--pair", "tiny/cnn", "tiny/twin", "--words", "red"],
@@ -75,7 +75,9 @@ def actions(option: str) -> dict[str, argparse.ArgumentParser]:
 
 
 def put(storage: Storage, noun: Noun, *rows: dict[str, object], **keys: str) -> None:
-    table = noun.table({column.name: [{**keys, **row}.get(column.name) for row in rows] for column in noun.columns})
+    rows = tuple({**keys, **row} for row in rows)
+    meta = {"probe": "p", "view": "v", "mask_height": "24", "mask_width": "24"} if noun is EXEMPLARS else None
+    table = noun.table({column.name: [row.get(column.name) for row in rows] for column in noun.columns}, meta)
     storage.write(noun, table, f"{noun.name} {sorted(keys.values())}", **keys)
 
 
@@ -99,10 +101,14 @@ def world(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> dict[str, s
     for model, layer, units in (("tiny/cnn", "2", 8), ("tiny/twin", "0", 6), ("flags/watcher", "seen", 5)):
         said = [{"unit": unit, "annotator": who, "text": "red dogs"} for unit in range(units) for who in "AB"]
         put(storage, ANNOTATIONS, *said, source="people", model=model, layer=layer)
-    (folder / "rerank.yaml").write_text("strategies: [rerank]\nbeam_sizes: [2]\nlams: {from: 0, to: 0.2, step: 0.1}\nmetric: rouge-l-f\n")
+    sweep = "strategies: [rerank]\nbeam_sizes: [2]\nlams: {from: 0, to: 0.2, step: 0.1}\nmetric: rouge-l-f\n"
+    (folder / "rerank.yaml").write_text(sweep)
     return {
-        "photos": str(photos), "run": storage.root, "sweep": str(folder / "rerank.yaml"), "out": str(folder / "out.pth"),
-    }  # fmt: skip
+        "photos": str(photos),
+        "run": storage.root,
+        "sweep": str(folder / "rerank.yaml"),
+        "out": str(folder / "out.pth"),
+    }
 
 
 def line(world: dict[str, str], verb: str, *options: str) -> list[str]:
@@ -111,7 +117,15 @@ def line(world: dict[str, str], verb: str, *options: str) -> list[str]:
 
 _WATCHED: list[tuple[str, object]] | None = None
 _EVENTS = {"socket.connect", "socket.getaddrinfo", "socket.bind", "os.mkdir", "os.rename", "os.remove", "os.rmdir"}
-_EVENTS |= {"os.link", "os.symlink", "os.truncate", "os.utime", "shutil.copyfile", "tempfile.mkstemp", "tempfile.mkdtemp"}
+_EVENTS |= {
+    "os.link",
+    "os.symlink",
+    "os.truncate",
+    "os.utime",
+    "shutil.copyfile",
+    "tempfile.mkstemp",
+    "tempfile.mkdtemp",
+}
 
 
 def _watch(event: str, args: tuple[object, ...]) -> None:
@@ -179,7 +193,7 @@ def test_e_dry_runs_say_what_would_be_fetched(command, world, tmp_path, capsys, 
 def test_every_verb_reads_the_labels_and_the_legend_given(verb, option, world, tmp_path, capsys) -> None:
     options = [world["photos"] if part in ("{photos}", "flags", "colours") else part for part in COMMANDS[verb]]
     if verb == "audit":
-        options += [*PHOTOS, "--layers", "2", "--decoder", "toy"]
+        options = [*(part.format(**world) for part in PHOTOS), "--decoder", "toy"]
     assert cli.main(line(world, verb, *options, option, str(tmp_path / "absent.csv"))) == 1
     said = capsys.readouterr().err
     assert "absent.csv" in said or (option == "--legend" and "has no label maps" in said)

@@ -29,6 +29,7 @@ TINY = str(TESTS / "plugins/tiny_models.py")
 
 HERE = "cli/test_every_option.py"
 STUDIES = "cli/test_every_option_of_studies.py"
+SEGMENTATION = "models/test_segmentation.py"
 COMMAND = "cli/test_command_line.py"
 TRAIN, LABEL = "pipelines/test_training_pipeline.py", "pipelines/test_scores.py"
 DND, COLLECT = "pipelines/test_dnd_pipeline.py", "pipelines/test_collection_pipeline.py"
@@ -60,7 +61,7 @@ ROWS: dict[str, str] = {
     "--sanity": f"{STUDIES}::test_scores_are_as_the_options_say",
     "--grid": f"{STUDIES}::test_labels_come_from_the_grid_and_the_legend_given",
     "label --legend": f"{STUDIES}::test_labels_come_from_the_grid_and_the_legend_given",
-    "--segmentation": "models/test_segmentation.py::test_a_network_is_found_in_the_models_folder_or_missed_with_one_sentence",
+    "--segmentation": f"{SEGMENTATION}::test_a_network_is_found_in_the_models_folder_or_missed_with_one_sentence",
     "exemplars --labels": f"{STUDIES}::test_exemplars_keep_the_classes_of_the_labels_given",
     "--labels": "cli/test_every_dry_run.py::test_every_verb_reads_the_labels_and_the_legend_given",
     "baselines --legend": "cli/test_every_dry_run.py::test_every_verb_reads_the_labels_and_the_legend_given",
