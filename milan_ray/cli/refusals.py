@@ -9,6 +9,8 @@ from milan_ray.errors import MilanError
 
 DISSECTION = (
     "labels",
+    "image_column",
+    "label_column",
     "max_bad",
     "weights",
     "activations",

@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         plan = Plan()
         if judge is not None:
-            plan_scores(storage, plan, described, probe, judge, config, named)
+            plan_scores(storage, plan, described, probe, judge, config, named, classes if args.sanity else None)
         if args.generator is not None:
             plan_cosy(storage, plan, described, probe, models, painter, cosy, config)
         return show_plan(args, plan)

@@ -665,25 +665,17 @@ def run_sanity(
     Raises:
         MilanError: The judge is no truth, or pooled activations are missing.
     """
-    embedder = requests.image_text(request, probe.plugins)
-    if embedder.view is not None:
-        raise MilanError(f"{request.name} is a model, not the truth: scores are judged by concept maps alone.")
+    embedder = truth_of(request, probe)
     digest = run_image_embeddings(storage, probe, request, resources)
     ids, shown = image_embeddings(storage, request.name, digest)
     names = []
     for (model, layer), concepts in classes.items():
         what = Described(WORDLESS, model, layer)
         check_pooled(storage, what, digest)
-        pooled, images = (
-            storage.config_of(noun, **keys)
-            for noun, keys in (
-                (POOLED, {"model": model, "layer": layer}),
-                (IMAGE_EMBEDDINGS, {"encoder": request.name, "probe": digest}),
-            )
-        )
-        recipe = {"sanity": 1, "pooled": pooled, "images": images, "config": config, "concepts": concepts}
-        names.append(f"scores judged: {model} {layer}")
-        if storage.is_current(SCORES, config_hash(recipe), experiment=names[-1]):
+        made_of = storage.config_of(IMAGE_EMBEDDINGS, encoder=request.name, probe=digest)
+        recipe = sanity_recipe(storage, model, layer, concepts, made_of, config)
+        names.append(sanity_name(model, layer))
+        if storage.why(SCORES, recipe, experiment=names[-1]) is None:
             continue
         seen = Seen.read(storage, what, range(len(concepts)), config, ids)
         truth = shown[np.searchsorted(ids, seen.ids)] @ embedder.embed_texts(concepts).numpy().T
@@ -696,8 +688,42 @@ def run_sanity(
             samples=config.samples,
             seed=config.seed,
         )
-        storage.write(SCORES, table, config_hash(recipe), experiment=names[-1])
+        storage.write(SCORES, table, recipe, experiment=names[-1])
     return names
+
+
+def truth_of(request: ImageTextRequest, probe: requests.ProbeRequest) -> Embedder:
+    """The truth of concept maps, by which scores are judged.
+
+    Raises:
+        MilanError: It is a model.
+    """
+    embedder = requests.image_text(request, probe.plugins)
+    if embedder.view is not None:
+        raise MilanError(f"{request.name} is a model, not the truth: scores are judged by concept maps alone.")
+    return embedder
+
+
+def sanity_name(model: str, layer: str) -> str:
+    """The experiment that judges scores on a layer."""
+    return f"scores judged: {model} {layer}"
+
+
+def sanity_recipe(
+    storage: Storage, model: str, layer: str, concepts: Sequence[str], images: str | None, config: ScoreConfig
+) -> Recipe:
+    """What decides the judgement of scores on a layer.
+
+    Args:
+        storage: The run directory.
+        model: The model.
+        layer: Its layer.
+        concepts: What each unit stands for.
+        images: The hash of the probe's image embeddings.
+        config: How descriptions are scored.
+    """
+    pooled = storage.config_of(POOLED, model=model, layer=layer)
+    return Recipe.of({"sanity": 1, "pooled": pooled, "images": images, "config": config, "concepts": concepts})
 
 
 def summarise(storage: Storage, predictor: str, models: Sequence[str], config: ScoreConfig) -> list[str]:

@@ -101,6 +101,8 @@ def test_units_found_by_words_are_removed_step_by_step(photos, tmp_path, capsys,
         right = deployed(spec.prepare(views)).argmax(-1) == views_of(spec, photos)[1]
     assert tuned["accuracy"][3] == pytest.approx(right.double().mean().item())
     assert tuned["accuracy"][3] >= accuracies(spec, photos, [sets[2]])[0]  # the training images themselves
+    assert cli.main([*arguments, "--most", "1", "--trials", "1"]) == 0
+    assert set(storage.read(ABLATIONS, ["ablated"], **PUBLIC)["ablated"].to_pylist()) == {0, 1}
     assert cli.main([*arguments, "--words", "unicorn", "--dry-run"]) == 1
     assert cli.main([*arguments, "--words", "unicorn"]) == 1
     assert "contains unicorn" in capsys.readouterr().err
