@@ -232,8 +232,8 @@ def _check_cells(path: str, text: str, cells: int) -> None:
         for row in rows:
             if len(row) > cells and any(map(str.strip, row[cells:])):
                 raise MilanError(
-                    f"line {rows.line_num} of {path} has {len(row)} cells, more than the first line's {cells}: put what "
-                    f"has a {delimiter(text)!r} in it into double quotes."
+                    f"line {rows.line_num} of {path} has {len(row)} cells, more than the first line's {cells}: put "
+                    f"what has a {delimiter(text)!r} in it into double quotes."
                 )
     except csv.Error as error:
         raise MilanError(f"line {rows.line_num} of {path} is no CSV ({error}): mend its quotes.") from error
