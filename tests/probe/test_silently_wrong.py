@@ -168,25 +168,35 @@ def test_c5_labels_that_can_be_meant_in_two_ways_are_refused(text, match, tmp_pa
         listed(tmp_path / "p", labels=str(tmp_path / "l.csv"))
 
 
-def tiff(pixels: np.ndarray, mode: str, **tags: int) -> bytes:
+def tiff(pixels: np.ndarray, **tags: int) -> bytes:
+    """A TIFF file whose tags are changed behind Pillow's back."""
     out, info = io.BytesIO(), TiffImagePlugin.ImageFileDirectory_v2()
+    info[339] = 1
     Image.fromarray(pixels).save(out, "TIFF", tiffinfo=info)
     data = bytearray(out.getvalue())
+    numbers = {"photometric": 262, "sampleformat": 339}
+    changed = {numbers[name]: value for name, value in tags.items()}
     start = int.from_bytes(data[4:8], "little")
-    numbers = {"photometric": 262, "sampleformat": 339, "compression": 259}
     for entry in range(int.from_bytes(data[start : start + 2], "little")):
         place = start + 2 + 12 * entry
         number = int.from_bytes(data[place : place + 2], "little")
-        for name, value in tags.items():
-            if numbers[name] == number:
-                data[place + 8 : place + 10] = value.to_bytes(2, "little")
+        if number in changed:
+            data[place + 8 : place + 10] = changed.pop(number).to_bytes(2, "little")
+    assert not changed
     return bytes(data)
 
 
 def test_c1_inverted_16_bit_tiff_is_turned_round():
     pixels = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
-    plain, turned = tiff(pixels, "I;16"), tiff(65535 - pixels, "I;16", photometric=0)
+    plain, turned = tiff(pixels), tiff(65535 - pixels, photometric=0)
     assert (np.asarray(probe_image(plain).image) == np.asarray(probe_image(turned).image)).all()
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+def test_c1_signed_tiff_is_unreadable(kind):
+    probe_image(tiff(np.full((8, 8), 200, kind), sampleformat=1))
+    with pytest.raises(UnreadableImage, match="signed pixels"):
+        probe_image(tiff(np.full((8, 8), 200, kind), sampleformat=2))
 
 
 def test_c1_files_that_pillow_misreads_are_unreadable(tmp_path):
@@ -195,4 +205,3 @@ def test_c1_files_that_pillow_misreads_are_unreadable(tmp_path):
     probe_image(data)
     with pytest.raises(UnreadableImage, match="palette is missing"):
         probe_image(data[:-769])
-    assert np.asarray(probe_image(png(0)).image).shape == (8, 8, 3)
