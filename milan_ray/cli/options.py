@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 
 from milan_ray.config import FLOAT32, ExemplarConfig
@@ -19,6 +20,21 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         if action.default is None or action.default is False or action.default in ("", [], ()):  # 0 == False
             return action.help
         return super()._get_help_string(action)
+
+
+def amount(text: str) -> float:
+    """An argument that is a finite number of at least 0."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of at least 0")
+    return number
+
+
+def device(text: str) -> str:
+    """An argument that names a kind of device; whether there is one, the machine says that computes."""
+    if re.fullmatch(r"auto|cpu|mps|xpu|cuda(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu and cuda")
+    return text
 
 
 def positive(text: str) -> int:
@@ -159,8 +175,10 @@ def resources(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--address", help="Ray cluster to join (default: $RAY_ADDRESS, else a local one of our own)")
     group.add_argument("--actors", type=positive, help="most actors of a pool (default: one per GPU, else per CPU)")
     group.add_argument("--cpus-per-actor", type=positive, default=1, help="CPUs and torch threads of each actor")
-    group.add_argument("--gpus-per-actor", type=float, help="GPUs of each actor, fractions allowed (default: 1 if any)")
-    group.add_argument("--device", default="auto", help="where models run: auto, cpu or cuda")
+    group.add_argument(
+        "--gpus-per-actor", type=amount, help="GPUs of each actor, fractions allowed (default: 1 if any)"
+    )
+    group.add_argument("--device", default="auto", type=device, help="where models run: auto, cpu or cuda")
 
 
 def models(parser: argparse.ArgumentParser, required: bool = True) -> None:

@@ -28,6 +28,7 @@ from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.exemplars import masks
+from milan_ray.exemplars.fingerprints import COMPUTES, fingerprints, same
 from milan_ray.exemplars.forward import Batch, Forward, check_probe, pass_size, read_ahead
 from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
@@ -50,7 +51,7 @@ from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, POOLED, SKIPPED
-from milan_ray.storage import ORDER_KEY, Storage, WorkGone
+from milan_ray.storage import ORDER_KEY, Storage, WorkGone, parts_of
 
 IMAGES = "images"
 """Work folder of the tables that say which images a shard read; written last, so it also says that it is finished."""
@@ -97,6 +98,7 @@ class ModelWork:
         view: Key of the view that shows its exemplars.
         layouts: Layer → how its output is read; empty where workers find that out themselves.
         order: Layer → its place among the model's modules.
+        computes: Layer → what it puts out for fixed inputs (:mod:`milan_ray.exemplars.fingerprints`).
     """
 
     model: requests.ModelRequest
@@ -111,6 +113,7 @@ class ModelWork:
     view: str
     layouts: dict[str, Layout] = field(default_factory=dict)
     order: dict[str, int] = field(default_factory=dict)
+    computes: dict[str, str] = field(default_factory=dict)
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -147,6 +150,7 @@ class DescribedModel:
         recipes: Layer → what decides its exemplars.
         layouts: Layer → how its output is read.
         order: Layer → its place among the model's modules.
+        computes: Layer → what it puts out for fixed inputs (:mod:`milan_ray.exemplars.fingerprints`).
     """
 
     weights: str
@@ -154,6 +158,7 @@ class DescribedModel:
     recipes: dict[str, Recipe]
     layouts: dict[str, Layout]
     order: dict[str, int]
+    computes: dict[str, str]
 
 
 def exemplar_recipes(
@@ -316,7 +321,7 @@ def _plan(
 ) -> ModelWork | None:
     """The layers of a model that are missing or stale; None when there are none."""
     described = describe_model(spec, source, probe, config)
-    recipes = described.recipes
+    recipes = settled_recipes(storage, described, spec.name)
     missing = tuple(layer for layer, recipe in recipes.items() if why_exemplars(storage, recipe, spec.name, layer))
     pooled = {layer: pooled_recipe(recipe) for layer, recipe in recipes.items()} if config.pooled else {}
     pooled = {key: recipe for key, recipe in pooled.items() if why_pooled(storage, recipe, spec.name, key)}
@@ -351,6 +356,7 @@ def _plan(
         described.view,
         described.layouts,
         described.order,
+        described.computes,
     )
 
 
@@ -376,7 +382,35 @@ def describe_model(spec: ModelSpec, source: Probe, probe: str, config: ExemplarC
         view = view_key(spec, model, weights, config)
         layouts = established(spec, model, spec.layers, latents)
         recipes = exemplar_recipes(spec, model, weights, view, probe, config, layouts)
-    return DescribedModel(weights, view, recipes, layouts, places(unwrap(model), spec.layers))
+        computes = fingerprints(spec, model, layouts, latents)
+    return DescribedModel(weights, view, recipes, layouts, places(unwrap(model), spec.layers), computes)
+
+
+def settled_recipes(storage: Storage, described: DescribedModel, model: str) -> dict[str, Recipe]:
+    """Layer → what decides its exemplars, where a network that was written anew computes something else.
+
+    Neither weights nor modules say what a ``forward`` does between them. Tables therefore carry what their layers put
+    out for fixed inputs. Where a layer now puts out something else, that becomes one of its ingredients, so that the
+    table and all that was made of it are stale; it stays one for as long as the layer does the same.
+    """
+    recipes = {}
+    for layer, recipe in described.recipes.items():
+        recipes[layer] = recipe
+        try:
+            found = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
+        except DamagedTable:  # counts as missing, which why() says
+            continue
+        before, now = found.get(COMPUTES), described.computes.get(layer)
+        if before is None or now is None:  # made by an earlier version
+            continue
+        part = parts_of(found).get(COMPUTES)
+        if not same(before, now):
+            part = config_hash({COMPUTES: now})[:8]
+            say(f"layer {layer!r} of {model} computes something else than when its exemplars were made: made anew")
+        if part is not None:
+            parts = {**recipe.parts, COMPUTES: part}
+            recipes[layer] = Recipe(config_hash(parts), parts, config_hash(parts))
+    return recipes
 
 
 def why_exemplars(storage: Storage, recipe: Recipe, model: str, layer: str) -> str | None:
@@ -787,6 +821,7 @@ def _write_exemplars(
         **arithmetic.metadata(config.arithmetic),
         "layout": item.layouts[layer].to_json(),
         ORDER_KEY: str(item.order[layer]),
+        **({COMPUTES: item.computes[layer]} if layer in item.computes else {}),
     }
     columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
     columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}

@@ -28,7 +28,7 @@ from milan_ray.pipelines.describe import (
 from milan_ray.pipelines.dnd import DndConfig, dnd_recipe, drawings_identity, drawings_recipe
 from milan_ray.pipelines.embeddings import image_embeddings_recipe
 from milan_ray.pipelines.encodings import Request, encoder_identity, encodings_recipe
-from milan_ray.pipelines.exemplars import describe_model, pooled_recipe, why_exemplars
+from milan_ray.pipelines.exemplars import describe_model, pooled_recipe, settled_recipes, why_exemplars
 from milan_ray.pipelines.label import LabelConfig, label_recipe
 from milan_ray.pipelines.rerank import wide_search
 from milan_ray.pipelines.score import (
@@ -178,7 +178,7 @@ def plan_exemplars(
         try:
             spec = requests.model(request)
             check_probe(spec, source)
-            recipes = describe_model(spec, source, digest, config).recipes
+            recipes = settled_recipes(storage, describe_model(spec, source, digest, config), spec.name)
         except MilanError as error:
             plan.failed[request.name] = str(error)
             continue
