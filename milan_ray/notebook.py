@@ -33,6 +33,7 @@ from milan_ray.labelers.milan import MILAN
 from milan_ray.models.establish import establish
 from milan_ray.models.hooks import find_layers, named_layers, unwrap
 from milan_ray.models.image_text import ImageText
+from milan_ray.models.inputs import check_network
 from milan_ray.models.layouts import Reading
 from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
@@ -330,6 +331,7 @@ def dissect(
     refs = image_refs(probe.manifest())
     with _evaluating(network):
         find_layers(network, spec.layers)
+        check_network(spec.name, network)
         parameter = next(iter(network.parameters()), None)
         where = torch.device("cpu") if parameter is None else parameter.device
         size = pass_size(spec.batch(batch_size), where)

@@ -196,13 +196,15 @@ class _Examination:
             third = [*order[:1], size - 1] if size > 1 and len(order) > 1 else order
             again, _ = self._run(_take(inputs, third))  # one of them in its place, beside another
             unsteady = self._unsteady(watched, _take(inputs, order))
+        if isinstance(unsteady, str):  # no more passes
+            return {layer: self._missing.get(layer, unsteady) for layer in self._layers}
         batches: dict[str, int | str] = {}
         for layer in self._layers:
             if layer in self._missing:
                 batches[layer] = self._missing[layer]
                 continue
-            if isinstance(unsteady, str) or layer in unsteady:
-                batches[layer] = unsteady if isinstance(unsteady, str) else self._random(layer)
+            if layer in unsteady:
+                batches[layer] = self._random(layer)
                 continue
             axis = self._batch_axis(layer, first[layer].shape, second[layer].shape, size, len(order), parts[layer])
             if isinstance(axis, int) and size > 1 and not self._alone:

@@ -34,6 +34,7 @@ from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerStates, Plan, fold, naming, to_table
 from milan_ray.models.establish import established
 from milan_ray.models.hooks import find_layers, unwrap
+from milan_ray.models.inputs import check_network
 from milan_ray.models.layouts import Layout
 from milan_ray.models.order import places
 from milan_ray.models.registry import ModelSpec, blaming, source_of
@@ -365,6 +366,7 @@ def describe_model(spec: ModelSpec, source: Probe, probe: str, config: ExemplarC
         latents = source.latents(image_refs(source.manifest().slice(0, 3)))
     with blaming(f"model {spec.name} cannot be looked at"):
         find_layers(model, spec.layers)
+        check_network(spec.name, unwrap(model))
         weights = weights_digest(model)
         view = view_key(spec, model, weights, config)
         layouts = established(spec, model, spec.layers, latents)
