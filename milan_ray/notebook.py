@@ -28,6 +28,7 @@ from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.exemplars import masks as packed_masks
 from milan_ray.exemplars.forward import Forward, check_probe, pass_size, read_ahead, read_views
+from milan_ray.exemplars.levels import in_words
 from milan_ray.exemplars.shard import LayerState, LayerStates, Plan
 from milan_ray.labelers.milan import MILAN
 from milan_ray.models.establish import establish
@@ -350,6 +351,9 @@ def dissect(
     tell_doubts(doubts, len(doubts))
     if skipped:
         say(f"skipped {len(skipped)} of {len(refs)} images: see .skipped")
+    for layer, state in states.items():
+        if words := in_words(state.level.nonfinite):
+            say(f"layer {layer!r} of {spec.name} {words}", level="warning")
     found = {layer: _settle(state, spec.preprocess.view.shape) for layer, state in states.items()}
     return Dissection(spec.name, probe, refs, spec.preprocess, found, skipped)
 

@@ -192,7 +192,10 @@ class _Examination:
             counts = dict(self._counts)
             with self._structure.recording(smaller=True):
                 second, fewer = self._run(_take(inputs, order))
-            parts = {layer: (often[layer], fewer.get(layer, 0), counts.get(layer), self._counts.get(layer)) for layer in often}
+            parts = {
+                layer: (often[layer], fewer.get(layer, 0), counts.get(layer), self._counts.get(layer))
+                for layer in often
+            }
             third = [*order[:1], size - 1] if size > 1 and len(order) > 1 else order
             again, _ = self._run(_take(inputs, third))  # one of them in its place, beside another
             unsteady = self._unsteady(watched, _take(inputs, order))
@@ -339,7 +342,9 @@ class _Examination:
             for handle in handles:
                 handle.remove()
         return {
-            key: {axis: torch.cat([part[axis] for part in parts]) for axis in parts[0]} for key, parts in found.items()
+            key: {axis: torch.cat([part[axis] for part in parts]) for axis in parts[0]}
+            for key, parts in found.items()
+            if sum(len(part[min(part)]) for part in parts) == len(pictures)  # else it gets the batch in pieces
         }
 
     # The images
@@ -361,7 +366,7 @@ class _Examination:
         puts_out = f"{self._where(layer)} puts out {tuple(first)} for {size} images"
         if told is not None:
             axis = told + len(first) if told < 0 else told
-            fits = 0 <= axis < len(first) and first[axis] == size
+            fits = 0 <= axis < len(first) == len(second) and (first[axis], second[axis]) == (size, smaller)
             return axis if fits else f"{puts_out}: batch_axis={told} does not count them; correct that."
         if size == smaller:  # images run one at a time
             return 0 if len(first) and first[0] == 1 else f"{puts_out}, without an axis for them; choose another layer."
@@ -444,7 +449,9 @@ class _Examination:
         return {
             layer
             for layer in low.keys() | high.keys()
-            if layer not in low or layer not in high or not agree(low[layer], high[layer], low[layer], exactly(self._dtype))
+            if layer not in low
+            or layer not in high
+            or not agree(low[layer], high[layer], low[layer], exactly(self._dtype))
         }
 
     def _random(self, layer: str) -> str:

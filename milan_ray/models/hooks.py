@@ -227,6 +227,7 @@ class LayerTap:
         self._settled: dict[str, torch.Tensor] = {}  # values that are known before the pass is over
         self._awaited: dict[str, torch.Tensor | None] = {}  # outputs that no activation module has taken yet
         self._handles: list[RemovableHandle] = []
+        self._own: list[Callable[[nn.Module, object, object], None]] = []  # what hooks on a TorchScript module would do
 
     def __enter__(self) -> LayerTap:
         for layer, place in self._places.items():
@@ -244,7 +245,10 @@ class LayerTap:
                 if self._watch is not None and tensor is not None and no_activations(tensor) is None:
                     self._watch.see(layer, tensor)
 
-            self._handles.append(place.module.register_forward_hook(keep))
+            if isinstance(place.module, torch.jit.ScriptModule):  # the model itself, which takes no hooks
+                self._own.append(keep)
+            else:
+                self._handles.append(place.module.register_forward_hook(keep))
         for module in filter(is_activation, self._model.modules()):
             if self._activations == "post":
                 self._handles.append(module.register_forward_hook(self._follow))
@@ -269,6 +273,7 @@ class LayerTap:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._own.clear()
         self._forget()
 
     def __call__(self, inputs: ModelInput) -> dict[str, torch.Tensor]:
@@ -285,7 +290,9 @@ class LayerTap:
         """
         self._forget()
         self.calls.clear()
-        call(self._model, inputs)
+        result = call(self._model, inputs)
+        for keep in self._own:
+            keep(self._model, (), result)
         collected = {}
         self.missing, self.counts = {}, {}
         self.changed = {} if self._watch is None else self._watch.changed()
@@ -317,8 +324,8 @@ class LayerTap:
             )
         if (holds := no_activations(tensor)) is not None:
             return (
-                f"layer {layer!r} puts out {holds}, which are no activations: choose another layer, or register the "
-                "model with hidden=, a function that makes activations of what a layer puts out."
+                f"layer {layer!r} puts out {holds}, from which no activations can be read: choose another layer, or "
+                "register the model with hidden=, a function that makes activations of what a layer puts out."
             )
         return tensor
 

@@ -12,7 +12,9 @@ from torch import nn
 
 RESHAPED = "its output is turned in place by what follows, so that its axes are others afterwards"
 OVERWRITTEN = "its output is overwritten in place by what follows, and nothing of it is left afterwards"
-CHANGED = "is changed in place by what follows it, as an addition, and shows as it is then; activations='pre' shows its own"
+CHANGED = (
+    "is changed in place by what follows it, as an addition, and shows as it is then; activations='pre' shows its own"
+)
 
 _FUNCTIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
     F.relu,

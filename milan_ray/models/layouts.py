@@ -166,6 +166,19 @@ class Reading:
     grid: tuple[int, int] | None = None
     prefix_tokens: int | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("batch_axis", "units_axis", "prefix_tokens"):
+            value: object = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or (name == "prefix_tokens" and value < 0)):
+                kind = "a number of at least 0" if name == "prefix_tokens" else "a whole number"
+                raise MilanError(f"{name}={value!r} is said of the layers: give {kind}.")
+        grid: object = self.grid
+        good = isinstance(grid, tuple | list) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid)
+        if grid is not None and not good:
+            raise MilanError(f"grid={grid!r} is said of the layers: give (height, width), two numbers of at least 1.")
+        if isinstance(grid, list):
+            object.__setattr__(self, "grid", tuple(grid))
+
     def over(self, other: Reading) -> Reading:
         """This one, completed by another where it says nothing."""
         own = {name: value for name, value in vars(self).items() if value is not None}

@@ -117,7 +117,8 @@ class ModelSpec:
         with BUILDING, blaming(f"model {self.name} cannot be built"):
             network = self.factory(weights).eval()
             for parameter in network.parameters():  # TorchScript cannot do so by itself
-                parameter.requires_grad_(False)
+                if not nn.parameter.is_lazy(parameter):  # refused where it is looked at
+                    parameter.requires_grad_(False)
             return network
 
     def batch(self, wanted: int) -> int:

@@ -78,7 +78,11 @@ class Watched:
 
 def _sum(tensor: torch.Tensor) -> int | None:
     """A number that changes with the tensor's bytes; None where it has no plain ones."""
-    if tensor.layout != torch.strided or tensor.is_quantized or type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer):
+    if (
+        tensor.layout != torch.strided
+        or tensor.is_quantized
+        or type(tensor) not in (torch.Tensor, nn.Parameter, nn.Buffer)
+    ):
         return None
     flat = tensor.detach().contiguous().flatten().view(torch.uint8)
     whole = len(flat) // 4 * 4

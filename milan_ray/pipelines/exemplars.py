@@ -29,6 +29,7 @@ from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.forward import Batch, Forward, check_probe, pass_size, read_ahead
+from milan_ray.exemplars.levels import in_words
 from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerStates, Plan, fold, naming, to_table
@@ -276,6 +277,7 @@ def run_exemplars(
             unmasked.append(merged)
         else:
             storage.remove_work(item.work)
+    _say_nonfinite(storage, [item for item in work if item.model.name not in failed])
     for merged, reason in _recompute(storage, unmasked, probe, config, resources, manifest):
         if reason is None:
             storage.remove_work(merged.item.work)
@@ -288,6 +290,15 @@ def run_exemplars(
         raise MilanError(next(iter(failed.values())) if len(failed) == 1 else "every model failed; see above.")
     _ensure_views(storage, done, [request for request in models if request.name in done], probe, config, resources)
     return Dissection(digest, done, failed)
+
+
+def _say_nonfinite(storage: Storage, work: Sequence[ModelWork]) -> None:
+    """Says which layers' new tables left values out that are no numbers."""
+    for item in work:
+        for layer in item.layers:
+            counts = storage.read(LEVELS, ["nonfinite"], model=item.model.name, layer=layer)["nonfinite"]
+            if words := in_words(torch.from_numpy(counts.to_numpy())):
+                say(f"layer {layer!r} of {item.model.name} {words}", level="warning")
 
 
 def store_manifest(storage: Storage, request: requests.ProbeRequest) -> tuple[pa.Table, str]:
