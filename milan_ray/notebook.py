@@ -28,11 +28,13 @@ from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.exemplars import masks as packed_masks
 from milan_ray.exemplars.forward import Forward, check_probe, pass_size, read_ahead, read_views
+from milan_ray.exemplars.levels import in_words
 from milan_ray.exemplars.shard import LayerState, LayerStates, Plan
 from milan_ray.labelers.milan import MILAN
 from milan_ray.models.establish import establish
 from milan_ray.models.hooks import find_layers, named_layers, unwrap
 from milan_ray.models.image_text import ImageText
+from milan_ray.models.inputs import check_network
 from milan_ray.models.layouts import Reading
 from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
@@ -337,6 +339,7 @@ def dissect(
     refs = image_refs(probe.manifest())
     with _evaluating(network):
         find_layers(network, spec.layers)
+        check_network(spec.name, network)
         parameter = next(iter(network.parameters()), None)
         where = torch.device("cpu") if parameter is None else parameter.device
         size = pass_size(spec.batch(batch_size), where)
@@ -355,6 +358,9 @@ def dissect(
     tell_doubts(doubts, len(doubts))
     if skipped:
         say(f"skipped {len(skipped)} of {len(refs)} images: see .skipped")
+    for layer, state in states.items():
+        if words := in_words(state.level.nonfinite):
+            say(f"layer {layer!r} of {spec.name} {words}", level="warning")
     found = {layer: _settle(state, spec.preprocess.view.shape) for layer, state in states.items()}
     return Dissection(spec.name, probe, refs, spec.preprocess, found, skipped)
 

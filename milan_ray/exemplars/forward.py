@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -16,9 +17,10 @@ from torch import nn
 
 from milan_ray.config import FLOAT32, Arithmetic
 from milan_ray.errors import MilanError, UnreadableImage
+from milan_ray.models.batch_mates import differing, exchanged, summary
 from milan_ray.models.establish import established
 from milan_ray.models.hooks import LayerTap, call, unwrap
-from milan_ray.models.inputs import prepare, runs_alone
+from milan_ray.models.inputs import computes_in, prepare, runs_alone
 from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelInput, ModelSpec
 from milan_ray.models.view import View
@@ -180,12 +182,17 @@ def pass_size(batch_size: int, device: torch.device) -> int:
     return min(batch_size, CPU_PASS) if device.type == "cpu" else batch_size
 
 
+_CHECKED: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
+"""Network → the layers and batch sizes at which :class:`Forward` has seen that images do not depend on others."""
+
+
 class Forward:
     """A model with taps on its layers, run at one fixed batch size.
 
     The kernels behind a convolution or matrix product may depend on the batch size, and with them the last bits of
     the result. A short batch is therefore padded to the full size: an image's maps then do not depend on which
-    images share its batch.
+    images share its batch. The first batch is run once more, with half of its images among others, to see that this
+    is so: once per network and process.
 
     Args:
         spec: The model.
@@ -228,22 +235,64 @@ class Forward:
             Layer → (n, U, h, w), on the model's device, float32 whatever the precision.
 
         Raises:
-            MilanError: A layer's output cannot be read as maps.
+            MilanError: A layer's output cannot be read as maps, or an image's depends on other images.
         """
         if self._layouts is None:
             latents = inputs if isinstance(inputs, tuple) else None
             self._layouts = established(self._spec, self._model, self._layers, latents)
+        checked = _CHECKED.setdefault(self._model, set())
+        how = self._spec.activations, self._layers, self._batch_size, self._low
+        if self._batch_size > 1 and self._layers and how not in checked:
+            maps = self._checked(inputs, self._layouts)
+            checked.add(how)
+            return maps
         parts = [self._maps(part, self._layouts) for part in self._parts(inputs)]
         return (
             parts[0] if len(parts) == 1 else {layer: torch.cat([part[layer] for part in parts]) for layer in parts[0]}
         )
 
-    def _maps(self, inputs: Inputs, layouts: Mapping[str, Layout]) -> dict[str, torch.Tensor]:
+    def _maps(self, inputs: Inputs, layouts: Mapping[str, Layout], every: bool = False) -> dict[str, torch.Tensor]:
+        """The maps of some inputs, or of ``every`` row of the batch that they are filled up to."""
         count, prepared = self._prepare(inputs)
         with LayerTap(self._model, self._layers, self._spec.hidden, self._spec.activations) as tap, self._mixed():
             outputs = tap(prepared)
-        maps = {layer: layouts[layer].maps(output, f"layer {layer!r}")[:count] for layer, output in outputs.items()}
+        if self._batch_size > 1:
+            for layer, layout in layouts.items():
+                if layout.calls and tap.calls.get(layer, layout.calls) != layout.calls:
+                    raise MilanError(
+                        f"layer {layer!r} of {self._spec.name} runs {tap.calls[layer]} times for a batch of "
+                        f"{self._batch_size} images, and ran {layout.calls} times for others: its last call depends on "
+                        f"what lies beside an image; choose one of its calls, as {layer + '@1'!r}, or a layer around it."
+                    )
+        rows = self._batch_size if every else count
+        maps = {
+            layer: layouts[layer].maps(output, f"layer {layer!r} of {self._spec.name}", self._batch_size)[:rows]
+            for layer, output in outputs.items()
+        }
         return {layer: found.float() for layer, found in maps.items()}
+
+    def _checked(self, inputs: Inputs, layouts: Mapping[str, Layout]) -> dict[str, torch.Tensor]:
+        """The maps of a batch, whose images have the same ones among other images.
+
+        Raises:
+            MilanError: They do not.
+        """
+        exchange = exchanged(inputs, self._batch_size)
+        # First, so that the maps of one pass at a time are kept.
+        other = {layer: summary(maps) for layer, maps in self._maps(exchange.inputs, layouts).items()}
+        every = self._maps(inputs, layouts, every=True)
+        dtype = computes_in(self._model)
+        if self._low is not None and torch.finfo(self._low).eps > torch.finfo(dtype).eps:
+            dtype = self._low
+        for layer, maps in every.items():
+            if differing(summary(maps), other[layer], exchange, dtype, self._device):
+                raise MilanError(
+                    f"layer {layer!r} of {self._spec.name} puts out other values for an image beside other images, in "
+                    f"batches of {self._batch_size}, so that results would depend on the batches: register the model "
+                    "with max_batch=1 so that images run alone, give it fixed statistics, or choose an earlier layer."
+                )
+        count = len(inputs[0]) if isinstance(inputs, tuple) else len(inputs)
+        return {layer: maps[:count] for layer, maps in every.items()}
 
     def _parts(self, inputs: Inputs) -> Iterator[Inputs]:
         """The inputs as one forward pass takes them: all at once, or one by one where images must run alone."""

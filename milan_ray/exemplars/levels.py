@@ -216,3 +216,19 @@ def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
         values.numpy().partition(surplus, axis=1)
         return values[:, surplus:]
     return torch.topk(values, count, dim=1, sorted=False).values
+
+
+def in_words(nonfinite: torch.Tensor) -> str:
+    """What to say of values that are left out, as the end of a sentence; empty where there are none.
+
+    Args:
+        nonfinite: int (U,), NaN and infinite activations of each unit.
+    """
+    units = int((nonfinite > 0).sum())
+    if not units:
+        return ""
+    return (
+        f"has {int(nonfinite.sum())} activations that are NaN or infinite, in {units} of {len(nonfinite)} units: they "
+        "are left out; see that its weights are whole, and that its number type is wide enough (bfloat16 or float32 "
+        "in place of float16)"
+    )

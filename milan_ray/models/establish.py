@@ -14,6 +14,7 @@ are clear, in place of the picture: up to 49 more for each such layer.
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -25,22 +26,33 @@ import torch
 from torch import nn
 
 from milan_ray.errors import MilanError
+from milan_ray.models.batch_mates import about, agree, dimmed, exactly
 from milan_ray.models.candidates import Candidate, candidates, known_orders
-from milan_ray.models.hooks import OWN_OUTPUT, LayerTap, call, find_places, first_tensor, named_layers, unwrap
-from milan_ray.models.inputs import model_dtype, prepare, runs_alone
+from milan_ray.models.hooks import (
+    OWN_OUTPUT,
+    LayerTap,
+    call,
+    find_places,
+    first_tensor,
+    named_layers,
+    no_activations,
+    unwrap,
+)
+from milan_ray.models.in_place import CHANGED
+from milan_ray.models.inputs import check_network, computes_in, prepare, runs_alone
 from milan_ray.models.layouts import UNSAID, Layout
 from milan_ray.models.lit_cells import Evidence, LitPictures
-from milan_ray.models.registry import OUTPUTS, ModelInput, ModelSpec
+from milan_ray.models.registry import BUILDING, OUTPUTS, ModelInput, ModelSpec
+from milan_ray.models.state import Watched, drawing
 from milan_ray.models.structure import Key, Structure, Units
 
 _FIRST = 3  # images of the first batch
 _TOGETHER = 8  # pictures of a pass with lit patches
 _SOME = 64  # more than any pass here takes
-_SAME = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
-"""Relative difference (L2) up to which two passes agree, by number type: kernels depend on batch sizes."""
 _FEW = 8  # positions a side, where a patch may lie between those that a later layer takes
 _MOST_SOURCES = 6  # earlier layers in which patches are lit for the sake of one layer
 _CLEARLY = 0.02  # by which a less likely way to read positions must be better than a likelier one
+_OF_GRADIENTS = re.compile(r"requires?_? ?grad|grad_fn|[Ii]nference tensors|autograd")
 _SAY = "say how it is read by units_axis=, batch_axis=, grid= or prefix_tokens= (docs/layouts.md)"
 
 Inputs = np.ndarray | tuple[torch.Tensor, ...]
@@ -154,7 +166,7 @@ class _Examination:
         self._wide = LitPictures(spec.preprocess.view.shape, spec.bands or 3, size=2)
         self._alone = runs_alone(model)
         self._most = spec.max_batch or _SOME
-        self._tolerance = _SAME.get(model_dtype(model), _SAME[torch.bfloat16])
+        self._dtype = computes_in(model)
         tensor = next(itertools.chain(model.parameters(), model.buffers()), None)
         self._device = torch.device("cpu") if tensor is None else tensor.device
         self._responses: dict[Key, dict[int, torch.Tensor]] = {}
@@ -163,35 +175,49 @@ class _Examination:
         self._orders: list[tuple[tuple[int, int], tuple[int, ...]]] | None = None
         self._counts: dict[str, int] = {}  # layer → tensors it puts out
         self._missing: dict[str, str] = {}  # layer → why it puts out nothing
+        self._changed: dict[str, str] = {}  # layer → what became of what it put out, in the first pass
 
     @torch.inference_mode()
     def results(self) -> dict[str, Layout | str]:
         if not self._layers:
             return {}
+        check_network(self._spec.name, self._model)
         size = min(_FIRST, self._most)
         inputs = self._inputs(size)
-        order = [size - 1, 0][: max(1, size - 1)]  # fewer, in another order, beside others
-        with self._structure.recording():
-            first, often = self._run(inputs)
-        with self._structure.recording(smaller=True):
-            second, _ = self._run(_take(inputs, order))
-        again, _ = self._run(_take(inputs, order))
+        order = [1, 0][: size - 1] or [0]  # fewer, in another order, beside others
+        watched = Watched(self._model, self._device)
+        with BUILDING:  # what is built meanwhile draws random numbers
+            with self._structure.recording():
+                first, often = self._run(inputs, watch=True)
+            counts = dict(self._counts)
+            with self._structure.recording(smaller=True):
+                second, fewer = self._run(_take(inputs, order))
+            parts = {
+                layer: (often[layer], fewer.get(layer, 0), counts.get(layer), self._counts.get(layer))
+                for layer in often
+            }
+            third = [*order[:1], size - 1] if size > 1 and len(order) > 1 else order
+            again, _ = self._run(_take(inputs, third))  # one of them in its place, beside another
+            unsteady = self._unsteady(watched, _take(inputs, order))
+        if isinstance(unsteady, str):  # no more passes
+            return {layer: self._missing.get(layer, unsteady) for layer in self._layers}
         batches: dict[str, int | str] = {}
         for layer in self._layers:
             if layer in self._missing:
                 batches[layer] = self._missing[layer]
                 continue
-            axis = self._batch_axis(layer, first[layer].shape, second[layer].shape, size, len(order))
+            if layer in unsteady:
+                batches[layer] = self._random(layer)
+                continue
+            axis = self._batch_axis(layer, first[layer].shape, second[layer].shape, size, len(order), parts[layer])
             if isinstance(axis, int) and size > 1 and not self._alone:
                 one, two, three = (output[layer].movedim(axis, 0) for output in (first, second, again))
-                if not self._equal(two, three):
-                    axis = (
-                        f"{self._where(layer)} puts out something else when the same images are shown again: dropout "
-                        "or random masking is on; switch it off in the model (eval mode, mask_ratio=0), or choose an "
-                        "earlier layer."
-                    )
-                elif not self._equal(one[order], two):
+                if not agree(two[:1], three[:1], one, exactly(self._dtype)):
+                    axis = self._why_unequal(layer, two, axis, inputs, order)
+                elif not agree(one[order], two, one, about(self._dtype, self._device)):
                     axis = self._why_other_values(layer, one, axis, inputs)
+            if isinstance(axis, int):
+                axis = self._why_no_values(layer, first[layer].movedim(axis, 0)) or axis
             batches[layer] = axis
         if self._latents is None and size > 1:
             keys = {self._structure.key(self._places[layer]) for layer in self._layers}
@@ -203,7 +229,8 @@ class _Examination:
             axis = batches[layer]
             reading = axis if isinstance(axis, str) else self._read(layer, first[layer].shape, axis)
             if isinstance(reading, Layout):
-                reading = replace(reading, remark=self._remark(layer, often[layer]))
+                calls = often[layer] if self._places[layer].call is None else 0
+                reading = replace(reading, remark=self._remark(layer, often[layer]), calls=calls)
             found[layer] = reading
         return found
 
@@ -212,7 +239,7 @@ class _Examination:
     def _inputs(self, count: int) -> Inputs:
         """Random pictures, or a generator's first inputs."""
         if self._latents is None:
-            return self._pictures.random(count)
+            return dimmed(self._pictures.random(count))
         rows = [number % len(self._latents[0]) for number in range(count)]
         return tuple(tensor[rows] for tensor in self._latents)
 
@@ -220,12 +247,13 @@ class _Examination:
         tensors = inputs if isinstance(inputs, tuple) else (torch.from_numpy(inputs),)
         return prepare(self._spec, self._model, *(tensor.to(self._device) for tensor in tensors))
 
-    def _run(self, inputs: Inputs) -> tuple[dict[str, torch.Tensor], Mapping[str, int]]:
+    def _run(self, inputs: Inputs, watch: bool = False) -> tuple[dict[str, torch.Tensor], Mapping[str, int]]:
         """The layers' outputs, and how often each ran."""
         spec = self._spec
-        with LayerTap(self._model, self._layers, spec.hidden, spec.activations, lenient=True) as tap:
+        with LayerTap(self._model, self._layers, spec.hidden, spec.activations, lenient=True, watch=watch) as tap:
             with self._explaining(inputs):
                 outputs = tap(self._prepared(inputs))
+            self._changed |= tap.changed
             self._missing |= tap.missing
             self._counts |= tap.counts
             return outputs, dict(tap.calls)
@@ -240,6 +268,11 @@ class _Examination:
         except Exception as error:
             shapes = [tuple(part.shape) for part in (inputs if isinstance(inputs, tuple) else (inputs,))]
             why = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+            if _OF_GRADIENTS.search(str(error)):
+                raise MilanError(
+                    f"{self._spec.name} computes gradients in its forward pass ({why}), which networks are dissected "
+                    "without: give it without that part, or a part of it that comes before."
+                ) from error
             raise MilanError(
                 f"{self._spec.name} does not run on a test batch of {', '.join(map(str, shapes))} ({why}): see that "
                 "its view, inputs= and number type fit it, that all of it is on one device, and that it takes any "
@@ -248,10 +281,11 @@ class _Examination:
 
     def _tensor(self, output: object) -> torch.Tensor | None:
         """The tensor in what any module puts out: a user's hidden= is written for the layers asked for alone."""
+        tensor = first_tensor(output)
         if self._spec.hidden is not None:
             with suppress(Exception):
-                return self._spec.hidden(output)
-        return first_tensor(output)
+                tensor = self._spec.hidden(output)
+        return tensor if tensor is not None and no_activations(tensor) is None else None
 
     def _respond(
         self, pictures: np.ndarray, wanted: set[Key], source: tuple[Key, Candidate, LitPictures] | None = None
@@ -308,7 +342,9 @@ class _Examination:
             for handle in handles:
                 handle.remove()
         return {
-            key: {axis: torch.cat([part[axis] for part in parts]) for axis in parts[0]} for key, parts in found.items()
+            key: {axis: torch.cat([part[axis] for part in parts]) for axis in parts[0]}
+            for key, parts in found.items()
+            if sum(len(part[min(part)]) for part in parts) == len(pictures)  # else it gets the batch in pieces
         }
 
     # The images
@@ -316,16 +352,26 @@ class _Examination:
     def _where(self, layer: str) -> str:
         return f"layer {layer!r} of {self._spec.name}"
 
-    def _batch_axis(self, layer: str, first: torch.Size, second: torch.Size, size: int, smaller: int) -> int | str:
+    def _batch_axis(
+        self,
+        layer: str,
+        first: torch.Size,
+        second: torch.Size,
+        size: int,
+        smaller: int,
+        often: tuple[int, int, int | None, int | None],
+    ) -> int | str:
         """The axis that follows the images; a sentence where there is none."""
         told = self._spec.reading.batch_axis
         puts_out = f"{self._where(layer)} puts out {tuple(first)} for {size} images"
         if told is not None:
             axis = told + len(first) if told < 0 else told
-            fits = 0 <= axis < len(first) and first[axis] == size
+            fits = 0 <= axis < len(first) == len(second) and (first[axis], second[axis]) == (size, smaller)
             return axis if fits else f"{puts_out}: batch_axis={told} does not count them; correct that."
         if size == smaller:  # images run one at a time
             return 0 if len(first) and first[0] == 1 else f"{puts_out}, without an axis for them; choose another layer."
+        if (in_parts := self._why_in_parts(layer, often, smaller)) is not None:
+            return in_parts
         if len(first) != len(second):
             return f"{puts_out} and {tuple(second)} for {smaller}; choose another layer."
         changed = [axis for axis in range(len(first)) if first[axis] != second[axis]]
@@ -343,15 +389,89 @@ class _Examination:
             )
         return f"{puts_out} and {tuple(second)} for {smaller}: no axis counts them; choose another layer."
 
-    def _equal(self, one: torch.Tensor, other: torch.Tensor) -> bool:
-        one, other = one.double().nan_to_num(), other.double().nan_to_num()
-        return float((one - other).norm()) <= self._tolerance * float(one.norm()) + 1e-12
+    def _why_in_parts(self, layer: str, often: tuple[int, int, int | None, int | None], smaller: int) -> str | None:
+        """Why a layer gets or puts out a part of the images, where it runs or puts out tensors as often as there are."""
+        size, (runs, fewer, tensors, less) = smaller + 1, often
+        if runs != fewer:
+            return (
+                f"{self._where(layer)} runs {runs} times for {size} images and {fewer} times for {smaller}: it gets a "
+                "part of them at a time (a loop over images, a batch in pieces), or runs as often as they need; choose "
+                "a layer around it."
+            )
+        if tensors != less:
+            return (
+                f"{self._where(layer)} puts out {tensors} tensors for {size} images and {less} for {smaller}, each for "
+                "a part of them: choose a layer around it, or register the model with hidden=, a function that puts "
+                "them together."
+            )
+        return None
+
+    def _why_no_values(self, layer: str, values: torch.Tensor) -> str | None:
+        """Why values, images first, say nothing of images; None where they do."""
+        change = self._changed.get(layer)
+        if change not in (None, CHANGED):
+            return (
+                f"{self._where(layer)} cannot be read: {change}; read it before that by activations='pre', or choose "
+                "another layer."
+            )
+        if len(values) < 2 or not bool(values.isfinite().any()) or not bool(values.any()):
+            return None  # what is dead is counted and said in the end
+        values = values.double()
+        near = 4 * torch.finfo(self._dtype).eps if self._dtype in (torch.float32, torch.float64) else 0.0
+        if bool(((values - values[:1]).abs().nan_to_num() <= near * values.abs().nan_to_num()).all()):
+            return (
+                f"{self._where(layer)} puts out the same for all images (positions, queries or other weights): choose "
+                "another layer."
+            )
+        return None
+
+    def _unsteady(self, watched: Watched, inputs: Inputs) -> set[str] | str:
+        """The layers that random numbers decide; a sentence where passes change the network, or may be random."""
+        if changed := watched.changed():
+            watched.put_back()
+            return (
+                f"{self._spec.name} changes {changed[0]!r} in its forward pass, so that results would depend on the "
+                "images before: freeze it (eval mode, or as the network's own documents say)."
+            )
+        watched.put_back()
+        if (which := watched.drew_elsewhere) is not None:
+            return (
+                f"{self._spec.name} draws from {which} random numbers in its forward pass, so that results may be "
+                "others each time: switch that off in the model (eval mode)."
+            )
+        if not watched.drew:
+            return set()
+        found = []
+        for highest in (False, True):
+            with drawing(highest):
+                found.append(self._run(inputs)[0])
+        low, high = found
+        return {
+            layer
+            for layer in low.keys() | high.keys()
+            if layer not in low
+            or layer not in high
+            or not agree(low[layer], high[layer], low[layer], exactly(self._dtype))
+        }
+
+    def _random(self, layer: str) -> str:
+        return (
+            f"{self._where(layer)} puts out something else when the same images are shown again: dropout, random depth "
+            "or random masking is on; switch it off in the model (eval mode, mask_ratio=0), or choose an earlier layer."
+        )
+
+    def _why_unequal(self, layer: str, two: torch.Tensor, axis: int, inputs: Inputs, order: list[int]) -> str:
+        """Why an image has other values in its place beside another one."""
+        repeated, _ = self._run(_take(inputs, order))
+        if not agree(two, repeated[layer].movedim(axis, 0), two, exactly(self._dtype)):
+            return self._random(layer)
+        return self._why_other_values(layer, two, axis, _take(inputs, order))
 
     def _why_other_values(self, layer: str, one: torch.Tensor, axis: int, inputs: Inputs) -> str:
         """Why an image has other values in another batch."""
         turned = [*range(1, len(one)), 0]
         moved, _ = self._run(_take(inputs, turned))
-        if not self._equal(one[turned], moved[layer].movedim(axis, 0)):
+        if not agree(one[turned], moved[layer].movedim(axis, 0), one, about(self._dtype, self._device)):
             return (
                 f"{self._where(layer)} has as many rows on axis {axis} as there are images, but they do not follow the "
                 "images' order: it mixes them; choose another layer."
@@ -377,6 +497,8 @@ class _Examination:
             remarks.append(f"is the module of that name; the model's own output is {OWN_OUTPUT!r}")
         if (count := self._counts.get(layer, 1)) > 1:
             remarks.append(f"puts out {count} tensors, and this is the first; hidden= takes another")
+        if self._changed.get(layer) == CHANGED:
+            remarks.append(CHANGED)
         return "; ".join(remarks)
 
     # Units and positions

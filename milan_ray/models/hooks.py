@@ -16,6 +16,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from milan_ray.errors import MilanError, unknown_name
+from milan_ray.models.in_place import Watch
 from milan_ray.models.registry import OUTPUTS, Activations, ModelInput
 
 OWN_OUTPUT = "@outputs"
@@ -144,6 +145,19 @@ def call(model: nn.Module, inputs: ModelInput) -> Any:
         return model(*inputs)
 
 
+def no_activations(tensor: torch.Tensor) -> str | None:
+    """What a tensor holds that can not be taken for activations, in words; None where it holds activations."""
+    if torch._C._functorch.is_batchedtensor(tensor):
+        return "one image's values at a time (torch.vmap)"
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "a nested tensor" if tensor.is_nested else "a sparse tensor"
+    if tensor.is_complex():
+        return "complex numbers"
+    if not (tensor.is_floating_point() or tensor.is_quantized):
+        return "truth values" if tensor.dtype == torch.bool else "whole numbers (indices, labels or counts)"
+    return None
+
+
 def is_activation(module: nn.Module) -> bool:
     """Whether a module is an activation function: torch's own, or one of a library that keeps them in such a module."""
     home = type(module).__module__.rsplit(".", 1)[-1]
@@ -170,6 +184,7 @@ class LayerTap:
         calls: Layer → how often its module ran in the last forward pass.
         counts: Layer → how many tensors it put out, of which the first counts.
         missing: Layer → why it has no values in the last forward pass.
+        changed: Where watched: layer → what became of its output after it was put out, see :class:`Watch`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
@@ -185,6 +200,7 @@ class LayerTap:
         hidden: Callable[[Any], torch.Tensor | None] | None = None,
         activations: Activations = "seen",
         lenient: bool = False,
+        watch: bool = False,
     ) -> None:
         """Finds the layers; hooks are set on entering the context.
 
@@ -194,6 +210,7 @@ class LayerTap:
             hidden: Takes the tensor out of what a layer puts out; None takes the first in it.
             activations: ``seen``, ``pre`` or ``post`` the activation function, see above.
             lenient: Whether a layer that does not run or puts out no tensor is left out, and said in ``missing``.
+            watch: Whether to see if outputs are changed after they were put out; that takes a copy of each.
 
         Raises:
             MilanError: A layer does not exist.
@@ -201,6 +218,8 @@ class LayerTap:
         self._lenient = lenient
         self.missing: dict[str, str] = {}
         self.counts: dict[str, int] = {}
+        self.changed: dict[str, str] = {}
+        self._watch = Watch() if watch else None
         self._model, self._hidden, self._activations = unwrap(model), hidden or first_tensor, activations
         self._places = find_places(model, layers)
         self.calls: Counter[str] = Counter()
@@ -208,6 +227,7 @@ class LayerTap:
         self._settled: dict[str, torch.Tensor] = {}  # values that are known before the pass is over
         self._awaited: dict[str, torch.Tensor | None] = {}  # outputs that no activation module has taken yet
         self._handles: list[RemovableHandle] = []
+        self._own: list[Callable[[nn.Module, object, object], None]] = []  # what hooks on a TorchScript module would do
 
     def __enter__(self) -> LayerTap:
         for layer, place in self._places.items():
@@ -220,13 +240,20 @@ class LayerTap:
                 self._settled.pop(layer, None)  # of a call before
                 tensor = self._hidden(output)
                 if self._activations == "pre" and tensor is not None:
-                    self._settled[layer] = tensor.clone()
+                    self._settled[layer] = tensor = tensor.clone()
                 self._awaited[layer] = tensor
+                if self._watch is not None and tensor is not None and no_activations(tensor) is None:
+                    self._watch.see(layer, tensor)
 
-            self._handles.append(place.module.register_forward_hook(keep))
-        if self._activations == "post":
-            for module in filter(is_activation, self._model.modules()):
+            if isinstance(place.module, torch.jit.ScriptModule):  # the model itself, which takes no hooks
+                self._own.append(keep)
+            else:
+                self._handles.append(place.module.register_forward_hook(keep))
+        for module in filter(is_activation, self._model.modules()):
+            if self._activations == "post":
                 self._handles.append(module.register_forward_hook(self._follow))
+            if self._watch is not None:
+                self._handles.append(module.register_forward_hook(self._watch.activated))
         return self
 
     def _follow(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
@@ -237,6 +264,8 @@ class LayerTap:
                 assert result is not None
                 self._settled[layer] = result
                 del self._awaited[layer]
+                if self._watch is not None and no_activations(result) is None:
+                    self._watch.see(layer, result)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -244,6 +273,7 @@ class LayerTap:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._own.clear()
         self._forget()
 
     def __call__(self, inputs: ModelInput) -> dict[str, torch.Tensor]:
@@ -260,14 +290,18 @@ class LayerTap:
         """
         self._forget()
         self.calls.clear()
-        call(self._model, inputs)
+        result = call(self._model, inputs)
+        for keep in self._own:
+            keep(self._model, (), result)
         collected = {}
         self.missing, self.counts = {}, {}
+        self.changed = {} if self._watch is None else self._watch.changed()
         for layer in self._places:
             tensor = self._collect(layer)
             if isinstance(tensor, str):
                 self.missing[layer] = tensor
             else:
+                tensor = tensor.detach() if tensor.requires_grad else tensor  # of a parameter, as it is
                 collected[layer] = tensor.dequantize() if tensor.is_quantized else tensor
                 self.counts[layer] = len(tensors(self._outputs[layer])) if self._hidden is first_tensor else 1
         self._forget()
@@ -280,7 +314,7 @@ class LayerTap:
         if layer not in self._outputs:
             often = self.calls[layer]
             why = f"runs {often} times" if often else "does not run"
-            return f"layer {layer!r} {why} in the model's forward pass: choose another layer."
+            return f"layer {layer!r} {why} in the model's forward pass{self._itself(layer)}: choose another layer."
         tensor = self._settled[layer] if layer in self._settled else self._hidden(self._outputs[layer])
         if tensor is None:
             came = type(self._outputs[layer]).__name__
@@ -288,8 +322,24 @@ class LayerTap:
                 f"layer {layer!r} puts out a {came} without a tensor in it: choose another layer, or register the "
                 "model with hidden=, a function that takes the tensor out."
             )
+        if (holds := no_activations(tensor)) is not None:
+            return (
+                f"layer {layer!r} puts out {holds}, from which no activations can be read: choose another layer, or "
+                "register the model with hidden=, a function that makes activations of what a layer puts out."
+            )
         return tensor
+
+    def _itself(self, layer: str) -> str:
+        """Where a layer that does not run has weights: which module may use them without running it."""
+        modules, parent = named_layers(self._model), layer.partition("@")[0].rpartition(".")[0]
+        weights = next(self._places[layer].module.parameters(), None)
+        if self.calls[layer] or parent not in modules or weights is None:
+            return ""
+        sure = isinstance(modules[parent], nn.MultiheadAttention)
+        return f" ({parent!r} around it {'computes it itself' if sure else 'may compute it itself: try that one'})"
 
     def _forget(self) -> None:
         for kept in (self._outputs, self._settled, self._awaited):
             kept.clear()
+        if self._watch is not None:
+            self._watch.forget()

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from milan_ray.errors import MilanError
 from milan_ray.models.registry import ModelInput, ModelSpec
 
 
@@ -23,6 +24,33 @@ def model_dtype(model: nn.Module) -> torch.dtype:
         if tensor.is_floating_point():
             return tensor.dtype
     return torch.float32
+
+
+def computes_in(model: nn.Module) -> torch.dtype:
+    """The coarsest floating-point type among a model's weights: how exactly its values can be told."""
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    types = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
+    quantized = any(".quantized." in f"{type(module).__module__}." for module in model.modules())
+    return torch.bfloat16 if quantized else max(types, key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+
+
+def check_network(name: str, model: nn.Module) -> None:
+    """Sees that a network has weights.
+
+    Raises:
+        MilanError: Some are on the meta device, or of lazy modules that have not run yet.
+    """
+    for path, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise MilanError(
+                f"{name} has lazy modules whose weights are not there yet (first: {path!r}): run it once on a batch of "
+                "its inputs where it is made, and load its weights after that."
+            )
+        if tensor.is_meta:
+            raise MilanError(
+                f"{name} has weights without numbers, on the meta device (first: {path!r}): load them "
+                "(to_empty(device=…), then load_state_dict), or build it without torch.device('meta')."
+            )
 
 
 def fitted(inputs: ModelInput, dtype: torch.dtype) -> ModelInput:

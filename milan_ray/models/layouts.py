@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ class Layout:
         order: Place of each token's position in the grid, row by row, where tokens come in another order; else None.
         known: How this is known.
         remark: What people should know besides, as that the module runs several times; empty for nothing.
+        calls: How often the module runs in a forward pass, where its last call counts; 0 where that does not matter.
     """
 
     shape: tuple[int, ...]
@@ -44,29 +45,37 @@ class Layout:
     order: tuple[int, ...] | None = None
     known: str = ""
     remark: str = ""
+    calls: int = field(default=0, compare=False)
 
     @property
     def units(self) -> int:
         """Number of units."""
         return self.shape[self.units_axis - (self.units_axis > self.batch_axis)]
 
-    def maps(self, output: torch.Tensor, layer: str = "the layer") -> torch.Tensor:
+    def maps(self, output: torch.Tensor, layer: str = "the layer", images: int | None = None) -> torch.Tensor:
         """Arranges the layer's output as one map per unit.
 
         Args:
             output: What the layer puts out for B images.
             layer: The layer's name, for messages.
+            images: How many images were shown; None where that is not known.
 
         Returns:
             (B, U, h, w), a view of the output wherever that can be.
 
         Raises:
-            MilanError: The output has another shape than when the layout was established.
+            MilanError: The output has another shape than when the layout was established, or not a row per image.
         """
         if output.ndim != len(self.shape) + 1 or self._per_image(output) != self.shape:
             raise MilanError(
                 f"{layer} puts out a tensor of shape {tuple(output.shape)}, where it had {self.shape} per image and "
                 f"the images on axis {self.batch_axis} before: dissect a layer whose shape is fixed."
+            )
+        if images is not None and output.shape[self.batch_axis] != images:
+            raise MilanError(
+                f"{layer} puts out {output.shape[self.batch_axis]} rows for {images} images: it gets a part of them "
+                "(the batch in pieces, or the images that a router, an early exit or a detector picks), so that rows "
+                "cannot be told apart; choose a layer around it."
             )
         first = output if self.batch_axis == 0 else output.movedim(self.batch_axis, 0)
         axis = self.units_axis + (self.units_axis < self.batch_axis)
@@ -88,7 +97,7 @@ class Layout:
 
     def identity(self) -> dict[str, object]:
         """The part that decides results, for configuration hashes."""
-        return {key: value for key, value in asdict(self).items() if key not in ("known", "remark", "shape")}
+        return {key: value for key, value in asdict(self).items() if key not in ("known", "remark", "shape", "calls")}
 
     def is_conventional(self, prefix_tokens: int | None, channels_last: bool) -> bool:
         """Whether it is what was taken for granted before layouts were established.
@@ -112,7 +121,7 @@ class Layout:
 
     def to_json(self) -> str:
         """The layout as text, for a table's metadata."""
-        return json.dumps(asdict(self))
+        return json.dumps({key: value for key, value in asdict(self).items() if key != "calls"})
 
     @classmethod
     def from_json(cls, text: str) -> Layout:
@@ -156,6 +165,19 @@ class Reading:
     units_axis: int | None = None
     grid: tuple[int, int] | None = None
     prefix_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("batch_axis", "units_axis", "prefix_tokens"):
+            value: object = getattr(self, name)
+            if value is not None and (not isinstance(value, int) or (name == "prefix_tokens" and value < 0)):
+                kind = "a number of at least 0" if name == "prefix_tokens" else "a whole number"
+                raise MilanError(f"{name}={value!r} is said of the layers: give {kind}.")
+        grid: object = self.grid
+        good = isinstance(grid, tuple | list) and len(grid) == 2 and all(isinstance(n, int) and n > 0 for n in grid)
+        if grid is not None and not good:
+            raise MilanError(f"grid={grid!r} is said of the layers: give (height, width), two numbers of at least 1.")
+        if isinstance(grid, list):
+            object.__setattr__(self, "grid", tuple(grid))
 
     def over(self, other: Reading) -> Reading:
         """This one, completed by another where it says nothing."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -26,6 +27,7 @@ MEAN = 0.5
 pixel, is further."""
 
 _SIZES = ((150, 203), (301, 240), (60, 47))  # landscape, portrait, and smaller than what most models take
+_FAR = ((360, 640), (240, 36), (30, 200), (40, 900), (1300, 900))  # elongated and large: some processors limit sides
 _NUMBERS = (("image_mean", 0), ("image_std", 1))
 _COLOURS = ((0, 0, 0), (255, 255, 255), (100, 100, 100), (255, 0, 0), (0, 0, 255))
 
@@ -41,7 +43,7 @@ def picture(height: int, width: int) -> Image.Image:
 
 def pictures(view: View) -> list[Image.Image]:
     """The test pictures for a view: one of them leaves a crop that cannot be centred, and where rounding matters."""
-    sizes = list(_SIZES)
+    sizes = [*_SIZES, *_FAR]
     if isinstance(view.resize, int) and view.crop is not None:
         side, (_, width) = view.resize, view.shape
         sizes += [(150, w) for w in range(150, 400) if (int(side * w / 150) - width) % 4 == 3][:1]
@@ -167,6 +169,15 @@ def _scale(process: Process, flat: np.ndarray) -> float:
 
 def _views(settings: Mapping[str, Any], height: int, width: int, scale: float) -> Iterator[View]:
     """The views that may be meant, those that settings name first; all give pictures of one size."""
+    likely = list(dict.fromkeys(_likely(settings, height, width, scale)))
+    yield from likely
+    for view in likely:  # some crop as torchvision does, whatever their settings say
+        if view.floor and view.crop is not None:
+            yield replace(view, floor=False)
+
+
+def _likely(settings: Mapping[str, Any], height: int, width: int, scale: float) -> Iterator[View]:
+    """The views that settings name, then those that were measured, as transformers crops."""
     size, crop = settings.get("size"), (height, width)
     side = height if height == width else crop
     resample = settings.get("resample")

@@ -116,7 +116,11 @@ class ModelSpec:
         if weights is None and self.published:
             weights = next(iter(self.published.values())).find()
         with BUILDING, blaming(f"model {self.name} cannot be built"):
-            return self.factory(weights).eval().requires_grad_(False)
+            network = self.factory(weights).eval()
+            for parameter in network.parameters():  # TorchScript cannot do so by itself
+                if not nn.parameter.is_lazy(parameter):  # refused where it is looked at
+                    parameter.requires_grad_(False)
+            return network
 
     def batch(self, wanted: int) -> int:
         """Images per forward pass, as far as the model allows."""

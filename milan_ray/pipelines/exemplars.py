@@ -30,11 +30,13 @@ from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.fingerprints import COMPUTES, fingerprints, same
 from milan_ray.exemplars.forward import Batch, Forward, check_probe, pass_size, read_ahead
+from milan_ray.exemplars.levels import in_words
 from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerStates, Plan, fold, naming, to_table
 from milan_ray.models.establish import established
 from milan_ray.models.hooks import find_layers, unwrap
+from milan_ray.models.inputs import check_network
 from milan_ray.models.layouts import Layout
 from milan_ray.models.order import places
 from milan_ray.models.registry import ModelSpec, blaming, source_of
@@ -280,6 +282,7 @@ def run_exemplars(
             unmasked.append(merged)
         else:
             storage.remove_work(item.work)
+    _say_nonfinite(storage, [item for item in work if item.model.name not in failed])
     for merged, reason in _recompute(storage, unmasked, probe, config, resources, manifest):
         if reason is None:
             storage.remove_work(merged.item.work)
@@ -299,6 +302,15 @@ def run_exemplars(
         raise MilanError(next(iter(failed.values())) if len(failed) == 1 else "every model failed; see above.")
     _ensure_views(storage, needed, probe, config, resources)
     return Dissection(digest, done, failed)
+
+
+def _say_nonfinite(storage: Storage, work: Sequence[ModelWork]) -> None:
+    """Says which layers' new tables left values out that are no numbers."""
+    for item in work:
+        for layer in item.layers:
+            counts = storage.read(LEVELS, ["nonfinite"], model=item.model.name, layer=layer)["nonfinite"]
+            if words := in_words(torch.from_numpy(counts.to_numpy())):
+                say(f"layer {layer!r} of {item.model.name} {words}", level="warning")
 
 
 def store_manifest(storage: Storage, request: requests.ProbeRequest) -> tuple[pa.Table, str]:
@@ -378,6 +390,7 @@ def describe_model(spec: ModelSpec, source: Probe, probe: str, config: ExemplarC
         latents = source.latents(image_refs(source.manifest().slice(0, 3)))
     with blaming(f"model {spec.name} cannot be looked at"):
         find_layers(model, spec.layers)
+        check_network(spec.name, unwrap(model))
         weights = weights_digest(model)
         view = view_key(spec, model, weights, config)
         layouts = established(spec, model, spec.layers, latents)

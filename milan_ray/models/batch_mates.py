@@ -1,0 +1,182 @@
+"""Whether an image's values are its own: the same beside other images and in another place of the batch.
+
+Two comparisons. An image that keeps its place in a batch of the same size goes through the same kernels, so its values
+must be the same to the bit whatever lies beside it; *exactly* leaves room for networks that route images or tokens to
+experts, whose kernels then see other sizes. An image in another place, or in a batch of another size, may meet other
+kernels that sum in another order; *about* leaves room for that.
+
+Both are asked of every unit on its own, relative to what tells images apart in it: a loud unit hides no other one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+Inputs = np.ndarray | tuple[torch.Tensor, ...]
+"""Views uint8 (n, H, W, bands), or a generator's latents, each (n, …)."""
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far values may be apart that should be the same.
+
+    Attributes:
+        spread: In shares of what tells images apart.
+        steps: In steps of the number type, of the size of the values.
+        step: The number type's step: the difference between 1 and the next number.
+    """
+
+    spread: float
+    steps: float
+    step: float
+
+
+_EXACTLY = {torch.float64: (1e-6, 8), torch.float32: (1e-4, 8)}
+_ABOUT = {torch.float64: (1e-4, 64), torch.float32: (1e-3, 64)}
+_HALF_EXACTLY, _HALF_ABOUT = (0.02, 4), (0.2, 16)
+_TF32 = 0.02  # convolutions of NVIDIA cards may or may not round to 10 bits, by the size of the batch
+
+
+def exactly(dtype: torch.dtype) -> Tolerance:
+    """The tolerance for images that keep their place, by the type that the network computes in."""
+    return Tolerance(*_EXACTLY.get(dtype, _HALF_EXACTLY), torch.finfo(dtype).eps)
+
+
+def about(dtype: torch.dtype, device: torch.device) -> Tolerance:
+    """The tolerance for images in other places, or in batches of other sizes."""
+    spread, steps = _ABOUT.get(dtype, _HALF_ABOUT)
+    if device.type == "cuda" and dtype == torch.float32:
+        spread = _TF32
+    return Tolerance(spread, steps, torch.finfo(dtype).eps)
+
+
+def agree(one: torch.Tensor, other: torch.Tensor, known: torch.Tensor, tolerance: Tolerance) -> bool:
+    """Whether the same images have the same values twice.
+
+    Args:
+        one: The values, (n, …), images first.
+        other: The values again, in the same order.
+        known: Values of several images, (m, …): what tells them apart is measured here.
+        tolerance: How far they may be apart, along each axis but the first (one of them counts the units).
+    """
+    if one.shape != other.shape:
+        return False
+    one, other, known = (_finite(values) for values in (one, other, known))
+    apart = (one - other).square()
+    spread, size = (known - known.mean(0, keepdim=True)).square(), known.square()
+    for axis in range(1, one.ndim) if one.ndim > 1 else [0]:
+        rest = [number for number in range(one.ndim) if number != axis] if one.ndim > 1 else [0]
+        far, between, large = (values.mean(rest).sqrt() for values in (apart, spread, size))
+        usual = large[large > 0].median() if bool((large > 0).any()) else large.new_zeros(())
+        allowed = tolerance.spread * between + tolerance.steps * tolerance.step * (large + usual)
+        if bool((far > allowed).any()):
+            return False
+    return True
+
+
+def _finite(values: torch.Tensor) -> torch.Tensor:
+    return values.double().nan_to_num(nan=0.0, posinf=1e30, neginf=-1e30)
+
+
+def dimmed(pictures: np.ndarray) -> np.ndarray:
+    """Test pictures of which all but the last have little contrast: what depends on the batch's extremes then shows.
+
+    Args:
+        pictures: uint8 (n, H, W, bands).
+    """
+    dim = pictures[:-1] // 4 + np.array(96, pictures.dtype)
+    return np.concatenate([dim, pictures[-1:]])
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """A batch beside which some images lie again, in the same and in other places, among others.
+
+    Attributes:
+        inputs: The batch.
+        kept: Rows that are the same images in both.
+        moved: Rows of the first batch that lie elsewhere in the second.
+        to: Where they lie in it.
+    """
+
+    inputs: Inputs
+    kept: tuple[int, ...]
+    moved: tuple[int, ...]
+    to: tuple[int, ...]
+
+
+def exchanged(inputs: Inputs, size: int) -> Exchange:
+    """Another batch with half of the images of one.
+
+    A quarter stays in place, a quarter moves; the rest, the first row among them, is black or noise, as is what fills
+    the batch up.
+
+    Args:
+        inputs: Some images, n ≤ size.
+        size: Images per forward pass.
+    """
+    count = len(inputs[0]) if isinstance(inputs, tuple) else len(inputs)
+    others = [int(row) for row in np.random.default_rng(0).permutation(count - 1) + 1] if count > 1 else []
+    kept = tuple(others[: -(-count // 4)]) or (0,)
+    moved = tuple(others[len(kept) : len(kept) + count // 4])
+    to = tuple(sorted(set(range(count)) - {*kept, *moved}))[: len(moved)]
+    strange = sorted(set(range(size)) - {*kept, *to})
+    if isinstance(inputs, tuple):
+        return Exchange(tuple(_mixed(part, size, kept, moved, to, strange) for part in inputs), kept, moved, to)
+    mixed = _mixed(torch.from_numpy(inputs), size, kept, moved, to, strange).numpy()
+    return Exchange(mixed, kept, moved, to)
+
+
+def _mixed(
+    part: torch.Tensor, size: int, kept: Sequence[int], moved: Sequence[int], to: Sequence[int], strange: Sequence[int]
+) -> torch.Tensor:
+    mixed = part.new_zeros((size, *part.shape[1:]))
+    mixed[list(kept)] = part[list(kept)]
+    mixed[list(to)] = part[list(moved)]
+    random = torch.Generator().manual_seed(0)
+    for row in strange[::2]:
+        if part.dtype == torch.uint8:
+            mixed[row] = torch.randint(0, 2, part.shape[1:], generator=random).to(torch.uint8) * 255
+        elif part.is_floating_point():
+            mixed[row] = -part[0]
+    return mixed
+
+
+def summary(maps: torch.Tensor) -> torch.Tensor:
+    """Some numbers per image and unit that change with any value: the largest, the mean, and a sum with random signs.
+
+    Args:
+        maps: (B, U, h, w).
+
+    Returns:
+        float64 (B, U · 3) on the CPU, or (B, U) of units without positions.
+    """
+    values = maps.flatten(2).float()
+    if values.shape[2] == 1:
+        return values[:, :, 0].double().cpu()
+    signs = torch.randint(0, 2, values.shape[2:], generator=torch.Generator().manual_seed(0)) * 2.0 - 1
+    signs = signs.to(values.device) / values.shape[2] ** 0.5
+    return torch.cat([values.amax(2), values.mean(2), (values * signs).sum(2)], 1).double().cpu()
+
+
+def differing(
+    first: torch.Tensor, second: torch.Tensor, exchange: Exchange, dtype: torch.dtype, device: torch.device
+) -> bool:
+    """Whether images have other values in the second batch.
+
+    Args:
+        first: The :func:`summary` of the first batch.
+        second: That of ``exchange``.
+        exchange: What lies where.
+        dtype: The type that the network computes in.
+        device: Where it does.
+    """
+    kept, moved, to = (list(rows) for rows in (exchange.kept, exchange.moved, exchange.to))
+    return not (
+        agree(first[kept], second[kept], first, exactly(dtype))
+        and (not moved or agree(first[moved], second[to], first, about(dtype, device)))
+    )

@@ -1,0 +1,93 @@
+"""What becomes of a layer's output after the layer has put it out: later parts of a network may write into it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+RESHAPED = "its output is turned in place by what follows, so that its axes are others afterwards"
+OVERWRITTEN = "its output is overwritten in place by what follows, and nothing of it is left afterwards"
+CHANGED = (
+    "is changed in place by what follows it, as an addition, and shows as it is then; activations='pre' shows its own"
+)
+
+_FUNCTIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    F.relu,
+    F.relu6,
+    F.silu,
+    F.hardswish,
+    F.leaky_relu,
+    partial(F.leaky_relu, negative_slope=0.1),
+    partial(F.leaky_relu, negative_slope=0.2),
+    F.elu,
+    F.selu,
+    F.hardtanh,
+    F.hardsigmoid,
+    F.mish,
+    torch.sigmoid,
+    torch.tanh,
+)
+"""Activation functions that work in place where they are asked to, and need no module."""
+
+
+@dataclass
+class _Seen:
+    tensor: torch.Tensor
+    copy: torch.Tensor
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class Watch:
+    """Keeps copies of outputs, and says what became of them until the pass is over.
+
+    An activation function that works in place explains a change: that is what the layer then shows, as in the
+    reference.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[str, _Seen] = {}
+
+    def see(self, layer: str, tensor: torch.Tensor) -> None:
+        """Notes a layer's output, in place of what it put out before."""
+        copy = tensor.detach().clone()
+        self._seen[layer] = _Seen(tensor, copy, tensor.shape, tensor.stride() if not tensor.is_quantized else ())
+
+    def activated(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
+        """A hook of activation modules: what they do in place is taken for the layer's output."""
+        for layer, seen in list(self._seen.items()):
+            if args and args[0] is seen.tensor and output is seen.tensor:
+                self.see(layer, seen.tensor)
+
+    def forget(self) -> None:
+        """Lets all copies go."""
+        self._seen.clear()
+
+    def changed(self) -> dict[str, str]:
+        """What became of outputs that are not what they were: :data:`RESHAPED`, :data:`OVERWRITTEN` or :data:`CHANGED`."""
+        found = {layer: _change(seen) for layer, seen in self._seen.items()}
+        return {layer: change for layer, change in found.items() if change is not None}
+
+
+def _change(seen: _Seen) -> str | None:
+    now, before = seen.tensor.detach(), seen.copy
+    if now.shape != seen.shape or (not now.is_quantized and now.stride() != seen.stride):
+        return RESHAPED
+    if _same(now, before):
+        return None
+    if now.is_quantized:
+        return CHANGED
+    if any(_same(now, function(before)) for function in _FUNCTIONS):
+        return None
+    return OVERWRITTEN if bool((now == now.flatten()[0]).all()) else CHANGED
+
+
+def _same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    if one.is_quantized:
+        return torch.equal(one, other)
+    return torch.equal(one.nan_to_num(), other.nan_to_num())
