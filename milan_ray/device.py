@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 
 from milan_ray.errors import MilanError
 
@@ -33,28 +31,6 @@ def resolve_device(device: str = "auto") -> torch.device:
     if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
         raise MilanError(f"there is no device {device!r}: {torch.cuda.device_count()} are here; use --device auto.")
     return found
-
-
-class _Unfilled(TorchFunctionMode):
-    """Leaves out random numbers: on tensors without values they would import torch's compiler, which makes folders."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        if getattr(func, "__module__", None) == "torch.nn.init" or func is torch.Tensor.normal_:
-            return (kwargs or {}).get("tensor", args[0] if args else None)
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def without_values() -> Iterator[None]:
-    """Modules that are made meanwhile have shapes, and no values."""
-    with torch.device("meta"), _Unfilled():
-        yield
 
 
 @contextmanager

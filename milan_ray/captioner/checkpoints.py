@@ -27,7 +27,6 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
-from milan_ray.device import without_values
 from milan_ray.errors import MilanError
 from milan_ray.storage import Storage
 
@@ -268,7 +267,7 @@ def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _filled(model: Callable[[Any], Any], config: object, state: Mapping[str, Tensor], source: str) -> Any:
     if getattr(config, "layers", 0) > len(state):
         raise ValueError(f"{config} has more layers than weights")
-    with without_values():
+    with torch.device("meta"):
         empty = model(config)
     filled = empty.to_empty(device="cpu")  # untouched memory: a small file may claim any size
     try:

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
-import os
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -109,9 +106,9 @@ ROWS: dict[str, str] = {
     "--quiet": f"{COMMAND}::test_a_plan_is_text_or_json",
     "--log": "test_progress.py::test_log_as_json_says_errors_too_and_shows_no_bar_in_a_terminal",
     "--debug": "test_cli.py::test_debug_shows_the_traceback",
-    "--dry-run": f"{HERE}::test_e_dry_runs_connect_to_nothing_and_write_nothing",
-    "--download": f"{HERE}::test_e_dry_runs_connect_to_nothing_and_write_nothing",
-    "--milan": f"{HERE}::test_e_dry_runs_connect_to_nothing_and_write_nothing",
+    "--dry-run": "cli/test_every_dry_run.py::test_e_dry_runs_of_every_verb_connect_to_nothing_and_write_nothing",
+    "--download": "cli/test_every_dry_run.py::test_e_dry_runs_say_what_would_be_fetched",
+    "--milan": "cli/test_every_dry_run.py::test_e_dry_runs_say_what_would_be_fetched",
     "--storage": CHANGES,
     "--plugin": CHANGES,
     "--probe": CHANGES,
@@ -417,63 +414,3 @@ def test_g7_describe_and_dissect_without_generator_is_refused_before_exemplars(f
     command = ["dnd", "--model", "tiny/cnn", "--plugin", TINY, "--probe", str(few), "--storage", str(tmp_path)]
     assert cli.main([*command, "--llm", "frequent", "--captioner", "absent", "--scoring", "mean"]) == 1
     assert "absent" in capsys.readouterr().err and not Storage(tmp_path).partitions(EXEMPLARS)
-
-
-_WATCHED: list[tuple[str, object]] | None = None
-_WRITES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate", "os.utime"}
-
-
-def _watch(event: str, args: tuple[object, ...]) -> None:
-    if _WATCHED is None:
-        return
-    if event in ("socket.connect", "socket.getaddrinfo", "socket.bind", *_WRITES):
-        _WATCHED.append((event, args[:1]))
-    if event == "open" and args[0] != os.devnull and isinstance(args[2], int) and args[2] & (os.O_WRONLY | os.O_RDWR):
-        _WATCHED.append((event, args[0]))
-
-
-@contextlib.contextmanager
-def watched() -> Iterator[list[tuple[str, object]]]:
-    """What connects or writes meanwhile."""
-    global _WATCHED
-    if not getattr(sys, "_milan_watched", False):
-        sys.addaudithook(_watch)
-        sys._milan_watched = True  # type: ignore[attr-defined]
-    _WATCHED = []
-    try:
-        yield _WATCHED
-    finally:
-        _WATCHED = None
-
-
-@pytest.mark.parametrize(
-    "command",
-    [
-        ["describe", "--milan", "base", "--model", "tiny/cnn", "--plugin", TINY, "--probe", "{few}"],
-        [
-            "exemplars",
-            "--model",
-            "tiny/cnn",
-            "--plugin",
-            TINY,
-            "--probe",
-            "{few}",
-            "--weights",
-            "http://127.0.0.1/w.pth",
-        ],
-        ["exemplars", "--model", "resnet18/imagenet", "alexnet/imagenet", "--probe", "{few}", "--download"],
-        ["exemplars", "--model", "tiny/cnn", "--plugin", TINY, "--probe", "{few}"],
-    ],
-)
-def test_e_dry_runs_connect_to_nothing_and_write_nothing(command, few, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path / "models"))
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "hub"))
-    command = [part.format(few=few) for part in command]
-    with watched() as seen:
-        assert cli.main([*command, "--storage", str(tmp_path / "run"), "--dry-run"]) == 0
-    assert seen == [] and not list(tmp_path.iterdir())
-    out = capsys.readouterr().out
-    assert out.splitlines()[-1].endswith("nothing was done.")
-    asked = "--weights" in command or "--download" in command or "--milan" in command
-    assert ("would be fetched from" in out) == asked
-    assert "--download" not in command or out.count("would be fetched from") == 2  # all of them are named

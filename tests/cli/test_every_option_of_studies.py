@@ -148,7 +148,7 @@ def test_annotations_get_the_images_and_classes_given(action, bare, tmp_path, ca
     (bare / "masks.npy").rename(bare / "conv/masks.npy")
     capsys.readouterr()
     assert cli.main([*command, *flat, "--labels", str(tmp_path / "labels.txt")]) == 1
-    assert "came with images, so that --images and --labels would do nothing" in capsys.readouterr().err
+    assert "which came with its images, --images, --labels would do nothing" in capsys.readouterr().err
     assert cli.main(command) == 0
 
 
