@@ -559,7 +559,7 @@ class _Examination:
             ordered = self._ordered(ways, key) if key is not None and len(per_image) == 2 else None
             if ordered is not None:
                 return ordered[0].layout(per_image, batch, "lit patches", ordered[1])
-        elif ways and ways[0].certain:
+        elif ways and ways[0].certain and not (evidence is not None and evidence.vague):
             return ways[0].layout(per_image, batch, "the kind of its modules")
         shown = self._latents is None
         if shown and key is not None and (passed_on := self._from_sources(key, ways)) is not None:
