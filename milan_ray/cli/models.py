@@ -35,7 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--side",
         type=options.positive,
         metavar="PIXELS",
-        help="height and width of the pictures, for networks that take any size (default: their own, at most 256)",
+        help="height and width of the pictures in pixels, of networks that take any (default: their own, at most 256)",
     )
     group.add_argument(
         "--earlier",

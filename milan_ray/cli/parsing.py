@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar, NoReturn
+from typing import Any, NoReturn
 
 import yaml
 
@@ -22,7 +22,7 @@ ONLY = r"\bonly\b"
 class _Loader(yaml.SafeLoader):
     """Reads YAML as people mean it: a key twice is an error, and ``012``, ``1:30``, dates and hex are text."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+    yaml_implicit_resolvers = {  # noqa: RUF012
         letter: [
             (tag, pattern) for tag, pattern in found if tag.rpartition(":")[2] not in ("int", "float", "timestamp")
         ]
@@ -131,7 +131,7 @@ def from_file(verb: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[
     if path is None:
         return [], {}
     try:
-        found = yaml.load(read_text(CONFIG, path), _Loader)
+        found = _Loader(read_text(CONFIG, path)).get_single_data()  # as yaml.safe_load does
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise MilanError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(found, dict):

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         refuse(args, judged, "without --clip", "give --clip too")
     if args.generator is None:
         refuse(args, ["images", "prompt", "weights", "activations"], "without --generator", "give --generator too")
-    storage, models, probe = opened(args)
+    storage, models, probe = opened(args, runs=args.generator is not None)
     resources = resources_of(args)
     described = described_layers(storage, [model.name for model in models], args.labeler, args.layers)
     config = ScoreConfig(args.pooling, args.held_out, args.top, args.retrieved, args.sigmoid, args.seed)

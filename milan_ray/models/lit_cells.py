@@ -55,7 +55,7 @@ class Evidence:
     @property
     def vague(self) -> bool:
         """Whether it answers hardly at the lit patches: maps of convolutions do so at twice ``chance`` and more."""
-        return self.hit < max(1.5 * self.chance, self.peak / 2)
+        return self.chance < 0.07 and self.hit < max(1.5 * self.chance, self.peak / 2)
 
 
 class LitPictures:

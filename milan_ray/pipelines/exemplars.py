@@ -416,7 +416,10 @@ def settled_recipes(storage: Storage, described: DescribedModel, model: str) -> 
         before, now = found.get(COMPUTES), described.computes.get(layer)
         if before is None or now is None:  # made by an earlier version
             continue
-        part = parts_of(found).get(COMPUTES)
+        old = parts_of(found)
+        part = old.pop(COMPUTES, None)
+        if old != recipe.parts:  # stale anyway, for a reason that has a name
+            continue
         if not same(before, now):
             part = config_hash({COMPUTES: now})[:8]
             say(f"layer {layer!r} of {model} computes something else than when its exemplars were made: made anew")
