@@ -110,7 +110,17 @@ LOOKED_UP = {
 
 def test_f3_every_option_that_takes_a_text_is_known_to_be_a_name_or_none() -> None:
     """A new option belongs into one of the lists: where it becomes part of a path, it is read by the rule."""
-    numbers = (options.amount, options.positive, options.share, options.gib, options.numbers, options.grid, int, float)
+    numbers = (
+        options.amount,
+        options.count,
+        options.positive,
+        options.share,
+        options.gib,
+        options.numbers,
+        options.grid,
+        int,
+        float,
+    )
     unknown = [
         f"{verb} {name}"
         for verb, action in _actions(cli.build_parser())
