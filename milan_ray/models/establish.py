@@ -569,6 +569,11 @@ class _Examination:
                 f"{puts_out}, and a lit patch of the picture shows elsewhere in it: its positions come in an unknown "
                 f"order; choose another layer, or {_SAY}."
             )
+        own = self._spec.prefix_tokens
+        if ways and units.certain and ways[0].prefix == (own or 0) and ways[0].grid in seen:
+            faint = own is not None and (evidence is None or math.prod(ways[0].grid) < _FEW**2)
+            if faint or (evidence is not None and evidence.confirms):
+                return ways[0].layout(per_image, batch, "the model's own maps and number of prefix tokens")
         if shown and key is not None and (passed_on := self._from_itself(key, ways)) is not None:
             return passed_on[0].layout(per_image, batch, passed_on[1])
         if not self._positions and units.certain and units.axis is not None:
