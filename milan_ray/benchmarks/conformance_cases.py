@@ -319,7 +319,16 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
     "Dinov2": ({**_TINY, "mlp_ratio": 2, "image_size": 64, "patch_size": 8}, 1),
     "Dinov2WithRegisters": ({**_TINY, "mlp_ratio": 2, "image_size": 64, "patch_size": 8, "num_register_tokens": 3}, 4),
     "DonutSwin": ({**_STAGES, "window_size": 4}, RESHAPED),
-    "EfficientNet": ({"width_coefficient": 0.25, "depth_coefficient": 0.5, "image_size": 64, "hidden_dim": 320}, MAPS),
+    "EfficientNet": (
+        {
+            "width_coefficient": 0.25,
+            "depth_coefficient": 0.5,
+            "image_size": 64,
+            "hidden_dim": 320,
+            "initializer_range": 0.1,
+        },
+        MAPS,
+    ),
     "FocalNet": (
         {
             "embed_dim": 16,
@@ -342,6 +351,7 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
     ),
     "HGNetV2": (
         {
+            "initializer_range": 0.1,
             "embedding_size": 16,
             "stem_channels": [3, 8, 16],
             "depths": [1, 1, 1, 1],
@@ -373,9 +383,10 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
     ),
     "MLCDVision": (_VIT, 1),
     "MobileNetV1": ({"depth_multiplier": 0.25, "image_size": 64, "min_depth": 8, "initializer_range": 0.1}, MAPS),
-    "MobileNetV2": ({"depth_multiplier": 0.25, "image_size": 64, "min_depth": 8}, MAPS),
+    "MobileNetV2": ({"depth_multiplier": 0.25, "image_size": 64, "min_depth": 8, "initializer_range": 0.1}, MAPS),
     "MobileViT": (
         {
+            "initializer_range": 0.1,
             "image_size": 64,
             "hidden_sizes": [24, 32, 40],
             "neck_hidden_sizes": [8, 8, 16, 16, 24, 24, 32],
@@ -383,7 +394,7 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
         },
         MAPS,
     ),
-    "MobileViTV2": ({"image_size": 64, "width_multiplier": 0.25}, MAPS),
+    "MobileViTV2": ({"image_size": 64, "width_multiplier": 0.25, "initializer_range": 0.1}, MAPS),
     "Pixio": ({**_TINY, "mlp_ratio": 2, "image_size": 64, "patch_size": 8, "n_cls_tokens": 2}, 2),
     "PoolFormer": ({"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1]}, MAPS),
     "Pvt": (

@@ -150,7 +150,8 @@ def _of_tokens(
         if grid[0] * grid[1] > 1 and 0 < more <= MAX_PREFIX_TOKENS and more not in prefixes:
             yield Candidate(axis, grid, prefix=more)
             yield from _apart(axis, grid, more)
-    if declared is None and told.prefix_tokens is None and not any(h * w > 1 for h, w in seen):
+    unsaid = declared is None and told.prefix_tokens is None and not any(h * w > 1 for h, w in seen)
+    if unsaid and not grids(count, view):
         for more in range(1, MAX_PREFIX_TOKENS + 1):  # nobody says how many tokens are no positions
             for grid in grids(count - more, view) if count - more > 1 else []:
                 yield Candidate(axis, grid, prefix=more)
