@@ -390,7 +390,7 @@ class _Examination:
         return f"{puts_out} and {tuple(second)} for {smaller}: no axis counts them; choose another layer."
 
     def _why_in_parts(self, layer: str, often: tuple[int, int, int | None, int | None], smaller: int) -> str | None:
-        """Why a layer gets or puts out a part of the images, where it runs or puts out tensors as often as there are."""
+        """Why a layer gets or puts out a part of the images, where that shows in how often."""
         size, (runs, fewer, tensors, less) = smaller + 1, often
         if runs != fewer:
             return (
