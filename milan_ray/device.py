@@ -17,13 +17,19 @@ def resolve_device(device: str = "auto") -> torch.device:
         device: ``auto`` (CUDA where there is one, else CPU) or anything torch knows, e.g. ``cpu`` or ``cuda:1``.
 
     Raises:
-        MilanError: CUDA was asked for and there is none.
+        MilanError: There is no such device here.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = torch.device(device)
+    try:
+        found = torch.device(device)
+        torch.empty(0, device="cpu" if found.type == "cuda" else found)
+    except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
+        raise MilanError(f"there is no device {device!r} here; use --device cpu or auto.") from error
     if found.type == "cuda" and not torch.cuda.is_available():
         raise MilanError(f"device {device!r} was asked for but CUDA is not available here; use --device cpu or auto.")
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise MilanError(f"there is no device {device!r}: {torch.cuda.device_count()} are here; use --device auto.")
     return found
 
 

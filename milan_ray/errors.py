@@ -8,7 +8,9 @@ non-zero status; anything else that escapes is a defect of ours and keeps its tr
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping
+from urllib.parse import unquote
 
 
 class MilanError(Exception):
@@ -23,7 +25,21 @@ class DamagedTable(MilanError):
     """A file of a run directory that is not what it should be: torn, overwritten, or with other columns.
 
     A stage that can make it anew does; what reads many leaves it out and says so; else this sentence is for the user.
+
+    Args:
+        said: The sentence.
+        path: The file, relative to the run directory.
     """
+
+    def __init__(self, said: str, path: str = "") -> None:
+        super().__init__(said)
+        self.path = path
+
+    @property
+    def model(self) -> str | None:
+        """The model that the file is about; None where it is about none."""
+        found = re.search(r"(?:^|/)model=([^/]+)/", self.path)
+        return None if found is None else unquote(found[1])
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> MilanError:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import polars as pl
@@ -310,6 +310,9 @@ def dissect(
     Raises:
         MilanError: There is no such model, layer or folder, a layer has no units, or no image can be read.
     """
+    _check_numbers(k, quantile, batch_size)
+    if activations not in get_args(Activations):
+        raise unknown_name("activations", str(activations), get_args(Activations), "Give one of these.")
     load_plugins(plugins)
     if channels_last is not None:
         if units_axis not in (None, -1 if channels_last else 1):
@@ -319,7 +322,10 @@ def dissect(
         units_axis = -1 if channels_last else 1
     reading = Reading(batch_axis, units_axis, grid, prefix_tokens)
     if isinstance(model, nn.Module):
+        if weights is not None:
+            raise MilanError("weights= is for registered models: load them into the network, and leave it out.")
         model = unwrap(model)
+        _check_device(model, device)
         network, spec = model, _spec(model, layers, preprocess, activations, name, reading)
     else:
         spec = resolve_model(model, weights, layers, activations=activations, reading=reading)
@@ -327,6 +333,7 @@ def dissect(
         network = spec.load().to(resolve_device(device))
     probe = _probe(images, image_column)
     check_probe(spec, probe)
+    _check_axes(images, spec)
     if spec.images is not None:
         raise MilanError(f"{spec.name} is a generator: dissect it with jobs.exemplars.")
     refs = image_refs(probe.manifest())
@@ -384,6 +391,7 @@ def _spec(
 
 def _probe(images: Pictures | Probe, image_column: str | None = None) -> ImageProbe:
     tell.cache_clear()  # what is left out is said in every cell
+    _check_pictures(images)
     in_memory = isinstance(images, (Source, np.ndarray)) or not (
         isinstance(images, (str, os.PathLike)) or all(isinstance(one, (str, os.PathLike)) for one in images)
     )
@@ -400,6 +408,61 @@ def _probe(images: Pictures | Probe, image_column: str | None = None) -> ImagePr
     sources = [os.fspath(one) for one in images]
     sources = [str(Path(one).expanduser()) if "://" not in one else one for one in sources]
     return resolve_probe(sources, image_column=image_column)  # type: ignore[return-value]
+
+
+def _check_numbers(k: int, quantile: float, batch_size: int) -> None:
+    for name, value in (("k", k), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise MilanError(f"{name}={value!r}: give a whole number of at least 1.")
+    if isinstance(quantile, bool) or not isinstance(quantile, (int, float, np.number)) or not 0 < quantile < 1:
+        raise MilanError(f"quantile={quantile!r}: give a number between 0 and 1, such as 0.99.")
+
+
+def _check_device(network: nn.Module, device: str) -> None:
+    """A network runs where it is: another device would do nothing."""
+    if device == "auto":
+        return
+    wanted = resolve_device(device)
+    parameter = next(iter(network.parameters()), None)
+    here = torch.device("cpu") if parameter is None else parameter.device
+    if wanted.type != here.type or (wanted.index or 0) != (here.index or 0):
+        raise MilanError(
+            f"device={device!r} is for registered models: this network is on {here}; call .to({device!r})."
+        )
+
+
+def _check_pictures(images: object) -> None:
+    """Refuses what is no sequence of images, and what can be meant in two ways."""
+    if isinstance(images, (str, os.PathLike, Source)):
+        return
+    if isinstance(images, (Image.Image, bytes, bytearray)):
+        what = "one PIL image" if isinstance(images, Image.Image) else "bytes"
+        remedy = "put it into a list, [image]" if isinstance(images, Image.Image) else "open them with PIL"
+        raise MilanError(f"images are {what}: {remedy}.")
+    if isinstance(images, (Mapping, set, frozenset)) or not (
+        hasattr(images, "__len__") and hasattr(images, "__getitem__")
+    ):
+        kind = type(images).__name__
+        raise MilanError(f"images are {kind}: give a path, a probe, an array, or a list of images (list(…) makes one).")
+    shape = tuple(getattr(images, "shape", ()))
+    if isinstance(images, np.ndarray) and not shape:
+        raise MilanError("images are an array without axes: give uint8 (N, height, width, 3).")
+    if len(shape) == 3 and shape[-1] in (3, 4):
+        raise MilanError(
+            f"images have shape {shape}, which is one picture of {shape[-1]} bands or {shape[0]} grey ones: give "
+            "x[None] for the one, x[..., None] for the others."
+        )
+    if len(shape) == 2:
+        raise MilanError(f"images have shape {shape}: give x[None] for one grey picture.")
+    several = [] if isinstance(images, np.ndarray) and not np.ma.isMaskedArray(images) else images
+    if np.ma.isMaskedArray(images) or any(np.ma.isMaskedArray(one) for one in several):  # type: ignore[attr-defined]
+        raise MilanError("images are masked arrays, whose masks would be lost: give x.filled(…) or x.data.")
+
+
+def _check_axes(images: object, spec: ModelSpec) -> None:
+    shape = tuple(getattr(images, "shape", ()))
+    if len(shape) == 4 and spec.bands is None and shape[1] in (1, 3, 4) and shape[-1] not in (1, 2, 3, 4):
+        raise MilanError(f"images have shape {shape}, bands first: give x.transpose(0, 2, 3, 1).")
 
 
 def _run(

@@ -48,7 +48,12 @@ def load_plugins(names: Sequence[str] = ()) -> None:
                 _load_file(Path(name).expanduser().resolve())
             else:
                 importlib.import_module(name)
-        except Exception as error:  # user code may raise anything
+        except (Exception, SystemExit) as error:  # user code may raise anything, and end the program
+            if "attempted relative import" in str(error):
+                raise MilanError(
+                    f"plug-in {name!r} cannot be imported ({error}): write `from helper import …` for a module beside "
+                    "it, without the dot."
+                ) from error
             raise MilanError(
                 f"plug-in {name!r} cannot be imported ({type(error).__name__}: {error}): give an importable module or "
                 "the path of a .py file."
@@ -81,33 +86,72 @@ def _see_neighbours(path: Path) -> None:
         ImportError: Another module of a neighbour's name is loaded: the file would get that one.
     """
     folder = path.parent
-    for name in sorted(_neighbours(path, set())):
-        loaded = sys.modules.get(name)
-        if loaded is None:
-            continue
-        places = [getattr(loaded, "__file__", None), *getattr(loaded, "__path__", ())]
-        if not any(place and Path(place).resolve().is_relative_to(folder) for place in places):
+    names = sorted(_neighbours(path, set()))
+    for name in names:
+        places = _places(name)
+        claimed = _claimed.get(name, folder)
+        if claimed != folder:
+            places = [str(claimed)]
+        if places and not any(Path(place).resolve().is_relative_to(folder) for place in places):
             raise ImportError(
-                f"it imports {name}, which lies beside it, but another module {name} "
-                f"({next((place for place in places if place), 'of Python')}) is loaded: rename the one beside it"
+                f"it imports {name}, which lies beside it, but there is another module {name} ({places[0]}), which it "
+                "would get: rename the one beside it"
             )
+    _claimed.update(dict.fromkeys(names, folder))
+    # Last, so that no file beside a plug-in takes the place of a module that others import.
     if str(folder) not in sys.path:
-        sys.path.insert(0, str(folder))
+        sys.path.append(str(folder))
 
 
-def _neighbours(path: Path, known: set[str]) -> set[str]:
-    """The modules beside a file that it imports, and that these import in turn, by name."""
+_claimed: dict[str, Path] = {}
+"""Name of a module that lies beside a plug-in → its folder; it may be imported late, when a model is built."""
+
+
+def _places(name: str) -> list[str]:
+    """Where a module of this name lies that is loaded or would be found; empty where there is none."""
+    loaded = sys.modules.get(name)
+    if loaded is not None:
+        found = [getattr(loaded, "__file__", None), *getattr(loaded, "__path__", ())]
+        return [place for place in found if place] or ["of Python"]
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):
+        return []
+    if spec is None:
+        return []
+    return [place for place in (spec.origin, *(spec.submodule_search_locations or ())) if place] or ["of Python"]
+
+
+def _neighbours(path: Path, known: set[str], folder: Path | None = None) -> set[str]:
+    """The modules beside a plug-in that it imports, and that these import in turn, by name."""
+    folder = path.parent if folder is None else folder
     try:
         tree = ast.parse(path.read_bytes())
     except (OSError, SyntaxError, ValueError):  # whoever imports it says so
         return known
     for node in ast.walk(tree):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        if isinstance(node, ast.ImportFrom) and not node.level and node.module:
-            names = [node.module]
-        for name in {name.partition(".")[0] for name in names} - known:
-            file, package = path.parent / f"{name}.py", path.parent / name / "__init__.py"
-            if name != "milan_ray" and (file.is_file() or package.is_file()):
+        imported = _imported(node)
+        for name in sorted({module.partition(".")[0] for module in imported} - known - {"milan_ray"}):
+            # A folder without __init__.py is a package, too, where what is imported of it lies in it.
+            parts = [folder.joinpath(*module.split(".")) for module in imported if module.startswith(f"{name}.")]
+            files = [folder / f"{name}.py", folder / name / "__init__.py", *(Path(f"{part}.py") for part in parts)]
+            there = [file for file in files if file.is_file()]
+            if there or any((part / "__init__.py").is_file() for part in parts):
                 known.add(name)
-                _neighbours(package if package.is_file() else file, known)
+                for file in there:
+                    _neighbours(file, known, folder)
     return known
+
+
+def _imported(node: ast.AST) -> list[str]:
+    """The modules that a statement or call may import, with dots; what is imported from a module may be one itself."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom) and not node.level and node.module:
+        return [node.module, *(f"{node.module}.{alias.name}" for alias in node.names if alias.name != "*")]
+    if isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+        called = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        name = node.args[0].value
+        if called in ("import_module", "__import__") and isinstance(name, str) and not name.startswith("."):
+            return [name]
+    return []

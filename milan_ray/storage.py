@@ -37,6 +37,7 @@ from milan_ray.names import shown
 from milan_ray.progress import say
 from milan_ray.remote import is_uri, open_uri, split_query, why
 from milan_ray.schema import EXEMPLARS, Noun
+from milan_ray.tensorfiles import check_groups
 
 Result = TypeVar("Result")
 
@@ -215,12 +216,15 @@ class Storage:
             target = self._target(path)
             if self._fs.get_file_info(target).type == pafs.FileType.Directory:
                 raise DamagedTable(
-                    f"{self.uri(path)} is a folder, where a file belongs; remove it and run {_again(what)}."
+                    f"{self.uri(path)} is a folder, where a file belongs; remove it and run {_again(what)}.",
+                    path,
                 ) from error
             if isinstance(error, OSError) and not self._legible(target):
                 raise
             said = reason(error).rstrip(".")
-            raise DamagedTable(f"{self.uri(path)} is damaged ({said}); delete it and run {_again(what)}.") from error
+            raise DamagedTable(
+                f"{self.uri(path)} is damaged ({said}); delete it and run {_again(what)}.", path
+            ) from error
 
     def _legible(self, target: str) -> bool:
         """Whether all bytes of a file can be had: what is wrong with it is then its content."""
@@ -305,7 +309,9 @@ class Storage:
         try:
             return json.loads(text)
         except ValueError as error:
-            raise DamagedTable(f"{self.uri(path)} is damaged ({error}); delete it and run the job again.") from error
+            raise DamagedTable(
+                f"{self.uri(path)} is damaged ({error}); delete it and run the job again.", path
+            ) from error
 
     def _bytes(self, target: str) -> bytes:
         with self._fs.open_input_file(target) as stream:
@@ -556,7 +562,8 @@ class Storage:
             return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
 
         try:
-            return _Entries(self._parquet(path, noun, entries), where=self.uri(path), what=noun.name if noun else "")
+            what = noun.name if noun else ""
+            return _Entries(self._parquet(path, noun, entries), where=self.uri(path), path=path, what=what)
         except FileNotFoundError:
             return None
 
@@ -750,16 +757,17 @@ class Storage:
 class _Entries(dict[str, str]):
     """File metadata; an entry that lacks says which file is damaged."""
 
-    def __init__(self, entries: Mapping[str, str], *, where: str, what: str) -> None:
+    def __init__(self, entries: Mapping[str, str], *, where: str, path: str, what: str) -> None:
         super().__init__(entries)
-        self._where, self._what = where, what
+        self._where, self._path, self._what = where, path, what
 
     def __bool__(self) -> bool:
         return True  # that of a file without any is not that of no file
 
     def __missing__(self, key: str) -> str:
         raise DamagedTable(
-            f"{self._where} is damaged (its metadata lack {key!r}); delete it and run {_again(self._what)}."
+            f"{self._where} is damaged (its metadata lack {key!r}); delete it and run {_again(self._what)}.",
+            self._path,
         )
 
 
@@ -784,17 +792,7 @@ def _open_parquet(stream: pa.NativeFile, noun: Noun | None, buffered: bool) -> p
             does not say what it was made of.
     """
     file = pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=buffered)
-    metadata, size = file.metadata, stream.size()
-    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
-    if sum(group.num_rows for group in groups) != metadata.num_rows:
-        raise pa.ArrowInvalid("its footer contradicts itself")
-    for group in groups:
-        for column in map(group.column, range(group.num_columns)):
-            first = column.data_page_offset
-            if column.has_dictionary_page and column.dictionary_page_offset is not None:
-                first = min(first, column.dictionary_page_offset)
-            if min(first, column.total_compressed_size) < 0 or first + column.total_compressed_size > size:
-                raise pa.ArrowInvalid("its footer claims more than the file holds")
+    check_groups(file.metadata, stream.size())
     if noun is not None:
         noun.check(file.schema_arrow)
         if CONFIG_KEY.encode() not in (file.schema_arrow.metadata or {}):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import io
 import math
+import os
 import pickletools
 import struct
 import zipfile
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 
 _INFLATES = 1032
 """Bytes that deflate makes of one at most."""
@@ -18,15 +22,22 @@ _INFLATES = 1032
 _MAX_HEADER = 1 << 20
 """Bytes of the header of an array that are read."""
 
+_MAX_INDEX = 1 << 26
+"""Bytes of the pickle in an archive of ``torch.save`` that are read beside as many as the file has."""
+
+_ARRAY = b"\x93NUMPY"
+"""How files of numpy's arrays begin."""
+
 _ITEM = {"Double": 8, "Long": 8, "ComplexFloat": 8, "ComplexDouble": 16, "Float": 4, "Int": 4, "Half": 2, "Short": 2,
          "BFloat16": 2}  # fmt: skip
 """Bytes of a number in torch's storages; 1 in others."""
 
 
 def check_sizes(path: str | Path) -> None:
-    """Compares what a ``.npy``, ``.npz``, ``.safetensors``, ``.pth`` or ``.pt`` file claims with what it holds.
+    """Compares what a file of arrays, of safetensors or of ``torch.save`` claims with what it holds.
 
-    Files of other kinds, and what is no such file at all, are left to their readers.
+    What kind of file it is says its content, as for those who read it; but safetensors are known by their ending. What
+    is no such file at all is left to its reader.
 
     Raises:
         ValueError: It claims more than it holds.
@@ -39,17 +50,24 @@ def check_sizes(path: str | Path) -> None:
         if kind == ".safetensors":
             (header,) = struct.unpack("<Q", file.read(8).ljust(8, b"\0"))
             _claim(header, size - 8, "its header")
-        elif kind == ".npy":
+            return
+        is_array = file.read(6) == _ARRAY
+        file.seek(0)
+        if is_array:
             _check_array(file, size)
         elif zipfile.is_zipfile(file):
-            _check_archive(file, size, arrays=kind == ".npz")
-        elif kind in (".pth", ".pt"):
+            _check_archive(file, size, arrays=kind in (".npz", ".npy"))
+        else:
             file.seek(0)
             _check_pickles(file, size)
 
 
 def _check_archive(file: BinaryIO, size: int, arrays: bool) -> None:
     with zipfile.ZipFile(file) as archive:
+        _claim(sum(entry.compress_size for entry in archive.infolist()), size, "the archive")
+        packed = [entry for entry in archive.infolist() if entry.compress_type != zipfile.ZIP_STORED]
+        if (unpacked := sum(entry.file_size for entry in packed)) > (memory := _memory()):
+            raise _ClaimsTooMuch(f"it unpacks to {unpacked:,} bytes, and this machine has {memory:,} of memory")
         for entry in archive.infolist():
             _claim(entry.compress_size, size, entry.filename)
             stored = entry.compress_type == zipfile.ZIP_STORED
@@ -61,6 +79,7 @@ def _check_archive(file: BinaryIO, size: int, arrays: bool) -> None:
             sizes = {entry.filename.rpartition("/data/")[2]: entry.file_size for entry in archive.infolist()}
             for name in archive.namelist():
                 if name.endswith("/data.pkl"):
+                    _claim(archive.getinfo(name).file_size, size + _MAX_INDEX, name)
                     with archive.open(name) as member:
                         _check_pickles(io.BytesIO(member.read()), size, sizes)
 
@@ -68,7 +87,7 @@ def _check_archive(file: BinaryIO, size: int, arrays: bool) -> None:
 def _check_array(file: BinaryIO, size: int) -> None:
     """Compares an array's header with what there is behind it."""
     magic = file.read(8)
-    if magic[:6] != b"\x93NUMPY":
+    if magic[:6] != _ARRAY:
         return
     width = 2 if magic[6] == 1 else 4
     (length,) = struct.unpack("<H" if width == 2 else "<I", file.read(width).ljust(width, b"\0"))
@@ -79,12 +98,32 @@ def _check_array(file: BinaryIO, size: int) -> None:
         shape, _, dtype = np.lib.format.read_array_header_1_0(file)
     elif version == (2, 0):
         shape, _, dtype = np.lib.format.read_array_header_2_0(file)
+    elif version == (3, 0):  # as version 2, with names of fields in UTF-8
+        shape, dtype = _header(file.read(4 + length)[4:])
     else:
         return
     if any(side < 0 for side in shape):
         raise ValueError(f"its header claims the shape {shape}")
     if not dtype.hasobject:
         _claim(math.prod(shape) * dtype.itemsize, size - 8 - width - length, "its array")
+
+
+def _header(text: bytes) -> tuple[tuple[int, ...], np.dtype]:
+    """Shape and type in an array's header.
+
+    Raises:
+        ValueError: It is damaged.
+    """
+    try:
+        found = ast.literal_eval(text.decode())
+        return tuple(int(side) for side in found["shape"]), np.lib.format.descr_to_dtype(found["descr"])
+    except (SyntaxError, TypeError, KeyError, UnicodeError, RecursionError, MemoryError) as error:
+        raise ValueError("its header is damaged") from error
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _check_pickles(file: BinaryIO, size: int, sizes: dict[str, int] | None = None) -> None:
@@ -153,3 +192,25 @@ def describe_dtype(dtype: np.dtype) -> str | None:
     """What an array holds that no tensor can; None for numbers and booleans."""
     kinds = {"M": "dates", "m": "durations", "U": "texts", "S": "byte strings", "V": "records", "O": "objects"}
     return kinds.get(dtype.kind)
+
+
+def check_groups(metadata: pq.FileMetaData, size: int) -> None:
+    """Compares what the footer of a Parquet file claims of its rows and columns with what the file holds.
+
+    Args:
+        metadata: The footer.
+        size: Bytes of the file.
+
+    Raises:
+        pa.ArrowInvalid: It claims more, or contradicts itself.
+    """
+    groups = [metadata.row_group(number) for number in range(metadata.num_row_groups)]
+    if sum(group.num_rows for group in groups) != metadata.num_rows:
+        raise pa.ArrowInvalid("its footer contradicts itself")
+    for group in groups:
+        for column in map(group.column, range(group.num_columns)):
+            first = column.data_page_offset
+            if column.has_dictionary_page and column.dictionary_page_offset is not None:
+                first = min(first, column.dictionary_page_offset)
+            if min(first, column.total_compressed_size) < 0 or first + column.total_compressed_size > size:
+                raise pa.ArrowInvalid("its footer claims more than the file holds")

@@ -10,7 +10,11 @@ import codecs
 import csv
 import io
 import unicodedata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from milan_ray.errors import MilanError
 
 _MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
@@ -88,6 +92,24 @@ def dict_reader(text: str) -> csv.DictReader[str]:
     if reader.fieldnames is not None:
         reader.fieldnames = [clean(name) for name in reader.fieldnames]
     return reader
+
+
+@contextmanager
+def csv_in(where: object) -> Iterator[None]:
+    """Turns what is said of a damaged CSV, while its rows are read, into one sentence.
+
+    Args:
+        where: Name of the file.
+
+    Raises:
+        MilanError: It is no CSV.
+    """
+    try:
+        yield
+    except csv.Error as error:
+        raise MilanError(
+            f"{where} is no CSV ({error}): look whether a quote is left open, or write it again."
+        ) from error
 
 
 def delimiter(text: str) -> str:

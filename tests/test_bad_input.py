@@ -151,8 +151,8 @@ def test_bad_model_that_raises_or_changes_shape_fails_alone(storage, dissection)
     assert set(dissection.models) == {"bad/values", "bad/tuple", "tiny/cnn"}
     assert dissection.failed["bad/raises"] == ("the model failed on a batch: RuntimeError: too bright for this model")
     assert dissection.failed["bad/shape"] == (
-        "layer '0' puts out a tensor of shape (4, 3, 16, 8), where it had (3, 16, 16) per image and the images on axis "
-        "0 before: dissect a layer whose shape is fixed."
+        "layer '0' of bad/shape puts out a tensor of shape (4, 3, 16, 8), where it had (3, 16, 16) per image and the "
+        "images on axis 0 before: dissect a layer whose shape is fixed."
     )
     assert {keys["model"] for keys in storage.partitions(EXEMPLARS)} == set(dissection.models)
 

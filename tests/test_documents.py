@@ -48,9 +48,9 @@ ELSEWHERE = {
 ON_THE_DEMO = "(?!edit|.*world/clip).* world/(resnet|planted|probe)"
 
 NOT_RUN = {
+    "models --conformance": "a quarter of an hour: tests/benchmarks/test_conformance.py runs a sample",
     "demo|paper|benchmark": "minutes by themselves: tests/test_demo.py and tests/benchmarks run them",
     "(describe|plan) --zoo": "dozens of networks: tests/pipelines/test_zoo.py runs a small zoo",
-    "models --conformance": "hundreds of networks: tests/benchmarks/test_conformance.py",
     "annotations import base": "a download: tests/pipelines/test_published_sets.py imports a set of its own",
     "annotations (collect|answers)": "people's answers: tests/pipelines/test_collection_pipeline.py makes some",
     "annotations statistics annotations.csv": "a pipeline of spaCy that has to be downloaded",

@@ -9,15 +9,20 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+import torch
 
 from milan_ray import cli
 from milan_ray.annotations.groups import training_groups
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
+from milan_ray.captioner.encoder import register_encoder
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.cli import options
 from milan_ray.errors import MilanError
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
+from milan_ray.models.generators import register_generator
+from milan_ray.models.image_text import register_image_text
+from milan_ray.models.registry import register_model
 from milan_ray.names import LONGEST, checked_name
 from milan_ray.pipelines.annotations_collect import run_answers
 from milan_ray.pipelines.annotations_import import import_csv
@@ -25,6 +30,7 @@ from milan_ray.pipelines.audit import AuditConfig
 from milan_ray.pipelines.captioners import EncoderRequest, has_captioner, load_captioner, save_captioner
 from milan_ray.pipelines.compare import find_comparison
 from milan_ray.pipelines.train import TrainingJob
+from milan_ray.probe.registry import register_probe
 from milan_ray.schema import DESCRIPTIONS, NOUNS, RUNS
 from milan_ray.storage import Storage
 
@@ -82,28 +88,96 @@ def _actions(parser: argparse.ArgumentParser, verb: str = "") -> Iterator[tuple[
             yield verb, action
 
 
+GIVEN = (options.name, options.table_name, options.tag)
+"""The rule, as options are read by it."""
+
+OWN_FILES = ("FILE", "DIR", "FOLDER", "JSON", "CSV", "SET")
+"""How options call files and folders that users choose themselves, wherever they lie."""
+
+NO_NAMES = {
+    "--address", "--device", "--image-column", "--label-column", "--llm-model", "--prompt", "--query", "--similarity",
+    "--sigmoid", "--scoring", "--split", "--storage", "--suffix", "--url", "--words", "--only", "--families", "query",
+}  # fmt: skip
+"""Options that never are a part of a path in a storage: words, numbers, choices, and the storage itself."""
+
+LOOKED_UP = {
+    "--annotations", "--captioner", "--clip", "--decoder", "--encoder", "--fine-tune", "--generator", "--group",
+    "--labeler", "--language", "--layers", "--llm", "--milan", "--model", "--pair", "--plugin", "--probe",
+    "--segmentation", "--semantic", "--source", "--test", "--weights", "--zoo", "model", "name", "other",
+}  # fmt: skip
+"""Options that name what is there already: registered, in the storage, or a file; what registers it knows the rule."""
+
+
+def test_f3_every_option_that_takes_a_text_is_known_to_be_a_name_or_none() -> None:
+    """A new option belongs into one of the lists: where it becomes part of a path, it is read by the rule."""
+    numbers = (
+        options.amount,
+        options.count,
+        options.positive,
+        options.share,
+        options.gib,
+        options.numbers,
+        options.grid,
+        int,
+        float,
+    )
+    unknown = [
+        f"{verb} {name}"
+        for verb, action in _actions(cli.build_parser())
+        if action.nargs != 0 and action.choices is None and action.type not in (*numbers, *GIVEN)
+        for name in [action.option_strings[0] if action.option_strings else action.dest]
+        if action.metavar not in OWN_FILES and name not in NO_NAMES | LOOKED_UP and name not in ("-h", "--version")
+    ]
+    assert unknown == []
+
+
+@pytest.mark.parametrize("name", ["..", "../x", "/abs", "a/../b", "nul\0", "", "x" * 300])
+def test_f3_what_plug_ins_register_keeps_the_rule(name: str) -> None:
+    for register in (
+        lambda: register_model(name, lambda weights: torch.nn.Identity(), ()),
+        lambda: register_encoder(name, lambda weights: torch.nn.Identity(), ()),
+        lambda: register_image_text(name, lambda: pytest.fail("is not asked for")),
+        lambda: register_generator(name, lambda: pytest.fail("is not asked for")),
+        lambda: register_probe(name, lambda: pytest.fail("is not asked for")),
+    ):
+        with pytest.raises(MilanError, match="cannot be called"):
+            register()
+
+
+@pytest.mark.parametrize("name", ["..", "../../x", "/abs", ".hidden", "nul\0", "a/../b"])
+def test_f3_layers_called_like_paths_stay_below_their_table(name: str, tmp_path: Path) -> None:
+    storage = Storage(tmp_path / "a/run")
+    keys = {"stage": "s", "run": name, "model": name}
+    table = RUNS.table({column.name: [] for column in RUNS.columns})
+    storage.write(RUNS, table, "config", **keys)
+    assert storage.partitions(RUNS) == [keys]
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    (file,) = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert file.is_relative_to(tmp_path / "a/run/runs") and len(file.relative_to(tmp_path).parts) == 7
+
+
 PLACES = {
     "train --name", "generalize --name", "compare --name", "baselines --name", "audit --name",
-    "annotations import --source", "annotations answers --source",
+    "annotations import --source", "annotations answers --source", "annotations import --model", "dnd --tag",
 }  # fmt: skip
-"""Options that become parts of paths and are read by the rule; ``dnd --tag`` and groups have it in their records."""
+"""Options that become parts of paths and are read by the rule; groups have it in their records."""
 
 
 def test_f3_every_option_that_gives_a_name_is_read_by_the_rule() -> None:
     found = {
-        f"{verb} {action.option_strings[0]}": action.type in (options.name, options.table_name)
+        f"{verb} {action.option_strings[0]}": action.type in GIVEN
         for verb, action in _actions(cli.build_parser())
-        if action.dest in ("name", "source", "tag") and action.option_strings
+        if action.option_strings and (action.dest in ("name", "source", "tag") or action.type in GIVEN)
     }
     reading = {"annotations export --source", "annotations statistics --source"}
     assert {place for place, checked in found.items() if checked} == PLACES
-    assert {place for place, checked in found.items() if not checked} == {*reading, "dnd --tag"}
+    assert {place for place, checked in found.items() if not checked} == reading
 
 
 @pytest.mark.parametrize("name", ["..", "../../x", "/abs", "", "nul\0", "%2e%2e"])
 def test_f3_verbs_refuse_a_name_before_anything_starts(name: str, tmp_path: Path, capsys: Any) -> None:
     storage = tmp_path / "a/run"
-    for place in sorted(PLACES):
+    for place in sorted(PLACES if name else PLACES - {"dnd --tag"}):
         *verb, option = place.split()
         with pytest.raises(SystemExit) as ended:
             cli.main([*verb, f"{option}={name}", "--storage", str(storage)])

@@ -151,3 +151,38 @@ def test_unknown_layer_and_dead_unit_are_named(found, milan) -> None:
         found.lookup("0", 99)
     with pytest.raises(MilanError, match="99"):
         found.describe(milan, units=[99])
+
+
+X = np.random.default_rng(3).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("images", "match"),
+    [
+        (X[0], r"x\[None\]"),
+        (X[..., 0][0], r"x\[None\]"),
+        (X.transpose(0, 3, 1, 2), r"transpose\(0, 2, 3, 1\)"),
+        (np.ma.masked_equal(X, 3), "masked"),
+        ([np.ma.masked_equal(X[0], 3)], "masked"),
+        (Image.fromarray(X[0]), r"\[image\]"),
+        (iter(X), "list"),
+        (None, "NoneType"),
+        (3, "int"),
+        (np.uint8(3), "give a path"),
+    ],
+)
+def test_c11_pictures_that_can_be_meant_in_two_ways_are_refused(images, match):
+    with pytest.raises(MilanError, match=match):
+        milan_ray.dissect(nn.Sequential(nn.Conv2d(3, 2, 3)), images, ["0"])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"k": 0}, {"k": 2.5}, {"k": -1}, {"quantile": 2}, {"quantile": float("nan")}, {"batch_size": 0},
+        {"batch_size": -3}, {"activations": "foo"}, {"device": "tpu"}, {"device": "meta"}, {"weights": "random"},
+    ],
+)  # fmt: skip
+def test_d5_options_of_dissect_that_mean_nothing_are_refused(options):
+    with pytest.raises(MilanError):
+        milan_ray.dissect(nn.Sequential(nn.Conv2d(3, 2, 3)), X, ["0"], **options)

@@ -7,17 +7,25 @@ import json
 import os
 import struct
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
+from milan_ray import tensorfiles
 from milan_ray.annotations.layout import _array
 from milan_ray.errors import MilanError
+from milan_ray.experiments.auditing import read_review
 from milan_ray.models.weights import read_state_dict
+from milan_ray.probe.labelled import _numbers, read_legend
 from milan_ray.probe.latents import LatentFiles
+from milan_ray.probe.registry import resolve_probe
 from milan_ray.tensorfiles import check_sizes
 
 HUGE = 2**32
@@ -138,3 +146,98 @@ def test_sound_files_of_every_kind_pass(tmp_path: Path) -> None:
     (tmp_path / "short.pth").write_bytes(b"")
     for file in sorted(os.listdir(tmp_path)):
         check_sizes(tmp_path / file)
+
+
+def deflated(total: int) -> bytes:
+    """An archive that unpacks to zeros: a directory says how many."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", array_header((total // 4,)) + bytes(total))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("ending", ["ckpt", "bin", "pkl", ""])
+@pytest.mark.parametrize("legacy", [True, False])
+def test_f4_weights_are_compared_with_their_size_whatever_their_ending(
+    tmp_path: Path, ending: str, legacy: bool
+) -> None:
+    file = tmp_path / f"weights.{ending}".rstrip(".")
+    file.write_bytes(claiming(torch_file(legacy=legacy)))
+    with pytest.raises(MilanError, match=r"weights.* cannot be read \(.*claims 34,359,738,368|claims 17,179,869,184"):
+        read_state_dict(str(file))
+
+
+@pytest.mark.parametrize("name", ["shape.npz", "shape.pth", "shape.pt"])
+def test_f4_arrays_with_another_files_ending_are_compared_too(tmp_path: Path, name: str) -> None:
+    file = tmp_path / name
+    file.write_bytes(CLAIMS["shape.npy"])
+    with pytest.raises(ValueError, match="claims 17,179,869,184 bytes"):
+        check_sizes(file)
+
+
+def test_f4_arrays_of_version_3_are_compared_too(tmp_path: Path) -> None:
+    file = tmp_path / "z.npy"
+    file.write_bytes(array_header((HUGE,), 3) + bytes(64))
+    with pytest.raises(ValueError, match="claims 17,179,869,184 bytes"):
+        check_sizes(file)
+    file.write_bytes(array_header((16,), 3) + bytes(64))
+    check_sizes(file)
+    assert np.load(file).shape == (16,)
+    file.write_bytes(b"\x93NUMPY\3\0" + struct.pack("<I", 9) + b"{'shape':")
+    with pytest.raises(ValueError, match="header is damaged"):
+        check_sizes(file)
+
+
+def test_f4_archives_that_unpack_to_more_than_the_memory_are_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "z.npz"
+    file.write_bytes(deflated(4_000_000))
+    check_sizes(file)
+    monkeypatch.setattr(tensorfiles, "_memory", lambda: 1_000_000)
+    with pytest.raises(MilanError, match=r"unpacks to 4,000,\d+ bytes, and this machine has 1,000,000 of memory"):
+        LatentFiles([file]).manifest()
+
+
+def test_f4_tables_of_images_that_claim_too_much_are_one_sentence(tmp_path: Path) -> None:
+    sound = pa.table({"image": [os.urandom(5000) for _ in range(3)], "label": ["a", "b", "c"]})
+    for name, ending in (("rows", "parquet"), ("rows", "arrow")):
+        file = tmp_path / f"{name}.{ending}"
+        if ending == "parquet":
+            pq.write_table(pa.table({"image": pa.nulls(300_000, pa.binary())}), file)
+        else:
+            with pa.ipc.new_file(file, pa.schema([("image", pa.null())])) as writer:
+                writer.write_batch(pa.record_batch({"image": pa.nulls(2**20)}))
+        with pytest.raises(MilanError, match=rf"cannot read .*{name}\.{ending} \(it claims [\d,]+ rows"):
+            resolve_probe((str(file),)).manifest()
+    file = tmp_path / "columns.parquet"
+    pq.write_table(sound, file)
+    data = file.read_bytes()
+    file.write_bytes(data[:4] + data[-(8 + int.from_bytes(data[-8:-4], "little")) :])
+    with pytest.raises(
+        MilanError, match=r"cannot read .*columns\.parquet \(its footer claims more than the file holds"
+    ):
+        resolve_probe((str(file),)).manifest()
+
+
+def test_f4_huge_fields_and_numbers_of_csv_files_are_one_sentence(tmp_path: Path) -> None:
+    field = "x" * 200_000
+    legend = tmp_path / "legend.csv"
+    for line, told in ((f"1,{field}", "is no CSV"), (f"{'9' * 5000},cat", "is no legend"), ("²,cat", "is no legend")):
+        legend.write_text(line + "\n")
+        with pytest.raises(MilanError, match=told):
+            read_legend(legend)
+    with pytest.raises(MilanError, match=r"review\.csv is no CSV \(field larger than field limit"):
+        read_review(f"model,layer,unit,description,verdict,note,card\n{field},", "review.csv")
+
+
+def test_f4_label_maps_that_are_no_images_are_one_sentence(tmp_path: Path) -> None:
+    huge = Image.new("L", (8, 8))
+    huge.save(tmp_path / "map.png")
+    data = (tmp_path / "map.png").read_bytes()
+    header = b"IHDR" + struct.pack(">II", 40_000, 40_000) + data[24:29]
+    bomb = data[:12] + header + struct.pack(">I", zlib.crc32(header)) + data[33:]
+    for content in (bomb, data[:30], b"", b"\x89PNG\r\n\x1a\n" + bytes(40), data[:-20] + bytes(20)):
+        (tmp_path / "map.png").write_bytes(content)
+        with pytest.raises(MilanError, match=r"cannot read the label map .*map\.png"):
+            _numbers(tmp_path / "map.png")

@@ -50,6 +50,11 @@ def load(
     return found
 
 
+def bare_layers(location: SetLocation) -> list[Path]:
+    """The folders of a set's layers that came without images, merged since or not."""
+    return [folder for folder in layer_folders(location.root)[0] if is_masks_only(folder)]
+
+
 def merge_images(
     location: SetLocation,
     images: Sequence[str | Path] = (),
@@ -70,7 +75,7 @@ def merge_images(
     Raises:
         MilanError: There are no source images, or they do not fit.
     """
-    bare = [folder for folder in layer_folders(location.root)[0] if is_masks_only(folder)]
+    bare = bare_layers(location)
     dataset = location.name.rpartition("/")[2]
     usual = data_dir() / dataset / "val"
     if bare and not images and not usual.is_dir():

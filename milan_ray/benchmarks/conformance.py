@@ -81,6 +81,7 @@ class Result:
         library: As of the case.
         family: As of the case.
         network: As of the case.
+        view: Height and width of the pictures, in pixels.
         built: Whether the network could be built.
         defaults: Number of default layers.
         defaults_run: Whether all of them can be read at once.
@@ -95,6 +96,7 @@ class Result:
     library: str
     family: str
     network: str
+    view: tuple[int, int] = (0, 0)
     built: bool = True
     defaults: int = 0
     defaults_run: bool = False
@@ -142,6 +144,7 @@ def _compare(case: Case, result: Result) -> None:
         result.built, result.refused[""] = False, reason(error)
         return
     spec, network = subject.spec, subject.network
+    result.view = spec.preprocess.view.shape
     _vary(network)
     views = _pictures(spec.preprocess.view.shape)
     result.defaults = len(spec.layers)
@@ -312,7 +315,11 @@ def page(results: Sequence[Result]) -> str:
     lines = [
         "# Conformance",
         "",
-        "<!-- Made by `python -m jobs.models --conformance --out docs/conformance.md`: do not edit. -->",
+        "<!-- Made by `python -m jobs.models --conformance --side 128 --out docs/conformance.md`: do not edit. -->",
+        "",
+        "```sh",
+        "python -m jobs.models --conformance --side 128",
+        "```",
         "",
         "What is read of a layer (units, positions, activations) against what the network's own library says, for the",
         "smallest network of every family, untrained, on the CPU: torchvision's feature extractor, timm's",
@@ -322,16 +329,25 @@ def page(results: Sequence[Result]) -> str:
         "",
         f"{versions}. {summary(results)}",
         "",
-        "| library | family | network | default layers | compared | lit | unproven | result |",
-        "|---|---|---|---|---|---|---|---|",
+        "| library | family | network | pictures | default layers | compared | lit | unproven | result |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for result in results:
         run = f"{result.defaults} run" if result.defaults_run else "do not run"
         verdict = result.verdict.replace("|", "\\|").replace("\n", " ")
-        lines.append(
-            f"| {result.library} | {result.family} | `{result.network}` | {run} | {result.compared} | {result.lit} | "
-            f"{result.unproven} | {verdict} |"
+        pictures = "×".join(map(str, result.view)) if any(result.view) else "-"
+        cells = (
+            result.library,
+            result.family,
+            f"`{result.network}`",
+            pictures,
+            run,
+            result.compared,
+            result.lit,
+            result.unproven,
+            verdict,
         )
+        lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
 

@@ -372,7 +372,7 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
         0,
     ),
     "MLCDVision": (_VIT, 1),
-    "MobileNetV1": ({"depth_multiplier": 0.25, "image_size": 64, "min_depth": 8}, MAPS),
+    "MobileNetV1": ({"depth_multiplier": 0.25, "image_size": 64, "min_depth": 8, "initializer_range": 0.1}, MAPS),
     "MobileNetV2": ({"depth_multiplier": 0.25, "image_size": 64, "min_depth": 8}, MAPS),
     "MobileViT": (
         {
@@ -406,7 +406,10 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
     ),
     "RegNet": ({"embedding_size": 8, "hidden_sizes": [8, 16, 24], "depths": [1, 2, 1], "groups_width": 8}, MAPS),
     "ResNet": ({"embedding_size": 8, **_CONVOLUTIONS}, MAPS),
-    "SamVision": ({**_VIT, "output_channels": 16, "window_size": 4, "global_attn_indexes": [2]}, LAST),
+    "SamVision": (
+        {**_VIT, "output_channels": 16, "window_size": 4, "global_attn_indexes": [2], "initializer_range": 0.1},
+        LAST,
+    ),
     "Segformer": (
         {
             "hidden_sizes": [16, 16, 32, 32],

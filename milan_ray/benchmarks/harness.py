@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 QUIET = 1.5
@@ -178,10 +179,16 @@ def peak_memory() -> float:
 
 @contextmanager
 def photographs(options: Options, count: int) -> Iterator[Path]:
-    """A folder of ``count`` JPEGs: the first of the photographs given, else noise of 500 × 375 pixels."""
+    """A folder of ``count`` JPEGs: the first of the photographs given, else noise of 500 × 375 pixels.
+
+    Raises:
+        MilanError: There are no photographs where some were given.
+    """
     with TemporaryDirectory(prefix="milan-photos-") as folder:
         if options.photos is not None:
             files = sorted(path for path in options.photos.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+            if not files:
+                raise MilanError(f"no JPEG photographs in --photos {options.photos}: give a folder that holds some.")
             for number, file in enumerate(files[:count]):
                 os.symlink(file.absolute(), Path(folder, f"{number:05d}.jpg"))
         else:

@@ -21,6 +21,7 @@ from milan_ray.models.hooks import LayerTap
 from milan_ray.models.registry import BUILDING
 from milan_ray.models.view import IMAGENET_MEAN, IMAGENET_STD
 from milan_ray.models.weights import WeightsFile, load_strictly, load_weights, weights_digest
+from milan_ray.names import checked_name
 
 
 @dataclass(frozen=True)
@@ -210,6 +211,7 @@ def register_encoder(
         layers: Module paths whose outputs make the pyramid.
         **options: Further fields of :class:`EncoderSpec`.
     """
+    checked_name("an encoder", name, slashes=True)
     _ENCODERS[name] = EncoderSpec(name, factory, tuple(layers), **options)
     return _ENCODERS[name]
 

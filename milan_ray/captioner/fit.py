@@ -25,6 +25,7 @@ from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.captioner.training import EarlyStopping
 from milan_ray.config import TrainingConfig
+from milan_ray.errors import MilanError
 from milan_ray.scoring.text import bleu_order, bleu_statistics, bleu_values
 
 LM, DECODER = PARTS = ("lm", "decoder")
@@ -146,9 +147,18 @@ def fitted(state: State, part: str, plan: Plan, feature_size: int) -> nn.Module:
 
 
 def split_units(units: int, config: TrainingConfig) -> tuple[list[int], list[int]]:
-    """Rows (held out, to train on), each ascending; depends on the number of units and the seed alone."""
+    """Rows (held out, to train on), each ascending; depends on the number of units and the seed alone.
+
+    Raises:
+        MilanError: None is left to train on.
+    """
     order = np.random.default_rng(config.seed).permutation(units).tolist()
     held = max(1, int(config.hold_out * units))
+    if held >= units:
+        raise MilanError(
+            f"of {units} annotated units {held} would be held out to stop early, which leaves none to train on: lower "
+            "--hold-out, or annotate more."
+        )
     return sorted(order[:held]), sorted(order[held:])
 
 

@@ -21,9 +21,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--words", nargs="*", metavar="WORD", help="words that descriptions are compared with (default: the paper's)"
     )
     group.add_argument("--trials", type=options.positive, default=5, help="random orders beside the others")
-    group.add_argument("--seed", type=int, default=0, help="seed of the random orders")
+    group.add_argument("--seed", type=options.count, default=0, help="seed of the random orders")
     group.add_argument(
-        "--ties", type=int, default=0, metavar="N",
+        "--ties", type=options.count, default=0, metavar="N",
         help="orders per criterion, ties broken at random (default: one order, ties layer by layer as in the paper)",
     )  # fmt: skip
 

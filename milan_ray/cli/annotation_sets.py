@@ -8,7 +8,7 @@ from pathlib import Path
 from milan_ray.cli import annotation_collection, options
 from milan_ray.cli.closing import note
 from milan_ray.cli.records import absolute, open_storage
-from milan_ray.cli.refusals import refuse
+from milan_ray.cli.refusals import given, refuse
 from milan_ray.errors import MilanError
 
 
@@ -24,11 +24,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     bring.add_argument(
         "set", metavar="SET", help=f"{sets}; or a CSV (layer, unit, summary) for the exemplars of --model"
     )
-    bring.add_argument("--model", help="name of the model in the storage (default: the set's, e.g. alexnet/imagenet)")
+    bring.add_argument(
+        "--model",
+        type=options.table_name,
+        help="name of the model in the storage (default: the set's, e.g. alexnet/imagenet)",
+    )
     bring.add_argument("--layers", nargs="+", metavar="LAYER", help="only these layers")
     bring.add_argument("--download", action="store_true", help="fetch released sets that are absent")
     bring.add_argument(
-        "--annotation-count", type=int, metavar="N",
+        "--annotation-count", type=options.count, metavar="N",
         help="units with at least N annotations, the first N of each; 0 for all (default: 3 for released sets, else 0)",
     )  # fmt: skip
     merge = action("merge", "Give masks-only sets the images of a local ImageNet or Places folder")
@@ -80,6 +84,7 @@ def _import_annotations(args: argparse.Namespace) -> int:
         path = Path(absolute("SET", args.set))
         import_csv(storage, path, args.model, source=source, annotation_count=args.annotation_count or None)
         return 0
+    _refuse(args, args.download)
     sets = load(
         args.set, images=args.images, labels=args.labels, download=args.download, layers=args.layers,
         annotation_count=args.annotation_count, quirks=Quirks(merge_geometry=args.reference_quirks),
@@ -91,11 +96,26 @@ def _import_annotations(args: argparse.Namespace) -> int:
     return 0
 
 
+def _refuse(args: argparse.Namespace, download: bool = False) -> None:
+    """Refuses what is said of source images where no set needs any.
+
+    Raises:
+        MilanError: There is such an option.
+    """
+    from milan_ray.annotations.groups import locate
+    from milan_ray.annotations.load import bare_layers
+
+    names = ["images", "labels", "reference_quirks"]
+    if given(args, names) and not any(bare_layers(location) for location in locate(args.set, download=download)):
+        refuse(args, names, f"for {args.set}, which came with its images,", "name a set that came with masks only")
+
+
 def _merge(args: argparse.Namespace) -> int:
     from milan_ray.annotations.groups import locate
     from milan_ray.annotations.load import merge_images
     from milan_ray.annotations.quirks import Quirks
 
+    _refuse(args)
     for location in locate(args.set):
         merge_images(location, args.images, args.labels, Quirks(merge_geometry=args.reference_quirks))
     return 0

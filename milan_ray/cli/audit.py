@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from milan_ray.cli import describe, options
 from milan_ray.cli.closing import note, report_on, show_plan
 from milan_ray.cli.records import writable_storage
-from milan_ray.cli.refusals import DISSECTION, refuse
+from milan_ray.cli.refusals import CLUSTER, DISSECTION, refuse
 from milan_ray.cli.search import table, text_model
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
@@ -124,7 +124,7 @@ def _refuse(args: argparse.Namespace) -> None:
         if args.pair:
             refuse(args, ["model"], "with --pair", "leave out --pair")
         describing = "layers clip clip_z clip_beam_size clip_lam setting lam beam_size length units encoder_weights"
-        names = [*DISSECTION, *describing.split(), "download", "reference_quirks"]
+        names = [*DISSECTION, *describing.split(), "download", "reference_quirks", *CLUSTER]
         remedy = "give a --decoder or --milan that describes the networks first"
         refuse(args, names, "of networks that are described already,", remedy)
 

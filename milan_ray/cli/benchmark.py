@@ -7,6 +7,13 @@ from pathlib import Path
 
 from milan_ray.benchmarks import BENCHMARKS
 from milan_ray.cli import options
+from milan_ray.cli.refusals import refuse
+
+PHOTOGRAPHS = ("exemplars", "encode", "end-to-end", "merge", "ray-overhead")
+"""Benchmarks that read photographs."""
+
+CAPTIONS = ("describe", "end-to-end", "tune")
+"""Benchmarks whose captioner learns from what people said."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +32,9 @@ def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.benchmarks.harness import Options, run_benchmark
 
+    for names, option in ((PHOTOGRAPHS, "photos"), (CAPTIONS, "annotations")):
+        if args.name not in names:
+            refuse(args, [option], f"in benchmark {args.name}", f"take one of {', '.join(names)}")
     photos, annotations, json = (
         None if path is None else Path(path) for path in (args.photos, args.annotations, args.json)
     )

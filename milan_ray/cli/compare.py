@@ -7,6 +7,7 @@ import argparse
 from milan_ray.cli import options
 from milan_ray.cli.closing import note, report_on, show_plan
 from milan_ray.cli.records import bert_score_folder, resources_of, writable_storage
+from milan_ray.cli.refusals import CLUSTER, refuse
 from milan_ray.progress import say
 
 
@@ -30,6 +31,12 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.plugins import load_plugins
 
     load_plugins(args.plugin)
+    refuse(
+        args,
+        [name for name in CLUSTER if name != "address"],
+        "in a comparison, which runs next to nothing,",
+        "give --address alone",
+    )
     storage, resources = writable_storage(args), resources_of(args)
     bert = bert_score_folder(args)
     asked = {"models": args.model, "labelers": args.labeler, "source": args.annotations, "name": args.name}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,6 +48,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     from milan_ray.pipelines.describe import run_descriptions
     from milan_ray.pipelines.encodings import run_encodings
     from milan_ray.pipelines.exemplars import run_exemplars
+    from milan_ray.pipelines.fanout import models_apart
     from milan_ray.pipelines.plan import (
         plan_descriptions,
         plan_encodings,
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     encoder = encoder_request(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
     encoder.load()
     search = search_of(args, decoder)
-    present: dict[str, tuple[str, ...]] = {}
+    present: Mapping[str, Sequence[str]] = {}
     failed: dict[str, str] = {}
     if args.probe is None:
         present = {name: tuple(exemplar_layers(storage, name, args.layers or None)) for name in args.model}
@@ -83,11 +84,15 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     with connected(resources):
         if args.probe is not None:
             done = run_exemplars(*dissection, resources)
-            present, failed = done.models, done.failed
-        run_encodings(storage, present, encoder, resources, args.units)
-        run_descriptions(storage, present, search, resources, args.units)
-        if clip is not None:
-            run_reranking(storage, present, search, clip, resources, args.units)
+            present, failed = done.models, dict(done.failed)
+
+        def describe(models: dict[str, Sequence[str]]) -> None:
+            run_encodings(storage, models, encoder, resources, args.units)
+            run_descriptions(storage, models, search, resources, args.units)
+            if clip is not None:
+                run_reranking(storage, models, search, clip, resources, args.units)
+
+        present = models_apart(describe, present, failed)
     about = about_captioner(storage, decoder)
     report_on(args, storage, list(present), {"About the descriptions": about} if about else None)
     return close(args, "descriptions", present, failed)

@@ -63,7 +63,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help=f"what compares images, for the last two: a CLIP or SigLIP folder, or its name (default: {EMBEDDER})",
     )
-    group.add_argument("--tag", default="", help="tells several ways apart: the labeler is dnd-TAG")
+    group.add_argument("--tag", type=options.tag, default="", help="tells several ways apart: the labeler is dnd-TAG")
     group.add_argument("--top", type=options.positive, default=10, metavar="N", help="images and crops per unit")
     group.add_argument(
         "--crops", type=int, default=4, metavar="N", help="attention crops per image at most; 0 for none"
@@ -78,7 +78,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--prompt", default="a realistic photograph of {}", help="what the generator is asked for; {} is the candidate"
     )
-    group.add_argument("--seed", type=int, default=0, help="seed of the drawn images")
+    group.add_argument("--seed", type=options.count, default=0, help="seed of the drawn images")
     group = parser.add_argument_group("language model")
     group.add_argument("--llm-temperature", type=float, default=0.3, metavar="T", help="temperature of its answers")
     group.add_argument("--llm-model", metavar="NAME", help="the model's name on the server")

@@ -33,7 +33,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--most", type=options.positive, default=50, metavar="N", help="units removed at most")
     group.add_argument("--trials", type=options.positive, default=5, help="random orders beside the others")
-    group.add_argument("--seed", type=int, default=0, help="of the random orders")
+    group.add_argument("--seed", type=options.count, default=0, help="of the random orders")
     group.add_argument(
         "--remove", type=options.positive, metavar="N", help="units to remove (default: by validation accuracy)"
     )

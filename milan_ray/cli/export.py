@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     storage = open_storage(args)
     decoder = find_captioner(args, storage)
     captioner = load_captioner(storage, decoder)
-    if captioner.encoder_state is None:
+    if captioner.encoder_state is None or args.encoder_weights is not None:
         encoder = encoder_request(args, captioner.encoder_name, storage, decoder).load()
         captioner = replace(captioner, encoder_state=encoder.backbone.state_dict())
     export_reference(captioner, absolute("FILE", args.out))

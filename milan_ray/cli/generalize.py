@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
 from milan_ray.cli.closing import report_on, show_plan
@@ -14,9 +16,13 @@ from milan_ray.cli.records import (
     resources_of,
     writable_storage,
 )
+from milan_ray.cli.refusals import refuse
 from milan_ray.cli.train import fitting, training_config
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
+
+if TYPE_CHECKING:
+    from milan_ray.annotations.splits import Split
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +41,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--share", type=options.share, default=0.1, help="share of units to judge by where one network's are divided"
     )
     group.add_argument(
-        "--within-patience", type=int, default=10, metavar="N", help="--patience where one network's units are divided"
+        "--within-patience",
+        type=options.count,
+        default=10,
+        metavar="N",
+        help="--patience where one network's units are divided",
     )
     group.add_argument(
         "--name", type=options.name, default="generalization", help="name of the experiment in the tables"
@@ -55,6 +65,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.annotations.splits import chosen_splits
+    from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
     from milan_ray.experiments.generalization import summary
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.encodings import run_encodings
@@ -73,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     storage, resources = writable_storage(args), resources_of(args)
     annotated = annotated_layers(storage, args.annotations, None)
     splits = chosen_splits(args.split, annotated)
+    _refuse(args, splits)
     models = dict.fromkeys(model for split in splits for model in split.models)
     layers = {model: [path for path in annotated[model] if not args.layers or path in args.layers] for model in models}
     if bare := [model for model in models if not layers[model]]:
@@ -87,6 +99,7 @@ def run(args: argparse.Namespace) -> int:
         Sizes(args.embedding, args.hidden),
         args.beam_size,
         args.lam,
+        REFERENCE if args.reference_quirks else NO_QUIRKS,
     )
     job = GeneralizationJob(
         args.annotations,
@@ -109,3 +122,17 @@ def run(args: argparse.Namespace) -> int:
     say(f"tables: {storage.uri('generalization')}; figure: {storage.uri(figure_path(storage, job.name, 'svg'))}")
     report_on(args, storage)
     return 0
+
+
+def _refuse(args: argparse.Namespace, splits: Sequence[Split]) -> None:
+    """Refuses options of splits that are not among these.
+
+    Raises:
+        MilanError: There is one.
+    """
+    if not any(split.within for split in splits):
+        remedy = "choose a split that divides one network's units"
+        refuse(args, ["share", "within_patience"], "where no split divides one network's units", remedy)
+    if all(split.within for split in splits):
+        remedy = "give --within-patience"
+        refuse(args, ["patience"], "where every split divides one network's units", remedy)

@@ -89,6 +89,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.pipelines.clip_dissect import run_clip_dissect
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.exemplars import run_exemplars
+    from milan_ray.pipelines.fanout import models_apart
     from milan_ray.pipelines.label import check_concepts, run_labels
     from milan_ray.pipelines.plan import plan_clip_dissect, plan_exemplars, plan_labels
 
@@ -112,7 +113,11 @@ def run(args: argparse.Namespace) -> int:
         if how.labelers:
             failed |= run_labels(storage, done, models, probe, config, how, resources, args.units)
         if dissect is not None and judge is not None:
-            run_clip_dissect(storage, done.models, probe, dissect, judge, resources, args.units)
+            models_apart(
+                lambda left: run_clip_dissect(storage, left, probe, dissect, judge, resources, args.units),
+                done.models,
+                failed,
+            )
     labelled = {name: layers for name, layers in done.models.items() if name not in failed}
     report_on(args, storage, list(done.models))
     return close(args, "labels", labelled, failed)

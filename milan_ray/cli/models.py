@@ -32,6 +32,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--families", metavar="PATTERN", default="*", help="only these families ('swin*')")
     group.add_argument("--library", choices=("torchvision", "timm", "transformers"), help="only this library's")
     group.add_argument(
+        "--side",
+        type=options.positive,
+        metavar="PIXELS",
+        help="height and width of the pictures in pixels, of networks that take any (default: their own, at most 256)",
+    )
+    group.add_argument(
         "--earlier",
         metavar="FILE",
         action="append",
@@ -54,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
     load_plugins(args.plugin)
     if args.conformance:
         return _conformance(args)
-    if args.families != "*" or args.library or args.out or args.earlier:
-        raise MilanError("--families, --library, --earlier and --out belong to --conformance: give that too.")
+    if args.families != "*" or args.library or args.side or args.out or args.earlier:
+        raise MilanError("--families, --library, --side, --earlier and --out belong to --conformance: give that too.")
     if args.name is None or set(args.name) & set("*?["):
         refuse(args, ["weights"], "without the name of one model", "name it")
         names = fnmatch.filter(model_names(), args.name or "*")
@@ -88,7 +94,7 @@ def _conformance(args: argparse.Namespace) -> int:
         raise MilanError(f"--conformance takes no model's name ({args.name}): choose families with --families.")
     known = {(one.library, one.family): one for file in args.earlier for one in read_rows(Path(file))}
     results = []
-    for case in cases(args.library, args.families):
+    for case in cases(args.library, args.families, args.side):
         result = known.get((case.library, case.family)) or check(case)
         results.append(result)
         if args.json:

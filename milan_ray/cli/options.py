@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
 
 from milan_ray.config import FLOAT32, ExemplarConfig
@@ -21,11 +22,34 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+def amount(text: str) -> float:
+    """An argument that is a finite number of at least 0."""
+    number = float(text)
+    if not 0 <= number < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is no number of at least 0")
+    return number
+
+
+def device(text: str) -> str:
+    """An argument that names a kind of device; whether there is one, the machine says that computes."""
+    if re.fullmatch(r"auto|cpu|mps|xpu|cuda(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu and cuda")
+    return text
+
+
 def positive(text: str) -> int:
     """An argument that counts something."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return number
+
+
+def count(text: str) -> int:
+    """An argument that counts something, perhaps nothing; or a seed."""
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
     return number
 
 
@@ -59,6 +83,11 @@ def name(text: str) -> str:
 def table_name(text: str) -> str:
     """An argument that tables are kept under: it may look like a model's name, with slashes."""
     return _checked(text, slashes=True)
+
+
+def tag(text: str) -> str:
+    """An argument that is put behind a labeler's name; empty for none."""
+    return text and name(text)
 
 
 def _checked(text: str, slashes: bool) -> str:
@@ -146,8 +175,10 @@ def resources(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--address", help="Ray cluster to join (default: $RAY_ADDRESS, else a local one of our own)")
     group.add_argument("--actors", type=positive, help="most actors of a pool (default: one per GPU, else per CPU)")
     group.add_argument("--cpus-per-actor", type=positive, default=1, help="CPUs and torch threads of each actor")
-    group.add_argument("--gpus-per-actor", type=float, help="GPUs of each actor, fractions allowed (default: 1 if any)")
-    group.add_argument("--device", default="auto", help="where models run: auto, cpu or cuda")
+    group.add_argument(
+        "--gpus-per-actor", type=amount, help="GPUs of each actor, fractions allowed (default: 1 if any)"
+    )
+    group.add_argument("--device", default="auto", type=device, help="where models run: auto, cpu or cuda")
 
 
 def models(parser: argparse.ArgumentParser, required: bool = True) -> None:
@@ -297,7 +328,9 @@ def captioner(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "not-alexnet-imagenet, …; looked for in $MILAN_MODELS_DIR, else downloaded there",
     )
     group.add_argument(
-        "--encoder-weights", metavar="FILE", help="weights of the captioner's encoder, if it brings none"
+        "--encoder-weights",
+        metavar="FILE",
+        help="weights of the captioner's encoder (default: those that it brings, else the encoder's own)",
     )
 
 

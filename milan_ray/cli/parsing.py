@@ -19,6 +19,41 @@ ONLY = r"\bonly\b"
 """What the help of an option that filters says."""
 
 
+class _Loader(yaml.SafeLoader):
+    """Reads YAML as people mean it: a key twice is an error, and ``012``, ``1:30``, dates and hex are text."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012
+        letter: [
+            (tag, pattern) for tag, pattern in found if tag.rpartition(":")[2] not in ("int", "float", "timestamp")
+        ]
+        for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """A mapping.
+
+        Raises:
+            yaml.constructor.ConstructorError: It has a key twice.
+        """
+        seen: dict[Any, yaml.Node] = {}
+        for key, _ in node.value:
+            name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
+            if name in seen and key.tag != "tag:yaml.org,2002:merge":
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"the key {key.value!r} stands there twice, leave one", key.start_mark
+                )
+            seen |= {} if name is None else {name: key}
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)$"), list("-+0123456789"))
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?([0-9]+\.[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?$|[-+]?\.(inf|Inf|INF)$|\.(nan|NaN|NAN)$"),
+    list("-+0123456789."),
+)
+
+
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one sentence; options are written out: a new one makes no other ambiguous."""
 
@@ -96,8 +131,8 @@ def from_file(verb: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[
     if path is None:
         return [], {}
     try:
-        found = yaml.safe_load(read_text(CONFIG, path))
-    except yaml.YAMLError as error:
+        found = _Loader(read_text(CONFIG, path)).get_single_data()  # as yaml.safe_load does
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise MilanError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(found, dict):
         raise MilanError(f"{path} must hold lines of the form 'option: value'.")

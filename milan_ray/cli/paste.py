@@ -28,7 +28,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--pool", type=options.positive, default=2000, metavar="N", help="images to look for originals among"
     )
-    group.add_argument("--seed", type=int, default=0, help="of the choice of images and of the other units")
+    group.add_argument("--seed", type=options.count, default=0, help="of the choice of images and of the other units")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -42,9 +42,14 @@ def writable_storage(args: argparse.Namespace) -> Storage:
     return storage
 
 
-def opened(args: argparse.Namespace) -> tuple[Storage, list[ModelRequest], ProbeRequest]:
-    """What a job on models and images begins with: the run directory, the models, the images."""
-    return writable_storage(args), model_requests(args), probe_request(args)
+def opened(args: argparse.Namespace, runs: bool = True) -> tuple[Storage, list[ModelRequest], ProbeRequest]:
+    """What a job on models and images begins with: the run directory, the models, the images.
+
+    Args:
+        args: The options.
+        runs: Whether the models are run, so that their weights have to be there.
+    """
+    return writable_storage(args), model_requests(args, runs), probe_request(args)
 
 
 def bert_score_folder(args: argparse.Namespace) -> str | None:
@@ -103,8 +108,13 @@ def resources_of(args: argparse.Namespace) -> Resources:
     return Resources(args.address, args.actors, args.cpus_per_actor, args.gpus_per_actor, args.device)
 
 
-def model_requests(args: argparse.Namespace) -> list[ModelRequest]:
-    """The models asked for, patterns resolved; one that fails alone is left to the first stage to report."""
+def model_requests(args: argparse.Namespace, runs: bool = True) -> list[ModelRequest]:
+    """The models asked for, patterns resolved; one that fails alone is left to the first stage to report.
+
+    Args:
+        args: The options.
+        runs: Whether the models are run, so that their weights have to be there.
+    """
     from milan_ray.models.registry import RANDOM, get_model, match_models
     from milan_ray.models.resolve import resolve_model
     from milan_ray.pipelines.requests import ModelRequest
@@ -119,7 +129,7 @@ def model_requests(args: argparse.Namespace) -> list[ModelRequest]:
             args.weights = absolute("--weights", args.weights)
     found, absent = [], None
     for name in names:
-        weights = args.weights
+        weights = args.weights if runs else RANDOM
         try:
             weights = resolve_model(name, weights, args.layers, download=args.download).weights
         except WouldDownload as error:  # a dry run names all of them

@@ -9,6 +9,8 @@ from milan_ray.errors import MilanError
 
 DISSECTION = (
     "labels",
+    "image_column",
+    "label_column",
     "max_bad",
     "weights",
     "activations",
@@ -25,6 +27,9 @@ DISSECTION = (
     "pooled",
 )
 """Options, by destination, that say how models are dissected."""
+
+CLUSTER = ("address", "actors", "cpus_per_actor", "gpus_per_actor", "device")
+"""Options, by destination, that say where and with how much work is done."""
 
 
 def given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
@@ -65,7 +66,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="also judge the scores themselves, where the model's classes are concepts of --clip's concept maps",
     )
-    group.add_argument("--seed", type=int, default=0, help="seed of the shuffled row and the bootstrap")
+    group.add_argument("--seed", type=options.count, default=0, help="seed of the shuffled row and the bootstrap")
     options.add_to(
         parser,
         options.models,
@@ -90,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.models.generators import GeneratorRequest
     from milan_ray.pipelines.cluster import connected
     from milan_ray.pipelines.cosy import CosyConfig, run_cosy
+    from milan_ray.pipelines.fanout import models_apart
     from milan_ray.pipelines.plan import Plan, plan_cosy, plan_scores
     from milan_ray.pipelines.score import ScoreConfig, class_layers, described_layers, run_sanity, run_scores
     from milan_ray.schema import SCORES
@@ -101,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         refuse(args, judged, "without --clip", "give --clip too")
     if args.generator is None:
         refuse(args, ["images", "prompt", "weights", "activations"], "without --generator", "give --generator too")
-    storage, models, probe = opened(args)
+    storage, models, probe = opened(args, runs=args.generator is not None)
     resources = resources_of(args)
     described = described_layers(storage, [model.name for model in models], args.labeler, args.layers)
     config = ScoreConfig(args.pooling, args.held_out, args.top, args.retrieved, args.sigmoid, args.seed)
@@ -114,27 +116,37 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         plan = Plan()
         if judge is not None:
-            plan_scores(storage, plan, described, probe, judge, config, named)
+            plan_scores(storage, plan, described, probe, judge, config, named, classes if args.sanity else None)
         if args.generator is not None:
             plan_cosy(storage, plan, described, probe, models, painter, cosy, config)
         return show_plan(args, plan)
     experiments: list[str] = []
-    with connected(resources):
+    layers: dict[str, list[str]] = {}
+    for what in described:
+        layers.setdefault(what.model, [])
+        if what.layer not in layers[what.model]:
+            layers[what.model].append(what.layer)
+
+    def score(left: dict[str, Sequence[str]]) -> None:
+        experiments.clear()
+        chosen = [what for what in described if what.model in left]
         if judge is not None:
-            experiments += run_scores(storage, described, probe, judge, config, resources, named)
+            own = {keys: names for keys, names in named.items() if keys[0] in left}
+            experiments.extend(run_scores(storage, chosen, probe, judge, config, resources, own))
             if args.sanity:
-                experiments += run_sanity(storage, probe, judge, config, resources, classes)
+                own = {keys: names for keys, names in classes.items() if keys[0] in left}
+                experiments.extend(run_sanity(storage, probe, judge, config, resources, own))
         if args.generator is not None:
-            experiments += run_cosy(storage, described, probe, models, painter, cosy, config, resources)
+            drawn = [model for model in models if model.name in left]
+            experiments.extend(run_cosy(storage, chosen, probe, drawn, painter, cosy, config, resources))
+
+    failed: dict[str, str] = {}
+    with connected(resources):
+        done = models_apart(score, layers, failed)
     for experiment in experiments:
         say(_text(storage.read(SCORES, experiment=experiment)))
-    done: dict[str, list[str]] = {}
-    for what in described:
-        done.setdefault(what.model, [])
-        if what.layer not in done[what.model]:
-            done[what.model].append(what.layer)
     note(args, experiments=experiments)
-    return close(args, "scores", done, {})
+    return close(args, "scores", done, failed)
 
 
 def _classes(models: list[ModelRequest]) -> dict[str, tuple[str, ...]]:

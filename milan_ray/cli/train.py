@@ -51,14 +51,19 @@ def fitting(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epochs", type=options.positive, default=config.max_epochs, help="epochs at most, of each model"
     )
-    parser.add_argument("--patience", type=int, default=config.patience, help="epochs without improvement forgiven")
     parser.add_argument(
-        "--hold-out", type=options.share, default=config.hold_out, help="share of units held out to stop early"
+        "--patience", type=options.count, default=config.patience, help="epochs without improvement forgiven"
+    )
+    parser.add_argument(
+        "--hold-out",
+        type=options.share,
+        default=config.hold_out,
+        help="share of units held out to stop early, at least one unit",
     )
     parser.add_argument("--hidden", type=options.positive, default=512, help="LSTM state, units")
     parser.add_argument("--embedding", type=options.positive, default=128, help="token embedding, units")
     parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
-    parser.add_argument("--seed", type=int, default=config.seed, help="seed of weights, dropout and order")
+    parser.add_argument("--seed", type=options.count, default=config.seed, help="seed of weights, dropout and order")
     parser.add_argument(
         "--workers", type=options.positive, default=1, help="data-parallel training workers of each captioner"
     )

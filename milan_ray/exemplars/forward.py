@@ -261,8 +261,9 @@ class Forward:
                 if layout.calls and tap.calls.get(layer, layout.calls) != layout.calls:
                     raise MilanError(
                         f"layer {layer!r} of {self._spec.name} runs {tap.calls[layer]} times for a batch of "
-                        f"{self._batch_size} images, and ran {layout.calls} times for others: its last call depends on "
-                        f"what lies beside an image; choose one of its calls ({layer}@1), or a layer around it."
+                        f"{self._batch_size} images, and ran {layout.calls} times for others: its last call depends "
+                        f"on what lies beside an image; choose one of its calls, as {layer + '@1'!r}, or a layer "
+                        "around it."
                     )
         rows = self._batch_size if every else count
         maps = {

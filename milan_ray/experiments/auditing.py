@@ -20,7 +20,7 @@ from milan_ray.schema import DESCRIPTIONS
 from milan_ray.scoring.bootstrap import Interval, difference, interval, ratio, resampling_counts
 from milan_ray.scoring.paired import sign, signed_rank
 from milan_ray.storage import Storage
-from milan_ray.textfiles import clean, delimiter, dict_reader
+from milan_ray.textfiles import clean, csv_in, delimiter, dict_reader
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -109,16 +109,18 @@ def read_review(text: str, where: str) -> pl.DataFrame:
     Raises:
         MilanError: A column is missing, a verdict or unit is none, or a unit has two verdicts.
     """
-    reader = dict_reader(text)
+    with csv_in(where):
+        reader = dict_reader(text)
+        lines = [(row, reader.line_num) for row in reader]
     missing = [name for name in REVIEW_COLUMNS if name not in (reader.fieldnames or ())]
     if missing:
         raise MilanError(f"{where} has no column {', '.join(missing)}: keep the header, and commas between columns.")
     rows = []
-    for row in reader:
+    for row, number in lines:
         verdict, unit = (row["verdict"] or "").strip().lower(), (row["unit"] or "").strip()
         if verdict not in ("", ACCEPT, REJECT) or not unit.isdecimal():
             raise MilanError(
-                f"{where}, line {reader.line_num}: unit {unit!r} with verdict {verdict!r}: the unit must be a number, "
+                f"{where}, line {number}: unit {unit!r} with verdict {verdict!r}: the unit must be a number, "
                 f"the verdict {ACCEPT}, {REJECT} or empty."
             )
         cells = {name: row[name] or "" for name in REVIEW_COLUMNS}
@@ -149,7 +151,8 @@ def write_review(new: pl.DataFrame, text: str | None = None) -> str:
     else:
         buffer.write(text if text.endswith("\n") else text + end)
         between = delimiter(text)
-        header = list(dict_reader(text).fieldnames or ())
+        with csv_in("the review"):
+            header = list(dict_reader(text).fieldnames or ())
     writer = csv.DictWriter(buffer, header, restval="", lineterminator=end, delimiter=between)
     writer.writerows(new.select(REVIEW_COLUMNS).iter_rows(named=True))
     return buffer.getvalue()

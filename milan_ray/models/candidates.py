@@ -39,6 +39,9 @@ class Candidate:
     def cells(self, responses: torch.Tensor) -> torch.Tensor:
         """Responses (pictures, positions…) as (pictures, h, w)."""
         height, width = self.grid
+        own = (width, height) if self.columns_first else (height, width)
+        if responses.ndim == 3 and responses.shape[1:] != own:
+            responses = responses.flatten(1)
         if responses.ndim == 2:
             responses = responses[:, self.prefix : responses.shape[1] - self.suffix]
             responses = responses.unflatten(1, (width, height) if self.columns_first else (height, width))
@@ -97,7 +100,7 @@ def candidates(
     """
     axes = [axis for axis in ((1, 2) if len(per_image) == 2 else (1, 3, 2)) if axis != units.axis]
     if units.axis is not None:
-        axes = [units.axis] if told.units_axis is not None else [units.axis, *axes]
+        axes = [units.axis] if units.certain or told.units_axis is not None else [units.axis, *axes]
     for axis in axes:
         sizes = [size for number, size in enumerate(per_image) if number + 1 != axis]
         sure = units.certain and axis == units.axis
@@ -105,13 +108,15 @@ def candidates(
             yield from _of_tokens(axis, sizes[0], sure, view, seen, declared, told)
             continue
         height, width = sizes
+        if min(sizes) == 1 < max(sizes):  # tokens beside an axis that counts nothing
+            yield from _of_tokens(axis, max(sizes), False, view, seen, declared, told)
         if told.prefix_tokens:
             return
-        if told.grid in (None, (height, width)):
-            plausible = units.of_maps or (height, width) in grids(height * width, view)
-            yield Candidate(axis, (height, width), certain=sure and plausible)
-        if told.grid in (None, (width, height)):
-            yield Candidate(axis, (width, height), columns_first=True)
+        for grid, columns_first in (((height, width), False), ((width, height), True)):
+            # A strip of a square picture is no map; only a convolution can make such.
+            fits = (units.of_maps and axis == units.axis) or grid in grids(height * width, view, seen)
+            if told.grid == grid or (told.grid is None and fits):
+                yield Candidate(axis, grid, columns_first, certain=sure and fits and not columns_first)
 
 
 def _of_tokens(
@@ -126,7 +131,8 @@ def _of_tokens(
     if told.grid is not None:
         positions = told.grid[0] * told.grid[1]
         prefix = count - positions if told.prefix_tokens is None else told.prefix_tokens
-        if prefix >= 0 and prefix + positions == count:
+        said = told.prefix_tokens is not None or prefix in (0, declared, *(count - h * w for h, w in seen))
+        if said and prefix >= 0 and prefix + positions == count:
             yield Candidate(axis, told.grid, prefix=prefix)
         return
     prefixes = [told.prefix_tokens] if told.prefix_tokens is not None else list(dict.fromkeys([declared or 0, 0]))
@@ -144,6 +150,11 @@ def _of_tokens(
         if grid[0] * grid[1] > 1 and 0 < more <= MAX_PREFIX_TOKENS and more not in prefixes:
             yield Candidate(axis, grid, prefix=more)
             yield from _apart(axis, grid, more)
+    if declared is None and told.prefix_tokens is None and not any(h * w > 1 for h, w in seen):
+        for more in range(1, MAX_PREFIX_TOKENS + 1):  # nobody says how many tokens are no positions
+            for grid in grids(count - more, view) if count - more > 1 else []:
+                yield Candidate(axis, grid, prefix=more)
+                yield from _apart(axis, grid, more)
 
 
 def _apart(axis: int, grid: tuple[int, int], more: int) -> Iterator[Candidate]:

@@ -14,6 +14,7 @@ are clear, in place of the picture: up to 49 more for each such layer.
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +41,7 @@ from milan_ray.models.hooks import (
 )
 from milan_ray.models.in_place import CHANGED
 from milan_ray.models.inputs import check_network, computes_in, prepare, runs_alone
-from milan_ray.models.layouts import UNSAID, Layout
+from milan_ray.models.layouts import UNSAID, Layout, grids
 from milan_ray.models.lit_cells import Evidence, LitPictures
 from milan_ray.models.registry import BUILDING, OUTPUTS, ModelInput, ModelSpec
 from milan_ray.models.state import Watched, drawing
@@ -50,6 +51,7 @@ _FIRST = 3  # images of the first batch
 _TOGETHER = 8  # pictures of a pass with lit patches
 _SOME = 64  # more than any pass here takes
 _FEW = 8  # positions a side, where a patch may lie between those that a later layer takes
+_MOST_OWN = 3  # ways of reading a layer that are tried by lighting its own maps
 _MOST_SOURCES = 6  # earlier layers in which patches are lit for the sake of one layer
 _CLEARLY = 0.02  # by which a less likely way to read positions must be better than a likelier one
 _OF_GRADIENTS = re.compile(r"requires?_? ?grad|grad_fn|[Ii]nference tensors|autograd")
@@ -184,6 +186,7 @@ class _Examination:
         check_network(self._spec.name, self._model)
         size = min(_FIRST, self._most)
         inputs = self._inputs(size)
+        self._structure.alone = size == 1
         order = [1, 0][: size - 1] or [0]  # fewer, in another order, beside others
         watched = Watched(self._model, self._device)
         with BUILDING:  # what is built meanwhile draws random numbers
@@ -219,7 +222,7 @@ class _Examination:
             if isinstance(axis, int):
                 axis = self._why_no_values(layer, first[layer].movedim(axis, 0)) or axis
             batches[layer] = axis
-        if self._latents is None and size > 1:
+        if self._latents is None:
             keys = {self._structure.key(self._places[layer]) for layer in self._layers}
             shapes = {self._structure.calls[key].shape for key in keys if key is not None}
             alike = {key for key, call_ in self._structure.calls.items() if call_.shape in shapes}
@@ -311,11 +314,17 @@ class _Examination:
             if axis is None or tensor is None or tensor.ndim not in (3, 4):
                 return
             values = (tensor.dequantize() if tensor.is_quantized else tensor).movedim(axis, 0).float().nan_to_num()
-            squares = (values[1:] - values[:1]).square()
+            if one_by_one:
+                squares = (values - plain_values.setdefault(key, values)).square()
+                if not shown:
+                    return
+            else:
+                squares = (values[1:] - values[:1]).square()
             sums = {units: squares.sum(units).sqrt().double().cpu() for units in range(1, values.ndim)}
             found.setdefault(key, []).append(sums)
 
         shown: list[int] = []  # pictures of this pass
+        one_by_one, plain_values = self._most == 1, dict[Key, torch.Tensor]()
 
         def light(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor | None:
             assert source is not None
@@ -324,18 +333,21 @@ class _Examination:
             if axis is None or key != (module, numbers[module] + 1):
                 return None
             cells = places.lit(*way.grid)
-            cells = torch.cat([torch.zeros_like(cells[:1]), cells[shown]])  # the first image stays as it is
+            if not (one_by_one and shown):
+                cells = torch.cat([torch.zeros_like(cells[:1]), cells[shown]])  # the first image stays as it is
+            else:
+                cells = cells[shown]
             return way.lit(output.movedim(axis, 0), cells).movedim(0, axis)
 
         handles = [] if source is None else [source[0][0].register_forward_hook(light)]
         handles += [module.register_forward_hook(after) for module in {module for module, _ in wanted}]
-        some = 1 if self._alone else min(self._most, _TOGETHER) - 1
+        some = 1 if self._alone or one_by_one else min(self._most, _TOGETHER) - 1
+        plain = self._pictures.grey(1) if source is None else pictures[:1]
         try:
-            for start in range(0, len(pictures), some):
+            for start in range(-some if one_by_one else 0, len(pictures), some):
                 numbers.clear()
-                shown[:] = range(start, min(start + some, len(pictures)))
-                plain = self._pictures.grey(1) if source is None else pictures[:1]
-                batch = np.concatenate([plain, pictures[start : start + some]])
+                shown[:] = range(max(start, 0), min(start + some, len(pictures)))
+                batch = pictures[shown] if one_by_one and shown else np.concatenate([plain, pictures[shown]])
                 with self._explaining(batch):
                     call(self._model, self._prepared(batch))
         finally:
@@ -390,7 +402,7 @@ class _Examination:
         return f"{puts_out} and {tuple(second)} for {smaller}: no axis counts them; choose another layer."
 
     def _why_in_parts(self, layer: str, often: tuple[int, int, int | None, int | None], smaller: int) -> str | None:
-        """Why a layer gets or puts out a part of the images, where that shows in how often."""
+        """Why a layer gets or puts out a part of the images, where it does so as often as there are images."""
         size, (runs, fewer, tensors, less) = smaller + 1, often
         if runs != fewer:
             return (
@@ -529,31 +541,36 @@ class _Examination:
             return f"{puts_out}, which does not agree with {said}; correct that, or choose another layer."
         if ways and (told.grid is not None or (told.units_axis is not None and len(per_image) == 3)):
             return ways[0].layout(per_image, batch, "what was said of it")
+        if len(per_image) == 2 and units.axis is None and per_image in grids(math.prod(per_image), view):
+            return (
+                f"{puts_out}, which looks like one map without an axis of units: add it by hidden=, as in lambda "
+                f"output: output[:, None], or {_SAY}."
+            )
         clear = None if key is None else self._clear(ways, _Answers(self._responses, self._pictures), key)
-        if clear is not None:
+        turned = ways and key is not None and self._answers_turned(clear or ways[0], key)
+        if clear is not None and not turned:
             return clear.layout(per_image, batch, "lit patches")
         best, evidence = self._best([way for way in ways if not units.certain or way.units_axis == units.axis], key)
         confirmed = best is ways[0] if ways and evidence is not None and evidence.confirms else False
-        if best is not None and confirmed and best.certain:
+        if best is not None and confirmed and best.certain and not turned:
             return best.layout(per_image, batch, "lit patches")
-        strange = evidence is not None and evidence.contradicts
+        strange = turned or (evidence is not None and evidence.contradicts)
         if strange:
             ordered = self._ordered(ways, key) if key is not None and len(per_image) == 2 else None
             if ordered is not None:
                 return ordered[0].layout(per_image, batch, "lit patches", ordered[1])
-        elif ways and (ways[0].certain or ways[0].grid == (1, 1)):
+        elif ways and ways[0].certain and not (evidence is not None and evidence.vague):
             return ways[0].layout(per_image, batch, "the kind of its modules")
-        if key is not None and (passed_on := self._from_sources(key, ways)) is not None:
+        shown = self._latents is None
+        if shown and key is not None and (passed_on := self._from_sources(key, ways)) is not None:
             return passed_on[0].layout(per_image, batch, passed_on[1])
         if strange:
             return (
                 f"{puts_out}, and a lit patch of the picture shows elsewhere in it: its positions come in an unknown "
                 f"order; choose another layer, or {_SAY}."
             )
-        if key is not None and (witness := self._witness(key, ways)) is not None:
-            return witness.layout(per_image, batch, "lit patches in a layer of the same shape before it")
-        if best is not None and confirmed:
-            return best.layout(per_image, batch, "lit patches")
+        if shown and key is not None and (passed_on := self._from_itself(key, ways)) is not None:
+            return passed_on[0].layout(per_image, batch, passed_on[1])
         if not self._positions and units.certain and units.axis is not None:
             return Candidate(units.axis, (1, 1)).layout(per_image, batch, "the kind of its modules")
         return (
@@ -643,21 +660,36 @@ class _Examination:
         self._looked[key] = len(self._answers), way
         return way
 
-    def _witness(self, key: Key, ways: Sequence[Candidate]) -> Candidate | None:
-        """What the nearest call before this one says that has the same shape and answers to the lit pictures."""
-        own = self._structure.calls[key]
-        before = [
-            (call_.ended, other)
-            for other, call_ in self._structure.calls.items()
-            if call_.ended < own.ended and call_.shape == own.shape and other in self._responses
-        ]
-        for _, other in sorted(before, key=lambda item: -item[0]):
-            best, evidence = self._best(ways, other)
-            if evidence is not None and evidence.confirms:
-                return best
-            if evidence is not None and evidence.contradicts:
-                return None
+    def _from_itself(self, key: Key, ways: Sequence[Candidate]) -> tuple[Candidate, str] | None:
+        """What later calls, whose positions are clear, say of patches that are lit in a call's own maps.
+
+        A branch that answers to the picture faintly, as what attention adds to its tokens, is added at its positions.
+        """
+        calls = self._structure.calls
+        if not calls[key].bare:
+            return None
+        names = {module: path for path, module in named_layers(self._model).items()}
+        later = sorted(
+            (other for other in calls if calls[other].ended > calls[key].ended), key=lambda o: calls[o].ended
+        )
+        clear = {other: way for other in later if (way := self._clear_way(other)) is not None}
+        for way in ways[:_MOST_OWN] if clear else ():
+            pictures = self._wide if min(way.grid) <= _FEW else self._pictures
+            picture = pictures.random(1).repeat(len(pictures.patches()), 0)
+            answers = _Answers(self._respond(picture, set(clear), (key, way, pictures)), pictures)
+            for other, its in clear.items():
+                if self._clear([its], answers, other) is not None:
+                    return way, f"patches lit in it, which show in {names[other[0]]}"
         return None
+
+    def _answers_turned(self, way: Candidate, key: Key) -> bool:
+        """Whether a layer answers clearly at the mirror images of the lit patches, and less clearly at them."""
+        responses = self._responses.get(key, {}).get(way.units_axis)
+        own = None if responses is None else self._pictures.weigh(way.cells(responses))
+        if responses is None or own is None:
+            return False
+        mirrored = (self._pictures.weigh(way.cells(responses).flip(dims)) for dims in ((1,), (2,), (1, 2)))
+        return any(other.confirms and other.hit > 1.5 * own.hit for other in mirrored if other is not None)
 
     def _ordered(self, ways: Sequence[Candidate], key: Key) -> tuple[Candidate, tuple[int, ...]] | None:
         """The order of tokens that do not come row by row; None where it cannot be told.

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from milan_ray.errors import unknown_name
+from milan_ray.names import checked_name
 
 
 class Generator(Protocol):
@@ -51,6 +52,7 @@ def register_generator(name: str, factory: Callable[[], Generator]) -> None:
         name: Name used on the command line.
         factory: Builds it, on the CPU.
     """
+    checked_name("a generator", name, slashes=True)
     _GENERATORS[name] = factory
 
 

@@ -25,6 +25,7 @@ from milan_ray.errors import MilanError, reason
 from milan_ray.models.transformers_zoo import import_transformers
 from milan_ray.models.view import View
 from milan_ray.models.weights import weights_digest
+from milan_ray.names import checked_name
 from milan_ray.textfiles import read_text
 
 DEFAULT = "clip-vit-base-patch32"
@@ -88,6 +89,7 @@ def register_image_text(name: str, factory: Callable[[], Embedder], concepts: Se
         factory: Builds it, on the CPU.
         concepts: What it knows, as the list of concepts where none is given.
     """
+    checked_name("a model of images and texts", name, slashes=True)
     _REGISTERED[name], _CONCEPTS[name] = factory, tuple(concepts)
 
 

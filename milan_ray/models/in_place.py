@@ -69,7 +69,7 @@ class Watch:
         self._seen.clear()
 
     def changed(self) -> dict[str, str]:
-        """What became of outputs: :data:`RESHAPED`, :data:`OVERWRITTEN` or :data:`CHANGED`."""
+        """Layer → what became of its output: :data:`RESHAPED`, :data:`OVERWRITTEN` or :data:`CHANGED`."""
         found = {layer: _change(seen) for layer, seen in self._seen.items()}
         return {layer: change for layer, change in found.items() if change is not None}
 

@@ -84,7 +84,9 @@ class Layout:
         if maps.ndim == 2:
             return maps[:, :, None, None]
         if maps.ndim == 4:
-            return maps.transpose(2, 3) if self.columns_first else maps
+            if maps.shape[2:] == ((width, height) if self.columns_first else (height, width)):
+                return maps.transpose(2, 3) if self.columns_first else maps
+            maps = maps.flatten(2)  # tokens beside an axis of size 1
         tokens = maps[:, :, self.prefix_tokens : maps.shape[2] - self.suffix_tokens]
         if self.order is not None:
             tokens = tokens[:, :, torch.tensor(_inverse(self.order), device=tokens.device)]

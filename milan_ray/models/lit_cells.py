@@ -49,7 +49,13 @@ class Evidence:
     @property
     def contradicts(self) -> bool:
         """Whether it answers, as clearly, elsewhere."""
-        return self.peak >= max(0.5, 4 * self.chance) and self.hit < self.peak / 4
+        elsewhere = self.hit < self.peak / (2 if self.peak >= 0.6 else 4)
+        return self.peak >= max(0.5, 4 * self.chance) and elsewhere
+
+    @property
+    def vague(self) -> bool:
+        """Whether it answers hardly at the lit patches: maps of convolutions do so at twice ``chance`` and more."""
+        return self.chance < 0.07 and self.hit < max(1.5 * self.chance, self.peak / 2)
 
 
 class LitPictures:

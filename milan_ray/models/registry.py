@@ -21,6 +21,7 @@ from milan_ray.errors import MilanError, unknown_name
 from milan_ray.models.layouts import UNSAID, Reading
 from milan_ray.models.view import GENERATED, Preprocess
 from milan_ray.models.weights import WeightsFile
+from milan_ray.names import checked_name
 
 ModelInput = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 """One tensor, several positional ones, or keyword arguments."""
@@ -188,6 +189,7 @@ def register_model(
         **options: Further fields of :class:`ModelSpec`; ``batch_axis``, ``units_axis`` and ``grid`` are those of its
             ``reading`` (docs/layouts.md).
     """
+    checked_name("a model", name, slashes=True)
     said = {field: options.pop(field) for field in ("batch_axis", "units_axis", "grid") if field in options}
     if said:
         options["reading"] = Reading(**said)  # type: ignore[arg-type]

@@ -105,6 +105,7 @@ class Structure:
 
     def __init__(self, model: nn.Module, tensor: Callable[[object], torch.Tensor | None]) -> None:
         self._model, self._tensor = model, tensor
+        self.alone = False  # images are shown one at a time, so that no axis follows their number
         self.calls: dict[Key, Call] = {}
         self._smaller: dict[Key, torch.Size] = {}
 
@@ -156,6 +157,8 @@ class Structure:
     def image_axis(self, key: Key) -> int | None:
         """The axis of a call's output that follows the number of images; None where there is not one."""
         first, second = self.calls[key].shape, self._smaller.get(key, torch.Size())
+        if self.alone:
+            return 0 if first[:1] == second[:1] == (1,) else None
         if len(first) != len(second):
             return None
         changed = [axis for axis in range(len(first)) if first[axis] != second[axis]]
@@ -188,11 +191,14 @@ class Structure:
             return Units()
         count, axis = leaf.features
         if axis is not None and axis != batch and leaf.shape == own.shape:
-            return Units(axis + (axis < batch), True, leaf.of_maps)
+            # One of several axes of this size may be another one by now, unless the layer says it itself.
+            certain = leaf is own or per_image.count(count) == 1
+            return Units(axis + (axis < batch), certain, leaf.of_maps)
         axes = [number + 1 for number, size in enumerate(per_image) if size == count]
         if len(axes) == 1:
-            return Units(axes[0], True, leaf.of_maps and axes[0] == 1)
-        if axis is not None and len(leaf.shape) == len(own.shape):
+            # What a layer before says of its own width tells little where this one may have but one unit.
+            return Units(axes[0], bool(inside) or 1 not in per_image, leaf.of_maps and axes[0] == 1)
+        if axis is not None and batch == 0 and len(leaf.shape) == len(own.shape):
             others = [number for number in range(1, len(own.shape)) if leaf.shape[number] != own.shape[number]]
             return Units(axis, others == [axis], leaf.of_maps)  # certain: parts put together along the units
         return Units(axes[0] if axes else None)

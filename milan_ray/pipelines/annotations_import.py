@@ -144,13 +144,11 @@ def _import_exemplars(
             storage.write(MANIFEST, manifest, probe, probe=probe)
         _write_views(storage, published, images, probe, pool)
     ids = seen.join(images.select("image_id", "source_id", "sha256"), ["source_id", "sha256"], nulls_equal=True)
-    rows = 0
     for layer in missing:
         mine = ids.filter(pl.col("layer") == layer).sort("position", "rank")
-        rows += len(mine)
         if layer == missing[-1]:
             seconds = time.monotonic() - started
-            record_run(storage, "import", config, model, rows=rows, cost=Cost(seconds, seconds, len(images)))
+            record_run(storage, "import", config, model, rows=len(ids), cost=Cost(seconds, seconds, len(images)))
         _write_exemplars(storage, published, layer, mine, model, probe, config)
 
 

@@ -30,8 +30,15 @@ from milan_ray.models.image_text import ImageTextRequest
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.cluster import gpus_each
 from milan_ray.pipelines.describe import Layer, described, write_labels
-from milan_ray.pipelines.embeddings import embeddings_of, lists_of, rows_of, run_image_embeddings, text_embeddings
-from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
+from milan_ray.pipelines.embeddings import (
+    embeddings_of,
+    lists_of,
+    remove_text_work,
+    rows_of,
+    run_image_embeddings,
+    text_embeddings,
+)
+from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, removed_if_damaged, run_parallel
 from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.progress import Progress, say
 from milan_ray.schema import EXEMPLARS, IMAGE_EMBEDDINGS, POOLED
@@ -117,7 +124,8 @@ def run_clip_dissect(
     """
     digest = run_image_embeddings(storage, probe, request, resources)
     embedded = storage.config_of(IMAGE_EMBEDDINGS, encoder=request.name, probe=digest)
-    texts = requests.image_text(request, probe.plugins).text_identity()
+    embedder = requests.image_text(request, probe.plugins)
+    texts = embedder.text_identity()
     every: list[Layer] = []
     for model, paths in models.items():
         for path in paths:
@@ -134,35 +142,37 @@ def run_clip_dissect(
     due = [layer for layer in every if not described(storage, layer, labeler, layer.recipe)]
     if not due:
         storage.remove_work(work)
+        remove_text_work(storage, labeler.concepts, embedder)
         say(f"descriptions ({labeler.name}): all up to date")
         return
-    vectors = text_embeddings(storage, labeler.concepts, request, resources, probe.plugins)
-    stored = set(storage.work_names(work))
-    if "concepts" not in stored:
-        storage.put_work(work, "concepts", pa.table({"embedding": lists_of(vectors)}))
-    few = storage.count(IMAGE_EMBEDDINGS, encoder=request.name, probe=digest) <= FEW_IMAGES
-    scans = [_Scan(storage, work, layer, labeler, request.name, digest) for layer in every]
-    scans = [scan for scan in scans if f"units/{scan.layer.number}" not in stored]
-    scanned = {layer.number: 0.0 for layer in every}
-    for index, took in run_parallel(_scan, scans, here=few):
-        scanned[scans[index].layer.number] = took
-    needed = np.unique(np.concatenate([_needed(storage, work, layer) for layer in every]))
-    seconds = _compare(storage, work, every, labeler, request.name, digest, needed, resources)
-    size = chunk_of(len(labeler.concepts))
-    for layer in due:
-        found = [
-            storage.get_work(work, f"best/{_chunk_name(first)}/{layer.number}")
-            for first in range(0, len(labeler.concepts), size)
-        ]
-        best = Best.merged(Best(rows_of(t["concepts"]), rows_of(t["scores"])) for t in found)
-        alive = storage.get_work(work, f"units/{layer.number}")["alive"].to_numpy()
-        named = best.labels(labeler.concepts, alive, NOTHING)
-        labels = labeler.label(Evidence(concepts={unit: named[unit] for unit in units or sorted(named)}))
-        cost = Cost(scanned[layer.number], scanned[layer.number], len(needed))
-        cost.add(seconds, len(due))
-        run, model, path = layer.recipe.hash, layer.model, layer.layer
-        record_run(storage, labeler.name, run, model, layer=path, rows=len(labels), cost=cost)
-        write_labels(storage, "", layer, labeler, layer.recipe, labels)
+    with removed_if_damaged(storage, work):
+        vectors = text_embeddings(storage, labeler.concepts, request, resources, probe.plugins)
+        stored = set(storage.work_names(work))
+        if "concepts" not in stored:
+            storage.put_work(work, "concepts", pa.table({"embedding": lists_of(vectors)}))
+        few = storage.count(IMAGE_EMBEDDINGS, encoder=request.name, probe=digest) <= FEW_IMAGES
+        scans = [_Scan(storage, work, layer, labeler, request.name, digest) for layer in every]
+        scans = [scan for scan in scans if f"units/{scan.layer.number}" not in stored]
+        scanned = {layer.number: 0.0 for layer in every}
+        for index, took in run_parallel(_scan, scans, here=few):
+            scanned[scans[index].layer.number] = took
+        needed = np.unique(np.concatenate([_needed(storage, work, layer) for layer in every]))
+        seconds = _compare(storage, work, every, labeler, request.name, digest, needed, resources)
+        size = chunk_of(len(labeler.concepts))
+        for layer in due:
+            found = [
+                storage.get_work(work, f"best/{_chunk_name(first)}/{layer.number}")
+                for first in range(0, len(labeler.concepts), size)
+            ]
+            best = Best.merged(Best(rows_of(t["concepts"]), rows_of(t["scores"])) for t in found)
+            alive = storage.get_work(work, f"units/{layer.number}")["alive"].to_numpy()
+            named = best.labels(labeler.concepts, alive, NOTHING)
+            labels = labeler.label(Evidence(concepts={unit: named[unit] for unit in units or sorted(named)}))
+            cost = Cost(scanned[layer.number], scanned[layer.number], len(needed))
+            cost.add(seconds, len(due))
+            run, model, path = layer.recipe.hash, layer.model, layer.layer
+            record_run(storage, labeler.name, run, model, layer=path, rows=len(labels), cost=cost)
+            write_labels(storage, "", layer, labeler, layer.recipe, labels)
     storage.remove_work(work)
 
 

@@ -27,7 +27,7 @@ from milan_ray.pipelines import requests
 from milan_ray.pipelines.judges import BY_KIND, HELD_OUT_SCENES, in_words, judge_labels, of_the_world
 from milan_ray.progress import say
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, SCORES, UNIT_SCORES
-from milan_ray.scoring.text import BertScore, normalize
+from milan_ray.scoring.text import BertScore, minilm_directory, normalize
 from milan_ray.storage import Storage
 
 NAME = "comparison"
@@ -116,7 +116,7 @@ def find_comparison(
                 for model, layer in layers
             ],
             "annotations": [(unit, texts) for unit, texts in sorted(said.items())],
-            "bertscore": bert_score is not None,
+            "bertscore": _language_model(bert_score),
             "scenes": scenes.sources,
             "costs": [(labeler, metric, score.value) for labeler, metric, score, _, _ in costs],
         }
@@ -194,6 +194,13 @@ def run_comparison(
         storage.put(figure.replace(".svg", f".{kind}"), picture)
     storage.write(SCORES, tables[-1], found.config, experiment=f"{name}: {COST}")  # last: it says that all is done
     return everything
+
+
+def _language_model(folder: str | Path | None) -> bool | str:
+    """What tells language models of BERTScore apart: whether there is the usual one, or the name of another."""
+    if folder is None or str(folder) == str(minilm_directory()):
+        return folder is not None
+    return Path(folder).name
 
 
 def _in_order(descriptions: pl.DataFrame, labelers: Sequence[str] | None) -> pl.DataFrame:

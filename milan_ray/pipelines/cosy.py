@@ -27,7 +27,7 @@ from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines import requests
 from milan_ray.pipelines.arithmetic import Forwards, arithmetics_of
 from milan_ray.pipelines.embeddings import lists_of, rows_of
-from milan_ray.pipelines.fanout import beside_others
+from milan_ray.pipelines.fanout import beside_others, removed_if_damaged
 from milan_ray.pipelines.pool import Kept, Row, run_pool
 from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.pipelines.score import (
@@ -118,53 +118,55 @@ def run_cosy(
         storage.remove_work(work)
         say(f"scores by {request.name}: all up to date")
         return summarise(storage, request.name, sorted({what.model for what in described}), config)
-    texts = {what: Texts.read(storage, what, config.seed) for what in due}
-    wanted: dict[str, dict[str, dict[str, set[int]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
-    for what, said in texts.items():
-        for own in said.systems.values():
-            for unit, text in zip(said.units, own, strict=True):
-                wanted[what.model][text][what.layer].add(unit)
-    stored = set(storage.work_names(work))
-    names = list(by_name)
-    rows: list[Row] = []
-    place: dict[tuple[str, str], tuple[str, int]] = {}
-    for model, of_texts in wanted.items():
-        every = sorted(of_texts)
-        for start in range(0, len(every), TEXTS):
-            some = every[start : start + TEXTS]
-            name = f"{names.index(model)}/{config_hash({'texts': some})}"
-            place |= {(model, text): (name, number) for number, text in enumerate(some)}
-            units = [{layer: sorted(of) for layer, of in of_texts[text].items()} for text in some]
-            if f"drawn/{name}" not in stored:
-                rows.append({"name": name, "model": names.index(model), "texts": some, "units": units})
-    say(f"scores by {request.name}: {len(due)} layers and labelers, {sum(len(row['texts']) for row in rows)} texts")
-    arguments = {
-        "storage": storage,
-        "work": work,
-        "models": [by_name[name] for name in names],
-        "weights": [weights[name] for name in names],
-        "layers": [
-            arithmetics_of(storage, name, sorted({w.layer for w in due if w.model == name}), POOLED) for name in names
-        ],
-        "generator": request,
-        "cosy": cosy,
-        "pooling": config.pooling,
-        "plugins": probe.plugins,
-        "threads": resources.threads,
-        "device": resources.device,
-    }
-    costs = {what: Cost() for what in due}
-    sharing = {number: [what for what in due if what.model == name] for number, name in enumerate(names)}
-    with Progress(f"scores ({request.name})", sum(len(row["texts"]) for row in rows), "texts") as progress:
-        for answer in run_pool(CosyWorker, arguments, rows, resources):
-            progress.advance(answer["texts"])
-            for what in sharing[answer["model"]]:
-                costs[what].add(answer["seconds"], len(sharing[answer["model"]]))
-    for what, said in texts.items():
-        table = _score_layer(storage, work, what, said, place, config)
-        run = recipes[what].hash
-        record_run(storage, "cosy", run, what.model, layer=what.layer, rows=len(table), cost=costs[what])
-        write_unit_scores(storage, request.name, what, table, recipes[what])
+    with removed_if_damaged(storage, work):
+        texts = {what: Texts.read(storage, what, config.seed) for what in due}
+        wanted: dict[str, dict[str, dict[str, set[int]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
+        for what, said in texts.items():
+            for own in said.systems.values():
+                for unit, text in zip(said.units, own, strict=True):
+                    wanted[what.model][text][what.layer].add(unit)
+        stored = set(storage.work_names(work))
+        names = list(by_name)
+        rows: list[Row] = []
+        place: dict[tuple[str, str], tuple[str, int]] = {}
+        for model, of_texts in wanted.items():
+            every = sorted(of_texts)
+            for start in range(0, len(every), TEXTS):
+                some = every[start : start + TEXTS]
+                name = f"{names.index(model)}/{config_hash({'texts': some})}"
+                place |= {(model, text): (name, number) for number, text in enumerate(some)}
+                units = [{layer: sorted(of) for layer, of in of_texts[text].items()} for text in some]
+                if f"drawn/{name}" not in stored:
+                    rows.append({"name": name, "model": names.index(model), "texts": some, "units": units})
+        say(f"scores by {request.name}: {len(due)} layers and labelers, {sum(len(row['texts']) for row in rows)} texts")
+        arguments = {
+            "storage": storage,
+            "work": work,
+            "models": [by_name[name] for name in names],
+            "weights": [weights[name] for name in names],
+            "layers": [
+                arithmetics_of(storage, name, sorted({w.layer for w in due if w.model == name}), POOLED)
+                for name in names
+            ],
+            "generator": request,
+            "cosy": cosy,
+            "pooling": config.pooling,
+            "plugins": probe.plugins,
+            "threads": resources.threads,
+            "device": resources.device,
+        }
+        costs = {what: Cost() for what in due}
+        sharing = {number: [what for what in due if what.model == name] for number, name in enumerate(names)}
+        with Progress(f"scores ({request.name})", sum(len(row["texts"]) for row in rows), "texts") as progress:
+            for answer in run_pool(CosyWorker, arguments, rows, resources):
+                progress.advance(answer["texts"])
+                for what in sharing[answer["model"]]:
+                    costs[what].add(answer["seconds"], len(sharing[answer["model"]]))
+        for what, said in texts.items():
+            table = _score_layer(storage, work, what, said, place, config)
+            run = recipes[what].hash
+            record_run(storage, "cosy", run, what.model, layer=what.layer, rows=len(table), cost=costs[what])
+            write_unit_scores(storage, request.name, what, table, recipes[what])
     storage.remove_work(work)
     return summarise(storage, request.name, sorted({what.model for what in described}), config)
 

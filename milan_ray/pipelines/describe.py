@@ -23,7 +23,7 @@ from milan_ray.labelers.milan import LIKELIHOOD, MILAN, PointwiseMutualInformati
 from milan_ray.labelers.protocol import Evidence, Label, Labeler
 from milan_ray.pipelines.captioners import captioner_name, load_captioner
 from milan_ray.pipelines.encodings import only_units, unit_features
-from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, run_parallel
+from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, removed_if_damaged, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.progress import Progress, say
@@ -82,6 +82,11 @@ class Search:
         return captioner_name(self.decoder) if self.table is None else self.table
 
 
+def units_per_search(quirks: Quirks) -> int:
+    """Units per beam search: the planned batch, or where their scores depend on it, the reference's."""
+    return REFERENCE_UNITS if quirks.batch_dependent_length else UNITS
+
+
 @dataclass(frozen=True)
 class _Settled:
     """A search with nothing left open."""
@@ -98,7 +103,7 @@ class _Settled:
         """Units per beam search: the planned batch."""
         if self.mi_lam is not None:
             return max(1, WIDE_BEAMS // self.beam_size)
-        return REFERENCE_UNITS if self.quirks.batch_dependent_length else UNITS
+        return units_per_search(self.quirks)
 
 
 def _settle(search: Search, captioner: Captioner) -> _Settled:
@@ -248,7 +253,8 @@ def run_candidates(
         if storage.why(CANDIDATES, layer.recipe, decoder=name, model=layer.model, layer=layer.layer)
     ]
     if layers:
-        _search(storage, work, layers, settled, name, captioner.encoder_name, lm_digest(captioner), resources)
+        with removed_if_damaged(storage, work):
+            _search(storage, work, layers, settled, name, captioner.encoder_name, lm_digest(captioner), resources)
     else:
         storage.remove_work(work)
         say(f"candidates ({name}): all up to date")

@@ -246,6 +246,24 @@ def image_embeddings(storage: Storage, encoder: str, probe: str) -> tuple[np.nda
     return table["image_id"].to_numpy(), rows_of(table["embedding"])
 
 
+def _text_recipe(distinct: Sequence[str], embedder: Embedder) -> tuple[Recipe, str, str]:
+    """What decides the embeddings of some texts, the texts' hash, and that of the work."""
+    key = config_hash({"texts": list(distinct)})
+    recipe = Recipe.of({**embedder.text_identity(), "kernel": KERNEL_VERSION, "texts": key})
+    return recipe, key, config_hash({"text_embeddings": recipe.hash})
+
+
+def remove_text_work(storage: Storage, texts: Sequence[str], embedder: Embedder) -> None:
+    """Removes what a job has left of embedding texts that nobody needs any more.
+
+    Args:
+        storage: The run directory.
+        texts: The texts.
+        embedder: The model of images and texts.
+    """
+    storage.remove_work(_text_recipe(sorted(set(texts)), embedder)[2])
+
+
 def text_embeddings(
     storage: Storage,
     texts: Sequence[str],
@@ -270,10 +288,8 @@ def text_embeddings(
     """
     distinct = sorted(set(texts))
     embedder = requests.image_text(request, plugins)
-    key = config_hash({"texts": distinct})
-    recipe = Recipe.of({**embedder.text_identity(), "kernel": KERNEL_VERSION, "texts": key})
+    recipe, key, work = _text_recipe(distinct, embedder)
     keys = {"encoder": request.name, "texts": key}
-    work = config_hash({"text_embeddings": recipe.hash})
     if storage.why(TEXT_EMBEDDINGS, recipe, **keys):
         _embed_texts(storage, work, distinct, embedder, request, resources, plugins, recipe, keys)
     storage.remove_work(work)

@@ -22,7 +22,7 @@ from milan_ray.config import Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
-from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, run_parallel
+from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, removed_if_damaged, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.pipelines.requests import check_units
@@ -142,45 +142,48 @@ def run_encodings(
         storage.remove_work(work)
         say(f"encodings ({encoder.name}): all up to date")
         return
-    used: dict[tuple[str, str], set[int]] = defaultdict(set)
-    here = sum(storage.count(EXEMPLARS, model=source.model, layer=source.layer) for source in every) <= FEW_ROWS
-    for index, ids in run_parallel(_image_ids, [_Scatter(storage, work, source) for source in every], here=here):
-        used[every[index].view].update(ids)
-    starts = {view: chunk_starts(sorted(ids)) for view, ids in used.items()}
-    row_of: dict[str, Row] = {}
-    scatters = [_Scatter(storage, work, source, starts[source.view]) for source in sources]
-    for index, names in run_parallel(_scatter, scatters, here=here):
-        probe, view = sources[index].view
-        for name in names:
-            row = row_of.setdefault(name, {"name": name, "probe": probe, "view": view, "sources": []})
-            row["sources"].append(sources[index].number)
-    stored = set(storage.work_names(work, FEATURES))
-    every_row = [{**row_of[name], "sources": sorted(row_of[name]["sources"])} for name in sorted(row_of)]
-    rows = [row for row in every_row if any(f"{FEATURES}/{n}/{row['name']}" not in stored for n in row["sources"])]
-    say(f"encodings ({encoder.name}): {len(sources)} layers of {len({s.model for s in sources})} models")
-    arguments = {
-        "storage": storage,
-        "work": work,
-        "sources": {source.number: source for source in sources},
-        "encoder": encoder,
-        "threads": resources.threads,
-        "device": resources.device,
-    }
-    costs = {source.number: Cost() for source in sources}
-    pieces = (every[number].name for row in rows for number in row["sources"])
-    with Progress("encodings", len(rows), "chunks of images", pieces) as progress:
-        for answer in run_pool(EncodingWorker, arguments, rows, resources):
-            progress.advance(1, (every[number].name for number in answer["sources"]))
-            for number in answer["sources"]:
-                costs[number].add(answer["seconds"], len(answer["sources"]), answer["images"])
-    parts = {
-        source.number: tuple(row["name"] for row in every_row if source.number in row["sources"]) for source in sources
-    }
-    gathers = [
-        _Gather(storage, work, encoder.name, source, parts[source.number], costs[source.number]) for source in sources
-    ]
-    for _ in run_parallel(_gather, gathers, here=here):
-        pass
+    with removed_if_damaged(storage, work):
+        used: dict[tuple[str, str], set[int]] = defaultdict(set)
+        here = sum(storage.count(EXEMPLARS, model=source.model, layer=source.layer) for source in every) <= FEW_ROWS
+        for index, ids in run_parallel(_image_ids, [_Scatter(storage, work, source) for source in every], here=here):
+            used[every[index].view].update(ids)
+        starts = {view: chunk_starts(sorted(ids)) for view, ids in used.items()}
+        row_of: dict[str, Row] = {}
+        scatters = [_Scatter(storage, work, source, starts[source.view]) for source in sources]
+        for index, names in run_parallel(_scatter, scatters, here=here):
+            probe, view = sources[index].view
+            for name in names:
+                row = row_of.setdefault(name, {"name": name, "probe": probe, "view": view, "sources": []})
+                row["sources"].append(sources[index].number)
+        stored = set(storage.work_names(work, FEATURES))
+        every_row = [{**row_of[name], "sources": sorted(row_of[name]["sources"])} for name in sorted(row_of)]
+        rows = [row for row in every_row if any(f"{FEATURES}/{n}/{row['name']}" not in stored for n in row["sources"])]
+        say(f"encodings ({encoder.name}): {len(sources)} layers of {len({s.model for s in sources})} models")
+        arguments = {
+            "storage": storage,
+            "work": work,
+            "sources": {source.number: source for source in sources},
+            "encoder": encoder,
+            "threads": resources.threads,
+            "device": resources.device,
+        }
+        costs = {source.number: Cost() for source in sources}
+        pieces = (every[number].name for row in rows for number in row["sources"])
+        with Progress("encodings", len(rows), "chunks of images", pieces) as progress:
+            for answer in run_pool(EncodingWorker, arguments, rows, resources):
+                progress.advance(1, (every[number].name for number in answer["sources"]))
+                for number in answer["sources"]:
+                    costs[number].add(answer["seconds"], len(answer["sources"]), answer["images"])
+        parts = {
+            source.number: tuple(row["name"] for row in every_row if source.number in row["sources"])
+            for source in sources
+        }
+        gathers = [
+            _Gather(storage, work, encoder.name, source, parts[source.number], costs[source.number])
+            for source in sources
+        ]
+        for _ in run_parallel(_gather, gathers, here=here):
+            pass
     storage.remove_work(work)
 
 

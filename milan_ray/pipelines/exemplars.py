@@ -26,8 +26,9 @@ from torch import nn
 
 from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
-from milan_ray.errors import MilanError
+from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.exemplars import masks
+from milan_ray.exemplars.fingerprints import COMPUTES, fingerprints, same
 from milan_ray.exemplars.forward import Batch, Forward, check_probe, pass_size, read_ahead
 from milan_ray.exemplars.levels import in_words
 from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
@@ -52,7 +53,7 @@ from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, POOLED, SKIPPED
-from milan_ray.storage import ORDER_KEY, Storage, WorkGone
+from milan_ray.storage import ORDER_KEY, Storage, WorkGone, parts_of
 
 IMAGES = "images"
 """Work folder of the tables that say which images a shard read; written last, so it also says that it is finished."""
@@ -99,6 +100,7 @@ class ModelWork:
         view: Key of the view that shows its exemplars.
         layouts: Layer → how its output is read; empty where workers find that out themselves.
         order: Layer → its place among the model's modules.
+        computes: Layer → what it puts out for fixed inputs (:mod:`milan_ray.exemplars.fingerprints`).
     """
 
     model: requests.ModelRequest
@@ -113,6 +115,7 @@ class ModelWork:
     view: str
     layouts: dict[str, Layout] = field(default_factory=dict)
     order: dict[str, int] = field(default_factory=dict)
+    computes: dict[str, str] = field(default_factory=dict)
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -149,6 +152,7 @@ class DescribedModel:
         recipes: Layer → what decides its exemplars.
         layouts: Layer → how its output is read.
         order: Layer → its place among the model's modules.
+        computes: Layer → what it puts out for fixed inputs (:mod:`milan_ray.exemplars.fingerprints`).
     """
 
     weights: str
@@ -156,6 +160,7 @@ class DescribedModel:
     recipes: dict[str, Recipe]
     layouts: dict[str, Layout]
     order: dict[str, int]
+    computes: dict[str, str]
 
 
 def exemplar_recipes(
@@ -283,12 +288,19 @@ def run_exemplars(
             storage.remove_work(merged.item.work)
         else:
             failed[merged.item.model.name] = reason
+    needed: dict[requests.ModelRequest, _Needed] = {}
+    for request in models:
+        if request.name not in failed and request.name in done:
+            try:
+                needed[request] = _needed(storage, request.name, done[request.name])
+            except DamagedTable as error:  # of values behind a sound footer: it looked up to date
+                failed[request.name] = str(error)
     done = {name: layers for name, layers in done.items() if name not in failed}
     for name, reason in failed.items():
         say(f"FAILED {name}: {reason}")
     if not done:
         raise MilanError(next(iter(failed.values())) if len(failed) == 1 else "every model failed; see above.")
-    _ensure_views(storage, done, [request for request in models if request.name in done], probe, config, resources)
+    _ensure_views(storage, needed, probe, config, resources)
     return Dissection(digest, done, failed)
 
 
@@ -321,7 +333,7 @@ def _plan(
 ) -> ModelWork | None:
     """The layers of a model that are missing or stale; None when there are none."""
     described = describe_model(spec, source, probe, config)
-    recipes = described.recipes
+    recipes = settled_recipes(storage, described, spec.name)
     missing = tuple(layer for layer, recipe in recipes.items() if why_exemplars(storage, recipe, spec.name, layer))
     pooled = {layer: pooled_recipe(recipe) for layer, recipe in recipes.items()} if config.pooled else {}
     pooled = {key: recipe for key, recipe in pooled.items() if why_pooled(storage, recipe, spec.name, key)}
@@ -356,6 +368,7 @@ def _plan(
         described.view,
         described.layouts,
         described.order,
+        described.computes,
     )
 
 
@@ -382,7 +395,38 @@ def describe_model(spec: ModelSpec, source: Probe, probe: str, config: ExemplarC
         view = view_key(spec, model, weights, config)
         layouts = established(spec, model, spec.layers, latents)
         recipes = exemplar_recipes(spec, model, weights, view, probe, config, layouts)
-    return DescribedModel(weights, view, recipes, layouts, places(unwrap(model), spec.layers))
+        computes = fingerprints(spec, model, layouts, latents)
+    return DescribedModel(weights, view, recipes, layouts, places(unwrap(model), spec.layers), computes)
+
+
+def settled_recipes(storage: Storage, described: DescribedModel, model: str) -> dict[str, Recipe]:
+    """Layer → what decides its exemplars, where a network that was written anew computes something else.
+
+    Neither weights nor modules say what a ``forward`` does between them. Tables therefore carry what their layers put
+    out for fixed inputs. Where a layer now puts out something else, that becomes one of its ingredients, so that the
+    table and all that was made of it are stale; it stays one for as long as the layer does the same.
+    """
+    recipes = {}
+    for layer, recipe in described.recipes.items():
+        recipes[layer] = recipe
+        try:
+            found = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
+        except DamagedTable:  # counts as missing, which why() says
+            continue
+        before, now = found.get(COMPUTES), described.computes.get(layer)
+        if before is None or now is None:  # made by an earlier version
+            continue
+        old = parts_of(found)
+        part = old.pop(COMPUTES, None)
+        if old != recipe.parts:  # stale anyway, for a reason that has a name
+            continue
+        if not same(before, now):
+            part = config_hash({COMPUTES: now})[:8]
+            say(f"layer {layer!r} of {model} computes something else than when its exemplars were made: made anew")
+        if part is not None:
+            parts = {**recipe.parts, COMPUTES: part}
+            recipes[layer] = Recipe(config_hash(parts), parts, config_hash(parts))
+    return recipes
 
 
 def why_exemplars(storage: Storage, recipe: Recipe, model: str, layer: str) -> str | None:
@@ -793,6 +837,7 @@ def _write_exemplars(
         **arithmetic.metadata(config.arithmetic),
         "layout": item.layouts[layer].to_json(),
         ORDER_KEY: str(item.order[layer]),
+        **({COMPUTES: item.computes[layer]} if layer in item.computes else {}),
     }
     columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
     columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}
@@ -900,23 +945,33 @@ class MaskWorker(ModelWorker):
             self._storage.put_work(item.work, f"masks/{item.folder(layer)}/{row['name']}", table)
 
 
+_Needed = dict[tuple[str, str], set[int]]
+"""(probe, view) → the images whose views are needed."""
+
+
+def _needed(storage: Storage, model: str, layers: Sequence[str]) -> _Needed:
+    """The winners of a model's layers."""
+    needed: _Needed = defaultdict(set)
+    for layer in layers:
+        meta = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
+        column = storage.read(EXEMPLARS, ["image_id"], model=model, layer=layer)["image_id"]
+        needed[meta["probe"], meta["view"]].update(pc.unique(column).to_pylist())
+    return needed
+
+
 def _ensure_views(
     storage: Storage,
-    done: dict[str, tuple[str, ...]],
-    models: Sequence[requests.ModelRequest],
+    needed: Mapping[requests.ModelRequest, _Needed],
     probe: requests.ProbeRequest,
     config: ExemplarConfig,
     resources: Resources,
 ) -> None:
     """Stores the winners' images, once per view over all models."""
-    needed: dict[tuple[str, str], set[int]] = defaultdict(set)
+    every: _Needed = defaultdict(set)
     makers: dict[tuple[str, str], requests.ModelRequest] = {}
-    for request in models:
-        for layer in done[request.name]:
-            meta = storage.metadata(EXEMPLARS, model=request.name, layer=layer) or {}
-            place = meta["probe"], meta["view"]
-            column = storage.read(EXEMPLARS, ["image_id"], model=request.name, layer=layer)["image_id"]
-            needed[place].update(pc.unique(column).to_pylist())
+    for request, of_model in needed.items():
+        for place, images in of_model.items():
+            every[place] |= images
             makers[place] = request
-    for (digest, key), ids in needed.items():
+    for (digest, key), ids in every.items():
         ensure_views(storage, Pictures(probe, digest, key, makers[digest, key], config), sorted(ids), resources)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import wraps
 from itertools import islice
 from typing import Any, TypeVar
 
 import ray
 
+from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.pipelines.cluster import start
 from milan_ray.progress import say
-from milan_ray.storage import WorkGone
+from milan_ray.storage import Storage, WorkGone
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -49,6 +51,55 @@ def beside_others(stage: Callable[..., Result]) -> Callable[..., Result]:
         return stage(*arguments, **named)
 
     return settled
+
+
+def models_apart(
+    run: Callable[[dict[str, Sequence[str]]], object], models: Mapping[str, Sequence[str]], failed: dict[str, str]
+) -> dict[str, Sequence[str]]:
+    """Runs stages over models, again without a model of which a table turns out to be damaged.
+
+    What the others have finished by then is found up to date.
+
+    Args:
+        run: Runs the stages over some models: name → layers.
+        models: All of them.
+        failed: Model → why it failed; those whose tables are damaged are added.
+
+    Returns:
+        The models that are done.
+
+    Raises:
+        DamagedTable: One is that is about no model.
+        MilanError: All models failed.
+    """
+    left = dict(models)
+    while True:
+        try:
+            run(left)
+            return left
+        except DamagedTable as error:
+            if error.model is None or error.model not in left:
+                raise
+            del left[error.model]
+            failed[error.model] = str(error)
+            if not left:
+                raise MilanError("; ".join(dict.fromkeys(failed.values()))) from error
+            say(f"{error.model} fails, the others go on: {error}", level="warning")
+
+
+@contextmanager
+def removed_if_damaged(storage: Storage, work: str) -> Iterator[None]:
+    """Removes work in progress when a table that it reads is damaged: nobody finishes it as it is.
+
+    Args:
+        storage: The run directory.
+        work: Hash of the work.
+    """
+    try:
+        yield
+    except DamagedTable:
+        storage.remove_work(work)
+        raise
 
 
 def in_flight(

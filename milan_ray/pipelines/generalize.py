@@ -19,6 +19,7 @@ from spacy.language import Language
 
 from milan_ray.annotations.splits import Split
 from milan_ray.captioner.captioner import best_descriptions
+from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
 from milan_ray.config import Recipe, Resources, TrainingConfig
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
@@ -28,7 +29,7 @@ from milan_ray.experiments.generalization import TEST, TRAIN, Unit
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
 from milan_ray.pipelines.captioners import EncoderRequest, load_captioner
 from milan_ray.pipelines.cluster import gpus_each
-from milan_ray.pipelines.describe import UNITS
+from milan_ray.pipelines.describe import units_per_search
 from milan_ray.pipelines.encodings import unit_features
 from milan_ray.pipelines.fanout import run_parallel
 from milan_ray.pipelines.train import Sizes, TrainingJob, annotations_read, run_trainings
@@ -59,6 +60,7 @@ class GeneralizationConfig:
         sizes: Sizes of the models.
         beam_size: Width of the beam; None takes the captioner's own, 50.
         lam: λ; None takes the captioner's own, .2.
+        quirks: Defects of the reference to reproduce in log p(d).
     """
 
     trials: int = 5
@@ -68,6 +70,7 @@ class GeneralizationConfig:
     sizes: Sizes = field(default_factory=Sizes)
     beam_size: int | None = None
     lam: float | None = None
+    quirks: Quirks = NO_QUIRKS
 
 
 @dataclass(frozen=True)
@@ -269,6 +272,7 @@ def held_out_recipe(storage: Storage, job: GeneralizationJob, trial: Trial, capt
         captioner: Configuration hash that it has, or will have.
     """
     layers = (*trial.training.layers, *job.pairs(trial.split.test_models))
+    quirks = {} if job.config.quirks == NO_QUIRKS else {"quirks": job.config.quirks}
     return Recipe.of(
         {
             "kernel": KERNEL_VERSION,
@@ -281,6 +285,7 @@ def held_out_recipe(storage: Storage, job: GeneralizationJob, trial: Trial, capt
             "units": [trial.train, trial.test],
             "beam_size": job.config.beam_size,
             "lam": job.config.lam,
+            **quirks,
         }
     )
 
@@ -310,10 +315,12 @@ def _say_all(task: _Saying) -> None:
     lam = captioner.lam if task.job.config.lam is None else task.job.config.lam
     said: dict[str, list[str]] = {MILAN: [], LIKELIHOOD: []}
     means = []
+    quirks, beam = task.job.config.quirks, task.job.config.beam_size
+    step = units_per_search(quirks)
     for features in _features(storage, task.job, trial.test):
         means.append(features.mean(axis=1))
-        for start in range(0, len(features), UNITS):
-            found = captioner.candidates(features[start : start + UNITS], task.job.config.beam_size)
+        for start in range(0, len(features), step):
+            found = captioner.candidates(features[start : start + step], beam, quirks=quirks)
             for system, weight in ((MILAN, lam), (LIKELIHOOD, 0.0)):
                 said[system] += [best.text for (best,) in best_descriptions(found, weight)]
     captions = _references(storage, task.job, trial.train)

@@ -28,10 +28,18 @@ from milan_ray.pipelines.describe import (
 from milan_ray.pipelines.dnd import DndConfig, dnd_recipe, drawings_identity, drawings_recipe
 from milan_ray.pipelines.embeddings import image_embeddings_recipe
 from milan_ray.pipelines.encodings import Request, encoder_identity, encodings_recipe
-from milan_ray.pipelines.exemplars import describe_model, pooled_recipe, why_exemplars
+from milan_ray.pipelines.exemplars import describe_model, pooled_recipe, settled_recipes, why_exemplars
 from milan_ray.pipelines.label import LabelConfig, label_recipe
 from milan_ray.pipelines.rerank import wide_search
-from milan_ray.pipelines.score import Described, ScoreConfig, exemplar_score_recipes, score_recipes
+from milan_ray.pipelines.score import (
+    Described,
+    ScoreConfig,
+    exemplar_score_recipes,
+    sanity_name,
+    sanity_recipe,
+    score_recipes,
+    truth_of,
+)
 from milan_ray.pipelines.train import TrainingJob, training_recipe, why_training
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.schema import (
@@ -170,7 +178,7 @@ def plan_exemplars(
         try:
             spec = requests.model(request)
             check_probe(spec, source)
-            recipes = describe_model(spec, source, digest, config).recipes
+            recipes = settled_recipes(storage, describe_model(spec, source, digest, config), spec.name)
         except MilanError as error:
             plan.failed[request.name] = str(error)
             continue
@@ -342,8 +350,9 @@ def plan_scores(
     request: ImageTextRequest,
     config: ScoreConfig,
     classes: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
+    judged: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
 ) -> None:
-    """Adds the plan of :func:`milan_ray.pipelines.score.run_scores`.
+    """Adds the plan of :func:`milan_ray.pipelines.score.run_scores` and :func:`milan_ray.pipelines.score.run_sanity`.
 
     Args:
         storage: The run directory.
@@ -353,11 +362,12 @@ def plan_scores(
         request: The model of images and texts.
         config: How to score.
         classes: (model, layer) → what each unit stands for.
+        judged: The same, for layers on which the scores themselves are judged.
 
     Raises:
-        MilanError: Pooled activations or the model are missing.
+        MilanError: Pooled activations or the model are missing, or scores are to be judged by a model.
     """
-    embedder = requests.image_text(request, probe.plugins)
+    embedder = truth_of(request, probe) if judged else requests.image_text(request, probe.plugins)
     digest = probe_digest(requests.probe(probe).manifest())
     images = image_embeddings_recipe(embedder, digest)
     plan.add(storage, IMAGE_EMBEDDINGS, images, encoder=request.name, probe=digest)
@@ -365,6 +375,9 @@ def plan_scores(
     recipes |= exemplar_score_recipes(storage, described, images.hash)
     for what, recipe in recipes.items():
         plan.add(storage, UNIT_SCORES, recipe, predictor=request.name, **what.keys)
+    for (model, layer), concepts in (judged or {}).items():
+        recipe = sanity_recipe(storage, model, layer, concepts, images.hash, config)
+        plan.add(storage, SCORES, recipe, experiment=sanity_name(model, layer))
 
 
 def plan_cosy(

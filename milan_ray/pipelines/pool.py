@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from milan_ray.config import Resources
 from milan_ray.device import torch_threads
-from milan_ray.errors import MilanError
+from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.pipelines.cluster import pool_size, start, threads_here
 from milan_ray.pipelines.fanout import AHEAD, first_done, in_flight
 from milan_ray.storage import WorkGone
@@ -80,7 +80,7 @@ def run_pool(
     answers = _here(worker, arguments, rows, threads) if threads else _actors(worker, arguments, rows, resources)
     for found in answers:
         if "failure" in found:
-            raise (WorkGone if found["gone"] else MilanError)(found["failure"])
+            raise _raised(found)
         yield found
 
 
@@ -125,6 +125,22 @@ def _here(worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row]
             executor.shutdown(cancel_futures=True)
 
 
+def _failure(error: MilanError) -> Row:
+    """An error as an answer."""
+    return {
+        "failure": str(error),
+        "gone": isinstance(error, WorkGone),
+        "damaged": error.path if isinstance(error, DamagedTable) else None,
+    }
+
+
+def _raised(answer: Row) -> MilanError:
+    """The error that an answer is."""
+    if answer["damaged"] is not None:
+        return DamagedTable(answer["failure"], answer["damaged"])
+    return (WorkGone if answer["gone"] else MilanError)(answer["failure"])
+
+
 def _named(worker: Callable[..., Any]) -> type:
     """A class of the worker's own name, so that Ray's dashboard shows the stage, with JSON rows in and out.
 
@@ -133,20 +149,20 @@ def _named(worker: Callable[..., Any]) -> type:
 
     class Named:
         def __init__(self, **arguments: Any) -> None:
-            self._failure: str | None = None
+            self._failure: Row | None = None
             try:
                 self._worker = worker(**arguments)
             except MilanError as error:
-                self._failure = str(error)
+                self._failure = _failure(error)
 
         def __call__(self, row: Row) -> Row:
             if self._failure is not None:
-                return {"row": json.dumps({"failure": self._failure, "gone": False})}
+                return {"row": json.dumps(self._failure)}
             started = time.monotonic()
             try:
                 answer = self._worker(json.loads(row["row"]))
             except MilanError as error:
-                answer = {"failure": str(error), "gone": isinstance(error, WorkGone)}
+                answer = _failure(error)
             return {"row": json.dumps({"seconds": time.monotonic() - started, **answer})}
 
     Named.__name__ = Named.__qualname__ = getattr(worker, "__name__", "Worker")

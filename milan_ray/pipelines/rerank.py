@@ -34,7 +34,7 @@ from milan_ray.pipelines.describe import (
     write_labels,
 )
 from milan_ray.pipelines.encodings import only_units, run_encodings, unit_features
-from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, run_parallel
+from milan_ray.pipelines.fanout import FEW_ROWS, beside_others, removed_if_damaged, run_parallel
 from milan_ray.pipelines.pool import Row, run_pool
 from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.progress import Progress, say
@@ -130,35 +130,36 @@ def run_reranking(
         storage.remove_work(work)
         say(f"descriptions ({labeler.name}): all up to date")
         return
-    names: dict[int, list[str]] = {}
-    for index, found in run_parallel(_scatter, tasks, here=total <= FEW_ROWS):
-        names[index] = found
-    stored = set(storage.work_names(work, "scores"))
-    row_of: dict[str, Row] = defaultdict(lambda: {"layers": []})
-    for index, task in enumerate(tasks):
-        for chunk in names[index]:
-            if task.part(chunk) not in stored:
-                row_of[chunk]["layers"].append(task.layer.number)
-    rows = [{"chunk": chunk, **row_of[chunk]} for chunk in sorted(row_of)]
-    say(f"descriptions ({labeler.name}): {len(tasks)} layers by {clip.name}")
-    arguments = {
-        "storage": storage,
-        "work": work,
-        "clip": clip,
-        "threads": resources.threads,
-        "device": resources.device,
-    }
-    named = {task.layer.number: task.layer.name for task in tasks}
-    costs = {task.layer.number: task.cost for task in tasks}
-    pieces = (named[number] for row in rows for number in row["layers"])
-    with Progress(f"descriptions ({labeler.name})", len(rows), "chunks of texts", pieces) as progress:
-        for answer in run_pool(SimilarityWorker, arguments, rows, resources):
-            progress.advance(1, (named[number] for number in answer["layers"]))
-            for number in answer["layers"]:
-                costs[number].add(answer["seconds"], len(answer["layers"]))
-    gathers = [replace(task, parts=tuple(names[index])) for index, task in enumerate(tasks)]
-    for _ in run_parallel(_gather, gathers, here=total <= FEW_ROWS):
-        pass
+    with removed_if_damaged(storage, work):
+        names: dict[int, list[str]] = {}
+        for index, found in run_parallel(_scatter, tasks, here=total <= FEW_ROWS):
+            names[index] = found
+        stored = set(storage.work_names(work, "scores"))
+        row_of: dict[str, Row] = defaultdict(lambda: {"layers": []})
+        for index, task in enumerate(tasks):
+            for chunk in names[index]:
+                if task.part(chunk) not in stored:
+                    row_of[chunk]["layers"].append(task.layer.number)
+        rows = [{"chunk": chunk, **row_of[chunk]} for chunk in sorted(row_of)]
+        say(f"descriptions ({labeler.name}): {len(tasks)} layers by {clip.name}")
+        arguments = {
+            "storage": storage,
+            "work": work,
+            "clip": clip,
+            "threads": resources.threads,
+            "device": resources.device,
+        }
+        named = {task.layer.number: task.layer.name for task in tasks}
+        costs = {task.layer.number: task.cost for task in tasks}
+        pieces = (named[number] for row in rows for number in row["layers"])
+        with Progress(f"descriptions ({labeler.name})", len(rows), "chunks of texts", pieces) as progress:
+            for answer in run_pool(SimilarityWorker, arguments, rows, resources):
+                progress.advance(1, (named[number] for number in answer["layers"]))
+                for number in answer["layers"]:
+                    costs[number].add(answer["seconds"], len(answer["layers"]))
+        gathers = [replace(task, parts=tuple(names[index])) for index, task in enumerate(tasks)]
+        for _ in run_parallel(_gather, gathers, here=total <= FEW_ROWS):
+            pass
     storage.remove_work(work)
 
 

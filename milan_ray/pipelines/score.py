@@ -34,7 +34,7 @@ from milan_ray.pipelines.embeddings import (
     run_image_embeddings,
     text_embeddings,
 )
-from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, run_parallel
+from milan_ray.pipelines.fanout import FEW_IMAGES, beside_others, removed_if_damaged, run_parallel
 from milan_ray.pipelines.records import Cost, record_run
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED, SCORES, UNIT_SCORES
@@ -330,43 +330,50 @@ def run_scores(
     work = config_hash({"scores": [recipe.hash for recipe in recipes.values()]})
     due = [w for w in described if storage.why(UNIT_SCORES, recipes[w], predictor=request.name, **w.keys)]
     if due:
-        # Of all that was due when the job began, so that one that goes on after a kill finds these very texts embedded.
-        begun = _begun(storage, work, [described.index(what) for what in due])
-        read = {
-            what: Texts.read(storage, what, config.seed) for number, what in enumerate(described) if number in begun
-        }
-        every = sorted(set().union(*(said.every() for said in read.values())))
-        texts = {what: read[what] for what in due}
-        vectors = dict(zip(every, text_embeddings(storage, every, request, resources, probe.plugins), strict=True))
-        blocks: list[_Block] = []
-        for what, said in texts.items():
-            number = described.index(what)
-            blocks += [
-                _Block(storage, work, number, what, said, start, start + UNITS, config, curve, request.name, digest)
-                for start in range(0, len(said.units), UNITS)
-            ]
-            for system, own in said.systems.items():
-                storage.put_work(
-                    work, f"texts/{number}/{system}", pa.table({"embedding": lists_of(_stack(own, vectors, embedder))})
-                )
-        stored = set(storage.work_names(work))
-        fresh = [block for block in blocks if block.name not in stored]
-        say(f"scores by {request.name}: {len(due)} layers and labelers")
-        here = storage.count(POOLED, model=due[0].model, layer=due[0].layer) <= FEW_IMAGES
-        costs = {what: Cost() for what in due}
-        with torch_threads(resources.threads), Progress(f"scores ({request.name})", len(fresh), "blocks") as progress:
-            for index, took in run_parallel(_score, fresh, here=here):
-                progress.advance()
-                costs[fresh[index].what].add(took)
-        for what, said in texts.items():
-            parts = [storage.get_work(work, block.name) for block in blocks if block.what == what]
-            table = pa.concat_tables([ROWS_SCHEMA.empty_table(), *parts])
-            names = (classes or {}).get((what.model, what.layer))
-            if names is not None:
-                table = pa.concat_tables([table, _class_rows(said, names, vectors, embedder)])
-            run = recipes[what].hash
-            record_run(storage, "scores", run, what.model, layer=what.layer, rows=len(table), cost=costs[what])
-            write_unit_scores(storage, request.name, what, table, recipes[what])
+        with removed_if_damaged(storage, work):
+            # Of all that was due when the job began, so that one that goes on after a kill finds these very texts
+            # embedded.
+            begun = _begun(storage, work, [described.index(what) for what in due])
+            read = {
+                what: Texts.read(storage, what, config.seed) for number, what in enumerate(described) if number in begun
+            }
+            every = sorted(set().union(*(said.every() for said in read.values())))
+            texts = {what: read[what] for what in due}
+            vectors = dict(zip(every, text_embeddings(storage, every, request, resources, probe.plugins), strict=True))
+            blocks: list[_Block] = []
+            for what, said in texts.items():
+                number = described.index(what)
+                blocks += [
+                    _Block(storage, work, number, what, said, start, start + UNITS, config, curve, request.name, digest)
+                    for start in range(0, len(said.units), UNITS)
+                ]
+                for system, own in said.systems.items():
+                    storage.put_work(
+                        work,
+                        f"texts/{number}/{system}",
+                        pa.table({"embedding": lists_of(_stack(own, vectors, embedder))}),
+                    )
+            stored = set(storage.work_names(work))
+            fresh = [block for block in blocks if block.name not in stored]
+            say(f"scores by {request.name}: {len(due)} layers and labelers")
+            here = storage.count(POOLED, model=due[0].model, layer=due[0].layer) <= FEW_IMAGES
+            costs = {what: Cost() for what in due}
+            with (
+                torch_threads(resources.threads),
+                Progress(f"scores ({request.name})", len(fresh), "blocks") as progress,
+            ):
+                for index, took in run_parallel(_score, fresh, here=here):
+                    progress.advance()
+                    costs[fresh[index].what].add(took)
+            for what, said in texts.items():
+                parts = [storage.get_work(work, block.name) for block in blocks if block.what == what]
+                table = pa.concat_tables([ROWS_SCHEMA.empty_table(), *parts])
+                names = (classes or {}).get((what.model, what.layer))
+                if names is not None:
+                    table = pa.concat_tables([table, _class_rows(said, names, vectors, embedder)])
+                run = recipes[what].hash
+                record_run(storage, "scores", run, what.model, layer=what.layer, rows=len(table), cost=costs[what])
+                write_unit_scores(storage, request.name, what, table, recipes[what])
     else:
         say(f"scores by {request.name}: all up to date")
     storage.remove_work(work)
@@ -658,25 +665,17 @@ def run_sanity(
     Raises:
         MilanError: The judge is no truth, or pooled activations are missing.
     """
-    embedder = requests.image_text(request, probe.plugins)
-    if embedder.view is not None:
-        raise MilanError(f"{request.name} is a model, not the truth: scores are judged by concept maps alone.")
+    embedder = truth_of(request, probe)
     digest = run_image_embeddings(storage, probe, request, resources)
     ids, shown = image_embeddings(storage, request.name, digest)
     names = []
     for (model, layer), concepts in classes.items():
         what = Described(WORDLESS, model, layer)
         check_pooled(storage, what, digest)
-        pooled, images = (
-            storage.config_of(noun, **keys)
-            for noun, keys in (
-                (POOLED, {"model": model, "layer": layer}),
-                (IMAGE_EMBEDDINGS, {"encoder": request.name, "probe": digest}),
-            )
-        )
-        recipe = {"sanity": 1, "pooled": pooled, "images": images, "config": config, "concepts": concepts}
-        names.append(f"scores judged: {model} {layer}")
-        if storage.is_current(SCORES, config_hash(recipe), experiment=names[-1]):
+        made_of = storage.config_of(IMAGE_EMBEDDINGS, encoder=request.name, probe=digest)
+        recipe = sanity_recipe(storage, model, layer, concepts, made_of, config)
+        names.append(sanity_name(model, layer))
+        if storage.why(SCORES, recipe, experiment=names[-1]) is None:
             continue
         seen = Seen.read(storage, what, range(len(concepts)), config, ids)
         truth = shown[np.searchsorted(ids, seen.ids)] @ embedder.embed_texts(concepts).numpy().T
@@ -689,8 +688,42 @@ def run_sanity(
             samples=config.samples,
             seed=config.seed,
         )
-        storage.write(SCORES, table, config_hash(recipe), experiment=names[-1])
+        storage.write(SCORES, table, recipe, experiment=names[-1])
     return names
+
+
+def truth_of(request: ImageTextRequest, probe: requests.ProbeRequest) -> Embedder:
+    """The truth of concept maps, by which scores are judged.
+
+    Raises:
+        MilanError: It is a model.
+    """
+    embedder = requests.image_text(request, probe.plugins)
+    if embedder.view is not None:
+        raise MilanError(f"{request.name} is a model, not the truth: scores are judged by concept maps alone.")
+    return embedder
+
+
+def sanity_name(model: str, layer: str) -> str:
+    """The experiment that judges scores on a layer."""
+    return f"scores judged: {model} {layer}"
+
+
+def sanity_recipe(
+    storage: Storage, model: str, layer: str, concepts: Sequence[str], images: str | None, config: ScoreConfig
+) -> Recipe:
+    """What decides the judgement of scores on a layer.
+
+    Args:
+        storage: The run directory.
+        model: The model.
+        layer: Its layer.
+        concepts: What each unit stands for.
+        images: The hash of the probe's image embeddings.
+        config: How descriptions are scored.
+    """
+    pooled = storage.config_of(POOLED, model=model, layer=layer)
+    return Recipe.of({"sanity": 1, "pooled": pooled, "images": images, "config": config, "concepts": concepts})
 
 
 def summarise(storage: Storage, predictor: str, models: Sequence[str], config: ScoreConfig) -> list[str]:

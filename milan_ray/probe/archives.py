@@ -16,9 +16,9 @@ import pyarrow as pa
 from milan_ray.errors import MilanError, UnreadableImage, reason
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.decode import HEAD, image_endings, looks_like_image, probe_image
-from milan_ray.probe.files import SYSTEM_FILES, Found, file_name, filesystem, read_part
+from milan_ray.probe.files import SYSTEM_FILES, Found, file_name, filesystem, read_part, tell
 from milan_ray.probe.manifest import Entry
-from milan_ray.probe.tables import Columns
+from milan_ray.probe.tables import Columns, class_name
 from milan_ray.textfiles import clean, decode_text
 
 TAR = (".tar",)
@@ -34,6 +34,9 @@ _LABELS = ("cls", "json", "txt")
 """What of a sample says its class, the first that is there."""
 
 _JSON_LABELS = ("label", "class_name", "class", "category", "cls")
+_NAMED = 12
+"""Parts of samples that a message names."""
+
 _MAX_LABEL = 1 << 20  # bytes of a label's member that are read
 
 
@@ -59,6 +62,12 @@ def is_member(ref: ImageRef) -> bool:
     """Whether a manifest's row lies in an archive."""
     place = _PLACE.fullmatch(ref.path)
     return place is not None and file_name(ref.root, place[1] or "").endswith(TAR)
+
+
+def member_place(path: str) -> str:
+    """The archive in a member's path in a manifest: empty where the root is the archive."""
+    place = _PLACE.fullmatch(path)
+    return "" if place is None else place[1] or ""
 
 
 def read_member(ref: ImageRef) -> ProbeImage:
@@ -88,23 +97,29 @@ def archive_entries(root: str, files: Sequence[Found], columns: Columns) -> tupl
         Entries, samples in the archives' order; ending → how many members are neither images nor say a class.
 
     Raises:
-        MilanError: An archive is damaged, or a sample has several images.
+        MilanError: An archive is damaged, a sample has several images, or none has the parts that are asked for.
     """
     entries: list[Entry] = []
     left_out: Counter[str] = Counter()
+    parts_seen: Counter[str] = Counter()
+    labelled = stray = 0
     for file in files:
         where = f"{root.rstrip('/')}/{file.path}" if file.path else root
         try:
             with _Bounded(root, file.path) as source:
-                for sample in _samples(source):
+                for sample in _samples(source, left_out):
+                    parts_seen.update(member.part for member in sample)
                     images = _images(source, sample, columns.image)
                     if len(images) > 1:
                         parts = ", ".join(member.part for member in images)
                         raise MilanError(
                             f"sample {images[0].key} of {where} has several images ({parts}): choose one with "
-                            "--image-column."
+                            "--image-column; where these are several samples, give them names without further dots: a "
+                            "sample's key ends at the first."
                         )
                     label = _label(source, sample, columns.label, where)
+                    labelled += label is not None
+                    stray += label is not None and not images
                     told = (*_LABELS, columns.label)
                     left_out.update(
                         f".{member.part}" if member.part else "no ending"
@@ -112,12 +127,22 @@ def archive_entries(root: str, files: Sequence[Found], columns: Columns) -> tupl
                         if member not in images and not (images and member.part in told)
                     )
                     for member in images:
-                        folder = member.name.partition("/")[0] if "/" in member.name else None
+                        folder = next(filter(None, member.name.split("/")[:-1]), None)
                         place = f"{file.path}#{member.name}@{member.offset}:{member.size}"
                         tag = f"{file.size} bytes"
                         entries.append(Entry(root, place, member.size, file.mtime_ns, tag, label or folder))
         except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, pa.ArrowException) as error:
             raise MilanError(f"cannot read {where} ({reason(error)}): give a sound tar archive.") from error
+    seen = ", ".join(sorted(part or "no ending" for part in list(parts_seen)[:_NAMED])) or "nothing"
+    if columns.image is not None and not entries and files:
+        raise MilanError(f"no sample in {root} has a part {columns.image!r} (--image-column): they have {seen}.")
+    if columns.label is not None and entries and not labelled:
+        raise MilanError(f"no sample in {root} has a label {columns.label!r} (--label-column): they have {seen}.")
+    if stray:
+        tell(
+            f"probe: {stray} labels in {root} belong to no image: the parts of a sample must follow each other in the "
+            "archive; write it again, sorted by name (tar --sort=name)"
+        )
     return entries, left_out
 
 
@@ -150,10 +175,10 @@ class _Bounded:
         return self._file.read_at(min(size, member.size), member.offset)
 
 
-def _samples(source: _Bounded) -> Iterator[list[_Member]]:
+def _samples(source: _Bounded, left_out: Counter[str]) -> Iterator[list[_Member]]:
     """Members that follow each other and have the same key."""
     sample: list[_Member] = []
-    for member in _members(source):
+    for member in _members(source, left_out):
         if sample and member.key != sample[0].key:
             yield sample
             sample = []
@@ -162,20 +187,40 @@ def _samples(source: _Bounded) -> Iterator[list[_Member]]:
         yield sample
 
 
-def _members(source: _Bounded) -> Iterator[_Member]:
-    """The plain files of an archive, hidden and system ones left out."""
+def _members(source: _Bounded, left_out: Counter[str]) -> Iterator[_Member]:
+    """The plain files of an archive, hidden and system ones left out; what else is left out is counted.
+
+    A hard link is the file that it leads to under another name, as in a folder; a symbolic one is left out.
+    """
+    places: dict[str, tuple[int, int]] = {}
     with tarfile.open(fileobj=cast(Any, source), mode="r:") as archive:
         while (info := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them
             if info.isfile() and info.offset_data + info.size > source.size:
                 raise EOFError(f"it is cut off in {info.name}")
             parts = info.name.removeprefix("./").split("/")
-            if info.isreg() and not any(part.startswith(".") or part.lower() in SYSTEM_FILES for part in parts):
-                yield _Member("/".join(parts), info.offset_data, info.size)
+            if info.isdir() or any(_is_hidden(part) for part in parts):
+                continue
+            place = (info.offset_data, info.size)
+            if info.islnk():
+                place = places.get(info.linkname.removeprefix("./"), (-1, 0))
+            if ".." in parts:
+                left_out["names with .."] += 1
+            elif info.issym() or place[0] < 0:
+                left_out["links"] += 1
+            elif info.issparse() or not (info.isreg() or info.islnk()):
+                left_out["sparse files and devices"] += 1
+            else:
+                places["/".join(parts)] = place
+                yield _Member("/".join(parts), *place)
         # A damaged header ends tarfile's list without a word; a sound archive ends with zeros, or with the file.
         source.seek(archive.offset)
         if any(source.read(tarfile.BLOCKSIZE)):
             raise tarfile.ReadError(f"it is damaged at byte {archive.offset:,}")
+
+
+def _is_hidden(part: str) -> bool:
+    return (part.startswith(".") and part not in (".", "..")) or part.lower() in SYSTEM_FILES
 
 
 def _images(source: _Bounded, sample: list[_Member], wanted: str | None) -> list[_Member]:
@@ -210,11 +255,13 @@ def _of_json(source: _Bounded, parts: dict[str, _Member], fields: Sequence[str],
         return None
     try:
         found = json.loads(_text(source, parts["json"], where))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MilanError(f"{parts['json'].name} in {where} is no JSON ({error}): write the archive again.") from error
     if isinstance(found, dict):
         found = next((found[name] for name in fields if found.get(name) is not None), None)
-    return None if found is None or isinstance(found, (dict, list)) else str(found)
+    if found is None or isinstance(found, (dict, list)):
+        return None
+    return class_name(found, None, where)
 
 
 def _text(source: _Bounded, member: _Member, where: str) -> str:

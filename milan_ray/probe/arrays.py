@@ -12,7 +12,7 @@ import pyarrow as pa
 from milan_ray.errors import MilanError
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.decode import from_array
-from milan_ray.probe.files import absolute_root, list_files, local_path
+from milan_ray.probe.files import absolute_root, list_files, local_path, tell
 from milan_ray.probe.manifest import Entry, build
 from milan_ray.probe.tables import PARQUET, Columns, read_row, table_entries
 
@@ -104,6 +104,9 @@ class ParquetProbe:
         entries = table_entries(self._root, sorted(files, key=lambda file: file.path), self._columns)
         if not entries:
             raise MilanError(f"no images in {self._root}: it has no Parquet file with rows.")
+        without = sum(entry.class_label is None for entry in entries)
+        if without:
+            tell(f"probe: {without} of {len(entries)} images in {self._root} have no class (the shards do not say it)")
         return build(entries)
 
     def read(self, ref: ImageRef) -> ProbeImage:

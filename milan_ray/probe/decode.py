@@ -45,6 +45,7 @@ HEAD = 512
 """Bytes at the start of a file that tell what it is."""
 
 _GREY = ("1", "L")
+_PCX_PALETTE = 769  # bytes at a PCX file's end
 _NOT_16_BITS = 14
 """16-bit pixels that need no more bits than this are taken for those of a camera or scanner with fewer bits."""
 
@@ -168,14 +169,18 @@ def _settle(image: Image.Image, sha256: str) -> ProbeImage:
         raise UnreadableImage(f"is {image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
     if image.mode == "F":
         raise UnreadableImage("has floating-point pixels, whose range is unknown")
+    _refuse_doubtful(image)
+    inverted = _tag(image, 262) == 0  # TIFF's WhiteIsZero, which Pillow heeds in 8 bits alone
     deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
     # An image that was opened and not yet loaded may stand in a list twice, and be read by two threads.
     with _loading if getattr(image, "fp", None) is not None else nullcontext():
         image.load()
     if image.mode.startswith("I"):
-        return _from_16_bits(image, sha256)
+        return _from_16_bits(image, sha256, inverted)
     if image.mode == "PA":
         image = image.convert("RGBA")
+    elif image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
     note = None
     if deep and max(high for _, high in image.convert("RGB").getextrema()) >> (_NOT_16_BITS - 8) == 0:  # type: ignore[misc]
         note = _too_dark(_NOT_16_BITS)
@@ -187,12 +192,45 @@ def _settle(image: Image.Image, sha256: str) -> ProbeImage:
     return ProbeImage(image.convert("RGB"), sha256, bands, note)
 
 
-def _from_16_bits(image: Image.Image, sha256: str) -> ProbeImage:
+def _tag(image: Image.Image, number: int) -> object:
+    """What a TIFF file says under a number; None of other images."""
+    found = getattr(image, "tag_v2", {}).get(number)
+    return found[0] if isinstance(found, tuple) and found else found
+
+
+def _refuse_doubtful(image: Image.Image) -> None:
+    """Refuses files that Pillow decodes to something else than they hold.
+
+    Raises:
+        UnreadableImage: It is one.
+    """
+    bits = _tag(image, 258)
+    if _tag(image, 339) == 2 and bits != 32:  # Pillow itself writes mode I as signed; its values tell
+        raise UnreadableImage(f"has signed pixels of {bits} bits, whose range is unknown")
+    if _tag(image, 262) == 0 and bits == 32:
+        raise UnreadableImage("has inverted 32-bit pixels, whose range is unknown")
+    if image.format == "DCX" and image.mode in ("L", "P") and getattr(image, "n_frames", 1) > 1:
+        raise UnreadableImage("is a DCX file of several palette images, whose palettes cannot be told apart")
+    file = getattr(image, "fp", None)
+    if image.format in ("PCX", "DCX") and image.mode == "L" and file is not None:
+        before = file.tell()
+        size = file.seek(0, io.SEEK_END)
+        file.seek(max(size - _PCX_PALETTE, 0))
+        marker = file.read(1)
+        file.seek(before)
+        if size < _PCX_PALETTE or marker != b"\x0c":
+            raise UnreadableImage("is cut off: its palette is missing")
+
+
+def _from_16_bits(image: Image.Image, sha256: str, inverted: bool) -> ProbeImage:
     # Mode I has 32 bits, but holds what 16-bit PNG and PGM files contain.
     pixels = np.asarray(image).astype(np.int64)
     low, high = (int(pixels.min()), int(pixels.max())) if pixels.size else (0, 0)
     if low < 0 or high > 65535:
         raise UnreadableImage(f"has 32-bit pixels from {low} to {high}, whose range is unknown")
+    if inverted:
+        pixels = 65535 - pixels
+        high = int(pixels.max()) if pixels.size else 0
     grey = Image.fromarray(((pixels + 128) // 257).astype(np.uint8))
     bits = high.bit_length()
     return ProbeImage(grey.convert("RGB"), sha256, grey, _too_dark(bits) if 0 < bits <= _NOT_16_BITS else None)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import io
 import os
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
@@ -14,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from milan_ray.errors import MilanError
-from milan_ray.probe.archives import PACKED, TAR, archive_entries, is_member, read_member
+from milan_ray.probe.archives import PACKED, TAR, archive_entries, is_member, member_place, read_member
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.decode import EXTENSIONS, image_endings, probe_image
 from milan_ray.probe.files import (
@@ -42,7 +44,7 @@ from milan_ray.probe.tables import (
     table_entries,
 )
 from milan_ray.remote import split_query
-from milan_ray.textfiles import read_rows, read_text, same_name, unquoted
+from milan_ray.textfiles import delimiter, read_rows, read_text, same_name, unquoted
 
 _FILE_COLUMNS = ("file", "filename", "file_name", "path", "image", "name")
 _LABEL_COLUMNS = ("label", "class_label", "class_name", "class", "category", "name", "wnid", "synset", "class_index")
@@ -99,6 +101,8 @@ class FolderProbe:
         seen: set[str] = set()
         for root in self._roots:
             found = _entries_of(root, labels, self._columns, self._endings)
+            if labels is None:
+                tell_classes(root, found)
             if len(self._roots) > 1:
                 fresh = [entry for entry in found if (place := _real(entry)) not in seen and not seen.add(place)]  # type: ignore[func-returns-value]
                 if len(fresh) < len(found):
@@ -139,14 +143,22 @@ class _Labels:
     def __init__(self, path: str) -> None:
         self._path = path
         self._labels = read_labels(path)
-        self._used: set[str] = set()
+        self._used: dict[str, tuple[str, str]] = {}
         self._without: list[str] = []
 
-    def of(self, path: str) -> str | None:
-        """The label of an image, by its path below the root or else by its name."""
+    def of(self, root: str, path: str) -> str | None:
+        """The label of an image, by its path below the root or else by its name.
+
+        Raises:
+            MilanError: Its name is that of another image, too.
+        """
         for name in (same_name(path), same_name(PurePosixPath(path).name)):
             if name in self._labels:
-                self._used.add(name)
+                place, other = self._used.setdefault(name, (_real(Entry(root, path)), path))
+                if other != path and place != _real(Entry(root, path)):
+                    raise MilanError(
+                        f"{self._path} labels {name}, which may be {other} or {path}: write the paths below the root."
+                    )
                 return self._labels[name]
         self._without.append(path)
         return None
@@ -190,19 +202,51 @@ def read_labels(path: str) -> dict[str, str]:
     label_column = next((name for name in _LABEL_COLUMNS if name in header and name != file_column), None)
     if file_column and label_column:
         file, label = header.index(file_column), header.index(label_column)
+        _check_cells(path, text, len(header))
         pairs = [(row[file], row[label]) for row in rows[1:] if len(row) > max(file, label)]
     elif rows and all(len(row) == 2 and row[0].lower().endswith(image_endings()) for row in rows):  # without a header
+        _check_cells(path, text, 2)
         pairs = [(row[0], row[1]) for row in rows]
     else:
         split = [line.split(maxsplit=1) for line in text.splitlines()]
         pairs = [(unquoted(words[0]), unquoted(words[1])) for words in split if len(words) == 2]
     found: dict[str, str] = {}
     for name, said in ((same_name(name), said) for name, said in pairs if name and said):
+        if any(unicodedata.category(letter) == "Cc" for letter in name + said):
+            raise MilanError(f"{path} has control characters in {name!r}, {said!r}: mend that line.")
         if found.setdefault(name, said) != said:
             raise MilanError(f"{path} labels {name} twice, as {found[name]!r} and as {said!r}: leave one.")
     if not found:
         raise MilanError(f"no labels in {path}: give a CSV with columns `file` and `label`, or lines of `file label`.")
     return found
+
+
+def _check_cells(path: str, text: str, cells: int) -> None:
+    """Refuses a CSV whose quotes are not closed, or with rows longer than its first.
+
+    Raises:
+        MilanError: It is one.
+    """
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter(text), skipinitialspace=True, strict=True)
+    try:
+        for row in rows:
+            if len(row) > cells and any(map(str.strip, row[cells:])):
+                raise MilanError(
+                    f"line {rows.line_num} of {path} has {len(row)} cells, more than the first line's {cells}: put "
+                    f"what has a {delimiter(text)!r} in it into double quotes."
+                )
+    except csv.Error as error:
+        raise MilanError(f"line {rows.line_num} of {path} is no CSV ({error}): mend its quotes.") from error
+
+
+def tell_classes(where: str, entries: Sequence[Entry]) -> None:
+    """Says how many images have no class, where some have one, or where a shard could say it."""
+    without = [entry for entry in entries if entry.class_label is None]
+    shards = bool(entries) and _in_shard(entries[0])
+    if without and (shards or len(without) < len(entries)):
+        why = "the shards do not say it" if shards else "they lie in no folder below it"
+        first = without[0].path or where
+        tell(f"probe: {len(without)} of {len(entries)} images in {where} have no class ({why}), such as {first}")
 
 
 def _entries_of(root: str, labels: _Labels | None, columns: Columns, endings: tuple[str, ...] | None) -> list[Entry]:
@@ -213,7 +257,7 @@ def _entries_of(root: str, labels: _Labels | None, columns: Columns, endings: tu
         tell_left_out(root, left_out, listing.links)
         entries = []
         for path, size, mtime_ns in sorted(images, key=lambda found: _parts(found.path)):
-            label = (_parts(path)[0] or None) if labels is None else labels.of(path)
+            label = (_parts(path)[0] or None) if labels is None else labels.of(root, path)
             entries.append(Entry(root, path, size, mtime_ns, class_label=label))
         return entries
     kinds = {kind: _ending_in(root, listing.files, kind) for kind in (PARQUET, ARROW, TAR)}
@@ -269,15 +313,30 @@ def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
 
+@lru_cache(maxsize=4096)
+def _real_file(file: str) -> str:
+    return os.path.realpath(file)
+
+
 def _real(entry: Entry) -> str:
     """Where an image really lies, for telling whether two roots share it."""
     local = local_path(entry.root)
+    ref = ImageRef(0, entry.root, entry.path)
+    if is_row(ref) or is_member(ref):  # where its shard lies, and where it is in that
+        path, mark, row = entry.path.rpartition("#") if is_row(ref) else _split_member(entry.path)
+        file = f"{entry.root.rstrip('/')}/{path}" if path else entry.root
+        return (file if local is None else _real_file(os.path.join(local, path) if path else local)) + mark + row
     if local is None:
         return f"{entry.root.rstrip('/')}/{entry.path}"
     place = os.path.join(local, entry.path)
     if os.path.islink(place):
         return os.path.realpath(place)
     return os.path.join(_real_folder(os.path.dirname(place)), os.path.basename(place))
+
+
+def _split_member(path: str) -> tuple[str, str, str]:
+    archive = member_place(path)
+    return archive, "#", path[len(archive) + 1 :]
 
 
 def _parts(path: str) -> tuple[str, str, str]:

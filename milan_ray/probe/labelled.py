@@ -17,12 +17,12 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
-from milan_ray.errors import MilanError
+from milan_ray.errors import MilanError, reason
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.decode import EXTENSIONS, FORMATS, MAX_PIXELS
 from milan_ray.probe.folder import FolderProbe
 from milan_ray.probe.manifest import Entry, build
-from milan_ray.textfiles import clean, delimiter, dict_reader, read_text, unquoted
+from milan_ray.textfiles import clean, csv_in, delimiter, dict_reader, read_text, unquoted
 
 LABEL_FOLDERS = ("labels", "annotations", "masks")
 """Names of the folder of label maps beside ``images``."""
@@ -32,6 +32,9 @@ LEGENDS = ("classes.csv", "classes.txt", "labels.csv", "names.txt", "objectInfo1
 
 VOID = {"", "void", "ignore", "unlabelled", "unlabeled", "other"}
 """Names of what is nothing in particular."""
+
+_DIGITS = 9
+"""Digits of a number in a label map at most."""
 
 _BRODEN = ("color", "object", "part", "material", "scene", "texture")
 """Broden's categories; an entry is a file of its own per map, or the number of a label of the whole image."""
@@ -85,18 +88,24 @@ def read_legend(path: Path) -> dict[int, str]:
     found = {}
     for line in map(clean, lines):
         between = "\t" if "\t" in line else delimiter(line)
-        cells = next(csv.reader([line], delimiter=between), []) if between in line else []
+        with csv_in(path):
+            cells = next(csv.reader([line], delimiter=between), []) if between in line else []
         cells = [cell.strip() for cell in cells] if len(cells) > 1 else line.split(maxsplit=1)
-        if len(cells) > 1 and cells[0].isdigit():
+        if len(cells) > 1 and _is_number(cells[0]):
             # Of a table, the name comes last; of lines with several names after a comma, it is the first.
             name = cells[-1] if between == "\t" else cells[1]
             found[int(cells[0])] = unquoted(name.split(",")[0])
-        elif cells and cells[0].partition(" ")[0].isdigit():  # `401 car, auto`
+        elif cells and _is_number(cells[0].partition(" ")[0]):  # `401 car, auto`
             number, _, name = cells[0].partition(" ")
             found[int(number)] = unquoted(name)
     if not found:
         raise MilanError(f"{path} is no legend of label maps: give lines of `number name`.")
     return found
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a number that label maps can hold."""
+    return text.isdecimal() and len(text) <= _DIGITS
 
 
 class LabelledFolder:
@@ -355,8 +364,8 @@ def _numbers(file: Path, ade20k: bool = False) -> np.ndarray:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}×{image.height} pixels are too many")
             pixels = np.asarray(image).astype(np.int64)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise MilanError(f"cannot read the label map {file} ({error}): put a sound one there.") from error
+    except Exception as error:  # Pillow's readers raise almost anything on damaged files
+        raise MilanError(f"cannot read the label map {file} ({reason(error)}): put a sound one there.") from error
     if pixels.ndim == 2:
         return pixels
     red, green = pixels[..., 0], pixels[..., 1]
@@ -369,7 +378,8 @@ def _first(name: str) -> str:
 
 def _rows(path: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
     try:
-        rows = list(dict_reader(read_text(path)))
+        with csv_in(path):
+            rows = list(dict_reader(read_text(path)))
     except (OSError, UnicodeDecodeError) as error:
         raise MilanError(f"cannot read {path} ({error}): give Broden's own file.") from error
     if not rows or any(rows[0].get(name) is None for name in needed):

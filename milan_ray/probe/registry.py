@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from milan_ray.errors import MilanError, unknown_name
+from milan_ray.names import checked_name
 from milan_ray.probe.archives import TAR
 from milan_ray.probe.arrays import ParquetProbe
 from milan_ray.probe.base import Probe
@@ -31,6 +32,7 @@ def register_probe(name: str, factory: Callable[[], Probe]) -> None:
         name: Name used on the command line.
         factory: Makes the probe; called when the probe is asked for.
     """
+    checked_name("a probe", name, slashes=True)
     _PROBES[name] = factory
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import threading
@@ -22,12 +23,27 @@ from milan_ray.probe.decode import probe_image
 from milan_ray.probe.files import Found, file_name, filesystem, local_path, read_file, tell
 from milan_ray.probe.manifest import Entry
 from milan_ray.remote import is_uri
+from milan_ray.tensorfiles import check_groups
 
 PARQUET, ARROW = (".parquet",), (".arrow",)
 """Endings of the files of tables."""
 
 _PLACE = re.compile(r"(?s)(.*)#(\d+):(\d+)")
 """Path of a row in a manifest: file, row group or batch, row in it."""
+
+LIKE_LABELS = (
+    "label",
+    "labels",
+    "class_label",
+    "class_name",
+    "class",
+    "category",
+    "target",
+    "fine_label",
+    "wnid",
+    "synset",
+)
+"""Names of columns that may be meant as classes, in lower case."""
 
 _NOT_A_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
@@ -63,17 +79,27 @@ def table_entries(root: str, files: Sequence[Found], columns: Columns) -> list[E
         MilanError: A file cannot be read, or has no such column.
     """
     entries = []
+    named: dict[str, tuple[list[str] | None, str]] = {}
     for file in files:
         where = _location(root, file.path)
         try:
             table = _open(root, file.path)
+            if file.size is not None and sum(table.rows) > 8 * file.size:  # a row takes more than a bit
+                raise pa.ArrowInvalid(f"it claims {sum(table.rows):,} rows, and has {file.size:,} bytes")
             image, label, names = _chosen(table.schema, columns, where)
+            if label is not None:
+                first_names, first_where = named.setdefault(label, (names, where))
+                if first_names != names:
+                    raise MilanError(
+                        f"column {label!r} has other classes in {where} than in {first_where} "
+                        f"({_some(names)}; {_some(first_names)}): give them by themselves, or write them with the same."
+                    )
             for group, rows in enumerate(table.rows):
                 classes = table.column(group, label).to_pylist() if label is not None else [None] * rows
                 tags = _tags(root, file, table, group, image)
                 for row, name in enumerate(classes):
                     place = f"{file.path}#{group}:{row}"
-                    found = _class_name(name, names)
+                    found = class_name(name, names, where)
                     entries.append(Entry(root, place, mtime_ns=file.mtime_ns, etag=tags[row], class_label=found))
         except (OSError, pa.ArrowException) as error:
             raise MilanError(f"cannot read {where} ({reason(error)}): mend it, or write it again.") from error
@@ -164,7 +190,9 @@ class _Parquet:
 
     def __init__(self, root: str, path: str) -> None:
         system, place = _place(root, path)
-        self._file = pq.ParquetFile(system.open_input_file(place))
+        stream = system.open_input_file(place)
+        self._file = pq.ParquetFile(stream)
+        check_groups(self._file.metadata, stream.size())
         self.schema: pa.Schema = self._file.schema_arrow
         groups = range(self._file.num_row_groups)
         self.rows = [self._file.metadata.row_group(group).num_rows for group in groups]
@@ -285,6 +313,9 @@ def _image_of(schema: pa.Schema, wanted: str | None, location: str) -> str:
         MilanError: There is none, or several can be meant.
     """
     names = schema.names
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise MilanError(f"{location} has two columns {twice!r}: give each a name of its own.")
     if wanted is not None:
         if wanted not in names:
             raise MilanError(f"{location} has no column {wanted!r}: it has {', '.join(names)}.")
@@ -312,6 +343,16 @@ def _image_of(schema: pa.Schema, wanted: str | None, location: str) -> str:
     raise MilanError(f"{location} has no column of encoded images: it has {', '.join(names)}.")
 
 
+def _can_be_classes(type_: pa.DataType) -> bool:
+    return not pa.types.is_nested(type_)
+
+
+def _some(names: list[str] | None) -> str:
+    if names is None:
+        return "without names"
+    return ", ".join(names[:4]) + (", …" if len(names) > 4 else "")
+
+
 def _can_hold_images(type_: pa.DataType) -> bool:
     if pa.types.is_struct(type_):
         return type_.get_field_index("bytes") >= 0 and _is_binary(type_.field("bytes").type)
@@ -331,19 +372,51 @@ def _chosen(schema: pa.Schema, columns: Columns, location: str) -> tuple[str, st
     if label is None:
         named = [name for name in schema.names if features.get(name, {}).get("_type") == "ClassLabel"]
         label = "label" if "label" in schema.names else named[0] if len(named) == 1 else None
+        able = [name for name in schema.names if name != image and _can_be_classes(schema.field(name).type)]
         if label is None and named:
             tell(f"probe: {location} has several columns of classes ({', '.join(named)}): --label-column chooses one")
+        elif label is None and any(name.lower() in LIKE_LABELS for name in able):
+            like = ", ".join(name for name in able if name.lower() in LIKE_LABELS)
+            tell(f"probe: {location} has no column 'label'; {like} may be meant: --label-column chooses one")
     elif label not in schema.names:
         raise MilanError(f"{location} has no column {label!r}: it has {', '.join(schema.names)}.")
+    if label is not None and not _can_be_classes(schema.field(label).type):
+        raise MilanError(
+            f"column {label!r} of {location} holds {schema.field(label).type}, no classes: choose another with "
+            f"--label-column (it has {', '.join(schema.names)})."
+        )
     names = features.get(label or "", {}).get("names")
     return image, label, [str(name) for name in names] if isinstance(names, list) else None
 
 
-def _class_name(value: object, names: list[str] | None) -> str | None:
+def class_name(value: object, names: list[str] | None, where: str) -> str | None:
+    """What a cell says of its row's class; None where it says nothing.
+
+    Whole numbers are written without a point, whatever they are stored as; bytes are text in UTF-8.
+
+    Args:
+        value: The cell.
+        names: Names of the classes' numbers, or None.
+        where: The table, for messages.
+
+    Raises:
+        MilanError: It is no text.
+    """
+    if isinstance(value, float):
+        if math.isnan(value):
+            return None
+        value = int(value) if value.is_integer() else value
     if value is None:
         return None
     if names is not None and isinstance(value, int):
         return names[value] if 0 <= value < len(names) else None  # −1 is "unknown"
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError as error:
+            raise MilanError(
+                f"the classes of {where} are bytes that are no text: choose their column with --label-column."
+            ) from error
     return str(value)
 
 

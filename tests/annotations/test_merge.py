@@ -12,6 +12,7 @@ import torchvision
 from PIL import Image
 from torchvision import transforms
 
+from milan_ray import cli
 from milan_ray.annotations.groups import SetLocation
 from milan_ray.annotations.load import load, merge_images
 from milan_ray.annotations.merge import SourceShape, merge
@@ -62,6 +63,23 @@ def test_merge_quirk_squashes_as_the_reference_does(photos, bare):
     squash = transforms.Compose([transforms.Resize((SIZE, SIZE)), transforms.ToTensor()])
     reference = (expected(photos, squash) * np.float32(255)).astype(np.uint8)
     np.testing.assert_array_equal(np.load(bare / "conv/images.npy"), reference)
+
+
+def test_reference_quirks_of_the_command_line_squash_and_sets_with_images_refuse_them(
+    photos, bare, write_set, tmp_path, capsys
+):
+    images = ["--images", str(photos)]
+    brought = ["annotations", "import", str(bare), *images, "--storage", str(tmp_path / "run")]
+    merged = ["annotations", "merge", str(bare), *images]
+    found = []
+    for command in (merged, [*merged, "--reference-quirks"], brought, [*brought, "--reference-quirks"]):
+        assert cli.main(command) == 0
+        found.append(np.load(bare / "conv/images.npy"))
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(found[1], found[3])
+    assert (found[0] != found[1]).any()
+    assert cli.main(["annotations", "merge", str(write_set("net/whole")), "--reference-quirks"]) == 1
+    assert "came with its images, --reference-quirks would do nothing" in capsys.readouterr().err
 
 
 def test_merge_again_does_nothing_until_geometry_or_source_change(photos, bare):

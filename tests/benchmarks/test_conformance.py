@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
+from importlib import metadata
+from pathlib import Path
+
 import pytest
 import torch
 
-from milan_ray.benchmarks.conformance import Result, check, page, summary
+from milan_ray.benchmarks.conformance import Result, check, page, read_rows, summary, to_row
 from milan_ray.benchmarks.conformance_cases import cases
+from milan_ray.errors import MilanError
 from milan_ray.plugins import load_plugins
 
 load_plugins()
 
 SAMPLE = {
-    "torchvision": ("mobilenet_v3", "regnet_x", "resnet", "shufflenet_v2", "mnasnet"),
-    "timm": ("convnext", "efficientnet", "mambaout", "resnet", "starnet", "vision_transformer"),
+    "torchvision": ("mobilenet_v3", "regnet_x", "shufflenet_v2", "mnasnet"),
+    "timm": ("convnext", "efficientnet", "levit", "mambaout", "resnet", "vision_transformer"),
     "transformers": (
-        "Beit", "CLIPVision", "ConvNext", "DINOv3ViT", "DeiT", "Dinov2WithRegisters", "Hiera", "MobileNetV1",
+        "Beit", "CLIPVision", "ConvNext", "Cvt", "DINOv3ViT", "DeiT", "Dinov2WithRegisters", "Hiera", "MobileNetV1",
         "PoolFormer", "ResNet", "SamVision", "Swin", "VitDet", "Yolos",
     ),
 }  # fmt: skip
@@ -51,6 +57,45 @@ def test_conformance_page_names_what_is_wrong_and_what_is_refused() -> None:
     text = page([wrong, refused, absent])
     assert "WRONG: conv: 8 units instead of 16 |" in text and "refused: no \\| fixed size." in text
     assert "does not build: reason" in text and "2 families of 3 build; 1 wrong" in text
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "conformance.md"
+
+
+def listed() -> dict[tuple[str, str, str], str]:
+    """What docs/conformance.md says: (library, family, network) → result."""
+    rows = [line.strip("|").split(" | ") for line in PAGE.read_text(encoding="utf-8").splitlines() if "|" in line][2:]
+    return {(row[0].strip(), row[1], row[2].strip("`")): row[-1].strip() for row in rows}
+
+
+def test_conformance_page_has_every_family_none_of_them_wrong() -> None:
+    results = list(listed().values())
+    assert len(results) > 180 and not [result for result in results if result.startswith("WRONG")]
+    assert sum(result == "right" for result in results) >= 0.95 * len(results)
+
+
+def test_conformance_page_lists_the_families_of_the_installed_versions() -> None:
+    pytest.importorskip("timm")
+    pytest.importorskip("transformers")
+    said = re.search(r"^torch (\S+), torchvision (\S+), timm (\S+), transformers (\S+)\. \d", PAGE.read_text(), re.M)
+    assert said is not None
+    if said.groups() != tuple(metadata.version(name) for name in ("torch", "torchvision", "timm", "transformers")):
+        pytest.skip(f"the page is about {said[0][:-1]}others are installed")
+    assert list(listed()) == [(case.library, case.family, case.network) for case in cases()]
+
+
+def test_conformance_results_come_back_from_what_was_printed_and_other_files_are_refused(tmp_path) -> None:
+    result = Result("timm", "one", "net", (96, 96), defaults=2, defaults_run=True, compared=3, refused={"a": "no."})
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(to_row(result)) + "\n")
+    (read,) = read_rows(file)
+    assert page([read]) == page([result])
+    file.write_text(json.dumps({**to_row(result), "versions": {"timm": "0.1"}}))
+    with pytest.raises(MilanError, match=r"rows.jsonl holds results of .*0\.1.*make it again"):
+        read_rows(file)
+    file.write_text("[1]")
+    with pytest.raises(MilanError, match="does not hold results"):
+        read_rows(file)
 
 
 def test_conformance_sees_units_taken_for_positions() -> None:

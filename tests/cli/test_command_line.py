@@ -20,7 +20,7 @@ from milan_ray.cli.closing import duration
 PLUGIN = str(Path(__file__).parents[1] / "plugins/tiny_models.py")
 
 UNITS = re.compile(
-    r"\b(images?|units?|seconds|GiB|share|tokens?|captioners|positions|concepts|formulas|candidates?|actors?|CPUs|GPUs|threads|workers"
+    r"\b(images?|pixels|units?|seconds|GiB|share|tokens?|captioners|positions|concepts|formulas|candidates?|actors?|CPUs|GPUs|threads|workers"
     r"|epochs|orders?|runs|crops|requests|dollars|temperature|weight|quantile|seed|words|beam|annotations|rate)\b|λ"
 )
 """What numbers count or measure: the help of an option that takes one has one of these words."""
@@ -238,3 +238,22 @@ def test_the_documentations_example_is_understood(tmp_path):
     file.write_text(example)
     args = cli.build_parser().read(["describe", "--config", str(file), "--model", "alexnet/imagenet", "--dry-run"])
     assert (args.model, args.milan, args.beam_size, args.pooled) == (["alexnet/imagenet"], "base", 20, True)
+
+
+def test_d4_config_is_read_as_it_is_written(tmp_path, capsys):
+    file = tmp_path / "run.yaml"
+    file.write_text("k: 3\nmodel: tiny/cnn\nk: 5\n")
+    assert cli.main(["exemplars", "--config", str(file)]) == 2
+    assert "'k' stands there twice" in capsys.readouterr().err
+    file.write_text("k: 012\nquantile: .5\nprobe: 2020-01-02\nstorage: 0x10\nmodel: tiny/cnn\n")
+    args = cli.build_parser().read(["exemplars", "--config", str(file)])
+    assert args.k == 12 and args.quantile == 0.5 and args.storage == "0x10" and args.probe == ["2020-01-02"]
+    file.write_text("weights: 1:30\nmodel: m\nprobe: p\n")
+    assert cli.build_parser().read(["exemplars", "--config", str(file)]).weights == "1:30"
+
+
+@pytest.mark.parametrize("option", ["--gpus-per-actor=nan", "--gpus-per-actor=-1", "--device=tpu", "--device=cuda:x"])
+def test_d4_devices_that_are_none_are_refused(option, capsys):
+    with pytest.raises(SystemExit):
+        cli.build_parser().read(["exemplars", "--model", "tiny/cnn", option])
+    assert option.partition("=")[2] in capsys.readouterr().err

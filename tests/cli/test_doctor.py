@@ -37,6 +37,7 @@ def test_doctor_says_of_everything_missing_what_works_without_it_and_how_to_get_
             assert check["without"] and check["remedy"], check
     assert str(nothing / "MILAN_MODELS_DIR") in checks["weights"]["found"]
     assert checks["storage"]["state"] == checks["packages"]["state"] == checks["torch"]["state"] == "ok"
+    assert checks["Ray"]["found"].endswith("not started")
     assert not (nothing / "run").exists()  # it was not there before
 
 

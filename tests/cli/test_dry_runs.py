@@ -21,8 +21,14 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
-from milan_ray.pipelines.captioners import save_captioner
-from milan_ray.schema import ANNOTATIONS, CLAIMS, DESCRIPTIONS, EXEMPLARS
+from milan_ray.pipelines.captioners import load_captioner, save_captioner
+from milan_ray.pipelines.cut_and_paste import PastingConfig, pasting_recipe
+from milan_ray.pipelines.languages import language_name
+from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.pipelines.requests import model as model_of
+from milan_ray.pipelines.requests import probe as probe_of
+from milan_ray.probe.manifest import digest
+from milan_ray.schema import ANNOTATIONS, CLAIMS, DESCRIPTIONS, EXEMPLARS, PASTED
 from milan_ray.storage import Storage
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
@@ -144,6 +150,16 @@ def test_paste_says_what_is_missing(photos, tmp_path, dry_run: DryRun) -> None:
     storage.write(EXEMPLARS, EXEMPLARS.table(rows), "e", model="tiny/cnn", layer="2")
     command = ["paste", "--model", "tiny/cnn", "--layers", "2", "--plugin", TINY, "--probe", str(photos)]
     assert dry_run(storage.root, *command) == {"pasted cut-and-paste tiny/cnn": "missing"}
+    request, images = ModelRequest("tiny/cnn", layers=("2",), plugins=(TINY,)), ProbeRequest((str(photos),))
+    found, config = probe_of(images).manifest(), PastingConfig(units=3, originals=4, distractors=5)
+    recipe = pasting_recipe(storage, model_of(request), ("2",), images, digest(found), language_name(None), config)[0]
+    rows = {column.name: [] for column in PASTED.columns}
+    storage.write(PASTED, PASTED.table(rows), recipe, experiment="cut-and-paste", model="tiny/cnn")
+    same = {"--each": "3", "--originals": "4", "--distractors": "5"}
+    assert dry_run(storage.root, *command, *(part for option in same.items() for part in option)) == {}
+    for left_out in same:
+        others = (part for option in same.items() if option[0] != left_out for part in option)
+        assert dry_run(storage.root, *command, *others) == {"pasted cut-and-paste tiny/cnn": "pasting changed"}
 
 
 def test_generalize_knows_its_units_when_encodings_are_there(tmp_path, dry_run: DryRun) -> None:
@@ -194,6 +210,23 @@ def test_baselines_from_nothing_to_done(toy: Storage, dry_run: DryRun) -> None:
     }
     assert cli.main([*command, "--storage", storage.root]) == 0
     assert dry_run(storage.root, *command) == {}
+    save_captioner(storage, "other", load_captioner(storage, "toy"), "Another.")
+    candidates = "candidates toy flags/watcher seen"
+    for option, table, reason in (
+        (["--decoder", "other"], "candidates other flags/watcher seen", "missing"),
+        (["--beam-size", "3"], candidates, "beam_size changed"),
+        (["--length", "3"], candidates, "length changed"),
+        (["--bertscore", toy.root], of_network, "labels, annotations or scores changed"),
+        (["--name", "mine"], "scores mine", ""),
+        (["--reference-quirks"], "exemplars flags/watcher seen", "view changed"),
+    ):
+        found = dry_run(storage.root, *command, *option)
+        assert any(key.startswith(table) and reason in why for key, why in found.items()), (option, found)
+    label = ["label", *command[1:7], *command[9:]]
+    for option in (["--formula-beam-size", "2"], ["--formula-length", "2"]):
+        assert list(dry_run(storage.root, *label, *option)) == ["descriptions compexp flags/watcher seen"]
+    one = dry_run(storage.root, *label, "--grid", "5", "--labeler", "netdissect")
+    assert list(one) == ["descriptions netdissect flags/watcher seen"]
     annotate(storage, "flags/watcher", "seen", 4)
     again = dry_run(storage.root, *command)
     assert set(again) == {of_network, every} and again[of_network].endswith("labels, annotations or scores changed")

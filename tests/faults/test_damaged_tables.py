@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -328,3 +329,55 @@ def test_f2_status_as_json_has_damage_as_a_state(place: Path, run: Any) -> None:
     found = json.loads(run("status", "--json")[1])
     (partition,) = [partition for partition in found["partitions"] if partition["state"].startswith("damaged: ")]
     assert partition["table"] == "levels" and partition["keys"]["model"] == MODELS[0]
+
+
+ALONE = [
+    # verb, the damaged table, what is due of both models
+    ("describe", "exemplars", ("encodings",)),
+    ("describe", "encodings", ("candidates",)),
+    ("describe", "candidates", ("descriptions",)),
+    ("label", "pooled", ("descriptions",)),
+    ("score", "descriptions", ("unit_scores",)),
+    ("score", "pooled", ("unit_scores",)),
+    ("score", "exemplars", ("unit_scores",)),
+]
+
+
+@pytest.mark.parametrize(("verb", "noun", "due"), ALONE)
+def test_f2_a_model_with_a_damaged_table_fails_alone(verb: str, noun: str, due: Any, place: Path, run: Any) -> None:
+    """Damaged pages, which footers do not tell: the other models of the zoo are done, and nothing is left in _work."""
+    storage = Storage(place / "run")
+    for name in due:
+        for keys in storage.partitions(next(each for each in NOUNS if each.name == name)):
+            if name != "descriptions" or keys["labeler"].startswith(("milan", "clip-dissect")):
+                storage.remove_file(storage.path(next(each for each in NOUNS if each.name == name), **keys))
+    sound = Storage(place / "sound")
+    (keys, *_) = [k for k in sound.partitions(next(n for n in NOUNS if n.name == noun)) if k["model"] == MODELS[0]]
+    file = Path(storage.root, storage.path(next(n for n in NOUNS if n.name == noun), **keys))
+    damage(file, "other_pages")
+    status, _, said = run(verb)
+    assert status == 1
+    lines = [line for line in said.splitlines() if line.startswith(f"skipped {MODELS[0]}: ")]
+    assert len(lines) == 1, said
+    (line,) = lines
+    assert short(file, place) in line and "is damaged" in line and "delete it" in line
+    assert ("the others go on" in said or f"FAILED {MODELS[0]}" in said) and f"skipped {MODELS[1]}" not in said
+    for name in due:
+        made = next(each for each in NOUNS if each.name == name)
+        again = [keys for keys in sound.partitions(made, model=MODELS[1]) if keys in storage.partitions(made)]
+        assert again and all(storage.read(made, **k).equals(sound.read(made, **k)) for k in again), name
+    assert not (place / "run" / WORK).exists()
+
+
+def test_f2_where_all_models_are_damaged_the_job_fails_and_names_the_files(place: Path, run: Any) -> None:
+    files = [
+        place / f"run/encodings/encoder=tiny/model={quote(model, safe='')}/layer=0/data.parquet" for model in MODELS
+    ]
+    shutil.rmtree(place / "run/candidates")
+    for path in (place / "run/encodings").rglob("*.parquet"):
+        damage(path, "other_pages")
+    status, _, said = run("describe")
+    assert status == 1
+    (line,) = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert all(short(file, place) in line for file in files) and "delete it" in line
+    assert not (place / "run" / WORK).exists()

@@ -6,35 +6,51 @@ more after that, as a killed process. What happens before a write is what happen
 
 from __future__ import annotations
 
+import io
 import shutil
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from itertools import count
 from pathlib import Path
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
+import ray.tune
+import spacy
 import torch
+from damage import damage, tables
+from PIL import Image
 
+from milan_ray.annotations.layout import write_annotations
+from milan_ray.annotations.load import load
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
+from milan_ray.errors import MilanError
+from milan_ray.experiments.tuning import Sweep
 from milan_ray.labelers.clip import Clip
 from milan_ray.labelers.clip_dissect import ClipDissect
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
 from milan_ray.models.generators import GeneratorRequest
 from milan_ray.models.image_captions import ImageCaptionerRequest
 from milan_ray.models.image_text import ImageTextRequest
-from milan_ray.pipelines import dnd, embeddings, train
+from milan_ray.pipelines import ablate, cut_and_paste, dnd, embeddings, train, tune
+from milan_ray.pipelines.analyze import AnalysisConfig, run_analysis
+from milan_ray.pipelines.annotations_import import run_import
 from milan_ray.pipelines.captioners import EncoderRequest, save_captioner
 from milan_ray.pipelines.clip_dissect import run_clip_dissect
 from milan_ray.pipelines.cluster import connected
+from milan_ray.pipelines.compare import run_comparison
 from milan_ray.pipelines.cosy import CosyConfig, run_cosy
+from milan_ray.pipelines.cut_and_paste import PastingConfig, run_pasting
 from milan_ray.pipelines.describe import Search, run_descriptions
 from milan_ray.pipelines.dnd import DndConfig, SummariserRequest, run_dnd
+from milan_ray.pipelines.edit import EditingConfig, run_editing
 from milan_ray.pipelines.embeddings import run_image_embeddings, text_embeddings
 from milan_ray.pipelines.encodings import run_encodings
 from milan_ray.pipelines.exemplars import Dissection, run_exemplars
@@ -53,6 +69,7 @@ from milan_ray.schema import (
     POOLED,
     RUNS,
     TRAINING,
+    TRIALS,
     UNIT_SCORES,
     Noun,
 )
@@ -81,11 +98,15 @@ class Killed(BaseException):
 
 
 class Dying(Storage):
-    """Dies at its n-th write or removal, which is done by half, and takes no other after that."""
+    """Dies at its n-th write or removal, which is done by half, and takes no other after that.
 
-    def __init__(self, root: str, last: int) -> None:
+    Attributes:
+        done: Writes and removals so far.
+    """
+
+    def __init__(self, root: str, last: int, error: type[BaseException] = Killed) -> None:
         super().__init__(root)
-        self._last, self._done, self._lock = last, 0, threading.Lock()
+        self._last, self.done, self._lock, self._error = last, 0, threading.Lock(), error
 
     def __reduce__(self):
         raise AssertionError("nothing here travels to another process")
@@ -93,16 +114,16 @@ class Dying(Storage):
     @contextmanager
     def _write(self, path: str, half: Callable[[Path], None]) -> Iterator[None]:
         with self._lock:  # one at a time, so that none is half done when another one dies
-            self._done += 1
-            if self._done == self._last:
+            self.done += 1
+            if self.done == self._last and self._error is Killed:
                 half(Path(self.root, path))
-            if self._done >= self._last:
-                raise Killed
+            if self.done >= self._last:
+                raise self._error("cannot write: no space left on device; choose another --storage.")
             yield
 
     @property
     def died(self) -> bool:
-        return self._done >= self._last
+        return self.done >= self._last
 
     def put(self, path, data):
         with self._write(path, _torso):
@@ -209,6 +230,66 @@ def describe_and_dissect(storage: Storage) -> None:
     assert run_dnd(storage, watch(storage), [COLOUR_MODEL], SCENES, SHOTS, how, HERE) == {}
 
 
+def tune_here(storage: Storage) -> None:
+    """A sweep whose trials run here, where Ray Tune would start a process for each."""
+    sweep = Sweep((2,), (0.0, 0.5), ("greedy", "rerank"), (4,), "bleu-2", samples=10)
+    tune.run_tuning(storage, tune.TuningJob("sweep", "toy", "people", (("tiny/cnn", "0"),), sweep), HERE)
+
+
+def try_here(storage: Storage, task: tune._Task, trials: list[tune.Trial], resources: Resources) -> None:
+    for trial in trials:
+        tune._run_trial({"trial": asdict(trial)}, task)
+
+
+def in_turn(function: Callable[[object], object], items: Sequence[object], *_: float) -> Iterator[tuple[int, object]]:
+    """Tasks that keep one network, which in processes of their own each have theirs."""
+    for number, item in enumerate(items):
+        yield number, function(item)
+
+
+def bring_in(folder: Path) -> Callable[[Storage], object]:
+    def run(storage: Storage) -> None:
+        (published,) = load(str(folder))
+        run_import(storage, published)
+
+    return run
+
+
+def published_set(root: Path) -> Path:
+    """A published set of two layers."""
+    rng = np.random.default_rng(0)
+    for layer in ("conv", "last"):
+        (root / layer).mkdir(parents=True)
+        np.save(root / layer / "images.npy", rng.integers(0, 256, (3, 2, 3, 16, 16), dtype=np.uint8))
+        np.save(root / layer / "masks.npy", rng.integers(0, 2, (3, 2, 1, 16, 16), dtype=np.uint8))
+    write_annotations(root / "annotations.csv", [("conv", 0, "a dog"), ("conv", 2, "grass"), ("last", 1, "sky")])
+    return root
+
+
+CLASSES = ModelRequest("tiny/cnn", layers=("0", "2"), plugins=(TINY,))
+SAID = {
+    "0": ("lines", "text on signs", "roofs", "lines", "a word", "lines"),
+    "2": ("lines", "dog cup", "red dog", "lines", "red lines", "text", "red", "dogs"),
+}
+
+
+def say_words(storage: Storage) -> None:
+    """Descriptions of two layers."""
+    for layer, texts in SAID.items():
+        keys = {"labeler": "milan", "model": "tiny/cnn", "layer": layer}
+        rows = [{**keys, "unit": u, "description": t, "score": 0.0, "n_best": []} for u, t in enumerate(texts)]
+        table = DESCRIPTIONS.table({c.name: [row.get(c.name) for row in rows] for c in DESCRIPTIONS.columns})
+        storage.write(DESCRIPTIONS, table, f"d{layer}", **keys)
+
+
+def reader() -> spacy.Language:
+    """Words with vectors of their own."""
+    nlp = spacy.blank("en")
+    for word, vector in {"dog": (3, 0), "cup": (-3, 0), "red": (0, 1), "lines": (0, 0)}.items():
+        nlp.vocab.set_vector(word, np.array(vector, np.float32))
+    return nlp
+
+
 @pytest.fixture(scope="module")
 def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
     """World → its stages, each of which needs those before."""
@@ -235,7 +316,9 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
             lambda place: run_reranking(place, LAYERS, SEARCH, clip, HERE),
             {CANDIDATES: "candidates", ENCODINGS: "encodings"},
         ),
+        "comparison": Stage(lambda place: run_comparison(place, models=["tiny/cnn"], labelers=["milan*"]), {}),
         "training": Stage(train_here, {TRAINING: "training"}),
+        "tuning": Stage(tune_here, {TRIALS: "tuning"}),
         "image embeddings": Stage(
             lambda place: run_image_embeddings(place, probe, embedder, HERE), {IMAGE_EMBEDDINGS: "image_embeddings"}
         ),
@@ -249,7 +332,37 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
         "cosy": Stage(draw, {}),
     }
     scenes = {"dissected": Stage(watch, exemplars), "dnd": Stage(describe_and_dissect, {DRAWINGS: "dnd"})}
-    return {"photographs": photographs, "fields": fields, "scenes": scenes}
+    published = {"import": Stage(bring_in(published_set(tmp_path_factory.mktemp("net") / "photos")), {})}
+    told = ProbeRequest((str(classes(tmp_path_factory.mktemp("classes"))),))
+    words, found = AnalysisConfig(trials=1, fractions=(0.0, 0.5), words=("red",)), EditingConfig(trials=1, most=2)
+    pasting = PastingConfig(units=3, originals=3, distractors=2, targets=2)
+    experiments = {
+        "dissected": Stage(
+            lambda place: run_exemplars(place, [CLASSES], told, ExemplarConfig(k=4, batch_size=16), HERE), {}
+        ),
+        "said": Stage(say_words, {}),
+        "analysis": Stage(lambda place: run_analysis(place, CLASSES, told, reader(), "four words", words, HERE), {}),
+        "editing": Stage(lambda place: run_editing(place, CLASSES, told, None, found, HERE), {}),
+        "pasting": Stage(lambda place: run_pasting(place, CLASSES, told, reader(), "four words", pasting, HERE), {}),
+    }
+    return {
+        "photographs": photographs,
+        "fields": fields,
+        "scenes": scenes,
+        "published": published,
+        "experiments": experiments,
+    }
+
+
+def classes(root: Path) -> Path:
+    """A folder of small random images of 3 classes."""
+    rng = np.random.default_rng(0)
+    for index in range(90):
+        folder = root / f"class {index % 3}"
+        folder.mkdir(exist_ok=True)
+        coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        coarse.resize((24, 32), Image.Resampling.BICUBIC).save(folder / f"{index:03d}.png")
+    return root
 
 
 @pytest.fixture(scope="module")
@@ -259,6 +372,11 @@ def on_threads() -> Iterator[None]:
         patched.setattr(embeddings, "CHUNK", 2)
         patched.setattr(embeddings, "FEW_TEXTS", 0)
         patched.setattr(dnd, "UNITS", 3)
+        patched.setattr(ablate, "run_parallel", in_turn)
+        patched.setattr(cut_and_paste, "run_parallel", in_turn)
+        patched.setattr(ablate, "SETS", 4)
+        patched.setattr(tune, "_try", try_here)
+        patched.setattr(ray.tune, "report", lambda scores: None)
         yield
 
 
@@ -321,13 +439,16 @@ FAST = {
         "masks",
         "encodings",
         "descriptions",
+        "comparison",
         "training",
+        "tuning",
         "image embeddings",
         "text embeddings",
     ),
     "fields": ("labels", "clip-dissect", "scores", "cosy"),
+    "published": ("import",),
 }
-LONG = {"photographs": ("reranking",), "scenes": ("dnd",)}
+LONG = {"photographs": ("reranking",), "scenes": ("dnd",), "experiments": ("analysis", "editing", "pasting")}
 EVERY = [(world, name) for world, names in FAST.items() for name in names]
 EVERY += [pytest.param(world, name, marks=pytest.mark.slow) for world, names in LONG.items() for name in names]
 
@@ -355,3 +476,80 @@ def test_f1_f6_killed_at_each_write_in_turn(undisturbed, tmp_path, world, name):
         assert not (root / "_work").exists(), last
         shutil.rmtree(root)
     assert last > 3
+
+
+@pytest.mark.parametrize(("world", "name"), EVERY)
+def test_e_f6_work_is_gone_whichever_way_the_job_before_ended(undisturbed, tmp_path, world, name):
+    """Full disk, Ctrl-C, and work that a job left behind whose tables somebody else has made since."""
+    before, after, stage = undisturbed(world, name)
+    shutil.copytree(before, tmp_path / "counted")
+    counting = Dying(str(tmp_path / "counted"), 10**9)
+    stage.run(counting)
+    assert not (tmp_path / "counted/_work").exists()
+    for error in (MilanError, KeyboardInterrupt):
+        root = tmp_path / error.__name__
+        shutil.copytree(before, root)
+        with suppress(error, AssertionError):  # or models that failed, which their stages here take for a defect
+            stage.run(Dying(str(root), counting.done // 2 + 1, error))
+        left = root / "_work"
+        if left.exists():
+            done = tmp_path / f"{error.__name__} done"
+            shutil.copytree(after, done)
+            shutil.copytree(left, done / "_work")
+            stage.run(Storage(done))
+            assert not (done / "_work").exists(), "the tables were up to date"
+            assert public(done) == public(after)
+        stage.run(Storage(root))
+        assert not left.exists()
+        assert public(root) == public(after)
+
+
+def judged(files: dict[str, bytes], damaged: Path) -> dict[str, object]:
+    """What must be as ever where one file is damaged.
+
+    Not what a label cost, which follows the tables on its way, and leaves out, and says so, what is damaged of them;
+    nor the hash of a comparison, of which costs are a part.
+    """
+    kept = {path: data for path, data in files.items() if path != str(damaged) and "comparison%3A cost" not in path}
+    return {
+        path: repr(pq.read_table(io.BytesIO(data)).to_pylist()) if "comparison%3A" in path else data
+        for path, data in kept.items()
+    }
+
+
+STUDIED = [
+    ("photographs", "comparison"),
+    ("photographs", "tuning"),
+    ("photographs", "training"),
+    *(pytest.param(world, name, marks=pytest.mark.slow) for world in ("experiments", "scenes") for name in LONG[world]),
+]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "other_pages",
+        "other_columns",
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("emptied", "cut", "other_footer")),
+    ],
+)
+@pytest.mark.parametrize(("world", "name"), STUDIED)
+def test_f2_damaged_tables_of_studies_are_made_anew_or_named(undisturbed, tmp_path, world, name, kind):
+    """Of every table there is, before the stage and after it: what comes out is right, or a sentence."""
+    before, after, stage = undisturbed(world, name)
+    expected = public(after)
+    for number, where in enumerate((before, after)):
+        for noun, file in tables(Storage(where)).items():
+            path = file.relative_to(where)
+            root = tmp_path / f"{number} {noun}"
+            shutil.copytree(where, root)
+            damage(root / path, kind)
+            try:
+                stage.run(Storage(root))
+            except MilanError as error:
+                assert str(path) in str(error) and "is damaged" in str(error) and "delete it" in str(error), error
+            except AssertionError as error:  # the models that failed, and why
+                assert str(path) in str(error) and "delete it" in str(error), error
+            else:
+                assert judged(public(root), path) == judged(expected, path), noun
+            shutil.rmtree(root)

@@ -403,3 +403,47 @@ def test_tap_counts_calls_of_the_last_pass():
             found = tap(torch.zeros(1, 3, 8, 8))
         assert tap.calls == {"relu@1": 2, "relu": 2}
     assert found["relu@1"].shape == (1, 5, 6, 6) and found["relu"].shape == (1, 5, 4, 4)
+
+
+class Mixing(nn.Module):
+    """Attention without a bypass, as LeViT's between its stages: each position is a mean of all."""
+
+    def __init__(self, before: int = 0, behind: int = 0) -> None:
+        super().__init__()
+        self.conv, self.query, self.value = nn.Conv2d(3, 12, 8, 8), nn.Linear(12, 12), nn.Linear(12, 12)
+        self.extra, self.before = nn.Parameter(torch.randn(before + behind, 12)), before
+        self.mlp = nn.Sequential(nn.Linear(12, 20), nn.ReLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens, extra = self.conv(x).flatten(2).mT, self.extra.expand(len(x), -1, -1)
+        tokens = torch.cat([extra[:, : self.before], tokens, extra[:, self.before :]], 1)
+        query, value = self.query(tokens), self.value(tokens)
+        return self.mlp((query @ value.mT / 1000).softmax(2) @ value)
+
+
+def test_a_layer_that_mixes_all_positions_is_read_through_an_earlier_one():
+    network = seeded(Mixing)
+    layouts = establish(spec_of(network), network, ["conv", "mlp.0"])
+    assert layouts["conv"].known == "lit patches" and layouts["mlp.0"].known in ("lit patches", "patches lit in query")
+    assert (layouts["mlp.0"].units_axis, layouts["mlp.0"].grid, layouts["mlp.0"].columns_first) == (2, (8, 8), False)
+
+
+def test_tokens_on_both_sides_of_the_positions_are_found():
+    network = seeded(lambda: Mixing(1, 5))
+    for declared in (None, 6):
+        spec = spec_of(network, prefix_tokens=declared)
+        for layer in ("query", "mlp.0"):
+            layout = establish(spec, network, [layer])[layer]
+            assert (layout.prefix_tokens, layout.suffix_tokens, layout.grid) == (1, 5, (8, 8))
+
+
+def test_hybrid_vit_keeps_its_class_token_where_a_lit_picture_shows_faintly():
+    timm = pytest.importorskip("timm")
+    network = seeded(lambda: timm.create_model("vit_tiny_r_s16_p8_224", img_size=96, depth=2))
+    with torch.no_grad():
+        for parameter in network.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(torch.rand_like(parameter) * 0.25)
+    spec = spec_of(network, View((96, 96), None), prefix_tokens=1)
+    layouts = establish(spec, network, ["blocks.0.mlp.fc1", "blocks.1.mlp.fc1"])
+    assert {(layout.prefix_tokens, layout.suffix_tokens) for layout in layouts.values()} == {(1, 0)}

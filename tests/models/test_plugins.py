@@ -116,3 +116,41 @@ def test_c6_two_plugins_with_neighbours_of_one_name_are_told_apart(tmp_path: Pat
     (tmp_path / "b/late.py").write_text("from json import loads")
     with pytest.raises(MilanError, match="another module json"):
         load_plugins([str(tmp_path / "b/late.py")])
+
+
+NEIGHBOURS = {  # what a plug-in does to get a neighbour, and the neighbour
+    "package without __init__": ("from c10nets.model import WHO", "c10nets/model.py"),
+    "late": ("def build():\n    from c10late import WHO", "c10late.py"),
+    "late package": ("def build():\n    import c10pack.sub", "c10pack/sub.py"),
+    "by name": ("import importlib\nhelper = importlib.import_module('c10name')", "c10name.py"),
+}
+
+
+@pytest.mark.parametrize("how", NEIGHBOURS)
+def test_c10_neighbours_of_one_name_are_told_apart_however_imported(how: str, tmp_path: Path) -> None:
+    source, neighbour = NEIGHBOURS[how]
+    for folder in ("one", "two"):
+        (tmp_path / folder / neighbour).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / folder / neighbour).write_text(f"WHO = {folder!r}")
+        (tmp_path / folder / "plug.py").write_text(source)
+    load_plugins([str(tmp_path / "one/plug.py")])
+    with pytest.raises(MilanError, match="rename the one beside it"):
+        load_plugins([str(tmp_path / "two/plug.py")])
+
+
+def test_c10_files_beside_a_plugin_take_nobody_s_place(tmp_path: Path) -> None:
+    (tmp_path / "plug.py").write_text("x = 1")
+    (tmp_path / "this.py").write_text("raise SystemExit")  # the standard library has one
+    (tmp_path / "other.py").write_text("import this")
+    load_plugins([str(tmp_path / "plug.py")])
+    script = f"import milan_ray.plugins as p; p.load_plugins([{str(tmp_path / 'plug.py')!r}]); import this"
+    subprocess.run([sys.executable, "-c", script], check=True, stdout=subprocess.DEVNULL)
+    with pytest.raises(MilanError, match="rename the one beside it"):
+        load_plugins([str(tmp_path / "other.py")])
+
+
+@pytest.mark.parametrize(("source", "match"), [("raise SystemExit(3)", "SystemExit"), ("from .h import X", "the dot")])
+def test_c10_plugins_that_end_the_program_or_import_with_a_dot_are_one_sentence(source, match, tmp_path: Path) -> None:
+    (tmp_path / "ends.py").write_text(source)
+    with pytest.raises(MilanError, match=match):
+        load_plugins([str(tmp_path / "ends.py")])

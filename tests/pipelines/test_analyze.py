@@ -84,7 +84,8 @@ def test_analysis_from_descriptions_to_figure(storage, photos, capsys, dry_run):
 
     assert dry_run(storage.root, *arguments) == {}
     stale = {"ablations analysis tiny/cnn": "analysis changed"}
-    assert dry_run(storage.root, *arguments, "--seed", "1") == stale
+    for option in (["--seed", "1"], ["--ties", "2"], ["--trials", "3"]):
+        assert dry_run(storage.root, *arguments, *option) == stale
     assert not Path(storage.root, "_work").exists()
     storage.put_work(storage.config_of(ABLATIONS, **PUBLIC), "left", pa.table({"by": ["a killed job"]}))
     assert cli.main(arguments) == 0

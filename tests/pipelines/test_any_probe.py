@@ -53,8 +53,12 @@ def here() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def sources(photos: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The photographs of a folder in its order, as Parquet shards, tar shards and a folder of ``save_to_disk``."""
-    root = tmp_path_factory.mktemp("sources")
+    """The photographs of a folder in all forms."""
+    return shards_of(photos, tmp_path_factory.mktemp("sources"))
+
+
+def shards_of(photos: Path, root: Path) -> dict[str, Path]:
+    """A folder's pictures in its order: itself, Parquet shards, tar shards and a folder of ``save_to_disk``."""
     files = [photos / path for path in FolderProbe([photos]).manifest()["path"].to_pylist()]
     kinds = {name: root / name for name in ("parquet", "tar", "arrow")}
     for folder in kinds.values():
@@ -91,6 +95,12 @@ def tables(storage: Storage) -> dict[str, pa.Table]:
     return found
 
 
+def assert_same(found: dict[str, pa.Table], expected: dict[str, pa.Table], name: str) -> None:
+    assert found.keys() == expected.keys(), name
+    for key, table in expected.items():
+        assert found[key].equals(table), (name, key)
+
+
 def test_any_source_gives_the_same_tables_to_the_last_bit(sources, tmp_path):
     expected = None
     for name, path in sources.items():
@@ -98,11 +108,37 @@ def test_any_source_gives_the_same_tables_to_the_last_bit(sources, tmp_path):
             storage = Storage(tmp_path / f"{name} {shard_size}")
             config = ExemplarConfig(k=4, batch_size=16, shard_size=shard_size)
             run_exemplars(storage, [CNN], ProbeRequest((str(path),)), config, Resources())
-            found = tables(storage)
-            expected = expected or found
-            assert found.keys() == expected.keys()
-            for key, table in expected.items():
-                assert found[key].equals(table), (name, shard_size, key)
+            expected = expected or tables(storage)
+            assert_same(tables(storage), expected, f"{name} {shard_size}")
+
+
+def test_any_source_gives_the_same_tables_on_one_and_two_actors(sources, tmp_path):
+    """Every source once, for a pool takes seconds to start; the slow test below has every source on both."""
+    expected = None
+    for (name, path), actors in zip(sources.items(), (1, 2, 1, 2), strict=True):
+        storage = Storage(tmp_path / name)
+        config = ExemplarConfig(k=4, batch_size=16, shard_size=50)
+        run_exemplars(storage, [CNN], ProbeRequest((str(path),)), config, Resources(actors=actors))
+        expected = expected or tables(storage)
+        assert_same(tables(storage), expected, f"{name} {actors}")
+
+
+@pytest.mark.slow
+def test_any_source_of_500_pictures_gives_the_same_tables_on_actors(tmp_path):
+    """64×64, in four classes; one thread, one actor and two."""
+    rng, photos = np.random.default_rng(6), tmp_path / "photos"
+    for number in range(500):
+        file = photos / "abcd"[number // 125] / f"{number:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file)
+    expected = None
+    for name, path in shards_of(photos, tmp_path).items():
+        for actors in (None, 1, 2):
+            storage = Storage(tmp_path / f"run {name} {actors}")
+            config = ExemplarConfig(k=8, batch_size=16, shard_size=100)
+            run_exemplars(storage, [CNN], ProbeRequest((str(path),)), config, Resources(actors=actors))
+            expected = expected or tables(storage)
+            assert_same(tables(storage), expected, f"{name} {actors}")
 
 
 def test_any_source_gives_a_notebook_what_a_job_finds(sources, tmp_path):

@@ -97,6 +97,7 @@ def test_tasks_show_each_units_exemplars_darkened_outside_the_masks(storage: Sto
     with (folder / "tasks.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert [(row["layer"], row["unit"]) for row in rows] == [("conv1", "0"), ("conv1", "1"), ("conv2", "3")]
+    assert all(row["image"].startswith("https://x.org/") for row in rows)
     for row in rows:
         picture = np.asarray(Image.open(folder / row["image"].removeprefix("https://x.org/")).convert("RGB")).astype(
             int
@@ -154,6 +155,11 @@ def test_answers_of_mturk_become_annotations(storage: Storage, folder: Path, tmp
     assert "3 units with 3 to 3 annotations" in report.err and report.err.count("worker-") == 3
     assert not any(worker in report.err for worker in ("object-first", "idler"))
     assert "jobs.train --annotations crowd" in report.err
+    absent = str(tmp_path / "absent")
+    assert cli.main(["annotations", *arguments, "--bertscore", absent, "--storage", storage.root]) == 1
+    assert absent in capsys.readouterr().err
+    assert cli.main(["annotations", *arguments, "--rouge", "--storage", storage.root, "--keep-rejected"]) == 0
+    assert "good" in annotations(storage, "crowd").values()
 
 
 def test_answers_of_label_studio_become_the_same_annotations(

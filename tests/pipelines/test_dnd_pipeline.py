@@ -220,11 +220,19 @@ def test_command_line_plans_and_says_what_is_missing(storage, how, tmp_path, mon
     out = capsys.readouterr().out
     assert "drawings" in out and "dnd-b colours/watcher seen" in out and out.count("missing") == 2
 
+    for option, table in (
+        (["--pooling", "max"], "drawings"),
+        (["--reference-quirks"], "exemplars"),
+    ):
+        assert cli.main([*options, *same, *option]) == 0
+        assert f"\n{table}" in f"\n{capsys.readouterr().out}"
+
     def error(*arguments: str) -> str:
         assert cli.main([*options, *arguments]) == 1
         (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
         return line
 
+    assert "nobody" in error(*same, "--clip", "nobody")
     assert "clip-vit-base-patch16/config.json" in error()
     assert "blip-image-captioning-base/config.json" in error("--scoring", "mean")
     own = ("--scoring", "mean", "--captioner", "colours/names")

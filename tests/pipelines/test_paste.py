@@ -63,6 +63,9 @@ def test_what_units_fire_at_is_pasted_on_what_they_are_silent_on(photos, tmp_pat
     assert why(storage, images, "four words") is None and why(storage, images, "others") == "language changed"
     different = pairs.filter(pl.col("group") == "different words")
     assert set(different["unit"]) <= {1, 2, 4} and len(set(pairs["unit"])) >= 2
+    per_unit = pairs.group_by("unit").agg(pl.col("original", "distractor").n_unique())
+    assert (per_unit["original"].max(), per_unit["distractor"].max()) == (CONFIG.originals, CONFIG.distractors)
+    assert different["unit"].n_unique() <= CONFIG.units
     assert "images with something pasted on" in summary(pairs)
     assert b"<svg" in storage.get(figure_path(storage, PUBLIC, "svg"))
 

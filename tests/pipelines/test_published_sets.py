@@ -20,7 +20,7 @@ from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.models.weights import weights_digest
 from milan_ray.pipelines.captioners import save_captioner
-from milan_ray.schema import DESCRIPTIONS
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -61,6 +61,19 @@ def test_published_set_is_imported_described_without_a_probe_and_exported(ray_se
     assert cli.main(["annotations", "export", "net/photos", str(tmp_path / "out"), *where]) == 0
     for name in ("conv/images.npy", "conv/masks.npy", "annotations.csv"):
         assert (tmp_path / "out" / name).read_bytes() == (published / name).read_bytes()
+
+
+def test_annotation_count_chooses_units_and_annotations(published, tmp_path):
+    storage, file = Storage(tmp_path / "run"), published / "annotations.csv"
+    write_annotations(file, [("conv", 0, "a dog"), ("conv", 0, "dogs"), ("conv", 2, "grass")])
+    where = ["--storage", storage.root]
+    for count, units in (("0", [0, 0, 2]), ("1", [0, 2]), ("2", [0, 0])):
+        assert cli.main(["annotations", "import", str(published), "--annotation-count", count, *where]) == 0
+        csv = ["annotations", "import", str(file), "--model", "net/photos", "--source", "file"]
+        assert cli.main([*csv, "--annotation-count", count, *where]) == 0
+        for source in ("milannotations", "file"):
+            table = storage.read(ANNOTATIONS, source=source, model="net/photos", layer="conv")
+            assert sorted(table["unit"].to_pylist()) == units
 
 
 def test_describing_exemplars_that_are_not_there_names_those_that_are(published, tmp_path, capsys):

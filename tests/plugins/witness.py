@@ -11,7 +11,7 @@ from milan_ray.models.registry import register_model
 from milan_ray.models.view import Preprocess, View
 
 SAYS = ("bits of a number", "channels last", "threads")
-"""What each unit's activation is; of every image, at every position."""
+"""What each unit's activation is; of every image, at every position. One more unit tells the images apart."""
 
 PASSES = "MILAN_WITNESS_PASSES"
 """A file that is told how many images each pass takes. No activation may depend on that."""
@@ -33,7 +33,8 @@ class Witness(nn.Module):
         if PASSES in os.environ:
             with open(os.environ[PASSES], "a", encoding="utf-8") as file:
                 file.write(f"{len(images)}\n")
-        return self.says(told[None, :, None, None].expand(len(images), -1, 4, 4))
+        told = told[None, :, None, None].expand(len(images), -1, *maps.shape[2:])
+        return self.says(torch.cat([told, maps[:, :1].float()], 1))
 
 
 def witness(weights: str | None) -> nn.Module:
@@ -41,5 +42,4 @@ def witness(weights: str | None) -> nn.Module:
     return Witness()
 
 
-# What is the same for every picture cannot show its axes.
-register_model("witness", witness, ("says",), Preprocess(View(8, 8), (0, 0, 0), (1, 1, 1)), units_axis=1)
+register_model("witness", witness, ("says",), Preprocess(View(8, 8), (0, 0, 0), (1, 1, 1)))
