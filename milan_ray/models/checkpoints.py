@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import collections
 import io
+import itertools
 import math
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +20,17 @@ from safetensors.torch import load_file
 from milan_ray.errors import MilanError, reason
 from milan_ray.tensorfiles import check_sizes
 
-_DEPTH = 4
-"""How deep dicts lie in dicts at most: a wrapper, a network, a part of it, one more."""
+_DEPTH = 8
+"""How deep dicts lie in dicts, lists and tuples at most."""
 
-_NO_WEIGHTS = ("optim", "sched", "scaler", "callbacks", "loops")
-"""How entries of checkpoints begin that hold tensors of the training, not of a network."""
+_MOST = 20_000
+"""Dicts, lists and tuples that are looked into at most: a small file may hold one in many places."""
+
+_NO_WEIGHTS = re.compile(
+    r"(amp_?|grad_?)?(optim|optimi[sz]ers?|(lr_?)?sched(uler)?s?|scalers?|callbacks|loops)"
+    r"(_?(states?|dict|scalers?|schedulers?|[gd]|gen(erator)?|disc(riminator)?|\d+))*"
+)
+"""Names of entries of checkpoints that hold tensors of the training, not of a network."""
 
 
 class Ignored:
@@ -131,7 +139,7 @@ def read_checkpoint(path: str) -> Checkpoint:
                 if not zipfile.is_zipfile(path):
                     raise
                 content = _read_ignoring(path, ignored)
-        states = tuple(_states(content, "", _DEPTH))
+        states = tuple(_states(content, "", _DEPTH, itertools.count()))
     except pickle.UnpicklingError as error:
         raise MilanError(
             f"weights file {path} is damaged or holds more than tensors, which is never executed: save the model's "
@@ -147,9 +155,17 @@ def read_checkpoint(path: str) -> Checkpoint:
     return Checkpoint(path, states, tuple(sorted(ignored)))
 
 
-def _states(content: object, address: str, depth: int) -> Iterator[StateDict]:
+def _states(content: object, address: str, depth: int, seen: Iterator[int]) -> Iterator[StateDict]:
     """The state dicts in a content; a depth, since a file may hold a dict that holds itself."""
-    if not isinstance(content, dict) or not depth:
+    if not isinstance(content, dict | list | tuple) or not depth:
+        return
+    if next(seen) >= _MOST:
+        raise ValueError(f"it holds more than {_MOST} dicts and lists")
+    if not isinstance(content, dict):
+        for number, value in enumerate(
+            tuple.__iter__(content) if isinstance(content, tuple) else list.__iter__(content)
+        ):
+            yield from _states(value, f"{address}.{number}" if address else str(number), depth - 1, seen)
         return
     # By the class: a file may set attributes on its dicts, one called "items" among them.
     entries = {name: value for name, value in dict.items(content) if isinstance(name, str)}
@@ -158,8 +174,8 @@ def _states(content: object, address: str, depth: int) -> Iterator[StateDict]:
         others = tuple(name for name, value in entries.items() if name not in shapes and not isinstance(value, dict))
         yield StateDict(address, shapes, others, entries)
     for name, value in entries.items():
-        if not name.lower().startswith(_NO_WEIGHTS):
-            yield from _states(value, f"{address}.{name}" if address else name, depth - 1)
+        if _NO_WEIGHTS.fullmatch(name.lower()) is None:
+            yield from _states(value, f"{address}.{name}" if address else name, depth - 1, seen)
 
 
 def _is_tensor(value: object) -> bool:

@@ -313,7 +313,8 @@ class _Examination:
             axis = self._structure.image_axis(key) if key in wanted else None
             if axis is None or tensor is None or tensor.ndim not in (3, 4):
                 return
-            values = (tensor.dequantize() if tensor.is_quantized else tensor).movedim(axis, 0).float().nan_to_num()
+            values = (tensor.dequantize() if tensor.is_quantized else tensor).movedim(axis, 0).float()
+            values = values.nan_to_num(posinf=0, neginf=0)
             if one_by_one:
                 squares = (values - plain_values.setdefault(key, values)).square()
                 if not shown:

@@ -159,9 +159,9 @@ def read_weights(
     path, part = split_weights(path)
     checkpoint = read_checkpoint(path)
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if hasattr(tensor, "shape")}
-    fits = [
-        fit for state in checkpoint.states for fit in _fits(state, own, rename, needless) if _is_part(fit.path, part)
-    ]
+    tied = _tied(model)
+    every = (fit for state in checkpoint.states for fit in _fits(state, own, tied, rename, needless))
+    fits = [fit for fit in every if _is_part(fit.path, part)]
     if not fits:
         raise MilanError(f"weights file {path} holds no part {part!r}: leave out #{part}.")
     # Counters of BatchNorm that old files lack; torch fills them in.
@@ -171,6 +171,7 @@ def read_weights(
         nearest = max(fits, key=lambda fit: fit.matching(own))
         raise _misfit(path, type(model).__name__, nearest.problems(own, needed, sizes), nearest, own)
     chosen, tensors = good[0], good[0].tensors()
+    chosen.check_twins(path)
     for other in good[1:]:
         if other.sources != chosen.sources and not _same(tensors, other.tensors()):
             raise _several(path, [fit.path for fit in good])
@@ -187,12 +188,14 @@ class _Fit:
         prefix: The prefix, empty or with a dot behind it.
         names: The network's names → the file's.
         left: The file's names of tensors that are not below the prefix.
+        twins: Pairs of the file's names that mean the same tensor of the network.
     """
 
     state: StateDict
     prefix: str
     names: dict[str, str]
     left: tuple[str, ...]
+    twins: tuple[tuple[str, str], ...] = ()
 
     @property
     def path(self) -> str:
@@ -226,10 +229,21 @@ class _Fit:
         tensors = self.state.tensors()
         return {name: tensors[of] for name, of in self.names.items()}
 
+    def check_twins(self, path: str) -> None:
+        """Sees that names that mean one tensor have the same numbers."""
+        tensors = self.state.tensors() if self.twins else {}
+        for one, other in self.twins:
+            if not _same({"": tensors[one]}, {"": tensors[other]}):
+                raise MilanError(
+                    f"weights file {path} holds {one!r} and {other!r}, which are the same weights of the network, with "
+                    "different numbers: save the state_dict() again without those that are not meant."
+                )
+
 
 def _fits(
     state: StateDict,
     own: Mapping[str, tuple[int, ...]],
+    tied: Mapping[str, Sequence[str]],
     rename: Callable[[str], str],
     needless: Callable[[str], bool],
 ) -> Iterator[_Fit]:
@@ -238,13 +252,40 @@ def _fits(
     prefixes = [prefix for prefix, count in below.items() if 2 * count >= len(own) or count == len(state.shapes)]
     for prefix in ("", *prefixes):
         names: dict[str, str] = {}
+        twins: list[tuple[str, str]] = []
         for name in state.shapes:
             if name.startswith(prefix):
-                renamed = rename(_plain(name[len(prefix) :], own))
-                if renamed in own or not needless(renamed):
-                    names.setdefault(renamed, name)
+                renamed = _parametrized(rename(_plain(name[len(prefix) :], own)), own)
+                if renamed in names:
+                    twins.append((names[renamed], name))
+                elif renamed in own or not needless(renamed):
+                    names[renamed] = name
+        for name in own:  # files of tied weights may hold them once
+            same = next((other for other in tied.get(name, ()) if other in names), None)
+            if name not in names and same is not None:
+                names[name] = names[same]
         left = tuple(name for name in state.shapes if not name.startswith(prefix))
-        yield _Fit(state, prefix, names, left)
+        yield _Fit(state, prefix, names, left, tuple(twins))
+
+
+def _tied(model: nn.Module) -> dict[str, list[str]]:
+    """Names of parameters that are one and the same: each with the others."""
+    groups: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        groups.setdefault(id(tensor), []).append(name)
+    return {name: [other for other in group if other != name] for group in groups.values() for name in group}
+
+
+_PARAMETRIZED = {"g": ("original0",), "v": ("original1", "0._v"), "orig": ("original",), "u": ("0._u",)}
+"""Endings of what older weight and spectral norms keep → its names since they are parametrizations."""
+
+
+def _parametrized(name: str, own: Mapping[str, object]) -> str:
+    """The name since norms of weights are parametrizations, where the network has that one."""
+    path, dot, leaf = name.rpartition(".")
+    tensor, _, ending = leaf.rpartition("_")
+    now = (f"{path}{dot}parametrizations.{tensor}.{rest}" for rest in _PARAMETRIZED.get(ending, ()))
+    return name if name in own else next((one for one in now if one in own), name)
 
 
 def _prefixes(name: str) -> list[str]:
@@ -371,12 +412,21 @@ def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -
     shared = [name for name in own if name in state and isinstance(own[name], torch.Tensor)]
     different = [name for name in shared if own[name].shape != state[name].shape]
     # Numbers that are no weights yet, such as those of a compressed file, would be taken as they are.
-    whole = [name for name in shared if own[name].is_floating_point() and not _is_real(state[name])]
+    real = [name for name in shared if own[name].is_floating_point() and own[name].dtype != state[name].dtype]
+    whole = [name for name in real if not _is_real(state[name])]
     problems = _problems(missing, unexpected, different)
     if whole:
         problems.append(f"{len(whole)} of another type (first: {whole[0]} {state[whole[0]].dtype})")
     if problems:
         raise MilanError(f"weights file {path} does not fit {type(model).__name__}: weights {', '.join(problems)}.")
+    broken = [name for name in shared if _is_real(state[name]) and bool(state[name].isnan().any())]
+    if broken and (path, "NaN") not in _said:
+        _said.add((path, "NaN"))
+        say(
+            f"weights file {path} has NaN in {len(broken)} weights (first: {broken[0]}): what comes after them is NaN; "
+            "take a file from before its training broke.",
+            level="warning",
+        )
     try:
         model.load_state_dict(state, strict=False)
     except RuntimeError as error:  # of networks that take their weights apart by themselves
@@ -393,7 +443,8 @@ def load_weights(model: nn.Module, path: str, *, rename: Callable[[str], str] = 
 
 
 def _is_real(tensor: torch.Tensor) -> bool:
-    return tensor.is_floating_point() and not tensor.is_quantized
+    """Whether it holds weights; numbers of 8 bits need scales that stand elsewhere."""
+    return tensor.is_floating_point() and not tensor.is_quantized and tensor.dtype.itemsize > 1
 
 
 def weights_digest(model: nn.Module) -> str:

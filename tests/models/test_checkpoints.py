@@ -62,6 +62,11 @@ WRAPPED: dict[str, Callable[[State], object]] = {
     "half": lambda s: {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in s.items()},
     "numbers of numpy": lambda s: {"state_dict": s, "best": np.float32(0.5), "rng": np.arange(5)},
     "lightning": lightning,
+    "optimized_model": lambda s: {"optimized_model": s, "optimizer_state_dict": {"exp_avg": torch.zeros(3)}},
+    "scaler_net": lambda s: {"scaler_net": s, "lr_scheduler": {"last": torch.zeros(3)}},
+    "list": lambda s: [s],
+    "tuple": lambda s: (s, {"lr": 0.1}),
+    "deep": lambda s: {"a": {"b": [{"c": {"d": s}}]}},
 }
 
 

@@ -13,9 +13,10 @@ from torchvision import models
 
 from milan_ray.errors import MilanError
 from milan_ray.models.hooks import LayerTap
-from milan_ray.models.processors import picture
+from milan_ray.models.processors import fit, picture
 from milan_ray.models.registry import ModelSpec, get_model
 from milan_ray.models.resolve import resolve_model
+from milan_ray.models.view import Preprocess, View
 from milan_ray.plugins import load_plugins
 
 load_plugins()
@@ -85,6 +86,7 @@ def test_b2_inputs_are_those_of_the_folders_own_processor(kind: str, transformer
     [
         ("PerceiverImageProcessor", {"size": {"height": 32, "width": 32}}, "no resizing and cropping"),
         ("SamImageProcessor", {"size": {"longest_edge": 64}, "pad_size": {"height": 64, "width": 64}}, "no resizing"),
+        ("CLIPImageProcessor", {**CROPPED, "size": {"shortest_edge": 32, "longest_edge": 50}}, "no resizing"),
         ("GLPNImageProcessor", {}, "no fixed size"),
         ("VideoMAEImageProcessor", {}, "no fixed size|more than a picture"),
         ("ImageGPTImageProcessor", {}, "more than a picture"),
@@ -169,3 +171,10 @@ def test_b2_inputs_are_those_of_torchvisions_published_transforms() -> None:
             got = preprocess(torch.from_numpy(preprocess.view(picture(150, 207)).copy())[None])[0]
             torch.testing.assert_close(got, transform(picture(150, 207)), rtol=0, atol=1e-6)
     assert len(seen) > 10
+
+
+@pytest.mark.parametrize("floor", [False, True])
+def test_b2_crops_of_either_library_are_found(floor: bool) -> None:
+    own = Preprocess(View(248, 224, "bicubic", floor=floor), (0.5,) * 3, (0.25,) * 3)
+    found, swapped = fit(lambda image: own(torch.from_numpy(own.view(image).copy())[None])[0].numpy(), {"resample": 3})
+    assert (found.view, swapped) == (own.view, False)

@@ -1,16 +1,17 @@
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file, save_model
 from torch import nn
 
 from milan_ray.errors import MilanError
-from milan_ray.models.weights import load_strictly, read_state_dict, weights_digest
+from milan_ray.models.weights import load_strictly, load_weights, read_state_dict, weights_digest
 
 
 def net(classes: int = 3) -> nn.Sequential:
@@ -121,3 +122,59 @@ def test_read_state_dict_that_holds_itself_or_numbers_is_refused(tmp_path: Path)
         torch.save(content, tmp_path / "w.pth")
         with pytest.raises(MilanError, match="holds no state dict"):
             read_state_dict(str(tmp_path / "w.pth"))
+
+
+def test_s16_one_weight_under_two_names_must_be_one(tmp_path):
+    network, path = nn.Linear(4, 4), str(tmp_path / "w.pth")
+    own = network.state_dict()
+    for other, order in itertools.product((own["weight"].clone(), torch.zeros(4, 4)), (1, -1)):
+        items = [("weight", own["weight"]), ("_orig_mod.weight", other)][::order]
+        torch.save({**dict(items), "bias": own["bias"]}, path)
+        if torch.equal(other, own["weight"]):
+            load_weights(network, path)
+            continue
+        with pytest.raises(MilanError, match=r"'(_orig_mod\.)?weight' and '(_orig_mod\.)?weight'.*different numbers"):
+            load_weights(network, path)
+
+
+def test_weights_that_are_nan_are_said(tmp_path, capsys):
+    network, path = nn.Linear(4, 4), str(tmp_path / "w.pth")
+    torch.save({name: tensor * float("nan") for name, tensor in network.state_dict().items()}, path)
+    load_weights(network, path)
+    assert "has NaN in 2 weights (first: weight)" in capsys.readouterr().err
+
+
+def test_weights_of_8_bits_without_their_scales_are_refused(tmp_path):
+    network, path = nn.Linear(4, 4), str(tmp_path / "w.pth")
+    torch.save({name: tensor.to(torch.float8_e4m3fn) for name, tensor in network.state_dict().items()}, path)
+    with pytest.raises(MilanError, match=r"2 of another type \(first: weight torch.float8_e4m3fn\)"):
+        load_weights(network, path)
+
+
+def test_tied_weights_may_stand_in_a_file_once(tmp_path):
+    def tied() -> nn.Module:
+        network = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        network[1].weight = network[0].weight
+        return network
+
+    saved, network, path = tied(), tied(), str(tmp_path / "w.safetensors")
+    save_model(saved, path)
+    load_weights(network, path)
+    assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in saved.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (nn.utils.weight_norm, nn.utils.parametrizations.weight_norm),
+        (nn.utils.spectral_norm, nn.utils.parametrizations.spectral_norm),
+    ],
+)
+@pytest.mark.filterwarnings("ignore")
+def test_older_norms_of_weights_fit_their_parametrizations(old, new, tmp_path):
+    torch.manual_seed(0)
+    saved, network, path = old(nn.Linear(4, 3)).eval(), new(nn.Linear(4, 3)).eval(), str(tmp_path / "w.pth")
+    torch.save(saved.state_dict(), path)
+    load_weights(network, path)
+    image = torch.randn(2, 4)
+    assert torch.allclose(network(image), saved(image), atol=1e-6)

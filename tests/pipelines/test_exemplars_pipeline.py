@@ -191,7 +191,7 @@ def assert_layer_of_nan_has_no_exemplars(storage: Storage) -> None:
     assert all(count == 90 * 20 * 20 for count in levels["nonfinite"])
 
 
-def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, photos, tmp_path):
+def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, photos, tmp_path, capsys):
     failing = ModelRequest("tiny/failing", plugins=(PLUGIN,))
     storage = Storage(tmp_path)
     unseeded = ModelRequest("tiny/unseeded", plugins=(PLUGIN,))
@@ -202,6 +202,9 @@ def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, 
     assert "random weights need a seed" in done.failed["tiny/unseeded"]
     assert {keys["model"] for keys in storage.partitions(EXEMPLARS)} == {"tiny/broken", "tiny/cnn"}
     assert_layer_of_nan_has_no_exemplars(storage)
+    said = capsys.readouterr().err
+    assert "layer 'nan' of tiny/broken has 72000 activations that are NaN or infinite, in 2 of 2 units" in said
+    assert "layer 'good'" not in said
 
 
 @pytest.mark.filterwarnings("ignore:.*quantiz:DeprecationWarning")
