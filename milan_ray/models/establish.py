@@ -433,8 +433,8 @@ class _Examination:
         near = 4 * torch.finfo(self._dtype).eps if self._dtype in (torch.float32, torch.float64) else 0.0
         if bool(((values - values[:1]).abs().nan_to_num() <= near * values.abs().nan_to_num()).all()):
             return (
-                f"{self._where(layer)} puts out the same for all images (positions, queries or other weights): choose "
-                "another layer."
+                f"{self._where(layer)} puts out the same for all images (positions, queries or other weights, or a "
+                "function at its limit): choose another layer."
             )
         return None
 
