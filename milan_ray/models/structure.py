@@ -104,7 +104,7 @@ class Structure:
     """
 
     def __init__(self, model: nn.Module, tensor: Callable[[object], torch.Tensor | None]) -> None:
-        self._model, self._tensor = model, tensor
+        self._model, self.tensor = model, tensor
         self.alone = False  # images are shown one at a time, so that no axis follows their number
         self.calls: dict[Key, Call] = {}
         self._smaller: dict[Key, torch.Size] = {}
@@ -123,7 +123,7 @@ class Structure:
 
         def after(module: nn.Module, args: object, output: object) -> None:
             number, started = running[module].pop()
-            tensor = self._tensor(output)
+            tensor = self.tensor(output)
             if tensor is None:
                 return
             if smaller:
