@@ -9,10 +9,12 @@ import os
 import runpy
 import signal
 import subprocess
+import threading
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # two OpenMP threads stall each other otherwise
 
 from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -177,3 +179,34 @@ def dry_run(capsys: pytest.CaptureFixture[str]) -> Callable[..., dict[str, str]]
 def save_clip() -> Callable[..., str]:
     """Saves a tiny random CLIP or SigLIP: ``save_clip(folder, kind)`` of ``tests/plugins/tiny_clip.py``."""
     return runpy.run_path(str(ROOT / "tests/plugins/tiny_clip.py"))["save_clip"]
+
+
+@pytest.fixture
+def serve_chat() -> Iterator[Callable[[Callable[[dict[str, Any]], dict[str, Any]]], ThreadingHTTPServer]]:
+    """Starts language models' servers: ``serve_chat(answer)`` replies to a request by what a function makes of it."""
+    running: list[tuple[ThreadingHTTPServer, threading.Thread]] = []
+
+    def serve(answer: Callable[[dict[str, Any]], dict[str, Any]]) -> ThreadingHTTPServer:
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                content = json.dumps(answer(asked)).encode()
+                self.send_response(200)
+                self.send_header("Content-Length", str(len(content)))
+                self.end_headers()
+                self.wfile.write(content)
+
+            def log_message(self, *arguments: object) -> None:
+                pass
+
+        http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
+        thread.start()
+        running.append((http, thread))
+        return http
+
+    yield serve
+    for http, thread in running:
+        http.shutdown()
+        http.server_close()
+        thread.join()

@@ -7,9 +7,6 @@ from __future__ import annotations
 
 import csv
 import json
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -324,33 +321,19 @@ register_generator("asked", Asked)
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[str, list[dict[str, object]]]]:
-    """The address of a language model's server that answers with the end of what it is asked, and what it was asked."""
+def server(monkeypatch: pytest.MonkeyPatch, serve_chat) -> tuple[str, list[dict[str, object]]]:
+    """The address of a language model's server that answers with the same label always, and what it was asked."""
     for name in KEYS:
         monkeypatch.delenv(name, raising=False)
     asked: list[dict[str, object]] = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-            usage = {"prompt_tokens": 100, "completion_tokens": 10}
-            answer = {"choices": [{"message": {"content": "Label: red things."}}], "usage": usage}
-            content = json.dumps(answer).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def answer(request: dict[str, object]) -> dict[str, object]:
+        asked.append(request)
+        usage = {"prompt_tokens": 100, "completion_tokens": 10}
+        return {"choices": [{"message": {"content": "Label: red things."}}], "usage": usage}
 
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{http.server_port}/v1", asked
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    http = serve_chat(answer)
+    return f"http://127.0.0.1:{http.server_port}/v1", asked
 
 
 def test_dissection_asks_language_model_and_generator_as_told(server, tmp_path: Path, capsys) -> None:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-import threading
-from collections.abc import Iterator
 from dataclasses import replace
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -154,31 +152,18 @@ def test_a_second_run_does_nothing_and_another_scoring_function_only_scores_agai
 
 
 @pytest.fixture
-def server(monkeypatch) -> Iterator[tuple[str, ThreadingHTTPServer]]:
+def server(monkeypatch, serve_chat) -> tuple[str, ThreadingHTTPServer]:
     """A language model's server that answers with what it is asked: the end of a caption, the first of a list."""
     for name in KEYS:
         monkeypatch.delenv(name, raising=False)
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_POST(self) -> None:
-            asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][-1]["content"]
-            said = asked.split()[-2] + " things" if asked.startswith("Caption:") else asked.splitlines()[0][2:]
-            content = json.dumps({"choices": [{"message": {"content": f"Label: {said}."}}]}).encode()
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        asked = request["messages"][-1]["content"]
+        said = asked.split()[-2] + " things" if asked.startswith("Caption:") else asked.splitlines()[0][2:]
+        return {"choices": [{"message": {"content": f"Label: {said}."}}]}
 
-        def log_message(self, *arguments: object) -> None:
-            pass
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{http.server_port}/v1", http
-    http.shutdown()
-    http.server_close()
-    thread.join()
+    http = serve_chat(answer)
+    return f"http://127.0.0.1:{http.server_port}/v1", http
 
 
 def test_a_killed_job_with_a_language_model_goes_on_without_asking_again(
