@@ -191,8 +191,9 @@ class Structure:
             return Units()
         count, axis = leaf.features
         if axis is not None and axis != batch and leaf.shape == own.shape:
-            # One of several axes of this size may be another one by now, unless the layer says it itself.
-            certain = leaf is own or per_image.count(count) == 1
+            # One of several axes of this size may be another one by now, unless the layer says so itself, or works on
+            # maps: blocks of convolutions put maps out.
+            certain = leaf is own or per_image.count(count) == 1 or (leaf in inside and leaf.of_maps)
             return Units(axis + (axis < batch), certain, leaf.of_maps)
         axes = [number + 1 for number, size in enumerate(per_image) if size == count]
         if len(axes) == 1:
