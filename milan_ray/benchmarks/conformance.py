@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from milan_ray.errors import MilanError, reason
 from milan_ray.exemplars.forward import Forward
@@ -145,10 +146,10 @@ def _compare(case: Case, result: Result) -> None:
         return
     spec, network = subject.spec, subject.network
     result.view = spec.preprocess.view.shape
-    _vary(network)
     views = _pictures(spec.preprocess.view.shape)
     result.defaults = len(spec.layers)
     try:
+        _vary(subject, views)
         raw, truths = _truths(subject, views)
     except Exception as error:  # the library cannot run its own network
         result.built, result.refused[""] = False, f"its library does not run it: {reason(error)}"
@@ -373,11 +374,7 @@ def _truths(subject: Subject, views: np.ndarray) -> tuple[dict[str, torch.Tensor
 
         handles.append(module.register_forward_hook(note))
     try:
-        prepared = subject.spec.prepare(inputs)
-        if isinstance(prepared, torch.Tensor):
-            subject.network(prepared)
-        else:
-            subject.network(**prepared) if isinstance(prepared, dict) else subject.network(*prepared)
+        _run(subject, inputs)
     finally:
         for handle in handles:
             handle.remove()
@@ -391,6 +388,14 @@ def _truths(subject: Subject, views: np.ndarray) -> tuple[dict[str, torch.Tensor
         if same:
             found[min(same, key=lambda path: ("#" in path, path.count("."), len(path)))] = maps
     return raw, found
+
+
+def _run(subject: Subject, views: torch.Tensor) -> None:
+    prepared = subject.spec.prepare(views)
+    if isinstance(prepared, torch.Tensor):
+        subject.network(prepared)
+    else:
+        subject.network(**prepared) if isinstance(prepared, dict) else subject.network(*prepared)
 
 
 def _tensors(output: object) -> list[torch.Tensor]:
@@ -524,12 +529,24 @@ def _strayed(lit: torch.Tensor, grey: torch.Tensor) -> str | None:
 
 
 @torch.no_grad()
-def _vary(network: nn.Module) -> None:
-    """Moves gains and biases off 0 and 1: at their first values whole branches of some networks are switched off."""
-    generator = torch.Generator().manual_seed(2)
+def _vary(subject: Subject, views: np.ndarray) -> None:
+    """Gives an untrained network what trained ones have, without which whole branches are switched off.
+
+    Gains and biases are moved off 0 and 1, and batch norms know the statistics of some pictures.
+    """
+    generator, network = torch.Generator().manual_seed(2), subject.network
     for parameter in network.parameters():
         if parameter.ndim == 1 and parameter.is_floating_point():
             parameter.add_(torch.empty_like(parameter).uniform_(0.05, 0.3, generator=generator))
+    norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.train().momentum = 1  # this batch's alone
+    try:
+        _run(subject, torch.from_numpy(views))
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.eval().momentum = momentum
 
 
 def _spaced(items: list[str], most: int) -> list[str]:

@@ -47,6 +47,10 @@ class Candidate:
             responses = responses.unflatten(1, (width, height) if self.columns_first else (height, width))
         return responses.transpose(1, 2) if self.columns_first else responses
 
+    def among(self, tokens: torch.Tensor) -> bool:
+        """Whether some of these tokens, bool (tokens,), are among its positions."""
+        return bool(tokens[self.prefix : len(tokens) - self.suffix].any())
+
     def reads_as(self, other: Candidate) -> bool:
         """Whether another one finds the same values at the same positions."""
         return replace(self, certain=other.certain) == other

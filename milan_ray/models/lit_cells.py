@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from milan_ray.models.unseen import MARGIN, SIDES
+
 _SIDE = 7
 _PATCHES = ((1, 4), (5, 2), (3, 6), (6, 0), (0, 2), (4, 5))
 """Places of the lit patches on a 7 × 7 grid over the view: without symmetry, so that a turned or flipped grid shows."""
@@ -93,6 +95,21 @@ class LitPictures:
         pictures, noise = self.grey(len(self._boxes)), self._noise()
         for picture, (top, bottom, left, right) in zip(pictures, self._boxes, strict=True):
             picture[top:bottom, left:right] = noise[top:bottom, left:right]
+        return pictures
+
+    def margins(self) -> np.ndarray:
+        """A picture that is lit everywhere, then one for each margin that is lit, uint8 (5, H, W, bands)."""
+        (height, width), noise = self.view, self._noise()
+        high, wide = -(-height // MARGIN), -(-width // MARGIN)
+        pictures = self.grey(1 + len(SIDES))
+        pictures[0] = noise
+        for picture, rows, columns in zip(
+            pictures[1:],
+            (slice(high), slice(height - high, None), slice(None), slice(None)),
+            (slice(None), slice(None), slice(wide), slice(width - wide, None)),
+            strict=True,
+        ):
+            picture[rows, columns] = noise[rows, columns]
         return pictures
 
     def digits(self, grid: tuple[int, int]) -> np.ndarray:

@@ -22,9 +22,11 @@ from milan_ray.models.layouts import UNSAID, Layout, grids
 from milan_ray.models.lit_cells import Evidence, LitPictures
 from milan_ray.models.registry import ModelSpec
 from milan_ray.models.structure import Key, Structure, Units
+from milan_ray.models.unseen import padding, sides_unseen, still
 
 _TOGETHER = 8  # pictures of a pass with lit patches
 _FEW = 8  # positions a side, where a patch may lie between those that a later layer takes
+_EARLY = 4  # maps at which a margin that is added to the pictures must show
 _MOST_OWN = 3  # ways of reading a layer that are tried by lighting its own maps
 _MOST_SOURCES = 6  # earlier layers in which patches are lit for the sake of one layer
 _CLEARLY = 0.02  # by which a less likely way to read positions must be better than a likelier one
@@ -73,6 +75,8 @@ class Positions:
         self._show, self._most, self._alone, self._strict = show, most, alone, strict
         self._wide = LitPictures(spec.preprocess.view.shape, spec.bands or 3, size=2)
         self._first = _Answers({}, pictures)  # of the calls that are alike, to lit pictures
+        self._still: dict[Key, torch.Tensor] = {}  # of calls with tokens: which answer to no picture
+        self._margins = ""  # what is wrong with the margins of pictures
         self._answers: dict[Key | None, _Answers] = {}  # of all later ones to patches in a call's maps, or in pictures
         self._looked: dict[Key, tuple[int, Candidate | None]] = {}  # what is clear of a call from so many of them
         self._orders: list[tuple[tuple[int, int], tuple[int, ...]]] | None = None
@@ -86,6 +90,23 @@ class Positions:
         shapes = {calls[key].shape for key in keys if key is not None}
         alike = {key for key, call_ in calls.items() if call_.shape in shapes}
         self._first = _Answers(self._respond(self._pictures.patches(), alike), self._pictures)
+        counts = {size for shape in shapes if len(shape) == 3 for size in shape[1:]}
+        of_tokens = {key for key, call_ in calls.items() if len(call_.shape) == 3 and counts & {*call_.shape[1:]}}
+        of_maps = sorted((key for key, call_ in calls.items() if call_.of_maps), key=lambda key: calls[key].ended)
+        answers = self._respond(self._pictures.margins(), alike | of_tokens | {*of_maps[:_EARLY]})
+        if cut := sides_unseen([axes[min(axes)][1:] for axes in answers.values()]):
+            self._margins = f"nothing in it depends on the {_listed(cut)} margin of the pictures, which it cuts off"
+        for key in of_maps[:_EARLY]:
+            if not self._margins and key in answers and (padded := padding(answers[key][1][0])):
+                name = self._name(key)
+                self._margins = f"positions on the {_listed(padded)} of {name!r} see no picture: it pads the pictures"
+        for key in of_tokens & answers.keys():
+            batch, shape = self._structure.image_axis(key), calls[key].shape
+            per_image = tuple(size for number, size in enumerate(shape) if number != batch)
+            axis = None if batch is None else self._structure.units(key, batch, per_image).axis
+            found = None if axis is None else still(answers[key][axis][0])
+            if found is not None:
+                self._still[key] = found
 
     def read(self, layer: str, place: Place, shape: torch.Size, batch: int) -> Layout | str:
         """A layer's layout; a sentence where it cannot be found out.
@@ -114,12 +135,26 @@ class Positions:
         if len(longer) == 1 and units.axis in (None, *longer) and told.grid is None and not told.prefix_tokens:
             return Candidate(longer[0], (1, 1)).layout(per_image, batch, "its only axis besides the images")
         view, seen = self._pictures.view, self._structure.map_sizes(key)
-        ways = list(candidates(per_image, units, view, seen, self._spec.prefix_tokens, told))
+        constant = self._constant(key, per_image, units.axis)
+        own = self._spec.prefix_tokens if constant is None else int(constant.sum())
+        ways = list(candidates(per_image, units, view, seen, own, told))
         if not ways and (told.grid, told.prefix_tokens) != (None, None):
             said = f"grid={told.grid}" if told.grid is not None else f"prefix_tokens={told.prefix_tokens}"
             return f"{puts_out}, which does not agree with {said}; correct that, or choose another layer."
         if ways and (told.grid is not None or (told.units_axis is not None and len(per_image) == 3)):
             return ways[0].layout(per_image, batch, "what was said of it")
+        if any(way.grid != (1, 1) for way in ways) and self._margins:
+            return (
+                f"{puts_out}, and {self._margins} by itself, so that its positions are not the view's: put that into "
+                "the view, or say grid=."
+            )
+        if constant is not None and ways:
+            ways = [way for way in ways if way.units_axis != units.axis or not way.among(constant)]
+            if not ways:
+                return (
+                    f"{puts_out}, of which {int(constant.sum())} are the same for every picture, at places where "
+                    f"nothing says why (the ends of rows?); choose another layer, or {_SAY}."
+                )
         if len(per_image) == 2 and units.axis is None and per_image in grids(math.prod(per_image), view):
             return (
                 f"{puts_out}, which looks like one map without an axis of units: add it by hidden=, as in lambda "
@@ -147,7 +182,6 @@ class Positions:
                 f"{puts_out}, and a lit patch of the picture shows elsewhere in it: its positions come in an unknown "
                 f"order; choose another layer, or {_SAY}."
             )
-        own = self._spec.prefix_tokens
         if ways and units.certain and ways[0].prefix == (own or 0) and ways[0].grid in seen:
             faint = own is not None and (evidence is None or math.prod(ways[0].grid) < _FEW**2)
             if faint or (evidence is not None and evidence.confirms):
@@ -160,6 +194,19 @@ class Positions:
             f"{puts_out}, and neither its modules nor lit patches of a picture tell its units from its positions; "
             f"choose another layer, or {_SAY}."
         )
+
+    def _constant(self, key: Key | None, per_image: tuple[int, ...], axis: int | None) -> torch.Tensor | None:
+        """Which tokens are no positions: in this call or one before, they are the same for every picture.
+
+        Returns:
+            bool (tokens,); None where none is, or the call has no tokens.
+        """
+        if key is None or axis is None or len(per_image) != 2:
+            return None
+        ended, count = self._structure.calls[key].ended, per_image[2 - axis]
+        before = [tokens for other, tokens in self._still.items() if self._structure.calls[other].ended <= ended]
+        found = [tokens for tokens in before if len(tokens) == count]
+        return torch.stack(found).any(0) if found else None
 
     def _weighed(
         self, ways: Sequence[Candidate], answers: _Answers, key: Key | None
@@ -387,3 +434,7 @@ class Positions:
             for key, parts in found.items()
             if sum(len(part[min(part)]) for part in parts) == len(pictures)  # else it gets the batch in pieces
         }
+
+
+def _listed(words: Sequence[str]) -> str:
+    return " and ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)

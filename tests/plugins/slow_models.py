@@ -41,12 +41,21 @@ PORTION, PORTIONS = 2**26, 96
 
 
 class Slow(nn.Module):
+    """Passes that decide results are counted: those of actors, but for each actor's first, which checks the batch."""
+
+    checked = False
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if where := os.environ.get(WHERE):
             import ray
 
+            # Asking for the context starts a Ray where there is none.
+            context = ray.get_runtime_context() if ray.is_initialized() else None
+            counted, self.checked = self.checked, context is not None and context.get_actor_id() is not None
+            if not counted or context is None:
+                return x
             with Path(where).open("a") as log:
-                log.write(f"{ray.get_runtime_context().get_node_id()}\n")
+                log.write(f"{context.get_node_id()}\n")
             if len(Path(where).read_text().split()) > int(os.environ.get(PASSES, "0")):
                 disturb()
         time.sleep(float(os.environ.get(SECONDS, "0.05")))
