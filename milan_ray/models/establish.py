@@ -6,8 +6,10 @@
 2. What the layer's last linear map, convolution or norm says of its features is the axis of the units.
 3. Grey pictures with one lit patch each: a layer answers there. This confirms the positions, or finds their order
    (:mod:`milan_ray.models.positions`).
+4. A picture that is lit everywhere, and one for each margin: margins on which nothing depends were cut off, and
+   positions that answer to no picture are none (:mod:`milan_ray.models.unseen`).
 
-Fourteen pictures in all; layers whose tokens come in an unknown order take up to thirty more, layers that answer too
+Twenty pictures in all, counting plain grey ones; layers whose tokens come in an unknown order take up to thirty more, layers that answer too
 faintly up to 49 for each of which patches are lit in other layers, and 21 in their own.
 """
 

@@ -143,7 +143,7 @@ class Positions:
             return f"{puts_out}, which does not agree with {said}; correct that, or choose another layer."
         if ways and (told.grid is not None or (told.units_axis is not None and len(per_image) == 3)):
             return ways[0].layout(per_image, batch, "what was said of it")
-        if any(way.grid != (1, 1) for way in ways) and self._margins:
+        if self._strict and self._margins and any(way.grid != (1, 1) for way in ways):
             return (
                 f"{puts_out}, and {self._margins} by itself, so that its positions are not the view's: put that into "
                 "the view, or say grid=."

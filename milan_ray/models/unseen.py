@@ -41,9 +41,8 @@ def still(answer: torch.Tensor) -> torch.Tensor | None:
     Returns:
         bool (…); None where most do not answer, so that it is no call of positions (queries, embeddings), or all do.
     """
-    found = answer <= _FLAT * answer.median()
-    share = float(found.double().mean()) if found.numel() else 0.0
-    return found if 0 < share < 0.5 else None
+    found = _silent(answer)
+    return found if 0 < int(found.sum()) < found.numel() / 2 else None
 
 
 def padding(answer: torch.Tensor) -> tuple[str, ...]:
@@ -52,10 +51,15 @@ def padding(answer: torch.Tensor) -> tuple[str, ...]:
     Args:
         answer: float64 (h, w), how strongly a map answers to a picture.
     """
-    found = still(answer)
-    if found is None:
+    found = _silent(answer)
+    if bool(found.all()):  # of a part that gets no picture
         return ()
     rows, columns = found.all(1), found.all(0)
     sides = (rows, rows.flip(0), columns, columns.flip(0))
     widths = [int(side.long().cumprod(0).sum()) for side in sides]
     return tuple(side for side, width, line in zip(SIDES, widths, sides, strict=True) if width * MARGIN > len(line))
+
+
+def _silent(answer: torch.Tensor) -> torch.Tensor:
+    usual = answer[answer > 0]
+    return answer <= _FLAT * usual.median() if usual.numel() else torch.ones_like(answer, dtype=torch.bool)

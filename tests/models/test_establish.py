@@ -387,11 +387,11 @@ def test_grids_of_a_view_hold_the_one_that_a_stride_makes(side, ratio, stride):
     assert up in grids(up[0] * up[1], (height, width))
 
 
-def test_establishing_takes_fourteen_pictures_and_leaves_no_hooks():
+def test_establishing_takes_twenty_pictures_and_leaves_no_hooks():
     network, seen = seeded(SequenceFirst), []
     network.conv.register_forward_hook(lambda module, args, output: seen.append(len(output)))
     establish(spec_of(network), network, ["body.layers.0"])
-    assert sum(seen) == 3 + 2 + 2 + 7
+    assert sum(seen) == 3 + 2 + 2 + 7 + 6
     hooks = [len(module._forward_hooks) + len(module._forward_pre_hooks) for module in network.modules()]
     assert sum(hooks) == 1
 

@@ -43,6 +43,22 @@ def test_timm_model_brings_view_layers_and_prefix_tokens(
 
 
 @with_timm
+@pytest.mark.parametrize(
+    ("name", "units"),
+    [
+        ("cait_xxs24_224", [768] * 24),
+        ("xcit_nano_12_p16_224", [512] * 12),
+        ("vit_small_plus_patch16_dinov3", [384] * 12),  # gated MLPs, so its blocks
+    ],
+)
+def test_b1_timm_families_have_default_layers_that_run(name: str, units: list[int]) -> None:
+    spec = get_model(f"timm/{name}")
+    layouts = establish(spec, spec.factory(RANDOM).eval(), spec.layers)
+    assert [layouts[layer].units for layer in spec.layers] == units
+    assert all(layout.grid[0] > 1 for layout in layouts.values())
+
+
+@with_timm
 def test_timm_weights_are_looked_for_under_name_and_tag() -> None:
     files = get_model("timm/resnet50.a1_in1k").published
     assert files["a1_in1k"].file == "resnet50.a1_in1k.safetensors"
