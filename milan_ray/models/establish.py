@@ -9,8 +9,8 @@
 4. A picture that is lit everywhere, and one for each margin: margins on which nothing depends were cut off, and
    positions that answer to no picture are none (:mod:`milan_ray.models.unseen`).
 
-Twenty pictures in all, counting plain grey ones; layers whose tokens come in an unknown order take up to thirty more, layers that answer too
-faintly up to 49 for each of which patches are lit in other layers, and 21 in their own.
+Twenty pictures in all, counting plain grey ones; layers whose tokens come in an unknown order take up to thirty more,
+layers that answer too faintly up to 49 for each of which patches are lit in other layers, and 21 in their own.
 """
 
 from __future__ import annotations
