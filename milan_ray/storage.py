@@ -845,7 +845,7 @@ def _replace(target: Path, data: bytes | memoryview) -> None:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             return _replace_in_folder(target, data)
-        except FileNotFoundError:  # another job has just removed the folder
+        except (FileNotFoundError, FileExistsError):  # another job has just removed the folder, or while it was made
             if last:
                 raise
 

@@ -97,16 +97,22 @@ class LitPictures:
             picture[top:bottom, left:right] = noise[top:bottom, left:right]
         return pictures
 
-    def margins(self) -> np.ndarray:
-        """A picture that is lit everywhere, then one for each margin that is lit, uint8 (5, H, W, bands)."""
+    def margins(self, first: tuple[int, int] = (MARGIN, MARGIN)) -> np.ndarray:
+        """A picture that is lit everywhere, then one for each margin that is lit, uint8 (5, H, W, bands).
+
+        Args:
+            first: Rows and columns of the network's first maps. Its strides may leave less than one of them over at the
+                bottom and at the right, so that those margins are no narrower.
+        """
         (height, width), noise = self.view, self._noise()
         high, wide = -(-height // MARGIN), -(-width // MARGIN)
+        low, right = max(high, -(-height // first[0])), max(wide, -(-width // first[1]))
         pictures = self.grey(1 + len(SIDES))
         pictures[0] = noise
         for picture, rows, columns in zip(
             pictures[1:],
-            (slice(high), slice(height - high, None), slice(None), slice(None)),
-            (slice(None), slice(None), slice(wide), slice(width - wide, None)),
+            (slice(high), slice(height - low, None), slice(None), slice(None)),
+            (slice(None), slice(None), slice(wide), slice(width - right, None)),
             strict=True,
         ):
             picture[rows, columns] = noise[rows, columns]

@@ -93,7 +93,8 @@ class Positions:
         counts = {size for shape in shapes if len(shape) == 3 for size in shape[1:]}
         of_tokens = {key for key, call_ in calls.items() if len(call_.shape) == 3 and counts & {*call_.shape[1:]}}
         of_maps = sorted((key for key, call_ in calls.items() if call_.of_maps), key=lambda key: calls[key].ended)
-        answers = self._respond(self._pictures.margins(), alike | of_tokens | {*of_maps[:_EARLY]})
+        margins = self._pictures.margins(*self._structure.map_sizes(None)[-1:])
+        answers = self._respond(margins, alike | of_tokens | {*of_maps[:_EARLY]})
         if cut := sides_unseen([axes[min(axes)][1:] for axes in answers.values()]):
             self._margins = f"nothing in it depends on the {_listed(cut)} margin of the pictures, which it cuts off"
         for key in of_maps[:_EARLY]:

@@ -64,7 +64,8 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize(
     ("frame", "said"),
     [
-        ((-4, -4, -4, -4), "top, bottom, left and right margin of the pictures, which it cuts off"),
+        ((-4, -4, -4, -4), "top and left margin of the pictures, which it cuts off"),
+        ((-8, -8, -8, -8), "top, bottom, left and right margin of the pictures, which it cuts off"),
         ((0, -16, 0, 0), "depends on the right margin of the pictures"),
         ((0, 16, 0, 16), r"positions on the bottom and right of 'first' see no picture: it pads"),
         ((0, 0, 32, 32), r"positions on the top and bottom of 'first' see no picture: it pads"),
@@ -90,6 +91,15 @@ def test_what_is_said_of_the_grid_wins_over_margins():
 def test_margins_below_a_sixteenth_are_no_reason_to_refuse(frame):
     network = seeded(Framed, *frame)
     assert establish(spec_of(network), network, ["second"])["second"].grid[0] in (14, 15, 16, 17)
+
+
+@pytest.mark.parametrize(
+    ("view", "kernel", "stride", "grid"), [(16, 3, 2, 7), (79, 16, 16, 4), (63, 16, 16, 3), (65, 11, 4, 14)]
+)
+def test_what_strides_leave_over_at_the_bottom_and_the_right_is_no_reason_to_refuse(view, kernel, stride, grid):
+    """Up to a stride less one, which may be more than a sixteenth of a small view."""
+    network = seeded(lambda: nn.Sequential(nn.Conv2d(3, 8, kernel, stride), nn.ReLU(), nn.Conv2d(8, 8, 1)))
+    assert establish(spec_of(network, (view, view)), network, ["2"])["2"].grid == (grid, grid)
 
 
 @pytest.mark.parametrize(("before", "behind"), [(8, 0), (0, 8), (17, 0), (1, 4)])
