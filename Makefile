@@ -4,7 +4,7 @@ VENV := .venv
 STAMP := $(VENV)/.installed
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: demo test test-slow test-floors soak lint types docs check clean
+.PHONY: demo test test-slow test-floors soak conformance lint types docs check clean
 
 demo: $(STAMP)  ## describe every unit of the built-in world's networks, and write the report
 	$(VENV)/bin/python -m jobs.demo
@@ -18,6 +18,9 @@ test-slow: $(STAMP)  ## the long tests: the whole demo, 50,000 images, submitted
 
 soak: $(STAMP)  ## a job whose driver is killed 24 times at random moments, against one that nobody disturbs
 	OMP_NUM_THREADS=1 MILAN_SOAK=24 $(VENV)/bin/python -m pytest -q tests/faults/test_disturbed.py -k driver_killed
+
+conformance: $(STAMP)  ## every family of torchvision, timm and transformers, read as its library says: half an hour
+	OMP_NUM_THREADS=1 MILAN_CONFORMANCE=1 $(VENV)/bin/python -m pytest -q -m slow tests/benchmarks/test_conformance.py
 
 # What decides results and what reads others' interfaces; TESTS=tests for all of it.
 TESTS ?= tests/exemplars tests/captioner tests/scoring tests/schema tests/annotations tests/probe tests/models tests/test_storage.py tests/test_config.py tests/report/test_report_files.py tests/pipelines/test_exemplars_pipeline.py tests/pipelines/test_describe_pipeline.py

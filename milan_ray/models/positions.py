@@ -238,6 +238,14 @@ class Positions:
             return None
         return way if all(way.reads_as(other) or best.beats(evidence) for evidence, other in weighed) else None
 
+    def _confirmed(self, ways: Sequence[Candidate], answers: _Answers, key: Key | None) -> Candidate | None:
+        """The way of which the modules leave no doubt, where a call answers in it more exactly than in any other."""
+        weighed = self._weighed(ways, answers, key)
+        own, way = next((item for item in weighed if item[1].certain), (None, None))
+        if own is None or not own.confirms:
+            return None
+        return way if all(other is way or own.beats(evidence) for evidence, other in weighed) else None
+
     def _from_sources(self, key: Key, ways: Sequence[Candidate]) -> tuple[Candidate, str] | None:
         """What a call says of patches that are lit in the maps of earlier ones, the nearest first; and how it is known.
 
@@ -259,7 +267,8 @@ class Positions:
                 later = {other for other in calls if calls[other].ended > calls[source].started}
                 self._answers[source] = self._lit(source, its, later)
                 lit.append(source)
-            way = self._clear(ways, self._answers[lit[number]], key)
+            answers = self._answers[lit[number]]
+            way = self._clear(ways, answers, key) or self._confirmed(ways, answers, key)
             if way is not None:
                 return way, f"patches lit in {self._name(lit[number])}"
         return None

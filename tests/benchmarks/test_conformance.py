@@ -1,8 +1,9 @@
-"""Families of networks, read as their own libraries say: a sample here, all of them in the slow suite."""
+"""Families of networks, read as their own libraries say: a sample here, all of them by `make conformance`."""
 
 from __future__ import annotations
 
 import json
+import os
 import re
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +43,7 @@ def test_conformance_family_is_read_as_its_library_says(library: str, family: st
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("MILAN_CONFORMANCE" not in os.environ, reason="all families take half an hour: `make conformance`")
 def test_conformance_no_family_is_wrong_and_nearly_all_run_with_their_default_layers() -> None:
     pytest.importorskip("timm")
     results = [check(case) for case in cases(side=128)]
