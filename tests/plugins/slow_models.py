@@ -33,6 +33,9 @@ HUNGER = "MILAN_TEST_HUNGER"
 """Environment variable with a file: the first of the later passes makes it, takes memory, and waits for its process to
 be killed for that. Needs `WHERE`."""
 
+LOADED = "MILAN_TEST_LOADED"
+"""Environment variable with a file that is made as soon as a process has loaded this plug-in."""
+
 PATIENCE = 300
 """Seconds; who waits longer waits in vain."""
 
@@ -95,6 +98,8 @@ def slow_encoder(weights: str | None) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, padding=1))
 
 
+if loaded := os.environ.get(LOADED):
+    Path(loaded).touch()
 register_model("slow/cnn", slow_cnn, ("1", "3"), Preprocess(View(resize=24, crop=24)))
 register_model("slow/other", slow_cnn, ("3",), Preprocess(View(resize=24, crop=24)))
 register_encoder("slow", slow_encoder, ("0", "2"), size=24)
