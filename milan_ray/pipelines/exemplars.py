@@ -309,7 +309,7 @@ def _say_nonfinite(storage: Storage, work: Sequence[ModelWork]) -> None:
     for item in work:
         for layer in item.layers:
             counts = storage.read(LEVELS, ["nonfinite"], model=item.model.name, layer=layer)["nonfinite"]
-            if words := in_words(torch.from_numpy(counts.to_numpy())):
+            if words := in_words(torch.tensor(counts.to_pylist())):
                 say(f"layer {layer!r} of {item.model.name} {words}", level="warning")
 
 

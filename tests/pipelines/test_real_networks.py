@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+import milan_ray
 from milan_ray import cli
 from milan_ray.exemplars import masks
 from milan_ray.models.registry import OUTPUTS
@@ -102,3 +104,34 @@ def test_mobilenet_over_photographs_has_masks_where_its_relu6_does_not_saturate(
     assert 0 < (levels < best).sum() < 1280
     assert shown[levels < best].mean() > 0.95
     assert (tmp_path / "report/index.html").is_file()
+
+
+LAYOUTS = Path(__file__).parents[1] / "plugins/layout_models.py"
+GRIDS = {
+    "swin": {"features.1": (56, 56), "features.3": (28, 28)},
+    "convnext": {"stages.0": (56, 56), "stages.1": (28, 28)},
+    "hiera": {"blocks.0": (56, 56), "blocks.2": (28, 28)},
+    "dinov3": {"blocks.0": (14, 14), "blocks.3.mlp.fc1": (14, 14)},
+    "vit": {"blocks.0": (16, 8), "blocks.0.mlp.fc1": (16, 8)},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", GRIDS)
+def test_notebook_and_job_find_the_same_of_networks_of_any_layout(ray_session, photographs, tmp_path, network):
+    """Images, activations and masks, over photographs; positions as many as the network has."""
+    pytest.importorskip("timm")
+    name, storage, layers = f"layouts/{network}", Storage(tmp_path), GRIDS[network]
+    arguments = ["exemplars", "--model", name, "--plugin", str(LAYOUTS), "--probe", str(photographs[0]), "--k", "5"]
+    assert cli.main([*arguments, "--storage", str(tmp_path), "--actors", "1", "--no-report"]) == 0
+    found = milan_ray.dissect(name, str(photographs[0]), k=5, plugins=[str(LAYOUTS)])
+    assert list(layers) == list(found._found)
+    for layer, grid in layers.items():
+        own, job = found._found[layer], storage.read(EXEMPLARS, model=name, layer=layer).to_pydict()
+        assert tuple(json.loads(storage.metadata(EXEMPLARS, model=name, layer=layer)["layout"])["grid"]) == grid
+        rows = job["unit"], job["rank"]
+        assert len(rows[0]) == (own.ids >= 0).sum()
+        assert own.ids[rows].tolist() == job["image_id"] and own.activations[rows].tolist() == job["activation"]
+        view = (256, 128) if network == "vit" else (224, 224)
+        packed = [own.masks[place] for place in zip(*rows, strict=True)]
+        assert (masks.unpack(packed, view) == masks.unpack(job["mask"], view)).all()
