@@ -7,6 +7,8 @@ from collections import OrderedDict
 import pytest
 from torch import nn
 
+from milan_ray.experiments.differences import diff_descriptions
+from milan_ray.experiments.search import scan_descriptions, search_descriptions
 from milan_ray.models.order import places
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS
 from milan_ray.storage import CONFIG_KEY, ORDER_KEY, Storage
@@ -67,3 +69,21 @@ def test_e_damaged_exemplars_leave_the_order_to_the_names(storage):
         write(storage, layer, order)
     storage.put(storage.path(EXEMPLARS, model="net", layer="stem"), b"PAR1 damaged")
     assert storage.layers_in_order("net", MODEL) == ["layer2", "layer3", "layer10", "outputs", "stem"]
+
+
+def test_e_searches_and_differences_list_layers_as_in_their_model(storage):
+    order = places(network(), MODEL)
+    for model, text in (("net", "a face"), ("other", "a hand")):
+        for layer in sorted(MODEL):
+            write(storage, layer, order, model)
+            columns = {"labeler": "milan", "model": model, "layer": layer}
+            rows = [{**columns, "unit": unit, "description": text, "score": 0.0, "n_best": []} for unit in range(2)]
+            table = DESCRIPTIONS.table({c.name: [row.get(c.name) for row in rows] for c in DESCRIPTIONS.columns})
+            storage.write(DESCRIPTIONS, table, "d", **columns)
+    frame, every = scan_descriptions(storage), [(layer, unit) for layer in MODEL for unit in range(2)]
+    found = search_descriptions(frame, "face")
+    assert list(zip(found["layer"], found["unit"], strict=True)) == every
+    assert search_descriptions(frame, "face", top=3).equals(found.head(3))
+    difference = diff_descriptions(frame, "net", "other", by_layer=True)
+    assert list(zip(difference.changes["layer"], difference.changes["unit"], strict=True)) == every
+    assert difference.words["layer"].unique(maintain_order=True).to_list() == ["", *MODEL]

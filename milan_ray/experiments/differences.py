@@ -88,12 +88,13 @@ def diff_descriptions(
         raise MilanError(f"descriptions by {', '.join(sorted(set(both['labeler'])))}: compare those of one labeler.")
     texts = both.select("description").unique().sort("description")
     texts = texts.with_columns(_heads(texts["description"], words))
-    both = both.join(texts, on="description")
+    both = both.join(texts, on="description", maintain_order="left")
     tables = [_compare(both, model, other, ALL_LAYERS, words)]
-    paired = _paired(both, model, other)
+    layers = both.filter(pl.col("model") == model)["layer"].unique(maintain_order=True).to_list()
+    paired = _paired(both, model, other, layers)
     if by_layer:
         shared = both.group_by("layer").agg(pl.col("model").n_unique()).filter(pl.col("model") == 2)
-        for layer in sorted(shared["layer"]):
+        for layer in [layer for layer in layers if layer in shared["layer"]]:
             tables.append(_compare(both.filter(pl.col("layer") == layer), model, other, layer, words))
     changed = paired.filter(pl.col("description") != pl.col("other_description"))
     sizes = [int((both["model"] == name).sum()) for name in (model, other)]
@@ -145,8 +146,8 @@ def _compare(both: pl.DataFrame, model: str, other: str, layer: str, words: Sequ
     return table.sort("p", pl.col("difference").abs(), "word", descending=[False, True, False])
 
 
-def _paired(both: pl.DataFrame, model: str, other: str) -> pl.DataFrame:
-    """Units with a counterpart: of layers of one name with the same units."""
+def _paired(both: pl.DataFrame, model: str, other: str, layers: Sequence[str]) -> pl.DataFrame:
+    """Units with a counterpart: of layers of one name with the same units; layers in this order."""
     sides = []
     for name in (model, other):
         side = both.filter(pl.col("model") == name).drop("model", "labeler")
@@ -161,7 +162,7 @@ def _paired(both: pl.DataFrame, model: str, other: str) -> pl.DataFrame:
         pl.col("description_other").alias("other_description"),
         pl.col("words_other").list.set_difference("words").list.sort().alias("gained"),
         pl.col("words").list.set_difference("words_other").list.sort().alias("lost"),
-    ).sort("layer", "unit")
+    ).sort(pl.col("layer").cast(pl.Enum(layers)), "unit")
 
 
 def fisher(a: np.ndarray, of_a: int, b: np.ndarray, of_b: int) -> np.ndarray:

@@ -46,7 +46,8 @@ def scan_descriptions(
 ) -> pl.LazyFrame:
     """The descriptions of a run directory, without those that speak of exemplars that are no longer there.
 
-    All files are looked through once, :data:`COLUMNS` alone; local ones are read again when a query needs them.
+    Layers follow one another as in their models. All files are looked through once, :data:`COLUMNS` alone; local ones
+    are read again when a query needs them.
 
     Args:
         storage: The run directory.
@@ -62,7 +63,7 @@ def scan_descriptions(
         DamagedTable: A table is, and none is to be left out; or all are.
         MilanError: There are none, or none of a name that was asked for.
     """
-    found = storage.partitions(DESCRIPTIONS)
+    found = storage.in_model_order(storage.partitions(DESCRIPTIONS))
     if not found:
         raise MilanError(f"{storage.uri(DESCRIPTIONS.name)} holds no descriptions; run jobs.describe or jobs.label.")
     every = found
@@ -124,8 +125,9 @@ def search_descriptions(
     """Finds the units whose descriptions match a query, the best first.
 
     By words: each must occur, in any inflection and case, as a whole word; ``red|blue`` is either, ``"left of"`` one
-    behind the other. Ranked by BM25 over all descriptions given, then by the labeler's own score. By meaning, where a
-    model is given: ranked by the cosine of the description with the query.
+    behind the other. Ranked by BM25 over all descriptions given, then by the labeler's own score, then by layers as
+    they come in the descriptions. By meaning, where a model is given: ranked by the cosine of the description with the
+    query.
 
     Args:
         descriptions: A column ``description`` and any others; a lazy frame is not read as a whole.
@@ -166,8 +168,18 @@ def search_descriptions(
     chosen = found.select("description", "relevance", "mentions").lazy()
     rows = lazy.join(chosen, on="description", how="inner").collect(engine="streaming")
     order = ["relevance", *(name for name in ("score", "labeler", "model", "layer", "unit") if name in names)]
+    if "layer" in names:
+        rows = rows.join(_places(lazy, names), on=[name for name in ("model", "layer") if name in names], how="left")
+        order[order.index("layer")] = "place"
     rows = rows.sort(order, descending=[name in ("relevance", "score") for name in order], nulls_last=True)
     return rows.select("relevance", "mentions", *names).head(len(rows) if top is None else top)
+
+
+def _places(descriptions: pl.LazyFrame, names: Sequence[str]) -> pl.DataFrame:
+    """Every layer with its place among them, as they come."""
+    keys = [name for name in ("model", "layer") if name in names]
+    distinct = descriptions.select(keys).unique(maintain_order=True).collect(engine="streaming")
+    return distinct.with_row_index("place")
 
 
 def _bm25(texts: pl.DataFrame, terms: int) -> pl.Expr:
