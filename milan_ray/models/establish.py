@@ -211,7 +211,8 @@ class _Examination:
             reading = self._positions.read(layer, self._places[layer], first[layer].shape, axis)
             if isinstance(reading, Layout):
                 calls = often[layer] if self._places[layer].call is None else 0
-                reading = replace(reading, remark=self._remark(layer, often[layer]), calls=calls)
+                remarks = [reading.remark, self._remark(layer, often[layer])]
+                reading = replace(reading, remark="; ".join(filter(None, remarks)), calls=calls)
             found[layer] = reading
         return found
 

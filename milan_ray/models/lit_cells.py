@@ -42,7 +42,7 @@ class Evidence:
     @property
     def clear(self) -> bool:
         """Whether the answer is so strong that a reading beside the right one can hardly have caused it."""
-        return self.confirms and self.hit >= max(min(0.25, 6 * self.chance), 0.7 * self.peak)
+        return self.confirms and self.hit >= max(min(0.25, 8 * self.chance), 0.7 * self.peak)
 
     def beats(self, other: Evidence) -> bool:
         """Whether the layer answers more exactly than read in another way, in all pictures or all but one."""

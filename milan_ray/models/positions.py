@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -143,7 +143,12 @@ class Positions:
             said = f"grid={told.grid}" if told.grid is not None else f"prefix_tokens={told.prefix_tokens}"
             return f"{puts_out}, which does not agree with {said}; correct that, or choose another layer."
         if ways and (told.grid is not None or (told.units_axis is not None and len(per_image) == 3)):
-            return ways[0].layout(per_image, batch, "what was said of it")
+            layout = ways[0].layout(per_image, batch, "what was said of it")
+            free = self._clear(list(candidates(per_image, units, view, seen, own, UNSAID)), self._first, key)
+            if free is None or free.reads_as(ways[0]) or free.grid == (1, 1):
+                return layout
+            shown = f"{free.grid[0]}×{free.grid[1]} positions, units on axis {free.units_axis}"
+            return replace(layout, remark=f"is read as was said, though lit patches of a picture show in {shown}")
         if self._strict and self._margins and any(way.grid != (1, 1) for way in ways):
             return (
                 f"{puts_out}, and {self._margins} by itself, so that its positions are not the view's: put that into "

@@ -73,7 +73,8 @@ def resolve_probe(
             raise MilanError("a legend is for one local folder of images and label maps: give that alone.")
         _without_columns(image_column, label_column, single)
         return labelled_folder(single, legend)
-    if single in _PROBES or single.lower().endswith(SHARDS):
+    is_folder = not is_uri(single) and Path(single).expanduser().is_dir()
+    if single in _PROBES or (single.lower().endswith(SHARDS) and not is_folder):
         if labels is not None:
             raise MilanError(f"{single} brings its own labels: a file of labels is for folders of images.")
         if single in _PROBES:
@@ -93,8 +94,14 @@ def resolve_probe(
         if root in _PROBES:
             raise MilanError(f"the registered probe {root} cannot be joined with others: give it alone.")
         path = Path(root).expanduser()
-        if not is_uri(root) and not path.is_dir() and not (path.is_file() and root.lower().endswith(SHARDS)):
-            raise unknown_name("probe", root, _PROBES, "Give a registered name or an existing folder of images.")
+        if is_uri(root) or path.is_dir() or (path.is_file() and root.lower().endswith(SHARDS)):
+            continue
+        if path.is_file():
+            raise MilanError(
+                f"{root} is one file, and none that ends in {', '.join(SHARDS)}: give the folder of images that it is "
+                "in; unpack what is packed."
+            )
+        raise unknown_name("probe", root, _PROBES, "Give a registered name or an existing folder of images.")
     return FolderProbe(text, labels, image_column, label_column)
 
 

@@ -344,9 +344,11 @@ def test_what_is_said_of_a_layer_wins_or_is_refused():
     for option, wrong in (("units_axis", 7), ("grid", (9, 9)), ("prefix_tokens", 70), ("batch_axis", 1)):
         refusal = examine(spec_of(network, reading=Reading(**{option: wrong})), network, ["arrange"])["arrange"]
         assert isinstance(refusal, str) and option in refusal, (option, refusal)
-    # A grid of another shape is the user's word, against what pictures say.
+    assert layout.remark == ""
+    # A grid of another shape is the user's word, against what pictures say; which is said.
     other = establish(spec_of(network, reading=Reading(grid=(4, 16))), network, ["arrange"])["arrange"]
     assert (other.grid, other.prefix_tokens, other.known) == ((4, 16), 1, "what was said of it")
+    assert other.remark == "is read as was said, though lit patches of a picture show in 8×8 positions, units on axis 2"
 
 
 @pytest.mark.parametrize("option", ["units_axis", "batch_axis", "grid", "prefix_tokens", "channels_last"])

@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from PIL import Image
 
 from milan_ray.errors import MilanError
 from milan_ray.probe.arrays import ArrayProbe, ParquetProbe
@@ -43,3 +44,24 @@ def test_resolve_nothing_or_labels_for_a_registered_probe_are_refused() -> None:
         resolve_probe([])
     with pytest.raises(MilanError, match="brings its own labels"):
         resolve_probe(["tiny/val"], "labels.csv")
+
+
+@pytest.mark.parametrize("name", ["one.png", "packed.tgz", "packed.tar.gz", "packed.zip"])
+def test_c_one_file_that_is_no_table_and_no_shard_is_said_to_be_a_file(tmp_path, name):
+    (tmp_path / name).write_bytes(b"some")
+    with pytest.raises(MilanError, match=r"is one file, and none that ends in .parquet.*the folder of images"):
+        resolve_probe((str(tmp_path / name),))
+
+
+def test_c_folders_are_read_by_what_they_hold_whatever_they_are_called(tmp_path):
+    pictures, tables = tmp_path / "pictures.parquet", tmp_path / "tables.parquet"
+    pictures.mkdir()
+    tables.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(3):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).save(pictures / f"{number}.png")
+        rows = pa.table({"image": [(pictures / f"{number}.png").read_bytes()], "label": ["a"]})
+        pq.write_table(rows, tables / f"part-{number}.parquet")
+    found = resolve_probe((str(pictures),)).manifest()
+    assert found["path"].to_pylist() == ["0.png", "1.png", "2.png"]
+    assert resolve_probe((str(tables),)).manifest().equals(ParquetProbe(tables).manifest())
