@@ -12,6 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from every_stage import before_and_after, on_threads, stages  # noqa: F401  # fixtures
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import to_bytes
