@@ -23,7 +23,7 @@ conformance: $(STAMP)  ## every family of torchvision, timm and transformers, re
 	OMP_NUM_THREADS=1 MILAN_CONFORMANCE=1 $(VENV)/bin/python -m pytest -q -m slow tests/benchmarks/test_conformance.py
 
 # What decides results and what reads others' interfaces; TESTS=tests for all of it.
-TESTS ?= tests/exemplars tests/captioner tests/scoring tests/schema tests/annotations tests/probe tests/models tests/test_storage.py tests/test_config.py tests/report/test_report_files.py tests/pipelines/test_exemplars_pipeline.py tests/pipelines/test_describe_pipeline.py
+TESTS ?= tests/exemplars tests/captioner tests/scoring tests/schema tests/annotations tests/probe tests/models tests/test_storage.py tests/test_config.py tests/report/test_report_files.py tests/stages/test_exemplars_pipeline.py tests/stages/test_describe_pipeline.py
 test-floors:  ## these tests with the lowest versions that pyproject.toml declares, in .venv-floors
 	$(PYTHON) -m venv --clear .venv-floors
 	$(PYTHON) tests/lowest.py > .venv-floors/lowest.txt

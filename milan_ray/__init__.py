@@ -1,7 +1,6 @@
 """milan_ray: natural-language descriptions of every unit of every vision model, on Ray.
 
-The library calls of :mod:`milan_ray.api` and :mod:`milan_ray.notebook` are imported when they are first used:
-``import milan_ray`` stays light.
+The calls of :mod:`milan_ray.library` are imported when they are first used: ``import milan_ray`` stays light.
 """
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from milan_ray.api import Milan, diff, load, open_exemplars, search
-    from milan_ray.notebook import Dissection, dissect
+    from milan_ray.library.captioner import Milan, diff, load, open_exemplars, search
+    from milan_ray.library.dissect import Dissection, dissect
 
 __version__ = "0.1.0"
 
@@ -20,6 +19,6 @@ __all__ = ["Dissection", "Milan", "__version__", "diff", "dissect", "load", "ope
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from milan_ray import api, notebook
+    from milan_ray.library import captioner, dissect
 
-    return getattr(notebook if name in ("Dissection", "dissect") else api, name)
+    return getattr(dissect if name in ("Dissection", "dissect") else captioner, name)

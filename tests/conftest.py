@@ -81,7 +81,7 @@ def golden(shared: Path) -> Path:
 def ray_session() -> Iterator[None]:
     """One local Ray for all tests that need it."""
     from milan_ray.config import Resources
-    from milan_ray.pipelines.cluster import connected, start
+    from milan_ray.engine.cluster import connected, start
 
     with connected(Resources()):
         start()

@@ -21,9 +21,9 @@ from milan_ray.captioner.encoder import pool_maps
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.errors import MilanError
-from milan_ray.pipelines.captioners import save_captioner
-from milan_ray.pipelines.encodings import encode
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS, Noun
+from milan_ray.stages.captioners import save_captioner
+from milan_ray.stages.encodings import encode
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 PLUGIN = str(Path(__file__).parent / "plugins/tiny_models.py")

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.engine.references import ModelRequest, ProbeRequest
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.forward import read_views
 from milan_ray.models.view import View
-from milan_ray.pipelines.exemplars import Dissection, run_exemplars
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
 from milan_ray.probe.arrays import ParquetProbe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, SKIPPED
+from milan_ray.stages.exemplars import Dissection, run_exemplars
 from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[1]

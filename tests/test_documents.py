@@ -23,8 +23,8 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
-from milan_ray.pipelines.captioners import save_captioner
 from milan_ray.schema import ANNOTATIONS
+from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -50,15 +50,15 @@ ON_THE_DEMO = "(?!edit|.*world/clip).* world/(resnet|planted|probe)"
 NOT_RUN = {
     "models --conformance": "a quarter of an hour: tests/benchmarks/test_conformance.py runs a sample",
     "demo|paper|benchmark": "minutes by themselves: tests/test_demo.py and tests/benchmarks run them",
-    "(describe|plan) --zoo": "dozens of networks: tests/pipelines/test_zoo.py runs a small zoo",
-    "annotations import base": "a download: tests/pipelines/test_published_sets.py imports a set of its own",
-    "annotations (collect|answers)": "people's answers: tests/pipelines/test_collection_pipeline.py makes some",
+    "(describe|plan) --zoo": "dozens of networks: tests/stages/test_zoo.py runs a small zoo",
+    "annotations import base": "a download: tests/stages/test_published_sets.py imports a set of its own",
+    "annotations (collect|answers)": "people's answers: tests/stages/test_collection_pipeline.py makes some",
     "annotations statistics annotations.csv": "a pipeline of spaCy that has to be downloaded",
     "train|generalize|baselines --model alexnet|tune (?!.*world/).*": "training and trials: tests/pipelines has them",
     "edit .*-text|label .*world/clip": "networks that jobs.paper or the demo with --clip train, for minutes",
     ON_THE_DEMO: "networks that the demo trains: tests/test_demo.py runs these, too",
     "describe .*--milan base.clip|dnd --model resnet50": "big models to download: tests/pipelines has tiny ones",
-    "label --model resnet18": "Broden's concept maps: tests/pipelines/test_label_pipeline.py has some",
+    "label --model resnet18": "Broden's concept maps: tests/stages/test_label_pipeline.py has some",
     "(analyze|paste) --model resnet18": "ImageNet's classes: tests/pipelines has other ones",
 }
 """What is parsed and not run, as patterns of how the commands begin, and why. All other commands are run."""

@@ -7,10 +7,10 @@ from collections import OrderedDict
 import pytest
 from torch import nn
 
-from milan_ray.experiments.differences import diff_descriptions
-from milan_ray.experiments.search import scan_descriptions, search_descriptions
 from milan_ray.models.order import places
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS
+from milan_ray.scoring.differences import diff_descriptions
+from milan_ray.scoring.search import scan_descriptions, search_descriptions
 from milan_ray.storage import CONFIG_KEY, ORDER_KEY, Storage
 
 MODEL = ["stem", "layer2", "layer10", "layer3", "outputs"]

@@ -24,15 +24,15 @@ from milan_ray.models.generators import register_generator
 from milan_ray.models.image_text import register_image_text
 from milan_ray.models.registry import register_model
 from milan_ray.names import LONGEST, checked_name
-from milan_ray.pipelines.annotations_collect import run_answers
-from milan_ray.pipelines.annotations_import import import_csv
-from milan_ray.pipelines.audit import AuditConfig
-from milan_ray.pipelines.captioners import EncoderRequest, has_captioner, load_captioner, save_captioner
-from milan_ray.pipelines.compare import find_comparison
-from milan_ray.pipelines.train import TrainingJob
 from milan_ray.probe.registry import register_probe
 from milan_ray.schema import DESCRIPTIONS, NOUNS, RUNS
+from milan_ray.stages.annotations_collect import run_answers
+from milan_ray.stages.annotations_import import import_csv
+from milan_ray.stages.captioners import EncoderRequest, has_captioner, load_captioner, save_captioner
+from milan_ray.stages.training import TrainingJob
 from milan_ray.storage import Storage
+from milan_ray.studies.auditing.run import AuditConfig
+from milan_ray.studies.comparison.run import find_comparison
 
 ATTACKS = (
     "..", "../x", "../../x", "/abs", "a/../../b", "a/..", "", " ", ".", "./x", "x/", "a//b", "nul\0", "line\nbreak",

@@ -20,7 +20,7 @@ from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.errors import MilanError
 from milan_ray.models.view import Preprocess, View
-from milan_ray.pipelines.captioners import save_captioner
+from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).parent / "plugins/tiny_models.py")

@@ -21,11 +21,11 @@ from safetensors.torch import save_file
 from milan_ray import tensorfiles
 from milan_ray.annotations.layout import _array
 from milan_ray.errors import MilanError
-from milan_ray.experiments.auditing import read_review
 from milan_ray.models.weights import read_state_dict
 from milan_ray.probe.labelled import _numbers, read_legend
 from milan_ray.probe.latents import LatentFiles
 from milan_ray.probe.registry import resolve_probe
+from milan_ray.studies.auditing.statistics import read_review
 from milan_ray.tensorfiles import check_sizes
 
 HUGE = 2**32

@@ -13,11 +13,11 @@ from milan_ray.annotations.layout import read_annotations
 from milan_ray.cli.parsing import from_file
 from milan_ray.cli.records import read_text
 from milan_ray.errors import MilanError
-from milan_ray.experiments.annotation_statistics import read_texts
 from milan_ray.labelers.clip_dissect import read_concepts
 from milan_ray.models.image_text import CONCEPTS_FILE, own_concepts
 from milan_ray.probe.folder import FolderProbe, read_labels
 from milan_ray.probe.labelled import read_legend
+from milan_ray.studies.annotators.statistics import read_texts
 
 NFD = unicodedata.normalize("NFD", "é.png")
 

@@ -14,12 +14,12 @@ from PIL import Image
 from milan_ray.benchmarks.harness import Options, Result, compare, photographs
 from milan_ray.captioner.encoder import PyramidEncoder, pool_maps
 from milan_ray.config import Resources, config_hash
+from milan_ray.engine.cluster import connected
 from milan_ray.exemplars.masks import pack
-from milan_ray.pipelines.captioners import EncoderRequest
-from milan_ray.pipelines.cluster import connected
-from milan_ray.pipelines.encodings import BATCH_SIZE, MASKS, run_encodings
-from milan_ray.pipelines.views import block_of, png
 from milan_ray.schema import ENCODINGS, EXEMPLARS, VIEWS
+from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.encodings import BATCH_SIZE, MASKS, run_encodings
+from milan_ray.stages.images import block_of, png
 from milan_ray.storage import Storage
 
 PER_IMAGE = 20

@@ -12,13 +12,13 @@ from milan_ray.benchmarks.encode import random_encoder
 from milan_ray.benchmarks.harness import Options, Result, elapsed, photographs
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.pipelines.captioners import EncoderRequest, save_captioner
-from milan_ray.pipelines.cluster import connected
-from milan_ray.pipelines.describe import MILAN, Search, run_descriptions
-from milan_ray.pipelines.encodings import run_encodings
-from milan_ray.pipelines.exemplars import run_exemplars
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.engine.cluster import connected
+from milan_ray.engine.references import ModelRequest, ProbeRequest
 from milan_ray.schema import DESCRIPTIONS
+from milan_ray.stages.captioners import EncoderRequest, save_captioner
+from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
+from milan_ray.stages.encodings import run_encodings
+from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
 MODEL = "resnet18/imagenet"

@@ -14,14 +14,14 @@ from torch import nn
 from milan_ray.benchmarks.harness import Options, Result, alone, compare, elapsed, photographs
 from milan_ray.benchmarks.plain_stage import PlainStage
 from milan_ray.config import FLOAT32, Arithmetic, ExemplarConfig, Resources
+from milan_ray.engine import references
+from milan_ray.engine.cluster import connected
+from milan_ray.engine.references import ModelRequest, ProbeRequest
 from milan_ray.exemplars.forward import Forward, pass_size, read_inputs
 from milan_ray.exemplars.shard import LayerState, LayerStates, Plan
 from milan_ray.models.registry import ModelSpec
-from milan_ray.pipelines import requests
-from milan_ray.pipelines.cluster import connected
-from milan_ray.pipelines.exemplars import run_exemplars
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
 from milan_ray.probe.manifest import image_refs
+from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
 REFERENCE = 143.6
@@ -64,8 +64,8 @@ def run(options: Options) -> Iterator[Result]:
 
 
 def _views(model: ModelRequest, probe: ProbeRequest) -> np.ndarray:
-    source = requests.probe(probe)
-    return read_inputs(source, image_refs(source.manifest()), requests.model(model)).views
+    source = references.probe(probe)
+    return read_inputs(source, image_refs(source.manifest()), references.model(model)).views
 
 
 def _forward(model: ModelRequest, arithmetic: Arithmetic) -> Forward:
@@ -85,7 +85,7 @@ def _dissect(forward: Forward, plan: Plan, views: np.ndarray) -> None:
 
 @cache
 def _network(model: ModelRequest) -> tuple[ModelSpec, nn.Module]:
-    spec = requests.model(model)
+    spec = references.model(model)
     return spec, spec.load()
 
 
@@ -117,7 +117,7 @@ def _stage(model: ModelRequest, probe: ProbeRequest, count: int, options: Option
     name = f"the whole stage from a cold start, {count} photographs, beside one bare pass with decoding"
     bare = partial(_bare_with_decoding, model, probe)
     found = compare(name, stage, bare, options.repeats, work=count, unit="images", warm_up=False)
-    passes = 2 * len(requests.model(model).layers)
+    passes = 2 * len(references.model(model).layers)
     found = found.with_facts(**{f"times as fast as the reference's {passes} passes, bare": passes / found.ratio})
     if options.short:
         return found

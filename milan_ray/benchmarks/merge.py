@@ -15,8 +15,8 @@ from milan_ray.benchmarks.exemplars import resnet18
 from milan_ray.benchmarks.harness import Options, Result, compare, elapsed, photographs
 from milan_ray.benchmarks.plain_stage import PlainStage
 from milan_ray.config import ExemplarConfig
+from milan_ray.engine.references import ProbeRequest
 from milan_ray.exemplars.shard import Committed, LayerState, Plan, fold, to_table
-from milan_ray.pipelines.requests import ProbeRequest
 from milan_ray.storage import Storage
 
 IMAGES = 64

@@ -10,10 +10,11 @@ from unittest.mock import patch
 import torch
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.pipelines import exemplars, views
-from milan_ray.pipelines.exemplars import run_exemplars
-from milan_ray.pipelines.pool import Row
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.engine.actor_pool import Row
+from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.stages import exemplars
+from milan_ray.stages import images as views
+from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
 

@@ -11,9 +11,9 @@ from milan_ray.benchmarks.exemplars import resnet18
 from milan_ray.benchmarks.harness import Options, Result, compare, elapsed, photographs
 from milan_ray.benchmarks.plain_stage import PlainStage
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.pipelines.cluster import connected
-from milan_ray.pipelines.exemplars import run_exemplars
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.engine.cluster import connected
+from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
 JOB = 600.0

@@ -17,24 +17,24 @@ from milan_ray.benchmarks.harness import Options, elapsed, photographs
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.device import resolve_device, torch_threads
+from milan_ray.engine import references
+from milan_ray.engine.cluster import connected
+from milan_ray.engine.costs import LayerShape, ModelCost, Sample, TableSize
+from milan_ray.engine.references import ModelRequest, ProbeRequest
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import Forward, pass_size, read_inputs
 from milan_ray.exemplars.masks import unpack
 from milan_ray.exemplars.shard import LayerStates, Plan
-from milan_ray.experiments.costs import LayerShape, ModelCost, Sample, TableSize
 from milan_ray.models.registry import ModelSpec
-from milan_ray.pipelines import requests
-from milan_ray.pipelines.captioners import EncoderRequest, load_captioner, save_captioner
-from milan_ray.pipelines.cluster import connected
-from milan_ray.pipelines.describe import Search, labelers, run_descriptions
-from milan_ray.pipelines.encodings import BATCH_SIZE, run_encodings, unit_features
-from milan_ray.pipelines.exemplars import run_exemplars
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
-from milan_ray.pipelines.views import png
 from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import say
 from milan_ray.schema import ENCODINGS, EXEMPLARS, NOUNS
+from milan_ray.stages.captioners import EncoderRequest, load_captioner, save_captioner
+from milan_ray.stages.descriptions import Search, labelers, run_descriptions
+from milan_ray.stages.encodings import BATCH_SIZE, run_encodings, unit_features
+from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.images import png
 from milan_ray.storage import Storage, to_parquet
 
 UNITS = 32
@@ -83,7 +83,7 @@ def measure(
         read, views = 0.0, np.zeros(0, np.uint8)
         for request in models:
             try:
-                spec = requests.model(request)
+                spec = references.model(request)
                 seconds, views = _read(source, spec)
                 found.append(_model(request, spec, views, config, device))
             except Exception as error:  # a user's model may raise anything; the others are measured all the same
@@ -112,7 +112,7 @@ def _images(probe: ProbeRequest | None, count: int, folder: Path) -> Iterator[tu
         with photographs(Options(), count) as noise:
             yield noise, None
         return
-    source = requests.probe(probe)
+    source = references.probe(probe)
     if isinstance(source, LatentProbe):
         raise MilanError("jobs.plan measures models that take images: a generator's latents are not measured.")
     manifest = source.manifest()
@@ -131,7 +131,7 @@ def _read(probe: ProbeRequest, spec: ModelSpec) -> tuple[float, np.ndarray]:
     """Seconds to read an image, and all views."""
     if spec.images is not None:
         raise MilanError(f"{spec.name} is a generator: measure what its discriminator or a classifier takes.")
-    source = requests.probe(probe)
+    source = references.probe(probe)
     refs = image_refs(source.manifest())
     started = time.perf_counter()
     batch = read_inputs(source, refs, spec)
@@ -145,7 +145,7 @@ def _model(
     request: ModelRequest, spec: ModelSpec, views: np.ndarray, config: ExemplarConfig, device: torch.device
 ) -> ModelCost:
     """What an actor takes for an image: forward pass, exemplars, levels."""
-    network = requests.network(spec).to(device)
+    network = references.network(spec).to(device)
     size = pass_size(spec.batch(config.batch_size), device)
     forward = Forward(spec, network, spec.layers, size, config.arithmetic)
     plan = Plan(len(views), config.k, config.quantile, config.samples, config.map_budget)

@@ -8,9 +8,9 @@ import numpy as np
 
 from milan_ray.benchmarks.captioners import Sizes, random_features, trained
 from milan_ray.benchmarks.harness import Options, Result, compare
-from milan_ray.experiments.evaluation import NO_BERTSCORE
-from milan_ray.experiments.tuning import rescored, trial_scores
+from milan_ray.scoring.evaluation import NO_BERTSCORE
 from milan_ray.scoring.text import BertScore, minilm_directory
+from milan_ray.stages.tuning_statistics import rescored, trial_scores
 
 LAMS = 100
 

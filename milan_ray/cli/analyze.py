@@ -30,11 +30,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.pipelines.analyze import AnalysisConfig, examples, figure_path, run_analysis, summary
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.languages import find_language, language_name
-    from milan_ray.pipelines.plan import Plan
-    from milan_ray.pipelines.plan_experiments import plan_analysis
+    from milan_ray.engine.cluster import connected
+    from milan_ray.stages.plan import Plan
+    from milan_ray.studies.analysis.run import AnalysisConfig, examples, figure_path, run_analysis, summary
+    from milan_ray.studies.plan import plan_analysis
+    from milan_ray.studies.spacy_pipeline import find_language, language_name
 
     storage, models, probe = opened(args)
     config = AnalysisConfig(args.labeler, trials=args.trials, seed=args.seed, ties=args.ties)

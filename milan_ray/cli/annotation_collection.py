@@ -15,7 +15,7 @@ from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
-    from milan_ray.experiments.annotation_statistics import TextScore
+    from milan_ray.scoring.agreement import TextScore
 
 AddAction = Callable[[str, str], argparse.ArgumentParser]
 """From name and summary to the parser of an action."""
@@ -76,7 +76,7 @@ def add_to(action: AddAction) -> None:
 
 
 def _collect(args: argparse.Namespace) -> int:
-    from milan_ray.pipelines.annotations_collect import run_collect
+    from milan_ray.stages.annotations_collect import run_collect
 
     folder = Path(absolute("DIR", args.folder))
     qualification = None if args.qualification is None else Path(absolute("--qualification", args.qualification))
@@ -93,7 +93,7 @@ def _collect(args: argparse.Namespace) -> int:
 def _answers(args: argparse.Namespace) -> int:
     from milan_ray.annotations.cleaning import read_tables
     from milan_ray.annotations.collection import passed_workers
-    from milan_ray.pipelines.annotations_collect import agreement_report, run_answers
+    from milan_ray.stages.annotations_collect import agreement_report, run_answers
 
     if (args.qualification is None) != (args.key is None):
         raise MilanError("--qualification and --key go together: the answers to the test, and the right ones.")
@@ -115,14 +115,14 @@ def _answers(args: argparse.Namespace) -> int:
 
 
 def _statistics(args: argparse.Namespace) -> int:
-    from milan_ray.pipelines.annotation_statistics import (
+    from milan_ray.schema import ANNOTATION_STATISTICS
+    from milan_ray.studies.annotators.run import (
         file_annotations,
         run_statistics,
         stored_annotations,
         summary,
     )
-    from milan_ray.pipelines.languages import find_language
-    from milan_ray.schema import ANNOTATION_STATISTICS
+    from milan_ray.studies.spacy_pipeline import find_language
 
     storage = open_storage(args)
     storage.check_writable()
@@ -142,7 +142,7 @@ def _statistics(args: argparse.Namespace) -> int:
 
 def _score(args: argparse.Namespace) -> tuple[TextScore, str]:
     """What agreement is measured by, and its name."""
-    from milan_ray.pipelines.annotation_statistics import find_score
+    from milan_ray.studies.annotators.run import find_score
 
     if args.rouge:
         refuse(args, ["bertscore"], "with --rouge", "leave out --rouge")

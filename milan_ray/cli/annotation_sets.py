@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
 def _import_annotations(args: argparse.Namespace) -> int:
     from milan_ray.annotations.load import load
     from milan_ray.annotations.quirks import Quirks
-    from milan_ray.pipelines.annotations_import import SOURCE, import_csv, run_import
+    from milan_ray.stages.annotations_import import SOURCE, import_csv, run_import
 
     storage, source = open_storage(args), args.source or SOURCE
     if args.set.endswith(".csv"):
@@ -122,7 +122,7 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def _export_annotations(args: argparse.Namespace) -> int:
-    from milan_ray.pipelines.annotations_export import run_export
+    from milan_ray.stages.annotations_export import run_export
 
     folder = Path(absolute("DIR", args.folder))
     layers = run_export(open_storage(args), args.model, folder, source=args.source, layers=args.layers)

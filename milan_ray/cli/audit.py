@@ -15,10 +15,10 @@ from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
-    from milan_ray.experiments.auditing import Pair
-    from milan_ray.pipelines.audit import Audit
-    from milan_ray.pipelines.plan import Plan
+    from milan_ray.stages.plan import Plan
     from milan_ray.storage import Storage
+    from milan_ray.studies.auditing.run import Audit
+    from milan_ray.studies.auditing.statistics import Pair
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -66,12 +66,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.experiments.auditing import FACE_WORDS, summary
-    from milan_ray.pipelines.audit import AuditConfig, figure_path, review_path, run_audit
-    from milan_ray.pipelines.plan import Plan
-    from milan_ray.pipelines.plan_experiments import plan_audit
     from milan_ray.plugins import load_plugins
     from milan_ray.schema import AUDITS, DESCRIPTIONS
+    from milan_ray.stages.plan import Plan
+    from milan_ray.studies.auditing.run import AuditConfig, figure_path, review_path, run_audit
+    from milan_ray.studies.auditing.statistics import FACE_WORDS, summary
+    from milan_ray.studies.plan import plan_audit
 
     load_plugins(args.plugin)
     _refuse(args)
@@ -131,8 +131,8 @@ def _refuse(args: argparse.Namespace) -> None:
 
 def _pairs(args: argparse.Namespace, storage: Storage) -> list[Pair]:
     """The pairs given, else those of networks that are described."""
-    from milan_ray.experiments.auditing import pair_models
-    from milan_ray.pipelines.audit import described_models
+    from milan_ray.studies.auditing.run import described_models
+    from milan_ray.studies.auditing.statistics import pair_models
 
     pairs = [(model, other) for model, other in args.pair]
     return pairs or pair_models(described_models(storage, args.labeler), args.suffix, args.model)
@@ -147,7 +147,7 @@ def _describe(args: argparse.Namespace, then: Callable[[Plan], None]) -> int:
 
 
 def _follow_up(found: Audit, query: str, semantic: str | None) -> None:
-    from milan_ray.experiments.search import search_descriptions
+    from milan_ray.scoring.search import search_descriptions
 
     blurred = found.counted.filter(found.counted["model"].is_in(found.pairs["other"].implode()))
     units = blurred.select("model", "layer", "unit", "description")

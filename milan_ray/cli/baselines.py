@@ -18,9 +18,9 @@ from milan_ray.cli.records import (
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
-    from milan_ray.pipelines.baselines import HeldOut
-    from milan_ray.pipelines.requests import ModelRequest
+    from milan_ray.engine.references import ModelRequest
     from milan_ray.storage import Storage
+    from milan_ray.studies.baselines.run import HeldOut
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -40,12 +40,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.experiments.baselines import summary
-    from milan_ray.pipelines.baselines import run_baselines
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.generalize import figure_path
-    from milan_ray.pipelines.label import LabelConfig
-    from milan_ray.pipelines.plan_experiments import plan_baselines
+    from milan_ray.engine.cluster import connected
+    from milan_ray.stages.concept_labels import LabelConfig
+    from milan_ray.studies.baselines.run import run_baselines
+    from milan_ray.studies.baselines.statistics import summary
+    from milan_ray.studies.generalization.run import figure_path
+    from milan_ray.studies.plan import plan_baselines
 
     storage, models, probe = opened(args)
     networks = [_held_out(args, storage, model) for model in models]
@@ -65,8 +65,8 @@ def run(args: argparse.Namespace) -> int:
 def _held_out(args: argparse.Namespace, storage: Storage, model: ModelRequest) -> HeldOut:
     """A network with its captioner: the one given, else that of all sets but its own, as trained or published."""
     from milan_ray.cli.describe import search_of
-    from milan_ray.pipelines.baselines import HeldOut
-    from milan_ray.pipelines.captioners import find_milan, has_captioner, load_captioner
+    from milan_ray.stages.captioners import find_milan, has_captioner, load_captioner
+    from milan_ray.studies.baselines.run import HeldOut
 
     if args.milan is not None or args.decoder is not None:
         decoder = find_captioner(args, storage)

@@ -25,10 +25,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.compare import find_comparison, run_comparison, summary
-    from milan_ray.pipelines.plan import plan_comparison
+    from milan_ray.engine.cluster import connected
     from milan_ray.plugins import load_plugins
+    from milan_ray.studies.comparison.run import find_comparison, run_comparison, summary
+    from milan_ray.studies.plan import plan_comparison
 
     load_plugins(args.plugin)
     refuse(

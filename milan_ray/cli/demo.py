@@ -28,12 +28,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.pipelines.captioners import about_captioner
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.demo import DECODER, run_demo, run_generator, run_groups, summary
-    from milan_ray.pipelines.plan_world import plan_demo
+    from milan_ray.engine.cluster import connected
     from milan_ray.plugins import load_plugins
     from milan_ray.schema import DESCRIPTIONS
+    from milan_ray.showcase.demo import DECODER, run_demo, run_generator, run_groups, summary
+    from milan_ray.showcase.plan import plan_demo
+    from milan_ray.stages.captioners import about_captioner
 
     load_plugins()
     args.storage = args.storage or str(results_dir() / "demo")

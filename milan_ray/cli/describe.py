@@ -25,8 +25,8 @@ from milan_ray.cli.refusals import DISSECTION, refuse
 
 if TYPE_CHECKING:
     from milan_ray.labelers.clip import Clip
-    from milan_ray.pipelines.describe import Search
-    from milan_ray.pipelines.plan import Plan
+    from milan_ray.stages.descriptions import Search
+    from milan_ray.stages.plan import Plan
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -42,21 +42,21 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
         args: Its options.
         then: Adds to the plan of a dry run what another verb does afterwards; None for nothing.
     """
-    from milan_ray.pipelines.annotations_export import exemplar_layers
-    from milan_ray.pipelines.captioners import about_captioner, load_captioner
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.describe import run_descriptions
-    from milan_ray.pipelines.encodings import run_encodings
-    from milan_ray.pipelines.exemplars import run_exemplars
-    from milan_ray.pipelines.fanout import models_apart
-    from milan_ray.pipelines.plan import (
+    from milan_ray.engine.cluster import connected
+    from milan_ray.engine.tasks import models_apart
+    from milan_ray.stages.annotations_export import exemplar_layers
+    from milan_ray.stages.captioners import about_captioner, load_captioner
+    from milan_ray.stages.descriptions import run_descriptions
+    from milan_ray.stages.encodings import run_encodings
+    from milan_ray.stages.exemplars import run_exemplars
+    from milan_ray.stages.plan import (
         plan_descriptions,
         plan_encodings,
         plan_exemplars,
         plan_present,
         plan_reranking,
     )
-    from milan_ray.pipelines.rerank import run_reranking
+    from milan_ray.stages.rerank import run_reranking
 
     if args.probe is None:
         refuse(args, DISSECTION, "without --probe exemplars are taken as the storage has them, and", "give --probe too")
@@ -102,7 +102,7 @@ def _clip(args: argparse.Namespace) -> Clip | None:
     """How to re-rank, where ``--clip`` asks for it or a captioner's name ending in ``+clip``, which is taken off."""
     from milan_ray.labelers.clip import Clip
     from milan_ray.models.image_text import DEFAULT, find_image_text
-    from milan_ray.pipelines.captioners import RERANKED
+    from milan_ray.stages.captioners import RERANKED
 
     for option in ("milan", "decoder"):
         name = getattr(args, option)
@@ -118,8 +118,8 @@ def _clip(args: argparse.Namespace) -> Clip | None:
 def search_of(args: argparse.Namespace, decoder: str) -> Search:
     """How to search: the options given, else what the setting says, else the captioner's own."""
     from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
-    from milan_ray.experiments.tuning import read_setting
-    from milan_ray.pipelines.describe import Search
+    from milan_ray.stages.descriptions import Search
+    from milan_ray.stages.tuning_statistics import read_setting
 
     search = Search(decoder, args.beam_size, args.length, args.lam, REFERENCE if args.reference_quirks else NO_QUIRKS)
     if args.setting is None:

@@ -31,8 +31,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.experiments.differences import diff_descriptions, store, summary
-    from milan_ray.experiments.search import scan_descriptions
+    from milan_ray.scoring.differences import diff_descriptions, store, summary
+    from milan_ray.scoring.search import scan_descriptions
 
     if args.json:
         refuse(args, ["top"], "with --json, which prints all of it,", "leave out --json")

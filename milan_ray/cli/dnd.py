@@ -19,7 +19,7 @@ from milan_ray.cli.refusals import refuse
 from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:
-    from milan_ray.pipelines.dnd import DndConfig
+    from milan_ray.stages.dnd import DndConfig
 
 CAPTIONER = "blip-image-captioning-base"
 GENERATOR = "diffusers/stable-diffusion-v1-5"
@@ -99,10 +99,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.dnd import FREQUENT, drawings_identity, run_dnd
-    from milan_ray.pipelines.exemplars import run_exemplars
-    from milan_ray.pipelines.plan import plan_dnd, plan_exemplars
+    from milan_ray.engine.cluster import connected
+    from milan_ray.stages.dnd import FREQUENT, drawings_identity, run_dnd
+    from milan_ray.stages.exemplars import run_exemplars
+    from milan_ray.stages.plan import plan_dnd, plan_exemplars
 
     for server, names in (
         (args.llm != FREQUENT, ["llm_temperature"]),
@@ -139,7 +139,7 @@ def _config(args: argparse.Namespace) -> DndConfig:
     from milan_ray.models.diffusion import PREFIX
     from milan_ray.models.generators import GeneratorRequest
     from milan_ray.models.image_captions import ImageCaptionerRequest
-    from milan_ray.pipelines.dnd import DndConfig, SummariserRequest
+    from milan_ray.stages.dnd import DndConfig, SummariserRequest
 
     if args.crops < 0 or args.llm_per_minute <= 0 or args.llm_temperature < 0:
         raise MilanError("--crops and --llm-temperature take 0 or more, --llm-per-minute more than 0.")

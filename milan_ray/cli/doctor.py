@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status: 1 when something is missing that nothing works without."""
-    from milan_ray.pipelines.doctor import diagnose
+    from milan_ray.doctor import diagnose
     from milan_ray.plugins import load_plugins
 
     load_plugins(args.plugin)

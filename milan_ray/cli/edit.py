@@ -14,7 +14,7 @@ from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
-    from milan_ray.pipelines.requests import ProbeRequest
+    from milan_ray.engine.references import ProbeRequest
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -48,12 +48,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.experiments.editing import TEXT
+    from milan_ray.engine.cluster import connected
     from milan_ray.models.heads import HeadTraining
     from milan_ray.models.weights import save_weights
-    from milan_ray.pipelines.analyze import figure_path
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.edit import (
+    from milan_ray.stages.plan import Plan
+    from milan_ray.studies.analysis.run import figure_path
+    from milan_ray.studies.editing.run import (
         EditingConfig,
         edited_weights,
         run_editing,
@@ -61,8 +61,8 @@ def run(args: argparse.Namespace) -> int:
         splits,
         summary,
     )
-    from milan_ray.pipelines.plan import Plan
-    from milan_ray.pipelines.plan_experiments import plan_editing
+    from milan_ray.studies.editing.statistics import TEXT
+    from milan_ray.studies.plan import plan_editing
 
     if args.fine_tune is None:
         refuse(args, ["lr"], "without --fine-tune", "give --fine-tune too")

@@ -17,9 +17,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.exemplars import run_exemplars
-    from milan_ray.pipelines.plan import plan_exemplars
+    from milan_ray.engine.cluster import connected
+    from milan_ray.stages.exemplars import run_exemplars
+    from milan_ray.stages.plan import plan_exemplars
 
     storage, models, probe = opened(args)
     resources, config = resources_of(args), exemplar_config(args)

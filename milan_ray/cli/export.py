@@ -19,8 +19,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.captioner.checkpoints import export_reference
-    from milan_ray.pipelines.captioners import load_captioner
     from milan_ray.plugins import load_plugins
+    from milan_ray.stages.captioners import load_captioner
 
     load_plugins(args.plugin)
     storage = open_storage(args)

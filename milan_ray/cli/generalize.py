@@ -66,19 +66,19 @@ def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.annotations.splits import chosen_splits
     from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
-    from milan_ray.experiments.generalization import summary
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.encodings import run_encodings
-    from milan_ray.pipelines.generalize import (
+    from milan_ray.engine.cluster import connected
+    from milan_ray.plugins import load_plugins
+    from milan_ray.stages.encodings import run_encodings
+    from milan_ray.stages.training import Sizes
+    from milan_ray.studies.generalization.run import (
         GeneralizationConfig,
         GeneralizationJob,
         figure_path,
         run_generalization,
     )
-    from milan_ray.pipelines.languages import find_language, language_name
-    from milan_ray.pipelines.plan_experiments import plan_generalization
-    from milan_ray.pipelines.train import Sizes
-    from milan_ray.plugins import load_plugins
+    from milan_ray.studies.generalization.statistics import summary
+    from milan_ray.studies.plan import plan_generalization
+    from milan_ray.studies.spacy_pipeline import find_language, language_name
 
     load_plugins(args.plugin)  # they may register splits
     storage, resources = writable_storage(args), resources_of(args)

@@ -19,7 +19,7 @@ from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:
     from milan_ray.labelers.clip_dissect import ClipDissect
-    from milan_ray.pipelines.label import LabelConfig
+    from milan_ray.stages.concept_labels import LabelConfig
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -85,18 +85,18 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.pipelines import requests
-    from milan_ray.pipelines.clip_dissect import run_clip_dissect
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.exemplars import run_exemplars
-    from milan_ray.pipelines.fanout import models_apart
-    from milan_ray.pipelines.label import check_concepts, run_labels
-    from milan_ray.pipelines.plan import plan_clip_dissect, plan_exemplars, plan_labels
+    from milan_ray.engine import references
+    from milan_ray.engine.cluster import connected
+    from milan_ray.engine.tasks import models_apart
+    from milan_ray.stages.clip_dissect import run_clip_dissect
+    from milan_ray.stages.concept_labels import check_concepts, run_labels
+    from milan_ray.stages.exemplars import run_exemplars
+    from milan_ray.stages.plan import plan_clip_dissect, plan_exemplars, plan_labels
 
     how, dissect = _labelers(args)
     storage, models, probe = opened(args)
     if how.labelers:
-        source = requests.probe(probe)
+        source = references.probe(probe)
         check_concepts(source, source.manifest())
     judge = None if dissect is None else image_text_request(args)
     args.pooled = args.pooled or dissect is not None
@@ -129,7 +129,7 @@ def _labelers(args: argparse.Namespace) -> tuple[LabelConfig, ClipDissect | None
     from milan_ray.labelers.clip_dissect import CLIP_DISSECT
     from milan_ray.labelers.compexp import CompExp
     from milan_ray.labelers.netdissect import NetDissect
-    from milan_ray.pipelines.label import ConceptLabeler, LabelConfig
+    from milan_ray.stages.concept_labels import ConceptLabeler, LabelConfig
 
     composed = CompExp(args.formula_beam_size, args.formula_length)
     known: dict[str, ConceptLabeler] = {NetDissect.name: NetDissect(), CompExp.name: composed}

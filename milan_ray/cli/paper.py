@@ -27,14 +27,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.pipelines.captioners import about_captioner
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.demo import DECODER
-    from milan_ray.pipelines.paper import EXPERIMENTS, chosen, prepare, run_experiments
-    from milan_ray.pipelines.paper.ground import Ground
-    from milan_ray.pipelines.plan_world import plan_paper
+    from milan_ray.engine.cluster import connected
     from milan_ray.plugins import load_plugins
-    from milan_ray.report.paper import stored_entry, write_page
+    from milan_ray.showcase.demo import DECODER
+    from milan_ray.showcase.paper import EXPERIMENTS, chosen, prepare, run_experiments
+    from milan_ray.showcase.paper.experiment_context import Ground
+    from milan_ray.showcase.paper.page import stored_entry, write_page
+    from milan_ray.showcase.plan import plan_paper
+    from milan_ray.stages.captioners import about_captioner
 
     load_plugins()
     names = chosen(args.only)

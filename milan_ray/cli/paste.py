@@ -33,11 +33,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.cut_and_paste import PastingConfig, figure_path, run_pasting, summary
-    from milan_ray.pipelines.languages import find_language, language_name
-    from milan_ray.pipelines.plan import Plan
-    from milan_ray.pipelines.plan_experiments import plan_pasting
+    from milan_ray.engine.cluster import connected
+    from milan_ray.stages.plan import Plan
+    from milan_ray.studies.cut_and_paste.run import PastingConfig, figure_path, run_pasting, summary
+    from milan_ray.studies.plan import plan_pasting
+    from milan_ray.studies.spacy_pipeline import find_language, language_name
 
     storage, models, probe = opened(args)
     config = PastingConfig(args.labeler, args.each, args.originals, args.distractors, args.pool, seed=args.seed)

@@ -22,7 +22,7 @@ from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
-    from milan_ray.pipelines.requests import ModelRequest
+    from milan_ray.engine.references import ModelRequest
 
 SAMPLE = 48
 
@@ -65,10 +65,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.benchmarks.sample import measure, note
-    from milan_ray.experiments.costs import Wanted, estimate, faster, text
-    from milan_ray.pipelines.captioners import load_captioner
-    from milan_ray.pipelines.describe import Search
+    from milan_ray.engine.costs import Wanted, estimate, faster, text
     from milan_ray.plugins import load_plugins
+    from milan_ray.stages.captioners import load_captioner
+    from milan_ray.stages.descriptions import Search
 
     load_plugins(args.plugin)
     if args.probe is None and args.images is None:
@@ -110,9 +110,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _models(args: argparse.Namespace) -> list[ModelRequest]:
     """The models asked for; one whose weights are absent is measured untrained, which takes as long."""
+    from milan_ray.engine.references import ModelRequest
     from milan_ray.models.registry import RANDOM, match_models
     from milan_ray.models.resolve import resolve_model
-    from milan_ray.pipelines.requests import ModelRequest
 
     found = []
     for name in dict.fromkeys(name for pattern in args.model for name in match_models(pattern)):

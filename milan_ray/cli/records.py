@@ -16,10 +16,10 @@ from milan_ray.progress import say
 from milan_ray.textfiles import decode_text
 
 if TYPE_CHECKING:
+    from milan_ray.engine.references import ModelRequest, ProbeRequest
     from milan_ray.models.image_text import ImageTextRequest
     from milan_ray.models.layouts import Reading
-    from milan_ray.pipelines.captioners import EncoderRequest
-    from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+    from milan_ray.stages.captioners import EncoderRequest
     from milan_ray.storage import Storage
 
 
@@ -115,9 +115,9 @@ def model_requests(args: argparse.Namespace, runs: bool = True) -> list[ModelReq
         args: The options.
         runs: Whether the models are run, so that their weights have to be there.
     """
+    from milan_ray.engine.references import ModelRequest
     from milan_ray.models.registry import RANDOM, get_model, match_models
     from milan_ray.models.resolve import resolve_model
-    from milan_ray.pipelines.requests import ModelRequest
     from milan_ray.plugins import load_plugins
 
     load_plugins(args.plugin)
@@ -154,7 +154,7 @@ def reading_of(args: argparse.Namespace) -> Reading:
 
 def probe_request(args: argparse.Namespace) -> ProbeRequest:
     """Where probe images come from."""
-    from milan_ray.pipelines.requests import ProbeRequest
+    from milan_ray.engine.references import ProbeRequest
     from milan_ray.plugins import load_plugins
     from milan_ray.probe.registry import probe_names
 
@@ -187,7 +187,7 @@ def exemplar_config(args: argparse.Namespace) -> ExemplarConfig:
 
 def find_captioner(args: argparse.Namespace, storage: Storage) -> str:
     """The captioner as workers will find it: a name in the storage, or an absolute path."""
-    from milan_ray.pipelines.captioners import find_milan, has_captioner
+    from milan_ray.stages.captioners import find_milan, has_captioner
 
     if args.milan is not None:
         return find_milan(args.milan)
@@ -200,7 +200,7 @@ def encoder_request(
     args: argparse.Namespace, name: str, storage: Storage | None = None, decoder: str | None = None
 ) -> EncoderRequest:
     """A captioner's encoder, with the weights given or its own."""
-    from milan_ray.pipelines.captioners import EncoderRequest
+    from milan_ray.stages.captioners import EncoderRequest
 
     weights = None if args.encoder_weights is None else absolute("--encoder-weights", args.encoder_weights)
     return EncoderRequest(name, weights, storage, decoder, tuple(args.plugin), args.download)

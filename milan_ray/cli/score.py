@@ -16,7 +16,7 @@ from milan_ray.progress import say
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from milan_ray.pipelines.requests import ModelRequest
+    from milan_ray.engine.references import ModelRequest
     from milan_ray.scoring.simulation import Sigmoid
 
 
@@ -88,13 +88,13 @@ def _sigmoid(text: str) -> Sigmoid:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
+    from milan_ray.engine.cluster import connected
+    from milan_ray.engine.tasks import models_apart
     from milan_ray.models.generators import GeneratorRequest
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.cosy import CosyConfig, run_cosy
-    from milan_ray.pipelines.fanout import models_apart
-    from milan_ray.pipelines.plan import Plan, plan_cosy, plan_scores
-    from milan_ray.pipelines.score import ScoreConfig, class_layers, described_layers, run_sanity, run_scores
     from milan_ray.schema import SCORES
+    from milan_ray.stages.cosy import CosyConfig, run_cosy
+    from milan_ray.stages.plan import Plan, plan_cosy, plan_scores
+    from milan_ray.stages.scores import ScoreConfig, class_layers, described_layers, run_sanity, run_scores
 
     if args.clip is None and args.generator is None:
         raise MilanError("give what judges: a model of images and texts with --clip, or --generator, or both.")
@@ -155,11 +155,11 @@ def _classes(models: list[ModelRequest]) -> dict[str, tuple[str, ...]]:
     Raises:
         MilanError: A model's classes have no names.
     """
-    from milan_ray.pipelines import requests
+    from milan_ray.engine import references
 
     found: dict[str, tuple[str, ...]] = {}
     for model in models:
-        names = requests.model(model).classes
+        names = references.model(model).classes
         if names is None:
             raise MilanError(f"{model.name} is registered without names of its classes; leave out --class-names.")
         found[model.name] = names

@@ -43,8 +43,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.experiments.search import scan_descriptions, search_descriptions
     from milan_ray.plugins import load_plugins
+    from milan_ray.scoring.search import scan_descriptions, search_descriptions
 
     load_plugins(args.plugin)
     if args.parquet:

@@ -19,7 +19,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.pipelines.status import status
+    from milan_ray.engine.status import status
 
     found = status(open_storage(args), args.verify)
     print(found.json() if args.json else found.text())

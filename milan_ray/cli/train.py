@@ -88,12 +88,12 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.annotations.groups import training_groups
-    from milan_ray.experiments.decoder_search import DecoderSetting, read_decoder_setting
-    from milan_ray.pipelines.cluster import connected, gpus_each
-    from milan_ray.pipelines.encodings import run_encodings
-    from milan_ray.pipelines.plan import plan_training
-    from milan_ray.pipelines.train import Sizes, TrainingJob, run_trainings
+    from milan_ray.engine.cluster import connected, gpus_each
     from milan_ray.plugins import load_plugins
+    from milan_ray.stages.decoder_space import DecoderSetting, read_decoder_setting
+    from milan_ray.stages.encodings import run_encodings
+    from milan_ray.stages.plan import plan_training
+    from milan_ray.stages.training import Sizes, TrainingJob, run_trainings
 
     load_plugins(args.plugin)  # they may register groups
     storage, resources = open_storage(args), resources_of(args)

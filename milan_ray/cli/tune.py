@@ -54,14 +54,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
-    from milan_ray.experiments.decoder_search import tunes_decoder
-    from milan_ray.experiments.tuning import read_sweep
-    from milan_ray.pipelines.captioners import load_captioner
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.encodings import run_encodings
-    from milan_ray.pipelines.plan import plan_tuning
-    from milan_ray.pipelines.tune import TuningJob, run_tuning
+    from milan_ray.engine.cluster import connected
     from milan_ray.scoring.text import minilm_directory
+    from milan_ray.stages.captioners import load_captioner
+    from milan_ray.stages.decoder_space import tunes_decoder
+    from milan_ray.stages.encodings import run_encodings
+    from milan_ray.stages.plan import plan_tuning
+    from milan_ray.stages.tuning import TuningJob, run_tuning
+    from milan_ray.stages.tuning_statistics import read_sweep
 
     storage, resources = open_storage(args), resources_of(args)
     if args.config is None:
@@ -89,11 +89,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tune_decoder(args: argparse.Namespace, storage: Storage, resources: Resources, text: str) -> int:
-    from milan_ray.experiments.decoder_search import read_decoder_space
-    from milan_ray.pipelines.cluster import connected
-    from milan_ray.pipelines.encodings import run_encodings
-    from milan_ray.pipelines.plan import plan_decoder_tuning
-    from milan_ray.pipelines.tune_decoder import DecoderTuningJob, run_decoder_tuning
+    from milan_ray.engine.cluster import connected
+    from milan_ray.stages.decoder_search import DecoderTuningJob, run_decoder_tuning
+    from milan_ray.stages.decoder_space import read_decoder_space
+    from milan_ray.stages.encodings import run_encodings
+    from milan_ray.stages.plan import plan_decoder_tuning
 
     if args.decoder or args.milan:
         raise MilanError(f"{args.config} tunes how a decoder is trained: leave out --decoder and --milan.")

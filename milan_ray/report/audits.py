@@ -7,11 +7,12 @@ from pathlib import Path
 
 from milan_ray.damaged import LeftOut
 from milan_ray.errors import DamagedTable
-from milan_ray.experiments.auditing import REJECT, descriptions_hash
 from milan_ray.progress import say
 from milan_ray.report.layers import LayerSummary, layer_folder
 from milan_ray.report.pages import Pages, Row, slug
 from milan_ray.schema import AUDITED, AUDITS, FIGURE
+from milan_ray.schema.audits import REJECT
+from milan_ray.scoring.search import descriptions_hash
 from milan_ray.storage import FILE_NAME, Storage, natural
 
 

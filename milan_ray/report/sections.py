@@ -11,11 +11,11 @@ from pathlib import Path
 
 from milan_ray.damaged import LeftOut
 from milan_ray.errors import DamagedTable
-from milan_ray.experiments.differences import difference_config
 from milan_ray.progress import say
 from milan_ray.report.layers import LayerSummary
 from milan_ray.report.pages import Pages, Row, slug, write_script
 from milan_ray.schema import ABLATIONS, CHANGES, DIFFERENCES, FIGURE, NOUNS, RUNS, SCORES, SKIPPED, TRIALS, Noun
+from milan_ray.scoring.differences import difference_config
 from milan_ray.storage import CONFIG_KEY, FILE_NAME, Storage
 
 _WORDS_LISTED = 40

@@ -45,3 +45,6 @@ AUDITED = Noun(
 
 REVIEW = "review.csv"
 """Name of the file beside ``audited`` in which a person accepts or rejects each unit."""
+
+ACCEPT, REJECT = "accept", "reject"
+"""Verdicts of whoever looks at a unit; empty while nobody has."""

@@ -18,9 +18,9 @@ from milan_ray.annotations.merge import merge
 from milan_ray.annotations.published import PublishedSet, kept_annotations
 from milan_ray.annotations.quirks import REFERENCE
 from milan_ray.errors import MilanError
-from milan_ray.pipelines.annotations_export import run_export
-from milan_ray.pipelines.annotations_import import run_import
 from milan_ray.probe.folder import FolderProbe
+from milan_ray.stages.annotations_export import run_export
+from milan_ray.stages.annotations_import import run_import
 from milan_ray.storage import Storage
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from milan_ray import cli
-from milan_ray.pipelines.doctor import Check, Diagnosis, check_storage, memory, wrong_versions
+from milan_ray.doctor import Check, Diagnosis, check_storage, memory, wrong_versions
 from milan_ray.storage import Storage
 
 

@@ -1,6 +1,6 @@
 """``--dry-run`` of the experiments: what would be made, and why, from an empty folder on; and nothing is written.
 
-What it says of finished ones stands beside the tests of these, in tests/pipelines/.
+What it says of finished ones stands beside the tests of these, in tests/stages/.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
-from milan_ray.pipelines.captioners import load_captioner, save_captioner
-from milan_ray.pipelines.cut_and_paste import PastingConfig, pasting_recipe
-from milan_ray.pipelines.languages import language_name
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
-from milan_ray.pipelines.requests import model as model_of
-from milan_ray.pipelines.requests import probe as probe_of
+from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import model as model_of
+from milan_ray.engine.references import probe as probe_of
 from milan_ray.probe.manifest import digest
 from milan_ray.schema import ANNOTATIONS, CLAIMS, DESCRIPTIONS, EXEMPLARS, PASTED
+from milan_ray.stages.captioners import load_captioner, save_captioner
 from milan_ray.storage import Storage
+from milan_ray.studies.cut_and_paste.run import PastingConfig, pasting_recipe
+from milan_ray.studies.spacy_pipeline import language_name
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
 TINY, FLAGS, WORLD = (str(PLUGINS / f"{name}.py") for name in ("tiny_models", "flags", "tiny_world"))
@@ -92,10 +92,10 @@ from milan_ray import runtime
 runtime.prepare(None)
 from safetensors.torch import save_file
 from milan_ray.config import ExemplarConfig, TrainingConfig
-from milan_ray.experiments.tuning import Sweep
-from milan_ray.pipelines import demo
-from milan_ray.pipelines.plan_world import plan_demo
-from milan_ray.pipelines.requests import ProbeRequest
+from milan_ray.stages.tuning_statistics import Sweep
+from milan_ray.showcase import demo
+from milan_ray.showcase.plan import plan_demo
+from milan_ray.engine.references import ProbeRequest
 from milan_ray.plugins import load_plugins
 from milan_ray.storage import Storage
 from milan_ray.world.encoder import EncoderNet

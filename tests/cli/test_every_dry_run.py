@@ -21,8 +21,8 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
-from milan_ray.pipelines.captioners import save_captioner
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, Noun
+from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"

@@ -16,8 +16,8 @@ import pytest
 from PIL import Image
 
 from milan_ray import cli
-from milan_ray.pipelines.arithmetic import arithmetic_of
 from milan_ray.schema import EXEMPLARS, LEVELS, POOLED
+from milan_ray.stages.arithmetic import arithmetic_of
 from milan_ray.storage import Storage
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -28,8 +28,8 @@ HERE = "cli/test_every_option.py"
 STUDIES = "cli/test_every_option_of_studies.py"
 SEGMENTATION = "models/test_segmentation.py"
 COMMAND = "cli/test_command_line.py"
-TRAIN, LABEL = "pipelines/test_training_pipeline.py", "pipelines/test_scores.py"
-DND, COLLECT = "pipelines/test_dnd_pipeline.py", "pipelines/test_collection_pipeline.py"
+TRAIN, LABEL = "stages/test_training_pipeline.py", "stages/test_scores.py"
+DND, COLLECT = "stages/test_dnd_pipeline.py", "stages/test_collection_pipeline.py"
 ALONE = f"{HERE}::test_g5_options_that_would_do_nothing_are_refused"
 WORKERS = f"{HERE}::test_d_options_of_dissections_reach_the_workers"
 MORE = "cli/test_every_option_of_training.py"
@@ -39,8 +39,8 @@ ONE_LABELER = f"{MORE}::test_scores_and_searches_of_one_labeler_leave_the_others
 FED = f"{MORE}::test_encoder_weights_reach_the_encoder_even_of_a_captioner_that_brings_its_own"
 PASTE = f"{MORE}::test_options_of_pasting_are_those_of_its_recipe"
 BASELINES = "cli/test_dry_runs.py::test_baselines_from_nothing_to_done"
-ANALYZE = "pipelines/test_analyze.py::test_analysis_from_descriptions_to_figure"
-EDIT = "pipelines/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step"
+ANALYZE = "studies/test_analyze.py::test_analysis_from_descriptions_to_figure"
+EDIT = "studies/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step"
 MERGED = "annotations/test_merge.py::test_reference_quirks_of_the_command_line_squash_and_sets_with_images_refuse_them"
 CHANGES = f"{HERE}::test_options_change_the_tables_that_they_speak_of"
 
@@ -72,7 +72,7 @@ ROWS: dict[str, str] = {
     "exemplars --labels": f"{STUDIES}::test_exemplars_keep_the_classes_of_the_labels_given",
     "--labels": "cli/test_every_dry_run.py::test_every_verb_reads_the_labels_and_the_legend_given",
     "baselines --legend": "cli/test_every_dry_run.py::test_every_verb_reads_the_labels_and_the_legend_given",
-    "--most": "pipelines/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
+    "--most": "studies/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
     "--each": "cli/test_dry_runs.py::test_paste_says_what_is_missing",
     "--originals": "cli/test_dry_runs.py::test_paste_says_what_is_missing",
     "--distractors": "cli/test_dry_runs.py::test_paste_says_what_is_missing",
@@ -112,10 +112,10 @@ ROWS: dict[str, str] = {
     "--storage": CHANGES,
     "--plugin": CHANGES,
     "--probe": CHANGES,
-    "--report": "pipelines/test_describe_pipeline.py::test_report_of_a_model_without_descriptions_beside_one_with",
+    "--report": "stages/test_describe_pipeline.py::test_report_of_a_model_without_descriptions_beside_one_with",
     "--no-report": CHANGES,
-    "--units": "pipelines/test_staleness.py::test_units_alone_are_described_and_do_not_pass_for_the_whole_layer",
-    "--lam": "pipelines/test_staleness.py::test_run_makes_again_what_the_dry_run_named_and_nothing_else",
+    "--units": "stages/test_staleness.py::test_units_alone_are_described_and_do_not_pass_for_the_whole_layer",
+    "--lam": "stages/test_staleness.py::test_run_makes_again_what_the_dry_run_named_and_nothing_else",
     "--setting": f"{TRAIN}::test_train_command_takes_a_tuned_setting",
     "--groups": f"{TRAIN}::test_train_command_all_groups_of_the_world_are_fourteen_captioners",
     "--annotations": f"{COLLECT}::test_answers_of_mturk_become_annotations",
@@ -132,16 +132,16 @@ ROWS: dict[str, str] = {
     "--llm": f"{DND}::test_command_line_plans_and_says_what_is_missing",
     "--scoring": f"{DND}::test_command_line_plans_and_says_what_is_missing",
     "--tag": f"{DND}::test_command_line_plans_and_says_what_is_missing",
-    "--pair": "pipelines/test_audit.py::test_audit_of_other_words_pairs_and_networks",
-    "--words": "pipelines/test_audit.py::test_audit_of_other_words_pairs_and_networks",
-    "--suffix": "pipelines/test_audit.py::test_audit_refuses_what_it_cannot_compare",
-    "--query": "pipelines/test_audit.py::test_audit_counts_reviews_and_counts_again",
-    "--semantic": "experiments/test_search_command.py::test_search_by_meaning_takes_the_model_at_hand",
-    "--parquet": "experiments/test_search_command.py::test_search_prints_a_table_or_json_or_writes_parquet",
-    "--remove": "pipelines/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
-    "--fine-tune": "pipelines/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
-    "--out": "pipelines/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
-    "--test": "pipelines/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
+    "--pair": "studies/test_audit.py::test_audit_of_other_words_pairs_and_networks",
+    "--words": "studies/test_audit.py::test_audit_of_other_words_pairs_and_networks",
+    "--suffix": "studies/test_audit.py::test_audit_refuses_what_it_cannot_compare",
+    "--query": "studies/test_audit.py::test_audit_counts_reviews_and_counts_again",
+    "--semantic": "scoring/test_search_command.py::test_search_by_meaning_takes_the_model_at_hand",
+    "--parquet": "scoring/test_search_command.py::test_search_prints_a_table_or_json_or_writes_parquet",
+    "--remove": "studies/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
+    "--fine-tune": "studies/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
+    "--out": "studies/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
+    "--test": "studies/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step",
     "--small": "cli/test_dry_runs.py::test_paper_stands_on_the_demo_and_finds_its_claims_anew",
     "--only": "cli/test_dry_runs.py::test_paper_stands_on_the_demo_and_finds_its_claims_anew",
     "--split": "cli/test_dry_runs.py::test_generalize_knows_its_units_when_encodings_are_there",
@@ -154,8 +154,8 @@ ROWS: dict[str, str] = {
     "--batch-axis": f"{HERE}::test_options_say_how_layers_are_read",
     "--layer-grid": f"{HERE}::test_options_say_how_layers_are_read",
     "--prefix-tokens": f"{HERE}::test_options_say_how_layers_are_read",
-    "--image-column": "pipelines/test_any_probe.py::test_options_image_column_and_label_column_choose",
-    "--label-column": "pipelines/test_any_probe.py::test_options_image_column_and_label_column_choose",
+    "--image-column": "stages/test_any_probe.py::test_options_image_column_and_label_column_choose",
+    "--label-column": "stages/test_any_probe.py::test_options_image_column_and_label_column_choose",
     "--verify": "faults/test_damaged_tables.py::test_f2_status_lists_what_is_damaged_and_goes_on",
     "--conformance": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "--families": f"{HERE}::test_conformance_of_chosen_families_is_written",
@@ -164,7 +164,7 @@ ROWS: dict[str, str] = {
     "--library": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "models --out": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "--repeats": "benchmarks/test_exemplar_benchmarks.py::test_benchmark_short_form_writes_its_figures",
-    "--annotation-count": "pipelines/test_published_sets.py::test_annotation_count_chooses_units_and_annotations",
+    "--annotation-count": "stages/test_published_sets.py::test_annotation_count_chooses_units_and_annotations",
     "--address": f"{MORE}::test_address_is_where_ray_is_looked_for",
     "plan --address": f"{HERE}::test_g5_options_that_would_do_nothing_are_refused",
     "--beam-size": NAMES,
@@ -239,8 +239,8 @@ ROWS: dict[str, str] = {
 """Option → the test that fails where it is ignored, below ``tests``; ``VERB --option`` comes before ``--option``."""
 
 CANNOT_MATTER = {
-    "--actors": "how many never changes a result: tests/pipelines/test_exemplars_pipeline.py compares one with two",
-    "--shard-size": "how large never changes a result: tests/pipelines/test_exemplars_pipeline.py compares three",
+    "--actors": "how many never changes a result: tests/stages/test_exemplars_pipeline.py compares one with two",
+    "--shard-size": "how large never changes a result: tests/stages/test_exemplars_pipeline.py compares three",
     "--gpus-per-actor": "there is no GPU where the tests run",
     "--memory-limit": "the same batches come from memory and from disk",
     "dnd --pooled": "always on there",

@@ -17,7 +17,6 @@ from milan_ray import cli
 from milan_ray.annotations.layout import read_annotations, write_annotations
 from milan_ray.cli import dnd
 from milan_ray.models.chat import KEYS
-from milan_ray.pipelines.dnd import read_drawings
 from milan_ray.schema import (
     DESCRIPTIONS,
     DIFFERENCES,
@@ -25,6 +24,7 @@ from milan_ray.schema import (
     SCORES,
     UNIT_SCORES,
 )
+from milan_ray.stages.dnd import read_drawings
 from milan_ray.storage import Storage
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"

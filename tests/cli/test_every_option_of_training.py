@@ -20,17 +20,18 @@ from milan_ray import cli
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.fit import split_units
 from milan_ray.config import TrainingConfig
+from milan_ray.engine import references
+from milan_ray.engine.references import ModelRequest, ProbeRequest
 from milan_ray.errors import MilanError
-from milan_ray.experiments.tuning import read_sweep
-from milan_ray.pipelines import requests, tune
-from milan_ray.pipelines.captioners import load_captioner, save_captioner
-from milan_ray.pipelines.cut_and_paste import PastingConfig, pasting_recipe
-from milan_ray.pipelines.languages import language_name
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
-from milan_ray.pipelines.tune import TuningJob
 from milan_ray.probe.manifest import digest
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, HELD_OUT, PASTED, TRAINING, TRIALS
+from milan_ray.stages import tuning as tune
+from milan_ray.stages.captioners import load_captioner, save_captioner
+from milan_ray.stages.tuning import TuningJob
+from milan_ray.stages.tuning_statistics import read_sweep
 from milan_ray.storage import Storage
+from milan_ray.studies.cut_and_paste.run import PastingConfig, pasting_recipe
+from milan_ray.studies.spacy_pipeline import language_name
 
 TESTS = Path(__file__).resolve().parents[1]
 TINY = str(TESTS / "plugins/tiny_models.py")
@@ -301,8 +302,8 @@ def test_options_of_pasting_are_those_of_its_recipe(photos, tmp_path, capsys) ->
         rows |= {name: [value] * 8 for name, value in {"labeler": labeler, **keys}.items()}
         rows |= {column: [None] * 8 for column in DESCRIPTIONS.schema.names if column not in rows}
         storage.write(DESCRIPTIONS, DESCRIPTIONS.table(rows), f"d {labeler}", labeler=labeler, **keys)
-    spec = requests.model(ModelRequest("tiny/cnn", layers=("2",), plugins=(TINY,)))
-    shown = digest(requests.probe(source).manifest())
+    spec = references.model(ModelRequest("tiny/cnn", layers=("2",), plugins=(TINY,)))
+    shown = digest(references.probe(source).manifest())
     config = PastingConfig(units=3, pool=9, seed=4)
     recipe, *_ = pasting_recipe(storage, spec, ["2"], source, shown, language_name(), config)
     empty = PASTED.table({column: [] for column in PASTED.schema.names})

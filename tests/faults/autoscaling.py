@@ -17,8 +17,8 @@ from pathlib import Path
 import ray
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.pipelines.exemplars import run_exemplars
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
 PATIENCE = 300

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray.tune
 import spacy
 import torch
 from PIL import Image
@@ -21,32 +20,15 @@ from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
-from milan_ray.experiments.tuning import Sweep
+from milan_ray.engine import tuner
+from milan_ray.engine.cluster import connected
+from milan_ray.engine.references import ModelRequest, ProbeRequest
 from milan_ray.labelers.clip import Clip
 from milan_ray.labelers.clip_dissect import ClipDissect
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
 from milan_ray.models.generators import GeneratorRequest
 from milan_ray.models.image_captions import ImageCaptionerRequest
 from milan_ray.models.image_text import ImageTextRequest
-from milan_ray.pipelines import ablate, cut_and_paste, dnd, embeddings, train, tune
-from milan_ray.pipelines.analyze import AnalysisConfig, run_analysis
-from milan_ray.pipelines.annotations_import import run_import
-from milan_ray.pipelines.captioners import EncoderRequest, save_captioner
-from milan_ray.pipelines.clip_dissect import run_clip_dissect
-from milan_ray.pipelines.cluster import connected
-from milan_ray.pipelines.compare import run_comparison
-from milan_ray.pipelines.cosy import CosyConfig, run_cosy
-from milan_ray.pipelines.cut_and_paste import PastingConfig, run_pasting
-from milan_ray.pipelines.describe import Search, run_descriptions
-from milan_ray.pipelines.dnd import DndConfig, SummariserRequest, run_dnd
-from milan_ray.pipelines.edit import EditingConfig, run_editing
-from milan_ray.pipelines.embeddings import run_image_embeddings, text_embeddings
-from milan_ray.pipelines.encodings import run_encodings
-from milan_ray.pipelines.exemplars import Dissection, run_exemplars
-from milan_ray.pipelines.label import LabelConfig, run_labels
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
-from milan_ray.pipelines.rerank import run_reranking
-from milan_ray.pipelines.score import ScoreConfig, described_layers, run_scores
 from milan_ray.schema import (
     ANNOTATIONS,
     CANDIDATES,
@@ -61,7 +43,29 @@ from milan_ray.schema import (
     UNIT_SCORES,
     Noun,
 )
+from milan_ray.stages import dnd, embeddings
+from milan_ray.stages import training as train
+from milan_ray.stages import tuning as tune
+from milan_ray.stages.annotations_import import run_import
+from milan_ray.stages.captioners import EncoderRequest, save_captioner
+from milan_ray.stages.clip_dissect import run_clip_dissect
+from milan_ray.stages.concept_labels import LabelConfig, run_labels
+from milan_ray.stages.cosy import CosyConfig, run_cosy
+from milan_ray.stages.descriptions import Search, run_descriptions
+from milan_ray.stages.dnd import DndConfig, SummariserRequest, run_dnd
+from milan_ray.stages.embeddings import run_image_embeddings, text_embeddings
+from milan_ray.stages.encodings import run_encodings
+from milan_ray.stages.exemplars import Dissection, run_exemplars
+from milan_ray.stages.rerank import run_reranking
+from milan_ray.stages.scores import ScoreConfig, described_layers, run_scores
+from milan_ray.stages.tuning_statistics import Sweep
 from milan_ray.storage import Storage
+from milan_ray.studies.ablation import run as ablate
+from milan_ray.studies.analysis.run import AnalysisConfig, run_analysis
+from milan_ray.studies.comparison.run import run_comparison
+from milan_ray.studies.cut_and_paste import run as cut_and_paste
+from milan_ray.studies.cut_and_paste.run import PastingConfig, run_pasting
+from milan_ray.studies.editing.run import EditingConfig, run_editing
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
 TINY, FLAGS, COLOURS = (str(PLUGINS / f"{name}.py") for name in ("tiny_models", "flags", "colours"))
@@ -303,7 +307,7 @@ def on_threads() -> Iterator[None]:
         patched.setattr(cut_and_paste, "run_parallel", in_turn)
         patched.setattr(ablate, "SETS", 4)
         patched.setattr(tune, "_try", try_here)
-        patched.setattr(ray.tune, "report", lambda scores: None)
+        patched.setattr(tuner, "report", lambda scores: None)
         yield
 
 

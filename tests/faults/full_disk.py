@@ -14,13 +14,13 @@ import threading
 from pathlib import Path
 
 from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.engine.cluster import connected
+from milan_ray.engine.references import ModelRequest, ProbeRequest
 from milan_ray.errors import MilanError
-from milan_ray.pipelines.captioners import EncoderRequest
-from milan_ray.pipelines.cluster import connected
-from milan_ray.pipelines.describe import Search, run_descriptions
-from milan_ray.pipelines.encodings import run_encodings
-from milan_ray.pipelines.exemplars import run_exemplars
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.descriptions import Search, run_descriptions
+from milan_ray.stages.encodings import run_encodings
+from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
 

@@ -21,15 +21,15 @@ from damage import DAMAGE, FOLDER, MODELS, build, commands, damage, repair, tabl
 
 import milan_ray
 from milan_ray import cli
-from milan_ray.api import open_exemplars
 from milan_ray.captioner.checkpoints import CONFIG, WEIGHTS
 from milan_ray.errors import DamagedTable, MilanError
-from milan_ray.pipelines.captioners import load_captioner
-from milan_ray.pipelines.train import stored_state
-from milan_ray.pipelines.training_units import UnitFeatures, write_units
+from milan_ray.library.captioner import open_exemplars
 from milan_ray.report.layers import layer_folder
-from milan_ray.report.paper import Entry, store_entry, stored_entry
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, NOUNS, VIEWS
+from milan_ray.showcase.paper.page import Entry, store_entry, stored_entry
+from milan_ray.stages.captioners import load_captioner
+from milan_ray.stages.training import stored_state
+from milan_ray.stages.training_units import UnitFeatures, write_units
 from milan_ray.storage import WORK, Storage, WorkGone
 
 KINDS = (*DAMAGE, FOLDER)

@@ -25,8 +25,8 @@ import pytest
 from PIL import Image
 from pyarrow import fs
 
+from milan_ray.engine.status import status
 from milan_ray.errors import MilanError, UnreadableImage
-from milan_ray.pipelines.status import status
 from milan_ray.probe import files
 from milan_ray.probe.folder import FolderProbe
 from milan_ray.probe.manifest import image_refs

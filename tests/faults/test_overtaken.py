@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.pipelines.captioners import EncoderRequest
-from milan_ray.pipelines.encodings import run_encodings
-from milan_ray.pipelines.exemplars import run_exemplars
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRequest, ProbeRequest
 from milan_ray.schema import ENCODINGS, EXEMPLARS, LEVELS, SKIPPED, VIEWS, Noun
+from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.encodings import run_encodings
+from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")

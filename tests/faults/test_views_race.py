@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.pipelines import views
-from milan_ray.pipelines.exemplars import describe_model
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest, model, probe
-from milan_ray.pipelines.views import Pictures, ensure_views
+from milan_ray.engine.references import ModelRequest, ProbeRequest, model, probe
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.schema import MANIFEST, VIEWS
+from milan_ray.stages import images as views
+from milan_ray.stages.exemplars import describe_model
+from milan_ray.stages.images import Pictures, ensure_views
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from milan_ray.engine.references import image_text
 from milan_ray.models.concept_truth import ConceptTruth
 from milan_ray.models.image_text import ImageTextRequest, find_image_text
-from milan_ray.pipelines.requests import image_text
 
 TRUTH = ConceptTruth(("red", "house", "sky"), lambda text: set(text.split()), "1")
 HERE, NOWHERE = np.eye(4, dtype=bool), np.zeros((4, 4), bool)

@@ -27,7 +27,7 @@ def test_plugins_of_a_user_s_own_model_need_no_torchvision_and_override_its_name
     plugin = tmp_path / "own.py"
     plugin.write_text(SOURCE.format(name="own/net") + SOURCE.format(name="vgg11/imagenet"))
     script = f"""
-from milan_ray.pipelines import describe, encodings, exemplars
+from milan_ray.stages import descriptions, encodings, exemplars
 from milan_ray.models.registry import get_model, match_models
 from milan_ray.plugins import load_plugins
 import sys

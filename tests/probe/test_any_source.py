@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from milan_ray.errors import MilanError, UnreadableImage
-from milan_ray.notebook import _Pictures
+from milan_ray.library.dissect import _Pictures
 from milan_ray.probe.arrays import ParquetProbe
 from milan_ray.probe.base import ImageRef, Probe
 from milan_ray.probe.decode import FORMATS, IMAGE_FOLDER, decode, heic_is_read, probe_image

@@ -8,7 +8,6 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from milan_ray.experiments.differences import Difference, store
 from milan_ray.report import write_report
 from milan_ray.schema import (
     ANNOTATIONS,
@@ -24,6 +23,7 @@ from milan_ray.schema import (
     VIEWS,
     Noun,
 )
+from milan_ray.scoring.differences import Difference, store
 from milan_ray.storage import Storage
 
 SIDE = 20  # pixels of a view and its mask; 400 bits are whole bytes, 20 bits of a row are not

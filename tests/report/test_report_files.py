@@ -18,11 +18,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from milan_ray.errors import MilanError
-from milan_ray.experiments.differences import Difference, store
 from milan_ray.report import write_report
 from milan_ray.report.images import mask_strip, thumbnail, write_masks
 from milan_ray.report.pages import slug, write_script
 from milan_ray.schema import ABLATIONS, DIFFERENCES, EXEMPLARS, TRIALS, VIEWS
+from milan_ray.scoring.differences import Difference, store
 from milan_ray.storage import Storage
 
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from milan_ray.engine.references import generator
 from milan_ray.models.generators import GeneratorRequest
-from milan_ray.pipelines.requests import generator
 from milan_ray.world.lexicon import concepts_in
 from milan_ray.world.painter import ScenePainter, seen
 from milan_ray.world.scenes import concept_maps, make_scene

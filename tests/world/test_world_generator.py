@@ -13,17 +13,17 @@ from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.engine.references import ModelRequest, ProbeRequest
 from milan_ray.models.hooks import LayerTap
-from milan_ray.pipelines import world
-from milan_ray.pipelines.captioners import EncoderRequest, save_captioner
-from milan_ray.pipelines.describe import MILAN, Search, run_descriptions
-from milan_ray.pipelines.encodings import run_encodings
-from milan_ray.pipelines.exemplars import run_exemplars
-from milan_ray.pipelines.requests import ModelRequest, ProbeRequest
 from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.manifest import digest, image_refs
 from milan_ray.probe.registry import resolve_probe
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS
+from milan_ray.stages import world
+from milan_ray.stages.captioners import EncoderRequest, save_captioner
+from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
+from milan_ray.stages.encodings import run_encodings
+from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 from milan_ray.world import training
 from milan_ray.world.generator import CODE_SIZE, LAYERS, CodeProbe, SceneGenerator, scene_code

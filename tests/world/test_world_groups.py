@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from milan_ray.pipelines.captioners import load_captioner
 from milan_ray.schema import TRAINING
+from milan_ray.stages.captioners import load_captioner
 from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUPS = ("world-base", "world-not-cnn-objects")
-"""The command for all 14 is planned in tests/pipelines/test_training_pipeline.py; each takes half a minute to start."""
+"""The command for all 14 is planned in tests/stages/test_training_pipeline.py; each takes half a minute to start."""
 
 SMALL = """
 import sys
@@ -23,9 +23,9 @@ from milan_ray import runtime
 runtime.prepare(None)
 from safetensors.torch import save_file
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
-from milan_ray.pipelines.cluster import connected
-from milan_ray.pipelines.demo import SETS, run_groups
-from milan_ray.pipelines.requests import ProbeRequest
+from milan_ray.engine.cluster import connected
+from milan_ray.showcase.demo import SETS, run_groups
+from milan_ray.engine.references import ProbeRequest
 from milan_ray.storage import Storage
 from milan_ray.world.encoder import EncoderNet
 from milan_ray.world.generator import SceneGenerator

@@ -1,0 +1,169 @@
+"""Work over an actor pool through Ray Data: one row is one shard, one task, one unit of retry."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+from milan_ray.config import Resources
+from milan_ray.device import torch_threads
+from milan_ray.engine.cluster import pool_size, start, threads_here
+from milan_ray.engine.tasks import AHEAD, first_done, in_flight
+from milan_ray.errors import DamagedTable, MilanError
+from milan_ray.storage import WorkGone
+
+Row = dict[str, Any]
+T = TypeVar("T")
+
+_WAITING = 2
+"""Rows on their way to an actor: one runs, and the next is there when it ends."""
+
+
+class Kept(Generic[T]):
+    """What a worker keeps loaded, one thing at a time, where rows come thing by thing.
+
+    An actor may run its two waiting rows in either order, so the thing before the current one stays until the current
+    one is asked for twice in succession; then nothing is loaded twice.
+
+    Args:
+        build: Loads the thing of an index.
+    """
+
+    def __init__(self, build: Callable[[int], T]) -> None:
+        self._build = build
+        self._kept: dict[int, T] = {}
+        self._last: int | None = None
+
+    def __call__(self, index: int) -> T:
+        """The thing of this index."""
+        if index not in self._kept:
+            self._keep_newest()  # before the next is built: never three at once
+            self._kept[index] = self._build(index)
+        elif index == self._last == next(reversed(self._kept)):
+            self._keep_newest()
+        self._last = index
+        return self._kept[index]
+
+    def _keep_newest(self) -> None:
+        while len(self._kept) > 1:
+            del self._kept[next(iter(self._kept))]
+
+
+def run_pool(
+    worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], resources: Resources
+) -> Iterator[Row]:
+    """Runs ``worker(**arguments)(row)`` for every row on a pool of actors, or of threads where that is over sooner.
+
+    The rows' composition is fixed by the caller, so a result never depends on how Ray groups them. The worker writes
+    its own files and returns a small row; a row may be run again when an actor or node dies, and must then write the
+    same.
+
+    Args:
+        worker: A callable class.
+        arguments: Its constructor's arguments: small, picklable.
+        rows: JSON-able pieces of work.
+        resources: What the pool may use.
+
+    Yields:
+        The workers' answers (JSON-able), as they finish, with the ``seconds`` that each took.
+
+    Raises:
+        MilanError: As a worker raised it.
+    """
+    if not rows:
+        return
+    threads = threads_here(resources, len(rows))
+    answers = _here(worker, arguments, rows, threads) if threads else _actors(worker, arguments, rows, resources)
+    for found in answers:
+        if "failure" in found:
+            raise _raised(found)
+        yield found
+
+
+def _actors(
+    worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], resources: Resources
+) -> Iterator[Row]:
+    import ray.data  # two seconds of CPU, which a small job does not pay
+
+    start()
+    size = pool_size(resources, len(rows))
+    # JSON keeps Ray Data from inferring Arrow types from the first row.
+    blocks = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=len(rows))
+    answers = blocks.map(
+        _named(worker),
+        fn_constructor_kwargs=arguments,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=size.least, max_size=size.most, max_tasks_in_flight_per_actor=_WAITING
+        ),
+        num_cpus=resources.cpus_per_actor,
+        num_gpus=size.gpus or None,
+    )
+    for answer in answers.iter_rows():
+        yield json.loads(answer["row"])
+
+
+def _here(worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], threads: int) -> Iterator[Row]:
+    """The same by threads of this process, each with a worker of its own."""
+    own, named = threading.local(), _named(worker)
+
+    def run(row: Row) -> Row:
+        if not hasattr(own, "worker"):
+            own.worker = named(**arguments)
+        return json.loads(own.worker({"row": json.dumps(row)})["row"])
+
+    with torch_threads(arguments["threads"]), ThreadPoolExecutor(threads) as executor:
+        try:
+            for _, future in in_flight(
+                rows, lambda: AHEAD * threads, lambda row: executor.submit(run, row), first_done
+            ):
+                yield future.result()
+        finally:
+            executor.shutdown(cancel_futures=True)
+
+
+def _failure(error: MilanError) -> Row:
+    """An error as an answer."""
+    return {
+        "failure": str(error),
+        "gone": isinstance(error, WorkGone),
+        "damaged": error.path if isinstance(error, DamagedTable) else None,
+    }
+
+
+def _raised(answer: Row) -> MilanError:
+    """The error that an answer is."""
+    if answer["damaged"] is not None:
+        return DamagedTable(answer["failure"], answer["damaged"])
+    return (WorkGone if answer["gone"] else MilanError)(answer["failure"])
+
+
+def _named(worker: Callable[..., Any]) -> type:
+    """A class of the worker's own name, so that Ray's dashboard shows the stage, with JSON rows in and out.
+
+    A :class:`MilanError` comes back as an answer: raised inside an actor it would reach the user wrapped in Ray's own.
+    """
+
+    class Named:
+        def __init__(self, **arguments: Any) -> None:
+            self._failure: Row | None = None
+            try:
+                self._worker = worker(**arguments)
+            except MilanError as error:
+                self._failure = _failure(error)
+
+        def __call__(self, row: Row) -> Row:
+            if self._failure is not None:
+                return {"row": json.dumps(self._failure)}
+            started = time.monotonic()
+            try:
+                answer = self._worker(json.loads(row["row"]))
+            except MilanError as error:
+                answer = _failure(error)
+            return {"row": json.dumps({"seconds": time.monotonic() - started, **answer})}
+
+    Named.__name__ = Named.__qualname__ = getattr(worker, "__name__", "Worker")
+    return Named

@@ -1,1 +1,0 @@
-"""Evaluations and the paper's experiments; each returns rows of the scores table."""

@@ -1,0 +1,507 @@
+"""A network in a notebook: exemplars and descriptions of a torch model, in this process, without Ray or run directory.
+
+The same kernels as the jobs. What it finds stays in memory: meant for thousands of images and a few layers; whole
+models over large probes are for the jobs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import torch
+from PIL import Image
+from torch import nn
+
+from milan_ray.captioner.encoder import PyramidEncoder
+from milan_ray.config import FLOAT32, Arithmetic
+from milan_ray.device import resolve_device
+from milan_ray.errors import MilanError, unknown_name
+from milan_ray.exemplars import masks as packed_masks
+from milan_ray.exemplars.forward import Forward, check_probe, pass_size, read_ahead, read_views
+from milan_ray.exemplars.levels import in_words
+from milan_ray.exemplars.shard import LayerState, LayerStates, Plan
+from milan_ray.labelers.milan import MILAN
+from milan_ray.library.captioner import BATCH_SIZE, MASKS, Milan, Unit, as_frame
+from milan_ray.models.establish import establish
+from milan_ray.models.hooks import find_layers, named_layers, unwrap
+from milan_ray.models.image_text import ImageText
+from milan_ray.models.inputs import check_network
+from milan_ray.models.layouts import Reading
+from milan_ray.models.registry import Activations, ModelSpec
+from milan_ray.models.resolve import resolve_model
+from milan_ray.models.view import Preprocess
+from milan_ray.plugins import load_plugins
+from milan_ray.probe.base import ImageProbe, ImageRef, Probe, ProbeImage, Source
+from milan_ray.probe.decode import from_array, settle
+from milan_ray.probe.files import tell, tell_doubts
+from milan_ray.probe.manifest import Entry, build, image_refs
+from milan_ray.probe.registry import resolve_probe
+from milan_ray.progress import Progress, say
+from milan_ray.schema import DESCRIPTIONS
+
+Pictures = str | os.PathLike[str] | np.ndarray | Sequence[Any]
+"""Images to show a model: whatever ``--probe`` takes, by name or path, or several of them; a probe
+(:class:`milan_ray.probe.arrays.ParquetProbe` and its likes); a list of PIL images or of arrays uint8 (H, W, 3); or an
+array uint8 (N, H, W, 3). Models with ``inputs=`` and ``bands=`` take arrays of as many bands."""
+
+_ALL_MAPS = 2**62  # bytes of maps that a layer's state may carry: all of them, there is but one pass
+
+
+class _Pictures:
+    """Images in memory as a probe; they never travel."""
+
+    name = "images"
+
+    def __init__(self, images: Sequence[Any]) -> None:
+        self._images = images
+
+    def manifest(self) -> pa.Table:
+        return build([Entry("memory:", str(number)) for number in range(len(self._images))])
+
+    def read(self, ref: ImageRef) -> ProbeImage:
+        image = self._images[int(ref.path)]
+        if isinstance(image, Image.Image):
+            return settle(image)
+        pixels = np.asarray(image)
+        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not pixels.size:
+            raise MilanError(
+                f"image {ref.path} is {pixels.dtype} {pixels.shape}: give PIL images, or uint8 (height, width, bands)."
+            )
+        return from_array(pixels)
+
+    def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
+        return None
+
+
+@dataclass(frozen=True, eq=False)
+class _Layer:
+    """A layer's exemplars: k images of U units, best first, −1 where there are fewer.
+
+    Attributes:
+        ids: int64 (U, k).
+        activations: float32 (U, k).
+        levels: float32 (U,).
+        masks: Packed bits of every (unit, rank) that has an image.
+    """
+
+    ids: np.ndarray
+    activations: np.ndarray
+    levels: np.ndarray
+    masks: Mapping[tuple[int, int], bytes]
+
+
+class Dissection:
+    """What the units of a model's layers respond to, and, once asked, what a captioner says of them.
+
+    Attributes:
+        model: Name of the model.
+        layers: Its layers that were looked at.
+        skipped: One row per image that could not be used: image, reason.
+    """
+
+    def __init__(
+        self, model: str, probe: ImageProbe, refs: Sequence[ImageRef], preprocess: Preprocess, found: dict[str, _Layer],
+        skipped: Sequence[tuple[ImageRef, str]],
+    ) -> None:  # fmt: skip
+        """Made by :func:`dissect`."""
+        self.model, self.layers = model, list(found)
+        self.skipped = pl.DataFrame(
+            [(ref.location, why) for ref, why in skipped],
+            schema={"image": pl.String, "reason": pl.String},
+            orient="row",
+        )
+        self._probe, self._refs, self._view, self._found = probe, refs, preprocess.view, found
+        self._descriptions: dict[str, pl.DataFrame] = {}
+
+    def units(self) -> list[tuple[str, int]]:
+        """(layer, unit) of every unit that responds to an image at all."""
+        return [
+            (layer, unit) for layer, one in self._found.items() for unit in np.flatnonzero(one.ids[:, 0] >= 0).tolist()
+        ]
+
+    @property
+    def exemplars(self) -> pl.DataFrame:
+        """One row per unit and exemplar: layer, unit, rank, image, activation, level η."""
+        frames = []
+        for layer, one in self._found.items():
+            unit, rank = np.nonzero(one.ids >= 0)
+            frames.append(
+                pl.DataFrame(
+                    {
+                        "layer": [layer] * len(unit),
+                        "unit": unit.astype(np.int32),
+                        "rank": rank.astype(np.int16),
+                        "image": [self._refs[image].location for image in one.ids[unit, rank].tolist()],
+                        "activation": one.activations[unit, rank],
+                        "level": one.levels[unit],
+                    }
+                )
+            )
+        return pl.concat(frames)
+
+    @property
+    def descriptions(self) -> pl.DataFrame:
+        """What :meth:`describe` found, of all layers: columns as in the table of descriptions."""
+        empty = as_frame(DESCRIPTIONS.schema.empty_table())
+        return pl.concat([empty, *(self._descriptions[layer] for layer in self.layers if layer in self._descriptions)])
+
+    def lookup(self, layer: str | int, unit: int) -> Unit:
+        """A unit's exemplars, masks and descriptions; ``lookup(…).grid()`` is a picture of them.
+
+        Raises:
+            MilanError: There is no such layer or unit, or it responds to nothing.
+        """
+        layer = str(layer)
+        one = self._layer(layer)
+        if not 0 <= unit < len(one.ids) or one.ids[unit, 0] < 0:
+            raise MilanError(f"{self.model} has no exemplars of unit {unit} in layer {layer!r}: dead, or no such unit.")
+        ids = one.ids[unit][one.ids[unit] >= 0]
+        regions = packed_masks.unpack([one.masks[unit, rank] for rank in range(len(ids))], self._view.shape)
+        return Unit(
+            layer,
+            unit,
+            self._views(ids).transpose(0, 3, 1, 2).astype(np.float32) * np.float32(1 / 255),
+            regions[:, None].astype(np.float32),
+            model=self.model,
+            image_ids=ids,
+            activations=one.activations[unit][: len(ids)],
+            descriptions=self.descriptions.filter(layer=layer, unit=unit),
+        )
+
+    def describe(
+        self, milan: Milan, layers: Sequence[str] | None = None, units: Sequence[int] | None = None, **options: Any
+    ) -> pl.DataFrame:
+        """Describes units; every image is encoded once for all units of a layer.
+
+        Args:
+            milan: A captioner, as :func:`milan_ray.load` gives it.
+            layers: Which layers; None for all.
+            units: Which units of each; None for all that respond to an image.
+            **options: ``n_best``, ``lam``, ``beam_size`` of :meth:`milan_ray.Milan.describe`.
+
+        Returns:
+            One row per unit, columns as in the table of descriptions. They are kept, for :meth:`lookup`.
+
+        Raises:
+            MilanError: There is no such layer or unit.
+        """
+        for layer in self.layers if layers is None else layers:
+            one = self._layer(layer)
+            alive = np.flatnonzero(one.ids[:, 0] >= 0)
+            wanted = alive if units is None else np.unique(np.asarray(units, int))
+            if dead := sorted(set(wanted.tolist()) - set(alive.tolist())):
+                raise MilanError(
+                    f"{self.model} has no exemplars of units {dead[:8]} in layer {layer!r}: dead, or no such units."
+                )
+            self._descriptions[layer] = self._describe(milan, layer, wanted, options)
+        chosen = self.layers if layers is None else list(layers)
+        return self.descriptions.filter(pl.col("layer").is_in(chosen))
+
+    def _describe(self, milan: Milan, layer: str, units: np.ndarray, options: Mapping[str, Any]) -> pl.DataFrame:
+        found = [as_frame(DESCRIPTIONS.schema.empty_table())]
+        counts = (self._found[layer].ids[units] >= 0).sum(axis=1)
+        features = self._encode(milan.encoder, layer, units)
+        queries = None if milan.judge is None else self._encode(milan.judge, layer, units)
+        for count in np.unique(counts).tolist():  # with few images, units may have fewer exemplars
+            rows = np.flatnonzero(counts == count)
+            seen = None if queries is None else queries[rows, :count]
+            frame = milan.describe_encoded(features[rows, :count], seen, **options)
+            chosen = pl.Series("unit", units[rows].astype(np.int32))
+            labeler = MILAN if milan.clip is None else milan.clip.labeler().name
+            said = frame.with_columns(
+                chosen,
+                pl.lit(labeler).alias("labeler"),
+                pl.lit(self.model).alias("model"),
+                pl.lit(layer).alias("layer"),
+            )
+            found.append(said.select(found[0].columns).cast(found[0].schema))
+        return pl.concat(found).sort("unit")
+
+    def _encode(self, encoder: PyramidEncoder | ImageText, layer: str, units: np.ndarray) -> np.ndarray:
+        """Features (units, k, F), 0 where a unit has fewer exemplars."""
+        one = self._found[layer]
+        ids = one.ids[units]
+        k, flat, device = ids.shape[1], ids.ravel(), encoder.mean.device
+        features = np.zeros((len(flat), encoder.feature_size), np.float32)
+        distinct = np.unique(flat[flat >= 0])
+        with Progress(f"encoding {layer}", len(distinct), "images") as progress:
+            for start in range(0, len(distinct), BATCH_SIZE):
+                batch = distinct[start : start + BATCH_SIZE]
+                images = torch.from_numpy(self._views(batch)).to(device).permute(0, 3, 1, 2).float() * (1 / 255)
+                maps = encoder.maps(encoder.fit(images))
+                mine = np.flatnonzero(np.isin(flat, batch))
+                for part in np.split(mine, range(MASKS, len(mine), MASKS)):
+                    packed = [one.masks[int(units[place // k]), int(place % k)] for place in part]
+                    regions = torch.from_numpy(packed_masks.unpack(packed, self._view.shape)).to(device)
+                    where = torch.from_numpy(np.searchsorted(batch, flat[part])).to(device)
+                    features[part] = encoder.pool(maps, regions.float(), where).cpu().numpy()
+                progress.advance(len(batch))
+        return features.reshape(*ids.shape, -1)
+
+    def _views(self, ids: np.ndarray) -> np.ndarray:
+        """Images as the model saw them, uint8 (n, H, W, 3), in this order."""
+        batch = read_views(self._probe, [self._refs[image] for image in ids.tolist()], self._view)
+        if batch.unreadable:
+            ref, why = batch.unreadable[0]
+            raise MilanError(f"{ref.location} was read before but not now ({why}); dissect again.")
+        return batch.views
+
+    def _layer(self, layer: str) -> _Layer:
+        if layer not in self._found:
+            raise unknown_name("layer", layer, self._found, "These were dissected.")
+        return self._found[layer]
+
+
+def dissect(
+    model: nn.Module | str,
+    images: Pictures | Probe,
+    layers: Sequence[str] | None = None,
+    *,
+    k: int = 15,
+    quantile: float = 0.99,
+    preprocess: Preprocess | None = None,
+    activations: Activations = "seen",
+    batch_size: int = 128,
+    arithmetic: Arithmetic = FLOAT32,
+    weights: str | None = None,
+    device: str = "auto",
+    batch_axis: int | None = None,
+    units_axis: int | None = None,
+    grid: tuple[int, int] | None = None,
+    prefix_tokens: int | None = None,
+    channels_last: bool | None = None,
+    name: str | None = None,
+    plugins: Sequence[str] = (),
+    image_column: str | None = None,
+) -> Dissection:
+    """Finds the exemplars of all units of a model's layers (paper §3): one pass over the images, in this process.
+
+    Args:
+        model: A network, on the device it is to run on; or a registered name (``resnet18/imagenet``).
+        images: See :data:`Pictures`.
+        layers: Module paths; of a registered model None takes its own.
+        k: Exemplars per unit.
+        quantile: Activation quantile of the level η, above which a position belongs to a mask.
+        preprocess: View and normalisation of the model's inputs; None takes ImageNet's, or the registered model's.
+        activations: Which values of a layer count; see :class:`milan_ray.models.hooks.LayerTap`.
+        batch_size: Images per forward pass; CPUs take at most 16.
+        arithmetic: Precision and memory format that the network computes in; an ``autocast`` around the call is not
+            heeded. The network itself stays as it is.
+        weights: Of a registered model: a file, the name of published ones, or ``random``.
+        device: Where a registered model runs.
+        batch_axis: Axis of the layers' outputs that counts images, where it cannot be found out (docs/layouts.md).
+        units_axis: Axis that counts units; negative ones count from the end.
+        grid: (height, width) of the layers' positions.
+        prefix_tokens: Tokens before the positions (CLS, registers), which are left out.
+        channels_last: Whether 4-d outputs are (B, H, W, U): short for ``units_axis=-1``.
+        name: What to call the model; of a registered one its own.
+        plugins: Modules or ``.py`` files that register the model or the probe.
+        image_column: Of Parquet, Arrow and tar files, where images are; None finds it.
+
+    Raises:
+        MilanError: There is no such model, layer or folder, a layer has no units, or no image can be read.
+    """
+    _check_numbers(k, quantile, batch_size)
+    if activations not in get_args(Activations):
+        raise unknown_name("activations", str(activations), get_args(Activations), "Give one of these.")
+    load_plugins(plugins)
+    if channels_last is not None:
+        if units_axis not in (None, -1 if channels_last else 1):
+            raise MilanError(
+                f"channels_last={channels_last} and units_axis={units_axis} say different things: give one."
+            )
+        units_axis = -1 if channels_last else 1
+    reading = Reading(batch_axis, units_axis, grid, prefix_tokens)
+    if isinstance(model, nn.Module):
+        if weights is not None:
+            raise MilanError("weights= is for registered models: load them into the network, and leave it out.")
+        model = unwrap(model)
+        _check_device(model, device)
+        network, spec = model, _spec(model, layers, preprocess, activations, name, reading)
+    else:
+        spec = resolve_model(model, weights, layers, activations=activations, reading=reading)
+        spec = replace(spec, preprocess=preprocess or spec.preprocess, name=name or spec.name)
+        network = spec.load().to(resolve_device(device))
+    probe = _probe(images, image_column)
+    check_probe(spec, probe)
+    _check_axes(images, spec)
+    if spec.images is not None:
+        raise MilanError(f"{spec.name} is a generator: dissect it with jobs.exemplars.")
+    refs = image_refs(probe.manifest())
+    with _evaluating(network):
+        find_layers(network, spec.layers)
+        check_network(spec.name, network)
+        parameter = next(iter(network.parameters()), None)
+        where = torch.device("cpu") if parameter is None else parameter.device
+        size = pass_size(spec.batch(batch_size), where)
+        plan = Plan(len(refs), k, quantile, max(len(refs), 2**20), _ALL_MAPS)
+        layouts = establish(spec, network, spec.layers)
+        for layer, layout in layouts.items():
+            if layout.remark:
+                say(f"layer {layer!r} of {spec.name} {layout.remark}", level="warning")
+        # A copy for channels last, because weights are changed in place.
+        runs = deepcopy(network) if arithmetic.channels_last else network
+        forward = Forward(spec, runs, spec.layers, size, arithmetic, layouts)
+        states, skipped, doubts = _run(forward, spec, probe, refs, size, plan)
+    if not states:
+        first = f", the first {skipped[0][0].location}: {skipped[0][1]}" if skipped else ""
+        raise MilanError(f"none of {len(refs)} images can be read{first}; give images that PIL can open.")
+    tell_doubts(doubts, len(doubts))
+    if skipped:
+        say(f"skipped {len(skipped)} of {len(refs)} images: see .skipped")
+    for layer, state in states.items():
+        if words := in_words(state.level.nonfinite):
+            say(f"layer {layer!r} of {spec.name} {words}", level="warning")
+    found = {layer: _settle(state, spec.preprocess.view.shape) for layer, state in states.items()}
+    return Dissection(spec.name, probe, refs, spec.preprocess, found, skipped)
+
+
+def _spec(
+    model: nn.Module,
+    layers: Sequence[str] | None,
+    preprocess: Preprocess | None,
+    activations: Activations,
+    name: str | None,
+    reading: Reading,
+) -> ModelSpec:
+    if not layers:
+        paths = [path for path, _ in model.named_children()] or list(named_layers(model))
+        raise MilanError(
+            f"which layers: give layers=[…], module paths such as {', '.join(map(repr, paths[:8]))}; a layer's own "
+            "parts are 'layer4.1.conv2', the network's output is 'outputs'."
+        )
+    return ModelSpec(
+        name or type(model).__name__,
+        lambda weights: model,
+        tuple(dict.fromkeys(layers)),
+        preprocess or Preprocess(),
+        activations=activations,
+        reading=reading,
+    )
+
+
+def _probe(images: Pictures | Probe, image_column: str | None = None) -> ImageProbe:
+    tell.cache_clear()  # what is left out is said in every cell
+    _check_pictures(images)
+    in_memory = isinstance(images, (Source, np.ndarray)) or not (
+        isinstance(images, (str, os.PathLike)) or all(isinstance(one, (str, os.PathLike)) for one in images)
+    )
+    if in_memory and image_column is not None:
+        raise MilanError("image_column= is for Parquet, Arrow and tar files: leave it out for images in memory.")
+    if isinstance(images, Source):
+        return images  # type: ignore[return-value]
+    if isinstance(images, (str, os.PathLike)):
+        images = [images]
+    if not len(images):
+        raise MilanError("no images given: give at least one.")
+    if in_memory:
+        return _Pictures(list(images))
+    sources = [os.fspath(one) for one in images]
+    sources = [str(Path(one).expanduser()) if "://" not in one else one for one in sources]
+    return resolve_probe(sources, image_column=image_column)  # type: ignore[return-value]
+
+
+def _check_numbers(k: int, quantile: float, batch_size: int) -> None:
+    for name, value in (("k", k), ("batch_size", batch_size)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+            raise MilanError(f"{name}={value!r}: give a whole number of at least 1.")
+    if isinstance(quantile, bool) or not isinstance(quantile, (int, float, np.number)) or not 0 < quantile < 1:
+        raise MilanError(f"quantile={quantile!r}: give a number between 0 and 1, such as 0.99.")
+
+
+def _check_device(network: nn.Module, device: str) -> None:
+    """A network runs where it is: another device would do nothing."""
+    if device == "auto":
+        return
+    wanted = resolve_device(device)
+    parameter = next(iter(network.parameters()), None)
+    here = torch.device("cpu") if parameter is None else parameter.device
+    if wanted.type != here.type or (wanted.index or 0) != (here.index or 0):
+        raise MilanError(
+            f"device={device!r} is for registered models: this network is on {here}; call .to({device!r})."
+        )
+
+
+def _check_pictures(images: object) -> None:
+    """Refuses what is no sequence of images, and what can be meant in two ways."""
+    if isinstance(images, (str, os.PathLike, Source)):
+        return
+    if isinstance(images, (Image.Image, bytes, bytearray)):
+        what = "one PIL image" if isinstance(images, Image.Image) else "bytes"
+        remedy = "put it into a list, [image]" if isinstance(images, Image.Image) else "open them with PIL"
+        raise MilanError(f"images are {what}: {remedy}.")
+    if isinstance(images, (Mapping, set, frozenset)) or not (
+        hasattr(images, "__len__") and hasattr(images, "__getitem__")
+    ):
+        kind = type(images).__name__
+        raise MilanError(f"images are {kind}: give a path, a probe, an array, or a list of images (list(…) makes one).")
+    shape = tuple(getattr(images, "shape", ()))
+    if isinstance(images, np.ndarray) and not shape:
+        raise MilanError("images are an array without axes: give uint8 (N, height, width, 3).")
+    if len(shape) == 3 and shape[-1] in (3, 4):
+        raise MilanError(
+            f"images have shape {shape}, which is one picture of {shape[-1]} bands or {shape[0]} grey ones: give "
+            "x[None] for the one, x[..., None] for the others."
+        )
+    if len(shape) == 2:
+        raise MilanError(f"images have shape {shape}: give x[None] for one grey picture.")
+    several = [] if isinstance(images, np.ndarray) and not np.ma.isMaskedArray(images) else images
+    if np.ma.isMaskedArray(images) or any(np.ma.isMaskedArray(one) for one in several):  # type: ignore[attr-defined]
+        raise MilanError("images are masked arrays, whose masks would be lost: give x.filled(…) or x.data.")
+
+
+def _check_axes(images: object, spec: ModelSpec) -> None:
+    shape = tuple(getattr(images, "shape", ()))
+    if len(shape) == 4 and spec.bands is None and shape[1] in (1, 3, 4) and shape[-1] not in (1, 2, 3, 4):
+        raise MilanError(f"images have shape {shape}, bands first: give x.transpose(0, 2, 3, 1).")
+
+
+def _run(
+    forward: Forward, spec: ModelSpec, probe: ImageProbe, refs: Sequence[ImageRef], size: int, plan: Plan
+) -> tuple[dict[str, LayerState], list[tuple[ImageRef, str]], list[tuple[str, str]]]:
+    """One pass over the images; layer → its state, what could not be read, and doubts about what was."""
+    layers = LayerStates(plan, torch.get_num_threads())
+    skipped: list[tuple[ImageRef, str]] = []
+    doubts: list[tuple[str, str]] = []
+    with Progress(f"exemplars of {spec.name}", len(refs), "images") as progress:
+        for part, batch in read_ahead(probe, refs, spec, size, torch.get_num_threads()):
+            skipped += batch.unreadable
+            doubts += [(ref.location, why) for ref, why in batch.notes]
+            if len(batch.ids):
+                layers.update(forward.maps(batch.inputs), batch.ids)
+            progress.advance(len(part))
+    return layers.states, skipped, doubts
+
+
+def _settle(state: LayerState, size: tuple[int, int]) -> _Layer:
+    levels, ids = state.level.result(), state.topk.ids.cpu()
+    maps, values = state.topk.maps, state.topk.values.cpu()
+    assert maps is not None  # all maps were carried along
+    packed: dict[tuple[int, int], bytes] = {}
+    unit, rank = torch.nonzero(ids >= 0, as_tuple=True)
+    for part in torch.split(torch.arange(len(unit)), 64):
+        u, r = unit[part], rank[part]
+        regions = packed_masks.masks(maps[u.to(maps.device), r.to(maps.device)].cpu(), levels[u], size)
+        packed |= zip(zip(u.tolist(), r.tolist(), strict=True), packed_masks.pack(regions), strict=True)
+    return _Layer(ids.numpy(), values.numpy(), levels.numpy(), packed)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode for a while; every module has its own mode back afterwards."""
+    training = {module: module.training for module in network.modules()}
+    network.eval()
+    try:
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode

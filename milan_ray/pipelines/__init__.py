@@ -1,1 +1,0 @@
-"""The stages on Ray. This is the only package that imports it."""

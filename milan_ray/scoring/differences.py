@@ -1,0 +1,264 @@
+"""What the units of one network say that those of another do not: words gained and lost, and units that changed.
+
+Shares of units are compared, so that networks of any size and architecture can be. Fisher's exact test takes units for
+independent draws; those of one network are not (many may say the same for one reason), so its p says what to look at
+first, not what is proven.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+
+from milan_ray.config import config_hash
+from milan_ray.errors import MilanError
+from milan_ray.schema import CHANGES, DESCRIPTIONS, DIFFERENCES
+from milan_ray.scoring.words import (
+    FUNCTION_WORDS,
+    asked_in,
+    head_words,
+    vocabulary_of,
+    words_of,
+)
+from milan_ray.storage import Storage
+
+ALL_LAYERS = ""
+"""What column ``layer`` holds in rows on all layers together."""
+
+_Z = 1.959963984540054  # the normal distribution's .975 quantile
+_SAME = 1 + 1e-7  # tables this much likelier than the one seen are as likely but for rounding, as in R and scipy
+
+
+@dataclass(frozen=True, eq=False)
+class Difference:
+    """Two networks' descriptions beside each other.
+
+    Attributes:
+        words: One row per word and layer (:data:`ALL_LAYERS`, then each that both have), the clearest difference
+            first: word, layer, units and of (the model's units with the word, and all), other_units and other_of,
+            difference (share in the other less share in the model) with its 95 % interval low and high, p (Fisher's
+            exact test, two-sided), q (p after Benjamini and Hochberg over the words of a layer).
+        changes: Where both have the same layer with as many units, the units that say something else: layer, unit,
+            description, other_description, gained and lost (words, of the other network against the model).
+        units: How many units are compared one by one.
+        sizes: Described units of the model and of the other.
+    """
+
+    words: pl.DataFrame
+    changes: pl.DataFrame
+    units: int
+    sizes: tuple[int, int]
+
+
+def diff_descriptions(
+    descriptions: pl.LazyFrame | pl.DataFrame,
+    model: str,
+    other: str,
+    *,
+    words: Sequence[str] = (),
+    by_layer: bool = False,
+) -> Difference:
+    """Compares the descriptions of two networks by one labeler.
+
+    All forms of a word count as one, under the shortest (*face* for *faces*). Words without meaning of their own are
+    left out. Unit by unit is compared what has a counterpart, which means something where one network was made from
+    the other, or both in the same way; the words mean something for any two.
+
+    Args:
+        descriptions: Columns labeler, model, layer, unit, description.
+        model: The network to start from.
+        other: The one to compare with it: what it has more often is gained.
+        words: Count these only, ``face|person`` and ``"left of"`` as in a search; empty for every word there is.
+        by_layer: Compare the layers that both have one by one, too.
+
+    Raises:
+        MilanError: One has no descriptions, or they are by several labelers.
+    """
+    columns = ["labeler", "model", "layer", "unit", "description"]
+    both = descriptions.lazy().filter(pl.col("model").is_in([model, other])).select(columns).collect()
+    for name in (model, other):
+        if name not in both["model"]:
+            raise MilanError(f"there are no descriptions of {name}; describe it first, or look at `jobs.status`.")
+    if both["labeler"].n_unique() > 1:
+        raise MilanError(f"descriptions by {', '.join(sorted(set(both['labeler'])))}: compare those of one labeler.")
+    texts = both.select("description").unique().sort("description")
+    texts = texts.with_columns(_heads(texts["description"], words))
+    both = both.join(texts, on="description", maintain_order="left")
+    tables = [_compare(both, model, other, ALL_LAYERS, words)]
+    layers = both.filter(pl.col("model") == model)["layer"].unique(maintain_order=True).to_list()
+    paired = _paired(both, model, other, layers)
+    if by_layer:
+        shared = both.group_by("layer").agg(pl.col("model").n_unique()).filter(pl.col("model") == 2)
+        for layer in [layer for layer in layers if layer in shared["layer"]]:
+            tables.append(_compare(both.filter(pl.col("layer") == layer), model, other, layer, words))
+    changed = paired.filter(pl.col("description") != pl.col("other_description"))
+    sizes = [int((both["model"] == name).sum()) for name in (model, other)]
+    return Difference(pl.concat(tables), changed, len(paired), (sizes[0], sizes[1]))
+
+
+def _heads(texts: pl.Series, words: Sequence[str]) -> pl.Series:
+    """The words that count of every text, each once: list of strings."""
+    if words:
+        return asked_in(texts, words)
+    heads = head_words(vocabulary_of(texts))
+    found = [sorted({heads[word] for word in words_of(text)} - FUNCTION_WORDS) for text in texts]
+    return pl.Series("words", found, pl.List(pl.String))
+
+
+def _compare(both: pl.DataFrame, model: str, other: str, layer: str, words: Sequence[str]) -> pl.DataFrame:
+    sizes = {name: int((both["model"] == name).sum()) for name in (model, other)}
+    counts = (
+        both.select("model", "words")
+        .explode("words")
+        .drop_nulls()
+        .group_by(pl.col("words").alias("word"))
+        .agg(
+            (pl.col("model") == model).sum().cast(pl.Int64).alias("units"),
+            (pl.col("model") == other).sum().cast(pl.Int64).alias("other_units"),
+        )
+    )
+    if words:  # one that nobody says is an answer too
+        asked = pl.DataFrame({"word": list(dict.fromkeys(words))})
+        counts = asked.join(counts, on="word", how="left", maintain_order="left").fill_null(0)
+    a, b = (counts[name].to_numpy() for name in ("units", "other_units"))
+    low, high = newcombe(a, sizes[model], b, sizes[other])
+    p = fisher(a, sizes[model], b, sizes[other])
+    table = counts.select(
+        "word",
+        pl.lit(layer).alias("layer"),
+        "units",
+        pl.lit(sizes[model], pl.Int64).alias("of"),
+        "other_units",
+        pl.lit(sizes[other], pl.Int64).alias("other_of"),
+        pl.Series("difference", b / sizes[other] - a / sizes[model], pl.Float64),
+        pl.Series("low", low, pl.Float64),
+        pl.Series("high", high, pl.Float64),
+        pl.Series("p", p, pl.Float64),
+        pl.Series("q", false_discovery(p), pl.Float64),
+    )
+    if words:
+        return table
+    return table.sort("p", pl.col("difference").abs(), "word", descending=[False, True, False])
+
+
+def _paired(both: pl.DataFrame, model: str, other: str, layers: Sequence[str]) -> pl.DataFrame:
+    """Units with a counterpart: of layers of one name with the same units; layers in this order."""
+    sides = []
+    for name in (model, other):
+        side = both.filter(pl.col("model") == name).drop("model", "labeler")
+        sides.append((side, side.group_by("layer").agg(pl.col("unit").sort().alias("all"))))
+    (mine, of_mine), (theirs, of_theirs) = sides
+    alike = of_mine.join(of_theirs, on="layer").filter(pl.col("all") == pl.col("all_right"))["layer"]
+    pairs = mine.filter(pl.col("layer").is_in(alike.to_list())).join(theirs, on=["layer", "unit"], suffix="_other")
+    return pairs.select(
+        "layer",
+        "unit",
+        "description",
+        pl.col("description_other").alias("other_description"),
+        pl.col("words_other").list.set_difference("words").list.sort().alias("gained"),
+        pl.col("words").list.set_difference("words_other").list.sort().alias("lost"),
+    ).sort(pl.col("layer").cast(pl.Enum(layers)), "unit")
+
+
+def fisher(a: np.ndarray, of_a: int, b: np.ndarray, of_b: int) -> np.ndarray:
+    """Fisher's exact test, two-sided: how likely tables are that are no likelier than the one seen.
+
+    Args:
+        a: Counts out of ``of_a``, (W,).
+        of_a: At least the greatest of them.
+        b: Counts out of ``of_b``, (W,).
+        of_b: At least the greatest of them.
+
+    Returns:
+        p, float64 (W,).
+    """
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, of_a + of_b + 1)))])  # of factorials
+
+    def choose(n: int, k: np.ndarray) -> np.ndarray:
+        return logs[n] - logs[k] - logs[n - k]
+
+    found: dict[tuple[int, int], float] = {}
+    for pair in set(zip(a.tolist(), b.tolist(), strict=True)):
+        both = sum(pair)
+        k = np.arange(max(0, both - of_b), min(of_a, both) + 1)
+        chances = np.exp(choose(of_a, k) + choose(of_b, both - k) - choose(of_a + of_b, np.array(both)))
+        seen = chances[pair[0] - k[0]]
+        found[pair] = min(1.0, math.fsum(chances[chances <= seen * _SAME]))
+    return np.array([found[pair] for pair in zip(a.tolist(), b.tolist(), strict=True)], np.float64)
+
+
+def newcombe(a: np.ndarray, of_a: int, b: np.ndarray, of_b: int) -> tuple[np.ndarray, np.ndarray]:
+    """95 % interval of the difference b / of_b − a / of_a, from Wilson's of each share (Newcombe 1998, method 10)."""
+    one, one_low, one_high = wilson(a, of_a)
+    two, two_low, two_high = wilson(b, of_b)
+    gap = two - one
+    return gap - np.hypot(two - two_low, one_high - one), gap + np.hypot(two_high - two, one - one_low)
+
+
+def wilson(count: np.ndarray, of: np.ndarray | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Shares count / of, and the ends of their 95 % intervals (Wilson 1927)."""
+    share = count / of
+    centre = share + _Z**2 / (2 * of)
+    spread = _Z * np.sqrt(share * (1 - share) / of + _Z**2 / (4 * of**2))
+    return share, (centre - spread) / (1 + _Z**2 / of), (centre + spread) / (1 + _Z**2 / of)
+
+
+def false_discovery(p: np.ndarray) -> np.ndarray:
+    """From p values, each the least false discovery rate at which it is still found (Benjamini and Hochberg 1995)."""
+    from scipy.stats import false_discovery_control  # half a second, which searches should not pay
+
+    return false_discovery_control(p, method="bh") if len(p) else p
+
+
+def store(storage: Storage, found: Difference, labeler: str, model: str, other: str, words: Sequence[str] = ()) -> None:
+    """Writes a difference into a run directory, where the report finds it.
+
+    Args:
+        storage: The run directory.
+        found: The difference.
+        labeler: Whose descriptions were compared.
+        model: The network to start from.
+        other: The one compared with it.
+        words: Those that were asked for.
+    """
+    keys = {"labeler": labeler, "model": model, "other": other}
+    config = difference_config(storage, labeler, model, other, words)
+    metadata = {"units": str(found.units), "words": json.dumps(list(words))}
+    for noun, frame in ((DIFFERENCES, found.words), (CHANGES, found.changes)):
+        columns: dict[str, object] = {name: [value] * len(frame) for name, value in keys.items()}
+        columns |= {column.name: frame[column.name].to_list() for column in noun.columns if column.name not in keys}
+        storage.write(noun, noun.table(columns, metadata), config, **keys)
+
+
+def difference_config(storage: Storage, labeler: str, model: str, other: str, words: Sequence[str]) -> str:
+    """What decides a difference: both networks' descriptions as they are now, and the words asked for."""
+    described = [
+        keys for name in (model, other) for keys in storage.partitions(DESCRIPTIONS, labeler=labeler, model=name)
+    ]
+    configs = [storage.config_of(DESCRIPTIONS, **keys) for keys in described]
+    return config_hash({"difference": 1, "descriptions": configs, "words": list(words)})
+
+
+def summary(found: Difference, model: str, other: str, top: int) -> str:
+    """What changed, on one screen."""
+    lines = [f"{model} ({found.sizes[0]} units) against {other} ({found.sizes[1]} units)"]
+    lines.append(f"{'word':24} {model[-16:]:>16} {other[-16:]:>16}  {'difference [95 %]':>28}  {'q':>7}")
+    for row in found.words.head(top).iter_rows(named=True):
+        word = f"{row['word']} ({row['layer']})" if row["layer"] else row["word"]
+        gap = f"{row['difference']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}]"
+        lines.append(f"{word:24} {row['units']:>16} {row['other_units']:>16}  {gap:>28}  {row['q']:7.2g}")
+    if found.units:
+        lines.append(f"unit by unit: {len(found.changes)} of {found.units} say something else")
+        changed = found.changes.filter((pl.col("gained").list.len() + pl.col("lost").list.len()) > 0)
+        for row in changed.head(top).iter_rows(named=True):
+            said = f"{row['description']} → {row['other_description']}"
+            marks = [f"+{word}" for word in row["gained"]] + [f"−{word}" for word in row["lost"]]
+            lines.append(f"  {row['layer']} {row['unit']}: {said}  ({', '.join(marks)})")
+    else:
+        lines.append("unit by unit: nothing; they have no layer of one name with the same units")
+    return "\n".join(lines)

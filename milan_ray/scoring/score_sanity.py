@@ -1,0 +1,120 @@
+"""Scores judged themselves: what says less, or more, than the truth must score lower (docs/scores.md).
+
+Units whose concept is known are scored three times: with their concept, with half of the images that show it left out
+(a description that is too narrow), and with as many images that do not show it put in (one that is too wide).
+
+Source: the sanity tests of Oikarinen et al., *Evaluating neuron explanations: a unified framework with sanity checks*
+(ICML 2025).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import pyarrow as pa
+
+from milan_ray.scoring.bootstrap import interval, ratio, resampling_counts
+from milan_ray.scoring.evaluation import Row, score_table, unit_values
+from milan_ray.scoring.simulation import Moments, average_precision, highest, retrieval
+
+Score = Callable[[np.ndarray, np.ndarray], float]
+"""From activations (N,) and predictions (N,) to a score, higher is better."""
+
+LEAST = 1e-3
+"""A score has fallen when it is lower by more than this share of itself: chance alone moves it by less."""
+
+MISSING, EXTRA = "missing labels", "extra labels"
+
+
+def missing_labels(shown: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The truth without half of the images that show a concept: bool (N,)."""
+    images = np.flatnonzero(shown)
+    fewer = shown.copy()
+    fewer[rng.choice(images, len(images) // 2, replace=False)] = False
+    return fewer
+
+
+def extra_labels(shown: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """The truth with as many images that do not show a concept, or all there are: bool (N,)."""
+    images = np.flatnonzero(~shown)
+    more = shown.copy()
+    more[rng.choice(images, min(int(shown.sum()), len(images)), replace=False)] = True
+    return more
+
+
+def scores(top: float = 0.01, retrieved: int = 50) -> dict[str, Score]:
+    """The scores of descriptions, as functions of activations and predictions alone.
+
+    Args:
+        top: Of AUPRC: share of the images that count as exciting the unit.
+        retrieved: Of retrieval: images nearest to a description.
+    """
+
+    def correlation(activations: np.ndarray, predicted: np.ndarray) -> float:
+        state = Moments()
+        state.update(0, activations[:, None], predicted[:, None])
+        return float(state.result()[0])
+
+    def auprc(activations: np.ndarray, predicted: np.ndarray) -> float:
+        return average_precision(predicted, highest(activations, max(1, round(top * len(activations)))))
+
+    def nearest(activations: np.ndarray, predicted: np.ndarray) -> np.ndarray:
+        return highest(predicted, min(retrieved, len(predicted) // 2))
+
+    return {
+        "simulation": correlation,
+        "auprc": auprc,
+        "retrieval-auc": lambda activations, predicted: retrieval(activations, nearest(activations, predicted))[0],
+        "retrieval-mad": lambda activations, predicted: retrieval(activations, nearest(activations, predicted))[1],
+    }
+
+
+def sanity(
+    experiment: str,
+    activations: np.ndarray,
+    shown: np.ndarray,
+    measures: Mapping[str, Score] | None = None,
+    *,
+    samples: int = 1000,
+    seed: int = 0,
+) -> pa.Table:
+    """How often each score falls when the truth is made too narrow, or too wide.
+
+    Args:
+        experiment: Name of the evaluation.
+        activations: Of U units whose concept is known, (N, U), without NaN.
+        shown: bool (N, U): which images show the unit's concept.
+        measures: The scores; None takes :func:`scores`.
+        samples: Bootstrap resamples.
+        seed: Seed of what is left out and put in, and of the bootstrap.
+
+    Returns:
+        Rows of schema SCORES, systems :data:`MISSING` and :data:`EXTRA`: the share of units whose score falls; 1 is a
+        score that sees the difference, and what leaves a score where it is counts as unseen.
+
+    Raises:
+        ValueError: No unit's concept shows in two images and is missing in another.
+    """
+    units = [unit for unit in range(shown.shape[1]) if 2 <= shown[:, unit].sum() < len(shown)]
+    if not units:
+        raise ValueError("no unit's concept shows in some images and not in others")
+    rng = np.random.default_rng(seed)
+    # In a random order, because scores that take the nearest few images take the first of equal ones.
+    order = rng.permutation(len(shown))
+    activations, shown = activations[order], shown[order]
+    told = shown.astype(np.float64)
+    changed = {
+        system: [change(shown[:, unit], rng).astype(np.float64) for unit in units]
+        for system, change in ((MISSING, missing_labels), (EXTRA, extra_labels))
+    }
+    counts = resampling_counts(len(units), samples, seed)
+    rows: list[Row] = []
+    for metric, measure in (measures or scores()).items():
+        truth = np.array([measure(activations[:, unit], told[:, unit]) for unit in units])
+        for system, predicted in changed.items():
+            found = np.array([measure(activations[:, u], p) for u, p in zip(units, predicted, strict=True)])
+            falls = found < truth - LEAST * np.abs(truth)
+            note = "share of units whose score falls when the true labels are made worse; 1 is a score that sees it"
+            rows.append((system, metric, interval(unit_values(falls), ratio, counts), len(units), note))
+    return score_table(experiment, rows)

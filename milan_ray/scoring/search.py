@@ -1,0 +1,219 @@
+"""Search in descriptions: by words and their inflections, or by meaning.
+
+Queries work on the different descriptions, of which there are far fewer than units: a lazy frame over Parquet is read
+once for these and once for the units that have them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+
+from milan_ray.config import config_hash
+from milan_ray.damaged import LeftOut
+from milan_ray.errors import DamagedTable, MilanError, unknown_name
+from milan_ray.progress import Progress, say
+from milan_ray.schema import DESCRIPTIONS, EXEMPLARS
+from milan_ray.scoring.words import parse, pattern, spoken, vocabulary_of, words_of
+from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, Storage
+
+if TYPE_CHECKING:
+    from milan_ray.models.sentences import EmbedsTexts  # brings torch, which a search by words does without
+
+COLUMNS = ("labeler", "model", "layer", "unit", "description", "score")
+"""What is read of descriptions."""
+
+SATURATION, LENGTH = 1.2, 0.75
+"""BM25's k1 and b, as Lucene sets them."""
+
+TEXTS = 4096
+"""Descriptions embedded between two lines of progress."""
+
+_THREADS = 16  # reading files is waiting
+
+
+def scan_descriptions(
+    storage: Storage,
+    models: Sequence[str] | None = None,
+    layers: Sequence[str] | None = None,
+    labelers: Sequence[str] | None = None,
+    *,
+    leave_out: bool = False,
+) -> pl.LazyFrame:
+    """The descriptions of a run directory, without those that speak of exemplars that are no longer there.
+
+    Layers follow one another as in their models. All files are looked through once, :data:`COLUMNS` alone; local ones
+    are read again when a query needs them.
+
+    Args:
+        storage: The run directory.
+        models: Names or patterns (``resnet*``); None for all.
+        layers: The same, of layers.
+        labelers: The same, of labelers.
+        leave_out: Leave damaged tables out, and say so, as a search does: the others' units are found as ever.
+
+    Returns:
+        :data:`COLUMNS`.
+
+    Raises:
+        DamagedTable: A table is, and none is to be left out; or all are.
+        MilanError: There are none, or none of a name that was asked for.
+    """
+    found = storage.in_model_order(storage.partitions(DESCRIPTIONS))
+    if not found:
+        raise MilanError(f"{storage.uri(DESCRIPTIONS.name)} holds no descriptions; run jobs.describe or jobs.label.")
+    every = found
+    for key, wanted in (("labeler", labelers), ("model", models), ("layer", layers)):
+        names = {keys[key] for keys in every}
+        for name in wanted or ():
+            if not any(fnmatchcase(known, name) for known in names):
+                raise unknown_name(f"{key} with descriptions", name, names)
+        if wanted:
+            found = [keys for keys in found if any(fnmatchcase(keys[key], name) for name in wanted)]
+    if not found:
+        raise MilanError("no layer has descriptions of all that is asked for together; leave one filter out.")
+    left_out = LeftOut("search")
+    with ThreadPoolExecutor(_THREADS) as threads:
+        looked = list(threads.map(lambda keys: _look(storage, keys), found))
+        damaged = [each for each in looked if isinstance(each, DamagedTable)]
+        if damaged and (len(damaged) == len(looked) or not leave_out):
+            raise damaged[0]
+        for error in damaged:
+            left_out.note(error)
+        if stale := looked.count(False):
+            say(f"left out {stale} tables of descriptions that speak of earlier exemplars")
+        found = [keys for keys, each in zip(found, looked, strict=True) if each is True]
+        if not found:
+            raise MilanError(f"all descriptions in {storage.root} speak of earlier exemplars; describe again.")
+        if storage.is_local:
+            paths = [storage.uri(storage.path(DESCRIPTIONS, **keys)) for keys in found]
+            return pl.scan_parquet(paths, hive_partitioning=False, glob=False).select(COLUMNS)
+        tables = threads.map(lambda keys: storage.read(DESCRIPTIONS, list(COLUMNS), **keys), found)
+        return pl.concat([pl.DataFrame(pl.from_arrow(table)) for table in tables]).lazy()
+
+
+def _look(storage: Storage, keys: dict[str, str]) -> bool | DamagedTable:
+    """Whether descriptions speak of exemplars that are there, or why they cannot be read.
+
+    All their pages are read: of damage that a query meets, it could not say where it is.
+    """
+    try:
+        said = (storage.metadata(DESCRIPTIONS, **keys) or {}).get(EXEMPLARS_KEY)
+        if storage.is_local:
+            storage.read(DESCRIPTIONS, list(COLUMNS), **keys)
+    except DamagedTable as error:
+        return error
+    try:
+        there = storage.metadata(EXEMPLARS, model=keys["model"], layer=keys["layer"])
+    except DamagedTable:  # what they speak of cannot be told, and they say it all the same
+        return True
+    return not said or there is None or there.get(CONFIG_KEY) == said
+
+
+def search_descriptions(
+    descriptions: pl.LazyFrame | pl.DataFrame,
+    query: str,
+    *,
+    model: EmbedsTexts | None = None,
+    any_word: bool = False,
+    top: int | None = None,
+) -> pl.DataFrame:
+    """Finds the units whose descriptions match a query, the best first.
+
+    By words: each must occur, in any inflection and case, as a whole word; ``red|blue`` is either, ``"left of"`` one
+    behind the other. Ranked by BM25 over all descriptions given, then by the labeler's own score, then by layers as
+    they come in the descriptions. By meaning, where a model is given: ranked by the cosine of the description with the
+    query.
+
+    Args:
+        descriptions: A column ``description`` and any others; a lazy frame is not read as a whole.
+        query: What to look for.
+        model: Embeds texts; None searches by words.
+        any_word: One of the words suffices.
+        top: Rows at most; None for all: of a search by meaning, that is every unit.
+
+    Returns:
+        ``relevance`` (BM25 or cosine), ``mentions`` (whether the words occur), then the columns given.
+
+    Raises:
+        MilanError: There is no word in the query.
+    """
+    lazy = descriptions.lazy()
+    terms = parse(query)
+    distinct = lazy.filter(pl.col("description").is_not_null()).group_by("description").agg(pl.len().alias("units"))
+    texts = distinct.collect(engine="streaming").sort("description")
+    vocabulary = vocabulary_of(texts["description"])
+    counts = [
+        spoken("description").str.count_matches(pattern(term, vocabulary)).alias(f"{place}")
+        for place, term in enumerate(terms)
+    ]
+    found = texts.with_columns(*counts, spoken("description").str.count_matches(r"\w+").alias("length"))
+    has = [pl.col(f"{place}") > 0 for place in range(len(terms))]
+    mentions = pl.any_horizontal(has) if any_word else pl.all_horizontal(has)
+    if model is None:
+        found = found.with_columns(_bm25(found, len(terms)).alias("relevance"), mentions.alias("mentions"))
+        found = found.filter("mentions")
+    else:
+        cosines = _cosines(model, found["description"].to_list(), query)
+        found = found.with_columns(pl.Series("relevance", cosines, pl.Float64), mentions.alias("mentions"))
+    found = found.sort("relevance", "description", descending=[True, False])
+    if top is not None:
+        before = pl.col("units").cum_sum().shift(1, fill_value=0)
+        found = found.filter(before < top)  # no more texts than can be among the first rows
+    names = lazy.collect_schema().names()
+    chosen = found.select("description", "relevance", "mentions").lazy()
+    rows = lazy.join(chosen, on="description", how="inner").collect(engine="streaming")
+    order = ["relevance", *(name for name in ("score", "labeler", "model", "layer", "unit") if name in names)]
+    if "layer" in names:
+        rows = rows.join(_places(lazy, names), on=[name for name in ("model", "layer") if name in names], how="left")
+        order[order.index("layer")] = "place"
+    rows = rows.sort(order, descending=[name in ("relevance", "score") for name in order], nulls_last=True)
+    return rows.select("relevance", "mentions", *names).head(len(rows) if top is None else top)
+
+
+def _places(descriptions: pl.LazyFrame, names: Sequence[str]) -> pl.DataFrame:
+    """Every layer with its place among them, as they come."""
+    keys = [name for name in ("model", "layer") if name in names]
+    distinct = descriptions.select(keys).unique(maintain_order=True).collect(engine="streaming")
+    return distinct.with_row_index("place")
+
+
+def _bm25(texts: pl.DataFrame, terms: int) -> pl.Expr:
+    """BM25 of every text: the sum over terms of idf · tf (k1 + 1) / (tf + k1 (1 − b + b · length / mean length))."""
+    units = int(texts["units"].sum())
+    mean = max(1.0, float(np.average(texts["length"], weights=texts["units"]))) if units else 1.0
+    longer = SATURATION * (1 - LENGTH + LENGTH * pl.col("length") / mean)
+    total = pl.lit(0.0)
+    for place in range(terms):
+        times = pl.col(f"{place}").cast(pl.Float64)
+        having = int(texts.filter(pl.col(f"{place}") > 0)["units"].sum())
+        idf = float(np.log1p((units - having + 0.5) / (having + 0.5)))
+        total = total + idf * times * (SATURATION + 1) / (times + longer)
+    return total
+
+
+def _cosines(model: EmbedsTexts, texts: Sequence[str], query: str) -> np.ndarray:
+    wanted = model.embed_texts([" ".join(words_of(query))])[0]
+    found = np.zeros(len(texts))
+    with Progress("texts", len(texts), "descriptions") as progress:
+        for start in range(0, len(texts), TEXTS):
+            part = texts[start : start + TEXTS]
+            found[start : start + len(part)] = (model.embed_texts(part) @ wanted).cpu().numpy()
+            progress.advance(len(part))
+    return found
+
+
+def descriptions_hash(storage: Storage, labeler: str, models: Sequence[str]) -> str:
+    """What decides an audit: the descriptions of its networks, as they are now."""
+    every = storage.partitions(DESCRIPTIONS, labeler=labeler)
+    found = [
+        (keys["model"], keys["layer"], storage.config_of(DESCRIPTIONS, **keys))
+        for keys in every
+        if keys["model"] in models
+    ]
+    return config_hash({"descriptions": found})

@@ -1,0 +1,364 @@
+"""The main job on the built-in world: from nothing to a report, with the truth known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from milan_ray.annotations.groups import training_groups
+from milan_ray.config import ExemplarConfig, Recipe, Resources, TrainingConfig
+from milan_ray.engine import references
+from milan_ray.exemplars.forward import Forward
+from milan_ray.labelers.clip import CLIP, Clip
+from milan_ray.progress import say
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, ENCODINGS, SCORES
+from milan_ray.scoring.evaluation import RANDOM, best_constant, evaluate_text, nearest_copy, with_trivial_rows
+from milan_ray.scoring.text import BertScore, minilm_directory
+from milan_ray.stages import world
+from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.descriptions import LIKELIHOOD, MILAN, Search, run_descriptions
+from milan_ray.stages.encodings import run_encodings, unit_features
+from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.rerank import run_reranking
+from milan_ray.stages.training import Sizes, TrainingJob, run_training, run_trainings
+from milan_ray.stages.tuning import TuningJob, run_tuning
+from milan_ray.stages.tuning_statistics import Sweep
+from milan_ray.storage import Storage
+from milan_ray.studies.judges import statistics as judges
+from milan_ray.world.networks import planted_concepts
+from milan_ray.world.plugin import CLASSIFIERS, GENERATORS
+from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
+from milan_ray.world.training import PREPROCESS, TrainTask, generator_task, places_tasks, train_all_tasks
+
+DECODER = "world"
+"""Name of the captioner, and of its encoder."""
+
+TRAIN = ("world/cnn", "world/vit")
+"""Networks whose annotated units train the captioner."""
+
+HELD_OUT = "world/resnet"
+"""The architecture it never saw."""
+
+CONTROL = "world/resnet-random"
+"""The same architecture, untrained."""
+
+PLANTED = "world/planted"
+"""The network whose units' concepts are known beforehand."""
+
+MODELS = (*TRAIN, HELD_OUT, CONTROL, PLANTED)
+"""The demo's networks; all but the untrained one are annotated."""
+
+GENERATOR = "world/generator"
+"""Paints scenes from their codes; on request only."""
+
+PROBE = references.ProbeRequest(("world/probe",))
+CODES = references.ProbeRequest(("world/probe-codes",))
+HELD_OUT_SCENES = references.ProbeRequest(("world/heldout",))
+TRAIN_SCENES = references.ProbeRequest(("world/train",))
+TRAIN_CODES = references.ProbeRequest(("world/train-codes",))
+
+SETS: dict[references.ProbeRequest, tuple[str, ...]] = {
+    PROBE: tuple(name for (_, dataset), name in CLASSIFIERS.items() if dataset == "objects"),
+    TRAIN_SCENES: tuple(name for (_, dataset), name in CLASSIFIERS.items() if dataset == "places"),
+    CODES: (GENERATORS["generator", "objects"],),
+    TRAIN_CODES: (GENERATORS["generator", "places"],),
+}
+"""What the networks of the groups are dissected on."""
+
+EXEMPLARS = ExemplarConfig()
+SEARCH = Search(DECODER)
+TRAINING = TrainingConfig(max_epochs=15, patience=6, hold_out=0.15, decoder_batch_size=32, lm_batch_size=32)
+SIZES = Sizes(embedding=64, hidden=256)
+"""A fraction of the paper's: the world's language is small."""
+
+TUNING = "lam"
+"""Name of the sweep over λ."""
+
+GROUP_TRAINING = replace(TRAINING, max_epochs=10, patience=4)
+
+SWEEP = Sweep((50,), tuple(step / 20 for step in range(21)), metric="rouge-l-f")
+"""λ of re-ranking; the candidates are those of the descriptions. BERTScore chooses where there is a model for it."""
+
+EXPERIMENTS = ("held-out text", "held-out truth", "untrained truth", "planted units", "interpretable units")
+
+SYSTEMS = {"wPMI": MILAN, "p(d|E)": LIKELIHOOD}
+CLIP_SYSTEM = {"wPMI beam + CLIP": CLIP}
+"""What the evaluation compares, as it is shown: system → labeler; the last only where it is asked for."""
+
+Units = dict[tuple[str, int], str]
+"""(layer, unit) → text."""
+
+
+def run_demo(storage: Storage, resources: Resources, threads: int, clip: bool = False) -> pa.Table:
+    """Runs everything that is missing; returns the evaluation.
+
+    Args:
+        storage: The run directory.
+        resources: What of the cluster to use; Ray must be connected.
+        threads: Torch threads of the training worker.
+        clip: Also train the world's own model of images and texts, and re-rank with it.
+    """
+    world.train_networks()
+    models = [references.ModelRequest(name) for name in MODELS]
+    dissected = run_exemplars(storage, models, PROBE, EXEMPLARS, resources).models
+    world.annotate(storage, PROBE, {name: dissected[name] for name in MODELS if name != CONTROL})
+    run_encodings(storage, dissected, EncoderRequest(DECODER), resources)
+    run_training(storage, replace(captioner_job(dissected), threads=threads))
+    run_descriptions(storage, dissected, SEARCH, resources)
+    tuning = tuning_job(dissected)
+    run_tuning(storage, tuning, resources)
+    if clip:
+        run_reranking(storage, dissected, SEARCH, Clip(world.train_image_text()), resources)
+    evaluated = evaluate(storage, dissected, SYSTEMS | (CLIP_SYSTEM if clip else {}))
+    return pa.concat_tables([evaluated, storage.read(SCORES, experiment=tuning.experiment)])
+
+
+def captioner_job(models: Mapping[str, Sequence[str]]) -> TrainingJob:
+    """The training of the demo's captioner, on networks given with their layers."""
+    layers = tuple((model, layer) for model in TRAIN for layer in models[model])
+    return TrainingJob(DECODER, world.SOURCE, layers, EncoderRequest(DECODER), TRAINING, SIZES)
+
+
+def tuning_job(models: Mapping[str, Sequence[str]]) -> TuningJob:
+    """The sweep over λ: half of the annotated units of networks new to the captioner choose, the others judge."""
+    folder = minilm_directory()
+    sweep = replace(SWEEP, metric="bertscore-f") if folder else SWEEP
+    layers = tuple((model, layer) for model in (HELD_OUT, PLANTED) for layer in models[model])
+    return TuningJob(TUNING, DECODER, world.SOURCE, layers, sweep, str(folder) if folder else None)
+
+
+def run_generator(storage: Storage, resources: Resources) -> None:
+    """Trains the world's generator, dissects it and describes its units with the captioner of :func:`run_demo`."""
+    world.train_networks([generator_task()])
+    models = [references.ModelRequest(GENERATOR)]
+    dissected = run_exemplars(storage, models, CODES, EXEMPLARS, resources).models
+    world.annotate(storage, CODES, dissected)
+    run_encodings(storage, dissected, EncoderRequest(DECODER), resources)
+    run_descriptions(storage, dissected, SEARCH, resources)
+
+
+def run_sets(
+    storage: Storage,
+    resources: Resources,
+    sets: Mapping[references.ProbeRequest, Sequence[str]] = SETS,
+    config: ExemplarConfig = EXEMPLARS,
+) -> dict[str, tuple[str, ...]]:
+    """Makes the sets of annotated units that play the paper's: networks trained, dissected, annotated and encoded.
+
+    Args:
+        storage: The run directory.
+        resources: What of the cluster to use; Ray must be connected.
+        sets: Probe → networks that are dissected on it.
+        config: How to dissect.
+
+    Returns:
+        Model → layers.
+    """
+    world.train_networks(sets_tasks(sets))
+    dissected: dict[str, tuple[str, ...]] = {}
+    for probe, models in sets.items():
+        found = run_exemplars(
+            storage, [references.ModelRequest(name) for name in models], probe, config, resources
+        ).models
+        world.annotate(storage, probe, found)
+        dissected |= found
+    run_encodings(storage, dissected, EncoderRequest(DECODER), resources)
+    return dissected
+
+
+def sets_tasks(sets: Mapping[references.ProbeRequest, Sequence[str]] = SETS) -> list[TrainTask]:
+    """The trainings of the networks of :func:`run_sets`."""
+    needed = {"encoder", *(name.removeprefix("world/") for models in sets.values() for name in models)}
+    return [task for task in (generator_task(), *places_tasks(), *train_all_tasks()) if task.name in needed]
+
+
+def run_groups(
+    storage: Storage,
+    resources: Resources,
+    sets: Mapping[references.ProbeRequest, Sequence[str]] = SETS,
+    config: ExemplarConfig = EXEMPLARS,
+    training: TrainingConfig = GROUP_TRAINING,
+    groups: Sequence[str] = ("all",),
+) -> None:
+    """Trains a captioner on each of the paper's groups of sets, played by the world's networks, side by side.
+
+    Args:
+        storage: The run directory.
+        resources: What of the cluster to use; Ray must be connected.
+        sets: Probe → networks that are dissected on it.
+        config: How to dissect.
+        training: How to train.
+        groups: Which groups, as :func:`~milan_ray.annotations.groups.training_groups` takes them.
+    """
+    run_trainings(storage, group_jobs(run_sets(storage, resources, sets, config), training, groups))
+
+
+def group_jobs(
+    models: Mapping[str, Sequence[str]],
+    training: TrainingConfig = GROUP_TRAINING,
+    groups: Sequence[str] = ("all",),
+) -> list[TrainingJob]:
+    """The trainings of :func:`run_groups`, on networks given with their layers."""
+    return [
+        TrainingJob(
+            group,
+            world.SOURCE,
+            tuple((model, layer) for model in members for layer in models[model]),
+            EncoderRequest(DECODER),
+            training,
+            SIZES,
+        )
+        for group, members in training_groups(groups, models).items()
+    ]
+
+
+def evaluate(storage: Storage, models: Mapping[str, Sequence[str]], systems: Mapping[str, str] = SYSTEMS) -> pa.Table:
+    """Scores the descriptions of the held-out, the planted and the untrained network.
+
+    Args:
+        storage: The run directory.
+        models: Model name → layers.
+        systems: System, as it is shown → labeler; the first is the one that trivial rows are compared with.
+    """
+    recipe = evaluation_recipe(storage, models, systems)
+    if any(storage.why(SCORES, recipe, experiment=name) for name in EXPERIMENTS):
+        say("evaluation: against the annotators and against the world itself")
+        folder = minilm_directory()
+        for table in _evaluate(storage, models, systems, BertScore(folder) if folder else None):
+            storage.write(SCORES, table, recipe, experiment=table["experiment"][0].as_py())
+    return pa.concat_tables([storage.read(SCORES, experiment=name) for name in EXPERIMENTS])
+
+
+def evaluation_recipe(storage: Storage, models: Mapping[str, Sequence[str]], systems: Mapping[str, str]) -> Recipe:
+    """What decides the evaluation; arguments as of :func:`evaluate`."""
+    described = [{"labeler": labeler, **keys} for keys in _layers(models) for labeler in systems.values()]
+    annotated = [{"source": world.SOURCE, **keys} for keys in _layers(models) if keys["model"] != CONTROL]
+    configs = [storage.config_of(DESCRIPTIONS, **keys) for keys in described]
+    configs += [storage.config_of(ANNOTATIONS, **keys) for keys in annotated]
+    bertscore = minilm_directory() is not None
+    return Recipe.of({"evaluation": 1, "judged": configs, "world": WORLD_DIGEST, "bertscore": bertscore})
+
+
+def _layers(models: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
+    return [{"model": model, "layer": layer} for model, layers in models.items() for layer in layers]
+
+
+def _evaluate(
+    storage: Storage, models: Mapping[str, Sequence[str]], labelers: Mapping[str, str], bert: BertScore | None
+) -> list[pa.Table]:
+    text, told, untrained, planted, interpretable = EXPERIMENTS
+    said = _annotations(storage, {HELD_OUT: models[HELD_OUT]})[HELD_OUT]
+    units = sorted(said, key=lambda unit: (list(models[HELD_OUT]).index(unit[0]), unit[1]))
+    trained = _annotations(storage, {name: models[name] for name in TRAIN})
+    train_units = [(model, *unit) for model, found in trained.items() for unit in found]
+    captions = [trained[model][layer, unit] for model, layer, unit in train_units]
+    features = {name: _mean_features(storage, name, models[name]) for name in (*TRAIN, HELD_OUT)}
+    copies = nearest_copy(
+        np.stack([features[model][layer, unit] for model, layer, unit in train_units]),
+        [group[0] for group in captions],
+        np.stack([features[HELD_OUT][unit] for unit in units]),
+    )
+    constant = best_constant(captions)
+    own = {}
+    for system, labeler in labelers.items():
+        described = _descriptions(storage, HELD_OUT, models[HELD_OUT], labeler)
+        own[system] = [described[unit] for unit in units]
+    systems = with_trivial_rows(own, constant, copies)
+    control = _descriptions(storage, CONTROL, models[CONTROL], MILAN)
+    tables = [
+        evaluate_text(text, systems | {RANDOM: [control[unit] for unit in units]}, [said[u] for u in units], bert)
+    ]
+    found = world.truth(storage, {name: models[name] for name in (HELD_OUT, CONTROL)}, HELD_OUT_SCENES)
+    source = references.probe(HELD_OUT_SCENES)
+    assert isinstance(source, WorldProbe)
+    scenes = [source.scene(image_id) for image_id in range(source.size)]
+    shown = judges.presence(scenes)
+    tables.append(
+        pa.concat_tables(
+            [
+                judges.described_auroc(told, found[HELD_OUT].activations, shown, systems),
+                judges.causal_drops(told, _activations(models[HELD_OUT]), scenes, systems),
+            ]
+        )
+    )
+    own_control = with_trivial_rows({"wPMI": [control[unit] for unit in units]}, constant)
+    tables.append(judges.described_auroc(untrained, found[CONTROL].activations, shown, own_control))
+    named = {system: _descriptions(storage, PLANTED, models[PLANTED], labeler) for system, labeler in labelers.items()}
+    order = sorted(named[next(iter(labelers))])
+    said = _annotations(storage, {PLANTED: models[PLANTED]})[PLANTED]
+    of_planted = with_trivial_rows(
+        {system: [found[unit] for unit in order] for system, found in named.items()}, constant
+    ) | {"an annotator": [said[unit][0] for unit in order]}
+    concepts = [planted_concepts[unit] for _, unit in order]
+    tables.append(judges.planted_accuracy(planted, concepts, of_planted))
+    shares = {"trained": found[HELD_OUT].iou, RANDOM: found[CONTROL].iou}
+    tables.append(judges.iou_shares(interpretable, shares))
+    return tables
+
+
+def _annotations(storage: Storage, models: Mapping[str, Sequence[str]]) -> dict[str, dict[tuple[str, int], list[str]]]:
+    found: dict[str, dict[tuple[str, int], list[str]]] = {}
+    for model, layers in models.items():
+        units = found.setdefault(model, {})
+        for layer in layers:
+            for row in storage.read(ANNOTATIONS, source=world.SOURCE, model=model, layer=layer).to_pylist():
+                units.setdefault((layer, row["unit"]), []).append(row["text"])
+    return found
+
+
+def _descriptions(storage: Storage, model: str, layers: Sequence[str], labeler: str) -> Units:
+    return {
+        (layer, row["unit"]): row["description"]
+        for layer in layers
+        for row in storage.read(DESCRIPTIONS, labeler=labeler, model=model, layer=layer).to_pylist()
+    }
+
+
+def _mean_features(storage: Storage, model: str, layers: Sequence[str]) -> dict[tuple[str, int], np.ndarray]:
+    return {
+        (layer, unit): features.mean(axis=0)
+        for layer in layers
+        for unit, features in unit_features(storage.read(ENCODINGS, encoder=DECODER, model=model, layer=layer)).items()
+    }
+
+
+def _activations(layers: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
+    spec = references.model(references.ModelRequest(HELD_OUT))
+    forward = Forward(spec, spec.load(), layers, 16)
+
+    def run(images: np.ndarray) -> np.ndarray:
+        maps = forward.maps(images)
+        return np.concatenate([maps[layer].amax(dim=(2, 3)).numpy() for layer in layers], axis=1)
+
+    assert spec.preprocess == PREPROCESS  # scenes are the network's views as they are
+    return run
+
+
+def summary(scores: pa.Table) -> str:
+    """The evaluation on one screen: the main measures, each system beside the rows that cost nothing."""
+    frame = pl.from_arrow(scores)
+    assert isinstance(frame, pl.DataFrame)
+    lines = []
+    for experiment, metrics in (
+        ("held-out text", ("bleu-2", "rouge-l-f", "bertscore-f")),
+        ("held-out truth", ("auroc", "causal-drop")),
+        ("untrained truth", ("auroc",)),
+        ("planted units", ("planted-accuracy",)),
+        ("interpretable units", ("iou>.04",)),
+        (f"tuning of {DECODER} by {TUNING}", ("rouge-l-f", "bertscore-f")),
+    ):
+        rows = frame.filter(pl.col("experiment") == experiment, ~pl.col("system").str.contains(" − "))
+        for metric in metrics:
+            values = rows.filter(pl.col("metric") == metric)
+            if values.is_empty():
+                continue
+            shown = [
+                f"{row['system']} {row['value']:.3g}" if row["n"] else str(row["note"])
+                for row in values.iter_rows(named=True)
+            ]
+            lines.append(f"  {experiment}, {metric}: " + " · ".join(shown))
+    return "\n".join(lines)

@@ -1,0 +1,146 @@
+"""What the jobs on the built-in world would do, and why: as :mod:`milan_ray.stages.plan`, from its networks on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from milan_ray.engine import references
+from milan_ray.labelers.clip import Clip
+from milan_ray.schema import ANNOTATIONS, CLAIMS, DESCRIPTIONS, ENCODINGS, EXEMPLARS, SCORES, TRAINING, TRIALS
+from milan_ray.showcase import demo
+from milan_ray.stages import world
+from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.plan import (
+    NETWORKS,
+    Layers,
+    Plan,
+    Step,
+    add_training,
+    add_tuning,
+    by_model,
+    plan_descriptions,
+    plan_encodings,
+    plan_exemplars,
+    plan_reranking,
+)
+from milan_ray.storage import Storage
+from milan_ray.world.image_text import image_text_task
+from milan_ray.world.training import TrainTask, generator_task, train_all_tasks
+
+
+def plan_demo(storage: Storage, clip: bool = False, generator: bool = False, groups: bool = False) -> Plan:
+    """The plan of the demo.
+
+    Args:
+        storage: The run directory.
+        clip: With re-ranking (:func:`milan_ray.showcase.demo.run_demo`).
+        generator: With the world's generator (:func:`milan_ray.showcase.demo.run_generator`).
+        groups: With a captioner per group of sets (:func:`milan_ray.showcase.demo.run_groups`).
+    """
+    plan = Plan()
+    _plan_main(storage, plan, clip)
+    if generator:
+        _plan_generator(storage, plan)
+    if groups:
+        layers, encodings = _plan_sets(storage, plan)
+        if not plan.waits(TRAINING.name, ("of every group",), NETWORKS, EXEMPLARS.name, ANNOTATIONS.name):
+            for job in demo.group_jobs(by_model(layers)):
+                add_training(storage, plan, job, encodings)
+    return plan
+
+
+def plan_paper(storage: Storage, small: bool, names: Sequence[str]) -> Plan:
+    """The plan of :func:`milan_ray.showcase.paper.prepare`, and of the experiments as far as it can be told.
+
+    Every run of an experiment finds its claims anew; which of its own tables it makes for that only the run itself
+    says.
+
+    Args:
+        storage: The run directory.
+        small: With sizes of a test.
+        names: The experiments.
+    """
+    plan = Plan()
+    _plan_main(storage, plan, clip=False)
+    if not small:
+        _plan_generator(storage, plan)
+        _plan_sets(storage, plan)
+    for name in names:
+        there = storage.metadata(CLAIMS, experiment=name) is not None
+        reason = "found anew by every run, from tables of its own that it makes where they are missing or stale"
+        plan.steps.append(Step(CLAIMS.name, (name,), reason if there else "missing"))
+    return plan
+
+
+def _plan_main(storage: Storage, plan: Plan, clip: bool) -> None:
+    _plan_networks(plan, train_all_tasks())
+    layers, encodings = _plan_dissection(storage, plan, demo.MODELS, demo.PROBE)
+    models = by_model(layers)
+    made = (NETWORKS, EXEMPLARS.name, ANNOTATIONS.name)
+    if not plan.waits(TRAINING.name, (demo.DECODER,), *made):
+        add_training(storage, plan, demo.captioner_job(models), encodings)
+    _plan_descriptions(storage, plan, "the demo's networks", encodings)
+    if not plan.waits(TRIALS.name, (demo.DECODER, demo.TUNING), *made, ENCODINGS.name, TRAINING.name):
+        add_tuning(storage, plan, demo.tuning_job(models))
+    if clip:
+        _plan_networks(plan, [image_text_task()])
+        if not plan.waits(DESCRIPTIONS.name, ("re-ranked",), NETWORKS, TRAINING.name):
+            how = Clip(str(world.image_text_folder()))
+            plan_reranking(storage, plan, layers, encodings, demo.SEARCH, how)
+    systems = demo.SYSTEMS | (demo.CLIP_SYSTEM if clip else {})
+    if not plan.waits(SCORES.name, ("of the demo",), *made, DESCRIPTIONS.name):
+        recipe = demo.evaluation_recipe(storage, models, systems)
+        for name in demo.EXPERIMENTS:
+            plan.add(storage, SCORES, recipe, experiment=name)
+
+
+def _plan_generator(storage: Storage, plan: Plan) -> None:
+    _plan_networks(plan, [generator_task()])
+    _, encodings = _plan_dissection(storage, plan, [demo.GENERATOR], demo.CODES)
+    _plan_descriptions(storage, plan, demo.GENERATOR, encodings)
+
+
+def _plan_sets(storage: Storage, plan: Plan) -> tuple[Layers, Layers]:
+    """What exemplars and encodings of the sets will be."""
+    _plan_networks(plan, demo.sets_tasks())
+    layers: dict[tuple[str, str], str] = {}
+    encodings: dict[tuple[str, str], str] = {}
+    for probe, models in demo.SETS.items():
+        of_these = _plan_dissection(storage, plan, models, probe)
+        layers |= of_these[0]
+        encodings |= of_these[1]
+    return layers, encodings
+
+
+def _plan_networks(plan: Plan, tasks: Iterable[TrainTask]) -> None:
+    """Adds the networks that were not planned before."""
+    known = {step.keys for step in plan.steps if step.table == NETWORKS}
+    tasks = [task for task in tasks if (task.name,) not in known]
+    absent = {task.name for task in world.untrained(tasks)} if tasks else set()
+    plan.steps += [Step(NETWORKS, (task.name,), "missing" if task.name in absent else None) for task in tasks]
+
+
+def _plan_dissection(
+    storage: Storage, plan: Plan, names: Sequence[str], probe: references.ProbeRequest
+) -> tuple[Layers, Layers]:
+    """Adds exemplars, annotations and encodings of the world's networks; returns what these and those will be."""
+    shown = (", ".join(names),)
+    waiting = [plan.waits(noun.name, shown, NETWORKS) for noun in (EXEMPLARS, ANNOTATIONS, ENCODINGS)]
+    if any(waiting):
+        return {}, {}
+    mine = Plan()
+    models = [references.ModelRequest(name) for name in names]
+    layers = plan_exemplars(storage, models, probe, demo.EXEMPLARS, mine)[1]
+    for (model, layer), exemplars in layers.items():
+        if model != demo.CONTROL:
+            recipe = world.annotations_recipe(exemplars)
+            mine.add(storage, ANNOTATIONS, recipe, source=world.SOURCE, model=model, layer=layer)
+    encodings = plan_encodings(storage, mine, layers, EncoderRequest(demo.DECODER))
+    plan.steps += [step for step in mine.steps if step not in plan.steps]
+    plan.failed |= mine.failed
+    return layers, encodings
+
+
+def _plan_descriptions(storage: Storage, plan: Plan, whose: str, encodings: Layers) -> None:
+    if not plan.waits(DESCRIPTIONS.name, (whose,), NETWORKS, TRAINING.name):
+        plan_descriptions(storage, plan, encodings, demo.SEARCH)

@@ -1,0 +1,1 @@
+"""What makes each table: a file per stage."""

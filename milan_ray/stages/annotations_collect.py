@@ -1,0 +1,325 @@
+"""Asking people about units: exemplars + views ─► pictures and task files; their answers ─► annotations."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import shutil
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+from PIL import Image
+
+from milan_ray.annotations import collection
+from milan_ray.annotations.cleaning import CleaningTables
+from milan_ray.annotations.collection import Answer, Question, Task
+from milan_ray.annotations.merge import nearest
+from milan_ray.annotations.published import Sample
+from milan_ray.config import config_hash
+from milan_ray.errors import MilanError
+from milan_ray.exemplars import masks
+from milan_ray.names import checked_name
+from milan_ray.progress import Progress, say
+from milan_ray.schema import ANNOTATIONS, EXEMPLARS
+from milan_ray.scoring.agreement import TextScore, leave_one_out, mean_agreement
+from milan_ray.stages.annotations_export import exemplar_layers
+from milan_ray.stages.images import block_of, read_block
+from milan_ray.storage import EXEMPLARS_KEY, Storage
+
+KERNEL_VERSION = "answers-1"
+
+SMALLEST = 160
+"""Pixels at least, a side of one exemplar in the pictures that workers see."""
+
+UNITS_AT_ONCE = 512
+"""Units whose images are in memory at once, as PNG: some hundred megabytes."""
+
+IMAGES, TASKS, LABEL_STUDIO = "images", "tasks.csv", "label-studio.jsonl"
+QUALIFICATION, KEY = "qualification", "qualification-key"
+"""Names of what a folder of tasks holds."""
+
+
+def run_collect(
+    storage: Storage,
+    model: str,
+    folder: Path,
+    *,
+    layers: Sequence[str] | None = None,
+    units: Sequence[int] = (),
+    url: str = "",
+    qualification: Path | None = None,
+) -> int:
+    """Writes the tasks in which people are asked to describe units, whole or not at all.
+
+    Into the folder: ``images/``, a picture per unit with its exemplars side by side, darkened outside the masks;
+    ``tasks.csv`` and ``mturk.html`` for Mechanical Turk; ``label-studio.jsonl`` and ``label-studio.xml`` for Label
+    Studio. With a qualification test, for Mechanical Turk ``qualification.xml`` and ``qualification-key.xml``, for
+    Label Studio ``qualification.jsonl`` and ``qualification-label-studio.xml``; ``qualification-key.csv`` has the right
+    answers.
+
+    Args:
+        storage: The run directory, which holds exemplars and views.
+        model: Name of the model.
+        folder: Folder to be made.
+        layers: Which layers; None takes all.
+        units: Which units of each; none takes all.
+        url: What pictures' addresses begin with: where ``images/`` will be served.
+        qualification: CSV of the test's questions (:func:`~milan_ray.annotations.collection.read_questions`); their
+            units may be of any model with exemplars, and are not asked about.
+
+    Returns:
+        How many tasks.
+
+    Raises:
+        MilanError: There are no such exemplars, a file is damaged, or the folder is there already or cannot be written.
+    """
+    wanted = [(model, layer) for layer in exemplar_layers(storage, model, layers)]
+    asked = [] if qualification is None else collection.read_questions(qualification)
+    for of, layer, *_ in asked:
+        exemplar_layers(storage, of, [layer])
+    if folder.exists():
+        raise MilanError(f"{folder} exists already: choose another folder, or move it away.")
+    part = folder.parent / f".{folder.name}.part"
+    questioned = {(of, layer, unit) for of, layer, unit, *_ in asked}
+    try:
+        if part.exists():
+            shutil.rmtree(part)
+        part.mkdir(parents=True)
+        tasks: list[Task] = []
+        for number, (of, layer) in enumerate(wanted):
+            there = [unit for unit in _units(storage, of, layer) if not units or unit in units]
+            chosen = [unit for unit in there if (of, layer, unit) not in questioned]
+            tasks += _pictures(storage, of, layer, chosen, part, f"{IMAGES}/{number:02d}", url)
+        if not tasks:
+            raise MilanError(f"none of the chosen units of {model} has exemplars: choose others with --units.")
+        questions = []
+        for number, (of, layer, unit, right, wrong) in enumerate(asked):
+            found = _pictures(storage, of, layer, [unit], part, f"{IMAGES}/{QUALIFICATION}/{number:02d}", url)
+            if not found:
+                raise MilanError(f"the qualification test asks about {of} {layer} {unit}, which has no exemplars.")
+            questions.append(Question(found[0], right, wrong))
+        _write(part, tasks, questions)
+        part.rename(folder)
+    except OSError as error:
+        raise MilanError(f"{folder} cannot be written ({error}): choose a folder that can.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return len(tasks)
+
+
+def _write(folder: Path, tasks: Sequence[Task], questions: Sequence[Question]) -> None:
+    files = {
+        TASKS: collection.tasks_csv(tasks),
+        LABEL_STUDIO: collection.tasks_jsonl(tasks),
+        "mturk.html": (collection.TEMPLATES / "mturk.html").read_text(encoding="utf-8"),
+        "label-studio.xml": (collection.TEMPLATES / "label-studio.xml").read_text(encoding="utf-8"),
+    }
+    if questions:
+        files |= {
+            f"{QUALIFICATION}.xml": collection.question_form(questions),
+            f"{KEY}.xml": collection.answer_key(questions),
+            f"{QUALIFICATION}.jsonl": collection.questions_jsonl(questions),
+            f"{QUALIFICATION}-label-studio.xml": (collection.TEMPLATES / "qualification.xml").read_text(
+                encoding="utf-8"
+            ),
+            f"{KEY}.csv": collection.key_csv(questions),
+        }
+    for name, text in files.items():
+        (folder / name).write_text(text, encoding="utf-8", newline="")
+
+
+def _units(storage: Storage, model: str, layer: str) -> list[int]:
+    return sorted(storage.read(EXEMPLARS, ["unit"], model=model, layer=layer)["unit"].unique().to_pylist())
+
+
+def _pictures(
+    storage: Storage, model: str, layer: str, units: Sequence[int], folder: Path, place: str, url: str
+) -> list[Task]:
+    """Draws the exemplars of some units of a layer; returns a task each, for those that have any."""
+    keys = {"model": model, "layer": layer}
+    table = storage.read(EXEMPLARS, ["unit", "rank", "image_id", "mask"], **keys).combine_chunks()
+    meta = storage.metadata(EXEMPLARS, **keys) or {}
+    size = int(meta["mask_height"]), int(meta["mask_width"])
+    unit_of, rank = table["unit"].to_numpy(), table["rank"].to_numpy()
+    order = np.lexsort((rank, unit_of))
+    exemplars = storage.config_of(EXEMPLARS, **keys)
+    (folder / place).mkdir(parents=True)
+    tasks: list[Task] = []
+
+    def draw(unit: int, rows: np.ndarray, pngs: dict[int, bytes]) -> Task:
+        ids = [table["image_id"][row].as_py() for row in rows.tolist()]
+        pixels = [
+            nearest(np.asarray(Image.open(io.BytesIO(pngs[i])).convert("RGB")).transpose(2, 0, 1), size) for i in ids
+        ]
+        regions = masks.unpack([table["mask"][row].as_py() for row in rows.tolist()], size)
+        images = np.stack(pixels).astype(np.float32) / 255
+        sample = Sample(layer, unit, images, regions[:, None].astype(np.float32))
+        picture = sample.grid()
+        factor = -(-SMALLEST // max(size))
+        if factor > 1:
+            picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        file = f"{place}/{unit}.jpg"
+        picture.save(folder / file, quality=90, subsampling=0)
+        return Task(model, layer, unit, exemplars, f"{url}{file}")
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(f"pictures of {layer}", len(units), "units") as progress:
+        for start in range(0, len(units), UNITS_AT_ONCE):
+            now = units[start : start + UNITS_AT_ONCE]
+            rows_of = {unit: order[slice(*np.searchsorted(unit_of[order], [unit, unit + 1]))] for unit in now}
+            rows_of = {unit: rows for unit, rows in rows_of.items() if len(rows)}
+            ids = sorted({table["image_id"][row].as_py() for rows in rows_of.values() for row in rows.tolist()})
+            pngs = _read_views(storage, meta, ids)
+            for task in pool.map(lambda item: draw(*item), [(unit, rows, pngs) for unit, rows in rows_of.items()]):
+                tasks.append(task)
+                progress.advance()
+    return tasks
+
+
+def _read_views(storage: Storage, meta: dict[str, str], image_ids: Iterable[int]) -> dict[int, bytes]:
+    """Views by image id, as PNG."""
+    blocks: dict[str, list[int]] = defaultdict(list)
+    for image_id in image_ids:
+        blocks[block_of(image_id)].append(image_id)
+    found: dict[int, bytes] = {}
+    for block, ids in blocks.items():
+        found |= zip(
+            ids, read_block(storage, meta["probe"], meta["view"], block, ids)["image"].to_pylist(), strict=True
+        )
+    return found
+
+
+# -- answers ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What came back.
+
+    Attributes:
+        texts: Columns source, model, layer, unit, annotator, text: what is now in the table ``annotations``.
+        rejected: Answers left out because they were rejected, or skipped.
+        unqualified: Answers left out because their worker did not pass the qualification test.
+        empty: Answers left out because no word of them remained.
+        repeated: Second answers of a worker to the same unit, left out.
+    """
+
+    texts: pl.DataFrame
+    rejected: int
+    unqualified: int
+    empty: int
+    repeated: int
+
+
+def run_answers(
+    storage: Storage,
+    files: Sequence[Path],
+    source: str,
+    *,
+    tables: CleaningTables | None = None,
+    keep_rejected: bool = False,
+    qualified: set[str] | None = None,
+) -> Answers:
+    """Brings people's answers into the table ``annotations``, cleaned, whole layers at a time.
+
+    Give all files of a source at once: what a layer had from it is replaced. Workers' names do not enter the table;
+    they are told apart by hashes.
+
+    Args:
+        storage: The run directory, which holds the exemplars that were shown.
+        files: Answers of either platform (:func:`~milan_ray.annotations.collection.read_answers`).
+        source: What the source is to be called.
+        tables: What to replace in texts (:mod:`milan_ray.annotations.cleaning`), which are made lower case first.
+        keep_rejected: Keep what was rejected, or skipped.
+        qualified: Only answers of these workers; None for all.
+
+    Raises:
+        MilanError: A file is damaged, holds no answer, or speaks of other exemplars than those that are there.
+    """
+    checked_name("a source of annotations", source, slashes=True)
+    tables = (tables or CleaningTables()).spelled()
+    answers: list[Answer] = []
+    rejected = 0
+    for file in files:
+        found, out = collection.read_answers(file, keep_rejected=keep_rejected)
+        answers += found
+        rejected += out
+    unqualified = 0
+    if qualified is not None:
+        unqualified = sum(answer.worker not in qualified for answer in answers)
+        answers = [answer for answer in answers if answer.worker in qualified]
+    kept: dict[tuple[str, str, int, str], str] = {}
+    left: Counter[str] = Counter()
+    for answer in answers:
+        text = tables.clean(answer.text, answer.worker)
+        key = (answer.model, answer.layer, answer.unit, _annotator(source, answer.worker))
+        if not text:
+            left["empty"] += 1
+        elif key in kept:
+            left["repeated"] += 1
+        else:
+            kept[key] = text
+    if not kept:
+        raise MilanError(f"no answer is left of {', '.join(map(str, files))}: nothing was written.")
+    shown = {(answer.model, answer.layer): {answer.exemplars} for answer in answers}
+    for answer in answers:
+        shown[answer.model, answer.layer].add(answer.exemplars)
+    layers = sorted({(model, layer) for model, layer, *_ in kept})
+    for model, layer in layers:
+        exemplar_layers(storage, model, [layer])
+        if shown[model, layer] != {storage.config_of(EXEMPLARS, model=model, layer=layer)}:
+            raise MilanError(
+                f"answers on {model} {layer} speak of other exemplars than those now in {storage.root}: import them "
+                "where the tasks were made, before its exemplars are made anew."
+            )
+    frames = []
+    for model, layer in layers:
+        rows = sorted((unit, who, text) for (of, at, unit, who), text in kept.items() if (of, at) == (model, layer))
+        frames.append(_store(storage, source, model, layer, rows))
+    texts = pl.concat(frames)
+    say(f"annotations of source {source}: {len(texts)} on {texts.select('model', 'layer', 'unit').n_unique()} units")
+    return Answers(texts, rejected, unqualified, left["empty"], left["repeated"])
+
+
+def _annotator(source: str, worker: str) -> str:
+    """A name that tells workers apart, but not who they are."""
+    return f"worker-{hashlib.sha256(f'{source} {worker}'.encode()).hexdigest()[:8]}"
+
+
+def _store(storage: Storage, source: str, model: str, layer: str, rows: Sequence[tuple[int, str, str]]) -> pl.DataFrame:
+    keys = {"source": source, "model": model, "layer": layer}
+    exemplars = storage.config_of(EXEMPLARS, model=model, layer=layer)
+    columns: dict[str, object] = {name: [value] * len(rows) for name, value in keys.items()}
+    columns |= {name: [row[place] for row in rows] for place, name in enumerate(("unit", "annotator", "text"))}
+    table = ANNOTATIONS.table(columns, {EXEMPLARS_KEY: exemplars})
+    stamp = config_hash({"kernel": KERNEL_VERSION, "exemplars": exemplars, "annotations": rows})
+    if not storage.is_current(ANNOTATIONS, stamp, **keys):
+        storage.write(ANNOTATIONS, table, stamp, **keys)
+    return pl.DataFrame(pl.from_arrow(table))
+
+
+def agreement_report(answers: Answers, score: TextScore, measure: str) -> str:
+    """How much people agree, by model and by worker: each annotation against its unit's others."""
+    lines = [
+        f"left out: {answers.rejected} rejected or skipped, {answers.unqualified} of workers who did not pass the "
+        f"test, {answers.empty} without a word, {answers.repeated} repeated"
+    ]
+    scores = leave_one_out(answers.texts, score)
+    if not len(scores):
+        return "\n".join([*lines, "no unit has two annotations: agreement cannot be told"])
+    per_unit = answers.texts.group_by("model", "layer", "unit").len()["len"]
+    lines.append(
+        f"{len(per_unit)} units with {per_unit.min()!r} to {per_unit.max()!r} annotations; agreement by {measure}:"
+    )
+    every = [*mean_agreement(scores, ("model",)).iter_rows(), ("all", *mean_agreement(scores, ()).row(0))]
+    for name, units, texts, value, low, high in every:
+        lines.append(f"  {name:28} {value:.3f} [{low:.3f}, {high:.3f}] over {units} units, {texts} annotations")
+    lines.append("by worker, the least first: whose answers have little to do with the others' is worth a look")
+    for name, units, _, value, low, high in mean_agreement(scores, ("annotator",)).sort("agreement").iter_rows():
+        lines.append(f"  {name:28} {value:.3f} [{low:.3f}, {high:.3f}] over {units} units")
+    return "\n".join(lines)

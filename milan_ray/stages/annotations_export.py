@@ -1,0 +1,197 @@
+"""MILANNOTATIONS out of the run directory: exemplars + views + annotations ─► a published set."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from collections import defaultdict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from milan_ray.annotations import layout
+from milan_ray.annotations.merge import nearest
+from milan_ray.errors import MilanError, unknown_name
+from milan_ray.exemplars import masks
+from milan_ray.probe.manifest import rows_of
+from milan_ray.progress import Progress, say
+from milan_ray.schema import ANNOTATIONS, EXEMPLARS, MANIFEST
+from milan_ray.stages.images import block_of, read_block
+from milan_ray.storage import EXEMPLARS_KEY, Storage
+
+ROOT = "milannotations:"
+"""Start of the root of an imported set's images in their manifest; their paths are ids, where ``ids.csv`` had them."""
+
+PUBLISHED = "published"
+"""Metadata key of imported exemplars: the set that they come from."""
+
+UNITS_FILE = "units_file"
+"""Metadata key of imported exemplars: whether the set had ``units.npy``."""
+
+CSV_ROWS = "csv_rows"
+"""Metadata key of imported annotations: their rows in ``annotations.csv``, which may interleave layers."""
+
+
+def run_export(
+    storage: Storage,
+    model: str,
+    folder: Path,
+    *,
+    source: str | None = None,
+    layers: Sequence[str] | None = None,
+) -> list[str]:
+    """Writes a model's exemplars and annotations as a published set, whole or not at all.
+
+    What was imported comes out with identical arrays (images as bytes, if they were floats). Units with fewer than k
+    exemplars (dead ones) have no place in the layout and are left out, as ``units.npy`` then says.
+
+    Args:
+        storage: The run directory.
+        model: Name of the model.
+        folder: Folder to be made.
+        source: Source of the annotations; None takes the only one, if there is one.
+        layers: Which layers; None takes all.
+
+    Returns:
+        The layers written.
+
+    Raises:
+        MilanError: There are no such exemplars, several sources, annotations of other exemplars, or the folder is there
+            already or cannot be written.
+    """
+    chosen = exemplar_layers(storage, model, layers)
+    bad = [layer for layer in chosen if layer in ("", ".", "..") or "/" in layer or layer.startswith(".")]
+    if bad:
+        raise MilanError(f"layer {bad[0]!r} of {model} cannot be the name of a folder: leave it out.")
+    annotations = _annotations(storage, model, source, chosen)
+    if folder.exists():
+        raise MilanError(f"{folder} exists already: choose another folder, or move it away.")
+    part = folder.parent / f".{folder.name}.part"
+    try:
+        if part.exists():
+            shutil.rmtree(part)
+        kept = {}
+        for layer in chosen:
+            (part / layer).mkdir(parents=True)
+            kept[layer] = _export_layer(storage, model, layer, part / layer)
+        if annotations:
+            rows = [(layer, unit, text) for layer, unit, text in annotations if unit in kept[layer]]
+            layout.write_annotations(part / layout.ANNOTATIONS, rows)
+        part.rename(folder)
+    except OSError as error:
+        raise MilanError(f"{folder} cannot be written ({error}): choose a folder that can.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return chosen
+
+
+def exemplar_layers(storage: Storage, model: str, layers: Sequence[str] | None = None) -> list[str]:
+    """The layers asked for, or all, of a model with exemplars.
+
+    Raises:
+        MilanError: There are no exemplars of the model, or of such a layer.
+    """
+    found = [keys["layer"] for keys in storage.partitions(EXEMPLARS, model=model)]
+    if not found:
+        known = {keys["model"] for keys in storage.partitions(EXEMPLARS)}
+        raise unknown_name("model with exemplars", model, known, f"Looked in {storage.root}.")
+    for layer in layers or ():
+        if layer not in found:
+            raise unknown_name("layer with exemplars", layer, found)
+    return storage.layers_in_order(model, found) if layers is None else list(layers)
+
+
+def _annotations(storage: Storage, model: str, source: str | None, layers: Sequence[str]) -> list[tuple[str, int, str]]:
+    """(layer, unit, text) in the order of the file that they came from, else layer by layer."""
+    partitions = [keys for keys in storage.partitions(ANNOTATIONS, model=model) if keys["layer"] in layers]
+    sources = sorted({keys["source"] for keys in partitions})
+    if source is None and len(sources) > 1:
+        raise MilanError(f"{model} has annotations from {', '.join(sources)}: choose one of these sources.")
+    if source is not None and source not in sources:
+        raise unknown_name("source of annotations", source, sources)
+    rows: list[tuple[int, tuple[str, int, str]]] = []
+    for keys in partitions:
+        if keys["source"] != (source or sources[0]):
+            continue
+        meta = storage.metadata(ANNOTATIONS, **keys) or {}
+        if meta.get(EXEMPLARS_KEY) not in (None, storage.config_of(EXEMPLARS, model=model, layer=keys["layer"])):
+            raise MilanError(
+                f"the annotations {keys['source']!r} of {model} {keys['layer']} speak of other exemplars than those "
+                f"now in {storage.root}: annotate or import again."
+            )
+        table = storage.read(ANNOTATIONS, ["unit", "text"], **keys)
+        numbers = (
+            [int(number) for number in meta[CSV_ROWS].split(",")] if CSV_ROWS in meta else [len(rows)] * len(table)
+        )
+        texts = zip(table["unit"].to_pylist(), table["text"].to_pylist(), strict=True)
+        rows += [(n, (keys["layer"], unit, text)) for n, (unit, text) in zip(numbers, texts, strict=True)]
+    return [row for _, row in sorted(rows, key=lambda item: item[0])]
+
+
+def _export_layer(storage: Storage, model: str, layer: str, folder: Path) -> set[int]:
+    """Writes a layer's files; returns the units in it."""
+    columns = ["unit", "rank", "image_id", "activation", "mask"]
+    table = storage.read(EXEMPLARS, columns, model=model, layer=layer).combine_chunks()
+    meta = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
+    size = int(meta["mask_height"]), int(meta["mask_width"])
+    unit, rank, image_id = (table[name].to_numpy() for name in ("unit", "rank", "image_id"))
+    found, first, counts = np.unique(unit, return_index=True, return_counts=True)
+    k = int(counts.max(initial=0))
+    whole = np.argsort(first[counts == k])
+    units = found[counts == k][whole].astype(np.int64)  # in the order of the table: that of the set it came from
+    if not len(units):
+        raise MilanError(f"{model} {layer} has no exemplars to export: leave the layer out.")
+    if len(units) < len(found):
+        say(f"{model} {layer}: left out {len(found) - len(units)} units with fewer than {k} exemplars")
+    position = np.full(int(found.max()) + 1, -1)
+    position[units] = np.arange(len(units))
+    place = position[unit]
+    shape = len(units), k
+    images, regions = (
+        np.lib.format.open_memmap(folder / name, mode="w+", dtype=np.uint8, shape=(*shape, channels, *size))
+        for name, channels in ((layout.IMAGES, 3), (layout.MASKS, 1))
+    )
+    rows = np.flatnonzero(place >= 0).tolist()
+    for row in rows:
+        regions[place[row], rank[row], 0] = masks.unpack([table["mask"][row].as_py()], size)[0]
+    uses: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for row in rows:
+        uses[block_of(int(image_id[row]))][int(image_id[row])].append(row)
+
+    def decode(data: bytes) -> np.ndarray:
+        return nearest(np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1), size)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(f"export {layer}", len(rows), "exemplars") as progress:
+        for block, wanted in sorted(uses.items()):
+            pngs = read_block(storage, meta["probe"], meta["view"], block, list(wanted))["image"].to_pylist()
+            for using, pixels in zip(wanted.values(), pool.map(decode, pngs), strict=True):
+                for row in using:
+                    images[place[row], rank[row]] = pixels
+                progress.advance(len(using))
+    images.flush()
+    regions.flush()
+    values = np.full(shape, np.nan)
+    values[place[rows], rank[rows]] = table["activation"].to_numpy()[rows]
+    if not np.isnan(values).all():
+        np.savetxt(folder / layout.ACTIVATIONS, values, fmt="%.5e", delimiter=",")
+    sources = _source_ids(storage, meta["probe"], image_id[rows])
+    if sources is not None:
+        ids = np.zeros(shape, np.int64)
+        ids[place[rows], rank[rows]] = sources
+        np.savetxt(folder / layout.IDS, ids, fmt="%i", delimiter=",")
+    if meta.get(UNITS_FILE) == "True" or not np.array_equal(units, np.arange(len(units))):
+        np.save(folder / layout.UNITS, units)
+    return set(units.tolist())
+
+
+def _source_ids(storage: Storage, probe: str, image_ids: np.ndarray) -> np.ndarray | None:
+    """Manifest rows → what ``ids.csv`` says of them; None where it was not there when they were imported."""
+    images = rows_of(storage.read(MANIFEST, ["root", "path"], probe=probe), image_ids)
+    if not images["root"][0].as_py().startswith(ROOT):
+        return image_ids
+    paths = images["path"].to_pylist()
+    return np.array([int(path) for path in paths]) if all(map(str.isdecimal, paths)) else None

@@ -1,0 +1,275 @@
+"""MILANNOTATIONS into the run directory.
+
+published set ─► [hash images] ─► manifest ─► views ─► exemplars ─► annotations
+
+Published sets are files of this machine, so this is work for its threads, not for the cluster's actors: hashing, PNG
+and packing leave Python's lock.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import torch
+
+from milan_ray.annotations import layout
+from milan_ray.annotations.layout import Annotation, LayerFiles
+from milan_ray.annotations.published import PublishedSet, kept_annotations
+from milan_ray.config import config_hash
+from milan_ray.engine.run_log import Cost, record_run
+from milan_ray.errors import MilanError
+from milan_ray.exemplars import masks
+from milan_ray.models.view import View
+from milan_ray.names import checked_name
+from milan_ray.probe.manifest import Entry, build
+from milan_ray.probe.manifest import digest as manifest_digest
+from milan_ray.progress import Progress, say
+from milan_ray.schema import ANNOTATIONS, EXEMPLARS, MANIFEST, VIEWS
+from milan_ray.stages.annotations_export import CSV_ROWS, PUBLISHED, ROOT, UNITS_FILE, exemplar_layers
+from milan_ray.stages.images import block_of, png, write_block
+from milan_ray.storage import EXEMPLARS_KEY, Storage
+
+KERNEL_VERSION = "published-1"
+
+SOURCE = "milannotations"
+"""Source of imported annotations."""
+
+
+def run_import(storage: Storage, published: PublishedSet, *, model: str | None = None, source: str = SOURCE) -> str:
+    """Brings a published set into the run directory, unless it is there already, made from the same files.
+
+    Exemplars, views, manifest and annotations are then as if made here, so encodings, descriptions, training and the
+    report run on them. Levels are not known, so there are none. An image's identity is its id in ``ids.csv``, where
+    there is one, and its pixels.
+
+    In memory are at most one layer's packed masks (U·k·H·W/8 bytes, a few times over) and a block of images.
+
+    Args:
+        storage: The run directory.
+        published: The set; the units that its annotations keep are those that get annotations here.
+        model: Name of the model; None takes the set's.
+        source: Source of the annotations.
+
+    Returns:
+        The name of the model.
+
+    Raises:
+        MilanError: The set has no images yet, masks are not 0 and 1, or exemplars of this model were made here.
+    """
+    if model is not None:
+        checked_name("a model", model, slashes=True)
+    checked_name("a source of annotations", source, slashes=True)
+    model = model or published.name
+    config = config_hash({"kernel": KERNEL_VERSION, "model": model, "set": published.name, "files": _files(published)})
+    for layer in published.layers:
+        meta = storage.metadata(EXEMPLARS, model=model, layer=layer)
+        if meta is not None and PUBLISHED not in meta:
+            raise MilanError(
+                f"{storage.root} holds exemplars of {model} {layer} that were made here: import under another "
+                "name or into another storage."
+            )
+    missing = [x for x in published.layers if not storage.is_current(EXEMPLARS, config, model=model, layer=x)]
+    if missing:
+        storage.check_writable()
+        _import_exemplars(storage, published, missing, model, config)
+    else:
+        say(f"exemplars of {model}: all {len(published.layers)} layers are up to date")
+    storage.remove_work(config)
+    units = {layer: files.units.tolist() for layer, files in published.files.items()}
+    _write_annotations(storage, published.kept, units, model, source)
+    return model
+
+
+def import_csv(storage: Storage, path: Path, model: str, *, source: str, annotation_count: int | None = None) -> None:
+    """Brings the annotations of an ``annotations.csv`` to exemplars that are there already.
+
+    Args:
+        storage: The run directory, which holds the model's exemplars.
+        path: A CSV with columns layer, unit, summary.
+        model: Name of the model.
+        source: Source of the annotations.
+        annotation_count: Keep only units with at least this many, and of these the first so many; None keeps all.
+
+    Raises:
+        MilanError: The CSV is damaged, or there are no exemplars of the model.
+    """
+    checked_name("a source of annotations", source, slashes=True)
+    units = {
+        layer: storage.read(EXEMPLARS, ["unit"], model=model, layer=layer)["unit"].unique().to_pylist()
+        for layer in exemplar_layers(storage, model)
+    }
+    _write_annotations(storage, kept_annotations(layout.read_annotations(path), annotation_count), units, model, source)
+
+
+def _files(published: PublishedSet) -> list[tuple[str, str, int, int]]:
+    """(layer, file, size, modification time) of all that decides exemplars: hashing gigabytes would take minutes."""
+    found = []
+    for layer, files in published.files.items():
+        for name in (layout.IMAGES, layout.MASKS, layout.UNITS, layout.IDS, layout.ACTIVATIONS):
+            if (files.folder / name).exists():
+                status = (files.folder / name).stat()
+                found.append((layer, name, status.st_size, status.st_mtime_ns))
+    return found
+
+
+def _import_exemplars(
+    storage: Storage, published: PublishedSet, missing: Sequence[str], model: str, config: str
+) -> None:
+    started = time.monotonic()
+    say(f"import of {published.name}: {len(published.layers)} layers as {model}")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        seen = _scan(storage, published, config, pool)
+        # One image is one id and one content; where it was seen first is where its pixels are read from.
+        images = seen.unique(["source_id", "sha256"], keep="first", maintain_order=True)
+        images = images.sort("source_id", "sha256").with_row_index("image_id")
+        root = f"{ROOT}{published.name}"
+        manifest = build(
+            [
+                Entry(root, f"sha256/{sha}" if source is None else str(source), etag=sha, sha256=sha)
+                for source, sha in images.select("source_id", "sha256").iter_rows()
+            ]
+        )
+        probe = manifest_digest(manifest)
+        if not storage.is_current(MANIFEST, probe, probe=probe):
+            storage.write(MANIFEST, manifest, probe, probe=probe)
+        _write_views(storage, published, images, probe, pool)
+    ids = seen.join(images.select("image_id", "source_id", "sha256"), ["source_id", "sha256"], nulls_equal=True)
+    for layer in missing:
+        mine = ids.filter(pl.col("layer") == layer).sort("position", "rank")
+        if layer == missing[-1]:
+            seconds = time.monotonic() - started
+            record_run(storage, "import", config, model, rows=len(ids), cost=Cost(seconds, seconds, len(images)))
+        _write_exemplars(storage, published, layer, mine, model, probe, config)
+
+
+def _scan(storage: Storage, published: PublishedSet, config: str, pool: ThreadPoolExecutor) -> pl.DataFrame:
+    """Every exemplar's image: layer, position, rank, source_id (null without ids.csv), sha256 of its RGB bytes."""
+    parts = []
+    done = set(storage.work_names(config))
+    for number, (layer, files) in enumerate(published.files.items()):
+        name = f"images/{number}"
+        if name not in done:
+            with Progress(f"images of {layer}", len(files.units), "units") as progress:
+                digests = []
+                for found in pool.map(lambda position, files=files: _digests(files, position), range(len(files.units))):
+                    digests += found
+                    progress.advance()
+            count, k = files.masks.shape[:2]
+            sources = [None] * (count * k) if files.image_ids is None else files.image_ids.ravel()
+            columns = {
+                "layer": [layer] * (count * k),
+                "position": np.repeat(np.arange(count), k),
+                "rank": np.tile(np.arange(k), count),
+                "source_id": pa.array(sources, pa.int64()),
+                "sha256": digests,
+            }
+            storage.put_work(config, name, pa.table(columns))
+        parts.append(pl.DataFrame(storage.get_work(config, name)))
+    return pl.concat(parts)
+
+
+def _digests(files: LayerFiles, position: int) -> list[str]:
+    return [hashlib.sha256(image.tobytes()).hexdigest() for image in files.unit_bytes(position)]
+
+
+def _view(files: LayerFiles) -> str:
+    return View(resize=None, crop=None, size=files.size).key
+
+
+def _write_views(
+    storage: Storage, published: PublishedSet, images: pl.DataFrame, probe: str, pool: ThreadPoolExecutor
+) -> None:
+    """Stores every image once, block by block; a block that is there is whole."""
+    blocks: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in images.iter_rows(named=True):
+        blocks[_view(published.files[row["layer"]]), block_of(row["image_id"])].append(row)
+
+    def encode(row: dict[str, Any]) -> bytes:
+        pixels = published.files[row["layer"]].unit_bytes(row["position"])[row["rank"]]
+        return png(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+    with Progress("views", len(images), "images") as progress:
+        for (view, block), rows in blocks.items():
+            keys = {"probe": probe, "view": view, "block": block}
+            config = config_hash({"views": probe, "view": view})
+            if not storage.is_current(VIEWS, config, **keys):
+                write_block(storage, config, [row["image_id"] for row in rows], list(pool.map(encode, rows)), **keys)
+            progress.advance(len(rows))
+
+
+def _write_exemplars(
+    storage: Storage, published: PublishedSet, layer: str, rows: pl.DataFrame, model: str, probe: str, config: str
+) -> None:
+    files = published.files[layer]
+    count, k = files.masks.shape[:2]
+    packed: list[bytes] = []
+    for position in range(count):
+        packed += masks.pack(torch.from_numpy(files.unit_masks(position)))
+    activations = np.full((count, k), np.nan, np.float32) if files.activations is None else files.activations
+    columns: dict[str, object] = {
+        "model": [model] * (count * k),
+        "layer": [layer] * (count * k),
+        "unit": np.repeat(files.units, k),
+        "rank": rows["rank"].to_numpy(),
+        "image_id": rows["image_id"].to_numpy(),
+        "activation": activations.ravel(),
+        "mask": packed,
+    }
+    height, width = files.size
+    metadata = {
+        "mask_height": str(height),
+        "mask_width": str(width),
+        "probe": probe,
+        "view": _view(files),
+        "k": str(k),
+        PUBLISHED: published.name,
+        UNITS_FILE: str(files.has_units),
+    }
+    storage.write(EXEMPLARS, EXEMPLARS.table(columns, metadata), config, model=model, layer=layer)
+
+
+def _write_annotations(
+    storage: Storage,
+    kept: Mapping[tuple[str, int], Sequence[Annotation]],
+    units: Mapping[str, Sequence[int]],
+    model: str,
+    source: str,
+) -> None:
+    """Writes the annotations of the units that have exemplars, in the order of the file, layer by layer."""
+    if not kept:
+        return
+    there = {(layer, unit) for layer, numbers in units.items() for unit in numbers}
+    homeless = [key for key in kept if key not in there]
+    if homeless:
+        say(f"annotations of {model}: left out {len(homeless)} units without exemplars, the first {homeless[0]}")
+    by_layer: dict[str, list[tuple[Annotation, int]]] = defaultdict(list)
+    for layer, unit in kept.keys() & there:
+        by_layer[layer] += [(item, place) for place, item in enumerate(kept[layer, unit])]
+    for layer, items in by_layer.items():
+        items.sort(key=lambda item: item[0].row)
+        exemplars = storage.config_of(EXEMPLARS, model=model, layer=layer)
+        texts = [(item.row, item.unit, place, item.text) for item, place in items]
+        config = config_hash({"exemplars": exemplars, "annotations": texts})
+        keys = {"source": source, "model": model, "layer": layer}
+        if storage.is_current(ANNOTATIONS, config, **keys):
+            continue
+        columns: dict[str, object] = {name: [value] * len(items) for name, value in keys.items()}
+        columns |= {
+            "unit": [unit for _, unit, _, _ in texts],
+            # Published sets do not say who wrote what: a unit's first, second, … annotator.
+            "annotator": [f"{place:03d}" for _, _, place, _ in texts],
+            "text": [text for *_, text in texts],
+        }
+        metadata = {EXEMPLARS_KEY: exemplars, CSV_ROWS: ",".join(str(row) for row, *_ in texts)}
+        storage.write(ANNOTATIONS, ANNOTATIONS.table(columns, metadata), config, **keys)
+    say(f"annotations of {model}: {sum(map(len, by_layer.values()))} of {len(kept) - len(homeless)} units")

@@ -1,0 +1,317 @@
+"""Views: the exemplars' images as a model saw them, stored once per image and geometry."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+import time
+import uuid
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta, timezone
+from functools import lru_cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from PIL import Image
+from torch import nn
+
+from milan_ray.config import ExemplarConfig, Resources, config_hash
+from milan_ray.device import resolve_device
+from milan_ray.engine import references
+from milan_ray.engine.cluster import gpus_each
+from milan_ray.engine.tasks import FEW_IMAGES, run_parallel
+from milan_ray.errors import DamagedTable, MilanError
+from milan_ray.exemplars.forward import Forward, read_inputs, read_views
+from milan_ray.models.registry import ModelSpec, source_of
+from milan_ray.models.weights import weights_digest
+from milan_ray.probe.base import ImageRef, LatentProbe
+from milan_ray.progress import Progress, say
+from milan_ray.schema import MANIFEST, VIEWS
+from milan_ray.storage import Storage
+
+BLOCK = 256
+"""Images of the manifest that share one partition."""
+
+WANTED = "wanted"
+"""Folder of a view in which jobs announce the images that they want."""
+
+FORGET = timedelta(days=1)
+"""Age of announcements that nobody takes back: of jobs that were killed, or that were not alone."""
+
+_PAUSES = (0.2, 1.0, 5.0)
+"""Seconds to wait for images that another job, extending the same block, is about to put back."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Where the images of one view come from.
+
+    Attributes:
+        probe: The probe.
+        digest: Its manifest's digest.
+        key: The view's key, as :func:`view_key` gives it.
+        model: A model with this view; a generator draws its images itself.
+        config: How its exemplars were made.
+    """
+
+    probe: references.ProbeRequest
+    digest: str
+    key: str
+    model: references.ModelRequest
+    config: ExemplarConfig
+
+    @property
+    def hash(self) -> str:
+        """The configuration hash of the view's blocks; which images a block holds is not part of it."""
+        return config_hash({"views": self.digest, "view": self.key})
+
+
+@dataclass(frozen=True)
+class _Block:
+    storage: Storage
+    pictures: Pictures
+    block: str
+    wanted: tuple[int, ...]
+    resources: Resources
+
+
+def block_of(image_id: int) -> str:
+    """The partition that holds an image."""
+    return f"{image_id // BLOCK:06d}"
+
+
+def view_key(spec: ModelSpec, model: nn.Module, weights: str, config: ExemplarConfig) -> str:
+    """Names the view that shows a model's exemplars: equal exactly when the pixels are.
+
+    The views of models that take images are shared by all of the same geometry; a generator's images are its own.
+
+    Args:
+        spec: The model.
+        model: The model, built.
+        weights: Digest of its weights.
+        config: How its exemplars are made.
+    """
+    view = spec.preprocess.view
+    if spec.images is None and not config.truncate_bytes:
+        return view.key
+    identity = {"preprocess": spec.preprocess, "truncate_bytes": config.truncate_bytes}
+    if spec.images is None:
+        return f"{view.key}-truncated-{config_hash(identity)}"
+    identity |= {
+        "weights": weights,
+        "structure": repr(model),
+        "inputs": source_of(spec.inputs),
+        "images": source_of(spec.images),
+        "batch_size": spec.batch(config.batch_size),
+        "arithmetic": config.arithmetic,
+    }
+    return f"{spec.name} {config_hash(identity)}"
+
+
+def ensure_views(storage: Storage, pictures: Pictures, image_ids: list[int], resources: Resources) -> None:
+    """Stores the views of these images where they are missing; a block keeps what it had.
+
+    Jobs of other models may extend the same blocks at the same time. None loses what another wrote: each announces the
+    images that it wants before it reads a block, and looks after it has replaced one whether more were announced.
+
+    Args:
+        storage: The run directory.
+        pictures: Where the images come from.
+        image_ids: Manifest rows.
+        resources: What of the cluster a generator may use.
+    """
+    blocks: dict[str, set[int]] = defaultdict(set)
+    for image_id in image_ids:
+        blocks[block_of(image_id)].add(image_id)
+    tasks = [
+        _Block(storage, pictures, block, tuple(sorted(wanted)), resources)
+        for block, wanted in blocks.items()
+        if wanted - _stored(storage, pictures, block)
+    ]
+    if not tasks:
+        return
+    own = _announce(storage, pictures, image_ids)
+    generator = references.model(pictures.model).images is not None
+    cpus, gpus = (resources.cpus_per_actor, gpus_each(resources)) if generator else (1, 0)
+    with Progress(f"views {pictures.key}", sum(len(task.wanted) for task in tasks), "images") as progress:
+        here = storage.count(MANIFEST, probe=pictures.digest) <= FEW_IMAGES and not generator
+        for index, _ in run_parallel(_write_block, tasks, cpus, gpus, here):
+            progress.advance(len(tasks[index].wanted))
+    _withdraw(storage, pictures, own)
+
+
+def _keys(pictures: Pictures, block: str) -> dict[str, str]:
+    return {"probe": pictures.digest, "view": pictures.key, "block": block}
+
+
+def _stored(storage: Storage, pictures: Pictures, block: str) -> set[int]:
+    """The images that a block holds already."""
+    table = _read(storage, pictures, block, "image_id")
+    return set() if table is None else set(table["image_id"].to_pylist())
+
+
+def _read(storage: Storage, pictures: Pictures, block: str, *columns: str) -> pa.Table | None:
+    """Columns of a block; None where there is none of this view, or it is damaged: it is then made anew."""
+    keys = _keys(pictures, block)
+    if not storage.is_current(VIEWS, pictures.hash, **keys):
+        return None
+    try:
+        return storage.read(VIEWS, list(columns), **keys)
+    except DamagedTable as error:
+        say(f"{error} It is made anew.", level="warning")
+        return None
+
+
+def _announced(storage: Storage, pictures: Pictures) -> set[str]:
+    """The files in which jobs say what they want of a view; those of long ago are gone afterwards."""
+    old = datetime.now(timezone.utc) - FORGET
+    found = set()
+    for path, stat in storage.stat(_board(storage, pictures)).items():
+        if stat.modified is not None and stat.modified < old:
+            storage.remove_file(path)
+        else:
+            found.add(path)
+    return found
+
+
+def _board(storage: Storage, pictures: Pictures) -> str:
+    return f"{storage.path(VIEWS, **_keys(pictures, '')).rsplit('/', 2)[0]}/{WANTED}"
+
+
+def _announce(storage: Storage, pictures: Pictures, image_ids: list[int]) -> str:
+    path = f"{_board(storage, pictures)}/{uuid.uuid4().hex}.json"
+    storage.put(path, json.dumps(image_ids).encode())
+    return path
+
+
+def _withdraw(storage: Storage, pictures: Pictures, own: str) -> None:
+    """Takes an announcement back, unless another job is at work, which may have to see it.
+
+    A job that begins after this look reads blocks that are as they should be; one that began before has announced
+    what it wants.
+    """
+    if _announced(storage, pictures) == {own}:
+        storage.remove_file(own)
+
+
+def _write_block(task: _Block) -> None:
+    """Extends a block by what this and all other jobs want of it."""
+    storage, pictures, keys = task.storage, task.pictures, _keys(task.pictures, task.block)
+    wanted, seen = set(task.wanted), set[str]()
+    drawn: dict[int, bytes] = {}
+    while True:
+        for path in _announced(storage, pictures) - seen:
+            seen.add(path)
+            wanted.update(i for i in _read_announcement(storage, path) if block_of(i) == task.block)
+        lacking = wanted - drawn.keys() - _stored(storage, pictures, task.block)
+        if lacking:
+            drawn.update(_draw(pictures, _refs(storage, pictures, task.block, lacking), task.resources))
+        # As late as can be: what is stored between this and the next line is found by the look after it.
+        stored = _read(storage, pictures, task.block, "image_id", "image")
+        if stored is None and (lost := wanted - drawn.keys()):  # their ids were legible, and their images are not
+            drawn.update(_draw(pictures, _refs(storage, pictures, task.block, lost), task.resources))
+        together = dict(drawn)
+        if stored is not None:
+            together |= zip(stored["image_id"].to_pylist(), stored["image"].to_pylist(), strict=True)
+        if stored is None or len(together) > len(stored):
+            ids = sorted(together)
+            write_block(storage, pictures.hash, ids, [together[image_id] for image_id in ids], **keys)
+        if _announced(storage, pictures) <= seen:
+            return
+
+
+def _read_announcement(storage: Storage, path: str) -> list[int]:
+    try:
+        found = json.loads(storage.get(path))
+    except FileNotFoundError:  # withdrawn since it was listed: its blocks are as they should be
+        return []
+    except ValueError as error:
+        say(f"{storage.uri(path)} is damaged ({error}): the job that wrote it makes its own images", level="warning")
+        return []
+    return [image for image in found if isinstance(image, int)] if isinstance(found, list) else []
+
+
+def _refs(storage: Storage, pictures: Pictures, block: str, image_ids: set[int]) -> list[ImageRef]:
+    """Where images of a block lie, ascending."""
+    first = int(block) * BLOCK
+    rows = storage.read_rows(MANIFEST, first, first + BLOCK, ["image_id", "root", "path"], probe=pictures.digest)
+    return [
+        ImageRef(row["image_id"], row["root"], row["path"]) for row in rows.to_pylist() if row["image_id"] in image_ids
+    ]
+
+
+def write_block(storage: Storage, config: str, image_ids: list[int], pngs: list[bytes], **keys: str) -> None:
+    """Writes a block of views under its partition keys, with its configuration hash."""
+    columns: dict[str, object] = {name: [value] * len(pngs) for name, value in keys.items()}
+    storage.write(VIEWS, VIEWS.table(columns | {"image_id": image_ids, "image": pngs}), config, **keys)
+
+
+def _draw(pictures: Pictures, refs: Sequence[ImageRef], resources: Resources) -> dict[int, bytes]:
+    """The images of these rows as PNG, by id.
+
+    Raises:
+        MilanError: One can no longer be read, or the generator has other weights than before.
+    """
+    spec = references.model(pictures.model)
+    size, truncate = spec.batch(pictures.config.batch_size), pictures.config.truncate_bytes
+    forward = None if spec.images is None else _generator(pictures, resources)
+    drawn: dict[int, bytes] = {}
+    for start in range(0, len(refs), size):
+        probe, rows = references.probe(pictures.probe), refs[start : start + size]
+        if isinstance(probe, LatentProbe):
+            batch = read_inputs(probe, rows, spec)
+        else:
+            batch = read_views(probe, rows, spec.preprocess.view)
+        if batch.unreadable:
+            ref, reason = batch.unreadable[0]
+            raise MilanError(f"{ref.location} was read before but not now ({reason}); run the job again.")
+        if forward is not None:
+            pixels = forward.images(batch.inputs, truncate)
+        else:
+            pixels = spec.preprocess.truncated(batch.views) if truncate else batch.views
+        drawn.update(zip(batch.ids.tolist(), map(png, pixels), strict=True))
+    return drawn
+
+
+@lru_cache(maxsize=1)  # a worker process draws block after block
+def _generator(pictures: Pictures, resources: Resources) -> Forward:
+    torch.set_num_threads(resources.threads)
+    spec = references.model(pictures.model)
+    model = spec.load()
+    if view_key(spec, model, weights_digest(model), pictures.config) != pictures.key:
+        raise MilanError(
+            f"{spec.name} on {platform.node()} is not the generator whose exemplars these are; every node must see the "
+            "same weights, and random ones need a seed."
+        )
+    config = pictures.config
+    device = resolve_device(resources.device)
+    return Forward(spec, model.to(device), (), spec.batch(config.batch_size), config.arithmetic)
+
+
+def png(pixels: np.ndarray) -> bytes:
+    """Encodes uint8 (H, W, 3) without loss."""
+    buffer = io.BytesIO()
+    # Level 1: half the time of the default for a tenth more bytes.
+    Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def read_block(storage: Storage, digest: str, view_key: str, block: str, image_ids: list[int]) -> pa.Table:
+    """The views of these images from one block, in the order asked for.
+
+    Raises:
+        MilanError: One is missing.
+    """
+    for pause in (*_PAUSES, None):
+        table = storage.read(VIEWS, ["image_id", "image"], probe=digest, view=view_key, block=block)
+        places = pc.index_in(pa.array(image_ids, pa.int64()), table["image_id"].combine_chunks())
+        if not places.null_count:
+            return table.take(places)
+        if pause is not None:
+            time.sleep(pause)
+    raise MilanError(f"views block {block} of {view_key} lacks images of the exemplars; run jobs.exemplars again.")

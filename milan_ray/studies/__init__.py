@@ -1,0 +1,1 @@
+"""The paper's experiments and their like: each runs, counts and plots."""

@@ -1,0 +1,1 @@
+"""Units ablated in the order of what is said of them."""

@@ -1,0 +1,1 @@
+"""What people's annotations are like."""

@@ -1,0 +1,169 @@
+"""Annotations ─► how many, how long, of which words, how much people agree (the paper's Tables 1, 4 and 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import polars as pl
+from spacy.language import Language
+
+from milan_ray.config import config_hash
+from milan_ray.errors import MilanError, unknown_name
+from milan_ray.progress import say
+from milan_ray.schema import ANNOTATION_STATISTICS, ANNOTATIONS
+from milan_ray.scoring.agreement import TextScore, leave_one_out, mean_agreement, rouge_l
+from milan_ray.scoring.text import BertScore
+from milan_ray.storage import Storage
+from milan_ray.studies.annotators.statistics import (
+    annotation_statistics,
+    read_texts,
+    tag_words,
+)
+
+KERNEL_VERSION = "annotation-statistics-1"
+
+LEVELS: tuple[tuple[str, ...], ...] = (("model", "layer"), ("model",), ())
+"""What annotations are grouped by: the rows of Table 5, those of Tables 1 and 4, and the totals."""
+
+
+def find_score(folder: str | Path | None) -> tuple[TextScore, str]:
+    """What agreement is measured by, and its name: BERTScore with a language model, else ROUGE-L.
+
+    Args:
+        folder: Folder of the language model; None for none.
+    """
+    if folder is None:
+        say("agreement is measured by ROUGE-L; --bertscore takes a language model")
+        return rouge_l, "ROUGE-L"
+    place = Path(folder)
+    name = place.parent.name if place.name == "model" else place.name  # of a wheel's folder, the wheel's
+    return BertScore(folder), f"BERTScore by {name}"
+
+
+def stored_annotations(storage: Storage, source: str | None, models: Sequence[str] | None = None) -> pl.DataFrame:
+    """All annotations of a source.
+
+    Args:
+        storage: The run directory.
+        source: Which; None takes the only one.
+        models: Only of these models; None for all.
+
+    Returns:
+        Columns source, model, layer, unit, annotator, text; layers in their model's order, rows as stored.
+
+    Raises:
+        MilanError: There are none, several sources, or none of such a name.
+    """
+    every = storage.partitions(ANNOTATIONS)
+    sources = sorted({keys["source"] for keys in every})
+    if source is None and len(sources) > 1:
+        raise MilanError(f"there are annotations of {', '.join(sources)}: say which with --source.")
+    if not every:
+        raise MilanError(f"{storage.root} holds no annotations: import some, or give a CSV file.")
+    if source is not None and source not in sources:
+        raise unknown_name("source of annotations", source, sources)
+    found = [keys for keys in every if keys["source"] == (source or sources[0])]
+    known = {keys["model"] for keys in found}
+    for name in models or ():
+        if name not in known:
+            raise unknown_name("model with annotations", name, known)
+    found = [keys for keys in found if models is None or keys["model"] in models]
+    found = storage.in_model_order(found)
+    columns = [column.name for column in ANNOTATIONS.columns]
+    return pl.concat(pl.DataFrame(pl.from_arrow(storage.read(ANNOTATIONS, columns, **keys))) for keys in found)
+
+
+def file_annotations(path: str | Path, model: str | None = None, source: str | None = None) -> pl.DataFrame:
+    """Annotations of a CSV file (layer, unit, summary).
+
+    Args:
+        path: The file.
+        model: The model they speak of; None takes the file's name.
+        source: What the source is to be called; None takes the file's name.
+
+    Returns:
+        Columns source, model, layer, unit, text.
+    """
+    name = Path(path).stem
+    return read_texts(path).select(
+        pl.lit(source or name).alias("source"), pl.lit(model or name).alias("model"), pl.all()
+    )
+
+
+def run_statistics(
+    storage: Storage, texts: pl.DataFrame, nlp: Language, language: str, score: TextScore, measure: str
+) -> pl.DataFrame:
+    """Counts, and writes the table unless it is there already, made of the same annotations in the same way.
+
+    Args:
+        storage: The run directory.
+        texts: Columns source (one value), model, layer, unit, text.
+        nlp: The spaCy pipeline that tags words.
+        language: What it is called.
+        score: What agreement is measured by.
+        measure: What that is called.
+
+    Returns:
+        Rows of schema ANNOTATION_STATISTICS.
+    """
+    source = texts["source"][0]
+    said = texts.select("model", "layer", "unit", "text").rows()
+    stamp = config_hash({"kernel": KERNEL_VERSION, "language": language, "score": measure, "texts": said})
+    if storage.is_current(ANNOTATION_STATISTICS, stamp, source=source):
+        say(f"statistics of {source}: up to date")
+        return pl.DataFrame(pl.from_arrow(storage.read(ANNOTATION_STATISTICS, source=source)))
+    words = tag_words(texts["text"].to_list(), nlp)
+    scores = leave_one_out(texts, score)
+    tables = []
+    for by in LEVELS:
+        counted = annotation_statistics(texts, nlp, by, words)
+        agreed = mean_agreement(scores, by).select(*by, "agreement", "low", "high")
+        if by:
+            counted = counted.join(agreed, on=by, how="left", maintain_order="left")
+        else:
+            counted = pl.concat([counted, agreed], how="horizontal")
+        absent = [pl.lit("").alias(name) for name in LEVELS[0] if name not in by]
+        tables.append(counted.with_columns(pl.lit(source).alias("source"), *absent))
+    frame = pl.concat(table.select(column.name for column in ANNOTATION_STATISTICS.columns) for table in tables)
+    columns: dict[str, object] = {name: frame[name].to_list() for name in frame.columns}
+    table = ANNOTATION_STATISTICS.table(columns, {"language": language, "score": measure})
+    storage.write(ANNOTATION_STATISTICS, table, stamp, source=source)
+    return pl.DataFrame(pl.from_arrow(table))
+
+
+def of_layers(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows of single layers (Table 5)."""
+    return rows.filter(pl.col("layer") != "")
+
+
+def of_models(rows: pl.DataFrame) -> pl.DataFrame:
+    """The rows of whole models (Tables 1 and 4)."""
+    return rows.filter(pl.col("model") != "", pl.col("layer") == "")
+
+
+def total(rows: pl.DataFrame) -> pl.DataFrame:
+    """The row of all together."""
+    return rows.filter(pl.col("model") == "")
+
+
+def summary(rows: pl.DataFrame, language: str, measure: str) -> str:
+    """Tables 1, 4 and 5 on one screen."""
+    layers = of_layers(rows)
+    lines = [f"{'model':24} {'layers':>6} {'units':>7} {'annotations':>11}  agreement ({measure})"]
+    for row in pl.concat([of_models(rows), total(rows)]).iter_rows(named=True):
+        count = len(layers.filter(pl.col("model") == row["model"])) if row["model"] else len(layers)
+        agreed = "–" if row["agreement"] is None else f"{row['agreement']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        name = row["model"] or "all"
+        lines.append(f"{name:24} {count:>6} {row['units']:>7,} {row['texts']:>11,}  {agreed}")
+    lines += ["", f"words are tagged by {language}"]
+    lines.append(
+        f"{'model':24} {'layer':14} {'units':>7} {'words':>7} {'length':>6} {'noun %':>7} {'adj %':>6} {'prep %':>7}"
+    )
+    for row in pl.concat([layers, total(rows)]).iter_rows(named=True):
+        shares = ["–" if row[name] is None else f"{row[name]:.1f}" for name in ("noun", "adjective", "preposition")]
+        lines.append(
+            f"{row['model'] or 'all':24} {row['layer']:14} {row['units']:>7,} {row['words']:>7,} {row['length']:>6.2f} "
+            f"{shares[0]:>7} {shares[1]:>6} {shares[2]:>7}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Units of two networks found by words."""

@@ -1,0 +1,1 @@
+"""All labelers on a network that none was trained on."""

@@ -1,0 +1,121 @@
+"""MILAN beside other labelers on networks that its captioner never saw (paper §4, Table 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import polars as pl
+
+from milan_ray.labelers.compexp import CompExp
+from milan_ray.labelers.milan import LIKELIHOOD, MILAN
+from milan_ray.labelers.netdissect import NetDissect
+from milan_ray.report.figures import new_figure
+from milan_ray.scoring.bootstrap import Interval
+from milan_ray.scoring.evaluation import ANNOTATORS, TRIVIAL, Row
+from milan_ray.studies.comparison.statistics import PANELS
+from milan_ray.studies.generalization.statistics import main_metric
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+LABELERS = {CompExp.name: "CE", NetDissect.name: "ND", LIKELIHOOD: "p(d|E)", MILAN: "wPMI"}
+"""Labelers in the order of the paper's Table 2, with what it calls them."""
+
+METRICS = ("bertscore-f", "rouge-l-f", "bleu-2", "auroc", "causal-drop", "planted-accuracy")
+"""Measures that are shown: with annotations, and where the built-in world judges, with what it knows."""
+
+
+def collected(comparisons: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
+    """What comparisons of single networks found, in one table.
+
+    Args:
+        comparisons: Model → rows of schema SCORES from :func:`milan_ray.studies.comparison.run.run_comparison`.
+
+    Returns:
+        Columns model, system, metric, value, low, high, n, note; metrics of :data:`METRICS`, differences left out.
+    """
+    frames = [
+        rows.filter(pl.col("metric").is_in(METRICS), ~pl.col("system").str.contains(" − |, shuffled$"), pl.col("n") > 0)
+        .select(pl.lit(model).alias("model"), "system", "metric", "value", "low", "high", "n", "note")
+        .unique(["model", "system", "metric"], keep="first", maintain_order=True)
+        for model, rows in comparisons.items()
+    ]
+    return pl.concat(frames)
+
+
+def table_2(rows: pl.DataFrame, metric: str | None = None) -> pl.DataFrame:
+    """The paper's Table 2: a line per network, a column per labeler; then other labelers and what costs nothing.
+
+    Args:
+        rows: From :func:`collected`.
+        metric: Which measure; None takes BERTScore, or ROUGE-L where there is no model for it.
+    """
+    rows = rows.filter(metric=metric or main_metric(rows))
+    wide = rows.pivot(on="system", index=["model", "n"], values="value", maintain_order=True)
+    first = [name for name in LABELERS if name in wide.columns]
+    rest = [name for name in wide.columns if name not in ("model", "n", *first)]
+    rest.sort(key=lambda name: (name == ANNOTATORS, name in TRIVIAL))
+    # Agreement among annotators counts fewer units where some have one annotation: a line of its own there.
+    lines = wide.group_by("model", maintain_order=True).agg(
+        pl.col("n").max(), *(pl.col(name).drop_nulls().first() for name in (*first, *rest))
+    )
+    return lines.rename({name: LABELERS[name] for name in first} | {"n": "units"})
+
+
+def score_rows(rows: pl.DataFrame) -> list[Row]:
+    """The same as rows of a table of scores, whose systems are labelers on networks."""
+    filled = rows.with_columns(pl.col("low", "high").fill_null(float("nan")))
+    return [
+        (f"{model}: {system}", metric, Interval(*ends), n, note)
+        for model, system, metric, *ends, n, note in filled.select(
+            "model", "system", "metric", "value", "low", "high", "n", "note"
+        ).iter_rows()
+    ]
+
+
+def draw(rows: pl.DataFrame) -> Figure:
+    """A panel per measure, a line per network and labeler, with 95 % intervals."""
+    models = list(dict.fromkeys(rows["model"]))
+    metrics = [name for name in METRICS if name in set(rows["metric"]) and name != "bleu-2"]
+    named = {**LABELERS, **{name: name for name in dict.fromkeys(rows["system"]) if name not in LABELERS}}
+    systems = [name for name in named if name in set(rows["system"])]
+    height = len(models) * (len(systems) + 1)
+    figure = new_figure(3 * len(metrics) + 2, 0.22 * height + 1)
+    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
+    places = {
+        (model, system): -(number * (len(systems) + 1) + place)
+        for number, model in enumerate(models)
+        for place, system in enumerate(systems)
+    }
+    for axes, metric in zip(panels, metrics, strict=True):
+        for row in rows.filter(metric=metric).iter_rows(named=True):
+            place = places[row["model"], row["system"]]
+            cheap = row["system"] in TRIVIAL
+            colour = (
+                "0.6" if cheap else "0.1" if row["system"] == ANNOTATORS else f"C{systems.index(row['system']) % 10}"
+            )
+            if row["low"] is not None:
+                axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
+            axes.plot(row["value"], place, "o", color=colour, markersize=4)
+        axes.set_title(PANELS.get(metric, metric), fontsize="medium")
+        axes.grid(axis="x", alpha=0.3)
+    labels = [f"{named[system]}, {model}" if system == systems[0] else named[system] for model, system in places]
+    panels[0].set_yticks(list(places.values()), labels, fontsize="small")
+    return figure
+
+
+def summary(rows: pl.DataFrame) -> str:
+    """The paper's Table 2 on the terminal, and the same of every other measure."""
+    lines = []
+    for metric in METRICS:
+        if metric in set(rows["metric"]):
+            lines.append(f"  {metric}")
+            for row in table_2(rows, metric).iter_rows(named=True):
+                values = (
+                    f"{name} {row[name]:.3f}"
+                    for name in row
+                    if name not in ("model", "units") and row[name] is not None
+                )
+                lines.append(f"    {row['model']} ({row['units']} units): {' · '.join(values)}")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Labelers beside each other."""

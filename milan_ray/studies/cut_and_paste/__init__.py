@@ -1,0 +1,1 @@
+"""Objects pasted into images by what units say."""

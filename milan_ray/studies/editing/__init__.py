@@ -1,0 +1,1 @@
+"""Classifiers without units found by words."""

@@ -1,0 +1,139 @@
+"""The last layer of a classifier without some units, learnt anew; what the classifier then gets right."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from milan_ray.config import Resources
+from milan_ray.device import resolve_device
+from milan_ray.engine import references
+from milan_ray.engine.cluster import gpus_each
+from milan_ray.engine.tasks import run_parallel
+from milan_ray.exemplars.forward import pass_size
+from milan_ray.models.ablation import UnitSet
+from milan_ray.models.heads import HeadTraining, find_head, fit_head, head_inputs
+from milan_ray.probe.manifest import image_refs
+from milan_ray.progress import Progress
+from milan_ray.studies.ablation.run import Accuracies, class_numbers
+from milan_ray.studies.pictures import views_of
+
+CHUNK = 512
+"""Images read at a time."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A classifier's last layer after fine-tuning.
+
+    Attributes:
+        head: Its path in the network.
+        weight: float32 (classes, inputs).
+        bias: float32 (classes,), or None.
+        correct: Split → int64 (classes,), images of each class that are then classified correctly.
+    """
+
+    head: str
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    correct: Mapping[str, np.ndarray]
+
+    @property
+    def state(self) -> dict[str, torch.Tensor]:
+        """Its entries in the network's state dict."""
+        bias = {} if self.bias is None else {f"{self.head}.bias": self.bias}
+        return {f"{self.head}.weight": self.weight, **bias}
+
+
+@dataclass(frozen=True)
+class _Task:
+    model: references.ModelRequest
+    train: references.ProbeRequest
+    probes: Mapping[str, references.ProbeRequest]
+    units: UnitSet
+    config: HeadTraining
+    threads: int
+    device: str
+
+
+def fine_tune(
+    model: references.ModelRequest,
+    train: references.ProbeRequest,
+    probes: Mapping[str, references.ProbeRequest],
+    sets: Sequence[UnitSet],
+    config: HeadTraining,
+    resources: Resources,
+) -> tuple[list[Tuned], dict[str, Accuracies]]:
+    """Fine-tunes a classifier's last layer with each set of units switched off, side by side.
+
+    Because the rest of the network stays as it is, it runs over every image once per set; what is learnt from is what
+    reaches the last layer. Nothing is stored: to do it again costs that much.
+
+    Args:
+        model: The classifier.
+        train: Images with classes to learn from.
+        probes: Split → images with classes to count accuracy on.
+        sets: Sets of units that are switched off.
+        config: How to learn.
+        resources: What of the cluster to use; Ray must be connected.
+
+    Returns:
+        The layer of each set, and per split the accuracies of all sets.
+
+    Raises:
+        MilanError: The model does not end in a linear map, or images have no classes.
+    """
+    layers = tuple(dict.fromkeys(layer for one in sets for layer in one)) or model.layers
+    request = replace(model, layers=layers)
+    tasks = [
+        _Task(request, train, dict(probes), dict(units), config, resources.threads, resources.device) for units in sets
+    ]
+    found: dict[int, Tuned] = {}
+    with Progress(f"last layer of {model.name}", len(tasks), "trainings") as shown:
+        for index, tuned in run_parallel(_tune, tasks, resources.cpus_per_actor, gpus_each(resources)):
+            found[index] = tuned
+            shown.advance()
+    spec = references.model(request)
+    accuracies = {}
+    for split, probe in probes.items():
+        names, labels = class_numbers(references.probe(probe).manifest()["class_label"].to_pylist(), spec)
+        correct = np.stack([found[index].correct[split][: len(names)] for index in range(len(tasks))])
+        accuracies[split] = Accuracies(names, correct, np.bincount(labels, minlength=len(names)))
+    return [found[index] for index in range(len(tasks))], accuracies
+
+
+def _tune(task: _Task) -> Tuned:
+    torch.set_num_threads(task.threads)
+    device = resolve_device(task.device)
+    spec = references.model(task.model)
+    network = spec.load().to(device)
+    head = ""
+
+    def inputs(request: references.ProbeRequest) -> tuple[torch.Tensor, torch.Tensor]:
+        nonlocal head
+        manifest = references.probe(request).manifest()
+        labels = class_numbers(manifest["class_label"].to_pylist(), spec)[1]
+        refs, found = image_refs(manifest), []
+        for start in range(0, len(refs), CHUNK):
+            views = torch.from_numpy(views_of(request, refs[start : start + CHUNK], spec))
+            head = head or find_head(spec, network, views.to(device))
+            found.append(head_inputs(spec, network, head, task.units, views, pass_size(spec.batch(128), device)))
+        return torch.cat(found), torch.tensor(labels)
+
+    reached, labels = inputs(task.train)
+    last = network.get_submodule(head)
+    assert isinstance(last, nn.Linear)
+    weight, bias = fit_head(
+        reached, labels, last.weight.cpu(), None if last.bias is None else last.bias.cpu(), task.config
+    )
+    correct = {}
+    for split, probe in task.probes.items():
+        reached, labels = inputs(probe)
+        right = F.linear(reached, weight, bias).argmax(-1) == labels
+        correct[split] = np.bincount(labels[right].numpy(), minlength=len(weight))
+    return Tuned(head, weight, bias, correct)

@@ -1,0 +1,1 @@
+"""Captioners on networks, tasks and data sets that they were not trained on."""

@@ -1,0 +1,489 @@
+"""Captioners trained on some annotated networks, judged on others (paper §4, Tables 3 and 6).
+
+encodings + annotations ─► splits ─► [a training each] ─► captioners ─► held-out descriptions ─► scores, table, figure
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import torch
+from spacy.language import Language
+
+from milan_ray.annotations.splits import Split
+from milan_ray.captioner.captioner import best_descriptions
+from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
+from milan_ray.config import Recipe, Resources, TrainingConfig
+from milan_ray.device import resolve_device
+from milan_ray.engine.cluster import gpus_each
+from milan_ray.engine.tasks import run_parallel
+from milan_ray.errors import MilanError
+from milan_ray.labelers.milan import LIKELIHOOD, MILAN
+from milan_ray.progress import Progress, say
+from milan_ray.report import figures
+from milan_ray.schema import ANNOTATIONS, ENCODINGS, FIGURE, GENERALIZATION, HELD_OUT, SCORES, SPLITS, TRAINING
+from milan_ray.scoring.bootstrap import Interval
+from milan_ray.scoring.evaluation import CONSTANT, NEAREST, best_constant, nearest_copy, score_table
+from milan_ray.scoring.text import BertScore, normalize
+from milan_ray.stages.captioners import EncoderRequest, load_captioner
+from milan_ray.stages.descriptions import units_per_search
+from milan_ray.stages.encodings import unit_features
+from milan_ray.stages.training import Sizes, TrainingJob, annotations_read, run_trainings
+from milan_ray.storage import Storage
+from milan_ray.studies.generalization import statistics as generalization
+from milan_ray.studies.generalization.statistics import TEST, TRAIN, Unit
+
+KERNEL_VERSION = "generalization-1"
+
+NAME = "generalization"
+"""Name of the experiment where nobody gives another."""
+
+FEW_UNITS = 256
+"""Held-out units of no more are described, and scored, by the driver: workers take longer to start."""
+
+
+@dataclass(frozen=True)
+class GeneralizationConfig:
+    """How captioners are trained and judged; defaults are the paper's.
+
+    Attributes:
+        trials: Captioners per split; they differ in seed, and where one network's units are divided, in the division.
+        share: Share of units held out where one network's are divided.
+        within: Optimisation there, where units are few; its seed is the first trial's.
+        training: Optimisation elsewhere; likewise.
+        sizes: Sizes of the models.
+        beam_size: Width of the beam; None takes the captioner's own, 50.
+        lam: λ; None takes the captioner's own, .2.
+        quirks: Defects of the reference to reproduce in log p(d).
+    """
+
+    trials: int = 5
+    share: float = 0.1
+    within: TrainingConfig = field(default_factory=lambda: TrainingConfig(patience=10))
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sizes: Sizes = field(default_factory=Sizes)
+    beam_size: int | None = None
+    lam: float | None = None
+    quirks: Quirks = NO_QUIRKS
+
+
+@dataclass(frozen=True)
+class GeneralizationJob:
+    """What to find out.
+
+    Attributes:
+        source: Source of the annotations.
+        layers: Annotated model → its layers to take.
+        splits: What trains and what judges.
+        encoder: Encoder of their encodings.
+        config: How.
+        bert_score: Folder of the language model of BERTScore; None leaves BERTScore out.
+        name: Name of the experiment in the tables; the captioners are called NAME-SPLIT-TRIAL.
+        workers: Data-parallel workers of each training.
+        memory_limit: Bytes of features that a training worker keeps in memory.
+    """
+
+    source: str
+    layers: Mapping[str, Sequence[str]]
+    splits: tuple[Split, ...]
+    encoder: EncoderRequest
+    config: GeneralizationConfig = field(default_factory=GeneralizationConfig)
+    bert_score: str | None = None
+    name: str = NAME
+    workers: int = 1
+    memory_limit: int = 2 * 2**30
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The models that the splits name."""
+        return tuple(dict.fromkeys(model for split in self.splits for model in split.models))
+
+    def pairs(self, models: Sequence[str]) -> tuple[tuple[str, str], ...]:
+        """(model, layer) pairs of models."""
+        return tuple((model, layer) for model in models for layer in self.layers[model])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One captioner and what it is judged on.
+
+    Attributes:
+        split: What trains and what judges.
+        number: Which of several such captioners.
+        train: Units that it is trained on.
+        test: Units that it is judged by.
+        training: How it is trained; without GPUs.
+    """
+
+    split: Split
+    number: int
+    train: list[Unit]
+    test: list[Unit]
+    training: TrainingJob
+
+    def public(self, experiment: str) -> dict[str, str]:
+        """Partition keys of what it says."""
+        return {"experiment": experiment, "split": self.split.name, "trial": str(self.number)}
+
+
+def run_generalization(
+    storage: Storage, job: GeneralizationJob, nlp: Language, language: str, resources: Resources
+) -> pl.DataFrame:
+    """Trains a captioner per split and trial, lets it describe the held-out units, and scores that; what is missing.
+
+    Args:
+        storage: The run directory, which holds annotations and encodings of all models.
+        job: What to find out.
+        nlp: Tells words and parts of speech of the descriptions.
+        language: What it is called: printed, and part of what decides the result.
+        resources: What of the cluster to use; Ray must be connected.
+
+    Returns:
+        Rows of schema GENERALIZATION of all splits.
+
+    Raises:
+        MilanError: Annotations or encodings are missing, a split has no unit on one side, or trainings failed.
+    """
+    started = time.monotonic()
+    trials = find_trials(storage, job, resources)
+    units = {unit for trial in trials for unit in (*trial.train, *trial.test)}
+    say(
+        f"{job.name}: {len(job.splits)} splits, {job.config.trials} trials each, {len(units)} annotated units of "
+        f"{len(job.models)} models"
+    )
+    gpus = gpus_each(resources)
+    run_trainings(storage, [replace(trial.training, gpus=gpus) for trial in trials])
+    _store_splits(storage, job.name, trials)
+    _describe(storage, job, trials, resources)
+    _score(storage, job, trials, nlp, language, resources)
+    rows = [storage.read(GENERALIZATION, experiment=job.name, split=split.name) for split in job.splits]
+    frame = pl.DataFrame(pl.from_arrow(pa.concat_tables(table.replace_schema_metadata() for table in rows)))
+    _publish(storage, job, frame)
+    say(f"{job.name}: done in {time.monotonic() - started:.0f} s")
+    return frame
+
+
+def _annotated(storage: Storage, job: GeneralizationJob, model: str) -> list[Unit]:
+    """A model's units that have annotations with words, and as many exemplars as the others of their layer."""
+    found = []
+    for layer in job.layers[model]:
+        said = storage.read(ANNOTATIONS, ["unit", "text"], source=job.source, model=model, layer=layer).to_pylist()
+        worded = {row["unit"] for row in said if normalize(row["text"])}
+        encoded = storage.read(ENCODINGS, ["unit"], encoder=job.encoder.name, model=model, layer=layer)
+        units, counts = np.unique(encoded["unit"].to_numpy(), return_counts=True)
+        whole = units[counts == counts.max()].tolist() if len(units) else []
+        found += [(model, layer, unit) for unit in whole if unit in worded]
+    return found
+
+
+def find_trials(storage: Storage, job: GeneralizationJob, resources: Resources) -> list[Trial]:
+    """All captioners of an experiment, trained or not; arguments and errors as of :func:`run_generalization`."""
+    annotated = {model: _annotated(storage, job, model) for model in job.models}
+    return [
+        _trial(split, number, job, annotated, resources) for split in job.splits for number in range(job.config.trials)
+    ]
+
+
+def _trial(
+    split: Split,
+    number: int,
+    job: GeneralizationJob,
+    annotated: Mapping[str, Sequence[Unit]],
+    resources: Resources,
+) -> Trial:
+    config = job.config
+    optimisation = config.within if split.within else config.training
+    train, test = generalization.divided(split, annotated, config.share, optimisation.seed, number)
+    if len(train) < 2 or not test:
+        raise MilanError(
+            f"split {split.name}: {len(train)} annotated units to train on and {len(test)} to judge by are too few; "
+            "annotate more, or leave it out with --split."
+        )
+    layers = job.pairs(split.train_models)
+    of_layers: dict[tuple[str, str], list[int]] = {layer: [] for layer in layers}
+    for model, layer, unit in train:
+        of_layers[model, layer].append(unit)
+    training = TrainingJob(
+        f"{job.name}-{split.name}-{number}",
+        job.source,
+        layers,
+        job.encoder,
+        replace(optimisation, seed=optimisation.seed + number),
+        config.sizes,
+        job.workers,
+        resources.cpus_per_actor,
+        threads=resources.threads,
+        memory_limit=job.memory_limit,
+        units=tuple(map(tuple, of_layers.values())) if split.within else (),
+        keep_encoder=False,
+    )
+    return Trial(split, number, train, test, training)
+
+
+def split_units(trials: Sequence[Trial], split: str) -> tuple[list[tuple[int, str, str, str, int]], Recipe]:
+    """The rows of a split's table, trial, part and unit, and what decides them."""
+    parts = [
+        (trial.number, part, *unit)
+        for trial in trials
+        if trial.split.name == split
+        for part, units in ((TRAIN, trial.train), (TEST, trial.test))
+        for unit in units
+    ]
+    return parts, Recipe.of({"kernel": KERNEL_VERSION, "units": parts})
+
+
+def _store_splits(storage: Storage, experiment: str, trials: Sequence[Trial]) -> None:
+    for split in dict.fromkeys(trial.split.name for trial in trials):
+        parts, recipe = split_units(trials, split)
+        if storage.why(SPLITS, recipe, experiment=experiment, split=split):
+            columns = dict(zip(("trial", "part", "model", "layer", "unit"), zip(*parts, strict=True), strict=True))
+            names = {"experiment": [experiment] * len(parts), "split": [split] * len(parts)}
+            storage.write(SPLITS, SPLITS.table({**names, **columns}), recipe, experiment=experiment, split=split)
+
+
+# -- what captioners say ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Saying:
+    """Held-out units to describe."""
+
+    storage: Storage
+    job: GeneralizationJob
+    trial: Trial
+    recipe: Recipe
+    threads: int
+    device: str
+
+
+def held_out_recipe(storage: Storage, job: GeneralizationJob, trial: Trial, captioner: str) -> Recipe:
+    """What decides what a captioner says of held-out units.
+
+    Args:
+        storage: The run directory.
+        job: What to find out.
+        trial: The captioner.
+        captioner: Configuration hash that it has, or will have.
+    """
+    layers = (*trial.training.layers, *job.pairs(trial.split.test_models))
+    quirks = {} if job.config.quirks == NO_QUIRKS else {"quirks": job.config.quirks}
+    return Recipe.of(
+        {
+            "kernel": KERNEL_VERSION,
+            "captioner": captioner,
+            "encodings": [
+                storage.config_of(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer)
+                for model, layer in layers
+            ],
+            "annotations": annotations_read(storage, job.source, layers),
+            "units": [trial.train, trial.test],
+            "beam_size": job.config.beam_size,
+            "lam": job.config.lam,
+            **quirks,
+        }
+    )
+
+
+def _describe(storage: Storage, job: GeneralizationJob, trials: Sequence[Trial], resources: Resources) -> None:
+    tasks = []
+    for trial in trials:
+        captioner = storage.config_of(TRAINING, decoder=trial.training.name)
+        recipe = held_out_recipe(storage, job, trial, captioner)
+        if storage.why(HELD_OUT, recipe, **trial.public(job.name)):
+            tasks.append(_Saying(storage, job, trial, recipe, resources.threads, resources.device))
+    if not tasks:
+        say(f"{job.name}: held-out descriptions are all up to date")
+        return
+    here = sum(len(task.trial.test) for task in tasks) <= FEW_UNITS
+    gpus = 0 if here else gpus_each(resources)
+    with Progress("held-out descriptions", len(tasks), "captioners") as progress:
+        for _ in run_parallel(_say_all, tasks, resources.cpus_per_actor, gpus, here):
+            progress.advance()
+
+
+def _say_all(task: _Saying) -> None:
+    """What a captioner says of held-out units, and what costs nothing: one caption for all, the nearest unit's."""
+    torch.set_num_threads(task.threads)
+    storage, trial = task.storage, task.trial
+    captioner = load_captioner(storage, trial.training.name).to(str(resolve_device(task.device)))
+    lam = captioner.lam if task.job.config.lam is None else task.job.config.lam
+    said: dict[str, list[str]] = {MILAN: [], LIKELIHOOD: []}
+    means = []
+    quirks, beam = task.job.config.quirks, task.job.config.beam_size
+    step = units_per_search(quirks)
+    for features in _features(storage, task.job, trial.test):
+        means.append(features.mean(axis=1))
+        for start in range(0, len(features), step):
+            found = captioner.candidates(features[start : start + step], beam, quirks=quirks)
+            for system, weight in ((MILAN, lam), (LIKELIHOOD, 0.0)):
+                said[system] += [best.text for (best,) in best_descriptions(found, weight)]
+    captions = _references(storage, task.job, trial.train)
+    known = np.concatenate([features.mean(axis=1) for features in _features(storage, task.job, trial.train)])
+    said[CONSTANT] = [best_constant(list(captions.values()))] * len(trial.test)
+    said[NEAREST] = nearest_copy(known, [captions[unit][0] for unit in trial.train], np.concatenate(means))
+    public = trial.public(task.job.name)
+    rows = len(trial.test) * len(said)
+    columns = {
+        **{key: [value] * rows for key, value in public.items()},
+        "system": [system for system in said for _ in trial.test],
+        **{
+            key: [unit[place] for unit in trial.test] * len(said)
+            for place, key in enumerate(("model", "layer", "unit"))
+        },
+        "description": [text for texts in said.values() for text in texts],
+    }
+    storage.write(HELD_OUT, HELD_OUT.table(columns), task.recipe, **public)
+
+
+def _features(storage: Storage, job: GeneralizationJob, units: Sequence[Unit]) -> Iterator[np.ndarray]:
+    """Features of units, layer by layer and in order: float32 (units of the layer, k, F)."""
+    layers: dict[tuple[str, str], list[int]] = {}
+    for model, layer, unit in units:
+        layers.setdefault((model, layer), []).append(unit)
+    for (model, layer), numbers in layers.items():
+        columns = ["unit", "rank", "feature"]
+        found = unit_features(storage.read(ENCODINGS, columns, encoder=job.encoder.name, model=model, layer=layer))
+        yield np.stack([found[number] for number in numbers])
+
+
+def _references(storage: Storage, job: GeneralizationJob, units: Sequence[Unit]) -> dict[Unit, list[str]]:
+    """The annotations of units, those with words."""
+    found: dict[Unit, list[str]] = {unit: [] for unit in units}
+    for model, layer in dict.fromkeys((model, layer) for model, layer, _ in units):
+        table = storage.read(ANNOTATIONS, source=job.source, model=model, layer=layer)
+        for row in table.sort_by([("unit", "ascending"), ("annotator", "ascending")]).to_pylist():
+            if (model, layer, row["unit"]) in found and normalize(row["text"]):
+                found[model, layer, row["unit"]].append(row["text"])
+    return found
+
+
+# -- how well ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Scoring:
+    """A split to score."""
+
+    storage: Storage
+    job: GeneralizationJob
+    name: str
+    units: list[Unit]
+    threads: int
+
+
+def split_recipe(job: GeneralizationJob, language: str, held_out: Sequence[str]) -> Recipe:
+    """What decides the scores of a split.
+
+    Args:
+        job: What to find out.
+        language: What the pipeline is called that reads descriptions.
+        held_out: Configuration hashes of what its captioners say, or will have said.
+    """
+    return Recipe.of(
+        {
+            "kernel": KERNEL_VERSION,
+            "held_out": list(held_out),
+            "bertscore": job.bert_score and Path(job.bert_score).name,
+            "language": language,
+        }
+    )
+
+
+def scores_recipe(splits: Sequence[str]) -> Recipe:
+    """What decides the table that the report shows, from the configuration hashes of the splits' scores."""
+    return Recipe.of({"kernel": KERNEL_VERSION, "splits": list(splits)})
+
+
+def _score(
+    storage: Storage,
+    job: GeneralizationJob,
+    trials: Sequence[Trial],
+    nlp: Language,
+    language: str,
+    resources: Resources,
+) -> None:
+    tasks, recipes = [], []
+    for split in job.splits:
+        mine = [trial for trial in trials if trial.split == split]
+        said = [storage.config_of(HELD_OUT, **trial.public(job.name)) for trial in mine]
+        recipe = split_recipe(job, language, said)
+        if storage.why(GENERALIZATION, recipe, experiment=job.name, split=split.name):
+            units = sorted({unit for trial in mine for unit in trial.test})
+            tasks.append(_Scoring(storage, job, split.name, units, resources.threads))
+            recipes.append(recipe)
+    if not tasks:
+        say(f"{job.name}: scores are all up to date")
+        return
+    splits = {split.name: split for split in job.splits}
+    here = sum(len(task.units) for task in tasks) <= FEW_UNITS
+    gpus = 0 if here else gpus_each(resources)
+    with Progress("scores", len(tasks), "splits") as progress:
+        for index, scored in run_parallel(_score_split, tasks, resources.cpus_per_actor, gpus, here):
+            split = splits[tasks[index].name]
+            texts = generalization.text_rows(held_out(storage, job, split.name), nlp, language)
+            rows = pl.concat([scored, texts])
+            names = {"experiment": job.name, "split": split.name, "kind": split.kind, "train": split.train}
+            rows = rows.with_columns(pl.lit(value).alias(key) for key, value in {**names, "test": split.test}.items())
+            table = GENERALIZATION.table({name: rows[name].to_list() for name in GENERALIZATION.schema.names})
+            storage.write(GENERALIZATION, table, recipes[index], experiment=job.name, split=split.name)
+            progress.advance()
+
+
+def _score_split(task: _Scoring) -> pl.DataFrame:
+    torch.set_num_threads(task.threads)
+    said = held_out(task.storage, task.job, task.name)
+    bert = _bert_score(task.job.bert_score) if task.job.bert_score else None
+    return generalization.score_split(task.name, said, _references(task.storage, task.job, task.units), bert)
+
+
+@lru_cache(maxsize=1)
+def _bert_score(folder: str) -> BertScore:
+    """One per process, which scores one split after the other."""
+    return BertScore(folder)
+
+
+def held_out(storage: Storage, job: GeneralizationJob, split: str) -> pl.DataFrame:
+    """What captioners of all trials of a split say: rows of schema HELD_OUT, the trial as a number."""
+    tables = [
+        storage.read(HELD_OUT, experiment=job.name, split=split, trial=str(trial)).replace_schema_metadata()
+        for trial in range(job.config.trials)
+    ]
+    return pl.DataFrame(pl.from_arrow(pa.concat_tables(tables))).with_columns(pl.col("trial").cast(pl.Int32))
+
+
+def references_of(storage: Storage, job: GeneralizationJob, said: pl.DataFrame) -> dict[Unit, list[str]]:
+    """The annotations of all units in a table of what captioners say."""
+    return _references(storage, job, list(said.select("model", "layer", "unit").unique().sort(pl.all()).iter_rows()))
+
+
+def figure_path(storage: Storage, experiment: str, ending: str) -> str:
+    """Where the figure lies, below the storage's root: beside the experiment's table of scores."""
+    return storage.path(SCORES, experiment=experiment).replace("data.parquet", f"{FIGURE}.{ending}")
+
+
+def _publish(storage: Storage, job: GeneralizationJob, rows: pl.DataFrame) -> None:
+    """Writes the table of scores that the report shows, and the figure."""
+    table = generalization.table_3(rows)
+    metric = generalization.main_metric(rows)
+    note = "MILAN on the held-out units, against all annotations of the unit; table generalization has the other rows"
+    columns = ("train", "test", metric, "low", "high", "units")
+    scores = score_table(
+        job.name,
+        [
+            (f"{train} → {test}", metric, Interval(value, low, high), units, note)
+            for train, test, value, low, high, units in table.select(columns).iter_rows()
+        ],
+    )
+    configs = [storage.config_of(GENERALIZATION, experiment=job.name, split=split.name) for split in job.splits]
+    recipe = scores_recipe(configs)
+    if storage.why(SCORES, recipe, experiment=job.name):
+        for ending, picture in figures.files(generalization.draw(rows)).items():
+            storage.put(figure_path(storage, job.name, ending), picture)
+        storage.write(SCORES, scores, recipe, experiment=job.name)  # last: it says that all is done

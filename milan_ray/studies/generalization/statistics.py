@@ -1,0 +1,271 @@
+"""Does a captioner describe networks it never saw (paper §4): units are divided, descriptions scored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import polars as pl
+from spacy.language import Language
+
+from milan_ray.annotations.splits import KINDS, OWN, Split
+from milan_ray.labelers.milan import LIKELIHOOD, MILAN
+from milan_ray.report.figures import new_figure
+from milan_ray.scoring.evaluation import CONSTANT, NEAREST, SHUFFLED, evaluate_text, shuffled
+from milan_ray.scoring.text import BertScore
+from milan_ray.scoring.words import FUNCTION_WORDS, head_words, words_of
+from milan_ray.studies.annotators.statistics import PARTS_OF_SPEECH, annotation_statistics
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Unit = tuple[str, str, int]
+"""(model, layer, unit)."""
+
+TRAIN, TEST = "train", "test"
+"""Parts of a split."""
+
+BLEU_ORDERS = (4, 1, 2, 3)
+
+TEXT_COLUMNS = ("words", "length", *PARTS_OF_SPEECH)
+"""Statistics of generated descriptions (paper, Table 6): distinct words, mean words per text, % by part of speech."""
+
+SYSTEMS = (MILAN, LIKELIHOOD, CONSTANT, NEAREST)
+"""What is said of every held-out unit."""
+
+
+def divided(
+    split: Split, annotated: Mapping[str, Sequence[Unit]], share: float, seed: int, trial: int
+) -> tuple[list[Unit], list[Unit]]:
+    """The units that train and those that judge, both by model, layer and number.
+
+    Args:
+        split: The split.
+        annotated: Model → its annotated units.
+        share: Share of units held out where units of the same models are divided, at least one.
+        seed: Of that division.
+        trial: Each divides anew.
+
+    Returns:
+        (train, test).
+    """
+    train = [unit for model in split.train_models for unit in sorted(annotated[model])]
+    if not split.within:
+        return train, [unit for model in split.test_models for unit in sorted(annotated[model])]
+    order = np.random.default_rng([seed, trial]).permutation(len(train)).tolist()
+    held = set(order[: max(1, int(share * len(train)))])
+    return (
+        [unit for place, unit in enumerate(train) if place not in held],
+        [unit for place, unit in enumerate(train) if place in held],
+    )
+
+
+def score_split(
+    name: str,
+    said: pl.DataFrame,
+    references: Mapping[Unit, Sequence[str]],
+    bert_score: BertScore | None = None,
+    *,
+    samples: int = 1000,
+) -> pl.DataFrame:
+    """Scores what captioners of all trials say of held-out units, beside the rows that cost nothing.
+
+    Args:
+        name: Name of the split.
+        said: Columns trial, system (of :data:`SYSTEMS`), model, layer, unit, description; every system of every unit.
+        references: Unit → its annotations, at least one with words in it.
+        bert_score: The scorer; None leaves BERTScore out.
+        samples: Bootstrap resamples.
+
+    Returns:
+        Columns trial, system, metric, value, low, high, n, note. Rows without a trial are of all trials together: a
+        unit that several describe is resampled as one.
+    """
+    trials = said["trial"].unique().sort().to_list()
+    of_trials = [_systems(said.filter(trial=trial)) for trial in trials]
+    found = []
+    for trial, (units, systems) in zip(trials, of_trials, strict=True):
+        found.append(_scored(name, trial, units, systems, references, bert_score, samples))
+    if len(trials) == 1:
+        found.append(found[0].with_columns(pl.lit(None, pl.Int32).alias("trial")))
+    else:
+        units = [unit for some, _ in of_trials for unit in some]
+        systems = {name: [text for _, each in of_trials for text in each[name]] for name in of_trials[0][1]}
+        found.append(_scored(name, None, units, systems, references, bert_score, samples))
+    return pl.concat(found)
+
+
+def _systems(said: pl.DataFrame) -> tuple[list[Unit], dict[str, list[str]]]:
+    """The units of one trial, and what each system says of them; shuffled is made here."""
+    wide = said.pivot(on="system", index=["model", "layer", "unit"], values="description", maintain_order=True)
+    systems = {name: wide[name].to_list() for name in SYSTEMS}
+    systems[SHUFFLED] = shuffled(systems[MILAN])
+    return list(wide.select("model", "layer", "unit").iter_rows()), systems
+
+
+def _scored(
+    name: str,
+    trial: int | None,
+    units: Sequence[Unit],
+    systems: Mapping[str, Sequence[str]],
+    references: Mapping[Unit, Sequence[str]],
+    bert_score: BertScore | None,
+    samples: int,
+) -> pl.DataFrame:
+    places = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
+    table = evaluate_text(
+        name,
+        systems,
+        [references[unit] for unit in units],
+        bert_score,
+        owners=[places[unit] for unit in units],
+        orders=BLEU_ORDERS,
+        samples=samples,
+    )
+    frame = pl.DataFrame(pl.from_arrow(table)).drop("experiment").filter(pl.col("n") > 0)
+    return frame.select(pl.lit(trial, pl.Int32).alias("trial"), pl.all())
+
+
+def text_rows(said: pl.DataFrame, nlp: Language, language: str) -> pl.DataFrame:
+    """Statistics of MILAN's descriptions by trial and in the mean over trials (paper, Table 6), as rows of scores.
+
+    Args:
+        said: As for :func:`score_split`.
+        nlp: Tells words and parts of speech.
+        language: What it is called.
+    """
+    texts = said.filter(system=MILAN).rename({"description": "text"})
+    by_trial = annotation_statistics(texts, nlp, by=("trial",))
+    rows = by_trial.unpivot(TEXT_COLUMNS, index=["trial", "units"], variable_name="metric", value_name="value")
+    rows = rows.drop_nulls("value")
+    mean = rows.group_by("metric", maintain_order=True).agg(
+        pl.lit(None, pl.Int32).alias("trial"), pl.col("units").sum(), pl.col("value").mean()
+    )
+    return pl.concat([rows, mean.select(rows.columns)]).select(
+        "trial",
+        pl.lit(MILAN).alias("system"),
+        "metric",
+        pl.col("value").cast(pl.Float64),
+        pl.lit(None, pl.Float64).alias("low"),
+        pl.lit(None, pl.Float64).alias("high"),
+        pl.col("units").cast(pl.Int64).alias("n"),
+        pl.lit(f"of the generated descriptions; read by {language}").alias("note"),
+    )
+
+
+def main_metric(rows: pl.DataFrame) -> str:
+    """The measure that the paper's tables have, BERTScore, or ROUGE-L where there is no model for it."""
+    return "bertscore-f" if "bertscore-f" in rows["metric"] else "rouge-l-f"
+
+
+def table_3(rows: pl.DataFrame) -> pl.DataFrame:
+    """The paper's Table 3, with what its numbers have to be read beside: a line per split, in the paper's order.
+
+    Args:
+        rows: Columns of :data:`~milan_ray.schema.GENERALIZATION`.
+
+    Returns:
+        Columns split, kind, train, test, units, then for MILAN the measure of :func:`main_metric` with the ends of its
+        interval, then the same of the other systems.
+    """
+    metric = main_metric(rows)
+    pooled = rows.filter(pl.col("trial").is_null(), metric=metric).filter(~pl.col("system").str.contains(" − "))
+    wide = pooled.pivot(on="system", index=["split", "kind", "train", "test"], values="value", maintain_order=True)
+    own = pooled.filter(system=MILAN).select("split", pl.col("n").alias("units"), "low", "high")
+    others = [name for name in wide.columns if name not in ("split", "kind", "train", "test", MILAN)]
+    kinds = {kind: place for place, kind in enumerate((*KINDS, OWN))}
+    return (
+        wide.join(own, on="split", how="left", maintain_order="left")
+        .sort(pl.col("kind").replace_strict(kinds, return_dtype=pl.Int64), maintain_order=True)
+        .select("split", "kind", "train", "test", "units", pl.col(MILAN).alias(metric), "low", "high", *others)
+    )
+
+
+def table_6(rows: pl.DataFrame) -> pl.DataFrame:
+    """The paper's Table 6: a line per split on the texts generated for its held-out units."""
+    mean = rows.filter(pl.col("trial").is_null(), pl.col("metric").is_in(TEXT_COLUMNS), system=MILAN)
+    return mean.pivot(on="metric", index=["kind", "train", "test", "n"], values="value", maintain_order=True).rename(
+        {"n": "texts"}
+    )
+
+
+def disagreements(
+    said: pl.DataFrame, references: Mapping[Unit, Sequence[str]], count: int = 12, seed: int = 0
+) -> tuple[list[str], list[str]]:
+    """Held-out units of which MILAN says nothing that any annotator says, and random ones, as lines of text.
+
+    Args:
+        said: As for :func:`score_split`, with the column split.
+        references: Unit → its annotations.
+        count: Lines of each at most; the first line of the former says how many there are in all.
+        seed: Of the choice.
+    """
+    rows = said.filter(system=MILAN).sort("split", "trial", "model", "layer", "unit")
+    units = list(rows.select("model", "layer", "unit").iter_rows())
+    people = [references[unit] for unit in units]
+    texts = rows["description"].to_list()
+    heads = head_words(
+        word for text in [*texts, *(each for group in people for each in group)] for word in words_of(text)
+    )
+
+    def contents(text: str) -> set[str]:
+        return {heads[word] for word in words_of(text)} - FUNCTION_WORDS
+
+    def line(place: int) -> str:
+        model, layer, unit = units[place]
+        where = f"{rows['split'][place]}: {model} {layer} {unit}"
+        return f"{where}: “{texts[place]}”; the annotators: {'; '.join(people[place])}"
+
+    order = np.random.default_rng(seed).permutation(len(units)).tolist()
+    apart = [place for place in order if not contents(texts[place]) & set().union(*map(contents, people[place]))]
+    first = f"{len(apart)} of {len(units)} descriptions of held-out units share no word with any annotation:"
+    return [first, *map(line, apart[:count])], list(map(line, order[:count]))
+
+
+def _where(row: Mapping[str, object]) -> str:
+    """From where to where a captioner had to generalize."""
+    return f"within {row['train']}" if row["train"] == row["test"] else f"{row['train']} → {row['test']}"
+
+
+def draw(rows: pl.DataFrame) -> Figure:
+    """Agreement by split with 95 % intervals, beside what costs nothing and the annotators themselves."""
+    table = table_3(rows)
+    metric = main_metric(rows)
+    figure = new_figure(7.5, 0.32 * len(table) + 1.2)
+    axes = figure.subplots()
+    marks = {"constant": ("x", "0.6"), "shuffled": ("+", "0.6"), "nearest-copy": ("d", "0.6"), LIKELIHOOD: ("s", "C1")}
+    places = -np.arange(len(table))
+    colours = {kind: f"C{number * 2 % 10}" for number, kind in enumerate(dict.fromkeys(table["kind"]))}
+    for kind, colour in colours.items():
+        mine = table.with_columns(pl.Series("place", places)).filter(kind=kind)
+        axes.hlines(mine["place"], mine["low"], mine["high"], color=colour, linewidth=2)
+        axes.plot(mine[metric], mine["place"], "o", color=colour, label=f"MILAN, {kind}")
+    for system, (mark, colour) in marks.items():
+        if system in table.columns:
+            axes.plot(table[system], places, mark, color=colour, markersize=5, label=system, linestyle="none")
+    people = [name for name in table.columns if name.startswith("annotators")]
+    for name in people:
+        axes.plot(table[name], places, "|", color="0.1", markersize=9, label=name, linestyle="none")
+    axes.set_yticks(places, [_where(row) for row in table.iter_rows(named=True)], fontsize="small")
+    axes.set_xlabel("BERTScore, F" if metric == "bertscore-f" else "ROUGE-L, F")
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.01, 0.5))
+    return figure
+
+
+def summary(rows: pl.DataFrame) -> str:
+    """The paper's Tables 3 and 6 on one screen."""
+    metric = main_metric(rows)
+    lines = [f"{metric} on held-out units (95 % interval over units), beside what costs nothing:"]
+    table = table_3(rows)
+    others = table.columns[table.columns.index("high") + 1 :]
+    for row in table.iter_rows(named=True):
+        beside = ", ".join(f"{name} {row[name]:.3f}" for name in others if row[name] is not None)
+        own = f"{row[metric]:.3f} ({row['low']:.3f} to {row['high']:.3f})"
+        lines.append(f"  {row['kind']:20} {_where(row):40} {own}, {row['units']} units; {beside}")
+    lines.append("what is said there: texts, distinct words, words per text, % nouns, adjectives, prepositions")
+    for row in table_6(rows).iter_rows(named=True):
+        values = "  ".join("–" if row.get(name) is None else f"{row[name]:.1f}" for name in TEXT_COLUMNS)
+        lines.append(f"  {row['kind']:20} {_where(row):40} {row['texts']}  {values}")
+    return "\n".join(lines)

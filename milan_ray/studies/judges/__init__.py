@@ -1,0 +1,1 @@
+"""The world judges labels of its networks' units."""

@@ -1,0 +1,87 @@
+"""Images behind results, for figures: a unit's exemplars as the model saw them, and images of a probe."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+import polars as pl
+from PIL import Image
+
+from milan_ray.engine import references
+from milan_ray.errors import MilanError
+from milan_ray.exemplars import masks
+from milan_ray.exemplars.forward import Batch, read_inputs, read_views
+from milan_ray.models.registry import ModelSpec
+from milan_ray.probe.base import ImageRef
+from milan_ray.schema import EXEMPLARS
+from milan_ray.stages.images import block_of, read_block
+from milan_ray.storage import Storage
+
+
+def views_of(probe: references.ProbeRequest, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
+    """Images of a probe as a model takes them, uint8 (n, H, W, bands).
+
+    Raises:
+        MilanError: One cannot be read.
+    """
+    return _all(read_inputs(references.probe(probe), refs, spec))
+
+
+def shown_views_of(probe: references.ProbeRequest, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
+    """Images of a probe as people see what a model takes, uint8 (n, H, W, 3).
+
+    Raises:
+        MilanError: One cannot be read.
+    """
+    return _all(read_views(references.probe(probe), refs, spec.preprocess.view))  # type: ignore[arg-type]
+
+
+def _all(batch: Batch) -> np.ndarray:
+    if batch.unreadable:
+        ref, reason = batch.unreadable[0]
+        raise MilanError(f"{ref.location} {reason}: every image is needed; remove it or mend it.")
+    return batch.views
+
+
+def unit_exemplars(storage: Storage, model: str, layer: str, unit: int) -> pl.DataFrame:
+    """A unit's rows of schema EXEMPLARS, best first."""
+    columns = ["unit", "rank", "image_id", "activation", "mask"]
+    rows = pl.DataFrame(pl.from_arrow(storage.read(EXEMPLARS, columns, model=model, layer=layer)))
+    return rows.filter(pl.col("unit") == unit).sort("rank")
+
+
+def unit_masks(storage: Storage, model: str, layer: str, packed: Sequence[bytes]) -> np.ndarray:
+    """Masks of a layer's exemplars, bool (n, H, W), in the size they are stored in."""
+    meta = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
+    return masks.unpack(list(packed), (int(meta["mask_height"]), int(meta["mask_width"])))
+
+
+def exemplar_views(storage: Storage, model: str, layer: str, image_ids: Sequence[int]) -> np.ndarray:
+    """Exemplars' images as the model saw them, uint8 (n, H, W, 3)."""
+    meta = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
+    blocks: dict[str, list[int]] = {}
+    for image_id in image_ids:
+        blocks.setdefault(block_of(image_id), []).append(image_id)
+    pngs: dict[int, bytes] = {}
+    for block, ids in blocks.items():
+        rows = read_block(storage, meta["probe"], meta["view"], block, list(dict.fromkeys(ids)))
+        pngs |= dict(zip(rows["image_id"].to_pylist(), rows["image"].to_pylist(), strict=True))
+    return np.stack([np.asarray(Image.open(io.BytesIO(pngs[image_id])).convert("RGB")) for image_id in image_ids])
+
+
+def veiled(views: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Images darkened to a quarter outside of masks, as people are shown exemplars.
+
+    Args:
+        views: uint8 (n, H, W, 3).
+        found: bool (n, h, w), masks of any size.
+
+    Returns:
+        uint8 (n, H, W, 3).
+    """
+    rows = np.arange(views.shape[1]) * found.shape[1] // views.shape[1]
+    columns = np.arange(views.shape[2]) * found.shape[2] // views.shape[2]
+    inside = found[:, rows[:, None], columns][..., None]
+    return np.where(inside, views, views // 4)

@@ -1,0 +1,278 @@
+"""Joining and starting Ray: pools that fit, a local Ray that only this machine can reach and that ends with its job."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from milan_ray.config import Resources
+from milan_ray.engine.cluster import PoolSize, connected, pool_size
+from milan_ray.errors import MilanError
+
+PROC = Path("/proc")
+LISTENING = "0A"
+
+linux = pytest.mark.skipif(not (PROC / "net/tcp").exists(), reason="reads the sockets of processes from /proc")
+
+LOCAL_RAY = """
+import sys
+from milan_ray import runtime
+runtime.prepare(None)
+import ray
+from milan_ray.config import Resources
+from milan_ray.engine.cluster import connected, start
+with connected(Resources()):
+    start()
+    assert ray.get(ray.remote(lambda: 1).remote()) == 1
+    print("up", flush=True)
+    sys.stdin.readline()
+print("down", flush=True)
+sys.stdin.readline()
+"""
+
+
+def listening(pids: list[int]) -> list[tuple[ipaddress.IPv4Address | ipaddress.IPv6Address, int]]:
+    """The (address, port) pairs on which processes accept TCP connections."""
+    inodes = set()
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            inodes |= {os.readlink(handle) for handle in (PROC / str(pid) / "fd").iterdir()}
+    found = []
+    for table in ("tcp", "tcp6"):
+        for line in (PROC / "net" / table).read_text().splitlines()[1:]:
+            _, local, _, state, *rest = line.split()
+            if state == LISTENING and f"socket:[{rest[5]}]" in inodes:
+                address, port = local.split(":")
+                # Words of four bytes in the machine's own order.
+                words = [bytes.fromhex(address[i : i + 8]) for i in range(0, len(address), 8)]
+                packed = b"".join(w[::-1] if sys.byteorder == "little" else w for w in words)
+                found.append((ipaddress.ip_address(packed), int(port, 16)))
+    return found
+
+
+def is_loopback(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    mapped = getattr(address, "ipv4_mapped", None)  # not seen through by is_loopback before Python 3.13
+    return (mapped or address).is_loopback
+
+
+def alive(pids: list[int]) -> list[int]:
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            if (PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[0] != "Z":
+                found.append(pid)
+    return found
+
+
+def assert_ended(pids: list[int]) -> None:
+    deadline = time.monotonic() + 60  # told to end by then; it takes them a moment
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert alive(pids) == []
+
+
+def local_ray_process() -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", LOCAL_RAY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+    )
+
+
+@pytest.fixture
+def local_ray(below):
+    """A process of its own with a local Ray of ours in it, up."""
+    process = local_ray_process()
+    started: list[int] = []
+    try:
+        line = process.stdout.readline()
+        assert line == "up\n", process.stderr.read()
+        started = list(below(process.pid))
+        yield process, started
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            process.communicate("\n\n", timeout=60)
+        for pid in alive(started):
+            os.kill(pid, signal.SIGKILL)
+
+
+@linux
+def test_connected_local_ray_listens_on_loopback_alone_and_ends_with_its_job(local_ray):
+    process, started = local_ray
+    commands = [(PROC / str(pid) / "cmdline").read_text() for pid in started]
+    assert any("raylet" in command for command in commands)
+    sockets = listening([process.pid, *started])
+    assert len(sockets) >= 3
+    assert [where for where in sockets if not is_loopback(where[0])] == []
+    assert 8265 not in {port for _, port in sockets}
+    # What Ray starts in its place reports usage statistics (or nothing) and serves no pages.
+    assert all("--disable-frontend" in command for command in commands if "dashboard.py" in command)
+    process.stdin.write("\n")
+    process.stdin.flush()
+    assert process.stdout.readline() == "down\n"
+    assert_ended(started)
+    assert process.poll() is None
+
+
+@linux
+def test_connected_local_ray_ends_when_its_job_is_terminated(local_ray):
+    process, started = local_ray
+    process.terminate()
+    process.wait(60)
+    assert_ended(started)
+
+
+BUSY_RAY = """
+import subprocess, sys
+from milan_ray import runtime
+runtime.prepare(None)
+import ray
+from milan_ray.config import Resources
+from milan_ray.engine.cluster import connected, start
+def work():
+    return subprocess.Popen(["sleep", "600"], start_new_session=True).pid
+with connected(Resources()):
+    start()
+    print(ray.get(ray.remote(work).remote()), flush=True)
+    sys.stdin.readline()
+sys.stdin.readline()
+"""
+
+
+@linux
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [True, False])
+def test_f6_local_ray_and_all_that_it_started_end_with_its_driver(below, killed):
+    """Also what Ray itself would leave: a process that a task has started."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY_RAY],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
+    )
+    asleep = int(process.stdout.readline())
+    started = [asleep, *below(process.pid)]
+    try:
+        assert alive([asleep]) and len(started) > 5
+        if killed:
+            process.kill()
+            process.wait(60)
+        else:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        assert_ended(started)
+    finally:
+        process.kill()
+        process.wait(60)
+        for pid in alive(started):
+            os.kill(pid, signal.SIGKILL)
+
+
+@linux
+@pytest.mark.slow
+def test_local_ray_that_does_not_come_up_in_time_is_given_up_for_another(below):
+    """As on a machine that is too busy: the first raylet is stopped, and Ray gives it up after half a minute."""
+    process = local_ray_process()
+    stopped: list[int] = []
+    while process.poll() is None and not stopped:
+        stopped = [pid for pid, command in below(process.pid).items() if command.split("\0")[0].endswith("/raylet")]
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    line = process.stdout.readline()
+    started = list(below(process.pid))
+    said = process.communicate("\n\n", timeout=60)[1]
+    assert line == "up\n", said
+    assert "timed out during startup" in said and "Starting another one." in said
+    assert_ended(started)
+
+
+def test_connected_inside_a_session_uses_it_and_leaves_it_alone(ray_session):
+    before = ray.get_runtime_context().get_job_id()
+    with connected(Resources(address="10.255.255.1:6379")):
+        assert ray.get_runtime_context().get_job_id() == before
+    assert ray.is_initialized()
+    with pytest.raises(RuntimeError, match="of the job"), connected(Resources()):
+        raise RuntimeError("of the job")
+    assert ray.is_initialized()
+
+
+JOIN = """
+from milan_ray.config import Resources
+from milan_ray.errors import MilanError
+from milan_ray.engine.cluster import connected
+try:
+    with connected(Resources()):
+        print("connected")
+except MilanError as error:
+    print(error)
+"""
+
+
+def join(address: str, seconds: float) -> str:
+    environment = {**os.environ, "RAY_ADDRESS": address}
+    command = [sys.executable, "-c", JOIN]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds, check=True)
+    return done.stdout
+
+
+def test_connected_to_no_address_at_all_is_a_milan_error():
+    assert join("not an address", 60).startswith("cannot reach the Ray cluster at not an address: ")
+
+
+def test_connected_to_a_dead_cluster_is_soon_a_milan_error():
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{closed.getsockname()[1]}"
+    assert join(address, 15).startswith(f"cannot reach the Ray cluster at {address}: ")
+
+
+# -- pool_size ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cpus(ray_session) -> int:
+    return int(ray.cluster_resources()["CPU"])
+
+
+def test_pool_size_without_gpus_takes_an_actor_per_cpu(cpus):
+    if ray.cluster_resources().get("GPU"):
+        pytest.skip("the session has GPUs")
+    assert pool_size(Resources(), 1000) == PoolSize(cpus, cpus, 0.0)
+    assert pool_size(Resources(cpus_per_actor=cpus), 1000) == PoolSize(1, 1, 0.0)
+    assert pool_size(Resources(cpus_per_actor=0.5), 1000) == PoolSize(2 * cpus, 2 * cpus, 0.0)
+
+
+def test_pool_size_never_exceeds_the_rows(cpus):
+    assert pool_size(Resources(gpus_per_actor=0), 1) == PoolSize(1, 1, 0)
+    assert pool_size(Resources(gpus_per_actor=0, actors=8), 3).most == 3
+
+
+def test_pool_size_takes_the_users_number_even_beyond_the_cluster_of_now(cpus):
+    assert pool_size(Resources(gpus_per_actor=0, actors=1), 1000) == PoolSize(1, 1, 0)
+    assert pool_size(Resources(gpus_per_actor=0, actors=cpus + 5), 1000) == PoolSize(cpus + 5, cpus + 5, 0)
+    assert pool_size(Resources(actors=2, gpus_per_actor=1000), 1000) == PoolSize(2, 2, 1000)
+
+
+def test_pool_size_asks_a_growing_cluster_for_what_the_work_is_worth(cpus):
+    rows = 4 * (cpus + 3)
+    assert pool_size(Resources(gpus_per_actor=0, actors=100), rows) == PoolSize(cpus + 3, rows, 0)
+
+
+@pytest.mark.parametrize("change", [{"cpus_per_actor": 10_000}, {"gpus_per_actor": 1000}, {"actors": -1}], ids=str)
+def test_pool_size_when_no_actor_fits_says_what_to_change(cpus, change):
+    with pytest.raises(MilanError, match="lower --cpus-per-actor or --gpus-per-actor"):
+        pool_size(Resources(**change), 10)

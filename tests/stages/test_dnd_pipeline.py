@@ -1,0 +1,240 @@
+"""Describe-and-Dissect through the whole pipeline on a real local Ray, on units whose truth is built in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from milan_ray import cli
+from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.engine.references import ModelRequest, ProbeRequest, generator, model, probe
+from milan_ray.engine.status import status
+from milan_ray.errors import MilanError
+from milan_ray.labelers.dnd.crops import attention_boxes, crop
+from milan_ray.labelers.dnd.labeler import DescribeAndDissect, best
+from milan_ray.models.chat import KEYS, Limits
+from milan_ray.models.generators import GeneratorRequest
+from milan_ray.models.image_captions import ImageCaptionerRequest
+from milan_ray.models.image_text import ImageTextRequest
+from milan_ray.probe.manifest import image_refs
+from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, RUNS
+from milan_ray.stages import dnd
+from milan_ray.stages.dnd import DndConfig, SummariserRequest, read_drawings, run_dnd
+from milan_ray.stages.exemplars import Dissection, run_exemplars
+from milan_ray.storage import EXEMPLARS_KEY, Storage
+
+PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/colours.py")
+MODEL = ModelRequest("colours/watcher", plugins=(PLUGIN,))
+PROBE = ProbeRequest(("colours",), plugins=(PLUGIN,))
+CONFIG = ExemplarConfig(k=3, batch_size=16, shard_size=96, pooled=True)
+KEYS_OF = {"model": "colours/watcher", "layer": "seen"}
+TRUTH = ("red", "green", "blue")
+ONE = Resources(actors=1)
+
+
+@pytest.fixture(scope="module")
+def how() -> DndConfig:
+    return DndConfig(
+        DescribeAndDissect("topk-squared-mean"), ImageCaptionerRequest("colours/names"), SummariserRequest(),
+        GeneratorRequest("world/painter"), ImageTextRequest("colours/grid"), images=6, crops=2, drawn=8,
+        plugins=(PLUGIN,),
+    )  # fmt: skip
+
+
+def run(storage: Storage, how: DndConfig, **named) -> Dissection:
+    done = run_exemplars(storage, [MODEL], PROBE, CONFIG, ONE)
+    assert run_dnd(storage, done, [MODEL], PROBE, CONFIG, how, ONE, **named) == {}
+    return done
+
+
+@pytest.fixture(scope="module")
+def storage(ray_session, how, tmp_path_factory) -> Storage:
+    found = Storage(tmp_path_factory.mktemp("dissected"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dnd, "UNITS", 3)
+        run(found, how)
+    return found
+
+
+def described(storage: Storage, labeler: str = "dnd") -> dict[int, dict]:
+    return {row["unit"]: row for row in storage.read(DESCRIPTIONS, labeler=labeler, **KEYS_OF).to_pylist()}
+
+
+def test_built_in_truth_is_named(storage):
+    rows = described(storage)
+    assert sorted(rows) == [0, 1, 2, 3]
+    for unit, colour in enumerate(TRUTH):
+        assert colour in rows[unit]["description"], rows[unit]
+        assert rows[unit]["n_best"][0]["text"] == rows[unit]["description"] and rows[unit]["logp_d"] is None
+
+
+def test_drawings_equal_loops_over_images(storage, how):
+    """The method once more, an image at a time."""
+    spec, source = model(MODEL), probe(PROBE)
+    network, embedder = spec.load(), how.embedder.load()
+
+    def maps(image: np.ndarray) -> torch.Tensor:
+        with torch.inference_mode():
+            return network(spec.prepare(torch.from_numpy(image.copy())[None]))[0]
+
+    def embed(image: np.ndarray) -> np.ndarray:
+        return embedder.embed_images(torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255)[0].numpy()
+
+    views = [spec.preprocess.view(source.read(ref).image) for ref in image_refs(source.manifest())]
+    everything = torch.stack([maps(view) for view in views])
+    drawn = generator(how.generator)
+    found = read_drawings(storage, "dnd", **KEYS_OF)
+    for unit in range(3):
+        means = everything[:, unit].mean(dim=(1, 2))
+        top = means.argsort(descending=True, stable=True)[: how.images].tolist()
+        images = [views[place] for place in top]
+        images += [
+            crop(views[place], box)
+            for place in top
+            for box in attention_boxes(everything[place, unit], (64, 64), how.crops)
+        ]
+        assert len(images) > how.images  # there is something to crop
+        images.sort(key=lambda image: -float(maps(image)[unit].mean()))
+        exemplars = np.stack([embed(image) for image in images[: how.images]])
+        assert found[unit]
+        for one in found[unit]:
+            new = [
+                spec.preprocess.view(Image.fromarray(image))
+                for image in drawn.generate(how.prompt.format(one.text), how.drawn, how.seed)
+            ]
+            expected = [float(maps(image)[unit].mean()) for image in new]
+            assert one.activations == pytest.approx(expected, rel=1e-4)
+            cosines = [float((exemplars @ embed(image)).mean()) for image in new]
+            assert one.similarities == pytest.approx(cosines, abs=1e-4)
+
+
+def test_tables_say_what_they_speak_of(storage):
+    for noun in (DRAWINGS, DESCRIPTIONS):
+        meta = storage.metadata(noun, labeler="dnd", **KEYS_OF)
+        assert meta[EXEMPLARS_KEY] == storage.config_of(EXEMPLARS, **KEYS_OF)
+    (ran,) = [storage.read(RUNS, **keys) for keys in storage.partitions(RUNS, stage="dnd")]
+    assert ran["rows"][0].as_py() == storage.count(DRAWINGS, labeler="dnd", **KEYS_OF) > 4
+    assert not [path for path in storage.files("_work") if path.endswith(".arrow")]
+    found = status(storage)
+    assert "drawings" in {partition.table for partition in found.partitions}
+    assert not any(partition.state for partition in found.partitions)
+
+
+def stamps(storage: Storage) -> dict[str, int]:
+    files = [*storage.files(DRAWINGS.name), *storage.files(DESCRIPTIONS.name)]
+    return {path: os.stat(storage.uri(path)).st_mtime_ns for path in files}
+
+
+def test_a_second_run_does_nothing_and_another_scoring_function_only_scores_again(storage, how, tmp_path, capsys):
+    other = Storage(shutil.copytree(storage.root, tmp_path / "again", copy_function=shutil.copy2))
+    before = stamps(other)
+    run(other, how)
+    assert stamps(other) == before and "dnd of colours/watcher: all up to date" in capsys.readouterr().err
+    for scoring in ("topk-compare", "image-products", "mean"):
+        run(other, replace(how, labeler=DescribeAndDissect(scoring)))
+        after = stamps(other)
+        assert {path for path in after if after[path] != before[path]} == {
+            other.path(DESCRIPTIONS, labeler="dnd", **KEYS_OF)
+        }
+        for unit, drawn in read_drawings(other, "dnd", **KEYS_OF).items():
+            row = described(other)[unit]
+            expected = [(label.text, pytest.approx(label.score, rel=1e-5)) for label in best(scoring, drawn)]
+            assert [(label["text"], label["score"]) for label in row["n_best"]] == expected
+
+
+@pytest.fixture
+def server(monkeypatch, serve_chat) -> tuple[str, ThreadingHTTPServer]:
+    """A language model's server that answers with what it is asked: the end of a caption, the first of a list."""
+    for name in KEYS:
+        monkeypatch.delenv(name, raising=False)
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        asked = request["messages"][-1]["content"]
+        said = asked.split()[-2] + " things" if asked.startswith("Caption:") else asked.splitlines()[0][2:]
+        return {"choices": [{"message": {"content": f"Label: {said}."}}]}
+
+    http = serve_chat(answer)
+    return f"http://127.0.0.1:{http.server_port}/v1", http
+
+
+def test_a_killed_job_with_a_language_model_goes_on_without_asking_again(
+    storage, how, server, tmp_path, monkeypatch, capsys
+):
+    other = Storage(shutil.copytree(storage.root, tmp_path / "killed"))
+    url, http = server
+    asks = SummariserRequest(url, "small", limits=Limits(per_minute=1e9, tries=1))
+    served = replace(how, labeler=DescribeAndDissect("topk-squared-mean", "served"), summariser=asks, embedder=None)
+
+    def killed(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(dnd, "_publish", killed)
+        run(other, served, units=(0, 2))
+    assert "language model small:" in capsys.readouterr().err
+    http.shutdown()
+    http.server_close()
+    run(other, served, units=(0, 2))
+    said = capsys.readouterr().err
+    for stage in ("augmented", "captions", "candidates", "drawn"):
+        assert f"{stage} of colours/watcher: 1 of 1 blocks are done already" in said
+    rows = described(other, "dnd-served")
+    assert sorted(rows) == [0, 2] and rows[0]["description"] == "red things" and rows[2]["description"] == "blue things"
+    assert all(one.similarities is None for of in read_drawings(other, "dnd-served", **KEYS_OF).values() for one in of)
+    assert described(other) == described(storage)  # another tag is another partition
+
+
+def test_command_line_plans_and_says_what_is_missing(storage, how, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path))
+    options = ["dnd", "--model", "colours/watcher", "--probe", "colours", "--plugin", PLUGIN, "--storage", storage.root]
+    options += ["--k", "3", "--batch-size", "16", "--llm", "frequent", "--dry-run"]
+    same = ["--captioner", "colours/names", "--generator", "world/painter", "--clip", "colours/grid"]
+    same += ["--scoring", "topk-squared-mean", "--top", "6", "--crops", "2", "--drawn", "8"]
+    assert cli.main([*options, *same]) == 0
+    assert capsys.readouterr().out.startswith("0 tables would be made")
+    assert cli.main([*options, *same, "--units", "1", "--tag", "b", "--seed", "3"]) == 0
+    out = capsys.readouterr().out
+    assert "drawings" in out and "dnd-b colours/watcher seen" in out and out.count("missing") == 2
+
+    for option, table in (
+        (["--pooling", "max"], "drawings"),
+        (["--reference-quirks"], "exemplars"),
+    ):
+        assert cli.main([*options, *same, *option]) == 0
+        assert f"\n{table}" in f"\n{capsys.readouterr().out}"
+
+    def error(*arguments: str) -> str:
+        assert cli.main([*options, *arguments]) == 1
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
+        return line
+
+    assert "nobody" in error(*same, "--clip", "nobody")
+    assert "clip-vit-base-patch16/config.json" in error()
+    assert "blip-image-captioning-base/config.json" in error("--scoring", "mean")
+    own = ("--scoring", "mean", "--captioner", "colours/names")
+    assert "stable-diffusion-v1-5/model_index.json" in error(*own)
+    assert "unknown generator 'world/painte'; nearest: world/painter" in error(*own, "--generator", "world/painte")
+    assert "name one with --llm-model" in error(*own, "--generator", "world/painter", "--llm", "http://localhost/v1")
+    assert "has no {}" in error(*own, "--prompt", "a photo")
+
+
+def test_what_cannot_be_dissected_says_so(storage, how):
+    done = run_exemplars(storage, [MODEL], PROBE, CONFIG, ONE)
+    with pytest.raises(MilanError, match="has 4 units, numbered from 0, and --units asks for 7"):
+        run_dnd(storage, done, [MODEL], PROBE, CONFIG, how, ONE, (7,))
+    with pytest.raises(MilanError, match="scoring by topk-compare compares images"):
+        replace(how, labeler=DescribeAndDissect(), embedder=None)
+    with pytest.raises(MilanError, match="unknown pooling 'maxx'; nearest: max"):
+        replace(how, pooling="maxx")
+    truth = replace(how, embedder=ImageTextRequest("world/truth"))
+    with pytest.raises(MilanError, match="cannot look at drawn images"):
+        run_dnd(storage, done, [MODEL], PROBE, CONFIG, truth, ONE)

@@ -1,0 +1,162 @@
+"""The table `pooled`: every unit on every image, exact, once, and made for itself alone."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from milan_ray import cli
+from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.engine.references import ModelRequest, ProbeRequest, model, probe
+from milan_ray.engine.run_log import Cost
+from milan_ray.engine.status import status
+from milan_ray.exemplars.pooled import matrix
+from milan_ray.models.establish import establish
+from milan_ray.probe.base import ImageRef
+from milan_ray.schema import EXEMPLARS, POOLED, RUNS
+from milan_ray.stages import exemplars as stage
+from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.storage import Storage
+
+PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
+CNN = ModelRequest("tiny/cnn", plugins=(PLUGIN,))
+CONFIG = ExemplarConfig(k=4, batch_size=16, shard_size=40, pooled=True)
+LAYERS = {"0": 6, "2": 8, "6": 4}
+BAD = 3
+"""Image id of an unreadable image."""
+
+
+@pytest.fixture(scope="module")
+def few(photos, tmp_path_factory) -> Path:
+    """Forty images, one of which is none."""
+    folder = tmp_path_factory.mktemp("few")
+    for file in sorted(photos.rglob("*.png"))[:40]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    sorted(folder.iterdir())[BAD].write_bytes(b"not an image")
+    return folder
+
+
+def run(path: Path, few: Path, config: ExemplarConfig = CONFIG, actors: int = 1) -> Storage:
+    storage = Storage(path)
+    run_exemplars(storage, [CNN], ProbeRequest((str(few),)), config, Resources(actors=actors))
+    return storage
+
+
+def copy(storage: Storage, path: Path) -> Storage:
+    shutil.copytree(storage.root, path, dirs_exist_ok=True)
+    return Storage(path)
+
+
+def files(storage: Storage, noun: str) -> dict[str, bytes]:
+    return {path: storage.get(path) for path in storage.files(noun)}
+
+
+def written(storage: Storage, noun: str) -> dict[str, int]:
+    return {path: os.stat(storage.uri(path)).st_mtime_ns for path in storage.files(noun)}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_session, few, tmp_path_factory) -> Storage:
+    return run(tmp_path_factory.mktemp("undisturbed"), few)
+
+
+def test_pooled_equals_a_dense_computation(undisturbed, few):
+    spec = model(CNN)
+    source = probe(ProbeRequest((str(few),)))
+    rows = [row for row in source.manifest().to_pylist() if row["image_id"] != BAD]
+    views = np.stack(
+        [spec.preprocess.view(source.read(ImageRef(r["image_id"], r["root"], r["path"])).image) for r in rows]
+    )
+    with torch.inference_mode():
+        maps = spec.load()[:1](spec.prepare(torch.from_numpy(views))).numpy()
+    found = undisturbed.read(POOLED, model="tiny/cnn", layer="0")
+    assert found["image_id"].to_pylist() == [row["image_id"] for row in rows]
+    np.testing.assert_allclose(matrix(found["max"]), maps.max(axis=(2, 3)), rtol=1e-5)
+    np.testing.assert_allclose(matrix(found["mean"]), maps.astype(float).mean(axis=(2, 3)), rtol=1e-4, atol=1e-6)
+    exemplars = undisturbed.read(EXEMPLARS, model="tiny/cnn", layer="0").to_pylist()
+    place = {image: row for row, image in enumerate(found["image_id"].to_pylist())}
+    largest = matrix(found["max"])
+    assert [row["activation"] for row in exemplars] == [largest[place[r["image_id"]], r["unit"]] for r in exemplars]
+
+
+def test_pooled_has_its_width_its_probe_and_a_run(undisturbed):
+    runs = [undisturbed.read(RUNS, **keys).to_pylist()[0] for keys in undisturbed.partitions(RUNS, stage="pooled")]
+    assert sorted((row["layer"], row["rows"], row["images"]) for row in runs) == [(layer, 39, 39) for layer in LAYERS]
+    for layer, units in LAYERS.items():
+        keys = {"model": "tiny/cnn", "layer": layer}
+        meta = undisturbed.metadata(POOLED, **keys)
+        assert meta["units"] == str(units)
+        assert meta["probe"] == undisturbed.metadata(EXEMPLARS, **keys)["probe"]
+        parts = list(undisturbed.stream(POOLED, ["max"], **keys))
+        assert sum(len(part) for part in parts) == 39 and matrix(parts[0]["max"]).shape[1] == units
+
+
+def test_pooled_is_the_same_file_for_any_actors_and_shards(undisturbed, few, tmp_path):
+    other = run(tmp_path, few, replace(CONFIG, shard_size=7), actors=2)
+    assert files(other, "pooled") == files(undisturbed, "pooled")
+
+
+def test_pooled_is_added_later_without_making_exemplars_again(undisturbed, few, tmp_path, capsys):
+    storage = copy(undisturbed, tmp_path)
+    storage.remove("pooled")
+    before = {noun: written(storage, noun) for noun in ("exemplars", "levels")}
+    arguments = ["exemplars", "--model", "tiny/cnn", "--plugin", PLUGIN, "--probe", str(few), "--batch-size", "16"]
+    arguments += ["--storage", str(tmp_path), "--no-report", "--actors", "1", "--k", "4", "--pooled"]
+    capsys.readouterr()
+    assert cli.main([*arguments, "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [re.split(r"\s{2,}", line) for line in lines[:-1]] == [
+        ["pooled", f"tiny/cnn {layer}", "missing"] for layer in LAYERS
+    ]
+    assert cli.main(arguments) == 0
+    assert "one more pass over the probe for their pooled activations" in capsys.readouterr().err
+    assert {noun: written(storage, noun) for noun in ("exemplars", "levels")} == before
+    assert files(storage, "pooled") == files(undisturbed, "pooled")
+    # Nothing is due now; another k makes exemplars anew and leaves pooled activations as they are.
+    made = written(storage, "pooled")
+    run(tmp_path, few, replace(CONFIG, k=3))
+    assert written(storage, "pooled") == made and written(storage, "exemplars") != before["exemplars"]
+    assert not [file for file in storage.files("_work") if file.endswith(".arrow")]
+
+
+def test_pooled_after_a_kill_has_every_row_once(undisturbed, few, tmp_path, capsys):
+    """A shard run twice, one half written, some without pooled activations, one layer public: as kills leave them."""
+    storage, source, config = Storage(tmp_path), ProbeRequest((str(few),)), replace(CONFIG, shard_size=8)
+    manifest, digest = stage.store_manifest(storage, source)
+    for asked, shards in ((replace(config, pooled=False), range(5)), (config, (0, 1, 1, 2, 3, 4))):
+        item = stage._plan(storage, CNN, model(CNN), probe(source), digest, len(manifest), asked)
+        worker = stage.ExemplarWorker(**stage._worker_arguments(storage, [item], source, asked, Resources()))
+        for n in shards:
+            assert worker({"model": 0, "shard": n, "start": 8 * n, "images": 8})["error"] is None
+    for file in ("pooled/L1/000000", "pooled/L1/000003"):
+        (tmp_path / f"_work/{item.work}/{file}.arrow").unlink()
+    (tmp_path / f"_work/{item.work}/images/000002.arrow").unlink()
+    stage._merge_pooled_layer(
+        stage._PooledTask(storage, item, "0", config, tuple(f"{n:06d}" for n in range(5)), Cost(images=39))
+    )
+    capsys.readouterr()
+    run(tmp_path, few, config)
+    assert "2 of 5 shards are done already" in capsys.readouterr().err
+    assert files(storage, "pooled") == files(undisturbed, "pooled")
+
+
+def test_pooled_of_other_weights_than_the_exemplars_is_stale(undisturbed, tmp_path):
+    storage = copy(undisturbed, tmp_path)
+    found = {(row.table, row.keys["layer"]): row.state for row in status(storage).partitions}
+    assert found["pooled", "0"] == found["exemplars", "0"] == ""
+    keys = {"model": "tiny/cnn", "layer": "0"}
+    view, weights = "another", "others"
+    network = model(CNN).load()
+    layouts = establish(model(CNN), network, model(CNN).layers)
+    recipes = stage.exemplar_recipes(model(CNN), network, weights, view, "probe", CONFIG, layouts)
+    storage.write(EXEMPLARS, storage.read(EXEMPLARS, **keys).replace_schema_metadata(None), recipes["0"], **keys)
+    found = {(row.table, row.keys["layer"]): row.state for row in status(storage).partitions}
+    assert found["pooled", "0"] == "stale: exemplars have other probe, view, weights"
+    assert found["pooled", "2"] == ""

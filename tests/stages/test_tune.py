@@ -1,0 +1,227 @@
+"""Tuning on a real local Ray Tune, against decoding by hand."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pytest
+import torch
+
+from milan_ray import runtime
+
+runtime.prepare(None)  # before anything imports Ray: this file is a job, too
+
+from milan_ray.captioner.captioner import Captioner
+from milan_ray.captioner.decoder import Decoder, DecoderConfig
+from milan_ray.captioner.lm import LanguageModel, LMConfig
+from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.cli.describe import search_of
+from milan_ray.config import Resources
+from milan_ray.engine.cluster import connected
+from milan_ray.errors import MilanError
+from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, SCORES, TRIALS
+from milan_ray.scoring.text import bleu_statistics, bleu_values
+from milan_ray.stages.captioners import save_captioner
+from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
+from milan_ray.stages.tuning import TuningJob, run_tuning, why_tuning
+from milan_ray.stages.tuning_statistics import Sweep, read_setting, split_units
+from milan_ray.storage import Storage
+
+ROOT = Path(__file__).resolve().parents[2]
+UNITS = {"a": range(12), "b": range(8)}
+LAYERS = {"toy/model": tuple(UNITS)}
+WORDS = [["the red house", "dark areas"], ["a dog", "dogs on grass"], ["blue sky", "areas of the sky"]]
+SWEEP = Sweep((3, 6), (0.0, 0.2, 2.0), ("greedy", "greedy-mi", "beam", "rerank"), (5,), "bleu-2", samples=50)
+JOB = TuningJob("toy-sweep", "toy", "people", tuple(("toy/model", layer) for layer in UNITS), SWEEP)
+KEYS = {"decoder": "toy", "sweep": "toy-sweep"}
+
+
+def toy_captioner() -> Captioner:
+    indexer = Indexer(Vocabulary.build(WORDS))
+    torch.manual_seed(0)
+    words = len(indexer.vocabulary)
+    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.mul_(4)  # so that units differ
+    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny")
+
+
+def features() -> dict[str, np.ndarray]:
+    rng = np.random.default_rng(0)
+    return {layer: rng.normal(size=(len(units), 4, 10)).astype(np.float32) for layer, units in UNITS.items()}
+
+
+def fill(root: Path) -> Storage:
+    """A run directory with a captioner, encodings and annotations."""
+    storage = Storage(root)
+    save_captioner(storage, "toy", toy_captioner(), "A toy.")
+    for layer, values in features().items():
+        n, k, _ = values.shape
+        keys = {"model": "toy/model", "layer": layer}
+        encoded = {
+            "encoder": ["tiny"] * n * k,
+            "model": ["toy/model"] * n * k,
+            "layer": [layer] * n * k,
+            "unit": np.repeat(np.arange(n), k),
+            "rank": np.tile(np.arange(k), n),
+            "feature": list(values.reshape(n * k, -1)),
+        }
+        storage.write(ENCODINGS, ENCODINGS.table(encoded), "encoded", encoder="tiny", **keys)
+        texts = [text for unit in range(n) for text in WORDS[unit % 3]]
+        annotated = {
+            "source": ["people"] * len(texts),
+            "model": ["toy/model"] * len(texts),
+            "layer": [layer] * len(texts),
+            "unit": np.repeat(np.arange(n), 2),
+            "annotator": ["1", "2"] * n,
+            "text": texts,
+        }
+        storage.write(ANNOTATIONS, ANNOTATIONS.table(annotated), "annotated", source="people", **keys)
+    return storage
+
+
+@pytest.fixture(scope="module")
+def storage(ray_session, tmp_path_factory) -> Storage:
+    storage = fill(tmp_path_factory.mktemp("run"))
+    run_tuning(storage, JOB, Resources())
+    return storage
+
+
+def trials(storage: Storage) -> pl.DataFrame:
+    return pl.from_arrow(storage.read(TRIALS, **KEYS))
+
+
+def bleu_2(texts: list[str], places: np.ndarray) -> float:
+    references = [WORDS[unit % 3] for units in UNITS.values() for unit in units]
+    statistics = bleu_statistics([texts[i] for i in places], [references[i] for i in places])
+    return float(bleu_values(statistics.sum(axis=0, keepdims=True), 2)[0])
+
+
+def said_by_hand(strategy: str, beam_size: int | None, lam: float) -> list[str]:
+    mi, captioner = strategy.endswith("-mi"), toy_captioner()
+    return [
+        text
+        for values in features().values()
+        for text in captioner.decode(values, strategy.removesuffix("-mi"), mi, lam, beam_size, SWEEP.lengths[0]).texts
+    ]
+
+
+def test_trials_equal_decoding_by_hand(storage):
+    rows = trials(storage).filter(pl.col("metric") == "bleu-2")
+    split = split_units(20, SWEEP)
+    tried = rows.select("strategy", "beam_size", "lam").unique().rows()
+    assert len(tried) == 1 + 2 + 2 * 3
+    for row in rows.iter_rows(named=True):
+        said = said_by_hand(row["strategy"], row["beam_size"], row["lam"])
+        assert row["value"] == pytest.approx(bleu_2(said, split[row["split"]])), row
+        assert row["low"] <= row["high"] and row["n"] == 10
+
+
+def test_the_choice_is_the_best_on_validation_and_what_describing_says(storage):
+    rows = trials(storage).filter(pl.col("metric") == "bleu-2")
+    eligible = rows.filter(pl.col("split") == "validation", pl.col("strategy") != "greedy-mi")
+    chosen = rows.filter("chosen")
+    assert chosen["split"].to_list() == ["validation", "held-out"]
+    assert chosen["value"][0] == eligible["value"].max()
+    path = Path(storage.root, storage.path(TRIALS, **KEYS)).with_name("setting.yaml")
+    setting = read_setting(path.read_text(encoding="utf-8"), "setting.yaml")
+    run_descriptions(storage, LAYERS, Search("toy", setting.beam_size, setting.length, setting.lam), Resources())
+    said = [
+        text
+        for layer in UNITS
+        for text in storage.read(DESCRIPTIONS, labeler=MILAN, model="toy/model", layer=layer)["description"].to_pylist()
+    ]
+    assert bleu_2(said, split_units(20, SWEEP)["held-out"]) == pytest.approx(chosen["value"][1])
+    options = {"beam_size": None, "length": None, "lam": 7.0, "setting": str(path), "reference_quirks": False}
+    arguments = argparse.Namespace(**options)
+    assert search_of(arguments, "toy") == Search("toy", setting.beam_size, setting.length, 7.0)
+
+
+def test_held_out_units_judge_the_choice_in_the_scores(storage):
+    rows = storage.read(SCORES, experiment="tuning of toy by toy-sweep").to_pylist()
+    assert {row["n"] for row in rows} == {10}
+    assert sum(" − " in row["system"] for row in rows) == len(rows) / 3  # chosen, another λ, and the difference
+    assert Path(storage.root, storage.path(TRIALS, **KEYS)).with_name("figure.svg").stat().st_size > 1000
+
+
+def test_tuning_again_does_nothing(storage, capsys):
+    path = Path(storage.root, storage.path(TRIALS, **KEYS))
+    before = path.stat().st_mtime_ns
+    assert why_tuning(storage, JOB) is None
+    assert why_tuning(storage, replace(JOB, sweep=replace(SWEEP, validation=0.3))) == "validation changed"
+    storage.put_work(storage.config_of(TRIALS, **KEYS), "left", pa.table({"by": ["a killed job"]}))
+    run_tuning(storage, JOB, Resources())
+    assert path.stat().st_mtime_ns == before and "up to date" in capsys.readouterr().err
+    assert not Path(storage.root, "_work").exists()
+
+
+def test_candidates_of_the_storage_are_rescored_and_not_searched_again(ray_session, tmp_path):
+    storage = fill(tmp_path)
+    run_descriptions(storage, LAYERS, Search("toy", 3, 5, 0.0), Resources())
+    for layer in UNITS:
+        keys = {"decoder": "toy", "model": "toy/model", "layer": layer}
+        table = storage.read(CANDIDATES, **keys)
+        units = table["unit"].to_numpy()
+        texts = [WORDS[unit % 3][0] for unit in units]
+        place = table.schema.get_field_index("text")
+        changed = table.set_column(place, table.schema.field(place), [texts])
+        meta = storage.metadata(CANDIDATES, **keys)
+        storage.write(CANDIDATES, changed, meta["milan_ray.config"], **keys)
+    run_tuning(storage, replace(JOB, sweep=replace(SWEEP, strategies=("beam",), beam_sizes=(3,))), Resources())
+    rows = trials(storage).filter(pl.col("metric") == "rouge-1-f", pl.col("split") == "held-out")
+    assert rows["value"].to_list() == pytest.approx([rows["value"].max()]) and rows["value"][0] > 0.5
+
+
+@pytest.mark.slow
+def test_a_killed_tuning_goes_on_where_it_was(storage, kill_all, tmp_path):
+    resumed = fill(tmp_path)
+    first = subprocess.Popen([sys.executable, __file__, str(tmp_path)], cwd=ROOT, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("_work/*/scores/*.arrow")) and time.monotonic() < deadline and first.poll() is None:
+        time.sleep(0.02)
+    kill_all(first)
+    (work,) = (path.name for path in tmp_path.glob("_work/*") if path.is_dir())
+    assert not (tmp_path / "trials").exists()
+    done = resumed.work_names(work, "scores")
+    if len(done) == len(SWEEP.trials()):  # killed between the last and the end
+        resumed.remove_file(f"_work/{work}/{done.pop()}.arrow")
+    assert 0 < len(done) < len(SWEEP.trials())
+    for name in done:  # marked, to see that they are not made again
+        table = pl.from_arrow(resumed.get_work(work, name))
+        marked = table.with_columns(
+            pl.when(pl.col("metric") == "rouge-1-f").then(1000.0).otherwise("value").alias("value")
+        )
+        resumed.put_work(work, name, marked.to_arrow().replace_schema_metadata({"search": "0", "score": "0"}))
+    run_tuning(resumed, JOB, Resources())
+    found, undisturbed = trials(resumed), trials(storage)
+    mark = pl.col("value") == 1000
+    assert found.filter(mark).height == 2 * sum(
+        len(trial.lams) for trial in SWEEP.trials() if f"scores/{trial.name}" in done
+    )
+    assert found.filter(~mark).equals(undisturbed.filter(~found["value"].eq(1000.0)))
+
+
+def test_what_a_captioner_cannot_do_is_said_before_any_trial(storage):
+    for sweep, says in (
+        (replace(SWEEP, beam_sizes=(500,)), "a beam of 500 does not fit"),
+        (replace(SWEEP, metric="bertscore-f"), "bertscore-f needs a language model"),
+    ):
+        with pytest.raises(MilanError, match=says):
+            run_tuning(storage, replace(JOB, sweep=sweep), Resources())
+    save_captioner(storage, "mute", replace(toy_captioner(), lm=None), "No language model.")
+    with pytest.raises(MilanError, match="has no language model"):
+        run_tuning(storage, replace(JOB, decoder="mute"), Resources())
+
+
+if __name__ == "__main__":
+    with connected(Resources()):
+        run_tuning(Storage(sys.argv[1]), JOB, Resources(actors=1))
