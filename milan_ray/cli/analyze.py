@@ -31,7 +31,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
-    from milan_ray.stages.plan import Plan
+    from milan_ray.engine.planner import Plan
     from milan_ray.studies.analysis.run import AnalysisConfig, examples, figure_path, run_analysis, summary
     from milan_ray.studies.plan import plan_analysis
     from milan_ray.studies.spacy_pipeline import find_language, language_name

@@ -15,7 +15,7 @@ from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
-    from milan_ray.stages.plan import Plan
+    from milan_ray.engine.planner import Plan
     from milan_ray.storage import Storage
     from milan_ray.studies.auditing.run import Audit
     from milan_ray.studies.auditing.statistics import Pair
@@ -66,9 +66,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
+    from milan_ray.engine.planner import Plan
     from milan_ray.plugins import load_plugins
     from milan_ray.schema import AUDITS, DESCRIPTIONS
-    from milan_ray.stages.plan import Plan
     from milan_ray.studies.auditing.run import AuditConfig, figure_path, review_path, run_audit
     from milan_ray.studies.auditing.statistics import FACE_WORDS, summary
     from milan_ray.studies.plan import plan_audit

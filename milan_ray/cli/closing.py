@@ -14,7 +14,7 @@ from milan_ray.cli.records import absolute
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
-    from milan_ray.stages.plan import Plan
+    from milan_ray.engine.planner import Plan
     from milan_ray.storage import Storage
 
 
@@ -143,7 +143,7 @@ def show_downloads(args: argparse.Namespace, absent: Sequence[tuple[str, str]]) 
         args: The verb's options.
         absent: Files that would be fetched, and from where.
     """
-    from milan_ray.stages.plan import DOWNLOADS, Plan, Step
+    from milan_ray.engine.planner import DOWNLOADS, Plan, Step
 
     files = [Step(DOWNLOADS, (file,), f"missing: would be fetched from {url}") for file, url in dict.fromkeys(absent)]
     return show_plan(args, Plan(files, [Step("tables", (args.verb,), f"not known before: {DOWNLOADS}")]))

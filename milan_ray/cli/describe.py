@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,9 +24,10 @@ from milan_ray.cli.records import (
 from milan_ray.cli.refusals import DISSECTION, refuse
 
 if TYPE_CHECKING:
+    from milan_ray.engine.planner import Plan
+    from milan_ray.engine.stage import ShardedStage, TaskStage
     from milan_ray.labelers.clip import Clip
     from milan_ray.stages.descriptions import Search
-    from milan_ray.stages.plan import Plan
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -43,20 +44,16 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
         then: Adds to the plan of a dry run what another verb does afterwards; None for nothing.
     """
     from milan_ray.engine.cluster import connected
+    from milan_ray.engine.planner import Plan
+    from milan_ray.engine.stage import run_stage
     from milan_ray.engine.tasks import models_apart
     from milan_ray.stages.annotations_export import exemplar_layers
     from milan_ray.stages.captioners import about_captioner, load_captioner
-    from milan_ray.stages.descriptions import run_descriptions
-    from milan_ray.stages.encodings import run_encodings
+    from milan_ray.stages.descriptions import description_stages
+    from milan_ray.stages.encodings import Encodings
     from milan_ray.stages.exemplars import run_exemplars
-    from milan_ray.stages.plan import (
-        plan_descriptions,
-        plan_encodings,
-        plan_exemplars,
-        plan_present,
-        plan_reranking,
-    )
-    from milan_ray.stages.rerank import run_reranking
+    from milan_ray.stages.plan import plan_exemplars
+    from milan_ray.stages.rerank import reranking_stages
 
     if args.probe is None:
         refuse(args, DISSECTION, "without --probe exemplars are taken as the storage has them, and", "give --probe too")
@@ -71,26 +68,31 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     if args.probe is None:
         present = {name: tuple(exemplar_layers(storage, name, args.layers or None)) for name in args.model}
     else:
-        dissection = storage, model_requests(args), probe_request(args), exemplar_config(args)
-    if args.dry_run:
-        plan, layers = plan_present(storage, present) if args.probe is None else plan_exemplars(*dissection)
-        encodings = plan_encodings(storage, plan, layers, encoder, args.units)
-        plan_descriptions(storage, plan, encodings, search, args.units)
+        dissection = model_requests(args), probe_request(args), exemplar_config(args)
+
+    def stages(models: Mapping[str, Sequence[str]]) -> Iterator[ShardedStage | TaskStage]:
+        captioner = load_captioner(storage, decoder)
+        yield Encodings(models, encoder, args.units)
+        yield from description_stages(models, search, captioner, args.units)
         if clip is not None:
-            plan_reranking(storage, plan, layers, encodings, search, clip, args.units)
+            yield from reranking_stages(models, search, captioner, clip, args.units)
+
+    if args.dry_run:
+        plan = Plan()
+        if args.probe is not None:
+            present = plan_exemplars(storage, plan, *dissection)
+        plan.stages(storage, stages(present))
         if then is not None:
             then(plan)
         return show_plan(args, plan)
     with connected(resources):
         if args.probe is not None:
-            done = run_exemplars(*dissection, resources)
+            done = run_exemplars(storage, *dissection, resources)
             present, failed = done.models, dict(done.failed)
 
         def describe(models: dict[str, Sequence[str]]) -> None:
-            run_encodings(storage, models, encoder, resources, args.units)
-            run_descriptions(storage, models, search, resources, args.units)
-            if clip is not None:
-                run_reranking(storage, models, search, clip, resources, args.units)
+            for stage in stages(models):
+                run_stage(stage, storage, resources)
 
         present = models_apart(describe, present, failed)
     about = about_captioner(storage, decoder)

@@ -100,6 +100,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
+    from milan_ray.engine.planner import Plan
     from milan_ray.stages.dnd import FREQUENT, drawings_identity, run_dnd
     from milan_ray.stages.exemplars import run_exemplars
     from milan_ray.stages.plan import plan_dnd, plan_exemplars
@@ -121,7 +122,8 @@ def run(args: argparse.Namespace) -> int:
     storage, models, probe = opened(args)
     resources, config, how = resources_of(args), exemplar_config(args), _config(args)
     if args.dry_run:
-        plan, layers = plan_exemplars(storage, models, probe, config)
+        plan = Plan()
+        layers = plan_exemplars(storage, plan, models, probe, config)
         plan_dnd(storage, plan, layers, how, args.units)
         return show_plan(args, plan)
     identity = drawings_identity(storage, how)  # what is missing is missed before anything starts

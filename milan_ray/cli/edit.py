@@ -49,9 +49,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
+    from milan_ray.engine.planner import Plan
     from milan_ray.models.heads import HeadTraining
     from milan_ray.models.weights import save_weights
-    from milan_ray.stages.plan import Plan
     from milan_ray.studies.analysis.run import figure_path
     from milan_ray.studies.editing.run import (
         EditingConfig,

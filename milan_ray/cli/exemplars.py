@@ -18,13 +18,16 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
+    from milan_ray.engine.planner import Plan
     from milan_ray.stages.exemplars import run_exemplars
     from milan_ray.stages.plan import plan_exemplars
 
     storage, models, probe = opened(args)
     resources, config = resources_of(args), exemplar_config(args)
     if args.dry_run:
-        return show_plan(args, plan_exemplars(storage, models, probe, config)[0])
+        plan = Plan()
+        plan_exemplars(storage, plan, models, probe, config)
+        return show_plan(args, plan)
     with connected(resources):
         done = run_exemplars(storage, models, probe, config, resources)
     report_on(args, storage, list(done.models))

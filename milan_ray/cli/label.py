@@ -87,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine import references
     from milan_ray.engine.cluster import connected
+    from milan_ray.engine.planner import Plan
     from milan_ray.engine.tasks import models_apart
     from milan_ray.stages.clip_dissect import run_clip_dissect
     from milan_ray.stages.concept_labels import check_concepts, run_labels
@@ -102,7 +103,8 @@ def run(args: argparse.Namespace) -> int:
     args.pooled = args.pooled or dissect is not None
     resources, config = resources_of(args), exemplar_config(args)
     if args.dry_run:
-        plan, layers = plan_exemplars(storage, models, probe, config)
+        plan = Plan()
+        layers = plan_exemplars(storage, plan, models, probe, config)
         plan_labels(storage, plan, layers, models, how, args.units)
         if dissect is not None and judge is not None:
             plan_clip_dissect(storage, plan, layers, probe, dissect, judge, args.units)

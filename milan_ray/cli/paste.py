@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
-    from milan_ray.stages.plan import Plan
+    from milan_ray.engine.planner import Plan
     from milan_ray.studies.cut_and_paste.run import PastingConfig, figure_path, run_pasting, summary
     from milan_ray.studies.plan import plan_pasting
     from milan_ray.studies.spacy_pipeline import find_language, language_name

@@ -89,11 +89,12 @@ def _sigmoid(text: str) -> Sigmoid:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
+    from milan_ray.engine.planner import Plan
     from milan_ray.engine.tasks import models_apart
     from milan_ray.models.generators import GeneratorRequest
     from milan_ray.schema import SCORES
     from milan_ray.stages.cosy import CosyConfig, run_cosy
-    from milan_ray.stages.plan import Plan, plan_cosy, plan_scores
+    from milan_ray.stages.plan import plan_cosy, plan_scores
     from milan_ray.stages.scores import ScoreConfig, class_layers, described_layers, run_sanity, run_scores
 
     if args.clip is None and args.generator is None:

@@ -69,7 +69,7 @@ def run_pool(
         resources: What the pool may use.
 
     Yields:
-        The workers' answers (JSON-able), as they finish, with the ``seconds`` that each took.
+        The workers' answers (JSON-able), as they finish, with the ``seconds`` that each took and its row's ``name``.
 
     Raises:
         MilanError: As a worker raised it.
@@ -158,12 +158,13 @@ def _named(worker: Callable[..., Any]) -> type:
         def __call__(self, row: Row) -> Row:
             if self._failure is not None:
                 return {"row": json.dumps(self._failure)}
-            started = time.monotonic()
+            started, given = time.monotonic(), json.loads(row["row"])
             try:
-                answer = self._worker(json.loads(row["row"]))
+                answer = self._worker(given)
             except MilanError as error:
                 answer = _failure(error)
-            return {"row": json.dumps({"seconds": time.monotonic() - started, **answer})}
+            spent = {"seconds": time.monotonic() - started}
+            return {"row": json.dumps({**spent, "name": given.get("name"), **answer})}
 
     Named.__name__ = Named.__qualname__ = getattr(worker, "__name__", "Worker")
     return Named

@@ -5,24 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from milan_ray.engine import references
+from milan_ray.engine.planner import NETWORKS, Plan, Planned, Step
 from milan_ray.labelers.clip import Clip
 from milan_ray.schema import ANNOTATIONS, CLAIMS, DESCRIPTIONS, ENCODINGS, EXEMPLARS, SCORES, TRAINING, TRIALS
 from milan_ray.showcase import demo
 from milan_ray.stages import world
-from milan_ray.stages.captioners import EncoderRequest
-from milan_ray.stages.plan import (
-    NETWORKS,
-    Layers,
-    Plan,
-    Step,
-    add_training,
-    add_tuning,
-    by_model,
-    plan_descriptions,
-    plan_encodings,
-    plan_exemplars,
-    plan_reranking,
-)
+from milan_ray.stages.captioners import EncoderRequest, load_captioner
+from milan_ray.stages.descriptions import description_stages
+from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.plan import add_training, add_tuning, pairs, plan_exemplars
+from milan_ray.stages.rerank import reranking_stages
 from milan_ray.storage import Storage
 from milan_ray.world.image_text import image_text_task
 from milan_ray.world.training import TrainTask, generator_task, train_all_tasks
@@ -42,10 +34,10 @@ def plan_demo(storage: Storage, clip: bool = False, generator: bool = False, gro
     if generator:
         _plan_generator(storage, plan)
     if groups:
-        layers, encodings = _plan_sets(storage, plan)
+        models = _plan_sets(storage, plan)
         if not plan.waits(TRAINING.name, ("of every group",), NETWORKS, EXEMPLARS.name, ANNOTATIONS.name):
-            for job in demo.group_jobs(by_model(layers)):
-                add_training(storage, plan, job, encodings)
+            for job in demo.group_jobs(models):
+                add_training(storage, plan, job)
     return plan
 
 
@@ -74,19 +66,19 @@ def plan_paper(storage: Storage, small: bool, names: Sequence[str]) -> Plan:
 
 def _plan_main(storage: Storage, plan: Plan, clip: bool) -> None:
     _plan_networks(plan, train_all_tasks())
-    layers, encodings = _plan_dissection(storage, plan, demo.MODELS, demo.PROBE)
-    models = by_model(layers)
+    models = _plan_dissection(storage, plan, demo.MODELS, demo.PROBE)
     made = (NETWORKS, EXEMPLARS.name, ANNOTATIONS.name)
     if not plan.waits(TRAINING.name, (demo.DECODER,), *made):
-        add_training(storage, plan, demo.captioner_job(models), encodings)
-    _plan_descriptions(storage, plan, "the demo's networks", encodings)
+        add_training(storage, plan, demo.captioner_job(models))
+    _plan_descriptions(storage, plan, "the demo's networks", models)
     if not plan.waits(TRIALS.name, (demo.DECODER, demo.TUNING), *made, ENCODINGS.name, TRAINING.name):
         add_tuning(storage, plan, demo.tuning_job(models))
     if clip:
         _plan_networks(plan, [image_text_task()])
         if not plan.waits(DESCRIPTIONS.name, ("re-ranked",), NETWORKS, TRAINING.name):
             how = Clip(str(world.image_text_folder()))
-            plan_reranking(storage, plan, layers, encodings, demo.SEARCH, how)
+            captioner = load_captioner(storage, demo.SEARCH.decoder)
+            plan.stages(storage, reranking_stages(models, demo.SEARCH, captioner, how))
     systems = demo.SYSTEMS | (demo.CLIP_SYSTEM if clip else {})
     if not plan.waits(SCORES.name, ("of the demo",), *made, DESCRIPTIONS.name):
         recipe = demo.evaluation_recipe(storage, models, systems)
@@ -96,20 +88,17 @@ def _plan_main(storage: Storage, plan: Plan, clip: bool) -> None:
 
 def _plan_generator(storage: Storage, plan: Plan) -> None:
     _plan_networks(plan, [generator_task()])
-    _, encodings = _plan_dissection(storage, plan, [demo.GENERATOR], demo.CODES)
-    _plan_descriptions(storage, plan, demo.GENERATOR, encodings)
+    models = _plan_dissection(storage, plan, [demo.GENERATOR], demo.CODES)
+    _plan_descriptions(storage, plan, demo.GENERATOR, models)
 
 
-def _plan_sets(storage: Storage, plan: Plan) -> tuple[Layers, Layers]:
-    """What exemplars and encodings of the sets will be."""
+def _plan_sets(storage: Storage, plan: Plan) -> dict[str, tuple[str, ...]]:
+    """Adds all sets' networks; returns their layers."""
     _plan_networks(plan, demo.sets_tasks())
-    layers: dict[tuple[str, str], str] = {}
-    encodings: dict[tuple[str, str], str] = {}
+    found: dict[str, tuple[str, ...]] = {}
     for probe, models in demo.SETS.items():
-        of_these = _plan_dissection(storage, plan, models, probe)
-        layers |= of_these[0]
-        encodings |= of_these[1]
-    return layers, encodings
+        found |= _plan_dissection(storage, plan, models, probe)
+    return found
 
 
 def _plan_networks(plan: Plan, tasks: Iterable[TrainTask]) -> None:
@@ -122,25 +111,23 @@ def _plan_networks(plan: Plan, tasks: Iterable[TrainTask]) -> None:
 
 def _plan_dissection(
     storage: Storage, plan: Plan, names: Sequence[str], probe: references.ProbeRequest
-) -> tuple[Layers, Layers]:
-    """Adds exemplars, annotations and encodings of the world's networks; returns what these and those will be."""
+) -> dict[str, tuple[str, ...]]:
+    """Adds exemplars, annotations and encodings of the world's networks; returns their layers."""
     shown = (", ".join(names),)
     waiting = [plan.waits(noun.name, shown, NETWORKS) for noun in (EXEMPLARS, ANNOTATIONS, ENCODINGS)]
     if any(waiting):
-        return {}, {}
-    mine = Plan()
+        return {}
     models = [references.ModelRequest(name) for name in names]
-    layers = plan_exemplars(storage, models, probe, demo.EXEMPLARS, mine)[1]
-    for (model, layer), exemplars in layers.items():
+    found = plan_exemplars(storage, plan, models, probe, demo.EXEMPLARS)
+    for model, layer in pairs(found):
         if model != demo.CONTROL:
-            recipe = world.annotations_recipe(exemplars)
-            mine.add(storage, ANNOTATIONS, recipe, source=world.SOURCE, model=model, layer=layer)
-    encodings = plan_encodings(storage, mine, layers, EncoderRequest(demo.DECODER))
-    plan.steps += [step for step in mine.steps if step not in plan.steps]
-    plan.failed |= mine.failed
-    return layers, encodings
+            recipe = world.annotations_recipe(Planned(storage, plan).config(EXEMPLARS, model=model, layer=layer))
+            plan.add(storage, ANNOTATIONS, recipe, source=world.SOURCE, model=model, layer=layer)
+    plan.stages(storage, [Encodings(found, EncoderRequest(demo.DECODER))])
+    return found
 
 
-def _plan_descriptions(storage: Storage, plan: Plan, whose: str, encodings: Layers) -> None:
+def _plan_descriptions(storage: Storage, plan: Plan, whose: str, models: dict[str, tuple[str, ...]]) -> None:
     if not plan.waits(DESCRIPTIONS.name, (whose,), NETWORKS, TRAINING.name):
-        plan_descriptions(storage, plan, encodings, demo.SEARCH)
+        captioner = load_captioner(storage, demo.SEARCH.decoder)
+        plan.stages(storage, description_stages(models, demo.SEARCH, captioner))

@@ -23,6 +23,7 @@ from milan_ray.device import resolve_device, torch_threads
 from milan_ray.engine import references
 from milan_ray.engine.cluster import gpus_each
 from milan_ray.engine.run_log import Cost, record_run
+from milan_ray.engine.stage import Output
 from milan_ray.engine.tasks import FEW_IMAGES, beside_others, removed_if_damaged, run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
@@ -32,9 +33,9 @@ from milan_ray.labelers.netdissect import NOTHING
 from milan_ray.labelers.protocol import Evidence
 from milan_ray.models.image_text import ImageTextRequest
 from milan_ray.progress import Progress, say
-from milan_ray.schema import EXEMPLARS, IMAGE_EMBEDDINGS, POOLED
+from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED
 from milan_ray.scoring.simulation import held_out
-from milan_ray.stages.descriptions import Layer, described, write_labels
+from milan_ray.stages.descriptions import write_labels
 from milan_ray.stages.embeddings import (
     embeddings_of,
     lists_of,
@@ -92,7 +93,7 @@ def clip_dissect_recipe(
 class _Scan:
     storage: Storage
     work: str
-    layer: Layer
+    layer: Output
     labeler: ClipDissect
     encoder: str
     probe: str
@@ -126,7 +127,7 @@ def run_clip_dissect(
     embedded = storage.config_of(IMAGE_EMBEDDINGS, encoder=request.name, probe=digest)
     embedder = references.image_text(request, probe.plugins)
     texts = embedder.text_identity()
-    every: list[Layer] = []
+    every: list[Output] = []
     for model, paths in models.items():
         for path in paths:
             keys = {"model": model, "layer": path}
@@ -136,10 +137,10 @@ def run_clip_dissect(
             references.check_units(units, int(meta["units"]), model, path)
             exemplars, pooled = storage.config_of(EXEMPLARS, **keys), storage.config_of(POOLED, **keys)
             recipe = clip_dissect_recipe(labeler, texts, exemplars, pooled, embedded, units)
-            every.append(Layer(len(every), model, path, recipe, exemplars))
+            every.append(Output({"labeler": labeler.name, **keys}, recipe, len(every)))
     # Over all layers, so that a job killed while results become public finds its pieces again.
     work = config_hash({labeler.name: [layer.recipe.hash for layer in every]})
-    due = [layer for layer in every if not described(storage, layer, labeler, layer.recipe)]
+    due = [layer for layer in every if storage.why(DESCRIPTIONS, layer.recipe, **layer.keys)]
     if not due:
         storage.remove_work(work)
         remove_text_work(storage, labeler.concepts, embedder)
@@ -172,7 +173,8 @@ def run_clip_dissect(
             cost.add(seconds, len(due))
             run, model, path = layer.recipe.hash, layer.model, layer.layer
             record_run(storage, labeler.name, run, model, layer=path, rows=len(labels), cost=cost)
-            write_labels(storage, "", layer, labeler, layer.recipe, labels)
+            exemplars = storage.config_of(EXEMPLARS, model=model, layer=path)
+            write_labels(storage, layer, labeler, labels, exemplars)
     storage.remove_work(work)
 
 
@@ -227,7 +229,7 @@ def _every_image(labeler: ClipDissect) -> bool:
     return labeler.similarity.startswith("cos")
 
 
-def _needed(storage: Storage, work: str, layer: Layer) -> np.ndarray:
+def _needed(storage: Storage, work: str, layer: Output) -> np.ndarray:
     """The images that some unit of a layer is compared on."""
     scanned = storage.get_work(work, f"units/{layer.number}")
     ids = scanned["images"].combine_chunks().flatten().to_numpy()
@@ -238,7 +240,7 @@ def _needed(storage: Storage, work: str, layer: Layer) -> np.ndarray:
 class _Chunk:
     storage: Storage
     work: str
-    layers: tuple[Layer, ...]
+    layers: tuple[Output, ...]
     labeler: ClipDissect
     encoder: str
     probe: str
@@ -283,7 +285,7 @@ def _chunk_name(first: int) -> str:
 def _compare(
     storage: Storage,
     work: str,
-    layers: Sequence[Layer],
+    layers: Sequence[Output],
     labeler: ClipDissect,
     encoder: str,
     probe: str,
@@ -369,7 +371,7 @@ def _compare_chunk(task: _Chunk) -> float:
     return time.monotonic() - started
 
 
-def _cosines(task: _Chunk, layer: Layer, device: torch.device) -> torch.Tensor:
+def _cosines(task: _Chunk, layer: Output, device: torch.device) -> torch.Tensor:
     """Cosines of a layer's units and a chunk's concepts, in one pass over the layer's pooled activations."""
     keys = {"model": layer.model, "layer": layer.layer}
     scanned = task.storage.get_work(task.work, f"units/{layer.number}")
@@ -387,7 +389,7 @@ def _cosines(task: _Chunk, layer: Layer, device: torch.device) -> torch.Tensor:
     return state.result()
 
 
-def _write_best(task: _Chunk, layer: Layer, similarities: torch.Tensor) -> None:
+def _write_best(task: _Chunk, layer: Output, similarities: torch.Tensor) -> None:
     best = Best.of(similarities.cpu().numpy(), task.first)
     table = pa.table({"concepts": lists_of(best.concepts), "scores": lists_of(best.scores)})
     task.storage.put_work(task.work, f"best/{task.name}/{layer.number}", table)

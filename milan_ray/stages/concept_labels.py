@@ -22,6 +22,7 @@ from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.run_log import Cost, record_run
+from milan_ray.engine.stage import Output
 from milan_ray.engine.tasks import FEW_IMAGES, beside_others, run_parallel
 from milan_ray.errors import MilanError, all_failed
 from milan_ray.exemplars.concepts import ConceptCounts, Seen, fires, grid_size, pack_words, sample
@@ -35,7 +36,7 @@ from milan_ray.probe.base import Probe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST
-from milan_ray.stages.descriptions import Layer, write_labels
+from milan_ray.stages.descriptions import write_labels
 from milan_ray.stages.exemplars import Dissection, ModelWork, ModelWorker, describe_model
 from milan_ray.storage import Storage, WorkGone
 
@@ -460,17 +461,17 @@ def _finish(storage: Storage, planned: _Work, how: LabelConfig, config: Exemplar
             for layer, found in formulas.items():
                 evidence[layer] = replace(evidence[layer], formulas=found)
     due = [(labeler, layer) for labeler in how.labelers for layer in planned.layers[labeler.name]]
-    for number, (labeler, layer) in enumerate(due):
+    for labeler, layer in due:
         recipe = planned.layers[labeler.name][layer]
         labelled = labeler.label(evidence[layer])
         labelled = {unit: labelled[unit] for unit in recipe.units or sorted(labelled)}
-        made = Layer(number, name, layer, recipe, planned.exemplars[layer])
+        output = Output({"labeler": labeler.name, "model": name, "layer": layer}, recipe)
         cost = Cost(images=images)
         cost.add(seconds, len(due))
         if isinstance(labeler, CompExp):
             cost.add(searched[layer])
         record_run(storage, labeler.name, recipe.hash, name, layer=layer, rows=len(labelled), cost=cost)
-        write_labels(storage, "", made, labeler, recipe, labelled)
+        write_labels(storage, output, labeler, labelled, planned.exemplars[layer])
         clear = sum(best[0].score > INTERPRETABLE for best in labelled.values())
         say(f"{labeler.name}: {name} {layer}: {clear} of {len(labelled)} units above IoU {INTERPRETABLE}")
     storage.remove_work(item.work)

@@ -6,8 +6,9 @@ encodings ─► [actor pool: beam search] ─► candidates ─► [rescore] �
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,14 +18,13 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import digest as captioner_digest
 from milan_ray.captioner.checkpoints import lm_digest
 from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
-from milan_ray.config import Recipe, Resources, config_hash
+from milan_ray.config import Recipe, Resources
 from milan_ray.device import resolve_device
-from milan_ray.engine.actor_pool import Row, run_pool
-from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.tasks import FEW_ROWS, beside_others, removed_if_damaged, run_parallel
+from milan_ray.engine.actor_pool import Row
+from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, TaskStage, run_stage
+from milan_ray.engine.tasks import FEW_ROWS
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN, PointwiseMutualInformation
 from milan_ray.labelers.protocol import Evidence, Label, Labeler
-from milan_ray.progress import Progress, say
 from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS
 from milan_ray.stages.captioners import captioner_name, load_captioner
 from milan_ray.stages.encodings import only_units, unit_features
@@ -149,43 +149,156 @@ def labelers(captioner: Captioner, search: Search) -> list[PointwiseMutualInform
     return found
 
 
-def description_recipe(candidates: Recipe, labeler: Labeler, encodings: str | None = None) -> Recipe:
+def description_recipe(
+    labeler: Labeler, candidates: str, units: tuple[int, ...], encodings: str | None = None
+) -> Recipe:
     """What decides a layer's descriptions by one labeler.
 
     Args:
-        candidates: What decides the candidates.
         labeler: The labeler.
-        encodings: Configuration hash of the layer's encodings, all units of them, where the labeler compares with them.
+        candidates: Configuration hash of the layer's candidates, all units of them.
+        units: The units selected; empty for all.
+        encodings: The same of its encodings, where the labeler compares with them.
     """
-    parts = labeler.identity() | {"candidates": candidates.whole}
-    return Recipe.of(parts if encodings is None else parts | {"encodings": encodings}, candidates.units)
+    parts = labeler.identity() | {"candidates": candidates}
+    return Recipe.of(parts if encodings is None else parts | {"encodings": encodings}, units)
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A layer on its way from encodings to descriptions.
+class Candidates(ShardedStage):
+    """What a captioner's search finds for every unit of some layers.
 
-    Attributes:
-        number: Its place among the job's layers.
-        model: Name of the model.
-        layer: Module path.
-        recipe: What decides its candidates.
-        exemplars: Configuration hash of the exemplars.
+    Args:
+        models: Model name → layers.
+        search: Captioner, beam.
+        captioner: The search's captioner.
+        units: The units of every layer to describe; empty for all.
     """
 
-    number: int
-    model: str
-    layer: str
-    recipe: Recipe
-    exemplars: str
+    table, counted = CANDIDATES, "units"
+    name, label = "candidates", "descriptions"
+
+    def __init__(
+        self, models: Mapping[str, Sequence[str]], search: Search, captioner: Captioner, units: tuple[int, ...] = ()
+    ) -> None:
+        self._models, self._units = models, units
+        self._settled, self._decoder = _settle(search, captioner), search.name
+        self._identity = search_identity(captioner, search)
+        self._encoder, self._lm = captioner.encoder_name, lm_digest(captioner) or ""
 
     @property
-    def name(self) -> tuple[str, str]:
-        """(model, layer)."""
-        return self.model, self.layer
+    def title(self) -> str:
+        """Its name in messages."""
+        return f"{self.name} ({self._decoder})"
+
+    @property
+    def worker(self) -> type:
+        """What does a shard."""
+        return CandidateWorker
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """Candidates of every layer, by what its encodings are."""
+        for model, layers in self._models.items():
+            for layer in layers:
+                encodings = known.whole(ENCODINGS, encoder=self._encoder, model=model, layer=layer)
+                keys = {"decoder": self._decoder, "model": model, "layer": layer}
+                yield Output(keys, candidates_recipe(self._identity, encodings, self._units))
+
+    def shards(self, job: Job) -> list[Shard]:
+        """Batches of units."""
+        found = []
+        for output in job.due:
+            encoded = job.storage.read(ENCODINGS, ["unit"], **self._encoded(output))
+            present = sorted(set(only_units(encoded, output.recipe.units)["unit"].to_pylist()))
+            for start in range(0, len(present), self._settled.units):
+                batch = present[start : start + self._settled.units]
+                name = f"{output.number:04d}-{batch[0]:06d}"
+                found.append(Shard(name, (output.number,), {"units": batch}, len(batch)))
+        return found
+
+    def arguments(self, job: Job) -> dict[str, Any]:
+        """The search, and where the encodings of each output are."""
+        return {
+            "outputs": {output.number: output for output in job.due},
+            "encoded": {output.number: self._encoded(output) for output in job.due},
+            "search": self._settled,
+        }
+
+    def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
+        """A layer's candidates, by unit and place in the beam."""
+        table = pa.concat_tables([_CANDIDATES_SCHEMA.empty_table(), *pieces])
+        table = table.sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
+        searched = {"lm": [self._lm] * len(table), "beam_size": [self._settled.beam_size] * len(table)}
+        exemplars = storage.exemplars_of(ENCODINGS, **self._encoded(output)) or ""
+        return CANDIDATES.table({**output.columns(table), **searched}, {EXEMPLARS_KEY: exemplars})
+
+    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
+        """How many units are searched."""
+        models = len({output.model for output in job.due})
+        return f"{self.label}: {sum(shard.size for shard in shards)} units of {models} models by {self._decoder}"
+
+    def few(self, job: Job, shards: Sequence[Shard]) -> bool:
+        """Whether there are few candidates."""
+        return sum(shard.size for shard in shards) * self._settled.beam_size <= FEW_ROWS
+
+    def _encoded(self, output: Output) -> dict[str, str]:
+        return {"encoder": self._encoder, "model": output.model, "layer": output.layer}
 
 
-@beside_others
+class Descriptions(TaskStage):
+    """The best of the candidates of some layers, by the captioner's own labelers.
+
+    Args:
+        models: Model name → layers.
+        search: Captioner, beam, λ.
+        captioner: The search's captioner.
+        units: The units of every layer to describe; empty for all.
+    """
+
+    table, name = DESCRIPTIONS, "descriptions"
+
+    def __init__(
+        self, models: Mapping[str, Sequence[str]], search: Search, captioner: Captioner, units: tuple[int, ...] = ()
+    ) -> None:
+        self._models, self._units, self._decoder = models, units, search.name
+        self._alone = captioner.lm is None
+        self._labelers = {labeler.name: labeler for labeler in labelers(captioner, search)}
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """Descriptions of every layer by every labeler, by what its candidates are."""
+        for labeler in self._labelers.values():
+            for model, layers in self._models.items():
+                for layer in layers:
+                    candidates = known.whole(CANDIDATES, decoder=self._decoder, model=model, layer=layer)
+                    keys = {"labeler": labeler.name, "model": model, "layer": layer}
+                    yield Output(keys, description_recipe(labeler, candidates, self._units))
+
+    @property
+    def remark(self) -> str:
+        """What a captioner without a language model means."""
+        if not self._alone:
+            return ""
+        return f"captioner {self._decoder} has no language model: described by log p(d|E) alone ({LIKELIHOOD})"
+
+    def make(self, storage: Storage, output: Output) -> pa.Table:
+        """A layer's descriptions by one labeler."""
+        labeler = self._labelers[output.keys["labeler"]]
+        labels = labeler.label(Evidence(read_candidates(storage, self._decoder, output)))
+        exemplars = storage.exemplars_of(CANDIDATES, **candidates_of(self._decoder, output)) or ""
+        return described(output, labeler, labels, exemplars, self._decoder)
+
+    def few(self, storage: Storage, outputs: Sequence[Output]) -> bool:
+        """Whether there are few candidates."""
+        layers = {(output.model, output.layer): output for output in outputs}.values()
+        return sum(storage.count(CANDIDATES, **candidates_of(self._decoder, one)) for one in layers) <= FEW_ROWS
+
+
+def description_stages(
+    models: Mapping[str, Sequence[str]], search: Search, captioner: Captioner, units: tuple[int, ...] = ()
+) -> tuple[Candidates, Descriptions]:
+    """The stages that describe encoded layers; arguments as of these."""
+    return Candidates(models, search, captioner, units), Descriptions(models, search, captioner, units)
+
+
 def run_descriptions(
     storage: Storage,
     models: Mapping[str, Sequence[str]],
@@ -205,118 +318,8 @@ def run_descriptions(
     Raises:
         MilanError: The captioner or encodings are missing.
     """
-    captioner = load_captioner(storage, search.decoder)
-    layers = run_candidates(storage, models, search, captioner, resources, units)
-    if captioner.lm is None:
-        say(f"captioner {search.name} has no language model: described by log p(d|E) alone ({LIKELIHOOD})")
-    tasks = [_Rank(storage, search.name, layer, labeler) for layer in layers for labeler in labelers(captioner, search)]
-    stale = [task for task in tasks if not task.done()]
-    rows = sum(storage.count(CANDIDATES, decoder=search.name, model=one.model, layer=one.layer) for one in layers)
-    for _ in run_parallel(_rank, stale, here=rows <= FEW_ROWS):
-        pass
-
-
-def run_candidates(
-    storage: Storage,
-    models: Mapping[str, Sequence[str]],
-    search: Search,
-    captioner: Captioner,
-    resources: Resources,
-    units: tuple[int, ...] = (),
-) -> list[Layer]:
-    """Searches candidates of every unit of every layer where they are missing or stale; returns all layers.
-
-    Args:
-        storage: The run directory, which holds encodings.
-        models: Model name → layers.
-        search: Captioner, beam.
-        captioner: The search's captioner.
-        resources: What of the cluster to use; Ray must be connected.
-        units: The units of every layer to describe; empty for all.
-
-    Raises:
-        MilanError: Encodings are missing.
-    """
-    settled, name = _settle(search, captioner), search.name
-    identity = search_identity(captioner, search)
-    every: list[Layer] = []
-    for model, paths in models.items():
-        for layer in paths:
-            keys = {"encoder": captioner.encoder_name, "model": model, "layer": layer}
-            recipe = candidates_recipe(identity, storage.whole_of(ENCODINGS, **keys), units)
-            every.append(Layer(len(every), model, layer, recipe, storage.exemplars_of(ENCODINGS, **keys) or ""))
-    # Over all layers, so that a job killed while results become public finds its candidates again.
-    work = config_hash({"candidates": [layer.recipe.hash for layer in every]})
-    layers = [
-        layer
-        for layer in every
-        if storage.why(CANDIDATES, layer.recipe, decoder=name, model=layer.model, layer=layer.layer)
-    ]
-    if layers:
-        with removed_if_damaged(storage, work):
-            _search(storage, work, layers, settled, name, captioner.encoder_name, lm_digest(captioner), resources)
-    else:
-        storage.remove_work(work)
-        say(f"candidates ({name}): all up to date")
-    return every
-
-
-def _search(
-    storage: Storage,
-    work: str,
-    layers: list[Layer],
-    search: _Settled,
-    name: str,
-    encoder: str,
-    lm: str | None,
-    resources: Resources,
-) -> None:
-    done = set(storage.work_names(work))
-    parts: dict[int, list[str]] = defaultdict(list)
-    rows: list[Row] = []
-    units = total = 0
-    for layer in layers:
-        encoded = storage.read(ENCODINGS, ["unit"], encoder=encoder, model=layer.model, layer=layer.layer)
-        present = sorted(set(only_units(encoded, layer.recipe.units)["unit"].to_pylist()))
-        total += len(present)
-        for start in range(0, len(present), search.units):
-            batch = present[start : start + search.units]
-            parts[layer.number].append(f"L{layer.number}/{batch[0]:06d}")
-            if parts[layer.number][-1] not in done:
-                rows.append({"layer": layer.number, "units": batch})
-                units += len(batch)
-    say(f"descriptions: {units} units of {len({layer.model for layer in layers})} models by {name}")
-    arguments = {
-        "storage": storage,
-        "work": work,
-        "layers": {layer.number: layer for layer in layers},
-        "search": search,
-        "encoder": encoder,
-        "threads": resources.threads,
-        "device": resources.device,
-    }
-    names = {layer.number: layer.name for layer in layers}
-    costs = {layer.number: Cost() for layer in layers}
-    with Progress("descriptions", units, "units", (names[row["layer"]] for row in rows)) as progress:
-        for answer in run_pool(CandidateWorker, arguments, rows, resources):
-            progress.advance(answer["units"], [names[answer["layer"]]])
-            costs[answer["layer"]].add(answer["seconds"])
-    tasks = [
-        _Gather(
-            storage,
-            work,
-            layer,
-            name,
-            lm or "",
-            search.beam_size,
-            tuple(parts[layer.number]),
-            costs[layer.number],
-        )
-        for layer in layers
-    ]
-    for _ in run_parallel(_gather, tasks, here=total * search.beam_size <= FEW_ROWS):
-        pass
-    storage.remove_work(work)
+    for stage in description_stages(models, search, load_captioner(storage, search.decoder), units):
+        run_stage(stage, storage, resources)
 
 
 class CandidateWorker:
@@ -326,35 +329,34 @@ class CandidateWorker:
         self,
         storage: Storage,
         work: str,
-        layers: dict[int, Layer],
+        outputs: dict[int, Output],
+        encoded: dict[int, dict[str, str]],
         search: _Settled,
-        encoder: str,
         threads: int,
         device: str,
     ) -> None:
         torch.set_num_threads(threads)
-        self._storage, self._work, self._layers, self._search = storage, work, layers, search
-        self._encoder = encoder
+        self._storage, self._work, self._search = storage, work, search
+        self._outputs, self._encoded = outputs, encoded
         self._captioner = load_captioner(storage, search.decoder).to(str(resolve_device(device)))
         self._features: tuple[int, dict[int, np.ndarray]] = (-1, {})
 
     def __call__(self, row: Row) -> Row:
         """Runs one batch of units."""
-        layer = self._layers[row["layer"]]
-        features = self._of(layer)
+        (number,) = row["outputs"]
+        features = self._of(number)
         by_count: dict[int, list[int]] = defaultdict(list)
         for unit in row["units"]:
             by_count[len(features[unit])].append(unit)  # dead or broken units may have fewer exemplars
         tables = [self._candidates([(unit, features[unit]) for unit in units]) for units in by_count.values()]
         table = pa.concat_tables(tables).sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
-        self._storage.put_work(self._work, f"L{layer.number}/{row['units'][0]:06d}", table)
-        return {"layer": layer.number, "units": len(row["units"])}
+        self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), table)
+        return {}
 
-    def _of(self, layer: Layer) -> dict[int, np.ndarray]:
-        if self._features[0] != layer.number:
-            keys = {"encoder": self._encoder, "model": layer.model, "layer": layer.layer}
-            table = self._storage.read(ENCODINGS, ["unit", "rank", "feature"], **keys)
-            self._features = (layer.number, unit_features(table))
+    def _of(self, number: int) -> dict[int, np.ndarray]:
+        if self._features[0] != number:
+            table = self._storage.read(ENCODINGS, ["unit", "rank", "feature"], **self._encoded[number])
+            self._features = (number, unit_features(table))
         return self._features[1]
 
     def _candidates(self, units: list[tuple[int, np.ndarray]]) -> pa.Table:
@@ -381,88 +383,32 @@ class CandidateWorker:
         )
 
 
-@dataclass(frozen=True)
-class _Gather:
-    storage: Storage
-    work: str
-    layer: Layer
-    decoder: str
-    lm: str
-    beam_size: int
-    parts: tuple[str, ...]
-    cost: Cost
+def candidates_of(decoder: str, output: Output) -> dict[str, str]:
+    """The partition of the candidates that an output is chosen from."""
+    return {"decoder": decoder, "model": output.model, "layer": output.layer}
 
 
-def _gather(task: _Gather) -> None:
-    """Puts a layer's candidates together and makes them public."""
-    empty = _CANDIDATES_SCHEMA.empty_table()
-    table = pa.concat_tables([empty, *(task.storage.get_work(task.work, name) for name in task.parts)])
-    table = table.sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
-    keys = {"decoder": task.decoder, "model": task.layer.model, "layer": task.layer.layer}
-    columns: dict[str, object] = {name: [value] * len(table) for name, value in keys.items()}
-    columns |= {"lm": [task.lm] * len(table), "beam_size": [task.beam_size] * len(table)}
-    columns |= {name: table[name] for name in table.column_names}
-    rows = CANDIDATES.table(columns, {EXEMPLARS_KEY: task.layer.exemplars})
-    run, model, layer = task.layer.recipe.hash, task.layer.model, task.layer.layer
-    record_run(task.storage, "candidates", run, model, layer=layer, rows=len(rows), cost=task.cost)
-    task.storage.write(CANDIDATES, rows, task.layer.recipe, **keys)
+def read_candidates(storage: Storage, decoder: str, output: Output, columns: Sequence[str] | None = None) -> pa.Table:
+    """The candidates that an output is chosen from, of the units selected, by unit and beam rank."""
+    table = storage.read(CANDIDATES, columns, **candidates_of(decoder, output))
+    return only_units(table, output.recipe.units).combine_chunks()
 
 
-@dataclass(frozen=True)
-class _Rank:
-    storage: Storage
-    decoder: str
-    layer: Layer
-    labeler: PointwiseMutualInformation
-
-    @property
-    def recipe(self) -> Recipe:
-        return description_recipe(self.layer.recipe, self.labeler)
-
-    def done(self) -> bool:
-        return described(self.storage, self.layer, self.labeler, self.recipe)
-
-
-def _rank(task: _Rank) -> None:
-    """Ranks the candidates of a layer."""
-    evidence = Evidence(read_candidates(task.storage, task.decoder, task.layer))
-    labels = task.labeler.label(evidence)
-    write_labels(task.storage, task.decoder, task.layer, task.labeler, task.recipe, labels)
-
-
-def read_candidates(storage: Storage, decoder: str, layer: Layer, columns: Sequence[str] | None = None) -> pa.Table:
-    """A layer's candidates, of the units selected, by unit and beam rank."""
-    table = storage.read(CANDIDATES, columns, decoder=decoder, model=layer.model, layer=layer.layer)
-    return only_units(table, layer.recipe.units).combine_chunks()
-
-
-def described(storage: Storage, layer: Layer, labeler: Labeler, recipe: Recipe) -> bool:
-    """Whether a layer's descriptions by a labeler are there."""
-    return storage.why(DESCRIPTIONS, recipe, labeler=labeler.name, model=layer.model, layer=layer.layer) is None
-
-
-def write_labels(
-    storage: Storage,
-    decoder: str,
-    layer: Layer,
-    labeler: Labeler,
-    recipe: Recipe,
-    labels: Mapping[int, Sequence[Label]],
-) -> None:
-    """Writes a layer's descriptions.
+def described(
+    output: Output, labeler: Labeler, labels: Mapping[int, Sequence[Label]], exemplars: str, decoder: str = ""
+) -> pa.Table:
+    """A layer's descriptions as a table.
 
     Args:
-        storage: The run directory.
-        decoder: Which candidates were labels to choose from.
-        layer: The layer.
+        output: Its partition.
         labeler: Whose labels they are.
-        recipe: What decides them.
         labels: Unit → its labels, best first.
+        exemplars: Configuration hash of the exemplars that they speak of.
+        decoder: Which candidates were labels to choose from; empty for none.
     """
-    keys = {"labeler": labeler.name, "model": layer.model, "layer": layer.layer}
     rows = [
         {
-            **keys,
+            **output.keys,
             "unit": unit,
             "description": best[0].text,
             "score": best[0].score,
@@ -473,8 +419,14 @@ def write_labels(
         }
         for unit, best in labels.items()
     ]
-    metadata = {"decoder": decoder, EXEMPLARS_KEY: layer.exemplars}
+    metadata = {"decoder": decoder, EXEMPLARS_KEY: exemplars}
     if labeler.lam is not None:
         metadata["lam"] = str(labeler.lam)
-    table = pa.Table.from_pylist(rows, schema=DESCRIPTIONS.schema.with_metadata(metadata))
-    storage.write(DESCRIPTIONS, table, recipe, **keys)
+    return pa.Table.from_pylist(rows, schema=DESCRIPTIONS.schema.with_metadata(metadata))
+
+
+def write_labels(
+    storage: Storage, output: Output, labeler: Labeler, labels: Mapping[int, Sequence[Label]], exemplars: str
+) -> None:
+    """Writes a layer's descriptions that were chosen from no candidates; arguments as of :func:`described`."""
+    storage.write(DESCRIPTIONS, described(output, labeler, labels, exemplars), output.recipe, **output.keys)

@@ -25,6 +25,7 @@ from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.run_log import Cost, record_run
+from milan_ray.engine.stage import Output
 from milan_ray.engine.tasks import FEW_IMAGES, beside_others, run_parallel
 from milan_ray.errors import MilanError, all_failed, unknown_name
 from milan_ray.exemplars.forward import Forward, read_inputs
@@ -307,7 +308,7 @@ def _run_model(
     resources: Resources,
     units: tuple[int, ...],
 ) -> None:
-    from milan_ray.stages.descriptions import Layer, write_labels  # with its captioner, which workers can do without
+    from milan_ray.stages.descriptions import write_labels  # with its captioner, which workers can do without
 
     spec = references.model(request)
     if spec.images is not None:
@@ -336,7 +337,7 @@ def _run_model(
         _draw_all(storage, item, probe, config, how, identity, recipes, resources, units)
     storage.remove_work(work)
     stale = 0
-    for number, (layer, recipe) in enumerate(recipes.items()):
+    for layer, recipe in recipes.items():
         keys = {"labeler": labeler.name, "model": spec.name, "layer": layer}
         labels = dnd_recipe(recipe, labeler)
         if storage.why(DESCRIPTIONS, labels, **keys) is None:
@@ -344,8 +345,7 @@ def _run_model(
         stale += 1
         drawn = read_drawings(storage, labeler.name, spec.name, layer, units)
         exemplars = storage.config_of(EXEMPLARS, model=spec.name, layer=layer)
-        made = Layer(number, spec.name, layer, labels, exemplars)
-        write_labels(storage, "", made, labeler, labels, labeler.label(Evidence(drawn=drawn)))
+        write_labels(storage, Output(keys, labels), labeler, labeler.label(Evidence(drawn=drawn)), exemplars)
     if not stale:
         say(f"{labeler.name} of {spec.name}: all up to date")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import io
 import itertools
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -20,16 +20,13 @@ from PIL import Image
 
 from milan_ray.config import Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
-from milan_ray.engine.actor_pool import Row, run_pool
-from milan_ray.engine.references import check_units
-from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.tasks import FEW_ROWS, beside_others, removed_if_damaged, run_parallel
-from milan_ray.errors import MilanError
+from milan_ray.engine.actor_pool import Row
+from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, run_stage
+from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.exemplars import masks
-from milan_ray.progress import Progress, say
-from milan_ray.schema import ENCODINGS, EXEMPLARS, LEVELS
+from milan_ray.schema import ENCODINGS, EXEMPLARS
 from milan_ray.stages.images import block_of, read_block
-from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, Storage
+from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 KERNEL_VERSION = "encodings-3"
 
@@ -40,8 +37,6 @@ MASKS = 256
 """Masks pooled at once: what bounds memory where an image is an exemplar of thousands of units."""
 
 _FEATURES_SCHEMA = pa.schema([("unit", pa.int32()), ("rank", pa.int16()), ("feature", pa.list_(pa.float32()))])
-
-FEATURES = "features"
 
 
 class Encoder(Protocol):
@@ -76,41 +71,81 @@ class Request(Protocol):
         """Builds it."""
 
 
-@dataclass(frozen=True)
-class Source:
-    """One layer's exemplars on their way through the encoder.
+class Encodings(ShardedStage):
+    """Features of every exemplar of some layers: the encoder sees every image once.
 
-    Attributes:
-        number: Its folder in the work.
-        model: Name of the model.
-        layer: Module path.
-        recipe: What decides its encodings.
-        exemplars: File metadata of its exemplars.
+    Args:
+        models: Model name → layers.
+        encoder: Which encoder.
+        units: The units of every layer to encode; empty for all.
     """
 
-    number: int
-    model: str
-    layer: str
-    recipe: Recipe
-    exemplars: Mapping[str, str]
+    table, counted = ENCODINGS, "chunks of images"
+    name = "encodings"
+
+    def __init__(self, models: Mapping[str, Sequence[str]], encoder: Request, units: tuple[int, ...] = ()) -> None:
+        self._models, self._encoder, self._units = models, encoder, units
 
     @property
-    def name(self) -> tuple[str, str]:
-        """(model, layer)."""
-        return self.model, self.layer
+    def worker(self) -> type:
+        """What does a shard."""
+        return EncodingWorker
 
     @property
-    def view(self) -> tuple[str, str]:
-        """(probe, view): what its images are."""
-        return self.exemplars["probe"], self.exemplars["view"]
+    def title(self) -> str:
+        """Its name in messages."""
+        return f"{self.name} ({self._encoder.name})"
 
-    @property
-    def mask_size(self) -> tuple[int, int]:
-        """(height, width) of its masks, pixels."""
-        return int(self.exemplars["mask_height"]), int(self.exemplars["mask_width"])
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """Encodings of every layer, by what its exemplars are."""
+        identity = encoder_identity(self._encoder)
+        for model, layers in self._models.items():
+            for layer in layers:
+                exemplars = known.config(EXEMPLARS, model=model, layer=layer)
+                known.check_units(self._units, model, layer)
+                keys = {"encoder": self._encoder.name, "model": model, "layer": layer}
+                yield Output(keys, encodings_recipe(identity, exemplars, self._units))
+
+    def shards(self, job: Job) -> list[Shard]:
+        """Chunks of images; the exemplars of each lie beside it, so that no worker reads a layer as a whole."""
+        used: dict[tuple[str, str], set[int]] = defaultdict(set)
+        every = [_Scatter.of(job, output) for output in job.every]
+        for index, ids in run_parallel(_image_ids, every, here=self.few(job)):
+            used[every[index].view].update(ids)
+        starts = {view: chunk_starts(sorted(ids)) for view, ids in used.items()}
+        due = [task for task in every if task.output in job.due]
+        scatters = [replace(task, starts=starts[task.view]) for task in due]
+        rows: dict[str, dict[str, Any]] = {}
+        outputs: dict[str, list[int]] = defaultdict(list)
+        for index, names in run_parallel(_scatter, scatters, here=self.few(job)):
+            probe, view = scatters[index].view
+            for name in names:
+                rows[name] = {"probe": probe, "view": view}
+                outputs[name].append(scatters[index].output.number)
+        return [Shard(name, tuple(sorted(outputs[name])), rows[name]) for name in sorted(rows)]
+
+    def arguments(self, job: Job) -> dict[str, Any]:
+        """The encoder, and how large each output's masks are."""
+        return {
+            "outputs": {output.number: output for output in job.due},
+            "mask_sizes": {output.number: _Scatter.of(job, output).mask_size for output in job.due},
+            "encoder": self._encoder,
+        }
+
+    def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
+        """A layer's features, by unit and rank."""
+        table = pa.concat_tables([_FEATURES_SCHEMA.empty_table(), *pieces])
+        table = table.sort_by([("unit", "ascending"), ("rank", "ascending")]).combine_chunks()
+        size = len(table["feature"][0]) if len(table) else 0
+        exemplars = storage.config_of(EXEMPLARS, model=output.model, layer=output.layer)
+        return ENCODINGS.table(output.columns(table), {"feature_size": str(size), EXEMPLARS_KEY: exemplars})
+
+    def few(self, job: Job, shards: Sequence[Shard] = ()) -> bool:
+        """Whether all layers together have few exemplars."""
+        keys = ({"model": output.model, "layer": output.layer} for output in job.every)
+        return sum(job.storage.count(EXEMPLARS, **of) for of in keys) <= FEW_ROWS
 
 
-@beside_others
 def run_encodings(
     storage: Storage,
     models: Mapping[str, Sequence[str]],
@@ -118,73 +153,12 @@ def run_encodings(
     resources: Resources,
     units: tuple[int, ...] = (),
 ) -> None:
-    """Encodes the exemplars of every layer whose encodings are missing or stale.
-
-    Args:
-        storage: The run directory, which holds exemplars and views.
-        models: Model name → layers.
-        encoder: Which encoder.
-        resources: What of the cluster to use; Ray must be connected.
-        units: The units of every layer to encode; empty for all.
+    """Encodes the exemplars of every layer whose encodings are missing or stale; arguments as of :class:`Encodings`.
 
     Raises:
         MilanError: Exemplars or the encoder are missing, or a layer has no such unit.
     """
-    every = _sources(storage, models, encoder, units)
-    # Over all layers, so that a job killed while results become public finds its features again.
-    work = config_hash({"encodings": [source.recipe.hash for source in every]})
-    sources = [
-        source
-        for source in every
-        if storage.why(ENCODINGS, source.recipe, encoder=encoder.name, model=source.model, layer=source.layer)
-    ]
-    if not sources:
-        storage.remove_work(work)
-        say(f"encodings ({encoder.name}): all up to date")
-        return
-    with removed_if_damaged(storage, work):
-        used: dict[tuple[str, str], set[int]] = defaultdict(set)
-        here = sum(storage.count(EXEMPLARS, model=source.model, layer=source.layer) for source in every) <= FEW_ROWS
-        for index, ids in run_parallel(_image_ids, [_Scatter(storage, work, source) for source in every], here=here):
-            used[every[index].view].update(ids)
-        starts = {view: chunk_starts(sorted(ids)) for view, ids in used.items()}
-        row_of: dict[str, Row] = {}
-        scatters = [_Scatter(storage, work, source, starts[source.view]) for source in sources]
-        for index, names in run_parallel(_scatter, scatters, here=here):
-            probe, view = sources[index].view
-            for name in names:
-                row = row_of.setdefault(name, {"name": name, "probe": probe, "view": view, "sources": []})
-                row["sources"].append(sources[index].number)
-        stored = set(storage.work_names(work, FEATURES))
-        every_row = [{**row_of[name], "sources": sorted(row_of[name]["sources"])} for name in sorted(row_of)]
-        rows = [row for row in every_row if any(f"{FEATURES}/{n}/{row['name']}" not in stored for n in row["sources"])]
-        say(f"encodings ({encoder.name}): {len(sources)} layers of {len({s.model for s in sources})} models")
-        arguments = {
-            "storage": storage,
-            "work": work,
-            "sources": {source.number: source for source in sources},
-            "encoder": encoder,
-            "threads": resources.threads,
-            "device": resources.device,
-        }
-        costs = {source.number: Cost() for source in sources}
-        pieces = (every[number].name for row in rows for number in row["sources"])
-        with Progress("encodings", len(rows), "chunks of images", pieces) as progress:
-            for answer in run_pool(EncodingWorker, arguments, rows, resources):
-                progress.advance(1, (every[number].name for number in answer["sources"]))
-                for number in answer["sources"]:
-                    costs[number].add(answer["seconds"], len(answer["sources"]), answer["images"])
-        parts = {
-            source.number: tuple(row["name"] for row in every_row if source.number in row["sources"])
-            for source in sources
-        }
-        gathers = [
-            _Gather(storage, work, encoder.name, source, parts[source.number], costs[source.number])
-            for source in sources
-        ]
-        for _ in run_parallel(_gather, gathers, here=here):
-            pass
-    storage.remove_work(work)
+    run_stage(Encodings(models, encoder, units), storage, resources)
 
 
 def encoder_identity(encoder: Request) -> dict[str, object]:
@@ -203,35 +177,28 @@ def encodings_recipe(encoder: Mapping[str, object], exemplars: str, units: tuple
     return Recipe.of({**encoder, "exemplars": exemplars}, units)
 
 
-def _sources(
-    storage: Storage, models: Mapping[str, Sequence[str]], encoder: Request, units: tuple[int, ...]
-) -> list[Source]:
-    """All layers, with the recipe that their encodings should have."""
-    identity = encoder_identity(encoder)
-    found: list[Source] = []
-    for model, layers in models.items():
-        for layer in layers:
-            meta = storage.metadata(EXEMPLARS, model=model, layer=layer)
-            if meta is None:
-                raise MilanError(f"no exemplars of {model} {layer} in {storage.root}; run jobs.exemplars first.")
-            count = storage.count(LEVELS, model=model, layer=layer)
-            check_units(units, count, model, layer)
-            recipe = encodings_recipe(identity, meta[CONFIG_KEY], units)
-            found.append(Source(len(found), model, layer, recipe, meta))
-    return found
-
-
 @dataclass(frozen=True)
 class _Scatter:
+    """One layer's exemplars, to be sorted into chunks of images."""
+
     storage: Storage
     work: str
-    source: Source
+    output: Output
+    view: tuple[str, str]
+    mask_size: tuple[int, int]
     starts: tuple[int, ...] = ()
 
+    @classmethod
+    def of(cls, job: Job, output: Output) -> _Scatter:
+        """The task of an output."""
+        told = job.storage.metadata(EXEMPLARS, model=output.model, layer=output.layer) or {}
+        size = int(told["mask_height"]), int(told["mask_width"])
+        return cls(job.storage, job.work, output, (told["probe"], told["view"]), size)
+
     def read(self, columns: list[str]) -> pa.Table:
-        source = self.source
-        table = self.storage.read(EXEMPLARS, ["unit", *columns], model=source.model, layer=source.layer)
-        return only_units(table, source.recipe.units)
+        """Some columns of the units that are wanted."""
+        table = self.storage.read(EXEMPLARS, ["unit", *columns], model=self.output.model, layer=self.output.layer)
+        return only_units(table, self.output.recipe.units)
 
 
 def _image_ids(task: _Scatter) -> list[int]:
@@ -254,7 +221,7 @@ def chunk_starts(ids: Sequence[int]) -> tuple[int, ...]:
 
 def _scatter(task: _Scatter) -> list[str]:
     """Sorts a layer's exemplars into chunks of images; returns the chunks' names."""
-    probe, view = task.source.view
+    probe, view = task.view
     table = task.read(["rank", "image_id", "mask"]).sort_by("image_id").combine_chunks()
     cuts = np.searchsorted(table["image_id"].to_numpy(), [*task.starts, np.iinfo(np.int64).max])
     names = []
@@ -262,7 +229,7 @@ def _scatter(task: _Scatter) -> list[str]:
         if begin < end:
             names.append(f"{config_hash({'view': view, 'probe': probe})}-{start:09d}")
             part = table.slice(begin, end - begin)
-            task.storage.put_work(task.work, f"masks/{names[-1]}/{task.source.number}", part)
+            task.storage.put_work(task.work, f"masks/{names[-1]}/{task.output.number}", part)
     return names
 
 
@@ -273,23 +240,24 @@ class EncodingWorker:
         self,
         storage: Storage,
         work: str,
-        sources: dict[int, Source],
+        outputs: dict[int, Output],
+        mask_sizes: dict[int, tuple[int, int]],
         encoder: Request,
         threads: int,
         device: str,
     ) -> None:
         torch.set_num_threads(threads)
-        self._storage, self._work, self._sources = storage, work, sources
+        self._storage, self._work, self._outputs, self._mask_sizes = storage, work, outputs, mask_sizes
         self._device = resolve_device(device)
         self._encoder = encoder.load().to(self._device)
 
     def __call__(self, row: Row) -> Row:
         """Runs one chunk."""
         by_size: dict[tuple[int, int], list[pa.Table]] = defaultdict(list)
-        for number in row["sources"]:
+        for number in row["outputs"]:
             table = self._storage.get_work(self._work, f"masks/{row['name']}/{number}")
             source = pa.array(np.full(len(table), number, np.int32))
-            by_size[self._sources[number].mask_size].append(table.append_column("source", source))
+            by_size[self._mask_sizes[number]].append(table.append_column("source", source))
         exemplars = {size: pa.concat_tables(tables).sort_by("image_id") for size, tables in by_size.items()}
         ids = np.unique(np.concatenate([table["image_id"].to_numpy() for table in exemplars.values()])).tolist()
         views = self._views(row, ids)
@@ -302,10 +270,10 @@ class EncodingWorker:
                 for first in range(begin, end, MASKS):
                     pooled.append(self._pool(table.slice(first, min(MASKS, end - first)), batch, maps, size))
         features = pa.concat_tables(pooled)
-        for number in row["sources"]:
+        for number in row["outputs"]:
             part = features.filter(pc.equal(features["source"], number)).drop_columns("source")
-            self._storage.put_work(self._work, f"{FEATURES}/{number}/{row['name']}", part)
-        return {"sources": row["sources"], "images": len(ids)}
+            self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), part)
+        return {"images": len(ids)}
 
     def _views(self, row: Row, ids: list[int]) -> list[bytes]:
         """The images' PNGs, in the order of the ids; every block is read once."""
@@ -343,33 +311,6 @@ def encode(encoder: Encoder, pngs: Sequence[bytes], batch_size: int) -> list[tor
     padded[: len(pixels)] = pixels
     images = torch.from_numpy(padded).to(encoder.mean.device).permute(0, 3, 1, 2).float() * (1 / 255)
     return [level[: len(pixels)] for level in encoder.maps(encoder.fit(images))]
-
-
-@dataclass(frozen=True)
-class _Gather:
-    storage: Storage
-    work: str
-    encoder: str
-    source: Source
-    names: tuple[str, ...]
-    cost: Cost
-
-
-def _gather(task: _Gather) -> None:
-    """Puts a layer's features together and makes them public."""
-    source = task.source
-    names = [f"{FEATURES}/{source.number}/{name}" for name in task.names]
-    empty = _FEATURES_SCHEMA.empty_table()
-    table = pa.concat_tables([empty, *(task.storage.get_work(task.work, name) for name in names)])
-    table = table.sort_by([("unit", "ascending"), ("rank", "ascending")]).combine_chunks()
-    keys = {"encoder": task.encoder, "model": source.model, "layer": source.layer}
-    columns: dict[str, object] = {name: [value] * len(table) for name, value in keys.items()}
-    size = len(table["feature"][0]) if len(table) else 0
-    columns |= {name: table[name] for name in ("unit", "rank", "feature")}
-    metadata = {"feature_size": str(size), EXEMPLARS_KEY: source.exemplars[CONFIG_KEY]}
-    run, model, layer = source.recipe.hash, source.model, source.layer
-    record_run(task.storage, "encodings", run, model, layer=layer, rows=len(table), cost=task.cost)
-    task.storage.write(ENCODINGS, ENCODINGS.table(columns, metadata), source.recipe, **keys)
 
 
 def only_units(table: pa.Table, units: tuple[int, ...]) -> pa.Table:

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,26 +20,24 @@ import torch
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.quirks import NO_QUIRKS
-from milan_ray.config import Recipe, Resources, config_hash
+from milan_ray.config import Resources
 from milan_ray.device import resolve_device
-from milan_ray.engine.actor_pool import Row, run_pool
-from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.tasks import FEW_ROWS, beside_others, removed_if_damaged, run_parallel
-from milan_ray.labelers.clip import Clip, ClipSimilarity, query, similarity
+from milan_ray.engine.actor_pool import Row
+from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, run_stage
+from milan_ray.engine.tasks import FEW_ROWS, run_parallel
+from milan_ray.labelers.clip import Clip, query, similarity
 from milan_ray.labelers.protocol import Evidence
-from milan_ray.progress import Progress, say
-from milan_ray.schema import CANDIDATES, ENCODINGS
+from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS
 from milan_ray.stages.captioners import RERANKED, load_captioner
 from milan_ray.stages.descriptions import (
-    Layer,
+    Candidates,
     Search,
+    candidates_of,
     described,
     description_recipe,
     read_candidates,
-    run_candidates,
-    write_labels,
 )
-from milan_ray.stages.encodings import only_units, run_encodings, unit_features
+from milan_ray.stages.encodings import Encodings, only_units, unit_features
 from milan_ray.storage import Storage
 
 PAIRS = 8192
@@ -63,25 +62,103 @@ def wide_search(captioner: Captioner, search: Search, clip: Clip) -> Search:
     )
 
 
-@dataclass(frozen=True)
-class _Compare:
-    storage: Storage
-    work: str
-    decoder: str
-    encoder: str
-    layer: Layer
-    labeler: ClipSimilarity
-    recipe: Recipe
-    chunks: int
-    cost: Cost
-    parts: tuple[str, ...] = ()
+class Reranked(ShardedStage):
+    """The best of a wide search's candidates, by a model of images and texts: every distinct text is embedded once.
 
-    def part(self, chunk: str) -> str:
-        """Work of this layer in a chunk of texts."""
-        return f"scores/{self.layer.number}/{chunk}"
+    Args:
+        models: Model name → layers.
+        search: The wide search.
+        clip: How to re-rank.
+        units: The units of every layer to describe; empty for all.
+    """
+
+    table, counted = DESCRIPTIONS, "chunks of texts"
+
+    def __init__(
+        self, models: Mapping[str, Sequence[str]], search: Search, clip: Clip, units: tuple[int, ...] = ()
+    ) -> None:
+        self._models, self._decoder, self._clip, self._units = models, search.name, clip, units
+        self._labeler = clip.labeler()
+        self.name = self._labeler.name
+
+    @property
+    def title(self) -> str:
+        """Its name in messages."""
+        return f"descriptions ({self.name})"
+
+    @property
+    def label(self) -> str:
+        """Its name before figures of progress."""
+        return self.title
+
+    @property
+    def worker(self) -> type:
+        """What does a shard."""
+        return SimilarityWorker
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """Descriptions of every layer, by what its candidates and the model's encodings are."""
+        for model, layers in self._models.items():
+            for layer in layers:
+                keys = {"model": model, "layer": layer}
+                candidates = known.whole(CANDIDATES, decoder=self._decoder, **keys)
+                encodings = known.whole(ENCODINGS, encoder=self._clip.name, **keys)
+                recipe = description_recipe(self._labeler, candidates, self._units, encodings)
+                yield Output({"labeler": self.name, **keys}, recipe)
+
+    def shards(self, job: Job) -> list[Shard]:
+        """Chunks of texts; which one a text falls into depends on the text alone, so that no two share one."""
+        chunks = max(1, self._candidates(job) // PAIRS)
+        tasks = [
+            _Scatter(job.storage, job.work, output, self._decoder, self._clip.name, self._labeler.z, chunks)
+            for output in job.due
+        ]
+        outputs: dict[str, list[int]] = defaultdict(list)
+        for index, names in run_parallel(_scatter, tasks, here=self.few(job)):
+            for name in names:
+                outputs[name].append(job.due[index].number)
+        return [Shard(name, tuple(sorted(outputs[name]))) for name in sorted(outputs)]
+
+    def arguments(self, job: Job) -> dict[str, Any]:
+        """The model of images and texts."""
+        return {"outputs": {output.number: output for output in job.due}, "clip": self._clip}
+
+    def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
+        """A layer's candidates, ranked."""
+        table = read_candidates(storage, self._decoder, output)
+        scores = np.zeros(0, np.float32)
+        if len(table):
+            found = pa.concat_tables(pieces)
+            found = found.sort_by([("unit", "ascending"), ("beam_rank", "ascending")])  # the candidates' own order
+            scores = found["similarity"].to_numpy()
+        labels = self._labeler.label(Evidence(table, scores))
+        exemplars = storage.exemplars_of(CANDIDATES, **candidates_of(self._decoder, output)) or ""
+        return described(output, self._labeler, labels, exemplars, self._decoder)
+
+    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
+        """How many layers are ranked."""
+        return f"{self.title}: {len(job.due)} layers by {self._clip.name}"
+
+    def few(self, job: Job, shards: Sequence[Shard] = ()) -> bool:
+        """Whether all layers together have few candidates."""
+        return self._candidates(job) <= FEW_ROWS
+
+    def _candidates(self, job: Job) -> int:
+        return sum(job.storage.count(CANDIDATES, **candidates_of(self._decoder, output)) for output in job.every)
 
 
-@beside_others
+def reranking_stages(
+    models: Mapping[str, Sequence[str]], search: Search, captioner: Captioner, clip: Clip, units: tuple[int, ...] = ()
+) -> tuple[Candidates, Encodings, Reranked]:
+    """The stages that re-rank a wide search; ``search`` is the captioner's own."""
+    wide = wide_search(captioner, search, clip)
+    return (
+        Candidates(models, wide, captioner, units),
+        Encodings(models, clip, units),
+        Reranked(models, wide, clip, units),
+    )
+
+
 def run_reranking(
     storage: Storage,
     models: Mapping[str, Sequence[str]],
@@ -105,80 +182,34 @@ def run_reranking(
     Raises:
         MilanError: The captioner, encodings or the model of images and texts are missing.
     """
-    labeler = clip.labeler()
-    captioner = load_captioner(storage, search.decoder)
-    wide = wide_search(captioner, search, clip)
-    layers = run_candidates(storage, models, wide, captioner, resources, units)
-    run_encodings(storage, models, clip, resources, units)
-    recipes = {
-        layer.number: description_recipe(
-            layer.recipe,
-            labeler,
-            storage.whole_of(ENCODINGS, encoder=clip.name, model=layer.model, layer=layer.layer),
-        )
-        for layer in layers
-    }
-    work = config_hash({labeler.name: [recipe.hash for recipe in recipes.values()]})
-    total = sum(storage.count(CANDIDATES, decoder=wide.name, model=one.model, layer=one.layer) for one in layers)
-    chunks = max(1, total // PAIRS)
-    tasks = [
-        _Compare(storage, work, wide.name, clip.name, layer, labeler, recipes[layer.number], chunks, Cost())
-        for layer in layers
-        if not described(storage, layer, labeler, recipes[layer.number])
-    ]
-    if not tasks:
-        storage.remove_work(work)
-        say(f"descriptions ({labeler.name}): all up to date")
-        return
-    with removed_if_damaged(storage, work):
-        names: dict[int, list[str]] = {}
-        for index, found in run_parallel(_scatter, tasks, here=total <= FEW_ROWS):
-            names[index] = found
-        stored = set(storage.work_names(work, "scores"))
-        row_of: dict[str, Row] = defaultdict(lambda: {"layers": []})
-        for index, task in enumerate(tasks):
-            for chunk in names[index]:
-                if task.part(chunk) not in stored:
-                    row_of[chunk]["layers"].append(task.layer.number)
-        rows = [{"chunk": chunk, **row_of[chunk]} for chunk in sorted(row_of)]
-        say(f"descriptions ({labeler.name}): {len(tasks)} layers by {clip.name}")
-        arguments = {
-            "storage": storage,
-            "work": work,
-            "clip": clip,
-            "threads": resources.threads,
-            "device": resources.device,
-        }
-        named = {task.layer.number: task.layer.name for task in tasks}
-        costs = {task.layer.number: task.cost for task in tasks}
-        pieces = (named[number] for row in rows for number in row["layers"])
-        with Progress(f"descriptions ({labeler.name})", len(rows), "chunks of texts", pieces) as progress:
-            for answer in run_pool(SimilarityWorker, arguments, rows, resources):
-                progress.advance(1, (named[number] for number in answer["layers"]))
-                for number in answer["layers"]:
-                    costs[number].add(answer["seconds"], len(answer["layers"]))
-        gathers = [replace(task, parts=tuple(names[index])) for index, task in enumerate(tasks)]
-        for _ in run_parallel(_gather, gathers, here=total <= FEW_ROWS):
-            pass
-    storage.remove_work(work)
+    for stage in reranking_stages(models, search, load_captioner(storage, search.decoder), clip, units):
+        run_stage(stage, storage, resources)
 
 
-def _scatter(task: _Compare) -> list[str]:
-    """Sorts a layer's candidates by text into chunks, beside its units' queries; returns the chunks' names.
+@dataclass(frozen=True)
+class _Scatter:
+    storage: Storage
+    work: str
+    output: Output
+    decoder: str
+    encoder: str
+    z: float
+    chunks: int
 
-    Which chunk a text falls into depends on the text alone, so that no two chunks, of whatever layers, share one.
-    """
-    layer = task.layer
-    keys = {"encoder": task.encoder, "model": layer.model, "layer": layer.layer}
+
+def _scatter(task: _Scatter) -> list[str]:
+    """Sorts a layer's candidates by text into chunks, beside its units' queries; returns the chunks' names."""
+    output = task.output
+    keys = {"encoder": task.encoder, "model": output.model, "layer": output.layer}
     encoded = task.storage.read(ENCODINGS, ["unit", "rank", "feature"], **keys)
-    features = unit_features(only_units(encoded, layer.recipe.units))
-    queries = {unit: query(found, task.labeler.z) for unit, found in features.items()}
+    features = unit_features(only_units(encoded, output.recipe.units))
+    queries = {unit: query(found, task.z) for unit, found in features.items()}
     units, vectors = list(queries), list(queries.values())
     lists = pa.array(vectors, pa.list_(pa.float32()))
     task.storage.put_work(
-        task.work, f"queries/{layer.number}", pa.table({"unit": pa.array(units, pa.int32()), "query": lists})
+        task.work, f"queries/{output.number}", pa.table({"unit": pa.array(units, pa.int32()), "query": lists})
     )
-    table = read_candidates(task.storage, task.decoder, layer, ["unit", "beam_rank", "text"])
+    table = read_candidates(task.storage, task.decoder, output, ["unit", "beam_rank", "text"])
     texts = table["text"].combine_chunks().dictionary_encode()
     of_text = np.array([zlib.crc32(text.encode()) % task.chunks for text in texts.dictionary.to_pylist()], np.int64)
     of_row = of_text[texts.indices.to_numpy()] if len(table) else of_text
@@ -186,22 +217,24 @@ def _scatter(task: _Compare) -> list[str]:
     for chunk in np.unique(of_row).tolist():
         names.append(f"{chunk:06d}")
         mine = table.filter(pa.array(of_row == chunk))
-        task.storage.put_work(task.work, f"pairs/{names[-1]}/{layer.number}", mine)
+        task.storage.put_work(task.work, f"pairs/{names[-1]}/{output.number}", mine)
     return names
 
 
 class SimilarityWorker:
     """Embeds a chunk's texts once and compares them with every unit that has one of them as a candidate."""
 
-    def __init__(self, storage: Storage, work: str, clip: Clip, threads: int, device: str) -> None:
+    def __init__(
+        self, storage: Storage, work: str, outputs: dict[int, Output], clip: Clip, threads: int, device: str
+    ) -> None:
         torch.set_num_threads(threads)
-        self._storage, self._work = storage, work
+        self._storage, self._work, self._outputs = storage, work, outputs
         self._model = clip.load().to(resolve_device(device))
 
     def __call__(self, row: Row) -> Row:
         """Runs one chunk."""
         pairs = {
-            number: self._storage.get_work(self._work, f"pairs/{row['chunk']}/{number}") for number in row["layers"]
+            number: self._storage.get_work(self._work, f"pairs/{row['name']}/{number}") for number in row["outputs"]
         }
         texts = sorted({text for table in pairs.values() for text in table["text"].to_pylist()})
         embedded = self._model.embed_texts(texts).cpu().numpy()
@@ -214,21 +247,7 @@ class SimilarityWorker:
             scores = pa.array(similarity(embedded[text], vectors[unit]), pa.float32())
             self._storage.put_work(
                 self._work,
-                f"scores/{number}/{row['chunk']}",
+                self._outputs[number].piece(row["name"]),
                 table.select(["unit", "beam_rank"]).append_column("similarity", scores),
             )
-        return {"layers": row["layers"], "texts": len(texts)}
-
-
-def _gather(task: _Compare) -> None:
-    """Ranks a layer's candidates and makes the best public."""
-    table = read_candidates(task.storage, task.decoder, task.layer)
-    scores = np.zeros(0, np.float32)
-    if len(table):
-        found = pa.concat_tables(task.storage.get_work(task.work, task.part(chunk)) for chunk in task.parts)
-        found = found.sort_by([("unit", "ascending"), ("beam_rank", "ascending")])  # the candidates' own order
-        scores = found["similarity"].to_numpy()
-    labels = task.labeler.label(Evidence(table, scores))
-    run, model, layer = task.recipe.hash, task.layer.model, task.layer.layer
-    record_run(task.storage, task.labeler.name, run, model, layer=layer, rows=len(labels), cost=task.cost)
-    write_labels(task.storage, task.decoder, task.layer, task.labeler, task.recipe, labels)
+        return {}

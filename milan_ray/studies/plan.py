@@ -9,6 +9,7 @@ import polars as pl
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine import references
+from milan_ray.engine.planner import Plan, Step
 from milan_ray.probe.manifest import digest
 from milan_ray.schema import (
     ABLATIONS,
@@ -24,18 +25,11 @@ from milan_ray.schema import (
     SPLITS,
     TRAINING,
 )
+from milan_ray.stages.captioners import load_captioner
 from milan_ray.stages.concept_labels import LabelConfig
-from milan_ray.stages.plan import (
-    Plan,
-    Step,
-    add_training,
-    by_model,
-    plan_descriptions,
-    plan_encodings,
-    plan_exemplars,
-    plan_labels,
-    plan_present,
-)
+from milan_ray.stages.descriptions import description_stages
+from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.plan import add_training, plan_exemplars, plan_labels
 from milan_ray.storage import Storage
 from milan_ray.studies.analysis.run import AnalysisConfig, analysis_recipe, described_model
 from milan_ray.studies.auditing.run import AuditConfig, find_audit
@@ -128,8 +122,8 @@ def plan_generalization(storage: Storage, job: GeneralizationJob, language: str,
     Raises:
         MilanError: Exemplars or annotations are missing or do not belong together, or a split has too few units.
     """
-    plan, exemplars = plan_present(storage, job.layers)
-    encodings = plan_encodings(storage, plan, exemplars, job.encoder)
+    plan = Plan()
+    plan.stages(storage, [Encodings(job.layers, job.encoder)])
     stages = (SPLITS, TRAINING, HELD_OUT, GENERALIZATION, SCORES)
     waiting = [plan.waits(noun.name, (job.name,), ENCODINGS.name) for noun in stages]  # which say what units count
     if any(waiting):
@@ -139,7 +133,7 @@ def plan_generalization(storage: Storage, job: GeneralizationJob, language: str,
         plan.add(storage, SPLITS, split_units(trials, split.name)[1], experiment=job.name, split=split.name)
     said: dict[str, list[str]] = {split.name: [] for split in job.splits}
     for trial in trials:
-        captioner = add_training(storage, plan, trial.training, encodings)
+        captioner = add_training(storage, plan, trial.training)
         recipe = held_out_recipe(storage, job, trial, captioner.hash)
         plan.add(storage, HELD_OUT, recipe, **trial.public(job.name))
         said[trial.split.name].append(recipe.hash)
@@ -164,14 +158,16 @@ def plan_baselines(
 ) -> Plan:
     """The plan of :func:`milan_ray.studies.baselines.run.run_baselines`; arguments and errors as there."""
     models = [network.model for network in networks]
-    plan, exemplars = plan_exemplars(storage, models, probe, config)
+    plan = Plan()
+    every = plan_exemplars(storage, plan, models, probe, config)
     for network in networks:
-        mine = {key: made for key, made in exemplars.items() if key[0] == network.model.name}
-        encodings = plan_encodings(storage, plan, mine, network.encoder)
-        plan_descriptions(storage, plan, encodings, network.search)
-    plan_labels(storage, plan, exemplars, models, how)
+        mine = {model: layers for model, layers in every.items() if model == network.model.name}
+        captioner = load_captioner(storage, network.search.decoder)
+        plan.stages(storage, [Encodings(mine, network.encoder)])
+        plan.stages(storage, description_stages(mine, network.search, captioner))
+    plan_labels(storage, plan, every, models, how)
     comparisons: dict[str, pl.DataFrame] = {}
-    for model, layers in by_model(exemplars).items():
+    for model, layers in every.items():
         whole = comparison_name(name, model)
         if plan.waits(SCORES.name, (whole,), *LABELLING, of=model):
             continue

@@ -90,9 +90,7 @@ def test_encodings_overtaken_by_the_same_job_are_those_of_one(alone, tmp_path, c
     storage = Storage(tmp_path / "run")
     storage.remove(ENCODINGS.name)
     run = storage.root
-    overtaken = Overtaken(
-        run, "work features", lambda: run_encodings(Storage(run), LAYERS, ENCODER, Resources(actors=1))
-    )
+    overtaken = Overtaken(run, "work pieces", lambda: run_encodings(Storage(run), LAYERS, ENCODER, Resources(actors=1)))
     run_encodings(overtaken, LAYERS, ENCODER, Resources(actors=1))
     assert "another job on this storage has finished the same work" in capsys.readouterr().err
     assert_equal(storage, alone, (EXEMPLARS, LEVELS, VIEWS, ENCODINGS))

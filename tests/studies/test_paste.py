@@ -11,12 +11,12 @@ import spacy
 import torch
 
 from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.engine.planner import Plan
 from milan_ray.engine.references import ModelRequest, ProbeRequest, model, probe
 from milan_ray.errors import MilanError
 from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import DESCRIPTIONS
 from milan_ray.stages.exemplars import run_exemplars
-from milan_ray.stages.plan import Plan
 from milan_ray.storage import Storage
 from milan_ray.studies.cut_and_paste.run import PastingConfig, figure_path, run_pasting, summary
 from milan_ray.studies.cut_and_paste.statistics import grown, paste
