@@ -10,7 +10,7 @@ storage was faster, and removes the work in progress on every way out.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -37,16 +37,18 @@ class Output:
         keys: Its partition.
         recipe: What decides its content.
         number: Its place among the stage's outputs, which the runner tells it.
+        about: What the run log has in place of a model, where it is about none.
     """
 
     keys: Mapping[str, str]
     recipe: Recipe
     number: int = 0
+    about: str = ""
 
     @property
     def model(self) -> str:
-        """The model it is about; empty where it is about none."""
-        return self.keys.get("model", "")
+        """The model it is about, or what else."""
+        return self.keys.get("model", self.about)
 
     @property
     def layer(self) -> str:
@@ -61,6 +63,19 @@ class Output:
     def piece(self, shard: str) -> str:
         """Where the work holds a shard's part of it."""
         return f"{PIECES}/{self.number}/{shard}"
+
+
+@dataclass(frozen=True)
+class Stream:
+    """An output that is too large to be held as a whole.
+
+    Attributes:
+        pieces: Its rows, in order.
+        metadata: Of its file.
+    """
+
+    pieces: Iterator[pa.Table]
+    metadata: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -137,21 +152,13 @@ class Stage(ABC):
 
     Attributes:
         table: The table.
+        name: Its name in the run log.
+        title: Its name in messages.
     """
 
     table: ClassVar[Noun]
     name: str
-    """Its name in the run log."""
-
-    @property
-    def title(self) -> str:
-        """Its name in messages."""
-        return self.name
-
-    @property
-    def label(self) -> str:
-        """Its name before figures of progress."""
-        return self.name
+    title: str
 
     @abstractmethod
     def outputs(self, known: Known) -> Iterator[Output]:
@@ -162,19 +169,18 @@ class ShardedStage(Stage):
     """A stage whose outputs are cut into shards.
 
     Attributes:
+        worker: Class of the workers: ``worker(storage, work, threads, device, **arguments)(row)`` does a shard. Its row
+            has the shard's ``name`` and ``outputs`` besides its own. It stores a piece for each output, and may answer
+            how many ``images`` it took.
+        label: Its name before figures of progress.
         counted: What progress counts.
+        recorded: Whether the run log has a row for each output.
     """
 
+    worker: ClassVar[type]
+    label: str
     counted: ClassVar[str]
-
-    @property
-    @abstractmethod
-    def worker(self) -> type:
-        """Class of the workers: ``worker(storage, work, threads, device, **arguments)(row)`` does a shard.
-
-        Its row has the shard's ``name`` and ``outputs`` besides its own. It stores a piece for each output, and may
-        answer how many ``images`` it took.
-        """
+    recorded: ClassVar[bool] = True
 
     @abstractmethod
     def shards(self, job: Job) -> list[Shard]:
@@ -185,12 +191,16 @@ class ShardedStage(Stage):
         """What the workers are made with, besides storage, work, threads and device."""
 
     @abstractmethod
-    def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
+    def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table | Stream:
         """An output, put together from its pieces in the order of the shards."""
 
     def announce(self, job: Job, shards: Sequence[Shard]) -> str:
         """What is said before the shards that are not stored yet are run."""
         return f"{self.title}: {len(job.due)} layers of {len({output.model for output in job.due})} models"
+
+    def little(self, shards: Sequence[Shard]) -> bool:
+        """Whether these shards are so little that the driver runs them whatever the resources are."""
+        return False
 
     @abstractmethod
     def few(self, job: Job, shards: Sequence[Shard]) -> bool:
@@ -198,12 +208,13 @@ class ShardedStage(Stage):
 
 
 class TaskStage(Stage):
-    """A stage that makes each output by one task, of which the run log knows nothing: it takes no time."""
+    """A stage that makes each output by one task, of which the run log knows nothing: it takes no time.
 
-    @property
-    def remark(self) -> str:
-        """What people should know before it runs; empty for nothing."""
-        return ""
+    Attributes:
+        remark: What people should know before it runs; empty for nothing.
+    """
+
+    remark: str = ""
 
     @abstractmethod
     def make(self, storage: Storage, output: Output) -> pa.Table:
@@ -238,8 +249,7 @@ def run_stage(stage: ShardedStage | TaskStage, storage: Storage, resources: Reso
         for _ in run_parallel(_run_task, tasks, here=stage.few(storage, every)):
             pass
         return every
-    # Over all outputs, so that a job killed while results become public finds its pieces again.
-    work = config_hash({stage.name: [output.recipe.hash for output in every]})
+    work = _work(stage, every)
     if due:
         with removed_if_damaged(storage, work):
             _make(stage, Job(storage, work, every, due, resources))
@@ -247,6 +257,16 @@ def run_stage(stage: ShardedStage | TaskStage, storage: Storage, resources: Reso
         say(f"{stage.title}: all up to date")
     storage.remove_work(work)
     return every
+
+
+def abandon(stage: ShardedStage, storage: Storage) -> None:
+    """Removes the work in progress of a stage whose outputs nobody needs any more."""
+    storage.remove_work(_work(stage, stage.outputs(Known(storage))))
+
+
+def _work(stage: ShardedStage, outputs: Iterable[Output]) -> str:
+    """Hash of a stage's work: over all outputs, so that a job killed while they become public finds its pieces."""
+    return config_hash({stage.name: [output.recipe.hash for output in outputs]})
 
 
 def _make(stage: ShardedStage, job: Job) -> None:
@@ -271,7 +291,7 @@ def _make(stage: ShardedStage, job: Job) -> None:
     layers = {number: (output.model, output.layer) for number, output in output_of.items()}
     pieces = (layers[number] for shard in fresh for number in shard.outputs)
     with Progress(stage.label, sum(shard.size for shard in fresh), stage.counted, pieces) as progress:
-        for answer in run_pool(stage.worker, arguments, rows, job.resources):
+        for answer in run_pool(stage.worker, arguments, rows, job.resources, stage.little(shards)):
             shard = shard_of[answer["name"]]
             progress.advance(shard.size, (layers[number] for number in shard.outputs))
             for number in shard.outputs:
@@ -301,11 +321,28 @@ def _merge(task: _Merge) -> None:
     """Puts an output together and makes it public."""
     stage, storage, output = task.stage, task.storage, task.output
     pieces = (storage.get_work(task.work, output.piece(name)) for name in task.names)
-    table = stage.merge(storage, output, pieces)
-    record_run(
-        storage, stage.name, output.recipe.hash, output.model, layer=output.layer, rows=len(table), cost=task.cost
-    )
-    storage.write(stage.table, table, output.recipe, **output.keys)
+    merged = stage.merge(storage, output, pieces)
+
+    def record(rows: int) -> None:
+        if stage.recorded:
+            about = output.model
+            record_run(storage, stage.name, output.recipe.hash, about, layer=output.layer, rows=rows, cost=task.cost)
+
+    if isinstance(merged, Stream):
+        counted = _counted(merged.pieces, record)
+        storage.write_stream(stage.table, counted, output.recipe, merged.metadata, **output.keys)
+    else:
+        record(len(merged))
+        storage.write(stage.table, merged, output.recipe, **output.keys)
+
+
+def _counted(pieces: Iterator[pa.Table], then: Callable[[int], None]) -> Iterator[pa.Table]:
+    """The same pieces; their rows are counted, and said before the file they go to is whole."""
+    rows = 0
+    for piece in pieces:
+        rows += len(piece)
+        yield piece
+    then(rows)
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from milan_ray.device import resolve_device, torch_threads
 from milan_ray.engine import references
 from milan_ray.engine.cluster import gpus_each
 from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.stage import Output
+from milan_ray.engine.stage import Output, abandon
 from milan_ray.engine.tasks import FEW_IMAGES, beside_others, removed_if_damaged, run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
@@ -37,9 +37,9 @@ from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED
 from milan_ray.scoring.simulation import held_out
 from milan_ray.stages.descriptions import write_labels
 from milan_ray.stages.embeddings import (
+    TextEmbeddings,
     embeddings_of,
     lists_of,
-    remove_text_work,
     rows_of,
     run_image_embeddings,
     text_embeddings,
@@ -143,7 +143,7 @@ def run_clip_dissect(
     due = [layer for layer in every if storage.why(DESCRIPTIONS, layer.recipe, **layer.keys)]
     if not due:
         storage.remove_work(work)
-        remove_text_work(storage, labeler.concepts, embedder)
+        abandon(TextEmbeddings(sorted(set(labeler.concepts)), request, embedder), storage)
         say(f"descriptions ({labeler.name}): all up to date")
         return
     with removed_if_damaged(storage, work):

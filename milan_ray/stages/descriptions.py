@@ -164,6 +164,67 @@ def description_recipe(
     return Recipe.of(parts if encodings is None else parts | {"encodings": encodings}, units)
 
 
+class CandidateWorker:
+    """Searches candidates for a batch of units."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        work: str,
+        outputs: dict[int, Output],
+        encoded: dict[int, dict[str, str]],
+        search: _Settled,
+        threads: int,
+        device: str,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._storage, self._work, self._search = storage, work, search
+        self._outputs, self._encoded = outputs, encoded
+        self._captioner = load_captioner(storage, search.decoder).to(str(resolve_device(device)))
+        self._features: tuple[int, dict[int, np.ndarray]] = (-1, {})
+
+    def __call__(self, row: Row) -> Row:
+        """Runs one batch of units."""
+        (number,) = row["outputs"]
+        features = self._of(number)
+        by_count: dict[int, list[int]] = defaultdict(list)
+        for unit in row["units"]:
+            by_count[len(features[unit])].append(unit)  # dead or broken units may have fewer exemplars
+        tables = [self._candidates([(unit, features[unit]) for unit in units]) for units in by_count.values()]
+        table = pa.concat_tables(tables).sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
+        self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), table)
+        return {}
+
+    def _of(self, number: int) -> dict[int, np.ndarray]:
+        if self._features[0] != number:
+            table = self._storage.read(ENCODINGS, ["unit", "rank", "feature"], **self._encoded[number])
+            self._features = (number, unit_features(table))
+        return self._features[1]
+
+    def _candidates(self, units: list[tuple[int, np.ndarray]]) -> pa.Table:
+        found = self._captioner.candidates(
+            np.stack([features for _, features in units]),
+            self._search.beam_size,
+            self._search.length,
+            self._search.mi_lam,
+            self._search.quirks,
+        )
+        beams = found.logp_d_given_e.shape[1]
+        logp_d = found.logp_d if found.logp_d is not None else np.zeros_like(found.logp_d_given_e)
+        return pa.table(
+            {
+                "unit": pa.array(np.repeat([unit for unit, _ in units], beams), pa.int32()),
+                "beam_rank": pa.array(np.tile(np.arange(beams), len(units)), pa.int32()),
+                "tokens": pa.array([t for unit in found.tokens for t in unit], pa.list_(pa.int32())),
+                "finished": found.finished.ravel(),
+                "logp_d_given_e": found.likelihood(self._search.mi_lam).ravel(),
+                "logp_d": logp_d.ravel(),
+                "text": [text for unit in found.texts for text in unit],
+            },
+            schema=_CANDIDATES_SCHEMA,
+        )
+
+
 class Candidates(ShardedStage):
     """What a captioner's search finds for every unit of some layers.
 
@@ -174,6 +235,7 @@ class Candidates(ShardedStage):
         units: The units of every layer to describe; empty for all.
     """
 
+    worker = CandidateWorker
     table, counted = CANDIDATES, "units"
     name, label = "candidates", "descriptions"
 
@@ -184,16 +246,7 @@ class Candidates(ShardedStage):
         self._settled, self._decoder = _settle(search, captioner), search.name
         self._identity = search_identity(captioner, search)
         self._encoder, self._lm = captioner.encoder_name, lm_digest(captioner) or ""
-
-    @property
-    def title(self) -> str:
-        """Its name in messages."""
-        return f"{self.name} ({self._decoder})"
-
-    @property
-    def worker(self) -> type:
-        """What does a shard."""
-        return CandidateWorker
+        self.title = f"candidates ({search.name})"
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """Candidates of every layer, by what its encodings are."""
@@ -260,8 +313,10 @@ class Descriptions(TaskStage):
         self, models: Mapping[str, Sequence[str]], search: Search, captioner: Captioner, units: tuple[int, ...] = ()
     ) -> None:
         self._models, self._units, self._decoder = models, units, search.name
-        self._alone = captioner.lm is None
         self._labelers = {labeler.name: labeler for labeler in labelers(captioner, search)}
+        self.title = f"descriptions ({search.name})"
+        if captioner.lm is None:
+            self.remark = f"captioner {search.name} has no language model: described by log p(d|E) alone ({LIKELIHOOD})"
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """Descriptions of every layer by every labeler, by what its candidates are."""
@@ -271,13 +326,6 @@ class Descriptions(TaskStage):
                     candidates = known.whole(CANDIDATES, decoder=self._decoder, model=model, layer=layer)
                     keys = {"labeler": labeler.name, "model": model, "layer": layer}
                     yield Output(keys, description_recipe(labeler, candidates, self._units))
-
-    @property
-    def remark(self) -> str:
-        """What a captioner without a language model means."""
-        if not self._alone:
-            return ""
-        return f"captioner {self._decoder} has no language model: described by log p(d|E) alone ({LIKELIHOOD})"
 
     def make(self, storage: Storage, output: Output) -> pa.Table:
         """A layer's descriptions by one labeler."""
@@ -320,67 +368,6 @@ def run_descriptions(
     """
     for stage in description_stages(models, search, load_captioner(storage, search.decoder), units):
         run_stage(stage, storage, resources)
-
-
-class CandidateWorker:
-    """Searches candidates for a batch of units."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        work: str,
-        outputs: dict[int, Output],
-        encoded: dict[int, dict[str, str]],
-        search: _Settled,
-        threads: int,
-        device: str,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._search = storage, work, search
-        self._outputs, self._encoded = outputs, encoded
-        self._captioner = load_captioner(storage, search.decoder).to(str(resolve_device(device)))
-        self._features: tuple[int, dict[int, np.ndarray]] = (-1, {})
-
-    def __call__(self, row: Row) -> Row:
-        """Runs one batch of units."""
-        (number,) = row["outputs"]
-        features = self._of(number)
-        by_count: dict[int, list[int]] = defaultdict(list)
-        for unit in row["units"]:
-            by_count[len(features[unit])].append(unit)  # dead or broken units may have fewer exemplars
-        tables = [self._candidates([(unit, features[unit]) for unit in units]) for units in by_count.values()]
-        table = pa.concat_tables(tables).sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
-        self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), table)
-        return {}
-
-    def _of(self, number: int) -> dict[int, np.ndarray]:
-        if self._features[0] != number:
-            table = self._storage.read(ENCODINGS, ["unit", "rank", "feature"], **self._encoded[number])
-            self._features = (number, unit_features(table))
-        return self._features[1]
-
-    def _candidates(self, units: list[tuple[int, np.ndarray]]) -> pa.Table:
-        found = self._captioner.candidates(
-            np.stack([features for _, features in units]),
-            self._search.beam_size,
-            self._search.length,
-            self._search.mi_lam,
-            self._search.quirks,
-        )
-        beams = found.logp_d_given_e.shape[1]
-        logp_d = found.logp_d if found.logp_d is not None else np.zeros_like(found.logp_d_given_e)
-        return pa.table(
-            {
-                "unit": pa.array(np.repeat([unit for unit, _ in units], beams), pa.int32()),
-                "beam_rank": pa.array(np.tile(np.arange(beams), len(units)), pa.int32()),
-                "tokens": pa.array([t for unit in found.tokens for t in unit], pa.list_(pa.int32())),
-                "finished": found.finished.ravel(),
-                "logp_d_given_e": found.likelihood(self._search.mi_lam).ravel(),
-                "logp_d": logp_d.ravel(),
-                "text": [text for unit in found.texts for text in unit],
-            },
-            schema=_CANDIDATES_SCHEMA,
-        )
 
 
 def candidates_of(decoder: str, output: Output) -> dict[str, str]:

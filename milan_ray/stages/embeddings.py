@@ -6,24 +6,25 @@ texts ─► chunks ─► [driver, or actor pool: embed] ─► text_embeddings
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
 from milan_ray.config import Recipe, Resources, config_hash
-from milan_ray.device import resolve_device, torch_threads
+from milan_ray.device import resolve_device
 from milan_ray.engine import references
-from milan_ray.engine.actor_pool import Row, run_pool
-from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.tasks import beside_others
+from milan_ray.engine.actor_pool import Row
+from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, Stream, run_stage
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import read_views
 from milan_ray.models.image_text import Embedder, ImageTextRequest
 from milan_ray.probe.base import ImageRef, LatentProbe, Probe
 from milan_ray.probe.manifest import image_refs
-from milan_ray.progress import Progress, say
+from milan_ray.progress import say
 from milan_ray.schema import IMAGE_EMBEDDINGS, MANIFEST, TEXT_EMBEDDINGS
 from milan_ray.stages.exemplars import store_manifest
 from milan_ray.storage import Storage
@@ -60,7 +61,106 @@ def image_embeddings_recipe(embedder: Embedder, probe: str) -> Recipe:
     return Recipe.of({**embedder.identity(), "kernel": KERNEL_VERSION, "view": view, "probe": probe})
 
 
-@beside_others
+class ImageEmbeddingWorker:
+    """Embeds the images of one shard."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        work: str,
+        output: Output,
+        request: ImageTextRequest,
+        probe: references.ProbeRequest,
+        digest: str,
+        threads: int,
+        device: str,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._storage, self._work, self._output, self._digest = storage, work, output, digest
+        self._probe = references.probe(probe)
+        self._device = resolve_device(device)
+        self._embedder: Embedder = references.image_text(request, probe.plugins).to(self._device)
+
+    def __call__(self, row: Row) -> Row:
+        """Runs one shard."""
+        columns = ["image_id", "root", "path"]
+        part = self._storage.read_rows(MANIFEST, row["start"], row["stop"], columns, probe=self._digest)
+        refs = image_refs(part, range(len(part)))
+        tables = [_IMAGES_SCHEMA.empty_table()]
+        for start in range(0, len(refs), BATCH):
+            ids, embedded = embed_refs(self._embedder, self._probe, refs[start : start + BATCH], self._device)
+            tables.append(pa.table([pa.array(ids, pa.int64()), lists_of(embedded)], schema=_IMAGES_SCHEMA))
+        embeddings = pa.concat_tables(tables)
+        self._storage.put_work(self._work, self._output.piece(row["name"]), embeddings)
+        return {"images": len(embeddings)}
+
+
+class ImageEmbeddings(ShardedStage):
+    """A probe's readable images, embedded once.
+
+    Args:
+        request: The model of images and texts.
+        embedder: The same, loaded.
+        probe: The probe images.
+        digest: Digest of their manifest.
+    """
+
+    worker = ImageEmbeddingWorker
+    table, counted = IMAGE_EMBEDDINGS, "images"
+    name, label = "image_embeddings", "image embeddings"
+
+    def __init__(
+        self, request: ImageTextRequest, embedder: Embedder, probe: references.ProbeRequest, digest: str
+    ) -> None:
+        self._request, self._probe, self._digest = request, probe, digest
+        self._width, self._recipe = embedder.width, image_embeddings_recipe(embedder, digest)
+        self.title = f"image embeddings ({request.name})"
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """The embeddings of the probe."""
+        keys = {"encoder": self._request.name, "probe": self._digest}
+        yield Output(keys, self._recipe, about=self._request.name)
+
+    def shards(self, job: Job) -> list[Shard]:
+        """Images in the order of the manifest."""
+        total = job.storage.count(MANIFEST, probe=self._digest)
+        spans = [(start, min(start + SHARD, total)) for start in range(0, total, SHARD)]
+        return [
+            Shard(f"{n:06d}", (0,), {"start": start, "stop": stop}, stop - start)
+            for n, (start, stop) in enumerate(spans)
+        ]
+
+    def arguments(self, job: Job) -> dict[str, Any]:
+        """The model, and where the images come from."""
+        (output,) = job.due
+        return {"output": output, "request": self._request, "probe": self._probe, "digest": self._digest}
+
+    def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> Stream:
+        """All embeddings, by image."""
+        return Stream(self._strung(storage, output, iter(pieces)), {"width": str(self._width)})
+
+    def _strung(self, storage: Storage, output: Output, pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        made, total = 0, storage.count(MANIFEST, probe=self._digest)
+        while group := list(itertools.islice(pieces, GROUP)):
+            piece = pa.concat_tables(group)
+            made += len(piece)
+            yield IMAGE_EMBEDDINGS.table(output.columns(piece))
+        if not made:
+            name = self._request.name
+            raise MilanError(f"no image of the probe could be read, so there is nothing for {name} to embed.")
+        if made < total:
+            say(f"{self.title}: {total - made} of {total} images could not be read")
+
+    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
+        """How many images are embedded."""
+        total = job.storage.count(MANIFEST, probe=self._digest)
+        return f"{self.title}: {total} images, {len(shards)} of {-(-total // SHARD)} shards to do"
+
+    def few(self, job: Job, shards: Sequence[Shard]) -> bool:
+        """The driver strings the shards together: it reads each once."""
+        return True
+
+
 def run_image_embeddings(
     storage: Storage, probe: references.ProbeRequest, request: ImageTextRequest, resources: Resources
 ) -> str:
@@ -82,89 +182,10 @@ def run_image_embeddings(
         raise MilanError(
             "a generator's latents cannot be embedded by a model of images and texts: give a probe of images."
         )
-    manifest, digest = store_manifest(storage, probe)
+    _, digest = store_manifest(storage, probe)
     embedder = references.image_text(request, probe.plugins)
-    recipe = image_embeddings_recipe(embedder, digest)
-    keys = {"encoder": request.name, "probe": digest}
-    total, work = len(manifest), config_hash({"image_embeddings": recipe.hash})
-    if not storage.why(IMAGE_EMBEDDINGS, recipe, **keys):
-        storage.remove_work(work)
-        say(f"image embeddings ({request.name}): up to date")
-        return digest
-    names = [f"{n:06d}" for n in range(-(-total // SHARD))]
-    stored = set(storage.work_names(work))
-    rows: list[Row] = [
-        {"name": name, "start": n * SHARD, "stop": min((n + 1) * SHARD, total)}
-        for n, name in enumerate(names)
-        if name not in stored
-    ]
-    say(f"image embeddings ({request.name}): {total} images, {len(rows)} of {len(names)} shards to do")
-    arguments = {
-        "storage": storage,
-        "work": work,
-        "request": request,
-        "probe": probe,
-        "digest": digest,
-        "threads": resources.threads,
-        "device": resources.device,
-    }
-    cost = Cost()
-    with Progress("image embeddings", sum(row["stop"] - row["start"] for row in rows), "images") as progress:
-        for answer in run_pool(ImageEmbeddingWorker, arguments, rows, resources):
-            progress.advance(answer["images"])
-            cost.add(answer["seconds"])
-    metadata = {"width": str(embedder.width)}
-    made = 0
-
-    def pieces() -> Iterator[pa.Table]:
-        nonlocal made
-        for start in range(0, len(names), GROUP):
-            piece = pa.concat_tables(storage.get_work(work, name) for name in names[start : start + GROUP])
-            made += len(piece)
-            columns: dict[str, object] = {key: [value] * len(piece) for key, value in keys.items()}
-            yield IMAGE_EMBEDDINGS.table(columns | {name: piece[name] for name in piece.column_names})
-        if not made:
-            raise MilanError(f"no image of the probe could be read, so there is nothing for {request.name} to embed.")
-        cost.images = made
-        record_run(storage, "image_embeddings", recipe.hash, request.name, rows=made, cost=cost)
-
-    storage.write_stream(IMAGE_EMBEDDINGS, pieces(), recipe, metadata, **keys)
-    if made < total:
-        say(f"image embeddings ({request.name}): {total - made} of {total} images could not be read")
-    storage.remove_work(work)
+    run_stage(ImageEmbeddings(request, embedder, probe, digest), storage, resources)
     return digest
-
-
-class ImageEmbeddingWorker:
-    """Embeds the images of one shard."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        work: str,
-        request: ImageTextRequest,
-        probe: references.ProbeRequest,
-        digest: str,
-        threads: int,
-        device: str,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._digest = storage, work, digest
-        self._probe = references.probe(probe)
-        self._device = resolve_device(device)
-        self._embedder: Embedder = references.image_text(request, probe.plugins).to(self._device)
-
-    def __call__(self, row: Row) -> Row:
-        """Runs one shard."""
-        columns = ["image_id", "root", "path"]
-        part = self._storage.read_rows(MANIFEST, row["start"], row["stop"], columns, probe=self._digest)
-        refs = image_refs(part, range(len(part)))
-        tables = [_IMAGES_SCHEMA.empty_table()]
-        for start in range(0, len(refs), BATCH):
-            ids, embedded = embed_refs(self._embedder, self._probe, refs[start : start + BATCH], self._device)
-            tables.append(pa.table([pa.array(ids, pa.int64()), lists_of(embedded)], schema=_IMAGES_SCHEMA))
-        self._storage.put_work(self._work, row["name"], pa.concat_tables(tables))
-        return {"images": len(refs)}
 
 
 def embed_refs(
@@ -246,22 +267,85 @@ def image_embeddings(storage: Storage, encoder: str, probe: str) -> tuple[np.nda
     return table["image_id"].to_numpy(), rows_of(table["embedding"])
 
 
-def _text_recipe(distinct: Sequence[str], embedder: Embedder) -> tuple[Recipe, str, str]:
-    """What decides the embeddings of some texts, the texts' hash, and that of the work."""
-    key = config_hash({"texts": list(distinct)})
-    recipe = Recipe.of({**embedder.text_identity(), "kernel": KERNEL_VERSION, "texts": key})
-    return recipe, key, config_hash({"text_embeddings": recipe.hash})
+class TextEmbeddingWorker:
+    """Embeds a chunk of texts."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        work: str,
+        output: Output,
+        request: ImageTextRequest,
+        plugins: tuple[str, ...],
+        threads: int,
+        device: str,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._storage, self._work, self._output = storage, work, output
+        self._embedder: Embedder = references.image_text(request, plugins).to(resolve_device(device))
+
+    def __call__(self, row: Row) -> Row:
+        """Runs one chunk."""
+        made = self._embedder.embed_texts(row["texts"]).cpu().numpy()
+        table = pa.table([pa.array(row["texts"], pa.string()), lists_of(made)], schema=_TEXTS_SCHEMA)
+        self._storage.put_work(self._work, self._output.piece(row["name"]), table)
+        return {}
 
 
-def remove_text_work(storage: Storage, texts: Sequence[str], embedder: Embedder) -> None:
-    """Removes what a job has left of embedding texts that nobody needs any more.
+class TextEmbeddings(ShardedStage):
+    """Distinct texts, embedded once.
 
     Args:
-        storage: The run directory.
-        texts: The texts.
-        embedder: The model of images and texts.
+        texts: The texts, distinct and sorted.
+        request: The model of images and texts.
+        embedder: The same, loaded.
+        plugins: Modules that register the model.
     """
-    storage.remove_work(_text_recipe(sorted(set(texts)), embedder)[2])
+
+    worker = TextEmbeddingWorker
+    table, counted, recorded = TEXT_EMBEDDINGS, "texts", False
+    name, label = "text_embeddings", "text embeddings"
+
+    def __init__(
+        self, texts: Sequence[str], request: ImageTextRequest, embedder: Embedder, plugins: tuple[str, ...] = ()
+    ) -> None:
+        self._texts, self._request, self._plugins = list(texts), request, plugins
+        key = config_hash({"texts": self._texts})
+        self._recipe = Recipe.of({**embedder.text_identity(), "kernel": KERNEL_VERSION, "texts": key})
+        self.keys = {"encoder": request.name, "texts": key}
+        self.title = f"text embeddings ({request.name})"
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """The embeddings of the texts."""
+        yield Output(self.keys, self._recipe, about=self._request.name)
+
+    def shards(self, job: Job) -> list[Shard]:
+        """Texts in their order."""
+        starts = range(0, len(self._texts), CHUNK)
+        chunks = [self._texts[start : start + CHUNK] for start in starts]
+        return [Shard(f"{n:06d}", (0,), {"texts": chunk}, len(chunk)) for n, chunk in enumerate(chunks)]
+
+    def arguments(self, job: Job) -> dict[str, Any]:
+        """The model."""
+        (output,) = job.due
+        return {"output": output, "request": self._request, "plugins": self._plugins}
+
+    def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
+        """All embeddings, by text."""
+        made = pa.concat_tables([_TEXTS_SCHEMA.empty_table(), *pieces])
+        return TEXT_EMBEDDINGS.table(output.columns(made))
+
+    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
+        """How many texts are embedded."""
+        return f"{self.title}: {sum(shard.size for shard in shards)} texts"
+
+    def little(self, shards: Sequence[Shard]) -> bool:
+        """Whether there are few texts."""
+        return len(self._texts) <= FEW_TEXTS
+
+    def few(self, job: Job, shards: Sequence[Shard]) -> bool:
+        """There is one table."""
+        return True
 
 
 def text_embeddings(
@@ -286,80 +370,8 @@ def text_embeddings(
     Raises:
         MilanError: The model is missing.
     """
-    distinct = sorted(set(texts))
-    embedder = references.image_text(request, plugins)
-    recipe, key, work = _text_recipe(distinct, embedder)
-    keys = {"encoder": request.name, "texts": key}
-    if storage.why(TEXT_EMBEDDINGS, recipe, **keys):
-        _embed_texts(storage, work, distinct, embedder, request, resources, plugins, recipe, keys)
-    storage.remove_work(work)
-    table = storage.read(TEXT_EMBEDDINGS, ["text", "embedding"], **keys)
+    stage = TextEmbeddings(sorted(set(texts)), request, references.image_text(request, plugins), plugins)
+    run_stage(stage, storage, resources)
+    table = storage.read(TEXT_EMBEDDINGS, ["text", "embedding"], **stage.keys)
     place = {text: row for row, text in enumerate(table["text"].to_pylist())}
     return rows_of(table["embedding"])[[place[text] for text in texts]]
-
-
-@beside_others
-def _embed_texts(
-    storage: Storage,
-    work: str,
-    texts: list[str],
-    embedder: Embedder,
-    request: ImageTextRequest,
-    resources: Resources,
-    plugins: tuple[str, ...],
-    recipe: Recipe,
-    keys: dict[str, str],
-) -> None:
-    """Embeds distinct texts and makes them public."""
-    chunks = [texts[start : start + CHUNK] for start in range(0, len(texts), CHUNK)]
-    if len(texts) <= FEW_TEXTS:
-        with torch_threads(resources.threads):
-            tables = [_texts_table(embedder, chunk) for chunk in chunks]
-    else:
-        stored = set(storage.work_names(work))
-        names = [f"{n:06d}" for n in range(len(chunks))]
-        rows = [{"name": name, "texts": chunk} for name, chunk in zip(names, chunks, strict=True) if name not in stored]
-        arguments = {
-            "storage": storage,
-            "work": work,
-            "request": request,
-            "plugins": plugins,
-            "threads": resources.threads,
-            "device": resources.device,
-        }
-        with Progress("text embeddings", sum(len(row["texts"]) for row in rows), "texts") as progress:
-            for answer in run_pool(TextEmbeddingWorker, arguments, rows, resources):
-                progress.advance(answer["texts"])
-        tables = [storage.get_work(work, name) for name in names]
-    made = pa.concat_tables([_TEXTS_SCHEMA.empty_table(), *tables])
-    columns: dict[str, object] = {name: [value] * len(made) for name, value in keys.items()}
-    table = TEXT_EMBEDDINGS.table(columns | {name: made[name] for name in made.column_names})
-    storage.write(TEXT_EMBEDDINGS, table, recipe, **keys)
-
-
-class TextEmbeddingWorker:
-    """Embeds a chunk of texts."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        work: str,
-        request: ImageTextRequest,
-        plugins: tuple[str, ...],
-        threads: int,
-        device: str,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work = storage, work
-        self._embedder: Embedder = references.image_text(request, plugins).to(resolve_device(device))
-
-    def __call__(self, row: Row) -> Row:
-        """Runs one chunk."""
-        self._storage.put_work(self._work, row["name"], _texts_table(self._embedder, row["texts"]))
-        return {"texts": len(row["texts"])}
-
-
-def _texts_table(embedder: Embedder, texts: Sequence[str]) -> pa.Table:
-    return pa.table(
-        [pa.array(texts, pa.string()), lists_of(embedder.embed_texts(texts).cpu().numpy())], schema=_TEXTS_SCHEMA
-    )

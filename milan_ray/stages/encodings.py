@@ -71,6 +71,68 @@ class Request(Protocol):
         """Builds it."""
 
 
+class EncodingWorker:
+    """Encodes the images of one chunk once and pools them with every mask that refers to them."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        work: str,
+        outputs: dict[int, Output],
+        mask_sizes: dict[int, tuple[int, int]],
+        encoder: Request,
+        threads: int,
+        device: str,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._storage, self._work, self._outputs, self._mask_sizes = storage, work, outputs, mask_sizes
+        self._device = resolve_device(device)
+        self._encoder = encoder.load().to(self._device)
+
+    def __call__(self, row: Row) -> Row:
+        """Runs one chunk."""
+        by_size: dict[tuple[int, int], list[pa.Table]] = defaultdict(list)
+        for number in row["outputs"]:
+            table = self._storage.get_work(self._work, f"masks/{row['name']}/{number}")
+            source = pa.array(np.full(len(table), number, np.int32))
+            by_size[self._mask_sizes[number]].append(table.append_column("source", source))
+        exemplars = {size: pa.concat_tables(tables).sort_by("image_id") for size, tables in by_size.items()}
+        ids = np.unique(np.concatenate([table["image_id"].to_numpy() for table in exemplars.values()])).tolist()
+        views = self._views(row, ids)
+        pooled: list[pa.Table] = []
+        for start in range(0, len(ids), BATCH_SIZE):
+            batch = np.array(ids[start : start + BATCH_SIZE])
+            maps = encode(self._encoder, views[start : start + BATCH_SIZE], BATCH_SIZE)
+            for size, table in exemplars.items():
+                begin, end = np.searchsorted(table["image_id"].to_numpy(), [batch[0], batch[-1] + 1]).tolist()
+                for first in range(begin, end, MASKS):
+                    pooled.append(self._pool(table.slice(first, min(MASKS, end - first)), batch, maps, size))
+        features = pa.concat_tables(pooled)
+        for number in row["outputs"]:
+            part = features.filter(pc.equal(features["source"], number)).drop_columns("source")
+            self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), part)
+        return {"images": len(ids)}
+
+    def _views(self, row: Row, ids: list[int]) -> list[bytes]:
+        """The images' PNGs, in the order of the ids; every block is read once."""
+        pngs: list[bytes] = []
+        for block, members in itertools.groupby(ids, block_of):
+            pngs += read_block(self._storage, row["probe"], row["view"], block, list(members))["image"].to_pylist()
+        return pngs
+
+    def _pool(
+        self, table: pa.Table, batch: np.ndarray, maps: list[torch.Tensor], mask_size: tuple[int, int]
+    ) -> pa.Table:
+        regions = torch.from_numpy(masks.unpack(table["mask"].to_pylist(), mask_size)).to(self._device)
+        index = torch.from_numpy(np.searchsorted(batch, table["image_id"].to_numpy())).to(self._device)
+        features = self._encoder.pool(maps, regions, index).cpu().numpy()
+        offsets = np.arange(len(features) + 1, dtype=np.int32) * features.shape[1]
+        lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(features.ravel()))
+        return pa.table([table["unit"], table["rank"], lists], schema=_FEATURES_SCHEMA).append_column(
+            "source", table["source"]
+        )
+
+
 class Encodings(ShardedStage):
     """Features of every exemplar of some layers: the encoder sees every image once.
 
@@ -80,21 +142,13 @@ class Encodings(ShardedStage):
         units: The units of every layer to encode; empty for all.
     """
 
+    worker = EncodingWorker
     table, counted = ENCODINGS, "chunks of images"
-    name = "encodings"
+    name = label = "encodings"
 
     def __init__(self, models: Mapping[str, Sequence[str]], encoder: Request, units: tuple[int, ...] = ()) -> None:
         self._models, self._encoder, self._units = models, encoder, units
-
-    @property
-    def worker(self) -> type:
-        """What does a shard."""
-        return EncodingWorker
-
-    @property
-    def title(self) -> str:
-        """Its name in messages."""
-        return f"{self.name} ({self._encoder.name})"
+        self.title = f"encodings ({encoder.name})"
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """Encodings of every layer, by what its exemplars are."""
@@ -231,68 +285,6 @@ def _scatter(task: _Scatter) -> list[str]:
             part = table.slice(begin, end - begin)
             task.storage.put_work(task.work, f"masks/{names[-1]}/{task.output.number}", part)
     return names
-
-
-class EncodingWorker:
-    """Encodes the images of one chunk once and pools them with every mask that refers to them."""
-
-    def __init__(
-        self,
-        storage: Storage,
-        work: str,
-        outputs: dict[int, Output],
-        mask_sizes: dict[int, tuple[int, int]],
-        encoder: Request,
-        threads: int,
-        device: str,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._outputs, self._mask_sizes = storage, work, outputs, mask_sizes
-        self._device = resolve_device(device)
-        self._encoder = encoder.load().to(self._device)
-
-    def __call__(self, row: Row) -> Row:
-        """Runs one chunk."""
-        by_size: dict[tuple[int, int], list[pa.Table]] = defaultdict(list)
-        for number in row["outputs"]:
-            table = self._storage.get_work(self._work, f"masks/{row['name']}/{number}")
-            source = pa.array(np.full(len(table), number, np.int32))
-            by_size[self._mask_sizes[number]].append(table.append_column("source", source))
-        exemplars = {size: pa.concat_tables(tables).sort_by("image_id") for size, tables in by_size.items()}
-        ids = np.unique(np.concatenate([table["image_id"].to_numpy() for table in exemplars.values()])).tolist()
-        views = self._views(row, ids)
-        pooled: list[pa.Table] = []
-        for start in range(0, len(ids), BATCH_SIZE):
-            batch = np.array(ids[start : start + BATCH_SIZE])
-            maps = encode(self._encoder, views[start : start + BATCH_SIZE], BATCH_SIZE)
-            for size, table in exemplars.items():
-                begin, end = np.searchsorted(table["image_id"].to_numpy(), [batch[0], batch[-1] + 1]).tolist()
-                for first in range(begin, end, MASKS):
-                    pooled.append(self._pool(table.slice(first, min(MASKS, end - first)), batch, maps, size))
-        features = pa.concat_tables(pooled)
-        for number in row["outputs"]:
-            part = features.filter(pc.equal(features["source"], number)).drop_columns("source")
-            self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), part)
-        return {"images": len(ids)}
-
-    def _views(self, row: Row, ids: list[int]) -> list[bytes]:
-        """The images' PNGs, in the order of the ids; every block is read once."""
-        pngs: list[bytes] = []
-        for block, members in itertools.groupby(ids, block_of):
-            pngs += read_block(self._storage, row["probe"], row["view"], block, list(members))["image"].to_pylist()
-        return pngs
-
-    def _pool(
-        self, table: pa.Table, batch: np.ndarray, maps: list[torch.Tensor], mask_size: tuple[int, int]
-    ) -> pa.Table:
-        regions = torch.from_numpy(masks.unpack(table["mask"].to_pylist(), mask_size)).to(self._device)
-        index = torch.from_numpy(np.searchsorted(batch, table["image_id"].to_numpy())).to(self._device)
-        features = self._encoder.pool(maps, regions, index).cpu().numpy()
-        offsets = np.arange(len(features) + 1, dtype=np.int32) * features.shape[1]
-        lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(features.ravel()))
-        return pa.table([table["unit"], table["rank"], lists], schema=_FEATURES_SCHEMA).append_column(
-            "source", table["source"]
-        )
 
 
 def encode(encoder: Encoder, pngs: Sequence[bytes], batch_size: int) -> list[torch.Tensor]:

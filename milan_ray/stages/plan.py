@@ -20,7 +20,6 @@ from milan_ray.schema import (
     DRAWINGS,
     ENCODINGS,
     EXEMPLARS,
-    IMAGE_EMBEDDINGS,
     POOLED,
     SCORES,
     TRAINING,
@@ -32,7 +31,7 @@ from milan_ray.stages.clip_dissect import clip_dissect_recipe
 from milan_ray.stages.concept_labels import LabelConfig, label_recipe
 from milan_ray.stages.cosy import CosyConfig, cosy_recipes, weights_of
 from milan_ray.stages.dnd import DndConfig, dnd_recipe, drawings_identity, drawings_recipe
-from milan_ray.stages.embeddings import image_embeddings_recipe
+from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings_recipe
 from milan_ray.stages.encodings import Encodings, Request
 from milan_ray.stages.exemplars import describe_model, pooled_recipe, settled_recipes, why_exemplars
 from milan_ray.stages.scores import (
@@ -139,8 +138,8 @@ def plan_clip_dissect(
     """
     embedder = references.image_text(request, probe.plugins)
     digest = probe_digest(references.probe(probe).manifest())
+    plan.stages(storage, [ImageEmbeddings(request, embedder, probe, digest)])
     images = image_embeddings_recipe(embedder, digest)
-    plan.add(storage, IMAGE_EMBEDDINGS, images, encoder=request.name, probe=digest)
     for model, layer in pairs(layers):
         exemplars, pooled = (
             Planned(storage, plan).config(table, model=model, layer=layer) for table in (EXEMPLARS, POOLED)
@@ -197,8 +196,8 @@ def plan_scores(
     """
     embedder = truth_of(request, probe) if judged else references.image_text(request, probe.plugins)
     digest = probe_digest(references.probe(probe).manifest())
+    plan.stages(storage, [ImageEmbeddings(request, embedder, probe, digest)])
     images = image_embeddings_recipe(embedder, digest)
-    plan.add(storage, IMAGE_EMBEDDINGS, images, encoder=request.name, probe=digest)
     recipes = score_recipes(storage, described, digest, embedder, images.hash, config, classes)
     recipes |= exemplar_score_recipes(storage, described, images.hash)
     for what, recipe in recipes.items():

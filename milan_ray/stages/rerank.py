@@ -62,6 +62,38 @@ def wide_search(captioner: Captioner, search: Search, clip: Clip) -> Search:
     )
 
 
+class SimilarityWorker:
+    """Embeds a chunk's texts once and compares them with every unit that has one of them as a candidate."""
+
+    def __init__(
+        self, storage: Storage, work: str, outputs: dict[int, Output], clip: Clip, threads: int, device: str
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._storage, self._work, self._outputs = storage, work, outputs
+        self._model = clip.load().to(resolve_device(device))
+
+    def __call__(self, row: Row) -> Row:
+        """Runs one chunk."""
+        pairs = {
+            number: self._storage.get_work(self._work, f"pairs/{row['name']}/{number}") for number in row["outputs"]
+        }
+        texts = sorted({text for table in pairs.values() for text in table["text"].to_pylist()})
+        embedded = self._model.embed_texts(texts).cpu().numpy()
+        known = pa.array(texts, pa.string())
+        for number, table in pairs.items():
+            queries = self._storage.get_work(self._work, f"queries/{number}").combine_chunks()
+            vectors = queries["query"].combine_chunks().flatten().to_numpy().reshape(len(queries), -1)
+            unit = pc.index_in(table["unit"], queries["unit"].combine_chunks()).to_numpy()
+            text = pc.index_in(table["text"], known).to_numpy()
+            scores = pa.array(similarity(embedded[text], vectors[unit]), pa.float32())
+            self._storage.put_work(
+                self._work,
+                self._outputs[number].piece(row["name"]),
+                table.select(["unit", "beam_rank"]).append_column("similarity", scores),
+            )
+        return {}
+
+
 class Reranked(ShardedStage):
     """The best of a wide search's candidates, by a model of images and texts: every distinct text is embedded once.
 
@@ -72,6 +104,7 @@ class Reranked(ShardedStage):
         units: The units of every layer to describe; empty for all.
     """
 
+    worker = SimilarityWorker
     table, counted = DESCRIPTIONS, "chunks of texts"
 
     def __init__(
@@ -80,21 +113,8 @@ class Reranked(ShardedStage):
         self._models, self._decoder, self._clip, self._units = models, search.name, clip, units
         self._labeler = clip.labeler()
         self.name = self._labeler.name
-
-    @property
-    def title(self) -> str:
-        """Its name in messages."""
-        return f"descriptions ({self.name})"
-
-    @property
-    def label(self) -> str:
-        """Its name before figures of progress."""
-        return self.title
-
-    @property
-    def worker(self) -> type:
-        """What does a shard."""
-        return SimilarityWorker
+        self.title = f"descriptions ({self.name})"
+        self.label = self.title
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """Descriptions of every layer, by what its candidates and the model's encodings are."""
@@ -219,35 +239,3 @@ def _scatter(task: _Scatter) -> list[str]:
         mine = table.filter(pa.array(of_row == chunk))
         task.storage.put_work(task.work, f"pairs/{names[-1]}/{output.number}", mine)
     return names
-
-
-class SimilarityWorker:
-    """Embeds a chunk's texts once and compares them with every unit that has one of them as a candidate."""
-
-    def __init__(
-        self, storage: Storage, work: str, outputs: dict[int, Output], clip: Clip, threads: int, device: str
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._outputs = storage, work, outputs
-        self._model = clip.load().to(resolve_device(device))
-
-    def __call__(self, row: Row) -> Row:
-        """Runs one chunk."""
-        pairs = {
-            number: self._storage.get_work(self._work, f"pairs/{row['name']}/{number}") for number in row["outputs"]
-        }
-        texts = sorted({text for table in pairs.values() for text in table["text"].to_pylist()})
-        embedded = self._model.embed_texts(texts).cpu().numpy()
-        known = pa.array(texts, pa.string())
-        for number, table in pairs.items():
-            queries = self._storage.get_work(self._work, f"queries/{number}").combine_chunks()
-            vectors = queries["query"].combine_chunks().flatten().to_numpy().reshape(len(queries), -1)
-            unit = pc.index_in(table["unit"], queries["unit"].combine_chunks()).to_numpy()
-            text = pc.index_in(table["text"], known).to_numpy()
-            scores = pa.array(similarity(embedded[text], vectors[unit]), pa.float32())
-            self._storage.put_work(
-                self._work,
-                self._outputs[number].piece(row["name"]),
-                table.select(["unit", "beam_rank"]).append_column("similarity", scores),
-            )
-        return {}
