@@ -21,9 +21,13 @@ from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.references import check_units
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.tasks import beside_others, removed_if_damaged, run_parallel
+from milan_ray.errors import MilanError
 from milan_ray.progress import Progress, say
-from milan_ray.schema import LEVELS, Noun
+from milan_ray.schema import CANDIDATES, ENCODINGS, EXEMPLARS, LEVELS, Noun
 from milan_ray.storage import Storage
+
+_MADE_BY = {EXEMPLARS.name: "exemplars", ENCODINGS.name: "describe", CANDIDATES.name: "describe"}
+"""Table → the verb that makes it."""
 
 PIECES = "pieces"
 """Folder of finished pieces in the work of a stage: one folder per output, one file per shard."""
@@ -113,11 +117,19 @@ class Known:
         Raises:
             MilanError: There is none.
         """
+        self._check_there(table, keys)
         return self.storage.config_of(table, **keys)
 
     def whole(self, table: Noun, **keys: str) -> str:
         """The same of all units of its layer, where it has some of them alone."""
+        self._check_there(table, keys)
         return self.storage.whole_of(table, **keys)
+
+    def _check_there(self, table: Noun, keys: Mapping[str, str]) -> None:
+        verb = _MADE_BY.get(table.name)
+        if verb is not None and self.storage.metadata(table, **keys) is None:
+            of = " ".join(keys.values())
+            raise MilanError(f"no {table.name} of {of} in {self.storage.root}; run jobs.{verb} first.")
 
     def check_units(self, units: tuple[int, ...], model: str, layer: str) -> None:
         """Refuses units that a layer does not have.

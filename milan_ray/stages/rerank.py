@@ -91,7 +91,7 @@ class SimilarityWorker:
                 self._outputs[number].piece(row["name"]),
                 table.select(["unit", "beam_rank"]).append_column("similarity", scores),
             )
-        return {}
+        return {"texts": len(texts)}
 
 
 class Reranked(ShardedStage):

@@ -19,6 +19,7 @@ from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.engine import stage
 from milan_ray.engine.references import ModelRequest, ProbeRequest
 from milan_ray.engine.status import status
 from milan_ray.exemplars import masks
@@ -189,14 +190,14 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
     before = stamps(storage, *nouns)
     run_reranking(storage, LAYERS, SEARCH, clip, Resources(actors=1))
     assert stamps(storage, *nouns) == before and "milan+clip): all up to date" in capsys.readouterr().err
-    answers, run_pool = [], rerank.run_pool
+    answers, run_pool = [], stage.run_pool
 
     def watched(*arguments):
         for answer in run_pool(*arguments):
             answers.append(answer)
             yield answer
 
-    monkeypatch.setattr(rerank, "run_pool", watched)
+    monkeypatch.setattr(stage, "run_pool", watched)
     monkeypatch.setattr(rerank, "PAIRS", 40)
     monkeypatch.setattr(rerank, "FEW_ROWS", -1)  # by tasks, as for many
     run_reranking(storage, LAYERS, SEARCH, replace(clip, z=1.0), Resources(actors=1))
