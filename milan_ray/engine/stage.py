@@ -33,6 +33,15 @@ PIECES = "pieces"
 """Folder of finished pieces in the work of a stage: one folder per output, one file per shard."""
 
 
+Layers = Mapping[str, Sequence[str]]
+"""Model → layers."""
+
+
+def pairs(models: Layers) -> list[tuple[str, str]]:
+    """(model, layer) of all layers."""
+    return [(model, layer) for model, layers in models.items() for layer in layers]
+
+
 @dataclass(frozen=True)
 class Output:
     """One partition that a stage makes.
@@ -252,7 +261,7 @@ def run_stage(stage: ShardedStage | TaskStage, storage: Storage, resources: Reso
     Raises:
         MilanError: What it is made of is missing, or a worker failed.
     """
-    every = [replace(output, number=n) for n, output in enumerate(stage.outputs(Known(storage)))]
+    every = numbered(stage, storage)
     due = [output for output in every if storage.why(stage.table, output.recipe, **output.keys)]
     if isinstance(stage, TaskStage):
         if stage.remark:
@@ -269,6 +278,16 @@ def run_stage(stage: ShardedStage | TaskStage, storage: Storage, resources: Reso
         say(f"{stage.title}: all up to date")
     storage.remove_work(work)
     return every
+
+
+def numbered(stage: Stage, storage: Storage) -> list[Output]:
+    """All outputs of a stage, each with its place among them."""
+    return [replace(output, number=number) for number, output in enumerate(stage.outputs(Known(storage)))]
+
+
+def due(stage: Stage, storage: Storage) -> list[Output]:
+    """The outputs of a stage that are missing or stale."""
+    return [output for output in numbered(stage, storage) if storage.why(stage.table, output.recipe, **output.keys)]
 
 
 def abandon(stage: ShardedStage, storage: Storage) -> None:

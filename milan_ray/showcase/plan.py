@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from milan_ray.engine import references
 from milan_ray.engine.planner import NETWORKS, Plan, Planned, Step
+from milan_ray.engine.stage import pairs
 from milan_ray.labelers.clip import Clip
 from milan_ray.schema import ANNOTATIONS, CLAIMS, DESCRIPTIONS, ENCODINGS, EXEMPLARS, SCORES, TRAINING, TRIALS
 from milan_ray.showcase import demo
@@ -13,7 +14,7 @@ from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRequest, load_captioner
 from milan_ray.stages.descriptions import description_stages
 from milan_ray.stages.encodings import Encodings
-from milan_ray.stages.plan import add_training, add_tuning, pairs, plan_exemplars
+from milan_ray.stages.plan import add_training, add_tuning, plan_exemplars
 from milan_ray.stages.rerank import reranking_stages
 from milan_ray.storage import Storage
 from milan_ray.world.image_text import image_text_task

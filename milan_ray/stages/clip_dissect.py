@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,7 @@ from milan_ray.device import resolve_device, torch_threads
 from milan_ray.engine import references
 from milan_ray.engine.cluster import gpus_each
 from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.stage import Output, abandon
+from milan_ray.engine.stage import Known, Layers, Output, Stage, abandon, numbered, pairs
 from milan_ray.engine.tasks import FEW_IMAGES, beside_others, removed_if_damaged, run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
@@ -31,7 +31,7 @@ from milan_ray.exemplars.topk import RunningTopK
 from milan_ray.labelers.clip_dissect import Best, ClipDissect, Cosines, LogSumExp, pointwise, rank_reorder
 from milan_ray.labelers.netdissect import NOTHING
 from milan_ray.labelers.protocol import Evidence
-from milan_ray.models.image_text import ImageTextRequest
+from milan_ray.models.image_text import Embedder, ImageTextRequest
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED
 from milan_ray.scoring.simulation import held_out
@@ -89,6 +89,43 @@ def clip_dissect_recipe(
     return Recipe.of(parts | above, units)
 
 
+class ClipDissectLabels(Stage):
+    """Labels of some layers from a list of concepts; :func:`run_clip_dissect` makes them together.
+
+    Args:
+        models: Model name → layers.
+        labeler: The list of concepts, and how to compare.
+        request: The model of images and texts.
+        embedder: The same, loaded.
+        digest: Digest of the manifest of the probe that the layers were dissected on.
+        units: The units of every layer to label; empty for all.
+    """
+
+    table = DESCRIPTIONS
+
+    def __init__(
+        self,
+        models: Layers,
+        labeler: ClipDissect,
+        request: ImageTextRequest,
+        embedder: Embedder,
+        digest: str,
+        units: tuple[int, ...] = (),
+    ) -> None:
+        self._models, self._labeler, self._units = models, labeler, units
+        self._embedded = {"encoder": request.name, "probe": digest}
+        self._texts = embedder.text_identity()
+        self.name, self.title = labeler.name, f"descriptions ({labeler.name})"
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """Labels of every layer, by its exemplars, their pooled activations and the probe's embeddings."""
+        for model, layer in pairs(self._models):
+            exemplars, pooled = (known.config(table, model=model, layer=layer) for table in (EXEMPLARS, POOLED))
+            images = known.config(IMAGE_EMBEDDINGS, **self._embedded)
+            recipe = clip_dissect_recipe(self._labeler, self._texts, exemplars, pooled, images, self._units)
+            yield Output({"labeler": self.name, "model": model, "layer": layer}, recipe)
+
+
 @dataclass(frozen=True)
 class _Scan:
     storage: Storage
@@ -102,7 +139,7 @@ class _Scan:
 @beside_others
 def run_clip_dissect(
     storage: Storage,
-    models: Mapping[str, Sequence[str]],
+    models: Layers,
     probe: references.ProbeRequest,
     labeler: ClipDissect,
     request: ImageTextRequest,
@@ -124,20 +161,13 @@ def run_clip_dissect(
         MilanError: Pooled activations or the model are missing, are of another probe, or a layer has no such unit.
     """
     digest = run_image_embeddings(storage, probe, request, resources)
-    embedded = storage.config_of(IMAGE_EMBEDDINGS, encoder=request.name, probe=digest)
     embedder = references.image_text(request, probe.plugins)
-    texts = embedder.text_identity()
-    every: list[Output] = []
-    for model, paths in models.items():
-        for path in paths:
-            keys = {"model": model, "layer": path}
-            meta = storage.metadata(POOLED, **keys)
-            if meta is None or meta["probe"] != digest:
-                raise MilanError(f"{model} {path} has no pooled activations of this probe; make them with --pooled.")
-            references.check_units(units, int(meta["units"]), model, path)
-            exemplars, pooled = storage.config_of(EXEMPLARS, **keys), storage.config_of(POOLED, **keys)
-            recipe = clip_dissect_recipe(labeler, texts, exemplars, pooled, embedded, units)
-            every.append(Output({"labeler": labeler.name, **keys}, recipe, len(every)))
+    for model, path in pairs(models):
+        meta = storage.metadata(POOLED, model=model, layer=path)
+        if meta is None or meta["probe"] != digest:
+            raise MilanError(f"{model} {path} has no pooled activations of this probe; make them with --pooled.")
+        references.check_units(units, int(meta["units"]), model, path)
+    every = numbered(ClipDissectLabels(models, labeler, request, embedder, digest, units), storage)
     # Over all layers, so that a job killed while results become public finds its pieces again.
     work = config_hash({labeler.name: [layer.recipe.hash for layer in every]})
     due = [layer for layer in every if storage.why(DESCRIPTIONS, layer.recipe, **layer.keys)]

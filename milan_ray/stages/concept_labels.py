@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.stage import Output
+from milan_ray.engine.stage import Known, Layers, Output, Stage, pairs
 from milan_ray.engine.tasks import FEW_IMAGES, beside_others, run_parallel
 from milan_ray.errors import MilanError, all_failed
 from milan_ray.exemplars.concepts import ConceptCounts, Seen, fires, grid_size, pack_words, sample
@@ -184,7 +184,10 @@ def _plan(
     """What is missing or stale of a model's labels; None when nothing is."""
     spec = references.model(request)
     size = how.grid(spec)
-    recipes = label_recipes(storage, spec, how, units)
+    recipes: dict[str, dict[str, Recipe]] = {labeler.name: {} for labeler in how.labelers}
+    stage = ConceptLabels({spec.name: spec.layers}, {spec.name: size}, how.labelers, units)
+    for output in stage.outputs(Known(storage)):
+        recipes[output.keys["labeler"]][output.layer] = output.recipe
     due = {
         labeler: {
             layer: recipe
@@ -208,22 +211,35 @@ def _plan(
     return _Work(item, due, exemplars, size)
 
 
-def label_recipes(
-    storage: Storage, spec: ModelSpec, how: LabelConfig, units: tuple[int, ...] = ()
-) -> dict[str, dict[str, Recipe]]:
-    """Labeler → layer → what decides its labels.
+class ConceptLabels(Stage):
+    """Labels of some layers by concept maps; :func:`run_labels` makes them, all labelers' from the same counts.
 
-    Raises:
-        MilanError: Exemplars are missing, or a layer has no such unit.
+    Args:
+        models: Model name → layers.
+        grids: Model name → (height, width) of the grid that positions are counted on.
+        labelers: Which labelers.
+        units: The units of every layer to label; empty for all.
     """
-    found: dict[str, dict[str, Recipe]] = {labeler.name: {} for labeler in how.labelers}
-    for layer in spec.layers:
-        exemplars = storage.config_of(EXEMPLARS, model=spec.name, layer=layer)
-        count = storage.count(LEVELS, model=spec.name, layer=layer)
-        references.check_units(units, count, spec.name, layer)
-        for labeler in how.labelers:
-            found[labeler.name][layer] = label_recipe(labeler, exemplars, how.grid(spec), units)
-    return found
+
+    table, name, title = DESCRIPTIONS, "labels", "labels"
+
+    def __init__(
+        self,
+        models: Layers,
+        grids: Mapping[str, tuple[int, int]],
+        labelers: Sequence[ConceptLabeler],
+        units: tuple[int, ...] = (),
+    ) -> None:
+        self._models, self._grids, self._labelers, self._units = models, grids, labelers, units
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """Labels of every layer by every labeler, by what its exemplars are."""
+        for labeler in self._labelers:
+            for model, layer in pairs(self._models):
+                exemplars = known.config(EXEMPLARS, model=model, layer=layer)
+                known.check_units(self._units, model, layer)
+                recipe = label_recipe(labeler, exemplars, self._grids[model], self._units)
+                yield Output({"labeler": labeler.name, "model": model, "layer": layer}, recipe)
 
 
 def check_concepts(source: Probe, manifest: pa.Table) -> None:

@@ -21,7 +21,7 @@ from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
 from milan_ray.config import Recipe, Resources
 from milan_ray.device import resolve_device
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, TaskStage, run_stage
+from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, TaskStage, pairs, run_stage
 from milan_ray.engine.tasks import FEW_ROWS
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN, PointwiseMutualInformation
 from milan_ray.labelers.protocol import Evidence, Label, Labeler
@@ -239,9 +239,7 @@ class Candidates(ShardedStage):
     table, counted = CANDIDATES, "units"
     name, label = "candidates", "descriptions"
 
-    def __init__(
-        self, models: Mapping[str, Sequence[str]], search: Search, captioner: Captioner, units: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, models: Layers, search: Search, captioner: Captioner, units: tuple[int, ...] = ()) -> None:
         self._models, self._units = models, units
         self._settled, self._decoder = _settle(search, captioner), search.name
         self._identity = search_identity(captioner, search)
@@ -250,11 +248,10 @@ class Candidates(ShardedStage):
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """Candidates of every layer, by what its encodings are."""
-        for model, layers in self._models.items():
-            for layer in layers:
-                encodings = known.whole(ENCODINGS, encoder=self._encoder, model=model, layer=layer)
-                keys = {"decoder": self._decoder, "model": model, "layer": layer}
-                yield Output(keys, candidates_recipe(self._identity, encodings, self._units))
+        for model, layer in pairs(self._models):
+            encodings = known.whole(ENCODINGS, encoder=self._encoder, model=model, layer=layer)
+            keys = {"decoder": self._decoder, "model": model, "layer": layer}
+            yield Output(keys, candidates_recipe(self._identity, encodings, self._units))
 
     def shards(self, job: Job) -> list[Shard]:
         """Batches of units."""
@@ -309,9 +306,7 @@ class Descriptions(TaskStage):
 
     table, name = DESCRIPTIONS, "descriptions"
 
-    def __init__(
-        self, models: Mapping[str, Sequence[str]], search: Search, captioner: Captioner, units: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, models: Layers, search: Search, captioner: Captioner, units: tuple[int, ...] = ()) -> None:
         self._models, self._units, self._decoder = models, units, search.name
         self._labelers = {labeler.name: labeler for labeler in labelers(captioner, search)}
         self.title = f"descriptions ({search.name})"
@@ -321,11 +316,10 @@ class Descriptions(TaskStage):
     def outputs(self, known: Known) -> Iterator[Output]:
         """Descriptions of every layer by every labeler, by what its candidates are."""
         for labeler in self._labelers.values():
-            for model, layers in self._models.items():
-                for layer in layers:
-                    candidates = known.whole(CANDIDATES, decoder=self._decoder, model=model, layer=layer)
-                    keys = {"labeler": labeler.name, "model": model, "layer": layer}
-                    yield Output(keys, description_recipe(labeler, candidates, self._units))
+            for model, layer in pairs(self._models):
+                candidates = known.whole(CANDIDATES, decoder=self._decoder, model=model, layer=layer)
+                keys = {"labeler": labeler.name, "model": model, "layer": layer}
+                yield Output(keys, description_recipe(labeler, candidates, self._units))
 
     def make(self, storage: Storage, output: Output) -> pa.Table:
         """A layer's descriptions by one labeler."""
@@ -341,7 +335,7 @@ class Descriptions(TaskStage):
 
 
 def description_stages(
-    models: Mapping[str, Sequence[str]], search: Search, captioner: Captioner, units: tuple[int, ...] = ()
+    models: Layers, search: Search, captioner: Captioner, units: tuple[int, ...] = ()
 ) -> tuple[Candidates, Descriptions]:
     """The stages that describe encoded layers; arguments as of these."""
     return Candidates(models, search, captioner, units), Descriptions(models, search, captioner, units)
@@ -349,7 +343,7 @@ def description_stages(
 
 def run_descriptions(
     storage: Storage,
-    models: Mapping[str, Sequence[str]],
+    models: Layers,
     search: Search,
     resources: Resources,
     units: tuple[int, ...] = (),

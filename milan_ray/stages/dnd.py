@@ -10,7 +10,7 @@ import io
 import platform
 import time
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.stage import Output
+from milan_ray.engine.stage import Known, Layers, Output, Stage, TaskStage, due, pairs, run_stage
 from milan_ray.engine.tasks import FEW_IMAGES, beside_others, run_parallel
 from milan_ray.errors import MilanError, all_failed, unknown_name
 from milan_ray.exemplars.forward import Forward, read_inputs
@@ -43,7 +43,7 @@ from milan_ray.models.registry import ModelSpec
 from milan_ray.plugins import load_plugins
 from milan_ray.probe.base import ImageRef
 from milan_ray.progress import Progress, say
-from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, LEVELS, MANIFEST, POOLED
+from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, MANIFEST, POOLED
 from milan_ray.stages.exemplars import Dissection, ModelWork, ModelWorker, describe_model
 from milan_ray.stages.images import png
 from milan_ray.storage import EXEMPLARS_KEY, Storage, WorkGone
@@ -227,9 +227,66 @@ def drawings_recipe(identity: Mapping[str, object], exemplars: str, units: tuple
     return Recipe.of({**identity, "exemplars": exemplars}, units)
 
 
-def dnd_recipe(drawings: Recipe, labeler: DescribeAndDissect) -> Recipe:
-    """What decides a layer's labels, by what decides its drawings."""
-    return Recipe.of({**labeler.identity(), "drawings": drawings.whole}, drawings.units)
+class Drawings(Stage):
+    """Candidate labels of some layers with the images drawn of them; :func:`run_dnd` makes a model's together.
+
+    Args:
+        models: Model name → layers.
+        how: How to describe.
+        identity: As :func:`drawings_identity` gives it.
+        units: The units of every layer to describe; empty for all.
+    """
+
+    table = DRAWINGS
+
+    def __init__(
+        self, models: Layers, how: DndConfig, identity: Mapping[str, object], units: tuple[int, ...] = ()
+    ) -> None:
+        self._models, self._identity, self._units = models, identity, units
+        self.name = self.title = how.labeler.name
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """Drawings of every layer, by what its exemplars are."""
+        for model, layer in pairs(self._models):
+            exemplars = known.config(EXEMPLARS, model=model, layer=layer)
+            known.check_units(self._units, model, layer)
+            recipe = drawings_recipe(self._identity, exemplars, self._units)
+            yield Output({"labeler": self.name, "model": model, "layer": layer}, recipe)
+
+
+class DrawnLabels(TaskStage):
+    """Labels of some layers, chosen by what their units make of the drawings.
+
+    Args:
+        models: Model name → layers.
+        labeler: Who chooses.
+        units: The units of every layer to describe; empty for all.
+    """
+
+    table = DESCRIPTIONS
+
+    def __init__(self, models: Layers, labeler: DescribeAndDissect, units: tuple[int, ...] = ()) -> None:
+        self._models, self._labeler, self._units = models, labeler, units
+        self.name = self.title = labeler.name
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """Labels of every layer, by what its drawings are."""
+        for model, layer in pairs(self._models):
+            keys = {"labeler": self.name, "model": model, "layer": layer}
+            parts = {**self._labeler.identity(), "drawings": known.whole(DRAWINGS, **keys)}
+            yield Output(keys, Recipe.of(parts, self._units))
+
+    def make(self, storage: Storage, output: Output) -> pa.Table:
+        """A layer's labels."""
+        from milan_ray.stages.descriptions import described  # with its captioner, which workers can do without
+
+        drawn = read_drawings(storage, self.name, output.model, output.layer, self._units)
+        exemplars = storage.config_of(EXEMPLARS, model=output.model, layer=output.layer)
+        return described(output, self._labeler, self._labeler.label(Evidence(drawn=drawn)), exemplars)
+
+    def few(self, storage: Storage, outputs: Sequence[Output]) -> bool:
+        """Choosing is sorting some numbers."""
+        return True
 
 
 @dataclass(frozen=True)
@@ -308,18 +365,13 @@ def _run_model(
     resources: Resources,
     units: tuple[int, ...],
 ) -> None:
-    from milan_ray.stages.descriptions import write_labels  # with its captioner, which workers can do without
-
     spec = references.model(request)
     if spec.images is not None:
         raise MilanError(f"{spec.name} generates images; Describe-and-Dissect shows images to models: choose another.")
     labeler = how.labeler
-    recipes: dict[str, Recipe] = {}
-    for layer in spec.layers:
-        keys = {"model": spec.name, "layer": layer}
-        count = storage.count(LEVELS, **keys)
-        references.check_units(units, count, spec.name, layer)
-        recipes[layer] = drawings_recipe(identity, storage.config_of(EXEMPLARS, **keys), units)
+    layers = {spec.name: spec.layers}
+    every = Drawings(layers, how, identity, units).outputs(Known(storage))
+    recipes = {output.layer: output.recipe for output in every}
     # Over all layers, so that a job killed while results become public finds its work again.
     work = config_hash({"model": spec.name, "drawings": {layer: recipe.hash for layer, recipe in recipes.items()}})
     missing = tuple(
@@ -336,18 +388,10 @@ def _run_model(
         )
         _draw_all(storage, item, probe, config, how, identity, recipes, resources, units)
     storage.remove_work(work)
-    stale = 0
-    for layer, recipe in recipes.items():
-        keys = {"labeler": labeler.name, "model": spec.name, "layer": layer}
-        labels = dnd_recipe(recipe, labeler)
-        if storage.why(DESCRIPTIONS, labels, **keys) is None:
-            continue
-        stale += 1
-        drawn = read_drawings(storage, labeler.name, spec.name, layer, units)
-        exemplars = storage.config_of(EXEMPLARS, model=spec.name, layer=layer)
-        write_labels(storage, Output(keys, labels), labeler, labeler.label(Evidence(drawn=drawn)), exemplars)
-    if not stale:
+    labels = DrawnLabels(layers, labeler, units)
+    if not missing and not due(labels, storage):
         say(f"{labeler.name} of {spec.name}: all up to date")
+    run_stage(labels, storage, resources)
 
 
 def read_drawings(

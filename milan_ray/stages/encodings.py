@@ -21,7 +21,7 @@ from PIL import Image
 from milan_ray.config import Recipe, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, run_stage
+from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, pairs, run_stage
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.exemplars import masks
 from milan_ray.schema import ENCODINGS, EXEMPLARS
@@ -146,19 +146,18 @@ class Encodings(ShardedStage):
     table, counted = ENCODINGS, "chunks of images"
     name = label = "encodings"
 
-    def __init__(self, models: Mapping[str, Sequence[str]], encoder: Request, units: tuple[int, ...] = ()) -> None:
+    def __init__(self, models: Layers, encoder: Request, units: tuple[int, ...] = ()) -> None:
         self._models, self._encoder, self._units = models, encoder, units
         self.title = f"encodings ({encoder.name})"
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """Encodings of every layer, by what its exemplars are."""
         identity = encoder_identity(self._encoder)
-        for model, layers in self._models.items():
-            for layer in layers:
-                exemplars = known.config(EXEMPLARS, model=model, layer=layer)
-                known.check_units(self._units, model, layer)
-                keys = {"encoder": self._encoder.name, "model": model, "layer": layer}
-                yield Output(keys, encodings_recipe(identity, exemplars, self._units))
+        for model, layer in pairs(self._models):
+            exemplars = known.config(EXEMPLARS, model=model, layer=layer)
+            known.check_units(self._units, model, layer)
+            keys = {"encoder": self._encoder.name, "model": model, "layer": layer}
+            yield Output(keys, encodings_recipe(identity, exemplars, self._units))
 
     def shards(self, job: Job) -> list[Shard]:
         """Chunks of images; the exemplars of each lie beside it, so that no worker reads a layer as a whole."""
@@ -202,7 +201,7 @@ class Encodings(ShardedStage):
 
 def run_encodings(
     storage: Storage,
-    models: Mapping[str, Sequence[str]],
+    models: Layers,
     encoder: Request,
     resources: Resources,
     units: tuple[int, ...] = (),

@@ -16,8 +16,6 @@ from milan_ray.models.image_text import ImageTextRequest
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.schema import (
     DECODER_TRIALS,
-    DESCRIPTIONS,
-    DRAWINGS,
     ENCODINGS,
     EXEMPLARS,
     POOLED,
@@ -27,10 +25,10 @@ from milan_ray.schema import (
     UNIT_SCORES,
 )
 from milan_ray.stages.captioners import captioner_name
-from milan_ray.stages.clip_dissect import clip_dissect_recipe
-from milan_ray.stages.concept_labels import LabelConfig, label_recipe
+from milan_ray.stages.clip_dissect import ClipDissectLabels
+from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
 from milan_ray.stages.cosy import CosyConfig, cosy_recipes, weights_of
-from milan_ray.stages.dnd import DndConfig, dnd_recipe, drawings_identity, drawings_recipe
+from milan_ray.stages.dnd import DndConfig, Drawings, DrawnLabels, drawings_identity
 from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings_recipe
 from milan_ray.stages.encodings import Encodings, Request
 from milan_ray.stages.exemplars import describe_model, pooled_recipe, settled_recipes, why_exemplars
@@ -109,11 +107,7 @@ def plan_labels(
         units: The units of every layer to label; empty for all.
     """
     grids = {request.name: how.grid(references.model(request)) for request in models if request.name not in plan.failed}
-    for labeler in how.labelers:
-        for model, layer in pairs(layers):
-            exemplars = Planned(storage, plan).config(EXEMPLARS, model=model, layer=layer)
-            recipe = label_recipe(labeler, exemplars, grids[model], units)
-            plan.add(storage, DESCRIPTIONS, recipe, labeler=labeler.name, model=model, layer=layer)
+    plan.stages(storage, [ConceptLabels(layers, grids, how.labelers, units)])
 
 
 def plan_clip_dissect(
@@ -138,14 +132,8 @@ def plan_clip_dissect(
     """
     embedder = references.image_text(request, probe.plugins)
     digest = probe_digest(references.probe(probe).manifest())
-    plan.stages(storage, [ImageEmbeddings(request, embedder, probe, digest)])
-    images = image_embeddings_recipe(embedder, digest)
-    for model, layer in pairs(layers):
-        exemplars, pooled = (
-            Planned(storage, plan).config(table, model=model, layer=layer) for table in (EXEMPLARS, POOLED)
-        )
-        recipe = clip_dissect_recipe(labeler, embedder.text_identity(), exemplars, pooled, images.hash, units)
-        plan.add(storage, DESCRIPTIONS, recipe, labeler=labeler.name, model=model, layer=layer)
+    images = ImageEmbeddings(request, embedder, probe, digest)
+    plan.stages(storage, [images, ClipDissectLabels(layers, labeler, request, embedder, digest, units)])
 
 
 def plan_dnd(
@@ -160,13 +148,8 @@ def plan_dnd(
         how: How to describe.
         units: The units of every layer to describe; empty for all.
     """
-    identity = drawings_identity(storage, how)
-    for model, layer in pairs(layers):
-        exemplars = Planned(storage, plan).config(EXEMPLARS, model=model, layer=layer)
-        drawings = drawings_recipe(identity, exemplars, units)
-        keys = {"labeler": how.labeler.name, "model": model, "layer": layer}
-        plan.add(storage, DRAWINGS, drawings, **keys)
-        plan.add(storage, DESCRIPTIONS, dnd_recipe(drawings, how.labeler), **keys)
+    drawings = Drawings(layers, how, drawings_identity(storage, how), units)
+    plan.stages(storage, [drawings, DrawnLabels(layers, how.labeler, units)])
 
 
 def plan_scores(
@@ -287,11 +270,6 @@ def _plan_annotated(storage: Storage, layers: Sequence[tuple[str, str]], encoder
     plan = Plan()
     plan.stages(storage, [Encodings(by_model(layers), encoder) for encoder in encoders])
     return plan
-
-
-def pairs(models: Mapping[str, Sequence[str]]) -> list[tuple[str, str]]:
-    """(model, layer) of a mapping from models to layers."""
-    return [(model, layer) for model, layers in models.items() for layer in layers]
 
 
 def by_model(layers: Iterable[tuple[str, str]]) -> dict[str, list[str]]:

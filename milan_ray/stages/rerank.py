@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from milan_ray.captioner.quirks import NO_QUIRKS
 from milan_ray.config import Resources
 from milan_ray.device import resolve_device
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, run_stage
+from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, pairs, run_stage
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.labelers.clip import Clip, query, similarity
 from milan_ray.labelers.protocol import Evidence
@@ -107,9 +107,7 @@ class Reranked(ShardedStage):
     worker = SimilarityWorker
     table, counted = DESCRIPTIONS, "chunks of texts"
 
-    def __init__(
-        self, models: Mapping[str, Sequence[str]], search: Search, clip: Clip, units: tuple[int, ...] = ()
-    ) -> None:
+    def __init__(self, models: Layers, search: Search, clip: Clip, units: tuple[int, ...] = ()) -> None:
         self._models, self._decoder, self._clip, self._units = models, search.name, clip, units
         self._labeler = clip.labeler()
         self.name = self._labeler.name
@@ -118,13 +116,12 @@ class Reranked(ShardedStage):
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """Descriptions of every layer, by what its candidates and the model's encodings are."""
-        for model, layers in self._models.items():
-            for layer in layers:
-                keys = {"model": model, "layer": layer}
-                candidates = known.whole(CANDIDATES, decoder=self._decoder, **keys)
-                encodings = known.whole(ENCODINGS, encoder=self._clip.name, **keys)
-                recipe = description_recipe(self._labeler, candidates, self._units, encodings)
-                yield Output({"labeler": self.name, **keys}, recipe)
+        for model, layer in pairs(self._models):
+            keys = {"model": model, "layer": layer}
+            candidates = known.whole(CANDIDATES, decoder=self._decoder, **keys)
+            encodings = known.whole(ENCODINGS, encoder=self._clip.name, **keys)
+            recipe = description_recipe(self._labeler, candidates, self._units, encodings)
+            yield Output({"labeler": self.name, **keys}, recipe)
 
     def shards(self, job: Job) -> list[Shard]:
         """Chunks of texts; which one a text falls into depends on the text alone, so that no two share one."""
@@ -168,7 +165,7 @@ class Reranked(ShardedStage):
 
 
 def reranking_stages(
-    models: Mapping[str, Sequence[str]], search: Search, captioner: Captioner, clip: Clip, units: tuple[int, ...] = ()
+    models: Layers, search: Search, captioner: Captioner, clip: Clip, units: tuple[int, ...] = ()
 ) -> tuple[Candidates, Encodings, Reranked]:
     """The stages that re-rank a wide search; ``search`` is the captioner's own."""
     wide = wide_search(captioner, search, clip)
@@ -181,7 +178,7 @@ def reranking_stages(
 
 def run_reranking(
     storage: Storage,
-    models: Mapping[str, Sequence[str]],
+    models: Layers,
     search: Search,
     clip: Clip,
     resources: Resources,
