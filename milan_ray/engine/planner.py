@@ -84,7 +84,7 @@ class Plan:
         """Adds all outputs of stages that follow one another."""
         for stage in stages:
             for output in stage.outputs(Planned(storage, self)):
-                self.add(storage, stage.table, output.recipe, **output.keys)
+                self.note(stage.table, output.recipe, stage.why(storage, output), **output.keys)
 
     def waits(self, table: str, keys: tuple[str, ...], *before: str, of: str | None = None) -> bool:
         """Whether a table is made of others that would be made first, so that its recipe is not known; notes it then.

@@ -9,6 +9,7 @@ storage was faster, and removes the work in progress on every way out.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -185,6 +186,10 @@ class Stage(ABC):
     def outputs(self, known: Known) -> Iterator[Output]:
         """The partitions there will be, and what decides each."""
 
+    def why(self, storage: Storage, output: Output) -> str | None:
+        """Why an output has to be made; None when it is current."""
+        return storage.why(self.table, output.recipe, **output.keys)
+
 
 class ShardedStage(Stage):
     """A stage whose outputs are cut into shards.
@@ -229,12 +234,14 @@ class ShardedStage(Stage):
 
 
 class TaskStage(Stage):
-    """A stage that makes each output by one task, of which the run log knows nothing: it takes no time.
+    """A stage that makes each output by one task.
 
     Attributes:
+        recorded: Whether the run log has a row for each output.
         remark: What people should know before it runs; empty for nothing.
     """
 
+    recorded: ClassVar[bool] = False
     remark: str = ""
 
     @abstractmethod
@@ -262,7 +269,7 @@ def run_stage(stage: ShardedStage | TaskStage, storage: Storage, resources: Reso
         MilanError: What it is made of is missing, or a worker failed.
     """
     every = numbered(stage, storage)
-    due = [output for output in every if storage.why(stage.table, output.recipe, **output.keys)]
+    due = [output for output in every if stage.why(storage, output)]
     if isinstance(stage, TaskStage):
         if stage.remark:
             say(stage.remark)
@@ -287,7 +294,7 @@ def numbered(stage: Stage, storage: Storage) -> list[Output]:
 
 def due(stage: Stage, storage: Storage) -> list[Output]:
     """The outputs of a stage that are missing or stale."""
-    return [output for output in numbered(stage, storage) if storage.why(stage.table, output.recipe, **output.keys)]
+    return [output for output in numbered(stage, storage) if stage.why(storage, output)]
 
 
 def abandon(stage: ShardedStage, storage: Storage) -> None:
@@ -384,5 +391,10 @@ class _Task:
 
 
 def _run_task(task: _Task) -> None:
-    table = task.stage.make(task.storage, task.output)
-    task.storage.write(task.stage.table, table, task.output.recipe, **task.output.keys)
+    stage, output, started = task.stage, task.output, time.monotonic()
+    table = stage.make(task.storage, output)
+    if stage.recorded:
+        cost, run = Cost(), output.recipe.hash
+        cost.add(time.monotonic() - started)
+        record_run(task.storage, stage.name, run, output.model, layer=output.layer, rows=len(table), cost=cost)
+    task.storage.write(stage.table, table, output.recipe, **output.keys)

@@ -7,7 +7,7 @@ pooled ────────────────────────�
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +21,7 @@ from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Kept, Row, run_pool
 from milan_ray.engine.run_log import Cost, record_run
+from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.engine.tasks import beside_others, removed_if_damaged
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import pass_size
@@ -41,6 +42,7 @@ from milan_ray.stages.scores import (
     ScoreConfig,
     Seen,
     Texts,
+    by_described,
     summarise,
     upstream,
     write_unit_scores,
@@ -111,9 +113,10 @@ def run_cosy(
     generator = references.generator(request, probe.plugins)
     by_name = {model.name: model for model in models}
     weights = weights_of(models)
-    recipes = cosy_recipes(storage, described, digest, weights, generator, cosy, config)
-    work = config_hash({"cosy": [recipe.hash for recipe in recipes.values()]})
-    due = [w for w in described if storage.why(UNIT_SCORES, recipes[w], predictor=request.name, **w.keys)]
+    stage = CosyScores(described, request, generator, digest, weights, cosy, config)
+    outputs = by_described(stage.outputs(Known(storage)))
+    work = config_hash({"cosy": [output.recipe.hash for output in outputs.values()]})
+    due = [what for what in described if stage.why(storage, outputs[what])]
     if not due:
         storage.remove_work(work)
         say(f"scores by {request.name}: all up to date")
@@ -164,9 +167,9 @@ def run_cosy(
                     costs[what].add(answer["seconds"], len(sharing[answer["model"]]))
         for what, said in texts.items():
             table = _score_layer(storage, work, what, said, place, config)
-            run = recipes[what].hash
+            run = outputs[what].recipe.hash
             record_run(storage, "cosy", run, what.model, layer=what.layer, rows=len(table), cost=costs[what])
-            write_unit_scores(storage, request.name, what, table, recipes[what])
+            write_unit_scores(storage, outputs[what], table)
     storage.remove_work(work)
     return summarise(storage, request.name, sorted({what.model for what in described}), config)
 
@@ -176,34 +179,45 @@ def weights_of(models: Sequence[references.ModelRequest]) -> dict[str, str]:
     return {model.name: weights_digest(references.network(references.model(model))) for model in models}
 
 
-def cosy_recipes(
-    storage: Storage,
-    described: Sequence[Described],
-    digest: str,
-    weights: Mapping[str, str],
-    generator: Generator,
-    cosy: CosyConfig,
-    config: ScoreConfig,
-) -> dict[Described, Recipe]:
-    """All that decides the scores of descriptions by generated images.
+class CosyScores(Stage):
+    """Scores of descriptions by generated images; :func:`run_cosy` makes them together.
 
     Args:
-        storage: The run directory.
         described: What to score.
-        digest: Identity of the probe.
+        request: The generator.
+        generator: The same, loaded.
+        digest: Digest of the probe manifest.
         weights: Of :func:`weights_of`.
-        generator: What draws.
         cosy: How to draw.
         config: How to pool, and which images of the probe count.
-
-    Raises:
-        MilanError: Pooled activations are missing.
     """
-    identity = {"kernel": KERNEL_VERSION, "generator": generator.identity(), "cosy": cosy, "config": config}
-    return {
-        what: Recipe.of({**identity, "weights": weights[what.model], **upstream(storage, what, digest)})
-        for what in described
-    }
+
+    table, name = UNIT_SCORES, "cosy"
+
+    def __init__(
+        self,
+        described: Sequence[Described],
+        request: GeneratorRequest,
+        generator: Generator,
+        digest: str,
+        weights: Mapping[str, str],
+        cosy: CosyConfig,
+        config: ScoreConfig,
+    ) -> None:
+        self._described, self._digest, self._weights = described, digest, weights
+        self._predictor, self.title = request.name, f"scores by {request.name}"
+        self._identity = {
+            "kernel": KERNEL_VERSION,
+            "generator": generator.identity(),
+            "cosy": cosy,
+            "config": config,
+        }
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """Scores of every labeler's descriptions of every layer."""
+        for what in self._described:
+            above = {"weights": self._weights[what.model], **upstream(known.storage, what, self._digest)}
+            yield Output({"predictor": self._predictor, **what.keys}, Recipe.of({**self._identity, **above}))
 
 
 class CosyWorker:

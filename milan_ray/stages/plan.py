@@ -22,23 +22,22 @@ from milan_ray.schema import (
     SCORES,
     TRAINING,
     TRIALS,
-    UNIT_SCORES,
 )
 from milan_ray.stages.captioners import captioner_name
 from milan_ray.stages.clip_dissect import ClipDissectLabels
 from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
-from milan_ray.stages.cosy import CosyConfig, cosy_recipes, weights_of
+from milan_ray.stages.cosy import CosyConfig, CosyScores, weights_of
 from milan_ray.stages.dnd import DndConfig, Drawings, DrawnLabels, drawings_identity
 from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings_recipe
 from milan_ray.stages.encodings import Encodings, Request
 from milan_ray.stages.exemplars import describe_model, pooled_recipe, settled_recipes, why_exemplars
 from milan_ray.stages.scores import (
     Described,
+    ExemplarScores,
     ScoreConfig,
-    exemplar_score_recipes,
+    Scores,
     sanity_name,
     sanity_recipe,
-    score_recipes,
     truth_of,
 )
 from milan_ray.stages.training import TrainingJob, training_recipe, why_training
@@ -179,12 +178,10 @@ def plan_scores(
     """
     embedder = truth_of(request, probe) if judged else references.image_text(request, probe.plugins)
     digest = probe_digest(references.probe(probe).manifest())
-    plan.stages(storage, [ImageEmbeddings(request, embedder, probe, digest)])
+    scores = Scores(described, request, embedder, digest, config, classes)
+    exemplars = ExemplarScores(described, request, digest)
+    plan.stages(storage, [ImageEmbeddings(request, embedder, probe, digest), scores, exemplars])
     images = image_embeddings_recipe(embedder, digest)
-    recipes = score_recipes(storage, described, digest, embedder, images.hash, config, classes)
-    recipes |= exemplar_score_recipes(storage, described, images.hash)
-    for what, recipe in recipes.items():
-        plan.add(storage, UNIT_SCORES, recipe, predictor=request.name, **what.keys)
     for (model, layer), concepts in (judged or {}).items():
         recipe = sanity_recipe(storage, model, layer, concepts, images.hash, config)
         plan.add(storage, SCORES, recipe, experiment=sanity_name(model, layer))
@@ -204,8 +201,7 @@ def plan_cosy(
     digest = probe_digest(references.probe(probe).manifest())
     generator = references.generator(request, probe.plugins)
     weights = weights_of(models)
-    for what, recipe in cosy_recipes(storage, described, digest, weights, generator, cosy, config).items():
-        plan.add(storage, UNIT_SCORES, recipe, predictor=request.name, **what.keys)
+    plan.stages(storage, [CosyScores(described, request, generator, digest, weights, cosy, config)])
 
 
 def plan_training(storage: Storage, job: TrainingJob) -> Plan:

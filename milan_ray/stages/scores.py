@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -21,6 +21,7 @@ from milan_ray.config import Recipe, Resources, config_hash
 from milan_ray.device import torch_threads
 from milan_ray.engine import references
 from milan_ray.engine.run_log import Cost, record_run
+from milan_ray.engine.stage import Known, Output, Stage, TaskStage, run_stage
 from milan_ray.engine.tasks import FEW_IMAGES, beside_others, removed_if_damaged, run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
@@ -325,10 +326,10 @@ def run_scores(
     digest = run_image_embeddings(storage, probe, request, resources)
     embedder = references.image_text(request, probe.plugins)
     curve = config.curve(embedder)
-    embedded = storage.config_of(IMAGE_EMBEDDINGS, encoder=request.name, probe=digest)
-    recipes = score_recipes(storage, described, digest, embedder, embedded, config, classes)
-    work = config_hash({"scores": [recipe.hash for recipe in recipes.values()]})
-    due = [w for w in described if storage.why(UNIT_SCORES, recipes[w], predictor=request.name, **w.keys)]
+    stage = Scores(described, request, embedder, digest, config, classes)
+    outputs = by_described(stage.outputs(Known(storage)))
+    work = config_hash({"scores": [output.recipe.hash for output in outputs.values()]})
+    due = [what for what in described if stage.why(storage, outputs[what])]
     if due:
         with removed_if_damaged(storage, work):
             # Of all that was due when the job began, so that one that goes on after a kill finds these very texts
@@ -371,13 +372,13 @@ def run_scores(
                 names = (classes or {}).get((what.model, what.layer))
                 if names is not None:
                     table = pa.concat_tables([table, _class_rows(said, names, vectors, embedder)])
-                run = recipes[what].hash
+                run = outputs[what].recipe.hash
                 record_run(storage, "scores", run, what.model, layer=what.layer, rows=len(table), cost=costs[what])
-                write_unit_scores(storage, request.name, what, table, recipes[what])
+                write_unit_scores(storage, outputs[what], table)
     else:
         say(f"scores by {request.name}: all up to date")
     storage.remove_work(work)
-    _score_exemplars(storage, described, request, digest, embedded)
+    run_stage(ExemplarScores(described, request, digest), storage, resources)
     return summarise(storage, request.name, sorted({what.model for what in described}), config)
 
 
@@ -388,36 +389,42 @@ def _begun(storage: Storage, work: str, due: Sequence[int]) -> set[int]:
     return {*due, *storage.get_work(work, "due")["number"].to_pylist()}
 
 
-def score_recipes(
-    storage: Storage,
-    described: Sequence[Described],
-    digest: str,
-    embedder: Embedder,
-    embedded: str,
-    config: ScoreConfig,
-    classes: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
-) -> dict[Described, Recipe]:
-    """All that decides the scores of descriptions.
+class Scores(Stage):
+    """Scores of descriptions by a model of images and texts; :func:`run_scores` makes them together.
 
     Args:
-        storage: The run directory.
         described: What to score.
-        digest: Identity of the probe.
-        embedder: The model of images and texts.
-        embedded: Configuration hash of the probe's embeddings.
+        request: The model of images and texts, or what takes its place.
+        embedder: The same, loaded.
+        digest: Digest of the probe manifest.
         config: How to score.
         classes: (model, layer) → what each unit stands for.
-
-    Raises:
-        MilanError: Pooled activations are missing.
     """
-    texts = {"curve": config.curve(embedder), "texts": embedder.text_identity()}
-    identity = {"kernel": KERNEL_VERSION, "config": config, **texts, "images": embedded}
-    recipes: dict[Described, Recipe] = {}
-    for what in described:
-        names = (classes or {}).get((what.model, what.layer))
-        recipes[what] = Recipe.of({**identity, **upstream(storage, what, digest), "classes": names})
-    return recipes
+
+    table, name = UNIT_SCORES, "scores"
+
+    def __init__(
+        self,
+        described: Sequence[Described],
+        request: ImageTextRequest,
+        embedder: Embedder,
+        digest: str,
+        config: ScoreConfig,
+        classes: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
+    ) -> None:
+        self._described, self._digest, self._classes = described, digest, classes or {}
+        self._predictor, self.title = request.name, f"scores by {request.name}"
+        texts = {"curve": config.curve(embedder), "texts": embedder.text_identity()}
+        self._identity = {"kernel": KERNEL_VERSION, "config": config, **texts}
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """Scores of every labeler's descriptions of every layer."""
+        images = known.config(IMAGE_EMBEDDINGS, encoder=self._predictor, probe=self._digest)
+        for what in self._described:
+            above = upstream(known.storage, what, self._digest)
+            names = self._classes.get((what.model, what.layer))
+            recipe = Recipe.of({**self._identity, "images": images, **above, "classes": names})
+            yield Output({"predictor": self._predictor, **what.keys}, recipe)
 
 
 def upstream(storage: Storage, what: Described, digest: str) -> dict[str, str]:
@@ -435,27 +442,26 @@ def upstream(storage: Storage, what: Described, digest: str) -> dict[str, str]:
     }
 
 
-def exemplar_score_recipes(storage: Storage, described: Sequence[Described], embedded: str) -> dict[Described, Recipe]:
-    """All that decides the scores of exemplars alone, one per layer."""
-    found: dict[Described, Recipe] = {}
-    for model, layer in sorted({(what.model, what.layer) for what in described}):
-        exemplars = storage.config_of(EXEMPLARS, model=model, layer=layer)
-        parts = {"kernel": KERNEL_VERSION, "images": embedded, "exemplars": exemplars}
-        found[Described(WORDLESS, model, layer)] = Recipe.of(parts)
-    return found
-
-
 def _stack(texts: Sequence[str], vectors: Mapping[str, np.ndarray], embedder: Embedder) -> np.ndarray:
     return np.stack([vectors[text] for text in texts]) if texts else np.zeros((0, embedder.width), np.float32)
 
 
-def write_unit_scores(storage: Storage, predictor: str, what: Described, rows: pa.Table, recipe: Recipe) -> None:
-    """Makes a layer's scores public: rows of unit, system, description, metric, value and images; NaN becomes null."""
-    keys = {"predictor": predictor, **what.keys}
+def unit_scores(keys: Mapping[str, str], rows: pa.Table) -> pa.Table:
+    """A layer's scores: rows of unit, system, description, metric, value and images; NaN becomes null."""
     columns: dict[str, object] = {name: [value] * len(rows) for name, value in keys.items()}
     columns |= {name: rows[name] for name in rows.column_names}
     columns["value"] = pa.array(rows["value"].to_numpy(), pa.float64(), from_pandas=True)
-    storage.write(UNIT_SCORES, UNIT_SCORES.table(columns), recipe, **keys)
+    return UNIT_SCORES.table(columns)
+
+
+def write_unit_scores(storage: Storage, output: Output, rows: pa.Table) -> None:
+    """Makes a layer's scores public; see :func:`unit_scores`."""
+    storage.write(UNIT_SCORES, unit_scores(output.keys, rows), output.recipe, **output.keys)
+
+
+def by_described(outputs: Iterable[Output]) -> dict[Described, Output]:
+    """Outputs by what they score."""
+    return {Described(*(output.keys[key] for key in ("labeler", "model", "layer"))): output for output in outputs}
 
 
 @dataclass(frozen=True)
@@ -610,18 +616,36 @@ def _class_rows(
     return pa.Table.from_pylist(rows, schema=ROWS_SCHEMA)
 
 
-def _score_exemplars(
-    storage: Storage, described: Sequence[Described], request: ImageTextRequest, digest: str, embedded: str
-) -> None:
-    """Clarity, polysemanticity and redundancy of layers, where they are missing or stale."""
-    for what, recipe in exemplar_score_recipes(storage, described, embedded).items():
-        if not storage.why(UNIT_SCORES, recipe, predictor=request.name, **what.keys):
-            continue
-        started = time.monotonic()
-        table = storage.read(EXEMPLARS, ["unit", "image_id"], model=what.model, layer=what.layer)
+class ExemplarScores(TaskStage):
+    """Clarity, polysemanticity and redundancy of layers, which need no descriptions.
+
+    Args:
+        described: Of which layers.
+        request: The model of images and texts.
+        digest: Digest of the probe manifest.
+    """
+
+    table, name, recorded = UNIT_SCORES, "scores", True
+
+    def __init__(self, described: Sequence[Described], request: ImageTextRequest, digest: str) -> None:
+        self._layers = sorted({(what.model, what.layer) for what in described})
+        self._predictor, self._digest = request.name, digest
+        self.title = f"scores of exemplars by {request.name}"
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """Scores of every layer, by what its exemplars are."""
+        images = known.config(IMAGE_EMBEDDINGS, encoder=self._predictor, probe=self._digest)
+        for model, layer in self._layers:
+            exemplars = known.config(EXEMPLARS, model=model, layer=layer)
+            recipe = Recipe.of({"kernel": KERNEL_VERSION, "images": images, "exemplars": exemplars})
+            yield Output({"predictor": self._predictor, **Described(WORDLESS, model, layer).keys}, recipe)
+
+    def make(self, storage: Storage, output: Output) -> pa.Table:
+        """A layer's scores."""
+        table = storage.read(EXEMPLARS, ["unit", "image_id"], model=output.model, layer=output.layer)
         of, images = table["unit"].to_numpy(), table["image_id"].to_numpy()
         ids = np.unique(images)
-        vectors = embeddings_of(storage, request.name, digest, ids).astype(np.float64)
+        vectors = embeddings_of(storage, self._predictor, self._digest, ids).astype(np.float64)
         vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
         units = np.unique(of)
         groups = [vectors[np.searchsorted(ids, images[of == unit])] for unit in units]
@@ -635,10 +659,11 @@ def _score_exemplars(
                 ("redundancy", near),
             )
         ]
-        cost = Cost()
-        cost.add(time.monotonic() - started)
-        record_run(storage, "scores", recipe.hash, what.model, layer=what.layer, rows=len(rows), cost=cost)
-        write_unit_scores(storage, request.name, what, pa.Table.from_pylist(rows, schema=ROWS_SCHEMA), recipe)
+        return unit_scores(output.keys, pa.Table.from_pylist(rows, schema=ROWS_SCHEMA))
+
+    def few(self, storage: Storage, outputs: Sequence[Output]) -> bool:
+        """A layer's scores are some products of matrices."""
+        return True
 
 
 def run_sanity(
