@@ -14,8 +14,9 @@ from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRequest, load_captioner
 from milan_ray.stages.descriptions import description_stages
 from milan_ray.stages.encodings import Encodings
-from milan_ray.stages.plan import add_training, add_tuning, plan_exemplars
+from milan_ray.stages.plan import add_tuning, plan_exemplars
 from milan_ray.stages.rerank import reranking_stages
+from milan_ray.stages.training import Training
 from milan_ray.storage import Storage
 from milan_ray.world.image_text import image_text_task
 from milan_ray.world.training import TrainTask, generator_task, train_all_tasks
@@ -38,7 +39,7 @@ def plan_demo(storage: Storage, clip: bool = False, generator: bool = False, gro
         models = _plan_sets(storage, plan)
         if not plan.waits(TRAINING.name, ("of every group",), NETWORKS, EXEMPLARS.name, ANNOTATIONS.name):
             for job in demo.group_jobs(models):
-                add_training(storage, plan, job)
+                plan.stages(storage, [Training(job)])
     return plan
 
 
@@ -70,7 +71,7 @@ def _plan_main(storage: Storage, plan: Plan, clip: bool) -> None:
     models = _plan_dissection(storage, plan, demo.MODELS, demo.PROBE)
     made = (NETWORKS, EXEMPLARS.name, ANNOTATIONS.name)
     if not plan.waits(TRAINING.name, (demo.DECODER,), *made):
-        add_training(storage, plan, demo.captioner_job(models))
+        plan.stages(storage, [Training(demo.captioner_job(models))])
     _plan_descriptions(storage, plan, "the demo's networks", models)
     if not plan.waits(TRIALS.name, (demo.DECODER, demo.TUNING), *made, ENCODINGS.name, TRAINING.name):
         add_tuning(storage, plan, demo.tuning_job(models))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from milan_ray.config import ExemplarConfig, Recipe
+from milan_ray.config import ExemplarConfig
 from milan_ray.engine import references
-from milan_ray.engine.planner import Plan, Planned, Step
+from milan_ray.engine.planner import Plan, Step
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import check_probe
 from milan_ray.labelers.clip_dissect import ClipDissect
@@ -16,11 +16,9 @@ from milan_ray.models.image_text import ImageTextRequest
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.schema import (
     DECODER_TRIALS,
-    ENCODINGS,
     EXEMPLARS,
     POOLED,
     SCORES,
-    TRAINING,
     TRIALS,
 )
 from milan_ray.stages.captioners import captioner_name
@@ -40,7 +38,7 @@ from milan_ray.stages.scores import (
     sanity_recipe,
     truth_of,
 )
-from milan_ray.stages.training import TrainingJob, training_recipe, why_training
+from milan_ray.stages.training import Training, TrainingJob
 from milan_ray.storage import Storage
 
 if TYPE_CHECKING:
@@ -211,20 +209,8 @@ def plan_training(storage: Storage, job: TrainingJob) -> Plan:
         MilanError: Exemplars or annotations are missing, or do not belong together.
     """
     plan = _plan_annotated(storage, job.layers, [job.encoder])
-    add_training(storage, plan, job)
+    plan.stages(storage, [Training(job)])
     return plan
-
-
-def add_training(storage: Storage, plan: Plan, job: TrainingJob) -> Recipe:
-    """Adds a training on encodings that are planned already; returns what decides its captioner."""
-    known = Planned(storage, plan)
-    encodings = {
-        (model, layer): known.whole(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer)
-        for model, layer in job.layers
-    }
-    recipe = training_recipe(storage, job, encodings)
-    plan.note(TRAINING, recipe, why_training(storage, job, recipe), decoder=job.name)
-    return recipe
 
 
 def plan_tuning(storage: Storage, job: TuningJob, encoder: Request) -> Plan:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +23,7 @@ from milan_ray.captioner.text import Indexer
 from milan_ray.config import Recipe, TrainingConfig
 from milan_ray.engine import trainer
 from milan_ray.engine.run_log import Cost, record_run
+from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.engine.tasks import run_parallel
 from milan_ray.engine.trainer import Workers, train_on_workers
 from milan_ray.errors import MilanError, reason
@@ -214,31 +215,48 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
     return True
 
 
+class Training(Stage):
+    """A captioner; :func:`run_training` trains it.
+
+    Args:
+        job: What to train, and how.
+    """
+
+    table, name = TRAINING, "training"
+
+    def __init__(self, job: TrainingJob) -> None:
+        self._job, self.title = job, f"training of {job.name}"
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """The captioner, by its encodings and annotations."""
+        encodings = {
+            (model, layer): known.config(ENCODINGS, encoder=self._job.encoder.name, model=model, layer=layer)
+            for model, layer in self._job.layers
+        }
+        yield Output({"decoder": self._job.name}, training_recipe(known.storage, self._job, encodings))
+
+    def why(self, storage: Storage, output: Output) -> str | None:
+        """Why it has to be trained: its history or itself is missing, stale or damaged."""
+        if due := super().why(storage, output):
+            return due
+        if not has_captioner(storage, self._job.name):
+            return "captioner missing"
+        try:
+            load_captioner(storage, self._job.name)
+        except MilanError as error:
+            say(f"{error}: it is trained anew", level="warning")
+            return "captioner damaged"
+        return None
+
+
 def _due(storage: Storage, job: TrainingJob) -> Recipe | None:
     """What decides a captioner that has to be trained; None for one that is there."""
-    encodings = {
-        (model, layer): storage.config_of(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer)
-        for model, layer in job.layers
-    }
-    recipe = training_recipe(storage, job, encodings)
-    if why_training(storage, job, recipe):
-        return recipe
-    storage.remove_work(recipe.hash)
+    stage = Training(job)
+    (output,) = stage.outputs(Known(storage))
+    if stage.why(storage, output):
+        return output.recipe
+    storage.remove_work(output.recipe.hash)
     say(f"training of {job.name}: up to date")
-    return None
-
-
-def why_training(storage: Storage, job: TrainingJob, recipe: Recipe) -> str | None:
-    """Why a captioner has to be trained; None when it is there."""
-    if due := storage.why(TRAINING, recipe, decoder=job.name):
-        return due
-    if not has_captioner(storage, job.name):
-        return "captioner missing"
-    try:
-        load_captioner(storage, job.name)
-    except MilanError as error:
-        say(f"{error}: it is trained anew", level="warning")
-        return "captioner damaged"
     return None
 
 

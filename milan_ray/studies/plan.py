@@ -9,7 +9,7 @@ import polars as pl
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine import references
-from milan_ray.engine.planner import Plan, Step
+from milan_ray.engine.planner import Plan, Planned, Step
 from milan_ray.probe.manifest import digest
 from milan_ray.schema import (
     ABLATIONS,
@@ -29,7 +29,8 @@ from milan_ray.stages.captioners import load_captioner
 from milan_ray.stages.concept_labels import LabelConfig
 from milan_ray.stages.descriptions import description_stages
 from milan_ray.stages.encodings import Encodings
-from milan_ray.stages.plan import add_training, plan_exemplars, plan_labels
+from milan_ray.stages.plan import plan_exemplars, plan_labels
+from milan_ray.stages.training import Training
 from milan_ray.storage import Storage
 from milan_ray.studies.analysis.run import AnalysisConfig, analysis_recipe, described_model
 from milan_ray.studies.auditing.run import AuditConfig, find_audit
@@ -133,8 +134,9 @@ def plan_generalization(storage: Storage, job: GeneralizationJob, language: str,
         plan.add(storage, SPLITS, split_units(trials, split.name)[1], experiment=job.name, split=split.name)
     said: dict[str, list[str]] = {split.name: [] for split in job.splits}
     for trial in trials:
-        captioner = add_training(storage, plan, trial.training)
-        recipe = held_out_recipe(storage, job, trial, captioner.hash)
+        plan.stages(storage, [Training(trial.training)])
+        captioner = Planned(storage, plan).config(TRAINING, decoder=trial.training.name)
+        recipe = held_out_recipe(storage, job, trial, captioner)
         plan.add(storage, HELD_OUT, recipe, **trial.public(job.name))
         said[trial.split.name].append(recipe.hash)
     scored = {name: split_recipe(job, language, hashes) for name, hashes in said.items()}
