@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import spacy
 from milan_ray import cli
 from milan_ray.annotations.splits import chosen_splits
 from milan_ray.config import Resources, TrainingConfig
+from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.schema import ANNOTATIONS, ENCODINGS, EXEMPLARS, GENERALIZATION, HELD_OUT, SCORES, SPLITS, TRAINING
 from milan_ray.stages.captioners import EncoderRequest, load_captioner
 from milan_ray.stages.training import Sizes
@@ -81,10 +83,22 @@ def generalize(storage: Storage, **changes: object) -> pl.DataFrame:
     return run_generalization(storage, job_of(**changes), spacy.blank("en"), "rules", Resources(device="cpu"))
 
 
+class Invented(Stage):
+    """Encodings that are there, and come from nowhere."""
+
+    table = ENCODINGS
+    name = title = "encodings"
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        return iter(())
+
+
 def planned(storage: Storage, monkeypatch: pytest.MonkeyPatch, **changes: object) -> dict[str, int]:
     """Table → partitions that a dry run would make, where the encodings are those that tests have invented."""
-    invented = {(model, "0"): f"encoded {model}" for model in ("mine/a", "mine/b")}
-    monkeypatch.setattr(plan_experiments, "plan_encodings", lambda *_: invented)
+    monkeypatch.setattr(plan_experiments, "Encodings", Invented)
     before = storage.stat("")
     plan = plan_generalization(storage, job_of(**changes), "rules", Resources(device="cpu"))
     assert storage.stat("") == before and not plan.later
