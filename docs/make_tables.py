@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from milan_ray.schema import NOUNS
-from milan_ray.schema.table import Noun
+from milan_ray.schema import TABLES
+from milan_ray.schema.table import Table
 
 PAGE = Path(__file__).with_name("tables.md")
 
@@ -14,12 +14,12 @@ HEAD = """# Tables
 A run directory holds these tables, each a folder of Parquet files under hive keys, as
 `exemplars/model=resnet18%2Fimagenet/layer=layer4/data.parquet`; in a folder's name `/` is written `%2F`. The keys are
 columns of the files too. File metadata has `milan_ray.config`, the hash of what made the file, and `milan_ray.parts`, a
-digest per ingredient. Recipes: [cookbook](cookbook.md).
+digest per ingredient. Fingerprints: [cookbook](cookbook.md).
 
 """
 
 
-def section(noun: Noun) -> str:
+def section(noun: Table) -> str:
     """One table: what a row is, its keys, its columns."""
     rows = [
         f"| `{column.name}` | {column.type}{', may be null' if column.nullable else ''} | {cell(column.doc)} |"
@@ -37,8 +37,10 @@ def cell(text: str) -> str:
 
 def page() -> str:
     """The whole page."""
-    index = [f"| [`{noun.name}`](#{noun.name}) | {cell(noun.doc.split('. ')[0].removesuffix('.'))} |" for noun in NOUNS]
-    return HEAD + "\n".join(["| table | one row is |", "|---|---|", *index, "", *map(section, NOUNS)])
+    index = [
+        f"| [`{noun.name}`](#{noun.name}) | {cell(noun.doc.split('. ')[0].removesuffix('.'))} |" for noun in TABLES
+    ]
+    return HEAD + "\n".join(["| table | one row is |", "|---|---|", *index, "", *map(section, TABLES)])
 
 
 if __name__ == "__main__":

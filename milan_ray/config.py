@@ -29,27 +29,27 @@ def config_hash(config: Mapping[str, object]) -> str:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Fingerprint:
     """What decides the content of a table.
 
     Attributes:
-        hash: Its identity.
-        parts: Ingredient → digest, which tells afterwards the ingredient that changed.
-        whole: The same table's identity with all of a layer's units.
+        hash: Identifies the content.
+        inputs: Input → digest, which tells afterwards the input that changed.
+        all_units: The hash of the same table with all units of its layer.
         units: The units selected; empty for all.
     """
 
     hash: str
-    parts: dict[str, str]
-    whole: str
+    inputs: dict[str, str]
+    all_units: str
     units: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, config: Mapping[str, object], units: tuple[int, ...] = ()) -> Recipe:
-        """The recipe of a configuration, an ingredient per key."""
+    def of(cls, config: Mapping[str, object], units: tuple[int, ...] = ()) -> Fingerprint:
+        """Fingerprint of a configuration: one input per key."""
         chosen = {**config, "units": units} if units else config
-        parts = {name: config_hash({name: value})[:8] for name, value in chosen.items()}
-        return cls(config_hash(chosen), parts, config_hash(config), units)
+        inputs = {name: config_hash({name: value})[:8] for name, value in chosen.items()}
+        return cls(config_hash(chosen), inputs, config_hash(config), units)
 
 
 def data_dir() -> Path:

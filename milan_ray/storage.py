@@ -31,12 +31,12 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
-from milan_ray.config import Recipe
+from milan_ray.config import Fingerprint
 from milan_ray.errors import DamagedTable, MilanError, reason
 from milan_ray.names import shown
 from milan_ray.progress import say
 from milan_ray.remote import is_uri, open_uri, split_query, why
-from milan_ray.schema import EXEMPLARS, Noun
+from milan_ray.schema import EXEMPLARS, Table
 from milan_ray.tensorfiles import check_groups
 
 Result = TypeVar("Result")
@@ -44,13 +44,13 @@ Result = TypeVar("Result")
 CONFIG_KEY = "milan_ray.config"
 """Metadata key: hash of the configuration that made a file."""
 
-PARTS_KEY = "milan_ray.parts"
+INPUTS_KEY = "milan_ray.parts"
 """Metadata key: digests of that configuration's ingredients, as JSON."""
 
 UNITS_KEY = "milan_ray.units"
 """Metadata key: the units that a file was made for, where these are not all."""
 
-WHOLE_KEY = "milan_ray.whole"
+ALL_UNITS_KEY = "milan_ray.whole"
 """Metadata key: hash that the configuration would have with all units, where a file is for some."""
 
 EXEMPLARS_KEY = "milan_ray.exemplars"
@@ -79,7 +79,7 @@ _TRIES = 8
 """Attempts at a local file or folder that another job removes or fills at the same moment."""
 
 
-class WorkGone(MilanError):
+class WorkRemovedError(MilanError):
     """Work in progress that was there before is no longer: another job on the same storage has finished it."""
 
 
@@ -417,7 +417,7 @@ class Storage:
 
     # -- tables -----------------------------------------------------------------------------------------------
 
-    def path(self, noun: Noun, **keys: str) -> str:
+    def path(self, noun: Table, **keys: str) -> str:
         """The file of one partition, relative to the root.
 
         Values are quoted: whatever they are, each is one folder, and no other than itself.
@@ -427,7 +427,7 @@ class Storage:
         folders = [f"{key}={quote(keys[key], safe=' ')}" for key in noun.partition]
         return "/".join([noun.name, *folders, FILE_NAME])
 
-    def write(self, noun: Noun, table: pa.Table, config: str | Recipe, **keys: str) -> None:
+    def write(self, noun: Table, table: pa.Table, config: str | Fingerprint, **keys: str) -> None:
         """Replaces one partition.
 
         Args:
@@ -441,7 +441,12 @@ class Storage:
         self.put(self.path(noun, **keys), to_parquet(table, _stamp(config)))
 
     def write_stream(
-        self, noun: Noun, pieces: Iterable[pa.Table], config: str | Recipe, metadata: Mapping[str, str], **keys: str
+        self,
+        noun: Table,
+        pieces: Iterable[pa.Table],
+        config: str | Fingerprint,
+        metadata: Mapping[str, str],
+        **keys: str,
     ) -> None:
         """Replaces one partition, whatever its size, and holds one piece at a time.
 
@@ -479,7 +484,7 @@ class Storage:
                 fill(stream)
             _remove_dead(target.parent)
 
-    def read(self, noun: Noun, columns: Sequence[str] | None = None, **keys: str) -> pa.Table:
+    def read(self, noun: Table, columns: Sequence[str] | None = None, **keys: str) -> pa.Table:
         """Reads one partition.
 
         Raises:
@@ -493,7 +498,7 @@ class Storage:
         except FileNotFoundError as error:
             raise MilanError(f"{self.uri(path)} does not exist; run the stage that makes {noun.name} first.") from error
 
-    def read_rows(self, noun: Noun, start: int, stop: int, columns: Sequence[str], **keys: str) -> pa.Table:
+    def read_rows(self, noun: Table, start: int, stop: int, columns: Sequence[str], **keys: str) -> pa.Table:
         """Rows ``start`` to ``stop - 1`` of one partition, as far as it has them; only their row groups are read.
 
         Raises:
@@ -512,7 +517,7 @@ class Storage:
 
         return self._parquet(self.path(noun, **keys), noun, rows)
 
-    def stream(self, noun: Noun, columns: Sequence[str] | None = None, **keys: str) -> Iterator[pa.Table]:
+    def stream(self, noun: Table, columns: Sequence[str] | None = None, **keys: str) -> Iterator[pa.Table]:
         """The rows of one partition in their order, a row group at a time: for tables that need not fit in memory.
 
         Raises:
@@ -530,7 +535,7 @@ class Storage:
                     piece = _sound(file.read_row_group(group, columns=names), noun, names)
                 yield piece
 
-    def _parquet(self, path: str, noun: Noun | None, use: Callable[[pq.ParquetFile], Result]) -> Result:
+    def _parquet(self, path: str, noun: Table | None, use: Callable[[pq.ParquetFile], Result]) -> Result:
         """What is wanted of one version of a Parquet file, whose claims and, for a noun, columns hold.
 
         Raises:
@@ -544,7 +549,7 @@ class Storage:
 
         return self._steady(path, read)
 
-    def metadata(self, noun: Noun, **keys: str) -> dict[str, str] | None:
+    def metadata(self, noun: Table, **keys: str) -> dict[str, str] | None:
         """The file metadata of one partition, or None where there is no such partition.
 
         Raises:
@@ -556,7 +561,7 @@ class Storage:
         """The key-value metadata of a Parquet file, or None where there is none."""
         return self._metadata(path, None)
 
-    def _metadata(self, path: str, noun: Noun | None) -> dict[str, str] | None:
+    def _metadata(self, path: str, noun: Table | None) -> dict[str, str] | None:
         def entries(file: pq.ParquetFile) -> dict[str, str]:
             found = file.schema_arrow.metadata or {}
             return {key.decode(): value.decode() for key, value in found.items() if key != b"ARROW:schema"}
@@ -567,7 +572,7 @@ class Storage:
         except FileNotFoundError:
             return None
 
-    def is_current(self, noun: Noun, config: str, **keys: str) -> bool:
+    def is_current(self, noun: Table, config: str, **keys: str) -> bool:
         """Whether one partition exists and was made under this very configuration: "is this done?"."""
         try:
             found = self.metadata(noun, **keys)
@@ -576,7 +581,7 @@ class Storage:
             return False
         return found is not None and found.get(CONFIG_KEY) == config
 
-    def count(self, noun: Noun, **keys: str) -> int:
+    def count(self, noun: Table, **keys: str) -> int:
         """Rows of one partition, from its footer; 0 where there is no such partition."""
         path = self.path(noun, **keys)
         try:
@@ -584,7 +589,7 @@ class Storage:
         except FileNotFoundError:
             return 0
 
-    def why(self, noun: Noun, recipe: Recipe, **keys: str) -> str | None:
+    def why(self, noun: Table, fingerprint: Fingerprint, **keys: str) -> str | None:
         """Why one partition has to be made: ``missing``, ``damaged``, or which ingredients changed.
 
         None when it is current; where only some units are wanted, one with all of them will do.
@@ -596,11 +601,11 @@ class Storage:
             return "damaged"
         if found is None:
             return "missing"
-        if found.get(CONFIG_KEY) in (recipe.hash, recipe.whole):
+        if found.get(CONFIG_KEY) in (fingerprint.hash, fingerprint.all_units):
             return None
         old = parts_of(found)
-        names = {**recipe.parts, **old}
-        changed = [name for name in names if old.get(name) != recipe.parts.get(name)]
+        names = {**fingerprint.inputs, **old}
+        changed = [name for name in names if old.get(name) != fingerprint.inputs.get(name)]
         return f"{', '.join(changed)} changed" if old else "made by an earlier version"
 
     def _say_missing(self, path: str) -> None:
@@ -608,7 +613,7 @@ class Storage:
             self._said.add(path)
             say(f"{self.uri(path)} is damaged: it counts as missing, and is made anew", level="warning")
 
-    def config_of(self, noun: Noun, **keys: str) -> str:
+    def config_of(self, noun: Table, **keys: str) -> str:
         """The configuration hash of one partition.
 
         Raises:
@@ -616,16 +621,16 @@ class Storage:
         """
         return self._present(noun, **keys)[CONFIG_KEY]
 
-    def whole_of(self, noun: Noun, **keys: str) -> str:
+    def all_units_of(self, noun: Table, **keys: str) -> str:
         """The configuration hash of one partition, or what it would be with all of the layer's units.
 
         Raises:
             MilanError: It does not exist.
         """
         found = self._present(noun, **keys)
-        return found.get(WHOLE_KEY, found[CONFIG_KEY])
+        return found.get(ALL_UNITS_KEY, found[CONFIG_KEY])
 
-    def exemplars_of(self, noun: Noun, **keys: str) -> str | None:
+    def exemplars_of(self, noun: Table, **keys: str) -> str | None:
         """The configuration hash of the exemplars that one partition speaks of; None where it does not say.
 
         Raises:
@@ -633,14 +638,14 @@ class Storage:
         """
         return self._present(noun, **keys).get(EXEMPLARS_KEY)
 
-    def _present(self, noun: Noun, **keys: str) -> dict[str, str]:
+    def _present(self, noun: Table, **keys: str) -> dict[str, str]:
         found = self.metadata(noun, **keys)
         if found is None:
             path = self.uri(self.path(noun, **keys))
             raise MilanError(f"{path} does not exist; run the stage that makes {noun.name} first.")
         return found
 
-    def partitions(self, noun: Noun, **where: str) -> list[dict[str, str]]:
+    def partitions(self, noun: Table, **where: str) -> list[dict[str, str]]:
         """The partitions that exist, damaged ones too, as their key values, sorted.
 
         Args:
@@ -716,13 +721,15 @@ class Storage:
         """Reads a work table back.
 
         Raises:
-            WorkGone: It is not there.
+            WorkRemovedError: It is not there.
         """
         path = f"{WORK}/{config}/{name}.arrow"
         try:
             data = self.get(path)
         except FileNotFoundError as error:
-            raise WorkGone(f"{self.uri(path)} is gone; run the job again to go on from what is there.") from error
+            raise WorkRemovedError(
+                f"{self.uri(path)} is gone; run the job again to go on from what is there."
+            ) from error
         try:
             with self.intact(path):
                 table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
@@ -730,7 +737,9 @@ class Storage:
                 return table
         except DamagedTable as error:
             self.remove_file(path)
-            raise WorkGone(f"{self.uri(path)} was damaged and is gone; run the job again to make it anew.") from error
+            raise WorkRemovedError(
+                f"{self.uri(path)} was damaged and is gone; run the job again to make it anew."
+            ) from error
 
     def work_names(self, config: str, folder: str = "") -> list[str]:
         """The names of a configuration's finished work tables, below a folder of it."""
@@ -778,13 +787,13 @@ def _again(what: str) -> str:
 def parts_of(metadata: Mapping[str, str]) -> dict[str, str]:
     """The digests of the ingredients of a file, by its metadata; none where it does not say, or not legibly."""
     try:
-        found = json.loads(metadata.get(PARTS_KEY, "{}"))
+        found = json.loads(metadata.get(INPUTS_KEY, "{}"))
     except ValueError:
         return {}
     return found if isinstance(found, dict) else {}
 
 
-def _open_parquet(stream: pa.NativeFile, noun: Noun | None, buffered: bool) -> pq.ParquetFile:
+def _open_parquet(stream: pa.NativeFile, noun: Table | None, buffered: bool) -> pq.ParquetFile:
     """Opens a Parquet file and looks whether it may be believed, before anything is allocated for it.
 
     Raises:
@@ -800,7 +809,7 @@ def _open_parquet(stream: pa.NativeFile, noun: Noun | None, buffered: bool) -> p
     return file
 
 
-def _sound(table: pa.Table, noun: Noun, names: Sequence[str]) -> pa.Table:
+def _sound(table: pa.Table, noun: Table, names: Sequence[str]) -> pa.Table:
     """The columns of a table that was read, in the order asked for.
 
     Raises:
@@ -819,13 +828,13 @@ def natural(name: str) -> list[tuple[int, int, str]]:
     return [(1, int(part), "") if part.isdecimal() else (0, 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def _stamp(config: str | Recipe) -> dict[str, str]:
+def _stamp(config: str | Fingerprint) -> dict[str, str]:
     """What a file says of the configuration that made it."""
     if isinstance(config, str):
         return {CONFIG_KEY: config}
-    stamp = {CONFIG_KEY: config.hash, PARTS_KEY: json.dumps(config.parts, sort_keys=True)}
+    stamp = {CONFIG_KEY: config.hash, INPUTS_KEY: json.dumps(config.inputs, sort_keys=True)}
     if config.units:
-        stamp |= {WHOLE_KEY: config.whole, UNITS_KEY: ",".join(map(str, config.units))}
+        stamp |= {ALL_UNITS_KEY: config.all_units, UNITS_KEY: ",".join(map(str, config.units))}
     return stamp
 
 

@@ -21,7 +21,7 @@ from milan_ray.captioner.encoder import pool_maps
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.errors import MilanError
-from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS, Noun
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS, Table
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.stages.encodings import encode
 from milan_ray.storage import EXEMPLARS_KEY, Storage
@@ -36,7 +36,9 @@ MASKS = np.random.default_rng(3).random((6, SIDE, SIDE)) < 0.3
 BEST = [{"text": "a dog", "score": 1.0, "logp_d_given_e": -2.0, "logp_d": -6.0}]
 
 
-def write(storage: Storage, noun: Noun, rows: list[tuple[object, ...]], metadata: dict[str, str] | None = None) -> None:
+def write(
+    storage: Storage, noun: Table, rows: list[tuple[object, ...]], metadata: dict[str, str] | None = None
+) -> None:
     columns = dict(zip((column.name for column in noun.columns), map(list, zip(*rows, strict=True)), strict=True))
     keys = {key: str(columns[key][0]) for key in noun.partition}
     storage.write(noun, noun.table(columns, metadata), "by hand", **keys)

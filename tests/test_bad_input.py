@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.forward import read_views
@@ -108,8 +108,8 @@ def write_probe(folder: Path) -> None:
 
 
 def run(storage: Storage, probe: Path, models: tuple[str, ...] = MODELS) -> Dissection:
-    requests = [ModelRequest(name, layers=("0",), plugins=PLUGINS) for name in models]
-    return run_exemplars(storage, requests, ProbeRequest((str(probe),)), CONFIG, Resources(actors=1))
+    requests = [ModelRef(name, layers=("0",), plugins=PLUGINS) for name in models]
+    return run_exemplars(storage, requests, ProbeRef((str(probe),)), CONFIG, Resources(actors=1))
 
 
 @pytest.fixture(scope="module")

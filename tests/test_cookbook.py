@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST, POOLED, VIEWS, Noun
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST, POOLED, VIEWS, Table
 from milan_ray.storage import Storage
 
 PAGE = Path(__file__).resolve().parents[1] / "docs/cookbook.md"
@@ -25,7 +25,7 @@ TEXTS = {  # model → layer → description of each unit
 
 def write(
     storage: Storage,
-    noun: Noun,
+    noun: Table,
     rows: list[tuple[object, ...]],
     metadata: dict[str, str] | None = None,
     **keys: str,
@@ -35,7 +35,7 @@ def write(
     storage.write(noun, noun.table(columns, metadata), "by hand", **keys)
 
 
-def _columns(noun: Noun, rows: list[tuple[object, ...]]) -> dict[str, list[object]]:
+def _columns(noun: Table, rows: list[tuple[object, ...]]) -> dict[str, list[object]]:
     return dict(zip((column.name for column in noun.columns), map(list, zip(*rows, strict=True)), strict=True))
 
 

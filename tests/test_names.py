@@ -25,10 +25,10 @@ from milan_ray.models.image_text import register_image_text
 from milan_ray.models.registry import register_model
 from milan_ray.names import LONGEST, checked_name
 from milan_ray.probe.registry import register_probe
-from milan_ray.schema import DESCRIPTIONS, NOUNS, RUNS
+from milan_ray.schema import DESCRIPTIONS, RUNS, TABLES
 from milan_ray.stages.annotations_collect import run_answers
 from milan_ray.stages.annotations_import import import_csv
-from milan_ray.stages.captioners import EncoderRequest, has_captioner, load_captioner, save_captioner
+from milan_ray.stages.captioners import EncoderRef, has_captioner, load_captioner, save_captioner
 from milan_ray.stages.training import TrainingJob
 from milan_ray.storage import Storage
 from milan_ray.studies.auditing.run import AuditConfig
@@ -196,7 +196,7 @@ def captioner() -> Captioner:
 def test_f3_python_users_are_refused_the_same_names(name: str, tmp_path: Path) -> None:
     storage = Storage(tmp_path / "a/run")
     for use in (
-        lambda: TrainingJob(name, "people", (), EncoderRequest("tiny")),
+        lambda: TrainingJob(name, "people", (), EncoderRef("tiny")),
         lambda: save_captioner(storage, name, captioner(), "about"),
         lambda: AuditConfig(name),
         lambda: find_comparison(storage, name=name),
@@ -253,7 +253,7 @@ def test_f3_a_storage_writes_reads_and_removes_below_its_root_alone(path: str, t
 def test_f3_values_of_partitions_are_one_folder_each_whatever_they_are(value: str, tmp_path: Path) -> None:
     """Names of plug-ins' models, layers and probes: all that fit work, and nothing leaves its folder."""
     storage = Storage(tmp_path / "a/run")
-    for noun in NOUNS:
+    for noun in TABLES:
         path = storage.path(noun, **dict.fromkeys(noun.partition, value))
         assert path.count("/") == len(noun.partition) + 1
         assert Path(storage.root, path).resolve().is_relative_to(tmp_path / "a/run" / noun.name)

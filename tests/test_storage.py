@@ -17,10 +17,10 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from milan_ray.config import Recipe
+from milan_ray.config import Fingerprint
 from milan_ray.errors import MilanError
 from milan_ray.schema import LEVELS, RUNS, SKIPPED
-from milan_ray.storage import CONFIG_KEY, Storage, WorkGone, to_parquet
+from milan_ray.storage import CONFIG_KEY, Storage, WorkRemovedError, to_parquet
 
 ODD_NAMES = (
     "tiny/cnn",
@@ -95,7 +95,7 @@ def test_put_on_a_full_disk_keeps_the_old_file_and_leaves_no_other(tmp_path):
     """The kernel refuses the write half way, as on a full disk; Python ignores the signal that comes with it."""
     script = """
 import resource, sys
-from milan_ray.config import Recipe
+from milan_ray.config import Fingerprint
 from milan_ray.errors import MilanError
 from milan_ray.storage import Storage
 storage = Storage(sys.argv[1])
@@ -378,7 +378,7 @@ def test_work_tables_come_back_and_go_with_their_configuration(tmp_path):
     storage.remove_work("one")
     assert storage.work_names("one") == []
     assert storage.work_names("two") == ["L0/000000"]
-    with pytest.raises(WorkGone, match="is gone; run the job again"):
+    with pytest.raises(WorkRemovedError, match="is gone; run the job again"):
         storage.get_work("one", "L0/000001")
 
 
@@ -439,33 +439,33 @@ def test_work_is_never_met_by_a_glob_for_tables(tmp_path):
     assert os.listdir(tmp_path) == ["_work"]
 
 
-# -- recipes ------------------------------------------------------------------------------------------------------
+# -- fingerprints ------------------------------------------------------------------------------------------------------
 
 
 def test_why_names_the_ingredients_that_changed(tmp_path):
     storage, keys = Storage(tmp_path), {"model": "tiny/cnn", "layer": "0"}
-    recipe = Recipe.of({"weights": "a", "k": 3})
-    assert storage.why(LEVELS, recipe, **keys) == "missing"
-    storage.write(LEVELS, levels(), recipe, **keys)
-    assert storage.why(LEVELS, recipe, **keys) is None
-    assert storage.is_current(LEVELS, recipe.hash, **keys)
-    assert storage.why(LEVELS, Recipe.of({"weights": "b", "k": 3}), **keys) == "weights changed"
-    assert storage.why(LEVELS, Recipe.of({"weights": "b", "k": 4}), **keys) == "weights, k changed"
-    assert storage.why(LEVELS, Recipe.of({"weights": "a", "k": 3, "λ": 0.2}), **keys) == "λ changed"
+    fingerprint = Fingerprint.of({"weights": "a", "k": 3})
+    assert storage.why(LEVELS, fingerprint, **keys) == "missing"
+    storage.write(LEVELS, levels(), fingerprint, **keys)
+    assert storage.why(LEVELS, fingerprint, **keys) is None
+    assert storage.is_current(LEVELS, fingerprint.hash, **keys)
+    assert storage.why(LEVELS, Fingerprint.of({"weights": "b", "k": 3}), **keys) == "weights changed"
+    assert storage.why(LEVELS, Fingerprint.of({"weights": "b", "k": 4}), **keys) == "weights, k changed"
+    assert storage.why(LEVELS, Fingerprint.of({"weights": "a", "k": 3, "λ": 0.2}), **keys) == "λ changed"
     storage.write(LEVELS, levels(), "an older hash", **keys)
-    assert storage.why(LEVELS, recipe, **keys) == "made by an earlier version"
+    assert storage.why(LEVELS, fingerprint, **keys) == "made by an earlier version"
 
 
 def test_why_takes_all_units_for_some_but_not_some_for_all(tmp_path):
     storage, keys = Storage(tmp_path), {"model": "tiny/cnn", "layer": "0"}
-    whole, some = Recipe.of({"k": 3}), Recipe.of({"k": 3}, (0, 2))
+    whole, some = Fingerprint.of({"k": 3}), Fingerprint.of({"k": 3}, (0, 2))
     storage.write(LEVELS, levels(), whole, **keys)
     assert storage.why(LEVELS, some, **keys) is None
     storage.write(LEVELS, levels(units=2), some, **keys)
     assert storage.why(LEVELS, some, **keys) is None
     assert storage.why(LEVELS, whole, **keys) == "units changed"
-    assert storage.why(LEVELS, Recipe.of({"k": 3}, (1,)), **keys) == "units changed"
-    assert storage.config_of(LEVELS, **keys) == some.hash and storage.whole_of(LEVELS, **keys) == whole.hash
+    assert storage.why(LEVELS, Fingerprint.of({"k": 3}, (1,)), **keys) == "units changed"
+    assert storage.config_of(LEVELS, **keys) == some.hash and storage.all_units_of(LEVELS, **keys) == whole.hash
 
 
 @pytest.mark.parametrize(
@@ -486,11 +486,11 @@ def test_read_rows_across_row_groups_equals_a_slice(tmp_path, start, stop):
 
 def test_write_stream_then_stream_gives_the_pieces_back(tmp_path):
     storage, keys = Storage(tmp_path), {"model": "tiny/cnn", "layer": "0"}
-    recipe, pieces = Recipe.of({"k": 3}), [levels(units=units) for units in (3, 1, 5)]
-    storage.write_stream(LEVELS, iter(pieces), recipe, {"probe": "p"}, **keys)
+    fingerprint, pieces = Fingerprint.of({"k": 3}), [levels(units=units) for units in (3, 1, 5)]
+    storage.write_stream(LEVELS, iter(pieces), fingerprint, {"probe": "p"}, **keys)
     assert [piece.to_pylist() for piece in storage.stream(LEVELS, **keys)] == [piece.to_pylist() for piece in pieces]
     assert [piece.column_names for piece in storage.stream(LEVELS, ["unit"], **keys)] == [["unit"]] * 3
-    assert storage.why(LEVELS, recipe, **keys) is None and storage.metadata(LEVELS, **keys)["probe"] == "p"
+    assert storage.why(LEVELS, fingerprint, **keys) is None and storage.metadata(LEVELS, **keys)["probe"] == "p"
     assert len(storage.read(LEVELS, **keys)) == storage.count(LEVELS, **keys) == 9
     with pytest.raises(MilanError, match="run the stage that makes levels first"):
         next(storage.stream(LEVELS, model="none", layer="0"))

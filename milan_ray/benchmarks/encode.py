@@ -17,7 +17,7 @@ from milan_ray.config import Resources, config_hash
 from milan_ray.engine.cluster import connected
 from milan_ray.exemplars.masks import pack
 from milan_ray.schema import ENCODINGS, EXEMPLARS, VIEWS
-from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.encodings import BATCH_SIZE, MASKS, run_encodings
 from milan_ray.stages.images import block_of, png
 from milan_ray.storage import Storage
@@ -34,7 +34,7 @@ PUBLISHED = 9.98
 """Images per second of the reference with ResNet-101 on two cores of a machine of this kind."""
 
 
-def random_encoder(name: str, folder: Path) -> EncoderRequest:
+def random_encoder(name: str, folder: Path) -> EncoderRef:
     """An encoder of random weights, written where workers find it.
 
     Args:
@@ -48,20 +48,20 @@ def random_encoder(name: str, folder: Path) -> EncoderRequest:
             module.weight.data.fill_(0.5)
     file = folder / f"{name}.pth"
     torch.save(network.state_dict(), file)
-    return EncoderRequest(name, str(file))
+    return EncoderRef(name, str(file))
 
 
 def run(options: Options) -> Iterator[Result]:
     """Measures pooling, batch sizes, and the stage with one and several models."""
     name, count = ("resnet18", 8) if options.short else ("resnet101", 96)
     with TemporaryDirectory(prefix="milan-encode-") as folder, photographs(options, count) as photos:
-        request = random_encoder(name, Path(folder))
+        ref = random_encoder(name, Path(folder))
         views = [_view(file) for file in sorted(photos.iterdir())]
         images = torch.from_numpy(np.stack(views)).permute(0, 3, 1, 2).float() / 255
-        encoder = request.load()
+        encoder = ref.load()
         yield _pooling(encoder, images, options)
         yield from _batch_sizes(encoder, images, options)
-        yield from _stage(request, encoder, views, images, Path(folder), options)
+        yield from _stage(ref, encoder, views, images, Path(folder), options)
 
 
 def _view(file: Path) -> np.ndarray:
@@ -103,7 +103,7 @@ def _batch_sizes(encoder: PyramidEncoder, images: torch.Tensor, options: Options
 
 
 def _stage(
-    request: EncoderRequest,
+    ref: EncoderRef,
     encoder: PyramidEncoder,
     views: list[np.ndarray],
     images: torch.Tensor,
@@ -123,7 +123,7 @@ def _stage(
 
     def stage(count: int) -> None:
         storage.remove(ENCODINGS.name)
-        run_encodings(storage, {model: ["layer"] for model in models[:count]}, request, resources)
+        run_encodings(storage, {model: ["layer"] for model in models[:count]}, ref, resources)
 
     resources = Resources(cpus_per_actor=1, actors=options.threads)
     results = []

@@ -13,9 +13,9 @@ from milan_ray.benchmarks.harness import Options, Result, elapsed, photographs
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.cluster import connected
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.schema import DESCRIPTIONS
-from milan_ray.stages.captioners import EncoderRequest, save_captioner
+from milan_ray.stages.captioners import EncoderRef, save_captioner
 from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
@@ -57,14 +57,14 @@ def run(options: Options) -> Iterator[Result]:
 class _Job:
     photos: int
     layers: tuple[str, ...]
-    encoder: EncoderRequest
+    encoder: EncoderRef
     storage: Storage
 
     def run(self, captioner: Captioner, folder: Path) -> Result:
         """Runs the job once, as ``milan-ray describe`` does; its parts' seconds are facts."""
         storage, resources = self.storage, Resources()
-        model = ModelRequest(MODEL, "random", self.layers)
-        probe = ProbeRequest((str(folder),))
+        model = ModelRef(MODEL, "random", self.layers)
+        probe = ProbeRef((str(folder),))
         save_captioner(storage, "benchmark", captioner, "Trained for a benchmark.")
         models = {MODEL: self.layers}
         seconds = {}

@@ -16,7 +16,7 @@ from milan_ray.benchmarks.plain_stage import PlainStage
 from milan_ray.config import FLOAT32, Arithmetic, ExemplarConfig, Resources
 from milan_ray.engine import references
 from milan_ray.engine.cluster import connected
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.exemplars.forward import Forward, pass_size, read_inputs
 from milan_ray.exemplars.shard import LayerState, LayerStates, Plan
 from milan_ray.models.registry import ModelSpec
@@ -30,16 +30,16 @@ REFERENCE = 143.6
 BATCH = 128
 
 
-def resnet18(options: Options) -> ModelRequest:
+def resnet18(options: Options) -> ModelRef:
     """The model that is measured: all five layers of an untrained ResNet-18, only the last in short runs."""
-    return ModelRequest("resnet18/imagenet", "random", ("layer4",) if options.short else ())
+    return ModelRef("resnet18/imagenet", "random", ("layer4",) if options.short else ())
 
 
 def run(options: Options) -> Iterator[Result]:
     """Measures kernels, kernels with decoding, the whole stage, memory, and what each of the sizes costs."""
     count, model = (12, resnet18(options)) if options.short else (300, resnet18(options))
     with photographs(options, count) as folder:
-        probe = ProbeRequest((str(folder),))
+        probe = ProbeRef((str(folder),))
         views = _views(model, probe)
         plan, small = Plan(count, 15, 0.99, 2**20, 2**28), pass_size(BATCH, torch.device("cpu"))
         for batch, arithmetic, note in (
@@ -63,12 +63,12 @@ def run(options: Options) -> Iterator[Result]:
         yield from _scaling(options)
 
 
-def _views(model: ModelRequest, probe: ProbeRequest) -> np.ndarray:
+def _views(model: ModelRef, probe: ProbeRef) -> np.ndarray:
     source = references.probe(probe)
     return read_inputs(source, image_refs(source.manifest()), references.model(model)).views
 
 
-def _forward(model: ModelRequest, arithmetic: Arithmetic) -> Forward:
+def _forward(model: ModelRef, arithmetic: Arithmetic) -> Forward:
     spec, network = _network(model)
     # A copy, because channels-last weights are changed in place.
     return Forward(spec, deepcopy(network), spec.layers, pass_size(BATCH, torch.device("cpu")), arithmetic)
@@ -84,20 +84,20 @@ def _dissect(forward: Forward, plan: Plan, views: np.ndarray) -> None:
 
 
 @cache
-def _network(model: ModelRequest) -> tuple[ModelSpec, nn.Module]:
+def _network(model: ModelRef) -> tuple[ModelSpec, nn.Module]:
     spec = references.model(model)
     return spec, spec.load()
 
 
 @torch.inference_mode()
-def _bare(model: ModelRequest, views: np.ndarray, batch: int = BATCH) -> None:
+def _bare(model: ModelRef, views: np.ndarray, batch: int = BATCH) -> None:
     """The model over the images and nothing else."""
     spec, network = _network(model)
     for start in range(0, len(views), batch):
         network(spec.prepare(torch.from_numpy(views[start : start + batch])))
 
 
-def _with_decoding(model: ModelRequest, probe: ProbeRequest, count: int, options: Options) -> Result:
+def _with_decoding(model: ModelRef, probe: ProbeRef, count: int, options: Options) -> Result:
     stage, ours, bare = PlainStage(), [], []
     for _ in range(options.repeats):
         with TemporaryDirectory(prefix="milan-exemplars-") as folder:
@@ -108,7 +108,7 @@ def _with_decoding(model: ModelRequest, probe: ProbeRequest, count: int, options
     return Result(name, tuple(ours), tuple(bare), count, "images")
 
 
-def _stage(model: ModelRequest, probe: ProbeRequest, count: int, options: Options) -> Result:
+def _stage(model: ModelRef, probe: ProbeRef, count: int, options: Options) -> Result:
     def stage() -> None:
         resources = Resources()
         with TemporaryDirectory(prefix="milan-exemplars-") as folder, connected(resources):
@@ -124,7 +124,7 @@ def _stage(model: ModelRequest, probe: ProbeRequest, count: int, options: Option
     return found.with_facts(**{"times as fast as the reference's 143.6 s (best run)": REFERENCE / min(found.seconds)})
 
 
-def _arithmetics(model: ModelRequest, probe: ProbeRequest, count: int, options: Options) -> Iterator[Result]:
+def _arithmetics(model: ModelRef, probe: ProbeRef, count: int, options: Options) -> Iterator[Result]:
     """The whole stage with ``--precision`` and ``--channels-last``, beside itself without."""
 
     def stage(arithmetic: Arithmetic) -> None:
@@ -143,7 +143,7 @@ def _arithmetics(model: ModelRequest, probe: ProbeRequest, count: int, options: 
         yield compare(name, subject, plain, options.repeats, work=count, unit="images", warm_up=False)
 
 
-def _memory(model: ModelRequest, probe: ProbeRequest, count: int) -> Result:
+def _memory(model: ModelRef, probe: ProbeRef, count: int) -> Result:
     seconds, actor = alone(_plain, model, probe)
     bare_seconds, bare = alone(_bare_alone, model, probe)
     return Result("peak memory", (seconds,), (bare_seconds,), count, "images").with_facts(
@@ -151,16 +151,16 @@ def _memory(model: ModelRequest, probe: ProbeRequest, count: int) -> Result:
     )
 
 
-def _plain(model: ModelRequest, probe: ProbeRequest) -> float:
+def _plain(model: ModelRef, probe: ProbeRef) -> float:
     with TemporaryDirectory(prefix="milan-exemplars-") as folder:
         return elapsed(lambda: PlainStage().run(Storage(folder), model, probe, ExemplarConfig()))
 
 
-def _bare_alone(model: ModelRequest, probe: ProbeRequest) -> float:
+def _bare_alone(model: ModelRef, probe: ProbeRef) -> float:
     return elapsed(lambda: _bare_with_decoding(model, probe))
 
 
-def _bare_with_decoding(model: ModelRequest, probe: ProbeRequest) -> None:
+def _bare_with_decoding(model: ModelRef, probe: ProbeRef) -> None:
     _bare(model, _views(model, probe))
 
 

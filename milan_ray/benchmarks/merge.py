@@ -15,7 +15,7 @@ from milan_ray.benchmarks.exemplars import resnet18
 from milan_ray.benchmarks.harness import Options, Result, compare, elapsed, photographs
 from milan_ray.benchmarks.plain_stage import PlainStage
 from milan_ray.config import ExemplarConfig
-from milan_ray.engine.references import ProbeRequest
+from milan_ray.engine.references import ProbeRef
 from milan_ray.exemplars.shard import Committed, LayerState, Plan, fold, to_table
 from milan_ray.storage import Storage
 
@@ -68,7 +68,7 @@ def _scaling(options: Options, plan: Plan, units: int, shards: int, images: int)
     with photographs(options, count) as photos, TemporaryDirectory(prefix="milan-merge-") as folder:
         stage = PlainStage()
         config = ExemplarConfig(shard_size=4 if options.short else 16)
-        stage.run(Storage(folder), resnet18(options), ProbeRequest((str(photos),)), config)
+        stage.run(Storage(folder), resnet18(options), ProbeRef((str(photos),)), config)
     recorded = [stage.shards[n % len(stage.shards)] for n in range(shards)]
     one = 0.0
     results = []

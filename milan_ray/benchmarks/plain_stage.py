@@ -11,7 +11,7 @@ import torch
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.stages import exemplars
 from milan_ray.stages import images as views
 from milan_ray.stages.exemplars import run_exemplars
@@ -28,7 +28,7 @@ class PlainStage:
     def __init__(self) -> None:
         self.shards: list[float] = []
 
-    def run(self, storage: Storage, model: ModelRequest, probe: ProbeRequest, config: ExemplarConfig) -> None:
+    def run(self, storage: Storage, model: ModelRef, probe: ProbeRef, config: ExemplarConfig) -> None:
         """Does what :func:`run_exemplars` does."""
         self.shards.clear()
         with (

@@ -12,7 +12,7 @@ from milan_ray.benchmarks.harness import Options, Result, compare, elapsed, phot
 from milan_ray.benchmarks.plain_stage import PlainStage
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.cluster import connected
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
@@ -28,7 +28,7 @@ def run(options: Options) -> Iterator[Result]:
     times: dict[int, Result] = {}
     for count in (few, many):
         with photographs(options, count) as folder:
-            probe = ProbeRequest((str(folder),))
+            probe = ProbeRef((str(folder),))
             ours, plain = [], []
             for _ in range(options.repeats):
                 plain.append(_plain(model, probe, config))
@@ -57,12 +57,12 @@ def run(options: Options) -> Iterator[Result]:
     yield _import(options)
 
 
-def _plain(model: ModelRequest, probe: ProbeRequest, config: ExemplarConfig) -> float:
+def _plain(model: ModelRef, probe: ProbeRef, config: ExemplarConfig) -> float:
     with TemporaryDirectory(prefix="milan-overhead-") as folder:
         return elapsed(lambda: PlainStage().run(Storage(folder), model, probe, config))
 
 
-def _ray(model: ModelRequest, probe: ProbeRequest, config: ExemplarConfig, threads: int) -> float:
+def _ray(model: ModelRef, probe: ProbeRef, config: ExemplarConfig, threads: int) -> float:
     resources = Resources(actors=1, cpus_per_actor=threads, device="cpu")
 
     def job() -> None:

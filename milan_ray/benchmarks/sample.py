@@ -20,7 +20,7 @@ from milan_ray.device import resolve_device, torch_threads
 from milan_ray.engine import references
 from milan_ray.engine.cluster import connected
 from milan_ray.engine.costs import LayerShape, ModelCost, Sample, TableSize
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import Forward, pass_size, read_inputs
 from milan_ray.exemplars.masks import unpack
@@ -29,8 +29,8 @@ from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import say
-from milan_ray.schema import ENCODINGS, EXEMPLARS, NOUNS
-from milan_ray.stages.captioners import EncoderRequest, load_captioner, save_captioner
+from milan_ray.schema import ENCODINGS, EXEMPLARS, TABLES
+from milan_ray.stages.captioners import EncoderRef, load_captioner, save_captioner
 from milan_ray.stages.descriptions import Search, labelers, run_descriptions
 from milan_ray.stages.encodings import BATCH_SIZE, run_encodings, unit_features
 from milan_ray.stages.exemplars import run_exemplars
@@ -45,13 +45,13 @@ CAPTIONER = "sample"
 
 
 def measure(
-    models: Sequence[ModelRequest],
-    probe: ProbeRequest | None,
+    models: Sequence[ModelRef],
+    probe: ProbeRef | None,
     config: ExemplarConfig,
     resources: Resources,
     count: int,
     search: Search | None = None,
-    encoder: EncoderRequest | None = None,
+    encoder: EncoderRef | None = None,
 ) -> tuple[Sample, int | None, dict[str, str]]:
     """Runs everything over a few images and says what it took; what it writes is temporary.
 
@@ -76,21 +76,21 @@ def measure(
     with TemporaryDirectory(prefix="milan-plan-") as folder, ExitStack() as stack:
         stack.enter_context(torch_threads(resources.threads))
         images, total = stack.enter_context(_images(probe, count, Path(folder, "images")))
-        source = ProbeRequest((str(images),))
+        source = ProbeRef((str(images),))
         found: list[ModelCost] = []
         failed: dict[str, str] = {}
-        kept: list[ModelRequest] = []
+        kept: list[ModelRef] = []
         read, views = 0.0, np.zeros(0, np.uint8)
-        for request in models:
+        for ref in models:
             try:
-                spec = references.model(request)
+                spec = references.model(ref)
                 seconds, views = _read(source, spec)
-                found.append(_model(request, spec, views, config, device))
+                found.append(_model(ref, spec, views, config, device))
             except Exception as error:  # a user's model may raise anything; the others are measured all the same
-                failed[request.name] = str(error) or type(error).__name__
+                failed[ref.name] = str(error) or type(error).__name__
                 continue
             read = max(read, seconds)
-            kept.append(request)
+            kept.append(ref)
         if not found:
             raise MilanError(f"nothing can be measured: {next(iter(failed.values()), 'no model was given')}")
         picture = _per_call(lambda: png(views[0]), len(views))
@@ -106,7 +106,7 @@ def measure(
 
 
 @contextmanager
-def _images(probe: ProbeRequest | None, count: int, folder: Path) -> Iterator[tuple[Path, int | None]]:
+def _images(probe: ProbeRef | None, count: int, folder: Path) -> Iterator[tuple[Path, int | None]]:
     """A folder with some images of a probe, and how many the probe has."""
     if probe is None:
         with photographs(Options(), count) as noise:
@@ -127,7 +127,7 @@ def _images(probe: ProbeRequest | None, count: int, folder: Path) -> Iterator[tu
     yield folder, len(manifest)
 
 
-def _read(probe: ProbeRequest, spec: ModelSpec) -> tuple[float, np.ndarray]:
+def _read(probe: ProbeRef, spec: ModelSpec) -> tuple[float, np.ndarray]:
     """Seconds to read an image, and all views."""
     if spec.images is not None:
         raise MilanError(f"{spec.name} is a generator: measure what its discriminator or a classifier takes.")
@@ -142,7 +142,7 @@ def _read(probe: ProbeRequest, spec: ModelSpec) -> tuple[float, np.ndarray]:
 
 
 def _model(
-    request: ModelRequest, spec: ModelSpec, views: np.ndarray, config: ExemplarConfig, device: torch.device
+    ref: ModelRef, spec: ModelSpec, views: np.ndarray, config: ExemplarConfig, device: torch.device
 ) -> ModelCost:
     """What an actor takes for an image: forward pass, exemplars, levels."""
     network = references.network(spec).to(device)
@@ -162,7 +162,7 @@ def _model(
     seconds = elapsed(dissect)
     passes = -(-len(views) // size) * size  # a short batch is padded, and takes as long as a full one
     layers = tuple(LayerShape(layer, len(state.topk.ids), *state.map_shape) for layer, state in found.states.items())
-    return ModelCost(request.name, layers, seconds / passes, spec.preprocess.view.key)
+    return ModelCost(ref.name, layers, seconds / passes, spec.preprocess.view.key)
 
 
 def _wait(device: torch.device) -> None:
@@ -178,7 +178,7 @@ def _captioned(
     storage: Storage,
     models: dict[str, tuple[str, ...]],
     search: Search,
-    encoder: EncoderRequest,
+    encoder: EncoderRef,
     sample: Sample,
     device: torch.device,
     resources: Resources,
@@ -234,7 +234,7 @@ def _search(storage: Storage, captioner: Captioner, search: Search, model: str, 
 def _tables(storage: Storage) -> dict[str, TableSize]:
     """What a row and a file of every table weigh, from what the run wrote."""
     found = {}
-    for noun in NOUNS:
+    for noun in TABLES:
         bytes_ = rows = empty = 0
         files = storage.partitions(noun)
         for keys in files:

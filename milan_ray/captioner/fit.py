@@ -1,7 +1,7 @@
 """Fitting a captioner to annotated units: first p(d), then p(d|E), each until it stops improving (paper A.3).
 
 One loop for everybody: it reports every epoch together with all that is needed to go on from there, and asks a
-:class:`Team` for the little that differs between a process of its own, a worker of Ray Train and a trial of Ray Tune.
+:class:`WorkerGroup` for the little that differs between a process of its own, a Ray Train worker and a Ray Tune trial.
 
 Both parts learn from the same units and are measured on the same held-out ones. The reference holds out *captions* from
 the language model, by the numbers of the decoder's held-out units, so it learns most of what the decoder
@@ -96,7 +96,7 @@ class Plan:
         return Decoder(DecoderConfig(words, feature_size, sizes.embedding, sizes.hidden, dropout=sizes.dropout))
 
 
-class Team:
+class WorkerGroup:
     """The workers that fit a model together; this one works alone.
 
     Attributes:
@@ -123,7 +123,7 @@ def new_state(texts: Iterable[Sequence[str]]) -> State:
     return {"history": [], "finished": {}, "kept": {}, "current": None, "indexer": indexer.state()}
 
 
-def fit(units: Units, plans: Mapping[str, Plan], state: State, report: Report, team: Team | None = None) -> None:
+def fit(units: Units, plans: Mapping[str, Plan], state: State, report: Report, team: WorkerGroup | None = None) -> None:
     """Fits models, going on from where a state is; returns when each has stopped improving on the held-out units.
 
     Args:
@@ -133,7 +133,7 @@ def fit(units: Units, plans: Mapping[str, Plan], state: State, report: Report, t
         report: Called after every epoch, by every worker.
         team: Who works on it; one's own process when left out.
     """
-    fitting = _Fitting(units, Indexer.from_state(state["indexer"]), team or Team())
+    fitting = _Fitting(units, Indexer.from_state(state["indexer"]), team or WorkerGroup())
     for part in plans:
         if part not in state["finished"]:
             fitting.run(part, plans[part], state, report)
@@ -165,7 +165,7 @@ def split_units(units: int, config: TrainingConfig) -> tuple[list[int], list[int
 class _Fitting:
     """Epochs over some units."""
 
-    def __init__(self, units: Units, indexer: Indexer, team: Team) -> None:
+    def __init__(self, units: Units, indexer: Indexer, team: WorkerGroup) -> None:
         self.units, self.indexer, self.team = units, indexer, team
         self.pad, self.order = indexer.ids.pad, bleu_order(units.texts)
         self.words = [[indexer.words(indexer.tokenizer(text)) for text in texts] for texts in units.texts]

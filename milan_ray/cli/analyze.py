@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.planner import Plan
     from milan_ray.studies.analysis.run import AnalysisConfig, examples, figure_path, run_analysis, summary
     from milan_ray.studies.plan import plan_analysis
-    from milan_ray.studies.spacy_pipeline import find_language, language_name
+    from milan_ray.studies.spacy_pipeline import find_spacy_pipeline, language_name
 
     storage, models, probe = opened(args)
     config = AnalysisConfig(args.labeler, trials=args.trials, seed=args.seed, ties=args.ties)
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         for model in models:
             plan_analysis(storage, plan, model, probe, language_name(args.language), config)
         return show_plan(args, plan)
-    nlp, language = find_language(args.language)
+    nlp, language = find_spacy_pipeline(args.language)
     with connected(resources_of(args)):
         for model in models:
             rows = run_analysis(storage, model, probe, nlp, language, config, resources_of(args))

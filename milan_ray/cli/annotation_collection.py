@@ -122,7 +122,7 @@ def _statistics(args: argparse.Namespace) -> int:
         stored_annotations,
         summary,
     )
-    from milan_ray.studies.spacy_pipeline import find_language
+    from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
     storage = open_storage(args)
     storage.check_writable()
@@ -132,7 +132,7 @@ def _statistics(args: argparse.Namespace) -> int:
         raise MilanError("the annotations of a CSV speak of one model: give --model a single name.")
     else:
         texts = file_annotations(absolute("CSV", args.set), args.model and args.model[0], args.source)
-    nlp, language = find_language(args.language)
+    nlp, language = find_spacy_pipeline(args.language)
     score, measure = _score(args)
     say(summary(run_statistics(storage, texts, nlp, language, score, measure), language, measure))
     say(f"table: {storage.uri(ANNOTATION_STATISTICS.name)}")

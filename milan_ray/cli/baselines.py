@@ -9,7 +9,7 @@ from milan_ray.cli import options
 from milan_ray.cli.closing import report_on, show_plan
 from milan_ray.cli.records import (
     bert_score_folder,
-    encoder_request,
+    encoder_ref,
     exemplar_config,
     find_captioner,
     opened,
@@ -18,7 +18,7 @@ from milan_ray.cli.records import (
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
-    from milan_ray.engine.references import ModelRequest
+    from milan_ray.engine.references import ModelRef
     from milan_ray.storage import Storage
     from milan_ray.studies.baselines.run import HeldOut
 
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _held_out(args: argparse.Namespace, storage: Storage, model: ModelRequest) -> HeldOut:
+def _held_out(args: argparse.Namespace, storage: Storage, model: ModelRef) -> HeldOut:
     """A network with its captioner: the one given, else that of all sets but its own, as trained or published."""
     from milan_ray.cli.describe import search_of
     from milan_ray.stages.captioners import find_milan, has_captioner, load_captioner
@@ -73,5 +73,5 @@ def _held_out(args: argparse.Namespace, storage: Storage, model: ModelRequest) -
     else:
         own = f"not-{model.name.replace('/', '-')}"
         decoder = own if has_captioner(storage, own) else find_milan(own)
-    encoder = encoder_request(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
+    encoder = encoder_ref(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
     return HeldOut(model, search_of(args, decoder), encoder)

@@ -12,12 +12,12 @@ from milan_ray.cli import options
 from milan_ray.cli.closing import close, report_on, show_plan
 from milan_ray.cli.records import (
     absolute,
-    encoder_request,
+    encoder_ref,
     exemplar_config,
     find_captioner,
-    model_requests,
+    model_refs,
     open_storage,
-    probe_request,
+    probe_ref,
     read_text,
     resources_of,
 )
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     storage, resources = open_storage(args), resources_of(args)
     clip = _clip(args)
     decoder = find_captioner(args, storage)
-    encoder = encoder_request(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
+    encoder = encoder_ref(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
     encoder.load()
     search = search_of(args, decoder)
     present: Mapping[str, Sequence[str]] = {}
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     if args.probe is None:
         present = {name: tuple(exemplar_layers(storage, name, args.layers or None)) for name in args.model}
     else:
-        dissection = model_requests(args), probe_request(args), exemplar_config(args)
+        dissection = model_refs(args), probe_ref(args), exemplar_config(args)
 
     def stages(models: Mapping[str, Sequence[str]]) -> Iterator[ShardedStage | TaskStage]:
         captioner = load_captioner(storage, decoder)

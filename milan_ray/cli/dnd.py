@@ -11,7 +11,7 @@ from milan_ray.cli.closing import close, report_on, show_plan
 from milan_ray.cli.records import (
     absolute,
     exemplar_config,
-    image_text_request,
+    image_text_ref,
     opened,
     resources_of,
 )
@@ -139,9 +139,9 @@ def _config(args: argparse.Namespace) -> DndConfig:
     from milan_ray.labelers.dnd.labeler import DescribeAndDissect
     from milan_ray.models.chat import Limits
     from milan_ray.models.diffusion import PREFIX
-    from milan_ray.models.generators import GeneratorRequest
-    from milan_ray.models.image_captions import ImageCaptionerRequest
-    from milan_ray.stages.dnd import DndConfig, SummariserRequest
+    from milan_ray.models.generators import GeneratorRef
+    from milan_ray.models.image_captions import ImageCaptionerRef
+    from milan_ray.stages.dnd import DndConfig, SummariserRef
 
     if args.crops < 0 or args.llm_per_minute <= 0 or args.llm_temperature < 0:
         raise MilanError("--crops and --llm-temperature take 0 or more, --llm-per-minute more than 0.")
@@ -150,7 +150,7 @@ def _config(args: argparse.Namespace) -> DndConfig:
     generator = args.generator
     if generator.startswith(PREFIX):
         generator = PREFIX + _place("--generator", generator.removeprefix(PREFIX))
-    summariser = SummariserRequest(
+    summariser = SummariserRef(
         _place("--llm", args.llm),
         args.llm_model,
         args.llm_temperature,
@@ -163,10 +163,10 @@ def _config(args: argparse.Namespace) -> DndConfig:
     )
     return DndConfig(
         labeler,
-        ImageCaptionerRequest(_place("--captioner", args.captioner)),
+        ImageCaptionerRef(_place("--captioner", args.captioner)),
         summariser,
-        GeneratorRequest(generator),
-        None if args.clip is None else image_text_request(args),
+        GeneratorRef(generator),
+        None if args.clip is None else image_text_ref(args),
         args.top,
         args.crops,
         args.pooling,

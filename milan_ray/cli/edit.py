@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
 from milan_ray.cli.closing import note, report_on, show_plan
-from milan_ray.cli.records import absolute, opened, probe_request, resources_of
+from milan_ray.cli.records import absolute, opened, probe_ref, resources_of
 from milan_ray.cli.refusals import refuse
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
-    from milan_ray.engine.references import ProbeRequest
+    from milan_ray.engine.references import ProbeRef
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -99,6 +99,6 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _probe(args: argparse.Namespace, sources: list[str]) -> ProbeRequest:
+def _probe(args: argparse.Namespace, sources: list[str]) -> ProbeRef:
     """The images of another option, read like those of ``--probe``."""
-    return probe_request(argparse.Namespace(**{**vars(args), "probe": sources}))
+    return probe_ref(argparse.Namespace(**{**vars(args), "probe": sources}))

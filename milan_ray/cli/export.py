@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from milan_ray.cli import options
 from milan_ray.cli.closing import note
-from milan_ray.cli.records import absolute, encoder_request, find_captioner, open_storage
+from milan_ray.cli.records import absolute, encoder_ref, find_captioner, open_storage
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     decoder = find_captioner(args, storage)
     captioner = load_captioner(storage, decoder)
     if captioner.encoder_state is None or args.encoder_weights is not None:
-        encoder = encoder_request(args, captioner.encoder_name, storage, decoder).load()
+        encoder = encoder_ref(args, captioner.encoder_name, storage, decoder).load()
         captioner = replace(captioner, encoder_state=encoder.backbone.state_dict())
     export_reference(captioner, absolute("FILE", args.out))
     note(args, f"{args.out}, a checkpoint that MILAN's reference implementation loads,", file=args.out)

@@ -12,7 +12,7 @@ from milan_ray.cli.closing import report_on, show_plan
 from milan_ray.cli.records import (
     annotated_layers,
     bert_score_folder,
-    encoder_request,
+    encoder_ref,
     resources_of,
     writable_storage,
 )
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     )
     from milan_ray.studies.generalization.statistics import summary
     from milan_ray.studies.plan import plan_generalization
-    from milan_ray.studies.spacy_pipeline import find_language, language_name
+    from milan_ray.studies.spacy_pipeline import find_spacy_pipeline, language_name
 
     load_plugins(args.plugin)  # they may register splits
     storage, resources = writable_storage(args), resources_of(args)
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     layers = {model: [path for path in annotated[model] if not args.layers or path in args.layers] for model in models}
     if bare := [model for model in models if not layers[model]]:
         raise MilanError(f"{', '.join(bare)} have no annotated layer of --layers {' '.join(args.layers)}.")
-    encoder = encoder_request(args, args.encoder)
+    encoder = encoder_ref(args, args.encoder)
     training = training_config(args)
     config = GeneralizationConfig(
         args.trials,
@@ -114,7 +114,7 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.dry_run:
         return show_plan(args, plan_generalization(storage, job, language_name(args.language), resources))
-    nlp, language = find_language(args.language)
+    nlp, language = find_spacy_pipeline(args.language)
     with connected(resources):
         run_encodings(storage, layers, encoder, resources)
         rows = run_generalization(storage, job, nlp, language, resources)

@@ -9,7 +9,7 @@ from milan_ray.cli import options
 from milan_ray.cli.closing import close, report_on, show_plan
 from milan_ray.cli.records import (
     exemplar_config,
-    image_text_request,
+    image_text_ref,
     opened,
     read_text,
     resources_of,
@@ -99,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     if how.labelers:
         source = references.probe(probe)
         check_concepts(source, source.manifest())
-    judge = None if dissect is None else image_text_request(args)
+    judge = None if dissect is None else image_text_ref(args)
     args.pooled = args.pooled or dissect is not None
     resources, config = resources_of(args), exemplar_config(args)
     if args.dry_run:
@@ -165,7 +165,7 @@ def _clip_dissect(args: argparse.Namespace) -> ClipDissect:
     if args.concepts is not None:
         text = read_text("--concepts", args.concepts, "a text file with one concept per line")
     else:
-        folder = image_text_request(args).folder
+        folder = image_text_ref(args).folder
         text = "\n".join(own_concepts(folder))
         if not text:
             raise MilanError(f"give a file with one concept per line with --concepts; {folder} has no {CONCEPTS_FILE}.")

@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.plugins import load_plugins
     from milan_ray.showcase.demo import DECODER
     from milan_ray.showcase.paper import EXPERIMENTS, chosen, prepare, run_experiments
-    from milan_ray.showcase.paper.experiment_context import Ground
+    from milan_ray.showcase.paper.experiment_context import ExperimentContext
     from milan_ray.showcase.paper.page import stored_entry, write_page
     from milan_ray.showcase.plan import plan_paper
     from milan_ray.stages.captioners import about_captioner
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
     storage, resources = writable_storage(args), resources_of(args)
     if args.dry_run:
         return show_plan(args, plan_paper(storage, args.small, names))
-    ground = Ground(storage, resources, args.small)
+    ground = ExperimentContext(storage, resources, args.small)
     with connected(resources):
         prepare(ground, max(1, (os.cpu_count() or 1) // 2 * 2))
         found = {entry.name: entry for entry in run_experiments(ground, names)}

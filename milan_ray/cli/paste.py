@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.planner import Plan
     from milan_ray.studies.cut_and_paste.run import PastingConfig, figure_path, run_pasting, summary
     from milan_ray.studies.plan import plan_pasting
-    from milan_ray.studies.spacy_pipeline import find_language, language_name
+    from milan_ray.studies.spacy_pipeline import find_spacy_pipeline, language_name
 
     storage, models, probe = opened(args)
     config = PastingConfig(args.labeler, args.each, args.originals, args.distractors, args.pool, seed=args.seed)
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         for model in models:
             plan_pasting(storage, plan, model, probe, language_name(args.language), config)
         return show_plan(args, plan)
-    nlp, language = find_language(args.language)
+    nlp, language = find_spacy_pipeline(args.language)
     with connected(resources_of(args)):
         for model in models:
             rows = run_pasting(storage, model, probe, nlp, language, config, resources_of(args))

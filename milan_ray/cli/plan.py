@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
 from milan_ray.cli.records import (
-    encoder_request,
+    encoder_ref,
     exemplar_config,
     find_captioner,
     open_storage,
-    probe_request,
+    probe_ref,
     reading_of,
     resources_of,
 )
@@ -22,7 +22,7 @@ from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
-    from milan_ray.engine.references import ModelRequest
+    from milan_ray.engine.references import ModelRef
 
 SAMPLE = 48
 
@@ -79,12 +79,12 @@ def run(args: argparse.Namespace) -> int:
     if args.speed_up <= 0:
         raise MilanError(f"--speed-up is {args.speed_up:g}: give a number above 0.")
     config, resources = exemplar_config(args), resources_of(args)
-    probe = None if args.probe is None else probe_request(args)
+    probe = None if args.probe is None else probe_ref(args)
     search = encoder = None
     if args.decoder is not None or args.milan is not None:
         storage = open_storage(args)
         search = Search(find_captioner(args, storage))
-        encoder = encoder_request(args, load_captioner(storage, search.decoder).encoder_name, storage, search.decoder)
+        encoder = encoder_ref(args, load_captioner(storage, search.decoder).encoder_name, storage, search.decoder)
     here = replace(resources, address="local", actors=None)  # the sample is of this machine, by one actor
     sample, total, failed = measure(_models(args), probe, config, here, args.sample, search, encoder)
     note(failed)
@@ -108,9 +108,9 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def _models(args: argparse.Namespace) -> list[ModelRequest]:
+def _models(args: argparse.Namespace) -> list[ModelRef]:
     """The models asked for; one whose weights are absent is measured untrained, which takes as long."""
-    from milan_ray.engine.references import ModelRequest
+    from milan_ray.engine.references import ModelRef
     from milan_ray.models.registry import RANDOM, match_models
     from milan_ray.models.resolve import resolve_model
 
@@ -125,5 +125,5 @@ def _models(args: argparse.Namespace) -> list[ModelRequest]:
             weights = RANDOM
             say(f"{name}: its weights are not here; measured with random ones: as long, other masks")
         layers, plugins = tuple(args.layers), tuple(args.plugin)
-        found.append(ModelRequest(name, weights, layers, plugins, args.activations, reading_of(args)))
+        found.append(ModelRef(name, weights, layers, plugins, args.activations, reading_of(args)))
     return found

@@ -16,10 +16,10 @@ from milan_ray.progress import say
 from milan_ray.textfiles import decode_text
 
 if TYPE_CHECKING:
-    from milan_ray.engine.references import ModelRequest, ProbeRequest
-    from milan_ray.models.image_text import ImageTextRequest
+    from milan_ray.engine.references import ModelRef, ProbeRef
+    from milan_ray.models.image_text import ImageTextRef
     from milan_ray.models.layouts import Reading
-    from milan_ray.stages.captioners import EncoderRequest
+    from milan_ray.stages.captioners import EncoderRef
     from milan_ray.storage import Storage
 
 
@@ -42,14 +42,14 @@ def writable_storage(args: argparse.Namespace) -> Storage:
     return storage
 
 
-def opened(args: argparse.Namespace, runs: bool = True) -> tuple[Storage, list[ModelRequest], ProbeRequest]:
+def opened(args: argparse.Namespace, runs: bool = True) -> tuple[Storage, list[ModelRef], ProbeRef]:
     """What a job on models and images begins with: the run directory, the models, the images.
 
     Args:
         args: The options.
         runs: Whether the models are run, so that their weights have to be there.
     """
-    return writable_storage(args), model_requests(args, runs), probe_request(args)
+    return writable_storage(args), model_refs(args, runs), probe_ref(args)
 
 
 def bert_score_folder(args: argparse.Namespace) -> str | None:
@@ -76,20 +76,20 @@ def absolute(option: str, path: str) -> str:
     return str(Path(path).expanduser().absolute())
 
 
-def image_text_request(args: argparse.Namespace) -> ImageTextRequest:
+def image_text_ref(args: argparse.Namespace) -> ImageTextRef:
     """The model of images and texts that ``--clip`` names: a folder, one in $MILAN_MODELS_DIR, or a registered one.
 
     Raises:
         MilanError: There is none.
     """
-    from milan_ray.models.image_text import DEFAULT, ImageTextRequest, find_image_text, is_registered
+    from milan_ray.models.image_text import DEFAULT, ImageTextRef, find_image_text, is_registered
     from milan_ray.plugins import load_plugins
 
     load_plugins(args.plugin)
     name = args.clip or DEFAULT
     if not is_registered(name) and Path(name).parent != Path("."):
         name = absolute("--clip", name)
-    return ImageTextRequest(find_image_text(name))
+    return ImageTextRef(find_image_text(name))
 
 
 def read_text(option: str, path: str, form: str = "a YAML file") -> str:
@@ -108,14 +108,14 @@ def resources_of(args: argparse.Namespace) -> Resources:
     return Resources(args.address, args.actors, args.cpus_per_actor, args.gpus_per_actor, args.device)
 
 
-def model_requests(args: argparse.Namespace, runs: bool = True) -> list[ModelRequest]:
+def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
     """The models asked for, patterns resolved; one that fails alone is left to the first stage to report.
 
     Args:
         args: The options.
         runs: Whether the models are run, so that their weights have to be there.
     """
-    from milan_ray.engine.references import ModelRequest
+    from milan_ray.engine.references import ModelRef
     from milan_ray.models.registry import RANDOM, get_model, match_models
     from milan_ray.models.resolve import resolve_model
     from milan_ray.plugins import load_plugins
@@ -139,7 +139,7 @@ def model_requests(args: argparse.Namespace, runs: bool = True) -> list[ModelReq
                 raise
             say(f"{name}: {error}", level="warning")  # the first stage finds the same, and goes on with the others
         layers, plugins = tuple(args.layers), tuple(args.plugin)
-        found.append(ModelRequest(name, weights, layers, plugins, args.activations, reading_of(args)))
+        found.append(ModelRef(name, weights, layers, plugins, args.activations, reading_of(args)))
     if absent is not None:
         raise absent
     return found
@@ -152,9 +152,9 @@ def reading_of(args: argparse.Namespace) -> Reading:
     return Reading(args.batch_axis, args.units_axis, args.layer_grid, args.prefix_tokens)
 
 
-def probe_request(args: argparse.Namespace) -> ProbeRequest:
+def probe_ref(args: argparse.Namespace) -> ProbeRef:
     """Where probe images come from."""
-    from milan_ray.engine.references import ProbeRequest
+    from milan_ray.engine.references import ProbeRef
     from milan_ray.plugins import load_plugins
     from milan_ray.probe.registry import probe_names
 
@@ -168,7 +168,7 @@ def probe_request(args: argparse.Namespace) -> ProbeRequest:
         network = absolute("--segmentation", network)
     legend = legend and absolute("--legend", legend)
     columns = args.image_column, args.label_column
-    return ProbeRequest(tuple(sources), labels, tuple(args.plugin), legend, network, *columns)
+    return ProbeRef(tuple(sources), labels, tuple(args.plugin), legend, network, *columns)
 
 
 def exemplar_config(args: argparse.Namespace) -> ExemplarConfig:
@@ -196,14 +196,14 @@ def find_captioner(args: argparse.Namespace, storage: Storage) -> str:
     return absolute("--decoder", args.decoder)
 
 
-def encoder_request(
+def encoder_ref(
     args: argparse.Namespace, name: str, storage: Storage | None = None, decoder: str | None = None
-) -> EncoderRequest:
+) -> EncoderRef:
     """A captioner's encoder, with the weights given or its own."""
-    from milan_ray.stages.captioners import EncoderRequest
+    from milan_ray.stages.captioners import EncoderRef
 
     weights = None if args.encoder_weights is None else absolute("--encoder-weights", args.encoder_weights)
-    return EncoderRequest(name, weights, storage, decoder, tuple(args.plugin), args.download)
+    return EncoderRef(name, weights, storage, decoder, tuple(args.plugin), args.download)
 
 
 def annotated_layers(storage: Storage, source: str, models: Sequence[str] | None) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
 from milan_ray.cli.closing import close, note, show_plan
-from milan_ray.cli.records import image_text_request, opened, resources_of
+from milan_ray.cli.records import image_text_ref, opened, resources_of
 from milan_ray.cli.refusals import refuse
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
@@ -16,7 +16,7 @@ from milan_ray.progress import say
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from milan_ray.engine.references import ModelRequest
+    from milan_ray.engine.references import ModelRef
     from milan_ray.scoring.simulation import Sigmoid
 
 
@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.engine.tasks import models_apart
-    from milan_ray.models.generators import GeneratorRequest
+    from milan_ray.models.generators import GeneratorRef
     from milan_ray.schema import SCORES
     from milan_ray.stages.cosy import CosyConfig, run_cosy
     from milan_ray.stages.plan import plan_cosy, plan_scores
@@ -108,12 +108,12 @@ def run(args: argparse.Namespace) -> int:
     resources = resources_of(args)
     described = described_layers(storage, [model.name for model in models], args.labeler, args.layers)
     config = ScoreConfig(args.pooling, args.held_out, args.top, args.retrieved, args.sigmoid, args.seed)
-    judge = None if args.clip is None else image_text_request(args)
+    judge = None if args.clip is None else image_text_ref(args)
     classes = (
         class_layers(storage, described, _classes(models)) if args.clip and (args.class_names or args.sanity) else {}
     )
     named = classes if args.class_names else {}
-    painter, cosy = GeneratorRequest(args.generator or ""), CosyConfig(args.images, args.seed, args.prompt)
+    painter, cosy = GeneratorRef(args.generator or ""), CosyConfig(args.images, args.seed, args.prompt)
     if args.dry_run:
         plan = Plan()
         if judge is not None:
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
     return close(args, "scores", done, failed)
 
 
-def _classes(models: list[ModelRequest]) -> dict[str, tuple[str, ...]]:
+def _classes(models: list[ModelRef]) -> dict[str, tuple[str, ...]]:
     """Model → the names of its classes.
 
     Raises:

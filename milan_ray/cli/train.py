@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from milan_ray.cli import options
 from milan_ray.cli.closing import note, show_plan
-from milan_ray.cli.records import annotated_layers, encoder_request, open_storage, read_text, resources_of
+from milan_ray.cli.records import annotated_layers, encoder_ref, open_storage, read_text, resources_of
 from milan_ray.config import TrainingConfig
 from milan_ray.errors import MilanError
 
@@ -111,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
     if args.setting:
         setting = read_decoder_setting(read_text("--setting", args.setting), args.setting)
         setting = replace(setting, encoder=args.encoder or setting.encoder)
-    encoder = encoder_request(args, args.encoder or (setting or DecoderSetting()).encoder)
+    encoder = encoder_ref(args, args.encoder or (setting or DecoderSetting()).encoder)
     config = training_config(args)
     jobs = [
         TrainingJob(

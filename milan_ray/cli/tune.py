@@ -14,7 +14,7 @@ from milan_ray.cli.closing import note, show_plan
 from milan_ray.cli.records import (
     absolute,
     annotated_layers,
-    encoder_request,
+    encoder_ref,
     find_captioner,
     open_storage,
     resources_of,
@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
     minilm = minilm_directory()
     bert_model = absolute("--bert-model", args.bert_model or str(minilm)) if args.bert_model or minilm else None
     job = TuningJob(Path(args.config).stem, decoder, args.annotations, layers, sweep, bert_model)
-    encoder = encoder_request(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
+    encoder = encoder_ref(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
     if args.dry_run:
         return show_plan(args, plan_tuning(storage, job, encoder))
     with connected(resources):
@@ -104,7 +104,7 @@ def _tune_decoder(args: argparse.Namespace, storage: Storage, resources: Resourc
     models = annotated_layers(storage, args.annotations, args.model)
     layers = tuple((model, layer) for model, paths in models.items() for layer in paths)
     job = DecoderTuningJob(Path(args.config).stem, args.annotations, layers, space)
-    encoders = [encoder_request(args, name) for name in space.encoders]
+    encoders = [encoder_ref(args, name) for name in space.encoders]
     if args.dry_run:
         return show_plan(args, plan_decoder_tuning(storage, job, encoders))
     with connected(resources):

@@ -14,7 +14,7 @@ from milan_ray.device import torch_threads
 from milan_ray.engine.cluster import pool_size, start, threads_here
 from milan_ray.engine.tasks import AHEAD, first_done, in_flight
 from milan_ray.errors import DamagedTable, MilanError
-from milan_ray.storage import WorkGone
+from milan_ray.storage import WorkRemovedError
 
 Row = dict[str, Any]
 T = TypeVar("T")
@@ -23,7 +23,7 @@ _WAITING = 2
 """Rows on their way to an actor: one runs, and the next is there when it ends."""
 
 
-class Kept(Generic[T]):
+class ModelCache(Generic[T]):
     """What a worker keeps loaded, one thing at a time, where rows come thing by thing.
 
     An actor may run its two waiting rows in either order, so the thing before the current one stays until the current
@@ -130,7 +130,7 @@ def _failure(error: MilanError) -> Row:
     """An error as an answer."""
     return {
         "failure": str(error),
-        "gone": isinstance(error, WorkGone),
+        "gone": isinstance(error, WorkRemovedError),
         "damaged": error.path if isinstance(error, DamagedTable) else None,
     }
 
@@ -139,7 +139,7 @@ def _raised(answer: Row) -> MilanError:
     """The error that an answer is."""
     if answer["damaged"] is not None:
         return DamagedTable(answer["failure"], answer["damaged"])
-    return (WorkGone if answer["gone"] else MilanError)(answer["failure"])
+    return (WorkRemovedError if answer["gone"] else MilanError)(answer["failure"])
 
 
 def _named(worker: Callable[..., Any]) -> type:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from milan_ray.config import Recipe
+from milan_ray.config import Fingerprint
 from milan_ray.engine.stage import Known, Stage
-from milan_ray.schema import EXEMPLARS, Noun
+from milan_ray.schema import EXEMPLARS, Table
 from milan_ray.storage import Storage
 
 NETWORKS = "networks"
@@ -47,7 +47,7 @@ class Plan:
     steps: list[Step] = field(default_factory=list)
     later: list[Step] = field(default_factory=list)
     failed: dict[str, str] = field(default_factory=dict)
-    made: dict[tuple[str, tuple[tuple[str, str], ...]], Recipe] = field(default_factory=dict)
+    made: dict[tuple[str, tuple[tuple[str, str], ...]], Fingerprint] = field(default_factory=dict)
 
     @property
     def due(self) -> list[Step]:
@@ -70,24 +70,24 @@ class Plan:
         counted = f"{len(due)} {what} would be made, {current} are up to date{after}; nothing was done."
         return "\n".join([*lines, counted])
 
-    def add(self, storage: Storage, table: Noun, recipe: Recipe, **keys: str) -> None:
+    def add(self, storage: Storage, table: Table, fingerprint: Fingerprint, **keys: str) -> None:
         """Adds a partition of which it is known what decides it."""
-        self.note(table, recipe, storage.why(table, recipe, **keys), **keys)
+        self.note(table, fingerprint, storage.why(table, fingerprint, **keys), **keys)
 
-    def note(self, table: Noun, recipe: Recipe, reason: str | None, **keys: str) -> None:
+    def note(self, table: Table, fingerprint: Fingerprint, reason: str | None, **keys: str) -> None:
         """The same where the reason is known; a partition counts once."""
         step = Step(table.name, tuple(keys.values()), reason)
         self.steps += [] if step in self.steps else [step]
-        self.made[_key(table, keys)] = recipe
+        self.made[_key(table, keys)] = fingerprint
 
     def stages(self, storage: Storage, stages: Iterable[Stage]) -> None:
         """Adds all outputs of stages that follow one another."""
         for stage in stages:
             for output in stage.outputs(Planned(storage, self)):
-                self.note(stage.table, output.recipe, stage.why(storage, output), **output.keys)
+                self.note(stage.table, output.fingerprint, stage.why(storage, output), **output.keys)
 
     def waits(self, table: str, keys: tuple[str, ...], *before: str, of: str | None = None) -> bool:
-        """Whether a table is made of others that would be made first, so that its recipe is not known; notes it then.
+        """Whether a table is made of others that would be made first, so that its fingerprint is unknown.
 
         Args:
             table: Its name.
@@ -116,15 +116,15 @@ class Planned(Known):
         super().__init__(storage)
         self._plan = plan
 
-    def config(self, table: Noun, **keys: str) -> str:
+    def config(self, table: Table, **keys: str) -> str:
         """Configuration hash that a partition will have."""
         made = self._plan.made.get(_key(table, keys))
         return super().config(table, **keys) if made is None else made.hash
 
-    def whole(self, table: Noun, **keys: str) -> str:
+    def all_units(self, table: Table, **keys: str) -> str:
         """The same of all units of its layer."""
         made = self._plan.made.get(_key(table, keys))
-        return super().whole(table, **keys) if made is None else made.whole
+        return super().all_units(table, **keys) if made is None else made.all_units
 
     def check_units(self, units: tuple[int, ...], model: str, layer: str) -> None:
         """Refuses units that a layer does not have, as soon as that is known."""
@@ -133,5 +133,5 @@ class Planned(Known):
             super().check_units(units, model, layer)
 
 
-def _key(table: Noun, keys: dict[str, str]) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _key(table: Table, keys: dict[str, str]) -> tuple[str, tuple[tuple[str, str], ...]]:
     return table.name, tuple(sorted(keys.items()))

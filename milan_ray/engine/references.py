@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from torch import nn
 
 from milan_ray.errors import MilanError
-from milan_ray.models.generators import Generator, GeneratorRequest
-from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerRequest
-from milan_ray.models.image_text import Embedder, ImageTextRequest
+from milan_ray.models.generators import Generator, GeneratorRef
+from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerRef
+from milan_ray.models.image_text import Embedder, ImageTextRef
 from milan_ray.models.layouts import UNSAID, Reading
 from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
@@ -24,7 +24,7 @@ from milan_ray.probe.segmented import SegmentedProbe
 
 
 @dataclass(frozen=True)
-class ModelRequest:
+class ModelRef:
     """A model as the user asked for it.
 
     Attributes:
@@ -45,7 +45,7 @@ class ModelRequest:
 
 
 @dataclass(frozen=True)
-class ProbeRequest:
+class ProbeRef:
     """A probe as the user asked for it.
 
     Attributes:
@@ -67,31 +67,29 @@ class ProbeRequest:
     label_column: str | None = None
 
 
-def model(request: ModelRequest) -> ModelSpec:
-    """The model of a request.
+def model(ref: ModelRef) -> ModelSpec:
+    """The model of a ref.
 
     Raises:
         MilanError: Unknown name, missing weights, broken plug-in.
     """
-    load_plugins(request.plugins)
-    return resolve_model(
-        request.name, request.weights, request.layers, activations=request.activations, reading=request.reading
-    )
+    load_plugins(ref.plugins)
+    return resolve_model(ref.name, ref.weights, ref.layers, activations=ref.activations, reading=ref.reading)
 
 
-def probe(request: ProbeRequest) -> Probe:
-    """The probe of a request.
+def probe(ref: ProbeRef) -> Probe:
+    """The probe of a ref.
 
     Raises:
         MilanError: Unknown name, missing folder, broken plug-in.
     """
-    load_plugins(request.plugins)
-    found = resolve_probe(request.sources, request.labels, request.legend, request.image_column, request.label_column)
-    if request.segmentation is None:
+    load_plugins(ref.plugins)
+    found = resolve_probe(ref.sources, ref.labels, ref.legend, ref.image_column, ref.label_column)
+    if ref.segmentation is None:
         return found
     if isinstance(found, LatentProbe):
         raise MilanError("a generator's latents cannot be segmented: leave out --segmentation.")
-    return SegmentedProbe(found, Segmenter(request.segmentation))
+    return SegmentedProbe(found, Segmenter(ref.segmentation))
 
 
 def network(spec: ModelSpec, weights: str | None = None) -> nn.Module:
@@ -113,34 +111,34 @@ def network(spec: ModelSpec, weights: str | None = None) -> nn.Module:
     return model
 
 
-def image_text(request: ImageTextRequest, plugins: tuple[str, ...] = ()) -> Embedder:
-    """The model of images and texts of a request.
+def image_text(ref: ImageTextRef, plugins: tuple[str, ...] = ()) -> Embedder:
+    """The model of images and texts of a ref.
 
     Raises:
         MilanError: It is missing or damaged, or a plug-in is broken.
     """
     load_plugins(plugins)
-    return request.load()
+    return ref.load()
 
 
-def generator(request: GeneratorRequest, plugins: tuple[str, ...] = ()) -> Generator:
-    """The generator of a request.
+def generator(ref: GeneratorRef, plugins: tuple[str, ...] = ()) -> Generator:
+    """The generator of a ref.
 
     Raises:
         MilanError: There is none of that name, or a plug-in is broken.
     """
     load_plugins(plugins)
-    return request.load()
+    return ref.load()
 
 
-def image_captioner(request: ImageCaptionerRequest, plugins: tuple[str, ...] = ()) -> ImageCaptioner:
-    """The captioner of images of a request.
+def image_captioner(ref: ImageCaptionerRef, plugins: tuple[str, ...] = ()) -> ImageCaptioner:
+    """The captioner of images of a ref.
 
     Raises:
         MilanError: It is missing or damaged, or a plug-in is broken.
     """
     load_plugins(plugins)
-    return request.load()
+    return ref.load()
 
 
 def check_units(units: Sequence[int], count: int, model: str, layer: str) -> None:

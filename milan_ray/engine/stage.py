@@ -17,14 +17,14 @@ from typing import Any, ClassVar
 
 import pyarrow as pa
 
-from milan_ray.config import Recipe, Resources, config_hash
+from milan_ray.config import Fingerprint, Resources, config_hash
 from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.references import check_units
 from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.tasks import beside_others, removed_if_damaged, run_parallel
+from milan_ray.engine.tasks import removed_if_damaged, retry_if_overtaken, run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.progress import Progress, say
-from milan_ray.schema import CANDIDATES, ENCODINGS, EXEMPLARS, LEVELS, Noun
+from milan_ray.schema import CANDIDATES, ENCODINGS, EXEMPLARS, LEVELS, Table
 from milan_ray.storage import Storage
 
 _MADE_BY = {EXEMPLARS.name: "exemplars", ENCODINGS.name: "describe", CANDIDATES.name: "describe"}
@@ -49,13 +49,13 @@ class Output:
 
     Attributes:
         keys: Its partition.
-        recipe: What decides its content.
+        fingerprint: What decides its content.
         number: Its place among the stage's outputs, which the runner tells it.
         about: What the run log has in place of a model, where it is about none.
     """
 
     keys: Mapping[str, str]
-    recipe: Recipe
+    fingerprint: Fingerprint
     number: int = 0
     about: str = ""
 
@@ -121,7 +121,7 @@ class Known:
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
 
-    def config(self, table: Noun, **keys: str) -> str:
+    def config(self, table: Table, **keys: str) -> str:
         """Configuration hash of a partition.
 
         Raises:
@@ -130,12 +130,12 @@ class Known:
         self._check_there(table, keys)
         return self.storage.config_of(table, **keys)
 
-    def whole(self, table: Noun, **keys: str) -> str:
+    def all_units(self, table: Table, **keys: str) -> str:
         """The same of all units of its layer, where it has some of them alone."""
         self._check_there(table, keys)
-        return self.storage.whole_of(table, **keys)
+        return self.storage.all_units_of(table, **keys)
 
-    def _check_there(self, table: Noun, keys: Mapping[str, str]) -> None:
+    def _check_there(self, table: Table, keys: Mapping[str, str]) -> None:
         verb = _MADE_BY.get(table.name)
         if verb is not None and self.storage.metadata(table, **keys) is None:
             of = " ".join(keys.values())
@@ -178,7 +178,7 @@ class Stage(ABC):
         title: Its name in messages.
     """
 
-    table: ClassVar[Noun]
+    table: ClassVar[Table]
     name: str
     title: str
 
@@ -188,7 +188,7 @@ class Stage(ABC):
 
     def why(self, storage: Storage, output: Output) -> str | None:
         """Why an output has to be made; None when it is current."""
-        return storage.why(self.table, output.recipe, **output.keys)
+        return storage.why(self.table, output.fingerprint, **output.keys)
 
 
 class ShardedStage(Stage):
@@ -253,7 +253,7 @@ class TaskStage(Stage):
         """Whether these are so little that the driver makes them."""
 
 
-@beside_others
+@retry_if_overtaken
 def run_stage(stage: ShardedStage | TaskStage, storage: Storage, resources: Resources) -> list[Output]:
     """Makes every output of a stage that is missing or stale.
 
@@ -304,7 +304,7 @@ def abandon(stage: ShardedStage, storage: Storage) -> None:
 
 def _work(stage: ShardedStage, outputs: Iterable[Output]) -> str:
     """Hash of a stage's work: over all outputs, so that a job killed while they become public finds its pieces."""
-    return config_hash({stage.name: [output.recipe.hash for output in outputs]})
+    return config_hash({stage.name: [output.fingerprint.hash for output in outputs]})
 
 
 def _make(stage: ShardedStage, job: Job) -> None:
@@ -364,14 +364,16 @@ def _merge(task: _Merge) -> None:
     def record(rows: int) -> None:
         if stage.recorded:
             about = output.model
-            record_run(storage, stage.name, output.recipe.hash, about, layer=output.layer, rows=rows, cost=task.cost)
+            record_run(
+                storage, stage.name, output.fingerprint.hash, about, layer=output.layer, rows=rows, cost=task.cost
+            )
 
     if isinstance(merged, Stream):
         counted = _counted(merged.pieces, record)
-        storage.write_stream(stage.table, counted, output.recipe, merged.metadata, **output.keys)
+        storage.write_stream(stage.table, counted, output.fingerprint, merged.metadata, **output.keys)
     else:
         record(len(merged))
-        storage.write(stage.table, merged, output.recipe, **output.keys)
+        storage.write(stage.table, merged, output.fingerprint, **output.keys)
 
 
 def _counted(pieces: Iterator[pa.Table], then: Callable[[int], None]) -> Iterator[pa.Table]:
@@ -394,7 +396,7 @@ def _run_task(task: _Task) -> None:
     stage, output, started = task.stage, task.output, time.monotonic()
     table = stage.make(task.storage, output)
     if stage.recorded:
-        cost, run = Cost(), output.recipe.hash
+        cost, run = Cost(), output.fingerprint.hash
         cost.add(time.monotonic() - started)
         record_run(task.storage, stage.name, run, output.model, layer=output.layer, rows=len(table), cost=cost)
-    task.storage.write(stage.table, table, output.recipe, **output.keys)
+    task.storage.write(stage.table, table, output.fingerprint, **output.keys)

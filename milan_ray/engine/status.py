@@ -9,7 +9,7 @@ import json
 from dataclasses import asdict, dataclass
 from datetime import datetime
 
-from milan_ray.config import Recipe
+from milan_ray.config import Fingerprint
 from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.schema import (
     ANNOTATIONS,
@@ -18,11 +18,11 @@ from milan_ray.schema import (
     DRAWINGS,
     ENCODINGS,
     EXEMPLARS,
-    NOUNS,
     POOLED,
-    Noun,
+    TABLES,
+    Table,
 )
-from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, UNITS_KEY, WHOLE_KEY, WORK, FileStat, Storage, parts_of
+from milan_ray.storage import ALL_UNITS_KEY, CONFIG_KEY, EXEMPLARS_KEY, UNITS_KEY, WORK, FileStat, Storage, parts_of
 
 STAGES = (EXEMPLARS, POOLED, ANNOTATIONS, ENCODINGS, CANDIDATES, DRAWINGS, DESCRIPTIONS)
 """The tables of layers; each is made from earlier ones."""
@@ -138,10 +138,10 @@ def status(storage: Storage, verify: bool = False) -> Status:
             elif noun is POOLED:
                 state = _beside(exemplars.get((keys["model"], keys["layer"]), {}), meta)
             config = meta.get(CONFIG_KEY, "")
-            part = _digest(noun.name, meta.get(WHOLE_KEY, config))
+            part = _digest(noun.name, meta.get(ALL_UNITS_KEY, config))
             made.setdefault((noun.name, keys["model"], keys["layer"]), {})[part] = state
             found.append(Partition(noun.name, keys, rows, meta.get(UNITS_KEY, ""), written, config, state))
-    for noun in NOUNS:
+    for noun in TABLES:
         if noun not in STAGES:
             found += _damaged(storage, noun, verify)
     return Status(storage.root, _in_model_order(storage, found), _work(storage))
@@ -152,7 +152,7 @@ def _in_model_order(storage: Storage, found: list[Partition]) -> list[Partition]
     layers = {(part.keys["model"], part.keys["layer"]) for part in found if "layer" in part.keys}
     ordered = storage.in_model_order({"model": model, "layer": layer} for model, layer in sorted(layers))
     rank = {(keys["model"], keys["layer"]): number for number, keys in enumerate(ordered)}
-    stage = {noun.name: number for number, noun in enumerate((*STAGES, *NOUNS))}
+    stage = {noun.name: number for number, noun in enumerate((*STAGES, *TABLES))}
 
     def place(part: Partition) -> tuple[int, list[tuple[int, str]]]:
         own = rank.get((part.keys.get("model", ""), part.keys.get("layer", "")), 0)
@@ -161,7 +161,7 @@ def _in_model_order(storage: Storage, found: list[Partition]) -> list[Partition]
     return sorted(found, key=place)
 
 
-def _look(storage: Storage, noun: Noun, keys: dict[str, str], verify: bool) -> tuple[dict[str, str], int]:
+def _look(storage: Storage, noun: Table, keys: dict[str, str], verify: bool) -> tuple[dict[str, str], int]:
     """A partition's metadata and rows.
 
     Raises:
@@ -174,7 +174,7 @@ def _look(storage: Storage, noun: Noun, keys: dict[str, str], verify: bool) -> t
     return meta, storage.count(noun, **keys)
 
 
-def _damaged(storage: Storage, noun: Noun, verify: bool) -> list[Partition]:
+def _damaged(storage: Storage, noun: Table, verify: bool) -> list[Partition]:
     """The damaged partitions of a table that is not of layers."""
     stats = storage.stat(noun.name)
     found = []
@@ -196,11 +196,11 @@ def _written(stats: dict[str, FileStat], path: str) -> str:
 
 
 def _digest(name: str, config: str) -> str:
-    return Recipe.of({name: config}).parts[name]
+    return Fingerprint.of({name: config}).inputs[name]
 
 
 def _state(
-    noun: Noun, keys: dict[str, str], meta: dict[str, str], made: dict[tuple[str, str, str], dict[str, str]]
+    noun: Table, keys: dict[str, str], meta: dict[str, str], made: dict[tuple[str, str, str], dict[str, str]]
 ) -> str:
     """What became of that which a partition was made from."""
     parts = parts_of(meta)

@@ -15,7 +15,7 @@ import ray
 from milan_ray.engine.cluster import start
 from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.progress import say
-from milan_ray.storage import Storage, WorkGone
+from milan_ray.storage import Storage, WorkRemovedError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -34,7 +34,7 @@ MOST_THREADS = 8
 """Threads of the driver that work at once: each may hold a layer's state."""
 
 
-def beside_others(stage: Callable[..., Result]) -> Callable[..., Result]:
+def retry_if_overtaken(stage: Callable[..., Result]) -> Callable[..., Result]:
     """A stage that another job on the same storage may run at the same time.
 
     Whoever is done first removes the work in progress of both. The other then looks again at what is missing, which is
@@ -46,7 +46,7 @@ def beside_others(stage: Callable[..., Result]) -> Callable[..., Result]:
         for _ in range(2):
             try:
                 return stage(*arguments, **named)
-            except WorkGone:
+            except WorkRemovedError:
                 say("another job on this storage has finished the same work; looking what is left")
         return stage(*arguments, **named)
 

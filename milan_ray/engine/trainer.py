@@ -13,7 +13,7 @@ import ray.train.torch
 import torch
 from torch import nn
 
-from milan_ray.captioner.fit import State, Team
+from milan_ray.captioner.fit import State, WorkerGroup
 from milan_ray.engine.cluster import start
 from milan_ray.errors import MilanError
 
@@ -97,7 +97,7 @@ def train_on_workers(
     return _read(result.checkpoint)
 
 
-class WorkerTeam(Team):
+class TrainWorkerGroup(WorkerGroup):
     """Inside a worker: it and the others."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ from milan_ray.errors import MilanError
 from milan_ray.exemplars.levels import RunningLevel, positions_per_image, sample_positions
 from milan_ray.exemplars.pooled import maxima
 from milan_ray.exemplars.topk import NO_IMAGE, RunningTopK
-from milan_ray.storage import WorkGone
+from milan_ray.storage import WorkRemovedError
 
 KERNEL_VERSION = "exemplars-2"
 """Part of every configuration hash: raised when the arithmetic below changes its results."""
@@ -100,9 +100,9 @@ class LayerState:
         maps = maps.to(torch.float32)
         pooled = maxima(maps)
         ids = torch.from_numpy(image_ids).to(pooled.device)
-        bar = None if known is None else known.topk_bar
+        bar = None if known is None else known.topk_lower_bound
         self.topk.update(pooled, ids, maps if self.topk.carries_maps else None, bar)
-        self.level.update(self._positions(maps, image_ids), None if known is None else known.level_bar)
+        self.level.update(self._positions(maps, image_ids), None if known is None else known.level_lower_bound)
         return pooled
 
     def _positions(self, maps: torch.Tensor, image_ids: np.ndarray) -> torch.Tensor:
@@ -202,7 +202,7 @@ def naming(layer: str) -> Iterator[None]:
     """Says in errors which layer they are about."""
     try:
         yield
-    except WorkGone:
+    except WorkRemovedError:
         raise
     except MilanError as error:
         raise MilanError(f"layer {layer!r}: {error}") from error
@@ -222,12 +222,12 @@ class Committed:
         self._shards: set[int] = set()
 
     @property
-    def topk_bar(self) -> torch.Tensor:
+    def topk_lower_bound(self) -> torch.Tensor:
         """(U,): activations below which an image cannot enter the top k."""
         return self._state.topk.bar
 
     @property
-    def level_bar(self) -> torch.Tensor:
+    def level_lower_bound(self) -> torch.Tensor:
         """(U,): activations below which a position cannot matter for the level."""
         return self._state.level.bar
 

@@ -10,7 +10,7 @@ import numpy as np
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.labelers.milan import N_BEST, rank
 from milan_ray.labelers.protocol import Evidence, Kind, Label
-from milan_ray.models.image_text import ImageText, ImageTextRequest
+from milan_ray.models.image_text import ImageText, ImageTextRef
 
 CLIP = "milan+clip"
 """The labeler's name."""
@@ -20,7 +20,7 @@ BEAM_SIZE = 1000
 
 
 @dataclass(frozen=True)
-class Clip(ImageTextRequest):
+class Clip(ImageTextRef):
     """How to re-rank.
 
     Attributes:

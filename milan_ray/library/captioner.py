@@ -34,7 +34,7 @@ from milan_ray.models.image_text import DEFAULT, ImageText, find_image_text
 from milan_ray.models.sentences import load_text_model
 from milan_ray.plugins import load_plugins
 from milan_ray.progress import Progress
-from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS, Noun
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS, Table
 from milan_ray.scoring.differences import Difference, diff_descriptions
 from milan_ray.scoring.search import scan_descriptions, search_descriptions
 from milan_ray.stages.captioners import RERANKED, load_captioner
@@ -384,10 +384,10 @@ class RunExemplars:
             descriptions=as_frame(self._of_unit(DESCRIPTIONS, unit, keys)),
         )
 
-    def _of_unit(self, noun: Noun, unit: int, keys: dict[str, str]) -> pa.Table:
+    def _of_unit(self, noun: Table, unit: int, keys: dict[str, str]) -> pa.Table:
         return self._current(noun, keys).filter(pc.field("unit") == unit)
 
-    def _current(self, noun: Noun, keys: dict[str, str]) -> pa.Table:
+    def _current(self, noun: Table, keys: dict[str, str]) -> pa.Table:
         """A layer's rows of a table, from all partitions that speak of the exemplars that are there now."""
         current = self._storage.config_of(EXEMPLARS, **keys)
         tables = [noun.schema.empty_table()]

@@ -196,7 +196,7 @@ class Limits:
 
 
 @dataclass
-class Spent:
+class Usage:
     """What a job has asked of a server so far.
 
     Attributes:
@@ -251,7 +251,7 @@ class Endpoint:
     storage: Storage
     temperature: float = 0.3
     limits: Limits = field(default_factory=Limits)
-    spent: Spent = field(default_factory=Spent)
+    spent: Usage = field(default_factory=Usage)
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -390,7 +390,7 @@ class Endpoint:
             ) / 1e6
         return str(text), used
 
-    def say_spent(self) -> None:
+    def say_usage(self) -> None:
         """Tells the user what was asked."""
         spent = self.spent
         say(

@@ -67,7 +67,7 @@ def register_generator_family(prefix: str, resolve: Callable[[str], Generator]) 
 
 
 @dataclass(frozen=True)
-class GeneratorRequest:
+class GeneratorRef:
     """A generator as it travels to workers.
 
     Attributes:

@@ -58,7 +58,7 @@ def register_image_captioner(name: str, factory: Callable[[], ImageCaptioner]) -
 
 
 @dataclass(frozen=True)
-class ImageCaptionerRequest:
+class ImageCaptionerRef:
     """A captioner of images as it travels to workers.
 
     Attributes:

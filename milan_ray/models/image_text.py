@@ -111,7 +111,7 @@ def is_registered(name: str) -> bool:
 
 
 @dataclass(frozen=True)
-class ImageTextRequest:
+class ImageTextRef:
     """A model of images and texts as it travels to workers.
 
     Attributes:

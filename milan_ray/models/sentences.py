@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from milan_ray.errors import MilanError, reason
-from milan_ray.models.image_text import KINDS, ImageTextRequest, find_image_text
+from milan_ray.models.image_text import KINDS, ImageTextRef, find_image_text
 from milan_ray.models.transformers_zoo import import_transformers
 
 TEXTS = 256
@@ -121,4 +121,4 @@ def load_text_model(name: str) -> EmbedsTexts:
             raise MilanError(f"{config} is damaged ({error}): save the model again.") from error
         if kind not in KINDS:
             return SentenceEncoder(name)
-    return ImageTextRequest(find_image_text(name)).load()
+    return ImageTextRef(find_image_text(name)).load()

@@ -180,9 +180,13 @@ def _published(architecture: str) -> dict[str, WeightsFile]:
     """Torchvision's weights by their own names, where there is one the first version first: the reference's."""
     files = {}
     for version in sorted(models.get_model_weights(architecture), key=lambda version: version.name != "IMAGENET1K_V1"):
-        recipe = version.transforms()
-        view = View(resize=recipe.resize_size[0], crop=recipe.crop_size[0], interpolation=recipe.interpolation.value)
-        preprocess = Preprocess(view, tuple(recipe.mean), tuple(recipe.std))
+        fingerprint = version.transforms()
+        view = View(
+            resize=fingerprint.resize_size[0],
+            crop=fingerprint.crop_size[0],
+            interpolation=fingerprint.interpolation.value,
+        )
+        preprocess = Preprocess(view, tuple(fingerprint.mean), tuple(fingerprint.std))
         files[version.name] = WeightsFile.at(version.url, preprocess=preprocess)
     return files
 

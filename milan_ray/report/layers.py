@@ -23,7 +23,7 @@ from milan_ray.progress import say
 from milan_ray.report.images import image_folder, image_source, write_masks
 from milan_ray.report.nearest import mean_features, nearest
 from milan_ray.report.pages import Pages, Row, short, slug, write_script
-from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, ENCODINGS, EXEMPLARS, LEVELS, MANIFEST, UNIT_SCORES, Noun
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, ENCODINGS, EXEMPLARS, LEVELS, MANIFEST, UNIT_SCORES, Table
 from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, Storage
 
 PAGE_SIZE = 40
@@ -71,7 +71,7 @@ class Sources:
         annotations = sorted({keys["source"] for keys in storage.partitions(ANNOTATIONS)})
         return cls(storage, tuple(labelers), tuple(annotations), dict(encodings), dict(scores), left_out)
 
-    def rows(self, noun: Noun, **keys: str) -> pa.Table:
+    def rows(self, noun: Table, **keys: str) -> pa.Table:
         """A partition's rows, as :func:`read_rows` gives them; none where it is damaged."""
         read = partial(read_rows, self.storage, noun, **keys)
         return self.left_out.unless_damaged(read, noun.schema.empty_table())
@@ -309,7 +309,7 @@ def layer_folder(model: str, layer: str) -> str:
     return f"layers/{slug(model)}/{slug(layer)}/"
 
 
-def read_rows(storage: Storage, noun: Noun, **keys: str) -> pa.Table:
+def read_rows(storage: Storage, noun: Table, **keys: str) -> pa.Table:
     """A partition's rows; none where it does not exist, or speaks of exemplars that are no longer there."""
     metadata = storage.metadata(noun, **keys)
     if metadata is None:

@@ -14,7 +14,7 @@ from milan_ray.errors import DamagedTable
 from milan_ray.progress import say
 from milan_ray.report.layers import LayerSummary
 from milan_ray.report.pages import Pages, Row, slug, write_script
-from milan_ray.schema import ABLATIONS, CHANGES, DIFFERENCES, FIGURE, NOUNS, RUNS, SCORES, SKIPPED, TRIALS, Noun
+from milan_ray.schema import ABLATIONS, CHANGES, DIFFERENCES, FIGURE, RUNS, SCORES, SKIPPED, TABLES, TRIALS, Table
 from milan_ray.scoring.differences import difference_config
 from milan_ray.storage import CONFIG_KEY, FILE_NAME, Storage
 
@@ -76,7 +76,7 @@ def evaluations(rows: Sequence[Row]) -> list[Row]:
     return tables
 
 
-def rows_of(storage: Storage, noun: Noun, left_out: LeftOut, **where: str) -> list[Row]:
+def rows_of(storage: Storage, noun: Table, left_out: LeftOut, **where: str) -> list[Row]:
     """The rows of all partitions of a table that are not damaged."""
     empty = noun.schema.empty_table()
     found = storage.partitions(noun, **where)
@@ -100,7 +100,7 @@ def skipped(storage: Storage, models: Sequence[str], left_out: LeftOut) -> list[
 def figures(storage: Storage, out: Path) -> list[Figure]:
     """Copies the figures that lie beside tables of experiments and tunings, whatever these are."""
     found = []
-    for noun in (noun for noun in NOUNS if {"experiment", "sweep"} & {*noun.partition}):
+    for noun in (noun for noun in TABLES if {"experiment", "sweep"} & {*noun.partition}):
         for keys in storage.partitions(noun):
             source = storage.path(noun, **keys).replace(FILE_NAME, _FIGURE)
             if not storage.exists(source):
@@ -194,7 +194,7 @@ def provenance(storage: Storage, models: Sequence[str], left_out: LeftOut) -> Ro
     return {"runs": sorted(runs, key=lambda row: row["finished_at"]), "versions": versions}
 
 
-def _title(noun: Noun, keys: dict[str, str]) -> str:
+def _title(noun: Table, keys: dict[str, str]) -> str:
     if noun is TRIALS:
         return f"{keys['decoder']} tuned by {keys['sweep']}"
     if noun is SCORES:

@@ -1,4 +1,4 @@
-"""The tables of a run directory: one :class:`~milan_ray.schema.table.Noun` per kind of row."""
+"""The tables of a run directory: one :class:`~milan_ray.schema.table.Table` per kind of row."""
 
 from milan_ray.schema.annotation_statistics import ANNOTATION_STATISTICS
 from milan_ray.schema.audits import AUDITED, AUDITS
@@ -26,9 +26,9 @@ from milan_ray.schema.operations import (
     TRIALS_SETTING,
     UNIT_SCORES,
 )
-from milan_ray.schema.table import Column, Noun
+from milan_ray.schema.table import Column, Table
 
-NOUNS: tuple[Noun, ...] = (
+TABLES: tuple[Table, ...] = (
     MANIFEST,
     EXEMPLARS,
     LEVELS,
@@ -86,13 +86,13 @@ __all__ = [
     "LAYER_PROPERTIES",
     "LEVELS",
     "MANIFEST",
-    "NOUNS",
     "PASTED",
     "POOLED",
     "RUNS",
     "SCORES",
     "SKIPPED",
     "SPLITS",
+    "TABLES",
     "TEXT_EMBEDDINGS",
     "TRAINING",
     "TRIALS",
@@ -101,5 +101,5 @@ __all__ = [
     "UNIT_SCORES",
     "VIEWS",
     "Column",
-    "Noun",
+    "Table",
 ]

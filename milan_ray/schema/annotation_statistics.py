@@ -2,9 +2,9 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Noun
+from milan_ray.schema.table import Column, Table
 
-ANNOTATION_STATISTICS = Noun(
+ANNOTATION_STATISTICS = Table(
     "annotation_statistics",
     ("source",),
     (

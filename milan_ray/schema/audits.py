@@ -2,11 +2,11 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Noun
+from milan_ray.schema.table import Column, Table
 
 _AUDIT = Column("audit", pa.string(), "name of the audit")
 
-AUDITS = Noun(
+AUDITS = Table(
     "audits",
     ("audit",),
     (
@@ -26,7 +26,7 @@ AUDITS = Noun(
     "One pair of networks, and how many of their units name what was to be hidden.",
 )
 
-AUDITED = Noun(
+AUDITED = Table(
     "audited",
     ("audit",),
     (

@@ -2,13 +2,13 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Noun
+from milan_ray.schema.table import Column, Table
 
 _MODEL = Column("model", pa.string(), "registered name of the model")
 _LAYER = Column("layer", pa.string(), "module path of the layer inside the model")
 _UNIT = Column("unit", pa.int32(), "channel index in the layer")
 
-ENCODINGS = Noun(
+ENCODINGS = Table(
     "encodings",
     ("encoder", "model", "layer"),
     (
@@ -22,7 +22,7 @@ ENCODINGS = Noun(
     "What the captioner sees of one exemplar.",
 )
 
-IMAGE_EMBEDDINGS = Noun(
+IMAGE_EMBEDDINGS = Table(
     "image_embeddings",
     ("encoder", "probe"),
     (
@@ -34,7 +34,7 @@ IMAGE_EMBEDDINGS = Noun(
     "One readable probe image as a model of images and texts sees it. File metadata: `width` D.",
 )
 
-TEXT_EMBEDDINGS = Noun(
+TEXT_EMBEDDINGS = Table(
     "text_embeddings",
     ("encoder", "texts"),
     (
@@ -46,7 +46,7 @@ TEXT_EMBEDDINGS = Noun(
     "One text as a model of images and texts reads it.",
 )
 
-CANDIDATES = Noun(
+CANDIDATES = Table(
     "candidates",
     ("decoder", "model", "layer"),
     (
@@ -75,7 +75,7 @@ NBEST = pa.struct(
     ]
 )
 
-DESCRIPTIONS = Noun(
+DESCRIPTIONS = Table(
     "descriptions",
     ("labeler", "model", "layer"),
     (
@@ -103,7 +103,7 @@ DESCRIPTIONS = Noun(
     "The label of one unit.",
 )
 
-DRAWINGS = Noun(
+DRAWINGS = Table(
     "drawings",
     ("labeler", "model", "layer"),
     (
@@ -124,7 +124,7 @@ DRAWINGS = Noun(
     "What a unit makes of the images that a generator drew for one candidate label.",
 )
 
-ANNOTATIONS = Noun(
+ANNOTATIONS = Table(
     "annotations",
     ("source", "model", "layer"),
     (

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Noun
+from milan_ray.schema.table import Column, Table
 
 _KEYS = (
     Column("labeler", pa.string(), "whose descriptions are compared"),
@@ -10,7 +10,7 @@ _KEYS = (
     Column("other", pa.string(), "the one compared with it"),
 )
 
-DIFFERENCES = Noun(
+DIFFERENCES = Table(
     "differences",
     ("labeler", "model", "other"),
     (
@@ -30,7 +30,7 @@ DIFFERENCES = Noun(
     "How often two networks' units mention a word.",
 )
 
-CHANGES = Noun(
+CHANGES = Table(
     "changes",
     ("labeler", "model", "other"),
     (

@@ -2,9 +2,9 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Noun
+from milan_ray.schema.table import Column, Table
 
-EXEMPLARS = Noun(
+EXEMPLARS = Table(
     "exemplars",
     ("model", "layer"),
     (
@@ -26,7 +26,7 @@ EXEMPLARS = Noun(
     "`quantile`.",
 )
 
-LEVELS = Noun(
+LEVELS = Table(
     "levels",
     ("model", "layer"),
     (
@@ -45,7 +45,7 @@ LEVELS = Noun(
     "The threshold of one unit's masks.",
 )
 
-VIEWS = Noun(
+VIEWS = Table(
     "views",
     ("probe", "view", "block"),
     (
@@ -58,7 +58,7 @@ VIEWS = Noun(
     "An exemplar's image as the model saw it before normalisation, encoded once per image and view.",
 )
 
-SKIPPED = Noun(
+SKIPPED = Table(
     "skipped",
     ("model",),
     (
@@ -70,7 +70,7 @@ SKIPPED = Noun(
     "A probe image that could not be used.",
 )
 
-POOLED = Noun(
+POOLED = Table(
     "pooled",
     ("model", "layer"),
     (

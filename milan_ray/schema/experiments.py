@@ -2,9 +2,9 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Noun
+from milan_ray.schema.table import Column, Table
 
-ABLATIONS = Noun(
+ABLATIONS = Table(
     "ablations",
     ("experiment", "model"),
     (
@@ -24,7 +24,7 @@ ABLATIONS = Noun(
     "Accuracy of a classifier with the first units of an order switched off.",
 )
 
-CRITERIA = Noun(
+CRITERIA = Table(
     "criteria",
     ("experiment", "model"),
     (
@@ -39,7 +39,7 @@ CRITERIA = Noun(
     "One unit by one criterion of an experiment.",
 )
 
-LAYER_PROPERTIES = Noun(
+LAYER_PROPERTIES = Table(
     "layer_properties",
     ("experiment", "model"),
     (
@@ -56,7 +56,7 @@ LAYER_PROPERTIES = Noun(
     "How common a property of descriptions is in one layer.",
 )
 
-CLAIMS = Noun(
+CLAIMS = Table(
     "claims",
     ("experiment",),
     (
@@ -74,7 +74,7 @@ CLAIMS = Noun(
     "One claim of the paper beside what was found.",
 )
 
-PASTED = Noun(
+PASTED = Table(
     "pasted",
     ("experiment", "model"),
     (

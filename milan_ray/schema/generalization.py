@@ -2,9 +2,9 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Noun
+from milan_ray.schema.table import Column, Table
 
-SPLITS = Noun(
+SPLITS = Table(
     "splits",
     ("experiment", "split"),
     (
@@ -19,7 +19,7 @@ SPLITS = Noun(
     "One annotated unit in one trial of a split.",
 )
 
-HELD_OUT = Noun(
+HELD_OUT = Table(
     "held_out",
     ("experiment", "split", "trial"),
     (
@@ -35,7 +35,7 @@ HELD_OUT = Noun(
     "What a captioner says of a unit that it did not learn from.",
 )
 
-GENERALIZATION = Noun(
+GENERALIZATION = Table(
     "generalization",
     ("experiment", "split"),
     (

@@ -2,9 +2,9 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Noun
+from milan_ray.schema.table import Column, Table
 
-MANIFEST = Noun(
+MANIFEST = Table(
     "manifest",
     ("probe",),
     (

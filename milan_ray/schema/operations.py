@@ -2,9 +2,9 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Noun
+from milan_ray.schema.table import Column, Table
 
-RUNS = Noun(
+RUNS = Table(
     "runs",
     ("stage", "run", "model"),
     (
@@ -42,7 +42,7 @@ RUNS = Noun(
 SHARES = {"seconds": "share"}
 """File metadata of :data:`RUNS` whose seconds add up; files of earlier versions are without."""
 
-SCORES = Noun(
+SCORES = Table(
     "scores",
     ("experiment",),
     (
@@ -58,7 +58,7 @@ SCORES = Noun(
     "One figure of an evaluation.",
 )
 
-UNIT_SCORES = Noun(
+UNIT_SCORES = Table(
     "unit_scores",
     ("predictor", "labeler", "model", "layer"),
     (
@@ -76,7 +76,7 @@ UNIT_SCORES = Noun(
     "How well one description fits one unit, by one measure.",
 )
 
-TRAINING = Noun(
+TRAINING = Table(
     "training",
     ("decoder",),
     (
@@ -91,7 +91,7 @@ TRAINING = Noun(
     "One epoch of a captioner's training.",
 )
 
-TRIALS = Noun(
+TRIALS = Table(
     "trials",
     ("decoder", "sweep"),
     (
@@ -112,7 +112,7 @@ TRIALS = Noun(
     "One measure of one way to decode.",
 )
 
-DECODER_TRIALS = Noun(
+DECODER_TRIALS = Table(
     "decoder_trials",
     ("sweep",),
     (

@@ -25,7 +25,7 @@ class Column:
 
 
 @dataclass(frozen=True)
-class Noun:
+class Table:
     """A table of the run directory.
 
     Attributes:

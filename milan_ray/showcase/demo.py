@@ -10,7 +10,7 @@ import polars as pl
 import pyarrow as pa
 
 from milan_ray.annotations.groups import training_groups
-from milan_ray.config import ExemplarConfig, Recipe, Resources, TrainingConfig
+from milan_ray.config import ExemplarConfig, Fingerprint, Resources, TrainingConfig
 from milan_ray.engine import references
 from milan_ray.exemplars.forward import Forward
 from milan_ray.labelers.clip import CLIP, Clip
@@ -19,7 +19,7 @@ from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, ENCODINGS, SCORES
 from milan_ray.scoring.evaluation import RANDOM, best_constant, evaluate_text, nearest_copy, with_trivial_rows
 from milan_ray.scoring.text import BertScore, minilm_directory
 from milan_ray.stages import world
-from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.descriptions import LIKELIHOOD, MILAN, Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings, unit_features
 from milan_ray.stages.exemplars import run_exemplars
@@ -55,13 +55,13 @@ MODELS = (*TRAIN, HELD_OUT, CONTROL, PLANTED)
 GENERATOR = "world/generator"
 """Paints scenes from their codes; on request only."""
 
-PROBE = references.ProbeRequest(("world/probe",))
-CODES = references.ProbeRequest(("world/probe-codes",))
-HELD_OUT_SCENES = references.ProbeRequest(("world/heldout",))
-TRAIN_SCENES = references.ProbeRequest(("world/train",))
-TRAIN_CODES = references.ProbeRequest(("world/train-codes",))
+PROBE = references.ProbeRef(("world/probe",))
+CODES = references.ProbeRef(("world/probe-codes",))
+HELD_OUT_SCENES = references.ProbeRef(("world/heldout",))
+TRAIN_SCENES = references.ProbeRef(("world/train",))
+TRAIN_CODES = references.ProbeRef(("world/train-codes",))
 
-SETS: dict[references.ProbeRequest, tuple[str, ...]] = {
+SETS: dict[references.ProbeRef, tuple[str, ...]] = {
     PROBE: tuple(name for (_, dataset), name in CLASSIFIERS.items() if dataset == "objects"),
     TRAIN_SCENES: tuple(name for (_, dataset), name in CLASSIFIERS.items() if dataset == "places"),
     CODES: (GENERATORS["generator", "objects"],),
@@ -103,10 +103,10 @@ def run_demo(storage: Storage, resources: Resources, threads: int, clip: bool = 
         clip: Also train the world's own model of images and texts, and re-rank with it.
     """
     world.train_networks()
-    models = [references.ModelRequest(name) for name in MODELS]
+    models = [references.ModelRef(name) for name in MODELS]
     dissected = run_exemplars(storage, models, PROBE, EXEMPLARS, resources).models
     world.annotate(storage, PROBE, {name: dissected[name] for name in MODELS if name != CONTROL})
-    run_encodings(storage, dissected, EncoderRequest(DECODER), resources)
+    run_encodings(storage, dissected, EncoderRef(DECODER), resources)
     run_training(storage, replace(captioner_job(dissected), threads=threads))
     run_descriptions(storage, dissected, SEARCH, resources)
     tuning = tuning_job(dissected)
@@ -120,7 +120,7 @@ def run_demo(storage: Storage, resources: Resources, threads: int, clip: bool = 
 def captioner_job(models: Mapping[str, Sequence[str]]) -> TrainingJob:
     """The training of the demo's captioner, on networks given with their layers."""
     layers = tuple((model, layer) for model in TRAIN for layer in models[model])
-    return TrainingJob(DECODER, world.SOURCE, layers, EncoderRequest(DECODER), TRAINING, SIZES)
+    return TrainingJob(DECODER, world.SOURCE, layers, EncoderRef(DECODER), TRAINING, SIZES)
 
 
 def tuning_job(models: Mapping[str, Sequence[str]]) -> TuningJob:
@@ -134,17 +134,17 @@ def tuning_job(models: Mapping[str, Sequence[str]]) -> TuningJob:
 def run_generator(storage: Storage, resources: Resources) -> None:
     """Trains the world's generator, dissects it and describes its units with the captioner of :func:`run_demo`."""
     world.train_networks([generator_task()])
-    models = [references.ModelRequest(GENERATOR)]
+    models = [references.ModelRef(GENERATOR)]
     dissected = run_exemplars(storage, models, CODES, EXEMPLARS, resources).models
     world.annotate(storage, CODES, dissected)
-    run_encodings(storage, dissected, EncoderRequest(DECODER), resources)
+    run_encodings(storage, dissected, EncoderRef(DECODER), resources)
     run_descriptions(storage, dissected, SEARCH, resources)
 
 
 def run_sets(
     storage: Storage,
     resources: Resources,
-    sets: Mapping[references.ProbeRequest, Sequence[str]] = SETS,
+    sets: Mapping[references.ProbeRef, Sequence[str]] = SETS,
     config: ExemplarConfig = EXEMPLARS,
 ) -> dict[str, tuple[str, ...]]:
     """Makes the sets of annotated units that play the paper's: networks trained, dissected, annotated and encoded.
@@ -161,16 +161,14 @@ def run_sets(
     world.train_networks(sets_tasks(sets))
     dissected: dict[str, tuple[str, ...]] = {}
     for probe, models in sets.items():
-        found = run_exemplars(
-            storage, [references.ModelRequest(name) for name in models], probe, config, resources
-        ).models
+        found = run_exemplars(storage, [references.ModelRef(name) for name in models], probe, config, resources).models
         world.annotate(storage, probe, found)
         dissected |= found
-    run_encodings(storage, dissected, EncoderRequest(DECODER), resources)
+    run_encodings(storage, dissected, EncoderRef(DECODER), resources)
     return dissected
 
 
-def sets_tasks(sets: Mapping[references.ProbeRequest, Sequence[str]] = SETS) -> list[TrainTask]:
+def sets_tasks(sets: Mapping[references.ProbeRef, Sequence[str]] = SETS) -> list[TrainTask]:
     """The trainings of the networks of :func:`run_sets`."""
     needed = {"encoder", *(name.removeprefix("world/") for models in sets.values() for name in models)}
     return [task for task in (generator_task(), *places_tasks(), *train_all_tasks()) if task.name in needed]
@@ -179,7 +177,7 @@ def sets_tasks(sets: Mapping[references.ProbeRequest, Sequence[str]] = SETS) -> 
 def run_groups(
     storage: Storage,
     resources: Resources,
-    sets: Mapping[references.ProbeRequest, Sequence[str]] = SETS,
+    sets: Mapping[references.ProbeRef, Sequence[str]] = SETS,
     config: ExemplarConfig = EXEMPLARS,
     training: TrainingConfig = GROUP_TRAINING,
     groups: Sequence[str] = ("all",),
@@ -208,7 +206,7 @@ def group_jobs(
             group,
             world.SOURCE,
             tuple((model, layer) for model in members for layer in models[model]),
-            EncoderRequest(DECODER),
+            EncoderRef(DECODER),
             training,
             SIZES,
         )
@@ -224,23 +222,25 @@ def evaluate(storage: Storage, models: Mapping[str, Sequence[str]], systems: Map
         models: Model name → layers.
         systems: System, as it is shown → labeler; the first is the one that trivial rows are compared with.
     """
-    recipe = evaluation_recipe(storage, models, systems)
-    if any(storage.why(SCORES, recipe, experiment=name) for name in EXPERIMENTS):
+    fingerprint = evaluation_fingerprint(storage, models, systems)
+    if any(storage.why(SCORES, fingerprint, experiment=name) for name in EXPERIMENTS):
         say("evaluation: against the annotators and against the world itself")
         folder = minilm_directory()
         for table in _evaluate(storage, models, systems, BertScore(folder) if folder else None):
-            storage.write(SCORES, table, recipe, experiment=table["experiment"][0].as_py())
+            storage.write(SCORES, table, fingerprint, experiment=table["experiment"][0].as_py())
     return pa.concat_tables([storage.read(SCORES, experiment=name) for name in EXPERIMENTS])
 
 
-def evaluation_recipe(storage: Storage, models: Mapping[str, Sequence[str]], systems: Mapping[str, str]) -> Recipe:
+def evaluation_fingerprint(
+    storage: Storage, models: Mapping[str, Sequence[str]], systems: Mapping[str, str]
+) -> Fingerprint:
     """What decides the evaluation; arguments as of :func:`evaluate`."""
     described = [{"labeler": labeler, **keys} for keys in _layers(models) for labeler in systems.values()]
     annotated = [{"source": world.SOURCE, **keys} for keys in _layers(models) if keys["model"] != CONTROL]
     configs = [storage.config_of(DESCRIPTIONS, **keys) for keys in described]
     configs += [storage.config_of(ANNOTATIONS, **keys) for keys in annotated]
     bertscore = minilm_directory() is not None
-    return Recipe.of({"evaluation": 1, "judged": configs, "world": WORLD_DIGEST, "bertscore": bertscore})
+    return Fingerprint.of({"evaluation": 1, "judged": configs, "world": WORLD_DIGEST, "bertscore": bertscore})
 
 
 def _layers(models: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
@@ -327,7 +327,7 @@ def _mean_features(storage: Storage, model: str, layers: Sequence[str]) -> dict[
 
 
 def _activations(layers: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
-    spec = references.model(references.ModelRequest(HELD_OUT))
+    spec = references.model(references.ModelRef(HELD_OUT))
     forward = Forward(spec, spec.load(), layers, 16)
 
     def run(images: np.ndarray) -> np.ndarray:

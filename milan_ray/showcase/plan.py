@@ -11,7 +11,7 @@ from milan_ray.labelers.clip import Clip
 from milan_ray.schema import ANNOTATIONS, CLAIMS, DESCRIPTIONS, ENCODINGS, EXEMPLARS, SCORES, TRAINING, TRIALS
 from milan_ray.showcase import demo
 from milan_ray.stages import world
-from milan_ray.stages.captioners import EncoderRequest, load_captioner
+from milan_ray.stages.captioners import EncoderRef, load_captioner
 from milan_ray.stages.descriptions import description_stages
 from milan_ray.stages.encodings import Encodings
 from milan_ray.stages.plan import add_tuning, plan_exemplars
@@ -83,9 +83,9 @@ def _plan_main(storage: Storage, plan: Plan, clip: bool) -> None:
             plan.stages(storage, reranking_stages(models, demo.SEARCH, captioner, how))
     systems = demo.SYSTEMS | (demo.CLIP_SYSTEM if clip else {})
     if not plan.waits(SCORES.name, ("of the demo",), *made, DESCRIPTIONS.name):
-        recipe = demo.evaluation_recipe(storage, models, systems)
+        fingerprint = demo.evaluation_fingerprint(storage, models, systems)
         for name in demo.EXPERIMENTS:
-            plan.add(storage, SCORES, recipe, experiment=name)
+            plan.add(storage, SCORES, fingerprint, experiment=name)
 
 
 def _plan_generator(storage: Storage, plan: Plan) -> None:
@@ -112,20 +112,22 @@ def _plan_networks(plan: Plan, tasks: Iterable[TrainTask]) -> None:
 
 
 def _plan_dissection(
-    storage: Storage, plan: Plan, names: Sequence[str], probe: references.ProbeRequest
+    storage: Storage, plan: Plan, names: Sequence[str], probe: references.ProbeRef
 ) -> dict[str, tuple[str, ...]]:
     """Adds exemplars, annotations and encodings of the world's networks; returns their layers."""
     shown = (", ".join(names),)
     waiting = [plan.waits(noun.name, shown, NETWORKS) for noun in (EXEMPLARS, ANNOTATIONS, ENCODINGS)]
     if any(waiting):
         return {}
-    models = [references.ModelRequest(name) for name in names]
+    models = [references.ModelRef(name) for name in names]
     found = plan_exemplars(storage, plan, models, probe, demo.EXEMPLARS)
     for model, layer in pairs(found):
         if model != demo.CONTROL:
-            recipe = world.annotations_recipe(Planned(storage, plan).config(EXEMPLARS, model=model, layer=layer))
-            plan.add(storage, ANNOTATIONS, recipe, source=world.SOURCE, model=model, layer=layer)
-    plan.stages(storage, [Encodings(found, EncoderRequest(demo.DECODER))])
+            fingerprint = world.annotations_fingerprint(
+                Planned(storage, plan).config(EXEMPLARS, model=model, layer=layer)
+            )
+            plan.add(storage, ANNOTATIONS, fingerprint, source=world.SOURCE, model=model, layer=layer)
+    plan.stages(storage, [Encodings(found, EncoderRef(demo.DECODER))])
     return found
 
 

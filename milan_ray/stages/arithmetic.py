@@ -15,7 +15,7 @@ from torch import nn
 from milan_ray.config import FLOAT32, Arithmetic
 from milan_ray.exemplars.forward import Forward, Inputs
 from milan_ray.models.registry import ModelSpec
-from milan_ray.schema import EXEMPLARS, Noun
+from milan_ray.schema import EXEMPLARS, Table
 from milan_ray.storage import Storage
 
 _PRECISION, _CHANNELS_LAST = "precision", "channels_last"
@@ -28,7 +28,7 @@ def metadata(arithmetic: Arithmetic) -> dict[str, str]:
     return {_PRECISION: arithmetic.precision, _CHANNELS_LAST: str(arithmetic.channels_last).lower()}
 
 
-def arithmetic_of(storage: Storage, model: str, layer: str, noun: Noun = EXEMPLARS) -> Arithmetic:
+def arithmetic_of(storage: Storage, model: str, layer: str, noun: Table = EXEMPLARS) -> Arithmetic:
     """How a layer's exemplars, or its pooled activations, were computed; the default where there are none."""
     found = storage.metadata(noun, model=model, layer=layer) or {}
     if _PRECISION not in found:
@@ -37,7 +37,7 @@ def arithmetic_of(storage: Storage, model: str, layer: str, noun: Noun = EXEMPLA
 
 
 def arithmetics_of(
-    storage: Storage, model: str, layers: Iterable[str], noun: Noun = EXEMPLARS
+    storage: Storage, model: str, layers: Iterable[str], noun: Table = EXEMPLARS
 ) -> dict[str, Arithmetic]:
     """Layer → how its exemplars, or its pooled activations, were computed."""
     return {layer: arithmetic_of(storage, model, layer, noun) for layer in layers}

@@ -32,7 +32,7 @@ MILAN = (
 
 
 @dataclass(frozen=True)
-class EncoderRequest:
+class EncoderRef:
     """An encoder as it travels to workers.
 
     Attributes:

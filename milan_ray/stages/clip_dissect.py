@@ -18,20 +18,20 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from milan_ray.config import Recipe, Resources, config_hash
+from milan_ray.config import Fingerprint, Resources, config_hash
 from milan_ray.device import resolve_device, torch_threads
 from milan_ray.engine import references
 from milan_ray.engine.cluster import gpus_each
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Known, Layers, Output, Stage, abandon, numbered, pairs
-from milan_ray.engine.tasks import FEW_IMAGES, beside_others, removed_if_damaged, run_parallel
+from milan_ray.engine.tasks import FEW_IMAGES, removed_if_damaged, retry_if_overtaken, run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.exemplars.topk import RunningTopK
 from milan_ray.labelers.clip_dissect import Best, ClipDissect, Cosines, LogSumExp, pointwise, rank_reorder
 from milan_ray.labelers.netdissect import NOTHING
 from milan_ray.labelers.protocol import Evidence
-from milan_ray.models.image_text import Embedder, ImageTextRequest
+from milan_ray.models.image_text import Embedder, ImageTextRef
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED
 from milan_ray.scoring.simulation import held_out
@@ -66,14 +66,14 @@ def chunk_of(concepts: int) -> int:
     return min(MOST, 16 * math.ceil(concepts / (16 * CHUNKS)))
 
 
-def clip_dissect_recipe(
+def clip_dissect_fingerprint(
     labeler: ClipDissect,
     texts: Mapping[str, object],
     exemplars: str,
     pooled: str,
     images: str,
     units: tuple[int, ...],
-) -> Recipe:
+) -> Fingerprint:
     """What decides a layer's labels.
 
     Args:
@@ -86,7 +86,7 @@ def clip_dissect_recipe(
     """
     parts = {**labeler.identity(), "kernel": KERNEL_VERSION, "clip": dict(texts)}
     above = {"exemplars": exemplars, "pooled": pooled, "image_embeddings": images}
-    return Recipe.of(parts | above, units)
+    return Fingerprint.of(parts | above, units)
 
 
 class ClipDissectLabels(Stage):
@@ -95,7 +95,7 @@ class ClipDissectLabels(Stage):
     Args:
         models: Model name → layers.
         labeler: The list of concepts, and how to compare.
-        request: The model of images and texts.
+        ref: The model of images and texts.
         embedder: The same, loaded.
         digest: Digest of the manifest of the probe that the layers were dissected on.
         units: The units of every layer to label; empty for all.
@@ -107,13 +107,13 @@ class ClipDissectLabels(Stage):
         self,
         models: Layers,
         labeler: ClipDissect,
-        request: ImageTextRequest,
+        ref: ImageTextRef,
         embedder: Embedder,
         digest: str,
         units: tuple[int, ...] = (),
     ) -> None:
         self._models, self._labeler, self._units = models, labeler, units
-        self._embedded = {"encoder": request.name, "probe": digest}
+        self._embedded = {"encoder": ref.name, "probe": digest}
         self._texts = embedder.text_identity()
         self.name, self.title = labeler.name, f"descriptions ({labeler.name})"
 
@@ -122,8 +122,8 @@ class ClipDissectLabels(Stage):
         for model, layer in pairs(self._models):
             exemplars, pooled = (known.config(table, model=model, layer=layer) for table in (EXEMPLARS, POOLED))
             images = known.config(IMAGE_EMBEDDINGS, **self._embedded)
-            recipe = clip_dissect_recipe(self._labeler, self._texts, exemplars, pooled, images, self._units)
-            yield Output({"labeler": self.name, "model": model, "layer": layer}, recipe)
+            fingerprint = clip_dissect_fingerprint(self._labeler, self._texts, exemplars, pooled, images, self._units)
+            yield Output({"labeler": self.name, "model": model, "layer": layer}, fingerprint)
 
 
 @dataclass(frozen=True)
@@ -136,13 +136,13 @@ class _Scan:
     probe: str
 
 
-@beside_others
+@retry_if_overtaken
 def run_clip_dissect(
     storage: Storage,
     models: Layers,
-    probe: references.ProbeRequest,
+    probe: references.ProbeRef,
     labeler: ClipDissect,
-    request: ImageTextRequest,
+    ref: ImageTextRef,
     resources: Resources,
     units: tuple[int, ...] = (),
 ) -> None:
@@ -153,42 +153,42 @@ def run_clip_dissect(
         models: Model name → layers.
         probe: The probe they were dissected on.
         labeler: The list of concepts, and how to compare.
-        request: The model of images and texts.
+        ref: The model of images and texts.
         resources: What of the cluster to use; Ray must be connected.
         units: The units of every layer to label; empty for all.
 
     Raises:
         MilanError: Pooled activations or the model are missing, are of another probe, or a layer has no such unit.
     """
-    digest = run_image_embeddings(storage, probe, request, resources)
-    embedder = references.image_text(request, probe.plugins)
+    digest = run_image_embeddings(storage, probe, ref, resources)
+    embedder = references.image_text(ref, probe.plugins)
     for model, path in pairs(models):
         meta = storage.metadata(POOLED, model=model, layer=path)
         if meta is None or meta["probe"] != digest:
             raise MilanError(f"{model} {path} has no pooled activations of this probe; make them with --pooled.")
         references.check_units(units, int(meta["units"]), model, path)
-    every = numbered(ClipDissectLabels(models, labeler, request, embedder, digest, units), storage)
+    every = numbered(ClipDissectLabels(models, labeler, ref, embedder, digest, units), storage)
     # Over all layers, so that a job killed while results become public finds its pieces again.
-    work = config_hash({labeler.name: [layer.recipe.hash for layer in every]})
-    due = [layer for layer in every if storage.why(DESCRIPTIONS, layer.recipe, **layer.keys)]
+    work = config_hash({labeler.name: [layer.fingerprint.hash for layer in every]})
+    due = [layer for layer in every if storage.why(DESCRIPTIONS, layer.fingerprint, **layer.keys)]
     if not due:
         storage.remove_work(work)
-        abandon(TextEmbeddings(sorted(set(labeler.concepts)), request, embedder), storage)
+        abandon(TextEmbeddings(sorted(set(labeler.concepts)), ref, embedder), storage)
         say(f"descriptions ({labeler.name}): all up to date")
         return
     with removed_if_damaged(storage, work):
-        vectors = text_embeddings(storage, labeler.concepts, request, resources, probe.plugins)
+        vectors = text_embeddings(storage, labeler.concepts, ref, resources, probe.plugins)
         stored = set(storage.work_names(work))
         if "concepts" not in stored:
             storage.put_work(work, "concepts", pa.table({"embedding": lists_of(vectors)}))
-        few = storage.count(IMAGE_EMBEDDINGS, encoder=request.name, probe=digest) <= FEW_IMAGES
-        scans = [_Scan(storage, work, layer, labeler, request.name, digest) for layer in every]
+        few = storage.count(IMAGE_EMBEDDINGS, encoder=ref.name, probe=digest) <= FEW_IMAGES
+        scans = [_Scan(storage, work, layer, labeler, ref.name, digest) for layer in every]
         scans = [scan for scan in scans if f"units/{scan.layer.number}" not in stored]
         scanned = {layer.number: 0.0 for layer in every}
         for index, took in run_parallel(_scan, scans, here=few):
             scanned[scans[index].layer.number] = took
         needed = np.unique(np.concatenate([_needed(storage, work, layer) for layer in every]))
-        seconds = _compare(storage, work, every, labeler, request.name, digest, needed, resources)
+        seconds = _compare(storage, work, every, labeler, ref.name, digest, needed, resources)
         size = chunk_of(len(labeler.concepts))
         for layer in due:
             found = [
@@ -201,7 +201,7 @@ def run_clip_dissect(
             labels = labeler.label(Evidence(concepts={unit: named[unit] for unit in units or sorted(named)}))
             cost = Cost(scanned[layer.number], scanned[layer.number], len(needed))
             cost.add(seconds, len(due))
-            run, model, path = layer.recipe.hash, layer.model, layer.layer
+            run, model, path = layer.fingerprint.hash, layer.model, layer.layer
             record_run(storage, labeler.name, run, model, layer=path, rows=len(labels), cost=cost)
             exemplars = storage.config_of(EXEMPLARS, model=model, layer=path)
             write_labels(storage, layer, labeler, labels, exemplars)

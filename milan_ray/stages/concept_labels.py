@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
+from milan_ray.config import ExemplarConfig, Fingerprint, Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Known, Layers, Output, Stage, pairs
-from milan_ray.engine.tasks import FEW_IMAGES, beside_others, run_parallel
+from milan_ray.engine.tasks import FEW_IMAGES, retry_if_overtaken, run_parallel
 from milan_ray.errors import MilanError, all_failed
 from milan_ray.exemplars.concepts import ConceptCounts, Seen, fires, grid_size, pack_words, sample
 from milan_ray.exemplars.shard import Plan
@@ -38,7 +38,7 @@ from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST
 from milan_ray.stages.descriptions import write_labels
 from milan_ray.stages.exemplars import Dissection, ModelWork, ModelWorker, describe_model
-from milan_ray.storage import Storage, WorkGone
+from milan_ray.storage import Storage, WorkRemovedError
 
 KERNEL_VERSION = "concepts-1"
 
@@ -89,12 +89,14 @@ class _Work:
     """
 
     item: ModelWork
-    layers: dict[str, dict[str, Recipe]]
+    layers: dict[str, dict[str, Fingerprint]]
     exemplars: dict[str, str]
     size: tuple[int, int]
 
 
-def label_recipe(labeler: ConceptLabeler, exemplars: str, size: tuple[int, int], units: tuple[int, ...]) -> Recipe:
+def label_fingerprint(
+    labeler: ConceptLabeler, exemplars: str, size: tuple[int, int], units: tuple[int, ...]
+) -> Fingerprint:
     """What decides a layer's labels.
 
     Args:
@@ -103,15 +105,15 @@ def label_recipe(labeler: ConceptLabeler, exemplars: str, size: tuple[int, int],
         size: The grid.
         units: The units selected; empty for all.
     """
-    return Recipe.of({**labeler.identity(), "kernel": KERNEL_VERSION, "exemplars": exemplars, "grid": size}, units)
+    return Fingerprint.of({**labeler.identity(), "kernel": KERNEL_VERSION, "exemplars": exemplars, "grid": size}, units)
 
 
-@beside_others
+@retry_if_overtaken
 def run_labels(
     storage: Storage,
     dissected: Dissection,
-    models: Sequence[references.ModelRequest],
-    probe: references.ProbeRequest,
+    models: Sequence[references.ModelRef],
+    probe: references.ProbeRef,
     config: ExemplarConfig,
     how: LabelConfig,
     resources: Resources,
@@ -140,16 +142,16 @@ def run_labels(
     failed: dict[str, str] = {}
     work: list[_Work] = []
     source = references.probe(probe)
-    for request in dict.fromkeys(models):
-        if request.name not in dissected.models:
+    for ref in dict.fromkeys(models):
+        if ref.name not in dissected.models:
             continue
         try:
-            planned = _plan(storage, request, source, dissected.probe, config, how, units)
+            planned = _plan(storage, ref, source, dissected.probe, config, how, units)
         except MilanError as error:
-            failed[request.name] = str(error)
+            failed[ref.name] = str(error)
             continue
         if planned is None:
-            say(f"labels of {request.name}: all up to date")
+            say(f"labels of {ref.name}: all up to date")
         else:
             work.append(planned)
     if work:
@@ -164,7 +166,7 @@ def run_labels(
                 continue
             try:
                 _finish(storage, planned, how, config, seconds[name])
-            except WorkGone:
+            except WorkRemovedError:
                 raise
             except MilanError as error:
                 failed[name] = str(error)
@@ -174,7 +176,7 @@ def run_labels(
 
 def _plan(
     storage: Storage,
-    request: references.ModelRequest,
+    ref: references.ModelRef,
     source: Probe,
     probe: str,
     config: ExemplarConfig,
@@ -182,23 +184,25 @@ def _plan(
     units: tuple[int, ...],
 ) -> _Work | None:
     """What is missing or stale of a model's labels; None when nothing is."""
-    spec = references.model(request)
+    spec = references.model(ref)
     size = how.grid(spec)
-    recipes: dict[str, dict[str, Recipe]] = {labeler.name: {} for labeler in how.labelers}
+    fingerprints: dict[str, dict[str, Fingerprint]] = {labeler.name: {} for labeler in how.labelers}
     stage = ConceptLabels({spec.name: spec.layers}, {spec.name: size}, how.labelers, units)
     for output in stage.outputs(Known(storage)):
-        recipes[output.keys["labeler"]][output.layer] = output.recipe
+        fingerprints[output.keys["labeler"]][output.layer] = output.fingerprint
     due = {
         labeler: {
-            layer: recipe
-            for layer, recipe in of.items()
-            if storage.why(DESCRIPTIONS, recipe, labeler=labeler, model=spec.name, layer=layer)
+            layer: fingerprint
+            for layer, fingerprint in of.items()
+            if storage.why(DESCRIPTIONS, fingerprint, labeler=labeler, model=spec.name, layer=layer)
         }
-        for labeler, of in recipes.items()
+        for labeler, of in fingerprints.items()
     }
     images = storage.count(MANIFEST, probe=probe)
     # Over all layers, so that a job killed while results become public finds its counts again.
-    hashes = {labeler: {layer: recipe.hash for layer, recipe in of.items()} for labeler, of in recipes.items()}
+    hashes = {
+        labeler: {layer: fingerprint.hash for layer, fingerprint in of.items()} for labeler, of in fingerprints.items()
+    }
     work = config_hash({"model": spec.name, "labels": hashes, "shard_size": config.shard(images)})
     missing = tuple(layer for layer in spec.layers if any(layer in of for of in due.values()))
     if not missing:
@@ -206,7 +210,7 @@ def _plan(
         return None
     model = describe_model(spec, source, probe, config)
     plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
-    item = ModelWork(request, model.weights, spec.layers, missing, probe, work, plan, {}, {}, model.view, model.layouts)
+    item = ModelWork(ref, model.weights, spec.layers, missing, probe, work, plan, {}, {}, model.view, model.layouts)
     exemplars = {layer: storage.config_of(EXEMPLARS, model=spec.name, layer=layer) for layer in missing}
     return _Work(item, due, exemplars, size)
 
@@ -238,8 +242,8 @@ class ConceptLabels(Stage):
             for model, layer in pairs(self._models):
                 exemplars = known.config(EXEMPLARS, model=model, layer=layer)
                 known.check_units(self._units, model, layer)
-                recipe = label_recipe(labeler, exemplars, self._grids[model], self._units)
-                yield Output({"labeler": labeler.name, "model": model, "layer": layer}, recipe)
+                fingerprint = label_fingerprint(labeler, exemplars, self._grids[model], self._units)
+                yield Output({"labeler": labeler.name, "model": model, "layer": layer}, fingerprint)
 
 
 def check_concepts(source: Probe, manifest: pa.Table) -> None:
@@ -261,7 +265,7 @@ def _run_shards(
     storage: Storage,
     work: Sequence[_Work],
     digest: str,
-    probe: references.ProbeRequest,
+    probe: references.ProbeRef,
     config: ExemplarConfig,
     how: LabelConfig,
     resources: Resources,
@@ -478,15 +482,15 @@ def _finish(storage: Storage, planned: _Work, how: LabelConfig, config: Exemplar
                 evidence[layer] = replace(evidence[layer], formulas=found)
     due = [(labeler, layer) for labeler in how.labelers for layer in planned.layers[labeler.name]]
     for labeler, layer in due:
-        recipe = planned.layers[labeler.name][layer]
+        fingerprint = planned.layers[labeler.name][layer]
         labelled = labeler.label(evidence[layer])
-        labelled = {unit: labelled[unit] for unit in recipe.units or sorted(labelled)}
-        output = Output({"labeler": labeler.name, "model": name, "layer": layer}, recipe)
+        labelled = {unit: labelled[unit] for unit in fingerprint.units or sorted(labelled)}
+        output = Output({"labeler": labeler.name, "model": name, "layer": layer}, fingerprint)
         cost = Cost(images=images)
         cost.add(seconds, len(due))
         if isinstance(labeler, CompExp):
             cost.add(searched[layer])
-        record_run(storage, labeler.name, recipe.hash, name, layer=layer, rows=len(labelled), cost=cost)
+        record_run(storage, labeler.name, fingerprint.hash, name, layer=layer, rows=len(labelled), cost=cost)
         write_labels(storage, output, labeler, labelled, planned.exemplars[layer])
         clear = sum(best[0].score > INTERPRETABLE for best in labelled.values())
         say(f"{labeler.name}: {name} {layer}: {clear} of {len(labelled)} units above IoU {INTERPRETABLE}")
@@ -503,11 +507,11 @@ def _search(
     item = planned.item
     stored = set(storage.work_names(item.work))
     tasks: dict[str, list[_Compose]] = {}
-    for layer, recipe in planned.layers[labeler.name].items():
+    for layer, fingerprint in planned.layers[labeler.name].items():
         folder = item.folder(layer)
         if f"merged/{folder}" not in stored:
             storage.put_work(item.work, f"merged/{folder}", counts[layer].to_table())
-        units = recipe.units or tuple(range(len(counts[layer].unit)))
+        units = fingerprint.units or tuple(range(len(counts[layer].unit)))
         tasks[layer] = [
             _Compose(storage, item.work, folder, shards, units[start : start + UNITS], planned.size, labeler)
             for start in range(0, len(units), UNITS)

@@ -16,17 +16,17 @@ import torch
 from PIL import Image
 from torch import nn
 
-from milan_ray.config import Arithmetic, ExemplarConfig, Recipe, Resources, config_hash
+from milan_ray.config import Arithmetic, ExemplarConfig, Fingerprint, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
-from milan_ray.engine.actor_pool import Kept, Row, run_pool
+from milan_ray.engine.actor_pool import ModelCache, Row, run_pool
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Known, Output, Stage
-from milan_ray.engine.tasks import beside_others, removed_if_damaged
+from milan_ray.engine.tasks import removed_if_damaged, retry_if_overtaken
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import pass_size
 from milan_ray.exemplars.pooled import maxima, means
-from milan_ray.models.generators import Generator, GeneratorRequest
+from milan_ray.models.generators import Generator, GeneratorRef
 from milan_ray.models.registry import ModelSpec
 from milan_ray.models.weights import weights_digest
 from milan_ray.probe.manifest import digest as probe_digest
@@ -78,13 +78,13 @@ class CosyConfig:
             raise MilanError(f"the prompt {self.template!r} has no {{}} in the place of the description.")
 
 
-@beside_others
+@retry_if_overtaken
 def run_cosy(
     storage: Storage,
     described: Sequence[Described],
-    probe: references.ProbeRequest,
-    models: Sequence[references.ModelRequest],
-    request: GeneratorRequest,
+    probe: references.ProbeRef,
+    models: Sequence[references.ModelRef],
+    ref: GeneratorRef,
     cosy: CosyConfig,
     config: ScoreConfig,
     resources: Resources,
@@ -98,7 +98,7 @@ def run_cosy(
         described: What to score.
         probe: The probe that they are of: the control.
         models: The models described.
-        request: The generator.
+        ref: The generator.
         cosy: How to generate.
         config: How to pool, and which images of the probe count.
         resources: What of the cluster to use; Ray must be connected.
@@ -110,17 +110,17 @@ def run_cosy(
         MilanError: Pooled activations, the generator or a model's weights are missing.
     """
     digest = probe_digest(references.probe(probe).manifest())
-    generator = references.generator(request, probe.plugins)
+    generator = references.generator(ref, probe.plugins)
     by_name = {model.name: model for model in models}
     weights = weights_of(models)
-    stage = CosyScores(described, request, generator, digest, weights, cosy, config)
+    stage = CosyScores(described, ref, generator, digest, weights, cosy, config)
     outputs = by_described(stage.outputs(Known(storage)))
-    work = config_hash({"cosy": [output.recipe.hash for output in outputs.values()]})
+    work = config_hash({"cosy": [output.fingerprint.hash for output in outputs.values()]})
     due = [what for what in described if stage.why(storage, outputs[what])]
     if not due:
         storage.remove_work(work)
-        say(f"scores by {request.name}: all up to date")
-        return summarise(storage, request.name, sorted({what.model for what in described}), config)
+        say(f"scores by {ref.name}: all up to date")
+        return summarise(storage, ref.name, sorted({what.model for what in described}), config)
     with removed_if_damaged(storage, work):
         texts = {what: Texts.read(storage, what, config.seed) for what in due}
         wanted: dict[str, dict[str, dict[str, set[int]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
@@ -141,7 +141,7 @@ def run_cosy(
                 units = [{layer: sorted(of) for layer, of in of_texts[text].items()} for text in some]
                 if f"drawn/{name}" not in stored:
                     rows.append({"name": name, "model": names.index(model), "texts": some, "units": units})
-        say(f"scores by {request.name}: {len(due)} layers and labelers, {sum(len(row['texts']) for row in rows)} texts")
+        say(f"scores by {ref.name}: {len(due)} layers and labelers, {sum(len(row['texts']) for row in rows)} texts")
         arguments = {
             "storage": storage,
             "work": work,
@@ -151,7 +151,7 @@ def run_cosy(
                 arithmetics_of(storage, name, sorted({w.layer for w in due if w.model == name}), POOLED)
                 for name in names
             ],
-            "generator": request,
+            "generator": ref,
             "cosy": cosy,
             "pooling": config.pooling,
             "plugins": probe.plugins,
@@ -160,21 +160,21 @@ def run_cosy(
         }
         costs = {what: Cost() for what in due}
         sharing = {number: [what for what in due if what.model == name] for number, name in enumerate(names)}
-        with Progress(f"scores ({request.name})", sum(len(row["texts"]) for row in rows), "texts") as progress:
+        with Progress(f"scores ({ref.name})", sum(len(row["texts"]) for row in rows), "texts") as progress:
             for answer in run_pool(CosyWorker, arguments, rows, resources):
                 progress.advance(answer["texts"])
                 for what in sharing[answer["model"]]:
                     costs[what].add(answer["seconds"], len(sharing[answer["model"]]))
         for what, said in texts.items():
             table = _score_layer(storage, work, what, said, place, config)
-            run = outputs[what].recipe.hash
+            run = outputs[what].fingerprint.hash
             record_run(storage, "cosy", run, what.model, layer=what.layer, rows=len(table), cost=costs[what])
             write_unit_scores(storage, outputs[what], table)
     storage.remove_work(work)
-    return summarise(storage, request.name, sorted({what.model for what in described}), config)
+    return summarise(storage, ref.name, sorted({what.model for what in described}), config)
 
 
-def weights_of(models: Sequence[references.ModelRequest]) -> dict[str, str]:
+def weights_of(models: Sequence[references.ModelRef]) -> dict[str, str]:
     """Model → digest of its weights."""
     return {model.name: weights_digest(references.network(references.model(model))) for model in models}
 
@@ -184,7 +184,7 @@ class CosyScores(Stage):
 
     Args:
         described: What to score.
-        request: The generator.
+        ref: The generator.
         generator: The same, loaded.
         digest: Digest of the probe manifest.
         weights: Of :func:`weights_of`.
@@ -197,7 +197,7 @@ class CosyScores(Stage):
     def __init__(
         self,
         described: Sequence[Described],
-        request: GeneratorRequest,
+        ref: GeneratorRef,
         generator: Generator,
         digest: str,
         weights: Mapping[str, str],
@@ -205,7 +205,7 @@ class CosyScores(Stage):
         config: ScoreConfig,
     ) -> None:
         self._described, self._digest, self._weights = described, digest, weights
-        self._predictor, self.title = request.name, f"scores by {request.name}"
+        self._predictor, self.title = ref.name, f"scores by {ref.name}"
         self._identity = {
             "kernel": KERNEL_VERSION,
             "generator": generator.identity(),
@@ -217,7 +217,7 @@ class CosyScores(Stage):
         """Scores of every labeler's descriptions of every layer."""
         for what in self._described:
             above = {"weights": self._weights[what.model], **upstream(known.storage, what, self._digest)}
-            yield Output({"predictor": self._predictor, **what.keys}, Recipe.of({**self._identity, **above}))
+            yield Output({"predictor": self._predictor, **what.keys}, Fingerprint.of({**self._identity, **above}))
 
 
 class CosyWorker:
@@ -227,10 +227,10 @@ class CosyWorker:
         self,
         storage: Storage,
         work: str,
-        models: list[references.ModelRequest],
+        models: list[references.ModelRef],
         weights: list[str],
         layers: list[dict[str, Arithmetic]],
-        generator: GeneratorRequest,
+        generator: GeneratorRef,
         cosy: CosyConfig,
         pooling: str,
         plugins: tuple[str, ...],
@@ -243,7 +243,7 @@ class CosyWorker:
         self._pool = means if pooling == "mean" else maxima
         self._device = resolve_device(device)
         self._generator: Generator = references.generator(generator, plugins).to(self._device)
-        self._forward = Kept(self._load)
+        self._forward = ModelCache(self._load)
 
     def __call__(self, row: Row) -> Row:
         """Draws a few texts."""

@@ -20,8 +20,8 @@ from typing import Any
 import polars as pl
 import torch
 
-from milan_ray.captioner.fit import DECODER, Plan, State, Team, epoch_line, fit, new_state
-from milan_ray.config import Recipe, Resources, canonical, config_hash
+from milan_ray.captioner.fit import DECODER, Plan, State, WorkerGroup, epoch_line, fit, new_state
+from milan_ray.config import Fingerprint, Resources, canonical, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine import tuner
 from milan_ray.engine.run_log import Cost, record_run
@@ -89,22 +89,22 @@ def run_decoder_tuning(storage: Storage, job: DecoderTuningJob, resources: Resou
             installed, or trials failed.
     """
     searcher = _searcher_name(job.space)
-    recipe = _recipe(storage, job, searcher)
+    fingerprint = _fingerprint(storage, job, searcher)
     keys = {"sweep": job.name}
     folder = str(Path(storage.path(DECODER_TRIALS, **keys)).parent)
     file = storage.uri(f"{folder}/{TRIALS_SETTING}")
-    if not storage.why(DECODER_TRIALS, recipe, **keys):
-        storage.remove_work(recipe.hash)
+    if not storage.why(DECODER_TRIALS, fingerprint, **keys):
+        storage.remove_work(fingerprint.hash)
         say(f"tuning of a decoder by {job.name}: up to date, in {storage.uri(folder)}")
         return read_decoder_setting(storage.text(f"{folder}/{TRIALS_SETTING}"), file)
     started = time.monotonic()
-    units = _write_units(storage, recipe.hash, job)
+    units = _write_units(storage, fingerprint.hash, job)
     budget = job.space.budget
     say(
         f"tuning a decoder by {job.name} on {units} annotated units: {budget.trials} trials of at most "
         f"{budget.epochs} epochs, drawn by {searcher}"
     )
-    rows, cost = _try(storage, _Task(storage.root, recipe.hash, job, resources), searcher, resources)
+    rows, cost = _try(storage, _Task(storage.root, fingerprint.hash, job, resources), searcher, resources)
     frame = pl.DataFrame({"sweep": [job.name] * len(rows)} | {key: [row[key] for row in rows] for key in rows[0]})
     best = rows[0]
     setting = DecoderSetting(**{field.name: best[field.name] for field in fields(DecoderSetting)})
@@ -115,9 +115,9 @@ def run_decoder_tuning(storage: Storage, job: DecoderTuningJob, resources: Resou
     storage.put(f"{folder}/{TRIALS_SETTING}", to_yaml(setting, about).encode())
     columns = frame.with_columns((pl.col("trial") == best["trial"]).alias("chosen")).to_dict()
     table = DECODER_TRIALS.table({name: column.to_arrow() for name, column in columns.items()})
-    record_run(storage, "tuning", recipe.hash, job.name, rows=len(rows), cost=cost)
-    storage.write(DECODER_TRIALS, table, recipe, **keys)
-    storage.remove_work(recipe.hash)
+    record_run(storage, "tuning", fingerprint.hash, job.name, rows=len(rows), cost=cost)
+    storage.write(DECODER_TRIALS, table, fingerprint, **keys)
+    storage.remove_work(fingerprint.hash)
     seconds = time.monotonic() - started
     ended = frame["ended"].value_counts(sort=True).rows()
     say(
@@ -145,16 +145,16 @@ def _searcher_name(space: DecoderSpace) -> str:
 
 def why_decoder_tuning(storage: Storage, job: DecoderTuningJob) -> str | None:
     """Why a space would be searched; None when it is done. Errors as :func:`run_decoder_tuning`."""
-    return storage.why(DECODER_TRIALS, _recipe(storage, job, _searcher_name(job.space)), sweep=job.name)
+    return storage.why(DECODER_TRIALS, _fingerprint(storage, job, _searcher_name(job.space)), sweep=job.name)
 
 
-def _recipe(storage: Storage, job: DecoderTuningJob, searcher: str) -> Recipe:
+def _fingerprint(storage: Storage, job: DecoderTuningJob, searcher: str) -> Fingerprint:
     encodings = [
         storage.config_of(ENCODINGS, encoder=encoder, model=model, layer=layer)
         for encoder in job.space.encoders
         for model, layer in job.layers
     ]
-    return Recipe.of(
+    return Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
             "annotations": annotations_read(storage, job.source, job.layers),
@@ -277,7 +277,7 @@ def _run_trial(config: dict[str, Any], task: _Task) -> None:
         tuner.report(_metrics(state, job))
 
     plans = {DECODER: setting.plan(Plan(job.space.budget.config))}
-    fit(units, plans, state, report, Team(resolve_device(task.resources.device)))
+    fit(units, plans, state, report, WorkerGroup(resolve_device(task.resources.device)))
     if len(state["history"]) == begun:  # was finished before
         tuner.report(_metrics(state, job))
 

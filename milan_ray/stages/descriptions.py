@@ -18,7 +18,7 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import digest as captioner_digest
 from milan_ray.captioner.checkpoints import lm_digest
 from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
-from milan_ray.config import Recipe, Resources
+from milan_ray.config import Fingerprint, Resources
 from milan_ray.device import resolve_device
 from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, TaskStage, pairs, run_stage
@@ -130,7 +130,7 @@ def search_identity(captioner: Captioner, search: Search) -> dict[str, object]:
     return identity if settled.mi_lam is None else identity | {"mi_lam": settled.mi_lam}
 
 
-def candidates_recipe(search: Mapping[str, object], encodings: str, units: tuple[int, ...]) -> Recipe:
+def candidates_fingerprint(search: Mapping[str, object], encodings: str, units: tuple[int, ...]) -> Fingerprint:
     """What decides a layer's candidates.
 
     Args:
@@ -138,7 +138,7 @@ def candidates_recipe(search: Mapping[str, object], encodings: str, units: tuple
         encodings: Configuration hash of the layer's encodings, all units of them.
         units: The units selected; empty for all.
     """
-    return Recipe.of({**search, "encodings": encodings}, units)
+    return Fingerprint.of({**search, "encodings": encodings}, units)
 
 
 def labelers(captioner: Captioner, search: Search) -> list[PointwiseMutualInformation]:
@@ -149,9 +149,9 @@ def labelers(captioner: Captioner, search: Search) -> list[PointwiseMutualInform
     return found
 
 
-def description_recipe(
+def description_fingerprint(
     labeler: Labeler, candidates: str, units: tuple[int, ...], encodings: str | None = None
-) -> Recipe:
+) -> Fingerprint:
     """What decides a layer's descriptions by one labeler.
 
     Args:
@@ -161,7 +161,7 @@ def description_recipe(
         encodings: The same of its encodings, where the labeler compares with them.
     """
     parts = labeler.identity() | {"candidates": candidates}
-    return Recipe.of(parts if encodings is None else parts | {"encodings": encodings}, units)
+    return Fingerprint.of(parts if encodings is None else parts | {"encodings": encodings}, units)
 
 
 class CandidateWorker:
@@ -249,16 +249,16 @@ class Candidates(ShardedStage):
     def outputs(self, known: Known) -> Iterator[Output]:
         """Candidates of every layer, by what its encodings are."""
         for model, layer in pairs(self._models):
-            encodings = known.whole(ENCODINGS, encoder=self._encoder, model=model, layer=layer)
+            encodings = known.all_units(ENCODINGS, encoder=self._encoder, model=model, layer=layer)
             keys = {"decoder": self._decoder, "model": model, "layer": layer}
-            yield Output(keys, candidates_recipe(self._identity, encodings, self._units))
+            yield Output(keys, candidates_fingerprint(self._identity, encodings, self._units))
 
     def shards(self, job: Job) -> list[Shard]:
         """Batches of units."""
         found = []
         for output in job.due:
             encoded = job.storage.read(ENCODINGS, ["unit"], **self._encoded(output))
-            present = sorted(set(only_units(encoded, output.recipe.units)["unit"].to_pylist()))
+            present = sorted(set(only_units(encoded, output.fingerprint.units)["unit"].to_pylist()))
             for start in range(0, len(present), self._settled.units):
                 batch = present[start : start + self._settled.units]
                 name = f"{output.number:04d}-{batch[0]:06d}"
@@ -317,9 +317,9 @@ class Descriptions(TaskStage):
         """Descriptions of every layer by every labeler, by what its candidates are."""
         for labeler in self._labelers.values():
             for model, layer in pairs(self._models):
-                candidates = known.whole(CANDIDATES, decoder=self._decoder, model=model, layer=layer)
+                candidates = known.all_units(CANDIDATES, decoder=self._decoder, model=model, layer=layer)
                 keys = {"labeler": labeler.name, "model": model, "layer": layer}
-                yield Output(keys, description_recipe(labeler, candidates, self._units))
+                yield Output(keys, description_fingerprint(labeler, candidates, self._units))
 
     def make(self, storage: Storage, output: Output) -> pa.Table:
         """A layer's descriptions by one labeler."""
@@ -372,7 +372,7 @@ def candidates_of(decoder: str, output: Output) -> dict[str, str]:
 def read_candidates(storage: Storage, decoder: str, output: Output, columns: Sequence[str] | None = None) -> pa.Table:
     """The candidates that an output is chosen from, of the units selected, by unit and beam rank."""
     table = storage.read(CANDIDATES, columns, **candidates_of(decoder, output))
-    return only_units(table, output.recipe.units).combine_chunks()
+    return only_units(table, output.fingerprint.units).combine_chunks()
 
 
 def described(
@@ -410,4 +410,4 @@ def write_labels(
     storage: Storage, output: Output, labeler: Labeler, labels: Mapping[int, Sequence[Label]], exemplars: str
 ) -> None:
     """Writes a layer's descriptions that were chosen from no candidates; arguments as of :func:`described`."""
-    storage.write(DESCRIPTIONS, described(output, labeler, labels, exemplars), output.recipe, **output.keys)
+    storage.write(DESCRIPTIONS, described(output, labeler, labels, exemplars), output.fingerprint, **output.keys)

@@ -20,13 +20,13 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 
-from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
+from milan_ray.config import ExemplarConfig, Fingerprint, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Known, Layers, Output, Stage, TaskStage, due, pairs, run_stage
-from milan_ray.engine.tasks import FEW_IMAGES, beside_others, run_parallel
+from milan_ray.engine.tasks import FEW_IMAGES, retry_if_overtaken, run_parallel
 from milan_ray.errors import MilanError, all_failed, unknown_name
 from milan_ray.exemplars.forward import Forward, read_inputs
 from milan_ray.exemplars.pooled import matrix, maxima, means
@@ -36,9 +36,9 @@ from milan_ray.labelers.dnd.labeler import DescribeAndDissect
 from milan_ray.labelers.dnd.summaries import FrequentPhrases, Prompted, Summariser
 from milan_ray.labelers.protocol import Drawn, Evidence
 from milan_ray.models.chat import Endpoint, Limits, LocalChat
-from milan_ray.models.generators import GeneratorRequest
-from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerRequest, find_folder
-from milan_ray.models.image_text import ImageTextRequest
+from milan_ray.models.generators import GeneratorRef
+from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerRef, find_folder
+from milan_ray.models.image_text import ImageTextRef
 from milan_ray.models.registry import ModelSpec
 from milan_ray.plugins import load_plugins
 from milan_ray.probe.base import ImageRef
@@ -46,7 +46,7 @@ from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, MANIFEST, POOLED
 from milan_ray.stages.exemplars import Dissection, ModelWork, ModelWorker, describe_model
 from milan_ray.stages.images import png
-from milan_ray.storage import EXEMPLARS_KEY, Storage, WorkGone
+from milan_ray.storage import EXEMPLARS_KEY, Storage, WorkRemovedError
 
 KERNEL_VERSION = "dnd-1"
 
@@ -84,7 +84,7 @@ _DRAWN_SCHEMA = pa.schema(
 
 
 @dataclass(frozen=True)
-class SummariserRequest:
+class SummariserRef:
     """What turns captions into candidate labels, as it travels to workers.
 
     Attributes:
@@ -143,10 +143,10 @@ class DndConfig:
     """
 
     labeler: DescribeAndDissect
-    captioner: ImageCaptionerRequest
-    summariser: SummariserRequest
-    generator: GeneratorRequest
-    embedder: ImageTextRequest | None = None
+    captioner: ImageCaptionerRef
+    summariser: SummariserRef
+    generator: GeneratorRef
+    embedder: ImageTextRef | None = None
     images: int = 10
     crops: int = MOST
     pooling: str = "mean"
@@ -216,7 +216,7 @@ def drawings_identity(storage: Storage, how: DndConfig) -> dict[str, object]:
     }
 
 
-def drawings_recipe(identity: Mapping[str, object], exemplars: str, units: tuple[int, ...]) -> Recipe:
+def drawings_fingerprint(identity: Mapping[str, object], exemplars: str, units: tuple[int, ...]) -> Fingerprint:
     """What decides a layer's drawings.
 
     Args:
@@ -224,7 +224,7 @@ def drawings_recipe(identity: Mapping[str, object], exemplars: str, units: tuple
         exemplars: Configuration hash of the layer's exemplars, which covers weights and probe.
         units: The units selected; empty for all.
     """
-    return Recipe.of({**identity, "exemplars": exemplars}, units)
+    return Fingerprint.of({**identity, "exemplars": exemplars}, units)
 
 
 class Drawings(Stage):
@@ -250,8 +250,8 @@ class Drawings(Stage):
         for model, layer in pairs(self._models):
             exemplars = known.config(EXEMPLARS, model=model, layer=layer)
             known.check_units(self._units, model, layer)
-            recipe = drawings_recipe(self._identity, exemplars, self._units)
-            yield Output({"labeler": self.name, "model": model, "layer": layer}, recipe)
+            fingerprint = drawings_fingerprint(self._identity, exemplars, self._units)
+            yield Output({"labeler": self.name, "model": model, "layer": layer}, fingerprint)
 
 
 class DrawnLabels(TaskStage):
@@ -273,8 +273,8 @@ class DrawnLabels(TaskStage):
         """Labels of every layer, by what its drawings are."""
         for model, layer in pairs(self._models):
             keys = {"labeler": self.name, "model": model, "layer": layer}
-            parts = {**self._labeler.identity(), "drawings": known.whole(DRAWINGS, **keys)}
-            yield Output(keys, Recipe.of(parts, self._units))
+            parts = {**self._labeler.identity(), "drawings": known.all_units(DRAWINGS, **keys)}
+            yield Output(keys, Fingerprint.of(parts, self._units))
 
     def make(self, storage: Storage, output: Output) -> pa.Table:
         """A layer's labels."""
@@ -308,12 +308,12 @@ class _Work:
     blocks: Mapping[str, Sequence[str]]
 
 
-@beside_others
+@retry_if_overtaken
 def run_dnd(
     storage: Storage,
     dissected: Dissection,
-    models: Sequence[references.ModelRequest],
-    probe: references.ProbeRequest,
+    models: Sequence[references.ModelRef],
+    probe: references.ProbeRef,
     config: ExemplarConfig,
     how: DndConfig,
     resources: Resources,
@@ -341,52 +341,54 @@ def run_dnd(
     """
     identity = drawings_identity(storage, how) if identity is None else identity
     failed: dict[str, str] = {}
-    for request in dict.fromkeys(models):
-        if request.name not in dissected.models:
+    for ref in dict.fromkeys(models):
+        if ref.name not in dissected.models:
             continue
         try:
-            _run_model(storage, request, dissected.probe, probe, config, how, identity, resources, units)
-        except WorkGone:
+            _run_model(storage, ref, dissected.probe, probe, config, how, identity, resources, units)
+        except WorkRemovedError:
             raise
         except MilanError as error:
-            failed[request.name] = str(error)
+            failed[ref.name] = str(error)
     all_failed(failed, len(dissected.models))
     return failed
 
 
 def _run_model(
     storage: Storage,
-    request: references.ModelRequest,
+    ref: references.ModelRef,
     digest: str,
-    probe: references.ProbeRequest,
+    probe: references.ProbeRef,
     config: ExemplarConfig,
     how: DndConfig,
     identity: Mapping[str, object],
     resources: Resources,
     units: tuple[int, ...],
 ) -> None:
-    spec = references.model(request)
+    spec = references.model(ref)
     if spec.images is not None:
         raise MilanError(f"{spec.name} generates images; Describe-and-Dissect shows images to models: choose another.")
     labeler = how.labeler
     layers = {spec.name: spec.layers}
     every = Drawings(layers, how, identity, units).outputs(Known(storage))
-    recipes = {output.layer: output.recipe for output in every}
+    fingerprints = {output.layer: output.fingerprint for output in every}
     # Over all layers, so that a job killed while results become public finds its work again.
-    work = config_hash({"model": spec.name, "drawings": {layer: recipe.hash for layer, recipe in recipes.items()}})
+    work = config_hash(
+        {"model": spec.name, "drawings": {layer: fingerprint.hash for layer, fingerprint in fingerprints.items()}}
+    )
     missing = tuple(
         layer
-        for layer, recipe in recipes.items()
-        if storage.why(DRAWINGS, recipe, labeler=labeler.name, model=spec.name, layer=layer)
+        for layer, fingerprint in fingerprints.items()
+        if storage.why(DRAWINGS, fingerprint, labeler=labeler.name, model=spec.name, layer=layer)
     )
     if missing:
         model = describe_model(spec, references.probe(probe), digest, config)
         images = storage.count(MANIFEST, probe=digest)
         plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
         item = ModelWork(
-            request, model.weights, spec.layers, missing, digest, work, plan, {}, {}, model.view, model.layouts
+            ref, model.weights, spec.layers, missing, digest, work, plan, {}, {}, model.view, model.layouts
         )
-        _draw_all(storage, item, probe, config, how, identity, recipes, resources, units)
+        _draw_all(storage, item, probe, config, how, identity, fingerprints, resources, units)
     storage.remove_work(work)
     labels = DrawnLabels(layers, labeler, units)
     if not missing and not due(labels, storage):
@@ -419,11 +421,11 @@ def read_drawings(
 def _draw_all(
     storage: Storage,
     item: ModelWork,
-    probe: references.ProbeRequest,
+    probe: references.ProbeRef,
     config: ExemplarConfig,
     how: DndConfig,
     identity: Mapping[str, object],
-    recipes: Mapping[str, Recipe],
+    fingerprints: Mapping[str, Fingerprint],
     resources: Resources,
     units: tuple[int, ...],
 ) -> None:
@@ -467,7 +469,7 @@ def _draw_all(
     images = sum(row["images"] for row in drawing)
     for layer in item.layers:
         cost = Cost(clock.seconds * len(found[layer]) / max(1, count), clock.seconds, images)  # shared by units
-        _publish(storage, work, layer, recipes[layer], [row["block"] for row in drawing], cost)
+        _publish(storage, work, layer, fingerprints[layer], [row["block"] for row in drawing], cost)
     say(f"{how.labeler.name} of {name}: {clock.text(count)}")
 
 
@@ -750,7 +752,7 @@ class SummariseWorker(_TextWorker):
     def close(self) -> None:
         """Says what a server was asked."""
         if isinstance(self._chat, Endpoint):
-            self._chat.say_spent()
+            self._chat.say_usage()
 
 
 # -- step 3: what fits ----------------------------------------------------------------------------------------
@@ -824,7 +826,9 @@ class DrawWorker(_DndWorker):
         return self._anchors[number][unit]
 
 
-def _publish(storage: Storage, work: _Work, layer: str, recipe: Recipe, chunks: Sequence[str], cost: Cost) -> None:
+def _publish(
+    storage: Storage, work: _Work, layer: str, fingerprint: Fingerprint, chunks: Sequence[str], cost: Cost
+) -> None:
     """Puts a layer's drawings together and makes them public."""
     item = work.item
     number = item.every.index(layer)
@@ -854,5 +858,5 @@ def _publish(storage: Storage, work: _Work, layer: str, recipe: Recipe, chunks: 
     rows.sort(key=lambda row: (row["unit"], row["place"]))
     metadata = {EXEMPLARS_KEY: storage.config_of(EXEMPLARS, model=item.model.name, layer=layer)}
     table = pa.Table.from_pylist(rows, schema=DRAWINGS.schema.with_metadata(metadata))
-    record_run(storage, keys["labeler"], recipe.hash, item.model.name, layer=layer, rows=len(rows), cost=cost)
-    storage.write(DRAWINGS, table, recipe, **keys)
+    record_run(storage, keys["labeler"], fingerprint.hash, item.model.name, layer=layer, rows=len(rows), cost=cost)
+    storage.write(DRAWINGS, table, fingerprint, **keys)

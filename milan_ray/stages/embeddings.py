@@ -14,14 +14,14 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from milan_ray.config import Recipe, Resources, config_hash
+from milan_ray.config import Fingerprint, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, Stream, run_stage
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import read_views
-from milan_ray.models.image_text import Embedder, ImageTextRequest
+from milan_ray.models.image_text import Embedder, ImageTextRef
 from milan_ray.probe.base import ImageRef, LatentProbe, Probe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import say
@@ -50,7 +50,7 @@ _IMAGES_SCHEMA = pa.schema([("image_id", pa.int64()), ("embedding", pa.list_(pa.
 _TEXTS_SCHEMA = pa.schema([("text", pa.string()), ("embedding", pa.list_(pa.float32()))])
 
 
-def image_embeddings_recipe(embedder: Embedder, probe: str) -> Recipe:
+def image_embeddings_fingerprint(embedder: Embedder, probe: str) -> Fingerprint:
     """What decides a probe's embeddings.
 
     Args:
@@ -58,7 +58,7 @@ def image_embeddings_recipe(embedder: Embedder, probe: str) -> Recipe:
         probe: Digest of the probe manifest.
     """
     view = None if embedder.view is None else embedder.view.key
-    return Recipe.of({**embedder.identity(), "kernel": KERNEL_VERSION, "view": view, "probe": probe})
+    return Fingerprint.of({**embedder.identity(), "kernel": KERNEL_VERSION, "view": view, "probe": probe})
 
 
 class ImageEmbeddingWorker:
@@ -69,8 +69,8 @@ class ImageEmbeddingWorker:
         storage: Storage,
         work: str,
         output: Output,
-        request: ImageTextRequest,
-        probe: references.ProbeRequest,
+        ref: ImageTextRef,
+        probe: references.ProbeRef,
         digest: str,
         threads: int,
         device: str,
@@ -79,7 +79,7 @@ class ImageEmbeddingWorker:
         self._storage, self._work, self._output, self._digest = storage, work, output, digest
         self._probe = references.probe(probe)
         self._device = resolve_device(device)
-        self._embedder: Embedder = references.image_text(request, probe.plugins).to(self._device)
+        self._embedder: Embedder = references.image_text(ref, probe.plugins).to(self._device)
 
     def __call__(self, row: Row) -> Row:
         """Runs one shard."""
@@ -99,7 +99,7 @@ class ImageEmbeddings(ShardedStage):
     """A probe's readable images, embedded once.
 
     Args:
-        request: The model of images and texts.
+        ref: The model of images and texts.
         embedder: The same, loaded.
         probe: The probe images.
         digest: Digest of their manifest.
@@ -109,17 +109,15 @@ class ImageEmbeddings(ShardedStage):
     table, counted = IMAGE_EMBEDDINGS, "images"
     name, label = "image_embeddings", "image embeddings"
 
-    def __init__(
-        self, request: ImageTextRequest, embedder: Embedder, probe: references.ProbeRequest, digest: str
-    ) -> None:
-        self._request, self._probe, self._digest = request, probe, digest
-        self._width, self._recipe = embedder.width, image_embeddings_recipe(embedder, digest)
-        self.title = f"image embeddings ({request.name})"
+    def __init__(self, ref: ImageTextRef, embedder: Embedder, probe: references.ProbeRef, digest: str) -> None:
+        self._request, self._probe, self._digest = ref, probe, digest
+        self._width, self._fingerprint = embedder.width, image_embeddings_fingerprint(embedder, digest)
+        self.title = f"image embeddings ({ref.name})"
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """The embeddings of the probe."""
         keys = {"encoder": self._request.name, "probe": self._digest}
-        yield Output(keys, self._recipe, about=self._request.name)
+        yield Output(keys, self._fingerprint, about=self._request.name)
 
     def shards(self, job: Job) -> list[Shard]:
         """Images in the order of the manifest."""
@@ -133,7 +131,7 @@ class ImageEmbeddings(ShardedStage):
     def arguments(self, job: Job) -> dict[str, Any]:
         """The model, and where the images come from."""
         (output,) = job.due
-        return {"output": output, "request": self._request, "probe": self._probe, "digest": self._digest}
+        return {"output": output, "ref": self._request, "probe": self._probe, "digest": self._digest}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> Stream:
         """All embeddings, by image."""
@@ -161,15 +159,13 @@ class ImageEmbeddings(ShardedStage):
         return True
 
 
-def run_image_embeddings(
-    storage: Storage, probe: references.ProbeRequest, request: ImageTextRequest, resources: Resources
-) -> str:
+def run_image_embeddings(storage: Storage, probe: references.ProbeRef, ref: ImageTextRef, resources: Resources) -> str:
     """Embeds every readable image of a probe, unless that is done.
 
     Args:
         storage: The run directory.
         probe: The probe images.
-        request: The model of images and texts.
+        ref: The model of images and texts.
         resources: What of the cluster to use; Ray must be connected.
 
     Returns:
@@ -183,8 +179,8 @@ def run_image_embeddings(
             "a generator's latents cannot be embedded by a model of images and texts: give a probe of images."
         )
     _, digest = store_manifest(storage, probe)
-    embedder = references.image_text(request, probe.plugins)
-    run_stage(ImageEmbeddings(request, embedder, probe, digest), storage, resources)
+    embedder = references.image_text(ref, probe.plugins)
+    run_stage(ImageEmbeddings(ref, embedder, probe, digest), storage, resources)
     return digest
 
 
@@ -275,14 +271,14 @@ class TextEmbeddingWorker:
         storage: Storage,
         work: str,
         output: Output,
-        request: ImageTextRequest,
+        ref: ImageTextRef,
         plugins: tuple[str, ...],
         threads: int,
         device: str,
     ) -> None:
         torch.set_num_threads(threads)
         self._storage, self._work, self._output = storage, work, output
-        self._embedder: Embedder = references.image_text(request, plugins).to(resolve_device(device))
+        self._embedder: Embedder = references.image_text(ref, plugins).to(resolve_device(device))
 
     def __call__(self, row: Row) -> Row:
         """Runs one chunk."""
@@ -297,7 +293,7 @@ class TextEmbeddings(ShardedStage):
 
     Args:
         texts: The texts, distinct and sorted.
-        request: The model of images and texts.
+        ref: The model of images and texts.
         embedder: The same, loaded.
         plugins: Modules that register the model.
     """
@@ -307,17 +303,17 @@ class TextEmbeddings(ShardedStage):
     name, label = "text_embeddings", "text embeddings"
 
     def __init__(
-        self, texts: Sequence[str], request: ImageTextRequest, embedder: Embedder, plugins: tuple[str, ...] = ()
+        self, texts: Sequence[str], ref: ImageTextRef, embedder: Embedder, plugins: tuple[str, ...] = ()
     ) -> None:
-        self._texts, self._request, self._plugins = list(texts), request, plugins
+        self._texts, self._request, self._plugins = list(texts), ref, plugins
         key = config_hash({"texts": self._texts})
-        self._recipe = Recipe.of({**embedder.text_identity(), "kernel": KERNEL_VERSION, "texts": key})
-        self.keys = {"encoder": request.name, "texts": key}
-        self.title = f"text embeddings ({request.name})"
+        self._fingerprint = Fingerprint.of({**embedder.text_identity(), "kernel": KERNEL_VERSION, "texts": key})
+        self.keys = {"encoder": ref.name, "texts": key}
+        self.title = f"text embeddings ({ref.name})"
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """The embeddings of the texts."""
-        yield Output(self.keys, self._recipe, about=self._request.name)
+        yield Output(self.keys, self._fingerprint, about=self._request.name)
 
     def shards(self, job: Job) -> list[Shard]:
         """Texts in their order."""
@@ -328,7 +324,7 @@ class TextEmbeddings(ShardedStage):
     def arguments(self, job: Job) -> dict[str, Any]:
         """The model."""
         (output,) = job.due
-        return {"output": output, "request": self._request, "plugins": self._plugins}
+        return {"output": output, "ref": self._request, "plugins": self._plugins}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """All embeddings, by text."""
@@ -351,7 +347,7 @@ class TextEmbeddings(ShardedStage):
 def text_embeddings(
     storage: Storage,
     texts: Sequence[str],
-    request: ImageTextRequest,
+    ref: ImageTextRef,
     resources: Resources,
     plugins: tuple[str, ...] = (),
 ) -> np.ndarray:
@@ -360,7 +356,7 @@ def text_embeddings(
     Args:
         storage: The run directory.
         texts: N texts.
-        request: The model of images and texts.
+        ref: The model of images and texts.
         resources: What of the cluster to use; Ray must be connected where there are more than :data:`FEW_TEXTS`.
         plugins: Modules that register the model.
 
@@ -370,7 +366,7 @@ def text_embeddings(
     Raises:
         MilanError: The model is missing.
     """
-    stage = TextEmbeddings(sorted(set(texts)), request, references.image_text(request, plugins), plugins)
+    stage = TextEmbeddings(sorted(set(texts)), ref, references.image_text(ref, plugins), plugins)
     run_stage(stage, storage, resources)
     table = storage.read(TEXT_EMBEDDINGS, ["text", "embedding"], **stage.keys)
     place = {text: row for row, text in enumerate(table["text"].to_pylist())}

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import torch
 from PIL import Image
 
-from milan_ray.config import Recipe, Resources, config_hash
+from milan_ray.config import Fingerprint, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, pairs, run_stage
@@ -157,7 +157,7 @@ class Encodings(ShardedStage):
             exemplars = known.config(EXEMPLARS, model=model, layer=layer)
             known.check_units(self._units, model, layer)
             keys = {"encoder": self._encoder.name, "model": model, "layer": layer}
-            yield Output(keys, encodings_recipe(identity, exemplars, self._units))
+            yield Output(keys, encodings_fingerprint(identity, exemplars, self._units))
 
     def shards(self, job: Job) -> list[Shard]:
         """Chunks of images; the exemplars of each lie beside it, so that no worker reads a layer as a whole."""
@@ -219,7 +219,7 @@ def encoder_identity(encoder: Request) -> dict[str, object]:
     return {"kernel": KERNEL_VERSION, **encoder.load().identity()}
 
 
-def encodings_recipe(encoder: Mapping[str, object], exemplars: str, units: tuple[int, ...]) -> Recipe:
+def encodings_fingerprint(encoder: Mapping[str, object], exemplars: str, units: tuple[int, ...]) -> Fingerprint:
     """What decides a layer's encodings.
 
     Args:
@@ -227,7 +227,7 @@ def encodings_recipe(encoder: Mapping[str, object], exemplars: str, units: tuple
         exemplars: Configuration hash of the layer's exemplars.
         units: The units selected; empty for all.
     """
-    return Recipe.of({**encoder, "exemplars": exemplars}, units)
+    return Fingerprint.of({**encoder, "exemplars": exemplars}, units)
 
 
 @dataclass(frozen=True)
@@ -251,7 +251,7 @@ class _Scatter:
     def read(self, columns: list[str]) -> pa.Table:
         """Some columns of the units that are wanted."""
         table = self.storage.read(EXEMPLARS, ["unit", *columns], model=self.output.model, layer=self.output.layer)
-        return only_units(table, self.output.recipe.units)
+        return only_units(table, self.output.fingerprint.units)
 
 
 def _image_ids(task: _Scatter) -> list[int]:

@@ -24,15 +24,15 @@ import pyarrow.compute as pc
 import torch
 from torch import nn
 
-from milan_ray.config import ExemplarConfig, Recipe, Resources, config_hash
+from milan_ray.config import ExemplarConfig, Fingerprint, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
-from milan_ray.engine.actor_pool import Kept, Row, run_pool
+from milan_ray.engine.actor_pool import ModelCache, Row, run_pool
 from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.tasks import FEW_IMAGES, beside_others, run_parallel
+from milan_ray.engine.tasks import FEW_IMAGES, retry_if_overtaken, run_parallel
 from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.exemplars import masks
-from milan_ray.exemplars.fingerprints import COMPUTES, fingerprints, same
+from milan_ray.exemplars.behaviour import COMPUTES, behaviours, same
 from milan_ray.exemplars.forward import Batch, Forward, check_probe, pass_size, read_ahead
 from milan_ray.exemplars.levels import in_words
 from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
@@ -54,7 +54,7 @@ from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, POOLED, SKIPPED
 from milan_ray.stages import arithmetic
 from milan_ray.stages.arithmetic import refused_by
 from milan_ray.stages.images import Pictures, ensure_views, view_key
-from milan_ray.storage import ORDER_KEY, Storage, WorkGone, parts_of
+from milan_ray.storage import ORDER_KEY, Storage, WorkRemovedError, parts_of
 
 IMAGES = "images"
 """Work folder of the tables that say which images a shard read; written last, so it also says that it is finished."""
@@ -96,23 +96,23 @@ class ModelWork:
         probe: Digest of the probe manifest.
         work: Configuration hash of this work; partials lie below it.
         plan: The states' plan.
-        recipes: Layer → what decides its public tables.
+        fingerprints: Layer → what decides its public tables.
         pooled: Layer whose pooled activations are still to do → what decides them.
         view: Key of the view that shows its exemplars.
         layouts: Layer → how its output is read; empty where workers find that out themselves.
         order: Layer → its place among the model's modules.
-        computes: Layer → what it puts out for fixed inputs (:mod:`milan_ray.exemplars.fingerprints`).
+        computes: Layer → what it puts out for fixed inputs (:mod:`milan_ray.exemplars.behaviour`).
     """
 
-    model: references.ModelRequest
+    model: references.ModelRef
     weights: str
     every: tuple[str, ...]
     layers: tuple[str, ...]
     probe: str
     work: str
     plan: Plan
-    recipes: dict[str, Recipe]
-    pooled: dict[str, Recipe]
+    fingerprints: dict[str, Fingerprint]
+    pooled: dict[str, Fingerprint]
     view: str
     layouts: dict[str, Layout] = field(default_factory=dict)
     order: dict[str, int] = field(default_factory=dict)
@@ -150,21 +150,21 @@ class DescribedModel:
     Attributes:
         weights: Digest of its weights.
         view: Key of the view that shows its exemplars.
-        recipes: Layer → what decides its exemplars.
+        fingerprints: Layer → what decides its exemplars.
         layouts: Layer → how its output is read.
         order: Layer → its place among the model's modules.
-        computes: Layer → what it puts out for fixed inputs (:mod:`milan_ray.exemplars.fingerprints`).
+        computes: Layer → what it puts out for fixed inputs (:mod:`milan_ray.exemplars.behaviour`).
     """
 
     weights: str
     view: str
-    recipes: dict[str, Recipe]
+    fingerprints: dict[str, Fingerprint]
     layouts: dict[str, Layout]
     order: dict[str, int]
     computes: dict[str, str]
 
 
-def exemplar_recipes(
+def exemplar_fingerprints(
     spec: ModelSpec,
     model: nn.Module,
     weights: str,
@@ -172,7 +172,7 @@ def exemplar_recipes(
     probe: str,
     config: ExemplarConfig,
     layouts: Mapping[str, Layout],
-) -> dict[str, Recipe]:
+) -> dict[str, Fingerprint]:
     """Layer → what decides its exemplars, and nothing else.
 
     A layout is part of it where it is another than was taken for granted before layouts were established: tables that
@@ -194,19 +194,21 @@ def exemplar_recipes(
     }
     if spec.bands not in (None, 3):  # three are what a model without bands= gets
         identity["bands"] = spec.bands
-    recipes = {}
+    fingerprints = {}
     for layer in spec.layers:
         layout = layouts[layer]
         usual = layout.is_conventional(spec.prefix_tokens, spec.is_channels_last(layer))
-        recipes[layer] = Recipe.of({**identity, "layer": layer} | ({} if usual else {"layout": layout.identity()}))
-    return recipes
+        fingerprints[layer] = Fingerprint.of(
+            {**identity, "layer": layer} | ({} if usual else {"layout": layout.identity()})
+        )
+    return fingerprints
 
 
-def pooled_recipe(exemplars: Recipe) -> Recipe:
+def pooled_fingerprint(exemplars: Fingerprint) -> Fingerprint:
     """What decides a layer's pooled activations: all that decides its exemplars, but what is done with activations."""
-    parts = {name: digest for name, digest in exemplars.parts.items() if name not in _AFTER_ACTIVATIONS}
+    parts = {name: digest for name, digest in exemplars.inputs.items() if name not in _AFTER_ACTIVATIONS}
     parts["pooling"] = config_hash({"pooling": POOLED_VERSION})[:8]
-    return Recipe(config_hash(parts), parts, config_hash(parts))
+    return Fingerprint(config_hash(parts), parts, config_hash(parts))
 
 
 def _inputs_digest(spec: ModelSpec) -> str:
@@ -224,11 +226,11 @@ def _inputs_digest(spec: ModelSpec) -> str:
     return digest.hexdigest()
 
 
-@beside_others
+@retry_if_overtaken
 def run_exemplars(
     storage: Storage,
-    models: Sequence[references.ModelRequest],
-    probe: references.ProbeRequest,
+    models: Sequence[references.ModelRef],
+    probe: references.ProbeRef,
     config: ExemplarConfig,
     resources: Resources,
 ) -> Dissection:
@@ -254,17 +256,17 @@ def run_exemplars(
     failed: dict[str, str] = {}
     done: dict[str, tuple[str, ...]] = {}
     work: list[ModelWork] = []
-    for request in models:
+    for ref in models:
         try:
-            spec = references.model(request)
+            spec = references.model(ref)
             check_probe(spec, source)
-            planned = _plan(storage, request, spec, source, digest, len(manifest), config)
+            planned = _plan(storage, ref, spec, source, digest, len(manifest), config)
         except MilanError as error:
-            failed[request.name] = str(error)
+            failed[ref.name] = str(error)
             continue
-        done[request.name] = spec.layers
+        done[ref.name] = spec.layers
         if planned is None:
-            say(f"exemplars of {request.name}: all {len(spec.layers)} layers are up to date")
+            say(f"exemplars of {ref.name}: all {len(spec.layers)} layers are up to date")
         else:
             work.append(planned)
     failed |= _run_shards(storage, work, manifest, probe, config, resources)
@@ -274,7 +276,7 @@ def run_exemplars(
             continue
         try:
             merged = _merge(storage, item, config, len(manifest))
-        except WorkGone:
+        except WorkRemovedError:
             raise
         except MilanError as error:
             failed[item.model.name] = str(error)
@@ -289,13 +291,13 @@ def run_exemplars(
             storage.remove_work(merged.item.work)
         else:
             failed[merged.item.model.name] = reason
-    needed: dict[references.ModelRequest, _Needed] = {}
-    for request in models:
-        if request.name not in failed and request.name in done:
+    needed: dict[references.ModelRef, _Needed] = {}
+    for ref in models:
+        if ref.name not in failed and ref.name in done:
             try:
-                needed[request] = _needed(storage, request.name, done[request.name])
+                needed[ref] = _needed(storage, ref.name, done[ref.name])
             except DamagedTable as error:  # of values behind a sound footer: it looked up to date
-                failed[request.name] = str(error)
+                failed[ref.name] = str(error)
     done = {name: layers for name, layers in done.items() if name not in failed}
     for name, reason in failed.items():
         say(f"FAILED {name}: {reason}")
@@ -314,9 +316,9 @@ def _say_nonfinite(storage: Storage, work: Sequence[ModelWork]) -> None:
                 say(f"layer {layer!r} of {item.model.name} {words}", level="warning")
 
 
-def store_manifest(storage: Storage, request: references.ProbeRequest) -> tuple[pa.Table, str]:
+def store_manifest(storage: Storage, ref: references.ProbeRef) -> tuple[pa.Table, str]:
     """Lists the probe and stores its manifest, keeping digests of bytes already read."""
-    manifest = references.probe(request).manifest()
+    manifest = references.probe(ref).manifest()
     digest = probe_digest(manifest)
     if not storage.is_current(MANIFEST, digest, probe=digest):
         storage.write(MANIFEST, manifest, digest, probe=digest)
@@ -325,7 +327,7 @@ def store_manifest(storage: Storage, request: references.ProbeRequest) -> tuple[
 
 def _plan(
     storage: Storage,
-    request: references.ModelRequest,
+    ref: references.ModelRef,
     spec: ModelSpec,
     source: Probe,
     probe: str,
@@ -334,15 +336,21 @@ def _plan(
 ) -> ModelWork | None:
     """The layers of a model that are missing or stale; None when there are none."""
     described = describe_model(spec, source, probe, config)
-    recipes = settled_recipes(storage, described, spec.name)
-    missing = tuple(layer for layer, recipe in recipes.items() if why_exemplars(storage, recipe, spec.name, layer))
-    pooled = {layer: pooled_recipe(recipe) for layer, recipe in recipes.items()} if config.pooled else {}
-    pooled = {key: recipe for key, recipe in pooled.items() if why_pooled(storage, recipe, spec.name, key)}
+    fingerprints = settled_fingerprints(storage, described, spec.name)
+    missing = tuple(
+        layer for layer, fingerprint in fingerprints.items() if why_exemplars(storage, fingerprint, spec.name, layer)
+    )
+    pooled = (
+        {layer: pooled_fingerprint(fingerprint) for layer, fingerprint in fingerprints.items()} if config.pooled else {}
+    )
+    pooled = {
+        key: fingerprint for key, fingerprint in pooled.items() if why_pooled(storage, fingerprint, spec.name, key)
+    }
     # Over all layers, so that a job killed while results become public finds its partials again.
     work = config_hash(
         {
             "model": spec.name,
-            "exemplars": {layer: recipe.hash for layer, recipe in recipes.items()},
+            "exemplars": {layer: fingerprint.hash for layer, fingerprint in fingerprints.items()},
             "map_budget": config.map_budget,
             "shard_size": config.shard(images),
         }
@@ -357,14 +365,14 @@ def _plan(
             say(f"layer {layer!r} of {spec.name} {remark}", level="warning")
     plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
     return ModelWork(
-        request,
+        ref,
         described.weights,
         spec.layers,
         missing,
         probe,
         work,
         plan,
-        recipes,
+        fingerprints,
         pooled,
         described.view,
         described.layouts,
@@ -395,21 +403,21 @@ def describe_model(spec: ModelSpec, source: Probe, probe: str, config: ExemplarC
         weights = weights_digest(model)
         view = view_key(spec, model, weights, config)
         layouts = established(spec, model, spec.layers, latents)
-        recipes = exemplar_recipes(spec, model, weights, view, probe, config, layouts)
-        computes = fingerprints(spec, model, layouts, latents)
-    return DescribedModel(weights, view, recipes, layouts, places(unwrap(model), spec.layers), computes)
+        fingerprints = exemplar_fingerprints(spec, model, weights, view, probe, config, layouts)
+        computes = behaviours(spec, model, layouts, latents)
+    return DescribedModel(weights, view, fingerprints, layouts, places(unwrap(model), spec.layers), computes)
 
 
-def settled_recipes(storage: Storage, described: DescribedModel, model: str) -> dict[str, Recipe]:
+def settled_fingerprints(storage: Storage, described: DescribedModel, model: str) -> dict[str, Fingerprint]:
     """Layer → what decides its exemplars, where a network that was written anew computes something else.
 
     Neither weights nor modules say what a ``forward`` does between them. Tables therefore carry what their layers put
     out for fixed inputs. Where a layer now puts out something else, that becomes one of its ingredients, so that the
     table and all that was made of it are stale; it stays one for as long as the layer does the same.
     """
-    recipes = {}
-    for layer, recipe in described.recipes.items():
-        recipes[layer] = recipe
+    fingerprints = {}
+    for layer, fingerprint in described.fingerprints.items():
+        fingerprints[layer] = fingerprint
         try:
             found = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
         except DamagedTable:  # counts as missing, which why() says
@@ -419,33 +427,33 @@ def settled_recipes(storage: Storage, described: DescribedModel, model: str) -> 
             continue
         old = parts_of(found)
         part = old.pop(COMPUTES, None)
-        if old != recipe.parts:  # stale anyway, for a reason that has a name
+        if old != fingerprint.inputs:  # stale anyway, for a reason that has a name
             continue
         if not same(before, now):
             part = config_hash({COMPUTES: now})[:8]
             say(f"layer {layer!r} of {model} computes something else than when its exemplars were made: made anew")
         if part is not None:
-            parts = {**recipe.parts, COMPUTES: part}
-            recipes[layer] = Recipe(config_hash(parts), parts, config_hash(parts))
-    return recipes
+            parts = {**fingerprint.inputs, COMPUTES: part}
+            fingerprints[layer] = Fingerprint(config_hash(parts), parts, config_hash(parts))
+    return fingerprints
 
 
-def why_exemplars(storage: Storage, recipe: Recipe, model: str, layer: str) -> str | None:
+def why_exemplars(storage: Storage, fingerprint: Fingerprint, model: str, layer: str) -> str | None:
     """Why a layer's exemplars have to be made; None when they and their levels are current."""
     keys = {"model": model, "layer": layer}
-    return storage.why(EXEMPLARS, recipe, **keys) or storage.why(LEVELS, recipe, **keys)
+    return storage.why(EXEMPLARS, fingerprint, **keys) or storage.why(LEVELS, fingerprint, **keys)
 
 
-def why_pooled(storage: Storage, recipe: Recipe, model: str, layer: str) -> str | None:
+def why_pooled(storage: Storage, fingerprint: Fingerprint, model: str, layer: str) -> str | None:
     """Why a layer's pooled activations have to be made; None when they are current."""
-    return storage.why(POOLED, recipe, model=model, layer=layer)
+    return storage.why(POOLED, fingerprint, model=model, layer=layer)
 
 
 def _run_shards(
     storage: Storage,
     work: Sequence[ModelWork],
     manifest: pa.Table,
-    probe: references.ProbeRequest,
+    probe: references.ProbeRef,
     config: ExemplarConfig,
     resources: Resources,
 ) -> dict[str, str]:
@@ -484,7 +492,7 @@ def _run_shards(
 def _worker_arguments(
     storage: Storage,
     work: Sequence[ModelWork],
-    probe: references.ProbeRequest,
+    probe: references.ProbeRef,
     config: ExemplarConfig,
     resources: Resources,
 ) -> dict[str, Any]:
@@ -523,7 +531,7 @@ class ModelWorker(ABC):
         self,
         storage: Storage,
         work: list[ModelWork],
-        probe: references.ProbeRequest,
+        probe: references.ProbeRef,
         config: ExemplarConfig,
         threads: int,
         device: str,
@@ -533,7 +541,7 @@ class ModelWorker(ABC):
         self._storage, self._work, self._config = storage, work, config
         self._probe = references.probe(probe)
         self._device = resolve_device(device)
-        self._forward = Kept(self._load)
+        self._forward = ModelCache(self._load)
         self._failed: dict[int, str] = {}
 
     def __call__(self, row: Row) -> Row:
@@ -542,7 +550,7 @@ class ModelWorker(ABC):
         if index not in self._failed:
             try:
                 self._run(row)
-            except WorkGone:
+            except WorkRemovedError:
                 raise
             except MilanError as error:
                 self._failed[index] = str(error)
@@ -632,16 +640,16 @@ def _finish_images(
 
     Raises:
         MilanError: Too many images were unreadable.
-        WorkGone: Another job has made the same layers public meanwhile.
+        WorkRemovedError: Another job has made the same layers public meanwhile.
     """
     names = storage.work_names(item.work, IMAGES)
     shards = [storage.get_work(item.work, name) for name in names]
     images = pa.concat_tables([_IMAGES_SCHEMA.empty_table(), *shards]).sort_by("image_id")
     if len(images) != expected:
-        due = [why_exemplars(storage, item.recipes[layer], item.model.name, layer) for layer in item.layers]
-        due += [why_pooled(storage, recipe, item.model.name, layer) for layer, recipe in item.pooled.items()]
+        due = [why_exemplars(storage, item.fingerprints[layer], item.model.name, layer) for layer in item.layers]
+        due += [why_pooled(storage, fingerprint, item.model.name, layer) for layer, fingerprint in item.pooled.items()]
         if not any(due):
-            raise WorkGone(f"the exemplars of {item.model.name} are there already; run the job again.")
+            raise WorkRemovedError(f"the exemplars of {item.model.name} are there already; run the job again.")
         raise MilanError(
             f"{expected - len(images)} of {expected} images were not reported back; run the job again, and see that "
             f"every node of the cluster reads and writes {storage.root}."
@@ -713,7 +721,7 @@ def _merge(storage: Storage, item: ModelWork, config: ExemplarConfig, expected: 
 
     Raises:
         MilanError: A layer or too many images cannot be used.
-        WorkGone: Another job has made the same layers public meanwhile.
+        WorkRemovedError: Another job has made the same layers public meanwhile.
     """
     images, seconds, shards = _finish_images(storage, item, config, expected)
     cost = Cost(images=images)
@@ -759,7 +767,7 @@ def _merge_layer(task: _MergeTask) -> list[int] | None:
     )
     if not state.topk.carries_maps:
         storage.put_work(item.work, f"winners/{item.folder(layer)}", winners)
-        storage.write(LEVELS, table, item.recipes[layer], model=item.model.name, layer=layer)
+        storage.write(LEVELS, table, item.fingerprints[layer], model=item.model.name, layer=layer)
         return sorted(set(winners["image_id"].to_pylist()))
     packed: list[bytes] = []
     for part in torch.split(torch.arange(len(unit)), 64):  # a cache-sized piece of upsampled maps at a time
@@ -767,7 +775,7 @@ def _merge_layer(task: _MergeTask) -> list[int] | None:
         packed += masks.pack(masks.masks(state.topk.maps_of(u, r), levels[u], size))
     rows = winners.append_column("mask", pa.array(packed, pa.large_binary()))
     _write_exemplars(storage, item, layer, task.config, rows, task.cost)
-    storage.write(LEVELS, table, item.recipes[layer], model=item.model.name, layer=layer)
+    storage.write(LEVELS, table, item.fingerprints[layer], model=item.model.name, layer=layer)
     return None
 
 
@@ -843,14 +851,14 @@ def _write_exemplars(
     columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
     columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}
     table = EXEMPLARS.table(columns, metadata)
-    record_run(storage, "exemplars", item.recipes[layer].hash, name, layer=layer, rows=len(table), cost=cost)
-    storage.write(EXEMPLARS, table, item.recipes[layer], model=name, layer=layer)
+    record_run(storage, "exemplars", item.fingerprints[layer].hash, name, layer=layer, rows=len(table), cost=cost)
+    storage.write(EXEMPLARS, table, item.fingerprints[layer], model=name, layer=layer)
 
 
 def _recompute(
     storage: Storage,
     unmasked: Sequence[_Merged],
-    probe: references.ProbeRequest,
+    probe: references.ProbeRef,
     config: ExemplarConfig,
     resources: Resources,
     manifest: pa.Table,
@@ -863,7 +871,7 @@ def _recompute(
         Each model as it is through, and why it failed; None when it did not.
 
     Raises:
-        WorkGone: Another job has made the same layers public meanwhile.
+        WorkRemovedError: Another job has made the same layers public meanwhile.
     """
     if not unmasked:
         return
@@ -882,7 +890,7 @@ def _recompute(
         if index not in failed:
             try:
                 _write_masked(storage, unmasked[index], names[index], config)
-            except WorkGone:
+            except WorkRemovedError:
                 raise
             except MilanError as error:
                 failed[index] = str(error)
@@ -962,17 +970,17 @@ def _needed(storage: Storage, model: str, layers: Sequence[str]) -> _Needed:
 
 def _ensure_views(
     storage: Storage,
-    needed: Mapping[references.ModelRequest, _Needed],
-    probe: references.ProbeRequest,
+    needed: Mapping[references.ModelRef, _Needed],
+    probe: references.ProbeRef,
     config: ExemplarConfig,
     resources: Resources,
 ) -> None:
     """Stores the winners' images, once per view over all models."""
     every: _Needed = defaultdict(set)
-    makers: dict[tuple[str, str], references.ModelRequest] = {}
-    for request, of_model in needed.items():
+    makers: dict[tuple[str, str], references.ModelRef] = {}
+    for ref, of_model in needed.items():
         for place, images in of_model.items():
             every[place] |= images
-            makers[place] = request
+            makers[place] = ref
     for (digest, key), ids in every.items():
         ensure_views(storage, Pictures(probe, digest, key, makers[digest, key], config), sorted(ids), resources)

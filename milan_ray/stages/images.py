@@ -59,10 +59,10 @@ class Pictures:
         config: How its exemplars were made.
     """
 
-    probe: references.ProbeRequest
+    probe: references.ProbeRef
     digest: str
     key: str
-    model: references.ModelRequest
+    model: references.ModelRef
     config: ExemplarConfig
 
     @property

@@ -1,4 +1,4 @@
-"""What a job would do, and why: the stages' own recipes beside the storage. Starts no Ray, writes nothing."""
+"""What a job would do, and why: the stages' own fingerprints beside the storage. Starts no Ray, writes nothing."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from milan_ray.engine.planner import Plan, Step
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import check_probe
 from milan_ray.labelers.clip_dissect import ClipDissect
-from milan_ray.models.generators import GeneratorRequest
-from milan_ray.models.image_text import ImageTextRequest
+from milan_ray.models.generators import GeneratorRef
+from milan_ray.models.image_text import ImageTextRef
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.schema import (
     DECODER_TRIALS,
@@ -26,16 +26,16 @@ from milan_ray.stages.clip_dissect import ClipDissectLabels
 from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
 from milan_ray.stages.cosy import CosyConfig, CosyScores, weights_of
 from milan_ray.stages.dnd import DndConfig, Drawings, DrawnLabels, drawings_identity
-from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings_recipe
+from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings_fingerprint
 from milan_ray.stages.encodings import Encodings, Request
-from milan_ray.stages.exemplars import describe_model, pooled_recipe, settled_recipes, why_exemplars
+from milan_ray.stages.exemplars import describe_model, pooled_fingerprint, settled_fingerprints, why_exemplars
 from milan_ray.stages.scores import (
     Described,
     ExemplarScores,
     ScoreConfig,
     Scores,
+    sanity_fingerprint,
     sanity_name,
-    sanity_recipe,
     truth_of,
 )
 from milan_ray.stages.training import Training, TrainingJob
@@ -49,8 +49,8 @@ if TYPE_CHECKING:
 def plan_exemplars(
     storage: Storage,
     plan: Plan,
-    models: Sequence[references.ModelRequest],
-    probe: references.ProbeRequest,
+    models: Sequence[references.ModelRef],
+    probe: references.ProbeRef,
     config: ExemplarConfig,
 ) -> dict[str, tuple[str, ...]]:
     """Adds the plan of :func:`milan_ray.stages.exemplars.run_exemplars`; returns model → layers that there will be.
@@ -68,20 +68,20 @@ def plan_exemplars(
     source = references.probe(probe)
     digest = probe_digest(source.manifest())
     done: dict[str, tuple[str, ...]] = {}
-    for request in dict.fromkeys(models):
+    for ref in dict.fromkeys(models):
         try:
-            spec = references.model(request)
+            spec = references.model(ref)
             check_probe(spec, source)
-            recipes = settled_recipes(storage, describe_model(spec, source, digest, config), spec.name)
+            fingerprints = settled_fingerprints(storage, describe_model(spec, source, digest, config), spec.name)
         except MilanError as error:
-            plan.failed[request.name] = str(error)
+            plan.failed[ref.name] = str(error)
             continue
-        for layer, recipe in recipes.items():
-            reason = why_exemplars(storage, recipe, spec.name, layer)
-            plan.note(EXEMPLARS, recipe, reason, model=spec.name, layer=layer)
+        for layer, fingerprint in fingerprints.items():
+            reason = why_exemplars(storage, fingerprint, spec.name, layer)
+            plan.note(EXEMPLARS, fingerprint, reason, model=spec.name, layer=layer)
             if config.pooled:
-                plan.add(storage, POOLED, pooled_recipe(recipe), model=spec.name, layer=layer)
-        done[spec.name] = tuple(recipes)
+                plan.add(storage, POOLED, pooled_fingerprint(fingerprint), model=spec.name, layer=layer)
+        done[spec.name] = tuple(fingerprints)
     return done
 
 
@@ -89,7 +89,7 @@ def plan_labels(
     storage: Storage,
     plan: Plan,
     layers: Mapping[str, Sequence[str]],
-    models: Sequence[references.ModelRequest],
+    models: Sequence[references.ModelRef],
     how: LabelConfig,
     units: tuple[int, ...] = (),
 ) -> None:
@@ -103,7 +103,7 @@ def plan_labels(
         how: How to label.
         units: The units of every layer to label; empty for all.
     """
-    grids = {request.name: how.grid(references.model(request)) for request in models if request.name not in plan.failed}
+    grids = {ref.name: how.grid(references.model(ref)) for ref in models if ref.name not in plan.failed}
     plan.stages(storage, [ConceptLabels(layers, grids, how.labelers, units)])
 
 
@@ -111,9 +111,9 @@ def plan_clip_dissect(
     storage: Storage,
     plan: Plan,
     layers: Mapping[str, Sequence[str]],
-    probe: references.ProbeRequest,
+    probe: references.ProbeRef,
     labeler: ClipDissect,
-    request: ImageTextRequest,
+    ref: ImageTextRef,
     units: tuple[int, ...] = (),
 ) -> None:
     """Adds the plan of :func:`milan_ray.stages.clip_dissect.run_clip_dissect`.
@@ -124,13 +124,13 @@ def plan_clip_dissect(
         layers: Model → layers to label.
         probe: The probe they are of.
         labeler: The list of concepts, and how to compare.
-        request: The model of images and texts.
+        ref: The model of images and texts.
         units: The units of every layer to label; empty for all.
     """
-    embedder = references.image_text(request, probe.plugins)
+    embedder = references.image_text(ref, probe.plugins)
     digest = probe_digest(references.probe(probe).manifest())
-    images = ImageEmbeddings(request, embedder, probe, digest)
-    plan.stages(storage, [images, ClipDissectLabels(layers, labeler, request, embedder, digest, units)])
+    images = ImageEmbeddings(ref, embedder, probe, digest)
+    plan.stages(storage, [images, ClipDissectLabels(layers, labeler, ref, embedder, digest, units)])
 
 
 def plan_dnd(
@@ -153,8 +153,8 @@ def plan_scores(
     storage: Storage,
     plan: Plan,
     described: Sequence[Described],
-    probe: references.ProbeRequest,
-    request: ImageTextRequest,
+    probe: references.ProbeRef,
+    ref: ImageTextRef,
     config: ScoreConfig,
     classes: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
     judged: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
@@ -166,7 +166,7 @@ def plan_scores(
         plan: What is planned already.
         described: What to score.
         probe: The probe that it is of.
-        request: The model of images and texts.
+        ref: The model of images and texts.
         config: How to score.
         classes: (model, layer) → what each unit stands for.
         judged: The same, for layers on which the scores themselves are judged.
@@ -174,32 +174,32 @@ def plan_scores(
     Raises:
         MilanError: Pooled activations or the model are missing, or scores are to be judged by a model.
     """
-    embedder = truth_of(request, probe) if judged else references.image_text(request, probe.plugins)
+    embedder = truth_of(ref, probe) if judged else references.image_text(ref, probe.plugins)
     digest = probe_digest(references.probe(probe).manifest())
-    scores = Scores(described, request, embedder, digest, config, classes)
-    exemplars = ExemplarScores(described, request, digest)
-    plan.stages(storage, [ImageEmbeddings(request, embedder, probe, digest), scores, exemplars])
-    images = image_embeddings_recipe(embedder, digest)
+    scores = Scores(described, ref, embedder, digest, config, classes)
+    exemplars = ExemplarScores(described, ref, digest)
+    plan.stages(storage, [ImageEmbeddings(ref, embedder, probe, digest), scores, exemplars])
+    images = image_embeddings_fingerprint(embedder, digest)
     for (model, layer), concepts in (judged or {}).items():
-        recipe = sanity_recipe(storage, model, layer, concepts, images.hash, config)
-        plan.add(storage, SCORES, recipe, experiment=sanity_name(model, layer))
+        fingerprint = sanity_fingerprint(storage, model, layer, concepts, images.hash, config)
+        plan.add(storage, SCORES, fingerprint, experiment=sanity_name(model, layer))
 
 
 def plan_cosy(
     storage: Storage,
     plan: Plan,
     described: Sequence[Described],
-    probe: references.ProbeRequest,
-    models: Sequence[references.ModelRequest],
-    request: GeneratorRequest,
+    probe: references.ProbeRef,
+    models: Sequence[references.ModelRef],
+    ref: GeneratorRef,
     cosy: CosyConfig,
     config: ScoreConfig,
 ) -> None:
     """Adds the plan of :func:`milan_ray.stages.cosy.run_cosy`; arguments and errors as there."""
     digest = probe_digest(references.probe(probe).manifest())
-    generator = references.generator(request, probe.plugins)
+    generator = references.generator(ref, probe.plugins)
     weights = weights_of(models)
-    plan.stages(storage, [CosyScores(described, request, generator, digest, weights, cosy, config)])
+    plan.stages(storage, [CosyScores(described, ref, generator, digest, weights, cosy, config)])
 
 
 def plan_training(storage: Storage, job: TrainingJob) -> Plan:

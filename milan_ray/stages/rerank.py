@@ -34,7 +34,7 @@ from milan_ray.stages.descriptions import (
     Search,
     candidates_of,
     described,
-    description_recipe,
+    description_fingerprint,
     read_candidates,
 )
 from milan_ray.stages.encodings import Encodings, only_units, unit_features
@@ -118,10 +118,10 @@ class Reranked(ShardedStage):
         """Descriptions of every layer, by what its candidates and the model's encodings are."""
         for model, layer in pairs(self._models):
             keys = {"model": model, "layer": layer}
-            candidates = known.whole(CANDIDATES, decoder=self._decoder, **keys)
-            encodings = known.whole(ENCODINGS, encoder=self._clip.name, **keys)
-            recipe = description_recipe(self._labeler, candidates, self._units, encodings)
-            yield Output({"labeler": self.name, **keys}, recipe)
+            candidates = known.all_units(CANDIDATES, decoder=self._decoder, **keys)
+            encodings = known.all_units(ENCODINGS, encoder=self._clip.name, **keys)
+            fingerprint = description_fingerprint(self._labeler, candidates, self._units, encodings)
+            yield Output({"labeler": self.name, **keys}, fingerprint)
 
     def shards(self, job: Job) -> list[Shard]:
         """Chunks of texts; which one a text falls into depends on the text alone, so that no two share one."""
@@ -219,7 +219,7 @@ def _scatter(task: _Scatter) -> list[str]:
     output = task.output
     keys = {"encoder": task.encoder, "model": output.model, "layer": output.layer}
     encoded = task.storage.read(ENCODINGS, ["unit", "rank", "feature"], **keys)
-    features = unit_features(only_units(encoded, output.recipe.units))
+    features = unit_features(only_units(encoded, output.fingerprint.units))
     queries = {unit: query(found, task.z) for unit, found in features.items()}
     units, vectors = list(queries), list(queries.values())
     lists = pa.array(vectors, pa.list_(pa.float32()))

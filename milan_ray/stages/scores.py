@@ -17,15 +17,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from milan_ray.config import Recipe, Resources, config_hash
+from milan_ray.config import Fingerprint, Resources, config_hash
 from milan_ray.device import torch_threads
 from milan_ray.engine import references
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Known, Output, Stage, TaskStage, run_stage
-from milan_ray.engine.tasks import FEW_IMAGES, beside_others, removed_if_damaged, run_parallel
+from milan_ray.engine.tasks import FEW_IMAGES, removed_if_damaged, retry_if_overtaken, run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
-from milan_ray.models.image_text import Embedder, ImageText, ImageTextRequest
+from milan_ray.models.image_text import Embedder, ImageText, ImageTextRef
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED, SCORES, UNIT_SCORES
 from milan_ray.scoring.bootstrap import difference, interval, ratio, resampling_counts
@@ -289,12 +289,12 @@ class _Block:
         return slice(self.start, self.stop)
 
 
-@beside_others
+@retry_if_overtaken
 def run_scores(
     storage: Storage,
     described: Sequence[Described],
-    probe: references.ProbeRequest,
-    request: ImageTextRequest,
+    probe: references.ProbeRef,
+    ref: ImageTextRef,
     config: ScoreConfig,
     resources: Resources,
     classes: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
@@ -305,7 +305,7 @@ def run_scores(
         storage: The run directory, which holds descriptions, exemplars and pooled activations.
         described: What to score.
         probe: The probe that they are of.
-        request: The model of images and texts, or what takes its place.
+        ref: The model of images and texts, or what takes its place.
         config: How.
         resources: What of the cluster to use; Ray must be connected.
         classes: (model, layer) → what each unit stands for, where that is known (:func:`class_layers`): of a
@@ -323,12 +323,12 @@ def run_scores(
                 f"{model} {layer} has {units} units and the model names {len(concepts)} classes: class names are for "
                 "the layer that puts them out; choose it with --layers."
             )
-    digest = run_image_embeddings(storage, probe, request, resources)
-    embedder = references.image_text(request, probe.plugins)
+    digest = run_image_embeddings(storage, probe, ref, resources)
+    embedder = references.image_text(ref, probe.plugins)
     curve = config.curve(embedder)
-    stage = Scores(described, request, embedder, digest, config, classes)
+    stage = Scores(described, ref, embedder, digest, config, classes)
     outputs = by_described(stage.outputs(Known(storage)))
-    work = config_hash({"scores": [output.recipe.hash for output in outputs.values()]})
+    work = config_hash({"scores": [output.fingerprint.hash for output in outputs.values()]})
     due = [what for what in described if stage.why(storage, outputs[what])]
     if due:
         with removed_if_damaged(storage, work):
@@ -340,12 +340,12 @@ def run_scores(
             }
             every = sorted(set().union(*(said.every() for said in read.values())))
             texts = {what: read[what] for what in due}
-            vectors = dict(zip(every, text_embeddings(storage, every, request, resources, probe.plugins), strict=True))
+            vectors = dict(zip(every, text_embeddings(storage, every, ref, resources, probe.plugins), strict=True))
             blocks: list[_Block] = []
             for what, said in texts.items():
                 number = described.index(what)
                 blocks += [
-                    _Block(storage, work, number, what, said, start, start + UNITS, config, curve, request.name, digest)
+                    _Block(storage, work, number, what, said, start, start + UNITS, config, curve, ref.name, digest)
                     for start in range(0, len(said.units), UNITS)
                 ]
                 for system, own in said.systems.items():
@@ -356,12 +356,12 @@ def run_scores(
                     )
             stored = set(storage.work_names(work))
             fresh = [block for block in blocks if block.name not in stored]
-            say(f"scores by {request.name}: {len(due)} layers and labelers")
+            say(f"scores by {ref.name}: {len(due)} layers and labelers")
             here = storage.count(POOLED, model=due[0].model, layer=due[0].layer) <= FEW_IMAGES
             costs = {what: Cost() for what in due}
             with (
                 torch_threads(resources.threads),
-                Progress(f"scores ({request.name})", len(fresh), "blocks") as progress,
+                Progress(f"scores ({ref.name})", len(fresh), "blocks") as progress,
             ):
                 for index, took in run_parallel(_score, fresh, here=here):
                     progress.advance()
@@ -372,14 +372,14 @@ def run_scores(
                 names = (classes or {}).get((what.model, what.layer))
                 if names is not None:
                     table = pa.concat_tables([table, _class_rows(said, names, vectors, embedder)])
-                run = outputs[what].recipe.hash
+                run = outputs[what].fingerprint.hash
                 record_run(storage, "scores", run, what.model, layer=what.layer, rows=len(table), cost=costs[what])
                 write_unit_scores(storage, outputs[what], table)
     else:
-        say(f"scores by {request.name}: all up to date")
+        say(f"scores by {ref.name}: all up to date")
     storage.remove_work(work)
-    run_stage(ExemplarScores(described, request, digest), storage, resources)
-    return summarise(storage, request.name, sorted({what.model for what in described}), config)
+    run_stage(ExemplarScores(described, ref, digest), storage, resources)
+    return summarise(storage, ref.name, sorted({what.model for what in described}), config)
 
 
 def _begun(storage: Storage, work: str, due: Sequence[int]) -> set[int]:
@@ -394,7 +394,7 @@ class Scores(Stage):
 
     Args:
         described: What to score.
-        request: The model of images and texts, or what takes its place.
+        ref: The model of images and texts, or what takes its place.
         embedder: The same, loaded.
         digest: Digest of the probe manifest.
         config: How to score.
@@ -406,14 +406,14 @@ class Scores(Stage):
     def __init__(
         self,
         described: Sequence[Described],
-        request: ImageTextRequest,
+        ref: ImageTextRef,
         embedder: Embedder,
         digest: str,
         config: ScoreConfig,
         classes: Mapping[tuple[str, str], tuple[str, ...]] | None = None,
     ) -> None:
         self._described, self._digest, self._classes = described, digest, classes or {}
-        self._predictor, self.title = request.name, f"scores by {request.name}"
+        self._predictor, self.title = ref.name, f"scores by {ref.name}"
         texts = {"curve": config.curve(embedder), "texts": embedder.text_identity()}
         self._identity = {"kernel": KERNEL_VERSION, "config": config, **texts}
 
@@ -423,8 +423,8 @@ class Scores(Stage):
         for what in self._described:
             above = upstream(known.storage, what, self._digest)
             names = self._classes.get((what.model, what.layer))
-            recipe = Recipe.of({**self._identity, "images": images, **above, "classes": names})
-            yield Output({"predictor": self._predictor, **what.keys}, recipe)
+            fingerprint = Fingerprint.of({**self._identity, "images": images, **above, "classes": names})
+            yield Output({"predictor": self._predictor, **what.keys}, fingerprint)
 
 
 def upstream(storage: Storage, what: Described, digest: str) -> dict[str, str]:
@@ -456,7 +456,7 @@ def unit_scores(keys: Mapping[str, str], rows: pa.Table) -> pa.Table:
 
 def write_unit_scores(storage: Storage, output: Output, rows: pa.Table) -> None:
     """Makes a layer's scores public; see :func:`unit_scores`."""
-    storage.write(UNIT_SCORES, unit_scores(output.keys, rows), output.recipe, **output.keys)
+    storage.write(UNIT_SCORES, unit_scores(output.keys, rows), output.fingerprint, **output.keys)
 
 
 def by_described(outputs: Iterable[Output]) -> dict[Described, Output]:
@@ -621,24 +621,24 @@ class ExemplarScores(TaskStage):
 
     Args:
         described: Of which layers.
-        request: The model of images and texts.
+        ref: The model of images and texts.
         digest: Digest of the probe manifest.
     """
 
     table, name, recorded = UNIT_SCORES, "scores", True
 
-    def __init__(self, described: Sequence[Described], request: ImageTextRequest, digest: str) -> None:
+    def __init__(self, described: Sequence[Described], ref: ImageTextRef, digest: str) -> None:
         self._layers = sorted({(what.model, what.layer) for what in described})
-        self._predictor, self._digest = request.name, digest
-        self.title = f"scores of exemplars by {request.name}"
+        self._predictor, self._digest = ref.name, digest
+        self.title = f"scores of exemplars by {ref.name}"
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """Scores of every layer, by what its exemplars are."""
         images = known.config(IMAGE_EMBEDDINGS, encoder=self._predictor, probe=self._digest)
         for model, layer in self._layers:
             exemplars = known.config(EXEMPLARS, model=model, layer=layer)
-            recipe = Recipe.of({"kernel": KERNEL_VERSION, "images": images, "exemplars": exemplars})
-            yield Output({"predictor": self._predictor, **Described(WORDLESS, model, layer).keys}, recipe)
+            fingerprint = Fingerprint.of({"kernel": KERNEL_VERSION, "images": images, "exemplars": exemplars})
+            yield Output({"predictor": self._predictor, **Described(WORDLESS, model, layer).keys}, fingerprint)
 
     def make(self, storage: Storage, output: Output) -> pa.Table:
         """A layer's scores."""
@@ -668,8 +668,8 @@ class ExemplarScores(TaskStage):
 
 def run_sanity(
     storage: Storage,
-    probe: references.ProbeRequest,
-    request: ImageTextRequest,
+    probe: references.ProbeRef,
+    ref: ImageTextRef,
     config: ScoreConfig,
     resources: Resources,
     classes: Mapping[tuple[str, str], tuple[str, ...]],
@@ -679,7 +679,7 @@ def run_sanity(
     Args:
         storage: The run directory, which holds pooled activations.
         probe: The probe that they are of, with concept maps.
-        request: The truth of these.
+        ref: The truth of these.
         config: How descriptions are scored.
         resources: What of the cluster to use; Ray must be connected.
         classes: (model, layer) → the concept of each unit.
@@ -690,17 +690,17 @@ def run_sanity(
     Raises:
         MilanError: The judge is no truth, or pooled activations are missing.
     """
-    embedder = truth_of(request, probe)
-    digest = run_image_embeddings(storage, probe, request, resources)
-    ids, shown = image_embeddings(storage, request.name, digest)
+    embedder = truth_of(ref, probe)
+    digest = run_image_embeddings(storage, probe, ref, resources)
+    ids, shown = image_embeddings(storage, ref.name, digest)
     names = []
     for (model, layer), concepts in classes.items():
         what = Described(WORDLESS, model, layer)
         check_pooled(storage, what, digest)
-        made_of = storage.config_of(IMAGE_EMBEDDINGS, encoder=request.name, probe=digest)
-        recipe = sanity_recipe(storage, model, layer, concepts, made_of, config)
+        made_of = storage.config_of(IMAGE_EMBEDDINGS, encoder=ref.name, probe=digest)
+        fingerprint = sanity_fingerprint(storage, model, layer, concepts, made_of, config)
         names.append(sanity_name(model, layer))
-        if storage.why(SCORES, recipe, experiment=names[-1]) is None:
+        if storage.why(SCORES, fingerprint, experiment=names[-1]) is None:
             continue
         seen = Seen.read(storage, what, range(len(concepts)), config, ids)
         truth = shown[np.searchsorted(ids, seen.ids)] @ embedder.embed_texts(concepts).numpy().T
@@ -713,19 +713,19 @@ def run_sanity(
             samples=config.samples,
             seed=config.seed,
         )
-        storage.write(SCORES, table, recipe, experiment=names[-1])
+        storage.write(SCORES, table, fingerprint, experiment=names[-1])
     return names
 
 
-def truth_of(request: ImageTextRequest, probe: references.ProbeRequest) -> Embedder:
+def truth_of(ref: ImageTextRef, probe: references.ProbeRef) -> Embedder:
     """The truth of concept maps, by which scores are judged.
 
     Raises:
         MilanError: It is a model.
     """
-    embedder = references.image_text(request, probe.plugins)
+    embedder = references.image_text(ref, probe.plugins)
     if embedder.view is not None:
-        raise MilanError(f"{request.name} is a model, not the truth: scores are judged by concept maps alone.")
+        raise MilanError(f"{ref.name} is a model, not the truth: scores are judged by concept maps alone.")
     return embedder
 
 
@@ -734,9 +734,9 @@ def sanity_name(model: str, layer: str) -> str:
     return f"scores judged: {model} {layer}"
 
 
-def sanity_recipe(
+def sanity_fingerprint(
     storage: Storage, model: str, layer: str, concepts: Sequence[str], images: str | None, config: ScoreConfig
-) -> Recipe:
+) -> Fingerprint:
     """What decides the judgement of scores on a layer.
 
     Args:
@@ -748,7 +748,7 @@ def sanity_recipe(
         config: How descriptions are scored.
     """
     pooled = storage.config_of(POOLED, model=model, layer=layer)
-    return Recipe.of({"sanity": 1, "pooled": pooled, "images": images, "config": config, "concepts": concepts})
+    return Fingerprint.of({"sanity": 1, "pooled": pooled, "images": images, "config": config, "concepts": concepts})
 
 
 def summarise(storage: Storage, predictor: str, models: Sequence[str], config: ScoreConfig) -> list[str]:
@@ -761,15 +761,15 @@ def summarise(storage: Storage, predictor: str, models: Sequence[str], config: S
         every = storage.partitions(UNIT_SCORES, predictor=predictor, model=model)
         hashes = [storage.config_of(UNIT_SCORES, **keys) for keys in every]
         names.append(f"scores by {predictor}: {model}")
-        recipe = config_hash({"summary": 1, "scores": hashes, "seed": config.seed, "samples": config.samples})
-        if storage.is_current(SCORES, recipe, experiment=names[-1]):
+        fingerprint = config_hash({"summary": 1, "scores": hashes, "seed": config.seed, "samples": config.samples})
+        if storage.is_current(SCORES, fingerprint, experiment=names[-1]):
             continue
         rows: list[Row] = []
         for labeler in sorted({keys["labeler"] for keys in every}):
             columns = ["layer", "unit", "system", "metric", "value"]
             tables = [storage.read(UNIT_SCORES, columns, **keys) for keys in every if keys["labeler"] == labeler]
             rows += _summary(labeler, pa.concat_tables(tables), config)
-        storage.write(SCORES, score_table(names[-1], rows), recipe, experiment=names[-1])
+        storage.write(SCORES, score_table(names[-1], rows), fingerprint, experiment=names[-1])
     return names
 
 

@@ -20,7 +20,7 @@ from milan_ray.captioner.decoder import Decoder
 from milan_ray.captioner.fit import DECODER, LM, Plan, Sizes, State, epoch_line, fit, fitted, new_state
 from milan_ray.captioner.lm import LanguageModel
 from milan_ray.captioner.text import Indexer
-from milan_ray.config import Recipe, TrainingConfig
+from milan_ray.config import Fingerprint, TrainingConfig
 from milan_ray.engine import trainer
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Known, Output, Stage
@@ -30,7 +30,7 @@ from milan_ray.errors import MilanError, reason
 from milan_ray.names import checked_name
 from milan_ray.progress import Progress, say, watched
 from milan_ray.schema import ANNOTATIONS, ENCODINGS, EXEMPLARS, TRAINING
-from milan_ray.stages.captioners import EncoderRequest, has_captioner, load_captioner, save_captioner
+from milan_ray.stages.captioners import EncoderRef, has_captioner, load_captioner, save_captioner
 from milan_ray.stages.decoder_space import DecoderSetting
 from milan_ray.stages.training_units import UnitFeatures, write_units
 from milan_ray.storage import WORK, Storage
@@ -78,7 +78,7 @@ class TrainingJob:
     name: str
     source: str
     layers: tuple[tuple[str, str], ...]
-    encoder: EncoderRequest
+    encoder: EncoderRef
     config: TrainingConfig = field(default_factory=TrainingConfig)
     sizes: Sizes = field(default_factory=Sizes)
     workers: int = 1
@@ -164,13 +164,13 @@ def _train_little(storage: Storage, jobs: Sequence[TrainingJob]) -> dict[str, st
     tasks = []
     for job in jobs:
         try:
-            recipe = _due(storage, job)
+            fingerprint = _due(storage, job)
         except MilanError as error:
             failures[job.name] = str(error)
             say(f"training of {job.name} failed: {error}")
             continue
-        if recipe is not None:
-            tasks.append(_Little(storage, job, recipe))
+        if fingerprint is not None:
+            tasks.append(_Little(storage, job, fingerprint))
     if not tasks:
         return failures
     with Progress("captioners", len(tasks), "captioners") as progress:
@@ -196,10 +196,10 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
     Raises:
         MilanError: Annotations or encodings are missing.
     """
-    recipe = _due(storage, job)
-    if recipe is None:
+    fingerprint = _due(storage, job)
+    if fingerprint is None:
         return False
-    config = recipe.hash
+    config = fingerprint.hash
     job.team.room()
     units = write_units(storage, config, job.source, job.encoder.name, job.layers, job.units)
     where = "in memory" if units.nbytes <= job.memory_limit else "read as needed"
@@ -211,7 +211,7 @@ def run_training(storage: Storage, job: TrainingJob) -> bool:
     with watched(_epochs_said(storage, config, job.name)):
         arguments = {"job": job, "storage": storage, "work": config}
         state = train_on_workers(_train_worker, arguments, job.team, job.name, storage.uri(f"_work/{config}"))
-    say(_publish(storage, job, recipe, state, units, started))
+    say(_publish(storage, job, fingerprint, state, units, started))
     return True
 
 
@@ -233,7 +233,7 @@ class Training(Stage):
             (model, layer): known.config(ENCODINGS, encoder=self._job.encoder.name, model=model, layer=layer)
             for model, layer in self._job.layers
         }
-        yield Output({"decoder": self._job.name}, training_recipe(known.storage, self._job, encodings))
+        yield Output({"decoder": self._job.name}, training_fingerprint(known.storage, self._job, encodings))
 
     def why(self, storage: Storage, output: Output) -> str | None:
         """Why it has to be trained: its history or itself is missing, stale or damaged."""
@@ -249,13 +249,13 @@ class Training(Stage):
         return None
 
 
-def _due(storage: Storage, job: TrainingJob) -> Recipe | None:
+def _due(storage: Storage, job: TrainingJob) -> Fingerprint | None:
     """What decides a captioner that has to be trained; None for one that is there."""
     stage = Training(job)
     (output,) = stage.outputs(Known(storage))
     if stage.why(storage, output):
-        return output.recipe
-    storage.remove_work(output.recipe.hash)
+        return output.fingerprint
+    storage.remove_work(output.fingerprint.hash)
     say(f"training of {job.name}: up to date")
     return None
 
@@ -275,7 +275,7 @@ def stored_state(storage: Storage, path: str) -> State | None:
 
 
 def _publish(
-    storage: Storage, job: TrainingJob, recipe: Recipe, state: State, units: UnitFeatures, started: float
+    storage: Storage, job: TrainingJob, fingerprint: Fingerprint, state: State, units: UnitFeatures, started: float
 ) -> str:
     """Writes a finished captioner and its history; returns a line on them."""
     captioner = _captioner(job, state, units.size)
@@ -296,9 +296,9 @@ def _publish(
     )
     seconds = time.monotonic() - started
     cost = Cost(seconds * job.workers, seconds * job.workers)  # of all workers
-    record_run(storage, "training", recipe.hash, job.name, rows=len(history), cost=cost)
-    storage.write(TRAINING, table, recipe, decoder=job.name)
-    storage.remove_work(recipe.hash)
+    record_run(storage, "training", fingerprint.hash, job.name, rows=len(history), cost=cost)
+    storage.write(TRAINING, table, fingerprint, decoder=job.name)
+    storage.remove_work(fingerprint.hash)
     best = {row["part"]: row["validation"] for row in history if kept[row["part"]] == row["epoch"]}
     return (
         f"trained {job.name} in {seconds:.0f} s: perplexity {np.exp(best['lm']):.1f}, "
@@ -321,7 +321,7 @@ def _epochs_said(storage: Storage, work: str, name: str) -> Callable[[], None]:
     return look
 
 
-def training_recipe(storage: Storage, job: TrainingJob, encodings: Mapping[tuple[str, str], str]) -> Recipe:
+def training_fingerprint(storage: Storage, job: TrainingJob, encodings: Mapping[tuple[str, str], str]) -> Fingerprint:
     """What decides a captioner.
 
     Args:
@@ -337,7 +337,9 @@ def training_recipe(storage: Storage, job: TrainingJob, encodings: Mapping[tuple
     inputs = {"name": job.name, "annotations": annotations, "encodings": [encodings[pair] for pair in job.layers]}
     tuned = {"decoder": asdict(job.decoder)} if job.decoder else {}
     chosen = {"units": job.units} if job.units else {}
-    return Recipe.of({"kernel": KERNEL_VERSION, **inputs, **asdict(job.config), **asdict(job.sizes), **tuned, **chosen})
+    return Fingerprint.of(
+        {"kernel": KERNEL_VERSION, **inputs, **asdict(job.config), **asdict(job.sizes), **tuned, **chosen}
+    )
 
 
 def annotations_read(storage: Storage, source: str, layers: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:
@@ -371,7 +373,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     if units.nbytes <= job.memory_limit:
         units.keep()
     state = trainer.reported_state() or new_state(units.texts)
-    team = trainer.WorkerTeam()
+    team = trainer.TrainWorkerGroup()
 
     def report(state: State) -> None:
         row = state["history"][-1]
@@ -389,7 +391,7 @@ class _Little:
 
     storage: Storage
     job: TrainingJob
-    recipe: Recipe
+    fingerprint: Fingerprint
 
 
 def _train_here(task: _Little) -> tuple[bool, str]:
@@ -397,7 +399,7 @@ def _train_here(task: _Little) -> tuple[bool, str]:
 
     What was fitted lies in the run directory now and then, so that a task that is run again goes on from there.
     """
-    storage, job, work = task.storage, task.job, task.recipe.hash
+    storage, job, work = task.storage, task.job, task.fingerprint.hash
     path = f"{WORK}/{work}/{STATE}"
     started = saved = time.monotonic()
     torch.set_num_threads(job.threads)
@@ -416,7 +418,7 @@ def _train_here(task: _Little) -> tuple[bool, str]:
             units.keep()
         state = stored_state(storage, path) or new_state(units.texts)
         fit(units, job.plans, state, report)
-        return True, _publish(storage, job, task.recipe, state, units, started)
+        return True, _publish(storage, job, task.fingerprint, state, units, started)
     except Exception as error:  # stops no other; the driver says it, and fails with it at the end
         return False, str(error) if isinstance(error, MilanError) else f"{type(error).__name__}: {error}"
 

@@ -22,7 +22,7 @@ import torch
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import digest as captioner_digest
-from milan_ray.config import Recipe, Resources
+from milan_ray.config import Fingerprint, Resources
 from milan_ray.device import resolve_device
 from milan_ray.engine import tuner
 from milan_ray.engine.run_log import Cost, record_run
@@ -31,7 +31,7 @@ from milan_ray.progress import LINE_INTERVAL, Progress, say, watched
 from milan_ray.schema import ANNOTATIONS, CANDIDATES, ENCODINGS, SCORES, TRIALS, TRIALS_FIGURE, TRIALS_SETTING
 from milan_ray.scoring.text import BertScore, normalize
 from milan_ray.stages.captioners import about_captioner, captioner_name, load_captioner
-from milan_ray.stages.descriptions import Search, candidates_recipe, search_identity
+from milan_ray.stages.descriptions import Search, candidates_fingerprint, search_identity
 from milan_ray.stages.encodings import unit_features
 from milan_ray.stages.tuning_statistics import (
     BEAM_MI,
@@ -48,7 +48,7 @@ from milan_ray.stages.tuning_statistics import (
     Trial,
     best_trial,
     compare_systems,
-    draw_trials,
+    plot_trials,
     read_setting,
     rescored,
     split_units,
@@ -112,15 +112,15 @@ def run_tuning(storage: Storage, job: TuningJob, resources: Resources) -> Settin
     """
     captioner = load_captioner(storage, job.decoder)
     _check(captioner, job)
-    recipe = _recipe(storage, captioner, job)
+    fingerprint = _fingerprint(storage, captioner, job)
     keys = {"decoder": captioner_name(job.decoder), "sweep": job.name}
     folder = str(Path(storage.path(TRIALS, **keys)).parent)
-    if not storage.why(TRIALS, recipe, **keys):
-        storage.remove_work(recipe.hash)
+    if not storage.why(TRIALS, fingerprint, **keys):
+        storage.remove_work(fingerprint.hash)
         say(f"tuning of {job.decoder} by {job.name}: up to date, in {storage.uri(folder)}")
         return read_setting(storage.text(f"{folder}/{TRIALS_SETTING}"), storage.uri(f"{folder}/{TRIALS_SETTING}"))
     trials = job.sweep.trials()
-    task = _Task(storage.root, recipe.hash, captioner.encoder_name, job, resources.threads, resources.device)
+    task = _Task(storage.root, fingerprint.hash, captioner.encoder_name, job, resources.threads, resources.device)
     units = task.annotated()
     split = split_units(len(units), job.sweep)
     choosing = f"{len(split[VALIDATION])} units choose, {len(split[HELD_OUT])} judge"
@@ -142,13 +142,13 @@ def run_tuning(storage: Storage, job: TuningJob, resources: Resources) -> Settin
         f"{best['n']} units annotated by {job.source}: {best['strategy']}"
     )
     storage.put(f"{folder}/{TRIALS_SETTING}", to_yaml(setting, about).encode())
-    storage.put(f"{folder}/{TRIALS_FIGURE}", draw_trials(table, job.sweep.metric, best))
-    storage.write(SCORES, compared, recipe, experiment=job.experiment)
+    storage.put(f"{folder}/{TRIALS_FIGURE}", plot_trials(table, job.sweep.metric, best))
+    storage.write(SCORES, compared, fingerprint, experiment=job.experiment)
     found = TRIALS.table({name: column.to_arrow() for name, column in columns.items()})
     timing, cost = _timing(storage, task, trials)  # before the table: who finds it there removes the trials
-    record_run(storage, "tuning", recipe.hash, job.decoder, rows=len(found), cost=cost)
-    storage.write(TRIALS, found, recipe, **keys)
-    storage.remove_work(recipe.hash)
+    record_run(storage, "tuning", fingerprint.hash, job.decoder, rows=len(found), cost=cost)
+    storage.write(TRIALS, found, fingerprint, **keys)
+    storage.remove_work(fingerprint.hash)
     seconds = time.monotonic() - started
     for line in _summary(table, best, compared, timing, job.sweep):
         say(line)
@@ -165,7 +165,7 @@ def why_tuning(storage: Storage, job: TuningJob) -> str | None:
     captioner = load_captioner(storage, job.decoder)
     _check(captioner, job)
     keys = {"decoder": captioner_name(job.decoder), "sweep": job.name}
-    return storage.why(TRIALS, _recipe(storage, captioner, job), **keys)
+    return storage.why(TRIALS, _fingerprint(storage, captioner, job), **keys)
 
 
 def _check(captioner: Captioner, job: TuningJob) -> None:
@@ -186,7 +186,7 @@ def _check(captioner: Captioner, job: TuningJob) -> None:
         )
 
 
-def _recipe(storage: Storage, captioner: Captioner, job: TuningJob) -> Recipe:
+def _fingerprint(storage: Storage, captioner: Captioner, job: TuningJob) -> Fingerprint:
     annotations, encodings = [], []
     for model, layer in job.layers:
         annotated = {"source": job.source, "model": model, "layer": layer}
@@ -199,7 +199,7 @@ def _recipe(storage: Storage, captioner: Captioner, job: TuningJob) -> Recipe:
             )
         annotations.append((model, layer, storage.config_of(ANNOTATIONS, **annotated)))
         encodings.append(storage.config_of(ENCODINGS, **encoded))
-    return Recipe.of(
+    return Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
             "captioner": captioner_digest(captioner),
@@ -411,10 +411,10 @@ def _stored(
 ) -> list[list[str]] | None:
     """Rescores a layer's candidates, where the run directory has those of this very search."""
     search = Search(task.job.decoder, trial.beam_size, trial.length)
-    encodings = storage.whole_of(ENCODINGS, encoder=task.encoder, model=model, layer=layer)
+    encodings = storage.all_units_of(ENCODINGS, encoder=task.encoder, model=model, layer=layer)
     keys = {"decoder": captioner_name(task.job.decoder), "model": model, "layer": layer}
-    recipe = candidates_recipe(search_identity(captioner, search), encodings, ())
-    if storage.why(CANDIDATES, recipe, **keys):
+    fingerprint = candidates_fingerprint(search_identity(captioner, search), encodings, ())
+    if storage.why(CANDIDATES, fingerprint, **keys):
         return None
     columns = ["unit", "beam_rank", "logp_d_given_e", "logp_d", "text"]
     table = storage.read(CANDIDATES, columns, **keys).sort_by([("unit", "ascending"), ("beam_rank", "ascending")])

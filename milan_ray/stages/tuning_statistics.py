@@ -344,7 +344,7 @@ def compare_systems(
 # -- figure -----------------------------------------------------------------------------------------------------------
 
 
-def draw_trials(trials: pl.DataFrame, metric: str, chosen: Mapping[str, Any]) -> bytes:
+def plot_trials(trials: pl.DataFrame, metric: str, chosen: Mapping[str, Any]) -> bytes:
     """The figure of a sweep: score on the validation units over λ, a line per beam size, as SVG.
 
     Args:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from milan_ray.config import ExemplarConfig, Recipe
+from milan_ray.config import ExemplarConfig, Fingerprint
 from milan_ray.engine import references
 from milan_ray.engine.tasks import run_parallel
 from milan_ray.exemplars import masks
@@ -82,25 +82,25 @@ def _metrics(weights: bytes) -> str:
 @dataclass(frozen=True)
 class _Annotate:
     storage: Storage
-    probe: references.ProbeRequest
+    probe: references.ProbeRef
     model: str
     layer: str
-    recipe: Recipe
+    fingerprint: Fingerprint
 
 
-def annotations_recipe(exemplars: str) -> Recipe:
+def annotations_fingerprint(exemplars: str) -> Fingerprint:
     """What decides a layer's annotations, given the configuration hash of its exemplars."""
-    return Recipe.of({"kernel": ANNOTATORS_VERSION, "world": WORLD_DIGEST, "exemplars": exemplars})
+    return Fingerprint.of({"kernel": ANNOTATORS_VERSION, "world": WORLD_DIGEST, "exemplars": exemplars})
 
 
-def annotate(storage: Storage, probe: references.ProbeRequest, models: Mapping[str, Sequence[str]]) -> None:
+def annotate(storage: Storage, probe: references.ProbeRef, models: Mapping[str, Sequence[str]]) -> None:
     """Lets the world's annotators describe every unit of some models, where their annotations are missing or stale."""
     tasks = []
     for model, layers in models.items():
         for layer in layers:
-            recipe = annotations_recipe(storage.config_of(EXEMPLARS, model=model, layer=layer))
-            if storage.why(ANNOTATIONS, recipe, source=SOURCE, model=model, layer=layer):
-                tasks.append(_Annotate(storage, probe, model, layer, recipe))
+            fingerprint = annotations_fingerprint(storage.config_of(EXEMPLARS, model=model, layer=layer))
+            if storage.why(ANNOTATIONS, fingerprint, source=SOURCE, model=model, layer=layer):
+                tasks.append(_Annotate(storage, probe, model, layer, fingerprint))
     if not tasks:
         say("annotations: all up to date")
         return
@@ -141,7 +141,7 @@ def _annotate_layer(task: _Annotate) -> None:
         },
         {EXEMPLARS_KEY: task.storage.config_of(EXEMPLARS, **keys)},
     )
-    task.storage.write(ANNOTATIONS, table, task.recipe, source=SOURCE, **keys)
+    task.storage.write(ANNOTATIONS, table, task.fingerprint, source=SOURCE, **keys)
 
 
 @dataclass(frozen=True)
@@ -162,14 +162,14 @@ class Truth:
 @dataclass(frozen=True)
 class _Judge:
     storage: Storage
-    model: references.ModelRequest
+    model: references.ModelRef
     layers: tuple[str, ...]
-    probe: references.ProbeRequest
+    probe: references.ProbeRef
 
 
-def truth(storage: Storage, models: Mapping[str, Sequence[str]], probe: references.ProbeRequest) -> dict[str, Truth]:
+def truth(storage: Storage, models: Mapping[str, Sequence[str]], probe: references.ProbeRef) -> dict[str, Truth]:
     """Runs models over held-out scenes and compares their units with the scenes' concept maps."""
-    tasks = [_Judge(storage, references.ModelRequest(model), tuple(layers), probe) for model, layers in models.items()]
+    tasks = [_Judge(storage, references.ModelRef(model), tuple(layers), probe) for model, layers in models.items()]
     names = list(models)
     found: dict[str, Truth] = {}
     with Progress("held-out scenes", len(tasks), "models") as progress:

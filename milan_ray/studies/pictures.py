@@ -20,7 +20,7 @@ from milan_ray.stages.images import block_of, read_block
 from milan_ray.storage import Storage
 
 
-def views_of(probe: references.ProbeRequest, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
+def views_of(probe: references.ProbeRef, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
     """Images of a probe as a model takes them, uint8 (n, H, W, bands).
 
     Raises:
@@ -29,7 +29,7 @@ def views_of(probe: references.ProbeRequest, refs: Sequence[ImageRef], spec: Mod
     return _all(read_inputs(references.probe(probe), refs, spec))
 
 
-def shown_views_of(probe: references.ProbeRequest, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
+def shown_views_of(probe: references.ProbeRef, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
     """Images of a probe as people see what a model takes, uint8 (n, H, W, 3).
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an experiment would do, and why: its own recipes beside the storage, as :mod:`milan_ray.stages.plan`."""
+"""What an experiment would do, and why: its own fingerprints beside the storage, as :mod:`milan_ray.stages.plan`."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from milan_ray.stages.encodings import Encodings
 from milan_ray.stages.plan import plan_exemplars, plan_labels
 from milan_ray.stages.training import Training
 from milan_ray.storage import Storage
-from milan_ray.studies.analysis.run import AnalysisConfig, analysis_recipe, described_model
+from milan_ray.studies.analysis.run import AnalysisConfig, analysis_fingerprint, described_model
 from milan_ray.studies.auditing.run import AuditConfig, find_audit
 from milan_ray.studies.auditing.statistics import Pair
-from milan_ray.studies.baselines.run import HeldOut, baselines_recipe, comparison_name, labelers_of_all
+from milan_ray.studies.baselines.run import HeldOut, baselines_fingerprint, comparison_name, labelers_of_all
 from milan_ray.studies.comparison.run import Comparison, find_comparison
-from milan_ray.studies.cut_and_paste.run import PastingConfig, pasting_recipe
-from milan_ray.studies.editing.run import EditingConfig, editing_recipe, splits, tuned_name, unwanted_units
+from milan_ray.studies.cut_and_paste.run import PastingConfig, pasting_fingerprint
+from milan_ray.studies.editing.run import EditingConfig, editing_fingerprint, splits, tuned_name, unwanted_units
 from milan_ray.studies.generalization.run import (
     GeneralizationJob,
     find_trials,
-    held_out_recipe,
-    scores_recipe,
-    split_recipe,
+    held_out_fingerprint,
+    scores_fingerprint,
+    split_fingerprint,
     split_units,
 )
 from milan_ray.studies.judges.run import HELD_OUT_SCENES
@@ -59,24 +59,24 @@ ANEW = "made anew by every run"
 def plan_analysis(
     storage: Storage,
     plan: Plan,
-    model: references.ModelRequest,
-    probe: references.ProbeRequest,
+    model: references.ModelRef,
+    probe: references.ProbeRef,
     language: str,
     config: AnalysisConfig,
     name: str = "analysis",
 ) -> None:
     """Adds the plan of :func:`milan_ray.studies.analysis.run.run_analysis`; arguments and errors as there."""
     spec, layers = described_model(storage, model, config.labeler)
-    recipe = analysis_recipe(storage, spec, layers, _digest(probe), language, config)
-    plan.add(storage, ABLATIONS, recipe, experiment=name, model=spec.name)
+    fingerprint = analysis_fingerprint(storage, spec, layers, _digest(probe), language, config)
+    plan.add(storage, ABLATIONS, fingerprint, experiment=name, model=spec.name)
 
 
 def plan_editing(
     storage: Storage,
     plan: Plan,
-    model: references.ModelRequest,
-    validation: references.ProbeRequest,
-    test: references.ProbeRequest | None,
+    model: references.ModelRef,
+    validation: references.ProbeRef,
+    test: references.ProbeRef | None,
     config: EditingConfig,
     tuned: bool,
     name: str = "editing",
@@ -96,8 +96,8 @@ def plan_editing(
     spec, layers = described_model(storage, model, config.labeler)
     unwanted_units(storage, spec.name, layers, config)
     digests = {split: _digest(probe) for split, probe in splits(validation, test).items()}
-    recipe = editing_recipe(storage, spec, layers, digests, config)
-    plan.add(storage, ABLATIONS, recipe, experiment=name, model=spec.name)
+    fingerprint = editing_fingerprint(storage, spec, layers, digests, config)
+    plan.add(storage, ABLATIONS, fingerprint, experiment=name, model=spec.name)
     if tuned:
         plan.steps.append(Step(ABLATIONS.name, (tuned_name(name), spec.name), ANEW))
 
@@ -105,16 +105,16 @@ def plan_editing(
 def plan_pasting(
     storage: Storage,
     plan: Plan,
-    model: references.ModelRequest,
-    probe: references.ProbeRequest,
+    model: references.ModelRef,
+    probe: references.ProbeRef,
     language: str,
     config: PastingConfig,
     name: str = "cut-and-paste",
 ) -> None:
     """Adds the plan of :func:`milan_ray.studies.cut_and_paste.run.run_pasting`; arguments and errors as there."""
     spec, layers = described_model(storage, model, config.labeler)
-    recipe, _, _ = pasting_recipe(storage, spec, layers, probe, _digest(probe), language, config)
-    plan.add(storage, PASTED, recipe, experiment=name, model=spec.name)
+    fingerprint, _, _ = pasting_fingerprint(storage, spec, layers, probe, _digest(probe), language, config)
+    plan.add(storage, PASTED, fingerprint, experiment=name, model=spec.name)
 
 
 def plan_generalization(storage: Storage, job: GeneralizationJob, language: str, resources: Resources) -> Plan:
@@ -136,27 +136,29 @@ def plan_generalization(storage: Storage, job: GeneralizationJob, language: str,
     for trial in trials:
         plan.stages(storage, [Training(trial.training)])
         captioner = Planned(storage, plan).config(TRAINING, decoder=trial.training.name)
-        recipe = held_out_recipe(storage, job, trial, captioner)
-        plan.add(storage, HELD_OUT, recipe, **trial.public(job.name))
-        said[trial.split.name].append(recipe.hash)
-    scored = {name: split_recipe(job, language, hashes) for name, hashes in said.items()}
-    for name, recipe in scored.items():
-        plan.add(storage, GENERALIZATION, recipe, experiment=job.name, split=name)
-    plan.add(storage, SCORES, scores_recipe([recipe.hash for recipe in scored.values()]), experiment=job.name)
+        fingerprint = held_out_fingerprint(storage, job, trial, captioner)
+        plan.add(storage, HELD_OUT, fingerprint, **trial.public(job.name))
+        said[trial.split.name].append(fingerprint.hash)
+    scored = {name: split_fingerprint(job, language, hashes) for name, hashes in said.items()}
+    for name, fingerprint in scored.items():
+        plan.add(storage, GENERALIZATION, fingerprint, experiment=job.name, split=name)
+    plan.add(
+        storage, SCORES, scores_fingerprint([fingerprint.hash for fingerprint in scored.values()]), experiment=job.name
+    )
     return plan
 
 
 def plan_baselines(
     storage: Storage,
     networks: Sequence[HeldOut],
-    probe: references.ProbeRequest,
+    probe: references.ProbeRef,
     config: ExemplarConfig,
     how: LabelConfig,
     *,
     source: str | None = None,
     bert_score: str | Path | None = None,
     name: str,
-    scenes: references.ProbeRequest = HELD_OUT_SCENES,
+    scenes: references.ProbeRef = HELD_OUT_SCENES,
 ) -> Plan:
     """The plan of :func:`milan_ray.studies.baselines.run.run_baselines`; arguments and errors as there."""
     models = [network.model for network in networks]
@@ -181,7 +183,7 @@ def plan_baselines(
         if not plan.steps[-1].reason:
             comparisons[model] = pl.DataFrame(pl.from_arrow(found.stored(storage)))
     if not plan.waits(SCORES.name, (name,), SCORES.name):
-        plan.add(storage, SCORES, baselines_recipe(storage, comparisons), experiment=name)
+        plan.add(storage, SCORES, baselines_fingerprint(storage, comparisons), experiment=name)
     return plan
 
 
@@ -203,5 +205,5 @@ def plan_audit(storage: Storage, plan: Plan, pairs: Sequence[Pair], config: Audi
     plan.steps.append(Step(AUDITS.name, (config.name,), reason))
 
 
-def _digest(probe: references.ProbeRequest) -> str:
+def _digest(probe: references.ProbeRef) -> str:
     return digest(references.probe(probe).manifest())

@@ -12,7 +12,7 @@ from spacy.language import Language
 
 from milan_ray.progress import say
 from milan_ray.scoring.language_pipeline import Sentence, train_language
-from milan_ray.studies.annotators.statistics import load_language
+from milan_ray.studies.annotators.statistics import load_spacy_pipeline
 from milan_ray.world.annotators import specimens
 from milan_ray.world.plugin import weights_dir
 
@@ -24,7 +24,7 @@ VERSION = "language-1"
 OF_THE_WORLD = f"a small pipeline trained on the built-in world's sentences ({VERSION}), which knows no others"
 
 
-def find_language(name: str | None = None) -> tuple[Language, str]:
+def find_spacy_pipeline(name: str | None = None) -> tuple[Language, str]:
     """Finds the pipeline.
 
     Args:
@@ -40,14 +40,14 @@ def find_language(name: str | None = None) -> tuple[Language, str]:
     name = name or _installed()
     if name is None:
         return _of_the_world(), OF_THE_WORLD
-    nlp = load_language(name)
+    nlp = load_spacy_pipeline(name)
     return nlp, f"{nlp.meta['lang']}_{nlp.meta['name']} {nlp.meta['version']}"
 
 
 def language_name(name: str | None = None) -> str:
-    """What :func:`find_language` calls the pipeline, found out without training one."""
+    """What :func:`find_spacy_pipeline` calls the pipeline, found out without training one."""
     name = name or _installed()
-    return OF_THE_WORLD if name is None else find_language(name)[1]
+    return OF_THE_WORLD if name is None else find_spacy_pipeline(name)[1]
 
 
 def _installed() -> str | None:

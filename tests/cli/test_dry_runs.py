@@ -21,14 +21,14 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.engine.references import model as model_of
 from milan_ray.engine.references import probe as probe_of
 from milan_ray.probe.manifest import digest
 from milan_ray.schema import ANNOTATIONS, CLAIMS, DESCRIPTIONS, EXEMPLARS, PASTED
 from milan_ray.stages.captioners import load_captioner, save_captioner
 from milan_ray.storage import Storage
-from milan_ray.studies.cut_and_paste.run import PastingConfig, pasting_recipe
+from milan_ray.studies.cut_and_paste.run import PastingConfig, pasting_fingerprint
 from milan_ray.studies.spacy_pipeline import language_name
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
@@ -95,7 +95,7 @@ from milan_ray.config import ExemplarConfig, TrainingConfig
 from milan_ray.stages.tuning_statistics import Sweep
 from milan_ray.showcase import demo
 from milan_ray.showcase.plan import plan_demo
-from milan_ray.engine.references import ProbeRequest
+from milan_ray.engine.references import ProbeRef
 from milan_ray.plugins import load_plugins
 from milan_ray.storage import Storage
 from milan_ray.world.encoder import EncoderNet
@@ -108,7 +108,7 @@ weights_dir().mkdir(parents=True)
 for name, network in {**networks, "planted": PlantedNet(), "encoder": EncoderNet()}.items():
     save_file(network.state_dict(), weights_dir() / f"{name}.safetensors")
 few = {"plugins": (sys.argv[2],)}
-demo.PROBE, demo.HELD_OUT_SCENES = ProbeRequest(("tiny/probe",), **few), ProbeRequest(("tiny/train",), **few)
+demo.PROBE, demo.HELD_OUT_SCENES = ProbeRef(("tiny/probe",), **few), ProbeRef(("tiny/train",), **few)
 demo.EXEMPLARS, demo.TRAINING = ExemplarConfig(k=2, batch_size=40), TrainingConfig(max_epochs=1)
 demo.SEARCH, demo.SWEEP = replace(demo.SEARCH, beam_size=2), Sweep((2,), (0.0, 0.2), metric="rouge-l-f")
 demo.minilm_directory = lambda: None
@@ -150,11 +150,13 @@ def test_paste_says_what_is_missing(photos, tmp_path, dry_run: DryRun) -> None:
     storage.write(EXEMPLARS, EXEMPLARS.table(rows), "e", model="tiny/cnn", layer="2")
     command = ["paste", "--model", "tiny/cnn", "--layers", "2", "--plugin", TINY, "--probe", str(photos)]
     assert dry_run(storage.root, *command) == {"pasted cut-and-paste tiny/cnn": "missing"}
-    request, images = ModelRequest("tiny/cnn", layers=("2",), plugins=(TINY,)), ProbeRequest((str(photos),))
+    request, images = ModelRef("tiny/cnn", layers=("2",), plugins=(TINY,)), ProbeRef((str(photos),))
     found, config = probe_of(images).manifest(), PastingConfig(units=3, originals=4, distractors=5)
-    recipe = pasting_recipe(storage, model_of(request), ("2",), images, digest(found), language_name(None), config)[0]
+    fingerprint = pasting_fingerprint(
+        storage, model_of(request), ("2",), images, digest(found), language_name(None), config
+    )[0]
     rows = {column.name: [] for column in PASTED.columns}
-    storage.write(PASTED, PASTED.table(rows), recipe, experiment="cut-and-paste", model="tiny/cnn")
+    storage.write(PASTED, PASTED.table(rows), fingerprint, experiment="cut-and-paste", model="tiny/cnn")
     same = {"--each": "3", "--originals": "4", "--distractors": "5"}
     assert dry_run(storage.root, *command, *(part for option in same.items() for part in option)) == {}
     for left_out in same:

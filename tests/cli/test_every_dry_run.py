@@ -21,7 +21,7 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
-from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, Noun
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, Table
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
 
@@ -75,7 +75,7 @@ def actions(option: str) -> dict[str, argparse.ArgumentParser]:
     return {name: verb for name, verb in every.choices.items() if option in verb._option_string_actions}
 
 
-def put(storage: Storage, noun: Noun, *rows: dict[str, object], **keys: str) -> None:
+def put(storage: Storage, noun: Table, *rows: dict[str, object], **keys: str) -> None:
     rows = tuple({**keys, **row} for row in rows)
     meta = {"probe": "p", "view": "v", "mask_height": "24", "mask_width": "24"} if noun is EXEMPLARS else None
     table = noun.table({column.name: [row.get(column.name) for row in rows] for column in noun.columns}, meta)

@@ -21,7 +21,7 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.fit import split_units
 from milan_ray.config import TrainingConfig
 from milan_ray.engine import references
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.errors import MilanError
 from milan_ray.probe.manifest import digest
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, HELD_OUT, PASTED, TRAINING, TRIALS
@@ -30,7 +30,7 @@ from milan_ray.stages.captioners import load_captioner, save_captioner
 from milan_ray.stages.tuning import TuningJob
 from milan_ray.stages.tuning_statistics import read_sweep
 from milan_ray.storage import Storage
-from milan_ray.studies.cut_and_paste.run import PastingConfig, pasting_recipe
+from milan_ray.studies.cut_and_paste.run import PastingConfig, pasting_fingerprint
 from milan_ray.studies.spacy_pipeline import language_name
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -293,8 +293,8 @@ def test_encoder_weights_reach_the_encoder_even_of_a_captioner_that_brings_its_o
         assert "no captioner 'nobody'" in capsys.readouterr().err
 
 
-def test_options_of_pasting_are_those_of_its_recipe(photos, tmp_path, capsys) -> None:
-    storage, source = Storage(tmp_path / "run"), ProbeRequest((str(photos),))
+def test_options_of_pasting_are_those_of_its_fingerprint(photos, tmp_path, capsys) -> None:
+    storage, source = Storage(tmp_path / "run"), ProbeRef((str(photos),))
     keys = {"model": "tiny/cnn", "layer": "2"}
     storage.write(EXEMPLARS, EXEMPLARS.table({column: [] for column in EXEMPLARS.schema.names}), "e", **keys)
     for labeler in ("milan", "other"):
@@ -302,12 +302,12 @@ def test_options_of_pasting_are_those_of_its_recipe(photos, tmp_path, capsys) ->
         rows |= {name: [value] * 8 for name, value in {"labeler": labeler, **keys}.items()}
         rows |= {column: [None] * 8 for column in DESCRIPTIONS.schema.names if column not in rows}
         storage.write(DESCRIPTIONS, DESCRIPTIONS.table(rows), f"d {labeler}", labeler=labeler, **keys)
-    spec = references.model(ModelRequest("tiny/cnn", layers=("2",), plugins=(TINY,)))
+    spec = references.model(ModelRef("tiny/cnn", layers=("2",), plugins=(TINY,)))
     shown = digest(references.probe(source).manifest())
     config = PastingConfig(units=3, pool=9, seed=4)
-    recipe, *_ = pasting_recipe(storage, spec, ["2"], source, shown, language_name(), config)
+    fingerprint, *_ = pasting_fingerprint(storage, spec, ["2"], source, shown, language_name(), config)
     empty = PASTED.table({column: [] for column in PASTED.schema.names})
-    storage.write(PASTED, empty, recipe, experiment="cut-and-paste", model="tiny/cnn")
+    storage.write(PASTED, empty, fingerprint, experiment="cut-and-paste", model="tiny/cnn")
     command = ["paste", "--model", "tiny/cnn", "--layers", "2", "--plugin", TINY, "--probe", str(photos)]
     command += ["--storage", storage.root, "--each", "3", "--pool", "9", "--seed", "4"]
     assert due(capsys, command) == {}
@@ -418,11 +418,11 @@ def test_language_model_of_tuning_is_part_of_what_decides(done, tmp_path, capsys
     file.write_text("beam_sizes: [2]\nlams: [0.2]\nmetric: bleu-2\n")
     layers = tuple((keys["model"], keys["layer"]) for keys in storage.partitions(ANNOTATIONS, source="people"))
     sweep, folder = read_sweep(file.read_text(), "sweep"), str(tmp_path / "mine")
-    recipe = tune._recipe(
+    fingerprint = tune._fingerprint(
         storage, load_captioner(storage, "toy"), TuningJob("sweep", "toy", "people", layers, sweep, folder)
     )
     empty = TRIALS.table({column: [] for column in TRIALS.schema.names})
-    storage.write(TRIALS, empty, recipe, decoder="toy", sweep="sweep")
+    storage.write(TRIALS, empty, fingerprint, decoder="toy", sweep="sweep")
     command = [*done["tune"][:-1], "--config", str(file)]
     assert due(capsys, command, "--bert-model", folder) == {}
     (reason,) = due(capsys, command, "--bert-model", str(tmp_path / "other")).values()

@@ -13,7 +13,7 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
-from milan_ray.schema import NOUNS
+from milan_ray.schema import TABLES
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
 
@@ -48,7 +48,7 @@ def test_plan_of_a_small_run_is_what_the_run_then_makes(storage, photos, capsys)
     arguments = [*run, "--plugin", PLUGIN, "--device", "cpu", "--storage", storage.root, "--no-report"]
     assert cli.main(["describe", *arguments]) == 0
     capsys.readouterr()
-    nouns = {noun.name: noun for noun in NOUNS}
+    nouns = {noun.name: noun for noun in TABLES}
     for table in found["tables"]:
         noun = nouns[table["name"]]
         files = storage.partitions(noun)

@@ -14,13 +14,13 @@ import torch
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine import cluster
-from milan_ray.engine.actor_pool import Kept, Row, run_pool
+from milan_ray.engine.actor_pool import ModelCache, Row, run_pool
 from milan_ray.engine.cluster import FEW_PIECES, threads_here
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.errors import MilanError
 from milan_ray.schema import EXEMPLARS, LEVELS
 from milan_ray.stages.exemplars import run_exemplars
-from milan_ray.storage import Storage, WorkGone
+from milan_ray.storage import Storage, WorkRemovedError
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
 CONFIG = ExemplarConfig(k=4, batch_size=16, shard_size=16)
@@ -35,8 +35,8 @@ def test_threads_and_actors_write_the_same_bytes(photos, tmp_path):
     found = []
     for actors in (None, 2):
         storage = Storage(tmp_path / str(actors))
-        model = ModelRequest("tiny/cnn", plugins=(PLUGIN,))
-        run_exemplars(storage, [model], ProbeRequest((str(photos),)), CONFIG, Resources(actors=actors))
+        model = ModelRef("tiny/cnn", plugins=(PLUGIN,))
+        run_exemplars(storage, [model], ProbeRef((str(photos),)), CONFIG, Resources(actors=actors))
         found.append(tables(storage))
     assert found[0] == found[1] and len(found[0]) == 6
 
@@ -49,11 +49,11 @@ import ray
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.cluster import connected
 from milan_ray.stages.exemplars import run_exemplars
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.storage import Storage
 root, plugin, photos = sys.argv[1:]
 with connected(Resources()):
-    model, probe = ModelRequest("tiny/cnn", plugins=(plugin,)), ProbeRequest((photos,))
+    model, probe = ModelRef("tiny/cnn", plugins=(plugin,)), ProbeRef((photos,))
     run_exemplars(Storage(root), [model], probe, ExemplarConfig(k=4, batch_size=16, shard_size=16), Resources())
     assert not ray.is_initialized() and "ray.data" not in sys.modules
     try:
@@ -101,7 +101,7 @@ class Worker:
     def __call__(self, row: Row) -> Row:
         self.rows += 1
         if row["fails"] == "gone":
-            raise WorkGone("gone")
+            raise WorkRemovedError("gone")
         if row["fails"]:
             raise MilanError("it failed; choose another.")
         assert threading.get_ident() == self._thread  # nobody else's worker
@@ -119,7 +119,7 @@ def test_every_row_is_done_once_by_a_thread_with_its_own_worker():
 
 
 @pytest.mark.usefixtures("own")
-@pytest.mark.parametrize(("fails", "error"), [(True, MilanError), ("gone", WorkGone)])
+@pytest.mark.parametrize(("fails", "error"), [(True, MilanError), ("gone", WorkRemovedError)])
 def test_failures_come_out_as_they_went_in(fails, error):
     rows = [{"number": number, "fails": fails if number == 3 else False} for number in range(8)]
     with pytest.raises(error, match=r"gone|it failed; choose another\."):
@@ -129,7 +129,7 @@ def test_failures_come_out_as_they_went_in(fails, error):
 @pytest.mark.parametrize("rows", ["aaabbbccc", "aababbbccc", "aabacbcc", "abc", "aabbabb"], ids="{}".format)
 def test_nothing_is_loaded_twice_when_two_waiting_rows_change_places(rows):
     loads: list[int] = []
-    kept = Kept(lambda index: loads.append(index) or chr(index))
+    kept = ModelCache(lambda index: loads.append(index) or chr(index))
     assert "".join(kept(ord(row)) for row in rows) == rows
     assert "".join(map(chr, loads)) == "".join(dict.fromkeys(rows)) + ("a" if rows == "aabbabb" else "")
 
@@ -138,7 +138,7 @@ def test_one_thing_is_kept_when_it_is_asked_for_again():
     class Thing:
         """Something large."""
 
-    kept = Kept(lambda index: Thing())
+    kept = ModelCache(lambda index: Thing())
     first = weakref.ref(kept(0))
     kept(1)
     assert first() is not None

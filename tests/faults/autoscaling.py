@@ -17,7 +17,7 @@ from pathlib import Path
 import ray
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
@@ -34,7 +34,7 @@ def main(address: str, result: str, root: str, photos: str, plugin: str) -> None
     """Runs it."""
     ray.init(address=address, log_to_driver=False)
     before = alive()
-    request, probe = ModelRequest("slow/cnn", plugins=(plugin,)), ProbeRequest((photos,))
+    request, probe = ModelRef("slow/cnn", plugins=(plugin,)), ProbeRef((photos,))
     config, resources = ExemplarConfig(k=4, batch_size=16, shard_size=1), Resources(actors=2)
     job = threading.Thread(target=run_exemplars, args=(Storage(root), [request], probe, config, resources))
     job.start()

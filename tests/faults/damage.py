@@ -18,7 +18,7 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
-from milan_ray.schema import ANNOTATIONS, NOUNS
+from milan_ray.schema import ANNOTATIONS, TABLES
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
 
@@ -184,7 +184,7 @@ def build(place: Path, save_clip: Callable[..., str]) -> Storage:
 def tables(storage: Storage) -> dict[str, Path]:
     """The first file of every table, the first network's where it has one: (noun → file)."""
     found = {}
-    for noun in NOUNS:
+    for noun in TABLES:
         for keys in storage.partitions(noun):
             found.setdefault(noun.name, Path(storage.root, storage.path(noun, **keys)))
     return found

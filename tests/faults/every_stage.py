@@ -22,13 +22,13 @@ from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
 from milan_ray.engine import tuner
 from milan_ray.engine.cluster import connected
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.labelers.clip import Clip
 from milan_ray.labelers.clip_dissect import ClipDissect
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
-from milan_ray.models.generators import GeneratorRequest
-from milan_ray.models.image_captions import ImageCaptionerRequest
-from milan_ray.models.image_text import ImageTextRequest
+from milan_ray.models.generators import GeneratorRef
+from milan_ray.models.image_captions import ImageCaptionerRef
+from milan_ray.models.image_text import ImageTextRef
 from milan_ray.schema import (
     ANNOTATIONS,
     CANDIDATES,
@@ -41,18 +41,18 @@ from milan_ray.schema import (
     TRAINING,
     TRIALS,
     UNIT_SCORES,
-    Noun,
+    Table,
 )
 from milan_ray.stages import dnd, embeddings
 from milan_ray.stages import training as train
 from milan_ray.stages import tuning as tune
 from milan_ray.stages.annotations_import import run_import
-from milan_ray.stages.captioners import EncoderRequest, save_captioner
+from milan_ray.stages.captioners import EncoderRef, save_captioner
 from milan_ray.stages.clip_dissect import run_clip_dissect
 from milan_ray.stages.concept_labels import LabelConfig, run_labels
 from milan_ray.stages.cosy import CosyConfig, run_cosy
 from milan_ray.stages.descriptions import Search, run_descriptions
-from milan_ray.stages.dnd import DndConfig, SummariserRequest, run_dnd
+from milan_ray.stages.dnd import DndConfig, SummariserRef, run_dnd
 from milan_ray.stages.embeddings import run_image_embeddings, text_embeddings
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import Dissection, run_exemplars
@@ -70,18 +70,18 @@ from milan_ray.studies.editing.run import EditingConfig, run_editing
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
 TINY, FLAGS, COLOURS = (str(PLUGINS / f"{name}.py") for name in ("tiny_models", "flags", "colours"))
 HERE = Resources()
-CNN = ModelRequest("tiny/cnn", layers=("0", "6"), plugins=(TINY,))
-ENCODER = EncoderRequest("tiny", plugins=(TINY,))
+CNN = ModelRef("tiny/cnn", layers=("0", "6"), plugins=(TINY,))
+ENCODER = EncoderRef("tiny", plugins=(TINY,))
 LAYERS = {"tiny/cnn": CNN.layers}
 SEARCH = Search("toy", beam_size=4, length=4, lam=0.5)
 CONFIG = ExemplarConfig(k=2, batch_size=16, shard_size=20, pooled=True)
-WATCHER = ModelRequest("flags/watcher", layers=("seen",), plugins=(FLAGS,))
-FIELDS = ProbeRequest(("flags",), plugins=(FLAGS,))
+WATCHER = ModelRef("flags/watcher", layers=("seen",), plugins=(FLAGS,))
+FIELDS = ProbeRef(("flags",), plugins=(FLAGS,))
 FEW = ExemplarConfig(k=2, quantile=0.95, batch_size=32, shard_size=64, pooled=True)
-TRUTH = ImageTextRequest("flags/truth")
+TRUTH = ImageTextRef("flags/truth")
 SCORING = ScoreConfig(share=0.9, top=0.2, retrieved=10)
-COLOUR_MODEL = ModelRequest("colours/watcher", plugins=(COLOURS,))
-SCENES = ProbeRequest(("colours",), plugins=(COLOURS,))
+COLOUR_MODEL = ModelRef("colours/watcher", plugins=(COLOURS,))
+SCENES = ProbeRef(("colours",), plugins=(COLOURS,))
 SHOTS = ExemplarConfig(k=3, batch_size=16, shard_size=96, pooled=True)
 
 
@@ -95,7 +95,7 @@ class Stage:
     """
 
     run: Callable[[Storage], object]
-    tables: dict[Noun, str]
+    tables: dict[Table, str]
 
 
 def captioner() -> Captioner:
@@ -120,9 +120,9 @@ def train_here(storage: Storage) -> None:
     """A training as a task does it, here."""
     config = TrainingConfig(max_epochs=2, learning_rate=0.01, decoder_batch_size=4, lm_batch_size=4, hold_out=0.2)
     job = train.TrainingJob("taught", "people", (("tiny/cnn", "0"),), ENCODER, config, train.Sizes(4, 6))
-    recipe = train._due(storage, job)
-    if recipe is not None:
-        done, said = train._train_here(train._Little(storage, job, recipe))
+    fingerprint = train._due(storage, job)
+    if fingerprint is not None:
+        done, said = train._train_here(train._Little(storage, job, fingerprint))
         assert done, said
 
 
@@ -145,7 +145,7 @@ def score(storage: Storage) -> None:
 
 def draw(storage: Storage) -> None:
     described = described_layers(storage, ["flags/watcher"])[:1]
-    run_cosy(storage, described, FIELDS, [WATCHER], GeneratorRequest("flags/fields"), CosyConfig(4), SCORING, HERE)
+    run_cosy(storage, described, FIELDS, [WATCHER], GeneratorRef("flags/fields"), CosyConfig(4), SCORING, HERE)
 
 
 def watch(storage: Storage) -> Dissection:
@@ -154,8 +154,8 @@ def watch(storage: Storage) -> Dissection:
 
 def describe_and_dissect(storage: Storage) -> None:
     how = DndConfig(
-        DescribeAndDissect("topk-squared-mean"), ImageCaptionerRequest("colours/names"), SummariserRequest(),
-        GeneratorRequest("world/painter"), ImageTextRequest("colours/grid"), images=3, crops=1, drawn=2,
+        DescribeAndDissect("topk-squared-mean"), ImageCaptionerRef("colours/names"), SummariserRef(),
+        GeneratorRef("world/painter"), ImageTextRef("colours/grid"), images=3, crops=1, drawn=2,
         plugins=(COLOURS,),
     )  # fmt: skip
     assert run_dnd(storage, watch(storage), [COLOUR_MODEL], SCENES, SHOTS, how, HERE) == {}
@@ -197,7 +197,7 @@ def published_set(root: Path) -> Path:
     return root
 
 
-CLASSES = ModelRequest("tiny/cnn", layers=("0", "2"), plugins=(TINY,))
+CLASSES = ModelRef("tiny/cnn", layers=("0", "2"), plugins=(TINY,))
 SAID = {
     "0": ("lines", "text on signs", "roofs", "lines", "a word", "lines"),
     "2": ("lines", "dog cup", "red dog", "lines", "red lines", "text", "red", "dogs"),
@@ -239,9 +239,9 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
     for file in sorted(photos.rglob("*.png"))[::3]:
         shutil.copy(file, folder)
     (folder / "none.png").write_bytes(b"no image")
-    probe = ProbeRequest((str(folder),))
+    probe = ProbeRef((str(folder),))
     clip_folder = save_clip(tmp_path_factory.mktemp("models") / "tiny-clip")
-    clip, embedder = Clip(clip_folder, beam_size=4), ImageTextRequest(clip_folder)
+    clip, embedder = Clip(clip_folder, beam_size=4), ImageTextRef(clip_folder)
 
     def dissect(config: ExemplarConfig) -> Callable[[Storage], object]:
         return lambda storage: run_exemplars(storage, [CNN], probe, config, HERE)
@@ -275,7 +275,7 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
     }
     scenes = {"dissected": Stage(watch, exemplars), "dnd": Stage(describe_and_dissect, {DRAWINGS: "dnd"})}
     published = {"import": Stage(bring_in(published_set(tmp_path_factory.mktemp("net") / "photos")), {})}
-    told = ProbeRequest((str(classes(tmp_path_factory.mktemp("classes"))),))
+    told = ProbeRef((str(classes(tmp_path_factory.mktemp("classes"))),))
     words, found = AnalysisConfig(trials=1, fractions=(0.0, 0.5), words=("red",)), EditingConfig(trials=1, most=2)
     pasting = PastingConfig(units=3, originals=3, distractors=2, targets=2)
     experiments = {

@@ -15,9 +15,9 @@ from pathlib import Path
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.cluster import connected
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.errors import MilanError
-from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
@@ -89,8 +89,8 @@ def main(result: str, root: str, log: str, photos: str, plugin: str, captioner: 
     """Runs it until nothing fails any more."""
     storage = FullDisk(root, log)
     Path(log).mkdir()
-    request, probe = ModelRequest("slow/cnn", plugins=(plugin,)), ProbeRequest((photos,))
-    encoder = EncoderRequest("slow", plugins=(plugin,))
+    request, probe = ModelRef("slow/cnn", plugins=(plugin,)), ProbeRef((photos,))
+    encoder = EncoderRef("slow", plugins=(plugin,))
     config, resources = ExemplarConfig(k=4, batch_size=16, shard_size=45), Resources(actors=1)
     said: list[str] = []
     with connected(resources):

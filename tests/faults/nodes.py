@@ -17,7 +17,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
@@ -29,7 +29,7 @@ def main(result: str, root: str, photos: str, plugin: str) -> None:
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     lost = cluster.add_node(**node)
     ray.init(address=cluster.address, log_to_driver=False)
-    request, probe = ModelRequest("slow/cnn", plugins=(plugin,)), ProbeRequest((photos,))
+    request, probe = ModelRef("slow/cnn", plugins=(plugin,)), ProbeRef((photos,))
     config = ExemplarConfig(k=4, batch_size=16, shard_size=1)
     job = threading.Thread(target=run_exemplars, args=(storage, [request], probe, config, Resources(actors=3)))
     job.start()

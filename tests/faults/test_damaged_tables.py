@@ -25,12 +25,13 @@ from milan_ray.captioner.checkpoints import CONFIG, WEIGHTS
 from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.library.captioner import open_exemplars
 from milan_ray.report.layers import layer_folder
-from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, NOUNS, VIEWS
+from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, VIEWS
+from milan_ray.schema import TABLES as ALL_TABLES
 from milan_ray.showcase.paper.page import Entry, store_entry, stored_entry
 from milan_ray.stages.captioners import load_captioner
 from milan_ray.stages.training import stored_state
 from milan_ray.stages.training_units import UnitFeatures, write_units
-from milan_ray.storage import WORK, Storage, WorkGone
+from milan_ray.storage import WORK, Storage, WorkRemovedError
 
 KINDS = (*DAMAGE, FOLDER)
 BEHIND_THE_FOOTER = ("other_pages", "nulls")
@@ -198,7 +199,7 @@ def test_f2_what_can_be_made_anew_is_and_is_what_it_was(kind: str, place: Path, 
     status, _, said = run("describe")
     assert status == 0 and "is damaged: it counts as missing, and is made anew" in said
     again = Storage(place / "run")
-    for noun in NOUNS:
+    for noun in ALL_TABLES:
         if noun.name in made and noun.name != "descriptions":  # the first labeler's are another verb's
             for keys in sound.partitions(noun):
                 found, expected = again.read(noun, **keys), sound.read(noun, **keys)
@@ -256,7 +257,7 @@ def test_f2_a_torn_piece_of_work_is_gone_and_so_made_again(tmp_path: Path) -> No
         storage.put_work("hash", f"shard/{number}", piece)
         file = tmp_path / f"{WORK}/hash/shard/{number}.arrow"
         file.write_bytes(file.read_bytes()[:-300] if torn is None else torn)
-        with pytest.raises(WorkGone, match="was damaged and is gone; run the job again"):
+        with pytest.raises(WorkRemovedError, match="was damaged and is gone; run the job again"):
             storage.get_work("hash", f"shard/{number}")
         assert storage.work_names("hash") == []
     storage.put_work("hash", "shard/0", piece)
@@ -348,12 +349,12 @@ def test_f2_a_model_with_a_damaged_table_fails_alone(verb: str, noun: str, due: 
     """Damaged pages, which footers do not tell: the other models of the zoo are done, and nothing is left in _work."""
     storage = Storage(place / "run")
     for name in due:
-        for keys in storage.partitions(next(each for each in NOUNS if each.name == name)):
+        for keys in storage.partitions(next(each for each in ALL_TABLES if each.name == name)):
             if name != "descriptions" or keys["labeler"].startswith(("milan", "clip-dissect")):
-                storage.remove_file(storage.path(next(each for each in NOUNS if each.name == name), **keys))
+                storage.remove_file(storage.path(next(each for each in ALL_TABLES if each.name == name), **keys))
     sound = Storage(place / "sound")
-    (keys, *_) = [k for k in sound.partitions(next(n for n in NOUNS if n.name == noun)) if k["model"] == MODELS[0]]
-    file = Path(storage.root, storage.path(next(n for n in NOUNS if n.name == noun), **keys))
+    (keys, *_) = [k for k in sound.partitions(next(n for n in ALL_TABLES if n.name == noun)) if k["model"] == MODELS[0]]
+    file = Path(storage.root, storage.path(next(n for n in ALL_TABLES if n.name == noun), **keys))
     damage(file, "other_pages")
     status, _, said = run(verb)
     assert status == 1
@@ -363,7 +364,7 @@ def test_f2_a_model_with_a_damaged_table_fails_alone(verb: str, noun: str, due: 
     assert short(file, place) in line and "is damaged" in line and "delete it" in line
     assert ("the others go on" in said or f"FAILED {MODELS[0]}" in said) and f"skipped {MODELS[1]}" not in said
     for name in due:
-        made = next(each for each in NOUNS if each.name == name)
+        made = next(each for each in ALL_TABLES if each.name == name)
         again = [keys for keys in sound.partitions(made, model=MODELS[1]) if keys in storage.partitions(made)]
         assert again and all(storage.read(made, **k).equals(sound.read(made, **k)) for k in again), name
     assert not (place / "run" / WORK).exists()

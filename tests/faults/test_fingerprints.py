@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from milan_ray.storage import CONFIG_KEY, PARTS_KEY
+from milan_ray.storage import CONFIG_KEY, INPUTS_KEY
 
 PINNED = Path(__file__).with_name("fingerprints.json")
 PIN = "MILAN_TEST_PIN"
@@ -32,7 +32,7 @@ def fingerprints(root: Path, of_files: bool) -> dict[str, dict[str, str]]:
         told = pq.read_schema(path).metadata or {}
         if name.startswith("runs/") or (of_files and name.startswith(("manifest/", "views/", "image_embeddings/"))):
             continue
-        parts = json.loads(told.get(PARTS_KEY.encode(), b"{}"))
+        parts = json.loads(told.get(INPUTS_KEY.encode(), b"{}"))
         if of_files:
             parts = {key: value for key, value in parts.items() if key not in FOLLOWS}
         else:

@@ -21,7 +21,7 @@ from damage import damage, tables
 from milan_ray.errors import MilanError
 from milan_ray.schema import (
     RUNS,
-    Noun,
+    Table,
 )
 from milan_ray.storage import CONFIG_KEY, Storage
 
@@ -106,7 +106,7 @@ def runs(root: Path) -> dict[str, dict[str, object]]:
     }
 
 
-def assert_recorded(root: Path, tables: dict[Noun, str]) -> None:
+def assert_recorded(root: Path, tables: dict[Table, str]) -> None:
     """Every table that there is has its row of runs."""
     storage = Storage(root)
     recorded = {(keys["stage"], keys["run"]) for keys in storage.partitions(RUNS)}

@@ -9,16 +9,16 @@ from pathlib import Path
 import pytest
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest
-from milan_ray.schema import ENCODINGS, EXEMPLARS, LEVELS, SKIPPED, VIEWS, Noun
-from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.schema import ENCODINGS, EXEMPLARS, LEVELS, SKIPPED, VIEWS, Table
+from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
-CNN = ModelRequest("tiny/cnn", plugins=(PLUGIN,))
-ENCODER = EncoderRequest("tiny", plugins=(PLUGIN,))
+CNN = ModelRef("tiny/cnn", plugins=(PLUGIN,))
+ENCODER = EncoderRef("tiny", plugins=(PLUGIN,))
 LAYERS = {"tiny/cnn": ("0", "2", "6")}
 
 
@@ -50,10 +50,10 @@ class Overtaken(Storage):
 
 def exemplars(storage: Storage, photos: Path, budget: int) -> None:
     config = ExemplarConfig(k=4, batch_size=16, shard_size=40, map_budget=budget)
-    run_exemplars(storage, [CNN], ProbeRequest((str(photos),)), config, Resources(actors=1))
+    run_exemplars(storage, [CNN], ProbeRef((str(photos),)), config, Resources(actors=1))
 
 
-def assert_equal(found: Storage, expected: Storage, nouns: Sequence[Noun]) -> None:
+def assert_equal(found: Storage, expected: Storage, nouns: Sequence[Table]) -> None:
     for noun in nouns:
         assert found.partitions(noun) == expected.partitions(noun)
         for keys in expected.partitions(noun):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest, model, probe
+from milan_ray.engine.references import ModelRef, ProbeRef, model, probe
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.schema import MANIFEST, VIEWS
 from milan_ray.stages import images as views
@@ -21,7 +21,7 @@ from milan_ray.stages.images import Pictures, ensure_views
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
-CNN = ModelRequest("tiny/cnn", plugins=(PLUGIN,))
+CNN = ModelRef("tiny/cnn", plugins=(PLUGIN,))
 
 
 class Interrupted(Storage):
@@ -40,7 +40,7 @@ class Interrupted(Storage):
 
 @pytest.fixture
 def pictures(photos, tmp_path) -> Pictures:
-    source = ProbeRequest((str(photos),))
+    source = ProbeRef((str(photos),))
     images = probe(source)
     manifest = images.manifest()
     digest, config = probe_digest(manifest), ExemplarConfig()

@@ -8,7 +8,7 @@ import torch
 
 from milan_ray.engine.references import image_text
 from milan_ray.models.concept_truth import ConceptTruth
-from milan_ray.models.image_text import ImageTextRequest, find_image_text
+from milan_ray.models.image_text import ImageTextRef, find_image_text
 
 TRUTH = ConceptTruth(("red", "house", "sky"), lambda text: set(text.split()), "1")
 HERE, NOWHERE = np.eye(4, dtype=bool), np.zeros((4, 4), bool)
@@ -28,8 +28,8 @@ def test_pixels_are_refused():
 
 
 def test_the_worlds_truth_reads_synonyms_and_goes_by_its_name():
-    truth = image_text(ImageTextRequest("world/truth"))
-    assert find_image_text("world/truth") == ImageTextRequest("world/truth").name == "world/truth"
+    truth = image_text(ImageTextRef("world/truth"))
+    assert find_image_text("world/truth") == ImageTextRef("world/truth").name == "world/truth"
     house, home, both = truth.embed_texts(["a house", "homes", "red home"])
     assert torch.equal(house, home) and house.sum() == both.sum() == 1
     assert truth.identity() != TRUTH.identity()

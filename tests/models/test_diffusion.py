@@ -11,7 +11,7 @@ import torch
 from milan_ray.errors import MilanError
 from milan_ray.models import diffusion
 from milan_ray.models.diffusion import DEFAULT, PREFIX, find_diffusion
-from milan_ray.models.generators import GeneratorRequest
+from milan_ray.models.generators import GeneratorRef
 
 
 def test_a_generator_is_missed_with_one_sentence(tmp_path, monkeypatch):
@@ -31,7 +31,7 @@ def test_without_diffusers_the_sentence_names_the_extra(tmp_path, monkeypatch):
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
     monkeypatch.setattr(diffusion.importlib, "import_module", absent)
     with pytest.raises(MilanError, match=r"pip install 'milan-ray\[dnd\]'"):
-        GeneratorRequest(f"{PREFIX}{tmp_path}").load()
+        GeneratorRef(f"{PREFIX}{tmp_path}").load()
 
 
 @pytest.fixture(scope="module")
@@ -79,13 +79,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_images_follow_from_text_number_and_seed_alone(folder):
-    generator = GeneratorRequest(f"{PREFIX}{folder}#2").load().to(torch.device("cpu"))
+    generator = GeneratorRef(f"{PREFIX}{folder}#2").load().to(torch.device("cpu"))
     first = generator.generate("a realistic photograph of red house", 6, 0)
     assert first.dtype == np.uint8 and first.shape == (6, 32, 32, 3)
     assert len({image.tobytes() for image in first}) == 6 and first.std() > 0
     fewer = generator.generate("a realistic photograph of red house", 5, 0)
     assert np.array_equal(fewer, first[:5])
-    again = GeneratorRequest(f"{PREFIX}{folder}#2").load()
+    again = GeneratorRef(f"{PREFIX}{folder}#2").load()
     assert np.array_equal(again.generate("a realistic photograph of red house", 6, 0), first)
     assert not np.array_equal(generator.generate("a realistic photograph of dog", 6, 0), first)
     assert not np.array_equal(generator.generate("a realistic photograph of red house", 6, 1), first)
@@ -93,16 +93,16 @@ def test_images_follow_from_text_number_and_seed_alone(folder):
 
 
 def test_steps_and_weights_are_part_of_the_identity(folder, tmp_path):
-    assert GeneratorRequest(f"{PREFIX}{folder}#2").load().identity()["steps"] == 2
-    fifty = GeneratorRequest(f"{PREFIX}{folder}").load().identity()
-    assert fifty["steps"] == 50 and fifty != GeneratorRequest(f"{PREFIX}{folder}#2").load().identity()
+    assert GeneratorRef(f"{PREFIX}{folder}#2").load().identity()["steps"] == 2
+    fifty = GeneratorRef(f"{PREFIX}{folder}").load().identity()
+    assert fifty["steps"] == 50 and fifty != GeneratorRef(f"{PREFIX}{folder}#2").load().identity()
 
 
 def test_a_damaged_pipeline_is_one_sentence(folder, tmp_path):
     (tmp_path / "model_index.json").write_bytes(Path(folder, "model_index.json").read_bytes())
-    broken = GeneratorRequest(f"{PREFIX}{tmp_path}").load()
+    broken = GeneratorRef(f"{PREFIX}{tmp_path}").load()
     with pytest.raises(MilanError, match=r"cannot be loaded .*whole pipeline"):
         broken.generate("dog", 1, 0)
     (tmp_path / "model_index.json").write_text("[]")
     with pytest.raises(MilanError, match="names no pipeline"):
-        GeneratorRequest(f"{PREFIX}{tmp_path}").load()
+        GeneratorRef(f"{PREFIX}{tmp_path}").load()

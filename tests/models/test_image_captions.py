@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 
 from milan_ray.errors import MilanError
-from milan_ray.models.image_captions import BATCH_SIZE, ImageCaptionerRequest, register_image_captioner
+from milan_ray.models.image_captions import BATCH_SIZE, ImageCaptionerRef, register_image_captioner
 
 TINY = runpy.run_path(str(Path(__file__).resolve().parents[1] / "plugins/tiny_language.py"))
 
@@ -29,7 +29,7 @@ def images(count: int) -> list[np.ndarray]:
 
 
 def test_captions_equal_those_of_transformers_one_image_at_a_time(folder):
-    found = ImageCaptionerRequest(folder).load().to(torch.device("cpu")).caption(images(BATCH_SIZE + 2))
+    found = ImageCaptionerRef(folder).load().to(torch.device("cpu")).caption(images(BATCH_SIZE + 2))
     assert len(found) == BATCH_SIZE + 2
     processor = transformers.AutoImageProcessor.from_pretrained(folder)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -42,23 +42,23 @@ def test_captions_equal_those_of_transformers_one_image_at_a_time(folder):
 
 def test_a_captioner_is_found_in_the_models_folder_or_missed_with_one_sentence(folder, monkeypatch):
     monkeypatch.setenv("MILAN_MODELS_DIR", str(Path(folder).parent))
-    assert ImageCaptionerRequest("tiny-blip").load().identity() == ImageCaptionerRequest(folder).load().identity()
+    assert ImageCaptionerRef("tiny-blip").load().identity() == ImageCaptionerRef(folder).load().identity()
     with pytest.raises(MilanError) as error:
-        ImageCaptionerRequest().load()
+        ImageCaptionerRef().load()
     for part in ("blip-image-captioning-base/config.json", "$MILAN_MODELS_DIR", "hf download", "--captioner"):
         assert part in str(error.value)
     with pytest.raises(MilanError, match="nowhere"):
-        ImageCaptionerRequest("/nowhere/blip").load()
+        ImageCaptionerRef("/nowhere/blip").load()
 
 
 def test_what_is_no_captioner_is_one_sentence(save_clip, folder, tmp_path):
     with pytest.raises(MilanError, match="is a model of type 'clip': give the folder of a BLIP captioner"):
-        ImageCaptionerRequest(save_clip(tmp_path / "clip")).load()
+        ImageCaptionerRef(save_clip(tmp_path / "clip")).load()
     (tmp_path / "empty").mkdir()
     config = Path(folder, "config.json").read_bytes()
     (tmp_path / "empty/config.json").write_bytes(config)
     with pytest.raises(MilanError, match=r"cannot be loaded .*model.safetensors"):
-        ImageCaptionerRequest(str(tmp_path / "empty")).load().caption(images(1))
+        ImageCaptionerRef(str(tmp_path / "empty")).load().caption(images(1))
 
 
 def test_other_weights_are_another_identity(folder, tmp_path):
@@ -66,9 +66,9 @@ def test_other_weights_are_another_identity(folder, tmp_path):
     with torch.no_grad():
         next(changed.parameters()).add_(1)
     changed.save_pretrained(tmp_path)
-    assert ImageCaptionerRequest(str(tmp_path)).load().identity() != ImageCaptionerRequest(folder).load().identity()
+    assert ImageCaptionerRef(str(tmp_path)).load().identity() != ImageCaptionerRef(folder).load().identity()
 
 
 def test_own_captioners_are_found_by_name():
     register_image_captioner("own", lambda: "mine")  # type: ignore[arg-type, return-value]
-    assert ImageCaptionerRequest("own").load() == "mine"
+    assert ImageCaptionerRef("own").load() == "mine"

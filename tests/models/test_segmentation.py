@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 
 from milan_ray.cli import build_parser
-from milan_ray.cli.records import probe_request
+from milan_ray.cli.records import probe_ref
 from milan_ray.engine import references
 from milan_ray.errors import MilanError
 from milan_ray.models.segmentation import Segmenter
@@ -37,7 +37,7 @@ def folder(tmp_path_factory) -> str:
 
 
 def test_maps_are_those_of_transformers_in_the_images_own_pixels(folder, photos):
-    found = references.probe(references.ProbeRequest((str(photos),), segmentation=folder))
+    found = references.probe(references.ProbeRef((str(photos),), segmentation=folder))
     (ref,) = image_refs(found.manifest(), [1])
     image = found.read(ref).image
     model = transformers.SegformerForSemanticSegmentation.from_pretrained(folder).eval()
@@ -54,8 +54,8 @@ def test_maps_are_those_of_transformers_in_the_images_own_pixels(folder, photos)
 
 
 def test_who_made_the_maps_is_part_of_the_probes_identity(folder, photos, tmp_path):
-    plain = references.probe(references.ProbeRequest((str(photos),))).manifest()
-    mapped = references.probe(references.ProbeRequest((str(photos),), segmentation=folder)).manifest()
+    plain = references.probe(references.ProbeRef((str(photos),))).manifest()
+    mapped = references.probe(references.ProbeRef((str(photos),), segmentation=folder)).manifest()
     assert mapped.schema == plain.schema and mapped.drop_columns("etag") == plain.drop_columns("etag")
     assert digest(mapped) != digest(plain)
     network = transformers.SegformerForSemanticSegmentation.from_pretrained(folder)
@@ -70,7 +70,7 @@ def test_who_made_the_maps_is_part_of_the_probes_identity(folder, photos, tmp_pa
 def test_a_network_is_found_in_the_models_folder_or_missed_with_one_sentence(folder, photos, monkeypatch, save_clip):
     monkeypatch.setenv("MILAN_MODELS_DIR", str(Path(folder).parent))
     command = ["label", "--model", "m", "--probe", str(photos), "--segmentation", "tiny-segformer"]
-    assert references.probe(probe_request(build_parser().read(command))).by.folder == folder
+    assert references.probe(probe_ref(build_parser().read(command))).by.folder == folder
     with pytest.raises(MilanError, match=r"--segmentation"):
         Segmenter("absent")
     other = Segmenter(save_clip(Path(folder).parent / "clip"))

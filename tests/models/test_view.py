@@ -15,7 +15,7 @@ from milan_ray.models.view import GENERATED, IMAGENET_MEAN, IMAGENET_STD, MAX_AS
 @pytest.mark.parametrize("size", [(300, 200), (100, 301), (224, 224)])
 def test_preprocess_equals_torchvision_bit_for_bit(size: tuple[int, int]) -> None:
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8))
-    recipe = transforms.Compose(
+    fingerprint = transforms.Compose(
         [
             transforms.Resize(256),
             transforms.CenterCrop(224),
@@ -25,7 +25,7 @@ def test_preprocess_equals_torchvision_bit_for_bit(size: tuple[int, int]) -> Non
     )
     preprocess = Preprocess()
     views = torch.from_numpy(preprocess.view(image)[None].copy())
-    assert torch.equal(preprocess(views)[0], recipe(image))
+    assert torch.equal(preprocess(views)[0], fingerprint(image))
 
 
 @settings(max_examples=80, deadline=None)

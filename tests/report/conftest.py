@@ -21,7 +21,7 @@ from milan_ray.schema import (
     SKIPPED,
     UNIT_SCORES,
     VIEWS,
-    Noun,
+    Table,
 )
 from milan_ray.scoring.differences import Difference, store
 from milan_ray.storage import Storage
@@ -53,13 +53,13 @@ def pixels(image_id: int) -> np.ndarray:
     return np.full((SIDE, SIDE, 3), (200, 40 * image_id, 100), np.uint8)
 
 
-def rows(noun: Noun, values: list[tuple[object, ...]]) -> dict[str, list[object]]:
+def rows(noun: Table, values: list[tuple[object, ...]]) -> dict[str, list[object]]:
     columns = zip(*values, strict=True)
     return {column.name: list(found) for column, found in zip(noun.columns, columns, strict=True)}
 
 
 def write(
-    storage: Storage, noun: Noun, values: list[tuple[object, ...]], metadata: dict[str, str] | None = None
+    storage: Storage, noun: Table, values: list[tuple[object, ...]], metadata: dict[str, str] | None = None
 ) -> None:
     table = noun.table(rows(noun, values), metadata)
     keys = {key: str(table[key][0]) for key in noun.partition}

@@ -7,18 +7,18 @@ import pyarrow as pa
 import pytest
 
 from milan_ray import schema
-from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, NOUNS, SKIPPED, Noun
+from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, SKIPPED, TABLES, Table
 
-by_noun = pytest.mark.parametrize("noun", NOUNS, ids=lambda noun: noun.name)
+by_noun = pytest.mark.parametrize("noun", TABLES, ids=lambda noun: noun.name)
 
 ROW = {"model": ["m"], "image_id": [1], "path": ["p"], "reason": ["empty"]}
 
 
 def test_nouns_have_distinct_names_and_are_all_exported():
-    assert len({noun.name for noun in NOUNS}) == len(NOUNS)
-    exported = {noun.name for name in schema.__all__ if isinstance(noun := getattr(schema, name), Noun)}
-    assert exported == {noun.name for noun in NOUNS}
-    assert all(not noun.name.startswith(("_", ".")) for noun in NOUNS)
+    assert len({noun.name for noun in TABLES}) == len(TABLES)
+    exported = {noun.name for name in schema.__all__ if isinstance(noun := getattr(schema, name), Table)}
+    assert exported == {noun.name for noun in TABLES}
+    assert all(not noun.name.startswith(("_", ".")) for noun in TABLES)
 
 
 @by_noun

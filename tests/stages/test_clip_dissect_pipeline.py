@@ -12,12 +12,12 @@ import torch
 from PIL import Image
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest, probe
+from milan_ray.engine.references import ModelRef, ProbeRef, probe
 from milan_ray.engine.status import status
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.labelers.clip_dissect import CLIP_DISSECT, SIMILARITIES, WPMI, ClipDissect
-from milan_ray.models.image_text import ImageText, ImageTextRequest
+from milan_ray.models.image_text import ImageText, ImageTextRef
 from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, MANIFEST, POOLED, TEXT_EMBEDDINGS
 from milan_ray.scoring.simulation import held_out
@@ -47,20 +47,20 @@ def folder(photos, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def request_of(save_clip, tmp_path_factory) -> ImageTextRequest:
-    return ImageTextRequest(save_clip(tmp_path_factory.mktemp("models") / "tiny-clip"))
+def request_of(save_clip, tmp_path_factory) -> ImageTextRef:
+    return ImageTextRef(save_clip(tmp_path_factory.mktemp("models") / "tiny-clip"))
 
 
 @pytest.fixture(scope="module")
 def storage(ray_session, folder, tmp_path_factory) -> Storage:
     storage = Storage(tmp_path_factory.mktemp("run"))
-    request = ModelRequest("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
-    run_exemplars(storage, [request], ProbeRequest((str(folder),)), CONFIG, ONE)
+    request = ModelRef("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
+    run_exemplars(storage, [request], ProbeRef((str(folder),)), CONFIG, ONE)
     return storage
 
 
-def source(folder: Path) -> ProbeRequest:
-    return ProbeRequest((str(folder),))
+def source(folder: Path) -> ProbeRef:
+    return ProbeRef((str(folder),))
 
 
 def stamps(storage: Storage, *nouns) -> dict[str, int]:
@@ -105,7 +105,7 @@ def test_texts_are_embedded_once_by_driver_or_pool(storage, request_of, monkeypa
     np.testing.assert_allclose(text_embeddings(storage, texts[1:], request_of, ONE), expected[1:], atol=1e-6)
 
 
-def dense(storage: Storage, layer: str, request: ImageTextRequest, how: ClipDissect) -> np.ndarray:
+def dense(storage: Storage, layer: str, request: ImageTextRef, how: ClipDissect) -> np.ndarray:
     """Similarities (units, concepts) from whole matrices, as CLIP-Dissect's paper says."""
     (keys,) = storage.partitions(IMAGE_EMBEDDINGS)
     ids, images = image_embeddings(storage, **keys)

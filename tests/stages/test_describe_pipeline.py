@@ -23,13 +23,13 @@ from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.report import write_report
 from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, TRAINING, VIEWS
 from milan_ray.stages import descriptions as describe
-from milan_ray.stages.captioners import EncoderRequest, load_captioner, save_captioner
+from milan_ray.stages.captioners import EncoderRef, load_captioner, save_captioner
 from milan_ray.stages.descriptions import LIKELIHOOD, MILAN, Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings, unit_features
 from milan_ray.stages.exemplars import run_exemplars
@@ -37,7 +37,7 @@ from milan_ray.stages.training import Sizes, TrainingJob, run_training
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
-ENCODER = EncoderRequest("tiny", plugins=(PLUGIN,))
+ENCODER = EncoderRef("tiny", plugins=(PLUGIN,))
 LAYERS = {"tiny/cnn": ("0", "2")}
 SEARCH = Search("toy", beam_size=6, length=5, lam=0.5)
 
@@ -58,9 +58,9 @@ def storage(ray_session, photos, tmp_path_factory) -> Storage:
     """
     storage = Storage(tmp_path_factory.mktemp("run"))
     models = {**LAYERS, "tiny/broken": ("good", "nan"), "tiny/twin": ("0",)}
-    requests = [ModelRequest(name, layers=layers, plugins=(PLUGIN,)) for name, layers in models.items()]
+    requests = [ModelRef(name, layers=layers, plugins=(PLUGIN,)) for name, layers in models.items()]
     one = Resources(actors=1)
-    run_exemplars(storage, requests, ProbeRequest((str(photos),)), ExemplarConfig(k=4, batch_size=16), one)
+    run_exemplars(storage, requests, ProbeRef((str(photos),)), ExemplarConfig(k=4, batch_size=16), one)
     del models["tiny/twin"]
     run_encodings(storage, models, ENCODER, one)
     save_captioner(storage, "toy", toy_captioner(), "A toy.")
@@ -248,10 +248,8 @@ def test_layers_without_any_exemplar_go_through_every_stage(storage):
 def test_report_leaves_out_descriptions_of_earlier_exemplars(storage, photos, tmp_path, capsys):
     copy = Storage(tmp_path / "copy")
     shutil.copytree(storage.root, copy.root)
-    request = ModelRequest("tiny/cnn", layers=("2",), plugins=(PLUGIN,))
-    run_exemplars(
-        copy, [request], ProbeRequest((str(photos),)), ExemplarConfig(k=3, batch_size=16), Resources(actors=1)
-    )
+    request = ModelRef("tiny/cnn", layers=("2",), plugins=(PLUGIN,))
+    run_exemplars(copy, [request], ProbeRef((str(photos),)), ExemplarConfig(k=3, batch_size=16), Resources(actors=1))
     write_report(copy, tmp_path / "report", models=["tiny/cnn"])
     said = capsys.readouterr().err
     assert "left out descriptions of tiny/cnn 2" in said and "tiny/cnn 0" not in said

@@ -16,25 +16,25 @@ from PIL import Image
 
 from milan_ray import cli
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest, generator, model, probe
+from milan_ray.engine.references import ModelRef, ProbeRef, generator, model, probe
 from milan_ray.engine.status import status
 from milan_ray.errors import MilanError
 from milan_ray.labelers.dnd.crops import attention_boxes, crop
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect, best
 from milan_ray.models.chat import KEYS, Limits
-from milan_ray.models.generators import GeneratorRequest
-from milan_ray.models.image_captions import ImageCaptionerRequest
-from milan_ray.models.image_text import ImageTextRequest
+from milan_ray.models.generators import GeneratorRef
+from milan_ray.models.image_captions import ImageCaptionerRef
+from milan_ray.models.image_text import ImageTextRef
 from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, RUNS
 from milan_ray.stages import dnd
-from milan_ray.stages.dnd import DndConfig, SummariserRequest, read_drawings, run_dnd
+from milan_ray.stages.dnd import DndConfig, SummariserRef, read_drawings, run_dnd
 from milan_ray.stages.exemplars import Dissection, run_exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/colours.py")
-MODEL = ModelRequest("colours/watcher", plugins=(PLUGIN,))
-PROBE = ProbeRequest(("colours",), plugins=(PLUGIN,))
+MODEL = ModelRef("colours/watcher", plugins=(PLUGIN,))
+PROBE = ProbeRef(("colours",), plugins=(PLUGIN,))
 CONFIG = ExemplarConfig(k=3, batch_size=16, shard_size=96, pooled=True)
 KEYS_OF = {"model": "colours/watcher", "layer": "seen"}
 TRUTH = ("red", "green", "blue")
@@ -44,8 +44,8 @@ ONE = Resources(actors=1)
 @pytest.fixture(scope="module")
 def how() -> DndConfig:
     return DndConfig(
-        DescribeAndDissect("topk-squared-mean"), ImageCaptionerRequest("colours/names"), SummariserRequest(),
-        GeneratorRequest("world/painter"), ImageTextRequest("colours/grid"), images=6, crops=2, drawn=8,
+        DescribeAndDissect("topk-squared-mean"), ImageCaptionerRef("colours/names"), SummariserRef(),
+        GeneratorRef("world/painter"), ImageTextRef("colours/grid"), images=6, crops=2, drawn=8,
         plugins=(PLUGIN,),
     )  # fmt: skip
 
@@ -171,7 +171,7 @@ def test_a_killed_job_with_a_language_model_goes_on_without_asking_again(
 ):
     other = Storage(shutil.copytree(storage.root, tmp_path / "killed"))
     url, http = server
-    asks = SummariserRequest(url, "small", limits=Limits(per_minute=1e9, tries=1))
+    asks = SummariserRef(url, "small", limits=Limits(per_minute=1e9, tries=1))
     served = replace(how, labeler=DescribeAndDissect("topk-squared-mean", "served"), summariser=asks, embedder=None)
 
     def killed(*arguments: object) -> None:
@@ -235,6 +235,6 @@ def test_what_cannot_be_dissected_says_so(storage, how):
         replace(how, labeler=DescribeAndDissect(), embedder=None)
     with pytest.raises(MilanError, match="unknown pooling 'maxx'; nearest: max"):
         replace(how, pooling="maxx")
-    truth = replace(how, embedder=ImageTextRequest("world/truth"))
+    truth = replace(how, embedder=ImageTextRef("world/truth"))
     with pytest.raises(MilanError, match="cannot look at drawn images"):
         run_dnd(storage, done, [MODEL], PROBE, CONFIG, truth, ONE)

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.schema import ENCODINGS, EXEMPLARS
 from milan_ray.stages import encodings as encodings_stage
-from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.encodings import BATCH_SIZE, chunk_starts, run_encodings
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
@@ -43,9 +43,9 @@ register_encoder("counting", lambda weights: Counting(), ("conv",), size=24, mea
 def storage(ray_session, photos, tmp_path_factory) -> Storage:
     """Exemplars of two models over the same view."""
     storage = Storage(tmp_path_factory.mktemp("passes"))
-    requests = [ModelRequest(name, layers=layers, plugins=(TINY,)) for name, layers in ZOO.items()]
+    requests = [ModelRef(name, layers=layers, plugins=(TINY,)) for name, layers in ZOO.items()]
     config = ExemplarConfig(k=4, batch_size=16)
-    run_exemplars(storage, requests, ProbeRequest((str(photos),)), config, Resources(actors=1))
+    run_exemplars(storage, requests, ProbeRef((str(photos),)), config, Resources(actors=1))
     return storage
 
 
@@ -61,7 +61,7 @@ def images_of(storage: Storage, models: dict[str, tuple[str, ...]]) -> set[int]:
 def test_encoder_passes_are_unique_images_for_one_model_and_for_several(storage, tmp_path, monkeypatch):
     log, plugin = tmp_path / "log", tmp_path / "counting.py"
     plugin.write_text(COUNTING.format(log=str(log)))
-    encoder = EncoderRequest("counting", plugins=(str(plugin),))
+    encoder = EncoderRef("counting", plugins=(str(plugin),))
     encoder.load().feature_size  # noqa: B018 - its images are zeros
     run_encodings(storage, ONE, encoder, Resources(actors=1))
     assert len(log.read_text().splitlines()) == len(set(log.read_text().splitlines())) == len(images_of(storage, ONE))

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest, model, probe
+from milan_ray.engine.references import ModelRef, ProbeRef, model, probe
 from milan_ray.engine.run_log import Cost
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
@@ -26,7 +26,7 @@ from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = str(ROOT / "tests/plugins/tiny_models.py")
-CNN = ModelRequest("tiny/cnn", plugins=(PLUGIN,))
+CNN = ModelRef("tiny/cnn", plugins=(PLUGIN,))
 CONFIG = ExemplarConfig(k=4, batch_size=16, shard_size=40)
 
 
@@ -42,7 +42,7 @@ def tables(storage: Storage) -> dict[str, pa.Table]:
 
 def run(path: Path, photos: Path, config: ExemplarConfig = CONFIG, actors: int = 1, models=(CNN,)) -> Storage:
     storage = Storage(path)
-    run_exemplars(storage, list(models), ProbeRequest((str(photos),)), config, Resources(actors=actors))
+    run_exemplars(storage, list(models), ProbeRef((str(photos),)), config, Resources(actors=actors))
     return storage
 
 
@@ -54,7 +54,7 @@ def undisturbed(ray_session, photos, tmp_path_factory) -> Storage:
 def test_exemplars_equal_a_naive_loop(undisturbed, photos):
     spec = model(CNN)
     net = spec.load()
-    source = probe(ProbeRequest((str(photos),)))
+    source = probe(ProbeRef((str(photos),)))
     rows = source.manifest().to_pylist()
     views = np.stack(
         [spec.preprocess.view(source.read(ImageRef(r["image_id"], r["root"], r["path"])).image) for r in rows]
@@ -165,7 +165,7 @@ def test_exemplars_fewer_images_than_k_give_fewer_ranks(ray_session, photos, tmp
 
 def test_exemplars_killed_while_results_become_public_go_on_from_the_shards(undisturbed, photos, tmp_path, capsys):
     """What a kill between two layers leaves: all partials, one of three layers public."""
-    storage, source = Storage(tmp_path), ProbeRequest((str(photos),))
+    storage, source = Storage(tmp_path), ProbeRef((str(photos),))
     manifest, digest = stage.store_manifest(storage, source)
     item = stage._plan(storage, CNN, model(CNN), probe(source), digest, len(manifest), CONFIG)
     assert stage._run_shards(storage, [item], manifest, source, CONFIG, Resources()) == {}
@@ -180,7 +180,7 @@ def test_exemplars_killed_while_results_become_public_go_on_from_the_shards(undi
     assert not [file for file in storage.files("_work") if file.endswith(".arrow")]
 
 
-BROKEN = ModelRequest("tiny/broken", plugins=(PLUGIN,))
+BROKEN = ModelRef("tiny/broken", plugins=(PLUGIN,))
 
 
 def assert_layer_of_nan_has_no_exemplars(storage: Storage) -> None:
@@ -192,11 +192,11 @@ def assert_layer_of_nan_has_no_exemplars(storage: Storage) -> None:
 
 
 def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, photos, tmp_path, capsys):
-    failing = ModelRequest("tiny/failing", plugins=(PLUGIN,))
+    failing = ModelRef("tiny/failing", plugins=(PLUGIN,))
     storage = Storage(tmp_path)
-    unseeded = ModelRequest("tiny/unseeded", plugins=(PLUGIN,))
+    unseeded = ModelRef("tiny/unseeded", plugins=(PLUGIN,))
     models = [failing, unseeded, BROKEN, CNN]
-    done = run_exemplars(storage, models, ProbeRequest((str(photos),)), CONFIG, Resources(actors=1))
+    done = run_exemplars(storage, models, ProbeRef((str(photos),)), CONFIG, Resources(actors=1))
     assert list(done.models) == ["tiny/broken", "tiny/cnn"]
     assert "does not run on a test batch of (3, 24, 24, 3) (RuntimeError" in done.failed["tiny/failing"]
     assert "random weights need a seed" in done.failed["tiny/unseeded"]
@@ -211,8 +211,8 @@ def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, 
 def test_b6_models_of_any_numbers_run_or_fail_alone_with_one_sentence(ray_session, photos, tmp_path):
     plugin = str(ROOT / "tests/plugins/bad_models.py")
     names = ("bad/secret", "bad/unbuilt", "bad/inputs", "bad/int8")
-    models = [*(ModelRequest(name, plugins=(plugin,)) for name in names), CNN]
-    done = run_exemplars(Storage(tmp_path), models, ProbeRequest((str(photos),)), CONFIG, Resources(actors=1))
+    models = [*(ModelRef(name, plugins=(plugin,)) for name in names), CNN]
+    done = run_exemplars(Storage(tmp_path), models, ProbeRef((str(photos),)), CONFIG, Resources(actors=1))
     assert list(done.models) == ["bad/int8", "tiny/cnn"]
     assert "the weights of Secret cannot be identified" in done.failed["bad/secret"]
     assert done.failed["bad/unbuilt"] == "model bad/unbuilt cannot be built: KeyError: 'no such\\nsize'"
@@ -242,9 +242,9 @@ def test_exemplars_above_the_map_budget_are_masked_in_one_pool_whatever_model_fa
     monkeypatch.setattr(stage, "_recompute", fails_after_the_shards)
     storage = Storage(tmp_path / "run")
     names = [f"late/{name}" for name in ("cnn", "failing", "twin")]
-    models = [ModelRequest(name, plugins=(plugin,)) for name in names]
+    models = [ModelRef(name, plugins=(plugin,)) for name in names]
     config = replace(CONFIG, map_budget=0, shard_size=23)
-    arguments = [*models, BROKEN], ProbeRequest((str(photos),)), config, Resources(actors=2)
+    arguments = [*models, BROKEN], ProbeRef((str(photos),)), config, Resources(actors=2)
     done = run_exemplars(storage, *arguments)
     assert done.failed == {"late/failing": "the model failed on a batch: RuntimeError: not now"}
     assert pools == ["ExemplarWorker", "MaskWorker"]

@@ -7,8 +7,8 @@ from torch import nn
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.cluster import connected
-from milan_ray.engine.references import ModelRequest, ProbeRequest
-from milan_ray.exemplars.fingerprints import COMPUTES, same
+from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.exemplars.behaviour import COMPUTES, same
 from milan_ray.models.registry import register_model
 from milan_ray.models.view import Preprocess, View
 from milan_ray.schema import EXEMPLARS
@@ -40,12 +40,12 @@ def register(sign: int) -> None:
 
 
 def test_s1_a_forward_written_anew_makes_what_it_changes_anew(photos, tmp_path, capsys):
-    storage, probe = Storage(tmp_path), ProbeRequest((str(photos),))
+    storage, probe = Storage(tmp_path), ProbeRef((str(photos),))
     keys = [{"model": "rewritten/two", "layer": layer} for layer in "ab"]
 
     def run(sign: int) -> tuple[list[str], list[list[float]], str]:
         register(sign)
-        run_exemplars(storage, [ModelRequest("rewritten/two")], probe, CONFIG, Resources())
+        run_exemplars(storage, [ModelRef("rewritten/two")], probe, CONFIG, Resources())
         hashes = [storage.config_of(EXEMPLARS, **key) for key in keys]
         values = [storage.read(EXEMPLARS, **key)["activation"].to_pylist() for key in keys]
         return hashes, values, capsys.readouterr().err

@@ -14,19 +14,19 @@ import torch.nn.functional as F
 from PIL import Image
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest, model
+from milan_ray.engine.references import ModelRef, ProbeRef, model
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.report import write_report
 from milan_ray.schema import ENCODINGS, EXEMPLARS, VIEWS
-from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
 PLUGIN = str(PLUGINS / "tiny_generators.py")
-GENERATOR = ModelRequest("tiny/generator", plugins=(PLUGIN,))
+GENERATOR = ModelRef("tiny/generator", plugins=(PLUGIN,))
 CONFIG = ExemplarConfig(k=4, batch_size=16, shard_size=40)
 LAYERS = ("layer0", "layer1")
 
@@ -41,9 +41,9 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(path: Path, latents: Path, config: ExemplarConfig = CONFIG, request: ModelRequest = GENERATOR) -> Storage:
+def run(path: Path, latents: Path, config: ExemplarConfig = CONFIG, request: ModelRef = GENERATOR) -> Storage:
     storage = Storage(path)
-    run_exemplars(storage, [request], ProbeRequest((str(latents),)), config, Resources(actors=1))
+    run_exemplars(storage, [request], ProbeRef((str(latents),)), config, Resources(actors=1))
     return storage
 
 
@@ -113,7 +113,7 @@ def test_generator_killed_before_its_views_draws_the_same_again(dissected, laten
 
 
 def test_generator_exemplars_reach_encodings_and_report(dissected, tmp_path):
-    encoder = EncoderRequest("tiny", plugins=(str(PLUGINS / "tiny_models.py"),))
+    encoder = EncoderRef("tiny", plugins=(str(PLUGINS / "tiny_models.py"),))
     run_encodings(dissected, {"tiny/generator": LAYERS}, encoder, Resources(actors=1))
     assert dissected.read(ENCODINGS, encoder="tiny", model="tiny/generator", layer="layer1").num_rows == 4 * 4
     write_report(dissected, tmp_path)
@@ -123,15 +123,15 @@ def test_generator_exemplars_reach_encodings_and_report(dissected, tmp_path):
 def test_generator_given_images_and_classifier_given_latents_are_refused(ray_session, photos, latents, tmp_path):
     with pytest.raises(MilanError, match="tiny/generator generates images from tensors"):
         run(tmp_path, photos)
-    cnn = ModelRequest("tiny/cnn", plugins=(str(PLUGINS / "tiny_models.py"),))
+    cnn = ModelRef("tiny/cnn", plugins=(str(PLUGINS / "tiny_models.py"),))
     with pytest.raises(MilanError, match="tiny/cnn takes images, but probe"):
         run(tmp_path, latents, request=cnn)
 
 
 def test_parity_generators_through_the_pipeline(ray_session, golden, tmp_path):
     """The golden generator from its files to tables: ids, activations, masks and images of the reference."""
-    request = ModelRequest("golden/generator", str(golden / "toygen_seed13.pth"), ("layer0",), (PLUGIN,))
-    probe = ProbeRequest((str(golden / "toygen_inputs_seed17.npz"),))
+    request = ModelRef("golden/generator", str(golden / "toygen_seed13.pth"), ("layer0",), (PLUGIN,))
+    probe = ProbeRef((str(golden / "toygen_inputs_seed17.npz"),))
     config = ExemplarConfig(batch_size=32, truncate_bytes=True, map_budget=0)  # masks from a second pass
     storage = Storage(tmp_path)
     run_exemplars(storage, [request], probe, config, Resources(actors=1))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest, model, probe
+from milan_ray.engine.references import ModelRef, ProbeRef, model, probe
 from milan_ray.errors import MilanError
 from milan_ray.labelers.compexp import CompExp
 from milan_ray.labelers.netdissect import NetDissect
@@ -24,8 +24,8 @@ from milan_ray.stages.exemplars import Dissection, run_exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/flags.py")
-MODEL = ModelRequest("flags/watcher", layers=("seen",), plugins=(PLUGIN,))
-PROBE = ProbeRequest(("flags",), plugins=(PLUGIN,))
+MODEL = ModelRef("flags/watcher", layers=("seen",), plugins=(PLUGIN,))
+PROBE = ProbeRef(("flags",), plugins=(PLUGIN,))
 CONFIG = ExemplarConfig(k=3, quantile=0.95, batch_size=16, shard_size=32)
 KEYS = {"model": "flags/watcher", "layer": "seen"}
 
@@ -129,6 +129,6 @@ def test_what_cannot_be_labelled_says_so(dissected, tmp_path):
     one = Resources(actors=1)
     with pytest.raises(MilanError, match="has 5 units, numbered from 0, and --units asks for 7"):
         run_labels(storage, dissected[1], [MODEL], PROBE, CONFIG, LabelConfig(), one, (7,))
-    unlabelled = ProbeRequest(("flags/unlabelled",), plugins=(PLUGIN,))
+    unlabelled = ProbeRef(("flags/unlabelled",), plugins=(PLUGIN,))
     with pytest.raises(MilanError, match="probe 'flags' has no concept maps"):
         run_labels(storage, dissected[1], [MODEL], unlabelled, CONFIG, LabelConfig(), one)

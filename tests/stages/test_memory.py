@@ -32,7 +32,7 @@ runtime.prepare(None)
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.cluster import connected, start
 from milan_ray.stages.exemplars import run_exemplars
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.storage import Storage
 
 plugin, folder, images, result = sys.argv[1:]
@@ -73,8 +73,8 @@ with connected(Resources(actors=1)):
     thread.start()
     run_exemplars(
         Storage(folder),
-        [ModelRequest("noise/net", plugins=(plugin,))],
-        ProbeRequest((f"noise/{images}",), plugins=(plugin,)),
+        [ModelRef("noise/net", plugins=(plugin,))],
+        ProbeRef((f"noise/{images}",), plugins=(plugin,)),
         ExemplarConfig(k=3, pooled=True),
         Resources(actors=1),
     )

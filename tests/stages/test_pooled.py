@@ -14,7 +14,7 @@ import torch
 
 from milan_ray import cli
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest, model, probe
+from milan_ray.engine.references import ModelRef, ProbeRef, model, probe
 from milan_ray.engine.run_log import Cost
 from milan_ray.engine.status import status
 from milan_ray.exemplars.pooled import matrix
@@ -26,7 +26,7 @@ from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
-CNN = ModelRequest("tiny/cnn", plugins=(PLUGIN,))
+CNN = ModelRef("tiny/cnn", plugins=(PLUGIN,))
 CONFIG = ExemplarConfig(k=4, batch_size=16, shard_size=40, pooled=True)
 LAYERS = {"0": 6, "2": 8, "6": 4}
 BAD = 3
@@ -45,7 +45,7 @@ def few(photos, tmp_path_factory) -> Path:
 
 def run(path: Path, few: Path, config: ExemplarConfig = CONFIG, actors: int = 1) -> Storage:
     storage = Storage(path)
-    run_exemplars(storage, [CNN], ProbeRequest((str(few),)), config, Resources(actors=actors))
+    run_exemplars(storage, [CNN], ProbeRef((str(few),)), config, Resources(actors=actors))
     return storage
 
 
@@ -69,7 +69,7 @@ def undisturbed(ray_session, few, tmp_path_factory) -> Storage:
 
 def test_pooled_equals_a_dense_computation(undisturbed, few):
     spec = model(CNN)
-    source = probe(ProbeRequest((str(few),)))
+    source = probe(ProbeRef((str(few),)))
     rows = [row for row in source.manifest().to_pylist() if row["image_id"] != BAD]
     views = np.stack(
         [spec.preprocess.view(source.read(ImageRef(r["image_id"], r["root"], r["path"])).image) for r in rows]
@@ -128,7 +128,7 @@ def test_pooled_is_added_later_without_making_exemplars_again(undisturbed, few, 
 
 def test_pooled_after_a_kill_has_every_row_once(undisturbed, few, tmp_path, capsys):
     """A shard run twice, one half written, some without pooled activations, one layer public: as kills leave them."""
-    storage, source, config = Storage(tmp_path), ProbeRequest((str(few),)), replace(CONFIG, shard_size=8)
+    storage, source, config = Storage(tmp_path), ProbeRef((str(few),)), replace(CONFIG, shard_size=8)
     manifest, digest = stage.store_manifest(storage, source)
     for asked, shards in ((replace(config, pooled=False), range(5)), (config, (0, 1, 1, 2, 3, 4))):
         item = stage._plan(storage, CNN, model(CNN), probe(source), digest, len(manifest), asked)
@@ -155,8 +155,8 @@ def test_pooled_of_other_weights_than_the_exemplars_is_stale(undisturbed, tmp_pa
     view, weights = "another", "others"
     network = model(CNN).load()
     layouts = establish(model(CNN), network, model(CNN).layers)
-    recipes = stage.exemplar_recipes(model(CNN), network, weights, view, "probe", CONFIG, layouts)
-    storage.write(EXEMPLARS, storage.read(EXEMPLARS, **keys).replace_schema_metadata(None), recipes["0"], **keys)
+    fingerprints = stage.exemplar_fingerprints(model(CNN), network, weights, view, "probe", CONFIG, layouts)
+    storage.write(EXEMPLARS, storage.read(EXEMPLARS, **keys).replace_schema_metadata(None), fingerprints["0"], **keys)
     found = {(row.table, row.keys["layer"]): row.state for row in status(storage).partitions}
     assert found["pooled", "0"] == "stale: exemplars have other probe, view, weights"
     assert found["pooled", "2"] == ""

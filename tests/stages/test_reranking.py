@@ -20,14 +20,14 @@ from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine import stage
-from milan_ray.engine.references import ModelRequest, ProbeRequest
+from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.engine.status import status
 from milan_ray.exemplars import masks
 from milan_ray.labelers.clip import CLIP, Clip
 from milan_ray.models.image_text import ImageText
 from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, VIEWS
 from milan_ray.stages import rerank
-from milan_ray.stages.captioners import EncoderRequest, save_captioner
+from milan_ray.stages.captioners import EncoderRef, save_captioner
 from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings, unit_features
 from milan_ray.stages.exemplars import run_exemplars
@@ -35,7 +35,7 @@ from milan_ray.stages.rerank import run_reranking
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
-ENCODER = EncoderRequest("tiny", plugins=(PLUGIN,))
+ENCODER = EncoderRef("tiny", plugins=(PLUGIN,))
 LAYERS = {"tiny/cnn": ("0", "2")}
 SEARCH = Search("toy", beam_size=6, length=5, lam=0.5)
 CLIP_ENCODER, TABLE = "tiny-clip", "toy+clip"
@@ -58,10 +58,8 @@ def clip(save_clip, tmp_path_factory) -> Clip:
 def storage(ray_session, photos, clip, tmp_path_factory) -> Storage:
     """A run directory with re-ranked descriptions of two layers."""
     storage = Storage(tmp_path_factory.mktemp("run"))
-    request = ModelRequest("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
-    run_exemplars(
-        storage, [request], ProbeRequest((str(photos),)), ExemplarConfig(k=4, batch_size=16), Resources(actors=1)
-    )
+    request = ModelRef("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
+    run_exemplars(storage, [request], ProbeRef((str(photos),)), ExemplarConfig(k=4, batch_size=16), Resources(actors=1))
     run_encodings(storage, LAYERS, ENCODER, Resources(actors=1))
     save_captioner(storage, "toy", captioner(), "A toy.")
     run_descriptions(storage, LAYERS, SEARCH, Resources(actors=1))

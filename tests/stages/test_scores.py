@@ -13,12 +13,12 @@ import torch
 
 from milan_ray import cli
 from milan_ray.config import Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest, generator, image_text, model
+from milan_ray.engine.references import ModelRef, ProbeRef, generator, image_text, model
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.labelers.clip_dissect import CLIP_DISSECT
-from milan_ray.models.generators import GeneratorRequest
-from milan_ray.models.image_text import ImageTextRequest
+from milan_ray.models.generators import GeneratorRef
+from milan_ray.models.image_text import ImageTextRef
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED, SCORES, UNIT_SCORES
 from milan_ray.scoring.simulation import held_out
 from milan_ray.stages import scores as score
@@ -28,9 +28,9 @@ from milan_ray.stages.scores import Described, ScoreConfig, described_layers, ru
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/flags.py")
-MODEL = ModelRequest("flags/watcher", layers=("seen",), plugins=(PLUGIN,))
-PROBE = ProbeRequest(("flags/some",), plugins=(PLUGIN,))
-TRUTH, PAINTER = ImageTextRequest("flags/truth"), GeneratorRequest("flags/fields")
+MODEL = ModelRef("flags/watcher", layers=("seen",), plugins=(PLUGIN,))
+PROBE = ProbeRef(("flags/some",), plugins=(PLUGIN,))
+TRUTH, PAINTER = ImageTextRef("flags/truth"), GeneratorRef("flags/fields")
 KEYS = {"model": "flags/watcher", "layer": "seen"}
 CLASSES = {("flags/watcher", "seen"): ("red", "green", "blue", "red green", "blue left")}
 CONFIG = ScoreConfig(share=0.9, top=0.2, retrieved=10)
@@ -264,7 +264,7 @@ def test_what_cannot_be_scored_says_so(storage, tmp_path):
     with pytest.raises(MilanError, match=r"no \{\} in the place"):
         CosyConfig(template="a photo")
     with pytest.raises(MilanError, match="unknown generator 'flags/field'; nearest: flags/fields"):
-        generator(GeneratorRequest("flags/field"), (PLUGIN,))
+        generator(GeneratorRef("flags/field"), (PLUGIN,))
 
 
 def test_command_line_says_what_is_up_to_date_and_what_is_missing(storage, capsys):

@@ -24,7 +24,7 @@ from milan_ray.captioner.fit import fit, new_state
 from milan_ray.config import Resources, TrainingConfig
 from milan_ray.errors import MilanError
 from milan_ray.schema import ANNOTATIONS, DECODER_TRIALS, ENCODINGS, EXEMPLARS, TRAINING
-from milan_ray.stages.captioners import EncoderRequest, load_captioner
+from milan_ray.stages.captioners import EncoderRef, load_captioner
 from milan_ray.stages.decoder_search import DecoderTuningJob, run_decoder_tuning
 from milan_ray.stages.decoder_space import (
     Budget,
@@ -42,7 +42,7 @@ from milan_ray.stages.training import (
     TrainingJob,
     run_training,
     run_trainings,
-    training_recipe,
+    training_fingerprint,
 )
 from milan_ray.stages.training_units import UnitFeatures, write_units
 from milan_ray.storage import Storage
@@ -50,7 +50,7 @@ from milan_ray.world.plugin import CLASSIFIERS, GENERATORS
 from milan_ray.yaml_files import to_yaml
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
-ENCODER = EncoderRequest("tiny", plugins=(PLUGIN,))
+ENCODER = EncoderRef("tiny", plugins=(PLUGIN,))
 THINGS = ("dog", "cat", "house", "tree", "sign", "boat")
 COLOURS = ("red", "blue", "green", "dark")
 K, SIZE = 3, 10
@@ -309,7 +309,7 @@ def begin(storage: Storage, job: TrainingJob, epochs: int) -> None:
     encodings = {
         pair: storage.config_of(ENCODINGS, encoder="tiny", model=pair[0], layer=pair[1]) for pair in job.layers
     }
-    work = training_recipe(storage, job, encodings).hash
+    work = training_fingerprint(storage, job, encodings).hash
     units = write_units(storage, work, job.source, "tiny", job.layers)
 
     def report(state: dict) -> None:

@@ -19,7 +19,7 @@ from milan_ray.stages.tuning_statistics import (
     Trial,
     best_trial,
     compare_systems,
-    draw_trials,
+    plot_trials,
     read_setting,
     read_sweep,
     rescored,
@@ -207,6 +207,6 @@ def test_figure_has_a_line_per_beam_and_is_the_same_each_time():
         row(strategy="beam-mi", beam_size=20, lam=0.1),
     )
     chosen = best_trial(trials, "bleu")
-    drawn = draw_trials(trials, "bleu", chosen)
+    drawn = plot_trials(trials, "bleu", chosen)
     assert drawn.startswith(b"<?xml") and b"</svg>" in drawn
-    assert drawn == draw_trials(trials, "bleu", chosen)
+    assert drawn == plot_trials(trials, "bleu", chosen)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from milan_ray.config import Resources
-from milan_ray.engine.references import ModelRequest, ProbeRequest, model
+from milan_ray.engine.references import ModelRef, ProbeRef, model
 from milan_ray.errors import MilanError
 from milan_ray.models.ablation import Ablation
 from milan_ray.models.registry import ModelSpec
@@ -19,7 +19,7 @@ from milan_ray.studies.ablation import run as ablate
 from milan_ray.studies.ablation.run import class_numbers, run_ablations
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
-CNN = ModelRequest("tiny/cnn", plugins=(PLUGIN,))
+CNN = ModelRef("tiny/cnn", plugins=(PLUGIN,))
 SETS = [{}, {"0": [0, 1]}, {"2": [3]}, {"2": [1, 2], "6": [0]}, {"6": [2]}]
 
 
@@ -27,7 +27,7 @@ SETS = [{}, {"0": [0, 1]}, {"2": [3]}, {"2": [1, 2], "6": [0]}, {"6": [2]}]
 def test_tasks_add_up_to_a_plain_loop_and_go_on_after_a_death(photos, tmp_path, monkeypatch):
     monkeypatch.setattr(ablate, "IMAGES", 40)
     monkeypatch.setattr(ablate, "SETS", 2)
-    storage, probe = Storage(tmp_path), ProbeRequest((str(photos),))
+    storage, probe = Storage(tmp_path), ProbeRef((str(photos),))
     found = run_ablations(storage, CNN, probe, SETS, Resources())
 
     spec = model(CNN)
@@ -48,7 +48,7 @@ def test_tasks_add_up_to_a_plain_loop_and_go_on_after_a_death(photos, tmp_path, 
 
 @pytest.mark.usefixtures("ray_session")
 def test_tasks_that_are_done_are_not_done_again(photos, tmp_path, monkeypatch):
-    storage, probe = Storage(tmp_path), ProbeRequest((str(photos),))
+    storage, probe = Storage(tmp_path), ProbeRef((str(photos),))
     first = run_ablations(storage, CNN, probe, SETS[:2], Resources())
     monkeypatch.setattr(ablate, "_count", lambda task: pytest.fail("was done already"))
     again = run_ablations(storage, CNN, probe, SETS[:2], Resources())

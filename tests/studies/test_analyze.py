@@ -13,7 +13,7 @@ from milan_ray import cli
 from milan_ray.schema import ABLATIONS, CRITERIA, DESCRIPTIONS, LAYER_PROPERTIES
 from milan_ray.storage import Storage
 from milan_ray.studies.analysis.run import figure_path
-from milan_ray.studies.spacy_pipeline import find_language
+from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
 WORDS = {
@@ -100,10 +100,10 @@ def by_hand(photos: Path, sets: list[dict[str, list[int]]]) -> list[float]:
     """Accuracy with each set, in the ten steps that they take."""
     from PIL import Image
 
-    from milan_ray.engine.references import ModelRequest, model
+    from milan_ray.engine.references import ModelRef, model
     from milan_ray.models.ablation import Ablation
 
-    spec = model(ModelRequest("tiny/cnn", plugins=(PLUGIN,)))
+    spec = model(ModelRef("tiny/cnn", plugins=(PLUGIN,)))
     files = sorted(photos.rglob("*.png"))
     views = torch.stack([torch.from_numpy(spec.preprocess.view(Image.open(file)).copy()) for file in files])
     labels = torch.tensor([int(file.parent.name[-1]) for file in files])
@@ -114,7 +114,7 @@ def by_hand(photos: Path, sets: list[dict[str, list[int]]]) -> list[float]:
 
 @pytest.mark.usefixtures("language")
 def test_pipelines_are_named_in_full(tmp_path):
-    nlp, about = find_language()
+    nlp, about = find_spacy_pipeline()
     assert "knows no others" in about and nlp("red houses")[0].pos_ == "ADJ"
     nlp.to_disk(tmp_path / "mine")
-    assert find_language(str(tmp_path / "mine"))[1] == "en_trained_on_annotations 0.0.0"
+    assert find_spacy_pipeline(str(tmp_path / "mine"))[1] == "en_trained_on_annotations 0.0.0"

@@ -11,7 +11,7 @@ from milan_ray.scoring.evaluation import best_constant, shuffled
 from milan_ray.scoring.text import BertScore, bleu, minilm_directory
 from milan_ray.studies.annotators.statistics import (
     annotation_statistics,
-    load_language,
+    load_spacy_pipeline,
     read_texts,
     tag_words,
 )
@@ -35,7 +35,7 @@ def generated(shared: Path, name: str) -> pl.DataFrame:
 
 
 def test_parity_annotation_statistics_of_resnet152_imagenet_are_table_5(human: pl.DataFrame, shared: Path) -> None:
-    found = annotation_statistics(human, load_language(shared / "data/text/en_ud_ewt_sm"))
+    found = annotation_statistics(human, load_spacy_pipeline(shared / "data/text/en_ud_ewt_sm"))
     assert found["units"].sum() == 3904 and found["texts"].sum() == 11712
     for layer, *row in found.select("layer", "words", "length", "noun", "adjective", "preposition").rows():
         words, length, *shares = PAPER[layer]
@@ -47,7 +47,7 @@ def test_parity_annotation_statistics_of_resnet152_imagenet_are_table_5(human: p
 
 def test_statistics_of_real_milan_output_are_shorter_and_poorer_than_people(shared: Path) -> None:
     texts = generated(shared, "m_base_resnet50_imagenet").filter(pl.col("layer") != "fc")
-    ((units, count, words, length, *shares),) = annotation_statistics(texts, load_language(), by=()).rows()
+    ((units, count, words, length, *shares),) = annotation_statistics(texts, load_spacy_pipeline(), by=()).rows()
     assert (units, count, words) == (3904, 3904, 387) and texts["text"].n_unique() == 605
     assert length == pytest.approx(2.62, abs=0.005)
     assert shares == [None] * 3
@@ -111,7 +111,7 @@ def test_read_texts_of_another_file_says_what_is_wrong(tmp_path: Path, content: 
 
 def test_load_language_unknown_name_is_one_sentence() -> None:
     with pytest.raises(MilanError, match="no spaCy pipeline 'no_such_pipeline'"):
-        load_language("no_such_pipeline")
+        load_spacy_pipeline("no_such_pipeline")
 
 
 def test_statistics_without_a_tagger_count_lowercased_words_and_no_punctuation() -> None:
@@ -122,7 +122,7 @@ def test_statistics_without_a_tagger_count_lowercased_words_and_no_punctuation()
             "text": ["Red things, red!", "red", "a dog's nose", "a dog's nose", " . "],
         }
     )
-    nlp = load_language()
+    nlp = load_spacy_pipeline()
     found = annotation_statistics(texts, nlp)
     assert found.rows() == [
         ("b", 1, 2, 2, 2.0, None, None, None),
@@ -134,7 +134,7 @@ def test_statistics_without_a_tagger_count_lowercased_words_and_no_punctuation()
 
 
 def test_tag_words_uses_the_pipeline_s_lemmas_and_tags() -> None:
-    nlp = load_language()
+    nlp = load_spacy_pipeline()
     ruler = nlp.add_pipe("attribute_ruler")
     ruler.add([[{"LOWER": "dogs"}]], {"LEMMA": "Dog", "POS": "NOUN"})
     ruler.add([[{"LOWER": "on"}]], {"LEMMA": "on", "POS": "ADP"})

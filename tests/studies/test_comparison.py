@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 from PIL import Image
 
-from milan_ray.config import Recipe
+from milan_ray.config import Fingerprint
 from milan_ray.errors import MilanError
 from milan_ray.schema import (
     CANDIDATES,
@@ -17,7 +17,7 @@ from milan_ray.schema import (
     EXEMPLARS,
     IMAGE_EMBEDDINGS,
     RUNS,
-    Noun,
+    Table,
 )
 from milan_ray.schema.operations import SHARES
 from milan_ray.scoring.bootstrap import Interval
@@ -29,7 +29,7 @@ from milan_ray.studies.comparison.statistics import (
     SECONDS,
     common_units,
     cost_rows,
-    draw_comparison,
+    plot_comparison,
     unit_score_rows,
     with_trivial_labels,
 )
@@ -78,39 +78,41 @@ def storage(tmp_path: Path) -> Storage:
     """Two layers of a model: exemplars → encodings → candidates → milan; and netdissect, all with runs."""
     found = Storage(tmp_path)
 
-    def write(noun: Noun, recipe: Recipe, rows: int, seconds: float, stage: str, **keys: str) -> None:
+    def write(noun: Table, fingerprint: Fingerprint, rows: int, seconds: float, stage: str, **keys: str) -> None:
         columns = {column.name: [None] * rows for column in noun.columns} | {"unit": list(range(rows))}
         columns |= {name: [value] * rows for name, value in keys.items()}
         columns |= {"description": ["x"] * rows, "score": [1.0] * rows, "n_best": [[]] * rows}
         table = noun.table({name: columns[name] for name in (column.name for column in noun.columns)})
-        found.write(noun, table, recipe, **keys)
-        record(stage, recipe, seconds, keys["layer"], "m")
+        found.write(noun, table, fingerprint, **keys)
+        record(stage, fingerprint, seconds, keys["layer"], "m")
 
-    def record(stage: str, recipe: Recipe, seconds: float, layer: str, model: str) -> None:
-        run = {"stage": stage, "run": recipe.hash, "model": model, "layer": layer, "rows": 4, "images": 9,
+    def record(stage: str, fingerprint: Fingerprint, seconds: float, layer: str, model: str) -> None:
+        run = {"stage": stage, "run": fingerprint.hash, "model": model, "layer": layer, "rows": 4, "images": 9,
                "seconds": seconds, "images_per_second": None, "finished_at": "", "versions": "{}"}  # fmt: skip
         table = RUNS.table({name: [value] for name, value in run.items()}, SHARES)
-        found.write(RUNS, table, "r", stage=stage, run=recipe.hash, model=model)
+        found.write(RUNS, table, "r", stage=stage, run=fingerprint.hash, model=model)
 
     for layer, seconds in (("1", 10.0), ("2", 8.0)):
         keys = {"model": "m", "layer": layer}
-        first = Recipe.of({"layer": layer})
+        first = Fingerprint.of({"layer": layer})
         write(EXEMPLARS, first, 0, seconds, "exemplars", **keys)
-        encoded = Recipe.of({"exemplars": first.hash})
+        encoded = Fingerprint.of({"exemplars": first.hash})
         write(ENCODINGS, encoded, 0, seconds / 2, "encodings", encoder="e", **keys)
-        searched = Recipe.of({"encodings": encoded.whole})
+        searched = Fingerprint.of({"encodings": encoded.all_units})
         write(CANDIDATES, searched, 0, 1.0 + float(layer), "candidates", decoder="d", **keys)
-        write(CANDIDATES, Recipe.of({"encodings": "others"}), 0, 100.0, "candidates", decoder="other", **keys)
-        ranked = Recipe.of({"candidates": searched.whole, "lam": 0.2})
+        write(CANDIDATES, Fingerprint.of({"encodings": "others"}), 0, 100.0, "candidates", decoder="other", **keys)
+        ranked = Fingerprint.of({"candidates": searched.all_units, "lam": 0.2})
         write(DESCRIPTIONS, ranked, 4, 0.0, "none", labeler="milan", **keys)
-        write(DESCRIPTIONS, Recipe.of({"exemplars": first.hash}), 4, 6.0, "netdissect", labeler="netdissect", **keys)
-        drawn = Recipe.of({"exemplars": first.hash, "scoring": "mean"})
+        write(
+            DESCRIPTIONS, Fingerprint.of({"exemplars": first.hash}), 4, 6.0, "netdissect", labeler="netdissect", **keys
+        )
+        drawn = Fingerprint.of({"exemplars": first.hash, "scoring": "mean"})
         write(DRAWINGS, drawn, 0, 1.0 + float(layer), "dnd-x", labeler="dnd-x", **keys)
-        write(DESCRIPTIONS, Recipe.of({"drawings": drawn.whole}), 4, 0.0, "none", labeler="dnd-x", **keys)
-        embedded = Recipe.of({"probe": "p"})
+        write(DESCRIPTIONS, Fingerprint.of({"drawings": drawn.all_units}), 4, 0.0, "none", labeler="dnd-x", **keys)
+        embedded = Fingerprint.of({"probe": "p"})
         found.write(IMAGE_EMBEDDINGS, IMAGE_EMBEDDINGS.schema.empty_table(), embedded, encoder="clip", probe="p")
         record("image_embeddings", embedded, 3.0, "", "clip")
-        named = Recipe.of({"exemplars": first.hash, "image_embeddings": embedded.hash})
+        named = Fingerprint.of({"exemplars": first.hash, "image_embeddings": embedded.hash})
         write(DESCRIPTIONS, named, 4, 2.0 * float(layer), "clip-dissect", labeler="clip-dissect", **keys)
     return found
 
@@ -175,6 +177,6 @@ def test_figure_is_the_same_for_the_same_scores() -> None:
     scores = pl.concat(
         [table("c", {"rouge-l-f": 0.3, "auroc": 0.7, PER_HOUR: 900.0}), table("k", {"face": 0.9, "colour": 0.4})]
     )
-    drawn, again = draw_comparison(scores, "k"), draw_comparison(scores, "k")
+    drawn, again = plot_comparison(scores, "k"), plot_comparison(scores, "k")
     assert drawn == again and set(drawn) == {"svg", "png"}
     assert Image.open(io.BytesIO(drawn["png"])).size[0] > 600

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from milan_ray import cli
-from milan_ray.engine.references import ModelRequest, model
+from milan_ray.engine.references import ModelRef, model
 from milan_ray.models.ablation import Ablation
 from milan_ray.models.weights import read_state_dict
 from milan_ray.schema import ABLATIONS, CRITERIA, DESCRIPTIONS
@@ -48,7 +48,7 @@ def test_units_found_by_words_are_removed_step_by_step(photos, tmp_path, capsys,
     said = capsys.readouterr().err
     assert "3 of 14 units" in said and "3 units found" in said and "test: " in said
 
-    spec = model(ModelRequest("tiny/cnn", plugins=(PLUGIN,)))
+    spec = model(ModelRef("tiny/cnn", plugins=(PLUGIN,)))
     single = [{layer: [unit]} for layer, texts in SAID.items() for unit in range(len(texts))]
     alone = accuracies(spec, photos, single)
     scores = pl.DataFrame(pl.from_arrow(storage.read(CRITERIA, **PUBLIC)))

@@ -18,7 +18,7 @@ from milan_ray.annotations.splits import chosen_splits
 from milan_ray.config import Resources, TrainingConfig
 from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.schema import ANNOTATIONS, ENCODINGS, EXEMPLARS, GENERALIZATION, HELD_OUT, SCORES, SPLITS, TRAINING
-from milan_ray.stages.captioners import EncoderRequest, load_captioner
+from milan_ray.stages.captioners import EncoderRef, load_captioner
 from milan_ray.stages.training import Sizes
 from milan_ray.storage import Storage
 from milan_ray.studies import plan as plan_experiments
@@ -74,7 +74,7 @@ def job_of(**changes: object) -> GeneralizationJob:
         "people",
         dict.fromkeys(models, ("0",)),
         chosen_splits(["mine/a", "mine/a:mine/b"], models),
-        EncoderRequest("tiny", plugins=(PLUGIN,)),
+        EncoderRef("tiny", plugins=(PLUGIN,)),
         replace(CONFIG, **changes),
     )
 

@@ -12,7 +12,7 @@ import torch
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.planner import Plan
-from milan_ray.engine.references import ModelRequest, ProbeRequest, model, probe
+from milan_ray.engine.references import ModelRef, ProbeRef, model, probe
 from milan_ray.errors import MilanError
 from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import DESCRIPTIONS
@@ -24,12 +24,12 @@ from milan_ray.studies.pictures import exemplar_views, unit_exemplars, unit_mask
 from milan_ray.studies.plan import plan_pasting
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
-REQUEST = ModelRequest("tiny/cnn", layers=("2",), plugins=(PLUGIN,))
+REQUEST = ModelRef("tiny/cnn", layers=("2",), plugins=(PLUGIN,))
 CONFIG = PastingConfig(units=3, originals=3, distractors=2, targets=2)
 PUBLIC = {"experiment": "cut-and-paste", "model": "tiny/cnn"}
 
 
-def why(storage: Storage, images: ProbeRequest, language: str) -> str | None:
+def why(storage: Storage, images: ProbeRef, language: str) -> str | None:
     """What a dry run says."""
     plan, before = Plan(), storage.stat("")
     plan_pasting(storage, plan, REQUEST, images, language, CONFIG)
@@ -50,7 +50,7 @@ def nlp():
 
 @pytest.mark.usefixtures("ray_session")
 def test_what_units_fire_at_is_pasted_on_what_they_are_silent_on(photos, tmp_path, nlp, capsys):
-    storage, images = Storage(tmp_path / "run"), ProbeRequest((str(photos),))
+    storage, images = Storage(tmp_path / "run"), ProbeRef((str(photos),))
     run_exemplars(storage, [REQUEST], images, ExemplarConfig(k=4), Resources())
     texts = ["lines", "dog cup", "red dog", "lines", "red lines", "lines", "red", "dogs"]
     keys = {"labeler": "milan", "model": "tiny/cnn", "layer": "2"}

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from milan_ray.engine.references import generator
-from milan_ray.models.generators import GeneratorRequest
+from milan_ray.models.generators import GeneratorRef
 from milan_ray.world.lexicon import concepts_in
 from milan_ray.world.painter import ScenePainter, seen
 from milan_ray.world.scenes import concept_maps, make_scene
@@ -29,7 +29,7 @@ def test_what_covers_a_few_pixels_is_not_seen_unless_it_is_a_part():
 
 
 def test_images_follow_from_concepts_count_and_seed():
-    painter = generator(GeneratorRequest("world/painter")).to(torch.device("cpu"))
+    painter = generator(GeneratorRef("world/painter")).to(torch.device("cpu"))
     first = painter.generate("blue boats", 4, 0)
     assert first.shape == (4, 64, 64, 3) and first.dtype == np.uint8
     np.testing.assert_array_equal(first, painter.generate("a ship, azure", 4, 0))

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
 from milan_ray.engine.cluster import connected
 from milan_ray.showcase.demo import SETS, run_groups
-from milan_ray.engine.references import ProbeRequest
+from milan_ray.engine.references import ProbeRef
 from milan_ray.storage import Storage
 from milan_ray.world.encoder import EncoderNet
 from milan_ray.world.generator import SceneGenerator
@@ -41,7 +41,7 @@ weights_dir().mkdir(parents=True)
 for name, network in networks.items():
     save_file(network.state_dict(), weights_dir() / f"{name}.safetensors")
 few = {
-    ProbeRequest((probe.sources[0].replace("world/", "tiny/"),), plugins=(sys.argv[2],)): names
+    ProbeRef((probe.sources[0].replace("world/", "tiny/"),), plugins=(sys.argv[2],)): names
     for probe, names in SETS.items()
 }
 small = ExemplarConfig(k=2, batch_size=40)

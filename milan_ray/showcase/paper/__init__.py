@@ -13,11 +13,11 @@ from milan_ray.schema import CLAIMS
 from milan_ray.showcase.demo import run_demo, run_generator, run_sets
 from milan_ray.showcase.paper import analysis, annotators, auditing, baselines, cut_and_paste, editing, generalization
 from milan_ray.showcase.paper.claims import Section
-from milan_ray.showcase.paper.experiment_context import Ground
+from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.showcase.paper.page import Entry, entry_of, store_entry
 from milan_ray.storage import Storage
 
-EXPERIMENTS: Mapping[str, Callable[[Ground], Section]] = {
+EXPERIMENTS: Mapping[str, Callable[[ExperimentContext], Section]] = {
     "generalization": generalization.run,
     "baselines": baselines.run,
     "analysis": analysis.run,
@@ -41,7 +41,7 @@ def chosen(names: Sequence[str]) -> list[str]:
     return [name for name in EXPERIMENTS if not names or name in names]
 
 
-def prepare(ground: Ground, threads: int) -> None:
+def prepare(ground: ExperimentContext, threads: int) -> None:
     """Makes what the experiments stand on, where it is not there: the demo, its generator, and the sets of its groups.
 
     The captioners of the groups are left out: experiments train those that they compare. With small sizes it is the
@@ -57,7 +57,7 @@ def prepare(ground: Ground, threads: int) -> None:
         run_sets(ground.storage, ground.resources)
 
 
-def run_experiments(ground: Ground, names: Sequence[str]) -> list[Entry]:
+def run_experiments(ground: ExperimentContext, names: Sequence[str]) -> list[Entry]:
     """Runs experiments one after the other; what one finds is kept at once, and one that fails stops no other.
 
     Args:

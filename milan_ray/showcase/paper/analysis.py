@@ -11,19 +11,19 @@ from milan_ray.engine import references
 from milan_ray.schema import ANNOTATIONS, LAYER_PROPERTIES
 from milan_ray.scoring.words import FUNCTION_WORDS, head_words, words_of
 from milan_ray.showcase.paper.claims import Claim, Section
-from milan_ray.showcase.paper.experiment_context import Ground
+from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
 from milan_ray.storage import Storage
 from milan_ray.studies.analysis import statistics as analysis
 from milan_ray.studies.analysis.run import AnalysisConfig, figure_path, run_analysis, stored_scores
-from milan_ray.studies.spacy_pipeline import find_language
+from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
 NAME = "analysis"
 
 MODELS = ("world/cnn", "world/resnet", "world/vit")
 """The world's classifiers of objects. The captioner learnt from annotations of the first and the last."""
 
-SCENES = references.ProbeRequest(("world/heldout",))
+SCENES = references.ProbeRef(("world/heldout",))
 
 CONFIG = AnalysisConfig(
     words=(),
@@ -44,16 +44,14 @@ EARLY, MIDDLE, LATE = "first", "middle", "last"
 _ADJECTIVE, _ADPOSITION = "contains an adjective", "contains an adposition"
 
 
-def run(ground: Ground) -> Section:
+def run(ground: ExperimentContext) -> Section:
     """Analyses the world's classifiers on held-out scenes; says what of the paper's Section 5 is the same there."""
     storage, config = ground.storage, SMALL if ground.small else CONFIG
     models = MODELS[:1] if ground.small else MODELS
     name = f"{NAME} (small)" if ground.small else NAME
-    nlp, language = find_language()
+    nlp, language = find_spacy_pipeline()
     found = {
-        model: run_analysis(
-            storage, references.ModelRequest(model), SCENES, nlp, language, config, ground.resources, name
-        )
+        model: run_analysis(storage, references.ModelRef(model), SCENES, nlp, language, config, ground.resources, name)
         for model in models
     }
     rows = pl.concat(found.values())

@@ -8,7 +8,7 @@ import polars as pl
 
 from milan_ray.scoring.text import minilm_directory
 from milan_ray.showcase.paper.claims import Claim, Section
-from milan_ray.showcase.paper.experiment_context import Ground
+from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
 from milan_ray.studies.annotators.run import (
     find_score,
@@ -18,17 +18,17 @@ from milan_ray.studies.annotators.run import (
     stored_annotations,
     total,
 )
-from milan_ray.studies.spacy_pipeline import find_language
+from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 from milan_ray.world.generator import LAYERS
 from milan_ray.world.networks import ARCHITECTURES
 
 GENERATOR = "generator"
 
 
-def run(ground: Ground) -> Section:
+def run(ground: ExperimentContext) -> Section:
     """Counts the world's annotations; says what of the paper's Tables 1, 4 and 5 is the same there."""
     storage = ground.storage
-    nlp, language = find_language()
+    nlp, language = find_spacy_pipeline()
     score, measure = find_score(None if ground.small else minilm_directory())
     texts = stored_annotations(storage, world.SOURCE)
     rows = run_statistics(storage, texts, nlp, language, score, measure)

@@ -17,9 +17,9 @@ from milan_ray.scoring.evaluation import Row, unit_values
 from milan_ray.scoring.search import search_descriptions
 from milan_ray.showcase.demo import DECODER, EXEMPLARS, HELD_OUT_SCENES, PROBE, SEARCH
 from milan_ray.showcase.paper.claims import Claim, Section
-from milan_ray.showcase.paper.experiment_context import Ground
+from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
-from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.descriptions import run_descriptions
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
@@ -48,7 +48,7 @@ QUERY = "|".join(COLOURS)
 """The follow-up: which units are for faces of some people? The world's people differ by the colour of their hair."""
 
 
-def run(ground: Ground) -> Section:
+def run(ground: ExperimentContext) -> Section:
     """Audits pairs of the world's networks; says what of the paper's Section 6 is the same there."""
     storage = ground.storage
     if ground.small:
@@ -79,12 +79,12 @@ def describe_pairs(storage: Storage, pairs: Sequence[Pair], resources: Resources
     """Trains the networks that are not there yet, dissects all on scenes as they are, and describes late layers."""
     world.train_networks(paired_tasks())
     models = [
-        references.ModelRequest(name, layers=LATE[name.removeprefix("world/").split("-")[0]])
+        references.ModelRef(name, layers=LATE[name.removeprefix("world/").split("-")[0]])
         for pair in pairs
         for name in pair
     ]
     dissected = run_exemplars(storage, models, PROBE, EXEMPLARS, resources).models
-    run_encodings(storage, dissected, EncoderRequest(DECODER), resources)
+    run_encodings(storage, dissected, EncoderRef(DECODER), resources)
     run_descriptions(storage, dissected, SEARCH, resources)
 
 

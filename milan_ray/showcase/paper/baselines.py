@@ -14,9 +14,9 @@ from milan_ray.scoring.search import scan_descriptions
 from milan_ray.scoring.text import minilm_directory
 from milan_ray.showcase.demo import DECODER, EXEMPLARS, HELD_OUT, PLANTED, PROBE, SEARCH
 from milan_ray.showcase.paper.claims import Claim, Section
-from milan_ray.showcase.paper.experiment_context import Ground
+from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
-from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.concept_labels import LabelConfig
 from milan_ray.storage import Storage
 from milan_ray.studies.baselines import statistics as baselines
@@ -43,14 +43,14 @@ _NOTE = (
 )
 
 
-def run(ground: Ground) -> Section:
+def run(ground: ExperimentContext) -> Section:
     """Labels the world's held-out network by every method; says what of the paper's Table 2 is the same there."""
     storage = ground.storage
     models = (PLANTED,) if ground.small else (HELD_OUT, PLANTED)
     name = f"{NAME} (small)" if ground.small else NAME
     rows = run_baselines(
         storage,
-        [HeldOut(references.ModelRequest(model), SEARCH, EncoderRequest(DECODER)) for model in models],
+        [HeldOut(references.ModelRef(model), SEARCH, EncoderRef(DECODER)) for model in models],
         PROBE,
         EXEMPLARS,
         LabelConfig(),

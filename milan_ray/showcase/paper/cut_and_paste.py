@@ -7,10 +7,10 @@ import polars as pl
 from milan_ray.engine import references
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.showcase.paper.claims import Claim, Section
-from milan_ray.showcase.paper.experiment_context import Ground
+from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.studies.cut_and_paste.run import PastingConfig, figure_path, run_pasting
 from milan_ray.studies.cut_and_paste.statistics import DIFFERENT, OTHERS, between_groups, rates
-from milan_ray.studies.spacy_pipeline import find_language
+from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
 NAME = "cut-and-paste"
 
@@ -21,21 +21,21 @@ CONFIG = PastingConfig(units=40, originals=8, distractors=15)
 SMALL = PastingConfig(units=12, originals=2, distractors=15)
 
 
-def run(ground: Ground) -> Section:
+def run(ground: ExperimentContext) -> Section:
     """Pastes what units fire at on scenes that they are silent on; says how often that misleads the network."""
     storage = ground.storage
     name = f"{NAME} (small)" if ground.small else NAME
     scenes = (
-        references.ProbeRequest(("few/heldout",), plugins=("milan_ray.world.few",))
+        references.ProbeRef(("few/heldout",), plugins=("milan_ray.world.few",))
         if ground.small
-        else references.ProbeRequest(("world/heldout",))
+        else references.ProbeRef(("world/heldout",))
     )
-    nlp, language = find_language()
+    nlp, language = find_spacy_pipeline()
     models = MODELS[:1] if ground.small else MODELS
     pairs = pl.concat(
         run_pasting(
             storage,
-            references.ModelRequest(model),
+            references.ModelRef(model),
             scenes,
             nlp,
             language,

@@ -15,9 +15,9 @@ from milan_ray.report import figures
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.showcase import demo
 from milan_ray.showcase.paper.claims import Claim, Section
-from milan_ray.showcase.paper.experiment_context import Ground
+from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
-from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
@@ -62,9 +62,9 @@ class Sizes:
     """
 
     networks: int
-    validation: references.ProbeRequest
-    test: references.ProbeRequest
-    plain: references.ProbeRequest
+    validation: references.ProbeRef
+    test: references.ProbeRef
+    plain: references.ProbeRef
     editing: EditingConfig
     exemplars: ExemplarConfig
     captioner: str | None = None
@@ -73,9 +73,9 @@ class Sizes:
 
 FULL = Sizes(
     MISLED[EDITED][2],
-    references.ProbeRequest(("world/spurious-text-validation",)),
-    references.ProbeRequest(("world/spurious-text-test",)),
-    references.ProbeRequest(("world/spurious-plain",)),
+    references.ProbeRef(("world/spurious-text-validation",)),
+    references.ProbeRef(("world/spurious-text-test",)),
+    references.ProbeRef(("world/spurious-plain",)),
     EditingConfig(words=TEXT, most=20, trials=1),
     demo.EXEMPLARS,
 )
@@ -83,8 +83,8 @@ FULL = Sizes(
 COLOUR = replace(
     FULL,
     networks=MISLED[COLOURED][2],
-    validation=references.ProbeRequest(("world/spurious-colour-validation",)),
-    test=references.ProbeRequest(("world/spurious-colour-test",)),
+    validation=references.ProbeRef(("world/spurious-colour-validation",)),
+    test=references.ProbeRef(("world/spurious-colour-test",)),
     editing=replace(FULL.editing, words=COLOURS),
     captioner=CAPTIONER,
     concepts=names_of("colour"),
@@ -94,9 +94,9 @@ COLOUR = replace(
 _FEW = ("milan_ray.world.few",)
 SMALL = Sizes(
     1,
-    references.ProbeRequest(("few/spurious-text-validation",), plugins=_FEW),
-    references.ProbeRequest(("few/spurious-text-test",), plugins=_FEW),
-    references.ProbeRequest(("few/heldout",), plugins=_FEW),
+    references.ProbeRef(("few/spurious-text-validation",), plugins=_FEW),
+    references.ProbeRef(("few/spurious-text-test",), plugins=_FEW),
+    references.ProbeRef(("few/heldout",), plugins=_FEW),
     EditingConfig(words=("e",), most=2, trials=1),
     ExemplarConfig(k=3, batch_size=48),
     demo.DECODER,
@@ -131,7 +131,7 @@ class Network:
         return int(np.argmax(self.edit.accuracy(TEST)))
 
 
-def run(ground: Ground) -> Section:
+def run(ground: ExperimentContext) -> Section:
     """Trains networks on scenes that half show their class's name, edits them by descriptions, and says what came."""
     storage, sizes = ground.storage, SMALL if ground.small else FULL
     name = f"{NAME} (small)" if ground.small else NAME
@@ -151,7 +151,7 @@ def run(ground: Ground) -> Section:
 
 
 def edit_networks(
-    ground: Ground, name: str, models: Sequence[str], sizes: Sizes
+    ground: ExperimentContext, name: str, models: Sequence[str], sizes: Sizes
 ) -> tuple[dict[str, Network], tuple[str, ...], tuple[str, ...]]:
     """Edits networks; returns what came of each, where descriptions were wrong, and some descriptions at random."""
     storage, described = ground.storage, describe(ground, models, sizes)
@@ -164,11 +164,11 @@ def edit_networks(
         if not len(mentioning(units["description"].to_list(), sizes.editing.words)):
             failures.append(f"{model}: no description contains {' or '.join(sizes.editing.words)}")
             continue
-        request = references.ModelRequest(model)
-        edit = run_editing(storage, request, sizes.validation, sizes.test, sizes.editing, ground.resources, name)
+        ref = references.ModelRef(model)
+        edit = run_editing(storage, ref, sizes.validation, sizes.test, sizes.editing, ground.resources, name)
         retrieval, wrong = _retrieval(storage, model, described[model], sizes, edit)
         failures += wrong
-        whole = run_ablations(storage, request, sizes.plain, [{}], ground.resources)
+        whole = run_ablations(storage, ref, sizes.plain, [{}], ground.resources)
         storage.remove_work(whole.work)
         networks[model] = Network(edit, float(whole.accuracy[0]), retrieval)
     return networks, tuple(failures), tuple(examples)
@@ -177,16 +177,16 @@ def edit_networks(
 _TITLE = "Editing: networks without the units that read text (paper, Section 7 and Appendix E)"
 
 
-def describe(ground: Ground, models: Sequence[str], sizes: Sizes) -> dict[str, tuple[str, ...]]:
+def describe(ground: ExperimentContext, models: Sequence[str], sizes: Sizes) -> dict[str, tuple[str, ...]]:
     """Describes the networks' units; returns their layers."""
     storage, resources = ground.storage, ground.resources
     readers = [] if sizes.captioner else [f"world/{READER}"]
     needed = {model.removeprefix("world/") for model in (*models, *readers)}
     world.train_networks([task for task in misled_tasks() if task.name in needed])
-    requested = [references.ModelRequest(model) for model in (*models, *readers)]
+    requested = [references.ModelRef(model) for model in (*models, *readers)]
     dissected = run_exemplars(storage, requested, sizes.validation, sizes.exemplars, resources).models
     world.annotate(storage, sizes.validation, {model: dissected[model] for model in readers})
-    encoder = EncoderRequest(demo.DECODER)
+    encoder = EncoderRef(demo.DECODER)
     run_encodings(storage, dissected, encoder, resources)
     if readers:
         learned = {model: ARCHITECTURES[model.removeprefix("world/")].layers for model in demo.TRAIN}

@@ -9,7 +9,7 @@ from milan_ray.storage import Storage
 
 
 @dataclass(frozen=True)
-class Ground:
+class ExperimentContext:
     """Where and how large.
 
     Attributes:

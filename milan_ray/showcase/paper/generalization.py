@@ -14,9 +14,9 @@ from milan_ray.scoring.evaluation import CONSTANT, NEAREST, SHUFFLED
 from milan_ray.scoring.text import minilm_directory
 from milan_ray.showcase.demo import DECODER
 from milan_ray.showcase.paper.claims import Claim, Section
-from milan_ray.showcase.paper.experiment_context import Ground
+from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
-from milan_ray.stages.captioners import EncoderRequest
+from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.training import Sizes
 from milan_ray.studies.generalization import statistics as generalization
 from milan_ray.studies.generalization.run import (
@@ -27,7 +27,7 @@ from milan_ray.studies.generalization.run import (
     references_of,
     run_generalization,
 )
-from milan_ray.studies.spacy_pipeline import find_language
+from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
 NAME = "generalization"
 
@@ -79,7 +79,7 @@ TABLE_6 = pl.DataFrame(
 )  # fmt: skip
 
 
-def run(ground: Ground) -> Section:
+def run(ground: ExperimentContext) -> Section:
     """Trains a captioner per split and judges it on the held-out units; says what of the paper's Section 4 is there."""
     storage = ground.storage
     annotated: dict[str, list[str]] = {}
@@ -90,12 +90,12 @@ def run(ground: Ground) -> Section:
         world.SOURCE,
         annotated,
         chosen_splits(SMALL_SPLITS if ground.small else tuple(SPLITS), annotated),
-        EncoderRequest(DECODER),
+        EncoderRef(DECODER),
         SMALL if ground.small else CONFIG,
         str(folder) if folder else None,
         f"{NAME} (small)" if ground.small else NAME,
     )
-    nlp, language = find_language()
+    nlp, language = find_spacy_pipeline()
     rows = run_generalization(storage, job, nlp, language, ground.resources)
     said = pl.concat(held_out(storage, job, split.name) for split in job.splits)
     failures, examples = generalization.disagreements(said, references_of(storage, job, said))

@@ -14,7 +14,7 @@ from milan_ray.config import Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.cluster import gpus_each
-from milan_ray.engine.tasks import beside_others, run_parallel
+from milan_ray.engine.tasks import retry_if_overtaken, run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import pass_size, read_inputs
 from milan_ray.models.ablation import Ablation, UnitSet
@@ -62,8 +62,8 @@ class _Task:
     storage: Storage
     work: str
     name: str
-    model: references.ModelRequest
-    probe: references.ProbeRequest
+    model: references.ModelRef
+    probe: references.ProbeRef
     refs: tuple[ImageRef, ...]
     labels: tuple[int, ...]
     sets: tuple[UnitSet, ...]
@@ -72,11 +72,11 @@ class _Task:
     device: str
 
 
-@beside_others
+@retry_if_overtaken
 def run_ablations(
     storage: Storage,
-    model: references.ModelRequest,
-    probe: references.ProbeRequest,
+    model: references.ModelRef,
+    probe: references.ProbeRef,
     sets: Sequence[UnitSet],
     resources: Resources,
     within: str = "",
@@ -171,8 +171,8 @@ def class_numbers(labels: Sequence[str | None], spec: ModelSpec) -> tuple[tuple[
 
 
 @lru_cache(maxsize=1)
-def _model(request: references.ModelRequest, device: str) -> tuple[ModelSpec, torch.nn.Module]:
-    spec = references.model(request)
+def _model(ref: references.ModelRef, device: str) -> tuple[ModelSpec, torch.nn.Module]:
+    spec = references.model(ref)
     return spec, spec.load().to(device)
 
 

@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 from spacy.language import Language
 
-from milan_ray.config import Recipe, Resources
+from milan_ray.config import Fingerprint, Resources
 from milan_ray.engine import references
 from milan_ray.errors import MilanError
 from milan_ray.models.ablation import UnitSet
@@ -58,8 +58,8 @@ class AnalysisConfig:
 
 def run_analysis(
     storage: Storage,
-    model: references.ModelRequest,
-    probe: references.ProbeRequest,
+    model: references.ModelRef,
+    probe: references.ProbeRef,
     nlp: Language,
     language: str,
     config: AnalysisConfig,
@@ -85,24 +85,24 @@ def run_analysis(
         MilanError: A layer has no descriptions, or the images have no classes.
     """
     spec, layers = described_model(storage, model, config.labeler)
-    recipe = analysis_recipe(storage, spec, layers, store_manifest(storage, probe)[1], language, config)
+    fingerprint = analysis_fingerprint(storage, spec, layers, store_manifest(storage, probe)[1], language, config)
     keys = {"labeler": config.labeler, "model": spec.name}
     public = {"experiment": name, "model": spec.name}
     say(f"{name}: sentences are read by {language}")
     for each in analysis.missing_criteria(nlp, config.words):
         say(f"{name}: without {', '.join(each.criteria)}, because {each.reason}")
-    if storage.why(ABLATIONS, recipe, **public) is None:
+    if storage.why(ABLATIONS, fingerprint, **public) is None:
         say(f"{name} of {spec.name}: up to date")
     else:
         scores = analysis.unit_scores(read_descriptions(storage, layers, keys), nlp, config.words)
-        _store_scores(storage, scores, recipe, public)
+        _store_scores(storage, scores, fingerprint, public)
         properties = analysis.layer_properties(scores)
-        _store_properties(storage, properties, recipe, public)
+        _store_properties(storage, properties, fingerprint, public)
         orders = analysis.orders(scores, config.trials, config.seed, config.ties, config.matched)
         steps = [analysis.steps(order, config.fractions) for order in orders]
         sets, places = distinct_sets([analysis.units_of(scores, step) for of_order in steps for step in of_order])
         every = replace(model, layers=layers)
-        found = run_ablations(storage, every, probe, sets, resources, recipe.hash)
+        found = run_ablations(storage, every, probe, sets, resources, fingerprint.hash)
         curves = [
             Curve(order.criterion, order.trial, config.split, config.fractions, tuple(map(len, of_order)))
             for order, of_order in zip(orders, steps, strict=True)
@@ -111,15 +111,15 @@ def run_analysis(
         drawn = figures.files(draw(pl.DataFrame(pl.from_arrow(table)), properties, language))
         for ending, picture in drawn.items():
             storage.put(figure_path(storage, public, ending), picture)
-        storage.write(ABLATIONS, table, recipe, **public)  # last: it says that all is done
-    storage.remove_work(recipe.hash)
+        storage.write(ABLATIONS, table, fingerprint, **public)  # last: it says that all is done
+    storage.remove_work(fingerprint.hash)
     rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **public)))
     return rows.filter(pl.col("class") == "")
 
 
-def analysis_recipe(
+def analysis_fingerprint(
     storage: Storage, spec: ModelSpec, layers: Sequence[str], probe: str, language: str, config: AnalysisConfig
-) -> Recipe:
+) -> Fingerprint:
     """What decides an analysis.
 
     Args:
@@ -130,7 +130,7 @@ def analysis_recipe(
         language: What the pipeline is called that reads descriptions.
         config: How.
     """
-    return Recipe.of(
+    return Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
             "descriptions": descriptions_of(storage, spec.name, layers, config.labeler),
@@ -216,16 +216,14 @@ def distinct_sets(sets: Sequence[UnitSet]) -> tuple[list[UnitSet], list[int]]:
     return kept, found
 
 
-def described_model(
-    storage: Storage, request: references.ModelRequest, labeler: str
-) -> tuple[ModelSpec, tuple[str, ...]]:
+def described_model(storage: Storage, ref: references.ModelRef, labeler: str) -> tuple[ModelSpec, tuple[str, ...]]:
     """A model, and the layers asked for, all of which must be described.
 
     Raises:
         MilanError: One is not.
     """
-    spec = references.model(request)
-    layers = request.layers or spec.layers
+    spec = references.model(ref)
+    layers = ref.layers or spec.layers
     there = {keys["layer"] for keys in storage.partitions(DESCRIPTIONS, labeler=labeler, model=spec.name)}
     if absent := [layer for layer in layers if layer not in there]:
         raise MilanError(
@@ -249,19 +247,21 @@ def read_descriptions(storage: Storage, layers: Sequence[str], keys: dict[str, s
     )
 
 
-def _store_scores(storage: Storage, scores: pl.DataFrame, recipe: Recipe, public: dict[str, str]) -> None:
+def _store_scores(storage: Storage, scores: pl.DataFrame, fingerprint: Fingerprint, public: dict[str, str]) -> None:
     rows = scores.unpivot(
         analysis.criteria(scores), index=["layer", "unit", "description"], variable_name="criterion", value_name="score"
     )
     columns = {name: rows[name].to_list() for name in ("layer", "unit", "criterion", "score", "description")}
     table = CRITERIA.table({**{key: [value] * len(rows) for key, value in public.items()}, **columns})
-    storage.write(CRITERIA, table, recipe, **public)
+    storage.write(CRITERIA, table, fingerprint, **public)
 
 
-def _store_properties(storage: Storage, properties: pl.DataFrame, recipe: Recipe, public: dict[str, str]) -> None:
+def _store_properties(
+    storage: Storage, properties: pl.DataFrame, fingerprint: Fingerprint, public: dict[str, str]
+) -> None:
     columns = {name: properties[name].to_list() for name in properties.columns}
     table = LAYER_PROPERTIES.table({**{key: [value] * len(properties) for key, value in public.items()}, **columns})
-    storage.write(LAYER_PROPERTIES, table, recipe, **public)
+    storage.write(LAYER_PROPERTIES, table, fingerprint, **public)
 
 
 def stored_scores(storage: Storage, model: str, name: str = "analysis") -> pl.DataFrame:

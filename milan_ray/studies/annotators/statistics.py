@@ -52,7 +52,7 @@ def read_texts(path: str | Path) -> pl.DataFrame:
         raise MilanError(f"{path} has units that are not whole numbers ({error}): number them from 0.") from error
 
 
-def load_language(name: str | Path | None = None) -> Language:
+def load_spacy_pipeline(name: str | Path | None = None) -> Language:
     """A spaCy pipeline for the statistics.
 
     Args:
@@ -76,7 +76,7 @@ def tag_words(texts: Sequence[str], nlp: Language) -> pl.DataFrame:
 
     Args:
         texts: Any texts; equal ones are parsed once.
-        nlp: From :func:`load_language`.
+        nlp: From :func:`load_spacy_pipeline`.
 
     Returns:
         One row per word, in order: place (of its text), word (lower-cased lemma; the lower-cased form itself where
@@ -106,7 +106,7 @@ def annotation_statistics(
 
     Args:
         texts: Columns layer, unit, text and those of ``by``: :func:`read_texts`, or the table of annotations.
-        nlp: From :func:`load_language`.
+        nlp: From :func:`load_spacy_pipeline`.
         by: Columns to group by; none gives one row for all.
         words: What :func:`tag_words` found in the texts, where they are grouped in several ways.
 

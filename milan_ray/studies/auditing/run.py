@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import polars as pl
 
-from milan_ray.config import Recipe
+from milan_ray.config import Fingerprint
 from milan_ray.errors import MilanError
 from milan_ray.names import checked_name
 from milan_ray.progress import say
 from milan_ray.report import figures
 from milan_ray.report.audits import card_link
-from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS, FIGURE, MANIFEST, SCORES, Noun
+from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS, FIGURE, MANIFEST, SCORES, Table
 from milan_ray.schema.audits import REJECT, REVIEW
 from milan_ray.schema.table import Column
 from milan_ray.scoring.evaluation import Row, score_table
@@ -74,21 +74,21 @@ class Found:
 
     Attributes:
         audit: What comes of it.
-        recipe: What decides that, people's verdicts among it.
+        fingerprint: What decides that, people's verdicts among it.
         about: Metadata of table AUDITS.
         review: The review file as it should be; None where it is.
         reviewed: Whether there is a review file.
     """
 
     audit: Audit
-    recipe: Recipe
+    fingerprint: Fingerprint
     about: dict[str, str]
     review: str | None
     reviewed: bool
 
     def why(self, storage: Storage, name: str) -> str | None:
         """Why an audit would be written; None when it is up to date."""
-        return storage.why(AUDITS, self.recipe, audit=name) or (None if self.reviewed else f"{REVIEW} missing")
+        return storage.why(AUDITS, self.fingerprint, audit=name) or (None if self.reviewed else f"{REVIEW} missing")
 
 
 def run_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditConfig) -> Audit:
@@ -111,12 +111,12 @@ def run_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCon
         storage.put(_review(storage, config.name), found.review.encode())
     if found.why(storage, config.name):
         audit, keys, experiment = found.audit, {"audit": config.name}, f"audit: {config.name}"
-        storage.write(AUDITED, AUDITED.table(_columns(audit.units, AUDITED.columns)), found.recipe, **keys)
-        storage.write(SCORES, score_table(experiment, audit.rows), found.recipe, experiment=experiment)
+        storage.write(AUDITED, AUDITED.table(_columns(audit.units, AUDITED.columns)), found.fingerprint, **keys)
+        storage.write(SCORES, score_table(experiment, audit.rows), found.fingerprint, experiment=experiment)
         for ending, picture in figures.files(auditing.draw(audit.pairs, config.words)).items():
             storage.put(figure_path(storage, config.name, ending), picture)
         table = AUDITS.table(_columns(audit.pairs, AUDITS.columns), found.about)
-        storage.write(AUDITS, table, found.recipe, **keys)  # last: it says that all is done
+        storage.write(AUDITS, table, found.fingerprint, **keys)  # last: it says that all is done
     return found.audit
 
 
@@ -153,7 +153,7 @@ def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCo
     described = descriptions_hash(storage, config.labeler, models)
     name = pl.lit(config.name).alias("audit")
     audited = _frame(AUDITED, units.with_columns(name))
-    recipe = Recipe.of(
+    fingerprint = Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
             "audit": config,
@@ -165,7 +165,7 @@ def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCo
     )
     return Found(
         Audit(_frame(AUDITS, counts.with_columns(name, pl.lit(images).alias("images"))), audited, rows),
-        recipe,
+        fingerprint,
         {"labeler": config.labeler, "words": ", ".join(config.words), "descriptions": described},
         auditing.write_review(new, text) if text is None or len(new) else None,
         text is not None,
@@ -186,7 +186,7 @@ def figure_path(storage: Storage, name: str, ending: str) -> str:
     return storage.path(AUDITS, audit=name).replace(FILE_NAME, f"{FIGURE}.{ending}")
 
 
-def _frame(noun: Noun, frame: pl.DataFrame) -> pl.DataFrame:
+def _frame(noun: Table, frame: pl.DataFrame) -> pl.DataFrame:
     """Rows as they are when read back."""
     return pl.DataFrame(pl.from_arrow(noun.table(_columns(frame, noun.columns))))
 

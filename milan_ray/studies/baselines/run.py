@@ -9,7 +9,7 @@ from pathlib import Path
 
 import polars as pl
 
-from milan_ray.config import ExemplarConfig, Recipe, Resources
+from milan_ray.config import ExemplarConfig, Fingerprint, Resources
 from milan_ray.engine import references
 from milan_ray.errors import MilanError
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
@@ -18,7 +18,7 @@ from milan_ray.progress import say
 from milan_ray.report import figures
 from milan_ray.schema import DESCRIPTIONS, SCORES
 from milan_ray.scoring.evaluation import score_table
-from milan_ray.stages.captioners import EncoderRequest, about_captioner
+from milan_ray.stages.captioners import EncoderRef, about_captioner
 from milan_ray.stages.concept_labels import LabelConfig, run_labels
 from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings
@@ -46,15 +46,15 @@ class HeldOut:
         encoder: The captioner's encoder.
     """
 
-    model: references.ModelRequest
+    model: references.ModelRef
     search: Search
-    encoder: EncoderRequest
+    encoder: EncoderRef
 
 
 def run_baselines(
     storage: Storage,
     networks: Sequence[HeldOut],
-    probe: references.ProbeRequest,
+    probe: references.ProbeRef,
     config: ExemplarConfig,
     how: LabelConfig,
     resources: Resources,
@@ -62,7 +62,7 @@ def run_baselines(
     source: str | None = None,
     bert_score: str | Path | None = None,
     name: str = NAME,
-    scenes: references.ProbeRequest = HELD_OUT_SCENES,
+    scenes: references.ProbeRef = HELD_OUT_SCENES,
 ) -> pl.DataFrame:
     """Labels networks by every method, and compares the labels with annotations; does only what is missing.
 
@@ -151,7 +151,7 @@ def _check_held_out(storage: Storage, network: HeldOut) -> None:
         )
 
 
-def baselines_recipe(storage: Storage, comparisons: Mapping[str, pl.DataFrame]) -> Recipe:
+def baselines_fingerprint(storage: Storage, comparisons: Mapping[str, pl.DataFrame]) -> Fingerprint:
     """What decides the table of all networks.
 
     Args:
@@ -165,12 +165,12 @@ def baselines_recipe(storage: Storage, comparisons: Mapping[str, pl.DataFrame]) 
         }
         for model, found in comparisons.items()
     }
-    return Recipe.of({"version": VERSION, "comparisons": configs})
+    return Fingerprint.of({"version": VERSION, "comparisons": configs})
 
 
 def _publish(storage: Storage, name: str, rows: pl.DataFrame, comparisons: Mapping[str, pl.DataFrame]) -> None:
-    recipe = baselines_recipe(storage, comparisons)
-    if storage.why(SCORES, recipe, experiment=name):
+    fingerprint = baselines_fingerprint(storage, comparisons)
+    if storage.why(SCORES, fingerprint, experiment=name):
         for ending, picture in figures.files(baselines.draw(rows)).items():
             storage.put(figure_path(storage, name, ending), picture)
-        storage.write(SCORES, score_table(name, baselines.score_rows(rows)), recipe, experiment=name)
+        storage.write(SCORES, score_table(name, baselines.score_rows(rows)), fingerprint, experiment=name)

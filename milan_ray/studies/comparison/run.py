@@ -24,7 +24,7 @@ from milan_ray.studies.comparison.statistics import (
     Unit,
     common_units,
     cost_rows,
-    draw_comparison,
+    plot_comparison,
     unit_score_rows,
     with_trivial_labels,
 )
@@ -92,7 +92,7 @@ def find_comparison(
     source: str | None = None,
     bert_score: str | Path | None = None,
     name: str = NAME,
-    scenes: references.ProbeRequest = HELD_OUT_SCENES,
+    scenes: references.ProbeRef = HELD_OUT_SCENES,
 ) -> Comparison:
     """Finds what :func:`run_comparison` compares; arguments and errors as there."""
     checked_name("a comparison", name, slashes=True)
@@ -132,7 +132,7 @@ def run_comparison(
     source: str | None = None,
     bert_score: str | Path | None = None,
     name: str = NAME,
-    scenes: references.ProbeRequest = HELD_OUT_SCENES,
+    scenes: references.ProbeRef = HELD_OUT_SCENES,
 ) -> pa.Table:
     """Compares what labelers say of the same units; Ray must be connected where these are the built-in world's.
 
@@ -190,7 +190,7 @@ def run_comparison(
         storage.write(SCORES, table, found.config, experiment=table["experiment"][0].as_py())
     everything = pa.concat_tables(tables)
     figure = found.figure(storage)
-    for kind, picture in draw_comparison(pl.DataFrame(pl.from_arrow(everything)), f"{name}: {BY_KIND}").items():
+    for kind, picture in plot_comparison(pl.DataFrame(pl.from_arrow(everything)), f"{name}: {BY_KIND}").items():
         storage.put(figure.replace(".svg", f".{kind}"), picture)
     storage.write(SCORES, tables[-1], found.config, experiment=f"{name}: {COST}")  # last: it says that all is done
     return everything

@@ -10,11 +10,11 @@ from functools import partial
 import numpy as np
 import polars as pl
 
-from milan_ray.config import Recipe
+from milan_ray.config import Fingerprint
 from milan_ray.damaged import LeftOut
 from milan_ray.errors import MilanError
 from milan_ray.report.figures import files, new_figure
-from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, NOUNS, RUNS, Noun
+from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, RUNS, TABLES, Table
 from milan_ray.schema.operations import SHARES
 from milan_ray.scoring.bootstrap import Interval, ratio, resampling_counts
 from milan_ray.scoring.evaluation import (
@@ -27,7 +27,7 @@ from milan_ray.scoring.evaluation import (
     system_rows,
     unit_values,
 )
-from milan_ray.storage import CONFIG_KEY, WHOLE_KEY, Storage, parts_of
+from milan_ray.storage import ALL_UNITS_KEY, CONFIG_KEY, Storage, parts_of
 
 Unit = tuple[str, str, int]
 """(model, layer, unit)."""
@@ -224,19 +224,19 @@ def _spent(
     return {(*run, of): runs[run][of]}
 
 
-def lineage(storage: Storage, noun: Noun, keys: Mapping[str, str]) -> set[tuple[str, str]]:
+def lineage(storage: Storage, noun: Table, keys: Mapping[str, str]) -> set[tuple[str, str]]:
     """(stage, run) of a partition and of all that it was made from, exemplars left out."""
     meta = storage.metadata(noun, **keys) or {}
     found = {(keys.get("labeler", noun.name), meta.get(CONFIG_KEY, ""))}
     parts = parts_of(meta)
-    for above in NOUNS:
+    for above in TABLES:
         if above is EXEMPLARS or above.name not in parts:
             continue
         same = {key: keys[key] for key in ("model", "layer") if key in above.partition}
         for other in storage.partitions(above, **same):
             made = LeftOut("costs").unless_damaged(partial(storage.metadata, above, **other), None) or {}
-            whole = made.get(WHOLE_KEY, made.get(CONFIG_KEY, ""))
-            if Recipe.of({above.name: whole}).parts[above.name] == parts[above.name]:
+            whole = made.get(ALL_UNITS_KEY, made.get(CONFIG_KEY, ""))
+            if Fingerprint.of({above.name: whole}).inputs[above.name] == parts[above.name]:
                 found |= lineage(storage, above, other)
     return found
 
@@ -244,7 +244,7 @@ def lineage(storage: Storage, noun: Noun, keys: Mapping[str, str]) -> set[tuple[
 # -- figure -------------------------------------------------------------------------------------------------------
 
 
-def draw_comparison(scores: pl.DataFrame, by_kind: str) -> dict[str, bytes]:
+def plot_comparison(scores: pl.DataFrame, by_kind: str) -> dict[str, bytes]:
     """The figure of a comparison: a panel per measure with 95 % intervals, and one of kinds of concepts.
 
     Args:

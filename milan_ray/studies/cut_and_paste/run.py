@@ -13,7 +13,7 @@ import torch
 from spacy.language import Language
 from torch import nn
 
-from milan_ray.config import Arithmetic, Recipe, Resources
+from milan_ray.config import Arithmetic, Fingerprint, Resources
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.cluster import gpus_each
@@ -85,10 +85,10 @@ class PastingConfig:
 
 @dataclass(frozen=True)
 class _Scan:
-    model: references.ModelRequest
+    model: references.ModelRef
     layer: str
     units: tuple[int, ...]
-    probe: references.ProbeRequest
+    probe: references.ProbeRef
     refs: tuple[ImageRef, ...]
     threads: int
     device: str
@@ -111,9 +111,9 @@ class _Unit:
 @dataclass(frozen=True)
 class _Paste:
     storage: Storage
-    model: references.ModelRequest
+    model: references.ModelRef
     layer: str
-    probe: references.ProbeRequest
+    probe: references.ProbeRef
     units: tuple[_Unit, ...]
     threads: int
     device: str
@@ -131,8 +131,8 @@ class _Guesses:
 
 def run_pasting(
     storage: Storage,
-    model: references.ModelRequest,
-    probe: references.ProbeRequest,
+    model: references.ModelRef,
+    probe: references.ProbeRef,
     nlp: Language,
     language: str,
     config: PastingConfig,
@@ -163,10 +163,10 @@ def run_pasting(
     """
     spec, layers = described_model(storage, model, config.labeler)
     manifest, digest = store_manifest(storage, probe)
-    recipe, layer, weight = pasting_recipe(storage, spec, layers, probe, digest, language, config)
+    fingerprint, layer, weight = pasting_fingerprint(storage, spec, layers, probe, digest, language, config)
     keys = {"model": spec.name, "layer": layer}
     public = {"experiment": name, "model": spec.name}
-    if storage.why(PASTED, recipe, **public) is None:
+    if storage.why(PASTED, fingerprint, **public) is None:
         say(f"{name} of {spec.name}: up to date")
         return pl.DataFrame(pl.from_arrow(storage.read(PASTED, **public)))
     say(f"{name}: sentences are read by {language}")
@@ -230,19 +230,19 @@ def run_pasting(
     frame = pl.DataFrame(pl.from_arrow(table))
     for ending, picture in figures.files(_draw_examples(storage, model, layer, probe, frame)).items():
         storage.put(figure_path(storage, public, ending), picture)
-    storage.write(PASTED, table, recipe, **public)  # last: it says that all is done
+    storage.write(PASTED, table, fingerprint, **public)  # last: it says that all is done
     return frame
 
 
-def pasting_recipe(
+def pasting_fingerprint(
     storage: Storage,
     spec: ModelSpec,
     layers: Sequence[str],
-    probe: references.ProbeRequest,
+    probe: references.ProbeRef,
     digest: str,
     language: str,
     config: PastingConfig,
-) -> tuple[Recipe, str, torch.Tensor]:
+) -> tuple[Fingerprint, str, torch.Tensor]:
     """What decides adversarial images, the layer that the classifier's last one reads, and that one's weights.
 
     Args:
@@ -261,7 +261,7 @@ def pasting_recipe(
     weight = _head_weight(spec, network, probe)
     layer = _last_layer(storage, spec, layers, weight.shape[1], config.labeler)
     keys = {"model": spec.name, "layer": layer}
-    recipe = Recipe.of(
+    fingerprint = Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
             "descriptions": storage.config_of(DESCRIPTIONS, labeler=config.labeler, **keys),
@@ -272,7 +272,7 @@ def pasting_recipe(
             "pasting": config,
         }
     )
-    return recipe, layer, weight
+    return fingerprint, layer, weight
 
 
 def figure_path(storage: Storage, public: dict[str, str], ending: str) -> str:
@@ -280,7 +280,7 @@ def figure_path(storage: Storage, public: dict[str, str], ending: str) -> str:
     return storage.path(PASTED, **public).replace("data.parquet", f"{FIGURE}.{ending}")
 
 
-def _head_weight(spec: ModelSpec, network: nn.Module, probe: references.ProbeRequest) -> torch.Tensor:
+def _head_weight(spec: ModelSpec, network: nn.Module, probe: references.ProbeRef) -> torch.Tensor:
     if spec.bands not in (None, 3):
         raise MilanError(f"{spec.name} takes {spec.bands} bands: exemplars are kept, and can be pasted, in RGB alone.")
     first = views_of(probe, image_refs(references.probe(probe).manifest().slice(0, 1)), spec)
@@ -318,26 +318,26 @@ def _exemplars(
 
 
 @lru_cache(maxsize=1)
-def _model(request: references.ModelRequest, device: str) -> tuple[ModelSpec, nn.Module]:
-    spec = references.model(request)
+def _model(ref: references.ModelRef, device: str) -> tuple[ModelSpec, nn.Module]:
+    spec = references.model(ref)
     return spec, spec.load().to(device)
 
 
 @lru_cache(maxsize=1)
 def _forward(
-    request: references.ModelRequest, layer: str, device: str, arithmetic: Arithmetic
+    ref: references.ModelRef, layer: str, device: str, arithmetic: Arithmetic
 ) -> tuple[ModelSpec, Forward, int]:
     """The model with taps on a layer and its output, and how many images it takes at a time."""
-    spec = references.model(request)
+    spec = references.model(ref)
     size = pass_size(spec.batch(128), torch.device(device))
     return spec, Forward(spec, spec.load().to(device), [layer, OUTPUTS], size, arithmetic), size
 
 
 def _scan_images(
-    model: references.ModelRequest,
+    model: references.ModelRef,
     layer: str,
     units: tuple[int, ...],
-    probe: references.ProbeRequest,
+    probe: references.ProbeRef,
     refs: Sequence[ImageRef],
     resources: Resources,
     arithmetic: Arithmetic,
@@ -447,7 +447,7 @@ def _rows(
 
 
 def _draw_examples(
-    storage: Storage, model: references.ModelRequest, layer: str, probe: references.ProbeRequest, rows: pl.DataFrame
+    storage: Storage, model: references.ModelRef, layer: str, probe: references.ProbeRef, rows: pl.DataFrame
 ) -> Figure:
     """Figure 14 of the paper with this network's units: what was pasted, on what, and what came of it."""
     spec = references.model(model)

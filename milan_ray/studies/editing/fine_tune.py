@@ -52,9 +52,9 @@ class Tuned:
 
 @dataclass(frozen=True)
 class _Task:
-    model: references.ModelRequest
-    train: references.ProbeRequest
-    probes: Mapping[str, references.ProbeRequest]
+    model: references.ModelRef
+    train: references.ProbeRef
+    probes: Mapping[str, references.ProbeRef]
     units: UnitSet
     config: HeadTraining
     threads: int
@@ -62,9 +62,9 @@ class _Task:
 
 
 def fine_tune(
-    model: references.ModelRequest,
-    train: references.ProbeRequest,
-    probes: Mapping[str, references.ProbeRequest],
+    model: references.ModelRef,
+    train: references.ProbeRef,
+    probes: Mapping[str, references.ProbeRef],
     sets: Sequence[UnitSet],
     config: HeadTraining,
     resources: Resources,
@@ -89,16 +89,16 @@ def fine_tune(
         MilanError: The model does not end in a linear map, or images have no classes.
     """
     layers = tuple(dict.fromkeys(layer for one in sets for layer in one)) or model.layers
-    request = replace(model, layers=layers)
+    ref = replace(model, layers=layers)
     tasks = [
-        _Task(request, train, dict(probes), dict(units), config, resources.threads, resources.device) for units in sets
+        _Task(ref, train, dict(probes), dict(units), config, resources.threads, resources.device) for units in sets
     ]
     found: dict[int, Tuned] = {}
     with Progress(f"last layer of {model.name}", len(tasks), "trainings") as shown:
         for index, tuned in run_parallel(_tune, tasks, resources.cpus_per_actor, gpus_each(resources)):
             found[index] = tuned
             shown.advance()
-    spec = references.model(request)
+    spec = references.model(ref)
     accuracies = {}
     for split, probe in probes.items():
         names, labels = class_numbers(references.probe(probe).manifest()["class_label"].to_pylist(), spec)
@@ -114,13 +114,13 @@ def _tune(task: _Task) -> Tuned:
     network = spec.load().to(device)
     head = ""
 
-    def inputs(request: references.ProbeRequest) -> tuple[torch.Tensor, torch.Tensor]:
+    def inputs(ref: references.ProbeRef) -> tuple[torch.Tensor, torch.Tensor]:
         nonlocal head
-        manifest = references.probe(request).manifest()
+        manifest = references.probe(ref).manifest()
         labels = class_numbers(manifest["class_label"].to_pylist(), spec)[1]
         refs, found = image_refs(manifest), []
         for start in range(0, len(refs), CHUNK):
-            views = torch.from_numpy(views_of(request, refs[start : start + CHUNK], spec))
+            views = torch.from_numpy(views_of(ref, refs[start : start + CHUNK], spec))
             head = head or find_head(spec, network, views.to(device))
             found.append(head_inputs(spec, network, head, task.units, views, pass_size(spec.batch(128), device)))
         return torch.cat(found), torch.tensor(labels)

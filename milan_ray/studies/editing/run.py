@@ -11,7 +11,7 @@ import polars as pl
 import pyarrow as pa
 import torch
 
-from milan_ray.config import Recipe, Resources
+from milan_ray.config import Fingerprint, Resources
 from milan_ray.engine import references
 from milan_ray.errors import MilanError
 from milan_ray.models.edit import edited
@@ -110,9 +110,9 @@ class Edit:
 
 def run_editing(
     storage: Storage,
-    model: references.ModelRequest,
-    validation: references.ProbeRequest,
-    test: references.ProbeRequest | None,
+    model: references.ModelRef,
+    validation: references.ProbeRef,
+    test: references.ProbeRef | None,
     config: EditingConfig,
     resources: Resources,
     name: str = "editing",
@@ -135,20 +135,20 @@ def run_editing(
     every = replace(model, layers=layers)
     probes = splits(validation, test)
     digests = {split: store_manifest(storage, probe)[1] for split, probe in probes.items()}
-    recipe = editing_recipe(storage, spec, layers, digests, config)
+    fingerprint = editing_fingerprint(storage, spec, layers, digests, config)
     public = {"experiment": name, "model": spec.name}
     units, found = unwanted_units(storage, spec.name, layers, config)
-    if storage.why(ABLATIONS, recipe, **public) is None:
+    if storage.why(ABLATIONS, fingerprint, **public) is None:
         say(f"{name} of {spec.name}: up to date")
         alone = _stored_scores(storage, units, public)
     else:
         say(f"{name}: {len(found)} of {len(units)} units of {spec.name} speak of {', '.join(config.words)}")
         single = [units_of(units, np.array([place])) for place in range(len(units))]
-        counted = run_ablations(storage, every, validation, single, resources, recipe.hash)
+        counted = run_ablations(storage, every, validation, single, resources, fingerprint.hash)
         alone = counted.accuracy
-        _store_scores(storage, units, alone, recipe, public)
+        _store_scores(storage, units, alone, fingerprint, public)
     orders = removal_orders(alone, found, config.trials, config.seed)
-    if storage.why(ABLATIONS, recipe, **public) is not None:
+    if storage.why(ABLATIONS, fingerprint, **public) is not None:
         most = min(config.most, len(found))
         steps = [[order.units[:count] for count in range(most + 1)] for order in orders]
         sets, places = distinct_sets([units_of(units, step) for of_order in steps for step in of_order])
@@ -156,7 +156,7 @@ def run_editing(
         for split, probe in probes.items():
             fractions = [count / len(units) for count in range(most + 1)]
             curves = [Curve(o.criterion, o.trial, split, fractions, tuple(range(most + 1))) for o in orders]
-            accuracies = run_ablations(storage, every, probe, sets, resources, recipe.hash)
+            accuracies = run_ablations(storage, every, probe, sets, resources, fingerprint.hash)
             tables.append(ablation_rows(public, curves, accuracies, places))
         table = pa.concat_tables(tables)
         first = units[orders[0].units[:SHOWN_UNITS]]
@@ -166,24 +166,22 @@ def run_editing(
         ):
             for ending, picture in figures.files(figure).items():
                 storage.put(figure_path(storage, public, ending, stem), picture)
-        storage.write(ABLATIONS, table, recipe, **public)  # last: it says that all is done
-    storage.remove_work(recipe.hash)
+        storage.write(ABLATIONS, table, fingerprint, **public)  # last: it says that all is done
+    storage.remove_work(fingerprint.hash)
     rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **public))).filter(pl.col("class") == "")
     order = tuple(units[orders[0].units].select("layer", "unit").iter_rows())
     edit = Edit(rows, order, 0, len(units))
     return replace(edit, stop=stop(edit.accuracy(VALIDATION)))
 
 
-def splits(
-    validation: references.ProbeRequest, test: references.ProbeRequest | None
-) -> dict[str, references.ProbeRequest]:
+def splits(validation: references.ProbeRef, test: references.ProbeRef | None) -> dict[str, references.ProbeRef]:
     """Split → images, of an editing."""
     return {VALIDATION: validation, **({} if test is None else {TEST: test})}
 
 
-def editing_recipe(
+def editing_fingerprint(
     storage: Storage, spec: ModelSpec, layers: Sequence[str], probes: Mapping[str, str], config: EditingConfig
-) -> Recipe:
+) -> Fingerprint:
     """What decides an editing.
 
     Args:
@@ -193,7 +191,7 @@ def editing_recipe(
         probes: Split → digest of its images.
         config: How.
     """
-    return Recipe.of(
+    return Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
             "descriptions": descriptions_of(storage, spec.name, layers, config.labeler),
@@ -228,9 +226,9 @@ def tuned_name(name: str) -> str:
 
 def run_fine_tuning(
     storage: Storage,
-    model: references.ModelRequest,
-    train: references.ProbeRequest,
-    probes: Mapping[str, references.ProbeRequest],
+    model: references.ModelRef,
+    train: references.ProbeRef,
+    probes: Mapping[str, references.ProbeRef],
     edit: Edit,
     count: int,
     config: HeadTraining,
@@ -263,7 +261,7 @@ def run_fine_tuning(
         )
         for split, found in accuracies.items()
     ]
-    recipe = Recipe.of(
+    fingerprint = Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
             "weights": weights_digest(references.model(model).load()),
@@ -273,12 +271,12 @@ def run_fine_tuning(
         }
     )
     table = pa.concat_tables(tables)
-    storage.write(ABLATIONS, table, recipe, **public)
+    storage.write(ABLATIONS, table, fingerprint, **public)
     return pl.DataFrame(pl.from_arrow(table)).filter(pl.col("class") == ""), tuned[-1]
 
 
 def edited_weights(
-    model: references.ModelRequest, units: Mapping[str, Sequence[int]], probe: references.ProbeRequest
+    model: references.ModelRef, units: Mapping[str, Sequence[int]], probe: references.ProbeRef
 ) -> dict[str, torch.Tensor]:
     """Weights of a network without some units; see :func:`milan_ray.models.edit.edited`.
 
@@ -293,12 +291,12 @@ def edited_weights(
 
 
 def _store_scores(
-    storage: Storage, units: pl.DataFrame, alone: np.ndarray, recipe: Recipe, public: dict[str, str]
+    storage: Storage, units: pl.DataFrame, alone: np.ndarray, fingerprint: Fingerprint, public: dict[str, str]
 ) -> None:
     columns = {name: units[name].to_list() for name in ("layer", "unit", "description")}
     keys = {key: [value] * len(units) for key, value in public.items()}
     table = CRITERIA.table({**keys, **columns, "criterion": [ALONE] * len(units), "score": alone})
-    storage.write(CRITERIA, table, recipe, **public)
+    storage.write(CRITERIA, table, fingerprint, **public)
 
 
 def _stored_scores(storage: Storage, units: pl.DataFrame, public: dict[str, str]) -> np.ndarray:
@@ -333,7 +331,7 @@ def draw(rows: pl.DataFrame) -> Figure:
 
 
 def draw_images(
-    storage: Storage, spec: ModelSpec, probes: Mapping[str, references.ProbeRequest], units: pl.DataFrame
+    storage: Storage, spec: ModelSpec, probes: Mapping[str, references.ProbeRef], units: pl.DataFrame
 ) -> Figure:
     """The paper's Figure 7: images of each split, and exemplars of units found by their descriptions.
 

@@ -20,7 +20,7 @@ from spacy.language import Language
 from milan_ray.annotations.splits import Split
 from milan_ray.captioner.captioner import best_descriptions
 from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
-from milan_ray.config import Recipe, Resources, TrainingConfig
+from milan_ray.config import Fingerprint, Resources, TrainingConfig
 from milan_ray.device import resolve_device
 from milan_ray.engine.cluster import gpus_each
 from milan_ray.engine.tasks import run_parallel
@@ -32,7 +32,7 @@ from milan_ray.schema import ANNOTATIONS, ENCODINGS, FIGURE, GENERALIZATION, HEL
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.scoring.evaluation import CONSTANT, NEAREST, best_constant, nearest_copy, score_table
 from milan_ray.scoring.text import BertScore, normalize
-from milan_ray.stages.captioners import EncoderRequest, load_captioner
+from milan_ray.stages.captioners import EncoderRef, load_captioner
 from milan_ray.stages.descriptions import units_per_search
 from milan_ray.stages.encodings import unit_features
 from milan_ray.stages.training import Sizes, TrainingJob, annotations_read, run_trainings
@@ -93,7 +93,7 @@ class GeneralizationJob:
     source: str
     layers: Mapping[str, Sequence[str]]
     splits: tuple[Split, ...]
-    encoder: EncoderRequest
+    encoder: EncoderRef
     config: GeneralizationConfig = field(default_factory=GeneralizationConfig)
     bert_score: str | None = None
     name: str = NAME
@@ -227,7 +227,7 @@ def _trial(
     return Trial(split, number, train, test, training)
 
 
-def split_units(trials: Sequence[Trial], split: str) -> tuple[list[tuple[int, str, str, str, int]], Recipe]:
+def split_units(trials: Sequence[Trial], split: str) -> tuple[list[tuple[int, str, str, str, int]], Fingerprint]:
     """The rows of a split's table, trial, part and unit, and what decides them."""
     parts = [
         (trial.number, part, *unit)
@@ -236,16 +236,16 @@ def split_units(trials: Sequence[Trial], split: str) -> tuple[list[tuple[int, st
         for part, units in ((TRAIN, trial.train), (TEST, trial.test))
         for unit in units
     ]
-    return parts, Recipe.of({"kernel": KERNEL_VERSION, "units": parts})
+    return parts, Fingerprint.of({"kernel": KERNEL_VERSION, "units": parts})
 
 
 def _store_splits(storage: Storage, experiment: str, trials: Sequence[Trial]) -> None:
     for split in dict.fromkeys(trial.split.name for trial in trials):
-        parts, recipe = split_units(trials, split)
-        if storage.why(SPLITS, recipe, experiment=experiment, split=split):
+        parts, fingerprint = split_units(trials, split)
+        if storage.why(SPLITS, fingerprint, experiment=experiment, split=split):
             columns = dict(zip(("trial", "part", "model", "layer", "unit"), zip(*parts, strict=True), strict=True))
             names = {"experiment": [experiment] * len(parts), "split": [split] * len(parts)}
-            storage.write(SPLITS, SPLITS.table({**names, **columns}), recipe, experiment=experiment, split=split)
+            storage.write(SPLITS, SPLITS.table({**names, **columns}), fingerprint, experiment=experiment, split=split)
 
 
 # -- what captioners say ----------------------------------------------------------------------------------------------
@@ -258,12 +258,12 @@ class _Saying:
     storage: Storage
     job: GeneralizationJob
     trial: Trial
-    recipe: Recipe
+    fingerprint: Fingerprint
     threads: int
     device: str
 
 
-def held_out_recipe(storage: Storage, job: GeneralizationJob, trial: Trial, captioner: str) -> Recipe:
+def held_out_fingerprint(storage: Storage, job: GeneralizationJob, trial: Trial, captioner: str) -> Fingerprint:
     """What decides what a captioner says of held-out units.
 
     Args:
@@ -274,7 +274,7 @@ def held_out_recipe(storage: Storage, job: GeneralizationJob, trial: Trial, capt
     """
     layers = (*trial.training.layers, *job.pairs(trial.split.test_models))
     quirks = {} if job.config.quirks == NO_QUIRKS else {"quirks": job.config.quirks}
-    return Recipe.of(
+    return Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
             "captioner": captioner,
@@ -295,9 +295,9 @@ def _describe(storage: Storage, job: GeneralizationJob, trials: Sequence[Trial],
     tasks = []
     for trial in trials:
         captioner = storage.config_of(TRAINING, decoder=trial.training.name)
-        recipe = held_out_recipe(storage, job, trial, captioner)
-        if storage.why(HELD_OUT, recipe, **trial.public(job.name)):
-            tasks.append(_Saying(storage, job, trial, recipe, resources.threads, resources.device))
+        fingerprint = held_out_fingerprint(storage, job, trial, captioner)
+        if storage.why(HELD_OUT, fingerprint, **trial.public(job.name)):
+            tasks.append(_Saying(storage, job, trial, fingerprint, resources.threads, resources.device))
     if not tasks:
         say(f"{job.name}: held-out descriptions are all up to date")
         return
@@ -339,7 +339,7 @@ def _say_all(task: _Saying) -> None:
         },
         "description": [text for texts in said.values() for text in texts],
     }
-    storage.write(HELD_OUT, HELD_OUT.table(columns), task.recipe, **public)
+    storage.write(HELD_OUT, HELD_OUT.table(columns), task.fingerprint, **public)
 
 
 def _features(storage: Storage, job: GeneralizationJob, units: Sequence[Unit]) -> Iterator[np.ndarray]:
@@ -378,7 +378,7 @@ class _Scoring:
     threads: int
 
 
-def split_recipe(job: GeneralizationJob, language: str, held_out: Sequence[str]) -> Recipe:
+def split_fingerprint(job: GeneralizationJob, language: str, held_out: Sequence[str]) -> Fingerprint:
     """What decides the scores of a split.
 
     Args:
@@ -386,7 +386,7 @@ def split_recipe(job: GeneralizationJob, language: str, held_out: Sequence[str])
         language: What the pipeline is called that reads descriptions.
         held_out: Configuration hashes of what its captioners say, or will have said.
     """
-    return Recipe.of(
+    return Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
             "held_out": list(held_out),
@@ -396,9 +396,9 @@ def split_recipe(job: GeneralizationJob, language: str, held_out: Sequence[str])
     )
 
 
-def scores_recipe(splits: Sequence[str]) -> Recipe:
+def scores_fingerprint(splits: Sequence[str]) -> Fingerprint:
     """What decides the table that the report shows, from the configuration hashes of the splits' scores."""
-    return Recipe.of({"kernel": KERNEL_VERSION, "splits": list(splits)})
+    return Fingerprint.of({"kernel": KERNEL_VERSION, "splits": list(splits)})
 
 
 def _score(
@@ -409,15 +409,15 @@ def _score(
     language: str,
     resources: Resources,
 ) -> None:
-    tasks, recipes = [], []
+    tasks, fingerprints = [], []
     for split in job.splits:
         mine = [trial for trial in trials if trial.split == split]
         said = [storage.config_of(HELD_OUT, **trial.public(job.name)) for trial in mine]
-        recipe = split_recipe(job, language, said)
-        if storage.why(GENERALIZATION, recipe, experiment=job.name, split=split.name):
+        fingerprint = split_fingerprint(job, language, said)
+        if storage.why(GENERALIZATION, fingerprint, experiment=job.name, split=split.name):
             units = sorted({unit for trial in mine for unit in trial.test})
             tasks.append(_Scoring(storage, job, split.name, units, resources.threads))
-            recipes.append(recipe)
+            fingerprints.append(fingerprint)
     if not tasks:
         say(f"{job.name}: scores are all up to date")
         return
@@ -432,7 +432,7 @@ def _score(
             names = {"experiment": job.name, "split": split.name, "kind": split.kind, "train": split.train}
             rows = rows.with_columns(pl.lit(value).alias(key) for key, value in {**names, "test": split.test}.items())
             table = GENERALIZATION.table({name: rows[name].to_list() for name in GENERALIZATION.schema.names})
-            storage.write(GENERALIZATION, table, recipes[index], experiment=job.name, split=split.name)
+            storage.write(GENERALIZATION, table, fingerprints[index], experiment=job.name, split=split.name)
             progress.advance()
 
 
@@ -482,8 +482,8 @@ def _publish(storage: Storage, job: GeneralizationJob, rows: pl.DataFrame) -> No
         ],
     )
     configs = [storage.config_of(GENERALIZATION, experiment=job.name, split=split.name) for split in job.splits]
-    recipe = scores_recipe(configs)
-    if storage.why(SCORES, recipe, experiment=job.name):
+    fingerprint = scores_fingerprint(configs)
+    if storage.why(SCORES, fingerprint, experiment=job.name):
         for ending, picture in figures.files(generalization.draw(rows)).items():
             storage.put(figure_path(storage, job.name, ending), picture)
-        storage.write(SCORES, scores, recipe, experiment=job.name)  # last: it says that all is done
+        storage.write(SCORES, scores, fingerprint, experiment=job.name)  # last: it says that all is done

@@ -22,7 +22,7 @@ from milan_ray.world.networks import planted_concepts
 from milan_ray.world.probe import WorldProbe
 from milan_ray.world.training import PREPROCESS
 
-HELD_OUT_SCENES = references.ProbeRequest(("world/heldout",))
+HELD_OUT_SCENES = references.ProbeRef(("world/heldout",))
 
 PLANTED = "world/planted"
 """The network whose units' concepts are known beforehand."""
@@ -47,7 +47,7 @@ def of_the_world(storage: Storage, model: str) -> bool:
 
 
 def _spec(model: str) -> ModelSpec:
-    return references.model(references.ModelRequest(model))
+    return references.model(references.ModelRef(model))
 
 
 def in_words(labeler: str, label: str) -> str:
@@ -68,7 +68,7 @@ def judge_labels(
     name: str,
     units: Sequence[Unit],
     systems: Mapping[str, Sequence[str]],
-    scenes: references.ProbeRequest = HELD_OUT_SCENES,
+    scenes: references.ProbeRef = HELD_OUT_SCENES,
 ) -> list[pa.Table]:
     """Judges labels of the world's networks by held-out scenes and by what was planted.
 
@@ -103,7 +103,7 @@ def _by_scenes(
     name: str,
     units: Sequence[Unit],
     systems: Mapping[str, Sequence[str]],
-    held_out: references.ProbeRequest,
+    held_out: references.ProbeRef,
 ) -> list[pa.Table]:
     layers: dict[str, list[str]] = {}
     for model, layer, _ in units:

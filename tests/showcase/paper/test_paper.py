@@ -15,7 +15,7 @@ from milan_ray.errors import MilanError
 from milan_ray.schema import CLAIMS
 from milan_ray.showcase import paper
 from milan_ray.showcase.paper.claims import Claim, Section
-from milan_ray.showcase.paper.experiment_context import Ground
+from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.showcase.paper.page import stored_entry, write_page
 from milan_ray.storage import Storage
 
@@ -27,7 +27,7 @@ CLAIMS_MADE = (
 )
 
 
-def cook(ground: Ground) -> Section:
+def cook(ground: ExperimentContext) -> Section:
     table = pl.DataFrame({"pot": ["a", "b"], "heat": [90.123456, None], "spices": [["salt", "pepper"], []]})
     return Section(
         "cooking", "Cooking (paper, Section 9)", CLAIMS_MADE, (FIGURE, "absent.svg"), (("pots", table),), ("burnt",),
@@ -35,20 +35,20 @@ def cook(ground: Ground) -> Section:
     )  # fmt: skip
 
 
-def burn(ground: Ground) -> Section:
+def burn(ground: ExperimentContext) -> Section:
     raise MilanError("the stove is off")
 
 
-def explode(ground: Ground) -> Section:
+def explode(ground: ExperimentContext) -> Section:
     raise ZeroDivisionError("by zero")
 
 
 @pytest.fixture
-def ground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Ground:
+def ground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentContext:
     monkeypatch.setattr(paper, "EXPERIMENTS", {"burning": burn, "exploding": explode, "cooking": cook})
     storage = Storage(tmp_path / "run")
     storage.put(FIGURE, b"<svg xmlns='http://www.w3.org/2000/svg'/>")
-    return Ground(storage, Resources(), small=True)
+    return ExperimentContext(storage, Resources(), small=True)
 
 
 def test_one_that_fails_stops_no_other(ground, capsys):

@@ -22,7 +22,7 @@ _TOLERANCE = 1e-2
 _PROJECTIONS = 4
 
 
-def fingerprints(
+def behaviours(
     spec: ModelSpec, model: nn.Module, layouts: Mapping[str, Layout], latents: tuple[torch.Tensor, ...] | None
 ) -> dict[str, str]:
     """Layer → what it puts out for two fixed views (a generator: for its first inputs), rounded, as JSON.
