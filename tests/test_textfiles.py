@@ -10,8 +10,8 @@ import pytest
 from PIL import Image
 
 from milan_ray.annotations.layout import read_annotations
+from milan_ray.cli.build_configs import read_text
 from milan_ray.cli.parsing import from_file
-from milan_ray.cli.records import read_text
 from milan_ray.errors import MilanError
 from milan_ray.labelers.clip_dissect import read_concepts
 from milan_ray.models.image_text import CONCEPTS_FILE, own_concepts

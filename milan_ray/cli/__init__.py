@@ -46,8 +46,8 @@ from milan_ray.cli import (
     train,
     tune,
 )
-from milan_ray.cli.closing import Summary, show_downloads
 from milan_ray.cli.parsing import Parser
+from milan_ray.cli.summary import Summary, show_downloads
 from milan_ray.errors import MilanError, reason
 from milan_ray.progress import say, speaking
 

@@ -6,9 +6,9 @@ import argparse
 from pathlib import Path
 
 from milan_ray.cli import annotation_collection, options
-from milan_ray.cli.closing import note
-from milan_ray.cli.records import absolute, open_storage
+from milan_ray.cli.build_configs import absolute, open_storage
 from milan_ray.cli.refusals import given, refuse
+from milan_ray.cli.summary import note
 from milan_ray.errors import MilanError
 
 

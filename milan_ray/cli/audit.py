@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import describe, options
-from milan_ray.cli.closing import note, report_on, show_plan
-from milan_ray.cli.records import writable_storage
+from milan_ray.cli.build_configs import writable_storage
 from milan_ray.cli.refusals import CLUSTER, DISSECTION, refuse
 from milan_ray.cli.search import table, text_model
+from milan_ray.cli.summary import note, report_on, show_plan
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 

@@ -6,8 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import report_on, show_plan
-from milan_ray.cli.records import (
+from milan_ray.cli.build_configs import (
     bert_score_folder,
     encoder_ref,
     exemplar_config,
@@ -15,6 +14,7 @@ from milan_ray.cli.records import (
     opened,
     resources_of,
 )
+from milan_ray.cli.summary import report_on, show_plan
 from milan_ray.progress import say
 
 if TYPE_CHECKING:

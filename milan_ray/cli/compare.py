@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import note, report_on, show_plan
-from milan_ray.cli.records import bert_score_folder, resources_of, writable_storage
+from milan_ray.cli.build_configs import bert_score_folder, resources_of, writable_storage
 from milan_ray.cli.refusals import CLUSTER, refuse
+from milan_ray.cli.summary import note, report_on, show_plan
 from milan_ray.progress import say
 
 

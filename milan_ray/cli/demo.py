@@ -6,8 +6,8 @@ import argparse
 import os
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import note, report_on, show_plan
-from milan_ray.cli.records import resources_of, writable_storage
+from milan_ray.cli.build_configs import resources_of, writable_storage
+from milan_ray.cli.summary import note, report_on, show_plan
 from milan_ray.config import results_dir
 from milan_ray.progress import say
 

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import close, report_on, show_plan
-from milan_ray.cli.records import (
+from milan_ray.cli.build_configs import (
     absolute,
     encoder_ref,
     exemplar_config,
@@ -22,6 +21,7 @@ from milan_ray.cli.records import (
     resources_of,
 )
 from milan_ray.cli.refusals import DISSECTION, refuse
+from milan_ray.cli.summary import close, report_on, show_plan
 
 if TYPE_CHECKING:
     from milan_ray.engine.planner import Plan

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from milan_ray.cli import options
-from milan_ray.cli.records import open_storage
+from milan_ray.cli.build_configs import open_storage
 from milan_ray.cli.refusals import refuse
 from milan_ray.progress import say
 

@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import close, report_on, show_plan
-from milan_ray.cli.records import (
+from milan_ray.cli.build_configs import (
     absolute,
     exemplar_config,
     image_text_ref,
@@ -16,6 +15,7 @@ from milan_ray.cli.records import (
     resources_of,
 )
 from milan_ray.cli.refusals import refuse
+from milan_ray.cli.summary import close, report_on, show_plan
 from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from milan_ray.cli import options
-from milan_ray.cli.records import open_storage, resources_of
+from milan_ray.cli.build_configs import open_storage, resources_of
 from milan_ray.cli.refusals import refuse
 
 

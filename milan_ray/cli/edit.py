@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import note, report_on, show_plan
-from milan_ray.cli.records import absolute, opened, probe_ref, resources_of
+from milan_ray.cli.build_configs import absolute, opened, probe_ref, resources_of
 from milan_ray.cli.refusals import refuse
+from milan_ray.cli.summary import note, report_on, show_plan
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 

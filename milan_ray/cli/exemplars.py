@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import close, report_on, show_plan
-from milan_ray.cli.records import exemplar_config, opened, resources_of
+from milan_ray.cli.build_configs import exemplar_config, opened, resources_of
+from milan_ray.cli.summary import close, report_on, show_plan
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,8 @@ import argparse
 from dataclasses import replace
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import note
-from milan_ray.cli.records import absolute, encoder_ref, find_captioner, open_storage
+from milan_ray.cli.build_configs import absolute, encoder_ref, find_captioner, open_storage
+from milan_ray.cli.summary import note
 
 
 def add(parser: argparse.ArgumentParser) -> None:

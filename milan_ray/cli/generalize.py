@@ -8,8 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import report_on, show_plan
-from milan_ray.cli.records import (
+from milan_ray.cli.build_configs import (
     annotated_layers,
     bert_score_folder,
     encoder_ref,
@@ -17,6 +16,7 @@ from milan_ray.cli.records import (
     writable_storage,
 )
 from milan_ray.cli.refusals import refuse
+from milan_ray.cli.summary import report_on, show_plan
 from milan_ray.cli.train import fitting, training_config
 from milan_ray.errors import MilanError
 from milan_ray.progress import say

@@ -6,8 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import close, report_on, show_plan
-from milan_ray.cli.records import (
+from milan_ray.cli.build_configs import (
     exemplar_config,
     image_text_ref,
     opened,
@@ -15,6 +14,7 @@ from milan_ray.cli.records import (
     resources_of,
 )
 from milan_ray.cli.refusals import refuse
+from milan_ray.cli.summary import close, report_on, show_plan
 from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:

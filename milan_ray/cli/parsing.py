@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 import yaml
 
-from milan_ray.cli.records import read_text
+from milan_ray.cli.build_configs import read_text
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.progress import say
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import note, report_on, show_plan
-from milan_ray.cli.records import opened, resources_of
+from milan_ray.cli.build_configs import opened, resources_of
+from milan_ray.cli.summary import note, report_on, show_plan
 from milan_ray.progress import say
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.records import (
+from milan_ray.cli.build_configs import (
     encoder_ref,
     exemplar_config,
     find_captioner,

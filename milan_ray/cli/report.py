@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import note, report_on
-from milan_ray.cli.records import open_storage
+from milan_ray.cli.build_configs import open_storage
+from milan_ray.cli.summary import note, report_on
 
 
 def add(parser: argparse.ArgumentParser) -> None:

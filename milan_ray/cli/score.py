@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import close, note, show_plan
-from milan_ray.cli.records import image_text_ref, opened, resources_of
+from milan_ray.cli.build_configs import image_text_ref, opened, resources_of
 from milan_ray.cli.refusals import refuse
+from milan_ray.cli.summary import close, note, show_plan
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 

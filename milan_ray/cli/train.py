@@ -6,8 +6,8 @@ import argparse
 from dataclasses import replace
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import note, show_plan
-from milan_ray.cli.records import annotated_layers, encoder_ref, open_storage, read_text, resources_of
+from milan_ray.cli.build_configs import annotated_layers, encoder_ref, open_storage, read_text, resources_of
+from milan_ray.cli.summary import note, show_plan
 from milan_ray.config import TrainingConfig
 from milan_ray.errors import MilanError
 

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING
 import yaml
 
 from milan_ray.cli import options
-from milan_ray.cli.closing import note, show_plan
-from milan_ray.cli.records import (
+from milan_ray.cli.build_configs import (
     absolute,
     annotated_layers,
     encoder_ref,
@@ -20,6 +19,7 @@ from milan_ray.cli.records import (
     resources_of,
 )
 from milan_ray.cli.refusals import refuse
+from milan_ray.cli.summary import note, show_plan
 from milan_ray.config import Resources
 from milan_ray.errors import MilanError
 

@@ -185,7 +185,7 @@ def image_captioner(storage: Storage, how: DndConfig) -> ImageCaptioner:
     if not name.startswith(OWN):
         return references.image_captioner(how.captioner, how.plugins)
     # Not above: it brings spaCy, which takes seconds to import and all other workers do without.
-    from milan_ray.labelers.dnd.own import WholeImages
+    from milan_ray.labelers.dnd.unit_captioner import WholeImages
     from milan_ray.stages.captioners import load_captioner
 
     load_plugins(how.plugins)

@@ -15,7 +15,7 @@ import pytest
 
 from milan_ray import cli
 from milan_ray.cli import options
-from milan_ray.cli.closing import duration
+from milan_ray.cli.summary import duration
 
 PLUGIN = str(Path(__file__).parents[1] / "plugins/tiny_models.py")
 

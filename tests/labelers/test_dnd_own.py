@@ -11,7 +11,7 @@ from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.encoder import EncoderSpec, PyramidEncoder
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
-from milan_ray.labelers.dnd.own import BATCH_SIZE, WholeImages
+from milan_ray.labelers.dnd.unit_captioner import BATCH_SIZE, WholeImages
 
 
 def own(with_lm: bool = True) -> WholeImages:

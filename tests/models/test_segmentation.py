@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 
 from milan_ray.cli import build_parser
-from milan_ray.cli.records import probe_ref
+from milan_ray.cli.build_configs import probe_ref
 from milan_ray.engine import references
 from milan_ray.errors import MilanError
 from milan_ray.models.segmentation import Segmenter

@@ -20,7 +20,7 @@ from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 from milan_ray.studies.cut_and_paste.run import PastingConfig, figure_path, run_pasting, summary
 from milan_ray.studies.cut_and_paste.statistics import grown, paste
-from milan_ray.studies.pictures import exemplar_views, unit_exemplars, unit_masks, views_of
+from milan_ray.studies.exemplar_images import exemplar_views, unit_exemplars, unit_masks, views_of
 from milan_ray.studies.plan import plan_pasting
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")

@@ -26,7 +26,7 @@ def run(ground: ExperimentContext) -> Section:
     storage = ground.storage
     name = f"{NAME} (small)" if ground.small else NAME
     scenes = (
-        references.ProbeRef(("few/heldout",), plugins=("milan_ray.world.few",))
+        references.ProbeRef(("few/heldout",), plugins=("milan_ray.world.small_probes",))
         if ground.small
         else references.ProbeRef(("world/heldout",))
     )

@@ -91,7 +91,7 @@ COLOUR = replace(
 )
 """The reference's other version, of which the paper says nothing."""
 
-_FEW = ("milan_ray.world.few",)
+_FEW = ("milan_ray.world.small_probes",)
 SMALL = Sizes(
     1,
     references.ProbeRef(("few/spurious-text-validation",), plugins=_FEW),

@@ -272,8 +272,8 @@ def plot_comparison(scores: pl.DataFrame, by_kind: str) -> dict[str, bytes]:
     for axes, metric in zip(every, panels, strict=False):
         for row in rows.filter(pl.col("metric") == metric, pl.col("system").is_in(systems)).iter_rows(named=True):
             place = -places[row["system"]]
-            costs_nothing = row["system"] in TRIVIAL or row["system"].endswith(SHUFFLED)
-            colour = "0.6" if costs_nothing else "0.1" if row["system"] == ANNOTATORS else colours(place % 10)
+            trivial_baselines = row["system"] in TRIVIAL or row["system"].endswith(SHUFFLED)
+            colour = "0.6" if trivial_baselines else "0.1" if row["system"] == ANNOTATORS else colours(place % 10)
             if row["low"] is not None:
                 axes.plot([row["low"], row["high"]], [-place, -place], color=colour, linewidth=2)
             axes.plot(row["value"], -place, "o", color=colour, markersize=5)

@@ -46,7 +46,7 @@ from milan_ray.studies.cut_and_paste.statistics import (
     paste,
     rates,
 )
-from milan_ray.studies.pictures import exemplar_views, unit_exemplars, unit_masks, views_of
+from milan_ray.studies.exemplar_images import exemplar_views, unit_exemplars, unit_masks, views_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -21,7 +21,7 @@ from milan_ray.models.heads import HeadTraining, find_head, fit_head, head_input
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress
 from milan_ray.studies.ablation.run import Accuracies, class_numbers
-from milan_ray.studies.pictures import views_of
+from milan_ray.studies.exemplar_images import views_of
 
 CHUNK = 512
 """Images read at a time."""

@@ -37,7 +37,14 @@ from milan_ray.studies.analysis.run import (
 from milan_ray.studies.analysis.statistics import RANDOM, units_of
 from milan_ray.studies.editing.fine_tune import Tuned, fine_tune
 from milan_ray.studies.editing.statistics import EVERY, FOUND, MOST, TEXT, mentioning, removal_orders, stop
-from milan_ray.studies.pictures import exemplar_views, shown_views_of, unit_exemplars, unit_masks, veiled, views_of
+from milan_ray.studies.exemplar_images import (
+    exemplar_views,
+    shown_views_of,
+    unit_exemplars,
+    unit_masks,
+    veiled,
+    views_of,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from milan_ray.cli.records import absolute
+from milan_ray.cli.build_configs import absolute
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
