@@ -22,9 +22,7 @@ from milan_ray.studies.plan import plan_comparison
 from milan_ray.world.networks import planted_concepts
 from milan_ray.world.probe import WorldProbe
 
-SCENES = references.ProbeRef(
-    ("world/small_probes",), plugins=(str(Path(__file__).parents[1] / "plugins/few_scenes.py"),)
-)
+SCENES = references.ProbeRef(("world/few",), plugins=(str(Path(__file__).parents[1] / "plugins/few_scenes.py"),))
 NETWORK, LAYER = "world/resnet-random", "layer1"
 UNITS = 6
 
