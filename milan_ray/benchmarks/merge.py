@@ -49,7 +49,7 @@ def _tables(plan: Plan, units: int, shards: int, images: int, actors: int) -> li
         state, actor = LayerState.empty(plan, units, (14, 14)), known[shard % actors]
         maps = torch.randn(images, units, 14, 14, generator=torch.Generator().manual_seed(shard)) * scale
         state.update(maps, np.arange(images) + shard * images, actor)
-        tables.append(to_table(state, actor.news(state)))
+        tables.append(to_table(state, actor.delta(state)))
         actor.commit(shard, state)
     return tables
 

@@ -249,7 +249,7 @@ def emitted(per_shard: float, kept: float, shards: float) -> float:
 
 
 def emitted_tail(per_shard: float, kept: float, shards: float) -> float:
-    """Activations per unit that an actor writes to settle a level: what exceeds the bar of the shards *before*.
+    """Activations per unit that an actor writes to settle a level: what exceeds the lower bound of the shards *before*.
 
     That is p + Σ_j min(p, c/j) over j = 1 … S − 1; see :func:`emitted`.
     """

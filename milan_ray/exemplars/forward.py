@@ -1,4 +1,4 @@
-"""Running a model over a probe: read, view, pad, one forward pass, all layers."""
+"""Runs a model over a probe: reads inputs, pads the batch, and reads all layers in one forward pass."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Inputs = np.ndarray | tuple[torch.Tensor, ...]
 
 @dataclass
 class Batch:
-    """Probe rows as one model takes them.
+    """Probe rows in the form that a model takes.
 
     Attributes:
         inputs: The model's views or latents.
@@ -56,10 +56,10 @@ class Batch:
 
 
 def check_probe(spec: ModelSpec, probe: Probe) -> None:
-    """Sees that a generator gets latents and everything else images.
+    """Checks that a generator gets latents and any other model images.
 
     Raises:
-        MilanError: It is the other way round.
+        MilanError: The probe does not fit the model.
     """
     if spec.images is not None and not isinstance(probe, LatentProbe):
         raise MilanError(
@@ -151,7 +151,7 @@ def _read(
 def read_ahead(
     probe: Probe, refs: Sequence[ImageRef], spec: ModelSpec, size: int, threads: int
 ) -> Iterator[tuple[Sequence[ImageRef], Batch]]:
-    """Reads as many rows at a time as a forward pass takes; the next ones while the model runs.
+    """Reads rows in batches of one forward pass, and reads the next batches while the model runs.
 
     Args:
         probe: Where they come from.
@@ -192,7 +192,7 @@ class Forward:
     The kernels behind a convolution or matrix product may depend on the batch size, and with them the last bits of
     the result. A short batch is therefore padded to the full size: an image's maps then do not depend on which
     images share its batch. The first batch is run once more, with half of its images among others, to see that this
-    is so: once per network and process.
+    is true, once per network and process.
 
     Args:
         spec: The model.

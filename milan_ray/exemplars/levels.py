@@ -60,14 +60,14 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 class RunningLevel:
     """Per unit, the largest activations seen and how many were counted.
 
-    Once a unit's tail is full, its least value is a bar: what is not above it can never matter again. So nearly all
-    activations cost one comparison, and only what passes is moved.
+    Once a unit's tail is full, its smallest value is a lower bound: values that do not exceed it can never matter
+    again. So nearly all activations cost one comparison, and only those that pass are copied.
 
     Attributes:
         quantile: q, e.g. 0.99.
         capacity: Largest values kept per unit.
         tail: float32 (U, n), unordered, −inf where there is none; n may exceed the capacity until it is trimmed.
-        bar: float32 (U,), values at or below which nothing needs to enter; −inf until a tail is full.
+        lower_bound: float32 (U,), values at or below which nothing needs to enter; −inf until a tail is full.
         counted: int64 (U,), finite activations seen.
         nonfinite: int64 (U,), NaN and infinite activations left out.
     """
@@ -75,7 +75,7 @@ class RunningLevel:
     quantile: float
     capacity: int
     tail: torch.Tensor
-    bar: torch.Tensor
+    lower_bound: torch.Tensor
     counted: torch.Tensor
     nonfinite: torch.Tensor
     _used: np.ndarray
@@ -93,18 +93,17 @@ class RunningLevel:
         """
         capacity = min(planned, math.ceil((1 - quantile) * planned) + 2)
         tail = torch.empty((units, 0), device=device)
-        bar = torch.full((units,), -torch.inf, device=device)
+        lower_bound = torch.full((units,), -torch.inf, device=device)
         zeros = torch.zeros(units, dtype=torch.int64, device=device)
-        return cls(quantile, capacity, tail, bar, zeros, zeros.clone(), np.zeros(units, np.int64))
+        return cls(quantile, capacity, tail, lower_bound, zeros, zeros.clone(), np.zeros(units, np.int64))
 
     def update(self, activations: torch.Tensor, known: torch.Tensor | None = None) -> None:
         """Counts activations.
 
         Args:
             activations: float32 (m, U, n), contiguous: m·n per unit.
-            known: (U,), values below which nothing matters any more, whatever this state holds (another state's
-                :attr:`bar`). Values equal to it are kept: each of several states that know each other's bars must
-                keep its own, or a tie could be lost in all of them.
+            known: (U,), another state's :attr:`lower_bound`; smaller values are skipped. Values equal to it are
+                kept: if states that know each other's bounds all dropped a tie, it would be lost.
         """
         per_unit = activations.shape[0] * activations.shape[2]
         counted = torch.full_like(self.counted, per_unit)
@@ -127,24 +126,24 @@ class RunningLevel:
         self._keep(other.tail[None], None)
 
     def trim(self) -> None:
-        """Drops what is beyond the capacity, and raises the bar."""
+        """Drops what is beyond the capacity, and raises the lower bound."""
         if self.tail.shape[1] < self.capacity:
             return
         self.tail = _largest(self.tail, self.capacity)
         self._used[:] = self.capacity
-        self.bar = torch.maximum(self.bar, self.tail.amin(dim=1))
+        self.lower_bound = torch.maximum(self.lower_bound, self.tail.amin(dim=1))
 
     def _keep(self, values: torch.Tensor, known: torch.Tensor | None) -> None:
-        bar = self.bar
+        lower_bound = self.lower_bound
         if known is not None:
-            bar = torch.maximum(bar, torch.nextafter(known, torch.full_like(known, -torch.inf)))
+            lower_bound = torch.maximum(lower_bound, torch.nextafter(known, torch.full_like(known, -torch.inf)))
         if self.capacity == 0 or values.numel() == 0:
             return
         if values.is_cuda:  # no sizes that depend on the data: the host would have to wait for them
-            self._append(values.masked_fill(values <= bar[:, None], -torch.inf))
+            self._append(values.masked_fill(values <= lower_bound[:, None], -torch.inf))
             return
         array = values.numpy()
-        above = array > bar.numpy()[:, None]  # four times as fast as torch's
+        above = array > lower_bound.numpy()[:, None]  # four times as fast as torch's
         if 8 * np.count_nonzero(above) > above.size:
             self._append(values.masked_fill(~torch.from_numpy(above), -torch.inf))
             return
@@ -169,7 +168,7 @@ class RunningLevel:
 
     @property
     def _limit(self) -> int:
-        """Columns of the tail at which it is trimmed: little beyond the capacity, as a high bar saves most."""
+        """Columns of the tail at which it is trimmed: little beyond the capacity, as a high bound saves most."""
         return self.capacity + self.capacity // 8
 
     def _widen(self, columns: int) -> None:

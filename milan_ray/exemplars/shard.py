@@ -1,4 +1,4 @@
-"""What one shard of the probe contributes to one layer's exemplars, and how shards fold into the layer's answer."""
+"""Mergeable state of one layer: what a shard of the probe contributes, and how shards merge into the result."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Plan:
     map_budget: int
 
     def carries_maps(self, units: int, map_shape: tuple[int, int]) -> bool:
-        """Whether the maps of the top k ride along."""
+        """Whether the state stores the maps of its top k."""
         return 4 * units * self.k * map_shape[0] * map_shape[1] <= self.map_budget
 
 
@@ -88,7 +88,7 @@ class LayerState:
         Args:
             maps: float (B, U, h, w), the layer's activation maps; both memory formats are read as they lie.
             image_ids: int64 (B,).
-            known: What the actor has committed: what is below its bars need not enter.
+            known: What the actor has committed; values below its lower bounds are skipped.
 
         Returns:
             float32 (B, U): the images' activations, maxima over positions.
@@ -100,8 +100,8 @@ class LayerState:
         maps = maps.to(torch.float32)
         pooled = maxima(maps)
         ids = torch.from_numpy(image_ids).to(pooled.device)
-        bar = None if known is None else known.topk_lower_bound
-        self.topk.update(pooled, ids, maps if self.topk.carries_maps else None, bar)
+        lower_bound = None if known is None else known.topk_lower_bound
+        self.topk.update(pooled, ids, maps if self.topk.carries_maps else None, lower_bound)
         self.level.update(self._positions(maps, image_ids), None if known is None else known.level_lower_bound)
         return pooled
 
@@ -134,7 +134,7 @@ class LayerState:
             )
 
     def merge(self, other: LayerState) -> None:
-        """Adds the images of another state of the same plan; each shard only once (levels count).
+        """Adds the images of another state of the same plan. Each shard may be merged only once, because levels count.
 
         Raises:
             MilanError: Its maps have another size.
@@ -145,17 +145,17 @@ class LayerState:
 
 
 class LayerStates:
-    """The states of a model's layers, each made when its first maps are there.
+    """The states of all layers of a model, created when a layer's first maps arrive.
 
-    Layers have nothing to do with each other, so that threads of a CPU share them: the numpy kernels inside use one
-    each, while the forward pass before had them all.
+    Layers are independent, so on a CPU several threads update them at the same time: the numpy kernels use one thread
+    each, and the forward pass that uses all threads has finished by then.
 
     Attributes:
         states: Layer → its state.
     """
 
     def __init__(self, plan: Plan, threads: int = 1) -> None:
-        """No state yet.
+        """Starts empty.
 
         Args:
             plan: What decides the states' shapes.
@@ -173,33 +173,33 @@ class LayerStates:
         Args:
             maps: Layer → float (B, U, h, w).
             image_ids: int64 (B,).
-            known: What the actor has committed of each layer; what is new among them gets its own.
+            known: Layer → what the actor has committed; layers seen for the first time are added.
 
         Raises:
             MilanError: A layer's maps have another size than before; the message names the layer.
         """
-        for layer, found in maps.items():
+        for layer, batch in maps.items():
             if layer not in self.states:
-                shape = found.shape[2], found.shape[3]
-                self.states[layer] = LayerState.empty(self._plan, found.shape[1], shape, found.device)
+                shape = batch.shape[2], batch.shape[3]
+                self.states[layer] = LayerState.empty(self._plan, batch.shape[1], shape, batch.device)
             if known is not None and layer not in known:
                 known[layer] = Committed(self.states[layer])
 
-        def one(layer: str) -> None:
-            with naming(layer):
+        def update_layer(layer: str) -> None:
+            with layer_in_errors(layer):
                 self.states[layer].update(maps[layer], image_ids, None if known is None else known[layer])
 
-        if self._pool is None or any(found.is_cuda for found in maps.values()):
+        if self._pool is None or any(batch.is_cuda for batch in maps.values()):
             for layer in maps:
-                one(layer)
+                update_layer(layer)
         else:
             largest_first = sorted(maps, key=lambda layer: -maps[layer].numel())
-            list(self._pool.map(one, largest_first))
+            list(self._pool.map(update_layer, largest_first))
 
 
 @contextmanager
-def naming(layer: str) -> Iterator[None]:
-    """Says in errors which layer they are about."""
+def layer_in_errors(layer: str) -> Iterator[None]:
+    """Prefixes errors with the layer's name."""
     try:
         yield
     except WorkRemovedError:
@@ -209,14 +209,14 @@ def naming(layer: str) -> Iterator[None]:
 
 
 class Committed:
-    """What one actor has made durable of a layer, and so need not tell again.
+    """Results of one layer that this actor has already written; used to skip values that cannot matter any more.
 
-    Only committed shards raise the bars, and each only once: then whatever is left out of a shard is outdone by other
-    shards' images, whoever runs a shard again, and in whatever order.
+    Only committed shards raise the lower bounds, each of them once. So every value left out of a shard is exceeded by
+    values of other committed shards, even if another actor runs the shard again or the order changes.
     """
 
     def __init__(self, state: LayerState) -> None:
-        """Nothing committed yet, for states like this one."""
+        """Starts with no committed shards, for states of the same shape as ``state``."""
         plan = replace(state.plan, map_budget=0)
         self._state = LayerState.empty(plan, len(state.topk.ids), state.map_shape, state.topk.ids.device)
         self._shards: set[int] = set()
@@ -224,21 +224,21 @@ class Committed:
     @property
     def topk_lower_bound(self) -> torch.Tensor:
         """(U,): activations below which an image cannot enter the top k."""
-        return self._state.topk.bar
+        return self._state.topk.lower_bound
 
     @property
     def level_lower_bound(self) -> torch.Tensor:
         """(U,): activations below which a position cannot matter for the level."""
-        return self._state.level.bar
+        return self._state.level.lower_bound
 
-    def news(self, state: LayerState) -> RunningTopK:
-        """The part of a shard's top k that survives the union with what is committed."""
+    def delta(self, state: LayerState) -> RunningTopK:
+        """The entries of a shard's top k that remain after merging with the committed top k."""
         union = state.topk.without_maps()
         union.merge(self._state.topk)
         return state.topk.within(union)
 
     def commit(self, shard: int, state: LayerState) -> None:
-        """Raises the bars by a shard that is durable now."""
+        """Merges a shard whose result is stored, which raises the lower bounds."""
         if shard not in self._shards:
             self._shards.add(shard)
             self._state.merge(state)
@@ -255,7 +255,7 @@ def to_table(state: LayerState, emitted: RunningTopK) -> pa.Table:
 
     Args:
         state: The shard's state.
-        emitted: Its candidates, thinned out by what was known already.
+        emitted: Its candidates, without those that the committed top k excludes.
 
     Returns:
         Columns unit, image_ids, activations, maps (flattened), tail, counted, nonfinite; the rest in the metadata.
@@ -314,7 +314,7 @@ def from_table(table: pa.Table, plan: Plan) -> LayerState:
 
 
 def fold(tables: Iterable[pa.Table], plan: Plan) -> LayerState:
-    """Folds shards' contributions, each given once, in any order, into the layer's answer.
+    """Merges the contributions of all shards into the layer's result; each shard once, in any order.
 
     Raises:
         MilanError: They have maps of different sizes.

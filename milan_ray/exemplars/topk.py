@@ -69,7 +69,7 @@ class RunningTopK:
         return self._store[unit, rank if self._slots is None else self._slots[unit, rank]]
 
     @property
-    def bar(self) -> torch.Tensor:
+    def lower_bound(self) -> torch.Tensor:
         """(U,): the activation below which an image cannot enter."""
         return self.values[:, -1]
 
@@ -78,7 +78,7 @@ class RunningTopK:
         values: torch.Tensor,
         ids: torch.Tensor,
         maps: torch.Tensor | None = None,
-        bar: torch.Tensor | None = None,
+        lower_bound: torch.Tensor | None = None,
     ) -> None:
         """Adds a batch of images.
 
@@ -86,11 +86,11 @@ class RunningTopK:
             values: float32 (B, U), the units' activations; −inf never enters.
             ids: int64 (B,), the images' ids.
             maps: float32 (B, U, h, w), needed when the state carries maps.
-            bar: (U,), activations below which nothing needs to enter (another state's :attr:`bar`).
+            lower_bound: (U,), activations below which nothing needs to enter (another state's :attr:`lower_bound`).
         """
         values = values.T
-        if bar is not None:
-            values = values.masked_fill(values < bar[:, None], -torch.inf)
+        if lower_bound is not None:
+            values = values.masked_fill(values < lower_bound[:, None], -torch.inf)
         self._absorb(values, ids.expand(values.shape), None if maps is None else maps.transpose(0, 1))
 
     def merge(self, other: RunningTopK) -> None:
@@ -158,11 +158,11 @@ class RunningTopK:
         own[unit, place[row, rank]] = new[unit, source if places is None else places[unit, source]]
 
     def _rows(self, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The units that one of the candidates may enter: few, once the bar is high. On a GPU all, without asking."""
+        """The units that a candidate may enter: few once the lower bound is high. On a GPU all, to avoid a synchronisation."""
         if values.is_cuda:
             return torch.arange(len(values), device=values.device)
-        ties = (values == self.bar[:, None]) & (ids < self.ids[:, -1:])
-        enters = (values > self.bar[:, None]) | (ties & (values > -torch.inf))
+        ties = (values == self.lower_bound[:, None]) & (ids < self.ids[:, -1:])
+        enters = (values > self.lower_bound[:, None]) | (ties & (values > -torch.inf))
         return enters.any(dim=1).nonzero()[:, 0]
 
 

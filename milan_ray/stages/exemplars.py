@@ -37,7 +37,7 @@ from milan_ray.exemplars.forward import Batch, Forward, check_probe, pass_size, 
 from milan_ray.exemplars.levels import in_words
 from milan_ray.exemplars.pooled import POOLED_VERSION, in_groups, maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
-from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerStates, Plan, fold, naming, to_table
+from milan_ray.exemplars.shard import KERNEL_VERSION, Committed, LayerStates, Plan, fold, layer_in_errors, to_table
 from milan_ray.models.establish import established
 from milan_ray.models.hooks import find_layers, unwrap
 from milan_ray.models.inputs import check_network
@@ -616,7 +616,7 @@ class ExemplarWorker(ModelWorker):
             layers.update({layer: found[layer] for layer in item.layers}, batch.ids, known)
         for layer, state in layers.states.items():
             name = f"{item.folder(layer)}/{_shard_name(row['shard'])}"
-            self._storage.put_work(item.work, name, to_table(state, known[layer].news(state)))
+            self._storage.put_work(item.work, name, to_table(state, known[layer].delta(state)))
         readable = np.array([image["image_id"] for image in images if "reason" not in image], np.int64)
         for layer, (largest, mean) in pooled.items():
             name = f"pooled/{item.folder(layer)}/{_shard_name(row['shard'])}"
@@ -626,7 +626,7 @@ class ExemplarWorker(ModelWorker):
         self._storage.put_work(item.work, f"{IMAGES}/{_shard_name(row['shard'])}", table)
         # Only now, with the shard durable, may it raise the bars for the next.
         for layer, state in layers.states.items():
-            with naming(layer):
+            with layer_in_errors(layer):
                 known[layer].commit(row["shard"], state)
 
 
@@ -739,7 +739,7 @@ def _merge_layer(task: _MergeTask) -> list[int] | None:
     """Folds one layer; returns the winners' ids when their maps must be computed again, else None."""
     storage, item, layer = task.storage, task.item, task.layer
     # By name, not what is there: another job may be removing the same work, and some of it is not all of it.
-    with naming(layer):
+    with layer_in_errors(layer):
         state = fold((storage.get_work(item.work, f"{item.folder(layer)}/{n}") for n in task.shards), item.plan)
     levels = state.level.result()
     table = LEVELS.table(

@@ -37,7 +37,7 @@ def run(shards: list[np.ndarray], plan: Plan = PLAN) -> LayerState:
         state = LayerState.empty(plan, 6, (4, 4))
         for batch in np.array_split(ids, 2):
             state.update(maps_of(batch), batch, known)
-        tables.append(to_table(state, known.news(state)))
+        tables.append(to_table(state, known.delta(state)))
         known.commit(shard, state)
     return fold(tables[::-1], plan)
 
@@ -80,7 +80,7 @@ def test_update_with_another_map_size_says_so():
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**20), st.randoms(use_true_random=False))
 def test_fold_of_retried_shards_of_several_actors_equals_one_pass(seed, random):
-    """Shards are run again by actors that know others' bars, the last file counts, and no tie is lost in a circle."""
+    """Shards are run again by actors that know others' bounds, the last file counts, and no tie is lost in a circle."""
     plan = Plan(60, 3, 0.8, 10**6, random.choice([0, 2**20]))
     shards = np.array_split(np.random.default_rng(seed).permutation(60), 5)
     actors = [Committed(LayerState.empty(plan, 6, (4, 4))) for _ in range(3)]
@@ -94,7 +94,7 @@ def test_fold_of_retried_shards_of_several_actors_equals_one_pass(seed, random):
             state.update(maps_of(batch), batch, actors[number])
         fate = random.random()
         if fate < 0.9 or shard not in files:  # else killed before its file was there
-            files[shard] = to_table(state, actors[number].news(state))
+            files[shard] = to_table(state, actors[number].delta(state))
             actors[number].commit(shard, state)
         if fate < 0.1:  # killed after, and started anew
             actors[number] = Committed(LayerState.empty(plan, 6, (4, 4)))
@@ -127,7 +127,7 @@ def test_bytes_of_a_shard_fall_as_the_bars_rise():
         state = LayerState.empty(plan, 6, (4, 4))
         generator = torch.Generator().manual_seed(shard)
         state.update(torch.randn(100, 6, 4, 4, generator=generator), ids, known)
-        sizes.append(to_table(state, known.news(state)).nbytes)
+        sizes.append(to_table(state, known.delta(state)).nbytes)
         known.commit(shard, state)
     assert sizes[-1] < 0.4 * sizes[0]
     assert sorted(sizes, reverse=True)[:3] == sizes[:3]

@@ -59,9 +59,11 @@ def test_topk_emission_of_retried_and_reordered_shards_keeps_every_winner(values
     for index in order:
         ids = torch.tensor(shards[index], dtype=torch.int64)
         shard = RunningTopK.empty(1, k)
-        shard.update(torch.tensor([[values[i]] for i in shards[index]]).reshape(-1, 1), ids, bar=actor.bar)
+        shard.update(
+            torch.tensor([[values[i]] for i in shards[index]]).reshape(-1, 1), ids, lower_bound=actor.lower_bound
+        )
         if len(order) < 10 and random.random() < 0.3:
-            order.append(index)  # given up before it was committed, and tried again: it must not have raised the bar
+            order.append(index)  # given up before it was committed, and tried again: it must not have raised the bound
             continue
         union = actor.without_maps()
         union.merge(shard)
