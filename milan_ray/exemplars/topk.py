@@ -158,7 +158,7 @@ class RunningTopK:
         own[unit, place[row, rank]] = new[unit, source if places is None else places[unit, source]]
 
     def _rows(self, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The units that a candidate may enter: few once the lower bound is high. On a GPU all, to avoid a synchronisation."""
+        """The units that a candidate may enter: few once the lower bound is high. On a GPU all: no synchronisation."""
         if values.is_cuda:
             return torch.arange(len(values), device=values.device)
         ties = (values == self.lower_bound[:, None]) & (ids < self.ids[:, -1:])
