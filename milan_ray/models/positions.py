@@ -46,6 +46,29 @@ class _Answers:
     pictures: LitPictures
 
 
+@dataclass(frozen=True)
+class _Output:
+    """A layer's output.
+
+    Attributes:
+        puts_out: The start of a message about it.
+        key: The call that it comes from; None where that was not noted.
+        batch: The axis that counts images.
+        per_image: Its other axes.
+        units: What the structure or the user says of the units' axis.
+    """
+
+    puts_out: str
+    key: Key | None
+    batch: int
+    per_image: tuple[int, ...]
+    units: Units
+
+    def layout(self, way: Candidate, known: str, order: tuple[int, ...] | None = None) -> Layout:
+        """The layout of one way to read it, and how that way is known."""
+        return way.layout(self.per_image, self.batch, known, order)
+
+
 class Positions:
     """Reads layers of one model, of which a pass has been noted.
 
@@ -139,16 +162,11 @@ class Positions:
         constant = self._constant(key, per_image, units.axis)
         own = self._spec.prefix_tokens if constant is None else int(constant.sum())
         ways = list(candidates(per_image, units, view, seen, own, told))
-        if not ways and (told.grid, told.prefix_tokens) != (None, None):
-            said = f"grid={told.grid}" if told.grid is not None else f"prefix_tokens={told.prefix_tokens}"
-            return f"{puts_out}, which does not agree with {said}; correct that, or choose another layer."
-        if ways and (told.grid is not None or (told.units_axis is not None and len(per_image) == 3)):
-            layout = ways[0].layout(per_image, batch, "what was said of it")
-            free = self._clear(list(candidates(per_image, units, view, seen, own, UNSAID)), self._first, key)
-            if free is None or free.reads_as(ways[0]) or free.grid == (1, 1):
-                return layout
-            shown = f"{free.grid[0]}×{free.grid[1]} positions, units on axis {free.units_axis}"
-            return replace(layout, remark=f"is read as was said, though lit patches of a picture show in {shown}")
+        output = _Output(puts_out, key, batch, per_image, units)
+        if told.grid is not None or told.prefix_tokens is not None or told.units_axis is not None:
+            free = list(candidates(per_image, units, view, seen, own, UNSAID))
+            if (answer := self._as_told(output, ways, free)) is not None:
+                return answer
         if self._strict and self._margins and any(way.grid != (1, 1) for way in ways):
             return (
                 f"{puts_out}, and {self._margins} by itself, so that its positions are not the view's: put that into "
@@ -166,39 +184,71 @@ class Positions:
                 f"{puts_out}, which looks like one map without an axis of units: add it by hidden=, as in lambda "
                 f"output: output[:, None], or {_SAY}."
             )
+        return self._as_shown(output, ways, own)
+
+    def _as_told(self, output: _Output, ways: list[Candidate], free: list[Candidate]) -> Layout | str | None:
+        """The layout that the user declared; a sentence where the output contradicts it, None where it decides nothing.
+
+        Args:
+            output: The layer's output.
+            ways: The ways to read it that agree with the declaration.
+            free: The ways to read it without the declaration.
+        """
+        told = self._spec.reading
+        if not ways and (told.grid, told.prefix_tokens) != (None, None):
+            said = f"grid={told.grid}" if told.grid is not None else f"prefix_tokens={told.prefix_tokens}"
+            return f"{output.puts_out}, which does not agree with {said}; correct that, or choose another layer."
+        if not ways or (told.grid is None and (told.units_axis is None or len(output.per_image) != 3)):
+            return None
+        layout = output.layout(ways[0], "what was said of it")
+        shown = self._clear(free, self._first, output.key)
+        if shown is None or shown.reads_as(ways[0]) or shown.grid == (1, 1):
+            return layout
+        remark = f"{shown.grid[0]}×{shown.grid[1]} positions, units on axis {shown.units_axis}"
+        return replace(layout, remark=f"is read as was said, though lit patches of a picture show in {remark}")
+
+    def _as_shown(self, output: _Output, ways: list[Candidate], own: int | None) -> Layout | str:
+        """The layout that lit patches and the network's modules show; a sentence where they leave it open.
+
+        Args:
+            output: The layer's output.
+            ways: The ways to read it, likeliest first.
+            own: How many tokens of it are no positions; None where that is not known.
+        """
+        key, units = output.key, output.units
         clear = self._clear(ways, self._first, key)
         turned = bool(ways) and self._answers_turned(clear or ways[0], key)
         if clear is not None and not turned:
-            return clear.layout(per_image, batch, "lit patches")
+            return output.layout(clear, "lit patches")
         best, evidence = self._best([way for way in ways if not units.certain or way.units_axis == units.axis], key)
         confirmed = best is ways[0] if ways and evidence is not None and evidence.confirms else False
         if best is not None and confirmed and best.certain and not turned:
-            return best.layout(per_image, batch, "lit patches")
+            return output.layout(best, "lit patches")
         strange = turned or (evidence is not None and evidence.contradicts)
         if strange:
-            ordered = self._ordered(ways, key) if key is not None and len(per_image) == 2 else None
+            ordered = self._ordered(ways, key) if key is not None and len(output.per_image) == 2 else None
             if ordered is not None:
-                return ordered[0].layout(per_image, batch, "lit patches", ordered[1])
+                return output.layout(ordered[0], "lit patches", ordered[1])
         elif ways and ways[0].certain and not (evidence is not None and evidence.vague):
-            return ways[0].layout(per_image, batch, "the kind of its modules")
+            return output.layout(ways[0], "the kind of its modules")
         if self._show is not None and key is not None and (passed_on := self._from_sources(key, ways)) is not None:
-            return passed_on[0].layout(per_image, batch, passed_on[1])
+            return output.layout(*passed_on)
         if strange:
             return (
-                f"{puts_out}, and a lit patch of the picture shows elsewhere in it: its positions come in an unknown "
-                f"order; choose another layer, or {_SAY}."
+                f"{output.puts_out}, and a lit patch of the picture shows elsewhere in it: its positions come in an "
+                f"unknown order; choose another layer, or {_SAY}."
             )
-        if ways and units.certain and ways[0].prefix == (own or 0) and ways[0].grid in seen:
+        if ways and units.certain and ways[0].prefix == (own or 0) and ways[0].grid in self._structure.map_sizes(key):
             faint = own is not None and (evidence is None or math.prod(ways[0].grid) < _FEW**2)
             if faint or (evidence is not None and evidence.confirms):
-                return ways[0].layout(per_image, batch, "the model's own maps and number of prefix tokens")
+                return output.layout(ways[0], "the model's own maps and number of prefix tokens")
         if self._show is not None and key is not None and (passed_on := self._from_itself(key, ways)) is not None:
-            return passed_on[0].layout(per_image, batch, passed_on[1])
+            return output.layout(*passed_on)
         if not self._strict and units.certain and units.axis is not None:
-            return Candidate(units.axis, (1, 1)).layout(per_image, batch, "the kind of its modules")
+            return output.layout(Candidate(units.axis, (1, 1)), "the kind of its modules")
         return (
-            f"{puts_out}, and neither its modules nor lit patches of a picture tell its units from its positions; "
-            f"choose another layer, or {_SAY}."
+            f"{output.puts_out}, and neither its modules nor lit patches of a picture tell its units from its "
+            f"positions; choose another layer, or {_SAY}."
         )
 
     def _constant(self, key: Key | None, per_image: tuple[int, ...], axis: int | None) -> torch.Tensor | None:
