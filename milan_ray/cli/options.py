@@ -135,7 +135,7 @@ def storage(parser: argparse.ArgumentParser) -> None:
 
 
 def download(parser: argparse.ArgumentParser) -> None:
-    """Leave to download."""
+    """Adds ``--download``."""
     parser.add_argument("--download", action="store_true", help="fetch published weights that are absent")
 
 
@@ -147,7 +147,7 @@ def quirks(parser: argparse.ArgumentParser) -> None:
 
 
 def dry_run(parser: argparse.ArgumentParser) -> None:
-    """Say only."""
+    """Adds ``--dry-run``."""
     parser.add_argument("--dry-run", action="store_true", help="say what would be made and why, and make nothing")
 
 

@@ -1,4 +1,4 @@
-"""The probe's own concept maps in the place of a model of images and texts: an oracle that judges need not distrust."""
+"""Uses the probe's own concept maps in place of a model of images and texts: an oracle for testing judges."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ConceptTruth:
         return self
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Not for what looks at concept maps.
+        """Not supported: this model reads concept maps, not pixels.
 
         Raises:
             TypeError: Always.

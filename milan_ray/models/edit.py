@@ -120,7 +120,7 @@ def _readers(model: nn.Module, layer: str) -> Iterator[str]:
 
 
 def _keeps_units(node: fx.Node, module: nn.Module | None) -> bool:
-    """Whether an operation leaves units that are zero at zero, and in their places."""
+    """Whether the operation preserves zeroed units and their order."""
     if module is not None:
         return isinstance(module, _KEEPING_MODULES) or (isinstance(module, nn.Flatten) and module.start_dim == 1)
     if node.op == "call_function":
@@ -143,7 +143,7 @@ def _over_positions(node: fx.Node) -> bool:
 def _check(
     spec: ModelSpec, model: nn.Module, units: UnitSet, state: dict[str, torch.Tensor], views: torch.Tensor
 ) -> None:
-    """Sees that the weights do what switching off does.
+    """Checks that the edited weights have the same effect as switching units off.
 
     Raises:
         MilanError: They do not.

@@ -62,7 +62,7 @@ class Sources:
 
     @classmethod
     def find(cls, storage: Storage, labelers: Sequence[str], left_out: LeftOut) -> Sources:
-        """Looks what there is, once for all layers."""
+        """Lists the tables of the run directory once for all layers."""
         encodings, scores = defaultdict(list), defaultdict(list)
         for keys in storage.partitions(ENCODINGS):
             encodings[keys["model"], keys["layer"]].append(keys["encoder"])
