@@ -139,8 +139,8 @@ def ensure_views(storage: Storage, pictures: Pictures, image_ids: list[int], res
     generator = references.model(pictures.model).images is not None
     cpus, gpus = (resources.cpus_per_actor, gpus_each(resources)) if generator else (1, 0)
     with Progress(f"views {pictures.key}", sum(len(task.wanted) for task in tasks), "images") as progress:
-        here = storage.count(MANIFEST, probe=pictures.digest) <= FEW_IMAGES and not generator
-        for index, _ in run_parallel(_write_block, tasks, cpus, gpus, here):
+        in_driver = storage.count(MANIFEST, probe=pictures.digest) <= FEW_IMAGES and not generator
+        for index, _ in run_parallel(_write_block, tasks, cpus, gpus, in_driver):
             progress.advance(len(tasks[index].wanted))
     _withdraw(storage, pictures, own)
 
