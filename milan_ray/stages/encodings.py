@@ -25,8 +25,8 @@ from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedSta
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.exemplars import masks
 from milan_ray.schema import ENCODINGS, EXEMPLARS
-from milan_ray.stages.images import block_of, read_block
 from milan_ray.storage import EXEMPLARS_KEY, Storage
+from milan_ray.storage.image_blocks import block_of, read_block
 
 KERNEL_VERSION = "encodings-3"
 
