@@ -24,8 +24,8 @@ from milan_ray.models.weights import read_state_dict
 from milan_ray.probe.latents import LatentFiles
 from milan_ray.schema import ANNOTATIONS, LEVELS
 from milan_ray.scoring.text import BertScore
-from milan_ray.stages.images import block_of
 from milan_ray.storage import Storage
+from milan_ray.storage.image_blocks import block_of
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = sorted([*(ROOT / "milan_ray").rglob("*.py"), *(ROOT / "jobs").rglob("*.py")])

@@ -519,3 +519,30 @@ def test_write_stream_puts_a_whole_file_on_an_object_store():
     storage.write_stream(LEVELS, (levels(units=units) for units in (4, 2)), "hash", {}, **keys)
     assert [len(piece) for piece in storage.stream(LEVELS, **keys)] == [4, 2]
     assert storage.is_current(LEVELS, "hash", **keys)
+
+
+def test_write_stream_into_a_folder_that_other_jobs_remove_writes_all_pieces_once(tmp_path):
+    storage, keys = Storage(tmp_path), {"model": "tiny/cnn", "layer": "0"}
+    taken = []
+
+    def pieces():
+        for units in (4, 2, 3):
+            taken.append(units)
+            yield levels(units=units)
+            storage.remove("levels")
+
+    storage.write_stream(LEVELS, pieces(), "hash", {}, **keys)
+    assert taken == [4, 2, 3] and [len(piece) for piece in storage.stream(LEVELS, **keys)] == taken
+    assert entries(tmp_path) == [storage.path(LEVELS, **keys)]
+
+
+def test_write_stream_whose_pieces_are_not_found_writes_nothing(tmp_path):
+    storage, keys = Storage(tmp_path), {"model": "tiny/cnn", "layer": "0"}
+
+    def pieces():
+        yield levels()
+        storage.get("nothing")
+
+    with pytest.raises(MilanError, match="cannot write"):
+        storage.write_stream(LEVELS, pieces(), "hash", {}, **keys)
+    assert entries(tmp_path) == []

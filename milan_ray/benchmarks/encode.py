@@ -19,8 +19,9 @@ from milan_ray.exemplars.masks import pack
 from milan_ray.schema import ENCODINGS, EXEMPLARS, VIEWS
 from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.encodings import BATCH_SIZE, MASKS, run_encodings
-from milan_ray.stages.images import block_of, png
+from milan_ray.stages.images import png
 from milan_ray.storage import Storage
+from milan_ray.storage.image_blocks import block_of
 
 PER_IMAGE = 20
 """Masks per image: what ResNet-18's 1,024 units have on 800 images."""

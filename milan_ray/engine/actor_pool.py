@@ -54,7 +54,11 @@ class ModelCache(Generic[T]):
 
 
 def run_pool(
-    worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], resources: Resources, here: bool = False
+    worker: Callable[..., Any],
+    arguments: dict[str, Any],
+    rows: list[Row],
+    resources: Resources,
+    in_driver: bool = False,
 ) -> Iterator[Row]:
     """Runs ``worker(**arguments)(row)`` for every row on a pool of actors, or of threads where that is over sooner.
 
@@ -67,7 +71,7 @@ def run_pool(
         arguments: Its constructor's arguments: small, picklable.
         rows: JSON-able pieces of work.
         resources: What the pool may use.
-        here: Whether a thread does it in any case.
+        in_driver: Whether a thread does it in any case.
 
     Yields:
         The workers' answers (JSON-able), as they finish, with the ``seconds`` that each took and its row's ``name``.
@@ -77,7 +81,7 @@ def run_pool(
     """
     if not rows:
         return
-    threads = threads_here(resources, len(rows)) or int(here)
+    threads = threads_here(resources, len(rows)) or int(in_driver)
     answers = _here(worker, arguments, rows, threads) if threads else _actors(worker, arguments, rows, resources)
     for found in answers:
         if "failure" in found:

@@ -224,12 +224,12 @@ class ShardedStage(Stage):
         """What is said before the shards that are not stored yet are run."""
         return f"{self.title}: {len(job.due)} layers of {len({output.model for output in job.due})} models"
 
-    def little(self, shards: Sequence[Shard]) -> bool:
+    def runs_in_driver(self, shards: Sequence[Shard]) -> bool:
         """Whether these shards are so little that the driver runs them whatever the resources are."""
         return False
 
     @abstractmethod
-    def few(self, job: Job, shards: Sequence[Shard]) -> bool:
+    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
         """Whether there is so little to merge that the driver does it: workers take longer to start."""
 
 
@@ -249,7 +249,7 @@ class TaskStage(Stage):
         """An output."""
 
     @abstractmethod
-    def few(self, storage: Storage, outputs: Sequence[Output]) -> bool:
+    def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
         """Whether these are so little that the driver makes them."""
 
 
@@ -274,7 +274,7 @@ def run_stage(stage: ShardedStage | TaskStage, storage: Storage, resources: Reso
         if stage.remark:
             say(stage.remark)
         tasks = [_Task(stage, storage, output) for output in due]
-        for _ in run_parallel(_run_task, tasks, here=stage.few(storage, every)):
+        for _ in run_parallel(_run_task, tasks, in_driver=stage.runs_in_driver(storage, every)):
             pass
         return every
     work = _work(stage, every)
@@ -329,7 +329,7 @@ def _make(stage: ShardedStage, job: Job) -> None:
     layers = {number: (output.model, output.layer) for number, output in output_of.items()}
     pieces = (layers[number] for shard in fresh for number in shard.outputs)
     with Progress(stage.label, sum(shard.size for shard in fresh), stage.counted, pieces) as progress:
-        for answer in run_pool(stage.worker, arguments, rows, job.resources, stage.little(shards)):
+        for answer in run_pool(stage.worker, arguments, rows, job.resources, stage.runs_in_driver(shards)):
             shard = shard_of[answer["name"]]
             progress.advance(shard.size, (layers[number] for number in shard.outputs))
             for number in shard.outputs:
@@ -341,7 +341,7 @@ def _make(stage: ShardedStage, job: Job) -> None:
     merges = [
         _Merge(stage, storage, work, output, tuple(names[output.number]), costs[output.number]) for output in job.due
     ]
-    for _ in run_parallel(_merge, merges, here=stage.few(job, shards)):
+    for _ in run_parallel(_merge, merges, in_driver=stage.merges_in_driver(job, shards)):
         pass
 
 

@@ -135,7 +135,7 @@ def run_parallel(
     items: Iterable[Item],
     num_cpus: float = 1,
     num_gpus: float = 0,
-    here: bool = False,
+    in_driver: bool = False,
 ) -> Iterator[tuple[int, Result]]:
     """Runs a function on every item as Ray tasks; a task whose worker or node dies is run again.
 
@@ -146,7 +146,7 @@ def run_parallel(
         items: Its arguments; an iterator is read as tasks finish.
         num_cpus: CPUs per call.
         num_gpus: GPUs per call.
-        here: Whether threads of this process do it instead, for what is done before Ray has started a worker.
+        in_driver: Whether threads of this process do it instead, for what is done before Ray has started a worker.
 
     Yields:
         (index of the item, result), as they finish.
@@ -154,7 +154,7 @@ def run_parallel(
     Raises:
         Exception: What the function raised, as the function raised it.
     """
-    if here:
+    if in_driver:
         most = min(MOST_THREADS, os.cpu_count() or 1)
         with ThreadPoolExecutor(most) as threads:
             try:

@@ -29,8 +29,8 @@ from milan_ray.progress import Progress, say
 from milan_ray.schema import ANNOTATIONS, EXEMPLARS
 from milan_ray.scoring.agreement import TextScore, leave_one_out, mean_agreement
 from milan_ray.stages.annotations_export import exemplar_layers
-from milan_ray.stages.images import block_of, read_block
 from milan_ray.storage import EXEMPLARS_KEY, Storage
+from milan_ray.storage.image_blocks import block_of, read_block
 
 KERNEL_VERSION = "answers-1"
 

@@ -20,8 +20,8 @@ from milan_ray.exemplars import masks
 from milan_ray.probe.manifest import rows_of
 from milan_ray.progress import Progress, say
 from milan_ray.schema import ANNOTATIONS, EXEMPLARS, MANIFEST
-from milan_ray.stages.images import block_of, read_block
 from milan_ray.storage import EXEMPLARS_KEY, Storage
+from milan_ray.storage.image_blocks import block_of, read_block
 
 ROOT = "milannotations:"
 """Start of the root of an imported set's images in their manifest; their paths are ids, where ``ids.csv`` had them."""

@@ -36,8 +36,9 @@ from milan_ray.probe.manifest import digest as manifest_digest
 from milan_ray.progress import Progress, say
 from milan_ray.schema import ANNOTATIONS, EXEMPLARS, MANIFEST, VIEWS
 from milan_ray.stages.annotations_export import CSV_ROWS, PUBLISHED, ROOT, UNITS_FILE, exemplar_layers
-from milan_ray.stages.images import block_of, png, write_block
+from milan_ray.stages.images import png
 from milan_ray.storage import EXEMPLARS_KEY, Storage
+from milan_ray.storage.image_blocks import block_of, write_block
 
 KERNEL_VERSION = "published-1"
 

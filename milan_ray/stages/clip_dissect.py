@@ -185,7 +185,7 @@ def run_clip_dissect(
         scans = [_Scan(storage, work, layer, labeler, ref.name, digest) for layer in every]
         scans = [scan for scan in scans if f"units/{scan.layer.number}" not in stored]
         scanned = {layer.number: 0.0 for layer in every}
-        for index, took in run_parallel(_scan, scans, here=few):
+        for index, took in run_parallel(_scan, scans, in_driver=few):
             scanned[scans[index].layer.number] = took
         needed = np.unique(np.concatenate([_needed(storage, work, layer) for layer in every]))
         seconds = _compare(storage, work, every, labeler, ref.name, digest, needed, resources)

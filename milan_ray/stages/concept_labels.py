@@ -468,7 +468,7 @@ def _finish(storage: Storage, planned: _Work, how: LabelConfig, config: Exemplar
     few = item.plan.images <= FEW_IMAGES
     merges = [_Merge(storage, item.work, item.folder(layer), shards) for layer in item.layers]
     counts: dict[str, ConceptCounts] = {}
-    for index, state in run_parallel(_merge, merges, here=few):
+    for index, state in run_parallel(_merge, merges, in_driver=few):
         counts[item.layers[index]] = state
     images = next(iter(counts.values())).images
     if not images or not next(iter(counts.values())).size:
@@ -520,7 +520,7 @@ def _search(
     seconds = dict.fromkeys(tasks, 0.0)
     with Progress(f"formulas of {item.model.name}", sum(len(task.units) for _, task in fresh), "units") as progress:
         here = item.plan.images * sum(len(task.units) for _, task in fresh) <= FEW
-        for index, spent in run_parallel(_compose, [task for _, task in fresh], here=here):
+        for index, spent in run_parallel(_compose, [task for _, task in fresh], in_driver=here):
             layer, task = fresh[index]
             progress.advance(len(task.units))
             seconds[layer] += spent

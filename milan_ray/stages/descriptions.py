@@ -286,7 +286,7 @@ class Candidates(ShardedStage):
         models = len({output.model for output in job.due})
         return f"{self.label}: {sum(shard.size for shard in shards)} units of {models} models by {self._decoder}"
 
-    def few(self, job: Job, shards: Sequence[Shard]) -> bool:
+    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
         """Whether there are few candidates."""
         return sum(shard.size for shard in shards) * self._settled.beam_size <= FEW_ROWS
 
@@ -328,7 +328,7 @@ class Descriptions(TaskStage):
         exemplars = storage.exemplars_of(CANDIDATES, **candidates_of(self._decoder, output)) or ""
         return described(output, labeler, labels, exemplars, self._decoder)
 
-    def few(self, storage: Storage, outputs: Sequence[Output]) -> bool:
+    def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
         """Whether there are few candidates."""
         layers = {(output.model, output.layer): output for output in outputs}.values()
         return sum(storage.count(CANDIDATES, **candidates_of(self._decoder, one)) for one in layers) <= FEW_ROWS

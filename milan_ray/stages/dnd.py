@@ -284,7 +284,7 @@ class DrawnLabels(TaskStage):
         exemplars = storage.config_of(EXEMPLARS, model=output.model, layer=output.layer)
         return described(output, self._labeler, self._labeler.label(Evidence(drawn=drawn)), exemplars)
 
-    def few(self, storage: Storage, outputs: Sequence[Output]) -> bool:
+    def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
         """Choosing is sorting some numbers."""
         return True
 
@@ -434,7 +434,7 @@ def _draw_all(
     few = item.plan.images <= FEW_IMAGES
     tasks = [_Top(storage, item, layer, how.images, how.pooling, units) for layer in item.layers]
     found: dict[str, list[int]] = {}
-    for index, present in run_parallel(_top, tasks, here=few):
+    for index, present in run_parallel(_top, tasks, in_driver=few):
         found[item.layers[index]] = present
     blocks: dict[str, list[str]] = {}
     rows: list[Row] = []

@@ -154,7 +154,7 @@ class ImageEmbeddings(ShardedStage):
         total = job.storage.count(MANIFEST, probe=self._digest)
         return f"{self.title}: {total} images, {len(shards)} of {-(-total // SHARD)} shards to do"
 
-    def few(self, job: Job, shards: Sequence[Shard]) -> bool:
+    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
         """The driver strings the shards together: it reads each once."""
         return True
 
@@ -335,11 +335,11 @@ class TextEmbeddings(ShardedStage):
         """How many texts are embedded."""
         return f"{self.title}: {sum(shard.size for shard in shards)} texts"
 
-    def little(self, shards: Sequence[Shard]) -> bool:
+    def runs_in_driver(self, shards: Sequence[Shard]) -> bool:
         """Whether there are few texts."""
         return len(self._texts) <= FEW_TEXTS
 
-    def few(self, job: Job, shards: Sequence[Shard]) -> bool:
+    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
         """There is one table."""
         return True
 

@@ -25,8 +25,8 @@ from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedSta
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.exemplars import masks
 from milan_ray.schema import ENCODINGS, EXEMPLARS
-from milan_ray.stages.images import block_of, read_block
 from milan_ray.storage import EXEMPLARS_KEY, Storage
+from milan_ray.storage.image_blocks import block_of, read_block
 
 KERNEL_VERSION = "encodings-3"
 
@@ -163,14 +163,14 @@ class Encodings(ShardedStage):
         """Chunks of images; the exemplars of each lie beside it, so that no worker reads a layer as a whole."""
         used: dict[tuple[str, str], set[int]] = defaultdict(set)
         every = [_Scatter.of(job, output) for output in job.every]
-        for index, ids in run_parallel(_image_ids, every, here=self.few(job)):
+        for index, ids in run_parallel(_image_ids, every, in_driver=self.merges_in_driver(job)):
             used[every[index].view].update(ids)
         starts = {view: chunk_starts(sorted(ids)) for view, ids in used.items()}
         due = [task for task in every if task.output in job.due]
         scatters = [replace(task, starts=starts[task.view]) for task in due]
         rows: dict[str, dict[str, Any]] = {}
         outputs: dict[str, list[int]] = defaultdict(list)
-        for index, names in run_parallel(_scatter, scatters, here=self.few(job)):
+        for index, names in run_parallel(_scatter, scatters, in_driver=self.merges_in_driver(job)):
             probe, view = scatters[index].view
             for name in names:
                 rows[name] = {"probe": probe, "view": view}
@@ -193,7 +193,7 @@ class Encodings(ShardedStage):
         exemplars = storage.config_of(EXEMPLARS, model=output.model, layer=output.layer)
         return ENCODINGS.table(output.columns(table), {"feature_size": str(size), EXEMPLARS_KEY: exemplars})
 
-    def few(self, job: Job, shards: Sequence[Shard] = ()) -> bool:
+    def merges_in_driver(self, job: Job, shards: Sequence[Shard] = ()) -> bool:
         """Whether all layers together have few exemplars."""
         keys = ({"model": output.model, "layer": output.layer} for output in job.every)
         return sum(job.storage.count(EXEMPLARS, **of) for of in keys) <= FEW_ROWS

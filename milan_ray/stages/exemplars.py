@@ -728,7 +728,7 @@ def _merge(storage: Storage, item: ModelWork, config: ExemplarConfig, expected: 
     cost.add(seconds, len(item.layers) + len(item.pooled))  # one pass for all
     tasks = [_MergeTask(storage, item, layer, config, shards, cost) for layer in item.layers]
     winners: dict[str, list[int]] = {}
-    for index, ids in run_parallel(_merge_layer, tasks, here=expected <= FEW_IMAGES):
+    for index, ids in run_parallel(_merge_layer, tasks, in_driver=expected <= FEW_IMAGES):
         if ids is not None:
             winners[item.layers[index]] = ids
     _merge_pooled(storage, item, config, shards, cost)
@@ -798,7 +798,7 @@ def _merge_pooled(
         MilanError: A shard's are not those of the images it read.
     """
     tasks = [_PooledTask(storage, item, layer, config, shards, cost) for layer in item.pooled]
-    for _ in run_parallel(_merge_pooled_layer, tasks, here=cost.images <= FEW_IMAGES):
+    for _ in run_parallel(_merge_pooled_layer, tasks, in_driver=cost.images <= FEW_IMAGES):
         pass
 
 

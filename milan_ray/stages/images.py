@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import platform
-import time
 import uuid
 from collections import defaultdict
 from collections.abc import Sequence
@@ -15,7 +14,6 @@ from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from PIL import Image
 from torch import nn
@@ -33,18 +31,13 @@ from milan_ray.probe.base import ImageRef, LatentProbe
 from milan_ray.progress import Progress, say
 from milan_ray.schema import MANIFEST, VIEWS
 from milan_ray.storage import Storage
-
-BLOCK = 256
-"""Images of the manifest that share one partition."""
+from milan_ray.storage.image_blocks import BLOCK, block_of, write_block
 
 WANTED = "wanted"
 """Folder of a view in which jobs announce the images that they want."""
 
 FORGET = timedelta(days=1)
 """Age of announcements that nobody takes back: of jobs that were killed, or that were not alone."""
-
-_PAUSES = (0.2, 1.0, 5.0)
-"""Seconds to wait for images that another job, extending the same block, is about to put back."""
 
 
 @dataclass(frozen=True)
@@ -78,11 +71,6 @@ class _Block:
     block: str
     wanted: tuple[int, ...]
     resources: Resources
-
-
-def block_of(image_id: int) -> str:
-    """The partition that holds an image."""
-    return f"{image_id // BLOCK:06d}"
 
 
 def view_key(spec: ModelSpec, model: nn.Module, weights: str, config: ExemplarConfig) -> str:
@@ -139,8 +127,8 @@ def ensure_views(storage: Storage, pictures: Pictures, image_ids: list[int], res
     generator = references.model(pictures.model).images is not None
     cpus, gpus = (resources.cpus_per_actor, gpus_each(resources)) if generator else (1, 0)
     with Progress(f"views {pictures.key}", sum(len(task.wanted) for task in tasks), "images") as progress:
-        here = storage.count(MANIFEST, probe=pictures.digest) <= FEW_IMAGES and not generator
-        for index, _ in run_parallel(_write_block, tasks, cpus, gpus, here):
+        in_driver = storage.count(MANIFEST, probe=pictures.digest) <= FEW_IMAGES and not generator
+        for index, _ in run_parallel(_write_block, tasks, cpus, gpus, in_driver):
             progress.advance(len(tasks[index].wanted))
     _withdraw(storage, pictures, own)
 
@@ -245,12 +233,6 @@ def _refs(storage: Storage, pictures: Pictures, block: str, image_ids: set[int])
     ]
 
 
-def write_block(storage: Storage, config: str, image_ids: list[int], pngs: list[bytes], **keys: str) -> None:
-    """Writes a block of views under its partition keys, with its configuration hash."""
-    columns: dict[str, object] = {name: [value] * len(pngs) for name, value in keys.items()}
-    storage.write(VIEWS, VIEWS.table(columns | {"image_id": image_ids, "image": pngs}), config, **keys)
-
-
 def _draw(pictures: Pictures, refs: Sequence[ImageRef], resources: Resources) -> dict[int, bytes]:
     """The images of these rows as PNG, by id.
 
@@ -299,19 +281,3 @@ def png(pixels: np.ndarray) -> bytes:
     # Level 1: half the time of the default for a tenth more bytes.
     Image.fromarray(pixels).save(buffer, "PNG", compress_level=1)
     return buffer.getvalue()
-
-
-def read_block(storage: Storage, digest: str, view_key: str, block: str, image_ids: list[int]) -> pa.Table:
-    """The views of these images from one block, in the order asked for.
-
-    Raises:
-        MilanError: One is missing.
-    """
-    for pause in (*_PAUSES, None):
-        table = storage.read(VIEWS, ["image_id", "image"], probe=digest, view=view_key, block=block)
-        places = pc.index_in(pa.array(image_ids, pa.int64()), table["image_id"].combine_chunks())
-        if not places.null_count:
-            return table.take(places)
-        if pause is not None:
-            time.sleep(pause)
-    raise MilanError(f"views block {block} of {view_key} lacks images of the exemplars; run jobs.exemplars again.")

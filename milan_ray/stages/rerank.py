@@ -131,7 +131,7 @@ class Reranked(ShardedStage):
             for output in job.due
         ]
         outputs: dict[str, list[int]] = defaultdict(list)
-        for index, names in run_parallel(_scatter, tasks, here=self.few(job)):
+        for index, names in run_parallel(_scatter, tasks, in_driver=self.merges_in_driver(job)):
             for name in names:
                 outputs[name].append(job.due[index].number)
         return [Shard(name, tuple(sorted(outputs[name]))) for name in sorted(outputs)]
@@ -156,7 +156,7 @@ class Reranked(ShardedStage):
         """How many layers are ranked."""
         return f"{self.title}: {len(job.due)} layers by {self._clip.name}"
 
-    def few(self, job: Job, shards: Sequence[Shard] = ()) -> bool:
+    def merges_in_driver(self, job: Job, shards: Sequence[Shard] = ()) -> bool:
         """Whether all layers together have few candidates."""
         return self._candidates(job) <= FEW_ROWS
 

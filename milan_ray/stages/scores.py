@@ -363,7 +363,7 @@ def run_scores(
                 torch_threads(resources.threads),
                 Progress(f"scores ({ref.name})", len(fresh), "blocks") as progress,
             ):
-                for index, took in run_parallel(_score, fresh, here=here):
+                for index, took in run_parallel(_score, fresh, in_driver=here):
                     progress.advance()
                     costs[fresh[index].what].add(took)
             for what, said in texts.items():
@@ -661,7 +661,7 @@ class ExemplarScores(TaskStage):
         ]
         return unit_scores(output.keys, pa.Table.from_pylist(rows, schema=ROWS_SCHEMA))
 
-    def few(self, storage: Storage, outputs: Sequence[Output]) -> bool:
+    def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
         """A layer's scores are some products of matrices."""
         return True
 

@@ -16,8 +16,8 @@ from milan_ray.exemplars.forward import Batch, read_inputs, read_views
 from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.base import ImageRef
 from milan_ray.schema import EXEMPLARS
-from milan_ray.stages.images import block_of, read_block
 from milan_ray.storage import Storage
+from milan_ray.storage.image_blocks import block_of, read_block
 
 
 def views_of(probe: references.ProbeRef, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:

@@ -21,8 +21,8 @@ from milan_ray.report import write_report
 from milan_ray.schema import ANNOTATIONS, EXEMPLARS, LEVELS, MANIFEST, VIEWS
 from milan_ray.stages.annotations_export import run_export
 from milan_ray.stages.annotations_import import import_csv, run_import
-from milan_ray.stages.images import block_of, read_block
 from milan_ray.storage import Storage
+from milan_ray.storage.image_blocks import block_of, read_block
 
 
 def contents(root: Path) -> dict[str, bytes]:

@@ -26,11 +26,11 @@ def square(item: int) -> int:
     return item**2
 
 
-def most_ahead(items: int, here: bool) -> int:
+def most_ahead(items: int, in_driver: bool) -> int:
     """The most items taken and not yet done; every result is checked."""
     taken: list[int] = []
     ahead, results = 0, {}
-    for index, result in run_parallel(square, (item + 100 for item in counted(items, taken)), here=here):
+    for index, result in run_parallel(square, (item + 100 for item in counted(items, taken)), in_driver=in_driver):
         results[index] = result
         ahead = max(ahead, len(taken) - len(results) + 1)
     assert results == {index: (index + 100) ** 2 for index in range(items)}
@@ -38,13 +38,13 @@ def most_ahead(items: int, here: bool) -> int:
 
 
 def test_e_tasks_on_threads_are_submitted_a_few_at_a_time():
-    assert most_ahead(300, here=True) <= AHEAD * min(MOST_THREADS, os.cpu_count() or 1)
+    assert most_ahead(300, in_driver=True) <= AHEAD * min(MOST_THREADS, os.cpu_count() or 1)
 
 
 @pytest.mark.usefixtures("ray_session")
 def test_e_tasks_on_ray_are_submitted_a_few_at_a_time():
     bound = AHEAD * int(ray.cluster_resources()["CPU"])
-    assert most_ahead(2 * bound + 5, here=False) <= bound
+    assert most_ahead(2 * bound + 5, in_driver=False) <= bound
 
 
 def test_e_tasks_wait_for_others_and_never_for_a_list_of_all():
@@ -65,15 +65,15 @@ def test_e_tasks_wait_for_others_and_never_for_a_list_of_all():
     assert waiting[:3] == [2, 2, 5] and max(waiting[3:]) <= 4
 
 
-@pytest.mark.parametrize("here", [True, False])
+@pytest.mark.parametrize("in_driver", [True, False])
 @pytest.mark.usefixtures("ray_session")
-def test_e_first_error_ends_the_rest_as_it_was_raised(here):
+def test_e_first_error_ends_the_rest_as_it_was_raised(in_driver):
     taken: list[int] = []
     with pytest.raises(MilanError, match="seventy-seven"):
-        for _ in run_parallel(square, counted(10_000, taken), here=here):
+        for _ in run_parallel(square, counted(10_000, taken), in_driver=in_driver):
             pass
     assert len(taken) < 1000
 
 
 def test_e_nothing_to_do_starts_nothing(tmp_path: Path):
-    assert list(run_parallel(square, iter(()), here=True)) == []
+    assert list(run_parallel(square, iter(()), in_driver=True)) == []

@@ -17,8 +17,9 @@ from milan_ray import cli
 from milan_ray.exemplars.masks import pack, unpack
 from milan_ray.schema import ANNOTATION_STATISTICS, ANNOTATIONS, EXEMPLARS
 from milan_ray.stages.annotations_collect import _annotator
-from milan_ray.stages.images import png, write_block
+from milan_ray.stages.images import png
 from milan_ray.storage import EXEMPLARS_KEY, Storage
+from milan_ray.storage.image_blocks import write_block
 from milan_ray.world.annotators import annotate_unit
 from milan_ray.world.scenes import SIDE, concept_maps, make_scene, render
 
