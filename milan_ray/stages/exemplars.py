@@ -27,7 +27,8 @@ from torch import nn
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
-from milan_ray.engine.actor_pool import ModelCache, Row, run_pool
+from milan_ray.engine.actor_pool import Row, run_pool
+from milan_ray.engine.model_cache import ModelCache
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.tasks import FEW_IMAGES, retry_if_overtaken, run_parallel
 from milan_ray.errors import DamagedTable, MilanError
