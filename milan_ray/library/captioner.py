@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from milan_ray.annotations.groups import locate
 from milan_ray.annotations.published import PublishedSet, Sample
 from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.encoder import PyramidEncoder, get_encoder
+from milan_ray.captioner.encoder import Encoder, MaskedExemplars, PyramidEncoder, encode_exemplars, get_encoder
 from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE, Quirks
 from milan_ray.device import resolve_device
 from milan_ray.errors import DamagedTable, MilanError, unknown_name
@@ -48,9 +48,6 @@ BATCH_SIZE = 32
 
 UNITS = 16
 """Units per beam search, as in the reference: with its quirks on, a score depends on the batch."""
-
-MASKS = 256
-"""Masks pooled at a time: 50 MB at 224×224."""
 
 Images = np.ndarray | torch.Tensor | Sequence[Any]
 """Exemplar images of U units, k each: an array or tensor (U, k, 3, H, W) or (U, k, H, W, 3), RGB, uint8 or floats in
@@ -194,30 +191,28 @@ class Milan:
 
         return similarities
 
-    def _encode(
-        self, encoder: PyramidEncoder | ImageText, images: Images, masks: Masks | None, resize: bool
-    ) -> np.ndarray:
-        pictures = _images(images)
-        regions = None if masks is None else _masks(masks, pictures.shape)
-        units, k = pictures.shape[:2]
-        features = np.zeros((units * k, encoder.feature_size), np.float32)
+    def _encode(self, encoder: Encoder, images: Images, masks: Masks | None, resize: bool) -> np.ndarray:
+        pixels = _images(images)
+        regions = None if masks is None else _masks(masks, pixels.shape)
+        units, k, _, height, width = pixels.shape
         slots: dict[bytes, int] = {}  # digest of an image → its number among the different ones
-        index = np.array([slots.setdefault(_digest(image), len(slots)) for unit in pictures for image in unit], int)
+        index = np.array([slots.setdefault(_digest(image), len(slots)) for unit in pixels for image in unit], int)
         first = np.unique(index, return_index=True)[1]
+
+        def masks_at(places: np.ndarray) -> torch.Tensor:
+            if regions is None:
+                return torch.ones(len(places), height, width)
+            return torch.from_numpy(np.stack([regions[divmod(n, k)] for n in places]))
+
         with Progress("encoding", len(first), "images") as progress:
-            for start in range(0, len(first), BATCH_SIZE):
-                batch = first[start : start + BATCH_SIZE]
-                inputs = _inputs(np.stack([pictures[divmod(n, k)] for n in batch]), encoder.mean.device)
-                maps = encoder.maps(encoder.fit(inputs) if resize else inputs)
-                mine = np.flatnonzero((index >= start) & (index < start + len(batch)))
-                for part in np.split(mine, range(MASKS, len(mine), MASKS)):
-                    if regions is None:
-                        chosen = torch.ones(len(part), *inputs.shape[-2:], device=inputs.device)
-                    else:
-                        chosen = torch.from_numpy(np.stack([regions[divmod(n, k)] for n in part]))
-                    where = torch.from_numpy(index[part] - start).to(inputs.device)
-                    features[part] = encoder.pool(maps, chosen.to(inputs.device).float(), where).cpu().numpy()
-                progress.advance(len(batch))
+
+            def maps(start: int, stop: int) -> list[torch.Tensor]:
+                inputs = _inputs(np.stack([pixels[divmod(n, k)] for n in first[start:stop]]), encoder.mean.device)
+                progress.advance(stop - start)
+                return encoder.maps(encoder.fit(inputs) if resize else inputs)
+
+            groups = [MaskedExemplars(index, masks_at)]
+            (features,) = encode_exemplars(encoder, groups, maps, len(first), BATCH_SIZE)
         return features.reshape(units, k, encoder.feature_size)
 
 

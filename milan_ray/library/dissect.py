@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from milan_ray.captioner.encoder import PyramidEncoder
+from milan_ray.captioner.encoder import Encoder, MaskedExemplars, encode_exemplars
 from milan_ray.config import FLOAT32, Arithmetic
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError, unknown_name
@@ -30,10 +30,9 @@ from milan_ray.exemplars.forward import Forward, check_probe, pass_size, read_ah
 from milan_ray.exemplars.levels import in_words
 from milan_ray.exemplars.shard import LayerState, LayerStates, Plan
 from milan_ray.labelers.milan import MILAN
-from milan_ray.library.captioner import BATCH_SIZE, MASKS, Milan, Unit, as_frame
+from milan_ray.library.captioner import BATCH_SIZE, Milan, Unit, as_frame
 from milan_ray.models.establish import establish
 from milan_ray.models.hooks import find_layers, named_layers, unwrap
-from milan_ray.models.image_text import ImageText
 from milan_ray.models.inputs import check_network
 from milan_ray.models.layouts import Reading
 from milan_ray.models.registry import Activations, ModelSpec
@@ -226,25 +225,26 @@ class Dissection:
             found.append(said.select(found[0].columns).cast(found[0].schema))
         return pl.concat(found).sort("unit")
 
-    def _encode(self, encoder: PyramidEncoder | ImageText, layer: str, units: np.ndarray) -> np.ndarray:
+    def _encode(self, encoder: Encoder, layer: str, units: np.ndarray) -> np.ndarray:
         """Features (units, k, F), 0 where a unit has fewer exemplars."""
-        one = self._found[layer]
-        ids = one.ids[units]
-        k, flat, device = ids.shape[1], ids.ravel(), encoder.mean.device
-        features = np.zeros((len(flat), encoder.feature_size), np.float32)
+        exemplars = self._found[layer]
+        ids = exemplars.ids[units]
+        k, flat = ids.shape[1], ids.ravel()
         distinct = np.unique(flat[flat >= 0])
+
+        def masks_at(places: np.ndarray) -> torch.Tensor:
+            packed = [exemplars.masks[int(units[place // k]), int(place % k)] for place in places]
+            return torch.from_numpy(packed_masks.unpack(packed, self._view.shape))
+
         with Progress(f"encoding {layer}", len(distinct), "images") as progress:
-            for start in range(0, len(distinct), BATCH_SIZE):
-                batch = distinct[start : start + BATCH_SIZE]
-                images = torch.from_numpy(self._views(batch)).to(device).permute(0, 3, 1, 2).float() * (1 / 255)
-                maps = encoder.maps(encoder.fit(images))
-                mine = np.flatnonzero(np.isin(flat, batch))
-                for part in np.split(mine, range(MASKS, len(mine), MASKS)):
-                    packed = [one.masks[int(units[place // k]), int(place % k)] for place in part]
-                    regions = torch.from_numpy(packed_masks.unpack(packed, self._view.shape)).to(device)
-                    where = torch.from_numpy(np.searchsorted(batch, flat[part])).to(device)
-                    features[part] = encoder.pool(maps, regions.float(), where).cpu().numpy()
-                progress.advance(len(batch))
+
+            def maps(start: int, stop: int) -> list[torch.Tensor]:
+                images = torch.from_numpy(self._views(distinct[start:stop])).to(encoder.mean.device)
+                progress.advance(stop - start)
+                return encoder.maps(encoder.fit(images.permute(0, 3, 1, 2).float() * (1 / 255)))
+
+            groups = [MaskedExemplars(np.where(flat < 0, -1, np.searchsorted(distinct, flat)), masks_at)]
+            (features,) = encode_exemplars(encoder, groups, maps, len(distinct), BATCH_SIZE)
         return features.reshape(*ids.shape, -1)
 
     def _views(self, ids: np.ndarray) -> np.ndarray:
