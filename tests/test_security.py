@@ -17,6 +17,7 @@ import torch
 
 from milan_ray.captioner.checkpoints import load_reference
 from milan_ray.errors import MilanError
+from milan_ray.exemplars.images import block_of
 from milan_ray.models.image_text import ImageText
 from milan_ray.models.resolve import resolve_model
 from milan_ray.models.sentences import SentenceEncoder
@@ -24,7 +25,6 @@ from milan_ray.models.weights import read_state_dict
 from milan_ray.probe.latents import LatentFiles
 from milan_ray.schema import ANNOTATIONS, LEVELS
 from milan_ray.scoring.text import BertScore
-from milan_ray.stages.images import block_of
 from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[1]

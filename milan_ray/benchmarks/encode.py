@@ -15,11 +15,12 @@ from milan_ray.benchmarks.harness import Options, Result, compare, photographs
 from milan_ray.captioner.encoder import MASKS, PyramidEncoder, pool_maps
 from milan_ray.config import Resources, config_hash
 from milan_ray.engine.cluster import connected
+from milan_ray.exemplars.images import block_of
 from milan_ray.exemplars.masks import pack
 from milan_ray.schema import ENCODINGS, EXEMPLARS, VIEWS
 from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.encodings import BATCH_SIZE, run_encodings
-from milan_ray.stages.images import block_of, png
+from milan_ray.stages.images import png
 from milan_ray.storage import Storage
 
 PER_IMAGE = 20

@@ -29,6 +29,7 @@ from milan_ray.config import config_hash
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
+from milan_ray.exemplars.images import block_of
 from milan_ray.models.view import View
 from milan_ray.names import checked_name
 from milan_ray.probe.manifest import Entry, build
@@ -36,7 +37,7 @@ from milan_ray.probe.manifest import digest as manifest_digest
 from milan_ray.progress import Progress, say
 from milan_ray.schema import ANNOTATIONS, EXEMPLARS, MANIFEST, VIEWS
 from milan_ray.stages.annotations_export import CSV_ROWS, PUBLISHED, ROOT, UNITS_FILE, exemplar_layers
-from milan_ray.stages.images import block_of, png, write_block
+from milan_ray.stages.images import png, write_block
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 KERNEL_VERSION = "published-1"

@@ -6,7 +6,6 @@ pooled ─► [augment: top images, attention crops] ─► [caption] ─► [su
 
 from __future__ import annotations
 
-import io
 import platform
 import time
 from collections import defaultdict
@@ -29,6 +28,7 @@ from milan_ray.engine.stage import Known, Layers, Output, Stage, TaskStage, due,
 from milan_ray.engine.tasks import FEW_IMAGES, retry_if_overtaken, run_parallel
 from milan_ray.errors import MilanError, all_failed, unknown_name
 from milan_ray.exemplars.forward import Forward, read_inputs
+from milan_ray.exemplars.images import decode
 from milan_ray.exemplars.pooled import matrix, maxima, means
 from milan_ray.exemplars.shard import Plan
 from milan_ray.labelers.dnd.crops import MOST, attention_boxes, crop
@@ -732,7 +732,7 @@ class CaptionWorker(_TextWorker):
         self._captioner = _checked(captioner, self._work.identity["captioner"], "captioner of images").to(self._device)
 
     def _texts(self, values: list[bytes]) -> list[str]:
-        return self._captioner.caption([np.asarray(Image.open(io.BytesIO(value))) for value in values])
+        return self._captioner.caption([decode(value) for value in values])
 
 
 class SummariseWorker(_TextWorker):

@@ -5,7 +5,6 @@ exemplars ─► [scatter by chunk of images] ─► [actor pool: encode a chunk
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,7 +16,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image
 
 from milan_ray.captioner.encoder import Encoder, MaskedExemplars, encode_exemplars
 from milan_ray.config import Fingerprint, Resources, config_hash
@@ -26,8 +24,8 @@ from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, pairs, run_stage
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.exemplars import masks
+from milan_ray.exemplars.images import decode, mask_size, read_pngs
 from milan_ray.schema import ENCODINGS, EXEMPLARS
-from milan_ray.stages.images import block_of, read_block
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 KERNEL_VERSION = "encodings-3"
@@ -77,7 +75,7 @@ class EncodingWorker:
         tables = {size: pa.concat_tables(tables).sort_by("image_id") for size, tables in by_size.items()}
         shown = [table["image_id"].to_numpy() for table in tables.values()]
         ids = np.unique(np.concatenate(shown))
-        pngs = self._pngs(row, ids.tolist())
+        pngs = list(read_pngs(self._storage, row["probe"], row["view"], ids.tolist()).values())
         groups = [
             MaskedExemplars(np.searchsorted(ids, images), partial(_unpacked, table["mask"].combine_chunks(), size))
             for images, (size, table) in zip(shown, tables.items(), strict=True)
@@ -94,13 +92,6 @@ class EncodingWorker:
                 piece = _features(table.take(mine), features[mine])
                 self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), piece)
         return {"images": len(ids)}
-
-    def _pngs(self, row: Row, ids: list[int]) -> list[bytes]:
-        """The images' PNGs, in the order of the ids; every block is read once."""
-        pngs: list[bytes] = []
-        for block, members in itertools.groupby(ids, block_of):
-            pngs += read_block(self._storage, row["probe"], row["view"], block, list(members))["image"].to_pylist()
-        return pngs
 
 
 def _unpacked(packed: pa.Array, size: tuple[int, int], places: np.ndarray) -> torch.Tensor:
@@ -227,8 +218,7 @@ class _Scatter:
     def of(cls, job: Job, output: Output) -> _Scatter:
         """The task of an output."""
         told = job.storage.metadata(EXEMPLARS, model=output.model, layer=output.layer) or {}
-        size = int(told["mask_height"]), int(told["mask_width"])
-        return cls(job.storage, job.work, output, (told["probe"], told["view"]), size)
+        return cls(job.storage, job.work, output, (told["probe"], told["view"]), mask_size(told))
 
     def read(self, columns: list[str]) -> pa.Table:
         """Some columns of the units that are wanted."""
@@ -279,7 +269,7 @@ def encode(encoder: Encoder, pngs: Sequence[bytes], batch_size: int) -> list[tor
     Returns:
         The encoder's maps of n images; of a pyramid, one (n, C, h, w) per level.
     """
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(png))) for png in pngs])
+    pixels = np.stack([decode(png) for png in pngs])
     padded = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
     padded[: len(pixels)] = pixels
     images = torch.from_numpy(padded).to(encoder.mean.device).permute(0, 3, 1, 2).float() * (1 / 255)

@@ -54,7 +54,7 @@ from milan_ray.progress import Progress, say
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, POOLED, SKIPPED
 from milan_ray.stages import arithmetic
 from milan_ray.stages.arithmetic import refused_by
-from milan_ray.stages.images import Pictures, ensure_views, view_key
+from milan_ray.stages.images import ExemplarImages, ensure_views, view_key
 from milan_ray.storage import ORDER_KEY, Storage, WorkRemovedError, parts_of
 
 IMAGES = "images"
@@ -984,4 +984,5 @@ def _ensure_views(
             every[place] |= images
             makers[place] = ref
     for (digest, key), ids in every.items():
-        ensure_views(storage, Pictures(probe, digest, key, makers[digest, key], config), sorted(ids), resources)
+        shown = ExemplarImages(probe, digest, key, makers[digest, key], config)
+        ensure_views(storage, shown, sorted(ids), resources)

@@ -17,11 +17,11 @@ from milan_ray.annotations.layout import write_annotations
 from milan_ray.annotations.published import PublishedSet
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
+from milan_ray.exemplars.images import block_of, read_block
 from milan_ray.report import write_report
 from milan_ray.schema import ANNOTATIONS, EXEMPLARS, LEVELS, MANIFEST, VIEWS
 from milan_ray.stages.annotations_export import run_export
 from milan_ray.stages.annotations_import import import_csv, run_import
-from milan_ray.stages.images import block_of, read_block
 from milan_ray.storage import Storage
 
 

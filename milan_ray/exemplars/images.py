@@ -1,0 +1,106 @@
+"""Exemplars' images and masks, read from the storage, which holds each image once, in blocks of the manifest."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from milan_ray.errors import DamagedTable, MilanError
+from milan_ray.schema import VIEWS
+from milan_ray.storage import Storage
+
+BLOCK = 256
+"""Images of the manifest that share one partition."""
+
+_PAUSES = (0.2, 1.0, 5.0)
+"""Seconds to wait for images that another job, extending the same block, is about to put back."""
+
+
+def block_of(image_id: int) -> str:
+    """The partition that holds an image."""
+    return f"{image_id // BLOCK:06d}"
+
+
+def mask_size(metadata: Mapping[str, str]) -> tuple[int, int]:
+    """Height and width of a layer's masks, from the metadata of its exemplars."""
+    return int(metadata["mask_height"]), int(metadata["mask_width"])
+
+
+def decode(png: bytes) -> np.ndarray:
+    """An exemplar's image, uint8 (H, W, 3), from its PNG."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def read_block(storage: Storage, probe: str, view: str, block: str, image_ids: list[int]) -> pa.Table:
+    """Reads images from one block, in the order asked for.
+
+    Raises:
+        MilanError: The block lacks one of them.
+    """
+    for pause in (*_PAUSES, None):
+        table = storage.read(VIEWS, ["image_id", "image"], probe=probe, view=view, block=block)
+        places = pc.index_in(pa.array(image_ids, pa.int64()), table["image_id"].combine_chunks())
+        if not places.null_count:
+            return table.take(places)
+        if pause is not None:
+            time.sleep(pause)
+    raise MilanError(f"views block {block} of {view} lacks images of the exemplars; run jobs.exemplars again.")
+
+
+def read_blocks(storage: Storage, probe: str, view: str, image_ids: Iterable[int]) -> Iterator[dict[int, bytes]]:
+    """Reads images block by block, each block once.
+
+    Yields:
+        Of every block, image id → PNG.
+
+    Raises:
+        MilanError: A block lacks one of them.
+    """
+    blocks: dict[str, list[int]] = defaultdict(list)
+    for image_id in dict.fromkeys(image_ids):
+        blocks[block_of(image_id)].append(image_id)
+    for block, ids in blocks.items():
+        yield dict(zip(ids, read_block(storage, probe, view, block, ids)["image"].to_pylist(), strict=True))
+
+
+def read_pngs(storage: Storage, probe: str, view: str, image_ids: Iterable[int]) -> dict[int, bytes]:
+    """Reads images; see :func:`read_blocks`."""
+    return {image_id: png for pngs in read_blocks(storage, probe, view, image_ids) for image_id, png in pngs.items()}
+
+
+def find_images(
+    storage: Storage, probe: str, view: str, image_ids: set[int], damaged: Callable[[DamagedTable], object]
+) -> Iterator[dict[int, bytes]]:
+    """Looks for images in all blocks of a view and passes over blocks that are damaged.
+
+    Args:
+        storage: The run directory.
+        probe: Digest of the probe's manifest.
+        view: Key of the view.
+        image_ids: The images to look for.
+        damaged: Told of every damaged block.
+
+    Yields:
+        Of every block that holds some of them, image id → PNG.
+    """
+    for keys in storage.partitions(VIEWS, probe=probe, view=view) if image_ids else []:
+        try:
+            held = storage.read(VIEWS, ["image_id"], **keys)["image_id"].to_pylist()
+            if not held:
+                place = storage.uri(storage.path(VIEWS, **keys))
+                raise DamagedTable(f"{place} is damaged (it holds no image); delete it and run jobs.exemplars again.")
+            if not (wanted := image_ids.intersection(held)):
+                continue
+            table = storage.read(VIEWS, ["image_id", "image"], **keys)
+        except DamagedTable as error:
+            damaged(error)
+            continue
+        table = table.filter(pc.field("image_id").isin(sorted(wanted)))
+        yield dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))
