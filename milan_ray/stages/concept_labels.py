@@ -38,7 +38,7 @@ from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST
 from milan_ray.stages.descriptions import write_labels
-from milan_ray.stages.exemplars import Dissection, ModelWork, ModelWorker, describe_model
+from milan_ray.stages.exemplars import DissectedModels, ModelWork, ModelWorker, describe_model
 from milan_ray.storage import Storage, WorkRemovedError
 
 KERNEL_VERSION = "concepts-1"
@@ -112,7 +112,7 @@ def label_fingerprint(
 @retry_if_overtaken
 def run_labels(
     storage: Storage,
-    dissected: Dissection,
+    dissected: DissectedModels,
     models: Sequence[references.ModelRef],
     probe: references.ProbeRef,
     config: ExemplarConfig,

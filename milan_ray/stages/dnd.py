@@ -44,7 +44,7 @@ from milan_ray.plugins import load_plugins
 from milan_ray.probe.base import ImageRef
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, MANIFEST, POOLED
-from milan_ray.stages.exemplars import Dissection, ModelWork, ModelWorker, describe_model
+from milan_ray.stages.exemplars import DissectedModels, ModelWork, ModelWorker, describe_model
 from milan_ray.stages.images import png
 from milan_ray.storage import EXEMPLARS_KEY, Storage, WorkRemovedError
 
@@ -311,7 +311,7 @@ class _Work:
 @retry_if_overtaken
 def run_dnd(
     storage: Storage,
-    dissected: Dissection,
+    dissected: DissectedModels,
     models: Sequence[references.ModelRef],
     probe: references.ProbeRef,
     config: ExemplarConfig,

@@ -130,7 +130,7 @@ class ModelWork:
 
 
 @dataclass(frozen=True)
-class Dissection:
+class DissectedModels:
     """What :func:`run_exemplars` leaves behind.
 
     Attributes:
@@ -234,7 +234,7 @@ def run_exemplars(
     probe: references.ProbeRef,
     config: ExemplarConfig,
     resources: Resources,
-) -> Dissection:
+) -> DissectedModels:
     """Makes the exemplars of every unit of every requested layer, doing only what is missing.
 
     Args:
@@ -305,7 +305,7 @@ def run_exemplars(
     if not done:
         raise MilanError(next(iter(failed.values())) if len(failed) == 1 else "every model failed; see above.")
     _ensure_views(storage, needed, probe, config, resources)
-    return Dissection(digest, done, failed)
+    return DissectedModels(digest, done, failed)
 
 
 def _say_nonfinite(storage: Storage, work: Sequence[ModelWork]) -> None:
