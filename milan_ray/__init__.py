@@ -5,20 +5,32 @@ The calls of :mod:`milan_ray.library` are imported when they are first used: ``i
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from milan_ray.library.captioner import Milan, diff, load, open_exemplars, search
+    from milan_ray.library.captioner import Milan, load
     from milan_ray.library.dissect import Dissection, dissect
+    from milan_ray.library.run_directory import open_exemplars
+    from milan_ray.library.search import diff, search
 
 __version__ = "0.1.0"
+
+_MODULES = {
+    "Dissection": "dissect",
+    "Milan": "captioner",
+    "diff": "search",
+    "dissect": "dissect",
+    "load": "captioner",
+    "open_exemplars": "run_directory",
+    "search": "search",
+}
+"""Name → the module of :mod:`milan_ray.library` that has it."""
 
 __all__ = ["Dissection", "Milan", "__version__", "diff", "dissect", "load", "open_exemplars", "search"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from milan_ray.library import captioner, dissect
-
-    return getattr(dissect if name in ("Dissection", "dissect") else captioner, name)
+    return getattr(importlib.import_module(f"milan_ray.library.{_MODULES[name]}"), name)

@@ -25,7 +25,7 @@ from milan_ray.models.view import View
 from milan_ray.probe.arrays import ParquetProbe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, SKIPPED
-from milan_ray.stages.exemplars import Dissection, run_exemplars
+from milan_ray.stages.exemplars import DissectedModels, run_exemplars
 from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -107,7 +107,7 @@ def write_probe(folder: Path) -> None:
     (folder / "broken link.png").symlink_to(folder / "nowhere.png")
 
 
-def run(storage: Storage, probe: Path, models: tuple[str, ...] = MODELS) -> Dissection:
+def run(storage: Storage, probe: Path, models: tuple[str, ...] = MODELS) -> DissectedModels:
     requests = [ModelRef(name, layers=("0",), plugins=PLUGINS) for name in models]
     return run_exemplars(storage, requests, ProbeRef((str(probe),)), CONFIG, Resources(actors=1))
 
@@ -118,7 +118,7 @@ def storage(ray_session, tmp_path_factory) -> Storage:
 
 
 @pytest.fixture(scope="module")
-def dissection(storage: Storage, tmp_path_factory) -> Dissection:
+def dissection(storage: Storage, tmp_path_factory) -> DissectedModels:
     """Good and bad models over good and bad images, in one job."""
     probe = tmp_path_factory.mktemp("it's a <probe> ü ..")
     write_probe(probe)
@@ -126,7 +126,7 @@ def dissection(storage: Storage, tmp_path_factory) -> Dissection:
 
 
 @pytest.fixture(scope="module")
-def paths(storage: Storage, dissection: Dissection) -> list[str]:
+def paths(storage: Storage, dissection: DissectedModels) -> list[str]:
     return storage.read(MANIFEST, probe=dissection.probe)["path"].to_pylist()
 
 

@@ -12,13 +12,13 @@ import torchvision
 from PIL import Image
 
 from milan_ray.benchmarks.harness import Options, Result, compare, photographs
-from milan_ray.captioner.encoder import PyramidEncoder, pool_maps
+from milan_ray.captioner.encoder import MASKS, PyramidEncoder, pool_maps
 from milan_ray.config import Resources, config_hash
 from milan_ray.engine.cluster import connected
 from milan_ray.exemplars.masks import pack
 from milan_ray.schema import ENCODINGS, EXEMPLARS, VIEWS
 from milan_ray.stages.captioners import EncoderRef
-from milan_ray.stages.encodings import BATCH_SIZE, MASKS, run_encodings
+from milan_ray.stages.encodings import BATCH_SIZE, run_encodings
 from milan_ray.stages.images import png
 from milan_ray.storage import Storage
 from milan_ray.storage.image_blocks import block_of

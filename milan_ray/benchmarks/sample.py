@@ -23,7 +23,7 @@ from milan_ray.engine.costs import LayerShape, ModelCost, Sample, TableSize
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import Forward, pass_size, read_inputs
-from milan_ray.exemplars.masks import unpack
+from milan_ray.exemplars.masks import mask_size, unpack
 from milan_ray.exemplars.shard import LayerStates, Plan
 from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.base import LatentProbe
@@ -195,7 +195,7 @@ def _captioned(
     captioner = captioner.to(str(device))
     exemplars = storage.read(EXEMPLARS, model=model, layer=layers[0])
     meta = storage.metadata(EXEMPLARS, model=model, layer=layers[0]) or {}
-    size = int(meta["mask_height"]), int(meta["mask_width"])
+    size = mask_size(meta)
     masks = torch.from_numpy(unpack(exemplars["mask"].to_pylist()[:256], size)).to(device)
     loaded = encoder.load().to(device)
     images = loaded.fit(torch.rand(BATCH_SIZE, 3, *size, device=device))

@@ -1,7 +1,6 @@
 """The image encoder: a pretrained backbone whose maps are pooled with each exemplar's mask.
 
-The mask enters only in the pooling, so an image is encoded once for any number of masks: :meth:`PyramidEncoder.maps`
-once per image, :func:`pool_maps` once per exemplar.
+The mask enters only in the pooling, so an image is encoded once for any number of masks: :func:`encode_exemplars`.
 """
 
 from __future__ import annotations
@@ -10,8 +9,9 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,6 +22,80 @@ from milan_ray.models.registry import BUILDING
 from milan_ray.models.view import IMAGENET_MEAN, IMAGENET_STD
 from milan_ray.models.weights import WeightsFile, load_strictly, load_weights, weights_digest
 from milan_ray.names import checked_name
+
+MASKS = 256
+"""Masks pooled at a time, 50 MB at 224×224: bounds memory where an image is an exemplar of thousands of units."""
+
+
+class Encoder(Protocol):
+    """Turns images and masks into features: a captioner's encoder, or a model of images and texts."""
+
+    mean: Tensor
+
+    @property
+    def feature_size(self) -> int:
+        """Size F of a feature."""
+
+    def identity(self) -> dict[str, object]:
+        """All that decides features besides images and masks."""
+
+    def to(self, device: torch.device) -> Any:
+        """Moves the encoder to a device."""
+
+    def fit(self, images: Tensor) -> Tensor:
+        """Resizes images (N, 3, H, W) in [0, 1] to the encoder's own size."""
+
+    def maps(self, images: Tensor) -> list[Tensor]:
+        """Encodes N images in one pass: what all masks share, as tensors of N rows."""
+
+    def pool(self, maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
+        """Features (M, F) of masks (M, H, W); ``index`` (M,) tells which image each mask belongs to."""
+
+
+@dataclass(frozen=True)
+class MaskedExemplars:
+    """M exemplars whose masks have one size.
+
+    Attributes:
+        images: Number of the image that each exemplar shows, int64 (M,); −1 for an exemplar that is missing.
+        masks: From m places among the exemplars, int64 (m,), to their masks (m, H, W), float or bool in [0, 1].
+    """
+
+    images: np.ndarray
+    masks: Callable[[np.ndarray], Tensor]
+
+
+def encode_exemplars(
+    encoder: Encoder,
+    groups: Sequence[MaskedExemplars],
+    maps: Callable[[int, int], Sequence[Tensor]],
+    count: int,
+    batch_size: int,
+) -> list[np.ndarray]:
+    """Encodes every image once and pools it with all masks that refer to it.
+
+    Args:
+        encoder: The encoder.
+        groups: The exemplars, by size of their masks.
+        maps: From (start, stop) to the encoder's maps of the images of these numbers.
+        count: Number of images.
+        batch_size: Images per encoder pass.
+
+    Returns:
+        Per group features, float32 (M, F); 0 where an exemplar is missing.
+    """
+    features = [np.zeros((len(group.images), encoder.feature_size), np.float32) for group in groups]
+    device = encoder.mean.device
+    for start in range(0, count, batch_size):
+        stop = min(start + batch_size, count)
+        batch = maps(start, stop)
+        for group, of_group in zip(groups, features, strict=True):
+            shown = np.flatnonzero((group.images >= start) & (group.images < stop))
+            for first in range(0, len(shown), MASKS):
+                places = shown[first : first + MASKS]
+                index = torch.from_numpy(group.images[places] - start).to(device)
+                of_group[places] = encoder.pool(batch, group.masks(places).to(device), index).cpu().numpy()
+    return features
 
 
 @dataclass(frozen=True)

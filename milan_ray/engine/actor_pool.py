@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from milan_ray.config import Resources
 from milan_ray.device import torch_threads
@@ -17,40 +17,9 @@ from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.storage import WorkRemovedError
 
 Row = dict[str, Any]
-T = TypeVar("T")
 
 _WAITING = 2
 """Rows on their way to an actor: one runs, and the next is there when it ends."""
-
-
-class ModelCache(Generic[T]):
-    """What a worker keeps loaded, one thing at a time, where rows come thing by thing.
-
-    An actor may run its two waiting rows in either order, so the thing before the current one stays until the current
-    one is asked for twice in succession; then nothing is loaded twice.
-
-    Args:
-        build: Loads the thing of an index.
-    """
-
-    def __init__(self, build: Callable[[int], T]) -> None:
-        self._build = build
-        self._kept: dict[int, T] = {}
-        self._last: int | None = None
-
-    def __call__(self, index: int) -> T:
-        """The thing of this index."""
-        if index not in self._kept:
-            self._keep_newest()  # before the next is built: never three at once
-            self._kept[index] = self._build(index)
-        elif index == self._last == next(reversed(self._kept)):
-            self._keep_newest()
-        self._last = index
-        return self._kept[index]
-
-    def _keep_newest(self) -> None:
-        while len(self._kept) > 1:
-            del self._kept[next(iter(self._kept))]
 
 
 def run_pool(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -65,3 +67,8 @@ def unpack(packed: list[bytes], size: tuple[int, int]) -> np.ndarray:
         return np.zeros((0, height, width), dtype=bool)
     bits = np.frombuffer(b"".join(packed), dtype=np.uint8).reshape(len(packed), -1)
     return np.unpackbits(bits, axis=1, count=height * width).reshape(-1, height, width).astype(bool)
+
+
+def mask_size(metadata: Mapping[str, str]) -> tuple[int, int]:
+    """Height and width of a layer's masks, from the metadata of its exemplars."""
+    return int(metadata["mask_height"]), int(metadata["mask_width"])

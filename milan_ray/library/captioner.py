@@ -1,12 +1,8 @@
-"""Library calls: describe exemplars one already has, and look units up (``import milan_ray``).
-
-All of it runs in the caller's process, without Ray. Whole models over large probes are for the jobs.
-"""
+"""Describe exemplars at hand: images and masks of units, from wherever they come."""
 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,42 +11,29 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from PIL import Image
-from torch.nn import functional as F
 
-from milan_ray.annotations.groups import locate
-from milan_ray.annotations.published import PublishedSet, Sample
 from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.encoder import PyramidEncoder, get_encoder
+from milan_ray.captioner.encoder import Encoder, MaskedExemplars, PyramidEncoder, encode_exemplars, get_encoder
 from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE, Quirks
 from milan_ray.device import resolve_device
-from milan_ray.errors import DamagedTable, MilanError, unknown_name
-from milan_ray.exemplars import masks as packed_masks
+from milan_ray.errors import MilanError
 from milan_ray.labelers.clip import Clip, query, similarity
 from milan_ray.labelers.milan import best_labels
+from milan_ray.library.run_directory import as_frame
 from milan_ray.models.image_text import DEFAULT, ImageText, find_image_text
-from milan_ray.models.sentences import load_text_model
 from milan_ray.plugins import load_plugins
 from milan_ray.progress import Progress
-from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS, Table
-from milan_ray.scoring.differences import Difference, diff_descriptions
-from milan_ray.scoring.search import scan_descriptions, search_descriptions
+from milan_ray.schema import DESCRIPTIONS
 from milan_ray.stages.captioners import RERANKED, load_captioner
-from milan_ray.storage import EXEMPLARS_KEY, Storage
-
-MILAN = "milan"
-"""The labeler whose description counts where nothing else is asked for."""
+from milan_ray.storage import Storage
 
 BATCH_SIZE = 32
 """Images per encoder pass."""
 
 UNITS = 16
 """Units per beam search, as in the reference: with its quirks on, a score depends on the batch."""
-
-MASKS = 256
-"""Masks pooled at a time: 50 MB at 224×224."""
 
 Images = np.ndarray | torch.Tensor | Sequence[Any]
 """Exemplar images of U units, k each: an array or tensor (U, k, 3, H, W) or (U, k, H, W, 3), RGB, uint8 or floats in
@@ -194,30 +177,28 @@ class Milan:
 
         return similarities
 
-    def _encode(
-        self, encoder: PyramidEncoder | ImageText, images: Images, masks: Masks | None, resize: bool
-    ) -> np.ndarray:
-        pictures = _images(images)
-        regions = None if masks is None else _masks(masks, pictures.shape)
-        units, k = pictures.shape[:2]
-        features = np.zeros((units * k, encoder.feature_size), np.float32)
+    def _encode(self, encoder: Encoder, images: Images, masks: Masks | None, resize: bool) -> np.ndarray:
+        pixels = _images(images)
+        regions = None if masks is None else _masks(masks, pixels.shape)
+        units, k, _, height, width = pixels.shape
         slots: dict[bytes, int] = {}  # digest of an image → its number among the different ones
-        index = np.array([slots.setdefault(_digest(image), len(slots)) for unit in pictures for image in unit], int)
+        index = np.array([slots.setdefault(_digest(image), len(slots)) for unit in pixels for image in unit], int)
         first = np.unique(index, return_index=True)[1]
+
+        def masks_at(places: np.ndarray) -> torch.Tensor:
+            if regions is None:
+                return torch.ones(len(places), height, width)
+            return torch.from_numpy(np.stack([regions[divmod(n, k)] for n in places]))
+
         with Progress("encoding", len(first), "images") as progress:
-            for start in range(0, len(first), BATCH_SIZE):
-                batch = first[start : start + BATCH_SIZE]
-                inputs = _inputs(np.stack([pictures[divmod(n, k)] for n in batch]), encoder.mean.device)
-                maps = encoder.maps(encoder.fit(inputs) if resize else inputs)
-                mine = np.flatnonzero((index >= start) & (index < start + len(batch)))
-                for part in np.split(mine, range(MASKS, len(mine), MASKS)):
-                    if regions is None:
-                        chosen = torch.ones(len(part), *inputs.shape[-2:], device=inputs.device)
-                    else:
-                        chosen = torch.from_numpy(np.stack([regions[divmod(n, k)] for n in part]))
-                    where = torch.from_numpy(index[part] - start).to(inputs.device)
-                    features[part] = encoder.pool(maps, chosen.to(inputs.device).float(), where).cpu().numpy()
-                progress.advance(len(batch))
+
+            def maps(start: int, stop: int) -> list[torch.Tensor]:
+                inputs = _inputs(np.stack([pixels[divmod(n, k)] for n in first[start:stop]]), encoder.mean.device)
+                progress.advance(stop - start)
+                return encoder.maps(encoder.fit(inputs) if resize else inputs)
+
+            groups = [MaskedExemplars(index, masks_at)]
+            (features,) = encode_exemplars(encoder, groups, maps, len(first), BATCH_SIZE)
         return features.reshape(units, k, encoder.feature_size)
 
 
@@ -277,254 +258,6 @@ def load(
     judge = None if how is None else how.load().to(where)
     quirks = REFERENCE if reference_quirks else NO_QUIRKS
     return Milan(found.to(str(where)), encoder.to(where), quirks, how, judge)
-
-
-@dataclass(frozen=True, eq=False, kw_only=True)
-class Unit(Sample):
-    """A unit of a run directory: a sample with all that is known of it.
-
-    Attributes:
-        model: Name of the model.
-        image_ids: Rows of the probe manifest, int64 (k,).
-        activations: The unit's maxima over the exemplars, float32 (k,).
-        descriptions: One row per labeler, columns as in the table of descriptions.
-    """
-
-    model: str
-    image_ids: np.ndarray
-    activations: np.ndarray
-    descriptions: pl.DataFrame
-
-    @property
-    def description(self) -> str | None:
-        """What MILAN says of it; None where it is not described."""
-        return next(iter(self.descriptions.filter(labeler=MILAN)["description"]), None)
-
-
-class RunExemplars:
-    """The exemplars of one model in a run directory, unit by unit."""
-
-    def __init__(self, storage: Storage, model: str | None = None) -> None:
-        """Finds the model's layers; exemplars are read when asked for.
-
-        Args:
-            storage: The run directory.
-            model: Name of the model; None where there is but one.
-
-        Raises:
-            MilanError: No such model, or several and none named.
-        """
-        found = storage.partitions(EXEMPLARS)
-        models = sorted({keys["model"] for keys in found})
-        if not models:
-            raise MilanError(f"{storage.root} holds no exemplars: give a run directory that jobs.exemplars wrote.")
-        if model is None and len(models) > 1:
-            raise MilanError(f"{storage.root} has exemplars of {', '.join(models)}: say which with model=.")
-        self.model = models[0] if model is None else model
-        if self.model not in models:
-            raise unknown_name("model", self.model, models, f"These have exemplars in {storage.root}.")
-        self.layers = storage.layers_in_order(
-            self.model, (keys["layer"] for keys in found if keys["model"] == self.model)
-        )
-        self._storage = storage
-
-    def units(self) -> list[tuple[str, int]]:
-        """(layer, unit) of every unit that has exemplars."""
-        columns = (
-            (layer, self._storage.read(EXEMPLARS, ["unit"], model=self.model, layer=layer)["unit"])
-            for layer in self.layers
-        )
-        return [(layer, unit) for layer, column in columns for unit in sorted(set(column.to_pylist()))]
-
-    @property
-    def exemplars(self) -> pl.DataFrame:
-        """One row per unit and exemplar of all layers: layer, unit, rank, image_id, activation."""
-        columns = ["layer", "unit", "rank", "image_id", "activation"]
-        tables = [self._storage.read(EXEMPLARS, columns, model=self.model, layer=layer) for layer in self.layers]
-        return as_frame(pa.concat_tables(table.replace_schema_metadata() for table in tables))
-
-    @property
-    def descriptions(self) -> pl.DataFrame:
-        """One row per unit and labeler, columns as in the table of descriptions; none where nothing is described."""
-        tables = [DESCRIPTIONS.schema.empty_table()]
-        tables += [self._current(DESCRIPTIONS, {"model": self.model, "layer": layer}) for layer in self.layers]
-        return as_frame(pa.concat_tables(table.replace_schema_metadata() for table in tables))
-
-    def lookup(self, layer: str | int, unit: int) -> Unit:
-        """Reads a unit: exemplars, masks, descriptions, annotations.
-
-        Raises:
-            MilanError: There is no such layer or unit, or the run directory lacks an image.
-        """
-        layer = str(layer)
-        if layer not in self.layers:
-            raise unknown_name("layer", layer, self.layers, f"These have exemplars in {self._storage.root}.")
-        keys = {"model": self.model, "layer": layer}
-        table = self._storage.read(EXEMPLARS, **keys)
-        rows = table.filter(pc.field("unit") == unit).sort_by("rank")
-        if not len(rows):
-            raise MilanError(f"{self.model} has no exemplars of unit {unit} in layer {layer!r}: dead, or no such unit.")
-        meta = self._storage.metadata(EXEMPLARS, **keys) or {}
-        ids = rows["image_id"].to_numpy()
-        images = self._views(meta["probe"], meta["view"], ids)
-        size = int(meta["mask_height"]), int(meta["mask_width"])
-        regions = torch.from_numpy(packed_masks.unpack(rows["mask"].to_pylist(), size))[:, None].float()
-        if size != images.shape[-2:]:
-            regions = F.interpolate(regions, size=images.shape[-2:], mode="nearest")
-        notes = as_frame(self._of_unit(ANNOTATIONS, unit, keys))
-        return Unit(
-            layer,
-            unit,
-            images.astype(np.float32) * np.float32(1 / 255),
-            regions.numpy(),
-            tuple(notes["text"].to_list()),
-            model=self.model,
-            image_ids=ids,
-            activations=rows["activation"].to_numpy(),
-            descriptions=as_frame(self._of_unit(DESCRIPTIONS, unit, keys)),
-        )
-
-    def _of_unit(self, noun: Table, unit: int, keys: dict[str, str]) -> pa.Table:
-        return self._current(noun, keys).filter(pc.field("unit") == unit)
-
-    def _current(self, noun: Table, keys: dict[str, str]) -> pa.Table:
-        """A layer's rows of a table, from all partitions that speak of the exemplars that are there now."""
-        current = self._storage.config_of(EXEMPLARS, **keys)
-        tables = [noun.schema.empty_table()]
-        for partition in self._storage.partitions(noun, **keys):
-            if (self._storage.metadata(noun, **partition) or {}).get(EXEMPLARS_KEY, current) == current:
-                tables.append(self._storage.read(noun, **partition))
-        return pa.concat_tables(table.replace_schema_metadata() for table in tables)
-
-    def _views(self, probe: str, view: str, image_ids: np.ndarray) -> np.ndarray:
-        """The images, uint8 (k, 3, H, W)."""
-        found: dict[int, np.ndarray] = {}
-        damaged: DamagedTable | None = None
-        for keys in self._storage.partitions(VIEWS, probe=probe, view=view):
-            try:
-                table = self._storage.read(VIEWS, ["image_id"], **keys)
-            except DamagedTable as error:  # of other images, perhaps
-                damaged = error
-                continue
-            if pc.any(pc.is_in(table["image_id"], pa.array(image_ids))).as_py():
-                table = self._storage.read(VIEWS, ["image_id", "image"], **keys)
-                for row in table.filter(pc.field("image_id").isin(image_ids.tolist())).to_pylist():
-                    found[row["image_id"]] = np.asarray(Image.open(io.BytesIO(row["image"])))
-        missing = set(image_ids.tolist()) - set(found)
-        if missing and damaged is not None:
-            raise damaged
-        if missing:
-            raise MilanError(f"{self._storage.root} lacks the view of image {min(missing)}: run jobs.exemplars again.")
-        return np.stack([found[image_id] for image_id in image_ids.tolist()]).transpose(0, 3, 1, 2)
-
-
-def open_exemplars(
-    source: str | os.PathLike[str], model: str | None = None, *, download: bool = False
-) -> RunExemplars | PublishedSet:
-    """Opens exemplars to look units up in, by ``lookup(layer, unit)``.
-
-    Args:
-        source: A run directory; or a published set: its name (``dino_vits8/imagenet``, looked for in
-            ``$MILAN_DATA_DIR``), folder or zip.
-        model: Which model of the run directory, where it has several.
-        download: Fetch a published set that is absent.
-
-    Raises:
-        MilanError: There is nothing of the sort.
-    """
-    text = os.fspath(source)
-    if "://" in text or os.path.isdir(os.path.join(os.path.expanduser(text), EXEMPLARS.name)):
-        return RunExemplars(Storage(text), model)
-    if model is not None:
-        raise MilanError(f"{text} is no run directory with exemplars: model= has no meaning there.")
-    found = locate(text, download=download)
-    if len(found) > 1:
-        raise MilanError(f"{text} is a group of sets: open one of {', '.join(location.name for location in found)}.")
-    return PublishedSet(found[0].root, found[0].name, annotation_count=found[0].annotation_count)
-
-
-Descriptions = str | os.PathLike[str] | Storage | pl.LazyFrame | pl.DataFrame
-"""Where descriptions are: a run directory, or a frame, which may be lazy."""
-
-
-def search(
-    source: Descriptions,
-    query: str,
-    *,
-    models: Sequence[str] | None = None,
-    layers: Sequence[str] | None = None,
-    labelers: Sequence[str] | None = None,
-    text_model: str | os.PathLike[str] | None = None,
-    any_word: bool = False,
-    top: int | None = None,
-) -> pl.DataFrame:
-    """Finds the units whose descriptions match a query, the best first (docs/search.md).
-
-    Args:
-        source: See :data:`Descriptions`.
-        query: Words, all of which must occur in any inflection; ``red|blue`` is either, ``"left of"`` a phrase.
-        models: Names or patterns (``resnet*``); None for all. Of a run directory only, as the next two.
-        layers: The same, of layers.
-        labelers: The same, of labelers.
-        text_model: Rank by meaning instead: folder of CLIP or SigLIP, or of a BERT-like language model.
-        any_word: One of the words suffices.
-        top: Rows at most; None for all.
-
-    Returns:
-        Columns relevance, mentions, labeler, model, layer, unit, description, score; of a frame, its own columns.
-
-    Raises:
-        MilanError: There are no such descriptions, there is no word in the query, or no such model.
-    """
-    meaning = None if text_model is None else load_text_model(os.fspath(text_model))
-    frame = _descriptions(source, models, layers, labelers, leave_out=True)
-    return search_descriptions(frame, query, model=meaning, any_word=any_word, top=top)
-
-
-def diff(
-    source: Descriptions,
-    model: str,
-    other: str,
-    *,
-    labeler: str = MILAN,
-    words: Sequence[str] = (),
-    by_layer: bool = False,
-) -> Difference:
-    """Compares what two networks' units say: words gained and lost, and units that changed (docs/search.md).
-
-    Args:
-        source: See :data:`Descriptions`.
-        model: The network to start from.
-        other: The one to compare with it.
-        labeler: Whose descriptions; of a run directory only.
-        words: Count these only, as in a query; empty for every word there is.
-        by_layer: Compare the layers that both have one by one, too.
-
-    Raises:
-        MilanError: One has no descriptions.
-    """
-    frame = _descriptions(source, [model, other], None, [labeler])
-    return diff_descriptions(frame, model, other, words=words, by_layer=by_layer)
-
-
-def _descriptions(
-    source: Descriptions,
-    models: Sequence[str] | None,
-    layers: Sequence[str] | None,
-    labelers: Sequence[str] | None,
-    leave_out: bool = False,
-) -> pl.LazyFrame:
-    if isinstance(source, (pl.LazyFrame, pl.DataFrame)):
-        return source.lazy()
-    storage = source if isinstance(source, Storage) else Storage(source)
-    return scan_descriptions(storage, models, layers, labelers, leave_out=leave_out)
-
-
-def as_frame(table: pa.Table) -> pl.DataFrame:
-    """An Arrow table as a polars frame."""
-    frame = pl.from_arrow(table)
-    assert isinstance(frame, pl.DataFrame)  # a series comes of an array only
-    return frame
 
 
 def _digest(image: np.ndarray) -> bytes:

@@ -6,22 +6,18 @@ models over large probes are for the jobs.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import torch
-from PIL import Image
 from torch import nn
 
-from milan_ray.captioner.encoder import PyramidEncoder
+from milan_ray.captioner.encoder import Encoder, MaskedExemplars, encode_exemplars
 from milan_ray.config import FLOAT32, Arithmetic
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError, unknown_name
@@ -30,56 +26,24 @@ from milan_ray.exemplars.forward import Forward, check_probe, pass_size, read_ah
 from milan_ray.exemplars.levels import in_words
 from milan_ray.exemplars.shard import LayerState, LayerStates, Plan
 from milan_ray.labelers.milan import MILAN
-from milan_ray.library.captioner import BATCH_SIZE, MASKS, Milan, Unit, as_frame
+from milan_ray.library.captioner import BATCH_SIZE, Milan
+from milan_ray.library.probe_images import ProbeImages, check_axes, image_probe
+from milan_ray.library.run_directory import Unit, as_frame
 from milan_ray.models.establish import establish
 from milan_ray.models.hooks import find_layers, named_layers, unwrap
-from milan_ray.models.image_text import ImageText
 from milan_ray.models.inputs import check_network
 from milan_ray.models.layouts import Reading
 from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
 from milan_ray.models.view import Preprocess
 from milan_ray.plugins import load_plugins
-from milan_ray.probe.base import ImageProbe, ImageRef, Probe, ProbeImage, Source
-from milan_ray.probe.decode import from_array, settle
-from milan_ray.probe.files import tell, tell_doubts
-from milan_ray.probe.manifest import Entry, build, image_refs
-from milan_ray.probe.registry import resolve_probe
+from milan_ray.probe.base import ImageProbe, ImageRef, Probe
+from milan_ray.probe.files import tell_doubts
+from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS
 
-Pictures = str | os.PathLike[str] | np.ndarray | Sequence[Any]
-"""Images to show a model: whatever ``--probe`` takes, by name or path, or several of them; a probe
-(:class:`milan_ray.probe.arrays.ParquetProbe` and its likes); a list of PIL images or of arrays uint8 (H, W, 3); or an
-array uint8 (N, H, W, 3). Models with ``inputs=`` and ``bands=`` take arrays of as many bands."""
-
 _ALL_MAPS = 2**62  # bytes of maps that a layer's state may carry: all of them, there is but one pass
-
-
-class _Pictures:
-    """Images in memory as a probe; they never travel."""
-
-    name = "images"
-
-    def __init__(self, images: Sequence[Any]) -> None:
-        self._images = images
-
-    def manifest(self) -> pa.Table:
-        return build([Entry("memory:", str(number)) for number in range(len(self._images))])
-
-    def read(self, ref: ImageRef) -> ProbeImage:
-        image = self._images[int(ref.path)]
-        if isinstance(image, Image.Image):
-            return settle(image)
-        pixels = np.asarray(image)
-        if pixels.dtype != np.uint8 or pixels.ndim not in (2, 3) or not pixels.size:
-            raise MilanError(
-                f"image {ref.path} is {pixels.dtype} {pixels.shape}: give PIL images, or uint8 (height, width, bands)."
-            )
-        return from_array(pixels)
-
-    def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
-        return None
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,40 +73,42 @@ class Dissection:
     """
 
     def __init__(
-        self, model: str, probe: ImageProbe, refs: Sequence[ImageRef], preprocess: Preprocess, found: dict[str, _Layer],
-        skipped: Sequence[tuple[ImageRef, str]],
+        self, model: str, probe: ImageProbe, refs: Sequence[ImageRef], preprocess: Preprocess,
+        exemplars: dict[str, _Layer], skipped: Sequence[tuple[ImageRef, str]],
     ) -> None:  # fmt: skip
         """Made by :func:`dissect`."""
-        self.model, self.layers = model, list(found)
+        self.model, self.layers = model, list(exemplars)
         self.skipped = pl.DataFrame(
             [(ref.location, why) for ref, why in skipped],
             schema={"image": pl.String, "reason": pl.String},
             orient="row",
         )
-        self._probe, self._refs, self._view, self._found = probe, refs, preprocess.view, found
+        self._probe, self._refs, self._view, self._exemplars = probe, refs, preprocess.view, exemplars
         self._descriptions: dict[str, pl.DataFrame] = {}
 
     def units(self) -> list[tuple[str, int]]:
         """(layer, unit) of every unit that responds to an image at all."""
         return [
-            (layer, unit) for layer, one in self._found.items() for unit in np.flatnonzero(one.ids[:, 0] >= 0).tolist()
+            (layer, unit)
+            for layer, exemplars in self._exemplars.items()
+            for unit in np.flatnonzero(exemplars.ids[:, 0] >= 0).tolist()
         ]
 
     @property
     def exemplars(self) -> pl.DataFrame:
         """One row per unit and exemplar: layer, unit, rank, image, activation, level η."""
         frames = []
-        for layer, one in self._found.items():
-            unit, rank = np.nonzero(one.ids >= 0)
+        for layer, exemplars in self._exemplars.items():
+            unit, rank = np.nonzero(exemplars.ids >= 0)
             frames.append(
                 pl.DataFrame(
                     {
                         "layer": [layer] * len(unit),
                         "unit": unit.astype(np.int32),
                         "rank": rank.astype(np.int16),
-                        "image": [self._refs[image].location for image in one.ids[unit, rank].tolist()],
-                        "activation": one.activations[unit, rank],
-                        "level": one.levels[unit],
+                        "image": [self._refs[image].location for image in exemplars.ids[unit, rank].tolist()],
+                        "activation": exemplars.activations[unit, rank],
+                        "level": exemplars.levels[unit],
                     }
                 )
             )
@@ -161,11 +127,11 @@ class Dissection:
             MilanError: There is no such layer or unit, or it responds to nothing.
         """
         layer = str(layer)
-        one = self._layer(layer)
-        if not 0 <= unit < len(one.ids) or one.ids[unit, 0] < 0:
+        exemplars = self._layer(layer)
+        if not 0 <= unit < len(exemplars.ids) or exemplars.ids[unit, 0] < 0:
             raise MilanError(f"{self.model} has no exemplars of unit {unit} in layer {layer!r}: dead, or no such unit.")
-        ids = one.ids[unit][one.ids[unit] >= 0]
-        regions = packed_masks.unpack([one.masks[unit, rank] for rank in range(len(ids))], self._view.shape)
+        ids = exemplars.ids[unit][exemplars.ids[unit] >= 0]
+        regions = packed_masks.unpack([exemplars.masks[unit, rank] for rank in range(len(ids))], self._view.shape)
         return Unit(
             layer,
             unit,
@@ -173,7 +139,7 @@ class Dissection:
             regions[:, None].astype(np.float32),
             model=self.model,
             image_ids=ids,
-            activations=one.activations[unit][: len(ids)],
+            activations=exemplars.activations[unit][: len(ids)],
             descriptions=self.descriptions.filter(layer=layer, unit=unit),
         )
 
@@ -195,8 +161,8 @@ class Dissection:
             MilanError: There is no such layer or unit.
         """
         for layer in self.layers if layers is None else layers:
-            one = self._layer(layer)
-            alive = np.flatnonzero(one.ids[:, 0] >= 0)
+            exemplars = self._layer(layer)
+            alive = np.flatnonzero(exemplars.ids[:, 0] >= 0)
             wanted = alive if units is None else np.unique(np.asarray(units, int))
             if dead := sorted(set(wanted.tolist()) - set(alive.tolist())):
                 raise MilanError(
@@ -208,7 +174,7 @@ class Dissection:
 
     def _describe(self, milan: Milan, layer: str, units: np.ndarray, options: Mapping[str, Any]) -> pl.DataFrame:
         found = [as_frame(DESCRIPTIONS.schema.empty_table())]
-        counts = (self._found[layer].ids[units] >= 0).sum(axis=1)
+        counts = (self._exemplars[layer].ids[units] >= 0).sum(axis=1)
         features = self._encode(milan.encoder, layer, units)
         queries = None if milan.judge is None else self._encode(milan.judge, layer, units)
         for count in np.unique(counts).tolist():  # with few images, units may have fewer exemplars
@@ -226,25 +192,26 @@ class Dissection:
             found.append(said.select(found[0].columns).cast(found[0].schema))
         return pl.concat(found).sort("unit")
 
-    def _encode(self, encoder: PyramidEncoder | ImageText, layer: str, units: np.ndarray) -> np.ndarray:
+    def _encode(self, encoder: Encoder, layer: str, units: np.ndarray) -> np.ndarray:
         """Features (units, k, F), 0 where a unit has fewer exemplars."""
-        one = self._found[layer]
-        ids = one.ids[units]
-        k, flat, device = ids.shape[1], ids.ravel(), encoder.mean.device
-        features = np.zeros((len(flat), encoder.feature_size), np.float32)
+        exemplars = self._exemplars[layer]
+        ids = exemplars.ids[units]
+        k, flat = ids.shape[1], ids.ravel()
         distinct = np.unique(flat[flat >= 0])
+
+        def masks_at(places: np.ndarray) -> torch.Tensor:
+            packed = [exemplars.masks[int(units[place // k]), int(place % k)] for place in places]
+            return torch.from_numpy(packed_masks.unpack(packed, self._view.shape))
+
         with Progress(f"encoding {layer}", len(distinct), "images") as progress:
-            for start in range(0, len(distinct), BATCH_SIZE):
-                batch = distinct[start : start + BATCH_SIZE]
-                images = torch.from_numpy(self._views(batch)).to(device).permute(0, 3, 1, 2).float() * (1 / 255)
-                maps = encoder.maps(encoder.fit(images))
-                mine = np.flatnonzero(np.isin(flat, batch))
-                for part in np.split(mine, range(MASKS, len(mine), MASKS)):
-                    packed = [one.masks[int(units[place // k]), int(place % k)] for place in part]
-                    regions = torch.from_numpy(packed_masks.unpack(packed, self._view.shape)).to(device)
-                    where = torch.from_numpy(np.searchsorted(batch, flat[part])).to(device)
-                    features[part] = encoder.pool(maps, regions.float(), where).cpu().numpy()
-                progress.advance(len(batch))
+
+            def maps(start: int, stop: int) -> list[torch.Tensor]:
+                images = torch.from_numpy(self._views(distinct[start:stop])).to(encoder.mean.device)
+                progress.advance(stop - start)
+                return encoder.maps(encoder.fit(images.permute(0, 3, 1, 2).float() * (1 / 255)))
+
+            groups = [MaskedExemplars(np.where(flat < 0, -1, np.searchsorted(distinct, flat)), masks_at)]
+            (features,) = encode_exemplars(encoder, groups, maps, len(distinct), BATCH_SIZE)
         return features.reshape(*ids.shape, -1)
 
     def _views(self, ids: np.ndarray) -> np.ndarray:
@@ -256,14 +223,14 @@ class Dissection:
         return batch.views
 
     def _layer(self, layer: str) -> _Layer:
-        if layer not in self._found:
-            raise unknown_name("layer", layer, self._found, "These were dissected.")
-        return self._found[layer]
+        if layer not in self._exemplars:
+            raise unknown_name("layer", layer, self._exemplars, "These were dissected.")
+        return self._exemplars[layer]
 
 
 def dissect(
     model: nn.Module | str,
-    images: Pictures | Probe,
+    images: ProbeImages | Probe,
     layers: Sequence[str] | None = None,
     *,
     k: int = 15,
@@ -287,7 +254,7 @@ def dissect(
 
     Args:
         model: A network, on the device it is to run on; or a registered name (``resnet18/imagenet``).
-        images: See :data:`Pictures`.
+        images: See :data:`milan_ray.library.probe_images.ProbeImages`.
         layers: Module paths; of a registered model None takes its own.
         k: Exemplars per unit.
         quantile: Activation quantile of the level η, above which a position belongs to a mask.
@@ -331,9 +298,9 @@ def dissect(
         spec = resolve_model(model, weights, layers, activations=activations, reading=reading)
         spec = replace(spec, preprocess=preprocess or spec.preprocess, name=name or spec.name)
         network = spec.load().to(resolve_device(device))
-    probe = _probe(images, image_column)
+    probe = image_probe(images, image_column)
     check_probe(spec, probe)
-    _check_axes(images, spec)
+    check_axes(images, spec)
     if spec.images is not None:
         raise MilanError(f"{spec.name} is a generator: dissect it with jobs.exemplars.")
     refs = image_refs(probe.manifest())
@@ -389,27 +356,6 @@ def _spec(
     )
 
 
-def _probe(images: Pictures | Probe, image_column: str | None = None) -> ImageProbe:
-    tell.cache_clear()  # what is left out is said in every cell
-    _check_pictures(images)
-    in_memory = isinstance(images, (Source, np.ndarray)) or not (
-        isinstance(images, (str, os.PathLike)) or all(isinstance(one, (str, os.PathLike)) for one in images)
-    )
-    if in_memory and image_column is not None:
-        raise MilanError("image_column= is for Parquet, Arrow and tar files: leave it out for images in memory.")
-    if isinstance(images, Source):
-        return images  # type: ignore[return-value]
-    if isinstance(images, (str, os.PathLike)):
-        images = [images]
-    if not len(images):
-        raise MilanError("no images given: give at least one.")
-    if in_memory:
-        return _Pictures(list(images))
-    sources = [os.fspath(one) for one in images]
-    sources = [str(Path(one).expanduser()) if "://" not in one else one for one in sources]
-    return resolve_probe(sources, image_column=image_column)  # type: ignore[return-value]
-
-
 def _check_numbers(k: int, quantile: float, batch_size: int) -> None:
     for name, value in (("k", k), ("batch_size", batch_size)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
@@ -429,40 +375,6 @@ def _check_device(network: nn.Module, device: str) -> None:
         raise MilanError(
             f"device={device!r} is for registered models: this network is on {here}; call .to({device!r})."
         )
-
-
-def _check_pictures(images: object) -> None:
-    """Refuses what is no sequence of images, and what can be meant in two ways."""
-    if isinstance(images, (str, os.PathLike, Source)):
-        return
-    if isinstance(images, (Image.Image, bytes, bytearray)):
-        what = "one PIL image" if isinstance(images, Image.Image) else "bytes"
-        remedy = "put it into a list, [image]" if isinstance(images, Image.Image) else "open them with PIL"
-        raise MilanError(f"images are {what}: {remedy}.")
-    if isinstance(images, (Mapping, set, frozenset)) or not (
-        hasattr(images, "__len__") and hasattr(images, "__getitem__")
-    ):
-        kind = type(images).__name__
-        raise MilanError(f"images are {kind}: give a path, a probe, an array, or a list of images (list(…) makes one).")
-    shape = tuple(getattr(images, "shape", ()))
-    if isinstance(images, np.ndarray) and not shape:
-        raise MilanError("images are an array without axes: give uint8 (N, height, width, 3).")
-    if len(shape) == 3 and shape[-1] in (3, 4):
-        raise MilanError(
-            f"images have shape {shape}, which is one picture of {shape[-1]} bands or {shape[0]} grey ones: give "
-            "x[None] for the one, x[..., None] for the others."
-        )
-    if len(shape) == 2:
-        raise MilanError(f"images have shape {shape}: give x[None] for one grey picture.")
-    several = [] if isinstance(images, np.ndarray) and not np.ma.isMaskedArray(images) else images
-    if np.ma.isMaskedArray(images) or any(np.ma.isMaskedArray(one) for one in several):  # type: ignore[attr-defined]
-        raise MilanError("images are masked arrays, whose masks would be lost: give x.filled(…) or x.data.")
-
-
-def _check_axes(images: object, spec: ModelSpec) -> None:
-    shape = tuple(getattr(images, "shape", ()))
-    if len(shape) == 4 and spec.bands is None and shape[1] in (1, 3, 4) and shape[-1] not in (1, 2, 3, 4):
-        raise MilanError(f"images have shape {shape}, bands first: give x.transpose(0, 2, 3, 1).")
 
 
 def _run(

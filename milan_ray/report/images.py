@@ -1,4 +1,4 @@
-"""The report's pictures: one thumbnail per image and view, one strip of masks per unit."""
+"""The report's images: one thumbnail per image and view, one strip of masks per unit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from milan_ray.damaged import LeftOut
@@ -23,6 +22,7 @@ from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.report.pages import write_script
 from milan_ray.schema import MANIFEST, VIEWS
 from milan_ray.storage import Storage
+from milan_ray.storage.image_blocks import decode, find_images
 
 THUMBNAIL = 224
 """Longest side of a thumbnail in pixels: twice the size it is shown at, for dense displays."""
@@ -129,7 +129,7 @@ def write_names(storage: Storage, folder: Path, probe: str, view: str, image_ids
 
 def thumbnail(png: bytes) -> bytes:
     """A view as a JPEG of at most :data:`THUMBNAIL` pixels a side."""
-    image = Image.open(io.BytesIO(png)).convert("RGB")
+    image = Image.fromarray(decode(png))
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     # Small views keep their full colour resolution; of large ones a third of the bytes is saved.
@@ -154,23 +154,9 @@ def write_images(storage: Storage, folder: Path, probe: str, view: str, image_id
         os.replace(partial, path)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for keys in storage.partitions(VIEWS, probe=probe, view=view) if missing else []:
-            try:
-                held = storage.read(VIEWS, ["image_id"], **keys)["image_id"].to_pylist()
-                if not held:
-                    place = storage.uri(storage.path(VIEWS, **keys))
-                    raise DamagedTable(
-                        f"{place} is damaged (it holds no image); delete it and run jobs.exemplars again."
-                    )
-                here = missing.intersection(held)
-                table = storage.read(VIEWS, ["image_id", "image"], **keys) if here else None
-            except DamagedTable as error:
-                left_out.note(error)
-                continue
-            if table is not None:
-                table = table.filter(pc.field("image_id").isin(sorted(here)))
-                list(pool.map(write, table["image_id"].to_pylist(), table["image"].to_pylist()))
-                missing -= here
+        for pngs in find_images(storage, probe, view, missing, left_out.note):
+            list(pool.map(write, pngs, pngs.values()))
+            missing -= pngs.keys()
     if missing and len(left_out.said) == before:
         raise MilanError(
             f"{storage.uri(VIEWS.name)} lacks {len(missing)} of the exemplars' images "

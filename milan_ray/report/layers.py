@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 
 from milan_ray.damaged import LeftOut
+from milan_ray.exemplars.masks import mask_size
 from milan_ray.progress import say
 from milan_ray.report.images import image_folder, image_source, write_masks
 from milan_ray.report.nearest import mean_features, nearest
@@ -197,7 +198,7 @@ class _Layer:
     @property
     def shape(self) -> tuple[int, int]:
         """Height and width of the masks."""
-        return int(self.metadata["mask_height"]), int(self.metadata["mask_width"])
+        return mask_size(self.metadata)
 
     @property
     def units(self) -> list[int]:

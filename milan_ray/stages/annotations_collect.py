@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import os
 import shutil
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +23,14 @@ from milan_ray.annotations.published import Sample
 from milan_ray.config import config_hash
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
+from milan_ray.exemplars.masks import mask_size
 from milan_ray.names import checked_name
 from milan_ray.progress import Progress, say
 from milan_ray.schema import ANNOTATIONS, EXEMPLARS
 from milan_ray.scoring.agreement import TextScore, leave_one_out, mean_agreement
 from milan_ray.stages.annotations_export import exemplar_layers
 from milan_ray.storage import EXEMPLARS_KEY, Storage
-from milan_ray.storage.image_blocks import block_of, read_block
+from milan_ray.storage.image_blocks import decode, read_pngs
 
 KERNEL_VERSION = "answers-1"
 
@@ -95,12 +95,12 @@ def run_collect(
         for number, (of, layer) in enumerate(wanted):
             there = [unit for unit in _units(storage, of, layer) if not units or unit in units]
             chosen = [unit for unit in there if (of, layer, unit) not in questioned]
-            tasks += _pictures(storage, of, layer, chosen, part, f"{IMAGES}/{number:02d}", url)
+            tasks += _write_images(storage, of, layer, chosen, part, f"{IMAGES}/{number:02d}", url)
         if not tasks:
             raise MilanError(f"none of the chosen units of {model} has exemplars: choose others with --units.")
         questions = []
         for number, (of, layer, unit, right, wrong) in enumerate(asked):
-            found = _pictures(storage, of, layer, [unit], part, f"{IMAGES}/{QUALIFICATION}/{number:02d}", url)
+            found = _write_images(storage, of, layer, [unit], part, f"{IMAGES}/{QUALIFICATION}/{number:02d}", url)
             if not found:
                 raise MilanError(f"the qualification test asks about {of} {layer} {unit}, which has no exemplars.")
             questions.append(Question(found[0], right, wrong))
@@ -138,34 +138,32 @@ def _units(storage: Storage, model: str, layer: str) -> list[int]:
     return sorted(storage.read(EXEMPLARS, ["unit"], model=model, layer=layer)["unit"].unique().to_pylist())
 
 
-def _pictures(
+def _write_images(
     storage: Storage, model: str, layer: str, units: Sequence[int], folder: Path, place: str, url: str
 ) -> list[Task]:
-    """Draws the exemplars of some units of a layer; returns a task each, for those that have any."""
+    """Writes one image of each unit's exemplars; returns the tasks of the units that have any."""
     keys = {"model": model, "layer": layer}
     table = storage.read(EXEMPLARS, ["unit", "rank", "image_id", "mask"], **keys).combine_chunks()
     meta = storage.metadata(EXEMPLARS, **keys) or {}
-    size = int(meta["mask_height"]), int(meta["mask_width"])
+    size = mask_size(meta)
     unit_of, rank = table["unit"].to_numpy(), table["rank"].to_numpy()
     order = np.lexsort((rank, unit_of))
     exemplars = storage.config_of(EXEMPLARS, **keys)
     (folder / place).mkdir(parents=True)
     tasks: list[Task] = []
 
-    def draw(unit: int, rows: np.ndarray, pngs: dict[int, bytes]) -> Task:
+    def write(unit: int, rows: np.ndarray, pngs: dict[int, bytes]) -> Task:
         ids = [table["image_id"][row].as_py() for row in rows.tolist()]
-        pixels = [
-            nearest(np.asarray(Image.open(io.BytesIO(pngs[i])).convert("RGB")).transpose(2, 0, 1), size) for i in ids
-        ]
+        pixels = [nearest(decode(pngs[image_id]).transpose(2, 0, 1), size) for image_id in ids]
         regions = masks.unpack([table["mask"][row].as_py() for row in rows.tolist()], size)
         images = np.stack(pixels).astype(np.float32) / 255
         sample = Sample(layer, unit, images, regions[:, None].astype(np.float32))
-        picture = sample.grid()
+        grid = sample.grid()
         factor = -(-SMALLEST // max(size))
         if factor > 1:
-            picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+            grid = grid.resize((grid.width * factor, grid.height * factor), Image.Resampling.NEAREST)
         file = f"{place}/{unit}.jpg"
-        picture.save(folder / file, quality=90, subsampling=0)
+        grid.save(folder / file, quality=90, subsampling=0)
         return Task(model, layer, unit, exemplars, f"{url}{file}")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(f"pictures of {layer}", len(units), "units") as progress:
@@ -174,24 +172,11 @@ def _pictures(
             rows_of = {unit: order[slice(*np.searchsorted(unit_of[order], [unit, unit + 1]))] for unit in now}
             rows_of = {unit: rows for unit, rows in rows_of.items() if len(rows)}
             ids = sorted({table["image_id"][row].as_py() for rows in rows_of.values() for row in rows.tolist()})
-            pngs = _read_views(storage, meta, ids)
-            for task in pool.map(lambda item: draw(*item), [(unit, rows, pngs) for unit, rows in rows_of.items()]):
+            pngs = read_pngs(storage, meta["probe"], meta["view"], ids)
+            for task in pool.map(lambda item: write(*item), [(unit, rows, pngs) for unit, rows in rows_of.items()]):
                 tasks.append(task)
                 progress.advance()
     return tasks
-
-
-def _read_views(storage: Storage, meta: dict[str, str], image_ids: Iterable[int]) -> dict[int, bytes]:
-    """Views by image id, as PNG."""
-    blocks: dict[str, list[int]] = defaultdict(list)
-    for image_id in image_ids:
-        blocks[block_of(image_id)].append(image_id)
-    found: dict[int, bytes] = {}
-    for block, ids in blocks.items():
-        found |= zip(
-            ids, read_block(storage, meta["probe"], meta["view"], block, ids)["image"].to_pylist(), strict=True
-        )
-    return found
 
 
 # -- answers ------------------------------------------------------------------------------------------------------

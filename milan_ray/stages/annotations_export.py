@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import shutil
 from collections import defaultdict
@@ -11,17 +10,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from milan_ray.annotations import layout
 from milan_ray.annotations.merge import nearest
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.exemplars import masks
+from milan_ray.exemplars.masks import mask_size
 from milan_ray.probe.manifest import rows_of
 from milan_ray.progress import Progress, say
 from milan_ray.schema import ANNOTATIONS, EXEMPLARS, MANIFEST
 from milan_ray.storage import EXEMPLARS_KEY, Storage
-from milan_ray.storage.image_blocks import block_of, read_block
 
 ROOT = "milannotations:"
 """Start of the root of an imported set's images in their manifest; their paths are ids, where ``ids.csv`` had them."""
@@ -137,7 +135,7 @@ def _export_layer(storage: Storage, model: str, layer: str, folder: Path) -> set
     columns = ["unit", "rank", "image_id", "activation", "mask"]
     table = storage.read(EXEMPLARS, columns, model=model, layer=layer).combine_chunks()
     meta = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
-    size = int(meta["mask_height"]), int(meta["mask_width"])
+    size = mask_size(meta)
     unit, rank, image_id = (table[name].to_numpy() for name in ("unit", "rank", "image_id"))
     found, first, counts = np.unique(unit, return_index=True, return_counts=True)
     k = int(counts.max(initial=0))
@@ -158,20 +156,19 @@ def _export_layer(storage: Storage, model: str, layer: str, folder: Path) -> set
     rows = np.flatnonzero(place >= 0).tolist()
     for row in rows:
         regions[place[row], rank[row], 0] = masks.unpack([table["mask"][row].as_py()], size)[0]
-    uses: dict[str, dict[int, list[int]]] = defaultdict(lambda: defaultdict(list))
+    uses: dict[int, list[int]] = defaultdict(list)
     for row in rows:
-        uses[block_of(int(image_id[row]))][int(image_id[row])].append(row)
+        uses[int(image_id[row])].append(row)
 
-    def decode(data: bytes) -> np.ndarray:
-        return nearest(np.asarray(Image.open(io.BytesIO(data))).transpose(2, 0, 1), size)
+    def resized(png: bytes) -> np.ndarray:
+        return nearest(image_blocks.decode(png).transpose(2, 0, 1), size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, Progress(f"export {layer}", len(rows), "exemplars") as progress:
-        for block, wanted in sorted(uses.items()):
-            pngs = read_block(storage, meta["probe"], meta["view"], block, list(wanted))["image"].to_pylist()
-            for using, pixels in zip(wanted.values(), pool.map(decode, pngs), strict=True):
-                for row in using:
+        for pngs in image_blocks.read_blocks(storage, meta["probe"], meta["view"], sorted(uses)):
+            for image, pixels in zip(pngs, pool.map(resized, pngs.values()), strict=True):
+                for row in uses[image]:
                     images[place[row], rank[row]] = pixels
-                progress.advance(len(using))
+                progress.advance(len(uses[image]))
     images.flush()
     regions.flush()
     values = np.full(shape, np.nan)

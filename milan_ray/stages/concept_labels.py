@@ -21,6 +21,7 @@ import torch
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row, run_pool
+from milan_ray.engine.model_cache import ModelCache
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Known, Layers, Output, Stage, pairs
 from milan_ray.engine.tasks import FEW_IMAGES, retry_if_overtaken, run_parallel
@@ -37,7 +38,7 @@ from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST
 from milan_ray.stages.descriptions import write_labels
-from milan_ray.stages.exemplars import Dissection, ModelWork, ModelWorker, describe_model
+from milan_ray.stages.exemplars import DissectedModels, ModelWork, ModelWorker, describe_model
 from milan_ray.storage import Storage, WorkRemovedError
 
 KERNEL_VERSION = "concepts-1"
@@ -111,7 +112,7 @@ def label_fingerprint(
 @retry_if_overtaken
 def run_labels(
     storage: Storage,
-    dissected: Dissection,
+    dissected: DissectedModels,
     models: Sequence[references.ModelRef],
     probe: references.ProbeRef,
     config: ExemplarConfig,
@@ -330,20 +331,17 @@ class CountWorker(ModelWorker):
     def __init__(self, labels: list[_Work], **arguments: Any) -> None:
         super().__init__(**arguments)
         self._labels = labels
-        self._levels: tuple[int, dict[str, torch.Tensor]] = (-1, {})
+        self._levels = ModelCache(self._load_levels)
 
-    def _levels_of(self, index: int) -> dict[str, torch.Tensor]:
-        if self._levels[0] != index:
-            item = self._work[index]
-            tables = {layer: self._storage.read(LEVELS, model=item.model.name, layer=layer) for layer in item.layers}
-            levels = {layer: torch.tensor(table["level"].to_numpy()) for layer, table in tables.items()}
-            self._levels = (index, {layer: level.to(self._device) for layer, level in levels.items()})
-        return self._levels[1]
+    def _load_levels(self, index: int) -> dict[str, torch.Tensor]:
+        item = self._work[index]
+        tables = {layer: self._storage.read(LEVELS, model=item.model.name, layer=layer) for layer in item.layers}
+        return {layer: torch.tensor(table["level"].to_numpy()).to(self._device) for layer, table in tables.items()}
 
     def _run(self, row: Row) -> None:
         index, item, planned = row["model"], self._work[row["model"]], self._labels[row["model"]]
         spec, forward = self._forward(index)
-        levels = self._levels_of(index)
+        levels = self._levels(index)
         view = spec.preprocess.view if spec.images is None else View(spec.preprocess.view.shape, None)
         composed = planned.layers.get(CompExp.name, {})
         refs = image_refs(

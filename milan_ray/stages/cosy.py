@@ -19,7 +19,8 @@ from torch import nn
 from milan_ray.config import Arithmetic, ExemplarConfig, Fingerprint, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
-from milan_ray.engine.actor_pool import ModelCache, Row, run_pool
+from milan_ray.engine.actor_pool import Row, run_pool
+from milan_ray.engine.model_cache import ModelCache
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.engine.tasks import removed_if_damaged, retry_if_overtaken

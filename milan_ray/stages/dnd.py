@@ -6,7 +6,6 @@ pooled ─► [augment: top images, attention crops] ─► [caption] ─► [su
 
 from __future__ import annotations
 
-import io
 import platform
 import time
 from collections import defaultdict
@@ -44,9 +43,10 @@ from milan_ray.plugins import load_plugins
 from milan_ray.probe.base import ImageRef
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, MANIFEST, POOLED
-from milan_ray.stages.exemplars import Dissection, ModelWork, ModelWorker, describe_model
+from milan_ray.stages.exemplars import DissectedModels, ModelWork, ModelWorker, describe_model
 from milan_ray.stages.images import png
 from milan_ray.storage import EXEMPLARS_KEY, Storage, WorkRemovedError
+from milan_ray.storage.image_blocks import decode
 
 KERNEL_VERSION = "dnd-1"
 
@@ -311,7 +311,7 @@ class _Work:
 @retry_if_overtaken
 def run_dnd(
     storage: Storage,
-    dissected: Dissection,
+    dissected: DissectedModels,
     models: Sequence[references.ModelRef],
     probe: references.ProbeRef,
     config: ExemplarConfig,
@@ -732,7 +732,7 @@ class CaptionWorker(_TextWorker):
         self._captioner = _checked(captioner, self._work.identity["captioner"], "captioner of images").to(self._device)
 
     def _texts(self, values: list[bytes]) -> list[str]:
-        return self._captioner.caption([np.asarray(Image.open(io.BytesIO(value))) for value in values])
+        return self._captioner.caption([decode(value) for value in values])
 
 
 class SummariseWorker(_TextWorker):

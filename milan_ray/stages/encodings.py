@@ -5,59 +5,36 @@ exemplars ─► [scatter by chunk of images] ─► [actor pool: encode a chunk
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from PIL import Image
 
+from milan_ray.captioner.encoder import Encoder, MaskedExemplars, encode_exemplars
 from milan_ray.config import Fingerprint, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, pairs, run_stage
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.exemplars import masks
+from milan_ray.exemplars.masks import mask_size
 from milan_ray.schema import ENCODINGS, EXEMPLARS
 from milan_ray.storage import EXEMPLARS_KEY, Storage
-from milan_ray.storage.image_blocks import block_of, read_block
+from milan_ray.storage.image_blocks import decode, read_pngs
 
 KERNEL_VERSION = "encodings-3"
 
 BATCH_SIZE = 16
 """Images per encoder pass: on a CPU larger ones are no faster and heavier, smaller ones slower."""
 
-MASKS = 256
-"""Masks pooled at once: what bounds memory where an image is an exemplar of thousands of units."""
-
 _FEATURES_SCHEMA = pa.schema([("unit", pa.int32()), ("rank", pa.int16()), ("feature", pa.list_(pa.float32()))])
-
-
-class Encoder(Protocol):
-    """What turns images and masks into features: a captioner's encoder, or a model of images and texts."""
-
-    mean: torch.Tensor
-
-    def identity(self) -> dict[str, object]:
-        """All that decides features besides images and masks."""
-
-    def to(self, device: torch.device) -> Any:
-        """The encoder, moved."""
-
-    def fit(self, images: torch.Tensor) -> torch.Tensor:
-        """Images (N, 3, H, W) in [0, 1] at the encoder's own size."""
-
-    def maps(self, images: torch.Tensor) -> list[torch.Tensor]:
-        """What is the same for all masks, from one pass over N images: tensors of N rows."""
-
-    def pool(self, maps: Sequence[torch.Tensor], masks: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-        """Features (M, F) of masks (M, H, W), ``index`` (M,) telling whose image each belongs to."""
 
 
 class Request(Protocol):
@@ -96,41 +73,38 @@ class EncodingWorker:
             table = self._storage.get_work(self._work, f"masks/{row['name']}/{number}")
             source = pa.array(np.full(len(table), number, np.int32))
             by_size[self._mask_sizes[number]].append(table.append_column("source", source))
-        exemplars = {size: pa.concat_tables(tables).sort_by("image_id") for size, tables in by_size.items()}
-        ids = np.unique(np.concatenate([table["image_id"].to_numpy() for table in exemplars.values()])).tolist()
-        views = self._views(row, ids)
-        pooled: list[pa.Table] = []
-        for start in range(0, len(ids), BATCH_SIZE):
-            batch = np.array(ids[start : start + BATCH_SIZE])
-            maps = encode(self._encoder, views[start : start + BATCH_SIZE], BATCH_SIZE)
-            for size, table in exemplars.items():
-                begin, end = np.searchsorted(table["image_id"].to_numpy(), [batch[0], batch[-1] + 1]).tolist()
-                for first in range(begin, end, MASKS):
-                    pooled.append(self._pool(table.slice(first, min(MASKS, end - first)), batch, maps, size))
-        features = pa.concat_tables(pooled)
-        for number in row["outputs"]:
-            part = features.filter(pc.equal(features["source"], number)).drop_columns("source")
-            self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), part)
+        tables = {size: pa.concat_tables(tables).sort_by("image_id") for size, tables in by_size.items()}
+        shown = [table["image_id"].to_numpy() for table in tables.values()]
+        ids = np.unique(np.concatenate(shown))
+        pngs = list(read_pngs(self._storage, row["probe"], row["view"], ids.tolist()).values())
+        groups = [
+            MaskedExemplars(np.searchsorted(ids, images), partial(_unpacked, table["mask"].combine_chunks(), size))
+            for images, (size, table) in zip(shown, tables.items(), strict=True)
+        ]
+
+        def maps(start: int, stop: int) -> list[torch.Tensor]:
+            return encode(self._encoder, pngs[start:stop], BATCH_SIZE)
+
+        encoded = encode_exemplars(self._encoder, groups, maps, len(ids), BATCH_SIZE)
+        for table, features in zip(tables.values(), encoded, strict=True):
+            sources = table["source"].to_numpy()
+            for number in np.unique(sources).tolist():
+                mine = np.flatnonzero(sources == number)
+                piece = _features(table.take(mine), features[mine])
+                self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), piece)
         return {"images": len(ids)}
 
-    def _views(self, row: Row, ids: list[int]) -> list[bytes]:
-        """The images' PNGs, in the order of the ids; every block is read once."""
-        pngs: list[bytes] = []
-        for block, members in itertools.groupby(ids, block_of):
-            pngs += read_block(self._storage, row["probe"], row["view"], block, list(members))["image"].to_pylist()
-        return pngs
 
-    def _pool(
-        self, table: pa.Table, batch: np.ndarray, maps: list[torch.Tensor], mask_size: tuple[int, int]
-    ) -> pa.Table:
-        regions = torch.from_numpy(masks.unpack(table["mask"].to_pylist(), mask_size)).to(self._device)
-        index = torch.from_numpy(np.searchsorted(batch, table["image_id"].to_numpy())).to(self._device)
-        features = self._encoder.pool(maps, regions, index).cpu().numpy()
-        offsets = np.arange(len(features) + 1, dtype=np.int32) * features.shape[1]
-        lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(features.ravel()))
-        return pa.table([table["unit"], table["rank"], lists], schema=_FEATURES_SCHEMA).append_column(
-            "source", table["source"]
-        )
+def _unpacked(packed: pa.Array, size: tuple[int, int], places: np.ndarray) -> torch.Tensor:
+    """The masks (m, H, W) at some places of a column."""
+    return torch.from_numpy(masks.unpack(packed.take(pa.array(places)).to_pylist(), size))
+
+
+def _features(exemplars: pa.Table, features: np.ndarray) -> pa.Table:
+    """Exemplars' features (M, F) as a table of unit, rank and feature."""
+    offsets = np.arange(len(features) + 1, dtype=np.int32) * features.shape[1]
+    lists = pa.ListArray.from_arrays(pa.array(offsets), pa.array(features.ravel()))
+    return pa.table([exemplars["unit"], exemplars["rank"], lists], schema=_FEATURES_SCHEMA)
 
 
 class Encodings(ShardedStage):
@@ -245,8 +219,7 @@ class _Scatter:
     def of(cls, job: Job, output: Output) -> _Scatter:
         """The task of an output."""
         told = job.storage.metadata(EXEMPLARS, model=output.model, layer=output.layer) or {}
-        size = int(told["mask_height"]), int(told["mask_width"])
-        return cls(job.storage, job.work, output, (told["probe"], told["view"]), size)
+        return cls(job.storage, job.work, output, (told["probe"], told["view"]), mask_size(told))
 
     def read(self, columns: list[str]) -> pa.Table:
         """Some columns of the units that are wanted."""
@@ -297,7 +270,7 @@ def encode(encoder: Encoder, pngs: Sequence[bytes], batch_size: int) -> list[tor
     Returns:
         The encoder's maps of n images; of a pyramid, one (n, C, h, w) per level.
     """
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(png))) for png in pngs])
+    pixels = np.stack([decode(png) for png in pngs])
     padded = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
     padded[: len(pixels)] = pixels
     images = torch.from_numpy(padded).to(encoder.mean.device).permute(0, 3, 1, 2).float() * (1 / 255)

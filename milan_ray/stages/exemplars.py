@@ -27,7 +27,8 @@ from torch import nn
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
-from milan_ray.engine.actor_pool import ModelCache, Row, run_pool
+from milan_ray.engine.actor_pool import Row, run_pool
+from milan_ray.engine.model_cache import ModelCache
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.tasks import FEW_IMAGES, retry_if_overtaken, run_parallel
 from milan_ray.errors import DamagedTable, MilanError
@@ -53,7 +54,7 @@ from milan_ray.progress import Progress, say
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, POOLED, SKIPPED
 from milan_ray.stages import arithmetic
 from milan_ray.stages.arithmetic import refused_by
-from milan_ray.stages.images import Pictures, ensure_views, view_key
+from milan_ray.stages.images import ExemplarImages, ensure_views, view_key
 from milan_ray.storage import ORDER_KEY, Storage, WorkRemovedError, parts_of
 
 IMAGES = "images"
@@ -129,7 +130,7 @@ class ModelWork:
 
 
 @dataclass(frozen=True)
-class Dissection:
+class DissectedModels:
     """What :func:`run_exemplars` leaves behind.
 
     Attributes:
@@ -233,7 +234,7 @@ def run_exemplars(
     probe: references.ProbeRef,
     config: ExemplarConfig,
     resources: Resources,
-) -> Dissection:
+) -> DissectedModels:
     """Makes the exemplars of every unit of every requested layer, doing only what is missing.
 
     Args:
@@ -304,7 +305,7 @@ def run_exemplars(
     if not done:
         raise MilanError(next(iter(failed.values())) if len(failed) == 1 else "every model failed; see above.")
     _ensure_views(storage, needed, probe, config, resources)
-    return Dissection(digest, done, failed)
+    return DissectedModels(digest, done, failed)
 
 
 def _say_nonfinite(storage: Storage, work: Sequence[ModelWork]) -> None:
@@ -983,4 +984,5 @@ def _ensure_views(
             every[place] |= images
             makers[place] = ref
     for (digest, key), ids in every.items():
-        ensure_views(storage, Pictures(probe, digest, key, makers[digest, key], config), sorted(ids), resources)
+        shown = ExemplarImages(probe, digest, key, makers[digest, key], config)
+        ensure_views(storage, shown, sorted(ids), resources)

@@ -41,14 +41,14 @@ FORGET = timedelta(days=1)
 
 
 @dataclass(frozen=True)
-class Pictures:
+class ExemplarImages:
     """Where the images of one view come from.
 
     Attributes:
         probe: The probe.
         digest: Its manifest's digest.
         key: The view's key, as :func:`view_key` gives it.
-        model: A model with this view; a generator draws its images itself.
+        model: A model with this view; a generator renders its images itself.
         config: How its exemplars were made.
     """
 
@@ -67,7 +67,7 @@ class Pictures:
 @dataclass(frozen=True)
 class _Block:
     storage: Storage
-    pictures: Pictures
+    images: ExemplarImages
     block: str
     wanted: tuple[int, ...]
     resources: Resources
@@ -101,7 +101,7 @@ def view_key(spec: ModelSpec, model: nn.Module, weights: str, config: ExemplarCo
     return f"{spec.name} {config_hash(identity)}"
 
 
-def ensure_views(storage: Storage, pictures: Pictures, image_ids: list[int], resources: Resources) -> None:
+def ensure_views(storage: Storage, images: ExemplarImages, image_ids: list[int], resources: Resources) -> None:
     """Stores the views of these images where they are missing; a block keeps what it had.
 
     Jobs of other models may extend the same blocks at the same time. None loses what another wrote: each announces the
@@ -109,7 +109,7 @@ def ensure_views(storage: Storage, pictures: Pictures, image_ids: list[int], res
 
     Args:
         storage: The run directory.
-        pictures: Where the images come from.
+        images: Where the images come from.
         image_ids: Manifest rows.
         resources: What of the cluster a generator may use.
     """
@@ -117,36 +117,36 @@ def ensure_views(storage: Storage, pictures: Pictures, image_ids: list[int], res
     for image_id in image_ids:
         blocks[block_of(image_id)].add(image_id)
     tasks = [
-        _Block(storage, pictures, block, tuple(sorted(wanted)), resources)
+        _Block(storage, images, block, tuple(sorted(wanted)), resources)
         for block, wanted in blocks.items()
-        if wanted - _stored(storage, pictures, block)
+        if wanted - _stored(storage, images, block)
     ]
     if not tasks:
         return
-    own = _announce(storage, pictures, image_ids)
-    generator = references.model(pictures.model).images is not None
+    own = _announce(storage, images, image_ids)
+    generator = references.model(images.model).images is not None
     cpus, gpus = (resources.cpus_per_actor, gpus_each(resources)) if generator else (1, 0)
-    with Progress(f"views {pictures.key}", sum(len(task.wanted) for task in tasks), "images") as progress:
-        in_driver = storage.count(MANIFEST, probe=pictures.digest) <= FEW_IMAGES and not generator
+    with Progress(f"views {images.key}", sum(len(task.wanted) for task in tasks), "images") as progress:
+        in_driver = storage.count(MANIFEST, probe=images.digest) <= FEW_IMAGES and not generator
         for index, _ in run_parallel(_write_block, tasks, cpus, gpus, in_driver):
             progress.advance(len(tasks[index].wanted))
-    _withdraw(storage, pictures, own)
+    _withdraw(storage, images, own)
 
 
-def _keys(pictures: Pictures, block: str) -> dict[str, str]:
-    return {"probe": pictures.digest, "view": pictures.key, "block": block}
+def _keys(images: ExemplarImages, block: str) -> dict[str, str]:
+    return {"probe": images.digest, "view": images.key, "block": block}
 
 
-def _stored(storage: Storage, pictures: Pictures, block: str) -> set[int]:
+def _stored(storage: Storage, images: ExemplarImages, block: str) -> set[int]:
     """The images that a block holds already."""
-    table = _read(storage, pictures, block, "image_id")
+    table = _read(storage, images, block, "image_id")
     return set() if table is None else set(table["image_id"].to_pylist())
 
 
-def _read(storage: Storage, pictures: Pictures, block: str, *columns: str) -> pa.Table | None:
+def _read(storage: Storage, images: ExemplarImages, block: str, *columns: str) -> pa.Table | None:
     """Columns of a block; None where there is none of this view, or it is damaged: it is then made anew."""
-    keys = _keys(pictures, block)
-    if not storage.is_current(VIEWS, pictures.hash, **keys):
+    keys = _keys(images, block)
+    if not storage.is_current(VIEWS, images.hash, **keys):
         return None
     try:
         return storage.read(VIEWS, list(columns), **keys)
@@ -155,11 +155,11 @@ def _read(storage: Storage, pictures: Pictures, block: str, *columns: str) -> pa
         return None
 
 
-def _announced(storage: Storage, pictures: Pictures) -> set[str]:
+def _announced(storage: Storage, images: ExemplarImages) -> set[str]:
     """The files in which jobs say what they want of a view; those of long ago are gone afterwards."""
     old = datetime.now(timezone.utc) - FORGET
     found = set()
-    for path, stat in storage.stat(_board(storage, pictures)).items():
+    for path, stat in storage.stat(_board(storage, images)).items():
         if stat.modified is not None and stat.modified < old:
             storage.remove_file(path)
         else:
@@ -167,49 +167,49 @@ def _announced(storage: Storage, pictures: Pictures) -> set[str]:
     return found
 
 
-def _board(storage: Storage, pictures: Pictures) -> str:
-    return f"{storage.path(VIEWS, **_keys(pictures, '')).rsplit('/', 2)[0]}/{WANTED}"
+def _board(storage: Storage, images: ExemplarImages) -> str:
+    return f"{storage.path(VIEWS, **_keys(images, '')).rsplit('/', 2)[0]}/{WANTED}"
 
 
-def _announce(storage: Storage, pictures: Pictures, image_ids: list[int]) -> str:
-    path = f"{_board(storage, pictures)}/{uuid.uuid4().hex}.json"
+def _announce(storage: Storage, images: ExemplarImages, image_ids: list[int]) -> str:
+    path = f"{_board(storage, images)}/{uuid.uuid4().hex}.json"
     storage.put(path, json.dumps(image_ids).encode())
     return path
 
 
-def _withdraw(storage: Storage, pictures: Pictures, own: str) -> None:
+def _withdraw(storage: Storage, images: ExemplarImages, own: str) -> None:
     """Takes an announcement back, unless another job is at work, which may have to see it.
 
     A job that begins after this look reads blocks that are as they should be; one that began before has announced
     what it wants.
     """
-    if _announced(storage, pictures) == {own}:
+    if _announced(storage, images) == {own}:
         storage.remove_file(own)
 
 
 def _write_block(task: _Block) -> None:
     """Extends a block by what this and all other jobs want of it."""
-    storage, pictures, keys = task.storage, task.pictures, _keys(task.pictures, task.block)
+    storage, images, keys = task.storage, task.images, _keys(task.images, task.block)
     wanted, seen = set(task.wanted), set[str]()
-    drawn: dict[int, bytes] = {}
+    rendered: dict[int, bytes] = {}
     while True:
-        for path in _announced(storage, pictures) - seen:
+        for path in _announced(storage, images) - seen:
             seen.add(path)
             wanted.update(i for i in _read_announcement(storage, path) if block_of(i) == task.block)
-        lacking = wanted - drawn.keys() - _stored(storage, pictures, task.block)
+        lacking = wanted - rendered.keys() - _stored(storage, images, task.block)
         if lacking:
-            drawn.update(_draw(pictures, _refs(storage, pictures, task.block, lacking), task.resources))
+            rendered.update(_render(images, _refs(storage, images, task.block, lacking), task.resources))
         # As late as can be: what is stored between this and the next line is found by the look after it.
-        stored = _read(storage, pictures, task.block, "image_id", "image")
-        if stored is None and (lost := wanted - drawn.keys()):  # their ids were legible, and their images are not
-            drawn.update(_draw(pictures, _refs(storage, pictures, task.block, lost), task.resources))
-        together = dict(drawn)
+        stored = _read(storage, images, task.block, "image_id", "image")
+        if stored is None and (lost := wanted - rendered.keys()):  # their ids were legible, and their images are not
+            rendered.update(_render(images, _refs(storage, images, task.block, lost), task.resources))
+        together = dict(rendered)
         if stored is not None:
             together |= zip(stored["image_id"].to_pylist(), stored["image"].to_pylist(), strict=True)
         if stored is None or len(together) > len(stored):
             ids = sorted(together)
-            write_block(storage, pictures.hash, ids, [together[image_id] for image_id in ids], **keys)
-        if _announced(storage, pictures) <= seen:
+            write_block(storage, images.hash, ids, [together[image_id] for image_id in ids], **keys)
+        if _announced(storage, images) <= seen:
             return
 
 
@@ -224,27 +224,27 @@ def _read_announcement(storage: Storage, path: str) -> list[int]:
     return [image for image in found if isinstance(image, int)] if isinstance(found, list) else []
 
 
-def _refs(storage: Storage, pictures: Pictures, block: str, image_ids: set[int]) -> list[ImageRef]:
+def _refs(storage: Storage, images: ExemplarImages, block: str, image_ids: set[int]) -> list[ImageRef]:
     """Where images of a block lie, ascending."""
     first = int(block) * BLOCK
-    rows = storage.read_rows(MANIFEST, first, first + BLOCK, ["image_id", "root", "path"], probe=pictures.digest)
+    rows = storage.read_rows(MANIFEST, first, first + BLOCK, ["image_id", "root", "path"], probe=images.digest)
     return [
         ImageRef(row["image_id"], row["root"], row["path"]) for row in rows.to_pylist() if row["image_id"] in image_ids
     ]
 
 
-def _draw(pictures: Pictures, refs: Sequence[ImageRef], resources: Resources) -> dict[int, bytes]:
+def _render(images: ExemplarImages, refs: Sequence[ImageRef], resources: Resources) -> dict[int, bytes]:
     """The images of these rows as PNG, by id.
 
     Raises:
         MilanError: One can no longer be read, or the generator has other weights than before.
     """
-    spec = references.model(pictures.model)
-    size, truncate = spec.batch(pictures.config.batch_size), pictures.config.truncate_bytes
-    forward = None if spec.images is None else _generator(pictures, resources)
-    drawn: dict[int, bytes] = {}
+    spec = references.model(images.model)
+    size, truncate = spec.batch(images.config.batch_size), images.config.truncate_bytes
+    forward = None if spec.images is None else _generator(images, resources)
+    rendered: dict[int, bytes] = {}
     for start in range(0, len(refs), size):
-        probe, rows = references.probe(pictures.probe), refs[start : start + size]
+        probe, rows = references.probe(images.probe), refs[start : start + size]
         if isinstance(probe, LatentProbe):
             batch = read_inputs(probe, rows, spec)
         else:
@@ -256,21 +256,21 @@ def _draw(pictures: Pictures, refs: Sequence[ImageRef], resources: Resources) ->
             pixels = forward.images(batch.inputs, truncate)
         else:
             pixels = spec.preprocess.truncated(batch.views) if truncate else batch.views
-        drawn.update(zip(batch.ids.tolist(), map(png, pixels), strict=True))
-    return drawn
+        rendered.update(zip(batch.ids.tolist(), map(png, pixels), strict=True))
+    return rendered
 
 
-@lru_cache(maxsize=1)  # a worker process draws block after block
-def _generator(pictures: Pictures, resources: Resources) -> Forward:
+@lru_cache(maxsize=1)  # a worker process renders block after block
+def _generator(images: ExemplarImages, resources: Resources) -> Forward:
     torch.set_num_threads(resources.threads)
-    spec = references.model(pictures.model)
+    spec = references.model(images.model)
     model = spec.load()
-    if view_key(spec, model, weights_digest(model), pictures.config) != pictures.key:
+    if view_key(spec, model, weights_digest(model), images.config) != images.key:
         raise MilanError(
             f"{spec.name} on {platform.node()} is not the generator whose exemplars these are; every node must see the "
             "same weights, and random ones need a seed."
         )
-    config = pictures.config
+    config = images.config
     device = resolve_device(resources.device)
     return Forward(spec, model.to(device), (), spec.batch(config.batch_size), config.arithmetic)
 

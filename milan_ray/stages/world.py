@@ -15,6 +15,7 @@ from milan_ray.engine import references
 from milan_ray.engine.tasks import run_parallel
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.forward import read_inputs
+from milan_ray.exemplars.masks import mask_size
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import ANNOTATIONS, EXEMPLARS, LEVELS, MANIFEST
@@ -113,7 +114,7 @@ def _annotate_layer(task: _Annotate) -> None:
     keys = {"model": task.model, "layer": task.layer}
     exemplars = task.storage.read(EXEMPLARS, ["unit", "image_id", "mask"], **keys)
     meta = task.storage.metadata(EXEMPLARS, **keys) or {}
-    size = int(meta["mask_height"]), int(meta["mask_width"])
+    size = mask_size(meta)
     ids = sorted(set(exemplars["image_id"].to_pylist()))
     source = references.probe(task.probe)
     maps = {

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from PIL import Image
 
-from milan_ray.errors import MilanError
+from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.schema import VIEWS
 from milan_ray.storage import Storage
 
@@ -37,27 +42,74 @@ def write_block(storage: Storage, config: str, image_ids: list[int], pngs: list[
     storage.write(VIEWS, VIEWS.table(columns | {"image_id": image_ids, "image": pngs}), config, **keys)
 
 
-def read_block(storage: Storage, digest: str, view_key: str, block: str, image_ids: list[int]) -> pa.Table:
-    """Reads images of one block.
+def decode(png: bytes) -> np.ndarray:
+    """An exemplar's image, uint8 (H, W, 3), from its PNG."""
+    return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+
+
+def read_block(storage: Storage, probe: str, view: str, block: str, image_ids: list[int]) -> pa.Table:
+    """Reads images from one block, in the order asked for.
+
+    Raises:
+        MilanError: The block lacks one of them.
+    """
+    for pause in (*_PAUSES, None):
+        table = storage.read(VIEWS, ["image_id", "image"], probe=probe, view=view, block=block)
+        places = pc.index_in(pa.array(image_ids, pa.int64()), table["image_id"].combine_chunks())
+        if not places.null_count:
+            return table.take(places)
+        if pause is not None:
+            time.sleep(pause)
+    raise MilanError(f"views block {block} of {view} lacks images of the exemplars; run jobs.exemplars again.")
+
+
+def read_blocks(storage: Storage, probe: str, view: str, image_ids: Iterable[int]) -> Iterator[dict[int, bytes]]:
+    """Reads images block by block, each block once.
+
+    Yields:
+        Of every block, image id → PNG.
+
+    Raises:
+        MilanError: A block lacks one of them.
+    """
+    blocks: dict[str, list[int]] = defaultdict(list)
+    for image_id in dict.fromkeys(image_ids):
+        blocks[block_of(image_id)].append(image_id)
+    for block, ids in blocks.items():
+        yield dict(zip(ids, read_block(storage, probe, view, block, ids)["image"].to_pylist(), strict=True))
+
+
+def read_pngs(storage: Storage, probe: str, view: str, image_ids: Iterable[int]) -> dict[int, bytes]:
+    """Reads images; see :func:`read_blocks`."""
+    return {image_id: png for pngs in read_blocks(storage, probe, view, image_ids) for image_id, png in pngs.items()}
+
+
+def find_images(
+    storage: Storage, probe: str, view: str, image_ids: set[int], damaged: Callable[[DamagedTable], object]
+) -> Iterator[dict[int, bytes]]:
+    """Looks for images in all blocks of a view and passes over blocks that are damaged.
 
     Args:
         storage: The run directory.
-        digest: The manifest's digest.
-        view_key: The view.
-        block: The block.
-        image_ids: Manifest rows.
+        probe: Digest of the probe's manifest.
+        view: Key of the view.
+        image_ids: The images to look for.
+        damaged: Told of every damaged block.
 
-    Returns:
-        Columns image_id and image (PNG), in the order asked for.
-
-    Raises:
-        MilanError: An image is missing.
+    Yields:
+        Of every block that holds some of them, image id → PNG.
     """
-    for pause in (*_PAUSES, None):
-        stored = storage.read(VIEWS, ["image_id", "image"], probe=digest, view=view_key, block=block)
-        places = pc.index_in(pa.array(image_ids, pa.int64()), stored["image_id"].combine_chunks())
-        if not places.null_count:
-            return stored.take(places)
-        if pause is not None:
-            time.sleep(pause)
-    raise MilanError(f"views block {block} of {view_key} lacks images of the exemplars; run jobs.exemplars again.")
+    for keys in storage.partitions(VIEWS, probe=probe, view=view) if image_ids else []:
+        try:
+            held = storage.read(VIEWS, ["image_id"], **keys)["image_id"].to_pylist()
+            if not held:
+                place = storage.uri(storage.path(VIEWS, **keys))
+                raise DamagedTable(f"{place} is damaged (it holds no image); delete it and run jobs.exemplars again.")
+            if not (wanted := image_ids.intersection(held)):
+                continue
+            table = storage.read(VIEWS, ["image_id", "image"], **keys)
+        except DamagedTable as error:
+            damaged(error)
+            continue
+        table = table.filter(pc.field("image_id").isin(sorted(wanted)))
+        yield dict(zip(table["image_id"].to_pylist(), table["image"].to_pylist(), strict=True))

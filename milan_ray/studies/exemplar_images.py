@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
-from PIL import Image
 
 from milan_ray.engine import references
 from milan_ray.errors import MilanError
@@ -16,8 +14,7 @@ from milan_ray.exemplars.forward import Batch, read_inputs, read_views
 from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.base import ImageRef
 from milan_ray.schema import EXEMPLARS
-from milan_ray.storage import Storage
-from milan_ray.storage.image_blocks import block_of, read_block
+from milan_ray.storage import Storage, image_blocks
 
 
 def views_of(probe: references.ProbeRef, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
@@ -55,20 +52,14 @@ def unit_exemplars(storage: Storage, model: str, layer: str, unit: int) -> pl.Da
 def unit_masks(storage: Storage, model: str, layer: str, packed: Sequence[bytes]) -> np.ndarray:
     """Masks of a layer's exemplars, bool (n, H, W), in the size they are stored in."""
     meta = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
-    return masks.unpack(list(packed), (int(meta["mask_height"]), int(meta["mask_width"])))
+    return masks.unpack(list(packed), masks.mask_size(meta))
 
 
 def exemplar_views(storage: Storage, model: str, layer: str, image_ids: Sequence[int]) -> np.ndarray:
     """Exemplars' images as the model saw them, uint8 (n, H, W, 3)."""
     meta = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
-    blocks: dict[str, list[int]] = {}
-    for image_id in image_ids:
-        blocks.setdefault(block_of(image_id), []).append(image_id)
-    pngs: dict[int, bytes] = {}
-    for block, ids in blocks.items():
-        rows = read_block(storage, meta["probe"], meta["view"], block, list(dict.fromkeys(ids)))
-        pngs |= dict(zip(rows["image_id"].to_pylist(), rows["image"].to_pylist(), strict=True))
-    return np.stack([np.asarray(Image.open(io.BytesIO(pngs[image_id])).convert("RGB")) for image_id in image_ids])
+    pngs = image_blocks.read_pngs(storage, meta["probe"], meta["view"], image_ids)
+    return np.stack([image_blocks.decode(pngs[image_id]) for image_id in image_ids])
 
 
 def veiled(views: np.ndarray, found: np.ndarray) -> np.ndarray:

@@ -14,8 +14,9 @@ import torch
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine import cluster
-from milan_ray.engine.actor_pool import ModelCache, Row, run_pool
+from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.cluster import FEW_PIECES, threads_here
+from milan_ray.engine.model_cache import ModelCache
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.errors import MilanError
 from milan_ray.schema import EXEMPLARS, LEVELS
@@ -49,6 +50,7 @@ import ray
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.cluster import connected
 from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.engine.model_cache import ModelCache
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.storage import Storage
 root, plugin, photos = sys.argv[1:]

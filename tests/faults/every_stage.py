@@ -55,7 +55,7 @@ from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.dnd import DndConfig, SummariserRef, run_dnd
 from milan_ray.stages.embeddings import run_image_embeddings, text_embeddings
 from milan_ray.stages.encodings import run_encodings
-from milan_ray.stages.exemplars import Dissection, run_exemplars
+from milan_ray.stages.exemplars import DissectedModels, run_exemplars
 from milan_ray.stages.rerank import run_reranking
 from milan_ray.stages.scores import ScoreConfig, described_layers, run_scores
 from milan_ray.stages.tuning_statistics import Sweep
@@ -126,7 +126,7 @@ def train_here(storage: Storage) -> None:
         assert done, said
 
 
-def look(storage: Storage) -> Dissection:
+def look(storage: Storage) -> DissectedModels:
     return run_exemplars(storage, [WATCHER], FIELDS, FEW, HERE)
 
 
@@ -148,7 +148,7 @@ def draw(storage: Storage) -> None:
     run_cosy(storage, described, FIELDS, [WATCHER], GeneratorRef("flags/fields"), CosyConfig(4), SCORING, HERE)
 
 
-def watch(storage: Storage) -> Dissection:
+def watch(storage: Storage) -> DissectedModels:
     return run_exemplars(storage, [COLOUR_MODEL], SCENES, SHOTS, HERE)
 
 

@@ -23,7 +23,7 @@ import milan_ray
 from milan_ray import cli
 from milan_ray.captioner.checkpoints import CONFIG, WEIGHTS
 from milan_ray.errors import DamagedTable, MilanError
-from milan_ray.library.captioner import open_exemplars
+from milan_ray.library.run_directory import open_exemplars
 from milan_ray.report.layers import layer_folder
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, VIEWS
 from milan_ray.schema import TABLES as ALL_TABLES

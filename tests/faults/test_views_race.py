@@ -17,7 +17,7 @@ from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.schema import MANIFEST, VIEWS
 from milan_ray.stages import images as views
 from milan_ray.stages.exemplars import describe_model
-from milan_ray.stages.images import Pictures, ensure_views
+from milan_ray.stages.images import ExemplarImages, ensure_views
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -39,16 +39,16 @@ class Interrupted(Storage):
 
 
 @pytest.fixture
-def pictures(photos, tmp_path) -> Pictures:
+def pictures(photos, tmp_path) -> ExemplarImages:
     source = ProbeRef((str(photos),))
     images = probe(source)
     manifest = images.manifest()
     digest, config = probe_digest(manifest), ExemplarConfig()
     Storage(tmp_path).write(MANIFEST, manifest, digest, probe=digest)
-    return Pictures(source, digest, describe_model(model(CNN), images, digest, config).view, CNN, config)
+    return ExemplarImages(source, digest, describe_model(model(CNN), images, digest, config).view, CNN, config)
 
 
-def extend(storage: Storage, pictures: Pictures, ids: range | list[int]) -> None:
+def extend(storage: Storage, pictures: ExemplarImages, ids: range | list[int]) -> None:
     ensure_views(storage, pictures, list(ids), Resources())
 
 

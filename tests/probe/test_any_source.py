@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 from milan_ray.errors import MilanError, UnreadableImage
-from milan_ray.library.dissect import _Pictures
+from milan_ray.library.probe_images import ImagesInMemory
 from milan_ray.probe.arrays import ParquetProbe
 from milan_ray.probe.base import ImageRef, Probe
 from milan_ray.probe.decode import FORMATS, IMAGE_FOLDER, decode, heic_is_read, probe_image
@@ -106,7 +106,7 @@ def test_c1_a_pil_image_gives_what_its_file_gives(mode: str) -> None:
     data = encode(image, "TIFF" if mode == "CMYK" else "PNG")
     expected = np.asarray(decode(data))
     for given in (image, Image.open(io.BytesIO(data))):
-        probe = _Pictures([given])
+        probe = ImagesInMemory([given])
         np.testing.assert_array_equal(pixels(probe)[0], expected)
 
 
@@ -115,9 +115,9 @@ def test_c1_what_a_file_is_refused_for_a_pil_image_is_too() -> None:
     broken = Image.open(io.BytesIO(encode(RGB)[:-30]))
     for image, reason in ((floats, "floating-point"), (broken, "cannot be decoded")):
         with pytest.raises(UnreadableImage, match=reason):
-            _Pictures([image]).read(ImageRef(0, "memory:", "0"))
+            ImagesInMemory([image]).read(ImageRef(0, "memory:", "0"))
     with pytest.raises(UnreadableImage, match="32-bit pixels from 0 to 70000"):
-        _Pictures([Image.fromarray(np.array([[0, 70_000]], np.int32))]).read(ImageRef(0, "memory:", "0"))
+        ImagesInMemory([Image.fromarray(np.array([[0, 70_000]], np.int32))]).read(ImageRef(0, "memory:", "0"))
 
 
 # C2: links.

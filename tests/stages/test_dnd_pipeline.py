@@ -29,7 +29,7 @@ from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, RUNS
 from milan_ray.stages import dnd
 from milan_ray.stages.dnd import DndConfig, SummariserRef, read_drawings, run_dnd
-from milan_ray.stages.exemplars import Dissection, run_exemplars
+from milan_ray.stages.exemplars import DissectedModels, run_exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/colours.py")
@@ -50,7 +50,7 @@ def how() -> DndConfig:
     )  # fmt: skip
 
 
-def run(storage: Storage, how: DndConfig, **named) -> Dissection:
+def run(storage: Storage, how: DndConfig, **named) -> DissectedModels:
     done = run_exemplars(storage, [MODEL], PROBE, CONFIG, ONE)
     assert run_dnd(storage, done, [MODEL], PROBE, CONFIG, how, ONE, **named) == {}
     return done

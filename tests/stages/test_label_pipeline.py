@@ -20,7 +20,7 @@ from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, RUNS
 from milan_ray.stages import concept_labels as label
 from milan_ray.stages.concept_labels import CONCEPTS, LabelConfig, run_labels
-from milan_ray.stages.exemplars import Dissection, run_exemplars
+from milan_ray.stages.exemplars import DissectedModels, run_exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/flags.py")
@@ -30,14 +30,14 @@ CONFIG = ExemplarConfig(k=3, quantile=0.95, batch_size=16, shard_size=32)
 KEYS = {"model": "flags/watcher", "layer": "seen"}
 
 
-def run(storage: Storage, how: LabelConfig, config: ExemplarConfig = CONFIG, **named) -> Dissection:
+def run(storage: Storage, how: LabelConfig, config: ExemplarConfig = CONFIG, **named) -> DissectedModels:
     done = run_exemplars(storage, [MODEL], PROBE, config, Resources(actors=1))
     assert run_labels(storage, done, [MODEL], PROBE, config, how, Resources(actors=1), **named) == {}
     return done
 
 
 @pytest.fixture(scope="module")
-def dissected(ray_session, tmp_path_factory) -> tuple[Storage, Dissection]:
+def dissected(ray_session, tmp_path_factory) -> tuple[Storage, DissectedModels]:
     storage = Storage(tmp_path_factory.mktemp("labelled"))
     return storage, run(storage, LabelConfig())
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +13,7 @@ from milan_ray.config import Resources, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.cluster import gpus_each
+from milan_ray.engine.model_cache import loaded_model
 from milan_ray.engine.tasks import retry_if_overtaken, run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import pass_size, read_inputs
@@ -170,16 +170,10 @@ def class_numbers(labels: Sequence[str | None], spec: ModelSpec) -> tuple[tuple[
     return tuple(names), [numbers[str(label)] for label in labels]
 
 
-@lru_cache(maxsize=1)
-def _model(ref: references.ModelRef, device: str) -> tuple[ModelSpec, torch.nn.Module]:
-    spec = references.model(ref)
-    return spec, spec.load().to(device)
-
-
 def _count(task: _Task) -> None:
     torch.set_num_threads(task.threads)
     device = resolve_device(task.device)
-    spec, network = _model(task.model, str(device))
+    spec, network = loaded_model(task.model, str(device))
     ablation = Ablation(spec, network, task.sets)
     batch = read_inputs(references.probe(task.probe), task.refs, spec)
     if batch.unreadable:

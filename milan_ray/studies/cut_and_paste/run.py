@@ -17,6 +17,7 @@ from milan_ray.config import Arithmetic, Fingerprint, Resources
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.cluster import gpus_each
+from milan_ray.engine.model_cache import loaded_model
 from milan_ray.engine.tasks import run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import Forward, pass_size
@@ -318,12 +319,6 @@ def _exemplars(
 
 
 @lru_cache(maxsize=1)
-def _model(ref: references.ModelRef, device: str) -> tuple[ModelSpec, nn.Module]:
-    spec = references.model(ref)
-    return spec, spec.load().to(device)
-
-
-@lru_cache(maxsize=1)
 def _forward(
     ref: references.ModelRef, layer: str, device: str, arithmetic: Arithmetic
 ) -> tuple[ModelSpec, Forward, int]:
@@ -372,7 +367,7 @@ def _cuts(storage: Storage, model: str, layer: str, packed: Sequence[bytes], siz
 def _paste(task: _Paste) -> list[_Guesses]:
     torch.set_num_threads(task.threads)
     device = resolve_device(task.device)
-    spec, network = _model(task.model, str(device))
+    spec, network = loaded_model(task.model, str(device))
 
     @torch.inference_mode()
     def guess(images: np.ndarray) -> np.ndarray:
