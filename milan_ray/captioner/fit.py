@@ -189,16 +189,20 @@ class _Fitting:
             stopping = EarlyStopping(**current["stopping"])
             first = current["epoch"] + 1
         captions, validation_captions = self._captions(train), self._captions(held_out)
+        batch_size = config.lm_batch_size if part == LM else config.decoder_batch_size
         for epoch in range(first, config.max_epochs):
             # Seeded by epoch, so that dropout is the same after a resume.
             torch.manual_seed(1_000_003 * config.seed + 1_009 * group.rank + epoch)
             sample = ""
+            batches = training.shuffled_batches(captions, batch_size, config.seed, epoch)
             if part == LM:
-                loss = self._lm_epoch(model, optimizer, captions, config, epoch)
-                validation = self._lm_loss(bare, validation_captions, config.lm_batch_size)
+                lm_batches = _prefetched(self._lm_batch, batches)
+                loss = training.lm_epoch(model, optimizer, lm_batches, self.pad, config)
+                validation = self._lm_loss(bare, validation_captions, batch_size)
             else:
-                loss = self._decoder_epoch(model, optimizer, captions, config, epoch)
-                validation, sample = self._bleu(bare, held_out, config.decoder_batch_size)
+                decoder_batches = _prefetched(self._decoder_batch, batches)
+                loss = training.decoder_epoch(model, optimizer, decoder_batches, self.pad, config)
+                validation, sample = self._bleu(bare, held_out, batch_size)
             loss, validation = group.mean(loss, validation)
             stop = stopping.update(epoch, -validation if part == LM else validation, bare)
             row = {"part": part, "epoch": epoch, "train_loss": loss, "validation": validation, "sample": sample}
@@ -229,42 +233,21 @@ class _Fitting:
         rows, words = zip(*(captions or batch[:1]), strict=True)
         return rows, words, training.share_of(own_words, batch_words, self.group.workers)
 
-    def _lm_epoch(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        captions: Sequence[Caption],
-        config: TrainingConfig,
-        epoch: int,
-    ) -> float:
-        def load(batch: list[Caption]) -> training.LMBatch:
-            _, words, share = self._part(batch)
-            return self._on_device(training.collate_lm(words, self.indexer, share))
+    def _lm_batch(self, batch: Sequence[Caption]) -> training.LMBatch:
+        """This worker's part of a batch for the language model."""
+        _, words, share = self._part(batch)
+        return self._on_device(training.collate_lm(words, self.indexer, share))
 
-        batches = training.shuffled_batches(captions, config.lm_batch_size, config.seed, epoch)
-        return training.lm_epoch(model, optimizer, _prefetched(load, batches), self.pad, config)
+    def _decoder_batch(self, batch: Sequence[Caption]) -> training.DecoderBatch:
+        """This worker's part of a batch for the decoder, as long as the whole batch's longest caption."""
+        rows, words, share = self._part(batch)
+        longest = max(len(words) for _, words in batch)
+        return self._on_device(training.collate_decoder(self.units.take(rows), words, self.indexer, longest, share))
 
     def _lm_loss(self, model: nn.Module, captions: Sequence[Caption], batch_size: int) -> float:
         words = [words for _, words in captions]
         chunks = (training.collate_lm(chunk, self.indexer) for chunk in _chunks(words, batch_size))
         return training.lm_loss(model, map(self._on_device, chunks), self.pad)
-
-    def _decoder_epoch(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        captions: Sequence[Caption],
-        config: TrainingConfig,
-        epoch: int,
-    ) -> float:
-        def load(batch: list[Caption]) -> training.DecoderBatch:
-            rows, words, share = self._part(batch)
-            longest = max(len(words) for _, words in batch)
-            features = self.units.take(rows)
-            return self._on_device(training.collate_decoder(features, words, self.indexer, longest, share))
-
-        batches = training.shuffled_batches(captions, config.decoder_batch_size, config.seed, epoch)
-        return training.decoder_epoch(model, optimizer, _prefetched(load, batches), self.pad, config)
 
     def _bleu(self, model: nn.Module, rows: Sequence[int], batch_size: int) -> tuple[float, str]:
         """BLEU of greedy captions of some units, and the first caption."""

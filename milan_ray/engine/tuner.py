@@ -18,47 +18,33 @@ EXPERIMENT = "tune"
 
 
 @dataclass(frozen=True)
-class Halving:
-    """Early stopping of trials by asynchronous successive halving (ASHA).
-
-    Attributes:
-        time: The metric that measures a trial's progress, such as epochs.
-        max_time: Its largest value.
-        grace: Its value before which no trial is stopped.
-        reduction: At each halving, one trial in this many continues.
-    """
-
-    time: str
-    max_time: int
-    grace: int
-    reduction: float
-
-
-@dataclass(frozen=True)
 class Search:
-    """How settings are sampled from a search space.
+    """How settings are sampled, and trials stopped early by asynchronous successive halving (ASHA).
 
     Attributes:
         trials: Number of trials.
         metric: The metric to maximise.
         seed: Seed of the samples.
         optuna: Sample with Optuna, an optional dependency, instead of at random.
-        halving: Early stopping.
+        time: The metric that measures a trial's progress, such as epochs.
+        max_time: Its largest value.
+        grace: Its value before which no trial is stopped.
+        reduction: At each halving, one trial in this many continues.
     """
 
     trials: int
     metric: str
     seed: int
     optuna: bool
-    halving: Halving
+    time: str
+    max_time: int
+    grace: int
+    reduction: float
 
     def config(self, concurrent: int | None) -> ray.tune.TuneConfig:
         """Ray Tune's configuration with at most this many concurrent trials."""
         asha = ASHAScheduler(
-            time_attr=self.halving.time,
-            max_t=self.halving.max_time,
-            grace_period=self.halving.grace,
-            reduction_factor=self.halving.reduction,
+            time_attr=self.time, max_t=self.max_time, grace_period=self.grace, reduction_factor=self.reduction
         )
         return ray.tune.TuneConfig(
             metric=self.metric,

@@ -10,9 +10,8 @@ the chosen trial.
 from __future__ import annotations
 
 import importlib.util
-import io
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -43,7 +42,7 @@ from milan_ray.stages.decoder_space import (
     Range,
     read_decoder_setting,
 )
-from milan_ray.stages.training import MEMORY_LIMIT, annotations_read, stored_state
+from milan_ray.stages.training import MEMORY_LIMIT, annotations_read, line_logger, store_state, stored_state
 from milan_ray.stages.training_units import UnitFeatures, write_units
 from milan_ray.storage import WORK, Storage
 from milan_ray.yaml_files import to_yaml
@@ -227,10 +226,10 @@ def _run_trials(
 ) -> tuple[list[dict[str, Any]], Cost]:
     """Runs all trials, or continues a killed search; returns a row per trial, best first, and their cost."""
     budget = task.job.space.budget
-    halving = tuner.Halving("epochs", budget.epochs, min(budget.grace, budget.epochs), budget.reduction)
-    search = tuner.Search(budget.trials, METRIC, budget.seed, searcher != RANDOM, halving)
+    halving = "epochs", budget.epochs, min(budget.grace, budget.epochs), budget.reduction
+    search = tuner.Search(budget.trials, METRIC, budget.seed, searcher != RANDOM, *halving)
     space = {key: _distribution(values) for key, values in task.job.space.space.items()}
-    with watched(_progress_watcher(storage, task)):
+    with watched(line_logger(storage, lambda: storage.files(f"{WORK}/{task.work}/{EPOCH_LINES}"))):
         trials, errors = tuner.run_trials(
             _run_trial, task, storage.uri(f"{WORK}/{task.work}"), space, resources, search
         )
@@ -256,20 +255,6 @@ def _distribution(values: Choices | Range) -> Any:
     return tuner.uniform(values.low, values.high, values.log)
 
 
-def _progress_watcher(storage: Storage, task: _Task) -> Callable[[], None]:
-    """Returns a function that logs new epochs of trials, in place of Ray Tune's own tables, which are off."""
-    logged: dict[str, str] = {}
-
-    def look() -> None:
-        for path in storage.files(f"{WORK}/{task.work}/{EPOCH_LINES}"):
-            line = storage.get(path).decode()
-            if logged.get(path) != line:
-                say(f"  {line}")
-                logged[path] = line
-
-    return look
-
-
 # -- inside a trial ---------------------------------------------------------------------------------------------------
 
 
@@ -287,8 +272,7 @@ class _Task:
 def _units(root: str, work: str, memory_limit: int) -> UnitFeatures:
     """The units with one encoder's features, cached because a process runs several trials."""
     units = UnitFeatures(Storage(root), work)
-    if units.nbytes <= memory_limit:
-        units.keep()
+    units.keep(memory_limit)
     return units
 
 
@@ -307,9 +291,7 @@ def _run_trial(config: dict[str, Any], task: _Task) -> None:
     epochs = len(state["history"])
 
     def report(state: State) -> None:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        storage.put(path, buffer.getvalue())
+        store_state(storage, path, state)
         line = f"{_setting_line(config)}: {epoch_line(state['history'][-1])}"
         storage.put(f"{WORK}/{task.work}/{EPOCH_LINES}/{name}.txt", line.encode())
         tuner.report(_metrics(state, job))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -172,7 +172,8 @@ class Training(Stage):
             f"({units.nbytes / 2**20:.0f} MiB of features, {where})"
         )
         started = time.monotonic()
-        with watched(_epoch_watcher(storage, work, job.name)):
+        epoch = f"{WORK}/{work}/{EPOCH}"
+        with watched(line_logger(storage, lambda: [epoch] if storage.exists(epoch) else [], f"{job.name}: ")):
             arguments = {"job": job, "storage": storage, "work": work}
             state = train_on_workers(_train_worker, arguments, job.scaling, job.name, storage.uri(f"{WORK}/{work}"))
         say(_publish(storage, job, fingerprint, state, units, started))
@@ -257,6 +258,13 @@ def _train_in_tasks(storage: Storage, jobs: Sequence[TrainingJob]) -> dict[str, 
     return failures
 
 
+def store_state(storage: Storage, path: str, state: State) -> None:
+    """Stores a training state as a work file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    storage.put(path, buffer.getvalue())
+
+
 def stored_state(storage: Storage, path: str) -> State | None:
     """The stored state of an interrupted training; None where there is none, or it is damaged."""
     if not storage.exists(path):
@@ -303,17 +311,22 @@ def _publish(
     )
 
 
-def _epoch_watcher(storage: Storage, work: str, name: str) -> Callable[[], None]:
-    """Returns a function that logs each new epoch: Ray Train reports to its own controller only."""
-    logged = ""
+def line_logger(storage: Storage, paths: Callable[[], Iterable[str]], prefix: str = "") -> Callable[[], None]:
+    """Returns a function that logs work files whose line is new; workers' own output does not reach the driver.
+
+    Args:
+        storage: The run directory.
+        paths: Lists the files.
+        prefix: Put before each line.
+    """
+    logged: dict[str, str] = {}
 
     def look() -> None:
-        nonlocal logged
-        path = f"{WORK}/{work}/{EPOCH}"
-        line = storage.get(path).decode() if storage.exists(path) else ""
-        if line != logged:
-            say(f"  {name}: {line}")
-            logged = line
+        for path in paths():
+            line = storage.get(path).decode()
+            if logged.get(path) != line:
+                say(f"  {prefix}{line}")
+                logged[path] = line
 
     return look
 
@@ -367,8 +380,7 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     storage: Storage = arguments["storage"]
     torch.set_num_threads(job.threads)
     units = UnitFeatures(storage, arguments["work"])
-    if units.nbytes <= job.memory_limit:
-        units.keep()
+    units.keep(job.memory_limit)
     state = trainer.reported_state() or new_state(units.texts)
     group = trainer.RayWorkerGroup()
 
@@ -404,15 +416,12 @@ def _train_in_task(task: _Task) -> tuple[bool, str]:
     def report(state: State) -> None:
         nonlocal saved
         if time.monotonic() - saved >= SAVE_INTERVAL:
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            storage.put(path, buffer.getvalue())
+            store_state(storage, path, state)
             saved = time.monotonic()
 
     try:
         units = write_units(storage, work, job.source, job.encoder.name, job.layers, job.units)
-        if units.nbytes <= job.memory_limit:
-            units.keep()
+        units.keep(job.memory_limit)
         state = stored_state(storage, path) or new_state(units.texts)
         fit(units, job.plans, state, report)
         return True, _publish(storage, job, task.fingerprint, state, units, started)
