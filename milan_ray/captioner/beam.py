@@ -1,9 +1,9 @@
-"""Beam search over units × beams at once, with the semantics of AllenNLP's.
+"""Beam search over units × beams at once, with the semantics of AllenNLP's beam search.
 
-What makes it fast without changing an answer: attention keys and the token half of the LSTM's input are projected
-once; beams that reached ``<stop>`` are no longer run; and what depends on the state alone (attention, gate, most of
-the LSTM's input, nine tenths of the work) is computed once per *distinct parent*, not once per beam. Right after the
-first step, all beams of a unit have the same parent; later a beam of 50 has about 25.
+Three optimisations that do not change results: attention keys and the token half of the LSTM's input are projected
+once; beams that reached ``<stop>`` are skipped; and the computations that depend on the state only (attention, gate,
+most of the LSTM's input: nine tenths of the work) run once per *distinct parent*, not once per beam. In the first step,
+all beams of a unit have the same parent; later, 50 beams have about 25 distinct parents.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Beams:
     """The most likely descriptions of B units, best first.
 
     Attributes:
-        tokens: Token ids (B, beam, L); after the first ``<stop>`` everything is ``<stop>``.
+        tokens: Token ids (B, beam, L); all tokens after the first ``<stop>`` are ``<stop>``.
         scores: Summed log-probabilities (B, beam), nats, descending.
-        steps: Tokens until all beams of the unit were finished, or the search ended (B,).
+        steps: Tokens until all beams of the unit were finished or the search ended (B,).
     """
 
     tokens: Tensor
@@ -49,28 +49,23 @@ def beam_search(
         decoder: The decoder.
         features: (B, k, F), on the decoder's device.
         beam_size: Beams per unit.
-        length: Most tokens of a description, ``<stop>`` included; longer ones are left unfinished.
-        lm: Searches for log p(d|E) − λ log p(d) when given, subtracted token by token.
+        length: Maximum tokens of a description, ``<stop>`` included; longer ones stay unfinished.
+        lm: If given, the search maximises log p(d|E) − λ log p(d), subtracted token by token.
         lam: λ.
 
     Raises:
-        MilanError: The vocabulary is smaller than the beam, or there is no room for a token.
+        MilanError: The vocabulary has fewer tokens than there are beams, or the length is below 1.
     """
     ids = decoder.config.ids
-    if not 1 <= beam_size <= ids.total:
-        raise MilanError(
-            f"a beam of {beam_size} does not fit a vocabulary of {ids.total} tokens; set the beam size to 1…{ids.total}"
-        )
-    if length < 1:
-        raise MilanError(f"a description of {length} tokens says nothing; set the length to 1 or more")
+    _check(ids.total, beam_size, length)
     units, device = len(features), features.device
     keys = decoder.attend.key_to_hidden(features).unsqueeze(1)
     token_gates, context_weight = decoder.token_gates(), decoder.input_weights()[1]
 
-    # A "row" is a sequence that is still running; states are kept for rows only, and `row_of` finds a beam's row.
+    # A "row" is an unfinished sequence. Only rows have states; `row_of` maps beams to rows.
     h, c = decoder.initial_state(features)
-    row_of = torch.arange(units, device=device).unsqueeze(1)  # (B, 1): before the first step, one beam per unit
-    unit_of = row_of.squeeze(1)
+    unit_of = torch.arange(units, device=device)
+    row_of = unit_of.unsqueeze(1)  # (B, 1): before the first step, one beam per unit
     parent = torch.zeros(units, 1, dtype=torch.long, device=device)
     last = torch.full((units, 1), ids.start, device=device)
     scores = torch.zeros(units, 1, device=device)
@@ -84,7 +79,6 @@ def beam_search(
         if not len(unit):
             break
         steps += running.any(dim=1)
-
         before = row_of[unit, parent[unit, beam]]
         distinct, child_of = torch.unique(before, return_inverse=True)
         gates = _parent_gates(decoder, features, keys, h[distinct], unit_of[distinct], context_weight)
@@ -93,26 +87,59 @@ def beam_search(
         h, c = decoder.cell(gates, c.index_select(0, before))
         log_probs = decoder.output(h)
         if lm is not None:
-            if lm_state is not None:
-                lm_state = lm_state[0][:, before], lm_state[1][:, before]
+            lm_state = lm_state and (lm_state[0][:, before], lm_state[1][:, before])
             lm_log_probs, lm_state = lm.step(token, lm_state)
             log_probs = log_probs - lam * lm_log_probs
         row_of, unit_of = running.flatten().cumsum(0).view_as(running) - 1, unit
 
-        candidates = scores.new_full((*scores.shape, log_probs.shape[1]), -torch.inf)
-        candidates[..., ids.stop] = scores  # a finished beam stays as it is, at no cost
-        candidates[unit, beam] = log_probs.add_(scores[unit, beam].unsqueeze(1))
-        scores, chosen = largest(candidates.flatten(1), beam_size)
-        parent, last = chosen // candidates.shape[2], chosen % candidates.shape[2]
+        scores, parent, last = _extend(scores, log_probs, unit, beam, ids.stop, beam_size)
         tokens = torch.cat([tokens.gather(1, parent.unsqueeze(2).expand(-1, -1, tokens.shape[2])), last[..., None]], 2)
     return Beams(tokens, scores, steps)
+
+
+def _check(vocabulary: int, beam_size: int, length: int) -> None:
+    """Refuses a beam that is larger than the vocabulary, and a length below 1."""
+    if not 1 <= beam_size <= vocabulary:
+        raise MilanError(
+            f"a beam of {beam_size} does not fit a vocabulary of {vocabulary} tokens; set the beam size to "
+            f"1…{vocabulary}"
+        )
+    if length < 1:
+        raise MilanError(f"a description of {length} tokens says nothing; set the length to 1 or more")
+
+
+def _extend(
+    scores: Tensor, log_probs: Tensor, unit: Tensor, beam: Tensor, stop: int, beam_size: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Chooses the best extensions of all beams by one token; finished beams keep their scores.
+
+    Args:
+        scores: Scores of the beams (B, beams).
+        log_probs: Log-probabilities of the next token (R, V) of the R unfinished beams; overwritten.
+        unit: Their units (R,).
+        beam: Their beams (R,).
+        stop: Id of ``<stop>``.
+        beam_size: Beams per unit afterwards.
+
+    Returns:
+        Scores, parent beams and tokens of the new beams, each (B, beam_size).
+    """
+    candidates = scores.new_full((*scores.shape, log_probs.shape[1]), -torch.inf)
+    candidates[..., stop] = scores
+    candidates[unit, beam] = log_probs.add_(scores[unit, beam].unsqueeze(1))
+    scores, chosen = largest(candidates.flatten(1), beam_size)
+    return scores, chosen // candidates.shape[2], chosen % candidates.shape[2]
 
 
 def _parent_gates(
     decoder: Decoder, features: Tensor, keys: Tensor, h: Tensor, owner: Tensor, context_weight: Tensor
 ) -> Tensor:
-    """What the LSTM's gates get from states h (R, hidden) of units ``owner`` (R,), ascending: (R, 4·hidden)."""
-    # A slot per (unit, row) lets rows meet their unit's keys and features without a copy of them per row.
+    """The part of the LSTM's gates that depends on states h (R, hidden) of units ``owner`` (R,), ascending.
+
+    Returns:
+        (R, 4·hidden).
+    """
+    # Queries are laid out as (unit, slot), so that a unit's keys and features are shared and not copied per row.
     slot = torch.arange(len(owner), device=owner.device) - torch.searchsorted(owner, owner)
     queries = h.new_zeros(len(features), int(slot.max()) + 1, h.shape[1])
     queries[owner, slot] = h
@@ -123,17 +150,17 @@ def _parent_gates(
 
 
 def largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The largest ``count`` of every row and where they are, descending: what ``topk`` finds, several times as fast.
+    """The ``count`` largest values of every row and their indices, descending, as ``topk``, but several times faster.
 
-    They all lie in the ``count`` blocks that have the largest maxima.
+    They all lie in the ``count`` blocks that have the largest maxima, so only these are sorted.
 
     Args:
         values: (B, N), N ≥ count.
-        count: How many.
+        count: Number of values.
     """
     if values.shape[1] % count:
         return values.topk(count, dim=1)
     blocks = values.unflatten(1, (-1, count))
     block = blocks.amax(dim=2).topk(min(count, blocks.shape[1]), dim=1, sorted=False).indices
-    best, place = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, count)).flatten(1).topk(count, dim=1)
-    return best, block.gather(1, place // count) * count + place % count
+    best, index = blocks.gather(1, block.unsqueeze(2).expand(-1, -1, count)).flatten(1).topk(count, dim=1)
+    return best, block.gather(1, index // count) * count + index % count

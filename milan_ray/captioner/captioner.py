@@ -1,4 +1,4 @@
-"""The captioner as one thing: vocabulary, decoder and language model, from exemplar features to descriptions."""
+"""The captioner: vocabulary, decoder and language model, from exemplar features to descriptions."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ STRATEGIES = ("greedy", "sample", "beam", "rerank")
 
 @dataclass(frozen=True)
 class Candidates:
-    """What the beam proposes for B units, the most likely first.
+    """The descriptions that a beam search finds for B units, the most likely first.
 
     Attributes:
-        tokens: Token ids of every beam, [unit][beam], through ``<stop>`` when finished.
+        tokens: Token ids of every beam, [unit][beam], including ``<stop>`` when finished.
         finished: Whether the beam reached ``<stop>``, bool (B, beam).
-        logp_d_given_e: log p(d|E), nats, float32 (B, beam), descending. What was searched for: with mutual
-            information in the search, log p(d|E) − λ log p(d).
+        logp_d_given_e: The score of the search, nats, float32 (B, beam), descending: log p(d|E), or with mutual
+            information in the search log p(d|E) − λ log p(d).
         logp_d: log p(d), nats, float32 (B, beam); None without a language model.
         texts: The descriptions, [unit][beam].
     """
@@ -55,13 +55,13 @@ class Candidates:
         return rescore(self.logp_d_given_e, self.logp_d, lam)
 
     def likelihood(self, mi_lam: float | None) -> np.ndarray:
-        """Log p(d|E), float32 (B, beam), of a search that subtracted λ log p(d) with this λ, or nothing."""
+        """Log p(d|E), float32 (B, beam), of a search with mutual information and this λ, or without it (None)."""
         if mi_lam is None or self.logp_d is None:
             return self.logp_d_given_e
         return self.logp_d_given_e + mi_lam * self.logp_d
 
     def order(self, lam: float) -> np.ndarray:
-        """Beam indices by falling score, (B, beam); equal scores stay in beam order."""
+        """Beam indices by descending score, (B, beam); ties stay in beam order."""
         return np.argsort(-self.scores(lam), axis=1, kind="stable")
 
 
@@ -84,17 +84,17 @@ class Description:
 
 @dataclass(frozen=True)
 class Decoding:
-    """What a strategy says of B units, with everything it computed on the way.
+    """The descriptions of B units by one strategy, with intermediate results.
 
     Attributes:
         texts: One description per unit.
         tokens: Its token ids (B, T).
         scores: Its score (B,), nats: for "rerank" log p(d|E) − λ log p(d), otherwise the sum of its tokens'
-            log-probabilities (also of those after ``<stop>``, unless a beam found it).
-        log_probs: Of every token at every step (B, T, V); None where a beam searched.
-        attentions: Weights on the k exemplars (B, T, k); None where a beam searched.
-        beams: All beams, with the score that was searched for; None where none searched.
-        beam_texts: Their descriptions, [unit][beam]; None where none searched.
+            log-probabilities (including those after ``<stop>``, except with a beam search).
+        log_probs: Log-probabilities of all tokens at every step (B, T, V); None with a beam search.
+        attentions: Weights on the k exemplars (B, T, k); None with a beam search.
+        beams: All beams with their search scores; None without a beam search.
+        beam_texts: Their descriptions, [unit][beam]; None without a beam search.
     """
 
     texts: list[str]
@@ -115,12 +115,12 @@ class Captioner:
         decoder: p(d|E).
         lm: p(d), over the same vocabulary; None for a captioner that only ranks by p(d|E).
         encoder_name: Registered name of the encoder whose features the decoder was trained on.
-        encoder_state: The encoder backbone's weights, when they come with the captioner.
-        length: Most tokens of a description, ``<stop>`` included.
+        encoder_state: The weights of the encoder's backbone, if stored with the captioner.
+        length: Maximum tokens of a description, ``<stop>`` included.
         beam_size: Beams per unit.
         lam: λ.
-        strategy: What :meth:`decode` does unless told otherwise; None means "rerank" with a language model and "beam"
-            without. :meth:`describe` always searches a beam and re-ranks it.
+        strategy: Default strategy of :meth:`decode`; None means "rerank" with a language model and "beam" without.
+            :meth:`describe` always re-ranks the candidates of a beam search.
     """
 
     indexer: Indexer
@@ -139,8 +139,8 @@ class Captioner:
             words["language model"] = self.lm.config.words
         if len(set(words.values())) > 1:
             raise MilanError(f"the captioner's parts have different vocabularies (words: {words}); train them together")
-        whole = all(isinstance(number, int) and number > 0 for number in (self.length, self.beam_size))
-        if not (whole and isinstance(self.lam, (int, float)) and math.isfinite(self.lam)):
+        positive = all(isinstance(number, int) and number > 0 for number in (self.length, self.beam_size))
+        if not (positive and isinstance(self.lam, (int, float)) and math.isfinite(self.lam)):
             raise MilanError(
                 f"a captioner needs a length and a beam of at least 1 and a finite λ, not length {self.length!r}, "
                 f"beam {self.beam_size!r}, λ {self.lam!r}"
@@ -152,22 +152,23 @@ class Captioner:
             self.lm.eval()
 
     def to(self, device: str = "auto") -> Captioner:
-        """Moves decoder and language model, in place; ``auto`` is CUDA when there is one."""
-        where = resolve_device(device)
-        self.decoder.to(where)
+        """Moves decoder and language model in place; ``auto`` is CUDA where it is available."""
+        resolved = resolve_device(device)
+        self.decoder.to(resolved)
         if self.lm is not None:
-            self.lm.to(where)
+            self.lm.to(resolved)
         return self
 
     def encoder(self) -> PyramidEncoder:
-        """The image encoder whose features this captioner takes, on the CPU.
+        """The image encoder of this captioner's features, on the CPU.
 
         Raises:
-            MilanError: It is not registered, or its weights neither come with the captioner nor lie where expected.
+            MilanError: The encoder is not registered, or its weights are neither stored with the captioner nor found.
         """
         return get_encoder(self.encoder_name).load(self.encoder_state)
 
     def _features(self, features: Tensor | np.ndarray) -> Tensor:
+        """Features (B, k, F), checked, on the decoder's device and in its type."""
         weight = self.decoder.embedding.weight
         features = torch.as_tensor(features).to(weight.device, weight.dtype)
         size = self.decoder.config.feature_size
@@ -177,8 +178,8 @@ class Captioner:
                 f"encode with {self.encoder_name!r}, the encoder it was trained on"
             )
         if not torch.isfinite(features).all():
-            bad = (~torch.isfinite(features)).flatten(1).any(1).nonzero().flatten().tolist()
-            raise MilanError(f"features of unit rows {bad[:8]} hold NaN or infinity; encode them again")
+            invalid = (~torch.isfinite(features)).flatten(1).any(1).nonzero().flatten().tolist()
+            raise MilanError(f"features of unit rows {invalid[:8]} hold NaN or infinity; encode them again")
         return features
 
     def candidates(
@@ -189,13 +190,13 @@ class Captioner:
         mi_lam: float | None = None,
         quirks: Quirks = NO_QUIRKS,
     ) -> Candidates:
-        """Searches descriptions of units, with both log-probabilities of each.
+        """Searches descriptions of units and computes log p(d|E) and log p(d) of each.
 
         Args:
             features: Exemplar features (B, k, F).
-            beam_size: Beams per unit; the captioner's own when left out.
-            length: Most tokens; the captioner's own when left out.
-            mi_lam: Search for log p(d|E) − λ log p(d) with this λ instead of log p(d|E).
+            beam_size: Beams per unit; the captioner's own by default.
+            length: Maximum tokens; the captioner's own by default.
+            mi_lam: λ of a search by log p(d|E) − λ log p(d); None searches by log p(d|E).
             quirks: Defects of the reference to reproduce.
 
         Raises:
@@ -250,23 +251,23 @@ class Captioner:
         quirks: Quirks = NO_QUIRKS,
         generator: torch.Generator | None = None,
     ) -> Decoding:
-        """Everything the reference's ``forward`` gives, by any of its strategies and with its defaults.
+        """Decodes as the reference's ``forward``, with any of its strategies and with its defaults.
 
         Args:
             features: Exemplar features (B, k, F).
-            strategy: "greedy" and "sample" take one token at a time and always ``length`` of them; "beam" takes the
-                best beam; "rerank" the best by log p(d|E) − λ log p(d). Token ids (B, T), without ``<start>``, are
-                only scored. The captioner's own strategy when left out.
-            mi: Decode by log p(d|E) − λ log p(d), token by token, instead of log p(d|E); on when there is a language
-                model and the strategy is not "rerank".
-            lam: λ; the captioner's own when left out.
-            beam_size: Beams per unit; the captioner's own when left out.
-            length: Most tokens; the captioner's own when left out.
+            strategy: "greedy" and "sample" choose one token at a time and always ``length`` of them; "beam" chooses
+                the best beam; "rerank" the best one by log p(d|E) − λ log p(d). Token ids (B, T), without
+                ``<start>``, are only scored. The captioner's own strategy by default.
+            mi: Whether to decode by log p(d|E) − λ log p(d), token by token, instead of log p(d|E); by default True
+                with a language model, unless the strategy is "rerank".
+            lam: λ; the captioner's own by default.
+            beam_size: Beams per unit; the captioner's own by default.
+            length: Maximum tokens; the captioner's own by default.
             quirks: Defects of the reference to reproduce.
-            generator: Source of randomness for "sample"; torch's global one when left out.
+            generator: Random generator for "sample"; torch's global one by default.
 
         Raises:
-            MilanError: Features or tokens do not fit, the strategy is unknown, or it needs a language model.
+            MilanError: Features or tokens have the wrong shape, or the strategy is unknown or needs a language model.
         """
         if strategy is None:
             strategy = self.strategy or ("beam" if self.lm is None else "rerank")
@@ -279,7 +280,6 @@ class Captioner:
         given = self._features(features)
         lm, lam = self.lm if mi else None, self.lam if lam is None else lam
         length = self.length if length is None else length
-
         if isinstance(strategy, Tensor):
             if strategy.ndim != 2 or len(strategy) != len(given):
                 raise MilanError(
@@ -294,17 +294,20 @@ class Captioner:
             scores = beams.scores
             if rerank and self.lm is not None:
                 scores = rescore(scores, beam_logp(self.lm, beams, quirks), lam)
-            best = scores.argmax(dim=1, keepdim=True)
-            tokens = beams.tokens[torch.arange(len(given), device=given.device), best.squeeze(1)]
-            beam_texts = [self._texts(rows) for rows in beams.tokens]
-            return Decoding(
-                self._texts(tokens), tokens, scores.gather(1, best).squeeze(1), beams=beams, beam_texts=beam_texts
-            )
+            return self._best_beams(beams, scores)
         else:
             raise unknown_name("strategy", strategy, STRATEGIES)
         return Decoding(
             self._texts(decoded.tokens), decoded.tokens, decoded.scores, decoded.log_probs, decoded.attentions
         )
+
+    def _best_beams(self, beams: Beams, scores: Tensor) -> Decoding:
+        """The beams with the highest scores (B, beam)."""
+        best = scores.argmax(dim=1, keepdim=True)
+        tokens = beams.tokens[torch.arange(len(scores), device=scores.device), best.squeeze(1)]
+        beam_texts = [self._texts(rows) for rows in beams.tokens]
+        chosen_scores = scores.gather(1, best).squeeze(1)
+        return Decoding(self._texts(tokens), tokens, chosen_scores, beams=beams, beam_texts=beam_texts)
 
     def _texts(self, tokens: Tensor) -> list[str]:
         return [self.indexer.reconstruct(row) for row in tokens.tolist()]
@@ -312,13 +315,13 @@ class Captioner:
     def score(
         self, texts: Sequence[str], features: Tensor | np.ndarray, mi: bool | None = None, lam: float | None = None
     ) -> np.ndarray:
-        """How likely given descriptions are: summed over words and ``<stop>``, nats, float32 (B,).
+        """Scores given descriptions: the sum over words and ``<stop>`` of log-probabilities, nats, float32 (B,).
 
         Args:
             texts: One description per unit (B).
             features: Exemplar features (B, k, F), or (1, k, F) to score all texts for one unit.
-            mi: Score log p(d|E) − λ log p(d); on when there is a language model unless told otherwise.
-            lam: λ; the captioner's own when left out.
+            mi: Whether to score by log p(d|E) − λ log p(d); by default True with a language model.
+            lam: λ; the captioner's own by default.
         """
         targets = torch.tensor(self.indexer.index(texts, start=False))
         given = self._features(features)
@@ -334,14 +337,14 @@ class Captioner:
 
 def best_descriptions(candidates: Candidates, lam: float, n_best: int = 1) -> list[list[Description]]:
     """The ``n_best`` descriptions of each unit by log p(d|E) − λ log p(d), best first."""
-    scores, likely, prior = candidates.scores(lam), candidates.logp_d_given_e, candidates.logp_d
+    scores, logp_d_given_e, logp_d = candidates.scores(lam), candidates.logp_d_given_e, candidates.logp_d
     return [
         [
             Description(
                 candidates.texts[unit][beam],
                 float(scores[unit, beam]),
-                float(likely[unit, beam]),
-                None if prior is None else float(prior[unit, beam]),
+                float(logp_d_given_e[unit, beam]),
+                None if logp_d is None else float(logp_d[unit, beam]),
             )
             for beam in beams[:n_best]
         ]

@@ -1,7 +1,7 @@
-"""Captioners on disk: our format (safetensors and JSON), and the reference's ``.pth`` files.
+"""Captioner files: our format (safetensors and JSON), and the reference's ``.pth`` files.
 
-Reading those executes nothing from them: the unpickler knows the handful of classes the format needs, maps them to
-plain data, and refuses everything else. What we write needs no class at all but torch's own.
+Reading a ``.pth`` file never executes its content: the unpickler maps the few classes that the format needs to plain
+data and refuses all others. The files we write contain no classes except torch's own.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 FORMAT = 1
 
-# What the reference knows and MILAN uses of it.
+# The reference's encoders and settings that MILAN uses.
 _REFERENCE_ENCODERS = ("alexnet", "resnet18", "resnet50", "resnet101")
 _INDEX = {"start": True, "stop": True, "pad": True, "unk": True, "length": None}
 _TOKENIZE = {"lemmatize": False, "lowercase": True, "ignore_stop": False, "ignore_punct": False}
@@ -42,7 +42,7 @@ _LM_SIZES = ("embedding_size", "hidden_size", "layers", "dropout")
 
 
 def to_bytes(captioner: Captioner) -> dict[str, bytes]:
-    """A captioner as files: name → content. Equal captioners give equal bytes."""
+    """The files of a captioner: name → content. Equal captioners have equal bytes."""
     parts: dict[str, Mapping[str, Tensor]] = {
         "decoder": captioner.decoder.state_dict(),
         "lm": captioner.lm.state_dict() if captioner.lm else {},
@@ -69,10 +69,10 @@ def to_bytes(captioner: Captioner) -> dict[str, bytes]:
 
 
 def from_bytes(files: Mapping[str, bytes]) -> Captioner:
-    """The captioner of :func:`to_bytes`.
+    """The captioner of the files of :func:`to_bytes`.
 
     Raises:
-        MilanError: A file is missing or not of this format.
+        MilanError: A file is missing or has another format.
     """
     missing = {WEIGHTS, CONFIG} - set(files)
     if missing:
@@ -97,7 +97,7 @@ def from_bytes(files: Mapping[str, bytes]) -> Captioner:
             config["length"],
             config["beam_size"],
             config["lam"],
-            config.get("strategy"),  # older files have none
+            config.get("strategy"),  # missing in older files
         )
     except (*_DAMAGED, safetensors.SafetensorError) as error:
         raise MilanError(f"not a captioner written by milan_ray ({error}); train it again or copy it again") from error
@@ -119,10 +119,10 @@ def lm_digest(captioner: Captioner) -> str | None:
 
 
 def load_reference(path: str | Path) -> Captioner:
-    """Reads a published checkpoint (``milan-*.pth``), with the encoder's weights when it has them.
+    """Reads a published checkpoint (``milan-*.pth``), including the encoder's weights if it has them.
 
     Raises:
-        MilanError: The file is missing, is something else, or holds anything the format has no use for.
+        MilanError: The file is missing, has another format, or refers to anything but tensors and plain data.
     """
     content = read_pickled(path)
     try:
@@ -144,10 +144,10 @@ def load_reference(path: str | Path) -> Captioner:
         lm = None
         if properties["lm"] is not None:
             lm = _language_model(properties["lm"]["properties"], indexer, _below("lm.", state), path)
-        own = {name: t for name, t in state.items() if not name.startswith(("encoder.", "lm."))}
+        decoder_state = {name: t for name, t in state.items() if not name.startswith(("encoder.", "lm."))}
         return Captioner(
             indexer,
-            _filled(Decoder, sizes, own, str(path)),
+            _filled(Decoder, sizes, decoder_state, str(path)),
             lm,
             config,
             _below("encoder.encoder.model.", state) or None,
@@ -178,17 +178,16 @@ def load_reference_lm(path: str | Path) -> tuple[Indexer, LanguageModel]:
 def export_reference(captioner: Captioner, path: str | Path) -> None:
     """Writes a checkpoint (``milan-*.pth``) that the reference can load; :func:`load_reference` reads it back.
 
-    The reference never downloads anything for it: the encoder's weights are in the file, and its ``pretrained`` is off.
-    Where they did not come with the captioner, the encoder's own are found as for describing and put in. A backbone
-    whose classifier was taken off goes in without it: the reference loads with ``strict=False`` and so leaves its
-    classifier as it was initialised, which no feature depends on.
+    The file contains the encoder's weights and turns ``pretrained`` off, so that the reference downloads nothing. If
+    they are not stored with the captioner, the encoder's own weights are located as for ``describe``. A backbone
+    without its classifier is written as it is: the reference loads with ``strict=False`` and leaves its classifier at
+    its initial values, on which no feature depends.
 
-    The tokenizer's spaCy configuration is written as a plain dict, which the reference takes as well as spaCy's own
-    class: that class lies elsewhere in other versions of spaCy, so a file with it loads in some and not in others.
+    The tokenizer's spaCy configuration is written as a plain dict, which the reference accepts. A file with spaCy's own
+    class loads only with some versions of spaCy, because the class's module differs between versions.
 
     Raises:
-        MilanError: The reference has no such encoder, its weights are nowhere to be found, or the path cannot be
-            written.
+        MilanError: The reference has no such encoder, its weights are not found, or the path cannot be written.
     """
     if captioner.encoder_name not in _REFERENCE_ENCODERS:
         raise MilanError(
@@ -231,6 +230,7 @@ def export_reference_lm(indexer: Indexer, lm: LanguageModel, path: str | Path) -
 
 
 def _record(**properties: Any) -> dict[str, Any]:
+    """The reference's record of a serialised object."""
     return {"properties": properties, "children": {}}
 
 
@@ -248,7 +248,7 @@ def _lm_record(lm: LanguageModel, indexer: Mapping[str, Any]) -> dict[str, Any]:
 def _save(
     properties: Mapping[str, Any], children: Mapping[str, str], state: Mapping[str, Tensor], path: str | Path
 ) -> None:
-    # Every tensor on its own storage: a view would take all of what it is a view of with it.
+    # Cloned: torch.save writes the whole storage of a view.
     tensors = collections.OrderedDict((name, tensor.detach().cpu().clone()) for name, tensor in state.items())
     buffer = io.BytesIO()
     torch.save({"properties": properties, "children": children, "state_dict": tensors}, buffer)
@@ -261,15 +261,17 @@ def _not_ours(path: str | Path, error: Exception) -> MilanError:
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with a prefix, without it."""
     return {name[len(prefix) :]: tensor for name, tensor in state.items() if name.startswith(prefix)}
 
 
 def _filled(model: Callable[[Any], Any], config: object, state: Mapping[str, Tensor], source: str) -> Any:
+    """A model with these weights."""
     if getattr(config, "layers", 0) > len(state):
         raise ValueError(f"{config} has more layers than weights")
     with torch.device("meta"):
         empty = model(config)
-    filled = empty.to_empty(device="cpu")  # untouched memory: a small file may claim any size
+    filled = empty.to_empty(device="cpu")  # not initialised: a small file may claim a huge model
     try:
         filled.load_state_dict(state)
     except RuntimeError as error:
@@ -282,9 +284,11 @@ def _filled(model: Callable[[Any], Any], config: object, state: Mapping[str, Ten
 def _indexer(record: Mapping[str, Any], path: str | Path) -> Indexer:
     properties = record["properties"]
     tokenize = properties["tokenize"]["properties"]
-    found = {name: properties[name] for name in _INDEX} | {name: tokenize[name] for name in _TOKENIZE}
-    if found != _INDEX | _TOKENIZE:
-        raise MilanError(f"{path} was trained with other text settings than MILAN's ({found}); it cannot be used here")
+    settings = {name: properties[name] for name in _INDEX} | {name: tokenize[name] for name in _TOKENIZE}
+    if settings != _INDEX | _TOKENIZE:
+        raise MilanError(
+            f"{path} was trained with other text settings than MILAN's ({settings}); it cannot be used here"
+        )
     tokens = tuple(properties["vocab"]["properties"]["tokens"])
     if not all(isinstance(token, str) for token in tokens):
         raise TypeError("a vocabulary of something else than words")
@@ -311,10 +315,10 @@ _STORAGES = {
 
 
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
-    # Strides of 0, or many copies of one storage, could make a small file fill the memory.
+    # Strides of 0, or many copies of one storage, would let a small file fill the memory.
     if math.prod(size) > storage.numel():
         raise ValueError(f"a tensor of shape {size} in {storage.numel()} numbers")
-    return torch.as_strided(storage, size, stride, offset)  # checks that it stays inside the storage
+    return torch.as_strided(storage, size, stride, offset)  # raises if it exceeds the storage
 
 
 def _encode(text: str, encoding: str) -> bytes:
@@ -326,19 +330,19 @@ _ALLOWED: dict[tuple[str, str], Callable[..., Any]] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("_codecs", "encode"): _encode,
 }
-# Where versions of spaCy keep the class of its configuration; read as a dict.
+# The class of spaCy's configuration in several versions of spaCy; read as a dict.
 _CONFIG_CLASSES = {("confection", "Config"), ("confection._config", "Config"), ("thinc.config", "Config")}
 
 
 class _Unpickler(pickle.Unpickler):
-    """Reads the pickle inside a torch zip file; only names in ``_ALLOWED`` and tensor storages mean anything."""
+    """Reads the pickle inside a torch zip file; allows only the names in ``_ALLOWED`` and tensor storages."""
 
     def __init__(self, file: BinaryIO, read_storage: Callable[[str], bytearray], source: str) -> None:
         super().__init__(file)
         self._read_storage = read_storage
         self._source = source
         self._storages: dict[str, Tensor] = {}
-        # A pickle may set attributes on a class or function: it gets its own.
+        # A class of its own, and below a function of its own, because a pickle may set attributes on them.
         self._config_class = type("Config", (dict,), {})
 
     def find_class(self, module: str, name: str) -> Any:
@@ -351,8 +355,8 @@ class _Unpickler(pickle.Unpickler):
                 f"{self._source} refers to {module}.{name}, which no MILAN checkpoint needs; "
                 "nothing of it was executed; do not trust this file"
             )
-        found = _ALLOWED[module, name]
-        return found if isinstance(found, type) else lambda *given: found(*given)
+        allowed = _ALLOWED[module, name]
+        return allowed if isinstance(allowed, type) else lambda *arguments: allowed(*arguments)
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, _ = pid
@@ -365,7 +369,7 @@ class _Unpickler(pickle.Unpickler):
         return self._storages[key]
 
 
-# What zipfile, pickle and torch raise for content that is not what it should be.
+# Exceptions that zipfile, pickle and torch raise for invalid content.
 _DAMAGED = (
     pickle.UnpicklingError,
     EOFError,
@@ -388,8 +392,8 @@ def read_pickled(path: str | Path) -> Any:
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
-            packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            if packed or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
+            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            if compressed or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
                 raise ValueError("it unpacks to more than it holds")
             (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
             root = index[: -len("data.pkl")]

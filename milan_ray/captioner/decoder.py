@@ -17,12 +17,12 @@ class DecoderConfig:
     """Sizes of the decoder; defaults are the paper's.
 
     Attributes:
-        words: Words of the vocabulary, special tokens not counted.
+        words: Number of words in the vocabulary, without special tokens.
         feature_size: Size F of one exemplar's feature.
         embedding_size: Size of a token's embedding.
         hidden_size: Size of the LSTM state.
         attention_hidden_size: Size of the attention's hidden layer; None means min(hidden_size, F).
-        dropout: Dropout before the output layer while training.
+        dropout: Dropout probability before the output layer during training.
     """
 
     words: int
@@ -34,7 +34,7 @@ class DecoderConfig:
 
     @property
     def ids(self) -> TokenIds:
-        """The ids of the vocabulary."""
+        """The vocabulary's token ids."""
         return TokenIds(self.words)
 
 
@@ -55,12 +55,13 @@ class Attention(nn.Module):
 
 @dataclass(frozen=True)
 class Decoded:
-    """What a decoder says, step by step.
+    """Decoded tokens with the decoder's output at every step.
 
     Attributes:
         tokens: Token ids (B, T).
-        scores: Sum of the tokens' log-probabilities over *all* T steps (B,), also those after ``<stop>``.
-        log_probs: Of every token at every step (B, T, V); with mutual information log p(d|E) − λ log p(d).
+        scores: Sum of the tokens' log-probabilities over *all* T steps (B,), including those after ``<stop>``.
+        log_probs: Log-probabilities of all tokens at every step (B, T, V); with mutual information
+            log p(d|E) − λ log p(d).
         attentions: Weights on the k exemplars (B, T, k).
     """
 
@@ -71,10 +72,10 @@ class Decoded:
 
 
 class Decoder(nn.Module):
-    """LSTM with attention over the exemplars; parameters are named as the reference's.
+    """LSTM with attention over the exemplars; its parameters have the reference's names.
 
-    The LSTM's input is [embedding, gated context]. Its weight is used in two halves: the embedding half is the same
-    for every step and sequence, so searches project the whole vocabulary once (:meth:`token_gates`).
+    The LSTM's input is [embedding, gated context], and its weight is split accordingly. The embedding half does not
+    depend on the state, so a search projects the whole vocabulary once (:meth:`token_gates`).
     """
 
     def __init__(self, config: DecoderConfig) -> None:
@@ -102,11 +103,11 @@ class Decoder(nn.Module):
         return embedding, context
 
     def token_gates(self) -> Tensor:
-        """The part of the LSTM's gates that comes from the token, for every token: (V, 4·hidden)."""
+        """The part of the LSTM's gates that depends on the token, for every token: (V, 4·hidden)."""
         return F.linear(self.embedding.weight, self.input_weights()[0], self.lstm.bias_ih)
 
     def state_gates(self, h: Tensor, context: Tensor, weight: Tensor) -> Tensor:
-        """The part of the LSTM's gates that comes from the state before the token.
+        """The part of the LSTM's gates that depends on the state.
 
         Args:
             h: Hidden state (R, hidden).
@@ -121,7 +122,7 @@ class Decoder(nn.Module):
 
     @staticmethod
     def cell(gates: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-        """The LSTM's non-linear part: summed gates (R, 4·hidden) and cell (R, hidden) → (h, c)."""
+        """The LSTM's non-linear part: sum of gates (R, 4·hidden) and cell state (R, hidden) → (h, c)."""
         i, f, g, o = gates.chunk(4, dim=1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
         return torch.sigmoid(o) * torch.tanh(c), c
@@ -129,14 +130,14 @@ class Decoder(nn.Module):
     def step(
         self, features: Tensor, keys: Tensor, h: Tensor, c: Tensor, token_gates: Tensor, context_weight: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """One token further for every unit: the state after it (h, c) and the attention weights (B, k) before it."""
+        """One decoding step of every unit; returns the new state (h, c) and the attention weights (B, k)."""
         weights = self.attend(h, keys)
         context = torch.bmm(weights.unsqueeze(1), features).squeeze(1)
         h, c = self.cell(self.state_gates(h, context, context_weight) + token_gates, c)
         return h, c, weights
 
     def forward(self, features: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        """Teacher forcing: step t sees targets[:, :t] and predicts targets[:, t].
+        """Predicts given tokens (teacher forcing): targets[:, t] from targets[:, :t].
 
         Args:
             features: (B, k, F).
@@ -162,9 +163,14 @@ class Decoder(nn.Module):
 def decode_forced(
     decoder: Decoder, features: Tensor, targets: Tensor, lm: LanguageModel | None = None, lam: float = 0.2
 ) -> Decoded:
-    """Scores given tokens: features (B, k, F), targets (B, T) without ``<start>``.
+    """Scores given tokens; with a language model by log p(d|E) − λ log p(d), token by token.
 
-    With a language model, log-probabilities are log p(d|E) − λ log p(d), token by token.
+    Args:
+        decoder: The decoder.
+        features: (B, k, F).
+        targets: Token ids (B, T), without ``<start>``.
+        lm: The language model; None scores by log p(d|E).
+        lam: λ.
     """
     log_probs, attentions = decoder(features, targets)
     if lm is not None:
@@ -184,16 +190,16 @@ def decode_stepwise(
     sample: bool = False,
     generator: torch.Generator | None = None,
 ) -> Decoded:
-    """Greedy decoding or ancestral sampling, one token at a time, always exactly ``length`` steps as the reference.
+    """Greedy decoding or ancestral sampling with exactly ``length`` steps, as in the reference.
 
     Args:
         decoder: The decoder.
         features: (B, k, F).
-        length: Steps.
-        lm: Subtracts λ log p(next token) from every prediction when given.
+        length: Number of steps.
+        lm: If given, λ log p(next token) is subtracted from every prediction.
         lam: λ.
-        sample: Draw from the (renormalised) predictions instead of taking the most likely token.
-        generator: Source of randomness; torch's global one when left out.
+        sample: Whether to sample from the (renormalised) predictions instead of taking the most likely token.
+        generator: Random generator; torch's global one by default.
     """
     h, c = decoder.initial_state(features)
     keys = decoder.attend.key_to_hidden(features)
@@ -207,9 +213,9 @@ def decode_stepwise(
         if lm is not None:
             lm_log_probs, lm_state = lm.step(token, lm_state)
             log_probs = log_probs - lam * lm_log_probs
-        if sample:  # unit by unit: the same seed then draws what the reference draws
-            draws = (torch.multinomial(row, 1, generator=generator) for row in log_probs.softmax(dim=1))
-            token = torch.cat([token[:0], *draws])
+        if sample:  # unit by unit, so that a seed gives the same samples as in the reference
+            samples = (torch.multinomial(row, 1, generator=generator) for row in log_probs.softmax(dim=1))
+            token = torch.cat([token[:0], *samples])
         else:
             token = log_probs.argmax(dim=1)
         tokens.append(token)

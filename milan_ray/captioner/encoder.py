@@ -1,6 +1,6 @@
 """The image encoder: a pretrained backbone whose maps are pooled with each exemplar's mask.
 
-The mask enters only in the pooling, so an image is encoded once for any number of masks: :func:`encode_exemplars`.
+Only the pooling depends on the mask, so an image is encoded once for any number of masks: :func:`encode_exemplars`.
 """
 
 from __future__ import annotations
@@ -100,20 +100,20 @@ def encode_exemplars(
 
 @dataclass(frozen=True)
 class EncoderSpec:
-    """An encoder as the system knows it.
+    """A registered encoder.
 
     Attributes:
         name: Registered name.
-        factory: Builds the backbone with its weights on the CPU; takes the path of a weights file, or None where none
-            is published.
-        layers: Module paths whose outputs (B, C, h, w) make the pyramid, in feature order.
+        factory: Builds the backbone with its weights on the CPU; takes the path of a weights file, or None where no
+            file is published.
+        layers: Module paths whose outputs (B, C, h, w) form the pyramid, in feature order.
         size: Side of the square input images, pixels.
         mean: Per-channel mean of its inputs, in units of [0, 1].
         std: Per-channel standard deviation of its inputs, in units of [0, 1].
         weights: Path of a weights file given by the user; None for the published ones, or the factory's own.
-        published: The file that takes its place where the user gives none; None when the factory needs no file.
-        architecture: Builds the backbone without weights, for weights that come with a captioner; None builds it with
-            ``factory``.
+        published: The default weights file; None if the factory needs no file.
+        architecture: Builds the backbone without weights, for weights that are stored with a captioner; None builds it
+            with ``factory``.
     """
 
     name: str
@@ -130,8 +130,8 @@ class EncoderSpec:
         """Builds the encoder in eval mode, without gradients.
 
         Args:
-            state: The backbone's weights, when a captioner brought them.
-            download: Fetch the published weights where they are needed and absent.
+            state: The backbone's weights, if stored with a captioner.
+            download: Whether to download the published weights where they are missing.
 
         Raises:
             MilanError: A weights file is missing, or weights do not fit the backbone.
@@ -144,13 +144,13 @@ class EncoderSpec:
                 return PyramidEncoder(self, self.factory(weights))
         with BUILDING:
             backbone = self.architecture() if self.architecture else self.factory(self.weights)
-        own = {name: tensor for name, tensor in state.items() if name in backbone.state_dict()}  # a head is left out
-        load_strictly(backbone, own, f"inside the captioner (encoder {self.name!r})")
+        used = {name: tensor for name, tensor in state.items() if name in backbone.state_dict()}  # without a head
+        load_strictly(backbone, used, f"inside the captioner (encoder {self.name!r})")
         return PyramidEncoder(self, backbone)
 
 
 class PyramidEncoder(nn.Module):
-    """Maps of several layers of a backbone, pooled with masks into one feature vector per exemplar."""
+    """Pools maps of several layers of a backbone with masks into one feature vector per exemplar."""
 
     mean: Tensor
     std: Tensor
@@ -162,10 +162,10 @@ class PyramidEncoder(nn.Module):
         self.register_buffer("mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
         self.eval().requires_grad_(False)
-        self.to(memory_format=torch.channels_last)  # a fifth faster on CPUs, and on GPUs with tensor cores
+        self.to(memory_format=torch.channels_last)  # 20 % faster on CPUs, and on GPUs with tensor cores
 
     def identity(self) -> dict[str, object]:
-        """All that decides features besides images and masks."""
+        """The inputs of a feature's fingerprint besides images and masks."""
         return {
             "weights": weights_digest(self.backbone),
             "structure": hashlib.sha256(repr(self.backbone).encode()).hexdigest(),
@@ -182,7 +182,7 @@ class PyramidEncoder(nn.Module):
         return sum(level.shape[1] for level in self.maps(images))
 
     def fit(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) at the encoder's own size."""
+        """Resizes images (N, 3, H, W) to the encoder's input size."""
         side = self.spec.size
         if images.shape[-2:] == (side, side):
             return images
@@ -192,12 +192,12 @@ class PyramidEncoder(nn.Module):
     def maps(self, images: Tensor, normalize: bool = True) -> list[Tensor]:
         """Encodes images, once for all masks.
 
-        The layers' outputs are kept, not copied: a layer followed by an in-place ReLU (AlexNet's) yields what the
-        ReLU left, as in the reference.
+        Outputs are not copied, so a layer before an in-place ReLU (as in AlexNet) yields the output of the ReLU, as in
+        the reference.
 
         Args:
             images: float (N, 3, H, W) in [0, 1].
-            normalize: Apply the spec's mean and standard deviation.
+            normalize: Whether to apply the spec's mean and standard deviation.
 
         Returns:
             One (N, C, h, w) per layer.
@@ -211,16 +211,16 @@ class PyramidEncoder(nn.Module):
         return pool_maps(maps, masks, index)
 
     def forward(self, images: Tensor, masks: Tensor | None = None, normalize: bool = True) -> Tensor:
-        """Features (N, F) of images (N, 3, H, W) in [0, 1] under masks (N, H, W), one each; all of it without masks."""
+        """Features (N, F) of images (N, 3, H, W) in [0, 1] and masks (N, H, W); without masks, of whole images."""
         if masks is None:
             masks = images.new_ones(len(images), *images.shape[-2:])
         return pool_maps(self.maps(images, normalize), masks, torch.arange(len(images), device=images.device))
 
 
 def level_weights(masks: Tensor, size: tuple[int, int]) -> Tensor:
-    """Masks (M, H, W) as pooling weights (M, h, w): downsampled bilinearly, then summing to 1.
+    """Pooling weights (M, h, w) of masks (M, H, W): downsampled bilinearly, then normalised to a sum of 1.
 
-    Without antialiasing, a small region can vanish at a coarse level; its weights are 0 and so is its feature.
+    There is no antialiasing, so a small region can vanish at a coarse level; its weights and its feature are then 0.
     """
     weights = F.interpolate(masks.unsqueeze(1), size=size, mode="bilinear", align_corners=False).squeeze(1)
     empty = weights.abs().amax(dim=(1, 2), keepdim=True) <= 1e-8
@@ -228,16 +228,16 @@ def level_weights(masks: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def pool_maps(maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
-    """Pools pyramids with masks: per level a sum of the positions that a mask covers, weighted.
+    """Pools pyramids with masks: per level, the weighted sum of the positions that a mask covers.
 
-    Each mask's sum runs over its own positions in their order, whatever other masks there are. A product [masks ×
-    positions]·[positions × channels] would not: which kernel a row gets depends on its place and on the number of rows,
-    and with it the last bits.
+    Each sum runs over the mask's positions in order, so a result does not depend on the other masks. With a matrix
+    product [masks × positions]·[positions × channels] it would: which kernel computes a row, and so the row's last
+    bits, depends on its index and on the number of rows.
 
     Args:
         maps: One (N, C, h, w) per level.
         masks: (M, H, W), any float or bool; values in [0, 1].
-        index: Which image each mask belongs to, int64 (M,) in [0, N).
+        index: The image of each mask, int64 (M,) in [0, N).
 
     Returns:
         Features (M, F), F the channels of all levels.
@@ -256,7 +256,7 @@ def pool_maps(maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
 
 
 class SpatialEncoder(nn.Module):
-    """The reference's other encoder: one layer's map of the *masked* image, position by position."""
+    """The reference's other encoder: all positions of one layer's map of the *masked* image."""
 
     def __init__(self, encoder: PyramidEncoder) -> None:
         super().__init__()
@@ -264,7 +264,7 @@ class SpatialEncoder(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor, masks: Tensor | None = None) -> Tensor:
-        """Features (N, h·w, C) of the last layer, row-major, of images (N, 3, H, W) in [0, 1] and masks (N, H, W)."""
+        """Features (N, h·w, C) of the last layer, row-major, for images (N, 3, H, W) in [0, 1] and masks (N, H, W)."""
         images = (images - self.encoder.mean) / self.encoder.std
         if masks is not None:
             images = images * masks.unsqueeze(1)
@@ -280,9 +280,9 @@ def register_encoder(
     """Registers an encoder under a name; a later registration of the same name replaces it.
 
     Args:
-        name: Name used on the command line and in every table.
+        name: Name on the command line and in tables.
         factory: ``factory(weights_path_or_None) -> nn.Module``.
-        layers: Module paths whose outputs make the pyramid.
+        layers: Module paths whose outputs form the pyramid.
         **options: Further fields of :class:`EncoderSpec`.
     """
     checked_name("an encoder", name, slashes=True)
@@ -294,7 +294,7 @@ def get_encoder(name: str) -> EncoderSpec:
     """Finds a registered encoder.
 
     Raises:
-        MilanError: No encoder of that name; the text names the nearest.
+        MilanError: The name is unknown; the message suggests the nearest one.
     """
     if name not in _ENCODERS:
         raise unknown_name("encoder", name, _ENCODERS, "A plug-in can add one with register_encoder.")
@@ -302,8 +302,8 @@ def get_encoder(name: str) -> EncoderSpec:
 
 
 def _build(name: str, path: str | None) -> nn.Module:
-    """A backbone without what comes after the last layer that a feature needs."""
-    from torchvision import models  # not above: importing it takes a third of a worker's start
+    """A backbone without the modules after the last layer of the pyramid."""
+    from torchvision import models  # not above: its import takes a third of a worker's start
 
     model = models.get_model(name, weights=None)
     if path is not None:
@@ -321,7 +321,7 @@ _FILES = {
     "resnet50": "resnet50-0676ba61.pth",
     "resnet101": "resnet101-63fe2227.pth",
 }
-"""The first version of torchvision's weights: what the published captioners were trained on."""
+"""The first version of torchvision's weights, with which the published captioners were trained."""
 
 for _name, _file in _FILES.items():
     register_encoder(

@@ -1,11 +1,11 @@
-"""Fitting a captioner to annotated units: first p(d), then p(d|E), each until it stops improving (paper A.3).
+"""Training loop of a captioner: first p(d), then p(d|E), each with early stopping (paper A.3).
 
-One loop for everybody: it reports every epoch together with all that is needed to go on from there, and asks a
-:class:`WorkerGroup` for the little that differs between a process of its own, a Ray Train worker and a Ray Tune trial.
+The loop is the same in a plain process, a Ray Train worker and a Ray Tune trial; a :class:`WorkerGroup` holds the
+differences. After every epoch it reports a state from which training can continue.
 
-Both parts learn from the same units and are measured on the same held-out ones. The reference holds out *captions* from
-the language model, by the numbers of the decoder's held-out units, so it learns most of what the decoder
-is measured on.
+Both models are trained on the same units and validated on the same held-out units. The reference instead holds out
+*captions* from the language model, by the indices of the decoder's held-out units, so its language model is trained on
+most captions that the decoder is validated on.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from milan_ray.errors import MilanError
 from milan_ray.scoring.text import bleu_order, bleu_statistics, bleu_values
 
 LM, DECODER = PARTS = ("lm", "decoder")
-"""The two models of a captioner, in the order they are fitted."""
+"""The two models of a captioner, in training order."""
 
 Caption = tuple[int, list[int]]
-"""An annotation: its unit's row, and its word ids."""
+"""An annotation: its unit's index, and its word ids."""
 
 State = dict[str, Any]
-"""All that is needed to go on after an epoch, as plain numbers, texts and tensors: ``history`` (a row per epoch),
-``finished`` (part → weights to keep), ``kept`` (part → their epoch), ``current`` (the part under way), ``indexer``."""
+"""Training state after an epoch, as plain numbers, texts and tensors: ``history`` (a row per epoch), ``finished``
+(part → weights to keep), ``kept`` (part → their epoch), ``current`` (the part in training), ``indexer``."""
 
 Report = Callable[[State], None]
-"""Takes in the state after an epoch; the epoch's row is the last of its history."""
+"""Receives the state after an epoch; the last row of its history is the epoch's."""
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
@@ -47,7 +47,7 @@ Collated = TypeVar("Collated", training.LMBatch, training.DecoderBatch)
 
 
 class Units(Protocol):
-    """Annotated units by number."""
+    """Annotated units, by index."""
 
     @property
     def texts(self) -> list[list[str]]:
@@ -58,7 +58,7 @@ class Units(Protocol):
         """Size F of an exemplar's feature."""
 
     def take(self, rows: Sequence[int]) -> Tensor:
-        """Features of some units: float32 (len(rows), k, F)."""
+        """Features of the units at these indices: float32 (len(rows), k, F)."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +66,9 @@ class Sizes:
     """Sizes of a model; defaults are the paper's.
 
     Attributes:
-        embedding: Token embeddings.
-        hidden: LSTM states.
-        dropout: Dropout while training.
+        embedding: Size of a token's embedding.
+        hidden: Size of an LSTM state.
+        dropout: Dropout probability during training.
     """
 
     embedding: int = 128
@@ -78,10 +78,10 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Plan:
-    """How one of the two models is fitted.
+    """How to train one of the two models.
 
     Attributes:
-        config: Optimisation; hold-out and seed are the same for both.
+        config: Hyperparameters; hold-out share and seed are the same for both models.
         sizes: Sizes of the model.
     """
 
@@ -89,7 +89,7 @@ class Plan:
     sizes: Sizes = field(default_factory=Sizes)
 
     def model(self, part: str, words: int, feature_size: int) -> nn.Module:
-        """Builds the model of a part for a vocabulary of so many words and features of size F."""
+        """Builds the language model or decoder for a number of words and features of size F."""
         sizes = self.sizes
         if part == LM:
             return LanguageModel(LMConfig(words, sizes.embedding, sizes.hidden, dropout=sizes.dropout))
@@ -97,86 +97,88 @@ class Plan:
 
 
 class WorkerGroup:
-    """The workers that fit a model together; this one works alone.
+    """The data-parallel workers of a training, as seen by one of them; this class is a group of one.
 
     Attributes:
-        rank: This worker's number.
-        workers: How many there are.
-        device: Where this one computes.
+        rank: Index of this worker.
+        workers: Number of workers.
+        device: Device of this worker.
     """
 
     def __init__(self, device: torch.device | str = "cpu", rank: int = 0, workers: int = 1) -> None:
         self.device, self.rank, self.workers = torch.device(device), rank, workers
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model on its device, its gradients averaged over all workers."""
+        """The model on this worker's device; its gradients are averaged over the workers."""
         return model.to(self.device)
 
     def mean(self, *metrics: float) -> list[float]:
-        """The mean over all workers, so that all of them stop after the same epoch."""
+        """Metrics averaged over the workers, so that all stop after the same epoch."""
         return list(metrics)
 
 
 def new_state(texts: Iterable[Sequence[str]]) -> State:
-    """The state before the first epoch; the vocabulary is that of all units."""
+    """The state before the first epoch; its vocabulary is built from all annotations."""
     indexer = Indexer(Vocabulary.build(texts))
     return {"history": [], "finished": {}, "kept": {}, "current": None, "indexer": indexer.state()}
 
 
-def fit(units: Units, plans: Mapping[str, Plan], state: State, report: Report, team: WorkerGroup | None = None) -> None:
-    """Fits models, going on from where a state is; returns when each has stopped improving on the held-out units.
+def fit(
+    units: Units, plans: Mapping[str, Plan], state: State, report: Report, group: WorkerGroup | None = None
+) -> None:
+    """Trains models from a state until each stops improving on the held-out units.
 
     Args:
         units: The annotated units.
-        plans: Part → how to fit it; only the parts in it are fitted, in its order.
+        plans: Part → how to train it; only these parts are trained, in this order.
         state: From :func:`new_state`, or one that was reported; changed in place.
         report: Called after every epoch, by every worker.
-        team: Who works on it; one's own process when left out.
+        group: The workers; this process alone when left out.
     """
-    fitting = _Fitting(units, Indexer.from_state(state["indexer"]), team or WorkerGroup())
+    fitting = _Fitting(units, Indexer.from_state(state["indexer"]), group or WorkerGroup())
     for part in plans:
         if part not in state["finished"]:
             fitting.run(part, plans[part], state, report)
 
 
 def fitted(state: State, part: str, plan: Plan, feature_size: int) -> nn.Module:
-    """A finished part's model, with the weights to keep."""
+    """The model of a finished part, with the weights that early stopping kept."""
     model = plan.model(part, len(Indexer.from_state(state["indexer"]).vocabulary), feature_size)
     model.load_state_dict(state["finished"][part])
     return model
 
 
 def split_units(units: int, config: TrainingConfig) -> tuple[list[int], list[int]]:
-    """Rows (held out, to train on), each ascending; depends on the number of units and the seed alone.
+    """Indices of units (held out, to train on), ascending; a function of the number of units and the seed.
 
     Raises:
-        MilanError: None is left to train on.
+        MilanError: No unit is left to train on.
     """
     order = np.random.default_rng(config.seed).permutation(units).tolist()
-    held = max(1, int(config.hold_out * units))
-    if held >= units:
+    held_out = max(1, int(config.hold_out * units))
+    if held_out >= units:
         raise MilanError(
-            f"of {units} annotated units {held} would be held out to stop early, which leaves none to train on: lower "
-            "--hold-out, or annotate more."
+            f"of {units} annotated units {held_out} would be held out to stop early, which leaves none to train on: "
+            "lower --hold-out, or annotate more."
         )
-    return sorted(order[:held]), sorted(order[held:])
+    return sorted(order[:held_out]), sorted(order[held_out:])
 
 
 class _Fitting:
-    """Epochs over some units."""
+    """The training loop over some units."""
 
-    def __init__(self, units: Units, indexer: Indexer, team: WorkerGroup) -> None:
-        self.units, self.indexer, self.team = units, indexer, team
+    def __init__(self, units: Units, indexer: Indexer, group: WorkerGroup) -> None:
+        self.units, self.indexer, self.group = units, indexer, group
         self.pad, self.order = indexer.ids.pad, bleu_order(units.texts)
         self.words = [[indexer.words(indexer.tokenizer(text)) for text in texts] for texts in units.texts]
 
     def run(self, part: str, plan: Plan, state: State, report: Report) -> None:
-        """Fits one part."""
-        config, team = plan.config, self.team
+        """Trains one model; changes the state in place and reports it after every epoch."""
+        config, group = plan.config, self.group
         held_out, train = split_units(len(self.units.texts), config)
         torch.manual_seed(config.seed + PARTS.index(part))
-        model = team.wrap(plan.model(part, len(self.indexer.vocabulary), self.units.size))
-        bare = _bare(model)
+        model = group.wrap(plan.model(part, len(self.indexer.vocabulary), self.units.size))
+        bare = _unwrapped(model)
         optimizer = training.optimizer_for(model, config)
         stopping = EarlyStopping(config.patience, config.keep_last_weights)
         first = 0
@@ -186,18 +188,22 @@ class _Fitting:
             optimizer.load_state_dict(current["optimizer"])
             stopping = EarlyStopping(**current["stopping"])
             first = current["epoch"] + 1
-        captions, judged = self._captions(train), self._captions(held_out)
+        captions, validation_captions = self._captions(train), self._captions(held_out)
+        batch_size = config.lm_batch_size if part == LM else config.decoder_batch_size
         for epoch in range(first, config.max_epochs):
-            # Dropout: the same after a resume.
-            torch.manual_seed(1_000_003 * config.seed + 1_009 * team.rank + epoch)
+            # Seeded by epoch, so that dropout is the same after a resume.
+            torch.manual_seed(1_000_003 * config.seed + 1_009 * group.rank + epoch)
             sample = ""
+            batches = training.shuffled_batches(captions, batch_size, config.seed, epoch)
             if part == LM:
-                loss = self._lm_epoch(model, optimizer, captions, config, epoch)
-                validation = self._lm_loss(bare, judged, config.lm_batch_size)
+                lm_batches = _prefetched(self._lm_batch, batches)
+                loss = training.lm_epoch(model, optimizer, lm_batches, self.pad, config)
+                validation = self._lm_loss(bare, validation_captions, batch_size)
             else:
-                loss = self._decoder_epoch(model, optimizer, captions, config, epoch)
-                validation, sample = self._bleu(bare, held_out, config.decoder_batch_size)
-            loss, validation = team.mean(loss, validation)
+                decoder_batches = _prefetched(self._decoder_batch, batches)
+                loss = training.decoder_epoch(model, optimizer, decoder_batches, self.pad, config)
+                validation, sample = self._bleu(bare, held_out, batch_size)
+            loss, validation = group.mean(loss, validation)
             stop = stopping.update(epoch, -validation if part == LM else validation, bare)
             row = {"part": part, "epoch": epoch, "train_loss": loss, "validation": validation, "sample": sample}
             state["history"].append(row)
@@ -207,87 +213,64 @@ class _Fitting:
                 state["kept"][part] = stopping.kept_epoch
                 state["current"] = None
             else:
-                state["current"] = {
-                    "part": part,
-                    "epoch": epoch,
-                    "model": bare.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "stopping": stopping.state(),
-                }
+                weights = {"model": bare.state_dict(), "optimizer": optimizer.state_dict()}
+                state["current"] = {"part": part, "epoch": epoch, **weights, "stopping": stopping.state()}
             report(state)
             if last:
                 return
 
     def _captions(self, rows: Sequence[int]) -> list[Caption]:
-        """Every annotation of some units."""
+        """All annotations of some units."""
         return [(row, words) for row in rows for words in self.words[row]]
 
     def _part(self, batch: Sequence[Caption]) -> tuple[Sequence[int], Sequence[list[int]], training.Share]:
-        """This worker's part of a batch: rows, words, their weight; who gets none has a caption that weighs nothing."""
-        mine = batch[self.team.rank :: self.team.workers]
-        whole, own = ([words for _, words in captions] for captions in (batch, mine))
-        rows, words = zip(*(mine or batch[:1]), strict=True)
-        return rows, words, training.share_of(own, whole, self.team.workers)
+        """This worker's part of a batch: unit indices, words and weight.
 
-    def _lm_epoch(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        captions: Sequence[Caption],
-        config: TrainingConfig,
-        epoch: int,
-    ) -> float:
-        def load(batch: list[Caption]) -> training.LMBatch:
-            _, words, share = self._part(batch)
-            return self._on_device(training.collate_lm(words, self.indexer, share))
+        Workers without captions process the batch's first one with weight 0.
+        """
+        captions = batch[self.group.rank :: self.group.workers]
+        batch_words, own_words = ([words for _, words in some] for some in (batch, captions))
+        rows, words = zip(*(captions or batch[:1]), strict=True)
+        return rows, words, training.share_of(own_words, batch_words, self.group.workers)
 
-        batches = training.shuffled_batches(captions, config.lm_batch_size, config.seed, epoch)
-        return training.lm_epoch(model, optimizer, _ahead(load, batches), self.pad, config)
+    def _lm_batch(self, batch: Sequence[Caption]) -> training.LMBatch:
+        """This worker's part of a batch for the language model."""
+        _, words, share = self._part(batch)
+        return self._on_device(training.collate_lm(words, self.indexer, share))
+
+    def _decoder_batch(self, batch: Sequence[Caption]) -> training.DecoderBatch:
+        """This worker's part of a batch for the decoder, as long as the whole batch's longest caption."""
+        rows, words, share = self._part(batch)
+        longest = max(len(words) for _, words in batch)
+        return self._on_device(training.collate_decoder(self.units.take(rows), words, self.indexer, longest, share))
 
     def _lm_loss(self, model: nn.Module, captions: Sequence[Caption], batch_size: int) -> float:
-        held = [words for _, words in captions]
-        chunks = (training.collate_lm(chunk, self.indexer) for chunk in _chunks(held, batch_size))
+        words = [words for _, words in captions]
+        chunks = (training.collate_lm(chunk, self.indexer) for chunk in _chunks(words, batch_size))
         return training.lm_loss(model, map(self._on_device, chunks), self.pad)
 
-    def _decoder_epoch(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        captions: Sequence[Caption],
-        config: TrainingConfig,
-        epoch: int,
-    ) -> float:
-        def load(batch: list[Caption]) -> training.DecoderBatch:
-            rows, words, share = self._part(batch)
-            longest = max(len(words) for _, words in batch)
-            features = self.units.take(rows)
-            return self._on_device(training.collate_decoder(features, words, self.indexer, longest, share))
-
-        batches = training.shuffled_batches(captions, config.decoder_batch_size, config.seed, epoch)
-        return training.decoder_epoch(model, optimizer, _ahead(load, batches), self.pad, config)
-
     def _bleu(self, model: nn.Module, rows: Sequence[int], batch_size: int) -> tuple[float, str]:
-        """BLEU of greedy captions, and one of them."""
+        """BLEU of greedy captions of some units, and the first caption."""
         assert isinstance(model, Decoder)
         captions = [
             caption
-            for features in _ahead(self.units.take, _chunks(rows, batch_size))
-            for caption in training.greedy_captions(model, features.to(self.team.device), self.indexer)
+            for features in _prefetched(self.units.take, _chunks(rows, batch_size))
+            for caption in training.greedy_captions(model, features.to(self.group.device), self.indexer)
         ]
         statistics = bleu_statistics(captions, [self.units.texts[row] for row in rows])
         return float(bleu_values(statistics.sum(axis=0, keepdims=True), self.order)[0]), captions[0]
 
     def _on_device(self, batch: Collated) -> Collated:
         inputs, targets, share = batch
-        return type(batch)(inputs.to(self.team.device), targets.to(self.team.device), share)
+        return type(batch)(inputs.to(self.group.device), targets.to(self.group.device), share)
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
-def _ahead(load: Callable[[Item], Batch], items: Iterable[Item]) -> Iterator[Batch]:
-    """Loads every item while the one before is used."""
+def _prefetched(load: Callable[[Item], Batch], items: Iterable[Item]) -> Iterator[Batch]:
+    """Loads each item in a thread while the caller uses the item before."""
     with ThreadPoolExecutor(1) as pool:
         waiting = None
         for item in items:
@@ -299,12 +282,13 @@ def _ahead(load: Callable[[Item], Batch], items: Iterable[Item]) -> Iterator[Bat
             yield waiting.result()
 
 
-def _bare(model: nn.Module) -> nn.Module:
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model without the wrapper of data-parallel training."""
     return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def epoch_line(row: Mapping[str, Any]) -> str:
-    """One epoch of the history, for people."""
+    """A readable line on an epoch of the history."""
     done = f"epoch {row['epoch'] + 1}, loss {row['train_loss']:.2f}"
     if row["part"] == LM:
         return f"language model, {done}, held-out perplexity {np.exp(row['validation']):.1f}"

@@ -1,4 +1,4 @@
-"""How well the language model p(d) learns people's annotations: perplexity on held-out units.
+"""Trains the language model p(d) on annotations and measures its perplexity on held-out units.
 
 python -m milan_ray.captioner.language_model annotations.csv split.json
 """
@@ -33,7 +33,7 @@ Split = tuple[list[list[str]], list[list[str]]]
 
 
 def read_split(annotations: Path, split: Path) -> Split:
-    """Reads annotations and shares them out.
+    """Reads annotations and splits them by units.
 
     Args:
         annotations: A CSV with columns layer, unit, summary.
@@ -59,12 +59,12 @@ def read_split(annotations: Path, split: Path) -> Split:
 
 
 def train_language_model(split: Split, config: TrainingConfig, sizes: LMConfig | None = None) -> pl.DataFrame:
-    """Trains the language model as the pipeline does, in this process; the vocabulary is that of the train units.
+    """Trains the language model in this process, as the pipeline does; its vocabulary is that of the train units.
 
     Args:
-        split: Annotations to learn from, and to be measured on.
-        config: Optimisation.
-        sizes: Sizes of the model, its number of words left open; the paper's when left out.
+        split: Annotations to train on and to validate with.
+        config: Hyperparameters.
+        sizes: Sizes of the model; its number of words is ignored. The paper's by default.
 
     Returns:
         A row per epoch: epoch, train_loss (mean over batches), validation (nats per token, words and stop, unknown
@@ -97,7 +97,7 @@ def train_language_model(split: Split, config: TrainingConfig, sizes: LMConfig |
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Prints perplexity on held-out units; returns the exit status."""
+    """Prints the perplexity on held-out units; returns the exit status."""
     config = TrainingConfig()
     parser = argparse.ArgumentParser(prog="python -m milan_ray.captioner.language_model", description=__doc__)
     parser.add_argument("annotations", type=Path, help="CSV with columns layer, unit, summary")
@@ -107,14 +107,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         split = read_split(args.annotations, args.split)
-        found = train_language_model(split, replace(config, max_epochs=args.epochs, seed=args.seed))
+        epochs = train_language_model(split, replace(config, max_epochs=args.epochs, seed=args.seed))
     except MilanError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    best = found.row(by_predicate=pl.col("kept"), named=True)
+    best = epochs.row(by_predicate=pl.col("kept"), named=True)
     print(
         f"validation: {best['validation']:.3f} nats per token, perplexity {math.exp(best['validation']):.1f} "
-        f"(epoch {best['epoch']} of {len(found)}, {found['seconds'].sum():.0f} s)"
+        f"(epoch {best['epoch']} of {len(epochs)}, {epochs['seconds'].sum():.0f} s)"
     )
     return 0
 

@@ -1,4 +1,4 @@
-"""The language model p(d): what is likely to be said of any unit at all (paper §3.2)."""
+"""The language model p(d): how likely a description is for any unit (paper §3.2)."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class LMConfig:
     """Sizes of the language model; defaults are the paper's.
 
     Attributes:
-        words: Words of the vocabulary, special tokens not counted.
+        words: Number of words in the vocabulary, without special tokens.
         embedding_size: Size of a token's embedding.
         hidden_size: Size of each LSTM layer.
         layers: LSTM layers.
-        dropout: Dropout between LSTM layers while training.
+        dropout: Dropout probability between LSTM layers during training.
     """
 
     words: int
@@ -34,12 +34,12 @@ class LMConfig:
 
     @property
     def ids(self) -> TokenIds:
-        """The ids of the vocabulary."""
+        """The vocabulary's token ids."""
         return TokenIds(self.words)
 
 
 class LanguageModel(nn.Module):
-    """Embedding, LSTM, linear, log-softmax; parameters are named as the reference's."""
+    """Embedding, LSTM, linear, log-softmax; parameters have the reference's names."""
 
     def __init__(self, config: LMConfig) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class LanguageModel(nn.Module):
 
         Args:
             inputs: Token ids (B, T), beginning with ``<start>``.
-            lengths: Tokens of each row (B,), at least 1, on the CPU: what lies beyond them is not computed.
+            lengths: Tokens of each row (B,), at least 1, on the CPU; tokens beyond them are skipped.
 
         Returns:
             (B, T, V): [b, t] is log p(· | inputs[b, :t+1]). With lengths (N, V), N = Σ lengths, in the order of
@@ -67,19 +67,19 @@ class LanguageModel(nn.Module):
         return self.output(self.lstm(packed._replace(data=self.embedding(packed.data)))[0].data)
 
     def step(self, tokens: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
-        """One token further: (R,) ids and the state before them → log-probabilities (R, V) and the state after."""
+        """One step: token ids (R,) and the state before them → log-probabilities (R, V) and the state after."""
         hidden, state = self.lstm(self.embedding(tokens).unsqueeze(1), state)
         return self.output(hidden.squeeze(1)), state
 
     @torch.no_grad()
     def sequence_logp(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Log p of sequences, ``<start>`` implied: Σ_t log p(tokens[t] | tokens[:t]) over t < length, nats.
+        """Log p of sequences: Σ_t log p(tokens[t] | tokens[:t]) over t < length, nats (N,).
 
-        Beams share most of their beginnings, so every distinct prefix is run once, whoever's it is.
+        Beams share most prefixes, so each distinct prefix is computed once.
 
         Args:
-            tokens: Token ids (N, T).
-            lengths: Tokens that count (N,), at most T.
+            tokens: Token ids (N, T), without ``<start>``.
+            lengths: Number of tokens to score (N,), at most T.
         """
         total = torch.zeros(len(tokens), device=tokens.device)
         row = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)

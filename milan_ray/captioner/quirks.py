@@ -1,4 +1,4 @@
-"""The reference's defects that live in the captioner: off by default, on to reproduce its numbers."""
+"""Defects of the reference's captioner, off by default; switch them on to reproduce its numbers."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ class Quirks:
     """Which of the reference's defects to reproduce.
 
     Attributes:
-        lm_counts_past_stop: log p(d) counts one token after ``<stop>`` when the sequence has one there.
-        batch_dependent_length: A beam counts as long as the longest of its *batch*, so with ``lm_counts_past_stop``
-            the same unit scores differently in another batch. Off, it is as long as its own unit's longest.
-        keep_last_weights: Early stopping keeps the last epoch's weights instead of the best.
+        lm_counts_past_stop: log p(d) includes one token after ``<stop>`` where the sequence has one.
+        batch_dependent_length: Every beam is as long as the longest of its *batch*, so with ``lm_counts_past_stop`` a
+            unit's scores depend on the batch. If off, it is as long as the longest of its own unit.
+        keep_last_weights: Early stopping keeps the weights of the last epoch instead of the best one.
     """
 
     lm_counts_past_stop: bool = False

@@ -1,4 +1,4 @@
-"""Re-ranking a beam by weighted pointwise mutual information: log p(d|E) − λ log p(d) (paper eq. 2)."""
+"""Re-ranking of beams by weighted pointwise mutual information: log p(d|E) − λ log p(d) (paper eq. 2)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ Values = TypeVar("Values", np.ndarray, Tensor)
 
 
 def rescore(logp_d_given_e: Values, logp_d: Values, lam: float) -> Values:
-    """Log p(d|E) − λ log p(d), nats, for log-probabilities of any (equal) shape."""
+    """Log p(d|E) − λ log p(d), nats, for log-probabilities of equal shapes."""
     return logp_d_given_e - lam * logp_d
 
 
 def counted_length(tokens: Tensor, stop: int, steps: Tensor, quirks: Quirks = NO_QUIRKS) -> Tensor:
-    """How many tokens of each sequence log p(d) counts: through the first ``<stop>``, or all when there is none.
+    """The number of tokens of each sequence that log p(d) includes: up to the first ``<stop>``, or all without one.
 
     Args:
         tokens: Token ids (..., L).
         stop: Id of ``<stop>``.
-        steps: Tokens that the sequence has, padding included; broadcasts with tokens' leading axes.
-        quirks: With ``lm_counts_past_stop`` one token more where the sequence has one.
+        steps: Length of each sequence, with padding; broadcasts with tokens' leading axes.
+        quirks: With ``lm_counts_past_stop``, one token more where the sequence has one.
 
     Returns:
         Lengths (...).

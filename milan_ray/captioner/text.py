@@ -1,4 +1,4 @@
-"""Text in and out of token ids: spaCy's English tokenizer rules, a vocabulary, four special tokens."""
+"""Text to token ids and back: spaCy's English tokenizer rules, a vocabulary, four special tokens."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def _english() -> Language:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Splits text by spaCy's rules for English, lowercased, without whitespace tokens. Needs no trained model.
+    """Splits text by spaCy's rules for English, lowercased, without whitespace tokens; needs no trained model.
 
-    Holds no state of its own, so that it travels to workers as a name and each process builds the rules once.
+    It has no state: it is pickled by name, and each process builds the rules once.
     """
 
     def __call__(self, text: str) -> list[str]:
@@ -72,7 +72,7 @@ class Vocabulary:
     """The known words, most frequent first.
 
     Attributes:
-        words: All words; a word's place is its id.
+        words: All words; a word's index is its id.
     """
 
     words: tuple[str, ...]
@@ -85,20 +85,20 @@ class Vocabulary:
         return len(self.words)
 
     def id_of(self, word: str) -> int | None:
-        """The word's id, or None when it is not known."""
+        """The word's id, or None if it is unknown."""
         return self._ids.get(word)
 
     @classmethod
     def build(cls, annotations: Iterable[Collection[str]], tokenizer: Tokenizer | None = None) -> Vocabulary:
-        """Counts words over units' annotations: most frequent first, ties by first occurrence.
+        """Builds the vocabulary of units' annotations: most frequent words first, ties by first occurrence.
 
         Args:
-            annotations: The annotations of each unit. They are joined by a space before tokenizing, as the reference
-                does; sets are sorted first.
-            tokenizer: How to split them.
+            annotations: The annotations of each unit. They are joined by a space before tokenizing, as in the
+                reference; sets are sorted first.
+            tokenizer: Splits them.
 
         Raises:
-            MilanError: There is not a single word.
+            MilanError: The annotations have no word.
         """
         tokenizer = tokenizer or Tokenizer()
         counts: Counter[str] = Counter()
@@ -111,11 +111,11 @@ class Vocabulary:
 
 @dataclass(frozen=True)
 class Indexer:
-    """Text ↔ token ids.
+    """Converts text to token ids and back.
 
     Attributes:
         vocabulary: The known words.
-        tokenizer: How text is split.
+        tokenizer: Splits text.
     """
 
     vocabulary: Vocabulary
@@ -123,13 +123,13 @@ class Indexer:
 
     @property
     def ids(self) -> TokenIds:
-        """Where words end and the special tokens are."""
+        """The ids of words and special tokens."""
         return TokenIds(len(self.vocabulary))
 
     def words(self, tokens: Sequence[str], unk: bool = True) -> list[int]:
-        """Ids of tokens; an unknown one is ``<unk>``, or left out when ``unk`` is off."""
-        found = map(self.vocabulary.id_of, tokens)
-        return [self.ids.unk if i is None else i for i in found if unk or i is not None]
+        """Ids of tokens; unknown ones become ``<unk>``, or are left out if ``unk`` is False."""
+        ids = map(self.vocabulary.id_of, tokens)
+        return [self.ids.unk if i is None else i for i in ids if unk or i is not None]
 
     def frame(
         self,
@@ -140,15 +140,14 @@ class Indexer:
         pad: bool = True,
         length: int | None = None,
     ) -> list[list[int]]:
-        """Puts special tokens around word ids.
+        """Adds special tokens to word ids.
 
         Args:
             words: Word ids of each text.
-            start: Prepend ``<start>``.
-            stop: Append ``<stop>``; the words give way when there is no room.
-            pad: Fill up to the length with ``<pad>``.
-            length: Words to keep, not counting start and stop; the longest text's when left out, so the result depends
-                on the texts of the call.
+            start: Whether to prepend ``<start>``.
+            stop: Whether to append ``<stop>``; longer texts are cut to make room.
+            pad: Whether to pad to the length with ``<pad>``.
+            length: Maximum number of words, without start and stop; by default that of the longest text of the call.
         """
         size = (length or max(map(len, words), default=0)) + start + stop
         framed = []
@@ -161,19 +160,18 @@ class Indexer:
     def index(
         self, texts: Sequence[str], *, unk: bool = True, length: int | None = None, **specials: bool
     ) -> list[list[int]]:
-        """Tokenizes and frames texts: :meth:`words` between the special tokens of :meth:`frame`.
+        """Tokenizes texts and adds special tokens: :meth:`words`, then :meth:`frame`.
 
-        The length is that of the longest text *before* unknown words are left out, as in the reference.
+        The default length is that of the longest text *before* unknown words are left out, as in the reference.
         """
         tokens = [self.tokenizer(text) for text in texts]
         length = length or max(map(len, tokens), default=0)
         return self.frame([self.words(text, unk) for text in tokens], length=length, **specials)
 
     def reconstruct(self, ids: Sequence[int]) -> str:
-        """Readable text of token ids: up to the first ``<stop>``, without special tokens, sentences capitalised.
+        """Text of token ids up to the first ``<stop>``, without special tokens, with capitalised sentences.
 
-        ``str.capitalize`` lowers everything but the first letter, and a dash swallows the spaces around it, as in the
-        reference.
+        As in the reference, all letters but a sentence's first become lowercase, and spaces around dashes are removed.
         """
         ids = list(ids)
         if self.ids.stop in ids:
@@ -184,10 +182,10 @@ class Indexer:
         return ". ".join(sentence.strip().capitalize() for sentence in text.split(".")).strip()
 
     def state(self) -> dict[str, list[str]]:
-        """What :meth:`from_state` needs, as JSON."""
+        """The indexer as JSON, for :meth:`from_state`."""
         return {"words": list(self.vocabulary.words)}
 
     @classmethod
     def from_state(cls, state: dict[str, list[str]]) -> Indexer:
-        """The indexer of a :meth:`state`."""
+        """The indexer of :meth:`state`."""
         return cls(Vocabulary(tuple(state["words"])))

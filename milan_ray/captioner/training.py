@@ -1,7 +1,7 @@
-"""Training decoder and language model: losses, epochs, early stopping (paper A.3).
+"""Training of decoder and language model: losses, epochs, early stopping (paper A.3).
 
-Plain functions over batches; who streams the batches and on how many machines is the pipeline's business. Models may
-be wrapped in ``DistributedDataParallel``: they are only ever called, never looked into.
+Plain functions over batches; :mod:`milan_ray.captioner.fit` makes the batches and runs the epochs. Models may be
+wrapped in ``DistributedDataParallel``: the functions only call them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ T = TypeVar("T")
 
 
 class Share(NamedTuple):
-    """What one worker's part of a batch weighs, times the number of workers: 1 each where it is all of it.
+    """The share of one worker's part in a batch, times the number of workers; 1 for a whole batch.
 
-    Workers average their gradients, so parts with different numbers of tokens must not count the same.
+    It weights the worker's loss, because workers average their gradients but have different numbers of tokens.
 
     Attributes:
         tokens: Weight of the mean over tokens.
@@ -38,11 +38,11 @@ class Share(NamedTuple):
 
 
 WHOLE = Share(1.0, 1.0)
-"""All of a batch."""
+"""The share of a whole batch."""
 
 
 class DecoderBatch(NamedTuple):
-    """One batch for the decoder: exemplar features (B, k, F) and the caption's ids (B, T), stopped and padded."""
+    """A batch for the decoder: features (B, k, F) and captions as ids (B, T), with ``<stop>`` and padding."""
 
     features: Tensor
     targets: Tensor
@@ -50,7 +50,7 @@ class DecoderBatch(NamedTuple):
 
 
 class LMBatch(NamedTuple):
-    """One batch for the language model: ``<start>`` w₁…wₙ and w₁…wₙ ``<stop>``, ids (B, T), both padded."""
+    """A batch for the language model: ``<start>`` w₁…wₙ and w₁…wₙ ``<stop>``, ids (B, T), both padded."""
 
     inputs: Tensor
     targets: Tensor
@@ -69,34 +69,34 @@ def collate_decoder(
     Args:
         features: Features of each caption's unit.
         words: Captions.
-        indexer: Puts the special tokens around them.
-        length: Words of the longest caption of the whole batch, which the regulariser depends on; their own when left
-            out.
-        share: What this part of a batch weighs.
+        indexer: Adds the special tokens.
+        length: Words of the longest caption of the whole batch, on which the regulariser depends; by default of these
+            captions.
+        share: Share of this part in the batch.
     """
     return DecoderBatch(features, torch.tensor(indexer.frame(words, start=False, length=length)), share)
 
 
 def collate_lm(words: Sequence[Sequence[int]], indexer: Indexer, share: Share = WHOLE) -> LMBatch:
-    """A language model batch of captions as word ids, as long as its own longest; ``share`` is what it weighs."""
+    """A language model batch of captions as word ids, padded to the longest; ``share`` is its share in the batch."""
     inputs, targets = indexer.frame(words, stop=False), indexer.frame(words, start=False)
     return LMBatch(torch.tensor(inputs), torch.tensor(targets), share)
 
 
 def shuffled_batches(items: Sequence[T], batch_size: int, seed: int, epoch: int) -> Iterator[list[T]]:
-    """All items once, in an order that depends on (seed, epoch) alone."""
+    """Batches of all items, in an order that depends only on (seed, epoch)."""
     order = np.random.default_rng((seed, epoch)).permutation(len(items))
     for start in range(0, len(items), batch_size):
         yield [items[i] for i in order[start : start + batch_size]]
 
 
-def share_of(words: Sequence[Sequence[int]], whole: Sequence[Sequence[int]], workers: int) -> Share:
-    """What a worker's captions weigh among those of the whole batch."""
+def share_of(words: Sequence[Sequence[int]], batch: Sequence[Sequence[int]], workers: int) -> Share:
+    """The share of a worker's captions in the whole batch."""
 
     def tokens(captions: Sequence[Sequence[int]]) -> int:
         return sum(len(caption) + 1 for caption in captions)  # with <stop>
 
-    return Share(workers * tokens(words) / tokens(whole), workers * len(words) / len(whole))
+    return Share(workers * tokens(words) / tokens(batch), workers * len(words) / len(batch))
 
 
 def token_loss(log_probs: Tensor, targets: Tensor, pad: int) -> Tensor:
@@ -111,10 +111,10 @@ def token_loss(log_probs: Tensor, targets: Tensor, pad: int) -> Tensor:
 
 
 def attention_regularizer(attentions: Tensor) -> Tensor:
-    """Mean over units and exemplars of (1 − Σ_t a)²: over a caption, every exemplar should be looked at once.
+    """Mean over units and exemplars of (1 − Σ_t a)²: the attention on each exemplar should sum to 1 over a caption.
 
     Args:
-        attentions: (B, T, k); t runs over all steps of the batch, padding included, as in the reference.
+        attentions: (B, T, k); t runs over all steps of the batch, including padding, as in the reference.
     """
     return (1 - attentions.sum(dim=1)).square().mean()
 
@@ -157,7 +157,7 @@ def lm_epoch(
 
 
 def _lm_predictions(model: nn.Module, batch: LMBatch, pad: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities (N, V) and targets (N,) of the tokens that count: nine in ten are padding where one is long."""
+    """Log-probabilities (N, V) and targets (N,) of all tokens but padding, which can be 90 % of a batch."""
     lengths = (batch.targets != pad).sum(dim=1).cpu()
     targets = pack_padded_sequence(batch.targets, lengths, batch_first=True, enforce_sorted=False).data
     return model(batch.inputs, lengths), targets
@@ -193,7 +193,7 @@ def decoder_loss(model: nn.Module, batches: Iterable[DecoderBatch], pad: int) ->
 
 @torch.no_grad()
 def lm_loss(model: nn.Module, batches: Iterable[LMBatch], pad: int) -> float:
-    """Validation loss of a language model: mean over all tokens, nats; e to its power is the perplexity."""
+    """Validation loss of a language model: mean over all tokens, nats; exp of it is the perplexity."""
     model.eval()
     total, tokens = 0.0, 0
     for batch in batches:
@@ -204,22 +204,22 @@ def lm_loss(model: nn.Module, batches: Iterable[LMBatch], pad: int) -> float:
 
 
 def greedy_captions(decoder: Decoder, features: Tensor, indexer: Indexer, length: int = 15) -> list[str]:
-    """Greedy captions from features (B, k, F), for BLEU on the validation units; leaves the decoder in eval mode."""
+    """Greedy captions of features (B, k, F), for validation BLEU; leaves the decoder in eval mode."""
     decoder.eval()
     return [indexer.reconstruct(row) for row in decode_stepwise(decoder, features, length).tokens.tolist()]
 
 
 @dataclass
 class EarlyStopping:
-    """Remembers the best epoch, with its weights, and says when to stop.
+    """Keeps the weights of the best epoch, and tells when to stop.
 
     Attributes:
-        patience: Epochs without improvement that are forgiven; the next one stops training.
-        keep_last: Keep the last epoch's weights instead, as the reference does by mistake (a quirk).
+        patience: Epochs without improvement that are tolerated; the next one stops training.
+        keep_last: Whether to keep the last epoch's weights instead, as the reference does by mistake (a quirk).
         best: The best metric so far; larger is better.
         kept_epoch: The epoch whose weights are kept.
         bad: Epochs since the best one.
-        weights: The weights to keep, on the CPU.
+        weights: The kept weights, on the CPU.
     """
 
     patience: int = 4
@@ -230,12 +230,12 @@ class EarlyStopping:
     weights: dict[str, Tensor] = field(default_factory=dict)
 
     def update(self, epoch: int, metric: float, model: nn.Module) -> bool:
-        """Takes in one epoch's metric (larger is better) and weights; returns whether to stop.
+        """Adds an epoch's metric and weights; returns whether to stop.
 
         Args:
             epoch: The epoch's number.
-            metric: BLEU, or a negated loss. NaN never counts as an improvement.
-            model: The model as it is now, not wrapped.
+            metric: BLEU, or a negated loss: larger is better. NaN is never an improvement.
+            model: The model after the epoch, not wrapped.
         """
         improved = metric > self.best
         if improved:
@@ -248,9 +248,9 @@ class EarlyStopping:
         return self.bad > self.patience
 
     def restore(self, model: nn.Module) -> None:
-        """Puts the kept weights into the model."""
+        """Loads the kept weights into the model."""
         model.load_state_dict(self.weights)
 
     def state(self) -> dict[str, Any]:
-        """Everything needed to resume: plain numbers and tensors; ``EarlyStopping(**state)`` is the way back."""
+        """The state as plain numbers and tensors; ``EarlyStopping(**state)`` restores it."""
         return dict(vars(self))

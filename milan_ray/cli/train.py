@@ -89,11 +89,12 @@ def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.annotations.groups import training_groups
     from milan_ray.engine.cluster import connected, gpus_each
+    from milan_ray.engine.planner import Plan
+    from milan_ray.engine.stage import run_stage
     from milan_ray.plugins import load_plugins
     from milan_ray.stages.decoder_space import DecoderSetting, read_decoder_setting
-    from milan_ray.stages.encodings import run_encodings
-    from milan_ray.stages.plan import plan_training
-    from milan_ray.stages.training import Sizes, TrainingJob, run_trainings
+    from milan_ray.stages.encodings import Encodings
+    from milan_ray.stages.training import Sizes, Training, TrainingJob, run_trainings
 
     load_plugins(args.plugin)  # they may register groups
     storage, resources = open_storage(args), resources_of(args)
@@ -130,10 +131,14 @@ def run(args: argparse.Namespace) -> int:
         for name, models in names.items()
     ]
     if args.dry_run:
-        return max(show_plan(args, plan_training(storage, job)) for job in jobs)
+        plans = (
+            Plan.of(storage, [Encodings({model: annotated[model] for model in models}, encoder), Training(job)])
+            for job, models in zip(jobs, names.values(), strict=True)
+        )
+        return max(show_plan(args, plan) for plan in plans)
     with connected(resources):
         wanted = {model: annotated[model] for models in names.values() for model in models}
-        run_encodings(storage, wanted, encoder, resources)
+        run_stage(Encodings(wanted, encoder), storage, resources)
         run_trainings(storage, [replace(job, gpus=gpus_each(resources)) for job in jobs])
     note(args, f"captioner{'s' * (len(names) > 1)} {', '.join(names)}", captioners=list(names))
     return 0

@@ -20,10 +20,12 @@ from milan_ray.cli.build_configs import (
 )
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import note, show_plan
-from milan_ray.config import Resources
 from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:
+    from milan_ray.stages.decoder_search import DecoderTuning
+    from milan_ray.stages.encodings import Encodings
+    from milan_ray.stages.tuning import Tuning
     from milan_ray.storage import Storage
 
 
@@ -55,45 +57,54 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
-    from milan_ray.scoring.text import minilm_directory
-    from milan_ray.stages.captioners import load_captioner
+    from milan_ray.engine.planner import Plan
+    from milan_ray.engine.stage import run_stage
     from milan_ray.stages.decoder_space import tunes_decoder
-    from milan_ray.stages.encodings import run_encodings
-    from milan_ray.stages.plan import plan_tuning
-    from milan_ray.stages.tuning import TuningJob, run_tuning
-    from milan_ray.stages.tuning_statistics import read_sweep
 
     storage, resources = open_storage(args), resources_of(args)
     if args.config is None:
         raise MilanError("what to try: give a file with --config, such as tune_configs/rerank.yaml.")
     text = yaml.safe_dump(args.rest)
-    if tunes_decoder(text):
-        return _tune_decoder(args, storage, resources, text)
+    encodings, tuning, tuned = (_decoder_tuning if tunes_decoder(text) else _tuning)(args, storage, text)
+    if args.dry_run:
+        return show_plan(args, Plan.of(storage, [*encodings, tuning]))
+    with connected(resources):
+        for stage in encodings:
+            run_stage(stage, storage, resources)
+        setting = tuning.run(storage, resources)
+    note(args, f"{tuned} tuned", setting=asdict(setting))
+    return 0
+
+
+def _tuning(args: argparse.Namespace, storage: Storage, text: str) -> tuple[list[Encodings], Tuning, str]:
+    """The stages that tune how a captioner decodes, and the captioner's name."""
+    from milan_ray.engine.stage import pairs
+    from milan_ray.scoring.text import minilm_directory
+    from milan_ray.stages.captioners import load_captioner
+    from milan_ray.stages.encodings import Encodings
+    from milan_ray.stages.tuning import Tuning, TuningJob
+    from milan_ray.stages.tuning_statistics import read_sweep
+
     if args.decoder is None and args.milan is None:
         raise MilanError(f"{args.config} tunes how a captioner decodes: give --decoder or --milan.")
     sweep = read_sweep(text, args.config)
     decoder = find_captioner(args, storage)
     models = annotated_layers(storage, args.annotations, args.model)
-    layers = tuple((model, layer) for model, paths in models.items() for layer in paths)
     minilm = minilm_directory()
     bert_model = absolute("--bert-model", args.bert_model or str(minilm)) if args.bert_model or minilm else None
-    job = TuningJob(Path(args.config).stem, decoder, args.annotations, layers, sweep, bert_model)
+    job = TuningJob(Path(args.config).stem, decoder, args.annotations, tuple(pairs(models)), sweep, bert_model)
     encoder = encoder_ref(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
-    if args.dry_run:
-        return show_plan(args, plan_tuning(storage, job, encoder))
-    with connected(resources):
-        run_encodings(storage, models, encoder, resources)
-        setting = run_tuning(storage, job, resources)
-    note(args, f"{decoder} tuned", setting=asdict(setting))
-    return 0
+    return [Encodings(models, encoder)], Tuning(job), decoder
 
 
-def _tune_decoder(args: argparse.Namespace, storage: Storage, resources: Resources, text: str) -> int:
-    from milan_ray.engine.cluster import connected
-    from milan_ray.stages.decoder_search import DecoderTuningJob, run_decoder_tuning
+def _decoder_tuning(
+    args: argparse.Namespace, storage: Storage, text: str
+) -> tuple[list[Encodings], DecoderTuning, str]:
+    """The stages that tune how a decoder is trained."""
+    from milan_ray.engine.stage import pairs
+    from milan_ray.stages.decoder_search import DecoderTuning, DecoderTuningJob
     from milan_ray.stages.decoder_space import read_decoder_space
-    from milan_ray.stages.encodings import run_encodings
-    from milan_ray.stages.plan import plan_decoder_tuning
+    from milan_ray.stages.encodings import Encodings
 
     if args.decoder or args.milan:
         raise MilanError(f"{args.config} tunes how a decoder is trained: leave out --decoder and --milan.")
@@ -102,14 +113,6 @@ def _tune_decoder(args: argparse.Namespace, storage: Storage, resources: Resourc
     if args.encoder_weights and len(space.encoders) > 1:
         raise MilanError(f"--encoder-weights is for one encoder, and {args.config} has {', '.join(space.encoders)}.")
     models = annotated_layers(storage, args.annotations, args.model)
-    layers = tuple((model, layer) for model, paths in models.items() for layer in paths)
-    job = DecoderTuningJob(Path(args.config).stem, args.annotations, layers, space)
-    encoders = [encoder_ref(args, name) for name in space.encoders]
-    if args.dry_run:
-        return show_plan(args, plan_decoder_tuning(storage, job, encoders))
-    with connected(resources):
-        for encoder in encoders:
-            run_encodings(storage, models, encoder, resources)
-        setting = run_decoder_tuning(storage, job, resources)
-    note(args, "decoder tuned", setting=asdict(setting))
-    return 0
+    job = DecoderTuningJob(Path(args.config).stem, args.annotations, tuple(pairs(models)), space)
+    encodings = [Encodings(models, encoder_ref(args, name)) for name in space.encoders]
+    return encodings, DecoderTuning(job), "decoder"

@@ -49,6 +49,13 @@ class Plan:
     failed: dict[str, str] = field(default_factory=dict)
     made: dict[tuple[str, tuple[tuple[str, str], ...]], Fingerprint] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, storage: Storage, stages: Iterable[Stage]) -> Plan:
+        """The plan of stages that follow one another."""
+        plan = cls()
+        plan.stages(storage, stages)
+        return plan
+
     @property
     def due(self) -> list[Step]:
         """The steps that would run."""
@@ -125,6 +132,10 @@ class Planned(Known):
         """The same of all units of its layer."""
         made = self._plan.made.get(_key(table, keys))
         return super().all_units(table, **keys) if made is None else made.all_units
+
+    def pending(self, table: Table) -> bool:
+        """Whether the plan so far makes partitions of a table."""
+        return any(step.table == table.name for step in self._plan.due)
 
     def check_units(self, units: tuple[int, ...], model: str, layer: str) -> None:
         """Refuses units that a layer does not have, as soon as that is known."""

@@ -52,12 +52,14 @@ class Output:
         fingerprint: What decides its content.
         number: Its place among the stage's outputs, which the runner tells it.
         about: What the run log has in place of a model, where it is about none.
+        reason: Why it has to be made, where that is known without comparing fingerprints.
     """
 
     keys: Mapping[str, str]
     fingerprint: Fingerprint
     number: int = 0
     about: str = ""
+    reason: str | None = None
 
     @property
     def model(self) -> str:
@@ -141,6 +143,10 @@ class Known:
             of = " ".join(keys.values())
             raise MilanError(f"no {table.name} of {of} in {self.storage.root}; run jobs.{verb} first.")
 
+    def pending(self, table: Table) -> bool:
+        """Whether a stage before this one will make partitions of a table; never outside a dry run."""
+        return False
+
     def check_units(self, units: tuple[int, ...], model: str, layer: str) -> None:
         """Refuses units that a layer does not have.
 
@@ -188,7 +194,7 @@ class Stage(ABC):
 
     def why(self, storage: Storage, output: Output) -> str | None:
         """Why an output has to be made; None when it is current."""
-        return storage.why(self.table, output.fingerprint, **output.keys)
+        return output.reason or storage.why(self.table, output.fingerprint, **output.keys)
 
 
 class ShardedStage(Stage):

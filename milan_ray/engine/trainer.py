@@ -1,4 +1,4 @@
-"""Data-parallel training on Ray Train, which goes on from its last epoch after a failure."""
+"""Data-parallel training on Ray Train; after a failure it continues from the last epoch."""
 
 from __future__ import annotations
 
@@ -21,63 +21,63 @@ _STATE = "state.pt"
 
 
 @dataclass(frozen=True)
-class Workers:
-    """The workers of one training.
+class Scaling:
+    """Number and resources of the workers of one training.
 
     Attributes:
-        count: Data-parallel workers.
-        cpus: CPUs of each.
-        gpus: GPUs of each.
+        workers: Data-parallel workers.
+        cpus: CPUs of each worker.
+        gpus: GPUs of each worker.
     """
 
-    count: int = 1
+    workers: int = 1
     cpus: float = 1
     gpus: float = 0
 
-    def room(self) -> int:
-        """How many such trainings the cluster has room for at a time; starts Ray.
+    def capacity(self) -> int:
+        """The number of such trainings that the cluster can run at a time; starts Ray.
 
         Raises:
-            MilanError: Not one.
+            MilanError: The cluster is too small for one.
         """
         start()
         total = ray.cluster_resources()
-        room = int(total.get("CPU", 0) / (self.count * self.cpus))
+        capacity = int(total.get("CPU", 0) / (self.workers * self.cpus))
         if self.gpus:
-            room = min(room, int(total.get("GPU", 0) / (self.count * self.gpus)))
-        if room < 1:
+            capacity = min(capacity, int(total.get("GPU", 0) / (self.workers * self.gpus)))
+        if capacity < 1:
             raise MilanError(
-                f"{self.count} training workers of {self.cpus:g} CPUs and {self.gpus:g} GPUs do not fit the cluster "
+                f"{self.workers} training workers of {self.cpus:g} CPUs and {self.gpus:g} GPUs do not fit the cluster "
                 f"({total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs); lower --workers or --cpus-per-actor."
             )
-        return room
+        return capacity
 
 
 def train_on_workers(
-    worker: Callable[[dict[str, Any]], None], arguments: Mapping[str, Any], workers: Workers, name: str, uri: str
+    worker: Callable[[dict[str, Any]], None], arguments: Mapping[str, Any], scaling: Scaling, name: str, uri: str
 ) -> State:
     """Runs ``worker(arguments)`` on every worker; it calls :func:`report` after every epoch.
 
     Args:
         worker: A picklable function.
-        arguments: What it is given.
-        workers: How many, of what size.
-        name: What is trained, for messages.
-        uri: Folder for Ray Train's own state; a training that is there goes on.
+        arguments: Its argument.
+        scaling: Number and resources of the workers.
+        name: Name of the training, for messages.
+        uri: Folder for Ray Train's own state; a training whose state is in it continues.
 
     Returns:
         The state that was reported last.
 
     Raises:
-        MilanError: A worker failed, again and again, or reported nothing.
+        MilanError: A worker failed repeatedly, or no worker reported a state.
     """
     trainer = ray.train.torch.TorchTrainer(
         worker,
         train_loop_config=dict(arguments),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=workers.count,
-            use_gpu=workers.gpus > 0,
-            resources_per_worker={"CPU": workers.cpus, **({"GPU": workers.gpus} if workers.gpus else {})},
+            num_workers=scaling.workers,
+            use_gpu=scaling.gpus > 0,
+            resources_per_worker={"CPU": scaling.cpus, **({"GPU": scaling.gpus} if scaling.gpus else {})},
         ),
         run_config=ray.train.RunConfig(
             name="train",
@@ -97,36 +97,36 @@ def train_on_workers(
     return _read(result.checkpoint)
 
 
-class TrainWorkerGroup(WorkerGroup):
-    """Inside a worker: it and the others."""
+class RayWorkerGroup(WorkerGroup):
+    """The workers of a Ray Train run, as seen by one of them."""
 
     def __init__(self) -> None:
         context = ray.train.get_context()
         super().__init__(ray.train.torch.get_device(), context.get_world_rank(), context.get_world_size())
 
     def wrap(self, model: nn.Module) -> nn.Module:
-        """The model, whose gradients are the mean over the workers."""
+        """The model on this worker's device; its gradients are averaged over the workers."""
         return ray.train.torch.prepare_model(model)
 
     def mean(self, *metrics: float) -> list[float]:
-        """Figures of each worker, averaged over them."""
+        """Metrics averaged over the workers."""
         values = torch.tensor(metrics, dtype=torch.float64, device=self.device)
         torch.distributed.all_reduce(values)
         return (values / self.workers).tolist()
 
 
 def reported_state() -> State | None:
-    """Inside a worker: the state that was reported last before a failure; None at the beginning."""
+    """The state reported last before a failure, None in a new training; called inside a worker."""
     checkpoint = ray.train.get_checkpoint()
     return None if checkpoint is None else _read(checkpoint)
 
 
 def report(metrics: dict[str, Any], state: State | None) -> None:
-    """Inside a worker: an epoch is done.
+    """Reports an epoch; called inside every worker.
 
     Args:
-        metrics: What Ray Train shows of it.
-        state: Where to go on after a failure; None on all workers but one.
+        metrics: Its metrics, for Ray Train.
+        state: The state to continue from after a failure; None on all workers but one.
     """
     if state is None:
         ray.train.report(metrics)

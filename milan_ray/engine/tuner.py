@@ -1,4 +1,4 @@
-"""Trials on Ray Tune, which go on where a killed job left off."""
+"""Trials on Ray Tune; a killed experiment continues where it was."""
 
 from __future__ import annotations
 
@@ -14,51 +14,37 @@ from milan_ray.config import Resources
 from milan_ray.engine.cluster import gpus_each, start
 
 EXPERIMENT = "tune"
-"""Folder of Ray Tune's own state, in the work of a tuning."""
-
-
-@dataclass(frozen=True)
-class Halving:
-    """Which trials are stopped early, by asynchronous successive halving (ASHA).
-
-    Attributes:
-        time: Metric that counts how far a trial is.
-        most: Its largest value.
-        grace: Its value before which no trial is stopped.
-        reduction: One trial in so many goes on.
-    """
-
-    time: str
-    most: int
-    grace: int
-    reduction: float
+"""Folder of Ray Tune's own state, in the work of a stage."""
 
 
 @dataclass(frozen=True)
 class Search:
-    """How trials are drawn from a space.
+    """How settings are sampled, and trials stopped early by asynchronous successive halving (ASHA).
 
     Attributes:
-        trials: How many.
-        metric: What is to be large.
-        seed: Seed of the draws.
-        optuna: Draw by Optuna, an extra, in place of at random.
-        halving: Which are stopped early.
+        trials: Number of trials.
+        metric: The metric to maximise.
+        seed: Seed of the samples.
+        optuna: Sample with Optuna, an optional dependency, instead of at random.
+        time: The metric that measures a trial's progress, such as epochs.
+        max_time: Its largest value.
+        grace: Its value before which no trial is stopped.
+        reduction: At each halving, one trial in this many continues.
     """
 
     trials: int
     metric: str
     seed: int
     optuna: bool
-    halving: Halving
+    time: str
+    max_time: int
+    grace: int
+    reduction: float
 
-    def config(self, together: int | None) -> ray.tune.TuneConfig:
-        """The same for Ray Tune, with so many trials at a time."""
+    def config(self, concurrent: int | None) -> ray.tune.TuneConfig:
+        """Ray Tune's configuration with at most this many concurrent trials."""
         asha = ASHAScheduler(
-            time_attr=self.halving.time,
-            max_t=self.halving.most,
-            grace_period=self.halving.grace,
-            reduction_factor=self.halving.reduction,
+            time_attr=self.time, max_t=self.max_time, grace_period=self.grace, reduction_factor=self.reduction
         )
         return ray.tune.TuneConfig(
             metric=self.metric,
@@ -66,7 +52,7 @@ class Search:
             num_samples=self.trials,
             search_alg=self._algorithm(),
             scheduler=asha,
-            max_concurrent_trials=together,
+            max_concurrent_trials=concurrent,
             reuse_actors=True,
         )
 
@@ -81,12 +67,12 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Tried:
-    """One trial.
+class TrialResult:
+    """A finished trial.
 
     Attributes:
-        parameters: What it was run with.
-        metrics: What it reported last.
+        parameters: Its parameters.
+        metrics: The metrics that it reported last.
     """
 
     parameters: dict[str, Any]
@@ -100,31 +86,31 @@ def run_trials(
     space: dict[str, Any],
     resources: Resources,
     search: Search | None = None,
-) -> tuple[list[Tried], list[Exception]]:
-    """Runs the trials of an experiment, from where they stood when the work holds one already.
+) -> tuple[list[TrialResult], list[Exception]]:
+    """Runs the trials of an experiment; continues it where the work holds its state.
 
     Args:
         trial: Runs one trial: ``trial(parameters, task=task)``. It calls :func:`report`.
-        task: What all trials share; it is stored once.
+        task: The argument that all trials share; stored once.
         work: URI of the folder for the experiment's state.
-        space: What trials draw from: :func:`every_one`, :func:`one_of`, :func:`between`.
-        resources: What each trial gets, and how many run at a time.
-        search: How to draw; None runs every one.
+        space: Parameter → its distribution: :func:`grid`, :func:`choice` or :func:`uniform`.
+        resources: CPUs and GPUs of each trial, and how many run at a time.
+        search: How to sample; None runs the whole grid.
 
     Returns:
-        The trials, in no order that a restart keeps, and what went wrong.
+        The finished trials, in an order that changes after a restart, and the errors of the others.
     """
-    # A process that has loaded what a trial needs runs one trial after the other.
-    every = ray.tune.TuneConfig(reuse_actors=True, max_concurrent_trials=resources.actors)
-    results = _tuner(
-        trial, task, work, space, every if search is None else search.config(resources.actors), resources
-    ).fit()
-    found = []
-    for number in range(len(results)):
-        parameters, metrics = results[number].config, results[number].metrics
-        if parameters is not None and metrics is not None:
-            found.append(Tried(parameters, metrics))
-    return found, list(results.errors)
+    if search is None:  # reused actors: a process loads its inputs once for several trials
+        config = ray.tune.TuneConfig(reuse_actors=True, max_concurrent_trials=resources.actors)
+    else:
+        config = search.config(resources.actors)
+    results = _tuner(trial, task, work, space, config, resources).fit()
+    finished = [
+        TrialResult(result.config, result.metrics)
+        for result in (results[number] for number in range(len(results)))
+        if result.config is not None and result.metrics is not None
+    ]
+    return finished, list(results.errors)
 
 
 def _tuner(
@@ -135,6 +121,7 @@ def _tuner(
     config: ray.tune.TuneConfig,
     resources: Resources,
 ) -> ray.tune.Tuner:
+    """A tuner that starts the experiment, or restores it from the work."""
     start()
     trainable = ray.tune.with_resources(
         ray.tune.with_parameters(trial, task=task), {"cpu": resources.cpus_per_actor, "gpu": gpus_each(resources)}
@@ -147,21 +134,21 @@ def _tuner(
     return ray.tune.Tuner(trainable, param_space=space, tune_config=config, run_config=run)
 
 
-def every_one(values: Sequence[object]) -> Any:
-    """A parameter that takes each of some values, in a trial of its own."""
+def grid(values: Sequence[object]) -> Any:
+    """A parameter that takes each value in a trial of its own."""
     return ray.tune.grid_search(list(values))
 
 
-def one_of(values: Sequence[object]) -> Any:
-    """A parameter that is drawn from some values."""
+def choice(values: Sequence[object]) -> Any:
+    """A parameter sampled from a list of values."""
     return ray.tune.choice(list(values))
 
 
-def between(low: float, high: float, log: bool) -> Any:
-    """A parameter that is drawn from a range, evenly or so that its logarithm is."""
+def uniform(low: float, high: float, log: bool) -> Any:
+    """A parameter sampled uniformly from a range, on a logarithmic scale if ``log``."""
     return (ray.tune.loguniform if log else ray.tune.uniform)(low, high)
 
 
 def report(metrics: dict[str, Any]) -> None:
-    """Inside a trial: how far it is."""
+    """Reports metrics; called inside a trial."""
     ray.tune.report(metrics)

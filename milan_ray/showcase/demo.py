@@ -24,8 +24,8 @@ from milan_ray.stages.descriptions import LIKELIHOOD, MILAN, Search, run_descrip
 from milan_ray.stages.encodings import run_encodings, unit_features
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.stages.rerank import run_reranking
-from milan_ray.stages.training import Sizes, TrainingJob, run_training, run_trainings
-from milan_ray.stages.tuning import TuningJob, run_tuning
+from milan_ray.stages.training import Sizes, Training, TrainingJob, run_trainings
+from milan_ray.stages.tuning import Tuning, TuningJob
 from milan_ray.stages.tuning_statistics import Sweep
 from milan_ray.storage import Storage
 from milan_ray.studies.judges import statistics as judges
@@ -107,10 +107,10 @@ def run_demo(storage: Storage, resources: Resources, threads: int, clip: bool = 
     dissected = run_exemplars(storage, models, PROBE, EXEMPLARS, resources).models
     world.annotate(storage, PROBE, {name: dissected[name] for name in MODELS if name != CONTROL})
     run_encodings(storage, dissected, EncoderRef(DECODER), resources)
-    run_training(storage, replace(captioner_job(dissected), threads=threads))
+    Training(replace(captioner_job(dissected), threads=threads)).run(storage)
     run_descriptions(storage, dissected, SEARCH, resources)
     tuning = tuning_job(dissected)
-    run_tuning(storage, tuning, resources)
+    Tuning(tuning).run(storage, resources)
     if clip:
         run_reranking(storage, dissected, SEARCH, Clip(world.train_image_text()), resources)
     evaluated = evaluate(storage, dissected, SYSTEMS | (CLIP_SYSTEM if clip else {}))

@@ -14,9 +14,10 @@ from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef, load_captioner
 from milan_ray.stages.descriptions import description_stages
 from milan_ray.stages.encodings import Encodings
-from milan_ray.stages.plan import add_tuning, plan_exemplars
+from milan_ray.stages.plan import plan_exemplars
 from milan_ray.stages.rerank import reranking_stages
 from milan_ray.stages.training import Training
+from milan_ray.stages.tuning import Tuning
 from milan_ray.storage import Storage
 from milan_ray.world.image_text import image_text_task
 from milan_ray.world.training import TrainTask, generator_task, train_all_tasks
@@ -74,7 +75,7 @@ def _plan_main(storage: Storage, plan: Plan, clip: bool) -> None:
         plan.stages(storage, [Training(demo.captioner_job(models))])
     _plan_descriptions(storage, plan, "the demo's networks", models)
     if not plan.waits(TRIALS.name, (demo.DECODER, demo.TUNING), *made, ENCODINGS.name, TRAINING.name):
-        add_tuning(storage, plan, demo.tuning_job(models))
+        plan.stages(storage, [Tuning(demo.tuning_job(models))])
     if clip:
         _plan_networks(plan, [image_text_task()])
         if not plan.waits(DESCRIPTIONS.name, ("re-ranked",), NETWORKS, TRAINING.name):

@@ -19,7 +19,7 @@ from milan_ray.exemplars.masks import mask_size
 from milan_ray.probe.manifest import rows_of
 from milan_ray.progress import Progress, say
 from milan_ray.schema import ANNOTATIONS, EXEMPLARS, MANIFEST
-from milan_ray.storage import EXEMPLARS_KEY, Storage
+from milan_ray.storage import EXEMPLARS_KEY, Storage, image_blocks
 
 ROOT = "milannotations:"
 """Start of the root of an imported set's images in their manifest; their paths are ids, where ``ids.csv`` had them."""

@@ -1,4 +1,4 @@
-"""Where captioners are found, and kept."""
+"""Finding, loading and storing captioners."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FOLDER = "captioners"
 ABOUT = "about.txt"
 
 RERANKED = "+clip"
-"""What a captioner's name ends with whose candidates are to be re-ranked."""
+"""Suffix of a published captioner's name that asks for re-ranking by CLIP."""
 
 HOST = "http://milan.csail.mit.edu/models"
 MILAN = (
@@ -28,20 +28,20 @@ MILAN = (
     "not-alexnet-imagenet", "not-alexnet-places365", "not-resnet152-imagenet", "not-resnet152-places365",
     "not-biggan-imagenet", "not-biggan-places365",
 )  # fmt: skip
-"""The captioners that MILAN's authors published, by what they were trained on."""
+"""The captioners that MILAN's authors published, named after their training data."""
 
 
 @dataclass(frozen=True)
 class EncoderRef:
-    """An encoder as it travels to workers.
+    """A reference to an encoder, from which workers load it.
 
     Attributes:
         name: Registered name.
         weights: Path of a weights file, or None for the encoder's own.
-        storage: Where ``decoder`` is looked for.
-        decoder: A captioner that brings its encoder's weights, or None.
+        storage: The run directory that may hold ``decoder``.
+        decoder: A captioner stored with its encoder's weights, or None.
         plugins: Modules that register the encoder.
-        download: Fetch the encoder's published weights where they are absent.
+        download: Whether to download the encoder's published weights where they are missing.
     """
 
     name: str
@@ -55,7 +55,7 @@ class EncoderRef:
         """Builds the encoder.
 
         Raises:
-            MilanError: Unknown name, or missing weights.
+            MilanError: The name is unknown, or the weights are missing.
         """
         load_plugins(self.plugins)
         state = None
@@ -65,12 +65,12 @@ class EncoderRef:
 
 
 def captioner_name(decoder: str) -> str:
-    """The name that tables carry for a captioner given by name or path."""
+    """The name in tables of a captioner that is given by name or path."""
     return Path(decoder).name.removesuffix(".pth")
 
 
 def find_milan(key: str) -> str:
-    """Finds a published captioner: in ``MILAN_MODELS_DIR``, else by a download into it.
+    """Finds a published captioner in ``MILAN_MODELS_DIR``, or downloads it there.
 
     Args:
         key: One of :data:`MILAN`; ``not-alexnet/imagenet`` is ``not-alexnet-imagenet``.
@@ -79,7 +79,7 @@ def find_milan(key: str) -> str:
         Path of its ``.pth`` file.
 
     Raises:
-        MilanError: There is no such captioner, or it can neither be found nor downloaded.
+        MilanError: The key is unknown, or the captioner can neither be found nor downloaded.
     """
     name = key.replace("/", "-")
     if name.endswith(RERANKED):
@@ -97,26 +97,26 @@ def find_milan(key: str) -> str:
 
 
 def load_captioner(storage: Storage | None, decoder: str) -> Captioner:
-    """Finds a captioner.
+    """Loads a captioner.
 
     Args:
-        storage: The run directory, which may hold captioners trained there; None without.
-        decoder: Name of one of those; or a folder with a captioner's files; or a ``.pth`` file of the reference's; or
-            a key of :data:`MILAN`.
+        storage: The run directory, which may hold trained captioners; None for none.
+        decoder: Name of a captioner in the run directory, a folder with a captioner's files, a ``.pth`` file of the
+            reference, or a key of :data:`MILAN`.
 
     Raises:
-        MilanError: There is none; the text says where it was looked for.
+        MilanError: There is no such captioner; the message lists the places searched.
     """
     if decoder.endswith(".pth"):
         return load_reference(decoder)
     path = f"{FOLDER}/{decoder}"
     if storage is not None and has_captioner(storage, decoder):
-        there = [name for name in (CONFIG, WEIGHTS) if storage.exists(f"{path}/{name}")]
-        return _read({name: storage.get(f"{path}/{name}") for name in there}, storage.uri(path))
+        stored = [name for name in (CONFIG, WEIGHTS) if storage.exists(f"{path}/{name}")]
+        return _read({name: storage.get(f"{path}/{name}") for name in stored}, storage.uri(path))
     folder = Path(decoder).expanduser()
     if (folder / CONFIG).is_file():
-        parts = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
-        return _read({name: (folder / name).read_bytes() for name in parts}, str(folder))
+        present = [name for name in (CONFIG, WEIGHTS) if (folder / name).exists()]
+        return _read({name: (folder / name).read_bytes() for name in present}, str(folder))
     if decoder.replace("/", "-").removesuffix(RERANKED) in MILAN:
         return load_reference(find_milan(decoder))
     places = [f"folder {folder.absolute()}"] if storage is None else [storage.uri(path), f"folder {folder.absolute()}"]
@@ -127,6 +127,7 @@ def load_captioner(storage: Storage | None, decoder: str) -> Captioner:
 
 
 def _read(files: Mapping[str, bytes], folder: str) -> Captioner:
+    """The captioner of some files; errors name the folder."""
     try:
         return from_bytes(files)
     except MilanError as error:
@@ -134,26 +135,26 @@ def _read(files: Mapping[str, bytes], folder: str) -> Captioner:
 
 
 def has_captioner(storage: Storage, name: str) -> bool:
-    """Whether the run directory holds a captioner of that name."""
-    return _one_folder(name) and storage.exists(f"{FOLDER}/{name}/{CONFIG}")
+    """Whether the run directory holds a captioner of this name."""
+    return _is_name(name) and storage.exists(f"{FOLDER}/{name}/{CONFIG}")
 
 
-def _one_folder(name: str) -> bool:
-    """Whether a captioner in the run directory may be called so; all else is a path."""
+def _is_name(name: str) -> bool:
+    """Whether this can be the name of a captioner in the run directory; anything else is a path."""
     return "/" not in name and name not in ("", ".", "..")
 
 
 def save_captioner(storage: Storage, name: str, captioner: Captioner, about: str) -> None:
-    """Keeps a captioner in the run directory; its configuration comes last and says that it is whole.
+    """Stores a captioner in the run directory; its configuration is written last and marks it complete.
 
     Args:
         storage: The run directory.
         name: Name of the captioner.
         captioner: The captioner.
-        about: One sentence on what it was trained on, for people.
+        about: One sentence on its training data, for people.
 
     Raises:
-        MilanError: No captioner can be called so.
+        MilanError: The name is invalid.
     """
     checked_name("a captioner", name)
     files = to_bytes(captioner)
@@ -163,9 +164,9 @@ def save_captioner(storage: Storage, name: str, captioner: Captioner, about: str
 
 
 def about_captioner(storage: Storage, decoder: str) -> str:
-    """One sentence on what a captioner was trained on; empty where nothing is known."""
+    """One sentence on a captioner's training data; empty where there is none."""
     path = f"{FOLDER}/{decoder}/{ABOUT}"
-    if _one_folder(decoder) and storage.exists(path):
+    if _is_name(decoder) and storage.exists(path):
         return storage.text(path)
     file = Path(decoder).expanduser() / ABOUT
     return file.read_text(encoding="utf-8") if file.is_file() else ""

@@ -1,17 +1,17 @@
-"""Searching how to train a decoder, with Ray Tune: learning rate, sizes, dropout, regulariser, encoder.
+"""Tuning of decoder training with Ray Tune: learning rate, sizes, dropout, regulariser, encoder.
 
 encodings + annotations ─► [Tuner: a trial = a training, ASHA stops the worse ones] ─► trials, setting
 
-A trial fits the decoder alone: nothing tried here but the learning rate and the sizes is of use to the language model,
-and that keeps its own. It is the very loop of :mod:`milan_ray.stages.training`, so what a trial found, training finds.
+A trial trains only the decoder; the language model has its own learning rate and sizes, and no use for the rest. Trials
+and :mod:`milan_ray.stages.training` share one training loop, so training with the chosen setting gives the decoder of
+the chosen trial.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import io
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
@@ -25,11 +25,13 @@ from milan_ray.config import Fingerprint, Resources, canonical, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine import tuner
 from milan_ray.engine.run_log import Cost, record_run
+from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.errors import MilanError
 from milan_ray.progress import say, watched
 from milan_ray.schema import DECODER_TRIALS, ENCODINGS, TRIALS_SETTING
 from milan_ray.stages.decoder_space import (
     ASHA,
+    AUTO,
     EPOCHS,
     OPTUNA,
     PATIENCE,
@@ -40,29 +42,29 @@ from milan_ray.stages.decoder_space import (
     Range,
     read_decoder_setting,
 )
-from milan_ray.stages.training import MEMORY_LIMIT, annotations_read, stored_state
+from milan_ray.stages.training import MEMORY_LIMIT, annotations_read, line_logger, store_state, stored_state
 from milan_ray.stages.training_units import UnitFeatures, write_units
-from milan_ray.storage import Storage
+from milan_ray.storage import WORK, Storage
 from milan_ray.yaml_files import to_yaml
 
 KERNEL_VERSION = "decoder-tuning-1"
 
 STATES, EPOCH_LINES = "states", "epochs"
-"""Folders of the trials' states after their last epoch, and of the same for people, in the work of a search."""
+"""Folders in the work of a search: the trials' states after their last epoch, and a readable line for each."""
 
 METRIC = "best"
 
 
 @dataclass(frozen=True)
 class DecoderTuningJob:
-    """What to search.
+    """The search space, and the units to train on.
 
     Attributes:
         name: Name of the search.
         source: Source of the annotations.
-        layers: (model, layer) pairs whose annotated units to train on; each encoder's encodings are there.
-        space: What to try.
-        memory_limit: Bytes of features that a trial keeps in memory; more are read as they are needed.
+        layers: (model, layer) pairs whose annotated units to train on, with encodings of each encoder.
+        space: The settings to try.
+        memory_limit: Bytes of features that a trial keeps in memory; beyond it, it reads them batch by batch.
     """
 
     name: str
@@ -72,63 +74,92 @@ class DecoderTuningJob:
     memory_limit: int = MEMORY_LIMIT
 
 
-def run_decoder_tuning(storage: Storage, job: DecoderTuningJob, resources: Resources) -> DecoderSetting:
-    """Tries what a space holds unless that is done, and chooses; a killed search goes on where it was.
+class DecoderTuning(Stage):
+    """Chooses how to train a decoder: trainings with many settings, scored on held-out units.
 
     Args:
-        storage: The run directory, which holds encodings and annotations.
-        job: What to search.
-        resources: What of the cluster to use: CPUs and GPUs of each trial (fractions allowed), trials at a time. Ray
-            must be connected.
-
-    Returns:
-        The setting with the highest BLEU on the held-out units.
-
-    Raises:
-        MilanError: Encodings or annotations are missing or do not belong together, Optuna is asked for and not
-            installed, or trials failed.
+        job: The search space, and the units to train on.
     """
+
+    table, name = DECODER_TRIALS, "tuning"
+
+    def __init__(self, job: DecoderTuningJob) -> None:
+        self._job, self.title = job, f"tuning of a decoder by {job.name}"
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """The trials, by encodings and annotations.
+
+        Raises:
+            MilanError: Encodings or annotations are missing or do not belong together, or Optuna is asked for and not
+                installed.
+        """
+        reason = "encodings are missing or changed" if known.pending(ENCODINGS) else None
+        yield Output({"sweep": self._job.name}, _fingerprint(known, self._job), reason=reason)
+
+    def why(self, storage: Storage, output: Output) -> str | None:
+        """Why the trials have to be run, after their number."""
+        reason, budget = super().why(storage, output), self._job.space.budget
+        return reason and f"{budget.trials} trials of at most {budget.epochs} epochs: {reason}"
+
+    def run(self, storage: Storage, resources: Resources) -> DecoderSetting:
+        """Runs all trials unless they are stored, and chooses a setting; a killed search continues where it was.
+
+        Args:
+            storage: The run directory, which holds encodings and annotations.
+            resources: What of the cluster to use: CPUs and GPUs of each trial (fractions allowed), trials at a time.
+                Ray must be connected.
+
+        Returns:
+            The setting with the highest BLEU on the held-out units.
+
+        Raises:
+            MilanError: As :meth:`outputs`, or trials failed.
+        """
+        (output,) = self.outputs(Known(storage))
+        folder = str(Path(storage.path(DECODER_TRIALS, **output.keys)).parent)
+        if self.why(storage, output):
+            return _tune(storage, self._job, output, f"{folder}/{TRIALS_SETTING}", resources)
+        storage.remove_work(output.fingerprint.hash)
+        say(f"{self.title}: up to date, in {storage.uri(folder)}")
+        file = f"{folder}/{TRIALS_SETTING}"
+        return read_decoder_setting(storage.text(file), storage.uri(file))
+
+
+def _tune(storage: Storage, job: DecoderTuningJob, output: Output, file: str, resources: Resources) -> DecoderSetting:
+    """Runs all trials, chooses a setting, and writes trials and setting."""
+    started, work, budget = time.monotonic(), output.fingerprint.hash, job.space.budget
+    units = _write_units(storage, work, job)
     searcher = _searcher_name(job.space)
-    fingerprint = _fingerprint(storage, job, searcher)
-    keys = {"sweep": job.name}
-    folder = str(Path(storage.path(DECODER_TRIALS, **keys)).parent)
-    file = storage.uri(f"{folder}/{TRIALS_SETTING}")
-    if not storage.why(DECODER_TRIALS, fingerprint, **keys):
-        storage.remove_work(fingerprint.hash)
-        say(f"tuning of a decoder by {job.name}: up to date, in {storage.uri(folder)}")
-        return read_decoder_setting(storage.text(f"{folder}/{TRIALS_SETTING}"), file)
-    started = time.monotonic()
-    units = _write_units(storage, fingerprint.hash, job)
-    budget = job.space.budget
     say(
         f"tuning a decoder by {job.name} on {units} annotated units: {budget.trials} trials of at most "
         f"{budget.epochs} epochs, drawn by {searcher}"
     )
-    rows, cost = _try(storage, _Task(storage.root, fingerprint.hash, job, resources), searcher, resources)
-    frame = pl.DataFrame({"sweep": [job.name] * len(rows)} | {key: [row[key] for row in rows] for key in rows[0]})
+    rows, cost = _run_trials(storage, _Task(storage.root, work, job, resources), searcher, resources)
     best = rows[0]
     setting = DecoderSetting(**{field.name: best[field.name] for field in fields(DecoderSetting)})
     about = (
         f"The decoder, chosen by BLEU {best['bleu']:.4g} on the held-out ones of {units} units annotated by "
         f"{job.source}: the best of {len(rows)} trials, so others will be lower"
     )
-    storage.put(f"{folder}/{TRIALS_SETTING}", to_yaml(setting, about).encode())
-    columns = frame.with_columns((pl.col("trial") == best["trial"]).alias("chosen")).to_dict()
-    table = DECODER_TRIALS.table({name: column.to_arrow() for name, column in columns.items()})
-    record_run(storage, "tuning", fingerprint.hash, job.name, rows=len(rows), cost=cost)
-    storage.write(DECODER_TRIALS, table, fingerprint, **keys)
-    storage.remove_work(fingerprint.hash)
+    storage.put(file, to_yaml(setting, about).encode())
+    frame = pl.DataFrame({key: [row[key] for row in rows] for key in best})
+    frame = frame.with_columns(sweep=pl.lit(job.name), chosen=pl.col("trial") == best["trial"])
+    table = DECODER_TRIALS.table({column.name: column.to_arrow() for column in frame})
+    record_run(storage, "tuning", work, job.name, rows=len(rows), cost=cost)
+    storage.write(DECODER_TRIALS, table, output.fingerprint, **output.keys)
+    storage.remove_work(work)
     seconds = time.monotonic() - started
     ended = frame["ended"].value_counts(sort=True).rows()
     say(
-        f"tuned a decoder in {seconds:.0f} s: BLEU {best['bleu']:.1f} with {_in_words(asdict(setting))}; "
+        f"tuned a decoder in {seconds:.0f} s: BLEU {best['bleu']:.1f} with {_setting_line(asdict(setting))}; "
         f"{len(rows)} trials, {frame['epochs'].sum()} epochs, ended by {', '.join(f'{why}: {n}' for why, n in ended)}"
     )
-    say(f"train with it: python -m jobs.train --setting {file} …")
+    say(f"train with it: python -m jobs.train --setting {storage.uri(file)} …")
     return setting
 
 
-def _in_words(setting: Mapping[str, Any]) -> str:
+def _setting_line(setting: Mapping[str, Any]) -> str:
+    """The setting for log lines: "learning rate 0.001, hidden 512, …"."""
     return ", ".join(
         f"{name.replace('_', ' ')} {value if isinstance(value, str) else f'{value:.3g}'}"
         for name, value in setting.items()
@@ -136,45 +167,46 @@ def _in_words(setting: Mapping[str, Any]) -> str:
 
 
 def _searcher_name(space: DecoderSpace) -> str:
-    wanted = space.budget.searcher
+    """The search algorithm that "auto" stands for.
+
+    Raises:
+        MilanError: Optuna is asked for and not installed.
+    """
     installed = importlib.util.find_spec("optuna") is not None
-    if wanted == OPTUNA and not installed:
+    if space.budget.searcher == OPTUNA and not installed:
         raise MilanError("Optuna is not installed; pip install 'milan-ray[optuna]', or give searcher: random.")
-    return wanted if wanted in (OPTUNA, RANDOM) else OPTUNA if installed else RANDOM
+    if space.budget.searcher == AUTO:
+        return OPTUNA if installed else RANDOM
+    return space.budget.searcher
 
 
-def why_decoder_tuning(storage: Storage, job: DecoderTuningJob) -> str | None:
-    """Why a space would be searched; None when it is done. Errors as :func:`run_decoder_tuning`."""
-    return storage.why(DECODER_TRIALS, _fingerprint(storage, job, _searcher_name(job.space)), sweep=job.name)
-
-
-def _fingerprint(storage: Storage, job: DecoderTuningJob, searcher: str) -> Fingerprint:
+def _fingerprint(known: Known, job: DecoderTuningJob) -> Fingerprint:
     encodings = [
-        storage.config_of(ENCODINGS, encoder=encoder, model=model, layer=layer)
+        known.config(ENCODINGS, encoder=encoder, model=model, layer=layer)
         for encoder in job.space.encoders
         for model, layer in job.layers
     ]
     return Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
-            "annotations": annotations_read(storage, job.source, job.layers),
+            "annotations": annotations_read(known.storage, job.source, job.layers),
             "encodings": encodings,
-            "searcher": searcher,
+            "searcher": _searcher_name(job.space),
             **asdict(job.space),
         }
     )
 
 
 def _work_of(work: str, job: DecoderTuningJob, encoder: str) -> str:
-    """Where the units of one encoder lie, in the work of a search; names of encoders may have slashes."""
+    """The work folder of an encoder's units: by number, because encoders' names may contain slashes."""
     return f"{work}/encoder-{job.space.encoders.index(encoder)}"
 
 
 def _write_units(storage: Storage, work: str, job: DecoderTuningJob) -> int:
-    """Writes the annotated units with each encoder's features; returns how many there are.
+    """Writes the annotated units with the features of each encoder; returns the number of units.
 
     Raises:
-        MilanError: The encoders have not encoded the same units, so that their scores could not be compared.
+        MilanError: The encoders have encoded different units, so their scores would not be comparable.
     """
     texts = None
     for encoder in job.space.encoders:
@@ -189,47 +221,38 @@ def _write_units(storage: Storage, work: str, job: DecoderTuningJob) -> int:
     return len(texts)
 
 
-def _try(storage: Storage, task: _Task, searcher: str, resources: Resources) -> tuple[list[dict[str, Any]], Cost]:
-    """Runs all trials, going on where a killed job left off; returns a row for each, the best first, and their cost."""
+def _run_trials(
+    storage: Storage, task: _Task, searcher: str, resources: Resources
+) -> tuple[list[dict[str, Any]], Cost]:
+    """Runs all trials, or continues a killed search; returns a row per trial, best first, and their cost."""
     budget = task.job.space.budget
-    halving = tuner.Halving("epochs", budget.epochs, min(budget.grace, budget.epochs), budget.reduction)
-    search = tuner.Search(budget.trials, METRIC, budget.seed, searcher != RANDOM, halving)
-    space = {key: _domain(drawn) for key, drawn in task.job.space.space.items()}
-    with watched(_progress_said(storage, task)):
-        tried, errors = tuner.run_trials(_run_trial, task, storage.uri(f"_work/{task.work}"), space, resources, search)
+    halving = "epochs", budget.epochs, min(budget.grace, budget.epochs), budget.reduction
+    search = tuner.Search(budget.trials, METRIC, budget.seed, searcher != RANDOM, *halving)
+    space = {key: _distribution(values) for key, values in task.job.space.space.items()}
+    with watched(line_logger(storage, lambda: storage.files(f"{WORK}/{task.work}/{EPOCH_LINES}"))):
+        trials, errors = tuner.run_trials(
+            _run_trial, task, storage.uri(f"{WORK}/{task.work}"), space, resources, search
+        )
     if errors:
         reason = str(errors[0]).strip().splitlines()[-1]
         raise MilanError(f"{len(errors)} of {budget.trials} trials failed ({reason}); run it again to go on.")
     rows: list[dict[str, Any]] = []
     cost = Cost()
-    for trial in tried:
+    for trial in trials:
         metrics = trial.metrics
-        of_metrics = {"bleu": metrics[METRIC], "epoch": metrics["best_epoch"], "epochs": metrics["epochs"]}
+        scores = {"bleu": metrics[METRIC], "epoch": metrics["best_epoch"], "epochs": metrics["epochs"]}
         cost.add(metrics["time_total_s"])
-        rows.append({**asdict(DecoderSetting(**trial.parameters)), **of_metrics, "ended": metrics["ended"] or ASHA})
-    # Ray Tune keeps no order over a restart.
+        rows.append({**asdict(DecoderSetting(**trial.parameters)), **scores, "ended": metrics["ended"] or ASHA})
+    # Sorted, because after a restart Ray Tune returns the trials in another order.
     rows.sort(key=lambda row: (-row["bleu"], -row["epochs"], canonical(row)))
     return [{"trial": number, **row} for number, row in enumerate(rows)], cost
 
 
-def _domain(drawn: Choices | Range) -> Any:
-    if isinstance(drawn, Choices):
-        return tuner.one_of(drawn.values)
-    return tuner.between(drawn.low, drawn.high, drawn.log)
-
-
-def _progress_said(storage: Storage, task: _Task) -> Callable[[], None]:
-    """Says how far trials are, where that is news; Ray Tune's own tables are for its own terminal."""
-    said: dict[str, str] = {}
-
-    def look() -> None:
-        for path in storage.files(f"_work/{task.work}/{EPOCH_LINES}"):
-            line = storage.get(path).decode()
-            if said.get(path) != line:
-                say(f"  {line}")
-                said[path] = line
-
-    return look
+def _distribution(values: Choices | Range) -> Any:
+    """The distribution for Ray Tune."""
+    if isinstance(values, Choices):
+        return tuner.choice(values.values)
+    return tuner.uniform(values.low, values.high, values.log)
 
 
 # -- inside a trial ---------------------------------------------------------------------------------------------------
@@ -237,7 +260,7 @@ def _progress_said(storage: Storage, task: _Task) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class _Task:
-    """What all trials share, as it travels to them."""
+    """The arguments that all trials share."""
 
     root: str
     work: str
@@ -247,45 +270,42 @@ class _Task:
 
 @lru_cache(maxsize=1)
 def _units(root: str, work: str, memory_limit: int) -> UnitFeatures:
-    """One encoder's units; a process runs one trial after the other."""
+    """The units with one encoder's features, cached because a process runs several trials."""
     units = UnitFeatures(Storage(root), work)
-    if units.nbytes <= memory_limit:
-        units.keep()
+    units.keep(memory_limit)
     return units
 
 
 def _run_trial(config: dict[str, Any], task: _Task) -> None:
-    """Fits a decoder with one setting, reporting every epoch.
+    """Trains a decoder with one setting and reports every epoch.
 
-    What was fitted so far is in the run directory, by setting: Ray Tune's own snapshots of the search are some seconds
-    old when a job is killed, and may not know the trial at all.
+    The state after each epoch is stored in the run directory, by setting. Ray Tune's own snapshots are not enough: they
+    are some seconds old when a job is killed and may lack the trial.
     """
     storage, job, setting = Storage(task.root), task.job, DecoderSetting(**config)
     torch.set_num_threads(task.resources.threads)
     units = _units(task.root, _work_of(task.work, job, setting.encoder), job.memory_limit)
     name = config_hash(asdict(setting))
-    path = f"_work/{task.work}/{STATES}/{name}.pt"
+    path = f"{WORK}/{task.work}/{STATES}/{name}.pt"
     state = stored_state(storage, path) or new_state(units.texts)
-    begun = len(state["history"])
+    epochs = len(state["history"])
 
     def report(state: State) -> None:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        storage.put(path, buffer.getvalue())
-        line = f"{_in_words(config)}: {epoch_line(state['history'][-1])}"
-        storage.put(f"_work/{task.work}/{EPOCH_LINES}/{name}.txt", line.encode())
+        store_state(storage, path, state)
+        line = f"{_setting_line(config)}: {epoch_line(state['history'][-1])}"
+        storage.put(f"{WORK}/{task.work}/{EPOCH_LINES}/{name}.txt", line.encode())
         tuner.report(_metrics(state, job))
 
     plans = {DECODER: setting.plan(Plan(job.space.budget.config))}
     fit(units, plans, state, report, WorkerGroup(resolve_device(task.resources.device)))
-    if len(state["history"]) == begun:  # was finished before
+    if len(state["history"]) == epochs:  # a killed search had finished this trial
         tuner.report(_metrics(state, job))
 
 
 def _metrics(state: State, job: DecoderTuningJob) -> dict[str, Any]:
-    """How far a trial is: the best epoch so far, epochs done, and why it ended if it has."""
+    """A trial's metrics for Ray Tune: the best epoch so far, the number of epochs, and why it ended."""
     history: Sequence[Mapping[str, Any]] = state["history"]
-    best = max(history, key=lambda row: row["validation"])  # the first among equals, as early stopping keeps
+    best = max(history, key=lambda row: row["validation"])  # ties go to the first epoch, as in early stopping
     ended = ""
     if DECODER in state["finished"]:
         ended = EPOCHS if len(history) == job.space.budget.epochs else PATIENCE

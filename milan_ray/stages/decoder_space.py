@@ -1,4 +1,4 @@
-"""Searching how to train a decoder: what there is to try, and the choice."""
+"""The search space and the setting of decoder tuning, and their files."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from milan_ray.config import TrainingConfig
 from milan_ray.yaml_files import known, mapping, number, share, whole, wrong
 
 SEARCHERS = AUTO, OPTUNA, RANDOM = ("auto", "optuna", "random")
-"""auto is Optuna where it is installed, else Ray Tune's own random search."""
+"""Search algorithms; auto is Optuna where it is installed, else Ray Tune's random search."""
 
 ENDINGS = PATIENCE, EPOCHS, ASHA = ("patience", "epochs", "asha")
-"""Why a trial ended: no improvement, all epochs done, or worse than others by then."""
+"""Why a trial ended: no more improvement, all epochs done, or stopped because others were better."""
 
 KIND = "decoder"
-"""What the key ``tunes`` of such a file says."""
+"""Value of the key ``tunes`` in the file of a search space."""
 
 
 @dataclass(frozen=True)
 class Choices:
-    """One of some values."""
+    """A list of values to choose from."""
 
     values: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
 class Range:
-    """A number between two, both included; drawn evenly on a logarithmic scale if ``log``."""
+    """A range of numbers, ends included; sampled on a logarithmic scale if ``log``."""
 
     low: float
     high: float
@@ -43,13 +43,13 @@ _PAPER = Plan()
 
 @dataclass(frozen=True)
 class DecoderSetting:
-    """How to train a decoder: what the search chooses and training takes; defaults are the paper's.
+    """How to train a decoder, as tuning chooses it and training takes it; defaults are the paper's.
 
     Attributes:
-        learning_rate: AdamW's.
-        embedding: Token embeddings.
-        hidden: LSTM states.
-        dropout: While training.
+        learning_rate: Learning rate of AdamW.
+        embedding: Size of a token's embedding.
+        hidden: Size of an LSTM state.
+        dropout: Dropout probability during training.
         regularization_weight: Weight of the doubly-stochastic attention regulariser.
         encoder: Name of the image encoder whose encodings are read.
     """
@@ -62,7 +62,7 @@ class DecoderSetting:
     encoder: str = "resnet101"
 
     def plan(self, plan: Plan) -> Plan:
-        """Another plan with these values in it."""
+        """A training plan with this setting's values."""
         config = replace(
             plan.config, learning_rate=self.learning_rate, regularization_weight=self.regularization_weight
         )
@@ -81,17 +81,17 @@ _WHOLE = ("embedding", "hidden")
 
 @dataclass(frozen=True)
 class Budget:
-    """How long to search, and how.
+    """Length and method of a search.
 
     Attributes:
-        trials: Settings to try.
-        epochs: Epochs at most of each.
-        patience: Epochs without improvement that are forgiven; the next one ends the trial.
-        grace: Epochs before a trial may be stopped for being worse than others (ASHA).
-        reduction: Of so many trials that got as far, one may go on.
+        trials: Number of settings to try.
+        epochs: Maximum number of epochs of a trial.
+        patience: Epochs without improvement that are tolerated; the next one ends the trial.
+        grace: Epochs before a trial may be stopped because others are better (ASHA).
+        reduction: At each halving, one trial in this many continues.
         searcher: Of :data:`SEARCHERS`.
-        hold_out: Share of units that judge.
-        seed: Of the draws, the weights and the units held out.
+        hold_out: Share of units held out for validation.
+        seed: Seed of the samples, the weights and the held-out units.
     """
 
     trials: int = 20
@@ -105,7 +105,7 @@ class Budget:
 
     @property
     def config(self) -> TrainingConfig:
-        """What is the same for all trials; it trains as ``jobs.train`` does with these options."""
+        """Hyperparameters that all trials share; ``jobs.train`` with the same options trains the same way."""
         return replace(
             _PAPER.config, max_epochs=self.epochs, patience=self.patience, hold_out=self.hold_out, seed=self.seed
         )
@@ -113,11 +113,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class DecoderSpace:
-    """What to try.
+    """A search space.
 
     Attributes:
-        space: Key of :class:`DecoderSetting` → what to draw it from; what is left out keeps the paper's value.
-        budget: How long, and how.
+        space: Key of :class:`DecoderSetting` → its values; other keys have the paper's value.
+        budget: Length and method of the search.
     """
 
     space: Mapping[str, Choices | Range]
@@ -126,18 +126,18 @@ class DecoderSpace:
     @property
     def encoders(self) -> tuple[str, ...]:
         """The encoders whose encodings are read."""
-        of = self.space.get("encoder", Choices((DecoderSetting.encoder,)))
-        assert isinstance(of, Choices)
-        return of.values
+        encoders = self.space.get("encoder", Choices((DecoderSetting.encoder,)))
+        assert isinstance(encoders, Choices)
+        return encoders.values
 
 
 def tunes_decoder(text: str) -> bool:
-    """Whether a file holds such a space, rather than a sweep of ways to decode."""
+    """Whether a file holds a search space of decoder training, rather than a sweep of decoding settings."""
     try:
-        found = yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except yaml.YAMLError:
-        return False  # whoever reads it as a sweep says what is wrong
-    return isinstance(found, dict) and "tunes" in found
+        return False  # reading it as a sweep raises the error
+    return isinstance(content, dict) and "tunes" in content
 
 
 def read_decoder_space(text: str, where: str) -> DecoderSpace:
@@ -149,32 +149,33 @@ def read_decoder_space(text: str, where: str) -> DecoderSpace:
         where: Name of the file, for errors.
 
     Raises:
-        MilanError: It is no YAML, or a key or value is not what it should be.
+        MilanError: The text is not YAML, or a key or a value is invalid.
     """
     given = mapping(text, where, DecoderSetting, Budget, required=("tunes",))
     known(f"value of tunes in {where}:", given.pop("tunes"), [KIND])
     space = {}
     for field in fields(DecoderSetting):
         if field.name in given:
-            space[field.name] = _drawn_from(given.pop(field.name), field.name, where)
-    read: dict[str, Any] = {}
+            space[field.name] = _values(given.pop(field.name), field.name, where)
+    budget: dict[str, Any] = {}
     for key, value in given.items():
         if key == "searcher":
-            read[key] = known(f"searcher in {where}:", value, SEARCHERS)
+            budget[key] = known(f"searcher in {where}:", value, SEARCHERS)
         elif key == "hold_out":
-            read[key] = share(value, key, where)
+            budget[key] = share(value, key, where)
         else:
-            read[key] = whole(value, key, where, {"seed": 0, "patience": 0, "reduction": 2}.get(key, 1))
-    return DecoderSpace(space, Budget(**read))
+            budget[key] = whole(value, key, where, {"seed": 0, "patience": 0, "reduction": 2}.get(key, 1))
+    return DecoderSpace(space, Budget(**budget))
 
 
 def read_decoder_setting(text: str, where: str) -> DecoderSetting:
-    """Reads a setting; keys left out have the paper's values. Arguments and errors as :func:`read_decoder_space`."""
+    """Reads a setting; missing keys have the paper's values. Arguments and errors as :func:`read_decoder_space`."""
     given = mapping(text, where, DecoderSetting)
     return DecoderSetting(**{key: _value(value, key, where) for key, value in given.items()})
 
 
-def _drawn_from(value: object, key: str, where: str) -> Choices | Range:
+def _values(value: object, key: str, where: str) -> Choices | Range:
+    """The values of a key: a range, a list, or a single one."""
     if isinstance(value, dict):
         numbers = key not in (*_WHOLE, "encoder")
         ends = [value.get(end) for end in ("from", "to")]
@@ -188,22 +189,24 @@ def _drawn_from(value: object, key: str, where: str) -> Choices | Range:
     values = value if isinstance(value, list) else [value]
     if not values:
         raise wrong(where, key, value, _wanted(key))
-    return Choices(tuple(dict.fromkeys(_value(one, key, where) for one in values)))
+    return Choices(tuple(dict.fromkeys(_value(item, key, where) for item in values)))
 
 
 def _value(value: object, key: str, where: str) -> Any:
+    """A single checked value of a key."""
     if key == "encoder":
         if not isinstance(value, str) or not value:
             raise wrong(where, key, value, _wanted(key))
         return value
-    found = whole(value, key, where) if key in _WHOLE else number(value, key, where, _wanted(key))
+    checked = whole(value, key, where) if key in _WHOLE else number(value, key, where, _wanted(key))
     low, high = _LIMITS[key]
-    if not low <= found <= high:
+    if not low <= checked <= high:
         raise wrong(where, key, value, f"between {low:g} and {high:g}")
-    return found
+    return checked
 
 
 def _wanted(key: str) -> str:
+    """The valid values of a key, for errors."""
     if key == "encoder":
         return "the name of an encoder, or a list of names"
     if key in _WHOLE:

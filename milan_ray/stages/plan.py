@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
 
 from milan_ray.config import ExemplarConfig
 from milan_ray.engine import references
-from milan_ray.engine.planner import Plan, Step
+from milan_ray.engine.planner import Plan
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import check_probe
 from milan_ray.labelers.clip_dissect import ClipDissect
@@ -15,19 +14,15 @@ from milan_ray.models.generators import GeneratorRef
 from milan_ray.models.image_text import ImageTextRef
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.schema import (
-    DECODER_TRIALS,
     EXEMPLARS,
     POOLED,
     SCORES,
-    TRIALS,
 )
-from milan_ray.stages.captioners import captioner_name
 from milan_ray.stages.clip_dissect import ClipDissectLabels
 from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
 from milan_ray.stages.cosy import CosyConfig, CosyScores, weights_of
 from milan_ray.stages.dnd import DndConfig, Drawings, DrawnLabels, drawings_identity
 from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings_fingerprint
-from milan_ray.stages.encodings import Encodings, Request
 from milan_ray.stages.exemplars import describe_model, pooled_fingerprint, settled_fingerprints, why_exemplars
 from milan_ray.stages.scores import (
     Described,
@@ -38,12 +33,7 @@ from milan_ray.stages.scores import (
     sanity_name,
     truth_of,
 )
-from milan_ray.stages.training import Training, TrainingJob
 from milan_ray.storage import Storage
-
-if TYPE_CHECKING:
-    from milan_ray.stages.decoder_search import DecoderTuningJob
-    from milan_ray.stages.tuning import TuningJob
 
 
 def plan_exemplars(
@@ -200,63 +190,3 @@ def plan_cosy(
     generator = references.generator(ref, probe.plugins)
     weights = weights_of(models)
     plan.stages(storage, [CosyScores(described, ref, generator, digest, weights, cosy, config)])
-
-
-def plan_training(storage: Storage, job: TrainingJob) -> Plan:
-    """The plan of encoding the annotated layers and :func:`milan_ray.stages.training.run_training`.
-
-    Raises:
-        MilanError: Exemplars or annotations are missing, or do not belong together.
-    """
-    plan = _plan_annotated(storage, job.layers, [job.encoder])
-    plan.stages(storage, [Training(job)])
-    return plan
-
-
-def plan_tuning(storage: Storage, job: TuningJob, encoder: Request) -> Plan:
-    """The plan of encoding the annotated layers and :func:`milan_ray.stages.tuning.run_tuning`.
-
-    Raises:
-        MilanError: Exemplars or annotations are missing, or the captioner cannot do what the sweep asks for.
-    """
-    plan = _plan_annotated(storage, job.layers, [encoder])
-    add_tuning(storage, plan, job, "encodings are missing or changed" if plan.due else None)
-    return plan
-
-
-def add_tuning(storage: Storage, plan: Plan, job: TuningJob, reason: str | None = None) -> None:
-    """Adds a sweep on encodings that are planned already; a reason where one is known without looking at it."""
-    from milan_ray.stages.tuning import why_tuning  # Ray Tune takes a second to import
-
-    trials = f"{len(job.sweep.trials())} trials: "
-    reason = reason or why_tuning(storage, job)
-    plan.steps.append(Step(TRIALS.name, (captioner_name(job.decoder), job.name), reason and trials + reason))
-
-
-def plan_decoder_tuning(storage: Storage, job: DecoderTuningJob, encoders: Sequence[Request]) -> Plan:
-    """The plan of encoding the annotated layers and :func:`milan_ray.stages.decoder_search.run_decoder_tuning`.
-
-    Raises:
-        MilanError: Exemplars or annotations are missing, or Optuna is asked for and not installed.
-    """
-    from milan_ray.stages.decoder_search import why_decoder_tuning
-
-    plan = _plan_annotated(storage, job.layers, encoders)
-    trials = f"{job.space.budget.trials} trials of at most {job.space.budget.epochs} epochs: "
-    reason = "encodings are missing or changed" if plan.due else why_decoder_tuning(storage, job)
-    plan.steps.append(Step(DECODER_TRIALS.name, (job.name,), reason and trials + reason))
-    return plan
-
-
-def _plan_annotated(storage: Storage, layers: Sequence[tuple[str, str]], encoders: Sequence[Request]) -> Plan:
-    plan = Plan()
-    plan.stages(storage, [Encodings(by_model(layers), encoder) for encoder in encoders])
-    return plan
-
-
-def by_model(layers: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
-    """Model → layers, of pairs of them."""
-    models: dict[str, list[str]] = {}
-    for model, layer in layers:
-        models.setdefault(model, []).append(layer)
-    return models

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -25,7 +25,7 @@ from milan_ray.engine import trainer
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.engine.tasks import run_parallel
-from milan_ray.engine.trainer import Workers, train_on_workers
+from milan_ray.engine.trainer import Scaling, train_on_workers
 from milan_ray.errors import MilanError, reason
 from milan_ray.names import checked_name
 from milan_ray.progress import Progress, say, watched
@@ -40,39 +40,40 @@ KERNEL_VERSION = "training-2"
 STATE = "state.pt"
 
 EPOCH = "epoch.txt"
-"""Work file that says, for people, which epoch is done."""
+"""Work file with a readable line on the last epoch."""
 
 MEMORY_LIMIT = 2 * 2**30
-"""Bytes of features that a worker keeps in memory; more are read from Parquet as they are needed."""
+"""Bytes of features that a worker keeps in memory; beyond it, it reads them from Parquet batch by batch."""
 
 FEW_EXEMPLARS = 2**16
-"""Of several captioners, one with no more exemplars is trained in a plain task: Ray Train's worker and its checkpoints
-of every epoch take longer than the training."""
+"""Most exemplars of a captioner that is trained in a plain Ray task when there are several captioners: for so few,
+starting Ray Train's worker and writing its checkpoints takes longer than the training."""
 
 SAVE_INTERVAL = 10.0
-"""Seconds of training that a killed task may lose."""
+"""Seconds between stored states of a training in a plain task: the most that a killed task loses."""
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """What to train a captioner on, and how.
+    """A captioner's training data and hyperparameters.
 
     Attributes:
         name: Name of the captioner in the run directory.
         source: Source of the annotations.
         layers: (model, layer) pairs whose annotated units to train on.
         encoder: Encoder of their encodings.
-        config: Optimisation.
+        config: Hyperparameters.
         sizes: Sizes of the models.
         workers: Data-parallel workers.
         cpus: CPUs of each worker.
         gpus: GPUs of each worker.
         threads: Torch threads of each worker.
-        memory_limit: Bytes of features that a worker keeps in memory; more are read as they are needed.
-        decoder: What tuning chose for the decoder (:mod:`milan_ray.stages.decoder_search`); the language model keeps
-            ``config`` and ``sizes``. None fits both alike.
-        units: Of each layer, the units to train on; empty for all that are annotated.
-        keep_encoder: Whether the captioner brings its encoder's weights, or leaves them where the encoder finds them.
+        memory_limit: Bytes of features that a worker keeps in memory; beyond it, it reads them batch by batch.
+        decoder: The decoder's setting from tuning (:mod:`milan_ray.stages.decoder_search`); the language model uses
+            ``config`` and ``sizes``. None uses these for both.
+        units: The units to train on, for each layer; empty for all annotated ones.
+        keep_encoder: Whether to store the encoder's weights with the captioner; if not, they are loaded from the
+            encoder's own file.
     """
 
     name: str
@@ -94,59 +95,133 @@ class TrainingJob:
         checked_name("a captioner", self.name)
 
     @property
-    def team(self) -> Workers:
-        """The workers that train it."""
-        return Workers(self.workers, self.cpus, self.gpus)
+    def scaling(self) -> Scaling:
+        """Number and resources of its workers."""
+        return Scaling(self.workers, self.cpus, self.gpus)
 
     @property
     def plans(self) -> dict[str, Plan]:
-        """How each of the two models is fitted."""
+        """Part → how to train it."""
         plan = Plan(self.config, self.sizes)
         return {LM: plan, DECODER: self.decoder.plan(plan) if self.decoder else plan}
 
 
+class Training(Stage):
+    """A captioner, trained with Ray Train.
+
+    Args:
+        job: Training data and hyperparameters.
+    """
+
+    table, name = TRAINING, "training"
+
+    def __init__(self, job: TrainingJob) -> None:
+        self._job, self.title = job, f"training of {job.name}"
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """The captioner, by encodings and annotations."""
+        encodings = {
+            (model, layer): known.config(ENCODINGS, encoder=self._job.encoder.name, model=model, layer=layer)
+            for model, layer in self._job.layers
+        }
+        yield Output({"decoder": self._job.name}, training_fingerprint(known.storage, self._job, encodings))
+
+    def why(self, storage: Storage, output: Output) -> str | None:
+        """Why the captioner has to be trained: it or its training history is missing, stale or damaged."""
+        if due := super().why(storage, output):
+            return due
+        if not has_captioner(storage, self._job.name):
+            return "captioner missing"
+        try:
+            load_captioner(storage, self._job.name)
+        except MilanError as error:
+            say(f"{error}: it is trained again", level="warning")
+            return "captioner damaged"
+        return None
+
+    def due(self, storage: Storage) -> Fingerprint | None:
+        """The captioner's fingerprint if it has to be trained; None if it is up to date."""
+        (output,) = self.outputs(Known(storage))
+        if self.why(storage, output):
+            return output.fingerprint
+        storage.remove_work(output.fingerprint.hash)
+        say(f"{self.title}: up to date")
+        return None
+
+    def run(self, storage: Storage) -> bool:
+        """Trains the captioner unless it is up to date.
+
+        Args:
+            storage: The run directory, which holds encodings and annotations.
+
+        Returns:
+            Whether it was trained.
+
+        Raises:
+            MilanError: Annotations or encodings are missing, or the workers do not fit the cluster.
+        """
+        fingerprint, job = self.due(storage), self._job
+        if fingerprint is None:
+            return False
+        work = fingerprint.hash
+        job.scaling.capacity()
+        units = write_units(storage, work, job.source, job.encoder.name, job.layers, job.units)
+        where = "in memory" if units.nbytes <= job.memory_limit else "read as needed"
+        say(
+            f"training {job.name} on {len(units)} annotated units of {len({model for model, _ in job.layers})} models "
+            f"({units.nbytes / 2**20:.0f} MiB of features, {where})"
+        )
+        started = time.monotonic()
+        epoch = f"{WORK}/{work}/{EPOCH}"
+        with watched(line_logger(storage, lambda: [epoch] if storage.exists(epoch) else [], f"{job.name}: ")):
+            arguments = {"job": job, "storage": storage, "work": work}
+            state = train_on_workers(_train_worker, arguments, job.scaling, job.name, storage.uri(f"{WORK}/{work}"))
+        say(_publish(storage, job, fingerprint, state, units, started))
+        return True
+
+
 def run_trainings(storage: Storage, jobs: Sequence[TrainingJob]) -> None:
-    """Trains several captioners, as many side by side as the cluster has room for; one's failure stops no other.
+    """Trains several captioners, as many at a time as fit the cluster; the others continue when one fails.
 
     Args:
         storage: The run directory, which holds encodings and annotations.
-        jobs: What to train; all with the same workers.
+        jobs: The trainings; all with the same number and resources of workers.
 
     Raises:
-        MilanError: Trainings failed; says which, and why.
+        MilanError: Trainings failed; the message has the reason of each.
     """
     if len(jobs) == 1:
-        run_training(storage, jobs[0])
+        Training(jobs[0]).run(storage)
         return
-    together = min(len(jobs), jobs[0].team.room())
+    concurrent = min(len(jobs), jobs[0].scaling.capacity())
     started = time.monotonic()
-    say(f"training {len(jobs)} captioners, {together} at a time")
+    say(f"training {len(jobs)} captioners, {concurrent} at a time")
     sizes = {job.name: _exemplars(storage, job) for job in jobs}
-    little = [job for job in jobs if job.workers == 1 and not job.gpus and sizes[job.name] <= FEW_EXEMPLARS]
-    little.sort(key=lambda job: -sizes[job.name])  # so that all are done at about the same time
-    failures = _train_little(storage, little)
-    failures |= _train_side_by_side(storage, [job for job in jobs if job not in little], together)
+    small = [job for job in jobs if job.workers == 1 and not job.gpus and sizes[job.name] <= FEW_EXEMPLARS]
+    small.sort(key=lambda job: -sizes[job.name])  # largest first, so that all tasks end at about the same time
+    failures = _train_in_tasks(storage, small)
+    failures |= _train_on_ray_train(storage, [job for job in jobs if job not in small], concurrent)
     if failures:
         reasons = " ".join(f"{name}: {error}" for name, error in failures.items())
         raise MilanError(f"{len(failures)} of {len(jobs)} trainings failed. {reasons}")
-    say(f"{len(jobs)} captioners are there, after {time.monotonic() - started:.0f} s")
+    say(f"trained {len(jobs)} captioners in {time.monotonic() - started:.0f} s")
 
 
 def _exemplars(storage: Storage, job: TrainingJob) -> int:
-    """Exemplars of a training's layers."""
+    """The number of exemplars of a training's layers."""
     return sum(
         storage.count(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer) for model, layer in job.layers
     )
 
 
-def _train_side_by_side(storage: Storage, jobs: Sequence[TrainingJob], together: int) -> dict[str, str]:
-    """Trains captioners with Ray Train, so many at a time; returns what went wrong, by name."""
+def _train_on_ray_train(storage: Storage, jobs: Sequence[TrainingJob], concurrent: int) -> dict[str, str]:
+    """Trains captioners with Ray Train, at most ``concurrent`` at a time; returns name → error of those that failed."""
     if not jobs:
         return {}
     failures: dict[str, str] = {}
-    pool = ThreadPoolExecutor(together)
+    pool = ThreadPoolExecutor(concurrent)
     try:
-        running = {job.name: pool.submit(run_training, storage, job) for job in jobs}
+        running = {job.name: pool.submit(Training(job).run, storage) for job in jobs}
         for name, future in running.items():
             try:
                 future.result()
@@ -158,110 +233,40 @@ def _train_side_by_side(storage: Storage, jobs: Sequence[TrainingJob], together:
     return failures
 
 
-def _train_little(storage: Storage, jobs: Sequence[TrainingJob]) -> dict[str, str]:
-    """Trains captioners in plain tasks, to the same weights; returns what went wrong, by name."""
+def _train_in_tasks(storage: Storage, jobs: Sequence[TrainingJob]) -> dict[str, str]:
+    """Trains captioners in plain tasks, to the same weights; returns name → error of those that failed."""
     failures: dict[str, str] = {}
     tasks = []
     for job in jobs:
         try:
-            fingerprint = _due(storage, job)
+            fingerprint = Training(job).due(storage)
         except MilanError as error:
             failures[job.name] = str(error)
             say(f"training of {job.name} failed: {error}")
             continue
         if fingerprint is not None:
-            tasks.append(_Little(storage, job, fingerprint))
+            tasks.append(_Task(storage, job, fingerprint))
     if not tasks:
         return failures
     with Progress("captioners", len(tasks), "captioners") as progress:
-        for index, (trained, said) in run_parallel(_train_here, tasks, tasks[0].job.cpus):
+        for index, (trained, line) in run_parallel(_train_in_task, tasks, tasks[0].job.cpus):
             name = tasks[index].job.name
             if not trained:
-                failures[name] = said
-            say(said if trained else f"training of {name} failed: {said}")
+                failures[name] = line
+            say(line if trained else f"training of {name} failed: {line}")
             progress.advance()
     return failures
 
 
-def run_training(storage: Storage, job: TrainingJob) -> bool:
-    """Trains a captioner unless it is there already, made from the same things.
-
-    Args:
-        storage: The run directory, which holds encodings and annotations.
-        job: What to train, and how.
-
-    Returns:
-        Whether anything was trained.
-
-    Raises:
-        MilanError: Annotations or encodings are missing.
-    """
-    fingerprint = _due(storage, job)
-    if fingerprint is None:
-        return False
-    config = fingerprint.hash
-    job.team.room()
-    units = write_units(storage, config, job.source, job.encoder.name, job.layers, job.units)
-    where = "in memory" if units.nbytes <= job.memory_limit else "read as needed"
-    say(
-        f"training {job.name} on {len(units)} annotated units of {len({model for model, _ in job.layers})} models "
-        f"({units.nbytes / 2**20:.0f} MiB of features, {where})"
-    )
-    started = time.monotonic()
-    with watched(_epochs_said(storage, config, job.name)):
-        arguments = {"job": job, "storage": storage, "work": config}
-        state = train_on_workers(_train_worker, arguments, job.team, job.name, storage.uri(f"_work/{config}"))
-    say(_publish(storage, job, fingerprint, state, units, started))
-    return True
-
-
-class Training(Stage):
-    """A captioner; :func:`run_training` trains it.
-
-    Args:
-        job: What to train, and how.
-    """
-
-    table, name = TRAINING, "training"
-
-    def __init__(self, job: TrainingJob) -> None:
-        self._job, self.title = job, f"training of {job.name}"
-
-    def outputs(self, known: Known) -> Iterator[Output]:
-        """The captioner, by its encodings and annotations."""
-        encodings = {
-            (model, layer): known.config(ENCODINGS, encoder=self._job.encoder.name, model=model, layer=layer)
-            for model, layer in self._job.layers
-        }
-        yield Output({"decoder": self._job.name}, training_fingerprint(known.storage, self._job, encodings))
-
-    def why(self, storage: Storage, output: Output) -> str | None:
-        """Why it has to be trained: its history or itself is missing, stale or damaged."""
-        if due := super().why(storage, output):
-            return due
-        if not has_captioner(storage, self._job.name):
-            return "captioner missing"
-        try:
-            load_captioner(storage, self._job.name)
-        except MilanError as error:
-            say(f"{error}: it is trained anew", level="warning")
-            return "captioner damaged"
-        return None
-
-
-def _due(storage: Storage, job: TrainingJob) -> Fingerprint | None:
-    """What decides a captioner that has to be trained; None for one that is there."""
-    stage = Training(job)
-    (output,) = stage.outputs(Known(storage))
-    if stage.why(storage, output):
-        return output.fingerprint
-    storage.remove_work(output.fingerprint.hash)
-    say(f"training of {job.name}: up to date")
-    return None
+def store_state(storage: Storage, path: str, state: State) -> None:
+    """Stores a training state as a work file."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    storage.put(path, buffer.getvalue())
 
 
 def stored_state(storage: Storage, path: str) -> State | None:
-    """How far a training had come that was cut short; None where it has to begin anew."""
+    """The stored state of an interrupted training; None where there is none, or it is damaged."""
     if not storage.exists(path):
         return None
     try:
@@ -270,14 +275,14 @@ def stored_state(storage: Storage, path: str) -> State | None:
     except MilanError:
         raise
     except Exception as error:  # whatever a damaged file may raise inside the reader
-        say(f"{storage.uri(path)} is damaged ({reason(error)}): the training begins anew", level="warning")
+        say(f"{storage.uri(path)} is damaged ({reason(error)}): training starts from the first epoch", level="warning")
         return None
 
 
 def _publish(
     storage: Storage, job: TrainingJob, fingerprint: Fingerprint, state: State, units: UnitFeatures, started: float
 ) -> str:
-    """Writes a finished captioner and its history; returns a line on them."""
+    """Writes a trained captioner and its training history; returns a log line."""
     captioner = _captioner(job, state, units.size)
     models = ", ".join(sorted({model for model, _ in job.layers}))
     about = (
@@ -306,34 +311,39 @@ def _publish(
     )
 
 
-def _epochs_said(storage: Storage, work: str, name: str) -> Callable[[], None]:
-    """Says how far training is, where that is news; Ray Train itself reports to its own controller only."""
-    said = ""
+def line_logger(storage: Storage, paths: Callable[[], Iterable[str]], prefix: str = "") -> Callable[[], None]:
+    """Returns a function that logs work files whose line is new; workers' own output does not reach the driver.
+
+    Args:
+        storage: The run directory.
+        paths: Lists the files.
+        prefix: Put before each line.
+    """
+    logged: dict[str, str] = {}
 
     def look() -> None:
-        nonlocal said
-        path = f"_work/{work}/{EPOCH}"
-        line = storage.get(path).decode() if storage.exists(path) else ""
-        if line != said:
-            say(f"  {name}: {line}")
-            said = line
+        for path in paths():
+            line = storage.get(path).decode()
+            if logged.get(path) != line:
+                say(f"  {prefix}{line}")
+                logged[path] = line
 
     return look
 
 
 def training_fingerprint(storage: Storage, job: TrainingJob, encodings: Mapping[tuple[str, str], str]) -> Fingerprint:
-    """What decides a captioner.
+    """The fingerprint of a captioner.
 
     Args:
         storage: The run directory, which holds exemplars and annotations.
-        job: What to train, and how.
+        job: Training data and hyperparameters.
         encodings: (model, layer) → configuration hash of the encodings.
 
     Raises:
-        MilanError: Annotations are missing, or speak of other exemplars.
+        MilanError: Annotations are missing, or describe other exemplars than those stored.
     """
     annotations = annotations_read(storage, job.source, job.layers)
-    # The name too: captioners of two names made from the same things may be in the making at the same time.
+    # With the name: two captioners of the same inputs may be trained at the same time, each in its own work folder.
     inputs = {"name": job.name, "annotations": annotations, "encodings": [encodings[pair] for pair in job.layers]}
     tuned = {"decoder": asdict(job.decoder)} if job.decoder else {}
     chosen = {"units": job.units} if job.units else {}
@@ -346,58 +356,57 @@ def annotations_read(storage: Storage, source: str, layers: Sequence[tuple[str, 
     """Model, layer and configuration hash of the annotations to train on.
 
     Raises:
-        MilanError: Annotations are missing, or speak of other exemplars.
+        MilanError: Annotations are missing, or describe other exemplars than those stored.
     """
-    found = []
+    annotations = []
     for model, layer in layers:
-        of_people = {"source": source, "model": model, "layer": layer}
+        keys = {"source": source, "model": model, "layer": layer}
         exemplars = storage.config_of(EXEMPLARS, model=model, layer=layer)
-        if storage.exemplars_of(ANNOTATIONS, **of_people) not in (None, exemplars):
+        if storage.exemplars_of(ANNOTATIONS, **keys) not in (None, exemplars):
             raise MilanError(
                 f"the annotations {source!r} of {model} {layer} speak of other exemplars than those now in "
                 f"{storage.root}; annotate again, or restore the exemplars."
             )
-        found.append((model, layer, storage.config_of(ANNOTATIONS, **of_people)))
-    return found
+        annotations.append((model, layer, storage.config_of(ANNOTATIONS, **keys)))
+    return annotations
 
 
 # -- inside a training worker -------------------------------------------------------------------------------------
 
 
 def _train_worker(arguments: dict[str, Any]) -> None:
-    """Fits both models, every epoch a checkpoint of Ray Train's."""
+    """Trains both models inside a Ray Train worker; every epoch is a checkpoint."""
     job: TrainingJob = arguments["job"]
     storage: Storage = arguments["storage"]
     torch.set_num_threads(job.threads)
     units = UnitFeatures(storage, arguments["work"])
-    if units.nbytes <= job.memory_limit:
-        units.keep()
+    units.keep(job.memory_limit)
     state = trainer.reported_state() or new_state(units.texts)
-    team = trainer.TrainWorkerGroup()
+    group = trainer.RayWorkerGroup()
 
     def report(state: State) -> None:
         row = state["history"][-1]
-        if team.rank == 0:
-            storage.put(f"_work/{arguments['work']}/{EPOCH}", epoch_line(row).encode())
+        if group.rank == 0:
+            storage.put(f"{WORK}/{arguments['work']}/{EPOCH}", epoch_line(row).encode())
         metrics = {key: row[key] for key in ("part", "epoch", "train_loss", "validation")}
-        trainer.report(metrics, state if team.rank == 0 else None)
+        trainer.report(metrics, state if group.rank == 0 else None)
 
-    fit(units, job.plans, state, report, team)
+    fit(units, job.plans, state, report, group)
 
 
 @dataclass(frozen=True)
-class _Little:
-    """A captioner to train in a task."""
+class _Task:
+    """A captioner to train in a plain task."""
 
     storage: Storage
     job: TrainingJob
     fingerprint: Fingerprint
 
 
-def _train_here(task: _Little) -> tuple[bool, str]:
-    """Trains a captioner in this process; returns whether it could, and a line on it or the reason.
+def _train_in_task(task: _Task) -> tuple[bool, str]:
+    """Trains a captioner; returns (True, a log line) or (False, the error).
 
-    What was fitted lies in the run directory now and then, so that a task that is run again goes on from there.
+    The state is stored every :data:`SAVE_INTERVAL` seconds; a task that is run again continues from it.
     """
     storage, job, work = task.storage, task.job, task.fingerprint.hash
     path = f"{WORK}/{work}/{STATE}"
@@ -407,24 +416,21 @@ def _train_here(task: _Little) -> tuple[bool, str]:
     def report(state: State) -> None:
         nonlocal saved
         if time.monotonic() - saved >= SAVE_INTERVAL:
-            buffer = io.BytesIO()
-            torch.save(state, buffer)
-            storage.put(path, buffer.getvalue())
+            store_state(storage, path, state)
             saved = time.monotonic()
 
     try:
         units = write_units(storage, work, job.source, job.encoder.name, job.layers, job.units)
-        if units.nbytes <= job.memory_limit:
-            units.keep()
+        units.keep(job.memory_limit)
         state = stored_state(storage, path) or new_state(units.texts)
         fit(units, job.plans, state, report)
         return True, _publish(storage, job, task.fingerprint, state, units, started)
-    except Exception as error:  # stops no other; the driver says it, and fails with it at the end
+    except Exception as error:  # returned, so that other trainings continue; the driver raises it at the end
         return False, str(error) if isinstance(error, MilanError) else f"{type(error).__name__}: {error}"
 
 
 def _captioner(job: TrainingJob, state: State, feature_size: int) -> Captioner:
-    """The captioner of a finished training, with its encoder's weights."""
+    """The captioner of a finished training."""
     lm, decoder = (fitted(state, part, plan, feature_size) for part, plan in job.plans.items())
     assert isinstance(lm, LanguageModel) and isinstance(decoder, Decoder)
     weights = job.encoder.load().backbone.state_dict() if job.keep_encoder else None

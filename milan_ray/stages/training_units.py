@@ -1,8 +1,8 @@
-"""Annotated units for training: features on disk, so that a training set may be larger than memory.
+"""Annotated units for training, with features on disk, because a training set may be larger than memory.
 
-Every training worker reads the units of its share of every batch, by number, while the batch before is computed. A
-Ray Data stream would deliver blocks in an order of its own, start anew (1.5 s) every epoch, and shuffle only within a
-window; reading by number keeps the batches those of a set in memory, whatever the number of workers and after a resume.
+Every training worker reads the units of its part of a batch by index, while the batch before is computed. Batches are
+therefore the same as for a training set in memory, for any number of workers and after a resume. A Ray Data stream
+would deliver blocks in arbitrary order, take 1.5 s to restart every epoch, and shuffle only within a window.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from milan_ray.storage import WORK, Storage, to_parquet
 
 UNITS_PER_FILE = 256
 READERS = 8
-"""Files read at a time: an object store answers late, but many at once."""
+"""Files read at a time: an object store has a high latency, but serves many requests in parallel."""
 
 TEXTS = "texts.parquet"
-"""Work file with the annotations of every unit; written last, so where it is, all features are."""
+"""Work file with the annotations of every unit; written after all features, so it marks them complete."""
 
 
 def write_units(
@@ -39,9 +39,9 @@ def write_units(
     layers: Sequence[tuple[str, str]],
     chosen: Sequence[Sequence[int]] = (),
 ) -> UnitFeatures:
-    """Writes features and annotations of all annotated units, unless they are there; in memory is one layer at a time.
+    """Writes features and annotations of all annotated units unless they exist; holds one layer at a time in memory.
 
-    A unit with fewer exemplars than the others of its layer is dead or broken and left out.
+    Units with fewer exemplars than others of their layer are dead or broken and left out.
 
     Args:
         storage: The run directory, which holds encodings and annotations.
@@ -49,34 +49,34 @@ def write_units(
         source: Source of the annotations.
         encoder: Name of the encoder.
         layers: (model, layer) pairs.
-        chosen: Of each layer, the units to take; empty for all that are annotated.
+        chosen: The units to take, for each layer; empty for all annotated ones.
 
     Raises:
-        MilanError: No unit is annotated, or units differ in number or size of their features.
+        MilanError: No unit is annotated, or units differ in the number or size of their features.
     """
     if storage.exists(f"{_folder(work)}/{TEXTS}"):
         try:
-            return UnitFeatures(storage, work, looked_through=True)
+            return UnitFeatures(storage, work, check=True)
         except DamagedTable as error:
-            say(f"{error} They are written anew.", level="warning")
+            say(f"{error} They are written again.", level="warning")
     shapes: set[tuple[int, int]] = set()
     files: list[int] = []
     texts: list[list[str]] = []
-    for place, (model, layer) in enumerate(layers):
+    for index, (model, layer) in enumerate(layers):
         annotations = storage.read(ANNOTATIONS, source=source, model=model, layer=layer)
-        said: dict[int, list[str]] = {}
+        by_unit: dict[int, list[str]] = {}
         for row in annotations.sort_by([("unit", "ascending"), ("annotator", "ascending")]).to_pylist():
-            said.setdefault(row["unit"], []).append(row["text"])
+            by_unit.setdefault(row["unit"], []).append(row["text"])
         features = unit_features(storage.read(ENCODINGS, encoder=encoder, model=model, layer=layer))
-        most = max(map(len, features.values()), default=0)
-        wanted = set(chosen[place]) if chosen else said.keys()
-        units = [unit for unit in sorted(said) if len(features.get(unit, ())) == most > 0 and unit in wanted]
+        exemplars = max(map(len, features.values()), default=0)
+        wanted = set(chosen[index]) if chosen else by_unit.keys()
+        units = [unit for unit in sorted(by_unit) if len(features.get(unit, ())) == exemplars > 0 and unit in wanted]
         for start in range(0, len(units), UNITS_PER_FILE):
-            some = units[start : start + UNITS_PER_FILE]
-            storage.put(_features(work, len(files)), _feature_file(np.stack([features[unit] for unit in some])))
-            shapes.add(features[some[0]].shape)
-            files.append(len(some))
-        texts += [said[unit] for unit in units]
+            of_file = units[start : start + UNITS_PER_FILE]
+            storage.put(_features(work, len(files)), _feature_file(np.stack([features[unit] for unit in of_file])))
+            shapes.add(features[of_file[0]].shape)
+            files.append(len(of_file))
+        texts += [by_unit[unit] for unit in units]
     if not shapes:
         raise MilanError(f"no annotated units among {len(layers)} layers in {storage.root}.")
     if len(shapes) > 1:
@@ -97,7 +97,7 @@ def _features(work: str, file: int) -> str:
 
 
 def _feature_file(features: np.ndarray) -> bytes:
-    """Parquet of features (n, k, F), a row group per unit: what is read together is one unit's."""
+    """Features (n, k, F) as Parquet with one row group per unit, because units are read one by one."""
     column = pa.FixedSizeListArray.from_arrays(pa.array(features.ravel()), features[0].size)
     table = pa.table({"feature": column})
     buffer = io.BytesIO()
@@ -111,19 +111,18 @@ class UnitFeatures:
     Args:
         storage: The run directory.
         work: Configuration hash of the training, whose units :func:`write_units` wrote.
-
-        looked_through: Look at all files first: what a killed job has left may be torn.
+        check: Check the number of rows of all files, because a killed job may have left damaged ones.
 
     Attributes:
         texts: The annotations of each unit.
-        k: Exemplars of each.
+        k: Exemplars of each unit.
         size: Size F of an exemplar's feature.
 
     Raises:
-        DamagedTable: A file is.
+        DamagedTable: A file is damaged.
     """
 
-    def __init__(self, storage: Storage, work: str, looked_through: bool = False) -> None:
+    def __init__(self, storage: Storage, work: str, check: bool = False) -> None:
         self._storage, self._work = storage, work
         path = f"{_folder(work)}/{TEXTS}"
         with storage.intact(path):
@@ -135,7 +134,7 @@ class UnitFeatures:
         self.k, self.size = int(metadata[b"k"]), int(metadata[b"feature_size"])
         files = [int(rows) for rows in metadata[b"files"].split(b",")]
         self._ends = np.cumsum(files)
-        for file, rows in enumerate(files) if looked_through else ():
+        for file, rows in enumerate(files) if check else ():
             with storage.intact(_features(work, file)), storage.open(_features(work, file)) as stream:
                 if pq.ParquetFile(stream).metadata.num_rows != rows:
                     raise pa.ArrowInvalid(f"it has not the {rows} rows that it had")
@@ -154,18 +153,19 @@ class UnitFeatures:
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(READERS)
 
-    def keep(self) -> None:
-        """Reads all features into memory, for good."""
-        self._resident = self.take(range(len(self)))
+    def keep(self, limit: float = float("inf")) -> None:
+        """Reads all features into memory and keeps them, if they have at most ``limit`` bytes."""
+        if self.nbytes <= limit:
+            self._resident = self.take(range(len(self)))
 
     def take(self, rows: Sequence[int]) -> torch.Tensor:
-        """Features of some units by number, from memory or from disk: float32 (len(rows), k, F)."""
+        """Features of the units at these indices, from memory or from disk: float32 (len(rows), k, F)."""
         if self._resident is not None:
             return self._resident[torch.as_tensor(rows)]
-        found = np.empty((len(rows), self.k * self.size), np.float32)
-        places: dict[int, list[int]] = {}
-        for place, file in enumerate(np.searchsorted(self._ends, rows, side="right").tolist()):
-            places.setdefault(file, []).append(place)
+        features = np.empty((len(rows), self.k * self.size), np.float32)
+        by_file: dict[int, list[int]] = {}
+        for index, file in enumerate(np.searchsorted(self._ends, rows, side="right").tolist()):
+            by_file.setdefault(file, []).append(index)
 
         def read(file: int) -> None:
             path = _features(self._work, file)
@@ -174,10 +174,10 @@ class UnitFeatures:
                     stream = self._storage.open(path)
                     self._readers[file] = pq.ParquetFile(stream, page_checksum_verification=True)
                 first = int(self._ends[file - 1]) if file else 0
-                for place in places[file]:
-                    column = self._readers[file].read_row_group(rows[place] - first)["feature"]
-                    found[place] = column.combine_chunks().flatten().to_numpy()
+                for index in by_file[file]:
+                    column = self._readers[file].read_row_group(rows[index] - first)["feature"]
+                    features[index] = column.combine_chunks().flatten().to_numpy()
 
-        for _ in self._pool.map(read, places):
+        for _ in self._pool.map(read, by_file):
             pass
-        return torch.from_numpy(found).view(-1, self.k, self.size)
+        return torch.from_numpy(features).view(-1, self.k, self.size)

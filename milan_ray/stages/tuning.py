@@ -1,6 +1,6 @@
-"""Tuning with Ray Tune: how to search descriptions, judged by annotated units.
+"""Tuning of decoding settings with Ray Tune, on annotated units.
 
-encodings + annotations ─► [Tuner: a trial = a search, every λ rescored inside] ─► trials, setting, figure, scores
+encodings + annotations ─► [Tuner: a trial = a search, re-ranked with every λ] ─► trials, setting, figure, scores
 """
 
 from __future__ import annotations
@@ -26,9 +26,19 @@ from milan_ray.config import Fingerprint, Resources
 from milan_ray.device import resolve_device
 from milan_ray.engine import tuner
 from milan_ray.engine.run_log import Cost, record_run
+from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.errors import MilanError
 from milan_ray.progress import LINE_INTERVAL, Progress, say, watched
-from milan_ray.schema import ANNOTATIONS, CANDIDATES, ENCODINGS, SCORES, TRIALS, TRIALS_FIGURE, TRIALS_SETTING
+from milan_ray.schema import (
+    ANNOTATIONS,
+    CANDIDATES,
+    ENCODINGS,
+    EXEMPLARS,
+    SCORES,
+    TRIALS,
+    TRIALS_FIGURE,
+    TRIALS_SETTING,
+)
 from milan_ray.scoring.text import BertScore, normalize
 from milan_ray.stages.captioners import about_captioner, captioner_name, load_captioner
 from milan_ray.stages.descriptions import Search, candidates_fingerprint, search_identity
@@ -42,27 +52,29 @@ from milan_ray.stages.tuning_statistics import (
     RERANK,
     STRATEGIES,
     VALIDATION,
-    RememberingBertScore,
+    CachedBertScore,
     Setting,
     Sweep,
     Trial,
     best_trial,
     compare_systems,
-    plot_trials,
     read_setting,
     rescored,
     split_units,
     trial_scores,
 )
-from milan_ray.storage import Storage
+from milan_ray.storage import WORK, Storage
 from milan_ray.yaml_files import to_yaml
 
 KERNEL_VERSION = "tuning-1"
 
 DONE, TEXTS = "scores", "texts"
-"""Folders of the trials' results, in the work of a sweep; a trial whose scores are there is done."""
+"""Folders of the trials' results, in the work of a sweep; a trial with scores is done."""
 
 PAPER_LAM = 0.2
+
+_SETTING_COLUMNS = ("strategy", "beam_size", "length", "lam")
+"""Columns of TRIALS that tell settings apart."""
 
 UNITS = 64
 """Units per search."""
@@ -70,15 +82,14 @@ UNITS = 64
 
 @dataclass(frozen=True)
 class TuningJob:
-    """What to tune.
+    """Which captioner to tune, and on what.
 
     Attributes:
         name: Name of the sweep.
         decoder: Captioner, as :func:`~milan_ray.stages.captioners.load_captioner` finds it.
         source: Source of the annotations.
-        layers: (model, layer) pairs whose annotated units choose and judge; best none that the captioner was trained
-            on.
-        sweep: What to try.
+        layers: (model, layer) pairs whose annotated units are used; ideally none that the captioner was trained on.
+        sweep: The settings to try.
         bert_model: Folder of BERTScore's language model; None leaves BERTScore out.
     """
 
@@ -91,85 +102,101 @@ class TuningJob:
 
     @property
     def experiment(self) -> str:
-        """Name of the evaluation on the units that did not choose, in SCORES."""
+        """Name of the evaluation on the held-out units, in SCORES."""
         return f"tuning of {captioner_name(self.decoder)} by {self.name}"
 
 
-def run_tuning(storage: Storage, job: TuningJob, resources: Resources) -> Setting:
-    """Tries what a sweep holds unless that is done, and chooses.
+class Tuning(Stage):
+    """Chooses how a captioner decodes: searches with many settings, scored on annotated units.
 
     Args:
-        storage: The run directory, which holds encodings and annotations.
         job: What to tune.
-        resources: What of the cluster to use; Ray must be connected.
-
-    Returns:
-        The setting with the highest score on the validation units, among those that describing can do.
-
-    Raises:
-        MilanError: Encodings or annotations are missing or do not belong together, or the captioner cannot do what the
-            sweep asks for.
     """
-    captioner = load_captioner(storage, job.decoder)
-    _check(captioner, job)
-    fingerprint = _fingerprint(storage, captioner, job)
-    keys = {"decoder": captioner_name(job.decoder), "sweep": job.name}
-    folder = str(Path(storage.path(TRIALS, **keys)).parent)
-    if not storage.why(TRIALS, fingerprint, **keys):
-        storage.remove_work(fingerprint.hash)
-        say(f"tuning of {job.decoder} by {job.name}: up to date, in {storage.uri(folder)}")
+
+    table, name = TRIALS, "tuning"
+
+    def __init__(self, job: TuningJob) -> None:
+        self._job, self.title = job, f"tuning of {job.decoder} by {job.name}"
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """The trials, by captioner, encodings and annotations.
+
+        Raises:
+            MilanError: Encodings or annotations are missing or do not belong together, or the captioner cannot do what
+                the sweep asks for.
+        """
+        captioner = load_captioner(known.storage, self._job.decoder)
+        _check(captioner, self._job)
+        reason = "encodings are missing or changed" if known.pending(ENCODINGS) else None
+        keys = {"decoder": captioner_name(self._job.decoder), "sweep": self._job.name}
+        yield Output(keys, _fingerprint(known, captioner, self._job), reason=reason)
+
+    def why(self, storage: Storage, output: Output) -> str | None:
+        """Why the trials have to be run, after their number."""
+        reason = super().why(storage, output)
+        return reason and f"{len(self._job.sweep.trials())} trials: {reason}"
+
+    def run(self, storage: Storage, resources: Resources) -> Setting:
+        """Runs all trials unless they are stored, and chooses a setting.
+
+        Args:
+            storage: The run directory, which holds encodings and annotations.
+            resources: What of the cluster to use; Ray must be connected.
+
+        Returns:
+            The setting with the highest score on the validation units, among those that describing can use.
+
+        Raises:
+            MilanError: As :meth:`outputs`, or a trial failed.
+        """
+        (output,) = self.outputs(Known(storage))
+        folder = str(Path(storage.path(TRIALS, **output.keys)).parent)
+        if self.why(storage, output):
+            return _tune(storage, self._job, output, folder, resources)
+        storage.remove_work(output.fingerprint.hash)
+        say(f"{self.title}: up to date, in {storage.uri(folder)}")
         return read_setting(storage.text(f"{folder}/{TRIALS_SETTING}"), storage.uri(f"{folder}/{TRIALS_SETTING}"))
+
+
+def _tune(storage: Storage, job: TuningJob, output: Output, folder: str, resources: Resources) -> Setting:
+    """Runs all trials, chooses a setting, and writes trials, setting, figure and scores."""
+    from milan_ray.stages.tuning_plot import plot_trials  # not above: trials need no matplotlib, which loads slowly
+
+    started, work = time.monotonic(), output.fingerprint.hash
     trials = job.sweep.trials()
-    task = _Task(storage.root, fingerprint.hash, captioner.encoder_name, job, resources.threads, resources.device)
+    encoder = load_captioner(storage, job.decoder).encoder_name
+    task = _Task(storage.root, work, encoder, job, resources.threads, resources.device)
     units = task.annotated()
     split = split_units(len(units), job.sweep)
-    choosing = f"{len(split[VALIDATION])} units choose, {len(split[HELD_OUT])} judge"
-    say(
-        f"tuning {job.decoder} by {job.name}: {len(trials)} trials; {choosing}. {about_captioner(storage, job.decoder)}"
-    )
-    started = time.monotonic()
-    _try(storage, task, trials, resources)
-    table = _gather(storage, task, trials, keys)
-    best = best_trial(table, job.sweep.metric)
+    splits = f"{len(split[VALIDATION])} units choose, {len(split[HELD_OUT])} judge"
+    say(f"tuning {job.decoder} by {job.name}: {len(trials)} trials; {splits}. {about_captioner(storage, job.decoder)}")
+    _run_trials(storage, task, trials, resources)
+    scores = _trial_rows(storage, task, trials, output.keys)
+    best = best_trial(scores, job.sweep.metric)
     setting = Setting(best["beam_size"] or 1, best["length"], best["lam"])
-    compared = _judge(storage, task, trials, best, units, split[HELD_OUT])
-    is_best = pl.all_horizontal(
-        pl.col(name).eq_missing(best[name]) for name in ("strategy", "beam_size", "length", "lam")
-    )
-    columns = table.with_columns(is_best.alias("chosen")).to_dict()
+    compared = _compare(storage, task, trials, best, units, split[HELD_OUT])
     about = (
         f"{job.decoder}, chosen by {job.sweep.metric} {best['value']:.4g} [{best['low']:.4g}, {best['high']:.4g}] on "
         f"{best['n']} units annotated by {job.source}: {best['strategy']}"
     )
     storage.put(f"{folder}/{TRIALS_SETTING}", to_yaml(setting, about).encode())
-    storage.put(f"{folder}/{TRIALS_FIGURE}", plot_trials(table, job.sweep.metric, best))
-    storage.write(SCORES, compared, fingerprint, experiment=job.experiment)
-    found = TRIALS.table({name: column.to_arrow() for name, column in columns.items()})
-    timing, cost = _timing(storage, task, trials)  # before the table: who finds it there removes the trials
-    record_run(storage, "tuning", fingerprint.hash, job.decoder, rows=len(found), cost=cost)
-    storage.write(TRIALS, found, fingerprint, **keys)
-    storage.remove_work(fingerprint.hash)
-    seconds = time.monotonic() - started
-    for line in _summary(table, best, compared, timing, job.sweep):
+    storage.put(f"{folder}/{TRIALS_FIGURE}", plot_trials(scores, job.sweep.metric, best))
+    storage.write(SCORES, compared, output.fingerprint, experiment=job.experiment)
+    chosen = pl.all_horizontal(pl.col(name).eq_missing(best[name]) for name in _SETTING_COLUMNS)
+    table = TRIALS.table({column.name: column.to_arrow() for column in scores.with_columns(chosen=chosen)})
+    timing, cost = _timing(storage, task, trials)  # before the table: a job that sees the table removes the trials
+    record_run(storage, "tuning", work, job.decoder, rows=len(table), cost=cost)
+    storage.write(TRIALS, table, output.fingerprint, **output.keys)
+    storage.remove_work(work)
+    for line in _summary(scores, best, compared, timing, job.sweep):
         say(line)
+    seconds = time.monotonic() - started
     say(f"tuned in {seconds:.0f} s; {TRIALS_SETTING}, {TRIALS_FIGURE} and the table: {storage.uri(folder)}")
     return setting
 
 
-def why_tuning(storage: Storage, job: TuningJob) -> str | None:
-    """Why a sweep would be tried; None when it is done.
-
-    Raises:
-        MilanError: As :func:`run_tuning`.
-    """
-    captioner = load_captioner(storage, job.decoder)
-    _check(captioner, job)
-    keys = {"decoder": captioner_name(job.decoder), "sweep": job.name}
-    return storage.why(TRIALS, _fingerprint(storage, captioner, job), **keys)
-
-
 def _check(captioner: Captioner, job: TuningJob) -> None:
-    """Finds out before any work what a captioner cannot do."""
+    """Refuses, before any work, a sweep that the captioner does not support."""
     sweep = job.sweep
     if captioner.lm is None and {GREEDY_MI, BEAM_MI, RERANK} & set(sweep.strategies):
         raise MilanError(f"captioner {job.decoder} has no language model; give the strategies greedy and beam only.")
@@ -186,19 +213,22 @@ def _check(captioner: Captioner, job: TuningJob) -> None:
         )
 
 
-def _fingerprint(storage: Storage, captioner: Captioner, job: TuningJob) -> Fingerprint:
-    annotations, encodings = [], []
+def _fingerprint(known: Known, captioner: Captioner, job: TuningJob) -> Fingerprint:
+    storage, annotations, encodings = known.storage, [], []
     for model, layer in job.layers:
         annotated = {"source": job.source, "model": model, "layer": layer}
         encoded = {"encoder": captioner.encoder_name, "model": model, "layer": layer}
-        exemplars = storage.exemplars_of(ENCODINGS, **encoded)
+        if known.pending(ENCODINGS):
+            exemplars: str | None = known.config(EXEMPLARS, model=model, layer=layer)
+        else:
+            exemplars = storage.exemplars_of(ENCODINGS, **encoded)
         if storage.exemplars_of(ANNOTATIONS, **annotated) not in (None, exemplars):
             raise MilanError(
                 f"the annotations {job.source!r} of {model} {layer} speak of other exemplars than the encodings in "
                 f"{storage.root}; annotate again, or restore the exemplars."
             )
         annotations.append((model, layer, storage.config_of(ANNOTATIONS, **annotated)))
-        encodings.append(storage.config_of(ENCODINGS, **encoded))
+        encodings.append(known.config(ENCODINGS, **encoded))
     return Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
@@ -211,24 +241,24 @@ def _fingerprint(storage: Storage, captioner: Captioner, job: TuningJob) -> Fing
     )
 
 
-def _try(storage: Storage, task: _Task, trials: Sequence[Trial], resources: Resources) -> None:
-    """Runs all trials, going on where a killed job left off."""
+def _run_trials(storage: Storage, task: _Task, trials: Sequence[Trial], resources: Resources) -> None:
+    """Runs all trials; a killed sweep continues where it was."""
     done = 0
 
-    def count() -> None:  # Ray Tune's own tables are for its own terminal
+    def count() -> None:  # instead of Ray Tune's own progress tables, which are switched off
         nonlocal done
         before, done = done, len(storage.work_names(task.work, DONE))
         progress.advance(done - before)
 
     with Progress("trials", len(trials), "trials") as progress, watched(count, LINE_INTERVAL / 4):
-        space = {"trial": tuner.every_one([asdict(trial) for trial in trials])}
-        _, errors = tuner.run_trials(_run_trial, task, storage.uri(f"_work/{task.work}"), space, resources)
+        space = {"trial": tuner.grid([asdict(trial) for trial in trials])}
+        _, errors = tuner.run_trials(_run_trial, task, storage.uri(f"{WORK}/{task.work}"), space, resources)
     if errors:
         raise errors[0]
 
 
-def _gather(storage: Storage, task: _Task, trials: Sequence[Trial], keys: Mapping[str, str]) -> pl.DataFrame:
-    """All trials' scores, with the columns of TRIALS but for the choice."""
+def _trial_rows(storage: Storage, task: _Task, trials: Sequence[Trial], keys: Mapping[str, str]) -> pl.DataFrame:
+    """The scores of all trials, with the columns of TRIALS except ``chosen``."""
     frames = []
     for trial in trials:
         scores = pl.from_arrow(storage.get_work(task.work, f"{DONE}/{trial.name}"))
@@ -247,7 +277,7 @@ def _gather(storage: Storage, task: _Task, trials: Sequence[Trial], keys: Mappin
     return pl.concat(frames)
 
 
-def _judge(
+def _compare(
     storage: Storage,
     task: _Task,
     trials: Sequence[Trial],
@@ -255,7 +285,7 @@ def _judge(
     units: Sequence[_Unit],
     held_out: np.ndarray,
 ) -> pa.Table:
-    """The chosen setting on the units that did not choose, beside the same search with λ = 0 and the paper's λ."""
+    """Compares the chosen setting with λ = 0 and with the paper's λ, same search, on the held-out units."""
     trial = next(
         trial
         for trial in trials
@@ -263,10 +293,10 @@ def _judge(
         and best["lam"] in trial.lams
         and trial.strategy_at(best["lam"]) == best["strategy"]
     )
-    said = storage.get_work(task.work, f"{TEXTS}/{trial.name}")["texts"].to_pylist()
-    wanted = {f"tuned: {best['strategy']}, λ = {best['lam']:g}": best["lam"]}
-    wanted |= {f"λ = {lam:g}": lam for lam in (0.0, PAPER_LAM) if lam in trial.lams and lam != best["lam"]}
-    systems = {name: said[trial.lams.index(lam)] for name, lam in wanted.items()}
+    descriptions = storage.get_work(task.work, f"{TEXTS}/{trial.name}")["texts"].to_pylist()
+    lams = {f"tuned: {best['strategy']}, λ = {best['lam']:g}": best["lam"]}
+    lams |= {f"λ = {lam:g}": lam for lam in (0.0, PAPER_LAM) if lam in trial.lams and lam != best["lam"]}
+    systems = {name: descriptions[trial.lams.index(lam)] for name, lam in lams.items()}
     sweep = task.job.sweep
     references = [unit.references for unit in units]
     bert = task.bert_score()
@@ -280,6 +310,7 @@ def _summary(
     timing: str,
     sweep: Sweep,
 ) -> Iterator[str]:
+    """The log lines after tuning: the choice, a better trial that cannot be chosen, held-out scores, times."""
     beam = "" if best["beam_size"] is None else f", beam {best['beam_size']}"
     yield (
         f"chosen: {best['strategy']}{beam}, length {best['length']}, λ = {best['lam']:g}: {sweep.metric} "
@@ -297,7 +328,7 @@ def _summary(
 
 
 def _timing(storage: Storage, task: _Task, trials: Sequence[Trial]) -> tuple[str, Cost]:
-    """A line on what the trial with the most values of λ took, and what all trials took."""
+    """A log line with the seconds of the trial with the most values of λ, and the cost of all trials."""
     cost, lines = Cost(), {}
     for trial in trials:
         metadata = storage.get_work(task.work, f"{DONE}/{trial.name}").schema.metadata
@@ -323,15 +354,15 @@ class _Unit:
 
 @dataclass(frozen=True)
 class _Task:
-    """What all trials share, as it travels to them.
+    """The arguments that all trials share.
 
     Attributes:
         root: Root of the run directory.
         work: Hash of the sweep's work.
         encoder: Encoder of the encodings.
-        job: What to tune.
+        job: Which captioner to tune, and on what.
         threads: Torch threads of each trial.
-        device: Where the captioner runs.
+        device: Device of the captioner.
     """
 
     root: str
@@ -344,72 +375,72 @@ class _Task:
     def annotated(self) -> list[_Unit]:
         """All annotated units that have encodings, layer by layer, ascending."""
         storage = Storage(self.root)
-        found: list[_Unit] = []
+        units: list[_Unit] = []
         for model, layer in self.job.layers:
             keys = {"model": model, "layer": layer}
             encoded = storage.read(ENCODINGS, ["unit"], encoder=self.encoder, **keys)["unit"].unique().to_pylist()
             texts: dict[int, list[str]] = defaultdict(list)
-            said = storage.read(ANNOTATIONS, ["unit", "annotator", "text"], source=self.job.source, **keys)
-            for row in said.sort_by([("unit", "ascending"), ("annotator", "ascending")]).to_pylist():
+            annotations = storage.read(ANNOTATIONS, ["unit", "annotator", "text"], source=self.job.source, **keys)
+            for row in annotations.sort_by([("unit", "ascending"), ("annotator", "ascending")]).to_pylist():
                 if normalize(row["text"]):
                     texts[row["unit"]].append(row["text"])
-            found += [_Unit(model, layer, unit, tuple(texts[unit])) for unit in sorted(texts.keys() & set(encoded))]
-        return found
+            units += [_Unit(model, layer, unit, tuple(texts[unit])) for unit in sorted(texts.keys() & set(encoded))]
+        return units
 
     def bert_score(self) -> BertScore | None:
-        """BERTScore, where there is a language model for it."""
+        """The scorer of BERTScore; None without a language model for it."""
         return _bert_score(self.job.bert_model) if self.job.bert_model else None
 
 
 @lru_cache(maxsize=1)
 def _bert_score(folder: str) -> BertScore:
-    """A process scores one trial after the other."""
-    return RememberingBertScore(folder)
+    """The scorer, cached because a process runs several trials."""
+    return CachedBertScore(folder)
 
 
 def _run_trial(config: dict[str, Any], task: _Task) -> None:
-    """Searches descriptions of all units once, and scores what each λ chooses of them."""
+    """Searches descriptions of all units once, and scores the description that each λ ranks first."""
     trial = Trial(**{**config["trial"], "lams": tuple(config["trial"]["lams"])})
     storage, sweep = Storage(task.root), task.job.sweep
-    if f"{DONE}/{trial.name}" in storage.work_names(task.work, DONE):  # Ray Tune's own snapshots lag behind
+    if f"{DONE}/{trial.name}" in storage.work_names(task.work, DONE):  # Ray Tune's snapshots may be older
         return
     torch.set_num_threads(task.threads)
     started = time.monotonic()
     units = task.annotated()
-    said = _search(storage, task, trial, units)
+    descriptions = _search(storage, task, trial, units)
     searched = time.monotonic()
-    storage.put_work(task.work, f"{TEXTS}/{trial.name}", pa.table({"texts": said}))
+    storage.put_work(task.work, f"{TEXTS}/{trial.name}", pa.table({"texts": descriptions}))
     references = [unit.references for unit in units]
     splits = split_units(len(units), sweep)
-    scores = trial_scores(said, references, splits, task.bert_score(), sweep.samples, sweep.seed)
-    took = {"search": str(searched - started), "score": str(time.monotonic() - searched)}
-    storage.put_work(task.work, f"{DONE}/{trial.name}", scores.to_arrow().replace_schema_metadata(took))
-    chosen_by = scores.filter(pl.col("metric") == sweep.metric, pl.col("split") == VALIDATION)
-    tuner.report({"score": chosen_by["value"].max()})
+    scores = trial_scores(descriptions, references, splits, task.bert_score(), sweep.samples, sweep.seed)
+    seconds = {"search": str(searched - started), "score": str(time.monotonic() - searched)}
+    storage.put_work(task.work, f"{DONE}/{trial.name}", scores.to_arrow().replace_schema_metadata(seconds))
+    validation = scores.filter(pl.col("metric") == sweep.metric, pl.col("split") == VALIDATION)
+    tuner.report({"score": validation["value"].max()})
 
 
 def _search(storage: Storage, task: _Task, trial: Trial, units: Sequence[_Unit]) -> list[list[str]]:
-    """What every λ of a trial says: [λ][unit]."""
+    """The descriptions that each λ of a trial ranks first: [λ][unit]."""
     captioner = load_captioner(storage, task.job.decoder).to(str(resolve_device(task.device)))
-    said: list[list[str]] = [[] for _ in trial.lams]
+    descriptions: list[list[str]] = [[] for _ in trial.lams]
     for (model, layer), group in groupby(units, key=lambda unit: (unit.model, unit.layer)):
-        wanted = [unit.unit for unit in group]
-        found = None
+        numbers = [unit.unit for unit in group]
+        of_layer = None
         if trial.strategy == RERANK:
-            found = _stored(storage, captioner, task, trial, model, layer, wanted)
-        if found is None:
+            of_layer = _reranked(storage, captioner, task, trial, model, layer, numbers)
+        if of_layer is None:
             keys = {"encoder": task.encoder, "model": model, "layer": layer}
             features = unit_features(storage.read(ENCODINGS, ["unit", "rank", "feature"], **keys))
-            found = _decoded(captioner, trial, [features[unit] for unit in wanted])
-        for texts, more in zip(said, found, strict=True):
+            of_layer = _decoded(captioner, trial, [features[unit] for unit in numbers])
+        for texts, more in zip(descriptions, of_layer, strict=True):
             texts += more
-    return said
+    return descriptions
 
 
-def _stored(
+def _reranked(
     storage: Storage, captioner: Captioner, task: _Task, trial: Trial, model: str, layer: str, units: Sequence[int]
 ) -> list[list[str]] | None:
-    """Rescores a layer's candidates, where the run directory has those of this very search."""
+    """Re-ranks a layer's stored candidates; None where the run directory has none of the same search."""
     search = Search(task.job.decoder, trial.beam_size, trial.length)
     encodings = storage.all_units_of(ENCODINGS, encoder=task.encoder, model=model, layer=layer)
     keys = {"decoder": captioner_name(task.job.decoder), "model": model, "layer": layer}
@@ -420,34 +451,41 @@ def _stored(
     table = storage.read(CANDIDATES, columns, **keys).sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
     rows = table.filter(pc.is_in(table["unit"], pa.array(units, pa.int32())))
     shape = len(units), trial.beam_size or 1
-    likely, prior = (np.reshape(rows[name].to_numpy(), shape) for name in ("logp_d_given_e", "logp_d"))
+    logp_d_given_e, logp_d = (np.reshape(rows[name].to_numpy(), shape) for name in ("logp_d_given_e", "logp_d"))
     texts = np.reshape(rows["text"].to_pylist(), shape).tolist()
-    return rescored(texts, likely, prior, trial.lams)
+    return rescored(texts, logp_d_given_e, logp_d, trial.lams)
 
 
 def _decoded(captioner: Captioner, trial: Trial, features: Sequence[np.ndarray]) -> list[list[str]]:
-    """Searches one layer's units."""
-    said = [[""] * len(features) for _ in trial.lams]
-    batches: dict[int, list[int]] = defaultdict(list)
-    for place, unit in enumerate(features):
-        batches[len(unit)].append(place)  # dead or broken units may have fewer exemplars
-    for places in batches.values():
-        for start in range(0, len(places), UNITS):
-            batch = places[start : start + UNITS]
-            found = _decoded_batch(captioner, trial, np.stack([features[place] for place in batch]))
-            for texts, more in zip(said, found, strict=True):
-                for place, text in zip(batch, more, strict=True):
-                    texts[place] = text
-    return said
+    """Decodes a layer's units; returns [λ][unit].
+
+    Args:
+        captioner: The captioner.
+        trial: How to decode.
+        features: Exemplar features (k, F) of each unit; units are batched by k, because dead units have fewer.
+    """
+    descriptions = [[""] * len(features) for _ in trial.lams]
+    by_exemplars: dict[int, list[int]] = defaultdict(list)
+    for index, unit in enumerate(features):
+        by_exemplars[len(unit)].append(index)
+    for indices in by_exemplars.values():
+        for start in range(0, len(indices), UNITS):
+            batch = indices[start : start + UNITS]
+            decoded = _decoded_batch(captioner, trial, np.stack([features[index] for index in batch]))
+            for texts, more in zip(descriptions, decoded, strict=True):
+                for index, text in zip(batch, more, strict=True):
+                    texts[index] = text
+    return descriptions
 
 
 def _decoded_batch(captioner: Captioner, trial: Trial, features: np.ndarray) -> list[list[str]]:
+    """Decodes units with features (B, k, F); returns [λ][unit]."""
     lam = trial.lams[0]
     if trial.strategy in (GREEDY, GREEDY_MI):
         mi = trial.strategy == GREEDY_MI
         return [captioner.decode(features, "greedy", mi=mi, lam=lam, length=trial.length).texts]
     mi_lam = lam if trial.strategy == BEAM_MI else None
-    found = captioner.candidates(features, trial.beam_size, trial.length, mi_lam)
+    candidates = captioner.candidates(features, trial.beam_size, trial.length, mi_lam)
     if trial.strategy == BEAM_MI:
-        return [[beams[0] for beams in found.texts]]
-    return rescored(found.texts, found.logp_d_given_e, found.logp_d, trial.lams)
+        return [[beams[0] for beams in candidates.texts]]
+    return rescored(candidates.texts, candidates.logp_d_given_e, candidates.logp_d, trial.lams)

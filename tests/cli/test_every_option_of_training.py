@@ -22,12 +22,12 @@ from milan_ray.captioner.fit import split_units
 from milan_ray.config import TrainingConfig
 from milan_ray.engine import references
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.engine.stage import Known
 from milan_ray.errors import MilanError
 from milan_ray.probe.manifest import digest
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, HELD_OUT, PASTED, TRAINING, TRIALS
-from milan_ray.stages import tuning as tune
 from milan_ray.stages.captioners import load_captioner, save_captioner
-from milan_ray.stages.tuning import TuningJob
+from milan_ray.stages.tuning import Tuning, TuningJob
 from milan_ray.stages.tuning_statistics import read_sweep
 from milan_ray.storage import Storage
 from milan_ray.studies.cut_and_paste.run import PastingConfig, pasting_fingerprint
@@ -418,11 +418,10 @@ def test_language_model_of_tuning_is_part_of_what_decides(done, tmp_path, capsys
     file.write_text("beam_sizes: [2]\nlams: [0.2]\nmetric: bleu-2\n")
     layers = tuple((keys["model"], keys["layer"]) for keys in storage.partitions(ANNOTATIONS, source="people"))
     sweep, folder = read_sweep(file.read_text(), "sweep"), str(tmp_path / "mine")
-    fingerprint = tune._fingerprint(
-        storage, load_captioner(storage, "toy"), TuningJob("sweep", "toy", "people", layers, sweep, folder)
-    )
+    job = TuningJob("sweep", "toy", "people", layers, sweep, folder)
+    (output,) = Tuning(job).outputs(Known(storage))
     empty = TRIALS.table({column: [] for column in TRIALS.schema.names})
-    storage.write(TRIALS, empty, fingerprint, decoder="toy", sweep="sweep")
+    storage.write(TRIALS, empty, output.fingerprint, decoder="toy", sweep="sweep")
     command = [*done["tune"][:-1], "--config", str(file)]
     assert due(capsys, command, "--bert-model", folder) == {}
     (reason,) = due(capsys, command, "--bert-model", str(tmp_path / "other")).values()

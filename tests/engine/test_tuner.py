@@ -21,7 +21,7 @@ runtime.prepare(None)
 import ray
 from test_training_pipeline import tuning_job, write_layer
 from milan_ray.config import Resources
-from milan_ray.stages.decoder_search import run_decoder_tuning
+from milan_ray.stages.decoder_search import DecoderTuning
 from milan_ray.engine import tuner
 from milan_ray.storage import Storage
 
@@ -44,14 +44,14 @@ root = Path(sys.argv[1])
 halves = Resources(cpus_per_actor=1, gpus_per_actor=0.5)
 ray.init(address="local", num_cpus=6, num_gpus=1, include_dashboard=False, object_store_memory=2**28)
 (root / "seen").mkdir()
-space = {"n": tuner.every_one([0, 1, 2])}
+space = {"n": tuner.grid([0, 1, 2])}
 found, errors = tuner.run_trials(trial, str(root / "seen"), str(root / "work"), space, halves)
 assert not errors
 print(json.dumps([{key: tried.metrics[key] for key in ("most", "gpu", "cpu")} for tried in found]))
 storage = Storage(root / "run")
 for model in ("a/x", "a/y", "b/x"):
     write_layer(storage, model, 12)
-run_decoder_tuning(storage, tuning_job("halves", trials=2, epochs=1), halves)
+DecoderTuning(tuning_job("halves", trials=2, epochs=1)).run(storage, halves)
 """
 
 

@@ -120,9 +120,9 @@ def train_here(storage: Storage) -> None:
     """A training as a task does it, here."""
     config = TrainingConfig(max_epochs=2, learning_rate=0.01, decoder_batch_size=4, lm_batch_size=4, hold_out=0.2)
     job = train.TrainingJob("taught", "people", (("tiny/cnn", "0"),), ENCODER, config, train.Sizes(4, 6))
-    fingerprint = train._due(storage, job)
+    fingerprint = train.Training(job).due(storage)
     if fingerprint is not None:
-        done, said = train._train_here(train._Little(storage, job, fingerprint))
+        done, said = train._train_in_task(train._Task(storage, job, fingerprint))
         assert done, said
 
 
@@ -164,7 +164,7 @@ def describe_and_dissect(storage: Storage) -> None:
 def tune_here(storage: Storage) -> None:
     """A sweep whose trials run here, where Ray Tune would start a process for each."""
     sweep = Sweep((2,), (0.0, 0.5), ("greedy", "rerank"), (4,), "bleu-2", samples=10)
-    tune.run_tuning(storage, tune.TuningJob("sweep", "toy", "people", (("tiny/cnn", "0"),), sweep), HERE)
+    tune.Tuning(tune.TuningJob("sweep", "toy", "people", (("tiny/cnn", "0"),), sweep)).run(storage, HERE)
 
 
 def try_here(storage: Storage, task: tune._Task, trials: list[tune.Trial], resources: Resources) -> None:
@@ -306,7 +306,7 @@ def on_threads() -> Iterator[None]:
         patched.setattr(ablate, "run_parallel", in_turn)
         patched.setattr(cut_and_paste, "run_parallel", in_turn)
         patched.setattr(ablate, "SETS", 4)
-        patched.setattr(tune, "_try", try_here)
+        patched.setattr(tune, "_run_trials", try_here)
         patched.setattr(tuner, "report", lambda scores: None)
         yield
 

@@ -274,7 +274,7 @@ def test_f2_units_of_a_killed_training_that_are_torn_are_written_anew(place: Pat
         for kind in ("emptied", "cut", "other_footer", "text"):
             damage(file, kind)
             with pytest.raises(DamagedTable):
-                UnitFeatures(storage, "work", looked_through=True)
+                UnitFeatures(storage, "work", check=True)
             again = write_units(storage, "work", "people", "tiny", layers)
             assert again.take(range(len(again))).equal(expected) and again.texts == sound.texts
     (file,) = (place / "run" / WORK / "work").rglob("000000.parquet")

@@ -33,7 +33,7 @@ from milan_ray.stages.captioners import EncoderRef, load_captioner, save_caption
 from milan_ray.stages.descriptions import LIKELIHOOD, MILAN, Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings, unit_features
 from milan_ray.stages.exemplars import run_exemplars
-from milan_ray.stages.training import Sizes, TrainingJob, run_training
+from milan_ray.stages.training import Sizes, Training, TrainingJob
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -217,7 +217,7 @@ def test_training_learns_keeps_the_best_epoch_and_is_not_repeated(storage):
         ),
         Sizes(8, 16),
     )
-    assert run_training(storage, job)
+    assert Training(job).run(storage)
     history = storage.read(TRAINING, decoder="taught").to_pylist()
     for part in ("lm", "decoder"):
         losses = [row["train_loss"] for row in history if row["part"] == part]
@@ -231,7 +231,7 @@ def test_training_learns_keeps_the_best_epoch_and_is_not_repeated(storage):
     features = by_hand(storage, "2")
     said = [unit[0].text for unit in captioner.describe(np.stack(list(features.values())), lam=0, beam_size=4)]
     assert {"dog", "dogs"} & set(" ".join(said).lower().split())
-    assert not run_training(storage, job)
+    assert not Training(job).run(storage)
     assert not [file for file in storage.files("_work") if file != "_work/writable"]
 
 

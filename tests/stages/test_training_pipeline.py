@@ -25,7 +25,7 @@ from milan_ray.config import Resources, TrainingConfig
 from milan_ray.errors import MilanError
 from milan_ray.schema import ANNOTATIONS, DECODER_TRIALS, ENCODINGS, EXEMPLARS, TRAINING
 from milan_ray.stages.captioners import EncoderRef, load_captioner
-from milan_ray.stages.decoder_search import DecoderTuningJob, run_decoder_tuning
+from milan_ray.stages.decoder_search import DecoderTuning, DecoderTuningJob
 from milan_ray.stages.decoder_space import (
     Budget,
     Choices,
@@ -39,8 +39,8 @@ from milan_ray.stages.training import (
     FEW_EXEMPLARS,
     STATE,
     Sizes,
+    Training,
     TrainingJob,
-    run_training,
     run_trainings,
     training_fingerprint,
 )
@@ -116,13 +116,13 @@ def storage(ray_session, tmp_path_factory: pytest.TempPathFactory) -> Storage:
     storage = Storage(tmp_path_factory.mktemp("run"))
     for model, units in zip(MODELS, (31, 17, 24), strict=True):
         write_layer(storage, model, units)
-    assert run_training(storage, job_for("plain"))
+    assert Training(job_for("plain")).run(storage)
     return storage
 
 
 def test_training_two_workers_reading_from_disk_have_the_curve_of_one_with_all_in_memory(storage: Storage) -> None:
     short = replace(CONFIG, max_epochs=4)
-    assert run_training(storage, job_for("pair", config=short, workers=2, cpus=0.5, memory_limit=0))
+    assert Training(job_for("pair", config=short, workers=2, cpus=0.5, memory_limit=0)).run(storage)
     plain = curve(storage, "plain", epochs=4)
     assert plain[0][0] > plain[3][0] and plain[4][0] > plain[7][0]
     np.testing.assert_allclose(curve(storage, "pair"), plain, rtol=2e-3)
@@ -148,7 +148,7 @@ def tried(storage: Storage, name: str) -> list[dict]:
 
 
 def test_decoder_tuning_stops_worse_trials_early_and_training_does_what_the_chosen_one_did(storage, capsys) -> None:
-    setting = run_decoder_tuning(storage, tuning_job("first"), ONE_AT_A_TIME)
+    setting = DecoderTuning(tuning_job("first")).run(storage, ONE_AT_A_TIME)
     rows = tried(storage, "first")
     assert [row["trial"] for row in rows] == list(range(BUDGET.trials))
     (best,) = (row for row in rows if row["chosen"])
@@ -166,18 +166,18 @@ def test_decoder_tuning_stops_worse_trials_early_and_training_does_what_the_chos
     path = Path(storage.root, storage.path(DECODER_TRIALS, sweep="first")).with_name("setting.yaml")
     assert read_decoder_setting(path.read_text(encoding="utf-8"), "setting.yaml") == setting
     tuned = replace(job_for("tuned"), decoder=setting, config=BUDGET.config)
-    assert run_training(storage, tuned)
+    assert Training(tuned).run(storage)
     epochs = [row for row in storage.read(TRAINING, decoder="tuned").to_pylist() if row["part"] == "decoder"]
     (kept,) = (row for row in epochs if row["kept"])
     assert (kept["epoch"], kept["validation"]) == (best["epoch"], pytest.approx(best["bleu"]))
     storage.put_work(storage.config_of(DECODER_TRIALS, sweep="first"), "left", pa.table({"by": ["a killed job"]}))
-    assert run_decoder_tuning(storage, tuning_job("first"), ONE_AT_A_TIME) == setting
+    assert DecoderTuning(tuning_job("first")).run(storage, ONE_AT_A_TIME) == setting
     assert "up to date" in capsys.readouterr().err and not Path(storage.root, "_work").exists()
 
 
 def test_decoder_tuning_by_optuna(storage) -> None:
     pytest.importorskip("optuna")
-    run_decoder_tuning(storage, tuning_job("by-optuna", searcher="optuna", trials=2, epochs=1), Resources())
+    DecoderTuning(tuning_job("by-optuna", searcher="optuna", trials=2, epochs=1)).run(storage, Resources())
     rows = tried(storage, "by-optuna")
     assert len(rows) == 2 and {row["ended"] for row in rows} == {"epochs"}
     assert len({row["dropout"] for row in rows}) == 2
@@ -199,7 +199,7 @@ def test_killed_decoder_tuning_goes_on_where_it_was(storage, kill_all) -> None:
     assert state["history"] and not storage.partitions(DECODER_TRIALS, sweep="killed")
     state["history"][0]["validation"] = 1000.0  # marked, to see that this epoch is not trained again
     torch.save(state, path)
-    run_decoder_tuning(storage, tuning_job("killed"), ONE_AT_A_TIME)
+    DecoderTuning(tuning_job("killed")).run(storage, ONE_AT_A_TIME)
     rows = tried(storage, "killed")
     assert len(rows) == BUDGET.trials
     assert [(row["epoch"], row["epochs"], row["chosen"]) for row in rows if row["bleu"] == 1000] == [(0, 7, True)]
@@ -216,10 +216,10 @@ from milan_ray import runtime
 runtime.prepare(None)
 from test_training_pipeline import ONE_AT_A_TIME, tuning_job
 from milan_ray.engine.cluster import connected
-from milan_ray.stages.decoder_search import run_decoder_tuning
+from milan_ray.stages.decoder_search import DecoderTuning
 from milan_ray.storage import Storage
 with connected(ONE_AT_A_TIME):
-    run_decoder_tuning(Storage(sys.argv[1]), tuning_job("killed"), ONE_AT_A_TIME)
+    DecoderTuning(tuning_job("killed")).run(Storage(sys.argv[1]), ONE_AT_A_TIME)
 """
 
 HALF = """
@@ -229,10 +229,10 @@ runtime.prepare(None)
 from test_training_pipeline import job_for
 from milan_ray.config import Resources
 from milan_ray.engine.cluster import connected
-from milan_ray.stages.training import run_training
+from milan_ray.stages.training import Training
 from milan_ray.storage import Storage
 with connected(Resources()):
-    run_training(Storage(sys.argv[1]), job_for("late"))
+    Training(job_for("late")).run(Storage(sys.argv[1]))
 """
 
 
@@ -264,7 +264,7 @@ def test_training_goes_on_after_driver_and_worker_are_killed_to_the_same_result(
     stop = threading.Event()
     killer = threading.Thread(target=kill_in_the_middle)
     killer.start()
-    assert run_training(storage, job_for("late", memory_limit=0))
+    assert Training(job_for("late", memory_limit=0)).run(storage)
     stop.set()
     killer.join()
     assert killed

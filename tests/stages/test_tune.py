@@ -26,12 +26,13 @@ from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.cli.describe import search_of
 from milan_ray.config import Resources
 from milan_ray.engine.cluster import connected
+from milan_ray.engine.stage import Known
 from milan_ray.errors import MilanError
 from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, SCORES, TRIALS
 from milan_ray.scoring.text import bleu_statistics, bleu_values
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
-from milan_ray.stages.tuning import TuningJob, run_tuning, why_tuning
+from milan_ray.stages.tuning import Tuning, TuningJob
 from milan_ray.stages.tuning_statistics import Sweep, read_setting, split_units
 from milan_ray.storage import Storage
 
@@ -92,7 +93,7 @@ def fill(root: Path) -> Storage:
 @pytest.fixture(scope="module")
 def storage(ray_session, tmp_path_factory) -> Storage:
     storage = fill(tmp_path_factory.mktemp("run"))
-    run_tuning(storage, JOB, Resources())
+    Tuning(JOB).run(storage, Resources())
     return storage
 
 
@@ -156,10 +157,12 @@ def test_held_out_units_judge_the_choice_in_the_scores(storage):
 def test_tuning_again_does_nothing(storage, capsys):
     path = Path(storage.root, storage.path(TRIALS, **KEYS))
     before = path.stat().st_mtime_ns
-    assert why_tuning(storage, JOB) is None
-    assert why_tuning(storage, replace(JOB, sweep=replace(SWEEP, validation=0.3))) == "validation changed"
+    tunings = [Tuning(JOB), Tuning(replace(JOB, sweep=replace(SWEEP, validation=0.3)))]
+    trials = len(SWEEP.trials())
+    reasons = [tuning.why(storage, output) for tuning in tunings for output in tuning.outputs(Known(storage))]
+    assert reasons == [None, f"{trials} trials: validation changed"]
     storage.put_work(storage.config_of(TRIALS, **KEYS), "left", pa.table({"by": ["a killed job"]}))
-    run_tuning(storage, JOB, Resources())
+    Tuning(JOB).run(storage, Resources())
     assert path.stat().st_mtime_ns == before and "up to date" in capsys.readouterr().err
     assert not Path(storage.root, "_work").exists()
 
@@ -176,7 +179,7 @@ def test_candidates_of_the_storage_are_rescored_and_not_searched_again(ray_sessi
         changed = table.set_column(place, table.schema.field(place), [texts])
         meta = storage.metadata(CANDIDATES, **keys)
         storage.write(CANDIDATES, changed, meta["milan_ray.config"], **keys)
-    run_tuning(storage, replace(JOB, sweep=replace(SWEEP, strategies=("beam",), beam_sizes=(3,))), Resources())
+    Tuning(replace(JOB, sweep=replace(SWEEP, strategies=("beam",), beam_sizes=(3,)))).run(storage, Resources())
     rows = trials(storage).filter(pl.col("metric") == "rouge-1-f", pl.col("split") == "held-out")
     assert rows["value"].to_list() == pytest.approx([rows["value"].max()]) and rows["value"][0] > 0.5
 
@@ -201,7 +204,7 @@ def test_a_killed_tuning_goes_on_where_it_was(storage, kill_all, tmp_path):
             pl.when(pl.col("metric") == "rouge-1-f").then(1000.0).otherwise("value").alias("value")
         )
         resumed.put_work(work, name, marked.to_arrow().replace_schema_metadata({"search": "0", "score": "0"}))
-    run_tuning(resumed, JOB, Resources())
+    Tuning(JOB).run(resumed, Resources())
     found, undisturbed = trials(resumed), trials(storage)
     mark = pl.col("value") == 1000
     assert found.filter(mark).height == 2 * sum(
@@ -216,12 +219,12 @@ def test_what_a_captioner_cannot_do_is_said_before_any_trial(storage):
         (replace(SWEEP, metric="bertscore-f"), "bertscore-f needs a language model"),
     ):
         with pytest.raises(MilanError, match=says):
-            run_tuning(storage, replace(JOB, sweep=sweep), Resources())
+            Tuning(replace(JOB, sweep=sweep)).run(storage, Resources())
     save_captioner(storage, "mute", replace(toy_captioner(), lm=None), "No language model.")
     with pytest.raises(MilanError, match="has no language model"):
-        run_tuning(storage, replace(JOB, decoder="mute"), Resources())
+        Tuning(replace(JOB, decoder="mute")).run(storage, Resources())
 
 
 if __name__ == "__main__":
     with connected(Resources()):
-        run_tuning(Storage(sys.argv[1]), JOB, Resources(actors=1))
+        Tuning(JOB).run(Storage(sys.argv[1]), Resources(actors=1))

@@ -12,14 +12,14 @@ from milan_ray.captioner.captioner import Candidates
 from milan_ray.errors import MilanError
 from milan_ray.scoring.evaluation import evaluate_text
 from milan_ray.scoring.text import BertScore, minilm_directory
+from milan_ray.stages.tuning_plot import plot_trials
 from milan_ray.stages.tuning_statistics import (
-    RememberingBertScore,
+    CachedBertScore,
     Setting,
     Sweep,
     Trial,
     best_trial,
     compare_systems,
-    plot_trials,
     read_setting,
     read_sweep,
     rescored,
@@ -149,7 +149,7 @@ def test_remembered_bertscore_is_that_of_one_call_and_scores_nothing_twice(monke
     weights = [text for group in REFERENCES for text in group]
     texts = [beams[0] for beams in TEXTS]
     expected = BertScore(folder)(texts, REFERENCES, weights)
-    scorer = RememberingBertScore(folder)
+    scorer = CachedBertScore(folder)
     np.testing.assert_allclose(scorer(texts[:3], REFERENCES[:3], weights), expected[:3], atol=1e-6)
     np.testing.assert_allclose(scorer(texts, REFERENCES, weights), expected, atol=1e-6)
     other = scorer(texts, REFERENCES, weights[:2])

@@ -21,7 +21,7 @@ from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
-from milan_ray.stages.training import TrainingJob, run_training
+from milan_ray.stages.training import Training, TrainingJob
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation.run import run_ablations
 from milan_ray.studies.analysis.run import figure_path, read_descriptions
@@ -195,7 +195,7 @@ def describe(ground: ExperimentContext, models: Sequence[str], sizes: Sizes) -> 
             for model, of_model in (learned | {model: dissected[model] for model in readers}).items()
             for layer in of_model
         )
-        run_training(storage, TrainingJob(CAPTIONER, world.SOURCE, layers, encoder, demo.GROUP_TRAINING, demo.SIZES))
+        Training(TrainingJob(CAPTIONER, world.SOURCE, layers, encoder, demo.GROUP_TRAINING, demo.SIZES)).run(storage)
     described = {model: dissected[model] for model in models}
     run_descriptions(storage, described, Search(sizes.captioner or CAPTIONER), resources)
     return described
