@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from milan_ray.library.captioner import Milan, diff, load, open_exemplars, search
     from milan_ray.library.dissect import Dissection, dissect
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = ["Dissection", "Milan", "__version__", "diff", "dissect", "load", "open_exemplars", "search"]
 

@@ -88,12 +88,13 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.annotations.groups import training_groups
+    from milan_ray.captioner.fit import Sizes
     from milan_ray.engine.cluster import connected, gpus_each
     from milan_ray.plugins import load_plugins
     from milan_ray.stages.decoder_space import DecoderSetting, read_decoder_setting
     from milan_ray.stages.encodings import run_encodings
     from milan_ray.stages.plan import plan_training
-    from milan_ray.stages.training import Sizes, TrainingJob, run_trainings
+    from milan_ray.stages.training import TrainingJob, run_trainings
 
     load_plugins(args.plugin)  # they may register groups
     storage, resources = open_storage(args), resources_of(args)
