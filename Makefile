@@ -41,7 +41,7 @@ docs: $(STAMP)  ## the pages in docs/ as HTML, in docs/_build
 	$(VENV)/bin/python -m pip install --quiet --editable '.[docs]'
 	$(VENV)/bin/sphinx-build -q -W --keep-going -b html docs docs/_build
 
-check: lint types test test-slow
+check: lint types docs test test-slow
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"milan_ray needs Python 3.10 or newer; {sys.executable} is {v.major}.{v.minor}. Give another one: make PYTHON=/path/to/python3.x")'

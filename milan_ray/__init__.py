@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from milan_ray.library.run_directory import open_exemplars
     from milan_ray.library.search import diff, search
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _MODULES = {
     "Dissection": "dissect",

@@ -71,7 +71,7 @@ def extract(archive: Path, target: Path, max_bytes: int = MAX_BYTES) -> Path:
 def _says(marker: Path, identity: dict[str, object]) -> bool:
     """Whether a folder was unpacked from this very archive; not where it cannot be told, for it is unpacked again."""
     try:
-        return json.loads(marker.read_text(encoding="utf-8")) == identity
+        return bool(json.loads(marker.read_text(encoding="utf-8")) == identity)
     except ValueError:
         return False
 

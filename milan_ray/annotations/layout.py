@@ -54,7 +54,7 @@ class LayerFiles:
     @property
     def k(self) -> int:
         """Exemplars per unit."""
-        return self.masks.shape[1]
+        return int(self.masks.shape[1])
 
     @property
     def size(self) -> tuple[int, int]:

@@ -14,9 +14,10 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.cluster import connected
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.labelers.milan import MILAN
 from milan_ray.schema import DESCRIPTIONS
 from milan_ray.stages.captioners import EncoderRef, save_captioner
-from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
+from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage

@@ -158,7 +158,7 @@ def _dry_run(args: argparse.Namespace) -> int:
     try:
         with hub.dry() as absent:
             try:
-                return args.run(args)
+                return int(args.run(args))
             except hub.WouldDownload:
                 return show_downloads(args, absent)
     finally:

@@ -192,7 +192,7 @@ def find_captioner(args: argparse.Namespace, storage: Storage) -> str:
     if args.milan is not None:
         return find_milan(args.milan)
     if has_captioner(storage, args.decoder) or not Path(args.decoder).expanduser().exists():
-        return args.decoder
+        return str(args.decoder)
     return absolute("--decoder", args.decoder)
 
 

@@ -65,11 +65,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.annotations.splits import chosen_splits
+    from milan_ray.captioner.fit import Sizes
     from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
     from milan_ray.engine.cluster import connected
     from milan_ray.plugins import load_plugins
     from milan_ray.stages.encodings import run_encodings
-    from milan_ray.stages.training import Sizes
     from milan_ray.studies.generalization.run import (
         GeneralizationConfig,
         GeneralizationJob,

@@ -88,13 +88,14 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.annotations.groups import training_groups
+    from milan_ray.captioner.fit import Sizes
     from milan_ray.engine.cluster import connected, gpus_each
     from milan_ray.engine.planner import Plan
     from milan_ray.engine.stage import run_stage
     from milan_ray.plugins import load_plugins
     from milan_ray.stages.decoder_space import DecoderSetting, read_decoder_setting
     from milan_ray.stages.encodings import Encodings
-    from milan_ray.stages.training import Sizes, Training, TrainingJob, run_trainings
+    from milan_ray.stages.training import Training, TrainingJob, run_trainings
 
     load_plugins(args.plugin)  # they may register groups
     storage, resources = open_storage(args), resources_of(args)

@@ -99,7 +99,7 @@ class _Drawn(TorchDispatchMode):
     """Random numbers at one end of their range, where they have one, or from a seed."""
 
     def __init__(self, highest: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch declares no types here
         self._highest = highest
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -10,21 +10,23 @@ import polars as pl
 import pyarrow as pa
 
 from milan_ray.annotations.groups import training_groups
+from milan_ray.captioner.fit import Sizes
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources, TrainingConfig
 from milan_ray.engine import references
 from milan_ray.exemplars.forward import Forward
 from milan_ray.labelers.clip import CLIP, Clip
+from milan_ray.labelers.milan import LIKELIHOOD, MILAN
 from milan_ray.progress import say
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, ENCODINGS, SCORES
 from milan_ray.scoring.evaluation import RANDOM, best_constant, evaluate_text, nearest_copy, with_trivial_rows
 from milan_ray.scoring.text import BertScore, minilm_directory
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef
-from milan_ray.stages.descriptions import LIKELIHOOD, MILAN, Search, run_descriptions
+from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings, unit_features
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.stages.rerank import run_reranking
-from milan_ray.stages.training import Sizes, Training, TrainingJob, run_trainings
+from milan_ray.stages.training import Training, TrainingJob, run_trainings
 from milan_ray.stages.tuning import Tuning, TuningJob
 from milan_ray.stages.tuning_statistics import Sweep
 from milan_ray.storage import Storage

@@ -7,6 +7,7 @@ from dataclasses import replace
 import polars as pl
 
 from milan_ray.annotations.splits import WITHIN, chosen_splits
+from milan_ray.captioner.fit import Sizes
 from milan_ray.config import TrainingConfig
 from milan_ray.labelers.milan import MILAN
 from milan_ray.schema import ANNOTATIONS
@@ -17,7 +18,6 @@ from milan_ray.showcase.paper.claims import Claim, Section
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef
-from milan_ray.stages.training import Sizes
 from milan_ray.studies.generalization import statistics as generalization
 from milan_ray.studies.generalization.run import (
     GeneralizationConfig,

@@ -19,6 +19,7 @@ from spacy.language import Language
 
 from milan_ray.annotations.splits import Split
 from milan_ray.captioner.captioner import best_descriptions
+from milan_ray.captioner.fit import Sizes
 from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
 from milan_ray.config import Fingerprint, Resources, TrainingConfig
 from milan_ray.device import resolve_device
@@ -35,7 +36,7 @@ from milan_ray.scoring.text import BertScore, normalize
 from milan_ray.stages.captioners import EncoderRef, load_captioner
 from milan_ray.stages.descriptions import units_per_search
 from milan_ray.stages.encodings import unit_features
-from milan_ray.stages.training import Sizes, TrainingJob, annotations_read, run_trainings
+from milan_ray.stages.training import TrainingJob, annotations_read, run_trainings
 from milan_ray.storage import Storage
 from milan_ray.studies.generalization import statistics as generalization
 from milan_ray.studies.generalization.statistics import TEST, TRAIN, Unit
