@@ -121,29 +121,29 @@ def status(storage: Storage, verify: bool = False) -> Status:
     found: list[Partition] = []
     made: dict[tuple[str, str, str], dict[str, str]] = {}  # (table, model, layer) → digest of it as a part, its state
     exemplars: dict[tuple[str, str], dict[str, str]] = {}  # (model, layer) → what its exemplars are made of
-    for noun in STAGES:
-        stats = storage.stat(noun.name)
-        for keys in storage.partitions(noun):
-            written = _written(stats, storage.path(noun, **keys))
+    for table in STAGES:
+        stats = storage.stat(table.name)
+        for keys in storage.partitions(table):
+            written = _written(stats, storage.path(table, **keys))
             try:
-                meta, rows = _look(storage, noun, keys, verify)
+                meta, rows = _look(storage, table, keys, verify)
             except MilanError as error:
                 part, state = "", _damage(error)
-                found.append(Partition(noun.name, keys, 0, "", written, "", state))
-                made.setdefault((noun.name, keys["model"], keys["layer"]), {})[part] = state
+                found.append(Partition(table.name, keys, 0, "", written, "", state))
+                made.setdefault((table.name, keys["model"], keys["layer"]), {})[part] = state
                 continue
-            state = _state(noun, keys, meta, made)
-            if noun is EXEMPLARS:
+            state = _state(table, keys, meta, made)
+            if table is EXEMPLARS:
                 exemplars[keys["model"], keys["layer"]] = parts_of(meta)
-            elif noun is POOLED:
+            elif table is POOLED:
                 state = _beside(exemplars.get((keys["model"], keys["layer"]), {}), meta)
             config = meta.get(CONFIG_KEY, "")
-            part = _digest(noun.name, meta.get(ALL_UNITS_KEY, config))
-            made.setdefault((noun.name, keys["model"], keys["layer"]), {})[part] = state
-            found.append(Partition(noun.name, keys, rows, meta.get(UNITS_KEY, ""), written, config, state))
-    for noun in TABLES:
-        if noun not in STAGES:
-            found += _damaged(storage, noun, verify)
+            part = _digest(table.name, meta.get(ALL_UNITS_KEY, config))
+            made.setdefault((table.name, keys["model"], keys["layer"]), {})[part] = state
+            found.append(Partition(table.name, keys, rows, meta.get(UNITS_KEY, ""), written, config, state))
+    for table in TABLES:
+        if table not in STAGES:
+            found += _damaged(storage, table, verify)
     return Status(storage.root, _in_model_order(storage, found), _work(storage))
 
 
@@ -152,7 +152,7 @@ def _in_model_order(storage: Storage, found: list[Partition]) -> list[Partition]
     layers = {(part.keys["model"], part.keys["layer"]) for part in found if "layer" in part.keys}
     ordered = storage.in_model_order({"model": model, "layer": layer} for model, layer in sorted(layers))
     rank = {(keys["model"], keys["layer"]): number for number, keys in enumerate(ordered)}
-    stage = {noun.name: number for number, noun in enumerate((*STAGES, *TABLES))}
+    stage = {table.name: number for number, table in enumerate((*STAGES, *TABLES))}
 
     def place(part: Partition) -> tuple[int, list[tuple[int, str]]]:
         own = rank.get((part.keys.get("model", ""), part.keys.get("layer", "")), 0)
@@ -161,29 +161,29 @@ def _in_model_order(storage: Storage, found: list[Partition]) -> list[Partition]
     return sorted(found, key=place)
 
 
-def _look(storage: Storage, noun: Table, keys: dict[str, str], verify: bool) -> tuple[dict[str, str], int]:
+def _look(storage: Storage, table: Table, keys: dict[str, str], verify: bool) -> tuple[dict[str, str], int]:
     """A partition's metadata and rows.
 
     Raises:
         MilanError: It is damaged, or cannot be read.
     """
-    meta = storage.metadata(noun, **keys) or {}
+    meta = storage.metadata(table, **keys) or {}
     if verify:
-        for _ in storage.stream(noun, **keys):
+        for _ in storage.stream(table, **keys):
             pass
-    return meta, storage.count(noun, **keys)
+    return meta, storage.count(table, **keys)
 
 
-def _damaged(storage: Storage, noun: Table, verify: bool) -> list[Partition]:
+def _damaged(storage: Storage, table: Table, verify: bool) -> list[Partition]:
     """The damaged partitions of a table that is not of layers."""
-    stats = storage.stat(noun.name)
+    stats = storage.stat(table.name)
     found = []
-    for keys in storage.partitions(noun):
+    for keys in storage.partitions(table):
         try:
-            _look(storage, noun, keys, verify)
+            _look(storage, table, keys, verify)
         except MilanError as error:
-            written = _written(stats, storage.path(noun, **keys))
-            found.append(Partition(noun.name, keys, 0, "", written, "", _damage(error)))
+            written = _written(stats, storage.path(table, **keys))
+            found.append(Partition(table.name, keys, 0, "", written, "", _damage(error)))
     return found
 
 
@@ -200,13 +200,13 @@ def _digest(name: str, config: str) -> str:
 
 
 def _state(
-    noun: Table, keys: dict[str, str], meta: dict[str, str], made: dict[tuple[str, str, str], dict[str, str]]
+    table: Table, keys: dict[str, str], meta: dict[str, str], made: dict[tuple[str, str, str], dict[str, str]]
 ) -> str:
     """What became of that which a partition was made from."""
     parts = parts_of(meta)
     if EXEMPLARS_KEY in meta:
         parts["exemplars"] = _digest("exemplars", meta[EXEMPLARS_KEY])
-    for above in STAGES[: STAGES.index(noun)]:
+    for above in STAGES[: STAGES.index(table)]:
         if above.name in parts:
             there = made.get((above.name, keys["model"], keys["layer"]))
             if there is None:

@@ -1,4 +1,4 @@
-"""What a noun is: a named table with documented columns and a hive partition."""
+"""What a table is: a named table with documented columns and a hive partition."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Table:
         return pa.schema([pa.field(c.name, c.type, nullable=c.nullable, metadata={"doc": c.doc}) for c in self.columns])
 
     def check(self, schema: pa.Schema) -> None:
-        """Looks whether a file has this noun's columns; others beside them do no harm.
+        """Looks whether a file has this table's columns; others beside them do no harm.
 
         Raises:
             pa.ArrowInvalid: One lacks, or is of another type.
@@ -61,7 +61,7 @@ class Table:
                 )
 
     def table(self, columns: dict[str, object], metadata: dict[str, str] | None = None) -> pa.Table:
-        """Builds a table of this noun from columns, checking names and types.
+        """Builds a table of this table from columns, checking names and types.
 
         Args:
             columns: Column name → values.

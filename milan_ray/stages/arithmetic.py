@@ -28,19 +28,19 @@ def metadata(arithmetic: Arithmetic) -> dict[str, str]:
     return {_PRECISION: arithmetic.precision, _CHANNELS_LAST: str(arithmetic.channels_last).lower()}
 
 
-def arithmetic_of(storage: Storage, model: str, layer: str, noun: Table = EXEMPLARS) -> Arithmetic:
+def arithmetic_of(storage: Storage, model: str, layer: str, table: Table = EXEMPLARS) -> Arithmetic:
     """How a layer's exemplars, or its pooled activations, were computed; the default where there are none."""
-    found = storage.metadata(noun, model=model, layer=layer) or {}
+    found = storage.metadata(table, model=model, layer=layer) or {}
     if _PRECISION not in found:
         return FLOAT32
     return Arithmetic(found[_PRECISION], found[_CHANNELS_LAST] == "true")  # type: ignore[arg-type]
 
 
 def arithmetics_of(
-    storage: Storage, model: str, layers: Iterable[str], noun: Table = EXEMPLARS
+    storage: Storage, model: str, layers: Iterable[str], table: Table = EXEMPLARS
 ) -> dict[str, Arithmetic]:
     """Layer → how its exemplars, or its pooled activations, were computed."""
-    return {layer: arithmetic_of(storage, model, layer, noun) for layer in layers}
+    return {layer: arithmetic_of(storage, model, layer, table) for layer in layers}
 
 
 def refused_by(arithmetic: Arithmetic) -> str:
