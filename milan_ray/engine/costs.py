@@ -172,7 +172,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Estimate:
-    """The total cost of a run.
+    """The estimated cost of a run.
 
     Attributes:
         wanted: The run.
