@@ -19,14 +19,14 @@ digest per ingredient. Queries: [cookbook](cookbook.md).
 """
 
 
-def section(noun: Table) -> str:
+def section(table: Table) -> str:
     """One table: what a row is, its keys, its columns."""
     rows = [
         f"| `{column.name}` | {column.type}{', may be null' if column.nullable else ''} | {cell(column.doc)} |"
-        for column in noun.columns
+        for column in table.columns
     ]
-    keys = ", ".join(f"`{key}`" for key in noun.partition)
-    head = [f"## `{noun.name}`", "", cell(noun.doc), "", f"Partitioned by {keys}.", "", "| column | type | meaning |"]
+    keys = ", ".join(f"`{key}`" for key in table.partition)
+    head = [f"## `{table.name}`", "", cell(table.doc), "", f"Partitioned by {keys}.", "", "| column | type | meaning |"]
     return "\n".join([*head, "|---|---|---|", *rows, ""])
 
 
@@ -38,7 +38,7 @@ def cell(text: str) -> str:
 def page() -> str:
     """The whole page."""
     index = [
-        f"| [`{noun.name}`](#{noun.name}) | {cell(noun.doc.split('. ')[0].removesuffix('.'))} |" for noun in TABLES
+        f"| [`{table.name}`](#{table.name}) | {cell(table.doc.split('. ')[0].removesuffix('.'))} |" for table in TABLES
     ]
     return HEAD + "\n".join(["| table | one row is |", "|---|---|", *index, "", *map(section, TABLES)])
 

@@ -1,4 +1,4 @@
-"""The frozen records behind every job, and the hash that says whether two results are the same work."""
+"""Frozen configuration records of jobs, and the hash that identifies a configuration."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 
 def canonical(config: object) -> str:
-    """A configuration as JSON with sorted keys; dataclasses become objects, tuples become lists."""
+    """Formats a configuration as JSON with sorted keys; dataclasses become objects, tuples become lists."""
 
     def plain(value: object) -> Any:
         if is_dataclass(value) and not isinstance(value, type):
@@ -24,18 +24,18 @@ def canonical(config: object) -> str:
 
 
 def config_hash(config: Mapping[str, object]) -> str:
-    """The identity of a configuration: 16 hex digits, the same on every machine."""
+    """Hash of a configuration: 16 hex digits, the same on every machine."""
     return hashlib.sha256(canonical(config).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What decides the content of a table.
+    """Hash of everything that decides the content of a table.
 
     Attributes:
         hash: Identifies the content.
-        inputs: Input → digest, which tells afterwards the input that changed.
-        all_units: The hash of the same table with all units of its layer.
+        inputs: Input → digest, to tell later which input changed.
+        all_units: Hash of the same table with all units of its layer.
         units: The units selected; empty for all.
     """
 
@@ -53,17 +53,17 @@ class Fingerprint:
 
 
 def data_dir() -> Path:
-    """Where published datasets are looked for: ``$MILAN_DATA_DIR``, else ``./data``."""
+    """Folder of published datasets: ``$MILAN_DATA_DIR``, else ``./data``."""
     return Path(os.environ.get("MILAN_DATA_DIR", "data")).expanduser().absolute()
 
 
 def models_dir() -> Path:
-    """Where weights and checkpoints are looked for: ``$MILAN_MODELS_DIR``, else ``./models``."""
+    """Folder of weights and checkpoints: ``$MILAN_MODELS_DIR``, else ``./models``."""
     return Path(os.environ.get("MILAN_MODELS_DIR", "models")).expanduser().absolute()
 
 
 def results_dir() -> Path:
-    """The default run directory: ``$MILAN_RESULTS_DIR``, else ``./results``."""
+    """Default run directory: ``$MILAN_RESULTS_DIR``, else ``./results``."""
     return Path(os.environ.get("MILAN_RESULTS_DIR", "results")).expanduser().absolute()
 
 
@@ -82,10 +82,10 @@ class Arithmetic:
     channels_last: bool = False
 
     def identity(self) -> object:
-        """For configuration hashes.
+        """Value for configuration hashes.
 
-        Tables that say another arithmetic than the default one without ``applied`` are of versions in which it did not
-        reach the workers.
+        ``applied`` distinguishes tables of earlier versions, in which another arithmetic than the default did not reach
+        the workers.
         """
         return self if self == Arithmetic() else {**asdict(self), "applied": True}
 
@@ -99,19 +99,19 @@ class ExemplarConfig:
 
     Attributes:
         k: Exemplars per unit, images.
-        quantile: The level η is this quantile of a unit's activations over all positions of all images.
+        quantile: The threshold η is this quantile of a unit's activations over all positions of all images.
         mask_size: (height, width) of masks in pixels; None means the view's own size (224×224 for ImageNet models).
         batch_size: Images per forward pass, on GPUs; CPUs take at most 16, which is faster there. Results agree to the
             last bit only at the same batch size.
         shard_size: Images per shard: the unit of work, of retry and of progress. Never changes a result. None takes
-            up to 256, and less of small probes, so that several actors have something to do.
-        samples: Positions per unit from which levels are taken exactly; beyond it a fixed pseudo-random sample of at
-            least this many.
-        map_budget: Bytes of activation maps per layer that a shard carries along; above it maps are recomputed from
-            the winning images alone.
+            up to 256, and fewer for small probes, so that several actors have work.
+        samples: Positions per unit up to which thresholds are exact; above it they are computed from a fixed
+            pseudo-random sample of at least this many.
+        map_budget: Bytes of activation maps per layer that a shard stores; above it the maps of the exemplars are
+            recomputed afterwards.
         max_bad: Share of unreadable images above which the job fails.
-        truncate_bytes: The reference's quirk: views went through the model's normalisation and back, decimals cut
-            off; without it, they are the image's own pixels, and a generator's are rounded.
+        truncate_bytes: The reference's quirk: views pass through the model's normalisation and back, and decimals are
+            cut off; without it, they are the image's own pixels, and a generator's are rounded.
         arithmetic: Precision and memory format of the models.
         pooled: Whether to store every unit's maximum and mean on every image too; never changes another table.
     """
@@ -129,11 +129,11 @@ class ExemplarConfig:
     pooled: bool = False
 
     def shard(self, images: int) -> int:
-        """Images per shard of a probe of so many images: a multiple of the 16 that a CPU takes per pass."""
+        """Images per shard for a probe's number of images: a multiple of the 16 that a CPU takes per pass."""
         return self.shard_size or 16 * min(16, math.ceil(images / 256))
 
     def identity(self) -> dict[str, object]:
-        """The part that decides results, for the configuration hash."""
+        """The fields that decide results, for the configuration hash."""
         return {
             "k": self.k,
             "quantile": self.quantile,
@@ -146,11 +146,11 @@ class ExemplarConfig:
 
 @dataclass(frozen=True)
 class Resources:
-    """What the work may use of the cluster.
+    """The part of the cluster that a job may use.
 
     Attributes:
         address: Ray cluster to join; None starts a local one.
-        actors: Actors of a pool at most; None takes one per GPU where there are GPUs, else one per CPU.
+        actors: Most actors of a pool; None takes one per GPU where there are GPUs, else one per CPU.
         cpus_per_actor: CPUs (and torch threads) of each actor. Fixed, because it may change the last bits.
         gpus_per_actor: GPUs of each actor, fractions allowed; None takes one where there are GPUs.
         device: Where models run: auto (CUDA where the actor has a GPU), cpu or cuda.
@@ -170,13 +170,13 @@ class Resources:
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How decoder and language model are trained; defaults are the paper's.
+    """Training of decoder and language model; defaults are the paper's.
 
     Attributes:
         decoder_batch_size: Captions per step of the decoder.
         lm_batch_size: Captions per step of the language model.
         max_epochs: Epochs at most, of each.
-        patience: Epochs without improvement that are forgiven; the next one stops training.
+        patience: Epochs without improvement before training stops at the next one.
         hold_out: Share of units held out for validation.
         regularization_weight: Weight of the doubly-stochastic attention regulariser.
         learning_rate: AdamW's learning rate.

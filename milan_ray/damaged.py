@@ -1,4 +1,4 @@
-"""Damaged files where many are read: they are left out, and it is said."""
+"""Leaves damaged files out where many are read, with a warning."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ Other = TypeVar("Other")
 
 @dataclass(frozen=True)
 class LeftOut:
-    """What a report or a search leaves out, each file said once.
+    """Files that a report or a search leaves out, with one warning for each.
 
     Attributes:
-        what: Who reads, as its lines begin.
-        said: The sentences so far.
+        what: Name of the reader, with which its warnings begin.
+        said: The warnings so far.
     """
 
     what: str
     said: list[str] = field(default_factory=list)
 
     def unless_damaged(self, read: Callable[[], Result], otherwise: Other) -> Result | Other:
-        """What a reading gives; something else where its file is damaged.
+        """Returns the result of a read, or a replacement where a file is damaged.
 
         Args:
             read: Reads files of a run directory.
-            otherwise: What to go on with where one is damaged.
+            otherwise: The replacement.
         """
         try:
             return read()
@@ -39,7 +39,7 @@ class LeftOut:
             return otherwise
 
     def note(self, error: DamagedTable) -> None:
-        """Says that a file is left out, unless it was said before."""
+        """Warns that a file is left out, unless it was warned of before."""
         if (sentence := str(error)) not in self.said:
             self.said.append(sentence)
             say(f"{self.what}: left out: {sentence}", level="warning")

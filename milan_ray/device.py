@@ -1,4 +1,4 @@
-"""Which device torch computes on."""
+"""Torch devices and threads."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from milan_ray.errors import MilanError
 
 
 def resolve_device(device: str = "auto") -> torch.device:
-    """The torch device behind a name.
+    """Resolves the name of a torch device.
 
     Args:
         device: ``auto`` (CUDA where there is one, else CPU) or anything torch knows, e.g. ``cpu`` or ``cuda:1``.
 
     Raises:
-        MilanError: There is no such device here.
+        MilanError: This machine has no such device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
-        torch.empty(0, device="cpu" if found.type == "cuda" else found)
+        resolved = torch.device(device)
+        torch.empty(0, device="cpu" if resolved.type == "cuda" else resolved)
     except (RuntimeError, NotImplementedError, AssertionError, ValueError) as error:
         raise MilanError(f"there is no device {device!r} here; use --device cpu or auto.") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if resolved.type == "cuda" and not torch.cuda.is_available():
         raise MilanError(f"device {device!r} was asked for but CUDA is not available here; use --device cpu or auto.")
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise MilanError(f"there is no device {device!r}: {torch.cuda.device_count()} are here; use --device auto.")
-    return found
+    return resolved
 
 
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
-    """So many threads for a while: another number may change the last bits of a result."""
+    """Temporarily sets torch's number of threads; another number may change the last bits of a result."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,8 +1,8 @@
-"""Errors meant for the user's eyes.
+"""Errors for the user.
 
 Everything a user can cause (a wrong name, a missing file, a bad image) is raised as a :class:`MilanError` whose text
-is one sentence: what went wrong, where, and what to do. The command line prints that sentence and exits with a
-non-zero status; anything else that escapes is a defect of ours and keeps its traceback.
+is one sentence: what happened, where, and what to do. The command line prints that sentence and exits with a
+non-zero status. Any other exception is a defect of this package and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ class MilanError(Exception):
 
 
 class UnreadableImage(MilanError):
-    """An image that cannot be used; the pipelines skip, count and list it with this reason."""
+    """An image that cannot be read; the pipelines skip, count and list it with this reason."""
 
 
 class DamagedTable(MilanError):
-    """A file of a run directory that is not what it should be: torn, overwritten, or with other columns.
+    """A damaged file of a run directory: torn, overwritten, or with other columns.
 
-    A stage that can make it anew does; what reads many leaves it out and says so; else this sentence is for the user.
+    A stage that makes the file makes it again; a reader of many files leaves it out and says so; otherwise the error
+    reaches the user.
 
     Args:
-        said: The sentence.
+        said: The message.
         path: The file, relative to the run directory.
     """
 
@@ -37,19 +38,19 @@ class DamagedTable(MilanError):
 
     @property
     def model(self) -> str | None:
-        """The model that the file is about; None where it is about none."""
-        found = re.search(r"(?:^|/)model=([^/]+)/", self.path)
-        return None if found is None else unquote(found[1])
+        """The model that the file belongs to, from its path; None where there is none."""
+        match = re.search(r"(?:^|/)model=([^/]+)/", self.path)
+        return None if match is None else unquote(match[1])
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> MilanError:
     """The error for a name that is not registered, with the nearest known ones.
 
     Args:
-        kind: What was looked for, e.g. ``"model"``.
+        kind: Kind of the name, e.g. ``"model"``.
         name: The name as the user gave it.
-        known: All names that would have been accepted.
-        hint: A closing sentence on how to list or register names.
+        known: All accepted names.
+        hint: Last sentence: how to list or register names.
     """
     names = sorted(known)
     near = difflib.get_close_matches(name, names, n=5, cutoff=0.4)
@@ -60,19 +61,19 @@ def unknown_name(kind: str, name: str, known: Iterable[str], hint: str = "") -> 
 
 
 def all_failed(failed: Mapping[str, str], tried: int) -> None:
-    """Refuses to go on when nothing is left.
+    """Raises an error when all models failed.
 
     Args:
         failed: Model → why it failed.
-        tried: How many there were.
+        tried: Number of models.
 
     Raises:
-        MilanError: All of them failed; it says why.
+        MilanError: All models failed; the message has the reasons.
     """
     if failed and len(failed) == tried:
         raise MilanError("; ".join(dict.fromkeys(failed.values())))
 
 
 def reason(error: BaseException) -> str:
-    """What an error of somebody else's says, on one line; its type when it says nothing."""
+    """The first line of another library's error message; the error's type when it is empty."""
     return str(error).strip().split("\n")[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Files that somebody publishes: found where they lie, or downloaded, or missed with one sentence on all of it."""
+"""Locates or downloads published files atomically and verifies their digests."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from milan_ray.errors import MilanError
 from milan_ray.progress import Progress
 
 TIMEOUT = 10.0
-"""Seconds without an answer or a byte after which a download has failed."""
+"""Seconds without an answer or a byte after which a download fails."""
 
-_FORGOTTEN = 24 * 3600.0  # seconds without a byte after which what a killed download left behind is removed
+_FORGOTTEN = 24 * 3600.0  # seconds without a byte after which a killed download's file is removed
 _CHUNK = 2**20  # bytes per step of the progress bar
 
 
-_dry: list[tuple[str, str]] | None = None  # what a dry run would have fetched, and from where
+_dry: list[tuple[str, str]] | None = None  # (file, address) of what a dry run would have downloaded
 
 
 class WouldDownload(MilanError):
-    """A dry run has come to a file that it would have to fetch."""
+    """A dry run needs a file that it would have to download."""
 
 
 @contextlib.contextmanager
 def dry() -> Iterator[list[tuple[str, str]]]:
-    """While nothing may be fetched: whoever tries gets :class:`WouldDownload`.
+    """Forbids downloads in the body: an attempt raises :class:`WouldDownload`.
 
     Yields:
-        The files that would have been fetched, and from where, as they are asked for.
+        (file, address) of the attempted downloads, a list that grows.
     """
     global _dry
     before, _dry = _dry, []
@@ -57,24 +57,24 @@ def find(
     also: Sequence[str] = (),
     hint: str = "",
 ) -> Path:
-    """Finds a file, downloading it when it is absent and that is wanted.
+    """Finds a file, or downloads it when it is absent and ``download`` is set.
 
     Args:
         name: File name, or path below a folder.
-        folders: Where to look, in order; a download goes into the first.
-        url: Where it is published; None when it is nowhere.
-        download: Whether to fetch it when it is absent.
-        variable: The environment variable that moves these folders, for the message.
-        sha256: The start of its digest, hex; checked after a download, any number of digits.
-        also: Other names under which it may lie in a folder.
-        hint: Another way out, for the message: ``or …``.
+        folders: Folders to search, in order; a download goes into the first.
+        url: Address of the published file; None when it is not published.
+        download: Whether to download an absent file.
+        variable: The environment variable that sets these folders, for the message.
+        sha256: First digits of its digest, hex, any number; checked after a download.
+        also: Other names that the file may have in a folder.
+        hint: Another remedy, for the message: ``or …``.
 
     Returns:
         The file's absolute path.
 
     Raises:
-        MilanError: It is absent and not to be downloaded, or the download failed; the sentence names the file, the
-            places, the address and the variable.
+        MilanError: The file is absent and not to be downloaded, or the download failed; the message names the file,
+            the folders, the address and the variable.
     """
     for folder in folders:
         for candidate in (name, *also):
@@ -97,18 +97,20 @@ def find(
 
 
 def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
-    """Downloads a file: under another name first, so that ``target`` is whole or absent, whoever else fetches it too.
+    """Downloads a file under a temporary name, then renames it, so that ``target`` is complete or absent.
+
+    Several processes may download the same file.
 
     Args:
-        url: ``http``, ``https`` or ``file``.
-        target: Where it goes; folders are made.
-        sha256: The start of its digest, hex, when known.
+        url: Address: ``http``, ``https`` or ``file``.
+        target: The file to write; folders are made.
+        sha256: First digits of its digest, hex; None when unknown.
 
     Returns:
         The target's absolute path.
 
     Raises:
-        MilanError: It cannot be had, came incomplete, or has another digest; nothing is left behind.
+        MilanError: The download failed, is incomplete or has another digest; nothing is left behind.
         WouldDownload: This is a dry run.
     """
     if _dry is not None:
@@ -118,7 +120,7 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         for left in target.parent.glob(f".{glob.escape(target.name)}.*.part"):
-            with contextlib.suppress(FileNotFoundError):  # another one was quicker
+            with contextlib.suppress(FileNotFoundError):  # another process was faster
                 if time.time() - left.stat().st_mtime > _FORGOTTEN:
                     left.unlink()
         try:
@@ -134,7 +136,7 @@ def fetch(url: str, target: Path, sha256: str | None = None) -> Path:
 
 
 def _download(url: str, part: Path) -> str:
-    """Writes what an address gives into a file; returns its sha256."""
+    """Downloads an address into a file; returns its sha256."""
     digest, written = hashlib.sha256(), 0
     request = urllib.request.Request(url, headers={"User-Agent": "milan_ray"})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer, part.open("xb") as file:
@@ -156,6 +158,6 @@ def _download(url: str, part: Path) -> str:
 
 
 def digest_in(name: str) -> str | None:
-    """The start of the sha256 that names like ``resnet18-f37072fd.pth`` carry; None for other names."""
-    found = re.search(r"-([0-9a-f]{8,})\.", name)
-    return found.group(1) if found else None
+    """First digits of the sha256 in names such as ``resnet18-f37072fd.pth``; None for other names."""
+    match = re.search(r"-([0-9a-f]{8,})\.", name)
+    return match.group(1) if match else None

@@ -1,4 +1,4 @@
-"""Names that users give and that become parts of paths: one rule for all of them."""
+"""Checks names that users give and that become parts of paths."""
 
 from __future__ import annotations
 
@@ -8,23 +8,22 @@ from urllib.parse import quote, unquote
 from milan_ray.errors import MilanError
 
 LONGEST = 200
-"""Bytes of a name, as it is written into a path: what is put before and behind it fits into 255."""
+"""Bytes of a name in a path at most: with prefix and suffix it fits into 255."""
 
 _UNSEEN = ("Cc", "Cs", "Zl", "Zp")  # Unicode's categories of control characters, halves of characters, and line breaks
 _TURNING = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # make a name look like another one
 
 
 def checked_name(what: str, name: str, *, slashes: bool = False) -> str:
-    """A name that may become part of a path, as it was given.
+    """Checks that a name may become part of a path, and returns it unchanged.
 
     Args:
-        what: What is called so, for the error: ``the captioner``.
+        what: The named thing, for the error: ``the captioner``.
         name: The name.
-        slashes: Whether it may have ``/`` inside, as names of models have: of those that tables are kept under, where
-            it is quoted.
+        slashes: Whether it may contain ``/``, as names of models do: for names that are quoted in paths of tables.
 
     Raises:
-        MilanError: It is empty or too long, leads to another folder, there or on another system, or cannot be seen.
+        MilanError: The name is empty or too long, has invisible characters, or leads to another folder on some system.
     """
     if problem := _problem(name, slashes):
         raise MilanError(
@@ -35,7 +34,7 @@ def checked_name(what: str, name: str, *, slashes: bool = False) -> str:
 
 
 def shown(name: str) -> str:
-    """A name for a message: quoted, and not longer than a line."""
+    """Formats a name for a message: quoted, and shortened to a line."""
     return repr(name if len(name) <= 80 else f"{name[:60]}…{name[-10:]}")
 
 
@@ -46,7 +45,7 @@ def _problem(name: str, slashes: bool) -> str | None:
         return "it holds characters that cannot be seen"
     if len(quote(name, safe=" ")) > LONGEST:
         return f"it is longer than {LONGEST} bytes"
-    meant = unicodedata.normalize("NFKC", unquote(name))  # what systems may take it for that read names in other ways
+    meant = unicodedata.normalize("NFKC", unquote(name))  # as systems that normalise names may read it
     meant = meant.translate({ord(character): "/" for character in "\\∕⁄⧸"})
     parts = meant.split("/")
     if len(parts) - 1 > (name.count("/") if slashes else 0):

@@ -1,6 +1,6 @@
 """Plug-ins: modules that register models, probes and more when they are imported.
 
-The built-in ones are loaded by name, as a user's are: nothing below the world may import it.
+Built-in plug-ins are loaded by name, as a user's are, because lower floors may not import the built-in world.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ BUILT_IN = (
 )
 
 LATER = ("milan_ray.models.torchvision_zoo", "milan_ray.models.places365_zoo")
-"""Built-in ones that are loaded when one of their models is asked for."""
+"""Built-in plug-ins that are loaded when one of their models is asked for."""
 
 
 def load_plugins(names: Sequence[str] = ()) -> None:
-    """Loads the built-in plug-ins, then the user's; one already loaded is left alone.
+    """Loads the built-in plug-ins, then the user's; a plug-in that is loaded is not loaded again.
 
-    Every process that looks names up calls this first, with the same names: registrations live in the process, and
-    what they hold can only be unpickled where its module is loaded.
+    Every process that looks names up calls this first, with the same names: registrations belong to the process, and
+    registered objects can only be unpickled where their module is loaded.
 
     Args:
         names: Dotted module names, or paths of ``.py`` files, which may import the modules beside them.
@@ -48,7 +48,7 @@ def load_plugins(names: Sequence[str] = ()) -> None:
                 _load_file(Path(name).expanduser().resolve())
             else:
                 importlib.import_module(name)
-        except (Exception, SystemExit) as error:  # user code may raise anything, and end the program
+        except (Exception, SystemExit) as error:  # user code may raise anything, SystemExit too
             if "attempted relative import" in str(error):
                 raise MilanError(
                     f"plug-in {name!r} cannot be imported ({error}): write `from helper import …` for a module beside "
@@ -61,7 +61,7 @@ def load_plugins(names: Sequence[str] = ()) -> None:
 
 
 def _load_file(path: Path) -> None:
-    # The name tells files of the same stem apart and is the same in every process that sees the same path.
+    # The name differs for files of the same stem, and is the same in every process that sees the same path.
     name = f"milan_ray_plugin_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
     if name in sys.modules:
         return
@@ -69,7 +69,7 @@ def _load_file(path: Path) -> None:
     if spec is None or spec.loader is None:
         raise ImportError(f"no Python file at {path}")
     if path.is_file():
-        _see_neighbours(path)
+        _allow_neighbours(path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     try:
@@ -79,11 +79,11 @@ def _load_file(path: Path) -> None:
         raise
 
 
-def _see_neighbours(path: Path) -> None:
-    """Lets a file import the modules beside it, as a script may, now and later.
+def _allow_neighbours(path: Path) -> None:
+    """Adds a file's folder to the import path, so that it can import the modules beside it, as a script can.
 
     Raises:
-        ImportError: Another module of a neighbour's name is loaded: the file would get that one.
+        ImportError: Another module has a neighbour's name, and the file would import that one.
     """
     folder = path.parent
     names = sorted(_neighbours(path, set()))
@@ -98,21 +98,21 @@ def _see_neighbours(path: Path) -> None:
                 "would get: rename the one beside it"
             )
     _claimed.update(dict.fromkeys(names, folder))
-    # Last, so that no file beside a plug-in takes the place of a module that others import.
+    # At the end of the path, so that no file beside a plug-in hides a module that other code imports.
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
 
 _claimed: dict[str, Path] = {}
-"""Name of a module that lies beside a plug-in → its folder; it may be imported late, when a model is built."""
+"""Module beside a plug-in → its folder; the module may be imported late, when a model is built."""
 
 
 def _places(name: str) -> list[str]:
-    """Where a module of this name lies that is loaded or would be found; empty where there is none."""
+    """Locations of the module of this name that is loaded or would be found; empty where there is none."""
     loaded = sys.modules.get(name)
     if loaded is not None:
-        found = [getattr(loaded, "__file__", None), *getattr(loaded, "__path__", ())]
-        return [place for place in found if place] or ["of Python"]
+        places = [getattr(loaded, "__file__", None), *getattr(loaded, "__path__", ())]
+        return [place for place in places if place] or ["of Python"]
     try:
         spec = importlib.util.find_spec(name)
     except (ImportError, ValueError):
@@ -123,28 +123,28 @@ def _places(name: str) -> list[str]:
 
 
 def _neighbours(path: Path, known: set[str], folder: Path | None = None) -> set[str]:
-    """The modules beside a plug-in that it imports, and that these import in turn, by name."""
+    """Names of the modules beside a plug-in that it imports, directly or through one another."""
     folder = path.parent if folder is None else folder
     try:
         tree = ast.parse(path.read_bytes())
-    except (OSError, SyntaxError, ValueError):  # whoever imports it says so
+    except (OSError, SyntaxError, ValueError):  # importing the file raises the error
         return known
     for node in ast.walk(tree):
         imported = _imported(node)
         for name in sorted({module.partition(".")[0] for module in imported} - known - {"milan_ray"}):
-            # A folder without __init__.py is a package, too, where what is imported of it lies in it.
+            # A folder without __init__.py is a package too, if the imported module lies in it.
             parts = [folder.joinpath(*module.split(".")) for module in imported if module.startswith(f"{name}.")]
             files = [folder / f"{name}.py", folder / name / "__init__.py", *(Path(f"{part}.py") for part in parts)]
-            there = [file for file in files if file.is_file()]
-            if there or any((part / "__init__.py").is_file() for part in parts):
+            existing = [file for file in files if file.is_file()]
+            if existing or any((part / "__init__.py").is_file() for part in parts):
                 known.add(name)
-                for file in there:
+                for file in existing:
                     _neighbours(file, known, folder)
     return known
 
 
 def _imported(node: ast.AST) -> list[str]:
-    """The modules that a statement or call may import, with dots; what is imported from a module may be one itself."""
+    """Dotted names of the modules that a statement or call may import; an imported name may be a module too."""
     if isinstance(node, ast.Import):
         return [alias.name for alias in node.names]
     if isinstance(node, ast.ImportFrom) and not node.level and node.module:

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar in a terminal, a line now and then in a log."""
+"""Progress of long work: a bar in a terminal, a line every ten seconds in a log."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ LOG = "MILAN_LOG"
 """Environment variable: ``json`` makes every line of the log a JSON object."""
 
 QUIET = "MILAN_QUIET"
-"""Environment variable: ``1`` leaves out all but warnings and errors, bars included."""
+"""Environment variable: ``1`` prints only warnings and errors, and no bars."""
 
 NOTEBOOK_WIDTH = 100
-"""Characters of a bar in a notebook, which has no width that one could ask for."""
+"""Characters of a bar in a notebook, whose width is unknown."""
 
 
 @contextmanager
 def speaking(log: str | None, quiet: bool) -> Iterator[None]:
-    """For a while, another form of log than the environment's, or none.
+    """Temporarily overrides log format and verbosity.
 
     Args:
-        log: ``text`` or ``json``; None leaves it to the environment.
-        quiet: Whether to say nothing but warnings and errors; False leaves it to the environment.
+        log: ``text`` or ``json``; None keeps the environment's setting.
+        quiet: Whether to print only warnings and errors; False keeps the environment's setting.
     """
     wanted = {name: value for name, value in ((LOG, log), (QUIET, "1" if quiet else None)) if value is not None}
     before = {name: os.environ.get(name) for name in wanted}
@@ -60,10 +60,10 @@ class Progress:
     """Counts finished items of one stage on standard error.
 
     Args:
-        label: What is being done.
-        total: Items in all; None when nobody knows.
-        unit: What an item is.
-        pieces: (model, layer) of every piece of work, to tell how many models and layers are through.
+        label: Name of the work.
+        total: Number of items; None when it is unknown.
+        unit: Name of an item.
+        pieces: (model, layer) of every piece of work, to count the finished models and layers.
     """
 
     def __init__(self, label: str, total: int | None, unit: str, pieces: Iterable[tuple[str, str]] = ()) -> None:
@@ -71,7 +71,7 @@ class Progress:
         self._done = 0
         self._left = Counter(pieces)
         self._started = self._printed = time.monotonic()
-        # In a notebook a bar of text needs no widgets, and stays as it was when the page is shared.
+        # In a notebook, a bar of text needs no widgets and stays readable when the page is shared.
         width: dict[str, Any] = {"ncols": NOTEBOOK_WIDTH} if _in_notebook() else {"dynamic_ncols": True}
         self._bar = tqdm(total=total, desc=label, unit=f" {unit}", **width) if _bar_wanted() else None
 
@@ -87,12 +87,12 @@ class Progress:
             self._line()
 
     def advance(self, items: int = 1, pieces: Iterable[tuple[str, str]] = ()) -> None:
-        """Counts finished items, and the pieces of work that they were."""
+        """Counts finished items and finished pieces of work."""
         self._done += items
         self._left.subtract(pieces)
         if self._bar is not None:
             if self._left:
-                self._bar.set_postfix_str(self._through(), refresh=False)
+                self._bar.set_postfix_str(self._finished(), refresh=False)
             self._bar.update(items)
         elif time.monotonic() - self._printed >= LINE_INTERVAL:
             self._line()
@@ -101,9 +101,9 @@ class Progress:
         self._printed = time.monotonic()
         seconds = self._printed - self._started
         total = "" if self._total is None else f"/{self._total}"
-        through = f" ({self._through()})" if self._left else ""
+        finished = f" ({self._finished()})" if self._left else ""
         say(
-            f"  {self._label}: {self._done}{total} {self._unit} in {seconds:.0f} s{through}",
+            f"  {self._label}: {self._done}{total} {self._unit} in {seconds:.0f} s{finished}",
             stage=self._label,
             done=self._done,
             total=self._total,
@@ -111,7 +111,7 @@ class Progress:
             seconds=round(seconds, 3),
         )
 
-    def _through(self) -> str:
+    def _finished(self) -> str:
         waiting = [piece for piece, left in self._left.items() if left > 0]
         models, unfinished = {model for model, _ in self._left}, {model for model, _ in waiting}
         return (
@@ -122,11 +122,11 @@ class Progress:
 
 @contextmanager
 def watched(look: Callable[[], None], interval: float = LINE_INTERVAL) -> Iterator[None]:
-    """Looks now and then while something runs elsewhere, and a last time when it is over.
+    """Calls a function regularly while the body runs, and once more when it has ended.
 
     Args:
-        look: Called from a thread of its own.
-        interval: Seconds between two looks.
+        look: The function; it is called in a separate thread.
+        interval: Seconds between two calls.
     """
     over = threading.Event()
 
@@ -146,12 +146,12 @@ def watched(look: Callable[[], None], interval: float = LINE_INTERVAL) -> Iterat
 
 
 def say(text: str, level: str = "info", **fields: object) -> None:
-    """One line for the user, on standard error; with ``MILAN_LOG=json`` as a JSON object.
+    """Prints one line for the user on standard error; with ``MILAN_LOG=json``, as a JSON object.
 
     Args:
-        text: What to say.
-        level: ``info``, ``warning`` or ``error``; ``MILAN_QUIET=1`` leaves the first out.
-        **fields: What of it programs may want, for the JSON object.
+        text: The message.
+        level: ``info``, ``warning`` or ``error``; ``MILAN_QUIET=1`` suppresses ``info``.
+        **fields: Further entries of the JSON object.
     """
     if level == "info" and _quiet_wanted():
         return
@@ -159,7 +159,7 @@ def say(text: str, level: str = "info", **fields: object) -> None:
         now = datetime.now(timezone.utc).isoformat(timespec="milliseconds")
         text = json.dumps({"time": now, "level": level, "message": text.strip(), **fields}, ensure_ascii=False)
     if _bar_wanted():
-        tqdm.write(text, file=sys.stderr)  # above a bar, should there be one
+        tqdm.write(text, file=sys.stderr)  # above the bar, if there is one
         sys.stderr.flush()
     else:
         print(text, file=sys.stderr, flush=True)
@@ -170,6 +170,6 @@ def _bar_wanted() -> bool:
 
 
 def _in_notebook() -> bool:
-    """Whether a Jupyter kernel runs this process: its standard error is a page that can go back on a line."""
+    """Whether a Jupyter kernel runs this process; its output cells can overwrite a line."""
     shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
     return getattr(shell, "kernel", None) is not None

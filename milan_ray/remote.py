@@ -1,4 +1,4 @@
-"""Object stores by URI: opened in one place, with credentials from the environment alone."""
+"""Opens object stores by URI, with credentials from the environment alone."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ _ENVIRONMENT = {
     "gs": "GOOGLE_APPLICATION_CREDENTIALS",
     "gcs": "GOOGLE_APPLICATION_CREDENTIALS",
 }
-"""Scheme → where its credentials come from, for messages."""
+"""Scheme → environment variables of its credentials, for messages."""
 
 
 def is_uri(root: object) -> bool:
-    """Whether a root is for pyarrow's filesystems rather than the local one."""
+    """Whether a root is a URI rather than a local path."""
     return "://" in str(root)
 
 
 def split_query(uri: str) -> tuple[str, str]:
-    """A URI without its query and trailing slashes, and the query with its question mark, or nothing."""
+    """Splits a URI into the part before the query, without trailing slashes, and the query with its question mark."""
     place, mark, query = uri.partition("?")
     return place.rstrip("/"), mark + query
 
 
 def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
-    """The filesystem of a URI, and the path in it; nothing is read yet.
+    """The file system of a URI, and the path in it; nothing is read yet.
 
     Args:
-        uri: ``s3://bucket/folder``, ``gs://bucket/folder`` or another that pyarrow knows, with its options as query.
+        uri: ``s3://bucket/folder``, ``gs://bucket/folder`` or another URI that pyarrow knows, with options as query.
 
     Raises:
-        MilanError: No filesystem answers to it, it names no bucket, or it carries credentials.
+        MilanError: The scheme is unknown, the URI names no bucket, or it carries credentials.
     """
     place, query = split_query(uri)
     try:
@@ -48,7 +48,7 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
             f"cannot open {place} ({error}): give a folder, or a URI such as s3://bucket/folder."
         ) from error
     if "@" in parts.netloc and parts.username != "anonymous":
-        # Not repeated here: what stands before the @ would land in logs.
+        # The message leaves out what stands before the @, which would end up in logs.
         raise MilanError(
             f"the {parts.scheme}:// URI of {parts.netloc.rpartition('@')[2]} carries credentials: leave them out, and "
             f"set them in the environment ({_ENVIRONMENT.get(parts.scheme, 'as the store documents')})."
@@ -56,7 +56,7 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
     if parts.scheme in _BUCKETS and not parts.netloc:
         raise MilanError(f"{uri} names no bucket: give {parts.scheme}://bucket/folder.")
     if parts.scheme == "s3" and "allow_delayed_open" not in query:
-        # What fits one part is then one PUT of a finished buffer, instead of an upload in three requests.
+        # A file that fits into one part is then one PUT of a finished buffer instead of three requests.
         query += ("&" if query else "?") + "allow_delayed_open=true"
     try:
         return fs.FileSystem.from_uri(place + query)
@@ -67,7 +67,7 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def why(error: BaseException, uri: str) -> str:
-    """What an object store or file system says, with the remedy: the end of a sentence."""
+    """The end of an error message: what the object store or file system reports, and the remedy."""
     said = getattr(error, "strerror", None) or reason(error)
     environment = _ENVIRONMENT.get(uri.partition(":")[0])
     if environment is None:

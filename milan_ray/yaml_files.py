@@ -1,4 +1,4 @@
-"""YAML that people write and read: what is wrong with it is one sentence."""
+"""Reads and writes YAML files of users; errors are one sentence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milan_ray.errors import MilanError, unknown_name
 
 
 def to_yaml(record: Any, about: str) -> str:
-    """A dataclass as a file that :func:`mapping` reads, with a remark for people on top."""
+    """Formats a dataclass as YAML that :func:`mapping` reads, below a comment."""
     return f"# {about}\n" + yaml.safe_dump(asdict(record), sort_keys=False)
 
 
@@ -21,42 +21,42 @@ def mapping(text: str, where: str, *records: type, required: Sequence[str] = ())
     """Reads YAML whose keys are fields of dataclasses.
 
     Args:
-        text: The file.
-        where: Its name, for errors.
+        text: Content of the file.
+        where: Name of the file, for errors.
         *records: The dataclasses; fields without a default are required.
-        required: Further keys.
+        required: Further required keys.
 
     Raises:
-        MilanError: It is no YAML, a key is unknown, or a required one is missing.
+        MilanError: The content is not YAML, a key is unknown, or a required key is missing.
     """
     try:
-        found = yaml.safe_load(text)
+        values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise MilanError(f"{where} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(found, dict):
+    if not isinstance(values, dict):
         raise MilanError(f"{where} must hold lines of the form 'key: value'.")
     known_fields = [field for record in records for field in fields(record)]
     names = [*required, *(field.name for field in known_fields)]
-    for key in found:
+    for key in values:
         if key not in names:
             raise unknown_name(f"key in {where}:", str(key), names, f"Known are {', '.join(names)}.")
     needed = [*required, *(field.name for field in known_fields if field.default is MISSING)]
     for key in needed:
-        if key not in found:
+        if key not in values:
             raise MilanError(f"{where} lacks {key!r}; it needs {', '.join(needed)}.")
-    return found
+    return values
 
 
 def wrong(where: str, key: str, value: object, wanted: str) -> MilanError:
-    """The error for a value that is not what it should be."""
+    """The error for an invalid value."""
     return MilanError(f"{where}: {key} must be {wanted}, not {value!r}.")
 
 
 def known(kind: str, name: object, names: Sequence[str]) -> str:
-    """A name that must be one of some.
+    """Checks that a name is one of the known ones, and returns it.
 
     Raises:
-        MilanError: It is none of them.
+        MilanError: The name is unknown.
     """
     if name not in names:
         raise unknown_name(kind, str(name), names)
@@ -69,10 +69,10 @@ def is_number(value: object) -> bool:
 
 
 def number(value: Any, key: str, where: str, wanted: str = "a number") -> float:
-    """A finite number.
+    """Checks that a value is a finite number, and returns it.
 
     Raises:
-        MilanError: It is none.
+        MilanError: It is not.
     """
     if not is_number(value):
         raise wrong(where, key, value, wanted)
@@ -80,10 +80,10 @@ def number(value: Any, key: str, where: str, wanted: str = "a number") -> float:
 
 
 def share(value: Any, key: str, where: str) -> float:
-    """A part of a whole that leaves something on both sides.
+    """Checks that a value is a fraction strictly between 0 and 1, and returns it.
 
     Raises:
-        MilanError: It is none.
+        MilanError: It is not.
     """
     if not is_number(value) or not 0 < value < 1:
         raise wrong(where, key, value, "a share between 0 and 1, both excluded")
@@ -91,10 +91,10 @@ def share(value: Any, key: str, where: str) -> float:
 
 
 def whole(value: object, key: str, where: str, least: int = 1) -> int:
-    """A whole number.
+    """Checks that a value is a whole number, and returns it.
 
     Raises:
-        MilanError: It is none, or too small.
+        MilanError: It is not, or is too small.
     """
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise wrong(where, key, value, f"a whole number of at least {least}")

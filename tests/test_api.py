@@ -37,11 +37,11 @@ BEST = [{"text": "a dog", "score": 1.0, "logp_d_given_e": -2.0, "logp_d": -6.0}]
 
 
 def write(
-    storage: Storage, noun: Table, rows: list[tuple[object, ...]], metadata: dict[str, str] | None = None
+    storage: Storage, table: Table, rows: list[tuple[object, ...]], metadata: dict[str, str] | None = None
 ) -> None:
-    columns = dict(zip((column.name for column in noun.columns), map(list, zip(*rows, strict=True)), strict=True))
-    keys = {key: str(columns[key][0]) for key in noun.partition}
-    storage.write(noun, noun.table(columns, metadata), "by hand", **keys)
+    columns = dict(zip((column.name for column in table.columns), map(list, zip(*rows, strict=True)), strict=True))
+    keys = {key: str(columns[key][0]) for key in table.partition}
+    storage.write(table, table.table(columns, metadata), "by hand", **keys)
 
 
 @pytest.fixture(scope="module")

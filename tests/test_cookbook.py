@@ -25,18 +25,18 @@ TEXTS = {  # model → layer → description of each unit
 
 def write(
     storage: Storage,
-    noun: Table,
+    table: Table,
     rows: list[tuple[object, ...]],
     metadata: dict[str, str] | None = None,
     **keys: str,
 ) -> None:
-    columns = _columns(noun, rows)
-    keys = keys or {key: str(columns[key][0]) for key in noun.partition}
-    storage.write(noun, noun.table(columns, metadata), "by hand", **keys)
+    columns = _columns(table, rows)
+    keys = keys or {key: str(columns[key][0]) for key in table.partition}
+    storage.write(table, table.table(columns, metadata), "by hand", **keys)
 
 
-def _columns(noun: Table, rows: list[tuple[object, ...]]) -> dict[str, list[object]]:
-    return dict(zip((column.name for column in noun.columns), map(list, zip(*rows, strict=True)), strict=True))
+def _columns(table: Table, rows: list[tuple[object, ...]]) -> dict[str, list[object]]:
+    return dict(zip((column.name for column in table.columns), map(list, zip(*rows, strict=True)), strict=True))
 
 
 def n_best(unit: int, text: str) -> list[dict[str, object]]:

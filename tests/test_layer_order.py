@@ -47,8 +47,8 @@ def test_e_layers_follow_one_another_as_in_their_model(storage):
         write(storage, layer, order)
         storage.write(DESCRIPTIONS, DESCRIPTIONS.schema.empty_table(), "d", labeler="milan", model="net", layer=layer)
     assert storage.layers_in_order("net", reversed(MODEL)) == MODEL
-    for noun in (EXEMPLARS, DESCRIPTIONS):
-        found = storage.in_model_order(storage.partitions(noun))
+    for table in (EXEMPLARS, DESCRIPTIONS):
+        found = storage.in_model_order(storage.partitions(table))
         assert [keys["layer"] for keys in found] == MODEL
     assert storage.metadata(EXEMPLARS, model="net", layer="stem")[CONFIG_KEY] == "c"
 

@@ -253,10 +253,10 @@ def test_f3_a_storage_writes_reads_and_removes_below_its_root_alone(path: str, t
 def test_f3_values_of_partitions_are_one_folder_each_whatever_they_are(value: str, tmp_path: Path) -> None:
     """Names of plug-ins' models, layers and probes: all that fit work, and nothing leaves its folder."""
     storage = Storage(tmp_path / "a/run")
-    for noun in TABLES:
-        path = storage.path(noun, **dict.fromkeys(noun.partition, value))
-        assert path.count("/") == len(noun.partition) + 1
-        assert Path(storage.root, path).resolve().is_relative_to(tmp_path / "a/run" / noun.name)
+    for table in TABLES:
+        path = storage.path(table, **dict.fromkeys(table.partition, value))
+        assert path.count("/") == len(table.partition) + 1
+        assert Path(storage.root, path).resolve().is_relative_to(tmp_path / "a/run" / table.name)
     keys = {"stage": "s", "run": "r", "model": value}
     row = {**keys, "layer": value, "rows": 1, "images": 1, "skipped": 0, "seconds": 1.0, "images_per_s": 1.0}
     row |= {"finished_at": "2026", "versions": "{}"}

@@ -202,8 +202,8 @@ def test_image_ids_are_numbers_and_name_no_other_block():
     """Tables type them as int64, so that no text of theirs becomes part of a path."""
     from milan_ray.schema import EXEMPLARS, MANIFEST, VIEWS
 
-    for noun in (EXEMPLARS, MANIFEST, VIEWS):
-        assert noun.schema.field("image_id").type == pa.int64()
+    for table in (EXEMPLARS, MANIFEST, VIEWS):
+        assert table.schema.field("image_id").type == pa.int64()
     assert block_of(2**62).isdigit()
 
 

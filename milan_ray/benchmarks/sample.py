@@ -234,17 +234,17 @@ def _search(storage: Storage, captioner: Captioner, search: Search, model: str, 
 def _tables(storage: Storage) -> dict[str, TableSize]:
     """What a row and a file of every table weigh, from what the run wrote."""
     found = {}
-    for noun in TABLES:
+    for table in TABLES:
         bytes_ = rows = empty = 0
-        files = storage.partitions(noun)
+        files = storage.partitions(table)
         for keys in files:
-            bytes_ += storage.stat(noun.name)[storage.path(noun, **keys)].size
-            table = storage.read(noun, **keys)
-            rows += len(table)
-            empty += len(to_parquet(table.slice(0, 0), storage.metadata(noun, **keys) or {}))
+            bytes_ += storage.stat(table.name)[storage.path(table, **keys)].size
+            data = storage.read(table, **keys)
+            rows += len(data)
+            empty += len(to_parquet(data.slice(0, 0), storage.metadata(table, **keys) or {}))
         if rows:
             fit = TableSize.fit(bytes_, rows, empty)
-            found[noun.name] = TableSize(fit.per_file / len(files), fit.per_row)
+            found[table.name] = TableSize(fit.per_file / len(files), fit.per_row)
     return found
 
 

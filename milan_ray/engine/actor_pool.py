@@ -1,4 +1,4 @@
-"""Work over an actor pool through Ray Data: one row is one shard, one task, one unit of retry."""
+"""Runs shards on a pool of actors through Ray Data, or on threads: one row is one shard and the unit of retry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from milan_ray.storage import WorkRemovedError
 Row = dict[str, Any]
 
 _WAITING = 2
-"""Rows on their way to an actor: one runs, and the next is there when it ends."""
+"""Rows submitted to each actor: while one runs, the next one waits."""
 
 
 def run_pool(
@@ -29,33 +29,33 @@ def run_pool(
     resources: Resources,
     in_driver: bool = False,
 ) -> Iterator[Row]:
-    """Runs ``worker(**arguments)(row)`` for every row on a pool of actors, or of threads where that is over sooner.
+    """Runs ``worker(**arguments)(row)`` for every row on a pool of actors, or on threads where that is faster.
 
-    The rows' composition is fixed by the caller, so a result never depends on how Ray groups them. The worker writes
-    its own files and returns a small row; a row may be run again when an actor or node dies, and must then write the
-    same.
+    The caller fixes the composition of the rows, so results never depend on how Ray groups them. The worker writes its
+    own files and returns a small row. A row is run again when an actor or node dies, and must then write the same
+    files.
 
     Args:
         worker: A callable class.
-        arguments: Its constructor's arguments: small, picklable.
-        rows: JSON-able pieces of work.
-        resources: What the pool may use.
-        in_driver: Whether a thread does it in any case.
+        arguments: Constructor arguments of the worker: small, picklable.
+        rows: Shards, JSON-able.
+        resources: The part of the cluster that the pool may use.
+        in_driver: Whether one thread of this process runs the rows in any case.
 
     Yields:
         The workers' answers (JSON-able), as they finish, with the ``seconds`` that each took and its row's ``name``.
 
     Raises:
-        MilanError: As a worker raised it.
+        MilanError: A worker raised it.
     """
     if not rows:
         return
     threads = threads_here(resources, len(rows)) or int(in_driver)
-    answers = _here(worker, arguments, rows, threads) if threads else _actors(worker, arguments, rows, resources)
-    for found in answers:
-        if "failure" in found:
-            raise _raised(found)
-        yield found
+    answers = _on_threads(worker, arguments, rows, threads) if threads else _actors(worker, arguments, rows, resources)
+    for answer in answers:
+        if "failure" in answer:
+            raise _to_error(answer)
+        yield answer
 
 
 def _actors(
@@ -80,14 +80,14 @@ def _actors(
         yield json.loads(answer["row"])
 
 
-def _here(worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], threads: int) -> Iterator[Row]:
-    """The same by threads of this process, each with a worker of its own."""
-    own, named = threading.local(), _named(worker)
+def _on_threads(worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], threads: int) -> Iterator[Row]:
+    """Runs the rows on threads of this process, each with a worker of its own."""
+    local, named = threading.local(), _named(worker)
 
     def run(row: Row) -> Row:
-        if not hasattr(own, "worker"):
-            own.worker = named(**arguments)
-        return json.loads(own.worker({"row": json.dumps(row)})["row"])
+        if not hasattr(local, "worker"):
+            local.worker = named(**arguments)
+        return json.loads(local.worker({"row": json.dumps(row)})["row"])
 
     with torch_threads(arguments["threads"]), ThreadPoolExecutor(threads) as executor:
         try:
@@ -99,8 +99,8 @@ def _here(worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row]
             executor.shutdown(cancel_futures=True)
 
 
-def _failure(error: MilanError) -> Row:
-    """An error as an answer."""
+def _to_answer(error: MilanError) -> Row:
+    """Encodes an error as a worker's answer."""
     return {
         "failure": str(error),
         "gone": isinstance(error, WorkRemovedError),
@@ -108,17 +108,18 @@ def _failure(error: MilanError) -> Row:
     }
 
 
-def _raised(answer: Row) -> MilanError:
-    """The error that an answer is."""
+def _to_error(answer: Row) -> MilanError:
+    """Decodes the error in a worker's answer."""
     if answer["damaged"] is not None:
         return DamagedTable(answer["failure"], answer["damaged"])
     return (WorkRemovedError if answer["gone"] else MilanError)(answer["failure"])
 
 
 def _named(worker: Callable[..., Any]) -> type:
-    """A class of the worker's own name, so that Ray's dashboard shows the stage, with JSON rows in and out.
+    """Wraps a worker in a class of the same name, which Ray's dashboard shows, with JSON rows in and out.
 
-    A :class:`MilanError` comes back as an answer: raised inside an actor it would reach the user wrapped in Ray's own.
+    A :class:`MilanError` is returned as an answer: raised inside an actor, it would reach the user wrapped in an error
+    of Ray.
     """
 
     class Named:
@@ -127,18 +128,18 @@ def _named(worker: Callable[..., Any]) -> type:
             try:
                 self._worker = worker(**arguments)
             except MilanError as error:
-                self._failure = _failure(error)
+                self._failure = _to_answer(error)
 
         def __call__(self, row: Row) -> Row:
             if self._failure is not None:
                 return {"row": json.dumps(self._failure)}
-            started, given = time.monotonic(), json.loads(row["row"])
+            started, shard = time.monotonic(), json.loads(row["row"])
             try:
-                answer = self._worker(given)
+                answer = self._worker(shard)
             except MilanError as error:
-                answer = _failure(error)
-            spent = {"seconds": time.monotonic() - started}
-            return {"row": json.dumps({**spent, "name": given.get("name"), **answer})}
+                answer = _to_answer(error)
+            seconds = time.monotonic() - started
+            return {"row": json.dumps({"seconds": seconds, "name": shard.get("name"), **answer})}
 
     Named.__name__ = Named.__qualname__ = getattr(worker, "__name__", "Worker")
     return Named

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting a local one of our own."""
+"""Joins a Ray cluster, or starts a local one for this job."""
 
 from __future__ import annotations
 
@@ -28,32 +28,32 @@ from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 LOCAL_OBJECT_STORE = 512 * 2**20
-"""Bytes. Stages pass names of files and manifest rows through it, never images or features."""
+"""Bytes of a local Ray's object store: stages pass file names and manifest rows, never images or features."""
 
 ROWS_PER_NEW_ACTOR = 4
-"""Pieces of work for which one more actor is asked of a cluster that grows: fewer are done before a node is up."""
+"""Shards per actor that is requested of a growing cluster: fewer are finished before a new node is up."""
 
 
 AUTO_CONNECT = "RAY_ENABLE_AUTO_CONNECT"
-"""Environment variable: 0 keeps Ray from starting by itself, with a dashboard and open to other machines."""
+"""Environment variable: 0 keeps Ray from starting by itself, with a dashboard and reachable by other machines."""
 
 REMARK = b"Set ray log level from environment variable"
 
 STARTS = 3
-"""How often a local Ray is started before a job gives up: Ray allows it 30 s, which a busy machine may exceed."""
+"""Attempts to start a local Ray: Ray allows each 30 s, which a busy machine may exceed."""
 
 FEW_PIECES = 32
-"""Pieces of work that threads of the driver do on a laptop: see :func:`threads_here`."""
+"""Shards up to which threads of the driver run a stage on a laptop: see :func:`threads_here`."""
 
 
 @dataclass
 class _Own:
-    """A local Ray of our own, started when something needs it.
+    """State of the local Ray of this process, which is started when something needs it.
 
     Attributes:
-        wanted: Whether jobs run on one.
-        options: What to start it with, until it runs.
-        reaper: Process that ends what is left of it when this one is gone.
+        wanted: Whether jobs run on a local Ray.
+        options: Options to start it with; None once it runs.
+        reaper: Process that ends its remaining processes when this process is gone.
     """
 
     wanted: bool = False
@@ -69,9 +69,9 @@ class PoolSize:
     """Size of an actor pool.
 
     Attributes:
-        least: Actors that the cluster is asked for, new nodes included where it grows.
+        least: Actors requested of the cluster, which starts nodes for them where it can grow.
         most: Actors at most, as nodes join during the work.
-        gpus: GPUs of each.
+        gpus: GPUs of each actor.
     """
 
     least: int
@@ -81,9 +81,9 @@ class PoolSize:
 
 @contextlib.contextmanager
 def connected(resources: Resources) -> Iterator[None]:
-    """Connects to the cluster for the time of a job; a local one ends with it.
+    """Connects to the cluster for the duration of a job; a local Ray ends with the job.
 
-    A session that is already connected (a notebook, a test) is used as it is and left alone.
+    A session that is already connected (a notebook, a test) is used as it is and stays connected.
 
     Raises:
         MilanError: The cluster cannot be reached.
@@ -91,7 +91,7 @@ def connected(resources: Resources) -> Iterator[None]:
     if ray.is_initialized() or _own.wanted:
         yield
         return
-    if not sys.warnoptions:  # they speak to those who call Ray; it asks for them by the same rule
+    if not sys.warnoptions:  # these warnings are for callers of Ray, which checks the same condition
         warnings.filterwarnings("ignore", category=RayDeprecationWarning)
     address = runtime.prepare(resources.address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
@@ -106,7 +106,7 @@ def connected(resources: Resources) -> Iterator[None]:
                 "object_store_memory": LOCAL_OBJECT_STORE,
             }
         else:
-            # Workers of a cluster that others started know nothing of this process's environment.
+            # Workers of an existing cluster do not inherit this process's environment.
             environment = {"OMP_WAIT_POLICY": "passive", "MILAN_MODELS_DIR": str(models_dir())}
             _knock(address)
             _init(address, {**options, "address": address, "runtime_env": {"env_vars": environment}})
@@ -121,7 +121,7 @@ def connected(resources: Resources) -> Iterator[None]:
 
 
 def start() -> None:
-    """Starts the local Ray of :func:`connected` where nothing has yet: small jobs never do."""
+    """Starts the local Ray of :func:`connected` unless it runs; small jobs never call this."""
     if _own.options is not None and not ray.is_initialized():
         _start_local(_own.options)
         _own.options = None
@@ -129,28 +129,28 @@ def start() -> None:
 
 
 def found() -> dict[str, float]:
-    """What the cluster has, by name; starts it."""
+    """Starts the cluster and returns its resources by name."""
     start()
     return dict(ray.cluster_resources())
 
 
 def _start_local(options: dict[str, Any]) -> None:
-    """Starts a Ray of our own; one that did not come up in time is given up for another."""
+    """Starts a local Ray, guarded by the reaper."""
     with _reaped():
         _start_in_time(options)
 
 
 @contextlib.contextmanager
 def _reaped() -> Iterator[None]:
-    """Marks the processes that are started meanwhile, and starts the one that ends them when this one is killed."""
+    """Starts the reaper, and marks the processes started in the body, which it ends when this process is killed."""
     if not Path(reaper.PROC, "self/environ").exists():
         yield
         return
     value = uuid.uuid4().hex
-    # In a session of its own, so that nothing that ends this process's group ends it as well.
+    # In its own session, so that a signal to this process's group does not end it too.
     command = [sys.executable, "-I", "-S", reaper.__file__, value, str(os.getpid())]
     _own.reaper = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
-    # Ray's processes name themselves, by default in the place of their environment; this keeps it readable.
+    # Ray's processes write their title over their environment by default; SPT_NOENV keeps it readable.
     marks = {reaper.VARIABLE: value, "SPT_NOENV": "1"}
     before = {name: os.environ.get(name) for name in marks}
     os.environ.update(marks)
@@ -165,15 +165,16 @@ def _reaped() -> Iterator[None]:
 
 
 def _dismiss() -> None:
-    """Ends the reaper, and with it what Ray's own end has left."""
-    ending, _own.reaper = _own.reaper, None
-    if ending is not None:
-        assert ending.stdin is not None
-        ending.stdin.close()
-        ending.wait()
+    """Closes the reaper's pipe, upon which it ends the processes that Ray's shutdown left, and waits for it."""
+    process, _own.reaper = _own.reaper, None
+    if process is not None:
+        assert process.stdin is not None
+        process.stdin.close()
+        process.wait()
 
 
 def _start_in_time(options: dict[str, Any]) -> None:
+    """Starts a local Ray, and another one when it does not come up in time."""
     for left in reversed(range(STARTS)):
         try:
             return _init("local", options)
@@ -188,33 +189,33 @@ def _init(address: str, options: dict[str, Any]) -> None:
     try:
         with _without_remark():
             ray.init(**options)
-    except Exception as error:  # Ray also raises bare exceptions, as where a busy machine takes too long to start one
+    except Exception as error:  # Ray also raises bare exceptions, e.g. when a busy machine takes too long to start
         raise MilanError(f"cannot reach the Ray cluster at {address}: {error}") from error
 
 
 @contextlib.contextmanager
 def _without_remark() -> Iterator[None]:
-    """Keeps a remark of Ray's native core, which no setting silences, off standard error; all else is passed on."""
+    """Filters a remark of Ray's native core, which no setting silences, from standard error."""
     sys.stderr.flush()
     terminal = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
+    with tempfile.TemporaryFile() as output:
+        os.dup2(output.fileno(), 2)
         try:
             yield
         finally:
             os.dup2(terminal, 2)
             os.close(terminal)
-            said.seek(0)
-            for line in said:
+            output.seek(0)
+            for line in output:
                 if REMARK not in line:
                     os.write(2, line)
 
 
 def _knock(address: str) -> None:
-    """Finds out in seconds whether anybody listens at host:port; Ray itself tries for many minutes.
+    """Checks within seconds that something listens at host:port; Ray itself would try for many minutes.
 
     Raises:
-        MilanError: Nobody does.
+        MilanError: Nothing does.
     """
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():
@@ -228,6 +229,7 @@ def _knock(address: str) -> None:
 
 
 def _quiet() -> None:
+    """Turns off Ray's progress bars and informational logs in this process."""
     from ray.data import DataContext
 
     context = DataContext.get_current()
@@ -238,21 +240,20 @@ def _quiet() -> None:
 
 
 def gpus_each(resources: Resources) -> float:
-    """GPUs of each actor: what the user asked for, else one where the cluster has GPUs and they are wanted."""
+    """GPUs of each actor: the user's number, else one where the cluster has GPUs and the device is not the CPU."""
     if resources.gpus_per_actor is not None:
         return resources.gpus_per_actor
     if resources.device == "cpu":
         return 0.0
     start()
-    wanted = ray.cluster_resources().get("GPU", 0) >= 1
-    return 1.0 if wanted else 0.0
+    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
 
 
 def threads_here(resources: Resources, rows: int) -> int:
-    """How many threads of this process do a job; 0 where a pool of actors does it.
+    """Threads of this process that run a stage; 0 where a pool of actors runs it.
 
-    Threads do jobs of few pieces on a local Ray of our own without a GPU, unless the user asked for actors: for what
-    takes seconds, starting processes that import torch and Ray Data takes longer than the work.
+    Threads run stages of few shards on a local Ray without a GPU, unless the user asked for actors: starting processes
+    that import torch and Ray Data takes longer than a few seconds of work.
     """
     small = _own.wanted and rows <= FEW_PIECES and resources.actors is None and not resources.gpus_per_actor
     if not small or (resources.device != "cpu" and torch.cuda.is_available()):
@@ -261,14 +262,14 @@ def threads_here(resources: Resources, rows: int) -> int:
 
 
 def pool_size(resources: Resources, rows: int) -> PoolSize:
-    """How many actors a pool gets, and how many GPUs each.
+    """Number of actors of a pool, and GPUs of each.
 
     Args:
-        resources: What the user allows.
-        rows: Pieces of work: more actors than that would idle.
+        resources: The part of the cluster that the user allows.
+        rows: Shards: more actors than that would idle.
 
     Raises:
-        MilanError: Not one actor fits the cluster.
+        MilanError: The cluster is too small for one actor.
     """
     start()
     total = ray.cluster_resources()
@@ -283,6 +284,6 @@ def pool_size(resources: Resources, rows: int) -> PoolSize:
             f"({total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs); lower --cpus-per-actor or "
             "--gpus-per-actor, or give --actors on a cluster that grows."
         )
-    # Ray Data grows a pool only into nodes that are there; nodes that are not are started for its least size alone.
+    # Ray Data grows a pool only into existing nodes; new nodes are started only for the least size.
     least = min(most, max(fits, math.ceil(rows / ROWS_PER_NEW_ACTOR)))
     return PoolSize(least, most, gpus)

@@ -1,6 +1,6 @@
-"""What a run costs: counts, seconds, bytes and money, as plain formulas over what a small sample was measured to take.
+"""Estimates of a run's cost: counts, seconds, bytes and money, as formulas over the measurements of a small sample.
 
-Nothing is measured here (:mod:`milan_ray.benchmarks.sample` does that); docs/planning.md has the arithmetic in words.
+:mod:`milan_ray.benchmarks.sample` measures the sample; docs/planning.md explains the arithmetic.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ HOUR = 3600.0
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A layer that is dissected.
+    """Size of a dissected layer.
 
     Attributes:
         layer: Module path.
@@ -31,13 +31,13 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class ModelCost:
-    """A model as the sample saw it.
+    """Measured cost of a model.
 
     Attributes:
         name: Registered name.
-        layers: What is dissected of it.
-        seconds: Of one image through it: forward pass, exemplars and levels of all layers, on one actor.
-        view: Key of the view that its exemplars are shown in; models that share it share encoder passes.
+        layers: Its dissected layers.
+        seconds: Seconds per image on one actor: forward pass, exemplars and levels of all layers.
+        view: Key of the view of its exemplars; models with the same view share encoder passes.
     """
 
     name: str
@@ -53,33 +53,33 @@ class ModelCost:
 
 @dataclass(frozen=True)
 class TableSize:
-    """How large one table is on disk.
+    """Size of a table on disk.
 
     Attributes:
         per_file: Bytes of a file without rows.
-        per_row: Bytes that a row adds.
+        per_row: Bytes per row.
     """
 
     per_file: float
     per_row: float
 
     def bytes(self, rows: float, files: float) -> float:
-        """Bytes of so many rows in so many files."""
+        """Bytes of a number of rows in a number of files."""
         return files * self.per_file + rows * self.per_row
 
     @classmethod
     def fit(cls, bytes_: int, rows: int, empty: int) -> TableSize:
-        """From a file of known size, and the size of the same file without its rows."""
+        """Computes the size per file and row from a file's bytes and the bytes of the same file without rows."""
         return cls(float(empty), max(0, bytes_ - empty) / max(1, rows))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a small run was measured to take.
+    """Measurements of a small run.
 
     Attributes:
-        images: Images that were looked at.
-        device: Where: ``cpu`` or ``cuda``.
+        images: Images of the run.
+        device: ``cpu`` or ``cuda``.
         threads: Torch threads of an actor.
         models: The models.
         read: Seconds to read, decode and resize an image.
@@ -89,7 +89,7 @@ class Sample:
         pool: Seconds to pool an image's maps with one mask; None without a captioner.
         search: Seconds of the beam search per unit; None without a captioner.
         beam_size: Candidates per unit; 0 without a captioner.
-        labelers: Labels per unit that the captioner gives: by log p(d|E) − λ·log p(d), and by log p(d|E).
+        labelers: Labels per unit: the captioner gives one by log p(d|E) − λ·log p(d) and one by log p(d|E).
     """
 
     images: int
@@ -112,15 +112,15 @@ class Wanted:
 
     Attributes:
         images: Probe images.
-        copies: So many models like each of the sample's.
+        copies: Number of models like each of the sample's.
         k: Exemplars per unit.
         quantile: q of the levels.
-        samples: Positions per unit from which levels are taken.
-        map_budget: Bytes of maps that a layer's state may carry.
+        samples: Positions per unit from which levels are computed.
+        map_budget: Bytes of maps that a layer's state may hold.
         shard_size: Images per shard.
-        actors: Actors at work at a time.
-        pooled: Whether every unit's maximum and mean on every image are kept too.
-        price: Of one actor's hour, in any currency; None when nobody asks.
+        actors: Actors that work at the same time.
+        pooled: Whether every unit's maximum and mean on every image are stored too.
+        price: Price of an actor-hour, in any currency; None for no estimate of the price.
     """
 
     images: int
@@ -141,8 +141,8 @@ class Line:
 
     Attributes:
         what: Its name.
-        count: How often it is done.
-        seconds: Of one actor, for all of it.
+        count: Number of repetitions.
+        seconds: Seconds of one actor for all repetitions.
     """
 
     what: str
@@ -172,15 +172,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Estimate:
-    """What the run will take.
+    """The estimated cost of a run.
 
     Attributes:
         wanted: The run.
-        models: How many models.
-        units: How many units, of all of them.
+        models: Number of models.
+        units: Number of units of all models.
         work: The work, in the order of the stages.
-        tables: What stays.
-        partials: Bytes of work in progress of one model, which goes when its tables are public.
+        tables: The tables that the run makes.
+        partials: Bytes of work in progress of one model, which are removed when its tables are public.
     """
 
     wanted: Wanted
@@ -197,30 +197,30 @@ class Estimate:
 
     @property
     def elapsed(self) -> float:
-        """Hours with all actors busy: no start of nodes and processes, no waiting for the last shard."""
+        """Hours with all actors busy, without the start of nodes and processes or the wait for the last shard."""
         return self.hours / self.wanted.actors
 
     @property
     def bytes(self) -> float:
-        """Bytes that stay."""
+        """Bytes of all tables."""
         return sum(table.bytes for table in self.tables)
 
     @property
     def price(self) -> float | None:
-        """What the actors' hours cost; None without a price."""
+        """Price of the actor-hours; None without a price per hour."""
         return None if self.wanted.price is None else self.hours * self.wanted.price
 
     def record(self) -> dict[str, object]:
-        """All of it, for JSON."""
+        """All fields and totals, for JSON."""
         totals = {name: getattr(self, name) for name in ("hours", "elapsed", "bytes", "price")}
         return {**asdict(self), **totals}
 
 
 def distinct_images(images: int, k: int, units: int) -> float:
-    """Images expected among the exemplars of so many units: N·(1 − (1 − k/N)^U).
+    """Expected number of distinct images among the exemplars of U units: N·(1 − (1 − k/N)^U).
 
-    That takes each unit's k images for a random draw. Real units agree on some images, so there are fewer: this is
-    what to reckon with at most, and never more than N or U·k.
+    The formula assumes that each unit's k images are drawn at random. Real units share images, so it is an upper
+    estimate; it never exceeds N or U·k.
 
     Args:
         images: Probe images N.
@@ -236,7 +236,7 @@ def distinct_images(images: int, k: int, units: int) -> float:
 def emitted(per_shard: float, kept: float, shards: float) -> float:
     """Values per unit that an actor writes: Σ_j min(p, c/j) over its shards j = 1 … S.
 
-    Of the c largest values so far, the j-th shard of a random order holds c/j, and cannot write more than its p.
+    In a random order, the j-th shard holds c/j of the c largest values so far, and cannot write more than its p values.
 
     Args:
         per_shard: Values per unit in a shard, p.
@@ -244,14 +244,16 @@ def emitted(per_shard: float, kept: float, shards: float) -> float:
         shards: Shards of the actor, S.
     """
     shards = math.ceil(shards)
-    full = min(shards, math.floor(kept / per_shard)) if per_shard else 0  # of these every value is among the largest
+    full = (
+        min(shards, math.floor(kept / per_shard)) if per_shard else 0
+    )  # shards of which every value is among the largest
     return full * per_shard + kept * (_harmonic(shards) - _harmonic(full))
 
 
 def emitted_tail(per_shard: float, kept: float, shards: float) -> float:
-    """Activations per unit that an actor writes to settle a level: what exceeds the lower bound of the shards *before*.
+    """Activations per unit that an actor writes for a level: those above the lower bound of the *earlier* shards.
 
-    That is p + Σ_j min(p, c/j) over j = 1 … S − 1; see :func:`emitted`.
+    Their number is p + Σ_j min(p, c/j) over j = 1 … S − 1; see :func:`emitted`.
     """
     return per_shard + emitted(per_shard, kept, max(0, math.ceil(shards) - 1))
 
@@ -264,14 +266,15 @@ def _harmonic(n: int) -> float:
 
 
 def carries_maps(layer: LayerShape, wanted: Wanted) -> bool:
-    """Whether a layer's maps ride along with its exemplars; else its winners take one more pass."""
+    """Whether shards store a layer's maps with its exemplars; otherwise the exemplars take another forward pass."""
     return 4 * layer.units * wanted.k * layer.height * layer.width <= wanted.map_budget
 
 
 def partial_bytes(layer: LayerShape, wanted: Wanted) -> float:
-    """Bytes, before compression, that all actors write of one layer until it is merged.
+    """Bytes, before compression, of one layer's work in progress by all actors.
 
-    Candidates of the top k with their maps (4·h·w + 12 bytes each), and activations that may settle the level (4).
+    It consists of candidates of the top k with their maps (4·h·w + 12 bytes each) and of activations that may decide
+    the level (4 bytes each).
     """
     shards = math.ceil(wanted.images / wanted.shard_size)
     actors = min(wanted.actors, shards)
@@ -285,9 +288,9 @@ def partial_bytes(layer: LayerShape, wanted: Wanted) -> float:
 
 
 def faster(sample: Sample, times: float) -> Sample:
-    """The sample on actors whose forward passes, encoder passes and searches are so many times as fast.
+    """The sample on actors with faster forward passes, encoder passes and searches.
 
-    Reading, decoding and writing pictures are the processor's work, and stay what they are.
+    Reading, decoding and writing images run on the CPU and take as long as before.
     """
     return replace(
         sample,
@@ -299,7 +302,7 @@ def faster(sample: Sample, times: float) -> Sample:
 
 
 def estimate(sample: Sample, wanted: Wanted) -> Estimate:
-    """What a run will take, from what its sample took.
+    """Estimates the cost of a run from a measured sample.
 
     Args:
         sample: The measured sample.
@@ -312,7 +315,9 @@ def estimate(sample: Sample, wanted: Wanted) -> Estimate:
     rows = units * k
     again = [
         copies
-        * distinct_images(wanted.images, k, sum(one.units for one in model.layers if not carries_maps(one, wanted)))
+        * distinct_images(
+            wanted.images, k, sum(layer.units for layer in model.layers if not carries_maps(layer, wanted))
+        )
         for model in models
     ]
     views: dict[str, int] = {}
@@ -352,12 +357,12 @@ def estimate(sample: Sample, wanted: Wanted) -> Estimate:
 
 
 def _seconds(passes: Sequence[float], models: Sequence[ModelCost]) -> float:
-    """Seconds of so many passes of each model."""
+    """Seconds of a number of passes of each model."""
     return sum(count * model.seconds for count, model in zip(passes, models, strict=True))
 
 
 def in_bytes(count: float) -> str:
-    """A number of bytes for people, decimal units as disks are sold: ``1.2 TB``."""
+    """Formats a number of bytes in decimal units: ``1.2 TB``."""
     for unit in ("B", "kB", "MB", "GB", "TB"):
         if count < 1000:
             return f"{count:.3g} {unit}"
@@ -366,7 +371,7 @@ def in_bytes(count: float) -> str:
 
 
 def in_hours(hours: float) -> str:
-    """A duration for people: ``40 s``, ``12 min``, ``3.4 h``, ``56 days``."""
+    """Formats a duration: ``40 s``, ``12 min``, ``3.4 h``, ``56 days``."""
     if hours < 2 / 60:
         return f"{hours * HOUR:.0f} s"
     if hours < 2:
@@ -374,11 +379,11 @@ def in_hours(hours: float) -> str:
     return f"{hours:.3g} h" if hours < 72 else f"{hours / 24:,.0f} days"
 
 
-def text(found: Estimate, sample: Sample) -> str:
-    """The estimate as a page of a terminal."""
-    wanted = found.wanted
+def text(total: Estimate, sample: Sample) -> str:
+    """Formats an estimate for a terminal."""
+    wanted = total.wanted
     lines = [
-        f"{found.models:,} models, {found.units:,} units, {wanted.images:,} images; measured on {sample.images}, one "
+        f"{total.models:,} models, {total.units:,} units, {wanted.images:,} images; measured on {sample.images}, one "
         f"{sample.device} actor of {sample.threads} thread{'s' * (sample.threads > 1)}:"
     ]
     for model in sample.models:
@@ -386,19 +391,19 @@ def text(found: Estimate, sample: Sample) -> str:
         copies = f" × {wanted.copies:,}" if wanted.copies > 1 else ""
         lines.append(f"  {model.name}{copies}: {len(model.layers)} layers, {model.units:,} units, {each}")
     lines += ["", f"{'work':40} {'times':>16} {'actor-hours':>14}"]
-    lines += [f"{line.what:40} {line.count:>16,.0f} {line.hours:>14,.3g}" for line in found.work]
+    lines += [f"{line.what:40} {line.count:>16,.0f} {line.hours:>14,.3g}" for line in total.work]
     lines += ["", f"{'table':40} {'rows':>16} {'size':>14}"]
-    lines += [f"{table.name:40} {table.rows:>16,.0f} {in_bytes(table.bytes):>14}" for table in found.tables]
+    lines += [f"{table.name:40} {table.rows:>16,.0f} {in_bytes(table.bytes):>14}" for table in total.tables]
     actors = f"{wanted.actors:,} actor{'s' * (wanted.actors > 1)}"
     lines += [
         "",
-        f"{found.hours:,.3g} actor-hours; with {actors} busy {in_hours(found.elapsed)}, and the time in which nodes "
+        f"{total.hours:,.3g} actor-hours; with {actors} busy {in_hours(total.elapsed)}, and the time in which nodes "
         "and processes start",
-        f"{in_bytes(found.bytes)} stay; {in_bytes(found.partials)} at most, before compression, are written meanwhile "
+        f"{in_bytes(total.bytes)} stay; {in_bytes(total.partials)} at most, before compression, are written meanwhile "
         "of the model at work",
     ]
-    if found.price is not None:
-        lines.append(f"{found.price:,.2f} at {wanted.price:g} an actor-hour; storage and requests come on top")
+    if total.price is not None:
+        lines.append(f"{total.price:,.2f} at {wanted.price:g} an actor-hour; storage and requests come on top")
     if sample.encode is None:
         lines.append("descriptions are not in it: give --decoder or --milan")
     return "\n".join(lines)

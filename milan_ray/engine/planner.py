@@ -1,4 +1,4 @@
-"""What a job would do, and why: the stages' own outputs beside the storage. Starts no Ray, writes nothing."""
+"""Dry runs: compares the stages' outputs with the storage. Starts no Ray and writes nothing."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from milan_ray.schema import EXEMPLARS, Table
 from milan_ray.storage import Storage
 
 NETWORKS = "networks"
-"""What stands among the names of tables for networks to be trained first; they lie beside models, not in storages."""
+"""Stands in a step for a table's name: networks to train first, which are stored with the models."""
 
 DOWNLOADS = "downloads"
-"""The same for files that would be fetched first."""
+"""Stands in a step for a table's name: files to download first."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One partition.
+    """One partition that a job would make, or that is up to date.
 
     Attributes:
         table: Name of the table.
-        keys: Its partition: model and layer, with what else tells it apart.
-        reason: Why it would be made; None when it is up to date.
+        keys: Values of the partition keys.
+        reason: Why the partition would be made; None when it is up to date.
     """
 
     table: str
@@ -34,14 +34,14 @@ class Step:
 
 @dataclass
 class Plan:
-    """What a job would do.
+    """The steps of a job.
 
     Attributes:
         steps: Its partitions, in the order of the stages.
-        later: Partitions, or groups of them, that are made of what is not there yet: only then can it be told whether
-            they would be made.
+        later: Partitions, or groups of them, whose fingerprints depend on tables that do not exist yet, so that it is
+            not known whether they would be made.
         failed: Model → why it would be skipped.
-        made: (table, partition) → what decides a partition after the job.
+        made: (table, partition) → fingerprint of a partition after the job.
     """
 
     steps: list[Step] = field(default_factory=list)
@@ -62,7 +62,7 @@ class Plan:
         return [step for step in self.steps if step.reason]
 
     def text(self) -> str:
-        """The steps that would run, a line each, those that cannot be told yet, and how many would not."""
+        """A line for each step that would run or is not known yet, and a line of totals."""
         due = self.due
         rows = [(step.table, " ".join(step.keys), step.reason) for step in (*due, *self.later)]
         rows += [("skipped", name, reason) for name, reason in self.failed.items()]
@@ -71,40 +71,43 @@ class Plan:
         current = len(self.steps) - len(due)
         after = f", {len(self.later)} depend on them" if self.later else ""
         what = "tables"
-        for others in (NETWORKS, DOWNLOADS):
-            if any(step.table == others for step in self.steps):
-                what = f"{others} and tables"
-        counted = f"{len(due)} {what} would be made, {current} are up to date{after}; nothing was done."
-        return "\n".join([*lines, counted])
+        for kind in (NETWORKS, DOWNLOADS):
+            if any(step.table == kind for step in self.steps):
+                what = f"{kind} and tables"
+        totals = f"{len(due)} {what} would be made, {current} are up to date{after}; nothing was done."
+        return "\n".join([*lines, totals])
 
     def add(self, storage: Storage, table: Table, fingerprint: Fingerprint, **keys: str) -> None:
-        """Adds a partition of which it is known what decides it."""
+        """Adds a partition whose fingerprint is known."""
         self.note(table, fingerprint, storage.why(table, fingerprint, **keys), **keys)
 
     def note(self, table: Table, fingerprint: Fingerprint, reason: str | None, **keys: str) -> None:
-        """The same where the reason is known; a partition counts once."""
+        """Adds a partition whose fingerprint and reason are known, once."""
         step = Step(table.name, tuple(keys.values()), reason)
         self.steps += [] if step in self.steps else [step]
         self.made[_key(table, keys)] = fingerprint
 
     def stages(self, storage: Storage, stages: Iterable[Stage]) -> None:
-        """Adds all outputs of stages that follow one another."""
+        """Adds all outputs of stages, in the order in which they run."""
         for stage in stages:
             for output in stage.outputs(Planned(storage, self)):
                 self.note(stage.table, output.fingerprint, stage.why(storage, output), **output.keys)
 
     def waits(self, table: str, keys: tuple[str, ...], *before: str, of: str | None = None) -> bool:
-        """Whether a table is made of others that would be made first, so that its fingerprint is unknown.
+        """Adds a table to those not known yet when it depends on tables that would be made first.
 
         Args:
-            table: Its name.
-            keys: Its partition, or what stands for several.
-            *before: Names of the others.
-            of: A key that the others' partitions must have to count, such as a model; None for any.
+            table: Name of the table.
+            keys: Its partition keys, or a text for several partitions.
+            *before: Names of the tables that it depends on.
+            of: A key value that the partitions of these must have to count, such as a model; None for any.
+
+        Returns:
+            Whether one of these would be made, so that the fingerprint is unknown.
         """
         for ahead in (self.due, self.later):
-            there = {step.table for step in ahead if of is None or of in step.keys}
-            if first := [name for name in before if name in there]:
+            tables = {step.table for step in ahead if of is None or of in step.keys}
+            if first := [name for name in before if name in tables]:
                 step = Step(table, keys, f"not known before: {', '.join(first)}")
                 self.later += [] if step in self.later else [step]
                 return True
@@ -112,7 +115,7 @@ class Plan:
 
 
 class Planned(Known):
-    """What will be known of tables after a plan: what it makes, and what the storage holds besides.
+    """Fingerprints of tables after a plan: those that it makes, and the others in the storage.
 
     Args:
         storage: The run directory.
@@ -129,7 +132,7 @@ class Planned(Known):
         return super().config(table, **keys) if made is None else made.hash
 
     def all_units(self, table: Table, **keys: str) -> str:
-        """The same of all units of its layer."""
+        """Configuration hash that a partition would have with all units of its layer."""
         made = self._plan.made.get(_key(table, keys))
         return super().all_units(table, **keys) if made is None else made.all_units
 
@@ -138,7 +141,7 @@ class Planned(Known):
         return any(step.table == table.name for step in self._plan.due)
 
     def check_units(self, units: tuple[int, ...], model: str, layer: str) -> None:
-        """Refuses units that a layer does not have, as soon as that is known."""
+        """Refuses units that a layer does not have, unless its exemplars are still to be made."""
         due = {step.keys for step in self._plan.due if step.table == EXEMPLARS.name}
         if (model, layer) not in due:
             super().check_units(units, model, layer)

@@ -1,4 +1,4 @@
-"""What travels to workers in place of models and probes: names. Each worker resolves them for itself."""
+"""References to models and probes, which travel to workers by name; each worker resolves them itself."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ModelRef:
         layers: Layers to dissect; empty for the model's defaults.
         plugins: Modules that register what the name needs.
         activations: Which values of a layer count: ``seen``, ``pre`` or ``post``.
-        reading: What the user says of the layers' axes.
+        reading: How the user describes the layers' axes.
     """
 
     name: str
@@ -52,10 +52,10 @@ class ProbeRef:
         sources: A registered name, or one or several roots.
         labels: Path of a labels file for flat folders, or None.
         plugins: Modules that register what the name needs.
-        legend: Path of what the numbers in a folder's label maps mean, or None.
+        legend: Path of the file that names the numbers in a folder's label maps, or None.
         segmentation: Folder of the network that makes concept maps, or None for the probe's own.
-        image_column: Where tables and archives hold images; None finds it.
-        label_column: Where they hold classes; None finds it.
+        image_column: Column of images in tables and archives; None finds it.
+        label_column: Column of class labels; None finds it.
     """
 
     sources: tuple[str, ...]
@@ -68,7 +68,7 @@ class ProbeRef:
 
 
 def model(ref: ModelRef) -> ModelSpec:
-    """The model of a ref.
+    """Resolves a reference to a model.
 
     Raises:
         MilanError: Unknown name, missing weights, broken plug-in.
@@ -78,26 +78,26 @@ def model(ref: ModelRef) -> ModelSpec:
 
 
 def probe(ref: ProbeRef) -> Probe:
-    """The probe of a ref.
+    """Resolves a reference to a probe.
 
     Raises:
         MilanError: Unknown name, missing folder, broken plug-in.
     """
     load_plugins(ref.plugins)
-    found = resolve_probe(ref.sources, ref.labels, ref.legend, ref.image_column, ref.label_column)
+    images = resolve_probe(ref.sources, ref.labels, ref.legend, ref.image_column, ref.label_column)
     if ref.segmentation is None:
-        return found
-    if isinstance(found, LatentProbe):
+        return images
+    if isinstance(images, LatentProbe):
         raise MilanError("a generator's latents cannot be segmented: leave out --segmentation.")
-    return SegmentedProbe(found, Segmenter(ref.segmentation))
+    return SegmentedProbe(images, Segmenter(ref.segmentation))
 
 
 def network(spec: ModelSpec, weights: str | None = None) -> nn.Module:
     """Builds a model, on the CPU.
 
     Args:
-        spec: Which.
-        weights: The digest that its weights must have, where the job was started with them.
+        spec: The model.
+        weights: Digest that its weights must have: the driver's; None for any.
 
     Raises:
         MilanError: It cannot be built, or its weights differ.
@@ -112,7 +112,7 @@ def network(spec: ModelSpec, weights: str | None = None) -> nn.Module:
 
 
 def image_text(ref: ImageTextRef, plugins: tuple[str, ...] = ()) -> Embedder:
-    """The model of images and texts of a ref.
+    """Loads the model of images and texts of a reference.
 
     Raises:
         MilanError: It is missing or damaged, or a plug-in is broken.
@@ -122,17 +122,17 @@ def image_text(ref: ImageTextRef, plugins: tuple[str, ...] = ()) -> Embedder:
 
 
 def generator(ref: GeneratorRef, plugins: tuple[str, ...] = ()) -> Generator:
-    """The generator of a ref.
+    """Loads the generator of a reference.
 
     Raises:
-        MilanError: There is none of that name, or a plug-in is broken.
+        MilanError: The name is unknown, or a plug-in is broken.
     """
     load_plugins(plugins)
     return ref.load()
 
 
 def image_captioner(ref: ImageCaptionerRef, plugins: tuple[str, ...] = ()) -> ImageCaptioner:
-    """The captioner of images of a ref.
+    """Loads the image captioner of a reference.
 
     Raises:
         MilanError: It is missing or damaged, or a plug-in is broken.
@@ -142,10 +142,10 @@ def image_captioner(ref: ImageCaptionerRef, plugins: tuple[str, ...] = ()) -> Im
 
 
 def check_units(units: Sequence[int], count: int, model: str, layer: str) -> None:
-    """Sees that a layer has the units that ``--units`` asks for.
+    """Checks that a layer has the units that ``--units`` asks for.
 
     Raises:
-        MilanError: It has not.
+        MilanError: The layer has fewer units.
     """
     if units and max(units) >= count:
         raise MilanError(

@@ -1,4 +1,4 @@
-"""The runs table: what ran, when, how long, with which versions."""
+"""The run log: which stage ran, when, how long and with which versions."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from milan_ray.storage import Storage
 
 @dataclass
 class Cost:
-    """What a table took before it was put together, in seconds of one worker.
+    """Work that a table took before it was merged, in seconds of one worker.
 
     Attributes:
-        seconds: What was done for this table alone, and its share of what was done for several.
-        whole: The same with all of what was done for several.
+        seconds: Work for this table alone, and an equal share of the work for several tables.
+        whole: Work for this table alone, and all of the work for several tables.
         images: Images used; 0 where none are read.
     """
 
@@ -33,9 +33,9 @@ class Cost:
         """Adds a piece of work.
 
         Args:
-            seconds: What it took.
-            tables: How many tables it was done for.
-            images: Images that it used.
+            seconds: Its duration.
+            tables: Number of tables that share it.
+            images: Images used.
         """
         self.seconds += seconds / tables
         self.whole += seconds
@@ -43,22 +43,22 @@ class Cost:
 
 
 def record_run(storage: Storage, stage: str, run: str, model: str, *, rows: int, cost: Cost, layer: str = "") -> None:
-    """Writes one row of the runs table: a partition of its own, replaced when the same work is done again.
+    """Writes one row of the run log, as a partition that is replaced when the same work is done again.
 
-    A stage calls this right before it writes the table that the row is about: a job that is killed in between makes
-    both again, and no table is ever without its row.
+    A stage calls this right before it writes the table that the row describes. A job that is killed in between makes
+    both again, so no table is ever without its row.
 
     Args:
         storage: The run directory.
-        stage: What ran.
-        run: Configuration hash of what was made.
-        model: Name of the model, or of what else it is about.
+        stage: The stage.
+        run: Configuration hash of the table's partition.
+        model: Name of the model, or another name where there is no model.
         rows: Rows written.
-        cost: What it took.
-        layer: Module path; empty where the run is not of one layer.
+        cost: Work that the table took.
+        layer: Module path; empty for a run of several layers or none.
     """
     versions = {"milan_ray": milan_ray.__version__, "torch": torch.__version__, "ray": version("ray")}
-    table = RUNS.table(
+    row = RUNS.table(
         {
             "stage": [stage],
             "run": [run],
@@ -73,4 +73,4 @@ def record_run(storage: Storage, stage: str, run: str, model: str, *, rows: int,
         },
         SHARES,
     )
-    storage.write(RUNS, table, run, stage=stage, run=run, model=model)
+    storage.write(RUNS, row, run, stage=stage, run=run, model=model)

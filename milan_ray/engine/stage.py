@@ -1,10 +1,10 @@
 """Stages: each declares its outputs once, for runs and dry runs alike; the runner does everything else.
 
-A :class:`Stage` makes the partitions of one table. ``outputs()`` says which there will be and what decides each. A
-:class:`ShardedStage` also cuts the missing ones into shards, has a worker that does a shard, and merges the pieces.
-:func:`run_stage` asks which outputs are due and why, runs the shards that are not stored yet on a pool of actors or
+A :class:`Stage` makes the partitions of one table. ``outputs()`` lists them with their fingerprints. A
+:class:`ShardedStage` also cuts the missing ones into shards, names the worker that runs a shard, and merges the pieces.
+:func:`run_stage` finds the outputs that are due, runs the shards that are not stored yet on a pool of actors or
 threads, merges, writes each table with its fingerprint and its row of the run log, retries when another job on the same
-storage was faster, and removes the work in progress on every way out.
+storage was faster, and removes the work in progress on success and on failure.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from milan_ray.schema import CANDIDATES, ENCODINGS, EXEMPLARS, LEVELS, Table
 from milan_ray.storage import Storage
 
 _MADE_BY = {EXEMPLARS.name: "exemplars", ENCODINGS.name: "describe", CANDIDATES.name: "describe"}
-"""Table → the verb that makes it."""
+"""Table → the subcommand that makes it."""
 
 PIECES = "pieces"
 """Folder of finished pieces in the work of a stage: one folder per output, one file per shard."""
@@ -39,7 +39,7 @@ Layers = Mapping[str, Sequence[str]]
 
 
 def pairs(models: Layers) -> list[tuple[str, str]]:
-    """(model, layer) of all layers."""
+    """All (model, layer) pairs."""
     return [(model, layer) for model, layers in models.items() for layer in layers]
 
 
@@ -48,10 +48,10 @@ class Output:
     """One partition that a stage makes.
 
     Attributes:
-        keys: Its partition.
-        fingerprint: What decides its content.
-        number: Its place among the stage's outputs, which the runner tells it.
-        about: What the run log has in place of a model, where it is about none.
+        keys: The partition.
+        fingerprint: Decides the partition's content.
+        number: Index among the stage's outputs, set by the runner.
+        about: Entry of the run log's model column, for a partition without a model.
         reason: Why it has to be made, where that is known without comparing fingerprints.
     """
 
@@ -63,31 +63,31 @@ class Output:
 
     @property
     def model(self) -> str:
-        """The model it is about, or what else."""
+        """The model, or what the run log has in its place."""
         return self.keys.get("model", self.about)
 
     @property
     def layer(self) -> str:
-        """The layer it is about; empty where it is about none."""
+        """The layer; empty for a partition without one."""
         return self.keys.get("layer", "")
 
-    def columns(self, table: pa.Table) -> dict[str, object]:
-        """The columns of a table, with those of the partition before."""
-        keys: dict[str, object] = {name: [value] * len(table) for name, value in self.keys.items()}
-        return keys | {name: table[name] for name in table.column_names}
+    def columns(self, rows: pa.Table) -> dict[str, object]:
+        """The columns of some rows, after the columns of the partition keys."""
+        keys: dict[str, object] = {name: [value] * len(rows) for name, value in self.keys.items()}
+        return keys | {name: rows[name] for name in rows.column_names}
 
     def piece(self, shard: str) -> str:
-        """Where the work holds a shard's part of it."""
+        """Name of the work table that holds a shard's part of this output."""
         return f"{PIECES}/{self.number}/{shard}"
 
 
 @dataclass(frozen=True)
 class Stream:
-    """An output that is too large to be held as a whole.
+    """An output that is too large for memory.
 
     Attributes:
         pieces: Its rows, in order.
-        metadata: Of its file.
+        metadata: Metadata of its file.
     """
 
     pieces: Iterator[pa.Table]
@@ -99,10 +99,10 @@ class Shard:
     """A piece of work: the unit of retry and of progress. Its composition never depends on the cluster.
 
     Attributes:
-        name: Its name in the work.
-        outputs: Numbers of the outputs it has a part of.
-        row: What its worker needs besides, JSON-able.
-        size: How much it is, in what the stage counts.
+        name: Name of its work tables.
+        outputs: Numbers of the outputs that it has a part of.
+        row: Further input of the worker, JSON-able.
+        size: Its size, in the stage's unit of progress.
     """
 
     name: str
@@ -112,9 +112,9 @@ class Shard:
 
 
 class Known:
-    """What is known of tables that a stage is made of: here, what the storage holds.
+    """Fingerprints of the tables that a stage reads, as the storage holds them.
 
-    A dry run knows more: what stages before it would have made (:mod:`milan_ray.engine.planner`).
+    A dry run also knows what earlier stages would have made (:mod:`milan_ray.engine.planner`).
 
     Args:
         storage: The run directory.
@@ -127,21 +127,25 @@ class Known:
         """Configuration hash of a partition.
 
         Raises:
-            MilanError: There is none.
+            MilanError: The partition does not exist.
         """
-        self._check_there(table, keys)
+        self._check_exists(table, keys)
         return self.storage.config_of(table, **keys)
 
     def all_units(self, table: Table, **keys: str) -> str:
-        """The same of all units of its layer, where it has some of them alone."""
-        self._check_there(table, keys)
+        """Configuration hash that a partition has, or would have with all units of its layer.
+
+        Raises:
+            MilanError: The partition does not exist.
+        """
+        self._check_exists(table, keys)
         return self.storage.all_units_of(table, **keys)
 
-    def _check_there(self, table: Table, keys: Mapping[str, str]) -> None:
+    def _check_exists(self, table: Table, keys: Mapping[str, str]) -> None:
         verb = _MADE_BY.get(table.name)
         if verb is not None and self.storage.metadata(table, **keys) is None:
-            of = " ".join(keys.values())
-            raise MilanError(f"no {table.name} of {of} in {self.storage.root}; run jobs.{verb} first.")
+            partition = " ".join(keys.values())
+            raise MilanError(f"no {table.name} of {partition} in {self.storage.root}; run jobs.{verb} first.")
 
     def pending(self, table: Table) -> bool:
         """Whether a stage before this one will make partitions of a table; never outside a dry run."""
@@ -151,7 +155,7 @@ class Known:
         """Refuses units that a layer does not have.
 
         Raises:
-            MilanError: It has not one of them.
+            MilanError: The layer lacks one of them.
         """
         check_units(units, self.storage.count(LEVELS, model=model, layer=layer), model, layer)
 
@@ -164,8 +168,8 @@ class Job:
         storage: The run directory.
         work: Hash of its work in progress.
         every: All outputs.
-        due: Those to make.
-        resources: What of the cluster to use.
+        due: The outputs to make.
+        resources: The part of the cluster to use.
     """
 
     storage: Storage
@@ -176,7 +180,7 @@ class Job:
 
 
 class Stage(ABC):
-    """What makes the partitions of one table.
+    """Makes the partitions of one table.
 
     Attributes:
         table: The table.
@@ -190,7 +194,7 @@ class Stage(ABC):
 
     @abstractmethod
     def outputs(self, known: Known) -> Iterator[Output]:
-        """The partitions there will be, and what decides each."""
+        """Yields the partitions that the stage makes, with their fingerprints."""
 
     def why(self, storage: Storage, output: Output) -> str | None:
         """Why an output has to be made; None when it is current."""
@@ -201,11 +205,11 @@ class ShardedStage(Stage):
     """A stage whose outputs are cut into shards.
 
     Attributes:
-        worker: Class of the workers: ``worker(storage, work, threads, device, **arguments)(row)`` does a shard. Its row
-            has the shard's ``name`` and ``outputs`` besides its own. It stores a piece for each output, and may answer
-            how many ``images`` it took.
-        label: Its name before figures of progress.
-        counted: What progress counts.
+        worker: Class of the workers: ``worker(storage, work, threads, device, **arguments)(row)`` runs a shard. The row
+            has the shard's ``name`` and ``outputs`` besides its own entries. The worker stores a piece for each output
+            and may return the number of ``images`` that it used.
+        label: Name of the stage in progress output.
+        counted: Unit of progress.
         recorded: Whether the run log has a row for each output.
     """
 
@@ -216,27 +220,27 @@ class ShardedStage(Stage):
 
     @abstractmethod
     def shards(self, job: Job) -> list[Shard]:
-        """Cuts the outputs that are due."""
+        """Cuts the outputs that are due into shards."""
 
     @abstractmethod
     def arguments(self, job: Job) -> dict[str, Any]:
-        """What the workers are made with, besides storage, work, threads and device."""
+        """Constructor arguments of the workers, besides storage, work, threads and device."""
 
     @abstractmethod
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table | Stream:
-        """An output, put together from its pieces in the order of the shards."""
+        """Merges an output's pieces, which come in the order of the shards."""
 
     def announce(self, job: Job, shards: Sequence[Shard]) -> str:
-        """What is said before the shards that are not stored yet are run."""
+        """Message before the shards that are not stored yet are run."""
         return f"{self.title}: {len(job.due)} layers of {len({output.model for output in job.due})} models"
 
     def runs_in_driver(self, shards: Sequence[Shard]) -> bool:
-        """Whether these shards are so little that the driver runs them whatever the resources are."""
+        """Whether the driver runs these shards itself, whatever the resources are, because they are small."""
         return False
 
     @abstractmethod
     def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
-        """Whether there is so little to merge that the driver does it: workers take longer to start."""
+        """Whether the driver merges the pieces itself, because workers would take longer to start."""
 
 
 class TaskStage(Stage):
@@ -244,7 +248,7 @@ class TaskStage(Stage):
 
     Attributes:
         recorded: Whether the run log has a row for each output.
-        remark: What people should know before it runs; empty for nothing.
+        remark: Message before the stage runs; empty for none.
     """
 
     recorded: ClassVar[bool] = False
@@ -252,11 +256,11 @@ class TaskStage(Stage):
 
     @abstractmethod
     def make(self, storage: Storage, output: Output) -> pa.Table:
-        """An output."""
+        """Makes an output."""
 
     @abstractmethod
     def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
-        """Whether these are so little that the driver makes them."""
+        """Whether the driver makes these outputs itself, because they are small."""
 
 
 @retry_if_overtaken
@@ -266,13 +270,13 @@ def run_stage(stage: ShardedStage | TaskStage, storage: Storage, resources: Reso
     Args:
         stage: The stage.
         storage: The run directory.
-        resources: What of the cluster to use; Ray must be connected.
+        resources: The part of the cluster to use; Ray must be connected.
 
     Returns:
-        All its outputs.
+        All outputs of the stage.
 
     Raises:
-        MilanError: What it is made of is missing, or a worker failed.
+        MilanError: A table that the stage reads is missing, or a worker failed.
     """
     every = numbered(stage, storage)
     due = [output for output in every if stage.why(storage, output)]
@@ -294,7 +298,7 @@ def run_stage(stage: ShardedStage | TaskStage, storage: Storage, resources: Reso
 
 
 def numbered(stage: Stage, storage: Storage) -> list[Output]:
-    """All outputs of a stage, each with its place among them."""
+    """All outputs of a stage, numbered."""
     return [replace(output, number=number) for number, output in enumerate(stage.outputs(Known(storage)))]
 
 
@@ -309,14 +313,33 @@ def abandon(stage: ShardedStage, storage: Storage) -> None:
 
 
 def _work(stage: ShardedStage, outputs: Iterable[Output]) -> str:
-    """Hash of a stage's work: over all outputs, so that a job killed while they become public finds its pieces."""
+    """Hash of a stage's work.
+
+    It covers all outputs, due or not, so that a job that was killed while outputs became public finds its pieces again.
+    """
     return config_hash({stage.name: [output.fingerprint.hash for output in outputs]})
 
 
 def _make(stage: ShardedStage, job: Job) -> None:
+    """Runs the shards that are not stored yet, then merges the pieces of every output that is due."""
+    shards = stage.shards(job)
+    costs = _run_shards(stage, job, shards)
+    names: dict[int, list[str]] = {output.number: [] for output in job.due}
+    for shard in shards:
+        for number in shard.outputs:
+            names[number].append(shard.name)
+    merges = [
+        _Merge(stage, job.storage, job.work, output, tuple(names[output.number]), costs[output.number])
+        for output in job.due
+    ]
+    for _ in run_parallel(_merge, merges, in_driver=stage.merges_in_driver(job, shards)):
+        pass
+
+
+def _run_shards(stage: ShardedStage, job: Job, shards: Sequence[Shard]) -> dict[int, Cost]:
+    """Runs the shards that are not stored yet; returns what each output took, by number."""
     storage, work = job.storage, job.work
     output_of = {output.number: output for output in job.due}
-    shards = stage.shards(job)
     stored = set(storage.work_names(work, PIECES))
     fresh = [
         shard for shard in shards if any(output_of[number].piece(shard.name) not in stored for number in shard.outputs)
@@ -340,15 +363,7 @@ def _make(stage: ShardedStage, job: Job) -> None:
             progress.advance(shard.size, (layers[number] for number in shard.outputs))
             for number in shard.outputs:
                 costs[number].add(answer["seconds"], len(shard.outputs), answer.get("images", 0))
-    names: dict[int, list[str]] = {number: [] for number in output_of}
-    for shard in shards:
-        for number in shard.outputs:
-            names[number].append(shard.name)
-    merges = [
-        _Merge(stage, storage, work, output, tuple(names[output.number]), costs[output.number]) for output in job.due
-    ]
-    for _ in run_parallel(_merge, merges, in_driver=stage.merges_in_driver(job, shards)):
-        pass
+    return costs
 
 
 @dataclass(frozen=True)
@@ -362,17 +377,14 @@ class _Merge:
 
 
 def _merge(task: _Merge) -> None:
-    """Puts an output together and makes it public."""
+    """Merges an output and makes it public."""
     stage, storage, output = task.stage, task.storage, task.output
     pieces = (storage.get_work(task.work, output.piece(name)) for name in task.names)
     merged = stage.merge(storage, output, pieces)
 
     def record(rows: int) -> None:
         if stage.recorded:
-            about = output.model
-            record_run(
-                storage, stage.name, output.fingerprint.hash, about, layer=output.layer, rows=rows, cost=task.cost
-            )
+            _record(storage, stage, output, rows, task.cost)
 
     if isinstance(merged, Stream):
         counted = _counted(merged.pieces, record)
@@ -383,7 +395,7 @@ def _merge(task: _Merge) -> None:
 
 
 def _counted(pieces: Iterator[pa.Table], then: Callable[[int], None]) -> Iterator[pa.Table]:
-    """The same pieces; their rows are counted, and said before the file they go to is whole."""
+    """Yields the same pieces, and calls ``then`` with the number of rows before the file is complete."""
     rows = 0
     for piece in pieces:
         rows += len(piece)
@@ -400,9 +412,15 @@ class _Task:
 
 def _run_task(task: _Task) -> None:
     stage, output, started = task.stage, task.output, time.monotonic()
-    table = stage.make(task.storage, output)
+    rows = stage.make(task.storage, output)
     if stage.recorded:
-        cost, run = Cost(), output.fingerprint.hash
+        cost = Cost()
         cost.add(time.monotonic() - started)
-        record_run(task.storage, stage.name, run, output.model, layer=output.layer, rows=len(table), cost=cost)
-    task.storage.write(stage.table, table, output.fingerprint, **output.keys)
+        _record(task.storage, stage, output, len(rows), cost)
+    task.storage.write(stage.table, rows, output.fingerprint, **output.keys)
+
+
+def _record(storage: Storage, stage: Stage, output: Output, rows: int, cost: Cost) -> None:
+    """Writes an output's row of the run log."""
+    run = output.fingerprint.hash
+    record_run(storage, stage.name, run, output.model, layer=output.layer, rows=rows, cost=cost)

@@ -1,6 +1,6 @@
-"""What a storage holds: models × layers × stages, and work that is not finished.
+"""Contents of a storage: models × layers × stages, and unfinished work.
 
-Whether exemplars are those of today's weights and images only a dry run can tell: it needs both.
+Only a dry run can tell whether exemplars belong to the present weights and images, because it reads both.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from milan_ray.schema import (
 from milan_ray.storage import ALL_UNITS_KEY, CONFIG_KEY, EXEMPLARS_KEY, UNITS_KEY, WORK, FileStat, Storage, parts_of
 
 STAGES = (EXEMPLARS, POOLED, ANNOTATIONS, ENCODINGS, CANDIDATES, DRAWINGS, DESCRIPTIONS)
-"""The tables of layers; each is made from earlier ones."""
+"""The tables of layers, each made from earlier ones."""
 
 DAMAGED = "damaged"
-"""How the state of a damaged partition begins."""
+"""First word of a damaged partition's state."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class Partition:
         keys: Partition key → value.
         rows: Rows in it.
         units: The units it was made for, as ``1,5,7``; empty for all.
-        written: When, UTC, ISO 8601; empty where the file system does not say.
+        written: Time of writing, UTC, ISO 8601; empty where the file system does not say.
         config: Configuration hash.
-        state: Empty; or why it no longer belongs to what it was made from: stale or orphaned; or that it is damaged.
+        state: Empty when it is current; else stale or orphaned, with the table that changed, or damaged.
     """
 
     table: str
@@ -56,7 +56,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Work:
-    """Work in progress, or left by a job that was killed: the same job, started again, goes on from there.
+    """Work in progress, or left by a killed job; the same job continues from it when started again.
 
     Attributes:
         config: Its configuration hash.
@@ -73,12 +73,12 @@ class Work:
 
 @dataclass(frozen=True)
 class Status:
-    """What a storage holds.
+    """Contents of a storage.
 
     Attributes:
         root: The storage.
-        partitions: Every partition of the tables of layers, in the order of the stages; of other tables those that are
-            damaged.
+        partitions: All partitions of the tables of layers, in the order of the stages, and the damaged partitions of
+            other tables.
         work: Unfinished work.
     """
 
@@ -87,24 +87,23 @@ class Status:
     work: list[Work]
 
     def json(self) -> str:
-        """All of it, for programs."""
+        """All fields as JSON."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False)
 
     def text(self) -> str:
         """A line for each partition and each piece of work."""
         lines = [f"{'table':12} {'partition':48} {'rows':>8}  {'written (UTC)':19}  configuration"]
-        for found in self.partitions:
-            units = f"units {found.units}" if found.units else ""
-            notes = "; ".join(note for note in (units, found.state) if note)
-            where = " ".join(found.keys.values())
-            lines.append(f"{found.table:12} {where:48} {found.rows:8}  {found.written:19}  {found.config[:8]}  {notes}")
-        of_layers = [found for found in self.partitions if {"model", "layer"} <= found.keys.keys()]
-        models = {found.keys["model"] for found in of_layers}
-        layers = {(found.keys["model"], found.keys["layer"]) for found in of_layers}
-        damaged = sum(1 for found in self.partitions if found.state.startswith(DAMAGED))
-        amiss = sum(1 for found in self.partitions if found.state) - damaged
+        for part in self.partitions:
+            units = f"units {part.units}" if part.units else ""
+            notes = "; ".join(note for note in (units, part.state) if note)
+            where = " ".join(part.keys.values())
+            lines.append(f"{part.table:12} {where:48} {part.rows:8}  {part.written:19}  {part.config[:8]}  {notes}")
+        layers = {(p.keys["model"], p.keys["layer"]) for p in self.partitions if {"model", "layer"} <= p.keys.keys()}
+        models = {model for model, _ in layers}
+        damaged = sum(part.state.startswith(DAMAGED) for part in self.partitions)
+        stale = sum(bool(part.state) for part in self.partitions) - damaged
         also = f", {damaged} damaged" if damaged else ""
-        lines.append(f"{len(layers)} layers of {len(models)} models; {amiss} tables stale or orphaned{also}")
+        lines.append(f"{len(layers)} layers of {len(models)} models; {stale} tables stale or orphaned{also}")
         for work in self.work:
             size = f"{work.bytes / 2**20:.1f} MiB"
             lines.append(f"unfinished   {WORK}/{work.config}: {work.files} files, {size}, the last {work.written}")
@@ -112,79 +111,79 @@ class Status:
 
 
 def status(storage: Storage, verify: bool = False) -> Status:
-    """Looks at every file of a storage, at tables by their footers alone, unless they are to be verified.
+    """Lists the contents of a storage; tables are checked by their footers alone, unless ``verify`` is set.
 
     Args:
         storage: The run directory.
-        verify: Read all tables, so that damage inside them is found, too.
+        verify: Read all rows of all tables, to find damage in them too.
     """
-    found: list[Partition] = []
-    made: dict[tuple[str, str, str], dict[str, str]] = {}  # (table, model, layer) → digest of it as a part, its state
-    exemplars: dict[tuple[str, str], dict[str, str]] = {}  # (model, layer) → what its exemplars are made of
-    for noun in STAGES:
-        stats = storage.stat(noun.name)
-        for keys in storage.partitions(noun):
-            written = _written(stats, storage.path(noun, **keys))
+    partitions: list[Partition] = []
+    made: dict[tuple[str, str, str], dict[str, str]] = {}  # (table, model, layer) → digest as an input → state
+    exemplars: dict[tuple[str, str], dict[str, str]] = {}  # (model, layer) → inputs of its exemplars
+    for table in STAGES:
+        stats = storage.stat(table.name)
+        for keys in storage.partitions(table):
+            written = _written(stats, storage.path(table, **keys))
             try:
-                meta, rows = _look(storage, noun, keys, verify)
+                meta, rows = _read(storage, table, keys, verify)
             except MilanError as error:
-                part, state = "", _damage(error)
-                found.append(Partition(noun.name, keys, 0, "", written, "", state))
-                made.setdefault((noun.name, keys["model"], keys["layer"]), {})[part] = state
+                digest, state = "", _damage(error)
+                partitions.append(Partition(table.name, keys, 0, "", written, "", state))
+                made.setdefault((table.name, keys["model"], keys["layer"]), {})[digest] = state
                 continue
-            state = _state(noun, keys, meta, made)
-            if noun is EXEMPLARS:
+            state = _state(table, keys, meta, made)
+            if table is EXEMPLARS:
                 exemplars[keys["model"], keys["layer"]] = parts_of(meta)
-            elif noun is POOLED:
-                state = _beside(exemplars.get((keys["model"], keys["layer"]), {}), meta)
+            elif table is POOLED:
+                state = _pooled_state(exemplars.get((keys["model"], keys["layer"]), {}), meta)
             config = meta.get(CONFIG_KEY, "")
-            part = _digest(noun.name, meta.get(ALL_UNITS_KEY, config))
-            made.setdefault((noun.name, keys["model"], keys["layer"]), {})[part] = state
-            found.append(Partition(noun.name, keys, rows, meta.get(UNITS_KEY, ""), written, config, state))
-    for noun in TABLES:
-        if noun not in STAGES:
-            found += _damaged(storage, noun, verify)
-    return Status(storage.root, _in_model_order(storage, found), _work(storage))
+            digest = _digest(table.name, meta.get(ALL_UNITS_KEY, config))
+            made.setdefault((table.name, keys["model"], keys["layer"]), {})[digest] = state
+            partitions.append(Partition(table.name, keys, rows, meta.get(UNITS_KEY, ""), written, config, state))
+    for table in TABLES:
+        if table not in STAGES:
+            partitions += _damaged(storage, table, verify)
+    return Status(storage.root, _in_model_order(storage, partitions), _work(storage))
 
 
-def _in_model_order(storage: Storage, found: list[Partition]) -> list[Partition]:
-    """Partitions table by table, their layers as they follow one another in their model."""
-    layers = {(part.keys["model"], part.keys["layer"]) for part in found if "layer" in part.keys}
+def _in_model_order(storage: Storage, partitions: list[Partition]) -> list[Partition]:
+    """Sorts partitions by table, and layers by their order in the model."""
+    layers = {(part.keys["model"], part.keys["layer"]) for part in partitions if "layer" in part.keys}
     ordered = storage.in_model_order({"model": model, "layer": layer} for model, layer in sorted(layers))
     rank = {(keys["model"], keys["layer"]): number for number, keys in enumerate(ordered)}
-    stage = {noun.name: number for number, noun in enumerate((*STAGES, *TABLES))}
+    stage = {table.name: number for number, table in enumerate((*STAGES, *TABLES))}
 
     def place(part: Partition) -> tuple[int, list[tuple[int, str]]]:
         own = rank.get((part.keys.get("model", ""), part.keys.get("layer", "")), 0)
         return stage[part.table], [(own, "") if key == "layer" else (0, value) for key, value in part.keys.items()]
 
-    return sorted(found, key=place)
+    return sorted(partitions, key=place)
 
 
-def _look(storage: Storage, noun: Table, keys: dict[str, str], verify: bool) -> tuple[dict[str, str], int]:
-    """A partition's metadata and rows.
+def _read(storage: Storage, table: Table, keys: dict[str, str], verify: bool) -> tuple[dict[str, str], int]:
+    """A partition's metadata, and its number of rows.
 
     Raises:
-        MilanError: It is damaged, or cannot be read.
+        MilanError: The partition is damaged or cannot be read.
     """
-    meta = storage.metadata(noun, **keys) or {}
+    meta = storage.metadata(table, **keys) or {}
     if verify:
-        for _ in storage.stream(noun, **keys):
+        for _ in storage.stream(table, **keys):
             pass
-    return meta, storage.count(noun, **keys)
+    return meta, storage.count(table, **keys)
 
 
-def _damaged(storage: Storage, noun: Table, verify: bool) -> list[Partition]:
+def _damaged(storage: Storage, table: Table, verify: bool) -> list[Partition]:
     """The damaged partitions of a table that is not of layers."""
-    stats = storage.stat(noun.name)
-    found = []
-    for keys in storage.partitions(noun):
+    stats = storage.stat(table.name)
+    partitions = []
+    for keys in storage.partitions(table):
         try:
-            _look(storage, noun, keys, verify)
+            _read(storage, table, keys, verify)
         except MilanError as error:
-            written = _written(stats, storage.path(noun, **keys))
-            found.append(Partition(noun.name, keys, 0, "", written, "", _damage(error)))
-    return found
+            written = _written(stats, storage.path(table, **keys))
+            partitions.append(Partition(table.name, keys, 0, "", written, "", _damage(error)))
+    return partitions
 
 
 def _damage(error: MilanError) -> str:
@@ -200,29 +199,28 @@ def _digest(name: str, config: str) -> str:
 
 
 def _state(
-    noun: Table, keys: dict[str, str], meta: dict[str, str], made: dict[tuple[str, str, str], dict[str, str]]
+    table: Table, keys: dict[str, str], meta: dict[str, str], made: dict[tuple[str, str, str], dict[str, str]]
 ) -> str:
-    """What became of that which a partition was made from."""
-    parts = parts_of(meta)
+    """State of a partition, by the tables that it was made from."""
+    inputs = parts_of(meta)
     if EXEMPLARS_KEY in meta:
-        parts["exemplars"] = _digest("exemplars", meta[EXEMPLARS_KEY])
-    for above in STAGES[: STAGES.index(noun)]:
-        if above.name in parts:
-            there = made.get((above.name, keys["model"], keys["layer"]))
-            if there is None:
+        inputs["exemplars"] = _digest("exemplars", meta[EXEMPLARS_KEY])
+    for above in STAGES[: STAGES.index(table)]:
+        if above.name in inputs:
+            states = made.get((above.name, keys["model"], keys["layer"]))
+            if states is None:
                 return f"orphaned: {above.name} are gone"
-            if parts[above.name] not in there:
-                damaged = "" in there
-                return f"stale: {above.name} are damaged" if damaged else f"stale: {above.name} have changed"
-            if there[parts[above.name]]:
+            if inputs[above.name] not in states:
+                return f"stale: {above.name} are damaged" if "" in states else f"stale: {above.name} have changed"
+            if states[inputs[above.name]]:
                 return f"stale: {above.name} are, too"
     return ""
 
 
-def _beside(exemplars: dict[str, str], meta: dict[str, str]) -> str:
-    """Whether pooled activations, made beside a layer's exemplars and not from them, are of something else."""
-    parts = parts_of(meta)
-    other = [name for name in parts if parts[name] != exemplars.get(name, parts[name])]
+def _pooled_state(exemplars: dict[str, str], meta: dict[str, str]) -> str:
+    """State of pooled activations, which share inputs with the layer's exemplars and are not made from them."""
+    inputs = parts_of(meta)
+    other = [name for name in inputs if inputs[name] != exemplars.get(name, inputs[name])]
     return f"stale: exemplars have other {', '.join(other)}" if other else ""
 
 

@@ -1,4 +1,4 @@
-"""Plain functions over many items, side by side."""
+"""Runs a function on many items in parallel, as Ray tasks or threads; retries what another job disturbed."""
 
 from __future__ import annotations
 
@@ -25,51 +25,51 @@ AHEAD = 4
 """Tasks submitted per task that can run: enough that none waits for the driver, and that an autoscaler sees a need."""
 
 FEW_IMAGES = 4096
-"""A probe of no more images is merged, and its views are stored, by the driver: workers take longer to start."""
+"""Images of a probe up to which the driver merges it and stores its views: workers take longer to start."""
 
 FEW_ROWS = 2**14
-"""A job of no more exemplars or candidates is taken apart and put together by the driver, for the same reason."""
+"""Exemplars or candidates of a job up to which the driver scatters and merges them, for the same reason."""
 
 MOST_THREADS = 8
 """Threads of the driver that work at once: each may hold a layer's state."""
 
 
 def retry_if_overtaken(stage: Callable[..., Result]) -> Callable[..., Result]:
-    """A stage that another job on the same storage may run at the same time.
+    """Retries a stage whose intermediate files another job removed.
 
-    Whoever is done first removes the work in progress of both. The other then looks again at what is missing, which is
-    as a rule nothing.
+    Two jobs on one storage may run the same stage at the same time. The first to finish removes the work in progress of
+    both; the other then checks for remaining work, and usually finds none.
     """
 
     @wraps(stage)
-    def settled(*arguments: Any, **named: Any) -> Result:
+    def retried(*arguments: Any, **named: Any) -> Result:
         for _ in range(2):
             try:
                 return stage(*arguments, **named)
             except WorkRemovedError:
-                say("another job on this storage has finished the same work; looking what is left")
+                say("another job on this storage has finished the same work; checking for remaining work")
         return stage(*arguments, **named)
 
-    return settled
+    return retried
 
 
 def models_apart(
     run: Callable[[dict[str, Sequence[str]]], object], models: Mapping[str, Sequence[str]], failed: dict[str, str]
 ) -> dict[str, Sequence[str]]:
-    """Runs stages over models, again without a model of which a table turns out to be damaged.
+    """Runs stages over models, and runs them again without a model when one of its tables is damaged.
 
-    What the others have finished by then is found up to date.
+    The tables that the other models finished before are up to date in the next run.
 
     Args:
         run: Runs the stages over some models: name → layers.
-        models: All of them.
-        failed: Model → why it failed; those whose tables are damaged are added.
+        models: All models: name → layers.
+        failed: Model → why it failed; models with damaged tables are added.
 
     Returns:
-        The models that are done.
+        The models that succeeded.
 
     Raises:
-        DamagedTable: One is that is about no model.
+        DamagedTable: A table that belongs to no model is damaged.
         MilanError: All models failed.
     """
     left = dict(models)
@@ -89,7 +89,7 @@ def models_apart(
 
 @contextmanager
 def removed_if_damaged(storage: Storage, work: str) -> Iterator[None]:
-    """Removes work in progress when a table that it reads is damaged: nobody finishes it as it is.
+    """Removes work in progress when a table that it reads is damaged, because it can no longer be finished.
 
     Args:
         storage: The run directory.
@@ -108,13 +108,13 @@ def in_flight(
     submit: Callable[[Item], Task],
     wait: Callable[[list[Task]], Iterable[Task]],
 ) -> Iterator[tuple[int, Task]]:
-    """Submits items as others are done: the time per item does not grow with their number.
+    """Submits items while earlier ones finish, so that the time per item does not grow with their number.
 
     Args:
-        items: What to submit, taken one by one.
-        limit: How many may be submitted and not yet done, asked anew each time; at least 1.
+        items: The items, taken one by one.
+        limit: Returns how many tasks may be pending, at least 1; called before each submission.
         submit: Starts an item.
-        wait: Returns those of some tasks that are done, at least one.
+        wait: Returns the finished ones of some tasks, at least one.
 
     Yields:
         (index of the item, its finished task), as they finish.
@@ -139,20 +139,20 @@ def run_parallel(
 ) -> Iterator[tuple[int, Result]]:
     """Runs a function on every item as Ray tasks; a task whose worker or node dies is run again.
 
-    A few items per call that the cluster has room for are submitted at a time; the others are not even asked for.
+    A few items per call that the cluster can run at once are submitted at a time; the others are not yet taken.
 
     Args:
         function: A picklable function of one item.
         items: Its arguments; an iterator is read as tasks finish.
         num_cpus: CPUs per call.
         num_gpus: GPUs per call.
-        in_driver: Whether threads of this process do it instead, for what is done before Ray has started a worker.
+        in_driver: Whether threads of this process run the function instead, where workers would take longer to start.
 
     Yields:
         (index of the item, result), as they finish.
 
     Raises:
-        Exception: What the function raised, as the function raised it.
+        Exception: The exception that the function raised, unwrapped.
     """
     if in_driver:
         most = min(MOST_THREADS, os.cpu_count() or 1)

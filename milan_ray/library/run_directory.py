@@ -128,16 +128,16 @@ class RunExemplars:
             descriptions=as_frame(self._of_unit(DESCRIPTIONS, unit, keys)),
         )
 
-    def _of_unit(self, noun: Table, unit: int, keys: dict[str, str]) -> pa.Table:
-        return self._current(noun, keys).filter(pc.field("unit") == unit)
+    def _of_unit(self, table: Table, unit: int, keys: dict[str, str]) -> pa.Table:
+        return self._current(table, keys).filter(pc.field("unit") == unit)
 
-    def _current(self, noun: Table, keys: dict[str, str]) -> pa.Table:
+    def _current(self, table: Table, keys: dict[str, str]) -> pa.Table:
         """A layer's rows of a table, from all partitions that speak of the exemplars that are there now."""
         current = self._storage.config_of(EXEMPLARS, **keys)
-        tables = [noun.schema.empty_table()]
-        for partition in self._storage.partitions(noun, **keys):
-            if (self._storage.metadata(noun, **partition) or {}).get(EXEMPLARS_KEY, current) == current:
-                tables.append(self._storage.read(noun, **partition))
+        tables = [table.schema.empty_table()]
+        for partition in self._storage.partitions(table, **keys):
+            if (self._storage.metadata(table, **partition) or {}).get(EXEMPLARS_KEY, current) == current:
+                tables.append(self._storage.read(table, **partition))
         return pa.concat_tables(table.replace_schema_metadata() for table in tables)
 
     def _images(self, probe: str, view: str, image_ids: np.ndarray) -> np.ndarray:

@@ -72,10 +72,10 @@ class Sources:
         annotations = sorted({keys["source"] for keys in storage.partitions(ANNOTATIONS)})
         return cls(storage, tuple(labelers), tuple(annotations), dict(encodings), dict(scores), left_out)
 
-    def rows(self, noun: Table, **keys: str) -> pa.Table:
+    def rows(self, table: Table, **keys: str) -> pa.Table:
         """A partition's rows, as :func:`read_rows` gives them; none where it is damaged."""
-        read = partial(read_rows, self.storage, noun, **keys)
-        return self.left_out.unless_damaged(read, noun.schema.empty_table())
+        read = partial(read_rows, self.storage, table, **keys)
+        return self.left_out.unless_damaged(read, table.schema.empty_table())
 
     def named(self, probe: str) -> bool:
         """Whether there is a manifest that names a probe's images."""
@@ -310,17 +310,17 @@ def layer_folder(model: str, layer: str) -> str:
     return f"layers/{slug(model)}/{slug(layer)}/"
 
 
-def read_rows(storage: Storage, noun: Table, **keys: str) -> pa.Table:
+def read_rows(storage: Storage, table: Table, **keys: str) -> pa.Table:
     """A partition's rows; none where it does not exist, or speaks of exemplars that are no longer there."""
-    metadata = storage.metadata(noun, **keys)
+    metadata = storage.metadata(table, **keys)
     if metadata is None:
-        return noun.schema.empty_table()
+        return table.schema.empty_table()
     of_exemplars = metadata.get(EXEMPLARS_KEY)
     if of_exemplars and of_exemplars != storage.config_of(EXEMPLARS, model=keys["model"], layer=keys["layer"]):
-        say(f"report: left out {noun.name} of {keys['model']} {keys['layer']}: they speak of earlier exemplars")
-        return noun.schema.empty_table()
-    wanted = [column.name for column in noun.columns if column.name not in ("model", "layer")]
-    return storage.read(noun, wanted, **keys)
+        say(f"report: left out {table.name} of {keys['model']} {keys['layer']}: they speak of earlier exemplars")
+        return table.schema.empty_table()
+    wanted = [column.name for column in table.columns if column.name not in ("model", "layer")]
+    return storage.read(table, wanted, **keys)
 
 
 def _tidy(out: Path, layer: _Layer) -> None:

@@ -76,12 +76,12 @@ def evaluations(rows: Sequence[Row]) -> list[Row]:
     return tables
 
 
-def rows_of(storage: Storage, noun: Table, left_out: LeftOut, **where: str) -> list[Row]:
+def rows_of(storage: Storage, table: Table, left_out: LeftOut, **where: str) -> list[Row]:
     """The rows of all partitions of a table that are not damaged."""
-    empty = noun.schema.empty_table()
-    found = storage.partitions(noun, **where)
-    tables = [left_out.unless_damaged(partial(storage.read, noun, **keys), empty) for keys in found]
-    return [row for table in tables for row in table.to_pylist()]
+    empty = table.schema.empty_table()
+    found = storage.partitions(table, **where)
+    tables = [left_out.unless_damaged(partial(storage.read, table, **keys), empty) for keys in found]
+    return [row for rows in tables for row in rows.to_pylist()]
 
 
 def skipped(storage: Storage, models: Sequence[str], left_out: LeftOut) -> list[Row]:
@@ -100,16 +100,16 @@ def skipped(storage: Storage, models: Sequence[str], left_out: LeftOut) -> list[
 def figures(storage: Storage, out: Path) -> list[Figure]:
     """Copies the figures that lie beside tables of experiments and tunings, whatever these are."""
     found = []
-    for noun in (noun for noun in TABLES if {"experiment", "sweep"} & {*noun.partition}):
-        for keys in storage.partitions(noun):
-            source = storage.path(noun, **keys).replace(FILE_NAME, _FIGURE)
+    for table in (table for table in TABLES if {"experiment", "sweep"} & {*table.partition}):
+        for keys in storage.partitions(table):
+            source = storage.path(table, **keys).replace(FILE_NAME, _FIGURE)
             if not storage.exists(source):
                 continue
-            title = _title(noun, keys)
-            file = f"figures/{slug(title if noun is TRIALS else source)}.svg"
+            title = _title(table, keys)
+            file = f"figures/{slug(title if table is TRIALS else source)}.svg"
             (out / "figures").mkdir(exist_ok=True)
             (out / file).write_bytes(storage.get(source))
-            about = _ABOUT.get(noun.name, f"Figure beside the table {noun.name}")
+            about = _ABOUT.get(table.name, f"Figure beside the table {table.name}")
             found.append(Figure(title, file, about, keys.get("model")))
     return found
 
@@ -194,11 +194,11 @@ def provenance(storage: Storage, models: Sequence[str], left_out: LeftOut) -> Ro
     return {"runs": sorted(runs, key=lambda row: row["finished_at"]), "versions": versions}
 
 
-def _title(noun: Table, keys: dict[str, str]) -> str:
-    if noun is TRIALS:
+def _title(table: Table, keys: dict[str, str]) -> str:
+    if table is TRIALS:
         return f"{keys['decoder']} tuned by {keys['sweep']}"
-    if noun is SCORES:
+    if table is SCORES:
         return keys["experiment"].rpartition(": ")[0] or keys["experiment"]
     if "experiment" in keys and "model" in keys:
         return f"{keys['experiment']}: {keys['model']}"
-    return ", ".join([noun.name, *keys.values()])
+    return ", ".join([table.name, *keys.values()])

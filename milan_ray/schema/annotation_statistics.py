@@ -1,4 +1,4 @@
-"""What annotations are like: how many, how long, of which words, how much people agree."""
+"""Statistics of annotations: number, length, words, and agreement between annotators."""
 
 import pyarrow as pa
 

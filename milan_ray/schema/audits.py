@@ -1,4 +1,4 @@
-"""Audits: units whose descriptions name what a network should not have learned."""
+"""Audits: units whose descriptions name something that the network should not have learned."""
 
 import pyarrow as pa
 
@@ -23,7 +23,7 @@ AUDITS = Table(
         Column("other_unreviewed", pa.int64(), "its units with the words that nobody has looked at yet: they count"),
         Column("images", pa.string(), "where the exemplars of both come from: roots of the one probe"),
     ),
-    "One pair of networks, and how many of their units name what was to be hidden.",
+    "One pair of networks, and the number of their units that name what was blurred.",
 )
 
 AUDITED = Table(
@@ -47,4 +47,4 @@ REVIEW = "review.csv"
 """Name of the file beside ``audited`` in which a person accepts or rejects each unit."""
 
 ACCEPT, REJECT = "accept", "reject"
-"""Verdicts of whoever looks at a unit; empty while nobody has."""
+"""Verdicts of a person who reviews a unit; empty before the review."""

@@ -1,4 +1,4 @@
-"""From exemplars to words: encodings, candidates, descriptions, annotations."""
+"""Tables from exemplars to texts: encodings, candidates, descriptions, annotations."""
 
 import pyarrow as pa
 
@@ -19,7 +19,7 @@ ENCODINGS = Table(
         Column("rank", pa.int16(), "the exemplar's rank"),
         Column("feature", pa.list_(pa.float32()), "F pooled pyramid features of the masked region; F in metadata"),
     ),
-    "What the captioner sees of one exemplar.",
+    "Features of one exemplar, as the captioner reads them.",
 )
 
 IMAGE_EMBEDDINGS = Table(
@@ -121,7 +121,7 @@ DRAWINGS = Table(
             True,
         ),
     ),
-    "What a unit makes of the images that a generator drew for one candidate label.",
+    "A unit's activations on the images that a generator made for one candidate label.",
 )
 
 ANNOTATIONS = Table(

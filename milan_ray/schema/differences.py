@@ -1,4 +1,4 @@
-"""Two networks' descriptions beside each other: words, and units."""
+"""Comparison of two networks' descriptions: by word, and by unit."""
 
 import pyarrow as pa
 
@@ -42,5 +42,5 @@ CHANGES = Table(
         Column("gained", pa.list_(pa.string()), "words of the other's description alone"),
         Column("lost", pa.list_(pa.string()), "words of the model's description alone"),
     ),
-    "A unit of which two networks say different things.",
+    "A unit whose descriptions differ between two networks.",
 )

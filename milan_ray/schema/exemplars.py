@@ -1,4 +1,4 @@
-"""Exemplars, activation levels, and the images that people and encoders look at."""
+"""Exemplars, activation levels, views and pooled activations."""
 
 import pyarrow as pa
 
@@ -22,8 +22,8 @@ EXEMPLARS = Table(
             "mask", pa.large_binary(), "H×W bits, row-major, packed big-endian: upsampled map > level; H, W in metadata"
         ),
     ),
-    "One of the k images that excite a unit most. File metadata: `mask_height`, `mask_width`, `probe`, `view`, `k`, "
-    "`quantile`.",
+    "One of the k images with a unit's highest activations. File metadata: `mask_height`, `mask_width`, `probe`, "
+    "`view`, `k`, `quantile`.",
 )
 
 LEVELS = Table(
@@ -88,6 +88,6 @@ POOLED = Table(
             "U activations, unit by unit: the mean over all finite positions of this image; NaN where there is none",
         ),
     ),
-    "What all units of a layer make of one readable probe image; only with `--pooled`. Lists, not fixed-size ones: one "
-    "query may read layers of different widths. File metadata: `units`, `probe`.",
+    "Pooled activations of all units of a layer on one readable probe image; only with `--pooled`. Lists, not "
+    "fixed-size ones: one query may read layers of different widths. File metadata: `units`, `probe`.",
 )

@@ -1,4 +1,4 @@
-"""What the paper's experiments find: units by criteria, accuracy as they are ablated."""
+"""Results of the paper's experiments: units by criteria, accuracy under ablation, claims."""
 
 import pyarrow as pa
 
@@ -21,7 +21,7 @@ ABLATIONS = Table(
         Column("accuracy", pa.float64(), "share of images classified correctly; null without images", True),
         Column("n", pa.int64(), "images behind it"),
     ),
-    "Accuracy of a classifier with the first units of an order switched off.",
+    "Accuracy of a classifier with the first units of an order ablated.",
 )
 
 CRITERIA = Table(
@@ -71,7 +71,7 @@ CLAIMS = Table(
         Column("small", pa.bool_(), "whether sizes were those of a test, so that figures mean nothing"),
         Column("seconds", pa.float64(), "how long the experiment took, this time"),
     ),
-    "One claim of the paper beside what was found.",
+    "One claim of the paper, with the result here.",
 )
 
 PASTED = Table(
@@ -97,7 +97,7 @@ PASTED = Table(
         Column("control_predicted", pa.string(), "what the model takes the original with that cut for"),
         Column("control_fooled", pa.bool_(), "the same of it"),
     ),
-    "What a unit fires at, cut from one of its exemplars and pasted on an image that the unit is silent on.",
+    "One cut-and-paste image: the masked region of a unit's exemplar, pasted on an image that does not activate it.",
 )
 
 FIGURE = "figure"

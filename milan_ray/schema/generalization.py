@@ -1,4 +1,4 @@
-"""What captioners say of units that they did not learn from, and how well."""
+"""Generalization of captioners to units that they were not trained on."""
 
 import pyarrow as pa
 
@@ -32,7 +32,7 @@ HELD_OUT = Table(
         Column("unit", pa.int32(), "number of the unit in its layer"),
         Column("description", pa.string(), "what the system says of it"),
     ),
-    "What a captioner says of a unit that it did not learn from.",
+    "A captioner's description of a unit that it was not trained on.",
 )
 
 GENERALIZATION = Table(

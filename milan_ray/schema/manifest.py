@@ -1,4 +1,4 @@
-"""The probe manifest: which images there are."""
+"""The probe manifest: the images of a probe."""
 
 import pyarrow as pa
 

@@ -1,4 +1,4 @@
-"""What ran and how well: runs, scores, trials."""
+"""Runs of stages, scores and trials."""
 
 import pyarrow as pa
 
@@ -36,11 +36,11 @@ RUNS = Table(
         Column("finished_at", pa.string(), "UTC, ISO 8601"),
         Column("versions", pa.string(), "JSON: milan_ray, torch, ray"),
     ),
-    "What a table took to make, written right before the table.",
+    "The work that a table took, written right before the table.",
 )
 
 SHARES = {"seconds": "share"}
-"""File metadata of :data:`RUNS` whose seconds add up; files of earlier versions are without."""
+"""File metadata of :data:`RUNS` whose seconds add up; files of earlier versions lack it."""
 
 SCORES = Table(
     "scores",
@@ -139,4 +139,4 @@ TRIALS_FIGURE = "figure.svg"
 """File beside a table of trials: the scores over λ."""
 
 TRIALS_SETTING = "setting.yaml"
-"""File beside a table of trials: what was chosen."""
+"""File beside a table of trials: the chosen setting."""

@@ -1,4 +1,4 @@
-"""What a noun is: a named table with documented columns and a hive partition."""
+"""Schema of a table: its name, documented columns and hive partition."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ class Table:
         return pa.schema([pa.field(c.name, c.type, nullable=c.nullable, metadata={"doc": c.doc}) for c in self.columns])
 
     def check(self, schema: pa.Schema) -> None:
-        """Looks whether a file has this noun's columns; others beside them do no harm.
+        """Checks that a file has this table's columns; further columns are ignored.
 
         Raises:
-            pa.ArrowInvalid: One lacks, or is of another type.
+            pa.ArrowInvalid: A column is missing or has another type.
         """
         for column in self.columns:
             number = schema.get_field_index(column.name)
@@ -61,7 +61,7 @@ class Table:
                 )
 
     def table(self, columns: dict[str, object], metadata: dict[str, str] | None = None) -> pa.Table:
-        """Builds a table of this noun from columns, checking names and types.
+        """Builds rows of this table from columns, and checks names and types.
 
         Args:
             columns: Column name → values.
@@ -75,10 +75,10 @@ class Table:
         if extra:
             raise KeyError(f"{self.name} has no column {sorted(extra)}")
         arrays = []
-        for c in self.columns:
-            value = columns[c.name]
-            if isinstance(value, (pa.Array, pa.ChunkedArray)):
-                arrays.append(value.cast(c.type))
+        for column in self.columns:
+            values = columns[column.name]
+            if isinstance(values, pa.Array | pa.ChunkedArray):
+                arrays.append(values.cast(column.type))
             else:
-                arrays.append(pa.array(value, type=c.type))
+                arrays.append(pa.array(values, type=column.type))
         return pa.Table.from_arrays(arrays, schema=self.schema.with_metadata(metadata))

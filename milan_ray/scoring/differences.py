@@ -229,10 +229,10 @@ def store(storage: Storage, found: Difference, labeler: str, model: str, other: 
     keys = {"labeler": labeler, "model": model, "other": other}
     config = difference_config(storage, labeler, model, other, words)
     metadata = {"units": str(found.units), "words": json.dumps(list(words))}
-    for noun, frame in ((DIFFERENCES, found.words), (CHANGES, found.changes)):
+    for table, frame in ((DIFFERENCES, found.words), (CHANGES, found.changes)):
         columns: dict[str, object] = {name: [value] * len(frame) for name, value in keys.items()}
-        columns |= {column.name: frame[column.name].to_list() for column in noun.columns if column.name not in keys}
-        storage.write(noun, noun.table(columns, metadata), config, **keys)
+        columns |= {column.name: frame[column.name].to_list() for column in table.columns if column.name not in keys}
+        storage.write(table, table.table(columns, metadata), config, **keys)
 
 
 def difference_config(storage: Storage, labeler: str, model: str, other: str, words: Sequence[str]) -> str:

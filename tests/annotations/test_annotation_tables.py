@@ -92,22 +92,22 @@ def test_import_stores_an_image_once_by_id_and_content(write_layer, tmp_path):
     assert sum(len(storage.read(VIEWS, **keys)) for keys in storage.partitions(VIEWS)) == len(paths) == 5
 
 
-def mtimes(storage: Storage, noun: str) -> dict[str, int]:
-    return {name: os.stat(f"{storage.root}/{name}").st_mtime_ns for name in storage.files(noun)}
+def mtimes(storage: Storage, table: str) -> dict[str, int]:
+    return {name: os.stat(f"{storage.root}/{name}").st_mtime_ns for name in storage.files(table)}
 
 
 def test_import_again_writes_nothing_and_new_annotations_alone(write_set, tmp_path):
     root, storage = write_set(), Storage(tmp_path / "run")
     run_import(storage, PublishedSet(root))
-    before = {noun: mtimes(storage, noun) for noun in ("exemplars", "views", "annotations")}
+    before = {table: mtimes(storage, table) for table in ("exemplars", "views", "annotations")}
     run_import(storage, PublishedSet(root))
-    assert before == {noun: mtimes(storage, noun) for noun in before}
+    assert before == {table: mtimes(storage, table) for table in before}
     write_annotations(
         root / "annotations.csv", [("0", 0, "sky"), ("0", 2, "other"), ("9", 0, "lost"), ("0", 8, "lost")]
     )
     run_import(storage, PublishedSet(root))
-    assert {noun: mtimes(storage, noun) for noun in ("exemplars", "views")} == {
-        noun: before[noun] for noun in ("exemplars", "views")
+    assert {table: mtimes(storage, table) for table in ("exemplars", "views")} == {
+        table: before[table] for table in ("exemplars", "views")
     }
     assert storage.read(ANNOTATIONS, source="milannotations", model="net/photos", layer="0")["text"].to_pylist() == [
         "sky", "other"
@@ -134,7 +134,7 @@ def test_import_killed_half_way_goes_on(write_set, tmp_path):
     os.utime(root / "10/masks.npy", (1, 1))
     with pytest.raises(MilanError, match="values other than 0 and 1 at position 0"):
         run_import(storage, PublishedSet(root))
-    before = {noun: mtimes(storage, noun) for noun in ("exemplars", "views")}
+    before = {table: mtimes(storage, table) for table in ("exemplars", "views")}
     assert [keys["layer"] for keys in storage.partitions(EXEMPLARS)] == ["0"]
     np.save(root / "10/masks.npy", good)
     os.utime(root / "10/masks.npy", (1, 1))  # the same configuration, as after a kill

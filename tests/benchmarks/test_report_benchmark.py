@@ -21,8 +21,8 @@ def test_zoo_has_fifty_thousand_units_and_the_short_one_is_written_whole(tmp_pat
     storage = Storage(tmp_path)
     write_zoo(storage, SHORT)
     assert [storage.count(EXEMPLARS, **keys) for keys in storage.partitions(EXEMPLARS)] == [30, 60] * 3
-    for noun, systems in ((DESCRIPTIONS, 1), (UNIT_SCORES, 3)):
-        assert sum(storage.count(noun, **keys) for keys in storage.partitions(noun)) == 90 * len(LABELERS) * systems
+    for table, systems in ((DESCRIPTIONS, 1), (UNIT_SCORES, 3)):
+        assert sum(storage.count(table, **keys) for keys in storage.partitions(table)) == 90 * len(LABELERS) * systems
     again = Storage(tmp_path / "again")
     write_zoo(again, replace(SHORT, names=("synthetic/0",)))  # is the same alone
     keys = {"model": "synthetic/0", "layer": "layer2"}

@@ -75,11 +75,11 @@ def actions(option: str) -> dict[str, argparse.ArgumentParser]:
     return {name: verb for name, verb in every.choices.items() if option in verb._option_string_actions}
 
 
-def put(storage: Storage, noun: Table, *rows: dict[str, object], **keys: str) -> None:
+def put(storage: Storage, table: Table, *rows: dict[str, object], **keys: str) -> None:
     rows = tuple({**keys, **row} for row in rows)
-    meta = {"probe": "p", "view": "v", "mask_height": "24", "mask_width": "24"} if noun is EXEMPLARS else None
-    table = noun.table({column.name: [row.get(column.name) for row in rows] for column in noun.columns}, meta)
-    storage.write(noun, table, f"{noun.name} {sorted(keys.values())}", **keys)
+    meta = {"probe": "p", "view": "v", "mask_height": "24", "mask_width": "24"} if table is EXEMPLARS else None
+    data = table.table({column.name: [row.get(column.name) for row in rows] for column in table.columns}, meta)
+    storage.write(table, data, f"{table.name} {sorted(keys.values())}", **keys)
 
 
 @pytest.fixture(scope="module")

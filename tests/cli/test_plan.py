@@ -48,20 +48,20 @@ def test_plan_of_a_small_run_is_what_the_run_then_makes(storage, photos, capsys)
     arguments = [*run, "--plugin", PLUGIN, "--device", "cpu", "--storage", storage.root, "--no-report"]
     assert cli.main(["describe", *arguments]) == 0
     capsys.readouterr()
-    nouns = {noun.name: noun for noun in TABLES}
-    for table in found["tables"]:
-        noun = nouns[table["name"]]
-        files = storage.partitions(noun)
-        rows = sum(storage.count(noun, **keys) for keys in files)
-        bytes_ = sum(storage.stat(noun.name)[storage.path(noun, **keys)].size for keys in files)
-        if noun.name == "views":  # an estimate from above: units share images
-            assert rows <= table["rows"] <= 90
-            assert table["bytes"] / table["rows"] == pytest.approx(bytes_ / rows, rel=0.3)
+    tables = {table.name: table for table in TABLES}
+    for estimate in found["tables"]:
+        table = tables[estimate["name"]]
+        files = storage.partitions(table)
+        rows = sum(storage.count(table, **keys) for keys in files)
+        bytes_ = sum(storage.stat(table.name)[storage.path(table, **keys)].size for keys in files)
+        if table.name == "views":  # an estimate from above: units share images
+            assert rows <= estimate["rows"] <= 90
+            assert estimate["bytes"] / estimate["rows"] == pytest.approx(bytes_ / rows, rel=0.3)
             continue
-        assert rows == table["rows"], noun.name
-        assert table["bytes"] == pytest.approx(bytes_, rel=0.2), noun.name
+        assert rows == estimate["rows"], table.name
+        assert estimate["bytes"] == pytest.approx(bytes_, rel=0.2), table.name
     assert {"manifest", "exemplars", "levels", "views", "encodings", "candidates", "descriptions"} == {
-        table["name"] for table in found["tables"]
+        estimate["name"] for estimate in found["tables"]
     }
 
 

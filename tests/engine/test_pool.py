@@ -28,7 +28,7 @@ CONFIG = ExemplarConfig(k=4, batch_size=16, shard_size=16)
 
 
 def tables(storage: Storage) -> dict[str, bytes]:
-    return {path: storage.get(path) for noun in (EXEMPLARS, LEVELS) for path in storage.files(noun.name)}
+    return {path: storage.get(path) for table in (EXEMPLARS, LEVELS) for path in storage.files(table.name)}
 
 
 @pytest.mark.usefixtures("ray_session")

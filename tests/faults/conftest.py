@@ -85,15 +85,17 @@ class Job:
 
     @staticmethod
     def tables(storage: Storage) -> dict[str, pa.Table]:
-        """All tables of a storage, by noun and partition."""
+        """All tables of a storage, by table and partition."""
         return {
-            f"{noun.name} {keys}": storage.read(noun, **keys) for noun in TABLES for keys in storage.partitions(noun)
+            f"{table.name} {keys}": storage.read(table, **keys)
+            for table in TABLES
+            for keys in storage.partitions(table)
         }
 
     def assert_same(self, found: Storage, expected: dict[str, pa.Table]) -> None:
         """Nothing twice, nothing missing, not a bit different; and nothing half done is left."""
         if self.verb == "exemplars":
-            firsts = tuple(noun.name for noun in FIRST)
+            firsts = tuple(table.name for table in FIRST)
             expected = {name: table for name, table in expected.items() if name.split()[0] in firsts}
         there = self.tables(found)
         assert there.keys() == expected.keys()
@@ -121,5 +123,5 @@ def undisturbed(job, tmp_path_factory) -> dict[str, pa.Table]:
     path = tmp_path_factory.mktemp("undisturbed")
     job.run(path)
     found = job.tables(Storage(path))
-    assert {name.split()[0] for name in found} == {noun.name for noun in TABLES}
+    assert {name.split()[0] for name in found} == {table.name for table in TABLES}
     return found

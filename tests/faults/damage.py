@@ -182,9 +182,9 @@ def build(place: Path, save_clip: Callable[..., str]) -> Storage:
 
 
 def tables(storage: Storage) -> dict[str, Path]:
-    """The first file of every table, the first network's where it has one: (noun → file)."""
+    """The first file of every table, the first network's where it has one: (table → file)."""
     found = {}
-    for noun in TABLES:
-        for keys in storage.partitions(noun):
-            found.setdefault(noun.name, Path(storage.root, storage.path(noun, **keys)))
+    for table in TABLES:
+        for keys in storage.partitions(table):
+            found.setdefault(table.name, Path(storage.root, storage.path(table, **keys)))
     return found

@@ -89,18 +89,18 @@ def short(file: Path, place: Path) -> str:
     return str(file.relative_to(place))
 
 
-def kinds_for(noun: str, count: int, data: bytes) -> list[str]:
+def kinds_for(table: str, count: int, data: bytes) -> list[str]:
     """Some kinds of damage, so that all tables together meet all kinds; without rows there are no pages to damage."""
-    found = islice(cycle(KINDS), TABLES.index(noun) * count, (TABLES.index(noun) + 1) * count)
+    found = islice(cycle(KINDS), TABLES.index(table) * count, (TABLES.index(table) + 1) * count)
     return [kind for kind in found if kind != "other_pages" or pq.read_metadata(io.BytesIO(data)).num_rows]
 
 
-@pytest.mark.parametrize("noun", TABLES)
-def test_f2_status_lists_what_is_damaged_and_goes_on(noun: str, place: Path, run: Any) -> None:
-    file = tables(Storage(place / "run"))[noun]
+@pytest.mark.parametrize("table", TABLES)
+def test_f2_status_lists_what_is_damaged_and_goes_on(table: str, place: Path, run: Any) -> None:
+    file = tables(Storage(place / "run"))[table]
     data = file.read_bytes()
     sound = run("status")[1].splitlines()
-    for kind in kinds_for(noun, 7, data):
+    for kind in kinds_for(table, 7, data):
         damage(file, kind)
         more = ("--verify",) if kind in BEHIND_THE_FOOTER else ()
         status, out, _ = run("status", *more)
@@ -118,37 +118,37 @@ def test_f2_status_lists_what_is_damaged_and_goes_on(noun: str, place: Path, run
 def test_f2_search_leaves_damaged_descriptions_out_and_says_so(kind: str, place: Path, run: Any) -> None:
     tables_of = tables(Storage(place / "run"))
     sound = run("search")[1].splitlines()
-    for noun in ("descriptions", "exemplars", "runs"):
-        data = tables_of[noun].read_bytes()
-        damage(tables_of[noun], kind)
+    for table in ("descriptions", "exemplars", "runs"):
+        data = tables_of[table].read_bytes()
+        damage(tables_of[table], kind)
         status, out, said = run("search")
         assert status == 0
-        if noun != "descriptions":
+        if table != "descriptions":
             assert out.splitlines() == sound
         elif kind not in NOT_TO_BE_SEEN:
-            assert f"search: left out: {tables_of[noun]}" in said and ("delete it" in said or "remove it" in said)
+            assert f"search: left out: {tables_of[table]}" in said and ("delete it" in said or "remove it" in said)
         assert [line.split()[1:] for line in out.splitlines() if MODELS[1] in line] == [
             line.split()[1:] for line in sound if MODELS[1] in line
-        ] or noun == "descriptions"
+        ] or table == "descriptions"
         assert sum(MODELS[1] in line for line in out.splitlines()) == sum(MODELS[1] in line for line in sound)
-        repair(tables_of[noun], data)
+        repair(tables_of[table], data)
 
 
-@pytest.mark.parametrize("noun", TABLES)
-def test_f2_report_leaves_out_what_is_damaged_and_says_so(noun: str, place: Path, run: Any) -> None:
-    file = tables(Storage(place / "run"))[noun]
+@pytest.mark.parametrize("table", TABLES)
+def test_f2_report_leaves_out_what_is_damaged_and_says_so(table: str, place: Path, run: Any) -> None:
+    file = tables(Storage(place / "run"))[table]
     data = file.read_bytes()
-    for kind in kinds_for(noun, 4 if noun in REPORTED else 1, data):
+    for kind in kinds_for(table, 4 if table in REPORTED else 1, data):
         shutil.rmtree(place / "report", ignore_errors=True)
         damage(file, kind)
         status, _, said = run("report")
         assert status == 0, said
-        if noun in REPORTED and kind not in NOT_TO_BE_SEEN:
+        if table in REPORTED and kind not in NOT_TO_BE_SEEN:
             (line,) = [line for line in said.splitlines() if short(file, place) in line]
             assert line.startswith("report: left out: ") and ("delete it" in line or "remove it" in line)
         pages = [page.read_text(encoding="utf-8") for page in (place / "report").rglob("index.html")]
         assert any(MODELS[1] in page for page in pages) and len(pages) >= 4
-        if noun == "exemplars" and kind not in NOT_TO_BE_SEEN:  # no page leads to what is not there
+        if table == "exemplars" and kind not in NOT_TO_BE_SEEN:  # no page leads to what is not there
             gone = layer_folder(MODELS[0], "0")
             model, _, layer = gone.rstrip("/").rpartition("/")
             assert gone not in (place / "report/index.html").read_text(encoding="utf-8")
@@ -172,17 +172,17 @@ NEEDS = {
 
 @pytest.mark.parametrize("verb", NEEDS)
 def test_f2_other_verbs_make_anew_or_say_which_file_and_what_to_do(verb: str, place: Path, run: Any) -> None:
-    for number, noun in enumerate(NEEDS[verb]):
+    for number, table in enumerate(NEEDS[verb]):
         kind = KINDS[(5 * number + 2 * len(verb)) % len(KINDS)]
         restore(place)
-        file = tables(Storage(place / "run"))[noun]
+        file = tables(Storage(place / "run"))[table]
         damage(file, kind)
         status, _, said = run(verb)
         if status:
             errors = [line for line in said.splitlines() if line.startswith(("error: ", "skipped ", "FAILED "))]
             assert errors, said
             if kind not in NOT_TO_BE_SEEN:
-                assert any(short(file, place) in line for line in errors), (noun, kind, errors)
+                assert any(short(file, place) in line for line in errors), (table, kind, errors)
                 assert any("delete it" in line or "remove it" in line for line in errors), errors
 
 
@@ -191,7 +191,7 @@ def test_f2_what_can_be_made_anew_is_and_is_what_it_was(kind: str, place: Path, 
     """Of every table on the way to a description at once; and the reason stands in the dry run."""
     sound = Storage(place / "sound")
     made = ("manifest", "exemplars", "levels", "pooled", "skipped", "encodings", "candidates", "descriptions")
-    files = {noun: tables(Storage(place / "run"))[noun] for noun in made}
+    files = {table: tables(Storage(place / "run"))[table] for table in made}
     for file in files.values():
         damage(file, kind)
     planned = run("describe", "--dry-run")[1]
@@ -199,13 +199,13 @@ def test_f2_what_can_be_made_anew_is_and_is_what_it_was(kind: str, place: Path, 
     status, _, said = run("describe")
     assert status == 0 and "is damaged: it counts as missing, and is made anew" in said
     again = Storage(place / "run")
-    for noun in ALL_TABLES:
-        if noun.name in made and noun.name != "descriptions":  # the first labeler's are another verb's
-            for keys in sound.partitions(noun):
-                found, expected = again.read(noun, **keys), sound.read(noun, **keys)
+    for table in ALL_TABLES:
+        if table.name in made and table.name != "descriptions":  # the first labeler's are another verb's
+            for keys in sound.partitions(table):
+                found, expected = again.read(table, **keys), sound.read(table, **keys)
                 assert found.drop_columns(["mtime"] if "mtime" in found.column_names else []).equals(
                     expected.drop_columns(["mtime"] if "mtime" in expected.column_names else [])
-                ), (noun.name, keys)
+                ), (table.name, keys)
 
 
 def test_f2_python_users_get_the_sentence_and_the_rest(place: Path, run: Any) -> None:
@@ -220,11 +220,11 @@ def test_f2_python_users_get_the_sentence_and_the_rest(place: Path, run: Any) ->
     with pytest.raises(DamagedTable, match="is damaged"):
         exemplars.lookup("0", 0)
     assert exemplars.lookup("2", 0).image_ids.size == 3
-    for noun, layer in ((EXEMPLARS, "2"), (VIEWS, "")):
+    for table, layer in ((EXEMPLARS, "2"), (VIEWS, "")):
         restore(place)
-        (at, *_) = [keys for keys in storage.partitions(noun) if keys.get("layer", "") == layer]
-        damage(Path(storage.root, storage.path(noun, **at)), "cut")
-        with pytest.raises(DamagedTable, match=f"{noun.name}.*is damaged"):
+        (at, *_) = [keys for keys in storage.partitions(table) if keys.get("layer", "") == layer]
+        damage(Path(storage.root, storage.path(table, **at)), "cut")
+        with pytest.raises(DamagedTable, match=f"{table.name}.*is damaged"):
             exemplars.lookup("2", 0)
 
 
@@ -344,8 +344,8 @@ ALONE = [
 ]
 
 
-@pytest.mark.parametrize(("verb", "noun", "due"), ALONE)
-def test_f2_a_model_with_a_damaged_table_fails_alone(verb: str, noun: str, due: Any, place: Path, run: Any) -> None:
+@pytest.mark.parametrize(("verb", "table", "due"), ALONE)
+def test_f2_a_model_with_a_damaged_table_fails_alone(verb: str, table: str, due: Any, place: Path, run: Any) -> None:
     """Damaged pages, which footers do not tell: the other models of the zoo are done, and nothing is left in _work."""
     storage = Storage(place / "run")
     for name in due:
@@ -353,8 +353,10 @@ def test_f2_a_model_with_a_damaged_table_fails_alone(verb: str, noun: str, due: 
             if name != "descriptions" or keys["labeler"].startswith(("milan", "clip-dissect")):
                 storage.remove_file(storage.path(next(each for each in ALL_TABLES if each.name == name), **keys))
     sound = Storage(place / "sound")
-    (keys, *_) = [k for k in sound.partitions(next(n for n in ALL_TABLES if n.name == noun)) if k["model"] == MODELS[0]]
-    file = Path(storage.root, storage.path(next(n for n in ALL_TABLES if n.name == noun), **keys))
+    (keys, *_) = [
+        k for k in sound.partitions(next(n for n in ALL_TABLES if n.name == table)) if k["model"] == MODELS[0]
+    ]
+    file = Path(storage.root, storage.path(next(n for n in ALL_TABLES if n.name == table), **keys))
     damage(file, "other_pages")
     status, _, said = run(verb)
     assert status == 1

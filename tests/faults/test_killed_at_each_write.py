@@ -62,10 +62,10 @@ class Dying(Storage):
         with self._write(path, _torso):
             super().put(path, data)
 
-    def write_stream(self, noun, pieces, config, metadata, **keys):
+    def write_stream(self, table, pieces, config, metadata, **keys):
         everything = list(pieces)  # what its rows write comes first
-        with self._write(self.path(noun, **keys), _torso):
-            super().write_stream(noun, everything, config, metadata, **keys)
+        with self._write(self.path(table, **keys), _torso):
+            super().write_stream(table, everything, config, metadata, **keys)
 
     def remove(self, folder):
         if Path(self.root, folder).exists():
@@ -110,11 +110,11 @@ def assert_recorded(root: Path, tables: dict[Table, str]) -> None:
     """Every table that there is has its row of runs."""
     storage = Storage(root)
     recorded = {(keys["stage"], keys["run"]) for keys in storage.partitions(RUNS)}
-    for noun, stage in tables.items():
-        for keys in storage.partitions(noun):
-            made = storage.metadata(noun, **keys)
+    for table, stage in tables.items():
+        for keys in storage.partitions(table):
+            made = storage.metadata(table, **keys)
             assert made is not None
-            assert (stage or keys["labeler"], made[CONFIG_KEY]) in recorded, (noun.name, keys)
+            assert (stage or keys["labeler"], made[CONFIG_KEY]) in recorded, (table.name, keys)
 
 
 FAST = {
@@ -223,9 +223,9 @@ def test_f2_damaged_tables_of_studies_are_made_anew_or_named(before_and_after, t
     before, after, stage = before_and_after(world, name)
     expected = public(after)
     for number, where in enumerate((before, after)):
-        for noun, file in tables(Storage(where)).items():
+        for table, file in tables(Storage(where)).items():
             path = file.relative_to(where)
-            root = tmp_path / f"{number} {noun}"
+            root = tmp_path / f"{number} {table}"
             shutil.copytree(where, root)
             damage(root / path, kind)
             try:
@@ -235,5 +235,5 @@ def test_f2_damaged_tables_of_studies_are_made_anew_or_named(before_and_after, t
             except AssertionError as error:  # the models that failed, and why
                 assert str(path) in str(error) and "delete it" in str(error), error
             else:
-                assert judged(public(root), path) == judged(expected, path), noun
+                assert judged(public(root), path) == judged(expected, path), table
             shutil.rmtree(root)

@@ -38,9 +38,9 @@ class Overtaken(Storage):
             happens, self._happens = self._happens, None
             happens()
 
-    def write(self, noun, table, config, **keys):
-        super().write(noun, table, config, **keys)
-        self._reached(noun.name)
+    def write(self, table, rows, config, **keys):
+        super().write(table, rows, config, **keys)
+        self._reached(table.name)
 
     def work_names(self, config, folder=""):
         found = super().work_names(config, folder)
@@ -53,11 +53,11 @@ def exemplars(storage: Storage, photos: Path, budget: int) -> None:
     run_exemplars(storage, [CNN], ProbeRef((str(photos),)), config, Resources(actors=1))
 
 
-def assert_equal(found: Storage, expected: Storage, nouns: Sequence[Table]) -> None:
-    for noun in nouns:
-        assert found.partitions(noun) == expected.partitions(noun)
-        for keys in expected.partitions(noun):
-            assert found.read(noun, **keys).equals(expected.read(noun, **keys)), (noun.name, keys)
+def assert_equal(found: Storage, expected: Storage, tables: Sequence[Table]) -> None:
+    for table in tables:
+        assert found.partitions(table) == expected.partitions(table)
+        for keys in expected.partitions(table):
+            assert found.read(table, **keys).equals(expected.read(table, **keys)), (table.name, keys)
     assert not [file for file in found.files("_work") if file.endswith(".arrow")]
 
 

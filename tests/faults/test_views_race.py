@@ -31,11 +31,11 @@ class Interrupted(Storage):
         super().__init__(root)
         self._happens: Callable[[], None] | None = happens
 
-    def write(self, noun, table, config, **keys):
-        if noun is VIEWS and self._happens is not None:
+    def write(self, table, rows, config, **keys):
+        if table is VIEWS and self._happens is not None:
             happens, self._happens = self._happens, None
             happens()
-        super().write(noun, table, config, **keys)
+        super().write(table, rows, config, **keys)
 
 
 @pytest.fixture

@@ -53,17 +53,17 @@ def pixels(image_id: int) -> np.ndarray:
     return np.full((SIDE, SIDE, 3), (200, 40 * image_id, 100), np.uint8)
 
 
-def rows(noun: Table, values: list[tuple[object, ...]]) -> dict[str, list[object]]:
+def rows(table: Table, values: list[tuple[object, ...]]) -> dict[str, list[object]]:
     columns = zip(*values, strict=True)
-    return {column.name: list(found) for column, found in zip(noun.columns, columns, strict=True)}
+    return {column.name: list(found) for column, found in zip(table.columns, columns, strict=True)}
 
 
 def write(
-    storage: Storage, noun: Table, values: list[tuple[object, ...]], metadata: dict[str, str] | None = None
+    storage: Storage, table: Table, values: list[tuple[object, ...]], metadata: dict[str, str] | None = None
 ) -> None:
-    table = noun.table(rows(noun, values), metadata)
-    keys = {key: str(table[key][0]) for key in noun.partition}
-    storage.write(noun, table, "a1b2", **keys)
+    data = table.table(rows(table, values), metadata)
+    keys = {key: str(data[key][0]) for key in table.partition}
+    storage.write(table, data, "a1b2", **keys)
 
 
 def write_exemplars(storage: Storage) -> None:

@@ -9,43 +9,43 @@ import pytest
 from milan_ray import schema
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, SKIPPED, TABLES, Table
 
-by_noun = pytest.mark.parametrize("noun", TABLES, ids=lambda noun: noun.name)
+by_table = pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 
 ROW = {"model": ["m"], "image_id": [1], "path": ["p"], "reason": ["empty"]}
 
 
 def test_nouns_have_distinct_names_and_are_all_exported():
-    assert len({noun.name for noun in TABLES}) == len(TABLES)
-    exported = {noun.name for name in schema.__all__ if isinstance(noun := getattr(schema, name), Table)}
-    assert exported == {noun.name for noun in TABLES}
-    assert all(not noun.name.startswith(("_", ".")) for noun in TABLES)
+    assert len({table.name for table in TABLES}) == len(TABLES)
+    exported = {table.name for name in schema.__all__ if isinstance(table := getattr(schema, name), Table)}
+    assert exported == {table.name for table in TABLES}
+    assert all(not table.name.startswith(("_", ".")) for table in TABLES)
 
 
-@by_noun
-def test_noun_is_partitioned_by_required_string_columns_of_its_own(noun):
-    assert noun.partition
-    columns = {column.name: column for column in noun.columns}
-    assert len(columns) == len(noun.columns)
+@by_table
+def test_noun_is_partitioned_by_required_string_columns_of_its_own(table):
+    assert table.partition
+    columns = {column.name: column for column in table.columns}
+    assert len(columns) == len(table.columns)
     # A manifest's key is the digest of its own rows, a scores table's the evaluation's name.
-    own = () if noun is MANIFEST else noun.partition
+    own = () if table is MANIFEST else table.partition
     for key in own:
         assert columns[key].type == pa.string(), key
         assert not columns[key].nullable, key
 
 
-@by_noun
-def test_noun_and_its_columns_say_what_they_are(noun):
-    assert noun.doc.endswith(".")
-    assert [field.name for field in noun.schema if not field.metadata[b"doc"].strip()] == []
-    assert all("\n" not in column.doc for column in noun.columns)
+@by_table
+def test_noun_and_its_columns_say_what_they_are(table):
+    assert table.doc.endswith(".")
+    assert [field.name for field in table.schema if not field.metadata[b"doc"].strip()] == []
+    assert all("\n" not in column.doc for column in table.columns)
 
 
-@by_noun
-def test_noun_of_no_rows_round_trips(noun):
-    table = noun.table({column.name: [] for column in noun.columns}, {"k": "v"})
-    assert len(table) == 0
-    assert table.schema.equals(noun.schema)
-    assert table.schema.metadata == {b"k": b"v"}
+@by_table
+def test_noun_of_no_rows_round_trips(table):
+    rows = table.table({column.name: [] for column in table.columns}, {"k": "v"})
+    assert len(rows) == 0
+    assert rows.schema.equals(table.schema)
+    assert rows.schema.metadata == {b"k": b"v"}
 
 
 def test_table_takes_lists_arrays_and_numpy_alike():
@@ -85,8 +85,8 @@ def test_table_of_values_that_do_not_fit_raises(change):
         SKIPPED.table({**ROW, **change})
 
 
-@pytest.mark.parametrize(("noun", "column"), [(EXEMPLARS, "rank"), (LEVELS, "unit")])
-def test_table_of_integers_too_large_for_their_column_raises(noun, column):
-    columns = {c.name: pa.nulls(1, c.type) for c in noun.columns}
+@pytest.mark.parametrize(("table", "column"), [(EXEMPLARS, "rank"), (LEVELS, "unit")])
+def test_table_of_integers_too_large_for_their_column_raises(table, column):
+    columns = {c.name: pa.nulls(1, c.type) for c in table.columns}
     with pytest.raises(pa.ArrowInvalid):
-        noun.table({**columns, column: pa.array([2**31])})
+        table.table({**columns, column: pa.array([2**31])})

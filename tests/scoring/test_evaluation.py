@@ -19,7 +19,7 @@ from milan_ray.scoring.evaluation import (
 )
 from milan_ray.scoring.text import BertScore, bleu, minilm_directory, rouge
 
-TABLES = [
+NOUNS = [
     "dogs",
     "wheels",
     "the sky",
@@ -29,8 +29,8 @@ TABLES = [
     "leaves on trees",
     "text on signs",
 ]
-REFERENCES = [[f"{noun}", f"pictures of {noun} at night", f"many {noun}"] for noun in TABLES]
-RIGHT = [f"pictures of {noun}" for noun in TABLES]
+REFERENCES = [[f"{noun}", f"pictures of {noun} at night", f"many {noun}"] for noun in NOUNS]
+RIGHT = [f"pictures of {noun}" for noun in NOUNS]
 
 
 def rows_of(table: pa.Table) -> dict[tuple[str, str], dict]:
@@ -75,7 +75,7 @@ def test_nearest_copy_scales_every_dimension() -> None:
 
 
 def test_evaluate_text_scores_every_row_and_metric() -> None:
-    systems = with_trivial_rows({"wPMI": RIGHT, "p(d|E)": TABLES}, "many dogs", list(reversed(RIGHT)))
+    systems = with_trivial_rows({"wPMI": RIGHT, "p(d|E)": NOUNS}, "many dogs", list(reversed(RIGHT)))
     table = evaluate_text("text", systems, REFERENCES, samples=200)
     assert table.schema == SCORES.schema
     rows = rows_of(table)
@@ -143,9 +143,9 @@ def test_evaluate_text_with_minilm_when_installed_puts_right_above_trivial() -> 
 
 
 def test_scores_of_frames_equal_an_evaluation_of_each_group() -> None:
-    half = len(TABLES) // 2
-    layers = ["late"] * half + ["early"] * (len(TABLES) - half)
-    units = range(len(TABLES))
+    half = len(NOUNS) // 2
+    layers = ["late"] * half + ["early"] * (len(NOUNS) - half)
+    units = range(len(NOUNS))
     said = pl.DataFrame({"layer": layers, "unit": units, "description": RIGHT})
     unknown = pl.DataFrame({"layer": ["late"], "unit": [10**6], "description": ["nobody annotated this"]})
     annotations = pl.DataFrame({"layer": layers, "unit": units, "text": [[*group, "."] for group in REFERENCES]})
@@ -160,6 +160,6 @@ def test_scores_of_frames_equal_an_evaluation_of_each_group() -> None:
         for row in rows:
             for key in ("value", "low", "high", "n"):
                 assert row[key] == pytest.approx(expected[row["metric"]][key])
-    assert score_frame(said, annotations)["n"].to_list() == [len(TABLES)] * 5
+    assert score_frame(said, annotations)["n"].to_list() == [len(NOUNS)] * 5
     with pytest.raises(MilanError, match="no described unit is annotated"):
         score_frame(unknown, annotations)

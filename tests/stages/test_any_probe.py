@@ -85,9 +85,9 @@ def shards_of(photos: Path, root: Path) -> dict[str, Path]:
 def tables(storage: Storage) -> dict[str, pa.Table]:
     """Ids, activations, masks, levels and pixels, without what says which probe they are from."""
     found = {}
-    for noun in (EXEMPLARS, LEVELS):
-        for keys in storage.partitions(noun):
-            found[f"{noun.name} {keys}"] = storage.read(noun, **keys)
+    for table in (EXEMPLARS, LEVELS):
+        for keys in storage.partitions(table):
+            found[f"{table.name} {keys}"] = storage.read(table, **keys)
     for keys in storage.partitions(VIEWS):
         table = storage.read(VIEWS, **keys)
         columns = [name for name in table.column_names if name != "probe"]

@@ -63,8 +63,8 @@ def source(folder: Path) -> ProbeRef:
     return ProbeRef((str(folder),))
 
 
-def stamps(storage: Storage, *nouns) -> dict[str, int]:
-    files = [path for noun in nouns for path in storage.files(noun.name)]
+def stamps(storage: Storage, *tables) -> dict[str, int]:
+    files = [path for table in tables for path in storage.files(table.name)]
     return {path: os.stat(f"{storage.root}/{path}").st_mtime_ns for path in files}
 
 

@@ -262,7 +262,7 @@ def test_report_of_a_model_without_descriptions_beside_one_with(storage, tmp_pat
 
 
 def test_tables_carry_the_configuration_that_made_them(storage):
-    for noun in (EXEMPLARS, ENCODINGS, CANDIDATES, DESCRIPTIONS):
-        for keys in storage.partitions(noun):
-            file = Path(storage.root) / storage.path(noun, **keys)
+    for table in (EXEMPLARS, ENCODINGS, CANDIDATES, DESCRIPTIONS):
+        for keys in storage.partitions(table):
+            file = Path(storage.root) / storage.path(table, **keys)
             assert b"milan_ray.config" in pq.read_schema(file).metadata

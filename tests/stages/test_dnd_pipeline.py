@@ -118,8 +118,8 @@ def test_drawings_equal_loops_over_images(storage, how):
 
 
 def test_tables_say_what_they_speak_of(storage):
-    for noun in (DRAWINGS, DESCRIPTIONS):
-        meta = storage.metadata(noun, labeler="dnd", **KEYS_OF)
+    for table in (DRAWINGS, DESCRIPTIONS):
+        meta = storage.metadata(table, labeler="dnd", **KEYS_OF)
         assert meta[EXEMPLARS_KEY] == storage.config_of(EXEMPLARS, **KEYS_OF)
     (ran,) = [storage.read(RUNS, **keys) for keys in storage.partitions(RUNS, stage="dnd")]
     assert ran["rows"][0].as_py() == storage.count(DRAWINGS, labeler="dnd", **KEYS_OF) > 4

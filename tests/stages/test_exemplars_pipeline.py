@@ -32,9 +32,9 @@ CONFIG = ExemplarConfig(k=4, batch_size=16, shard_size=40)
 
 def tables(storage: Storage) -> dict[str, pa.Table]:
     found = {}
-    for noun in (EXEMPLARS, LEVELS):
-        for keys in storage.partitions(noun):
-            found[f"{noun.name} {keys}"] = storage.read(noun, **keys)
+    for table in (EXEMPLARS, LEVELS):
+        for keys in storage.partitions(table):
+            found[f"{table.name} {keys}"] = storage.read(table, **keys)
     for keys in storage.partitions(VIEWS):
         found[f"views {keys}"] = storage.read(VIEWS, **keys)
     return found
@@ -252,9 +252,9 @@ def test_exemplars_above_the_map_budget_are_masked_in_one_pool_whatever_model_fa
     assert set(loads.values()) == {1} and {line.split()[1] for line in loads} == set(names)
 
     def assert_as_alone(model: str, layer: str) -> None:
-        for noun in (EXEMPLARS, LEVELS):
-            found = storage.read(noun, model=model, layer=layer)
-            expected = undisturbed.read(noun, model="tiny/cnn", layer=layer)
+        for table in (EXEMPLARS, LEVELS):
+            found = storage.read(table, model=model, layer=layer)
+            expected = undisturbed.read(table, model="tiny/cnn", layer=layer)
             assert set(found["model"].to_pylist()) == {model}
             assert found.drop_columns("model").equals(expected.drop_columns("model"))
 

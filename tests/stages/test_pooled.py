@@ -54,12 +54,12 @@ def copy(storage: Storage, path: Path) -> Storage:
     return Storage(path)
 
 
-def files(storage: Storage, noun: str) -> dict[str, bytes]:
-    return {path: storage.get(path) for path in storage.files(noun)}
+def files(storage: Storage, table: str) -> dict[str, bytes]:
+    return {path: storage.get(path) for path in storage.files(table)}
 
 
-def written(storage: Storage, noun: str) -> dict[str, int]:
-    return {path: os.stat(storage.uri(path)).st_mtime_ns for path in storage.files(noun)}
+def written(storage: Storage, table: str) -> dict[str, int]:
+    return {path: os.stat(storage.uri(path)).st_mtime_ns for path in storage.files(table)}
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +106,7 @@ def test_pooled_is_the_same_file_for_any_actors_and_shards(undisturbed, few, tmp
 def test_pooled_is_added_later_without_making_exemplars_again(undisturbed, few, tmp_path, capsys):
     storage = copy(undisturbed, tmp_path)
     storage.remove("pooled")
-    before = {noun: written(storage, noun) for noun in ("exemplars", "levels")}
+    before = {table: written(storage, table) for table in ("exemplars", "levels")}
     arguments = ["exemplars", "--model", "tiny/cnn", "--plugin", PLUGIN, "--probe", str(few), "--batch-size", "16"]
     arguments += ["--storage", str(tmp_path), "--no-report", "--actors", "1", "--k", "4", "--pooled"]
     capsys.readouterr()
@@ -117,7 +117,7 @@ def test_pooled_is_added_later_without_making_exemplars_again(undisturbed, few, 
     ]
     assert cli.main(arguments) == 0
     assert "one more pass over the probe for their pooled activations" in capsys.readouterr().err
-    assert {noun: written(storage, noun) for noun in ("exemplars", "levels")} == before
+    assert {table: written(storage, table) for table in ("exemplars", "levels")} == before
     assert files(storage, "pooled") == files(undisturbed, "pooled")
     # Nothing is due now; another k makes exemplars anew and leaves pooled activations as they are.
     made = written(storage, "pooled")

@@ -176,18 +176,18 @@ def test_command_line_without_the_model_is_one_sentence(storage, monkeypatch, tm
         assert part in error
 
 
-def stamps(storage: Storage, *nouns) -> dict[str, int]:
-    files = [path for noun in nouns for path in storage.files(noun.name)]
+def stamps(storage: Storage, *tables) -> dict[str, int]:
+    files = [path for table in tables for path in storage.files(table.name)]
     return {path: os.stat(f"{storage.root}/{path}").st_mtime_ns for path in files}
 
 
 def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_chunks(
     storage, clip, monkeypatch, capsys
 ):
-    nouns = CANDIDATES, ENCODINGS, DESCRIPTIONS
-    before = stamps(storage, *nouns)
+    tables = CANDIDATES, ENCODINGS, DESCRIPTIONS
+    before = stamps(storage, *tables)
     run_reranking(storage, LAYERS, SEARCH, clip, Resources(actors=1))
-    assert stamps(storage, *nouns) == before and "milan+clip): all up to date" in capsys.readouterr().err
+    assert stamps(storage, *tables) == before and "milan+clip): all up to date" in capsys.readouterr().err
     answers, run_pool = [], stage.run_pool
 
     def watched(*arguments):
@@ -199,7 +199,7 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
     monkeypatch.setattr(rerank, "PAIRS", 40)
     monkeypatch.setattr(rerank, "FEW_ROWS", -1)  # by tasks, as for many
     run_reranking(storage, LAYERS, SEARCH, replace(clip, z=1.0), Resources(actors=1))
-    after = stamps(storage, *nouns)
+    after = stamps(storage, *tables)
     keys = [{"model": "tiny/cnn", "layer": layer} for layer in LAYERS["tiny/cnn"]]
     assert {path for path in before if after[path] != before[path]} == {
         storage.path(DESCRIPTIONS, labeler=CLIP, **of_layer) for of_layer in keys

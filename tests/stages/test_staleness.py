@@ -196,11 +196,11 @@ def test_run_makes_again_what_the_dry_run_named_and_nothing_else(folder, few_pho
     after = written(tuple(arguments))
     storage = Storage(folder / "run")
     made = set()
-    for noun in (EXEMPLARS, ENCODINGS, CANDIDATES, DESCRIPTIONS):
-        for keys in storage.partitions(noun):
-            path = storage.path(noun, **keys)
+    for table in (EXEMPLARS, ENCODINGS, CANDIDATES, DESCRIPTIONS):
+        for keys in storage.partitions(table):
+            path = storage.path(table, **keys)
             if after[path] != before.get(path):
-                made.add(" ".join([noun.name, *keys.values()]))
+                made.add(" ".join([table.name, *keys.values()]))
     assert made == set(due)
     assert due["descriptions milan stale/constant 0"] == "lam changed"
     assert planned(capsys, *arguments) == {}
@@ -243,9 +243,9 @@ def test_status_lists_partitions_with_rows_age_and_hash(original, capsys):
     assert [work["config"] for work in found["work"]] == []
     assert len(found["partitions"]) == 3 * 5
     for row in found["partitions"]:
-        noun = {noun.name: noun for noun in (EXEMPLARS, ENCODINGS, CANDIDATES, DESCRIPTIONS)}[row["table"]]
-        assert row["rows"] == len(storage.read(noun, **row["keys"]))
-        assert row["config"] == storage.config_of(noun, **row["keys"])
+        table = {table.name: table for table in (EXEMPLARS, ENCODINGS, CANDIDATES, DESCRIPTIONS)}[row["table"]]
+        assert row["rows"] == len(storage.read(table, **row["keys"]))
+        assert row["config"] == storage.config_of(table, **row["keys"])
         assert row["state"] == row["units"] == "" and row["written"].startswith("20")
     assert cli.main(["status", "--storage", str(original / "run")]) == 0
     text = capsys.readouterr().out

@@ -54,8 +54,8 @@ def audit(storage: Storage, *arguments: str) -> int:
     return cli.main(["audit", "--storage", storage.root, "--no-report", *arguments])
 
 
-def read(storage: Storage, noun) -> pl.DataFrame:
-    return pl.DataFrame(pl.from_arrow(storage.read(noun, audit="faces")))
+def read(storage: Storage, table) -> pl.DataFrame:
+    return pl.DataFrame(pl.from_arrow(storage.read(table, audit="faces")))
 
 
 def test_audit_counts_reviews_and_counts_again(storage: Storage, capsys, dry_run) -> None:

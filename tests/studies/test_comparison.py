@@ -78,19 +78,19 @@ def storage(tmp_path: Path) -> Storage:
     """Two layers of a model: exemplars → encodings → candidates → milan; and netdissect, all with runs."""
     found = Storage(tmp_path)
 
-    def write(noun: Table, fingerprint: Fingerprint, rows: int, seconds: float, stage: str, **keys: str) -> None:
-        columns = {column.name: [None] * rows for column in noun.columns} | {"unit": list(range(rows))}
+    def write(table: Table, fingerprint: Fingerprint, rows: int, seconds: float, stage: str, **keys: str) -> None:
+        columns = {column.name: [None] * rows for column in table.columns} | {"unit": list(range(rows))}
         columns |= {name: [value] * rows for name, value in keys.items()}
         columns |= {"description": ["x"] * rows, "score": [1.0] * rows, "n_best": [[]] * rows}
-        table = noun.table({name: columns[name] for name in (column.name for column in noun.columns)})
-        found.write(noun, table, fingerprint, **keys)
+        data = table.table({name: columns[name] for name in (column.name for column in table.columns)})
+        found.write(table, data, fingerprint, **keys)
         record(stage, fingerprint, seconds, keys["layer"], "m")
 
     def record(stage: str, fingerprint: Fingerprint, seconds: float, layer: str, model: str) -> None:
         run = {"stage": stage, "run": fingerprint.hash, "model": model, "layer": layer, "rows": 4, "images": 9,
                "seconds": seconds, "images_per_second": None, "finished_at": "", "versions": "{}"}  # fmt: skip
-        table = RUNS.table({name: [value] for name, value in run.items()}, SHARES)
-        found.write(RUNS, table, "r", stage=stage, run=fingerprint.hash, model=model)
+        run_row = RUNS.table({name: [value] for name, value in run.items()}, SHARES)
+        found.write(RUNS, run_row, "r", stage=stage, run=fingerprint.hash, model=model)
 
     for layer, seconds in (("1", 10.0), ("2", 8.0)):
         keys = {"model": "m", "layer": layer}

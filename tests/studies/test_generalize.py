@@ -121,8 +121,8 @@ def done(storage: Storage, ray_session: None) -> Storage:
     return storage
 
 
-def frame(storage: Storage, noun, split: str, **keys: str) -> pl.DataFrame:
-    return pl.DataFrame(pl.from_arrow(storage.read(noun, experiment="generalization", split=split, **keys)))
+def frame(storage: Storage, table, split: str, **keys: str) -> pl.DataFrame:
+    return pl.DataFrame(pl.from_arrow(storage.read(table, experiment="generalization", split=split, **keys)))
 
 
 def test_a_dry_run_says_what_a_run_then_makes(done: Storage, monkeypatch) -> None:
