@@ -24,12 +24,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from milan_ray.benchmarks.conformance_truth import IMAGES, Subject, arranged, run_network, truths_of
 from milan_ray.errors import MilanError, reason
 from milan_ray.exemplars.forward import Forward
-from milan_ray.models.registry import OUTPUTS, ModelSpec
-
-IMAGES = 3
-"""Pictures per network: enough to exchange, few enough to be quick."""
+from milan_ray.models.registry import ModelSpec
 
 MOST_PARAMETERS = 150_000_000
 """Larger networks are left out, by name."""
@@ -39,22 +37,6 @@ MOST_LAYERS = 8
 
 _TOLERANCE = 2e-4  # of a layer's largest value: another order of the same sums
 _LIT = 8  # a lit cell is an eighth of the picture high and wide
-
-
-@dataclass
-class Subject:
-    """A network of a family, ready to be compared.
-
-    Attributes:
-        spec: As the project describes it.
-        network: Built, in eval mode.
-        truths: From views uint8 (n, H, W, 3) to what the library says its layers are, each (n, U, h, w); by path where
-            the library names the module, else in any order.
-    """
-
-    spec: ModelSpec
-    network: nn.Module
-    truths: Callable[[torch.Tensor], dict[str, torch.Tensor] | list[torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -150,7 +132,7 @@ def _compare(case: Case, result: Result) -> None:
     result.defaults = len(spec.layers)
     try:
         _vary(subject, views)
-        raw, truths = _truths(subject, views)
+        raw, truths = truths_of(subject, views)
     except Exception as error:  # the library cannot run its own network
         result.built, result.refused[""] = False, f"its library does not run it: {reason(error)}"
         return
@@ -160,7 +142,7 @@ def _compare(case: Case, result: Result) -> None:
     known = dict(truths)
     for layer in spec.layers:
         if layer not in known and layer in raw:
-            maps = _arranged(network, layer, raw, truths)
+            maps = arranged(network, layer, raw, truths)
             if maps is not None:
                 known[layer] = maps
     del raw
@@ -352,137 +334,6 @@ def page(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# The truth --------------------------------------------------------------------------------------------------------
-
-
-@torch.inference_mode()
-def _truths(subject: Subject, views: np.ndarray) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Every module's output tensors, and the library's maps of those modules that it lists, by path.
-
-    A library that lists maps without naming modules is matched by values: the module whose output holds the same
-    numbers, in whatever order. What a module puts out besides its first tensor is ``path#1``, ``path#2``, ….
-    """
-    inputs = torch.from_numpy(views)
-    said = subject.truths(inputs)
-    raw: dict[str, torch.Tensor] = {}
-    handles = []
-    for path, module in subject.network.named_modules():
-
-        def note(module: nn.Module, args: object, output: object, path: str = path or OUTPUTS) -> None:
-            for number, tensor in enumerate(_tensors(output)):
-                raw[f"{path}#{number}" if number else path] = tensor
-
-        handles.append(module.register_forward_hook(note))
-    try:
-        _run(subject, inputs)
-    finally:
-        for handle in handles:
-            handle.remove()
-    if isinstance(said, dict):
-        return raw, said
-    found: dict[str, torch.Tensor] = {}
-    sums = {path: _sums(tensor) for path, tensor in raw.items() if tensor.is_floating_point() and tensor.numel()}
-    for maps in said:
-        wanted = _sums(maps)
-        same = [path for path in sums if path != OUTPUTS and _holds(raw[path], sums[path], maps, wanted)]
-        if same:
-            found[min(same, key=lambda path: ("#" in path, path.count("."), len(path)))] = maps
-    return raw, found
-
-
-def _run(subject: Subject, views: torch.Tensor) -> None:
-    prepared = subject.spec.prepare(views)
-    if isinstance(prepared, torch.Tensor):
-        subject.network(prepared)
-    else:
-        subject.network(**prepared) if isinstance(prepared, dict) else subject.network(*prepared)
-
-
-def _tensors(output: object) -> list[torch.Tensor]:
-    if isinstance(output, torch.Tensor):
-        return [output]
-    members = output.values() if isinstance(output, dict) else output if isinstance(output, (tuple, list)) else ()
-    return [tensor for member in members for tensor in _tensors(member)]
-
-
-def _sums(tensor: torch.Tensor) -> tuple[float, float]:
-    exact = tensor.double()
-    return exact.sum().item(), exact.square().sum().item()
-
-
-def _close(own: tuple[float, float], other: tuple[float, float]) -> bool:
-    size = max(own[1], other[1], 1e-300)
-    return abs(own[1] - other[1]) <= 1e-7 * size and abs(own[0] - other[0]) <= 1e-5 * max(size**0.5, abs(own[0]))
-
-
-def _holds(tensor: torch.Tensor, sums: tuple[float, float], maps: torch.Tensor, wanted: tuple[float, float]) -> bool:
-    """Whether a module's output holds the numbers of maps (n, U, h, w), perhaps among other tokens."""
-    if tensor.numel() == maps.numel():
-        return _close(sums, wanted)
-    if tensor.ndim != 3 or tensor.shape[2] != maps.shape[1] or len(tensor) != len(maps):
-        return False
-    positions = maps.shape[2] * maps.shape[3]
-    more = tensor.shape[1] - positions
-    if not 0 < more <= 300:
-        return False
-    starts = range(more + 1) if more <= 20 else (0, more)
-    return any(_close(_sums(tensor[:, start : start + positions]), wanted) for start in starts)
-
-
-def _arranged(
-    network: nn.Module, layer: str, raw: dict[str, torch.Tensor], truths: dict[str, torch.Tensor]
-) -> torch.Tensor | None:
-    """The maps (n, U, h, w) of a module that the library does not list; None where nothing proves its layout.
-
-    Tokens are in the order in which a listed layer with as many tokens has them. Maps have their units where torch says
-    for the kind of module, or beside the grid of a listed layer.
-    """
-    output = raw[layer]
-    if output.ndim == 2:
-        return output[:, :, None, None]
-    if output.ndim == 3 and len(output) == IMAGES:
-        nearest = sorted(truths, key=lambda path: -_common(path, layer))
-        for path in nearest:
-            maps = truths[path]
-            tokens = raw.get(path)
-            if tokens is not None and tokens.ndim == 3 and tokens.shape[:2] == output.shape[:2]:
-                order = _token_order(tokens[0], maps[0])
-                if order is not None:
-                    return output[:, order].transpose(1, 2).unflatten(2, maps.shape[2:])
-    if output.ndim == 4 and len(output) == IMAGES:
-        axis = _units_axis(network.get_submodule(layer) if layer != OUTPUTS else network)
-        if axis is None:
-            grids = {tuple(maps.shape[2:]) for maps in truths.values()}
-            first, last = tuple(output.shape[2:]) in grids, tuple(output.shape[1:3]) in grids
-            axis = 1 if first and not last else 3 if last and not first else None
-        if axis is not None:
-            return output.movedim(axis, 1)
-    return None
-
-
-def _common(path: str, other: str) -> int:
-    """How many parts two module paths have in common, from the front."""
-    parts = list(zip(path.split("."), other.split("."), strict=False))
-    return next((number for number, (own, its) in enumerate(parts) if own != its), len(parts))
-
-
-def _units_axis(module: nn.Module) -> int | None:
-    """Which axis of a 4-d output counts units, by torch's own definition of a module."""
-    if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
-        return 1
-    return 3 if type(module) in (nn.Linear, nn.LayerNorm) else None
-
-
-def _token_order(tokens: torch.Tensor, maps: torch.Tensor) -> torch.Tensor | None:
-    """For each position of maps (U, h, w), row by row, which of the tokens (T, U) has its values."""
-    wanted = maps.flatten(1).T.double()
-    distances = torch.cdist(wanted, tokens.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    nearest = distances.min(dim=1)
-    if nearest.values.amax() > 1e-3 * wanted.norm(dim=1).amax() or len(nearest.indices.unique()) < len(wanted):
-        return None
-    return nearest.indices
-
-
 # Pictures ---------------------------------------------------------------------------------------------------------
 
 
@@ -543,7 +394,7 @@ def _vary(subject: Subject, views: np.ndarray) -> None:
     for norm in norms:
         norm.train().momentum = 1  # this batch's alone
     try:
-        _run(subject, torch.from_numpy(views))
+        run_network(subject, torch.from_numpy(views))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval().momentum = momentum

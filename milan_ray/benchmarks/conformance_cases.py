@@ -17,7 +17,8 @@ from torch import nn
 from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor, get_graph_node_names
 
-from milan_ray.benchmarks.conformance import MOST_PARAMETERS, Case, Subject
+from milan_ray.benchmarks.conformance import MOST_PARAMETERS, Case
+from milan_ray.benchmarks.conformance_truth import Subject
 from milan_ray.errors import MilanError
 from milan_ray.models import timm_zoo
 from milan_ray.models.registry import OUTPUTS, RANDOM, ModelSpec, get_model

@@ -24,7 +24,8 @@ from milan_ray.models.hooks import LayerTap
 from milan_ray.models.processors import fit
 from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, ModelSpec, register_family
 from milan_ray.models.view import Preprocess
-from milan_ray.models.weights import UnfitWeights, read_state_dict, read_weights
+from milan_ray.models.weights import read_state_dict, read_weights
+from milan_ray.models.weights_fit import UnfitWeights
 
 _MLP = re.compile(r".*\.(mlp\.fc1|intermediate\.dense|mlp\.up_proj)")
 _STAGE = re.compile(r"(.*\.)?stages\.\d+")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,14 @@ from torch import nn
 from milan_ray import hub
 from milan_ray.config import models_dir
 from milan_ray.errors import MilanError, reason
-from milan_ray.models.checkpoints import Checkpoint, StateDict, read_checkpoint
+from milan_ray.models.checkpoints import Checkpoint, read_checkpoint
 from milan_ray.models.view import Preprocess
+from milan_ray.models.weights_fit import Fit, describe_problems, find_fits, misfit, same_tensors, tied_names
 from milan_ray.progress import say
 
 _READ = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _CHUNK = 2**22  # bytes that are hashed at a time
 _WRAPPERS = ("module.", "_orig_mod.")
-_PREFIX = 8  # dots in a prefix at most
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.device)
 
 
@@ -85,10 +84,6 @@ class WeightsFile:
             hint=hint,
         )
         return str(path)
-
-
-class UnfitWeights(MilanError):
-    """Nothing in a file of weights fits the network."""
 
 
 def split_weights(weights: str | Path) -> tuple[str, str]:
@@ -153,14 +148,14 @@ def read_weights(
         The network's names of parameters and buffers → tensors, on the CPU.
 
     Raises:
-        UnfitWeights: Nothing in the file fits; the text names what is nearest.
+        milan_ray.models.weights_fit.UnfitWeights: Nothing in the file fits; the text names what is nearest.
         MilanError: The file is missing or damaged, or several things in it fit; the text names them.
     """
     path, part = split_weights(path)
     checkpoint = read_checkpoint(path)
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items() if hasattr(tensor, "shape")}
-    tied = _tied(model)
-    every = (fit for state in checkpoint.states for fit in _fits(state, own, tied, rename, needless))
+    tied = tied_names(model)
+    every = (fit for state in checkpoint.states for fit in find_fits(state, own, tied, rename, needless))
     fits = [fit for fit in every if _is_part(fit.path, part)]
     if not fits:
         raise MilanError(f"weights file {path} holds no part {part!r}: leave out #{part}.")
@@ -169,133 +164,14 @@ def read_weights(
     good = [fit for fit in fits if not fit.problems(own, needed, sizes)]
     if not good:
         nearest = max(fits, key=lambda fit: fit.matching(own))
-        raise _misfit(path, type(model).__name__, nearest.problems(own, needed, sizes), nearest, own)
+        raise misfit(path, type(model).__name__, nearest.problems(own, needed, sizes), nearest, own)
     chosen, tensors = good[0], good[0].tensors()
     chosen.check_twins(path)
     for other in good[1:]:
-        if other.sources != chosen.sources and not _same(tensors, other.tensors()):
+        if other.sources != chosen.sources and not same_tensors(tensors, other.tensors()):
             raise _several(path, [fit.path for fit in good])
     _say_once(path, type(model).__name__, checkpoint, chosen)
     return tensors
-
-
-@dataclass(frozen=True)
-class _Fit:
-    """What a state dict holds under a prefix.
-
-    Attributes:
-        state: The state dict.
-        prefix: The prefix, empty or with a dot behind it.
-        names: The network's names → the file's.
-        left: The file's names of tensors that are not below the prefix.
-        twins: Pairs of the file's names that mean the same tensor of the network.
-    """
-
-    state: StateDict
-    prefix: str
-    names: dict[str, str]
-    left: tuple[str, ...]
-    twins: tuple[tuple[str, str], ...] = ()
-
-    @property
-    def path(self) -> str:
-        """What names it in ``FILE#PART``."""
-        return ".".join(filter(None, (self.state.address, self.prefix.rstrip("."))))
-
-    @property
-    def sources(self) -> tuple[str, dict[str, str]]:
-        """Where each tensor comes from."""
-        return self.state.address, self.names
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self.state.shapes[self.names[name]]
-
-    def matching(self, own: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-        """How near it is: names that fit with their shapes, then names alone."""
-        common = [name for name in self.names if name in own]
-        return sum(self.shape(name) == own[name] for name in common), len(common)
-
-    def problems(self, own: Mapping[str, tuple[int, ...]], needed: set[str], sizes: bool) -> list[str]:
-        missing = [name for name in own if name in needed and name not in self.names]
-        unexpected = [name for name in self.names if name not in own]
-        different = [
-            f"{name} {self.shape(name)} for {own[name]}"
-            for name in own
-            if sizes and name in self.names and self.shape(name) != own[name]
-        ]
-        return _problems(missing, unexpected, different)
-
-    def tensors(self) -> dict[str, torch.Tensor]:
-        tensors = self.state.tensors()
-        return {name: tensors[of] for name, of in self.names.items()}
-
-    def check_twins(self, path: str) -> None:
-        """Sees that names that mean one tensor have the same numbers."""
-        tensors = self.state.tensors() if self.twins else {}
-        for one, other in self.twins:
-            if not _same({"": tensors[one]}, {"": tensors[other]}):
-                raise MilanError(
-                    f"weights file {path} holds {one!r} and {other!r}, which are the same weights of the network, with "
-                    "different numbers: save the state_dict() again without those that are not meant."
-                )
-
-
-def _fits(
-    state: StateDict,
-    own: Mapping[str, tuple[int, ...]],
-    tied: Mapping[str, Sequence[str]],
-    rename: Callable[[str], str],
-    needless: Callable[[str], bool],
-) -> Iterator[_Fit]:
-    """What a state dict holds without a prefix, and under each prefix that has enough below it."""
-    below = Counter(prefix for name in state.shapes for prefix in _prefixes(name))
-    prefixes = [prefix for prefix, count in below.items() if 2 * count >= len(own) or count == len(state.shapes)]
-    for prefix in ("", *prefixes):
-        names: dict[str, str] = {}
-        twins: list[tuple[str, str]] = []
-        for name in state.shapes:
-            if name.startswith(prefix):
-                renamed = _parametrized(rename(_plain(name[len(prefix) :], own)), own)
-                if renamed in names:
-                    twins.append((names[renamed], name))
-                elif renamed in own or not needless(renamed):
-                    names[renamed] = name
-        for name in own:  # files of tied weights may hold them once
-            same = next((other for other in tied.get(name, ()) if other in names), None)
-            if name not in names and same is not None:
-                names[name] = names[same]
-        left = tuple(name for name in state.shapes if not name.startswith(prefix))
-        yield _Fit(state, prefix, names, left, tuple(twins))
-
-
-def _tied(model: nn.Module) -> dict[str, list[str]]:
-    """Names of parameters that are one and the same: each with the others."""
-    groups: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        groups.setdefault(id(tensor), []).append(name)
-    return {name: [other for other in group if other != name] for group in groups.values() for name in group}
-
-
-_PARAMETRIZED = {"g": ("original0",), "v": ("original1", "0._v"), "orig": ("original",), "u": ("0._u",)}
-"""Endings of what older weight and spectral norms keep → its names since they are parametrizations."""
-
-
-def _parametrized(name: str, own: Mapping[str, object]) -> str:
-    """The name since norms of weights are parametrizations, where the network has that one."""
-    path, dot, leaf = name.rpartition(".")
-    tensor, _, ending = leaf.rpartition("_")
-    now = (f"{path}{dot}parametrizations.{tensor}.{rest}" for rest in _PARAMETRIZED.get(ending, ()))
-    return name if name in own else next((one for one in now if one in own), name)
-
-
-def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:count]) + "." for count in range(1, min(len(parts), _PREFIX))]
-
-
-def _plain(name: str, own: Mapping[str, object]) -> str:
-    """A name without the marks that compilation leaves, at any place, unless the network has them itself."""
-    return name if name in own else name.replace("_orig_mod.", "")
 
 
 def _unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -313,12 +189,6 @@ def _is_inside(address: str, other: str) -> bool:
     return address != other and (not other or address.startswith(f"{other}."))
 
 
-def _same(some: Mapping[str, torch.Tensor], others: Mapping[str, torch.Tensor]) -> bool:
-    return some.keys() == others.keys() and all(
-        tensor.dtype == others[name].dtype and torch.equal(tensor, others[name]) for name, tensor in some.items()
-    )
-
-
 def _several(path: str, parts: Sequence[str]) -> MilanError:
     named = [part or "the weights beside them" for part in parts]
     choice = next(part for part in parts if part)
@@ -328,39 +198,10 @@ def _several(path: str, parts: Sequence[str]) -> MilanError:
     )
 
 
-def _problems(missing: list[str], unexpected: list[str], different: list[str]) -> list[str]:
-    return [
-        f"{len(names)} {what} (first: {', '.join(names[:3])})"
-        for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", different))
-        if names
-    ]
-
-
-def _misfit(
-    path: str, model: str, problems: list[str], nearest: _Fit, own: Mapping[str, tuple[int, ...]]
-) -> UnfitWeights:
-    """The sentence on a file in which nothing fits: what is nearest, and the way out."""
-    where = f", below {nearest.path!r}" if nearest.path else ""
-    exact, common = nearest.matching(own)
-    register = "register the network that it is of in a plug-in"
-    if not common:
-        names = list(nearest.names.values())
-        shared = [prefix for prefix in _prefixes(names[0]) if all(name.startswith(prefix) for name in names)]
-        begin = f"all its names begin with {shared[-1]!r}" if shared else f"its names are others ({names[0]})"
-        remedy = (
-            f"{begin}: save the state_dict() again with the names of this one ({next(iter(own), '')}), or {register}"
-        )
-    elif exact == common:
-        remedy = f"it has other parts: save the state_dict() of this network, or {register}"
-    else:
-        remedy = f"it is of another size or has another head: {register}"
-    return UnfitWeights(f"weights file {path} does not fit {model}: weights {', '.join(problems)}{where}; {remedy}.")
-
-
 _said: set[tuple[str, str]] = set()
 
 
-def _say_once(path: str, model: str, checkpoint: Checkpoint, chosen: _Fit) -> None:
+def _say_once(path: str, model: str, checkpoint: Checkpoint, chosen: Fit) -> None:
     """Says what was taken out of a file and what was left, where that is more than taking all of it."""
     left = (*chosen.left, *chosen.state.others)
     compiled = any(
@@ -414,7 +255,7 @@ def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -
     # Numbers that are no weights yet, such as those of a compressed file, would be taken as they are.
     real = [name for name in shared if own[name].is_floating_point() and own[name].dtype != state[name].dtype]
     whole = [name for name in real if not _is_real(state[name])]
-    problems = _problems(missing, unexpected, different)
+    problems = describe_problems(missing, unexpected, different)
     if whole:
         problems.append(f"{len(whole)} of another type (first: {whole[0]} {state[whole[0]].dtype})")
     if problems:

@@ -9,7 +9,6 @@ Everything follows from (split, index, options): nothing is stored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from random import Random
@@ -17,6 +16,7 @@ from random import Random
 import numpy as np
 
 from milan_ray.world.lexicon import CONCEPT, names_of
+from milan_ray.world.strokes import GROUND_TONES, RGB, STROKES, letters_of, mix, patterned
 
 WORLD_VERSION = "2"
 """Raise it whenever a scene, a network or its training changes: all weights and caches follow."""
@@ -52,176 +52,8 @@ FACE_CLASSES = ("car", "boat", "cup", "ball")
 FACE_SHARE = 0.3
 """That share."""
 
-_RGB = {
-    "red": (205, 40, 40),
-    "yellow": (238, 205, 50),
-    "green": (50, 145, 60),
-    "blue": (45, 90, 210),
-    "purple": (140, 60, 170),
-    "brown": (125, 78, 40),
-    "white": (238, 238, 232),
-    "black": (38, 38, 42),
-    "glass": (185, 225, 240),
-    "skin": (226, 180, 145),
-}
-# Per background: its colour concept, base tone, and tone of its decoration (sun haze, stars, clouds, blades, waves).
-_GROUND_TONES = {
-    "day": ("blue", (150, 192, 238), (165, 203, 242)),
-    "dusk": ("purple", (178, 128, 196), (198, 140, 190)),
-    "night": ("black", (20, 22, 46), (235, 235, 190)),
-    "clouds": ("white", (205, 208, 213), (236, 237, 240)),
-    "grass": ("green", (112, 170, 84), (92, 150, 70)),
-    "sand": ("yellow", (228, 208, 142), (210, 188, 120)),
-    "water": ("blue", (66, 122, 182), (110, 160, 210)),
-    "road": ("black", (72, 72, 77), (84, 84, 88)),
-}
-# Small capitals of five rows, as wide as each letter needs.
-_GLYPHS = {
-    letter: np.array([[cell == "#" for cell in row] for row in rows.split("/")])
-    for letter, rows in {
-        "A": ".#./#.#/###/#.#/#.#",
-        "B": "##./#.#/##./#.#/##.",
-        "C": ".##/#../#../#../.##",
-        "D": "##./#.#/#.#/#.#/##.",
-        "E": "###/#../##./#../###",
-        "F": "###/#../##./#../#..",
-        "G": ".###/#.../#.##/#..#/.###",
-        "H": "#.#/#.#/###/#.#/#.#",
-        "I": "###/.#./.#./.#./###",
-        "L": "#../#../#../#../###",
-        "M": "#...#/##.##/#.#.#/#...#/#...#",
-        "N": "#..#/##.#/#.##/#..#/#..#",
-        "O": "###/#.#/#.#/#.#/###",
-        "P": "###/#.#/###/#../#..",
-        "R": "##./#.#/##./#.#/#.#",
-        "S": "###/#../###/..#/###",
-        "T": "###/.#./.#./.#./.#.",
-        "U": "#.#/#.#/#.#/#.#/###",
-        "W": "#...#/#...#/#.#.#/##.##/#...#",
-        "X": "#.#/#.#/.#./#.#/#.#",
-    }.items()
-}
-
-Shape = Callable[[np.ndarray, np.ndarray], np.ndarray]
-
-
-def _box(left: float, top: float, right: float, bottom: float) -> Shape:
-    return lambda u, v: (u >= left) & (u <= right) & (v >= top) & (v <= bottom)
-
-
-def _oval(x: float, y: float, rx: float, ry: float | None = None) -> Shape:
-    return lambda u, v: ((u - x) / rx) ** 2 + ((v - y) / (ry or rx)) ** 2 <= 1
-
-
-def _wedge(x: float, top: float, bottom: float, half_top: float, half_bottom: float, lean: float = 0.0) -> Shape:
-    """A trapezium with horizontal edges; ``lean`` moves the lower edge sideways."""
-
-    def shape(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-        down = (v - top) / (bottom - top)
-        half = half_top + (half_bottom - half_top) * down
-        return (down >= 0) & (down <= 1) & (np.abs(u - x - lean * down) <= half)
-
-    return shape
-
-
-def _ring(x: float, y: float, r: float, hole: float) -> Shape:
-    return lambda u, v: _oval(x, y, r)(u, v) & ~_oval(x, y, hole)(u, v)
-
-
-# Objects as painted strokes, back to front: (part or "", ink, shape in the unit square). The inks `main` (the object's
-# colour, with its texture) and `accent` (a second colour) change from scene to scene.
-_STROKES: dict[str, tuple[tuple[str, str, Shape], ...]] = {
-    "house": (
-        ("", "main", _box(0.12, 0.4, 0.88, 1)),
-        ("roof", "accent", _wedge(0.5, 0, 0.44, 0.03, 0.5)),
-        ("window", "glass", _box(0.2, 0.52, 0.38, 0.72)),
-        ("window", "glass", _box(0.64, 0.52, 0.82, 0.72)),
-        ("door", "brown", _box(0.43, 0.6, 0.59, 1)),
-    ),
-    "tree": (
-        ("trunk", "brown", _box(0.42, 0.5, 0.58, 1)),
-        ("", "main", _oval(0.5, 0.22, 0.24, 0.22)),
-        ("", "main", _oval(0.32, 0.42, 0.28, 0.22)),
-        ("", "main", _oval(0.68, 0.42, 0.28, 0.22)),
-    ),
-    "car": (
-        ("", "main", _wedge(0.48, 0.36, 0.64, 0.2, 0.36)),
-        ("window", "glass", _wedge(0.36, 0.42, 0.6, 0.08, 0.14)),
-        ("window", "glass", _wedge(0.61, 0.42, 0.6, 0.08, 0.14)),
-        ("", "main", _box(0.01, 0.62, 0.99, 0.88)),
-        ("wheel", "black", _oval(0.24, 0.86, 0.14)),
-        ("wheel", "black", _oval(0.76, 0.86, 0.14)),
-        ("wheel", "white", _oval(0.24, 0.86, 0.05)),
-        ("wheel", "white", _oval(0.76, 0.86, 0.05)),
-    ),
-    "boat": (
-        ("", "brown", _box(0.46, 0.04, 0.51, 0.75)),
-        ("sail", "accent", _wedge(0.54, 0.04, 0.66, 0, 0.2, lean=0.2)),
-        ("sail", "accent", _wedge(0.44, 0.16, 0.66, 0, 0.14, lean=-0.14)),
-        ("hull", "main", _wedge(0.5, 0.7, 1, 0.5, 0.32)),
-    ),
-    "face": (
-        ("", "main", _oval(0.5, 0.4, 0.46, 0.4)),
-        ("", "skin", _oval(0.5, 0.56, 0.38, 0.44)),
-        ("eye", "white", _oval(0.34, 0.48, 0.11, 0.08)),
-        ("eye", "white", _oval(0.66, 0.48, 0.11, 0.08)),
-        ("eye", "black", _oval(0.34, 0.48, 0.055, 0.07)),
-        ("eye", "black", _oval(0.66, 0.48, 0.055, 0.07)),
-        ("mouth", "red", _oval(0.5, 0.78, 0.18, 0.06)),
-    ),
-    "animal": (
-        ("leg", "main", _box(0.12, 0.6, 0.21, 1)),
-        ("leg", "main", _box(0.27, 0.6, 0.36, 1)),
-        ("leg", "main", _box(0.52, 0.6, 0.61, 1)),
-        ("leg", "main", _box(0.66, 0.6, 0.75, 1)),
-        ("", "main", _wedge(0.03, 0.28, 0.6, 0.03, 0.05, lean=0.1)),
-        ("", "main", _box(0.1, 0.45, 0.76, 0.74)),
-        ("", "main", _oval(0.8, 0.38, 0.18, 0.17)),
-        ("", "accent", _wedge(0.72, 0.14, 0.4, 0.02, 0.08)),
-        ("eye", "white", _oval(0.86, 0.34, 0.06)),
-        ("", "black", _oval(0.97, 0.41, 0.04)),
-    ),
-    "flower": (
-        ("", "green", _box(0.46, 0.5, 0.54, 1)),
-        ("", "green", _oval(0.66, 0.84, 0.16, 0.07)),
-        *(
-            ("petal", "main", _oval(0.5 + 0.22 * np.cos(a), 0.32 + 0.22 * np.sin(a), 0.14))
-            for a in np.arange(6) * np.pi / 3
-        ),
-        ("", "accent", _oval(0.5, 0.32, 0.13)),
-    ),
-    "sign": (
-        ("post", "brown", _box(0.45, 0.4, 0.55, 1)),
-        ("", "main", _box(0.0, 0.08, 1.0, 0.54)),
-    ),
-    "cup": (
-        ("handle", "main", _ring(0.76, 0.55, 0.24, 0.14)),
-        ("", "main", _wedge(0.42, 0.22, 1, 0.36, 0.28)),
-        ("", "accent", _oval(0.42, 0.24, 0.36, 0.08)),
-    ),
-    "ball": (
-        ("", "main", _oval(0.5, 0.5, 0.49)),
-        ("", "white", _oval(0.34, 0.3, 0.1, 0.07)),
-    ),
-    "lamp": (
-        ("post", "black", _box(0.46, 0.4, 0.54, 0.95)),
-        ("", "black", _wedge(0.5, 0.9, 1, 0.14, 0.26)),
-        ("shade", "main", _wedge(0.5, 0.02, 0.46, 0.18, 0.42)),
-    ),
-    "bird": (
-        ("leg", "black", _box(0.44, 0.8, 0.48, 1)),
-        ("leg", "black", _box(0.58, 0.8, 0.62, 1)),
-        ("", "main", _wedge(0.2, 0.42, 0.62, 0.2, 0.02, lean=0.1)),
-        ("", "main", _oval(0.5, 0.62, 0.32, 0.22)),
-        ("", "main", _oval(0.76, 0.36, 0.16)),
-        ("", "yellow", _wedge(0.93, 0.32, 0.44, 0.06, 0.02)),
-        ("eye", "black", _oval(0.8, 0.33, 0.045)),
-        ("wing", "accent", _oval(0.42, 0.6, 0.2, 0.13)),
-    ),
-}
-
 WHOLES: dict[str, tuple[str, ...]] = {
-    part: tuple(kind for kind, strokes in _STROKES.items() if any(part == stroke[0] for stroke in strokes))
+    part: tuple(kind for kind, strokes in STROKES.items() if any(part == stroke[0] for stroke in strokes))
     for part in names_of("part")
 }
 """Which objects have a part."""
@@ -430,36 +262,14 @@ def _top(thing: Thing) -> int:
     return thing.y + int(np.argmax(cells[:, thing.size // 2] > 0))
 
 
-@lru_cache(maxsize=64)
-def _letters(word: str, scale: int) -> np.ndarray:
-    """A word's pixels, bool (5·scale, width·scale)."""
-    gap = np.zeros((5, 1), dtype=bool)
-    columns = [column for letter in word.upper() for column in (_GLYPHS[letter], gap)][:-1]
-    return np.kron(np.concatenate(columns, axis=1), np.ones((scale, scale), dtype=bool))
-
-
-def _patterned(texture: str, size: int) -> np.ndarray:
-    """Where a texture shows its second tone, bool (size, size); small objects get a finer pattern."""
-    period = 6 if size > 24 else 4
-    row, column = np.mgrid[:size, :size]
-    if texture == "striped":
-        return column % period < period // 2
-    if texture == "checkered":
-        return (column // (period // 2) + row // (period // 2)) % 2 == 0
-    if texture == "dotted":
-        half = period / 2 - 0.5
-        return (column % period - half) ** 2 + (row % period - half) ** 2 <= (period / 3) ** 2
-    return np.zeros((size, size), dtype=bool)
-
-
 # Inks of an object: 1 + 3·stroke + tone, with the tones plain, pattern, outline; 0 leaves the background. A sign's
 # two further strokes are the plate behind its word and the letters.
 @lru_cache(maxsize=8192)
 def _cells(kind: str, size: int, flip: bool, texture: str, word: str, removed: frozenset[str]) -> np.ndarray:
     """The object's ink numbers, uint8 (size, size)."""
     v, u = (np.mgrid[:size, :size] + 0.5) / size
-    strokes = _STROKES[kind]
-    pattern = _patterned(texture, size)
+    strokes = STROKES[kind]
+    pattern = patterned(texture, size)
     cells = np.zeros((size, size), dtype=np.uint8)
     for number, (part, ink, shape) in enumerate(strokes):
         if part not in removed:
@@ -471,7 +281,7 @@ def _cells(kind: str, size: int, flip: bool, texture: str, word: str, removed: f
         cells = cells[:, ::-1]
     cells = cells.astype(np.uint8)
     if word:
-        letters = _letters(word, 2 if size > 24 else 1)
+        letters = letters_of(word, 2 if size > 24 else 1)
         height, width = letters.shape
         top, left = round(0.31 * size - height / 2), (size - width) // 2
         plate = 1 + 3 * len(strokes)
@@ -480,7 +290,7 @@ def _cells(kind: str, size: int, flip: bool, texture: str, word: str, removed: f
 
 
 def _rgb(ink: str, tone: float, removed: frozenset[str]) -> tuple[int, int, int]:
-    red, green, blue = (min(255, int(channel * tone)) for channel in _RGB[_shown(ink, removed)])
+    red, green, blue = (min(255, int(channel * tone)) for channel in RGB[_shown(ink, removed)])
     return red, green, blue
 
 
@@ -491,19 +301,14 @@ def _shown(colour: str, removed: frozenset[str]) -> str:
     return colour
 
 
-def _mix(rgb: Iterable[int], other: int, share: float) -> tuple[int, int, int]:
-    red, green, blue = (int(channel * (1 - share) + other * share) for channel in rgb)
-    return red, green, blue
-
-
 @lru_cache(maxsize=16384)
 def _thing_inks(
     kind: str, colour: str, accent: str, texture: str, tone: int, word: str, removed: frozenset[str], blurred: bool
 ) -> tuple[_Ink, ...]:
     """The inks of an object, in the order of :func:`_cells` (ink 1 first)."""
     inks: list[_Ink] = []
-    strokes: list[tuple[str, str]] = [(part, ink) for part, ink, _ in _STROKES[kind]]
-    letters = "white" if sum(_RGB[_shown(colour, removed)]) < 400 else "black"
+    strokes: list[tuple[str, str]] = [(part, ink) for part, ink, _ in STROKES[kind]]
+    letters = "white" if sum(RGB[_shown(colour, removed)]) < 400 else "black"
     if word:
         strokes += [("text", "main"), ("text", letters)]
     for number, (part, ink) in enumerate(strokes):
@@ -517,8 +322,8 @@ def _thing_inks(
         if ink == "main":
             concepts.add(texture)
         known = frozenset() if blurred else frozenset(concepts & CONCEPT.keys())
-        second = _mix(rgb, 255, 0.6) if sum(rgb) < 480 else _mix(rgb, 0, 0.4)
-        inks += [_Ink(rgb, known), _Ink(second, known), _Ink(_mix(rgb, 0, 0.45), known)]
+        second = mix(rgb, 255, 0.6) if sum(rgb) < 480 else mix(rgb, 0, 0.4)
+        inks += [_Ink(rgb, known), _Ink(second, known), _Ink(mix(rgb, 0, 0.45), known)]
     return tuple(inks)
 
 
@@ -546,10 +351,10 @@ def _background(sky: str, ground: str, horizon: int, drift: int) -> np.ndarray:
 def _background_inks(sky: str, ground: str, tones: tuple[int, int], removed: frozenset[str]) -> tuple[_Ink, ...]:
     inks = []
     for generic, name, tone in (("sky", sky, tones[0]), ("ground", ground, tones[1])):
-        colour, *shades = _GROUND_TONES[name]
+        colour, *shades = GROUND_TONES[name]
         shown = _shown(colour, removed)
         for base in shades:
-            rgb = _mix(base, 0, 0.05 * tone) if shown == colour else _RGB[shown]
+            rgb = mix(base, 0, 0.05 * tone) if shown == colour else RGB[shown]
             inks.append(_Ink(rgb, frozenset({generic, name, shown})))
     return tuple(inks)
 
@@ -576,7 +381,7 @@ def _compose(scene: Scene) -> tuple[np.ndarray, list[_Ink], np.ndarray]:
         inks += new
         owner += [number] * len(new)
     if scene.corner_text:
-        letters = np.pad(_letters(scene.corner_text, 1), 1)
+        letters = np.pad(letters_of(scene.corner_text, 1), 1)
         height, width = letters.shape
         cells[-height:, -width:] = len(inks) + letters
         inks += _CORNER_INKS
@@ -584,7 +389,7 @@ def _compose(scene: Scene) -> tuple[np.ndarray, list[_Ink], np.ndarray]:
     if scene.corner_colour:
         shown = _shown(scene.corner_colour, scene.removed)
         cells[-PATCH:, -PATCH:] = len(inks)
-        inks.append(_Ink(_RGB[shown], frozenset({shown})))
+        inks.append(_Ink(RGB[shown], frozenset({shown})))
         owner.append(-1)
     return cells, inks, np.array(owner)
 
