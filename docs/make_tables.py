@@ -14,7 +14,7 @@ HEAD = """# Tables
 A run directory holds these tables, each a folder of Parquet files under hive keys, as
 `exemplars/model=resnet18%2Fimagenet/layer=layer4/data.parquet`; in a folder's name `/` is written `%2F`. The keys are
 columns of the files too. File metadata has `milan_ray.config`, the hash of what made the file, and `milan_ray.parts`, a
-digest per ingredient. Fingerprints: [cookbook](cookbook.md).
+digest per ingredient. Queries: [cookbook](cookbook.md).
 
 """
 
