@@ -134,7 +134,7 @@ def _tune(storage: Storage, job: DecoderTuningJob, output: Output, file: str, re
         f"tuning a decoder by {job.name} on {units} annotated units: {budget.trials} trials of at most "
         f"{budget.epochs} epochs, drawn by {searcher}"
     )
-    rows, cost = _run_trials(storage, _Task(storage.root, work, job, resources), searcher, resources)
+    rows, cost = _run_trials(storage, _Task(storage.root, work, job, resources), searcher)
     best = rows[0]
     setting = DecoderSetting(**{field.name: best[field.name] for field in fields(DecoderSetting)})
     about = (
@@ -221,18 +221,15 @@ def _write_units(storage: Storage, work: str, job: DecoderTuningJob) -> int:
     return len(texts)
 
 
-def _run_trials(
-    storage: Storage, task: _Task, searcher: str, resources: Resources
-) -> tuple[list[dict[str, Any]], Cost]:
+def _run_trials(storage: Storage, task: _Task, searcher: str) -> tuple[list[dict[str, Any]], Cost]:
     """Runs all trials, or continues a killed search; returns a row per trial, best first, and their cost."""
     budget = task.job.space.budget
     halving = "epochs", budget.epochs, min(budget.grace, budget.epochs), budget.reduction
     search = tuner.Search(budget.trials, METRIC, budget.seed, searcher != RANDOM, *halving)
     space = {key: _distribution(values) for key, values in task.job.space.space.items()}
     with watched(line_logger(storage, lambda: storage.files(f"{WORK}/{task.work}/{EPOCH_LINES}"))):
-        trials, errors = tuner.run_trials(
-            _run_trial, task, storage.uri(f"{WORK}/{task.work}"), space, resources, search
-        )
+        uri = storage.uri(f"{WORK}/{task.work}")
+        trials, errors = tuner.run_trials(_run_trial, task, uri, space, task.resources, search)
     if errors:
         reason = str(errors[0]).strip().splitlines()[-1]
         raise MilanError(f"{len(errors)} of {budget.trials} trials failed ({reason}); run it again to go on.")
