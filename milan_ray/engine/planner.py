@@ -49,6 +49,13 @@ class Plan:
     failed: dict[str, str] = field(default_factory=dict)
     made: dict[tuple[str, tuple[tuple[str, str], ...]], Fingerprint] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, storage: Storage, stages: Iterable[Stage]) -> Plan:
+        """The plan of stages that follow one another."""
+        plan = cls()
+        plan.stages(storage, stages)
+        return plan
+
     @property
     def due(self) -> list[Step]:
         """The steps that would run."""
@@ -81,10 +88,12 @@ class Plan:
         self.made[_key(table, keys)] = fingerprint
 
     def stages(self, storage: Storage, stages: Iterable[Stage]) -> None:
-        """Adds all outputs of stages that follow one another."""
+        """Adds all outputs of stages that follow one another, and the models that they cannot do."""
         for stage in stages:
             for output in stage.outputs(Planned(storage, self)):
-                self.note(stage.table, output.fingerprint, stage.why(storage, output), **output.keys)
+                table = output.table or stage.table
+                self.note(table, output.fingerprint, stage.why(storage, output), **output.keys)
+            self.failed |= stage.failed
 
     def waits(self, table: str, keys: tuple[str, ...], *before: str, of: str | None = None) -> bool:
         """Whether a table is made of others that would be made first, so that its fingerprint is unknown.

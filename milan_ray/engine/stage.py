@@ -51,12 +51,14 @@ class Output:
         keys: Its partition.
         fingerprint: What decides its content.
         number: Its place among the stage's outputs, which the runner tells it.
+        table: Its table where the stage makes several; None for the stage's own.
         about: What the run log has in place of a model, where it is about none.
     """
 
     keys: Mapping[str, str]
     fingerprint: Fingerprint
     number: int = 0
+    table: Table | None = None
     about: str = ""
 
     @property
@@ -176,11 +178,13 @@ class Stage(ABC):
         table: The table.
         name: Its name in the run log.
         title: Its name in messages.
+        failed: Model → why it has no outputs; known once they are listed.
     """
 
     table: ClassVar[Table]
     name: str
     title: str
+    failed: Mapping[str, str] = {}
 
     @abstractmethod
     def outputs(self, known: Known) -> Iterator[Output]:
