@@ -13,6 +13,7 @@ from milan_ray.config import ExemplarConfig, Fingerprint, config_hash
 from milan_ray.engine import references
 from milan_ray.errors import DamagedTable
 from milan_ray.exemplars.behaviour import COMPUTES, behaviours, same
+from milan_ray.exemplars.forward import check_probe
 from milan_ray.exemplars.pooled import POOLED_VERSION
 from milan_ray.exemplars.shard import KERNEL_VERSION
 from milan_ray.models.establish import established
@@ -142,22 +143,32 @@ def pooled_fingerprint(exemplars: Fingerprint) -> Fingerprint:
     return _of_inputs({**inputs, "pooling": config_hash({"pooling": POOLED_VERSION})[:8]})
 
 
-def settle(described: DescribedModel, storage: Storage, model: str) -> DescribedModel:
-    """The same model; its fingerprints include what a layer computes where that has changed since its table was made.
+def settled_model(
+    storage: Storage, ref: references.ModelRef, source: Probe, probe: str, config: ExemplarConfig
+) -> DescribedModel:
+    """A model; its fingerprints include what a layer computes where that has changed since its table was made.
 
     Neither weights nor modules say what a ``forward`` does between them. Tables therefore carry their layers' outputs
     for fixed inputs. Where a layer's output is another now, it becomes one of the inputs of the fingerprint, so that
     the table and all that was made of it are stale; it stays one for as long as the layer computes the same.
 
     Args:
-        described: The model.
         storage: The run directory.
-        model: Its name there.
+        ref: The model.
+        source: The probe.
+        probe: Digest of its manifest.
+        config: How exemplars are made.
+
+    Raises:
+        MilanError: The model cannot be dissected on this probe.
     """
+    spec = references.model(ref)
+    check_probe(spec, source)
+    described = describe_model(spec, source, probe, config)
     fingerprints = dict(described.fingerprints)
     for layer, fingerprint in described.fingerprints.items():
         try:
-            stored = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
+            stored = storage.metadata(EXEMPLARS, model=ref.name, layer=layer) or {}
         except DamagedTable:  # counts as missing, which why() says
             continue
         before, now = stored.get(COMPUTES), described.computes.get(layer)
@@ -169,7 +180,7 @@ def settle(described: DescribedModel, storage: Storage, model: str) -> Described
             continue
         if not same(before, now):
             computes = config_hash({COMPUTES: now})[:8]
-            say(f"layer {layer!r} of {model} computes something else than when its exemplars were made: made anew")
+            say(f"layer {layer!r} of {ref.name} computes something else than when its exemplars were made: made anew")
         if computes is not None:
             fingerprints[layer] = _of_inputs({**fingerprint.inputs, COMPUTES: computes})
     return replace(described, fingerprints=fingerprints)

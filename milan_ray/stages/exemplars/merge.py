@@ -29,13 +29,7 @@ from milan_ray.stages.exemplars.worker import IMAGES, IMAGES_SCHEMA, NOTES, SECO
 from milan_ray.storage import ORDER_KEY, Storage, WorkRemovedError
 
 WINNERS_SCHEMA = pa.schema(
-    [
-        ("unit", pa.int64()),
-        ("rank", pa.int64()),
-        ("image_id", pa.int64()),
-        ("activation", pa.float32()),
-        ("level", pa.float32()),
-    ]
+    {"unit": pa.int64(), "rank": pa.int64(), "image_id": pa.int64(), "activation": pa.float32(), "level": pa.float32()}
 )
 
 _TOGETHER = 64
@@ -164,17 +158,10 @@ def merge_layer(task: LayerTask) -> list[int] | None:
     with naming(layer):
         state = fold((storage.get_work(item.work, f"{item.folder(layer)}/{n}") for n in task.shards), item.plan)
     levels = state.level.result()
-    table = LEVELS.table(
-        {
-            "model": [model] * len(levels),
-            "layer": [layer] * len(levels),
-            "unit": np.arange(len(levels)),
-            "level": levels.numpy(),
-            "positions": state.level.counted.numpy(),
-            "nonfinite": state.level.nonfinite.numpy(),
-            "exact": [state.exact] * len(levels),
-        }
-    )
+    units = len(levels)
+    keys = {"model": [model] * units, "layer": [layer] * units, "unit": np.arange(units)}
+    counts = {"positions": state.level.counted.numpy(), "nonfinite": state.level.nonfinite.numpy()}
+    table = LEVELS.table({**keys, "level": levels.numpy(), **counts, "exact": [state.exact] * units})
     unit, rank = torch.nonzero(state.topk.ids >= 0, as_tuple=True)
     ids, activations = state.topk.ids[unit, rank], state.topk.values[unit, rank]
     columns = [column.numpy() for column in (unit, rank, ids, activations, levels[unit])]
@@ -240,7 +227,7 @@ def merge_pooled(task: LayerTask) -> None:
     """
     storage, item, layer, images = task.run.storage, task.item, task.layer, task.cost.images
     fingerprint, model = item.pooled[layer], item.model.name
-    names = [f"{item.pooled_folder(layer)}/{shard}" for shard in task.shards]
+    names = [f"pooled/{item.folder(layer)}/{shard}" for shard in task.shards]
     units = len(storage.get_work(item.work, names[0])["max"][0])
     metadata = {"units": str(units), "probe": item.probe, **arithmetic.metadata(task.run.config.arithmetic)}
 

@@ -16,19 +16,12 @@ from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.engine.tasks import retry_if_overtaken
 from milan_ray.errors import DamagedTable, MilanError
-from milan_ray.exemplars.forward import check_probe
 from milan_ray.exemplars.shard import Plan
 from milan_ray.probe.base import Probe
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.progress import Progress, say
 from milan_ray.schema import EXEMPLARS, MANIFEST, POOLED
-from milan_ray.stages.exemplars.describe_model import (
-    DescribedModel,
-    describe_model,
-    pooled_fingerprint,
-    settle,
-    why_exemplars,
-)
+from milan_ray.stages.exemplars.describe_model import DescribedModel, pooled_fingerprint, settled_model, why_exemplars
 from milan_ray.stages.exemplars.masks import recompute
 from milan_ray.stages.exemplars.merge import Merged, merge, warn_of_nonfinite
 from milan_ray.stages.exemplars.worker import IMAGES, ExemplarWorker, ModelWork, Run, failing, shard_name
@@ -120,10 +113,8 @@ class Exemplars(Stage):
                 yield from self._outputs_of(ref.name, self._describe(known.storage, ref, source, digest))
 
     def _describe(self, storage: Storage, ref: references.ModelRef, source: Probe, digest: str) -> DescribedModel:
-        spec = references.model(ref)
-        check_probe(spec, source)
-        described = settle(describe_model(spec, source, digest, self._config), storage, ref.name)
-        self.layers[ref.name] = spec.layers
+        described = settled_model(storage, ref, source, digest, self._config)
+        self.layers[ref.name] = tuple(described.fingerprints)
         return described
 
     def _outputs_of(self, model: str, described: DescribedModel) -> Iterator[Output]:
@@ -146,6 +137,9 @@ class Exemplars(Stage):
         Args:
             storage: The run directory.
             resources: What of the cluster to use; Ray must be connected.
+
+        Returns:
+            What is now there, and which models failed.
 
         Raises:
             MilanError: The probe cannot be listed, or every model failed.
@@ -224,8 +218,7 @@ class Exemplars(Stage):
 
     def _views(self, storage: Storage) -> list[tuple[Pictures, set[int]]]:
         """The images that are exemplars, once per view over all models; notes the models whose table is damaged."""
-        image_ids: dict[tuple[str, str], set[int]] = defaultdict(set)
-        shown_by: dict[tuple[str, str], references.ModelRef] = {}
+        views: dict[tuple[str, str], tuple[Pictures, set[int]]] = {}
         for ref in self._models:
             if ref.name in self.failed:
                 continue
@@ -235,12 +228,9 @@ class Exemplars(Stage):
                 self.failed[ref.name] = str(error)
                 continue
             for view, ids in shown.items():
-                image_ids[view] |= ids
-                shown_by[view] = ref
-        return [
-            (Pictures(self._probe, digest, key, shown_by[digest, key], self._config), ids)
-            for (digest, key), ids in image_ids.items()
-        ]
+                before = views[view][1] if view in views else set()
+                views[view] = Pictures(self._probe, *view, ref, self._config), before | ids
+        return list(views.values())
 
 
 def run_shards(run: Run, work: Sequence[ModelWork], manifest: pa.Table) -> dict[str, str]:
@@ -250,7 +240,7 @@ def run_shards(run: Run, work: Sequence[ModelWork], manifest: pa.Table) -> dict[
     rows: list[Row] = []
     for index, item in enumerate(work):
         stored = set(run.storage.work_names(item.work))
-        folders = [IMAGES, *map(item.folder, item.layers), *map(item.pooled_folder, item.pooled)]
+        folders = [IMAGES, *map(item.folder, item.layers), *(f"pooled/{item.folder(layer)}" for layer in item.pooled)]
         fresh = [shard for shard in shards if any(f"{folder}/{shard_name(shard)}" not in stored for folder in folders)]
         if len(fresh) < len(shards):
             say(f"exemplars of {item.model.name}: {len(shards) - len(fresh)} of {len(shards)} shards are done already")

@@ -117,10 +117,6 @@ class ModelWork:
         """Work folder of a layer's partials: the same whichever layers are still to do."""
         return f"L{self.every.index(layer)}"
 
-    def pooled_folder(self, layer: str) -> str:
-        """Work folder of a layer's pooled activations."""
-        return f"pooled/{self.folder(layer)}"
-
 
 @contextmanager
 def failing(failed: dict[str, str], model: str) -> Iterator[None]:
@@ -239,7 +235,7 @@ class ExemplarWorker(ModelWorker):
         for layer, parts in pooled.items():
             largest, mean = zip(*parts, strict=True)
             table = pooled_table(readable, largest, mean)
-            self._storage.put_work(item.work, f"{item.pooled_folder(layer)}/{shard}", table)
+            self._storage.put_work(item.work, f"pooled/{item.folder(layer)}/{shard}", table)
         metadata = {SECONDS: str(time.monotonic() - started), NOTES: json.dumps([len(notes), notes[:1]])}
         table = pa.Table.from_pylist(images, schema=IMAGES_SCHEMA.with_metadata(metadata))
         self._storage.put_work(item.work, f"{IMAGES}/{shard}", table)
