@@ -12,9 +12,8 @@ import torch
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.references import ModelRef, ProbeRef
-from milan_ray.stages import exemplars
 from milan_ray.stages import images as views
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import masks, merge, run_exemplars, stage
 from milan_ray.storage import Storage
 
 
@@ -32,8 +31,9 @@ class PlainStage:
         """Does what :func:`run_exemplars` does."""
         self.shards.clear()
         with (
-            patch.object(exemplars, "run_pool", self._pool),
-            patch.object(exemplars, "run_parallel", _parallel),
+            patch.object(stage, "run_pool", self._pool),
+            patch.object(masks, "run_pool", self._pool),
+            patch.object(merge, "run_parallel", _parallel),
             patch.object(views, "run_parallel", _parallel),
         ):
             resources = Resources(cpus_per_actor=torch.get_num_threads(), device="cpu")

@@ -51,8 +51,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     from milan_ray.stages.captioners import about_captioner, load_captioner
     from milan_ray.stages.descriptions import description_stages
     from milan_ray.stages.encodings import Encodings
-    from milan_ray.stages.exemplars import run_exemplars
-    from milan_ray.stages.plan import plan_exemplars
+    from milan_ray.stages.exemplars import Exemplars
     from milan_ray.stages.rerank import reranking_stages
 
     if args.probe is None:
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     if args.probe is None:
         present = {name: tuple(exemplar_layers(storage, name, args.layers or None)) for name in args.model}
     else:
-        dissection = model_refs(args), probe_ref(args), exemplar_config(args)
+        exemplars = Exemplars(model_refs(args), probe_ref(args), exemplar_config(args))
 
     def stages(models: Mapping[str, Sequence[str]]) -> Iterator[ShardedStage | TaskStage]:
         captioner = load_captioner(storage, decoder)
@@ -80,14 +79,15 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     if args.dry_run:
         plan = Plan()
         if args.probe is not None:
-            present = plan_exemplars(storage, plan, *dissection)
+            plan.stages(storage, [exemplars])
+            present = exemplars.layers
         plan.stages(storage, stages(present))
         if then is not None:
             then(plan)
         return show_plan(args, plan)
     with connected(resources):
         if args.probe is not None:
-            done = run_exemplars(storage, *dissection, resources)
+            done = exemplars.run(storage, resources)
             present, failed = done.models, dict(done.failed)
 
         def describe(models: dict[str, Sequence[str]]) -> None:

@@ -102,8 +102,8 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.stages.dnd import FREQUENT, drawings_identity, run_dnd
-    from milan_ray.stages.exemplars import run_exemplars
-    from milan_ray.stages.plan import plan_dnd, plan_exemplars
+    from milan_ray.stages.exemplars import Exemplars
+    from milan_ray.stages.plan import plan_dnd
 
     for server, names in (
         (args.llm != FREQUENT, ["llm_temperature"]),
@@ -121,14 +121,14 @@ def run(args: argparse.Namespace) -> int:
     args.pooled = True  # the images with the highest mean activation come from there
     storage, models, probe = opened(args)
     resources, config, how = resources_of(args), exemplar_config(args), _config(args)
+    exemplars = Exemplars(models, probe, config)
     if args.dry_run:
-        plan = Plan()
-        layers = plan_exemplars(storage, plan, models, probe, config)
-        plan_dnd(storage, plan, layers, how, args.units)
+        plan = Plan.of(storage, [exemplars])
+        plan_dnd(storage, plan, exemplars.layers, how, args.units)
         return show_plan(args, plan)
     identity = drawings_identity(storage, how)  # what is missing is missed before anything starts
     with connected(resources):
-        done = run_exemplars(storage, models, probe, config, resources)
+        done = exemplars.run(storage, resources)
         failed = run_dnd(storage, done, models, probe, config, how, resources, args.units, identity)
     labelled = {name: layers for name, layers in done.models.items() if name not in failed}
     report_on(args, storage, list(done.models))

@@ -19,16 +19,13 @@ def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
-    from milan_ray.stages.exemplars import run_exemplars
-    from milan_ray.stages.plan import plan_exemplars
+    from milan_ray.stages.exemplars import Exemplars
 
     storage, models, probe = opened(args)
-    resources, config = resources_of(args), exemplar_config(args)
+    resources, exemplars = resources_of(args), Exemplars(models, probe, exemplar_config(args))
     if args.dry_run:
-        plan = Plan()
-        plan_exemplars(storage, plan, models, probe, config)
-        return show_plan(args, plan)
+        return show_plan(args, Plan.of(storage, [exemplars]))
     with connected(resources):
-        done = run_exemplars(storage, models, probe, config, resources)
+        done = exemplars.run(storage, resources)
     report_on(args, storage, list(done.models))
     return close(args, "exemplars", done.models, done.failed)

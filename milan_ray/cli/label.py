@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.tasks import models_apart
     from milan_ray.stages.clip_dissect import run_clip_dissect
     from milan_ray.stages.concept_labels import check_concepts, run_labels
-    from milan_ray.stages.exemplars import run_exemplars
-    from milan_ray.stages.plan import plan_clip_dissect, plan_exemplars, plan_labels
+    from milan_ray.stages.exemplars import Exemplars
+    from milan_ray.stages.plan import plan_clip_dissect, plan_labels
 
     how, dissect = _labelers(args)
     storage, models, probe = opened(args)
@@ -102,15 +102,15 @@ def run(args: argparse.Namespace) -> int:
     judge = None if dissect is None else image_text_ref(args)
     args.pooled = args.pooled or dissect is not None
     resources, config = resources_of(args), exemplar_config(args)
+    exemplars = Exemplars(models, probe, config)
     if args.dry_run:
-        plan = Plan()
-        layers = plan_exemplars(storage, plan, models, probe, config)
-        plan_labels(storage, plan, layers, models, how, args.units)
+        plan = Plan.of(storage, [exemplars])
+        plan_labels(storage, plan, exemplars.layers, models, how, args.units)
         if dissect is not None and judge is not None:
-            plan_clip_dissect(storage, plan, layers, probe, dissect, judge, args.units)
+            plan_clip_dissect(storage, plan, exemplars.layers, probe, dissect, judge, args.units)
         return show_plan(args, plan)
     with connected(resources):
-        done = run_exemplars(storage, models, probe, config, resources)
+        done = exemplars.run(storage, resources)
         failed = dict(done.failed)
         if how.labelers:
             failed |= run_labels(storage, done, models, probe, config, how, resources, args.units)

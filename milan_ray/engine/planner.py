@@ -88,10 +88,12 @@ class Plan:
         self.made[_key(table, keys)] = fingerprint
 
     def stages(self, storage: Storage, stages: Iterable[Stage]) -> None:
-        """Adds all outputs of stages, in the order in which they run."""
+        """Adds all outputs of stages, in the order in which they run, and the models that they cannot do."""
         for stage in stages:
             for output in stage.outputs(Planned(storage, self)):
-                self.note(stage.table, output.fingerprint, stage.why(storage, output), **output.keys)
+                table = output.table or stage.table
+                self.note(table, output.fingerprint, stage.why(storage, output), **output.keys)
+            self.failed |= stage.failed
 
     def waits(self, table: str, keys: tuple[str, ...], *before: str, of: str | None = None) -> bool:
         """Adds a table to those not known yet when it depends on tables that would be made first.

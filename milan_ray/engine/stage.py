@@ -51,6 +51,7 @@ class Output:
         keys: The partition.
         fingerprint: Decides the partition's content.
         number: Index among the stage's outputs, set by the runner.
+        table: Table of the partition where the stage makes several tables; None for the stage's own.
         about: Entry of the run log's model column, for a partition without a model.
         reason: Why it has to be made, where that is known without comparing fingerprints.
     """
@@ -58,6 +59,7 @@ class Output:
     keys: Mapping[str, str]
     fingerprint: Fingerprint
     number: int = 0
+    table: Table | None = None
     about: str = ""
     reason: str | None = None
 
@@ -186,11 +188,13 @@ class Stage(ABC):
         table: The table.
         name: Its name in the run log.
         title: Its name in messages.
+        failed: Model → why it has no outputs; known once they are listed.
     """
 
     table: ClassVar[Table]
     name: str
     title: str
+    failed: Mapping[str, str] = {}
 
     @abstractmethod
     def outputs(self, known: Known) -> Iterator[Output]:

@@ -14,7 +14,7 @@ from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef, load_captioner
 from milan_ray.stages.descriptions import description_stages
 from milan_ray.stages.encodings import Encodings
-from milan_ray.stages.plan import plan_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.stages.rerank import reranking_stages
 from milan_ray.stages.training import Training
 from milan_ray.stages.tuning import Tuning
@@ -120,16 +120,16 @@ def _plan_dissection(
     waiting = [plan.waits(noun.name, shown, NETWORKS) for noun in (EXEMPLARS, ANNOTATIONS, ENCODINGS)]
     if any(waiting):
         return {}
-    models = [references.ModelRef(name) for name in names]
-    found = plan_exemplars(storage, plan, models, probe, demo.EXEMPLARS)
-    for model, layer in pairs(found):
+    exemplars = Exemplars([references.ModelRef(name) for name in names], probe, demo.EXEMPLARS)
+    plan.stages(storage, [exemplars])
+    for model, layer in pairs(exemplars.layers):
         if model != demo.CONTROL:
             fingerprint = world.annotations_fingerprint(
                 Planned(storage, plan).config(EXEMPLARS, model=model, layer=layer)
             )
             plan.add(storage, ANNOTATIONS, fingerprint, source=world.SOURCE, model=model, layer=layer)
-    plan.stages(storage, [Encodings(found, EncoderRef(demo.DECODER))])
-    return found
+    plan.stages(storage, [Encodings(exemplars.layers, EncoderRef(demo.DECODER))])
+    return exemplars.layers
 
 
 def _plan_descriptions(storage: Storage, plan: Plan, whose: str, models: dict[str, tuple[str, ...]]) -> None:

@@ -4,18 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from milan_ray.config import ExemplarConfig
 from milan_ray.engine import references
 from milan_ray.engine.planner import Plan
-from milan_ray.errors import MilanError
-from milan_ray.exemplars.forward import check_probe
 from milan_ray.labelers.clip_dissect import ClipDissect
 from milan_ray.models.generators import GeneratorRef
 from milan_ray.models.image_text import ImageTextRef
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.schema import (
-    EXEMPLARS,
-    POOLED,
     SCORES,
 )
 from milan_ray.stages.clip_dissect import ClipDissectLabels
@@ -23,7 +18,6 @@ from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
 from milan_ray.stages.cosy import CosyConfig, CosyScores, weights_of
 from milan_ray.stages.dnd import DndConfig, Drawings, DrawnLabels, drawings_identity
 from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings_fingerprint
-from milan_ray.stages.exemplars import describe_model, pooled_fingerprint, settled_fingerprints, why_exemplars
 from milan_ray.stages.scores import (
     Described,
     ExemplarScores,
@@ -34,45 +28,6 @@ from milan_ray.stages.scores import (
     truth_of,
 )
 from milan_ray.storage import Storage
-
-
-def plan_exemplars(
-    storage: Storage,
-    plan: Plan,
-    models: Sequence[references.ModelRef],
-    probe: references.ProbeRef,
-    config: ExemplarConfig,
-) -> dict[str, tuple[str, ...]]:
-    """Adds the plan of :func:`milan_ray.stages.exemplars.run_exemplars`; returns model → layers that there will be.
-
-    Args:
-        storage: The run directory.
-        plan: What is planned already.
-        models: What to dissect.
-        probe: The probe images.
-        config: How.
-
-    Raises:
-        MilanError: The probe cannot be listed.
-    """
-    source = references.probe(probe)
-    digest = probe_digest(source.manifest())
-    done: dict[str, tuple[str, ...]] = {}
-    for ref in dict.fromkeys(models):
-        try:
-            spec = references.model(ref)
-            check_probe(spec, source)
-            fingerprints = settled_fingerprints(storage, describe_model(spec, source, digest, config), spec.name)
-        except MilanError as error:
-            plan.failed[ref.name] = str(error)
-            continue
-        for layer, fingerprint in fingerprints.items():
-            reason = why_exemplars(storage, fingerprint, spec.name, layer)
-            plan.note(EXEMPLARS, fingerprint, reason, model=spec.name, layer=layer)
-            if config.pooled:
-                plan.add(storage, POOLED, pooled_fingerprint(fingerprint), model=spec.name, layer=layer)
-        done[spec.name] = tuple(fingerprints)
-    return done
 
 
 def plan_labels(

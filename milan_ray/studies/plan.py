@@ -29,7 +29,8 @@ from milan_ray.stages.captioners import load_captioner
 from milan_ray.stages.concept_labels import LabelConfig
 from milan_ray.stages.descriptions import description_stages
 from milan_ray.stages.encodings import Encodings
-from milan_ray.stages.plan import plan_exemplars, plan_labels
+from milan_ray.stages.exemplars import Exemplars
+from milan_ray.stages.plan import plan_labels
 from milan_ray.stages.training import Training
 from milan_ray.storage import Storage
 from milan_ray.studies.analysis.run import AnalysisConfig, analysis_fingerprint, described_model
@@ -162,8 +163,9 @@ def plan_baselines(
 ) -> Plan:
     """The plan of :func:`milan_ray.studies.baselines.run.run_baselines`; arguments and errors as there."""
     models = [network.model for network in networks]
-    plan = Plan()
-    every = plan_exemplars(storage, plan, models, probe, config)
+    exemplars = Exemplars(models, probe, config)
+    plan = Plan.of(storage, [exemplars])
+    every = exemplars.layers
     for network in networks:
         mine = {model: layers for model, layers in every.items() if model == network.model.name}
         captioner = load_captioner(storage, network.search.decoder)

@@ -20,8 +20,9 @@ from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.probe.base import ImageRef
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, RUNS, SKIPPED, VIEWS
-from milan_ray.stages import exemplars as stage
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars, merge, run_exemplars, stage
+from milan_ray.stages.exemplars import masks as mask_stage
+from milan_ray.stages.exemplars.worker import Run
 from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,10 +168,11 @@ def test_exemplars_killed_while_results_become_public_go_on_from_the_shards(undi
     """What a kill between two layers leaves: all partials, one of three layers public."""
     storage, source = Storage(tmp_path), ProbeRef((str(photos),))
     manifest, digest = stage.store_manifest(storage, source)
-    item = stage._plan(storage, CNN, model(CNN), probe(source), digest, len(manifest), CONFIG)
-    assert stage._run_shards(storage, [item], manifest, source, CONFIG, Resources()) == {}
-    shards = stage._finish_images(storage, item, CONFIG, len(manifest))[2]
-    stage._merge_layer(stage._MergeTask(storage, item, "2", CONFIG, shards, Cost(images=90)))
+    (item,) = Exemplars([CNN], source, CONFIG).due(storage, digest, len(manifest))
+    job = Run(storage, source, CONFIG, Resources())
+    assert stage.run_shards(job, [item], manifest) == {}
+    shards = merge.finish_images(job, item, len(manifest))[2]
+    merge.merge_layer(merge.LayerTask(job, item, "2", shards, Cost(images=90)))
     run(tmp_path, photos)
     said = capsys.readouterr().err
     assert "3 of 3 shards are done already" in said
@@ -229,17 +231,18 @@ def test_exemplars_above_the_map_budget_are_masked_in_one_pool_whatever_model_fa
 
     def watched(worker, arguments, rows, resources):
         pools.append(worker.__name__)
-        if worker is stage.MaskWorker:
+        if worker is mask_stage.MaskWorker:
             (tmp_path / "loads").touch()
         return run_pool(worker, arguments, rows, resources)
 
-    def fails_after_the_shards(storage, unmasked, *rest):
+    def fails_after_the_shards(*arguments):
         (tmp_path / "fail").touch()
-        return recompute(storage, unmasked, *rest)
+        return recompute(*arguments)
 
-    recompute = stage._recompute
+    recompute = stage.recompute
     monkeypatch.setattr(stage, "run_pool", watched)
-    monkeypatch.setattr(stage, "_recompute", fails_after_the_shards)
+    monkeypatch.setattr(mask_stage, "run_pool", watched)
+    monkeypatch.setattr(stage, "recompute", fails_after_the_shards)
     storage = Storage(tmp_path / "run")
     names = [f"late/{name}" for name in ("cnn", "failing", "twin")]
     models = [ModelRef(name, plugins=(plugin,)) for name in names]
@@ -268,7 +271,7 @@ def test_exemplars_above_the_map_budget_are_masked_in_one_pool_whatever_model_fa
     assert {keys["model"] for keys in storage.partitions(EXEMPLARS)} == {"late/cnn", "late/twin", "tiny/broken"}
     # What failed goes on from its winners.
     (tmp_path / "fail").unlink()
-    monkeypatch.setattr(stage, "_recompute", recompute)
+    monkeypatch.setattr(stage, "recompute", recompute)
     assert run_exemplars(storage, *arguments).failed == {}
     assert pools[2:] == ["MaskWorker"]
     assert_as_alone("late/failing", "2")

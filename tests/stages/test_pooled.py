@@ -21,8 +21,8 @@ from milan_ray.exemplars.pooled import matrix
 from milan_ray.models.establish import establish
 from milan_ray.probe.base import ImageRef
 from milan_ray.schema import EXEMPLARS, POOLED, RUNS
-from milan_ray.stages import exemplars as stage
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars, exemplar_fingerprints, merge, run_exemplars, store_manifest
+from milan_ray.stages.exemplars.worker import ExemplarWorker, Run
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -129,18 +129,17 @@ def test_pooled_is_added_later_without_making_exemplars_again(undisturbed, few, 
 def test_pooled_after_a_kill_has_every_row_once(undisturbed, few, tmp_path, capsys):
     """A shard run twice, one half written, some without pooled activations, one layer public: as kills leave them."""
     storage, source, config = Storage(tmp_path), ProbeRef((str(few),)), replace(CONFIG, shard_size=8)
-    manifest, digest = stage.store_manifest(storage, source)
+    manifest, digest = store_manifest(storage, source)
     for asked, shards in ((replace(config, pooled=False), range(5)), (config, (0, 1, 1, 2, 3, 4))):
-        item = stage._plan(storage, CNN, model(CNN), probe(source), digest, len(manifest), asked)
-        worker = stage.ExemplarWorker(**stage._worker_arguments(storage, [item], source, asked, Resources()))
+        (item,) = Exemplars([CNN], source, asked).due(storage, digest, len(manifest))
+        worker = ExemplarWorker(**Run(storage, source, asked, Resources()).arguments([item]))
         for n in shards:
             assert worker({"model": 0, "shard": n, "start": 8 * n, "images": 8})["error"] is None
     for file in ("pooled/L1/000000", "pooled/L1/000003"):
         (tmp_path / f"_work/{item.work}/{file}.arrow").unlink()
     (tmp_path / f"_work/{item.work}/images/000002.arrow").unlink()
-    stage._merge_pooled_layer(
-        stage._PooledTask(storage, item, "0", config, tuple(f"{n:06d}" for n in range(5)), Cost(images=39))
-    )
+    job = Run(storage, source, config, Resources())
+    merge.merge_pooled(merge.LayerTask(job, item, "0", tuple(f"{n:06d}" for n in range(5)), Cost(images=39)))
     capsys.readouterr()
     run(tmp_path, few, config)
     assert "2 of 5 shards are done already" in capsys.readouterr().err
@@ -155,7 +154,7 @@ def test_pooled_of_other_weights_than_the_exemplars_is_stale(undisturbed, tmp_pa
     view, weights = "another", "others"
     network = model(CNN).load()
     layouts = establish(model(CNN), network, model(CNN).layers)
-    fingerprints = stage.exemplar_fingerprints(model(CNN), network, weights, view, "probe", CONFIG, layouts)
+    fingerprints = exemplar_fingerprints(model(CNN), network, weights, view, "probe", CONFIG, layouts)
     storage.write(EXEMPLARS, storage.read(EXEMPLARS, **keys).replace_schema_metadata(None), fingerprints["0"], **keys)
     found = {(row.table, row.keys["layer"]): row.state for row in status(storage).partitions}
     assert found["pooled", "0"] == "stale: exemplars have other probe, view, weights"

@@ -1,0 +1,23 @@
+"""Exemplars of whole models over a sharded probe: one pass, all layers, any number of actors, the same tables.
+
+manifest ─► shards ─► [actor pool: forward, top-k, levels] ─► partials ─► [merge per layer] ─► exemplars, levels
+                                                                 ├─► images read: skipped, sha256
+                                                                 └─► [concatenated] ─► pooled, when asked for
+winners ─► [recompute masks of layers too large to carry maps] ─► exemplars
+winners ─► [views, once per image and geometry]
+"""
+
+from milan_ray.stages.exemplars.describe_model import describe_model, exemplar_fingerprints
+from milan_ray.stages.exemplars.stage import DissectedModels, Exemplars, run_exemplars, store_manifest
+from milan_ray.stages.exemplars.worker import ModelWork, ModelWorker
+
+__all__ = [
+    "DissectedModels",
+    "Exemplars",
+    "ModelWork",
+    "ModelWorker",
+    "describe_model",
+    "exemplar_fingerprints",
+    "run_exemplars",
+    "store_manifest",
+]

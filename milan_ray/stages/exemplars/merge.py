@@ -1,0 +1,255 @@
+"""Folds the shards of a model into the tables of its layers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from milan_ray.engine import references
+from milan_ray.engine.run_log import Cost, record_run
+from milan_ray.engine.tasks import FEW_IMAGES, run_parallel
+from milan_ray.errors import MilanError
+from milan_ray.exemplars import masks
+from milan_ray.exemplars.behaviour import COMPUTES
+from milan_ray.exemplars.levels import in_words
+from milan_ray.exemplars.pooled import in_groups
+from milan_ray.exemplars.shard import fold, layer_in_errors
+from milan_ray.probe.files import tell_doubts
+from milan_ray.progress import say
+from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, POOLED, SKIPPED
+from milan_ray.stages import arithmetic
+from milan_ray.stages.exemplars.describe_model import why_exemplars
+from milan_ray.stages.exemplars.worker import IMAGES, IMAGES_SCHEMA, NOTES, SECONDS, ModelWork, Run
+from milan_ray.storage import ORDER_KEY, Storage, WorkRemovedError
+
+WINNERS_SCHEMA = pa.schema(
+    {"unit": pa.int64(), "rank": pa.int64(), "image_id": pa.int64(), "activation": pa.float32(), "level": pa.float32()}
+)
+
+_TOGETHER = 64
+"""Masks made at a time: their upsampled maps fit into a CPU's cache."""
+
+
+@dataclass(frozen=True)
+class Merged:
+    """A model whose shards are folded.
+
+    Attributes:
+        item: Its work.
+        cost: What one of its tables took; masks that are computed again are added.
+        winners: Layer whose masks are still to be computed → the ids of its winners.
+    """
+
+    item: ModelWork
+    cost: Cost
+    winners: dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class LayerTask:
+    """A layer to merge.
+
+    Attributes:
+        run: The run.
+        item: Its model's work.
+        layer: Module path.
+        shards: Names of the shards that read a usable image.
+        cost: What each table of the model took.
+    """
+
+    run: Run
+    item: ModelWork
+    layer: str
+    shards: tuple[str, ...]
+    cost: Cost
+
+
+def merge(run: Run, item: ModelWork, expected: int) -> Merged:
+    """Folds the shards of every layer and writes its tables, except exemplars whose masks are not computed yet.
+
+    Args:
+        run: The run.
+        item: The model's work.
+        expected: Images of the probe.
+
+    Raises:
+        MilanError: A layer or too many images cannot be used.
+        WorkRemovedError: Another job has made the same tables meanwhile.
+    """
+    images, seconds, shards = finish_images(run, item, expected)
+    cost = Cost(images=images)
+    cost.add(seconds, len(item.layers) + len(item.pooled))  # one pass for all
+    winners: dict[str, list[int]] = {}
+    tasks = [LayerTask(run, item, layer, shards, cost) for layer in item.layers]
+    for index, ids in run_parallel(merge_layer, tasks, in_driver=expected <= FEW_IMAGES):
+        if ids is not None:
+            winners[item.layers[index]] = ids
+    tasks = [LayerTask(run, item, layer, shards, cost) for layer in item.pooled]
+    for _ in run_parallel(merge_pooled, tasks, in_driver=images <= FEW_IMAGES):
+        pass
+    return Merged(item, cost, winners)
+
+
+def finish_images(run: Run, item: ModelWork, expected: int) -> tuple[int, float, tuple[str, ...]]:
+    """Writes which images were skipped, and the digests of those that were read.
+
+    Returns:
+        Usable images, seconds of all shards, and the names of those that read a usable image.
+
+    Raises:
+        MilanError: Too many images were unreadable.
+        WorkRemovedError: Another job has made the same tables meanwhile.
+    """
+    storage, model = run.storage, item.model.name
+    names = storage.work_names(item.work, IMAGES)
+    shards = [storage.get_work(item.work, name) for name in names]
+    images = pa.concat_tables([IMAGES_SCHEMA.empty_table(), *shards]).sort_by("image_id")
+    if len(images) != expected:
+        due = [why_exemplars(storage, item.fingerprints[layer], model, layer) for layer in item.layers]
+        due += [storage.why(POOLED, pooled, model=model, layer=layer) for layer, pooled in item.pooled.items()]
+        if not any(due):
+            raise WorkRemovedError(f"the exemplars of {model} are there already; run the job again.")
+        raise MilanError(
+            f"{expected - len(images)} of {expected} images were not reported back; run the job again, and see that "
+            f"every node of the cluster reads and writes {storage.root}."
+        )
+    bad = images.filter(pc.is_valid(images["reason"]))
+    columns = {name: bad[name] for name in ("image_id", "path", "reason")}
+    storage.write(SKIPPED, SKIPPED.table({"model": [model] * len(bad), **columns}), item.work, model=model)
+    if len(bad):
+        first = f"{bad['path'][0].as_py()} ({bad['reason'][0].as_py()})"
+        say(f"exemplars of {model}: skipped {len(bad)} of {expected} images, the first {first}; see the table skipped")
+    metadata = [shard.schema.metadata or {} for shard in shards]
+    doubts = [json.loads(entries.get(NOTES.encode(), b"[0, []]")) for entries in metadata]
+    tell_doubts([(where, why) for _, some in doubts for where, why in some], sum(count for count, _ in doubts))
+    if len(bad) > run.config.max_bad * expected or len(bad) == expected:
+        raise MilanError(
+            f"{len(bad)} of {expected} probe images are unreadable, the first {first}; "
+            "repair them, or raise --max-bad if that is expected."
+        )
+    _record_digests(storage, item.probe, images)
+    seconds = sum(float(entries[SECONDS.encode()]) for entries in metadata)
+    usable = [shard["reason"].null_count > 0 for shard in shards]  # a usable image has no reason
+    readable = tuple(name.rpartition("/")[2] for name, some in zip(names, usable, strict=True) if some)
+    return expected - len(bad), seconds, readable
+
+
+def _record_digests(storage: Storage, digest: str, images: pa.Table) -> None:
+    """Adds to the manifest the digests of bytes that were read for the first time."""
+    manifest = storage.read(MANIFEST, probe=digest)
+    if manifest["sha256"].null_count == images["sha256"].null_count:
+        return
+    place = manifest.schema.get_field_index("sha256")
+    digests = pc.take(images["sha256"], pc.index_in(manifest["image_id"], images["image_id"].combine_chunks()))
+    manifest = manifest.set_column(place, manifest.schema.field(place), digests.cast(pa.string()))
+    storage.write(MANIFEST, manifest, digest, probe=digest)
+
+
+def merge_layer(task: LayerTask) -> list[int] | None:
+    """Folds one layer; returns the winners' ids where their maps must be computed again, else None."""
+    storage, item, layer, model = task.run.storage, task.item, task.layer, task.item.model.name
+    # By name, not what is there: another job may be removing the same work, and some of it is not all of it.
+    with layer_in_errors(layer):
+        state = fold((storage.get_work(item.work, f"{item.folder(layer)}/{n}") for n in task.shards), item.plan)
+    levels = state.level.result()
+    units = len(levels)
+    keys = {"model": [model] * units, "layer": [layer] * units, "unit": np.arange(units)}
+    counts = {"positions": state.level.counted.numpy(), "nonfinite": state.level.nonfinite.numpy()}
+    table = LEVELS.table({**keys, "level": levels.numpy(), **counts, "exact": [state.exact] * units})
+    unit, rank = torch.nonzero(state.topk.ids >= 0, as_tuple=True)
+    ids, activations = state.topk.ids[unit, rank], state.topk.values[unit, rank]
+    columns = [column.numpy() for column in (unit, rank, ids, activations, levels[unit])]
+    winners = pa.table(columns, schema=WINNERS_SCHEMA)
+    if state.topk.carries_maps:
+        size = mask_size(task.run, item)
+        packed = packed_masks(lambda part: state.topk.maps_of(unit[part], rank[part]), levels[unit], size)
+        write_exemplars(task.run, item, layer, winners.append_column("mask", packed), task.cost)
+    else:
+        storage.put_work(item.work, f"winners/{item.folder(layer)}", winners)
+    storage.write(LEVELS, table, item.fingerprints[layer], model=model, layer=layer)
+    return None if state.topk.carries_maps else sorted(set(ids.tolist()))
+
+
+def mask_size(run: Run, item: ModelWork) -> tuple[int, int]:
+    """(height, width) of a model's masks, pixels."""
+    return run.config.mask_size or references.model(item.model).preprocess.view.shape
+
+
+def packed_masks(maps: Callable[[torch.Tensor], torch.Tensor], levels: torch.Tensor, size: tuple[int, int]) -> pa.Array:
+    """Masks of winners, packed.
+
+    Args:
+        maps: Maps float32 (n, h, w) of some winners, given their places int64 (n,).
+        levels: float32 (N,), their units' levels.
+        size: (H, W) of the masks.
+    """
+    packed: list[bytes] = []
+    for part in torch.split(torch.arange(len(levels)), _TOGETHER):
+        chosen = maps(part)
+        packed += masks.pack(masks.masks(chosen, levels[part].to(chosen.device), size))
+    return pa.array(packed, pa.large_binary())
+
+
+def write_exemplars(run: Run, item: ModelWork, layer: str, rows: pa.Table, cost: Cost) -> None:
+    """Writes a layer's exemplars: unit, rank, image_id, activation and mask of every winner."""
+    name, config, fingerprint = item.model.name, run.config, item.fingerprints[layer]
+    height, width = mask_size(run, item)
+    metadata = {
+        "mask_height": str(height),
+        "mask_width": str(width),
+        "probe": item.probe,
+        "view": item.view,
+        "k": str(config.k),
+        "quantile": str(config.quantile),
+        **arithmetic.metadata(config.arithmetic),
+        "layout": item.layouts[layer].to_json(),
+        ORDER_KEY: str(item.order[layer]),
+        **({COMPUTES: item.computes[layer]} if layer in item.computes else {}),
+    }
+    columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
+    columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}
+    table = EXEMPLARS.table(columns, metadata)
+    record_run(run.storage, "exemplars", fingerprint.hash, name, layer=layer, rows=len(table), cost=cost)
+    run.storage.write(EXEMPLARS, table, fingerprint, model=name, layer=layer)
+
+
+def merge_pooled(task: LayerTask) -> None:
+    """Concatenates the pooled activations of one layer's shards in the manifest's order, one shard at a time.
+
+    Raises:
+        MilanError: They are not those of the images that were read.
+    """
+    storage, item, layer, images = task.run.storage, task.item, task.layer, task.cost.images
+    fingerprint, model = item.pooled[layer], item.model.name
+    names = [f"pooled/{item.folder(layer)}/{shard}" for shard in task.shards]
+    units = len(storage.get_work(item.work, names[0])["max"][0])
+    metadata = {"units": str(units), "probe": item.probe, **arithmetic.metadata(task.run.config.arithmetic)}
+
+    def pieces() -> Iterator[pa.Table]:
+        rows = 0
+        for piece in in_groups(storage.get_work(item.work, name) for name in names):
+            rows += len(piece)
+            keys = {"model": [model] * len(piece), "layer": [layer] * len(piece)}
+            yield POOLED.table({**keys, **{name: piece[name] for name in piece.column_names}})
+        if rows != images:
+            raise MilanError(
+                f"{rows} of {images} images have pooled activations of layer {layer!r}; run the job again."
+            )
+        record_run(storage, "pooled", fingerprint.hash, model, layer=layer, rows=rows, cost=task.cost)
+
+    storage.write_stream(POOLED, pieces(), fingerprint, metadata, model=model, layer=layer)
+
+
+def warn_of_nonfinite(storage: Storage, work: Sequence[ModelWork]) -> None:
+    """Warns of layers whose new tables leave out values that are no numbers."""
+    for item in work:
+        for layer in item.layers:
+            counts = storage.read(LEVELS, ["nonfinite"], model=item.model.name, layer=layer)["nonfinite"]
+            if words := in_words(torch.tensor(counts.to_pylist())):
+                say(f"layer {layer!r} of {item.model.name} {words}", level="warning")

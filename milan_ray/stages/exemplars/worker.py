@@ -1,0 +1,246 @@
+"""Workers of the exemplars stage: each keeps one model loaded and runs it over shards of the probe."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from milan_ray.config import ExemplarConfig, Fingerprint, Resources
+from milan_ray.device import resolve_device
+from milan_ray.engine import references
+from milan_ray.engine.actor_pool import Row
+from milan_ray.engine.model_cache import ModelCache
+from milan_ray.errors import MilanError
+from milan_ray.exemplars.forward import Batch, Forward, pass_size, read_ahead
+from milan_ray.exemplars.pooled import maxima, means
+from milan_ray.exemplars.pooled import to_table as pooled_table
+from milan_ray.exemplars.shard import Committed, LayerStates, Plan, layer_in_errors, to_table
+from milan_ray.models.layouts import Layout
+from milan_ray.models.registry import ModelSpec
+from milan_ray.probe.base import ImageRef
+from milan_ray.probe.manifest import image_refs
+from milan_ray.schema import MANIFEST
+from milan_ray.stages.arithmetic import refused_by
+from milan_ray.storage import Storage, WorkRemovedError
+
+IMAGES = "images"
+"""Work folder of the tables of the images that a shard read; written last, so it also says that the shard is done."""
+
+SECONDS = "seconds"
+"""Metadata key of these tables: what the shard took."""
+
+NOTES = "notes"
+"""Metadata key of these tables: how many images were decoded with a doubt, and the first with it, as JSON."""
+
+IMAGES_SCHEMA = pa.schema(
+    [("image_id", pa.int64()), ("path", pa.string()), ("sha256", pa.string()), ("reason", pa.string())]
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run of the stage.
+
+    Attributes:
+        storage: The run directory.
+        probe: The probe images.
+        config: How exemplars are made.
+        resources: What of the cluster to use.
+    """
+
+    storage: Storage
+    probe: references.ProbeRef
+    config: ExemplarConfig
+    resources: Resources
+
+    def arguments(self, work: Sequence[ModelWork]) -> dict[str, Any]:
+        """Arguments of a :class:`ModelWorker`."""
+        return {
+            "storage": self.storage,
+            "work": list(work),
+            "probe": self.probe,
+            "config": self.config,
+            "threads": self.resources.threads,
+            "device": self.resources.device,
+        }
+
+
+@dataclass(frozen=True)
+class ModelWork:
+    """One model's work: what an actor must know besides its shard.
+
+    Attributes:
+        model: Which model, and how to get it.
+        weights: Digest of its weights, which every worker's copy must have.
+        every: All layers asked for; a layer's place here names its partials.
+        layers: Those whose exemplars are still to do.
+        probe: Digest of the probe manifest.
+        work: Configuration hash of this work; partials lie below it.
+        plan: The states' plan.
+        fingerprints: Layer → what decides its exemplars.
+        pooled: Layer whose pooled activations are still to do → what decides them.
+        view: Key of the view that shows its exemplars.
+        layouts: Layer → how its output is read; empty where workers determine that themselves.
+        order: Layer → its place among the model's modules.
+        computes: Layer → its output for fixed inputs (:mod:`milan_ray.exemplars.behaviour`).
+    """
+
+    model: references.ModelRef
+    weights: str
+    every: tuple[str, ...]
+    layers: tuple[str, ...]
+    probe: str
+    work: str
+    plan: Plan
+    fingerprints: dict[str, Fingerprint]
+    pooled: dict[str, Fingerprint]
+    view: str
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    order: dict[str, int] = field(default_factory=dict)
+    computes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """The layers whose outputs a forward pass takes."""
+        return tuple(layer for layer in self.every if layer in self.layers or layer in self.pooled)
+
+    def folder(self, layer: str) -> str:
+        """Work folder of a layer's partials: the same whichever layers are still to do."""
+        return f"L{self.every.index(layer)}"
+
+
+@contextmanager
+def failing(failed: dict[str, str], model: str) -> Iterator[None]:
+    """Records an error as the reason why a model fails, so that the others go on."""
+    try:
+        yield
+    except WorkRemovedError:
+        raise
+    except MilanError as error:
+        failed[model] = str(error)
+
+
+def shard_name(shard: int) -> str:
+    """Name of a shard in the work."""
+    return f"{shard:06d}"
+
+
+class ModelWorker(ABC):
+    """An actor that keeps one model loaded.
+
+    Its rows say which ``model`` they are for, by its place in ``work``, and how many ``images`` they take.
+    """
+
+    runs = "the model"
+    """What may fail on a batch, for messages."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        work: list[ModelWork],
+        probe: references.ProbeRef,
+        config: ExemplarConfig,
+        threads: int,
+        device: str,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._threads = threads
+        self._storage, self._work, self._config = storage, work, config
+        self._probe = references.probe(probe)
+        self._device = resolve_device(device)
+        self._forward = ModelCache(self._load)
+        self._failed: dict[int, str] = {}
+
+    def __call__(self, row: Row) -> Row:
+        """Runs one row; an error of the model or its layers fails the model, not the job."""
+        index = row["model"]
+        if index not in self._failed:
+            try:
+                self._run(row)
+            except WorkRemovedError:
+                raise
+            except MilanError as error:
+                self._failed[index] = str(error)
+            except Exception as error:  # a user's model may raise anything, and must not end the others' job
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                message = f"{self.runs} failed on a batch: {reason}"
+                self._failed[index] = message + refused_by(self._config.arithmetic)
+        return {"model": index, "images": row["images"], "error": self._failed.get(index)}
+
+    @abstractmethod
+    def _run(self, row: Row) -> None:
+        """Does what a row asks for, and stores it."""
+
+    def _load(self, index: int) -> tuple[ModelSpec, Forward]:
+        item = self._work[index]
+        spec = references.model(item.model)
+        model = references.network(spec, item.weights)
+        layers = item.read
+        layouts = {layer: item.layouts[layer] for layer in layers} if item.layouts else None
+        size, how = self._pass_size(spec), self._config.arithmetic
+        return spec, Forward(spec, model.to(self._device), layers, size, how, layouts)
+
+    def _pass_size(self, spec: ModelSpec) -> int:
+        return pass_size(spec.batch(self._config.batch_size), self._device)
+
+    def _batches(self, refs: list[ImageRef], spec: ModelSpec) -> Iterator[tuple[Sequence[ImageRef], Batch]]:
+        """Reads as many rows at a time as a forward pass takes."""
+        return read_ahead(self._probe, refs, spec, self._pass_size(spec), self._threads)
+
+
+class ExemplarWorker(ModelWorker):
+    """Turns a shard of the probe into every layer's contribution to a model's exemplars."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._committed: dict[int, dict[str, Committed]] = {}
+
+    def _run(self, row: Row) -> None:
+        started = time.monotonic()
+        index, item, shard = row["model"], self._work[row["model"]], shard_name(row["shard"])
+        spec, forward = self._forward(index)
+        # The rows of the models before are over: only this model's lower bounds are kept.
+        committed = self._committed.get(index, {})
+        self._committed = {index: committed}
+        start, columns = row["start"], ["image_id", "root", "path"]
+        rows = self._storage.read_rows(MANIFEST, start, start + row["images"], columns, probe=item.probe)
+        states = LayerStates(item.plan, self._threads)
+        pooled: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
+        images: list[dict[str, object]] = []
+        notes: list[tuple[str, str]] = []
+        for _, batch in self._batches(image_refs(rows), spec):
+            notes += [(ref.location, note) for ref, note in batch.notes]
+            images += [{"image_id": ref.image_id, "path": ref.location, "reason": why} for ref, why in batch.unreadable]
+            images += [{"image_id": int(i), "sha256": sha} for i, sha in zip(batch.ids, batch.sha256, strict=True)]
+            if len(batch.ids) == 0:
+                continue
+            maps = forward.maps(batch.inputs)
+            for layer in item.pooled:
+                values = maps[layer].to(torch.float32)
+                pooled[layer].append((maxima(values), means(values)))
+            states.update({layer: maps[layer] for layer in item.layers}, batch.ids, committed)
+        for layer, state in states.states.items():
+            table = to_table(state, committed[layer].delta(state))
+            self._storage.put_work(item.work, f"{item.folder(layer)}/{shard}", table)
+        readable = np.array([image["image_id"] for image in images if "reason" not in image], np.int64)
+        for layer, parts in pooled.items():
+            largest, mean = zip(*parts, strict=True)
+            table = pooled_table(readable, largest, mean)
+            self._storage.put_work(item.work, f"pooled/{item.folder(layer)}/{shard}", table)
+        metadata = {SECONDS: str(time.monotonic() - started), NOTES: json.dumps([len(notes), notes[:1]])}
+        table = pa.Table.from_pylist(images, schema=IMAGES_SCHEMA.with_metadata(metadata))
+        self._storage.put_work(item.work, f"{IMAGES}/{shard}", table)
+        # Only now, with the shard durable, may it raise the lower bounds for the next.
+        for layer, state in states.states.items():
+            with layer_in_errors(layer):
+                committed[layer].commit(row["shard"], state)
