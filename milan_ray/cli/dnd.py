@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ from milan_ray.cli.summary import close, report_on, show_plan
 from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:
-    from milan_ray.stages.dnd import DndConfig
+    from milan_ray.engine.stage import RunnableStage
+    from milan_ray.stages.dnd.config import DndConfig
 
 CAPTIONER = "blip-image-captioning-base"
 GENERATOR = "diffusers/stable-diffusion-v1-5"
@@ -101,9 +103,10 @@ def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
-    from milan_ray.stages.dnd import FREQUENT, drawings_identity, run_dnd
+    from milan_ray.stages.dnd.config import FREQUENT, drawings_identity
+    from milan_ray.stages.dnd.stage import dnd_stages, run_dnd
     from milan_ray.stages.exemplars import run_exemplars
-    from milan_ray.stages.plan import plan_dnd, plan_exemplars
+    from milan_ray.stages.plan import plan_exemplars
 
     for server, names in (
         (args.llm != FREQUENT, ["llm_temperature"]),
@@ -121,15 +124,20 @@ def run(args: argparse.Namespace) -> int:
     args.pooled = True  # the images with the highest mean activation come from there
     storage, models, probe = opened(args)
     resources, config, how = resources_of(args), exemplar_config(args), _config(args)
+    identity = drawings_identity(storage, how)  # what is missing is missed before anything starts
+
+    def stages(layers: Mapping[str, Sequence[str]]) -> dict[str, list[RunnableStage]]:
+        return dnd_stages(models, layers, probe, config, how, identity, args.units)
+
     if args.dry_run:
         plan = Plan()
         layers = plan_exemplars(storage, plan, models, probe, config)
-        plan_dnd(storage, plan, layers, how, args.units)
+        for of_model in stages(layers).values():
+            plan.stages(storage, of_model)
         return show_plan(args, plan)
-    identity = drawings_identity(storage, how)  # what is missing is missed before anything starts
     with connected(resources):
         done = run_exemplars(storage, models, probe, config, resources)
-        failed = run_dnd(storage, done, models, probe, config, how, resources, args.units, identity)
+        failed = run_dnd(storage, stages(done.models), resources)
     labelled = {name: layers for name, layers in done.models.items() if name not in failed}
     report_on(args, storage, list(done.models))
     return close(args, "labels", labelled, {**done.failed, **failed})
@@ -141,7 +149,7 @@ def _config(args: argparse.Namespace) -> DndConfig:
     from milan_ray.models.diffusion import PREFIX
     from milan_ray.models.generators import GeneratorRef
     from milan_ray.models.image_captions import ImageCaptionerRef
-    from milan_ray.stages.dnd import DndConfig, SummariserRef
+    from milan_ray.stages.dnd.config import DndConfig, SummariserRef
 
     if args.crops < 0 or args.llm_per_minute <= 0 or args.llm_temperature < 0:
         raise MilanError("--crops and --llm-temperature take 0 or more, --llm-per-minute more than 0.")
