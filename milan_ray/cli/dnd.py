@@ -81,6 +81,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--prompt", default="a realistic photograph of {}", help="what the generator is asked for; {} is the candidate"
     )
     group.add_argument("--seed", type=options.count, default=0, help="seed of the drawn images")
+    _add_language_model(parser)
+    options.add_to(parser, options.units, options.dissection)
+
+
+def _add_language_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("language model")
     group.add_argument("--llm-temperature", type=float, default=0.3, metavar="T", help="temperature of its answers")
     group.add_argument("--llm-model", metavar="NAME", help="the model's name on the server")
@@ -96,7 +101,6 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--llm-budget", type=float, metavar="USD", help="what this run may cost at most, US dollars, at these prices"
     )
-    options.add_to(parser, options.units, options.dissection)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -109,15 +109,13 @@ def run(args: argparse.Namespace) -> int:
     described = described_layers(storage, [model.name for model in models], args.labeler, args.layers)
     config = ScoreConfig(args.pooling, args.held_out, args.top, args.retrieved, args.sigmoid, args.seed)
     judge = None if args.clip is None else image_text_ref(args)
-    classes = (
-        class_layers(storage, described, _classes(models)) if args.clip and (args.class_names or args.sanity) else {}
-    )
+    named = args.clip and (args.class_names or args.sanity)
+    classes = class_layers(storage, described, _classes(models)) if named else {}
     painter, cosy = GeneratorRef(args.generator or ""), CosyConfig(args.images, args.seed, args.prompt)
-    layers: dict[str, list[str]] = {}
-    for what in described:
-        layers.setdefault(what.model, [])
-        if what.layer not in layers[what.model]:
-            layers[what.model].append(what.layer)
+    layers = {
+        model: list(dict.fromkeys(what.layer for what in described if what.model == model))
+        for model in dict.fromkeys(what.model for what in described)
+    }
 
     def judgements(left: Mapping[str, Sequence[str]]) -> Iterator[list[RunnableStage]]:
         """The stages of each judge, for some models."""

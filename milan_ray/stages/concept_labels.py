@@ -176,7 +176,8 @@ class ConceptLabels(Stage):
             else:
                 todo[name] = work
         if todo:
-            rows = storage.read_rows(MANIFEST, 0, PEEK, ["image_id", "root", "path"], probe=_probe_of(todo))
+            digest = next(iter(todo.values())).item.probe
+            rows = storage.read_rows(MANIFEST, 0, PEEK, ["image_id", "root", "path"], probe=digest)
             check_concepts(references.probe(self._probe), rows)
             broken, seconds = self._count(storage, todo, resources)
             failed |= broken
@@ -297,11 +298,6 @@ class ConceptLabels(Stage):
             clear = sum(best[0].score > INTERPRETABLE for best in labels.values())
             say(f"{labeler.name}: {name} {layer}: {clear} of {len(labels)} units above IoU {INTERPRETABLE}")
         storage.remove_work(item.work)
-
-
-def _probe_of(todo: Mapping[str, _Work]) -> str:
-    """Digest of the probe of some work."""
-    return next(iter(todo.values())).item.probe
 
 
 def check_concepts(source: Probe, manifest: pa.Table) -> None:

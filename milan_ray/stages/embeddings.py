@@ -51,17 +51,6 @@ _IMAGES_SCHEMA = pa.schema([("image_id", pa.int64()), ("embedding", pa.list_(pa.
 _TEXTS_SCHEMA = pa.schema([("text", pa.string()), ("embedding", pa.list_(pa.float32()))])
 
 
-def image_embeddings_fingerprint(embedder: Embedder, probe: str) -> Fingerprint:
-    """What decides a probe's embeddings.
-
-    Args:
-        embedder: The model of images and texts.
-        probe: Digest of the probe manifest.
-    """
-    view = None if embedder.view is None else embedder.view.key
-    return Fingerprint.of({**embedder.identity(), "kernel": KERNEL_VERSION, "view": view, "probe": probe})
-
-
 class ImageEmbeddingWorker:
     """Embeds the images of one shard."""
 
@@ -72,12 +61,11 @@ class ImageEmbeddingWorker:
         output: Output,
         ref: ImageTextRef,
         probe: references.ProbeRef,
-        digest: str,
         threads: int,
         device: str,
     ) -> None:
         torch.set_num_threads(threads)
-        self._storage, self._work, self._output, self._digest = storage, work, output, digest
+        self._storage, self._work, self._output = storage, work, output
         self._probe = references.probe(probe)
         self._device = resolve_device(device)
         self._embedder: Embedder = references.image_text(ref, probe.plugins).to(self._device)
@@ -85,7 +73,7 @@ class ImageEmbeddingWorker:
     def __call__(self, row: Row) -> Row:
         """Runs one shard."""
         columns = ["image_id", "root", "path"]
-        part = self._storage.read_rows(MANIFEST, row["start"], row["stop"], columns, probe=self._digest)
+        part = self._storage.read_rows(MANIFEST, row["start"], row["stop"], columns, probe=self._output.keys["probe"])
         refs = image_refs(part, range(len(part)))
         tables = [_IMAGES_SCHEMA.empty_table()]
         for start in range(0, len(refs), BATCH):
@@ -130,7 +118,9 @@ class ImageEmbeddings(ShardedStage):
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """The embeddings of the probe."""
-        yield Output(self.keys, image_embeddings_fingerprint(self.embedder, self.digest), about=self.ref.name)
+        view = None if self.embedder.view is None else self.embedder.view.key
+        identity = {**self.embedder.identity(), "kernel": KERNEL_VERSION, "view": view}
+        yield Output(self.keys, Fingerprint.of({**identity, "probe": self.digest}), about=self.ref.name)
 
     def shards(self, job: Job) -> list[Shard]:
         """Images in the order of the manifest."""
@@ -145,7 +135,7 @@ class ImageEmbeddings(ShardedStage):
     def arguments(self, job: Job) -> dict[str, Any]:
         """The model, and where the images come from."""
         (output,) = job.due
-        return {"output": output, "ref": self.ref, "probe": self.probe, "digest": self.digest}
+        return {"output": output, "ref": self.ref, "probe": self.probe}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> Stream:
         """All embeddings, by image."""

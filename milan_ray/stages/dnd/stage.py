@@ -253,13 +253,13 @@ def read_drawings(
         units: The units wanted; empty for all.
     """
     table = storage.read(DRAWINGS, labeler=labeler, model=model, layer=layer)
-    found: dict[int, list[Drawn]] = defaultdict(list)
+    drawings: dict[int, list[Drawn]] = defaultdict(list)
     for row in table.sort_by([("unit", "ascending"), ("place", "ascending")]).to_pylist():
         if not units or row["unit"] in units:
             similar = row["similarities"]
             cosines = None if similar is None else np.array(similar, np.float32)
-            found[row["unit"]].append(Drawn(row["text"], np.array(row["activations"], np.float32), cosines))
-    return dict(found)
+            drawings[row["unit"]].append(Drawn(row["text"], np.array(row["activations"], np.float32), cosines))
+    return dict(drawings)
 
 
 def _units_of(storage: Storage, work: DndWork) -> dict[str, list[int]]:
@@ -273,7 +273,7 @@ def _units_of(storage: Storage, work: DndWork) -> dict[str, list[int]]:
 
 
 class _Clock:
-    """Runs stages, each as far as it is not done, and adds up what they take."""
+    """Runs steps, each as far as it is not done, and adds up the seconds that they take."""
 
     def __init__(self, storage: Storage, work: DndWork, resources: Resources) -> None:
         self._storage, self._work, self._resources = storage, work, resources
@@ -283,7 +283,7 @@ class _Clock:
     def run(
         self, stage: str, worker: Callable[..., Any], arguments: dict[str, Any], rows: Sequence[Row], here: bool = False
     ) -> None:
-        """Runs a stage on the rows whose result is not stored: on a pool of actors, or ``here``.
+        """Runs a step on the rows whose result is not stored: on a pool of actors, or in this process (``here``).
 
         Raises:
             MilanError: As a worker raised it.
@@ -321,13 +321,13 @@ class _Clock:
             torch.set_num_threads(threads)
 
     def text(self, units: int) -> str:
-        """Seconds per unit and stage."""
+        """Seconds per unit and step, for people."""
         parts = ", ".join(f"{stage} {taken / max(1, units):.2f}" for stage, taken in self._parts.items())
         return f"seconds per unit: {parts}"
 
 
 def _chunks(storage: Storage, work: DndWork) -> list[Row]:
-    """Sorts all candidates by text, so that each distinct one is drawn once for all units and layers of the model."""
+    """Sorts all candidates by text, so that images of each distinct one are generated once for the whole model."""
     item = work.item
     wanted: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for number, layer in enumerate(item.every):
@@ -355,23 +355,15 @@ def _publish(storage: Storage, work: DndWork, output: Output, chunks: Sequence[s
         [DRAWN_SCHEMA.empty_table(), *(storage.get_work(item.work, f"drawn/{chunk}") for chunk in chunks)]
     )
     drawn = drawn.filter(pc.equal(drawn["layer"], number))
-    found = {(row["unit"], row["text"]): row for row in drawn.to_pylist()}
+    by_text = {(row["unit"], row["text"]): row for row in drawn.to_pylist()}
     rows: list[dict[str, object]] = []
     for block in work.blocks[layer]:
         places: dict[int, int] = defaultdict(int)
         for asked in storage.get_work(item.work, f"candidates/{block}").to_pylist():
             unit = asked["unit"]
-            row = found[unit, asked["text"]]
-            rows.append(
-                {
-                    **output.keys,
-                    "unit": unit,
-                    "place": places[unit],
-                    "text": row["text"],
-                    "activations": row["activations"],
-                    "similarities": row["similarities"],
-                }
-            )
+            row = by_text[unit, asked["text"]]
+            scores = {name: row[name] for name in ("text", "activations", "similarities")}
+            rows.append({**output.keys, "unit": unit, "place": places[unit], **scores})
             places[unit] += 1
     rows.sort(key=lambda row: (row["unit"], row["place"]))
     metadata = {EXEMPLARS_KEY: storage.config_of(EXEMPLARS, model=output.model, layer=layer)}

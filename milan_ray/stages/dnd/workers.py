@@ -107,10 +107,10 @@ def find_top(task: Top) -> list[int]:
 
 
 def _checked(piece: Any, expected: object, what: str) -> Any:
-    """The piece, when it is the one that the job was started with.
+    """Returns a piece, checked to be the one that the job was started with.
 
     Raises:
-        MilanError: It is another one on this machine.
+        MilanError: This machine has another one.
     """
     if config_hash(piece.identity()) != expected:
         raise MilanError(
@@ -121,7 +121,7 @@ def _checked(piece: Any, expected: object, what: str) -> Any:
 
 
 class _DndWorker(ModelWorker):
-    """An actor with the model, and what looks at its images."""
+    """An actor with the model, and the model of images and texts where images are compared."""
 
     def __init__(self, dnd: DndWork, **arguments: Any) -> None:
         super().__init__(**arguments)
@@ -162,21 +162,17 @@ class AugmentWorker(_DndWorker):
         ids = sorted(refs)
         views = self._read([refs[image_id] for image_id in ids], spec)
         maps = self._maps(forward, spec, views, layer, units)
-        slot = {image_id: place for place, image_id in enumerate(ids)}
         members: dict[int, list[int]] = defaultdict(list)
-        for one in top.to_pylist():
-            members[one["unit"]].append(one["image_id"])
+        for place in top.to_pylist():
+            members[place["unit"]].append(place["image_id"])
         rows: list[dict[str, object]] = []
         anchors: list[dict[str, object]] = []
         for column, unit in enumerate(units):
-            chosen = self._augment(unit, column, members[unit], slot, views, maps, forward, spec, layer)
+            places = [ids.index(image_id) for image_id in members[unit]]
+            chosen, images = self._augment(members[unit], views[places], maps[places, column], layer, unit)
             rows += chosen
             if self._embedder is not None:
-                images = np.stack([np.asarray(one.pop("pixels")) for one in chosen])
                 anchors.append({"unit": unit, "embedding": self._embed(images).mean(axis=0).tolist()})
-            else:
-                for one in chosen:
-                    one.pop("pixels")
         block = row["block"]
         anchored = pa.Table.from_pylist(anchors, schema=_ANCHORS_SCHEMA)
         self._storage.put_work(item.work, f"anchors/{block}", anchored)
@@ -192,45 +188,47 @@ class AugmentWorker(_DndWorker):
         return batch.views
 
     def _augment(
-        self,
-        unit: int,
-        column: int,
-        ids: list[int],
-        slot: Mapping[int, int],
-        views: np.ndarray,
-        maps: torch.Tensor,
-        forward: Forward,
-        spec: ModelSpec,
-        layer: str,
-    ) -> list[dict[str, object]]:
-        """The most exciting of a unit's images and their attention crops, the first first."""
+        self, ids: list[int], views: np.ndarray, maps: torch.Tensor, layer: str, unit: int
+    ) -> tuple[list[dict[str, object]], np.ndarray]:
+        """Chooses the most exciting of a unit's images and their attention crops, the most exciting first.
+
+        Args:
+            ids: The n images.
+            views: Their pixels, uint8 (n, H, W, 3).
+            maps: The unit's maps of them, (n, h, w).
+            layer: The unit's layer.
+            unit: The unit.
+
+        Returns:
+            Rows of the table of augmented images, and their pixels.
+        """
         how = self._dnd.how
-        places = [slot[image_id] for image_id in ids]
+        spec, forward = self._forward(0)
         boxes = [
-            (place, image_id, box)
-            for place, image_id in zip(places, ids, strict=True)
-            for box in attention_boxes(maps[place, column], spec.preprocess.view.shape, how.crops)
+            (place, box)
+            for place in range(len(ids))
+            for box in attention_boxes(maps[place], spec.preprocess.view.shape, how.crops)
         ]
-        images = [views[place] for place in places] + [crop(views[place], box) for place, _, box in boxes]
+        images = [*views, *(crop(views[place], box) for place, box in boxes)]
         pool = POOLINGS[how.pooling]
-        values = pool(maps[places, column][:, None])[:, 0]
+        values = pool(maps[:, None])[:, 0]
         if boxes:
-            cut = self._maps(forward, spec, np.stack(images[len(places) :]), layer, [unit])
+            cut = self._maps(forward, spec, np.stack(images[len(ids) :]), layer, [unit])
             values = torch.cat([values, pool(cut)[:, 0]])
         origin: list[tuple[int, list[int] | None]] = [(image_id, None) for image_id in ids]
-        origin += [(image_id, list(box)) for _, image_id, box in boxes]
+        origin += [(ids[place], list(box)) for place, box in boxes]
         best = torch.nan_to_num(values, nan=-torch.inf).argsort(descending=True, stable=True)[: how.images].tolist()
-        return [
+        rows: list[dict[str, object]] = [
             {
                 "unit": unit,
                 "image_id": origin[place][0],
                 "box": origin[place][1],
                 "activation": float(values[place]),
                 "image": png(images[place]),
-                "pixels": images[place],
             }
             for place in best
         ]
+        return rows, np.stack([images[place] for place in best])
 
 
 class _TextWorker:
@@ -250,10 +248,10 @@ class _TextWorker:
         column = table.column_names[-1]
         texts: list[dict[str, object]] = []
         for unit in row["units"]:
-            mine = table.filter(pc.equal(table["unit"], unit))[column].to_pylist()
-            texts += [{"unit": unit, "text": text} for text in self._texts(mine)]
-        found = pa.Table.from_pylist(texts, schema=_TEXTS_SCHEMA)
-        self._storage.put_work(item.work, f"{self.stage}/{row['block']}", found)
+            of_unit = table.filter(pc.equal(table["unit"], unit))[column].to_pylist()
+            texts += [{"unit": unit, "text": text} for text in self._texts(of_unit)]
+        piece = pa.Table.from_pylist(texts, schema=_TEXTS_SCHEMA)
+        self._storage.put_work(item.work, f"{self.stage}/{row['block']}", piece)
         return {"images": row["images"]}
 
     def _texts(self, values: list[Any]) -> list[str]:
@@ -289,13 +287,13 @@ class SummariseWorker(_TextWorker):
         return self._summariser.candidates(values)
 
     def close(self) -> None:
-        """Says what a server was asked."""
+        """Prints how much a server was used."""
         if isinstance(self._chat, Endpoint):
             self._chat.say_usage()
 
 
 class DrawWorker(_DndWorker):
-    """Draws images of candidate labels and sees what the units that may be called so make of them."""
+    """Generates images of candidate labels and computes the activations of the units that may be called so."""
 
     runs = "the generator or the model"
 
