@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ from milan_ray.cli.summary import close, report_on, show_plan
 from milan_ray.errors import MilanError
 
 if TYPE_CHECKING:
-    from milan_ray.stages.dnd import DndConfig
+    from milan_ray.engine.stage import RunnableStage
+    from milan_ray.stages.dnd.config import DndConfig
 
 CAPTIONER = "blip-image-captioning-base"
 GENERATOR = "diffusers/stable-diffusion-v1-5"
@@ -79,6 +81,11 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--prompt", default="a realistic photograph of {}", help="what the generator is asked for; {} is the candidate"
     )
     group.add_argument("--seed", type=options.count, default=0, help="seed of the drawn images")
+    _add_language_model(parser)
+    options.add_to(parser, options.units, options.dissection)
+
+
+def _add_language_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("language model")
     group.add_argument("--llm-temperature", type=float, default=0.3, metavar="T", help="temperature of its answers")
     group.add_argument("--llm-model", metavar="NAME", help="the model's name on the server")
@@ -94,16 +101,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--llm-budget", type=float, metavar="USD", help="what this run may cost at most, US dollars, at these prices"
     )
-    options.add_to(parser, options.units, options.dissection)
 
 
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
-    from milan_ray.stages.dnd import FREQUENT, drawings_identity, run_dnd
+    from milan_ray.stages.dnd.config import FREQUENT, drawings_identity
+    from milan_ray.stages.dnd.stage import dnd_stages, run_dnd
     from milan_ray.stages.exemplars import Exemplars
-    from milan_ray.stages.plan import plan_dnd
 
     for server, names in (
         (args.llm != FREQUENT, ["llm_temperature"]),
@@ -122,14 +128,19 @@ def run(args: argparse.Namespace) -> int:
     storage, models, probe = opened(args)
     resources, config, how = resources_of(args), exemplar_config(args), _config(args)
     exemplars = Exemplars(models, probe, config)
+    identity = drawings_identity(storage, how)  # what is missing is missed before anything starts
+
+    def stages(layers: Mapping[str, Sequence[str]]) -> dict[str, list[RunnableStage]]:
+        return dnd_stages(models, layers, probe, config, how, identity, args.units)
+
     if args.dry_run:
         plan = Plan.of(storage, [exemplars])
-        plan_dnd(storage, plan, exemplars.layers, how, args.units)
+        for of_model in stages(exemplars.layers).values():
+            plan.stages(storage, of_model)
         return show_plan(args, plan)
-    identity = drawings_identity(storage, how)  # what is missing is missed before anything starts
     with connected(resources):
         done = exemplars.run(storage, resources)
-        failed = run_dnd(storage, done, models, probe, config, how, resources, args.units, identity)
+        failed = run_dnd(storage, stages(done.models), resources)
     labelled = {name: layers for name, layers in done.models.items() if name not in failed}
     report_on(args, storage, list(done.models))
     return close(args, "labels", labelled, {**done.failed, **failed})
@@ -141,7 +152,7 @@ def _config(args: argparse.Namespace) -> DndConfig:
     from milan_ray.models.diffusion import PREFIX
     from milan_ray.models.generators import GeneratorRef
     from milan_ray.models.image_captions import ImageCaptionerRef
-    from milan_ray.stages.dnd import DndConfig, SummariserRef
+    from milan_ray.stages.dnd.config import DndConfig, SummariserRef
 
     if args.crops < 0 or args.llm_per_minute <= 0 or args.llm_temperature < 0:
         raise MilanError("--crops and --llm-temperature take 0 or more, --llm-per-minute more than 0.")

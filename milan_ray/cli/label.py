@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
@@ -88,11 +89,11 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine import references
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
+    from milan_ray.engine.stage import RunnableStage, run_stage
     from milan_ray.engine.tasks import models_apart
-    from milan_ray.stages.clip_dissect import run_clip_dissect
-    from milan_ray.stages.concept_labels import check_concepts, run_labels
+    from milan_ray.stages.clip_dissect import clip_dissect_stages
+    from milan_ray.stages.concept_labels import ConceptLabels, check_concepts
     from milan_ray.stages.exemplars import Exemplars
-    from milan_ray.stages.plan import plan_clip_dissect, plan_labels
 
     how, dissect = _labelers(args)
     storage, models, probe = opened(args)
@@ -103,23 +104,30 @@ def run(args: argparse.Namespace) -> int:
     args.pooled = args.pooled or dissect is not None
     resources, config = resources_of(args), exemplar_config(args)
     exemplars = Exemplars(models, probe, config)
+
+    def by_concept_maps(layers: Mapping[str, Sequence[str]]) -> ConceptLabels:
+        return ConceptLabels(layers, models, probe, config, how, args.units)
+
+    def by_concepts(layers: Mapping[str, Sequence[str]]) -> list[RunnableStage]:
+        if dissect is None or judge is None:
+            return []
+        return clip_dissect_stages(layers, probe, dissect, judge, args.units)
+
     if args.dry_run:
         plan = Plan.of(storage, [exemplars])
-        plan_labels(storage, plan, exemplars.layers, models, how, args.units)
-        if dissect is not None and judge is not None:
-            plan_clip_dissect(storage, plan, exemplars.layers, probe, dissect, judge, args.units)
+        plan.stages(storage, [by_concept_maps(exemplars.layers), *by_concepts(exemplars.layers)])
         return show_plan(args, plan)
     with connected(resources):
         done = exemplars.run(storage, resources)
         failed = dict(done.failed)
         if how.labelers:
-            failed |= run_labels(storage, done, models, probe, config, how, resources, args.units)
-        if dissect is not None and judge is not None:
-            models_apart(
-                lambda left: run_clip_dissect(storage, left, probe, dissect, judge, resources, args.units),
-                done.models,
-                failed,
-            )
+            failed |= by_concept_maps(done.models).run(storage, resources)
+
+        def label(left: Mapping[str, Sequence[str]]) -> None:
+            for stage in by_concepts(left):
+                run_stage(stage, storage, resources)
+
+        models_apart(label, done.models, failed)
     labelled = {name: layers for name, layers in done.models.items() if name not in failed}
     report_on(args, storage, list(done.models))
     return close(args, "labels", labelled, failed)

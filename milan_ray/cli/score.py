@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
     from milan_ray.engine.references import ModelRef
+    from milan_ray.engine.stage import RunnableStage
     from milan_ray.scoring.simulation import Sigmoid
 
 
@@ -93,9 +94,8 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.tasks import models_apart
     from milan_ray.models.generators import GeneratorRef
     from milan_ray.schema import SCORES
-    from milan_ray.stages.cosy import CosyConfig, run_cosy
-    from milan_ray.stages.plan import plan_cosy, plan_scores
-    from milan_ray.stages.scores import ScoreConfig, class_layers, described_layers, run_sanity, run_scores
+    from milan_ray.stages.cosy import CosyConfig, CosyScores
+    from milan_ray.stages.scores import ScoreConfig, class_layers, described_layers, run_scores, score_stages
 
     if args.clip is None and args.generator is None:
         raise MilanError("give what judges: a model of images and texts with --clip, or --generator, or both.")
@@ -109,37 +109,36 @@ def run(args: argparse.Namespace) -> int:
     described = described_layers(storage, [model.name for model in models], args.labeler, args.layers)
     config = ScoreConfig(args.pooling, args.held_out, args.top, args.retrieved, args.sigmoid, args.seed)
     judge = None if args.clip is None else image_text_ref(args)
-    classes = (
-        class_layers(storage, described, _classes(models)) if args.clip and (args.class_names or args.sanity) else {}
-    )
-    named = classes if args.class_names else {}
+    named = args.clip and (args.class_names or args.sanity)
+    classes = class_layers(storage, described, _classes(models)) if named else {}
     painter, cosy = GeneratorRef(args.generator or ""), CosyConfig(args.images, args.seed, args.prompt)
+    layers = {
+        model: list(dict.fromkeys(what.layer for what in described if what.model == model))
+        for model in dict.fromkeys(what.model for what in described)
+    }
+
+    def judgements(left: Mapping[str, Sequence[str]]) -> Iterator[list[RunnableStage]]:
+        """The stages of each judge, for some models."""
+        chosen = [what for what in described if what.model in left]
+        if judge is not None:
+            own = {keys: names for keys, names in classes.items() if keys[0] in left}
+            compared, judged = own if args.class_names else None, own if args.sanity else None
+            yield score_stages(chosen, probe, judge, config, compared, judged)
+        if args.generator is not None:
+            generating = [model for model in models if model.name in left]
+            yield [CosyScores(chosen, probe, generating, painter, cosy, config)]
+
     if args.dry_run:
         plan = Plan()
-        if judge is not None:
-            plan_scores(storage, plan, described, probe, judge, config, named, classes if args.sanity else None)
-        if args.generator is not None:
-            plan_cosy(storage, plan, described, probe, models, painter, cosy, config)
+        for stages in judgements(layers):
+            plan.stages(storage, stages)
         return show_plan(args, plan)
     experiments: list[str] = []
-    layers: dict[str, list[str]] = {}
-    for what in described:
-        layers.setdefault(what.model, [])
-        if what.layer not in layers[what.model]:
-            layers[what.model].append(what.layer)
 
     def score(left: dict[str, Sequence[str]]) -> None:
         experiments.clear()
-        chosen = [what for what in described if what.model in left]
-        if judge is not None:
-            own = {keys: names for keys, names in named.items() if keys[0] in left}
-            experiments.extend(run_scores(storage, chosen, probe, judge, config, resources, own))
-            if args.sanity:
-                own = {keys: names for keys, names in classes.items() if keys[0] in left}
-                experiments.extend(run_sanity(storage, probe, judge, config, resources, own))
-        if args.generator is not None:
-            drawn = [model for model in models if model.name in left]
-            experiments.extend(run_cosy(storage, chosen, probe, drawn, painter, cosy, config, resources))
+        for stages in judgements(left):
+            experiments.extend(run_scores(storage, stages, config, resources))
 
     failed: dict[str, str] = {}
     with connected(resources):

@@ -204,6 +204,14 @@ class Stage(ABC):
         """Why an output has to be made; None when it is current."""
         return output.reason or storage.why(self.table, output.fingerprint, **output.keys)
 
+    def check(self, storage: Storage) -> None:
+        """Refuses to run where something is missing that a dry run cannot know of yet.
+
+        Raises:
+            MilanError: It is missing.
+        """
+        return
+
 
 class ShardedStage(Stage):
     """A stage whose outputs are cut into shards.
@@ -215,12 +223,14 @@ class ShardedStage(Stage):
         label: Name of the stage in progress output.
         counted: Unit of progress.
         recorded: Whether the run log has a row for each output.
+        uses_gpus: Whether the workers compute on GPUs where the cluster has some.
     """
 
     worker: ClassVar[type]
     label: str
     counted: ClassVar[str]
     recorded: ClassVar[bool] = True
+    uses_gpus: ClassVar[bool] = True
 
     @abstractmethod
     def shards(self, job: Job) -> list[Shard]:
@@ -247,6 +257,18 @@ class ShardedStage(Stage):
         """Whether the driver merges the pieces itself, because workers would take longer to start."""
 
 
+class StepStage(Stage):
+    """A stage that makes all outputs together, in several steps of its own."""
+
+    @abstractmethod
+    def run(self, job: Job) -> None:
+        """Makes the outputs that are due, from what earlier runs left in the work."""
+
+    def clean_up(self, storage: Storage) -> None:
+        """Removes what a killed run left in other places than its own work; called where nothing is due."""
+        return
+
+
 class TaskStage(Stage):
     """A stage that makes each output by one task.
 
@@ -267,8 +289,12 @@ class TaskStage(Stage):
         """Whether the driver makes these outputs itself, because they are small."""
 
 
+RunnableStage = ShardedStage | StepStage | TaskStage
+"""A stage that :func:`run_stage` runs."""
+
+
 @retry_if_overtaken
-def run_stage(stage: ShardedStage | TaskStage, storage: Storage, resources: Resources) -> list[Output]:
+def run_stage(stage: RunnableStage, storage: Storage, resources: Resources) -> list[Output]:
     """Makes every output of a stage that is missing or stale.
 
     Args:
@@ -282,6 +308,7 @@ def run_stage(stage: ShardedStage | TaskStage, storage: Storage, resources: Reso
     Raises:
         MilanError: A table that the stage reads is missing, or a worker failed.
     """
+    stage.check(storage)
     every = numbered(stage, storage)
     due = [output for output in every if stage.why(storage, output)]
     if isinstance(stage, TaskStage):
@@ -293,9 +320,15 @@ def run_stage(stage: ShardedStage | TaskStage, storage: Storage, resources: Reso
         return every
     work = _work(stage, every)
     if due:
+        job = Job(storage, work, every, due, resources)
         with removed_if_damaged(storage, work):
-            _make(stage, Job(storage, work, every, due, resources))
+            if isinstance(stage, StepStage):
+                stage.run(job)
+            else:
+                _make(stage, job)
     else:
+        if isinstance(stage, StepStage):
+            stage.clean_up(storage)
         say(f"{stage.title}: all up to date")
     storage.remove_work(work)
     return every
@@ -311,16 +344,13 @@ def due(stage: Stage, storage: Storage) -> list[Output]:
     return [output for output in numbered(stage, storage) if stage.why(storage, output)]
 
 
-def abandon(stage: ShardedStage, storage: Storage) -> None:
+def abandon(stage: Stage, storage: Storage) -> None:
     """Removes the work in progress of a stage whose outputs nobody needs any more."""
     storage.remove_work(_work(stage, stage.outputs(Known(storage))))
 
 
-def _work(stage: ShardedStage, outputs: Iterable[Output]) -> str:
-    """Hash of a stage's work.
-
-    It covers all outputs, due or not, so that a job that was killed while outputs became public finds its pieces again.
-    """
+def _work(stage: Stage, outputs: Iterable[Output]) -> str:
+    """Hash of a stage's work: over all outputs, so that a job killed while they become public finds its pieces."""
     return config_hash({stage.name: [output.fingerprint.hash for output in outputs]})
 
 
@@ -351,18 +381,19 @@ def _run_shards(stage: ShardedStage, job: Job, shards: Sequence[Shard]) -> dict[
     say(stage.announce(job, fresh))
     costs = {number: Cost() for number in output_of}
     rows: list[Row] = [{**shard.row, "name": shard.name, "outputs": shard.outputs} for shard in fresh]
+    resources = job.resources if stage.uses_gpus else replace(job.resources, device="cpu", gpus_per_actor=None)
     arguments = {
         **stage.arguments(job),
         "storage": storage,
         "work": work,
-        "threads": job.resources.threads,
-        "device": job.resources.device,
+        "threads": resources.threads,
+        "device": resources.device,
     }
     shard_of = {shard.name: shard for shard in fresh}
     layers = {number: (output.model, output.layer) for number, output in output_of.items()}
     pieces = (layers[number] for shard in fresh for number in shard.outputs)
     with Progress(stage.label, sum(shard.size for shard in fresh), stage.counted, pieces) as progress:
-        for answer in run_pool(stage.worker, arguments, rows, job.resources, stage.runs_in_driver(shards)):
+        for answer in run_pool(stage.worker, arguments, rows, resources, stage.runs_in_driver(shards)):
             shard = shard_of[answer["name"]]
             progress.advance(shard.size, (layers[number] for number in shard.outputs))
             for number in shard.outputs:

@@ -18,30 +18,31 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from milan_ray.config import Fingerprint, Resources, config_hash
+from milan_ray.config import Fingerprint, Resources
 from milan_ray.device import resolve_device, torch_threads
 from milan_ray.engine import references
 from milan_ray.engine.cluster import gpus_each
 from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.stage import Known, Layers, Output, Stage, abandon, numbered, pairs
-from milan_ray.engine.tasks import FEW_IMAGES, removed_if_damaged, retry_if_overtaken, run_parallel
+from milan_ray.engine.stage import Job, Known, Layers, Output, RunnableStage, StepStage, abandon, pairs
+from milan_ray.engine.tasks import FEW_IMAGES, run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.exemplars.topk import RunningTopK
 from milan_ray.labelers.clip_dissect import Best, ClipDissect, Cosines, LogSumExp, pointwise, rank_reorder
 from milan_ray.labelers.netdissect import NOTHING
-from milan_ray.labelers.protocol import Evidence
-from milan_ray.models.image_text import Embedder, ImageTextRef
+from milan_ray.labelers.protocol import Evidence, Label
+from milan_ray.models.image_text import ImageTextRef
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED
 from milan_ray.scoring.simulation import held_out
 from milan_ray.stages.descriptions import write_labels
 from milan_ray.stages.embeddings import (
+    ImageEmbeddings,
     TextEmbeddings,
+    embedded_ids,
     embeddings_of,
     lists_of,
     rows_of,
-    run_image_embeddings,
     text_embeddings,
 )
 from milan_ray.storage import Storage
@@ -66,173 +67,163 @@ def chunk_of(concepts: int) -> int:
     return min(MOST, 16 * math.ceil(concepts / (16 * CHUNKS)))
 
 
-def clip_dissect_fingerprint(
-    labeler: ClipDissect,
-    texts: Mapping[str, object],
-    exemplars: str,
-    pooled: str,
-    images: str,
-    units: tuple[int, ...],
-) -> Fingerprint:
-    """What decides a layer's labels.
+@dataclass(frozen=True)
+class _How:
+    """What pieces of work need to know.
 
-    Args:
-        labeler: The labeler.
-        texts: Identity of the model's embeddings of texts.
-        exemplars: Configuration hash of the layer's exemplars, which the report shows the labels beside.
-        pooled: Configuration hash of its pooled activations.
-        images: Configuration hash of the probe's embeddings.
-        units: The units selected; empty for all.
+    Attributes:
+        storage: The run directory.
+        work: Hash of the work.
+        labeler: The list of concepts, and how to compare.
+        images: Partition of the probe's embeddings: encoder and probe.
     """
-    parts = {**labeler.identity(), "kernel": KERNEL_VERSION, "clip": dict(texts)}
-    above = {"exemplars": exemplars, "pooled": pooled, "image_embeddings": images}
-    return Fingerprint.of(parts | above, units)
+
+    storage: Storage
+    work: str
+    labeler: ClipDissect
+    images: dict[str, str]
+
+    @property
+    def every_image(self) -> bool:
+        """Whether units are compared on all images, which need no list of them: cosines are."""
+        return self.labeler.similarity.startswith("cos")
+
+    @property
+    def chunks(self) -> range:
+        """The number of every chunk's first concept."""
+        total = len(self.labeler.concepts)
+        return range(0, total, chunk_of(total))
 
 
-class ClipDissectLabels(Stage):
-    """Labels of some layers from a list of concepts; :func:`run_clip_dissect` makes them together.
+class ClipDissectLabels(StepStage):
+    """Labels of some layers from a list of concepts.
 
     Args:
         models: Model name → layers.
         labeler: The list of concepts, and how to compare.
-        ref: The model of images and texts.
-        embedder: The same, loaded.
-        digest: Digest of the manifest of the probe that the layers were dissected on.
+        images: The probe that the layers were dissected on, as the model of images and texts sees it.
         units: The units of every layer to label; empty for all.
     """
 
     table = DESCRIPTIONS
 
     def __init__(
-        self,
-        models: Layers,
-        labeler: ClipDissect,
-        ref: ImageTextRef,
-        embedder: Embedder,
-        digest: str,
-        units: tuple[int, ...] = (),
+        self, models: Layers, labeler: ClipDissect, images: ImageEmbeddings, units: tuple[int, ...] = ()
     ) -> None:
-        self._models, self._labeler, self._units = models, labeler, units
-        self._embedded = {"encoder": ref.name, "probe": digest}
-        self._texts = embedder.text_identity()
+        self._models, self._labeler, self._images, self._units = models, labeler, images, units
         self.name, self.title = labeler.name, f"descriptions ({labeler.name})"
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """Labels of every layer, by its exemplars, their pooled activations and the probe's embeddings."""
+        texts = self._images.embedder.text_identity()
+        identity = {**self._labeler.identity(), "kernel": KERNEL_VERSION, "clip": dict(texts)}
         for model, layer in pairs(self._models):
             exemplars, pooled = (known.config(table, model=model, layer=layer) for table in (EXEMPLARS, POOLED))
-            images = known.config(IMAGE_EMBEDDINGS, **self._embedded)
-            fingerprint = clip_dissect_fingerprint(self._labeler, self._texts, exemplars, pooled, images, self._units)
-            yield Output({"labeler": self.name, "model": model, "layer": layer}, fingerprint)
+            images = known.config(IMAGE_EMBEDDINGS, **self._images.keys)
+            above = {"exemplars": exemplars, "pooled": pooled, "image_embeddings": images}
+            yield Output(
+                {"labeler": self.name, "model": model, "layer": layer}, Fingerprint.of(identity | above, self._units)
+            )
+
+    def check(self, storage: Storage) -> None:
+        """Checks that every layer has pooled activations of the probe, and the units selected.
+
+        Raises:
+            MilanError: A layer has not.
+        """
+        for model, layer in pairs(self._models):
+            meta = storage.metadata(POOLED, model=model, layer=layer)
+            if meta is None or meta["probe"] != self._images.digest:
+                raise MilanError(f"{model} {layer} has no pooled activations of this probe; make them with --pooled.")
+            references.check_units(self._units, int(meta["units"]), model, layer)
+
+    def run(self, job: Job) -> None:
+        """Scans the layers, compares their units with every chunk of concepts, and keeps the best."""
+        storage, work, labeler = job.storage, job.work, self._labeler
+        how = _How(storage, work, labeler, self._images.keys)
+        ref, plugins = self._images.ref, self._images.probe.plugins
+        vectors = text_embeddings(storage, labeler.concepts, ref, job.resources, plugins)
+        stored = set(storage.work_names(work))
+        if "concepts" not in stored:
+            storage.put_work(work, "concepts", pa.table({"embedding": lists_of(vectors)}))
+        few = storage.count(IMAGE_EMBEDDINGS, **how.images) <= FEW_IMAGES
+        scans = [_Scan(how, layer) for layer in job.every if f"units/{layer.number}" not in stored]
+        scanned = {layer.number: 0.0 for layer in job.every}
+        for index, took in run_parallel(_scan, scans, in_driver=few):
+            scanned[scans[index].layer.number] = took
+        needed = np.unique(np.concatenate([_needed(how, layer) for layer in job.every]))
+        seconds = _compare(how, job.every, needed, job.resources)
+        for layer in job.due:
+            cost = Cost(scanned[layer.number], scanned[layer.number], len(needed))
+            cost.add(seconds, len(job.due))
+            labels = self._best(how, layer)
+            keys = {"model": layer.model, "layer": layer.layer}
+            record_run(storage, self.name, layer.fingerprint.hash, **keys, rows=len(labels), cost=cost)
+            write_labels(storage, layer, labeler, labels, storage.config_of(EXEMPLARS, **keys))
+
+    def _best(self, how: _How, layer: Output) -> Mapping[int, list[Label]]:
+        """Unit → its labels, best first, from the best of every chunk."""
+        tables = [how.storage.get_work(how.work, f"best/{_chunk_name(first)}/{layer.number}") for first in how.chunks]
+        best = Best.merged(Best(rows_of(table["concepts"]), rows_of(table["scores"])) for table in tables)
+        alive = how.storage.get_work(how.work, f"units/{layer.number}")["alive"].to_numpy()
+        named = best.labels(how.labeler.concepts, alive, NOTHING)
+        return how.labeler.label(Evidence(concepts={unit: named[unit] for unit in self._units or sorted(named)}))
+
+    def clean_up(self, storage: Storage) -> None:
+        """Removes embeddings of concepts that a killed run left unfinished."""
+        texts = sorted(set(self._labeler.concepts))
+        abandon(TextEmbeddings(texts, self._images.ref, self._images.embedder), storage)
 
 
-@dataclass(frozen=True)
-class _Scan:
-    storage: Storage
-    work: str
-    layer: Output
-    labeler: ClipDissect
-    encoder: str
-    probe: str
-
-
-@retry_if_overtaken
-def run_clip_dissect(
-    storage: Storage,
+def clip_dissect_stages(
     models: Layers,
     probe: references.ProbeRef,
     labeler: ClipDissect,
     ref: ImageTextRef,
-    resources: Resources,
     units: tuple[int, ...] = (),
-) -> None:
-    """Labels every unit of every layer whose labels are missing or stale.
+) -> list[RunnableStage]:
+    """The stages that label layers from a list of concepts.
 
     Args:
-        storage: The run directory, which holds exemplars and pooled activations.
         models: Model name → layers.
         probe: The probe they were dissected on.
         labeler: The list of concepts, and how to compare.
         ref: The model of images and texts.
-        resources: What of the cluster to use; Ray must be connected.
         units: The units of every layer to label; empty for all.
 
     Raises:
-        MilanError: Pooled activations or the model are missing, are of another probe, or a layer has no such unit.
+        MilanError: The model is missing, or the probe holds latents.
     """
-    digest = run_image_embeddings(storage, probe, ref, resources)
-    embedder = references.image_text(ref, probe.plugins)
-    for model, path in pairs(models):
-        meta = storage.metadata(POOLED, model=model, layer=path)
-        if meta is None or meta["probe"] != digest:
-            raise MilanError(f"{model} {path} has no pooled activations of this probe; make them with --pooled.")
-        references.check_units(units, int(meta["units"]), model, path)
-    every = numbered(ClipDissectLabels(models, labeler, ref, embedder, digest, units), storage)
-    # Over all layers, so that a job killed while results become public finds its pieces again.
-    work = config_hash({labeler.name: [layer.fingerprint.hash for layer in every]})
-    due = [layer for layer in every if storage.why(DESCRIPTIONS, layer.fingerprint, **layer.keys)]
-    if not due:
-        storage.remove_work(work)
-        abandon(TextEmbeddings(sorted(set(labeler.concepts)), ref, embedder), storage)
-        say(f"descriptions ({labeler.name}): all up to date")
-        return
-    with removed_if_damaged(storage, work):
-        vectors = text_embeddings(storage, labeler.concepts, ref, resources, probe.plugins)
-        stored = set(storage.work_names(work))
-        if "concepts" not in stored:
-            storage.put_work(work, "concepts", pa.table({"embedding": lists_of(vectors)}))
-        few = storage.count(IMAGE_EMBEDDINGS, encoder=ref.name, probe=digest) <= FEW_IMAGES
-        scans = [_Scan(storage, work, layer, labeler, ref.name, digest) for layer in every]
-        scans = [scan for scan in scans if f"units/{scan.layer.number}" not in stored]
-        scanned = {layer.number: 0.0 for layer in every}
-        for index, took in run_parallel(_scan, scans, in_driver=few):
-            scanned[scans[index].layer.number] = took
-        needed = np.unique(np.concatenate([_needed(storage, work, layer) for layer in every]))
-        seconds = _compare(storage, work, every, labeler, ref.name, digest, needed, resources)
-        size = chunk_of(len(labeler.concepts))
-        for layer in due:
-            found = [
-                storage.get_work(work, f"best/{_chunk_name(first)}/{layer.number}")
-                for first in range(0, len(labeler.concepts), size)
-            ]
-            best = Best.merged(Best(rows_of(t["concepts"]), rows_of(t["scores"])) for t in found)
-            alive = storage.get_work(work, f"units/{layer.number}")["alive"].to_numpy()
-            named = best.labels(labeler.concepts, alive, NOTHING)
-            labels = labeler.label(Evidence(concepts={unit: named[unit] for unit in units or sorted(named)}))
-            cost = Cost(scanned[layer.number], scanned[layer.number], len(needed))
-            cost.add(seconds, len(due))
-            run, model, path = layer.fingerprint.hash, layer.model, layer.layer
-            record_run(storage, labeler.name, run, model, layer=path, rows=len(labels), cost=cost)
-            exemplars = storage.config_of(EXEMPLARS, model=model, layer=path)
-            write_labels(storage, layer, labeler, labels, exemplars)
-    storage.remove_work(work)
+    images = ImageEmbeddings(ref, probe)
+    return [images, ClipDissectLabels(models, labeler, images, units)]
+
+
+@dataclass(frozen=True)
+class _Scan:
+    how: _How
+    layer: Output
 
 
 def _scan(task: _Scan) -> float:
     """Finds the images of every unit of a layer, in one pass over its pooled activations; returns the seconds."""
     started = time.monotonic()
+    how, storage = task.how, task.how.storage
     keys = {"model": task.layer.model, "layer": task.layer.layer}
-    known = np.concatenate(
-        [
-            part["image_id"].to_numpy()
-            for part in task.storage.stream(IMAGE_EMBEDDINGS, ["image_id"], encoder=task.encoder, probe=task.probe)
-        ]
-    )
-    known = known[~held_out(known, task.labeler.hold_out)]
-    total = task.storage.count(POOLED, **keys)
+    known = embedded_ids(storage, **how.images)
+    known = known[~held_out(known, how.labeler.hold_out)]
+    total = storage.count(POOLED, **keys)
     state: RunningTopK | None = None
     sums = np.zeros(0)
     counts = np.zeros(0, np.int64)
     low = high = np.zeros(0, np.float32)
-    for part in task.storage.stream(POOLED, ["image_id", task.labeler.pooling], **keys):
-        ids, values = part["image_id"].to_numpy(), matrix(part[task.labeler.pooling])
-        here = np.isin(ids, known)
-        ids, values = ids[here], values[here]
+    for part in storage.stream(POOLED, ["image_id", how.labeler.pooling], **keys):
+        ids, values = part["image_id"].to_numpy(), matrix(part[how.labeler.pooling])
+        embedded = np.isin(ids, known)
+        ids, values = ids[embedded], values[embedded]
         if not len(ids):
             continue
         if state is None:
-            # Cosines look at every image and need no list of them.
-            k = 1 if _every_image(task.labeler) else task.labeler.images(min(total, len(known)))
+            k = 1 if how.every_image else how.labeler.images(min(total, len(known)))
             state = RunningTopK.empty(values.shape[1], k)
             sums, counts = np.zeros(values.shape[1]), np.zeros(values.shape[1], np.int64)
             low, high = (np.full(values.shape[1], bound, np.float32) for bound in (np.inf, -np.inf))
@@ -250,30 +241,22 @@ def _scan(task: _Scan) -> float:
             "alive": high > low,
         }
     )
-    task.storage.put_work(task.work, f"known/{task.layer.number}", pa.table({"image_id": known}))
-    task.storage.put_work(task.work, f"units/{task.layer.number}", table)
+    storage.put_work(how.work, f"known/{task.layer.number}", pa.table({"image_id": known}))
+    storage.put_work(how.work, f"units/{task.layer.number}", table)
     return time.monotonic() - started
 
 
-def _every_image(labeler: ClipDissect) -> bool:
-    return labeler.similarity.startswith("cos")
-
-
-def _needed(storage: Storage, work: str, layer: Output) -> np.ndarray:
+def _needed(how: _How, layer: Output) -> np.ndarray:
     """The images that some unit of a layer is compared on."""
-    scanned = storage.get_work(work, f"units/{layer.number}")
+    scanned = how.storage.get_work(how.work, f"units/{layer.number}")
     ids = scanned["images"].combine_chunks().flatten().to_numpy()
     return np.unique(ids[ids >= 0])
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    storage: Storage
-    work: str
+    how: _How
     layers: tuple[Output, ...]
-    labeler: ClipDissect
-    encoder: str
-    probe: str
     first: int
     device: str
 
@@ -283,7 +266,7 @@ class _Chunk:
 
     def vectors(self, device: torch.device) -> torch.Tensor:
         """Embeddings of the chunk's concepts, (chunk, D), zeros beyond the last: every product has one shape."""
-        every = rows_of(self.storage.get_work(self.work, "concepts")["embedding"])
+        every = rows_of(self.how.storage.get_work(self.how.work, "concepts")["embedding"])
         size = chunk_of(len(every))
         padded = np.zeros((size, every.shape[1]), np.float32)
         own = every[self.first : self.first + size]
@@ -293,45 +276,34 @@ class _Chunk:
     @property
     def concepts(self) -> int:
         """How many concepts the chunk holds."""
-        total = len(self.labeler.concepts)
+        total = len(self.how.labeler.concepts)
         return min(chunk_of(total), total - self.first)
 
     def fit(self, images: np.ndarray, device: torch.device) -> torch.Tensor:
         """P of some images, given by their embeddings (N, D), and the chunk's concepts: float32 (N, concepts)."""
         vectors = self.vectors(device).T
-        found = []
+        products = []
         for start in range(0, len(images), IMAGES):
             some = images[start : start + IMAGES]
             padded = torch.zeros(IMAGES, images.shape[1])
             padded[: len(some)] = torch.from_numpy(some)
-            found.append((padded.to(device) @ vectors)[: len(some), : self.concepts])
-        return torch.cat(found)
+            products.append((padded.to(device) @ vectors)[: len(some), : self.concepts])
+        return torch.cat(products)
 
 
 def _chunk_name(first: int) -> str:
     return f"{first:07d}"
 
 
-def _compare(
-    storage: Storage,
-    work: str,
-    layers: Sequence[Output],
-    labeler: ClipDissect,
-    encoder: str,
-    probe: str,
-    needed: np.ndarray,
-    resources: Resources,
-) -> float:
+def _compare(how: _How, layers: Sequence[Output], needed: np.ndarray, resources: Resources) -> float:
     """Compares all units of all layers with all concepts; returns the seconds of all pieces together."""
-    total, size = len(labeler.concepts), chunk_of(len(labeler.concepts))
+    storage, work, labeler, encoder = how.storage, how.work, how.labeler, how.images["encoder"]
+    total = len(labeler.concepts)
     if "needed" not in storage.work_names(work):
         storage.put_work(work, "needed", pa.table({"image_id": needed}))
-    chunks = [
-        _Chunk(storage, work, tuple(layers), labeler, encoder, probe, first, resources.device)
-        for first in range(0, total, size)
-    ]
-    images = storage.count(IMAGE_EMBEDDINGS, encoder=encoder, probe=probe)
-    here = (images if _every_image(labeler) else len(needed)) * total <= FEW
+    chunks = [_Chunk(how, tuple(layers), first, resources.device) for first in how.chunks]
+    images = storage.count(IMAGE_EMBEDDINGS, **how.images) if how.every_image else len(needed)
+    here = images * total <= FEW
     gpus = 0.0 if here else gpus_each(resources)
     stored = set(storage.work_names(work))
     seconds = 0.0
@@ -341,8 +313,9 @@ def _compare(
             fresh = [chunk for chunk in chunks if f"sums/{chunk.name}" not in stored]
             for _, took in run_parallel(_sum, fresh, resources.cpus_per_actor, gpus, here):
                 seconds += took
-        kinds = [f"best/{{}}/{layer.number}" for layer in layers]
-        fresh = [chunk for chunk in chunks if any(kind.format(chunk.name) not in stored for kind in kinds)]
+        fresh = [
+            chunk for chunk in chunks if any(f"best/{chunk.name}/{layer.number}" not in stored for layer in layers)
+        ]
         progress.advance(total - sum(chunk.concepts for chunk in fresh))
         for index, took in run_parallel(_compare_chunk, fresh, resources.cpus_per_actor, gpus, here):
             seconds += took
@@ -352,19 +325,19 @@ def _compare(
 
 def _images_of(task: _Chunk) -> tuple[np.ndarray, np.ndarray]:
     """The images that any unit is compared on: their ids, ascending, and embeddings."""
-    ids = task.storage.get_work(task.work, "needed")["image_id"].to_numpy()
-    return ids, embeddings_of(task.storage, task.encoder, task.probe, ids)
+    ids = task.how.storage.get_work(task.how.work, "needed")["image_id"].to_numpy()
+    return ids, embeddings_of(task.how.storage, **task.how.images, image_ids=ids)
 
 
 def _sum(task: _Chunk) -> float:
     """A chunk's part of the sums over all concepts."""
     started = time.monotonic()
-    assert task.labeler.wpmi is not None
+    assert task.how.labeler.wpmi is not None
     device = resolve_device(task.device)
     _, images = _images_of(task)
     state = LogSumExp()
-    state.update(task.name, (task.labeler.wpmi.a * task.fit(images, device).double()).cpu().numpy())
-    task.storage.put_work(task.work, f"sums/{task.name}", state.to_table())
+    state.update(task.name, (task.how.labeler.wpmi.a * task.fit(images, device).double()).cpu().numpy())
+    task.how.storage.put_work(task.how.work, f"sums/{task.name}", state.to_table())
     return time.monotonic() - started
 
 
@@ -372,49 +345,46 @@ def _compare_chunk(task: _Chunk) -> float:
     """Every unit's best among a chunk's concepts."""
     started = time.monotonic()
     device = resolve_device(task.device)
-    if _every_image(task.labeler):
+    if task.how.every_image:
         for layer in task.layers:
             _write_best(task, layer, _cosines(task, layer, device))
         return time.monotonic() - started
     ids, images = _images_of(task)
     fit = task.fit(images, device)
     normalisers = torch.zeros(0)
-    if task.labeler.wpmi is not None:
+    if task.how.labeler.wpmi is not None:
         state = LogSumExp()
-        total = len(task.labeler.concepts)
-        for first in range(
-            0, total, chunk_of(total)
-        ):  # by name: a piece that is missing is an error, not a smaller sum
-            found = task.storage.get_work(task.work, f"sums/{_chunk_name(first)}")
-            state.merge(LogSumExp.from_table(found))
+        for first in task.how.chunks:  # by name: a piece that is missing is an error, not a smaller sum
+            sums = task.how.storage.get_work(task.how.work, f"sums/{_chunk_name(first)}")
+            state.merge(LogSumExp.from_table(sums))
         normalisers = torch.from_numpy(state.result()).to(device)
     for layer in task.layers:
-        scanned = task.storage.get_work(task.work, f"units/{layer.number}")
+        scanned = task.how.storage.get_work(task.how.work, f"units/{layer.number}")
         own = rows_of(scanned["images"])
         rows = torch.from_numpy(np.where(own >= 0, np.searchsorted(ids, own), -1)).to(device)
-        if task.labeler.wpmi is not None:
-            found = pointwise(fit, normalisers, rows, task.labeler.wpmi)
+        if task.how.labeler.wpmi is not None:
+            similarities = pointwise(fit, normalisers, rows, task.how.labeler.wpmi)
         else:
             activations = torch.from_numpy(rows_of(scanned["activations"]).copy()).to(device)
-            found = rank_reorder(fit, rows, activations)
-        _write_best(task, layer, found)
+            similarities = rank_reorder(fit, rows, activations)
+        _write_best(task, layer, similarities)
     return time.monotonic() - started
 
 
 def _cosines(task: _Chunk, layer: Output, device: torch.device) -> torch.Tensor:
     """Cosines of a layer's units and a chunk's concepts, in one pass over the layer's pooled activations."""
     keys = {"model": layer.model, "layer": layer.layer}
-    scanned = task.storage.get_work(task.work, f"units/{layer.number}")
-    known = task.storage.get_work(task.work, f"known/{layer.number}")["image_id"].to_numpy()
-    known = known[np.isin(known, task.storage.read(POOLED, ["image_id"], **keys)["image_id"].to_numpy())]
-    images = embeddings_of(task.storage, task.encoder, task.probe, known)
+    scanned = task.how.storage.get_work(task.how.work, f"units/{layer.number}")
+    known = task.how.storage.get_work(task.how.work, f"known/{layer.number}")["image_id"].to_numpy()
+    known = known[np.isin(known, task.how.storage.read(POOLED, ["image_id"], **keys)["image_id"].to_numpy())]
+    images = embeddings_of(task.how.storage, **task.how.images, image_ids=known)
     fit = task.fit(images, device)
     units = torch.from_numpy(scanned["mean"].to_numpy(zero_copy_only=False).copy()).to(device)
-    state = Cosines(units, fit.double().mean(dim=0), 3 if task.labeler.similarity.endswith("cubed") else 1)
-    for part in task.storage.stream(POOLED, ["image_id", task.labeler.pooling], **keys):
+    state = Cosines(units, fit.double().mean(dim=0), 3 if task.how.labeler.similarity.endswith("cubed") else 1)
+    for part in task.how.storage.stream(POOLED, ["image_id", task.how.labeler.pooling], **keys):
         ids = part["image_id"].to_numpy()
         here = np.isin(ids, known)
-        values = torch.from_numpy(matrix(part[task.labeler.pooling])[here]).to(device)
+        values = torch.from_numpy(matrix(part[task.how.labeler.pooling])[here]).to(device)
         state.update(values, fit[torch.from_numpy(np.searchsorted(known, ids[here])).to(device)])
     return state.result()
 
@@ -422,4 +392,4 @@ def _cosines(task: _Chunk, layer: Output, device: torch.device) -> torch.Tensor:
 def _write_best(task: _Chunk, layer: Output, similarities: torch.Tensor) -> None:
     best = Best.of(similarities.cpu().numpy(), task.first)
     table = pa.table({"concepts": lists_of(best.concepts), "scores": lists_of(best.scores)})
-    task.storage.put_work(task.work, f"best/{task.name}/{layer.number}", table)
+    task.how.storage.put_work(task.how.work, f"best/{task.name}/{layer.number}", table)

@@ -38,7 +38,7 @@ from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST
 from milan_ray.stages.descriptions import write_labels
-from milan_ray.stages.exemplars import DissectedModels, ModelWork, ModelWorker, describe_model
+from milan_ray.stages.exemplars import ModelWork, ModelWorker, describe_model
 from milan_ray.storage import Storage, WorkRemovedError
 
 KERNEL_VERSION = "concepts-1"
@@ -80,149 +80,47 @@ class LabelConfig:
 
 @dataclass(frozen=True)
 class _Work:
-    """One model's labels to make.
+    """Labels of one model to make.
 
     Attributes:
         item: What a worker must know of the model.
-        layers: Its layers, with what decides their labels: labeler → layer, those to do.
+        due: The labels: one output per labeler and layer.
         exemplars: Layer → configuration hash of its exemplars.
-        size: Grid.
+        size: (height, width) of the grid.
+        shards: Names of the shards of the probe.
     """
 
     item: ModelWork
-    layers: dict[str, dict[str, Fingerprint]]
+    due: tuple[Output, ...]
     exemplars: dict[str, str]
     size: tuple[int, int]
+    shards: tuple[str, ...]
 
+    @property
+    def composed(self) -> dict[str, Output]:
+        """Layer → its labels by formulas, which need the units' masks."""
+        return {output.layer: output for output in self.due if output.keys["labeler"] == CompExp.name}
 
-def label_fingerprint(
-    labeler: ConceptLabeler, exemplars: str, size: tuple[int, int], units: tuple[int, ...]
-) -> Fingerprint:
-    """What decides a layer's labels.
-
-    Args:
-        labeler: The labeler.
-        exemplars: Configuration hash of the layer's exemplars, which covers weights, probe, concept maps and levels.
-        size: The grid.
-        units: The units selected; empty for all.
-    """
-    return Fingerprint.of({**labeler.identity(), "kernel": KERNEL_VERSION, "exemplars": exemplars, "grid": size}, units)
-
-
-@retry_if_overtaken
-def run_labels(
-    storage: Storage,
-    dissected: DissectedModels,
-    models: Sequence[references.ModelRef],
-    probe: references.ProbeRef,
-    config: ExemplarConfig,
-    how: LabelConfig,
-    resources: Resources,
-    units: tuple[int, ...] = (),
-) -> dict[str, str]:
-    """Labels every unit of every layer by the concept maps of its probe, doing only what is missing.
-
-    Images that have no concept maps count nowhere; unreadable ones are those of the table ``skipped`` already.
-
-    Args:
-        storage: The run directory, which holds exemplars and levels.
-        dissected: What :func:`milan_ray.stages.exemplars.run_exemplars` left there.
-        models: The models dissected.
-        probe: The probe images.
-        config: How they were dissected.
-        how: How to label.
-        resources: What of the cluster to use; Ray must be connected.
-        units: The units of every layer to label; empty for all.
-
-    Returns:
-        Model → why it could not be labelled.
-
-    Raises:
-        MilanError: The probe has no concept maps, or every model failed.
-    """
-    failed: dict[str, str] = {}
-    work: list[_Work] = []
-    source = references.probe(probe)
-    for ref in dict.fromkeys(models):
-        if ref.name not in dissected.models:
-            continue
-        try:
-            planned = _plan(storage, ref, source, dissected.probe, config, how, units)
-        except MilanError as error:
-            failed[ref.name] = str(error)
-            continue
-        if planned is None:
-            say(f"labels of {ref.name}: all up to date")
-        else:
-            work.append(planned)
-    if work:
-        digest = dissected.probe
-        rows = storage.read_rows(MANIFEST, 0, PEEK, ["image_id", "root", "path"], probe=digest)
-        check_concepts(source, rows)
-        broken, seconds = _run_shards(storage, work, dissected.probe, probe, config, how, resources)
-        failed |= broken
-        for planned in work:
-            name = planned.item.model.name
-            if name in failed:
-                continue
-            try:
-                _finish(storage, planned, how, config, seconds[name])
-            except WorkRemovedError:
-                raise
-            except MilanError as error:
-                failed[name] = str(error)
-    all_failed(failed, len(dissected.models))
-    return failed
-
-
-def _plan(
-    storage: Storage,
-    ref: references.ModelRef,
-    source: Probe,
-    probe: str,
-    config: ExemplarConfig,
-    how: LabelConfig,
-    units: tuple[int, ...],
-) -> _Work | None:
-    """What is missing or stale of a model's labels; None when nothing is."""
-    spec = references.model(ref)
-    size = how.grid(spec)
-    fingerprints: dict[str, dict[str, Fingerprint]] = {labeler.name: {} for labeler in how.labelers}
-    stage = ConceptLabels({spec.name: spec.layers}, {spec.name: size}, how.labelers, units)
-    for output in stage.outputs(Known(storage)):
-        fingerprints[output.keys["labeler"]][output.layer] = output.fingerprint
-    due = {
-        labeler: {
-            layer: fingerprint
-            for layer, fingerprint in of.items()
-            if storage.why(DESCRIPTIONS, fingerprint, labeler=labeler, model=spec.name, layer=layer)
-        }
-        for labeler, of in fingerprints.items()
-    }
-    images = storage.count(MANIFEST, probe=probe)
-    # Over all layers, so that a job killed while results become public finds its counts again.
-    hashes = {
-        labeler: {layer: fingerprint.hash for layer, fingerprint in of.items()} for labeler, of in fingerprints.items()
-    }
-    work = config_hash({"model": spec.name, "labels": hashes, "shard_size": config.shard(images)})
-    missing = tuple(layer for layer in spec.layers if any(layer in of for of in due.values()))
-    if not missing:
-        storage.remove_work(work)
-        return None
-    model = describe_model(spec, source, probe, config)
-    plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
-    item = ModelWork(ref, model.weights, spec.layers, missing, probe, work, plan, {}, {}, model.view, model.layouts)
-    exemplars = {layer: storage.config_of(EXEMPLARS, model=spec.name, layer=layer) for layer in missing}
-    return _Work(item, due, exemplars, size)
+    @property
+    def pieces(self) -> list[str]:
+        """Folders in which every shard has a piece."""
+        folder = self.item.folder
+        counts = [f"counts/{folder(layer)}" for layer in self.item.layers]
+        return [CONCEPTS, *counts, *(f"masks/{folder(layer)}" for layer in self.composed)]
 
 
 class ConceptLabels(Stage):
-    """Labels of some layers by concept maps; :func:`run_labels` makes them, all labelers' from the same counts.
+    """Labels of some layers by the concept maps of their probe.
+
+    All labelers and layers of a model share its counts, and all models one pool of actors; a model that fails does not
+    stop the others. Images without concept maps count nowhere; unreadable ones are in the table ``skipped`` already.
 
     Args:
-        models: Model name → layers.
-        grids: Model name → (height, width) of the grid that positions are counted on.
-        labelers: Which labelers.
+        layers: Model → layers.
+        models: The models; those without layers are left out.
+        probe: The probe they were dissected on.
+        config: How they were dissected.
+        how: How to label.
         units: The units of every layer to label; empty for all.
     """
 
@@ -230,25 +128,181 @@ class ConceptLabels(Stage):
 
     def __init__(
         self,
-        models: Layers,
-        grids: Mapping[str, tuple[int, int]],
-        labelers: Sequence[ConceptLabeler],
+        layers: Layers,
+        models: Sequence[references.ModelRef],
+        probe: references.ProbeRef,
+        config: ExemplarConfig,
+        how: LabelConfig,
         units: tuple[int, ...] = (),
     ) -> None:
-        self._models, self._grids, self._labelers, self._units = models, grids, labelers, units
+        self._layers, self._probe, self._config, self._how, self._units = layers, probe, config, how, units
+        self._models = {ref.name: ref for ref in models if ref.name in layers}
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """Labels of every layer by every labeler, by what its exemplars are."""
-        for labeler in self._labelers:
-            for model, layer in pairs(self._models):
+        grids = {name: self._how.grid(references.model(ref)) for name, ref in self._models.items()}
+        for labeler in self._how.labelers:
+            for model, layer in pairs(self._layers):
+                # Weights, probe, concept maps and levels are what the exemplars were made of.
                 exemplars = known.config(EXEMPLARS, model=model, layer=layer)
                 known.check_units(self._units, model, layer)
-                fingerprint = label_fingerprint(labeler, exemplars, self._grids[model], self._units)
+                above = {"kernel": KERNEL_VERSION, "exemplars": exemplars, "grid": grids[model]}
+                fingerprint = Fingerprint.of({**labeler.identity(), **above}, self._units)
                 yield Output({"labeler": labeler.name, "model": model, "layer": layer}, fingerprint)
+
+    @retry_if_overtaken
+    def run(self, storage: Storage, resources: Resources) -> dict[str, str]:
+        """Makes the labels that are missing or stale.
+
+        Args:
+            storage: The run directory, which holds exemplars and levels.
+            resources: What of the cluster to use; Ray must be connected.
+
+        Returns:
+            Model → why it could not be labelled.
+
+        Raises:
+            MilanError: The probe has no concept maps, or every model failed.
+        """
+        failed: dict[str, str] = {}
+        todo: dict[str, _Work] = {}
+        for name in self._models:
+            try:
+                work = self._work(storage, name)
+            except MilanError as error:
+                failed[name] = str(error)
+                continue
+            if work is None:
+                say(f"labels of {name}: all up to date")
+            else:
+                todo[name] = work
+        if todo:
+            digest = next(iter(todo.values())).item.probe
+            rows = storage.read_rows(MANIFEST, 0, PEEK, ["image_id", "root", "path"], probe=digest)
+            check_concepts(references.probe(self._probe), rows)
+            broken, seconds = self._count(storage, todo, resources)
+            failed |= broken
+        for name, work in todo.items():
+            if name in failed:
+                continue
+            try:
+                self._finish(storage, work, seconds[name])
+            except WorkRemovedError:
+                raise
+            except MilanError as error:
+                failed[name] = str(error)
+        all_failed(failed, len(self._models))
+        return failed
+
+    def _work(self, storage: Storage, name: str) -> _Work | None:
+        """What is missing or stale of a model's labels; None when nothing is."""
+        ref, config = self._models[name], self._config
+        spec = references.model(ref)
+        of_model = ConceptLabels({name: self._layers[name]}, [ref], self._probe, config, self._how, self._units)
+        every = list(of_model.outputs(Known(storage)))
+        due = tuple(output for output in every if self.why(storage, output))
+        hashes: dict[str, dict[str, str]] = {labeler.name: {} for labeler in self._how.labelers}
+        for output in every:
+            hashes[output.keys["labeler"]][output.layer] = output.fingerprint.hash
+        digest = (storage.metadata(EXEMPLARS, model=name, layer=every[0].layer) or {})["probe"]
+        images = storage.count(MANIFEST, probe=digest)
+        # Over all layers, so that a job killed while results become public finds its counts again.
+        work = config_hash({"model": name, "labels": hashes, "shard_size": config.shard(images)})
+        missing = tuple(layer for layer in spec.layers if any(output.layer == layer for output in due))
+        if not missing:
+            storage.remove_work(work)
+            return None
+        model = describe_model(spec, references.probe(self._probe), digest, config)
+        plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
+        item = ModelWork(
+            ref, model.weights, spec.layers, missing, digest, work, plan, {}, {}, model.view, model.layouts
+        )
+        exemplars = {layer: storage.config_of(EXEMPLARS, model=name, layer=layer) for layer in missing}
+        shards = tuple(f"{number:06d}" for number in range(-(-images // config.shard(images))))
+        return _Work(item, due, exemplars, self._how.grid(spec), shards)
+
+    def _count(
+        self, storage: Storage, todo: Mapping[str, _Work], resources: Resources
+    ) -> tuple[dict[str, str], dict[str, float]]:
+        """Counts every shard that is not stored yet; returns the models that failed, and each model's seconds."""
+        names = list(todo)
+        rows: list[Row] = []
+        for index, (name, work) in enumerate(todo.items()):
+            stored = set(storage.work_names(work.item.work))
+            images, size = work.item.plan.images, self._config.shard(work.item.plan.images)
+            fresh = [
+                number
+                for number, shard in enumerate(work.shards)
+                if any(f"{folder}/{shard}" not in stored for folder in work.pieces)
+            ]
+            if done := len(work.shards) - len(fresh):
+                say(f"labels of {name}: {done} of {len(work.shards)} shards are done")
+            for number in fresh:
+                start = number * size
+                span = {"start": start, "images": min(size, images - start)}
+                rows.append({"model": index, "name": work.shards[number], **span})
+        failed: dict[str, str] = {}
+        seconds: dict[str, float] = defaultdict(float)
+        arguments = {
+            "storage": storage,
+            "work": [work.item for work in todo.values()],
+            "labels": list(todo.values()),
+            "probe": self._probe,
+            "config": self._config,
+            "threads": resources.threads,
+            "device": resources.device,
+        }
+        layers = [[(name, layer) for layer in work.item.read] for name, work in todo.items()]
+        pieces = (piece for row in rows for piece in layers[row["model"]])
+        with Progress("concepts", sum(row["images"] for row in rows), "images", pieces) as progress:
+            for answer in run_pool(CountWorker, arguments, rows, resources):
+                name = names[answer["model"]]
+                progress.advance(answer["images"], layers[answer["model"]])
+                seconds[name] += answer["seconds"]
+                if answer["error"]:
+                    failed.setdefault(name, answer["error"])
+        return failed, seconds
+
+    def _finish(self, storage: Storage, work: _Work, seconds: float) -> None:
+        """Adds a model's shards up and writes its labels.
+
+        Raises:
+            MilanError: No image had concept maps.
+        """
+        item, name = work.item, work.item.model.name
+        labelers = {labeler.name: labeler for labeler in self._how.labelers}
+        merges = [_Merge(storage, item.work, item.folder(layer), work.shards) for layer in item.layers]
+        counts: dict[str, ConceptCounts] = {}
+        for index, state in run_parallel(_merge, merges, in_driver=item.plan.images <= FEW_IMAGES):
+            counts[item.layers[index]] = state
+        first = next(iter(counts.values()))
+        if not first.images or not first.size:
+            raise MilanError(f"no image that {name} could read shows a concept; look at the probe's label maps.")
+        evidence = {layer: Evidence(counts=counts[layer]) for layer in item.layers}
+        searched: dict[str, float] = {}
+        if work.composed:
+            composer = labelers[CompExp.name]
+            assert isinstance(composer, CompExp)
+            formulas, searched = _search(storage, work, composer, counts)
+            evidence |= {layer: replace(evidence[layer], formulas=of_layer) for layer, of_layer in formulas.items()}
+        for output in work.due:
+            labeler, layer = labelers[output.keys["labeler"]], output.layer
+            labels = labeler.label(evidence[layer])
+            labels = {unit: labels[unit] for unit in output.fingerprint.units or sorted(labels)}
+            cost = Cost(images=first.images)
+            cost.add(seconds, len(work.due))
+            if isinstance(labeler, CompExp):
+                cost.add(searched[layer])
+            run = output.fingerprint.hash
+            record_run(storage, labeler.name, run, name, layer=layer, rows=len(labels), cost=cost)
+            write_labels(storage, output, labeler, labels, work.exemplars[layer])
+            clear = sum(best[0].score > INTERPRETABLE for best in labels.values())
+            say(f"{labeler.name}: {name} {layer}: {clear} of {len(labels)} units above IoU {INTERPRETABLE}")
+        storage.remove_work(item.work)
 
 
 def check_concepts(source: Probe, manifest: pa.Table) -> None:
-    """Sees before anything starts that there are concept maps at all.
+    """Checks before anything starts that there are concept maps at all.
 
     Raises:
         MilanError: The first images have none.
@@ -262,65 +316,8 @@ def check_concepts(source: Probe, manifest: pa.Table) -> None:
         )
 
 
-def _run_shards(
-    storage: Storage,
-    work: Sequence[_Work],
-    digest: str,
-    probe: references.ProbeRef,
-    config: ExemplarConfig,
-    how: LabelConfig,
-    resources: Resources,
-) -> tuple[dict[str, str], dict[str, float]]:
-    """Counts every shard that is not stored yet; returns the models that failed, and each model's seconds."""
-    total = storage.count(MANIFEST, probe=digest)
-    names = shard_names(total, config)
-    size = config.shard(total)
-    rows: list[Row] = []
-    for index, planned in enumerate(work):
-        stored = set(storage.work_names(planned.item.work))
-        wanted = [CONCEPTS, *(f"{kind}/{planned.item.folder(layer)}" for layer, kind in _pieces(planned))]
-        fresh = [n for n, name in enumerate(names) if any(f"{folder}/{name}" not in stored for folder in wanted)]
-        if len(fresh) < len(names):
-            say(f"labels of {planned.item.model.name}: {len(names) - len(fresh)} of {len(names)} shards are done")
-        rows += [
-            {"model": index, "name": names[n], "start": n * size, "images": min(size, total - n * size)} for n in fresh
-        ]
-    failed: dict[str, str] = {}
-    seconds: dict[str, float] = defaultdict(float)
-    arguments = {
-        "storage": storage,
-        "work": [planned.item for planned in work],
-        "labels": list(work),
-        "probe": probe,
-        "config": config,
-        "threads": resources.threads,
-        "device": resources.device,
-    }
-    layers = [[(planned.item.model.name, layer) for layer in planned.item.read] for planned in work]
-    pieces = (piece for row in rows for piece in layers[row["model"]])
-    with Progress("concepts", sum(row["images"] for row in rows), "images", pieces) as progress:
-        for answer in run_pool(CountWorker, arguments, rows, resources):
-            name = work[answer["model"]].item.model.name
-            progress.advance(answer["images"], layers[answer["model"]])
-            seconds[name] += answer["seconds"]
-            if answer["error"]:
-                failed.setdefault(name, answer["error"])
-    return failed, seconds
-
-
 CONCEPTS = "concepts"
 """Work folder of a shard's concept maps; written last, so it also says that the shard is finished."""
-
-
-def shard_names(images: int, config: ExemplarConfig) -> list[str]:
-    """The shards of a probe, by name."""
-    return [f"{n:06d}" for n in range(-(-images // config.shard(images)))]
-
-
-def _pieces(planned: _Work) -> list[tuple[str, str]]:
-    """(layer, kind of work file) of everything a shard writes."""
-    composed = planned.layers.get(CompExp.name, {})
-    return [(layer, "counts") for layer in planned.item.layers] + [(layer, "masks") for layer in composed]
 
 
 class CountWorker(ModelWorker):
@@ -343,7 +340,7 @@ class CountWorker(ModelWorker):
         spec, forward = self._forward(index)
         levels = self._levels(index)
         view = spec.preprocess.view if spec.images is None else View(spec.preprocess.view.shape, None)
-        composed = planned.layers.get(CompExp.name, {})
+        composed = planned.composed
         refs = image_refs(
             part := self._storage.read_rows(
                 MANIFEST, row["start"], row["start"] + row["images"], ["image_id", "root", "path"], probe=item.probe
@@ -454,64 +451,23 @@ def _compose(task: _Compose) -> float:
     return time.monotonic() - started
 
 
-def _finish(storage: Storage, planned: _Work, how: LabelConfig, config: ExemplarConfig, seconds: float) -> None:
-    """Adds a model's shards up and makes its labels public.
-
-    Raises:
-        MilanError: No image had concept maps.
-    """
-    item = planned.item
-    name = item.model.name
-    shards = tuple(shard_names(item.plan.images, config))
-    few = item.plan.images <= FEW_IMAGES
-    merges = [_Merge(storage, item.work, item.folder(layer), shards) for layer in item.layers]
-    counts: dict[str, ConceptCounts] = {}
-    for index, state in run_parallel(_merge, merges, in_driver=few):
-        counts[item.layers[index]] = state
-    images = next(iter(counts.values())).images
-    if not images or not next(iter(counts.values())).size:
-        raise MilanError(f"no image that {name} could read shows a concept; look at the probe's label maps.")
-    evidence = {layer: Evidence(counts=counts[layer]) for layer in item.layers}
-    searched: dict[str, float] = {}
-    for labeler in how.labelers:
-        if isinstance(labeler, CompExp) and planned.layers[labeler.name]:
-            formulas, searched = _search(storage, planned, labeler, counts, shards)
-            for layer, found in formulas.items():
-                evidence[layer] = replace(evidence[layer], formulas=found)
-    due = [(labeler, layer) for labeler in how.labelers for layer in planned.layers[labeler.name]]
-    for labeler, layer in due:
-        fingerprint = planned.layers[labeler.name][layer]
-        labelled = labeler.label(evidence[layer])
-        labelled = {unit: labelled[unit] for unit in fingerprint.units or sorted(labelled)}
-        output = Output({"labeler": labeler.name, "model": name, "layer": layer}, fingerprint)
-        cost = Cost(images=images)
-        cost.add(seconds, len(due))
-        if isinstance(labeler, CompExp):
-            cost.add(searched[layer])
-        record_run(storage, labeler.name, fingerprint.hash, name, layer=layer, rows=len(labelled), cost=cost)
-        write_labels(storage, output, labeler, labelled, planned.exemplars[layer])
-        clear = sum(best[0].score > INTERPRETABLE for best in labelled.values())
-        say(f"{labeler.name}: {name} {layer}: {clear} of {len(labelled)} units above IoU {INTERPRETABLE}")
-    storage.remove_work(item.work)
-
-
 def _search(
-    storage: Storage, planned: _Work, labeler: CompExp, counts: dict[str, ConceptCounts], shards: tuple[str, ...]
+    storage: Storage, work: _Work, labeler: CompExp, counts: dict[str, ConceptCounts]
 ) -> tuple[dict[str, dict[int, list[Label]]], dict[str, float]]:
     """Layer → the formulas of its units, searched block by block, and layer → the seconds that took on one process.
 
     Blocks that are stored are not searched again.
     """
-    item = planned.item
+    item = work.item
     stored = set(storage.work_names(item.work))
     tasks: dict[str, list[_Compose]] = {}
-    for layer, fingerprint in planned.layers[labeler.name].items():
+    for layer, output in work.composed.items():
         folder = item.folder(layer)
         if f"merged/{folder}" not in stored:
             storage.put_work(item.work, f"merged/{folder}", counts[layer].to_table())
-        units = fingerprint.units or tuple(range(len(counts[layer].unit)))
+        units = output.fingerprint.units or tuple(range(len(counts[layer].unit)))
         tasks[layer] = [
-            _Compose(storage, item.work, folder, shards, units[start : start + UNITS], planned.size, labeler)
+            _Compose(storage, item.work, folder, work.shards, units[start : start + UNITS], work.size, labeler)
             for start in range(0, len(units), UNITS)
         ]
     fresh = [(layer, task) for layer, of in tasks.items() for task in of if task.name not in stored]
@@ -522,10 +478,10 @@ def _search(
             layer, task = fresh[index]
             progress.advance(len(task.units))
             seconds[layer] += spent
-    found: dict[str, dict[int, list[Label]]] = {}
+    formulas: dict[str, dict[int, list[Label]]] = {}
     for layer, of in tasks.items():
-        found[layer] = defaultdict(list)
+        formulas[layer] = defaultdict(list)
         for task in of:
             for row in storage.get_work(item.work, task.name).to_pylist():
-                found[layer][row["unit"]].append(Label(row["text"], row["iou"]))
-    return found, seconds
+                formulas[layer][row["unit"]].append(Label(row["text"], row["iou"]))
+    return formulas, seconds

@@ -7,8 +7,9 @@ pooled ────────────────────────�
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,14 +17,13 @@ import torch
 from PIL import Image
 from torch import nn
 
-from milan_ray.config import Arithmetic, ExemplarConfig, Fingerprint, Resources, config_hash
+from milan_ray.config import Arithmetic, ExemplarConfig, Fingerprint, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
-from milan_ray.engine.actor_pool import Row, run_pool
+from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.model_cache import ModelCache
-from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.stage import Known, Output, Stage
-from milan_ray.engine.tasks import removed_if_damaged, retry_if_overtaken
+from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage
+from milan_ray.engine.tasks import FEW_IMAGES
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import pass_size
 from milan_ray.exemplars.pooled import maxima, means
@@ -31,22 +31,19 @@ from milan_ray.models.generators import Generator, GeneratorRef
 from milan_ray.models.registry import ModelSpec
 from milan_ray.models.weights import weights_digest
 from milan_ray.probe.manifest import digest as probe_digest
-from milan_ray.progress import Progress, say
 from milan_ray.schema import POOLED, UNIT_SCORES
 from milan_ray.scoring.simulation import retrieval
 from milan_ray.stages.arithmetic import Forwards, arithmetics_of
 from milan_ray.stages.embeddings import lists_of, rows_of
-from milan_ray.stages.scores import (
+from milan_ray.stages.scores.inputs import (
     ROWS_SCHEMA,
     SYSTEMS,
     Described,
     ScoreConfig,
     Seen,
     Texts,
-    by_described,
-    summarise,
+    unit_scores,
     upstream,
-    write_unit_scores,
 )
 from milan_ray.storage import Storage
 
@@ -79,198 +76,87 @@ class CosyConfig:
             raise MilanError(f"the prompt {self.template!r} has no {{}} in the place of the description.")
 
 
-@retry_if_overtaken
-def run_cosy(
-    storage: Storage,
-    described: Sequence[Described],
-    probe: references.ProbeRef,
-    models: Sequence[references.ModelRef],
-    ref: GeneratorRef,
-    cosy: CosyConfig,
-    config: ScoreConfig,
-    resources: Resources,
-) -> list[str]:
-    """Scores every description whose scores are missing or stale, by images generated from it.
+@dataclass(frozen=True)
+class Network:
+    """A model that looks at generated images.
 
-    Every distinct text of a model is drawn once, whichever units and labelers it comes from.
+    Attributes:
+        ref: The model.
+        weights: Digest of its weights.
+        layers: Layer → how it was dissected.
+    """
 
-    Args:
-        storage: The run directory, which holds descriptions, exemplars and pooled activations.
-        described: What to score.
-        probe: The probe that they are of: the control.
-        models: The models described.
-        ref: The generator.
+    ref: references.ModelRef
+    weights: str
+    layers: dict[str, Arithmetic]
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What images are generated, and what is kept of them.
+
+    Attributes:
+        generator: The generator.
         cosy: How to generate.
-        config: How to pool, and which images of the probe count.
-        resources: What of the cluster to use; Ray must be connected.
-
-    Returns:
-        The experiments of table ``scores``, one per model.
-
-    Raises:
-        MilanError: Pooled activations, the generator or a model's weights are missing.
-    """
-    digest = probe_digest(references.probe(probe).manifest())
-    generator = references.generator(ref, probe.plugins)
-    by_name = {model.name: model for model in models}
-    weights = weights_of(models)
-    stage = CosyScores(described, ref, generator, digest, weights, cosy, config)
-    outputs = by_described(stage.outputs(Known(storage)))
-    work = config_hash({"cosy": [output.fingerprint.hash for output in outputs.values()]})
-    due = [what for what in described if stage.why(storage, outputs[what])]
-    if not due:
-        storage.remove_work(work)
-        say(f"scores by {ref.name}: all up to date")
-        return summarise(storage, ref.name, sorted({what.model for what in described}), config)
-    with removed_if_damaged(storage, work):
-        texts = {what: Texts.read(storage, what, config.seed) for what in due}
-        wanted: dict[str, dict[str, dict[str, set[int]]]] = defaultdict(lambda: defaultdict(lambda: defaultdict(set)))
-        for what, said in texts.items():
-            for own in said.systems.values():
-                for unit, text in zip(said.units, own, strict=True):
-                    wanted[what.model][text][what.layer].add(unit)
-        stored = set(storage.work_names(work))
-        names = list(by_name)
-        rows: list[Row] = []
-        place: dict[tuple[str, str], tuple[str, int]] = {}
-        for model, of_texts in wanted.items():
-            every = sorted(of_texts)
-            for start in range(0, len(every), TEXTS):
-                some = every[start : start + TEXTS]
-                name = f"{names.index(model)}/{config_hash({'texts': some})}"
-                place |= {(model, text): (name, number) for number, text in enumerate(some)}
-                units = [{layer: sorted(of) for layer, of in of_texts[text].items()} for text in some]
-                if f"drawn/{name}" not in stored:
-                    rows.append({"name": name, "model": names.index(model), "texts": some, "units": units})
-        say(f"scores by {ref.name}: {len(due)} layers and labelers, {sum(len(row['texts']) for row in rows)} texts")
-        arguments = {
-            "storage": storage,
-            "work": work,
-            "models": [by_name[name] for name in names],
-            "weights": [weights[name] for name in names],
-            "layers": [
-                arithmetics_of(storage, name, sorted({w.layer for w in due if w.model == name}), POOLED)
-                for name in names
-            ],
-            "generator": ref,
-            "cosy": cosy,
-            "pooling": config.pooling,
-            "plugins": probe.plugins,
-            "threads": resources.threads,
-            "device": resources.device,
-        }
-        costs = {what: Cost() for what in due}
-        sharing = {number: [what for what in due if what.model == name] for number, name in enumerate(names)}
-        with Progress(f"scores ({ref.name})", sum(len(row["texts"]) for row in rows), "texts") as progress:
-            for answer in run_pool(CosyWorker, arguments, rows, resources):
-                progress.advance(answer["texts"])
-                for what in sharing[answer["model"]]:
-                    costs[what].add(answer["seconds"], len(sharing[answer["model"]]))
-        for what, said in texts.items():
-            table = _score_layer(storage, work, what, said, place, config)
-            run = outputs[what].fingerprint.hash
-            record_run(storage, "cosy", run, what.model, layer=what.layer, rows=len(table), cost=costs[what])
-            write_unit_scores(storage, outputs[what], table)
-    storage.remove_work(work)
-    return summarise(storage, ref.name, sorted({what.model for what in described}), config)
-
-
-def weights_of(models: Sequence[references.ModelRef]) -> dict[str, str]:
-    """Model → digest of its weights."""
-    return {model.name: weights_digest(references.network(references.model(model))) for model in models}
-
-
-class CosyScores(Stage):
-    """Scores of descriptions by generated images; :func:`run_cosy` makes them together.
-
-    Args:
-        described: What to score.
-        ref: The generator.
-        generator: The same, loaded.
-        digest: Digest of the probe manifest.
-        weights: Of :func:`weights_of`.
-        cosy: How to draw.
-        config: How to pool, and which images of the probe count.
+        pooling: ``mean`` or ``max``: what stands for an activation map.
+        plugins: Modules that register the generator.
     """
 
-    table, name = UNIT_SCORES, "cosy"
-
-    def __init__(
-        self,
-        described: Sequence[Described],
-        ref: GeneratorRef,
-        generator: Generator,
-        digest: str,
-        weights: Mapping[str, str],
-        cosy: CosyConfig,
-        config: ScoreConfig,
-    ) -> None:
-        self._described, self._digest, self._weights = described, digest, weights
-        self._predictor, self.title = ref.name, f"scores by {ref.name}"
-        self._identity = {
-            "kernel": KERNEL_VERSION,
-            "generator": generator.identity(),
-            "cosy": cosy,
-            "config": config,
-        }
-
-    def outputs(self, known: Known) -> Iterator[Output]:
-        """Scores of every labeler's descriptions of every layer."""
-        for what in self._described:
-            above = {"weights": self._weights[what.model], **upstream(known.storage, what, self._digest)}
-            yield Output({"predictor": self._predictor, **what.keys}, Fingerprint.of({**self._identity, **above}))
+    generator: GeneratorRef
+    cosy: CosyConfig
+    pooling: str
+    plugins: tuple[str, ...]
 
 
 class CosyWorker:
-    """Draws images of texts and looks at what a model makes of them."""
+    """Generates images of texts and pools what a model's units make of them."""
 
     def __init__(
         self,
         storage: Storage,
         work: str,
-        models: list[references.ModelRef],
-        weights: list[str],
-        layers: list[dict[str, Arithmetic]],
-        generator: GeneratorRef,
-        cosy: CosyConfig,
-        pooling: str,
-        plugins: tuple[str, ...],
+        outputs: dict[int, Output],
+        networks: list[Network],
+        how: Generation,
         threads: int,
         device: str,
     ) -> None:
         torch.set_num_threads(threads)
-        self._storage, self._work, self._models, self._weights = storage, work, models, weights
-        self._layers, self._cosy = layers, cosy
-        self._pool = means if pooling == "mean" else maxima
+        self._storage, self._work, self._outputs, self._networks = storage, work, outputs, networks
+        self._cosy = how.cosy
+        self._pool = means if how.pooling == "mean" else maxima
         self._device = resolve_device(device)
-        self._generator: Generator = references.generator(generator, plugins).to(self._device)
+        self._generator: Generator = references.generator(how.generator, how.plugins).to(self._device)
         self._forward = ModelCache(self._load)
 
     def __call__(self, row: Row) -> Row:
-        """Draws a few texts."""
+        """Runs a few texts of one model."""
         spec, forward = self._forward(row["model"])
-        found = []
-        for number, text in enumerate(row["texts"]):
+        pieces: dict[int, list[pa.Table]] = defaultdict(list)
+        for text, units_of in zip(row["texts"], row["units"], strict=True):
             images = self._generator.generate(
                 self._cosy.template.replace("{}", text), self._cosy.count, self._cosy.seed
             )
             views = np.stack([spec.preprocess.view(Image.fromarray(image)) for image in images])
             pooled = self._activations(spec, forward, views)
-            for layer, units in row["units"][number].items():
-                values = pooled[layer][:, units].T
-                columns = {"unit": units, "text": [number] * len(units), "layer": [layer] * len(units)}
-                found.append(pa.table({**columns, "activations": lists_of(values)}))
-        self._storage.put_work(self._work, f"drawn/{row['name']}", pa.concat_tables(found))
-        return {"model": row["model"], "texts": len(row["texts"])}
+            for number, units in zip(row["outputs"], units_of, strict=True):
+                values = lists_of(pooled[self._outputs[number].layer][:, units].T)
+                texts = pa.array([text] * len(units), pa.string())
+                columns = {"text": texts, "unit": pa.array(units, pa.int64()), "activations": values}
+                pieces[number].append(pa.table(columns))
+        for number, tables in pieces.items():
+            self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), pa.concat_tables(tables))
+        return {}
 
     def _load(self, index: int) -> tuple[ModelSpec, Forwards]:
-        spec = references.model(self._models[index])
+        network = self._networks[index]
+        spec = references.model(network.ref)
         size = pass_size(spec.batch(ExemplarConfig().batch_size), self._device)
 
         def build() -> nn.Module:
-            return references.network(spec, self._weights[index]).to(self._device)
+            return references.network(spec, network.weights).to(self._device)
 
-        return spec, Forwards(spec, build, self._layers[index], size)
+        return spec, Forwards(spec, build, network.layers, size)
 
     def _activations(self, spec: ModelSpec, forward: Forwards, views: np.ndarray) -> dict[str, np.ndarray]:
         """Layer → pooled activations of N views, float32 (N, U)."""
@@ -282,42 +168,113 @@ class CosyWorker:
         return {layer: np.concatenate(parts) for layer, parts in found.items()}
 
 
-def _score_layer(
-    storage: Storage,
-    work: str,
-    what: Described,
-    texts: Texts,
-    place: dict[tuple[str, str], tuple[str, int]],
-    config: ScoreConfig,
-) -> pa.Table:
-    """Compares what a layer's units make of the images of their descriptions with what they make of the probe."""
-    drawn: dict[tuple[str, int, int], np.ndarray] = {}
-    for name in sorted({place[what.model, text][0] for text in texts.every()}):
-        table = storage.get_work(work, f"drawn/{name}")
-        of = zip(table["layer"].to_pylist(), table["text"].to_pylist(), table["unit"].to_pylist(), strict=True)
-        for (layer, text, unit), values in zip(of, rows_of(table["activations"]), strict=True):
-            if layer == what.layer:
-                drawn[name, text, unit] = values
-    seen = Seen.read(storage, what, texts.units, config, None)
-    rows: list[dict[str, object]] = []
-    for column, unit in enumerate(texts.units):
-        control = seen.activations[seen.use[:, column], column]
-        for system in SYSTEMS:
-            text = texts.systems[system][column]
-            own = drawn[(*place[what.model, text], unit)]
-            own = own[np.isfinite(own)]
-            alive = len(control) > 0 and control.min() < control.max()
-            both = np.concatenate([own, control])
-            found = retrieval(both, np.arange(len(both)) < len(own)) if alive else (np.nan, np.nan)
-            rows += [
-                {
-                    "unit": unit,
-                    "system": system,
-                    "description": text,
-                    "metric": metric,
-                    "value": value,
-                    "images": len(both),
-                }
-                for metric, value in zip(("cosy-auc", "cosy-mad"), found, strict=True)
-            ]
-    return pa.Table.from_pylist(rows, schema=ROWS_SCHEMA)
+class CosyScores(ShardedStage):
+    """Scores of descriptions by images generated from them.
+
+    Images of every distinct text of a model are generated once, whichever units and labelers it comes from.
+
+    Args:
+        described: What to score.
+        probe: The probe that it is of: the control.
+        models: The models described.
+        ref: The generator.
+        cosy: How to generate.
+        config: How to pool, and which images of the probe count.
+
+    Raises:
+        MilanError: The generator or a model's weights are missing.
+    """
+
+    worker = CosyWorker
+    table, name, counted = UNIT_SCORES, "cosy", "texts"
+
+    def __init__(
+        self,
+        described: Sequence[Described],
+        probe: references.ProbeRef,
+        models: Sequence[references.ModelRef],
+        ref: GeneratorRef,
+        cosy: CosyConfig,
+        config: ScoreConfig,
+    ) -> None:
+        self._described, self._config, self._predictor = described, config, ref.name
+        self._models = {model.name: model for model in models}
+        self._digest = probe_digest(references.probe(probe).manifest())
+        self._how = Generation(ref, cosy, config.pooling, probe.plugins)
+        self._identity = {
+            "kernel": KERNEL_VERSION,
+            "generator": references.generator(ref, probe.plugins).identity(),
+            "cosy": cosy,
+            "config": config,
+        }
+        self._weights = {
+            name: weights_digest(references.network(references.model(model))) for name, model in self._models.items()
+        }
+        self.title, self.label = f"scores by {ref.name}", f"scores ({ref.name})"
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """Scores of every labeler's descriptions of every layer."""
+        for layer in self._described:
+            above = {"weights": self._weights[layer.model], **upstream(known.storage, layer, self._digest)}
+            yield Output({"predictor": self._predictor, **layer.keys}, Fingerprint.of({**self._identity, **above}))
+
+    def shards(self, job: Job) -> list[Shard]:
+        """A few texts of one model each, with the units of each output that they are said of."""
+        units: dict[str, dict[str, dict[int, set[int]]]] = {name: {} for name in self._models}
+        for output in job.due:
+            texts = Texts.read(job.storage, Described.of(output), self._config.seed)
+            for of_system in texts.systems.values():
+                for unit, text in zip(texts.units, of_system, strict=True):
+                    units[output.model].setdefault(text, {}).setdefault(output.number, set()).add(unit)
+        shards = []
+        for index, of_text in enumerate(units.values()):
+            every = sorted(of_text)
+            for start in range(0, len(every), TEXTS):
+                texts_of_shard = every[start : start + TEXTS]
+                outputs = tuple(sorted({number for text in texts_of_shard for number in of_text[text]}))
+                wanted = [[sorted(of_text[text].get(number, ())) for number in outputs] for text in texts_of_shard]
+                row = {"model": index, "texts": texts_of_shard, "units": wanted}
+                name = f"{index}/{config_hash({'texts': texts_of_shard})}"
+                shards.append(Shard(name, outputs, row, len(texts_of_shard)))
+        return shards
+
+    def arguments(self, job: Job) -> dict[str, Any]:
+        """The models, and how images are generated."""
+        layers = {name: sorted({o.layer for o in job.due if o.model == name}) for name in self._models}
+        networks = [
+            Network(model, self._weights[name], arithmetics_of(job.storage, name, layers[name], POOLED))
+            for name, model in self._models.items()
+        ]
+        return {"outputs": {output.number: output for output in job.due}, "networks": networks, "how": self._how}
+
+    def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
+        """Compares the activations for generated images with those for the probe."""
+        generated: dict[tuple[str, int], np.ndarray] = {}
+        for piece in pieces:
+            keys = zip(piece["text"].to_pylist(), piece["unit"].to_pylist(), strict=True)
+            generated |= dict(zip(keys, rows_of(piece["activations"]), strict=True))
+        layer = Described.of(output)
+        texts = Texts.read(storage, layer, self._config.seed)
+        seen = Seen.read(storage, layer, texts.units, self._config, None)
+        rows: list[dict[str, object]] = []
+        for column, unit in enumerate(texts.units):
+            control = seen.activations[seen.use[:, column], column]
+            for system in SYSTEMS:
+                text = texts.systems[system][column]
+                own = generated[text, unit]
+                own = own[np.isfinite(own)]
+                alive = len(control) > 0 and control.min() < control.max()
+                both = np.concatenate([own, control])
+                scores = retrieval(both, np.arange(len(both)) < len(own)) if alive else (np.nan, np.nan)
+                about = {"unit": unit, "system": system, "description": text, "images": len(both)}
+                metrics = zip(("cosy-auc", "cosy-mad"), scores, strict=True)
+                rows += [about | {"metric": metric, "value": value} for metric, value in metrics]
+        return unit_scores(output.keys, pa.Table.from_pylist(rows, schema=ROWS_SCHEMA))
+
+    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
+        """How many layers are scored, and how many texts are left to generate images of."""
+        return f"{self.title}: {len(job.due)} layers and labelers, {sum(shard.size for shard in shards)} texts"
+
+    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
+        """Whether the probe has few images."""
+        return all(job.storage.count(POOLED, model=o.model, layer=o.layer) <= FEW_IMAGES for o in job.due)

@@ -23,6 +23,7 @@ from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import read_views
 from milan_ray.models.image_text import Embedder, ImageTextRef
 from milan_ray.probe.base import ImageRef, LatentProbe, Probe
+from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import say
 from milan_ray.schema import IMAGE_EMBEDDINGS, MANIFEST, TEXT_EMBEDDINGS
@@ -50,17 +51,6 @@ _IMAGES_SCHEMA = pa.schema([("image_id", pa.int64()), ("embedding", pa.list_(pa.
 _TEXTS_SCHEMA = pa.schema([("text", pa.string()), ("embedding", pa.list_(pa.float32()))])
 
 
-def image_embeddings_fingerprint(embedder: Embedder, probe: str) -> Fingerprint:
-    """What decides a probe's embeddings.
-
-    Args:
-        embedder: The model of images and texts.
-        probe: Digest of the probe manifest.
-    """
-    view = None if embedder.view is None else embedder.view.key
-    return Fingerprint.of({**embedder.identity(), "kernel": KERNEL_VERSION, "view": view, "probe": probe})
-
-
 class ImageEmbeddingWorker:
     """Embeds the images of one shard."""
 
@@ -71,12 +61,11 @@ class ImageEmbeddingWorker:
         output: Output,
         ref: ImageTextRef,
         probe: references.ProbeRef,
-        digest: str,
         threads: int,
         device: str,
     ) -> None:
         torch.set_num_threads(threads)
-        self._storage, self._work, self._output, self._digest = storage, work, output, digest
+        self._storage, self._work, self._output = storage, work, output
         self._probe = references.probe(probe)
         self._device = resolve_device(device)
         self._embedder: Embedder = references.image_text(ref, probe.plugins).to(self._device)
@@ -84,7 +73,7 @@ class ImageEmbeddingWorker:
     def __call__(self, row: Row) -> Row:
         """Runs one shard."""
         columns = ["image_id", "root", "path"]
-        part = self._storage.read_rows(MANIFEST, row["start"], row["stop"], columns, probe=self._digest)
+        part = self._storage.read_rows(MANIFEST, row["start"], row["stop"], columns, probe=self._output.keys["probe"])
         refs = image_refs(part, range(len(part)))
         tables = [_IMAGES_SCHEMA.empty_table()]
         for start in range(0, len(refs), BATCH):
@@ -100,28 +89,43 @@ class ImageEmbeddings(ShardedStage):
 
     Args:
         ref: The model of images and texts.
-        embedder: The same, loaded.
         probe: The probe images.
-        digest: Digest of their manifest.
+        embedder: The model, loaded; None loads it.
+
+    Attributes:
+        embedder: The model, loaded on the CPU.
+        digest: Digest of the probe manifest.
+        keys: The partition of the embeddings.
+
+    Raises:
+        MilanError: The probe holds a generator's latents, or the model is missing.
     """
 
     worker = ImageEmbeddingWorker
     table, counted = IMAGE_EMBEDDINGS, "images"
     name, label = "image_embeddings", "image embeddings"
 
-    def __init__(self, ref: ImageTextRef, embedder: Embedder, probe: references.ProbeRef, digest: str) -> None:
-        self._request, self._probe, self._digest = ref, probe, digest
-        self._width, self._fingerprint = embedder.width, image_embeddings_fingerprint(embedder, digest)
+    def __init__(self, ref: ImageTextRef, probe: references.ProbeRef, embedder: Embedder | None = None) -> None:
+        source = references.probe(probe)
+        if isinstance(source, LatentProbe):
+            raise MilanError(
+                "a generator's latents cannot be embedded by a model of images and texts: give a probe of images."
+            )
+        self.ref, self.probe, self.digest = ref, probe, probe_digest(source.manifest())
+        self.embedder = references.image_text(ref, probe.plugins) if embedder is None else embedder
+        self.keys = {"encoder": ref.name, "probe": self.digest}
         self.title = f"image embeddings ({ref.name})"
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """The embeddings of the probe."""
-        keys = {"encoder": self._request.name, "probe": self._digest}
-        yield Output(keys, self._fingerprint, about=self._request.name)
+        view = None if self.embedder.view is None else self.embedder.view.key
+        identity = {**self.embedder.identity(), "kernel": KERNEL_VERSION, "view": view}
+        yield Output(self.keys, Fingerprint.of({**identity, "probe": self.digest}), about=self.ref.name)
 
     def shards(self, job: Job) -> list[Shard]:
         """Images in the order of the manifest."""
-        total = job.storage.count(MANIFEST, probe=self._digest)
+        store_manifest(job.storage, self.probe)
+        total = job.storage.count(MANIFEST, probe=self.digest)
         spans = [(start, min(start + SHARD, total)) for start in range(0, total, SHARD)]
         return [
             Shard(f"{n:06d}", (0,), {"start": start, "stop": stop}, stop - start)
@@ -131,57 +135,31 @@ class ImageEmbeddings(ShardedStage):
     def arguments(self, job: Job) -> dict[str, Any]:
         """The model, and where the images come from."""
         (output,) = job.due
-        return {"output": output, "ref": self._request, "probe": self._probe, "digest": self._digest}
+        return {"output": output, "ref": self.ref, "probe": self.probe}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> Stream:
         """All embeddings, by image."""
-        return Stream(self._strung(storage, output, iter(pieces)), {"width": str(self._width)})
+        return Stream(self._row_groups(storage, output, iter(pieces)), {"width": str(self.embedder.width)})
 
-    def _strung(self, storage: Storage, output: Output, pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
-        made, total = 0, storage.count(MANIFEST, probe=self._digest)
+    def _row_groups(self, storage: Storage, output: Output, pieces: Iterator[pa.Table]) -> Iterator[pa.Table]:
+        made, total = 0, storage.count(MANIFEST, probe=self.digest)
         while group := list(itertools.islice(pieces, GROUP)):
             piece = pa.concat_tables(group)
             made += len(piece)
             yield IMAGE_EMBEDDINGS.table(output.columns(piece))
         if not made:
-            name = self._request.name
-            raise MilanError(f"no image of the probe could be read, so there is nothing for {name} to embed.")
+            raise MilanError(f"no image of the probe could be read, so there is nothing for {self.ref.name} to embed.")
         if made < total:
             say(f"{self.title}: {total - made} of {total} images could not be read")
 
     def announce(self, job: Job, shards: Sequence[Shard]) -> str:
         """How many images are embedded."""
-        total = job.storage.count(MANIFEST, probe=self._digest)
+        total = job.storage.count(MANIFEST, probe=self.digest)
         return f"{self.title}: {total} images, {len(shards)} of {-(-total // SHARD)} shards to do"
 
     def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
         """The driver strings the shards together: it reads each once."""
         return True
-
-
-def run_image_embeddings(storage: Storage, probe: references.ProbeRef, ref: ImageTextRef, resources: Resources) -> str:
-    """Embeds every readable image of a probe, unless that is done.
-
-    Args:
-        storage: The run directory.
-        probe: The probe images.
-        ref: The model of images and texts.
-        resources: What of the cluster to use; Ray must be connected.
-
-    Returns:
-        Digest of the probe manifest.
-
-    Raises:
-        MilanError: The probe holds a generator's latents, no image could be read, or the model is missing.
-    """
-    if isinstance(references.probe(probe), LatentProbe):
-        raise MilanError(
-            "a generator's latents cannot be embedded by a model of images and texts: give a probe of images."
-        )
-    _, digest = store_manifest(storage, probe)
-    embedder = references.image_text(ref, probe.plugins)
-    run_stage(ImageEmbeddings(ref, embedder, probe, digest), storage, resources)
-    return digest
 
 
 def embed_refs(
@@ -243,6 +221,12 @@ def embeddings_of(storage: Storage, encoder: str, probe: str, image_ids: np.ndar
     if len(matrix) != len(image_ids):
         raise MilanError(f"{len(image_ids) - len(matrix)} images have no embedding by {encoder}; run the job again.")
     return matrix
+
+
+def embedded_ids(storage: Storage, encoder: str, probe: str) -> np.ndarray:
+    """The ids of a probe's embedded images, int64 (N,), ascending."""
+    parts = storage.stream(IMAGE_EMBEDDINGS, ["image_id"], encoder=encoder, probe=probe)
+    return np.concatenate([part["image_id"].to_numpy() for part in parts])
 
 
 def image_embeddings(storage: Storage, encoder: str, probe: str) -> tuple[np.ndarray, np.ndarray]:

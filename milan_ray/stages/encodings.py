@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -126,12 +126,12 @@ class Encodings(ShardedStage):
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """Encodings of every layer, by what its exemplars are."""
-        identity = encoder_identity(self._encoder)
+        identity = {"kernel": KERNEL_VERSION, **self._encoder.load().identity()}
         for model, layer in pairs(self._models):
             exemplars = known.config(EXEMPLARS, model=model, layer=layer)
             known.check_units(self._units, model, layer)
             keys = {"encoder": self._encoder.name, "model": model, "layer": layer}
-            yield Output(keys, encodings_fingerprint(identity, exemplars, self._units))
+            yield Output(keys, Fingerprint.of({**identity, "exemplars": exemplars}, self._units))
 
     def shards(self, job: Job) -> list[Shard]:
         """Chunks of images; the exemplars of each lie beside it, so that no worker reads a layer as a whole."""
@@ -186,22 +186,6 @@ def run_encodings(
         MilanError: Exemplars or the encoder are missing, or a layer has no such unit.
     """
     run_stage(Encodings(models, encoder, units), storage, resources)
-
-
-def encoder_identity(encoder: Request) -> dict[str, object]:
-    """All that decides encodings besides the exemplars."""
-    return {"kernel": KERNEL_VERSION, **encoder.load().identity()}
-
-
-def encodings_fingerprint(encoder: Mapping[str, object], exemplars: str, units: tuple[int, ...]) -> Fingerprint:
-    """What decides a layer's encodings.
-
-    Args:
-        encoder: As :func:`encoder_identity` gives it.
-        exemplars: Configuration hash of the layer's exemplars.
-        units: The units selected; empty for all.
-    """
-    return Fingerprint.of({**encoder, "exemplars": exemplars}, units)
 
 
 @dataclass(frozen=True)

@@ -26,11 +26,10 @@ from milan_ray.schema import (
     TRAINING,
 )
 from milan_ray.stages.captioners import load_captioner
-from milan_ray.stages.concept_labels import LabelConfig
+from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
 from milan_ray.stages.descriptions import description_stages
 from milan_ray.stages.encodings import Encodings
 from milan_ray.stages.exemplars import Exemplars
-from milan_ray.stages.plan import plan_labels
 from milan_ray.stages.training import Training
 from milan_ray.storage import Storage
 from milan_ray.studies.analysis.run import AnalysisConfig, analysis_fingerprint, described_model
@@ -171,7 +170,7 @@ def plan_baselines(
         captioner = load_captioner(storage, network.search.decoder)
         plan.stages(storage, [Encodings(mine, network.encoder)])
         plan.stages(storage, description_stages(mine, network.search, captioner))
-    plan_labels(storage, plan, every, models, how)
+    plan.stages(storage, [ConceptLabels(every, models, probe, config, how)])
     comparisons: dict[str, pl.DataFrame] = {}
     for model, layers in every.items():
         whole = comparison_name(name, model)

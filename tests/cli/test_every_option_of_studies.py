@@ -24,7 +24,7 @@ from milan_ray.schema import (
     SCORES,
     UNIT_SCORES,
 )
-from milan_ray.stages.dnd import read_drawings
+from milan_ray.stages.dnd.stage import read_drawings
 from milan_ray.storage import Storage
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"

@@ -23,6 +23,7 @@ from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
 from milan_ray.engine import tuner
 from milan_ray.engine.cluster import connected
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.engine.stage import run_stage
 from milan_ray.labelers.clip import Clip
 from milan_ray.labelers.clip_dissect import ClipDissect
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
@@ -43,21 +44,23 @@ from milan_ray.schema import (
     UNIT_SCORES,
     Table,
 )
-from milan_ray.stages import dnd, embeddings
+from milan_ray.stages import embeddings
 from milan_ray.stages import training as train
 from milan_ray.stages import tuning as tune
 from milan_ray.stages.annotations_import import run_import
 from milan_ray.stages.captioners import EncoderRef, save_captioner
-from milan_ray.stages.clip_dissect import run_clip_dissect
-from milan_ray.stages.concept_labels import LabelConfig, run_labels
-from milan_ray.stages.cosy import CosyConfig, run_cosy
+from milan_ray.stages.clip_dissect import clip_dissect_stages
+from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
+from milan_ray.stages.cosy import CosyConfig, CosyScores
 from milan_ray.stages.descriptions import Search, run_descriptions
-from milan_ray.stages.dnd import DndConfig, SummariserRef, run_dnd
-from milan_ray.stages.embeddings import run_image_embeddings, text_embeddings
+from milan_ray.stages.dnd import stage as dnd
+from milan_ray.stages.dnd.config import DndConfig, SummariserRef, drawings_identity
+from milan_ray.stages.dnd.stage import dnd_stages, run_dnd
+from milan_ray.stages.embeddings import ImageEmbeddings, text_embeddings
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import DissectedModels, run_exemplars
 from milan_ray.stages.rerank import run_reranking
-from milan_ray.stages.scores import ScoreConfig, described_layers, run_scores
+from milan_ray.stages.scores import ScoreConfig, described_layers, run_scores, score_stages
 from milan_ray.stages.tuning_statistics import Sweep
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation import run as ablate
@@ -131,21 +134,25 @@ def look(storage: Storage) -> DissectedModels:
 
 
 def explain(storage: Storage) -> None:
-    assert run_labels(storage, look(storage), [WATCHER], FIELDS, FEW, LabelConfig(), HERE) == {}
+    stage = ConceptLabels(look(storage).models, [WATCHER], FIELDS, FEW, LabelConfig())
+    assert stage.run(storage, HERE) == {}
 
 
 def name(storage: Storage) -> None:
     layers = {"flags/watcher": ("seen",)}
-    run_clip_dissect(storage, layers, FIELDS, ClipDissect(("red", "green", "blue", "left")), TRUTH, HERE)
+    for stage in clip_dissect_stages(layers, FIELDS, ClipDissect(("red", "green", "blue", "left")), TRUTH):
+        run_stage(stage, storage, HERE)
 
 
 def score(storage: Storage) -> None:
-    run_scores(storage, described_layers(storage, ["flags/watcher"]), FIELDS, TRUTH, SCORING, HERE)
+    stages = score_stages(described_layers(storage, ["flags/watcher"]), FIELDS, TRUTH, SCORING)
+    run_scores(storage, stages, SCORING, HERE)
 
 
 def draw(storage: Storage) -> None:
     described = described_layers(storage, ["flags/watcher"])[:1]
-    run_cosy(storage, described, FIELDS, [WATCHER], GeneratorRef("flags/fields"), CosyConfig(4), SCORING, HERE)
+    stage = CosyScores(described, FIELDS, [WATCHER], GeneratorRef("flags/fields"), CosyConfig(4), SCORING)
+    run_scores(storage, [stage], SCORING, HERE)
 
 
 def watch(storage: Storage) -> DissectedModels:
@@ -158,7 +165,8 @@ def describe_and_dissect(storage: Storage) -> None:
         GeneratorRef("world/painter"), ImageTextRef("colours/grid"), images=3, crops=1, drawn=2,
         plugins=(COLOURS,),
     )  # fmt: skip
-    assert run_dnd(storage, watch(storage), [COLOUR_MODEL], SCENES, SHOTS, how, HERE) == {}
+    layers, identity = watch(storage).models, drawings_identity(storage, how)
+    assert run_dnd(storage, dnd_stages([COLOUR_MODEL], layers, SCENES, SHOTS, how, identity), HERE) == {}
 
 
 def tune_here(storage: Storage) -> None:
@@ -262,7 +270,8 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
         "training": Stage(train_here, {TRAINING: "training"}),
         "tuning": Stage(tune_here, {TRIALS: "tuning"}),
         "image embeddings": Stage(
-            lambda place: run_image_embeddings(place, probe, embedder, HERE), {IMAGE_EMBEDDINGS: "image_embeddings"}
+            lambda place: run_stage(ImageEmbeddings(embedder, probe), place, HERE),
+            {IMAGE_EMBEDDINGS: "image_embeddings"},
         ),
         "text embeddings": Stage(lambda place: text_embeddings(place, texts, embedder, HERE), {}),
     }

@@ -13,6 +13,7 @@ from PIL import Image
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef, probe
+from milan_ray.engine.stage import run_stage
 from milan_ray.engine.status import status
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
@@ -22,8 +23,8 @@ from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, MANIFEST, POOLED, TEXT_EMBEDDINGS
 from milan_ray.scoring.simulation import held_out
 from milan_ray.stages import clip_dissect, embeddings
-from milan_ray.stages.clip_dissect import run_clip_dissect
-from milan_ray.stages.embeddings import image_embeddings, run_image_embeddings, text_embeddings
+from milan_ray.stages.clip_dissect import clip_dissect_stages
+from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings, text_embeddings
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
@@ -63,6 +64,11 @@ def source(folder: Path) -> ProbeRef:
     return ProbeRef((str(folder),))
 
 
+def dissect(storage: Storage, layers: dict, folder: Path, how: ClipDissect, ref: ImageTextRef, *units: tuple) -> None:
+    for stage in clip_dissect_stages(layers, source(folder), how, ref, *units):
+        run_stage(stage, storage, ONE)
+
+
 def stamps(storage: Storage, *tables) -> dict[str, int]:
     files = [path for table in tables for path in storage.files(table.name)]
     return {path: os.stat(f"{storage.root}/{path}").st_mtime_ns for path in files}
@@ -70,7 +76,9 @@ def stamps(storage: Storage, *tables) -> dict[str, int]:
 
 def test_every_readable_image_is_embedded_once_as_if_alone(storage, folder, request_of, monkeypatch, capsys):
     monkeypatch.setattr(embeddings, "SHARD", 20)
-    digest = run_image_embeddings(storage, source(folder), request_of, ONE)
+    stage = ImageEmbeddings(request_of, source(folder))
+    run_stage(stage, storage, ONE)
+    digest = stage.digest
     ids, found = image_embeddings(storage, "tiny-clip", digest)
     model = ImageText(request_of.folder)
     manifest = storage.read(MANIFEST, probe=digest)
@@ -85,7 +93,7 @@ def test_every_readable_image_is_embedded_once_as_if_alone(storage, folder, requ
     np.testing.assert_allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
     assert "1 of 51 images could not be read" in capsys.readouterr().err
     before = stamps(storage, IMAGE_EMBEDDINGS)
-    run_image_embeddings(storage, source(folder), request_of, ONE)
+    run_stage(stage, storage, ONE)
     assert stamps(storage, IMAGE_EMBEDDINGS) == before
     few = embeddings.embeddings_of(storage, "tiny-clip", digest, ids[[3, 30]])
     np.testing.assert_array_equal(few, found[[3, 30]])
@@ -153,7 +161,7 @@ def test_labels_equal_dense_matrices(storage, folder, request_of, similarity, mo
     assert clip_dissect.chunk_of(len(CONCEPTS)) == 16  # three chunks, the last of eight
     if similarity == "soft_wpmi":
         monkeypatch.setattr(clip_dissect, "FEW", 0)  # by tasks of Ray
-    run_clip_dissect(storage, LAYERS, source(folder), how, request_of, ONE)
+    dissect(storage, LAYERS, folder, how, request_of)
     for layer in LAYERS["tiny/cnn"]:
         expected = dense(storage, layer, request_of, how)
         keys = {"labeler": CLIP_DISSECT, "model": "tiny/cnn", "layer": layer}
@@ -177,7 +185,7 @@ def test_labels_equal_dense_matrices(storage, folder, request_of, similarity, mo
 def test_a_killed_job_goes_on_and_a_second_run_does_nothing(storage, folder, request_of, tmp_path, monkeypatch, capsys):
     mine = Storage(shutil.copytree(storage.root, tmp_path / "killed"))
     how = ClipDissect(CONCEPTS[::-1])
-    run_clip_dissect(storage, LAYERS, source(folder), how, request_of, ONE)
+    dissect(storage, LAYERS, folder, how, request_of)
     whole = {path: storage.get(path) for path in storage.files("descriptions")}
 
     def killed(*arguments: object) -> None:
@@ -185,15 +193,15 @@ def test_a_killed_job_goes_on_and_a_second_run_does_nothing(storage, folder, req
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
         patched.setattr(clip_dissect, "write_labels", killed)
-        run_clip_dissect(mine, LAYERS, source(folder), how, request_of, ONE)
+        dissect(mine, LAYERS, folder, how, request_of)
     (work,) = {path.split("/")[1] for path in mine.files("_work") if "/best/" in path}
     (gone,) = [name for name in mine.work_names(work, "best/0000016") if name.endswith("/1")]
     mine.remove_file(f"_work/{work}/{gone}.arrow")
-    run_clip_dissect(mine, LAYERS, source(folder), how, request_of, ONE)
+    dissect(mine, LAYERS, folder, how, request_of)
     assert {path: mine.get(path) for path in mine.files("descriptions")} == whole
     before = stamps(mine, DESCRIPTIONS)
     capsys.readouterr()
-    run_clip_dissect(mine, LAYERS, source(folder), how, request_of, ONE)
+    dissect(mine, LAYERS, folder, how, request_of)
     assert stamps(mine, DESCRIPTIONS) == before and "clip-dissect): all up to date" in capsys.readouterr().err
     assert not any(partition.state for partition in status(mine).partitions)
 
@@ -201,9 +209,9 @@ def test_a_killed_job_goes_on_and_a_second_run_does_nothing(storage, folder, req
 def test_what_cannot_be_labelled_says_so(storage, folder, request_of, tmp_path):
     how = ClipDissect(CONCEPTS)
     with pytest.raises(MilanError, match="has 6 units, numbered from 0, and --units asks for 9"):
-        run_clip_dissect(storage, {"tiny/cnn": ("0",)}, source(folder), how, request_of, ONE, (9,))
+        dissect(storage, {"tiny/cnn": ("0",)}, folder, how, request_of, (9,))
     mine = Storage(shutil.copytree(storage.root, tmp_path / "refused"))
     mine.remove(POOLED.name)
     with pytest.raises(MilanError, match="no pooled activations of this probe; make them with --pooled"):
-        run_clip_dissect(mine, LAYERS, source(folder), how, request_of, ONE)
+        dissect(mine, LAYERS, folder, how, request_of)
     assert probe(source(folder)).manifest().num_rows == 51

@@ -27,8 +27,9 @@ from milan_ray.models.image_captions import ImageCaptionerRef
 from milan_ray.models.image_text import ImageTextRef
 from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, RUNS
-from milan_ray.stages import dnd
-from milan_ray.stages.dnd import DndConfig, SummariserRef, read_drawings, run_dnd
+from milan_ray.stages.dnd import stage as dnd
+from milan_ray.stages.dnd.config import DndConfig, SummariserRef, drawings_identity
+from milan_ray.stages.dnd.stage import dnd_stages, read_drawings, run_dnd
 from milan_ray.stages.exemplars import DissectedModels, run_exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
@@ -52,8 +53,13 @@ def how() -> DndConfig:
 
 def run(storage: Storage, how: DndConfig, **named) -> DissectedModels:
     done = run_exemplars(storage, [MODEL], PROBE, CONFIG, ONE)
-    assert run_dnd(storage, done, [MODEL], PROBE, CONFIG, how, ONE, **named) == {}
+    assert dissect(storage, done, how, **named) == {}
     return done
+
+
+def dissect(storage: Storage, done: DissectedModels, how: DndConfig, **named) -> dict[str, str]:
+    identity = drawings_identity(storage, how)
+    return run_dnd(storage, dnd_stages([MODEL], done.models, PROBE, CONFIG, how, identity, **named), ONE)
 
 
 @pytest.fixture(scope="module")
@@ -230,11 +236,11 @@ def test_command_line_plans_and_says_what_is_missing(storage, how, tmp_path, mon
 def test_what_cannot_be_dissected_says_so(storage, how):
     done = run_exemplars(storage, [MODEL], PROBE, CONFIG, ONE)
     with pytest.raises(MilanError, match="has 4 units, numbered from 0, and --units asks for 7"):
-        run_dnd(storage, done, [MODEL], PROBE, CONFIG, how, ONE, (7,))
+        dissect(storage, done, how, units=(7,))
     with pytest.raises(MilanError, match="scoring by topk-compare compares images"):
         replace(how, labeler=DescribeAndDissect(), embedder=None)
     with pytest.raises(MilanError, match="unknown pooling 'maxx'; nearest: max"):
         replace(how, pooling="maxx")
     truth = replace(how, embedder=ImageTextRef("world/truth"))
     with pytest.raises(MilanError, match="cannot look at drawn images"):
-        run_dnd(storage, done, [MODEL], PROBE, CONFIG, truth, ONE)
+        dissect(storage, done, truth)

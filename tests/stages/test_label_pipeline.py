@@ -19,7 +19,7 @@ from milan_ray.labelers.netdissect import NetDissect
 from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, RUNS
 from milan_ray.stages import concept_labels as label
-from milan_ray.stages.concept_labels import CONCEPTS, LabelConfig, run_labels
+from milan_ray.stages.concept_labels import CONCEPTS, ConceptLabels, LabelConfig
 from milan_ray.stages.exemplars import DissectedModels, run_exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
@@ -32,7 +32,8 @@ KEYS = {"model": "flags/watcher", "layer": "seen"}
 
 def run(storage: Storage, how: LabelConfig, config: ExemplarConfig = CONFIG, **named) -> DissectedModels:
     done = run_exemplars(storage, [MODEL], PROBE, config, Resources(actors=1))
-    assert run_labels(storage, done, [MODEL], PROBE, config, how, Resources(actors=1), **named) == {}
+    stage = ConceptLabels(done.models, [MODEL], PROBE, config, how, **named)
+    assert stage.run(storage, Resources(actors=1)) == {}
     return done
 
 
@@ -128,7 +129,7 @@ def test_what_cannot_be_labelled_says_so(dissected, tmp_path):
     storage.remove(DESCRIPTIONS.name)
     one = Resources(actors=1)
     with pytest.raises(MilanError, match="has 5 units, numbered from 0, and --units asks for 7"):
-        run_labels(storage, dissected[1], [MODEL], PROBE, CONFIG, LabelConfig(), one, (7,))
+        ConceptLabels(dissected[1].models, [MODEL], PROBE, CONFIG, LabelConfig(), (7,)).run(storage, one)
     unlabelled = ProbeRef(("flags/unlabelled",), plugins=(PLUGIN,))
     with pytest.raises(MilanError, match="probe 'flags' has no concept maps"):
-        run_labels(storage, dissected[1], [MODEL], unlabelled, CONFIG, LabelConfig(), one)
+        ConceptLabels(dissected[1].models, [MODEL], unlabelled, CONFIG, LabelConfig()).run(storage, one)

@@ -14,6 +14,7 @@ import torch
 from milan_ray import cli
 from milan_ray.config import Resources
 from milan_ray.engine.references import ModelRef, ProbeRef, generator, image_text, model
+from milan_ray.engine.stage import run_stage
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.labelers.clip_dissect import CLIP_DISSECT
@@ -21,10 +22,11 @@ from milan_ray.models.generators import GeneratorRef
 from milan_ray.models.image_text import ImageTextRef
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED, SCORES, UNIT_SCORES
 from milan_ray.scoring.simulation import held_out
-from milan_ray.stages import scores as score
 from milan_ray.stages.cosy import CosyConfig
-from milan_ray.stages.embeddings import image_embeddings
-from milan_ray.stages.scores import Described, ScoreConfig, described_layers, run_sanity, run_scores
+from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings
+from milan_ray.stages.scores import Described, ScoreConfig, described_layers, run_scores, score_stages
+from milan_ray.stages.scores import stage as score
+from milan_ray.stages.scores.sanity import Sanity
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/flags.py")
@@ -141,13 +143,13 @@ def test_exemplars_are_scored_without_words(storage):
 def test_blocks_of_units_change_nothing_and_a_second_run_does_nothing(storage, tmp_path, monkeypatch, capsys):
     mine = Storage(shutil.copytree(storage.root, tmp_path / "again"))
     before = {path: os.stat(mine.uri(path)).st_mtime_ns for path in mine.files("unit_scores")}
-    run_scores(mine, described(mine), PROBE, TRUTH, CONFIG, ONE)
+    run_scores(mine, score_stages(described(mine), PROBE, TRUTH, CONFIG), CONFIG, ONE)
     assert before == {path: os.stat(mine.uri(path)).st_mtime_ns for path in mine.files("unit_scores")}
     assert "scores by flags/truth: all up to date" in capsys.readouterr().err
     whole = values(mine)
     mine.remove("unit_scores")
     monkeypatch.setattr(score, "UNITS", 2)
-    run_scores(mine, described(mine), PROBE, TRUTH, CONFIG, ONE)
+    run_scores(mine, score_stages(described(mine), PROBE, TRUTH, CONFIG), CONFIG, ONE)
     for place, row in values(mine).items():
         assert row["value"] == pytest.approx(whole[place]["value"], abs=1e-6)
     assert not [path for path in mine.files("_work") if path.endswith(".arrow")]
@@ -179,17 +181,23 @@ def test_images_drawn_for_descriptions_equal_whole_matrices(storage):
 
 def test_class_names_and_scores_judged(storage, tmp_path):
     mine = Storage(shutil.copytree(storage.root, tmp_path / "classes"))
-    run_scores(mine, described(mine), PROBE, TRUTH, CONFIG, ONE, CLASSES)
+    run_scores(mine, score_stages(described(mine), PROBE, TRUTH, CONFIG, CLASSES), CONFIG, ONE)
     found = values(mine)
     assert [found["class-top1", "own", unit]["value"] for unit in range(3)] == [1, 1, 1]
     assert found["class-similarity", "own", 0]["value"] == 1
     assert found["class-similarity", "shuffled", 0]["value"] < 1
-    (experiment,) = run_sanity(mine, PROBE, TRUTH, CONFIG, ONE, CLASSES)
+    (output,) = run_stage(Sanity(ImageEmbeddings(TRUTH, PROBE), CONFIG, CLASSES), mine, ONE)
+    experiment = output.keys["experiment"]
     judged = {(row["system"], row["metric"]): row for row in mine.read(SCORES, experiment=experiment).to_pylist()}
     assert judged["missing labels", "simulation"]["value"] == judged["extra labels", "simulation"]["value"] == 1
     assert judged["extra labels", "retrieval-auc"]["value"] == 1
     with pytest.raises(MilanError, match="class names are for the layer that puts them out"):
-        run_scores(mine, described(mine), PROBE, TRUTH, CONFIG, ONE, {("flags/watcher", "seen"): ("red",)})
+        run_scores(
+            mine,
+            score_stages(described(mine), PROBE, TRUTH, CONFIG, {("flags/watcher", "seen"): ("red",)}),
+            CONFIG,
+            ONE,
+        )
 
 
 CLASSIFIER = """
@@ -260,7 +268,7 @@ def test_what_cannot_be_scored_says_so(storage, tmp_path):
     mine = Storage(shutil.copytree(storage.root, tmp_path / "refused"))
     mine.remove(POOLED.name)
     with pytest.raises(MilanError, match="no pooled activations of this probe"):
-        run_scores(mine, described(mine), PROBE, TRUTH, CONFIG, ONE)
+        run_scores(mine, score_stages(described(mine), PROBE, TRUTH, CONFIG), CONFIG, ONE)
     with pytest.raises(MilanError, match=r"no \{\} in the place"):
         CosyConfig(template="a photo")
     with pytest.raises(MilanError, match="unknown generator 'flags/field'; nearest: flags/fields"):

@@ -19,7 +19,7 @@ from milan_ray.report import figures
 from milan_ray.schema import DESCRIPTIONS, SCORES
 from milan_ray.scoring.evaluation import score_table
 from milan_ray.stages.captioners import EncoderRef, about_captioner
-from milan_ray.stages.concept_labels import LabelConfig, run_labels
+from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
 from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
@@ -98,7 +98,7 @@ def run_baselines(
             layers = {network.model.name: done.models[network.model.name]}
             run_encodings(storage, layers, network.encoder, resources)
             run_descriptions(storage, layers, network.search, resources)
-    failed |= run_labels(storage, done, models, probe, config, how, resources)
+    failed |= ConceptLabels(done.models, models, probe, config, how).run(storage, resources)
     if failed:
         raise MilanError(" ".join(f"{model}: {reason}" for model, reason in failed.items()))
     comparisons = {}

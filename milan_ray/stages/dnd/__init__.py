@@ -1,0 +1,1 @@
+"""Describe-and-Dissect (docs/describe-and-dissect.md)."""

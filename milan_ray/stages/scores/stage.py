@@ -1,0 +1,317 @@
+"""Scores of descriptions (docs/scores.md): does a description say when its unit fires, on images that did not make it?
+
+descriptions ─► texts: own, shuffled, constant ─► text_embeddings ─┐
+pooled, image_embeddings, exemplars ───────────────────────────────┴─► [per block of units: all scores] ─► unit_scores
+unit_scores ─► [means, intervals, differences] ─► scores
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from milan_ray.config import Fingerprint, Resources
+from milan_ray.engine import references
+from milan_ray.engine.actor_pool import Row
+from milan_ray.engine.stage import Job, Known, Output, RunnableStage, Shard, ShardedStage, run_stage
+from milan_ray.engine.tasks import FEW_IMAGES
+from milan_ray.errors import MilanError
+from milan_ray.models.image_text import Embedder, ImageTextRef
+from milan_ray.schema import IMAGE_EMBEDDINGS, POOLED, UNIT_SCORES
+from milan_ray.scoring.simulation import Moments, Sigmoid, average_precision, highest, retrieval
+from milan_ray.stages.embeddings import ImageEmbeddings, embedded_ids, embeddings_of, lists_of, rows_of, text_embeddings
+from milan_ray.stages.scores.exemplars import ExemplarScores
+from milan_ray.stages.scores.inputs import (
+    KERNEL_VERSION,
+    ROWS_SCHEMA,
+    SYSTEMS,
+    Classes,
+    Described,
+    ScoreConfig,
+    Seen,
+    Texts,
+    unit_scores,
+    units_of,
+    upstream,
+)
+from milan_ray.stages.scores.sanity import Sanity, truth_of
+from milan_ray.stages.scores.summary import summarise
+from milan_ray.storage import Storage
+
+UNITS = 64
+"""Units per shard: what bounds memory, images × units × 4 bytes a few times over."""
+
+IMAGES = 1024
+"""Images per matrix product, and per block of sums."""
+
+
+class ScoreWorker:
+    """Scores a block of units of one layer."""
+
+    def __init__(
+        self, storage: Storage, work: str, outputs: dict[int, Output], judge: Judge, threads: int, device: str
+    ) -> None:
+        torch.set_num_threads(threads)
+        self._storage, self._work, self._outputs, self._judge = storage, work, outputs, judge
+        self._embedded = embedded_ids(storage, **judge.images)
+
+    def __call__(self, row: Row) -> Row:
+        """Scores one block by every metric, each system's descriptions in turn."""
+        (number,) = row["outputs"]
+        judge, block = self._judge, slice(row["start"], row["stop"])
+        tables = {system: self._storage.get_work(self._work, f"texts/{number}/{system}")[block] for system in SYSTEMS}
+        units = tables[SYSTEMS[0]]["unit"].to_pylist()
+        layer = Described.of(self._outputs[number])
+        seen = Seen.read(self._storage, layer, units, judge.config, self._embedded)
+        images = embeddings_of(self._storage, **judge.images, image_ids=seen.ids)
+        used = seen.use.sum(axis=0).tolist()
+        rows: list[dict[str, object]] = []
+        for system, table in tables.items():
+            vectors = rows_of(table["embedding"]).copy()  # torch wants to own what it reads
+            scores = score_units(images, vectors, seen, judge.config, judge.curve)
+            for column, (unit, text) in enumerate(zip(units, table["description"].to_pylist(), strict=True)):
+                about = {"unit": unit, "system": system, "description": text, "images": used[column]}
+                rows += [about | {"metric": metric, "value": float(of[column])} for metric, of in scores.items()]
+        piece = pa.Table.from_pylist(rows, schema=ROWS_SCHEMA)
+        self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), piece)
+        return {}
+
+
+@dataclass(frozen=True)
+class Judge:
+    """How workers score.
+
+    Attributes:
+        images: Partition of the probe's embeddings: encoder and probe.
+        config: How to score.
+        curve: From a fit to a prediction; None takes the fit.
+    """
+
+    images: dict[str, str]
+    config: ScoreConfig
+    curve: Sigmoid | None
+
+
+class Scores(ShardedStage):
+    """Scores of descriptions by a model of images and texts.
+
+    Args:
+        described: What to score.
+        images: The probe as the model sees it.
+        config: How to score.
+        classes: What each unit of a layer stands for, where that is known (:func:`class_layers`).
+    """
+
+    worker = ScoreWorker
+    table, name, counted, uses_gpus = UNIT_SCORES, "scores", "blocks", False
+
+    def __init__(
+        self, described: Sequence[Described], images: ImageEmbeddings, config: ScoreConfig, classes: Classes
+    ) -> None:
+        self._described, self._classes = described, classes
+        self._ref, self._plugins, self._width = images.ref, images.probe.plugins, images.embedder.width
+        self._judge = Judge(images.keys, config, config.curve(images.embedder))
+        self._texts = images.embedder.text_identity()
+        self.title, self.label = f"scores by {images.ref.name}", f"scores ({images.ref.name})"
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """Scores of every labeler's descriptions of every layer.
+
+        Raises:
+            MilanError: Pooled activations are missing, or there are not as many classes as units.
+        """
+        judge = self._judge
+        identity = {"kernel": KERNEL_VERSION, "config": judge.config, "curve": judge.curve, "texts": self._texts}
+        images = known.config(IMAGE_EMBEDDINGS, **judge.images)
+        for layer in self._described:
+            above = upstream(known.storage, layer, judge.images["probe"])
+            names = self._classes.get((layer.model, layer.layer))
+            if names is not None and (units := units_of(known.storage, layer.model, layer.layer)) != len(names):
+                raise MilanError(
+                    f"{layer.model} {layer.layer} has {units} units and the model names {len(names)} classes: class "
+                    "names are for the layer that puts them out; choose it with --layers."
+                )
+            fingerprint = Fingerprint.of({**identity, "images": images, **above, "classes": names})
+            yield Output({"predictor": self._ref.name, **layer.keys}, fingerprint)
+
+    def shards(self, job: Job) -> list[Shard]:
+        """Blocks of units, with the embeddings of their descriptions in the work.
+
+        A last shard of a layer holds the scores by class names: they are a few products, which are made at once.
+        """
+        storage, config = job.storage, self._judge.config
+        texts = {number: Texts.read(storage, self._described[number], config.seed) for number in _begun(job)}
+        every = sorted(set().union(*(of_layer.every() for of_layer in texts.values())))
+        embedded = text_embeddings(storage, every, self._ref, job.resources, self._plugins)
+        vectors = dict(zip(every, embedded, strict=True))
+        shards = []
+        for output in job.due:
+            own, number = texts[output.number], output.number
+            images = {"images": storage.count(POOLED, model=output.model, layer=output.layer)}
+            for system, of_system in own.systems.items():
+                embedding = np.array([vectors[text] for text in of_system], np.float32).reshape(-1, self._width)
+                columns = {"unit": own.units, "description": of_system, "embedding": lists_of(embedding)}
+                storage.put_work(job.work, f"texts/{number}/{system}", pa.table(columns))
+            for start in range(0, len(own.units), UNITS):
+                row = {"start": start, "stop": start + UNITS, **images}
+                shards.append(Shard(f"{number:04d}-{start:07d}", (number,), row))
+            if names := self._classes.get((output.model, output.layer)):
+                shards.append(Shard(f"{number:04d}-classes", (number,), images))
+                embedder = references.image_text(self._ref, self._plugins)
+                named = _class_rows(own, names, vectors, embedder)
+                storage.put_work(job.work, output.piece(shards[-1].name), named)
+        return shards
+
+    def arguments(self, job: Job) -> dict[str, Any]:
+        """How to score."""
+        return {"outputs": {output.number: output for output in job.due}, "judge": self._judge}
+
+    def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
+        """A layer's scores, by block of units, and those by class names."""
+        return unit_scores(output.keys, pa.concat_tables([ROWS_SCHEMA.empty_table(), *pieces]))
+
+    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
+        """How many layers are scored."""
+        return f"{self.title}: {len(job.due)} layers and labelers"
+
+    def runs_in_driver(self, shards: Sequence[Shard]) -> bool:
+        """Whether the probe has few images."""
+        return all(shard.row["images"] <= FEW_IMAGES for shard in shards)
+
+    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
+        """The driver strings the blocks together."""
+        return True
+
+
+def _begun(job: Job) -> list[int]:
+    """Numbers of the outputs that were due when the job began.
+
+    A job that goes on after a kill reads the descriptions of all of them, and so finds these very texts embedded.
+    """
+    due = [output.number for output in job.due]
+    if "due" not in job.storage.work_names(job.work):
+        job.storage.put_work(job.work, "due", pa.table({"number": due}))
+    return sorted({*due, *job.storage.get_work(job.work, "due")["number"].to_pylist()})
+
+
+def score_stages(
+    described: Sequence[Described],
+    probe: references.ProbeRef,
+    ref: ImageTextRef,
+    config: ScoreConfig,
+    classes: Classes | None = None,
+    judged: Classes | None = None,
+) -> list[RunnableStage]:
+    """The stages that score descriptions by a model of images and texts.
+
+    Args:
+        described: What to score.
+        probe: The probe that it is of.
+        ref: The model of images and texts, or the truth of concept maps.
+        config: How to score.
+        classes: What each unit of a layer stands for, to compare descriptions with.
+        judged: The same, for layers on which the scores themselves are judged.
+
+    Raises:
+        MilanError: The model is missing, or scores are to be judged by a model.
+    """
+    images = ImageEmbeddings(ref, probe, None if judged is None else truth_of(ref, probe))
+    scores = Scores(described, images, config, classes or {})
+    stages: list[RunnableStage] = [images, scores, ExemplarScores(described, images)]
+    return stages if judged is None else [*stages, Sanity(images, config, judged)]
+
+
+def run_scores(
+    storage: Storage, stages: Iterable[RunnableStage], config: ScoreConfig, resources: Resources
+) -> list[str]:
+    """Runs stages that score by one judge, and sums their scores up.
+
+    Args:
+        storage: The run directory, which holds descriptions, exemplars and pooled activations.
+        stages: The stages.
+        config: How they score.
+        resources: What of the cluster to use; Ray must be connected.
+
+    Returns:
+        The experiments of table ``scores``: one per model, and those that judge scores.
+    """
+    keys = [output.keys for stage in stages for output in run_stage(stage, storage, resources)]
+    scored = sorted({(of["predictor"], of["model"]) for of in keys if "predictor" in of})
+    summaries = [summarise(storage, predictor, model, config) for predictor, model in scored]
+    return [*summaries, *(of["experiment"] for of in keys if "experiment" in of)]
+
+
+def score_units(
+    images: np.ndarray, texts: np.ndarray, seen: Seen, config: ScoreConfig, curve: Sigmoid | None
+) -> dict[str, np.ndarray]:
+    """Scores the descriptions of some units by a model of images and texts.
+
+    Args:
+        images: Embeddings of N images, float32 (N, D).
+        texts: Embedding of one description per unit, float32 (B, D).
+        seen: Activations of the units for the images.
+        config: How to score.
+        curve: From a fit to a prediction; None takes the fit.
+
+    Returns:
+        Metric → float64 (B,); NaN for a unit whose activation never changes.
+    """
+    fit = _products(images, texts)
+    simulated, plain = Moments(), Moments()
+    for block, start in enumerate(range(0, len(fit), IMAGES)):
+        rows = slice(start, start + IMAGES)
+        predicted = fit[rows].astype(np.float64) if curve is None else curve(fit[rows])
+        simulated.update(block, seen.activations[rows], predicted, seen.use[rows])
+        plain.update(block, seen.activations[rows], fit[rows], seen.use[rows])
+    scores = {"simulation": simulated.result(), "correlation": plain.result()}
+    for name in ("auprc", "retrieval-auc", "retrieval-mad"):
+        scores[name] = np.full(len(texts), np.nan)
+    for column in range(len(texts)):
+        use = seen.use[:, column]
+        own, near = seen.activations[use, column], fit[use, column]
+        if not len(own) or own.min() == own.max():
+            scores["simulation"][column] = scores["correlation"][column] = np.nan
+            continue
+        scores["auprc"][column] = average_precision(near, highest(own, max(1, round(config.top * len(own)))))
+        chosen = highest(near, min(config.retrieved, len(own) // 2))
+        scores["retrieval-auc"][column], scores["retrieval-mad"][column] = retrieval(own, chosen)
+    return scores
+
+
+def _products(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
+    """Products of images (N, D) and texts (B, D), float32 (N, B).
+
+    Blocks are padded to one shape, so that a product does not depend on how many images and texts there are.
+    """
+    padded = torch.zeros(max(UNITS, len(texts)), texts.shape[1])
+    padded[: len(texts)] = torch.from_numpy(texts)
+    products = []
+    for start in range(0, len(images), IMAGES):
+        some = images[start : start + IMAGES]
+        block = torch.zeros(IMAGES, images.shape[1])
+        block[: len(some)] = torch.from_numpy(some)
+        products.append((block @ padded.T)[: len(some), : len(texts)].numpy())
+    return np.concatenate(products) if products else np.zeros((0, len(texts)), np.float32)
+
+
+def _class_rows(
+    texts: Texts, names: tuple[str, ...], vectors: Mapping[str, np.ndarray], embedder: Embedder
+) -> pa.Table:
+    """Scores how well descriptions of a classifier's outputs name their classes."""
+    classes = embedder.embed_texts(names).cpu().numpy()
+    rows: list[dict[str, object]] = []
+    for system, own in texts.systems.items():
+        for unit, text in zip(texts.units, own, strict=True):
+            products = classes @ vectors[text]
+            others = np.delete(products, unit)
+            first = float(products[unit] > others.max()) if len(others) else 1.0
+            rows += [
+                {"unit": unit, "system": system, "description": text, "metric": metric, "value": value, "images": 0}
+                for metric, value in (("class-similarity", float(products[unit])), ("class-top1", first))
+            ]
+    return pa.Table.from_pylist(rows, schema=ROWS_SCHEMA)
