@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.planner import Plan
     from milan_ray.report.figures import figure_path
     from milan_ray.schema import ABLATIONS
-    from milan_ray.studies.analysis.run import Analysis, AnalysisConfig, examples, run_analysis, summary
+    from milan_ray.studies.analysis.run import Analysis, AnalysisConfig, examples, summary
     from milan_ray.studies.spacy_pipeline import find_spacy_pipeline, language_name
 
     storage, models, probe = opened(args)
@@ -42,14 +42,13 @@ def run(args: argparse.Namespace) -> int:
     if args.words is not None:
         config = replace(config, words=tuple(args.words))
     if args.dry_run:
-        plan = Plan()
-        plan.stages(storage, [Analysis(model, probe, language_name(args.language), config) for model in models])
-        return show_plan(args, plan)
+        studies = [Analysis(model, probe, language_name(args.language), config) for model in models]
+        return show_plan(args, Plan.of(storage, studies))
     nlp, language = find_spacy_pipeline(args.language)
     with connected(resources_of(args)):
         for model in models:
             study = Analysis(model, probe, language, config)
-            say(f"{model.name}: {summary(run_analysis(storage, study, nlp, resources_of(args)))}")
+            say(f"{model.name}: {summary(study.run(storage, nlp, resources_of(args)))}")
             say(examples(storage, model.name))
             figure = figure_path(storage, ABLATIONS, experiment=study.name, model=model.name)
             say(f"figure: {storage.uri(figure)}")

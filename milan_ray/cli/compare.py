@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.plugins import load_plugins
-    from milan_ray.studies.comparison.run import find_comparison, run_comparison, summary
+    from milan_ray.studies.comparison.run import find_comparison, summary
 
     load_plugins(args.plugin)
     refuse(
@@ -47,11 +47,9 @@ def run(args: argparse.Namespace) -> int:
         name=args.name,
     )
     if args.dry_run:
-        plan = Plan()
-        plan.stages(storage, [comparison])
-        return show_plan(args, plan)
+        return show_plan(args, Plan.of(storage, [comparison]))
     with connected(resources):
-        scores = run_comparison(storage, comparison)
+        scores = comparison.run(storage)
     say(summary(scores))
     report_on(args, storage)
     say(f"tables: {storage.uri('scores')}, with figures beside them")

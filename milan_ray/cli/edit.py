@@ -57,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
         Editing,
         EditingConfig,
         edited_weights,
-        run_editing,
         run_fine_tuning,
         summary,
     )
@@ -75,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return show_plan(args, study.plan(storage, tuned=train is not None))
     with connected(resources_of(args)):
-        edit = run_editing(storage, study, resources_of(args))
+        edit = study.run(storage, resources_of(args))
         say(summary(edit))
         count = args.remove or edit.stop
         tuned = None

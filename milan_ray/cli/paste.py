@@ -37,20 +37,19 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.planner import Plan
     from milan_ray.report.figures import figure_path
     from milan_ray.schema import PASTED
-    from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig, run_cut_and_paste, summary
+    from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig, summary
     from milan_ray.studies.spacy_pipeline import find_spacy_pipeline, language_name
 
     storage, models, probe = opened(args)
     config = CutAndPasteConfig(args.labeler, args.each, args.originals, args.distractors, args.pool, seed=args.seed)
     if args.dry_run:
-        plan = Plan()
-        plan.stages(storage, [CutAndPaste(model, probe, language_name(args.language), config) for model in models])
-        return show_plan(args, plan)
+        studies = [CutAndPaste(model, probe, language_name(args.language), config) for model in models]
+        return show_plan(args, Plan.of(storage, studies))
     nlp, language = find_spacy_pipeline(args.language)
     with connected(resources_of(args)):
         for model in models:
             study = CutAndPaste(model, probe, language, config)
-            say(f"{model.name}: {summary(run_cut_and_paste(storage, study, nlp, resources_of(args)))}")
+            say(f"{model.name}: {summary(study.run(storage, nlp, resources_of(args)))}")
             figure = figure_path(storage, PASTED, experiment=study.name, model=model.name)
             say(f"figure: {storage.uri(figure)}")
     note(args, f"adversarial images for {', '.join(model.name for model in models)}", models=[m.name for m in models])

@@ -49,6 +49,13 @@ class Plan:
     failed: dict[str, str] = field(default_factory=dict)
     made: dict[tuple[str, tuple[tuple[str, str], ...]], Fingerprint] = field(default_factory=dict)
 
+    @classmethod
+    def of(cls, storage: Storage, stages: Iterable[Stage]) -> Plan:
+        """The plan of stages that follow one another."""
+        plan = cls()
+        plan.stages(storage, stages)
+        return plan
+
     @property
     def due(self) -> list[Step]:
         """The steps that would run."""

@@ -92,7 +92,7 @@ from safetensors.torch import save_file
 from milan_ray.config import ExemplarConfig, TrainingConfig
 from milan_ray.stages.tuning_statistics import Sweep
 from milan_ray.showcase import demo
-from milan_ray.showcase.plan import plan_demo
+from milan_ray.showcase.demo import plan_demo
 from milan_ray.engine.references import ProbeRef
 from milan_ray.plugins import load_plugins
 from milan_ray.storage import Storage

@@ -61,11 +61,11 @@ from milan_ray.stages.scores import ScoreConfig, described_layers, run_scores
 from milan_ray.stages.tuning_statistics import Sweep
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation import run as ablate
-from milan_ray.studies.analysis.run import Analysis, AnalysisConfig, run_analysis
-from milan_ray.studies.comparison.run import find_comparison, run_comparison
+from milan_ray.studies.analysis.run import Analysis, AnalysisConfig
+from milan_ray.studies.comparison.run import find_comparison
 from milan_ray.studies.cut_and_paste import run as cut_and_paste
-from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig, run_cut_and_paste
-from milan_ray.studies.editing.run import Editing, EditingConfig, run_editing
+from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig
+from milan_ray.studies.editing.run import Editing, EditingConfig
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
 TINY, FLAGS, COLOURS = (str(PLUGINS / f"{name}.py") for name in ("tiny_models", "flags", "colours"))
@@ -246,9 +246,7 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
     def dissect(config: ExemplarConfig) -> Callable[[Storage], object]:
         return lambda storage: run_exemplars(storage, [CNN], probe, config, HERE)
 
-    def compare(storage: Storage) -> object:
-        return run_comparison(storage, find_comparison(storage, models=["tiny/cnn"], labelers=["milan*"]))
-
+    labelled = {"models": ["tiny/cnn"], "labelers": ["milan*"]}
     exemplars = {EXEMPLARS: "exemplars", POOLED: "pooled"}
     texts = ["a dog", "a house", "red"]
     photographs = {
@@ -261,7 +259,7 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
             lambda place: run_reranking(place, LAYERS, SEARCH, clip, HERE),
             {CANDIDATES: "candidates", ENCODINGS: "encodings"},
         ),
-        "comparison": Stage(compare, {}),
+        "comparison": Stage(lambda place: find_comparison(place, **labelled).run(place), {}),
         "training": Stage(train_here, {TRAINING: "training"}),
         "tuning": Stage(tune_here, {TRIALS: "tuning"}),
         "image embeddings": Stage(
@@ -288,9 +286,9 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
             lambda place: run_exemplars(place, [CLASSES], told, ExemplarConfig(k=4, batch_size=16), HERE), {}
         ),
         "said": Stage(say_words, {}),
-        "analysis": Stage(lambda place: run_analysis(place, analysis, reader(), HERE), {}),
-        "editing": Stage(lambda place: run_editing(place, editing, HERE), {}),
-        "pasting": Stage(lambda place: run_cut_and_paste(place, adversarial, reader(), HERE), {}),
+        "analysis": Stage(lambda place: analysis.run(place, reader(), HERE), {}),
+        "editing": Stage(lambda place: editing.run(place, HERE), {}),
+        "pasting": Stage(lambda place: adversarial.run(place, reader(), HERE), {}),
     }
     return {
         "photographs": photographs,

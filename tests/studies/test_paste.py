@@ -20,7 +20,7 @@ from milan_ray.report.figures import figure_path
 from milan_ray.schema import DESCRIPTIONS, PASTED
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
-from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig, run_cut_and_paste, summary
+from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig, summary
 from milan_ray.studies.cut_and_paste.statistics import grown, paste
 from milan_ray.studies.exemplar_images import exemplar_views, unit_exemplars, unit_masks, views_of
 
@@ -61,7 +61,7 @@ def test_what_units_fire_at_is_pasted_on_what_they_are_silent_on(photos, tmp_pat
 
     assert why(storage, images, "four words") == "missing"
     study = CutAndPaste(REQUEST, images, "four words", CONFIG)
-    pairs = run_cut_and_paste(storage, study, nlp, Resources())
+    pairs = study.run(storage, nlp, Resources())
     assert why(storage, images, "four words") is None and why(storage, images, "others") == "language changed"
     different = pairs.filter(pl.col("group") == "different words")
     assert set(different["unit"]) <= {1, 2, 4} and len(set(pairs["unit"])) >= 2
@@ -90,10 +90,10 @@ def test_what_units_fire_at_is_pasted_on_what_they_are_silent_on(photos, tmp_pat
         wrong = row["predicted"] in row["targets"]
         assert row["fooled"] == (wrong and row["predicted"] not in (row["original_class"], row["distractor_class"]))
 
-    assert run_cut_and_paste(storage, study, nlp, Resources()).equals(pairs)
+    assert study.run(storage, nlp, Resources()).equals(pairs)
     assert "up to date" in capsys.readouterr().err
     with pytest.raises(MilanError, match="no word vectors"):
-        run_cut_and_paste(storage, replace(study, language="nothing"), spacy.blank("en"), Resources())
+        replace(study, language="nothing").run(storage, spacy.blank("en"), Resources())
     storage.write(DESCRIPTIONS, table.slice(0, 3), "less", **keys)
     with pytest.raises(MilanError, match="has the 8 units that its last layer reads"):
-        run_cut_and_paste(storage, study, nlp, Resources())
+        study.run(storage, nlp, Resources())

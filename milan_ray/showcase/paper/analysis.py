@@ -16,7 +16,7 @@ from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
 from milan_ray.storage import Storage
 from milan_ray.studies.analysis import statistics as analysis
-from milan_ray.studies.analysis.run import Analysis, AnalysisConfig, run_analysis, stored_scores
+from milan_ray.studies.analysis.run import Analysis, AnalysisConfig, stored_scores
 from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
 NAME = "analysis"
@@ -52,7 +52,7 @@ def run(ground: ExperimentContext) -> Section:
     name = f"{NAME} (small)" if ground.small else NAME
     nlp, language = find_spacy_pipeline()
     studies = [Analysis(references.ModelRef(model), SCENES, language, config, name) for model in models]
-    rows = pl.concat(run_analysis(storage, study, nlp, ground.resources) for study in studies)
+    rows = pl.concat(study.run(storage, nlp, ground.resources) for study in studies)
     scores = {model: stored_scores(storage, model, name) for model in models}
     properties = pl.concat(_placed(storage, model, name) for model in models)
     heights = beside_random(rows)

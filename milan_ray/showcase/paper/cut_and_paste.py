@@ -10,7 +10,7 @@ from milan_ray.schema import PASTED
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.showcase.paper.claims import Claim, Section
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
-from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig, run_cut_and_paste
+from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig
 from milan_ray.studies.cut_and_paste.statistics import DIFFERENT, OTHERS, between_groups, rates
 from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
@@ -36,7 +36,7 @@ def run(ground: ExperimentContext) -> Section:
     models = MODELS[:1] if ground.small else MODELS
     config = SMALL if ground.small else CONFIG
     studies = [CutAndPaste(references.ModelRef(model), scenes, language, config, name) for model in models]
-    pairs = pl.concat(run_cut_and_paste(storage, study, nlp, ground.resources) for study in studies)
+    pairs = pl.concat(study.run(storage, nlp, ground.resources) for study in studies)
     # Units of several networks, told apart by their layers' names.
     pairs = pairs.with_columns(pl.concat_str("model", "layer", separator=" ").alias("layer"))
     return Section(

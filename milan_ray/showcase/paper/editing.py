@@ -28,7 +28,7 @@ from milan_ray.storage import Storage
 from milan_ray.studies.ablation.run import run_ablations
 from milan_ray.studies.analysis.run import read_descriptions
 from milan_ray.studies.analysis.statistics import RANDOM
-from milan_ray.studies.editing.run import IMAGES, Edit, Editing, EditingConfig, run_editing
+from milan_ray.studies.editing.run import IMAGES, Edit, Editing, EditingConfig
 from milan_ray.studies.editing.statistics import (
     COLOURS,
     EVERY,
@@ -184,7 +184,7 @@ def edit_networks(
             continue
         ref = references.ModelRef(model)
         study = Editing(ref, sizes.validation, sizes.test, sizes.editing, name)
-        edit = run_editing(storage, study, ground.resources)
+        edit = study.run(storage, ground.resources)
         retrieval, wrong = _retrieval(storage, model, described[model], sizes, edit)
         failures += wrong
         whole = run_ablations(storage, ref, sizes.plain, [{}], ground.resources)

@@ -56,7 +56,7 @@ class AnalysisConfig:
 
 @dataclass(frozen=True)
 class Analysis(Stage):
-    """Accuracy of a classifier as units are ablated, by order; :func:`run_analysis` makes it.
+    """Accuracy of a classifier as units are ablated, by order; :meth:`run` makes it.
 
     Attributes:
         model: The classifier.
@@ -95,33 +95,31 @@ class Analysis(Stage):
             ),
         )
 
+    def run(self, storage: Storage, nlp: Language, resources: Resources) -> pl.DataFrame:
+        """Ablates units in the orders that their descriptions give, doing only what is missing.
 
-def run_analysis(storage: Storage, study: Analysis, nlp: Language, resources: Resources) -> pl.DataFrame:
-    """Ablates units in the orders that their descriptions give, doing only what is missing.
+        Args:
+            storage: The run directory, which holds descriptions of the model's layers.
+            nlp: The spaCy pipeline that reads descriptions.
+            resources: What of the cluster to use; Ray must be connected.
 
-    Args:
-        storage: The run directory, which holds descriptions of the model's layers.
-        study: What to analyse.
-        nlp: The spaCy pipeline that reads descriptions.
-        resources: What of the cluster to use; Ray must be connected.
+        Returns:
+            Rows of schema ABLATIONS, over all classes; those of single classes are in the table too.
 
-    Returns:
-        Rows of schema ABLATIONS, over all classes; those of single classes are in the table too.
-
-    Raises:
-        MilanError: A layer has no descriptions, or the images have no classes.
-    """
-    (output,) = study.outputs(Known(storage))
-    say(f"{study.name}: sentences are read by {study.language}")
-    for missing in analysis.missing_criteria(nlp, study.config.words):
-        say(f"{study.name}: without {', '.join(missing.criteria)}, because {missing.reason}")
-    if study.why(storage, output) is None:
-        say(f"{study.name} of {output.model}: up to date")
-    else:
-        _analyse(storage, study, output, nlp, resources)
-    storage.remove_work(output.fingerprint.hash)
-    rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **output.keys)))
-    return rows.filter(pl.col("class") == "")
+        Raises:
+            MilanError: A layer has no descriptions, or the images have no classes.
+        """
+        (output,) = self.outputs(Known(storage))
+        say(f"{self.name}: sentences are read by {self.language}")
+        for missing in analysis.missing_criteria(nlp, self.config.words):
+            say(f"{self.name}: without {', '.join(missing.criteria)}, because {missing.reason}")
+        if self.why(storage, output) is None:
+            say(f"{self.name} of {output.model}: up to date")
+        else:
+            _analyse(storage, self, output, nlp, resources)
+        storage.remove_work(output.fingerprint.hash)
+        rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **output.keys)))
+        return rows.filter(pl.col("class") == "")
 
 
 def _analyse(storage: Storage, study: Analysis, output: Output, nlp: Language, resources: Resources) -> None:

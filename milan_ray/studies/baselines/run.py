@@ -30,7 +30,7 @@ from milan_ray.storage import Storage
 from milan_ray.studies.baselines import statistics as baselines
 from milan_ray.studies.baselines.plot import plot_baselines
 from milan_ray.studies.baselines.statistics import LABELERS
-from milan_ray.studies.comparison.run import Comparison, find_comparison, run_comparison
+from milan_ray.studies.comparison.run import Comparison, find_comparison
 from milan_ray.studies.judges.run import HELD_OUT_SCENES
 
 VERSION = "baselines-1"
@@ -175,7 +175,7 @@ def run_baselines(storage: Storage, job: BaselinesJob, resources: Resources) -> 
     comparisons, tables = {}, {}
     for model, layers in done.models.items():
         comparisons[model] = job.comparison(storage, model, layers)
-        tables[model] = pl.DataFrame(pl.from_arrow(run_comparison(storage, comparisons[model])))
+        tables[model] = pl.DataFrame(pl.from_arrow(comparisons[model].run(storage)))
     rows = baselines.collected(tables)
     if "rouge-l-f" not in set(rows["metric"]):
         raise MilanError(

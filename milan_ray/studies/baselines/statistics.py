@@ -24,7 +24,7 @@ def collected(comparisons: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     """What comparisons of single networks found, in one table.
 
     Args:
-        comparisons: Model → rows of schema SCORES from :func:`milan_ray.studies.comparison.run.run_comparison`.
+        comparisons: Model → rows of schema SCORES from a comparison.
 
     Returns:
         Columns model, system, metric, value, low, high, n, note; metrics of :data:`METRICS`, differences left out.

@@ -42,7 +42,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Comparison(Stage):
-    """Labelers, and the units to compare them on; :func:`run_comparison` compares them.
+    """Labelers, and the units to compare them on; :meth:`run` compares them.
 
     Attributes:
         name: Name that its tables begin with.
@@ -101,6 +101,38 @@ class Comparison(Stage):
         partitions = [keys for keys in partitions if storage.is_current(SCORES, self.config, **keys)]
         return pa.concat_tables(storage.read(SCORES, **keys).replace_schema_metadata() for keys in partitions)
 
+    def run(self, storage: Storage) -> pa.Table:
+        """Compares what labelers say of the same units; Ray must be connected where these are the built-in world's.
+
+        Agreement counts the units that are annotated; the world judges those of its networks.
+
+        Args:
+            storage: The run directory.
+
+        Returns:
+            Rows of schema SCORES, which now also are in the run directory.
+        """
+        name, config = self.name, self.config
+        if self.is_current(storage):
+            say(f"{name}: up to date")
+            return self.stored(storage)
+        say(f"{name}: {', '.join(self.systems)} on {len(self.units)} units of {len(self.models)} models")
+        counted = {labeler for labeler, *_ in self.costs}
+        if uncounted := [labeler for labeler in self.systems if labeler not in counted]:
+            say(
+                f"no cost of {', '.join(uncounted)}: what they took is not recorded, or by an earlier version that "
+                "counted a pass once for each of its layers; delete their labels and make them again for a figure"
+            )
+        tables = [*_agreement(self), *_judged(storage, self), *_unit_scores(storage, self)]
+        tables.append(score_table(f"{name}: {COST}", self.costs))
+        for table in tables[:-1]:
+            storage.write(SCORES, table, config, experiment=table["experiment"][0].as_py())
+        rows = pa.concat_tables(tables)
+        figure = plot_comparison(pl.DataFrame(pl.from_arrow(rows)), f"{name}: {BY_KIND}")
+        store_figure(storage, SCORES, figure, **self.last)
+        storage.write(SCORES, tables[-1], config, **self.last)  # last: it says that all is done
+        return rows
+
 
 def find_comparison(
     storage: Storage,
@@ -156,40 +188,6 @@ def find_comparison(
         }
     )
     return Comparison(name, units, systems, annotations, costs, scored, bert_score, scenes, config)
-
-
-def run_comparison(storage: Storage, comparison: Comparison) -> pa.Table:
-    """Compares what labelers say of the same units; Ray must be connected where these are the built-in world's.
-
-    Agreement counts the units that are annotated; the world judges those of its networks.
-
-    Args:
-        storage: The run directory.
-        comparison: From :func:`find_comparison`.
-
-    Returns:
-        Rows of schema SCORES, which now also are in the run directory.
-    """
-    name, config = comparison.name, comparison.config
-    if comparison.is_current(storage):
-        say(f"{name}: up to date")
-        return comparison.stored(storage)
-    say(f"{name}: {', '.join(comparison.systems)} on {len(comparison.units)} units of {len(comparison.models)} models")
-    counted = {labeler for labeler, *_ in comparison.costs}
-    if uncounted := [labeler for labeler in comparison.systems if labeler not in counted]:
-        say(
-            f"no cost of {', '.join(uncounted)}: what they took is not recorded, or by an earlier version that counted "
-            "a pass once for each of its layers; delete their labels and make them again for a figure"
-        )
-    tables = [*_agreement(comparison), *_judged(storage, comparison), *_unit_scores(storage, comparison)]
-    tables.append(score_table(f"{name}: {COST}", comparison.costs))
-    for table in tables[:-1]:
-        storage.write(SCORES, table, config, experiment=table["experiment"][0].as_py())
-    rows = pa.concat_tables(tables)
-    figure = plot_comparison(pl.DataFrame(pl.from_arrow(rows)), f"{name}: {BY_KIND}")
-    store_figure(storage, SCORES, figure, **comparison.last)
-    storage.write(SCORES, tables[-1], config, **comparison.last)  # last: it says that all is done
-    return rows
 
 
 def _agreement(comparison: Comparison) -> list[pa.Table]:

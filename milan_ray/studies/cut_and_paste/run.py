@@ -154,7 +154,7 @@ class _LastLayer:
 
 @dataclass(frozen=True)
 class CutAndPaste(Stage):
-    """Adversarial images and a classifier's answers to them; :func:`run_cut_and_paste` makes them.
+    """Adversarial images and a classifier's answers to them; :meth:`run` makes them.
 
     Units are of the layer whose units the classifier's last layer reads: there, weights say which unit supports which
     class.
@@ -209,50 +209,50 @@ class CutAndPaste(Stage):
         layer = _described_layer(storage, spec, layers, weight.shape[1], self.config.labeler)
         return _LastLayer(replace(self.model, layers=layers), spec, network, layer, weight)
 
+    def run(self, storage: Storage, nlp: Language, resources: Resources) -> pl.DataFrame:
+        """Pastes what units fire at on images that they are silent on, and stores the classifier's answers.
 
-def run_cut_and_paste(storage: Storage, study: CutAndPaste, nlp: Language, resources: Resources) -> pl.DataFrame:
-    """Pastes what units fire at on images that they are silent on, and stores the classifier's answers.
+        Args:
+            storage: The run directory, which holds exemplars and descriptions of the layer.
+            nlp: The spaCy pipeline that reads descriptions; it must have word vectors.
+            resources: What of the cluster to use; Ray must be connected.
 
-    Args:
-        storage: The run directory, which holds exemplars and descriptions of the layer.
-        study: What to make.
-        nlp: The spaCy pipeline that reads descriptions; it must have word vectors.
-        resources: What of the cluster to use; Ray must be connected.
+        Returns:
+            Rows of schema PASTED.
 
-    Returns:
-        Rows of schema PASTED.
-
-    Raises:
-        MilanError: Descriptions or word vectors are missing, the model does not end in a linear map over a described
-            layer, or no image can be pasted on.
-    """
-    manifest, _ = store_manifest(storage, study.probe)
-    (output,) = study.outputs(Known(storage))
-    if study.why(storage, output) is None:
-        say(f"{study.name} of {output.model}: up to date")
-        return pl.DataFrame(pl.from_arrow(storage.read(PASTED, **output.keys)))
-    say(f"{study.name}: sentences are read by {study.language}")
-    last = study.last_layer(storage)
-    texts = read_descriptions(storage, last.spec.name, (last.layer,), study.config.labeler)
-    scores = analysis.unit_scores(texts, nlp, ())
-    if CRITERION not in scores.columns:
-        raise MilanError(f"{study.language} has no word vectors, which say how different words are: choose --language.")
-    chosen = choose_units(scores, study.config.units, study.config.seed)
-    classes, labels = class_numbers(manifest["class_label"].to_pylist(), last.spec)
-    material = _material(storage, study, last, chosen["unit"].to_list(), manifest, labels, resources)
-    rows = _rows(output.keys, chosen, material, _answers(storage, study, last, material, resources), classes)
-    if not rows:
-        raise MilanError(
-            f"nothing to paste: none of the units of {last.spec.name} {last.layer} has an exemplar that is taken for "
-            f"none of its classes and whose mask covers less than {LARGEST:.0%} of it, and images given that it is "
-            "silent on and that the model classifies correctly: give more images, or --each more units."
-        )
-    table = PASTED.table({column.name: [row[column.name] for row in rows] for column in PASTED.columns})
-    frame = pl.DataFrame(pl.from_arrow(table))
-    figure = plot_examples(last.spec.name, _shown(storage, study, last, manifest, frame))
-    store_figure(storage, PASTED, figure, **output.keys)
-    storage.write(PASTED, table, output.fingerprint, **output.keys)  # last: it says that all is done
-    return frame
+        Raises:
+            MilanError: Descriptions or word vectors are missing, the model does not end in a linear map over a
+                described layer, or no image can be pasted on.
+        """
+        manifest, _ = store_manifest(storage, self.probe)
+        (output,) = self.outputs(Known(storage))
+        if self.why(storage, output) is None:
+            say(f"{self.name} of {output.model}: up to date")
+            return pl.DataFrame(pl.from_arrow(storage.read(PASTED, **output.keys)))
+        say(f"{self.name}: sentences are read by {self.language}")
+        last = self.last_layer(storage)
+        texts = read_descriptions(storage, last.spec.name, (last.layer,), self.config.labeler)
+        scores = analysis.unit_scores(texts, nlp, ())
+        if CRITERION not in scores.columns:
+            raise MilanError(
+                f"{self.language} has no word vectors, which say how different words are: choose --language."
+            )
+        chosen = choose_units(scores, self.config.units, self.config.seed)
+        classes, labels = class_numbers(manifest["class_label"].to_pylist(), last.spec)
+        material = _material(storage, self, last, chosen["unit"].to_list(), manifest, labels, resources)
+        rows = _rows(output.keys, chosen, material, _answers(storage, self, last, material, resources), classes)
+        if not rows:
+            raise MilanError(
+                f"nothing to paste: none of the units of {last.spec.name} {last.layer} has an exemplar that is taken "
+                f"for none of its classes and whose mask covers less than {LARGEST:.0%} of it, and images given that it is "
+                "silent on and that the model classifies correctly: give more images, or --each more units."
+            )
+        table = PASTED.table({column.name: [row[column.name] for row in rows] for column in PASTED.columns})
+        frame = pl.DataFrame(pl.from_arrow(table))
+        figure = plot_examples(last.spec.name, _shown(storage, self, last, manifest, frame))
+        store_figure(storage, PASTED, figure, **output.keys)
+        storage.write(PASTED, table, output.fingerprint, **output.keys)  # last: it says that all is done
+        return frame
 
 
 def _material(

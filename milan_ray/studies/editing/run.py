@@ -121,7 +121,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Editing(Stage):
-    """Accuracy of a classifier as units are removed, by order; :func:`run_editing` makes it.
+    """Accuracy of a classifier as units are removed, by order; :meth:`run` makes it.
 
     Attributes:
         model: The classifier.
@@ -174,59 +174,57 @@ class Editing(Stage):
 
     def plan(self, storage: Storage, tuned: bool) -> Plan:
         """The dry run, with or without fine-tuning, which is stored nowhere to resume from."""
-        plan = Plan()
-        plan.stages(storage, [self])
+        plan = Plan.of(storage, [self])
         if tuned:
             keys = (self.tuned_name, references.model(self.model).name)
             plan.steps.append(Step(ABLATIONS.name, keys, "made anew by every run"))
         return plan
 
+    def run(self, storage: Storage, resources: Resources) -> Edit:
+        """Removes the units whose descriptions have some words, one by one, doing only what is missing.
 
-def run_editing(storage: Storage, study: Editing, resources: Resources) -> Edit:
-    """Removes the units whose descriptions have some words, one by one, doing only what is missing.
+        Args:
+            storage: The run directory, which holds descriptions of the model's layers.
+            resources: What of the cluster to use; Ray must be connected.
 
-    Args:
-        storage: The run directory, which holds descriptions of the model's layers.
-        study: What to edit.
-        resources: What of the cluster to use; Ray must be connected.
-
-    Raises:
-        MilanError: A layer has no descriptions, none has the words, or images have no classes.
-    """
-    (output,) = study.outputs(Known(storage))
-    config, public, work = study.config, output.keys, output.fingerprint.hash
-    _, layers = described_model(storage, study.model, config.labeler)
-    model = replace(study.model, layers=layers)
-    units, unwanted = unwanted_units(storage, output.model, layers, config)
-    due = study.why(storage, output)
-    if due is None:
-        say(f"{study.name} of {output.model}: up to date")
-        alone = _stored_scores(storage, units, public)
-    else:
-        say(f"{study.name}: {len(unwanted)} of {len(units)} units of {output.model} speak of {', '.join(config.words)}")
-        single = [units_of(units, np.array([place])) for place in range(len(units))]
-        alone = run_ablations(storage, model, study.validation, single, resources, work).accuracy
-        _store_scores(storage, units, alone, output)
-    orders = removal_orders(alone, unwanted, config.trials, config.seed)
-    if due is not None:
-        counts = range(min(config.most, len(unwanted)) + 1)
-        steps = [units_of(units, order.units[:count]) for order in orders for count in counts]
-        sets, places = distinct_sets(steps)
-        tables = []
-        for split, probe in study.probes.items():
-            fractions = [count / len(units) for count in counts]
-            curves = [Curve(order.criterion, order.trial, split, fractions, tuple(counts)) for order in orders]
-            accuracies = run_ablations(storage, model, probe, sets, resources, work)
-            tables.append(ablation_rows(public, curves, accuracies, places))
-        table = pa.concat_tables(tables)
-        store_figure(storage, ABLATIONS, plot_editing(pl.DataFrame(pl.from_arrow(table))), **public)
-        images = example_images(storage, study, units[orders[0].units[:SHOWN_UNITS]])
-        store_figure(storage, ABLATIONS, plot_images(images, SHOWN_IMAGES), IMAGES, **public)
-        storage.write(ABLATIONS, table, output.fingerprint, **public)  # last: it says that all is done
-    storage.remove_work(work)
-    rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **public))).filter(pl.col("class") == "")
-    edit = Edit(rows, tuple(units[orders[0].units].select("layer", "unit").iter_rows()), 0, len(units))
-    return replace(edit, stop=stop(edit.accuracy(VALIDATION)))
+        Raises:
+            MilanError: A layer has no descriptions, none has the words, or images have no classes.
+        """
+        (output,) = self.outputs(Known(storage))
+        config, public, work = self.config, output.keys, output.fingerprint.hash
+        _, layers = described_model(storage, self.model, config.labeler)
+        model = replace(self.model, layers=layers)
+        units, unwanted = unwanted_units(storage, output.model, layers, config)
+        due = self.why(storage, output)
+        if due is None:
+            say(f"{self.name} of {output.model}: up to date")
+            alone = _stored_scores(storage, units, public)
+        else:
+            words = ", ".join(config.words)
+            say(f"{self.name}: {len(unwanted)} of {len(units)} units of {output.model} speak of {words}")
+            single = [units_of(units, np.array([place])) for place in range(len(units))]
+            alone = run_ablations(storage, model, self.validation, single, resources, work).accuracy
+            _store_scores(storage, units, alone, output)
+        orders = removal_orders(alone, unwanted, config.trials, config.seed)
+        if due is not None:
+            counts = range(min(config.most, len(unwanted)) + 1)
+            steps = [units_of(units, order.units[:count]) for order in orders for count in counts]
+            sets, places = distinct_sets(steps)
+            tables = []
+            for split, probe in self.probes.items():
+                fractions = [count / len(units) for count in counts]
+                curves = [Curve(order.criterion, order.trial, split, fractions, tuple(counts)) for order in orders]
+                accuracies = run_ablations(storage, model, probe, sets, resources, work)
+                tables.append(ablation_rows(public, curves, accuracies, places))
+            table = pa.concat_tables(tables)
+            store_figure(storage, ABLATIONS, plot_editing(pl.DataFrame(pl.from_arrow(table))), **public)
+            images = example_images(storage, self, units[orders[0].units[:SHOWN_UNITS]])
+            store_figure(storage, ABLATIONS, plot_images(images, SHOWN_IMAGES), IMAGES, **public)
+            storage.write(ABLATIONS, table, output.fingerprint, **public)  # last: it says that all is done
+        storage.remove_work(work)
+        rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **public))).filter(pl.col("class") == "")
+        edit = Edit(rows, tuple(units[orders[0].units].select("layer", "unit").iter_rows()), 0, len(units))
+        return replace(edit, stop=stop(edit.accuracy(VALIDATION)))
 
 
 def unwanted_units(
@@ -260,7 +258,7 @@ def run_fine_tuning(
     Args:
         storage: The run directory.
         study: The editing.
-        edit: From :func:`run_editing`.
+        edit: From :meth:`Editing.run`.
         count: Units removed.
         train: Images with classes, to learn from.
         config: How to learn.

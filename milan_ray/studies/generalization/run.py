@@ -175,8 +175,7 @@ def plan_generalization(storage: Storage, job: GeneralizationJob, language: str,
     Raises:
         MilanError: Exemplars or annotations are missing or do not belong together, or a split has too few units.
     """
-    plan = Plan()
-    plan.stages(storage, [Encodings(job.layers, job.encoder)])
+    plan = Plan.of(storage, [Encodings(job.layers, job.encoder)])
     tables = (SPLITS, TRAINING, HELD_OUT, GENERALIZATION, SCORES)
     waiting = [plan.waits(table.name, (job.name,), ENCODINGS.name) for table in tables]  # which say what units count
     if not any(waiting):
