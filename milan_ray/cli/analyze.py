@@ -32,8 +32,9 @@ def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
-    from milan_ray.studies.analysis.run import AnalysisConfig, examples, figure_path, run_analysis, summary
-    from milan_ray.studies.plan import plan_analysis
+    from milan_ray.report.figures import figure_path
+    from milan_ray.schema import ABLATIONS
+    from milan_ray.studies.analysis.run import Analysis, AnalysisConfig, examples, summary
     from milan_ray.studies.spacy_pipeline import find_spacy_pipeline, language_name
 
     storage, models, probe = opened(args)
@@ -41,18 +42,16 @@ def run(args: argparse.Namespace) -> int:
     if args.words is not None:
         config = replace(config, words=tuple(args.words))
     if args.dry_run:
-        plan = Plan()
-        for model in models:
-            plan_analysis(storage, plan, model, probe, language_name(args.language), config)
-        return show_plan(args, plan)
+        studies = [Analysis(model, probe, language_name(args.language), config) for model in models]
+        return show_plan(args, Plan.of(storage, studies))
     nlp, language = find_spacy_pipeline(args.language)
     with connected(resources_of(args)):
         for model in models:
-            rows = run_analysis(storage, model, probe, nlp, language, config, resources_of(args))
-            say(f"{model.name}: {summary(rows)}")
+            study = Analysis(model, probe, language, config)
+            say(f"{model.name}: {summary(study.run(storage, nlp, resources_of(args)))}")
             say(examples(storage, model.name))
-            public = {"experiment": "analysis", "model": model.name}
-            say(f"figure: {storage.uri(figure_path(storage, public, 'svg'))}")
+            figure = figure_path(storage, ABLATIONS, experiment=study.name, model=model.name)
+            say(f"figure: {storage.uri(figure)}")
     report_on(args, storage, [model.name for model in models])
     note(args, f"{', '.join(model.name for model in models)} analysed", models=[model.name for model in models])
     return 0

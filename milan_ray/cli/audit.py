@@ -68,10 +68,10 @@ def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.planner import Plan
     from milan_ray.plugins import load_plugins
+    from milan_ray.report.figures import figure_path
     from milan_ray.schema import AUDITS, DESCRIPTIONS
-    from milan_ray.studies.auditing.run import AuditConfig, figure_path, review_path, run_audit
+    from milan_ray.studies.auditing.run import AuditConfig, find_audit, review_path, run_audit
     from milan_ray.studies.auditing.statistics import FACE_WORDS, summary
-    from milan_ray.studies.plan import plan_audit
 
     load_plugins(args.plugin)
     _refuse(args)
@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
     def then(plan: Plan) -> None:
         if not plan.waits(AUDITS.name, (config.name,), DESCRIPTIONS.name):
-            plan_audit(storage, plan, _pairs(args, storage), config)
+            plan.stages(storage, [find_audit(storage, _pairs(args, storage), config)])
 
     status = 0
     if args.decoder is not None or args.milan is not None:
@@ -104,7 +104,8 @@ def run(args: argparse.Namespace) -> int:
         _follow_up(found, query, args.semantic)
     review = review_path(storage, config.name)
     say(f"accept or reject each unit in {review}, and run this again")
-    say(f"figure: {storage.uri(figure_path(storage, config.name, 'svg'))}; table: {storage.uri(AUDITS.name)}")
+    figure = figure_path(storage, AUDITS, audit=config.name)
+    say(f"figure: {storage.uri(figure)}; table: {storage.uri(AUDITS.name)}")
     report_on(args, storage)
     note(args, f"{len(found.units)} units of {len(pairs)} pairs found", audit=config.name, review=review)
     return status

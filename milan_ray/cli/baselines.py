@@ -41,23 +41,29 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
+    from milan_ray.report.figures import figure_path
+    from milan_ray.schema import SCORES
     from milan_ray.stages.concept_labels import LabelConfig
-    from milan_ray.studies.baselines.run import run_baselines
+    from milan_ray.studies.baselines.run import BaselinesJob, plan_baselines, run_baselines
     from milan_ray.studies.baselines.statistics import summary
-    from milan_ray.studies.generalization.run import figure_path
-    from milan_ray.studies.plan import plan_baselines
 
     storage, models, probe = opened(args)
-    networks = [_held_out(args, storage, model) for model in models]
-    labelling = storage, networks, probe, exemplar_config(args), LabelConfig()
-    comparing = {"source": args.annotations, "bert_score": bert_score_folder(args), "name": args.name}
+    job = BaselinesJob(
+        [_held_out(args, storage, model) for model in models],
+        probe,
+        exemplar_config(args),
+        LabelConfig(),
+        args.annotations,
+        bert_score_folder(args),
+        args.name,
+    )
     if args.dry_run:
-        return show_plan(args, plan_baselines(*labelling, **comparing))
+        return show_plan(args, plan_baselines(storage, job))
     resources = resources_of(args)
     with connected(resources):
-        rows = run_baselines(*labelling, resources, **comparing)
+        rows = run_baselines(storage, job, resources)
     say(f"agreement with annotations, and where the built-in world judges, with what it knows:\n{summary(rows)}")
-    say(f"figure: {storage.uri(figure_path(storage, args.name, 'svg'))}")
+    say(f"figure: {storage.uri(figure_path(storage, SCORES, experiment=args.name))}")
     report_on(args, storage, [model.name for model in models])
     return 0
 

@@ -26,9 +26,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
+    from milan_ray.engine.planner import Plan
     from milan_ray.plugins import load_plugins
-    from milan_ray.studies.comparison.run import find_comparison, run_comparison, summary
-    from milan_ray.studies.plan import plan_comparison
+    from milan_ray.studies.comparison.run import find_comparison, summary
 
     load_plugins(args.plugin)
     refuse(
@@ -38,12 +38,18 @@ def run(args: argparse.Namespace) -> int:
         "give --address alone",
     )
     storage, resources = writable_storage(args), resources_of(args)
-    bert = bert_score_folder(args)
-    asked = {"models": args.model, "labelers": args.labeler, "source": args.annotations, "name": args.name}
+    comparison = find_comparison(
+        storage,
+        models=args.model,
+        labelers=args.labeler,
+        source=args.annotations,
+        bert_score=bert_score_folder(args),
+        name=args.name,
+    )
     if args.dry_run:
-        return show_plan(args, plan_comparison(storage, find_comparison(storage, bert_score=bert, **asked)))
+        return show_plan(args, Plan.of(storage, [comparison]))
     with connected(resources):
-        scores = run_comparison(storage, bert_score=bert, **asked)
+        scores = comparison.run(storage)
     say(summary(scores))
     report_on(args, storage)
     say(f"tables: {storage.uri('scores')}, with figures beside them")

@@ -31,8 +31,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.cluster import connected
     from milan_ray.plugins import load_plugins
     from milan_ray.schema import DESCRIPTIONS
-    from milan_ray.showcase.demo import DECODER, run_demo, run_generator, run_groups, summary
-    from milan_ray.showcase.plan import plan_demo
+    from milan_ray.showcase.demo import DECODER, plan_demo, run_demo, run_generator, run_groups, summary
     from milan_ray.stages.captioners import about_captioner
 
     load_plugins()

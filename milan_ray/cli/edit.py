@@ -49,20 +49,18 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
-    from milan_ray.engine.planner import Plan
     from milan_ray.models.heads import HeadTraining
     from milan_ray.models.weights import save_weights
-    from milan_ray.studies.analysis.run import figure_path
+    from milan_ray.report.figures import figure_path
+    from milan_ray.schema import ABLATIONS
     from milan_ray.studies.editing.run import (
+        Editing,
         EditingConfig,
         edited_weights,
-        run_editing,
         run_fine_tuning,
-        splits,
         summary,
     )
     from milan_ray.studies.editing.statistics import TEXT
-    from milan_ray.studies.plan import plan_editing
 
     if args.fine_tune is None:
         refuse(args, ["lr"], "without --fine-tune", "give --fine-tune too")
@@ -72,25 +70,24 @@ def run(args: argparse.Namespace) -> int:
     test = None if args.test is None else _probe(args, args.test)
     train = None if args.fine_tune is None else _probe(args, args.fine_tune)
     config = EditingConfig(args.labeler, tuple(args.words or TEXT), args.most, args.trials, args.seed)
+    study = Editing(models[0], validation, test, config)
     if args.dry_run:
-        plan = Plan()
-        plan_editing(storage, plan, models[0], validation, test, config, train is not None)
-        return show_plan(args, plan)
+        return show_plan(args, study.plan(storage, tuned=train is not None))
     with connected(resources_of(args)):
-        found = run_editing(storage, models[0], validation, test, config, resources_of(args))
-        say(summary(found))
-        count = args.remove or found.stop
+        edit = study.run(storage, resources_of(args))
+        say(summary(edit))
+        count = args.remove or edit.stop
         tuned = None
         if train is not None:
-            training, images = HeadTraining(lr=args.lr, seed=args.seed), splits(validation, test)
-            rows, tuned = run_fine_tuning(storage, models[0], train, images, found, count, training, resources_of(args))
+            training = HeadTraining(lr=args.lr, seed=args.seed)
+            rows, tuned = run_fine_tuning(storage, study, edit, count, train, training, resources_of(args))
             for split, ablated, accuracy in rows.select("split", "ablated", "accuracy").iter_rows():
                 say(f"  {split}: {accuracy:.3f} without {ablated} units and with the last layer fine-tuned")
-    public = {"experiment": "editing", "model": models[0].name}
-    say(f"figure: {storage.uri(figure_path(storage, public, 'svg'))}")
+    figure = figure_path(storage, ABLATIONS, experiment=study.name, model=models[0].name)
+    say(f"figure: {storage.uri(figure)}")
     if args.out is not None:
         path = Path(absolute("--out", args.out))
-        weights = edited_weights(models[0], found.removed(count), validation)
+        weights = edited_weights(models[0], edit.removed(count), validation)
         save_weights(weights | (tuned.state if tuned else {}), path)
         say(f"edited weights: {path}")
         note(args, weights=str(path))

@@ -69,15 +69,16 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
     from milan_ray.engine.cluster import connected
     from milan_ray.plugins import load_plugins
+    from milan_ray.report.figures import figure_path
+    from milan_ray.schema import SCORES
     from milan_ray.stages.encodings import run_encodings
     from milan_ray.studies.generalization.run import (
         GeneralizationConfig,
         GeneralizationJob,
-        figure_path,
+        plan_generalization,
         run_generalization,
     )
     from milan_ray.studies.generalization.statistics import summary
-    from milan_ray.studies.plan import plan_generalization
     from milan_ray.studies.spacy_pipeline import find_spacy_pipeline, language_name
 
     load_plugins(args.plugin)  # they may register splits
@@ -119,7 +120,8 @@ def run(args: argparse.Namespace) -> int:
         run_encodings(storage, layers, encoder, resources)
         rows = run_generalization(storage, job, nlp, language, resources)
     say(summary(rows))
-    say(f"tables: {storage.uri('generalization')}; figure: {storage.uri(figure_path(storage, job.name, 'svg'))}")
+    figure = figure_path(storage, SCORES, experiment=job.name)
+    say(f"tables: {storage.uri('generalization')}; figure: {storage.uri(figure)}")
     report_on(args, storage)
     return 0
 

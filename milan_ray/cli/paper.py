@@ -30,10 +30,9 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.engine.cluster import connected
     from milan_ray.plugins import load_plugins
     from milan_ray.showcase.demo import DECODER
-    from milan_ray.showcase.paper import EXPERIMENTS, chosen, prepare, run_experiments
+    from milan_ray.showcase.paper import EXPERIMENTS, chosen, plan_paper, prepare, run_experiments
     from milan_ray.showcase.paper.experiment_context import ExperimentContext
     from milan_ray.showcase.paper.page import stored_entry, write_page
-    from milan_ray.showcase.plan import plan_paper
     from milan_ray.stages.captioners import about_captioner
 
     load_plugins()

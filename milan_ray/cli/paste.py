@@ -35,24 +35,23 @@ def run(args: argparse.Namespace) -> int:
     """Does the verb's work; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
-    from milan_ray.studies.cut_and_paste.run import PastingConfig, figure_path, run_pasting, summary
-    from milan_ray.studies.plan import plan_pasting
+    from milan_ray.report.figures import figure_path
+    from milan_ray.schema import PASTED
+    from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig, summary
     from milan_ray.studies.spacy_pipeline import find_spacy_pipeline, language_name
 
     storage, models, probe = opened(args)
-    config = PastingConfig(args.labeler, args.each, args.originals, args.distractors, args.pool, seed=args.seed)
+    config = CutAndPasteConfig(args.labeler, args.each, args.originals, args.distractors, args.pool, seed=args.seed)
     if args.dry_run:
-        plan = Plan()
-        for model in models:
-            plan_pasting(storage, plan, model, probe, language_name(args.language), config)
-        return show_plan(args, plan)
+        studies = [CutAndPaste(model, probe, language_name(args.language), config) for model in models]
+        return show_plan(args, Plan.of(storage, studies))
     nlp, language = find_spacy_pipeline(args.language)
     with connected(resources_of(args)):
         for model in models:
-            rows = run_pasting(storage, model, probe, nlp, language, config, resources_of(args))
-            say(f"{model.name}: {summary(rows)}")
-            public = {"experiment": "cut-and-paste", "model": model.name}
-            say(f"figure: {storage.uri(figure_path(storage, public, 'svg'))}")
+            study = CutAndPaste(model, probe, language, config)
+            say(f"{model.name}: {summary(study.run(storage, nlp, resources_of(args)))}")
+            figure = figure_path(storage, PASTED, experiment=study.name, model=model.name)
+            say(f"figure: {storage.uri(figure)}")
     note(args, f"adversarial images for {', '.join(model.name for model in models)}", models=[m.name for m in models])
     report_on(args, storage, [model.name for model in models])
     return 0

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 from typing import TYPE_CHECKING
 
+from milan_ray.schema import FIGURE, Table
+from milan_ray.storage import FILE_NAME, Storage
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -33,3 +36,22 @@ def files(figure: Figure) -> dict[str, bytes]:
             figure.savefig(buffer, format=kind, metadata=metadata, dpi=120)
             found[kind] = buffer.getvalue()
     return found
+
+
+def figure_path(storage: Storage, table: Table, ending: str = "svg", stem: str = FIGURE, **keys: str) -> str:
+    """Path of a figure below the storage's root: in the folder of a partition, next to its table.
+
+    Args:
+        storage: The run directory.
+        table: The table.
+        ending: File ending, one of :data:`ENDINGS`.
+        stem: File name without the ending.
+        **keys: Partition keys.
+    """
+    return storage.path(table, **keys).replace(FILE_NAME, f"{stem}.{ending}")
+
+
+def store_figure(storage: Storage, table: Table, figure: Figure, stem: str = FIGURE, **keys: str) -> None:
+    """Writes a figure next to a partition of a table; arguments as of :func:`figure_path`."""
+    for ending, content in files(figure).items():
+        storage.put(figure_path(storage, table, ending, stem, **keys), content)

@@ -2,35 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import polars as pl
 import pyarrow as pa
 
+from milan_ray import schema
 from milan_ray.annotations.groups import training_groups
 from milan_ray.captioner.fit import Sizes
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources, TrainingConfig
 from milan_ray.engine import references
+from milan_ray.engine.planner import NETWORKS, Plan, Step
+from milan_ray.engine.stage import Known, Layers, Output, Stage, due, pairs
 from milan_ray.exemplars.forward import Forward
 from milan_ray.labelers.clip import CLIP, Clip
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
 from milan_ray.progress import say
-from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, ENCODINGS, SCORES
+from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, ENCODINGS, SCORES, TRIALS
 from milan_ray.scoring.evaluation import RANDOM, best_constant, evaluate_text, nearest_copy, with_trivial_rows
 from milan_ray.scoring.text import BertScore, minilm_directory
 from milan_ray.stages import world
-from milan_ray.stages.captioners import EncoderRef
-from milan_ray.stages.descriptions import Search, run_descriptions
-from milan_ray.stages.encodings import run_encodings, unit_features
-from milan_ray.stages.exemplars import run_exemplars
-from milan_ray.stages.rerank import run_reranking
+from milan_ray.stages.captioners import EncoderRef, load_captioner
+from milan_ray.stages.descriptions import Search, description_stages, run_descriptions
+from milan_ray.stages.encodings import Encodings, run_encodings, unit_features
+from milan_ray.stages.exemplars import Exemplars, run_exemplars
+from milan_ray.stages.rerank import reranking_stages, run_reranking
 from milan_ray.stages.training import Training, TrainingJob, run_trainings
 from milan_ray.stages.tuning import Tuning, TuningJob
 from milan_ray.stages.tuning_statistics import Sweep
 from milan_ray.storage import Storage
 from milan_ray.studies.judges import statistics as judges
+from milan_ray.world.image_text import image_text_task
 from milan_ray.world.networks import planted_concepts
 from milan_ray.world.plugin import CLASSIFIERS, GENERATORS
 from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
@@ -63,7 +67,7 @@ HELD_OUT_SCENES = references.ProbeRef(("world/heldout",))
 TRAIN_SCENES = references.ProbeRef(("world/train",))
 TRAIN_CODES = references.ProbeRef(("world/train-codes",))
 
-SETS: dict[references.ProbeRef, tuple[str, ...]] = {
+SETS: Mapping[references.ProbeRef, Sequence[str]] = {
     PROBE: tuple(name for (_, dataset), name in CLASSIFIERS.items() if dataset == "objects"),
     TRAIN_SCENES: tuple(name for (_, dataset), name in CLASSIFIERS.items() if dataset == "places"),
     CODES: (GENERATORS["generator", "objects"],),
@@ -91,6 +95,12 @@ SYSTEMS = {"wPMI": MILAN, "p(d|E)": LIKELIHOOD}
 CLIP_SYSTEM = {"wPMI beam + CLIP": CLIP}
 """What the evaluation compares, as it is shown: system → labeler; the last only where it is asked for."""
 
+_ANNOTATED = (NETWORKS, schema.EXEMPLARS.name, ANNOTATIONS.name)
+"""What must be current before it is known which units are annotated."""
+
+Sets = Mapping[references.ProbeRef, Sequence[str]]
+"""Probe → networks that are dissected on it."""
+
 Units = dict[tuple[str, int], str]
 """(layer, unit) → text."""
 
@@ -104,82 +114,20 @@ def run_demo(storage: Storage, resources: Resources, threads: int, clip: bool = 
         threads: Torch threads of the training worker.
         clip: Also train the world's own model of images and texts, and re-rank with it.
     """
-    world.train_networks()
-    models = [references.ModelRef(name) for name in MODELS]
-    dissected = run_exemplars(storage, models, PROBE, EXEMPLARS, resources).models
-    world.annotate(storage, PROBE, {name: dissected[name] for name in MODELS if name != CONTROL})
-    run_encodings(storage, dissected, EncoderRef(DECODER), resources)
-    Training(replace(captioner_job(dissected), threads=threads)).run(storage)
-    run_descriptions(storage, dissected, SEARCH, resources)
-    tuning = tuning_job(dissected)
-    Tuning(tuning).run(storage, resources)
-    if clip:
-        run_reranking(storage, dissected, SEARCH, Clip(world.train_image_text()), resources)
-    evaluated = evaluate(storage, dissected, SYSTEMS | (CLIP_SYSTEM if clip else {}))
-    return pa.concat_tables([evaluated, storage.read(SCORES, experiment=tuning.experiment)])
-
-
-def captioner_job(models: Mapping[str, Sequence[str]]) -> TrainingJob:
-    """The training of the demo's captioner, on networks given with their layers."""
-    layers = tuple((model, layer) for model in TRAIN for layer in models[model])
-    return TrainingJob(DECODER, world.SOURCE, layers, EncoderRef(DECODER), TRAINING, SIZES)
-
-
-def tuning_job(models: Mapping[str, Sequence[str]]) -> TuningJob:
-    """The sweep over λ: half of the annotated units of networks new to the captioner choose, the others judge."""
-    folder = minilm_directory()
-    sweep = replace(SWEEP, metric="bertscore-f") if folder else SWEEP
-    layers = tuple((model, layer) for model in (HELD_OUT, PLANTED) for layer in models[model])
-    return TuningJob(TUNING, DECODER, world.SOURCE, layers, sweep, str(folder) if folder else None)
+    make_main(Run(storage, EXEMPLARS, resources), threads, clip)
+    names = (*EXPERIMENTS, f"tuning of {DECODER} by {TUNING}")
+    return pa.concat_tables([storage.read(SCORES, experiment=name) for name in names])
 
 
 def run_generator(storage: Storage, resources: Resources) -> None:
     """Trains the world's generator, dissects it and describes its units with the captioner of :func:`run_demo`."""
-    world.train_networks([generator_task()])
-    models = [references.ModelRef(GENERATOR)]
-    dissected = run_exemplars(storage, models, CODES, EXEMPLARS, resources).models
-    world.annotate(storage, CODES, dissected)
-    run_encodings(storage, dissected, EncoderRef(DECODER), resources)
-    run_descriptions(storage, dissected, SEARCH, resources)
-
-
-def run_sets(
-    storage: Storage,
-    resources: Resources,
-    sets: Mapping[references.ProbeRef, Sequence[str]] = SETS,
-    config: ExemplarConfig = EXEMPLARS,
-) -> dict[str, tuple[str, ...]]:
-    """Makes the sets of annotated units that play the paper's: networks trained, dissected, annotated and encoded.
-
-    Args:
-        storage: The run directory.
-        resources: What of the cluster to use; Ray must be connected.
-        sets: Probe → networks that are dissected on it.
-        config: How to dissect.
-
-    Returns:
-        Model → layers.
-    """
-    world.train_networks(sets_tasks(sets))
-    dissected: dict[str, tuple[str, ...]] = {}
-    for probe, models in sets.items():
-        found = run_exemplars(storage, [references.ModelRef(name) for name in models], probe, config, resources).models
-        world.annotate(storage, probe, found)
-        dissected |= found
-    run_encodings(storage, dissected, EncoderRef(DECODER), resources)
-    return dissected
-
-
-def sets_tasks(sets: Mapping[references.ProbeRef, Sequence[str]] = SETS) -> list[TrainTask]:
-    """The trainings of the networks of :func:`run_sets`."""
-    needed = {"encoder", *(name.removeprefix("world/") for models in sets.values() for name in models)}
-    return [task for task in (generator_task(), *places_tasks(), *train_all_tasks()) if task.name in needed]
+    make_generator(Run(storage, EXEMPLARS, resources))
 
 
 def run_groups(
     storage: Storage,
     resources: Resources,
-    sets: Mapping[references.ProbeRef, Sequence[str]] = SETS,
+    sets: Sets = SETS,
     config: ExemplarConfig = EXEMPLARS,
     training: TrainingConfig = GROUP_TRAINING,
     groups: Sequence[str] = ("all",),
@@ -194,7 +142,190 @@ def run_groups(
         training: How to train.
         groups: Which groups, as :func:`~milan_ray.annotations.groups.training_groups` takes them.
     """
-    run_trainings(storage, group_jobs(run_sets(storage, resources, sets, config), training, groups))
+    make_groups(Run(storage, config, resources), sets, training, groups)
+
+
+def plan_demo(storage: Storage, clip: bool = False, generator: bool = False, groups: bool = False) -> Plan:
+    """The dry run of the demo.
+
+    Args:
+        storage: The run directory.
+        clip: With re-ranking (:func:`run_demo`).
+        generator: With the world's generator (:func:`run_generator`).
+        groups: With a captioner per group of sets (:func:`run_groups`).
+    """
+    dry = DryRun(storage, EXEMPLARS)
+    make_main(dry, clip=clip)
+    if generator:
+        make_generator(dry)
+    if groups:
+        make_groups(dry)
+    return dry.plan
+
+
+def make_main(make: Run, threads: int = 1, clip: bool = False) -> None:
+    """Makes the demo's networks, captioner, descriptions and evaluation, or plans them; arguments as of run_demo."""
+    make.networks(train_all_tasks())
+    layers = make.dissection({PROBE: MODELS})
+    make.captioners(DECODER, lambda: [replace(captioner_job(layers), threads=threads)])
+    make.descriptions("the demo's networks", layers)
+    make.tuning(layers)
+    if clip:
+        make.reranking(layers)
+    make.evaluation(layers, SYSTEMS | (CLIP_SYSTEM if clip else {}))
+
+
+def make_generator(make: Run) -> None:
+    """Makes the generator's exemplars and descriptions, or plans them."""
+    make.networks([generator_task()])
+    make.descriptions(GENERATOR, make.dissection({CODES: (GENERATOR,)}))
+
+
+def make_sets(make: Run, sets: Sets = SETS) -> Layers:
+    """Makes the sets of annotated units that play the paper's, or plans them; returns model → layers."""
+    needed = {"encoder", *(name.removeprefix("world/") for models in sets.values() for name in models)}
+    tasks = (generator_task(), *places_tasks(), *train_all_tasks())
+    make.networks([task for task in tasks if task.name in needed])
+    return make.dissection(sets)
+
+
+def make_groups(
+    make: Run, sets: Sets = SETS, training: TrainingConfig = GROUP_TRAINING, groups: Sequence[str] = ("all",)
+) -> None:
+    """Makes a captioner per group of sets, or plans them; arguments as of :func:`run_groups`."""
+    layers = make_sets(make, sets)
+    make.captioners("of every group", lambda: group_jobs(layers, training, groups))
+
+
+class Run:
+    """Makes what is missing or stale of each part of the demo.
+
+    Args:
+        storage: The run directory.
+        config: How to dissect.
+        resources: What of the cluster to use.
+    """
+
+    def __init__(self, storage: Storage, config: ExemplarConfig, resources: Resources) -> None:
+        self.storage, self.config, self.resources = storage, config, resources
+
+    def networks(self, tasks: Sequence[TrainTask]) -> None:
+        """Trains networks of the world."""
+        world.train_networks(tasks)
+
+    def dissection(self, sets: Sets) -> dict[str, tuple[str, ...]]:
+        """Dissects networks, annotates them and encodes their exemplars; returns model → layers."""
+        layers: dict[str, tuple[str, ...]] = {}
+        for probe, names in sets.items():
+            models = [references.ModelRef(name) for name in names]
+            dissected = run_exemplars(self.storage, models, probe, self.config, self.resources).models
+            world.annotate(self.storage, probe, _annotated(dissected))
+            layers |= dissected
+        run_encodings(self.storage, layers, EncoderRef(DECODER), self.resources)
+        return layers
+
+    def captioners(self, shown: str, jobs: Callable[[], list[TrainingJob]]) -> None:
+        """Trains captioners on dissected networks."""
+        run_trainings(self.storage, jobs())
+
+    def descriptions(self, shown: str, layers: Layers) -> None:
+        """Describes the units of layers."""
+        run_descriptions(self.storage, layers, SEARCH, self.resources)
+
+    def tuning(self, layers: Layers) -> None:
+        """Tunes λ."""
+        Tuning(tuning_job(layers)).run(self.storage, self.resources)
+
+    def reranking(self, layers: Layers) -> None:
+        """Trains the world's model of images and texts, and re-ranks with it."""
+        run_reranking(self.storage, layers, SEARCH, Clip(world.train_image_text()), self.resources)
+
+    def evaluation(self, layers: Layers, systems: Mapping[str, str]) -> None:
+        """Scores the descriptions."""
+        Evaluation(layers, systems).run(self.storage)
+
+
+class DryRun(Run):
+    """Plans the same parts from the stages that make them.
+
+    Args:
+        storage: The run directory.
+        config: How to dissect.
+    """
+
+    def __init__(self, storage: Storage, config: ExemplarConfig) -> None:
+        super().__init__(storage, config, Resources())
+        self.plan = Plan()
+
+    def networks(self, tasks: Sequence[TrainTask]) -> None:
+        """Plans networks, each once."""
+        absent = {task.name for task in world.untrained(tasks)}
+        steps = [Step(NETWORKS, (task.name,), "missing" if task.name in absent else None) for task in tasks]
+        self.plan.steps += [step for step in steps if step not in self.plan.steps]
+
+    def dissection(self, sets: Sets) -> dict[str, tuple[str, ...]]:
+        """Plans exemplars, annotations and encodings; returns the layers that are known."""
+        layers: dict[str, tuple[str, ...]] = {}
+        for probe, names in sets.items():
+            tables, shown = (schema.EXEMPLARS, ANNOTATIONS, ENCODINGS), (", ".join(names),)
+            waiting = [self.plan.waits(table.name, shown, NETWORKS) for table in tables]
+            if not any(waiting):
+                models = [references.ModelRef(name) for name in names]
+                exemplars = Exemplars(models, probe, self.config)
+                self._stages(exemplars)
+                annotations = world.Annotations(_annotated(exemplars.layers))
+                self._stages(annotations, Encodings(exemplars.layers, EncoderRef(DECODER)))
+                layers |= exemplars.layers
+        return layers
+
+    def captioners(self, shown: str, jobs: Callable[[], list[TrainingJob]]) -> None:
+        """Plans captioners."""
+        if not self.plan.waits(schema.TRAINING.name, (shown,), *_ANNOTATED):
+            self._stages(*(Training(job) for job in jobs()))
+
+    def descriptions(self, shown: str, layers: Layers) -> None:
+        """Plans descriptions."""
+        if not self.plan.waits(DESCRIPTIONS.name, (shown,), NETWORKS, schema.TRAINING.name):
+            self._stages(*description_stages(layers, SEARCH, load_captioner(self.storage, SEARCH.decoder)))
+
+    def tuning(self, layers: Layers) -> None:
+        """Plans the sweep over λ."""
+        if not self.plan.waits(TRIALS.name, (DECODER, TUNING), *_ANNOTATED, ENCODINGS.name, schema.TRAINING.name):
+            self._stages(Tuning(tuning_job(layers)))
+
+    def reranking(self, layers: Layers) -> None:
+        """Plans the model of images and texts, and re-ranking."""
+        self.networks([image_text_task()])
+        if not self.plan.waits(DESCRIPTIONS.name, ("re-ranked",), NETWORKS, schema.TRAINING.name):
+            captioner, clip = load_captioner(self.storage, SEARCH.decoder), Clip(str(world.image_text_folder()))
+            self._stages(*reranking_stages(layers, SEARCH, captioner, clip))
+
+    def evaluation(self, layers: Layers, systems: Mapping[str, str]) -> None:
+        """Plans scores."""
+        if not self.plan.waits(SCORES.name, ("of the demo",), *_ANNOTATED, DESCRIPTIONS.name):
+            self._stages(Evaluation(layers, systems))
+
+    def _stages(self, *stages: Stage) -> None:
+        self.plan.stages(self.storage, stages)
+
+
+def _annotated(layers: Layers) -> Layers:
+    """The networks that are annotated: all but the untrained one."""
+    return {model: of_model for model, of_model in layers.items() if model != CONTROL}
+
+
+def captioner_job(models: Mapping[str, Sequence[str]]) -> TrainingJob:
+    """The training of the demo's captioner, on networks given with their layers."""
+    layers = tuple((model, layer) for model in TRAIN for layer in models[model])
+    return TrainingJob(DECODER, world.SOURCE, layers, EncoderRef(DECODER), TRAINING, SIZES)
+
+
+def tuning_job(models: Mapping[str, Sequence[str]]) -> TuningJob:
+    """The sweep over λ: half of the annotated units of networks new to the captioner choose, the others judge."""
+    folder = minilm_directory()
+    sweep = replace(SWEEP, metric="bertscore-f") if folder else SWEEP
+    layers = tuple((model, layer) for model in (HELD_OUT, PLANTED) for layer in models[model])
+    return TuningJob(TUNING, DECODER, world.SOURCE, layers, sweep, str(folder) if folder else None)
 
 
 def group_jobs(
@@ -216,37 +347,42 @@ def group_jobs(
     ]
 
 
-def evaluate(storage: Storage, models: Mapping[str, Sequence[str]], systems: Mapping[str, str] = SYSTEMS) -> pa.Table:
-    """Scores the descriptions of the held-out, the planted and the untrained network.
+class Evaluation(Stage):
+    """Scores of the descriptions of the held-out, the planted and the untrained network.
 
     Args:
-        storage: The run directory.
-        models: Model name → layers.
-        systems: System, as it is shown → labeler; the first is the one that trivial rows are compared with.
+        models: Model → layers.
+        systems: System, as it is shown → labeler; the first is the one that trivial baselines are compared with.
     """
-    fingerprint = evaluation_fingerprint(storage, models, systems)
-    if any(storage.why(SCORES, fingerprint, experiment=name) for name in EXPERIMENTS):
-        say("evaluation: against the annotators and against the world itself")
-        folder = minilm_directory()
-        for table in _evaluate(storage, models, systems, BertScore(folder) if folder else None):
-            storage.write(SCORES, table, fingerprint, experiment=table["experiment"][0].as_py())
-    return pa.concat_tables([storage.read(SCORES, experiment=name) for name in EXPERIMENTS])
 
+    table, name, title = SCORES, "evaluation", "evaluation"
 
-def evaluation_fingerprint(
-    storage: Storage, models: Mapping[str, Sequence[str]], systems: Mapping[str, str]
-) -> Fingerprint:
-    """What decides the evaluation; arguments as of :func:`evaluate`."""
-    described = [{"labeler": labeler, **keys} for keys in _layers(models) for labeler in systems.values()]
-    annotated = [{"source": world.SOURCE, **keys} for keys in _layers(models) if keys["model"] != CONTROL]
-    configs = [storage.config_of(DESCRIPTIONS, **keys) for keys in described]
-    configs += [storage.config_of(ANNOTATIONS, **keys) for keys in annotated]
-    bertscore = minilm_directory() is not None
-    return Fingerprint.of({"evaluation": 1, "judged": configs, "world": WORLD_DIGEST, "bertscore": bertscore})
+    def __init__(self, models: Layers, systems: Mapping[str, str]) -> None:
+        self._models, self._systems = models, systems
 
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """A table per evaluation; all follow from descriptions and annotations."""
+        layers, annotated = pairs(self._models), pairs(_annotated(self._models))
+        configs = [
+            known.config(DESCRIPTIONS, labeler=labeler, model=model, layer=layer)
+            for model, layer in layers
+            for labeler in self._systems.values()
+        ]
+        configs += [
+            known.config(ANNOTATIONS, source=world.SOURCE, model=model, layer=layer) for model, layer in annotated
+        ]
+        bertscore = minilm_directory() is not None
+        inputs = {"evaluation": 1, "judged": configs, "world": WORLD_DIGEST, "bertscore": bertscore}
+        for name in EXPERIMENTS:
+            yield Output({"experiment": name}, Fingerprint.of(inputs))
 
-def _layers(models: Mapping[str, Sequence[str]]) -> list[dict[str, str]]:
-    return [{"model": model, "layer": layer} for model, layers in models.items() for layer in layers]
+    def run(self, storage: Storage) -> None:
+        """Makes all tables if one is missing or stale."""
+        if outputs := due(self, storage):
+            say("evaluation: against the annotators and against the world itself")
+            folder = minilm_directory()
+            for table in _evaluate(storage, self._models, self._systems, BertScore(folder) if folder else None):
+                storage.write(SCORES, table, outputs[0].fingerprint, experiment=table["experiment"][0].as_py())
 
 
 def _evaluate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import torch
 
 from milan_ray.config import ExemplarConfig, Fingerprint
 from milan_ray.engine import references
+from milan_ray.engine.stage import Known, Layers, Output, Stage, due, pairs
 from milan_ray.engine.tasks import run_parallel
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.forward import read_inputs
@@ -27,7 +28,7 @@ from milan_ray.world.iou import ConceptIoU
 from milan_ray.world.lexicon import NAMES
 from milan_ray.world.plugin import weights_dir
 from milan_ray.world.probe import WORLD_DIGEST
-from milan_ray.world.training import TrainTask, train_all_tasks
+from milan_ray.world.training import TrainTask
 
 ANNOTATORS_VERSION = "annotators-1"
 
@@ -35,12 +36,8 @@ SOURCE = "world"
 """Source of the annotations that the world's annotators write."""
 
 
-def train_networks(wanted: Sequence[TrainTask] | None = None) -> int:
-    """Trains the world's networks that are not there yet, side by side; returns how many.
-
-    Args:
-        wanted: Which; None for those that the demo needs.
-    """
+def train_networks(wanted: Sequence[TrainTask]) -> int:
+    """Trains the world's networks that are not there yet, side by side; returns how many."""
     place, tasks = Storage(weights_dir()), untrained(wanted)
     if not tasks:
         say(f"the world's networks: all in {place.root}")
@@ -54,10 +51,10 @@ def train_networks(wanted: Sequence[TrainTask] | None = None) -> int:
     return len(tasks)
 
 
-def untrained(wanted: Sequence[TrainTask] | None = None) -> list[TrainTask]:
-    """The trainings of :func:`train_networks` whose networks are not there."""
+def untrained(wanted: Sequence[TrainTask]) -> list[TrainTask]:
+    """The trainings whose networks are not there."""
     place = Storage(weights_dir())
-    return [task for task in wanted or train_all_tasks() if not place.exists(task.file)]
+    return [task for task in wanted if not place.exists(task.file)]
 
 
 def image_text_folder() -> Path:
@@ -84,24 +81,32 @@ def _metrics(weights: bytes) -> str:
 class _Annotate:
     storage: Storage
     probe: references.ProbeRef
-    model: str
-    layer: str
-    fingerprint: Fingerprint
+    output: Output
 
 
-def annotations_fingerprint(exemplars: str) -> Fingerprint:
-    """What decides a layer's annotations, given the configuration hash of its exemplars."""
-    return Fingerprint.of({"kernel": ANNOTATORS_VERSION, "world": WORLD_DIGEST, "exemplars": exemplars})
+class Annotations(Stage):
+    """Annotations by the world's annotators; :func:`annotate` makes them.
+
+    Args:
+        models: Model → layers.
+    """
+
+    table, name, title = ANNOTATIONS, "annotations", "annotations"
+
+    def __init__(self, models: Layers) -> None:
+        self._models = models
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """A table per layer, which follows from its exemplars."""
+        for model, layer in pairs(self._models):
+            exemplars = known.config(EXEMPLARS, model=model, layer=layer)
+            inputs = {"kernel": ANNOTATORS_VERSION, "world": WORLD_DIGEST, "exemplars": exemplars}
+            yield Output({"source": SOURCE, "model": model, "layer": layer}, Fingerprint.of(inputs))
 
 
-def annotate(storage: Storage, probe: references.ProbeRef, models: Mapping[str, Sequence[str]]) -> None:
+def annotate(storage: Storage, probe: references.ProbeRef, models: Layers) -> None:
     """Lets the world's annotators describe every unit of some models, where their annotations are missing or stale."""
-    tasks = []
-    for model, layers in models.items():
-        for layer in layers:
-            fingerprint = annotations_fingerprint(storage.config_of(EXEMPLARS, model=model, layer=layer))
-            if storage.why(ANNOTATIONS, fingerprint, source=SOURCE, model=model, layer=layer):
-                tasks.append(_Annotate(storage, probe, model, layer, fingerprint))
+    tasks = [_Annotate(storage, probe, output) for output in due(Annotations(models), storage)]
     if not tasks:
         say("annotations: all up to date")
         return
@@ -111,7 +116,7 @@ def annotate(storage: Storage, probe: references.ProbeRef, models: Mapping[str, 
 
 
 def _annotate_layer(task: _Annotate) -> None:
-    keys = {"model": task.model, "layer": task.layer}
+    keys = {"model": task.output.model, "layer": task.output.layer}
     exemplars = task.storage.read(EXEMPLARS, ["unit", "image_id", "mask"], **keys)
     meta = task.storage.metadata(EXEMPLARS, **keys) or {}
     size = mask_size(meta)
@@ -128,21 +133,19 @@ def _annotate_layer(task: _Annotate) -> None:
         found = annotate_unit(
             masks.unpack(mine["mask"].to_pylist(), size),
             [maps[image_id] for image_id in mine["image_id"].to_pylist()],
-            f"{task.model}/{task.layer}/{unit}",
+            f"{task.output.model}/{task.output.layer}/{unit}",
         )
         rows += [(int(unit), annotation.annotator, annotation.text) for annotation in found]
     table = ANNOTATIONS.table(
         {
-            "source": [SOURCE] * len(rows),
-            "model": [task.model] * len(rows),
-            "layer": [task.layer] * len(rows),
+            **{key: [value] * len(rows) for key, value in task.output.keys.items()},
             "unit": [unit for unit, _, _ in rows],
             "annotator": [who for _, who, _ in rows],
             "text": [text for _, _, text in rows],
         },
         {EXEMPLARS_KEY: task.storage.config_of(EXEMPLARS, **keys)},
     )
-    task.storage.write(ANNOTATIONS, table, task.fingerprint, source=SOURCE, **keys)
+    task.storage.write(ANNOTATIONS, table, task.output.fingerprint, **task.output.keys)
 
 
 @dataclass(frozen=True)

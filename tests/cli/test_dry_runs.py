@@ -22,13 +22,11 @@ from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.engine.references import ModelRef, ProbeRef
-from milan_ray.engine.references import model as model_of
-from milan_ray.engine.references import probe as probe_of
-from milan_ray.probe.manifest import digest
+from milan_ray.engine.stage import Known
 from milan_ray.schema import ANNOTATIONS, CLAIMS, DESCRIPTIONS, EXEMPLARS, PASTED
 from milan_ray.stages.captioners import load_captioner, save_captioner
 from milan_ray.storage import Storage
-from milan_ray.studies.cut_and_paste.run import PastingConfig, pasting_fingerprint
+from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig
 from milan_ray.studies.spacy_pipeline import language_name
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
@@ -94,7 +92,7 @@ from safetensors.torch import save_file
 from milan_ray.config import ExemplarConfig, TrainingConfig
 from milan_ray.stages.tuning_statistics import Sweep
 from milan_ray.showcase import demo
-from milan_ray.showcase.plan import plan_demo
+from milan_ray.showcase.demo import plan_demo
 from milan_ray.engine.references import ProbeRef
 from milan_ray.plugins import load_plugins
 from milan_ray.storage import Storage
@@ -151,10 +149,9 @@ def test_paste_says_what_is_missing(photos, tmp_path, dry_run: DryRun) -> None:
     command = ["paste", "--model", "tiny/cnn", "--layers", "2", "--plugin", TINY, "--probe", str(photos)]
     assert dry_run(storage.root, *command) == {"pasted cut-and-paste tiny/cnn": "missing"}
     request, images = ModelRef("tiny/cnn", layers=("2",), plugins=(TINY,)), ProbeRef((str(photos),))
-    found, config = probe_of(images).manifest(), PastingConfig(units=3, originals=4, distractors=5)
-    fingerprint = pasting_fingerprint(
-        storage, model_of(request), ("2",), images, digest(found), language_name(None), config
-    )[0]
+    config = CutAndPasteConfig(units=3, originals=4, distractors=5)
+    (output,) = CutAndPaste(request, images, language_name(None), config).outputs(Known(storage))
+    fingerprint = output.fingerprint
     rows = {column.name: [] for column in PASTED.columns}
     storage.write(PASTED, PASTED.table(rows), fingerprint, experiment="cut-and-paste", model="tiny/cnn")
     same = {"--each": "3", "--originals": "4", "--distractors": "5"}

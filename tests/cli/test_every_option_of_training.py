@@ -20,17 +20,15 @@ from milan_ray import cli
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.fit import split_units
 from milan_ray.config import TrainingConfig
-from milan_ray.engine import references
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.engine.stage import Known
 from milan_ray.errors import MilanError
-from milan_ray.probe.manifest import digest
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, HELD_OUT, PASTED, TRAINING, TRIALS
 from milan_ray.stages.captioners import load_captioner, save_captioner
 from milan_ray.stages.tuning import Tuning, TuningJob
 from milan_ray.stages.tuning_statistics import read_sweep
 from milan_ray.storage import Storage
-from milan_ray.studies.cut_and_paste.run import PastingConfig, pasting_fingerprint
+from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig
 from milan_ray.studies.spacy_pipeline import language_name
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -302,12 +300,10 @@ def test_options_of_pasting_are_those_of_its_fingerprint(photos, tmp_path, capsy
         rows |= {name: [value] * 8 for name, value in {"labeler": labeler, **keys}.items()}
         rows |= {column: [None] * 8 for column in DESCRIPTIONS.schema.names if column not in rows}
         storage.write(DESCRIPTIONS, DESCRIPTIONS.table(rows), f"d {labeler}", labeler=labeler, **keys)
-    spec = references.model(ModelRef("tiny/cnn", layers=("2",), plugins=(TINY,)))
-    shown = digest(references.probe(source).manifest())
-    config = PastingConfig(units=3, pool=9, seed=4)
-    fingerprint, *_ = pasting_fingerprint(storage, spec, ["2"], source, shown, language_name(), config)
+    model, config = ModelRef("tiny/cnn", layers=("2",), plugins=(TINY,)), CutAndPasteConfig(units=3, pool=9, seed=4)
+    (output,) = CutAndPaste(model, source, language_name(), config).outputs(Known(storage))
     empty = PASTED.table({column: [] for column in PASTED.schema.names})
-    storage.write(PASTED, empty, fingerprint, experiment="cut-and-paste", model="tiny/cnn")
+    storage.write(PASTED, empty, output.fingerprint, experiment="cut-and-paste", model="tiny/cnn")
     command = ["paste", "--model", "tiny/cnn", "--layers", "2", "--plugin", TINY, "--probe", str(photos)]
     command += ["--storage", storage.root, "--each", "3", "--pool", "9", "--seed", "4"]
     assert due(capsys, command) == {}

@@ -64,11 +64,11 @@ from milan_ray.stages.scores import ScoreConfig, described_layers, run_scores, s
 from milan_ray.stages.tuning_statistics import Sweep
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation import run as ablate
-from milan_ray.studies.analysis.run import AnalysisConfig, run_analysis
-from milan_ray.studies.comparison.run import run_comparison
+from milan_ray.studies.analysis.run import Analysis, AnalysisConfig
+from milan_ray.studies.comparison.run import find_comparison
 from milan_ray.studies.cut_and_paste import run as cut_and_paste
-from milan_ray.studies.cut_and_paste.run import PastingConfig, run_pasting
-from milan_ray.studies.editing.run import EditingConfig, run_editing
+from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig
+from milan_ray.studies.editing.run import Editing, EditingConfig
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
 TINY, FLAGS, COLOURS = (str(PLUGINS / f"{name}.py") for name in ("tiny_models", "flags", "colours"))
@@ -254,6 +254,7 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
     def dissect(config: ExemplarConfig) -> Callable[[Storage], object]:
         return lambda storage: run_exemplars(storage, [CNN], probe, config, HERE)
 
+    labelled = {"models": ["tiny/cnn"], "labelers": ["milan*"]}
     exemplars = {EXEMPLARS: "exemplars", POOLED: "pooled"}
     texts = ["a dog", "a house", "red"]
     photographs = {
@@ -266,7 +267,7 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
             lambda place: run_reranking(place, LAYERS, SEARCH, clip, HERE),
             {CANDIDATES: "candidates", ENCODINGS: "encodings"},
         ),
-        "comparison": Stage(lambda place: run_comparison(place, models=["tiny/cnn"], labelers=["milan*"]), {}),
+        "comparison": Stage(lambda place: find_comparison(place, **labelled).run(place), {}),
         "training": Stage(train_here, {TRAINING: "training"}),
         "tuning": Stage(tune_here, {TRIALS: "tuning"}),
         "image embeddings": Stage(
@@ -286,15 +287,17 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
     published = {"import": Stage(bring_in(published_set(tmp_path_factory.mktemp("net") / "photos")), {})}
     told = ProbeRef((str(classes(tmp_path_factory.mktemp("classes"))),))
     words, found = AnalysisConfig(trials=1, fractions=(0.0, 0.5), words=("red",)), EditingConfig(trials=1, most=2)
-    pasting = PastingConfig(units=3, originals=3, distractors=2, targets=2)
+    pasting = CutAndPasteConfig(units=3, originals=3, distractors=2, targets=2)
+    analysis, editing = Analysis(CLASSES, told, "four words", words), Editing(CLASSES, told, None, found)
+    adversarial = CutAndPaste(CLASSES, told, "four words", pasting)
     experiments = {
         "dissected": Stage(
             lambda place: run_exemplars(place, [CLASSES], told, ExemplarConfig(k=4, batch_size=16), HERE), {}
         ),
         "said": Stage(say_words, {}),
-        "analysis": Stage(lambda place: run_analysis(place, CLASSES, told, reader(), "four words", words, HERE), {}),
-        "editing": Stage(lambda place: run_editing(place, CLASSES, told, None, found, HERE), {}),
-        "pasting": Stage(lambda place: run_pasting(place, CLASSES, told, reader(), "four words", pasting, HERE), {}),
+        "analysis": Stage(lambda place: analysis.run(place, reader(), HERE), {}),
+        "editing": Stage(lambda place: editing.run(place, HERE), {}),
+        "pasting": Stage(lambda place: adversarial.run(place, reader(), HERE), {}),
     }
     return {
         "photographs": photographs,

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from milan_ray import cli
+from milan_ray.report.figures import figure_path
 from milan_ray.schema import ABLATIONS, CRITERIA, DESCRIPTIONS, LAYER_PROPERTIES
 from milan_ray.storage import Storage
-from milan_ray.studies.analysis.run import figure_path
 from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -79,8 +79,8 @@ def test_analysis_from_descriptions_to_figure(storage, photos, capsys, dry_run):
     adjective = properties.filter(pl.col("property") == "contains an adjective").select("layer", "holding", "units")
     assert adjective.rows() == [("0", 3, 6), ("2", 1, 8)]
     assert "  adjectives               0 2 “striped red boats”; 2 7 “red striped cups”; 0 0 “red houses”" in said
-    picture = storage.get(figure_path(storage, PUBLIC, "svg"))
-    assert b"<svg" in picture and storage.get(figure_path(storage, PUBLIC, "png"))[1:4] == b"PNG"
+    picture = storage.get(figure_path(storage, ABLATIONS, **PUBLIC))
+    assert b"<svg" in picture and storage.get(figure_path(storage, ABLATIONS, "png", **PUBLIC))[1:4] == b"PNG"
 
     assert dry_run(storage.root, *arguments) == {}
     stale = {"ablations analysis tiny/cnn": "analysis changed"}

@@ -11,11 +11,11 @@ import pytest
 from milan_ray import cli
 from milan_ray.damaged import LeftOut
 from milan_ray.report.audits import audits
+from milan_ray.report.figures import figure_path
 from milan_ray.report.layers import layer_folder
 from milan_ray.report.pages import Pages
 from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS, MANIFEST, SCORES
 from milan_ray.storage import Storage
-from milan_ray.studies.auditing.run import figure_path
 
 SAID = {
     "net/plain": ("Human faces", "a head", "stripes", "mouths", "<b>eyes</b>"),
@@ -74,7 +74,7 @@ def test_audit_counts_reviews_and_counts_again(storage: Storage, capsys, dry_run
     found = read(storage, AUDITED)
     assert found.filter(model="net/plain")["words"].to_list() == [["face"], ["head"], ["mouth"], ["eyes"]]
     for ending in ("svg", "png"):
-        assert storage.exists(figure_path(storage, "faces", ending))
+        assert storage.exists(figure_path(storage, AUDITS, ending, audit="faces"))
     scores = storage.read(SCORES, experiment="audit: faces").to_pylist()
     assert {row["metric"] for row in scores} == {
         "units per network",

@@ -8,7 +8,8 @@ import pytest
 from milan_ray.report.figures import files
 from milan_ray.scoring.evaluation import ANNOTATORS, score_table
 from milan_ray.showcase.paper.baselines import claims
-from milan_ray.studies.baselines.statistics import collected, draw, score_rows, summary, table_2
+from milan_ray.studies.baselines.plot import plot_baselines
+from milan_ray.studies.baselines.statistics import collected, score_rows, summary, table_2
 
 VALUES = {"milan": 0.4, "milan-pdE": 0.3, "netdissect": 0.2, "compexp": 0.1, "constant": 0.15, ANNOTATORS: 0.5}
 
@@ -38,7 +39,7 @@ def test_table_has_a_line_per_network_and_labelers_in_the_papers_order(rows: pl.
     assert table_2(rows, "auroc")["model"].to_list() == ["m"]
     assert ("n: compexp", "rouge-l-f") in {row[:2] for row in score_rows(rows)}
     assert "wPMI 0.400" in summary(rows)
-    assert files(draw(rows))["svg"].startswith(b"<?xml")
+    assert files(plot_baselines(rows))["svg"].startswith(b"<?xml")
 
 
 def test_claims_are_what_the_figures_say(rows: pl.DataFrame) -> None:

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pytest
 
 from milan_ray.engine import references
+from milan_ray.engine.planner import Plan
 from milan_ray.errors import MilanError
 from milan_ray.report import write_report
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST, SCORES, VIEWS
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 from milan_ray.studies.comparison import run as compare
-from milan_ray.studies.comparison.run import find_comparison, run_comparison, summary
+from milan_ray.studies.comparison.run import find_comparison, summary
 from milan_ray.studies.judges.run import in_words
-from milan_ray.studies.plan import plan_comparison
 from milan_ray.world.networks import planted_concepts
 from milan_ray.world.probe import WorldProbe
 
@@ -65,7 +65,7 @@ def test_labels_become_words_of_the_world() -> None:
 
 @pytest.fixture(scope="module")
 def scores(storage: Storage, ray_session: None) -> pl.DataFrame:
-    return pl.DataFrame(pl.from_arrow(run_comparison(storage, scenes=SCENES)))
+    return pl.DataFrame(pl.from_arrow(find_comparison(storage, scenes=SCENES).run(storage)))
 
 
 def value(scores: pl.DataFrame, experiment: str, system: str, metric: str) -> float:
@@ -95,9 +95,9 @@ def test_comparison_is_stored_with_its_figure_and_done_once(storage: Storage, sc
     assert {keys["experiment"] for keys in storage.partitions(SCORES)} == set(scores["experiment"]) | {
         "comparison: cost"
     }
-    again = run_comparison(storage, scenes=SCENES)
+    again = find_comparison(storage, scenes=SCENES).run(storage)
     assert "up to date" in capsys.readouterr().err
-    plan = plan_comparison(storage, find_comparison(storage, scenes=SCENES))
+    plan = Plan.of(storage, [find_comparison(storage, scenes=SCENES)])
     assert plan.text() == "0 tables would be made, 1 are up to date; nothing was done."
     assert pl.DataFrame(pl.from_arrow(again)).sort(pl.all()).equals(scores.sort(pl.all()))
     assert "planted-accuracy" in summary(again)
@@ -120,20 +120,21 @@ def test_probes_of_ones_own_are_compared_by_agreement_alone(tmp_path: Path) -> N
     found.write(MANIFEST, MANIFEST.table(nothing | images), "m", probe="q")
     for labeler in ("b", "milan"):
         label(found, labeler, "m", "1", ["dogs", "cats"])
-    assert plan_comparison(found, find_comparison(found)).steps[0].reason == "milan, b on 2 units: missing"
-    scores = pl.DataFrame(pl.from_arrow(run_comparison(found)))
+    plan = Plan.of(found, [find_comparison(found)])
+    assert plan.steps[0].reason == "milan, b on 2 units: missing"
+    scores = pl.DataFrame(pl.from_arrow(find_comparison(found).run(found)))
     assert scores.is_empty()  # nobody annotated anything, no runs are recorded: an empty table of costs
     notes = [{"source": s, "model": "m", "layer": "1", "unit": 0, "annotator": "a", "text": "dog"} for s in ("x",)]
     found.write(
         ANNOTATIONS, pa.Table.from_pylist(notes, schema=ANNOTATIONS.schema), "a", source="x", model="m", layer="1"
     )
-    scores = pl.DataFrame(pl.from_arrow(run_comparison(found)))
+    scores = pl.DataFrame(pl.from_arrow(find_comparison(found).run(found)))
     assert set(scores["experiment"]) == {"comparison: annotations"} and scores["n"].max() == 1
     found.write(
         ANNOTATIONS, pa.Table.from_pylist(notes, schema=ANNOTATIONS.schema), "a", source="y", model="m", layer="1"
     )
     with pytest.raises(MilanError, match="say which count with --annotations"):
-        run_comparison(found)
+        find_comparison(found).run(found)
 
 
 def test_activations_are_those_of_the_units_compared(storage: Storage) -> None:

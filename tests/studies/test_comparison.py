@@ -9,6 +9,7 @@ from PIL import Image
 
 from milan_ray.config import Fingerprint
 from milan_ray.errors import MilanError
+from milan_ray.report.figures import files
 from milan_ray.schema import (
     CANDIDATES,
     DESCRIPTIONS,
@@ -23,13 +24,13 @@ from milan_ray.schema.operations import SHARES
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.scoring.evaluation import score_table
 from milan_ray.storage import Storage
+from milan_ray.studies.comparison.plot import plot_comparison
 from milan_ray.studies.comparison.statistics import (
     EVERYBODY,
     PER_HOUR,
     SECONDS,
     common_units,
     cost_rows,
-    plot_comparison,
     unit_score_rows,
     with_trivial_labels,
 )
@@ -177,6 +178,6 @@ def test_figure_is_the_same_for_the_same_scores() -> None:
     scores = pl.concat(
         [table("c", {"rouge-l-f": 0.3, "auroc": 0.7, PER_HOUR: 900.0}), table("k", {"face": 0.9, "colour": 0.4})]
     )
-    drawn, again = plot_comparison(scores, "k"), plot_comparison(scores, "k")
+    drawn, again = files(plot_comparison(scores, "k")), files(plot_comparison(scores, "k"))
     assert drawn == again and set(drawn) == {"svg", "png"}
     assert Image.open(io.BytesIO(drawn["png"])).size[0] > 600

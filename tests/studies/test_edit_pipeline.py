@@ -15,9 +15,9 @@ from milan_ray import cli
 from milan_ray.engine.references import ModelRef, model
 from milan_ray.models.ablation import Ablation
 from milan_ray.models.weights import read_state_dict
+from milan_ray.report.figures import figure_path
 from milan_ray.schema import ABLATIONS, CRITERIA, DESCRIPTIONS
 from milan_ray.storage import Storage
-from milan_ray.studies.analysis.run import figure_path
 from milan_ray.studies.editing.run import ALONE
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -65,7 +65,7 @@ def test_units_found_by_words_are_removed_step_by_step(photos, tmp_path, capsys,
         line = rows.filter(pl.col("split") == split, pl.col("condition") == "sort-found").sort("ablated")
         np.testing.assert_allclose(line["accuracy"], accuracies(spec, images, sets))
     assert rows.group_by("condition").len().sort("condition")["len"].to_list() == [16, 8, 8]  # random, sort-all, -found
-    assert b"<svg" in storage.get(figure_path(storage, PUBLIC, "svg"))
+    assert b"<svg" in storage.get(figure_path(storage, ABLATIONS, **PUBLIC))
 
     deployed = spec.load()
     deployed.load_state_dict(read_state_dict(str(out)))

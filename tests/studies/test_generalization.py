@@ -9,10 +9,10 @@ import spacy
 from milan_ray.annotations.splits import Split
 from milan_ray.report.figures import files
 from milan_ray.scoring.evaluation import ANNOTATORS, evaluate_text
+from milan_ray.studies.generalization.plot import plot_generalization
 from milan_ray.studies.generalization.statistics import (
     disagreements,
     divided,
-    draw,
     main_metric,
     score_split,
     summary,
@@ -113,7 +113,7 @@ def test_tables_figure_and_summary_show_every_split() -> None:
     texts = table_6(rows)
     assert texts["texts"].to_list() == [12] and texts["length"].item() == pytest.approx((5 * 3 + 5) / 6)
     assert "noun" not in texts.columns
-    assert files(draw(both))["svg"] == files(draw(both))["svg"]
+    assert files(plot_generalization(both))["svg"] == files(plot_generalization(both))["svg"]
     assert "within m" in summary(both) and "m → n" in summary(both)
 
 

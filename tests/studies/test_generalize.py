@@ -21,9 +21,13 @@ from milan_ray.schema import ANNOTATIONS, ENCODINGS, EXEMPLARS, GENERALIZATION, 
 from milan_ray.stages.captioners import EncoderRef, load_captioner
 from milan_ray.stages.training import Sizes
 from milan_ray.storage import Storage
-from milan_ray.studies import plan as plan_experiments
-from milan_ray.studies.generalization.run import GeneralizationConfig, GeneralizationJob, run_generalization
-from milan_ray.studies.plan import plan_generalization
+from milan_ray.studies.generalization import run as generalization
+from milan_ray.studies.generalization.run import (
+    GeneralizationConfig,
+    GeneralizationJob,
+    plan_generalization,
+    run_generalization,
+)
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
 THINGS = ("dog", "cat", "house", "tree")
@@ -98,7 +102,7 @@ class Invented(Stage):
 
 def planned(storage: Storage, monkeypatch: pytest.MonkeyPatch, **changes: object) -> dict[str, int]:
     """Table → partitions that a dry run would make, where the encodings are those that tests have invented."""
-    monkeypatch.setattr(plan_experiments, "Encodings", Invented)
+    monkeypatch.setattr(generalization, "Encodings", Invented)
     before = storage.stat("")
     plan = plan_generalization(storage, job_of(**changes), "rules", Resources(device="cpu"))
     assert storage.stat("") == before and not plan.later

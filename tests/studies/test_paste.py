@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,24 +16,24 @@ from milan_ray.engine.planner import Plan
 from milan_ray.engine.references import ModelRef, ProbeRef, model, probe
 from milan_ray.errors import MilanError
 from milan_ray.probe.manifest import image_refs
-from milan_ray.schema import DESCRIPTIONS
+from milan_ray.report.figures import figure_path
+from milan_ray.schema import DESCRIPTIONS, PASTED
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
-from milan_ray.studies.cut_and_paste.run import PastingConfig, figure_path, run_pasting, summary
+from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig, summary
 from milan_ray.studies.cut_and_paste.statistics import grown, paste
 from milan_ray.studies.exemplar_images import exemplar_views, unit_exemplars, unit_masks, views_of
-from milan_ray.studies.plan import plan_pasting
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
 REQUEST = ModelRef("tiny/cnn", layers=("2",), plugins=(PLUGIN,))
-CONFIG = PastingConfig(units=3, originals=3, distractors=2, targets=2)
+CONFIG = CutAndPasteConfig(units=3, originals=3, distractors=2, targets=2)
 PUBLIC = {"experiment": "cut-and-paste", "model": "tiny/cnn"}
 
 
 def why(storage: Storage, images: ProbeRef, language: str) -> str | None:
     """What a dry run says."""
     plan, before = Plan(), storage.stat("")
-    plan_pasting(storage, plan, REQUEST, images, language, CONFIG)
+    plan.stages(storage, [CutAndPaste(REQUEST, images, language, CONFIG)])
     assert storage.stat("") == before
     (step,) = plan.steps
     assert (step.table, step.keys) == ("pasted", tuple(PUBLIC.values()))
@@ -59,7 +60,8 @@ def test_what_units_fire_at_is_pasted_on_what_they_are_silent_on(photos, tmp_pat
     storage.write(DESCRIPTIONS, table, "d", **keys)
 
     assert why(storage, images, "four words") == "missing"
-    pairs = run_pasting(storage, REQUEST, images, nlp, "four words", CONFIG, Resources())
+    study = CutAndPaste(REQUEST, images, "four words", CONFIG)
+    pairs = study.run(storage, nlp, Resources())
     assert why(storage, images, "four words") is None and why(storage, images, "others") == "language changed"
     different = pairs.filter(pl.col("group") == "different words")
     assert set(different["unit"]) <= {1, 2, 4} and len(set(pairs["unit"])) >= 2
@@ -67,7 +69,7 @@ def test_what_units_fire_at_is_pasted_on_what_they_are_silent_on(photos, tmp_pat
     assert (per_unit["original"].max(), per_unit["distractor"].max()) == (CONFIG.originals, CONFIG.distractors)
     assert different["unit"].n_unique() <= CONFIG.units
     assert "images with something pasted on" in summary(pairs)
-    assert b"<svg" in storage.get(figure_path(storage, PUBLIC, "svg"))
+    assert b"<svg" in storage.get(figure_path(storage, PASTED, **PUBLIC))
 
     spec = model(REQUEST)
     network, manifest = spec.load(), probe(images).manifest()
@@ -88,10 +90,10 @@ def test_what_units_fire_at_is_pasted_on_what_they_are_silent_on(photos, tmp_pat
         wrong = row["predicted"] in row["targets"]
         assert row["fooled"] == (wrong and row["predicted"] not in (row["original_class"], row["distractor_class"]))
 
-    assert run_pasting(storage, REQUEST, images, nlp, "four words", CONFIG, Resources()).equals(pairs)
+    assert study.run(storage, nlp, Resources()).equals(pairs)
     assert "up to date" in capsys.readouterr().err
     with pytest.raises(MilanError, match="no word vectors"):
-        run_pasting(storage, REQUEST, images, spacy.blank("en"), "nothing", CONFIG, Resources())
+        replace(study, language="nothing").run(storage, spacy.blank("en"), Resources())
     storage.write(DESCRIPTIONS, table.slice(0, 3), "less", **keys)
     with pytest.raises(MilanError, match="has the 8 units that its last layer reads"):
-        run_pasting(storage, REQUEST, images, nlp, "four words", CONFIG, Resources())
+        study.run(storage, nlp, Resources())

@@ -7,10 +7,11 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 
 from milan_ray.config import config_hash
+from milan_ray.engine.planner import Plan, Step
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.progress import say
 from milan_ray.schema import CLAIMS
-from milan_ray.showcase.demo import run_demo, run_generator, run_sets
+from milan_ray.showcase import demo
 from milan_ray.showcase.paper import analysis, annotators, auditing, baselines, cut_and_paste, editing, generalization
 from milan_ray.showcase.paper.claims import Section
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
@@ -51,10 +52,34 @@ def prepare(ground: ExperimentContext, threads: int) -> None:
         ground: Where.
         threads: Torch threads of the training worker.
     """
-    run_demo(ground.storage, ground.resources, threads)
-    if not ground.small:
-        run_generator(ground.storage, ground.resources)
-        run_sets(ground.storage, ground.resources)
+    _prepare(demo.Run(ground.storage, demo.EXEMPLARS, ground.resources), ground.small, threads)
+
+
+def plan_paper(storage: Storage, small: bool, names: Sequence[str]) -> Plan:
+    """The dry run of :func:`prepare`, and of the experiments as far as it can be told.
+
+    Every run of an experiment finds its claims anew; which of its own tables it makes for that only the run itself
+    says.
+
+    Args:
+        storage: The run directory.
+        small: With sizes of a test.
+        names: The experiments.
+    """
+    dry = demo.DryRun(storage, demo.EXEMPLARS)
+    _prepare(dry, small)
+    for name in names:
+        known = storage.metadata(CLAIMS, experiment=name) is not None
+        reason = "found anew by every run, from tables of its own that it makes where they are missing or stale"
+        dry.plan.steps.append(Step(CLAIMS.name, (name,), reason if known else "missing"))
+    return dry.plan
+
+
+def _prepare(make: demo.Run, small: bool, threads: int = 1) -> None:
+    demo.make_main(make, threads)
+    if not small:
+        demo.make_generator(make)
+        demo.make_sets(make)
 
 
 def run_experiments(ground: ExperimentContext, names: Sequence[str]) -> list[Entry]:

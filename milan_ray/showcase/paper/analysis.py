@@ -8,14 +8,15 @@ import numpy as np
 import polars as pl
 
 from milan_ray.engine import references
-from milan_ray.schema import ANNOTATIONS, LAYER_PROPERTIES
+from milan_ray.report.figures import figure_path
+from milan_ray.schema import ABLATIONS, ANNOTATIONS, LAYER_PROPERTIES
 from milan_ray.scoring.words import FUNCTION_WORDS, head_words, words_of
 from milan_ray.showcase.paper.claims import Claim, Section
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
 from milan_ray.storage import Storage
 from milan_ray.studies.analysis import statistics as analysis
-from milan_ray.studies.analysis.run import AnalysisConfig, figure_path, run_analysis, stored_scores
+from milan_ray.studies.analysis.run import Analysis, AnalysisConfig, stored_scores
 from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
 NAME = "analysis"
@@ -50,11 +51,8 @@ def run(ground: ExperimentContext) -> Section:
     models = MODELS[:1] if ground.small else MODELS
     name = f"{NAME} (small)" if ground.small else NAME
     nlp, language = find_spacy_pipeline()
-    found = {
-        model: run_analysis(storage, references.ModelRef(model), SCENES, nlp, language, config, ground.resources, name)
-        for model in models
-    }
-    rows = pl.concat(found.values())
+    studies = [Analysis(references.ModelRef(model), SCENES, language, config, name) for model in models]
+    rows = pl.concat(study.run(storage, nlp, ground.resources) for study in studies)
     scores = {model: stored_scores(storage, model, name) for model in models}
     properties = pl.concat(_placed(storage, model, name) for model in models)
     heights = beside_random(rows)
@@ -69,7 +67,7 @@ def run(ground: ExperimentContext) -> Section:
         NAME,
         "Analysis: which units matter (paper, Section 5, Figures 4 and 13)",
         (first_claim, *claims),
-        tuple(figure_path(storage, {"experiment": name, "model": model}, "svg") for model in models),
+        tuple(figure_path(storage, ABLATIONS, experiment=name, model=model) for model in models),
         (
             ("Mean accuracy over all steps of ablation, beside random orders; mean of the networks", heights),
             ("Where properties of descriptions are common", _by_place(properties)),

@@ -10,7 +10,8 @@ import polars as pl
 
 from milan_ray.config import Resources
 from milan_ray.engine import references
-from milan_ray.schema import DESCRIPTIONS, LEVELS
+from milan_ray.report.figures import figure_path
+from milan_ray.schema import AUDITS, DESCRIPTIONS, LEVELS
 from milan_ray.scoring.auroc import auroc
 from milan_ray.scoring.bootstrap import Interval, difference, interval, ratio, resampling_counts
 from milan_ray.scoring.evaluation import Row, unit_values
@@ -24,7 +25,7 @@ from milan_ray.stages.descriptions import run_descriptions
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
-from milan_ray.studies.auditing.run import Audit, AuditConfig, figure_path, run_audit
+from milan_ray.studies.auditing.run import Audit, AuditConfig, run_audit
 from milan_ray.studies.auditing.statistics import BLURRED, PLAIN, Pair
 from milan_ray.studies.judges.statistics import IOU_THRESHOLD, presence
 from milan_ray.world.lexicon import NAMES, concepts_in
@@ -64,7 +65,7 @@ def run(ground: ExperimentContext) -> Section:
         "auditing",
         "Auditing: networks that never saw a face (paper, Section 6, Figure 5)",
         tuple(claims(audit, judged, follow)),
-        (figure_path(storage, config.name, "svg"),),
+        (figure_path(storage, AUDITS, audit=config.name),),
         (
             ("Units described with words for faces, by pair", audit.pairs.drop("audit", "images")),
             ("Units that are for faces, by their overlap with faces in held-out scenes", judged.pairs),

@@ -8,7 +8,8 @@ from milan_ray.engine import references
 from milan_ray.labelers.compexp import CompExp
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
 from milan_ray.labelers.netdissect import NetDissect
-from milan_ray.schema import ANNOTATIONS
+from milan_ray.report.figures import figure_path
+from milan_ray.schema import ANNOTATIONS, SCORES
 from milan_ray.scoring.evaluation import CONSTANT
 from milan_ray.scoring.search import scan_descriptions
 from milan_ray.scoring.text import minilm_directory
@@ -20,8 +21,7 @@ from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.concept_labels import LabelConfig
 from milan_ray.storage import Storage
 from milan_ray.studies.baselines import statistics as baselines
-from milan_ray.studies.baselines.run import HeldOut, run_baselines
-from milan_ray.studies.generalization.run import figure_path
+from milan_ray.studies.baselines.run import BaselinesJob, HeldOut, run_baselines
 from milan_ray.studies.generalization.statistics import main_metric
 
 NAME = "baselines"
@@ -48,24 +48,23 @@ def run(ground: ExperimentContext) -> Section:
     storage = ground.storage
     models = (PLANTED,) if ground.small else (HELD_OUT, PLANTED)
     name = f"{NAME} (small)" if ground.small else NAME
-    rows = run_baselines(
-        storage,
+    job = BaselinesJob(
         [HeldOut(references.ModelRef(model), SEARCH, EncoderRef(DECODER)) for model in models],
         PROBE,
         EXEMPLARS,
         LabelConfig(),
-        ground.resources,
-        source=world.SOURCE,
-        bert_score=None if ground.small else minilm_directory(),
-        name=name,
+        world.SOURCE,
+        None if ground.small else minilm_directory(),
+        name,
     )
+    rows = run_baselines(storage, job, ground.resources)
     metrics = [metric for metric in baselines.METRICS if metric in set(rows["metric"])]
     failures, examples = _lines(storage, models[0])
     return Section(
         NAME,
         "Baselines: other ways to label units (paper, Section 4, Table 2)",
         claims(rows),
-        (figure_path(storage, name, "svg"),),
+        (figure_path(storage, SCORES, experiment=name),),
         (
             *((f"Here: {metric}", baselines.table_2(rows, metric)) for metric in metrics),
             ("Table 2, the paper's: BERTScore", PAPER),

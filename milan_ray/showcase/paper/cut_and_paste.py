@@ -5,10 +5,12 @@ from __future__ import annotations
 import polars as pl
 
 from milan_ray.engine import references
+from milan_ray.report.figures import figure_path
+from milan_ray.schema import PASTED
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.showcase.paper.claims import Claim, Section
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
-from milan_ray.studies.cut_and_paste.run import PastingConfig, figure_path, run_pasting
+from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig
 from milan_ray.studies.cut_and_paste.statistics import DIFFERENT, OTHERS, between_groups, rates
 from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
@@ -17,8 +19,8 @@ NAME = "cut-and-paste"
 MODELS = ("world/resnet", "world/cnn")
 """Classifiers of objects whose last layer reads a layer that is described; the captioner never saw the first."""
 
-CONFIG = PastingConfig(units=40, originals=8, distractors=15)
-SMALL = PastingConfig(units=12, originals=2, distractors=15)
+CONFIG = CutAndPasteConfig(units=40, originals=8, distractors=15)
+SMALL = CutAndPasteConfig(units=12, originals=2, distractors=15)
 
 
 def run(ground: ExperimentContext) -> Section:
@@ -32,26 +34,16 @@ def run(ground: ExperimentContext) -> Section:
     )
     nlp, language = find_spacy_pipeline()
     models = MODELS[:1] if ground.small else MODELS
-    pairs = pl.concat(
-        run_pasting(
-            storage,
-            references.ModelRef(model),
-            scenes,
-            nlp,
-            language,
-            SMALL if ground.small else CONFIG,
-            ground.resources,
-            name,
-        )
-        for model in models
-    )
+    config = SMALL if ground.small else CONFIG
+    studies = [CutAndPaste(references.ModelRef(model), scenes, language, config, name) for model in models]
+    pairs = pl.concat(study.run(storage, nlp, ground.resources) for study in studies)
     # Units of several networks, told apart by their layers' names.
     pairs = pairs.with_columns(pl.concat_str("model", "layer", separator=" ").alias("layer"))
     return Section(
         NAME,
         "Cut-and-paste adversarial images (paper, Appendix D, Figure 14)",
         tuple(claims(pairs, language)),
-        tuple(figure_path(storage, {"experiment": name, "model": model}, "svg") for model in models),
+        tuple(figure_path(storage, PASTED, experiment=name, model=model) for model in models),
         (("Share of images with something pasted on that are taken for a class of the unit's", table(pairs)),),
         _examples(pairs.filter((pl.col("group") == DIFFERENT) & ~pl.col("fooled"))),
         _examples(pairs.filter((pl.col("group") == DIFFERENT) & pl.col("fooled"))),

@@ -11,11 +11,13 @@ import polars as pl
 from milan_ray.config import ExemplarConfig
 from milan_ray.engine import references
 from milan_ray.labelers.milan import MILAN
-from milan_ray.report import figures
+from milan_ray.report.figures import figure_path, store_figure
+from milan_ray.schema import ABLATIONS
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.showcase import demo
 from milan_ray.showcase.paper.claims import Claim, Section
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
+from milan_ray.showcase.paper.plot import plot_networks
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.descriptions import Search, run_descriptions
@@ -24,10 +26,20 @@ from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.stages.training import Training, TrainingJob
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation.run import run_ablations
-from milan_ray.studies.analysis.run import figure_path, read_descriptions
+from milan_ray.studies.analysis.run import read_descriptions
 from milan_ray.studies.analysis.statistics import RANDOM
-from milan_ray.studies.editing.run import IMAGES, TEST, VALIDATION, Edit, EditingConfig, run_editing
-from milan_ray.studies.editing.statistics import COLOURS, EVERY, FOUND, TEXT, Retrieval, mean_interval, mentioning
+from milan_ray.studies.editing.run import IMAGES, Edit, Editing, EditingConfig
+from milan_ray.studies.editing.statistics import (
+    COLOURS,
+    EVERY,
+    FOUND,
+    TEST,
+    TEXT,
+    VALIDATION,
+    Retrieval,
+    mean_interval,
+    mentioning,
+)
 from milan_ray.world.lexicon import NAMES, names_of
 from milan_ray.world.networks import ARCHITECTURES
 from milan_ray.world.training import MISLED, misled_names, misled_tasks
@@ -118,10 +130,14 @@ class Network:
     plain: float
     retrieval: Retrieval
 
+    def curves(self, split: str, condition: str) -> list[list[float]]:
+        """Accuracy without the first 0, 1, 2, … units, of each order of a condition."""
+        trials = self.edit.rows.filter(pl.col("condition") == condition)["trial"].unique()
+        return [self.edit.accuracy(split, condition, trial) for trial in trials]
+
     def gain(self, condition: str, count: int | None = None) -> float:
         """Accuracy on misleading scenes gained by removing so many units; None for the number that gains most."""
-        trials = self.edit.rows.filter(pl.col("condition") == condition)["trial"].unique()
-        curves = np.array([self.edit.accuracy(TEST, condition, trial) for trial in trials])
+        curves = np.array(self.curves(TEST, condition))
         best = curves.max(1) if count is None else curves[:, min(count, curves.shape[1] - 1)]
         return float((best - curves[:, 0]).mean())
 
@@ -145,9 +161,11 @@ def run(ground: ExperimentContext) -> Section:
     if not ground.small:
         coloured = edit_networks(ground, f"{NAME} of colours", [f"world/{COLOURED}"], COLOUR)[0]
         tables.append(("The same with a patch in the class's colour, and words of colours", _table(coloured)))
-    images = figure_path(storage, {"experiment": name, "model": next(iter(networks))}, "svg", IMAGES)
-    figures_ = (images, _store_figure(storage, name, networks))
-    return Section(NAME, _TITLE, tuple(claims(networks)), figures_, tuple(tables), failures[:12], examples)
+    images = figure_path(storage, ABLATIONS, stem=IMAGES, experiment=name, model=next(iter(networks)))
+    every = {"experiment": name, "model": "all networks"}
+    store_figure(storage, ABLATIONS, plot_networks(list(networks.values())), **every)
+    figures = (images, figure_path(storage, ABLATIONS, **every))
+    return Section(NAME, _TITLE, tuple(claims(networks)), figures, tuple(tables), failures[:12], examples)
 
 
 def edit_networks(
@@ -159,13 +177,14 @@ def edit_networks(
     examples: list[str] = []
     networks: dict[str, Network] = {}
     for model in models:
-        units = read_descriptions(storage, described[model], {"labeler": MILAN, "model": model})
+        units = read_descriptions(storage, model, described[model], MILAN)
         examples += [f"{model} {layer} {unit}: “{text}”" for layer, unit, text in units.sample(4, seed=0).iter_rows()]
         if not len(mentioning(units["description"].to_list(), sizes.editing.words)):
             failures.append(f"{model}: no description contains {' or '.join(sizes.editing.words)}")
             continue
         ref = references.ModelRef(model)
-        edit = run_editing(storage, ref, sizes.validation, sizes.test, sizes.editing, ground.resources, name)
+        study = Editing(ref, sizes.validation, sizes.test, sizes.editing, name)
+        edit = study.run(storage, ground.resources)
         retrieval, wrong = _retrieval(storage, model, described[model], sizes, edit)
         failures += wrong
         whole = run_ablations(storage, ref, sizes.plain, [{}], ground.resources)
@@ -206,7 +225,7 @@ def _retrieval(
 ) -> tuple[Retrieval, list[str]]:
     """How well the units found are those that fire at the concepts, by the world's maps; where they are not."""
     truth = world.truth(storage, {model: layers}, sizes.test)[model]
-    units = read_descriptions(storage, layers, {"labeler": MILAN, "model": model})
+    units = read_descriptions(storage, model, layers, MILAN)
     wanted = [NAMES.index(concept) for concept in sizes.concepts]
     true = np.isin(truth.concept, wanted) & (truth.iou > INTERPRETABLE)
     order = set(edit.order)
@@ -303,34 +322,3 @@ def _table(networks: Mapping[str, Network]) -> pl.DataFrame:
             }
         )
     return pl.DataFrame(rows)
-
-
-def _store_figure(storage: Storage, name: str, networks: Mapping[str, Network]) -> str:
-    """The paper's Figures 8 and 15, means and ranges over the networks; returns where it lies."""
-    figure = figures.new_figure(9, 3.6)
-    splits = (TEST, VALIDATION)
-    for axes, split in zip(figure.subplots(1, 2), splits, strict=True):
-        for condition, label in ((FOUND, "found by description"), (EVERY, "all units"), (RANDOM, "random")):
-            curves = [
-                network.edit.accuracy(split, condition, trial)
-                for network in networks.values()
-                for trial in network.edit.rows.filter(pl.col("condition") == condition)["trial"].unique()
-            ]
-            shortest = min(map(len, curves))
-            values = np.array([curve[:shortest] for curve in curves])
-            (line,) = axes.plot(values.mean(0), "--" if condition == RANDOM else "-", label=label)
-            axes.fill_between(range(shortest), values.min(0), values.max(0), alpha=0.15, color=line.get_color())
-        start = np.mean([network.edit.accuracy(split)[0] for network in networks.values()])
-        axes.axhline(start, color="0.6", linewidth=0.8, linestyle=":", label="all units kept")
-        if split == TEST:
-            plain = np.mean([network.plain for network in networks.values()])
-            axes.axhline(plain, color="0.2", linewidth=0.8, linestyle="-.", label="all units kept, no words")
-        axes.set_xlabel("units removed")
-        axes.set_ylabel("accuracy")
-        axes.set_title({TEST: "misleading scenes", VALIDATION: "scenes like those of training"}[split])
-        axes.legend(fontsize="x-small")
-    figure.suptitle(f"{len(networks)} networks, mean and range", fontsize="small")
-    public = {"experiment": name, "model": "all networks"}
-    for ending, picture in figures.files(figure).items():
-        storage.put(figure_path(storage, public, ending), picture)
-    return figure_path(storage, public, "svg")

@@ -10,7 +10,8 @@ from milan_ray.annotations.splits import WITHIN, chosen_splits
 from milan_ray.captioner.fit import Sizes
 from milan_ray.config import TrainingConfig
 from milan_ray.labelers.milan import MILAN
-from milan_ray.schema import ANNOTATIONS
+from milan_ray.report.figures import figure_path
+from milan_ray.schema import ANNOTATIONS, SCORES
 from milan_ray.scoring.evaluation import CONSTANT, NEAREST, SHUFFLED
 from milan_ray.scoring.text import minilm_directory
 from milan_ray.showcase.demo import DECODER
@@ -22,7 +23,6 @@ from milan_ray.studies.generalization import statistics as generalization
 from milan_ray.studies.generalization.run import (
     GeneralizationConfig,
     GeneralizationJob,
-    figure_path,
     held_out,
     references_of,
     run_generalization,
@@ -103,7 +103,7 @@ def run(ground: ExperimentContext) -> Section:
         NAME,
         "Generalization: networks new to the captioner (paper, Section 4, Tables 3 and 6)",
         claims(rows),
-        (figure_path(storage, job.name, "svg"),),
+        (figure_path(storage, SCORES, experiment=job.name),),
         (
             (f"Table 3: {generalization.main_metric(rows)} on held-out units, beside the paper's", _beside(rows)),
             ("Table 6: what is said of held-out units", generalization.table_6(rows)),

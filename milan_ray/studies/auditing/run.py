@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import polars as pl
 
 from milan_ray.config import Fingerprint
+from milan_ray.engine.stage import Known, Output, Stage, due
 from milan_ray.errors import MilanError
 from milan_ray.names import checked_name
 from milan_ray.progress import say
-from milan_ray.report import figures
 from milan_ray.report.audits import card_link
-from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS, FIGURE, MANIFEST, SCORES, Table
+from milan_ray.report.figures import store_figure
+from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS, MANIFEST, SCORES, Table
 from milan_ray.schema.audits import REJECT, REVIEW
 from milan_ray.schema.table import Column
 from milan_ray.scoring.evaluation import Row, score_table
 from milan_ray.scoring.search import descriptions_hash, scan_descriptions
 from milan_ray.storage import FILE_NAME, Storage
 from milan_ray.studies.auditing import statistics as auditing
+from milan_ray.studies.auditing.plot import plot_audit
 from milan_ray.textfiles import decode_text
 
 KERNEL_VERSION = "audit-1"
@@ -69,26 +71,34 @@ def described_models(storage: Storage, labeler: str) -> list[str]:
 
 
 @dataclass(frozen=True)
-class Found:
-    """An audit before it is written.
+class Auditing(Stage):
+    """An audit that :func:`find_audit` has counted and :func:`run_audit` writes.
 
     Attributes:
-        audit: What comes of it.
+        name: Name of the audit in the tables.
+        audit: Its result.
         fingerprint: What decides that, people's verdicts among it.
         about: Metadata of table AUDITS.
         review: The review file as it should be; None where it is.
         reviewed: Whether there is a review file.
     """
 
+    table = AUDITS
+
+    name: str
     audit: Audit
     fingerprint: Fingerprint
     about: dict[str, str]
     review: str | None
     reviewed: bool
 
-    def why(self, storage: Storage, name: str) -> str | None:
-        """Why an audit would be written; None when it is up to date."""
-        return storage.why(AUDITS, self.fingerprint, audit=name) or (None if self.reviewed else f"{REVIEW} missing")
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """The counts by pair."""
+        yield Output({"audit": self.name}, self.fingerprint)
+
+    def why(self, storage: Storage, output: Output) -> str | None:
+        """Why it has to be written: a table or the review file is missing or stale."""
+        return super().why(storage, output) or (None if self.reviewed else f"{REVIEW} missing")
 
 
 def run_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditConfig) -> Audit:
@@ -106,21 +116,21 @@ def run_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCon
         MilanError: A network has no descriptions, the networks were dissected on different images, or the review file
             is damaged.
     """
-    found = find_audit(storage, pairs, config)
-    if found.review is not None:  # else the file stays as people saved it
-        storage.put(_review(storage, config.name), found.review.encode())
-    if found.why(storage, config.name):
-        audit, keys, experiment = found.audit, {"audit": config.name}, f"audit: {config.name}"
-        storage.write(AUDITED, AUDITED.table(_columns(audit.units, AUDITED.columns)), found.fingerprint, **keys)
-        storage.write(SCORES, score_table(experiment, audit.rows), found.fingerprint, experiment=experiment)
-        for ending, picture in figures.files(auditing.draw(audit.pairs, config.words)).items():
-            storage.put(figure_path(storage, config.name, ending), picture)
-        table = AUDITS.table(_columns(audit.pairs, AUDITS.columns), found.about)
-        storage.write(AUDITS, table, found.fingerprint, **keys)  # last: it says that all is done
-    return found.audit
+    study = find_audit(storage, pairs, config)
+    audit = study.audit
+    if study.review is not None:  # else the file stays as people saved it
+        storage.put(_review(storage, config.name), study.review.encode())
+    for output in due(study, storage):
+        keys, experiment = output.keys, f"audit: {config.name}"
+        storage.write(AUDITED, AUDITED.table(_columns(audit.units, AUDITED.columns)), study.fingerprint, **keys)
+        storage.write(SCORES, score_table(experiment, audit.rows), study.fingerprint, experiment=experiment)
+        store_figure(storage, AUDITS, plot_audit(audit.pairs, config.words), **keys)
+        table = AUDITS.table(_columns(audit.pairs, AUDITS.columns), study.about)
+        storage.write(AUDITS, table, study.fingerprint, **keys)  # last: it says that all is done
+    return audit
 
 
-def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditConfig) -> Found:
+def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditConfig) -> Auditing:
     """Counts as :func:`run_audit` does, whose arguments and errors these are, and writes nothing."""
     models = list(dict.fromkeys(name for pair in pairs for name in pair))
     known = described_models(storage, config.labeler)
@@ -163,7 +173,8 @@ def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCo
             "images": images,
         }
     )
-    return Found(
+    return Auditing(
+        config.name,
         Audit(_frame(AUDITS, counts.with_columns(name, pl.lit(images).alias("images"))), audited, rows),
         fingerprint,
         {"labeler": config.labeler, "words": ", ".join(config.words), "descriptions": described},
@@ -181,14 +192,9 @@ def _review(storage: Storage, name: str) -> str:
     return storage.path(AUDITED, audit=name).replace(FILE_NAME, REVIEW)
 
 
-def figure_path(storage: Storage, name: str, ending: str) -> str:
-    """Where the figure lies, below the storage's root."""
-    return storage.path(AUDITS, audit=name).replace(FILE_NAME, f"{FIGURE}.{ending}")
-
-
-def _frame(noun: Table, frame: pl.DataFrame) -> pl.DataFrame:
+def _frame(table: Table, frame: pl.DataFrame) -> pl.DataFrame:
     """Rows as they are when read back."""
-    return pl.DataFrame(pl.from_arrow(noun.table(_columns(frame, noun.columns))))
+    return pl.DataFrame(pl.from_arrow(table.table(_columns(frame, table.columns))))
 
 
 def _columns(frame: pl.DataFrame, columns: Sequence[Column]) -> dict[str, object]:

@@ -6,22 +6,17 @@ import csv
 import io
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
 
 from milan_ray.errors import MilanError, unknown_name
-from milan_ray.report import figures
 from milan_ray.schema.audits import ACCEPT, REJECT
 from milan_ray.scoring.bootstrap import Interval, difference, interval, ratio, resampling_counts
 from milan_ray.scoring.evaluation import Row, unit_values
 from milan_ray.scoring.paired import sign, signed_rank
 from milan_ray.scoring.words import asked_in
 from milan_ray.textfiles import clean, csv_in, delimiter, dict_reader
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 FACE_WORDS = ("face", "head", "nose", "eyes", "mouth")
 """What descriptions of units that look for faces contain, the paper's; all forms of each count."""
@@ -236,22 +231,6 @@ def compare_sides(pairs: pl.DataFrame, samples: int = 10_000, seed: int = 0) -> 
         note = f"two-sided, exact, over pairs; with {len(pairs)} pairs it cannot fall below {2 ** (1 - len(pairs)):.2g}"
         rows.append((gap, metric, Interval(p, float("nan"), float("nan")), len(pairs), note))
     return rows
-
-
-def draw(pairs: pl.DataFrame, words: Sequence[str]) -> Figure:
-    """The paper's Figure 5: units found in both networks of each pair, a line per pair."""
-    figure = figures.new_figure(3.6, 3.6)
-    axes = figure.subplots()
-    for model, before, after in pairs.select("model", "units", "other_units").iter_rows():
-        axes.plot([0, 1], [before, after], "-o", label=model)
-    axes.set_xticks([0, 1], [PLAIN, BLURRED])
-    axes.set_xlim(-0.3, 1.3)
-    axes.set_ylim(bottom=0)
-    axes.set_ylabel("units found")
-    axes.set_title(", ".join(words), fontsize="small")
-    if len(pairs) <= 12:
-        axes.legend(fontsize="x-small")
-    return figure
 
 
 def summary(pairs: pl.DataFrame, rows: Sequence[Row]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,29 +11,34 @@ import polars as pl
 
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources
 from milan_ray.engine import references
+from milan_ray.engine.planner import Plan
+from milan_ray.engine.stage import Known, Output, ShardedStage, Stage, TaskStage, due, run_stage
 from milan_ray.errors import MilanError
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
 from milan_ray.names import checked_name
 from milan_ray.progress import say
-from milan_ray.report import figures
-from milan_ray.schema import DESCRIPTIONS, SCORES
+from milan_ray.report.figures import store_figure
+from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, SCORES
 from milan_ray.scoring.evaluation import score_table
-from milan_ray.stages.captioners import EncoderRef, about_captioner
+from milan_ray.stages.captioners import EncoderRef, about_captioner, load_captioner
 from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
-from milan_ray.stages.descriptions import Search, run_descriptions
-from milan_ray.stages.encodings import run_encodings
-from milan_ray.stages.exemplars import run_exemplars
-from milan_ray.storage import CONFIG_KEY, Storage
+from milan_ray.stages.descriptions import Search, description_stages
+from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.exemplars import Exemplars, run_exemplars
+from milan_ray.storage import Storage
 from milan_ray.studies.baselines import statistics as baselines
+from milan_ray.studies.baselines.plot import plot_baselines
 from milan_ray.studies.baselines.statistics import LABELERS
-from milan_ray.studies.comparison.run import run_comparison
-from milan_ray.studies.generalization.run import figure_path
+from milan_ray.studies.comparison.run import Comparison, find_comparison
 from milan_ray.studies.judges.run import HELD_OUT_SCENES
 
 VERSION = "baselines-1"
 
 NAME = "baselines"
 """Name of the experiment where nobody gives another."""
+
+LABELLING = tuple(table.name for table in (EXEMPLARS, ENCODINGS, CANDIDATES, DESCRIPTIONS))
+"""Tables that a comparison reads, labels or what they cost: once one is made again, the comparison is another."""
 
 
 @dataclass(frozen=True)
@@ -51,34 +56,105 @@ class HeldOut:
     encoder: EncoderRef
 
 
-def run_baselines(
-    storage: Storage,
-    networks: Sequence[HeldOut],
-    probe: references.ProbeRef,
-    config: ExemplarConfig,
-    how: LabelConfig,
-    resources: Resources,
-    *,
-    source: str | None = None,
-    bert_score: str | Path | None = None,
-    name: str = NAME,
-    scenes: references.ProbeRef = HELD_OUT_SCENES,
-) -> pl.DataFrame:
+@dataclass(frozen=True)
+class BaselinesJob:
+    """What to label and to compare.
+
+    Attributes:
+        networks: What to label, and with which captioner.
+        probe: The probe images, with concept maps.
+        exemplars: How to dissect.
+        labels: How to label from concept maps.
+        source: Whose annotations; None takes the one source there is.
+        bert_score: Folder of the language model of BERTScore; None leaves BERTScore out.
+        name: Name of the experiment, which its tables begin with.
+        scenes: Images by which the built-in world judges its own networks.
+    """
+
+    networks: Sequence[HeldOut]
+    probe: references.ProbeRef
+    exemplars: ExemplarConfig
+    labels: LabelConfig
+    source: str | None = None
+    bert_score: str | Path | None = None
+    name: str = NAME
+    scenes: references.ProbeRef = HELD_OUT_SCENES
+
+    def __post_init__(self) -> None:
+        checked_name("an experiment", self.name, slashes=True)
+
+    @property
+    def models(self) -> list[references.ModelRef]:
+        """The networks."""
+        return [network.model for network in self.networks]
+
+    def comparison_name(self, model: str) -> str:
+        """Name of the comparison of one network."""
+        return f"{self.name} of {model}"
+
+    def comparison(self, storage: Storage, model: str, layers: Sequence[str]) -> Comparison:
+        """The comparison of the labelers that have labelled all layers of a network."""
+        return find_comparison(
+            storage,
+            models=[model],
+            labelers=labelers_of_all(storage, model, layers),
+            source=self.source,
+            bert_score=self.bert_score,
+            name=self.comparison_name(model),
+            scenes=self.scenes,
+        )
+
+
+class BaselinesTable(Stage):
+    """The table of all networks.
+
+    Args:
+        job: The experiment.
+        comparisons: Model → its comparison, which is up to date.
+    """
+
+    table, name, title = SCORES, "baselines", "baselines"
+
+    def __init__(self, job: BaselinesJob, comparisons: Mapping[str, Comparison]) -> None:
+        self._job, self._comparisons = job, comparisons
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """The table, which follows from the tables of the comparisons."""
+        configs = {}
+        for model, comparison in self._comparisons.items():
+            experiments = sorted(set(comparison.stored(known.storage)["experiment"].to_pylist()))
+            configs[model] = {name: known.config(SCORES, experiment=name) for name in experiments}
+        fingerprint = Fingerprint.of({"version": VERSION, "comparisons": configs})
+        yield Output({"experiment": self._job.name}, fingerprint)
+
+
+def plan_baselines(storage: Storage, job: BaselinesJob) -> Plan:
+    """The dry run of :func:`run_baselines`."""
+    plan = Plan()
+    exemplars = Exemplars(job.models, job.probe, job.exemplars)
+    plan.stages(storage, [exemplars])
+    for network in job.networks:
+        plan.stages(storage, _describing(storage, network, exemplars.layers))
+    plan.stages(storage, [ConceptLabels(exemplars.layers, job.models, job.probe, job.exemplars, job.labels)])
+    comparisons: dict[str, Comparison] = {}
+    for model, layers in exemplars.layers.items():
+        if not plan.waits(SCORES.name, (job.comparison_name(model),), *LABELLING, of=model):
+            comparisons[model] = job.comparison(storage, model, layers)
+            plan.stages(storage, [comparisons[model]])
+    if not plan.waits(SCORES.name, (job.name,), SCORES.name):
+        plan.stages(storage, [BaselinesTable(job, comparisons)])
+    return plan
+
+
+def run_baselines(storage: Storage, job: BaselinesJob, resources: Resources) -> pl.DataFrame:
     """Labels networks by every method, and compares the labels with annotations; does only what is missing.
 
     Labelers that have labelled all layers of a network before, such as ``dnd`` or ``clip-dissect``, are compared too.
 
     Args:
         storage: The run directory, which holds annotations of the networks.
-        networks: What to label, and with which captioner.
-        probe: The probe images, with concept maps.
-        config: How to dissect.
-        how: How to label from concept maps.
+        job: What to label and to compare.
         resources: What of the cluster to use; Ray must be connected.
-        source: Whose annotations; None takes the one source there is.
-        bert_score: Folder of the language model of BERTScore; None leaves BERTScore out.
-        name: Name of the experiment, which its tables begin with.
-        scenes: What the built-in world judges its own networks by.
 
     Returns:
         Columns model, system, metric, value, low, high, n, note
@@ -87,45 +163,41 @@ def run_baselines(
     Raises:
         MilanError: A network could not be dissected or labelled, or nobody has annotated it.
     """
-    checked_name("an experiment", name, slashes=True)
-    models = [network.model for network in networks]
-    for network in networks:
+    for network in job.networks:
         _check_held_out(storage, network)
-    done = run_exemplars(storage, models, probe, config, resources)
-    failed = dict(done.failed)
-    for network in networks:
-        if network.model.name in done.models:
-            layers = {network.model.name: done.models[network.model.name]}
-            run_encodings(storage, layers, network.encoder, resources)
-            run_descriptions(storage, layers, network.search, resources)
-    failed |= ConceptLabels(done.models, models, probe, config, how).run(storage, resources)
+    done = run_exemplars(storage, job.models, job.probe, job.exemplars, resources)
+    for network in job.networks:
+        for stage in _describing(storage, network, done.models):
+            run_stage(stage, storage, resources)
+    labels = ConceptLabels(done.models, job.models, job.probe, job.exemplars, job.labels)
+    failed = done.failed | labels.run(storage, resources)
     if failed:
         raise MilanError(" ".join(f"{model}: {reason}" for model, reason in failed.items()))
-    comparisons = {}
-    for model, layers_of in done.models.items():
-        labelers = labelers_of_all(storage, model, layers_of)
-        found = run_comparison(
-            storage,
-            models=[model],
-            labelers=labelers,
-            source=source,
-            bert_score=bert_score,
-            name=comparison_name(name, model),
-            scenes=scenes,
-        )
-        comparisons[model] = pl.DataFrame(pl.from_arrow(found))
-    rows = baselines.collected(comparisons)
+    comparisons, tables = {}, {}
+    for model, layers in done.models.items():
+        comparisons[model] = job.comparison(storage, model, layers)
+        tables[model] = pl.DataFrame(pl.from_arrow(comparisons[model].run(storage)))
+    rows = baselines.collected(tables)
     if "rouge-l-f" not in set(rows["metric"]):
         raise MilanError(
             f"nobody has annotated {', '.join(done.models)}: bring annotations in with jobs.annotations first."
         )
-    _publish(storage, name, rows, comparisons)
+    for output in due(BaselinesTable(job, comparisons), storage):
+        store_figure(storage, SCORES, plot_baselines(rows), **output.keys)
+        scores = score_table(job.name, baselines.score_rows(rows))
+        storage.write(SCORES, scores, output.fingerprint, **output.keys)
     return rows
 
 
-def comparison_name(name: str, model: str) -> str:
-    """What the comparison of one network is called."""
-    return f"{name} of {model}"
+def _describing(
+    storage: Storage, network: HeldOut, layers: Mapping[str, Sequence[str]]
+) -> list[ShardedStage | TaskStage]:
+    """The stages that describe a network, if it is among dissected ones, which are given with their layers."""
+    if network.model.name not in layers:
+        return []
+    own = {network.model.name: layers[network.model.name]}
+    captioner = load_captioner(storage, network.search.decoder)
+    return [Encodings(own, network.encoder), *description_stages(own, network.search, captioner)]
 
 
 def labelers_of_all(storage: Storage, model: str, layers: Sequence[str]) -> list[str]:
@@ -149,28 +221,3 @@ def _check_held_out(storage: Storage, network: HeldOut) -> None:
             "of what it would say of a network that is new to it",
             level="warning",
         )
-
-
-def baselines_fingerprint(storage: Storage, comparisons: Mapping[str, pl.DataFrame]) -> Fingerprint:
-    """What decides the table of all networks.
-
-    Args:
-        storage: The run directory.
-        comparisons: Model → rows of its comparison.
-    """
-    configs = {
-        model: {
-            experiment: (storage.metadata(SCORES, experiment=experiment) or {}).get(CONFIG_KEY)
-            for experiment in found["experiment"].unique().sort()
-        }
-        for model, found in comparisons.items()
-    }
-    return Fingerprint.of({"version": VERSION, "comparisons": configs})
-
-
-def _publish(storage: Storage, name: str, rows: pl.DataFrame, comparisons: Mapping[str, pl.DataFrame]) -> None:
-    fingerprint = baselines_fingerprint(storage, comparisons)
-    if storage.why(SCORES, fingerprint, experiment=name):
-        for ending, picture in figures.files(baselines.draw(rows)).items():
-            storage.put(figure_path(storage, name, ending), picture)
-        storage.write(SCORES, score_table(name, baselines.score_rows(rows)), fingerprint, experiment=name)

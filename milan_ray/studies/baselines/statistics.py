@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
 import polars as pl
 
 from milan_ray.labelers.compexp import CompExp
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
 from milan_ray.labelers.netdissect import NetDissect
-from milan_ray.report.figures import new_figure
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.scoring.evaluation import ANNOTATORS, TRIVIAL, Row
-from milan_ray.studies.comparison.statistics import PANELS
 from milan_ray.studies.generalization.statistics import main_metric
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 LABELERS = {CompExp.name: "CE", NetDissect.name: "ND", LIKELIHOOD: "p(d|E)", MILAN: "wPMI"}
 """Labelers in the order of the paper's Table 2, with what it calls them."""
@@ -30,7 +24,7 @@ def collected(comparisons: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
     """What comparisons of single networks found, in one table.
 
     Args:
-        comparisons: Model → rows of schema SCORES from :func:`milan_ray.studies.comparison.run.run_comparison`.
+        comparisons: Model → rows of schema SCORES from a comparison.
 
     Returns:
         Columns model, system, metric, value, low, high, n, note; metrics of :data:`METRICS`, differences left out.
@@ -72,37 +66,6 @@ def score_rows(rows: pl.DataFrame) -> list[Row]:
             "model", "system", "metric", "value", "low", "high", "n", "note"
         ).iter_rows()
     ]
-
-
-def draw(rows: pl.DataFrame) -> Figure:
-    """A panel per measure, a line per network and labeler, with 95 % intervals."""
-    models = list(dict.fromkeys(rows["model"]))
-    metrics = [name for name in METRICS if name in set(rows["metric"]) and name != "bleu-2"]
-    named = {**LABELERS, **{name: name for name in dict.fromkeys(rows["system"]) if name not in LABELERS}}
-    systems = [name for name in named if name in set(rows["system"])]
-    height = len(models) * (len(systems) + 1)
-    figure = new_figure(3 * len(metrics) + 2, 0.22 * height + 1)
-    panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
-    places = {
-        (model, system): -(number * (len(systems) + 1) + place)
-        for number, model in enumerate(models)
-        for place, system in enumerate(systems)
-    }
-    for axes, metric in zip(panels, metrics, strict=True):
-        for row in rows.filter(metric=metric).iter_rows(named=True):
-            place = places[row["model"], row["system"]]
-            cheap = row["system"] in TRIVIAL
-            colour = (
-                "0.6" if cheap else "0.1" if row["system"] == ANNOTATORS else f"C{systems.index(row['system']) % 10}"
-            )
-            if row["low"] is not None:
-                axes.plot([row["low"], row["high"]], [place, place], color=colour, linewidth=2)
-            axes.plot(row["value"], place, "o", color=colour, markersize=4)
-        axes.set_title(PANELS.get(metric, metric), fontsize="medium")
-        axes.grid(axis="x", alpha=0.3)
-    labels = [f"{named[system]}, {model}" if system == systems[0] else named[system] for model, system in places]
-    panels[0].set_yticks(list(places.values()), labels, fontsize="small")
-    return figure
 
 
 def summary(rows: pl.DataFrame) -> str:

@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import polars as pl
 import pyarrow as pa
 
-from milan_ray.config import config_hash
+from milan_ray.config import Fingerprint, config_hash
 from milan_ray.engine import references
+from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.names import checked_name
 from milan_ray.progress import say
+from milan_ray.report.figures import figure_path, store_figure
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, SCORES, UNIT_SCORES
 from milan_ray.scoring.evaluation import Row, best_constant, evaluate_text, score_table
 from milan_ray.scoring.search import scan_descriptions
 from milan_ray.scoring.text import BertScore, minilm_directory, normalize
 from milan_ray.storage import Storage
+from milan_ray.studies.comparison.plot import plot_comparison
 from milan_ray.studies.comparison.statistics import (
-    FIGURE,
     Unit,
     common_units,
     cost_rows,
-    plot_comparison,
     unit_score_rows,
     with_trivial_labels,
 )
@@ -40,25 +41,31 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """What is compared.
+class Comparison(Stage):
+    """Labelers, and the units to compare them on; :meth:`run` compares them.
 
     Attributes:
-        name: What its tables begin with.
+        name: Name that its tables begin with.
         units: The N units that all labelers have labelled.
         systems: Labeler → N labels, the main one first.
-        said: Unit → what people say of it.
+        annotations: Unit → its annotations.
         costs: Rows of what labels cost.
-        scored: Partitions of unit scores that speak of these layers and labelers.
+        scored: Partitions of unit scores of these layers and labelers.
+        bert_score: Folder of the language model of BERTScore; None leaves BERTScore out.
+        scenes: Images by which the built-in world judges.
         config: Hash of all that decides the result.
     """
+
+    table = SCORES
 
     name: str
     units: list[Unit]
     systems: dict[str, list[str]]
-    said: dict[Unit, list[str]]
+    annotations: dict[Unit, list[str]]
     costs: list[Row]
     scored: list[dict[str, str]]
+    bert_score: str | Path | None
+    scenes: references.ProbeRef
     config: str
 
     @property
@@ -66,22 +73,65 @@ class Comparison:
         """Names of the units' models."""
         return {model for model, _, _ in self.units}
 
-    def figure(self, storage: Storage) -> str:
-        """Where its figure lies, below the storage's root."""
-        return storage.path(SCORES, experiment=f"{self.name}: {COST}").replace("data.parquet", FIGURE)
+    @property
+    def last(self) -> dict[str, str]:
+        """Partition of the table that is written last."""
+        return {"experiment": f"{self.name}: {COST}"}
 
-    def why(self, storage: Storage) -> str | None:
-        """Why it would be made; None when it is up to date."""
-        keys = {"experiment": f"{self.name}: {COST}"}
-        if storage.is_current(SCORES, self.config, **keys) and storage.exists(self.figure(storage)):
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """All tables together, by the comparison's name."""
+        yield Output({"experiment": self.name}, Fingerprint(self.config, {}, self.config))
+
+    def why(self, storage: Storage, output: Output) -> str | None:
+        """Why it has to be made, with what it compares; None when it is up to date."""
+        if self.is_current(storage):
             return None
-        return "missing" if storage.metadata(SCORES, **keys) is None else "labels, annotations or scores changed"
+        made = storage.metadata(SCORES, **self.last) is not None
+        reason = "labels, annotations or scores changed" if made else "missing"
+        return f"{', '.join(self.systems)} on {len(self.units)} units: {reason}"
+
+    def is_current(self, storage: Storage) -> bool:
+        """Whether all tables and the figure are there, made of the same things."""
+        current = storage.is_current(SCORES, self.config, **self.last)
+        return current and storage.exists(figure_path(storage, SCORES, **self.last))
 
     def stored(self, storage: Storage) -> pa.Table:
-        """What was found when it was made last; it must be up to date."""
-        found = [keys for keys in storage.partitions(SCORES) if keys["experiment"].startswith(f"{self.name}: ")]
-        found = [keys for keys in found if storage.is_current(SCORES, self.config, **keys)]
-        return pa.concat_tables(storage.read(SCORES, **keys).replace_schema_metadata() for keys in found)
+        """The rows of all its tables; they must be up to date."""
+        partitions = [keys for keys in storage.partitions(SCORES) if keys["experiment"].startswith(f"{self.name}: ")]
+        partitions = [keys for keys in partitions if storage.is_current(SCORES, self.config, **keys)]
+        return pa.concat_tables(storage.read(SCORES, **keys).replace_schema_metadata() for keys in partitions)
+
+    def run(self, storage: Storage) -> pa.Table:
+        """Compares what labelers say of the same units; Ray must be connected where these are the built-in world's.
+
+        Agreement counts the units that are annotated; the world judges those of its networks.
+
+        Args:
+            storage: The run directory.
+
+        Returns:
+            Rows of schema SCORES, which now also are in the run directory.
+        """
+        name, config = self.name, self.config
+        if self.is_current(storage):
+            say(f"{name}: up to date")
+            return self.stored(storage)
+        say(f"{name}: {', '.join(self.systems)} on {len(self.units)} units of {len(self.models)} models")
+        counted = {labeler for labeler, *_ in self.costs}
+        if uncounted := [labeler for labeler in self.systems if labeler not in counted]:
+            say(
+                f"no cost of {', '.join(uncounted)}: what they took is not recorded, or by an earlier version that "
+                "counted a pass once for each of its layers; delete their labels and make them again for a figure"
+            )
+        tables = [*_agreement(self), *_judged(storage, self), *_unit_scores(storage, self)]
+        tables.append(score_table(f"{name}: {COST}", self.costs))
+        for table in tables[:-1]:
+            storage.write(SCORES, table, config, experiment=table["experiment"][0].as_py())
+        rows = pa.concat_tables(tables)
+        figure = plot_comparison(pl.DataFrame(pl.from_arrow(rows)), f"{name}: {BY_KIND}")
+        store_figure(storage, SCORES, figure, **self.last)
+        storage.write(SCORES, tables[-1], config, **self.last)  # last: it says that all is done
+        return rows
 
 
 def find_comparison(
@@ -94,7 +144,20 @@ def find_comparison(
     name: str = NAME,
     scenes: references.ProbeRef = HELD_OUT_SCENES,
 ) -> Comparison:
-    """Finds what :func:`run_comparison` compares; arguments and errors as there."""
+    """Finds the units that all labelers have labelled, and all that is to be compared on them.
+
+    Args:
+        storage: The run directory.
+        models: Names or patterns; None for all.
+        labelers: The same, of labelers, the main one first; None for all, MILAN first.
+        source: Whose annotations; None takes the one source there is.
+        bert_score: Folder of the language model of BERTScore; None leaves BERTScore out.
+        name: Name of the comparison, which its tables begin with.
+        scenes: Images by which the built-in world judges.
+
+    Raises:
+        MilanError: There are no descriptions, no unit that all labelers have labelled, or several sources.
+    """
     checked_name("a comparison", name, slashes=True)
     frame = scan_descriptions(storage, models, None, labelers).select(
         "labeler", "model", "layer", "unit", "description"
@@ -102,10 +165,13 @@ def find_comparison(
     descriptions = _in_order(frame.collect(), labelers)
     units, systems = common_units(descriptions)
     layers = sorted({(model, layer) for model, layer, _ in units})
-    said = _annotations(storage, source, layers)
+    annotations = _annotations(storage, source, layers)
     costs = cost_rows(storage, list(systems), layers)
-    scored = [keys for keys in storage.partitions(UNIT_SCORES) if keys["labeler"] in systems]
-    scored = [keys for keys in scored if (keys["model"], keys["layer"]) in layers]
+    scored = [
+        keys
+        for keys in storage.partitions(UNIT_SCORES)
+        if keys["labeler"] in systems and (keys["model"], keys["layer"]) in layers
+    ]
     config = config_hash(
         {
             "scores": [storage.config_of(UNIT_SCORES, **keys) for keys in scored],
@@ -115,85 +181,52 @@ def find_comparison(
                 for labeler in systems
                 for model, layer in layers
             ],
-            "annotations": [(unit, texts) for unit, texts in sorted(said.items())],
+            "annotations": [(unit, texts) for unit, texts in sorted(annotations.items())],
             "bertscore": _language_model(bert_score),
             "scenes": scenes.sources,
             "costs": [(labeler, metric, score.value) for labeler, metric, score, _, _ in costs],
         }
     )
-    return Comparison(name, units, systems, said, costs, scored, config)
+    return Comparison(name, units, systems, annotations, costs, scored, bert_score, scenes, config)
 
 
-def run_comparison(
-    storage: Storage,
-    *,
-    models: Sequence[str] | None = None,
-    labelers: Sequence[str] | None = None,
-    source: str | None = None,
-    bert_score: str | Path | None = None,
-    name: str = NAME,
-    scenes: references.ProbeRef = HELD_OUT_SCENES,
-) -> pa.Table:
-    """Compares what labelers say of the same units; Ray must be connected where these are the built-in world's.
-
-    The units are those that all labelers have labelled. Agreement counts those of them that are annotated; judged by
-    the world are those of its networks.
-
-    Args:
-        storage: The run directory.
-        models: Names or patterns; None for all.
-        labelers: The same, of labelers, the main one first; None for all, MILAN first.
-        source: Whose annotations; None takes the one source there is.
-        bert_score: Folder of the language model of BERTScore; None leaves BERTScore out.
-        name: Name of the comparison, which its tables begin with.
-        scenes: What the built-in world judges by.
-
-    Returns:
-        Rows of schema SCORES, which now also are in the run directory.
-
-    Raises:
-        MilanError: There are no descriptions, no unit that all labelers have labelled, or several sources.
-    """
-    found = find_comparison(
-        storage, models=models, labelers=labelers, source=source, bert_score=bert_score, name=name, scenes=scenes
-    )
-    units, systems, said = found.units, found.systems, found.said
-    if found.why(storage) is None:
-        say(f"{name}: up to date")
-        return found.stored(storage)
-    say(f"{name}: {', '.join(systems)} on {len(units)} units of {len(found.models)} models")
-    counted = {labeler for labeler, *_ in found.costs}
-    if uncounted := [labeler for labeler in systems if labeler not in counted]:
-        say(
-            f"no cost of {', '.join(uncounted)}: what they took is not recorded, or by an earlier version that counted "
-            "a pass once for each of its layers; delete their labels and make them again for a figure"
-        )
-    tables = []
-    if annotated := [unit for unit in units if unit in said]:
-        tables.append(_agreement(f"{name}: {AGREEMENT}", annotated, units, systems, said, bert_score))
-    else:
+def _agreement(comparison: Comparison) -> list[pa.Table]:
+    """Agreement with the annotations, if there are any."""
+    annotated = [place for place, unit in enumerate(comparison.units) if unit in comparison.annotations]
+    if not annotated:
         say("nobody has annotated these units: no agreement is measured")
-    in_world = {model: of_the_world(storage, model) for model in found.models}
-    if any(in_world.values()):
-        words = {labeler: [in_words(labeler, label) for label in labels] for labeler, labels in systems.items()}
-        judged = [place for place, (model, _, _) in enumerate(units) if in_world[model]]
-        some = {labeler: [labels[place] for place in judged] for labeler, labels in words.items()}
-        constant = best_constant(list(said.values())) if said else None
-        tables += judge_labels(storage, name, [units[n] for n in judged], with_trivial_labels(some, constant), scenes)
-    for predictor in sorted({keys["predictor"] for keys in found.scored}):
-        mine = [storage.read(UNIT_SCORES, **keys) for keys in found.scored if keys["predictor"] == predictor]
-        unit_scores = pl.DataFrame(pl.from_arrow(pa.concat_tables(table.replace_schema_metadata() for table in mine)))
-        if rows := unit_score_rows(unit_scores, units, systems):
-            tables.append(score_table(f"{name}: scores by {predictor}", rows))
-    tables.append(score_table(f"{name}: {COST}", found.costs))
-    for table in tables[:-1]:
-        storage.write(SCORES, table, found.config, experiment=table["experiment"][0].as_py())
-    everything = pa.concat_tables(tables)
-    figure = found.figure(storage)
-    for kind, picture in plot_comparison(pl.DataFrame(pl.from_arrow(everything)), f"{name}: {BY_KIND}").items():
-        storage.put(figure.replace(".svg", f".{kind}"), picture)
-    storage.write(SCORES, tables[-1], found.config, experiment=f"{name}: {COST}")  # last: it says that all is done
-    return everything
+        return []
+    labels = {labeler: [texts[place] for place in annotated] for labeler, texts in comparison.systems.items()}
+    references = [comparison.annotations[comparison.units[place]] for place in annotated]
+    # Chosen on the very units that it is measured on, the constant is as hard to beat as a constant can be.
+    systems = with_trivial_labels(labels, best_constant(references))
+    bert = BertScore(comparison.bert_score) if comparison.bert_score else None
+    return [evaluate_text(f"{comparison.name}: {AGREEMENT}", systems, references, bert)]
+
+
+def _judged(storage: Storage, comparison: Comparison) -> list[pa.Table]:
+    """The world's judgement of the units of its own networks, if there are any."""
+    in_world = {model: of_the_world(storage, model) for model in comparison.models}
+    judged = [place for place, (model, _, _) in enumerate(comparison.units) if in_world[model]]
+    if not judged:
+        return []
+    labels = {
+        labeler: [in_words(labeler, texts[place]) for place in judged] for labeler, texts in comparison.systems.items()
+    }
+    constant = best_constant(list(comparison.annotations.values())) if comparison.annotations else None
+    units = [comparison.units[place] for place in judged]
+    return judge_labels(storage, comparison.name, units, with_trivial_labels(labels, constant), comparison.scenes)
+
+
+def _unit_scores(storage: Storage, comparison: Comparison) -> list[pa.Table]:
+    """A table for each model that scored the labels of single units."""
+    tables = []
+    for predictor in sorted({keys["predictor"] for keys in comparison.scored}):
+        mine = [storage.read(UNIT_SCORES, **keys) for keys in comparison.scored if keys["predictor"] == predictor]
+        scores = pl.DataFrame(pl.from_arrow(pa.concat_tables(table.replace_schema_metadata() for table in mine)))
+        if rows := unit_score_rows(scores, comparison.units, comparison.systems):
+            tables.append(score_table(f"{comparison.name}: scores by {predictor}", rows))
+    return tables
 
 
 def _language_model(folder: str | Path | None) -> bool | str:
@@ -217,34 +250,17 @@ def _annotations(storage: Storage, source: str | None, layers: Sequence[tuple[st
         raise unknown_name("source of annotations", source, known)
     if source is None and len(known) > 1:
         raise MilanError(f"there are annotations of {', '.join(known)}: say which count with --annotations.")
-    found: dict[Unit, list[str]] = {}
+    texts: dict[Unit, list[str]] = {}
     for keys in storage.partitions(ANNOTATIONS, source=source or known[0]) if known else []:
         if (keys["model"], keys["layer"]) in layers:
             for row in storage.read(ANNOTATIONS, ["unit", "text"], **keys).to_pylist():
                 if normalize(row["text"]):
-                    found.setdefault((keys["model"], keys["layer"], row["unit"]), []).append(row["text"])
-    return found
-
-
-def _agreement(
-    experiment: str,
-    annotated: Sequence[Unit],
-    units: Sequence[Unit],
-    systems: dict[str, list[str]],
-    said: dict[Unit, list[str]],
-    bert_score: str | Path | None,
-) -> pa.Table:
-    place = {unit: number for number, unit in enumerate(units)}
-    chosen = [place[unit] for unit in annotated]
-    labels = {labeler: [of[number] for number in chosen] for labeler, of in systems.items()}
-    references = [said[unit] for unit in annotated]
-    # Chosen on the very units that it is measured on, the constant is as hard to beat as a constant can be.
-    everything = with_trivial_labels(labels, best_constant(references))
-    return evaluate_text(experiment, everything, references, BertScore(bert_score) if bert_score else None)
+                    texts.setdefault((keys["model"], keys["layer"], row["unit"]), []).append(row["text"])
+    return texts
 
 
 def summary(scores: pa.Table) -> str:
-    """The comparison on one screen: a line per measure, each labeler beside what costs nothing."""
+    """The comparison on one screen: a line per measure, each labeler alongside trivial baselines."""
     frame = pl.DataFrame(pl.from_arrow(scores)).filter(~pl.col("system").str.contains(" − |, shuffled$"))
     skip = {"bleu", "rouge-1-f", "rouge-2-f", "auroc-all-present", "causal-share"}
     lines = []

@@ -1,4 +1,4 @@
-"""Labelers beside each other, on the same units: what they cost, and the figure of a comparison."""
+"""Labelers on the same units: their labels with trivial baselines, scores of units, and cost."""
 
 from __future__ import annotations
 
@@ -7,21 +7,17 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 
-import numpy as np
 import polars as pl
 
 from milan_ray.config import Fingerprint
 from milan_ray.damaged import LeftOut
 from milan_ray.errors import MilanError
-from milan_ray.report.figures import files, new_figure
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, RUNS, TABLES, Table
 from milan_ray.schema.operations import SHARES
 from milan_ray.scoring.bootstrap import Interval, ratio, resampling_counts
 from milan_ray.scoring.evaluation import (
-    ANNOTATORS,
     CONSTANT,
     SHUFFLED,
-    TRIVIAL,
     Row,
     shuffled,
     system_rows,
@@ -32,24 +28,9 @@ from milan_ray.storage import ALL_UNITS_KEY, CONFIG_KEY, Storage, parts_of
 Unit = tuple[str, str, int]
 """(model, layer, unit)."""
 
-FIGURE = "figure.svg"
-"""File beside a table of scores: its figure. The same as PNG lies beside it."""
-
 SECONDS, PER_HOUR = "seconds per unit", "units per hour"
 
 EVERYBODY = "exemplars (for all labelers)"
-
-PANELS = {
-    "bertscore-f": "BERTScore with annotations",
-    "rouge-l-f": "ROUGE-L with annotations",
-    "auroc": "AUROC, held-out scenes",
-    "causal-drop": "fall without the concept, σ",
-    "simulation": "correlation, simulated",
-    "cosy-auc": "AUROC, generated images",
-    "planted-accuracy": "planted units named",
-    PER_HOUR: "units per hour, one process",
-}
-"""Metrics that the figure shows, with what it calls them."""
 
 
 def common_units(descriptions: pl.DataFrame) -> tuple[list[Unit], dict[str, list[str]]]:
@@ -239,65 +220,3 @@ def lineage(storage: Storage, noun: Table, keys: Mapping[str, str]) -> set[tuple
             if Fingerprint.of({above.name: whole}).inputs[above.name] == parts[above.name]:
                 found |= lineage(storage, above, other)
     return found
-
-
-# -- figure -------------------------------------------------------------------------------------------------------
-
-
-def plot_comparison(scores: pl.DataFrame, by_kind: str) -> dict[str, bytes]:
-    """The figure of a comparison: a panel per measure with 95 % intervals, and one of kinds of concepts.
-
-    Args:
-        scores: Columns of :data:`~milan_ray.schema.SCORES`.
-        by_kind: Name of the experiment whose metrics are kinds of concepts.
-
-    Returns:
-        File ending → picture: ``svg``, ``png``; the same scores give the same bytes.
-    """
-    import matplotlib  # takes a second, and nothing else here needs it
-
-    rows = scores.filter(~pl.col("system").str.contains(" − "), pl.col("n") > 0)
-    kinds = rows.filter(pl.col("experiment") == by_kind)
-    rows = rows.filter(pl.col("experiment") != by_kind).unique(["system", "metric"], keep="first", maintain_order=True)
-    systems = [name for name in dict.fromkeys(rows["system"]) if name != EVERYBODY]
-    panels = [metric for metric in PANELS if metric in set(rows["metric"])]
-    if "bertscore-f" in panels and len(panels) > 1:
-        panels = [metric for metric in panels if metric != "rouge-l-f"]
-    heights = [0.35 * len(systems) + 1.2] + ([0.32 * kinds["system"].n_unique() + 1.6] if len(kinds) else [])
-    figure = new_figure(2.6 * max(3, len(panels)) + 1.5, sum(heights))
-    parts = figure.subfigures(len(heights), 1, height_ratios=heights, squeeze=False)[:, 0]
-    colours = matplotlib.colormaps["tab10"]
-    places = {system: -number for number, system in enumerate(systems)}
-    every = parts[0].subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
-    for axes, metric in zip(every, panels, strict=False):
-        for row in rows.filter(pl.col("metric") == metric, pl.col("system").is_in(systems)).iter_rows(named=True):
-            place = -places[row["system"]]
-            trivial_baselines = row["system"] in TRIVIAL or row["system"].endswith(SHUFFLED)
-            colour = "0.6" if trivial_baselines else "0.1" if row["system"] == ANNOTATORS else colours(place % 10)
-            if row["low"] is not None:
-                axes.plot([row["low"], row["high"]], [-place, -place], color=colour, linewidth=2)
-            axes.plot(row["value"], -place, "o", color=colour, markersize=5)
-        if metric == PER_HOUR:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(matplotlib.ticker.LogLocator(subs=(1, 3)))
-            axes.xaxis.set_major_formatter("{x:,.0f}")
-            axes.xaxis.set_minor_formatter(matplotlib.ticker.NullFormatter())
-            axes.tick_params(axis="x", labelsize="small")
-        axes.set_title(PANELS[metric], fontsize="medium")
-        axes.set_yticks(list(places.values()), systems)
-        axes.grid(axis="x", alpha=0.3)
-    if len(kinds):
-        table = kinds.pivot(on="metric", index="system", values="value", maintain_order=True)
-        sizes = dict(kinds.select("metric", "n").unique().iter_rows())
-        names = table.columns[1:]
-        values = table.select(names).to_numpy().astype(float)
-        axes = parts[1].subplots()
-        picture = axes.imshow(values, aspect="auto", cmap="RdYlGn", vmin=0.2, vmax=1.0)
-        axes.set_xticks(range(len(names)), [f"{name}\n(n = {sizes[name]})" for name in names])
-        axes.set_yticks(range(len(table)), table["system"].to_list())
-        axes.set_title("AUROC by kind of the concept that fits the unit best", fontsize="medium")
-        for (y, x), value in np.ndenumerate(values):
-            if math.isfinite(value):
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize="small")
-        parts[1].colorbar(picture, ax=axes, shrink=0.8)
-    return files(figure)

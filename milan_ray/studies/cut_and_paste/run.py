@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import torch
 from spacy.language import Language
 from torch import nn
@@ -18,6 +18,7 @@ from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.cluster import gpus_each
 from milan_ray.engine.model_cache import loaded_model
+from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.engine.tasks import run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import Forward, pass_size
@@ -25,16 +26,17 @@ from milan_ray.models.heads import find_head, strongest_classes
 from milan_ray.models.registry import OUTPUTS, ModelSpec
 from milan_ray.models.weights import weights_digest
 from milan_ray.probe.base import ImageRef
-from milan_ray.probe.manifest import image_refs
+from milan_ray.probe.manifest import digest, image_refs
 from milan_ray.progress import Progress, say
-from milan_ray.report import figures
-from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, FIGURE, LEVELS, PASTED
+from milan_ray.report.figures import store_figure
+from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, PASTED
 from milan_ray.stages.arithmetic import arithmetic_of
 from milan_ray.stages.exemplars import store_manifest
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation.run import class_numbers
 from milan_ray.studies.analysis import statistics as analysis
 from milan_ray.studies.analysis.run import described_model, read_descriptions
+from milan_ray.studies.cut_and_paste.plot import Example, plot_examples
 from milan_ray.studies.cut_and_paste.statistics import (
     CRITERION,
     DIFFERENT,
@@ -49,9 +51,6 @@ from milan_ray.studies.cut_and_paste.statistics import (
 )
 from milan_ray.studies.exemplar_images import exemplar_views, unit_exemplars, unit_masks, views_of
 
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
-
 KERNEL_VERSION = "cut-and-paste-1"
 
 IMAGES = 512
@@ -62,7 +61,7 @@ UNITS = 4
 
 
 @dataclass(frozen=True)
-class PastingConfig:
+class CutAndPasteConfig:
     """How adversarial images are made.
 
     Attributes:
@@ -130,155 +129,179 @@ class _Guesses:
     control_pasted: np.ndarray
 
 
-def run_pasting(
-    storage: Storage,
-    model: references.ModelRef,
-    probe: references.ProbeRef,
-    nlp: Language,
-    language: str,
-    config: PastingConfig,
-    resources: Resources,
-    name: str = "cut-and-paste",
-) -> pl.DataFrame:
-    """Pastes what units fire at on images that they are silent on, and sees what the classifier makes of it.
+@dataclass(frozen=True)
+class _LastLayer:
+    """The layer that a classifier's last linear map reads.
+
+    Attributes:
+        model: The classifier, with its described layers.
+        spec: Its specification.
+        network: Its network.
+        layer: The layer.
+        weight: Weights of the map, float32 (classes, units).
+    """
+
+    model: references.ModelRef
+    spec: ModelSpec
+    network: nn.Module
+    layer: str
+    weight: torch.Tensor
+
+    @property
+    def keys(self) -> dict[str, str]:
+        """Partition keys of tables about the layer."""
+        return {"model": self.spec.name, "layer": self.layer}
+
+
+@dataclass(frozen=True)
+class CutAndPaste(Stage):
+    """Adversarial images and a classifier's answers to them; :meth:`run` makes them.
 
     Units are of the layer whose units the classifier's last layer reads: there, weights say which unit supports which
     class.
 
-    Args:
-        storage: The run directory, which holds exemplars and descriptions of that layer.
+    Attributes:
         model: The classifier.
         probe: Images with classes, to paste on.
-        nlp: The spaCy pipeline that reads descriptions; it must have word vectors.
-        language: What it is called.
-        config: How.
-        resources: What of the cluster to use; Ray must be connected.
+        language: Name of the spaCy pipeline that reads descriptions.
+        config: How to make them.
         name: Name of the experiment in the tables.
-
-    Returns:
-        Rows of schema PASTED.
-
-    Raises:
-        MilanError: Descriptions or word vectors are missing, the model does not end in a linear map over a described
-            layer, or no image can be pasted on.
     """
-    spec, layers = described_model(storage, model, config.labeler)
-    manifest, digest = store_manifest(storage, probe)
-    fingerprint, layer, weight = pasting_fingerprint(storage, spec, layers, probe, digest, language, config)
-    keys = {"model": spec.name, "layer": layer}
-    public = {"experiment": name, "model": spec.name}
-    if storage.why(PASTED, fingerprint, **public) is None:
-        say(f"{name} of {spec.name}: up to date")
-        return pl.DataFrame(pl.from_arrow(storage.read(PASTED, **public)))
-    say(f"{name}: sentences are read by {language}")
-    scores = analysis.unit_scores(
-        read_descriptions(storage, (layer,), {"labeler": config.labeler, "model": spec.name}), nlp, ()
-    )
-    if CRITERION not in scores.columns:
-        raise MilanError(f"{language} has no word vectors, which say how different words are: choose --language.")
-    chosen = choose_units(scores, config.units, config.seed)
-    numbers = tuple(chosen["unit"].to_list())
-    classes, labels = class_numbers(manifest["class_label"].to_pylist(), spec)
+
+    table = PASTED
+
+    model: references.ModelRef
+    probe: references.ProbeRef
+    language: str
+    config: CutAndPasteConfig
+    name: str = "cut-and-paste"
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """The answers, which follow from descriptions, exemplars, weights and images.
+
+        Raises:
+            MilanError: The model does not end in a linear map over a described layer, or that has no exemplars.
+        """
+        last = self.last_layer(known.storage)
+        yield Output(
+            {"experiment": self.name, "model": last.spec.name},
+            Fingerprint.of(
+                {
+                    "kernel": KERNEL_VERSION,
+                    "descriptions": known.config(DESCRIPTIONS, labeler=self.config.labeler, **last.keys),
+                    "exemplars": known.config(EXEMPLARS, **last.keys),
+                    "weights": weights_digest(last.network),
+                    "probe": digest(references.probe(self.probe).manifest()),
+                    "language": self.language,
+                    "pasting": self.config,
+                }
+            ),
+        )
+
+    def last_layer(self, storage: Storage) -> _LastLayer:
+        """The layer that the classifier's last linear map reads.
+
+        Raises:
+            MilanError: The model does not end in such a map, or the layer is not described.
+        """
+        spec, layers = described_model(storage, self.model, self.config.labeler)
+        network = spec.load()
+        weight = _head_weight(spec, network, self.probe)
+        layer = _described_layer(storage, spec, layers, weight.shape[1], self.config.labeler)
+        return _LastLayer(replace(self.model, layers=layers), spec, network, layer, weight)
+
+    def run(self, storage: Storage, nlp: Language, resources: Resources) -> pl.DataFrame:
+        """Pastes what units fire at on images that they are silent on, and stores the classifier's answers.
+
+        Args:
+            storage: The run directory, which holds exemplars and descriptions of the layer.
+            nlp: The spaCy pipeline that reads descriptions; it must have word vectors.
+            resources: What of the cluster to use; Ray must be connected.
+
+        Returns:
+            Rows of schema PASTED.
+
+        Raises:
+            MilanError: Descriptions or word vectors are missing, the model does not end in a linear map over a
+                described layer, or no image can be pasted on.
+        """
+        manifest, _ = store_manifest(storage, self.probe)
+        (output,) = self.outputs(Known(storage))
+        if self.why(storage, output) is None:
+            say(f"{self.name} of {output.model}: up to date")
+            return pl.DataFrame(pl.from_arrow(storage.read(PASTED, **output.keys)))
+        say(f"{self.name}: sentences are read by {self.language}")
+        last = self.last_layer(storage)
+        texts = read_descriptions(storage, last.spec.name, (last.layer,), self.config.labeler)
+        scores = analysis.unit_scores(texts, nlp, ())
+        if CRITERION not in scores.columns:
+            raise MilanError(
+                f"{self.language} has no word vectors, which say how different words are: choose --language."
+            )
+        chosen = choose_units(scores, self.config.units, self.config.seed)
+        classes, labels = class_numbers(manifest["class_label"].to_pylist(), last.spec)
+        material = _material(storage, self, last, chosen["unit"].to_list(), manifest, labels, resources)
+        rows = _rows(output.keys, chosen, material, _answers(storage, self, last, material, resources), classes)
+        if not rows:
+            raise MilanError(
+                f"nothing to paste: none of the units of {last.spec.name} {last.layer} has an exemplar that is taken "
+                f"for none of its classes and whose mask covers less than {LARGEST:.0%} of it, and images given that it "
+                "is silent on and that the model classifies correctly: give more images, or --each more units."
+            )
+        table = PASTED.table({column.name: [row[column.name] for row in rows] for column in PASTED.columns})
+        frame = pl.DataFrame(pl.from_arrow(table))
+        figure = plot_examples(last.spec.name, _shown(storage, self, last, manifest, frame))
+        store_figure(storage, PASTED, figure, **output.keys)
+        storage.write(PASTED, table, output.fingerprint, **output.keys)  # last: it says that all is done
+        return frame
+
+
+def _material(
+    storage: Storage,
+    study: CutAndPaste,
+    last: _LastLayer,
+    units: list[int],
+    manifest: pa.Table,
+    labels: Sequence[int],
+    resources: Resources,
+) -> list[_Unit]:
+    """What to paste, and on what, for each unit that has both."""
+    config = study.config
     pool = np.random.default_rng(config.seed).permutation(len(manifest))[: config.pool]
-    guesses, maxima = _scan_images(
-        replace(model, layers=layers),
-        layer,
-        numbers,
-        probe,
-        image_refs(manifest, pool),
-        resources,
-        arithmetic_of(storage, spec.name, layer),
-    )
-    level = _levels(storage, keys)
+    guesses, maxima = _scan_images(storage, study, last, units, image_refs(manifest, pool), resources)
+    table = storage.read(LEVELS, ["unit", "level"], **last.keys)
+    level = pl.DataFrame(pl.from_arrow(table)).sort("unit")["level"].to_numpy()
     material = []
-    for place, unit in enumerate(numbers):
+    for place, unit in enumerate(units):
         silent = (maxima[:, place] <= level[unit]) & (guesses == np.array(labels)[pool])
-        targets = tuple(strongest_classes(weight, unit, config.targets))
+        targets = tuple(strongest_classes(last.weight, unit, config.targets))
         good = pool[silent & ~np.isin(guesses, targets)]
         refs = image_refs(manifest, good[: config.originals + config.distractors])
-        distractors, cuts = _exemplars(storage, spec.name, layer, unit, float(level[unit]), config.distractors)
+        distractors, cuts = _exemplars(storage, last, unit, float(level[unit]), config.distractors)
         if len(refs) < 2 or not distractors:
             continue
         # Where few images are silent some serve as both; on itself a control changes nothing.
         originals, controls = refs[: config.originals], (refs * config.distractors)[-len(distractors) :]
-        of = tuple(labels[ref.image_id] for ref in originals)
-        material.append(_Unit(unit, targets, tuple(originals), of, tuple(controls), distractors, cuts))
+        numbers = tuple(labels[ref.image_id] for ref in originals)
+        material.append(_Unit(unit, targets, tuple(originals), numbers, tuple(controls), distractors, cuts))
+    return material
+
+
+def _answers(
+    storage: Storage, study: CutAndPaste, last: _LastLayer, material: Sequence[_Unit], resources: Resources
+) -> dict[int, _Guesses]:
+    """Unit → the classifier's answers."""
+    of_all = storage, last.model, last.layer, study.probe
     tasks = [
-        _Paste(
-            storage,
-            replace(model, layers=layers),
-            layer,
-            probe,
-            tuple(material[start : start + UNITS]),
-            resources.threads,
-            resources.device,
-        )
+        _Paste(*of_all, tuple(material[start : start + UNITS]), resources.threads, resources.device)
         for start in range(0, len(material), UNITS)
     ]
-    found: dict[int, _Guesses] = {}
-    with Progress(f"adversarial images for {spec.name}", len(material), "units") as shown:
+    answers: dict[int, _Guesses] = {}
+    with Progress(f"adversarial images for {last.spec.name}", len(material), "units") as progress:
         for index, results in run_parallel(_paste, tasks, resources.cpus_per_actor, gpus_each(resources)):
-            found |= {unit.unit: guess for unit, guess in zip(tasks[index].units, results, strict=True)}
-            shown.advance(len(results))
-    rows = _rows(public, chosen, material, found, classes)
-    if not rows:
-        raise MilanError(
-            f"nothing to paste: none of the units of {spec.name} {layer} has an exemplar that is taken for none of its "
-            f"classes and whose mask covers less than {LARGEST:.0%} of it, and images given that it is silent on and "
-            "that the model classifies correctly: give more images, or --each more units."
-        )
-    table = PASTED.table({column.name: [row[column.name] for row in rows] for column in PASTED.columns})
-    frame = pl.DataFrame(pl.from_arrow(table))
-    for ending, picture in figures.files(_draw_examples(storage, model, layer, probe, frame)).items():
-        storage.put(figure_path(storage, public, ending), picture)
-    storage.write(PASTED, table, fingerprint, **public)  # last: it says that all is done
-    return frame
-
-
-def pasting_fingerprint(
-    storage: Storage,
-    spec: ModelSpec,
-    layers: Sequence[str],
-    probe: references.ProbeRef,
-    digest: str,
-    language: str,
-    config: PastingConfig,
-) -> tuple[Fingerprint, str, torch.Tensor]:
-    """What decides adversarial images, the layer that the classifier's last one reads, and that one's weights.
-
-    Args:
-        storage: The run directory.
-        spec: The classifier.
-        layers: Its layers, which are described.
-        probe: The images to paste on.
-        digest: Theirs.
-        language: What the pipeline is called that reads descriptions.
-        config: How.
-
-    Raises:
-        MilanError: The model does not end in a linear map over a described layer, which has no exemplars.
-    """
-    network = spec.load()
-    weight = _head_weight(spec, network, probe)
-    layer = _last_layer(storage, spec, layers, weight.shape[1], config.labeler)
-    keys = {"model": spec.name, "layer": layer}
-    fingerprint = Fingerprint.of(
-        {
-            "kernel": KERNEL_VERSION,
-            "descriptions": storage.config_of(DESCRIPTIONS, labeler=config.labeler, **keys),
-            "exemplars": storage.config_of(EXEMPLARS, **keys),
-            "weights": weights_digest(network),
-            "probe": digest,
-            "language": language,
-            "pasting": config,
-        }
-    )
-    return fingerprint, layer, weight
-
-
-def figure_path(storage: Storage, public: dict[str, str], ending: str) -> str:
-    """Where the figure lies, below the storage's root."""
-    return storage.path(PASTED, **public).replace("data.parquet", f"{FIGURE}.{ending}")
+            answers |= {unit.unit: guess for unit, guess in zip(tasks[index].units, results, strict=True)}
+            progress.advance(len(results))
+    return answers
 
 
 def _head_weight(spec: ModelSpec, network: nn.Module, probe: references.ProbeRef) -> torch.Tensor:
@@ -290,8 +313,8 @@ def _head_weight(spec: ModelSpec, network: nn.Module, probe: references.ProbeRef
     return head.weight
 
 
-def _last_layer(storage: Storage, spec: ModelSpec, layers: Sequence[str], width: int, labeler: str) -> str:
-    """The last layer with as many units as the head reads."""
+def _described_layer(storage: Storage, spec: ModelSpec, layers: Sequence[str], width: int, labeler: str) -> str:
+    """The last described layer with as many units as the head reads."""
     for layer in reversed(layers):
         if storage.count(DESCRIPTIONS, labeler=labeler, model=spec.name, layer=layer) == width:
             return layer
@@ -301,18 +324,12 @@ def _last_layer(storage: Storage, spec: ModelSpec, layers: Sequence[str], width:
     )
 
 
-def _levels(storage: Storage, keys: dict[str, str]) -> np.ndarray:
-    table = pl.DataFrame(pl.from_arrow(storage.read(LEVELS, ["unit", "level"], **keys))).sort("unit")
-    levels: np.ndarray = table["level"].to_numpy()
-    return levels
-
-
 def _exemplars(
-    storage: Storage, model: str, layer: str, unit: int, level: float, count: int
+    storage: Storage, last: _LastLayer, unit: int, level: float, count: int
 ) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
     """Exemplars of a unit to cut from, best first: those with a mask that leaves most of the image."""
-    rows = unit_exemplars(storage, model, layer, unit).filter(pl.col("activation") > level)
-    cuts = unit_masks(storage, model, layer, rows["mask"].to_list())
+    rows = unit_exemplars(storage, unit=unit, **last.keys).filter(pl.col("activation") > level)
+    cuts = unit_masks(storage, packed=rows["mask"].to_list(), **last.keys)
     shares = [float(grown(cut, (cut.shape[0], cut.shape[1])).mean()) for cut in cuts]
     rows = rows.filter([0 < share <= LARGEST for share in shares]).head(count)
     return tuple(rows["image_id"].to_list()), tuple(rows["mask"].to_list())
@@ -329,22 +346,22 @@ def _forward(
 
 
 def _scan_images(
-    model: references.ModelRef,
-    layer: str,
-    units: tuple[int, ...],
-    probe: references.ProbeRef,
+    storage: Storage,
+    study: CutAndPaste,
+    last: _LastLayer,
+    units: Sequence[int],
     refs: Sequence[ImageRef],
     resources: Resources,
-    arithmetic: Arithmetic,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the model takes images for (n,), and the units' maxima on them (n, units), computed as their levels were."""
-    how = resources.threads, resources.device, arithmetic
+    """The model's answers to images (n,), and the units' maxima on them (n, units), computed as their levels were."""
+    how = resources.threads, resources.device, arithmetic_of(storage, last.spec.name, last.layer)
     tasks = [
-        _Scan(model, layer, units, probe, tuple(refs[start : start + IMAGES]), *how)
+        _Scan(last.model, last.layer, tuple(units), study.probe, tuple(refs[start : start + IMAGES]), *how)
         for start in range(0, len(refs), IMAGES)
     ]
-    found = dict(run_parallel(_scan, tasks, resources.cpus_per_actor, gpus_each(resources)))
-    return tuple(np.concatenate([found[number][part] for number in range(len(tasks))]) for part in (0, 1))  # type: ignore[return-value]
+    results = dict(run_parallel(_scan, tasks, resources.cpus_per_actor, gpus_each(resources)))
+    guesses, maxima = zip(*(results[number] for number in range(len(tasks))), strict=True)
+    return np.concatenate(guesses), np.concatenate(maxima)
 
 
 def _scan(task: _Scan) -> tuple[np.ndarray, np.ndarray]:
@@ -372,11 +389,9 @@ def _paste(task: _Paste) -> list[_Guesses]:
     @torch.inference_mode()
     def guess(images: np.ndarray) -> np.ndarray:
         shape, flat = images.shape[:-3], torch.from_numpy(images.reshape(-1, *images.shape[-3:]))
-        found = [
-            network(spec.prepare(some.to(device))).argmax(-1).cpu()
-            for some in flat.split(pass_size(spec.batch(128), device))
-        ]
-        answers: np.ndarray = torch.cat(found).numpy().reshape(shape)
+        batches = flat.split(pass_size(spec.batch(128), device))
+        classes = [network(spec.prepare(batch.to(device))).argmax(-1).cpu() for batch in batches]
+        answers: np.ndarray = torch.cat(classes).numpy().reshape(shape)
         return answers
 
     results = []
@@ -396,21 +411,21 @@ def _paste(task: _Paste) -> list[_Guesses]:
 
 
 def _rows(
-    public: dict[str, str],
+    public: Mapping[str, str],
     chosen: pl.DataFrame,
     material: Sequence[_Unit],
-    found: dict[int, _Guesses],
+    guesses: Mapping[int, _Guesses],
     classes: Sequence[str],
 ) -> list[dict[str, object]]:
     """Rows of schema PASTED, one per original and cut; not of exemplars that are taken for a target themselves."""
-    of = {row["unit"]: row for row in chosen.iter_rows(named=True)}
+    about = {row["unit"]: row for row in chosen.iter_rows(named=True)}
 
     def name(number: int) -> str:
         return classes[number] if number < len(classes) else f"class {number}"
 
     rows: list[dict[str, object]] = []
     for unit in material:
-        guess = found[unit.unit]
+        guess = guesses[unit.unit]
         for i, (original, label) in enumerate(zip(unit.originals, unit.labels, strict=True)):
             for j, (distractor, control) in enumerate(zip(unit.distractors, unit.controls, strict=True)):
                 answers = int(guess.pasted[i, j]), int(guess.control_pasted[i, j])
@@ -424,7 +439,7 @@ def _rows(
                 rows.append(
                     {
                         **public,
-                        **of[unit.unit],
+                        **about[unit.unit],
                         "targets": [name(target) for target in unit.targets],
                         "original": original.image_id,
                         "original_class": name(label),
@@ -441,34 +456,31 @@ def _rows(
     return rows
 
 
-def _draw_examples(
-    storage: Storage, model: references.ModelRef, layer: str, probe: references.ProbeRef, rows: pl.DataFrame
-) -> Figure:
-    """Figure 14 of the paper with this network's units: what was pasted, on what, and what came of it."""
-    spec = references.model(model)
-    manifest = references.probe(probe).manifest()
+def _shown(
+    storage: Storage, study: CutAndPaste, last: _LastLayer, manifest: pa.Table, rows: pl.DataFrame
+) -> list[Example]:
+    """The examples of the figure."""
     shown = best_examples(rows)
     if not len(shown):
         shown = rows.filter(pl.col("group") == DIFFERENT).unique("unit", keep="first", maintain_order=True).head(3)
-    figure = figures.new_figure(7.2, 2.5 * len(shown) + 0.5)
-    panels = figure.subplots(len(shown), 3, squeeze=False)
-    for axes, row in zip(panels, shown.iter_rows(named=True), strict=True):
-        original = views_of(probe, image_refs(manifest, [row["original"]]), spec)
-        distractor = exemplar_views(storage, spec.name, layer, [row["distractor"]])
-        of_it = unit_exemplars(storage, spec.name, layer, row["unit"]).filter(pl.col("image_id") == row["distractor"])
-        cut = _cuts(storage, spec.name, layer, of_it["mask"].to_list(), (original.shape[1], original.shape[2]))
-        titles = (row["original_class"], row["distractor_class"], f"taken for {row['predicted']}")
-        images = (original[0], distractor[0], paste(original, distractor, cut)[0, 0])
-        for place, image, title in zip(axes, images, titles, strict=True):
-            place.imshow(image)
-            place.set_title(title, fontsize="small")
-            place.set_xticks([])
-            place.set_yticks([])
-        axes[1].contour(cut[0], [0.5], colors="red", linewidths=0.8)
-        text = f"{layer} {row['unit']}\n“{row['description']}”\nspeaks for\n" + ",\n".join(row["targets"])
-        axes[0].set_ylabel(text, fontsize="x-small", rotation=0, ha="right", va="center")
-    figure.suptitle(f"{spec.name}: what a unit fires at, pasted where it does not belong", fontsize="small")
-    return figure
+    examples = []
+    for row in shown.iter_rows(named=True):
+        original = views_of(study.probe, image_refs(manifest, [row["original"]]), last.spec)
+        distractor = exemplar_views(storage, image_ids=[row["distractor"]], **last.keys)
+        exemplar = unit_exemplars(storage, unit=row["unit"], **last.keys)
+        exemplar = exemplar.filter(pl.col("image_id") == row["distractor"])
+        size = (original.shape[1], original.shape[2])
+        cut = _cuts(storage, last.spec.name, last.layer, exemplar["mask"].to_list(), size)
+        targets = ",\n".join(row["targets"])
+        examples.append(
+            Example(
+                f"{last.layer} {row['unit']}\n“{row['description']}”\nspeaks for\n{targets}",
+                (row["original_class"], row["distractor_class"], f"taken for {row['predicted']}"),
+                (original[0], distractor[0], paste(original, distractor, cut)[0, 0]),
+                cut[0],
+            )
+        )
+    return examples
 
 
 def summary(rows: pl.DataFrame) -> str:

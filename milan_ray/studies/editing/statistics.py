@@ -18,6 +18,9 @@ TEXT = ("text", "word", "letter")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 """What descriptions of units that see colours contain."""
 
+VALIDATION, TEST = "validation", "test"
+"""Splits: images like those of training, which choose; images that the network must not fail on, which judge."""
+
 FOUND, EVERY = "sort-found", "sort-all"
 """Orders: the units found by their descriptions, and as many of all, the most dispensable first."""
 

@@ -24,21 +24,24 @@ from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
 from milan_ray.config import Fingerprint, Resources, TrainingConfig
 from milan_ray.device import resolve_device
 from milan_ray.engine.cluster import gpus_each
+from milan_ray.engine.planner import Plan
+from milan_ray.engine.stage import Known, Output, Stage, due
 from milan_ray.engine.tasks import run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
 from milan_ray.progress import Progress, say
-from milan_ray.report import figures
-from milan_ray.schema import ANNOTATIONS, ENCODINGS, FIGURE, GENERALIZATION, HELD_OUT, SCORES, SPLITS, TRAINING
+from milan_ray.report.figures import store_figure
+from milan_ray.schema import ANNOTATIONS, ENCODINGS, GENERALIZATION, HELD_OUT, SCORES, SPLITS, TRAINING
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.scoring.evaluation import CONSTANT, NEAREST, best_constant, nearest_copy, score_table
 from milan_ray.scoring.text import BertScore, normalize
 from milan_ray.stages.captioners import EncoderRef, load_captioner
 from milan_ray.stages.descriptions import units_per_search
-from milan_ray.stages.encodings import unit_features
-from milan_ray.stages.training import TrainingJob, annotations_read, run_trainings
+from milan_ray.stages.encodings import Encodings, unit_features
+from milan_ray.stages.training import Training, TrainingJob, annotations_read, run_trainings
 from milan_ray.storage import Storage
 from milan_ray.studies.generalization import statistics as generalization
+from milan_ray.studies.generalization.plot import plot_generalization
 from milan_ray.studies.generalization.statistics import TEST, TRAIN, Unit
 
 KERNEL_VERSION = "generalization-1"
@@ -129,10 +132,6 @@ class Trial:
     test: list[Unit]
     training: TrainingJob
 
-    def public(self, experiment: str) -> dict[str, str]:
-        """Partition keys of what it says."""
-        return {"experiment": experiment, "split": self.split.name, "trial": str(self.number)}
-
 
 def run_generalization(
     storage: Storage, job: GeneralizationJob, nlp: Language, language: str, resources: Resources
@@ -161,7 +160,7 @@ def run_generalization(
     )
     gpus = gpus_each(resources)
     run_trainings(storage, [replace(trial.training, gpus=gpus) for trial in trials])
-    _store_splits(storage, job.name, trials)
+    Splits(job.name, trials).run(storage)
     _describe(storage, job, trials, resources)
     _score(storage, job, trials, nlp, language, resources)
     rows = [storage.read(GENERALIZATION, experiment=job.name, split=split.name) for split in job.splits]
@@ -169,6 +168,24 @@ def run_generalization(
     _publish(storage, job, frame)
     say(f"{job.name}: done in {time.monotonic() - started:.0f} s")
     return frame
+
+
+def plan_generalization(storage: Storage, job: GeneralizationJob, language: str, resources: Resources) -> Plan:
+    """The dry run of encoding the annotated layers and of :func:`run_generalization`.
+
+    Raises:
+        MilanError: Exemplars or annotations are missing or do not belong together, or a split has too few units.
+    """
+    plan = Plan.of(storage, [Encodings(job.layers, job.encoder)])
+    tables = (SPLITS, TRAINING, HELD_OUT, GENERALIZATION, SCORES)
+    waiting = [plan.waits(table.name, (job.name,), ENCODINGS.name) for table in tables]  # which say what units count
+    if not any(waiting):
+        trials = find_trials(storage, job, resources)
+        plan.stages(storage, [Splits(job.name, trials)])
+        for trial in trials:
+            plan.stages(storage, [Training(trial.training), HeldOut(job, trial)])
+        plan.stages(storage, [SplitScores(job, language), ScoreTable(job)])
+    return plan
 
 
 def _annotated(storage: Storage, job: GeneralizationJob, model: str) -> list[Unit]:
@@ -228,25 +245,37 @@ def _trial(
     return Trial(split, number, train, test, training)
 
 
-def split_units(trials: Sequence[Trial], split: str) -> tuple[list[tuple[int, str, str, str, int]], Fingerprint]:
-    """The rows of a split's table, trial, part and unit, and what decides them."""
-    parts = [
-        (trial.number, part, *unit)
-        for trial in trials
-        if trial.split.name == split
-        for part, units in ((TRAIN, trial.train), (TEST, trial.test))
-        for unit in units
-    ]
-    return parts, Fingerprint.of({"kernel": KERNEL_VERSION, "units": parts})
+class Splits(Stage):
+    """The units that train and judge captioners, a table per split.
 
+    Args:
+        experiment: Name of the experiment.
+        trials: All captioners.
+    """
 
-def _store_splits(storage: Storage, experiment: str, trials: Sequence[Trial]) -> None:
-    for split in dict.fromkeys(trial.split.name for trial in trials):
-        parts, fingerprint = split_units(trials, split)
-        if storage.why(SPLITS, fingerprint, experiment=experiment, split=split):
-            columns = dict(zip(("trial", "part", "model", "layer", "unit"), zip(*parts, strict=True), strict=True))
-            names = {"experiment": [experiment] * len(parts), "split": [split] * len(parts)}
-            storage.write(SPLITS, SPLITS.table({**names, **columns}), fingerprint, experiment=experiment, split=split)
+    table, name, title = SPLITS, "splits", "splits"
+
+    def __init__(self, experiment: str, trials: Sequence[Trial]) -> None:
+        self._experiment = experiment
+        self._units: dict[str, list[tuple[int, str, str, str, int]]] = {}
+        for trial in trials:
+            units = self._units.setdefault(trial.split.name, [])
+            units += [(trial.number, TRAIN, *unit) for unit in trial.train]
+            units += [(trial.number, TEST, *unit) for unit in trial.test]
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """A table per split, which follows from its units."""
+        for split, units in self._units.items():
+            fingerprint = Fingerprint.of({"kernel": KERNEL_VERSION, "units": units})
+            yield Output({"experiment": self._experiment, "split": split}, fingerprint)
+
+    def run(self, storage: Storage) -> None:
+        """Writes the tables that are missing or stale."""
+        for output in due(self, storage):
+            units = self._units[output.keys["split"]]
+            columns = dict(zip(("trial", "part", "model", "layer", "unit"), zip(*units, strict=True), strict=True))
+            names = {key: [value] * len(units) for key, value in output.keys.items()}
+            storage.write(SPLITS, SPLITS.table({**names, **columns}), output.fingerprint, **output.keys)
 
 
 # -- what captioners say ----------------------------------------------------------------------------------------------
@@ -259,46 +288,55 @@ class _Saying:
     storage: Storage
     job: GeneralizationJob
     trial: Trial
-    fingerprint: Fingerprint
+    output: Output
     threads: int
     device: str
 
 
-def held_out_fingerprint(storage: Storage, job: GeneralizationJob, trial: Trial, captioner: str) -> Fingerprint:
-    """What decides what a captioner says of held-out units.
+class HeldOut(Stage):
+    """What a captioner says of held-out units.
 
     Args:
-        storage: The run directory.
-        job: What to find out.
+        job: The experiment.
         trial: The captioner.
-        captioner: Configuration hash that it has, or will have.
     """
-    layers = (*trial.training.layers, *job.pairs(trial.split.test_models))
-    quirks = {} if job.config.quirks == NO_QUIRKS else {"quirks": job.config.quirks}
-    return Fingerprint.of(
-        {
-            "kernel": KERNEL_VERSION,
-            "captioner": captioner,
-            "encodings": [
-                storage.config_of(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer)
-                for model, layer in layers
-            ],
-            "annotations": annotations_read(storage, job.source, layers),
-            "units": [trial.train, trial.test],
-            "beam_size": job.config.beam_size,
-            "lam": job.config.lam,
-            **quirks,
-        }
-    )
+
+    table, name, title = HELD_OUT, "held_out", "held-out descriptions"
+
+    def __init__(self, job: GeneralizationJob, trial: Trial) -> None:
+        self._job, self._trial = job, trial
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """The descriptions, which follow from the captioner, encodings and annotations."""
+        job, trial = self._job, self._trial
+        layers = (*trial.training.layers, *job.pairs(trial.split.test_models))
+        quirks = {} if job.config.quirks == NO_QUIRKS else {"quirks": job.config.quirks}
+        yield Output(
+            {"experiment": job.name, "split": trial.split.name, "trial": str(trial.number)},
+            Fingerprint.of(
+                {
+                    "kernel": KERNEL_VERSION,
+                    "captioner": known.config(TRAINING, decoder=trial.training.name),
+                    "encodings": [
+                        known.config(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer)
+                        for model, layer in layers
+                    ],
+                    "annotations": annotations_read(known.storage, job.source, layers),
+                    "units": [trial.train, trial.test],
+                    "beam_size": job.config.beam_size,
+                    "lam": job.config.lam,
+                    **quirks,
+                }
+            ),
+        )
 
 
 def _describe(storage: Storage, job: GeneralizationJob, trials: Sequence[Trial], resources: Resources) -> None:
-    tasks = []
-    for trial in trials:
-        captioner = storage.config_of(TRAINING, decoder=trial.training.name)
-        fingerprint = held_out_fingerprint(storage, job, trial, captioner)
-        if storage.why(HELD_OUT, fingerprint, **trial.public(job.name)):
-            tasks.append(_Saying(storage, job, trial, fingerprint, resources.threads, resources.device))
+    tasks = [
+        _Saying(storage, job, trial, output, resources.threads, resources.device)
+        for trial in trials
+        for output in due(HeldOut(job, trial), storage)
+    ]
     if not tasks:
         say(f"{job.name}: held-out descriptions are all up to date")
         return
@@ -310,37 +348,36 @@ def _describe(storage: Storage, job: GeneralizationJob, trials: Sequence[Trial],
 
 
 def _say_all(task: _Saying) -> None:
-    """What a captioner says of held-out units, and what costs nothing: one caption for all, the nearest unit's."""
+    """Writes a captioner's descriptions of held-out units, and two baselines: one text for all, the nearest unit's."""
     torch.set_num_threads(task.threads)
     storage, trial = task.storage, task.trial
     captioner = load_captioner(storage, trial.training.name).to(str(resolve_device(task.device)))
     lam = captioner.lam if task.job.config.lam is None else task.job.config.lam
-    said: dict[str, list[str]] = {MILAN: [], LIKELIHOOD: []}
+    texts: dict[str, list[str]] = {MILAN: [], LIKELIHOOD: []}
     means = []
     quirks, beam = task.job.config.quirks, task.job.config.beam_size
     step = units_per_search(quirks)
     for features in _features(storage, task.job, trial.test):
         means.append(features.mean(axis=1))
         for start in range(0, len(features), step):
-            found = captioner.candidates(features[start : start + step], beam, quirks=quirks)
+            candidates = captioner.candidates(features[start : start + step], beam, quirks=quirks)
             for system, weight in ((MILAN, lam), (LIKELIHOOD, 0.0)):
-                said[system] += [best.text for (best,) in best_descriptions(found, weight)]
+                texts[system] += [best.text for (best,) in best_descriptions(candidates, weight)]
     captions = _references(storage, task.job, trial.train)
     known = np.concatenate([features.mean(axis=1) for features in _features(storage, task.job, trial.train)])
-    said[CONSTANT] = [best_constant(list(captions.values()))] * len(trial.test)
-    said[NEAREST] = nearest_copy(known, [captions[unit][0] for unit in trial.train], np.concatenate(means))
-    public = trial.public(task.job.name)
-    rows = len(trial.test) * len(said)
+    texts[CONSTANT] = [best_constant(list(captions.values()))] * len(trial.test)
+    texts[NEAREST] = nearest_copy(known, [captions[unit][0] for unit in trial.train], np.concatenate(means))
+    rows = len(trial.test) * len(texts)
     columns = {
-        **{key: [value] * rows for key, value in public.items()},
-        "system": [system for system in said for _ in trial.test],
+        **{key: [value] * rows for key, value in task.output.keys.items()},
+        "system": [system for system in texts for _ in trial.test],
         **{
-            key: [unit[place] for unit in trial.test] * len(said)
+            key: [unit[place] for unit in trial.test] * len(texts)
             for place, key in enumerate(("model", "layer", "unit"))
         },
-        "description": [text for texts in said.values() for text in texts],
+        "description": [text for of_system in texts.values() for text in of_system],
     }
-    storage.write(HELD_OUT, HELD_OUT.table(columns), task.fingerprint, **public)
+    storage.write(HELD_OUT, HELD_OUT.table(columns), task.output.fingerprint, **task.output.keys)
 
 
 def _features(storage: Storage, job: GeneralizationJob, units: Sequence[Unit]) -> Iterator[np.ndarray]:
@@ -374,32 +411,56 @@ class _Scoring:
 
     storage: Storage
     job: GeneralizationJob
-    name: str
+    output: Output
     units: list[Unit]
     threads: int
 
 
-def split_fingerprint(job: GeneralizationJob, language: str, held_out: Sequence[str]) -> Fingerprint:
-    """What decides the scores of a split.
+class SplitScores(Stage):
+    """How well held-out units are described, a table per split.
 
     Args:
-        job: What to find out.
-        language: What the pipeline is called that reads descriptions.
-        held_out: Configuration hashes of what its captioners say, or will have said.
+        job: The experiment.
+        language: Name of the spaCy pipeline that reads descriptions.
     """
-    return Fingerprint.of(
-        {
-            "kernel": KERNEL_VERSION,
-            "held_out": list(held_out),
-            "bertscore": job.bert_score and Path(job.bert_score).name,
-            "language": language,
-        }
-    )
+
+    table, name, title = GENERALIZATION, "generalization", "scores"
+
+    def __init__(self, job: GeneralizationJob, language: str) -> None:
+        self._job, self._language = job, language
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """A table per split, which follows from what its captioners say."""
+        job = self._job
+        for split in job.splits:
+            public = {"experiment": job.name, "split": split.name}
+            trials = range(job.config.trials)
+            inputs = {
+                "kernel": KERNEL_VERSION,
+                "held_out": [known.config(HELD_OUT, **public, trial=str(trial)) for trial in trials],
+                "bertscore": job.bert_score and Path(job.bert_score).name,
+                "language": self._language,
+            }
+            yield Output(public, Fingerprint.of(inputs))
 
 
-def scores_fingerprint(splits: Sequence[str]) -> Fingerprint:
-    """What decides the table that the report shows, from the configuration hashes of the splits' scores."""
-    return Fingerprint.of({"kernel": KERNEL_VERSION, "splits": list(splits)})
+class ScoreTable(Stage):
+    """The table of scores that the report shows.
+
+    Args:
+        job: The experiment.
+    """
+
+    table, name, title = SCORES, "scores", "table of scores"
+
+    def __init__(self, job: GeneralizationJob) -> None:
+        self._job = job
+
+    def outputs(self, known: Known) -> Iterator[Output]:
+        """The table, which follows from the scores of the splits."""
+        experiment = self._job.name
+        splits = [known.config(GENERALIZATION, experiment=experiment, split=split.name) for split in self._job.splits]
+        yield Output({"experiment": experiment}, Fingerprint.of({"kernel": KERNEL_VERSION, "splits": splits}))
 
 
 def _score(
@@ -410,15 +471,10 @@ def _score(
     language: str,
     resources: Resources,
 ) -> None:
-    tasks, fingerprints = [], []
-    for split in job.splits:
-        mine = [trial for trial in trials if trial.split == split]
-        said = [storage.config_of(HELD_OUT, **trial.public(job.name)) for trial in mine]
-        fingerprint = split_fingerprint(job, language, said)
-        if storage.why(GENERALIZATION, fingerprint, experiment=job.name, split=split.name):
-            units = sorted({unit for trial in mine for unit in trial.test})
-            tasks.append(_Scoring(storage, job, split.name, units, resources.threads))
-            fingerprints.append(fingerprint)
+    tasks = []
+    for output in due(SplitScores(job, language), storage):
+        units = {unit for trial in trials if trial.split.name == output.keys["split"] for unit in trial.test}
+        tasks.append(_Scoring(storage, job, output, sorted(units), resources.threads))
     if not tasks:
         say(f"{job.name}: scores are all up to date")
         return
@@ -427,21 +483,22 @@ def _score(
     gpus = 0 if here else gpus_each(resources)
     with Progress("scores", len(tasks), "splits") as progress:
         for index, scored in run_parallel(_score_split, tasks, resources.cpus_per_actor, gpus, here):
-            split = splits[tasks[index].name]
+            output = tasks[index].output
+            split = splits[output.keys["split"]]
             texts = generalization.text_rows(held_out(storage, job, split.name), nlp, language)
-            rows = pl.concat([scored, texts])
-            names = {"experiment": job.name, "split": split.name, "kind": split.kind, "train": split.train}
-            rows = rows.with_columns(pl.lit(value).alias(key) for key, value in {**names, "test": split.test}.items())
+            names = {**output.keys, "kind": split.kind, "train": split.train, "test": split.test}
+            rows = pl.concat([scored, texts]).with_columns(pl.lit(value).alias(key) for key, value in names.items())
             table = GENERALIZATION.table({name: rows[name].to_list() for name in GENERALIZATION.schema.names})
-            storage.write(GENERALIZATION, table, fingerprints[index], experiment=job.name, split=split.name)
+            storage.write(GENERALIZATION, table, output.fingerprint, **output.keys)
             progress.advance()
 
 
 def _score_split(task: _Scoring) -> pl.DataFrame:
     torch.set_num_threads(task.threads)
-    said = held_out(task.storage, task.job, task.name)
+    split = task.output.keys["split"]
     bert = _bert_score(task.job.bert_score) if task.job.bert_score else None
-    return generalization.score_split(task.name, said, _references(task.storage, task.job, task.units), bert)
+    references = _references(task.storage, task.job, task.units)
+    return generalization.score_split(split, held_out(task.storage, task.job, split), references, bert)
 
 
 @lru_cache(maxsize=1)
@@ -464,11 +521,6 @@ def references_of(storage: Storage, job: GeneralizationJob, said: pl.DataFrame) 
     return _references(storage, job, list(said.select("model", "layer", "unit").unique().sort(pl.all()).iter_rows()))
 
 
-def figure_path(storage: Storage, experiment: str, ending: str) -> str:
-    """Where the figure lies, below the storage's root: beside the experiment's table of scores."""
-    return storage.path(SCORES, experiment=experiment).replace("data.parquet", f"{FIGURE}.{ending}")
-
-
 def _publish(storage: Storage, job: GeneralizationJob, rows: pl.DataFrame) -> None:
     """Writes the table of scores that the report shows, and the figure."""
     table = generalization.table_3(rows)
@@ -482,9 +534,6 @@ def _publish(storage: Storage, job: GeneralizationJob, rows: pl.DataFrame) -> No
             for train, test, value, low, high, units in table.select(columns).iter_rows()
         ],
     )
-    configs = [storage.config_of(GENERALIZATION, experiment=job.name, split=split.name) for split in job.splits]
-    fingerprint = scores_fingerprint(configs)
-    if storage.why(SCORES, fingerprint, experiment=job.name):
-        for ending, picture in figures.files(generalization.draw(rows)).items():
-            storage.put(figure_path(storage, job.name, ending), picture)
-        storage.write(SCORES, scores, fingerprint, experiment=job.name)  # last: it says that all is done
+    for output in due(ScoreTable(job), storage):
+        store_figure(storage, SCORES, plot_generalization(rows), **output.keys)
+        storage.write(SCORES, scores, output.fingerprint, **output.keys)  # last: it says that all is done

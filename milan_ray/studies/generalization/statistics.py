@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
 import polars as pl
@@ -11,14 +10,10 @@ from spacy.language import Language
 
 from milan_ray.annotations.splits import KINDS, OWN, Split
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
-from milan_ray.report.figures import new_figure
 from milan_ray.scoring.evaluation import CONSTANT, NEAREST, SHUFFLED, evaluate_text, shuffled
 from milan_ray.scoring.text import BertScore
 from milan_ray.scoring.words import FUNCTION_WORDS, head_words, words_of
 from milan_ray.studies.annotators.statistics import PARTS_OF_SPEECH, annotation_statistics
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Unit = tuple[str, str, int]
 """(model, layer, unit)."""
@@ -223,35 +218,9 @@ def disagreements(
     return [first, *map(line, apart[:count])], list(map(line, order[:count]))
 
 
-def _where(row: Mapping[str, object]) -> str:
-    """From where to where a captioner had to generalize."""
+def where(row: Mapping[str, object]) -> str:
+    """From which networks to which a captioner generalizes, of a row of :func:`table_3`."""
     return f"within {row['train']}" if row["train"] == row["test"] else f"{row['train']} → {row['test']}"
-
-
-def draw(rows: pl.DataFrame) -> Figure:
-    """Agreement by split with 95 % intervals, beside what costs nothing and the annotators themselves."""
-    table = table_3(rows)
-    metric = main_metric(rows)
-    figure = new_figure(7.5, 0.32 * len(table) + 1.2)
-    axes = figure.subplots()
-    marks = {"constant": ("x", "0.6"), "shuffled": ("+", "0.6"), "nearest-copy": ("d", "0.6"), LIKELIHOOD: ("s", "C1")}
-    places = -np.arange(len(table))
-    colours = {kind: f"C{number * 2 % 10}" for number, kind in enumerate(dict.fromkeys(table["kind"]))}
-    for kind, colour in colours.items():
-        mine = table.with_columns(pl.Series("place", places)).filter(kind=kind)
-        axes.hlines(mine["place"], mine["low"], mine["high"], color=colour, linewidth=2)
-        axes.plot(mine[metric], mine["place"], "o", color=colour, label=f"MILAN, {kind}")
-    for system, (mark, colour) in marks.items():
-        if system in table.columns:
-            axes.plot(table[system], places, mark, color=colour, markersize=5, label=system, linestyle="none")
-    people = [name for name in table.columns if name.startswith("annotators")]
-    for name in people:
-        axes.plot(table[name], places, "|", color="0.1", markersize=9, label=name, linestyle="none")
-    axes.set_yticks(places, [_where(row) for row in table.iter_rows(named=True)], fontsize="small")
-    axes.set_xlabel("BERTScore, F" if metric == "bertscore-f" else "ROUGE-L, F")
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(fontsize="x-small", loc="center left", bbox_to_anchor=(1.01, 0.5))
-    return figure
 
 
 def summary(rows: pl.DataFrame) -> str:
@@ -263,9 +232,9 @@ def summary(rows: pl.DataFrame) -> str:
     for row in table.iter_rows(named=True):
         beside = ", ".join(f"{name} {row[name]:.3f}" for name in others if row[name] is not None)
         own = f"{row[metric]:.3f} ({row['low']:.3f} to {row['high']:.3f})"
-        lines.append(f"  {row['kind']:20} {_where(row):40} {own}, {row['units']} units; {beside}")
+        lines.append(f"  {row['kind']:20} {where(row):40} {own}, {row['units']} units; {beside}")
     lines.append("what is said there: texts, distinct words, words per text, % nouns, adjectives, prepositions")
     for row in table_6(rows).iter_rows(named=True):
         values = "  ".join("–" if row.get(name) is None else f"{row[name]:.1f}" for name in TEXT_COLUMNS)
-        lines.append(f"  {row['kind']:20} {_where(row):40} {row['texts']}  {values}")
+        lines.append(f"  {row['kind']:20} {where(row):40} {row['texts']}  {values}")
     return "\n".join(lines)

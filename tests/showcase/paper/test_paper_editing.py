@@ -9,8 +9,8 @@ import pytest
 from milan_ray.showcase.paper import cut_and_paste, editing
 from milan_ray.studies.analysis.statistics import RANDOM
 from milan_ray.studies.cut_and_paste.statistics import DIFFERENT, OTHERS
-from milan_ray.studies.editing.run import TEST, VALIDATION, Edit
-from milan_ray.studies.editing.statistics import EVERY, FOUND, Retrieval
+from milan_ray.studies.editing.run import Edit
+from milan_ray.studies.editing.statistics import EVERY, FOUND, TEST, VALIDATION, Retrieval
 
 
 def network(
