@@ -225,7 +225,7 @@ def _ray(resources: Resources, start: bool) -> Check:
             return Check("Ray", "ok", f"{metadata.version('ray')}, not started")
         started = time.monotonic()
         with cluster.connected(resources):
-            total = cluster.found()
+            total = cluster.cluster_resources()
         where = resources.address or os.environ.get("RAY_ADDRESS") or "a local one of our own"
         has = f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
         return Check(
