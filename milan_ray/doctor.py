@@ -1,4 +1,4 @@
-"""What is here and what is missing: each thing looked at for real, with what works without it and how to get it."""
+"""Checks the environment: tests each requirement in use, and says what works without it and how to get it."""
 
 from __future__ import annotations
 
@@ -31,30 +31,30 @@ State = Literal["ok", "missing", "failed"]
 
 DISTRIBUTION = "milan-ray"
 PYTHON = (3, 10)
-"""The oldest Python that runs this; ``requires-python`` of the distribution says the same."""
+"""Oldest supported Python, the same as the distribution's ``requires-python``."""
 
 LITTLE_MEMORY = 4 * 2**30
-"""Bytes of memory below which a network, its maps and a local Ray hardly fit together."""
+"""Bytes of memory below which a network, its maps and a local Ray barely fit."""
 
 LITTLE_DISK = 2**30
-"""Bytes of room below which a run directory will not go far."""
+"""Bytes of free space below which only small runs fit."""
 
 ENCODER = "resnet101"
-"""The encoder of the published captioners, which training needs."""
+"""The published captioners' encoder, which training needs."""
 
-_UNUSED = 2**60  # bytes: what a cgroup without a limit says is near 2⁶³
+_UNUSED = 2**60  # bytes: a cgroup without a limit reports almost 2⁶³
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at.
+    """Result of one check.
 
     Attributes:
-        name: What.
-        state: ``ok``; ``missing``: something optional that is not there; ``failed``: nothing works without it.
-        found: What was found.
-        without: What works all the same, or what does not, when it is not ``ok``.
-        remedy: How to get it.
+        name: The requirement.
+        state: ``ok``; ``missing``: an optional requirement is absent; ``failed``: a necessary one is.
+        found: The finding.
+        without: What works, or does not, while the state is not ``ok``.
+        remedy: How to meet the requirement.
     """
 
     name: str
@@ -66,25 +66,25 @@ class Check:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All that was looked at.
+    """Results of all checks.
 
     Attributes:
-        checks: One by one, in order.
+        checks: The results, in order.
     """
 
     checks: tuple[Check, ...]
 
     @property
     def ok(self) -> bool:
-        """Whether nothing failed; what is optional may be missing."""
+        """Whether nothing failed; optional requirements may be missing."""
         return all(check.state != "failed" for check in self.checks)
 
     def json(self) -> str:
-        """All of it as JSON: ``ok`` and ``checks``."""
+        """The results as JSON: ``ok`` and ``checks``."""
         return json.dumps({"ok": self.ok, "checks": list(map(asdict, self.checks))}, indent=1, ensure_ascii=False)
 
     def text(self) -> str:
-        """A line each, with two more for what is not there."""
+        """A line for each check, with two more for an unmet requirement."""
         width = max(len(check.name) for check in self.checks)
         lines = []
         for check in self.checks:
@@ -98,12 +98,12 @@ class Diagnosis:
 
 
 def diagnose(storage: Storage, resources: Resources, start_ray: bool = True) -> Diagnosis:
-    """Looks at everything a job may need; leaves nothing behind.
+    """Checks everything that a job may need, and leaves nothing behind.
 
     Args:
-        storage: The run directory that jobs would write.
-        resources: The cluster and device that jobs would use.
-        start_ray: Start a local Ray, or join the cluster, and see what it has; takes some seconds.
+        storage: The run directory of the jobs.
+        resources: The cluster and device of the jobs.
+        start_ray: Start a local Ray, or join the cluster, and read its resources; takes some seconds.
     """
     checks = [
         _python(),
@@ -135,7 +135,7 @@ def _python() -> Check:
 
 
 def _packages() -> Check:
-    """Whether what the distribution declares is installed in a version that it takes."""
+    """Checks that the distribution's requirements are installed in the declared versions."""
     name = "packages"
     try:
         declared = metadata.requires(DISTRIBUTION) or []
@@ -167,10 +167,10 @@ def _installed(name: str) -> str | None:
 
 
 def wrong_versions(declared: Iterable[str], installed: Callable[[str], str | None]) -> list[str]:
-    """What of the declared requirements is absent or of another version, extras left aside.
+    """Lists the declared requirements that are absent or have another version, without extras.
 
     Args:
-        declared: Requirements as wheels state them: ``torch>=2.10``, ``optuna>=4; extra == "optuna"``.
+        declared: Requirements as wheels declare them: ``torch>=2.10``, ``optuna>=4; extra == "optuna"``.
         installed: Name of a distribution → its version, None where it is absent.
     """
     from packaging.requirements import Requirement
@@ -192,14 +192,14 @@ def _torch() -> Check:
         if float(torch.ones(2, 2).matmul(torch.ones(2, 2)).sum()) != 8:
             raise RuntimeError("2 × 2 ones times themselves do not add up to 8")
         vision = importlib.import_module("torchvision").__version__
-    except Exception as error:  # a torch that was built for something else may raise anything
+    except Exception as error:  # a torch that was built for another system may raise anything
         said = f"{torch.__version__}: {reason(error)}"
         return Check("torch", "failed", said, "nothing", "pip install --force-reinstall torch torchvision, together")
     return Check("torch", "ok", f"{torch.__version__}, torchvision {vision}, {torch.get_num_threads()} threads")
 
 
 def _device(wanted: str) -> Check:
-    """Whether there is a GPU, and computes."""
+    """Checks that there is a GPU and that it computes."""
     name, remedy = "GPU", "a machine with one, its driver, and a build of torch for it; or --address of a cluster"
     if not torch.cuda.is_available():
         if wanted.startswith("cuda"):
@@ -207,14 +207,14 @@ def _device(wanted: str) -> Check:
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
         return Check(name, "missing", f"none; {built}", "everything, on the CPU and slower", remedy)
     try:
-        found = []
+        gpus = []
         for number in range(torch.cuda.device_count()):
             torch.ones(1, device=f"cuda:{number}").add_(1).item()
             free, total = torch.cuda.mem_get_info(number)
-            found.append(f"{torch.cuda.get_device_name(number)}, {_gib(free)} of {_gib(total)} free")
+            gpus.append(f"{torch.cuda.get_device_name(number)}, {_gib(free)} of {_gib(total)} free")
     except RuntimeError as error:
         return Check(name, "failed", reason(error), "everything with --device cpu", "see that nothing else holds it")
-    return Check(name, "ok", "; ".join(found))
+    return Check(name, "ok", "; ".join(gpus))
 
 
 def _ray(resources: Resources, start: bool) -> Check:
@@ -223,13 +223,15 @@ def _ray(resources: Resources, start: bool) -> Check:
 
         if not start:
             return Check("Ray", "ok", f"{metadata.version('ray')}, not started")
-        begun = time.monotonic()
+        started = time.monotonic()
         with cluster.connected(resources):
-            total = cluster.found()
+            total = cluster.cluster_resources()
         where = resources.address or os.environ.get("RAY_ADDRESS") or "a local one of our own"
         has = f"{total.get('CPU', 0):g} CPUs, {total.get('GPU', 0):g} GPUs"
-        return Check("Ray", "ok", f"{metadata.version('ray')}, {where}: {has}, up in {time.monotonic() - begun:.0f} s")
-    except Exception as error:  # Ray raises its own kinds, by version, for what the system denies it
+        return Check(
+            "Ray", "ok", f"{metadata.version('ray')}, {where}: {has}, up in {time.monotonic() - started:.0f} s"
+        )
+    except Exception as error:  # Ray raises errors of its own, by version, where the system denies it something
         return Check(
             "Ray",
             "failed",
@@ -259,7 +261,7 @@ def _memory() -> Check:
 
 
 def memory() -> tuple[int, int]:
-    """Bytes of memory that this process may use at most, and that are free: the machine's, or its container's."""
+    """Total and free bytes of memory of this process: the machine's, or its container's."""
     page = os.sysconf("SC_PAGE_SIZE")
     total, free = page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
     available = re.search(r"MemAvailable:\s+(\d+) kB", _read("/proc/meminfo"))
@@ -288,11 +290,11 @@ def _gib(count: float) -> str:
 
 
 def check_storage(storage: Storage) -> Check:
-    """Writes a file into a run directory, reads it, removes it."""
+    """Checks that a file in a run directory can be written, read and removed."""
     name, file = "storage", f".doctor-{uuid.uuid4().hex}"
-    there = not storage.is_local or Path(storage.root).exists()
+    existed = not storage.is_local or Path(storage.root).exists()
     data = os.urandom(2**16)
-    begun = time.monotonic()
+    started = time.monotonic()
     try:
         storage.put(file, data)
         try:
@@ -309,8 +311,8 @@ def check_storage(storage: Storage) -> Check:
             "jobs.models, jobs.plan and the library calls",
             "another --storage, or leave to write, read and delete there",
         )
-    seconds = time.monotonic() - begun
-    if not there:
+    seconds = time.monotonic() - started
+    if not existed:
         _remove_empty(Path(storage.root))
     if back != data:
         return Check(name, "failed", f"{storage.root} gave back other bytes than were written", "", "another --storage")
@@ -329,17 +331,17 @@ def _existing(path: Path) -> Path:
 
 
 def _remove_empty(folder: Path) -> None:
-    """Removes a folder that was made for the check, unless somebody has put something there."""
+    """Removes a folder that was made for the check, unless it holds files of others."""
     if not any(folder.iterdir()):
         folder.rmdir()
 
 
 def _weights() -> Check:
     published = [name for name in model_names() if get_model(name).published]
-    here = [name for name in published if any(file.is_here() for file in get_model(name).published.values())]
-    if here:
-        more = f" and {len(here) - 6} more" if len(here) > 6 else ""
-        return Check("weights", "ok", f"{', '.join(here[:6])}{more}, of {len(published)} published models")
+    present = [name for name in published if any(file.is_here() for file in get_model(name).published.values())]
+    if present:
+        more = f" and {len(present) - 6} more" if len(present) > 6 else ""
+        return Check("weights", "ok", f"{', '.join(present[:6])}{more}, of {len(published)} published models")
     return Check(
         "weights",
         "missing",
@@ -351,7 +353,7 @@ def _weights() -> Check:
 
 def _encoder() -> Check:
     file = get_encoder(ENCODER).published
-    assert file is not None  # it is one of torchvision's
+    assert file is not None  # torchvision publishes it
     if file.is_here():
         return Check("encoder", "ok", f"{ENCODER}: {file.file}")
     return Check(
@@ -365,14 +367,13 @@ def _encoder() -> Check:
 
 def _captioners(storage: Storage) -> Check:
     files = [f"milan-{name}.pth" for name in MILAN] + [f"{name}.pth" for name in MILAN]
-    found = [file for file in files if (models_dir() / file).is_file()]
-    trained: list[str] = []
+    published = [file for file in files if (models_dir() / file).is_file()]
     try:
         trained = sorted({path.split("/")[1] for path in storage.files(FOLDER) if path.endswith("/config.json")})
-    except MilanError:  # the check of the storage says why
+    except MilanError:  # the check of the storage reports it
         trained = []
-    if found or trained:
-        places = [f"published: {', '.join(found)}"] if found else []
+    if published or trained:
+        places = [f"published: {', '.join(published)}"] if published else []
         places += [f"in {storage.root}: {', '.join(trained)}"] if trained else []
         return Check("captioners", "ok", "; ".join(places))
     return Check(
@@ -385,9 +386,9 @@ def _captioners(storage: Storage) -> Check:
 
 
 def _annotations() -> Check:
-    here = [name for name in RELEASED if (data_dir() / name).is_dir()]
-    if here:
-        return Check("MILANNOTATIONS", "ok", f"{', '.join(here)} in {data_dir()}")
+    present = [name for name in RELEASED if (data_dir() / name).is_dir()]
+    if present:
+        return Check("MILANNOTATIONS", "ok", f"{', '.join(present)} in {data_dir()}")
     return Check(
         "MILANNOTATIONS",
         "missing",
@@ -415,9 +416,9 @@ def _language() -> Check:
 
     from milan_ray.studies.spacy_pipeline import INSTALLED
 
-    found = [name for name in INSTALLED if spacy.util.is_package(name)]
-    if found:
-        return Check("spaCy pipeline", "ok", f"spaCy {spacy.__version__}, {', '.join(found)}")
+    pipelines = [name for name in INSTALLED if spacy.util.is_package(name)]
+    if pipelines:
+        return Check("spaCy pipeline", "ok", f"spaCy {spacy.__version__}, {', '.join(pipelines)}")
     return Check(
         "spaCy pipeline",
         "missing",
@@ -456,15 +457,15 @@ OPTIONAL: Sequence[tuple[str, str, str, str]] = (
     ("optuna", "a searcher for tune_configs/decoder.yaml", "random search instead", "pip install 'milan-ray[optuna]'"),
     ("pillow_heif", "HEIC images", "all other formats", "pip install 'milan-ray[heic]'"),
 )  # fmt: skip
-"""Module, what it is for, what works without it, how to get it."""
+"""Module, purpose, what works without it, remedy."""
 
 
 def _extras() -> list[Check]:
-    found = []
+    checks = []
     for module, purpose, without, remedy in OPTIONAL:
         version = _installed(module)
         if version is None:
-            found.append(Check(module, "missing", f"not installed ({purpose})", without, remedy))
+            checks.append(Check(module, "missing", f"not installed ({purpose})", without, remedy))
         else:
-            found.append(Check(module, "ok", f"{version} ({purpose})"))
-    return found
+            checks.append(Check(module, "ok", f"{version} ({purpose})"))
+    return checks

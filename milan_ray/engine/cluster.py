@@ -128,7 +128,7 @@ def start() -> None:
     _quiet()
 
 
-def found() -> dict[str, float]:
+def cluster_resources() -> dict[str, float]:
     """Starts the cluster and returns its resources by name."""
     start()
     return dict(ray.cluster_resources())

@@ -89,12 +89,12 @@ def to_parquet(rows: pa.Table, metadata: Mapping[str, str]) -> bytes:
     return buffer.getvalue()
 
 
-def open_parquet(stream: pa.NativeFile, table: Table | None, buffered: bool) -> pq.ParquetFile:
+def open_parquet(stream: pa.NativeFile, table: Table, buffered: bool) -> pq.ParquetFile:
     """Opens a Parquet file and checks its footer before anything is allocated for its rows.
 
     Args:
         stream: The file.
-        table: The table that it must hold; None for any.
+        table: The table that it must hold.
         buffered: Whether to read column chunks ahead, which saves requests to an object store.
 
     Raises:
@@ -103,10 +103,9 @@ def open_parquet(stream: pa.NativeFile, table: Table | None, buffered: bool) -> 
     """
     file = pq.ParquetFile(stream, page_checksum_verification=True, pre_buffer=buffered)
     check_groups(file.metadata, stream.size())
-    if table is not None:
-        table.check(file.schema_arrow)
-        if CONFIG_KEY.encode() not in (file.schema_arrow.metadata or {}):
-            raise pa.ArrowInvalid(f"its metadata lack {CONFIG_KEY!r}")
+    table.check(file.schema_arrow)
+    if CONFIG_KEY.encode() not in (file.schema_arrow.metadata or {}):
+        raise pa.ArrowInvalid(f"its metadata lack {CONFIG_KEY!r}")
     return file
 
 

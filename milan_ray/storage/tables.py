@@ -174,8 +174,8 @@ class Tables(Files):
         except FileNotFoundError:
             return 0
 
-    def _parquet(self, path: str, table: Table | None, read: Callable[[pq.ParquetFile], Result]) -> Result:
-        """Reads from one version of a Parquet file whose footer, and columns where a table is given, were checked.
+    def _parquet(self, path: str, table: Table, read: Callable[[pq.ParquetFile], Result]) -> Result:
+        """Reads from one version of a table's Parquet file, whose footer and columns are checked first.
 
         Raises:
             FileNotFoundError: There is no such file.
@@ -183,7 +183,7 @@ class Tables(Files):
         """
 
         def opened(target: str) -> Result:
-            with self.intact(path, table.name if table else ""), self._fs.open_input_file(target) as stream:
+            with self.intact(path, table.name), self._fs.open_input_file(target) as stream:
                 return read(open_parquet(stream, table, not self.is_local))
 
         return self._read_version(path, opened)
@@ -196,20 +196,14 @@ class Tables(Files):
         Raises:
             DamagedTable: Its footer cannot be read, or it holds another table; or, at look-up, an entry is missing.
         """
-        return self._metadata(self.path(table, **keys), table)
 
-    def file_metadata(self, path: str) -> dict[str, str] | None:
-        """The key-value metadata of a Parquet file, or None where there is no such file."""
-        return self._metadata(path, None)
-
-    def _metadata(self, path: str, table: Table | None) -> dict[str, str] | None:
         def entries(file: pq.ParquetFile) -> dict[str, str]:
             metadata = file.schema_arrow.metadata or {}
             return {key.decode(): value.decode() for key, value in metadata.items() if key != b"ARROW:schema"}
 
-        what = table.name if table else ""
+        path = self.path(table, **keys)
         try:
-            return Entries(self._parquet(path, table, entries), where=self.uri(path), path=path, what=what)
+            return Entries(self._parquet(path, table, entries), where=self.uri(path), path=path, what=table.name)
         except FileNotFoundError:
             return None
 
