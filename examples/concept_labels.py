@@ -1,7 +1,6 @@
 """Labels from your own list of concepts (CLIP-Dissect), and a search through them: `python examples/concept_labels.py`.
 
-The network's three units respond to red, green and blue. An embedder of colours stands in for CLIP, so that nothing is
-downloaded; `--clip FOLDER` takes CLIP or SigLIP in its place. The tables go to a temporary folder.
+Three units respond to red, green and blue. An embedder of colours stands in for CLIP; `--clip FOLDER` takes CLIP.
 """
 
 from __future__ import annotations
@@ -44,9 +43,9 @@ class ColourEmbedder(nn.Module):
 
 def build(weights: str | None) -> nn.Module:
     """Returns a network with one unit per colour; `weights` is the file of a network that has some."""
-    network = nn.Sequential(nn.Conv2d(3, 3, 1, bias=False), nn.AvgPool2d(4), nn.ReLU())
-    network[0].weight.data = torch.tensor(list(COLOURS.values())).float()[:, :, None, None]
-    return network
+    colours = nn.Conv2d(3, 3, 1, bias=False)
+    colours.weight.data = torch.tensor(list(COLOURS.values())).float()[:, :, None, None]
+    return nn.Sequential(colours, nn.AvgPool2d(4), nn.ReLU())
 
 
 register_model("colours", build, ["2"], Preprocess(View(64, 64), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
@@ -56,7 +55,6 @@ register_image_text("colour-embedder", ColourEmbedder, concepts=tuple(COLOURS))
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as storage:
         options = ["--model", "colours", "--probe", "scenes", "--plugin", __file__, "--storage", storage]
-        if cli.main(["label", "--labeler", "clip-dissect", "--clip", "colour-embedder", *options]):
-            raise SystemExit(1)
+        cli.main(["label", "--labeler", "clip-dissect", "--clip", "colour-embedder", *options])
         print(milan_ray.search(storage, "red|green|blue").select("unit", "description", "score"))
         print(f"units about red: {milan_ray.search(storage, 'red')['unit'].to_list()}")

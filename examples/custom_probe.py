@@ -1,7 +1,6 @@
 """A plug-in with a probe of its own, whose images are made when they are read: `python examples/custom_probe.py`.
 
-Jobs take it by `--plugin examples/custom_probe.py --model stripes/net --probe stripes`. A probe lists its images once
-(the manifest) and reads them by row. `examples/cifar_resnets.py` is a plug-in with models.
+Jobs: `--plugin examples/custom_probe.py --model stripes/net --probe stripes`. Models: `examples/cifar_resnets.py`.
 """
 
 from __future__ import annotations
@@ -47,10 +46,9 @@ class Stripes:
 
 def build_network(weights: str | None) -> nn.Module:
     """Returns a network that responds to edges: unit 0 to vertical ones, unit 1 to horizontal ones."""
-    network = nn.Sequential(nn.Conv2d(3, 2, 3, bias=False), nn.ReLU())
-    edge = torch.tensor([[-1.0, 0.0, 1.0]] * 3)
-    network[0].weight.data = torch.stack([edge, edge.T])[:, None].repeat(1, 3, 1, 1)
-    return network
+    edges, vertical = nn.Conv2d(3, 2, 3, bias=False), torch.tensor([[-1.0, 0.0, 1.0]] * 3)
+    edges.weight.data = torch.stack([vertical, vertical.T])[:, None].repeat(1, 3, 1, 1)
+    return nn.Sequential(edges, nn.ReLU())
 
 
 register_probe(Stripes.name, Stripes)

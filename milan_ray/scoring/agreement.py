@@ -1,4 +1,4 @@
-"""How much people agree: every annotation against its unit's others (paper, Table 4)."""
+"""Agreement of annotators: every annotation is scored against the other annotations of its unit (paper, Table 4)."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from milan_ray.scoring.bootstrap import interval, ratio, resampling_counts
 from milan_ray.scoring.text import ROUGE_KEYS, References, normalize, rouge_statistics
 
 TextScore = Callable[[Sequence[str], References, Sequence[str]], np.ndarray]
-"""From N texts, the references of each, and documents that words are weighed by, to (N, 3): precision, recall, F."""
+"""Scores N texts against the references of each; documents weight the words. Returns (N, 3): precision, recall, F."""
 
 
-def rouge_l(said: Sequence[str], others: References, documents: Sequence[str] | None = None) -> np.ndarray:
-    """ROUGE-L in the place of BERTScore, where there is no language model: shared words in order, not meaning.
+def rouge_l(texts: Sequence[str], references: References, documents: Sequence[str] | None = None) -> np.ndarray:
+    """ROUGE-L with the signature of BERTScore, for use without a language model. Compares words, not meaning.
 
     Args:
-        said: N texts.
-        others: Per text its references; the mean over them counts.
-        documents: Not used; BERTScore weighs words by them.
+        texts: N texts.
+        references: References of each text; the score is the mean over them.
+        documents: Not used; BERTScore weights words by them.
 
     Returns:
         float64 (N, 3): precision, recall, F.
     """
-    sums = rouge_statistics(said, others)
+    sums = rouge_statistics(texts, references)
     columns = [1 + ROUGE_KEYS.index(key) for key in ("rouge-l-p", "rouge-l-r", "rouge-l-f")]
     return sums[:, columns] / np.maximum(sums[:, :1], 1)
 
 
 def leave_one_out(texts: pl.DataFrame, score: TextScore) -> pl.DataFrame:
-    """Scores every annotation against its unit's others.
+    """Scores every annotation against the other annotations of its unit.
 
     Args:
         texts: Columns layer, unit, text and any others; with ``model``, units of several models are kept apart.
@@ -42,32 +42,32 @@ def leave_one_out(texts: pl.DataFrame, score: TextScore) -> pl.DataFrame:
         annotation are left out.
     """
     unit = [name for name in ("model", "layer", "unit") if name in texts.columns]
-    spoken = texts.filter(pl.col("text").map_elements(lambda text: bool(normalize(text)), pl.Boolean))
-    spoken = spoken.filter(pl.len().over(unit) > 1)
-    groups = spoken.with_row_index("row").group_by(unit, maintain_order=True).agg("row", "text")
-    rows: list[int] = []  # rows of a unit need not stand together
-    said: list[str] = []
-    others: list[list[str]] = []
+    annotations = texts.filter(pl.col("text").map_elements(lambda text: bool(normalize(text)), pl.Boolean))
+    annotations = annotations.filter(pl.len().over(unit) > 1)
+    groups = annotations.with_row_index("row").group_by(unit, maintain_order=True).agg("row", "text")
+    rows: list[int] = []  # the rows of a unit need not be adjacent
+    candidates: list[str] = []
+    references: list[list[str]] = []
     for places, group in groups.select("row", "text").iter_rows():
         rows += places
-        said += group
-        others += [group[:place] + group[place + 1 :] for place in range(len(group))]
-    scores = np.zeros(len(said))
-    if said:
-        scores[rows] = score(said, others, said)[:, 2]
-    return spoken.with_columns(pl.Series("score", scores, pl.Float64))
+        candidates += group
+        references += [group[:place] + group[place + 1 :] for place in range(len(group))]
+    scores = np.zeros(len(candidates))
+    if candidates:
+        scores[rows] = score(candidates, references, candidates)[:, 2]
+    return annotations.with_columns(pl.Series("score", scores, pl.Float64))
 
 
 def annotator_agreement(
     texts: pl.DataFrame, bert_score: TextScore, by: Sequence[str] = ("layer",), samples: int = 1000, seed: int = 0
 ) -> pl.DataFrame:
-    """How much annotators agree (paper, Table 4): BERTScore of every annotation against its unit's others.
+    """Agreement of annotators (paper, Table 4): mean score of every annotation against the others of its unit.
 
     Args:
         texts: Columns layer, unit, text and those of ``by``.
-        bert_score: The scorer; figures of different language models do not compare.
-        by: Columns to group by, ``annotator`` among them for how much each agrees with the others; none gives one row
-            for all.
+        bert_score: The scorer; scores of different language models cannot be compared.
+        by: Columns to group by; with ``annotator``, each annotator's agreement with the others. Empty gives one row
+            for all annotations.
         samples: Bootstrap resamples.
         seed: Seed of the bootstrap.
 
@@ -82,13 +82,13 @@ def annotator_agreement(
 def mean_agreement(
     scores: pl.DataFrame, by: Sequence[str] = ("layer",), samples: int = 1000, seed: int = 0
 ) -> pl.DataFrame:
-    """:func:`annotator_agreement` from the scores of :func:`leave_one_out`, which may be grouped in several ways."""
+    """Computes :func:`annotator_agreement` from given scores of :func:`leave_one_out`."""
     keys = {name: None for name in ("model", "layer", "unit", *by) if name in scores.columns}
     units = scores.group_by(list(keys), maintain_order=True).agg(pl.len().alias("texts"), pl.col("score").sum())
-    found = []
+    rows = []
     for values, group in units.group_by(list(by) or [pl.lit(0)], maintain_order=True):
         statistics = group.select("texts", "score").to_numpy()
         agreement = interval(statistics, ratio, resampling_counts(len(group), samples, seed))
-        found.append((*(values if by else ()), len(group), int(statistics[:, 0].sum()), *agreement))
+        rows.append((*(values if by else ()), len(group), int(statistics[:, 0].sum()), *agreement))
     figures = {"units": pl.Int64, "texts": pl.Int64, "agreement": pl.Float64, "low": pl.Float64, "high": pl.Float64}
-    return pl.DataFrame(found, schema={**{name: scores.schema[name] for name in by}, **figures}, orient="row")
+    return pl.DataFrame(rows, schema={**{name: scores.schema[name] for name in by}, **figures}, orient="row")

@@ -1,4 +1,4 @@
-"""What a unit's exemplars say of it without any words: clarity, polysemanticity, redundancy.
+"""Scores of a unit's exemplars that need no description: clarity, polysemanticity, redundancy.
 
 Source: Dreyer et al., *Mechanistic understanding and validation of large AI models with SemanticLens* (2025), and its
 code. V = embeddings of a unit's k exemplars, of length 1.
@@ -9,20 +9,20 @@ from __future__ import annotations
 import numpy as np
 
 STARTS = 10
-"""Starts of the clustering, of which the best counts."""
+"""Random starts of the clustering; the best is used."""
 
 ROUNDS = 50
-"""Rounds of each at most."""
+"""Maximum number of rounds per start."""
 
 
 def clarity(vectors: np.ndarray) -> float:
-    """How alike a unit's exemplars are: (‖mean v‖² − 1/k)·k/(k − 1), the mean cosine of two of them.
+    """Mean cosine similarity of two exemplars of a unit: (‖mean v‖² − 1/k)·k/(k − 1).
 
     Args:
         vectors: (k, D), of length 1.
 
     Returns:
-        1 where all are the same, about 0 where they have nothing in common; NaN for fewer than two.
+        1 for identical exemplars, about 0 for unrelated ones; NaN for fewer than two.
     """
     k = len(vectors)
     if k < 2:
@@ -32,35 +32,35 @@ def clarity(vectors: np.ndarray) -> float:
 
 
 def polysemanticity(vectors: np.ndarray, seed: int = 123) -> float:
-    """How far apart the two clusters are that a unit's exemplars fall into: 1 − the cosine of their centres.
+    """Distance between the two clusters of a unit's exemplars: 1 − the cosine of their centres.
 
-    A cluster of one exemplar is an outlier, not a meaning: the mean of all takes the place of its centre.
+    A cluster of one exemplar is an outlier, not a meaning: the mean of all exemplars replaces its centre.
 
     Args:
         vectors: (k, D), of length 1.
         seed: Seed of the clustering.
 
     Returns:
-        0 (one meaning) and up, 1 where the two have nothing in common; NaN for fewer than two exemplars.
+        0 for one meaning, 1 for two unrelated ones; NaN for fewer than two exemplars.
     """
     if len(vectors) < 2:
         return float("nan")
     vectors = vectors.astype(np.float64)
-    of = two_means(vectors, seed)
+    cluster = two_means(vectors, seed)
     mean = vectors.mean(axis=0)
-    centres = [vectors[of == side].mean(axis=0) if (of == side).sum() > 1 else mean for side in (0, 1)]
+    centres = [vectors[cluster == side].mean(axis=0) if (cluster == side).sum() > 1 else mean for side in (0, 1)]
     lengths = [np.linalg.norm(centre) for centre in centres]
     return float(1 - centres[0] @ centres[1] / max(lengths[0] * lengths[1], 1e-12))
 
 
 def redundancy(means: np.ndarray) -> np.ndarray:
-    """Each unit's highest cosine with another unit of its layer; the layer's redundancy is their mean.
+    """Highest cosine of each unit with another unit of its layer; their mean is the layer's redundancy.
 
     Args:
         means: Mean embeddings of U units' exemplars, (U, D).
 
     Returns:
-        float64 (U,); NaN for a unit that is alone.
+        float64 (U,); NaN for the only unit of a layer.
     """
     if len(means) < 2:
         return np.full(len(means), np.nan)
@@ -71,12 +71,12 @@ def redundancy(means: np.ndarray) -> np.ndarray:
 
 
 def two_means(vectors: np.ndarray, seed: int = 123, starts: int = STARTS) -> np.ndarray:
-    """Lloyd's algorithm with two clusters, from k-means++ starts; the start with the least inertia counts.
+    """Lloyd's algorithm with two clusters from k-means++ starts; returns the result with the least inertia.
 
     Args:
         vectors: (k, D).
         seed: Seed of the starts.
-        starts: How many.
+        starts: Number of starts.
 
     Returns:
         int64 (k,): 0 or 1, 0 for the first vector's cluster.

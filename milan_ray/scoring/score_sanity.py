@@ -1,7 +1,7 @@
-"""Scores judged themselves: what says less, or more, than the truth must score lower (docs/scores.md).
+"""Sanity checks of scores: a description narrower or wider than the truth must score lower (docs/scores.md).
 
-Units whose concept is known are scored three times: with their concept, with half of the images that show it left out
-(a description that is too narrow), and with as many images that do not show it put in (one that is too wide).
+Units whose concept is known are scored three times: with their concept, with half of the images that show it removed
+(a description that is too narrow), and with as many images that do not show it added (one that is too wide).
 
 Source: the sanity tests of Oikarinen et al., *Evaluating neuron explanations: a unified framework with sanity checks*
 (ICML 2025).
@@ -19,10 +19,10 @@ from milan_ray.scoring.evaluation import Row, score_table, unit_values
 from milan_ray.scoring.simulation import Moments, average_precision, highest, retrieval
 
 Score = Callable[[np.ndarray, np.ndarray], float]
-"""From activations (N,) and predictions (N,) to a score, higher is better."""
+"""Scores predictions (N,) against activations (N,); higher is better."""
 
 LEAST = 1e-3
-"""A score has fallen when it is lower by more than this share of itself: chance alone moves it by less."""
+"""Relative decrease above which a score counts as lower; chance alone changes it by less."""
 
 MISSING, EXTRA = "missing labels", "extra labels"
 
@@ -36,7 +36,7 @@ def missing_labels(shown: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def extra_labels(shown: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The truth with as many images that do not show a concept, or all there are: bool (N,)."""
+    """The truth with as many images added that do not show the concept, or all such images: bool (N,)."""
     images = np.flatnonzero(~shown)
     more = shown.copy()
     more[rng.choice(images, min(int(shown.sum()), len(images)), replace=False)] = True
@@ -47,8 +47,8 @@ def scores(top: float = 0.01, retrieved: int = 50) -> dict[str, Score]:
     """The scores of descriptions, as functions of activations and predictions alone.
 
     Args:
-        top: Of AUPRC: share of the images that count as exciting the unit.
-        retrieved: Of retrieval: images nearest to a description.
+        top: For AUPRC: share of the images that count as exciting the unit.
+        retrieved: For retrieval: number of images nearest to a description.
     """
 
     def correlation(activations: np.ndarray, predicted: np.ndarray) -> float:
@@ -79,7 +79,7 @@ def sanity(
     samples: int = 1000,
     seed: int = 0,
 ) -> pa.Table:
-    """How often each score falls when the truth is made too narrow, or too wide.
+    """Share of units whose score falls when the true description is made too narrow, or too wide.
 
     Args:
         experiment: Name of the evaluation.
@@ -87,11 +87,11 @@ def sanity(
         shown: bool (N, U): which images show the unit's concept.
         measures: The scores; None takes :func:`scores`.
         samples: Bootstrap resamples.
-        seed: Seed of what is left out and put in, and of the bootstrap.
+        seed: Seed of the removed and added images, and of the bootstrap.
 
     Returns:
-        Rows of schema SCORES, systems :data:`MISSING` and :data:`EXTRA`: the share of units whose score falls; 1 is a
-        score that sees the difference, and what leaves a score where it is counts as unseen.
+        Rows of schema SCORES, systems :data:`MISSING` and :data:`EXTRA`: the share of units whose score falls. 1 means
+        that the score notices every change; an unchanged score counts as not noticed.
 
     Raises:
         ValueError: No unit's concept shows in two images and is missing in another.
@@ -100,10 +100,10 @@ def sanity(
     if not units:
         raise ValueError("no unit's concept shows in some images and not in others")
     rng = np.random.default_rng(seed)
-    # In a random order, because scores that take the nearest few images take the first of equal ones.
+    # Shuffled, because scores of the nearest images break ties by position.
     order = rng.permutation(len(shown))
     activations, shown = activations[order], shown[order]
-    told = shown.astype(np.float64)
+    predictions = shown.astype(np.float64)
     changed = {
         system: [change(shown[:, unit], rng).astype(np.float64) for unit in units]
         for system, change in ((MISSING, missing_labels), (EXTRA, extra_labels))
@@ -111,10 +111,10 @@ def sanity(
     counts = resampling_counts(len(units), samples, seed)
     rows: list[Row] = []
     for metric, measure in (measures or scores()).items():
-        truth = np.array([measure(activations[:, unit], told[:, unit]) for unit in units])
+        truth = np.array([measure(activations[:, unit], predictions[:, unit]) for unit in units])
         for system, predicted in changed.items():
-            found = np.array([measure(activations[:, u], p) for u, p in zip(units, predicted, strict=True)])
-            falls = found < truth - LEAST * np.abs(truth)
+            worse = np.array([measure(activations[:, u], p) for u, p in zip(units, predicted, strict=True)])
+            falls = worse < truth - LEAST * np.abs(truth)
             note = "share of units whose score falls when the true labels are made worse; 1 is a score that sees it"
             rows.append((system, metric, interval(unit_values(falls), ratio, counts), len(units), note))
     return score_table(experiment, rows)
