@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     storage, models, probe = opened(args)
     resources, config, how = resources_of(args), exemplar_config(args), _config(args)
     exemplars = Exemplars(models, probe, config)
-    identity = drawings_identity(storage, how)  # what is missing is missed before anything starts
+    identity = drawings_identity(storage, how)  # finds what is missing before anything starts
 
     def stages(layers: Mapping[str, Sequence[str]]) -> dict[str, list[RunnableStage]]:
         return dnd_stages(models, layers, probe, config, how, identity, args.units)

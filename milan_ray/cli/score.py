@@ -1,4 +1,4 @@
-"""``milan-ray score``: how well descriptions fit their units, beside what costs nothing."""
+"""``milan-ray score``: how well descriptions fit their units, alongside trivial baselines."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def _classes(models: list[ModelRef]) -> dict[str, tuple[str, ...]]:
 
 
 def _text(scores: pa.Table) -> str:
-    """An experiment on one screen: every metric, each labeler beside the rows that cost nothing."""
+    """An experiment on one screen: every metric, each labeler alongside the trivial baselines."""
     lines: dict[str, list[str]] = {}
     for row in scores.to_pylist():
         if " − " not in row["system"]:

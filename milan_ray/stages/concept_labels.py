@@ -1,6 +1,6 @@
 """Labels from concept maps (docs/labelers.md): network dissection and compositional explanations, sharded exactly.
 
-levels ─► [actor pool: forward once more, masks beside concept maps] ─► counts, packed masks ─► [merge per layer]
+levels ─► [actor pool: forward once more, masks and concept maps] ─► counts, packed masks ─► [merge per layer]
                                                  ├─► netdissect
                                                  └─► [a beam search per block of units] ─► compexp
 """
@@ -50,14 +50,14 @@ FEW = 2**16
 """Images times units: formulas of no more are searched by the driver: workers take longer to start."""
 
 PEEK = 16
-"""Images that are asked for concept maps before anything starts."""
+"""Images whose concept maps are looked for before anything starts."""
 
 _CONCEPTS_SCHEMA = pa.schema([("image_id", pa.int64()), ("names", pa.list_(pa.string())), ("bits", pa.large_binary())])
 _MASKS_SCHEMA = pa.schema([("image_id", pa.int64()), ("unit", pa.int32()), ("bits", pa.large_binary())])
 _FORMULAS_SCHEMA = pa.schema([("unit", pa.int32()), ("text", pa.string()), ("iou", pa.float64())])
 
 ConceptLabeler = NetDissect | CompExp
-"""A labeler that counts units beside concept maps."""
+"""A labeler that compares units with concept maps."""
 
 
 @dataclass(frozen=True)
@@ -321,7 +321,7 @@ CONCEPTS = "concepts"
 
 
 class CountWorker(ModelWorker):
-    """Counts the units of one shard of the probe beside its concepts."""
+    """Counts on one shard of the probe how often units and concepts meet."""
 
     runs = "the model or its concept maps"
 

@@ -135,7 +135,7 @@ def image_captioner(storage: Storage, how: DndConfig) -> ImageCaptioner:
 
 
 def drawings_identity(storage: Storage, how: DndConfig) -> dict[str, object]:
-    """All that decides drawings besides the exemplars; sees that every piece is there before anything starts.
+    """All that decides drawings besides the exemplars. Loads every piece, so that a missing one is found at once.
 
     Raises:
         MilanError: A captioner, summariser, generator or model of images and texts is missing.
