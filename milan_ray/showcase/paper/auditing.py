@@ -27,9 +27,9 @@ from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 from milan_ray.studies.auditing.run import Audit, AuditConfig, run_audit
 from milan_ray.studies.auditing.statistics import BLURRED, PLAIN, Pair
+from milan_ray.studies.judges.run import scenes_of
 from milan_ray.studies.judges.statistics import IOU_THRESHOLD, presence
 from milan_ray.world.lexicon import NAMES, concepts_in
-from milan_ray.world.probe import WorldProbe
 from milan_ray.world.scenes import COLOURS, Scene
 from milan_ray.world.training import paired_names, paired_tasks
 
@@ -121,9 +121,7 @@ def face_truth(storage: Storage, pairs: Sequence[Pair], config: AuditConfig) -> 
         for name in pair
     }
     found = world.truth(storage, layers, HELD_OUT_SCENES)
-    probe = references.probe(HELD_OUT_SCENES)
-    assert isinstance(probe, WorldProbe)
-    scenes = [probe.scene(image_id) for image_id in range(probe.size)]
+    scenes = scenes_of(HELD_OUT_SCENES)
     shown = presence(scenes)[:, [NAMES.index("face")]]
     frames = []
     for model, of in layers.items():

@@ -244,8 +244,8 @@ class CutAndPaste(Stage):
         if not rows:
             raise MilanError(
                 f"nothing to paste: none of the units of {last.spec.name} {last.layer} has an exemplar that is taken "
-                f"for none of its classes and whose mask covers less than {LARGEST:.0%} of it, and images given that it is "
-                "silent on and that the model classifies correctly: give more images, or --each more units."
+                f"for none of its classes and whose mask covers less than {LARGEST:.0%} of it, and images given that "
+                "it is silent on and that the model classifies correctly: give more images, or --each more units."
             )
         table = PASTED.table({column.name: [row[column.name] for row in rows] for column in PASTED.columns})
         frame = pl.DataFrame(pl.from_arrow(table))
