@@ -20,13 +20,8 @@ from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.training import Sizes
 from milan_ray.studies.generalization import statistics as generalization
-from milan_ray.studies.generalization.run import (
-    GeneralizationConfig,
-    GeneralizationJob,
-    held_out,
-    references_of,
-    run_generalization,
-)
+from milan_ray.studies.generalization.job import GeneralizationConfig, GeneralizationJob
+from milan_ray.studies.generalization.run import held_out, references_of, run_generalization
 from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
 NAME = "generalization"
