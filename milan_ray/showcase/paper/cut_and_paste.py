@@ -51,7 +51,7 @@ def run(ground: ExperimentContext) -> Section:
 
 
 def claims(pairs: pl.DataFrame, language: str) -> list[Claim]:
-    """What Appendix D says, beside what was found.
+    """Compares the claims of Appendix D with the results.
 
     Args:
         pairs: Rows of schema PASTED.

@@ -121,7 +121,7 @@ def _beside(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def claims(rows: pl.DataFrame) -> tuple[Claim, ...]:
-    """What Section 4 says of Table 3, and Table 6, beside what was found.
+    """Compares the claims of Section 4 on Tables 3 and 6 with the results.
 
     Args:
         rows: Rows of schema GENERALIZATION.
@@ -195,7 +195,7 @@ def claims(rows: pl.DataFrame) -> tuple[Claim, ...]:
 
 
 def _above_nothing(pooled: pl.DataFrame, splits: int, note: str) -> Claim:
-    """Whether descriptions are better than what costs nothing, on how many splits."""
+    """Whether descriptions are better than trivial baselines, and on how many splits."""
     above = {
         trivial: pooled.filter(pl.col("low") > 0, system=f"{MILAN} − {trivial}").height
         for trivial in (CONSTANT, SHUFFLED, NEAREST)

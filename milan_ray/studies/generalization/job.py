@@ -19,7 +19,7 @@ from milan_ray.studies.generalization.statistics import TEST, TRAIN, Unit
 KERNEL_VERSION = "generalization-1"
 
 NAME = "generalization"
-"""Name of the experiment where nobody gives another."""
+"""Default name of the experiment."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class GeneralizationConfig:
 
 @dataclass(frozen=True)
 class GeneralizationJob:
-    """What to find out.
+    """What to train and to judge.
 
     Attributes:
         source: Source of the annotations.
@@ -136,7 +136,7 @@ class Splits(Stage):
 
 
 class HeldOut(Stage):
-    """What a captioner says of held-out units.
+    """Descriptions of held-out units by one captioner.
 
     Args:
         job: The experiment.

@@ -62,7 +62,7 @@ def run_generalization(
         storage: The run directory, which holds annotations and encodings of all models.
         job: What to find out.
         nlp: Tells words and parts of speech of the descriptions.
-        language: What it is called: printed, and part of what decides the result.
+        language: Its name: printed, and part of what decides the result.
         resources: What of the cluster to use; Ray must be connected.
 
     Returns:
@@ -310,7 +310,7 @@ def _bert_score(folder: str) -> BertScore:
 
 
 def held_out(storage: Storage, job: GeneralizationJob, split: str) -> pl.DataFrame:
-    """What captioners of all trials of a split say: rows of schema HELD_OUT, the trial as a number."""
+    """Descriptions by the captioners of all trials of a split: rows of schema HELD_OUT, the trial as a number."""
     tables = [
         storage.read(HELD_OUT, experiment=job.name, split=split, trial=str(trial)).replace_schema_metadata()
         for trial in range(job.config.trials)

@@ -29,7 +29,7 @@ PLANTED = "world/planted"
 """The network whose units' concepts are known beforehand."""
 
 TRUTH, PLANTED_UNITS = "held-out scenes", "planted units"
-"""What the judgements are called, behind the comparison's name."""
+"""Suffixes of the names of the judgements' tables."""
 
 BY_KIND = "AUROC by kind of concept"
 PLANTED_BY_KIND = "planted units named, by kind of concept"
