@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import polars as pl
 
@@ -72,6 +74,9 @@ TABLE_6 = pl.DataFrame(
         "preposition": [11.1],
     }
 )  # fmt: skip
+
+
+_TO_GENERATORS, _TO_CLASSIFIERS = "world-cls-to-world-gen", "world-gen-to-world-cls"
 
 
 def run(ground: ExperimentContext) -> Section:
@@ -167,31 +172,42 @@ def claims(rows: pl.DataFrame) -> tuple[Claim, ...]:
                 f"Taken as reproduced when the ViT's interval reaches the lower of the two. {note}",
             )
         )
-    to_gen, to_cls = "world-cls-to-world-gen", "world-gen-to-world-cls"
-    if {to_gen, to_cls} <= at.keys():
-        found.append(
-            Claim(
-                "Transfer between tasks is asymmetric: from classifiers to generators works better than the reverse.",
-                "Table 3: .34 from classifiers to BigGAN, .27 from BigGAN to classifiers",
-                f"{value(to_gen)} from classifiers to generators, {value(to_cls)} from generators to classifiers",
-                at[to_gen]["low"] > at[to_cls]["high"],
-                f"Taken as reproduced when the intervals do not meet. {note}",
-            )
-        )
-        worst = min(at, key=lambda name: at[name][metric])
-        best = max(at, key=lambda name: at[name][metric])
-        generators = [name for name in at if name.startswith("within-world-generator")]
-        found.append(
-            Claim(
-                "New units of a generator that the captioner knows are the easiest, classifiers after generators alone "
-                "the hardest.",
-                "Table 3: .49 and .52 within BigGAN, .27 from BigGAN to classifiers; all others between",
-                f"best {best} {value(best)}, worst {worst} {value(worst)}",
-                best in generators and worst == to_cls,
-                note,
-            )
-        )
+    if {_TO_GENERATORS, _TO_CLASSIFIERS} <= at.keys():
+        found += _between_tasks(at, metric, value, note)
     return tuple(found)
+
+
+def _between_tasks(
+    at: Mapping[str, Mapping[str, Any]], metric: str, value: Callable[[str], str], note: str
+) -> list[Claim]:
+    """Claims on transfer between classifiers and generators.
+
+    Args:
+        at: Split → its row of Table 3.
+        metric: The measure.
+        value: Text of a split's value and interval.
+        note: Note of all claims.
+    """
+    worst = min(at, key=lambda name: at[name][metric])
+    best = max(at, key=lambda name: at[name][metric])
+    return [
+        Claim(
+            "Transfer between tasks is asymmetric: from classifiers to generators works better than the reverse.",
+            "Table 3: .34 from classifiers to BigGAN, .27 from BigGAN to classifiers",
+            f"{value(_TO_GENERATORS)} from classifiers to generators, {value(_TO_CLASSIFIERS)} from generators to "
+            "classifiers",
+            at[_TO_GENERATORS]["low"] > at[_TO_CLASSIFIERS]["high"],
+            f"Taken as reproduced when the intervals do not meet. {note}",
+        ),
+        Claim(
+            "New units of a generator that the captioner knows are the easiest, classifiers after generators alone "
+            "the hardest.",
+            "Table 3: .49 and .52 within BigGAN, .27 from BigGAN to classifiers; all others between",
+            f"best {best} {value(best)}, worst {worst} {value(worst)}",
+            best.startswith("within-world-generator") and worst == _TO_CLASSIFIERS,
+            note,
+        ),
+    ]
 
 
 def _above_nothing(pooled: pl.DataFrame, splits: int, note: str) -> Claim:
