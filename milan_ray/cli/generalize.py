@@ -72,12 +72,8 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.report.figures import figure_path
     from milan_ray.schema import SCORES
     from milan_ray.stages.encodings import run_encodings
-    from milan_ray.studies.generalization.run import (
-        GeneralizationConfig,
-        GeneralizationJob,
-        plan_generalization,
-        run_generalization,
-    )
+    from milan_ray.studies.generalization.job import GeneralizationConfig, GeneralizationJob
+    from milan_ray.studies.generalization.run import plan_generalization, run_generalization
     from milan_ray.studies.generalization.statistics import summary
     from milan_ray.studies.spacy_pipeline import find_spacy_pipeline, language_name
 

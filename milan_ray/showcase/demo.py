@@ -16,7 +16,6 @@ from milan_ray.config import ExemplarConfig, Fingerprint, Resources, TrainingCon
 from milan_ray.engine import references
 from milan_ray.engine.planner import NETWORKS, Plan, Step
 from milan_ray.engine.stage import Known, Layers, Output, Stage, due, pairs
-from milan_ray.exemplars.forward import Forward
 from milan_ray.labelers.clip import CLIP, Clip
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
 from milan_ray.progress import say
@@ -34,11 +33,12 @@ from milan_ray.stages.tuning import Tuning, TuningJob
 from milan_ray.stages.tuning_statistics import Sweep
 from milan_ray.storage import Storage
 from milan_ray.studies.judges import statistics as judges
+from milan_ray.studies.judges.run import HELD_OUT_SCENES, PLANTED, activations, scenes_of
 from milan_ray.world.image_text import image_text_task
 from milan_ray.world.networks import planted_concepts
 from milan_ray.world.plugin import CLASSIFIERS, GENERATORS
-from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
-from milan_ray.world.training import PREPROCESS, TrainTask, generator_task, places_tasks, train_all_tasks
+from milan_ray.world.probe import WORLD_DIGEST
+from milan_ray.world.training import TrainTask, generator_task, places_tasks, train_all_tasks
 
 DECODER = "world"
 """Name of the captioner, and of its encoder."""
@@ -52,9 +52,6 @@ HELD_OUT = "world/resnet"
 CONTROL = "world/resnet-random"
 """The same architecture, untrained."""
 
-PLANTED = "world/planted"
-"""The network whose units' concepts are known beforehand."""
-
 MODELS = (*TRAIN, HELD_OUT, CONTROL, PLANTED)
 """The demo's networks; all but the untrained one are annotated."""
 
@@ -63,7 +60,6 @@ GENERATOR = "world/generator"
 
 PROBE = references.ProbeRef(("world/probe",))
 CODES = references.ProbeRef(("world/probe-codes",))
-HELD_OUT_SCENES = references.ProbeRef(("world/heldout",))
 TRAIN_SCENES = references.ProbeRef(("world/train",))
 TRAIN_CODES = references.ProbeRef(("world/train-codes",))
 
@@ -411,15 +407,13 @@ def _evaluate(
         evaluate_text(text, systems | {RANDOM: [control[unit] for unit in units]}, [said[u] for u in units], bert)
     ]
     found = world.truth(storage, {name: models[name] for name in (HELD_OUT, CONTROL)}, HELD_OUT_SCENES)
-    source = references.probe(HELD_OUT_SCENES)
-    assert isinstance(source, WorldProbe)
-    scenes = [source.scene(image_id) for image_id in range(source.size)]
+    scenes = scenes_of(HELD_OUT_SCENES)
     shown = judges.presence(scenes)
     tables.append(
         pa.concat_tables(
             [
                 judges.described_auroc(told, found[HELD_OUT].activations, shown, systems),
-                judges.causal_drops(told, _activations(models[HELD_OUT]), scenes, systems),
+                judges.causal_drops(told, activations(storage, {HELD_OUT: models[HELD_OUT]}), scenes, systems),
             ]
         )
     )
@@ -462,18 +456,6 @@ def _mean_features(storage: Storage, model: str, layers: Sequence[str]) -> dict[
         for layer in layers
         for unit, features in unit_features(storage.read(ENCODINGS, encoder=DECODER, model=model, layer=layer)).items()
     }
-
-
-def _activations(layers: Sequence[str]) -> Callable[[np.ndarray], np.ndarray]:
-    spec = references.model(references.ModelRef(HELD_OUT))
-    forward = Forward(spec, spec.load(), layers, 16)
-
-    def run(images: np.ndarray) -> np.ndarray:
-        maps = forward.maps(images)
-        return np.concatenate([maps[layer].amax(dim=(2, 3)).numpy() for layer in layers], axis=1)
-
-    assert spec.preprocess == PREPROCESS  # scenes are the network's views as they are
-    return run
 
 
 def summary(scores: pa.Table) -> str:

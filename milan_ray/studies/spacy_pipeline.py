@@ -29,7 +29,7 @@ def find_spacy_pipeline(name: str | None = None) -> tuple[Language, str]:
 
     Args:
         name: An installed pipeline, or the directory of one; None takes the first of :data:`INSTALLED` that is there,
-            else one that is trained in seconds on sentences of the world's annotators and kept beside its networks.
+            else one that is trained in seconds on sentences of the world's annotators and kept next to its networks.
 
     Returns:
         The pipeline, and what it is called in outputs, which say how far to trust it.
@@ -45,7 +45,7 @@ def find_spacy_pipeline(name: str | None = None) -> tuple[Language, str]:
 
 
 def language_name(name: str | None = None) -> str:
-    """What :func:`find_spacy_pipeline` calls the pipeline, found out without training one."""
+    """Name of the pipeline that :func:`find_spacy_pipeline` returns, without training one."""
     name = name or _installed()
     return OF_THE_WORLD if name is None else find_spacy_pipeline(name)[1]
 

@@ -139,11 +139,11 @@ def test_probes_of_ones_own_are_compared_by_agreement_alone(tmp_path: Path) -> N
 
 def test_activations_are_those_of_the_units_compared(storage: Storage) -> None:
     from milan_ray.plugins import load_plugins
-    from milan_ray.studies.judges.run import _activations
+    from milan_ray.studies.judges.run import activations
 
     load_plugins()
     scenes = np.random.default_rng(0).integers(0, 256, (3, 64, 64, 3), np.uint8)
-    every = _activations(storage, {NETWORK: [LAYER]}, np.arange(48))(scenes)
-    some = _activations(storage, {NETWORK: [LAYER]}, np.array([5, 0]))(scenes)
+    every = activations(storage, {NETWORK: [LAYER]}, np.arange(48))(scenes)
+    some = activations(storage, {NETWORK: [LAYER]}, np.array([5, 0]))(scenes)
     np.testing.assert_array_equal(some, every[:, [5, 0]])
     assert compare.NAME == "comparison"

@@ -22,12 +22,8 @@ from milan_ray.stages.captioners import EncoderRef, load_captioner
 from milan_ray.stages.training import Sizes
 from milan_ray.storage import Storage
 from milan_ray.studies.generalization import run as generalization
-from milan_ray.studies.generalization.run import (
-    GeneralizationConfig,
-    GeneralizationJob,
-    plan_generalization,
-    run_generalization,
-)
+from milan_ray.studies.generalization.job import GeneralizationConfig, GeneralizationJob
+from milan_ray.studies.generalization.run import plan_generalization, run_generalization
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
 THINGS = ("dog", "cat", "house", "tree")

@@ -42,17 +42,17 @@ def chosen(names: Sequence[str]) -> list[str]:
     return [name for name in EXPERIMENTS if not names or name in names]
 
 
-def prepare(ground: ExperimentContext, threads: int) -> None:
+def prepare(context: ExperimentContext, threads: int) -> None:
     """Makes what the experiments stand on, where it is not there: the demo, its generator, and the sets of its groups.
 
     The captioners of the groups are left out: experiments train those that they compare. With small sizes it is the
     demo alone.
 
     Args:
-        ground: Where.
+        context: Where.
         threads: Torch threads of the training worker.
     """
-    _prepare(demo.Run(ground.storage, demo.EXEMPLARS, ground.resources), ground.small, threads)
+    _prepare(demo.Run(context.storage, demo.EXEMPLARS, context.resources), context.small, threads)
 
 
 def plan_paper(storage: Storage, small: bool, names: Sequence[str]) -> Plan:
@@ -82,11 +82,11 @@ def _prepare(make: demo.Run, small: bool, threads: int = 1) -> None:
         demo.make_sets(make)
 
 
-def run_experiments(ground: ExperimentContext, names: Sequence[str]) -> list[Entry]:
+def run_experiments(context: ExperimentContext, names: Sequence[str]) -> list[Entry]:
     """Runs experiments one after the other; what one finds is kept at once, and one that fails stops no other.
 
     Args:
-        ground: Where and how large.
+        context: Where and how large.
         names: Which.
 
     Returns:
@@ -97,16 +97,16 @@ def run_experiments(ground: ExperimentContext, names: Sequence[str]) -> list[Ent
         say(f"\n[{place + 1}/{len(names)}] {name}")
         started = time.monotonic()
         try:
-            section = EXPERIMENTS[name](ground)
-            entry = entry_of(section, name, ground.small, time.monotonic() - started)
-            _store_claims(ground.storage, entry)
-            store_entry(ground.storage, entry)
+            section = EXPERIMENTS[name](context)
+            entry = entry_of(section, name, context.small, time.monotonic() - started)
+            _store_claims(context.storage, entry)
+            store_entry(context.storage, entry)
         except Exception as error:
             if not isinstance(error, MilanError):
                 say(traceback.format_exc(), level="error")
             reason = str(error) if isinstance(error, MilanError) else f"{type(error).__name__}: {error}"
             say(f"{name} failed: {reason}", level="error")
-            entries.append(Entry(name, name, small=ground.small, seconds=time.monotonic() - started, error=reason))
+            entries.append(Entry(name, name, small=context.small, seconds=time.monotonic() - started, error=reason))
             continue
         entries.append(entry)
         say(f"{name}: {entry.seconds:.0f} s")

@@ -45,14 +45,14 @@ EARLY, MIDDLE, LATE = "first", "middle", "last"
 _ADJECTIVE, _ADPOSITION = "contains an adjective", "contains an adposition"
 
 
-def run(ground: ExperimentContext) -> Section:
+def run(context: ExperimentContext) -> Section:
     """Analyses the world's classifiers on held-out scenes; says what of the paper's Section 5 is the same there."""
-    storage, config = ground.storage, SMALL if ground.small else CONFIG
-    models = MODELS[:1] if ground.small else MODELS
-    name = f"{NAME} (small)" if ground.small else NAME
+    storage, config = context.storage, SMALL if context.small else CONFIG
+    models = MODELS[:1] if context.small else MODELS
+    name = f"{NAME} (small)" if context.small else NAME
     nlp, language = find_spacy_pipeline()
     studies = [Analysis(references.ModelRef(model), SCENES, language, config, name) for model in models]
-    rows = pl.concat(study.run(storage, nlp, ground.resources) for study in studies)
+    rows = pl.concat(study.run(storage, nlp, context.resources) for study in studies)
     scores = {model: stored_scores(storage, model, name) for model in models}
     properties = pl.concat(_placed(storage, model, name) for model in models)
     heights = beside_random(rows)

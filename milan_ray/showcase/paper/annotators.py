@@ -25,11 +25,11 @@ from milan_ray.world.networks import ARCHITECTURES
 GENERATOR = "generator"
 
 
-def run(ground: ExperimentContext) -> Section:
+def run(context: ExperimentContext) -> Section:
     """Counts the world's annotations; says what of the paper's Tables 1, 4 and 5 is the same there."""
-    storage = ground.storage
+    storage = context.storage
     nlp, language = find_spacy_pipeline()
-    score, measure = find_score(None if ground.small else minilm_directory())
+    score, measure = find_score(None if context.small else minilm_directory())
     texts = stored_annotations(storage, world.SOURCE)
     rows = run_statistics(storage, texts, nlp, language, score, measure)
     layers = of_layers(rows)

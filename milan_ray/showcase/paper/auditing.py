@@ -16,7 +16,7 @@ from milan_ray.scoring.auroc import auroc
 from milan_ray.scoring.bootstrap import Interval, difference, interval, ratio, resampling_counts
 from milan_ray.scoring.evaluation import Row, unit_values
 from milan_ray.scoring.search import search_descriptions
-from milan_ray.showcase.demo import DECODER, EXEMPLARS, HELD_OUT_SCENES, PROBE, SEARCH
+from milan_ray.showcase.demo import DECODER, EXEMPLARS, PROBE, SEARCH
 from milan_ray.showcase.paper.claims import Claim, Section
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
@@ -27,9 +27,9 @@ from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 from milan_ray.studies.auditing.run import Audit, AuditConfig, run_audit
 from milan_ray.studies.auditing.statistics import BLURRED, PLAIN, Pair
+from milan_ray.studies.judges.run import HELD_OUT_SCENES, scenes_of
 from milan_ray.studies.judges.statistics import IOU_THRESHOLD, presence
 from milan_ray.world.lexicon import NAMES, concepts_in
-from milan_ray.world.probe import WorldProbe
 from milan_ray.world.scenes import COLOURS, Scene
 from milan_ray.world.training import paired_names, paired_tasks
 
@@ -49,14 +49,14 @@ QUERY = "|".join(COLOURS)
 """The follow-up: which units are for faces of some people? The world's people differ by the colour of their hair."""
 
 
-def run(ground: ExperimentContext) -> Section:
+def run(context: ExperimentContext) -> Section:
     """Audits pairs of the world's networks; says what of the paper's Section 6 is the same there."""
-    storage = ground.storage
-    if ground.small:
+    storage = context.storage
+    if context.small:
         pairs, config = _described_pairs(storage), SMALL
     else:
         pairs, config = [(f"world/{name}", f"world/{blurred}") for name, blurred in paired_names()], CONFIG
-        describe_pairs(storage, pairs, ground.resources)
+        describe_pairs(storage, pairs, context.resources)
     audit = run_audit(storage, pairs, config)
     truth = face_truth(storage, pairs, config)
     judged = judge(audit, truth, pairs)
@@ -121,9 +121,7 @@ def face_truth(storage: Storage, pairs: Sequence[Pair], config: AuditConfig) -> 
         for name in pair
     }
     found = world.truth(storage, layers, HELD_OUT_SCENES)
-    probe = references.probe(HELD_OUT_SCENES)
-    assert isinstance(probe, WorldProbe)
-    scenes = [probe.scene(image_id) for image_id in range(probe.size)]
+    scenes = scenes_of(HELD_OUT_SCENES)
     shown = presence(scenes)[:, [NAMES.index("face")]]
     frames = []
     for model, of in layers.items():

@@ -13,7 +13,7 @@ from milan_ray.schema import ANNOTATIONS, SCORES
 from milan_ray.scoring.evaluation import CONSTANT
 from milan_ray.scoring.search import scan_descriptions
 from milan_ray.scoring.text import minilm_directory
-from milan_ray.showcase.demo import DECODER, EXEMPLARS, HELD_OUT, PLANTED, PROBE, SEARCH
+from milan_ray.showcase.demo import DECODER, EXEMPLARS, HELD_OUT, PROBE, SEARCH
 from milan_ray.showcase.paper.claims import Claim, Section
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
@@ -23,6 +23,7 @@ from milan_ray.storage import Storage
 from milan_ray.studies.baselines import statistics as baselines
 from milan_ray.studies.baselines.run import BaselinesJob, HeldOut, run_baselines
 from milan_ray.studies.generalization.statistics import main_metric
+from milan_ray.studies.judges.run import PLANTED
 
 NAME = "baselines"
 
@@ -43,21 +44,21 @@ _NOTE = (
 )
 
 
-def run(ground: ExperimentContext) -> Section:
+def run(context: ExperimentContext) -> Section:
     """Labels the world's held-out network by every method; says what of the paper's Table 2 is the same there."""
-    storage = ground.storage
-    models = (PLANTED,) if ground.small else (HELD_OUT, PLANTED)
-    name = f"{NAME} (small)" if ground.small else NAME
+    storage = context.storage
+    models = (PLANTED,) if context.small else (HELD_OUT, PLANTED)
+    name = f"{NAME} (small)" if context.small else NAME
     job = BaselinesJob(
         [HeldOut(references.ModelRef(model), SEARCH, EncoderRef(DECODER)) for model in models],
         PROBE,
         EXEMPLARS,
         LabelConfig(),
         world.SOURCE,
-        None if ground.small else minilm_directory(),
+        None if context.small else minilm_directory(),
         name,
     )
-    rows = run_baselines(storage, job, ground.resources)
+    rows = run_baselines(storage, job, context.resources)
     metrics = [metric for metric in baselines.METRICS if metric in set(rows["metric"])]
     failures, examples = _lines(storage, models[0])
     return Section(

@@ -1,4 +1,4 @@
-"""What an experiment of the paper says, beside what was found here."""
+"""Claims of the paper's experiments, and the results on the built-in world."""
 
 from __future__ import annotations
 

@@ -23,20 +23,20 @@ CONFIG = CutAndPasteConfig(units=40, originals=8, distractors=15)
 SMALL = CutAndPasteConfig(units=12, originals=2, distractors=15)
 
 
-def run(ground: ExperimentContext) -> Section:
+def run(context: ExperimentContext) -> Section:
     """Pastes what units fire at on scenes that they are silent on; says how often that misleads the network."""
-    storage = ground.storage
-    name = f"{NAME} (small)" if ground.small else NAME
+    storage = context.storage
+    name = f"{NAME} (small)" if context.small else NAME
     scenes = (
         references.ProbeRef(("few/heldout",), plugins=("milan_ray.world.small_probes",))
-        if ground.small
+        if context.small
         else references.ProbeRef(("world/heldout",))
     )
     nlp, language = find_spacy_pipeline()
-    models = MODELS[:1] if ground.small else MODELS
-    config = SMALL if ground.small else CONFIG
+    models = MODELS[:1] if context.small else MODELS
+    config = SMALL if context.small else CONFIG
     studies = [CutAndPaste(references.ModelRef(model), scenes, language, config, name) for model in models]
-    pairs = pl.concat(study.run(storage, nlp, ground.resources) for study in studies)
+    pairs = pl.concat(study.run(storage, nlp, context.resources) for study in studies)
     # Units of several networks, told apart by their layers' names.
     pairs = pairs.with_columns(pl.concat_str("model", "layer", separator=" ").alias("layer"))
     return Section(
@@ -51,7 +51,7 @@ def run(ground: ExperimentContext) -> Section:
 
 
 def claims(pairs: pl.DataFrame, language: str) -> list[Claim]:
-    """What Appendix D says, beside what was found.
+    """Compares the claims of Appendix D with the results.
 
     Args:
         pairs: Rows of schema PASTED.

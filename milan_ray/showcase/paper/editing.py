@@ -147,19 +147,19 @@ class Network:
         return int(np.argmax(self.edit.accuracy(TEST)))
 
 
-def run(ground: ExperimentContext) -> Section:
+def run(context: ExperimentContext) -> Section:
     """Trains networks on scenes that half show their class's name, edits them by descriptions, and says what came."""
-    storage, sizes = ground.storage, SMALL if ground.small else FULL
-    name = f"{NAME} (small)" if ground.small else NAME
+    storage, sizes = context.storage, SMALL if context.small else FULL
+    name = f"{NAME} (small)" if context.small else NAME
     models = [f"world/{own}" for own in misled_names(EDITED)[: sizes.networks]]
-    networks, failures, examples = edit_networks(ground, name, models, sizes)
+    networks, failures, examples = edit_networks(context, name, models, sizes)
     if not networks:
         text = f"Units that read text are found by {', '.join(sizes.editing.words)} in their descriptions."
         claim = Claim(text, "300 of 1024 units (§7)", "none found", False, "the captioner names none of them")
         return Section(NAME, _TITLE, (claim,), failures=failures, examples=examples)
     tables = [("Accuracy with all units, and without those found by their descriptions", _table(networks))]
-    if not ground.small:
-        coloured = edit_networks(ground, f"{NAME} of colours", [f"world/{COLOURED}"], COLOUR)[0]
+    if not context.small:
+        coloured = edit_networks(context, f"{NAME} of colours", [f"world/{COLOURED}"], COLOUR)[0]
         tables.append(("The same with a patch in the class's colour, and words of colours", _table(coloured)))
     images = figure_path(storage, ABLATIONS, stem=IMAGES, experiment=name, model=next(iter(networks)))
     every = {"experiment": name, "model": "all networks"}
@@ -169,10 +169,10 @@ def run(ground: ExperimentContext) -> Section:
 
 
 def edit_networks(
-    ground: ExperimentContext, name: str, models: Sequence[str], sizes: Sizes
+    context: ExperimentContext, name: str, models: Sequence[str], sizes: Sizes
 ) -> tuple[dict[str, Network], tuple[str, ...], tuple[str, ...]]:
     """Edits networks; returns what came of each, where descriptions were wrong, and some descriptions at random."""
-    storage, described = ground.storage, describe(ground, models, sizes)
+    storage, described = context.storage, describe(context, models, sizes)
     failures: list[str] = []
     examples: list[str] = []
     networks: dict[str, Network] = {}
@@ -184,10 +184,10 @@ def edit_networks(
             continue
         ref = references.ModelRef(model)
         study = Editing(ref, sizes.validation, sizes.test, sizes.editing, name)
-        edit = study.run(storage, ground.resources)
+        edit = study.run(storage, context.resources)
         retrieval, wrong = _retrieval(storage, model, described[model], sizes, edit)
         failures += wrong
-        whole = run_ablations(storage, ref, sizes.plain, [{}], ground.resources)
+        whole = run_ablations(storage, ref, sizes.plain, [{}], context.resources)
         storage.remove_work(whole.work)
         networks[model] = Network(edit, float(whole.accuracy[0]), retrieval)
     return networks, tuple(failures), tuple(examples)
@@ -196,9 +196,9 @@ def edit_networks(
 _TITLE = "Editing: networks without the units that read text (paper, Section 7 and Appendix E)"
 
 
-def describe(ground: ExperimentContext, models: Sequence[str], sizes: Sizes) -> dict[str, tuple[str, ...]]:
+def describe(context: ExperimentContext, models: Sequence[str], sizes: Sizes) -> dict[str, tuple[str, ...]]:
     """Describes the networks' units; returns their layers."""
-    storage, resources = ground.storage, ground.resources
+    storage, resources = context.storage, context.resources
     readers = [] if sizes.captioner else [f"world/{READER}"]
     needed = {model.removeprefix("world/") for model in (*models, *readers)}
     world.train_networks([task for task in misled_tasks() if task.name in needed])

@@ -1,4 +1,4 @@
-"""What the experiments on the built-in world stand on."""
+"""Context of the experiments on the built-in world."""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from typing import Any
 
 import polars as pl
 
@@ -20,13 +22,8 @@ from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef
 from milan_ray.studies.generalization import statistics as generalization
-from milan_ray.studies.generalization.run import (
-    GeneralizationConfig,
-    GeneralizationJob,
-    held_out,
-    references_of,
-    run_generalization,
-)
+from milan_ray.studies.generalization.job import GeneralizationConfig, GeneralizationJob
+from milan_ray.studies.generalization.run import held_out, references_of, run_generalization
 from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
 NAME = "generalization"
@@ -79,24 +76,27 @@ TABLE_6 = pl.DataFrame(
 )  # fmt: skip
 
 
-def run(ground: ExperimentContext) -> Section:
+_TO_GENERATORS, _TO_CLASSIFIERS = "world-cls-to-world-gen", "world-gen-to-world-cls"
+
+
+def run(context: ExperimentContext) -> Section:
     """Trains a captioner per split and judges it on the held-out units; says what of the paper's Section 4 is there."""
-    storage = ground.storage
+    storage = context.storage
     annotated: dict[str, list[str]] = {}
     for keys in storage.partitions(ANNOTATIONS, source=world.SOURCE):
         annotated.setdefault(keys["model"], []).append(keys["layer"])
-    folder = None if ground.small else minilm_directory()
+    folder = None if context.small else minilm_directory()
     job = GeneralizationJob(
         world.SOURCE,
         annotated,
-        chosen_splits(SMALL_SPLITS if ground.small else tuple(SPLITS), annotated),
+        chosen_splits(SMALL_SPLITS if context.small else tuple(SPLITS), annotated),
         EncoderRef(DECODER),
-        SMALL if ground.small else CONFIG,
+        SMALL if context.small else CONFIG,
         str(folder) if folder else None,
-        f"{NAME} (small)" if ground.small else NAME,
+        f"{NAME} (small)" if context.small else NAME,
     )
     nlp, language = find_spacy_pipeline()
-    rows = run_generalization(storage, job, nlp, language, ground.resources)
+    rows = run_generalization(storage, job, nlp, language, context.resources)
     said = pl.concat(held_out(storage, job, split.name) for split in job.splits)
     failures, examples = generalization.disagreements(said, references_of(storage, job, said))
     return Section(
@@ -126,7 +126,7 @@ def _beside(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def claims(rows: pl.DataFrame) -> tuple[Claim, ...]:
-    """What Section 4 says of Table 3, and Table 6, beside what was found.
+    """Compares the claims of Section 4 on Tables 3 and 6 with the results.
 
     Args:
         rows: Rows of schema GENERALIZATION.
@@ -172,35 +172,46 @@ def claims(rows: pl.DataFrame) -> tuple[Claim, ...]:
                 f"Taken as reproduced when the ViT's interval reaches the lower of the two. {note}",
             )
         )
-    to_gen, to_cls = "world-cls-to-world-gen", "world-gen-to-world-cls"
-    if {to_gen, to_cls} <= at.keys():
-        found.append(
-            Claim(
-                "Transfer between tasks is asymmetric: from classifiers to generators works better than the reverse.",
-                "Table 3: .34 from classifiers to BigGAN, .27 from BigGAN to classifiers",
-                f"{value(to_gen)} from classifiers to generators, {value(to_cls)} from generators to classifiers",
-                at[to_gen]["low"] > at[to_cls]["high"],
-                f"Taken as reproduced when the intervals do not meet. {note}",
-            )
-        )
-        worst = min(at, key=lambda name: at[name][metric])
-        best = max(at, key=lambda name: at[name][metric])
-        generators = [name for name in at if name.startswith("within-world-generator")]
-        found.append(
-            Claim(
-                "New units of a generator that the captioner knows are the easiest, classifiers after generators alone "
-                "the hardest.",
-                "Table 3: .49 and .52 within BigGAN, .27 from BigGAN to classifiers; all others between",
-                f"best {best} {value(best)}, worst {worst} {value(worst)}",
-                best in generators and worst == to_cls,
-                note,
-            )
-        )
+    if {_TO_GENERATORS, _TO_CLASSIFIERS} <= at.keys():
+        found += _between_tasks(at, metric, value, note)
     return tuple(found)
 
 
+def _between_tasks(
+    at: Mapping[str, Mapping[str, Any]], metric: str, value: Callable[[str], str], note: str
+) -> list[Claim]:
+    """Claims on transfer between classifiers and generators.
+
+    Args:
+        at: Split → its row of Table 3.
+        metric: The measure.
+        value: Text of a split's value and interval.
+        note: Note of all claims.
+    """
+    worst = min(at, key=lambda name: at[name][metric])
+    best = max(at, key=lambda name: at[name][metric])
+    return [
+        Claim(
+            "Transfer between tasks is asymmetric: from classifiers to generators works better than the reverse.",
+            "Table 3: .34 from classifiers to BigGAN, .27 from BigGAN to classifiers",
+            f"{value(_TO_GENERATORS)} from classifiers to generators, {value(_TO_CLASSIFIERS)} from generators to "
+            "classifiers",
+            at[_TO_GENERATORS]["low"] > at[_TO_CLASSIFIERS]["high"],
+            f"Taken as reproduced when the intervals do not meet. {note}",
+        ),
+        Claim(
+            "New units of a generator that the captioner knows are the easiest, classifiers after generators alone "
+            "the hardest.",
+            "Table 3: .49 and .52 within BigGAN, .27 from BigGAN to classifiers; all others between",
+            f"best {best} {value(best)}, worst {worst} {value(worst)}",
+            best.startswith("within-world-generator") and worst == _TO_CLASSIFIERS,
+            note,
+        ),
+    ]
+
+
 def _above_nothing(pooled: pl.DataFrame, splits: int, note: str) -> Claim:
-    """Whether descriptions are better than what costs nothing, on how many splits."""
+    """Whether descriptions are better than trivial baselines, and on how many splits."""
     above = {
         trivial: pooled.filter(pl.col("low") > 0, system=f"{MILAN} − {trivial}").height
         for trivial in (CONSTANT, SHUFFLED, NEAREST)

@@ -80,7 +80,7 @@ class Entry:
 
 
 def entry_of(section: Section, name: str, small: bool, seconds: float) -> Entry:
-    """What an experiment found, as the page shows it."""
+    """The results of an experiment, as the page shows them."""
     return Entry(
         name,
         section.title,
@@ -124,7 +124,7 @@ def store_entry(storage: Storage, entry: Entry) -> None:
 
 
 def stored_entry(storage: Storage, name: str) -> Entry | None:
-    """What an experiment found when it last ran here; None where it never did, or that is damaged, which is said."""
+    """The stored results of an experiment; None if there are none, or they are damaged, which is printed."""
     path = f"{FOLDER}/{name}.json"
     if not storage.exists(path):
         return None
@@ -152,14 +152,14 @@ def _entry(fields: dict[str, Any]) -> Entry:
 def write_page(
     storage: Storage, folder: str | Path, entries: Sequence[Entry], absent: Sequence[str] = (), overview: bool = True
 ) -> Path:
-    """Writes the page: a file that opens from disk, with its figures and style beside it and no request to anywhere.
+    """Writes the page: a file that opens from disk, with its figures and style next to it and no request to anywhere.
 
     Args:
         storage: The run directory, which holds the figures.
         folder: The report's folder; made when missing. The page is :data:`~milan_ray.report.site.PAPER` in it.
         entries: Experiments, in the order they are shown.
         absent: Experiments that have never run here.
-        overview: Whether the report's overview lies beside it, or will.
+        overview: Whether the report's overview lies, or will lie, next to it.
 
     Returns:
         The path of the page.

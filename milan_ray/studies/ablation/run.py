@@ -37,7 +37,7 @@ _COUNTS_SCHEMA = pa.schema([("correct", pa.list_(pa.int32()))])
 
 @dataclass(frozen=True)
 class Accuracies:
-    """What a classifier still gets right.
+    """Correct answers of a classifier with units switched off.
 
     Attributes:
         classes: Names of the C classes.

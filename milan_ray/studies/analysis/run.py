@@ -40,7 +40,7 @@ class AnalysisConfig:
         trials: Random orders.
         seed: Of the random orders.
         ties: Orders per criterion with ties broken at random; 0 for one, ties in the table's order as in the reference.
-        matched: Criteria beside which as many other units of the same layers are ablated.
+        matched: Criteria for which as many other units of the same layers are ablated too.
         split: What the images are called in the tables.
     """
 

@@ -24,7 +24,7 @@ FRACTIONS = tuple(round(0.02 * step, 2) for step in range(10))
 """Shares of all units that are ablated, the reference's."""
 
 RANDOM = "random"
-"""The criterion beside which the others are read: units in random order."""
+"""The criterion that the others are compared with: units in random order."""
 
 SAME_LAYERS = ": other units of the same layers"
 """Behind a criterion: not its units, but as many of each layer at every step."""
@@ -64,7 +64,7 @@ class Missing:
 
 
 def missing_criteria(nlp: Language, words: Sequence[str] = WORDS) -> list[Missing]:
-    """What cannot be scored with a pipeline: parts of speech without a tagger, depth without a parser, and so on."""
+    """Criteria that a pipeline cannot give: parts of speech without a tagger, depth without a parser, and so on."""
     found = []
     if not {"tagger", "morphologizer", "attribute_ruler"} & set(nlp.pipe_names):
         found.append(Missing(tuple(TAGS), "the pipeline has no tagger"))
@@ -235,9 +235,9 @@ def first_ablated(scores: pl.DataFrame, count: int = 10, of: Collection[str] | N
 
 
 def beside_random(rows: pl.DataFrame) -> pl.DataFrame:
-    """How much accuracy each criterion leaves, beside what random orders leave.
+    """Compares the accuracy that each criterion leaves with that of random orders.
 
-    What is compared is the mean accuracy over all steps that ablate something: the height of the curve.
+    The measure is the mean accuracy over all steps that ablate something: the height of the curve.
 
     Args:
         rows: Columns condition, trial, ablated, accuracy, over all classes.

@@ -1,1 +1,1 @@
-"""What people's annotations are like."""
+"""Statistics of annotations."""

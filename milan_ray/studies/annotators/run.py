@@ -24,11 +24,11 @@ from milan_ray.studies.annotators.statistics import (
 KERNEL_VERSION = "annotation-statistics-1"
 
 LEVELS: tuple[tuple[str, ...], ...] = (("model", "layer"), ("model",), ())
-"""What annotations are grouped by: the rows of Table 5, those of Tables 1 and 4, and the totals."""
+"""Keys that annotations are grouped by: the rows of Table 5, those of Tables 1 and 4, and the totals."""
 
 
 def find_score(folder: str | Path | None) -> tuple[TextScore, str]:
-    """What agreement is measured by, and its name: BERTScore with a language model, else ROUGE-L.
+    """The measure of agreement, and its name: BERTScore with a language model, else ROUGE-L.
 
     Args:
         folder: Folder of the language model; None for none.
@@ -100,7 +100,7 @@ def run_statistics(
         storage: The run directory.
         texts: Columns source (one value), model, layer, unit, text.
         nlp: The spaCy pipeline that tags words.
-        language: What it is called.
+        language: Its name.
         score: What agreement is measured by.
         measure: What that is called.
 

@@ -29,7 +29,7 @@ KERNEL_VERSION = "audit-1"
 
 @dataclass(frozen=True)
 class AuditConfig:
-    """What an audit looks for.
+    """Settings of an audit.
 
     Attributes:
         name: Name of the audit in the tables.
@@ -47,7 +47,7 @@ class AuditConfig:
 
 @dataclass(frozen=True)
 class Audit:
-    """What came of it.
+    """Result of an audit.
 
     Attributes:
         pairs: Rows of schema AUDITS.
@@ -104,7 +104,7 @@ class Auditing(Stage):
 def run_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditConfig) -> Audit:
     """Counts units by their descriptions in pairs of networks, with what people said of them in the review file.
 
-    The review file, ``review.csv`` beside the table ``audited``, is written with a line per unit found. What people
+    The review file, ``review.csv`` next to the table ``audited``, is written with a line per unit found. What people
     write into it stays there: later runs only add lines for units that are new, or that now say something else.
 
     Args:

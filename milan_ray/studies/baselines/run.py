@@ -35,7 +35,7 @@ from milan_ray.studies.judges.run import HELD_OUT_SCENES
 VERSION = "baselines-1"
 
 NAME = "baselines"
-"""Name of the experiment where nobody gives another."""
+"""Default name of the experiment."""
 
 LABELLING = tuple(table.name for table in (EXEMPLARS, ENCODINGS, CANDIDATES, DESCRIPTIONS))
 """Tables that a comparison reads, labels or what they cost: once one is made again, the comparison is another."""

@@ -1,4 +1,4 @@
-"""MILAN beside other labelers on networks that its captioner never saw (paper §4, Table 2)."""
+"""MILAN and other labelers on networks that its captioner never saw (paper §4, Table 2)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ METRICS = ("bertscore-f", "rouge-l-f", "bleu-2", "auroc", "causal-drop", "plante
 
 
 def collected(comparisons: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
-    """What comparisons of single networks found, in one table.
+    """Joins comparisons of single networks into one table.
 
     Args:
         comparisons: Model → rows of schema SCORES from a comparison.
@@ -39,7 +39,7 @@ def collected(comparisons: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
 
 
 def table_2(rows: pl.DataFrame, metric: str | None = None) -> pl.DataFrame:
-    """The paper's Table 2: a line per network, a column per labeler; then other labelers and what costs nothing.
+    """The paper's Table 2: a line per network, a column per labeler; then other labelers and trivial baselines.
 
     Args:
         rows: From :func:`collected`.

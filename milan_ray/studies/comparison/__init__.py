@@ -1,1 +1,1 @@
-"""Labelers beside each other."""
+"""Comparison of labelers on the same units."""

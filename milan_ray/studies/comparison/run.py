@@ -32,10 +32,10 @@ from milan_ray.studies.comparison.statistics import (
 from milan_ray.studies.judges.run import BY_KIND, HELD_OUT_SCENES, in_words, judge_labels, of_the_world
 
 NAME = "comparison"
-"""Name of the comparison where nobody gives another."""
+"""Default name of the comparison."""
 
 AGREEMENT, COST = "annotations", "cost"
-"""What its tables are called, behind its name."""
+"""Suffixes of its tables' names."""
 
 VERSION = 1
 
@@ -230,7 +230,7 @@ def _unit_scores(storage: Storage, comparison: Comparison) -> list[pa.Table]:
 
 
 def _language_model(folder: str | Path | None) -> bool | str:
-    """What tells language models of BERTScore apart: whether there is the usual one, or the name of another."""
+    """Identifies the language model of BERTScore: whether there is the usual one, or the name of another."""
     if folder is None or str(folder) == str(minilm_directory()):
         return folder is not None
     return Path(folder).name
@@ -244,7 +244,7 @@ def _in_order(descriptions: pl.DataFrame, labelers: Sequence[str] | None) -> pl.
 
 
 def _annotations(storage: Storage, source: str | None, layers: Sequence[tuple[str, str]]) -> dict[Unit, list[str]]:
-    """What people say of units, where it has words."""
+    """Unit → its annotations, those with words."""
     known = sorted({keys["source"] for keys in storage.partitions(ANNOTATIONS)})
     if source is not None and source not in known:
         raise unknown_name("source of annotations", source, known)

@@ -56,7 +56,7 @@ def common_units(descriptions: pl.DataFrame) -> tuple[list[Unit], dict[str, list
 
 
 def with_trivial_labels(systems: Mapping[str, Sequence[str]], constant: str | None) -> dict[str, list[str]]:
-    """The labelers, then what costs nothing: one label for all units, and each labeler's own dealt to other units.
+    """The labelers, then trivial baselines: one label for all units, and each labeler's own dealt to other units.
 
     Args:
         systems: Labeler → labels of the same units, the main one first.
@@ -85,7 +85,7 @@ def unit_score_rows(
     samples: int = 1000,
     seed: int = 0,
 ) -> list[Row]:
-    """What ``jobs.score`` found of each label, as means over the units of which it found something for all labelers.
+    """Means of the scores by ``jobs.score``, over the units that it scored for all labelers.
 
     Args:
         scores: Columns of :data:`~milan_ray.schema.UNIT_SCORES`, of one predictor.
@@ -135,7 +135,7 @@ def unit_score_rows(
 
 
 def cost_rows(storage: Storage, labelers: Sequence[str], layers: Iterable[tuple[str, str]]) -> list[Row]:
-    """What labels cost, by the table of runs: each stage behind them but the exemplars, which all labelers need.
+    """Cost of labels by the run log: every stage that they follow from, except exemplars, which all labelers need.
 
     Seconds are those of one worker at a time, as if nothing had run side by side. What was done for several layers at
     once, as a pass over images, counts by the share of these layers; what was done for all of them, once.

@@ -21,13 +21,13 @@ TARGETS = 3
 """Classes per unit that it may mislead to: those it speaks for most, by the weights of the last layer."""
 
 MARGIN = 1 / 16
-"""What is cut out beyond the mask on every side, of the image's height: a mask is smaller than what its unit sees."""
+"""Margin cut out around the mask, as a share of the image's height: a mask is smaller than what its unit sees."""
 
 LARGEST = 1 / 3
 """Share of an image that a cut may cover: beyond it little of the original is left to be mistaken."""
 
 OUTCOMES = ("fooled", "control", "beyond control")
-"""What is counted of pairs, see :func:`rates`."""
+"""Outcomes that are counted, see :func:`rates`."""
 
 
 def choose_units(scores: pl.DataFrame, count: int, seed: int = 0) -> pl.DataFrame:
@@ -55,7 +55,7 @@ def choose_units(scores: pl.DataFrame, count: int, seed: int = 0) -> pl.DataFram
 
 
 def grown(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """What is cut out: a mask in the size of the images, with a margin of :data:`MARGIN`.
+    """The area to cut out: a mask in the size of the images, with a margin of :data:`MARGIN`.
 
     Args:
         mask: bool (h, w).

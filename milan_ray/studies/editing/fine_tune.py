@@ -1,4 +1,4 @@
-"""The last layer of a classifier without some units, learnt anew; what the classifier then gets right."""
+"""Fine-tunes the last layer of a classifier with some units switched off, and counts its correct answers."""
 
 from __future__ import annotations
 

@@ -62,7 +62,7 @@ ALONE = "validation accuracy without the unit"
 """The criterion by which units are removed."""
 
 IMAGES = "images"
-"""Stem of the figure of images, beside that of accuracies."""
+"""Stem of the figure of images."""
 
 SHOWN_IMAGES, SHOWN_UNITS = 8, 3
 """In that figure: images of each split and exemplars of each unit; units."""
@@ -92,7 +92,7 @@ class EditingConfig:
 
 @dataclass(frozen=True)
 class Edit:
-    """What came of it.
+    """Result of an editing.
 
     Attributes:
         rows: Rows of schema ABLATIONS, over all classes.

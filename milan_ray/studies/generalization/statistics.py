@@ -27,7 +27,7 @@ TEXT_COLUMNS = ("words", "length", *PARTS_OF_SPEECH)
 """Statistics of generated descriptions (paper, Table 6): distinct words, mean words per text, % by part of speech."""
 
 SYSTEMS = (MILAN, LIKELIHOOD, CONSTANT, NEAREST)
-"""What is said of every held-out unit."""
+"""Systems that describe every held-out unit."""
 
 
 def divided(
@@ -40,7 +40,7 @@ def divided(
         annotated: Model → its annotated units.
         share: Share of units held out where units of the same models are divided, at least one.
         seed: Of that division.
-        trial: Each divides anew.
+        trial: Number of the trial; each has a division of its own.
 
     Returns:
         (train, test).
@@ -64,7 +64,7 @@ def score_split(
     *,
     samples: int = 1000,
 ) -> pl.DataFrame:
-    """Scores what captioners of all trials say of held-out units, beside the rows that cost nothing.
+    """Scores what captioners of all trials say of held-out units, and trivial baselines.
 
     Args:
         name: Name of the split.
@@ -128,7 +128,7 @@ def text_rows(said: pl.DataFrame, nlp: Language, language: str) -> pl.DataFrame:
     Args:
         said: As for :func:`score_split`.
         nlp: Tells words and parts of speech.
-        language: What it is called.
+        language: Its name.
     """
     texts = said.filter(system=MILAN).rename({"description": "text"})
     by_trial = annotation_statistics(texts, nlp, by=("trial",))

@@ -20,6 +20,7 @@ from milan_ray.studies.judges import statistics as judges
 from milan_ray.world.lexicon import CONCEPT, CONCEPTS, KINDS
 from milan_ray.world.networks import planted_concepts
 from milan_ray.world.probe import WorldProbe
+from milan_ray.world.scenes import Scene
 from milan_ray.world.training import PREPROCESS
 
 HELD_OUT_SCENES = references.ProbeRef(("world/heldout",))
@@ -28,7 +29,7 @@ PLANTED = "world/planted"
 """The network whose units' concepts are known beforehand."""
 
 TRUTH, PLANTED_UNITS = "held-out scenes", "planted units"
-"""What the judgements are called, behind the comparison's name."""
+"""Suffixes of the names of the judgements' tables."""
 
 BY_KIND = "AUROC by kind of concept"
 PLANTED_BY_KIND = "planted units named, by kind of concept"
@@ -115,18 +116,16 @@ def _by_scenes(
     starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
     columns = np.array([starts[model, layer] + unit for model, layer, unit in units])
     found = world.truth(storage, layers, held_out)
-    activations = np.concatenate([found[model].activations for model in layers], axis=1)[:, columns]
+    maxima = np.concatenate([found[model].activations for model in layers], axis=1)[:, columns]
     best = np.concatenate([found[model].concept for model in layers])[columns]
-    source = references.probe(held_out)
-    assert isinstance(source, WorldProbe)
-    scenes = [source.scene(image_id) for image_id in range(source.size)]
+    scenes = scenes_of(held_out)
     shown = judges.presence(scenes)
     told = f"{name}: {TRUTH}"
-    run = _activations(storage, layers, columns)
+    run = activations(storage, layers, columns)
     tables = [
         pa.concat_tables(
             [
-                judges.described_auroc(told, activations, shown, systems),
+                judges.described_auroc(told, maxima, shown, systems),
                 judges.causal_drops(told, run, scenes, systems),
             ]
         )
@@ -136,7 +135,7 @@ def _by_scenes(
         of_kind = np.array([CONCEPTS[concept].kind == kind for concept in best])
         if of_kind.any():
             _, some = _some(units, systems, of_kind)
-            parts.append((kind, judges.described_auroc(told, activations[:, of_kind], shown, some)))
+            parts.append((kind, judges.described_auroc(told, maxima[:, of_kind], shown, some)))
     note = "AUROC of units whose best concept on held-out scenes, by intersection over union, is of this kind"
     return [*tables, _by_kind(f"{name}: {BY_KIND}", parts, "auroc", note)]
 
@@ -166,10 +165,23 @@ def _by_kind(experiment: str, parts: Sequence[tuple[str, pa.Table]], metric: str
     return pl.concat(frames).to_arrow().cast(parts[0][1].schema)
 
 
-def _activations(
-    storage: Storage, layers: Mapping[str, Sequence[str]], columns: np.ndarray
+def scenes_of(ref: references.ProbeRef) -> list[Scene]:
+    """All scenes of one of the world's probes."""
+    probe = references.probe(ref)
+    assert isinstance(probe, WorldProbe)
+    return [probe.scene(image_id) for image_id in range(probe.size)]
+
+
+def activations(
+    storage: Storage, layers: Mapping[str, Sequence[str]], columns: np.ndarray | slice = slice(None)
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """From scenes (N, 64, 64, 3) to the chosen units' maxima, (N, U)."""
+    """A function from scenes (N, 64, 64, 3) to units' maxima (N, U).
+
+    Args:
+        storage: The run directory, which says how the models' exemplars were computed.
+        layers: Model → layers.
+        columns: Places of the U units among those of all layers side by side.
+    """
     forwards = {}
     for model, of in layers.items():
         spec = _spec(model)

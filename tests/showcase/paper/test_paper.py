@@ -27,7 +27,7 @@ CLAIMS_MADE = (
 )
 
 
-def cook(ground: ExperimentContext) -> Section:
+def cook(context: ExperimentContext) -> Section:
     table = pl.DataFrame({"pot": ["a", "b"], "heat": [90.123456, None], "spices": [["salt", "pepper"], []]})
     return Section(
         "cooking", "Cooking (paper, Section 9)", CLAIMS_MADE, (FIGURE, "absent.svg"), (("pots", table),), ("burnt",),
@@ -35,37 +35,37 @@ def cook(ground: ExperimentContext) -> Section:
     )  # fmt: skip
 
 
-def burn(ground: ExperimentContext) -> Section:
+def burn(context: ExperimentContext) -> Section:
     raise MilanError("the stove is off")
 
 
-def explode(ground: ExperimentContext) -> Section:
+def explode(context: ExperimentContext) -> Section:
     raise ZeroDivisionError("by zero")
 
 
 @pytest.fixture
-def ground(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentContext:
+def context(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ExperimentContext:
     monkeypatch.setattr(paper, "EXPERIMENTS", {"burning": burn, "exploding": explode, "cooking": cook})
     storage = Storage(tmp_path / "run")
     storage.put(FIGURE, b"<svg xmlns='http://www.w3.org/2000/svg'/>")
     return ExperimentContext(storage, Resources(), small=True)
 
 
-def test_one_that_fails_stops_no_other(ground, capsys):
-    entries = paper.run_experiments(ground, ["burning", "exploding", "cooking"])
+def test_one_that_fails_stops_no_other(context, capsys):
+    entries = paper.run_experiments(context, ["burning", "exploding", "cooking"])
     assert [entry.error for entry in entries] == ["the stove is off", "ZeroDivisionError: by zero", ""]
     said = capsys.readouterr().err
     assert "burning failed: the stove is off" in said and "NOT reproduced: Soup is cold." in said
     assert "in explode" in said and "in burn\n" not in said  # only what is nobody's plain sentence is shown in full
-    rows = ground.storage.read(CLAIMS, experiment="cooking").to_pylist()
+    rows = context.storage.read(CLAIMS, experiment="cooking").to_pylist()
     assert [row["reproduced"] for row in rows] == [True, False, None] and all(row["small"] for row in rows)
-    assert ground.storage.partitions(CLAIMS) == [{"experiment": "cooking"}]
-    assert stored_entry(ground.storage, "cooking") == entries[2] and stored_entry(ground.storage, "burning") is None
+    assert context.storage.partitions(CLAIMS) == [{"experiment": "cooking"}]
+    assert stored_entry(context.storage, "cooking") == entries[2] and stored_entry(context.storage, "burning") is None
 
 
-def test_page_shows_claims_evidence_and_failures_and_asks_nobody(ground, tmp_path):
-    entries = paper.run_experiments(ground, ["burning", "cooking"])
-    page = write_page(ground.storage, tmp_path / "report", entries, absent=["editing"])
+def test_page_shows_claims_evidence_and_failures_and_asks_nobody(context, tmp_path):
+    entries = paper.run_experiments(context, ["burning", "cooking"])
+    page = write_page(context.storage, tmp_path / "report", entries, absent=["editing"])
     html = page.read_text(encoding="utf-8")
     assert (
         html.count('class="verdict yes"') == 2 and html.count('class="verdict no"') == 2
@@ -78,26 +78,26 @@ def test_page_shows_claims_evidence_and_failures_and_asks_nobody(ground, tmp_pat
     links = re.findall(r'(?:src|href)="([^"]*)"', html)
     assert not [link for link in links if "//" in link]
     figures = [link for link in links if link.endswith(".svg")]
-    assert len(figures) == 1 and (page.parent / figures[0]).read_bytes() == ground.storage.get(FIGURE)
+    assert len(figures) == 1 and (page.parent / figures[0]).read_bytes() == context.storage.get(FIGURE)
     for link in links:
         if not link.startswith(("#", "data:", "../index.html")):
             assert (page.parent / link).exists()
 
 
-def test_experiments_are_chosen_by_name_and_run_in_the_papers_order(ground):
+def test_experiments_are_chosen_by_name_and_run_in_the_papers_order(context):
     assert paper.chosen([]) == ["burning", "exploding", "cooking"]
     assert paper.chosen(["cooking", "burning"]) == ["burning", "cooking"]
     with pytest.raises(MilanError, match="cooking"):
         paper.chosen(["cookin"])
 
 
-def test_command_ends_with_1_where_one_failed_and_keeps_what_others_found(ground, capsys, monkeypatch):
-    monkeypatch.setattr(paper, "prepare", lambda ground, threads: None)
-    command = ["paper", "--storage", ground.storage.root, "--no-report"]
+def test_command_ends_with_1_where_one_failed_and_keeps_what_others_found(context, capsys, monkeypatch):
+    monkeypatch.setattr(paper, "prepare", lambda context, threads: None)
+    command = ["paper", "--storage", context.storage.root, "--no-report"]
     assert cli.main([*command, "--only", "cooking"]) == 0
     assert cli.main([*command, "--only", "burning"]) == 1
     assert "skipped burning: the stove is off" in capsys.readouterr().err
-    html = (Path(ground.storage.root) / "report/paper/index.html").read_text(encoding="utf-8")
+    html = (Path(context.storage.root) / "report/paper/index.html").read_text(encoding="utf-8")
     assert "the stove is off" in html and "91 °C [89, 93]" in html and "exploding" in html
     assert cli.main([*command, "--only", "nothing"]) == 1
     assert "unknown experiment 'nothing'" in capsys.readouterr().err
