@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -56,6 +58,24 @@ def pack(masks_: torch.Tensor) -> list[bytes]:
     """Packs masks bool (N, H, W) into one bit string each: row-major, first pixel in the highest bit."""
     flat = masks_.flatten(1).cpu().numpy()
     return [row.tobytes() for row in np.packbits(flat, axis=1)]
+
+
+def packed_masks(
+    maps_of: Callable[..., torch.Tensor], index: Sequence[torch.Tensor], levels: torch.Tensor, size: tuple[int, int]
+) -> list[bytes]:
+    """Masks of N maps, packed; a piece of the upsampled maps that fits into a processor's cache is made at a time.
+
+    Args:
+        maps_of: From the same n rows of every index to their maps, float32 (n, h, w).
+        index: What tells the maps apart, each int64 (N,).
+        levels: float32 (N,).
+        size: (H, W) of the masks.
+    """
+    packed: list[bytes] = []
+    for part in torch.split(torch.arange(len(levels)), 64):
+        maps = maps_of(*(rows[part] for rows in index))
+        packed += pack(masks(maps, levels[part].to(maps.device), size))
+    return packed
 
 
 def unpack(packed: list[bytes], size: tuple[int, int]) -> np.ndarray:

@@ -770,10 +770,7 @@ def _merge_layer(task: _MergeTask) -> list[int] | None:
         storage.put_work(item.work, f"winners/{item.folder(layer)}", winners)
         storage.write(LEVELS, table, item.fingerprints[layer], model=item.model.name, layer=layer)
         return sorted(set(winners["image_id"].to_pylist()))
-    packed: list[bytes] = []
-    for part in torch.split(torch.arange(len(unit)), 64):  # a cache-sized piece of upsampled maps at a time
-        u, r = unit[part], rank[part]
-        packed += masks.pack(masks.masks(state.topk.maps_of(u, r), levels[u], size))
+    packed = masks.packed_masks(state.topk.maps_of, (unit, rank), levels[unit], size)
     rows = winners.append_column("mask", pa.array(packed, pa.large_binary()))
     _write_exemplars(storage, item, layer, task.config, rows, task.cost)
     storage.write(LEVELS, table, item.fingerprints[layer], model=item.model.name, layer=layer)
@@ -936,19 +933,14 @@ class MaskWorker(ModelWorker):
         winners = {layer: self._storage.get_work(item.work, f"winners/{item.folder(layer)}") for layer in row["layers"]}
         found: dict[str, list[pa.Table]] = defaultdict(list)
         for _, batch in self._batches(_refs(row), spec):
-            if batch.unreadable:
-                ref, reason = batch.unreadable[0]
-                raise MilanError(f"{ref.location} was read before but not now ({reason}); run the job again.")
+            batch.complete("was read before but not now ({reason}); run the job again.")
             slot = {int(image_id): n for n, image_id in enumerate(batch.ids)}
             maps = forward.maps(batch.inputs)
             for layer, rows in winners.items():
                 mine = rows.filter(pc.is_in(rows["image_id"], pa.array(batch.ids)))
                 where = torch.tensor([slot[i] for i in mine["image_id"].to_pylist()], dtype=torch.int64)
                 units, levels = (torch.from_numpy(np.array(mine[name])) for name in ("unit", "level"))
-                packed: list[bytes] = []
-                for part in torch.split(torch.arange(len(mine)), 64):
-                    chosen = maps[layer][where[part], units[part]].float()
-                    packed += masks.pack(masks.masks(chosen, levels[part].to(chosen.device), size))
+                packed = masks.packed_masks(lambda *of: maps[layer][of].float(), (where, units), levels, size)  # noqa: B023
                 found[layer].append(mine.append_column("mask", pa.array(packed, pa.large_binary())))
         for layer, parts in found.items():
             table = pa.concat_tables(parts)

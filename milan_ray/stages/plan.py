@@ -27,7 +27,7 @@ from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
 from milan_ray.stages.cosy import CosyConfig, CosyScores, weights_of
 from milan_ray.stages.dnd import DndConfig, Drawings, DrawnLabels, drawings_identity
 from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings_fingerprint
-from milan_ray.stages.encodings import Encodings, Request
+from milan_ray.stages.encodings import AnyEncoderRef, Encodings
 from milan_ray.stages.exemplars import describe_model, pooled_fingerprint, settled_fingerprints, why_exemplars
 from milan_ray.stages.scores import (
     Described,
@@ -213,7 +213,7 @@ def plan_training(storage: Storage, job: TrainingJob) -> Plan:
     return plan
 
 
-def plan_tuning(storage: Storage, job: TuningJob, encoder: Request) -> Plan:
+def plan_tuning(storage: Storage, job: TuningJob, encoder: AnyEncoderRef) -> Plan:
     """The plan of encoding the annotated layers and :func:`milan_ray.stages.tuning.run_tuning`.
 
     Raises:
@@ -233,7 +233,7 @@ def add_tuning(storage: Storage, plan: Plan, job: TuningJob, reason: str | None 
     plan.steps.append(Step(TRIALS.name, (captioner_name(job.decoder), job.name), reason and trials + reason))
 
 
-def plan_decoder_tuning(storage: Storage, job: DecoderTuningJob, encoders: Sequence[Request]) -> Plan:
+def plan_decoder_tuning(storage: Storage, job: DecoderTuningJob, encoders: Sequence[AnyEncoderRef]) -> Plan:
     """The plan of encoding the annotated layers and :func:`milan_ray.stages.decoder_search.run_decoder_tuning`.
 
     Raises:
@@ -248,7 +248,7 @@ def plan_decoder_tuning(storage: Storage, job: DecoderTuningJob, encoders: Seque
     return plan
 
 
-def _plan_annotated(storage: Storage, layers: Sequence[tuple[str, str]], encoders: Sequence[Request]) -> Plan:
+def _plan_annotated(storage: Storage, layers: Sequence[tuple[str, str]], encoders: Sequence[AnyEncoderRef]) -> Plan:
     plan = Plan()
     plan.stages(storage, [Encodings(by_model(layers), encoder) for encoder in encoders])
     return plan

@@ -47,7 +47,7 @@ from milan_ray.studies.cut_and_paste.statistics import (
     paste,
     rates,
 )
-from milan_ray.studies.exemplar_images import exemplar_views, unit_exemplars, unit_masks, views_of
+from milan_ray.studies.exemplar_images import exemplar_views, model_views, unit_exemplars, unit_masks
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -284,7 +284,7 @@ def figure_path(storage: Storage, public: dict[str, str], ending: str) -> str:
 def _head_weight(spec: ModelSpec, network: nn.Module, probe: references.ProbeRef) -> torch.Tensor:
     if spec.bands not in (None, 3):
         raise MilanError(f"{spec.name} takes {spec.bands} bands: exemplars are kept, and can be pasted, in RGB alone.")
-    first = views_of(probe, image_refs(references.probe(probe).manifest().slice(0, 1)), spec)
+    first = model_views(probe, image_refs(references.probe(probe).manifest().slice(0, 1)), spec)
     head = network.get_submodule(find_head(spec, network, torch.from_numpy(first)))
     assert isinstance(head, nn.Linear)
     return head.weight
@@ -351,7 +351,7 @@ def _scan(task: _Scan) -> tuple[np.ndarray, np.ndarray]:
     torch.set_num_threads(task.threads)
     device = resolve_device(task.device)
     spec, forward, size = _forward(task.model, task.layer, str(device), task.arithmetic)
-    views = views_of(task.probe, task.refs, spec)
+    views = model_views(task.probe, task.refs, spec)
     guesses, maxima = [], []
     for start in range(0, len(views), size):
         maps = forward.maps(views[start : start + size])
@@ -381,7 +381,7 @@ def _paste(task: _Paste) -> list[_Guesses]:
 
     results = []
     for unit in task.units:
-        originals, controls = (views_of(task.probe, refs, spec) for refs in (unit.originals, unit.controls))
+        originals, controls = (model_views(task.probe, refs, spec) for refs in (unit.originals, unit.controls))
         distractors = exemplar_views(task.storage, spec.name, task.layer, unit.distractors)
         cuts = _cuts(task.storage, spec.name, task.layer, unit.masks, (originals.shape[1], originals.shape[2]))
         results.append(
@@ -453,7 +453,7 @@ def _draw_examples(
     figure = figures.new_figure(7.2, 2.5 * len(shown) + 0.5)
     panels = figure.subplots(len(shown), 3, squeeze=False)
     for axes, row in zip(panels, shown.iter_rows(named=True), strict=True):
-        original = views_of(probe, image_refs(manifest, [row["original"]]), spec)
+        original = model_views(probe, image_refs(manifest, [row["original"]]), spec)
         distractor = exemplar_views(storage, spec.name, layer, [row["distractor"]])
         of_it = unit_exemplars(storage, spec.name, layer, row["unit"]).filter(pl.col("image_id") == row["distractor"])
         cut = _cuts(storage, spec.name, layer, of_it["mask"].to_list(), (original.shape[1], original.shape[2]))
