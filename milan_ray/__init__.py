@@ -5,7 +5,6 @@ The calls of :mod:`milan_ray.library` are imported when they are first used: ``i
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,21 +15,13 @@ if TYPE_CHECKING:
 
 __version__ = "0.2.0"
 
-_MODULES = {
-    "Dissection": "dissect",
-    "Milan": "captioner",
-    "diff": "search",
-    "dissect": "dissect",
-    "load": "captioner",
-    "open_exemplars": "run_directory",
-    "search": "search",
-}
-"""Name → the module of :mod:`milan_ray.library` that has it."""
-
 __all__ = ["Dissection", "Milan", "__version__", "diff", "dissect", "load", "open_exemplars", "search"]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"milan_ray.library.{_MODULES[name]}"), name)
+    from milan_ray.library import captioner, dissect, run_directory, search
+
+    modules = (captioner, dissect, run_directory, search)
+    return getattr(next(module for module in modules if hasattr(module, name)), name)

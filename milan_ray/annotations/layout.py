@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,6 +22,31 @@ COLUMNS = ("layer", "unit", "summary")
 """Columns of ``annotations.csv`` that count; others may stand between them."""
 
 _BYTE = np.float32(1 / 255)
+
+
+@contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A folder to write into, which gets its name when all is written, and is removed when not.
+
+    Args:
+        folder: Folder to be made.
+
+    Raises:
+        MilanError: It is there already, or cannot be written.
+    """
+    if folder.exists():
+        raise MilanError(f"{folder} exists already: choose another folder, or move it away.")
+    part = folder.parent / f".{folder.name}.part"
+    try:
+        if part.exists():
+            shutil.rmtree(part)
+        part.mkdir(parents=True)
+        yield part
+        part.rename(folder)
+    except OSError as error:
+        raise MilanError(f"{folder} cannot be written ({error}): choose a folder that can.") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 @dataclass(frozen=True, eq=False)

@@ -171,7 +171,7 @@ def _merge_layer(
 
 
 def nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes by nearest neighbours as the reference does for the images it stores: uint8 (3, h, w) → (3, H, W)."""
+    """Resizes by nearest neighbours as the reference does for the images it stores: (C, h, w) → (C, H, W)."""
     if pixels.shape[1:] == size:
         return pixels
     return interpolate(torch.from_numpy(np.ascontiguousarray(pixels))[None], size=size, mode="nearest")[0].numpy()

@@ -24,9 +24,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from milan_ray.benchmarks.conformance_truth import IMAGES, Subject, arranged, run_network, truths_of
+from milan_ray.benchmarks.conformance_truth import IMAGES, Subject, arranged, truths_of
 from milan_ray.errors import MilanError, reason
 from milan_ray.exemplars.forward import Forward
+from milan_ray.models.hooks import call
 from milan_ray.models.registry import ModelSpec
 
 MOST_PARAMETERS = 150_000_000
@@ -136,15 +137,11 @@ def _compare(case: Case, result: Result) -> None:
     except Exception as error:  # the library cannot run its own network
         result.built, result.refused[""] = False, f"its library does not run it: {reason(error)}"
         return
-    defaults = _read(spec, network, spec.layers, result)
-    if defaults is not None:
-        result.defaults_run = True
+    result.defaults_run = _read(spec, network, spec.layers, result) is not None
     known = dict(truths)
     for layer in spec.layers:
-        if layer not in known and layer in raw:
-            maps = arranged(network, layer, raw, truths)
-            if maps is not None:
-                known[layer] = maps
+        if layer not in known and layer in raw and (maps := arranged(network, layer, raw, truths)) is not None:
+            known[layer] = maps
     del raw
     listed = _spaced([path for path in truths if "#" not in path], MOST_LAYERS)
     layers = tuple(dict.fromkeys([*spec.layers, *listed]))
@@ -154,18 +151,16 @@ def _compare(case: Case, result: Result) -> None:
 
 def _read(spec: ModelSpec, network: nn.Module, layers: Sequence[str], result: Result) -> Forward | None:
     """A forward pass of layers that can be read, or the sentence why they cannot."""
+    name = layers[0] if len(layers) == 1 else ""
     try:
         forward = Forward(spec, network, layers, IMAGES)
         forward.maps(_pictures(spec.preprocess.view.shape))
+        return forward
     except MilanError as error:
-        result.refused[layers[0] if len(layers) == 1 else ""] = str(error)
-        return None
+        result.refused[name] = str(error)
     except Exception as error:  # what a user would get to see instead of a sentence
-        result.wrong[layers[0] if len(layers) == 1 else ""] = (
-            f"no sentence, but {type(error).__name__}: {reason(error)}"
-        )
-        return None
-    return forward
+        result.wrong[name] = f"no sentence, but {type(error).__name__}: {reason(error)}"
+    return None
 
 
 def _forwards(
@@ -173,15 +168,13 @@ def _forwards(
 ) -> Iterator[tuple[Forward, Sequence[str]]]:
     """All layers at once, or, where one is refused, one by one."""
     noted = Result("", "", "")
-    forward = _read(spec, network, layers, noted)
-    if forward is not None:
+    if (forward := _read(spec, network, layers, noted)) is not None:
         yield forward, layers
         return
     result.refused.pop("", None)
     result.wrong.pop("", None)
     for layer in layers:
-        forward = _read(spec, network, (layer,), result)
-        if forward is not None:
+        if (forward := _read(spec, network, (layer,), result)) is not None:
             yield forward, (layer,)
     if not result.refused and not result.wrong:  # each alone, but not together
         result.refused |= noted.refused
@@ -233,14 +226,11 @@ def _difference(own: torch.Tensor, truth: torch.Tensor) -> str | None:
     size = truth.abs().amax().clamp_min(1e-30)
     if (own - truth).abs().amax() <= _TOLERANCE * size:
         return None
-    same = [
-        (maps.flatten(2).sort(dim=2).values if sort == 2 else maps.sort(dim=1).values)
-        for sort in (2, 1)
-        for maps in (own, truth)
-    ]
-    if (same[0] - same[1]).abs().amax() <= _TOLERANCE * size:
+    positions = [maps.flatten(2).sort(dim=2).values for maps in (own, truth)]
+    if (positions[0] - positions[1]).abs().amax() <= _TOLERANCE * size:
         return "positions in another order"
-    if (same[2] - same[3]).abs().amax() <= _TOLERANCE * size:
+    units = [maps.sort(dim=1).values for maps in (own, truth)]
+    if (units[0] - units[1]).abs().amax() <= _TOLERANCE * size:
         return "units in another order"
     strongest = [maps.flatten(2).amax(2).argmax(0) for maps in (own, truth)]
     share = (strongest[0] != strongest[1]).float().mean().item()
@@ -319,17 +309,8 @@ def page(results: Sequence[Result]) -> str:
         run = f"{result.defaults} run" if result.defaults_run else "do not run"
         verdict = result.verdict.replace("|", "\\|").replace("\n", " ")
         pictures = "×".join(map(str, result.view)) if any(result.view) else "-"
-        cells = (
-            result.library,
-            result.family,
-            f"`{result.network}`",
-            pictures,
-            run,
-            result.compared,
-            result.lit,
-            result.unproven,
-            verdict,
-        )
+        network, counts = f"`{result.network}`", (result.compared, result.lit, result.unproven)
+        cells = (result.library, result.family, network, pictures, run, *counts, verdict)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines) + "\n"
 
@@ -394,7 +375,7 @@ def _vary(subject: Subject, views: np.ndarray) -> None:
     for norm in norms:
         norm.train().momentum = 1  # this batch's alone
     try:
-        run_network(subject, torch.from_numpy(views))
+        call(network, subject.spec.prepare(torch.from_numpy(views)))
     finally:
         for norm, momentum in zip(norms, momenta, strict=True):
             norm.eval().momentum = momentum

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from milan_ray.models.hooks import call
 from milan_ray.models.registry import OUTPUTS, ModelSpec
 
 IMAGES = 3
@@ -54,7 +55,7 @@ def truths_of(subject: Subject, views: np.ndarray) -> tuple[dict[str, torch.Tens
 
         handles.append(module.register_forward_hook(note))
     try:
-        run_network(subject, inputs)
+        call(subject.network, subject.spec.prepare(inputs))
     finally:
         for handle in handles:
             handle.remove()
@@ -68,15 +69,6 @@ def truths_of(subject: Subject, views: np.ndarray) -> tuple[dict[str, torch.Tens
         if same:
             found[min(same, key=lambda path: ("#" in path, path.count("."), len(path)))] = maps
     return raw, found
-
-
-def run_network(subject: Subject, views: torch.Tensor) -> None:
-    """Runs the network on views, uint8 (n, H, W, 3)."""
-    prepared = subject.spec.prepare(views)
-    if isinstance(prepared, torch.Tensor):
-        subject.network(prepared)
-    else:
-        subject.network(**prepared) if isinstance(prepared, dict) else subject.network(*prepared)
 
 
 def _tensors(output: object) -> list[torch.Tensor]:

@@ -16,12 +16,12 @@ from milan_ray.captioner.encoder import MASKS, PyramidEncoder, pool_maps
 from milan_ray.config import Resources, config_hash
 from milan_ray.engine.cluster import connected
 from milan_ray.exemplars.masks import pack
-from milan_ray.schema import ENCODINGS, EXEMPLARS, VIEWS
+from milan_ray.schema import ENCODINGS, EXEMPLARS
 from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.encodings import BATCH_SIZE, run_encodings
 from milan_ray.stages.images import png
 from milan_ray.storage import Storage
-from milan_ray.storage.image_blocks import block_of
+from milan_ray.storage.image_blocks import block_of, write_block
 
 PER_IMAGE = 20
 """Masks per image: what ResNet-18's 1,024 units have on 800 images."""
@@ -139,10 +139,8 @@ def _stage(
 def _write_views(storage: Storage, views: list[np.ndarray]) -> None:
     for block in sorted({block_of(image_id) for image_id in range(len(views))}):
         ids = [image_id for image_id in range(len(views)) if block_of(image_id) == block]
-        keys = {"probe": "benchmark", "view": "benchmark", "block": block}
-        columns = {name: [value] * len(ids) for name, value in keys.items()}
         pngs = [png(views[image_id]) for image_id in ids]
-        storage.write(VIEWS, VIEWS.table({**columns, "image_id": ids, "image": pngs}), "benchmark", **keys)
+        write_block(storage, "benchmark", ids, pngs, probe="benchmark", view="benchmark", block=block)
 
 
 def _write_exemplars(storage: Storage, model: str, images: int, seed: int) -> None:

@@ -9,7 +9,7 @@ import functools
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from milan_ray.errors import unknown_name
 from milan_ray.models.hooks import LayerTap
+from milan_ray.models.image_text import ImageText
 from milan_ray.models.registry import BUILDING
 from milan_ray.models.view import IMAGENET_MEAN, IMAGENET_STD
 from milan_ray.models.weights import WeightsFile, load_strictly, load_weights, weights_digest
@@ -25,77 +26,6 @@ from milan_ray.names import checked_name
 
 MASKS = 256
 """Masks pooled at a time, 50 MB at 224×224: bounds memory where an image is an exemplar of thousands of units."""
-
-
-class Encoder(Protocol):
-    """Turns images and masks into features: a captioner's encoder, or a model of images and texts."""
-
-    mean: Tensor
-
-    @property
-    def feature_size(self) -> int:
-        """Size F of a feature."""
-
-    def identity(self) -> dict[str, object]:
-        """All that decides features besides images and masks."""
-
-    def to(self, device: torch.device) -> Any:
-        """Moves the encoder to a device."""
-
-    def fit(self, images: Tensor) -> Tensor:
-        """Resizes images (N, 3, H, W) in [0, 1] to the encoder's own size."""
-
-    def maps(self, images: Tensor) -> list[Tensor]:
-        """Encodes N images in one pass: what all masks share, as tensors of N rows."""
-
-    def pool(self, maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
-        """Features (M, F) of masks (M, H, W); ``index`` (M,) tells which image each mask belongs to."""
-
-
-@dataclass(frozen=True)
-class MaskedExemplars:
-    """M exemplars whose masks have one size.
-
-    Attributes:
-        images: Number of the image that each exemplar shows, int64 (M,); −1 for an exemplar that is missing.
-        masks: From m places among the exemplars, int64 (m,), to their masks (m, H, W), float or bool in [0, 1].
-    """
-
-    images: np.ndarray
-    masks: Callable[[np.ndarray], Tensor]
-
-
-def encode_exemplars(
-    encoder: Encoder,
-    groups: Sequence[MaskedExemplars],
-    maps: Callable[[int, int], Sequence[Tensor]],
-    count: int,
-    batch_size: int,
-) -> list[np.ndarray]:
-    """Encodes every image once and pools it with all masks that refer to it.
-
-    Args:
-        encoder: The encoder.
-        groups: The exemplars, by size of their masks.
-        maps: From (start, stop) to the encoder's maps of the images of these numbers.
-        count: Number of images.
-        batch_size: Images per encoder pass.
-
-    Returns:
-        Per group features, float32 (M, F); 0 where an exemplar is missing.
-    """
-    features = [np.zeros((len(group.images), encoder.feature_size), np.float32) for group in groups]
-    device = encoder.mean.device
-    for start in range(0, count, batch_size):
-        stop = min(start + batch_size, count)
-        batch = maps(start, stop)
-        for group, of_group in zip(groups, features, strict=True):
-            shown = np.flatnonzero((group.images >= start) & (group.images < stop))
-            for first in range(0, len(shown), MASKS):
-                places = shown[first : first + MASKS]
-                index = torch.from_numpy(group.images[places] - start).to(device)
-                of_group[places] = encoder.pool(batch, group.masks(places).to(device), index).cpu().numpy()
-    return features
 
 
 @dataclass(frozen=True)
@@ -217,6 +147,10 @@ class PyramidEncoder(nn.Module):
         return pool_maps(self.maps(images, normalize), masks, torch.arange(len(images), device=images.device))
 
 
+Encoder = PyramidEncoder | ImageText
+"""What turns images and masks into features: a captioner's encoder, or a model of images and texts."""
+
+
 def level_weights(masks: Tensor, size: tuple[int, int]) -> Tensor:
     """Pooling weights (M, h, w) of masks (M, H, W): downsampled bilinearly, then normalised to a sum of 1.
 
@@ -253,6 +187,52 @@ def pool_maps(maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
         sums = F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights[mask, position])
         pooled.append(sums)
     return torch.cat(pooled, dim=1)
+
+
+@dataclass(frozen=True)
+class MaskedExemplars:
+    """M exemplars whose masks have one size.
+
+    Attributes:
+        images: Number of the image that each exemplar shows, int64 (M,); −1 for an exemplar that is missing.
+        masks: From m places among the exemplars, int64 (m,), to their masks (m, H, W), float or bool in [0, 1].
+    """
+
+    images: np.ndarray
+    masks: Callable[[np.ndarray], Tensor]
+
+
+def encode_exemplars(
+    encoder: Encoder,
+    groups: Sequence[MaskedExemplars],
+    maps: Callable[[int, int], Sequence[Tensor]],
+    count: int,
+    batch_size: int,
+) -> list[np.ndarray]:
+    """Encodes every image once and pools it with all masks that refer to it.
+
+    Args:
+        encoder: The encoder.
+        groups: The exemplars, by size of their masks.
+        maps: From (start, stop) to the encoder's maps of the images of these numbers.
+        count: Number of images.
+        batch_size: Images per encoder pass.
+
+    Returns:
+        Per group features, float32 (M, F); 0 where an exemplar is missing.
+    """
+    features = [np.zeros((len(group.images), encoder.feature_size), np.float32) for group in groups]
+    device = encoder.mean.device
+    for start in range(0, count, batch_size):
+        stop = min(start + batch_size, count)
+        batch = maps(start, stop)
+        for group, of_group in zip(groups, features, strict=True):
+            shown = np.flatnonzero((group.images >= start) & (group.images < stop))
+            for first in range(0, len(shown), MASKS):
+                places = shown[first : first + MASKS]
+                index = torch.from_numpy(group.images[places] - start).to(device)
+                of_group[places] = encoder.pool(batch, group.masks(places).to(device), index).cpu().numpy()
+    return features
 
 
 class SpatialEncoder(nn.Module):

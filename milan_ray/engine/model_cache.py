@@ -31,17 +31,14 @@ class ModelCache(Generic[T]):
 
     def __call__(self, index: int) -> T:
         """The model of this index."""
-        if index not in self._loaded:
-            self._keep_newest()  # before the next one is built: never three at once
+        is_new = index not in self._loaded
+        if is_new or index == self._last == next(reversed(self._loaded)):
+            while len(self._loaded) > 1:  # before the next one is built: never three at once
+                del self._loaded[next(iter(self._loaded))]
+        if is_new:
             self._loaded[index] = self._build(index)
-        elif index == self._last == next(reversed(self._loaded)):
-            self._keep_newest()
         self._last = index
         return self._loaded[index]
-
-    def _keep_newest(self) -> None:
-        while len(self._loaded) > 1:
-            del self._loaded[next(iter(self._loaded))]
 
 
 @lru_cache(maxsize=1)

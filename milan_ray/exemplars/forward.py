@@ -54,6 +54,19 @@ class Batch:
         assert isinstance(self.inputs, np.ndarray)
         return self.inputs
 
+    def complete(self, message: str) -> Batch:
+        """The batch itself, unless an image could not be read.
+
+        Args:
+            message: What follows the image's place; ``{reason}`` stands for the reason.
+
+        Raises:
+            MilanError: One could not be read.
+        """
+        for ref, reason in self.unreadable:
+            raise MilanError(f"{ref.location} {message.format(reason=reason)}")
+        return self
+
 
 def check_probe(spec: ModelSpec, probe: Probe) -> None:
     """Checks that a generator gets latents and any other model images.

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+
+_TOGETHER = 64
+"""Maps that are upsampled together."""
 
 
 def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -58,6 +61,23 @@ def pack(masks_: torch.Tensor) -> list[bytes]:
     """Packs masks bool (N, H, W) into one bit string each: row-major, first pixel in the highest bit."""
     flat = masks_.flatten(1).cpu().numpy()
     return [row.tobytes() for row in np.packbits(flat, axis=1)]
+
+
+def packed_masks(
+    maps: Callable[[torch.Tensor], torch.Tensor], levels: torch.Tensor, size: tuple[int, int]
+) -> list[bytes]:
+    """Packed masks of N maps, of which so many are upsampled at a time as fit into a processor's cache.
+
+    Args:
+        maps: Maps float32 (n, h, w) of some of them, given their places int64 (n,).
+        levels: float32 (N,), their units' levels.
+        size: (H, W) of the masks.
+    """
+    packed: list[bytes] = []
+    for part in torch.split(torch.arange(len(levels)), _TOGETHER):
+        chosen = maps(part)
+        packed += pack(masks(chosen, levels[part].to(chosen.device), size))
+    return packed
 
 
 def unpack(packed: list[bytes], size: tuple[int, int]) -> np.ndarray:

@@ -197,8 +197,8 @@ class Milan:
                 progress.advance(stop - start)
                 return encoder.maps(encoder.fit(inputs) if resize else inputs)
 
-            groups = [MaskedExemplars(index, masks_at)]
-            (features,) = encode_exemplars(encoder, groups, maps, len(first), BATCH_SIZE)
+            exemplars = MaskedExemplars(index, masks_at)
+            (features,) = encode_exemplars(encoder, [exemplars], maps, len(first), BATCH_SIZE)
         return features.reshape(units, k, encoder.feature_size)
 
 

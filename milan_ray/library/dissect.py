@@ -78,11 +78,8 @@ class Dissection:
     ) -> None:  # fmt: skip
         """Made by :func:`dissect`."""
         self.model, self.layers = model, list(exemplars)
-        self.skipped = pl.DataFrame(
-            [(ref.location, why) for ref, why in skipped],
-            schema={"image": pl.String, "reason": pl.String},
-            orient="row",
-        )
+        reasons = [(ref.location, why) for ref, why in skipped]
+        self.skipped = pl.DataFrame(reasons, schema={"image": pl.String, "reason": pl.String}, orient="row")
         self._probe, self._refs, self._view, self._exemplars = probe, refs, preprocess.view, exemplars
         self._descriptions: dict[str, pl.DataFrame] = {}
 
@@ -160,7 +157,8 @@ class Dissection:
         Raises:
             MilanError: There is no such layer or unit.
         """
-        for layer in self.layers if layers is None else layers:
+        chosen = self.layers if layers is None else list(layers)
+        for layer in chosen:
             exemplars = self._layer(layer)
             alive = np.flatnonzero(exemplars.ids[:, 0] >= 0)
             wanted = alive if units is None else np.unique(np.asarray(units, int))
@@ -169,11 +167,10 @@ class Dissection:
                     f"{self.model} has no exemplars of units {dead[:8]} in layer {layer!r}: dead, or no such units."
                 )
             self._descriptions[layer] = self._describe(milan, layer, wanted, options)
-        chosen = self.layers if layers is None else list(layers)
         return self.descriptions.filter(pl.col("layer").is_in(chosen))
 
     def _describe(self, milan: Milan, layer: str, units: np.ndarray, options: Mapping[str, Any]) -> pl.DataFrame:
-        found = [as_frame(DESCRIPTIONS.schema.empty_table())]
+        frames = [as_frame(DESCRIPTIONS.schema.empty_table())]
         counts = (self._exemplars[layer].ids[units] >= 0).sum(axis=1)
         features = self._encode(milan.encoder, layer, units)
         queries = None if milan.judge is None else self._encode(milan.judge, layer, units)
@@ -181,16 +178,11 @@ class Dissection:
             rows = np.flatnonzero(counts == count)
             seen = None if queries is None else queries[rows, :count]
             frame = milan.describe_encoded(features[rows, :count], seen, **options)
-            chosen = pl.Series("unit", units[rows].astype(np.int32))
             labeler = MILAN if milan.clip is None else milan.clip.labeler().name
-            said = frame.with_columns(
-                chosen,
-                pl.lit(labeler).alias("labeler"),
-                pl.lit(self.model).alias("model"),
-                pl.lit(layer).alias("layer"),
-            )
-            found.append(said.select(found[0].columns).cast(found[0].schema))
-        return pl.concat(found).sort("unit")
+            keys = {"labeler": pl.lit(labeler), "model": pl.lit(self.model), "layer": pl.lit(layer)}
+            frame = frame.with_columns(pl.Series("unit", units[rows].astype(np.int32)), **keys)
+            frames.append(frame.select(frames[0].columns).cast(frames[0].schema))
+        return pl.concat(frames).sort("unit")
 
     def _encode(self, encoder: Encoder, layer: str, units: np.ndarray) -> np.ndarray:
         """Features (units, k, F), 0 where a unit has fewer exemplars."""
@@ -210,17 +202,14 @@ class Dissection:
                 progress.advance(stop - start)
                 return encoder.maps(encoder.fit(images.permute(0, 3, 1, 2).float() * (1 / 255)))
 
-            groups = [MaskedExemplars(np.where(flat < 0, -1, np.searchsorted(distinct, flat)), masks_at)]
-            (features,) = encode_exemplars(encoder, groups, maps, len(distinct), BATCH_SIZE)
+            wanted = MaskedExemplars(np.where(flat < 0, -1, np.searchsorted(distinct, flat)), masks_at)
+            (features,) = encode_exemplars(encoder, [wanted], maps, len(distinct), BATCH_SIZE)
         return features.reshape(*ids.shape, -1)
 
     def _views(self, ids: np.ndarray) -> np.ndarray:
         """Images as the model saw them, uint8 (n, H, W, 3), in this order."""
         batch = read_views(self._probe, [self._refs[image] for image in ids.tolist()], self._view)
-        if batch.unreadable:
-            ref, why = batch.unreadable[0]
-            raise MilanError(f"{ref.location} was read before but not now ({why}); dissect again.")
-        return batch.views
+        return batch.complete("was read before but not now ({reason}); dissect again.").views
 
     def _layer(self, layer: str) -> _Layer:
         if layer not in self._exemplars:
@@ -307,9 +296,7 @@ def dissect(
     with _evaluating(network):
         find_layers(network, spec.layers)
         check_network(spec.name, network)
-        parameter = next(iter(network.parameters()), None)
-        where = torch.device("cpu") if parameter is None else parameter.device
-        size = pass_size(spec.batch(batch_size), where)
+        size = pass_size(spec.batch(batch_size), _device_of(network))
         plan = Plan(len(refs), k, quantile, max(len(refs), 2**20), _ALL_MAPS)
         layouts = establish(spec, network, spec.layers)
         for layer, layout in layouts.items():
@@ -364,13 +351,15 @@ def _check_numbers(k: int, quantile: float, batch_size: int) -> None:
         raise MilanError(f"quantile={quantile!r}: give a number between 0 and 1, such as 0.99.")
 
 
+def _device_of(network: nn.Module) -> torch.device:
+    return next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
+
+
 def _check_device(network: nn.Module, device: str) -> None:
     """A network runs where it is: another device would do nothing."""
     if device == "auto":
         return
-    wanted = resolve_device(device)
-    parameter = next(iter(network.parameters()), None)
-    here = torch.device("cpu") if parameter is None else parameter.device
+    wanted, here = resolve_device(device), _device_of(network)
     if wanted.type != here.type or (wanted.index or 0) != (here.index or 0):
         raise MilanError(
             f"device={device!r} is for registered models: this network is on {here}; call .to({device!r})."
@@ -395,16 +384,16 @@ def _run(
 
 
 def _settle(state: LayerState, size: tuple[int, int]) -> _Layer:
-    levels, ids = state.level.result(), state.topk.ids.cpu()
-    maps, values = state.topk.maps, state.topk.values.cpu()
-    assert maps is not None  # all maps were carried along
-    packed: dict[tuple[int, int], bytes] = {}
+    topk, levels = state.topk, state.level.result()
+    ids = topk.ids.cpu()
     unit, rank = torch.nonzero(ids >= 0, as_tuple=True)
-    for part in torch.split(torch.arange(len(unit)), 64):
-        u, r = unit[part], rank[part]
-        regions = packed_masks.masks(maps[u.to(maps.device), r.to(maps.device)].cpu(), levels[u], size)
-        packed |= zip(zip(u.tolist(), r.tolist(), strict=True), packed_masks.pack(regions), strict=True)
-    return _Layer(ids.numpy(), values.numpy(), levels.numpy(), packed)
+
+    def maps_of(part: torch.Tensor) -> torch.Tensor:
+        return topk.maps_of(unit[part].to(topk.ids.device), rank[part].to(topk.ids.device)).cpu()
+
+    packed = packed_masks.packed_masks(maps_of, levels[unit], size)
+    masks = dict(zip(zip(unit.tolist(), rank.tolist(), strict=True), packed, strict=True))
+    return _Layer(ids.numpy(), topk.values.cpu().numpy(), levels.numpy(), masks)
 
 
 @contextmanager

@@ -83,8 +83,7 @@ def image_probe(images: ProbeImages | Probe, image_column: str | None = None) ->
         raise MilanError("no images given: give at least one.")
     if in_memory:
         return ImagesInMemory(list(images))
-    sources = [os.fspath(one) for one in images]
-    sources = [str(Path(one).expanduser()) if "://" not in one else one for one in sources]
+    sources = [path if "://" in path else str(Path(path).expanduser()) for path in map(os.fspath, images)]
     return resolve_probe(sources, image_column=image_column)  # type: ignore[return-value]
 
 
@@ -99,8 +98,8 @@ def _check_images(images: object) -> None:
     if isinstance(images, (Mapping, set, frozenset)) or not (
         hasattr(images, "__len__") and hasattr(images, "__getitem__")
     ):
-        kind = type(images).__name__
-        raise MilanError(f"images are {kind}: give a path, a probe, an array, or a list of images (list(…) makes one).")
+        remedy = "give a path, a probe, an array, or a list of images (list(…) makes one)"
+        raise MilanError(f"images are {type(images).__name__}: {remedy}.")
     shape = tuple(getattr(images, "shape", ()))
     if isinstance(images, np.ndarray) and not shape:
         raise MilanError("images are an array without axes: give uint8 (N, height, width, 3).")

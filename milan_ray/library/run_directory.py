@@ -9,10 +9,9 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
-from torch.nn import functional as F
 
 from milan_ray.annotations.groups import locate
+from milan_ray.annotations.merge import nearest
 from milan_ray.annotations.published import PublishedSet, Sample
 from milan_ray.errors import DamagedTable, MilanError, unknown_name
 from milan_ray.exemplars import masks
@@ -111,16 +110,13 @@ class RunExemplars:
         meta = self._storage.metadata(EXEMPLARS, **keys) or {}
         ids = rows["image_id"].to_numpy()
         images = self._images(meta["probe"], meta["view"], ids)
-        size = mask_size(meta)
-        regions = torch.from_numpy(masks.unpack(rows["mask"].to_pylist(), size))[:, None].float()
-        if size != images.shape[-2:]:
-            regions = F.interpolate(regions, size=images.shape[-2:], mode="nearest")
+        regions = masks.unpack(rows["mask"].to_pylist(), mask_size(meta)).astype(np.float32)
         notes = as_frame(self._of_unit(ANNOTATIONS, unit, keys))
         return Unit(
             layer,
             unit,
             images.astype(np.float32) * np.float32(1 / 255),
-            regions.numpy(),
+            nearest(regions, images.shape[-2:])[:, None],
             tuple(notes["text"].to_list()),
             model=self.model,
             image_ids=ids,

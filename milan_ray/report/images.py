@@ -19,6 +19,7 @@ from PIL import Image
 
 from milan_ray.damaged import LeftOut
 from milan_ray.errors import DamagedTable, MilanError
+from milan_ray.exemplars.masks import unpack
 from milan_ray.report.pages import write_script
 from milan_ray.schema import MANIFEST, VIEWS
 from milan_ray.storage import Storage
@@ -62,9 +63,8 @@ def mask_strip(masks: Sequence[bytes], height: int, width: int) -> bytes:
     Returns:
         A PNG of one bit per pixel, the masks below each other, n·f·height × f·width with a whole f ≥ 1.
     """
-    bits = np.stack([np.unpackbits(np.frombuffer(mask, np.uint8), count=height * width) for mask in masks])
+    bits = unpack(list(masks), (height, width)).view(np.uint8).reshape(-1, width)
     factor = math.ceil(THUMBNAIL / max(height, width))
-    bits = bits.reshape(-1, width)
     if factor > 1:  # the copies take longer than all else
         bits = bits.repeat(factor, axis=0).repeat(factor, axis=1)
     strip = Image.frombytes("P", bits.shape[::-1], bits.tobytes())

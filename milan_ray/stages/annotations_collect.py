@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +17,7 @@ from PIL import Image
 from milan_ray.annotations import collection
 from milan_ray.annotations.cleaning import CleaningTables
 from milan_ray.annotations.collection import Answer, Question, Task
+from milan_ray.annotations.layout import whole_folder
 from milan_ray.annotations.merge import nearest
 from milan_ray.annotations.published import Sample
 from milan_ray.config import config_hash
@@ -83,14 +83,8 @@ def run_collect(
     asked = [] if qualification is None else collection.read_questions(qualification)
     for of, layer, *_ in asked:
         exemplar_layers(storage, of, [layer])
-    if folder.exists():
-        raise MilanError(f"{folder} exists already: choose another folder, or move it away.")
-    part = folder.parent / f".{folder.name}.part"
     questioned = {(of, layer, unit) for of, layer, unit, *_ in asked}
-    try:
-        if part.exists():
-            shutil.rmtree(part)
-        part.mkdir(parents=True)
+    with whole_folder(folder) as part:
         tasks: list[Task] = []
         for number, (of, layer) in enumerate(wanted):
             there = [unit for unit in _units(storage, of, layer) if not units or unit in units]
@@ -105,11 +99,6 @@ def run_collect(
                 raise MilanError(f"the qualification test asks about {of} {layer} {unit}, which has no exemplars.")
             questions.append(Question(found[0], right, wrong))
         _write(part, tasks, questions)
-        part.rename(folder)
-    except OSError as error:
-        raise MilanError(f"{folder} cannot be written ({error}): choose a folder that can.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return len(tasks)
 
 
@@ -153,9 +142,9 @@ def _write_images(
     tasks: list[Task] = []
 
     def write(unit: int, rows: np.ndarray, pngs: dict[int, bytes]) -> Task:
-        ids = [table["image_id"][row].as_py() for row in rows.tolist()]
-        pixels = [nearest(decode(pngs[image_id]).transpose(2, 0, 1), size) for image_id in ids]
-        regions = masks.unpack([table["mask"][row].as_py() for row in rows.tolist()], size)
+        mine = table.take(rows)
+        pixels = [nearest(decode(pngs[i]).transpose(2, 0, 1), size) for i in mine["image_id"].to_pylist()]
+        regions = masks.unpack(mine["mask"].to_pylist(), size)
         images = np.stack(pixels).astype(np.float32) / 255
         sample = Sample(layer, unit, images, regions[:, None].astype(np.float32))
         grid = sample.grid()

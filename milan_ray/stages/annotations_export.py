@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -66,24 +65,14 @@ def run_export(
     if bad:
         raise MilanError(f"layer {bad[0]!r} of {model} cannot be the name of a folder: leave it out.")
     annotations = _annotations(storage, model, source, chosen)
-    if folder.exists():
-        raise MilanError(f"{folder} exists already: choose another folder, or move it away.")
-    part = folder.parent / f".{folder.name}.part"
-    try:
-        if part.exists():
-            shutil.rmtree(part)
+    with layout.whole_folder(folder) as part:
         kept = {}
         for layer in chosen:
-            (part / layer).mkdir(parents=True)
+            (part / layer).mkdir()
             kept[layer] = _export_layer(storage, model, layer, part / layer)
         if annotations:
             rows = [(layer, unit, text) for layer, unit, text in annotations if unit in kept[layer]]
             layout.write_annotations(part / layout.ANNOTATIONS, rows)
-        part.rename(folder)
-    except OSError as error:
-        raise MilanError(f"{folder} cannot be written ({error}): choose a folder that can.") from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return chosen
 
 

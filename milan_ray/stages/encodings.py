@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,7 +25,9 @@ from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedSta
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.masks import mask_size
+from milan_ray.labelers.clip import Clip
 from milan_ray.schema import ENCODINGS, EXEMPLARS
+from milan_ray.stages.captioners import EncoderRef
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 from milan_ray.storage.image_blocks import decode, read_pngs
 
@@ -34,18 +36,10 @@ KERNEL_VERSION = "encodings-3"
 BATCH_SIZE = 16
 """Images per encoder pass: on a CPU larger ones are no faster and heavier, smaller ones slower."""
 
+AnyEncoderRef = EncoderRef | Clip
+"""An encoder as it travels to workers."""
+
 _FEATURES_SCHEMA = pa.schema([("unit", pa.int32()), ("rank", pa.int16()), ("feature", pa.list_(pa.float32()))])
-
-
-class Request(Protocol):
-    """An encoder as it travels to workers."""
-
-    @property
-    def name(self) -> str:
-        """Its name in the table of encodings."""
-
-    def load(self) -> Encoder:
-        """Builds it."""
 
 
 class EncodingWorker:
@@ -57,7 +51,7 @@ class EncodingWorker:
         work: str,
         outputs: dict[int, Output],
         mask_sizes: dict[int, tuple[int, int]],
-        encoder: Request,
+        encoder: AnyEncoderRef,
         threads: int,
         device: str,
     ) -> None:
@@ -120,7 +114,7 @@ class Encodings(ShardedStage):
     table, counted = ENCODINGS, "chunks of images"
     name = label = "encodings"
 
-    def __init__(self, models: Layers, encoder: Request, units: tuple[int, ...] = ()) -> None:
+    def __init__(self, models: Layers, encoder: AnyEncoderRef, units: tuple[int, ...] = ()) -> None:
         self._models, self._encoder, self._units = models, encoder, units
         self.title = f"encodings ({encoder.name})"
 
@@ -176,7 +170,7 @@ class Encodings(ShardedStage):
 def run_encodings(
     storage: Storage,
     models: Layers,
-    encoder: Request,
+    encoder: AnyEncoderRef,
     resources: Resources,
     units: tuple[int, ...] = (),
 ) -> None:

@@ -228,9 +228,7 @@ def _refs(storage: Storage, images: ExemplarImages, block: str, image_ids: set[i
     """Where images of a block lie, ascending."""
     first = int(block) * BLOCK
     rows = storage.read_rows(MANIFEST, first, first + BLOCK, ["image_id", "root", "path"], probe=images.digest)
-    return [
-        ImageRef(row["image_id"], row["root"], row["path"]) for row in rows.to_pylist() if row["image_id"] in image_ids
-    ]
+    return [ImageRef(**row) for row in rows.to_pylist() if row["image_id"] in image_ids]
 
 
 def _render(images: ExemplarImages, refs: Sequence[ImageRef], resources: Resources) -> dict[int, bytes]:
@@ -249,9 +247,7 @@ def _render(images: ExemplarImages, refs: Sequence[ImageRef], resources: Resourc
             batch = read_inputs(probe, rows, spec)
         else:
             batch = read_views(probe, rows, spec.preprocess.view)
-        if batch.unreadable:
-            ref, reason = batch.unreadable[0]
-            raise MilanError(f"{ref.location} was read before but not now ({reason}); run the job again.")
+        batch.complete("was read before but not now ({reason}); run the job again.")
         if forward is not None:
             pixels = forward.images(batch.inputs, truncate)
         else:

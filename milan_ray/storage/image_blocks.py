@@ -47,22 +47,6 @@ def decode(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
 
 
-def read_block(storage: Storage, probe: str, view: str, block: str, image_ids: list[int]) -> pa.Table:
-    """Reads images from one block, in the order asked for.
-
-    Raises:
-        MilanError: The block lacks one of them.
-    """
-    for pause in (*_PAUSES, None):
-        table = storage.read(VIEWS, ["image_id", "image"], probe=probe, view=view, block=block)
-        places = pc.index_in(pa.array(image_ids, pa.int64()), table["image_id"].combine_chunks())
-        if not places.null_count:
-            return table.take(places)
-        if pause is not None:
-            time.sleep(pause)
-    raise MilanError(f"views block {block} of {view} lacks images of the exemplars; run jobs.exemplars again.")
-
-
 def read_blocks(storage: Storage, probe: str, view: str, image_ids: Iterable[int]) -> Iterator[dict[int, bytes]]:
     """Reads images block by block, each block once.
 
@@ -76,7 +60,21 @@ def read_blocks(storage: Storage, probe: str, view: str, image_ids: Iterable[int
     for image_id in dict.fromkeys(image_ids):
         blocks[block_of(image_id)].append(image_id)
     for block, ids in blocks.items():
-        yield dict(zip(ids, read_block(storage, probe, view, block, ids)["image"].to_pylist(), strict=True))
+        yield dict(zip(ids, _read_block(storage, ids, probe=probe, view=view, block=block), strict=True))
+
+
+def _read_block(storage: Storage, image_ids: list[int], **keys: str) -> list[bytes]:
+    for pause in (*_PAUSES, None):
+        table = storage.read(VIEWS, ["image_id", "image"], **keys)
+        places = pc.index_in(pa.array(image_ids, pa.int64()), table["image_id"].combine_chunks())
+        if not places.null_count:
+            images: list[bytes] = table["image"].take(places).to_pylist()
+            return images
+        if pause is not None:
+            time.sleep(pause)
+    raise MilanError(
+        f"views block {keys['block']} of {keys['view']} lacks images of the exemplars; run jobs.exemplars again."
+    )
 
 
 def read_pngs(storage: Storage, probe: str, view: str, image_ids: Iterable[int]) -> dict[int, bytes]:

@@ -8,7 +8,6 @@ import numpy as np
 import polars as pl
 
 from milan_ray.engine import references
-from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.forward import Batch, read_inputs, read_views
 from milan_ray.models.registry import ModelSpec
@@ -17,7 +16,7 @@ from milan_ray.schema import EXEMPLARS
 from milan_ray.storage import Storage, image_blocks
 
 
-def views_of(probe: references.ProbeRef, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
+def model_views(probe: references.ProbeRef, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
     """Images of a probe as a model takes them, uint8 (n, H, W, bands).
 
     Raises:
@@ -26,7 +25,7 @@ def views_of(probe: references.ProbeRef, refs: Sequence[ImageRef], spec: ModelSp
     return _all(read_inputs(references.probe(probe), refs, spec))
 
 
-def shown_views_of(probe: references.ProbeRef, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
+def visible_views(probe: references.ProbeRef, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
     """Images of a probe as people see what a model takes, uint8 (n, H, W, 3).
 
     Raises:
@@ -36,10 +35,7 @@ def shown_views_of(probe: references.ProbeRef, refs: Sequence[ImageRef], spec: M
 
 
 def _all(batch: Batch) -> np.ndarray:
-    if batch.unreadable:
-        ref, reason = batch.unreadable[0]
-        raise MilanError(f"{ref.location} {reason}: every image is needed; remove it or mend it.")
-    return batch.views
+    return batch.complete("{reason}: every image is needed; remove it or mend it.").views
 
 
 def unit_exemplars(storage: Storage, model: str, layer: str, unit: int) -> pl.DataFrame:

@@ -22,7 +22,7 @@ from milan_ray.schema import ANNOTATIONS, EXEMPLARS, LEVELS, MANIFEST, VIEWS
 from milan_ray.stages.annotations_export import run_export
 from milan_ray.stages.annotations_import import import_csv, run_import
 from milan_ray.storage import Storage
-from milan_ray.storage.image_blocks import block_of, read_block
+from milan_ray.storage.image_blocks import read_pngs
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -211,8 +211,8 @@ def test_imported_set_has_what_encodings_and_report_read(write_set, tmp_path):
         meta = storage.metadata(EXEMPLARS, model="net/photos", layer=layer)
         assert (meta["mask_height"], meta["mask_width"]) == ("8", "8")
         ids = storage.read(EXEMPLARS, model="net/photos", layer=layer)["image_id"].to_pylist()
-        pngs = read_block(storage, meta["probe"], meta["view"], block_of(0), ids)["image"].to_pylist()
-        found = np.stack([np.asarray(Image.open(io.BytesIO(png))).transpose(2, 0, 1) for png in pngs])
+        pngs = read_pngs(storage, meta["probe"], meta["view"], ids)
+        found = np.stack([np.asarray(Image.open(io.BytesIO(pngs[i]))).transpose(2, 0, 1) for i in ids])
         np.testing.assert_array_equal(found, np.asarray(files.images).reshape(found.shape))
     cards = [
         file.read_text() for file in write_report(storage, tmp_path / "report").parent.glob("layers/*/*/cards/*.js")

@@ -182,10 +182,7 @@ class AugmentWorker(_DndWorker):
         if spec.bands not in (None, 3):
             raise MilanError(f"{spec.name} takes {spec.bands} bands: crops are made, and captioned, in RGB alone.")
         batch = read_inputs(self._probe, refs, spec)
-        if batch.unreadable:
-            ref, reason = batch.unreadable[0]
-            raise MilanError(f"{ref.location} was read before but not now ({reason}); run the job again.")
-        return batch.views
+        return batch.complete("was read before but not now ({reason}); run the job again.").views
 
     def _augment(
         self, ids: list[int], views: np.ndarray, maps: torch.Tensor, layer: str, unit: int

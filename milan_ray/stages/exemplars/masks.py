@@ -12,10 +12,10 @@ import torch
 from milan_ray.config import config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row, run_pool
-from milan_ray.errors import MilanError
+from milan_ray.exemplars.masks import packed_masks
 from milan_ray.probe.base import ImageRef
 from milan_ray.progress import Progress
-from milan_ray.stages.exemplars.merge import WINNERS_SCHEMA, Merged, packed_masks, write_exemplars
+from milan_ray.stages.exemplars.merge import WINNERS_SCHEMA, Merged, write_exemplars
 from milan_ray.stages.exemplars.worker import ModelWorker, Run, failing
 
 
@@ -100,9 +100,7 @@ class MaskWorker(ModelWorker):
         masked: dict[str, list[pa.Table]] = defaultdict(list)
         refs = [ImageRef(*ref) for ref in zip(row["image_id"], row["root"], row["path"], strict=True)]
         for _, batch in self._batches(refs, spec):
-            if batch.unreadable:
-                ref, reason = batch.unreadable[0]
-                raise MilanError(f"{ref.location} was read before but not now ({reason}); run the job again.")
+            batch.complete("was read before but not now ({reason}); run the job again.")
             ids = pa.array(batch.ids)
             maps = forward.maps(batch.inputs)
             for layer, of_layer in winners.items():
@@ -119,5 +117,5 @@ def _mask(winners: pa.Table, ids: pa.Array, maps: torch.Tensor, size: tuple[int,
         torch.tensor(column.to_numpy())  # copies: Arrow's memory is read-only
         for column in (pc.index_in(winners["image_id"], ids), winners["unit"], winners["level"])
     )
-    masks = packed_masks(lambda part: maps[image[part], unit[part]].float(), level, size)
-    return winners.append_column("mask", masks)
+    packed = packed_masks(lambda part: maps[image[part], unit[part]].float(), level, size)
+    return winners.append_column("mask", pa.array(packed, pa.large_binary()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -31,9 +31,6 @@ from milan_ray.storage import ORDER_KEY, Storage, WorkRemovedError
 WINNERS_SCHEMA = pa.schema(
     {"unit": pa.int64(), "rank": pa.int64(), "image_id": pa.int64(), "activation": pa.float32(), "level": pa.float32()}
 )
-
-_TOGETHER = 64
-"""Masks made at a time: their upsampled maps fit into a CPU's cache."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +165,10 @@ def merge_layer(task: LayerTask) -> list[int] | None:
     winners = pa.table(columns, schema=WINNERS_SCHEMA)
     if state.topk.carries_maps:
         size = mask_size(task.run, item)
-        packed = packed_masks(lambda part: state.topk.maps_of(unit[part], rank[part]), levels[unit], size)
-        write_exemplars(task.run, item, layer, winners.append_column("mask", packed), task.cost)
+        packed = masks.packed_masks(lambda part: state.topk.maps_of(unit[part], rank[part]), levels[unit], size)
+        write_exemplars(
+            task.run, item, layer, winners.append_column("mask", pa.array(packed, pa.large_binary())), task.cost
+        )
     else:
         storage.put_work(item.work, f"winners/{item.folder(layer)}", winners)
     storage.write(LEVELS, table, item.fingerprints[layer], model=model, layer=layer)
@@ -179,21 +178,6 @@ def merge_layer(task: LayerTask) -> list[int] | None:
 def mask_size(run: Run, item: ModelWork) -> tuple[int, int]:
     """(height, width) of a model's masks, pixels."""
     return run.config.mask_size or references.model(item.model).preprocess.view.shape
-
-
-def packed_masks(maps: Callable[[torch.Tensor], torch.Tensor], levels: torch.Tensor, size: tuple[int, int]) -> pa.Array:
-    """Masks of winners, packed.
-
-    Args:
-        maps: Maps float32 (n, h, w) of some winners, given their places int64 (n,).
-        levels: float32 (N,), their units' levels.
-        size: (H, W) of the masks.
-    """
-    packed: list[bytes] = []
-    for part in torch.split(torch.arange(len(levels)), _TOGETHER):
-        chosen = maps(part)
-        packed += masks.pack(masks.masks(chosen, levels[part].to(chosen.device), size))
-    return pa.array(packed, pa.large_binary())
 
 
 def write_exemplars(run: Run, item: ModelWork, layer: str, rows: pa.Table, cost: Cost) -> None:

@@ -176,9 +176,7 @@ def _count(task: _Task) -> None:
     spec, network = loaded_model(task.model, str(device))
     ablation = Ablation(spec, network, task.sets)
     batch = read_inputs(references.probe(task.probe), task.refs, spec)
-    if batch.unreadable:
-        ref, reason = batch.unreadable[0]
-        raise MilanError(f"{ref.location} {reason}: accuracy needs every image; remove it or mend it.")
+    batch.complete("{reason}: accuracy needs every image; remove it or mend it.")
     views, labels = torch.from_numpy(batch.views), torch.tensor(task.labels)
     correct = torch.zeros(len(task.sets), task.outputs, dtype=torch.int64)
     size = pass_size(spec.batch(128), device)

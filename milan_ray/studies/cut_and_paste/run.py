@@ -49,7 +49,7 @@ from milan_ray.studies.cut_and_paste.statistics import (
     paste,
     rates,
 )
-from milan_ray.studies.exemplar_images import exemplar_views, unit_exemplars, unit_masks, views_of
+from milan_ray.studies.exemplar_images import exemplar_views, model_views, unit_exemplars, unit_masks
 
 KERNEL_VERSION = "cut-and-paste-1"
 
@@ -307,7 +307,7 @@ def _answers(
 def _head_weight(spec: ModelSpec, network: nn.Module, probe: references.ProbeRef) -> torch.Tensor:
     if spec.bands not in (None, 3):
         raise MilanError(f"{spec.name} takes {spec.bands} bands: exemplars are kept, and can be pasted, in RGB alone.")
-    first = views_of(probe, image_refs(references.probe(probe).manifest().slice(0, 1)), spec)
+    first = model_views(probe, image_refs(references.probe(probe).manifest().slice(0, 1)), spec)
     head = network.get_submodule(find_head(spec, network, torch.from_numpy(first)))
     assert isinstance(head, nn.Linear)
     return head.weight
@@ -368,7 +368,7 @@ def _scan(task: _Scan) -> tuple[np.ndarray, np.ndarray]:
     torch.set_num_threads(task.threads)
     device = resolve_device(task.device)
     spec, forward, size = _forward(task.model, task.layer, str(device), task.arithmetic)
-    views = views_of(task.probe, task.refs, spec)
+    views = model_views(task.probe, task.refs, spec)
     guesses, maxima = [], []
     for start in range(0, len(views), size):
         maps = forward.maps(views[start : start + size])
@@ -396,7 +396,7 @@ def _paste(task: _Paste) -> list[_Guesses]:
 
     results = []
     for unit in task.units:
-        originals, controls = (views_of(task.probe, refs, spec) for refs in (unit.originals, unit.controls))
+        originals, controls = (model_views(task.probe, refs, spec) for refs in (unit.originals, unit.controls))
         distractors = exemplar_views(task.storage, spec.name, task.layer, unit.distractors)
         cuts = _cuts(task.storage, spec.name, task.layer, unit.masks, (originals.shape[1], originals.shape[2]))
         results.append(
@@ -465,7 +465,7 @@ def _shown(
         shown = rows.filter(pl.col("group") == DIFFERENT).unique("unit", keep="first", maintain_order=True).head(3)
     examples = []
     for row in shown.iter_rows(named=True):
-        original = views_of(study.probe, image_refs(manifest, [row["original"]]), last.spec)
+        original = model_views(study.probe, image_refs(manifest, [row["original"]]), last.spec)
         distractor = exemplar_views(storage, image_ids=[row["distractor"]], **last.keys)
         exemplar = unit_exemplars(storage, unit=row["unit"], **last.keys)
         exemplar = exemplar.filter(pl.col("image_id") == row["distractor"])

@@ -21,7 +21,7 @@ from milan_ray.models.heads import HeadTraining, find_head, fit_head, head_input
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress
 from milan_ray.studies.ablation.run import Accuracies, class_numbers
-from milan_ray.studies.exemplar_images import views_of
+from milan_ray.studies.exemplar_images import model_views
 
 CHUNK = 512
 """Images read at a time."""
@@ -120,7 +120,7 @@ def _tune(task: _Task) -> Tuned:
         labels = class_numbers(manifest["class_label"].to_pylist(), spec)[1]
         refs, found = image_refs(manifest), []
         for start in range(0, len(refs), CHUNK):
-            views = torch.from_numpy(views_of(ref, refs[start : start + CHUNK], spec))
+            views = torch.from_numpy(model_views(ref, refs[start : start + CHUNK], spec))
             head = head or find_head(spec, network, views.to(device))
             found.append(head_inputs(spec, network, head, task.units, views, pass_size(spec.batch(128), device)))
         return torch.cat(found), torch.tensor(labels)

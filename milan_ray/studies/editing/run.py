@@ -49,11 +49,11 @@ from milan_ray.studies.editing.statistics import (
 )
 from milan_ray.studies.exemplar_images import (
     exemplar_views,
-    shown_views_of,
+    model_views,
     unit_exemplars,
     unit_masks,
     veiled,
-    views_of,
+    visible_views,
 )
 
 KERNEL_VERSION = "editing-1"
@@ -301,7 +301,7 @@ def edited_weights(
         probe: Images, a few of which the weights are checked on.
     """
     spec = references.model(replace(model, layers=tuple(units) or model.layers))
-    views = views_of(probe, image_refs(references.probe(probe).manifest().slice(0, CHECKED)), spec)
+    views = model_views(probe, image_refs(references.probe(probe).manifest().slice(0, CHECKED)), spec)
     return edited(spec, spec.load(), units, torch.from_numpy(views))
 
 
@@ -329,7 +329,7 @@ def example_images(storage: Storage, study: Editing, units: pl.DataFrame) -> lis
     rows: list[tuple[str, np.ndarray]] = []
     for split, probe in study.probes.items():
         refs = image_refs(references.probe(probe).manifest().slice(0, SHOWN_IMAGES))
-        rows.append((f"{split} images", shown_views_of(probe, refs, spec)))
+        rows.append((f"{split} images", visible_views(probe, refs, spec)))
     for layer, unit, text in units.select("layer", "unit", "description").iter_rows():
         if storage.metadata(EXEMPLARS, model=spec.name, layer=layer) is not None:
             exemplars = unit_exemplars(storage, spec.name, layer, unit).head(SHOWN_IMAGES)
