@@ -36,7 +36,7 @@ BUILDING = threading.RLock()
 at the same time."""
 
 TOKEN_BATCH = 32
-"""Images per forward pass of vision transformers, as the reference's: their MLPs put out 617 MB for 128 images."""
+"""Images per forward pass of vision transformers, as in the reference: their MLPs put out 617 MB for 128 images."""
 
 RANDOM = "random"
 """Replaces a weights file's path: untrained weights from seed 0, as a control. A factory may support or reject it."""

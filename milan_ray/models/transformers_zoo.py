@@ -111,7 +111,7 @@ def build(source: str, weights: str | None) -> nn.Module:
 
 
 def _state(weights: str, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of a file, under the network's names, or under the file's names for transformers to convert."""
+    """The weights of a file, under the network's names; where these do not fit, under the file's for transformers."""
     try:
         return read_weights(weights, model, needless=lambda name: "pooler." in name)
     except UnfitWeights:  # e.g. names of earlier versions; the result of transformers' conversion is checked
