@@ -1,1 +1,1 @@
-"""What is dissected: models by name, how images become their inputs, and what their layers put out."""
+"""Models to dissect: a registry by name, the preprocessing of images, and the outputs of layers."""

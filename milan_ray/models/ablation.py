@@ -1,4 +1,4 @@
-"""Switching units off: what a network puts out when some units of its layers are zero."""
+"""Ablation: a network's outputs when some units of its layers are set to zero."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ UnitSet = Mapping[str, Sequence[int]]
 """Layer → its units that are switched off."""
 
 ROWS = 512
-"""Rows (sets × images) of a pass behind the first layer that is changed, at most."""
+"""Largest number of rows (sets × images) of a pass after the first changed layer."""
 
 
 @dataclass(frozen=True)
 class _Group:
-    """Sets whose first layer is the same; ``numbers`` are their places in the list given."""
+    """Sets with the same first changed layer; ``numbers`` are their indices in the given list."""
 
     first: str | None
     numbers: tuple[int, ...]
@@ -35,17 +35,17 @@ class _Group:
 class Ablation:
     """A classifier with each of several sets of units switched off.
 
-    A unit is switched off where it is described: in its layer's output, which is zero there, at all positions and, of
-    tokens, in all tokens. What comes before the first layer that a set changes is the same for all sets that begin
-    there, so it runs once: the first layer's output is repeated, once per set, and the rest of the network sees a
-    longer batch. A network that does not allow this (one with a shortcut around the layer) is found out on the first
-    images and given repeated inputs instead.
+    A unit is switched off by setting it to zero in its layer's output, at all positions or in all tokens. The part of
+    the network before the first changed layer gives the same values for all sets that share this layer, so it runs
+    once. The layer's output is then repeated once per set, and the rest of the network processes a longer batch. A
+    network with a shortcut around the layer does not allow this: a trial on the first images detects that, and each
+    set then gets a full pass of its own.
 
     Args:
         spec: The model.
         model: The model, built, in eval mode, on its device.
-        sets: Sets of units; an empty one leaves the model as it is.
-        rows: Rows of a pass at most; bounds memory.
+        sets: Sets of units; an empty set leaves the model unchanged.
+        rows: Largest number of rows of a pass; limits memory use.
 
     Raises:
         MilanError: A layer or unit does not exist.
@@ -56,7 +56,7 @@ class Ablation:
         self._sets = [{layer: sorted(set(units)) for layer, units in one.items() if len(units)} for one in sets]
         self._places = find_places(model, dict.fromkeys(layer for one in self._sets for layer in one))
         self._layouts: dict[str, Layout] = {}
-        self._last: Counter[str] = Counter()  # layer → which call of its module is meant
+        self._last: Counter[str] = Counter()  # layer → which call of its module counts
         self._groups: list[_Group] | None = None
         self._shared: dict[str | None, bool] = {None: True}  # first layer → whether the pass before it can be shared
 
@@ -71,8 +71,8 @@ class Ablation:
             float32 (sets, n, classes), on the CPU.
 
         Raises:
-            MilanError: A layer's output has another number of units than a set names, or is no tensor to change, or
-                the model puts out something else than one row of logits per image.
+            MilanError: A set names a unit that its layer does not have, a layer puts out no tensor, or the model does
+                not put out one row of logits per image.
         """
         if self._groups is None:
             self._groups = self._grouped(views[:1])
@@ -86,17 +86,17 @@ class Ablation:
         return torch.stack([output for output in outputs if output is not None])
 
     def correct(self, views: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """How many images of each class each set leaves correctly classified.
+        """Counts the images of each class that are classified correctly under each set.
 
         Args:
             views: uint8 (n, H, W, 3).
-            labels: int64 (n,), numbers of classes.
+            labels: int64 (n,), class indices.
 
         Returns:
             int64 (sets, classes).
 
         Raises:
-            MilanError: As :meth:`logits`, or the model has fewer classes.
+            MilanError: As for :meth:`logits`, or a label exceeds the model's number of classes.
         """
         logits = self.logits(views)
         if len(labels) and int(labels.max()) >= logits.shape[-1]:
@@ -109,7 +109,7 @@ class Ablation:
         return counts.index_add_(1, labels, right.long())
 
     def _grouped(self, views: torch.Tensor) -> list[_Group]:
-        """Sets by the layer that runs first of those they change."""
+        """Groups the sets by the changed layer that runs first."""
         self._layouts = established(self._spec, self._model, list(self._places), positions=False)
         order: list[str] = []
         handles = [
@@ -130,7 +130,7 @@ class Ablation:
         return [_Group(first, tuple(numbers)) for first, numbers in groups.items()]
 
     def _run(self, views: torch.Tensor, first: str | None, numbers: Sequence[int]) -> torch.Tensor:
-        """Logits (sets, n, classes) of sets that begin at the same layer."""
+        """Logits (sets, n, classes) of sets with the same first changed layer."""
         sets = [self._sets[number] for number in numbers]
         if first is None:
             return self._pass(views, sets[:1], first=None).expand(len(sets), -1, -1)
@@ -141,16 +141,16 @@ class Ablation:
         return torch.cat([self._pass(views, [one], first=None) for one in sets])
 
     def _can_share(self, views: torch.Tensor, sets: Sequence[UnitSet], first: str) -> bool:
-        """Whether the shared pass gives what separate ones give."""
+        """Whether a shared pass gives the same logits as separate passes."""
         try:
             together = self._pass(views, sets, first)
-        except (RuntimeError, ValueError, IndexError):  # batches of different lengths met: torch's own errors
+        except (RuntimeError, ValueError, IndexError):  # torch's errors where batches of different lengths meet
             return False
         apart = torch.cat([self._pass(views, [one], first=None) for one in sets])
         return together.shape == apart.shape and torch.allclose(together, apart, rtol=1e-3, atol=1e-4)
 
     def _pass(self, views: torch.Tensor, sets: Sequence[UnitSet], first: str | None) -> torch.Tensor:
-        """One forward pass; without a ``first`` layer to repeat at, of one set.
+        """Runs one forward pass; without a ``first`` layer at which to repeat the batch, ``sets`` holds one set.
 
         Returns:
             (sets, n, classes), on the CPU.
@@ -185,7 +185,7 @@ class Ablation:
             tensor = own.movedim(layout.batch_axis, 0)
             axis = layout.units_axis + (layout.units_axis < layout.batch_axis)
             times = len(sets) if first is not None and len(tensor) == images else 1
-            # A copy in any case, because what the layer put out may be used elsewhere too.
+            # Always a copy, because the layer's output may be used elsewhere too.
             changed = tensor.repeat(times, *[1] * (tensor.ndim - 1))
             rows = changed.unflatten(0, (len(sets), len(changed) // len(sets))).movedim(axis + 1, 2)
             for number, one in enumerate(sets):

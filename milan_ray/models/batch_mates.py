@@ -1,11 +1,12 @@
-"""Whether an image's values are its own: the same beside other images and in another place of the batch.
+"""Checks that an image's values depend neither on the other images in the batch nor on its place in the batch.
 
-Two comparisons. An image that keeps its place in a batch of the same size goes through the same kernels, so its values
-must be the same to the bit whatever lies beside it; *exactly* leaves room for networks that route images or tokens to
-experts, whose kernels then see other sizes. An image in another place, or in a batch of another size, may meet other
-kernels that sum in another order; *about* leaves room for that.
+There are two comparisons. An image that keeps its place in a batch of the same size goes through the same kernels, so
+its values must be equal to the bit, whatever the other images are; :func:`exactly` allows for networks that route
+images or tokens to experts, whose kernels then process other sizes. An image in another place, or in a batch of another
+size, may go through other kernels that sum in another order; :func:`about` allows for that.
 
-Both are asked of every unit on its own, relative to what tells images apart in it: a loud unit hides no other one.
+Both comparisons are made for each unit separately, relative to the spread of its values between images, so that a unit
+with large values does not hide a difference in another one.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ Inputs = np.ndarray | tuple[torch.Tensor, ...]
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far values may be apart that should be the same.
+    """Allowed difference of values that should be equal: the sum of two terms.
 
     Attributes:
-        spread: In shares of what tells images apart.
-        steps: In steps of the number type, of the size of the values.
+        spread: First term, as a share of the spread of values between images.
+        steps: Second term, in steps of the number type, relative to the size of the values.
         step: The number type's step: the difference between 1 and the next number.
     """
 
@@ -38,7 +39,7 @@ class Tolerance:
 _EXACTLY = {torch.float64: (1e-6, 8), torch.float32: (1e-4, 8)}
 _ABOUT = {torch.float64: (1e-4, 64), torch.float32: (1e-3, 64)}
 _HALF_EXACTLY, _HALF_ABOUT = (0.02, 4), (0.2, 16)
-_TF32 = 0.02  # convolutions of NVIDIA cards may or may not round to 10 bits, by the size of the batch
+_TF32 = 0.02  # convolutions on NVIDIA GPUs may or may not round to 10 bits, depending on the batch size
 
 
 def exactly(dtype: torch.dtype) -> Tolerance:
@@ -55,13 +56,13 @@ def about(dtype: torch.dtype, device: torch.device) -> Tolerance:
 
 
 def agree(one: torch.Tensor, other: torch.Tensor, known: torch.Tensor, tolerance: Tolerance) -> bool:
-    """Whether the same images have the same values twice.
+    """Whether two sets of values of the same images agree.
 
     Args:
         one: The values, (n, …), images first.
         other: The values again, in the same order.
-        known: Values of several images, (m, …): what tells them apart is measured here.
-        tolerance: How far they may be apart, along each axis but the first (one of them counts the units).
+        known: Values of several images, (m, …); the spread between images is measured on these.
+        tolerance: Allowed difference, along each axis but the first (one of them counts the units).
     """
     if one.shape != other.shape:
         return False
@@ -83,7 +84,7 @@ def _finite(values: torch.Tensor) -> torch.Tensor:
 
 
 def dimmed(pictures: np.ndarray) -> np.ndarray:
-    """Test pictures of which all but the last have little contrast: what depends on the batch's extremes then shows.
+    """Lowers the contrast of all pictures but the last, which reveals values that depend on the batch's extremes.
 
     Args:
         pictures: uint8 (n, H, W, bands).
@@ -94,13 +95,13 @@ def dimmed(pictures: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A batch beside which some images lie again, in the same and in other places, among others.
+    """A second batch that repeats some images of a first one, in the same or in other places, among other images.
 
     Attributes:
-        inputs: The batch.
-        kept: Rows that are the same images in both.
-        moved: Rows of the first batch that lie elsewhere in the second.
-        to: Where they lie in it.
+        inputs: The second batch.
+        kept: Rows with the same image in both batches.
+        moved: Rows of the first batch whose images have other places in the second.
+        to: These places.
     """
 
     inputs: Inputs
@@ -110,13 +111,13 @@ class Exchange:
 
 
 def exchanged(inputs: Inputs, size: int) -> Exchange:
-    """Another batch with half of the images of one.
+    """Makes a second batch with half of the images of a first one.
 
-    A quarter stays in place, a quarter moves; the rest, the first row among them, is black or noise, as is what fills
-    the batch up.
+    A quarter of the images stays in place, and a quarter moves. The other rows, the first one among them, are black or
+    noise, and so are the rows that fill up the batch.
 
     Args:
-        inputs: Some images, n ≤ size.
+        inputs: The first batch, n ≤ size images.
         size: Images per forward pass.
     """
     count = len(inputs[0]) if isinstance(inputs, tuple) else len(inputs)
@@ -147,13 +148,13 @@ def _mixed(
 
 
 def summary(maps: torch.Tensor) -> torch.Tensor:
-    """Some numbers per image and unit that change with any value: the largest, the mean, and a sum with random signs.
+    """Numbers per image and unit that change with any value: the maximum, the mean, and a sum with random signs.
 
     Args:
         maps: (B, U, h, w).
 
     Returns:
-        float64 (B, U · 3) on the CPU, or (B, U) of units without positions.
+        float64 (B, U · 3) on the CPU, or (B, U) for units without positions.
     """
     values = maps.flatten(2).float()
     if values.shape[2] == 1:
@@ -170,10 +171,10 @@ def differing(
 
     Args:
         first: The :func:`summary` of the first batch.
-        second: That of ``exchange``.
-        exchange: What lies where.
+        second: The :func:`summary` of the second batch.
+        exchange: Which images are repeated, and where.
         dtype: The type that the network computes in.
-        device: Where it does.
+        device: The network's device.
     """
     kept, moved, to = (list(rows) for rows in (exchange.kept, exchange.moved, exchange.to))
     return not (

@@ -1,4 +1,4 @@
-"""A network's blocks, for families whose own list of features names no module that runs."""
+"""Finds a network's blocks, for families whose own list of features names no module that runs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def blocks(model: nn.Module) -> tuple[str, ...]:
 
 
 def running(model: nn.Module, paths: Iterable[str]) -> tuple[str, ...]:
-    """Those of some paths that are modules; of a list, which never runs itself, its last member."""
+    """Keeps the paths that are modules; replaces a list, which never runs itself, by its last member."""
     modules = dict(model.named_modules())
     kept = []
     for path in paths:

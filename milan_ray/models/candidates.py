@@ -1,4 +1,4 @@
-"""The ways in which a layer's positions may be arranged, before pictures say which is right."""
+"""Candidates for the arrangement of a layer's positions; pictures show later which one is right."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milan_ray.models.layouts import Layout, Reading, grids
 from milan_ray.models.structure import Units
 
 MAX_PREFIX_TOKENS = 16
-"""The most tokens besides the positions that are looked for where the model does not say their number."""
+"""Maximum number of tokens besides the positions that is tried where the model does not declare their number."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Candidate:
         grid: (height, width) of the positions.
         columns_first: Whether positions run down columns.
         prefix: Tokens before the positions.
-        suffix: Tokens behind them.
-        certain: Whether the layer's kind says so, even where it does not answer to pictures.
+        suffix: Tokens after them.
+        certain: Whether the layer's modules alone determine it, even where the layer does not respond to pictures.
     """
 
     units_axis: int
@@ -37,7 +37,7 @@ class Candidate:
     certain: bool = False
 
     def cells(self, responses: torch.Tensor) -> torch.Tensor:
-        """Responses (pictures, positions…) as (pictures, h, w)."""
+        """Arranges responses (pictures, positions…) as (pictures, h, w)."""
         height, width = self.grid
         own = (width, height) if self.columns_first else (height, width)
         if responses.ndim == 3 and responses.shape[1:] != own:
@@ -48,11 +48,11 @@ class Candidate:
         return responses.transpose(1, 2) if self.columns_first else responses
 
     def among(self, tokens: torch.Tensor) -> bool:
-        """Whether some of these tokens, bool (tokens,), are among its positions."""
+        """Whether any of the marked tokens, bool (tokens,), is one of its positions."""
         return bool(tokens[self.prefix : len(tokens) - self.suffix].any())
 
     def reads_as(self, other: Candidate) -> bool:
-        """Whether another one finds the same values at the same positions."""
+        """Whether another candidate reads the same values at the same positions."""
         return replace(self, certain=other.certain) == other
 
     def lit(self, values: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
@@ -63,7 +63,7 @@ class Candidate:
             cells: Which cells of each image, row by row, bool (n, h · w).
 
         Returns:
-            A copy, as ``values``.
+            A changed copy of ``values``.
         """
         units_last = values.movedim(self.units_axis, -1)
         changed = units_last.flatten(1, -2).clone()  # (n, positions, U)
@@ -79,7 +79,7 @@ class Candidate:
     def layout(
         self, per_image: tuple[int, ...], batch: int, known: str, order: tuple[int, ...] | None = None
     ) -> Layout:
-        """The layout that it stands for."""
+        """The layout of this candidate."""
         axis = self.units_axis if self.units_axis > batch else self.units_axis - 1
         return Layout(per_image, batch, axis, self.grid, self.columns_first, self.prefix, self.suffix, order, known)
 
@@ -92,15 +92,15 @@ def candidates(
     declared: int | None,
     told: Reading,
 ) -> Iterator[Candidate]:
-    """Ways to read tokens or maps, likeliest first; none that the user's word excludes.
+    """Yields ways to read tokens or maps, likeliest first, that agree with the user's declaration.
 
     Args:
         per_image: The output's axes but the images: two of tokens, three of maps.
-        units: What the structure says of the units' axis.
+        units: The units' axis, as far as the network's structure determines it.
         view: (height, width) of the model's view.
-        seen: Sizes of maps that the model computes before.
-        declared: The model's own number of prefix tokens; None where it says none.
-        told: What the user says.
+        seen: Sizes of maps that the model computes earlier.
+        declared: The model's own number of prefix tokens; None where it declares none.
+        told: The user's declaration.
     """
     axes = [axis for axis in ((1, 2) if len(per_image) == 2 else (1, 3, 2)) if axis != units.axis]
     if units.axis is not None:
@@ -112,12 +112,12 @@ def candidates(
             yield from _of_tokens(axis, sizes[0], sure, view, seen, declared, told)
             continue
         height, width = sizes
-        if min(sizes) == 1 < max(sizes):  # tokens beside an axis that counts nothing
+        if min(sizes) == 1 < max(sizes):  # tokens with an extra axis of size 1
             yield from _of_tokens(axis, max(sizes), False, view, seen, declared, told)
         if told.prefix_tokens:
             return
         for grid, columns_first in (((height, width), False), ((width, height), True)):
-            # A strip of a square picture is no map; only a convolution can make such.
+            # A strip is not a map of a square picture, unless a convolution puts it out.
             fits = (units.of_maps and axis == units.axis) or grid in grids(height * width, view, seen)
             if told.grid == grid or (told.grid is None and fits):
                 yield Candidate(axis, grid, columns_first, certain=sure and fits and not columns_first)
@@ -156,20 +156,20 @@ def _of_tokens(
             yield from _apart(axis, grid, more)
     unsaid = declared is None and told.prefix_tokens is None and not any(h * w > 1 for h, w in seen)
     if unsaid and not grids(count, view):
-        for more in range(1, MAX_PREFIX_TOKENS + 1):  # nobody says how many tokens are no positions
+        for more in range(1, MAX_PREFIX_TOKENS + 1):  # the number of other tokens is unknown
             for grid in grids(count - more, view) if count - more > 1 else []:
                 yield Candidate(axis, grid, prefix=more)
                 yield from _apart(axis, grid, more)
 
 
 def _apart(axis: int, grid: tuple[int, int], more: int) -> Iterator[Candidate]:
-    """Tokens beside the positions that are not all in front of them: behind them, or on both sides (YOLOS)."""
+    """Yields candidates whose other tokens are not all before the positions: after them, or on both sides (YOLOS)."""
     for prefix in range(min(more, MAX_PREFIX_TOKENS + 1)):
         yield Candidate(axis, grid, prefix=prefix, suffix=more - prefix)
 
 
 def known_orders(model: nn.Module) -> Iterator[tuple[tuple[int, int], tuple[int, ...]]]:
-    """Orders of tokens that a model says itself: Hiera's, in timm and transformers, can be rolled back.
+    """Yields token orders that a model itself provides: Hiera's, in timm and transformers, can be undone.
 
     Yields:
         (height, width) of the grid, and each token's place in it, row by row.

@@ -1,4 +1,4 @@
-"""Language models that answer: one in a local folder, or any server that speaks OpenAI's protocol."""
+"""Chat models: a language model in a local folder, or any server with an OpenAI-compatible API."""
 
 from __future__ import annotations
 
@@ -33,49 +33,49 @@ Message = dict[str, str]
 """One turn: ``role`` (system, user, assistant) and ``content``."""
 
 LONGEST = 32
-"""Most tokens of an answer."""
+"""Maximum number of tokens of an answer."""
 
 KEYS = ("MILAN_LLM_KEY", "OPENAI_API_KEY")
-"""Environment variables that a server's key is read from; the first that is set counts."""
+"""Environment variables that may hold a server's API key; the first one that is set counts."""
 
 CACHE = "llm_cache"
-"""Folder of the run directory that keeps a server's answers."""
+"""Folder of the run directory that caches a server's answers."""
 
 
 class Chat(Protocol):
-    """A model that answers."""
+    """A language model that answers conversations."""
 
     @property
     def name(self) -> str:
         """The model's name."""
 
     def identity(self) -> dict[str, object]:
-        """All that decides its answers besides the conversations."""
+        """Everything that determines its answers besides the conversations."""
 
     def to(self, device: torch.device) -> Any:
-        """The model, moved."""
+        """Moves the model to a device and returns it."""
 
     def answers(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
         """One answer per conversation.
 
         Raises:
-            MilanError: There is none to be had.
+            MilanError: No answer can be obtained.
         """
 
 
 class LocalChat:
-    """A causal language model of transformers in a folder, read when it is first used.
+    """A causal language model of transformers in a folder, loaded on first use.
 
-    Answers are drawn at a temperature with a seed that is made of the conversations: the same ones get the same
-    answers.
+    Answers are sampled at a temperature. The seed is derived from the conversations, so that the same conversations get
+    the same answers.
     """
 
     def __init__(self, folder: str, temperature: float = 0.3, precision: str | None = None) -> None:
-        """Remembers the folder.
+        """Stores the settings.
 
         Args:
-            folder: With config.json, weights in safetensors, and the tokenizer's files.
-            temperature: 0 takes the likeliest token always.
+            folder: A folder with config.json, weights in safetensors, and the tokenizer's files.
+            temperature: Sampling temperature; 0 always takes the likeliest token.
             precision: ``float32``, ``bfloat16`` or ``float16``; None takes bfloat16 on GPUs and float32 on CPUs.
         """
         self.name = Path(folder).name
@@ -84,7 +84,7 @@ class LocalChat:
         self._loaded: tuple[Any, Any] | None = None
 
     def identity(self) -> dict[str, object]:
-        """All that decides its answers besides the conversations."""
+        """Everything that determines its answers besides the conversations."""
         return {
             "files": folder_digest(self._folder),
             "temperature": self._temperature,
@@ -93,7 +93,7 @@ class LocalChat:
         }
 
     def to(self, device: torch.device) -> LocalChat:
-        """The model, moved."""
+        """Moves the model to a device and returns it."""
         self._device = device
         return self
 
@@ -127,17 +127,17 @@ class LocalChat:
                 **drawn,
             )
         texts = tokenizer.batch_decode(tokens[:, given["input_ids"].shape[1] :], skip_special_tokens=True)
-        # A model without a template goes on as both sides of the conversation.
+        # A model without a template continues the conversation for both sides.
         return [text.split("\nuser:")[0].strip() for text in texts]
 
     @staticmethod
     def _prompt(tokenizer: Any, conversation: Sequence[Message]) -> str:
         if tokenizer.chat_template is not None:
-            # What a template has no use for, as most have for thinking, it ignores.
+            # A template ignores arguments that it does not use; most do not use enable_thinking.
             rules = {"tokenize": False, "add_generation_prompt": True, "enable_thinking": False}
             try:
                 return tokenizer.apply_chat_template(list(conversation), **rules)
-            except TemplateError:  # some know no system role
+            except TemplateError:  # some have no system role
                 return tokenizer.apply_chat_template(_without_system(conversation), **rules)
         return "".join(f"{turn['role']}: {turn['content']}\n" for turn in conversation) + "assistant:"
 
@@ -165,24 +165,24 @@ class LocalChat:
 
 
 def _without_system(conversation: Sequence[Message]) -> list[Message]:
-    """The same, with what the system says at the head of what the user says first."""
+    """The conversation with the system message prepended to the first user message."""
     system, first, *rest = conversation
     return [{"role": first["role"], "content": f"{system['content']}\n\n{first['content']}"}, *rest]
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How a server may be used.
+    """Limits on the use of a server.
 
     Attributes:
-        per_minute: Requests per minute at most.
-        at_once: Requests under way at most.
+        per_minute: Maximum number of requests per minute.
+        at_once: Maximum number of concurrent requests.
         tries: Attempts per request.
         timeout: Seconds to wait for an answer.
-        pause: Seconds before the second attempt; doubled each time, unless the server says how long to wait.
-        input_price: US dollars per million tokens of questions.
-        output_price: US dollars per million tokens of answers.
-        budget: US dollars that one job may cost; None for no limit, 0 answers from the cache alone.
+        pause: Seconds before the second attempt; doubled each time, unless the server states how long to wait.
+        input_price: US dollars per million input tokens.
+        output_price: US dollars per million output tokens.
+        budget: US dollars that one job may cost; None for no limit, 0 to answer only from the cache.
     """
 
     per_minute: float = 300.0
@@ -197,14 +197,14 @@ class Limits:
 
 @dataclass
 class Usage:
-    """What a job has asked of a server so far.
+    """A job's use of a server so far.
 
     Attributes:
         asked: Requests answered by the server.
         remembered: Requests answered from the cache.
-        tokens_in: Tokens of questions.
-        tokens_out: Tokens of answers.
-        dollars: What they cost.
+        tokens_in: Input tokens.
+        tokens_out: Output tokens.
+        dollars: Their cost, US dollars.
     """
 
     asked: int = 0
@@ -215,7 +215,7 @@ class Usage:
 
 
 class _Retry(Exception):
-    """The server could not answer just now."""
+    """The server did not answer; the request may be repeated."""
 
     def __init__(self, why: str, after: float | None = None) -> None:
         super().__init__(why)
@@ -223,7 +223,7 @@ class _Retry(Exception):
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the key to whoever it names."""
+    """Refuses redirects, which would send the key to another server."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: IO[bytes], code: int, msg: str, headers: Headers, newurl: str
@@ -233,17 +233,17 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
 
 @dataclass
 class Endpoint:
-    """A server that speaks OpenAI's protocol (``POST URL/chat/completions``): OpenAI's, vLLM's, llama.cpp's, ….
+    """A server with an OpenAI-compatible API (``POST URL/chat/completions``): OpenAI's, vLLM's, llama.cpp's, ….
 
-    Every answer is kept in the run directory and never asked for again. The key comes from the environment of this
-    process; it is sent to the server alone, and neither written nor logged.
+    Every answer is cached in the run directory and never requested again. The key is read from this process's
+    environment. It is sent only to the server, and is neither written nor logged.
 
     Attributes:
-        url: The address up to and without ``/chat/completions``, e.g. ``https://api.openai.com/v1``.
-        model: The model's name there.
+        url: The address without ``/chat/completions``, e.g. ``https://api.openai.com/v1``.
+        model: The model's name on the server.
         storage: The run directory.
-        temperature: Of the draws.
-        limits: How the server may be used.
+        temperature: Sampling temperature.
+        limits: Limits on the use of the server.
     """
 
     url: str
@@ -276,11 +276,11 @@ class Endpoint:
         return self.model
 
     def identity(self) -> dict[str, object]:
-        """All that decides its answers besides the conversations, as far as a client can tell."""
+        """Everything that determines its answers besides the conversations, as far as a client can tell."""
         return {"url": self.url, "model": self.model, "temperature": self.temperature, "longest": LONGEST}
 
     def to(self, device: torch.device) -> Endpoint:
-        """The server stays where it is."""
+        """Returns itself: there is nothing to move."""
         return self
 
     def answers(self, conversations: Sequence[Sequence[Message]]) -> list[str]:
@@ -327,7 +327,7 @@ class Endpoint:
                         f"{self.url} did not answer {self.limits.tries} times, the last time: {error}; run the command "
                         "again later: answers that came are kept."
                     ) from error
-                # Requests that failed together must not come back together.
+                # Jitter: requests that failed together must not be repeated together.
                 time.sleep(error.after if error.after is not None else pause * (0.5 + random.random()))
                 pause *= 2
         raise AssertionError("unreachable")
@@ -391,7 +391,7 @@ class Endpoint:
         return str(text), used
 
     def say_usage(self) -> None:
-        """Tells the user what was asked."""
+        """Prints the use of the server."""
         spent = self.spent
         say(
             f"language model {self.model}: {spent.asked} answers, {spent.remembered} from the cache, "
@@ -400,7 +400,7 @@ class Endpoint:
 
 
 def _seconds(text: str | None) -> float | None:
-    """What a ``Retry-After`` header says, where it is a number of seconds; two minutes at most."""
+    """The number of seconds in a ``Retry-After`` header, at most 120; None for other values."""
     try:
         return None if text is None else min(max(float(text), 0.0), 120.0)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Reads checkpoints of any training framework as plain data: only tensors, and only their bytes, mean anything."""
+"""Reads checkpoints of any training framework as plain data: only tensors and their bytes are used."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from milan_ray.errors import MilanError, reason
 from milan_ray.tensorfiles import check_sizes
 
 _DEPTH = 8
-"""How deep dicts lie in dicts, lists and tuples at most."""
+"""Maximum depth of nested dicts, lists and tuples."""
 
 _MOST = 20_000
-"""Dicts, lists and tuples that are looked into at most: a small file may hold one in many places."""
+"""Maximum number of dicts, lists and tuples to search: a small file may hold the same one in many places."""
 
 _NO_WEIGHTS = re.compile(
     r"(amp_?|grad_?)?(optim|optimi[sz]ers?|(lr_?)?sched(uler)?s?|scalers?|callbacks|loops)"
     r"(_?(states?|dict|scalers?|schedulers?|[gd]|gen(erator)?|disc(riminator)?|\d+))*"
 )
-"""Names of entries of checkpoints that hold tensors of the training, not of a network."""
+"""Names of checkpoint entries that hold tensors of the training state, not of a network."""
 
 
 class Ignored:
-    """Stands for an object in a file. Whatever the file wants done with it is not done."""
+    """Placeholder for an object in a file. All operations that the file requests on it do nothing."""
 
     def __new__(cls, *_: object, **__: object) -> Ignored:
-        """An empty one."""
+        """Creates an empty placeholder."""
         return object.__new__(cls)
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
     def __call__(self, *_: object, **__: object) -> Ignored:
-        """Nothing, too."""
+        """Does nothing."""
         return self
 
     def __setstate__(self, _: object) -> None: ...
@@ -51,17 +51,17 @@ class Ignored:
     def __setitem__(self, _: object, __: object) -> None: ...
 
     def append(self, _: object) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def extend(self, _: object) -> None:
-        """Nothing."""
+        """Does nothing."""
 
     def add(self, _: object) -> None:
-        """Nothing."""
+        """Does nothing."""
 
 
 class _Stored(Ignored):
-    """A tensor that was not read yet: its type, shape and where its bytes lie."""
+    """A tensor that is not read yet: its type, its shape and the place of its bytes."""
 
     def __init__(
         self,
@@ -88,7 +88,7 @@ class StateDict:
     Attributes:
         address: The keys that lead to it, joined by dots; empty where it is the whole file.
         shapes: Names → shapes of its tensors, in order.
-        others: Names of its entries that are no tensors.
+        others: Names of its entries that are not tensors.
     """
 
     address: str
@@ -103,7 +103,7 @@ class StateDict:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file of weights holds.
+    """The content of a weights file.
 
     Attributes:
         path: The file.
@@ -119,8 +119,8 @@ class Checkpoint:
 def read_checkpoint(path: str) -> Checkpoint:
     """Reads a ``.pth``, ``.pt``, ``.ckpt`` or ``.safetensors`` file.
 
-    Nothing in it is executed: where torch's restricted reader refuses a file because it holds objects beside tensors
-    (a ``Namespace`` of options, numbers of numpy, callbacks), these are ignored.
+    No code in it is executed. Where torch's restricted reader rejects a file because it holds objects besides tensors
+    (a ``Namespace`` of options, numpy numbers, callbacks), these objects are ignored.
 
     Raises:
         MilanError: The file is missing or damaged, or holds no state dict.
@@ -156,7 +156,7 @@ def read_checkpoint(path: str) -> Checkpoint:
 
 
 def _states(content: object, address: str, depth: int, seen: Iterator[int]) -> Iterator[StateDict]:
-    """The state dicts in a content; a depth, since a file may hold a dict that holds itself."""
+    """Yields the state dicts in a file's content; the depth is limited because a dict may contain itself."""
     if not isinstance(content, dict | list | tuple) or not depth:
         return
     if next(seen) >= _MOST:
@@ -167,7 +167,7 @@ def _states(content: object, address: str, depth: int, seen: Iterator[int]) -> I
         ):
             yield from _states(value, f"{address}.{number}" if address else str(number), depth - 1, seen)
         return
-    # By the class: a file may set attributes on its dicts, one called "items" among them.
+    # Called on the class, because a file may set attributes on its dicts, such as one called "items".
     entries = {name: value for name, value in dict.items(content) if isinstance(name, str)}
     shapes = {name: tuple(value.shape) for name, value in entries.items() if _is_tensor(value)}
     if shapes and len(entries) == len(content):
@@ -204,10 +204,10 @@ _STORAGES = {
 
 
 def _read_ignoring(path: str, ignored: set[str]) -> object:
-    """Reads a file of ``torch.save``; what it names beside tensors is put into ``ignored``.
+    """Reads a file of ``torch.save``; adds the names of classes and functions that it ignores to ``ignored``.
 
     Raises:
-        Exception: Whatever readers raise on content that is not what it should be.
+        Exception: Anything that readers raise on invalid content.
     """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
@@ -222,15 +222,15 @@ def _read_ignoring(path: str, ignored: set[str]) -> object:
         return _Reader(io.BytesIO(archive.read(indices[0])), path, root, sizes, ignored).load()
 
 
-# Python's own implementation of the reader: that in C reserves as much memory as a number in the file says.
+# Python's own implementation of the reader: the one in C reserves as much memory as a number in the file requests.
 class _Reader(pickle._Unpickler):
-    """Reads a pickle that may name anything: tensors are noted down, all else becomes :class:`Ignored`."""
+    """Reads a pickle that may name any object: tensors are recorded, everything else becomes :class:`Ignored`."""
 
     def __init__(self, file: BinaryIO, path: str, root: str, sizes: Mapping[str, int], ignored: set[str]) -> None:
         super().__init__(file)
         self._path, self._root, self._sizes, self._ignored = path, root, sizes, ignored
         self._storages: dict[tuple[str, torch.dtype], torch.Tensor] = {}
-        # A pickle may set attributes on a class or function: each file gets its own.
+        # A pickle may set attributes on a class or function, so each file gets its own class.
         self._class = type("Ignored", (Ignored,), {})
 
     def find_class(self, module: str, name: str) -> Any:
@@ -266,6 +266,6 @@ class _Reader(pickle._Unpickler):
 
 def _rebuilt(storage: Any, offset: int, shape: Any, stride: Any, *rest: Any) -> _Stored:
     read, size, dtype = storage
-    # Types newer than typed storages follow as the last argument, after whether it has gradients, and hooks.
+    # Types newer than typed storages come as the last argument, after requires_grad and hooks.
     dtype = next((item for item in rest if isinstance(item, torch.dtype)), dtype)
     return _Stored(lambda: read(dtype), size // dtype.itemsize, dtype, int(offset), tuple(shape), tuple(stride))

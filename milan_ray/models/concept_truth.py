@@ -10,26 +10,26 @@ from torch import Tensor
 
 
 class ConceptTruth:
-    """Images by the concepts that show, texts by the concepts that they name.
+    """Embeds images by the concepts that they show, and texts by the concepts that they name.
 
-    The product of an image's and a text's embedding is the share of the named concepts that show: 0 to 1, and 0 for a
-    text that names none. It takes the place of a cosine.
+    The product of an image's and a text's embedding is the share of the named concepts that the image shows: 0 to 1,
+    and 0 for a text that names none. It replaces the cosine.
 
     Attributes:
         names: All concepts.
-        width: How many they are.
-        view: None: it looks at concept maps, not at pixels.
+        width: Number of concepts.
+        view: None: it reads concept maps, not pixels.
     """
 
     view = None
 
     def __init__(self, names: Sequence[str], named: Callable[[str], Collection[str]], digest: str) -> None:
-        """Takes the words of a probe.
+        """Stores the concepts of a probe.
 
         Args:
             names: All concepts, as the probe's concept maps name them.
             named: Text → the concepts that it names.
-            digest: Tells versions of both apart.
+            digest: Identifies the version of both.
         """
         self.names, self._named, self._digest = tuple(names), named, digest
 
@@ -39,15 +39,15 @@ class ConceptTruth:
         return len(self.names)
 
     def identity(self) -> dict[str, object]:
-        """All that decides embeddings of images besides their concept maps."""
+        """Everything that determines embeddings of images besides their concept maps."""
         return {"truth": self._digest, "names": self.names}
 
     def text_identity(self) -> dict[str, object]:
-        """All that decides embeddings of texts."""
+        """Everything that determines embeddings of texts."""
         return self.identity()
 
     def to(self, device: torch.device) -> ConceptTruth:
-        """Itself: there is nothing to move."""
+        """Returns itself: there is nothing to move."""
         return self
 
     def embed_images(self, images: Tensor) -> Tensor:
@@ -59,10 +59,10 @@ class ConceptTruth:
         raise TypeError("the truth of an image is in its concept maps, not in its pixels")
 
     def embed_maps(self, maps: Sequence[Mapping[str, np.ndarray] | None]) -> Tensor:
-        """Which concepts show in some images, by at least one pixel.
+        """Marks the concepts that each image shows in at least one pixel.
 
         Args:
-            maps: Concept → bool (H, W) of N images; None and what is left out do not show.
+            maps: Concept → bool (H, W) of N images; None, and concepts left out, count as not shown.
 
         Returns:
             float32 (N, D), 0 or 1.
@@ -73,7 +73,7 @@ class ConceptTruth:
         return torch.tensor(shown, dtype=torch.float32).view(len(maps), self.width)
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Which concepts some texts name, each by its share: float32 (N, D), rows sum to 1, or to 0 without any."""
+        """The share of each named concept per text: float32 (N, D); rows sum to 1, or to 0 without named concepts."""
         named = torch.tensor([[float(name in found) for name in self.names] for found in map(self._named, texts)]).view(
             len(texts), self.width
         )

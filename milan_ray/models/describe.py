@@ -1,4 +1,4 @@
-"""What can be dissected in a model."""
+"""Lists the layers of a model and how their outputs are read."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class LayerInfo:
 def layer_table(spec: ModelSpec) -> list[LayerInfo]:
     """Lists all modules of a model, by a few small forward passes.
 
-    Weights are not needed: a model whose weights are a file that nobody chose is built untrained. A generator's modules
-    are listed without shapes: what it takes is known to its probe alone.
+    Weights are not needed: a model with published weights is built untrained where none are chosen. Generators are not
+    supported, because only a probe has their inputs.
 
     Args:
         spec: The model.
@@ -49,7 +49,7 @@ def layer_table(spec: ModelSpec) -> list[LayerInfo]:
         One entry per module path, in the model's order, its own output last.
 
     Raises:
-        MilanError: It is a generator, or its weights are missing or do not fit.
+        MilanError: The model is a generator, or its weights are missing or do not fit.
     """
     if spec.images is not None:
         raise MilanError(

@@ -1,4 +1,7 @@
-"""Generators of diffusers in a local folder: Stable Diffusion and its likes (extra ``dnd``). Nothing is fetched."""
+"""Text-to-image pipelines of diffusers in local folders, such as Stable Diffusion (extra ``dnd``).
+
+Nothing is downloaded.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +21,16 @@ from milan_ray.models.generators import register_generator_family
 from milan_ray.models.weights import folder_digest
 
 PREFIX = "diffusers/"
-"""What names of such generators begin with: ``diffusers/FOLDER``, or ``diffusers/FOLDER#STEPS``."""
+"""Prefix of these generators' names: ``diffusers/FOLDER``, or ``diffusers/FOLDER#STEPS``."""
 
 DEFAULT = "stable-diffusion-v1-5"
-"""The one that Describe-and-Dissect's README names."""
+"""The model that Describe-and-Dissect's README names."""
 
 STEPS = 50
 """Denoising steps."""
 
 BATCH_SIZE = 5
-"""Images per pass: what 8 GiB of GPU memory hold at 512 × 512 in half precision."""
+"""Images per pass: as many as 8 GiB of GPU memory hold at 512 × 512 in half precision."""
 
 _INDEX = "model_index.json"
 _CLASSIC = "StableDiffusionPipeline"
@@ -43,7 +46,8 @@ def find_diffusion(name: str) -> str:
         Its absolute path.
 
     Raises:
-        MilanError: There is none; the sentence names what is looked for, where, the variable, and how to get it.
+        MilanError: There is no such folder; the message names the missing file, the places searched, the environment
+            variable, and how to get the file.
     """
     folder = Path(name).expanduser()
     if (folder / _INDEX).is_file():
@@ -58,22 +62,22 @@ def find_diffusion(name: str) -> str:
 
 
 class DiffusionGenerator:
-    """A text-to-image pipeline, read from its folder when it first draws: half precision on GPUs, float32 on CPUs.
+    """A text-to-image pipeline, loaded on first use: half precision on GPUs, float32 on CPUs.
 
-    Every image starts from noise of its own, which seed and number decide. A classic Stable Diffusion draws with the
-    DPM-Solver multistep scheduler, everything else with its own. Checkers that blacken images are left out: nobody
-    sees these images, and black ones would be measured like any other.
+    Each image starts from its own noise, which depends on the seed and the image's number. A classic Stable Diffusion
+    pipeline uses the DPM-Solver multistep scheduler, all others their own scheduler. Safety checkers, which blacken
+    images, are left out: nobody views these images, and black ones would be measured like any other.
     """
 
     def __init__(self, folder: str, steps: int = STEPS) -> None:
-        """Remembers the folder.
+        """Stores the folder, and reads which pipeline it holds.
 
         Args:
-            folder: As :func:`find_diffusion` gives it.
+            folder: As returned by :func:`find_diffusion`.
             steps: Denoising steps.
 
         Raises:
-            MilanError: diffusers is not installed, or the folder holds no pipeline of its.
+            MilanError: diffusers is not installed, or the folder holds no pipeline of diffusers.
         """
         self.name = Path(folder).name
         self._folder, self._steps, self._device = folder, steps, torch.device("cpu")
@@ -87,11 +91,11 @@ class DiffusionGenerator:
         self._checked = "safety_checker" in index
 
     def identity(self) -> dict[str, object]:
-        """All that decides its images besides text, count and seed, but the precision, which the device decides."""
+        """What determines its images besides text, count and seed; omits the precision, which the device decides."""
         return {"diffusers": 1, "files": folder_digest(self._folder), "steps": self._steps}
 
     def to(self, device: torch.device) -> DiffusionGenerator:
-        """The generator, moved."""
+        """Moves the generator to a device and returns it."""
         self._device = device
         if self._pipeline is not None:
             self._pipeline.to(device)
@@ -99,12 +103,12 @@ class DiffusionGenerator:
 
     @torch.inference_mode()
     def generate(self, text: str, count: int, seed: int) -> np.ndarray:
-        """Draws images; the same call gives the same ones, within float error.
+        """Generates images; the same call gives the same images, within floating-point error.
 
         Args:
             text: The prompt.
-            count: How many.
-            seed: Other seeds give other images.
+            count: Number of images.
+            seed: Different seeds give different images.
 
         Returns:
             uint8 (count, H, W, 3).
@@ -152,7 +156,7 @@ class DiffusionGenerator:
 
 
 def _noise_seed(seed: int, number: int) -> int:
-    """The seed of an image's noise: none that follow each other, as theirs might be alike."""
+    """The seed of an image's noise: a hash, because consecutive seeds might give similar noise."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:6], "big")
 
 

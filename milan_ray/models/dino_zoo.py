@@ -1,6 +1,6 @@
 """DINO's vision transformers (Caron et al. 2021), registered as ``dino_vits8/imagenet`` and so on.
 
-A plug-in like a user's own: importing it registers. The modules have the names of the published files.
+Works like a user's plug-in: importing the module registers the models. Modules are named as in the published files.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Two linear layers and the GELU between; the units that are dissected are those of the first."""
+    """Two linear layers with a GELU between them; the dissected units are those of the first layer."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Block(nn.Module):
 
 
 class PatchEmbedding(nn.Module):
-    """Cuts images into patches, each a token."""
+    """Splits images into patches, and embeds each patch as a token."""
 
     def __init__(self, patch: int, width: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class VisionTransformer(nn.Module):
 
 
 def build(patch: int, width: int, heads: int, weights: str | None) -> nn.Module:
-    """Builds a model with its weights, untrained ones from seed 0 for ``random``.
+    """Builds a model with its weights; ``random`` gives untrained ones from seed 0.
 
     Raises:
         MilanError: The file is missing or does not fit.

@@ -1,4 +1,4 @@
-"""Networks without some of their units: switched off in the weights, so that the edited network needs no hooks."""
+"""Switches units off in a network's weights, so that the edited network needs no hooks."""
 
 from __future__ import annotations
 
@@ -28,11 +28,12 @@ _KEEPING_METHODS = ("relu", "tanh", "contiguous", "clone")
 
 
 def edited(spec: ModelSpec, model: nn.Module, units: UnitSet, views: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The weights of a network in which some units put out nothing.
+    """The weights of a network with some units switched off.
 
-    Where a layer ends in a convolution, linear map or batch normalisation, the rows that make the unit are set to zero;
-    where it ends elsewhere (in the sum of a residual block), the columns of all convolutions and linear maps that read
-    the unit. Whether this is the same as switching the units off is checked on images before anything is returned.
+    Where a layer ends in a convolution, linear map or batch normalisation, the rows that compute the unit are set to
+    zero. Where it ends in something else (such as the sum of a residual block), the columns that read the unit are set
+    to zero in all following convolutions and linear maps. Before the weights are returned, a check on images confirms
+    that this has the same effect as switching the units off.
 
     Args:
         spec: The model.
@@ -71,7 +72,7 @@ def _columns(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
 
 
 def _makers(model: nn.Module, layer: str) -> Iterator[str]:
-    """The one module whose rows make a layer's units; none where the layer does not end in one."""
+    """Yields the module whose rows compute a layer's units; nothing where the layer does not end in such a module."""
     module, path = find_layers(model, [layer])[layer], layer
     while isinstance(module, nn.Sequential) and len(module):
         names = [name for name, child in module.named_children() if not is_activation(child)]
@@ -83,7 +84,7 @@ def _makers(model: nn.Module, layer: str) -> Iterator[str]:
 
 
 def _readers(model: nn.Module, layer: str) -> Iterator[str]:
-    """The convolutions and linear maps that read a layer's output, through what leaves zeros zero.
+    """The convolutions and linear maps that read a layer's output, also through operations that preserve zeros.
 
     Raises:
         MilanError: Something else reads it, or the network cannot be traced.
@@ -95,7 +96,7 @@ def _readers(model: nn.Module, layer: str) -> Iterator[str]:
 
     try:
         graph = Tracer().trace(model)
-    except Exception as error:  # torch.fx raises anything, from wherever the network's own code cannot be traced
+    except Exception as error:  # torch.fx may raise anything where it cannot trace the network's code
         raise MilanError(
             f"layer {layer!r} cannot be switched off in the weights: torch.fx cannot trace the network ({error})."
         ) from error
@@ -146,7 +147,7 @@ def _check(
     """Checks that the edited weights have the same effect as switching units off.
 
     Raises:
-        MilanError: They do not.
+        MilanError: The effect differs.
     """
     wanted = Ablation(spec, model, [units]).logits(views)[0]
     found = torch.func.functional_call(model, state, (spec.prepare(views),))

@@ -1,16 +1,17 @@
-"""Finding out how a model's layers are read, by a few small forward passes, before they are relied on.
+"""Determines how a model's layers are read, by a few small forward passes, before their values are used.
 
-1. Three pictures, then two of them in another order, twice: the axis that follows the images is the batch, and an
-   image's values must be the same beside other images. This unmasks windows stacked on the batch axis, statistics of
-   the batch, random masking and dropout that is left on.
-2. What the layer's last linear map, convolution or norm says of its features is the axis of the units.
-3. Grey pictures with one lit patch each: a layer answers there. This confirms the positions, or finds their order
-   (:mod:`milan_ray.models.positions`).
-4. A picture that is lit everywhere, and one for each margin: margins on which nothing depends were cut off, and
-   positions that answer to no picture are none (:mod:`milan_ray.models.unseen`).
+1. Three pictures, then two of them in another order, twice: the axis that follows the number of images is the batch,
+   and an image's values must not depend on the other images. This detects windows stacked on the batch axis, batch
+   statistics, random masking and active dropout.
+2. The features of the layer's last linear map, convolution or norm give the axis of the units.
+3. Grey pictures with one lit patch each: a layer responds at the patch. This confirms the positions, or finds their
+   order (:mod:`milan_ray.models.positions`).
+4. A picture that is lit everywhere, and one for each margin: margins on which nothing depends were cut off, and tokens
+   that respond to no picture are not positions (:mod:`milan_ray.models.unseen`).
 
-Twenty pictures in all, counting plain grey ones; layers whose tokens come in an unknown order take up to thirty more,
-layers that answer too faintly up to 49 for each of which patches are lit in other layers, and 21 in their own.
+This takes twenty pictures in all, counting plain grey ones. Layers whose tokens come in an unknown order take up to
+thirty more. Layers that respond too faintly take up to 49 more with patches lit in other layers, and 21 with patches
+lit in their own maps.
 """
 
 from __future__ import annotations
@@ -62,20 +63,20 @@ def establish(
     latents: tuple[torch.Tensor, ...] | None = None,
     positions: bool = True,
 ) -> dict[str, Layout]:
-    """Finds out how a model's layers are read.
+    """Determines how a model's layers are read.
 
     Args:
         spec: The model.
         model: The model, built, in eval mode, on its device.
         layers: Module paths.
-        latents: Of a generator: some of its inputs, each (n, …), n ≥ 1.
-        positions: Whether positions matter; else a layout whose axes are known alone will do.
+        latents: For a generator: some of its inputs, each (n, …), n ≥ 1.
+        positions: Whether positions are needed; else a layout with known axes is enough.
 
     Returns:
         Layer → layout.
 
     Raises:
-        MilanError: A layer does not exist or run, or cannot be read; the text says why and what to do.
+        MilanError: A layer does not exist, run or cannot be read; the message gives the reason and what to do.
     """
     found = examine(spec, model, layers, latents, positions)
     for reading in found.values():
@@ -95,12 +96,12 @@ def established(
     latents: tuple[torch.Tensor, ...] | None = None,
     positions: bool = True,
 ) -> dict[str, Layout]:
-    """As :func:`establish`, once per network in this process: for networks that nobody changes.
+    """Like :func:`establish`, but caches layouts per network in this process; for networks that do not change.
 
-    Without ``positions`` layouts whose axes are known alone will do.
+    Without ``positions``, layouts with known axes are enough.
 
     Raises:
-        MilanError: As :func:`establish`.
+        MilanError: As for :func:`establish`.
     """
     known = _ESTABLISHED.setdefault(unwrap(model), {})
     said = (*(getattr(spec, name) for name in _DECISIVE), spec.preprocess.view, positions)
@@ -117,14 +118,14 @@ def examine(
     latents: tuple[torch.Tensor, ...] | None = None,
     positions: bool = True,
 ) -> dict[str, Layout | str]:
-    """As :func:`establish`, but says of each layer that cannot be read why, in place of its layout.
+    """Like :func:`establish`, but returns a message in place of the layout of a layer that cannot be read.
 
     Args:
         spec: The model.
         model: The model, built, in eval mode, on its device.
         layers: Module paths.
-        latents: Of a generator: some of its inputs.
-        positions: Whether positions matter; else a layout whose axes are known alone will do.
+        latents: For a generator: some of its inputs.
+        positions: Whether positions are needed; else a layout with known axes is enough.
 
     Raises:
         MilanError: A layer does not exist, or the model does not run.
@@ -156,7 +157,7 @@ class _Examination:
         )
         self._counts: dict[str, int] = {}  # layer → tensors it puts out
         self._missing: dict[str, str] = {}  # layer → why it puts out nothing
-        self._changed: dict[str, str] = {}  # layer → what became of what it put out, in the first pass
+        self._changed: dict[str, str] = {}  # layer → how its output was changed later in the first pass
 
     @torch.inference_mode()
     def results(self) -> dict[str, Layout | str]:
@@ -166,9 +167,9 @@ class _Examination:
         size = min(_FIRST, self._most)
         inputs = self._inputs(size)
         self._structure.alone = size == 1
-        order = [1, 0][: size - 1] or [0]  # fewer, in another order, beside others
+        order = [1, 0][: size - 1] or [0]  # fewer images, in another order
         watched = Watched(self._model, self._device)
-        with BUILDING:  # what is built meanwhile draws random numbers
+        with BUILDING:  # networks that are built meanwhile draw random numbers
             with self._structure.recording():
                 first, often = self._run(inputs, watch=True)
             counts = dict(self._counts)
@@ -179,7 +180,7 @@ class _Examination:
                 for layer in often
             }
             third = [*order[:1], size - 1] if size > 1 and len(order) > 1 else order
-            again, _ = self._run(_take(inputs, third))  # one of them in its place, beside another
+            again, _ = self._run(_take(inputs, third))  # one of them in the same place, with another image
             unsteady = self._unsteady(watched, _take(inputs, order))
         if isinstance(unsteady, str):  # no more passes
             return {layer: self._missing.get(layer, unsteady) for layer in self._layers}
@@ -246,7 +247,7 @@ class _Examination:
 
     @contextmanager
     def _explaining(self, inputs: Inputs) -> Iterator[None]:
-        """Turns whatever a user's model raises on a test batch into a sentence."""
+        """Converts any exception that a user's model raises on a test batch into a MilanError."""
         try:
             yield
         except MilanError:
@@ -266,7 +267,7 @@ class _Examination:
             ) from error
 
     def _tensor(self, output: object) -> torch.Tensor | None:
-        """The tensor in what any module puts out: a user's hidden= is written for the layers asked for alone."""
+        """The tensor in any module's output; ignores errors of hidden=, which is written only for the given layers."""
         tensor = first_tensor(output)
         if self._spec.hidden is not None:
             with suppress(Exception):
@@ -287,7 +288,7 @@ class _Examination:
         smaller: int,
         often: tuple[int, int, int | None, int | None],
     ) -> int | str:
-        """The axis that follows the images; a sentence where there is none."""
+        """The axis that follows the number of images, or a message that explains why there is none."""
         told = self._spec.reading.batch_axis
         puts_out = f"{self._where(layer)} puts out {tuple(first)} for {size} images"
         if told is not None:
@@ -316,7 +317,7 @@ class _Examination:
         return f"{puts_out} and {tuple(second)} for {smaller}: no axis counts them; choose another layer."
 
     def _why_in_parts(self, layer: str, often: tuple[int, int, int | None, int | None], smaller: int) -> str | None:
-        """Why a layer gets or puts out a part of the images, where it does so as often as there are images."""
+        """Why a layer cannot be read, where it runs, or puts out tensors, once per part of the batch; else None."""
         size, (runs, fewer, tensors, less) = smaller + 1, often
         if runs != fewer:
             return (
@@ -333,7 +334,7 @@ class _Examination:
         return None
 
     def _why_no_values(self, layer: str, values: torch.Tensor) -> str | None:
-        """Why values, images first, say nothing of images; None where they do."""
+        """Why a layer's values, images first, cannot be used; None where they can."""
         change = self._changed.get(layer)
         if change not in (None, CHANGED):
             return (
@@ -341,7 +342,7 @@ class _Examination:
                 "another layer."
             )
         if len(values) < 2 or not bool(values.isfinite().any()) or not bool(values.any()):
-            return None  # what is dead is counted and said in the end
+            return None  # dead units are counted and reported at the end
         values = values.double()
         near = 4 * torch.finfo(self._dtype).eps if self._dtype in (torch.float32, torch.float64) else 0.0
         if bool(((values - values[:1]).abs().nan_to_num() <= near * values.abs().nan_to_num()).all()):
@@ -352,7 +353,7 @@ class _Examination:
         return None
 
     def _unsteady(self, watched: Watched, inputs: Inputs) -> set[str] | str:
-        """The layers that random numbers decide; a sentence where passes change the network, or may be random."""
+        """The layers that depend on random numbers, or a message where passes change the network or may be random."""
         if changed := watched.changed():
             watched.put_back()
             return (
@@ -387,7 +388,7 @@ class _Examination:
         )
 
     def _why_unequal(self, layer: str, two: torch.Tensor, axis: int, inputs: Inputs, order: list[int]) -> str:
-        """Why an image has other values in its place beside another one."""
+        """Why an image has other values in the same place when another image changes."""
         repeated, _ = self._run(_take(inputs, order))
         if not agree(two, repeated[layer].movedim(axis, 0), two, exactly(self._dtype)):
             return self._random(layer)

@@ -1,4 +1,7 @@
-"""Generators: what draws images of a text. The real ones are big; what uses them asks for nothing but this."""
+"""Text-to-image generators: their interface and registry.
+
+Other modules rely only on the interface, so that a small generator can replace a real one, which is large.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ from milan_ray.names import checked_name
 
 
 class Generator(Protocol):
-    """Draws images of a text.
+    """Generates images from a text.
 
     Attributes:
         name: Its name in tables and messages.
@@ -23,18 +26,18 @@ class Generator(Protocol):
     name: str
 
     def identity(self) -> dict[str, object]:
-        """All that decides its images besides text, count and seed."""
+        """Everything that determines its images besides text, count and seed."""
 
     def to(self, device: torch.device) -> Any:
-        """The generator, moved."""
+        """Moves the generator to a device and returns it."""
 
     def generate(self, text: str, count: int, seed: int) -> np.ndarray:
-        """Draws images; the same call gives the same images.
+        """Generates images; the same call gives the same images.
 
         Args:
-            text: What they are to show.
-            count: How many.
-            seed: Other seeds give other images.
+            text: The prompt.
+            count: Number of images.
+            seed: Different seeds give different images.
 
         Returns:
             uint8 (count, H, W, 3).
@@ -50,7 +53,7 @@ def register_generator(name: str, factory: Callable[[], Generator]) -> None:
 
     Args:
         name: Name used on the command line.
-        factory: Builds it, on the CPU.
+        factory: Builds the generator, on the CPU.
     """
     checked_name("a generator", name, slashes=True)
     _GENERATORS[name] = factory
@@ -61,14 +64,14 @@ def register_generator_family(prefix: str, resolve: Callable[[str], Generator]) 
 
     Args:
         prefix: Such as ``diffusers/``.
-        resolve: Builds the generator that what follows the prefix names.
+        resolve: Builds a generator from the rest of its name after the prefix.
     """
     _FAMILIES[prefix] = resolve
 
 
 @dataclass(frozen=True)
 class GeneratorRef:
-    """A generator as it travels to workers.
+    """Reference to a generator, small enough to send to workers.
 
     Attributes:
         name: A registered name, or one of a family.
@@ -77,10 +80,10 @@ class GeneratorRef:
     name: str
 
     def load(self) -> Generator:
-        """Builds it, on the CPU.
+        """Builds the generator, on the CPU.
 
         Raises:
-            MilanError: There is none of that name; the text names the nearest.
+            MilanError: No generator has that name; the message names the nearest.
         """
         if self.name in _GENERATORS:
             return _GENERATORS[self.name]()

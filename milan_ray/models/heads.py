@@ -1,4 +1,4 @@
-"""The linear map at a classifier's end: which it is, what reaches it, and how it is learnt anew."""
+"""The linear head of a classifier: finds it, collects its inputs, and fine-tunes it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class HeadTraining:
 
     Attributes:
         lr: Learning rate of AdamW.
-        max_epochs: Passes at most.
-        patience: Passes without a lower loss on the images held out, after which it stops.
+        max_epochs: Maximum number of epochs.
+        patience: Number of epochs without a lower loss on the held-out images that is tolerated; one more stops it.
         hold_out: Share of the images that is held out.
         batch_size: Images per step.
-        seed: Of the split and the order.
+        seed: Seed of the split and the order.
     """
 
     lr: float = 1e-4
@@ -38,7 +38,7 @@ class HeadTraining:
 
 @torch.inference_mode()
 def find_head(spec: ModelSpec, model: nn.Module, views: torch.Tensor) -> str:
-    """The path of the linear map whose output is the model's.
+    """Finds the path of the linear map whose output is the model's output.
 
     Args:
         spec: The model.
@@ -46,7 +46,7 @@ def find_head(spec: ModelSpec, model: nn.Module, views: torch.Tensor) -> str:
         views: uint8 (n, H, W, 3), one or more of its views.
 
     Raises:
-        MilanError: The model ends in something else.
+        MilanError: The model does not end in a linear map.
     """
     outputs: dict[str, object] = {}
     handles = [
@@ -71,12 +71,12 @@ def find_head(spec: ModelSpec, model: nn.Module, views: torch.Tensor) -> str:
 def head_inputs(
     spec: ModelSpec, model: nn.Module, head: str, units: UnitSet, views: torch.Tensor, rows: int = 128
 ) -> torch.Tensor:
-    """What reaches a classifier's last layer with some units switched off.
+    """Collects the inputs of a classifier's last layer with some units switched off.
 
     Args:
         spec: The model.
         model: The model, built, in eval mode, on its device.
-        head: From :func:`find_head`.
+        head: As returned by :func:`find_head`.
         units: Layer → units that are switched off.
         views: uint8 (n, H, W, 3).
         rows: Views per pass.
@@ -95,23 +95,23 @@ def head_inputs(
             seen.clear()
     finally:
         handle.remove()
-    return torch.cat(found)  # a copy, which gradients may pass, unlike tensors of inference mode
+    return torch.cat(found)  # a copy: unlike tensors of inference mode, it supports gradients
 
 
 def fit_head(
     inputs: torch.Tensor, labels: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, config: HeadTraining
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Fine-tunes a last layer on what reaches it; the rest of the network stays.
+    """Fine-tunes a last layer on its inputs; the rest of the network stays unchanged.
 
-    Keeps the weights of the pass with the lowest loss on the images held out (the reference keeps the last ones),
-    the first ones where no pass is better.
+    Keeps the weights of the epoch with the lowest loss on the held-out images (the reference keeps the last ones), or
+    the initial weights where no epoch is better.
 
     Args:
         inputs: float32 (n, D).
         labels: int64 (n,).
-        weight: float32 (classes, D), where it begins.
-        bias: float32 (classes,), or None.
-        config: How.
+        weight: float32 (classes, D), the initial weight.
+        bias: float32 (classes,), the initial bias, or None.
+        config: Settings of the training.
 
     Returns:
         Weight and bias, new tensors.
@@ -148,12 +148,12 @@ def fit_head(
 
 
 def strongest_classes(weight: torch.Tensor, unit: int, count: int) -> Sequence[int]:
-    """The classes that a unit of the layer below the head speaks for most, by weight of its connection.
+    """The classes that a unit of the layer below the head supports most, by the weight of its connection.
 
     Args:
         weight: (classes, units).
-        unit: Which.
-        count: How many classes.
+        unit: The unit's index.
+        count: Number of classes.
     """
     found: list[int] = weight[:, unit].topk(min(count, len(weight))).indices.tolist()
     return found

@@ -1,4 +1,4 @@
-"""Reading a model's layers while it runs."""
+"""Reads the outputs of a model's layers during a forward pass."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from milan_ray.models.in_place import Watch
 from milan_ray.models.registry import OUTPUTS, Activations, ModelInput
 
 OWN_OUTPUT = "@outputs"
-"""The model's own output, in a model that has a module called :data:`~milan_ray.models.registry.OUTPUTS`."""
+"""Name of the model's own output in a model with a module called :data:`~milan_ray.models.registry.OUTPUTS`."""
 
 _CALL = re.compile(r"(.+)@(\d+)")
 _WRAPPERS = ("_orig_mod", "module")  # torch.compile's, and those of (distributed) data parallelism
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The network inside ``torch.compile`` and data parallelism, whose modules have the names that people know."""
+    """The network inside ``torch.compile`` and data parallelism, where modules have their usual names."""
     while True:
         if isinstance(model, torch._dynamo.eval_frame.OptimizedModule if _compiles() else ()):
             model = model.get_submodule(_WRAPPERS[0])
@@ -38,13 +38,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def _compiles() -> bool:
-    """Whether anything may have been compiled: torch's compiler takes seconds to import."""
+    """Whether anything may have been compiled; avoids importing torch's compiler, which takes seconds."""
     return "torch._dynamo" in sys.modules
 
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Runs compiled modules as they were written: hooks see nothing of compiled ones."""
+    """Runs compiled modules eagerly inside the context, because hooks do not work on compiled ones."""
     if not _compiles():
         yield
         return
@@ -88,7 +88,7 @@ def find_places(model: nn.Module, layers: Iterable[str]) -> dict[str, Place]:
         Name → place, in the order asked for.
 
     Raises:
-        MilanError: There is no such module, the text names the nearest; or its calls cannot be seen.
+        MilanError: There is no such module (the message names the nearest), or hooks cannot observe its calls.
     """
     modules = named_layers(model)
     places: dict[str, Place] = {}
@@ -113,7 +113,7 @@ def find_layers(model: nn.Module, layers: Iterable[str]) -> dict[str, nn.Module]
     """The modules of :func:`find_places`: name → module, in the order asked for.
 
     Raises:
-        MilanError: There is no such module; the text names the nearest.
+        MilanError: There is no such module; the message names the nearest.
     """
     return {layer: place.module for layer, place in find_places(model, layers).items()}
 
@@ -136,7 +136,7 @@ def first_tensor(output: object) -> torch.Tensor | None:
 
 
 def call(model: nn.Module, inputs: ModelInput) -> Any:
-    """Runs a model on one tensor, several positional ones, or keyword arguments, as it was written."""
+    """Runs a model on one tensor, several positional ones, or keyword arguments; compiled modules run eagerly."""
     with eagerly():
         if isinstance(inputs, torch.Tensor):
             return model(inputs)
@@ -146,7 +146,7 @@ def call(model: nn.Module, inputs: ModelInput) -> Any:
 
 
 def no_activations(tensor: torch.Tensor) -> str | None:
-    """What a tensor holds that can not be taken for activations, in words; None where it holds activations."""
+    """Describes what a tensor holds, where that cannot be activations; None where it can."""
     if torch._C._functorch.is_batchedtensor(tensor):
         return "one image's values at a time (torch.vmap)"
     if tensor.is_nested or tensor.layout != torch.strided:
@@ -159,7 +159,7 @@ def no_activations(tensor: torch.Tensor) -> str | None:
 
 
 def is_activation(module: nn.Module) -> bool:
-    """Whether a module is an activation function: torch's own, or one of a library that keeps them in such a module."""
+    """Whether a module is an activation function: torch's own, or one from a library's module named ``activation…``."""
     home = type(module).__module__.rsplit(".", 1)[-1]
     return home.startswith("activation") and next(module.children(), None) is None
 
@@ -167,24 +167,25 @@ def is_activation(module: nn.Module) -> bool:
 class LayerTap:
     """Collects the outputs of any number of layers in one forward pass.
 
-    A module that runs several times in one forward pass shows its last output, or its n-th as ``path@n``; one that puts
-    out a tuple or dict shows the first tensor in it. Where an activation function follows a layer, its values can be
-    meant in three ways:
+    For a module that runs several times in one forward pass, the last output counts, or the n-th as ``path@n``. In an
+    output that is a tuple or dict, the first tensor counts. Where an activation function follows a layer, there are
+    three choices of values:
 
-    - ``seen``: the tensor that the module put out, as it is after the forward pass. This is what the reference keeps:
-      where the function works in place (``features.N`` of torchvision's AlexNet, VGG, SqueezeNet) its result is seen,
-      else the values before it.
-    - ``pre``: what the module put out, copied before anything can change it.
-    - ``post``: what came out of the activation module (``torch.nn.ReLU``, ``GELU``, …) that took the layer's output as
-      it was. A layer whose output goes elsewhere (to a norm, or to a function that is no module) shows what is seen.
+    - ``seen``: the module's output tensor, as it is after the forward pass. This is what the reference keeps: where the
+      function works in place (``features.N`` of torchvision's AlexNet, VGG, SqueezeNet), its result, else the values
+      before it.
+    - ``pre``: the module's output, copied before anything can change it.
+    - ``post``: the output of the activation module (``torch.nn.ReLU``, ``GELU``, …) that directly takes the layer's
+      output. For a layer whose output goes elsewhere (to a norm, or to a function that is not a module), the same as
+      ``seen``.
 
-    Gradients and device are the caller's affair.
+    The caller controls gradients and device.
 
     Attributes:
         calls: Layer → how often its module ran in the last forward pass.
-        counts: Layer → how many tensors it put out, of which the first counts.
+        counts: Layer → number of tensors in its output, of which the first counts.
         missing: Layer → why it has no values in the last forward pass.
-        changed: Where watched: layer → what became of its output after it was put out, see :class:`Watch`.
+        changed: With ``watch``: layer → how its output was changed later in the pass; see :class:`Watch`.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(3, 5), nn.ReLU())
@@ -207,10 +208,11 @@ class LayerTap:
         Args:
             model: The model.
             layers: Module paths.
-            hidden: Takes the tensor out of what a layer puts out; None takes the first in it.
-            activations: ``seen``, ``pre`` or ``post`` the activation function, see above.
-            lenient: Whether a layer that does not run or puts out no tensor is left out, and said in ``missing``.
-            watch: Whether to see if outputs are changed after they were put out; that takes a copy of each.
+            hidden: Extracts the tensor from a layer's output; None takes the first tensor in it.
+            activations: ``seen``, ``pre`` or ``post``, see above.
+            lenient: Whether a layer that does not run or puts out no tensor is left out and recorded in ``missing``,
+                instead of an error.
+            watch: Whether to detect later changes of outputs; this takes a copy of each output.
 
         Raises:
             MilanError: A layer does not exist.
@@ -224,7 +226,7 @@ class LayerTap:
         self._places = find_places(model, layers)
         self.calls: Counter[str] = Counter()
         self._outputs: dict[str, object] = {}
-        self._settled: dict[str, torch.Tensor] = {}  # values that are known before the pass is over
+        self._settled: dict[str, torch.Tensor] = {}  # values that are final before the pass ends
         self._awaited: dict[str, torch.Tensor | None] = {}  # outputs that no activation module has taken yet
         self._handles: list[RemovableHandle] = []
         self._own: list[Callable[[nn.Module, object, object], None]] = []  # what hooks on a TorchScript module would do
@@ -237,7 +239,7 @@ class LayerTap:
                 if place.call not in (None, self.calls[layer]):
                     return
                 self._outputs[layer] = output
-                self._settled.pop(layer, None)  # of a call before
+                self._settled.pop(layer, None)  # from an earlier call
                 tensor = self._hidden(output)
                 if self._activations == "pre" and tensor is not None:
                     self._settled[layer] = tensor = tensor.clone()
@@ -257,7 +259,7 @@ class LayerTap:
         return self
 
     def _follow(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        """Settles the layers whose output an activation module has just taken."""
+        """Stores an activation module's result for the layers whose output it takes."""
         for layer, tensor in list(self._awaited.items()):
             if args and args[0] is tensor and self._places[layer].module is not module:
                 result = first_tensor(output)
@@ -301,7 +303,7 @@ class LayerTap:
             if isinstance(tensor, str):
                 self.missing[layer] = tensor
             else:
-                tensor = tensor.detach() if tensor.requires_grad else tensor  # of a parameter, as it is
+                tensor = tensor.detach() if tensor.requires_grad else tensor  # an output that is a parameter
                 collected[layer] = tensor.dequantize() if tensor.is_quantized else tensor
                 self.counts[layer] = len(tensors(self._outputs[layer])) if self._hidden is first_tensor else 1
         self._forget()
@@ -310,7 +312,7 @@ class LayerTap:
         return collected
 
     def _collect(self, layer: str) -> torch.Tensor | str:
-        """What a layer put out in the pass that is over; a sentence where that is nothing."""
+        """A layer's output in the finished pass, or a message that explains why there is none."""
         if layer not in self._outputs:
             often = self.calls[layer]
             why = f"runs {often} times" if often else "does not run"
@@ -330,7 +332,7 @@ class LayerTap:
         return tensor
 
     def _itself(self, layer: str) -> str:
-        """Where a layer that does not run has weights: which module may use them without running it."""
+        """For a layer with weights that does not run: the module that may use these weights; else an empty text."""
         modules, parent = named_layers(self._model), layer.partition("@")[0].rpartition(".")[0]
         weights = next(self._places[layer].module.parameters(), None)
         if self.calls[layer] or parent not in modules or weights is None:

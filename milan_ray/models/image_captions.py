@@ -1,6 +1,6 @@
-"""Models that say what an image shows, as one sentence: BLIP in a local folder, or a plug-in's own.
+"""Captioners that describe an image in one sentence: BLIP in a local folder, or a plug-in's own.
 
-Nothing is fetched: a model is a folder that ``save_pretrained`` wrote or a hub's client downloaded.
+Nothing is downloaded: a model is a folder that ``save_pretrained`` wrote or a hub's client downloaded.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ BATCH_SIZE = 10
 """Images per pass."""
 
 LONGEST, SHORTEST = 32, 5
-"""Most new and least tokens of a caption."""
+"""Maximum number of new tokens, and minimum number of tokens, of a caption."""
 
 
 class ImageCaptioner(Protocol):
-    """Says what images show."""
+    """Captions images."""
 
     name: str
 
     def identity(self) -> dict[str, object]:
-        """All that decides its captions besides the images."""
+        """Everything that determines its captions besides the images."""
 
     def to(self, device: torch.device) -> Any:
-        """The captioner, moved."""
+        """Moves the captioner to a device and returns it."""
 
     def caption(self, images: Sequence[np.ndarray]) -> list[str]:
         """One caption per image, uint8 (H, W, 3) each, all of one size."""
@@ -48,30 +48,30 @@ _REGISTERED: dict[str, Callable[[], ImageCaptioner]] = {}
 
 
 def register_image_captioner(name: str, factory: Callable[[], ImageCaptioner]) -> None:
-    """Registers a captioner of one's own; a later registration of the same name replaces it.
+    """Registers a custom captioner; a later registration of the same name replaces it.
 
     Args:
         name: Name used in place of a folder.
-        factory: Builds it, on the CPU.
+        factory: Builds the captioner, on the CPU.
     """
     _REGISTERED[name] = factory
 
 
 @dataclass(frozen=True)
 class ImageCaptionerRef:
-    """A captioner of images as it travels to workers.
+    """Reference to an image captioner, small enough to send to workers.
 
     Attributes:
-        name: A registered one, a folder, or the name of one in ``$MILAN_MODELS_DIR``.
+        name: A registered name, a folder, or the name of a folder in ``$MILAN_MODELS_DIR``.
     """
 
     name: str = DEFAULT
 
     def load(self) -> ImageCaptioner:
-        """Builds it, on the CPU.
+        """Builds the captioner, on the CPU.
 
         Raises:
-            MilanError: There is none, or its files are damaged.
+            MilanError: There is no such captioner, or its files are damaged.
         """
         return _REGISTERED[self.name]() if self.name in _REGISTERED else Blip(find_folder(self.name, "--captioner"))
 
@@ -81,15 +81,16 @@ def find_folder(name: str, option: str, index: str = "config.json", default: str
 
     Args:
         name: A folder, or the name of one in ``$MILAN_MODELS_DIR``.
-        option: The option that names another one, for the message.
-        index: The file that such a folder has.
-        default: Where the one that is taken by default is published, for the message.
+        option: The command-line option that names another folder, for the message.
+        index: A file that such a folder contains.
+        default: The default model's id on the Hugging Face hub, for the message.
 
     Returns:
         Its absolute path.
 
     Raises:
-        MilanError: There is none; the sentence names what is looked for, where, the variable, and how to get it.
+        MilanError: There is no such folder; the message names the missing file, the places searched, the environment
+            variable, and how to get the file.
     """
     folder = Path(name).expanduser()
     if (folder / index).is_file():
@@ -103,13 +104,13 @@ def find_folder(name: str, option: str, index: str = "config.json", default: str
 
 
 class Blip:
-    """A BLIP model for captions, float32, read from a folder when it is first used."""
+    """A BLIP captioning model in float32, loaded from a folder on first use."""
 
     def __init__(self, folder: str) -> None:
-        """Remembers the folder.
+        """Stores the folder, and checks the type of its model.
 
         Args:
-            folder: With the model's config.json and weights, its tokenizer and its image processor.
+            folder: A folder with the model's config.json and weights, its tokenizer and its image processor.
 
         Raises:
             MilanError: transformers is not installed, or the folder holds something else.
@@ -128,17 +129,17 @@ class Blip:
             raise MilanError(f"{folder} is a model of type {kind!r}: give the folder of a BLIP captioner.")
 
     def identity(self) -> dict[str, object]:
-        """All that decides its captions besides the images."""
+        """Everything that determines its captions besides the images."""
         return {"blip": 1, "files": folder_digest(self._folder), "tokens": (SHORTEST, LONGEST)}
 
     def to(self, device: torch.device) -> Blip:
-        """The captioner, moved."""
+        """Moves the captioner to a device and returns it."""
         self._device = device
         return self
 
     @torch.inference_mode()
     def caption(self, images: Sequence[np.ndarray]) -> list[str]:
-        """One caption per image, uint8 (H, W, 3) each; the likeliest word at every step.
+        """One caption per image, uint8 (H, W, 3) each, by greedy decoding.
 
         Raises:
             MilanError: The model's files are absent, damaged or unfit.
@@ -149,7 +150,7 @@ class Blip:
         found: list[str] = []
         for start in range(0, len(images), BATCH_SIZE):
             some = [np.array(image) for image in images[start : start + BATCH_SIZE]]
-            full = some + [some[0]] * (BATCH_SIZE - len(some))  # a full batch always: no caption depends on others
+            full = some + [some[0]] * (BATCH_SIZE - len(some))  # always a full batch: no caption depends on others
             pixels = processor(images=full, return_tensors="pt")["pixel_values"].to(self._device)
             tokens = model.generate(pixel_values=pixels, max_new_tokens=LONGEST, min_length=SHORTEST, do_sample=False)
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -1,6 +1,6 @@
-"""Models of images and texts (CLIP, SigLIP): how well a text fits an image, or a region of it (docs/clip.md).
+"""Image-text models (CLIP, SigLIP): how well a text matches an image, or a region of it (docs/clip.md).
 
-Nothing is fetched: a model is a folder that ``save_pretrained`` wrote or a hub's client downloaded, with the model's
+Nothing is downloaded: a model is a folder that ``save_pretrained`` wrote or a hub's client downloaded, with the model's
 ``config.json`` and weights, its tokenizer and its ``preprocessor_config.json``.
 """
 
@@ -32,7 +32,7 @@ DEFAULT = "clip-vit-base-patch32"
 """The reference's model, CLIP ViT-B/32."""
 
 KINDS = ("clip", "siglip")
-"""The architectures whose attention is known here, as ``model_type`` names them."""
+"""Supported architectures, by their ``model_type``."""
 
 BATCH_SIZE = 16
 """Regions per pass."""
@@ -41,11 +41,12 @@ TEXTS = 64
 """Texts per pass."""
 
 _LENGTHS = 8
-"""Texts are padded to a multiple of so many tokens: few passes differ in shape, and no pad depends on other texts."""
+"""Texts are padded to a multiple of this number of tokens: few passes differ in shape, and a text's padding does not
+depend on other texts."""
 
 
 class Embedder(Protocol):
-    """What puts images and texts into one space, where the product of two embeddings says how well they fit."""
+    """Embeds images and texts in one space, where the product of two embeddings measures how well they match."""
 
     @property
     def width(self) -> int:
@@ -53,51 +54,51 @@ class Embedder(Protocol):
 
     @property
     def view(self) -> View | None:
-        """What of an image it looks at; None where it reads the probe's concept maps instead of pixels."""
+        """The part of an image that it reads; None where it reads the probe's concept maps instead of pixels."""
 
     def identity(self) -> dict[str, object]:
-        """All that decides embeddings of images besides the images."""
+        """Everything that determines embeddings of images besides the images."""
 
     def text_identity(self) -> dict[str, object]:
-        """All that decides embeddings of texts."""
+        """Everything that determines embeddings of texts."""
 
     def to(self, device: torch.device) -> Any:
-        """The embedder, moved."""
+        """Moves the embedder to a device and returns it."""
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [0, 1] as float32 (N, D); only where there is a view."""
+        """Embeds images (N, 3, H, W) in [0, 1] as float32 (N, D); only where there is a view."""
 
     def embed_maps(self, maps: Sequence[Mapping[str, np.ndarray] | None]) -> Tensor:
-        """Concept maps of N images as float32 (N, D); only where there is no view."""
+        """Embeds the concept maps of N images as float32 (N, D); only where there is no view."""
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts as float32 (N, D)."""
+        """Embeds texts as float32 (N, D)."""
 
 
 CONCEPTS_FILE = "concepts.txt"
-"""Where a model's folder may bring a list of concepts of its own."""
+"""Optional file in a model's folder with the model's own list of concepts."""
 
 _REGISTERED: dict[str, Callable[[], Embedder]] = {}
 _CONCEPTS: dict[str, tuple[str, ...]] = {}
 
 
 def register_image_text(name: str, factory: Callable[[], Embedder], concepts: Sequence[str] = ()) -> None:
-    """Registers a model of images and texts of one's own; a later registration of the same name replaces it.
+    """Registers a custom image-text model; a later registration of the same name replaces it.
 
     Args:
         name: Name used in place of a folder.
-        factory: Builds it, on the CPU.
-        concepts: What it knows, as the list of concepts where none is given.
+        factory: Builds the model, on the CPU.
+        concepts: The model's own list of concepts, used where none is given.
     """
     checked_name("a model of images and texts", name, slashes=True)
     _REGISTERED[name], _CONCEPTS[name] = factory, tuple(concepts)
 
 
 def own_concepts(folder: str) -> tuple[str, ...]:
-    """The list of concepts that a model of images and texts brings: registered, or the lines of a file in its folder.
+    """The list of concepts of an image-text model: registered, or the lines of a file in its folder.
 
     Args:
-        folder: As :func:`find_image_text` gives it.
+        folder: As returned by :func:`find_image_text`.
     """
     if folder in _REGISTERED:
         return _CONCEPTS[folder]
@@ -106,16 +107,16 @@ def own_concepts(folder: str) -> tuple[str, ...]:
 
 
 def is_registered(name: str) -> bool:
-    """Whether a name is one of :func:`register_image_text`."""
+    """Whether a name was registered with :func:`register_image_text`."""
     return name in _REGISTERED
 
 
 @dataclass(frozen=True)
 class ImageTextRef:
-    """A model of images and texts as it travels to workers.
+    """Reference to an image-text model, small enough to send to workers.
 
     Attributes:
-        folder: Its folder as :func:`find_image_text` gives it, or a registered name.
+        folder: Its folder as returned by :func:`find_image_text`, or a registered name.
     """
 
     folder: str
@@ -126,25 +127,26 @@ class ImageTextRef:
         return Path(self.folder).name if Path(self.folder).is_absolute() else self.folder
 
     def load(self) -> Embedder:
-        """Builds it, on the CPU.
+        """Builds the model, on the CPU.
 
         Raises:
-            MilanError: It is missing or damaged.
+            MilanError: The model is missing or damaged.
         """
         return _REGISTERED[self.folder]() if self.folder in _REGISTERED else ImageText(self.folder)
 
 
 def find_image_text(name: str) -> str:
-    """Finds the folder of a model of images and texts.
+    """Finds the folder of an image-text model.
 
     Args:
-        name: A folder; or the name of one in ``$MILAN_MODELS_DIR``; or a registered name.
+        name: A folder, the name of one in ``$MILAN_MODELS_DIR``, or a registered name.
 
     Returns:
-        Its absolute path; a registered name as it is.
+        Its absolute path; a registered name unchanged.
 
     Raises:
-        MilanError: There is none; the sentence names what is looked for, where, the variable, and how to get it.
+        MilanError: There is no such folder; the message names the missing file, the places searched, the environment
+            variable, and how to get the file.
     """
     if name in _REGISTERED:
         return name
@@ -171,7 +173,7 @@ class ImageText(nn.Module):
         size: Side of its square input images, pixels.
         grid: Patches along each side.
         width: D, the size of embeddings.
-        length: Most tokens of a text, begin and end included.
+        length: Maximum number of tokens of a text, begin and end tokens included.
     """
 
     mean: Tensor
@@ -181,7 +183,7 @@ class ImageText(nn.Module):
         """Loads a model on the CPU.
 
         Args:
-            folder: As :func:`find_image_text` gives it.
+            folder: As returned by :func:`find_image_text`.
 
         Raises:
             MilanError: transformers is not installed, the folder is no CLIP or SigLIP model, or its files are damaged.
@@ -202,18 +204,18 @@ class ImageText(nn.Module):
 
     @property
     def feature_size(self) -> int:
-        """Size of what :meth:`pool` gives."""
+        """Size of the vectors that :meth:`pool` returns."""
         return 2 * self.width
 
     @property
     def view(self) -> View:
-        """What of an image such models look at: SigLIP squashes it, CLIP takes the middle of it."""
+        """The part of an image that the model reads: SigLIP squashes the image, CLIP crops its centre."""
         if self.kind == "siglip":
             return View((self.size, self.size), None, "bicubic")
         return View(self.size, self.size, "bicubic")
 
     def identity(self) -> dict[str, object]:
-        """All that decides embeddings of images and regions besides the images."""
+        """Everything that determines embeddings of images and regions besides the images."""
         return {
             "weights": weights_digest(self.model),
             "structure": hashlib.sha256(repr(self.model).encode()).hexdigest(),
@@ -223,33 +225,34 @@ class ImageText(nn.Module):
         }
 
     def text_identity(self) -> dict[str, object]:
-        """All that decides embeddings of texts."""
+        """Everything that determines embeddings of texts."""
         backend = getattr(self.tokenizer, "backend_tokenizer", None)
         rules = json.loads(backend.to_str()) if backend else {"vocabulary": sorted(self.tokenizer.get_vocab().items())}
-        # What the last call cut and padded to stays behind in a tokenizer.
+        # A tokenizer stores the truncation and padding of its last call; they are not part of its identity.
         text = json.dumps({name: rule for name, rule in rules.items() if name not in ("truncation", "padding")})
         return {"weights": weights_digest(self.model), "tokenizer": hashlib.sha256(text.encode()).hexdigest()}
 
     # -- images and regions -----------------------------------------------------------------------------------
 
     def fit(self, images: Tensor) -> Tensor:
-        """Images (N, 3, H, W) in [0, 1] at the model's size; what is not square is squashed, as in the reference."""
+        """Resizes images (N, 3, H, W) in [0, 1] to the model's size; squashes non-square ones, as in the reference."""
         if images.shape[-2:] == (self.size, self.size):
             return images
         shape = (self.size, self.size)
-        # Bicubic overshoots; Pillow, which made the images that such models learned from, cuts that off.
+        # Bicubic interpolation overshoots; Pillow, which resized these models' training images, clips that.
         return F.interpolate(images, size=shape, mode="bicubic", align_corners=False, antialias=True).clamp(0, 1)
 
     @torch.no_grad()
     def maps(self, images: Tensor) -> list[Tensor]:
-        """What embeddings of any number of regions of some images start from, and the embeddings of the whole images.
+        """Computes the inputs of :meth:`pool` for any number of regions, and the embeddings of the whole images.
 
         Args:
             images: (N, 3, size, size) in [0, 1].
 
         Returns:
-            For CLIP the normalised images (N, 3, size, size), because masks enter at the first block; for SigLIP, where
-            they enter at the end, the tokens of the last block (N, patches, C). Then (N, D).
+            First the inputs: for CLIP the normalised images (N, 3, size, size), because masks act from the first block
+            on; for SigLIP, where masks act at the end, the tokens of the last block (N, patches, C). Then the
+            embeddings (N, D).
         """
         pixels = (images - self.mean) / self.std
         vision = self.model.vision_model
@@ -260,15 +263,15 @@ class ImageText(nn.Module):
 
     @torch.no_grad()
     def pool(self, maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
-        """Embeds regions, each beside the whole of its image.
+        """Embeds regions, each together with its whole image.
 
         In every block of CLIP's image tower, the weights that the CLS token's attention gives to patches are multiplied
-        by the mask, and not renormalised; what it gives to itself and all other tokens' attention stay as they
-        are. SigLIP has no CLS token: there it is the weights of the pooling head, the one place where an
-        embedding is gathered from patches.
+        by the mask, and not renormalised. Its weight for itself, and the attention of all other tokens, stay unchanged.
+        SigLIP has no CLS token: there, the weights of the pooling head are multiplied, the only place where an
+        embedding is combined from patches.
 
         Args:
-            maps: As :meth:`maps` gives them, of N images.
+            maps: As returned by :meth:`maps`, for N images.
             masks: (M, H, W), any float or bool; values in [0, 1].
             index: Which image each mask belongs to, int64 (M,) in [0, N).
 
@@ -281,7 +284,7 @@ class ImageText(nn.Module):
         for start in range(0, len(masks), BATCH_SIZE):
             rows = slice(start, start + BATCH_SIZE)
             count = len(index[rows])
-            # A full batch always: the last bits of a region must not depend on its neighbours' number.
+            # Always a full batch: the last bits of a region's embedding must not depend on the number of regions.
             source = _padded(sources[index[rows]], BATCH_SIZE)
             regions[rows] = self._regions(source, _padded(weights[rows], BATCH_SIZE))[:count]
         return torch.cat([regions, whole[index]], dim=1)
@@ -289,8 +292,8 @@ class ImageText(nn.Module):
     def patch_weights(self, masks: Tensor) -> Tensor:
         """Masks (M, H, W) as weights of patches (M, grid²): downsampled bilinearly.
 
-        Without antialiasing, as in the reference: a small region can vanish. Then the CLS token sees itself alone, and
-        the embedding says next to nothing of the image.
+        There is no antialiasing, as in the reference, so that a small region can vanish. Then the CLS token attends
+        only to itself, and the embedding contains almost nothing of the image.
         """
         grid = (self.grid, self.grid)
         masks = masks.to(self.mean.dtype).unsqueeze(1)
@@ -308,10 +311,10 @@ class ImageText(nn.Module):
         return F.normalize(self.model.visual_projection(vision.post_layernorm(tokens[:, 0])), dim=1)
 
     def embed_images(self, images: Tensor) -> Tensor:
-        """Embeds whole images; each as if it were alone.
+        """Embeds whole images; an embedding does not depend on the other images.
 
         Args:
-            images: (N, 3, H, W) in [0, 1], of any one size.
+            images: (N, 3, H, W) in [0, 1], of any size.
 
         Returns:
             float32 (N, D).
@@ -323,7 +326,7 @@ class ImageText(nn.Module):
         return torch.cat(found)
 
     def embed_maps(self, maps: Sequence[Mapping[str, np.ndarray] | None]) -> Tensor:
-        """Not for models that see pixels.
+        """Not supported: this model reads pixels, not concept maps.
 
         Raises:
             TypeError: Always.
@@ -334,10 +337,10 @@ class ImageText(nn.Module):
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeds texts; each as if it were alone, within float error.
+        """Embeds texts; an embedding does not depend on the other texts, within floating-point error.
 
         Args:
-            texts: N texts; what is beyond the model's length is cut off.
+            texts: N texts; tokens beyond the model's length are cut off.
 
         Returns:
             float32 (N, D).
@@ -348,7 +351,7 @@ class ImageText(nn.Module):
         rows = self.tokenizer(list(texts), truncation=True, max_length=self.length)["input_ids"]
         groups: dict[int, list[int]] = {}
         for place, row in enumerate(rows):
-            # SigLIP reads the last token, padding or not, and learned with all of it.
+            # SigLIP reads the last token, padding or not, and was trained with full padding.
             length = self.length if self.kind == "siglip" else math.ceil(len(row) / _LENGTHS) * _LENGTHS
             groups.setdefault(min(length, self.length), []).append(place)
         found: dict[int, Tensor] = {}
@@ -426,5 +429,5 @@ def _read(folder: str) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def _essential(names: Iterable[str]) -> list[str]:
-    # Old files lack what is no weight.
+    # Old files lack these entries, which embeddings do not need from a file.
     return sorted(name for name in names if not name.endswith(("position_ids", "logit_scale", "logit_bias")))

@@ -1,4 +1,4 @@
-"""What becomes of a layer's output after the layer has put it out: later parts of a network may write into it."""
+"""Detects changes of a layer's output by later parts of the network that write into it in place."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FUNCTIONS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
     torch.sigmoid,
     torch.tanh,
 )
-"""Activation functions that work in place where they are asked to, and need no module."""
+"""Activation functions that can work in place and need no module."""
 
 
 @dataclass
@@ -44,32 +44,32 @@ class _Seen:
 
 
 class Watch:
-    """Keeps copies of outputs, and says what became of them until the pass is over.
+    """Copies layers' outputs, and reports how the outputs were changed by the end of the pass.
 
-    An activation function that works in place explains a change: that is what the layer then shows, as in the
-    reference.
+    A change by an in-place activation function is not reported: as in the reference, its result counts as the layer's
+    output.
     """
 
     def __init__(self) -> None:
         self._seen: dict[str, _Seen] = {}
 
     def see(self, layer: str, tensor: torch.Tensor) -> None:
-        """Notes a layer's output, in place of what it put out before."""
+        """Records a layer's output, and replaces an earlier one."""
         copy = tensor.detach().clone()
         self._seen[layer] = _Seen(tensor, copy, tensor.shape, tensor.stride() if not tensor.is_quantized else ())
 
     def activated(self, module: nn.Module, args: tuple[object, ...], output: object) -> None:
-        """A hook of activation modules: what they do in place is taken for the layer's output."""
+        """Hook for activation modules: their in-place result counts as the layer's output."""
         for layer, seen in list(self._seen.items()):
             if args and args[0] is seen.tensor and output is seen.tensor:
                 self.see(layer, seen.tensor)
 
     def forget(self) -> None:
-        """Lets all copies go."""
+        """Discards all copies."""
         self._seen.clear()
 
     def changed(self) -> dict[str, str]:
-        """Layer → what became of its output: :data:`RESHAPED`, :data:`OVERWRITTEN` or :data:`CHANGED`."""
+        """Layer → how its output was changed: :data:`RESHAPED`, :data:`OVERWRITTEN` or :data:`CHANGED`."""
         found = {layer: _change(seen) for layer, seen in self._seen.items()}
         return {layer: change for layer, change in found.items() if change is not None}
 

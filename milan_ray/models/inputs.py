@@ -1,4 +1,4 @@
-"""What a network takes: its number type, and whether images must run alone."""
+"""Prepares a network's inputs: their number type, and whether images must run one at a time."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model_dtype(model: nn.Module) -> torch.dtype:
 
 
 def computes_in(model: nn.Module) -> torch.dtype:
-    """The coarsest floating-point type among a model's weights: how exactly its values can be told."""
+    """The least precise floating-point type among a model's weights, which limits the precision of its values."""
     tensors = itertools.chain(model.parameters(), model.buffers())
     types = {tensor.dtype for tensor in tensors if tensor.is_floating_point()}
     quantized = any(".quantized." in f"{type(module).__module__}." for module in model.modules())
@@ -35,10 +35,10 @@ def computes_in(model: nn.Module) -> torch.dtype:
 
 
 def check_network(name: str, model: nn.Module) -> None:
-    """Sees that a network has weights.
+    """Checks that a network's weights hold values.
 
     Raises:
-        MilanError: Some are on the meta device, or of lazy modules that have not run yet.
+        MilanError: Some are on the meta device, or belong to lazy modules that have not run yet.
     """
     for path, tensor in itertools.chain(model.named_parameters(), model.named_buffers()):
         if nn.parameter.is_lazy(tensor):
@@ -54,7 +54,7 @@ def check_network(name: str, model: nn.Module) -> None:
 
 
 def fitted(inputs: ModelInput, dtype: torch.dtype) -> ModelInput:
-    """Floating-point inputs in the type that the model computes in."""
+    """Converts floating-point inputs to the type that the model computes in."""
     if dtype == torch.float32:
         return inputs
 
@@ -69,5 +69,5 @@ def fitted(inputs: ModelInput, dtype: torch.dtype) -> ModelInput:
 
 
 def prepare(spec: ModelSpec, model: nn.Module, *tensors: torch.Tensor) -> ModelInput:
-    """A model's inputs from uint8 views (B, H, W, 3) or a generator's latents, in its own number type."""
+    """Makes a model's inputs from uint8 views (B, H, W, 3) or a generator's latents, in the model's number type."""
     return fitted(spec.prepare(*tensors), model_dtype(model))

@@ -28,10 +28,11 @@ class Layout:
         grid: (height, width) of the units' maps; (1, 1) where there are no positions.
         columns_first: Whether positions run down columns: their axes are (x, y), or tokens go column by column.
         prefix_tokens: Tokens before the positions (CLS, registers), which are dropped.
-        suffix_tokens: Tokens behind the positions, which are dropped.
-        order: Place of each token's position in the grid, row by row, where tokens come in another order; else None.
-        known: How this is known.
-        remark: What people should know besides, as that the module runs several times; empty for nothing.
+        suffix_tokens: Tokens after the positions, which are dropped.
+        order: Index of each token's cell in the grid, counted row by row, where tokens come in another order; else
+            None.
+        known: How the layout was determined.
+        remark: Further notes for users, such as that the module runs several times; may be empty.
         calls: How often the module runs in a forward pass, where its last call counts; 0 where that does not matter.
     """
 
@@ -56,15 +57,15 @@ class Layout:
         """Arranges the layer's output as one map per unit.
 
         Args:
-            output: What the layer puts out for B images.
+            output: The layer's output for B images.
             layer: The layer's name, for messages.
             images: How many images were shown; None where that is not known.
 
         Returns:
-            (B, U, h, w), a view of the output wherever that can be.
+            (B, U, h, w), where possible a view of the output.
 
         Raises:
-            MilanError: The output has another shape than when the layout was established, or not a row per image.
+            MilanError: The output's shape differs from the established one, or there is not one row per image.
         """
         if output.ndim != len(self.shape) + 1 or self._per_image(output) != self.shape:
             raise MilanError(
@@ -86,7 +87,7 @@ class Layout:
         if maps.ndim == 4:
             if maps.shape[2:] == ((width, height) if self.columns_first else (height, width)):
                 return maps.transpose(2, 3) if self.columns_first else maps
-            maps = maps.flatten(2)  # tokens beside an axis of size 1
+            maps = maps.flatten(2)  # tokens with an extra axis of size 1
         tokens = maps[:, :, self.prefix_tokens : maps.shape[2] - self.suffix_tokens]
         if self.order is not None:
             tokens = tokens[:, :, torch.tensor(_inverse(self.order), device=tokens.device)]
@@ -98,13 +99,13 @@ class Layout:
         return tuple(size for axis, size in enumerate(output.shape) if axis != self.batch_axis)
 
     def identity(self) -> dict[str, object]:
-        """The part that decides results, for configuration hashes."""
+        """The fields that determine results, for configuration hashes."""
         return {key: value for key, value in asdict(self).items() if key not in ("known", "remark", "shape", "calls")}
 
     def is_conventional(self, prefix_tokens: int | None, channels_last: bool) -> bool:
-        """Whether it is what was taken for granted before layouts were established.
+        """Whether this is the layout that earlier versions assumed without establishing it.
 
-        Tables that were made then are still right, and keep their configuration hashes.
+        Tables of those versions are still right, and keep their configuration hashes.
 
         Args:
             prefix_tokens: The model's declared number of prefix tokens; None where it declares none.
@@ -135,7 +136,7 @@ class Layout:
         return cls(**values)
 
     def __str__(self) -> str:
-        """For people, e.g. ``units on axis 2, 14×14 tokens after 1 (lit cells)``."""
+        """Readable text, e.g. ``units on axis 2, 14×14 tokens, after 1 prefix tokens; known from lit patches``."""
         parts = [f"units on axis {self.units_axis}"]
         if self.batch_axis:
             parts.insert(0, f"images on axis {self.batch_axis}")
@@ -154,7 +155,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Reading:
-    """What a user says of a model's layers; None leaves it to the program (docs/layouts.md).
+    """What a user declares about a model's layers; None leaves a value to be determined (docs/layouts.md).
 
     Attributes:
         batch_axis: Axis of a layer's output that counts images.
@@ -182,22 +183,22 @@ class Reading:
             object.__setattr__(self, "grid", tuple(grid))
 
     def over(self, other: Reading) -> Reading:
-        """This one, completed by another where it says nothing."""
+        """This reading, with undeclared values taken from another one."""
         own = {name: value for name, value in vars(self).items() if value is not None}
         return replace(other, **own)
 
 
 UNSAID = Reading()
-"""Nothing is said: all is found out."""
+"""Declares nothing: everything is determined from the network."""
 
 
 def grids(count: int, view: tuple[int, int], seen: Sequence[tuple[int, int]] = ()) -> list[tuple[int, int]]:
-    """The (height, width) that so many positions may have, likeliest first.
+    """Possible (height, width) of a grid with a given number of positions, likeliest first.
 
     Args:
-        count: Positions.
+        count: Number of positions.
         view: (height, width) of the model's view: a grid has its proportions, within rounding.
-        seen: Sizes of maps that the model computes before: taken first, whatever their proportions.
+        seen: Sizes of maps that the model computes earlier; these come first, whatever their proportions.
     """
     found = [grid for grid in dict.fromkeys(seen) if grid[0] * grid[1] == count]
     height, width = view
@@ -206,7 +207,7 @@ def grids(count: int, view: tuple[int, int], seen: Sequence[tuple[int, int]] = (
         if count % h:
             continue
         w = count // h
-        # One stride s must make both: h = H/s and w = W/s, each rounded up or down.
+        # One stride s must give both h = H/s and w = W/s, each rounded up or down.
         low, high = max(height / (h + 1), width / (w + 1)), min(height / max(h - 1, 0.5), width / max(w - 1, 0.5))
         if low < high:
             fitting.append((abs(math.log((height / h) / (width / w))), (h, w)))

@@ -1,4 +1,4 @@
-"""Grey pictures with one lit patch: where in its output a layer answers, it has the patch's position."""
+"""Grey test pictures with one lit patch each: a layer's output responds at the patch's position."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from milan_ray.models.unseen import MARGIN, SIDES
 
 _SIDE = 7
 _PATCHES = ((1, 4), (5, 2), (3, 6), (6, 0), (0, 2), (4, 5))
-"""Places of the lit patches on a 7 × 7 grid over the view: without symmetry, so that a turned or flipped grid shows."""
+"""Positions of the lit patches on a 7 × 7 grid over the view. They have no symmetry, which reveals a rotated or flipped
+grid."""
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What lit pictures say of one way to read a layer's positions.
+    """Evidence of lit pictures for one way to read a layer's positions.
 
     Attributes:
         hit: Share of the response that lies where the pictures are lit.
-        peak: Share of the response in as many of its strongest positions: what ``hit`` could be at most.
+        peak: Share of the response in the same number of strongest positions: the maximum of ``hit``.
         chance: Share of positions that are lit.
-        hits: ``hit`` of each picture alone.
+        hits: ``hit`` of each picture.
     """
 
     hit: float
@@ -32,36 +33,36 @@ class Evidence:
 
     @property
     def confirms(self) -> bool:
-        """Whether the layer answers at the lit patches.
+        """Whether the layer responds at the lit patches.
 
-        Read rightly, layers of untrained and trained networks have ``hit`` near ``peak``; read wrongly, near
-        ``chance`` (docs/layouts.md has the figures).
+        With the right reading, layers of untrained and trained networks have ``hit`` near ``peak``; with a wrong one,
+        near ``chance`` (docs/layouts.md has the figures).
         """
         return self.hit >= max(3 * self.chance, self.chance + 0.05, self.peak / 2)
 
     @property
     def clear(self) -> bool:
-        """Whether the answer is so strong that a reading beside the right one can hardly have caused it."""
+        """Whether the response is so strong that a wrong reading is unlikely to have caused it."""
         return self.confirms and self.hit >= max(min(0.25, 8 * self.chance), 0.7 * self.peak)
 
     def beats(self, other: Evidence) -> bool:
-        """Whether the layer answers more exactly than read in another way, in all pictures or all but one."""
+        """Whether ``hit`` is higher than with another reading, in all pictures or all but one."""
         return sum(own > its for own, its in zip(self.hits, other.hits, strict=True)) >= len(self.hits) - 1
 
     @property
     def contradicts(self) -> bool:
-        """Whether it answers, as clearly, elsewhere."""
+        """Whether the layer clearly responds elsewhere."""
         elsewhere = self.hit < self.peak / (2 if self.peak >= 0.6 else 4)
         return self.peak >= max(0.5, 4 * self.chance) and elsewhere
 
     @property
     def vague(self) -> bool:
-        """Whether it answers hardly at the lit patches: maps of convolutions do so at twice ``chance`` and more."""
+        """Whether the layer hardly responds at the lit patches; maps of convolutions reach twice ``chance`` or more."""
         return self.chance < 0.07 and self.hit < max(1.5 * self.chance, self.peak / 2)
 
 
 class LitPictures:
-    """The pictures for models of one view.
+    """Test pictures for models of one view.
 
     Args:
         view: (height, width), pixels.
@@ -79,7 +80,7 @@ class LitPictures:
         ]
 
     def random(self, count: int) -> np.ndarray:
-        """Random pictures, smooth and fine, uint8 (count, H, W, bands)."""
+        """Random pictures with coarse and fine structure, uint8 (count, H, W, bands)."""
         height, width = self.view
         random = np.random.default_rng(0)
         coarse = random.integers(0, 256, (count, -(-height // 8), -(-width // 8), self._bands))
@@ -98,11 +99,11 @@ class LitPictures:
         return pictures
 
     def margins(self, first: tuple[int, int] = (MARGIN, MARGIN)) -> np.ndarray:
-        """A picture that is lit everywhere, then one for each margin that is lit, uint8 (5, H, W, bands).
+        """A picture that is lit everywhere, then one for each lit margin, uint8 (5, H, W, bands).
 
         Args:
-            first: Rows and columns of the network's first maps. Its strides may leave less than one of them over at the
-                bottom and at the right, so that those margins are no narrower.
+            first: Rows and columns of the network's first maps. The network's strides may leave out less than one row
+                and column at the bottom and right, so that these margins are at least that wide.
         """
         (height, width), noise = self.view, self._noise()
         high, wide = -(-height // MARGIN), -(-width // MARGIN)
@@ -121,8 +122,8 @@ class LitPictures:
     def digits(self, grid: tuple[int, int]) -> np.ndarray:
         """Pictures that number the cells of a grid, uint8 (2 · digits, H, W, bands).
 
-        For each binary digit of a cell's number, the lowest first, one lights the cells without it and one those with
-        it. The grid has no more cells than the view has pixels, either way.
+        For each binary digit of the cells' numbers, the lowest first, one picture lights the cells where the digit is 0
+        and one those where it is 1. The grid must have no more rows and columns than the view has pixels.
         """
         height, width = grid
         y = np.arange(self.view[0]) * height // self.view[0]
@@ -137,20 +138,20 @@ class LitPictures:
         return pictures
 
     def weigh(self, responses: torch.Tensor) -> Evidence | None:
-        """Compares where a layer answers to :meth:`patches` with where they are lit.
+        """Compares where a layer responds to :meth:`patches` with where they are lit.
 
         Args:
-            responses: float64 (6, h, w), the strength of its answers at each position.
+            responses: float64 (6, h, w), the strength of its response at each position.
 
         Returns:
-            None where it does not answer, or has too few positions.
+            The evidence; None where the layer does not respond, or has too few positions.
         """
         pictures, height, width = responses.shape
         flat = responses.reshape(pictures, -1)
         total = flat.sum(1, keepdim=True)
         if height * width < 4 or not bool((total > 0).all()):
             return None
-        # What a picture adds to a position beyond what the others add there: positions that answer to all say nothing.
+        # A picture's response beyond the mean of the others: positions that respond to all pictures carry no evidence.
         shares = flat / total
         own = (shares - (shares.sum(0, keepdim=True) - shares) / (pictures - 1)).clamp_min(0)
         sums = own.sum(1)

@@ -10,8 +10,8 @@ from torch import nn
 def places(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
     """Layer → its place among all modules of a model, in the order in which the model defines them.
 
-    Comparable between jobs that look at different layers. The model's own output comes last, unless a module has that
-    name; a path with an address behind it (``relu@1``) has its module's place.
+    Places are comparable between jobs on different layers. The model's own output comes last, unless a module has that
+    name; a path with a call number (``relu@1``) has its module's place.
     """
     modules = {name: place for place, (name, _) in enumerate(model.named_modules())}
     last = len(modules)

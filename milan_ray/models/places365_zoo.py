@@ -1,6 +1,6 @@
-"""Classifiers of scenes (Places365), as the network dissection group publishes them and the reference names layers.
+"""Scene classifiers (Places365) with the network dissection group's weights and the reference's layer names.
 
-A plug-in like a user's own: importing it registers.
+Works like a user's plug-in: importing the module registers the models.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _BLOCK = {"0": "conv1", "1": "bn1", "3": "conv2", "4": "bn2", "6": "conv3", "7":
 
 
 def vgg16_name(name: str) -> str:
-    """Torchvision's name of a parameter that the file calls by layer, ``features.conv1_2.weight``."""
+    """Torchvision's name of a parameter; the file names it by layer, e.g. ``features.conv1_2.weight``."""
     part, layer, *rest = name.split(".")
     return ".".join((part, _VGG16_NAMES.get(layer, layer), *rest))
 
 
 def resnet152_name(name: str) -> str:
-    """Torchvision's name of a parameter of the file, which is a chain of chains converted from Torch 7.
+    """Torchvision's name of a parameter; the file holds nested chains of modules converted from Torch 7.
 
     ``4.1.0.0.3.weight`` is the second convolution in the second block of the first stage, ``4.0.0.1.0.weight`` the
     shortcut of its first block, ``10.1.weight`` the head.
@@ -75,11 +75,11 @@ def build_alexnet(weights: str | None) -> nn.Module:
 def alexnet(classes: int = CLASSES) -> nn.Sequential:
     """Krizhevsky's AlexNet with its grouped convolutions, under Caffe's names.
 
-    As the reference builds it, without the local response normalisation. Unlike there, ``conv1`` pads: without, only
-    227 pixels reach ``fc6``, and the reference's own 224 do not.
+    As in the reference, there is no local response normalisation. Unlike in the reference, ``conv1`` pads its input:
+    without padding, images need 227 pixels to reach ``fc6``, and the reference's own images have 224.
     """
     layers: list[tuple[str, nn.Module]] = [
-        # Padded, 224 pixels give maps of the sizes that 227 give without.
+        # With padding, 224 pixels give maps of the same sizes as 227 pixels without it.
         ("conv1", nn.Conv2d(3, 96, 11, stride=4, padding=2)),
         ("relu1", nn.ReLU(inplace=True)),
         ("pool1", nn.MaxPool2d(3, stride=2)),

@@ -1,8 +1,9 @@
-"""Which axis of a layer's output counts its units, and where its positions lie: structure, confirmed by lit pictures.
+"""Finds the axis of a layer's output that counts units, and its positions, from its modules and from lit pictures.
 
-First what its modules say of their features; then grey pictures with one lit patch each: a layer answers there. Where
-it answers too faintly, patches are lit in the maps of an earlier layer whose positions are clear; at last in its own
-maps, and later layers are watched. :mod:`milan_ray.models.establish` runs this once it has told the images apart.
+The features of its modules come first. Then grey pictures with one lit patch each are shown: a layer responds at the
+patch. Where it responds too faintly, patches are lit in the maps of an earlier layer whose positions are clear, and
+last in its own maps while later layers are observed. :mod:`milan_ray.models.establish` runs this after it has found
+the axis of the images.
 """
 
 from __future__ import annotations
@@ -24,22 +25,22 @@ from milan_ray.models.registry import ModelSpec
 from milan_ray.models.structure import Key, Structure, Units
 from milan_ray.models.unseen import padding, sides_unseen, still
 
-_TOGETHER = 8  # pictures of a pass with lit patches
-_FEW = 8  # positions a side, where a patch may lie between those that a later layer takes
-_EARLY = 4  # maps at which a margin that is added to the pictures must show
+_TOGETHER = 8  # pictures in a pass with lit patches
+_FEW = 8  # positions per side at which a patch may lie between those that a later layer reads
+_EARLY = 4  # first maps, at which a margin that is added to the pictures must show
 _MOST_OWN = 3  # ways of reading a layer that are tried by lighting its own maps
-_MOST_SOURCES = 6  # earlier layers in which patches are lit for the sake of one layer
-_CLEARLY = 0.02  # by which a less likely way to read positions must be better than a likelier one
+_MOST_SOURCES = 6  # earlier layers in which patches are lit to read one layer
+_CLEARLY = 0.02  # by which ``hit`` of a less likely way must exceed that of a likelier one
 _SAY = "say how it is read by units_axis=, batch_axis=, grid= or prefix_tokens= (docs/layouts.md)"
 
 
 @dataclass(frozen=True)
 class _Answers:
-    """How calls answer to lit patches.
+    """Responses of calls to lit patches.
 
     Attributes:
-        calls: Call → axis taken for the units (images first) → float64 (pictures, positions…).
-        pictures: Where the patches are.
+        calls: Call → assumed axis of the units (images first) → float64 (pictures, positions…).
+        pictures: The pictures, which define where the patches are.
     """
 
     calls: Mapping[Key, Mapping[int, torch.Tensor]]
@@ -52,10 +53,10 @@ class _Output:
 
     Attributes:
         puts_out: The start of a message about it.
-        key: The call that it comes from; None where that was not noted.
+        key: The call that it comes from; None where that was not recorded.
         batch: The axis that counts images.
         per_image: Its other axes.
-        units: What the structure or the user says of the units' axis.
+        units: The units' axis, according to the structure or the user.
     """
 
     puts_out: str
@@ -65,22 +66,22 @@ class _Output:
     units: Units
 
     def layout(self, way: Candidate, known: str, order: tuple[int, ...] | None = None) -> Layout:
-        """The layout of one way to read it, and how that way is known."""
+        """The layout of one way to read the output; ``known`` states how that way was determined."""
         return way.layout(self.per_image, self.batch, known, order)
 
 
 class Positions:
-    """Reads layers of one model, of which a pass has been noted.
+    """Determines the layouts of one model's layers, after a pass has been recorded.
 
     Args:
         spec: The model.
         model: The network.
-        structure: What its modules said in the pass.
+        structure: The record of the pass.
         pictures: Test pictures for its view.
         show: Runs the network on pictures, uint8 (n, H, W, bands); None for generators, which take no pictures.
-        most: Most pictures in a pass.
-        alone: Whether each picture's values may depend on others in its pass, so that it is shown beside grey alone.
-        strict: Whether positions matter; else a layout whose axes are known alone will do.
+        most: Maximum number of pictures in a pass.
+        alone: Whether a picture's values may depend on others in its pass; each is then shown with a grey one only.
+        strict: Whether positions are needed; else a layout with known axes is enough.
     """
 
     def __init__(
@@ -97,15 +98,15 @@ class Positions:
         self._spec, self._model, self._structure, self._pictures = spec, model, structure, pictures
         self._show, self._most, self._alone, self._strict = show, most, alone, strict
         self._wide = LitPictures(spec.preprocess.view.shape, spec.bands or 3, size=2)
-        self._first = _Answers({}, pictures)  # of the calls that are alike, to lit pictures
-        self._still: dict[Key, torch.Tensor] = {}  # of calls with tokens: which answer to no picture
-        self._margins = ""  # what is wrong with the margins of pictures
-        self._answers: dict[Key | None, _Answers] = {}  # of all later ones to patches in a call's maps, or in pictures
-        self._looked: dict[Key, tuple[int, Candidate | None]] = {}  # what is clear of a call from so many of them
+        self._first = _Answers({}, pictures)  # responses to lit pictures of calls shaped like the layers
+        self._still: dict[Key, torch.Tensor] = {}  # call → which of its tokens respond to no picture
+        self._margins = ""  # problem with the margins of pictures; empty for none
+        self._answers: dict[Key | None, _Answers] = {}  # by call with lit maps; None: lit pictures
+        self._looked: dict[Key, tuple[int, Candidate | None]] = {}  # answers examined; clear way, if any
         self._orders: list[tuple[tuple[int, int], tuple[int, ...]]] | None = None
 
     def look(self, places: Sequence[Place]) -> None:
-        """Shows the lit pictures, for layers that are read next."""
+        """Shows the lit pictures, and records the responses of layers that are read next."""
         if self._show is None:
             return
         calls = self._structure.calls
@@ -133,13 +134,13 @@ class Positions:
                 self._still[key] = found
 
     def read(self, layer: str, place: Place, shape: torch.Size, batch: int) -> Layout | str:
-        """A layer's layout; a sentence where it cannot be found out.
+        """A layer's layout, or a message that explains why it cannot be determined.
 
         Args:
-            layer: Its name.
-            place: Where it is.
-            shape: Of what it puts out.
-            batch: The axis of that which counts images.
+            layer: The layer's name.
+            place: Its module and call.
+            shape: The shape of its output.
+            batch: The axis of the output that counts images.
         """
         per_image = tuple(size for axis, size in enumerate(shape) if axis != batch)
         puts_out = f"layer {layer!r} of {self._spec.name} puts out {per_image} per image"
@@ -187,7 +188,7 @@ class Positions:
         return self._as_shown(output, ways, own)
 
     def _as_told(self, output: _Output, ways: list[Candidate], free: list[Candidate]) -> Layout | str | None:
-        """The layout that the user declared; a sentence where the output contradicts it, None where it decides nothing.
+        """The layout that the user declared; a message where the output contradicts it; None where it decides nothing.
 
         Args:
             output: The layer's output.
@@ -208,12 +209,12 @@ class Positions:
         return replace(layout, remark=f"is read as was said, though lit patches of a picture show in {remark}")
 
     def _as_shown(self, output: _Output, ways: list[Candidate], own: int | None) -> Layout | str:
-        """The layout that lit patches and the network's modules show; a sentence where they leave it open.
+        """The layout according to lit patches and the network's modules, or a message where they leave it open.
 
         Args:
             output: The layer's output.
             ways: The ways to read it, likeliest first.
-            own: How many tokens of it are no positions; None where that is not known.
+            own: Number of its tokens that are not positions; None where it is unknown.
         """
         key, units = output.key, output.units
         clear = self._clear(ways, self._first, key)
@@ -252,10 +253,10 @@ class Positions:
         )
 
     def _constant(self, key: Key | None, per_image: tuple[int, ...], axis: int | None) -> torch.Tensor | None:
-        """Which tokens are no positions: in this call or one before, they are the same for every picture.
+        """Which tokens are not positions: they are the same for every picture, in this call or an earlier one.
 
         Returns:
-            bool (tokens,); None where none is, or the call has no tokens.
+            bool (tokens,); None where there are none, or the call has no tokens.
         """
         if key is None or axis is None or len(per_image) != 2:
             return None
@@ -267,7 +268,7 @@ class Positions:
     def _weighed(
         self, ways: Sequence[Candidate], answers: _Answers, key: Key | None
     ) -> list[tuple[Evidence, Candidate]]:
-        """What a call's answers say of each way to read it; without those of which they say nothing."""
+        """The evidence of a call's responses for each way to read it; leaves out ways without evidence."""
         responses = {} if key is None else answers.calls.get(key, {})
         found = (
             (answers.pictures.weigh(way.cells(responses[way.units_axis])), way)
@@ -277,7 +278,7 @@ class Positions:
         return [(evidence, way) for evidence, way in found if evidence is not None]
 
     def _best(self, ways: Sequence[Candidate], key: Key | None) -> tuple[Candidate | None, Evidence | None]:
-        """The way that the lit pictures speak for most; of equals the likeliest."""
+        """The way with the strongest evidence from lit pictures; the likeliest of equal ones."""
         best: Candidate | None = None
         most: Evidence | None = None
         for evidence, way in self._weighed(ways, self._first, key):
@@ -286,7 +287,7 @@ class Positions:
         return best, most
 
     def _clear(self, ways: Sequence[Candidate], answers: _Answers, key: Key | None) -> Candidate | None:
-        """The way in which a call answers clearly, and more exactly than in any other; None where there is none."""
+        """The way in which a call responds clearly, and more precisely than in any other; None where there is none."""
         weighed = self._weighed(ways, answers, key)
         best, way = max(weighed, key=lambda item: item[0].hit, default=(None, None))
         if best is None or way is None or not best.clear:
@@ -294,7 +295,7 @@ class Positions:
         return way if all(way.reads_as(other) or best.beats(evidence) for evidence, other in weighed) else None
 
     def _confirmed(self, ways: Sequence[Candidate], answers: _Answers, key: Key | None) -> Candidate | None:
-        """The way of which the modules leave no doubt, where a call answers in it more exactly than in any other."""
+        """The way that the modules make certain, if a call responds more precisely in it than in others; else None."""
         weighed = self._weighed(ways, answers, key)
         own, way = next((item for item in weighed if item[1].certain), (None, None))
         if own is None or not own.confirms:
@@ -302,9 +303,9 @@ class Positions:
         return way if all(other is way or own.beats(evidence) for evidence, other in weighed) else None
 
     def _from_sources(self, key: Key, ways: Sequence[Candidate]) -> tuple[Candidate, str] | None:
-        """What a call says of patches that are lit in the maps of earlier ones, the nearest first; and how it is known.
+        """Reads a call by patches lit in the maps of earlier calls, nearest first; also returns how that is known.
 
-        Sources are calls that answer clearly to lit pictures, or to patches in other sources.
+        Sources are calls that respond clearly to lit pictures, or to patches in other sources.
         """
         calls = self._structure.calls
         self._look_at_all()
@@ -312,7 +313,7 @@ class Positions:
             (other for other, call_ in calls.items() if call_.bare and call_.ended < calls[key].ended),
             key=lambda other: -calls[other].ended,
         )
-        lit = [source for source in before if source in self._answers]  # what was tried for other layers comes first
+        lit = [source for source in before if source in self._answers]  # those of other layers come first
         for number in range(len(lit) + _MOST_SOURCES):
             if number >= len(lit):
                 untried = ((other, self._clear_way(other)) for other in before if other not in self._answers)
@@ -329,13 +330,13 @@ class Positions:
         return None
 
     def _look_at_all(self) -> None:
-        """Notes how all calls answer to lit pictures, once."""
+        """Records, once, how all calls respond to lit pictures."""
         if not self._answers:
             every = {call_ for call_ in self._structure.calls if self._structure.image_axis(call_) is not None}
             self._answers[None] = _Answers(self._respond(self._pictures.patches(), every), self._pictures)
 
     def _lit(self, source: Key, way: Candidate, watched: set[Key]) -> _Answers:
-        """How calls answer to patches that are lit in another call's maps, which are read in some way."""
+        """Responses of calls to patches lit in another call's maps, which are read in a given way."""
         pictures = self._wide if min(way.grid) <= _FEW else self._pictures
         picture = pictures.random(1).repeat(len(pictures.patches()), 0)
         return _Answers(self._respond(picture, watched, (source, way, pictures)), pictures)
@@ -344,7 +345,7 @@ class Positions:
         return next(path for path, module in named_layers(self._model).items() if module is key[0])
 
     def _clear_way(self, key: Key) -> Candidate | None:
-        """How a call's output is read, where it is clear by itself from what was lit so far; else None."""
+        """The way to read a call's output, where patches lit so far make it clear; else None."""
         looked, way = self._looked.get(key, (0, None))
         batch, shape = self._structure.image_axis(key), self._structure.calls[key].shape
         if way is None and looked < len(self._answers) and batch is not None and shape.numel():
@@ -360,9 +361,9 @@ class Positions:
         return way
 
     def _from_itself(self, key: Key, ways: Sequence[Candidate]) -> tuple[Candidate, str] | None:
-        """What later calls, whose positions are clear, say of patches that are lit in a call's own maps.
+        """Reads a call by patches lit in its own maps, from responses of later calls whose positions are clear.
 
-        A branch that answers to the picture faintly, as what attention adds to its tokens, is added at its positions.
+        A branch that responds faintly to the picture, such as attention, is added to the tokens at its positions.
         """
         calls = self._structure.calls
         if not calls[key].bare:
@@ -380,7 +381,7 @@ class Positions:
         return None
 
     def _answers_turned(self, way: Candidate, key: Key | None) -> bool:
-        """Whether a layer answers clearly at the mirror images of the lit patches, and less clearly at them."""
+        """Whether a layer responds at the mirror images of the lit patches, and more strongly than at the patches."""
         own = next((evidence for evidence, _ in self._weighed([way], self._first, key)), None)
         if own is None or key is None:
             return False
@@ -389,10 +390,10 @@ class Positions:
         return any(other.confirms and other.hit > 1.5 * own.hit for other in mirrored if other is not None)
 
     def _ordered(self, ways: Sequence[Candidate], key: Key) -> tuple[Candidate, tuple[int, ...]] | None:
-        """The order of tokens that do not come row by row; None where it cannot be told.
+        """Finds the order of tokens that do not come row by row; None where that fails.
 
-        Orders that the model itself knows, or that were found for other layers, are taken where the layer answers to
-        the lit pictures in them; else each cell's token is looked for.
+        Orders that the model itself provides, or that were found for other layers, are used where the layer's responses
+        to lit pictures confirm them. Otherwise, the token of each cell is searched for.
         """
         plain = [
             way for way in ways if not way.columns_first and not way.suffix and way.units_axis == ways[0].units_axis
@@ -411,14 +412,14 @@ class Positions:
         return None
 
     def _answers_in(self, way: Candidate, order: tuple[int, ...], key: Key) -> bool:
-        """Whether a layer answers at the lit patches when its tokens are taken in an order."""
+        """Whether a layer responds at the lit patches when its tokens are arranged in a given order."""
         tokens = self._first.calls[key][way.units_axis][:, way.prefix :]
         cells = tokens[:, torch.argsort(torch.tensor(order))].unflatten(1, way.grid)
         evidence = self._pictures.weigh(cells)
         return evidence is not None and evidence.confirms
 
     def _decoded(self, way: Candidate, key: Key) -> tuple[int, ...] | None:
-        """Each token's cell, by pictures that number the cells; None where tokens do not answer to one cell each."""
+        """Each token's cell, from pictures that number the cells; None where tokens do not match one cell each."""
         (height, width), view = way.grid, self._pictures.view
         if height > view[0] or width > view[1]:
             return None
@@ -433,15 +434,16 @@ class Positions:
     def _respond(
         self, pictures: np.ndarray, wanted: set[Key], source: tuple[Key, Candidate, LitPictures] | None = None
     ) -> dict[Key, dict[int, torch.Tensor]]:
-        """How strongly calls answer to pictures, compared with plain grey.
+        """Measures how strongly calls respond to pictures, compared with plain grey.
 
         Args:
             pictures: uint8 (n, H, W, bands).
             wanted: The calls.
-            source: An earlier call, how it is read, and where patches are lit in its maps; all pictures are the same.
+            source: An earlier call, the way to read it, and the pictures that define where patches are lit in its maps;
+                all ``pictures`` are then the same.
 
         Returns:
-            Call → axis taken for the units (images first) → float64 (pictures, positions…).
+            Call → assumed axis of the units (images first) → float64 (pictures, positions…).
         """
         found: dict[Key, list[dict[int, torch.Tensor]]] = {}
         numbers: Counter[nn.Module] = Counter()
@@ -497,7 +499,7 @@ class Positions:
         return {
             key: {axis: torch.cat([part[axis] for part in parts]) for axis in parts[0]}
             for key, parts in found.items()
-            if sum(len(part[min(part)]) for part in parts) == len(pictures)  # else it gets the batch in pieces
+            if sum(len(part[min(part)]) for part in parts) == len(pictures)  # otherwise it gets the batch in pieces
         }
 
 

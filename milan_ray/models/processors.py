@@ -1,4 +1,4 @@
-"""Checks that what we make of pictures is what a library's own preprocessing makes of them, on a few test pictures."""
+"""Compares our preprocessing with a library's own on test pictures, and finds the view that reproduces it."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Process = Callable[[Image.Image], np.ndarray]
 """A library's own preprocessing: an RGB picture → float (3, H, W)."""
 
 MOST = 2.1
-"""How far a value may be from the library's, in steps of 8 bits: resizing by tensors, as some processors do, rounds
-otherwise than resizing of images, twice at most."""
+"""Largest allowed difference of a value from the library's, in 8-bit steps. Processors that resize tensors round
+differently from those that resize images, at most twice."""
 
 MEAN = 0.5
-"""How far values may be on average, in steps: some processors do not round at all. Another way of resizing, or half a
-pixel, is further."""
+"""Largest allowed mean difference, in 8-bit steps: some processors do not round at all. Another resizing method, or a
+shift by half a pixel, gives a larger difference."""
 
 _SIZES = ((150, 203), (301, 240), (60, 47))  # landscape, portrait, and smaller than what most models take
 _FAR = ((360, 640), (240, 36), (30, 200), (40, 900), (1300, 900))  # elongated and large: some processors limit sides
@@ -34,7 +34,7 @@ _COLOURS = ((0, 0, 0), (255, 255, 255), (100, 100, 100), (255, 0, 0), (0, 0, 255
 
 @cache
 def picture(height: int, width: int) -> Image.Image:
-    """A test picture: smooth waves in three colours and a fine grain, far from black and white."""
+    """A test picture: smooth waves in three colours and fine grain, without values near black or white."""
     y, x = np.mgrid[0:height, 0:width] / np.array([height, width], float)[:, None, None]
     waves = [np.sin(2 * np.pi * (a * x + b * y)) for a, b in ((5, 2), (-1.5, 6), (3, 4))]
     grain = np.random.default_rng(0).normal(0, 9, (height, width, 3)).clip(-25, 25)
@@ -42,7 +42,7 @@ def picture(height: int, width: int) -> Image.Image:
 
 
 def pictures(view: View) -> list[Image.Image]:
-    """The test pictures for a view: one of them leaves a crop that cannot be centred, and where rounding matters."""
+    """Test pictures for a view; one has a size at which the crop cannot be centred, so that rounding matters."""
     sizes = [*_SIZES, *_FAR]
     if isinstance(view.resize, int) and view.crop is not None:
         side, (_, width) = view.resize, view.shape
@@ -51,12 +51,12 @@ def pictures(view: View) -> list[Image.Image]:
 
 
 def difference(process: Process, preprocess: Preprocess, swapped: bool = False) -> tuple[float, float]:
-    """How far our inputs are from the library's: the most and the mean over all test pictures, in steps of 8 bits.
+    """Largest and mean difference of our inputs from the library's over all test pictures, in 8-bit steps.
 
     Args:
         process: The library's preprocessing.
         preprocess: Ours.
-        swapped: Whether the network takes blue first.
+        swapped: Whether the network expects channels in the order blue, green, red.
     """
     most, mean = 0.0, 0.0
     steps = 255 * np.array(preprocess.std)[:, None, None]
@@ -71,23 +71,25 @@ def difference(process: Process, preprocess: Preprocess, swapped: bool = False) 
 
 
 def agrees(process: Process, preprocess: Preprocess, swapped: bool = False) -> bool:
-    """Whether our inputs are the library's within the rounding to 8 bits."""
+    """Whether our inputs equal the library's, up to rounding to 8 bits."""
     most, mean = difference(process, preprocess, swapped)
     return most <= MOST and mean <= MEAN
 
 
 def fit(process: Process, settings: Mapping[str, Any]) -> tuple[Preprocess, bool]:
-    """Finds the view and the normalisation that are a processor of transformers, whatever its settings are called.
+    """Finds the view and the normalisation that reproduce an image processor of transformers.
+
+    The names of settings differ between processors, so candidates are checked on test pictures.
 
     Args:
         process: The processor.
         settings: Its settings, as it stores them.
 
     Returns:
-        Our preprocessing, and whether the network takes blue first.
+        Our preprocessing, and whether the network expects channels in the order blue, green, red.
 
     Raises:
-        MilanError: There is none; the text says why, as the end of a sentence.
+        MilanError: No view reproduces it; the message gives the reason, as the end of a sentence.
     """
     try:
         shapes = {np.shape(process(picture(*size))) for size in _SIZES}
@@ -109,7 +111,7 @@ def fit(process: Process, settings: Mapping[str, Any]) -> tuple[Preprocess, bool
 
 
 def _flat(process: Process, colour: tuple[int, int, int]) -> np.ndarray:
-    """What becomes of a colour: the middle of a picture that is nothing else, (3,)."""
+    """The processor's output for one colour: the centre of a picture filled with it, (3,)."""
     made = process(Image.new("RGB", (200, 200), colour))
     return made[:, made.shape[1] // 2, made.shape[2] // 2].astype(np.float64)
 
@@ -117,7 +119,7 @@ def _flat(process: Process, colour: tuple[int, int, int]) -> np.ndarray:
 def _normalisation(
     flat: np.ndarray, settings: Mapping[str, Any]
 ) -> tuple[tuple[float, float, float], tuple[float, float, float], bool]:
-    """Mean and deviation, in the order red, green, blue, and whether blue comes first; from what colours become."""
+    """Derives mean and deviation (red, green, blue), and whether blue comes first, from the outputs for colours."""
     black, white, grey, red, blue = flat
     span = white - black
     if not (span > 0).all() or not np.allclose(grey, black + span * (100 / 255), atol=float(span.max()) / 510):
@@ -130,7 +132,7 @@ def _normalisation(
         raise MilanError("its processor mixes colours")
     std = 1 / span
     mean = -black * std
-    # The numbers of the configuration, to the last digit, where they are what is done.
+    # Takes the configuration's exact numbers where they agree with the measured ones.
     normalized = settings.get("do_normalize", True)
     given = [settings.get(name) or () if normalized else (value,) * 3 for name, value in _NUMBERS]
     if all(isinstance(values, list | tuple) and len(values) == 3 for values in given):
@@ -147,7 +149,7 @@ def _three(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def _near(goal: np.ndarray, preprocess: Preprocess, swapped: bool) -> bool:
-    """Whether a first picture is right: what costs least to look at."""
+    """Whether the first test picture agrees: a cheap check before the full one."""
     view = preprocess.view(picture(*_SIZES[0]))
     ours = preprocess(torch.from_numpy(view.copy())[None])[0].numpy()
     apart = np.abs((goal[::-1] if swapped else goal) - ours) * (255 * np.array(preprocess.std)[:, None, None])
@@ -155,7 +157,7 @@ def _near(goal: np.ndarray, preprocess: Preprocess, swapped: bool) -> bool:
 
 
 def _scale(process: Process, flat: np.ndarray) -> float:
-    """Pixels made of one pixel of a picture of the first size, measured along a ramp; for settings of unknown names."""
+    """Output pixels per input pixel of a picture of the first size, measured along a ramp; for unknown settings."""
     height, width = _SIZES[0]
     ramp = np.broadcast_to(np.linspace(0, 255, width).round().astype(np.uint8)[None, :, None], (height, width, 3))
     made = process(Image.fromarray(np.ascontiguousarray(ramp)))
@@ -168,7 +170,7 @@ def _scale(process: Process, flat: np.ndarray) -> float:
 
 
 def _views(settings: Mapping[str, Any], height: int, width: int, scale: float) -> Iterator[View]:
-    """The views that may be meant, those that settings name first; all give pictures of one size."""
+    """Yields candidate views, those that the settings name first; all give pictures of the same size."""
     likely = list(dict.fromkeys(_likely(settings, height, width, scale)))
     yield from likely
     for view in likely:  # some crop as torchvision does, whatever their settings say
@@ -177,7 +179,7 @@ def _views(settings: Mapping[str, Any], height: int, width: int, scale: float) -
 
 
 def _likely(settings: Mapping[str, Any], height: int, width: int, scale: float) -> Iterator[View]:
-    """The views that settings name, then those that were measured, as transformers crops."""
+    """Yields the views that the settings name, then those of the measured scale, cropped as transformers does."""
     size, crop = settings.get("size"), (height, width)
     side = height if height == width else crop
     resample = settings.get("resample")

@@ -32,43 +32,45 @@ OUTPUTS = "outputs"
 Activations = Literal["seen", "pre", "post"]
 
 BUILDING = threading.RLock()
-"""Held while a network is built: factories seed torch's one random generator, and threads may want networks at once."""
+"""Lock held while a network is built: factories seed torch's global random generator, and threads may build networks
+at the same time."""
 
 TOKEN_BATCH = 32
-"""Images per forward pass of vision transformers, as the reference's: their MLPs put out 617 MB for 128 images."""
+"""Images per forward pass of vision transformers, as in the reference: their MLPs put out 617 MB for 128 images."""
 
 RANDOM = "random"
-"""In place of a weights file: untrained weights from seed 0, the control. A factory may support it or refuse."""
+"""Replaces a weights file's path: untrained weights from seed 0, as a control. A factory may support or reject it."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model as the system knows it.
+    """Description of a model.
 
     Attributes:
         name: Registered name, e.g. ``resnet18/imagenet``.
         factory: Builds the model with its weights, on the CPU; called once per process that needs it. Takes the path
             of a weights file, :data:`RANDOM`, or None for the model's own default.
         layers: Module paths dissected by default, in order; ``outputs`` is the model's own output.
-        preprocess: View and normalisation of its inputs; of a generator, size and normalisation of its images.
-        inputs: Turns uint8 views (B, H, W, 3), or of ``bands`` bands, into the model's input for models that take
-            something else than normalised RGB; None means ``preprocess``. Of a generator: turns the probe's tensors,
-            as so many arguments, into the model's input; None passes them on (the reference's ``transform_inputs``).
-        images: Makes the model a generator: its output → images float (B, 3, H, W), normalised as ``preprocess`` says
-            (the reference's ``transform_outputs``); their bytes are what people and encoders see.
-        hidden: Takes the tensor of units out of what a layer puts out (``transform_hiddens``); None takes the first
-            tensor in it.
-        prefix_tokens: Tokens before the patches (CLS, registers) in the layers that have them; None where that is not
-            known, so that it is found out (:mod:`milan_ray.models.establish`).
-        channels_last: Regular expression of the layers whose 4-d outputs are (B, H, W, U); None leaves it to be found
-            out.
-        reading: What is said of the layers' axes and overrides what would be found out.
+        preprocess: View and normalisation of its inputs; for a generator, size and normalisation of its images.
+        inputs: Converts uint8 views (B, H, W, 3), or with ``bands`` bands, into the model's input, for models that take
+            something other than normalised RGB; None means ``preprocess``. For a generator: converts the probe's
+            tensors, one argument each, into the model's input; None passes them on (the reference's
+            ``transform_inputs``).
+        images: Makes the model a generator: converts its output into images float (B, 3, H, W), normalised as in
+            ``preprocess`` (the reference's ``transform_outputs``). People and encoders get these images as bytes.
+        hidden: Extracts the tensor of units from a layer's output (``transform_hiddens``); None takes the first tensor
+            in it.
+        prefix_tokens: Tokens before the patches (CLS, registers) in the layers that have them; None where unknown, to
+            be determined by :mod:`milan_ray.models.establish`.
+        channels_last: Regular expression of the layers whose 4-d outputs are (B, H, W, U); None leaves it to be
+            determined.
+        reading: Declared axes of the layers, which override those that would be determined.
         activations: Which values of a layer count where an activation function follows it: ``seen``, ``pre`` or
             ``post``; see :class:`milan_ray.models.hooks.LayerTap`.
         max_batch: The most images per forward pass, for models with large layers; None for no limit.
         weights: Path of a weights file, or :data:`RANDOM`; None for the model's own.
         published: Its published weights by name, the default first; empty when the factory needs no file.
-        classes: Names of the outputs, when known; not meant where their number differs.
+        classes: Names of the outputs, when known; ignored where their number differs from that of the outputs.
         bands: How many bands ``inputs`` takes; an image with another number is skipped. 3 takes RGB and drops alpha, 1
             takes grey. None takes RGB and refuses images with bands that would be lost.
     """
@@ -118,31 +120,31 @@ class ModelSpec:
         with BUILDING, blaming(f"model {self.name} cannot be built"):
             network = self.factory(weights).eval()
             for parameter in network.parameters():  # TorchScript cannot do so by itself
-                if not nn.parameter.is_lazy(parameter):  # refused where it is looked at
+                if not nn.parameter.is_lazy(parameter):  # rejected later, when it is examined
                     parameter.requires_grad_(False)
             return network
 
     def batch(self, wanted: int) -> int:
-        """Images per forward pass, as far as the model allows."""
+        """Images per forward pass: the wanted number, limited by :attr:`max_batch`."""
         return min(wanted, self.max_batch or wanted)
 
     def prepare(self, *tensors: torch.Tensor) -> ModelInput:
-        """Model inputs from uint8 views (B, *:attr:`view_shape`), or from a generator's latents, each (B, …)."""
+        """Makes model inputs from uint8 views (B, *:attr:`view_shape`), or from a generator's latents, each (B, …)."""
         if self.inputs is not None:
             return self.inputs(*tensors)
         return tensors if self.images is not None else self.preprocess(*tensors)
 
     def is_channels_last(self, layer: str) -> bool:
-        """Whether the model says that a layer's 4-d outputs are (B, H, W, U)."""
+        """Whether the model declares that a layer's 4-d outputs are (B, H, W, U)."""
         return self.channels_last is not None and re.fullmatch(self.channels_last, layer) is not None
 
 
 @contextmanager
 def blaming(what: str) -> Iterator[None]:
-    """Makes one sentence of whatever a network, or code that comes with it, raises.
+    """Converts any exception of a network, or of code that comes with it, into a MilanError.
 
     Args:
-        what: What went wrong, to begin the sentence with.
+        what: What went wrong: the start of the message.
 
     Raises:
         MilanError: In place of any other error.
@@ -157,12 +159,12 @@ def blaming(what: str) -> Iterator[None]:
 
 
 def source_of(function: Callable[..., Any] | None) -> str:
-    """What a user's function is, for configuration hashes: its source, so that an edited one makes its results anew."""
+    """Identifies a user's function in configuration hashes by its source, so that an edit leads to new results."""
     if isinstance(function, partial):
         return f"{source_of(function.func)} {function.args} {function.keywords}"
     try:
         return inspect.getsource(function) if function is not None else ""
-    except (OSError, TypeError):  # built in, or an object that can be called
+    except (OSError, TypeError):  # built-in, or a callable object
         return f"{type(function).__module__}.{getattr(function, '__qualname__', type(function).__qualname__)}"
 
 
@@ -185,7 +187,7 @@ def register_model(
         name: Name used on the command line and in every table.
         factory: ``factory(weights_path_or_None) -> nn.Module``.
         layers: Module paths dissected by default.
-        preprocess: View and normalisation; ImageNet's when left out, of generators :data:`GENERATED`.
+        preprocess: View and normalisation; the default is ImageNet's, or :data:`GENERATED` for generators.
         **options: Further fields of :class:`ModelSpec`; ``batch_axis``, ``units_axis`` and ``grid`` are those of its
             ``reading`` (docs/layouts.md).
     """
@@ -201,30 +203,31 @@ def register_model(
 
 
 def register_family(prefix: str, resolve: Callable[[str], ModelSpec], about: str) -> None:
-    """Registers models too many to list: every name ``prefix/rest`` is ``resolve(rest)``.
+    """Registers a family of models that is too large to list: ``resolve(rest)`` describes ``prefix/rest``.
 
     Args:
         prefix: First part of the names.
-        resolve: Describes one of them; raises a MilanError when it cannot.
+        resolve: Describes one of the models; raises a MilanError when it cannot.
         about: One line for the list of models.
     """
     _FAMILIES[prefix] = (resolve, about)
 
 
 def register_later(module: str) -> None:
-    """Leaves the models of a module aside until one is asked for that nobody else has registered.
+    """Defers the import of a module of models until a name is looked up that is not registered.
 
-    For networks of a library that takes long to import: workers on other models never need it.
+    This is for networks of a library that takes long to import: workers on other models never import it.
 
     Args:
-        module: Its name. Importing it calls ``register_model``; names that are taken by then stay as they are.
+        module: The module's name. Importing it calls ``register_model``; names that are registered by then keep their
+            models.
     """
     if module not in sys.modules and module not in _LATER:
         _LATER.append(module)
 
 
 def _register_now() -> None:
-    """Imports what was left aside."""
+    """Imports the deferred modules."""
     with _IMPORTING:
         while _LATER:
             taken = dict(_MODELS)
@@ -237,7 +240,7 @@ def get_model(name: str) -> ModelSpec:
     """Finds a registered model, or one of a registered family.
 
     Raises:
-        MilanError: No model of that name; the text names the nearest.
+        MilanError: No model has that name; the message names the nearest.
     """
     if name in _MODELS:
         return _MODELS[name]
@@ -252,10 +255,11 @@ def get_model(name: str) -> ModelSpec:
 
 
 def match_models(pattern: str) -> list[str]:
-    """The models that a name or a pattern means.
+    """Finds the models that a name or a pattern matches.
 
-    A registered name means itself. A pattern (``*``, ``?``, ``[…]``) with a ``/`` is compared with whole names, one
-    without with what follows their ``/``: ``imagenet`` means every ``…/imagenet``, ``resnet*/imagenet`` the ResNets.
+    A registered name matches itself. A pattern (``*``, ``?``, ``[…]``) with a ``/`` is compared with whole names, a
+    pattern without one with the part after the ``/``: ``imagenet`` matches every ``…/imagenet``, ``resnet*/imagenet``
+    the ResNets.
 
     Args:
         pattern: Name or pattern.
@@ -264,7 +268,7 @@ def match_models(pattern: str) -> list[str]:
         Names, sorted.
 
     Raises:
-        MilanError: Nothing is meant by it; the text names the nearest.
+        MilanError: No name matches; the message names the nearest.
     """
     if pattern in _MODELS:
         return [pattern]
@@ -280,5 +284,5 @@ def model_names() -> list[str]:
 
 
 def family_names() -> dict[str, str]:
-    """What :func:`register_family` registered: prefix → one line about it."""
+    """The registered families: prefix → one line about it."""
     return {prefix: about for prefix, (_, about) in sorted(_FAMILIES.items())}

@@ -1,4 +1,4 @@
-"""From what the user asked for to the model that is meant."""
+"""Resolves a model's name and the user's choices to a :class:`~milan_ray.models.registry.ModelSpec`."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def resolve_model(
 ) -> ModelSpec:
     """Finds a registered model and applies the user's choices to it.
 
-    Everything that can be missing is found missing here, before work is handed out; layers are checked against the
-    built model by :func:`milan_ray.models.hooks.find_layers`. A published file brings its own preprocessing, wherever
-    it lies: it is known by its name.
+    Missing models and files are reported here, before any work starts. Layers are checked later, against the built
+    model, by :func:`milan_ray.models.hooks.find_layers`. A published file, recognised by its name in any folder, sets
+    its own preprocessing.
 
     Args:
         name: Registered name.
         weights: Path or address of a weights file, the name of published ones (``IMAGENET1K_V2``), ``random`` for
-            untrained weights from seed 0, or None for the model's own. ``FILE#PART`` means one of several networks in
-            a file; see :func:`milan_ray.models.weights.read_weights`.
+            untrained weights from seed 0, or None for the model's own. ``FILE#PART`` selects one of several networks
+            in a file; see :func:`milan_ray.models.weights.read_weights`.
         layers: Module paths to dissect, in order; None or empty for the model's defaults.
         activations: Which values of a layer count; see :class:`milan_ray.models.hooks.LayerTap`.
-        reading: What the user says of the layers' axes, over what the model says.
-        download: Whether to fetch the model's own weights where they are absent; an address is always fetched.
+        reading: What the user declares about the layers' axes; overrides the model's declaration.
+        download: Whether to download the model's own weights where they are absent; an address is always downloaded.
 
     Returns:
-        The model, its weights (where they are a file) as an absolute path.
+        The model; weights that are a file are given as an absolute path.
 
     Raises:
-        MilanError: No such model, or no such weights file.
+        MilanError: There is no such model, or no such weights file.
     """
     spec = get_model(name)
     if weights is None:
@@ -77,10 +77,10 @@ def resolve_model(
 
 
 def _is_address(weights: str) -> bool:
-    """Whether something has to be fetched.
+    """Whether weights are given by an address to download.
 
     Raises:
-        MilanError: It is an address of a kind that is not fetched.
+        MilanError: The address has an unsupported scheme.
     """
     scheme, separator, _ = weights.partition("://")
     if not separator or scheme.lower() == "file" or Path(weights).is_file():
@@ -93,10 +93,10 @@ def _is_address(weights: str) -> bool:
 
 
 def _local(weights: str) -> str:
-    """The path that a ``file:`` address means; other paths as they are.
+    """The path in a ``file:`` address; other paths unchanged.
 
     Raises:
-        MilanError: The address is of another computer.
+        MilanError: The address names another computer.
     """
     if not weights.lower().startswith("file:"):
         return weights
@@ -107,7 +107,7 @@ def _local(weights: str) -> str:
 
 
 def _fetched(url: str) -> str:
-    """The file behind a user's address, downloaded where it is not here yet; its part stays named."""
+    """The path of the file at a user's address, downloaded where it is absent; keeps ``#PART``."""
     address, _, part = url.partition("#")
     file = _at(address)
     if address.lower().startswith("http:") and digest_in(file.file) is None and not file.is_here():
@@ -121,7 +121,7 @@ def _fetched(url: str) -> str:
 
 
 def _at(url: str) -> WeightsFile:
-    """The file behind a user's address; the whole address names it, unless its own name carries a digest."""
+    """The file at a user's address, named after the whole address unless its own name contains a digest."""
     file = WeightsFile.at(url)
     if digest_in(file.file) is not None:
         return file

@@ -1,4 +1,4 @@
-"""Concept maps by a network for semantic segmentation: a folder as transformers saves it."""
+"""Concept maps from a semantic segmentation network in a folder that transformers saved."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from milan_ray.models.weights import folder_digest
 OPTION = "--segmentation"
 
 DEFAULT = "nvidia/segformer-b0-finetuned-ade-512-512"
-"""One of 150 classes of ADE20K, for the message (Xie et al., NeurIPS 2021)."""
+"""A network with the 150 classes of ADE20K, named in the message (Xie et al., NeurIPS 2021)."""
 
 NOTHING = {"background", "unlabeled", "unlabelled", "void", "ignore"}
-"""Names of classes that are nothing in particular."""
+"""Names of classes that stand for no concept."""
 
 
 class Segmenter:
-    """Says which class each pixel of an image shows. Small when pickled: the network is read where it is first used."""
+    """Assigns a class to each pixel of an image. Small when pickled: the network is loaded on first use."""
 
     def __init__(self, name: str) -> None:
         """Finds the folder.
@@ -35,7 +35,7 @@ class Segmenter:
                 ``$MILAN_MODELS_DIR``.
 
         Raises:
-            MilanError: There is none, or transformers is not installed.
+            MilanError: There is no such folder, or transformers is not installed.
         """
         import_transformers("segmentations come")
         self.folder = find_folder(name, OPTION, default=DEFAULT)
@@ -43,11 +43,11 @@ class Segmenter:
         self._loaded: tuple[Any, Any, dict[int, str], torch.device] | None = None
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the network."""
+        """The state without the network."""
         return {**self.__dict__, "_loaded": None}
 
     def identity(self) -> str:
-        """All that decides its maps: what the folder holds."""
+        """Everything that determines its maps: the folder's content."""
         if self._digest is None:
             self._digest = folder_digest(self.folder)
         return self._digest
@@ -60,7 +60,7 @@ class Segmenter:
             image: RGB.
 
         Raises:
-            MilanError: The network's files are absent, damaged or those of something else.
+            MilanError: The network's files are absent, damaged, or belong to another kind of model.
         """
         if self._loaded is None:
             self._loaded = self._load()

@@ -1,4 +1,4 @@
-"""Models that embed sentences: any BERT-like folder, as sentence-transformers saves it or without its pooling."""
+"""Sentence encoders: any folder of a BERT-like model, with or without the pooling file of sentence-transformers."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ TEXTS = 256
 
 
 class SentenceEncoder:
-    """A language model whose pooled token embeddings stand for texts; nothing is fetched.
+    """A language model that embeds texts by pooling token embeddings; nothing is downloaded.
 
-    Tokens are pooled as ``1_Pooling/config.json`` says, by their mean where there is no such file.
+    Tokens are pooled as set in ``1_Pooling/config.json``, or by their mean where there is no such file.
 
     Attributes:
         name: The folder's name.
@@ -33,11 +33,11 @@ class SentenceEncoder:
         """Loads a model.
 
         Args:
-            folder: What transformers can load: config, tokenizer, weights.
+            folder: A folder that transformers can load: config, tokenizer, weights.
             device: Torch device; None takes CUDA when there is one.
 
         Raises:
-            MilanError: It is no such folder, or pools in another way than by mean or first token.
+            MilanError: The folder cannot be loaded, or its pooling is neither the mean nor the first token.
         """
         place = Path(folder).expanduser()
         transformers = import_transformers("models of sentences come")
@@ -68,15 +68,15 @@ class SentenceEncoder:
 
     @torch.no_grad()
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Embeds texts, with length 1.
+        """Embeds texts as vectors of length 1.
 
         Args:
-            texts: N texts; what is beyond the model's length is cut off.
+            texts: N texts; tokens beyond the model's length are cut off.
 
         Returns:
             float32 (N, D).
         """
-        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))  # alike lengths, little padding
+        order = sorted(range(len(texts)), key=lambda place: len(texts[place]))  # similar lengths, little padding
         found: list[Tensor] = [torch.zeros(0)] * len(texts)
         longest = self._model.config.max_position_embeddings
         for start in range(0, len(order), TEXTS):
@@ -97,21 +97,21 @@ class SentenceEncoder:
 
 
 class EmbedsTexts(Protocol):
-    """A model of texts."""
+    """A model that embeds texts."""
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
-        """Texts as vectors of length 1, float32 (N, D)."""
+        """Embeds texts as vectors of length 1, float32 (N, D)."""
 
 
 def load_text_model(name: str) -> EmbedsTexts:
-    """Loads what texts are compared by.
+    """Loads the model whose embeddings are used to compare texts.
 
     Args:
-        name: The folder of a language model, or of a model of images and texts; of the latter also the name of one in
-            ``$MILAN_MODELS_DIR``, or a registered one.
+        name: The folder of a language model, or of an image-text model; for the latter also the name of one in
+            ``$MILAN_MODELS_DIR``, or a registered name.
 
     Raises:
-        MilanError: There is none, or it is damaged.
+        MilanError: The model is missing or damaged.
     """
     config = Path(name).expanduser() / "config.json"
     if config.is_file():

@@ -1,4 +1,4 @@
-"""What a forward pass does besides its result: drawing random numbers, and changing the network."""
+"""Detects side effects of a forward pass: drawing random numbers, and changing the network."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 _SMALL = 2**16
-"""Parameters of so many numbers at most are put back where a pass changes them; of larger ones that is said alone."""
+"""Largest size of a parameter that is restored after a pass changed it; changes to larger ones are only reported."""
 
 
 class Watched:
-    """A network's numbers and the random generators, before some forward passes.
+    """Snapshot of a network's tensors and of the random generators before some forward passes.
 
     Args:
         model: The network.
-        device: Where it is.
+        device: Its device.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -47,16 +47,16 @@ class Watched:
 
     @property
     def drew(self) -> bool:
-        """Whether torch's random numbers were drawn since."""
+        """Whether torch's random numbers were drawn since the snapshot."""
         return any(not torch.equal(one, other) for one, other in zip(self._torch, self._torch_state(), strict=True))
 
     @property
     def drew_elsewhere(self) -> str | None:
-        """Which other generator was drawn from since: numpy's or Python's."""
+        """Which other generator was used since the snapshot: numpy's or Python's; None for neither."""
         return next((name for name, state in _other_states().items() if state != self._others[name]), None)
 
     def changed(self) -> list[str]:
-        """Parameters and buffers that have other values since, but counters and what has another size."""
+        """Parameters and buffers whose values changed since the snapshot, without counters and changes of size."""
         now = dict(self._named())
         return [
             name
@@ -69,7 +69,7 @@ class Watched:
 
     @torch.no_grad()
     def put_back(self) -> None:
-        """Gives tensors that passes have changed their values again, counters too."""
+        """Restores the values of tensors that passes have changed, counters included."""
         now = dict(self._named())
         for name, copy in self._copies.items():
             if name in now and now[name][0].shape == copy.shape and _sum(now[name][0]) != self._sums[name]:
@@ -77,7 +77,7 @@ class Watched:
 
 
 def _sum(tensor: torch.Tensor) -> int | None:
-    """A number that changes with the tensor's bytes; None where it has no plain ones."""
+    """Checksum of a tensor's bytes; None for tensors without plain storage."""
     if (
         tensor.layout != torch.strided
         or tensor.is_quantized
@@ -96,7 +96,7 @@ def _other_states() -> dict[str, Any]:
 
 
 class _Drawn(TorchDispatchMode):
-    """Random numbers at one end of their range, where they have one, or from a seed."""
+    """Replaces random numbers by one end of their range, where they have one; others come from a seed."""
 
     def __init__(self, highest: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # torch declares no types here
@@ -124,9 +124,9 @@ class _Drawn(TorchDispatchMode):
 
 @contextmanager
 def drawing(highest: bool) -> Iterator[None]:
-    """Lets torch draw the highest random numbers, or the lowest, for a while; its generators are as before afterwards.
+    """Makes torch draw the highest, or the lowest, random numbers inside the context; restores its generators after.
 
-    Two passes, one of each, differ wherever random numbers have an effect, however rare.
+    Two passes, one of each kind, differ wherever random numbers have an effect, however rare.
     """
     with torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []):
         torch.manual_seed(highest)

@@ -1,4 +1,4 @@
-"""What a network's modules say of their outputs: noted in two passes of different batch sizes."""
+"""Records the calls, output shapes and features of a network's modules in two passes of different batch sizes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Key = tuple[nn.Module, int]
 """A module and which of its calls in a forward pass, counted from 1."""
 
 _OF_MAPS = ("conv2d", "convtranspose2d", "batchnorm2d", "instancenorm2d", "layernorm2d")
-"""Endings of the names of modules that work on maps (B, U, H, W)."""
+"""Endings of the lower-case class names of modules that work on maps (B, U, H, W)."""
 
 _WIDTHS = (
     ("out_features", -1),
@@ -28,18 +28,18 @@ _WIDTHS = (
     ("hidden_size", -1),
     ("nf", -1),
 )
-"""Attributes in which modules keep their number of features, and the axis on which their kind puts them."""
+"""Attributes that hold a module's number of features, and the output axis that usually holds these features."""
 
 
 def features(module: nn.Module, shape: torch.Size) -> tuple[int, int | None] | None:
-    """What a module without children says of its features.
+    """Number and output axis of the features of a module without children.
 
     Args:
         module: A linear map, convolution, norm or the like.
         shape: Shape of its output, images first.
 
     Returns:
-        Their number and their axis in the output, None where that is not certain; None where it says nothing.
+        The number and the axis (None where it is uncertain); None where the module declares no features.
     """
     rank = len(shape)
     for name, usual in _WIDTHS:
@@ -64,12 +64,12 @@ class Call:
     """One call of a module.
 
     Attributes:
-        started: Place in the order of all events when it began.
-        ended: The same when it returned.
-        shape: Shape of the tensor it put out.
-        features: What the module says of its features.
-        of_maps: Whether its kind works on maps (B, U, H, W).
-        bare: Whether it put out that tensor and nothing around it.
+        started: Position of its start in the order of all events.
+        ended: Position of its return in the same order.
+        shape: Shape of its output tensor.
+        features: Number and axis of the module's features, as returned by :func:`features`.
+        of_maps: Whether the module's type works on maps (B, U, H, W).
+        bare: Whether the output is the tensor itself, not a container around it.
     """
 
     started: int
@@ -85,9 +85,9 @@ class Units:
     """Which axis of a layer's output counts its units.
 
     Attributes:
-        axis: The axis, images first; None where nothing says so.
-        certain: Whether nothing else is possible.
-        of_maps: Whether the module that says so works on maps (B, U, H, W).
+        axis: The axis, images first; None where it is unknown.
+        certain: Whether no other axis is possible.
+        of_maps: Whether the module that determines the axis works on maps (B, U, H, W).
     """
 
     axis: int | None = None
@@ -96,11 +96,11 @@ class Units:
 
 
 class Structure:
-    """Notes of a network's passes.
+    """Records a network's passes.
 
     Args:
         model: The network.
-        tensor: Takes the tensor out of what a module puts out.
+        tensor: Extracts the tensor from a module's output.
     """
 
     def __init__(self, model: nn.Module, tensor: Callable[[object], torch.Tensor | None]) -> None:
@@ -111,7 +111,7 @@ class Structure:
 
     @contextmanager
     def recording(self, smaller: bool = False) -> Iterator[None]:
-        """Notes what every module does in a pass; in the second one, of fewer images, shapes alone."""
+        """Records the calls of every module in a pass; in the second pass, with fewer images, only the shapes."""
         events = itertools.count()
         numbers: dict[nn.Module, int] = {}
         running: dict[nn.Module, list[tuple[int, int]]] = {}
@@ -149,13 +149,13 @@ class Structure:
                 handle.remove()
 
     def key(self, place: Place) -> Key | None:
-        """The call that a layer's values come from; None where it was not noted."""
+        """The call that a layer's values come from; None where it was not recorded."""
         numbers = [number for module, number in self.calls if module is place.module]
         number = place.call or max(numbers, default=0)
         return (place.module, number) if number in numbers else None
 
     def image_axis(self, key: Key) -> int | None:
-        """The axis of a call's output that follows the number of images; None where there is not one."""
+        """The axis of a call's output that follows the number of images; None where there is no such axis."""
         first, second = self.calls[key].shape, self._smaller.get(key, torch.Size())
         if self.alone:
             return 0 if first[:1] == second[:1] == (1,) else None
@@ -172,9 +172,9 @@ class Structure:
         return list(dict.fromkeys(sizes))
 
     def units(self, key: Key | None, batch: int, per_image: tuple[int, ...]) -> Units:
-        """Which axis of a call's output counts units, as its last module with features says.
+        """Determines the axis of a call's output that counts units, from the last module with features.
 
-        That is the last linear map, convolution or norm inside it; without one, the last before it.
+        This module is the last linear map, convolution or norm inside the call; without one, the last before it.
 
         Args:
             key: The call.
@@ -191,15 +191,15 @@ class Structure:
             return Units()
         count, axis = leaf.features
         if axis is not None and axis != batch and leaf.shape == own.shape:
-            # One of several axes of this size may be another one by now, unless the layer says so itself, or works on
-            # maps: blocks of convolutions put maps out.
+            # Of several axes with this size, another one may count the units by now, unless the layer itself declares
+            # the axis or the module works on maps: blocks of convolutions put out maps.
             certain = leaf is own or per_image.count(count) == 1 or (leaf in inside and leaf.of_maps)
             return Units(axis + (axis < batch), certain, leaf.of_maps)
         axes = [number + 1 for number, size in enumerate(per_image) if size == count]
         if len(axes) == 1:
-            # What a layer before says of its own width tells little where this one may have but one unit.
+            # The width of an earlier layer is weak evidence where this layer may have a single unit.
             return Units(axes[0], bool(inside) or 1 not in per_image, leaf.of_maps and axes[0] == 1)
         if axis is not None and batch == 0 and len(leaf.shape) == len(own.shape):
             others = [number for number in range(1, len(own.shape)) if leaf.shape[number] != own.shape[number]]
-            return Units(axis, others == [axis], leaf.of_maps)  # certain: parts put together along the units
+            return Units(axis, others == [axis], leaf.of_maps)  # certain: parts concatenated along the units
         return Units(axes[0] if axes else None)

@@ -1,6 +1,6 @@
-"""timm's models, as ``timm/NAME`` (``timm/vit_small_patch14_reg4_dinov2.lvd142m``); timm itself is optional.
+"""Models of timm, named ``timm/NAME`` (``timm/vit_small_patch14_reg4_dinov2.lvd142m``); timm itself is optional.
 
-Names are looked up when they are asked for, so nothing of timm is imported before.
+timm is imported only when such a name is looked up.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from milan_ray.models.view import Preprocess, View
 from milan_ray.models.weights import WeightsFile, load_weights
 
 _NO_PATCHES = re.compile(r"blocks_token_only|cls_attn|rel_pos")
-"""MLPs of class tokens and of tables of positions: their outputs say nothing of a place in the image."""
+"""MLPs of class tokens and of position tables: their outputs do not belong to places in the image."""
 
 
 def resolve(name: str) -> ModelSpec:
     """Describes one of timm's models: preprocessing from its data config, prefix tokens from the model.
 
-    Dissected by default are, in transformers, the MLPs' hidden units before the activation, else the stages that timm
-    lists as features; see :func:`default_layers`.
+    The default layers are the MLPs' hidden units before the activation in transformers, and the stages that timm lists
+    as features in other networks; see :func:`default_layers`.
 
     Args:
         name: timm's name, with or without the tag of its weights.
 
     Raises:
-        MilanError: timm is not installed, has no such model, or crops images in a way that a view has not.
+        MilanError: timm is not installed, has no such model, or crops images in a way that a view cannot.
     """
     timm = import_timm()
     try:
@@ -78,8 +78,9 @@ def build(name: str, weights: str | None) -> nn.Module:
 def default_layers(model: nn.Module) -> tuple[str, ...]:
     """The layers of one of timm's networks that are dissected by default.
 
-    In transformers with tokens before the patches the hidden units of MLPs, else the modules that timm lists as
-    features; its blocks where these are none (gated MLPs) or name no module that runs.
+    In transformers with tokens before the patches, these are the hidden units of the MLPs. Where there are none (gated
+    MLPs), and in other networks, these are the modules that timm lists as features. Where none of them runs, these are
+    the network's blocks.
 
     Args:
         model: The network; weights are not needed.
@@ -121,7 +122,7 @@ def _preprocess(timm: ModuleType, name: str, config: dict[str, Any]) -> Preproce
     """The view and normalisation of a data configuration, checked against timm's own transforms on test pictures.
 
     Raises:
-        MilanError: There are none.
+        MilanError: No view reproduces the transforms.
     """
     key = repr(sorted(config.items()))
     if key in _CHECKED:

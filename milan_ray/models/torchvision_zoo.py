@@ -1,6 +1,6 @@
-"""Every classifier of torchvision, registered as ``<architecture>/imagenet``; some also ``…/imagenet-blurred``.
+"""Every classifier of torchvision, registered as ``<architecture>/imagenet``; some also as ``…/imagenet-blurred``.
 
-A plug-in like a user's own: importing it registers. No model is built for that.
+Works like a user's plug-in: importing the module registers the models, without building any.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ def _mlps(blocks: int) -> tuple[str, ...]:
     return tuple(f"encoder.layers.encoder_layer_{i}.mlp.0" for i in range(blocks))
 
 
-# The reference's lists as far as it has them; for ViTs, as there, the MLPs' hidden units before the
-# GELU; else stem and stages. The first match counts.
+# The reference's layers where it lists any. For ViTs, as in the reference, these are the MLPs' hidden units before the
+# GELU. For other architectures, these are stem and stages. The first matching pattern counts.
 _LAYERS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("alexnet", _features(0, 3, 6, 8, 10)),
     ("*resne[tx]*", ("conv1", *_paths("layer", 1, 2, 3, 4))),
@@ -82,7 +82,7 @@ BLURRED = (
     "alexnet", "densenet121", "densenet201", "mobilenet_v2", "resnet18", "resnet34", "resnet50", "resnet101",
     "resnet152", "shufflenet_v2_x1_0", "squeezenet1_0", "vgg11", "vgg13", "vgg16", "vgg19",
 )  # fmt: skip
-"""Architectures that the reference also knows trained on ImageNet with blurred faces."""
+"""Architectures for which the reference also has weights trained on ImageNet with blurred faces."""
 
 _ALEXNET = (
     "conv1", "relu1", "pool1", "conv2", "relu2", "pool2", "conv3", "relu3", "conv4", "relu4", "conv5", "relu5", "pool5",
@@ -91,12 +91,12 @@ _ALEXNET = (
 
 
 def default_layers(architecture: str) -> tuple[str, ...]:
-    """The layers dissected by default; the model's outputs for an architecture that this version does not know."""
+    """The layers dissected by default; the model's output for an architecture that matches no pattern."""
     return next((layers for pattern, layers in _LAYERS if fnmatch.fnmatchcase(architecture, pattern)), (OUTPUTS,))
 
 
 def published_name(name: str) -> str:
-    """Torchvision's name of a parameter in files that write it otherwise.
+    """Converts the name of a parameter in a published file to torchvision's.
 
     Old DenseNets have ``norm.1`` for ``norm1``; checkpoints of PyTorch's ImageNet example have the ``module.`` of data
     parallelism inside AlexNet and VGG.
@@ -117,21 +117,21 @@ def build(
     The number of classes follows the file's head. Construction leaves torch's random state as it was.
 
     Args:
-        architecture: torchvision's name of it.
+        architecture: Torchvision's name of the architecture.
         weights: Path of a weights file, or ``random`` for untrained ones from seed 0.
         classes: Number of classes without a file; None for ImageNet's.
-        rename: From a name in the file to torchvision's.
-        arrange: Brings the loaded model into another shape.
+        rename: Converts a name in the file to torchvision's.
+        arrange: Restructures the loaded model.
 
     Raises:
         MilanError: There is no such file, or it does not fit.
     """
     options: dict[str, object] = {} if classes is None else {"num_classes": classes}
     if architecture in ("googlenet", "inception_v3"):
-        # The published weights are ported ones that expect inputs in [-1, 1] and have no use for the auxiliary heads.
+        # The published weights were ported: they expect inputs in [-1, 1] and do not use the auxiliary heads.
         options.update(transform_input=True, aux_logits=False, init_weights=weights == RANDOM)
     if architecture == "vit_h_14":
-        options["image_size"] = 518  # the only size that there are weights for
+        options["image_size"] = 518  # the only size with published weights
     model = _construct(architecture, options)
     if weights is not None and weights != RANDOM:
         auxiliary = "aux_logits" in options
@@ -150,7 +150,7 @@ def build(
 
 
 def _sizes(architecture: str, model: nn.Module, state: dict[str, torch.Tensor]) -> dict[str, object]:
-    """Constructor arguments with which a model has the sizes of given weights, where they differ from its own."""
+    """Constructor arguments that give a model the sizes of given weights, where these differ from its own."""
     sizes: dict[str, object] = {}
     own = {name: tensor for name, tensor in model.state_dict().items() if name in state and tensor.ndim}
     head = [name for name, tensor in own.items() if name.endswith("weight") and tensor.ndim > 1][-1:]
@@ -177,7 +177,7 @@ def alexnet_by_name(model: models.AlexNet) -> nn.Sequential:
 
 
 def _published(architecture: str) -> dict[str, WeightsFile]:
-    """Torchvision's weights by their own names, where there is one the first version first: the reference's."""
+    """Torchvision's weights by name; ``IMAGENET1K_V1``, which the reference uses, comes first where it exists."""
     files = {}
     for version in sorted(models.get_model_weights(architecture), key=lambda version: version.name != "IMAGENET1K_V1"):
         fingerprint = version.transforms()

@@ -1,6 +1,6 @@
-"""Vision models of transformers, as ``hf/FOLDER`` or ``hf/ID``; transformers itself is optional.
+"""Vision models of transformers, named ``hf/FOLDER`` or ``hf/ID``; transformers itself is optional.
 
-Nothing is fetched: a model is a folder that ``save_pretrained`` wrote, or lies in the Hugging Face cache.
+Nothing is downloaded: a model is a folder written by ``save_pretrained``, or lies in the Hugging Face cache.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ _LOCAL = {"local_files_only": True, "trust_remote_code": False}
 def resolve(source: str) -> ModelSpec:
     """Describes a vision model: preprocessing from its image processor, prefix tokens from its patches.
 
-    Dissected by default are, in transformers, the MLPs' hidden units before the activation, else the stages, else
-    the blocks. Of a model of images and text it is the image tower.
+    The default layers are the MLPs' hidden units before the activation in transformers, else the stages, else the
+    blocks. For an image-text model, the image tower is described.
 
     Args:
         source: Folder of the model, or its id in the Hugging Face cache.
@@ -111,10 +111,10 @@ def build(source: str, weights: str | None) -> nn.Module:
 
 
 def _state(weights: str, model: nn.Module) -> dict[str, torch.Tensor]:
-    """The weights of a file, under the network's names or, where transformers knows better, those of the file."""
+    """The weights of a file, under the network's names; where these do not fit, under the file's for transformers."""
     try:
         return read_weights(weights, model, needless=lambda name: "pooler." in name)
-    except UnfitWeights:  # names of earlier versions, for one: what transformers makes of them is checked
+    except UnfitWeights:  # e.g. names of earlier versions; the result of transformers' conversion is checked
         return read_state_dict(weights)
 
 
@@ -137,17 +137,17 @@ def _vision(model: nn.Module) -> nn.Module:
 
 
 def _unmasked(config: Any) -> Any:
-    """A configuration of a network that is trained on images of which it sees a part, so that it sees all of it."""
+    """Switches off masking in the configuration of a masked autoencoder, so that it reads whole images."""
     if hasattr(config, "mask_ratio"):
         config.mask_ratio = 0.0
     return config
 
 
 def _masked_patches(model: nn.Module, preprocess: Preprocess) -> int:
-    """How many patches a network puts into a random order before it leaves out some of them; mostly 0."""
+    """Number of patches that a network shuffles before it masks some of them; 0 for most networks."""
     if "noise" not in inspect.signature(model.forward).parameters or not hasattr(model.config, "mask_ratio"):
         return 0
-    if not getattr(getattr(model, "embeddings", None), "is_mae", True):  # it can, and does not
+    if not getattr(getattr(model, "embeddings", None), "is_mae", True):  # it could, but is not configured to
         return 0
     (height, width), patch = preprocess.view.shape, int(getattr(model.config, "patch_size", 1))
     return (height // patch) * (width // patch)
@@ -173,7 +173,7 @@ def _rows_are_images(model: nn.Module, layer: str, preprocess: Preprocess) -> bo
 
 
 def _prefix_tokens(model: nn.Module, layer: str, preprocess: Preprocess) -> int | None:
-    """CLS and register tokens: what a layer has besides one token per patch. None when there are no patches."""
+    """Number of CLS and register tokens: a layer's tokens beyond one per patch. None when there are no patches."""
     patch = getattr(model.config, "patch_size", None)
     if not isinstance(patch, int):
         return None
@@ -184,7 +184,7 @@ def _prefix_tokens(model: nn.Module, layer: str, preprocess: Preprocess) -> int 
 
 
 def _processor(transformers: ModuleType, source: str) -> Any:
-    """The image processor of a folder; the one that works on images, as we do, where there are two."""
+    """The image processor of a folder; where there are two, the one that works on PIL images, as a view does."""
     images = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {"use_fast": False}
     return transformers.AutoImageProcessor.from_pretrained(source, **images, **_LOCAL)
 
@@ -193,10 +193,10 @@ _FITTED: dict[tuple[str, str], tuple[Preprocess, bool]] = {}
 
 
 def _preprocess(source: str, processor: Any) -> tuple[Preprocess, bool]:
-    """The view and normalisation that do what an image processor does, and whether its networks take blue first.
+    """The view and normalisation that reproduce an image processor, and whether its networks expect blue first.
 
     Raises:
-        MilanError: There is none: its images vary in size, or are made in another way.
+        MilanError: No view reproduces it: its images vary in size, or are made in another way.
     """
 
     def process(image: Image.Image) -> np.ndarray:

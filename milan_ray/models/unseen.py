@@ -1,8 +1,9 @@
-"""What a network does not look at: margins that it cuts off its pictures, and positions that no picture reaches.
+"""Detects margins that a network cuts off its pictures, and positions that respond to no picture.
 
-Both are exact: where nothing depends on a part of the picture, or a position on any picture, nothing changes there.
-A picture that is cut or padded on the way lies elsewhere in the maps than one takes for granted; and tokens that are
-the same for every picture, as class tokens, registers and the ends of rows, are no positions.
+Both tests are exact: a part of the picture that nothing depends on, and a position that depends on no picture, cause no
+change of values.
+A picture that the network crops or pads lies elsewhere in the maps than usually assumed. Tokens that are the same for
+every picture, such as class tokens, registers and the ends of rows, are not positions.
 """
 
 from __future__ import annotations
@@ -15,16 +16,16 @@ SIDES = ("top", "bottom", "left", "right")
 """Margins of the view, as :meth:`milan_ray.models.lit_cells.LitPictures.margins` lights them."""
 
 MARGIN = 16
-"""A margin is one part in so many of the view's height or width."""
+"""The view's height or width divided by the width of a margin."""
 
-_FLAT = 1e-6  # of a call's usual answer: what rounding leaves of an answer that is none
+_FLAT = 1e-6  # share of a call's median response up to which a response counts as rounding error
 
 
 def sides_unseen(answers: Collection[torch.Tensor]) -> tuple[str, ...]:
     """The margins on which nothing depends.
 
     Args:
-        answers: Of each call, float64 (4, …): how strongly it answers to each margin, in the order of `SIDES`.
+        answers: For each call, float64 (4, …): the strength of its response to each margin, in the order of `SIDES`.
     """
     if not answers:
         return ()
@@ -33,26 +34,27 @@ def sides_unseen(answers: Collection[torch.Tensor]) -> tuple[str, ...]:
 
 
 def still(answer: torch.Tensor) -> torch.Tensor | None:
-    """The positions that answer to no picture.
+    """The positions that respond to no picture.
 
     Args:
-        answer: float64 (…), how strongly a call answers to a picture at each position.
+        answer: float64 (…), the strength of a call's response to a picture at each position.
 
     Returns:
-        bool (…); None where most do not answer, so that it is no call of positions (queries, embeddings), or all do.
+        bool (…); None where all positions respond, or where most do not, because these are not positions (queries,
+        embeddings).
     """
     found = _silent(answer)
     return found if 0 < int(found.sum()) < found.numel() / 2 else None
 
 
 def padding(answer: torch.Tensor) -> tuple[str, ...]:
-    """The sides of a map at which more than `MARGIN` allows answers to no picture.
+    """The sides of a map with a strip, wider than a margin (see `MARGIN`), that responds to no picture.
 
     Args:
-        answer: float64 (h, w), how strongly a map answers to a picture.
+        answer: float64 (h, w), the strength of a map's response to a picture.
     """
     found = _silent(answer)
-    if bool(found.all()):  # of a part that gets no picture
+    if bool(found.all()):  # this part of the network gets no picture
         return ()
     rows, columns = found.all(1), found.all(0)
     sides = (rows, rows.flip(0), columns, columns.flip(0))

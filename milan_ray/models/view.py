@@ -1,4 +1,4 @@
-"""What of an image a model looks at: geometry first (a :class:`View`), then numbers (a :class:`Preprocess`)."""
+"""Preprocessing of images: the geometry (:class:`View`), then the normalisation (:class:`Preprocess`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 MAX_ASPECT = 64
-"""The most elongated image that is resized by its shorter side: one 1 pixel wide and 100,000 long would need 20 GB."""
+"""Largest aspect ratio of an image that is resized by its shorter side: 1 × 100,000 pixels would need 20 GB."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class View:
 
     @property
     def key(self) -> str:
-        """A readable name that is the same exactly when the geometry is, e.g. ``r256-c224-bilinear-224x224``."""
+        """A readable name, e.g. ``r256-c224-bilinear-224x224``; the same exactly for the same geometry."""
         resize, crop = (
             "x".join(map(str, side)) if isinstance(side, tuple) else side for side in (self.resize, self.crop)
         )
@@ -119,12 +119,12 @@ class View:
         return np.asarray(image)
 
 
-# torchvision's Resize and CenterCrop on PIL images, to the bit. Importing torchvision takes a third of the time in
-# which a worker starts, and 170 MB of each: only its own networks should cost that.
+# Same results to the bit as torchvision's Resize and CenterCrop on PIL images. Importing torchvision takes a third of
+# a worker's start-up time, and 170 MB per worker: only torchvision's own networks should cost that.
 
 
 def _resized(image: Image.Image, size: int | tuple[int, int], interpolation: str) -> Image.Image:
-    """Shorter side to ``size``, or squashed to (height, width)."""
+    """Resizes the shorter side to ``size``, or squashes the image to (height, width)."""
     if isinstance(size, int):
         short, long = sorted(image.size)
         long = int(size * long / short)
@@ -138,7 +138,7 @@ def _resized(image: Image.Image, size: int | tuple[int, int], interpolation: str
 
 @dataclass(frozen=True)
 class Preprocess:
-    """A view and the normalisation behind it.
+    """A view and the normalisation that follows it.
 
     Attributes:
         view: The geometry.
@@ -168,8 +168,8 @@ class Preprocess:
 
         Args:
             images: float (B, 3, H, W), normalised by ``mean`` and ``std``.
-            truncate: The reference's quirk: cut decimals off instead of rounding, so that a byte that went through
-                :meth:`__call__` may come back one lower.
+            truncate: Whether to cut decimals off instead of rounding, as the reference does; a byte that went through
+                :meth:`__call__` may then come back one lower.
 
         Returns:
             uint8 (B, H, W, 3).
@@ -181,7 +181,7 @@ class Preprocess:
         return (scaled if truncate else scaled.round_()).to(torch.uint8).permute(0, 2, 3, 1)
 
     def truncated(self, views: np.ndarray) -> np.ndarray:
-        """Views as the reference stores them: through the normalisation and back, decimals cut off.
+        """Views as the reference stores them: normalised and converted back, with decimals cut off.
 
         Args:
             views: uint8 (B, H, W, 3).
@@ -193,7 +193,7 @@ class Preprocess:
 
 
 GENERATED = Preprocess(View(resize=(224, 224), crop=None, interpolation="nearest"), (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-"""What generators put out as a rule: images in [−1, 1]; shown at the reference's 224 pixels."""
+"""Default for generators: images in [−1, 1], shown at the reference's 224 pixels."""
 
 
 def _per_channel(values: Sequence[float], device: torch.device) -> torch.Tensor:

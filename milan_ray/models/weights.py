@@ -1,4 +1,4 @@
-"""Weights: reading them from files without executing anything in them, and telling which ones a model has."""
+"""Reads weights from files without executing code in them, and computes digests of a model's weights."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ class WeightsFile:
 
     Attributes:
         file: Its name.
-        url: Where it is published; None when whoever has it keeps it to themselves.
+        url: Where it is published; None for a file that is not public.
         also: Other names under which it may lie in the models directory.
-        preprocess: The inputs that these weights expect, where they are not the model's.
+        preprocess: The preprocessing that these weights expect, where it differs from the model's.
     """
 
     file: str
@@ -46,11 +46,11 @@ class WeightsFile:
 
     @classmethod
     def at(cls, url: str, *also: str, preprocess: Preprocess | None = None) -> WeightsFile:
-        """The file behind an address."""
+        """The file at an address."""
         return cls(urlsplit(url).path.rsplit("/", 1)[-1], url, also, preprocess)
 
     def places(self) -> tuple[Path, ...]:
-        """Where it is looked for: ``MILAN_MODELS_DIR`` (default ``./models``), then torch.hub's own cache."""
+        """The folders to search: ``MILAN_MODELS_DIR`` (default ``./models``), then torch.hub's own cache."""
         return models_dir(), Path(torch.hub.get_dir(), "checkpoints")
 
     def is_here(self) -> bool:
@@ -61,8 +61,8 @@ class WeightsFile:
         """Finds the file; a download goes into the models directory.
 
         Args:
-            download: Whether to fetch it when it is absent.
-            option: The option that names a file of the user's own, for the message.
+            download: Whether to download it when it is absent.
+            option: The command-line option that names a user's own file, for the message.
 
         Returns:
             Its absolute path.
@@ -87,17 +87,17 @@ class WeightsFile:
 
 
 def split_weights(weights: str | Path) -> tuple[str, str]:
-    """The file and the part of it that ``FILE#PART`` names; the part is empty where a whole file is meant."""
+    """Splits ``FILE#PART`` into the file and the part; the part is empty where the whole file is meant."""
     weights = str(weights)
     path, mark, part = weights.rpartition("#")
     return (path, part) if mark and path and not Path(weights).is_file() else (weights, "")
 
 
 def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
-    """Reads a file of weights without knowing for which network; see :func:`read_weights`.
+    """Reads a weights file for an unknown network; see :func:`read_weights` for a given one.
 
-    Pickled code is never executed. A dict around the weights (``state_dict``, ``model``, …) is taken off, and the
-    prefixes ``module.`` and ``_orig_mod.`` that data parallelism and compilation leave.
+    Pickled code is never executed. A dict around the weights (``state_dict``, ``model``, …) is removed, and so are the
+    prefixes ``module.`` and ``_orig_mod.`` that data parallelism and compilation add.
 
     Args:
         path: The file, or ``FILE#PART`` where it holds several state dicts.
@@ -131,25 +131,25 @@ def read_weights(
     needless: Callable[[str], bool] = lambda name: False,
     sizes: bool = True,
 ) -> dict[str, torch.Tensor]:
-    """Reads the weights of a network out of a file, whatever is around them.
+    """Reads the weights of a network from a file, whatever else the file holds.
 
-    A file may hold several state dicts, in dicts in dicts, and each may hold networks under prefixes (``model.``,
-    ``_orig_mod.``, ``backbone.``). What fits the network, name by name and shape by shape, is taken and said; it must
-    be one thing, or copies of one. Pickled code is never executed.
+    A file may hold several state dicts in nested dicts, and each may hold networks under prefixes (``model.``,
+    ``_orig_mod.``, ``backbone.``). The part that fits the network by names and shapes is used and reported. There must
+    be one such part, or identical copies of it. Pickled code is never executed.
 
     Args:
-        path: The file, or ``FILE#PART`` to look only in a part: keys and prefixes joined by dots, as messages name it.
+        path: The file, or ``FILE#PART`` to search only a part: keys and prefixes joined by dots, as in messages.
         model: The network.
-        rename: The network's name of a parameter that the file names otherwise, after its prefix.
-        needless: Which parameters, by the network's names, the file may lack and may have without use.
+        rename: Converts a parameter's name in the file, without the prefix, to the network's name.
+        needless: Whether a parameter, by the network's name, is optional in the file.
         sizes: Whether shapes must fit, too.
 
     Returns:
         The network's names of parameters and buffers → tensors, on the CPU.
 
     Raises:
-        milan_ray.models.weights_fit.UnfitWeights: Nothing in the file fits; the text names what is nearest.
-        MilanError: The file is missing or damaged, or several things in it fit; the text names them.
+        milan_ray.models.weights_fit.UnfitWeights: Nothing in the file fits; the message names the nearest part.
+        MilanError: The file is missing or damaged, or several different parts fit; the message names them.
     """
     path, part = split_weights(path)
     checkpoint = read_checkpoint(path)
@@ -202,7 +202,7 @@ _said: set[tuple[str, str]] = set()
 
 
 def _say_once(path: str, model: str, checkpoint: Checkpoint, chosen: Fit) -> None:
-    """Says what was taken out of a file and what was left, where that is more than taking all of it."""
+    """Reports, once, the part of a file that is used and what is left; nothing where the whole file is used."""
     left = (*chosen.left, *chosen.state.others)
     compiled = any(
         name.removeprefix(chosen.prefix) != own for own, name in chosen.names.items() if "_orig_mod." in name
@@ -219,10 +219,10 @@ def _say_once(path: str, model: str, checkpoint: Checkpoint, chosen: Fit) -> Non
 
 
 def save_weights(state: dict[str, torch.Tensor], path: str | Path) -> None:
-    """Writes a state dict as ``.safetensors``, or as torch's own format with any other ending.
+    """Writes a state dict as ``.safetensors``, or in torch's own format with any other ending.
 
     Raises:
-        MilanError: It cannot be written there.
+        MilanError: The file cannot be written.
     """
     try:
         if str(path).endswith(".safetensors"):
@@ -236,15 +236,15 @@ def save_weights(state: dict[str, torch.Tensor], path: str | Path) -> None:
 
 
 def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
-    """Loads weights into a model, every name and shape of which must match; half precision becomes float32.
+    """Loads weights into a model. Every name and shape must match; half precision becomes float32.
 
     Args:
         model: The model.
         state: Its weights.
-        path: Where they come from, for messages.
+        path: The file of the weights, for messages.
 
     Raises:
-        MilanError: A name is missing or unexpected, or a shape differs; the text names the first ones.
+        MilanError: A name is missing or unexpected, or a shape differs; the message names the first ones.
     """
     own = model.state_dict()
     # Counters of BatchNorm that old files lack; torch fills them in.
@@ -252,7 +252,7 @@ def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -
     unexpected = [name for name in state if name not in own]
     shared = [name for name in own if name in state and isinstance(own[name], torch.Tensor)]
     different = [name for name in shared if own[name].shape != state[name].shape]
-    # Numbers that are no weights yet, such as those of a compressed file, would be taken as they are.
+    # Numbers that are not weights yet, such as those of a compressed file, would be loaded without an error.
     real = [name for name in shared if own[name].is_floating_point() and own[name].dtype != state[name].dtype]
     whole = [name for name in real if not _is_real(state[name])]
     problems = describe_problems(missing, unexpected, different)
@@ -270,12 +270,12 @@ def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -
         )
     try:
         model.load_state_dict(state, strict=False)
-    except RuntimeError as error:  # of networks that take their weights apart by themselves
+    except RuntimeError as error:  # from networks that process their state dict themselves
         raise MilanError(f"weights file {path} does not fit {type(model).__name__} ({reason(error)}).") from error
 
 
 def load_weights(model: nn.Module, path: str, *, rename: Callable[[str], str] = str) -> None:
-    """Loads a file of weights into a model, whatever is around them; see :func:`read_weights`.
+    """Loads a weights file into a model, whatever else the file holds; see :func:`read_weights`.
 
     Raises:
         MilanError: The file is missing or damaged, or does not fit.
@@ -284,14 +284,15 @@ def load_weights(model: nn.Module, path: str, *, rename: Callable[[str], str] = 
 
 
 def _is_real(tensor: torch.Tensor) -> bool:
-    """Whether it holds weights; numbers of 8 bits need scales that stand elsewhere."""
+    """Whether a tensor holds usable weights; 8-bit numbers need scales that are stored elsewhere."""
     return tensor.is_floating_point() and not tensor.is_quantized and tensor.dtype.itemsize > 1
 
 
 def weights_digest(model: nn.Module) -> str:
-    """The identity of a model's weights: a hash over names, types, shapes and bytes of its state dict, in order.
+    """Digest of a model's weights: a hash over names, types, shapes and bytes of its state dict, in order.
 
-    Any type of numbers is welcome, sparse and quantised tensors, and what quantised modules keep instead of tensors.
+    Supports all number types, sparse and quantised tensors, and the objects that quantised modules store instead of
+    tensors.
 
     Args:
         model: The model, on any device.
@@ -300,13 +301,13 @@ def weights_digest(model: nn.Module) -> str:
         sha256, hex.
 
     Raises:
-        MilanError: It keeps something whose content cannot be told.
+        MilanError: The state dict holds an object whose content cannot be read.
     """
     digest = hashlib.sha256()
     try:
         for name, value in model.state_dict().items():
             _add(digest, name, value)
-    except Exception as error:  # a network may keep anything, and put it into its state dict in ways of its own
+    except Exception as error:  # a state dict may hold any object, and networks may build it themselves
         raise MilanError(
             f"the weights of {type(model).__name__} cannot be identified ({reason(error)}): tables need that to tell "
             "networks apart; give a network whose state_dict() holds tensors."
@@ -315,10 +316,10 @@ def weights_digest(model: nn.Module) -> str:
 
 
 def _add(digest: hashlib._Hash, name: str, value: object) -> None:
-    """Adds an entry of a state dict; of plain tensors, nothing but name, type, shape and bytes.
+    """Adds an entry of a state dict to a digest; of plain tensors, only name, type, shape and bytes.
 
     Raises:
-        Exception: Its content cannot be told.
+        Exception: The entry's content cannot be read.
     """
     if isinstance(value, torch.Tensor):
         for part, tensor in _plain_tensors(value):
@@ -343,7 +344,7 @@ def _add(digest: hashlib._Hash, name: str, value: object) -> None:
 
 
 def _plain_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
-    """A tensor as tensors whose bytes say all, on the CPU; mostly as itself."""
+    """Splits a tensor into CPU tensors whose bytes hold its whole content; most tensors stay one tensor."""
     tensor = tensor.detach()
     if tensor.is_meta:
         raise ValueError("it was built without memory, on the meta device")
@@ -360,7 +361,7 @@ def _plain_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
     elif tensor.is_quantized:
         scales = {".scales": tensor.q_per_channel_scales(), ".zeros": tensor.q_per_channel_zero_points()}
         parts = {f" {tensor.dtype} {tensor.q_per_channel_axis()}": tensor.int_repr(), **scales}
-    elif hasattr(tensor, "__tensor_flatten__"):  # subclasses of tensors that hold several, such as packed weights
+    elif hasattr(tensor, "__tensor_flatten__"):  # tensor subclasses that hold several tensors, such as packed weights
         inner, rest = tensor.__tensor_flatten__()
         parts = {f" {type(tensor).__name__} {rest!r}.{name}": getattr(tensor, name) for name in inner}
         for name, part in parts.items():
@@ -374,7 +375,7 @@ def _plain_tensors(tensor: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def folder_digest(folder: str) -> str:
-    """The identity of a model's folder: a hash over names and bytes of all files that libraries read models from.
+    """Digest of a model's folder: a hash over names and bytes of all files that model libraries read.
 
     Args:
         folder: The folder, subfolders included.

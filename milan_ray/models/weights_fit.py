@@ -1,4 +1,4 @@
-"""Which part of a weights file fits a network, name by name and shape by shape."""
+"""Finds the part of a weights file that fits a network, by names and shapes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ class UnfitWeights(MilanError):
 
 @dataclass(frozen=True)
 class Fit:
-    """What a state dict holds under a prefix.
+    """The tensors of a state dict under one prefix.
 
     Attributes:
         state: The state dict.
-        prefix: The prefix, empty or with a dot behind it.
+        prefix: The prefix, empty or ending with a dot.
         names: The network's names → the file's.
-        left: The file's names of tensors that are not below the prefix.
+        left: The file's names of tensors outside the prefix.
         twins: Pairs of the file's names that mean the same tensor of the network.
     """
 
@@ -39,12 +39,12 @@ class Fit:
 
     @property
     def path(self) -> str:
-        """What names it in ``FILE#PART``."""
+        """The part that selects it in ``FILE#PART``."""
         return ".".join(filter(None, (self.state.address, self.prefix.rstrip("."))))
 
     @property
     def sources(self) -> tuple[str, dict[str, str]]:
-        """Where each tensor comes from."""
+        """Where each tensor comes from: the state dict's address, and the network's names → the file's."""
         return self.state.address, self.names
 
     def shape(self, name: str) -> tuple[int, ...]:
@@ -52,12 +52,12 @@ class Fit:
         return self.state.shapes[self.names[name]]
 
     def matching(self, own: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-        """How near it is: names that fit with their shapes, then names alone."""
+        """How well it fits: the number of names with equal shapes, then the number of equal names."""
         common = [name for name in self.names if name in own]
         return sum(self.shape(name) == own[name] for name in common), len(common)
 
     def problems(self, own: Mapping[str, tuple[int, ...]], needed: set[str], sizes: bool) -> list[str]:
-        """What keeps it from fitting: missing and unexpected names, and other shapes where ``sizes`` count."""
+        """Why it does not fit: missing names, unexpected names and, if ``sizes`` is true, different shapes."""
         missing = [name for name in own if name in needed and name not in self.names]
         unexpected = [name for name in self.names if name not in own]
         different = [
@@ -73,7 +73,7 @@ class Fit:
         return {name: tensors[of] for name, of in self.names.items()}
 
     def check_twins(self, path: str) -> None:
-        """Sees that names that mean one tensor have the same numbers."""
+        """Checks that names of the same tensor hold the same numbers."""
         tensors = self.state.tensors() if self.twins else {}
         for one, other in self.twins:
             if not same_tensors({"": tensors[one]}, {"": tensors[other]}):
@@ -90,7 +90,7 @@ def find_fits(
     rename: Callable[[str], str],
     needless: Callable[[str], bool],
 ) -> Iterator[Fit]:
-    """What a state dict holds without a prefix, and under each prefix that has enough below it."""
+    """Yields the tensors of a state dict without a prefix, and under each prefix with enough of them."""
     below = Counter(prefix for name in state.shapes for prefix in _prefixes(name))
     prefixes = [prefix for prefix, count in below.items() if 2 * count >= len(own) or count == len(state.shapes)]
     for prefix in ("", *prefixes):
@@ -112,7 +112,7 @@ def find_fits(
 
 
 def tied_names(model: nn.Module) -> dict[str, list[str]]:
-    """Names of parameters that are one and the same: each with the others."""
+    """Names of tied parameters: each name → the other names of the same tensor."""
     groups: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         groups.setdefault(id(tensor), []).append(name)
@@ -120,11 +120,11 @@ def tied_names(model: nn.Module) -> dict[str, list[str]]:
 
 
 _PARAMETRIZED = {"g": ("original0",), "v": ("original1", "0._v"), "orig": ("original",), "u": ("0._u",)}
-"""Endings of what older weight and spectral norms keep → its names since they are parametrizations."""
+"""Name endings of older weight and spectral norms → the endings since these norms are parametrizations."""
 
 
 def _parametrized(name: str, own: Mapping[str, object]) -> str:
-    """The name since norms of weights are parametrizations, where the network has that one."""
+    """Converts the name of an older weight or spectral norm to its parametrization's, where the network has that."""
     path, dot, leaf = name.rpartition(".")
     tensor, _, ending = leaf.rpartition("_")
     now = (f"{path}{dot}parametrizations.{tensor}.{rest}" for rest in _PARAMETRIZED.get(ending, ()))
@@ -137,7 +137,7 @@ def _prefixes(name: str) -> list[str]:
 
 
 def _plain(name: str, own: Mapping[str, object]) -> str:
-    """A name without the marks that compilation leaves, at any place, unless the network has them itself."""
+    """A name without ``_orig_mod.``, which compilation adds, unless the network itself has the name."""
     return name if name in own else name.replace("_orig_mod.", "")
 
 
@@ -160,7 +160,7 @@ def describe_problems(missing: list[str], unexpected: list[str], different: list
 def misfit(
     path: str, model: str, problems: list[str], nearest: Fit, own: Mapping[str, tuple[int, ...]]
 ) -> UnfitWeights:
-    """The sentence on a file in which nothing fits: what is nearest, and the way out."""
+    """The error for a file in which nothing fits; its message names the nearest part and what to do."""
     where = f", below {nearest.path!r}" if nearest.path else ""
     exact, common = nearest.matching(own)
     register = "register the network that it is of in a plug-in"
