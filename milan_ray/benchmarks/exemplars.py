@@ -18,7 +18,7 @@ from milan_ray.engine import references
 from milan_ray.engine.cluster import connected
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.exemplars.forward import Forward, pass_size, read_inputs
-from milan_ray.exemplars.shard import LayerState, LayerStates, Plan
+from milan_ray.exemplars.shard import LayerState, LayerStates, StateConfig
 from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.manifest import image_refs
 from milan_ray.stages.exemplars import run_exemplars
@@ -41,7 +41,7 @@ def run(options: Options) -> Iterator[Result]:
     with photographs(options, count) as folder:
         probe = ProbeRef((str(folder),))
         views = _views(model, probe)
-        plan, small = Plan(count, 15, 0.99, 2**20, 2**28), pass_size(BATCH, torch.device("cpu"))
+        plan, small = StateConfig(count, 15, 0.99, 2**20, 2**28), pass_size(BATCH, torch.device("cpu"))
         for batch, arithmetic, note in (
             (BATCH, FLOAT32, ""),
             (small, FLOAT32, ""),
@@ -74,7 +74,7 @@ def _forward(model: ModelRef, arithmetic: Arithmetic) -> Forward:
     return Forward(spec, deepcopy(network), spec.layers, pass_size(BATCH, torch.device("cpu")), arithmetic)
 
 
-def _dissect(forward: Forward, plan: Plan, views: np.ndarray) -> None:
+def _dissect(forward: Forward, plan: StateConfig, views: np.ndarray) -> None:
     """What an actor does with a shard's decoded images."""
     layers = LayerStates(plan, torch.get_num_threads())
     size = pass_size(BATCH, torch.device("cpu"))
@@ -174,7 +174,7 @@ def _scaling(options: Options) -> Iterator[Result]:
 
 
 def _kernels(images: int, units: int, k: int) -> None:
-    state = LayerState.empty(Plan(images, k, 0.99, 2**20, 2**28), units, (28, 28))
+    state = LayerState.empty(StateConfig(images, k, 0.99, 2**20, 2**28), units, (28, 28))
     maps = torch.randn(16, units, 28, 28, generator=torch.Generator().manual_seed(0))
     for start in range(0, images, 16):
         # Each batch differs from the ones before, at the price of one pass over it.

@@ -16,7 +16,7 @@ from milan_ray.benchmarks.harness import Options, Result, compare, elapsed, phot
 from milan_ray.benchmarks.plain_stage import PlainStage
 from milan_ray.config import ExemplarConfig
 from milan_ray.engine.references import ProbeRef
-from milan_ray.exemplars.shard import Committed, LayerState, Plan, fold, to_table
+from milan_ray.exemplars.shard import Committed, LayerState, StateConfig, fold, to_table
 from milan_ray.storage import Storage
 
 IMAGES = 64
@@ -28,7 +28,7 @@ ACTORS = (1, 2, 4, 8, 16, 32, 64)
 def run(options: Options) -> Iterator[Result]:
     """Folds 8 to 128 shards of one layer, then plays 128 recorded shards on 1 to 64 actors."""
     units, shards, images = (16, 8, 16) if options.short else (32, 128, IMAGES)
-    plan = Plan(shards * images, 15, 0.99, 2**20, 2**28)
+    plan = StateConfig(shards * images, 15, 0.99, 2**20, 2**28)
     single = _tables(plan, units, shards, images, actors=1)
     sizes = [_bytes(table) for table in single]
     facts = {f"shard {n + 1} leaves, kB": sizes[n] / 1e3 for n in (0, 1, 3, 15, 63, 127) if n < len(sizes)}
@@ -39,7 +39,7 @@ def run(options: Options) -> Iterator[Result]:
     yield from _scaling(options, plan, units, shards, images)
 
 
-def _tables(plan: Plan, units: int, shards: int, images: int, actors: int) -> list[pa.Table]:
+def _tables(plan: StateConfig, units: int, shards: int, images: int, actors: int) -> list[pa.Table]:
     """What so many actors emit that take the shards in turn: a layer of 14 × 14 maps, units of different scales."""
     empty = LayerState.empty(plan, units, (14, 14))
     known = [Committed(empty) for _ in range(actors)]
@@ -62,7 +62,7 @@ def _bytes(table: pa.Table) -> int:
     return int(sink.getvalue().size)
 
 
-def _scaling(options: Options, plan: Plan, units: int, shards: int, images: int) -> list[Result]:
+def _scaling(options: Options, plan: StateConfig, units: int, shards: int, images: int) -> list[Result]:
     """Seconds until the last actor is done and all is merged; shard times are recorded, the merge is real."""
     count = 8 if options.short else 128
     with photographs(options, count) as photos, TemporaryDirectory(prefix="milan-merge-") as folder:

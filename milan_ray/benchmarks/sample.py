@@ -24,7 +24,7 @@ from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import Forward, pass_size, read_inputs
 from milan_ray.exemplars.masks import mask_size, unpack
-from milan_ray.exemplars.shard import LayerStates, Plan
+from milan_ray.exemplars.shard import LayerStates, StateConfig
 from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.manifest import image_refs
@@ -37,7 +37,7 @@ from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.stages.images import png
 from milan_ray.storage import Storage, to_parquet
 
-UNITS = 32
+UNITS_PER_LAYER = 32
 """Units that are searched, at most, of each layer: a beam search takes as many at a time."""
 
 CAPTIONER = "sample"
@@ -148,7 +148,7 @@ def _model(
     network = references.network(spec).to(device)
     size = pass_size(spec.batch(config.batch_size), device)
     forward = Forward(spec, network, spec.layers, size, config.arithmetic)
-    plan = Plan(len(views), config.k, config.quantile, config.samples, config.map_budget)
+    plan = StateConfig(len(views), config.k, config.quantile, config.samples, config.map_budget)
     found = LayerStates(plan, torch.get_num_threads())
 
     def dissect() -> None:
@@ -185,7 +185,7 @@ def _captioned(
 ) -> Sample:
     """Runs encodings and descriptions of some units, and times their kernels."""
     least = min(layer.units for model in sample.models for layer in model.layers)
-    units = tuple(range(min(UNITS, least)))
+    units = tuple(range(min(UNITS_PER_LAYER, least)))
     captioner = load_captioner(encoder.storage, search.decoder)
     save_captioner(storage, CAPTIONER, captioner, "A copy.")
     search = replace(search, decoder=CAPTIONER)
@@ -227,7 +227,7 @@ def _search(storage: Storage, captioner: Captioner, search: Search, model: str, 
         table = storage.read(ENCODINGS, encoder=captioner.encoder_name, model=model, layer=layer)
         features += unit_features(table).values()
     most = max(map(len, features))
-    batch = np.stack([one for one in features if len(one) == most][:UNITS])
+    batch = np.stack([one for one in features if len(one) == most][:UNITS_PER_LAYER])
     return elapsed(lambda: captioner.candidates(batch, search.beam_size, search.length, search.mi_lam)) / len(batch)
 
 

@@ -14,7 +14,7 @@ from milan_ray.stages.tuning_statistics import rescored, trial_scores
 
 LAMS = 100
 
-UNITS = 256
+ANNOTATED_UNITS = 256
 """Annotated units; of few, hardly two say the same, and every further text costs an embedding for BERTScore."""
 
 
@@ -22,7 +22,7 @@ def run(options: Options) -> Iterator[Result]:
     """Compares both trials, for a trained captioner of the paper's sizes."""
     sizes = Sizes.of(options)
     captioner = trained(options, sizes)
-    features = random_features(4 if options.short else UNITS, sizes.features)
+    features = random_features(4 if options.short else ANNOTATED_UNITS, sizes.features)
     # What the captioner would rather not say stands in for the annotations: as long, and of the same words.
     references = [texts[-3:] for texts in captioner.candidates(features).texts]
     halves = dict(zip(("validation", "held-out"), np.array_split(np.arange(len(features)), 2), strict=True))

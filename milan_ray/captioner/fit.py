@@ -77,7 +77,7 @@ class Sizes:
 
 
 @dataclass(frozen=True)
-class Plan:
+class FitConfig:
     """How to train one of the two models.
 
     Attributes:
@@ -124,7 +124,7 @@ def new_state(texts: Iterable[Sequence[str]]) -> State:
 
 
 def fit(
-    units: Units, plans: Mapping[str, Plan], state: State, report: Report, group: WorkerGroup | None = None
+    units: Units, plans: Mapping[str, FitConfig], state: State, report: Report, group: WorkerGroup | None = None
 ) -> None:
     """Trains models from a state until each stops improving on the held-out units.
 
@@ -141,7 +141,7 @@ def fit(
             fitting.run(part, plans[part], state, report)
 
 
-def fitted(state: State, part: str, plan: Plan, feature_size: int) -> nn.Module:
+def fitted(state: State, part: str, plan: FitConfig, feature_size: int) -> nn.Module:
     """The model of a finished part, with the weights that early stopping kept."""
     model = plan.model(part, len(Indexer.from_state(state["indexer"]).vocabulary), feature_size)
     model.load_state_dict(state["finished"][part])
@@ -172,7 +172,7 @@ class _Fitting:
         self.pad, self.order = indexer.ids.pad, bleu_order(units.texts)
         self.words = [[indexer.words(indexer.tokenizer(text)) for text in texts] for texts in units.texts]
 
-    def run(self, part: str, plan: Plan, state: State, report: Report) -> None:
+    def run(self, part: str, plan: FitConfig, state: State, report: Report) -> None:
         """Trains one model; changes the state in place and reports it after every epoch."""
         config, group = plan.config, self.group
         held_out, train = split_units(len(self.units.texts), config)

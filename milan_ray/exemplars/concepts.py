@@ -151,7 +151,7 @@ def areas(masks: np.ndarray) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Seen:
+class ImageMasks:
     """What one image shows, and where units fire in it.
 
     Attributes:
@@ -189,7 +189,7 @@ class ConceptCounts:
         self.size: dict[str, int] = {}
         self.both: dict[str, np.ndarray] = {}
 
-    def update(self, seen: Seen) -> None:
+    def update(self, seen: ImageMasks) -> None:
         """Counts one image."""
         self.positions += seen.positions
         self.images += 1

@@ -22,7 +22,7 @@ KERNEL_VERSION = "exemplars-2"
 
 
 @dataclass(frozen=True)
-class Plan:
+class StateConfig:
     """What decides a layer's states, known before the first image.
 
     Attributes:
@@ -55,14 +55,14 @@ class LayerState:
         level: The activations that settle each unit's level.
     """
 
-    plan: Plan
+    plan: StateConfig
     map_shape: tuple[int, int]
     topk: RunningTopK
     level: RunningLevel
 
     @classmethod
     def empty(
-        cls, plan: Plan, units: int, map_shape: tuple[int, int], device: str | torch.device = "cpu"
+        cls, plan: StateConfig, units: int, map_shape: tuple[int, int], device: str | torch.device = "cpu"
     ) -> LayerState:
         """The state before any image, for a layer with U units and maps of (h, w)."""
         carried = map_shape if plan.carries_maps(units, map_shape) else None
@@ -154,7 +154,7 @@ class LayerStates:
         states: Layer → its state.
     """
 
-    def __init__(self, plan: Plan, threads: int = 1) -> None:
+    def __init__(self, plan: StateConfig, threads: int = 1) -> None:
         """Starts empty.
 
         Args:
@@ -285,7 +285,7 @@ def to_table(state: LayerState, emitted: RunningTopK) -> pa.Table:
     return table.replace_schema_metadata({"height": str(h), "width": str(w)})
 
 
-def from_table(table: pa.Table, plan: Plan) -> LayerState:
+def from_table(table: pa.Table, plan: StateConfig) -> LayerState:
     """Rebuilds a shard's contribution as a state to merge; its top k is as wide as its longest list."""
     h, w = (int(table.schema.metadata[key]) for key in (b"height", b"width"))
     state = LayerState.empty(replace(plan, k=0), len(table), (h, w))
@@ -313,7 +313,7 @@ def from_table(table: pa.Table, plan: Plan) -> LayerState:
     return state
 
 
-def fold(tables: Iterable[pa.Table], plan: Plan) -> LayerState:
+def fold(tables: Iterable[pa.Table], plan: StateConfig) -> LayerState:
     """Merges the contributions of all shards into the layer's result; each shard once, in any order.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 
 import numpy as np
 
-from milan_ray.exemplars.concepts import ConceptCounts, Seen, iou, shared
+from milan_ray.exemplars.concepts import ConceptCounts, ImageMasks, iou, shared
 from milan_ray.labelers.netdissect import NOTHING
 from milan_ray.labelers.protocol import Evidence, Kind, Label
 
@@ -147,7 +147,7 @@ class JointCounts:
         self.whole = np.zeros((len(self.formulas), len(names)), np.int64)
         self.inside = {unit: np.zeros((len(beam), len(names)), np.int64) for unit, beam in self._wanted.items()}
 
-    def update(self, seen: Seen) -> None:
+    def update(self, seen: ImageMasks) -> None:
         """Counts one image."""
         numbers = np.array([self._number[name] for name in seen.names], np.int64)
         if not len(numbers) or not self.formulas:
@@ -234,7 +234,7 @@ class Totals:
 def explain(
     units: Sequence[int],
     counts: Totals,
-    images: Callable[[], Iterable[Seen]],
+    images: Callable[[], Iterable[ImageMasks]],
     beam_size: int = BEAM_SIZE,
     length: int = LENGTH,
 ) -> dict[int, list[Scored]]:

@@ -32,7 +32,7 @@ from milan_ray.storage import Storage
 BATCH_SIZE = 32
 """Images per encoder pass."""
 
-UNITS = 16
+UNITS_PER_SEARCH = 16
 """Units per beam search, as in the reference: with its quirks on, a score depends on the batch."""
 
 Images = np.ndarray | torch.Tensor | Sequence[Any]
@@ -129,7 +129,7 @@ class Milan:
             mi_lam = self.clip.mi_lam(self.captioner) if lam is None else lam
             beam_size = self.clip.beams(self.captioner) if beam_size is None else beam_size
             quirks, lam = NO_QUIRKS, None  # no quirk touches this search, and no λ what it ranks by
-        size = UNITS if self.clip is None else 1
+        size = UNITS_PER_SEARCH if self.clip is None else 1
         rows: list[dict[str, object]] = []
         with Progress("describing", len(features), "units") as progress:
             for start in range(0, len(features), size):

@@ -24,7 +24,7 @@ from milan_ray.errors import MilanError, unknown_name
 from milan_ray.exemplars import masks as packed_masks
 from milan_ray.exemplars.forward import Forward, check_probe, pass_size, read_ahead, read_views
 from milan_ray.exemplars.levels import in_words
-from milan_ray.exemplars.shard import LayerState, LayerStates, Plan
+from milan_ray.exemplars.shard import LayerState, LayerStates, StateConfig
 from milan_ray.labelers.milan import MILAN
 from milan_ray.library.captioner import BATCH_SIZE, Milan
 from milan_ray.library.probe_images import ProbeImages, check_axes, image_probe
@@ -297,7 +297,7 @@ def dissect(
         find_layers(network, spec.layers)
         check_network(spec.name, network)
         size = pass_size(spec.batch(batch_size), _device_of(network))
-        plan = Plan(len(refs), k, quantile, max(len(refs), 2**20), _ALL_MAPS)
+        plan = StateConfig(len(refs), k, quantile, max(len(refs), 2**20), _ALL_MAPS)
         layouts = establish(spec, network, spec.layers)
         for layer, layout in layouts.items():
             if layout.remark:
@@ -367,7 +367,7 @@ def _check_device(network: nn.Module, device: str) -> None:
 
 
 def _run(
-    forward: Forward, spec: ModelSpec, probe: ImageProbe, refs: Sequence[ImageRef], size: int, plan: Plan
+    forward: Forward, spec: ModelSpec, probe: ImageProbe, refs: Sequence[ImageRef], size: int, plan: StateConfig
 ) -> tuple[dict[str, LayerState], list[tuple[ImageRef, str]], list[tuple[str, str]]]:
     """One pass over the images; layer → its state, what could not be read, and doubts about what was."""
     layers = LayerStates(plan, torch.get_num_threads())

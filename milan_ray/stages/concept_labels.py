@@ -26,8 +26,8 @@ from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Known, Layers, Output, Stage, pairs
 from milan_ray.engine.tasks import FEW_IMAGES, retry_if_overtaken, run_parallel
 from milan_ray.errors import MilanError, all_failed
-from milan_ray.exemplars.concepts import ConceptCounts, Seen, fires, grid_size, pack_words, sample
-from milan_ray.exemplars.shard import Plan
+from milan_ray.exemplars.concepts import ConceptCounts, ImageMasks, fires, grid_size, pack_words, sample
+from milan_ray.exemplars.shard import StateConfig
 from milan_ray.labelers.compexp import CompExp, Totals, explain, labels
 from milan_ray.labelers.netdissect import INTERPRETABLE, NetDissect
 from milan_ray.labelers.protocol import Evidence, Label
@@ -43,7 +43,7 @@ from milan_ray.storage import Storage, WorkRemovedError
 
 KERNEL_VERSION = "concepts-1"
 
-UNITS = 64
+UNITS_PER_SEARCH = 64
 """Units per beam search of formulas: what bounds its memory, and what a worker does at a time."""
 
 FEW = 2**16
@@ -213,7 +213,7 @@ class ConceptLabels(Stage):
             storage.remove_work(work)
             return None
         model = describe_model(spec, references.probe(self._probe), digest, config)
-        plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
+        plan = StateConfig(images, config.k, config.quantile, config.samples, config.map_budget)
         item = ModelWork(
             ref, model.weights, spec.layers, missing, digest, work, plan, {}, {}, model.view, model.layouts
         )
@@ -366,7 +366,7 @@ class CountWorker(ModelWorker):
                 shown.append({"image_id": image_id, "names": names, "bits": words.tobytes()})
                 for layer in item.layers:
                     units, on = fires(maps[layer][place], levels[layer], planned.size)
-                    counts[layer].update(Seen(names, words, units, on, planned.size[0] * planned.size[1]))
+                    counts[layer].update(ImageMasks(names, words, units, on, planned.size[0] * planned.size[1]))
                     if layer in composed:
                         fired[layer].append(_mask_rows(image_id, units, on))
         for layer, state in counts.items():
@@ -419,7 +419,7 @@ class _Compose:
         """Where the result goes."""
         return f"formulas/{self.folder}/{config_hash({'units': self.units})}"
 
-    def images(self) -> Iterator[Seen]:
+    def images(self) -> Iterator[ImageMasks]:
         """Every annotated image of the probe, with the masks of these units."""
         width, positions = _nothing(self.size).shape[1], self.size[0] * self.size[1]
         for shard in self.shards:
@@ -433,7 +433,7 @@ class _Compose:
             for row in shown.to_pylist():
                 begin, end = np.searchsorted(ids, [row["image_id"], row["image_id"] + 1]).tolist()
                 concepts = np.frombuffer(row["bits"], np.uint64).reshape(-1, width)
-                yield Seen(row["names"], concepts, units[begin:end], words[begin:end], positions)
+                yield ImageMasks(row["names"], concepts, units[begin:end], words[begin:end], positions)
 
 
 def _compose(task: _Compose) -> float:
@@ -467,8 +467,10 @@ def _search(
             storage.put_work(item.work, f"merged/{folder}", counts[layer].to_table())
         units = output.fingerprint.units or tuple(range(len(counts[layer].unit)))
         tasks[layer] = [
-            _Compose(storage, item.work, folder, work.shards, units[start : start + UNITS], work.size, labeler)
-            for start in range(0, len(units), UNITS)
+            _Compose(
+                storage, item.work, folder, work.shards, units[start : start + UNITS_PER_SEARCH], work.size, labeler
+            )
+            for start in range(0, len(units), UNITS_PER_SEARCH)
         ]
     fresh = [(layer, task) for layer, of in tasks.items() for task in of if task.name not in stored]
     seconds = dict.fromkeys(tasks, 0.0)

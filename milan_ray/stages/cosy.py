@@ -40,8 +40,8 @@ from milan_ray.stages.scores.inputs import (
     SYSTEMS,
     Described,
     ScoreConfig,
-    Seen,
     Texts,
+    UnitActivations,
     unit_scores,
     upstream,
 )
@@ -255,7 +255,7 @@ class CosyScores(ShardedStage):
             generated |= dict(zip(keys, rows_of(piece["activations"]), strict=True))
         layer = Described.of(output)
         texts = Texts.read(storage, layer, self._config.seed)
-        seen = Seen.read(storage, layer, texts.units, self._config, None)
+        seen = UnitActivations.read(storage, layer, texts.units, self._config, None)
         rows: list[dict[str, object]] = []
         for column, unit in enumerate(texts.units):
             control = seen.activations[seen.use[:, column], column]

@@ -20,7 +20,7 @@ from typing import Any
 import polars as pl
 import torch
 
-from milan_ray.captioner.fit import DECODER, Plan, State, WorkerGroup, epoch_line, fit, new_state
+from milan_ray.captioner.fit import DECODER, FitConfig, State, WorkerGroup, epoch_line, fit, new_state
 from milan_ray.config import Fingerprint, Resources, canonical, config_hash
 from milan_ray.device import resolve_device
 from milan_ray.engine import tuner
@@ -293,7 +293,7 @@ def _run_trial(config: dict[str, Any], task: _Task) -> None:
         storage.put(f"{WORK}/{task.work}/{EPOCH_LINES}/{name}.txt", line.encode())
         tuner.report(_metrics(state, job))
 
-    plans = {DECODER: setting.plan(Plan(job.space.budget.config))}
+    plans = {DECODER: setting.plan(FitConfig(job.space.budget.config))}
     fit(units, plans, state, report, WorkerGroup(resolve_device(task.resources.device)))
     if len(state["history"]) == epochs:  # a killed search had finished this trial
         tuner.report(_metrics(state, job))

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from milan_ray.captioner.fit import Plan, Sizes
+from milan_ray.captioner.fit import FitConfig, Sizes
 from milan_ray.config import TrainingConfig
 from milan_ray.yaml_files import known, mapping, number, share, whole, wrong
 
@@ -38,7 +38,7 @@ class Range:
     log: bool = False
 
 
-_PAPER = Plan()
+_PAPER = FitConfig()
 
 
 @dataclass(frozen=True)
@@ -61,12 +61,12 @@ class DecoderSetting:
     regularization_weight: float = _PAPER.config.regularization_weight
     encoder: str = "resnet101"
 
-    def plan(self, plan: Plan) -> Plan:
+    def plan(self, plan: FitConfig) -> FitConfig:
         """A training plan with this setting's values."""
         config = replace(
             plan.config, learning_rate=self.learning_rate, regularization_weight=self.regularization_weight
         )
-        return Plan(config, Sizes(self.embedding, self.hidden, self.dropout))
+        return FitConfig(config, Sizes(self.embedding, self.hidden, self.dropout))
 
 
 _LIMITS: dict[str, tuple[float, float]] = {

@@ -44,7 +44,7 @@ _CANDIDATES_SCHEMA = pa.schema(
     ]
 )
 
-UNITS = 32
+UNITS_PER_SEARCH = 32
 """Units per beam search."""
 
 WIDE_BEAMS = 4000
@@ -84,7 +84,7 @@ class Search:
 
 def units_per_search(quirks: Quirks) -> int:
     """Units per beam search: the planned batch, or where their scores depend on it, the reference's."""
-    return REFERENCE_UNITS if quirks.batch_dependent_length else UNITS
+    return REFERENCE_UNITS if quirks.batch_dependent_length else UNITS_PER_SEARCH
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder
-from milan_ray.captioner.fit import DECODER, LM, Plan, Sizes, State, epoch_line, fit, fitted, new_state
+from milan_ray.captioner.fit import DECODER, LM, FitConfig, Sizes, State, epoch_line, fit, fitted, new_state
 from milan_ray.captioner.lm import LanguageModel
 from milan_ray.captioner.text import Indexer
 from milan_ray.config import Fingerprint, TrainingConfig
@@ -100,9 +100,9 @@ class TrainingJob:
         return Scaling(self.workers, self.cpus, self.gpus)
 
     @property
-    def plans(self) -> dict[str, Plan]:
+    def plans(self) -> dict[str, FitConfig]:
         """Part → how to train it."""
-        plan = Plan(self.config, self.sizes)
+        plan = FitConfig(self.config, self.sizes)
         return {LM: plan, DECODER: self.decoder.plan(plan) if self.decoder else plan}
 
 

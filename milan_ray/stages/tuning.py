@@ -76,7 +76,7 @@ PAPER_LAM = 0.2
 _SETTING_COLUMNS = ("strategy", "beam_size", "length", "lam")
 """Columns of TRIALS that tell settings apart."""
 
-UNITS = 64
+UNITS_PER_SEARCH = 64
 """Units per search."""
 
 
@@ -469,8 +469,8 @@ def _decoded(captioner: Captioner, trial: Trial, features: Sequence[np.ndarray])
     for index, unit in enumerate(features):
         by_exemplars[len(unit)].append(index)
     for indices in by_exemplars.values():
-        for start in range(0, len(indices), UNITS):
-            batch = indices[start : start + UNITS]
+        for start in range(0, len(indices), UNITS_PER_SEARCH):
+            batch = indices[start : start + UNITS_PER_SEARCH]
             decoded = _decoded_batch(captioner, trial, np.stack([features[index] for index in batch]))
             for texts, more in zip(descriptions, decoded, strict=True):
                 for index, text in zip(batch, more, strict=True):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from milan_ray.captioner.decoder import Decoder
-from milan_ray.captioner.fit import Plan, Sizes, epoch_line, fit, fitted, new_state, split_units
+from milan_ray.captioner.fit import FitConfig, Sizes, epoch_line, fit, fitted, new_state, split_units
 from milan_ray.captioner.lm import LanguageModel
 from milan_ray.captioner.text import Indexer
 from milan_ray.captioner.training import greedy_captions, optimizer_for
@@ -32,7 +32,9 @@ class Units:
         return self._features[list(rows)]
 
 
-PLAN = Plan(TrainingConfig(max_epochs=6, learning_rate=0.03, decoder_batch_size=8, lm_batch_size=8), Sizes(8, 16, 0.1))
+PLAN = FitConfig(
+    TrainingConfig(max_epochs=6, learning_rate=0.03, decoder_batch_size=8, lm_batch_size=8), Sizes(8, 16, 0.1)
+)
 PLANS = {"lm": PLAN, "decoder": PLAN}
 
 
@@ -46,13 +48,13 @@ def reported() -> list[dict]:
 
 def test_defaults_are_the_papers() -> None:
     """The reference's train_milan.py and the paper's Appendix B."""
-    config, sizes = Plan().config, Plan().sizes
+    config, sizes = FitConfig().config, FitConfig().sizes
     assert (config.decoder_batch_size, config.lm_batch_size) == (64, 128)
     assert (config.learning_rate, config.weight_decay) == (1e-3, 1e-2)
     assert (config.max_epochs, config.patience, config.hold_out) == (100, 4, 0.1)
     assert config.regularization_weight == 1 and not config.bf16 and not config.keep_last_weights
     assert sizes == Sizes(embedding=128, hidden=512, dropout=0.5)
-    lm, decoder = Plan().model("lm", 30, 40), Plan().model("decoder", 30, 40)
+    lm, decoder = FitConfig().model("lm", 30, 40), FitConfig().model("decoder", 30, 40)
     assert isinstance(lm, LanguageModel) and isinstance(decoder, Decoder)
     shapes = {name: tuple(tensor.shape) for name, tensor in lm.state_dict().items()}
     assert shapes["embedding.weight"] == (34, 128) and shapes["lstm.weight_hh_l1"] == (2048, 512)

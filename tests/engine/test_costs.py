@@ -26,7 +26,7 @@ from milan_ray.engine.costs import (
     partial_bytes,
     text,
 )
-from milan_ray.exemplars.shard import Committed, LayerState, Plan, to_table
+from milan_ray.exemplars.shard import Committed, LayerState, StateConfig, to_table
 
 NET = ModelCost("net", (LayerShape("a", 64, 56, 56), LayerShape("b", 512, 7, 7)), 0.02, "view")
 SAMPLE = Sample(
@@ -76,7 +76,7 @@ def test_partials_of_an_actor_are_as_many_as_the_formula_says() -> None:
     """The real kernels over 24 shards of random maps, by one actor and by two."""
     generator = torch.Generator().manual_seed(0)
     images, size, units = 24 * 16, 16, 32
-    plan = Plan(images, 5, 0.9, 2**20, 2**28)
+    plan = StateConfig(images, 5, 0.9, 2**20, 2**28)
     maps = torch.randn(images, units, 3, 3, generator=generator)
     for actors in (1, 2):
         topk = tail = 0

@@ -18,7 +18,7 @@ import torchvision
 from milan_ray.config import ExemplarConfig
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.forward import Batch, Forward, pass_size, read_inputs
-from milan_ray.exemplars.shard import LayerState, Plan
+from milan_ray.exemplars.shard import LayerState, StateConfig
 from milan_ray.models.registry import ModelSpec
 from milan_ray.models.view import GENERATED, Preprocess
 from milan_ray.probe.base import Probe
@@ -111,7 +111,7 @@ def dissected(request, golden: Path) -> Dissected:
     inputs = read_inputs(probe, image_refs(probe.manifest()), spec)
     assert len(inputs.ids) == 300
     ours = Dissected(spec, Forward(spec, spec.load(), layers, batch_size), inputs, {}, {}, expected)
-    plan = Plan(300, config.k, config.quantile, config.samples, map_budget=2**30)
+    plan = StateConfig(300, config.k, config.quantile, config.samples, map_budget=2**30)
     seen: dict[str, list[np.ndarray]] = {layer: [] for layer in layers}
     for start in range(0, 300, batch_size):
         ids = np.arange(start, min(300, start + batch_size))

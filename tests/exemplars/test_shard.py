@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from milan_ray.errors import MilanError
-from milan_ray.exemplars.shard import Committed, LayerState, LayerStates, Plan, fold, to_table
+from milan_ray.exemplars.shard import Committed, LayerState, LayerStates, StateConfig, fold, to_table
 
-PLAN = Plan(images=200, k=5, quantile=0.99, samples=1500, map_budget=2**20)
+PLAN = StateConfig(images=200, k=5, quantile=0.99, samples=1500, map_budget=2**20)
 
 
 def shown(state: LayerState) -> torch.Tensor:
@@ -30,7 +30,7 @@ def maps_of(ids: np.ndarray) -> torch.Tensor:
     )
 
 
-def run(shards: list[np.ndarray], plan: Plan = PLAN) -> LayerState:
+def run(shards: list[np.ndarray], plan: StateConfig = PLAN) -> LayerState:
     tables = []
     known = Committed(LayerState.empty(plan, 6, (4, 4)))
     for shard, ids in enumerate(shards):
@@ -44,7 +44,7 @@ def run(shards: list[np.ndarray], plan: Plan = PLAN) -> LayerState:
 
 @pytest.mark.parametrize("budget", [2**20, 0])
 def test_fold_of_any_shards_equals_one_pass(budget):
-    plan = Plan(PLAN.images, PLAN.k, PLAN.quantile, PLAN.samples, budget)
+    plan = StateConfig(PLAN.images, PLAN.k, PLAN.quantile, PLAN.samples, budget)
     whole = run([np.arange(200)], plan)
     assert not whole.exact
     for seed in range(4):
@@ -61,7 +61,7 @@ def test_fold_of_any_shards_equals_one_pass(budget):
 
 
 def test_update_with_nonfinite_maps_leaves_them_out():
-    state = LayerState.empty(Plan(3, 2, 0.9, 1000, 2**20), 2, (2, 2))
+    state = LayerState.empty(StateConfig(3, 2, 0.9, 1000, 2**20), 2, (2, 2))
     maps = torch.arange(24, dtype=torch.float32).reshape(3, 2, 2, 2)
     maps[0, 0] = torch.nan
     maps[1, 0, 1, 1] = torch.inf
@@ -81,7 +81,7 @@ def test_update_with_another_map_size_says_so():
 @given(st.integers(0, 2**20), st.randoms(use_true_random=False))
 def test_fold_of_retried_shards_of_several_actors_equals_one_pass(seed, random):
     """Shards are run again by actors that know others' bounds, the last file counts, and no tie is lost in a circle."""
-    plan = Plan(60, 3, 0.8, 10**6, random.choice([0, 2**20]))
+    plan = StateConfig(60, 3, 0.8, 10**6, random.choice([0, 2**20]))
     shards = np.array_split(np.random.default_rng(seed).permutation(60), 5)
     actors = [Committed(LayerState.empty(plan, 6, (4, 4))) for _ in range(3)]
     files = {}
@@ -119,7 +119,7 @@ def test_update_reads_units_last_memory_as_it_lies():
 
 
 def test_bytes_of_a_shard_fall_as_the_bars_rise():
-    plan = Plan(2000, 5, 0.99, 10**6, 0)
+    plan = StateConfig(2000, 5, 0.99, 10**6, 0)
     known = Committed(LayerState.empty(plan, 6, (4, 4)))
     sizes = []
     for shard in range(20):
@@ -140,7 +140,7 @@ def test_layer_states_of_several_threads_are_those_of_one():
         {layer: torch.from_numpy(random.standard_normal((7, *shape), np.float32)) for layer, shape in shapes.items()}
         for _ in range(4)
     ]
-    plan = Plan(28, 3, 0.9, 1000, 2**20)
+    plan = StateConfig(28, 3, 0.9, 1000, 2**20)
     found, known = [], []
     for threads in (1, 3):
         layers, mine = LayerStates(plan, threads), {}

@@ -314,7 +314,7 @@ def on_threads() -> Iterator[None]:
         patched.setattr(embeddings, "SHARD", 16)
         patched.setattr(embeddings, "CHUNK", 2)
         patched.setattr(embeddings, "FEW_TEXTS", 0)
-        patched.setattr(dnd, "UNITS", 3)
+        patched.setattr(dnd, "UNITS_PER_BLOCK", 3)
         patched.setattr(ablate, "run_parallel", in_turn)
         patched.setattr(cut_and_paste, "run_parallel", in_turn)
         patched.setattr(ablate, "SETS", 4)

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from milan_ray.exemplars.concepts import ConceptCounts, Seen, pack_words
+from milan_ray.exemplars.concepts import ConceptCounts, ImageMasks, pack_words
 from milan_ray.labelers.compexp import Formula, JointCounts, Totals, canonical, explain, labels, text
 
 SIZE = (4, 9)
 
 
-def world(units: int, concepts: int, images: int, seed: int) -> tuple[np.ndarray, np.ndarray, list[Seen], Totals]:
+def world(units: int, concepts: int, images: int, seed: int) -> tuple[np.ndarray, np.ndarray, list[ImageMasks], Totals]:
     """Masks (U, N·P) and concept maps (C, N·P), bool, and the same as the search takes them."""
     rng = np.random.default_rng(seed)
     masks = rng.random((images, units, 36)) < 0.25
@@ -25,7 +25,7 @@ def world(units: int, concepts: int, images: int, seed: int) -> tuple[np.ndarray
     seen = []
     for mask, there in zip(masks, shown, strict=True):
         on, names = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(there.any(axis=1))
-        seen.append(Seen([f"c{n:02d}" for n in names], pack_words(there[names]), on, pack_words(mask[on]), 36))
+        seen.append(ImageMasks([f"c{n:02d}" for n in names], pack_words(there[names]), on, pack_words(mask[on]), 36))
     counts = ConceptCounts(units)
     for image in seen:
         counts.update(image)

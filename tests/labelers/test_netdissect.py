@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from milan_ray.exemplars.concepts import ConceptCounts, Seen, fires, pack_words, sample
+from milan_ray.exemplars.concepts import ConceptCounts, ImageMasks, fires, pack_words, sample
 from milan_ray.labelers.compexp import Totals, explain
 from milan_ray.labelers.netdissect import best_concepts
 from milan_ray.labelers.protocol import Label
@@ -21,7 +21,7 @@ SIZE = (SIDE, SIDE)
 
 
 @pytest.fixture(scope="module")
-def counted() -> tuple[ConceptCounts, list[Seen]]:
+def counted() -> tuple[ConceptCounts, list[ImageMasks]]:
     """Units that see one concept each, coarsely (16 × 16) and with noise, as the world's planted network does."""
     noise = torch.Generator().manual_seed(0)
     levels = torch.full((len(planted_concepts),), 0.5)
@@ -33,7 +33,7 @@ def counted() -> tuple[ConceptCounts, list[Seen]]:
         maps += 0.2 * torch.randn(maps.shape, generator=noise)
         names = sorted(shown)
         concepts = pack_words(np.stack([shown[name] for name in names]))
-        images.append(Seen(names, concepts, *fires(maps, levels, SIZE), SIDE * SIDE))
+        images.append(ImageMasks(names, concepts, *fires(maps, levels, SIZE), SIDE * SIDE))
         state.update(images[-1])
     return state, images
 
@@ -68,5 +68,5 @@ def test_a_unit_without_a_level_never_fires_and_is_called_none():
     units, words = fires(torch.ones(2, 3, 3), torch.tensor([torch.nan, 0.5]), (6, 6))
     assert units.tolist() == [1] and words.shape == (1, 1)
     state = ConceptCounts(2)
-    state.update(Seen(["sky"], pack_words(np.ones((1, 6, 6), bool)), units, words, 36))
+    state.update(ImageMasks(["sky"], pack_words(np.ones((1, 6, 6), bool)), units, words, 36))
     assert best_concepts(state) == {0: [Label("none", 0.0)], 1: [Label("sky", 1.0)]}

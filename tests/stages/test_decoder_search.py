@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from milan_ray.captioner.fit import Plan, Sizes
+from milan_ray.captioner.fit import FitConfig, Sizes
 from milan_ray.config import TrainingConfig
 from milan_ray.errors import MilanError
 from milan_ray.stages.decoder_space import (
@@ -75,10 +75,10 @@ def test_a_setting_is_read_as_it_was_written_and_changes_a_plan() -> None:
     setting = DecoderSetting(0.0005, 64, 256, 0.25, 0.5, "resnet50")
     assert read_decoder_setting(to_yaml(setting, "chosen by nobody"), "s.yaml") == setting
     assert read_decoder_setting("hidden: 64", "s.yaml") == DecoderSetting(hidden=64)
-    plan = setting.plan(Plan(TrainingConfig(seed=3, max_epochs=7)))
+    plan = setting.plan(FitConfig(TrainingConfig(seed=3, max_epochs=7)))
     assert plan.sizes == Sizes(64, 256, 0.25)
     assert plan.config == TrainingConfig(seed=3, max_epochs=7, learning_rate=0.0005, regularization_weight=0.5)
-    assert DecoderSetting().plan(Plan()) == Plan()
+    assert DecoderSetting().plan(FitConfig()) == FitConfig()
     with pytest.raises(MilanError, match=r"s\.yaml: dropout must be a number"):
         read_decoder_setting("dropout: much", "s.yaml")
     with pytest.raises(MilanError, match=r"unknown key in s\.yaml: 'lam'"):

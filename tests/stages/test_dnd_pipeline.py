@@ -66,7 +66,7 @@ def dissect(storage: Storage, done: DissectedModels, how: DndConfig, **named) ->
 def storage(ray_session, how, tmp_path_factory) -> Storage:
     found = Storage(tmp_path_factory.mktemp("dissected"))
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(dnd, "UNITS", 3)
+        patched.setattr(dnd, "UNITS_PER_BLOCK", 3)
         run(found, how)
     return found
 

@@ -148,7 +148,7 @@ def test_blocks_of_units_change_nothing_and_a_second_run_does_nothing(storage, t
     assert "scores by flags/truth: all up to date" in capsys.readouterr().err
     whole = values(mine)
     mine.remove("unit_scores")
-    monkeypatch.setattr(score, "UNITS", 2)
+    monkeypatch.setattr(score, "UNITS_PER_SHARD", 2)
     run_scores(mine, score_stages(described(mine), PROBE, TRUTH, CONFIG), CONFIG, ONE)
     for place, row in values(mine).items():
         assert row["value"] == pytest.approx(whole[place]["value"], abs=1e-6)

@@ -392,7 +392,7 @@ TRAIN = """
 import sys
 from pathlib import Path
 import torch
-from milan_ray.captioner.fit import Plan, Sizes, fit, new_state
+from milan_ray.captioner.fit import FitConfig, Sizes, fit, new_state
 from milan_ray.config import TrainingConfig
 from milan_ray.stages.training_units import UnitFeatures
 from milan_ray.storage import Storage
@@ -401,7 +401,7 @@ def peak():  # resource.getrusage would count the process that started this one
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 torch.set_num_threads(1)
 units = UnitFeatures(Storage(sys.argv[1]), "w")
-plan = Plan(TrainingConfig(max_epochs=1, decoder_batch_size=8), Sizes(8, 16))
+plan = FitConfig(TrainingConfig(max_epochs=1, decoder_batch_size=8), Sizes(8, 16))
 class Few:
     texts, size, take = units.texts[:24], units.size, units.take
 fit(Few, {"decoder": plan}, new_state(units.texts), lambda state: None)

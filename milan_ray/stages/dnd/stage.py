@@ -24,7 +24,7 @@ from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Job, Known, Layers, Output, RunnableStage, StepStage, TaskStage, pairs, run_stage
 from milan_ray.engine.tasks import FEW_IMAGES, run_parallel
 from milan_ray.errors import MilanError, all_failed
-from milan_ray.exemplars.shard import Plan
+from milan_ray.exemplars.shard import StateConfig
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
 from milan_ray.labelers.protocol import Drawn, Evidence
 from milan_ray.progress import Progress, say
@@ -44,7 +44,7 @@ from milan_ray.stages.dnd.workers import (
 from milan_ray.stages.exemplars import ModelWork, describe_model
 from milan_ray.storage import EXEMPLARS_KEY, Storage, WorkRemovedError
 
-UNITS = 8
+UNITS_PER_BLOCK = 8
 """Units of a layer that are augmented, captioned and summarised at a time."""
 
 LABELS = 4
@@ -101,7 +101,8 @@ class Drawings(StepStage):
         item, name = work.item, self._ref.name
         units = _units_of(storage, work)
         parts = {
-            layer: [of[start : start + UNITS] for start in range(0, len(of), UNITS)] for layer, of in units.items()
+            layer: [of[start : start + UNITS_PER_BLOCK] for start in range(0, len(of), UNITS_PER_BLOCK)]
+            for layer, of in units.items()
         }
         blocks = {
             layer: [f"{item.folder(layer)}/{config_hash({'units': part})}" for part in of]
@@ -142,7 +143,7 @@ class Drawings(StepStage):
         digest = (storage.metadata(EXEMPLARS, model=spec.name, layer=due[0]) or {})["probe"]
         model = describe_model(spec, references.probe(self._probe), digest, config)
         images = storage.count(MANIFEST, probe=digest)
-        plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
+        plan = StateConfig(images, config.k, config.quantile, config.samples, config.map_budget)
         return ModelWork(
             self._ref, model.weights, spec.layers, due, digest, job.work, plan, {}, {}, model.view, model.layouts
         )

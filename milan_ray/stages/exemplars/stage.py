@@ -16,7 +16,7 @@ from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.engine.tasks import retry_if_overtaken
 from milan_ray.errors import DamagedTable, MilanError
-from milan_ray.exemplars.shard import Plan
+from milan_ray.exemplars.shard import StateConfig
 from milan_ray.probe.base import Probe
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.progress import Progress, say
@@ -197,7 +197,7 @@ class Exemplars(Stage):
         hashes = {layer: fingerprint.hash for layer, fingerprint in described.fingerprints.items()}
         identity = {"model": ref.name, "exemplars": hashes, "map_budget": config.map_budget}
         work = config_hash({**identity, "shard_size": config.shard(images)})
-        plan = Plan(images, config.k, config.quantile, config.samples, config.map_budget)
+        plan = StateConfig(images, config.k, config.quantile, config.samples, config.map_budget)
         asked: dict[str, Any] = {"model": ref, "every": self.layers[ref.name], "layers": missing, "pooled": pooled}
         return ModelWork(**asked, probe=digest, work=work, plan=plan, **vars(described))
 

@@ -24,7 +24,7 @@ from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import Batch, Forward, pass_size, read_ahead
 from milan_ray.exemplars.pooled import maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
-from milan_ray.exemplars.shard import Committed, LayerStates, Plan, layer_in_errors, to_table
+from milan_ray.exemplars.shard import Committed, LayerStates, StateConfig, layer_in_errors, to_table
 from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.base import ImageRef
@@ -101,7 +101,7 @@ class ModelWork:
     layers: tuple[str, ...]
     probe: str
     work: str
-    plan: Plan
+    plan: StateConfig
     fingerprints: dict[str, Fingerprint]
     pooled: dict[str, Fingerprint]
     view: str

@@ -129,7 +129,7 @@ class Texts:
 
 
 @dataclass(frozen=True)
-class Seen:
+class UnitActivations:
     """Activations of some units for the images that count.
 
     Attributes:
@@ -145,7 +145,7 @@ class Seen:
     @classmethod
     def read(
         cls, storage: Storage, layer: Described, units: Sequence[int], config: ScoreConfig, known: np.ndarray | None
-    ) -> Seen:
+    ) -> UnitActivations:
         """Reads a layer's pooled activations, a row group at a time.
 
         Args:

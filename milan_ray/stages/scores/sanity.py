@@ -16,7 +16,7 @@ from milan_ray.schema import IMAGE_EMBEDDINGS, POOLED, SCORES
 from milan_ray.scoring.score_sanity import sanity
 from milan_ray.scoring.score_sanity import scores as measures
 from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings
-from milan_ray.stages.scores.inputs import WORDLESS, Classes, Described, ScoreConfig, Seen, check_pooled
+from milan_ray.stages.scores.inputs import WORDLESS, Classes, Described, ScoreConfig, UnitActivations, check_pooled
 from milan_ray.storage import Storage
 
 
@@ -49,7 +49,7 @@ class Sanity(TaskStage):
         experiment, config = output.keys["experiment"], self._config
         (model, layer), concepts = self._layers[experiment]
         ids, embedded = image_embeddings(storage, **self._images.keys)
-        seen = Seen.read(storage, Described(WORDLESS, model, layer), range(len(concepts)), config, ids)
+        seen = UnitActivations.read(storage, Described(WORDLESS, model, layer), range(len(concepts)), config, ids)
         texts = self._images.embedder.embed_texts(concepts).numpy()
         truth = embedded[np.searchsorted(ids, seen.ids)] @ texts.T
         complete = seen.use.any(axis=1) & np.isfinite(seen.activations).all(axis=1)

@@ -33,8 +33,8 @@ from milan_ray.stages.scores.inputs import (
     Classes,
     Described,
     ScoreConfig,
-    Seen,
     Texts,
+    UnitActivations,
     unit_scores,
     units_of,
     upstream,
@@ -43,7 +43,7 @@ from milan_ray.stages.scores.sanity import Sanity, truth_of
 from milan_ray.stages.scores.summary import summarise
 from milan_ray.storage import Storage
 
-UNITS = 64
+UNITS_PER_SHARD = 64
 """Units per shard: what bounds memory, images × units × 4 bytes a few times over."""
 
 IMAGES = 1024
@@ -67,7 +67,7 @@ class ScoreWorker:
         tables = {system: self._storage.get_work(self._work, f"texts/{number}/{system}")[block] for system in SYSTEMS}
         units = tables[SYSTEMS[0]]["unit"].to_pylist()
         layer = Described.of(self._outputs[number])
-        seen = Seen.read(self._storage, layer, units, judge.config, self._embedded)
+        seen = UnitActivations.read(self._storage, layer, units, judge.config, self._embedded)
         images = embeddings_of(self._storage, **judge.images, image_ids=seen.ids)
         used = seen.use.sum(axis=0).tolist()
         rows: list[dict[str, object]] = []
@@ -157,8 +157,8 @@ class Scores(ShardedStage):
                 embedding = np.array([vectors[text] for text in of_system], np.float32).reshape(-1, self._width)
                 columns = {"unit": own.units, "description": of_system, "embedding": lists_of(embedding)}
                 storage.put_work(job.work, f"texts/{number}/{system}", pa.table(columns))
-            for start in range(0, len(own.units), UNITS):
-                row = {"start": start, "stop": start + UNITS, **images}
+            for start in range(0, len(own.units), UNITS_PER_SHARD):
+                row = {"start": start, "stop": start + UNITS_PER_SHARD, **images}
                 shards.append(Shard(f"{number:04d}-{start:07d}", (number,), row))
             if names := self._classes.get((output.model, output.layer)):
                 shards.append(Shard(f"{number:04d}-classes", (number,), images))
@@ -247,7 +247,7 @@ def run_scores(
 
 
 def score_units(
-    images: np.ndarray, texts: np.ndarray, seen: Seen, config: ScoreConfig, curve: Sigmoid | None
+    images: np.ndarray, texts: np.ndarray, seen: UnitActivations, config: ScoreConfig, curve: Sigmoid | None
 ) -> dict[str, np.ndarray]:
     """Scores the descriptions of some units by a model of images and texts.
 
@@ -288,7 +288,7 @@ def _products(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
 
     Blocks are padded to one shape, so that a product does not depend on how many images and texts there are.
     """
-    padded = torch.zeros(max(UNITS, len(texts)), texts.shape[1])
+    padded = torch.zeros(max(UNITS_PER_SHARD, len(texts)), texts.shape[1])
     padded[: len(texts)] = torch.from_numpy(texts)
     products = []
     for start in range(0, len(images), IMAGES):

@@ -56,7 +56,7 @@ KERNEL_VERSION = "cut-and-paste-1"
 IMAGES = 512
 """Images per task that looks for originals."""
 
-UNITS = 4
+UNITS_PER_TASK = 4
 """Units per task that pastes."""
 
 
@@ -293,8 +293,8 @@ def _answers(
     """Unit → the classifier's answers."""
     of_all = storage, last.model, last.layer, study.probe
     tasks = [
-        _Paste(*of_all, tuple(material[start : start + UNITS]), resources.threads, resources.device)
-        for start in range(0, len(material), UNITS)
+        _Paste(*of_all, tuple(material[start : start + UNITS_PER_TASK]), resources.threads, resources.device)
+        for start in range(0, len(material), UNITS_PER_TASK)
     ]
     answers: dict[int, _Guesses] = {}
     with Progress(f"adversarial images for {last.spec.name}", len(material), "units") as progress:
