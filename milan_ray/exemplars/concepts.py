@@ -152,7 +152,7 @@ def areas(masks: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class ImageMasks:
-    """What one image shows, and where units fire in it.
+    """Packed concept maps of one image, and packed masks of the units that fire on it.
 
     Attributes:
         names: Its c concepts.
@@ -220,7 +220,7 @@ class ConceptCounts:
             self._of(name)[:] += other.both[name]
 
     def result(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-        """The concepts seen, sorted; |L|, int64 (C,); |M ∧ L|, int64 (U, C)."""
+        """The counted concepts, sorted; |L|, int64 (C,); |M ∧ L|, int64 (U, C)."""
         names = tuple(sorted(self.size))
         sizes = np.array([self.size[name] for name in names], np.int64)
         both = np.zeros((len(self.unit), len(names)), np.int64)

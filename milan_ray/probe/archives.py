@@ -25,7 +25,7 @@ TAR = (".tar",)
 """File name endings of archives that are read in place."""
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
-"""File name endings of archives that are rejected: compression prevents reading a member without its predecessors."""
+"""File name endings of archives that must be unpacked first, because they are not read in place."""
 
 _PLACE = re.compile(r"(?s)(.*\.tar)?#(.*)@(\d+):(\d+)", re.IGNORECASE)
 """Path of a member in a manifest: archive, name, offset of its content in bytes, size of its content in bytes."""

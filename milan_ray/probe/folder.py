@@ -254,7 +254,7 @@ def _entries_of(root: str, labels: _Labels | None, columns: Columns, endings: tu
     """Lists the images below one root as manifest entries."""
     listing = list_files(root)
     images, left_out = images_of(root, listing, endings)
-    if images and not is_saved(listing.files):  # else these may be files that the rows refer to
+    if images and not is_saved(listing.files):  # a saved data set may come with image files that its rows refer to
         tell_left_out(root, left_out, listing.links)
         entries = []
         for path, size, mtime_ns in sorted(images, key=lambda found: _parts(found.path)):

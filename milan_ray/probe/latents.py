@@ -122,7 +122,7 @@ def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _content(file: Path) -> dict[str, object]:
-    """What a file holds, by name; of a single tensor, the file's."""
+    """A file's content by name; a single tensor has the file's name."""
     kind = file.suffix.lower()
     check_sizes(file)
     if kind == ".safetensors":
@@ -131,7 +131,7 @@ def _content(file: Path) -> dict[str, object]:
         with np.load(file, allow_pickle=False) as arrays:
             return {f"{file.name}:{name}": _tensor(file, arrays[name]) for name in arrays.files}
     if kind == ".npy":
-        # Copy-on-write rather than read-only: torch knows no read-only tensors.
+        # Copy-on-write rather than read-only, because torch does not support read-only tensors.
         return {file.name: _tensor(file, np.load(file, mmap_mode="c", allow_pickle=False))}
     content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     if isinstance(content, dict):

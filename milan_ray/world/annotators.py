@@ -280,7 +280,7 @@ def _object_first(seen: _Seen, draw: Callable[[], float]) -> _Phrase:
 
 def _look_first(seen: _Seen, draw: Callable[[], float]) -> _Phrase:
     if not seen.looks:
-        assert seen.noun is not None  # there is something to say
+        assert seen.noun is not None  # otherwise the description is vague
         return _noun(seen.noun, draw)
     first, *others = (_adjective(look, draw) for look in seen.looks)
     looks = first + _word("and", "CCONJ").before(others[0]) if others else first
