@@ -13,7 +13,7 @@ from PIL import Image
 from milan_ray.exemplars import concepts
 from milan_ray.exemplars.concepts import (
     ConceptCounts,
-    Seen,
+    ImageMasks,
     areas,
     grid_size,
     iou,
@@ -27,7 +27,7 @@ from milan_ray.models.view import View
 UNITS, NAMES, SIZE = 5, ("boat", "car", "sea", "sky"), (5, 7)
 
 
-def random_images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[Seen]]:
+def random_images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, list[ImageMasks]]:
     """Masks bool (N, U, h, w), concept maps bool (N, C, h, w), and both as the counter takes them."""
     rng = np.random.default_rng(seed)
     masks = rng.random((count, UNITS, *SIZE)) < 0.3
@@ -37,14 +37,14 @@ def random_images(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray, li
     return masks, shown, [seen(*pair) for pair in zip(masks, shown, strict=True)]
 
 
-def seen(masks: np.ndarray, shown: np.ndarray, names: tuple[str, ...] = NAMES) -> Seen:
+def seen(masks: np.ndarray, shown: np.ndarray, names: tuple[str, ...] = NAMES) -> ImageMasks:
     units, there = np.flatnonzero(masks.any(axis=(1, 2))), np.flatnonzero(shown.any(axis=(1, 2)))
-    return Seen(
+    return ImageMasks(
         [names[c] for c in there], pack_words(shown[there]), units, pack_words(masks[units]), int(np.prod(SIZE))
     )
 
 
-def counted(images: list[Seen]) -> ConceptCounts:
+def counted(images: list[ImageMasks]) -> ConceptCounts:
     state = ConceptCounts(UNITS)
     for image in images:
         state.update(image)

@@ -22,7 +22,7 @@ from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig, summary
 from milan_ray.studies.cut_and_paste.statistics import grown, paste
-from milan_ray.studies.exemplar_images import exemplar_views, unit_exemplars, unit_masks, views_of
+from milan_ray.studies.exemplar_images import exemplar_views, model_views, unit_exemplars, unit_masks
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
 REQUEST = ModelRef("tiny/cnn", layers=("2",), plugins=(PLUGIN,))
@@ -76,7 +76,7 @@ def test_what_units_fire_at_is_pasted_on_what_they_are_silent_on(photos, tmp_pat
     names = sorted(set(manifest["class_label"].to_pylist()))
     for row in pairs.iter_rows(named=True):
         original, control = (
-            views_of(images, image_refs(manifest, [row[which]]), spec) for which in ("original", "control")
+            model_views(images, image_refs(manifest, [row[which]]), spec) for which in ("original", "control")
         )
         mine = unit_exemplars(storage, "tiny/cnn", "2", row["unit"]).filter(pl.col("image_id") == row["distractor"])
         cut = grown(unit_masks(storage, "tiny/cnn", "2", mine["mask"].to_list())[0], (24, 24))[None]
