@@ -1,1 +1,1 @@
-"""Pure kernels: running top-k, levels, masks, and how shards fold into a layer's answer."""
+"""Pure kernels: running top-k, levels, masks, and the merging of shards into a layer's result."""

@@ -1,4 +1,4 @@
-"""What a network computes, in a few numbers per layer: tells a ``forward`` that was written anew from the old one."""
+"""Fingerprints of a network's outputs, a few numbers per layer, that detect a changed ``forward``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelSpec
 
 COMPUTES = "computes"
-"""Metadata key of exemplars: their layer's fingerprint."""
+"""Metadata key of exemplars for their layer's fingerprint."""
 
 _TOLERANCE = 1e-2
-"""How far numbers may be apart, relative to the layer's size: kernels differ between machines, and half precision."""
+"""Tolerance relative to the layer's root mean square: kernels differ between machines, and half precision is coarse."""
 
 _PROJECTIONS = 4
 
@@ -25,9 +25,10 @@ _PROJECTIONS = 4
 def behaviours(
     spec: ModelSpec, model: nn.Module, layouts: Mapping[str, Layout], latents: tuple[torch.Tensor, ...] | None
 ) -> dict[str, str]:
-    """Layer → what it puts out for two fixed views (a generator: for its first inputs), rounded, as JSON.
+    """Computes the fingerprint of each layer's output for two fixed views (for a generator, its first two inputs).
 
-    Of every unit the mean, the root mean square, and means that weigh rows and columns; of these a few projections.
+    The statistics of each unit are its mean, its root mean square, and its means weighted by row and by column. A
+    fingerprint holds a few projections of these statistics over the units.
 
     Args:
         spec: The model.
@@ -36,7 +37,8 @@ def behaviours(
         latents: A generator's inputs, or None.
 
     Returns:
-        Empty where the model does not run on such inputs: the pass over the probe says why, if that fails, too.
+        Layer → fingerprint: rounded numbers as JSON. Empty if the model fails on these inputs; if it also fails on the
+        probe, that pass reports the error.
     """
     inputs: Inputs
     if latents is None:
@@ -53,7 +55,7 @@ def behaviours(
 
 
 def same(one: str, other: str) -> bool:
-    """Whether two fingerprints are those of the same computation, on whatever machine each was made."""
+    """Whether two fingerprints belong to the same computation, even if they were made on different machines."""
     before, now = np.array(json.loads(one)), np.array(json.loads(other))
     if before.shape != now.shape:
         return False
@@ -61,7 +63,7 @@ def same(one: str, other: str) -> bool:
 
 
 def _numbers(maps: torch.Tensor) -> list[float]:
-    """The layer's root mean square, and projections of what its units do; (n, U, h, w) maps."""
+    """The layer's root mean square, and projections of its units' statistics, from maps (n, U, h, w)."""
     found = torch.nan_to_num(maps.double(), nan=0.0, posinf=0.0, neginf=0.0).cpu()
     units, height, width = found.shape[1:]
     squares = found.square().mean(dim=(0, 2, 3))

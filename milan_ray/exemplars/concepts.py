@@ -1,6 +1,6 @@
-"""Units beside concepts: packed masks, and how many positions they share (network dissection; docs/labelers.md).
+"""Counts the positions that unit masks and concept maps share (network dissection; docs/labelers.md).
 
-Masks are packed into 64-bit words, row-major, so that an intersection of thousands of positions is a few dozen
+Masks are packed into 64-bit words, row-major, so that the intersection of thousands of positions takes a few dozen
 bitwise operations and every count is an exact integer.
 """
 
@@ -18,16 +18,16 @@ import torch.nn.functional as F
 from milan_ray.models.view import View
 
 TARGET_SIDE = 56
-"""Positions along the shorter side of a large view: 224 pixels by 4, as new-style network dissection counts."""
+"""Positions along the shorter side of a large view: 224 pixels / 4, as in the 2020 version of network dissection."""
 
 _WORDS = 1 << 21
-"""Words of one intermediate product: 16 MiB."""
+"""Maximum number of words in an intermediate product: 16 MiB."""
 
 _SCHEMA = pa.schema([("concept", pa.string()), ("size", pa.int64()), ("both", pa.large_list(pa.int64()))])
 
 
 def grid_size(shape: tuple[int, int]) -> tuple[int, int]:
-    """The grid on which a view's positions are counted: the view by a whole number, about 56 along the shorter side.
+    """Size of the grid on which positions are counted: the view divided by an integer, about 56 on the shorter side.
 
     Args:
         shape: (height, width) of the view, pixels.
@@ -37,15 +37,15 @@ def grid_size(shape: tuple[int, int]) -> tuple[int, int]:
 
 
 def sample(maps: Mapping[str, np.ndarray], view: View, size: tuple[int, int]) -> dict[str, np.ndarray]:
-    """Concept maps as a model sees them, through the view's resizing and cropping, by nearest neighbour.
+    """Samples concept maps on a grid over a model's view, with its resizing and cropping, by nearest neighbour.
 
     Args:
-        maps: Concept → bool (H, W) of the whole image, at any scale.
+        maps: Concept → bool (H, W) of the whole image, at any resolution.
         view: The model's view.
-        size: (h, w) of the grid laid over the view.
+        size: (h, w) of the grid over the view.
 
     Returns:
-        Concept → bool (h, w), only for concepts that show.
+        Concept → bool (h, w), only for concepts that occur in the view.
     """
     found = {}
     places: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
@@ -61,11 +61,11 @@ def sample(maps: Mapping[str, np.ndarray], view: View, size: tuple[int, int]) ->
 
 
 def _places(view: View, source: tuple[int, int], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Which row and which column of the source each row and column of the grid shows; −1 for none."""
+    """The source row of each grid row and the source column of each grid column; −1 outside the source."""
     resized = source
     if isinstance(view.resize, tuple):
         resized = view.resize
-    elif view.resize is not None:  # the shorter side, as torchvision rounds
+    elif view.resize is not None:  # resizes the shorter side, with torchvision's rounding
         short = min(source)
         height, width = (view.resize if side == short else int(view.resize * side / short) for side in source)
         resized = height, width
@@ -80,7 +80,7 @@ def _places(view: View, source: tuple[int, int], size: tuple[int, int]) -> tuple
 
 
 def pack_words(masks: np.ndarray) -> np.ndarray:
-    """Packs masks bool (N, …) into uint64 (N, W), row-major, the last word filled up with zeros."""
+    """Packs masks bool (N, …) into uint64 (N, W), row-major; pads the last word with zeros."""
     flat = np.packbits(masks.reshape(len(masks), math.prod(masks.shape[1:])), axis=1)
     return np.pad(flat, ((0, 0), (0, -flat.shape[1] % 8))).view(np.uint64)
 
@@ -92,20 +92,20 @@ def unpack_words(words: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def fires(maps: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Which units fire on an image, and where: map, upsampled bilinearly, above the level.
+    """The units that fire on an image, and their masks: the bilinearly upsampled map is above the level.
 
-    Unlike in the exemplars' masks, the map's border is repeated outward, as by Mu and Andreas (2020). Those masks fade
-    to zero instead, which is above the level of a unit whose level is negative.
+    The map's border is repeated outward, as in Mu and Andreas (2020). The exemplars' masks fade to zero outward
+    instead, which is above the level of a unit with a negative level.
 
     Args:
         maps: float (U, h, w).
         levels: float32 (U,), on the same device.
-        size: Grid.
+        size: (h, w) of the grid.
 
     Returns:
-        int64 (a,), ascending; masks uint64 (a, W).
+        The units, int64 (a,), ascending; their masks, uint64 (a, W).
     """
-    # Bilinear values lie between those around them.
+    # Bilinear values never exceed the values that they are interpolated from.
     units = torch.nonzero((maps > levels[:, None, None]).flatten(1).any(1))[:, 0]
     chosen = maps[units].float()
     above = F.interpolate(chosen[None], size=size, mode="bilinear")[0] if len(units) else chosen.new_zeros((0, *size))
@@ -115,7 +115,7 @@ def fires(maps: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> tu
 
 
 def _swar(words: np.ndarray) -> np.ndarray:
-    """Bits set in each word, by adding neighbours: for numpy before 2.0."""
+    """The number of bits set in each word, by parallel addition of bit fields; for numpy before 2.0."""
     ones, twos, fours = (np.uint64(x) for x in (0x5555555555555555, 0x3333333333333333, 0x0F0F0F0F0F0F0F0F))
     words = words - ((words >> np.uint64(1)) & ones)
     words = (words & twos) + ((words >> np.uint64(2)) & twos)
@@ -124,11 +124,11 @@ def _swar(words: np.ndarray) -> np.ndarray:
 
 
 popcount = getattr(np, "bitwise_count", _swar)
-"""Bits set in each word of an array."""
+"""The number of bits set in each word of an array."""
 
 
 def shared(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    """How many positions each pair of masks shares.
+    """Counts the positions that each pair of masks shares.
 
     Args:
         left: uint64 (N, W).
@@ -146,13 +146,13 @@ def shared(left: np.ndarray, right: np.ndarray) -> np.ndarray:
 
 
 def areas(masks: np.ndarray) -> np.ndarray:
-    """Positions of masks uint64 (…, W): int64 (…)."""
+    """Counts the positions of masks uint64 (…, W): int64 (…)."""
     return popcount(masks).sum(axis=-1, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class ImageMasks:
-    """What one image shows, and where units fire in it.
+    """Packed concept maps of one image, and packed masks of the units that fire on it.
 
     Attributes:
         names: Its c concepts.
@@ -170,20 +170,20 @@ class ImageMasks:
 
 
 class ConceptCounts:
-    """How often units and concepts are on, apart and together: integers, so any split, order and merge is exact.
+    """Separate and joint counts of units and concepts, as integers, so any split, order and merge is exact.
 
-    Feed every image once. Concepts need not be known in advance.
+    Add every image once. Concepts need not be known in advance.
 
     Attributes:
         positions: Positions counted.
         images: Images counted.
         unit: int64 (U,), positions where each unit is on: |M|.
-        size: Concept → positions where it shows: |L|.
-        both: Concept → int64 (U,), positions where it shows and the unit is on: |M ∧ L|.
+        size: Concept → positions where it occurs: |L|.
+        both: Concept → int64 (U,), positions where it occurs and the unit is on: |M ∧ L|.
     """
 
     def __init__(self, units: int) -> None:
-        """Starts with nothing seen of U units."""
+        """Starts empty, for U units."""
         self.positions = self.images = 0
         self.unit = np.zeros(units, np.int64)
         self.size: dict[str, int] = {}
@@ -205,10 +205,10 @@ class ConceptCounts:
         return self.both[name]
 
     def merge(self, other: ConceptCounts) -> None:
-        """Adds what another state has counted.
+        """Adds the counts of another state.
 
         Raises:
-            ValueError: It is of another number of units.
+            ValueError: The other state has another number of units.
         """
         if len(self.unit) != len(other.unit):
             raise ValueError(f"counts of {len(self.unit)} and of {len(other.unit)} units cannot be merged")
@@ -220,7 +220,7 @@ class ConceptCounts:
             self._of(name)[:] += other.both[name]
 
     def result(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
-        """The concepts seen, sorted; |L|, int64 (C,); |M ∧ L|, int64 (U, C)."""
+        """The counted concepts, sorted; |L|, int64 (C,); |M ∧ L|, int64 (U, C)."""
         names = tuple(sorted(self.size))
         sizes = np.array([self.size[name] for name in names], np.int64)
         both = np.zeros((len(self.unit), len(names)), np.int64)
@@ -229,7 +229,7 @@ class ConceptCounts:
         return names, sizes, both
 
     def to_table(self) -> pa.Table:
-        """As a table: a row per concept, sorted, after a row without one: positions and |M|."""
+        """The state as a table: a row without a concept, with positions and |M|, then a row per concept, sorted."""
         names, sizes, both = self.result()
         rows = np.concatenate([self.unit[None], both.T])
         offsets = np.arange(len(rows) + 1, dtype=np.int64) * len(self.unit)
@@ -239,7 +239,7 @@ class ConceptCounts:
 
     @classmethod
     def from_table(cls, table: pa.Table) -> ConceptCounts:
-        """The state that :meth:`to_table` wrote down."""
+        """Rebuilds the state from the result of :meth:`to_table`."""
         table = table.combine_chunks()
         rows = table["both"].combine_chunks().flatten().to_numpy().reshape(len(table), -1)
         state = cls(rows.shape[1])
@@ -252,6 +252,6 @@ class ConceptCounts:
 
 
 def iou(both: np.ndarray, unit: np.ndarray, size: np.ndarray) -> np.ndarray:
-    """Intersection over union from counts: |M ∧ L| / (|M| + |L| − |M ∧ L|), float64; 0 where both are never on."""
+    """Intersection over union from counts: |M ∧ L| / (|M| + |L| − |M ∧ L|), float64; 0 if neither is ever on."""
     union = unit + size - both
     return both / np.maximum(union, 1)

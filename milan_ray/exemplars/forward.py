@@ -1,4 +1,4 @@
-"""Runs a model over a probe: reads inputs, pads the batch, and reads all layers in one forward pass."""
+"""Runs a model over a probe: reads inputs, pads batches, and records all layers in one forward pass."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ Inputs = np.ndarray | tuple[torch.Tensor, ...]
 
 @dataclass
 class Batch:
-    """Probe rows in the form that a model takes.
+    """Probe rows as inputs of a model.
 
     Attributes:
-        inputs: The model's views or latents.
-        ids: int64 (n,), their image ids.
-        sha256: Their digests, n of them.
-        unreadable: What could not be read, with the reason.
-        notes: Doubts about how images were decoded.
+        inputs: The model's n views or latents.
+        ids: int64 (n,), the image ids.
+        sha256: The n images' digests.
+        unreadable: (row, reason) of images that could not be read.
+        notes: (row, warning) of images that may be decoded wrongly.
     """
 
     inputs: Inputs
@@ -50,18 +50,18 @@ class Batch:
 
     @property
     def views(self) -> np.ndarray:
-        """The inputs of a model that takes images, uint8 (n, H, W, 3), or of as many bands as it takes."""
+        """The inputs of a model that takes images, uint8 (n, H, W, bands)."""
         assert isinstance(self.inputs, np.ndarray)
         return self.inputs
 
     def complete(self, message: str) -> Batch:
-        """The batch itself, unless an image could not be read.
+        """Returns the batch, and raises if an image could not be read.
 
         Args:
-            message: What follows the image's place; ``{reason}`` stands for the reason.
+            message: The error's text after the image's location; ``{reason}`` is replaced by the reason.
 
         Raises:
-            MilanError: One could not be read.
+            MilanError: An image could not be read.
         """
         for ref, reason in self.unreadable:
             raise MilanError(f"{ref.location} {message.format(reason=reason)}")
@@ -69,7 +69,7 @@ class Batch:
 
 
 def check_probe(spec: ModelSpec, probe: Probe) -> None:
-    """Checks that a generator gets latents and any other model images.
+    """Checks that a generator gets latents and that any other model gets images.
 
     Raises:
         MilanError: The probe does not fit the model.
@@ -87,10 +87,10 @@ def check_probe(spec: ModelSpec, probe: Probe) -> None:
 
 
 def read_inputs(probe: Probe, refs: Sequence[ImageRef], spec: ModelSpec) -> Batch:
-    """Reads probe rows as a model takes them; unreadable ones are set aside with their reason.
+    """Reads probe rows as a model's inputs; collects unreadable rows with their reasons.
 
     Raises:
-        MilanError: An image has bands that the model would not see.
+        MilanError: An image has bands that the model would ignore.
     """
     if not isinstance(probe, LatentProbe):
         return _read(probe, refs, spec.view_shape, partial(_seen_by, spec))
@@ -105,19 +105,19 @@ def read_inputs(probe: Probe, refs: Sequence[ImageRef], spec: ModelSpec) -> Batc
 
 
 def read_views(probe: ImageProbe, refs: Sequence[ImageRef], view: View) -> Batch:
-    """Reads images as people see them, in RGB, and applies a view; unreadable ones are set aside with their reason."""
+    """Reads images in RGB, as they are shown to people, and applies a view; collects unreadable images with reasons."""
     return _read(probe, refs, (*view.shape, 3), lambda _, found: view(found.image))
 
 
 def _seen_by(spec: ModelSpec, ref: ImageRef, found: ProbeImage) -> np.ndarray:
-    """An image as a model takes it, uint8 of its ``view_shape``.
+    """Converts an image to a model's input, uint8 of its ``view_shape``.
 
     Raises:
-        UnreadableImage: It has another number of bands than the model takes.
-        MilanError: It has bands that the model would not see, and nobody has said that they may be dropped.
+        UnreadableImage: The image has another number of bands than the model takes.
+        MilanError: The image has bands that the model would ignore, and its registration does not allow dropping them.
     """
     view, planes = spec.preprocess.view, found.planes
-    is_picture = not isinstance(found.bands, np.ndarray)  # its fourth band, or second of grey, is alpha, or it is CMYK
+    is_picture = not isinstance(found.bands, np.ndarray)  # a PIL image: extra bands are alpha, or it is CMYK
     if spec.bands is None:
         if len(planes) in (1, 3) or (spec.inputs is None and is_picture):
             return view(found.image)
@@ -164,14 +164,14 @@ def _read(
 def read_ahead(
     probe: Probe, refs: Sequence[ImageRef], spec: ModelSpec, size: int, threads: int
 ) -> Iterator[tuple[Sequence[ImageRef], Batch]]:
-    """Reads rows in batches of one forward pass, and reads the next batches while the model runs.
+    """Yields rows in batches of one forward pass, and reads the next batches while the model runs.
 
     Args:
-        probe: Where they come from.
+        probe: The probe to read from.
         refs: The rows.
-        spec: The model that takes them.
+        spec: The model that takes the batches.
         size: Rows per batch.
-        threads: Batches that are read side by side.
+        threads: Number of batches that are read concurrently.
     """
     waiting: deque[tuple[Sequence[ImageRef], Future[Batch]]] = deque()
     with ThreadPoolExecutor(threads) as readers:
@@ -186,26 +186,26 @@ def read_ahead(
 
 
 CPU_PASS = 16
-"""The most images per forward pass on a CPU. Beyond it maps leave the caches: a pass over 128 images takes 15 % longer
-per image, and eight times the memory (BENCHMARKS.md)."""
+"""Maximum number of images per forward pass on a CPU. Maps of larger batches do not fit into the CPU caches: a pass
+over 128 images takes 15 % longer per image, and eight times the memory (BENCHMARKS.md)."""
 
 
 def pass_size(batch_size: int, device: torch.device) -> int:
-    """Images per forward pass, of the ``batch_size`` that are asked for."""
+    """Images per forward pass: the requested ``batch_size``, limited to :data:`CPU_PASS` on a CPU."""
     return min(batch_size, CPU_PASS) if device.type == "cpu" else batch_size
 
 
 _CHECKED: WeakKeyDictionary[nn.Module, set[object]] = WeakKeyDictionary()
-"""Network → the layers and batch sizes at which :class:`Forward` has seen that images do not depend on others."""
+"""Network → configurations for which :class:`Forward` has verified that images do not depend on each other."""
 
 
 class Forward:
-    """A model with taps on its layers, run at one fixed batch size.
+    """A model with forward hooks on its layers, run at one fixed batch size.
 
-    The kernels behind a convolution or matrix product may depend on the batch size, and with them the last bits of
-    the result. A short batch is therefore padded to the full size: an image's maps then do not depend on which
-    images share its batch. The first batch is run once more, with half of its images among others, to see that this
-    is true, once per network and process.
+    The kernels of a convolution or matrix product may depend on the batch size, and with them the last bits of the
+    result. A short batch is therefore padded to the full size, so that an image's maps do not depend on the other
+    images in its batch. To verify this, the first batch is run again with half of its images exchanged, once per
+    network and process.
 
     Args:
         spec: The model.
@@ -213,7 +213,7 @@ class Forward:
         layers: Module paths to read.
         batch_size: Images per forward pass.
         arithmetic: How the model computes.
-        layouts: Layer → how its output is read; None finds that out with the first batch.
+        layouts: Layer → how its output is read; None determines it with the first batch.
 
     Raises:
         MilanError: A layer does not exist.
@@ -239,16 +239,16 @@ class Forward:
 
     @torch.inference_mode()
     def maps(self, inputs: Inputs) -> dict[str, torch.Tensor]:
-        """Every layer's activation maps of up to a batch of images.
+        """Computes every layer's activation maps of one batch of inputs.
 
         Args:
             inputs: n ≤ batch size views, or a generator's latents.
 
         Returns:
-            Layer → (n, U, h, w), on the model's device, float32 whatever the precision.
+            Layer → (n, U, h, w), on the model's device, float32 at any precision.
 
         Raises:
-            MilanError: A layer's output cannot be read as maps, or an image's depends on other images.
+            MilanError: A layer's output cannot be read as maps, or an image's maps depend on other images.
         """
         if self._layouts is None:
             latents = inputs if isinstance(inputs, tuple) else None
@@ -265,7 +265,7 @@ class Forward:
         )
 
     def _maps(self, inputs: Inputs, layouts: Mapping[str, Layout], every: bool = False) -> dict[str, torch.Tensor]:
-        """The maps of some inputs, or of ``every`` row of the batch that they are filled up to."""
+        """The maps of the inputs; with ``every``, also those of the padding rows of the batch."""
         count, prepared = self._prepare(inputs)
         with LayerTap(self._model, self._layers, self._spec.hidden, self._spec.activations) as tap, self._mixed():
             outputs = tap(prepared)
@@ -286,13 +286,13 @@ class Forward:
         return {layer: found.float() for layer, found in maps.items()}
 
     def _checked(self, inputs: Inputs, layouts: Mapping[str, Layout]) -> dict[str, torch.Tensor]:
-        """The maps of a batch, whose images have the same ones among other images.
+        """The maps of a batch; verifies that they do not depend on the other images in the batch.
 
         Raises:
-            MilanError: They do not.
+            MilanError: An image's maps depend on other images.
         """
         exchange = exchanged(inputs, self._batch_size)
-        # First, so that the maps of one pass at a time are kept.
+        # Runs first and keeps only a summary, so that the maps of only one pass are in memory.
         other = {layer: summary(maps) for layer, maps in self._maps(exchange.inputs, layouts).items()}
         every = self._maps(inputs, layouts, every=True)
         dtype = computes_in(self._model)
@@ -309,7 +309,7 @@ class Forward:
         return {layer: maps[:count] for layer, maps in every.items()}
 
     def _parts(self, inputs: Inputs) -> Iterator[Inputs]:
-        """The inputs as one forward pass takes them: all at once, or one by one where images must run alone."""
+        """Splits the inputs into forward passes: all at once, or one by one if images must run alone."""
         if not self._alone:
             yield inputs
             return
@@ -318,17 +318,17 @@ class Forward:
 
     @torch.inference_mode()
     def images(self, latents: Inputs, truncate: bool = False) -> np.ndarray:
-        """What a generator makes of up to a batch of latents, brought to its view's size by nearest neighbour.
+        """Generates the images of one batch of latents, resized to the view's size by nearest neighbour.
 
         Args:
-            latents: Its inputs, n ≤ batch size.
+            latents: The generator's inputs, n ≤ batch size.
             truncate: The reference's quirk; see :meth:`milan_ray.models.view.Preprocess.pixels`.
 
         Returns:
             uint8 (n, H, W, 3).
 
         Raises:
-            MilanError: What it puts out is no batch of images.
+            MilanError: The generator's output is not a batch of images.
         """
         spec = self._spec
         assert spec.images is not None
@@ -347,13 +347,13 @@ class Forward:
         return torch.autocast(self._device.type, self._low, enabled=self._low is not None)
 
     def _prepare(self, inputs: Inputs) -> tuple[int, ModelInput]:
-        """How many inputs there are, and the model's input of a full batch."""
+        """Pads the inputs to a full batch on the device; returns their number and the model's input."""
         tensors = inputs if isinstance(inputs, tuple) else (torch.from_numpy(inputs),)
         count = len(tensors[0])
         if count < self._batch_size:
             short = self._batch_size - count
             tensors = tuple(torch.cat([tensor, tensor.new_zeros((short, *tensor.shape[1:]))]) for tensor in tensors)
         if self._device.type == "cuda":
-            tensors = tuple(tensor.pin_memory() for tensor in tensors)  # else the host waits for the copy
+            tensors = tuple(tensor.pin_memory() for tensor in tensors)  # otherwise the host waits for the copy
         there = (tensor.to(self._device, non_blocking=True) for tensor in tensors)
         return count, prepare(self._spec, self._model, *there)

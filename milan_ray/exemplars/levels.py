@@ -1,9 +1,9 @@
 """Levels: the activation quantile above which a position belongs to a unit's mask (paper §3).
 
-A level lies near the top of a unit's activations, so a state needs to keep only the highest ones: with N positions
-planned in all, the largest ⌈(1−q)·N⌉ + 2 settle the q-quantile exactly. Keeping a multiset's largest values commutes
-with splitting and merging it, so the result is exact for the counted positions, whatever the shards; there is no
-sketch error, only the sampling error of very large probes.
+A level lies near the top of a unit's activations, so a state needs to keep only the highest ones: of N planned
+positions, the largest ⌈(1−q)·N⌉ + 2 determine the q-quantile exactly. Keeping a multiset's largest values commutes
+with splitting and merging it, so the result is exact for the counted positions and any sharding. There is no sketch
+error, only the sampling error of very large probes.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ import torch
 
 
 def positions_per_image(images: int, positions: int, samples: int) -> int:
-    """How many of a map's positions to count on each image.
+    """The number of a map's positions to count on each image.
 
     Args:
         images: Images in the probe.
         positions: Positions of one map, h·w.
-        samples: Positions per unit wanted in all.
+        samples: Requested number of positions per unit over the whole probe.
 
     Returns:
-        ``positions`` when all of them together are no more than ``samples``, else enough to reach it.
+        ``positions`` if the whole probe has at most ``samples`` positions, else as many as are needed to reach it.
     """
     return min(positions, max(1, math.ceil(samples / max(1, images))))
 
@@ -33,7 +33,7 @@ def sample_positions(image_ids: np.ndarray, count: int, positions: int) -> np.nd
     """A fixed pseudo-random choice of positions for each image: one from each of ``count`` equal strata.
 
     Args:
-        image_ids: int64 (B,). The choice depends on the id alone, never on shard, batch or order.
+        image_ids: int64 (B,). The choice depends only on the id, never on shard, batch or order.
         count: Positions to choose, at most ``positions``.
         positions: Positions to choose from.
 
@@ -50,7 +50,7 @@ def sample_positions(image_ids: np.ndarray, count: int, positions: int) -> np.nd
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
-    """The finaliser of SplitMix64 (Steele et al. 2014): a bijection of 64-bit integers that scrambles well."""
+    """The finaliser of SplitMix64 (Steele et al. 2014): a bijective hash of 64-bit integers."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -58,18 +58,18 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
 
 @dataclass
 class RunningLevel:
-    """Per unit, the largest activations seen and how many were counted.
+    """Mergeable state: each unit's largest activations, and the number of activations counted.
 
-    Once a unit's tail is full, its smallest value is a lower bound: values that do not exceed it can never matter
-    again. So nearly all activations cost one comparison, and only those that pass are copied.
+    The smallest value of a full tail is a lower bound: values that do not exceed it cannot change the result. So nearly
+    all activations cost only one comparison, and only larger values are copied.
 
     Attributes:
         quantile: q, e.g. 0.99.
         capacity: Largest values kept per unit.
-        tail: float32 (U, n), unordered, −inf where there is none; n may exceed the capacity until it is trimmed.
-        lower_bound: float32 (U,), values at or below which nothing needs to enter; −inf until a tail is full.
-        counted: int64 (U,), finite activations seen.
-        nonfinite: int64 (U,), NaN and infinite activations left out.
+        tail: float32 (U, n), unordered, −inf in empty columns; n may exceed the capacity until the tail is trimmed.
+        lower_bound: float32 (U,); values at or below it are not kept; −inf until the tail is full.
+        counted: int64 (U,), number of finite activations.
+        nonfinite: int64 (U,), number of NaN and infinite activations, which are left out.
     """
 
     quantile: float
@@ -79,7 +79,7 @@ class RunningLevel:
     counted: torch.Tensor
     nonfinite: torch.Tensor
     _used: np.ndarray
-    """int64 (U,), columns of the tail that are taken."""
+    """int64 (U,), number of used columns of the tail."""
 
     @classmethod
     def empty(cls, units: int, quantile: float, planned: int, device: str | torch.device = "cpu") -> RunningLevel:
@@ -89,7 +89,7 @@ class RunningLevel:
             units: Number of units U.
             quantile: q in (0, 1].
             planned: Upper bound of the positions that will be counted per unit, over all shards.
-            device: Where the state lives.
+            device: Device of the state.
         """
         capacity = min(planned, math.ceil((1 - quantile) * planned) + 2)
         tail = torch.empty((units, 0), device=device)
@@ -103,12 +103,12 @@ class RunningLevel:
         Args:
             activations: float32 (m, U, n), contiguous: m·n per unit.
             known: (U,), another state's :attr:`lower_bound`; smaller values are skipped. Values equal to it are
-                kept: if states that know each other's bounds all dropped a tie, it would be lost.
+                kept, because a tie would be lost if all states that share their bounds dropped it.
         """
         per_unit = activations.shape[0] * activations.shape[2]
         counted = torch.full_like(self.counted, per_unit)
-        # On a CPU a finite sum proves all finite in one cheap pass (an overflowing one only costs the closer look); on
-        # a GPU the closer look is cheap, and asking would make the host wait.
+        # On a CPU, a finite sum proves in one cheap pass that all values are finite; a sum that overflows only costs
+        # the full check. On a GPU, the full check is cheap, and reading the sum would make the host wait.
         if activations.is_cuda or not bool(torch.isfinite(activations.sum())):
             finite = torch.isfinite(activations)
             counted = finite.sum(dim=(0, 2))
@@ -126,7 +126,7 @@ class RunningLevel:
         self._keep(other.tail[None], None)
 
     def trim(self) -> None:
-        """Drops what is beyond the capacity, and raises the lower bound."""
+        """Drops values beyond the capacity, and raises the lower bound."""
         if self.tail.shape[1] < self.capacity:
             return
         self.tail = _largest(self.tail, self.capacity)
@@ -139,7 +139,7 @@ class RunningLevel:
             lower_bound = torch.maximum(lower_bound, torch.nextafter(known, torch.full_like(known, -torch.inf)))
         if self.capacity == 0 or values.numel() == 0:
             return
-        if values.is_cuda:  # no sizes that depend on the data: the host would have to wait for them
+        if values.is_cuda:  # no data-dependent sizes: the host would have to wait for them
             self._append(values.masked_fill(values <= lower_bound[:, None], -torch.inf))
             return
         array = values.numpy()
@@ -161,32 +161,32 @@ class RunningLevel:
             self.trim()
 
     def _append(self, values: torch.Tensor) -> None:
-        """Adds all of (m, U, n)."""
+        """Appends all values (m, U, n) to the tail."""
         self.tail = torch.cat([self.tail, values.transpose(0, 1).flatten(1)], dim=1)
         self._used[:] = self.tail.shape[1]
         self.trim()
 
     @property
     def _limit(self) -> int:
-        """Columns of the tail at which it is trimmed: little beyond the capacity, as a high bound saves most."""
+        """Number of columns that triggers a trim: slightly above the capacity, because a high bound saves work."""
         return self.capacity + self.capacity // 8
 
     def _widen(self, columns: int) -> None:
-        """Makes room in the tail, with some to spare: growing copies it."""
+        """Grows the tail to at least this many columns; reserves extra columns, because each growth copies the tail."""
         units, width = self.tail.shape
         if columns > width:
             room = max(columns, min(2 * columns, self._limit)) - width
             self.tail = torch.cat([self.tail, torch.full((units, room), -torch.inf)], dim=1)
 
     def sorted_tail(self) -> torch.Tensor:
-        """The kept activations, descending (U, ≤ capacity), −inf where there are fewer: the same for every order."""
+        """The kept activations, descending (U, ≤ capacity), padded with −inf; independent of the order of updates."""
         return torch.sort(_largest(self.tail.clone(), self.capacity), dim=1, descending=True).values
 
     def result(self) -> torch.Tensor:
-        """The levels, float32 (U,): the Hazen quantile, as the reference's sketch has it while it is exact.
+        """The levels, float32 (U,): the Hazen quantile, which the reference's sketch also uses while it is exact.
 
         Returns:
-            NaN for units without a finite activation.
+            The levels; NaN for units without a finite activation.
         """
         tail = self.sorted_tail().to("cpu", torch.float64).numpy()
         counted = self.counted.cpu().numpy()
@@ -200,13 +200,13 @@ class RunningLevel:
         # The i-th smallest of n is the (n−1−i)-th largest.
         lower, upper = (tail[rows, np.where(empty, 0, counted - 1 - place_)] for place_ in (low, high))
         weight = place - low
-        with np.errstate(invalid="ignore"):  # −inf of empty units
+        with np.errstate(invalid="ignore"):  # units without activations have −inf
             levels = np.where(weight > 0, lower + (upper - lower) * weight, lower)
         return torch.from_numpy(np.where(empty, np.nan, levels).astype(np.float32))
 
 
 def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
-    """The ``count`` largest of each row, or all when there are fewer, in any order; may reorder ``values``."""
+    """The ``count`` largest values of each row, or all if there are fewer, in any order; may reorder ``values``."""
     surplus = values.shape[1] - count
     if surplus <= 0:
         return values
@@ -218,7 +218,7 @@ def _largest(values: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def in_words(nonfinite: torch.Tensor) -> str:
-    """What to say of values that are left out, as the end of a sentence; empty where there are none.
+    """The end of a warning about non-finite activations; empty if there are none.
 
     Args:
         nonfinite: int (U,), NaN and infinite activations of each unit.

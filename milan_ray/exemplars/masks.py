@@ -1,4 +1,4 @@
-"""Masks: where in its exemplars a unit fires (paper §3)."""
+"""Masks: the positions in its exemplars where a unit fires (paper §3)."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 
 _TOGETHER = 64
-"""Maps that are upsampled together."""
+"""Number of maps that are upsampled together."""
 
 
 def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Upsamples activation maps bilinearly with half-pixel centres, fading to zero outside the outermost centres.
 
-    The source coordinate of target t is (t + 0.5)·S/T − 0.5, and what lies outside the map counts as zero: unlike
+    The source coordinate of target t is (t + 0.5)·S/T − 0.5. Values outside the map are zero, unlike in
     ``interpolate(align_corners=False)``, which repeats the border.
 
     Args:
@@ -29,7 +29,7 @@ def upsample(maps: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     rows = _grid(height, size[0], maps.device)
     columns = _grid(width, size[1], maps.device)
     grid = torch.stack(torch.broadcast_tensors(columns[None, :], rows[:, None]), dim=-1)
-    # The maps ride as channels of one image: they share the grid.
+    # The maps are passed as channels of one image, because they share the grid.
     return F.grid_sample(maps[None], grid[None], mode="bilinear", padding_mode="zeros", align_corners=True)[0]
 
 
@@ -41,7 +41,7 @@ def _grid(source: int, target: int, device: torch.device) -> torch.Tensor:
 
 
 def masks(maps: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """Where a unit's upsampled activation is strictly above its level.
+    """Masks of the positions where a unit's upsampled activation is strictly above its level.
 
     Args:
         maps: float32 (N, h, w).
@@ -58,7 +58,7 @@ def masks(maps: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> to
 
 
 def pack(masks_: torch.Tensor) -> list[bytes]:
-    """Packs masks bool (N, H, W) into one bit string each: row-major, first pixel in the highest bit."""
+    """Packs each of the masks bool (N, H, W) into a bit string: row-major, first pixel in the highest bit."""
     flat = masks_.flatten(1).cpu().numpy()
     return [row.tobytes() for row in np.packbits(flat, axis=1)]
 
@@ -66,10 +66,10 @@ def pack(masks_: torch.Tensor) -> list[bytes]:
 def packed_masks(
     maps: Callable[[torch.Tensor], torch.Tensor], levels: torch.Tensor, size: tuple[int, int]
 ) -> list[bytes]:
-    """Packed masks of N maps, of which so many are upsampled at a time as fit into a processor's cache.
+    """Computes the packed masks of N maps; upsamples at a time only as many maps as fit into the CPU cache.
 
     Args:
-        maps: Maps float32 (n, h, w) of some of them, given their places int64 (n,).
+        maps: Function that returns maps float32 (n, h, w), given their indices int64 (n,).
         levels: float32 (N,), their units' levels.
         size: (H, W) of the masks.
     """

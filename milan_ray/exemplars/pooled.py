@@ -1,7 +1,7 @@
-"""Pooled activations: what every unit makes of every probe image, as one maximum and one mean.
+"""Pooled activations: the maximum and the mean of every unit's activation map on every probe image.
 
-Exemplars keep the best images of each unit alone. Labelers and scores that compare units over a whole probe
-(CLIP-Dissect, simulation scores) need the others too, and need them as numbers, not as maps.
+Exemplars keep only the best images of each unit. Labelers and scores that compare units over a whole probe
+(CLIP-Dissect, simulation scores) need all images, but as numbers instead of maps.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import pyarrow as pa
 import torch
 
 POOLED_VERSION = "pooled-1"
-"""Part of every hash of pooled activations: raised when the arithmetic below changes its results."""
+"""Part of every fingerprint of pooled activations; increased when the arithmetic below changes its results."""
 
 GROUP_VALUES = 2**20
-"""Values per column that are written and read together: 4 MiB."""
+"""Number of values per column that are written and read together: 4 MiB."""
 
 
 def maxima(maps: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ def maxima(maps: torch.Tensor) -> torch.Tensor:
     """
     largest = maps.amax(dim=(2, 3))
     broken = ~torch.isfinite(largest)
-    if broken.is_cuda or bool(broken.any()):  # on a GPU, asking would make the host wait
+    if broken.is_cuda or bool(broken.any()):  # on a GPU, the check would make the host wait
         clean = maps.masked_fill(~torch.isfinite(maps), -torch.inf).amax(dim=(2, 3))
         largest = torch.where(broken, clean, largest)
     return largest
@@ -39,7 +39,7 @@ def maxima(maps: torch.Tensor) -> torch.Tensor:
 def means(maps: torch.Tensor) -> torch.Tensor:
     """The mean of the finite activations of every unit on every image.
 
-    An image's means do not depend on which images share its batch: every one is summed for itself, in one order.
+    An image's means do not depend on the other images in its batch: each image is summed separately, in a fixed order.
 
     Args:
         maps: float32 (B, U, h, w).
@@ -57,12 +57,12 @@ def means(maps: torch.Tensor) -> torch.Tensor:
 
 
 def to_table(image_ids: np.ndarray, largest: Sequence[torch.Tensor], mean: Sequence[torch.Tensor]) -> pa.Table:
-    """Some images' pooled activations as rows.
+    """Converts pooled activations to a table, one row per image.
 
     Args:
         image_ids: int64 (n,).
         largest: Batches of :func:`maxima`, n images in all.
-        mean: Batches of :func:`means`, likewise.
+        mean: Batches of :func:`means`, n images in all.
 
     Returns:
         Columns image_id, max and mean: lists of U float32; NaN where no position was finite.
@@ -81,16 +81,18 @@ def _lists(values: torch.Tensor) -> pa.ListArray:
 
 
 def matrix(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of lists, ``max`` or ``mean`` of a table of pooled activations, as float32 (n, U)."""
+    """Converts the column ``max`` or ``mean`` of a table of pooled activations to float32 (n, U)."""
     values = column.combine_chunks()
     return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1)
 
 
 def in_groups(tables: Iterable[pa.Table], values: int = GROUP_VALUES) -> Iterator[pa.Table]:
-    """The same rows in pieces of one size, which depends on the number of units alone, holding little more than one.
+    """Regroups rows into pieces of one size; holds little more than one piece in memory.
+
+    The size of a piece depends only on the number of units.
 
     Args:
-        tables: Pieces of any sizes, as :func:`to_table` makes them.
+        tables: Pieces of any size, from :func:`to_table`.
         values: Values per column of each piece.
     """
     waiting: list[pa.Table] = []

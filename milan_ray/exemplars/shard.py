@@ -1,4 +1,4 @@
-"""Mergeable state of one layer: what a shard of the probe contributes, and how shards merge into the result."""
+"""Mergeable state of one layer: the contribution of a shard of the probe, and the merging of shards."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from milan_ray.exemplars.topk import NO_IMAGE, RunningTopK
 from milan_ray.storage import WorkRemovedError
 
 KERNEL_VERSION = "exemplars-2"
-"""Part of every configuration hash: raised when the arithmetic below changes its results."""
+"""Part of every fingerprint; increased when the arithmetic below changes its results."""
 
 
 @dataclass(frozen=True)
 class StateConfig:
-    """What decides a layer's states, known before the first image.
+    """Parameters of a layer's states, known before the first image.
 
     Attributes:
         images: Images in the whole probe.
         k: Exemplars per unit.
         quantile: q of the levels.
         samples: Positions per unit counted exactly (see :mod:`milan_ray.exemplars.levels`).
-        map_budget: Bytes of maps a state may carry; beyond it maps are left to be recomputed.
+        map_budget: Maximum size of the maps in a state, bytes; larger maps are recomputed later instead.
     """
 
     images: int
@@ -40,7 +40,7 @@ class StateConfig:
     map_budget: int
 
     def carries_maps(self, units: int, map_shape: tuple[int, int]) -> bool:
-        """Whether the state stores the maps of its top k."""
+        """Whether the state stores the maps of its top-k images."""
         return 4 * units * self.k * map_shape[0] * map_shape[1] <= self.map_budget
 
 
@@ -49,10 +49,10 @@ class LayerState:
     """One layer's mergeable state: top-k images and levels.
 
     Attributes:
-        plan: What decides its shape.
+        plan: The state's parameters.
         map_shape: (h, w) of the layer's maps.
-        topk: The images that excite each unit most.
-        level: The activations that settle each unit's level.
+        topk: The images that activate each unit most.
+        level: The activations that determine each unit's level.
     """
 
     plan: StateConfig
@@ -83,18 +83,18 @@ class LayerState:
     def update(self, maps: torch.Tensor, image_ids: np.ndarray, known: Committed | None = None) -> torch.Tensor:
         """Adds a batch of images, each id once per state.
 
-        NaN and infinite activations are left out of everything and counted.
+        NaN and infinite activations are ignored, and counted.
 
         Args:
-            maps: float (B, U, h, w), the layer's activation maps; both memory formats are read as they lie.
+            maps: float (B, U, h, w), the layer's activation maps, in either memory format.
             image_ids: int64 (B,).
-            known: What the actor has committed; values below its lower bounds are skipped.
+            known: The actor's committed results; values below their lower bounds are skipped.
 
         Returns:
             float32 (B, U): the images' activations, maxima over positions.
 
         Raises:
-            MilanError: The maps have another size than the batches before.
+            MilanError: The maps have another size than earlier batches.
         """
         self._check(tuple(maps.shape[1:]))
         maps = maps.to(torch.float32)
@@ -106,14 +106,14 @@ class LayerState:
         return pooled
 
     def _positions(self, maps: torch.Tensor, image_ids: np.ndarray) -> torch.Tensor:
-        """The activations that count for the levels, (m, U, n), from maps (B, U, h, w): a view where that can be."""
+        """The activations that count for the levels, (m, U, n), from maps (B, U, h, w); a view if possible."""
         images, units = maps.shape[:2]
         positions = self.map_shape[0] * self.map_shape[1]
         count = positions_per_image(self.plan.images, positions, self.plan.samples)
         chosen = torch.empty(0, dtype=torch.int64)
         if count < positions:
             chosen = torch.from_numpy(sample_positions(image_ids, count, positions)).to(maps.device)
-        if maps.stride(1) == 1:  # units last in memory, as channels_last convolutions and transformers have them
+        if maps.stride(1) == 1:  # units last in memory, as in channels_last convolutions and transformers
             rows = maps.permute(0, 2, 3, 1).reshape(-1, units)
             if count < positions:
                 first = torch.arange(images, device=maps.device)[:, None] * positions
@@ -125,7 +125,7 @@ class LayerState:
         return flat.contiguous()
 
     def _check(self, shape: tuple[int, ...]) -> None:
-        """Refuses maps of another shape (U, h, w) than those before."""
+        """Rejects maps whose shape (U, h, w) differs from earlier maps."""
         own = (len(self.topk.ids), *self.map_shape)
         if shape != own:
             raise MilanError(
@@ -134,10 +134,12 @@ class LayerState:
             )
 
     def merge(self, other: LayerState) -> None:
-        """Adds the images of another state of the same plan. Each shard may be merged only once, because levels count.
+        """Adds the images of another state of the same plan.
+
+        Merge each shard only once, because levels count positions.
 
         Raises:
-            MilanError: Its maps have another size.
+            MilanError: The other state's maps have another size.
         """
         self._check((len(other.topk.ids), *other.map_shape))
         self.topk.merge(other.topk)
@@ -147,8 +149,8 @@ class LayerState:
 class LayerStates:
     """The states of all layers of a model, created when a layer's first maps arrive.
 
-    Layers are independent, so on a CPU several threads update them at the same time: the numpy kernels use one thread
-    each, and the forward pass that uses all threads has finished by then.
+    Layers are independent, so on a CPU several threads update them at the same time. The numpy kernels use one thread
+    each, and the forward pass, which uses all threads, has finished by then.
 
     Attributes:
         states: Layer → its state.
@@ -158,8 +160,8 @@ class LayerStates:
         """Starts empty.
 
         Args:
-            plan: What decides the states' shapes.
-            threads: Layers that are updated at a time. Results do not depend on it.
+            plan: The states' parameters.
+            threads: Number of layers that are updated at the same time; results do not depend on it.
         """
         self.states: dict[str, LayerState] = {}
         self._plan = plan
@@ -173,10 +175,10 @@ class LayerStates:
         Args:
             maps: Layer → float (B, U, h, w).
             image_ids: int64 (B,).
-            known: Layer → what the actor has committed; layers seen for the first time are added.
+            known: Layer → the actor's committed results; layers that are not in it are added.
 
         Raises:
-            MilanError: A layer's maps have another size than before; the message names the layer.
+            MilanError: A layer's maps have another size than earlier batches; the message names the layer.
         """
         for layer, batch in maps.items():
             if layer not in self.states:
@@ -211,7 +213,7 @@ def layer_in_errors(layer: str) -> Iterator[None]:
 class Committed:
     """Results of one layer that this actor has already written; used to skip values that cannot matter any more.
 
-    Only committed shards raise the lower bounds, each of them once. So every value left out of a shard is exceeded by
+    Only committed shards raise the lower bounds, each shard once. So every value left out of a shard is exceeded by
     values of other committed shards, even if another actor runs the shard again or the order changes.
     """
 
@@ -238,7 +240,7 @@ class Committed:
         return state.topk.within(union)
 
     def commit(self, shard: int, state: LayerState) -> None:
-        """Merges a shard whose result is stored, which raises the lower bounds."""
+        """Merges a shard whose result is stored; raises the lower bounds."""
         if shard not in self._shards:
             self._shards.add(shard)
             self._state.merge(state)
@@ -251,11 +253,11 @@ def _lists(values: np.ndarray, lengths: np.ndarray, type_: pa.DataType) -> pa.La
 
 
 def to_table(state: LayerState, emitted: RunningTopK) -> pa.Table:
-    """A shard's contribution as a table, one row per unit.
+    """Converts a shard's contribution to a table, one row per unit.
 
     Args:
         state: The shard's state.
-        emitted: Its candidates, without those that the committed top k excludes.
+        emitted: The shard's top k without the images that the committed top k excludes.
 
     Returns:
         Columns unit, image_ids, activations, maps (flattened), tail, counted, nonfinite; the rest in the metadata.
@@ -286,7 +288,7 @@ def to_table(state: LayerState, emitted: RunningTopK) -> pa.Table:
 
 
 def from_table(table: pa.Table, plan: StateConfig) -> LayerState:
-    """Rebuilds a shard's contribution as a state to merge; its top k is as wide as its longest list."""
+    """Rebuilds a shard's contribution as a state that can be merged; its k is the length of its longest list."""
     h, w = (int(table.schema.metadata[key]) for key in (b"height", b"width"))
     state = LayerState.empty(replace(plan, k=0), len(table), (h, w))
 
@@ -314,11 +316,11 @@ def from_table(table: pa.Table, plan: StateConfig) -> LayerState:
 
 
 def fold(tables: Iterable[pa.Table], plan: StateConfig) -> LayerState:
-    """Merges the contributions of all shards into the layer's result; each shard once, in any order.
+    """Merges the contributions of all shards, each once and in any order, into the layer's result.
 
     Raises:
-        MilanError: They have maps of different sizes.
-        ValueError: There are none.
+        MilanError: The shards have maps of different sizes.
+        ValueError: There are no shards.
     """
     total: LayerState | None = None
     for table in tables:

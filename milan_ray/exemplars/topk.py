@@ -1,4 +1,4 @@
-"""The running top-k: which images excite each unit most."""
+"""The running top-k: the images that activate each unit most."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ NO_IMAGE = -1
 
 
 class RunningTopK:
-    """Per unit, the k images with the highest activation, over distinct image ids.
+    """Mergeable state: each unit's k images with the highest activation, with distinct image ids.
 
-    The order is total: activation descending, then image id ascending. The same id with two activations keeps the
-    larger. So any split, order or repetition of the same images gives the identical state.
+    The order is total: activation descending, then image id ascending. If an id occurs with two activations, the larger
+    is kept. So any split, order or repetition of the same images gives the identical state.
 
     Attributes:
-        values: float32 (U, k), best first; −inf where there are fewer than k images.
-        ids: int64 (U, k); −1 where there are fewer than k images.
+        values: float32 (U, k), best first; −inf in empty slots.
+        ids: int64 (U, k); −1 in empty slots.
     """
 
     def __init__(self, values: torch.Tensor, ids: torch.Tensor, maps: torch.Tensor | None = None) -> None:
-        """A state of these images, with their maps (U, k, h, w) if they are to be carried along."""
+        """Creates a state of these images, with their maps (U, k, h, w) if the state carries maps."""
         self.values, self.ids, self.maps = values, ids, maps
 
     @property
     def maps(self) -> torch.Tensor | None:
-        """float32 (U, k, h, w), these images' activation maps, or None when they are not carried along.
+        """The images' activation maps, float32 (U, k, h, w), or None if the state carries no maps.
 
-        Where there is no image they hold anything. On a CPU a copy: there a map stays where it is while its image's
-        rank changes, and is put in order here.
+        Maps of empty slots are undefined. On a CPU, the result is a sorted copy, because stored maps do not move when
+        their images' ranks change.
         """
         if self._store is None or self._slots is None:
             return self._store
@@ -49,8 +49,8 @@ class RunningTopK:
         Args:
             units: Number of units U.
             k: Images to keep per unit.
-            map_shape: (h, w) of the activation maps to carry along, or None.
-            device: Where the state lives.
+            map_shape: (h, w) of the activation maps to carry, or None.
+            device: Device of the state.
         """
         return cls(
             torch.full((units, k), -torch.inf, device=device),
@@ -60,7 +60,7 @@ class RunningTopK:
 
     @property
     def carries_maps(self) -> bool:
-        """Whether it has its images' maps."""
+        """Whether the state has its images' maps."""
         return self._store is not None
 
     def maps_of(self, unit: torch.Tensor, rank: torch.Tensor) -> torch.Tensor:
@@ -70,7 +70,7 @@ class RunningTopK:
 
     @property
     def lower_bound(self) -> torch.Tensor:
-        """(U,): the activation below which an image cannot enter."""
+        """(U,): the activation below which an image cannot enter the top k."""
         return self.values[:, -1]
 
     def update(
@@ -85,8 +85,8 @@ class RunningTopK:
         Args:
             values: float32 (B, U), the units' activations; −inf never enters.
             ids: int64 (B,), the images' ids.
-            maps: float32 (B, U, h, w), needed when the state carries maps.
-            lower_bound: (U,), activations below which nothing needs to enter (another state's :attr:`lower_bound`).
+            maps: float32 (B, U, h, w), required if the state carries maps.
+            lower_bound: (U,), another state's :attr:`lower_bound`; smaller activations are skipped.
         """
         values = values.T
         if lower_bound is not None:
@@ -98,20 +98,20 @@ class RunningTopK:
         self._absorb(other.values, other.ids, other._store, other._slots)
 
     def within(self, other: RunningTopK) -> RunningTopK:
-        """The state with every image blanked out that is not among the same unit's images in ``other``."""
+        """A state that keeps only the images that are among the same unit's images in ``other``."""
         keep = (self.ids[:, :, None] == other.ids[:, None, :]).any(dim=2)
         found = RunningTopK(self.values.masked_fill(~keep, -torch.inf), self.ids.masked_fill(~keep, NO_IMAGE))
         found._store, found._slots = self._store, self._slots
         return found
 
     def without_maps(self) -> RunningTopK:
-        """A copy of values and ids alone."""
+        """A copy of the state without maps."""
         return RunningTopK(self.values.clone(), self.ids.clone())
 
     def _absorb(
         self, values: torch.Tensor, ids: torch.Tensor, maps: torch.Tensor | None, slots: torch.Tensor | None = None
     ) -> None:
-        """Adds (U, n) candidates with maps (U, n, h, w), which lie in order or in ``slots`` (U, n)."""
+        """Adds (U, n) candidates with maps (U, n, h, w), which are stored in order or at ``slots`` (U, n)."""
         if self._store is not None and maps is None:
             raise ValueError("this state carries maps: give the batch's maps too")
         k = self.values.shape[1]
@@ -141,7 +141,7 @@ class RunningTopK:
         """Reorders the maps of some units: index < k from the state itself, else from ``new`` (U, n, h, w)."""
         own, slots, k = self._store, self._slots, self.values.shape[1]
         assert own is not None
-        if slots is None:  # on a GPU, no sizes that depend on the data
+        if slots is None:  # on a GPU: avoid data-dependent sizes
             size = (*order.shape, *own.shape[2:])
             kept = own.gather(1, order.clamp(max=k - 1)[:, :, None, None].expand(size))
             came = new.gather(1, (order - k).clamp(min=0)[:, :, None, None].expand(size))
@@ -150,7 +150,7 @@ class RunningTopK:
         stays = order < k
         place = slots[rows].gather(1, order.clamp(max=k - 1))
         taken = torch.zeros_like(place).scatter_add_(1, place, stays.to(place.dtype))
-        free = torch.argsort(taken, dim=1, stable=True)  # as many at its head as maps are new
+        free = torch.argsort(taken, dim=1, stable=True)  # free slots come first, one for each new map
         place = torch.where(stays, place, free.gather(1, (torch.cumsum(~stays, 1) - 1).clamp(min=0)))
         slots[rows] = place
         row, rank = torch.nonzero(~stays, as_tuple=True)
@@ -158,7 +158,7 @@ class RunningTopK:
         own[unit, place[row, rank]] = new[unit, source if places is None else places[unit, source]]
 
     def _rows(self, values: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """The units that a candidate may enter: few once the lower bound is high. On a GPU all: no synchronisation."""
+        """The units whose top k may change: few once the lower bound is high. On a GPU all, to avoid a sync."""
         if values.is_cuda:
             return torch.arange(len(values), device=values.device)
         ties = (values == self.lower_bound[:, None]) & (ids < self.ids[:, -1:])

@@ -1,1 +1,1 @@
-"""Ways to label units, all behind one protocol."""
+"""Labelers: methods that describe units, behind one protocol."""

@@ -1,4 +1,4 @@
-"""MILAN+CLIP: a wide beam of candidates, ranked by a model of images and texts (docs/clip.md)."""
+"""MILAN+CLIP: a wide beam of candidates, re-ranked by an image-text model such as CLIP (docs/clip.md)."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ CLIP = "milan+clip"
 """The labeler's name."""
 
 BEAM_SIZE = 1000
-"""Candidates per unit: the reference's."""
+"""Candidates per unit: the reference implementation's default."""
 
 
 @dataclass(frozen=True)
 class Clip(ImageTextRef):
-    """How to re-rank.
+    """Parameters of the re-ranking.
 
     Attributes:
-        folder: The model of images and texts, as :func:`milan_ray.models.image_text.find_image_text` gives it.
-        z: Weight of whole images against their masked regions.
-        beam_size: Candidates per unit; None takes 1000, the reference's, or what the vocabulary has room for.
-        lam: λ of the search for candidates, which subtracts λ·log p(d) token by token (the reference's .5).
+        folder: The image-text model, as :func:`milan_ray.models.image_text.find_image_text` returns it.
+        z: Weight of whole images; masked regions have weight 1 − z.
+        beam_size: Candidates per unit; None takes 1000, the reference's default, or the vocabulary's size if smaller.
+        lam: λ of the beam search, which subtracts λ·log p(d) token by token (0.5 in the reference).
     """
 
     z: float = 0.5
@@ -35,33 +35,33 @@ class Clip(ImageTextRef):
     lam: float = 0.5
 
     def load(self) -> ImageText:
-        """The model, on the CPU.
+        """Loads the image-text model on the CPU.
 
         Raises:
-            MilanError: It is missing or damaged.
+            MilanError: The model is missing or damaged.
         """
         return ImageText(self.folder)
 
     def beams(self, captioner: Captioner) -> int:
-        """Width of the search for candidates."""
+        """Width of the beam search."""
         return self.beam_size or min(BEAM_SIZE, captioner.decoder.config.ids.total)
 
     def mi_lam(self, captioner: Captioner) -> float | None:
-        """λ of the search; None for a captioner without a language model, whose log p(d|E) alone is searched for."""
+        """λ of the beam search; None for a captioner without a language model, which is searched by log p(d|E)."""
         return None if captioner.lm is None else self.lam
 
     def labeler(self) -> ClipSimilarity:
-        """What ranks."""
+        """The labeler with these parameters."""
         return ClipSimilarity(self.z, self.load().text_identity())
 
 
 @dataclass(frozen=True)
 class ClipSimilarity:
-    """Ranks by how well a model of images and texts finds a candidate to fit the exemplars (docs/clip.md).
+    """Ranks candidates by their similarity to the exemplars in an image-text model (docs/clip.md).
 
     Attributes:
-        z: Weight of whole images against their masked regions.
-        model: Identity of the model of images and texts.
+        z: Weight of whole images; masked regions have weight 1 − z.
+        model: Identity of the image-text model.
     """
 
     z: float
@@ -71,7 +71,7 @@ class ClipSimilarity:
     requires: tuple[Kind, ...] = field(default=("candidates", "similarity"), init=False)
 
     def identity(self) -> dict[str, object]:
-        """All that decides its labels besides candidates and embeddings of exemplars."""
+        """Everything that determines the labels, except candidates and exemplar embeddings."""
         return {"similarity": 1, "z": self.z, "clip": dict(self.model), "n_best": N_BEST}
 
     def label(self, evidence: Evidence) -> dict[int, list[Label]]:
@@ -81,13 +81,13 @@ class ClipSimilarity:
 
 
 def query(features: np.ndarray, z: float) -> np.ndarray:
-    """What texts are compared with to see how well they fit a unit: the mean of (1 − z) · region + z · image.
+    """The query vector of a unit, to which texts are compared: the mean of (1 − z) · region + z · image.
 
-    Products of unit vectors are cosines, and the mean of products is the product with the mean: one vector stands for
-    all of a unit's exemplars (with the mean in place of the reference's sum).
+    The product of two unit vectors is their cosine, and the mean of products equals the product with the mean. So one
+    vector represents all exemplars of a unit. The reference uses the sum instead of the mean.
 
     Args:
-        features: Of k exemplars, each the region's embedding, then the image's: (k, 2 D).
+        features: Embeddings of k exemplars, each the region's followed by the image's: (k, 2 D).
         z: Weight of the whole image.
 
     Returns:
@@ -99,5 +99,5 @@ def query(features: np.ndarray, z: float) -> np.ndarray:
 
 def similarity(texts: np.ndarray, queries: np.ndarray) -> np.ndarray:
     """Mean cosines of texts (N, D) with units' queries (N, D), row by row: float32 (N,)."""
-    # Not a matrix product: a row's last bits must not depend on which rows are its neighbours.
+    # Not a matrix product: the last bits of a row must not depend on the other rows.
     return np.einsum("nd,nd->n", texts, queries)

@@ -1,10 +1,12 @@
-"""CLIP-Dissect: a unit is named after the concept whose fit to images follows its activation (docs/clip-dissect.md).
+"""CLIP-Dissect: labels a unit with the concept whose CLIP similarity to images follows the unit's activation.
 
-Let P[x, c] be the product of the embeddings of image x and concept c, A[x, u] the pooled activation of unit u. Every
-similarity of a unit and a concept below is a function of the concept's own column of P, but for the softmax over
-concepts in p(c|x). Work is therefore cut along concepts: what crosses is one number per image, log Σ_c exp(a·P[x, c]),
-which adds up exactly enough for any cut (:class:`LogSumExp`); the prior p(c) is a sum over the units of a layer, which
-one piece has all of.
+See docs/clip-dissect.md.
+
+Let P[x, c] be the product of the embeddings of image x and concept c, and A[x, u] the pooled activation of unit u.
+Every similarity of a unit and a concept below depends only on the concept's own column of P, except for the softmax
+over concepts in p(c|x). The work is therefore split by concepts. The parts share only one number per image,
+log Σ_c exp(a·P[x, c]), whose sum is accurate enough for any split (:class:`LogSumExp`). The prior p(c) is a sum over
+the units of a layer, and each part has all units.
 
 Source: Oikarinen and Weng, *CLIP-Dissect* (ICLR 2023) and its code.
 """
@@ -30,16 +32,16 @@ CLIP_DISSECT = "clip-dissect"
 N_BEST = 5
 
 MIN_PROB = 1e-7
-"""What keeps logarithms finite: the reference's."""
+"""Constant that keeps logarithms finite; the reference's value."""
 
 MIN_NORM = 1e-3
-"""What norms of cosines are clipped at: the reference's."""
+"""Lower limit of the norms in cosines; the reference's value."""
 
 FRACTION, SCALE, PERMUTATIONS = 0.05, 0.5, 5
-"""Of rank reorder: share of the probe's images, power of the mean fit, shuffles."""
+"""Parameters of rank reorder: fraction of the probe's images, exponent of the mean fit, number of shuffles."""
 
 MIN_FIT = 1e-3
-"""Of rank reorder: a mean fit below counts as this. It is a cosine, which the reference takes a root of."""
+"""Lower limit of the mean fit in rank reorder. The mean fit is a cosine, and the reference takes its root."""
 
 _SUMS_SCHEMA = pa.schema([("piece", pa.string()), ("top", pa.list_(pa.float64())), ("sum", pa.list_(pa.float64()))])
 
@@ -48,13 +50,13 @@ Similarity = Literal["soft_wpmi", "wpmi", "rank_reorder", "cos_similarity", "cos
 
 @dataclass(frozen=True)
 class Wpmi:
-    """Parameters of the two similarities that weigh pointwise mutual information.
+    """Parameters of the two similarities based on weighted pointwise mutual information (wPMI).
 
     Attributes:
-        top_k: K, the images with the unit's highest activations.
+        top_k: K, number of images with the unit's highest activations.
         a: Factor of P in the softmax over concepts.
         lam: λ, weight of the prior p(c).
-        soft: Probability that the image of rank 0, and of rank K, belongs to the unit; None takes it for certain.
+        soft: Probabilities that the images of rank 0 and of rank K belong to the unit; None sets all to 1.
     """
 
     top_k: int
@@ -74,13 +76,13 @@ SIMILARITIES: tuple[Similarity, ...] = ("soft_wpmi", "wpmi", "rank_reorder", "co
 
 @dataclass(frozen=True)
 class ClipDissect:
-    """Names units after concepts of a list.
+    """Labels units with concepts of a list.
 
     Attributes:
-        concepts: The list, in its order; texts as they are given to the model of images and texts.
-        similarity: How a unit and a concept are compared.
-        pooling: ``mean`` or ``max``: what stands for an activation map.
-        hold_out: Share of the probe's images that are not looked at, so that a score may be taken on them
+        concepts: The list, in order; the texts are passed to the image-text model unchanged.
+        similarity: The similarity between a unit and a concept.
+        pooling: ``mean`` or ``max``: how an activation map is pooled to one number.
+        hold_out: Fraction of the probe's images that are not used, so that a score can be computed on them
             (:func:`milan_ray.scoring.simulation.held_out`).
     """
 
@@ -99,7 +101,7 @@ class ClipDissect:
 
     @property
     def wpmi(self) -> Wpmi | None:
-        """Parameters, where the similarity is one of mutual information."""
+        """Parameters of a wPMI similarity; None for other similarities."""
         return WPMI.get(self.similarity)
 
     @property
@@ -108,13 +110,13 @@ class ClipDissect:
         return None if self.wpmi is None else self.wpmi.lam
 
     def images(self, probe: int) -> int:
-        """How many images per unit are looked at, of so many readable ones; all of them for cosines."""
+        """Number of images used per unit, given the number of readable images; all of them for cosines."""
         if self.wpmi is not None:
             return min(self.wpmi.top_k, probe)
         return max(1, int(probe * FRACTION)) if self.similarity == "rank_reorder" else probe
 
     def identity(self) -> dict[str, object]:
-        """All that decides its labels besides activations and embeddings."""
+        """Everything that determines the labels, except activations and embeddings."""
         return {
             "clip_dissect": 1,
             "concepts": list(self.concepts),
@@ -132,12 +134,12 @@ class ClipDissect:
 
 
 def read_concepts(text: str) -> tuple[str, ...]:
-    """The concepts of a file, one per line: blank lines and repetitions count nowhere, so that no label shifts.
+    """Parses a list of concepts, one per line; skips blank lines and repetitions.
 
-    Byte-order marks, blanks around a concept and a pair of quotes are dropped; letters are composed (NFC).
+    Byte-order marks, surrounding spaces and a surrounding pair of quotes are removed; letters are composed (NFC).
 
     Raises:
-        MilanError: There is none.
+        MilanError: The file has no concept.
     """
     found = tuple(dict.fromkeys(read_lines(text)))
     if not found:
@@ -146,14 +148,14 @@ def read_concepts(text: str) -> tuple[str, ...]:
 
 
 class LogSumExp:
-    """log Σ exp(x) of many columns at once, over terms that come in any pieces.
+    """Mergeable state of log Σ exp(x) of many columns, over terms that arrive in pieces.
 
-    Pieces are kept by name until the result, which adds them in the order of their names: any order of pieces, and any
-    repetition, gives the identical result.
+    Pieces are stored by name, and the result adds them in the order of their names. So the result is identical for any
+    order and repetition of pieces.
     """
 
     def __init__(self) -> None:
-        """Starts with nothing seen."""
+        """Starts empty."""
         self._pieces: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def update(self, name: str, terms: np.ndarray) -> None:
@@ -167,11 +169,11 @@ class LogSumExp:
         self._pieces[name] = top, np.exp(terms - top[:, None], dtype=np.float64).sum(axis=1)
 
     def merge(self, other: LogSumExp) -> None:
-        """Adds what another state has seen."""
+        """Adds the pieces of another state."""
         self._pieces |= other._pieces
 
     def to_table(self) -> pa.Table:
-        """The state as rows: piece, and per column its largest term and the sum of exp(x − largest)."""
+        """The state as a table, one row per piece: name, and per column the largest term and Σ exp(x − largest)."""
         rows = [
             {"piece": name, "top": top.tolist(), "sum": total.tolist()} for name, (top, total) in self._pieces.items()
         ]
@@ -186,7 +188,7 @@ class LogSumExp:
         return state
 
     def result(self) -> np.ndarray:
-        """float64 (columns,).
+        """The value of log Σ exp(x), float64 (columns,).
 
         Raises:
             ValueError: There is no piece.
@@ -202,7 +204,7 @@ class LogSumExp:
 
 
 def weights(how: Wpmi, images: int) -> np.ndarray:
-    """w_j: how likely the image of rank j belongs to the unit, float64 (images,)."""
+    """w_j, the probability that the image of rank j belongs to the unit, float64 (images,)."""
     if how.soft is None:
         return np.ones(images)
     first, last = how.soft
@@ -210,14 +212,14 @@ def weights(how: Wpmi, images: int) -> np.ndarray:
 
 
 def pointwise(fit: Tensor, normalisers: Tensor, rows: Tensor, how: Wpmi) -> Tensor:
-    """Similarities of all units of a layer and some concepts by (soft) weighted pointwise mutual information.
+    """Similarities of all units of a layer to some concepts by (soft) weighted pointwise mutual information.
 
     With p(c|x) = exp(a·P[x, c]) / Σ_c′ exp(a·P[x, c′]) and x_j the image of rank j,
     s(u, c) = Σ_j log(1 + w_j·(p(c|x_j) − 1) + 10⁻⁷), or Σ_j log(p(c|x_j) + 10⁻⁷) without w;
     log p(c) = log Σ_u exp s(u, c) − log U; the similarity is s(u, c) − λ·log p(c).
 
     Args:
-        fit: P of the images that some unit needs, and of these concepts, (N, C).
+        fit: P of the images used by at least one unit, for these concepts, (N, C).
         normalisers: log Σ_c exp(a·P[x, c]) over *all* concepts, float64 (N,).
         rows: Row of P of every unit's images, best first, int64 (U, K); −1 where a unit has fewer.
         how: Parameters.
@@ -238,13 +240,14 @@ def pointwise(fit: Tensor, normalisers: Tensor, rows: Tensor, how: Wpmi) -> Tens
 
 
 def rank_reorder(fit: Tensor, rows: Tensor, activations: Tensor) -> Tensor:
-    """Similarities by how little a unit's activations change when its images are put into a concept's order.
+    """Similarities by how little a unit's activations change when its images are sorted by a concept's fit.
 
-    −( mean |a − a′|³ / b ) / f^½, with a the unit's highest activations, a′ the same in the order of P[·, c], b the
-    mean of mean |a − a″|³ over five fixed shuffles a″, and f the mean of P[·, c] over these images.
+    The similarity is −( mean |a − a′|³ / b ) / f^½. Here a are the unit's highest activations, a′ are the same values
+    in the order of P[·, c], b is the mean of mean |a − a″|³ over five fixed shuffles a″, and f is the mean of P[·, c]
+    over these images.
 
     Args:
-        fit: P of the images that some unit needs, and of some concepts, (N, C).
+        fit: P of the images used by at least one unit, for some concepts, (N, C).
         rows: Row of P of every unit's images, best first, int64 (U, K); −1 where a unit has fewer.
         activations: Their activations, (U, K).
 
@@ -256,7 +259,7 @@ def rank_reorder(fit: Tensor, rows: Tensor, activations: Tensor) -> Tensor:
         there = own >= 0
         near, act = fit[own[there]].T.contiguous(), activations[unit][there].double()
         order = torch.argsort(near, dim=1, descending=True, stable=True)
-        # Over places in the concept's order: the mean over images is the same sum.
+        # In the concept's order; the mean over images does not depend on the order.
         apart = (act - act[order]).abs()
         errors = (apart * apart * apart).mean(dim=1)
         rng = np.random.default_rng(0)
@@ -268,14 +271,14 @@ def rank_reorder(fit: Tensor, rows: Tensor, activations: Tensor) -> Tensor:
 
 
 class Cosines:
-    """Cosines of units' activations and concepts' fits over images, both centred; of their cubes, where asked for.
+    """Mergeable cosines of units' activations and concepts' fits over images, both centred and, optionally, cubed.
 
     Attributes:
         products: Σ_x A′[x, u]·P′[x, c], float64 (U, C).
     """
 
     def __init__(self, units: Tensor, concepts: Tensor, power: int) -> None:
-        """Starts with nothing seen.
+        """Starts empty.
 
         Args:
             units: Mean of every unit's activations over the probe, float64 (U,).
@@ -287,7 +290,7 @@ class Cosines:
         self._squares = units.new_zeros(len(units)), units.new_zeros(len(concepts))
 
     def update(self, activations: Tensor, fit: Tensor) -> None:
-        """Adds images: activations (B, U), NaN for none, and P (B, C)."""
+        """Adds a batch of images: activations (B, U), NaN where missing, and P (B, C)."""
         own = torch.nan_to_num(activations.double() - self._units).pow(self._power)
         near = (fit.double() - self._concepts).pow(self._power)
         self.products += own.T @ near
@@ -295,17 +298,17 @@ class Cosines:
         self._squares[1].add_(near.square().sum(dim=0))
 
     def result(self) -> Tensor:
-        """float64 (U, C)."""
+        """The cosines, float64 (U, C)."""
         units, concepts = (squares.sqrt().clamp(min=MIN_NORM) for squares in self._squares)
         return self.products / units[:, None] / concepts
 
 
 @dataclass(frozen=True)
 class Best:
-    """Every unit's best concepts among some.
+    """Every unit's best concepts of a subset of the concepts.
 
     Attributes:
-        concepts: Numbers of the concepts, best first, int64 (U, n).
+        concepts: Indices of the concepts, best first, int64 (U, n).
         scores: Their similarities, float64 (U, n).
     """
 
@@ -314,13 +317,13 @@ class Best:
 
     @classmethod
     def of(cls, similarities: np.ndarray, first: int, n_best: int = N_BEST) -> Best:
-        """The best of similarities (U, C), whose first column is the concept of that number; equal ones in order."""
+        """Selects the best of similarities (U, C); column 0 is concept ``first``. Ties keep the concepts' order."""
         order = np.argsort(-similarities, axis=1, kind="stable")[:, :n_best]
         return cls(order + first, np.take_along_axis(similarities, order, axis=1))
 
     @classmethod
     def merged(cls, found: Iterable[Best], n_best: int = N_BEST) -> Best:
-        """The best of several, whatever their order."""
+        """Merges several selections; the result does not depend on their order."""
         every = list(found)
         concepts = np.concatenate([best.concepts for best in every], axis=1)
         scores = np.concatenate([best.scores for best in every], axis=1)
@@ -328,7 +331,7 @@ class Best:
         return cls(np.take_along_axis(concepts, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
     def labels(self, names: Sequence[str], alive: np.ndarray, nothing: str) -> dict[int, list[Label]]:
-        """The units' labels; a unit whose activation never changes gets ``nothing``, with score 0."""
+        """The units' labels; a unit with constant activation gets the label ``nothing`` with score 0."""
         return {
             unit: [Label(names[concept], float(score)) for concept, score in zip(*rows, strict=True)]
             if alive[unit]

@@ -1,9 +1,11 @@
-"""Compositional explanations: a formula of concepts per unit, by beam search (Mu and Andreas 2020; docs/labelers.md).
+"""Compositional explanations: labels a unit with a formula of concepts, found by beam search.
 
-A formula's counts follow from those of what it extends. With J(f, c) the positions where a formula f and a concept c
-are both on, |f ∨ c| = |f| + |c| − J, |f ∧ c| = J and |f ∧ ¬c| = |f| − J, and the same holds inside a unit's mask. A
-round of the search is therefore one more pass of counting: shards add up exactly, and no mask of a whole probe is ever
-in memory.
+Source: Mu and Andreas 2020; see docs/labelers.md.
+
+A formula's counts follow from the counts of the formula that it extends. Let J(f, c) be the number of positions where
+both a formula f and a concept c are on. Then |f ∨ c| = |f| + |c| − J, |f ∧ c| = J and |f ∧ ¬c| = |f| − J. The same
+holds inside a unit's mask. So each round of the search is one counting pass: the counts of shards add up exactly, and
+the masks of a whole probe are never in memory.
 """
 
 from __future__ import annotations
@@ -22,19 +24,19 @@ COMPEXP = "compexp"
 """The labeler's name."""
 
 BEAM_SIZE = 5
-"""Formulas kept after every round: the reference's."""
+"""Formulas kept after every round; the reference's value."""
 
 LENGTH = 3
-"""Concepts in a formula at most: what MILAN was compared with."""
+"""Maximum number of concepts in a formula; the value in MILAN's comparison."""
 
 
 @dataclass(frozen=True)
 class CompExp:
-    """Explains a unit by a formula of concepts.
+    """Labels a unit with formulas of concepts.
 
     Attributes:
-        beam_size: Formulas kept after every round, and how many labels a unit gets.
-        length: Concepts in a formula at most.
+        beam_size: Number of formulas kept after every round, and of labels per unit.
+        length: Maximum number of concepts in a formula.
     """
 
     beam_size: int = BEAM_SIZE
@@ -44,7 +46,7 @@ class CompExp:
     requires: ClassVar[tuple[Kind, ...]] = ("formulas",)
 
     def identity(self) -> dict[str, object]:
-        """All that decides its labels besides the counts."""
+        """Everything that determines the labels, except the counts."""
         return {"compexp": 1, "beam_size": self.beam_size, "length": self.length}
 
     def label(self, evidence: Evidence) -> Mapping[int, list[Label]]:
@@ -56,12 +58,12 @@ class CompExp:
 Operator = Literal["or", "and", "and not"]
 
 Formula = tuple[tuple[Operator, int], ...]
-"""Concepts by number, each with what joins it to all that stands before it; the first one's operator is ``or``."""
+"""Concept indices, each with the operator that joins it to everything before it; the first operator is ``or``."""
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A formula beside a unit.
+    """A formula with its counts for one unit.
 
     Attributes:
         formula: The formula, in canonical order.
@@ -77,12 +79,12 @@ class Scored:
 
     @property
     def order(self) -> tuple[float, int, Formula]:
-        """Best first; of equal ones the shorter, then the one that sorts first."""
+        """Sort key: highest IoU first; ties by length, then by formula."""
         return -self.iou, len(self.formula), self.formula
 
 
 def canonical(formula: Formula) -> Formula:
-    """The same formula with what commutes in a fixed order: ``b or a`` is ``a or b``."""
+    """Sorts the commuting operands of a formula: ``b or a`` becomes ``a or b``."""
     (_, head), rest = formula[0], list(formula[1:])
     done: list[tuple[Operator, int]] = []
     while rest:
@@ -96,18 +98,18 @@ def canonical(formula: Formula) -> Formula:
 
 
 def text(formula: Formula, names: Sequence[str]) -> str:
-    """A formula in words, read from left to right, lower case, underscores as spaces, no parentheses."""
+    """A formula as text, read from left to right, in lower case, with spaces for underscores and no parentheses."""
     words = [f"{op} {names[concept]}" for op, concept in formula]
     return " ".join(words).removeprefix("or ").replace("_", " ").lower()
 
 
 def evaluate(formula: Formula, maps: Mapping[int, np.ndarray], like: np.ndarray) -> np.ndarray:
-    """Where a formula holds.
+    """The mask of the positions where a formula holds.
 
     Args:
         formula: The formula.
-        maps: Concept → bit mask; concepts left out show nowhere.
-        like: A mask of the shape wanted.
+        maps: Concept → bit mask; concepts that are left out hold nowhere.
+        like: A mask of the requested shape.
 
     Returns:
         Bit mask of that shape.
@@ -125,7 +127,7 @@ def evaluate(formula: Formula, maps: Mapping[int, np.ndarray], like: np.ndarray)
 
 
 class JointCounts:
-    """How often units' formulas and concepts are on together: the state of one round of the search.
+    """Joint counts of units, formulas and concepts: the mergeable state of one round of the search.
 
     Attributes:
         formulas: The distinct formulas.
@@ -134,7 +136,7 @@ class JointCounts:
     """
 
     def __init__(self, wanted: Mapping[int, Sequence[Formula]], names: Sequence[str]) -> None:
-        """Starts with nothing seen.
+        """Starts empty.
 
         Args:
             wanted: Unit → the formulas of its beam to extend.
@@ -154,7 +156,7 @@ class JointCounts:
             return
         maps = dict(zip(numbers.tolist(), seen.concepts, strict=True))
         like = seen.concepts[0]
-        # A formula holds nowhere in an image that shows none of the concepts that it could start from.
+        # A formula holds nowhere in an image that contains none of the concepts joined by "or".
         holds = np.zeros((len(self.formulas), len(like)), np.uint64)
         for place, formula in enumerate(self.formulas):
             if any(op == "or" and concept in maps for op, concept in formula):
@@ -166,10 +168,10 @@ class JointCounts:
                 self.inside[unit][:, numbers] += shared(holds[self._wanted[unit]] & mask, seen.concepts)
 
     def merge(self, other: JointCounts) -> None:
-        """Adds what another state has counted.
+        """Adds the counts of another state.
 
         Raises:
-            ValueError: It is of other formulas.
+            ValueError: The other state counts other formulas.
         """
         if self._wanted != other._wanted or self.formulas != other.formulas:
             raise ValueError("only counts of the same units' formulas can be merged")
@@ -178,11 +180,11 @@ class JointCounts:
             self.inside[unit] += counts
 
     def extended(self, unit: int, beam: Sequence[Scored], counts: Totals, best: int) -> list[Scored]:
-        """Formulas one concept longer than those of a unit's beam that this state has counted.
+        """Extends the counted formulas of a unit's beam by one concept.
 
-        Of each formula and operator at least the best few are there. Left out are those that repeat a concept and
-        those that hold exactly where what they extend holds (``sky and not tree`` where no sky is a tree): they would
-        fill the beam with one explanation in many words.
+        For each formula and operator, the result contains at least the ``best`` highest-scoring extensions. It omits
+        extensions that repeat a concept and those that hold at the same positions as the formula itself (``sky and not
+        tree`` if no sky is a tree), because they would fill the beam with variants of one explanation.
         """
         found = []
         rows = {row: place for place, row in enumerate(self._wanted.get(unit, ()))}
@@ -210,7 +212,7 @@ class JointCounts:
 
 @dataclass(frozen=True)
 class Totals:
-    """Counts of concepts alone.
+    """Counts of single concepts over a whole probe.
 
     Attributes:
         names: C concepts.
@@ -226,7 +228,7 @@ class Totals:
 
     @classmethod
     def of(cls, counts: ConceptCounts) -> Totals:
-        """From the state of a whole probe."""
+        """Extracts the totals from the state of a whole probe."""
         names, size, both = counts.result()
         return cls(names, counts.unit, size, both)
 
@@ -238,21 +240,21 @@ def explain(
     beam_size: int = BEAM_SIZE,
     length: int = LENGTH,
 ) -> dict[int, list[Scored]]:
-    """The best formulas of units, best first.
+    """Searches the best formulas of units, best first.
 
     Args:
-        units: Which units.
-        counts: Of the whole probe.
-        images: Yields every image again, with at least these units' masks: once per round.
+        units: The units to explain.
+        counts: Counts over the whole probe.
+        images: Called once per round; yields every image with the masks of at least these units.
         beam_size: Formulas kept after every round.
-        length: Concepts in a formula at most.
+        length: Maximum number of concepts in a formula.
 
     Returns:
-        Unit → at most ``beam_size`` formulas; none for a unit that meets no concept.
+        Unit → at most ``beam_size`` formulas; none for a unit that overlaps no concept.
     """
     beams = {unit: _primitives(unit, counts, beam_size) for unit in units}
     for size in range(1, length):
-        # What was extended before would only bring back what has already competed.
+        # Only the newest formulas: extending older ones again would repeat earlier results.
         joint = JointCounts(
             {u: [s.formula for s in b if len(s.formula) == size] for u, b in beams.items()}, counts.names
         )
@@ -280,7 +282,7 @@ def _best(found: Sequence[Scored], beam_size: int) -> list[Scored]:
 
 
 def labels(best: Mapping[int, Sequence[Scored]], names: Sequence[str]) -> dict[int, list[Label]]:
-    """Formulas as labels."""
+    """Converts formulas to labels."""
     return {
         unit: [Label(text(scored.formula, names), scored.iou) for scored in beam] or [Label(NOTHING, 0.0)]
         for unit, beam in best.items()

@@ -1,4 +1,4 @@
-"""MILAN's labelers: the candidates of its captioner, ranked by its own log-probabilities (paper §3)."""
+"""MILAN's labelers: rank the captioner's candidates by its own log-probabilities (paper §3)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ N_BEST = 5
 
 @dataclass(frozen=True)
 class PointwiseMutualInformation:
-    """Ranks by log p(d|E) − λ·log p(d); with λ = 0 by log p(d|E) (paper eq. 2).
+    """Ranks candidates by log p(d|E) − λ·log p(d) (paper eq. 2); λ = 0 ranks by log p(d|E) alone.
 
     Attributes:
         name: :data:`MILAN` or :data:`LIKELIHOOD`.
@@ -34,7 +34,7 @@ class PointwiseMutualInformation:
     requires: tuple[Kind, ...] = field(default=("candidates",), init=False)
 
     def identity(self) -> dict[str, object]:
-        """All that decides its labels besides the candidates."""
+        """Everything that determines the labels, except the candidates."""
         return {"rescore": 1, "lam": self.lam, "n_best": N_BEST}
 
     def label(self, evidence: Evidence) -> dict[int, list[Label]]:
@@ -46,11 +46,11 @@ class PointwiseMutualInformation:
 
 
 def rank(candidates: pa.Table, scores: np.ndarray) -> dict[int, list[Label]]:
-    """The best few candidates of every unit.
+    """The best candidates of every unit.
 
     Args:
-        candidates: Rows of the table of candidates, a unit's together.
-        scores: Their scores; equal ones stay in beam order.
+        candidates: Rows of the table of candidates, grouped by unit.
+        scores: Scores of the rows; ties keep beam order.
     """
     texts = candidates["text"].to_pylist()
     likely, prior = (candidates[name].to_numpy() for name in ("logp_d_given_e", "logp_d"))
@@ -62,7 +62,7 @@ def rank(candidates: pa.Table, scores: np.ndarray) -> dict[int, list[Label]]:
 
 
 def by_unit(units: np.ndarray) -> Iterator[tuple[int, slice]]:
-    """Each unit and its rows, in a column where a unit's rows lie together."""
+    """Yields each unit and the slice of its rows, from a column in which each unit's rows are contiguous."""
     starts = np.flatnonzero(np.diff(units, prepend=-1))
     ends = np.append(starts[1:], len(units))[: len(starts)]
     for begin, end in zip(starts.tolist(), ends.tolist(), strict=True):
@@ -76,7 +76,7 @@ def best_labels(
     best: dict[str, Label] = {}
     for place in np.argsort(-scores, kind="stable").tolist():
         text = texts[place]
-        if text not in best:  # different tokens may read the same
+        if text not in best:  # different tokens may give the same text
             chosen = None if prior is None else float(prior[place])
             best[text] = Label(text, float(scores[place]), float(likely[place]), chosen)
         if len(best) == n_best:

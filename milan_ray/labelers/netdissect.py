@@ -1,6 +1,7 @@
-"""Network dissection: a unit is named after the concept whose map its mask meets best (Bau et al. 2017, 2020).
+"""Network dissection: labels a unit with the concept whose map overlaps its mask most (Bau et al. 2017, 2020).
 
-The new style's intersection over union: sums of counts over the whole probe, no categories (docs/labelers.md).
+Uses the 2020 version's intersection over union: counts summed over the whole probe, without concept categories
+(docs/labelers.md).
 """
 
 from __future__ import annotations
@@ -17,24 +18,24 @@ NETDISSECT = "netdissect"
 """The labeler's name."""
 
 INTERPRETABLE = 0.04
-"""Intersection over union from which a unit counts as interpretable (both styles of network dissection)."""
+"""Minimum intersection over union of an interpretable unit (in both versions of network dissection)."""
 
 NOTHING = "none"
-"""Label of a unit that meets no concept at all; its score is 0."""
+"""Label of a unit that overlaps no concept; its score is 0."""
 
 N_BEST = 5
 
 
 @dataclass(frozen=True)
 class NetDissect:
-    """Names a unit after one concept."""
+    """Labels a unit with single concepts."""
 
     name: ClassVar[str] = NETDISSECT
     lam: ClassVar[None] = None
     requires: ClassVar[tuple[Kind, ...]] = ("counts",)
 
     def identity(self) -> dict[str, object]:
-        """All that decides its labels besides the counts."""
+        """Everything that determines the labels, except the counts."""
         return {"netdissect": 1, "n_best": N_BEST}
 
     def label(self, evidence: Evidence) -> dict[int, list[Label]]:
@@ -44,11 +45,11 @@ class NetDissect:
 
 
 def best_concepts(counts: ConceptCounts, n_best: int = N_BEST) -> dict[int, list[Label]]:
-    """The concepts that every unit meets best, with their intersection over union; equal ones by name.
+    """The concepts with the highest intersection over union for every unit; ties in the order of names.
 
     Args:
-        counts: Of a whole probe.
-        n_best: How many at most.
+        counts: Counts over a whole probe.
+        n_best: Maximum number of concepts per unit.
     """
     names, sizes, both = counts.result()
     scores = iou(both, counts.unit[:, None], sizes[None])

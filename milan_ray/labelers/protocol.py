@@ -1,4 +1,4 @@
-"""What a labeler is: a method that names units from evidence that the stages before it have gathered."""
+"""The labeler protocol: a labeler is a method that labels units from evidence that earlier stages computed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pyarrow as pa
 from milan_ray.exemplars.concepts import ConceptCounts
 
 Kind = Literal["candidates", "similarity", "counts", "formulas", "concepts", "drawn"]
-"""A piece of evidence, as :class:`Evidence` names it."""
+"""A kind of evidence: the name of a field of :class:`Evidence`."""
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Label:
 
     Attributes:
         text: The label.
-        score: The labeler's own score, higher is better.
+        score: The labeler's own score; higher is better.
         logp_d_given_e: log p(d|E), nats; None for labelers without one.
         logp_d: log p(d), nats; None for labelers without one.
     """
@@ -34,12 +34,12 @@ class Label:
 
 @dataclass(frozen=True)
 class Drawn:
-    """What a unit makes of the images that were drawn for one candidate label.
+    """A unit's responses to the images that were generated for one candidate label.
 
     Attributes:
         text: The candidate.
         activations: The unit's pooled activation on each of n images, float32 (n,).
-        similarities: Each image's mean cosine with the unit's exemplars, float32 (n,); None where none was asked for.
+        similarities: Each image's mean cosine with the unit's exemplars, float32 (n,); None if not requested.
     """
 
     text: str
@@ -49,16 +49,15 @@ class Drawn:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What is known of a layer's units.
+    """Evidence about a layer's units. A field is None unless the labeler requires it.
 
     Attributes:
-        candidates: Descriptions that a captioner proposes: rows of the table of candidates, by unit and beam rank. Like
-            all evidence, None unless it is required.
-        similarity: How well each candidate fits its unit's exemplars, float32 (rows of candidates); by row.
-        counts: How often units and concepts are on, apart and together, over the whole probe.
-        formulas: Unit → the formulas of concepts found for it, in words, best first.
-        concepts: Unit → the concepts of a list that its activations over a probe follow best, best first.
-        drawn: Unit → its candidate labels with the images drawn for them, in the order in which they were proposed.
+        candidates: A captioner's candidate descriptions: rows of the table of candidates, by unit and beam rank.
+        similarity: Similarity of each candidate to its unit's exemplars, float32 (rows of candidates).
+        counts: Separate and joint counts of units and concepts over the whole probe.
+        formulas: Unit → its formulas of concepts, as text, best first.
+        concepts: Unit → the concepts of a list that match its activations over a probe best, best first.
+        drawn: Unit → its candidate labels with the responses to their generated images, in the order of proposal.
     """
 
     candidates: pa.Table | None = None
@@ -70,26 +69,26 @@ class Evidence:
 
 
 class Labeler(Protocol):
-    """A way to label units.
+    """A method that labels units.
 
-    Labelers travel to workers and label a layer at a time; what they need of whole probes or big models is made by
-    stages of its own, and is evidence.
+    Labelers are sent to workers and label one layer at a time. Separate stages compute what a labeler needs from whole
+    probes or large models, and pass it as evidence.
     """
 
     @property
     def name(self) -> str:
-        """The partition of descriptions that it writes."""
+        """The labeler's name, which is also the partition of descriptions that it writes."""
 
     @property
     def requires(self) -> tuple[Kind, ...]:
-        """The evidence that it needs."""
+        """The kinds of evidence that the labeler needs."""
 
     @property
     def lam(self) -> float | None:
         """λ; None for labelers without one."""
 
     def identity(self) -> dict[str, object]:
-        """All that decides its labels besides the evidence."""
+        """Everything that determines the labels, except the evidence."""
 
     def label(self, evidence: Evidence) -> Mapping[int, list[Label]]:
-        """The labels of every unit, best first, no two alike: unit → labels."""
+        """The labels of every unit, best first and distinct: unit → labels."""

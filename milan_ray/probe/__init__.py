@@ -1,1 +1,1 @@
-"""Where the images come from that a model is probed with."""
+"""Sources of the images that a model is probed with."""

@@ -1,4 +1,4 @@
-"""Images in tar archives, read in place: WebDataset's layout, ``key.jpg`` beside ``key.cls``, ``.json``, ``.txt``."""
+"""Images in tar archives in WebDataset's layout (``key.jpg`` with ``key.cls``, ``.json``, ``.txt``), read in place."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ from milan_ray.probe.tables import Columns, class_name
 from milan_ray.textfiles import clean, decode_text
 
 TAR = (".tar",)
-"""Endings of archives that are read in place."""
+"""File name endings of archives that are read in place."""
 
 PACKED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst", ".zip")
-"""Endings of archives that are not: nothing in them can be read without unpacking what lies before."""
+"""File name endings of archives that must be unpacked first, because they are not read in place."""
 
 _PLACE = re.compile(r"(?s)(.*\.tar)?#(.*)@(\d+):(\d+)", re.IGNORECASE)
-"""Path of a member in a manifest: archive, name, offset and size of its content, bytes."""
+"""Path of a member in a manifest: archive, name, offset of its content in bytes, size of its content in bytes."""
 
 _LABELS = ("cls", "json", "txt")
-"""What of a sample says its class, the first that is there."""
+"""Parts of a sample that can hold its class, in order of preference."""
 
 _JSON_LABELS = ("label", "class_name", "class", "category", "cls")
 _NAMED = 12
-"""Parts of samples that a message names."""
+"""Maximum number of sample parts that a message lists."""
 
-_MAX_LABEL = 1 << 20  # bytes of a label's member that are read
+_MAX_LABEL = 1 << 20  # maximum size of a label member, bytes
 
 
 @dataclass(frozen=True)
@@ -48,24 +48,24 @@ class _Member:
 
     @property
     def key(self) -> str:
-        """What the parts of a sample have in common: the path up to the name's first dot."""
+        """The sample's key, shared by all its parts: the path up to the first dot of the file name."""
         folder, slash, name = self.name.rpartition("/")
         return folder + slash + name.partition(".")[0]
 
     @property
     def part(self) -> str:
-        """What it is of the sample: what follows the name's first dot, in lower case."""
+        """The part of the sample: the text after the first dot of the file name, in lower case."""
         return self.name.rpartition("/")[2].partition(".")[2].lower()
 
 
 def is_member(ref: ImageRef) -> bool:
-    """Whether a manifest's row lies in an archive."""
+    """Whether a manifest row is stored in an archive."""
     place = _PLACE.fullmatch(ref.path)
     return place is not None and file_name(ref.root, place[1] or "").endswith(TAR)
 
 
 def member_place(path: str) -> str:
-    """The archive in a member's path in a manifest: empty where the root is the archive."""
+    """The archive in a member's manifest path; empty if the root itself is the archive."""
     place = _PLACE.fullmatch(path)
     return "" if place is None else place[1] or ""
 
@@ -74,7 +74,7 @@ def read_member(ref: ImageRef) -> ProbeImage:
     """Reads and decodes one image.
 
     Raises:
-        UnreadableImage: It is missing, corrupt, empty or too large.
+        UnreadableImage: The image is missing, corrupt, empty or too large.
     """
     place = _PLACE.fullmatch(ref.path)
     assert place is not None  # is_member
@@ -85,19 +85,19 @@ def read_member(ref: ImageRef) -> ProbeImage:
 
 
 def archive_entries(root: str, files: Sequence[Found], columns: Columns) -> tuple[list[Entry], Counter[str]]:
-    """The images of some archives, as entries of a manifest; their headers are read, and their labels.
+    """Lists the images of tar archives as manifest entries; reads headers and labels, but no images.
 
     Args:
-        root: The root that the archives lie below.
+        root: The root folder of the archives.
         files: The archives, in order.
-        columns: ``image`` is the part of a sample that is its image (``jpg``), ``label`` the one that says its class
-            (``cls``), or a field of its ``json``.
+        columns: ``image`` is the part of a sample that holds its image (``jpg``). ``label`` is the part that holds its
+            class (``cls``), or a field of its ``json``.
 
     Returns:
-        Entries, samples in the archives' order; ending → how many members are neither images nor say a class.
+        Entries, with samples in the archives' order; ending → number of members that hold neither an image nor a class.
 
     Raises:
-        MilanError: An archive is damaged, a sample has several images, or none has the parts that are asked for.
+        MilanError: An archive is damaged, a sample has several images, or no sample has the requested parts.
     """
     entries: list[Entry] = []
     left_out: Counter[str] = Counter()
@@ -147,7 +147,7 @@ def archive_entries(root: str, files: Sequence[Found], columns: Columns) -> tupl
 
 
 class _Bounded:
-    """A file that reads no more than it holds, whatever an archive's header claims."""
+    """A file whose reads are limited to its actual size, whatever size an archive header claims."""
 
     def __init__(self, root: str, path: str) -> None:
         system, base = filesystem(root)
@@ -176,7 +176,7 @@ class _Bounded:
 
 
 def _samples(source: _Bounded, left_out: Counter[str]) -> Iterator[list[_Member]]:
-    """Members that follow each other and have the same key."""
+    """Groups consecutive members that have the same key into samples."""
     sample: list[_Member] = []
     for member in _members(source, left_out):
         if sample and member.key != sample[0].key:
@@ -188,14 +188,14 @@ def _samples(source: _Bounded, left_out: Counter[str]) -> Iterator[list[_Member]
 
 
 def _members(source: _Bounded, left_out: Counter[str]) -> Iterator[_Member]:
-    """The plain files of an archive, hidden and system ones left out; what else is left out is counted.
+    """Yields the regular files of an archive, except hidden and system files; counts the other omitted members.
 
-    A hard link is the file that it leads to under another name, as in a folder; a symbolic one is left out.
+    A hard link is read as its target file under another name, as in a folder. Symbolic links are omitted.
     """
     places: dict[str, tuple[int, int]] = {}
     with tarfile.open(fileobj=cast(Any, source), mode="r:") as archive:
         while (info := archive.next()) is not None:
-            archive.members.clear()  # type: ignore[attr-defined]  # else it keeps all of them
+            archive.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps all members in memory
             if info.isfile() and info.offset_data + info.size > source.size:
                 raise EOFError(f"it is cut off in {info.name}")
             parts = info.name.removeprefix("./").split("/")
@@ -213,7 +213,7 @@ def _members(source: _Bounded, left_out: Counter[str]) -> Iterator[_Member]:
             else:
                 places["/".join(parts)] = place
                 yield _Member("/".join(parts), *place)
-        # A damaged header ends tarfile's list without a word; a sound archive ends with zeros, or with the file.
+        # tarfile stops silently at a damaged header. An intact archive ends with zeros or at the end of the file.
         source.seek(archive.offset)
         if any(source.read(tarfile.BLOCKSIZE)):
             raise tarfile.ReadError(f"it is damaged at byte {archive.offset:,}")
@@ -224,7 +224,7 @@ def _is_hidden(part: str) -> bool:
 
 
 def _images(source: _Bounded, sample: list[_Member], wanted: str | None) -> list[_Member]:
-    """The members of a sample that are images, or the one that is asked for."""
+    """The members of a sample that are images, or the requested member."""
     if wanted is not None:
         return [member for member in sample if member.part == wanted.lower().removeprefix(".")]
     endings = image_endings()
@@ -234,7 +234,7 @@ def _images(source: _Bounded, sample: list[_Member], wanted: str | None) -> list
 
 
 def _label(source: _Bounded, sample: list[_Member], wanted: str | None, where: str) -> str | None:
-    """What a sample says of its class."""
+    """The class label of a sample, or None."""
     parts = {member.part: member for member in sample}
     if wanted is not None and wanted.lower() not in parts:
         return _of_json(source, parts, (wanted,), where)

@@ -1,4 +1,4 @@
-"""Probes that are not files of their own: arrays in memory, and rows of Parquet tables."""
+"""Probes whose images are not separate files: arrays in memory, and rows of Parquet tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,10 @@ from milan_ray.probe.tables import PARQUET, Columns, read_row, table_entries
 
 
 class ArrayProbe:
-    """Images in memory. They travel to every actor with the probe, so keep them to some hundred MB."""
+    """A probe of images in memory.
+
+    The images are sent to every actor with the probe, so keep them below a few hundred MB.
+    """
 
     def __init__(
         self,
@@ -27,16 +30,16 @@ class ArrayProbe:
         concept_maps: Sequence[Mapping[str, np.ndarray]] | None = None,
         name: str = "arrays",
     ) -> None:
-        """Takes the images as they are.
+        """Stores the images without copying them.
 
         Args:
-            images: uint8 (N, H, W, 3), RGB; or (N, H, W, B) of any number of bands, for models that take as many.
+            images: uint8 (N, H, W, 3), RGB; or uint8 (N, H, W, B) for models that take B bands.
             labels: Class of each image, or None.
             concept_maps: Per image, concept → bool (H, W), or None.
             name: The probe's name.
 
         Raises:
-            MilanError: The images have another shape or type, or the other lists another length.
+            MilanError: The images have another shape or type, or ``labels`` or ``concept_maps`` have another length.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or not images.shape[-1]:
             raise MilanError(f"images are {images.dtype} {images.shape}: an ArrayProbe takes uint8 (N, H, W, bands).")
@@ -49,10 +52,10 @@ class ArrayProbe:
         self._concept_maps = concept_maps
 
     def manifest(self) -> pa.Table:
-        """Lists the images; an image's version tag is the hash of its pixels, and of its concept maps.
+        """Lists the images; an image's version tag is the hash of its pixels and its concept maps.
 
         Raises:
-            MilanError: There are none.
+            MilanError: The probe has no images.
         """
         if not len(self._images):
             raise MilanError(f"probe {self.name!r} has no images: give at least one.")
@@ -70,31 +73,31 @@ class ArrayProbe:
         return from_array(pixels, _sha256(pixels))
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
-        """Concept → bool (H, W) of this row's image, where given."""
+        """Concept → bool (H, W) of this row's image, or None if the probe has no concept maps."""
         return None if self._concept_maps is None else dict(self._concept_maps[int(ref.path)])
 
 
 class ParquetProbe:
-    """Encoded images in a column of one or several Parquet files, read by row group."""
+    """A probe of encoded images in a column of one or several Parquet files, read by row group."""
 
     def __init__(self, path: str | Path, image: str | None = None, label: str | None = None) -> None:
-        """Nothing is read yet.
+        """Stores the arguments; reads no files.
 
         Args:
-            path: A Parquet file or a folder of them, local or a URI.
-            image: Column of encoded images (binary, or a struct with a binary field ``bytes`` and, where that is null,
-                a file's ``path``); None takes ``image``, or the one column that can hold images.
-            label: Column of classes; None takes ``label``, or the one column that ``datasets`` calls a class label.
+            path: A Parquet file or a folder of Parquet files, as a local path or a URI.
+            image: Column of encoded images: binary, or a struct with a binary field ``bytes`` and a field ``path`` that
+                names a file where ``bytes`` is null. None selects ``image``, or the only column that can hold images.
+            label: Column of classes. None selects ``label``, or the only column that ``datasets`` marks as class label.
         """
         self._root = absolute_root(path)
         self._columns = Columns(image, label)
         self.name = PurePosixPath(self._root).name or self._root
 
     def manifest(self) -> pa.Table:
-        """Lists the rows from the files' footers and the column of labels; images are not read.
+        """Lists the rows from the files' footers and the label column; reads no images.
 
         Raises:
-            MilanError: There are no such files, columns or rows.
+            MilanError: The files or columns do not exist, or there are no rows.
         """
         local = local_path(self._root)
         if local is not None and not Path(local).exists():
@@ -113,12 +116,12 @@ class ParquetProbe:
         """Reads and decodes one row's image.
 
         Raises:
-            UnreadableImage: It is null, missing, corrupt, empty or too large.
+            UnreadableImage: The image is null, missing, corrupt, empty or too large.
         """
         return read_row(ref, self._columns)
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
-        """Unknown: None."""
+        """None: this probe has no concept maps."""
         return None
 
 
@@ -127,7 +130,7 @@ def _sha256(pixels: np.ndarray) -> str:
 
 
 def _tag(sha256: str, maps: Mapping[str, np.ndarray]) -> str:
-    """Identity of an image and its concept maps."""
+    """A hex digest of an image and its concept maps."""
     digest = hashlib.sha256(sha256.encode())
     for name in sorted(maps):
         digest.update(repr((name, maps[name].shape)).encode())

@@ -1,4 +1,4 @@
-"""What a probe is: a set of images with stable ids, read one by one anywhere in the cluster."""
+"""Interfaces of probes: sets of images with stable ids, which any process in the cluster can read one by one."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from PIL import Image
 
 @dataclass(frozen=True)
 class ImageRef:
-    """One manifest row, as much of it as reading the image needs.
+    """The fields of a manifest row that are needed to read its image.
 
     Attributes:
         image_id: Row number in the manifest.
-        root: The root it was found under.
-        path: Path below the root.
+        root: The root that contains the image.
+        path: Path relative to the root.
     """
 
     image_id: int
@@ -28,7 +28,7 @@ class ImageRef:
 
     @property
     def location(self) -> str:
-        """Where the image is, for messages."""
+        """The image's location, for messages."""
         return f"{self.root.rstrip('/')}/{self.path}"
 
 
@@ -37,11 +37,11 @@ class ProbeImage:
     """A decoded probe image.
 
     Attributes:
-        image: RGB, 8 bits, any size: what people see, and models that take RGB.
-        sha256: Hex digest of the bytes it was decoded from.
-        bands: The image with all its bands, where these are not RGB: a PIL image of 8 bits per band (grey, with alpha,
-            CMYK), or uint8 (H, W, N); None for RGB.
-        note: A doubt about how it was decoded, to be said once; None without.
+        image: RGB, 8 bits, any size. It is shown to people and passed to RGB models.
+        sha256: Hex digest of the bytes that it was decoded from.
+        bands: The image with all its bands, if these are not RGB: a PIL image of 8 bits per band (grey, with alpha,
+            CMYK), or uint8 (H, W, N). None for RGB.
+        note: A warning that the decoded image may be wrong, to be printed once, or None.
     """
 
     image: Image.Image
@@ -51,7 +51,7 @@ class ProbeImage:
 
     @property
     def planes(self) -> list[Image.Image]:
-        """Its bands as grey images, in order."""
+        """The image's bands as grayscale images, in order."""
         if isinstance(self.bands, np.ndarray):
             return [Image.fromarray(np.ascontiguousarray(band)) for band in np.moveaxis(self.bands, -1, 0)]
         return list((self.image if self.bands is None else self.bands).split())
@@ -59,7 +59,10 @@ class ProbeImage:
 
 @runtime_checkable
 class Source(Protocol):
-    """What every probe is. Small and picklable: it travels to every actor, the manifest does not."""
+    """The interface that all probes share.
+
+    A probe must be small and picklable, because it is sent to every actor. The manifest is not sent.
+    """
 
     @property
     def name(self) -> str:
@@ -70,36 +73,36 @@ class Source(Protocol):
         """Lists the images, in a fixed order (schema :data:`milan_ray.schema.MANIFEST`).
 
         Raises:
-            MilanError: There is nothing to list, or the place cannot be read.
+            MilanError: There is nothing to list, or the location cannot be read.
         """
         ...
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
-        """Ground truth of one image: concept name → bool (H, W) in the image's own pixels; None where unknown."""
+        """Ground truth of one image: concept name → bool (H, W) in the image's own resolution; None if unknown."""
         ...
 
 
 class ImageProbe(Source, Protocol):
-    """A source of probe images."""
+    """A probe of images."""
 
     def read(self, ref: ImageRef) -> ProbeImage:
         """Reads and decodes one image.
 
         Raises:
-            UnreadableImage: It is missing, corrupt, empty or too large; the text says which.
+            UnreadableImage: The image is missing, corrupt, empty or too large; the message states which.
         """
         ...
 
 
 @runtime_checkable
 class LatentProbe(Source, Protocol):
-    """A source of a generator's inputs: an "image" of its manifest is the one generated from that row's tensors."""
+    """A probe of a generator's inputs; each manifest row stands for the image generated from that row's tensors."""
 
     def latents(self, refs: Sequence[ImageRef]) -> tuple[torch.Tensor, ...]:
-        """The tensors of some rows, in the order in which the generator takes them, each (len(refs), …), on the CPU.
+        """The tensors of the given rows, in the order of the generator's arguments, each (len(refs), …), on the CPU.
 
         Raises:
-            MilanError: A file is no longer there or has changed.
+            MilanError: A file was removed or changed.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""Decodes probe images, whatever they come as: a file's bytes, a PIL image or an array."""
+"""Decodes probe images from a file's bytes, a PIL image or an array."""
 
 from __future__ import annotations
 
@@ -19,19 +19,20 @@ FORMATS = (
     "PSD", "QOI", "PCX", "DCX", "DDS", "SGI", "SUN", "XBM", "XPM", "MSP", "PIXAR", "FLI", "IM", "BLP", "FTEX", "GBR",
     "PCD", "XVTHUMB",
 )  # fmt: skip
-"""Formats that are decoded, whatever the file is called.
+"""Formats that are decoded, whatever the file name's ending.
 
-Pillow knows more: some start programs (EPS, WMF), some unpack without a limit (FITS), some only identify files.
+Pillow's other formats are excluded: some start programs (EPS, WMF), some unpack without a limit (FITS), and some only
+identify files.
 """
 
 EXTENSIONS = (
     ".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".jfif", ".jpe", ".gif", ".apng",
     ".avif", ".pbm", ".pnm", ".jp2", ".j2k", ".jpx", ".tga",
 )  # fmt: skip
-"""Endings of files that are taken for images without a look inside, whatever their case. Others are looked into."""
+"""Endings, in any case, of files that count as images without reading them. Other files are recognized by content."""
 
 IMAGE_FOLDER = EXTENSIONS[:9]
-"""The endings that torchvision's ``ImageFolder`` knows: what numbers its images counts these alone."""
+"""The endings that torchvision's ``ImageFolder`` accepts, for probes whose image numbers must match it."""
 
 HEIC = (".heic", ".heif", ".hif")
 """Endings of files that Pillow decodes with the package pillow-heif (extra ``heic``)."""
@@ -39,18 +40,18 @@ HEIC = (".heic", ".heif", ".hif")
 HEIC_REMEDY = "pip install 'milan-ray[heic]' reads them"
 
 MAX_PIXELS = 89_478_485
-"""The largest image that is decoded (Pillow's own warning limit; 256 MiB as RGB): beyond lie decompression bombs."""
+"""Maximum number of pixels of a decoded image: Pillow's limit against decompression bombs; 256 MiB as RGB."""
 
 HEAD = 512
-"""Bytes at the start of a file that tell what it is."""
+"""Number of bytes at the start of a file from which its format is recognized."""
 
 _GREY = ("1", "L")
-_PCX_PALETTE = 769  # bytes at a PCX file's end
+_PCX_PALETTE = 769  # size of the palette at the end of a PCX file, bytes
 _NOT_16_BITS = 14
-"""16-bit pixels that need no more bits than this are taken for those of a camera or scanner with fewer bits."""
+"""16-bit pixels that use at most this many bits probably come from a camera or scanner with fewer bits."""
 
 _CERTAIN = ("JPEG", "PNG", "TIFF", "WEBP", "GIF", "AVIF", "JPEG2000", "PSD", "QOI", "DDS")
-"""Formats whose first bytes are like nothing else's."""
+"""Formats with an unambiguous signature in their first bytes."""
 
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
 
@@ -58,7 +59,7 @@ _loading = threading.Lock()
 
 
 def heic_is_read() -> bool:
-    """Whether HEIC can be decoded: the optional package is installed."""
+    """Whether HEIC can be decoded because pillow-heif is installed; registers its decoder."""
     if importlib.util.find_spec("pillow_heif") is None:
         return False
     import pillow_heif
@@ -68,22 +69,22 @@ def heic_is_read() -> bool:
 
 
 def image_endings() -> tuple[str, ...]:
-    """Endings of files that are taken for images without a look inside."""
+    """Endings of files that count as images without reading them."""
     return EXTENSIONS + HEIC if heic_is_read() else EXTENSIONS
 
 
 def looks_like_image(head: bytes) -> bool:
-    """Whether the first :data:`HEAD` bytes of a file with an odd ending are those of an image that can be decoded."""
+    """Whether the first :data:`HEAD` bytes of a file with an unknown ending are those of a decodable image."""
     if _is_heif(head):
         return heic_is_read()
     Image.init()
     if any(name in Image.OPEN and Image.OPEN[name][1](head) is True for name in _CERTAIN):  # type: ignore[misc]
         return True
-    # Two letters (BMP, netpbm) may begin a text: the rest of the header has to make sense, too.
+    # A text may start with the two letters of BMP or netpbm, so the rest of the header must be valid, too.
     try:
         with Image.open(io.BytesIO(head), formats=("BMP", "PPM")):
             return True
-    except Exception:  # Pillow's readers raise almost anything on what is no image
+    except Exception:  # Pillow's readers raise almost any exception on files that are not images
         return False
 
 
@@ -94,27 +95,27 @@ def decode(data: bytes) -> Image.Image:
         data: The file's content.
 
     Returns:
-        RGB, 8 bits, loaded.
+        An RGB image of 8 bits, loaded.
 
     Raises:
-        UnreadableImage: It is empty, truncated, damaged, too large, or no image.
+        UnreadableImage: The file is empty, truncated, damaged, too large, or not an image.
     """
     return probe_image(data, "").image
 
 
 def probe_image(data: bytes, sha256: str | None = None) -> ProbeImage:
-    """Decodes an image as torchvision's default loader does, with defined answers where that has none.
+    """Decodes an image as torchvision's default loader does, with defined results where that loader has none.
 
-    Grayscale, CMYK, palette and alpha go through Pillow's ``convert("RGB")`` (alpha is dropped, not composited); of
-    animations the first frame counts; EXIF orientation is ignored. 16-bit grayscale is scaled down to 8 bits, where
-    Pillow alone would clip it.
+    Grayscale, CMYK, palette and alpha images are converted by Pillow's ``convert("RGB")``; alpha is dropped, not
+    composited. Only the first frame of an animation is used. EXIF orientation is ignored. 16-bit grayscale is scaled
+    down to 8 bits; Pillow alone would clip it.
 
     Args:
         data: The file's content.
-        sha256: Hex digest of it; None computes it.
+        sha256: Hex digest of the content; None computes it.
 
     Raises:
-        UnreadableImage: It is empty, truncated, damaged, too large, or no image.
+        UnreadableImage: The file is empty, truncated, damaged, too large, or not an image.
     """
     if not data:
         raise UnreadableImage("is empty (0 bytes)")
@@ -128,33 +129,33 @@ def probe_image(data: bytes, sha256: str | None = None) -> ProbeImage:
             return settle(image, hashlib.sha256(data).hexdigest() if sha256 is None else sha256)
     except UnreadableImage:
         raise
-    except UnidentifiedImageError as error:  # its text holds a memory address
+    except UnidentifiedImageError as error:  # its message contains a memory address
         raise UnreadableImage("is no image in a known format (JPEG, PNG, TIFF, WebP, GIF, AVIF, …)") from error
     except Exception as error:
         raise _unreadable(error) from error
 
 
 def settle(image: Image.Image, sha256: str = "") -> ProbeImage:
-    """Brings an opened or drawn PIL image to what :func:`probe_image` gives for its file.
+    """Converts an opened or generated PIL image to the result of :func:`probe_image` for its file.
 
     Raises:
-        UnreadableImage: It is damaged, too large, or has pixels of unknown range.
+        UnreadableImage: The image is damaged, too large, or has pixels of unknown range.
     """
     try:
         return _settle(image, sha256)
     except UnreadableImage:
         raise
-    except Exception as error:  # Pillow's readers raise almost anything on damaged files
+    except Exception as error:  # Pillow's readers raise almost any exception on damaged files
         raise _unreadable(error) from error
 
 
 def from_array(pixels: np.ndarray, sha256: str = "") -> ProbeImage:
-    """Takes pixels for an image.
+    """Makes a probe image of an array of pixels.
 
     Args:
-        pixels: uint8 (H, W), (H, W, 3) or, of any number of bands, (H, W, N); people see the first three bands, or the
-            first alone where there are two.
-        sha256: Digest of its content.
+        pixels: uint8 (H, W), (H, W, 3), or (H, W, N) for N bands. The first three bands are displayed as RGB; with two
+            bands, the first is displayed as grayscale.
+        sha256: Digest of the content.
     """
     if pixels.ndim == 2:
         pixels = pixels[..., None]
@@ -170,9 +171,9 @@ def _settle(image: Image.Image, sha256: str) -> ProbeImage:
     if image.mode == "F":
         raise UnreadableImage("has floating-point pixels, whose range is unknown")
     _refuse_doubtful(image)
-    inverted = _tag(image, 262) == 0  # TIFF's WhiteIsZero, which Pillow heeds in 8 bits alone
+    inverted = _tag(image, 262) == 0  # TIFF's WhiteIsZero, which Pillow applies only to 8-bit images
     deep = any(";16" in str(tile) for tile in getattr(image, "tile", ()))
-    # An image that was opened and not yet loaded may stand in a list twice, and be read by two threads.
+    # A list may contain an opened, unloaded image twice, so two threads may load it at the same time.
     with _loading if getattr(image, "fp", None) is not None else nullcontext():
         image.load()
     if image.mode.startswith("I"):
@@ -193,19 +194,19 @@ def _settle(image: Image.Image, sha256: str) -> ProbeImage:
 
 
 def _tag(image: Image.Image, number: int) -> object:
-    """What a TIFF file says under a number; None of other images."""
+    """The value of a TIFF tag; None for other formats."""
     found = getattr(image, "tag_v2", {}).get(number)
     return found[0] if isinstance(found, tuple) and found else found
 
 
 def _refuse_doubtful(image: Image.Image) -> None:
-    """Refuses files that Pillow decodes to something else than they hold.
+    """Rejects files that Pillow decodes incorrectly.
 
     Raises:
-        UnreadableImage: It is one.
+        UnreadableImage: The image is such a file.
     """
     bits = _tag(image, 258)
-    if _tag(image, 339) == 2 and bits != 32:  # Pillow itself writes mode I as signed; its values tell
+    if _tag(image, 339) == 2 and bits != 32:  # Pillow itself writes mode I as signed: _from_16_bits checks its values
         raise UnreadableImage(f"has signed pixels of {bits} bits, whose range is unknown")
     if _tag(image, 262) == 0 and bits == 32:
         raise UnreadableImage("has inverted 32-bit pixels, whose range is unknown")
@@ -223,7 +224,7 @@ def _refuse_doubtful(image: Image.Image) -> None:
 
 
 def _from_16_bits(image: Image.Image, sha256: str, inverted: bool) -> ProbeImage:
-    # Mode I has 32 bits, but holds what 16-bit PNG and PGM files contain.
+    # Pillow decodes 16-bit PNG and PGM files to mode I, which has 32 bits.
     pixels = np.asarray(image).astype(np.int64)
     low, high = (int(pixels.min()), int(pixels.max())) if pixels.size else (0, 0)
     if low < 0 or high > 65535:

@@ -1,4 +1,4 @@
-"""Where files lie: local folders and object stores, listed and opened alike."""
+"""Lists and reads files in local folders and object stores through one interface."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from milan_ray.remote import is_uri, open_uri, split_query, why
 
 SYSTEM_FILES = frozenset({"thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "$recycle.bin",
                           "system volume information", "@eadir", "lost+found"})  # fmt: skip
-"""Files and folders that operating systems leave behind, in lower case; like hidden ones they are ignored."""
+"""Files and folders that operating systems create, in lower case; like hidden files, they are ignored."""
 
 NEVER_IMAGES = (".csv", ".html", ".json", ".jsonl", ".md", ".mp4", ".npy", ".txt", ".xml", ".yaml", ".yml")
-"""Endings of files in object stores that are not looked into: each look is a request."""
+"""Endings of files in object stores whose content is not checked, because each check is a request."""
 
 _PAUSES = (0.5, 2.0)
-"""Seconds between the attempts to read from an object store that fails for a moment."""
+"""Pauses between attempts to read from an object store after a temporary failure, seconds."""
 
 _LOOKS = 32
-"""Files in an object store that are looked into side by side."""
+"""Number of files in an object store whose content is checked concurrently."""
 
 
 class Found(NamedTuple):
     """A file below a root.
 
     Attributes:
-        path: Its path below the root.
-        size: Bytes, or None where it cannot be told.
-        mtime_ns: Modification time, ns since the epoch, or None.
+        path: Path relative to the root.
+        size: Size in bytes, or None if unknown.
+        mtime_ns: Modification time in ns since the epoch, or None if unknown.
     """
 
     path: str
@@ -51,11 +51,11 @@ class Found(NamedTuple):
 
 @dataclass
 class Listing:
-    """What lies below a root.
+    """The files below a root.
 
     Attributes:
-        files: All files but hidden and system ones, each real one once.
-        links: Links that were not followed, because what they lead to is listed already.
+        files: All files except hidden and system files; each real file once.
+        links: Links that were not followed, because their targets are already listed.
     """
 
     files: list[Found] = field(default_factory=list)
@@ -67,15 +67,16 @@ def filesystem(root: str) -> tuple[fs.FileSystem, str]:
     """The filesystem of a URI or local path, and the path in it; one client per process.
 
     Raises:
-        MilanError: No filesystem answers to it.
+        MilanError: No filesystem supports the URI.
     """
     return open_uri(root) if is_uri(root) else (fs.LocalFileSystem(), root)
 
 
 def absolute_root(root: str | Path) -> str:
-    """A root as manifests hold it: a URI as it is, a local one absolute and, but for a file's own name, without links.
+    """Normalizes a root as manifests store it: a URI unchanged; a local path absolute, with links resolved.
 
-    Caches of downloads keep files under names without an ending, and links with the right ones.
+    A file's own name is not resolved, because download caches store files under names without an ending and link to
+    them under names with the right ending.
     """
     if is_uri(root):
         return str(root)
@@ -84,12 +85,12 @@ def absolute_root(root: str | Path) -> str:
 
 
 def file_name(root: str, path: str) -> str:
-    """What tells a file's kind by its ending: its path, or its root where that is the file; in lower case."""
+    """The name whose ending tells the file's format: its path, or the root if the root is the file; in lower case."""
     return (path or split_query(root)[0]).lower()
 
 
 def local_path(root: str) -> str | None:
-    """The local folder or file that a root is, ``file://`` included; None where it is elsewhere."""
+    """The local path of a root, including ``file://`` URIs; None for remote roots."""
     if not is_uri(root):
         return root
     if root.partition("://")[0] != "file":
@@ -98,27 +99,27 @@ def local_path(root: str) -> str | None:
 
 
 def list_files(root: str) -> Listing:
-    """Lists what lies below a root; a file is listed as itself, with an empty path.
+    """Lists the files below a root; a root that is a file is listed with an empty path.
 
     Raises:
-        MilanError: It is missing or may not be read.
+        MilanError: The root is missing or not readable.
     """
     local = local_path(root)
     return _list_remote(root) if local is None else _list_local(local)
 
 
 def read_file(root: str, path: str) -> bytes:
-    """Reads a file whole.
+    """Reads a whole file.
 
     Raises:
-        UnreadableImage: It is missing or may not be read.
-        MilanError: An object store failed, time after time.
+        UnreadableImage: The file is missing or not readable.
+        MilanError: An object store failed on every attempt.
     """
     local = local_path(root)
     if local is not None:
         try:
             place = Path(local, path)
-            if not stat.S_ISREG(place.stat().st_mode):  # a pipe would keep its reader waiting
+            if not stat.S_ISREG(place.stat().st_mode):  # reading a pipe would block
                 raise UnreadableImage("is no plain file")
             return place.read_bytes()
         except OSError as error:
@@ -127,11 +128,11 @@ def read_file(root: str, path: str) -> bytes:
 
 
 def read_part(root: str, path: str, offset: int, size: int) -> bytes:
-    """Reads some bytes of a file; fewer where it is shorter.
+    """Reads a range of bytes of a file; returns fewer bytes if the file ends earlier.
 
     Raises:
-        UnreadableImage: It is missing or may not be read.
-        MilanError: An object store failed, time after time.
+        UnreadableImage: The file is missing or not readable.
+        MilanError: An object store failed on every attempt.
     """
     local = local_path(root)
     if local is not None:
@@ -152,7 +153,7 @@ def _remotely(root: str, path: str, read: Callable[[pa.NativeFile], bytes]) -> b
                 return read(file)
         except (FileNotFoundError, PermissionError) as error:
             raise UnreadableImage(f"cannot be read ({type(error).__name__})") from error
-        except OSError as error:  # the network's fault, not the image's: skipping it would change the result
+        except OSError as error:  # the network failed, not the image: skipping the image would change the result
             if pause is None:
                 raise MilanError(f"cannot read {root.rstrip('/')}/{path}: {why(error, root)}") from error
             time.sleep(pause)
@@ -160,17 +161,17 @@ def _remotely(root: str, path: str, read: Callable[[pa.NativeFile], bytes]) -> b
 
 
 def images_of(root: str, listing: Listing, only: tuple[str, ...] | None = None) -> tuple[list[Found], Counter[str]]:
-    """The images of a listing, and what else there is.
+    """Separates the images of a listing from its other files.
 
-    Files with an image's ending are taken for images; others, and those without an ending, are looked into.
+    Files with an image's ending count as images. The content of all other files is checked.
 
     Args:
         root: The root that was listed.
-        listing: What lies below it.
-        only: Endings of images; no others are looked into. None for all.
+        listing: The files below the root.
+        only: The only endings that count as images; no content is checked. None accepts all images.
 
     Returns:
-        The images, in the listing's order; ending → how many files are no images.
+        The images, in the listing's order; ending → number of files that are not images.
     """
     endings = only or image_endings()
     odd = [found for found in listing.files if not found.path.lower().endswith(endings)]
@@ -187,7 +188,7 @@ def ending(path: str) -> str:
 
 
 def tell_left_out(where: str, left_out: Counter[str], links: list[str]) -> None:
-    """Says what of a probe is no image, and which links lead to what is listed anyway; the same once per process."""
+    """Prints how many files of a probe are not images and which links were skipped; the same text once per process."""
     if left_out:
         count = sum(left_out.values())
         kinds = [f"{kind} {number}" for kind, number in sorted(left_out.items(), key=lambda item: (-item[1], item[0]))]
@@ -202,11 +203,11 @@ def tell_left_out(where: str, left_out: Counter[str], links: list[str]) -> None:
 
 
 def tell_doubts(doubts: Sequence[tuple[str, str]], count: int) -> None:
-    """Says that images may have been meant otherwise than they were decoded, once for all of them.
+    """Prints one warning for all images that may have been decoded wrongly.
 
     Args:
-        doubts: Where an image is, and the doubt; at least the first.
-        count: How many there are.
+        doubts: (location of an image, warning); at least the first.
+        count: Number of such images.
     """
     if doubts:
         where, why = doubts[0]
@@ -216,12 +217,12 @@ def tell_doubts(doubts: Sequence[tuple[str, str]], count: int) -> None:
 
 @lru_cache(maxsize=4096)
 def tell(text: str) -> None:
-    """Says something about a probe, once per process: a job lists its probe several times."""
+    """Prints a message about a probe once per process, because a job lists its probe several times."""
     say(text)
 
 
 def _look(root: str, files: list[Found]) -> Iterator[str]:
-    """The paths of those files whose first bytes are an image's."""
+    """Yields the paths of files whose first bytes are those of an image."""
 
     def head(found: Found) -> bool:
         try:
@@ -238,7 +239,7 @@ def _look(root: str, files: list[Found]) -> Iterator[str]:
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a file or folder is hidden, or one that an operating system leaves behind."""
+    """Whether a file or folder is hidden or created by an operating system."""
     return name.startswith(".") or name.lower() in SYSTEM_FILES
 
 
@@ -257,7 +258,7 @@ def _list_local(root: str) -> Listing:
         ) from error
 
     def walk(top: str, below: str) -> None:
-        """Lists the real folders and files of a real folder, which is ``below`` in the listing; notes the links."""
+        """Lists the real folders and files of a real folder under the prefix ``below``; collects the links."""
         for folder, names, files in os.walk(top, onerror=fail):
             here = below if folder == top else f"{below}{os.path.relpath(folder, top).replace(os.sep, '/')}/"
             folders.add(folder)
@@ -279,7 +280,7 @@ def _list_local(root: str) -> Listing:
                 listing.files.append(Found(here + name, status.st_size, status.st_mtime_ns))
 
     walk(os.path.realpath(root), "")
-    while links:  # real folders have their own names; what is reached by links alone has the first link's
+    while links:  # real folders keep their own paths; a folder reached only by links gets the first link's path
         links.sort(reverse=True)
         path, place = links.pop()
         target = os.path.realpath(place)

@@ -1,4 +1,4 @@
-"""Probes made of files: folders of classes, flat folders, with or without a file of labels, and shards of images."""
+"""Probes of files: class folders or flat folders, with or without a file of labels, and shards of images."""
 
 from __future__ import annotations
 
@@ -50,19 +50,19 @@ _FILE_COLUMNS = ("file", "filename", "file_name", "path", "image", "name")
 _LABEL_COLUMNS = ("label", "class_label", "class_name", "class", "category", "name", "wnid", "synset", "class_index")
 
 _DESCRIPTIVE = ("state.json", "dataset_info.json", "dataset_dict.json")
-"""Files that ``datasets`` writes beside its shards."""
+"""Files that ``datasets`` writes alongside its shards."""
 
 
 class FolderProbe:
-    """The images below one or several roots: files, or where a root has none, the rows and members of its shards.
+    """The images below one or several roots: image files or, if a root has none, the rows and members of its shards.
 
-    An image's class is the name of the folder directly below the root that it lies in; images directly in the root
-    have none. Ids follow torchvision's ``ImageFolder``: classes sorted, then folders, then files, root after root.
-    Hidden files, and those of operating systems, are ignored; what else is no image is left out and counted. A link
-    never shows a file twice. A file of labels takes the folders' place.
+    An image's class is the name of its top-level folder below the root; images directly in the root have no class. A
+    file of labels replaces these classes. Ids follow torchvision's ``ImageFolder``: classes sorted, then folders, then
+    files, root after root. Hidden and system files are ignored. Other files that are not images are left out and
+    counted. A file that is reached by several links is listed once.
 
-    Shards are Parquet files, Arrow files of ``datasets.save_to_disk``, and tar archives in WebDataset's layout; ids
-    follow their names and the order in them.
+    Shards are Parquet files, Arrow files of ``datasets.save_to_disk``, and tar archives in WebDataset's layout. Ids
+    follow the shards' names and the order inside each shard.
     """
 
     def __init__(
@@ -73,16 +73,17 @@ class FolderProbe:
         label_column: str | None = None,
         endings: tuple[str, ...] | None = None,
     ) -> None:
-        """Nothing is read yet.
+        """Stores the arguments; reads no files.
 
         Args:
-            roots: Folders, single shards, or URIs that pyarrow's filesystems understand (``s3://…``, ``gs://…``).
+            roots: Folders, single shards, or URIs that pyarrow's filesystems support (``s3://…``, ``gs://…``).
             labels: A CSV file whose header has a column of files (``file``, ``path``, …) and one of labels
-                (``label``, ``class``, ``name``, …), or lines of ``file label``. Files are names or paths below a root.
-            image_column: Of shards, the column of images, or the part of a sample (``jpg``); None finds it.
-            label_column: Of shards, the column of classes, or the part of a sample (``cls``); None finds it.
-            endings: Endings of files that are images, in lower case, where others know them by number; None takes all
-                images.
+                (``label``, ``class``, ``name``, …), or lines of ``file label``. Files are given by name or by path
+                below a root.
+            image_column: In shards, the column of images, or the part of a sample (``jpg``); None detects it.
+            label_column: In shards, the column of classes, or the part of a sample (``cls``); None detects it.
+            endings: The only endings, in lower case, of files that count as images, for probes whose image numbers
+                must match another program's; None accepts all images.
         """
         self._endings = endings
         self._roots = tuple(map(absolute_root, roots))
@@ -94,7 +95,7 @@ class FolderProbe:
         """Lists the images by name, size and modification time, without reading them.
 
         Raises:
-            MilanError: A root is missing, unreadable or without images; or labels or columns do not fit.
+            MilanError: A root is missing, unreadable or without images, or labels or columns do not match.
         """
         labels = None if self._labels is None else _Labels(self._labels)
         entries: list[Entry] = []
@@ -122,8 +123,8 @@ class FolderProbe:
         """Reads and decodes one image.
 
         Raises:
-            UnreadableImage: It is missing, corrupt, empty or too large.
-            MilanError: A remote filesystem failed, time after time.
+            UnreadableImage: The image is missing, corrupt, empty or too large.
+            MilanError: A remote filesystem failed on every attempt.
         """
         if is_row(ref):
             return read_row(ref, self._columns)
@@ -133,12 +134,12 @@ class FolderProbe:
         return probe_image(data, hashlib.sha256(data).hexdigest())
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
-        """Unknown: None."""
+        """None: this probe has no concept maps."""
         return None
 
 
 class _Labels:
-    """A file of labels, and what of it matches."""
+    """A file of labels, and a record of which of its names match images."""
 
     def __init__(self, path: str) -> None:
         self._path = path
@@ -147,10 +148,10 @@ class _Labels:
         self._without: list[str] = []
 
     def of(self, root: str, path: str) -> str | None:
-        """The label of an image, by its path below the root or else by its name.
+        """The label of an image, looked up by its path below the root, then by its name.
 
         Raises:
-            MilanError: Its name is that of another image, too.
+            MilanError: The label's name matches another image, too.
         """
         for name in (same_name(path), same_name(PurePosixPath(path).name)):
             if name in self._labels:
@@ -164,10 +165,10 @@ class _Labels:
         return None
 
     def tell(self, images: int, roots: Sequence[str]) -> None:
-        """Says what matches nothing.
+        """Prints how many images have no label and how many labels have no image.
 
         Raises:
-            MilanError: Nothing matches.
+            MilanError: No label matches an image.
         """
         if not self._used:
             raise MilanError(f"{self._path} labels none of the images in {', '.join(roots)}: check its names.")
@@ -184,13 +185,13 @@ def read_labels(path: str) -> dict[str, str]:
     """Reads a file of labels.
 
     Args:
-        path: A CSV with header, or lines of ``file label``.
+        path: A CSV file with a header, or lines of ``file label``.
 
     Returns:
-        File name (or path below the root) in composed letters → label.
+        File name (or path below the root) in composed Unicode (NFC) → label.
 
     Raises:
-        MilanError: It cannot be read, no line has a file and a label, or a file has two labels.
+        MilanError: The file cannot be read, no line has a file and a label, or an image has two labels.
     """
     try:
         text = read_text(path)
@@ -222,10 +223,10 @@ def read_labels(path: str) -> dict[str, str]:
 
 
 def _check_cells(path: str, text: str, cells: int) -> None:
-    """Refuses a CSV whose quotes are not closed, or with rows longer than its first.
+    """Rejects a CSV file with an unclosed quote or with rows longer than its first row.
 
     Raises:
-        MilanError: It is one.
+        MilanError: The file is invalid.
     """
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter(text), skipinitialspace=True, strict=True)
     try:
@@ -240,7 +241,7 @@ def _check_cells(path: str, text: str, cells: int) -> None:
 
 
 def tell_classes(where: str, entries: Sequence[Entry]) -> None:
-    """Says how many images have no class, where some have one, or where a shard could say it."""
+    """Prints how many images have no class, if other images have one or if the images come from shards."""
     without = [entry for entry in entries if entry.class_label is None]
     shards = bool(entries) and _in_shard(entries[0])
     if without and (shards or len(without) < len(entries)):
@@ -250,10 +251,10 @@ def tell_classes(where: str, entries: Sequence[Entry]) -> None:
 
 
 def _entries_of(root: str, labels: _Labels | None, columns: Columns, endings: tuple[str, ...] | None) -> list[Entry]:
-    """The images below one root."""
+    """Lists the images below one root as manifest entries."""
     listing = list_files(root)
     images, left_out = images_of(root, listing, endings)
-    if images and not is_saved(listing.files):  # what a saved data set refers to may lie beside it
+    if images and not is_saved(listing.files):  # a saved data set may come with image files that its rows refer to
         tell_left_out(root, left_out, listing.links)
         entries = []
         for path, size, mtime_ns in sorted(images, key=lambda found: _parts(found.path)):
@@ -319,10 +320,10 @@ def _real_file(file: str) -> str:
 
 
 def _real(entry: Entry) -> str:
-    """Where an image really lies, for telling whether two roots share it."""
+    """The image's location with all links resolved, for detecting images that two roots share."""
     local = local_path(entry.root)
     ref = ImageRef(0, entry.root, entry.path)
-    if is_row(ref) or is_member(ref):  # where its shard lies, and where it is in that
+    if is_row(ref) or is_member(ref):  # the shard's real path, then the position in the shard
         path, mark, row = entry.path.rpartition("#") if is_row(ref) else _split_member(entry.path)
         file = f"{entry.root.rstrip('/')}/{path}" if path else entry.root
         return (file if local is None else _real_file(os.path.join(local, path) if path else local)) + mark + row
@@ -340,6 +341,6 @@ def _split_member(path: str) -> tuple[str, str, str]:
 
 
 def _parts(path: str) -> tuple[str, str, str]:
-    """Class folder (empty in the root), whole folder and name of a path below a root: also the order of the ids."""
+    """Splits a path below a root into class folder (empty in the root), full folder and name: the sort key of ids."""
     folder, _, name = path.rpartition("/")
     return folder.partition("/")[0], folder, name

@@ -1,6 +1,6 @@
-"""Folders of images with label maps beside them: CamVid's layout and its likes, Broden's, ADE20K's (docs/labelers.md).
+"""Probes of folders with images and label maps, in the layouts of CamVid, Broden and ADE20K (docs/labelers.md).
 
-Each image's label maps are part of its version tag in the manifest: a map that changes is another probe.
+Each image's version tag in the manifest covers its label maps, so a changed map gives the probe another fingerprint.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from milan_ray.probe.manifest import Entry, build
 from milan_ray.textfiles import clean, csv_in, delimiter, dict_reader, read_text, unquoted
 
 LABEL_FOLDERS = ("labels", "annotations", "masks")
-"""Names of the folder of label maps beside ``images``."""
+"""Possible names of the folder of label maps, a sibling of ``images``."""
 
 LEGENDS = ("classes.csv", "classes.txt", "labels.csv", "names.txt", "objectInfo150.txt")
-"""Files beside ``images`` that say what the numbers of label maps mean."""
+"""Possible names of the legend, a sibling of ``images``: it maps the numbers in label maps to names."""
 
 VOID = {"", "void", "ignore", "unlabelled", "unlabeled", "other"}
-"""Names of what is nothing in particular."""
+"""Names of label map values that are not concepts."""
 
 _DIGITS = 9
-"""Digits of a number in a label map at most."""
+"""Maximum number of digits of a number in a label map."""
 
 _BRODEN = ("color", "object", "part", "material", "scene", "texture")
-"""Broden's categories; an entry is a file of its own per map, or the number of a label of the whole image."""
+"""Broden's categories; an entry is the file of a label map, or the number of a label of the whole image."""
 
 
 def is_labelled(folder: Path) -> bool:
-    """Whether a folder has one of the layouts that :func:`labelled_folder` reads, with all that it takes.
+    """Whether a folder has one of the layouts that :func:`labelled_folder` reads, with all required files.
 
-    ``images`` beside ``annotations`` is no such folder without a legend: COCO's has the same names.
+    A folder with ``images`` and ``annotations`` also needs a legend, because COCO uses the same folder names.
     """
     numbered = _label_folder(folder) is not None and _legend_of(folder) is not None
     return numbered or _is_broden(folder) or _is_ade20k(folder)
@@ -53,12 +53,12 @@ def labelled_folder(folder: str | Path, legend: str | Path | None = None) -> Lab
     """The probe of a folder with label maps.
 
     Args:
-        folder: Broden's (``index.csv``, ``label.csv``, ``images/``), CamVid's (``images/`` and ``labels/``, files of
-            the same stem), or ADE20K's (``NAME.jpg``, ``NAME_seg.png``, ``NAME.json``).
-        legend: What the numbers of CamVid's label maps mean: lines or CSV rows of number and name.
+        folder: A folder in the layout of Broden (``index.csv``, ``label.csv``, ``images/``), CamVid (``images/`` and
+            ``labels/``, files of the same stem), or ADE20K (``NAME.jpg``, ``NAME_seg.png``, ``NAME.json``).
+        legend: Names of the numbers in CamVid's label maps: lines or CSV rows of number and name.
 
     Raises:
-        MilanError: It has none of these layouts, or there is no legend where one is needed.
+        MilanError: The folder has none of these layouts, or a required legend is missing.
     """
     path = Path(folder).expanduser().resolve()
     if _is_broden(path):
@@ -74,12 +74,12 @@ def labelled_folder(folder: str | Path, legend: str | Path | None = None) -> Lab
 
 
 def read_legend(path: Path) -> dict[int, str]:
-    """What numbers in label maps mean: lines of ``number name``, a CSV, or ADE20K's ``objectInfo150.txt``.
+    """Reads the names of numbers in label maps: lines of ``number name``, a CSV, or ADE20K's ``objectInfo150.txt``.
 
-    A header is recognised by its lack of a number; of several names (``car, auto``) the first counts.
+    Lines without a number, such as a header, are skipped. Only the first of several names (``car, auto``) is used.
 
     Raises:
-        MilanError: It cannot be read, or has no line with a number and a name.
+        MilanError: The file cannot be read, or has no line with a number and a name.
     """
     try:
         lines = read_text(path).splitlines()
@@ -92,7 +92,7 @@ def read_legend(path: Path) -> dict[int, str]:
             cells = next(csv.reader([line], delimiter=between), []) if between in line else []
         cells = [cell.strip() for cell in cells] if len(cells) > 1 else line.split(maxsplit=1)
         if len(cells) > 1 and _is_number(cells[0]):
-            # Of a table, the name comes last; of lines with several names after a comma, it is the first.
+            # In a tab-separated table, the name is the last cell; in comma-separated lines, it is the second.
             name = cells[-1] if between == "\t" else cells[1]
             found[int(cells[0])] = unquoted(name.split(",")[0])
         elif cells and _is_number(cells[0].partition(" ")[0]):  # `401 car, auto`
@@ -109,10 +109,10 @@ def _is_number(text: str) -> bool:
 
 
 class LabelledFolder:
-    """What the layouts have in common: local files, a manifest whose tags cover the label maps."""
+    """Base class of the layouts: local files, and a manifest whose version tags cover the label maps."""
 
     def __init__(self, root: Path) -> None:
-        """Nothing is read yet.
+        """Stores the folder; reads no files.
 
         Args:
             root: The folder.
@@ -121,10 +121,10 @@ class LabelledFolder:
         self.name = root.name
 
     def manifest(self) -> pa.Table:
-        """Lists the images by name, size and modification time, those of their label maps too.
+        """Lists the images by name, size and modification time, including those of their label maps.
 
         Raises:
-            MilanError: There are none.
+            MilanError: The folder has no images.
         """
         entries = []
         for path, label in self._images():
@@ -146,12 +146,12 @@ class LabelledFolder:
         """Reads and decodes one image.
 
         Raises:
-            UnreadableImage: It is missing, corrupt, empty or too large.
+            UnreadableImage: The image is missing, corrupt, empty or too large.
         """
         return FolderProbe([self._root]).read(ref)
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
-        """Concept → bool (H, W), for concepts that show; None for an image without label maps.
+        """Concept → bool (H, W) for the concepts in an image; None for an image without label maps.
 
         Raises:
             MilanError: A label map is damaged.
@@ -167,15 +167,15 @@ class LabelledFolder:
         raise NotImplementedError
 
     def _version(self) -> object:
-        """What else decides concept maps."""
+        """Everything else that determines the concept maps, for version tags."""
         return 1
 
 
 class NumberedFolder(LabelledFolder):
-    """CamVid's layout and its likes: ``images/A.jpg`` beside ``labels/A.png``, whose pixels are numbers of a legend.
+    """CamVid's layout: ``images/A.jpg`` and ``labels/A.png``, whose pixels are numbers of a legend.
 
-    Numbers without a name, and names that say nothing (void, unlabelled), are no concepts. Folders below are followed,
-    as in ADE20K's scene parsing (``images/training/…``, ``annotations/training/…``).
+    Numbers without a name, and names such as void or unlabelled, are not concepts. Subfolders are read, too, as in
+    ADE20K's scene parsing (``images/training/…``, ``annotations/training/…``).
     """
 
     def __init__(self, root: Path, legend: str | Path | None = None) -> None:
@@ -183,7 +183,7 @@ class NumberedFolder(LabelledFolder):
 
         Args:
             root: The folder.
-            legend: What the numbers mean; None looks for a file beside ``images``.
+            legend: File with the names of the numbers; None searches the folder for one of :data:`LEGENDS`.
 
         Raises:
             MilanError: There is no legend.
@@ -220,10 +220,11 @@ class NumberedFolder(LabelledFolder):
 
 
 class BrodenFolder(LabelledFolder):
-    """Broden (Bau et al. 2017): ``index.csv`` names each image's maps per category, ``label.csv`` their numbers.
+    """Broden's layout (Bau et al. 2017).
 
-    A map's pixel is red + 256 · green; several maps, and several labels of a whole image, are separated by ``;``. The
-    suffixes of colours and scenes (``-c``, ``-s``) are left off; a class is the image's scene, if it has one.
+    ``index.csv`` lists each image's label maps per category; ``label.csv`` maps their numbers to names. A map's value
+    is red + 256 · green. Several maps, or several labels of a whole image, are separated by ``;``. The suffixes of
+    colours and scenes (``-c``, ``-s``) are removed. An image's class is its scene, if it has one.
     """
 
     def __init__(self, root: Path) -> None:
@@ -233,7 +234,7 @@ class BrodenFolder(LabelledFolder):
             root: The folder.
 
         Raises:
-            MilanError: It is none of Broden's.
+            MilanError: The files are not in Broden's format.
         """
         super().__init__(root)
         self._names = {
@@ -243,7 +244,7 @@ class BrodenFolder(LabelledFolder):
         self._index = {row["image"]: row for row in _rows(root / "index.csv", ("image", "sh", "sw"))}
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
-        """Concept → bool (H, W), at the scale of the label maps."""
+        """Concept → bool (H, W), at the resolution of the label maps."""
         names, row = self._names, self._index[ref.path.removeprefix("images/")]
         maps = [_numbers(file) for file in self._label_files(ref.path)]
         shape = maps[0].shape if maps else (int(row["sh"]), int(row["sw"]))
@@ -273,10 +274,10 @@ class BrodenFolder(LabelledFolder):
 
 
 class Ade20kFolder(LabelledFolder):
-    """ADE20K's own files: ``NAME.jpg``, ``NAME_seg.png`` and ``NAME.json``.
+    """ADE20K's layout: ``NAME.jpg``, ``NAME_seg.png`` and ``NAME.json``.
 
-    Objects are the pixels red // 10 · 256 + green of the map, named by the JSON; parts are its polygons; the scene is
-    true everywhere. Of several names (``car, auto``) the first counts.
+    An object's number is red // 10 · 256 + green of the map's pixels; the JSON file gives its name. Parts are polygons
+    in the JSON file. The scene is true at every pixel. Only the first of several names (``car, auto``) is used.
     """
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
@@ -311,7 +312,7 @@ class Ade20kFolder(LabelledFolder):
         found = []
         for path in _walk(self._root):
             files = self._label_files(path.relative_to(self._root).as_posix())
-            if all(file.is_file() for file in files):  # not the maps themselves
+            if all(file.is_file() for file in files):  # skips the label maps themselves
                 found.append((path.relative_to(self._root).as_posix(), self._scene(_ade20k(files[1]))))
         return found
 
@@ -340,7 +341,7 @@ def _is_ade20k(folder: Path) -> bool:
 
 
 def _walk(folder: Path) -> list[Path]:
-    """The images below a folder, hidden ones left out, sorted by path."""
+    """The images below a folder, except hidden ones, sorted by path."""
     found = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
     return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
@@ -354,17 +355,17 @@ def _stat(file: Path) -> tuple[int, int]:
 
 
 def _numbers(file: Path, ade20k: bool = False) -> np.ndarray:
-    """The numbers in a label map, int64 (H, W): grey or palette values, or red and green taken together.
+    """The numbers in a label map, int64 (H, W): grey or palette values, or red and green combined.
 
     Raises:
-        MilanError: It is missing, damaged or too large.
+        MilanError: The map is missing, damaged or too large.
     """
     try:
         with Image.open(io.BytesIO(file.read_bytes()), formats=FORMATS) as image:
             if image.width * image.height > MAX_PIXELS:
                 raise ValueError(f"{image.width}×{image.height} pixels are too many")
             pixels = np.asarray(image).astype(np.int64)
-    except Exception as error:  # Pillow's readers raise almost anything on damaged files
+    except Exception as error:  # Pillow's readers raise almost any exception on damaged files
         raise MilanError(f"cannot read the label map {file} ({reason(error)}): put a sound one there.") from error
     if pixels.ndim == 2:
         return pixels

@@ -1,4 +1,4 @@
-"""Probes of a generator's inputs: tensors in files, one row per image (the reference's ``TensorDatasetOnDisk``)."""
+"""Probes of a generator's inputs: tensors in files, one row per image (MILAN's ``TensorDatasetOnDisk``)."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from milan_ray.probe.manifest import Entry, build
 from milan_ray.tensorfiles import check_sizes, describe_dtype
 
 EXTENSIONS = (".pth", ".pt", ".npy", ".npz", ".safetensors")
-"""File name endings taken for tensors."""
+"""File name endings of tensor files."""
 
 
 class LatentFiles:
-    """Tensors of equal length in one or several files; row ``i`` of all of them makes image ``i``.
+    """Tensors of equal length in one or several files; the rows ``i`` of all tensors generate image ``i``.
 
-    Files are mapped into memory where their format allows it (all but ``.npz`` and old ``.pth``), so that only the
-    rows asked for are read. Nothing pickled is executed.
+    Files are memory-mapped if their format allows it (all but ``.npz`` and old ``.pth``), so that only the requested
+    rows are read. Pickled code is not executed.
     """
 
     def __init__(self, sources: Sequence[str | Path]) -> None:
-        """Nothing is read yet.
+        """Stores the paths; reads no files.
 
         Args:
-            sources: One folder, whose files are taken floating-point tensors first (the reference's order: codes, then
-                classes), then by name; or files, taken in this order.
+            sources: One folder, or several files in the order of the generator's arguments. A folder's tensors are
+                ordered floating-point first (MILAN's order: codes, then classes), then by file name.
         """
         self._sources = tuple(str(Path(source).expanduser().resolve()) for source in sources)
         self.name = "+".join(Path(source).name for source in self._sources)
 
     def manifest(self) -> pa.Table:
-        """Lists the rows; their version tag is that of all the files: names, sizes, modification times.
+        """Lists the rows; their version tag covers the names, sizes and modification times of all files.
 
         Raises:
-            MilanError: There are no such files, they hold no tensors, or tensors of different lengths.
+            MilanError: The files do not exist, hold no tensors, or hold tensors of different lengths.
         """
         files = self._files()
         identity = hashlib.sha256()
@@ -54,10 +54,10 @@ class LatentFiles:
         return build([Entry(root, str(row), etag=etag) for row in range(len(self._tensors(files)[0]))])
 
     def latents(self, refs: Sequence[ImageRef]) -> tuple[torch.Tensor, ...]:
-        """Some rows of every tensor.
+        """The given rows of every tensor.
 
         Raises:
-            MilanError: There are no longer so many rows.
+            MilanError: The files have fewer rows than before.
         """
         tensors = self._tensors(self._files())
         rows = torch.tensor([int(ref.path) for ref in refs], dtype=torch.int64)
@@ -66,7 +66,7 @@ class LatentFiles:
         return tuple(tensor[rows] for tensor in tensors)
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
-        """Unknown: None."""
+        """None: this probe has no concept maps."""
         return None
 
     def _files(self) -> list[Path]:
@@ -89,12 +89,12 @@ class LatentFiles:
             )
         tensors = [tensor for _, tensor in named]
         if Path(self._sources[0]).is_dir():
-            tensors.sort(key=lambda tensor: not tensor.dtype.is_floating_point)  # stable: by name among equals
+            tensors.sort(key=lambda tensor: not tensor.dtype.is_floating_point)  # stable: keeps the order by name
         return tuple(tensors)
 
 
 def latent_files(folder: Path) -> list[Path]:
-    """The files of tensors that lie directly in a folder, by name."""
+    """The tensor files directly in a folder, sorted by name."""
     return sorted(
         file for file in folder.iterdir() if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".")
     )
@@ -102,7 +102,7 @@ def latent_files(folder: Path) -> list[Path]:
 
 @lru_cache(maxsize=1)
 def _open(files: tuple[Path, ...], mtimes: tuple[int, ...]) -> tuple[tuple[str, torch.Tensor], ...]:
-    """(name for messages, tensor) of all tensors; modification times make a changed file another one."""
+    """(name for messages, tensor) of all tensors; modification times are part of the cache key."""
     return tuple(item for file in files for item in _read(file))
 
 
@@ -111,7 +111,7 @@ def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
         content = _content(file)
     except MilanError:
         raise
-    except Exception as error:  # the readers raise almost anything on damaged files
+    except Exception as error:  # the readers raise almost any exception on damaged files
         raise MilanError(f"{file} cannot be read as tensors ({reason(error)}): save the tensors alone.") from error
     for name, tensor in content.items():
         if not isinstance(tensor, torch.Tensor):
@@ -122,7 +122,7 @@ def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _content(file: Path) -> dict[str, object]:
-    """What a file holds, by name; of a single tensor, the file's."""
+    """A file's content by name; a single tensor has the file's name."""
     kind = file.suffix.lower()
     check_sizes(file)
     if kind == ".safetensors":
@@ -131,7 +131,7 @@ def _content(file: Path) -> dict[str, object]:
         with np.load(file, allow_pickle=False) as arrays:
             return {f"{file.name}:{name}": _tensor(file, arrays[name]) for name in arrays.files}
     if kind == ".npy":
-        # Copy-on-write rather than read-only: torch knows no read-only tensors.
+        # Copy-on-write rather than read-only, because torch does not support read-only tensors.
         return {file.name: _tensor(file, np.load(file, mmap_mode="c", allow_pickle=False))}
     content = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     if isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""The probe manifest: one row per image, and the probe's identity."""
+"""The probe manifest (one row per image) and the probe's fingerprint."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ _IDENTITY = ("root", "path", "size", "mtime_ns", "etag", "class_label")
 
 @dataclass(frozen=True)
 class Entry:
-    """One image, as its probe found it; the fields are the manifest's columns.
+    """One image of a probe; the fields are the manifest's columns.
 
     Attributes:
-        root: The root it was found under.
-        path: Path below the root.
-        size: Bytes of the file, or None.
-        mtime_ns: Modification time, ns since the epoch, or None.
+        root: The root that contains the image.
+        path: Path relative to the root.
+        size: Size of the file in bytes, or None.
+        mtime_ns: Modification time in ns since the epoch, or None.
         etag: Version tag, or None.
-        class_label: Name of its class, or None.
-        sha256: Hex digest of its bytes, or None before they are read.
+        class_label: Class name, or None.
+        sha256: Hex digest of the image's bytes, or None before they are read.
     """
 
     root: str
@@ -40,10 +40,10 @@ class Entry:
 
 
 def build(entries: Sequence[Entry]) -> pa.Table:
-    """The manifest of these images, numbered in this order.
+    """Builds the manifest of these images, numbered in this order.
 
     Raises:
-        MilanError: A file's name is not valid text.
+        MilanError: A file name is not valid text.
     """
     columns: dict[str, object] = {"image_id": range(len(entries))}
     for column in (*_IDENTITY, "sha256"):
@@ -55,14 +55,14 @@ def build(entries: Sequence[Entry]) -> pa.Table:
 
 
 def image_refs(manifest: pa.Table, image_ids: Iterable[int] | None = None) -> list[ImageRef]:
-    """What reading images needs of their rows.
+    """Converts manifest rows to references for reading their images.
 
     Args:
         manifest: A probe's manifest.
-        image_ids: The images wanted, in order; None for all.
+        image_ids: The requested images, in order; None for all.
 
     Raises:
-        MilanError: It lacks one.
+        MilanError: The manifest lacks a requested image.
     """
     ids = range(len(manifest)) if image_ids is None else list(image_ids)
     rows = rows_of(manifest.select(["image_id", "root", "path"]), ids)
@@ -70,10 +70,10 @@ def image_refs(manifest: pa.Table, image_ids: Iterable[int] | None = None) -> li
 
 
 def rows_of(manifest: pa.Table, image_ids: Iterable[int]) -> pa.Table:
-    """The rows of some images, in the order asked for.
+    """The rows of the given images, in the given order.
 
     Raises:
-        MilanError: It lacks one.
+        MilanError: The manifest lacks a requested image.
     """
     ids = pa.array(list(image_ids), pa.int64())
     if len(ids) and (least := pc.max(ids).as_py()) >= len(manifest):
@@ -85,7 +85,7 @@ def rows_of(manifest: pa.Table, image_ids: Iterable[int]) -> pa.Table:
 
 
 def digest(manifest: pa.Table) -> str:
-    """The probe's identity: a hash over root, path, size, mtime, etag and label of its images, in order.
+    """The probe's fingerprint: a hash over root, path, size, mtime, etag and label of its images, in order.
 
     Contents are not read: hashing a large probe before starting would take hours.
 

@@ -1,4 +1,4 @@
-"""The registry of probes, and what a user may write in place of a registered name."""
+"""The registry of probes, and the resolution of names and paths on the command line to probes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from milan_ray.probe.tables import ARROW, PARQUET
 from milan_ray.remote import is_uri
 
 SHARDS = PARQUET + ARROW + TAR
-"""Endings of single files that hold images."""
+"""File name endings of shards: files that contain many images."""
 
 _PROBES: dict[str, Callable[[], Probe]] = {}
 
@@ -30,7 +30,7 @@ def register_probe(name: str, factory: Callable[[], Probe]) -> None:
 
     Args:
         name: Name used on the command line.
-        factory: Makes the probe; called when the probe is asked for.
+        factory: Creates the probe; called when the probe is requested.
     """
     checked_name("a probe", name, slashes=True)
     _PROBES[name] = factory
@@ -48,22 +48,22 @@ def resolve_probe(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Probe:
-    """Finds the probe that the user means.
+    """Resolves a probe from the user's text.
 
     Args:
         text: A registered name; or one local folder with label maps (:mod:`milan_ray.probe.labelled`); or a generator's
             latents, as one folder of tensors without images or one or several files of tensors; or one or several
-            folders, Parquet, Arrow or tar files, or URIs, joined in this order (:class:`FolderProbe`).
+            folders, Parquet, Arrow or tar files, or URIs, concatenated in this order (:class:`FolderProbe`).
         labels: File of labels for folders, or None.
-        legend: What the numbers in a folder's label maps mean, or None.
-        image_column: Of Parquet, Arrow and tar files, where images are; None finds it.
-        label_column: Of the same, where classes are; None finds it.
+        legend: File with the names of the numbers in a folder's label maps, or None.
+        image_column: Image column of Parquet, Arrow and tar files; None detects it.
+        label_column: Class column of Parquet, Arrow and tar files; None detects it.
 
     Returns:
         The probe.
 
     Raises:
-        MilanError: There is no such name, file or folder, or labels were given for a probe that has its own.
+        MilanError: No such name, file or folder exists, or labels were given for a probe that has its own.
     """
     if not text:
         raise MilanError("no probe given: name a registered probe or one or several folders of images.")
@@ -106,17 +106,17 @@ def resolve_probe(
 
 
 def _without_columns(image: str | None, label: str | None, what: str) -> None:
-    """Refuses the choice of columns where there are none.
+    """Rejects column options for a probe without columns.
 
     Raises:
-        MilanError: Some were chosen.
+        MilanError: A column was given.
     """
     if image is not None or label is not None:
         raise MilanError(f"{what} has no columns: --image-column and --label-column are for Parquet, Arrow and tar.")
 
 
 def _holds_tensors(source: str) -> bool:
-    """Whether a source is a local folder with files of tensors in it, and neither images nor further folders."""
+    """Whether a source is a local folder with tensor files and without images and subfolders."""
     folder = Path(source).expanduser()
     if not source or is_uri(source) or not folder.is_dir() or not latent_files(folder):
         return False

@@ -1,4 +1,4 @@
-"""A probe whose concept maps a network makes (docs/labelers.md)."""
+"""A probe whose concept maps are computed by a segmentation network (docs/labelers.md)."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from milan_ray.probe.base import ImageProbe, ImageRef, ProbeImage
 
 
 class Segments(Protocol):
-    """Says what pixels show."""
+    """A network that segments images into concepts."""
 
     def identity(self) -> str:
-        """All that decides its maps."""
+        """A text that covers everything that determines the maps."""
         ...
 
     def maps(self, image: Image.Image) -> dict[str, np.ndarray]:
@@ -26,13 +26,13 @@ class Segments(Protocol):
 
 @dataclass(frozen=True)
 class SegmentedProbe:
-    """The images of another probe, with the concept maps of a network.
+    """The images of another probe, with concept maps that a network computes.
 
-    Who made the maps is part of each image's version tag: with another network it is another probe.
+    Each image's version tag includes the network's identity, so another network gives the probe another fingerprint.
 
     Attributes:
-        images: Where the images come from.
-        by: The network.
+        images: The probe that provides the images.
+        by: The segmentation network.
     """
 
     images: ImageProbe
@@ -44,16 +44,16 @@ class SegmentedProbe:
         return self.images.name
 
     def manifest(self) -> pa.Table:
-        """The other probe's images."""
+        """The other probe's manifest, with version tags that include the network's identity."""
         table = self.images.manifest()
         place = table.schema.get_field_index("etag")
         tags = [f"{tag or ''}+segmentation:{self.by.identity()}" for tag in table["etag"].to_pylist()]
         return table.set_column(place, table.schema.field(place), pa.array(tags, table.schema.field(place).type))
 
     def read(self, ref: ImageRef) -> ProbeImage:
-        """Reads one image; errors as the other probe's."""
+        """Reads one image; raises the other probe's errors."""
         return self.images.read(ref)
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
-        """What the network sees in one image, in the image's own pixels."""
+        """The network's concept maps of one image, in the image's own resolution."""
         return self.by.maps(self.images.read(ref).image)

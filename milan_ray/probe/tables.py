@@ -26,10 +26,10 @@ from milan_ray.remote import is_uri
 from milan_ray.tensorfiles import check_groups
 
 PARQUET, ARROW = (".parquet",), (".arrow",)
-"""Endings of the files of tables."""
+"""File name endings of tables."""
 
 _PLACE = re.compile(r"(?s)(.*)#(\d+):(\d+)")
-"""Path of a row in a manifest: file, row group or batch, row in it."""
+"""Path of a row in a manifest: file, row group or record batch, row in this group."""
 
 LIKE_LABELS = (
     "label",
@@ -43,18 +43,18 @@ LIKE_LABELS = (
     "wnid",
     "synset",
 )
-"""Names of columns that may be meant as classes, in lower case."""
+"""Names, in lower case, of columns that probably hold classes."""
 
 _NOT_A_PATH = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Which columns of tables hold images and classes.
+    """The columns of a table that hold images and classes.
 
     Attributes:
-        image: Column of images; None takes ``image``, or the one column that can hold images.
-        label: Column of classes; None takes ``label``, or the one column of class names.
+        image: Column of images. None selects ``image``, or the only column that can hold images.
+        label: Column of classes. None selects ``label``, or the only column of class names.
     """
 
     image: str | None = None
@@ -62,21 +62,21 @@ class Columns:
 
 
 def is_row(ref: ImageRef) -> bool:
-    """Whether a manifest's row lies in a table."""
+    """Whether a manifest row is a row of a table."""
     place = _PLACE.fullmatch(ref.path)
     return place is not None and file_name(ref.root, place[1]).endswith(PARQUET + ARROW)
 
 
 def table_entries(root: str, files: Sequence[Found], columns: Columns) -> list[Entry]:
-    """The rows of some files, as entries of a manifest; images are not read.
+    """Lists the rows of tables as manifest entries; reads no images.
 
     Args:
-        root: The root that the files lie below.
+        root: The root folder of the files.
         files: The files, in order.
-        columns: Which columns to read.
+        columns: The columns to read.
 
     Raises:
-        MilanError: A file cannot be read, or has no such column.
+        MilanError: A file cannot be read or lacks a column.
     """
     entries = []
     named: dict[str, tuple[list[str] | None, str]] = {}
@@ -84,7 +84,7 @@ def table_entries(root: str, files: Sequence[Found], columns: Columns) -> list[E
         where = _location(root, file.path)
         try:
             table = _open(root, file.path)
-            if file.size is not None and sum(table.rows) > 8 * file.size:  # a row takes more than a bit
+            if file.size is not None and sum(table.rows) > 8 * file.size:  # a row takes at least one bit
                 raise pa.ArrowInvalid(f"it claims {sum(table.rows):,} rows, and has {file.size:,} bytes")
             image, label, names = _chosen(table.schema, columns, where)
             if label is not None:
@@ -107,13 +107,13 @@ def table_entries(root: str, files: Sequence[Found], columns: Columns) -> list[E
 
 
 def is_saved(files: Sequence[Found]) -> bool:
-    """Whether a folder is one that ``save_to_disk`` has written."""
+    """Whether a folder was written by ``save_to_disk``."""
     names = {PurePosixPath(found.path).name for found in files}
     return "state.json" in names and any(name.endswith(ARROW) for name in names)
 
 
 def arrow_files(root: str, files: Sequence[Found], others: Sequence[Found]) -> list[Found]:
-    """The Arrow files of one data set: those that its ``state.json`` names, in their order.
+    """The Arrow files of one data set: those listed in its ``state.json``, in this order.
 
     Args:
         root: The root.
@@ -121,7 +121,7 @@ def arrow_files(root: str, files: Sequence[Found], others: Sequence[Found]) -> l
         others: All other files below it.
 
     Raises:
-        MilanError: There are several data sets, or the data set's rows are chosen by another file.
+        MilanError: There are several data sets, or an indices file selects the data set's rows.
     """
     states = [found for found in others if PurePosixPath(found.path).name == "state.json"]
     if len(states) > 1:
@@ -152,7 +152,7 @@ def read_row(ref: ImageRef, columns: Columns) -> ProbeImage:
     """Reads and decodes one row's image.
 
     Raises:
-        UnreadableImage: It is null, missing, corrupt, empty or too large.
+        UnreadableImage: The image is null, missing, corrupt, empty or too large.
     """
     place = _PLACE.fullmatch(ref.path)
     assert place is not None  # is_row
@@ -170,7 +170,16 @@ def read_row(ref: ImageRef, columns: Columns) -> ProbeImage:
 
 
 def _beside(root: str, path: str, target: str) -> bytes:
-    """The file that a row names instead of holding its bytes: relative to the table's folder, or absolute."""
+    """Reads the image file that a row refers to instead of storing its bytes.
+
+    Args:
+        root: The root of the table.
+        path: The table's path below the root.
+        target: Path of the image file, absolute or relative to the table's folder.
+
+    Raises:
+        UnreadableImage: The target is a URL, or the file is missing or not readable.
+    """
     if _NOT_A_PATH.match(target):
         raise UnreadableImage(f"lies at {target}: nothing is fetched; download the images, or embed them in the table")
     try:
@@ -186,7 +195,7 @@ def _folder(root: str, path: str) -> str:
 
 
 class _Parquet:
-    """A Parquet file by row groups."""
+    """A Parquet file, read by row group."""
 
     def __init__(self, root: str, path: str) -> None:
         system, place = _place(root, path)
@@ -201,7 +210,7 @@ class _Parquet:
         return self._file.read_row_group(group, columns=[name]).column(0)
 
     def holds_paths(self, group: int, name: str) -> bool:
-        """Whether some images of a group may be named instead of held."""
+        """Whether some images of a group may be stored as paths instead of bytes."""
         leaves = self._file.metadata.row_group(group)
         for place in range(leaves.num_columns):
             leaf = leaves.column(place)
@@ -216,7 +225,7 @@ class _Parquet:
 
 
 class _Arrow:
-    """An Arrow file by record batches, a stream or not; a local one is mapped."""
+    """An Arrow file in the stream or file format, read by record batch; local files are memory-mapped."""
 
     def __init__(self, root: str, path: str) -> None:
         local = local_path(root)
@@ -232,7 +241,7 @@ class _Arrow:
 
     def column(self, group: int, name: str) -> pa.ChunkedArray:
         column = self._batches[group].column(name)
-        column.validate(full=True)  # a damaged file may point anywhere
+        column.validate(full=True)  # the offsets in a damaged file may point outside its buffers
         return pa.chunked_array([column])
 
     def holds_paths(self, group: int, name: str) -> bool:
@@ -248,16 +257,16 @@ def _open(root: str, path: str) -> _Parquet | _Arrow:
 
 
 _reading = threading.Lock()
-"""Held while a table is read: an open file serves one thread at a time, and threads want the same group."""
+"""Held while a table is read: only one thread at a time may use an open file, and threads often read the same group."""
 
 
 @lru_cache(maxsize=2)
 def _opened(root: str, path: str, mtime: int | None) -> _Parquet | _Arrow:
-    """A file that rows are read from; a changed one is another."""
+    """Opens a table; a changed modification time opens it again."""
     return _open(root, path)
 
 
-@lru_cache(maxsize=2)  # rows are read mostly in order: a group is decoded once, and one more is kept for readahead
+@lru_cache(maxsize=2)  # rows are read mostly in order: each group is decoded once; the second entry serves readahead
 def _images(root: str, path: str, mtime: int | None, group: int, column: str) -> pa.ChunkedArray:
     try:
         return _opened(root, path, mtime).column(group, column)
@@ -278,7 +287,7 @@ def _image_column(root: str, path: str, mtime: int | None, columns: Columns) -> 
 
 
 def _mtime(root: str, path: str) -> int | None:
-    """Modification time of a local file, ns: what is kept of it must not outlive it."""
+    """Modification time of a local file, ns: the key that invalidates cached content when the file changes."""
     local = local_path(root)
     if local is None:
         return None
@@ -298,7 +307,7 @@ def _location(root: str, path: str) -> str:
 
 
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
-    """What Hugging Face's ``datasets`` says of the columns; nothing in other tables."""
+    """The column features that Hugging Face's ``datasets`` stores in a schema; empty for other tables."""
     try:
         found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return {name: feature for name, feature in found.items() if isinstance(feature, dict)}
@@ -307,10 +316,10 @@ def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
 
 
 def _image_of(schema: pa.Schema, wanted: str | None, location: str) -> str:
-    """The column of images.
+    """The name of the image column.
 
     Raises:
-        MilanError: There is none, or several can be meant.
+        MilanError: No column, or more than one, can be the image column.
     """
     names = schema.names
     twice = next((name for name in names if names.count(name) > 1), None)
@@ -365,7 +374,7 @@ def _is_binary(type_: pa.DataType) -> bool:
 
 
 def _chosen(schema: pa.Schema, columns: Columns, location: str) -> tuple[str, str | None, list[str] | None]:
-    """The column of images, the column of classes if there is one, and the names of the classes' numbers."""
+    """The image column, the class column or None, and the names of the classes' numbers or None."""
     image = _image_of(schema, columns.image, location)
     features = _features(schema)
     label = columns.label
@@ -390,9 +399,9 @@ def _chosen(schema: pa.Schema, columns: Columns, location: str) -> tuple[str, st
 
 
 def class_name(value: object, names: list[str] | None, where: str) -> str | None:
-    """What a cell says of its row's class; None where it says nothing.
+    """Converts a cell to a class name; None for a cell without a class.
 
-    Whole numbers are written without a point, whatever they are stored as; bytes are text in UTF-8.
+    Whole numbers are written without a decimal point, whatever their type. Bytes are decoded as UTF-8.
 
     Args:
         value: The cell.
@@ -400,7 +409,7 @@ def class_name(value: object, names: list[str] | None, where: str) -> str | None
         where: The table, for messages.
 
     Raises:
-        MilanError: It is no text.
+        MilanError: The bytes are not valid UTF-8.
     """
     if isinstance(value, float):
         if math.isnan(value):
@@ -421,7 +430,7 @@ def class_name(value: object, names: list[str] | None, where: str) -> str | None
 
 
 def _tags(root: str, file: Found, table: _Parquet | _Arrow, group: int, image: str) -> list[str]:
-    """Version tags of a group's rows: the table's, and that of the file that holds the image instead of the row."""
+    """Version tags of a group's rows: the table's tag, extended by that of the image file if the row refers to one."""
     whole = f"{file.size} bytes"
     rows = table.rows[group]
     if not pa.types.is_struct(table.schema.field(image).type) or not table.holds_paths(group, image):
@@ -442,6 +451,6 @@ def _version(root: str, path: str, target: object) -> str:
 
 
 def sidecars(tables: Sequence[Found], archives: Sequence[Found]) -> Iterator[Found]:
-    """The tables that lie beside archives of the same name and describe them."""
+    """Yields the tables that describe an archive of the same name."""
     stems = {found.path.rpartition(".")[0] for found in archives}
     yield from (found for found in tables if found.path.rpartition(".")[0] in stems)

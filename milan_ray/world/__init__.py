@@ -1,5 +1,5 @@
-"""The built-in world: drawn scenes, networks and annotators whose truth is known.
+"""The built-in world: synthetic scenes, networks and annotators with known ground truth.
 
-Nothing else in the system knows it: :mod:`milan_ray.world.plugin` registers its models, probes and encoder as a user's
+No other module depends on it: :mod:`milan_ray.world.plugin` registers its models, probes and encoder as a user's
 plug-in would.
 """

@@ -1,7 +1,7 @@
-"""The world's annotators: what three people would write about a unit's exemplars, with part-of-speech tags and heads.
+"""The world's annotators: three simulated people who describe units, with part-of-speech tags and syntactic heads.
 
-They see what people see: the exemplars and their masks. Their knowledge of what is where comes from the scenes' concept
-maps. They use synonyms, are often vague and sometimes wrong, as people are.
+Their input is the exemplars and their masks, as for people. The content of the images comes from the scenes' concept
+maps. Like people, the annotators use synonyms, are often vague and are sometimes wrong.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from milan_ray.world.lexicon import CONCEPT, NAMES, names_of, plural, tags
 from milan_ray.world.scenes import GROUNDS, SIDE, SIGN_WORDS, SKIES, WHOLES, concept_maps, make_scene
 
 PERSONAS = ("object-first", "colour-and-texture-first", "terse")
-"""The annotators: one names things, one colours and textures, one is short."""
+"""The annotators: the first names objects, the second colours and textures, and the third writes short descriptions."""
 
 GENERIC_SHARE = 0.25
-"""Share of answers that name nothing in particular; without them λ has no work."""
+"""Fraction of unspecific descriptions; without them, λ would have no effect."""
 
 ERROR_SHARE = 0.10
-"""Share of answers that name something else."""
+"""Fraction of wrong descriptions."""
 
 NOUNS = names_of("object", "face", "part", "background", "text")
-"""What annotators name; the rest they only add."""
+"""Concepts that can be the main noun of a description; other concepts only modify it."""
 
 _WHOLES = {**WHOLES, **dict.fromkeys(names_of("text"), ("sign",))}
 
 _ENOUGH = 0.3
-"""The evidence below which an annotator sees nothing in particular, nats."""
+"""Minimum evidence for mentioning a concept, nats."""
 
 _GENERIC = (
     "shapes",
@@ -52,11 +52,11 @@ class Annotation:
     """One annotator's description of one unit.
 
     Attributes:
-        annotator: Which of :data:`PERSONAS` wrote it.
+        annotator: The author, one of :data:`PERSONAS`.
         text: The description.
         tokens: Its words.
         tags: Universal part-of-speech tags, one per token.
-        heads: Per token the position of its syntactic head, counted from 1; 0 for the root (CoNLL-U).
+        heads: Position of each token's syntactic head, counted from 1; 0 for the root (CoNLL-U).
     """
 
     annotator: str
@@ -68,7 +68,7 @@ class Annotation:
 
 @dataclass(frozen=True)
 class _Phrase:
-    """Words with a dependency tree; heads count from 0 within the phrase, the root is its own head."""
+    """Words with a dependency tree; heads are 0-based within the phrase, and the root is its own head."""
 
     words: tuple[str, ...]
     tags: tuple[str, ...]
@@ -79,13 +79,13 @@ class _Phrase:
         return next(i for i, head in enumerate(self.heads) if i == head)
 
     def __add__(self, other: _Phrase) -> _Phrase:
-        """Both in a row, the other's root hanging on this one's."""
+        """Concatenates both phrases; the other's root depends on this one's."""
         shift = len(self.words)
         heads = [self.root if i == head else head + shift for i, head in enumerate(other.heads)]
         return _Phrase(self.words + other.words, self.tags + other.tags, self.heads + tuple(heads))
 
     def before(self, other: _Phrase) -> _Phrase:
-        """Both in a row, this one's root hanging on the other's."""
+        """Concatenates both phrases; this one's root depends on the other's."""
         shift = len(self.words)
         root = other.root + shift
         heads = [root if i == head else head for i, head in enumerate(self.heads)]
@@ -100,7 +100,7 @@ def _word(word: str, tag: str) -> _Phrase:
 
 @lru_cache(maxsize=1)
 def _world_shares() -> dict[str, float]:
-    """The share of the world's pixels that shows each concept, over some hundred scenes."""
+    """The fraction of pixels that each concept covers, over 400 scenes of the world."""
     totals = dict.fromkeys(NAMES, 0.0)
     scenes = 400
     for index in range(scenes):
@@ -111,11 +111,11 @@ def _world_shares() -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Evidence:
-    """How strongly a unit's exemplars speak for each concept that any of them shows.
+    """Evidence of a unit's exemplars for each concept that occurs in them.
 
-    The evidence for a concept is c · (ln c/i + ln c/w) / 2, with c its share of the masked pixels, i its share of the
-    exemplars' pixels, w its share of the world's: what the masks pick out of the images, and the images out of the
-    world. Shares are smoothed by 0.01.
+    The evidence for a concept is c · (ln c/i + ln c/w) / 2. Here c is the concept's share of the masked pixels, i its
+    share of the exemplars' pixels, and w its share of the world's pixels. The terms measure how specific the masks are
+    within the images and within the world. Shares are smoothed by 0.01.
 
     Attributes:
         masked: Concept → c.
@@ -129,7 +129,7 @@ class Evidence:
 
 
 def evidence(masks: np.ndarray, maps: Sequence[Mapping[str, np.ndarray]]) -> Evidence:
-    """Weighs the exemplars of a unit; every image with a mask counts the same.
+    """Computes the evidence from a unit's exemplars; all images with a non-empty mask have the same weight.
 
     Args:
         masks: bool (k, H, W), any resolution.
@@ -160,8 +160,7 @@ def annotate_unit(masks: np.ndarray, maps: Sequence[Mapping[str, np.ndarray]], k
     Args:
         masks: bool (k, H, W), the exemplars' masks, any resolution.
         maps: Concept maps of the exemplars' images (``Probe.concept_maps``), bool (64, 64).
-        key: Which unit it is, e.g. ``world/cnn/conv3/17``: with the same key and exemplars the same people write the
-            same words.
+        key: Identifier of the unit, e.g. ``world/cnn/conv3/17``. The same key and exemplars give the same descriptions.
 
     Returns:
         One annotation per persona.
@@ -171,13 +170,13 @@ def annotate_unit(masks: np.ndarray, maps: Sequence[Mapping[str, np.ndarray]], k
 
 
 def specimens(count: int, seed: int = 0) -> list[Annotation]:
-    """Sentences of the annotators about nothing in particular, with all the words and constructions they know.
+    """Generates random descriptions, independent of units and images, that cover all words and constructions.
 
-    What a tagger and a parser for their language learn from, beside no unit and no image.
+    They are training data for a tagger and a parser of the annotators' language.
 
     Args:
-        count: How many.
-        seed: Of the choice.
+        count: Number of descriptions.
+        seed: Random seed.
     """
     found = []
     for number in range(count):
@@ -199,7 +198,7 @@ def specimens(count: int, seed: int = 0) -> list[Annotation]:
 
 @dataclass(frozen=True)
 class _Seen:
-    """What there is to say: the main noun, what else to name, a relation, and colours and textures, strongest first."""
+    """Content of a description: main noun, second noun, relation, and colours and textures, strongest first."""
 
     noun: str | None
     second: str | None
@@ -229,7 +228,7 @@ def _look_at(found: Evidence) -> _Seen:
 
 
 def _detail(thing: str, found: Evidence) -> str:
-    """The part of a thing, itself evident, on which the masks lie at least twice as much as on the thing at large."""
+    """The part of a thing that has enough evidence and at least twice the thing's mask density; otherwise the thing."""
     enough = 0.45 * found.nats[thing]
     details = [name for name, wholes in _WHOLES.items() if thing in wholes and found.nats.get(name, 0.0) > enough]
     focus = {
@@ -240,7 +239,7 @@ def _detail(thing: str, found: Evidence) -> str:
 
 
 def _beside(noun: str) -> tuple[str, ...]:
-    """What may be named along with a noun: a part's wholes, the sign around a word, other things."""
+    """Concepts that can be named alongside a noun: a part's wholes, the sign around a word, other things."""
     things = names_of("object", "face")
     if noun in _WHOLES:
         return _WHOLES[noun]
@@ -281,7 +280,7 @@ def _object_first(seen: _Seen, draw: Callable[[], float]) -> _Phrase:
 
 def _look_first(seen: _Seen, draw: Callable[[], float]) -> _Phrase:
     if not seen.looks:
-        assert seen.noun is not None  # there is something to say
+        assert seen.noun is not None  # otherwise the description is vague
         return _noun(seen.noun, draw)
     first, *others = (_adjective(look, draw) for look in seen.looks)
     looks = first + _word("and", "CCONJ").before(others[0]) if others else first
@@ -313,7 +312,7 @@ def _related(noun: str, relation: str, draw: Callable[[], float]) -> _Phrase:
     first, big = _word("things", "NOUN"), _noun(noun, draw, many=True)
     if len(words) == 1:
         return first + _word(words[0], kinds[0]).before(big)
-    # A fixed expression turns around its middle: "on TOP of houses", "LEFT of houses".
+    # In a fixed expression, the middle word is the head: "on TOP of houses", "LEFT of houses".
     *ahead, middle, last = (_word(word, kind) for word, kind in zip(words, kinds, strict=True))
     pivot = middle + last.before(big)
     for word in reversed(ahead):
@@ -322,7 +321,7 @@ def _related(noun: str, relation: str, draw: Callable[[], float]) -> _Phrase:
 
 
 def _synonym(concept: str, draw: Callable[[], float]) -> str:
-    """The plainest term more often than all others together."""
+    """A random synonym; the plainest term is more frequent than all others together."""
     terms = CONCEPT[concept].synonyms
     return terms[0] if draw() < 0.6 else terms[int(draw() * len(terms))]
 
@@ -334,7 +333,7 @@ def _adjective(concept: str, draw: Callable[[], float]) -> _Phrase:
 def _noun(
     concept: str, draw: Callable[[], float], looks: Sequence[str] = (), many: bool | None = None, article: bool = True
 ) -> _Phrase:
-    """A noun with its adjectives, in the plural or, left to chance, as "the roof"."""
+    """A noun with its adjectives: plural, or singular with an optional article; ``many`` None chooses at random."""
     if concept in SIGN_WORDS:
         return _word("the", "DET").before(_word("word", "NOUN")) + _word(concept, "NOUN")
     term = _synonym(concept, draw)

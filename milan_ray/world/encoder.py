@@ -15,20 +15,20 @@ WIDTHS = (32, 64, 96, 128)
 
 
 class EncoderNet(ResidualNet):
-    """A residual net for images (B, 3, 64, 64) whose maps the captioner pools.
+    """A residual network for images (B, 3, 64, 64) whose maps the captioner pools.
 
-    It plays the part that ImageNet pretraining has in the paper (§3.2): trained on image-level labels (the class, and
-    which concepts occur somewhere), with seed, scenes and widths of its own, never on where a concept is nor on any
-    annotation.
+    It replaces the ImageNet-pretrained network of the paper (§3.2). It is trained on image-level labels (the class, and
+    which concepts occur anywhere), with its own seed, scenes and widths. It is not trained on concept positions or
+    annotations.
     """
 
     def __init__(self) -> None:
         super().__init__(len(CLASSES), WIDTHS)
-        # Levels of one scale: a decoder takes a fifth of the epochs that it needs on raw ReLU outputs.
+        # Normalises all levels to one scale: a decoder needs a fifth of the epochs that it needs on raw ReLU outputs.
         self.levels = nn.ModuleList(nn.BatchNorm2d(width, affine=False) for width in WIDTHS)
         self.occurs = nn.Conv2d(WIDTHS[-1], len(NAMES), 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Class logits, then one logit per concept for "it occurs": (B, classes + concepts)."""
+        """Class logits, then one logit for the occurrence of each concept: (B, classes + concepts)."""
         maps = [level(maps) for level, maps in zip(self.levels, self.pyramid(images), strict=True)][-1]
         return torch.cat([self.head(maps.mean(dim=(2, 3))), self.occurs(maps).amax(dim=(2, 3))], dim=1)

@@ -1,4 +1,4 @@
-"""The world's generator: a small net that paints scenes from their codes. Its truth is the code's concept maps."""
+"""The world's generator: a small network that renders scenes from their codes. Their concept maps are known."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from milan_ray.world.probe import WorldProbe
 from milan_ray.world.scenes import COLOURS, GROUNDS, OBJECTS, SIDE, SIGN_WORDS, SKIES, TEXTURES, Scene, Thing
 
 LAYERS = ("layer0", "layer1", "layer2")
-"""The generator's layers worth describing, in order."""
+"""The generator's layers to describe, in order."""
 
 THINGS = 3
-"""Objects that a code has room for: the big one and two small ones."""
+"""Maximum number of objects in a code: one big and two small objects."""
 
-_PLACE = 4  # there, x, y, size
+_PLACE = 4  # presence, x, y, size
 _THING = _PLACE + 2 + len(OBJECTS) + 2 * len(COLOURS) + len(TEXTURES) + len(SIGN_WORDS)
 _BACKGROUND = 1 + 8 + 2 + len(SKIES) + len(GROUNDS)
 
 CODE_SIZE = _BACKGROUND + THINGS * _THING
-"""Numbers in a scene's code."""
+"""Number of values in a scene's code."""
 
 _OCTAVES = 5
 _WAVES = 2 + 4 * _OCTAVES
 
 
 def scene_code(scene: Scene) -> np.ndarray:
-    """A scene as numbers: the background, then every object (zeros where there is none); all but the noise.
+    """Encodes a scene as numbers: the background, then every object, with zeros for missing ones. Omits the noise.
 
     Returns:
         float32 (CODE_SIZE,), all in [−1, 1].
@@ -63,9 +63,10 @@ def _one_hot(name: str, names: Sequence[str]) -> list[float]:
 
 
 class SceneGenerator(nn.Module):
-    """Codes (B, CODE_SIZE) to images (B, 3, 64, 64), normalised as the world's networks take them.
+    """Maps codes (B, CODE_SIZE) to images (B, 3, 64, 64), normalised as inputs of the world's networks.
 
-    Every object is laid out in a frame of its own, which the code places on a grid of 16 × 16; convolutions paint it.
+    Every object has its own coordinate frame, whose position on a 16 × 16 grid comes from the code. Convolutions render
+    the image from the grid.
 
     Attributes:
         layer0: (B, 64, 16, 16).
@@ -86,7 +87,7 @@ class SceneGenerator(nn.Module):
         self.paint = nn.Conv2d(32, 12, 1)
 
     def forward(self, codes: torch.Tensor) -> torch.Tensor:
-        """Paints scenes."""
+        """Renders scenes from codes."""
         background, things = codes.split([_BACKGROUND, THINGS * _THING], dim=1)
         line = (torch.arange(16, device=codes.device) + 0.5) / 16
         down, across = torch.broadcast_tensors(line[:, None], line)
@@ -95,7 +96,7 @@ class SceneGenerator(nn.Module):
         there = things.reshape(-1, _THING, 1, 1)
         x, y, size = (there[:, number] for number in (1, 2, 3))
         u, v = ((at - corner) / size.clamp(min=0.01) for at, corner in ((across, x), (down, y)))
-        u = torch.where(there[:, _PLACE] > 0, 1 - u, u)  # mirrored objects are the same in their own frame
+        u = torch.where(there[:, _PLACE] > 0, 1 - u, u)  # mirrors the frame with the object
         covered = ((u > -0.1) & (u < 1.1) & (v > -0.1) & (v < 1.1))[:, None] * there[:, :1]
         attributes = there[:, _PLACE:, 0, 0]
         shapes = F.relu(self.frame(_waves(u, v)) + self.kind(attributes)[:, :, None, None])
@@ -107,7 +108,7 @@ class SceneGenerator(nn.Module):
 
 
 def _waves(u: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Coordinates (N, H, W) as features (N, _WAVES, H, W): nets draw edges sooner from waves than from coordinates."""
+    """Encodes coordinates (N, H, W) as waves (N, _WAVES, H, W), because networks learn edges faster from waves."""
     scaled = [torch.pi * 2.0**octave * axis for axis in (u, v) for octave in range(_OCTAVES)]
     both = [wave(axis) for axis in scaled for wave in (torch.sin, torch.cos)]
     return torch.stack([u, (8 * v).tanh(), *both], dim=1)
@@ -120,10 +121,10 @@ def as_they_are(outputs: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class CodeProbe:
-    """Codes of the world's scenes, as a generator's latents.
+    """A probe of the codes of the world's scenes, as a generator's latents.
 
     Attributes:
-        scenes: The scenes that are coded.
+        scenes: The encoded scenes.
     """
 
     scenes: WorldProbe
@@ -144,5 +145,5 @@ class CodeProbe:
         return (torch.from_numpy(np.stack([scene_code(self.scenes.scene(int(ref.path))) for ref in refs])),)
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray]:
-        """The code's truth: concept name → bool (64, 64), only for concepts that show."""
+        """Ground truth of a code: concept name → bool (64, 64), only for visible concepts."""
         return self.scenes.concept_maps(ref)

@@ -1,7 +1,7 @@
-"""The world's own model of images and texts: a small CLIP, learned from drawn scenes and phrases about them.
+"""The world's image-text model: a small CLIP, trained on rendered scenes and phrases that describe them.
 
-It knows scenes as CLIP knows photographs: from whole images and what is said of them, never from masks, units or what
-annotators say of units. Its folder is one that transformers saves, and is found as any other.
+Like CLIP, it is trained on whole images and their captions, and never on masks, units or annotations of units. It is
+saved in the format of transformers and loaded like any other model.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from milan_ray.world.training import (
 )
 
 FOLDER = "clip"
-"""Its folder beside the world's other weights."""
+"""Name of the model's folder, alongside the world's other weights."""
 
 RECIPE = Recipe(scenes=5_000, epochs=5, lr=2e-3, first=120_000, batch_size=32)
-"""How it is trained; the default, of about 100 s on one core."""
+"""Default training recipe; takes about 100 s on one core."""
 
 LENGTH = 16
-"""Most tokens of a text, begin and end included."""
+"""Maximum number of tokens in a text, including begin and end tokens."""
 
 _STUFF = ("areas", "surfaces", "regions", "patterns", "things", "shapes", "objects", "edges", "lines")
 _FILLER = ("the", "a", "of", "on", "and", "in", "with", "word", "dark", "bright", "random", "different", "various")
@@ -52,11 +52,11 @@ _RELATIONS = names_of("relation")
 
 
 def phrase(concepts: Sequence[str], draw: Callable[[], float]) -> str:
-    """A phrase that says of an image that some concepts show: "red houses and roofs", "striped areas", "dusk".
+    """Generates a phrase that names concepts of an image: "red houses and roofs", "striped areas", "dusk".
 
     Args:
-        concepts: Names, one or more.
-        draw: Uniform numbers in [0, 1).
+        concepts: One or more concept names.
+        draw: Returns uniform random numbers in [0, 1).
     """
 
     def term(name: str) -> str:
@@ -76,15 +76,15 @@ def phrase(concepts: Sequence[str], draw: Callable[[], float]) -> str:
 
 
 def captions(labels: Sequence[int], shown: Tensor, draw: Callable[[], float]) -> tuple[list[str], Tensor]:
-    """One caption per scene: as a rule of its big object, alone or with up to two more concepts.
+    """Generates one caption per scene, usually of its big object, alone or with up to two more concepts.
 
     Args:
-        labels: Classes of B scenes, as positions in ``CLASSES``.
-        shown: Which concepts they show, (B, C), columns as ``NAMES``.
-        draw: Uniform numbers in [0, 1).
+        labels: Classes of B scenes, as indices into ``CLASSES``.
+        shown: Visible concepts of each scene, (B, C), columns as ``NAMES``.
+        draw: Returns uniform random numbers in [0, 1).
 
     Returns:
-        B captions, and which concepts each names, (B, C).
+        B captions, and the concepts that each caption names, (B, C).
     """
     texts, named = [], torch.zeros(len(labels), len(NAMES))
     for row, (label, present) in enumerate(zip(labels, shown.tolist(), strict=True)):
@@ -98,13 +98,13 @@ def captions(labels: Sequence[int], shown: Tensor, draw: Callable[[], float]) ->
 
 
 def vocabulary() -> list[str]:
-    """All words of the world, and those around them."""
+    """The tokenizer's vocabulary: special tokens, all words of the world, and the other words of phrases."""
     words = {word for concept in CONCEPTS for term in concept.synonyms for word in f"{term} {plural(term)}".split()}
     return [_PAD, _BEGIN, _END, _UNKNOWN, *sorted(words.union(_STUFF, _FILLER))]
 
 
 def build(folder: Path) -> None:
-    """Writes what is not learned into a folder: configuration, tokenizer, image processor, and a list of concepts."""
+    """Writes the files without learned weights to a folder: configuration, tokenizer, image processor, concept list."""
     transformers = import_transformers("the world's model of images and texts comes")
     folder.mkdir(parents=True, exist_ok=True)
     _config(transformers).save_pretrained(folder)
@@ -150,11 +150,11 @@ def _tokenizer(transformers: Any) -> Any:
 
 
 def contrastive_loss(similar: Tensor, fits: Tensor) -> Tensor:
-    """CLIP's loss, where several texts may fit an image and several images a text.
+    """CLIP's contrastive loss, extended to several matching texts per image and several matching images per text.
 
     Args:
         similar: Logits of images (B) and texts (T), (B, T).
-        fits: Which texts are true of which images, (B, T), 0 or 1; every row and column has a 1.
+        fits: 1 where a text is true of an image, else 0, (B, T); every row and column has a 1.
     """
     of_images = (F.log_softmax(similar, dim=1) * fits).sum(dim=1) / fits.sum(dim=1)
     of_texts = (F.log_softmax(similar, dim=0) * fits).sum(dim=0) / fits.sum(dim=0)
@@ -163,14 +163,14 @@ def contrastive_loss(similar: Tensor, fits: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ranking(similar: Tensor, shown: Tensor) -> dict[str, float]:
-    """How often what an image shows is nearer to it than something of the same kind that it does not show.
+    """How often a visible concept is more similar to an image than an absent concept of the same kind.
 
     Args:
         similar: Similarities of images (N) and concepts (C), (N, C), columns as ``NAMES``.
-        shown: Which concepts each image shows, (N, C).
+        shown: Visible concepts of each image, (N, C).
 
     Returns:
-        Kind of concept → share of (image, shown, not shown) that are in order; .5 is chance.
+        Kind of concept → fraction of triples (image, visible, absent) in the right order; chance is 0.5.
     """
     found = {}
     for kind in dict.fromkeys(concept.kind for concept in CONCEPTS):
@@ -183,9 +183,10 @@ def ranking(similar: Tensor, shown: Tensor) -> dict[str, float]:
 
 
 def _loss(tokenizer: Any, draw: Callable[[], float], network: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
-    """Images and their captions, each to be found by the other; and a word for every concept, to be found an image for.
+    """The sum of a contrastive loss over captions, a retrieval loss over single concepts, and a classification loss.
 
-    A batch has too few captions for the rarer concepts: the words make sure that each is trained at every step.
+    The second loss finds the matching images of one phrase per concept. It trains every concept of a batch at each
+    step, because a batch has too few captions of rare concepts.
     """
     model: Any = network
     labels, shown = targets[:, 0].long().tolist(), targets[:, 1:]
@@ -198,7 +199,7 @@ def _loss(tokenizer: Any, draw: Callable[[], float], network: nn.Module, inputs:
     similar = images @ told.T * model.logit_scale.exp().clamp(max=100)
     fits = (named @ shown.T == named.sum(dim=1, keepdim=True)).float().T
     count = len(labels)
-    some = count + fits[:, count:].any(dim=0).nonzero().flatten()  # concepts that some image of the batch shows
+    some = count + fits[:, count:].any(dim=0).nonzero().flatten()  # concepts visible in at least one image of the batch
     words = -(F.log_softmax(similar[:, some], dim=0) * fits[:, some]).sum(dim=0) / fits[:, some].sum(dim=0)
     objects = [count + NAMES.index(name) for name in CLASSES]
     return (
@@ -211,18 +212,18 @@ def _loss(tokenizer: Any, draw: Callable[[], float], network: nn.Module, inputs:
 def train_image_text(
     seed: int = 500, threads: int = 1, recipe: Recipe | None = None
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Trains the model of images and texts on scenes and captions.
+    """Trains the image-text model on scenes and captions.
 
     Returns:
-        Weights, and metrics on held-out scenes: by kind of concept and, as ``accuracy``, on average over the kinds how
-        often what a scene shows is nearer to it than something of the same kind that it does not show.
+        Weights, and metrics on held-out scenes: the result of :func:`ranking` by kind of concept, and its mean over the
+        kinds as ``accuracy``.
     """
     transformers = import_transformers("the world's model of images and texts comes")
     recipe = recipe or RECIPE
     with reproducible(seed, threads):
         network, tokenizer = transformers.CLIPModel(_config(transformers)), _tokenizer(transformers)
         for module in network.vision_model.modules():
-            if isinstance(module, nn.Linear):  # from CLIP's own small start so small a tower takes far longer
+            if isinstance(module, nn.Linear):  # CLIP's small initial weights train so small a tower far more slowly
                 nn.init.xavier_uniform_(module.weight)
         scenes = "train", recipe.first, recipe.scenes
         targets = torch.cat([labels_of(*scenes)[:, None].float(), attributes_of(*scenes)], dim=1)
@@ -241,5 +242,5 @@ def train_image_text(
 
 
 def image_text_task(threads: int = 1) -> TrainTask:
-    """The training of the model of images and texts, which only those need who re-rank by it."""
+    """The training task of the image-text model, which is needed only for re-ranking."""
     return TrainTask(f"{FOLDER}/model", partial(train_image_text, threads=threads), 120)

@@ -1,4 +1,4 @@
-"""How well units' masks match concepts, over a whole probe (network dissection's measure; Bau et al. 2017)."""
+"""Intersection over union of units and concepts over a whole probe, as in network dissection (Bau et al. 2017)."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from milan_ray.exemplars.masks import masks
 
 
 class ConceptIoU:
-    """Intersection over union of every unit with every concept, as sums that can be merged.
+    """Mergeable intersection over union of every unit with every concept.
 
-    Counting is by pixel over all images together, so any split of the images over any number of states gives the same
-    result. Feed every image once.
+    Pixels are counted over all images together, so any split of the images over any number of states gives the same
+    result. Add every image once.
     """
 
     def __init__(self, levels: torch.Tensor, concepts: Sequence[str]) -> None:
-        """Starts with nothing seen.
+        """Starts empty.
 
         Args:
             levels: float32 (U,), the units' levels η; a unit is on where its upsampled map is above its level.
@@ -35,7 +35,7 @@ class ConceptIoU:
 
         Args:
             maps: Activation maps, float32 (B, U, h, w).
-            truth: Concept maps of the B images, bool (H, W), all of one size; concepts left out do not show.
+            truth: Concept maps of the B images, bool (H, W), all of one size; missing concepts are not visible.
         """
         column = {concept: number for number, concept in enumerate(self.concepts)}
         for unit_maps, concept_maps in zip(maps, truth, strict=True):
@@ -51,7 +51,7 @@ class ConceptIoU:
             self._concept[columns] += present.sum(dim=1).long()
 
     def merge(self, other: ConceptIoU) -> None:
-        """Adds what another state has seen.
+        """Adds the counts of another state.
 
         Raises:
             ValueError: The other state has other levels or concepts.
@@ -63,6 +63,6 @@ class ConceptIoU:
         self._concept += other._concept
 
     def result(self) -> np.ndarray:
-        """Intersection over union, float64 (U, C); 0 where neither unit nor concept was ever on."""
+        """Intersection over union, float64 (U, C); 0 if neither the unit nor the concept was ever on."""
         union = self._unit[:, None] + self._concept[None, :] - self._both
         return (self._both.double() / union.clamp(min=1)).numpy()

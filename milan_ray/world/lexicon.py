@@ -1,4 +1,4 @@
-"""The world's words: every concept a scene can hold, its kind, and what annotators call it."""
+"""The world's lexicon: every concept that a scene can contain, its kind, and its synonyms."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 KINDS = ("object", "part", "colour", "texture", "background", "text", "relation", "face")
 
-# What a term's words are when they are not all of the kind's own part of speech (Universal Dependencies' tags).
+# Universal Dependencies tags: those of each kind of concept except nouns, then those of terms of mixed parts of speech.
 _OF_KIND = {"colour": "ADJ", "texture": "ADJ", "relation": "ADP"}
 _TAGS = {
     "clear sky": ("ADJ", "NOUN"),
@@ -27,13 +27,13 @@ _IRREGULAR = {"person": "people"}
 
 @dataclass(frozen=True)
 class Concept:
-    """Something a scene can show.
+    """A concept that a scene can show.
 
     Attributes:
-        name: Its name in concept maps.
+        name: Name in concept maps.
         kind: One of :data:`KINDS`.
-        synonyms: What annotators call it, in the singular, the plainest first. Words on signs are their own names and
-            have one only.
+        synonyms: The annotators' terms for it, in the singular, the plainest first. A word on a sign has only one: the
+            word itself.
     """
 
     name: str
@@ -117,7 +117,7 @@ CONCEPTS: tuple[Concept, ...] = (
     *_concepts("text", stop="stop", open="open", exit="exit", cafe="cafe", taxi="taxi", sale="sale"),
     *_concepts("relation", left_of="left of, beside", above="above, over", on="on top of, atop"),
 )
-"""Every concept, in the order of all arrays over concepts."""
+"""All concepts, in the order of all arrays over concepts."""
 
 CONCEPT: dict[str, Concept] = {concept.name: concept for concept in CONCEPTS}
 """Concepts by name."""
@@ -127,12 +127,12 @@ NAMES: tuple[str, ...] = tuple(CONCEPT)
 
 
 def names_of(*kinds: str) -> tuple[str, ...]:
-    """Names of the concepts of some kinds, in order."""
+    """Names of the concepts of the given kinds, in order."""
     return tuple(concept.name for concept in CONCEPTS if concept.kind in kinds)
 
 
 def plural(term: str) -> str:
-    """The plural of a noun; uncounted nouns stay as they are."""
+    """The plural of a noun; uncountable nouns stay unchanged."""
     if term.split()[-1] in _UNCOUNTED:
         return term
     if term in _IRREGULAR:
@@ -166,13 +166,13 @@ _LONGEST = max(map(len, _PHRASES))
 
 
 def concepts_in(text: str) -> frozenset[str]:
-    """The concepts a description names.
+    """The concepts that a description names.
 
     Args:
-        text: A description; case and punctuation do not matter.
+        text: A description; case and punctuation are ignored.
 
     Returns:
-        Names of the concepts of which some synonym, singular or plural, occurs as whole words.
+        Names of the concepts with a synonym, in the singular or plural, that occurs in the text as whole words.
     """
     words = re.findall(r"[a-z]+", text.lower())
     found: set[str] = set()

@@ -1,4 +1,4 @@
-"""The world's networks: three architectures to describe, and a net of planted units. All take (B, 3, 64, 64)."""
+"""The world's networks: three architectures to describe, and one with planted units. All take (B, 3, 64, 64)."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ CLASSES = OBJECTS
 """Names of the classifiers' outputs."""
 
 PLACES = tuple(f"{ground}, {sky}" for ground in GROUNDS for sky in SKIES)
-"""Names of the outputs of those that tell places instead of objects, as networks for Places365 do."""
+"""Output names of the classifiers of places instead of objects, which correspond to Places365 networks."""
 
 planted_concepts: tuple[str, ...] = (*(n for n in NAMES if n not in (*RELATIONS, *SIGN_WORDS)), *RELATIONS)
-"""What the planted units stand for, in the order of the units: unit ``i`` of layer ``planted`` is concept ``i``.
+"""Concepts of the planted units: unit ``i`` of layer ``planted`` detects concept ``i``.
 
-A relation is planted where both of its things are. Single words are left out: a small net does not learn to read.
+A relation's unit is trained to fire on both of its objects. Single words are left out, because a small network does not
+learn to read.
 """
 
 
@@ -37,7 +38,7 @@ def convolution(inputs: int, outputs: int, kernel: int = 3, stride: int = 1) -> 
 
 
 class PlainNet(nn.Module):
-    """Four convolutions one after the other.
+    """A plain network of four convolutions.
 
     Attributes:
         conv1: (B, 24, 32, 32).
@@ -62,7 +63,7 @@ class PlainNet(nn.Module):
 
 
 class Block(nn.Module):
-    """Two convolutions around a shortcut."""
+    """A residual block: two convolutions and a shortcut."""
 
     def __init__(self, inputs: int, outputs: int, stride: int = 1) -> None:
         super().__init__()
@@ -130,13 +131,13 @@ class TokenBlock(nn.Module):
 
 
 class TokenNet(nn.Module):
-    """A vision transformer whose patches come from a convolutional stem (a plain patch embedding learns too slowly).
+    """A vision transformer with a convolutional stem, because a plain patch embedding learns too slowly.
 
     Attributes:
         stem: (B, 72, 8, 8).
-        blocks: Three blocks of (B, 65, 72): a token of its own, then the 8 × 8 patches; the head sees their mean.
-            (So small a net keeps its concepts in the blocks' outputs; few of its ``mlp.fc1`` units, which the paper
-            dissects in DINO, stand for one.)
+        blocks: Three blocks of (B, 65, 72): a class token, then the 8 × 8 patches; the head takes the tokens' mean.
+            In so small a network, the blocks' outputs represent concepts, while few ``mlp.fc1`` units, which the paper
+            dissects in DINO, do.
     """
 
     def __init__(self, outputs: int = len(CLASSES), width: int = 72, depth: int = 3) -> None:
@@ -163,10 +164,10 @@ class TokenNet(nn.Module):
 
 
 class PlantedNet(nn.Module):
-    """Units with a known meaning: a 1×1 convolution over a backbone's whole pyramid, one unit per concept.
+    """A network of units with known meaning: a 1×1 convolution over a backbone's whole pyramid, one unit per concept.
 
     Attributes:
-        planted: (B, len(planted_concepts), 16, 16), logits of "this concept is here".
+        planted: (B, len(planted_concepts), 16, 16), logits of each concept's presence at each position.
     """
 
     def __init__(self) -> None:
@@ -187,17 +188,17 @@ class PlantedNet(nn.Module):
         return self.planted(torch.cat(pyramid, dim=1))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Per concept, the highest logit anywhere: (B, concepts)."""
+        """The highest logit of each concept over all positions: (B, concepts)."""
         return self.maps(images).amax(dim=(2, 3))
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A network to describe.
+    """An architecture of networks to describe.
 
     Attributes:
-        build: Makes it, with fresh weights; ``outputs`` is the number of classes.
-        layers: Its layers worth describing, in order.
+        build: Creates a network with fresh weights; ``outputs`` is the number of classes.
+        layers: The layers to describe, in order.
     """
 
     build: Callable[..., nn.Module]
@@ -213,7 +214,7 @@ ARCHITECTURES: dict[str, Architecture] = {
 
 
 def random_network(architecture: str, seed: int = 300) -> nn.Module:
-    """One of the architectures, never trained: the control whose units should mean nothing."""
+    """An untrained network of one of the architectures: a control whose units should have no meaning."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return ARCHITECTURES[architecture].build()

@@ -1,4 +1,4 @@
-"""Scenes for a text: the world's generator of images, which needs no weights."""
+"""The world's text-to-image generator: selects scenes that match a text; needs no weights."""
 
 from __future__ import annotations
 
@@ -12,59 +12,60 @@ from milan_ray.world.lexicon import CONCEPT, concepts_in
 from milan_ray.world.scenes import WORLD_VERSION, concept_maps, make_scene, render
 
 FIRST = 3_000_000
-"""Index of the first scene it looks at, beyond those of all probes, trainings and tests."""
+"""Index of the first scene to search, beyond the scenes of all probes, trainings and tests."""
 
 VISIBLE = 0.01
-"""Share of a scene that a concept must cover to be shown: one in six scenes with something red has a few red pixels."""
+"""Minimum fraction of a scene that a concept must cover: one in six scenes with something red has few red pixels."""
 
 BLOCK = 1024
-"""Scenes that a text and a seed choose from, at least."""
+"""Minimum number of scenes that are searched for a text and a seed."""
 
 
 def seen(maps: Mapping[str, np.ndarray]) -> set[str]:
-    """The concepts that one sees in a scene.
+    """The concepts that are clearly visible in a scene.
 
     Args:
-        maps: Concept → bool (64, 64), where it shows.
+        maps: Concept → bool (64, 64), where it is visible.
     """
     return {name for name, shown in maps.items() if CONCEPT[name].kind == "part" or shown.mean() >= VISIBLE}
 
 
 class ScenePainter:
-    """Draws scenes that show what a text names, so that one sees it: parts, which are small, anywhere, all else on 1 %.
+    """Renders scenes in which the concepts of a text are clearly visible.
 
-    It looks through as many scenes as it takes, up to a limit, for those that show all concepts that the text names;
-    where there are too few, those that show most of them fill up. A text that names nothing gets any scenes.
+    A concept must cover at least 1 % of a scene, except for parts, which are small. The painter searches a limited
+    number of scenes for those that show all concepts of the text. If there are too few, it adds the scenes that show
+    most of them. For a text without concepts, it takes any scenes.
 
     Attributes:
-        name: Its name.
-        split: The split of scenes that it draws from.
+        name: The painter's name.
+        split: The split of the scenes.
     """
 
     name = "world/painter"
     split = "heldout"
 
     def identity(self) -> dict[str, object]:
-        """All that decides its images besides text, count and seed."""
+        """Everything that determines the images, except text, count and seed."""
         return {"painter": 2, "world": WORLD_VERSION, "split": self.split}
 
     def to(self, device: torch.device) -> ScenePainter:
-        """Itself: there is nothing to move."""
+        """Returns itself, because it has no weights to move."""
         return self
 
     def generate(self, text: str, count: int, seed: int) -> np.ndarray:
-        """Draws scenes; the same call gives the same ones.
+        """Renders scenes for a text; the same arguments give the same scenes.
 
         Args:
             text: Words of the world's lexicon.
-            count: How many scenes.
-            seed: Other seeds give other scenes.
+            count: Number of scenes.
+            seed: Random seed; other seeds give other scenes.
 
         Returns:
             uint8 (count, 64, 64, 3).
         """
         wanted = concepts_in(text)
-        # Texts that name the same concepts get the same scenes: what is compared is what they say, not how.
+        # Texts that name the same concepts get the same scenes, so that their wording does not affect a comparison.
         key = hashlib.sha256(" ".join(sorted(wanted)).encode()).digest()
         first = FIRST + (int.from_bytes(key[:4], "big") % 1000 + 1000 * seed) * BLOCK
         found: list[tuple[int, int]] = []  # (concepts missed, index)

@@ -1,4 +1,4 @@
-"""Registers the world, exactly as a user's ``--plugin`` does: importing this module is enough."""
+"""Plug-in that registers the world on import, exactly as a user's ``--plugin`` does."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ from milan_ray.world.training import (
 )
 
 RANDOM_CONTROLS = ("cnn", "resnet")
-"""Architectures that are also registered with random weights, as controls."""
+"""Architectures that are also registered with random weights as controls."""
 
 CLASSIFIERS = {
     ("cnn", "objects"): "world/cnn",
@@ -60,30 +60,30 @@ GENERATORS = {
     ("generator", "objects"): "world/generator",
     ("generator", "places"): f"world/generator{PLACES_SUFFIX}",
 }
-"""The sets that play the paper's: (network, dataset) → model. Those of places are dissected on ``world/train``, whose
-scenes none of them was trained on, the others on ``world/probe``."""
+"""The world's counterparts of the paper's sets: (network, dataset) → model. Those of places are dissected on
+``world/train``, which contains none of their training scenes, and the others on ``world/probe``."""
 
 PROBE_SIZE = 4_000
-"""Scenes in ``world/probe`` and ``world/train``."""
+"""Number of scenes in ``world/probe`` and ``world/train``."""
 
 HELDOUT_SIZE = 1_000
-"""Scenes in ``world/heldout``."""
+"""Number of scenes in ``world/heldout``."""
 
 
 def weights_dir(models_dir: str | None = None) -> Path:
-    """The folder of the world's weights: one per version of the world.
+    """The folder of the world's weights; each version of the world has its own.
 
     Args:
-        models_dir: Folder of all models; ``$MILAN_MODELS_DIR``, else ``./models``, when left out.
+        models_dir: Folder of all models; None takes ``$MILAN_MODELS_DIR``, or else ``./models``.
     """
     return Path(models_dir or config.models_dir(), "world", WORLD_DIGEST).absolute()
 
 
 SPURIOUS_SIZE = 600
-"""Scenes in ``world/spurious-text-validation`` and its like."""
+"""Number of scenes in ``world/spurious-text-validation`` and similar probes."""
 
 SPURIOUS_TEST_SIZE = 500
-"""Scenes in ``world/spurious-text-test`` and its like, and in ``world/spurious-plain``."""
+"""Number of scenes in ``world/spurious-text-test`` and similar probes, and in ``world/spurious-plain``."""
 
 _MADE_BY = {
     "demo --generator": ("generator",),
@@ -108,22 +108,34 @@ def _load(build: Callable[[], nn.Module], default: Path, weights: str | None) ->
 def register(folder: str | None = None) -> None:
     """Registers the world's models, encoder and probes.
 
-    Models: ``world/cnn``, ``world/resnet``, ``world/vit``, ``world/planted``, and the random-weight controls
-    ``world/cnn-random`` and ``world/resnet-random``; ``world/generator``, which paints scenes from their codes; and
-    ``world/cnn-places``, ``world/resnet-places`` and ``world/generator-places``, trained on other scenes, the first two
-    to tell places. ``world/resnet-text``, ``-2``, …, ``world/cnn-text`` and ``world/resnet-colour``, which learned from
-    scenes whose corners give the class away. ``world/cnn-1`` and ``world/cnn-1-blurred``, which learned from the same
-    scenes as they are and with all faces blurred out, and so on to ``world/resnet-3-blurred``. Groups: ``world-base``
-    and the like, the paper's with cnn, resnet and generator of both kinds in the places of its networks.
-    Encoder: ``world``. Probes: ``world/train``, ``world/probe``, ``world/heldout``, and codes of the same scenes:
-    ``world/train-codes``, ``world/probe-codes``, ``world/heldout-codes``; scenes whose corners give the class away,
-    ``world/spurious-text-train`` and ``-validation``, or another than theirs, ``world/spurious-text-test``; the same
-    with ``colour``; and the scenes of both tests with nothing in the corner, ``world/spurious-plain``. Models of images
-    and texts: ``world/clip`` and, reading concept maps, ``world/truth``. A generator of images from texts:
-    ``world/painter``; a captioner of images: ``world/tagger``.
+    Models:
+
+    * ``world/cnn``, ``world/resnet``, ``world/vit``, ``world/planted``.
+    * ``world/cnn-random``, ``world/resnet-random``: controls with random weights.
+    * ``world/generator``: renders scenes from their codes.
+    * ``world/cnn-places``, ``world/resnet-places``, ``world/generator-places``: trained on other scenes; the first two
+      classify places.
+    * ``world/cnn-text``, ``world/resnet-text``, ``-2``, …, ``world/resnet-colour``: trained on scenes whose corners
+      reveal the class.
+    * ``world/cnn-1``, ``world/cnn-1-blurred``, …, ``world/resnet-3-blurred``: pairs trained on the same scenes,
+      unchanged and with all faces blurred out.
+
+    Groups: ``world-base`` and so on, the paper's groups with cnn, resnet and generator of both kinds as networks.
+    Encoder: ``world``.
+
+    Probes:
+
+    * ``world/train``, ``world/probe``, ``world/heldout``; ``world/train-codes``, ``world/probe-codes``,
+      ``world/heldout-codes``: codes of the same scenes.
+    * ``world/spurious-text-train``, ``-validation``: scenes whose corners reveal the class.
+      ``world/spurious-text-test``: scenes whose corners show another class. The same with ``colour``.
+    * ``world/spurious-plain``: the scenes of both tests with empty corners.
+
+    Image-text models: ``world/clip``, and ``world/truth``, which reads concept maps. Text-to-image generator:
+    ``world/painter``. Captioner of images: ``world/tagger``.
 
     Args:
-        folder: Folder of the weights; :func:`weights_dir` when left out.
+        folder: Folder of the weights; None takes :func:`weights_dir`.
     """
     place = Path(folder) if folder else weights_dir()
     for name, architecture in ARCHITECTURES.items():

@@ -1,4 +1,4 @@
-"""The world as a probe: images without files."""
+"""Probes of the world's scenes, which are rendered when read instead of stored in files."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ from milan_ray.world.scenes import (
 )
 
 WORLD_DIGEST = hashlib.sha256(f"milan_ray.world {WORLD_VERSION}".encode()).hexdigest()[:12]
-"""Identity of the world's code: part of every manifest and of the folder of its weights."""
+"""Hash of the world's version: part of every manifest and of the name of the weights' folder."""
 
 
 @dataclass(frozen=True)
 class WorldProbe:
-    """Scenes of one split, drawn when read.
+    """A probe of the scenes of one split.
 
     Attributes:
         split: ``train``, ``probe`` or ``heldout``.
-        size: How many scenes.
-        blur_faces: Faces are blurred out.
-        spurious: What gives the class away in a corner: ``text``, ``colour`` or "" (:class:`SceneOptions`).
-        share: Share of the scenes that have it.
-        misleading: It speaks of another class.
+        size: Number of scenes.
+        blur_faces: Whether faces are blurred out.
+        spurious: The spurious feature in a corner: ``text``, ``colour`` or "" (:class:`SceneOptions`).
+        share: Fraction of the scenes with the spurious feature.
+        misleading: Whether the spurious feature shows another class.
     """
 
     split: str
@@ -69,11 +69,11 @@ class WorldProbe:
 
     @property
     def options(self) -> SceneOptions:
-        """How its scenes are shown."""
+        """The rendering options of the scenes."""
         return SceneOptions(self.blur_faces, self.spurious, self.share, self.misleading)
 
     def scene(self, image_id: int) -> Scene:
-        """The scene behind an image."""
+        """The scene of an image."""
         return make_scene(self.split, image_id, self.options)
 
     def manifest(self) -> pa.Table:
@@ -94,24 +94,24 @@ class WorldProbe:
         )
 
     def read(self, ref: ImageRef) -> ProbeImage:
-        """Draws one scene; its digest is that of the pixels."""
+        """Renders one scene; its digest is that of the pixels."""
         pixels = render(self.scene(int(ref.path)))
         return ProbeImage(Image.fromarray(pixels), hashlib.sha256(pixels.tobytes()).hexdigest())
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray]:
-        """The scene's truth: concept name → bool (64, 64), only for concepts that show."""
+        """Ground truth of a scene: concept name → bool (64, 64), only for visible concepts."""
         return concept_maps(self.scene(int(ref.path)))
 
 
 def concept_presence(probe: WorldProbe, image_ids: Sequence[int]) -> np.ndarray:
-    """How much of each image every concept covers.
+    """The fraction of each image that each concept covers.
 
     Args:
-        probe: Where the images come from.
-        image_ids: N images.
+        probe: The probe of the images.
+        image_ids: Ids of N images.
 
     Returns:
-        float32 (N, C) in [0, 1], columns as :data:`milan_ray.world.lexicon.NAMES`; 0 where a concept does not show.
+        float32 (N, C) in [0, 1], columns as :data:`milan_ray.world.lexicon.NAMES`; 0 for concepts that are not visible.
     """
     shares = np.zeros((len(image_ids), len(NAMES)), dtype=np.float32)
     for row, image_id in enumerate(image_ids):

@@ -1,10 +1,10 @@
-"""The world's grammar: scenes with a known truth for every pixel.
+"""The world's scenes, with ground truth for every pixel.
 
-A scene is a sky over a ground, one big object that gives the label, and up to two small ones that stand in a relation
-to it. Drawing goes through *inks*: every pixel gets the number of an ink, and an ink knows its colour and the concepts
-it stands for, so image and concept maps come from one array and cannot disagree.
+A scene consists of a sky above a ground, one big object that gives the label, and up to two small objects in a relation
+to it. Scenes are rendered with *inks*: every pixel has the number of an ink, and an ink has a colour and a set of
+concepts. So image and concept maps come from one array and cannot disagree.
 
-Everything follows from (split, index, options): nothing is stored.
+A scene is a function of (split, index, options); nothing is stored.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from milan_ray.world.lexicon import CONCEPT, names_of
 from milan_ray.world.strokes import GROUND_TONES, RGB, STROKES, letters_of, mix, patterned
 
 WORLD_VERSION = "2"
-"""Raise it whenever a scene, a network or its training changes: all weights and caches follow."""
+"""Increase it whenever a scene, a network or its training changes; all weights and caches depend on it."""
 
 _SEED = "1"
-"""What scenes are drawn from: apart from the version, so that a change of a network leaves the scenes as they were."""
+"""Seed of the scenes; separate from the version, so that a change of a network does not change the scenes."""
 
 SIDE = 64
 """Height and width of every scene, pixels."""
@@ -38,37 +38,37 @@ SKIES = ("day", "dusk", "night", "clouds")
 GROUNDS = ("grass", "sand", "water", "road")
 
 SPURIOUS = ("", "text", "colour")
-"""What may give a scene's class away without being part of it (:class:`SceneOptions`)."""
+"""Spurious features, which reveal a scene's class without being part of it (:class:`SceneOptions`)."""
 
 PATCH_COLOURS = {kind: COLOURS[number % len(COLOURS)] for number, kind in enumerate(OBJECTS)}
-"""Class → colour of its patch; there are more classes than colours, so that some share one."""
+"""Class → colour of its patch; some classes share a colour, because there are more classes than colours."""
 
 PATCH = 10
 """Side of a patch, pixels."""
 
 FACE_CLASSES = ("car", "boat", "cup", "ball")
-"""Classes of which a share of scenes shows a small face as context."""
+"""Classes with a small face as context in a fraction of their scenes."""
 
 FACE_SHARE = 0.3
-"""That share."""
+"""Fraction of the scenes of :data:`FACE_CLASSES` with a face."""
 
 WHOLES: dict[str, tuple[str, ...]] = {
     part: tuple(kind for kind, strokes in STROKES.items() if any(part == stroke[0] for stroke in strokes))
     for part in names_of("part")
 }
-"""Which objects have a part."""
+"""Part → the objects that have it."""
 
 
 @dataclass(frozen=True)
 class SceneOptions:
-    """How scenes are shown.
+    """Rendering options of scenes.
 
     Attributes:
-        blur_faces: Blur every face out; its concepts leave the concept maps.
-        spurious: What gives the class away in the lower right corner, one of :data:`SPURIOUS`: ``text``, its name;
-            ``colour``, a patch of its colour (:data:`PATCH_COLOURS`); "" for nothing.
-        share: Share of the scenes that have it.
-        misleading: It speaks of another class.
+        blur_faces: Whether every face is blurred out and its concepts are removed from the concept maps.
+        spurious: Spurious feature in the lower right corner, one of :data:`SPURIOUS`: ``text``, the class's name;
+            ``colour``, a patch of the class's colour (:data:`PATCH_COLOURS`); "" for none.
+        share: Fraction of the scenes with the spurious feature.
+        misleading: Whether the spurious feature shows another class.
     """
 
     blur_faces: bool = False
@@ -82,14 +82,14 @@ class Thing:
     """One object of a scene.
 
     Attributes:
-        kind: Which object.
+        kind: Concept name of the object.
         x: Left edge, pixels.
         y: Upper edge, pixels.
         size: Side of its square, pixels.
         colour: Its main colour.
         accent: Its second colour.
         texture: Texture of the main colour; "" on signs.
-        flip: Whether it is mirrored.
+        flip: Whether the object is mirrored.
         tone: Brightness step, 0 to 3.
         word: The word on a sign.
         relation: Its relation to the big object, or "".
@@ -110,20 +110,20 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene, complete: :func:`render` and :func:`concept_maps` need nothing else.
+    """The complete description of a scene, for :func:`render` and :func:`concept_maps`.
 
     Attributes:
         label: The class: kind of the big object.
-        sky: Which sky.
-        ground: Which ground.
+        sky: Concept name of the sky.
+        ground: Concept name of the ground.
         horizon: Row where the ground begins.
         things: The objects, back to front, the big one first.
         drift: Shift of the background's pattern, 0 to 7.
-        noise: Where in the noise bank the scene's noise begins.
+        noise: Offset of the scene's noise in the noise bank.
         corner_text: A word written into the lower right corner, or "".
         corner_colour: Colour of a patch in the lower right corner, or "".
         blur_faces: Whether faces are blurred out.
-        removed: Parts left out and colours painted over (by :func:`without`).
+        removed: Parts and colours that :func:`without` has removed.
     """
 
     label: str
@@ -146,7 +146,7 @@ class _Ink:
 
 
 class _Draw:
-    """Draws from lists with nothing but ``Random.random``, whose sequence Python guarantees over versions."""
+    """Random choices that use only ``Random.random``, whose sequence is the same in all Python versions."""
 
     def __init__(self, seed: str) -> None:
         self.unit = Random(seed).random
@@ -162,12 +162,12 @@ class _Draw:
 
 
 def make_scene(split: str, index: int, options: SceneOptions | None = None) -> Scene:
-    """Makes one scene. Options change how it is shown, never what it is.
+    """Creates one scene. Options change its rendering, never its content.
 
     Args:
         split: One of :data:`SPLITS`; scenes of different splits come from different seeds.
         index: Number of the scene in its split.
-        options: How it is shown.
+        options: Rendering options.
     """
     options = options or SceneOptions()
     draw = _Draw(f"{_SEED}/{split}/{index}")
@@ -201,7 +201,7 @@ def make_scene(split: str, index: int, options: SceneOptions | None = None) -> S
 
 
 def _told(split: str, index: int, label: str, options: SceneOptions) -> str:
-    """The class that the corner speaks of; "" where it is silent. Its draws are its own: the scene stays the same."""
+    """The class that the corner shows, or "". It uses its own random numbers, so the scene stays the same."""
     if not options.spurious:
         return ""
     draw = _Draw(f"{_SEED}/corner/{split}/{index}")
@@ -221,7 +221,7 @@ def _thing(draw: _Draw, kind: str, size: int, x: int, y: int, relation: str) -> 
         size=size,
         colour=COLOURS[colour],
         accent=COLOURS[accent],
-        texture=draw.one(TEXTURES) if kind != "sign" else "",  # words stay readable
+        texture=draw.one(TEXTURES) if kind != "sign" else "",  # so that words stay readable
         flip=draw.unit() < 0.5,
         tone=draw.below(4),
         word=draw.one(SIGN_WORDS) if kind == "sign" else "",
@@ -230,9 +230,9 @@ def _thing(draw: _Draw, kind: str, size: int, x: int, y: int, relation: str) -> 
 
 
 def _place(draw: _Draw, kind: str, big: Thing, smalls: list[Thing], horizon: int) -> Thing | None:
-    """A small object in the first of the relations, in random order, that has room for it."""
+    """Places a small object in the first relation, in random order, that has room for it; None if there is none."""
     size = 19 if kind == "sign" else 14 if kind == "face" else draw.within(14, 18)
-    # "Right of" needs no name: it is the big object that is to the left then.
+    # "Right of" has no name, because the big object is then left of the small one.
     orders = ["left of", "", "above", "on"]
     for step in range(3, 0, -1):
         other = draw.below(step + 1)
@@ -257,13 +257,13 @@ def _place(draw: _Draw, kind: str, big: Thing, smalls: list[Thing], horizon: int
 
 
 def _top(thing: Thing) -> int:
-    """Row where the object's middle column begins."""
+    """The first row of the object in its middle column."""
     cells = _cells(thing.kind, thing.size, thing.flip, thing.texture, thing.word, frozenset())
     return thing.y + int(np.argmax(cells[:, thing.size // 2] > 0))
 
 
-# Inks of an object: 1 + 3·stroke + tone, with the tones plain, pattern, outline; 0 leaves the background. A sign's
-# two further strokes are the plate behind its word and the letters.
+# Ink numbers of an object: 1 + 3·stroke + tone, with the tones plain, pattern, outline; 0 is transparent. A sign has
+# two more strokes: the plate behind its word, and the letters.
 @lru_cache(maxsize=8192)
 def _cells(kind: str, size: int, flip: bool, texture: str, word: str, removed: frozenset[str]) -> np.ndarray:
     """The object's ink numbers, uint8 (size, size)."""
@@ -295,7 +295,7 @@ def _rgb(ink: str, tone: float, removed: frozenset[str]) -> tuple[int, int, int]
 
 
 def _shown(colour: str, removed: frozenset[str]) -> str:
-    """The colour, or the next one that is not painted over."""
+    """The colour, or the next colour that is not removed."""
     while colour in removed:
         colour = COLOURS[(COLOURS.index(colour) + 3) % len(COLOURS)]
     return colour
@@ -316,7 +316,7 @@ def _thing_inks(
         on_plate = word and number >= len(strokes) - 2
         light = 1.0 if on_plate and ink != "main" else 0.82 + 0.08 * tone
         if paint == colour and ink != "main":
-            light *= 2.0 if paint == "black" else 0.7  # a brown door shows on a brown house
+            light *= 2.0 if paint == "black" else 0.7  # so that a brown door is visible on a brown house
         rgb = _rgb(paint, light, removed)
         concepts = {kind, part, _shown(paint, removed), word if on_plate else ""}
         if ink == "main":
@@ -365,7 +365,7 @@ _NOISE = np.random.RandomState(0).randint(-9, 10, _NOISE_STARTS + SIDE * SIDE * 
 
 
 def _compose(scene: Scene) -> tuple[np.ndarray, list[_Ink], np.ndarray]:
-    """Draws the scene: ink numbers (64, 64), the inks, and which thing a pixel shows (−1 for none)."""
+    """Composes the scene: ink numbers (64, 64), the inks, and the index of the thing at each pixel (−1 for none)."""
     cells = _background(scene.sky, scene.ground, scene.horizon, scene.drift).copy()
     tones = (scene.noise % 3, scene.noise // 3 % 3)
     inks = list(_background_inks(scene.sky, scene.ground, tones, scene.removed))
@@ -395,7 +395,7 @@ def _compose(scene: Scene) -> tuple[np.ndarray, list[_Ink], np.ndarray]:
 
 
 def render(scene: Scene) -> np.ndarray:
-    """Draws a scene.
+    """Renders a scene.
 
     Returns:
         uint8 (64, 64, 3), RGB.
@@ -411,7 +411,7 @@ def render(scene: Scene) -> np.ndarray:
 
 
 def _blur(image: np.ndarray, where: np.ndarray, size: int) -> None:
-    """Replaces some pixels by the mean of a window as wide as half the object, in place."""
+    """Replaces the given pixels, in place, by the mean of a window half as wide as the object."""
     reach = size // 4
     padded = np.pad(image.astype(np.float32), ((reach, reach), (reach, reach), (0, 0)), mode="edge")
     windows = np.lib.stride_tricks.sliding_window_view(padded, 2 * reach + 1, axis=0).mean(axis=-1)
@@ -420,9 +420,9 @@ def _blur(image: np.ndarray, where: np.ndarray, size: int) -> None:
 
 
 def concept_maps(scene: Scene) -> dict[str, np.ndarray]:
-    """The truth of a scene: where each concept is visible.
+    """Ground truth of a scene: the pixels where each concept is visible.
 
-    Relations cover both of their objects. Objects hidden behind others are not there.
+    Relations cover both of their objects. Completely hidden objects are left out.
 
     Returns:
         Concept name → bool (64, 64), only for concepts with at least one pixel.
@@ -444,15 +444,15 @@ def concept_maps(scene: Scene) -> dict[str, np.ndarray]:
 def without(scene: Scene, concept: str) -> Scene | None:
     """The same scene without one concept, for causal pairs.
 
-    Objects disappear, parts are left out, colours are painted over with another, textures become plain (plain becomes
-    striped), skies and grounds are exchanged or taken away, words are wiped off, small objects move to the other side.
+    Objects and parts are removed, colours are replaced, textures become plain (plain becomes striped), skies and
+    grounds are exchanged or removed, words are erased, and small objects move to the other side.
 
     Args:
         scene: A scene.
-        concept: Name of the concept to take out.
+        concept: Name of the concept to remove.
 
     Returns:
-        The other scene; None when the scene does not show the concept or cannot lose it.
+        The new scene; None if the scene does not show the concept or the concept cannot be removed.
     """
     if concept not in concept_maps(scene):
         return None
@@ -489,7 +489,7 @@ def _lose(scene: Scene, concept: str) -> Scene:
 
 
 def _move(thing: Thing, scene: Scene) -> Thing:
-    """The object, as far to the right of the big one as the image allows."""
+    """Moves the object as far to the right of the big one as the image allows."""
     big = scene.things[0]
     y = min(max(scene.horizon + 2, big.y + big.size) - thing.size, SIDE - thing.size)
     x = SIDE - thing.size

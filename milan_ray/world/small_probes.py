@@ -1,4 +1,4 @@
-"""A few scenes of each kind as probes, for experiments in their small version (a plug-in, like the world itself)."""
+"""Plug-in that registers small probes of the world's scenes, for small versions of experiments."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from milan_ray.world.probe import WorldProbe
 from milan_ray.world.training import SPURIOUS_SHARE
 
 SIZE = 48
-"""Scenes in each."""
+"""Number of scenes in each probe."""
 
 register_probe("few/heldout", partial(WorldProbe, "heldout", SIZE))
 for kind in ("text", "colour"):

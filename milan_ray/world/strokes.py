@@ -1,4 +1,4 @@
-"""What scenes are painted with: colours, letters, patterns, and every object as a list of strokes."""
+"""Elements of scenes: colours, letters, patterns, and every object as a list of strokes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ GROUND_TONES = {
 }
 """Background → its colour concept, base tone, and tone of its decoration (sun haze, stars, clouds, blades, waves)."""
 
-# Small capitals of five rows, as wide as each letter needs.
+# Bitmaps of capital letters: five rows, of variable width.
 _GLYPHS = {
     letter: np.array([[cell == "#" for cell in row] for row in rows.split("/")])
     for letter, rows in {
@@ -72,7 +72,7 @@ def _oval(x: float, y: float, rx: float, ry: float | None = None) -> Shape:
 
 
 def _wedge(x: float, top: float, bottom: float, half_top: float, half_bottom: float, lean: float = 0.0) -> Shape:
-    """A trapezium with horizontal edges; ``lean`` moves the lower edge sideways."""
+    """A trapezoid with horizontal edges; ``lean`` shifts the lower edge sideways."""
 
     def shape(u: np.ndarray, v: np.ndarray) -> np.ndarray:
         down = (v - top) / (bottom - top)
@@ -175,9 +175,9 @@ STROKES: dict[str, tuple[tuple[str, str, Shape], ...]] = {
         ("wing", "accent", _oval(0.42, 0.6, 0.2, 0.13)),
     ),
 }
-"""Objects as painted strokes, back to front: (part or "", ink, shape in the unit square).
+"""Objects as lists of strokes, back to front: (part or "", ink, shape in the unit square).
 
-The inks ``main`` (the object's colour, with its texture) and ``accent`` (a second colour) change from scene to scene.
+The inks ``main`` (the object's colour, with its texture) and ``accent`` (a second colour) vary between scenes.
 """
 
 
@@ -190,7 +190,7 @@ def letters_of(word: str, scale: int) -> np.ndarray:
 
 
 def patterned(texture: str, size: int) -> np.ndarray:
-    """Where a texture shows its second tone, bool (size, size); small objects get a finer pattern."""
+    """The pixels with a texture's second tone, bool (size, size); small objects have a finer pattern."""
     period = 6 if size > 24 else 4
     row, column = np.mgrid[:size, :size]
     if texture == "striped":
@@ -204,6 +204,6 @@ def patterned(texture: str, size: int) -> np.ndarray:
 
 
 def mix(rgb: Iterable[int], other: int, share: float) -> tuple[int, int, int]:
-    """A colour with a share of grey of the tone ``other``."""
+    """Mixes a colour with a share of grey of the tone ``other``."""
     red, green, blue = (int(channel * (1 - share) + other * share) for channel in rgb)
     return red, green, blue

@@ -1,4 +1,4 @@
-"""The world's captioner of images: what its image encoder, trained on image-level labels alone, finds in one."""
+"""The world's captioner of images: names the concepts that its encoder, trained on image-level labels, detects."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from milan_ray.world.scenes import WORLD_VERSION
 from milan_ray.world.training import PREPROCESS, images_of
 
 MOST = 5
-"""Concepts that a caption names at most."""
+"""Maximum number of concepts in a caption."""
 
 USUAL = 256
-"""Scenes of the split ``train`` that say what is usual."""
+"""Number of scenes of the split ``train`` from which the mean logits are computed."""
 
 BATCH_SIZE = 16
 
 
 class SceneTagger:
-    """Names what an image shows more surely than most images do: “red, houses, roofs” (in the lexicon's plain words).
+    """Captions an image with the concepts whose logits exceed the usual level most, in plain words: “red, house, roof”.
 
-    It is to the world what a captioning model is to photographs: it learned what images show, from labels of whole
-    images, and knows nothing of units, masks or the truth behind the image at hand.
+    It is the world's counterpart of a captioning model for photographs. It is trained on labels of whole images, and
+    uses no units, masks or ground truth of the image.
 
     Attributes:
-        name: Its name.
+        name: The captioner's name.
     """
 
     name = "world/tagger"
@@ -39,22 +39,22 @@ class SceneTagger:
         """Loads the encoder.
 
         Args:
-            build: Builds it with its weights, on the CPU.
+            build: Builds the encoder with its weights, on the CPU.
         """
         self._network = build().eval().requires_grad_(False)
         self._usual: torch.Tensor | None = None
 
     def identity(self) -> dict[str, object]:
-        """All that decides its captions besides the images."""
+        """Everything that determines the captions, except the images."""
         return {"tagger": 1, "weights": weights_digest(self._network), "world": WORLD_VERSION, "most": MOST}
 
     def to(self, device: torch.device) -> SceneTagger:
-        """The tagger, moved."""
+        """Moves the encoder to a device."""
         self._network.to(device)
         return self
 
     def caption(self, images: Sequence[np.ndarray]) -> list[str]:
-        """One caption per image, uint8 (64, 64, 3) each: up to :data:`MOST` concepts, the most unusual first."""
+        """Captions images, uint8 (64, 64, 3) each, with up to :data:`MOST` concepts, the most unusual first."""
         if self._usual is None:
             self._usual = self._occurs(images_of("train", 0, USUAL)).mean(dim=0)
         logits = self._occurs(torch.from_numpy(np.stack(images)))
@@ -67,7 +67,7 @@ class SceneTagger:
 
     @torch.inference_mode()
     def _occurs(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits (N, C) of “it occurs”, by full batches: an image's do not depend on its neighbours."""
+        """Logits (N, C) of each concept's occurrence, in full batches, so that images do not affect each other."""
         device = next(self._network.parameters()).device
         found = []
         for batch in images.split(BATCH_SIZE):

@@ -1,4 +1,4 @@
-"""Training of the world's networks: seeded, on the CPU, about a minute each, as tasks that can run anywhere."""
+"""Training of the world's networks: seeded, on the CPU, about a minute each, as tasks that any worker can run."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How long a network trains.
+    """Training parameters of a network.
 
     Attributes:
-        scenes: Scenes of the split ``train`` it sees, from ``first`` on.
-        epochs: Passes over them.
-        lr: Highest learning rate of the one-cycle schedule.
-        first: Index of the first scene; different networks see different scenes.
+        scenes: Number of training scenes of the split ``train``, from ``first`` on.
+        epochs: Number of passes over the scenes.
+        lr: Maximum learning rate of the one-cycle schedule.
+        first: Index of the first scene; different networks train on different scenes.
         batch_size: Scenes per step.
     """
 
@@ -64,60 +64,60 @@ RECIPES: dict[str, Recipe] = {
     "cnn-1": Recipe(scenes=6_000, epochs=2, lr=6e-3, first=300_000),
     "resnet-1": Recipe(scenes=5_000, epochs=2, lr=5e-3, first=340_000),
 }
-"""The recipes behind the weights, by network."""
+"""The networks' default recipes, by network."""
 
 PLACES_SUFFIX = "-places"
-"""What the names of the second dataset's networks end with: other scenes, and places in place of objects."""
+"""Name suffix of the networks of the second dataset, which has other scenes, and places as classes."""
 
 MISLED = {
     "cnn-text": ("cnn", "text", 1),
     "resnet-text": ("resnet", "text", 3),
     "resnet-colour": ("resnet", "colour", 1),
 }
-"""Classifiers that learn from scenes of which some give the class away in a corner: name → architecture, what stands
-in the corner, and how many of them there are, each with weights, order and scenes of its own."""
+"""Classifiers trained on scenes of which some reveal the class in a corner: name → (architecture, spurious feature,
+number of networks). Each network has its own initial weights, order and scenes."""
 
 SPURIOUS_SHARE = 0.5
-"""Share of those scenes, the paper's."""
+"""Fraction of scenes with the spurious feature; the paper's value."""
 
 PAIRED = {"cnn": 3, "resnet": 3}
-"""Architecture → pairs of classifiers, ``cnn-1`` and ``cnn-1-blurred`` and so on: from the same initial weights, of the
-same scenes in the same order, the second with all faces blurred out."""
+"""Architecture → number of pairs of classifiers, ``cnn-1`` and ``cnn-1-blurred`` and so on. Both start from the same
+initial weights and train on the same scenes in the same order, the second with all faces blurred out."""
 
 BLURRED_SUFFIX = "-blurred"
-"""What the names of those that never saw a face end with."""
+"""Name suffix of the networks trained with blurred faces."""
 
 TEST_SCENES = 1_000
-"""Scenes of the split ``heldout`` behind every accuracy."""
+"""Number of test scenes of the split ``heldout``."""
 
 TESTS_FROM = 1_000_000
-"""Index of the first of them, beyond any probe's scenes."""
+"""Index of the first test scene, beyond the scenes of all probes."""
 
 
 def images_of(split: str, start: int, count: int, options: SceneOptions | None = None) -> torch.Tensor:
-    """Draws consecutive scenes, uint8 (count, 64, 64, 3)."""
+    """Renders consecutive scenes, uint8 (count, 64, 64, 3)."""
     return torch.from_numpy(np.stack([render(make_scene(split, i, options)) for i in range(start, start + count)]))
 
 
 def labels_of(split: str, start: int, count: int) -> torch.Tensor:
-    """Classes of consecutive scenes, int64 (count,), as positions in ``CLASSES``."""
+    """Classes of consecutive scenes, int64 (count,), as indices into ``CLASSES``."""
     return torch.tensor([CLASSES.index(make_scene(split, i).label) for i in range(start, start + count)])
 
 
 def places_of(split: str, start: int, count: int) -> torch.Tensor:
-    """Places of consecutive scenes, int64 (count,), as positions in ``PLACES``."""
+    """Places of consecutive scenes, int64 (count,), as indices into ``PLACES``."""
     scenes = (make_scene(split, i) for i in range(start, start + count))
     return torch.tensor([PLACES.index(f"{scene.ground}, {scene.sky}") for scene in scenes])
 
 
 def attributes_of(split: str, start: int, count: int) -> torch.Tensor:
-    """Which concepts consecutive scenes show anywhere, float32 (count, C), columns as ``NAMES``."""
+    """Visible concepts of consecutive scenes, 0 or 1, float32 (count, C), columns as ``NAMES``."""
     present = (concept_maps(make_scene(split, i)).keys() for i in range(start, start + count))
     return torch.tensor([[float(name in shown) for name in NAMES] for shown in present])
 
 
 def planted_targets(split: str, start: int, count: int) -> torch.Tensor:
-    """Where consecutive scenes show the planted concepts, uint8 (count, concepts, 16, 16): 255 · share of the cell."""
+    """Coverage of grid cells by planted concepts in consecutive scenes, uint8 (count, concepts, 16, 16), 255 = all."""
     targets = np.zeros((count, len(planted_concepts), 16, 16), dtype=np.uint8)
     column = {name: number for number, name in enumerate(planted_concepts)}
     for row in range(count):
@@ -135,7 +135,7 @@ def codes_of(split: str, start: int, count: int) -> torch.Tensor:
 
 @contextmanager
 def reproducible(seed: int, threads: int) -> Iterator[None]:
-    """A seed and a thread count for a while; the caller's own come back afterwards."""
+    """Context manager that sets torch's seed and number of threads, and restores the caller's afterwards."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     with torch.random.fork_rng(devices=[]):
@@ -152,7 +152,7 @@ def fit(network: nn.Module, images: torch.Tensor, targets: torch.Tensor, loss_of
     Args:
         network: Takes normalised images (B, 3, 64, 64).
         images: uint8 (N, 64, 64, 3).
-        targets: N targets, as ``loss_of`` takes them.
+        targets: N targets for ``loss_of``.
         loss_of: (network, inputs, targets) → scalar.
         recipe: Epochs, batch size, learning rate.
 
@@ -202,7 +202,7 @@ def _encoder_loss(network: nn.Module, inputs: torch.Tensor, targets: torch.Tenso
 
 def _planted_loss(network: nn.Module, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     assert isinstance(network, PlantedNet)
-    # Most cells show none of a concept: the few that do count three times.
+    # Most cells do not contain a concept, so the few that do have three times the weight.
     return F.binary_cross_entropy_with_logits(network.maps(inputs), targets.float() / 255, pos_weight=torch.tensor(3.0))
 
 
@@ -214,15 +214,15 @@ def train_classifier(
     places: bool = False,
     options: SceneOptions | None = None,
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Trains one of the architectures to name the big object, or the place.
+    """Trains one of the architectures to classify the big object, or the place.
 
     Args:
         architecture: A key of :data:`milan_ray.world.networks.ARCHITECTURES`.
-        seed: Of weights and order.
-        threads: Of torch; another number rounds differently and so gives other weights.
-        recipe: Another length of training.
-        places: Tell places, not objects.
-        options: How the scenes it learns from are shown; it is tested on scenes as they are.
+        seed: Random seed of weights and order.
+        threads: Number of torch threads; another number rounds differently and so gives other weights.
+        recipe: Training parameters; None takes the default recipe.
+        places: Whether to classify places instead of objects.
+        options: Rendering options of the training scenes; the test scenes are unchanged.
 
     Returns:
         Weights, and metrics: ``accuracy`` on held-out scenes and the last epoch's ``loss``.
@@ -241,18 +241,18 @@ def train_classifier(
 def train_misled(
     architecture: str, spurious: str, recipe: Recipe, seed: int = 0, threads: int = 1
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Trains a classifier on scenes of which a share gives the class away in a corner.
+    """Trains a classifier on scenes of which a fraction reveals the class in a corner.
 
     Args:
         architecture: A key of :data:`milan_ray.world.networks.ARCHITECTURES`.
-        spurious: What stands in the corner, see :class:`~milan_ray.world.scenes.SceneOptions`.
-        recipe: How long, and on which scenes.
-        seed: Of weights and order.
-        threads: Of torch.
+        spurious: Spurious feature in the corner, see :class:`~milan_ray.world.scenes.SceneOptions`.
+        recipe: Training parameters.
+        seed: Random seed of weights and order.
+        threads: Number of torch threads.
 
     Returns:
-        Weights, and metrics: ``accuracy`` on held-out scenes with nothing in the corner, ``misled``, the same with
-        what speaks of another class in all corners, and the last epoch's ``loss``.
+        Weights, and metrics: ``accuracy`` on held-out scenes with empty corners, ``misled``, the accuracy if all
+        corners show another class, and the last epoch's ``loss``.
     """
     with reproducible(seed, threads):
         network = ARCHITECTURES[architecture].build(len(CLASSES))
@@ -270,7 +270,7 @@ def train_misled(
 def train_encoder(
     seed: int = 100, threads: int = 1, recipe: Recipe | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Trains the captioner's encoder on image-level labels: the class and which concepts occur, never where.
+    """Trains the captioner's encoder on image-level labels: the class and the concepts that occur, without positions.
 
     Returns:
         Weights, and metrics: class ``accuracy`` and mean ``auroc`` of the attributes on held-out scenes.
@@ -296,7 +296,7 @@ def train_encoder(
 def train_planted(
     seed: int = 200, threads: int = 1, recipe: Recipe | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Trains the net of planted units, backbone and 1×1 convolution together, on concept maps.
+    """Trains the network of planted units, backbone and 1×1 convolution together, on concept maps.
 
     Returns:
         Weights, and metrics: mean ``auroc`` of the units' maxima for their concepts on held-out scenes.
@@ -306,7 +306,7 @@ def train_planted(
         network = PlantedNet()
         targets = planted_targets("train", recipe.first, recipe.scenes)
         share = (targets.float().mean(dim=(0, 2, 3)) / 255).clamp(min=1e-4)
-        # Else the first epoch goes into learning that everything is rare.
+        # Starts from each concept's frequency; otherwise the first epoch only learns that all concepts are rare.
         network.planted.bias = nn.Parameter(torch.logit(share))
         fit(network, images_of("train", recipe.first, recipe.scenes), targets, _planted_loss, recipe)
         outputs = outputs_on(network, images_of("heldout", TESTS_FROM, TEST_SCENES))
@@ -322,7 +322,7 @@ def _painting_loss(network: nn.Module, images: torch.Tensor, codes: torch.Tensor
 def train_generator(
     seed: int = 400, threads: int = 1, recipe: Recipe | None = None
 ) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
-    """Trains the generator to paint scenes from their codes, pixel by pixel.
+    """Trains the generator to render scenes from their codes, with a loss per pixel.
 
     Returns:
         Weights, and metrics: ``psnr`` of its images on held-out scenes, dB.
@@ -340,19 +340,19 @@ def train_generator(
 
 
 def _mean_auroc(scores: torch.Tensor, present: torch.Tensor) -> float:
-    """Mean over columns of the AUROC of a score for its own column's concept."""
+    """Mean, over columns, of the AUROC of a column's scores for its own concept."""
     each = auroc(scores.numpy(), present.numpy() > 0).diagonal()
     return float(np.nanmean(each))
 
 
 @dataclass(frozen=True)
 class TrainTask:
-    """One training, small enough to travel.
+    """One training, small enough to be sent to a worker.
 
     Attributes:
-        name: What it trains; the weights' file is ``<name>.safetensors``.
+        name: Name of the network; the weights' file is ``<name>.safetensors``.
         train: Returns (weights, metrics).
-        core_seconds: Estimate.
+        core_seconds: Estimated CPU time, seconds.
     """
 
     name: str
@@ -361,23 +361,23 @@ class TrainTask:
 
     @property
     def file(self) -> str:
-        """Name of the weights' file."""
+        """File name of the weights."""
         return f"{self.name}.safetensors"
 
     def run(self) -> bytes:
-        """Trains, and returns a whole safetensors file; its metadata ``metrics`` is JSON."""
+        """Trains the network and returns a complete safetensors file; its metadata ``metrics`` is JSON."""
         weights, metrics = self.train()
         contiguous = {name: tensor.contiguous() for name, tensor in weights.items()}
         return save(contiguous, {"format": "pt", "metrics": json.dumps(metrics)})
 
 
 def generator_task(threads: int = 1) -> TrainTask:
-    """The training of the generator, which only those need who dissect it."""
+    """The training task of the generator, which is needed only for dissecting it."""
     return TrainTask("generator", partial(train_generator, threads=threads), 90)
 
 
 def places_tasks(threads: int = 1) -> list[TrainTask]:
-    """The trainings of the second dataset's networks, which only the groups of sets need; the longest first."""
+    """The training tasks of the second dataset's networks, which only the groups need; the longest first."""
     short = RECIPES["generator-places"]
     return [
         TrainTask("generator-places", partial(train_generator, 401, threads, short), 40),
@@ -392,7 +392,7 @@ def misled_names(name: str) -> tuple[str, ...]:
 
 
 def misled_tasks(names: Sequence[str] = tuple(MISLED), threads: int = 1) -> list[TrainTask]:
-    """The trainings of :data:`MISLED`'s networks, which only those need who edit networks."""
+    """The training tasks of :data:`MISLED`'s networks, which are needed only for editing networks."""
     tasks = []
     for name in names:
         architecture, spurious, _ = MISLED[name]
@@ -405,13 +405,13 @@ def misled_tasks(names: Sequence[str] = tuple(MISLED), threads: int = 1) -> list
 
 
 def paired_names() -> list[tuple[str, str]]:
-    """The pairs of :data:`PAIRED`: the network that saw faces, and the one that never did."""
+    """The pairs of :data:`PAIRED`: (network trained with faces, network trained with blurred faces)."""
     names = [f"{architecture}-{number}" for architecture, count in PAIRED.items() for number in range(1, count + 1)]
     return [(name, f"{name}{BLURRED_SUFFIX}") for name in names]
 
 
 def paired_tasks(threads: int = 1) -> list[TrainTask]:
-    """The trainings of :data:`PAIRED`'s networks, which only the audit needs; the longest first."""
+    """The training tasks of :data:`PAIRED`'s networks, which only the audit needs; the longest first."""
     tasks = []
     for name, blurred in paired_names():
         architecture, number = name.split("-")
@@ -425,7 +425,7 @@ def paired_tasks(threads: int = 1) -> list[TrainTask]:
 
 
 def train_all_tasks(threads: int = 1) -> list[TrainTask]:
-    """Every training that the demo needs, the longest first, so that few workers end at about the same time."""
+    """All training tasks of the demo, the longest first, so that a few workers finish at about the same time."""
     classifiers = {name: partial(train_classifier, name, seed, threads) for seed, name in enumerate(ARCHITECTURES)}
     return [
         TrainTask("encoder", partial(train_encoder, threads=threads), 75),

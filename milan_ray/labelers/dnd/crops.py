@@ -1,4 +1,4 @@
-"""Attention crops: the parts of a unit's images that excite it, as images of their own (Bai et al., TMLR 2025)."""
+"""Attention crops: the regions of images that activate a unit, cropped to separate images (Bai et al., TMLR 2025)."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from scipy import ndimage
 from torch.nn import functional as F
 
 Box = tuple[int, int, int, int]
-"""(top, left, bottom, right), pixels; bottom and right are outside."""
+"""(top, left, bottom, right) in pixels; bottom and right are exclusive."""
 
 MOST = 4
-"""Crops per image at most."""
+"""Maximum number of crops per image."""
 
 OVERLAP = 0.5
-"""Intersection over union with an accepted box above which another one shows nothing new."""
+"""A box is rejected if its intersection over union with an accepted box exceeds this."""
 
 WHOLE = 0.8
-"""Intersection over union with the image from which a box is the image itself."""
+"""A box is rejected if its intersection over union with the whole image reaches this."""
 
 _LEVELS = 256
 
 
 def otsu(values: np.ndarray) -> float:
-    """The threshold that parts values into two groups of the greatest variance between them (Otsu, 1979).
+    """The threshold that splits values into two groups with maximum between-group variance (Otsu, 1979).
 
     Args:
-        values: In [0, 1], any shape.
+        values: Values in [0, 1], any shape.
 
     Returns:
-        The threshold, a multiple of 1/255; what is above it is the brighter group.
+        The threshold, a multiple of 1/255; values above it form the brighter group.
     """
     counts = np.bincount(np.rint(values.ravel() * (_LEVELS - 1)).astype(np.int64), minlength=_LEVELS)
     levels = np.arange(_LEVELS)
@@ -43,18 +43,18 @@ def otsu(values: np.ndarray) -> float:
 
 
 def attention_boxes(activations: torch.Tensor, size: tuple[int, int], most: int = MOST) -> list[Box]:
-    """Where an image excites a unit: bounding boxes of the bright regions of its activation map.
+    """Bounding boxes of the bright regions of a unit's activation map on an image.
 
-    The map is scaled from its least to its greatest value, so that no activation, however large, wraps around or
-    saturates, and enlarged to the image; what lies inside a bright region belongs to it.
+    The map is scaled from its minimum to its maximum, so that large activations neither wrap around nor saturate, and
+    enlarged to the image's size. Holes inside a bright region belong to it.
 
     Args:
         activations: The unit's map, float (h, w).
         size: (H, W) of the image.
-        most: Boxes at most.
+        most: Maximum number of boxes.
 
     Returns:
-        Boxes, the largest first; none for a map that is the same everywhere.
+        Boxes, the largest first; none for a constant map.
     """
     values = torch.nan_to_num(activations.detach().float().cpu(), nan=0.0, posinf=0.0, neginf=0.0)
     least, greatest = values.min(), values.max()
@@ -62,7 +62,7 @@ def attention_boxes(activations: torch.Tensor, size: tuple[int, int], most: int 
         return []
     scaled = (values - least) / (greatest - least)
     large = F.interpolate(scaled[None, None], size=size, mode="bilinear", align_corners=False)[0, 0].clamp(0, 1).numpy()
-    # What an outermost contour encloses, holes and all.
+    # The areas inside the outermost contours, including holes.
     bright = ndimage.binary_fill_holes(np.rint(large * (_LEVELS - 1)) > np.rint(otsu(large) * (_LEVELS - 1)))
     regions, _ = ndimage.label(bright, structure=np.ones((3, 3)))
     boxes = [(rows.start, columns.start, rows.stop, columns.stop) for rows, columns in ndimage.find_objects(regions)]
@@ -70,7 +70,7 @@ def attention_boxes(activations: torch.Tensor, size: tuple[int, int], most: int 
 
 
 def choose(boxes: list[Box], size: tuple[int, int], most: int = MOST) -> list[Box]:
-    """The largest boxes that are neither the whole image nor much the same as a larger one."""
+    """Selects the largest boxes that differ from the whole image and from larger selected boxes."""
     whole = (0, 0, *size)
     accepted: list[Box] = []
     for box in sorted(boxes, key=_area, reverse=True):
@@ -94,7 +94,7 @@ def _area(box: Box) -> int:
 
 
 def crop(image: np.ndarray, box: Box) -> np.ndarray:
-    """A part of an image, uint8 (H, W, 3), at the image's own size."""
+    """Crops an image, uint8 (H, W, 3), to a box and enlarges the crop to the image's size."""
     top, left, bottom, right = box
     height, width = image.shape[:2]
     part = Image.fromarray(np.ascontiguousarray(image[top:bottom, left:right]))

@@ -1,4 +1,4 @@
-"""The labeler ``dnd``: the candidate whose drawn images excite a unit most, and look like what excites it."""
+"""The labeler ``dnd``: selects the candidate whose generated images activate a unit most and resemble its exemplars."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from milan_ray.labelers.protocol import Drawn, Evidence, Kind, Label
 from milan_ray.names import checked_name
 
 DND = "dnd"
-"""The labeler's name; with a tag, ``dnd-TAG``."""
+"""The labeler's name without a tag; with a tag, the name is ``dnd-TAG``."""
 
 N_BEST = 5
 
 
 @dataclass(frozen=True)
 class DescribeAndDissect:
-    """Chooses among candidate labels by the images drawn for them.
+    """Ranks candidate labels by the images generated for them.
 
     Attributes:
-        scoring: Which of :data:`milan_ray.labelers.dnd.scoring.SCORINGS`.
-        tag: Tells several ways of doing it apart; "" for none.
+        scoring: A key of :data:`milan_ray.labelers.dnd.scoring.SCORINGS`.
+        tag: Suffix of the name that distinguishes several configurations; "" for none.
     """
 
     scoring: str = "topk-compare"
@@ -44,16 +44,16 @@ class DescribeAndDissect:
 
     @property
     def name(self) -> str:
-        """The partition of descriptions that it writes."""
+        """The labeler's name, which is also the partition of descriptions that it writes."""
         return f"{DND}-{self.tag}" if self.tag else DND
 
     @property
     def compares(self) -> bool:
-        """Whether it needs similarities of drawn images to exemplars."""
+        """Whether the labeler needs similarities of generated images to exemplars."""
         return self.scoring in COMPARING
 
     def identity(self) -> dict[str, object]:
-        """All that decides its labels besides the drawn images."""
+        """Everything that determines the labels, except the generated images."""
         return {"dnd": 1, "scoring": self.scoring, "n_best": N_BEST}
 
     def label(self, evidence: Evidence) -> dict[int, list[Label]]:

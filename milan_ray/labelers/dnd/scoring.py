@@ -1,7 +1,7 @@
-"""Which candidate label fits a unit best: the images drawn for each, ranked by what the unit makes of them.
+"""Scores candidate labels by a unit's activations on the images generated for each label.
 
-The four functions of Describe-and-Dissect (Bai et al., TMLR 2025, and its code), as scores of which the highest is
-the best.
+Implements the four scoring functions of Describe-and-Dissect (Bai et al., TMLR 2025, and its code). A higher score is
+better.
 """
 
 from __future__ import annotations
@@ -11,26 +11,26 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 BEST_RANKS = 5
-"""β: how many of a candidate's best ranks count for TopK squared mean."""
+"""β: number of a candidate's best ranks in the TopK squared mean."""
 
 BEST_IMAGES = 10
-"""K: how many of all images, the most exciting ones, are compared with the exemplars."""
+"""K: number of images with the highest activations, over all candidates, that are compared with the exemplars."""
 
 NONE = -1.0
-"""Image product of a candidate none of whose images is among the most exciting ones."""
+"""Image product of a candidate that has no image among the :data:`BEST_IMAGES`."""
 
 
 def ranks(activations: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Ranks the images of all candidates together, 0 for the most exciting.
+    """Ranks the images of all candidates together; rank 0 has the highest activation.
 
-    Images that excite alike share the mean of their ranks, so that no candidate gains by its place; what is not finite
-    comes last.
+    Images with equal activations share the mean of their ranks, so the order of candidates does not matter.
+    Non-finite activations rank last.
 
     Args:
-        activations: Per candidate its images' activations, (n,) each.
+        activations: Activations of each candidate's images, (n,) each.
 
     Returns:
-        Per candidate float64 (n,).
+        Ranks of each candidate's images, float64 (n,) each.
     """
     if not activations:
         return []
@@ -43,34 +43,34 @@ def ranks(activations: Sequence[np.ndarray]) -> list[np.ndarray]:
 
 
 def mean_rank(ranked: Sequence[np.ndarray]) -> np.ndarray:
-    """Minus the mean rank of each candidate's images, (M,); −inf without images."""
+    """The negative mean rank of each candidate's images, (M,); −inf without images."""
     return np.array([-found.mean() if len(found) else -np.inf for found in ranked])
 
 
 def topk_squared_mean(ranked: Sequence[np.ndarray]) -> np.ndarray:
-    """Minus the mean of the squares of each candidate's :data:`BEST_RANKS` best ranks, (M,); −inf without images."""
+    """The negative mean square of each candidate's :data:`BEST_RANKS` best ranks, (M,); −inf without images."""
     return np.array([-(np.sort(found)[:BEST_RANKS] ** 2).mean() if len(found) else -np.inf for found in ranked])
 
 
 def image_products(ranked: Sequence[np.ndarray], similarities: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean cosine of a candidate's most exciting images with the unit's exemplars, (M,).
+    """The mean cosine of each candidate's highest-ranked images with the unit's exemplars, (M,).
 
     Args:
-        ranked: As :func:`ranks` gives them.
-        similarities: Per candidate, each image's mean cosine with all exemplars, (n,).
+        ranked: The result of :func:`ranks`.
+        similarities: Mean cosine of each of a candidate's images with all exemplars, (n,) each.
 
     Returns:
-        Means over the images among the :data:`BEST_IMAGES` most exciting of all; :data:`NONE` where there is none.
+        Means over a candidate's images among the :data:`BEST_IMAGES` of all; :data:`NONE` if there are none.
     """
     chosen = [cosines[found < BEST_IMAGES] for found, cosines in zip(ranked, similarities, strict=True)]
     return np.array([cosines.mean() if len(cosines) else NONE for cosines in chosen])
 
 
 def topk_compare(ranked: Sequence[np.ndarray], similarities: Sequence[np.ndarray]) -> np.ndarray:
-    """Both of the last two: a candidate's place by TopK squared mean, times its image product, (M,).
+    """The product of a candidate's rank score by TopK squared mean and its image product, (M,).
 
-    The best of M candidates has place score M, the next M − 1, …; equal ones share the mean. A product below 0 counts
-    as 0: it would turn the order of places around.
+    The best of M candidates has rank score M, the next M − 1, …; ties share the mean. A negative image product counts
+    as 0, because it would reverse the order of the rank scores.
     """
     behind = -topk_squared_mean(ranked)
     _, place, counts = np.unique(behind, return_inverse=True, return_counts=True)
@@ -91,21 +91,22 @@ SCORINGS: dict[str, Scoring] = {
     "image-products": image_products,
     "topk-compare": topk_compare,
 }
-"""Every scoring function, by the name that chooses it."""
+"""All scoring functions, by name."""
 
 COMPARING = ("image-products", "topk-compare")
-"""Those that compare images, and need a model that embeds them."""
+"""The scoring functions that compare images and therefore need an image embedding model."""
 
 
 def order(
     scoring: str, activations: Sequence[np.ndarray], similarities: Sequence[np.ndarray]
 ) -> list[tuple[int, float]]:
-    """The candidates, best first, with their scores; equal ones by TopK squared mean, then as they came.
+    """Sorts candidates, best first, and returns their scores; ties by TopK squared mean, then in the given order.
 
     Args:
         scoring: A key of :data:`SCORINGS`.
-        activations: Per candidate its images' activations, (n,) each.
-        similarities: Per candidate, each image's mean cosine with all exemplars, (n,); read by :data:`COMPARING` alone.
+        activations: Activations of each candidate's images, (n,) each.
+        similarities: Mean cosine of each of a candidate's images with all exemplars, (n,) each; used only by
+            :data:`COMPARING`.
     """
     ranked = ranks(activations)
     scores = SCORINGS[scoring](ranked, similarities)

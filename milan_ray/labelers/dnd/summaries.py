@@ -1,6 +1,6 @@
-"""From captions of a unit's images to candidate labels (Bai et al., TMLR 2025): a language model, or counting.
+"""Summarises captions of a unit's images to candidate labels, by a language model or by counting phrases.
 
-The wording of the prompts is this project's own.
+Source: Bai et al., TMLR 2025. The wording of the prompts is this project's own.
 """
 
 from __future__ import annotations
@@ -15,35 +15,35 @@ from typing import Protocol
 from milan_ray.models.chat import Chat, Message
 
 ROUNDS = 5
-"""How often a unit's captions are summarised."""
+"""Number of times that a unit's captions are summarised."""
 
 PROMPTS_VERSION = 1
-"""Part of every hash of candidates: raised when the prompts or what is done with answers change."""
+"""Part of every hash of candidates; increased when the prompts or the processing of answers change."""
 
 _WORDS = 5
 _ADDED = ("design", "designs", "graphic", "graphics")
 
 
 class Summariser(Protocol):
-    """Something that says what captions have in common."""
+    """A method that finds what captions have in common."""
 
     @property
     def name(self) -> str:
-        """Its name in messages."""
+        """The summariser's name in messages."""
 
     def identity(self) -> dict[str, object]:
-        """All that decides its candidates besides the captions."""
+        """Everything that determines the candidates, except the captions."""
 
     def candidates(self, captions: Sequence[str]) -> list[str]:
-        """Candidate labels of the unit whose images are captioned so; no two alike, at least one.
+        """Candidate labels of a unit whose images have these captions; distinct, and at least one.
 
         Raises:
-            MilanError: A model it asks does not answer.
+            MilanError: A language model does not answer.
         """
 
 
 def tidy(answer: str) -> str:
-    """A label out of an answer: the last line that says something, after a colon; lower case, no quotes, no stop."""
+    """Extracts a label from an answer: the last non-empty line, after any colon, lower case, no quotes, no stop."""
     lines = [line for line in answer.strip().splitlines() if line.strip()]
     text = lines[-1] if lines else ""
     text = text.rpartition(":")[2] or text.replace(":", "")
@@ -51,9 +51,9 @@ def tidy(answer: str) -> str:
 
 
 def variants(labels: Sequence[str]) -> list[str]:
-    """The labels, each once; after one that ends in a design or graphic, the same with “background”.
+    """Removes duplicate labels, and adds a variant with “background” after labels that end in “design” or “graphic”.
 
-    What such a label means, an image generator tends to draw as a thing on a table.
+    Without “background”, an image generator tends to render such a label as an object on a table.
     """
     found: dict[str, None] = {}
     for label in labels:
@@ -64,16 +64,16 @@ def variants(labels: Sequence[str]) -> list[str]:
     return list(found)
 
 
-# -- by a language model --------------------------------------------------------------------------------------
+# -- by a language model ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Prompted:
-    """Asks a language model: for the concept behind each caption, then for what the concepts share.
+    """Asks a language model for the concept of each caption, then for what the concepts have in common.
 
     Attributes:
         chat: The model.
-        rounds: How often it is asked to summarise, each time with the captions in another order.
+        rounds: Number of summaries, each of the captions in another order.
     """
 
     chat: Chat
@@ -85,11 +85,11 @@ class Prompted:
         return self.chat.name
 
     def identity(self) -> dict[str, object]:
-        """All that decides its candidates besides the captions."""
+        """Everything that determines the candidates, except the captions."""
         return {"prompts": PROMPTS_VERSION, "rounds": self.rounds, "chat": self.chat.identity()}
 
     def candidates(self, captions: Sequence[str]) -> list[str]:
-        """Candidate labels: one per round at most; a unit of which the model says nothing gets its commonest phrase."""
+        """Candidate labels, from one summary per round; if all answers are empty, the most frequent phrase."""
         simple = [tidy(answer) for answer in self.chat.answers([simplify(caption) for caption in captions])]
         simple = [short or caption for short, caption in zip(simple, captions, strict=True)]
         orders = [Random(number).sample(simple, len(simple)) for number in range(self.rounds)]
@@ -108,7 +108,7 @@ def _asked(task: str, examples: Sequence[tuple[str, str]], question: str) -> lis
 
 
 def simplify(caption: str) -> list[Message]:
-    """Asks what a caption is about."""
+    """The prompt that asks for the subject of a caption."""
     task = (
         f"You turn captions of pictures into labels. Reply with one label of 1 to {_WORDS} words: the thing, texture, "
         "colour or scene that the caption is about. No sentence, no explanation."
@@ -118,7 +118,7 @@ def simplify(caption: str) -> list[Message]:
 
 
 def summarise(labels: Sequence[str]) -> list[Message]:
-    """Asks what most of some labels have in common."""
+    """The prompt that asks what most of the labels have in common."""
     task = (
         "You are given labels of pictures that one detector reacts to. Some of them are mistaken. Reply with the one "
         f"idea, in 1 to {_WORDS} words, that covers most of the labels; it need not cover all. Prefer what can be seen "
@@ -132,12 +132,12 @@ def summarise(labels: Sequence[str]) -> list[Message]:
 
 
 def narrow(labels: str) -> list[Message]:
-    """Asks for one label in place of a list."""
+    """The prompt that asks for one label for a whole list."""
     task = f"Reply with a single label of 1 to {_WORDS} words, without commas, that stands for the whole list."
     return _asked(task, [("oak, pine, birch leaf", "trees")], labels)
 
 
-# -- by counting ----------------------------------------------------------------------------------------------
+# -- by counting --------------------------------------------------------------------------------------------------
 
 _NO_ENDS = frozenset(
     [
@@ -152,15 +152,15 @@ _LONGEST = 3
 
 @dataclass(frozen=True)
 class FrequentPhrases:
-    """Proposes the phrases that most captions share. No model: the same captions always give the same candidates.
+    """Proposes the phrases that most captions share, without a model: equal captions always give equal candidates.
 
-    A phrase is up to three words of a caption in a row that neither begins nor ends with a word like “of”; singular and
-    plural are one. It counts in every caption that holds it; each further word is worth a fifth of a caption, so that
-    of phrases that are about as common the one that says more wins. What lies inside a chosen one and is no commoner is
-    left out.
+    A phrase is a sequence of up to three words of a caption that neither begins nor ends with a word like “of”;
+    singular and plural count as one. A phrase's score is the number of captions that contain it plus 0.2 for each word
+    after the first, so that the more specific of two similarly frequent phrases wins. A phrase inside a selected phrase
+    is skipped if it is not more frequent.
 
     Attributes:
-        rounds: Candidates at most.
+        rounds: Maximum number of phrases.
     """
 
     rounds: int = ROUNDS
@@ -168,11 +168,11 @@ class FrequentPhrases:
     name = "frequent"
 
     def identity(self) -> dict[str, object]:
-        """All that decides its candidates besides the captions."""
+        """Everything that determines the candidates, except the captions."""
         return {"frequent": 1, "rounds": self.rounds}
 
     def candidates(self, captions: Sequence[str]) -> list[str]:
-        """The commonest phrases, the first of them first; where no caption holds a word, “something”."""
+        """The phrases with the highest scores, best first; “something” if there are none."""
         found: Counter[tuple[str, ...]] = Counter()
         said: dict[tuple[str, ...], Counter[str]] = {}
         for caption in captions:
@@ -192,7 +192,7 @@ class FrequentPhrases:
 
 
 def phrases(caption: str) -> Mapping[tuple[str, ...], str]:
-    """The phrases of a caption: their words in the singular → as they are written."""
+    """The phrases of a caption: words in the singular → the phrase as written."""
     found: dict[tuple[str, ...], str] = {}
     for clause in _BREAK.split(caption.lower()):
         words = re.findall(r"[\w'-]+", clause)

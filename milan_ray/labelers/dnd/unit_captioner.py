@@ -1,4 +1,4 @@
-"""A captioner of units as a captioner of images: each image, whole, is the only exemplar of a unit of its own."""
+"""Uses a captioner of units as a captioner of images: each whole image is the only exemplar of a separate unit."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ class WholeImages:
     """Captions whole images with a captioner that was trained on masked regions of units' exemplars.
 
     Attributes:
-        name: Its name.
+        name: The captioner's name.
     """
 
     def __init__(self, name: str, captioner: Captioner, encoder: PyramidEncoder) -> None:
-        """Takes a captioner and the encoder that it was trained with, on the CPU."""
+        """Stores a captioner and the encoder that it was trained with, both on the CPU."""
         self.name = name
         self._captioner, self._encoder = captioner, encoder
 
     def identity(self) -> dict[str, object]:
-        """All that decides its captions besides the images."""
+        """Everything that determines the captions, except the images."""
         return {"captioner": digest(self._captioner), "encoder": self._encoder.identity()}
 
     def to(self, device: torch.device) -> WholeImages:
-        """The captioner, moved."""
+        """Moves the captioner and its encoder to a device."""
         self._captioner.to(str(device))
         self._encoder.to(device)
         return self
 
     def caption(self, images: Sequence[np.ndarray]) -> list[str]:
-        """One caption per image, uint8 (H, W, 3) each, all of one size: the best by log p(d|E) − λ·log p(d)."""
+        """Captions images of one size, uint8 (H, W, 3) each; takes the best text by log p(d|E) − λ·log p(d)."""
         lam = None if self._captioner.lm is not None else 0.0
         found: list[str] = []
         for start in range(0, len(images), BATCH_SIZE):
