@@ -45,7 +45,7 @@ def scan_descriptions(
     *,
     leave_out: bool = False,
 ) -> pl.LazyFrame:
-    """Scans the descriptions of a run directory, except those that refer to exemplars that no longer exist.
+    """Scans the descriptions of a run directory, except those that refer to exemplars that were replaced since.
 
     Layers are in the order of their models. Columns :data:`COLUMNS` of all files are read once; local files are read
     again when a query needs them.
@@ -98,7 +98,7 @@ def scan_descriptions(
 
 
 def _look(storage: Storage, keys: dict[str, str]) -> bool | DamagedTable:
-    """Checks whether descriptions refer to existing exemplars; returns the error if the descriptions cannot be read.
+    """Checks that descriptions do not refer to replaced exemplars; returns the error if descriptions cannot be read.
 
     Reads all their pages, because a query that meets damage cannot tell which table is damaged.
     """
