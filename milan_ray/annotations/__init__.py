@@ -1,1 +1,1 @@
-"""MILANNOTATIONS in and out: published sets of exemplars with people's annotations."""
+"""Reads, collects and writes MILANNOTATIONS: published sets of exemplars with human annotations."""

@@ -1,4 +1,4 @@
-"""Unpacking zips that somebody else made: nothing leaves the folder, nothing is half there."""
+"""Unpacks untrusted zips atomically and only into their own folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from milan_ray.errors import MilanError
 from milan_ray.progress import Progress
 
 MAX_BYTES = 256 * 2**30
-"""The most that an archive may unpack to; the largest released set has some 12 GB."""
+"""Maximum unpacked size of an archive, bytes; the largest released set has about 12 GB."""
 
 MAX_FILES = 100_000
 
@@ -23,22 +23,22 @@ _CHUNK = 2**20
 
 
 def extract(archive: Path, target: Path, max_bytes: int = MAX_BYTES) -> Path:
-    """Unpacks a zip into a folder that is there whole or not at all; does nothing when it was unpacked there before.
+    """Unpacks a zip into a folder atomically. Does nothing if the folder already holds the same archive.
 
-    Hidden files and macOS's extras are left out. Files get the times that the archive gives them, so that unpacking
-    again makes no difference.
+    Hidden files and macOS's extra files are left out. Files keep the modification times stored in the archive, so that
+    unpacking again gives the same result.
 
     Args:
         archive: The zip.
-        target: Folder to be made. What an earlier version of the same archive left there is replaced.
-        max_bytes: Refuse archives that declare more than this; no file can grow beyond what it declares.
+        target: Folder to be made. Content of another version of the same archive is replaced.
+        max_bytes: Refuse archives that declare more than this; no file can exceed its declared size.
 
     Returns:
-        The folder with the content: the target, or below it where all lies in one folder.
+        The folder with the content: the target, or its only subfolder if that holds everything.
 
     Raises:
-        MilanError: It is no zip, is damaged or encrypted, would write outside its folder, holds links, is too large, or
-            the folder is there already and comes from elsewhere.
+        MilanError: The file is no zip, is damaged or encrypted, would write outside its folder, holds links, or is too
+            large; or the target exists and was not unpacked from it.
     """
     try:
         status = archive.stat()
@@ -63,13 +63,13 @@ def extract(archive: Path, target: Path, max_bytes: int = MAX_BYTES) -> Path:
             shutil.rmtree(part, ignore_errors=True)
     except MilanError:
         raise
-    except Exception as error:  # zipfile and its decompressors raise almost anything on damaged files
+    except Exception as error:  # zipfile and its decompressors raise many types on damaged files
         raise MilanError(f"{archive} cannot be unpacked ({error}): fetch it again.") from error
     return content(target)
 
 
 def _says(marker: Path, identity: dict[str, object]) -> bool:
-    """Whether a folder was unpacked from this very archive; not where it cannot be told, for it is unpacked again."""
+    """Whether a folder was unpacked from this archive. False if the marker is damaged, so that it is unpacked again."""
     try:
         return bool(json.loads(marker.read_text(encoding="utf-8")) == identity)
     except ValueError:
@@ -102,10 +102,10 @@ def _unpack(archive: Path, folder: Path, max_bytes: int) -> None:
 
 
 def _checked(archive: Path, member: zipfile.ZipInfo) -> bool:
-    """Whether a member is a file that is wanted.
+    """Whether a member is a file to unpack.
 
     Raises:
-        MilanError: It would lie outside the folder, or is a link or device.
+        MilanError: The member would be written outside the folder, or is a link or device.
     """
     parts = PurePosixPath(member.filename).parts
     windows = PureWindowsPath(member.filename)
@@ -118,7 +118,7 @@ def _checked(archive: Path, member: zipfile.ZipInfo) -> bool:
 
 
 def content(folder: Path) -> Path:
-    """An unpacked folder itself, or the one below it that holds everything."""
+    """Returns an unpacked folder, or its only subfolder if that holds everything."""
     inside = [path for path in folder.iterdir() if path.name != _MARKER]
     if len(inside) == 1 and inside[0].is_dir() and any(path.is_dir() for path in inside[0].iterdir()):
         return content(inside[0])

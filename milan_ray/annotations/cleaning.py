@@ -1,4 +1,4 @@
-"""From raw crowd results to annotations: rejected rows go, texts are cleaned by tables."""
+"""Converts raw crowdsourcing results into annotations: drops rejected rows and cleans texts with replacement tables."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from milan_ray.errors import MilanError
 from milan_ray.textfiles import dict_reader, read_text
 
 LAYER, UNIT, TEXT, REJECTED, WORKER = "Input.layer", "Input.unit", "Answer.summary", "RejectionTime", "WorkerId"
-"""Columns of Mechanical Turk's results; the worker's is needed only where a table speaks of workers."""
+"""Columns of Mechanical Turk's results; the worker's is needed only if a table has replacements per worker."""
 
 _Table = Mapping[str, str]
 
 
 @dataclass(frozen=True)
 class CleaningTables:
-    """What to replace, in which order: tables one after the other, each from its first entry to its last.
+    """Replacement tables, applied one after the other, each from its first entry to its last.
 
-    Texts are lower case by then. An empty replacement removes.
+    They apply to lower-case texts. An empty replacement deletes the matched part.
 
     Attributes:
         prefixes: Start of a text → replacement.
         substrings: Part of a text, everywhere → replacement.
         suffixes: End of a text → replacement.
         exact: Whole text → replacement.
-        words: Misspelt word → correction; adds entries with the punctuation around words to the tables above, after
-            their own.
-        workers: Worker → part of a text → replacement, last of all, on what that worker wrote.
+        words: Misspelt word → correction; appends entries for the word with surrounding punctuation to the tables
+            above.
+        workers: Worker → part of a text → replacement; applied last, only to texts by that worker.
     """
 
     prefixes: _Table = field(default_factory=dict)
@@ -42,7 +42,7 @@ class CleaningTables:
     workers: Mapping[str, _Table] = field(default_factory=dict)
 
     def spelled(self) -> CleaningTables:
-        """The tables with the entries that ``words`` adds, and no words left."""
+        """Returns the tables with ``words`` expanded into entries of the other tables."""
         prefixes, substrings, suffixes, exact = map(dict, (self.prefixes, self.substrings, self.suffixes, self.exact))
         for word, correction in self.words.items():
             for mark in (" ", ",", "--", "-", "'", '"', ":", ";"):
@@ -55,7 +55,7 @@ class CleaningTables:
         return CleaningTables(prefixes, substrings, suffixes, exact, {}, self.workers)
 
     def clean(self, text: str, worker: str = "") -> str:
-        """Cleans one text: lower case, the tables in order, no space around it, then the worker's own table."""
+        """Cleans one text: lower-cases it, applies the tables in order, strips it, then applies the worker's table."""
         text = text.lower()
         for old, new in self.prefixes.items():
             if text.startswith(old):
@@ -78,7 +78,7 @@ def read_tables(path: Path) -> CleaningTables:
     """Reads tables from JSON: an object with any of the fields of :class:`CleaningTables`.
 
     Raises:
-        MilanError: It cannot be read, or holds something else.
+        MilanError: The file cannot be read, or holds something else.
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
@@ -107,13 +107,13 @@ def clean_results(
 
     Args:
         results: Mechanical Turk's CSV, with columns ``Input.layer``, ``Input.unit``, ``Answer.summary`` and
-            ``RejectionTime``, and ``WorkerId`` where a table speaks of workers.
+            ``RejectionTime``, and ``WorkerId`` if a table has replacements per worker.
         out: CSV to write, with columns layer, unit, summary; may be the same file.
-        tables: What to replace.
-        keep_rejected: Keep what was rejected.
+        tables: Replacements to apply.
+        keep_rejected: Keep rejected rows.
 
     Returns:
-        Rows written, and rows left out because they were rejected.
+        Number of rows written, and number of rejected rows left out.
 
     Raises:
         MilanError: A file cannot be read or written, or a column is missing.
@@ -139,14 +139,14 @@ def read_results(
 
     Args:
         results: The file, as downloaded.
-        needed: Columns that every row must have; :data:`REJECTED` among them.
-        keep_rejected: Keep what was rejected.
+        needed: Columns that every row must have, including :data:`REJECTED`.
+        keep_rejected: Keep rejected rows.
 
     Returns:
-        The rows, and how many were left out because they were rejected.
+        The rows, and the number of rejected rows left out.
 
     Raises:
-        MilanError: It cannot be read, a column is missing, or a row is incomplete.
+        MilanError: The file cannot be read, a column is missing, or a row is incomplete.
     """
     try:
         reader = dict_reader(read_text(results))

@@ -1,4 +1,4 @@
-"""Asking people: task files for Mechanical Turk and Label Studio, a qualification test, and reading the answers."""
+"""Collects human annotations: task files for Mechanical Turk and Label Studio, a qualification test, and answers."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from milan_ray.errors import MilanError
 from milan_ray.textfiles import dict_reader, read_text
 
 TASK_COLUMNS = ("model", "layer", "unit", "exemplars", "image")
-"""What a task knows; Mechanical Turk gives it back as ``Input.model`` and so on, Label Studio as the task's data."""
+"""Fields of a task; Mechanical Turk returns them as ``Input.model`` and so on, Label Studio as the task's data."""
 
 QUESTION_COLUMNS = ("model", "layer", "unit", "right", "wrong")
-"""Columns of the file that a qualification test is made of; ``wrong`` has several, with ``|`` between."""
+"""Columns of the file of qualification questions; ``wrong`` holds one or more sentences, separated by ``|``."""
 
 TEMPLATES = Path(__file__).parent / "templates"
 
@@ -37,8 +37,8 @@ class Task:
         model: Name of the model.
         layer: Its layer.
         unit: Channel.
-        exemplars: Configuration hash of the exemplars shown: answers are about these.
-        image: Address of the picture of them.
+        exemplars: Configuration hash of the exemplars shown, to which the answers refer.
+        image: URL of the image that shows them.
     """
 
     model: str
@@ -64,13 +64,13 @@ class Question:
 
     @property
     def name(self) -> str:
-        """A name for it that does not tell."""
+        """An identifier that hides the answer."""
         unit = f"{self.task.model}/{self.task.layer}/{self.task.unit}"
         return f"question-{hashlib.sha256(unit.encode()).hexdigest()[:8]}"
 
     @property
     def options(self) -> list[str]:
-        """All sentences, in an order that does not tell either but is always the same."""
+        """All sentences, in a fixed order that hides the answer."""
         return sorted((self.right, *self.wrong), key=lambda text: hashlib.sha256(text.encode()).hexdigest())
 
 
@@ -83,7 +83,7 @@ class Answer:
         layer: Its layer.
         unit: Channel.
         exemplars: Configuration hash of the exemplars that the worker saw.
-        worker: Who, as the platform has it.
+        worker: The worker's identifier on the platform.
         text: The description, as written.
     """
 
@@ -96,7 +96,7 @@ class Answer:
 
 
 def read_questions(path: Path) -> list[tuple[str, str, int, str, tuple[str, ...]]]:
-    """Reads what a qualification test is made of.
+    """Reads the questions of a qualification test.
 
     Args:
         path: CSV with columns :data:`QUESTION_COLUMNS`.
@@ -105,7 +105,8 @@ def read_questions(path: Path) -> list[tuple[str, str, int, str, tuple[str, ...]
         Model, layer, unit, the right sentence, the wrong ones.
 
     Raises:
-        MilanError: It cannot be read, a column is missing, or a question has no two different sentences.
+        MilanError: The file cannot be read, a column is missing, or a question is invalid: its unit is no whole number,
+            or it lacks a right sentence and a wrong one that all differ.
     """
     try:
         reader = dict_reader(read_text(path))
@@ -133,21 +134,21 @@ def read_questions(path: Path) -> list[tuple[str, str, int, str, tuple[str, ...]
     return found
 
 
-# -- out ----------------------------------------------------------------------------------------------------------
+# -- writing tasks ------------------------------------------------------------------------------------------------
 
 
 def tasks_csv(tasks: Iterable[Task]) -> str:
-    """The batch file of Mechanical Turk."""
+    """Formats tasks as a batch file of Mechanical Turk."""
     return _csv(TASK_COLUMNS, ([getattr(task, name) for name in TASK_COLUMNS] for task in tasks))
 
 
 def tasks_jsonl(tasks: Iterable[Task]) -> str:
-    """The tasks of Label Studio, one a line."""
+    """Formats tasks for Label Studio, one JSON object a line."""
     return "".join(json.dumps({"data": asdict(task)}, ensure_ascii=False) + "\n" for task in tasks)
 
 
 def questions_jsonl(questions: Iterable[Question]) -> str:
-    """The qualification test as tasks of Label Studio, without the answers."""
+    """Formats the qualification test as tasks for Label Studio, without the answers."""
     return "".join(
         json.dumps(
             {
@@ -165,12 +166,12 @@ def questions_jsonl(questions: Iterable[Question]) -> str:
 
 
 def key_csv(questions: Iterable[Question]) -> str:
-    """The answers of the qualification test."""
+    """Formats the answer key of the qualification test as CSV."""
     return _csv(("question", "right"), ((each.name, each.right) for each in questions))
 
 
 def question_form(questions: Iterable[Question]) -> str:
-    """The qualification test of Mechanical Turk (``CreateQualificationType``, parameter Test)."""
+    """Builds the qualification test of Mechanical Turk (``CreateQualificationType``, parameter Test)."""
     form = ElementTree.Element("QuestionForm", xmlns=_FORM)
     overview = ElementTree.SubElement(form, "Overview")
     _text(overview, "Title", "Describing highlighted regions")
@@ -197,7 +198,7 @@ def question_form(questions: Iterable[Question]) -> str:
 
 
 def answer_key(questions: Sequence[Question]) -> str:
-    """Its answers (parameter AnswerKey): the score is the percentage of right ones."""
+    """Builds the test's answer key (parameter AnswerKey); the score is the percentage of right answers."""
     key = ElementTree.Element("AnswerKey", xmlns=_KEY)
     for each in questions:
         question = ElementTree.SubElement(key, "Question")
@@ -227,22 +228,22 @@ def _xml(root: ElementTree.Element) -> str:
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(root, encoding="unicode") + "\n"
 
 
-# -- back ---------------------------------------------------------------------------------------------------------
+# -- reading answers ----------------------------------------------------------------------------------------------
 
 
 def read_answers(path: Path, *, keep_rejected: bool = False) -> tuple[list[Answer], int]:
-    """Reads the answers of either platform, by the end of the file's name.
+    """Reads the answers of either platform, which it tells apart by the file's extension.
 
     Args:
         path: Mechanical Turk's results (``.csv``), or Label Studio's export (``.json``, or ``.jsonl`` with a task per
             line).
-        keep_rejected: Keep what was rejected, or skipped.
+        keep_rejected: Keep rejected or skipped answers.
 
     Returns:
-        The answers, and how many were left out because they were rejected, or skipped by the worker.
+        The answers, and the number of rejected or skipped answers left out.
 
     Raises:
-        MilanError: It is neither, or damaged.
+        MilanError: The file has neither format, or is damaged.
     """
     if path.suffix.lower() == ".csv":
         inputs = {name: f"Input.{name}" for name in TASK_COLUMNS[:4]}
@@ -269,14 +270,14 @@ def read_answers(path: Path, *, keep_rejected: bool = False) -> tuple[list[Answe
 
 
 def passed_workers(path: Path, key: Path) -> set[str]:
-    """Workers who answered all questions of the qualification test rightly.
+    """Returns the workers who answered all questions of the qualification test correctly.
 
     Args:
-        path: Label Studio's export of the test; on Mechanical Turk only those who passed get tasks.
+        path: Label Studio's export of the test. Mechanical Turk needs none: it gives tasks only to workers who passed.
         key: ``qualification-key.csv``.
 
     Raises:
-        MilanError: One of them cannot be read.
+        MilanError: One of the files cannot be read.
     """
     try:
         right = {row["question"]: row["right"] for row in dict_reader(read_text(key))}
@@ -291,7 +292,7 @@ def passed_workers(path: Path, key: Path) -> set[str]:
 
 
 def _label_studio(path: Path, name: str) -> list[tuple[Mapping[str, Any], str, bool, list[str]]]:
-    """Per annotation of an export: the task's data, the worker, whether it was skipped, what was given as ``name``."""
+    """Reads an export's annotations: task data, worker, whether it was skipped, and the values of control ``name``."""
     try:
         text = read_text(path)
         tasks = (

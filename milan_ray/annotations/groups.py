@@ -1,4 +1,4 @@
-"""Names of published sets and groups of them, and where they lie."""
+"""Names, groups and locations of published annotation sets."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ BASE = (
 """The annotated sets that the published captioners were trained on."""
 
 RELEASED = (*BASE, "dino_vits8/imagenet")
-"""All annotated sets that can be downloaded. In DINO's the masks are one patch off: they were made when the reference
-still dropped the last token in place of the first."""
+"""All annotated sets that can be downloaded. DINO's masks are shifted by one patch, because an early version of the
+reference dropped the last token instead of the first."""
 
 
 Sets = Mapping[tuple[str, str], str]
-"""(network, dataset) → the model whose units were annotated: a network dissected on a dataset."""
+"""(network, dataset) → name of the annotated model, which is the network dissected on the dataset."""
 
 
 def groups_of(classifiers: Sets, generators: Sets) -> dict[str, tuple[str, ...]]:
     """The paper's groups of sets: all, by task, by dataset, by network, and all but one (Table 3).
 
     Args:
-        classifiers: Sets of networks that name what they see.
-        generators: Sets of networks that paint.
+        classifiers: Sets of image classifiers.
+        generators: Sets of image generators.
 
     Returns:
         Group → its models: base, cls, gen, every dataset, every network, ``not-NETWORK-DATASET``.
@@ -58,7 +58,7 @@ def groups_of(classifiers: Sets, generators: Sets) -> dict[str, tuple[str, ...]]
 
 
 def pairs_of(names: Sequence[str]) -> Sets:
-    """Sets by network and dataset, of models that are named after both."""
+    """Returns the sets of models whose names are ``NETWORK/DATASET``."""
     return {(network, dataset): f"{network}/{dataset}" for network, dataset in (name.split("/") for name in names)}
 
 
@@ -69,28 +69,28 @@ _GROUPS = dict(GROUPS)
 
 
 def register_groups(prefix: str, groups: Mapping[str, Sequence[str]]) -> None:
-    """Registers groups of annotated models to train on, as a plug-in does for its own.
+    """Registers groups of annotated models to train on. Plug-ins call it for their own models.
 
     Args:
-        prefix: What their names begin with, so that they are not mistaken for the paper's; a hyphen follows it.
-        groups: Group → its models; :func:`groups_of` makes the paper's of other sets.
+        prefix: Prefix of the groups' names, followed by a hyphen. It distinguishes them from the paper's groups.
+        groups: Group → its models; :func:`groups_of` builds the paper's groups from other sets.
     """
     _GROUPS.update({f"{prefix}-{name}": tuple(models) for name, models in groups.items()})
 
 
 def training_groups(names: Sequence[str], annotated: Collection[str]) -> dict[str, tuple[str, ...]]:
-    """Finds what users mean by groups of annotated models to train on.
+    """Resolves the groups of annotated models that a user named for training.
 
     Args:
-        names: Each one of :data:`GROUPS` or of those that plug-ins registered, an annotated model, ``NAME=MODEL,MODEL``
-            for a group of one's own, or ``all`` for every group whose models are all annotated.
+        names: Each is one of :data:`GROUPS`, a group that a plug-in registered, an annotated model,
+            ``NAME=MODEL,MODEL`` for a user-defined group, or ``all`` for every group whose models are all annotated.
         annotated: The models that have annotations.
 
     Returns:
         Name of the group, without slashes → its models.
 
     Raises:
-        MilanError: There is no such group, a model of it has no annotations, or two groups have one name.
+        MilanError: A group does not exist, one of its models has no annotations, or two groups have the same name.
     """
     found: dict[str, tuple[str, ...]] = {}
     for text in names:
@@ -125,12 +125,12 @@ def training_groups(names: Sequence[str], annotated: Collection[str]) -> dict[st
 
 @dataclass(frozen=True)
 class SetLocation:
-    """A set that is there.
+    """Location of an existing set.
 
     Attributes:
         name: Its name, ``model/dataset``.
         root: Its folder.
-        annotation_count: With which it is to be read: 3 for the released sets, None for a user's own.
+        annotation_count: ``annotation_count`` to read it with: 3 for the released sets, None for a user's own.
     """
 
     name: str
@@ -139,10 +139,10 @@ class SetLocation:
 
 
 def locate(text: str, *, download: bool = False) -> list[SetLocation]:
-    """Finds what a user means by a set: a group, a set's name, a folder, or a zip, which is unpacked.
+    """Locates the sets that a user named: a group, a set's name, a folder, or a zip, which is unpacked.
 
-    Sets lie in ``$MILAN_DATA_DIR/<model>/<dataset>``; zips in ``$MILAN_DATA_DIR`` are unpacked there. A name wins over
-    a folder of the same name; ``./imagenet`` is the folder.
+    Sets are stored in ``$MILAN_DATA_DIR/<model>/<dataset>``, and zips are unpacked to there. A name takes precedence
+    over a folder of the same name; write ``./imagenet`` for the folder.
 
     Args:
         text: Name or path.
@@ -152,7 +152,7 @@ def locate(text: str, *, download: bool = False) -> list[SetLocation]:
         The sets, in order.
 
     Raises:
-        MilanError: Unknown, absent, or not a sound archive.
+        MilanError: A set is unknown or absent, or its archive is damaged.
     """
     if text in GROUPS:
         return [location for name in GROUPS[text] for location in locate(name, download=download)]

@@ -1,4 +1,4 @@
-"""The files of one published layer, memory-mapped: a 4 GB ``images.npy`` never enters memory whole."""
+"""Memory-mapped files of a published layer: a 4 GB ``images.npy`` is never loaded into memory as a whole."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ IMAGES, MASKS, UNITS = "images.npy", "masks.npy", "units.npy"
 IDS, ACTIVATIONS = "ids.csv", "activations.csv"
 ANNOTATIONS = "annotations.csv"
 COLUMNS = ("layer", "unit", "summary")
-"""Columns of ``annotations.csv`` that count; others may stand between them."""
+"""Columns of ``annotations.csv`` that are read; others are ignored."""
 
 _BYTE = np.float32(1 / 255)
 
 
 @contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """A folder to write into, which gets its name when all is written, and is removed when not.
+    """Yields a temporary folder to write into, renamed to its final name on success and removed on failure.
 
     Args:
         folder: Folder to be made.
 
     Raises:
-        MilanError: It is there already, or cannot be written.
+        MilanError: The folder exists already, or cannot be written.
     """
     if folder.exists():
         raise MilanError(f"{folder} exists already: choose another folder, or move it away.")
@@ -54,14 +54,14 @@ class LayerFiles:
     """One layer of a published set: U units with k exemplars each, in rank order.
 
     Attributes:
-        folder: Where it lies; its name is the layer's.
-        images: (U, k, 3, H, W) RGB, uint8, or floats up to 1 or 255; None where they are still to be merged.
+        folder: The layer's folder; its name is the layer's name.
+        images: (U, k, 3, H, W) RGB, uint8, or floats up to 1 or 255; None if they are still to be merged.
         masks: (U, k, 1, H, W), 0 or 1, of any type.
         units: int64 (U,), the channel of each position.
-        has_units: Whether ``units.npy`` says so; otherwise units are positions.
+        has_units: Whether ``units`` comes from ``units.npy``; otherwise units equal positions.
         image_ids: int64 (U, k), rows of the source images in ImageFolder order; None without ``ids.csv``.
         activations: float32 (U, k); None without ``activations.csv``.
-        white: The value of a full channel in ``images``: 255, or 1 for floats that nowhere exceed it.
+        white: The maximum channel value in ``images``: 255, or 1 for floats that never exceed 1.
     """
 
     folder: Path
@@ -92,7 +92,7 @@ class LayerFiles:
         """One unit's images as they are stored.
 
         Raises:
-            MilanError: They are still to be merged.
+            MilanError: The images are still to be merged.
         """
         if self.images is None:
             raise MilanError(
@@ -102,7 +102,7 @@ class LayerFiles:
         return self.images[position]
 
     def unit_images(self, position: int) -> np.ndarray:
-        """One unit's images, float32 (k, 3, H, W) in [0, 1], with the reference's arithmetic."""
+        """One unit's images, float32 (k, 3, H, W) in [0, 1], computed as in the reference."""
         images = self.stored_images(position).astype(np.float32)
         return images if self.white == 1 else images * _BYTE
 
@@ -117,7 +117,7 @@ class LayerFiles:
         """One unit's masks, bool (k, H, W).
 
         Raises:
-            MilanError: They hold something other than 0 and 1.
+            MilanError: The masks hold values other than 0 and 1.
         """
         masks = self.masks[position, :, 0]
         found = masks.astype(bool)
@@ -129,7 +129,7 @@ class LayerFiles:
 
 
 def layer_folders(root: Path) -> tuple[list[Path], list[Path]]:
-    """The folders of a set that hold layers, sorted by name, and those that strayed into it; hidden ones are neither.
+    """Lists a set's layer folders, sorted by name, and its unexpected folders. Hidden folders are ignored.
 
     Raises:
         MilanError: There is no such set.
@@ -144,10 +144,10 @@ def layer_folders(root: Path) -> tuple[list[Path], list[Path]]:
 
 
 def open_layer(folder: Path) -> LayerFiles:
-    """Opens one layer: headers and lists are read, images only where they are floats, once for their range.
+    """Opens one layer. Reads array headers and CSV files, and images only if they are floats, to find their range.
 
     Raises:
-        MilanError: A file is missing, damaged, or does not fit the others.
+        MilanError: A file is missing, damaged, or inconsistent with the others.
     """
     masks = _array(folder / MASKS)
     images = _array(folder / IMAGES) if (folder / IMAGES).exists() else None
@@ -196,7 +196,7 @@ def _array(path: Path) -> np.ndarray:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
     except FileNotFoundError as error:
         raise MilanError(f"{path} is missing: a layer needs {MASKS}, and {IMAGES} or {IDS} to merge them.") from error
-    except Exception as error:  # numpy raises almost anything on damaged headers
+    except Exception as error:  # numpy raises many types on damaged headers
         raise MilanError(f"{path} is no complete .npy array ({error}): fetch or write it again.") from error
     if not isinstance(array, np.ndarray):
         raise MilanError(f"{path} is an archive of arrays, not one .npy array: write it with numpy.save.")
@@ -204,7 +204,7 @@ def _array(path: Path) -> np.ndarray:
 
 
 def _numbers(path: Path, dtype: type, shape: tuple[int, int]) -> np.ndarray | None:
-    """The numbers of a CSV without header; None where there is none."""
+    """Reads a CSV of numbers without header; returns None if the file does not exist."""
     if not path.exists():
         return None
     try:
@@ -220,9 +220,10 @@ def _numbers(path: Path, dtype: type, shape: tuple[int, int]) -> np.ndarray | No
 
 
 def _white(path: Path, images: np.ndarray) -> int:
-    """255, or 1 for floats that nowhere exceed it.
+    """Returns the maximum channel value of the images: 255, or 1 for floats that never exceed 1.
 
-    The reference takes all numbers for bytes: what its own earlier merges wrote as floats in [0, 1] came back black.
+    The reference treats all values as bytes, so images that its own earlier merges wrote as floats in [0, 1] turn
+    black.
     """
     if images.dtype == np.uint8:
         return 255
@@ -240,7 +241,7 @@ class Annotation:
 
     Attributes:
         row: Its number, from 0.
-        layer: The layer's name without blanks around it, even where it looks like a number.
+        layer: The layer's name, stripped; kept as a string even if it looks like a number.
         unit: Channel.
         text: The annotation, as written; may be empty.
     """
@@ -252,10 +253,11 @@ class Annotation:
 
 
 def read_annotations(path: Path) -> list[Annotation]:
-    """Reads ``annotations.csv``; its columns may stand in any order, among others.
+    """Reads ``annotations.csv``. Columns may be in any order, and other columns are ignored.
 
     Raises:
-        MilanError: It is missing, not text, lacks a column, or a row is incomplete or has no whole number as its unit.
+        MilanError: The file is missing, is not text or lacks a column, or a row is incomplete or its unit is no whole
+            number.
     """
     try:
         reader = dict_reader(read_text(path))

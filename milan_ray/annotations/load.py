@@ -1,4 +1,4 @@
-"""Published sets by name, with all that it takes: download, unpacking, merging with local images, opening."""
+"""Loads published sets by name: downloads, unpacks, merges with local images, and opens them."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def load(
 
     Args:
         text: A group (``base``, ``cls``, …), a set (``alexnet/imagenet``), a folder, or a zip.
-        images: Folders of source images for layers that came without; none takes ``$MILAN_DATA_DIR/<dataset>/val``.
+        images: Folders of source images for layers published without; empty uses ``$MILAN_DATA_DIR/<dataset>/val``.
         labels: File of labels for source images in a flat folder.
         download: Fetch released sets that are absent.
-        layers: Which layers; None takes all.
-        annotation_count: Keep only units with at least this many annotations, and of these the first so many; 0 keeps
-            every unit; None takes 3 for the released sets, as the reference does, and 0 for others.
+        layers: Layers to open; None opens all.
+        annotation_count: Keep only units with at least this many annotations, and only the first this many of each.
+            0 keeps every unit; None uses 3 for the released sets, as the reference does, and 0 for others.
         quirks: Defects of the reference to reproduce.
 
     Raises:
-        MilanError: A set is unknown, absent, damaged, or lacks images that are not there to be merged.
+        MilanError: A set is unknown, absent or damaged, or lacks images and the source images are missing.
     """
     wanted = None if layers is None else [str(layer) for layer in layers]
     found = []
@@ -51,7 +51,7 @@ def load(
 
 
 def bare_layers(location: SetLocation) -> list[Path]:
-    """The folders of a set's layers that came without images, merged since or not."""
+    """Returns the folders of layers that were published without images, whether or not these were merged later."""
     return [folder for folder in layer_folders(location.root)[0] if is_masks_only(folder)]
 
 
@@ -61,11 +61,11 @@ def merge_images(
     labels: str | Path | None = None,
     quirks: Quirks = NO_QUIRKS,
 ) -> list[str]:
-    """Merges the layers of a set that came without images, where they are not merged yet.
+    """Merges images into the layers of a set that were published without them, unless this was done before.
 
     Args:
         location: The set.
-        images: Folders of source images; none takes ``$MILAN_DATA_DIR/<dataset>/val``, as the reference does.
+        images: Folders of source images; empty uses ``$MILAN_DATA_DIR/<dataset>/val``, as the reference does.
         labels: File of labels for source images in a flat folder.
         quirks: Defects of the reference to reproduce.
 
@@ -73,14 +73,14 @@ def merge_images(
         The layers merged.
 
     Raises:
-        MilanError: There are no source images, or they do not fit.
+        MilanError: The source images are missing, or do not match the set's ids.
     """
     bare = bare_layers(location)
     dataset = location.name.rpartition("/")[2]
     usual = data_dir() / dataset / "val"
     if bare and not images and not usual.is_dir():
         if all((folder / IMAGES).exists() for folder in bare):
-            return []  # merged earlier, and the source has gone since
+            return []  # merged earlier; the source images are gone
         raise MilanError(
             f"{location.name} came without images ({bare[0]} has only masks): name the folder of its source images "
             f"(--images), or put it in {usual} (see $MILAN_DATA_DIR)."

@@ -1,4 +1,4 @@
-"""Giving masks-only sets their images: a local ImageNet or Places folder, looked up by ``ids.csv``."""
+"""Adds images to masks-only sets, from a local ImageNet or Places folder, by the ids in ``ids.csv``."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from milan_ray.probe.manifest import digest, image_refs
 from milan_ray.progress import Progress, say
 
 _MARKER = ".merged.json"
-"""Says from what and how ``images.npy`` was merged; images that came with the set have none."""
+"""Records the source and geometry of a merged ``images.npy``; absent if the images came with the set."""
 
 
 @dataclass(frozen=True)
 class SourceShape:
-    """How many images the sets' ids speak of.
+    """Size of the image collection that the sets' ids refer to.
 
     Attributes:
-        classes: Class folders, or distinct labels.
-        images: Images in all.
+        classes: Number of class folders, or of distinct labels.
+        images: Total number of images.
     """
 
     classes: int
@@ -53,23 +53,23 @@ def merge(
 ) -> list[str]:
     """Writes ``images.npy`` of every layer that has none, from ``ids.csv`` and the source images.
 
-    The masks were computed on images resized to 256 and cropped to 224, so that is how source images are seen here,
-    then brought to the masks' size as the reference's exemplars are, by nearest neighbours. The reference's own merge
-    squashes whole images to the masks' size instead, where masks and images lie apart unless images are square
-    (``quirks.merge_geometry``). A layer merged before, otherwise or from elsewhere, is merged again.
+    The masks were computed on images resized to 256 and cropped to 224. Source images therefore get the same geometry,
+    and are then resized to the masks' size by nearest neighbours, as the reference's exemplars are. The reference's own
+    merge instead squashes whole images to the masks' size, which misaligns masks and images unless images are square
+    (``quirks.merge_geometry``). A layer that was merged with another source or geometry is merged again.
 
     Args:
         root: The published set's folder.
         probe: The source images: folders of classes, or flat with a file of labels.
-        view: The geometry that the masks were computed in; None takes ImageNet's, resize 256 and crop 224.
-        expect: What the probe must look like; None accepts any that has all the ids.
+        view: The geometry that the masks were computed in; None uses ImageNet's, resize 256 and crop 224.
+        expect: Required numbers of classes and images; None accepts any probe that has all the ids.
         quirks: Defects of the reference to reproduce.
 
     Returns:
         The layers merged.
 
     Raises:
-        MilanError: The probe has another layout, lacks an id, or an image cannot be read; or a layer is damaged.
+        MilanError: The probe has another layout or lacks an id, an image cannot be read, or a layer is damaged.
     """
     manifest = probe.manifest()
     refs = in_class_order(image_refs(manifest), manifest["class_label"].to_pylist())
@@ -94,13 +94,13 @@ def merge(
 
 
 def in_class_order(refs: Sequence[ImageRef], labels: Sequence[str | None]) -> list[ImageRef]:
-    """Images in the order of torchvision's ``ImageFolder``: by class, then by path; without class, left out.
+    """Sorts images as torchvision's ``ImageFolder`` does: by class, then by path. Images without a class are left out.
 
-    Classes that a file of labels gives as numbers are ordered as such: as indexes into the sorted classes.
+    Numeric classes from a file of labels are sorted as numbers, because they are indexes into the sorted classes.
 
     Args:
         refs: The images, by path.
-        labels: The class of each, or None.
+        labels: The class of each image, or None.
     """
     known = [(label, ref) for ref, label in zip(refs, labels, strict=True) if label]
     if all(label.isdecimal() and not ref.path.startswith(f"{label}/") for label, ref in known):
@@ -109,7 +109,7 @@ def in_class_order(refs: Sequence[ImageRef], labels: Sequence[str | None]) -> li
 
 
 def is_masks_only(folder: Path) -> bool:
-    """Whether a layer came without images: they are missing, or were merged here."""
+    """Whether a layer was published without images: they are missing, or were merged later."""
     return not (folder / IMAGES).exists() or (folder / _MARKER).exists()
 
 
@@ -119,7 +119,7 @@ def _wanted(files: LayerFiles, identity: dict[str, str]) -> bool:
     marker = files.folder / _MARKER
     try:
         return marker.exists() and json.loads(marker.read_text(encoding="utf-8")) != identity
-    except ValueError:  # damaged: merged again
+    except ValueError:  # a damaged marker: merge again
         return True
 
 
@@ -153,14 +153,14 @@ def _merge_layer(
             Progress(f"merge {files.name}", len(ids), "images") as progress,
             ThreadPoolExecutor(os.cpu_count()) as pool,
         ):
-            for start in range(0, len(ids), 256):  # no more images in memory than these
+            for start in range(0, len(ids), 256):  # holds at most 256 images in memory
                 for image_id, pixels in pool.map(read, ids[start : start + 256]):
                     for place in places[image_id]:
                         images[place] = pixels
                     progress.advance()
         images.flush()
         del images
-        # In this order a kill leaves a layer without images, never images that do not say where they are from.
+        # In this order, a kill can leave a layer without images, but never images without a record of their source.
         (files.folder / IMAGES).unlink(missing_ok=True)
         (files.folder / _MARKER).write_text(json.dumps(identity))
         part.replace(files.folder / IMAGES)
@@ -171,7 +171,7 @@ def _merge_layer(
 
 
 def nearest(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resizes by nearest neighbours as the reference does for the images it stores: (C, h, w) → (C, H, W)."""
+    """Resizes by nearest neighbours, as the reference does for stored images: (C, h, w) → (C, H, W)."""
     if pixels.shape[1:] == size:
         return pixels
     return interpolate(torch.from_numpy(np.ascontiguousarray(pixels))[None], size=size, mode="nearest")[0].numpy()

@@ -1,4 +1,4 @@
-"""Published sets as a library view: samples of images, masks and annotations, read when asked for."""
+"""Published sets as sequences of samples (images, masks and annotations), read from disk on access."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from milan_ray.progress import say
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A unit's exemplars and what people said of them.
+    """A unit's exemplars and their human annotations.
 
     Attributes:
         layer: Name of the layer.
         unit: Channel.
-        images: float32 (k, 3, H, W) in [0, 1], most exciting first.
+        images: float32 (k, 3, H, W) in [0, 1], highest activation first.
         masks: float32 (k, 1, H, W), 0 or 1.
-        annotations: Descriptions, as written; may be none.
+        annotations: Descriptions, as written; may be empty.
     """
 
     layer: str
@@ -44,10 +44,10 @@ class Sample:
     annotations: tuple[str, ...] = ()
 
     def masked_images(self, opacity: float = 0.75) -> np.ndarray:
-        """The images with what lies outside their masks darkened, float32 (k, 3, H, W).
+        """Returns the images, darkened outside their masks, float32 (k, 3, H, W).
 
         Args:
-            opacity: 1 makes it black, 0 leaves it.
+            opacity: How much to darken: 1 is black, 0 leaves the images unchanged.
 
         Raises:
             ValueError: The opacity is not in [0, 1].
@@ -57,11 +57,11 @@ class Sample:
         return self.images * np.where(self.masks == 0, np.float32(1 - opacity), self.masks)
 
     def grid(self, opacity: float = 0.75, limit: int | None = None, columns: int = 5) -> Image.Image:
-        """The masked images side by side, as the reference shows them.
+        """Returns a grid of the masked images, laid out as in the reference.
 
         Args:
             opacity: See :meth:`masked_images`.
-            limit: How many of the images; None for all.
+            limit: Maximum number of images; None for all.
             columns: Images per row.
         """
         images = torch.from_numpy(self.masked_images(opacity)[:limit])
@@ -69,12 +69,12 @@ class Sample:
 
 
 class PublishedSet:
-    """A set of published exemplars: a sequence of samples that are read from disk when asked for.
+    """A set of published exemplars: a sequence of samples that are read from disk on access.
 
-    As in the reference, samples come in the order of layers (as strings) and positions; with ``annotation_count`` in
-    the order in which ``annotations.csv`` first names them. Other than in the reference, folders that hold no layer are
-    left out, layers named by digits have their annotations, and ``lookup`` knows units by their number
-    (:class:`~milan_ray.annotations.quirks.Quirks` brings the latter two back).
+    As in the reference, samples are ordered by layer (as strings) and position, or, with ``annotation_count``, by first
+    appearance in ``annotations.csv``. Unlike in the reference, folders that hold no layer are skipped, layers named by
+    digits keep their annotations, and ``lookup`` finds units by their number.
+    :class:`~milan_ray.annotations.quirks.Quirks` restores the reference's behaviour for the latter two.
     """
 
     def __init__(
@@ -92,14 +92,14 @@ class PublishedSet:
         Args:
             root: Folder with one subfolder per layer, and ``annotations.csv`` if there are annotations.
             name: The set's name; None takes the last two parts of its path.
-            layers: Which layers; None takes all.
-            annotated: Whether to read the annotations, where there are any.
-            annotation_count: Keep only units with at least this many annotations, and of these the first so many; None
-                keeps every unit. The reference takes 3 for the released sets.
+            layers: Layers to open; None opens all.
+            annotated: Whether to read the annotations, if there are any.
+            annotation_count: Keep only units with at least this many annotations, and only the first this many of
+                each; None keeps every unit. The reference uses 3 for the released sets.
             quirks: Defects of the reference to reproduce.
 
         Raises:
-            MilanError: A file is missing, damaged or does not fit the others, or kept annotations have no images.
+            MilanError: A file is missing, damaged or inconsistent with the others, or kept annotations have no images.
         """
         self.root = Path(root).expanduser().absolute()
         self.name = name or f"{self.root.parent.name}/{self.root.name}"
@@ -135,7 +135,7 @@ class PublishedSet:
         self._keys = list(self._samples)
 
     def __len__(self) -> int:
-        """Samples in all."""
+        """Returns the number of samples."""
         return len(self._keys)
 
     def __getitem__(self, index: int) -> Sample:
@@ -144,18 +144,18 @@ class PublishedSet:
         return self._read(layer, unit, *self._samples[layer, unit])
 
     def __iter__(self) -> Iterator[Sample]:
-        """Reads one sample after the other."""
+        """Reads the samples one by one."""
         return (self[index] for index in range(len(self)))
 
     def units(self) -> list[tuple[str, int]]:
-        """(layer, unit) of every sample, in order, without reading any."""
+        """Returns (layer, unit) of every sample, in order, without reading the samples."""
         return list(self._keys)
 
     def lookup(self, layer: str | int, unit: int) -> Sample:
         """Reads the sample of a unit.
 
         Raises:
-            MilanError: There is none.
+            MilanError: The set has no such sample.
         """
         layer = str(layer)
         if self.csv is not None:
@@ -166,10 +166,10 @@ class PublishedSet:
 
     @property
     def k(self) -> int:
-        """Exemplars per unit, of the first sample's layer.
+        """Exemplars per unit in the first sample's layer.
 
         Raises:
-            MilanError: There are no samples.
+            MilanError: The set has no samples.
         """
         if not self._keys:
             raise MilanError(f"{self.name} has no samples: no unit has that many annotations.")
@@ -194,11 +194,12 @@ class PublishedSet:
 def kept_annotations(
     annotations: Iterable[Annotation], count: int | None = None
 ) -> dict[tuple[str, int], list[Annotation]]:
-    """(layer, unit) → its annotations, in order of first appearance.
+    """Groups annotations by unit: (layer, unit) → its annotations, in order of first appearance.
 
     Args:
         annotations: Rows of ``annotations.csv``.
-        count: Keep only units with at least this many, and of these the first so many; None keeps all.
+        count: Keep only units with at least this many annotations, and only the first this many of each; None keeps
+            all.
     """
     rows: dict[tuple[str, int], list[Annotation]] = {}
     for item in annotations:

@@ -1,4 +1,4 @@
-"""The reference's defects in loading and merging MILANNOTATIONS: off by default, on to reproduce its results."""
+"""Defects of the reference in loading and merging MILANNOTATIONS; switch them on to reproduce its results."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Quirks:
-    """Which of the reference's defects to reproduce.
+    """Selects the defects of the reference to reproduce.
 
     Attributes:
-        merge_geometry: Source images are squashed to the masks' size, whereas masks were computed on centre crops.
-        digit_layers_lose_annotations: Without an ``annotation_count``, layers named by digits have no annotations.
-        lookup_by_position: A unit is looked up by its position in the arrays, whatever ``units.npy`` says.
+        merge_geometry: Source images are squashed to the masks' size, although masks were computed on centre crops.
+        digit_layers_lose_annotations: Without an ``annotation_count``, layers named by digits lose their annotations.
+        lookup_by_position: A unit is looked up by its position in the arrays; ``units.npy`` is ignored.
     """
 
     merge_geometry: bool = False

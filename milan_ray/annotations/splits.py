@@ -1,4 +1,4 @@
-"""Which annotated units train a captioner and which judge it: the paper's kinds of generalization (§4, Table 3)."""
+"""Train/test splits of annotated units, for the paper's kinds of generalization (§4, Table 3)."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ LEAVE_ONE_OUT = "leave-one-out"
 OWN = "own"
 
 KINDS = (WITHIN, ACROSS_ARCHITECTURES, ACROSS_DATASETS, ACROSS_TASKS, LEAVE_ONE_OUT)
-"""The paper's and its reference implementation's, in their order."""
+"""Kinds of splits in the paper and its reference implementation, in their order."""
 
 
 @dataclass(frozen=True)
 class Split:
-    """What a captioner learns from, and what it is judged on.
+    """The units that a captioner is trained on, and those that it is tested on.
 
     Attributes:
         kind: One of :data:`KINDS`, or :data:`OWN`.
         name: Name of the split, without slashes.
-        train: Name of the group whose units train.
+        train: Name of the group whose units are used for training.
         test: Name of the group whose units are described.
-        train_models: Its models.
-        test_models: The other's; the same where units of the same models are divided.
+        train_models: Models of the training group.
+        test_models: Models of the test group; the same if units of the same models are divided.
     """
 
     kind: str
@@ -42,26 +42,26 @@ class Split:
 
     @property
     def within(self) -> bool:
-        """Whether units of the same models are divided, differently in each trial."""
+        """Whether training and test units come from the same models, divided differently in each trial."""
         return self.train_models == self.test_models
 
     @property
     def models(self) -> tuple[str, ...]:
-        """All models in it, each once."""
+        """All models of both groups, without duplicates."""
         return tuple(dict.fromkeys(self.train_models + self.test_models))
 
 
 def splits_of(classifiers: Sets, generators: Sets, others: Sets | None = None, prefix: str = "") -> tuple[Split, ...]:
-    """The paper's splits, for any sets in the places of the paper's.
+    """Builds the paper's splits for any sets.
 
     Args:
-        classifiers: Sets of networks that name what they see.
-        generators: Sets of networks that paint.
-        others: Sets that are described by a captioner of all those above, and train none: the paper's ViT.
-        prefix: What names of groups begin with, as for :func:`~milan_ray.annotations.groups.register_groups`.
+        classifiers: Sets of image classifiers.
+        generators: Sets of image generators.
+        others: Test-only sets, described by a captioner trained on all the sets above: the paper's ViT.
+        prefix: Prefix of the groups' names, as for :func:`~milan_ray.annotations.groups.register_groups`.
 
     Returns:
-        Within every network; between every two networks of classifiers, and from all sets to each of the others;
+        Splits within every set; between every two networks of classifiers, and from all sets to each of ``others``;
         between every two datasets; between classifiers and generators; from all sets but one to that one.
     """
     sets = {**classifiers, **generators}
@@ -91,30 +91,30 @@ def _within(group: str, models: tuple[str, ...]) -> Split:
 
 
 SPLITS = splits_of(pairs_of(BASE[:4]), pairs_of(BASE[4:]), pairs_of([name for name in RELEASED if name not in BASE]))
-"""The paper's, of MILANNOTATIONS."""
+"""The paper's splits of MILANNOTATIONS."""
 
 _SPLITS = {split.name: split for split in SPLITS}
 
 
 def register_splits(splits: Sequence[Split]) -> None:
-    """Registers splits, as a plug-in does for its own annotated models; :func:`splits_of` makes the paper's of them."""
+    """Registers splits. Plug-ins call it for their own annotated models, with splits from :func:`splits_of`."""
     _SPLITS.update({split.name: split for split in splits})
 
 
 def chosen_splits(texts: Sequence[str], annotated: Collection[str]) -> tuple[Split, ...]:
-    """Finds what users mean by splits.
+    """Resolves the splits that a user named.
 
     Args:
-        texts: Each ``all``, one of :data:`KINDS`, the name of a split, ``TRAIN:TEST`` for two groups, or one group
-            whose units are to be divided. Groups are what :func:`~milan_ray.annotations.groups.training_groups` takes,
-            and lists of models, ``MODEL,MODEL``.
+        texts: Each is ``all``, one of :data:`KINDS`, the name of a split, ``TRAIN:TEST`` for two groups, or one group
+            whose units are to be divided. A group is anything that
+            :func:`~milan_ray.annotations.groups.training_groups` accepts, or a list of models, ``MODEL,MODEL``.
         annotated: The models that have annotations.
 
     Returns:
-        The splits, each once; of ``all`` and of a kind, those whose models are all annotated.
+        The splits, without duplicates; ``all`` and kinds yield only splits whose models are all annotated.
 
     Raises:
-        MilanError: There is no such split or group, models lack annotations, or some train and test.
+        MilanError: A split or group does not exist, models lack annotations, or a model is in both groups.
     """
     found: dict[str, Split] = {}
     for text in texts:

@@ -1,4 +1,4 @@
-"""What our stages cost beside the bare computation that nobody can avoid (BENCHMARKS.md)."""
+"""Benchmarks of the stages against the bare computation that any implementation needs (BENCHMARKS.md)."""
 
 BENCHMARKS = ("exemplars", "encode", "describe", "end-to-end", "merge", "ray-overhead", "report", "tune")
-"""Names of the benchmarks; each is the module of this name, with ``_`` for ``-``."""
+"""Names of the benchmarks; each is implemented in the module of that name, with ``_`` for ``-``."""

@@ -1,4 +1,4 @@
-"""Captioners to measure with: of the paper's sizes, untrained, or trained on human annotations."""
+"""Captioners for benchmarks: of the paper's sizes, untrained, or trained on human annotations."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ ANNOTATIONS = "milannotations_resnet152_imagenet.csv"
 
 @dataclass(frozen=True)
 class Sizes:
-    """How large captioner and search are.
+    """Sizes of a captioner and its search.
 
     Attributes:
-        words: Words of the vocabulary.
+        words: Vocabulary size.
         encoder: Name of the encoder.
-        features: Size of one exemplar's feature by it.
-        hidden: LSTM state.
-        units: Annotated units to train on.
-        epochs: Epochs of each model.
+        features: Size of the encoder's feature of one exemplar.
+        hidden: Size of the LSTM state.
+        units: Number of annotated units to train on.
+        epochs: Training epochs of each model.
         beam_size: Beams per unit.
-        length: Most tokens.
+        length: Maximum number of tokens.
     """
 
     words: int = 2000
@@ -58,19 +58,19 @@ class Sizes:
 
     @classmethod
     def of(cls, options: Options) -> Sizes:
-        """The paper's sizes, or tiny ones."""
+        """Returns the paper's sizes, or tiny ones for short runs."""
         return cls(60, "resnet18", 1024, 16, 12, 2, 5, 6) if options.short else cls()
 
 
 def random_features(count: int, size: int) -> Tensor:
-    """One fixed random feature set per unit, its exemplars alike and positive as after a ReLU: (count, k, F)."""
+    """Generates fixed random features, similar within a unit and positive as after a ReLU: (count, k, F)."""
     generator = torch.Generator().manual_seed(1)
     unit, exemplar = (torch.randn(count, k, size, generator=generator) for k in (1, EXEMPLARS))
     return (unit + 0.5 * exemplar).clamp(min=0)
 
 
 def untrained(sizes: Sizes) -> Captioner:
-    """A captioner of random weights: no beam of it ever finishes."""
+    """Builds a captioner with random weights, whose beams never finish."""
     torch.manual_seed(0)
     words = tuple(f"word{number}" for number in range(sizes.words))
     decoder = Decoder(DecoderConfig(sizes.words, sizes.features, hidden_size=sizes.hidden))
@@ -79,9 +79,9 @@ def untrained(sizes: Sizes) -> Captioner:
 
 
 def trained(options: Options, sizes: Sizes) -> Captioner:
-    """A captioner that has learnt the annotations of some units by their random features.
+    """Trains a captioner on annotations of some units, with random features.
 
-    It is kept in the temporary folder of the machine, under a name that says what it was trained on.
+    The captioner is cached in the system's temporary folder, under a hash of its training data and sizes.
     """
     texts = _annotations(options, sizes)
     identity = hashlib.sha256(repr((sizes, texts)).encode()).hexdigest()[:16]
@@ -97,7 +97,7 @@ def trained(options: Options, sizes: Sizes) -> Captioner:
 
 
 def _annotations(options: Options, sizes: Sizes) -> list[list[str]]:
-    """What people said of units: human annotations where there are any, else the world's annotators."""
+    """Reads human annotations of units if given, or else generates annotations with the synthetic world."""
     if options.annotations is None:
         return [_invented(number) for number in range(sizes.units)]
     file = options.annotations / ANNOTATIONS
@@ -111,17 +111,17 @@ def _annotations(options: Options, sizes: Sizes) -> list[list[str]]:
 
 
 def _invented(number: int) -> list[str]:
-    """What the world's annotators say of a scene and one concept's place in it."""
+    """Generates the synthetic world's annotations for the region of one concept in a scene."""
     maps = concept_maps(make_scene("train", number))
     shown = sorted(maps)[number % len(maps)]
     return [annotation.text for annotation in annotate_unit(maps[shown].reshape(1, SIDE, SIDE), [maps], str(number))]
 
 
 def _train(texts: list[list[str]], sizes: Sizes) -> Captioner:
-    vocabulary = Vocabulary(Vocabulary.build(texts).words[: sizes.words])  # of all units, to be as large as real ones
+    vocabulary = Vocabulary(Vocabulary.build(texts).words[: sizes.words])  # all units' words, for a realistic size
     indexer, words = Indexer(vocabulary), len(vocabulary)
     features = random_features(sizes.units, sizes.features)
-    # Longer annotations than a description can be would only make every batch longer.
+    # Annotations are cut to the maximum length of descriptions, because longer ones would only enlarge batches.
     captions = [
         (unit, indexer.words(indexer.tokenizer(text))[: sizes.length - 1])
         for unit, annotations in enumerate(texts[: sizes.units])

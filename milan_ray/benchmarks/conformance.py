@@ -1,9 +1,9 @@
-"""Conformance: what is read of a layer, compared with what the network's own library says, family by family.
+"""Conformance: compares the maps read from layers with those of the network's own library, family by family.
 
-``python -m jobs.models --conformance`` runs the smallest network of every family, untrained. The truth never goes
-through the project's own reading of layers: it is torchvision's feature extractor, timm's ``forward_intermediates``,
+``python -m jobs.models --conformance`` runs the smallest network of every family, untrained. The ground truth does not
+use this project's reading of layers: it comes from torchvision's feature extractor, timm's ``forward_intermediates``
 and transformers' ``output_hidden_states``. A layer that the library does not list (the hidden units of an MLP) is
-compared through plain hooks, its positions in the order of the tokens of a layer that the library does list.
+compared through plain hooks; the order of its positions is taken from the tokens of a listed layer.
 """
 
 from __future__ import annotations
@@ -31,24 +31,24 @@ from milan_ray.models.hooks import call
 from milan_ray.models.registry import ModelSpec
 
 MOST_PARAMETERS = 150_000_000
-"""Larger networks are left out, by name."""
+"""Maximum number of parameters; larger timm networks are built with a depth of 2."""
 
 MOST_LAYERS = 8
-"""The most layers of the library's own list that are compared, evenly spaced; default layers all take part."""
+"""Maximum number of layers compared from the library's list, evenly spaced, in addition to all default layers."""
 
-_TOLERANCE = 2e-4  # of a layer's largest value: another order of the same sums
-_LIT = 8  # a lit cell is an eighth of the picture high and wide
+_TOLERANCE = 2e-4  # relative to a layer's largest value, for sums in another order
+_LIT = 8  # a lit cell has an eighth of the image's height and width
 
 
 @dataclass(frozen=True)
 class Case:
-    """A family and how its smallest network is built.
+    """A family, and a function that builds its smallest network.
 
     Attributes:
         library: ``torchvision``, ``timm`` or ``transformers``.
         family: The library's module or architecture.
         network: The network's name.
-        build: Builds it; raises when it does not build.
+        build: Builds the network, or raises.
     """
 
     library: str
@@ -59,22 +59,22 @@ class Case:
 
 @dataclass
 class Result:
-    """What came out for a family.
+    """Result for a family.
 
     Attributes:
-        library: As of the case.
-        family: As of the case.
-        network: As of the case.
-        view: Height and width of the pictures, in pixels.
+        library: Library of the case.
+        family: Family of the case.
+        network: Network of the case.
+        view: Height and width of the images, in pixels.
         built: Whether the network could be built.
         defaults: Number of default layers.
         defaults_run: Whether all of them can be read at once.
-        compared: Number of layers that were read as the library says.
-        lit: Number of layers without a truth of the library's, where a lit cell answers at its place.
-        unproven: Number of layers that are read, of too few positions for a lit cell, without a truth of the library's.
-        refused: Layer → the sentence that refuses it; ``""`` is the network as a whole.
-        wrong: Layer → what is wrong with what was read.
-        seconds: What it took.
+        compared: Number of layers whose maps equal the library's.
+        lit: Number of layers without ground truth, where the response to a lit cell is at the right position.
+        unproven: Number of layers without ground truth that have too few positions for a lit cell.
+        refused: Layer → the error that rejects it; ``""`` stands for the network as a whole.
+        wrong: Layer → what is wrong with its maps.
+        seconds: Duration.
     """
 
     library: str
@@ -106,7 +106,7 @@ class Result:
 
 
 def check(case: Case) -> Result:
-    """Builds a family's network, compares what is read of its layers with the truth, and says what came out."""
+    """Builds a family's network, compares its layers' maps with the ground truth, and returns the result."""
     result, start = Result(case.library, case.family, case.network), time.perf_counter()
     try:
         with warnings.catch_warnings():
@@ -124,7 +124,7 @@ def _compare(case: Case, result: Result) -> None:
     except MilanError as error:
         result.refused[""] = str(error)
         return
-    except Exception as error:  # whatever a library raises while it builds a network
+    except Exception as error:  # libraries raise many types while they build a network
         result.built, result.refused[""] = False, reason(error)
         return
     spec, network = subject.spec, subject.network
@@ -150,7 +150,7 @@ def _compare(case: Case, result: Result) -> None:
 
 
 def _read(spec: ModelSpec, network: nn.Module, layers: Sequence[str], result: Result) -> Forward | None:
-    """A forward pass of layers that can be read, or the sentence why they cannot."""
+    """Returns a forward pass of layers that can be read, or None after recording the error in the result."""
     name = layers[0] if len(layers) == 1 else ""
     try:
         forward = Forward(spec, network, layers, IMAGES)
@@ -158,7 +158,7 @@ def _read(spec: ModelSpec, network: nn.Module, layers: Sequence[str], result: Re
         return forward
     except MilanError as error:
         result.refused[name] = str(error)
-    except Exception as error:  # what a user would get to see instead of a sentence
+    except Exception as error:  # users would get this error instead of a clear message
         result.wrong[name] = f"no sentence, but {type(error).__name__}: {reason(error)}"
     return None
 
@@ -166,7 +166,7 @@ def _read(spec: ModelSpec, network: nn.Module, layers: Sequence[str], result: Re
 def _forwards(
     spec: ModelSpec, network: nn.Module, layers: Sequence[str], result: Result
 ) -> Iterator[tuple[Forward, Sequence[str]]]:
-    """All layers at once, or, where one is refused, one by one."""
+    """Yields one forward pass for all layers, or, if one layer is rejected, a forward pass for each."""
     noted = Result("", "", "")
     if (forward := _read(spec, network, layers, noted)) is not None:
         yield forward, layers
@@ -176,7 +176,7 @@ def _forwards(
     for layer in layers:
         if (forward := _read(spec, network, (layer,), result)) is not None:
             yield forward, (layer,)
-    if not result.refused and not result.wrong:  # each alone, but not together
+    if not result.refused and not result.wrong:  # each layer works alone, but not all together
         result.refused |= noted.refused
         result.wrong |= noted.wrong
 
@@ -184,7 +184,7 @@ def _forwards(
 def _judge(
     forward: Forward, layers: Sequence[str], views: np.ndarray, known: dict[str, torch.Tensor], result: Result
 ) -> None:
-    """Maps against the truth, exchanged pictures, and a lit cell where there is no truth."""
+    """Compares maps with the ground truth and with those of permuted images; without ground truth, tests a lit cell."""
     maps = forward.maps(views)
     order = [2, 0, 1]
     exchanged = forward.maps(views[order])
@@ -214,7 +214,7 @@ def _judge(
 
 
 def _difference(own: torch.Tensor, truth: torch.Tensor) -> str | None:
-    """What differs between maps (n, U, h, w) as read and as they are; None when nothing does."""
+    """Describes the difference between maps (n, U, h, w) as read and the ground truth; None if there is none."""
     if own.shape != truth.shape:
         said = []
         if own.shape[1] != truth.shape[1]:
@@ -238,7 +238,7 @@ def _difference(own: torch.Tensor, truth: torch.Tensor) -> str | None:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """One line: how many families, how many wrong, how many run with their default layers."""
+    """Summarises the numbers of families, of wrong ones, and of those that run with their default layers, in a line."""
     built = [result for result in results if result.built]
     wrong, run = sum(bool(result.wrong) for result in built), sum(result.defaults_run for result in built)
     return (
@@ -248,7 +248,7 @@ def summary(results: Sequence[Result]) -> str:
 
 
 def _versions() -> dict[str, str]:
-    """Library → its version, of those that are installed."""
+    """Returns the versions of the installed libraries: library → version."""
     installed = {}
     for name in ("torch", "torchvision", "timm", "transformers"):
         with suppress(metadata.PackageNotFoundError):
@@ -257,15 +257,15 @@ def _versions() -> dict[str, str]:
 
 
 def to_row(result: Result) -> dict[str, Any]:
-    """A result as JSON, with the versions it holds for and the verdict; :func:`read_rows` reads it."""
+    """Converts a result to JSON, with library versions and the verdict; :func:`read_rows` reads it."""
     return {**asdict(result), "verdict": result.verdict, "versions": _versions()}
 
 
 def read_rows(path: Path) -> list[Result]:
-    """Results of an earlier run, a JSON object per line.
+    """Reads results of an earlier run, a JSON object per line.
 
     Raises:
-        MilanError: There is no such file, it holds something else, or results of other versions of the libraries.
+        MilanError: The file does not exist, holds something else, or holds results of other library versions.
     """
     names = {field.name for field in fields(Result)}
     try:
@@ -283,7 +283,7 @@ def read_rows(path: Path) -> list[Result]:
 
 
 def page(results: Sequence[Result]) -> str:
-    """The table as Markdown, with the libraries' versions."""
+    """Formats the results as a Markdown table, with the libraries' versions."""
     versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
     lines = [
         "# Conformance",
@@ -315,11 +315,11 @@ def page(results: Sequence[Result]) -> str:
     return "\n".join(lines) + "\n"
 
 
-# Pictures ---------------------------------------------------------------------------------------------------------
+# Images -----------------------------------------------------------------------------------------------------------
 
 
 def _pictures(shape: tuple[int, int]) -> np.ndarray:
-    """Smooth random pictures with fine noise, uint8 (n, H, W, 3)."""
+    """Generates smooth random images with fine noise, uint8 (n, H, W, 3)."""
     generator = torch.Generator().manual_seed(1)
     coarse = torch.rand((IMAGES, 3, 6, 6), generator=generator)
     smooth = nn.functional.interpolate(coarse, size=shape, mode="bicubic", align_corners=False)
@@ -327,11 +327,11 @@ def _pictures(shape: tuple[int, int]) -> np.ndarray:
     return (noisy.clamp(0, 1) * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
 
 
-_PLACES = ((1, 5), (5, 2), (6, 6))  # of lit cells, in eighths of height and width
+_PLACES = ((1, 5), (5, 2), (6, 6))  # positions of lit cells, in eighths of height and width
 
 
 def _cells(shape: Sequence[int], lit: bool = True) -> np.ndarray:
-    """Grey pictures, each with one lit cell."""
+    """Generates grey images, each with one lit cell, or with none."""
     height, width = shape
     views = np.full((IMAGES, height, width, 3), 127, np.uint8)
     for number, (row, column) in enumerate(_PLACES if lit else ()):
@@ -341,7 +341,7 @@ def _cells(shape: Sequence[int], lit: bool = True) -> np.ndarray:
 
 
 def _strayed(lit: torch.Tensor, grey: torch.Tensor) -> str | None:
-    """Where a lit cell answers, if not at its place; nothing where there are too few positions to tell."""
+    """Describes a misplaced response to a lit cell; None if it is right, "" if there are too few positions to tell."""
     height, width = lit.shape[2:]
     if min(height, width) < 4:
         return ""
@@ -362,9 +362,9 @@ def _strayed(lit: torch.Tensor, grey: torch.Tensor) -> str | None:
 
 @torch.no_grad()
 def _vary(subject: Subject, views: np.ndarray) -> None:
-    """Gives an untrained network what trained ones have, without which whole branches are switched off.
+    """Perturbs an untrained network, because initial values switch off whole branches.
 
-    Gains and biases are moved off 0 and 1, and batch norms know the statistics of some pictures.
+    Gains and biases are moved away from 0 and 1, and batch norms get the statistics of some images.
     """
     generator, network = torch.Generator().manual_seed(2), subject.network
     for parameter in network.parameters():
@@ -373,7 +373,7 @@ def _vary(subject: Subject, views: np.ndarray) -> None:
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.train().momentum = 1  # this batch's alone
+        norm.train().momentum = 1  # statistics of this batch only
     try:
         call(network, subject.spec.prepare(torch.from_numpy(views)))
     finally:

@@ -1,4 +1,4 @@
-"""The families that :mod:`milan_ray.benchmarks.conformance` compares: each with its smallest network, untrained."""
+"""Families checked by :mod:`milan_ray.benchmarks.conformance`, each with its smallest network, untrained."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ from milan_ray.models.view import Preprocess, View
 
 LIBRARIES = ("torchvision", "timm", "transformers")
 
-_SIDE = 256  # pixels, of networks that take any size and by default a larger one
+_SIDE = 256  # pixels, for networks that accept any size and have a larger default
 
 
 def cases(library: str | None = None, families: str = "*", side: int | None = None) -> Iterator[Case]:
-    """The families of the libraries that are installed.
+    """Yields the families of the installed libraries.
 
     Args:
         library: One of :data:`LIBRARIES`; None for all of them.
-        families: Pattern of their names.
-        side: Height and width in pixels for networks that take any size; None for the network's own, at most 256.
+        families: Pattern of family names.
+        side: Height and width in pixels for networks that accept any size; None uses the network's own, at most 256.
     """
     for name, listed in zip(LIBRARIES, (_torchvision, _timm, _transformers), strict=True):
         if library in (None, name):
@@ -69,7 +69,7 @@ _EXTRA = {
     "vit": ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11"),
     "densenet": ("features.transition1",),
 }
-"""Layers that are compared besides the default ones: those where the axes are in another order."""
+"""Layers to compare besides the default ones, because their axes are in another order."""
 
 
 def _torchvision(side: int | None) -> Iterator[Case]:
@@ -94,12 +94,12 @@ def _classifier(family: str, name: str, side: int | None) -> Subject:
     if side is not None:
         spec = _square(spec, side)
     network = spec.load()
-    layers = (*(spec.layers if family != "vit" else ()), *_EXTRA.get(family, ()))  # the extractor takes MLPs as wholes
+    layers = (*(spec.layers if family != "vit" else ()), *_EXTRA.get(family, ()))  # the extractor treats MLPs as leaves
     return Subject(spec, network, partial(_extracted, family, spec, network, layers))
 
 
 def _part(name: str, inside: str, side: int | None) -> Subject:
-    """A network for segmentation, or the backbone of a detector, as a plug-in would register it."""
+    """Builds a segmentation network, or a detector's backbone, as a plug-in would register it."""
     whole = _seeded(lambda: models.get_model(name, weights=None, weights_backbone=None))
     network = whole if inside else whole.get_submodule("backbone")
     layers: list[str] = []
@@ -116,9 +116,9 @@ def _part(name: str, inside: str, side: int | None) -> Subject:
 def _extracted(
     family: str, spec: ModelSpec, network: nn.Module, layers: tuple[str, ...], views: torch.Tensor
 ) -> dict[str, torch.Tensor]:
-    """Layers' maps by torchvision's feature extractor, their axes as each family's source has them."""
+    """Computes layers' maps with torchvision's feature extractor; the order of axes follows each family's source."""
     nodes = {layer: layer for layer in layers}
-    last = get_graph_node_names(network)[1][-1]  # the whole network runs, functions in place too
+    last = get_graph_node_names(network)[1][-1]  # runs the whole network, including in-place functions
     extractor = create_feature_extractor(network, {**nodes, last: OUTPUTS})
     outputs = extractor(spec.prepare(views))
     return {layer: _as_maps(family, layer, outputs[layer]) for layer in layers}
@@ -134,7 +134,7 @@ def _as_maps(family: str, layer: str, output: torch.Tensor) -> torch.Tensor:
 
 
 def _grid(tokens: torch.Tensor) -> torch.Tensor:
-    """Tokens (n, h·w, U) of a square picture, row by row, as maps."""
+    """Converts tokens (n, h·w, U) of a square image, row by row, to maps."""
     return tokens.transpose(1, 2).unflatten(2, (math.isqrt(tokens.shape[1]), -1))
 
 
@@ -240,15 +240,15 @@ _SMALLEST = {
     "xception_aligned": "xception41p",
     "xcit": "xcit_nano_12_p8_224",
 }
-"""The smallest network of each of timm's modules; of a module that is not listed it is looked for."""
+"""The smallest network of each of timm's modules; for modules not listed, it is searched for."""
 
 
 _IN_BLOCKS = ("byoanet",)
-"""Families whose maps must be whole numbers of blocks, down to the last: they keep their own size."""
+"""Families that keep their default size, because all their maps must divide into whole blocks."""
 
 
 def _signature(name: str) -> set[str]:
-    """What a network's constructor takes."""
+    """Returns the parameters of a network's constructor."""
     return set(inspect.signature(type(timm_zoo.structure(name)).__init__).parameters)
 
 
@@ -378,7 +378,7 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
             "depths": [1, 1, 1],
             "key_dim": [8, 8, 8],
             "down_ops": [["Subsample", 8, 4, 4, 2, 2], ["Subsample", 8, 6, 4, 2, 2]],
-            "initializer_range": 0.1,  # at .02, networks as narrow as this one put out the same for all images
+            "initializer_range": 0.1,  # with .02, networks this narrow give the same output for all images
         },
         0,
     ),
@@ -443,9 +443,9 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
     "VitDet": ({**_TINY, "image_size": 64, "patch_size": 8, "window_size": 4, "window_block_indices": [0, 2]}, MAPS),
     "Yolos": ({**_VIT, "image_size": [64, 64], "num_detection_tokens": 5}, 1),
 }
-"""Architecture → its tiny configuration, and how ``output_hidden_states`` puts maps out.
+"""Architecture → its tiny configuration, and the format of ``output_hidden_states``.
 
-That is the number of tokens in front of the patches, or :data:`MAPS` (n, U, h, w), :data:`LAST` (n, h, w, U), or
+The format is the number of tokens before the patches, or :data:`MAPS` (n, U, h, w), :data:`LAST` (n, h, w, U), or
 ``reshaped_hidden_states`` of these kinds."""
 
 
@@ -460,7 +460,7 @@ def _transformers(side: int | None) -> Iterator[Case]:
 
 
 def _tiny(name: str) -> Subject:
-    """Saves a network with a processor, as anybody would, and resolves the folder."""
+    """Saves a network and its processor to a folder, as users do, and resolves the folder."""
     transformers = import_transformers()
     options, layout = _ARCHITECTURES[name]
     size = options.get("image_size", 64)
@@ -489,7 +489,7 @@ def _hidden_states(spec: ModelSpec, network: nn.Module, layout: int | str, views
     assert isinstance(layout, int)
     maps = []
     for state in states:
-        patches = math.isqrt(state.shape[1] - layout) ** 2  # behind them are, in YOLOS, a few detections
-        start = layout or state.shape[1] - patches  # PVT has a class token in its last stage alone
+        patches = math.isqrt(state.shape[1] - layout) ** 2  # in YOLOS, a few detection tokens follow
+        start = layout or state.shape[1] - patches  # PVT has a class token only in its last stage
         maps.append(_grid(state[:, start : start + patches]))
     return maps

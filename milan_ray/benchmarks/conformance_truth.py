@@ -1,7 +1,7 @@
-"""What a network's own library says its layers are: the truth that conformance compares with.
+"""Ground truth for conformance: the maps of layers according to the network's own library.
 
-Libraries list maps of some modules, by path or without naming them. A module that is not listed is brought into the
-form of a listed one, where that proves its layout.
+Libraries list maps of some modules, with or without their paths. The layout of an unlisted module is inferred from a
+listed one where possible.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from milan_ray.models.hooks import call
 from milan_ray.models.registry import OUTPUTS, ModelSpec
 
 IMAGES = 3
-"""Pictures per network: enough to exchange, few enough to be quick."""
+"""Images per network: enough to test a permutation, few enough to be fast."""
 
 
 @dataclass
@@ -25,10 +25,10 @@ class Subject:
     """A network of a family, ready to be compared.
 
     Attributes:
-        spec: As the project describes it.
-        network: Built, in eval mode.
-        truths: From views uint8 (n, H, W, 3) to what the library says its layers are, each (n, U, h, w); by path where
-            the library names the module, else in any order.
+        spec: This project's specification of the network.
+        network: The network, in eval mode.
+        truths: Maps views uint8 (n, H, W, 3) to the library's maps of layers, each (n, U, h, w); by path if the library
+            names the module, otherwise in any order.
     """
 
     spec: ModelSpec
@@ -38,10 +38,10 @@ class Subject:
 
 @torch.inference_mode()
 def truths_of(subject: Subject, views: np.ndarray) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Every module's output tensors, and the library's maps of those modules that it lists, by path.
+    """Returns every module's output tensors, and the library's maps of the modules that it lists, by path.
 
-    A library that lists maps without naming modules is matched by values: the module whose output holds the same
-    numbers, in whatever order. What a module puts out besides its first tensor is ``path#1``, ``path#2``, ….
+    Maps without a module name are matched to the module whose output holds the same values, in any order. A module's
+    output tensors after the first are named ``path#1``, ``path#2``, ….
     """
     inputs = torch.from_numpy(views)
     said = subject.truths(inputs)
@@ -89,7 +89,7 @@ def _close(own: tuple[float, float], other: tuple[float, float]) -> bool:
 
 
 def _holds(tensor: torch.Tensor, sums: tuple[float, float], maps: torch.Tensor, wanted: tuple[float, float]) -> bool:
-    """Whether a module's output holds the numbers of maps (n, U, h, w), perhaps among other tokens."""
+    """Whether a module's output holds the values of maps (n, U, h, w), possibly among other tokens."""
     if tensor.numel() == maps.numel():
         return _close(sums, wanted)
     if tensor.ndim != 3 or tensor.shape[2] != maps.shape[1] or len(tensor) != len(maps):
@@ -105,10 +105,10 @@ def _holds(tensor: torch.Tensor, sums: tuple[float, float], maps: torch.Tensor, 
 def arranged(
     network: nn.Module, layer: str, raw: dict[str, torch.Tensor], truths: dict[str, torch.Tensor]
 ) -> torch.Tensor | None:
-    """The maps (n, U, h, w) of a module that the library does not list; None where nothing proves its layout.
+    """Returns the maps (n, U, h, w) of a module that the library does not list; None if its layout is ambiguous.
 
-    Tokens are in the order in which a listed layer with as many tokens has them. Maps have their units where torch says
-    for the kind of module, or beside the grid of a listed layer.
+    The order of tokens is that of a listed layer with as many tokens. The units axis of maps follows from torch's
+    definition of the module, or from the position of a listed layer's grid in the shape.
     """
     output = raw[layer]
     if output.ndim == 2:
@@ -134,20 +134,20 @@ def arranged(
 
 
 def _common(path: str, other: str) -> int:
-    """How many parts two module paths have in common, from the front."""
+    """Returns the length of the common prefix of two module paths, in parts."""
     parts = list(zip(path.split("."), other.split("."), strict=False))
     return next((number for number, (own, its) in enumerate(parts) if own != its), len(parts))
 
 
 def _units_axis(module: nn.Module) -> int | None:
-    """Which axis of a 4-d output counts units, by torch's own definition of a module."""
+    """Returns the units axis of a module's 4-d output by torch's definition; None if torch does not define it."""
     if isinstance(module, (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, nn.GroupNorm)):
         return 1
     return 3 if type(module) in (nn.Linear, nn.LayerNorm) else None
 
 
 def _token_order(tokens: torch.Tensor, maps: torch.Tensor) -> torch.Tensor | None:
-    """For each position of maps (U, h, w), row by row, which of the tokens (T, U) has its values."""
+    """Finds the token (of (T, U)) with the values of each position of maps (U, h, w), row by row; None if unclear."""
     wanted = maps.flatten(1).T.double()
     distances = torch.cdist(wanted, tokens.double(), compute_mode="donot_use_mm_for_euclid_dist")
     nearest = distances.min(dim=1)

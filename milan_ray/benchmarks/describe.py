@@ -1,6 +1,6 @@
-"""Descriptions: beam search and re-ranking beside the reference's way of doing them.
+"""Benchmark of descriptions: beam search and re-ranking, compared with the reference's algorithm.
 
-Two captioners of the paper's sizes: one of random weights, where no beam ever finishes, and one trained on human
+It uses two captioners of the paper's sizes: one with random weights, whose beams never finish, and one trained on human
 annotations, where finished beams and units leave the batch.
 """
 
@@ -17,11 +17,11 @@ from milan_ray.benchmarks.plain_search import PlainBeams, plain_rerank
 from milan_ray.captioner.captioner import Candidates, Captioner
 
 PUBLISHED = 2.01
-"""Units per second of the reference itself, on two cores of a machine of this kind."""
+"""Units per second of the original reference implementation, on two cores of a machine of this kind."""
 
 
 def run(options: Options) -> Iterator[Result]:
-    """Compares both captioners' descriptions and times."""
+    """Compares descriptions and times for both captioners."""
     sizes = Sizes.of(options)
     batch = 2 if options.short else 16
     features = random_features(batch, sizes.features)
@@ -49,7 +49,7 @@ def _compare(name: str, captioner: Captioner, features: Tensor, options: Options
     same = [slow[unit][a] == ours.tokens[unit][b] for unit, (a, b) in enumerate(chosen)]
     beams = [a == b for unit in zip(slow, ours.tokens, strict=True) for a, b in zip(*unit, strict=True)]
     likely = np.abs(theirs.logp_d_given_e.numpy() - ours.logp_d_given_e)
-    # Two candidates as likely as each other may change places; log p(d) is compared where they have not.
+    # Equally likely candidates may swap ranks; log p(d) is compared only where they did not.
     prior = np.abs(theirs.logp_d.numpy() - ours.logp_d).ravel()
     speeds = [len(features) / seconds for seconds in result.seconds]
     memory = 0.0 if options.short else alone(_describe_once, captioner, features)[1]
@@ -69,7 +69,7 @@ def _plain(captioner: Captioner, features: Tensor) -> PlainBeams:
 
 
 def _through_stop(units: list[list[list[int]]], stop: int) -> list[list[list[int]]]:
-    """Every beam's tokens up to and including ``<stop>``."""
+    """Cuts every beam's tokens after ``<stop>``."""
     return [[row[: row.index(stop) + 1] if stop in row else row for row in rows] for rows in units]
 
 

@@ -1,4 +1,4 @@
-"""Encodings: one encoder pass per image, whatever number of masks, units and models refer to it."""
+"""Benchmark of encodings: one encoder pass per image, regardless of how many masks, units and models refer to it."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ from milan_ray.storage import Storage
 from milan_ray.storage.image_blocks import block_of, write_block
 
 PER_IMAGE = 20
-"""Masks per image: what ResNet-18's 1,024 units have on 800 images."""
+"""Masks per image, about as many as ResNet-18's 1,024 units give on 800 images."""
 
 K = 15
 
 ZOO = 4
-"""Models whose exemplars are the same images."""
+"""Number of models that share the same exemplar images."""
 
 PUBLISHED = 9.98
 """Images per second of the reference with ResNet-101 on two cores of a machine of this kind."""
 
 
 def random_encoder(name: str, folder: Path) -> EncoderRef:
-    """An encoder of random weights, written where workers find it.
+    """Creates an encoder with random weights, saved to a file that workers can read.
 
     Args:
-        name: A registered encoder of torchvision's.
-        folder: Where to write the weights.
+        name: A registered torchvision encoder.
+        folder: Folder for the weights.
     """
     torch.manual_seed(0)
     network = torchvision.models.get_model(name, weights=None)
     for module in network.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):  # else the untrained residual sums grow with every block
+        if isinstance(module, torch.nn.BatchNorm2d):  # otherwise untrained residual sums grow with every block
             module.weight.data.fill_(0.5)
     file = folder / f"{name}.pth"
     torch.save(network.state_dict(), file)
@@ -84,7 +84,7 @@ def _pooling(encoder: PyramidEncoder, images: torch.Tensor, options: Options) ->
 
 
 def _batch_sizes(encoder: PyramidEncoder, images: torch.Tensor, options: Options) -> list[Result]:
-    """Other batch sizes beside the pipeline's own, over the same images."""
+    """Compares other batch sizes with the pipeline's, over the same images."""
 
     def passes(size: int) -> None:
         for batch in images.split(size):
@@ -111,7 +111,7 @@ def _stage(
     folder: Path,
     options: Options,
 ) -> list[Result]:
-    """The whole stage, on Ray, from the run directory and back, beside bare encoder passes over its images."""
+    """Compares the whole stage, on Ray and with storage, with bare encoder passes over its images."""
     storage = Storage(folder / "run")
     _write_views(storage, views)
     models = [f"benchmark/{number}" for number in range(1 if options.short else ZOO)]
@@ -144,7 +144,7 @@ def _write_views(storage: Storage, views: list[np.ndarray]) -> None:
 
 
 def _write_exemplars(storage: Storage, model: str, images: int, seed: int) -> None:
-    """Exemplars of as many units as give every image its share of masks."""
+    """Writes exemplars of enough units that every image has :data:`PER_IMAGE` masks."""
     count = images * PER_IMAGE // K * K
     order = np.random.default_rng(seed).permutation(count) % images
     columns = {
@@ -162,7 +162,7 @@ def _write_exemplars(storage: Storage, model: str, images: int, seed: int) -> No
 
 
 def _masks(count: int) -> np.ndarray:
-    """Round regions of about a tenth of the image, bool (count, 224, 224)."""
+    """Generates round regions of about a tenth of the image, bool (count, 224, 224)."""
     centre = np.random.default_rng(0).integers(0, 224, (2, count, 1, 1))
     rows, columns = np.ogrid[:224, :224]
     return (rows[None] - centre[0]) ** 2 + (columns[None] - centre[1]) ** 2 < 40**2

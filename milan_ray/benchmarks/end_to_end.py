@@ -1,4 +1,4 @@
-"""End to end: from a folder of photographs to a description of every unit, through the real job."""
+"""End-to-end benchmark: from a folder of photographs to a description of every unit, through the real job."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ MODEL = "resnet18/imagenet"
 LAYERS = ("conv1", "layer1", "layer2", "layer3", "layer4")
 
 REFERENCE = 143.6 + 1024 / 0.50
-"""Seconds of the reference for 1,024 units over 300 photographs, two cores."""
+"""Seconds of the reference for 1,024 units over 300 photographs, on two cores."""
 
 
 def run(options: Options) -> Iterator[Result]:
-    """Describes all units over all photographs; then half the photographs, and a quarter of the units."""
+    """Describes all units over all photographs, then over half the photographs, then a quarter of the units."""
     photos, sizes = 16 if options.short else 300, Sizes.of(options)
     with TemporaryDirectory(prefix="milan-end-to-end-") as folder:
         encoder = random_encoder(sizes.encoder, Path(folder))
@@ -62,7 +62,7 @@ class _Job:
     storage: Storage
 
     def run(self, captioner: Captioner, folder: Path) -> Result:
-        """Runs the job once, as ``milan-ray describe`` does; its parts' seconds are facts."""
+        """Runs the job once, as ``milan-ray describe`` does; the result's facts hold the seconds of its parts."""
         storage, resources = self.storage, Resources()
         model = ModelRef(MODEL, "random", self.layers)
         probe = ProbeRef((str(folder),))

@@ -1,4 +1,4 @@
-"""Exemplars: one pass for all layers, beside the bare forward pass over the same images."""
+"""Benchmark of exemplars: one pass for all layers, compared with a bare forward pass over the same images."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ BATCH = 128
 
 
 def resnet18(options: Options) -> ModelRef:
-    """The model that is measured: all five layers of an untrained ResNet-18, only the last in short runs."""
+    """Returns the benchmark's model: all five layers of an untrained ResNet-18, or only the last in short runs."""
     return ModelRef("resnet18/imagenet", "random", ("layer4",) if options.short else ())
 
 
 def run(options: Options) -> Iterator[Result]:
-    """Measures kernels, kernels with decoding, the whole stage, memory, and what each of the sizes costs."""
+    """Measures kernels, kernels with decoding, the whole stage, memory, and the scaling with each size."""
     count, model = (12, resnet18(options)) if options.short else (300, resnet18(options))
     with photographs(options, count) as folder:
         probe = ProbeRef((str(folder),))
@@ -75,7 +75,7 @@ def _forward(model: ModelRef, arithmetic: Arithmetic) -> Forward:
 
 
 def _dissect(forward: Forward, plan: StateConfig, views: np.ndarray) -> None:
-    """What an actor does with a shard's decoded images."""
+    """Processes a shard's decoded images as an actor does."""
     layers = LayerStates(plan, torch.get_num_threads())
     size = pass_size(BATCH, torch.device("cpu"))
     for start in range(0, len(views), size):
@@ -91,7 +91,7 @@ def _network(model: ModelRef) -> tuple[ModelSpec, nn.Module]:
 
 @torch.inference_mode()
 def _bare(model: ModelRef, views: np.ndarray, batch: int = BATCH) -> None:
-    """The model over the images and nothing else."""
+    """Runs only the model over the images."""
     spec, network = _network(model)
     for start in range(0, len(views), batch):
         network(spec.prepare(torch.from_numpy(views[start : start + batch])))
@@ -125,7 +125,7 @@ def _stage(model: ModelRef, probe: ProbeRef, count: int, options: Options) -> Re
 
 
 def _arithmetics(model: ModelRef, probe: ProbeRef, count: int, options: Options) -> Iterator[Result]:
-    """The whole stage with ``--precision`` and ``--channels-last``, beside itself without."""
+    """Compares the whole stage with and without ``--precision`` and ``--channels-last``."""
 
     def stage(arithmetic: Arithmetic) -> None:
         resources = Resources()
@@ -165,7 +165,7 @@ def _bare_with_decoding(model: ModelRef, probe: ProbeRef) -> None:
 
 
 def _scaling(options: Options) -> Iterator[Result]:
-    """Kernel seconds against images, units and k, on made-up maps: those of layer2, twice and four times as many."""
+    """Measures kernel seconds against images, units and k, on synthetic maps: layer2's sizes, twice and four times."""
     images, units, k = (32, 8, 5) if options.short else (256, 128, 15)
     for i, u, j in ((1, 1, 1), (2, 1, 1), (4, 1, 1), (1, 2, 1), (1, 4, 1), (1, 1, 2), (1, 1, 4)):
         name = f"kernels alone: {images * i} images, {units * u} units, k {k * j}"
@@ -177,5 +177,5 @@ def _kernels(images: int, units: int, k: int) -> None:
     state = LayerState.empty(StateConfig(images, k, 0.99, 2**20, 2**28), units, (28, 28))
     maps = torch.randn(16, units, 28, 28, generator=torch.Generator().manual_seed(0))
     for start in range(0, images, 16):
-        # Each batch differs from the ones before, at the price of one pass over it.
+        # Makes each batch different, at the cost of one pass over it.
         state.update(maps + 0.01 * np.sin(start), np.arange(start, start + 16))

@@ -1,7 +1,7 @@
-"""Timing a subject against a baseline, interleaved, so that what else the machine does meets both alike.
+"""Times a subject against a baseline, interleaved, so that other load on the machine affects both alike.
 
 A benchmark is a module of this package with one function ``run(options: Options) -> Iterator[Result]``, found by its
-name (``milan-ray benchmark NAME``). A result is printed as soon as it is there.
+name (``milan-ray benchmark NAME``). Each result is printed as soon as it is available.
 """
 
 from __future__ import annotations
@@ -29,21 +29,21 @@ from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 QUIET = 1.5
-"""Speed-up by two threads below which a machine counts as busy."""
+"""Minimum speed-up by two threads; below it, the machine counts as busy."""
 
 Answer = TypeVar("Answer")
 
 
 @dataclass(frozen=True)
 class Options:
-    """What every benchmark is told.
+    """Options of every benchmark.
 
     Attributes:
         repeats: Interleaved runs of subject and baseline.
         threads: Torch threads, already set; actors get as many.
-        short: Tiny sizes, to see in seconds that all of it works. Its figures mean nothing.
+        short: Use tiny sizes, to check in seconds that everything works. The resulting figures are meaningless.
         photos: Folder of JPEG photographs; None generates noise of the same size.
-        annotations: Folder of human annotations, for benchmarks that train on real captions; None invents some.
+        annotations: Folder of human annotations, for benchmarks that train on real captions; None generates some.
     """
 
     repeats: int = 3
@@ -60,8 +60,8 @@ class Result:
     Attributes:
         name: What was compared.
         seconds: The subject's times.
-        baseline: The baseline's, run for run; a single figure where it was measured elsewhere; empty without one.
-        work: How much was done in one run, in ``unit``.
+        baseline: The baseline's times, run for run; a single one if measured elsewhere; empty without a baseline.
+        work: Amount of work in one run, in ``unit``.
         unit: What ``work`` counts, e.g. ``images``.
         facts: Further figures by name, e.g. ``{"peak memory, MB": 1210}``.
     """
@@ -75,7 +75,7 @@ class Result:
 
     @property
     def ratios(self) -> tuple[float, ...]:
-        """Subject's time over the baseline's, of each interleaved pair."""
+        """Ratio of the subject's time to the baseline's, for each interleaved pair."""
         baseline = self.baseline * len(self.seconds) if len(self.baseline) == 1 else self.baseline
         return tuple(ours / bare for ours, bare in zip(self.seconds, baseline, strict=False))
 
@@ -85,11 +85,11 @@ class Result:
         return statistics.median(self.ratios) if self.ratios else float("nan")
 
     def with_facts(self, **facts: float | str) -> Result:
-        """A copy with further figures; underscores in their names become spaces."""
+        """Returns a copy with further figures; underscores in their names become spaces."""
         return replace(self, facts={**self.facts, **{name.replace("_", " "): value for name, value in facts.items()}})
 
     def record(self) -> dict[str, Any]:
-        """For JSON: all of it, with ratio and spread."""
+        """Converts the result to JSON, with ratio and spread."""
         spread = [min(self.ratios), max(self.ratios)] if self.ratios else None
         return {**asdict(self), "ratio": self.ratio if self.ratios else None, "spread": spread}
 
@@ -116,14 +116,14 @@ def compare(
     unit: str = "runs",
     warm_up: bool = True,
 ) -> Result:
-    """Times a subject and its baseline in turns, the one that starts alternating.
+    """Times a subject and its baseline in turns; they alternate in starting.
 
     Args:
         name: What is compared.
         subject: Does the work once.
         baseline: Does the bare work once; or its seconds, measured elsewhere; or None.
         repeats: Runs of each.
-        work: How much one run does, in ``unit``.
+        work: Amount of work in one run, in ``unit``.
         unit: What ``work`` counts.
         warm_up: Whether each runs once untimed first.
     """
@@ -141,7 +141,7 @@ def compare(
 
 
 def elapsed(function: Callable[[], object]) -> float:
-    """Wall-clock seconds of one call."""
+    """Measures the wall-clock seconds of one call."""
     started = time.perf_counter()
     function()
     if torch.cuda.is_available():
@@ -153,11 +153,11 @@ def alone(function: Callable[..., Answer], *arguments: object) -> tuple[Answer, 
     """Calls a function in a fresh process.
 
     Args:
-        function: Picklable: a module's function.
-        *arguments: Picklable.
+        function: A picklable function, defined at module level.
+        *arguments: Picklable arguments.
 
     Returns:
-        Its answer, and the process's peak resident memory in MB (Linux).
+        The function's result, and the process's peak resident memory in MB (Linux).
     """
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(_call_and_peak, function, torch.get_num_threads(), arguments).result()
@@ -170,8 +170,8 @@ def _call_and_peak(function: Callable[..., Answer], threads: int, arguments: Seq
 
 
 def peak_memory() -> float:
-    """This process's peak resident memory until now in MB (Linux)."""
-    # Not getrusage: its maximum survives exec and would be the parent's.
+    """Returns this process's peak resident memory so far, in MB (Linux)."""
+    # Does not use getrusage, because its maximum survives exec and would be the parent's.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     kilobytes = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
     return kilobytes * 1024 / 1e6
@@ -179,10 +179,10 @@ def peak_memory() -> float:
 
 @contextmanager
 def photographs(options: Options, count: int) -> Iterator[Path]:
-    """A folder of ``count`` JPEGs: the first of the photographs given, else noise of 500 × 375 pixels.
+    """Provides a folder of ``count`` JPEGs: the first given photographs, or noise of 500 × 375 pixels if none given.
 
     Raises:
-        MilanError: There are no photographs where some were given.
+        MilanError: The given folder has no photographs.
     """
     with TemporaryDirectory(prefix="milan-photos-") as folder:
         if options.photos is not None:
@@ -200,7 +200,7 @@ def photographs(options: Options, count: int) -> Iterator[Path]:
 
 
 def speed_up(threads: int) -> float:
-    """How many times faster matrix products are with so many threads than with one, right now."""
+    """Measures the current speed-up of matrix products by ``threads`` threads over one."""
     square = torch.rand(1024, 1024)
 
     def run(count: int) -> float:
@@ -215,7 +215,7 @@ def speed_up(threads: int) -> float:
 
 
 def machine(options: Options) -> dict[str, Any]:
-    """What the figures depend on: processor, threads, versions."""
+    """Describes the environment of the measurements: processor, threads, versions."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -236,9 +236,9 @@ def run_benchmark(name: str, options: Options, json_file: Path | None = None) ->
     """Runs one benchmark of :data:`~milan_ray.benchmarks.BENCHMARKS`, prints its figures and writes them as JSON.
 
     Args:
-        name: Its name.
-        options: What it is told.
-        json_file: Where to write machine and figures, if anywhere.
+        name: Name of the benchmark.
+        options: Its options.
+        json_file: File for machine and figures; None writes none.
     """
     torch.set_num_threads(options.threads)
     about = machine(options)

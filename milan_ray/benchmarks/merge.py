@@ -1,4 +1,4 @@
-"""Merging shards: the cost of one more, what leaves an actor, and how many actors the work keeps busy."""
+"""Benchmark of merging shards: cost per additional shard, bytes sent by an actor, and scaling with actors."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from milan_ray.exemplars.shard import Committed, LayerState, StateConfig, fold, 
 from milan_ray.storage import Storage
 
 IMAGES = 64
-"""Per shard, in a probe of as many shards as the benchmark makes."""
+"""Images per shard, except in short runs."""
 
 ACTORS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def run(options: Options) -> Iterator[Result]:
-    """Folds 8 to 128 shards of one layer, then plays 128 recorded shards on 1 to 64 actors."""
+    """Folds 8 to 128 shards of one layer, then simulates 128 recorded shards on 1 to 64 actors."""
     units, shards, images = (16, 8, 16) if options.short else (32, 128, IMAGES)
     plan = StateConfig(shards * images, 15, 0.99, 2**20, 2**28)
     single = _tables(plan, units, shards, images, actors=1)
@@ -40,7 +40,7 @@ def run(options: Options) -> Iterator[Result]:
 
 
 def _tables(plan: StateConfig, units: int, shards: int, images: int, actors: int) -> list[pa.Table]:
-    """What so many actors emit that take the shards in turn: a layer of 14 × 14 maps, units of different scales."""
+    """Returns the output of actors that take shards in turn: a layer of 14 × 14 maps, units of different scales."""
     empty = LayerState.empty(plan, units, (14, 14))
     known = [Committed(empty) for _ in range(actors)]
     tables = []
@@ -55,7 +55,7 @@ def _tables(plan: StateConfig, units: int, shards: int, images: int, actors: int
 
 
 def _bytes(table: pa.Table) -> int:
-    """Bytes of a partial as the storage writes it."""
+    """Returns the size of a partial result in bytes, as the storage writes it."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, table.schema, options=pa.ipc.IpcWriteOptions(compression="lz4")) as writer:
         writer.write_table(table)
@@ -63,7 +63,7 @@ def _bytes(table: pa.Table) -> int:
 
 
 def _scaling(options: Options, plan: StateConfig, units: int, shards: int, images: int) -> list[Result]:
-    """Seconds until the last actor is done and all is merged; shard times are recorded, the merge is real."""
+    """Estimates the seconds until the last actor is done, from recorded shard times, plus a real merge."""
     count = 8 if options.short else 128
     with photographs(options, count) as photos, TemporaryDirectory(prefix="milan-merge-") as folder:
         stage = PlainStage()
@@ -88,7 +88,7 @@ def _scaling(options: Options, plan: StateConfig, units: int, shards: int, image
 
 
 def _last_done(seconds: list[float], actors: int) -> float:
-    """When the last of the actors is done, each taking the next shard as it becomes free."""
+    """Returns the time when the last actor is done, if each takes the next shard as soon as it is free."""
     free = [0.0] * actors
     for duration in seconds:
         heapq.heappush(free, heapq.heappop(free) + duration)

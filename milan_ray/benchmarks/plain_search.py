@@ -1,7 +1,7 @@
 """Beam search and re-ranking as the reference does them, for comparison only.
 
-Nothing is shared between beams or steps: the features travel with every beam, their attention keys are projected again
-at every step, finished beams are run on, and the language model reads every beam from the start.
+Nothing is shared between beams or steps: every beam has a copy of the features, attention keys are projected again at
+every step, finished beams continue to run, and the language model reads every beam from the start.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from milan_ray.captioner.lm import LanguageModel
 
 @dataclass(frozen=True)
 class PlainBeams:
-    """What the search found for B units, the most likely first.
+    """Results of the search for B units, the most likely first.
 
     Attributes:
         tokens: Token ids (B, beam, L), ``<stop>`` after the first ``<stop>``.
@@ -35,7 +35,7 @@ class PlainBeams:
 def plain_rerank(
     decoder: Decoder, lm: LanguageModel, features: Tensor, beam_size: int = 50, length: int = 15
 ) -> PlainBeams:
-    """Searches beams for features (B, k, F) and scores each by the language model."""
+    """Runs a beam search for features (B, k, F) and scores each beam by the language model."""
     stop, units = decoder.config.ids.stop, len(features)
     h, c = decoder.initial_state(features)
     last = torch.full((units,), decoder.config.ids.start, device=features.device)
@@ -62,7 +62,7 @@ def plain_rerank(
 
 
 def _step(decoder: Decoder, features: Tensor, token: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-probabilities (R, V) and state after one more token of R beams, from features (R, k, F)."""
+    """Returns log-probabilities (R, V) and state after one more token of R beams, from features (R, k, F)."""
     weights = decoder.attend(h, decoder.attend.key_to_hidden(features))
     context = (weights.unsqueeze(2) * features).sum(dim=1) * decoder.feature_gate(h)
     h, c = decoder.lstm(torch.cat([decoder.embedding(token), context], dim=1), (h, c))
@@ -70,7 +70,7 @@ def _step(decoder: Decoder, features: Tensor, token: Tensor, h: Tensor, c: Tenso
 
 
 def _logp(lm: LanguageModel, tokens: Tensor) -> Tensor:
-    """Log p(d) of N sequences (N, L), through the first ``<stop>``: (N,)."""
+    """Computes log p(d) of N sequences (N, L), up to and including the first ``<stop>``: (N,)."""
     inputs = F.pad(tokens, (1, 0), value=lm.config.ids.start)
     log_probs = lm(inputs[:, :-1]).gather(2, tokens.unsqueeze(2)).squeeze(2)
     stopped = (inputs[:, :-1] == lm.config.ids.stop).cumsum(dim=1) > 0

@@ -1,4 +1,4 @@
-"""The exemplars stage with Ray taken out: the same functions on the same pieces of work, in plain loops."""
+"""The exemplars stage without Ray: the same functions on the same pieces of work, in plain loops."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class PlainStage:
     """Runs the stage in this process.
 
     Attributes:
-        shards: Seconds of each shard in the run before: reading, decoding, forward pass, kernels, writing.
+        shards: Seconds of each shard in the last run: reading, decoding, forward pass, kernels, writing.
     """
 
     def __init__(self) -> None:
         self.shards: list[float] = []
 
     def run(self, storage: Storage, model: ModelRef, probe: ProbeRef, config: ExemplarConfig) -> None:
-        """Does what :func:`run_exemplars` does."""
+        """Does the same as :func:`run_exemplars`."""
         self.shards.clear()
         with (
             patch.object(stage, "run_pool", self._pool),

@@ -1,4 +1,4 @@
-"""What Ray adds to the same functions called in a plain loop: a fixed start, and so much per shard."""
+"""Benchmark of Ray's overhead over a plain loop of the same functions: a fixed start-up cost, and a cost per shard."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
 JOB = 600.0
-"""Seconds of the job of which the overhead is given."""
+"""Duration in seconds of the job for which the overhead is reported."""
 
 
 def run(options: Options) -> Iterator[Result]:
-    """Runs the exemplars stage with and without Ray over some and over thrice as many images, one actor each."""
+    """Runs the exemplars stage with one Ray actor and without Ray, over few images and over three times as many."""
     few, many = (4, 8) if options.short else (128, 384)
     config = ExemplarConfig(shard_size=4 if options.short else 32)
     model = resnet18(options)
@@ -40,7 +40,7 @@ def run(options: Options) -> Iterator[Result]:
             yield times[few]
 
     def line(seconds: dict[int, float]) -> tuple[float, float]:
-        """Seconds that any run takes, and seconds per image."""
+        """Fits a line: fixed seconds of a run, and seconds per image."""
         slope = (seconds[many] - seconds[few]) / (many - few)
         return seconds[few] - slope * few, slope
 

@@ -1,4 +1,4 @@
-"""The report of a whole zoo that nobody computed: seconds, memory, files and bytes, in one go."""
+"""Benchmark of the report of a synthetic model zoo: seconds, memory, files and bytes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ PROBE, VIEW = "synthetic", "synthetic-view"
 LABELERS = ("milan", "milan-pdE")
 
 _BLOCK = 256  # images
-_MASKS = 509  # different ones; a prime, so that they fall otherwise on every unit
+_MASKS = 509  # distinct masks; a prime, so that every unit gets other ones
 _CANDIDATES = 10
 _KINDS = {"indices": "units.js", "cards": "cards/*.js", "masks": "masks-*/*.png", "thumbnails": "*.jpg"}
 _COLOURS = ("red", "green", "blue", "dark", "bright", "white", "brown", "yellow", "striped", "spotted")
@@ -33,15 +33,15 @@ _PLACES = ("in water", "on grass", "at the edges", "with text", "near people", "
 
 @dataclass(frozen=True)
 class Zoo:
-    """How large a zoo is.
+    """Size of a model zoo.
 
     Attributes:
         names: The networks' names.
-        widths: Units of each of a network's layers.
-        images: Images of the probe.
-        side: Pixels of a view and a mask.
-        k: Exemplars of a unit.
-        features: Numbers of an encoding.
+        widths: Number of units in each of a network's layers.
+        images: Number of images in the probe.
+        side: Side of a view and a mask, in pixels.
+        k: Exemplars per unit.
+        features: Dimension of an encoding.
     """
 
     names: tuple[str, ...] = tuple(f"synthetic/{number}" for number in range(25))
@@ -53,17 +53,17 @@ class Zoo:
 
     @property
     def units(self) -> int:
-        """Units of all networks."""
+        """Number of units in all networks."""
         return len(self.names) * sum(self.widths)
 
     @classmethod
     def of(cls, options: Options) -> Zoo:
-        """50,000 units; in the short form 90."""
+        """Returns a zoo of 50,000 units, or of 90 in short runs."""
         return cls(cls.names[:3], (10, 20), 12, 24, 3, 4) if options.short else cls()
 
 
 def run(options: Options) -> Iterator[Result]:
-    """Writes the report of a zoo's first fifth, of all of it, and of all of it once more."""
+    """Writes the report of the first fifth of a zoo, then of the whole zoo, then of the whole zoo again."""
     zoo = Zoo.of(options)
     with TemporaryDirectory(prefix="milan-report-") as folder:
         root = Path(folder)
@@ -75,11 +75,11 @@ def run(options: Options) -> Iterator[Result]:
 
 
 def write_zoo(storage: Storage, zoo: Zoo) -> None:
-    """Writes the tables that a report shows: noise that looks like a zoo's, the same for every network of a name.
+    """Writes the tables that a report shows, filled with realistic noise that depends only on the network's name.
 
     Args:
-        storage: Where to.
-        zoo: How large it is.
+        storage: Run directory to write to.
+        zoo: Size of the zoo.
     """
     rng = np.random.default_rng(0)
     ids = np.arange(zoo.images)
@@ -131,7 +131,7 @@ def _write_layer(storage: Storage, zoo: Zoo, masks: list[bytes], model: str, lay
 
 
 def _describe(storage: Storage, rng: np.random.Generator, at: dict[str, str], width: int) -> None:
-    """What a labeler says of a layer, and what a judge makes of it."""
+    """Writes a layer's descriptions and their scores."""
     words = [rng.choice(some, (width, _CANDIDATES)) for some in (_COLOURS, _THINGS, _PLACES)]
     texts = [[" ".join(said) for said in zip(*unit, strict=True)] for unit in zip(*words, strict=True)]
     scores = -np.sort(rng.gamma(9.0, 2.0, (width, _CANDIDATES)), axis=1)
@@ -170,7 +170,7 @@ def _repeated(keys: dict[str, str], times: int) -> dict[str, object]:
 
 
 def _picture(rng: np.random.Generator, side: int) -> bytes:
-    """Coarse noise as a PNG."""
+    """Generates coarse noise as a PNG."""
     coarse = Image.fromarray(rng.integers(0, 256, (12, 12, 3), dtype=np.uint8))
     buffer = io.BytesIO()
     coarse.resize((side, side), Image.Resampling.BICUBIC).save(buffer, "PNG")
@@ -178,7 +178,7 @@ def _picture(rng: np.random.Generator, side: int) -> bytes:
 
 
 def _mask(rng: np.random.Generator, side: int) -> bytes:
-    """The highest eighth of a smooth map."""
+    """Generates a mask: the highest eighth of a smooth map."""
     coarse = Image.fromarray(rng.standard_normal((7, 7), np.float32))
     fine = np.asarray(coarse.resize((side, side), Image.Resampling.BILINEAR))
     return np.packbits(fine > np.quantile(fine, 7 / 8)).tobytes()
@@ -202,7 +202,7 @@ def _report(name: str, root: Path, out: Path, zoo: Zoo) -> Result:
 
 
 def _timed(root: Path, out: Path, models: list[str]) -> tuple[float, float, float]:
-    """Seconds of the whole report, and of its slowest layer; peak memory before it, in MB."""
+    """Writes the report; returns its seconds, those of its slowest layer, and the peak memory before it, in MB."""
     moments: list[float] = []
     before = peak_memory()
 

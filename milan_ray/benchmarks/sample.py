@@ -1,4 +1,4 @@
-"""A small run, measured: what an image, a mask and a unit take here, and what a row of each table weighs."""
+"""Measures a small run: seconds per image, mask and unit on this machine, and bytes per row of each table."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from milan_ray.stages.images import png
 from milan_ray.storage import Storage, to_parquet
 
 UNITS_PER_LAYER = 32
-"""Units that are searched, at most, of each layer: a beam search takes as many at a time."""
+"""Maximum number of units described per layer, which is the batch size of a beam search."""
 
 CAPTIONER = "sample"
 """Name of the captioner in the temporary run directory."""
@@ -53,21 +53,21 @@ def measure(
     search: Search | None = None,
     encoder: EncoderRef | None = None,
 ) -> tuple[Sample, int | None, dict[str, str]]:
-    """Runs everything over a few images and says what it took; what it writes is temporary.
+    """Runs all stages over a few images in a temporary run directory, and measures their cost.
 
-    Times are those of one actor, by its kernels, without the start of processes; bytes are those of a real run.
+    Times are those of one actor's kernels, without the start of processes; bytes are those of a real run.
 
     Args:
-        models: What would be dissected.
-        probe: The probe; None takes noise of 500 × 375 pixels as JPEG.
-        config: How exemplars would be made.
+        models: Models to dissect.
+        probe: The probe; None uses noise of 500 × 375 pixels as JPEG.
+        config: Configuration of the exemplars.
         resources: Device and threads of an actor.
-        count: Images to look at, spread evenly over the probe.
-        search: How descriptions would be searched; None leaves descriptions out.
+        count: Number of images, spread evenly over the probe.
+        search: Configuration of the search for descriptions; None leaves descriptions out.
         encoder: The captioner's encoder.
 
     Returns:
-        The sample; images in the probe, None without one; model → why it could not be measured.
+        The sample; the number of images in the probe, None without a probe; model → why it could not be measured.
 
     Raises:
         MilanError: No model can be measured, or the probe cannot be read.
@@ -86,7 +86,7 @@ def measure(
                 spec = references.model(ref)
                 seconds, views = _read(source, spec)
                 found.append(_model(ref, spec, views, config, device))
-            except Exception as error:  # a user's model may raise anything; the others are measured all the same
+            except Exception as error:  # a user's model may raise anything; the others are still measured
                 failed[ref.name] = str(error) or type(error).__name__
                 continue
             read = max(read, seconds)
@@ -107,7 +107,7 @@ def measure(
 
 @contextmanager
 def _images(probe: ProbeRef | None, count: int, folder: Path) -> Iterator[tuple[Path, int | None]]:
-    """A folder with some images of a probe, and how many the probe has."""
+    """Provides a folder with some images of a probe, and the number of images in the probe."""
     if probe is None:
         with photographs(Options(), count) as noise:
             yield noise, None
@@ -122,13 +122,13 @@ def _images(probe: ProbeRef | None, count: int, folder: Path) -> Iterator[tuple[
         file = Path(ref.root, ref.path)
         if file.is_file() and file.suffix:
             os.symlink(file.absolute(), folder / f"{number:06d}{file.suffix}")
-        else:  # in a table or an object store, or drawn: as photographs are kept
+        else:  # from a table or object store, or generated: saved as JPEG, like photographs
             source.read(ref).image.save(folder / f"{number:06d}.jpg", quality=90)
     yield folder, len(manifest)
 
 
 def _read(probe: ProbeRef, spec: ModelSpec) -> tuple[float, np.ndarray]:
-    """Seconds to read an image, and all views."""
+    """Measures the seconds to read an image; also returns all views."""
     if spec.images is not None:
         raise MilanError(f"{spec.name} is a generator: measure what its discriminator or a classifier takes.")
     source = references.probe(probe)
@@ -144,7 +144,7 @@ def _read(probe: ProbeRef, spec: ModelSpec) -> tuple[float, np.ndarray]:
 def _model(
     ref: ModelRef, spec: ModelSpec, views: np.ndarray, config: ExemplarConfig, device: torch.device
 ) -> ModelCost:
-    """What an actor takes for an image: forward pass, exemplars, levels."""
+    """Measures an actor's cost per image: forward pass, exemplars, levels."""
     network = references.network(spec).to(device)
     size = pass_size(spec.batch(config.batch_size), device)
     forward = Forward(spec, network, spec.layers, size, config.arithmetic)
@@ -157,10 +157,10 @@ def _model(
             found.update(forward.maps(views[ids]), ids)
         _wait(device)
 
-    forward.maps(views[:size])  # what the first pass allocates and chooses
+    forward.maps(views[:size])  # warm-up: the first pass allocates memory and selects algorithms
     _wait(device)
     seconds = elapsed(dissect)
-    passes = -(-len(views) // size) * size  # a short batch is padded, and takes as long as a full one
+    passes = -(-len(views) // size) * size  # a short batch is padded, so it takes as long as a full one
     layers = tuple(LayerShape(layer, len(state.topk.ids), *state.map_shape) for layer, state in found.states.items())
     return ModelCost(ref.name, layers, seconds / passes, spec.preprocess.view.key)
 
@@ -199,7 +199,7 @@ def _captioned(
     masks = torch.from_numpy(unpack(exemplars["mask"].to_pylist()[:256], size)).to(device)
     loaded = encoder.load().to(device)
     images = loaded.fit(torch.rand(BATCH_SIZE, 3, *size, device=device))
-    maps = loaded.maps(images)  # the first pass is not counted
+    maps = loaded.maps(images)  # warm-up, not timed
 
     def encode() -> None:
         loaded.maps(images)
@@ -221,7 +221,7 @@ def _captioned(
 
 
 def _search(storage: Storage, captioner: Captioner, search: Search, model: str, layers: Sequence[str]) -> float:
-    """Seconds of the beam search per unit."""
+    """Measures the seconds of the beam search per unit."""
     features: list[np.ndarray] = []
     for layer in layers:
         table = storage.read(ENCODINGS, encoder=captioner.encoder_name, model=model, layer=layer)
@@ -232,7 +232,7 @@ def _search(storage: Storage, captioner: Captioner, search: Search, model: str, 
 
 
 def _tables(storage: Storage) -> dict[str, TableSize]:
-    """What a row and a file of every table weigh, from what the run wrote."""
+    """Measures the bytes of a row and of a file of every table, from the run's output."""
     found = {}
     for table in TABLES:
         bytes_ = rows = empty = 0
@@ -249,6 +249,6 @@ def _tables(storage: Storage) -> dict[str, TableSize]:
 
 
 def note(failed: dict[str, str]) -> None:
-    """Says which models are not in the estimate."""
+    """Prints which models are not in the estimate."""
     for name, why in failed.items():
         say(f"not measured: {name}: {why}")

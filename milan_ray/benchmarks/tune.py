@@ -1,4 +1,4 @@
-"""Tuning: a trial with 100 values of λ beside one with a single value, each with its search and all its scores."""
+"""Benchmark of tuning: a trial with 100 values of λ, compared with one with a single value, both with all scores."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from milan_ray.stages.tuning_statistics import rescored, trial_scores
 LAMS = 100
 
 ANNOTATED_UNITS = 256
-"""Annotated units; of few, hardly two say the same, and every further text costs an embedding for BERTScore."""
+"""Annotated units; with few, descriptions rarely repeat, and each distinct text needs an embedding for BERTScore."""
 
 
 def run(options: Options) -> Iterator[Result]:
-    """Compares both trials, for a trained captioner of the paper's sizes."""
+    """Compares both trials for a trained captioner of the paper's sizes."""
     sizes = Sizes.of(options)
     captioner = trained(options, sizes)
     features = random_features(4 if options.short else ANNOTATED_UNITS, sizes.features)
-    # What the captioner would rather not say stands in for the annotations: as long, and of the same words.
+    # The least likely candidates stand in for annotations: they have the same length and vocabulary.
     references = [texts[-3:] for texts in captioner.candidates(features).texts]
     halves = dict(zip(("validation", "held-out"), np.array_split(np.arange(len(features)), 2), strict=True))
     folder = minilm_directory()

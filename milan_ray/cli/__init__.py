@@ -1,7 +1,7 @@
 """The command line: ``milan-ray VERB …``, and ``python -m jobs.VERB …`` for ``ray job submit``.
 
-One module per verb, with ``add(parser)`` for its options and ``run(args)`` for its work. Torch and Ray are imported by
-the verb that needs them, after :func:`milan_ray.runtime.prepare` has settled the environment they read.
+Each subcommand (verb) has a module, whose ``add(parser)`` adds its options and whose ``run(args)`` runs it. Only
+subcommands that need Torch and Ray import them, after :func:`milan_ray.runtime.prepare` has set up their environment.
 """
 
 from __future__ import annotations
@@ -79,18 +79,18 @@ VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[
     "status": ("list what a storage holds, stale, orphaned and unfinished", status.add, status.run),
     "benchmark": ("measure a stage beside its bare computation", benchmark.add, benchmark.run),
 }
-"""Verb → its summary, its options, its work."""
+"""Subcommand → its summary, the function that adds its options, and the function that runs it."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one verb.
+    """Runs one subcommand.
 
     Args:
-        arguments: The command line without the program's name; None takes the process's own.
+        arguments: The command line without the program's name; None uses ``sys.argv``.
 
     Returns:
-        Exit status: 0 when all is done, 1 when something could not be, 2 when the file of ``--config`` is wrong, 130
-        when interrupted.
+        Exit status: 0 if everything was done, 1 if something failed, 2 if the file of ``--config`` is invalid, 130 if
+        interrupted.
     """
     try:
         args = build_parser().read(sys.argv[1:] if arguments is None else arguments)
@@ -112,7 +112,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> Parser:
-    """The parser of all verbs."""
+    """Builds the parser of all subcommands."""
     parser = Parser(prog="milan-ray", description="Natural-language descriptions of every unit of vision models.")
     parser.add_argument("--version", action="version", version=f"milan-ray {version('milan-ray')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -127,7 +127,7 @@ def build_parser() -> Parser:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Does the verb's work; what goes wrong becomes one sentence, unless ``--debug`` asks for the traceback."""
+    """Runs the subcommand; reports an error in one sentence, or with its traceback if ``--debug`` is given."""
     try:
         refusals.check(args)
         status = _dry_run(args) if getattr(args, "dry_run", False) else args.run(args)
@@ -142,7 +142,7 @@ def _run(args: argparse.Namespace) -> int:
         say(args.summary.error, level="error")
         return 130
     except Exception as error:
-        if isinstance(error, BrokenPipeError) and args.prints_result:  # its reader has seen enough, as in `… | head`
+        if isinstance(error, BrokenPipeError) and args.prints_result:  # the reader closed the pipe, as in `… | head`
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             return 141
         if args.debug:
@@ -153,7 +153,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _dry_run(args: argparse.Namespace) -> int:
-    """Says what the verb would do: fetches nothing, and writes nothing, not even the bytecode of plug-ins."""
+    """Prints what the subcommand would do. Downloads nothing and writes nothing, not even bytecode of plug-ins."""
     before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     try:
         with hub.dry() as absent:
@@ -166,8 +166,8 @@ def _dry_run(args: argparse.Namespace) -> int:
 
 
 def _unforeseen(error: Exception) -> str:
-    """The sentence for what the machine refuses, or what is a defect of ours, whose traceback is kept in a file."""
-    cause = getattr(error, "cause", None) or error  # Ray's errors carry what happened in a worker
+    """Describes an unexpected error: an OS error, or a bug in this package, whose traceback is saved to a file."""
+    cause = getattr(error, "cause", None) or error  # Ray's errors carry the worker's exception
     if isinstance(cause, OSError):
         return (
             f"{reason(cause)}; see to that and run the same command again, which goes on from here (--debug shows "

@@ -1,4 +1,4 @@
-"""``milan-ray analyze``: how much units matter, by what is said of them."""
+"""``milan-ray analyze``: measures how much units matter, grouped by their descriptions."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from milan_ray.progress import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     options.experiment(parser)
     group = parser.add_argument_group("analysis")
     group.add_argument("--labeler", default="milan", help="whose descriptions of the units to read")
@@ -29,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.report.figures import figure_path

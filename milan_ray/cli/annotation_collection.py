@@ -1,4 +1,4 @@
-"""``milan-ray annotations collect``, ``answers`` and ``statistics``: asking people, and what they write."""
+"""``milan-ray annotations collect``, ``answers`` and ``statistics``: collects human annotations and analyses them."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
     from milan_ray.scoring.agreement import TextScore
 
 AddAction = Callable[[str, str], argparse.ArgumentParser]
-"""From name and summary to the parser of an action."""
+"""Creates the parser of an action from its name and summary."""
 
 
 def add_to(action: AddAction) -> None:
-    """Gives the verb these actions."""
+    """Adds these actions to the subcommand."""
     collect = action("collect", "Write pictures of exemplars and task files for people to describe")
     collect.add_argument("model", metavar="MODEL", help="a model with exemplars in the storage")
     collect.add_argument("folder", metavar="DIR", help="folder to be made")
@@ -141,7 +141,7 @@ def _statistics(args: argparse.Namespace) -> int:
 
 
 def _score(args: argparse.Namespace) -> tuple[TextScore, str]:
-    """What agreement is measured by, and its name."""
+    """Returns the score that measures agreement, and its name."""
     from milan_ray.studies.annotators.run import find_score
 
     if args.rouge:
@@ -155,4 +155,4 @@ ACTIONS: dict[str, Callable[[argparse.Namespace], int]] = {
     "answers": _answers,
     "statistics": _statistics,
 }
-"""Action → its work; returns the exit status."""
+"""Action → function that runs it and returns the exit status."""

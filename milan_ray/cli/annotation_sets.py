@@ -1,4 +1,4 @@
-"""``milan-ray annotations``: annotated sets in, out, and into shape."""
+"""``milan-ray annotations``: imports, exports, merges and cleans annotated sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milan_ray.errors import MilanError
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, summary: str) -> argparse.ArgumentParser:
@@ -65,7 +65,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     work = {"import": _import_annotations, "merge": _merge, "export": _export_annotations, "clean": _clean}
     return {**work, **annotation_collection.ACTIONS}[args.action](args)
 
@@ -97,10 +97,10 @@ def _import_annotations(args: argparse.Namespace) -> int:
 
 
 def _refuse(args: argparse.Namespace, download: bool = False) -> None:
-    """Refuses what is said of source images where no set needs any.
+    """Rejects options on source images if no set needs any.
 
     Raises:
-        MilanError: There is such an option.
+        MilanError: Such an option was given.
     """
     from milan_ray.annotations.groups import locate
     from milan_ray.annotations.load import bare_layers

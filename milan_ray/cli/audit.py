@@ -1,4 +1,4 @@
-"""``milan-ray audit``: units that still look for what was blurred out of their network's training images."""
+"""``milan-ray audit``: finds units that still detect what was blurred out of their network's training images."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     group = parser.add_argument_group("audit; without --model, of all pairs that the storage has descriptions of")
     group.add_argument(
         "--suffix", default="-blurred", help="what blurred networks' names have behind their twins' (--suffix=-masked)"
@@ -65,7 +65,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.planner import Plan
     from milan_ray.plugins import load_plugins
     from milan_ray.report.figures import figure_path
@@ -112,10 +112,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refuse(args: argparse.Namespace) -> None:
-    """Refuses options that would do nothing.
+    """Rejects options that would have no effect.
 
     Raises:
-        MilanError: There is one.
+        MilanError: Such an option was given.
     """
     if not args.query:
         refuse(args, ["semantic"], "without --query", "give --query too")
@@ -131,7 +131,7 @@ def _refuse(args: argparse.Namespace) -> None:
 
 
 def _pairs(args: argparse.Namespace, storage: Storage) -> list[Pair]:
-    """The pairs given, else those of networks that are described."""
+    """Returns the given pairs, or else all pairs of described networks."""
     from milan_ray.studies.auditing.run import described_models
     from milan_ray.studies.auditing.statistics import pair_models
 
@@ -140,7 +140,7 @@ def _pairs(args: argparse.Namespace, storage: Storage) -> list[Pair]:
 
 
 def _describe(args: argparse.Namespace, then: Callable[[Plan], None]) -> int:
-    """Describes the networks first, as ``milan-ray describe`` does, whose options these are."""
+    """Describes the networks first, with the options of ``milan-ray describe``."""
     names = args.model or [name for pair in args.pair for name in pair]
     if not names:
         raise MilanError("to describe networks first, name them with --model, --zoo or --pair.")

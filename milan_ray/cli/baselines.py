@@ -1,4 +1,4 @@
-"""``milan-ray baselines``: MILAN beside labels from concept maps, on networks that its captioner never saw."""
+"""``milan-ray baselines``: compares MILAN with labels from concept maps, on networks held out from its training."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     options.probe(parser, required=True)
     group = parser.add_argument_group("labels from concept maps")
     group.add_argument(
@@ -39,7 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.report.figures import figure_path
     from milan_ray.schema import SCORES
@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _held_out(args: argparse.Namespace, storage: Storage, model: ModelRef) -> HeldOut:
-    """A network with its captioner: the one given, else that of all sets but its own, as trained or published."""
+    """Pairs a network with its captioner: the given one, or else one of all sets but its own, trained or published."""
     from milan_ray.cli.describe import search_of
     from milan_ray.stages.captioners import find_milan, has_captioner, load_captioner
     from milan_ray.studies.baselines.run import HeldOut

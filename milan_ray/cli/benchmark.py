@@ -1,4 +1,4 @@
-"""``milan-ray benchmark``: a stage beside its bare computation."""
+"""``milan-ray benchmark``: compares the time of a stage with that of its bare computation."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ PHOTOGRAPHS = ("exemplars", "encode", "end-to-end", "merge", "ray-overhead")
 """Benchmarks that read photographs."""
 
 CAPTIONS = ("describe", "end-to-end", "tune")
-"""Benchmarks whose captioner learns from what people said."""
+"""Benchmarks whose captioner is trained on human annotations."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     parser.add_argument("--repeats", type=options.positive, default=3, help="interleaved runs of subject and baseline")
     parser.add_argument("--threads", type=options.positive, default=2, help="torch threads of both")
@@ -29,7 +29,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.benchmarks.harness import Options, run_benchmark
 
     for names, option in ((PHOTOGRAPHS, "photos"), (CAPTIONS, "annotations")):

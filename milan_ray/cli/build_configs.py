@@ -1,4 +1,4 @@
-"""From parsed arguments to the records that pipelines take."""
+"""Converts parsed arguments into the configurations of pipelines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def open_storage(args: argparse.Namespace) -> Storage:
-    """The run directory that ``--storage`` or the environment names."""
+    """Opens the run directory given by ``--storage`` or the environment."""
     from milan_ray.storage import Storage
 
     if args.storage is None and runtime.in_submitted_job() and "MILAN_RESULTS_DIR" not in os.environ:
@@ -35,7 +35,7 @@ def open_storage(args: argparse.Namespace) -> Storage:
 
 
 def writable_storage(args: argparse.Namespace) -> Storage:
-    """The same for a job that will write there, which fails early where it cannot; a dry run does not even try."""
+    """Opens the run directory of a job that writes to it; fails early if it is not writable, except in a dry run."""
     storage = open_storage(args)
     if not args.dry_run:
         storage.check_writable()
@@ -43,17 +43,17 @@ def writable_storage(args: argparse.Namespace) -> Storage:
 
 
 def opened(args: argparse.Namespace, runs: bool = True) -> tuple[Storage, list[ModelRef], ProbeRef]:
-    """What a job on models and images begins with: the run directory, the models, the images.
+    """Resolves the inputs of a job on models and images: the run directory, the models, the images.
 
     Args:
         args: The options.
-        runs: Whether the models are run, so that their weights have to be there.
+        runs: Whether the models are run, so that their weights are required.
     """
     return writable_storage(args), model_refs(args, runs), probe_ref(args)
 
 
 def bert_score_folder(args: argparse.Namespace) -> str | None:
-    """The language model of BERTScore: that of ``--bertscore``, else the installed one; None where there is none."""
+    """Returns the folder of BERTScore's language model: ``--bertscore``, or else the installed one, or None."""
     from milan_ray.scoring.text import minilm_directory
 
     folder = absolute("--bertscore", args.bertscore) if args.bertscore else minilm_directory()
@@ -61,10 +61,10 @@ def bert_score_folder(args: argparse.Namespace) -> str | None:
 
 
 def absolute(option: str, path: str) -> str:
-    """A path as every process of the job can use it: absolute, or the URI it is.
+    """Converts a path to a form that every process of the job can use: an absolute path, or an unchanged URI.
 
     Raises:
-        MilanError: It is relative, inside a submitted job.
+        MilanError: The path is relative, and this is a submitted job.
     """
     if "://" in path:
         return path
@@ -77,10 +77,10 @@ def absolute(option: str, path: str) -> str:
 
 
 def image_text_ref(args: argparse.Namespace) -> ImageTextRef:
-    """The model of images and texts that ``--clip`` names: a folder, one in $MILAN_MODELS_DIR, or a registered one.
+    """Finds the image-text model of ``--clip``: a folder, a folder in $MILAN_MODELS_DIR, or a registered model.
 
     Raises:
-        MilanError: There is none.
+        MilanError: There is no such model.
     """
     from milan_ray.models.image_text import DEFAULT, ImageTextRef, find_image_text, is_registered
     from milan_ray.plugins import load_plugins
@@ -93,7 +93,7 @@ def image_text_ref(args: argparse.Namespace) -> ImageTextRef:
 
 
 def read_text(option: str, path: str, form: str = "a YAML file") -> str:
-    """A text file, local or on an object store."""
+    """Reads a text file, local or in an object store."""
     from milan_ray.storage import Storage
 
     folder, _, name = absolute(option, path).rpartition("/")
@@ -104,16 +104,16 @@ def read_text(option: str, path: str, form: str = "a YAML file") -> str:
 
 
 def resources_of(args: argparse.Namespace) -> Resources:
-    """The cluster options as a record."""
+    """Converts the cluster options to :class:`Resources`."""
     return Resources(args.address, args.actors, args.cpus_per_actor, args.gpus_per_actor, args.device)
 
 
 def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
-    """The models asked for, patterns resolved; one that fails alone is left to the first stage to report.
+    """Resolves the requested models and patterns. If one of several models fails, the first stage reports it.
 
     Args:
         args: The options.
-        runs: Whether the models are run, so that their weights have to be there.
+        runs: Whether the models are run, so that their weights are required.
     """
     from milan_ray.engine.references import ModelRef
     from milan_ray.models.registry import RANDOM, get_model, match_models
@@ -132,12 +132,12 @@ def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
         weights = args.weights if runs else RANDOM
         try:
             weights = resolve_model(name, weights, args.layers, download=args.download).weights
-        except WouldDownload as error:  # a dry run names all of them
+        except WouldDownload as error:  # a dry run lists all of them
             absent = error
         except MilanError as error:
             if len(names) == 1:
                 raise
-            say(f"{name}: {error}", level="warning")  # the first stage finds the same, and goes on with the others
+            say(f"{name}: {error}", level="warning")  # the first stage fails alike, and continues with the others
         layers, plugins = tuple(args.layers), tuple(args.plugin)
         found.append(ModelRef(name, weights, layers, plugins, args.activations, reading_of(args)))
     if absent is not None:
@@ -146,14 +146,14 @@ def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
 
 
 def reading_of(args: argparse.Namespace) -> Reading:
-    """What the user says of the layers' axes."""
+    """Converts the options on the layers' axes to :class:`Reading`."""
     from milan_ray.models.layouts import Reading
 
     return Reading(args.batch_axis, args.units_axis, args.layer_grid, args.prefix_tokens)
 
 
 def probe_ref(args: argparse.Namespace) -> ProbeRef:
-    """Where probe images come from."""
+    """Converts the probe options to :class:`ProbeRef`."""
     from milan_ray.engine.references import ProbeRef
     from milan_ray.plugins import load_plugins
     from milan_ray.probe.registry import probe_names
@@ -172,7 +172,7 @@ def probe_ref(args: argparse.Namespace) -> ProbeRef:
 
 
 def exemplar_config(args: argparse.Namespace) -> ExemplarConfig:
-    """The exemplar options as a record."""
+    """Converts the exemplar options to :class:`ExemplarConfig`."""
     return ExemplarConfig(
         k=args.k,
         quantile=args.quantile,
@@ -186,7 +186,7 @@ def exemplar_config(args: argparse.Namespace) -> ExemplarConfig:
 
 
 def find_captioner(args: argparse.Namespace, storage: Storage) -> str:
-    """The captioner as workers will find it: a name in the storage, or an absolute path."""
+    """Finds the captioner; returns its name in the storage or an absolute path, which are valid on workers too."""
     from milan_ray.stages.captioners import find_milan, has_captioner
 
     if args.milan is not None:
@@ -199,7 +199,7 @@ def find_captioner(args: argparse.Namespace, storage: Storage) -> str:
 def encoder_ref(
     args: argparse.Namespace, name: str, storage: Storage | None = None, decoder: str | None = None
 ) -> EncoderRef:
-    """A captioner's encoder, with the weights given or its own."""
+    """Resolves a captioner's encoder, with the given weights or its own."""
     from milan_ray.stages.captioners import EncoderRef
 
     weights = None if args.encoder_weights is None else absolute("--encoder-weights", args.encoder_weights)
@@ -207,10 +207,10 @@ def encoder_ref(
 
 
 def annotated_layers(storage: Storage, source: str, models: Sequence[str] | None) -> dict[str, list[str]]:
-    """Model → layers with annotations of a source.
+    """Finds the annotated layers of a source: model → layers.
 
     Raises:
-        MilanError: There are none.
+        MilanError: There are no annotations.
     """
     from milan_ray.schema import ANNOTATIONS
 

@@ -1,4 +1,4 @@
-"""``milan-ray compare``: all labelers on the same units."""
+"""``milan-ray compare``: compares all labelers on the same units."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from milan_ray.progress import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     parser.add_argument("--model", nargs="+", metavar="NAME", help="only these models, or patterns ('resnet*')")
     parser.add_argument(
         "--labeler", nargs="+", metavar="NAME", help="only these labelers, or patterns; the first is the main one"
@@ -24,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.plugins import load_plugins

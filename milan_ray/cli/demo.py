@@ -1,4 +1,4 @@
-"""``milan-ray demo``: everything on the built-in world."""
+"""``milan-ray demo``: runs all stages on the built-in synthetic world."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milan_ray.progress import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     parser.add_argument("--generator", action="store_true", help="dissect the world's image generator too (2 minutes)")
     parser.add_argument(
         "--clip", action="store_true", help="re-rank by a small CLIP trained on the world, too (4 minutes)"
@@ -27,7 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.plugins import load_plugins
     from milan_ray.schema import DESCRIPTIONS

@@ -1,4 +1,4 @@
-"""``milan-ray describe``: descriptions of every unit."""
+"""``milan-ray describe``: describes every unit."""
 
 from __future__ import annotations
 
@@ -31,17 +31,17 @@ if TYPE_CHECKING:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     options.probe(parser, required=False)
     options.add_to(parser, options.captioner, options.clip, options.search, options.units, options.dissection)
 
 
 def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) -> int:
-    """Does the verb's work; returns the exit status.
+    """Runs the subcommand; returns the exit status.
 
     Args:
         args: Its options.
-        then: Adds to the plan of a dry run what another verb does afterwards; None for nothing.
+        then: Adds the later steps of another subcommand to the plan of a dry run; None adds nothing.
     """
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
@@ -101,7 +101,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
 
 
 def _clip(args: argparse.Namespace) -> Clip | None:
-    """How to re-rank, where ``--clip`` asks for it or a captioner's name ending in ``+clip``, which is taken off."""
+    """Configures re-ranking if ``--clip`` or the suffix ``+clip`` of a captioner's name (removed here) requests it."""
     from milan_ray.labelers.clip import Clip
     from milan_ray.models.image_text import DEFAULT, find_image_text
     from milan_ray.stages.captioners import RERANKED
@@ -118,7 +118,7 @@ def _clip(args: argparse.Namespace) -> Clip | None:
 
 
 def search_of(args: argparse.Namespace, decoder: str) -> Search:
-    """How to search: the options given, else what the setting says, else the captioner's own."""
+    """Configures the search, from the options, or else the setting, or else the captioner's defaults."""
     from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
     from milan_ray.stages.descriptions import Search
     from milan_ray.stages.tuning_statistics import read_setting

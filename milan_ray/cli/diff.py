@@ -1,4 +1,4 @@
-"""``milan-ray diff``: what the units of one network say that those of another do not."""
+"""``milan-ray diff``: compares the descriptions of two networks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from milan_ray.progress import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     parser.add_argument("model", help="the network to start from")
     parser.add_argument("other", help="the one to compare with it: what its units say more often is gained")
     parser.add_argument("--labeler", default="milan", help="whose descriptions to compare")
@@ -30,7 +30,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.scoring.differences import diff_descriptions, store, summary
     from milan_ray.scoring.search import scan_descriptions
 

@@ -1,4 +1,4 @@
-"""``milan-ray dnd``: labels of every unit by Describe-and-Dissect."""
+"""``milan-ray dnd``: labels every unit with Describe-and-Dissect."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 CAPTIONER = "blip-image-captioning-base"
 GENERATOR = "diffusers/stable-diffusion-v1-5"
 EMBEDDER = "clip-vit-base-patch16"
-"""What stands in $MILAN_MODELS_DIR unless told otherwise."""
+"""Default embedder, a folder in $MILAN_MODELS_DIR."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     options.probe(parser, required=True)
     group = parser.add_argument_group("captions, candidates, drawn images (docs/describe-and-dissect.md)")
     group.add_argument(
@@ -104,7 +104,7 @@ def _add_language_model(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.stages.dnd.config import FREQUENT, drawings_identity
@@ -124,11 +124,11 @@ def run(args: argparse.Namespace) -> int:
             )
     if not any(args.llm_prices):
         refuse(args, ["llm_budget"], "without --llm-prices every answer costs nothing, and", "give --llm-prices too")
-    args.pooled = True  # the images with the highest mean activation come from there
+    args.pooled = True  # source of the images with the highest mean activation
     storage, models, probe = opened(args)
     resources, config, how = resources_of(args), exemplar_config(args), _config(args)
     exemplars = Exemplars(models, probe, config)
-    identity = drawings_identity(storage, how)  # finds what is missing before anything starts
+    identity = drawings_identity(storage, how)  # detects missing inputs before anything starts
 
     def stages(layers: Mapping[str, Sequence[str]]) -> dict[str, list[RunnableStage]]:
         return dnd_stages(models, layers, probe, config, how, identity, args.units)
@@ -189,5 +189,5 @@ def _config(args: argparse.Namespace) -> DndConfig:
 
 
 def _place(option: str, name: str) -> str:
-    """A folder as every process of the job can use it; a mere name, or one that is registered, as it is."""
+    """Converts a folder to a path that every process of the job can use; plain and registered names are unchanged."""
     return absolute(option, name) if Path(name).expanduser().is_absolute() or name.startswith((".", "~")) else name

@@ -1,4 +1,4 @@
-"""``milan-ray doctor``: what is here, what is missing, what works without it and how to get it."""
+"""``milan-ray doctor``: reports what is installed and what is missing, what works without it, and how to get it."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from milan_ray.cli.refusals import refuse
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     parser.add_argument("--no-ray", action="store_true", help="do not start or join Ray, which takes some seconds")
     options.add_to(parser, options.storage, options.plugins, options.resources)
     options.common(parser, json="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status: 1 when something is missing that nothing works without."""
+    """Runs the subcommand; returns the exit status: 1 if something essential is missing."""
     from milan_ray.doctor import diagnose
     from milan_ray.plugins import load_plugins
 

@@ -1,4 +1,4 @@
-"""``milan-ray edit``: networks without the units that are described by some words."""
+"""``milan-ray edit``: removes the units whose descriptions contain given words, and measures the effect."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     options.experiment(parser)
     group = parser.add_argument_group("editing; --probe gives the validation images, which are like those of training")
     group.add_argument(
@@ -47,7 +47,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.models.heads import HeadTraining
     from milan_ray.models.weights import save_weights
@@ -97,5 +97,5 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _probe(args: argparse.Namespace, sources: list[str]) -> ProbeRef:
-    """The images of another option, read like those of ``--probe``."""
+    """Returns the probe of another option's images, read like those of ``--probe``."""
     return probe_ref(argparse.Namespace(**{**vars(args), "probe": sources}))

@@ -1,4 +1,4 @@
-"""``milan-ray exemplars``: every unit's exemplars and masks."""
+"""``milan-ray exemplars``: computes every unit's exemplars and masks."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from milan_ray.cli.summary import close, report_on, show_plan
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     options.probe(parser, required=True)
     options.dissection(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.stages.exemplars import Exemplars

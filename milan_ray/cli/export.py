@@ -1,4 +1,4 @@
-"""``milan-ray export``: a captioner as a checkpoint of the reference implementation."""
+"""``milan-ray export``: exports a captioner as a checkpoint of the reference implementation."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from milan_ray.cli.summary import note
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     parser.add_argument("out", metavar="FILE", help="checkpoint to write, e.g. milan-mine.pth")
     options.add_to(parser, options.captioner, options.download, options.storage, options.plugins, options.common)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.captioner.checkpoints import export_reference
     from milan_ray.plugins import load_plugins
     from milan_ray.stages.captioners import load_captioner

@@ -1,4 +1,4 @@
-"""``milan-ray generalize``: captioners trained on some annotated networks, judged on others."""
+"""``milan-ray generalize``: trains captioners on some annotated networks and tests them on others."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     group = parser.add_argument_group("splits")
     group.add_argument(
         "--split", nargs="+", default=["all"], metavar="SPLIT",
@@ -63,7 +63,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.annotations.splits import chosen_splits
     from milan_ray.captioner.fit import Sizes
     from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.studies.generalization.statistics import summary
     from milan_ray.studies.spacy_pipeline import find_spacy_pipeline, language_name
 
-    load_plugins(args.plugin)  # they may register splits
+    load_plugins(args.plugin)  # plug-ins may register splits
     storage, resources = writable_storage(args), resources_of(args)
     annotated = annotated_layers(storage, args.annotations, None)
     splits = chosen_splits(args.split, annotated)
@@ -123,10 +123,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _refuse(args: argparse.Namespace, splits: Sequence[Split]) -> None:
-    """Refuses options of splits that are not among these.
+    """Rejects options that apply to none of these splits.
 
     Raises:
-        MilanError: There is one.
+        MilanError: Such an option was given.
     """
     if not any(split.within for split in splits):
         remedy = "choose a split that divides one network's units"

@@ -1,4 +1,4 @@
-"""``milan-ray label``: labels of every unit without a captioner, by its probe's concept maps or a list of concepts."""
+"""``milan-ray label``: labels every unit without a captioner, from the probe's concept maps or a list of concepts."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     options.probe(parser, required=True)
     group = parser.add_argument_group("labels from concept maps")
     group.add_argument(
@@ -85,7 +85,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine import references
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _labelers(args: argparse.Namespace) -> tuple[LabelConfig, ClipDissect | None]:
-    """Who labels: those that compare with concept maps, and CLIP-Dissect."""
+    """Configures the labelers: those that compare with concept maps, and CLIP-Dissect."""
     from milan_ray.errors import unknown_name
     from milan_ray.labelers.clip_dissect import CLIP_DISSECT
     from milan_ray.labelers.compexp import CompExp
@@ -162,10 +162,10 @@ def _labelers(args: argparse.Namespace) -> tuple[LabelConfig, ClipDissect | None
 
 
 def _clip_dissect(args: argparse.Namespace) -> ClipDissect:
-    """The list of concepts, and how to compare.
+    """Configures CLIP-Dissect: the list of concepts, and the similarity function.
 
     Raises:
-        MilanError: There is no list.
+        MilanError: There is no list of concepts.
     """
     from milan_ray.labelers.clip_dissect import ClipDissect, read_concepts
     from milan_ray.models.image_text import CONCEPTS_FILE, own_concepts

@@ -1,4 +1,4 @@
-"""``milan-ray models``: models that are registered, and their layers."""
+"""``milan-ray models``: lists registered models and their layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from milan_ray.errors import MilanError
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     parser.add_argument(
         "name",
         nargs="?",
@@ -51,7 +51,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.models.describe import layer_table
     from milan_ray.models.registry import get_model, model_names
     from milan_ray.models.resolve import resolve_model
@@ -86,7 +86,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _conformance(args: argparse.Namespace) -> int:
-    """Compares families one by one; the exit status is 1 when one is wrong."""
+    """Checks the conformance of families one by one; the exit status is 1 if one is wrong."""
     from milan_ray.benchmarks.conformance import check, page, read_rows, summary, to_row
     from milan_ray.benchmarks.conformance_cases import cases
 
@@ -111,7 +111,7 @@ def _conformance(args: argparse.Namespace) -> int:
 
 
 def _model(name: str) -> dict[str, Any]:
-    """A model: its default layers, the names of its published weights, and those that are here."""
+    """Describes a model: its default layers, the names of its published weights, and those available locally."""
     from milan_ray.models.registry import get_model
 
     spec = get_model(name)
@@ -125,7 +125,7 @@ def _print_json(rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _print_models(names: Sequence[str], families: bool) -> None:
-    """Lists models: how many layers are dissected by default, and which published weights lie here."""
+    """Lists models, with the number of layers dissected by default and the published weights available locally."""
     from milan_ray.models.registry import family_names
 
     for model in map(_model, names):

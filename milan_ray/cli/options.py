@@ -1,4 +1,4 @@
-"""Groups of options that verbs share, and the types of their arguments."""
+"""Groups of options that subcommands share, and argument types."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ EXEMPLARS = ExemplarConfig()
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows every default, but not those that say nothing."""
+    """Shows every default, except empty ones."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         if action.default is None or action.default is False or action.default in ("", [], ()):  # 0 == False
@@ -23,7 +23,7 @@ class Help(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def amount(text: str) -> float:
-    """An argument that is a finite number of at least 0."""
+    """Argument type: a finite number of at least 0."""
     number = float(text)
     if not 0 <= number < float("inf"):
         raise argparse.ArgumentTypeError(f"{text} is no number of at least 0")
@@ -31,14 +31,14 @@ def amount(text: str) -> float:
 
 
 def device(text: str) -> str:
-    """An argument that names a kind of device; whether there is one, the machine says that computes."""
+    """Argument type: a kind of device. Whether it exists is checked on the machine that computes."""
     if re.fullmatch(r"auto|cpu|mps|xpu|cuda(:\d+)?", text) is None:
         raise argparse.ArgumentTypeError(f"{text!r} is none of auto, cpu and cuda")
     return text
 
 
 def positive(text: str) -> int:
-    """An argument that counts something."""
+    """Argument type: an integer of at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{text} is not at least 1")
@@ -46,7 +46,7 @@ def positive(text: str) -> int:
 
 
 def count(text: str) -> int:
-    """An argument that counts something, perhaps nothing; or a seed."""
+    """Argument type: an integer of at least 0, such as a count or a seed."""
     number = int(text)
     if number < 0:
         raise argparse.ArgumentTypeError(f"{text} is not at least 0")
@@ -54,7 +54,7 @@ def count(text: str) -> int:
 
 
 def share(text: str) -> float:
-    """An argument between 0 and 1."""
+    """Argument type: a number between 0 and 1."""
     number = float(text)
     if not 0 <= number <= 1:
         raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
@@ -62,12 +62,12 @@ def share(text: str) -> float:
 
 
 def gib(text: str) -> int:
-    """An argument in GiB, as bytes."""
+    """Argument type: a size in GiB, converted to bytes."""
     return int(float(text) * 2**30)
 
 
 def numbers(text: str) -> tuple[int, ...]:
-    """An argument that selects units: numbers and ranges."""
+    """Argument type: a selection of units by numbers and ranges."""
     chosen: set[int] = set()
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
@@ -76,17 +76,17 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def name(text: str) -> str:
-    """An argument that becomes a folder of its own."""
+    """Argument type: a name that is used as a folder name."""
     return _checked(text, slashes=False)
 
 
 def table_name(text: str) -> str:
-    """An argument that tables are kept under: it may look like a model's name, with slashes."""
+    """Argument type: a name that tables are stored under; like a model's name, it may contain slashes."""
     return _checked(text, slashes=True)
 
 
 def tag(text: str) -> str:
-    """An argument that is put behind a labeler's name; empty for none."""
+    """Argument type: a suffix of a labeler's name; empty for none."""
     return text and name(text)
 
 
@@ -98,18 +98,18 @@ def _checked(text: str, slashes: bool) -> str:
 
 
 def add_to(parser: argparse.ArgumentParser, *groups: Callable[[argparse.ArgumentParser], None]) -> None:
-    """Gives a verb groups of options, in this order."""
+    """Adds groups of options to a subcommand, in this order."""
     for group in groups:
         group(parser)
 
 
 def common(parser: argparse.ArgumentParser, json: str | None = None) -> None:
-    """What every verb has (docs/command-line.md).
+    """Adds the options of every subcommand (docs/command-line.md).
 
     Args:
-        parser: The verb's.
-        json: What a verb that prints its result says of ``--json``; None where it is the closing summary. One that
-            already has an option of that name keeps it.
+        parser: The subcommand's parser.
+        json: Help of ``--json`` for a subcommand that prints its result; None if ``--json`` prints the closing summary.
+            An existing option of that name is kept.
     """
     group = parser.add_argument_group("every verb")
     group.add_argument(
@@ -126,7 +126,7 @@ def common(parser: argparse.ArgumentParser, json: str | None = None) -> None:
 
 
 def storage(parser: argparse.ArgumentParser) -> None:
-    """The run directory."""
+    """Adds the option for the run directory."""
     parser.add_argument(
         "--storage",
         default=None,
@@ -140,7 +140,7 @@ def download(parser: argparse.ArgumentParser) -> None:
 
 
 def quirks(parser: argparse.ArgumentParser) -> None:
-    """The reference's defects."""
+    """Adds options to reproduce the reference's defects."""
     parser.add_argument(
         "--reference-quirks", action="store_true", help="reproduce the reference's defects too (ARCHITECTURE.md)"
     )
@@ -152,14 +152,14 @@ def dry_run(parser: argparse.ArgumentParser) -> None:
 
 
 def units(parser: argparse.ArgumentParser) -> None:
-    """A selection of units."""
+    """Adds options to select units."""
     parser.add_argument(
         "--units", type=numbers, default=(), metavar="1,5,7-12", help="describe only these units of every layer"
     )
 
 
 def plugins(parser: argparse.ArgumentParser) -> None:
-    """Modules that register models or probes."""
+    """Adds the option for plug-ins, modules that register models or probes."""
     parser.add_argument(
         "--plugin",
         action="append",
@@ -170,7 +170,7 @@ def plugins(parser: argparse.ArgumentParser) -> None:
 
 
 def resources(parser: argparse.ArgumentParser) -> None:
-    """Cluster and device."""
+    """Adds options for the cluster and device."""
     group = parser.add_argument_group("cluster")
     group.add_argument("--address", help="Ray cluster to join (default: $RAY_ADDRESS, else a local one of our own)")
     group.add_argument("--actors", type=positive, help="most actors of a pool (default: one per GPU, else per CPU)")
@@ -182,7 +182,7 @@ def resources(parser: argparse.ArgumentParser) -> None:
 
 
 def models(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Models, weights and layers."""
+    """Adds options for models, weights and layers."""
     group = parser.add_argument_group("models")
     which = group.add_mutually_exclusive_group(required=required)
     which.add_argument(
@@ -215,7 +215,7 @@ def models(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def reading(group: argparse._ActionsContainer) -> None:
-    """How layers' outputs are read, where that cannot be found out (docs/layouts.md)."""
+    """Adds options for the layout of layers' outputs, for use where it cannot be inferred (docs/layouts.md)."""
     group.add_argument(
         "--units-axis", type=int, metavar="N", help="axis of the layers' outputs that counts units; -1 is the last"
     )
@@ -229,19 +229,19 @@ def reading(group: argparse._ActionsContainer) -> None:
 
 
 def grid(text: str) -> tuple[int, int]:
-    """An argument that says height and width."""
+    """Argument type: height and width."""
     height, _, width = text.lower().partition("x")
     return positive(height), positive(width)
 
 
 def described(parser: argparse.ArgumentParser) -> None:
-    """A selection of what is described."""
+    """Adds options to select described models and layers."""
     parser.add_argument("--model", nargs="+", metavar="NAME", help="only these models, or patterns ('resnet*')")
     parser.add_argument("--layers", nargs="+", metavar="PATH", help="only these layers, or patterns")
 
 
 def probe(parser: argparse.ArgumentParser, required: bool) -> None:
-    """Probe images."""
+    """Adds options for probe images."""
     group = parser.add_argument_group("probe images")
     group.add_argument(
         "--probe",
@@ -259,7 +259,7 @@ def probe(parser: argparse.ArgumentParser, required: bool) -> None:
 
 
 def columns(parser: argparse._ActionsContainer) -> None:
-    """Where tables and archives hold images and classes."""
+    """Adds options for the columns of images and classes in tables and archives."""
     parser.add_argument(
         "--image-column",
         metavar="NAME",
@@ -275,7 +275,7 @@ def columns(parser: argparse._ActionsContainer) -> None:
 
 
 def exemplars(parser: argparse.ArgumentParser) -> None:
-    """How exemplars are found."""
+    """Adds options for the computation of exemplars."""
     group = parser.add_argument_group("exemplars")
     group.add_argument("--k", type=positive, default=EXEMPLARS.k, help="exemplars per unit, images")
     group.add_argument("--quantile", type=share, default=EXEMPLARS.quantile, help="activation quantile of the level η")
@@ -301,7 +301,7 @@ def exemplars(parser: argparse.ArgumentParser) -> None:
 
 
 def language(parser: argparse._ActionsContainer) -> None:
-    """The spaCy pipeline that reads descriptions."""
+    """Adds the option for the spaCy pipeline that parses descriptions."""
     parser.add_argument(
         "--language",
         metavar="PIPELINE",
@@ -311,13 +311,13 @@ def language(parser: argparse._ActionsContainer) -> None:
 
 
 def report(parser: argparse.ArgumentParser) -> None:
-    """Where the report goes."""
+    """Adds options for the report's location."""
     parser.add_argument("--report", metavar="DIR", help="folder for the HTML report (default: report/ in the storage)")
     parser.add_argument("--no-report", action="store_true", help="write no HTML report")
 
 
 def captioner(parser: argparse.ArgumentParser, required: bool = True) -> None:
-    """Which captioner."""
+    """Adds options to select a captioner."""
     group = parser.add_argument_group("captioner")
     captioner = group.add_mutually_exclusive_group(required=required)
     captioner.add_argument("--decoder", help="captioner: a name trained into the storage, its folder, or a .pth file")
@@ -335,7 +335,7 @@ def captioner(parser: argparse.ArgumentParser, required: bool = True) -> None:
 
 
 def clip(parser: argparse.ArgumentParser) -> None:
-    """Re-ranking by a model of images and texts."""
+    """Adds options for re-ranking by an image-text model."""
     group = parser.add_argument_group("re-ranking by a model of images and texts, as labeler milan+clip")
     group.add_argument(
         "--clip",
@@ -357,7 +357,7 @@ def clip(parser: argparse.ArgumentParser) -> None:
 
 
 def search(parser: argparse.ArgumentParser) -> None:
-    """How descriptions are searched."""
+    """Adds options for the beam search of descriptions."""
     group = parser.add_argument_group("descriptions")
     group.add_argument(
         "--setting", metavar="FILE", help="λ, beam size and length as jobs.tune chose them; the options below win"
@@ -372,24 +372,24 @@ def search(parser: argparse.ArgumentParser) -> None:
 
 
 def bertscore(parser: argparse._ActionsContainer) -> None:
-    """The language model of BERTScore."""
+    """Adds the option for BERTScore's language model."""
     parser.add_argument(
         "--bertscore", metavar="FOLDER", help="language model for BERTScore (default: that of milan-ray[minilm])"
     )
 
 
 def job(parser: argparse.ArgumentParser) -> None:
-    """What every verb has that takes long and ends with a report: storage, cluster, dry run and the like."""
+    """Adds the options of long-running subcommands that end with a report: storage, cluster, dry run and the like."""
     add_to(parser, storage, report, plugins, resources, dry_run, common)
 
 
 def experiment(parser: argparse.ArgumentParser) -> None:
-    """What every verb takes that looks into networks with images, beside what it looks for."""
+    """Adds the common options of subcommands that run experiments on networks with images."""
     models(parser)
     probe(parser, required=True)
     add_to(parser, download, job)
 
 
 def dissection(parser: argparse.ArgumentParser) -> None:
-    """What every verb that dissects models takes: the models, how, and what such a job has."""
+    """Adds the options of subcommands that dissect models: models, exemplars, downloads, quirks and :func:`job`."""
     add_to(parser, models, exemplars, download, quirks, job)

@@ -1,4 +1,4 @@
-"""``milan-ray paper``: the paper's experiments on the built-in world, and what came of its claims."""
+"""``milan-ray paper``: runs the paper's experiments on the built-in synthetic world and checks its claims."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milan_ray.progress import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     parser.add_argument("--small", action="store_true", help="sizes of a test: minutes, and figures that mean nothing")
     parser.add_argument(
         "--only",
@@ -26,7 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.plugins import load_plugins
     from milan_ray.showcase.demo import DECODER

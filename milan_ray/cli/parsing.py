@@ -1,4 +1,4 @@
-"""How the command line is read: errors of one sentence, and options from a file."""
+"""Parses the command line: errors are one sentence, and options can come from a file."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from milan_ray.progress import say
 CONFIG = "--config"
 
 ONLY = r"\bonly\b"
-"""What the help of an option that filters says."""
+"""Pattern that identifies the help text of filtering options."""
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads YAML as people mean it: a key twice is an error, and ``012``, ``1:30``, dates and hex are text."""
+    """YAML loader without surprises: duplicate keys are an error, and ``012``, ``1:30``, dates and hex are text."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         letter: [
@@ -30,10 +30,10 @@ class _Loader(yaml.SafeLoader):
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """A mapping.
+        """Constructs a mapping.
 
         Raises:
-            yaml.constructor.ConstructorError: It has a key twice.
+            yaml.constructor.ConstructorError: A key is duplicated.
         """
         seen: dict[Any, yaml.Node] = {}
         for key, _ in node.value:
@@ -55,18 +55,18 @@ _Loader.add_implicit_resolver(
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one sentence; options are written out: a new one makes no other ambiguous."""
+    """A parser whose errors are one sentence. Abbreviated options are rejected, so that new ones cause no ambiguity."""
 
     def __init__(self, **keywords: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **keywords})
 
     def error(self, message: str) -> NoReturn:
-        """Says what is wrong and where help is, and ends with status 2."""
+        """Prints the error and a pointer to the help, and exits with status 2."""
         say(f"error: {message}; {self.prog} --help lists what there is.", level="error")
         raise SystemExit(2)
 
     def tell_defaults(self) -> None:
-        """Has the help of every option that may be left out say what happens then, where it does not yet."""
+        """Appends the default (none or all) to the help of every optional option whose help does not mention one."""
         needed = [
             action for group in self._mutually_exclusive_groups if group.required for action in group._group_actions
         ]
@@ -81,17 +81,17 @@ class Parser(argparse.ArgumentParser):
                 action.help = f"{text} (default: {'all' if re.search(ONLY, text) else 'none'})"
 
     def read(self, arguments: Sequence[str]) -> argparse.Namespace:
-        """Parses a command line, and what the file of its ``--config`` adds to it.
+        """Parses a command line, including options from the file of ``--config``.
 
         Args:
             arguments: The command line without the program's name.
 
         Returns:
-            The options; of a verb whose files hold more than options, what else there is, as ``rest``; as ``given``
-            which were given: destination → option as it was written.
+            The options; ``rest`` holds other entries of the file, for subcommands that allow them; ``given`` maps the
+            destinations of given options to the options as they were written.
 
         Raises:
-            MilanError: The file cannot be read, or holds what is no option of the verb.
+            MilanError: The file cannot be read, or has an entry that is no option of the subcommand.
         """
         verb = _verb_of(self, arguments)
         more, rest = from_file(verb, arguments)
@@ -110,17 +110,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def from_file(verb: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """What the file of ``--config`` adds to a command line.
+    """Reads the file of ``--config`` and converts it to command-line arguments.
 
     Args:
-        verb: The verb's parser. Its default ``rest`` is not None where the file may hold more than options.
-        arguments: The command line, which wins.
+        verb: The subcommand's parser. Its default ``rest`` is not None if the file may hold more than options.
+        arguments: The command line, which takes precedence.
 
     Returns:
-        Arguments to append; keys that are no options.
+        Arguments to append; entries that are no options.
 
     Raises:
-        MilanError: The file is no YAML mapping, or has a key that is no option or a value that none can have.
+        MilanError: The file is no YAML mapping, or has a key that is no option or a value that no option can have.
     """
     options = _options(verb)
     if CONFIG not in options:
@@ -153,7 +153,7 @@ def from_file(verb: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[
 
 
 def _verb_of(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argparse.ArgumentParser:
-    """The parser of the verb, and of its action, that a command line begins with; ends the program without one."""
+    """Finds the parser of the command line's subcommand and action; exits the program if one is unknown."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction) and arguments and not arguments[0].startswith("-"):
             if arguments[0] not in action.choices:
@@ -164,7 +164,7 @@ def _verb_of(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> argpa
 
 
 def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
-    """``--name`` → its action, but for ``--help``."""
+    """Returns all options except ``--help``: ``--name`` → action."""
     return {
         name: action
         for action in parser._actions
@@ -174,7 +174,7 @@ def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 
 def _rivals(parser: argparse.ArgumentParser, action: argparse.Action) -> set[str]:
-    """The names under which a command line says the same as an option, or excludes it."""
+    """Returns the names of an option, including those of mutually exclusive options."""
     found = set(action.option_strings)
     for group in parser._mutually_exclusive_groups:
         if action in group._group_actions:
@@ -183,7 +183,7 @@ def _rivals(parser: argparse.ArgumentParser, action: argparse.Action) -> set[str
 
 
 def _tokens(action: argparse.Action, name: str, value: object, where: str) -> list[str]:
-    """An option and its value as a command line has them."""
+    """Converts an option and its value to command-line arguments."""
     if value is None:
         return []
     if action.nargs == 0 or (action.nargs == "?" and isinstance(value, bool)):
@@ -197,5 +197,5 @@ def _tokens(action: argparse.Action, name: str, value: object, where: str) -> li
     if isinstance(action, argparse._AppendAction):
         return [f"{name}={text}" for text in texts]
     if action.nargs in (None, "?"):
-        return [f"{name}={','.join(texts)}"]  # lists of the command line have commas
+        return [f"{name}={','.join(texts)}"]  # on the command line, lists are comma-separated
     return [name, *texts]

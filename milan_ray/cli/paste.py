@@ -1,4 +1,4 @@
-"""``milan-ray paste``: adversarial images, made of what units fire at."""
+"""``milan-ray paste``: makes adversarial images by pasting in what units respond to."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from milan_ray.progress import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     options.experiment(parser)
     group = parser.add_argument_group("adversarial images; --probe gives the images that something is pasted on")
     group.add_argument("--labeler", default="milan", help="whose descriptions of the units to read")
@@ -32,7 +32,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.report.figures import figure_path

@@ -1,4 +1,4 @@
-"""``milan-ray plan``: what a big run will cost, from a short measured sample."""
+"""``milan-ray plan``: estimates the cost of a large run from a short measured sample."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SAMPLE = 48
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     group = parser.add_argument_group("the run")
     group.add_argument("--images", type=options.positive, metavar="N", help="probe images (default: all of --probe)")
     group.add_argument(
@@ -63,7 +63,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.benchmarks.sample import measure, note
     from milan_ray.engine.costs import Wanted, estimate, faster, text
     from milan_ray.plugins import load_plugins
@@ -85,11 +85,11 @@ def run(args: argparse.Namespace) -> int:
         storage = open_storage(args)
         search = Search(find_captioner(args, storage))
         encoder = encoder_ref(args, load_captioner(storage, search.decoder).encoder_name, storage, search.decoder)
-    here = replace(resources, address="local", actors=None)  # the sample is of this machine, by one actor
+    here = replace(resources, address="local", actors=None)  # the sample runs on this machine, with one actor
     sample, total, failed = measure(_models(args), probe, config, here, args.sample, search, encoder)
     note(failed)
     images = args.images or total
-    assert images is not None  # one of the two was given
+    assert images is not None  # one of the two options was given
     wanted = Wanted(
         images=images,
         copies=args.copies,
@@ -109,7 +109,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _models(args: argparse.Namespace) -> list[ModelRef]:
-    """The models asked for; one whose weights are absent is measured untrained, which takes as long."""
+    """Resolves the requested models. Models without local weights are measured untrained, which takes as long."""
     from milan_ray.engine.references import ModelRef
     from milan_ray.models.registry import RANDOM, match_models
     from milan_ray.models.resolve import resolve_model

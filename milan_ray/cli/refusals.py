@@ -1,4 +1,4 @@
-"""Options that would do nothing: refused in one sentence, because nobody looks twice at what was ignored."""
+"""Rejects options that would have no effect, because users would not notice that they were ignored."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ DISSECTION = (
     "channels_last",
     "pooled",
 )
-"""Options, by destination, that say how models are dissected."""
+"""Destinations of the options on how models are dissected."""
 
 CLUSTER = ("address", "actors", "cpus_per_actor", "gpus_per_actor", "device")
-"""Options, by destination, that say where and with how much work is done."""
+"""Destinations of the options on the cluster and its resources."""
 
 
 def given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
-    """Those of these options that were given, as they were written, on the command line or in the file of --config.
+    """Returns those of the options that were given, as written on the command line or in the file of ``--config``.
 
     Args:
-        args: What :meth:`milan_ray.cli.parsing.Parser.read` has read; of other namespaces nothing counts as given.
+        args: The result of :meth:`milan_ray.cli.parsing.Parser.read`; in other namespaces, no option counts as given.
         names: Options by destination.
     """
     written: dict[str, str] = getattr(args, "given", {})
@@ -44,16 +44,16 @@ def given(args: argparse.Namespace, names: Sequence[str]) -> list[str]:
 
 
 def refuse(args: argparse.Namespace, names: Sequence[str], why: str, remedy: str) -> None:
-    """Refuses options that would do nothing.
+    """Rejects options that would have no effect.
 
     Args:
-        args: The verb's options.
+        args: The subcommand's options.
         names: Options by destination.
-        why: Why they would, as ``without --probe``.
-        remedy: What to do instead, as ``give --probe too``.
+        why: Why they have no effect, e.g. ``without --probe``.
+        remedy: What to do instead, e.g. ``give --probe too``.
 
     Raises:
-        MilanError: One of them was given.
+        MilanError: One of the options was given.
     """
     found = given(args, names)
     if found:
@@ -62,12 +62,12 @@ def refuse(args: argparse.Namespace, names: Sequence[str], why: str, remedy: str
 
 
 def check(args: argparse.Namespace) -> None:
-    """Refuses what does nothing in any verb that has it.
+    """Rejects options that would have no effect in any subcommand that has them.
 
     Raises:
-        MilanError: There is such an option.
+        MilanError: Such an option was given.
     """
-    if getattr(args, "no_report", False) and args.verb != "paper":  # whose own page goes there all the same
+    if getattr(args, "no_report", False) and args.verb != "paper":  # which writes its own page to --report anyway
         refuse(args, ["report"], "with --no-report", "leave out --no-report")
     if getattr(args, "clip_z", None) is not None and args.clip is None and not _reranked(args):
         refuse(args, ["clip_z", "clip_beam_size", "clip_lam"], "without --clip", "give --clip too")

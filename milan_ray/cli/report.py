@@ -1,4 +1,4 @@
-"""``milan-ray report``: the HTML report of a storage."""
+"""``milan-ray report``: writes the HTML report of a storage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from milan_ray.cli.summary import note, report_on
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     parser.add_argument("--model", nargs="+", metavar="NAME", help="only these models")
     parser.set_defaults(no_report=False)
     parser.add_argument("--report", metavar="DIR", help="folder for the HTML report (default: report/ in the storage)")
@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     report_on(args, open_storage(args), args.model)
     note(args, "written")
     return 0

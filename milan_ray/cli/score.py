@@ -1,4 +1,4 @@
-"""``milan-ray score``: how well descriptions fit their units, alongside trivial baselines."""
+"""``milan-ray score``: measures how well descriptions fit their units, alongside trivial baselines."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     options.probe(parser, required=True)
     group = parser.add_argument_group("scores")
     group.add_argument(
@@ -88,7 +88,7 @@ def _sigmoid(text: str) -> Sigmoid:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.engine.tasks import models_apart
@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
     }
 
     def judgements(left: Mapping[str, Sequence[str]]) -> Iterator[list[RunnableStage]]:
-        """The stages of each judge, for some models."""
+        """Yields the stages of each judge, for some models."""
         chosen = [what for what in described if what.model in left]
         if judge is not None:
             own = {keys: names for keys, names in classes.items() if keys[0] in left}
@@ -150,7 +150,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _classes(models: list[ModelRef]) -> dict[str, tuple[str, ...]]:
-    """Model → the names of its classes.
+    """Collects the class names of models: model → names.
 
     Raises:
         MilanError: A model's classes have no names.
@@ -167,7 +167,7 @@ def _classes(models: list[ModelRef]) -> dict[str, tuple[str, ...]]:
 
 
 def _text(scores: pa.Table) -> str:
-    """An experiment on one screen: every metric, each labeler alongside the trivial baselines."""
+    """Formats an experiment as text: every metric of each labeler, alongside the trivial baselines."""
     lines: dict[str, list[str]] = {}
     for row in scores.to_pylist():
         if " − " not in row["system"]:

@@ -1,4 +1,4 @@
-"""``milan-ray search``: units by their descriptions."""
+"""``milan-ray search``: finds units by their descriptions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     parser.add_argument(
         "query", help="words, in any inflection; 'red|blue stripes': either, and the other; '\"left of\"': a phrase"
     )
@@ -42,7 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.plugins import load_plugins
     from milan_ray.scoring.search import scan_descriptions, search_descriptions
 
@@ -68,10 +68,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def text_model(name: str) -> EmbedsTexts:
-    """The model that ``--semantic`` names; alone, the installed MiniLM.
+    """Loads the model given by ``--semantic``; without a value, the installed MiniLM.
 
     Raises:
-        MilanError: There is none.
+        MilanError: There is no such model.
     """
     from milan_ray.models.sentences import load_text_model
     from milan_ray.scoring.text import minilm_directory
@@ -93,7 +93,7 @@ def _write(found: pl.DataFrame, path: str) -> None:
 
 
 def table(found: pl.DataFrame) -> str:
-    """What a search found, as columns of text."""
+    """Formats search results as columns of text."""
     columns: tuple[str, ...] = ("relevance", "model", "layer", "unit", "labeler", "description")
     columns = tuple(name for name in columns if name in found.columns)
     rows = [[f"{row['relevance']:.3f}", *(str(row[name]) for name in columns[1:])] for row in found.to_dicts()]

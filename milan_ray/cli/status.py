@@ -1,4 +1,4 @@
-"""``milan-ray status``: what a storage holds."""
+"""``milan-ray status``: lists the contents of a storage."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from milan_ray.cli.build_configs import open_storage
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     options.storage(parser)
     parser.add_argument(
         "--verify", action="store_true", help="read every table, so that damage behind an intact footer is found, too"
@@ -18,7 +18,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.status import status
 
     found = status(open_storage(args), args.verify)

@@ -1,4 +1,4 @@
-"""What a verb says and writes when it is done: the plan, the report, the summary."""
+"""Output of a subcommand at its end: the plan, the report, the summary."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Summary:
-    """What a verb has done, for people a line on standard error, for programs an object on standard output.
+    """Summary of a subcommand: a line on standard error for people, a JSON object on standard output for programs.
 
     Attributes:
-        verb: The verb.
-        title: What the closing line begins with.
-        what: What is there now, in words; None for no closing line.
-        facts: What programs may want of it: files, counts, the plan of a dry run.
-        skipped: What is not there → why.
-        error: Why the verb failed.
+        verb: The subcommand.
+        title: Start of the closing line.
+        what: The results, in words; None for no closing line.
+        facts: Entries of the JSON object: files, counts, the plan of a dry run.
+        skipped: Skipped item → reason.
+        error: Why the subcommand failed.
         started: When it began, by the monotonic clock.
     """
 
@@ -42,11 +42,11 @@ class Summary:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the verb began."""
+        """Seconds since the subcommand began."""
         return time.monotonic() - self.started
 
     def say(self) -> None:
-        """The closing lines: what, how long, where, and what was skipped and why."""
+        """Prints the closing lines: results, duration, location, and skipped items with reasons."""
         where = f", in {self.facts['storage']}" if "storage" in self.facts else ""
         if self.error is None and self.what is not None:
             say(f"{self.title or self.verb}: {self.what} in {duration(self.seconds)}{where}")
@@ -54,7 +54,7 @@ class Summary:
             say(f"skipped {name}: {reason}", level="warning")
 
     def json(self, status: int) -> str:
-        """The same as a JSON object: verb, status (``done``, ``partly`` or ``failed``), seconds, what else there is."""
+        """Formats the summary as JSON: verb, status (``done``, ``partly`` or ``failed``), seconds, and other facts."""
         word = "failed" if self.error is not None else "partly" if status else "done"
         told: dict[str, object] = {"verb": self.verb, "status": word, "exit": status, "seconds": round(self.seconds, 3)}
         if self.error is not None:
@@ -65,7 +65,7 @@ class Summary:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as people say them: ``7 s``, ``3 min 20 s``, ``2 h 5 min``."""
+    """Formats seconds for display: ``7 s``, ``3 min 20 s``, ``2 h 5 min``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -75,11 +75,11 @@ def duration(seconds: float) -> str:
 
 
 def note(args: argparse.Namespace, what: str | None = None, **facts: object) -> None:
-    """Tells the closing summary what was done, and what programs may want to know of it.
+    """Adds results to the closing summary.
 
     Args:
-        args: The verb's options.
-        what: What is there now, in words.
+        args: The subcommand's options.
+        what: The results, in words.
         **facts: Names and values for the JSON object: paths, counts.
     """
     if what is not None:
@@ -93,7 +93,7 @@ def report_on(
     models: Sequence[str] | None = None,
     notes: Mapping[str, str] | None = None,
 ) -> None:
-    """Writes the HTML report, unless it was declined or cannot be placed; says where."""
+    """Writes the HTML report and prints its path, unless the user declined it or it has no local folder."""
     from milan_ray.report import write_report
 
     if args.no_report:
@@ -108,14 +108,14 @@ def report_on(
 
 
 def report_folder(args: argparse.Namespace, storage: Storage) -> Path | None:
-    """The folder of the HTML report; None where the storage is remote and no other was given."""
+    """Returns the folder of the HTML report; None if the storage is remote and ``--report`` was not given."""
     if args.report is not None:
         return Path(absolute("--report", args.report))
     return Path(storage.root) / "report" if storage.is_local else None
 
 
 def labelers_of(storage: Storage, models: Sequence[str] | None) -> list[str] | None:
-    """The labelers of some models (or all) in the order that a report shows them: MILAN first; None without any."""
+    """Lists the labelers of some models (or all) in the report's order, MILAN first; None if there are none."""
     from milan_ray.schema import DESCRIPTIONS
 
     described = storage.partitions(DESCRIPTIONS)
@@ -124,7 +124,7 @@ def labelers_of(storage: Storage, models: Sequence[str] | None) -> list[str] | N
 
 
 def show_plan(args: argparse.Namespace, plan: Plan) -> int:
-    """Prints a plan, or leaves it to the summary of ``--json``; returns the exit status."""
+    """Prints a plan, or adds it to the summary of ``--json``; returns the exit status."""
     args.summary.what = None
     if args.json:
         steps = [*plan.due, *plan.later]
@@ -137,11 +137,11 @@ def show_plan(args: argparse.Namespace, plan: Plan) -> int:
 
 
 def show_downloads(args: argparse.Namespace, absent: Sequence[tuple[str, str]]) -> int:
-    """Prints the plan of a dry run that would begin with downloads: what follows is not known before them.
+    """Prints the plan of a dry run that starts with downloads; later steps are unknown until these are done.
 
     Args:
-        args: The verb's options.
-        absent: Files that would be fetched, and from where.
+        args: The subcommand's options.
+        absent: Files that would be downloaded, and their URLs.
     """
     from milan_ray.engine.planner import DOWNLOADS, Plan, Step
 
@@ -150,7 +150,7 @@ def show_downloads(args: argparse.Namespace, absent: Sequence[tuple[str, str]]) 
 
 
 def close(args: argparse.Namespace, stage: str, done: Mapping[str, Sequence[str]], failed: Mapping[str, str]) -> int:
-    """Tells the summary which layers are there now, and which models are not and why; returns the exit status."""
+    """Adds the finished layers, and the failed models with reasons, to the summary; returns the exit status."""
     layers = sum(map(len, done.values()))
     note(args, f"{layers} layers of {len(done)} models", layers={model: list(names) for model, names in done.items()})
     args.summary.title = stage

@@ -1,4 +1,4 @@
-"""``milan-ray train``: captioners from annotated units."""
+"""``milan-ray train``: trains captioners on annotated units."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milan_ray.errors import MilanError
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
+    """Adds the subcommand's options."""
     parser.add_argument("--name", type=options.name, help="name of the captioner in the storage (default: the group's)")
     parser.add_argument(
         "--annotations", default="milannotations", metavar="SOURCE", help="source of the annotations to train on"
@@ -46,7 +46,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def fitting(parser: argparse.ArgumentParser) -> None:
-    """How captioners are fitted: sizes, epochs, workers."""
+    """Adds options for the training of captioners: sizes, epochs, workers."""
     config = TrainingConfig()
     parser.add_argument(
         "--epochs", type=options.positive, default=config.max_epochs, help="epochs at most, of each model"
@@ -74,7 +74,7 @@ def fitting(parser: argparse.ArgumentParser) -> None:
 
 
 def training_config(args: argparse.Namespace) -> TrainingConfig:
-    """The options of :func:`fitting` as a record."""
+    """Converts the options of :func:`fitting` to :class:`TrainingConfig`."""
     return TrainingConfig(
         max_epochs=args.epochs,
         patience=args.patience,
@@ -86,7 +86,7 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.annotations.groups import training_groups
     from milan_ray.captioner.fit import Sizes
     from milan_ray.engine.cluster import connected, gpus_each
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.stages.encodings import Encodings
     from milan_ray.stages.training import Training, TrainingJob, run_trainings
 
-    load_plugins(args.plugin)  # they may register groups
+    load_plugins(args.plugin)  # plug-ins may register groups
     storage, resources = open_storage(args), resources_of(args)
     annotated = annotated_layers(storage, args.annotations, args.model)
     if args.group:

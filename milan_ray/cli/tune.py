@@ -1,4 +1,4 @@
-"""``milan-ray tune``: λ, beam size and strategy, or how to train a decoder."""
+"""``milan-ray tune``: tunes λ, beam size and strategy, or the training of a decoder."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ if TYPE_CHECKING:
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Gives the verb its options."""
-    parser.set_defaults(rest={})  # what is no option in the file of --config: what to try
+    """Adds the subcommand's options."""
+    parser.set_defaults(rest={})  # the search space: entries of the --config file that are no options
     parser.add_argument("--annotations", required=True, metavar="SOURCE", help="source of the annotations that judge")
     parser.add_argument(
         "--model",
@@ -42,7 +42,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bert-model", metavar="DIR", help="language model of BERTScore (default: MiniLM, where it is installed)"
     )
-    options.captioner(parser, required=False)  # decoder.yaml tunes how to train one
+    options.captioner(parser, required=False)  # decoder.yaml tunes the training of a captioner
     options.add_to(
         parser,
         options.download,
@@ -55,7 +55,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Does the verb's work; returns the exit status."""
+    """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.engine.stage import run_stage
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _tuning(args: argparse.Namespace, storage: Storage, text: str) -> tuple[list[Encodings], Tuning, str]:
-    """The stages that tune how a captioner decodes, and the captioner's name."""
+    """Builds the stages that tune how a captioner decodes; also returns the captioner's name."""
     from milan_ray.engine.stage import pairs
     from milan_ray.scoring.text import minilm_directory
     from milan_ray.stages.captioners import load_captioner
@@ -100,7 +100,7 @@ def _tuning(args: argparse.Namespace, storage: Storage, text: str) -> tuple[list
 def _decoder_tuning(
     args: argparse.Namespace, storage: Storage, text: str
 ) -> tuple[list[Encodings], DecoderTuning, str]:
-    """The stages that tune how a decoder is trained."""
+    """Builds the stages that tune how a decoder is trained."""
     from milan_ray.engine.stage import pairs
     from milan_ray.stages.decoder_search import DecoderTuning, DecoderTuningJob
     from milan_ray.stages.decoder_space import read_decoder_space

@@ -1,4 +1,4 @@
-"""Audits in the report: a page each, whose units lead to their exemplars."""
+"""Audit pages of the report: one page per audit, with links from its units to their exemplars."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from milan_ray.storage import FILE_NAME, Storage, natural
 
 
 def card_link(model: str, layer: str, unit: int) -> str:
-    """Where a report has, or would have, a unit's exemplars, relative to its folder."""
+    """Returns the link to a unit's exemplars, relative to the report's folder, whether or not the page exists."""
     return f"{layer_folder(model, layer)}index.html#unit-{unit}"
 
 
 def audits(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSummary], left_out: LeftOut) -> list[Row]:
-    """Writes a page for each audit of which all networks are in the report.
+    """Writes a page for each audit whose networks are all in the report.
 
-    Audits are left out whose descriptions have changed since, or of which a table is damaged.
+    Audits are left out if their descriptions have changed since, or if one of their tables is damaged.
 
     Returns:
-        Per audit its name, the page, and how many units it counts on both sides.
+        For each audit: its name, the page, and the numbers of units that it counts on both sides.
     """
     place = {(layer.model, layer.layer): number for number, layer in enumerate(layers)}
     shown = set(place)

@@ -1,4 +1,4 @@
-"""Figures as files: the same rows give the same bytes."""
+"""Saves figures as files reproducibly: the same rows give the same bytes."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ ENDINGS = ("svg", "png")
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty figure, inches; drawn without a display and apart from the user's own pyplot figures."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # matplotlib takes a second: only figures pay it
+    """Creates an empty figure, in inches. It needs no display and is separate from the user's pyplot figures."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # imported here: matplotlib takes a second to import
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -25,11 +25,11 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def files(figure: Figure) -> dict[str, bytes]:
-    """The figure as files: ending → bytes, for each of :data:`ENDINGS`."""
+    """Renders the figure as files: extension → bytes, for each of :data:`ENDINGS`."""
     import matplotlib
 
     found: dict[str, bytes] = {}
-    with matplotlib.rc_context({"svg.hashsalt": "milan_ray"}):  # else SVG's ids are random
+    with matplotlib.rc_context({"svg.hashsalt": "milan_ray"}):  # otherwise the ids in the SVG are random
         for kind in ENDINGS:
             buffer = io.BytesIO()
             metadata = {"Date": None} if kind == "svg" else {"Software": None}
@@ -39,19 +39,19 @@ def files(figure: Figure) -> dict[str, bytes]:
 
 
 def figure_path(storage: Storage, table: Table, ending: str = "svg", stem: str = FIGURE, **keys: str) -> str:
-    """Path of a figure below the storage's root: in the folder of a partition, next to its table.
+    """Path of a figure relative to the storage's root: in the folder of a partition, next to its table.
 
     Args:
         storage: The run directory.
         table: The table.
-        ending: File ending, one of :data:`ENDINGS`.
-        stem: File name without the ending.
+        ending: File extension, one of :data:`ENDINGS`.
+        stem: File name without the extension.
         **keys: Partition keys.
     """
     return storage.path(table, **keys).replace(FILE_NAME, f"{stem}.{ending}")
 
 
 def store_figure(storage: Storage, table: Table, figure: Figure, stem: str = FIGURE, **keys: str) -> None:
-    """Writes a figure next to a partition of a table; arguments as of :func:`figure_path`."""
+    """Writes a figure next to a partition of a table; arguments are those of :func:`figure_path`."""
     for ending, content in files(figure).items():
         storage.put(figure_path(storage, table, ending, stem, **keys), content)

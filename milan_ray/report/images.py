@@ -1,4 +1,4 @@
-"""The report's images: one thumbnail per image and view, one strip of masks per unit."""
+"""Writes the report's images: one thumbnail per image and view, and one strip of masks per unit."""
 
 from __future__ import annotations
 
@@ -26,34 +26,34 @@ from milan_ray.storage import Storage
 from milan_ray.storage.image_blocks import decode, find_images
 
 THUMBNAIL = 224
-"""Longest side of a thumbnail in pixels: twice the size it is shown at, for dense displays."""
+"""Longest side of a thumbnail in pixels: twice the displayed size, for high-density displays."""
 
 FOLDER = 1000
-"""Images whose ids differ by less may share a folder."""
+"""Number of consecutive image ids that share a folder."""
 
 _SMALL = 128  # pixels
-_BATCH = 256  # masks drawn between two looks at the next ones
+_BATCH = 256  # masks read between two rounds of rendering
 
-_SHADE = bytes([191, 0])  # alpha of bit 0 and bit 1: black at .75 over an image leaves a quarter of its light
+_SHADE = bytes([191, 0])  # alpha of bit 0 and bit 1: black at opacity .75 leaves a quarter of an image's brightness
 
 
 def image_folder(probe: str, view: str) -> str:
-    """The folder of a probe's thumbnails, below the report's folder."""
+    """Returns the folder of a probe's thumbnails, relative to the report's folder."""
     digest = hashlib.sha256(f"{probe}\n{view}".encode()).hexdigest()
     return f"images/{digest[:12]}"
 
 
 def image_source(probe: str, view: str, image_id: int) -> str:
-    """Where the thumbnail of an image lies below the report's folder."""
+    """Returns the path of an image's thumbnail, relative to the report's folder."""
     return f"{image_folder(probe, view)}/{image_id // FOLDER}/{image_id}.jpg"
 
 
 def mask_strip(masks: Sequence[bytes], height: int, width: int) -> bytes:
-    """A unit's masks as a veil to lay over its images: black at .75 outside the mask, transparent inside.
+    """Renders a unit's masks as an overlay for its images: black at opacity .75 outside the mask, transparent inside.
 
-    Over an image it gives the reference's masked image, `image * (mask == 0 ? .25 : 1)` (its
-    `as_masked_images_tensor`), without a copy of the image per unit. Small masks are repeated up to thumbnail size, so
-    that a browser's smooth scaling does not blur one mask into the next.
+    On top of an image, the overlay gives the reference's masked image, `image * (mask == 0 ? .25 : 1)` (its
+    `as_masked_images_tensor`), without a copy of the image per unit. Small masks are upscaled by repetition to
+    thumbnail size, so that a browser's smooth scaling does not blur adjacent masks into each other.
 
     Args:
         masks: n masks of height·width bits each, row-major, packed big-endian.
@@ -61,11 +61,11 @@ def mask_strip(masks: Sequence[bytes], height: int, width: int) -> bytes:
         width: Pixels.
 
     Returns:
-        A PNG of one bit per pixel, the masks below each other, n·f·height × f·width with a whole f ≥ 1.
+        A PNG of one bit per pixel with the masks stacked vertically, n·f·height × f·width with an integer f ≥ 1.
     """
     bits = unpack(list(masks), (height, width)).view(np.uint8).reshape(-1, width)
     factor = math.ceil(THUMBNAIL / max(height, width))
-    if factor > 1:  # the copies take longer than all else
+    if factor > 1:  # skipped for 1, because copying takes most of the time
         bits = bits.repeat(factor, axis=0).repeat(factor, axis=1)
     strip = Image.frombytes("P", bits.shape[::-1], bits.tobytes())
     strip.putpalette(bytes(6))
@@ -75,18 +75,18 @@ def mask_strip(masks: Sequence[bytes], height: int, width: int) -> bytes:
 
 
 def write_masks(pieces: Iterable[pa.Table], counts: Mapping[int, int], shape: tuple[int, int], folder: Path) -> None:
-    """Writes the strip of every unit, `UNIT.png`; the folder is there when all of them are.
+    """Writes the strip of every unit, `UNIT.png`. The folder appears only when all strips are written.
 
-    Holds one piece at a time and the units that it has a part of.
+    Holds in memory one piece at a time, and the masks of incomplete units.
 
     Args:
         pieces: Columns unit, rank and mask of a layer's exemplars, in any order.
-        counts: Unit → exemplars.
+        counts: Unit → number of exemplars.
         shape: Height and width of the masks.
-        folder: Where to; must not exist.
+        folder: Folder to write; must not exist.
     """
     partial = folder.with_name(f"{folder.name}.part")
-    if partial.exists():  # of a report that was cut short
+    if partial.exists():  # left by an interrupted report
         shutil.rmtree(partial)
     partial.mkdir(parents=True)
     waiting: dict[int, dict[int, bytes]] = defaultdict(dict)
@@ -105,12 +105,12 @@ def write_masks(pieces: Iterable[pa.Table], counts: Mapping[int, int], shape: tu
 
 
 def write_names(storage: Storage, folder: Path, probe: str, view: str, image_ids: set[int], left_out: LeftOut) -> None:
-    """Writes what the manifest says of some images, path and class: a script per :data:`FOLDER` of images.
+    """Writes the path and class of some images, from the manifest: one script per :data:`FOLDER` image ids.
 
-    Of a damaged manifest, the names before the damage are written.
+    If the manifest is damaged, the names before the damage are written.
     """
     if left_out.unless_damaged(lambda: storage.metadata(MANIFEST, probe=probe), None) is None:
-        return  # exemplars that were brought along
+        return  # imported exemplars have no manifest
 
     def shown() -> Iterator[tuple[int, str | None, str]]:
         try:
@@ -128,20 +128,20 @@ def write_names(storage: Storage, folder: Path, probe: str, view: str, image_ids
 
 
 def thumbnail(png: bytes) -> bytes:
-    """A view as a JPEG of at most :data:`THUMBNAIL` pixels a side."""
+    """Converts a view to a JPEG of at most :data:`THUMBNAIL` pixels a side."""
     image = Image.fromarray(decode(png))
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    # Small views keep their full colour resolution; of large ones a third of the bytes is saved.
+    # Small views keep full colour resolution; chroma subsampling saves a third of the bytes of large ones.
     image.save(buffer, "JPEG", quality=85, subsampling=0 if max(image.size) <= _SMALL else 2)
     return buffer.getvalue()
 
 
 def write_images(storage: Storage, folder: Path, probe: str, view: str, image_ids: set[int], left_out: LeftOut) -> None:
-    """Writes the thumbnails of some images of one probe and view, block by block; those already there stay.
+    """Writes the thumbnails of some images of one probe and view, block by block; existing thumbnails are kept.
 
     Raises:
-        MilanError: The views table lacks one of them, and no block is damaged.
+        MilanError: The views table lacks one of the images, and no block is damaged.
     """
     before = len(left_out.said)
     missing = {i for i in image_ids if not (folder / image_source(probe, view, i)).exists()}

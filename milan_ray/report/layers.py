@@ -1,8 +1,8 @@
-"""A layer's page and its data: an index of its units, their cards page by page, their masks.
+"""Writes a layer's page and its data: an index of its units, their cards page by page, and their masks.
 
-The page is an empty frame that its scripts fill: `units.js` is the layer column by column, small enough to search a
-zoo with, and `cards/N.js` has all that the report knows of the N-th :data:`PAGE_SIZE` units. A unit has no file but
-its strip of masks: its page is the layer's page with `#unit-12` behind it.
+The page is an empty frame that its scripts fill. `units.js` holds the layer column by column and is small enough for
+searches over a whole zoo. `cards/N.js` holds all data on the N-th :data:`PAGE_SIZE` units. The only file of a single
+unit is its strip of masks; a unit's page is the layer's page with the fragment `#unit-12`.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ PAGE_SIZE = 40
 """Unit cards per page, and per script."""
 
 ROOT = "../../../"
-"""The way from a layer's page to the report's folder."""
+"""Relative path from a layer's page to the report's folder."""
 
-_EXAMPLES = 12  # per layer, on its model's page; the overview has the first of them
+_EXAMPLES = 12  # per layer, on its model's page; the overview shows the first of them
 _MOST_SAID = 5
 _NEAREST = 8
 _N_BEST = 10
-_MASKS = 1  # version of what mask_strip draws
-_OWN, _OF_EXEMPLARS = "own", "exemplars"  # of table unit_scores
+_MASKS = 1  # version of the output of mask_strip
+_OWN, _OF_EXEMPLARS = "own", "exemplars"  # names in table unit_scores
 
 
 @dataclass(frozen=True)
 class Sources:
-    """What of the run directory the layers' pages show.
+    """The parts of the run directory that the layers' pages show.
 
     Attributes:
         storage: The run directory.
-        labelers: Whose descriptions, the main one first.
+        labelers: Labelers whose descriptions are shown, the main one first.
         annotations: Sources of annotations.
         encodings: (model, layer) → encoders that have encoded its exemplars.
         scores: (model, layer) → partitions of unit_scores.
-        left_out: Says which damaged tables are not shown.
+        left_out: Records which damaged tables are not shown.
     """
 
     storage: Storage
@@ -73,32 +73,32 @@ class Sources:
         return cls(storage, tuple(labelers), tuple(annotations), dict(encodings), dict(scores), left_out)
 
     def rows(self, table: Table, **keys: str) -> pa.Table:
-        """A partition's rows, as :func:`read_rows` gives them; none where it is damaged."""
+        """Reads a partition's rows by :func:`read_rows`; returns none if the partition is damaged."""
         read = partial(read_rows, self.storage, table, **keys)
         return self.left_out.unless_damaged(read, table.schema.empty_table())
 
     def named(self, probe: str) -> bool:
-        """Whether there is a manifest that names a probe's images."""
+        """Whether a manifest with the names of a probe's images exists."""
         look = partial(self.storage.metadata, MANIFEST, probe=probe)
         return self.left_out.unless_damaged(look, None) is not None
 
 
 @dataclass(frozen=True)
 class LayerSummary:
-    """What the overview and the model's page say about a layer.
+    """Data on a layer for the overview and the model's page.
 
     Attributes:
         model: The model's name.
         layer: The layer's name.
         href: The layer's folder, relative to the report's, with a slash at its end.
-        masks: The folder of its masks, in the same way.
+        masks: The folder of its masks, in the same form.
         shape: Height and width of its masks.
-        units: Units in all.
-        described: Units with a description.
-        means: Per labeler, the mean of its finite scores; None without any.
+        units: Number of units.
+        described: Number of units with a description.
+        means: For each labeler, the mean of its finite scores; None if it has none.
         examples: A few units: unit, image, description.
         most_said: The main labeler's most frequent descriptions, with their units.
-        columns: What its units can be sorted by, key → name.
+        columns: Keys that the units can be sorted by, key → name.
     """
 
     model: str
@@ -114,12 +114,12 @@ class LayerSummary:
     columns: dict[str, str]
 
     def card(self, unit: int) -> str:
-        """Where a unit's page is, relative to the report's folder."""
+        """Returns the link to a unit's page, relative to the report's folder."""
         return f"{self.href}index.html#unit-{unit}"
 
 
 class _ByUnit:
-    """A partition's rows, to be asked for a few neighbouring units at a time."""
+    """A partition's rows, sorted for access by ranges of units."""
 
     def __init__(self, table: pa.Table, then: str | None = None) -> None:
         unit = table["unit"].to_numpy()
@@ -129,7 +129,7 @@ class _ByUnit:
         self.unit_of = unit[order]
 
     def rows(self, units: Sequence[int]) -> dict[int, list[Row]]:
-        """The rows of some units, which are ascending and leave out none that the table has between them."""
+        """Returns the rows of ``units``, which must be ascending and contain all of the table's units in that range."""
         start, stop = np.searchsorted(self.unit_of, [units[0], units[-1] + 1])
         found: dict[int, list[Row]] = defaultdict(list)
         for row in self._table.slice(start, stop - start).to_pylist():
@@ -139,7 +139,7 @@ class _ByUnit:
 
 @dataclass
 class _Layer:
-    """A layer's tables, without masks, and what is gathered of them for the index."""
+    """A layer's tables, without masks, and the data collected from them for the index."""
 
     sources: Sources
     model: str
@@ -152,9 +152,9 @@ class _Layer:
     scores: dict[tuple[str, str], _ByUnit]  # (predictor, labeler) → rows
     first: list[int | None] = field(default_factory=list)
     texts: dict[str, int] = field(default_factory=dict)  # description → number
-    labels: list[list[int]] = field(default_factory=list)  # per labeler and unit, a number; −1 without
+    labels: list[list[int]] = field(default_factory=list)  # per labeler and unit, a number from texts, or −1
     columns: dict[str, Row] = field(default_factory=dict)
-    stale: int = 0  # scores of earlier descriptions
+    stale: int = 0  # number of scores of earlier descriptions
 
     @classmethod
     def read(cls, sources: Sources, model: str, layer: str) -> _Layer:
@@ -187,12 +187,12 @@ class _Layer:
 
     @property
     def masks(self) -> str:
-        """The masks' folder; another one when they change, so that those that are there need not be drawn again."""
+        """The masks' folder. Its name changes with the masks, so that existing masks need not be rendered again."""
         return f"{self.href}masks-{_MASKS}-{slug(self.metadata[CONFIG_KEY])}/"
 
     @property
     def source(self) -> tuple[str, str]:
-        """Digest of the probe and key of the view: which images the exemplars are."""
+        """Digest of the probe and key of the view, which identify the exemplars' images."""
         return self.metadata["probe"], self.metadata["view"]
 
     @property
@@ -205,7 +205,7 @@ class _Layer:
         return sorted({*self.exemplars.unit_of.tolist(), *self.levels.unit_of.tolist()})
 
     def nearest(self) -> dict[int, list[tuple[int, float]]]:
-        """Each unit's nearest by its exemplars' encodings, where there are any on this machine."""
+        """Returns each unit's nearest units by its exemplars' encodings, if these exist on this machine."""
         for encoder in (
             self.sources.encodings.get((self.model, self.layer), []) if self.sources.storage.is_local else []
         ):
@@ -220,7 +220,7 @@ class _Layer:
         return {}
 
     def _means(self, encoder: str) -> tuple[np.ndarray, np.ndarray] | None:
-        """Units and their mean encodings; None where they are of other exemplars."""
+        """Returns units and their mean encodings; None if the encodings are of other exemplars."""
         storage, at = self.sources.storage, {"encoder": encoder, **self.keys}
         if storage.exemplars_of(ENCODINGS, **at) not in (None, self.metadata.get(CONFIG_KEY)):
             return None
@@ -241,17 +241,17 @@ def write_layer(
     Args:
         out: The report's folder.
         pages: Writes pages.
-        sources: What is shown.
+        sources: The data to show.
         model: The model's name.
         layer: The layer's name.
-        siblings: The model's layers in the report, this one too, as :func:`layer_folder` names them.
-        images: (probe, view) → images shown, to which this layer's are added.
+        siblings: The model's layers in the report, including this one, as named by :func:`layer_folder`.
+        images: (probe, view) → images shown; this layer's images are added to it.
 
     Returns:
-        What the overview says of it.
+        The layer's data for the overview.
 
     Raises:
-        DamagedTable: Its exemplars are.
+        DamagedTable: The layer's exemplars are damaged.
     """
     found = _Layer.read(sources, model, layer)
     folder, units = out / found.href, found.units
@@ -306,12 +306,12 @@ def write_layer(
 
 
 def layer_folder(model: str, layer: str) -> str:
-    """A layer's folder, relative to the report's, with a slash at its end."""
+    """Returns a layer's folder, relative to the report's, with a slash at its end."""
     return f"layers/{slug(model)}/{slug(layer)}/"
 
 
 def read_rows(storage: Storage, table: Table, **keys: str) -> pa.Table:
-    """A partition's rows; none where it does not exist, or speaks of exemplars that are no longer there."""
+    """Reads a partition's rows; returns none if it does not exist, or refers to exemplars that no longer exist."""
     metadata = storage.metadata(table, **keys)
     if metadata is None:
         return table.schema.empty_table()
@@ -324,7 +324,7 @@ def read_rows(storage: Storage, table: Table, **keys: str) -> pa.Table:
 
 
 def _tidy(out: Path, layer: _Layer) -> None:
-    """Removes what an earlier report left in a layer's folder, except masks that are still the same."""
+    """Removes the files of an earlier report from a layer's folder, except unchanged masks."""
     folder = out / layer.href
     for path in folder.iterdir() if folder.exists() else ():
         if path == out / layer.masks:
@@ -338,7 +338,7 @@ def _tidy(out: Path, layer: _Layer) -> None:
 def _cards(
     layer: _Layer, units: Sequence[int], start: int, total: int, near: dict[int, list[tuple[int, float]]]
 ) -> Iterator[Row]:
-    """All that is known of some units; on the way, what the index says of them."""
+    """Yields the cards of some units, and adds these units to the layer's index."""
     exemplars, levels = layer.exemplars.rows(units), layer.levels.rows(units)
     labels = {name: rows.rows(units) for name, rows in layer.descriptions.items()}
     annotations = [table.rows(units) for table in layer.annotations]
@@ -391,7 +391,7 @@ def _scores(
     said: Sequence[Row | None],
     put: Callable[[str, str, float | None], None],
 ) -> Iterator[Row]:
-    """A unit's scores, one per judge, labeler and metric, where what was judged is the description of today."""
+    """Yields a unit's scores per judge, labeler and metric, if the scored description is the current one."""
     now = dict(zip(layer.descriptions, said, strict=True))
     for (predictor, labeler), rows in scores.items():
         metrics: dict[str, dict[str, Row]] = defaultdict(dict)
@@ -438,7 +438,7 @@ def _summary(layer: _Layer, units: Sequence[int], columns: dict[str, str]) -> La
 
 
 def _examples(layer: _Layer, units: Sequence[int], scores: Sequence[float | None] | None) -> list[Row]:
-    """The best scored units, no description twice; without scores, units spread over the layer."""
+    """Selects the units with the best scores and distinct descriptions; without scores, evenly spaced units."""
     texts = list(layer.texts)
     places = [place for place, image in enumerate(layer.first) if image is not None]
     if scores is None:

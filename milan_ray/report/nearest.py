@@ -1,4 +1,4 @@
-"""Nearest units: whose exemplars look alike to the captioner's encoder."""
+"""Finds nearest units, whose exemplars have similar encodings by the captioner's encoder."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 
-_BLOCK = 1024  # units compared with all others at once: 64 MiB of cosines beside 16,384 units
+_BLOCK = 1024  # units compared with all others at once: 64 MiB of cosines for a layer of 16,384 units
 
 
 def mean_features(pieces: Iterable[pa.Table]) -> tuple[np.ndarray, np.ndarray]:
-    """The mean encoding of each unit's exemplars.
+    """Computes the mean encoding of each unit's exemplars.
 
     Args:
-        pieces: Columns unit and feature (F numbers each) of the table of encodings, in any order; held one at a time.
+        pieces: Columns unit and feature (F numbers each) of the table of encodings, in any order; only one piece is
+            held in memory at a time.
 
     Returns:
         U units, ascending, and their means, float32 (U, F).
@@ -40,17 +41,17 @@ def mean_features(pieces: Iterable[pa.Table]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def nearest(features: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
-    """The nearest others of each unit, exactly, by the cosine of what sets them apart from their mean.
+    """Finds the exact nearest neighbours of each unit, by the cosine of mean-centred encodings.
 
-    Without the mean taken off, all encodings of photographs are near each other: what they share says nothing.
+    The mean over units is subtracted, because the encodings of photographs share a large uninformative component.
 
     Args:
         features: (U, F), float32.
-        top: Others per unit.
+        top: Neighbours per unit.
 
     Returns:
-        Places of the others, the nearest first, of equals the first one first, int64 (U, min(top, U − 1)); and their
-        cosines, float32. A unit that is the mean itself has cosine 0 with all.
+        Positions of the neighbours, the nearest first (ties: lower position first), int64 (U, min(top, U − 1)); and
+        their cosines, float32. A unit that equals the mean has cosine 0 with all.
     """
     count = max(0, min(top, len(features) - 1))
     apart = features - features.mean(axis=0, keepdims=True) if len(features) else features
@@ -61,8 +62,8 @@ def nearest(features: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     for start in range(0, len(features) if count else 0, _BLOCK):
         found = apart[start : start + _BLOCK] @ apart.T
         rows = np.arange(len(found))
-        found[rows, start + rows] = -np.inf  # not itself
-        # All that reach the last place's cosine are candidates, so that equals are in order of their place.
+        found[rows, start + rows] = -np.inf  # excludes the unit itself
+        # Candidates are all units that reach the last neighbour's cosine, so that ties are in order of position.
         bars = -np.partition(-found, count - 1, axis=1)[:, count - 1]
         for row in rows:
             candidates = np.flatnonzero(found[row] >= bars[row])

@@ -1,4 +1,4 @@
-"""What all pages are written with: names of files, figures for people, templates, scripts that carry data."""
+"""Helpers to write pages: file names, number formats, templates, and scripts that carry data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 TEMPLATES = Path(__file__).parent / "templates"
 
 ASSETS = ("report.css", "report.js", "browse.js", "unit.js", "difference.js")
-"""Files beside the overview that all pages share."""
+"""Files next to the overview that all pages share."""
 
 _DIGITS = 6
 
@@ -22,10 +22,10 @@ Row = dict[str, Any]
 
 
 class Pages:
-    """Renders templates, everything escaped.
+    """Renders templates with autoescaping.
 
     Args:
-        shared: What every template may use.
+        shared: Variables for all templates.
     """
 
     def __init__(self, **shared: Any) -> None:
@@ -44,9 +44,9 @@ class Pages:
 
         Args:
             template: File name of its template.
-            path: Where to.
-            root: The way from it to the report's folder: empty, or with a slash at its end.
-            **context: What the template shows.
+            path: File to write.
+            root: Relative path from the page to the report's folder: empty, or with a slash at its end.
+            **context: Variables of the template.
         """
         html = self._env.get_template(template).render(root=root, **self._shared, **context)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -54,9 +54,9 @@ class Pages:
 
 
 def slug(name: str) -> str:
-    """A file name for any model or layer name: readable, portable, and another one for every other name.
+    """Returns a file name for any model or layer name: readable, portable and unique.
 
-    The digest keeps names apart that differ in letter case (file systems may not) or in odd characters only.
+    A digest distinguishes names that differ only in case (which some file systems ignore) or in special characters.
     """
     readable = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-.")[:60]
     return f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:10]}"
@@ -65,11 +65,11 @@ def slug(name: str) -> str:
 def write_script(path: Path, function: str, *arguments: Any) -> None:
     """Writes a script that calls one function with data.
 
-    A page opened from disk may load scripts, but can neither fetch nor import. JSON in ASCII is always a JavaScript
-    expression (U+2028 is escaped); ``<`` is escaped too, so that the file may even stand inside a page.
+    A page opened from disk may load scripts, but can neither fetch nor import. ASCII JSON is always a valid JavaScript
+    expression (U+2028 is escaped). ``<`` is escaped too, so that the script can also be inlined in a page.
 
     Args:
-        path: Where to.
+        path: File to write.
         function: The function's name.
         *arguments: JSON-like data; without NaN and infinity.
     """
@@ -79,10 +79,10 @@ def write_script(path: Path, function: str, *arguments: Any) -> None:
 
 
 def short(value: float | None) -> float | None:
-    """A figure as scripts carry it: six significant digits; None for what is not finite."""
+    """Rounds a number for scripts to six significant digits; returns None if it is not finite."""
     return float(f"{value:.{_DIGITS}g}") if value is not None and math.isfinite(value) else None
 
 
 def number(value: float | None) -> str:
-    """A figure for people: four significant digits, a true minus sign, a dash where there is none."""
+    """Formats a number for display: four significant digits, a typographic minus sign, a dash for none."""
     return "–" if value is None or math.isnan(value) else f"{value:.4g}".replace("-", "−")

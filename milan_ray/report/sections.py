@@ -1,4 +1,4 @@
-"""What the overview and the models' pages show beside layers: evaluations, figures, differences, what ran."""
+"""Sections of the overview and the models' pages besides layers: evaluations, figures, differences, runs."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ _ABOUT = {
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure that lies beside a table.
+    """A figure that is stored next to a table.
 
     Attributes:
-        title: What it is of.
+        title: Title of the figure.
         file: Its copy, relative to the report's folder.
-        about: What it shows, for those who do not see it.
-        model: The model that it is of; None where it is not of one.
+        about: Alternative text.
+        model: The model that the figure is about; None if there is no single one.
     """
 
     title: str
@@ -48,7 +48,7 @@ class Figure:
 
 
 def evaluations(rows: Sequence[Row]) -> list[Row]:
-    """Scores as one table per experiment: a row per system, a column per metric."""
+    """Arranges scores as one table per experiment, with a row per system and a column per metric."""
     tables = []
     for experiment in dict.fromkeys(row["experiment"] for row in rows):
         cells = {(row["system"], row["metric"]): row for row in rows if row["experiment"] == experiment}
@@ -77,7 +77,7 @@ def evaluations(rows: Sequence[Row]) -> list[Row]:
 
 
 def rows_of(storage: Storage, table: Table, left_out: LeftOut, **where: str) -> list[Row]:
-    """The rows of all partitions of a table that are not damaged."""
+    """Reads the rows of all undamaged partitions of a table."""
     empty = table.schema.empty_table()
     found = storage.partitions(table, **where)
     tables = [left_out.unless_damaged(partial(storage.read, table, **keys), empty) for keys in found]
@@ -85,7 +85,7 @@ def rows_of(storage: Storage, table: Table, left_out: LeftOut, **where: str) -> 
 
 
 def skipped(storage: Storage, models: Sequence[str], left_out: LeftOut) -> list[Row]:
-    """Models with images left out: rows, and reasons with how often."""
+    """Lists models with skipped images: the rows, and the reasons with their frequencies."""
     tables = []
     for keys in storage.partitions(SKIPPED):
         model = keys["model"]
@@ -98,7 +98,7 @@ def skipped(storage: Storage, models: Sequence[str], left_out: LeftOut) -> list[
 
 
 def figures(storage: Storage, out: Path) -> list[Figure]:
-    """Copies the figures that lie beside tables of experiments and tunings, whatever these are."""
+    """Copies the figures that are stored next to tables of experiments and tunings of any kind."""
     found = []
     for table in (table for table in TABLES if {"experiment", "sweep"} & {*table.partition}):
         for keys in storage.partitions(table):
@@ -119,10 +119,10 @@ def differences(
 ) -> list[Row]:
     """Writes a page for each pair of networks that were compared and are both in the report.
 
-    Pairs are left out whose descriptions are no longer those that were compared.
+    Pairs are left out if their descriptions have changed since the comparison.
 
     Returns:
-        Per pair what the overview shows of it.
+        For each pair, its row in the overview.
     """
     shown = {(layer.model, layer.layer): layer for layer in layers}
     models = {layer.model for layer in layers}
@@ -184,7 +184,7 @@ def differences(
 
 
 def provenance(storage: Storage, models: Sequence[str], left_out: LeftOut) -> Row:
-    """What ran for these models, and the versions it ran with."""
+    """Lists the runs for these models, and the software versions they used."""
     runs = [row for row in rows_of(storage, RUNS, left_out) if row["model"] in models or not row["model"]]
     versions: dict[str, list[str]] = {}
     for row in runs:

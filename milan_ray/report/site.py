@@ -1,8 +1,8 @@
 """Writes the report: an overview, a page per model, layer and pair of compared networks, and the data they show.
 
-Plain files that open from disk: no server, no request to anywhere. `file://` allows a page to load scripts and images
-and nothing else, so all data are scripts. Layers are written one by one, their cards page by page and their masks row
-group by row group: what is held in memory depends on the widest layer, not on how many units there are.
+The report consists of plain files that open from disk: it needs no server and makes no requests. `file://` allows a
+page to load only scripts and images, so all data are scripts. Layers are written one by one, their cards page by page
+and their masks row group by row group. Memory use therefore depends on the widest layer, not on the number of units.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, SCORES
 from milan_ray.storage import Storage, natural
 
 PAPER = "paper/index.html"
-"""The page of `jobs.paper` below the report's folder, to which the overview links where it exists."""
+"""The page of `jobs.paper`, relative to the report's folder; the overview links to it if it exists."""
 
 _SKIPPED_LISTED = 100
-_LAYERS_WITH_EXAMPLES = 100  # beyond that the overview leaves examples to the models' pages
+_LAYERS_WITH_EXAMPLES = 100  # with more layers, only the models' pages show examples
 
 Progress = Callable[[int, int, str], None]
 
@@ -47,29 +47,29 @@ def write_report(
 ) -> Path:
     """Writes the static HTML report of a run directory.
 
-    Needs exemplars and views; shows levels, descriptions, annotations, scores, nearest units, differences, figures of
-    experiments, skipped images and runs where there are any. Without descriptions it is a plain sheet of exemplars. An
-    existing report in the same folder is replaced, except images and masks that are still the same; the overview is
-    written last.
+    Needs exemplars and views. Also shows levels, descriptions, annotations, scores, nearest units, differences, figures
+    of experiments, skipped images and runs, if they exist. Without descriptions, the report shows only exemplars. An
+    existing report in the same folder is replaced, except unchanged images and masks. The overview is written last.
 
-    Damaged tables are left out, and it is said which: layers whose exemplars are, else what the table would show.
+    Damaged tables are left out and reported: the whole layer if its exemplars are damaged, otherwise only the data of
+    the table.
 
     Args:
         storage: The run directory.
         out_dir: Local folder for the report; made when missing.
-        models: Which models; None for all that have exemplars.
-        labelers: Whose descriptions, the one whose scores count first; None for all, in alphabetical order.
+        models: Models to show; None for all that have exemplars.
+        labelers: Labelers to show, the main one (whose scores rank units) first; None for all, in alphabetical order.
         title: Heading of the overview.
         scores: Evaluation to show (schema :data:`milan_ray.schema.SCORES`); None for all in the run directory.
         notes: Remarks for the overview, heading → text.
-        progress: Called before each layer and once at the end as `progress(layers done, layers in all, what)`.
+        progress: Called before each layer and once at the end as `progress(layers done, total layers, what)`.
 
     Returns:
         The path of `index.html`.
 
     Raises:
-        MilanError: There are no exemplars, none of a model or labeler that was asked for, all of them are damaged, a
-            view is missing, or the folder cannot be written.
+        MilanError: There are no exemplars, or none of a given model or labeler; all of them are damaged; a view is
+            missing; or the folder cannot be written.
     """
     out = Path(out_dir)
     found = storage.partitions(EXEMPLARS)
@@ -86,7 +86,7 @@ def write_report(
     try:
         out.mkdir(parents=True, exist_ok=True)
         index = out / "index.html"
-        index.unlink(missing_ok=True)  # no overview, no report: one that was cut short is not taken for a whole one
+        index.unlink(missing_ok=True)  # so that an interrupted report is not mistaken for a complete one
         summaries, images = _write_layers(out, pages, sources, layers, progress)
         for (probe, view), image_ids in images.items():
             write_images(storage, out, probe, view, image_ids, left_out)
@@ -105,13 +105,13 @@ def write_report(
 def _write_layers(
     out: Path, pages: Pages, sources: Sources, layers: list[dict[str, str]], progress: Progress | None
 ) -> tuple[list[LayerSummary], dict[tuple[str, str], set[int]]]:
-    """Writes the layers' pages; the damaged ones leave the list, and no page names them.
+    """Writes the layers' pages. Damaged layers are removed from the list, and no page refers to them.
 
     Returns:
-        What the overview says of each; (probe, view) → images shown.
+        Each layer's data for the overview; (probe, view) → images shown.
 
     Raises:
-        DamagedTable: All of them are.
+        DamagedTable: All layers are damaged.
     """
     images: dict[tuple[str, str], set[int]] = defaultdict(set)
     summaries: list[LayerSummary] = []
@@ -126,7 +126,7 @@ def _write_layers(
             if not layers:
                 raise
             sources.left_out.note(error)
-            # From the first: earlier pages name this one. Masks that are drawn stay.
+            # Starts over, because earlier pages refer to this layer. Masks already rendered are kept.
             return _write_layers(out, pages, sources, layers, progress)
     return summaries, images
 
@@ -142,7 +142,7 @@ def _write_overview(
     images: int,
     left_out: LeftOut,
 ) -> None:
-    """The models' pages and the overview, which shares out what is of one model alone."""
+    """Writes the models' pages and the overview; sections about a single model go to that model's page."""
     models = {model: list(of) for model, of in groupby(layers, key=lambda layer: layer.model)}
     rows = rows_of(storage, SCORES, left_out) if scores is None else scores.to_pylist()
     tables, drawn = evaluations(rows), figures(storage, out)
@@ -193,7 +193,7 @@ def _write_overview(
 
 
 def _chosen(kind: str, wanted: Sequence[str] | None, known: Sequence[str]) -> list[str]:
-    """The wanted names, all of which must be known; all known names in natural order when none are given."""
+    """Returns the wanted names, all of which must be known; if None, all known names in natural order."""
     if wanted is None:
         return sorted(set(known), key=natural)
     for name in wanted:

@@ -1,1 +1,1 @@
-"""How good are descriptions: text measures against annotations, AUROC, bootstrap intervals."""
+"""Scores descriptions: text measures against annotations, AUROC, bootstrap intervals."""

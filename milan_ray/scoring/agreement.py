@@ -11,7 +11,8 @@ from milan_ray.scoring.bootstrap import interval, ratio, resampling_counts
 from milan_ray.scoring.text import ROUGE_KEYS, References, normalize, rouge_statistics
 
 TextScore = Callable[[Sequence[str], References, Sequence[str]], np.ndarray]
-"""Scores N texts against the references of each; documents weight the words. Returns (N, 3): precision, recall, F."""
+"""Scores N texts, each against its references; word weights come from the documents (third argument).
+Returns (N, 3): precision, recall, F."""
 
 
 def rouge_l(texts: Sequence[str], references: References, documents: Sequence[str] | None = None) -> np.ndarray:
@@ -20,7 +21,7 @@ def rouge_l(texts: Sequence[str], references: References, documents: Sequence[st
     Args:
         texts: N texts.
         references: References of each text; the score is the mean over them.
-        documents: Not used; BERTScore weights words by them.
+        documents: Not used; BERTScore computes word weights from them.
 
     Returns:
         float64 (N, 3): precision, recall, F.
@@ -34,11 +35,11 @@ def leave_one_out(texts: pl.DataFrame, score: TextScore) -> pl.DataFrame:
     """Scores every annotation against the other annotations of its unit.
 
     Args:
-        texts: Columns layer, unit, text and any others; with ``model``, units of several models are kept apart.
+        texts: Columns layer, unit, text and any others. A ``model`` column separates the units of several models.
         score: BERTScore, or :func:`rouge_l`.
 
     Returns:
-        The rows that could be compared, with a column score (F). Annotations without words and units with one
+        The rows that can be compared, with a column score (F). Annotations without words and units with only one
         annotation are left out.
     """
     unit = [name for name in ("model", "layer", "unit") if name in texts.columns]
@@ -66,15 +67,15 @@ def annotator_agreement(
     Args:
         texts: Columns layer, unit, text and those of ``by``.
         bert_score: The scorer; scores of different language models cannot be compared.
-        by: Columns to group by; with ``annotator``, each annotator's agreement with the others. Empty gives one row
+        by: Columns to group by. ``annotator`` gives each annotator's agreement with the others; empty gives one row
             for all annotations.
         samples: Bootstrap resamples.
         seed: Seed of the bootstrap.
 
     Returns:
-        The columns of ``by``, then units, texts (compared), agreement (mean F) and the ends low and high of its 95 %
-        bootstrap interval over units; groups in the order they first occur. Annotations without words and units with
-        one annotation are left out.
+        The columns of ``by``, then units, texts (number compared), agreement (mean F) and the ends low and high of its
+        95 % bootstrap interval over units. Groups are in order of first occurrence. Annotations without words and units
+        with only one annotation are left out.
     """
     return mean_agreement(leave_one_out(texts, bert_score), by, samples, seed)
 

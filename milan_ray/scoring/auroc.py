@@ -1,4 +1,4 @@
-"""Area under the ROC curve of many units for many targets at once."""
+"""Areas under the ROC curve for all pairs of units and targets at once."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def average_ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks down each column, 1 = smallest; equal values share the mean of their ranks.
+    """Ranks the values within each column, 1 = smallest; equal values share the mean of their ranks.
 
     Args:
         values: (N, U), without NaN.
@@ -30,10 +30,10 @@ def average_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def auroc(activations: np.ndarray, targets: np.ndarray) -> np.ndarray:
-    """How well each unit's activation tells the items of each target from the others.
+    """Computes how well each unit's activation separates the items of each target from the others.
 
-    The probability that an item of the target activates the unit more than an item outside does, ties counting one half
-    (the Mann-Whitney statistic, from average ranks).
+    AUROC is the probability that an item of the target activates the unit more than an item outside it, where ties
+    count one half (the Mann-Whitney statistic, from average ranks).
 
     Args:
         activations: (N, U), one activation per item and unit.

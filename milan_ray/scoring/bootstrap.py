@@ -1,8 +1,8 @@
 """Percentile bootstrap over units, for any measure that is a function of sums over units.
 
-BLEU, ROUGE, BERTScore and every share or mean are: each unit has a row of additive statistics, a resample is a count
-per unit, and ``counts @ statistics`` are the resampled sums. Nothing is tokenised or scored twice, and because systems
-share the counts their differences are paired.
+BLEU, ROUGE, BERTScore and every share or mean are such measures. Each unit has a row of additive statistics, a resample
+is a count per unit, and ``counts @ statistics`` gives the resampled sums. Nothing is tokenised or scored twice. Systems
+share the counts, so their differences are paired.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 
 Measure = Callable[[np.ndarray], np.ndarray]
-"""From sums (B, K) to values (B,)."""
+"""Maps sums (B, K) to values (B,)."""
 
 
 class Interval(NamedTuple):
-    """A value on all units with the ends of its 95 % percentile interval."""
+    """A value over all units, and the ends of its 95 % percentile interval."""
 
     value: float
     low: float
@@ -36,7 +36,7 @@ def resampling_counts(units: int, samples: int = 1000, seed: int = 0) -> np.ndar
         float64 (B, N): how often each unit occurs in each resample; every row sums to N.
 
     Raises:
-        ValueError: There is no unit.
+        ValueError: There are no units.
     """
     if units < 1:
         raise ValueError("a bootstrap needs at least one unit")
@@ -46,23 +46,23 @@ def resampling_counts(units: int, samples: int = 1000, seed: int = 0) -> np.ndar
 
 
 def ratio(sums: np.ndarray) -> np.ndarray:
-    """The measure of means and shares: statistics (count, total) per unit.
+    """Measure for means and shares, whose statistics per unit are (count, total).
 
     Args:
         sums: (B, 2).
 
     Returns:
-        (B,), total / count; 0 where nothing was counted.
+        (B,), total / count; 0 where the count is 0.
     """
     return sums[:, 1] / np.maximum(sums[:, 0], 1)
 
 
 def interval(statistics: np.ndarray, measure: Measure, counts: np.ndarray) -> Interval:
-    """A measure with its 95 % interval.
+    """Computes a measure and its 95 % interval.
 
     Args:
         statistics: (N, K) additive statistics per unit.
-        measure: From sums to values.
+        measure: Maps sums to values.
         counts: (B, N) from :func:`resampling_counts`.
     """
     values = measure(counts @ statistics)
@@ -70,11 +70,11 @@ def interval(statistics: np.ndarray, measure: Measure, counts: np.ndarray) -> In
 
 
 def intervals(statistics: np.ndarray, measure: Measure, counts: np.ndarray) -> np.ndarray:
-    """:func:`interval` of many systems at once, several times as fast.
+    """Computes :func:`interval` for many systems at once, which is several times faster.
 
     Args:
         statistics: (S, N, K) additive statistics per system and unit.
-        measure: From sums to values.
+        measure: Maps sums to values.
         counts: (B, N) from :func:`resampling_counts`.
 
     Returns:
@@ -87,12 +87,12 @@ def intervals(statistics: np.ndarray, measure: Measure, counts: np.ndarray) -> n
 
 
 def difference(a: np.ndarray, b: np.ndarray, measure: Measure, counts: np.ndarray) -> Interval:
-    """How much higher a measure is for ``a`` than for ``b`` on the same units, with its paired 95 % interval.
+    """Computes how much higher a measure is for ``a`` than for ``b`` on the same units, with a paired 95 % interval.
 
     Args:
         a: (N, K) additive statistics per unit of one system.
-        b: (N, K) of the other, same units in the same order.
-        measure: From sums to values.
+        b: (N, K) statistics of the other system, for the same units in the same order.
+        measure: Maps sums to values.
         counts: (B, N) from :func:`resampling_counts`.
     """
     values = measure(counts @ a) - measure(counts @ b)

@@ -1,7 +1,7 @@
 """Scores of a unit's exemplars that need no description: clarity, polysemanticity, redundancy.
 
 Source: Dreyer et al., *Mechanistic understanding and validation of large AI models with SemanticLens* (2025), and its
-code. V = embeddings of a unit's k exemplars, of length 1.
+code. V denotes the embeddings of a unit's k exemplars, normalised to length 1.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ROUNDS = 50
 
 
 def clarity(vectors: np.ndarray) -> float:
-    """Mean cosine similarity of two exemplars of a unit: (‖mean v‖² − 1/k)·k/(k − 1).
+    """Mean cosine similarity over pairs of a unit's exemplars: (‖mean v‖² − 1/k)·k/(k − 1).
 
     Args:
         vectors: (k, D), of length 1.
@@ -34,14 +34,14 @@ def clarity(vectors: np.ndarray) -> float:
 def polysemanticity(vectors: np.ndarray, seed: int = 123) -> float:
     """Distance between the two clusters of a unit's exemplars: 1 − the cosine of their centres.
 
-    A cluster of one exemplar is an outlier, not a meaning: the mean of all exemplars replaces its centre.
+    A cluster of one exemplar counts as an outlier, not as a meaning, so the mean of all exemplars replaces its centre.
 
     Args:
         vectors: (k, D), of length 1.
         seed: Seed of the clustering.
 
     Returns:
-        0 for one meaning, 1 for two unrelated ones; NaN for fewer than two exemplars.
+        0 for one meaning, 1 for two unrelated meanings; NaN for fewer than two exemplars.
     """
     if len(vectors) < 2:
         return float("nan")
@@ -54,13 +54,13 @@ def polysemanticity(vectors: np.ndarray, seed: int = 123) -> float:
 
 
 def redundancy(means: np.ndarray) -> np.ndarray:
-    """Highest cosine of each unit with another unit of its layer; their mean is the layer's redundancy.
+    """Highest cosine of each unit with another unit of its layer; the mean of these is the layer's redundancy.
 
     Args:
         means: Mean embeddings of U units' exemplars, (U, D).
 
     Returns:
-        float64 (U,); NaN for the only unit of a layer.
+        float64 (U,); NaN if the layer has only one unit.
     """
     if len(means) < 2:
         return np.full(len(means), np.nan)
@@ -71,7 +71,7 @@ def redundancy(means: np.ndarray) -> np.ndarray:
 
 
 def two_means(vectors: np.ndarray, seed: int = 123, starts: int = STARTS) -> np.ndarray:
-    """Lloyd's algorithm with two clusters from k-means++ starts; returns the result with the least inertia.
+    """Runs Lloyd's algorithm with two clusters from k-means++ starts; returns the result with the lowest inertia.
 
     Args:
         vectors: (k, D).
@@ -79,7 +79,7 @@ def two_means(vectors: np.ndarray, seed: int = 123, starts: int = STARTS) -> np.
         starts: Number of starts.
 
     Returns:
-        int64 (k,): 0 or 1, 0 for the first vector's cluster.
+        int64 (k,): cluster of each vector, 0 or 1; the first vector's cluster is 0.
     """
     rng = np.random.default_rng(seed)
     best, least = np.zeros(len(vectors), np.int64), np.inf

@@ -1,8 +1,8 @@
-"""What the units of one network say that those of another do not: words gained and lost, and units that changed.
+"""Compares the descriptions of two networks: words gained and lost, and units whose description changed.
 
-Shares of units are compared, so that networks of any size and architecture can be. Fisher's exact test takes units for
-independent draws; those of one network are not (many may say the same for one reason), so its p says what to look at
-first, not what is proven.
+The comparison uses shares of units, so networks of any size and architecture can be compared. Fisher's exact test
+assumes that units are independent draws. Those of one network are not (many may have the same description for one
+reason), so use p to rank differences, not as proof.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from milan_ray.scoring.words import (
 from milan_ray.storage import Storage
 
 ALL_LAYERS = ""
-"""What column ``layer`` holds in rows on all layers together."""
+"""Value of column ``layer`` in rows on all layers together."""
 
 _Z = 1.959963984540054  # the normal distribution's .975 quantile
-_SAME = 1 + 1e-7  # tables this much likelier than the one seen are as likely but for rounding, as in R and scipy
+_SAME = 1 + 1e-7  # rounding tolerance for "as likely as the observed table", as in R and scipy
 
 
 @dataclass(frozen=True, eq=False)
 class Difference:
-    """Two networks' descriptions beside each other.
+    """Differences between two networks' descriptions.
 
     Attributes:
-        words: One row per word and layer (:data:`ALL_LAYERS`, then each that both have), the clearest difference
-            first: word, layer, units and of (the model's units with the word, and all), other_units and other_of,
-            difference (share in the other less share in the model) with its 95 % interval low and high, p (Fisher's
-            exact test, two-sided), q (p after Benjamini and Hochberg over the words of a layer).
-        changes: Where both have the same layer with as many units, the units that say something else: layer, unit,
-            description, other_description, gained and lost (words, of the other network against the model).
-        units: How many units are compared one by one.
-        sizes: Described units of the model and of the other.
+        words: One row per word and layer (:data:`ALL_LAYERS`, then each common layer), the clearest difference first.
+            Columns: word, layer, units and of (the model's units with the word, and all its units), other_units and
+            other_of, difference (share in the other minus share in the model) with its 95 % interval low and high, p
+            (Fisher's exact test, two-sided), q (p after Benjamini and Hochberg over the words of a layer).
+        changes: Units whose description changed, in layers that have the same units in both networks. Columns: layer,
+            unit, description, other_description, gained and lost (words of the other network compared to the model).
+        units: Number of units that are compared one by one.
+        sizes: Numbers of described units of the model and of the other.
     """
 
     words: pl.DataFrame
@@ -65,19 +65,19 @@ def diff_descriptions(
 ) -> Difference:
     """Compares the descriptions of two networks by one labeler.
 
-    All forms of a word count as one, under the shortest (*face* for *faces*). Words without meaning of their own are
-    left out. Unit by unit is compared what has a counterpart, which means something where one network was made from
-    the other, or both in the same way; the words mean something for any two.
+    All forms of a word are counted as one word, named by the shortest form (*face* for *faces*). Function words are
+    left out. Units that have a counterpart are also compared one by one. This is meaningful only if one network was
+    made from the other, or both in the same way; the comparison of words is meaningful for any two networks.
 
     Args:
         descriptions: Columns labeler, model, layer, unit, description.
-        model: The network to start from.
-        other: The one to compare with it: what it has more often is gained.
-        words: Count these only, ``face|person`` and ``"left of"`` as in a search; empty for every word there is.
-        by_layer: Compare the layers that both have one by one, too.
+        model: The baseline network.
+        other: The network to compare with it; words that it has more often are gained.
+        words: Count only these, with ``face|person`` and ``"left of"`` as in a search; empty counts all words.
+        by_layer: Also compare each common layer.
 
     Raises:
-        MilanError: One has no descriptions, or they are by several labelers.
+        MilanError: A network has no descriptions, or the descriptions are by several labelers.
     """
     columns = ["labeler", "model", "layer", "unit", "description"]
     both = descriptions.lazy().filter(pl.col("model").is_in([model, other])).select(columns).collect()
@@ -102,7 +102,7 @@ def diff_descriptions(
 
 
 def _heads(texts: pl.Series, words: Sequence[str]) -> pl.Series:
-    """The words that count of every text, each once: list of strings."""
+    """Returns the words to count in each text, without duplicates: lists of strings."""
     if words:
         return asked_in(texts, words)
     heads = head_words(vocabulary_of(texts))
@@ -122,7 +122,7 @@ def _compare(both: pl.DataFrame, model: str, other: str, layer: str, words: Sequ
             (pl.col("model") == other).sum().cast(pl.Int64).alias("other_units"),
         )
     )
-    if words:  # one that nobody says is an answer too
+    if words:  # a word that occurs nowhere gets a row too
         asked = pl.DataFrame({"word": list(dict.fromkeys(words))})
         counts = asked.join(counts, on="word", how="left", maintain_order="left").fill_null(0)
     a, b = (counts[name].to_numpy() for name in ("units", "other_units"))
@@ -147,7 +147,7 @@ def _compare(both: pl.DataFrame, model: str, other: str, layer: str, words: Sequ
 
 
 def _paired(both: pl.DataFrame, model: str, other: str, layers: Sequence[str]) -> pl.DataFrame:
-    """Units with a counterpart: of layers of one name with the same units; layers in this order."""
+    """Pairs the units of layers that have the same name and the same units in both networks, in order of ``layers``."""
     sides = []
     for name in (model, other):
         side = both.filter(pl.col("model") == name).drop("model", "labeler")
@@ -166,18 +166,18 @@ def _paired(both: pl.DataFrame, model: str, other: str, layers: Sequence[str]) -
 
 
 def fisher(a: np.ndarray, of_a: int, b: np.ndarray, of_b: int) -> np.ndarray:
-    """Fisher's exact test, two-sided: how likely tables are that are no likelier than the one seen.
+    """Fisher's exact test, two-sided: the total probability of tables that are no likelier than the observed one.
 
     Args:
         a: Counts out of ``of_a``, (W,).
-        of_a: At least the greatest of them.
+        of_a: Sample size, at least the largest count in ``a``.
         b: Counts out of ``of_b``, (W,).
-        of_b: At least the greatest of them.
+        of_b: Sample size, at least the largest count in ``b``.
 
     Returns:
         p, float64 (W,).
     """
-    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, of_a + of_b + 1)))])  # of factorials
+    logs = np.concatenate([[0.0], np.cumsum(np.log(np.arange(1, of_a + of_b + 1)))])  # logarithms of factorials
 
     def choose(n: int, k: np.ndarray) -> np.ndarray:
         return logs[n] - logs[k] - logs[n - k]
@@ -193,7 +193,7 @@ def fisher(a: np.ndarray, of_a: int, b: np.ndarray, of_b: int) -> np.ndarray:
 
 
 def newcombe(a: np.ndarray, of_a: int, b: np.ndarray, of_b: int) -> tuple[np.ndarray, np.ndarray]:
-    """95 % interval of the difference b / of_b − a / of_a, from Wilson's of each share (Newcombe 1998, method 10)."""
+    """95 % interval of b / of_b − a / of_a, from the Wilson interval of each share (Newcombe 1998, method 10)."""
     one, one_low, one_high = wilson(a, of_a)
     two, two_low, two_high = wilson(b, of_b)
     gap = two - one
@@ -201,7 +201,7 @@ def newcombe(a: np.ndarray, of_a: int, b: np.ndarray, of_b: int) -> tuple[np.nda
 
 
 def wilson(count: np.ndarray, of: np.ndarray | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Shares count / of, and the ends of their 95 % intervals (Wilson 1927)."""
+    """Returns the shares count / of, and the ends of their 95 % Wilson intervals (1927)."""
     share = count / of
     centre = share + _Z**2 / (2 * of)
     spread = _Z * np.sqrt(share * (1 - share) / of + _Z**2 / (4 * of**2))
@@ -209,22 +209,22 @@ def wilson(count: np.ndarray, of: np.ndarray | int) -> tuple[np.ndarray, np.ndar
 
 
 def false_discovery(p: np.ndarray) -> np.ndarray:
-    """From p values, each the least false discovery rate at which it is still found (Benjamini and Hochberg 1995)."""
-    from scipy.stats import false_discovery_control  # half a second, which searches should not pay
+    """Adjusts p values: the lowest false discovery rate at which each is significant (Benjamini and Hochberg 1995)."""
+    from scipy.stats import false_discovery_control  # imported here, because it takes half a second
 
     return false_discovery_control(p, method="bh") if len(p) else p
 
 
 def store(storage: Storage, found: Difference, labeler: str, model: str, other: str, words: Sequence[str] = ()) -> None:
-    """Writes a difference into a run directory, where the report finds it.
+    """Writes a difference into a run directory, from where the report reads it.
 
     Args:
         storage: The run directory.
         found: The difference.
-        labeler: Whose descriptions were compared.
-        model: The network to start from.
-        other: The one compared with it.
-        words: Those that were asked for.
+        labeler: The labeler whose descriptions were compared.
+        model: The baseline network.
+        other: The network compared with it.
+        words: The words that the user asked for.
     """
     keys = {"labeler": labeler, "model": model, "other": other}
     config = difference_config(storage, labeler, model, other, words)
@@ -236,7 +236,7 @@ def store(storage: Storage, found: Difference, labeler: str, model: str, other: 
 
 
 def difference_config(storage: Storage, labeler: str, model: str, other: str, words: Sequence[str]) -> str:
-    """What decides a difference: both networks' descriptions as they are now, and the words asked for."""
+    """Hashes the inputs of a difference: both networks' current descriptions, and the words asked for."""
     described = [
         keys for name in (model, other) for keys in storage.partitions(DESCRIPTIONS, labeler=labeler, model=name)
     ]
@@ -245,7 +245,7 @@ def difference_config(storage: Storage, labeler: str, model: str, other: str, wo
 
 
 def summary(found: Difference, model: str, other: str, top: int) -> str:
-    """What changed, on one screen."""
+    """Summarises a difference as text that fits on one screen."""
     lines = [f"{model} ({found.sizes[0]} units) against {other} ({found.sizes[1]} units)"]
     lines.append(f"{'word':24} {model[-16:]:>16} {other[-16:]:>16}  {'difference [95 %]':>28}  {'q':>7}")
     for row in found.words.head(top).iter_rows(named=True):

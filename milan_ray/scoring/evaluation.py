@@ -1,8 +1,8 @@
-"""Descriptions against people's annotations, beside the rows that cost nothing.
+"""Scores descriptions against human annotations, and compares them with trivial baselines.
 
-A text measure means little alone: against MILANNOTATIONS the phrase "rounded edges in pictures" has a higher BLEU than
-real descriptions. Every evaluation therefore scores the same units with one phrase for all, with the descriptions dealt
-to the wrong units, with the nearest training unit's caption, and with the annotators against each other.
+A text measure means little alone: on MILANNOTATIONS, the phrase "rounded edges in pictures" has a higher BLEU than real
+descriptions. Every evaluation therefore scores the same units also with one phrase for all, with the descriptions
+shuffled between units, with the nearest training unit's caption, and with the annotators against each other.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from milan_ray.scoring.text import (
 )
 
 CONSTANT, SHUFFLED, NEAREST, RANDOM = TRIVIAL = ("constant", "shuffled", "nearest-copy", "random-weights")
-"""Systems that cost nothing; callers that describe an untrained network name it ``RANDOM``."""
+"""Trivial baselines; callers use ``RANDOM`` for descriptions of an untrained network."""
 
 METRICS = ("bleu", "bleu-2", "rouge-1-f", "rouge-2-f", "rouge-l-f", "bertscore-f")
-"""How descriptions are scored against annotations; of all of them, higher is better."""
+"""Metrics of descriptions against annotations; higher is better for all of them."""
 
 ANNOTATORS = "annotators (leave one out)"
 NO_BERTSCORE = "skipped: no language model for BERTScore; pip install 'milan-ray[minilm]' or give a local model folder"
@@ -51,11 +51,11 @@ _READING = (
 )
 
 Row = tuple[str, str, Interval, int, str]
-"""(system, metric, value with its interval, units behind it, note)."""
+"""(system, metric, value with its interval, number of units, note)."""
 
 
 def score_table(experiment: str, rows: Sequence[Row]) -> pa.Table:
-    """Rows of one evaluation as a table of schema SCORES; NaN ends of an interval become null."""
+    """Converts rows of one evaluation into a table of schema SCORES; NaN ends of an interval become null."""
     return SCORES.table(
         {
             "experiment": [experiment] * len(rows),
@@ -73,13 +73,13 @@ def score_table(experiment: str, rows: Sequence[Row]) -> pa.Table:
 def system_rows(
     metric: str, reading: str, statistics: Mapping[str, np.ndarray], measure: Measure, counts: np.ndarray
 ) -> list[Row]:
-    """One metric of several systems on the same units, and how far the first is above each row that costs nothing.
+    """Computes one metric of several systems on the same units, and the first system's margin over each baseline.
 
     Args:
         metric: Name of the metric.
-        reading: How to read it: the note of the systems that are not ``TRIVIAL``.
+        reading: How to interpret the metric; becomes the note of systems that are not ``TRIVIAL``.
         statistics: System → additive statistics (N, K), the main system first.
-        measure: From sums of statistics to values.
+        measure: Maps sums of statistics to values.
         counts: (B, N) from :func:`~milan_ray.scoring.bootstrap.resampling_counts`.
     """
     main, of_main = next(iter(statistics.items()))
@@ -97,12 +97,12 @@ def system_rows(
 
 
 def unit_values(values: np.ndarray) -> np.ndarray:
-    """Statistics (N, 2) whose measure :func:`~milan_ray.scoring.bootstrap.ratio` is the mean of values (N,)."""
+    """Builds statistics (N, 2) for which :func:`~milan_ray.scoring.bootstrap.ratio` is the mean of values (N,)."""
     return np.stack([np.ones(len(values)), values], axis=1)
 
 
 def shuffled(descriptions: Sequence[str], seed: int = 0) -> list[str]:
-    """Gives every unit the description of another one (its own only when it is the only unit)."""
+    """Gives every unit the description of another unit (or its own, if it is the only unit)."""
     order = np.random.default_rng(seed).permutation(len(descriptions))
     given = np.empty(len(descriptions), object)
     given[order] = [descriptions[i] for i in np.roll(order, 1)]
@@ -110,15 +110,16 @@ def shuffled(descriptions: Sequence[str], seed: int = 0) -> list[str]:
 
 
 def best_constant(references: Sequence[Sequence[str]]) -> str:
-    """The caption that, said of every unit, has the highest corpus BLEU (the first in the alphabet among equals).
+    """Finds the caption with the highest corpus BLEU when given to every unit (ties: alphabetically first).
 
-    Exact for all distinct captions at once: a constant matches an n-gram in as many units as have it in a reference.
+    The search is exact over all distinct captions: a constant caption matches an n-gram in every unit that has it in a
+    reference.
 
     Args:
         references: Per training unit its annotations.
 
     Raises:
-        ValueError: There is no annotation.
+        ValueError: There are no annotations.
     """
     tokenize = BLEU().tokenizer
     groups = [[text for text in map(normalize, group) if text] for group in references]
@@ -151,13 +152,13 @@ def best_constant(references: Sequence[Sequence[str]]) -> str:
 def nearest_copy(train_features: np.ndarray, train_captions: Sequence[str], features: np.ndarray) -> list[str]:
     """Copies for each unit the caption of the nearest training unit.
 
-    Nearest by Euclidean distance after scaling every dimension to the training units' unit variance, so that no encoder
-    layer counts for more because its activations are larger.
+    The distance is Euclidean, after scaling every dimension to unit variance over the training units, so that no
+    encoder layer dominates because its activations are larger.
 
     Args:
         train_features: (M, F), mean over the exemplars of each training unit.
         train_captions: M captions.
-        features: (N, F), the same of the units to describe.
+        features: (N, F), the same for the units to describe.
 
     Returns:
         N captions.
@@ -177,12 +178,12 @@ def with_trivial_rows(
     nearest: Sequence[str] | None = None,
     seed: int = 0,
 ) -> dict[str, list[str]]:
-    """The systems to compare: the given ones, then the rows that cost nothing.
+    """Adds the trivial baselines to the systems to compare.
 
     Args:
         predictions: System → description of each of N units; the first system is the one that is shuffled.
         constant: The caption for all units (:func:`best_constant`).
-        nearest: Caption of each unit's nearest training unit (:func:`nearest_copy`); no such row without.
+        nearest: Caption of each unit's nearest training unit (:func:`nearest_copy`); None adds no such row.
         seed: Seed of the shuffle.
     """
     main = next(iter(predictions.values()))
@@ -207,16 +208,16 @@ def evaluate_text(
 ) -> pa.Table:
     """Scores descriptions against annotations: BLEU (0 to 100), ROUGE and BERTScore (0 to 1), higher is better.
 
-    Every value has its 95 % bootstrap interval over units. For the first system there are also rows
-    ``<first> − <trivial row>`` with the paired interval of the difference.
+    Every value has a 95 % bootstrap interval over units. Rows ``<first> − <trivial row>`` hold the difference between
+    the first system and each baseline, with its paired interval.
 
     Args:
         experiment: Name of the evaluation.
         systems: System → description of each of N units (see :func:`with_trivial_rows`), the main one first.
         references: Per unit its annotations, at least one with words in it.
-        bert_score: The scorer; None writes one row that says it was skipped.
-        owners: The unit, 0 to U − 1, of each of N descriptions, where units were described more than once: what is
-            resampled are units. None: each is of a unit of its own.
+        bert_score: The scorer; None writes one row with the note that it was skipped.
+        owners: The unit, 0 to U − 1, of each of N descriptions, if units were described more than once; the bootstrap
+            resamples units. None means that each description belongs to a different unit.
         orders: Longest n-grams of each BLEU.
         samples: Bootstrap resamples.
         seed: Seed of the bootstrap.
@@ -232,7 +233,7 @@ def evaluate_text(
     for system, descriptions in systems.items():
         if len(descriptions) != n:
             raise ValueError(f"{system} describes {len(descriptions)} units, the annotations are of {n}")
-    # The annotators are one more system, of (unit, annotation) items whose statistics are then summed per unit.
+    # The annotators are another system. Its items are (unit, annotation), whose statistics are summed per unit.
     held_out = [
         (place, said, rest)
         for place, group in enumerate(references)
@@ -260,7 +261,7 @@ def evaluate_text(
 
 
 def _per_unit(statistics: np.ndarray, owners: np.ndarray, units: int) -> np.ndarray:
-    """Sums of statistics (N, K) over what belongs to each unit: (units, K)."""
+    """Sums statistics (N, K) over the items of each unit: (units, K)."""
     sums = np.zeros((units, statistics.shape[1]))
     np.add.at(sums, owners, statistics)
     return sums
@@ -273,12 +274,12 @@ def text_statistics(
     bert_score: BertScore | None,
     orders: Sequence[int] = (4, 2),
 ) -> Iterator[tuple[str, np.ndarray, Measure]]:
-    """Per metric of :data:`METRICS` its additive statistics, (number of texts, K), and the measure of their sums.
+    """Yields each metric of :data:`METRICS` with its additive statistics, (number of texts, K), and its measure.
 
     Args:
         texts: Descriptions.
-        answers: For each the annotations that it is scored against.
-        references: All units' annotations, each once: what weighs BERTScore's tokens.
+        answers: For each description, the annotations to score it against.
+        references: All units' annotations, each once; they determine BERTScore's token weights.
         bert_score: The scorer; None leaves BERTScore out.
         orders: Longest n-grams of each BLEU.
     """
@@ -306,17 +307,17 @@ def score_frame(
     """Scores a table of descriptions against a table of annotations.
 
     Args:
-        descriptions: Columns unit, description and those of ``by``; also model and layer where both tables have them.
-        annotations: Columns unit and text, and the same.
+        descriptions: Columns unit, description and those of ``by``; also model and layer, if both tables have them.
+        annotations: Columns unit and text; also model and layer, if both tables have them.
         bert_score: The scorer; None leaves BERTScore out.
-        by: Columns of descriptions to group by; none scores all units together.
+        by: Columns of descriptions to group by; empty scores all units together.
         samples: Bootstrap resamples.
         seed: Seed of the bootstrap.
 
     Returns:
         The columns of ``by``, then metric (of :data:`METRICS`), value, the ends low and high of its 95 % bootstrap
-        interval over units, and n (units); groups in the order they first occur. Descriptions of units that nobody
-        annotated, and annotations without words, are left out.
+        interval over units, and n (units). Groups are in order of first occurrence. Descriptions of units without
+        annotations, and annotations without words, are left out.
 
     Raises:
         MilanError: No described unit is annotated.

@@ -1,4 +1,4 @@
-"""A small spaCy pipeline from annotated sentences: tags, trees and word vectors where no published one is at hand."""
+"""Trains a small spaCy pipeline from annotated sentences, for use if no published one is available."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from spacy.training import Example
 
 EPOCHS = 4
 UPDATES = 150
-"""At least so many updates, however few sentences there are."""
+"""Minimum number of updates, even for few sentences."""
 BATCH = 32
 WINDOW = 4
-"""Words around a word that count as its company."""
+"""Number of words on each side that count as a word's context."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Sentence:
 
     Attributes:
         words: Tokens.
-        tags: Universal part-of-speech tag of each.
-        heads: Position of each one's head, counted from 1; 0 for the root (CoNLL-U).
+        tags: Universal part-of-speech tag of each token.
+        heads: Position of each token's head, counted from 1; 0 for the root (CoNLL-U).
     """
 
     words: tuple[str, ...]
@@ -39,15 +39,15 @@ class Sentence:
 def train_language(
     sentences: Sequence[Sentence], seed: int = 0, epochs: int = EPOCHS, dimensions: int = 16
 ) -> Language:
-    """Trains a tagger and a parser, and makes word vectors from the company that words keep.
+    """Trains a tagger and a dependency parser, and computes word vectors from co-occurrence.
 
-    Takes seconds for some thousand short sentences. What it knows is their words: for others, take a published
-    pipeline.
+    Takes seconds for a few thousand short sentences. The pipeline is good only for their vocabulary; use a published
+    pipeline for other texts.
 
     Args:
-        sentences: Sentences with tags and heads; repeated ones are learnt once.
-        seed: Of weights and order.
-        epochs: Passes over the distinct sentences at least.
+        sentences: Sentences with tags and heads; duplicates are used once.
+        seed: Seed of the initial weights and of the order of sentences.
+        epochs: Minimum number of passes over the distinct sentences.
         dimensions: Length of word vectors; at most the number of distinct words.
 
     Returns:
@@ -58,7 +58,7 @@ def train_language(
     for name in ("tok2vec", "morphologizer", "parser"):
         config: dict[str, object] = {} if name == "tok2vec" else {"model": _listening(nlp, name)}
         if name == "parser":
-            config["min_action_freq"] = 1  # else relations that occur less than 30 times cannot be learnt
+            config["min_action_freq"] = 1  # otherwise relations that occur fewer than 30 times are dropped
         nlp.add_pipe(name, config=config)
     examples = [_example(nlp, sentence) for sentence in distinct]
     spacy.util.fix_random_seed(seed)
@@ -80,7 +80,7 @@ def train_language(
 
 
 def _listening(nlp: Language, name: str) -> dict[str, object]:
-    """A component's default model, reading the shared tok2vec instead of one of its own."""
+    """Configures a component's default model to use the shared tok2vec instead of its own."""
     model = dict((nlp.get_factory_meta(name).default_config or {})["model"])
     model["tok2vec"] = {"@architectures": "spacy.Tok2VecListener.v1", "width": 96, "upstream": "*"}
     return model
@@ -89,7 +89,7 @@ def _listening(nlp: Language, name: str) -> dict[str, object]:
 def _example(nlp: Language, sentence: Sentence) -> Example:
     heads = [place if head == 0 else head - 1 for place, head in enumerate(sentence.heads)]
     doc = Doc(nlp.vocab, words=list(sentence.words))
-    # The relations play no part, so they all have one name.
+    # Relation labels are not used, so all have the same name.
     reference = Doc(
         nlp.vocab,
         words=list(sentence.words),
@@ -101,17 +101,17 @@ def _example(nlp: Language, sentence: Sentence) -> Example:
 
 
 def word_vectors(texts: Sequence[Sequence[str]], dimensions: int) -> tuple[list[str], np.ndarray]:
-    """Word vectors from co-occurrence: a truncated SVD of positive pointwise mutual information.
+    """Computes word vectors from co-occurrence: a truncated SVD of positive pointwise mutual information (PPMI).
 
-    Levy and Goldberg (2014) show that this is about what skip-gram learns; it needs no training. The products of
-    vectors are those of the words' rows of information: how much company they share.
+    Levy and Goldberg (2014) show that this approximates what skip-gram learns; it needs no training. Inner products of
+    the vectors approximate those of the words' PPMI rows, that is, how much context the words share.
 
     Args:
         texts: Tokens of each text.
         dimensions: Length of the vectors.
 
     Returns:
-        Words in the order they first occur, and float32 (words, at most ``dimensions``).
+        Words in order of first occurrence, and their vectors, float32 (words, at most ``dimensions``).
     """
     words = list(dict.fromkeys(word.lower() for text in texts for word in text))
     number = {word: place for place, word in enumerate(words)}

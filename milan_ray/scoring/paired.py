@@ -9,22 +9,22 @@ import numpy as np
 
 
 def signed_rank(differences: Sequence[float]) -> float:
-    """Wilcoxon's signed-rank test, two-sided and exact: the chance of rank sums this far apart, or further.
+    """Wilcoxon's signed-rank test, two-sided and exact: the probability of rank sums at least this far apart.
 
-    Differences of zero are left out, equal ones share their mean rank (Wilcoxon's own rules; Pratt's keep zeros).
-    Exact for ties too, because all signs of the ranks at hand are counted.
+    Zero differences are left out, and equal differences share their mean rank (Wilcoxon's rules; Pratt's keep zeros).
+    The test is exact with ties too, because it enumerates all signs of the actual ranks.
 
     Args:
-        differences: One per pair; below zero where the second is higher.
+        differences: One per pair; negative if the second is higher.
 
     Returns:
-        p; 1 where no pair differs. With n pairs that differ it cannot fall below 2 ** (1 − n).
+        p; 1 if no pair differs. With n differing pairs, p is at least 2 ** (1 − n).
     """
     values = np.array([value for value in differences if value != 0], np.float64)
     sizes = np.abs(values)
-    # Twice the mean rank is a whole number, so that sums can be counted.
+    # Twice the mean rank is an integer, so that sums can be counted.
     doubled = [int((sizes < size).sum() + (sizes <= size).sum() + 1) for size in sizes]
-    chances = np.ones(1)  # of each doubled sum of positive ranks, when every sign is as likely as the other
+    chances = np.ones(1)  # probability of each doubled sum of positive ranks, if both signs are equally likely
     for rank in doubled:
         more = np.zeros(len(chances) + rank)
         more[: len(chances)] = chances / 2
@@ -35,13 +35,13 @@ def signed_rank(differences: Sequence[float]) -> float:
 
 
 def sign(differences: Sequence[float]) -> float:
-    """The sign test, two-sided and exact; differences of zero are left out.
+    """The sign test, two-sided and exact; zero differences are left out.
 
     Args:
         differences: One per pair.
 
     Returns:
-        p; 1 where no pair differs.
+        p; 1 if no pair differs.
     """
     values = [value for value in differences if value != 0]
     ways = [math.comb(len(values), count) for count in range(len(values) + 1)]
@@ -50,5 +50,5 @@ def sign(differences: Sequence[float]) -> float:
 
 
 def _two_sided(chances: np.ndarray, seen: int) -> float:
-    """Twice the smaller tail of a symmetric distribution, which the value seen belongs to."""
+    """Returns twice the smaller tail, which includes the observed value, of a symmetric distribution."""
     return float(min(1.0, 2 * min(chances[: seen + 1].sum(), chances[seen:].sum())))

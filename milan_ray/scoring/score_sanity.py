@@ -1,7 +1,7 @@
 """Sanity checks of scores: a description narrower or wider than the truth must score lower (docs/scores.md).
 
-Units whose concept is known are scored three times: with their concept, with half of the images that show it removed
-(a description that is too narrow), and with as many images that do not show it added (one that is too wide).
+Units whose concept is known are scored three times: with the images that show the concept, with half of these removed
+(a description that is too narrow), and with as many other images added (a description that is too wide).
 
 Source: the sanity tests of Oikarinen et al., *Evaluating neuron explanations: a unified framework with sanity checks*
 (ICML 2025).
@@ -22,13 +22,13 @@ Score = Callable[[np.ndarray, np.ndarray], float]
 """Scores predictions (N,) against activations (N,); higher is better."""
 
 LEAST = 1e-3
-"""Relative decrease above which a score counts as lower; chance alone changes it by less."""
+"""Relative decrease above which a score counts as lower; random variation is smaller."""
 
 MISSING, EXTRA = "missing labels", "extra labels"
 
 
 def missing_labels(shown: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The truth without half of the images that show a concept: bool (N,)."""
+    """Removes half of the images that show a concept from the true labels: bool (N,)."""
     images = np.flatnonzero(shown)
     fewer = shown.copy()
     fewer[rng.choice(images, len(images) // 2, replace=False)] = False
@@ -36,7 +36,7 @@ def missing_labels(shown: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def extra_labels(shown: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """The truth with as many images added that do not show the concept, or all such images: bool (N,)."""
+    """Adds as many images that do not show the concept to the true labels, or all if there are fewer: bool (N,)."""
     images = np.flatnonzero(~shown)
     more = shown.copy()
     more[rng.choice(images, min(int(shown.sum()), len(images)), replace=False)] = True
@@ -44,10 +44,10 @@ def extra_labels(shown: np.ndarray, rng: np.random.Generator) -> np.ndarray:
 
 
 def scores(top: float = 0.01, retrieved: int = 50) -> dict[str, Score]:
-    """The scores of descriptions, as functions of activations and predictions alone.
+    """Returns the scores of descriptions, as functions of activations and predictions alone.
 
     Args:
-        top: For AUPRC: share of the images that count as exciting the unit.
+        top: For AUPRC: share of the images, by highest activation, that count as positive.
         retrieved: For retrieval: number of images nearest to a description.
     """
 
@@ -79,28 +79,28 @@ def sanity(
     samples: int = 1000,
     seed: int = 0,
 ) -> pa.Table:
-    """Share of units whose score falls when the true description is made too narrow, or too wide.
+    """Computes the share of units whose score falls when the true description is made too narrow or too wide.
 
     Args:
         experiment: Name of the evaluation.
-        activations: Of U units whose concept is known, (N, U), without NaN.
+        activations: Activations of U units whose concept is known, (N, U), without NaN.
         shown: bool (N, U): which images show the unit's concept.
-        measures: The scores; None takes :func:`scores`.
+        measures: The scores; None uses :func:`scores`.
         samples: Bootstrap resamples.
         seed: Seed of the removed and added images, and of the bootstrap.
 
     Returns:
         Rows of schema SCORES, systems :data:`MISSING` and :data:`EXTRA`: the share of units whose score falls. 1 means
-        that the score notices every change; an unchanged score counts as not noticed.
+        that the score detects every change; an unchanged score counts as not detected.
 
     Raises:
-        ValueError: No unit's concept shows in two images and is missing in another.
+        ValueError: No unit's concept is shown by at least two images and absent from another.
     """
     units = [unit for unit in range(shown.shape[1]) if 2 <= shown[:, unit].sum() < len(shown)]
     if not units:
         raise ValueError("no unit's concept shows in some images and not in others")
     rng = np.random.default_rng(seed)
-    # Shuffled, because scores of the nearest images break ties by position.
+    # Shuffle, because scores of the nearest images break ties by position.
     order = rng.permutation(len(shown))
     activations, shown = activations[order], shown[order]
     predictions = shown.astype(np.float64)

@@ -1,7 +1,7 @@
-"""Search in descriptions: by words and their inflections, or by meaning.
+"""Searches descriptions by words and their inflections, or by meaning.
 
-Queries work on the different descriptions, of which there are far fewer than units: a lazy frame over Parquet is read
-once for these and once for the units that have them.
+Queries run on the distinct descriptions, which are far fewer than units. A lazy frame over Parquet is read once for
+the descriptions and once for the units that have them.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ from milan_ray.scoring.words import parse, pattern, spoken, vocabulary_of, words
 from milan_ray.storage import CONFIG_KEY, EXEMPLARS_KEY, Storage
 
 if TYPE_CHECKING:
-    from milan_ray.models.sentences import EmbedsTexts  # brings torch, which a search by words does without
+    from milan_ray.models.sentences import EmbedsTexts  # imports torch, which a search by words does not need
 
 COLUMNS = ("labeler", "model", "layer", "unit", "description", "score")
-"""What is read of descriptions."""
+"""Columns of descriptions that are read."""
 
 SATURATION, LENGTH = 1.2, 0.75
-"""BM25's k1 and b, as Lucene sets them."""
+"""BM25's k1 and b, with Lucene's defaults."""
 
 TEXTS = 4096
-"""Descriptions embedded between two lines of progress."""
+"""Number of descriptions embedded between two progress messages."""
 
-_THREADS = 16  # reading files is waiting
+_THREADS = 16  # reading files is I/O-bound
 
 
 def scan_descriptions(
@@ -45,24 +45,24 @@ def scan_descriptions(
     *,
     leave_out: bool = False,
 ) -> pl.LazyFrame:
-    """The descriptions of a run directory, without those that speak of exemplars that are no longer there.
+    """Scans the descriptions of a run directory, except those that refer to exemplars that were replaced since.
 
-    Layers follow one another as in their models. All files are looked through once, :data:`COLUMNS` alone; local ones
-    are read again when a query needs them.
+    Layers are in the order of their models. Columns :data:`COLUMNS` of all files are read once; local files are read
+    again when a query needs them.
 
     Args:
         storage: The run directory.
         models: Names or patterns (``resnet*``); None for all.
-        layers: The same, of layers.
-        labelers: The same, of labelers.
-        leave_out: Leave damaged tables out, and say so, as a search does: the others' units are found as ever.
+        layers: Names or patterns of layers.
+        labelers: Names or patterns of labelers.
+        leave_out: Leave out damaged tables with a warning, as a search does; units of the other tables are still found.
 
     Returns:
         :data:`COLUMNS`.
 
     Raises:
-        DamagedTable: A table is, and none is to be left out; or all are.
-        MilanError: There are none, or none of a name that was asked for.
+        DamagedTable: A table is damaged and ``leave_out`` is False, or all tables are damaged.
+        MilanError: There are no descriptions, or none of a given name.
     """
     found = storage.in_model_order(storage.partitions(DESCRIPTIONS))
     if not found:
@@ -98,9 +98,9 @@ def scan_descriptions(
 
 
 def _look(storage: Storage, keys: dict[str, str]) -> bool | DamagedTable:
-    """Whether descriptions speak of exemplars that are there, or why they cannot be read.
+    """Checks that descriptions do not refer to replaced exemplars; returns the error if descriptions cannot be read.
 
-    All their pages are read: of damage that a query meets, it could not say where it is.
+    Reads all their pages, because a query that meets damage cannot tell which table is damaged.
     """
     try:
         said = (storage.metadata(DESCRIPTIONS, **keys) or {}).get(EXEMPLARS_KEY)
@@ -110,7 +110,7 @@ def _look(storage: Storage, keys: dict[str, str]) -> bool | DamagedTable:
         return error
     try:
         there = storage.metadata(EXEMPLARS, model=keys["model"], layer=keys["layer"])
-    except DamagedTable:  # what they speak of cannot be told, and they say it all the same
+    except DamagedTable:  # the exemplars cannot be checked, but the descriptions are readable
         return True
     return not said or there is None or there.get(CONFIG_KEY) == said
 
@@ -125,23 +125,23 @@ def search_descriptions(
 ) -> pl.DataFrame:
     """Finds the units whose descriptions match a query, the best first.
 
-    By words: each must occur, in any inflection and case, as a whole word; ``red|blue`` is either, ``"left of"`` one
-    behind the other. Ranked by BM25 over all descriptions given, then by the labeler's own score, then by layers as
-    they come in the descriptions. By meaning, where a model is given: ranked by the cosine of the description with the
-    query.
+    A search by words requires each word, in any inflection and case, as a whole word; ``red|blue`` matches either word,
+    and ``"left of"`` matches a phrase. Results are ranked by BM25 over all given descriptions, then by the labeler's
+    score, then by the order of layers in the descriptions. A search by meaning (with ``model``) ranks results by the
+    cosine between description and query.
 
     Args:
         descriptions: A column ``description`` and any others; a lazy frame is not read as a whole.
-        query: What to look for.
+        query: The query.
         model: Embeds texts; None searches by words.
-        any_word: One of the words suffices.
-        top: Rows at most; None for all: of a search by meaning, that is every unit.
+        any_word: Accept descriptions with any of the words, instead of all.
+        top: Maximum number of rows; None for all, which is every unit in a search by meaning.
 
     Returns:
-        ``relevance`` (BM25 or cosine), ``mentions`` (whether the words occur), then the columns given.
+        ``relevance`` (BM25 or cosine), ``mentions`` (whether the words occur), then the given columns.
 
     Raises:
-        MilanError: There is no word in the query.
+        MilanError: The query has no words.
     """
     lazy = descriptions.lazy()
     terms = parse(query)
@@ -164,7 +164,7 @@ def search_descriptions(
     found = found.sort("relevance", "description", descending=[True, False])
     if top is not None:
         before = pl.col("units").cum_sum().shift(1, fill_value=0)
-        found = found.filter(before < top)  # no more texts than can be among the first rows
+        found = found.filter(before < top)  # keeps only texts that can be among the first rows
     names = lazy.collect_schema().names()
     chosen = found.select("description", "relevance", "mentions").lazy()
     rows = lazy.join(chosen, on="description", how="inner").collect(engine="streaming")
@@ -177,7 +177,7 @@ def search_descriptions(
 
 
 def _places(descriptions: pl.LazyFrame, names: Sequence[str]) -> pl.DataFrame:
-    """Every layer with its place among them, as they come."""
+    """Returns every layer with its position, in order of occurrence."""
     keys = [name for name in ("model", "layer") if name in names]
     distinct = descriptions.select(keys).unique(maintain_order=True).collect(engine="streaming")
     return distinct.with_row_index("place")
@@ -209,7 +209,7 @@ def _cosines(model: EmbedsTexts, texts: Sequence[str], query: str) -> np.ndarray
 
 
 def descriptions_hash(storage: Storage, labeler: str, models: Sequence[str]) -> str:
-    """What decides an audit: the descriptions of its networks, as they are now."""
+    """Hashes the inputs of an audit: the current descriptions of its networks."""
     every = storage.partitions(DESCRIPTIONS, labeler=labeler)
     found = [
         (keys["model"], keys["layer"], storage.config_of(DESCRIPTIONS, **keys))

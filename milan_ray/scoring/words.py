@@ -1,8 +1,8 @@
-"""Words of descriptions, and which of them are forms of one word: *face*, *faces*, *faced*.
+"""Splits descriptions into words, and groups inflected forms of a word: *face*, *faces*, *faced*.
 
-Inflections are found without a trained model: two words are forms of one when Snowball's English stemmer (Porter 2)
-gives them one stem and they differ in an inflection's ending only. The stem alone goes too far, *animals* and
-*animated* share it; irregular plurals come from a short list, irregular verbs are not known.
+Inflections are found without a trained model. Two words are forms of one word if Snowball's English stemmer (Porter 2)
+gives them the same stem and they differ only in an inflectional ending. The stem alone is too coarse: *animals* and
+*animated* share it. Irregular plurals come from a short list; irregular verbs are not supported.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FUNCTION_WORDS = frozenset(
         *("were", "which", "with"),
     ]
 )
-"""Words that say nothing of what is seen."""
+"""Function words, which do not describe what an image shows."""
 
 _IRREGULAR = {
     **{"people": "person", "men": "man", "women": "woman", "children": "child", "feet": "foot", "teeth": "tooth"},
@@ -34,7 +34,7 @@ _IRREGULAR = {
 }
 
 _ENDINGS = frozenset(("", "e", "s", "es", "d", "ed", "ing", "y", "ies", "ied", "ying"))
-_DOUBLED = frozenset(("ed", "ing"))  # what follows a consonant that is written twice: dot, dotted
+_DOUBLED = frozenset(("ed", "ing"))  # endings that double the final consonant: dot, dotted
 _PART = re.compile(r'"([^"]*)"|(\|)|([^\s|"]+)')
 _STEMMER = snowballstemmer.stemmer("english")
 
@@ -43,18 +43,18 @@ Term = tuple[tuple[str, ...], ...]
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text, lower-cased: runs of letters and digits."""
+    """Splits a text into lower-case words: runs of letters and digits."""
     return re.findall(r"[^\W_]+", text.lower())
 
 
 def spoken(column: str) -> pl.Expr:
-    """A column of texts as their words between single blanks, which patterns of :func:`pattern` look at."""
+    """Rewrites a column of texts as words separated by single spaces, for the patterns of :func:`pattern`."""
     return pl.col(column).str.to_lowercase().str.replace_all(r"[^\p{L}\p{N}]+", " ")
 
 
 @lru_cache(maxsize=2**16)
 def stem(word: str) -> str:
-    """What all forms of a word have in common; other words may have it too."""
+    """Returns the stem that all forms of a word share; unrelated words may share it too."""
     return str(_STEMMER.stemWord(_IRREGULAR.get(word, word)))
 
 
@@ -75,7 +75,7 @@ def _inflection(common: str, ending: str) -> bool:
 
 
 def head_words(vocabulary: Iterable[str]) -> dict[str, str]:
-    """Every word → the word that stands for all its forms in the vocabulary: the shortest, then the first."""
+    """Maps every word to the representative of its forms in the vocabulary: the shortest, then alphabetically first."""
     stems: dict[str, list[str]] = defaultdict(list)
     for word in sorted(set(vocabulary), key=lambda word: (len(word), word)):
         stems[stem(word)].append(word)
@@ -87,19 +87,19 @@ def head_words(vocabulary: Iterable[str]) -> dict[str, str]:
 
 
 def forms(word: str, vocabulary: Iterable[str]) -> list[str]:
-    """The words of a vocabulary that are forms of a word, sorted; the word itself always."""
-    # No inflection changes the first letter, and stems take time.
+    """Returns the words of a vocabulary that are forms of a word, sorted, always including the word itself."""
+    # No inflection changes the first letter, so this check avoids slow stemming.
     return sorted({word} | {other for other in vocabulary if other[:1] == word[:1] and same_word(word, other)})
 
 
 def parse(query: str) -> list[Term]:
-    """What a query asks for: every term must occur, in one of its alternatives.
+    """Parses a query into terms. Each term must occur, in one of its alternatives.
 
     Args:
-        query: Words between blanks; ``|`` between alternatives; words that must follow each other in quotes.
+        query: Words separated by spaces; ``|`` separates alternatives; quotes enclose phrases.
 
     Raises:
-        MilanError: There is no word in it.
+        MilanError: The query has no words.
     """
     terms: list[list[tuple[str, ...]]] = []
     joined = False
@@ -120,33 +120,33 @@ def parse(query: str) -> list[Term]:
 
 
 def pattern(term: Term, vocabulary: Sequence[str]) -> str:
-    """A regular expression that finds a term, with all its words' forms, in what :func:`spoken` gives."""
+    """Builds a regular expression that finds a term, in all inflections, in the output of :func:`spoken`."""
     known = set(vocabulary)
     phrases = (" ".join(f"(?:{'|'.join(forms(word, known))})" for word in phrase) for phrase in term)
     return rf"\b(?:{'|'.join(phrases)})\b"
 
 
 def vocabulary_of(texts: pl.Series) -> list[str]:
-    """The different words of texts, sorted."""
+    """Returns the distinct words of texts, sorted."""
     found = texts.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+").explode().drop_nulls()
     return found.unique().sort().to_list()
 
 
 def asked_in(texts: pl.Series, words: Sequence[str]) -> pl.Series:
-    """Which of some words occur in texts, each with all its forms.
+    """Finds which of the given words occur in each text, in any inflection.
 
     Args:
         texts: N texts.
-        words: Each as a query of :func:`parse`: ``face|person`` is either, ``"left of"`` a phrase; where there are
-            several terms, all must occur.
+        words: Each is a query of :func:`parse`: ``face|person`` matches either word, ``"left of"`` a phrase. All terms
+            of a query must occur.
 
     Returns:
-        Lists of strings, (N,): those of the words that occur, in their order.
+        Lists of strings, (N,): the given words that occur, in the given order.
     """
     vocabulary = vocabulary_of(texts)
     frame = pl.DataFrame({"text": texts})
     for place, word in enumerate(dict.fromkeys(words)):
-        # Alternatives are one term; words in a row are several, which must all occur.
+        # Alternatives form one term; successive words form several terms, all of which must occur.
         hits = [spoken("text").str.contains(pattern(term, vocabulary)) for term in parse(word)]
         found = pl.when(pl.all_horizontal(hits)).then(pl.lit(word)).alias(f"word {place}")
         frame = frame.with_columns(found)
