@@ -87,7 +87,7 @@ def test_partials_of_an_actor_are_as_many_as_the_formula_says() -> None:
                 known = known or Committed(state)
                 ids = np.arange(shard * size, (shard + 1) * size)
                 state.update(maps[ids], ids, known)
-                table = to_table(state, known.news(state))
+                table = to_table(state, known.delta(state))
                 topk += sum(map(len, table["image_ids"].to_pylist()))
                 tail += sum(map(len, table["tail"].to_pylist()))
                 known.commit(shard, state)

@@ -150,7 +150,7 @@ def test_any_source_gives_a_notebook_what_a_job_finds(sources, tmp_path):
     arrays = [np.asarray(Image.open(file)) for file in files]
     for images in (str(sources["tar"]), [str(sources["parquet"])], FolderProbe([sources["arrow"]]), opened, arrays):
         found = milan_ray.dissect("tiny/cnn", images, ["0"], k=4, plugins=[PLUGIN])
-        one = found._found["0"]
+        one = found._exemplars["0"]
         assert one.ids.ravel().tolist() == job["image_id"].to_list()
         assert one.activations.ravel().tolist() == job["activation"].to_list()
         packed = [one.masks[unit, rank] for unit, rank in job.select("unit", "rank").iter_rows()]
@@ -243,7 +243,7 @@ def test_a7_all_bands_of_arrays_reach_inputs(count: int, tmp_path: Path):
     found = milan_ray.dissect(f"a7/arrays{count}", pixels, k=5)
     assert found.exemplars["activation"].to_list() == np.sort(expected.T)[:, ::-1].ravel().tolist()
     shown = np.asarray(found.lookup("conv", 0).images)
-    first = found._found["conv"].ids[0, 0]
+    first = found._exemplars["conv"].ids[0, 0]
     people = pixels[first][..., :3] if count > 3 else np.repeat(pixels[first][..., :1], 3, axis=2)
     np.testing.assert_allclose(shown[0], people.transpose(2, 0, 1) / np.float32(255), atol=1e-6)
     register_probe(f"a7/probe{count}", lambda: ArrayProbe(pixels))
@@ -314,7 +314,7 @@ def test_a7_bands_enter_the_hash_only_where_they_are_not_three():
         fingerprint = exemplar_fingerprints(spec, network, "w", "v", "p", CONFIG, layouts)["conv"]
         parts.append(fingerprint)
     assert parts[0].hash == parts[1].hash != parts[2].hash
-    assert "bands" in parts[2].parts and "bands" not in parts[0].parts
+    assert "bands" in parts[2].inputs and "bands" not in parts[0].inputs
 
 
 @pytest.mark.parametrize(

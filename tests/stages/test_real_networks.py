@@ -125,9 +125,9 @@ def test_notebook_and_job_find_the_same_of_networks_of_any_layout(ray_session, p
     arguments = ["exemplars", "--model", name, "--plugin", str(LAYOUTS), "--probe", str(photographs[0]), "--k", "5"]
     assert cli.main([*arguments, "--storage", str(tmp_path), "--actors", "1", "--no-report"]) == 0
     found = milan_ray.dissect(name, str(photographs[0]), k=5, plugins=[str(LAYOUTS)])
-    assert list(layers) == list(found._found)
+    assert list(layers) == list(found._exemplars)
     for layer, grid in layers.items():
-        own, job = found._found[layer], storage.read(EXEMPLARS, model=name, layer=layer).to_pydict()
+        own, job = found._exemplars[layer], storage.read(EXEMPLARS, model=name, layer=layer).to_pydict()
         assert tuple(json.loads(storage.metadata(EXEMPLARS, model=name, layer=layer)["layout"])["grid"]) == grid
         rows = job["unit"], job["rank"]
         assert len(rows[0]) == (own.ids >= 0).sum()
