@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 from milan_ray.config import Resources
@@ -52,15 +53,16 @@ def run_pool(
         return
     threads = threads_here(resources, len(rows)) or int(in_driver)
     answers = _on_threads(worker, arguments, rows, threads) if threads else _actors(worker, arguments, rows, resources)
-    for answer in answers:
-        if "failure" in answer:
-            raise _to_error(answer)
-        yield answer
+    with closing(answers):  # rows that still run have ended when an error is raised, and write nothing after that
+        for answer in answers:
+            if "failure" in answer:
+                raise _to_error(answer)
+            yield answer
 
 
 def _actors(
     worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], resources: Resources
-) -> Iterator[Row]:
+) -> Generator[Row, None, None]:
     import ray.data  # two seconds of CPU, which a small job does not pay
 
     start()
@@ -80,7 +82,9 @@ def _actors(
         yield json.loads(answer["row"])
 
 
-def _on_threads(worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], threads: int) -> Iterator[Row]:
+def _on_threads(
+    worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], threads: int
+) -> Generator[Row, None, None]:
     """Runs the rows on threads of this process, each with a worker of its own."""
     local, named = threading.local(), _named(worker)
 
