@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from milan_ray.models.layouts import Layout, Reading, grids
-from milan_ray.models.structure import Units
+from milan_ray.models.structure import Key, Units
 
 MAX_PREFIX_TOKENS = 16
 """Maximum number of tokens besides the positions that is tried where the model does not declare their number."""
@@ -82,6 +82,29 @@ class Candidate:
         """The layout of this candidate."""
         axis = self.units_axis if self.units_axis > batch else self.units_axis - 1
         return Layout(per_image, batch, axis, self.grid, self.columns_first, self.prefix, self.suffix, order, known)
+
+
+@dataclass(frozen=True)
+class LayerOutput:
+    """A layer's output.
+
+    Attributes:
+        puts_out: The start of a message about it.
+        key: The call that it comes from; None where that was not recorded.
+        batch: The axis that counts images.
+        per_image: Its other axes.
+        units: The units' axis, according to the structure or the user.
+    """
+
+    puts_out: str
+    key: Key | None
+    batch: int
+    per_image: tuple[int, ...]
+    units: Units
+
+    def layout(self, way: Candidate, known: str, order: tuple[int, ...] | None = None) -> Layout:
+        """The layout of one way to read the output; ``known`` states how that way was determined."""
+        return way.layout(self.per_image, self.batch, known, order)
 
 
 def candidates(

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from milan_ray.models.candidates import Candidate, candidates, known_orders
+from milan_ray.models.candidates import Candidate, LayerOutput, candidates, known_orders
 from milan_ray.models.hooks import Place, named_layers
 from milan_ray.models.layouts import UNSAID, Layout, grids
 from milan_ray.models.lit_cells import Evidence, LitPictures
@@ -45,29 +45,6 @@ class _Answers:
 
     calls: Mapping[Key, Mapping[int, torch.Tensor]]
     pictures: LitPictures
-
-
-@dataclass(frozen=True)
-class _Output:
-    """A layer's output.
-
-    Attributes:
-        puts_out: The start of a message about it.
-        key: The call that it comes from; None where that was not recorded.
-        batch: The axis that counts images.
-        per_image: Its other axes.
-        units: The units' axis, according to the structure or the user.
-    """
-
-    puts_out: str
-    key: Key | None
-    batch: int
-    per_image: tuple[int, ...]
-    units: Units
-
-    def layout(self, way: Candidate, known: str, order: tuple[int, ...] | None = None) -> Layout:
-        """The layout of one way to read the output; ``known`` states how that way was determined."""
-        return way.layout(self.per_image, self.batch, known, order)
 
 
 class Positions:
@@ -163,7 +140,7 @@ class Positions:
         constant = self._constant(key, per_image, units.axis)
         own = self._spec.prefix_tokens if constant is None else int(constant.sum())
         ways = list(candidates(per_image, units, view, seen, own, told))
-        output = _Output(puts_out, key, batch, per_image, units)
+        output = LayerOutput(puts_out, key, batch, per_image, units)
         if told.grid is not None or told.prefix_tokens is not None or told.units_axis is not None:
             free = list(candidates(per_image, units, view, seen, own, UNSAID))
             if (answer := self._as_told(output, ways, free)) is not None:
@@ -187,7 +164,7 @@ class Positions:
             )
         return self._as_shown(output, ways, own)
 
-    def _as_told(self, output: _Output, ways: list[Candidate], free: list[Candidate]) -> Layout | str | None:
+    def _as_told(self, output: LayerOutput, ways: list[Candidate], free: list[Candidate]) -> Layout | str | None:
         """The layout that the user declared; a message where the output contradicts it; None where it decides nothing.
 
         Args:
@@ -208,7 +185,7 @@ class Positions:
         remark = f"{shown.grid[0]}×{shown.grid[1]} positions, units on axis {shown.units_axis}"
         return replace(layout, remark=f"is read as was said, though lit patches of a picture show in {remark}")
 
-    def _as_shown(self, output: _Output, ways: list[Candidate], own: int | None) -> Layout | str:
+    def _as_shown(self, output: LayerOutput, ways: list[Candidate], own: int | None) -> Layout | str:
         """The layout according to lit patches and the network's modules, or a message where they leave it open.
 
         Args:
