@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from gates import wait_until
 
 from milan_ray import hub
 from milan_ray.errors import MilanError
@@ -161,8 +162,7 @@ def test_fetch_interrupted_by_the_user_leaves_nothing(server: str, tmp_path: Pat
     running = subprocess.Popen(
         [sys.executable, "-c", code, f"{server}/stuck.pth", str(tmp_path / "m/w.pth")], stderr=subprocess.PIPE
     )
-    while not list(tmp_path.glob("m/.w.pth.*.part")) and running.poll() is None:
-        pass
+    wait_until(lambda: list(tmp_path.glob("m/.w.pth.*.part")), "the download has begun", running)
     running.send_signal(signal.SIGINT)
     _, err = running.communicate(timeout=20)
     assert b"KeyboardInterrupt" in err

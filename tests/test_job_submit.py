@@ -10,12 +10,12 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from gates import wait_until
 
 from milan_ray.schema import EXEMPLARS
 from milan_ray.storage import Storage
@@ -81,10 +81,7 @@ def head() -> Iterator[Head]:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
     try:
         address = f"http://127.0.0.1:{dashboard}"
-        deadline = time.monotonic() + 60
-        while not _answers(dashboard):
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "head.log").read_text()
-            time.sleep(0.1)
+        wait_until(lambda: _answers(dashboard), "the head answers", process)
         yield Head(address, environment, folder)
     finally:
         os.killpg(process.pid, signal.SIGKILL)  # all of this head, and of no other; a polite end takes it 15 s

@@ -9,11 +9,11 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import ray
+from gates import wait_until
 
 from milan_ray.config import Resources
 from milan_ray.engine.cluster import PoolSize, connected, pool_size
@@ -38,6 +38,21 @@ with connected(Resources()):
     sys.stdin.readline()
 print("down", flush=True)
 sys.stdin.readline()
+"""
+
+STOPPED_RAY = f"""
+import os, signal
+from milan_ray import runtime
+runtime.prepare(None)
+from ray._private import services
+start_raylet = services.start_raylet
+def start_and_stop(*arguments, **options):
+    services.start_raylet = start_raylet
+    started = start_raylet(*arguments, **options)
+    os.kill(started.process.pid, signal.SIGSTOP)
+    return started
+services.start_raylet = start_and_stop
+{LOCAL_RAY}
 """
 
 
@@ -75,15 +90,12 @@ def alive(pids: list[int]) -> list[int]:
 
 
 def assert_ended(pids: list[int]) -> None:
-    deadline = time.monotonic() + 60  # told to end by then; it takes them a moment
-    while alive(pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert alive(pids) == []
+    wait_until(lambda: not alive(pids), "all these processes have ended")
 
 
-def local_ray_process() -> subprocess.Popen[str]:
+def local_ray_process(script: str = LOCAL_RAY) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, "-c", LOCAL_RAY],
+        [sys.executable, "-c", script],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -186,12 +198,7 @@ def test_f6_local_ray_and_all_that_it_started_end_with_its_driver(below, killed)
 @pytest.mark.slow
 def test_local_ray_that_does_not_come_up_in_time_is_given_up_for_another(below):
     """As on a machine that is too busy: the first raylet is stopped, and Ray gives it up after half a minute."""
-    process = local_ray_process()
-    stopped: list[int] = []
-    while process.poll() is None and not stopped:
-        stopped = [pid for pid, command in below(process.pid).items() if command.split("\0")[0].endswith("/raylet")]
-    for pid in stopped:
-        os.kill(pid, signal.SIGSTOP)
+    process = local_ray_process(STOPPED_RAY)
     line = process.stdout.readline()
     started = list(below(process.pid))
     said = process.communicate("\n\n", timeout=60)[1]

@@ -11,18 +11,15 @@ import json
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 import ray
+from gates import wait_until
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
-
-PATIENCE = 300
-"""Seconds to wait for idle nodes to go."""
 
 
 def alive() -> int:
@@ -39,15 +36,15 @@ def main(address: str, result: str, root: str, photos: str, plugin: str) -> None
     job = threading.Thread(target=run_exemplars, args=(Storage(root), [request], probe, config, resources))
     job.start()
     where = Path(os.environ["MILAN_TEST_WHERE"])
-    while job.is_alive() and not (where.exists() and len(set(where.read_text().split())) > 1):
-        time.sleep(0.1)
+    wait_until(
+        lambda: not job.is_alive() or (where.exists() and len(set(where.read_text().split())) > 1),
+        "a second node has begun a pass",
+    )
     Path(os.environ["MILAN_TEST_GATE"]).touch()
     job.join()
     ray.shutdown()  # its pool goes with the driver
     ray.init(address=address, log_to_driver=False)
-    deadline = time.monotonic() + PATIENCE
-    while alive() > before and time.monotonic() < deadline:
-        time.sleep(0.5)
+    wait_until(lambda: alive() <= before, "idle nodes are gone")
     ran = set(where.read_text().split())
     Path(result).write_text(json.dumps({"before": before, "ran": len(ran), "after": alive()}))
 

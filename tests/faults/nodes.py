@@ -10,10 +10,10 @@ import json
 import os
 import sys
 import threading
-import time
 from pathlib import Path
 
 import ray
+from gates import wait_until
 from ray.cluster_utils import Cluster
 
 from milan_ray.config import ExemplarConfig, Resources
@@ -36,9 +36,11 @@ def main(result: str, root: str, photos: str, plugin: str) -> None:
     where = Path(os.environ["MILAN_TEST_WHERE"])
 
     def wait_for(*nodes: str) -> None:
-        while not (where.exists() and set(nodes) <= set(where.read_text().split())):
+        def begun() -> bool:
             assert job.is_alive(), "the job was over too early"
-            time.sleep(0.05)
+            return where.exists() and set(nodes) <= set(where.read_text().split())
+
+        wait_until(begun, "all these nodes have begun a pass")
 
     head = cluster.head_node.node_id
     wait_for(head, lost.node_id)

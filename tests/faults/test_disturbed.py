@@ -11,11 +11,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from gates import Gate, passes, wait_until
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
 
@@ -27,8 +27,8 @@ PLUGIN = str(ROOT / "tests/plugins/slow_models.py")
 KILLS = int(os.environ.get("MILAN_SOAK", "6"))
 """Times that the driver is killed; `make soak` sets more."""
 
-LONGEST = 20
-"""Seconds after its start in which a job is killed at first: fewer, as often as it was through before."""
+WRITES = 60
+"""Writes of the job, roughly; a job is killed before one of them: an earlier one, as often as it was through before."""
 
 linux = pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads /proc")
 
@@ -49,19 +49,13 @@ def waiting(where: Path, passes: int, gate: Path | None = None, hunger: Path | N
     return {"MILAN_TEST_PASSES": str(passes), **{name: str(file) for name, file in files.items() if file}}
 
 
-def passes(where: Path) -> int:
-    """How many passes have begun."""
-    return len(where.read_text().split()) if where.exists() else 0
-
-
 @linux
 @pytest.mark.slow
 def test_worker_killed_in_the_middle_of_a_shard_costs_that_shard_alone(job, undisturbed, below, tmp_path):
     storage, where, gate = Storage(tmp_path / "run"), tmp_path / "where", tmp_path / "gate"
     job = replace(job, environment=waiting(where, 3, gate), verb="exemplars")
     process = job.start(storage.root)
-    while process.poll() is None and passes(where) < 4:
-        time.sleep(0.02)
+    wait_until(lambda: passes(where) > 3, "the fourth shard has begun", process)
     victims = [pid for pid, command in below(process.pid).items() if "ExemplarWorker" in command]
     for victim in victims:
         os.kill(victim, signal.SIGKILL)
@@ -101,7 +95,7 @@ def test_node_lost_and_node_joined_in_the_middle(job, undisturbed, tmp_path):
     where, result = tmp_path / "where", tmp_path / "result"
     alien = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE")
     environment = {name: value for name, value in os.environ.items() if name not in alien}
-    environment |= {**waiting(where, 0, tmp_path / "gate"), "MILAN_TEST_SECONDS": "0", "PYTHONPATH": str(ROOT)}
+    environment |= {**waiting(where, 0, tmp_path / "gate"), "PYTHONPATH": str(ROOT)}
     arguments = [str(result), str(tmp_path / "run"), str(job.photos), PLUGIN]
     command = [sys.executable, str(ROOT / "tests/faults/nodes.py"), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
@@ -114,29 +108,30 @@ def test_node_lost_and_node_joined_in_the_middle(job, undisturbed, tmp_path):
 
 
 @pytest.mark.slow
-def test_driver_killed_at_any_moment_again_and_again(job, undisturbed, tmp_path):
-    rng = random.Random(KILLS)
-    storage, loaded = Storage(tmp_path / "run"), tmp_path / "loaded"
-    job = replace(job, environment={"MILAN_TEST_LOADED": str(loaded)})
-    killed, longest = 0, float(LONGEST)
+def test_driver_killed_before_any_of_its_writes_again_and_again(job, undisturbed, kill_all, tmp_path):
+    """Each time it continues where it was killed, so that later writes come near; once it was through, it begins anew.
+
+    Before whichever write: workers' own and the driver's, of work files, tables and records.
+    """
+    rng, root = random.Random(KILLS), tmp_path / "run"
+    storage, killed, rounds, most = Storage(root), 0, 0, WRITES
     while killed < KILLS:
-        loaded.unlink(missing_ok=True)
-        process = job.start(storage.root)
-        # Until Python has started, nothing happens that a kill could harm.
-        while process.poll() is None and not loaded.exists():
-            time.sleep(0.02)
-        time.sleep(rng.uniform(0, longest))
-        if process.poll() is not None:  # through before the kill: begin anew, and kill it sooner
-            longest *= 0.7
-            assert process.returncode == 0, process.communicate()[1]
+        rounds += 1
+        gate = Gate(tmp_path / f"gate-{rounds}", re.escape(str(root)), rng.randint(1, most))
+        process = replace(job, environment=gate.environment).start(storage.root)
+        wait_until(lambda gate=gate, process=process: gate.reached() or process.poll() is not None, "gate or end")
+        if not gate.reached():
+            assert process.wait() == 0, process.communicate()[1]
             process.communicate()
             job.assert_same(storage, undisturbed)
+            most = max(most // 2, 3)
             for folder in ("descriptions", "candidates", "encodings", "exemplars", "levels", "views")[
                 : rng.randint(1, 6)
             ]:
                 storage.remove(folder)
             continue
-        job.kill(process)
+        kill_all(process)
+        process.communicate()
         killed += 1
         assert not list(tmp_path.rglob("*.parquet.tmp"))
     job.run(storage.root)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import random
 import shutil
 import socket
 import subprocess
@@ -12,7 +11,6 @@ import sys
 import tarfile
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,6 +20,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from gates import LIMIT, passes, wait_until
 from PIL import Image
 from pyarrow import fs
 
@@ -48,20 +47,21 @@ def free_port() -> int:
         return free.getsockname()[1]
 
 
+def answers(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
+
+
 @contextmanager
 def serving(log: Path, *command: str, port: int) -> Iterator[None]:
     """A server in a process of its own: in this one it could wait for the very stream that waits for it."""
     with log.open("w") as said:
         server = subprocess.Popen([sys.executable, *command], stdout=said, stderr=said)
         try:
-            deadline = time.monotonic() + 300
-            while True:
-                try:
-                    socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                    break
-                except OSError:
-                    assert server.poll() is None and time.monotonic() < deadline, log.read_text()
-                    time.sleep(0.1)
+            wait_until(lambda: answers(port), f"a server listens; {log} says why not", server)
             yield
         finally:
             server.kill()
@@ -69,7 +69,18 @@ def serving(log: Path, *command: str, port: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def s3(tmp_path_factory) -> Iterator[str]:
+def moto_log(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("moto") / "log"
+
+
+@pytest.fixture(scope="module")
+def s3_log(moto_log) -> Callable[[], str]:
+    """What the server of :func:`s3` has answered."""
+    return moto_log.read_text
+
+
+@pytest.fixture(scope="module")
+def s3(moto_log) -> Iterator[str]:
     """URI of an empty bucket; the environment of this process and its children can use it."""
     port = free_port()
     settings = {
@@ -80,7 +91,7 @@ def s3(tmp_path_factory) -> Iterator[str]:
         "AWS_EC2_METADATA_DISABLED": "true",
     }
     command = ("-m", "moto.server", "-H", "127.0.0.1", "-p", str(port))
-    with serving(tmp_path_factory.mktemp("moto") / "log", *command, port=port), pytest.MonkeyPatch.context() as patch:
+    with serving(moto_log, *command, port=port), pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
             patch.setenv(name, value)
         endpoint = f"s3://{BUCKET}?scheme=http&endpoint_override=127.0.0.1:{port}&allow_bucket_creation=true"
@@ -117,8 +128,7 @@ def test_job_on_s3_killed_and_started_again_ends_with_the_tables_of_a_local_one(
     probe = ("--probe", f"{s3}/photos")
     never = {"MILAN_TEST_WHERE": str(where), "MILAN_TEST_PASSES": "5", "MILAN_TEST_GATE": str(tmp_path / "never")}
     process = replace(remote_job, environment={**remote_job.environment, **never}).start(storage.root, *probe)
-    while process.poll() is None and not (where.exists() and len(where.read_text().split()) > 5):
-        time.sleep(0.05)  # until the sixth shard has begun
+    wait_until(lambda: passes(where) > 5, "the sixth shard has begun", process)
     done = [file for file in storage.files("_work") if "/images/" in file]
     said = remote_job.kill(process)
     assert len(done) == 5, said
@@ -166,8 +176,7 @@ def test_job_on_gs_killed_and_started_again_ends_with_the_tables_of_a_local_one(
     job = replace(job, verb="exemplars")
     never = {"MILAN_TEST_WHERE": str(where), "MILAN_TEST_PASSES": "5", "MILAN_TEST_GATE": str(tmp_path / "never")}
     process = replace(job, environment=never).start(storage.root, "--probe", photos.root)
-    while process.poll() is None and not (where.exists() and len(where.read_text().split()) > 5):
-        time.sleep(0.05)
+    wait_until(lambda: passes(where) > 5, "the sixth shard has begun", process)
     done = [file for file in storage.files("_work") if "/images/" in file]
     said = job.kill(process)
     assert len(done) == 5 and storage.files("exemplars") == [], said
@@ -189,23 +198,26 @@ def test_put_is_seen_whole_or_not_at_all(store, request):
     versions = [bytes([value]) * size for value, size in ((1, 12_000_000), (2, 100), (3, 7_000_000))]
     storage.put("file", versions[0])
     seen: set[bytes] = set()
-    over = threading.Event()
+    over, looked = threading.Event(), threading.Event()
 
     def read() -> None:
         while not over.is_set():
             seen.add(storage.get("file"))
+            looked.set()
 
     reader = threading.Thread(target=read)
     reader.start()
     for version in versions * 2:
         storage.put("file", version)
-        time.sleep(0.05)
+        looked.clear()
+        assert looked.wait(LIMIT)
     over.set()
     reader.join()
     assert seen <= set(versions)
 
 
-def test_put_on_s3_killed_in_the_middle_leaves_nothing(s3):
+def test_put_on_s3_killed_in_the_middle_leaves_nothing(s3, s3_log):
+    """Before, between and after the parts in which the file is sent."""
     script = """
 import sys
 from milan_ray.schema import IMAGE_EMBEDDINGS
@@ -217,12 +229,12 @@ storage.put("torso", data)
 print("done", flush=True)
 """
     storage = Storage(f"{s3}/killed")
-    rng = random.Random(6)
-    for _ in range(3):
+    for parts in (0, 1, 3):
+        before = s3_log().count("partNumber")
         command = [sys.executable, "-c", script, storage.root]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "now\n"
-        time.sleep(rng.uniform(0.02, 0.4))
+        wait_until(lambda more=before + parts: s3_log().count("partNumber") >= more, f"{parts} parts were sent")
         process.kill()
         done = "done" in process.communicate()[0]
         found = storage.files("")

@@ -1,4 +1,4 @@
-"""A network that takes its time, says where it runs, and waits or takes memory where it is told to.
+"""A network that says where it runs, and waits or takes memory where it is told to.
 
 For jobs that tests disturb. What happens when is told by variables of the environment, so that no test depends on how
 fast a machine is; every process of a job has them.
@@ -17,9 +17,6 @@ from milan_ray.captioner.encoder import register_encoder
 from milan_ray.models.registry import register_model
 from milan_ray.models.view import Preprocess, View
 
-SECONDS = "MILAN_TEST_SECONDS"
-"""Environment variable: seconds per forward pass."""
-
 WHERE = "MILAN_TEST_WHERE"
 """Environment variable with a file to which every pass, as it begins, adds the node that it runs on."""
 
@@ -32,9 +29,6 @@ GATE = "MILAN_TEST_GATE"
 HUNGER = "MILAN_TEST_HUNGER"
 """Environment variable with a file: the first of the later passes makes it, takes memory, and waits for its process to
 be killed for that. Needs `WHERE`."""
-
-LOADED = "MILAN_TEST_LOADED"
-"""Environment variable with a file that is made as soon as a process has loaded this plug-in."""
 
 PATIENCE = 300
 """Seconds; who waits longer waits in vain."""
@@ -61,7 +55,6 @@ class Slow(nn.Module):
                 log.write(f"{context.get_node_id()}\n")
             if len(Path(where).read_text().split()) > int(os.environ.get(PASSES, "0")):
                 disturb()
-        time.sleep(float(os.environ.get(SECONDS, "0.05")))
         return x
 
 
@@ -98,8 +91,6 @@ def slow_encoder(weights: str | None) -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, padding=1))
 
 
-if loaded := os.environ.get(LOADED):
-    Path(loaded).touch()
 register_model("slow/cnn", slow_cnn, ("1", "3"), Preprocess(View(resize=24, crop=24)))
 register_model("slow/other", slow_cnn, ("3",), Preprocess(View(resize=24, crop=24)))
 register_encoder("slow", slow_encoder, ("0", "2"), size=24)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
-import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from gates import LIMIT, Gate
 
 from milan_ray import cli
 from milan_ray.annotations.groups import groups_of
@@ -185,18 +185,14 @@ def test_decoder_tuning_by_optuna(storage) -> None:
 
 @linux
 @pytest.mark.slow
-def test_killed_decoder_tuning_goes_on_where_it_was(storage, kill_all) -> None:
-    command = [sys.executable, "-c", TUNE_AND_BE_KILLED, storage.root]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    environment.pop("RAY_ADDRESS", None)
-    first = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, env=environment)
-    work = Path(storage.root, "_work")
-    while not list(work.glob("*/epochs/*.txt")) and first.poll() is None:
-        time.sleep(0.01)
+def test_killed_decoder_tuning_goes_on_where_it_was(storage, kill_all, tmp_path) -> None:
+    gate = Gate(tmp_path, r"/states/\w+\.pt$", 2)  # one epoch of the first trial is stored, the second is not
+    first = start(TUNE_AND_BE_KILLED, storage, gate)
+    gate.wait(first)
     kill_all(first)
-    (path,) = work.glob("*/states/*.pt")
+    (path,) = Path(storage.root, "_work").glob("*/states/*.pt")
     state = torch.load(path, weights_only=True)
-    assert state["history"] and not storage.partitions(DECODER_TRIALS, sweep="killed")
+    assert len(state["history"]) == 1 and not storage.partitions(DECODER_TRIALS, sweep="killed")
     state["history"][0]["validation"] = 1000.0  # marked, to see that this epoch is not trained again
     torch.save(state, path)
     DecoderTuning(tuning_job("killed")).run(storage, ONE_AT_A_TIME)
@@ -205,9 +201,12 @@ def test_killed_decoder_tuning_goes_on_where_it_was(storage, kill_all) -> None:
     assert [(row["epoch"], row["epochs"], row["chosen"]) for row in rows if row["bleu"] == 1000] == [(0, 7, True)]
 
 
-def done(storage: Storage) -> list[str]:
-    """The newest epoch of every training under way."""
-    return [path.read_text() for path in Path(storage.root).glob(f"_work/*/{EPOCH}")]
+def start(script: str, storage: Storage, gate: Gate) -> subprocess.Popen[bytes]:
+    """Starts a script of this module, which stops at the gate."""
+    environment = gate.environment
+    environment["PYTHONPATH"] += f"{os.pathsep}{Path(__file__).parent}"
+    command = [sys.executable, "-c", script, storage.root]
+    return subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, env=environment)
 
 
 TUNE_AND_BE_KILLED = """
@@ -232,42 +231,26 @@ from milan_ray.engine.cluster import connected
 from milan_ray.stages.training import Training
 from milan_ray.storage import Storage
 with connected(Resources()):
-    Training(job_for("late")).run(Storage(sys.argv[1]))
+    Training(job_for("late", memory_limit=0)).run(Storage(sys.argv[1]))
 """
 
 
 @linux
 @pytest.mark.slow
-def test_training_goes_on_after_driver_and_worker_are_killed_to_the_same_result(storage, below, kill_all) -> None:
-    command = [sys.executable, "-c", HALF, storage.root]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
-    environment.pop("RAY_ADDRESS", None)
-    first = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL, env=environment)
-    while not done(storage) and first.poll() is None:
-        time.sleep(0.01)
+def test_training_goes_on_after_driver_and_worker_are_killed_to_the_same_result(storage, kill_all, tmp_path) -> None:
+    gate = Gate(tmp_path / "first", rf"/{re.escape(EPOCH)}$", 3)
+    first = start(HALF, storage, gate)
+    gate.wait(first)
     kill_all(first)
-    before = done(storage)
-    assert before and not storage.partitions(TRAINING, decoder="late")
-    killed: list[int] = []
-
-    def kill_in_the_middle() -> None:
-        worker = None
-        while worker is None or done(storage) == before:
-            # Before the epochs, which are short, begin.
-            workers = [pid for pid, command in below(os.getpid()).items() if "RayTrainWorker" in command]
-            worker = max(workers, default=worker)
-            if stop.wait(0.01):
-                return
-        os.kill(worker, signal.SIGKILL)
-        killed.append(worker)
-
-    stop = threading.Event()
-    killer = threading.Thread(target=kill_in_the_middle)
-    killer.start()
-    assert Training(job_for("late", memory_limit=0)).run(storage)
-    stop.set()
-    killer.join()
-    assert killed
+    assert list(Path(storage.root).glob(f"_work/*/{EPOCH}")) and not storage.partitions(TRAINING, decoder="late")
+    gate = Gate(tmp_path / "second", rf"/{re.escape(EPOCH)}$", 3)
+    second = start(HALF, storage, gate)
+    gate.wait(second)
+    (worker,) = gate.reached()
+    assert worker != second.pid
+    os.kill(worker, signal.SIGKILL)
+    gate.open()
+    assert second.wait(timeout=LIMIT) == 0
     np.testing.assert_allclose(curve(storage, "late"), curve(storage, "plain"), rtol=1e-5)
     ours, theirs = (load_captioner(storage, name).decoder.state_dict() for name in ("late", "plain"))
     torch.testing.assert_close(ours, theirs)
