@@ -13,13 +13,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toys import toy_captioner
 
 import milan_ray
-from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.encoder import pool_maps
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.errors import MilanError
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS, Table
 from milan_ray.stages.captioners import save_captioner
@@ -48,12 +45,7 @@ def write(
 def run(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """A run directory with a captioner, and exemplars and descriptions of two layers; image = unit + rank."""
     storage = Storage(tmp_path_factory.mktemp("api") / "run")
-    torch.manual_seed(0)
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    lm = LanguageModel(LMConfig(words, 8, 12))
-    save_captioner(storage, "toy", Captioner(indexer, decoder, lm, "tiny", None, 5, 6, 0.5), "A toy.")
+    save_captioner(storage, "toy", toy_captioner(length=5, beam_size=6, lam=0.5), "A toy.")
     for layer, units in UNITS.items():
         exemplars = [
             (MODEL, layer, u, rank, u + rank, 9.0 - rank, np.packbits(MASKS[u + rank]).tobytes())

@@ -14,13 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from toys import toy_captioner
 
 from milan_ray import cli
-from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.engine.stage import Known
 from milan_ray.schema import ANNOTATIONS, CLAIMS, DESCRIPTIONS, EXEMPLARS, PASTED
@@ -183,12 +179,7 @@ def test_generalize_knows_its_units_when_encodings_are_there(tmp_path, dry_run: 
 def toy(tmp_path: Path) -> Storage:
     """A run directory with a captioner of tiny encodings."""
     storage = Storage(tmp_path / "run")
-    torch.manual_seed(0)
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    language_model = LanguageModel(LMConfig(words, 8, 12))
-    save_captioner(storage, "toy", Captioner(indexer, decoder, language_model, "tiny", None, 5, 6), "A toy.")
+    save_captioner(storage, "toy", toy_captioner(length=5, beam_size=6), "A toy.")
     return storage
 
 

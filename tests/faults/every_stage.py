@@ -10,15 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import spacy
-import torch
 from PIL import Image
+from toys import toy_captioner
 
 from milan_ray.annotations.layout import write_annotations
 from milan_ray.annotations.load import load
 from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
 from milan_ray.engine import tuner
 from milan_ray.engine.cluster import connected
@@ -102,11 +99,7 @@ class Stage:
 
 
 def captioner() -> Captioner:
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    torch.manual_seed(0)
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny", None, 4, 4, 0.5)
+    return toy_captioner(length=4, beam_size=4, lam=0.5)
 
 
 def annotate(storage: Storage) -> None:

@@ -95,7 +95,8 @@ def test_node_lost_and_node_joined_in_the_middle(job, undisturbed, tmp_path):
     where, result = tmp_path / "where", tmp_path / "result"
     alien = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE")
     environment = {name: value for name, value in os.environ.items() if name not in alien}
-    environment |= {**waiting(where, 0, tmp_path / "gate"), "PYTHONPATH": str(ROOT)}
+    environment |= waiting(where, 0, tmp_path / "gate")
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests/helpers'}"
     arguments = [str(result), str(tmp_path / "run"), str(job.photos), PLUGIN]
     command = [sys.executable, str(ROOT / "tests/faults/nodes.py"), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

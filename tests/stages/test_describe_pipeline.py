@@ -14,14 +14,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from toys import toy_captioner
 
 import milan_ray
 from milan_ray import cli
-from milan_ray.captioner.captioner import Captioner, best_descriptions
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
+from milan_ray.captioner.captioner import best_descriptions
 from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.errors import MilanError
@@ -40,14 +38,6 @@ PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
 ENCODER = EncoderRef("tiny", plugins=(PLUGIN,))
 LAYERS = {"tiny/cnn": ("0", "2")}
 SEARCH = Search("toy", beam_size=6, length=5, lam=0.5)
-
-
-def toy_captioner() -> Captioner:
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    torch.manual_seed(0)
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny")
 
 
 @pytest.fixture(scope="module")

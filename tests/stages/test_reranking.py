@@ -11,13 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toys import toy_captioner
 
 import milan_ray
 from milan_ray import cli
 from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine import stage
 from milan_ray.engine.references import ModelRef, ProbeRef
@@ -42,11 +40,7 @@ CLIP_ENCODER, TABLE = "tiny-clip", "toy+clip"
 
 
 def captioner() -> Captioner:
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    torch.manual_seed(0)
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny", None, 5, 6, 0.5)
+    return toy_captioner(length=5, beam_size=6, lam=0.5)
 
 
 @pytest.fixture(scope="module")

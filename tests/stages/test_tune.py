@@ -14,15 +14,14 @@ import pyarrow as pa
 import pytest
 import torch
 from gates import Gate
+from toys import toy_captioner
 
 from milan_ray import runtime
 
 runtime.prepare(None)  # before anything imports Ray: this file is a job, too
 
 from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.captioner.text import Vocabulary
 from milan_ray.cli.describe import search_of
 from milan_ray.config import Resources
 from milan_ray.engine.cluster import connected
@@ -45,15 +44,12 @@ JOB = TuningJob("toy-sweep", "toy", "people", tuple(("toy/model", layer) for lay
 KEYS = {"decoder": "toy", "sweep": "toy-sweep"}
 
 
-def toy_captioner() -> Captioner:
-    indexer = Indexer(Vocabulary.build(WORDS))
-    torch.manual_seed(0)
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
+def peaked_captioner() -> Captioner:
+    captioner = toy_captioner(vocabulary=Vocabulary.build(WORDS))
     with torch.no_grad():
-        for parameter in decoder.parameters():
+        for parameter in captioner.decoder.parameters():
             parameter.mul_(4)  # so that units differ
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny")
+    return captioner
 
 
 def features() -> dict[str, np.ndarray]:
@@ -64,7 +60,7 @@ def features() -> dict[str, np.ndarray]:
 def fill(root: Path) -> Storage:
     """A run directory with a captioner, encodings and annotations."""
     storage = Storage(root)
-    save_captioner(storage, "toy", toy_captioner(), "A toy.")
+    save_captioner(storage, "toy", peaked_captioner(), "A toy.")
     for layer, values in features().items():
         n, k, _ = values.shape
         keys = {"model": "toy/model", "layer": layer}
@@ -108,7 +104,7 @@ def bleu_2(texts: list[str], places: np.ndarray) -> float:
 
 
 def said_by_hand(strategy: str, beam_size: int | None, lam: float) -> list[str]:
-    mi, captioner = strategy.endswith("-mi"), toy_captioner()
+    mi, captioner = strategy.endswith("-mi"), peaked_captioner()
     return [
         text
         for values in features().values()
@@ -218,7 +214,7 @@ def test_what_a_captioner_cannot_do_is_said_before_any_trial(storage):
     ):
         with pytest.raises(MilanError, match=says):
             Tuning(replace(JOB, sweep=sweep)).run(storage, Resources())
-    save_captioner(storage, "mute", replace(toy_captioner(), lm=None), "No language model.")
+    save_captioner(storage, "mute", replace(peaked_captioner(), lm=None), "No language model.")
     with pytest.raises(MilanError, match="has no language model"):
         Tuning(replace(JOB, decoder="mute")).run(storage, Resources())
 

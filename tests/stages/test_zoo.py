@@ -13,13 +13,9 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import torch
+from toys import toy_captioner
 
 from milan_ray import cli
-from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.errors import MilanError
 from milan_ray.models.registry import match_models
 from milan_ray.plugins import load_plugins
@@ -39,14 +35,6 @@ SHARDS = 6
 
 def layers_of(model: str) -> tuple[str, ...]:
     return LAYERS[model.split("/")[0].rstrip("0123456789")]
-
-
-def toy_captioner() -> Captioner:
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    torch.manual_seed(0)
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny")
 
 
 @pytest.fixture(scope="module")
