@@ -16,6 +16,7 @@ from toys import toy_captioner
 import milan_ray
 from milan_ray import cli
 from milan_ray.errors import MilanError
+from milan_ray.library.run_directory import RunExemplars
 from milan_ray.models.view import Preprocess, View
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
@@ -49,6 +50,7 @@ def test_dissect_and_describe_are_what_the_job_makes(storage, milan, found, phot
     assert cli.main(arguments) == 0
     capsys.readouterr()
     job = milan_ray.open_exemplars(storage.root, "tiny/cnn")
+    assert isinstance(job, RunExemplars)
     here = found.describe(milan)
     for layer, unit in job.units():
         theirs, ours = job.lookup(layer, unit), found.lookup(layer, unit)

@@ -140,7 +140,7 @@ def test_paper_stands_on_the_demo_and_finds_its_claims_anew(tmp_path, dry_run: D
 def test_paste_says_what_is_missing(photos, tmp_path, dry_run: DryRun) -> None:
     storage = Storage(tmp_path / "run")
     describe(storage, "tiny/cnn", "2", ["lines"] * 8)
-    rows = {column.name: [] for column in EXEMPLARS.columns}
+    rows: dict[str, list[object]] = {column.name: [] for column in EXEMPLARS.columns}
     storage.write(EXEMPLARS, EXEMPLARS.table(rows), "e", model="tiny/cnn", layer="2")
     command = ["paste", "--model", "tiny/cnn", "--layers", "2", "--plugin", TINY, "--probe", str(photos)]
     assert dry_run(storage.root, *command) == {"pasted cut-and-paste tiny/cnn": "missing"}
@@ -159,7 +159,7 @@ def test_paste_says_what_is_missing(photos, tmp_path, dry_run: DryRun) -> None:
 
 def test_generalize_knows_its_units_when_encodings_are_there(tmp_path, dry_run: DryRun) -> None:
     storage = Storage(tmp_path / "run")
-    rows = {column.name: [] for column in EXEMPLARS.columns}
+    rows: dict[str, list[object]] = {column.name: [] for column in EXEMPLARS.columns}
     for model in ("mine/a", "mine/b"):
         storage.write(EXEMPLARS, EXEMPLARS.table(rows), "e", model=model, layer="0")
         annotate(storage, model, "0", 4)

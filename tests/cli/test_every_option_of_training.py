@@ -252,7 +252,7 @@ def fed(tmp_path: Path) -> Callable[..., int]:
     toy: Captioner = runpy.run_path(str(TESTS / "helpers/damage.py"))["captioner"]()
     state = {"0.bias": toy.decoder.state_dict().popitem()[1].flatten()[:10].clone()}
     save_captioner(storage, "toy", Captioner(toy.indexer, toy.decoder, toy.lm, "fed", state, 4, 5), "Fed.")
-    rows = {column: [] for column in EXEMPLARS.schema.names}
+    rows: dict[str, list[object]] = {column: [] for column in EXEMPLARS.schema.names}
     said = {"source": "people", "model": "tiny/cnn", "layer": "0", "unit": 0, "annotator": "A", "text": "red dogs"}
     keys = {"model": "tiny/cnn", "layer": "0"}
     storage.write(EXEMPLARS, EXEMPLARS.table(rows), "e", **keys)
@@ -348,8 +348,8 @@ def test_address_is_where_ray_is_looked_for(photos, tmp_path) -> None:
     models = ("tiny/cnn", "tiny/twin")
     for model in models:
         keys = {"model": model, "layer": "0"}
-        said = {"source": "people", **keys, "unit": 0, "annotator": "A", "text": "red dogs"}
-        table = ANNOTATIONS.table({name: [value] for name, value in said.items()})
+        annotation = {"source": "people", **keys, "unit": 0, "annotator": "A", "text": "red dogs"}
+        table = ANNOTATIONS.table({name: [value] for name, value in annotation.items()})
         storage.write(ANNOTATIONS, table, "a", source="people", **keys)
         row = {"labeler": "milan", **keys, "unit": 0, "description": "dogs", "score": 0.0, "n_best": []}
         columns = {name: [row.get(name)] for name in DESCRIPTIONS.schema.names}

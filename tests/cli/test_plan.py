@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from toys import toy_captioner
@@ -25,7 +26,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     return found
 
 
-def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert cli.main(["plan", "--plugin", PLUGIN, "--device", "cpu", "--json", *arguments]) == 0
     return json.loads(capsys.readouterr().out)
 

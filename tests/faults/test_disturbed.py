@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,11 @@ def test_node_lost_and_node_joined_in_the_middle(job, undisturbed, tmp_path):
             assert found[name].equals(table), name
 
 
+def stands(gate: Gate, process: subprocess.Popen[str]) -> bool:
+    """Whether a job waits at its gate, or has ended."""
+    return bool(gate.reached()) or process.poll() is not None
+
+
 @pytest.mark.slow
 def test_driver_killed_before_any_of_its_writes_again_and_again(job, undisturbed, kill_all, tmp_path):
     """Each time it continues where it was killed, so that later writes come near; once it was through, it begins anew.
@@ -120,7 +126,7 @@ def test_driver_killed_before_any_of_its_writes_again_and_again(job, undisturbed
         rounds += 1
         gate = Gate(tmp_path / f"gate-{rounds}", re.escape(str(root)), rng.randint(1, most))
         process = replace(job, environment=gate.environment).start(storage.root)
-        wait_until(lambda gate=gate, process=process: gate.reached() or process.poll() is not None, "gate or end")
+        wait_until(partial(stands, gate, process), "gate or end")
         if not gate.reached():
             assert process.wait() == 0, process.communicate()[1]
             process.communicate()

@@ -176,7 +176,7 @@ def build(place: Path, save_clip: Callable[..., str]) -> Storage:
 
 def tables(storage: Storage) -> dict[str, Path]:
     """The first file of every table, the first network's where it has one: (table → file)."""
-    found = {}
+    found: dict[str, Path] = {}
     for table in TABLES:
         for keys in storage.partitions(table):
             found.setdefault(table.name, Path(storage.root, storage.path(table, **keys)))

@@ -121,7 +121,7 @@ def everywhere(rows: dict[str, str]) -> dict[str, str]:
 DESCRIBED = {"descriptions milan": "candidates changed", "descriptions milan-pdE": "candidates changed"}
 ALL = [("stale/changing", "02"), ("stale/constant", "0")]
 
-CASES = {
+CASES: dict[str, tuple[tuple[str, ...], dict[str, float], dict[str, str]]] = {
     "nothing": ((), {}, {}),
     "shard size": (("--shard-size", "5"), {}, {}),
     "some units of what is there": (("--units", "0,2"), {}, {}),

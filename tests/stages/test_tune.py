@@ -17,6 +17,7 @@ from gates import Gate
 from toys import toy_captioner
 
 from milan_ray import runtime
+from milan_ray.labelers.milan import MILAN
 
 runtime.prepare(None)  # before anything imports Ray: this file is a job, too
 
@@ -30,7 +31,7 @@ from milan_ray.errors import MilanError
 from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, SCORES, TRIALS
 from milan_ray.scoring.text import bleu_statistics, bleu_values
 from milan_ray.stages.captioners import save_captioner
-from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
+from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.tuning import Tuning, TuningJob
 from milan_ray.stages.tuning_statistics import Sweep, read_setting, split_units
 from milan_ray.storage import Storage
@@ -94,7 +95,7 @@ def storage(ray_session, tmp_path_factory) -> Storage:
 
 
 def trials(storage: Storage) -> pl.DataFrame:
-    return pl.from_arrow(storage.read(TRIALS, **KEYS))
+    return pl.DataFrame(storage.read(TRIALS, **KEYS))
 
 
 def bleu_2(texts: list[str], places: np.ndarray) -> float:
@@ -174,6 +175,7 @@ def test_candidates_of_the_storage_are_rescored_and_not_searched_again(ray_sessi
         place = table.schema.get_field_index("text")
         changed = table.set_column(place, table.schema.field(place), [texts])
         meta = storage.metadata(CANDIDATES, **keys)
+        assert meta is not None
         storage.write(CANDIDATES, changed, meta["milan_ray.config"], **keys)
     Tuning(replace(JOB, sweep=replace(SWEEP, strategies=("beam",), beam_sizes=(3,)))).run(storage, Resources())
     rows = trials(storage).filter(pl.col("metric") == "rouge-1-f", pl.col("split") == "held-out")
@@ -193,7 +195,7 @@ def test_a_killed_tuning_goes_on_where_it_was(storage, kill_all, tmp_path, tmp_p
     done = resumed.work_names(work, "scores")
     assert len(done) == 2 < len(SWEEP.trials())
     for name in done:  # marked, to see that they are not made again
-        table = pl.from_arrow(resumed.get_work(work, name))
+        table = pl.DataFrame(resumed.get_work(work, name))
         marked = table.with_columns(
             pl.when(pl.col("metric") == "rouge-1-f").then(1000.0).otherwise("value").alias("value")
         )

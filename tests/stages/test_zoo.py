@@ -44,6 +44,7 @@ def plugin(tmp_path_factory) -> Path:
     (folder / "loads").touch()
     path = Path(shutil.copy(PLUGINS / "zoo_models.py", folder))
     spec = importlib.util.spec_from_file_location("zoo_weights", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.train()

@@ -11,6 +11,7 @@ from toys import toy_captioner
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.labelers.milan import MILAN
 from milan_ray.models.hooks import LayerTap
 from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.manifest import digest, image_refs
@@ -18,7 +19,7 @@ from milan_ray.probe.registry import resolve_probe
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef, save_captioner
-from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
+from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
