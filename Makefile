@@ -34,7 +34,7 @@ lint: $(STAMP)  ## formatting and lint
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 
-types: $(STAMP)  ## static types
+types: $(STAMP)  ## static types, of tests and examples too
 	$(VENV)/bin/mypy
 
 docs: $(STAMP)  ## the pages in docs/ as HTML, in docs/_build

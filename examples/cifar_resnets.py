@@ -57,7 +57,8 @@ class CifarResNet(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, 3, 32, 32) → logits (B, classes)."""
         x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
-        return self.linear(x.mean(dim=(2, 3)))
+        logits: torch.Tensor = self.linear(x.mean(dim=(2, 3)))
+        return logits
 
 
 def build(depth: int, weights: str | None) -> nn.Module:

@@ -50,7 +50,7 @@ def build(weights: str | None) -> nn.Module:
 
 register_model("colours", build, ["2"], Preprocess(View(64, 64), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)))
 register_probe("scenes", lambda: WorldProbe("probe", 128))
-register_image_text("colour-embedder", ColourEmbedder, concepts=tuple(COLOURS))
+register_image_text("colour-embedder", ColourEmbedder, concepts=tuple(COLOURS))  # type: ignore[arg-type]  # it has a view: no embed_maps
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as storage:

@@ -37,8 +37,8 @@ class Stripes:
         angle = np.deg2rad(float(ref.path.rstrip("°")))
         y, x = np.mgrid[:SIDE, :SIDE]
         wave = np.sin((x * np.cos(angle) + y * np.sin(angle)) * np.pi / 4)
-        pixels = np.repeat(np.uint8(127.5 * (1 + wave))[..., None], 3, axis=2)
-        return ProbeImage(Image.fromarray(pixels), hashlib.sha256(pixels).hexdigest())
+        pixels = np.repeat((127.5 * (1 + wave)).astype(np.uint8)[..., None], 3, axis=2)
+        return ProbeImage(Image.fromarray(pixels), hashlib.sha256(pixels.tobytes()).hexdigest())
 
     def concept_maps(self, ref: ImageRef) -> None:
         """Returns nothing: only Network Dissection needs maps of concepts."""

@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +14,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toys import toy_captioner
 
 import milan_ray
-from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.encoder import pool_maps
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.errors import MilanError
+from milan_ray.library.run_directory import RunExemplars
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS, Table
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.stages.encodings import encode
@@ -37,7 +36,7 @@ BEST = [{"text": "a dog", "score": 1.0, "logp_d_given_e": -2.0, "logp_d": -6.0}]
 
 
 def write(
-    storage: Storage, table: Table, rows: list[tuple[object, ...]], metadata: dict[str, str] | None = None
+    storage: Storage, table: Table, rows: Sequence[tuple[object, ...]], metadata: dict[str, str] | None = None
 ) -> None:
     columns = dict(zip((column.name for column in table.columns), map(list, zip(*rows, strict=True)), strict=True))
     keys = {key: str(columns[key][0]) for key in table.partition}
@@ -48,12 +47,7 @@ def write(
 def run(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """A run directory with a captioner, and exemplars and descriptions of two layers; image = unit + rank."""
     storage = Storage(tmp_path_factory.mktemp("api") / "run")
-    torch.manual_seed(0)
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    lm = LanguageModel(LMConfig(words, 8, 12))
-    save_captioner(storage, "toy", Captioner(indexer, decoder, lm, "tiny", None, 5, 6, 0.5), "A toy.")
+    save_captioner(storage, "toy", toy_captioner(length=5, beam_size=6, lam=0.5), "A toy.")
     for layer, units in UNITS.items():
         exemplars = [
             (MODEL, layer, u, rank, u + rank, 9.0 - rank, np.packbits(MASKS[u + rank]).tobytes())
@@ -135,7 +129,12 @@ def test_encode_equals_one_encoder_pass_per_exemplar(milan, images, masks) -> No
 def test_encode_sees_every_different_image_once(milan, images, masks, monkeypatch) -> None:
     seen = []
     passes = milan.encoder.maps
-    monkeypatch.setattr(milan.encoder, "maps", lambda batch: seen.append(len(batch)) or passes(batch))
+
+    def watched(batch: torch.Tensor) -> object:
+        seen.append(len(batch))
+        return passes(batch)
+
+    monkeypatch.setattr(milan.encoder, "maps", watched)
     milan.encode(images, masks)
     assert seen == [5]
 
@@ -238,6 +237,7 @@ def test_load_of_nothing_says_where_it_looked(run: Storage, tmp_path: Path) -> N
 
 def test_lookup_gives_images_masks_activations_and_all_that_was_said(run: Storage) -> None:
     exemplars = milan_ray.open_exemplars(run.root, MODEL)
+    assert isinstance(exemplars, RunExemplars)
     assert exemplars.layers == ["0", "2"]
     assert exemplars.units() == [("0", 0), ("0", 1), ("0", 2), ("2", 0), ("2", 1)]
     unit = exemplars.lookup(0, 2)
@@ -263,8 +263,8 @@ def test_lookup_samples_can_be_described(run: Storage, milan) -> None:
 
 def test_lookup_leaves_out_what_speaks_of_earlier_exemplars(run: Storage) -> None:
     current = run.config_of(EXEMPLARS, model=MODEL, layer="2")
-    for source, text, exemplars in (("a", "blue", current), ("b", "red", "earlier ones"), ("c", "green", None)):
-        metadata = {EXEMPLARS_KEY: exemplars} if exemplars else None
+    for source, text, of in (("a", "blue", current), ("b", "red", "earlier ones"), ("c", "green", None)):
+        metadata = {EXEMPLARS_KEY: of} if of else None
         write(run, ANNOTATIONS, [(source, MODEL, "2", 1, "someone", text)], metadata)
     exemplars = milan_ray.open_exemplars(run.root)
     assert exemplars.lookup("2", 1).annotations == ("blue", "green")
@@ -307,6 +307,7 @@ def test_descriptions_frame_has_the_columns_of_the_table(milan, images, masks) -
 
 def test_run_directory_is_read_as_frames(run) -> None:
     found = milan_ray.open_exemplars(run.root, MODEL)
+    assert isinstance(found, RunExemplars)
     assert len(found.exemplars) == sum(UNITS.values()) * K
     assert found.exemplars.columns == ["layer", "unit", "rank", "image_id", "activation"]
     said = found.descriptions.filter(labeler="milan", layer="0")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from milan_ray.config import Arithmetic, ExemplarConfig, canonical, config_hash, data_dir, models_dir, results_dir
 
-OTHER: dict[str, object] = {
+OTHER: dict[str, Any] = {
     "k": 16,
     "quantile": 0.995,
     "mask_size": (112, 112),
@@ -23,7 +24,13 @@ OTHER: dict[str, object] = {
 }
 OTHER["arithmetic"] = Arithmetic("bfloat16")
 # The bytes of views are part of the view's own key.
-WITHOUT_EFFECT = {"shard_size": 17, "map_budget": 0, "max_bad": 0.5, "truncate_bytes": True, "pooled": True}
+WITHOUT_EFFECT: dict[str, Any] = {
+    "shard_size": 17,
+    "map_budget": 0,
+    "max_bad": 0.5,
+    "truncate_bytes": True,
+    "pooled": True,
+}
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8")),
@@ -38,7 +45,7 @@ class Inner:
     name: str
 
 
-def reversed_order(value: object) -> object:
+def reversed_order(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: reversed_order(value[key]) for key in reversed(list(value))}
     return [reversed_order(item) for item in value] if isinstance(value, list) else value

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ TEXTS = {  # model → layer → description of each unit
 def write(
     storage: Storage,
     table: Table,
-    rows: list[tuple[object, ...]],
+    rows: Sequence[tuple[object, ...]],
     metadata: dict[str, str] | None = None,
     **keys: str,
 ) -> None:
@@ -35,7 +36,7 @@ def write(
     storage.write(table, table.table(columns, metadata), "by hand", **keys)
 
 
-def _columns(table: Table, rows: list[tuple[object, ...]]) -> dict[str, list[object]]:
+def _columns(table: Table, rows: Sequence[tuple[object, ...]]) -> dict[str, list[object]]:
     return dict(zip((column.name for column in table.columns), map(list, zip(*rows, strict=True)), strict=True))
 
 

@@ -16,13 +16,12 @@ import pytest
 import torch
 import torchvision
 import yaml
+from toys import TEXTS, toy_captioner
 
 from milan_ray import cli
 from milan_ray.benchmarks.report import Zoo, write_zoo
 from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.captioner.text import Vocabulary
 from milan_ray.schema import ANNOTATIONS
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
@@ -277,11 +276,9 @@ def test_citation_is_whole() -> None:
 def captioner() -> Captioner:
     """An untrained captioner over an untrained ResNet-18: what tutorials need to run, not to make sense."""
     torch.manual_seed(0)
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass", " ".join(WORDS)]]))
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=1024, embedding_size=8, hidden_size=12))
     state = torchvision.models.resnet18().state_dict()
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "resnet18", state, 5, 6, 0.5)
+    vocabulary = Vocabulary.build([*TEXTS, [" ".join(WORDS)]])
+    return toy_captioner("resnet18", state, vocabulary=vocabulary, sizes=(1024, 8, 12), length=5, beam_size=6, lam=0.5)
 
 
 @pytest.mark.slow

@@ -75,7 +75,7 @@ def head() -> Iterator[Head]:
         "--num-cpus": 3,
         "--object-store-memory": 100 * 2**20,
     }
-    command = [RAY, "start", "--head", "--block", "--disable-usage-stats"]
+    command = [str(RAY), "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"{name}={value}" for name, value in options.items()]
     with (folder / "head.log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)

@@ -10,13 +10,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import torch
+from toys import toy_captioner
 
 from milan_ray import cli
 from milan_ray.annotations.groups import training_groups
-from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.encoder import register_encoder
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.cli import options
 from milan_ray.errors import MilanError
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
@@ -187,17 +185,12 @@ def test_f3_verbs_refuse_a_name_before_anything_starts(name: str, tmp_path: Path
     assert not any(tmp_path.iterdir())
 
 
-def captioner() -> Captioner:
-    indexer = Indexer(Vocabulary.build([["red dogs"]]))
-    return Captioner(indexer, Decoder(DecoderConfig(len(indexer.vocabulary), 4, 3, 3)), None, "tiny")
-
-
 @pytest.mark.parametrize("name", ATTACKS)
 def test_f3_python_users_are_refused_the_same_names(name: str, tmp_path: Path) -> None:
     storage = Storage(tmp_path / "a/run")
     for use in (
         lambda: TrainingJob(name, "people", (), EncoderRef("tiny")),
-        lambda: save_captioner(storage, name, captioner(), "about"),
+        lambda: save_captioner(storage, name, toy_captioner(), "about"),
         lambda: AuditConfig(name),
         lambda: find_comparison(storage, name=name),
         lambda: import_csv(storage, tmp_path / "absent.csv", "m", source=name),

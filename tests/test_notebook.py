@@ -11,14 +11,12 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from toys import toy_captioner
 
 import milan_ray
 from milan_ray import cli
-from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.errors import MilanError
+from milan_ray.library.run_directory import RunExemplars
 from milan_ray.models.view import Preprocess, View
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
@@ -32,12 +30,7 @@ K = 5
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """A run directory with a captioner."""
     found = Storage(tmp_path_factory.mktemp("notebook") / "run")
-    torch.manual_seed(0)
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    lm = LanguageModel(LMConfig(words, 8, 12))
-    save_captioner(found, "toy", Captioner(indexer, decoder, lm, "tiny", None, 5, 6, 0.5), "A toy.")
+    save_captioner(found, "toy", toy_captioner(length=5, beam_size=6, lam=0.5), "A toy.")
     return found
 
 
@@ -57,6 +50,7 @@ def test_dissect_and_describe_are_what_the_job_makes(storage, milan, found, phot
     assert cli.main(arguments) == 0
     capsys.readouterr()
     job = milan_ray.open_exemplars(storage.root, "tiny/cnn")
+    assert isinstance(job, RunExemplars)
     here = found.describe(milan)
     for layer, unit in job.units():
         theirs, ours = job.lookup(layer, unit), found.lookup(layer, unit)

@@ -295,7 +295,7 @@ def test_is_current_of_a_file_that_nobody_stamped_is_false(tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(
-    model=st.text(st.characters(exclude_categories=("Cs",)), min_size=1, max_size=20), layer=st.sampled_from(ODD_NAMES)
+    model=st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20), layer=st.sampled_from(ODD_NAMES)
 )
 @example(model="\0\n\r\t", layer="0")
 @example(model="'\"\\:*?<>|", layer="0")
@@ -326,8 +326,8 @@ def test_polars_reads_partitions_back_as_the_names_they_were(tmp_path):
     storage = Storage(tmp_path)
     for name in ODD_NAMES:
         storage.write(LEVELS, levels(name, "0"), "hash", model=name, layer="0")
-    for options in ({}, {"hive_partitioning": True}):
-        frame = pl.read_parquet(f"{tmp_path}/levels/**/*.parquet", **options)
+    for hive in (None, True):
+        frame = pl.read_parquet(f"{tmp_path}/levels/**/*.parquet", hive_partitioning=hive)
         assert frame.schema["model"] == frame.schema["layer"] == pl.String
         assert set(frame["model"]) == set(ODD_NAMES)
         assert set(frame["layer"]) == {"0"}
@@ -490,7 +490,8 @@ def test_write_stream_then_stream_gives_the_pieces_back(tmp_path):
     storage.write_stream(LEVELS, iter(pieces), fingerprint, {"probe": "p"}, **keys)
     assert [piece.to_pylist() for piece in storage.stream(LEVELS, **keys)] == [piece.to_pylist() for piece in pieces]
     assert [piece.column_names for piece in storage.stream(LEVELS, ["unit"], **keys)] == [["unit"]] * 3
-    assert storage.why(LEVELS, fingerprint, **keys) is None and storage.metadata(LEVELS, **keys)["probe"] == "p"
+    entries = storage.metadata(LEVELS, **keys)
+    assert storage.why(LEVELS, fingerprint, **keys) is None and entries is not None and entries["probe"] == "p"
     assert len(storage.read(LEVELS, **keys)) == storage.count(LEVELS, **keys) == 9
     with pytest.raises(MilanError, match="run the stage that makes levels first"):
         next(storage.stream(LEVELS, model="none", layer="0"))

@@ -84,7 +84,8 @@ def test_c5_configuration_legend_and_annotations(tmp_path: Path, encoding: str) 
 
     file = tmp_path / "f.txt"
     file.write_bytes(encoded("k: 3\n", encoding))
-    verb = build_parser()._subparsers._group_actions[0].choices["exemplars"]  # type: ignore[union-attr]
+    parser: Any = build_parser()
+    verb = parser._subparsers._group_actions[0].choices["exemplars"]
     assert from_file(verb, ["--config", str(file)])[0] == ["--k=3"]
     for text in ('1, "car"\n2,sky \n', "number;name\n1;car\n2;sky\n", "1 car\n2  sky\n"):
         file.write_bytes(encoded(text, encoding))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -60,7 +61,7 @@ class Table:
                     f"its column {column.name!r} holds {schema.field(number).type} instead of {column.type}"
                 )
 
-    def table(self, columns: dict[str, object], metadata: dict[str, str] | None = None) -> pa.Table:
+    def table(self, columns: Mapping[str, object], metadata: dict[str, str] | None = None) -> pa.Table:
         """Builds rows of this table from columns, and checks names and types.
 
         Args:

@@ -19,7 +19,7 @@ def _write_layer(
 ) -> None:
     """Writes one layer; `files` replaces or, with None, leaves out what is usually there."""
     folder.mkdir(parents=True)
-    content = {
+    content: dict[str, np.ndarray | None] = {
         "images": rng.integers(0, 256, (count, k, 3, size, size), dtype=np.uint8),
         "masks": rng.integers(0, 2, (count, k, 1, size, size), dtype=np.uint8),
         "ids": np.arange(count * k).reshape(count, k),
@@ -27,8 +27,9 @@ def _write_layer(
         **files,
     }
     for name in ("images", "masks", "units"):
-        if content.get(name) is not None:
-            np.save(folder / f"{name}.npy", content[name])
+        array = content.get(name)
+        if array is not None:
+            np.save(folder / f"{name}.npy", array)
     if content["ids"] is not None:
         np.savetxt(folder / "ids.csv", content["ids"], fmt="%i", delimiter=",")
     if content["activations"] is not None:

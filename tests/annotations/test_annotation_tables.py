@@ -63,8 +63,9 @@ def test_import_writes_the_tables_of_the_set(write_set, tmp_path):
     assert table["unit"].to_pylist() == [5, 5, 9, 9]
     found = masks.unpack(table["mask"].to_pylist(), (8, 8))
     np.testing.assert_array_equal(found, published.files["10"].masks[:, :, 0].reshape(4, 8, 8))
-    np.testing.assert_array_equal(table["activation"].to_numpy(), published.files["10"].activations.ravel())
-    meta = storage.metadata(EXEMPLARS, **keys)
+    activations, meta = published.files["10"].activations, storage.metadata(EXEMPLARS, **keys)
+    assert activations is not None and meta is not None
+    np.testing.assert_array_equal(table["activation"].to_numpy(), activations.ravel())
     manifest = storage.read(MANIFEST, probe=meta["probe"])
     assert [manifest["path"][i].as_py() for i in table["image_id"].to_pylist()] == ["90", "91", "92", "93"]
     annotations = storage.read(ANNOTATIONS, source="milannotations", **keys)
@@ -209,6 +210,7 @@ def test_imported_set_has_what_encodings_and_report_read(write_set, tmp_path):
     run_import(storage, published)
     for layer, files in published.files.items():
         meta = storage.metadata(EXEMPLARS, model="net/photos", layer=layer)
+        assert meta is not None
         assert (meta["mask_height"], meta["mask_width"]) == ("8", "8")
         ids = storage.read(EXEMPLARS, model="net/photos", layer=layer)["image_id"].to_pylist()
         pngs = read_pngs(storage, meta["probe"], meta["view"], ids)

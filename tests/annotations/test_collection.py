@@ -74,25 +74,27 @@ def test_label_studio_tasks_fill_the_configuration() -> None:
     tasks = [json.loads(line) for line in tasks_jsonl(TASKS).splitlines()]
     assert tasks[1] == {"data": {"model": "net/a", "layer": "conv2", "unit": 0, "exemplars": "e2", "image": "y.jpg"}}
     view = ElementTree.fromstring((TEMPLATES / "label-studio.xml").read_text(encoding="utf-8"))
-    assert view.find("Image").get("value") == "$image" and view.find("TextArea").get("name") == "summary"
+    image, area = view.find("Image"), view.find("TextArea")
+    assert image is not None and image.get("value") == "$image"
+    assert area is not None and area.get("name") == "summary"
 
 
 def test_qualification_test_hides_the_answer_and_its_key_has_it() -> None:
     spaces = {"q": "http://mechanicalturk.amazonaws.com/AWSMechanicalTurkDataSchemas/2017-11-06/QuestionForm.xsd"}
     form = ElementTree.fromstring(question_form(QUESTIONS).encode())
     questions = form.findall("q:Question", spaces)
-    assert [each.find(".//q:DataURL", spaces).text for each in questions] == [TASKS[0].image, TASKS[1].image]
+    assert [each.findtext(".//q:DataURL", namespaces=spaces) for each in questions] == [TASKS[0].image, TASKS[1].image]
     key = ElementTree.fromstring(answer_key(QUESTIONS).encode())
     space = {"k": key.tag[1 : key.tag.index("}")]}
     for asked, question, answer in zip(QUESTIONS, questions, key.findall("k:Question", space), strict=True):
-        chosen = answer.find(".//k:SelectionIdentifier", space).text
+        chosen = answer.findtext(".//k:SelectionIdentifier", namespaces=space)
         (text,) = [
-            each.find("q:Text", spaces).text
+            each.findtext("q:Text", namespaces=spaces)
             for each in question.findall(".//q:Selection", spaces)
-            if each.find("q:SelectionIdentifier", spaces).text == chosen
+            if each.findtext("q:SelectionIdentifier", namespaces=spaces) == chosen
         ]
         assert text == asked.right and "wheels" not in asked.name
-    assert key.find(".//k:MaximumSummedScore", space).text == "2"
+    assert key.findtext(".//k:MaximumSummedScore", namespaces=space) == "2"
     of_label_studio = [json.loads(line)["data"] for line in questions_jsonl(QUESTIONS).splitlines()]
     assert [option["value"] for option in of_label_studio[1]["options"]] == QUESTIONS[1].options
     assert all("right" not in data for data in of_label_studio)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from milan_ray.annotations.published import PublishedSet
-from milan_ray.annotations.quirks import REFERENCE
+from milan_ray.annotations.quirks import NO_QUIRKS, REFERENCE
 from milan_ray.errors import MilanError
 
 
@@ -52,7 +52,7 @@ def test_digit_layers_lose_annotations_only_with_the_quirk(write_set):
 def test_lookup_knows_units_by_number_and_by_position_with_the_quirk(write_set):
     root = write_set()
     images = np.load(root / "10/images.npy") * np.float32(1 / 255)
-    right, wrong = (PublishedSet(root, annotated=False, **options) for options in ({}, {"quirks": REFERENCE}))
+    right, wrong = (PublishedSet(root, annotated=False, quirks=quirks) for quirks in (NO_QUIRKS, REFERENCE))
     np.testing.assert_array_equal(right.lookup(10, 9).images, images[1])
     np.testing.assert_array_equal(wrong.lookup(10, 1).images, images[1])
     with pytest.raises(MilanError, match="no unit 1"):

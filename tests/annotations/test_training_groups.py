@@ -34,7 +34,7 @@ def test_training_groups_of_the_world_are_the_papers_with_other_sets_in_their_pl
     }
     for name, models in GROUPS.items():
         renamed = "-".join(["world", *(play.get(part, part) for part in name.split("-"))])
-        pairs = [tuple(play[part] for part in model.split("/")) for model in models]
+        pairs = [(play[network], play[data]) for network, data in (model.split("/") for model in models)]
         assert found.pop(renamed) == tuple(sets[pair] for pair in pairs)
     assert not found
 

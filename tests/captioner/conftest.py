@@ -2,12 +2,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from toys import toy_captioner
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import load_reference
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.captioner.text import Vocabulary
 
 WORDS = ("red", "blue", "dog", "cat", "of", "a", "the", "round", ".")
 
@@ -21,14 +20,14 @@ def toy(golden: Path) -> Captioner:
 @pytest.fixture
 def tiny() -> Captioner:
     """An untrained captioner of a few thousand weights, peaked enough that beams differ, finish and run out of room."""
-    torch.manual_seed(5)
-    decoder = Decoder(DecoderConfig(len(WORDS), feature_size=6, embedding_size=5, hidden_size=7))
-    lm = LanguageModel(LMConfig(len(WORDS), embedding_size=5, hidden_size=7))
+    vocabulary = Vocabulary(WORDS)
+    captioner = toy_captioner("resnet18", vocabulary=vocabulary, sizes=(6, 5, 7), seed=5, length=6, beam_size=5)
+    assert captioner.lm is not None
     with torch.no_grad():
-        for module in (decoder, lm):
+        for module in (captioner.decoder, captioner.lm):
             for parameter in module.parameters():
                 parameter.mul_(3)
-    return Captioner(Indexer(Vocabulary(WORDS)), decoder, lm, "resnet18", length=6, beam_size=5)
+    return captioner
 
 
 @pytest.fixture

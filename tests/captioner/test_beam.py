@@ -60,7 +60,7 @@ def test_beam_any_decoder_equals_the_plain_search(
     with torch.no_grad():
         for parameter in decoder.parameters():
             parameter.mul_(4)
-        decoder.output[1].bias[decoder.config.ids.stop] += stop_bias
+        decoder.output[1].get_parameter("bias")[decoder.config.ids.stop] += stop_bias
     features = torch.randn(units, 2, 4)
     if beam_size > decoder.config.ids.total:
         with pytest.raises(MilanError, match="does not fit a vocabulary"):
@@ -112,7 +112,7 @@ def test_beam_any_batch_composition_same_result(tiny: Captioner, tiny_features: 
 
 def test_beam_all_finished_search_stops_early(tiny: Captioner, tiny_features: torch.Tensor) -> None:
     with torch.no_grad():
-        tiny.decoder.output[1].bias[tiny.indexer.ids.stop] = 50.0
+        tiny.decoder.output[1].get_parameter("bias")[tiny.indexer.ids.stop] = 50.0
     beams = beam_search(tiny.decoder, tiny_features, 1, 6)
     assert beams.tokens.tolist() == [[[tiny.indexer.ids.stop]]] * len(tiny_features)
     assert beams.steps.tolist() == [1] * len(tiny_features)

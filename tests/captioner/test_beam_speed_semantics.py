@@ -24,7 +24,7 @@ def captioner(stop_bias: float, seed: int = 0) -> tuple[Decoder, LanguageModel, 
     with torch.no_grad():
         for parameter in [*decoder.parameters(), *lm.parameters()]:
             parameter.mul_(4)
-        decoder.output[1].bias[decoder.config.ids.stop] += stop_bias
+        decoder.output[1].get_parameter("bias")[decoder.config.ids.stop] += stop_bias
     return decoder, lm, torch.randn(UNITS, EXEMPLARS, FEATURES)
 
 

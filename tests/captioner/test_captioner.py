@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,7 +58,7 @@ def test_score_of_one_unit_is_that_unit_for_every_text(tiny: Captioner, tiny_fea
 def test_decode_defaults_follow_the_language_model_and_the_captioners_strategy(
     tiny: Captioner, tiny_features: torch.Tensor
 ) -> None:
-    def same(captioner: Captioner, **options: object) -> bool:
+    def same(captioner: Captioner, **options: Any) -> bool:
         return torch.equal(captioner.decode(tiny_features).scores, captioner.decode(tiny_features, **options).scores)
 
     plain = replace(tiny, lm=None)
@@ -176,4 +177,5 @@ def test_captioner_on_a_gpu_agrees_with_the_cpu(tiny: Captioner, tiny_features: 
     on_gpu = tiny.to("auto").candidates(tiny_features)
     assert on_gpu.tokens == on_cpu.tokens
     np.testing.assert_allclose(on_gpu.logp_d_given_e, on_cpu.logp_d_given_e, atol=1e-4)
+    assert on_gpu.logp_d is not None and on_cpu.logp_d is not None
     np.testing.assert_allclose(on_gpu.logp_d, on_cpu.logp_d, atol=1e-4)

@@ -129,7 +129,9 @@ def test_encoder_of_torchvision_equals_hooks_on_the_whole_classifier(name: str, 
 
 @pytest.mark.parametrize("name", ["alexnet", "resnet18", "resnet50", "resnet101"])
 def test_encoder_published_weights_are_torchvision_s_first(name: str) -> None:
-    assert get_encoder(name).published.url == torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
+    published = get_encoder(name).published
+    assert published is not None
+    assert published.url == torchvision.models.get_model_weights(name)["IMAGENET1K_V1"].url
 
 
 def test_encoder_published_weights_are_fetched_only_when_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

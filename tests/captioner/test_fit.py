@@ -80,6 +80,7 @@ def test_fit_reports_every_epoch_of_both_parts_and_learns(reported) -> None:
     assert reported[-1]["kept"]["decoder"] == max(range(6), key=lambda i: history[6 + i]["validation"])
     units = Units()
     decoder = fitted(reported[-1], "decoder", PLAN, units.size)
+    assert isinstance(decoder, Decoder)
     said = greedy_captions(decoder, units.take(range(40)), Indexer.from_state(reported[-1]["indexer"]))
     assert np.mean([text.lower() in texts for text, texts in zip(said, units.texts, strict=True)]) > 0.8
     assert "held-out perplexity" in epoch_line(history[0]) and "held-out BLEU" in epoch_line(history[-1])

@@ -26,11 +26,11 @@ def assert_decoding_agrees(ours: Decoding, arrays: dict[str, np.ndarray], run: s
         "scores": ours.scores,
         "predictions": ours.log_probs,
         "attentions": ours.attentions,
-        "beam_tokens": beams and beams.tokens,
-        "beam_scores": beams and beams.scores,
+        "beam_tokens": None if beams is None else beams.tokens,
+        "beam_scores": None if beams is None else beams.scores,
     }.items():
         assert (values is not None) == (name in found), name
-        if name in found:
+        if values is not None:
             assert_close(values, arrays[f"{run}.{name}"])
 
 
@@ -136,6 +136,7 @@ def test_decode_stepwise_any_lam_equals_plain_modules_step_by_step(
 
 def test_decoder_golden_first_step_states_agree(toy: Captioner, arrays: dict, features: torch.Tensor) -> None:
     decoder = toy.decoder
+    assert toy.lm is not None
     with torch.no_grad():
         h, c = decoder.initial_state(features)
         assert_close(h, arrays["step0.h0"])

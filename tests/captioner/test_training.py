@@ -1,4 +1,5 @@
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -9,7 +10,6 @@ from milan_ray.captioner.training import (
     DecoderBatch,
     EarlyStopping,
     LMBatch,
-    TrainingConfig,
     collate_decoder,
     collate_lm,
     decoder_epoch,
@@ -22,6 +22,7 @@ from milan_ray.captioner.training import (
     shuffled_batches,
     token_loss,
 )
+from milan_ray.config import TrainingConfig
 
 CAPTIONS = ["red dog", "blue cat.", "the round cat", "a dog of a cat", "red", "blue", "the cat.", "round dog"]
 
@@ -55,7 +56,9 @@ def test_decoder_epochs_learn_the_captions_by_heart(
     torch.manual_seed(0)
     config = TrainingConfig(learning_rate=0.02, regularization_weight=0.1)
     decoder, pad = tiny.decoder, tiny.indexer.ids.pad
-    decoder.output[0].p = 0.1
+    dropout = decoder.output[0]
+    assert isinstance(dropout, torch.nn.Dropout)
+    dropout.p = 0.1
     optimizer = optimizer_for(decoder, config)
     batch = collate_decoder(tiny_features, words, tiny.indexer)
     before = decoder_loss(decoder, [batch], pad)
@@ -89,7 +92,8 @@ def test_lm_loss_without_padding_is_the_mean_over_tokens(tiny: Captioner, words:
 
 def trained(model: torch.nn.Module, batches: list[LMBatch] | list[DecoderBatch], pad: int) -> dict[str, torch.Tensor]:
     """Mean gradients over workers that have a batch each; nothing is learnt."""
-    model, sums = copy.deepcopy(model), {}
+    model = copy.deepcopy(model)
+    sums: dict[str, torch.Tensor] = {}
     for module in model.modules():  # no dropout, which each worker draws anew
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
@@ -97,9 +101,12 @@ def trained(model: torch.nn.Module, batches: list[LMBatch] | list[DecoderBatch],
             module.dropout = 0.0
     config = TrainingConfig(learning_rate=0)
     for batch in batches:
-        epoch = lm_epoch if isinstance(batch, LMBatch) else decoder_epoch
-        epoch(model, optimizer_for(model, config), [batch], pad, config)
+        if isinstance(batch, LMBatch):
+            lm_epoch(model, optimizer_for(model, config), [batch], pad, config)
+        else:
+            decoder_epoch(model, optimizer_for(model, config), [batch], pad, config)
         for name, parameter in model.named_parameters():
+            assert parameter.grad is not None
             sums[name] = sums.get(name, 0) + parameter.grad / len(batches)
     return sums
 
@@ -130,10 +137,11 @@ def test_epochs_in_bf16_lower_the_loss_and_keep_float32_weights(
     torch.manual_seed(0)
     config, pad = TrainingConfig(learning_rate=0.02, bf16=True), tiny.indexer.ids.pad
     assert tiny.lm is not None
-    for model, epoch, batch in (
+    parts: list[tuple[torch.nn.Module, Callable[..., float], object]] = [
         (tiny.lm, lm_epoch, collate_lm(words, tiny.indexer)),
         (tiny.decoder, decoder_epoch, collate_decoder(tiny_features, words, tiny.indexer)),
-    ):
+    ]
+    for model, epoch, batch in parts:
         optimizer = optimizer_for(model, config)
         losses = [epoch(model, optimizer, [batch], pad, config) for _ in range(40)]
         assert losses[-1] < 0.8 * losses[0]

@@ -14,13 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
+from toys import toy_captioner
 
 from milan_ray import cli
-from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.engine.stage import Known
 from milan_ray.schema import ANNOTATIONS, CLAIMS, DESCRIPTIONS, EXEMPLARS, PASTED
@@ -144,7 +140,7 @@ def test_paper_stands_on_the_demo_and_finds_its_claims_anew(tmp_path, dry_run: D
 def test_paste_says_what_is_missing(photos, tmp_path, dry_run: DryRun) -> None:
     storage = Storage(tmp_path / "run")
     describe(storage, "tiny/cnn", "2", ["lines"] * 8)
-    rows = {column.name: [] for column in EXEMPLARS.columns}
+    rows: dict[str, list[object]] = {column.name: [] for column in EXEMPLARS.columns}
     storage.write(EXEMPLARS, EXEMPLARS.table(rows), "e", model="tiny/cnn", layer="2")
     command = ["paste", "--model", "tiny/cnn", "--layers", "2", "--plugin", TINY, "--probe", str(photos)]
     assert dry_run(storage.root, *command) == {"pasted cut-and-paste tiny/cnn": "missing"}
@@ -163,7 +159,7 @@ def test_paste_says_what_is_missing(photos, tmp_path, dry_run: DryRun) -> None:
 
 def test_generalize_knows_its_units_when_encodings_are_there(tmp_path, dry_run: DryRun) -> None:
     storage = Storage(tmp_path / "run")
-    rows = {column.name: [] for column in EXEMPLARS.columns}
+    rows: dict[str, list[object]] = {column.name: [] for column in EXEMPLARS.columns}
     for model in ("mine/a", "mine/b"):
         storage.write(EXEMPLARS, EXEMPLARS.table(rows), "e", model=model, layer="0")
         annotate(storage, model, "0", 4)
@@ -183,12 +179,7 @@ def test_generalize_knows_its_units_when_encodings_are_there(tmp_path, dry_run: 
 def toy(tmp_path: Path) -> Storage:
     """A run directory with a captioner of tiny encodings."""
     storage = Storage(tmp_path / "run")
-    torch.manual_seed(0)
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    language_model = LanguageModel(LMConfig(words, 8, 12))
-    save_captioner(storage, "toy", Captioner(indexer, decoder, language_model, "tiny", None, 5, 6), "A toy.")
+    save_captioner(storage, "toy", toy_captioner(length=5, beam_size=6), "A toy.")
     return storage
 
 

@@ -13,14 +13,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-import torch._dynamo  # torchvision imports it too, and it makes an empty folder of its own in the temporary directory
+from toys import toy_captioner
 
 from milan_ray import cli
-from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, Table
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
@@ -89,12 +84,7 @@ def world(tmp_path_factory: pytest.TempPathFactory, photos: Path) -> dict[str, s
     storage = Storage(folder / "run")
     label = ["label", *WATCHER, "--labeler", "clip-dissect", "--clip", "flags/truth", "--k", "3", "--no-report"]
     assert cli.main([*label, "--storage", storage.root, "--device", "cpu"]) == 0
-    torch.manual_seed(0)
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    toy = Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny", None, 5, 6)
-    save_captioner(storage, "toy", toy, "A toy.")
+    save_captioner(storage, "toy", toy_captioner(length=5, beam_size=6), "A toy.")
     for model, layer, units in (("tiny/cnn", "2", 8), ("tiny/twin", "0", 6)):
         put(storage, EXEMPLARS, model=model, layer=layer)
         texts = [{"unit": unit, "description": "a red dog", "score": 0.0, "n_best": []} for unit in range(units)]

@@ -321,7 +321,7 @@ def test_d_options_of_dissections_reach_the_workers(few, tmp_path, monkeypatch, 
     first = storage.read(EXEMPLARS, ["unit", "activation"], **keys).to_pydict()
     told = dict(zip(first["unit"], first["activation"], strict=True))
     assert [told[unit] for unit in range(len(says))] == says
-    how = arithmetic_of(storage, **keys)
+    how = arithmetic_of(storage, keys["model"], keys["layer"])
     assert (how.precision == "float32", how.channels_last) == (says[0] == 32, says[1] == 1)
     assert max(map(int, passes.read_text().split())) == images
 

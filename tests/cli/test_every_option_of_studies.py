@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from PIL import Image
 from milan_ray import cli
 from milan_ray.annotations.layout import read_annotations, write_annotations
 from milan_ray.cli import dnd
-from milan_ray.models.chat import KEYS
+from milan_ray.labelers.dnd.summaries import Prompted
+from milan_ray.models.chat import KEYS, Endpoint
 from milan_ray.schema import (
     DESCRIPTIONS,
     DIFFERENCES,
@@ -349,7 +351,7 @@ def test_dissection_asks_language_model_and_generator_as_told(server, tmp_path: 
     assert asked and all((body["model"], body["temperature"]) == ("small", 0.7) for body in asked)
     dollars = 0.01 * len(asked)  # 100 tokens at $50 and 10 at $500 a million are a cent
     assert f"${dollars:.2f}" in capsys.readouterr().err
-    keys = {"model": "colours/watcher", "layer": "seen"}
+    keys: dict[str, Any] = {"model": "colours/watcher", "layer": "seen"}
     drawn = read_drawings(storage, "dnd", **keys)[0]
     assert all(min(one.activations) > 0 for one in drawn)
     assert cli.main([*command, "--prompt", "{} now"]) == 0
@@ -360,4 +362,6 @@ def test_dissection_asks_language_model_and_generator_as_told(server, tmp_path: 
     assert "--llm-budget" in capsys.readouterr().err and len(asked) == before
     told = cli.build_parser().read([*command, "--llm-per-minute", "30"])
     summariser = dnd._config(told).summariser  # what it does then: tests/models/test_chat.py
-    assert summariser.load(storage).chat.limits.per_minute == 30
+    loaded = summariser.load(storage)
+    assert isinstance(loaded, Prompted) and isinstance(loaded.chat, Endpoint)
+    assert loaded.chat.limits.per_minute == 30

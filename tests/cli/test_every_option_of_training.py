@@ -54,7 +54,7 @@ Commands = dict[str, list[str]]
 def done(ray_session: None, save_clip: Callable[..., str], tmp_path_factory: pytest.TempPathFactory) -> Commands:
     """Verb → what has been done: two networks described, labelled, scored, compared, audited, trained on."""
     place = tmp_path_factory.mktemp("done")
-    small = runpy.run_path(str(TESTS / "faults/damage.py"))
+    small = runpy.run_path(str(TESTS / "helpers/damage.py"))
     storage = small["build"](place, save_clip)
     save_clip(place / "clip2")
     save_captioner(storage, "other", small["captioner"](), "Another.")
@@ -249,10 +249,10 @@ def fed(tmp_path: Path) -> Callable[..., int]:
     plugin = tmp_path / "fed.py"
     plugin.write_text(FED)
     storage = Storage(tmp_path / "run")
-    toy: Captioner = runpy.run_path(str(TESTS / "faults/damage.py"))["captioner"]()
+    toy: Captioner = runpy.run_path(str(TESTS / "helpers/damage.py"))["captioner"]()
     state = {"0.bias": toy.decoder.state_dict().popitem()[1].flatten()[:10].clone()}
     save_captioner(storage, "toy", Captioner(toy.indexer, toy.decoder, toy.lm, "fed", state, 4, 5), "Fed.")
-    rows = {column: [] for column in EXEMPLARS.schema.names}
+    rows: dict[str, list[object]] = {column: [] for column in EXEMPLARS.schema.names}
     said = {"source": "people", "model": "tiny/cnn", "layer": "0", "unit": 0, "annotator": "A", "text": "red dogs"}
     keys = {"model": "tiny/cnn", "layer": "0"}
     storage.write(EXEMPLARS, EXEMPLARS.table(rows), "e", **keys)
@@ -343,13 +343,13 @@ for command in json.loads(sys.stdin.read()):
 
 def test_address_is_where_ray_is_looked_for(photos, tmp_path) -> None:
     storage = Storage(tmp_path / "run")
-    toy = runpy.run_path(str(TESTS / "faults/damage.py"))["captioner"]()
+    toy = runpy.run_path(str(TESTS / "helpers/damage.py"))["captioner"]()
     save_captioner(storage, "toy", toy, "A toy.")
     models = ("tiny/cnn", "tiny/twin")
     for model in models:
         keys = {"model": model, "layer": "0"}
-        said = {"source": "people", **keys, "unit": 0, "annotator": "A", "text": "red dogs"}
-        table = ANNOTATIONS.table({name: [value] for name, value in said.items()})
+        annotation = {"source": "people", **keys, "unit": 0, "annotator": "A", "text": "red dogs"}
+        table = ANNOTATIONS.table({name: [value] for name, value in annotation.items()})
         storage.write(ANNOTATIONS, table, "a", source="people", **keys)
         row = {"labeler": "milan", **keys, "unit": 0, "description": "dogs", "score": 0.0, "n_best": []}
         columns = {name: [row.get(name)] for name in DESCRIPTIONS.schema.names}

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
-import torch
+from toys import toy_captioner
 
 from milan_ray import cli
-from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.schema import TABLES
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
@@ -25,17 +22,11 @@ K = "5"
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """A run directory with a captioner."""
     found = Storage(tmp_path_factory.mktemp("plan") / "run")
-    torch.manual_seed(0)
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    save_captioner(
-        found, "toy", Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny", None, 5, 6), "A toy."
-    )
+    save_captioner(found, "toy", toy_captioner(length=5, beam_size=6), "A toy.")
     return found
 
 
-def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, object]:
+def plan(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert cli.main(["plan", "--plugin", PLUGIN, "--device", "cpu", "--json", *arguments]) == 0
     return json.loads(capsys.readouterr().out)
 

@@ -110,6 +110,7 @@ def local_ray(below):
     process = local_ray_process()
     started: list[int] = []
     try:
+        assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
         assert line == "up\n", process.stderr.read()
         started = list(below(process.pid))
@@ -176,6 +177,7 @@ def test_f6_local_ray_and_all_that_it_started_end_with_its_driver(below, killed)
         text=True,
         env={name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"},
     )
+    assert process.stdin is not None and process.stdout is not None
     asleep = int(process.stdout.readline())
     started = [asleep, *below(process.pid)]
     try:
@@ -199,6 +201,7 @@ def test_f6_local_ray_and_all_that_it_started_end_with_its_driver(below, killed)
 def test_local_ray_that_does_not_come_up_in_time_is_given_up_for_another(below):
     """As on a machine that is too busy: the first raylet is stopped, and Ray gives it up after half a minute."""
     process = local_ray_process(STOPPED_RAY)
+    assert process.stdout is not None
     line = process.stdout.readline()
     started = list(below(process.pid))
     said = process.communicate("\n\n", timeout=60)[1]

@@ -131,7 +131,12 @@ def test_failures_come_out_as_they_went_in(fails, error):
 @pytest.mark.parametrize("rows", ["aaabbbccc", "aababbbccc", "aabacbcc", "abc", "aabbabb"], ids="{}".format)
 def test_nothing_is_loaded_twice_when_two_waiting_rows_change_places(rows):
     loads: list[int] = []
-    kept = ModelCache(lambda index: loads.append(index) or chr(index))
+
+    def load(index: int) -> str:
+        loads.append(index)
+        return chr(index)
+
+    kept = ModelCache(load)
     assert "".join(kept(ord(row)) for row in rows) == rows
     assert "".join(map(chr, loads)) == "".join(dict.fromkeys(rows)) + ("a" if rows == "aabbabb" else "")
 

@@ -57,7 +57,8 @@ DecoderTuning(tuning_job("halves", trials=2, epochs=1)).run(storage, halves)
 
 @pytest.mark.slow
 def test_two_trials_of_half_a_gpu_run_at_the_same_time_and_compute_where_torch_can(tmp_path: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1] / "stages")}
+    folders = [str(Path(__file__).parents[1] / name) for name in ("stages", "helpers")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     environment.pop("RAY_ADDRESS", None)
     command = [sys.executable, "-c", TWO_HALVES, str(tmp_path)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

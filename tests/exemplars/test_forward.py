@@ -8,8 +8,8 @@ from torch import nn
 
 from milan_ray.config import Arithmetic, ExemplarConfig, config_hash
 from milan_ray.exemplars.forward import Forward
-from milan_ray.models.registry import ModelSpec, Preprocess
-from milan_ray.models.view import View
+from milan_ray.models.registry import ModelSpec
+from milan_ray.models.view import Preprocess, View
 
 LAYERS = ("0", "3")
 

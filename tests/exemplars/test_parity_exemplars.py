@@ -7,6 +7,7 @@ import importlib.util
 import json
 import math
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def build(golden: Path, name: str) -> torch.nn.Module:
         torch.manual_seed(0)
         return torchvision.models.resnet18(weights=None)
     source = importlib.util.spec_from_file_location("golden_models", golden / "models.py")
+    assert source is not None and source.loader is not None
     module = importlib.util.module_from_spec(source)
     source.loader.exec_module(module)
     model = getattr(module, CLASSES[name])()
@@ -120,7 +122,7 @@ def dissected(request, golden: Path) -> Dissected:
             kept = maps.permute(0, 2, 3, 1)
             seen[layer].append(kept.reshape(-1, kept.shape[-1]).clone().numpy())
             if layer not in ours.states:
-                ours.states[layer] = LayerState.empty(plan, maps.shape[1], tuple(maps.shape[2:]))
+                ours.states[layer] = LayerState.empty(plan, maps.shape[1], (maps.shape[2], maps.shape[3]))
             ours.states[layer].update(maps, ids)
     ours.activations |= {layer: np.concatenate(parts) for layer, parts in seen.items()}
     return ours
@@ -213,6 +215,7 @@ def test_parity_weights_of_resnet18_are_the_references(golden):
 
 def masks_at(state: LayerState, units: torch.Tensor, levels: torch.Tensor) -> np.ndarray:
     """bool (units, k, 224, 224)."""
+    assert state.topk.maps is not None
     maps = state.topk.maps[units]
     k = maps.shape[1]
     flat = [masks.masks(m, level.expand(k), SIZE).numpy() for m, level in zip(maps, levels, strict=True)]
@@ -227,7 +230,7 @@ def sketched_level(activations: np.ndarray, quantile: float = 0.99, resolution: 
     """The reference's own level: its KLL sketch in plain Python, with the random bits of its run."""
     torch.manual_seed(0)
     torch.empty((), dtype=torch.int64).random_()  # the DataLoader's base seed
-    bits = iter(())
+    bits: Iterator[int] = iter(())
     values = torch.from_numpy(activations.T)
     buffers = [values.new_empty((len(values), resolution))]
     filled = [0]

@@ -143,7 +143,8 @@ def test_layer_states_of_several_threads_are_those_of_one():
     plan = StateConfig(28, 3, 0.9, 1000, 2**20)
     found, known = [], []
     for threads in (1, 3):
-        layers, mine = LayerStates(plan, threads), {}
+        layers = LayerStates(plan, threads)
+        mine: dict[str, Committed] = {}
         for number, batch in enumerate(batches):
             layers.update(batch, np.arange(7) + 7 * number, mine)
         found.append(layers.states)

@@ -40,6 +40,7 @@ def test_topk_any_split_order_and_repetition_equals_definition(values, k, random
         maps = torch.tensor(part, dtype=torch.float32)[:, None, None, None]
         shard.update(batch, torch.tensor(part), maps)
         kept = shard.ids[0] != NO_IMAGE
+        assert shard.maps is not None
         assert shard.maps[0, kept, 0, 0].tolist() == shard.ids[0, kept].tolist()  # maps follow their images
         shard.maps = None
         for _ in range(random.randint(1, 2)):  # a retried shard arrives twice

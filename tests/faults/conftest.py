@@ -11,16 +11,12 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-import torch
-from every_stage import before_and_after, on_threads, stages  # noqa: F401  # fixtures
+from toys import toy_captioner
 
-from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import to_bytes
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, LEVELS, SKIPPED, VIEWS
 from milan_ray.storage import Storage
+from tests.faults.every_stage import before_and_after, on_threads, stages  # noqa: F401  # fixtures
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = str(ROOT / "tests/plugins/slow_models.py")
@@ -106,13 +102,8 @@ class Job:
 
 @pytest.fixture(scope="session")
 def job(photos, tmp_path_factory) -> Job:
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    torch.manual_seed(0)
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    captioner = Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "slow")
     folder = tmp_path_factory.mktemp("captioner")
-    for name, data in to_bytes(captioner).items():
+    for name, data in to_bytes(toy_captioner("slow")).items():
         (folder / name).write_bytes(data)
     return Job(photos, folder)
 

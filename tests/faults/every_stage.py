@@ -10,15 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import spacy
-import torch
 from PIL import Image
+from toys import toy_captioner
 
 from milan_ray.annotations.layout import write_annotations
 from milan_ray.annotations.load import load
 from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.captioner.fit import Sizes
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
 from milan_ray.engine import tuner
 from milan_ray.engine.cluster import connected
@@ -61,7 +59,7 @@ from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import DissectedModels, run_exemplars
 from milan_ray.stages.rerank import run_reranking
 from milan_ray.stages.scores import ScoreConfig, described_layers, run_scores, score_stages
-from milan_ray.stages.tuning_statistics import Sweep
+from milan_ray.stages.tuning_statistics import Sweep, Trial
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation import run as ablate
 from milan_ray.studies.analysis.run import Analysis, AnalysisConfig
@@ -102,11 +100,7 @@ class Stage:
 
 
 def captioner() -> Captioner:
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    torch.manual_seed(0)
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny", None, 4, 4, 0.5)
+    return toy_captioner(length=4, beam_size=4, lam=0.5)
 
 
 def annotate(storage: Storage) -> None:
@@ -114,7 +108,7 @@ def annotate(storage: Storage) -> None:
     save_captioner(storage, "toy", captioner(), "A toy.")
     keys = {"source": "people", "model": "tiny/cnn", "layer": "0"}
     texts = ["a red dog", "dark house", "the dark dog", "red house", "a house", "dogs"]
-    columns = {key: [value] * len(texts) for key, value in keys.items()}
+    columns: dict[str, object] = {key: [value] * len(texts) for key, value in keys.items()}
     columns |= {"unit": range(len(texts)), "annotator": ["1"] * len(texts), "text": texts}
     storage.write(ANNOTATIONS, ANNOTATIONS.table(columns), "said", **keys)
 
@@ -122,7 +116,7 @@ def annotate(storage: Storage) -> None:
 def train_here(storage: Storage) -> None:
     """A training as a task does it, here."""
     config = TrainingConfig(max_epochs=2, learning_rate=0.01, decoder_batch_size=4, lm_batch_size=4, hold_out=0.2)
-    job = train.TrainingJob("taught", "people", (("tiny/cnn", "0"),), ENCODER, config, train.Sizes(4, 6))
+    job = train.TrainingJob("taught", "people", (("tiny/cnn", "0"),), ENCODER, config, Sizes(4, 6))
     fingerprint = train.Training(job).due(storage)
     if fingerprint is not None:
         done, said = train._train_in_task(train._Task(storage, job, fingerprint))
@@ -175,7 +169,7 @@ def tune_here(storage: Storage) -> None:
     tune.Tuning(tune.TuningJob("sweep", "toy", "people", (("tiny/cnn", "0"),), sweep)).run(storage, HERE)
 
 
-def try_here(storage: Storage, task: tune._Task, trials: list[tune.Trial], resources: Resources) -> None:
+def try_here(storage: Storage, task: tune._Task, trials: list[Trial], resources: Resources) -> None:
     for trial in trials:
         tune._run_trial({"trial": asdict(trial)}, task)
 
@@ -225,7 +219,7 @@ def reader() -> spacy.Language:
     """Words with vectors of their own."""
     nlp = spacy.blank("en")
     for word, vector in {"dog": (3, 0), "cup": (-3, 0), "red": (0, 1), "lines": (0, 0)}.items():
-        nlp.vocab.set_vector(word, np.array(vector, np.float32))
+        nlp.vocab.set_vector(word, np.array(vector, np.float32))  # type: ignore[arg-type]  # thinc's own array types
     return nlp
 
 
@@ -254,7 +248,6 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
     def dissect(config: ExemplarConfig) -> Callable[[Storage], object]:
         return lambda storage: run_exemplars(storage, [CNN], probe, config, HERE)
 
-    labelled = {"models": ["tiny/cnn"], "labelers": ["milan*"]}
     exemplars = {EXEMPLARS: "exemplars", POOLED: "pooled"}
     texts = ["a dog", "a house", "red"]
     photographs = {
@@ -267,7 +260,9 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
             lambda place: run_reranking(place, LAYERS, SEARCH, clip, HERE),
             {CANDIDATES: "candidates", ENCODINGS: "encodings"},
         ),
-        "comparison": Stage(lambda place: find_comparison(place, **labelled).run(place), {}),
+        "comparison": Stage(
+            lambda place: find_comparison(place, models=["tiny/cnn"], labelers=["milan*"]).run(place), {}
+        ),
         "training": Stage(train_here, {TRAINING: "training"}),
         "tuning": Stage(tune_here, {TRIALS: "tuning"}),
         "image embeddings": Stage(

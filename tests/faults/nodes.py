@@ -11,6 +11,7 @@ import os
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import ray
 from gates import wait_until
@@ -25,7 +26,7 @@ from milan_ray.storage import Storage
 def main(result: str, root: str, photos: str, plugin: str) -> None:
     """Runs it."""
     storage = Storage(root)
-    node = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
+    node: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
     cluster = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
     lost = cluster.add_node(**node)
     ray.init(address=cluster.address, log_to_driver=False)
@@ -42,7 +43,8 @@ def main(result: str, root: str, photos: str, plugin: str) -> None:
 
         wait_until(begun, "all these nodes have begun a pass")
 
-    head = cluster.head_node.node_id
+    head_node: Any = cluster.head_node  # Ray declares it as None
+    head = head_node.node_id
     wait_for(head, lost.node_id)
     cluster.remove_node(lost, allow_graceful=False)
     joined = cluster.add_node(**node)

@@ -85,7 +85,7 @@ def test_cluster_grows_to_what_the_work_needs_and_shrinks_again(job, undisturbed
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "e" * 64, "HOME": str(folder)}
     environment |= {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "0", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     environment |= {"MILAN_TEST_WHERE": str(tmp_path / "where"), "MILAN_TEST_GATE": str(tmp_path / "gate")}
-    environment["PYTHONPATH"] = str(ROOT)
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests/helpers'}"
     options = {
         "--port": gcs,
         "--ray-client-server-port": client,

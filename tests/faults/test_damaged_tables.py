@@ -23,7 +23,7 @@ import milan_ray
 from milan_ray import cli
 from milan_ray.captioner.checkpoints import CONFIG, WEIGHTS
 from milan_ray.errors import DamagedTable, MilanError
-from milan_ray.library.run_directory import open_exemplars
+from milan_ray.library.run_directory import RunExemplars, open_exemplars
 from milan_ray.report.layers import layer_folder
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, VIEWS
 from milan_ray.schema import TABLES as ALL_TABLES
@@ -217,6 +217,7 @@ def test_f2_python_users_get_the_sentence_and_the_rest(place: Path, run: Any) ->
     with pytest.raises(DamagedTable, match=r"descriptions.*is damaged.*delete it and run the job that makes"):
         milan_ray.diff(storage, *MODELS)
     exemplars = open_exemplars(storage.root, MODELS[0])
+    assert isinstance(exemplars, RunExemplars)
     with pytest.raises(DamagedTable, match="is damaged"):
         exemplars.lookup("0", 0)
     assert exemplars.lookup("2", 0).image_ids.size == 3

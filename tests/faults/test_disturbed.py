@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,7 +96,8 @@ def test_node_lost_and_node_joined_in_the_middle(job, undisturbed, tmp_path):
     where, result = tmp_path / "where", tmp_path / "result"
     alien = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE")
     environment = {name: value for name, value in os.environ.items() if name not in alien}
-    environment |= {**waiting(where, 0, tmp_path / "gate"), "PYTHONPATH": str(ROOT)}
+    environment |= waiting(where, 0, tmp_path / "gate")
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests/helpers'}"
     arguments = [str(result), str(tmp_path / "run"), str(job.photos), PLUGIN]
     command = [sys.executable, str(ROOT / "tests/faults/nodes.py"), *arguments]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
@@ -105,6 +107,11 @@ def test_node_lost_and_node_joined_in_the_middle(job, undisturbed, tmp_path):
     for name, table in undisturbed.items():
         if name.split()[0] in (EXEMPLARS.name, LEVELS.name, VIEWS.name):
             assert found[name].equals(table), name
+
+
+def stands(gate: Gate, process: subprocess.Popen[str]) -> bool:
+    """Whether a job waits at its gate, or has ended."""
+    return bool(gate.reached()) or process.poll() is not None
 
 
 @pytest.mark.slow
@@ -119,7 +126,7 @@ def test_driver_killed_before_any_of_its_writes_again_and_again(job, undisturbed
         rounds += 1
         gate = Gate(tmp_path / f"gate-{rounds}", re.escape(str(root)), rng.randint(1, most))
         process = replace(job, environment=gate.environment).start(storage.root)
-        wait_until(lambda gate=gate, process=process: gate.reached() or process.poll() is not None, "gate or end")
+        wait_until(partial(stands, gate, process), "gate or end")
         if not gate.reached():
             assert process.wait() == 0, process.communicate()[1]
             process.communicate()

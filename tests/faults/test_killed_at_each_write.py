@@ -133,7 +133,7 @@ FAST = {
     "published": ("import",),
 }
 LONG = {"photographs": ("reranking",), "scenes": ("dnd",), "experiments": ("analysis", "editing", "pasting")}
-EVERY = [(world, name) for world, names in FAST.items() for name in names]
+EVERY = [pytest.param(world, name) for world, names in FAST.items() for name in names]
 EVERY += [pytest.param(world, name, marks=pytest.mark.slow) for world, names in LONG.items() for name in names]
 
 

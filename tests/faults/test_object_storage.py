@@ -14,6 +14,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pyarrow import fs
 from milan_ray.engine.status import status
 from milan_ray.errors import MilanError, UnreadableImage
 from milan_ray.probe import files
+from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.folder import FolderProbe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.probe.registry import resolve_probe
@@ -229,12 +231,16 @@ storage.put("torso", data)
 print("done", flush=True)
 """
     storage = Storage(f"{s3}/killed")
+
+    def sent(parts: int) -> bool:
+        return s3_log().count("partNumber") >= parts
+
     for parts in (0, 1, 3):
         before = s3_log().count("partNumber")
         command = [sys.executable, "-c", script, storage.root]
         process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "now\n"
-        wait_until(lambda more=before + parts: s3_log().count("partNumber") >= more, f"{parts} parts were sent")
+        assert process.stdout is not None and process.stdout.readline() == "now\n"
+        wait_until(partial(sent, before + parts), f"{parts} parts were sent")
         process.kill()
         done = "done" in process.communicate()[0]
         found = storage.files("")
@@ -304,6 +310,7 @@ def test_probe_on_s3_reads_shards_as_from_disk(s3, tmp_path):
         Storage(f"{s3}/shards/{name[0]}").put(f"deep/{name}", (tmp_path / name).read_bytes())
         for root in (f"{s3}/shards/{name[0]}", f"{s3}/shards/{name[0]}/deep/{name}"):
             probe = resolve_probe([root])
+            assert not isinstance(probe, LatentProbe)
             refs = image_refs(probe.manifest())
             assert len(refs) == count and all(probe.read(ref).image.getpixel((1, 1)) == (9, 8, 7) for ref in refs)
     Storage(f"{s3}/odd").put("a.jfif", png.getvalue())

@@ -60,21 +60,20 @@ def test_labelers_rank_every_unit_s_candidates_by_their_own_scores() -> None:
     table = candidates()
     likely, prior = table["logp_d_given_e"].to_numpy(), table["logp_d"].to_numpy()
     fits = np.random.default_rng(2).random(10).astype(np.float32)
-    given = {
+    given: dict[str, tuple[Labeler, np.ndarray]] = {
         MILAN: (PointwiseMutualInformation(MILAN, 0.3), likely - 0.3 * prior),
         LIKELIHOOD: (PointwiseMutualInformation(LIKELIHOOD, 0.0), likely),
         "milan+clip": (ClipSimilarity(0.5, {"weights": "digest"}), fits),
     }
     for name, (labeler, scores) in given.items():
-        checked: Labeler = labeler
-        assert checked.name == name
-        evidence = Evidence(table, fits if "similarity" in checked.requires else None)
-        labels = checked.label(evidence)
+        assert labeler.name == name
+        evidence = Evidence(table, fits if "similarity" in labeler.requires else None)
+        labels = labeler.label(evidence)
         assert list(labels) == [3, 7]
         for start, found in zip((0, 5), labels.values(), strict=True):
             best = start + int(scores[start : start + 5].argmax())
             assert found[0].text == TEXTS[best - start]
-            assert (found[0].score, found[0].logp_d_given_e) == (pytest.approx(scores[best]), likely[best])
+            assert found[0].score == pytest.approx(scores[best]) and found[0].logp_d_given_e == likely[best]
             assert sorted(label.text for label in found) == sorted(set(TEXTS))
             assert [label.score for label in found] == sorted((label.score for label in found), reverse=True)
 

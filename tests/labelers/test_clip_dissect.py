@@ -152,4 +152,4 @@ def test_identity_tells_lists_and_similarities_apart():
     others = [ClipDissect(("b", "a")), ClipDissect(("a", "b"), "wpmi"), ClipDissect(("a", "b"), pooling="max")]
     assert all(other.identity() != one.identity() for other in others)
     with pytest.raises(MilanError, match="nearest: soft_wpmi"):
-        ClipDissect(("a",), "soft_wpmy")
+        ClipDissect(("a",), "soft_wpmy")  # type: ignore[arg-type]  # the refused name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 import pytest
@@ -116,7 +117,8 @@ def test_rounds_add_up_over_shards():
 )
 def test_what_commutes_is_written_in_one_order(formula, expected):
     def parse(written: str) -> Formula:
-        return tuple((step.rpartition(" ")[0], int(step.rpartition(" ")[2])) for step in written.split(", "))
+        steps = (step.rpartition(" ") for step in written.split(", "))
+        return cast(Formula, tuple((operator, int(concept)) for operator, _, concept in steps))
 
     assert canonical(parse(formula)) == parse(expected)
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import torch
 from torch import nn
+from toys import toy_captioner
 
-from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.encoder import EncoderSpec, PyramidEncoder
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.labelers.dnd.unit_captioner import BATCH_SIZE, WholeImages
 
 
@@ -18,15 +17,11 @@ def own(with_lm: bool = True) -> WholeImages:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.Conv2d(3, 4, 3, stride=2), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2))
     spec = EncoderSpec("tiny", lambda path: backbone, ("0", "2"), size=24)
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    for parameter in decoder.parameters():
+    captioner = toy_captioner(length=5, beam_size=6, lam=0.5)
+    for parameter in captioner.decoder.parameters():
         nn.init.normal_(parameter, std=2.0)
-    lm = LanguageModel(LMConfig(words, 8, 12)) if with_lm else None
-    return WholeImages(
-        "milan/toy", Captioner(indexer, decoder, lm, "tiny", None, 5, 6, 0.5), PyramidEncoder(spec, backbone)
-    )
+    captioner = captioner if with_lm else replace(captioner, lm=None)
+    return WholeImages("milan/toy", captioner, PyramidEncoder(spec, backbone))
 
 
 def test_every_image_is_described_as_a_unit_of_its_own():

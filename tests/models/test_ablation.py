@@ -87,9 +87,11 @@ def test_what_comes_before_the_first_layer_runs_once_for_all_sets():
     )
     ablation = Ablation(spec, network, [{"1": [unit]} for unit in range(8)])
     ablation.logits(images(5))  # finds out that sharing works
-    before = network[0].seen
+    counting = network.get_submodule("0")
+    assert isinstance(counting, Counting)
+    before = counting.seen
     ablation.logits(images(5, seed=2))
-    assert network[0].seen - before == 5
+    assert counting.seen - before == 5
 
 
 class Around(nn.Module):
@@ -156,7 +158,7 @@ class ChannelsLast(nn.Module):
 def test_units_of_layers_with_channels_last():
     spec, network = spec_of(ChannelsLast, channels_last="inner")
     every = Ablation(spec, network, [{"inner": [0, 1, 2, 3, 4]}]).logits(images(2))[0]
-    torch.testing.assert_close(every, network.head.bias.expand(2, -1))
+    torch.testing.assert_close(every, network.get_parameter("head.bias").expand(2, -1))
 
 
 class InATuple(nn.Module):
@@ -173,7 +175,7 @@ class InATuple(nn.Module):
 def test_units_of_a_layer_that_puts_out_a_tuple():
     spec, network = spec_of(InATuple)
     every = Ablation(spec, network, [{"inner": [0, 1, 2, 3]}, {}]).logits(images(2))
-    torch.testing.assert_close(every[0], network.head.bias.expand(2, -1))
+    torch.testing.assert_close(every[0], network.get_parameter("head.bias").expand(2, -1))
     torch.testing.assert_close(every[1], network(spec.prepare(images(2))))
 
 

@@ -185,7 +185,7 @@ def test_s12_the_first_batch_is_run_among_others_once_per_network():
         found = again.maps(pictures(count))["0"]
         with torch.no_grad():
             filled = np.concatenate([pictures(count), np.zeros((9 - count, 64, 64, 3), np.uint8)])
-            assert torch.equal(found, network[0](PREPROCESS(torch.from_numpy(filled)))[:count])
+            assert torch.equal(found, network.get_submodule("0")(PREPROCESS(torch.from_numpy(filled)))[:count])
     assert sizes.count(9) - len(first) == 2
 
 
@@ -266,16 +266,16 @@ class Moving(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         maps = self.a(images)
         self.move(self, maps)
-        return maps * self.scale - self.mu  # type: ignore[operator]
+        return maps * self.scale - self.mu
 
 
 def _follows(network: nn.Module, maps: torch.Tensor) -> None:
-    network.mu.lerp_(maps.mean((0, 2, 3))[:, None, None], 1e-3)  # type: ignore[operator, union-attr]
+    network.mu.lerp_(maps.mean((0, 2, 3))[:, None, None], 1e-3)  # type: ignore[operator]
 
 
 def _begins(network: nn.Module, maps: torch.Tensor) -> None:
     if not network.passes:
-        network.scale.data.copy_(1 / maps.std((0, 2, 3))[:, None, None])  # type: ignore[union-attr, operator]
+        network.scale.data.copy_(1 / maps.std((0, 2, 3))[:, None, None])  # type: ignore[operator]
     network.passes += 1  # type: ignore[operator, assignment]
 
 
@@ -355,7 +355,7 @@ def test_s14_outputs_that_are_overwritten_later_are_refused_and_read_before_that
     with pytest.raises(MilanError, match=f"{says}.*activations='pre'"):
         dissected(network, "a")
     with torch.no_grad():
-        right = network.a(PREPROCESS(torch.from_numpy(pictures(20)))).amax((2, 3)).topk(3, 0).values.T
+        right = network.get_submodule("a")(PREPROCESS(torch.from_numpy(pictures(20)))).amax((2, 3)).topk(3, 0).values.T
     found = dissected(network, "a", activations="pre").exemplars.sort("unit", "rank")["activation"].to_numpy()
     assert np.allclose(found.reshape(8, 3), right.numpy(), atol=1e-5)
 

@@ -30,7 +30,7 @@ def below(prefix: str, state: State) -> State:
     return {prefix + name: tensor for name, tensor in state.items()}
 
 
-class AttributeDict(dict):  # type: ignore[type-arg]
+class AttributeDict(dict):
     """As Lightning's: a dict with a class of its own."""
 
 
@@ -154,7 +154,7 @@ class Command:
         self.reduced = function, arguments
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        return self.reduced  # type: ignore[return-value]
+        return self.reduced
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

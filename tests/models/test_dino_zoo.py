@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,6 +40,7 @@ def test_dino_computes_what_torch_s_pre_norm_encoder_does() -> None:
     with torch.inference_mode():
         patches = model.patch_embed.proj(images).flatten(2).transpose(1, 2)
         tokens = torch.cat([model.cls_token.expand(2, 1, 12), patches], dim=1) + model.pos_embed
+        block: Any
         for block in model.blocks:
             layer = nn.TransformerEncoderLayer(12, 3, 48, 0, "gelu", 1e-6, batch_first=True, norm_first=True).eval()
             attention = {"in_proj_": block.attn.qkv, "out_proj.": block.attn.proj}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from milan_ray.errors import MilanError
-from milan_ray.models.ablation import Ablation
+from milan_ray.models.ablation import Ablation, UnitSet
 from milan_ray.models.edit import edited
 from milan_ray.world.networks import ARCHITECTURES
 from tests.models.test_ablation import images, spec_of
@@ -18,11 +20,33 @@ def trained_statistics(network: nn.Module) -> nn.Module:
     """Batch normalisation that does something, as after training."""
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
             nn.init.uniform_(module.running_mean, -0.5, 0.5)
             nn.init.uniform_(module.running_var, 0.5, 2)
             nn.init.uniform_(module.weight, 0.5, 2)
             nn.init.uniform_(module.bias, -0.5, 0.5)
     return network
+
+
+def edits_like_hooks(build: Callable[[], nn.Module], units: UnitSet) -> set[str]:
+    """Asserts that a fresh network with the edited weights puts out what hooks make of the original.
+
+    Returns:
+        The names of the weights that were edited.
+    """
+    spec, network = spec_of(lambda: trained_statistics(build()))
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    state = edited(spec, network, units, images(2, seed=3))
+    fresh = build().eval()
+    fresh.load_state_dict(state)
+    views = images(6)
+    with torch.inference_mode():
+        found = fresh(spec.prepare(views))
+        unchanged = network(spec.prepare(views))
+    torch.testing.assert_close(found, Ablation(spec, network, [units]).logits(views)[0], rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(found, unchanged, atol=1e-4)  # the units matter
+    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    return {key for key, tensor in state.items() if not torch.equal(tensor, before[key])}
 
 
 @pytest.mark.parametrize(
@@ -37,24 +61,15 @@ def trained_statistics(network: nn.Module) -> nn.Module:
     ],
 )
 def test_edited_weights_do_what_hooks_do(name, units):
-    spec, network = spec_of(lambda: trained_statistics(ARCHITECTURES[name].build()))
-    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
-    state = edited(spec, network, units, images(2, seed=3))
-    fresh = ARCHITECTURES[name].build().eval()
-    fresh.load_state_dict(state)
-    views = images(6)
-    with torch.inference_mode():
-        found = fresh(spec.prepare(views))
-        unchanged = network(spec.prepare(views))
-    torch.testing.assert_close(found, Ablation(spec, network, [units]).logits(views)[0], rtol=1e-4, atol=1e-5)
-    assert not torch.allclose(found, unchanged, atol=1e-4)  # the units matter
-    assert all(torch.equal(tensor, before[key]) for key, tensor in network.state_dict().items())
+    assert edits_like_hooks(ARCHITECTURES[name].build, units)
 
 
 def test_resnet18s_residual_layers():
     torchvision = pytest.importorskip("torchvision")
-    spec, network = spec_of(lambda: trained_statistics(torchvision.models.resnet18(num_classes=5)))
-    edited(spec, network, {"layer1": [3], "layer4": [500], "conv1": [7]}, images(2))  # checks itself
+    changed = edits_like_hooks(
+        lambda: torchvision.models.resnet18(num_classes=5), {"layer1": [3], "layer4": [500], "conv1": [7]}
+    )
+    assert changed == {"conv1.weight", "layer2.0.conv1.weight", "layer2.0.downsample.0.weight", "fc.weight"}
 
 
 class Shortcut(nn.Module):
@@ -91,7 +106,6 @@ class Linears(nn.Module):
         return self.head(F.relu(self.after(self.up(x).mean((2, 3)))))
 
 
-@pytest.mark.parametrize("layer", ["up", "after"])
-def test_transposed_convolutions_and_linear_maps(layer):
-    spec, network = spec_of(Linears)
-    edited(spec, network, {layer: [1, 3]}, images(2))
+@pytest.mark.parametrize(("layer", "units"), [("up", [1, 3]), ("after", [0, 2, 4])])
+def test_transposed_convolutions_and_linear_maps(layer, units):
+    assert edits_like_hooks(Linears, {layer: units}) == {f"{layer}.weight", f"{layer}.bias"}

@@ -177,7 +177,7 @@ def test_a6_calls_of_a_shared_module_have_names_and_the_last_is_said_to_be_it(ca
 def test_b4_compiled_networks_give_the_eager_answer():
     network, images = seeded(OneReLU), pictures(12)
     expected = exemplar_ids(network, "relu@1", images)
-    compiled = torch.compile(network, backend="eager")
+    compiled: Any = torch.compile(network, backend="eager")
     direct(compiled, images)  # used once before: compiled code calls no hooks
     assert exemplar_ids(compiled, "relu@1", images) == expected
     inside = nn.Sequential(network, nn.Identity())
@@ -338,10 +338,11 @@ def test_plain_arrangements_are_all_read():
 
 def test_what_is_said_of_a_layer_wins_or_is_refused():
     network = seeded(lambda: Arranged(12, (0, 2, 1), True, 1, None))
-    said = {"units_axis": -1, "grid": (8, 8), "prefix_tokens": 1, "batch_axis": 0}
-    layout = establish(spec_of(network, reading=Reading(**said)), network, ["arrange"])["arrange"]  # type: ignore[arg-type]
+    said: dict[str, Any] = {"units_axis": -1, "grid": (8, 8), "prefix_tokens": 1, "batch_axis": 0}
+    layout = establish(spec_of(network, reading=Reading(**said)), network, ["arrange"])["arrange"]
     assert (layout.units_axis, layout.grid, layout.prefix_tokens) == (2, (8, 8), 1)
-    for option, wrong in (("units_axis", 7), ("grid", (9, 9)), ("prefix_tokens", 70), ("batch_axis", 1)):
+    refused: dict[str, Any] = {"units_axis": 7, "grid": (9, 9), "prefix_tokens": 70, "batch_axis": 1}
+    for option, wrong in refused.items():
         refusal = examine(spec_of(network, reading=Reading(**{option: wrong})), network, ["arrange"])["arrange"]
         assert isinstance(refusal, str) and option in refusal, (option, refusal)
     assert layout.remark == ""

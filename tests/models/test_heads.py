@@ -59,6 +59,7 @@ def test_fine_tuning_learns_keeps_the_best_and_repeats():
     weight, bias = torch.zeros(3, 5), torch.zeros(3)
     config = HeadTraining(lr=0.05, max_epochs=20, batch_size=32)
     tuned, shift = fit_head(inputs, labels, weight, bias, config)
+    assert shift is not None
     assert ((inputs @ tuned.T + shift).argmax(1) == labels).float().mean() > 0.9
     assert not weight.any() and not bias.any()
     again, _ = fit_head(inputs, labels, weight, bias, config)

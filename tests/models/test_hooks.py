@@ -165,7 +165,7 @@ def test_activations_before_and_after_do_not_depend_on_working_in_place_what_is_
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(inplace), nn.Conv2d(4, 4, 3), nn.GELU(), nn.Flatten(2))
     images = torch.randn(2, 3, 8, 8)
-    conv, second = F.conv2d(images, model[0].weight, model[0].bias), model[2]
+    conv, second = F.conv2d(images, model.get_parameter("0.weight"), model.get_parameter("0.bias")), model[2]
     found = tapped(model, ["0", "2"], images)
     torch.testing.assert_close(found["pre"]["0"], conv)
     torch.testing.assert_close(found["post"]["0"], conv.relu())
@@ -230,7 +230,9 @@ def test_parity_activations_in_place_relu_of_the_golden_network_is_seen(golden: 
     spec = ModelSpec("toycnn", lambda weights: model, ("conv2", "conv3"), Preprocess())
     probe = FolderProbe([golden / "images"])
     views = np.stack([spec.preprocess.view(probe.read(ref).image) for ref in image_refs(probe.manifest())[:8]])
-    found = tapped(model, ["conv2", "conv3"], spec.prepare(torch.from_numpy(views)))
+    prepared = spec.prepare(torch.from_numpy(views))
+    assert isinstance(prepared, torch.Tensor)
+    found = tapped(model, ["conv2", "conv3"], prepared)
     for layer in ("conv2", "conv3"):
         pooled = found["seen"][layer].amax((2, 3)).numpy()
         np.testing.assert_allclose(pooled, stats[layer]["pooled"][:8], rtol=0, atol=1e-5)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -44,7 +45,7 @@ def masks(size: tuple[int, int]) -> torch.Tensor:
     return found
 
 
-def slow_clip(model: torch.nn.Module, pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def slow_clip(model: Any, pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """One image, one mask, every head and token in a loop: attention as in the paper, CLS's weights times the mask."""
     vision = model.vision_model
     patches = [
@@ -71,7 +72,7 @@ def slow_clip(model: torch.nn.Module, pixels: torch.Tensor, mask: torch.Tensor) 
     return embedding / embedding.norm()
 
 
-def slow_siglip(model: torch.nn.Module, pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+def slow_siglip(model: Any, pixels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """One image, one mask: the pooling head's weights times the mask."""
     head = model.vision_model.head
     tokens = model.vision_model(pixel_values=pixels[None]).last_hidden_state[0]

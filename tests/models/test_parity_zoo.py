@@ -47,14 +47,17 @@ IMAGENET: dict[str, dict[str, int | None]] = {
     "vgg16": dict(zip(features(2, 7, 14, 21, 28), (64, 128, 256, 512, 512), strict=True)),
     "vgg19": dict(zip(features(2, 7, 16, 25, 34), (64, 128, 256, 512, 512), strict=True)),
 }
-BLURRED = {**IMAGENET, "alexnet": dict(zip(features(0, 3, 6, 8, 10), (64, 192, 384, 256, 256), strict=True))}
+BLURRED: dict[str, dict[str, int | None]] = {
+    **IMAGENET,
+    "alexnet": dict(zip(features(0, 3, 6, 8, 10), (64, 192, 384, 256, 256), strict=True)),
+}
 PLACES: dict[str, dict[str, int | None]] = {
     "alexnet": {**convs(96, 256, 384, 384, 256)},
     "resnet18": {**SMALL},
     "resnet152": dict(zip("04567", LARGE.values(), strict=True)),
     "vgg16": IMAGENET["vgg16"],
 }
-ALL = {
+ALL: dict[str, dict[str, int | None]] = {
     **{f"{name}/imagenet": layers for name, layers in IMAGENET.items()},
     **{f"{name}/imagenet-blurred": layers for name, layers in BLURRED.items()},
     **{f"{name}/places365": layers for name, layers in PLACES.items()},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,7 +75,7 @@ def test_places_alexnet_computes_caffe_s_groups_without_normalisation() -> None:
     torch.manual_seed(0)
     with torch.device("meta"):
         assert places365_zoo.build_alexnet(None)(torch.zeros(1, 3, 224, 224)).shape == (1, 365)
-    features = places365_zoo.alexnet(classes=2)[:4].eval()
+    features: Any = places365_zoo.alexnet(classes=2)[:4].eval()
     x = torch.rand(1, 3, 64, 64) * 20
     with torch.inference_mode():
         pooled = F.max_pool2d(features.conv1(x).relu(), 3, 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,9 +31,9 @@ def inputs(spec: ModelSpec, image: Image.Image) -> torch.Tensor:
     return prepared["pixel_values"] if isinstance(prepared, dict) else prepared  # type: ignore[return-value]
 
 
-SQUARE = {"size": {"height": 32, "width": 32}}
-CROPPED = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
-PROCESSORS: dict[str, dict[str, object]] = {
+SQUARE: dict[str, Any] = {"size": {"height": 32, "width": 32}}
+CROPPED: dict[str, Any] = {"size": {"shortest_edge": 36}, "crop_size": {"height": 32, "width": 32}}
+PROCESSORS: dict[str, dict[str, Any]] = {
     "LevitImageProcessor": {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
     "PoolFormerImageProcessor": {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}},
     "EfficientNetImageProcessor": SQUARE,
@@ -111,7 +112,7 @@ def test_b3_masked_autoencoder_sees_all_patches_in_their_order(transformers: obj
     views = torch.from_numpy(np.stack([spec.preprocess.view(picture(*size)) for size in PICTURES]))
     with LayerTap(model, spec.layers) as tap, torch.inference_mode():
         first, again = tap(spec.prepare(views)), tap(spec.prepare(views[:1]))
-        embeddings = model.embeddings
+        embeddings: Any = model.embeddings
         patches = embeddings.patch_embeddings(spec.preprocess(views)) + embeddings.position_embeddings[:, 1:]
     assert spec.prefix_tokens == 1
     torch.testing.assert_close(first["embeddings"][:, 1:], patches, rtol=0, atol=1e-6)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from milan_ray.cli.build_configs import probe_ref
 from milan_ray.engine import references
 from milan_ray.errors import MilanError
 from milan_ray.models.segmentation import Segmenter
+from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.manifest import digest, image_refs
 
 NAMES = {0: "background", 1: "Sky", 2: "tree", 3: "road"}
@@ -38,6 +40,7 @@ def folder(tmp_path_factory) -> str:
 
 def test_maps_are_those_of_transformers_in_the_images_own_pixels(folder, photos):
     found = references.probe(references.ProbeRef((str(photos),), segmentation=folder))
+    assert not isinstance(found, LatentProbe)
     (ref,) = image_refs(found.manifest(), [1])
     image = found.read(ref).image
     model = transformers.SegformerForSemanticSegmentation.from_pretrained(folder).eval()
@@ -70,7 +73,8 @@ def test_who_made_the_maps_is_part_of_the_probes_identity(folder, photos, tmp_pa
 def test_a_network_is_found_in_the_models_folder_or_missed_with_one_sentence(folder, photos, monkeypatch, save_clip):
     monkeypatch.setenv("MILAN_MODELS_DIR", str(Path(folder).parent))
     command = ["label", "--model", "m", "--probe", str(photos), "--segmentation", "tiny-segformer"]
-    assert references.probe(probe_ref(build_parser().read(command))).by.folder == folder
+    probe: Any = references.probe(probe_ref(build_parser().read(command)))
+    assert probe.by.folder == folder
     with pytest.raises(MilanError, match=r"--segmentation"):
         Segmenter("absent")
     other = Segmenter(save_clip(Path(folder).parent / "clip"))

@@ -51,6 +51,7 @@ def test_zoo_default_layers_put_out_maps_of_units(architecture: str) -> None:
         outputs = tap(spec.prepare(views))
     for layer, output in outputs.items():
         if output.ndim == 3:
+            assert spec.prefix_tokens is not None
             assert output.shape[1] - spec.prefix_tokens == math.isqrt(output.shape[1]) ** 2 > 1
             continue
         maps = output.permute(0, 3, 1, 2) if spec.is_channels_last(layer) else output

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -28,7 +30,7 @@ SQUASHED = {"size": {"height": 32, "width": 32}, "image_mean": [0.5, 0.4, 0.3], 
 CROPPED = {"size": {"shortest_edge": 36}, "crop_size": {"height": 28, "width": 28}, "do_center_crop": True}
 
 
-def save(folder: Path, model: torch.nn.Module, kind: str, **processor: object) -> str:
+def save(folder: Path, model: Any, kind: str, **processor: object) -> str:
     """Saves a model with its image processor; returns its name here."""
     model.save_pretrained(folder)
     getattr(transformers, kind)(**processor).save_pretrained(folder)
@@ -89,10 +91,12 @@ def test_transformers_register_tokens_are_dropped(dinov2: str) -> None:
     spec = resolve_model(dinov2)
     assert spec.prefix_tokens == 5
     assert spec.preprocess.view.key == "r36-c28f-bicubic-28x28"
-    model = spec.load()
+    model: Any = spec.load()
     embeddings: list[torch.Tensor] = []
     handle = model.embeddings.register_forward_hook(lambda module, args, output: embeddings.append(output))
-    model(**spec.prepare(torch.zeros(1, 28, 28, 3, dtype=torch.uint8)))
+    prepared = spec.prepare(torch.zeros(1, 28, 28, 3, dtype=torch.uint8))
+    assert isinstance(prepared, Mapping)
+    model(**prepared)
     handle.remove()
     maps = establish(spec, model, ["embeddings"])["embeddings"].maps(embeddings[0])
     torch.testing.assert_close(maps.flatten(2).transpose(1, 2), embeddings[0][:, 5:], rtol=0, atol=0)

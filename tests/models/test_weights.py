@@ -88,7 +88,12 @@ def test_load_strictly_half_precision_becomes_float32() -> None:
 
 def test_load_strictly_without_batchnorm_counters_loads() -> None:
     state = {name: tensor for name, tensor in net().state_dict().items() if "num_batches" not in name}
-    load_strictly(net(), state, "w.pth")
+    state = {name: tensor + 1 for name, tensor in state.items()}
+    model = net()
+    load_strictly(model, state, "w.pth")
+    loaded = model.state_dict()
+    assert {name for name in loaded if name not in state} == {"1.num_batches_tracked"}
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in state.items())
 
 
 def test_load_strictly_misfit_names_the_first_weights_and_loads_nothing() -> None:

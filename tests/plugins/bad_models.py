@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import nn
 
@@ -41,10 +43,12 @@ class Shape(nn.Module):
         return x[..., :8] if white(x).any() else x
 
 
+def build(kind: type[nn.Module], weights: str | None) -> nn.Module:
+    return nn.Sequential(kind())
+
+
 for _kind in (Values, Raises, Tuple, Shape):
-    register_model(
-        f"bad/{_kind.__name__.lower()}", lambda weights, kind=_kind: nn.Sequential(kind()), ("0",), PREPROCESS
-    )
+    register_model(f"bad/{_kind.__name__.lower()}", partial(build, _kind), ("0",), PREPROCESS)
 
 
 class Wide(nn.Module):

@@ -28,6 +28,7 @@ class Watcher(nn.Module):
         with torch.no_grad():
             weights = torch.tensor([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [0, 0, 0]], dtype=torch.float32)
             self.mix.weight.copy_(900 * weights.view(4, 3, 1, 1))  # far above what eight bits hold
+            assert self.mix.bias is not None
             self.mix.bias.zero_()
         self.pool = nn.AvgPool2d(4)
         self.seen = nn.ReLU()
@@ -77,5 +78,5 @@ def watcher(weights: str | None) -> nn.Module:
 
 register_model("colours/watcher", watcher, ("seen",), Preprocess(View(64, 64), (0, 0, 0), (1, 1, 1)))
 register_probe("colours", lambda: WorldProbe("probe", SCENES))
-register_image_text("colours/grid", ColourGrid)
+register_image_text("colours/grid", ColourGrid)  # type: ignore[arg-type]  # it has a view: no embed_maps
 register_image_captioner("colours/names", ColourNames)

@@ -73,6 +73,7 @@ class Watcher(nn.Module):
         weights = [[1, 0, 0], [0, 1, 0], [0, 0, 1], [1, 1, 0], [0, 0, 1]]
         with torch.no_grad():
             self.colours.weight.copy_(torch.tensor(weights).view(5, 3, 1, 1))
+            assert self.colours.bias is not None
             self.colours.bias.zero_()
         self.seen = nn.Identity()
 

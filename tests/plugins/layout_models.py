@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,7 +14,7 @@ from milan_ray.models.view import Preprocess, View
 SQUARE, TALL = Preprocess(View(256, 224)), Preprocess(View((256, 128), None))
 
 
-def seeded(name: str, **options: object) -> Callable[[str | None], nn.Module]:
+def seeded(name: str, **options: Any) -> Callable[[str | None], nn.Module]:
     def build(weights: str | None) -> nn.Module:
         import timm
 

@@ -35,7 +35,7 @@ class NoiseProbe:
 
     def read(self, ref: ImageRef) -> ProbeImage:
         pixels = np.random.default_rng(ref.image_id).integers(0, 256, (SIDE, SIDE, 3), dtype=np.uint8)
-        return ProbeImage(Image.fromarray(pixels), hashlib.sha256(pixels).hexdigest())
+        return ProbeImage(Image.fromarray(pixels), hashlib.sha256(pixels.tobytes()).hexdigest())
 
     def concept_maps(self, ref: ImageRef) -> None:
         return None

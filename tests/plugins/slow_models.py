@@ -66,7 +66,7 @@ def disturb() -> None:
             Path(hunger).touch(exist_ok=False)
         except FileExistsError:
             return
-        taken = []
+        taken: list[torch.Tensor] = []
         while time.monotonic() < deadline:
             if len(taken) < PORTIONS:
                 taken.append(torch.ones(PORTION, dtype=torch.uint8))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -19,18 +20,19 @@ def save_clip(folder: Path, kind: str = "clip", dtype: torch.dtype = torch.float
     text = {"vocab_size": len(ids), "max_position_embeddings": 10, "pad_token_id": 0, "bos_token_id": 1}
     vision = {"image_size": SIZE, "patch_size": PATCH, **size}
     torch.manual_seed(0)
+    model: Any
     if kind == "clip":
-        config = transformers.CLIPConfig(
+        clip = transformers.CLIPConfig(
             text_config={**text, **size, "eos_token_id": 2, "projection_dim": 12},
             vision_config={**vision, "projection_dim": 12},
             projection_dim=12,
         )
-        model = transformers.CLIPModel(config)
+        model = transformers.CLIPModel(clip)
     else:
-        config = transformers.SiglipConfig(
+        siglip = transformers.SiglipConfig(
             text_config={**text, **size, "eos_token_id": 2, "projection_size": 16}, vision_config=vision
         )
-        model = transformers.SiglipModel(config)
+        model = transformers.SiglipModel(siglip)
     for parameter in model.parameters():  # far from the symmetric state that training starts from
         torch.nn.init.normal_(parameter, std=0.3)
     model.to(dtype).save_pretrained(folder)

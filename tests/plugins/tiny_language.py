@@ -23,8 +23,14 @@ WORDS = (
     "grass",
     "user",
     "system",
+    "assistant",
+    ":",
+    "-",
+    "Caption",
+    ".",
+    "dark",
+    "areas",
 )
-WORDS += ("assistant", ":", "-", "Caption", ".", "dark", "areas")
 SIZE = 32
 TEMPLATE = "{% for m in messages %}{{ m['role'] }} : {{ m['content'] }} [SEP] {% endfor %}assistant :"
 

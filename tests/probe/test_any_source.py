@@ -428,4 +428,4 @@ def test_c7_fewer_bits_than_16_are_noted(kind: str, bits: int, doubted: bool) ->
     found = probe_image(encode(Image.fromarray(values), kind))
     assert (found.note is not None) == doubted
     if doubted:
-        assert f"use {bits} bits at most" in found.note
+        assert found.note is not None and f"use {bits} bits at most" in found.note

@@ -64,7 +64,7 @@ def test_numbers_become_concepts(numbered):
     first, second = refs(probe)
     assert first.path == "images/a.jpg" and probe.read(first).image.size == (6, 4)
     maps = probe.concept_maps(first)
-    assert sorted(maps) == ["car", "sky"]
+    assert maps is not None and sorted(maps) == ["car", "sky"]
     np.testing.assert_array_equal(maps["car"], np.eye(4, 6) > 0)
     assert probe.concept_maps(second) == {}  # void, and a number without a name
     (numbered / "labels/b.png").unlink()
@@ -142,6 +142,7 @@ def test_broden(tmp_path):
     assert isinstance(probe, BrodenFolder)
     assert probe.manifest()["class_label"].to_pylist() == ["street", None]
     first, second = (probe.concept_maps(ref) for ref in refs(probe))
+    assert first is not None and second is not None
     assert {name: int(shown.sum()) for name, shown in first.items()} == {"black": 8, "bed": 16, "street": 16}
     assert list(second) == ["bed"] and second["bed"].shape == (4, 4)
 
@@ -165,6 +166,7 @@ def test_ade20k(tmp_path):
     assert isinstance(probe, Ade20kFolder)
     assert probe.manifest()["class_label"].to_pylist() == ["street"]
     maps = probe.concept_maps(refs(probe)[0])
+    assert maps is not None
     assert {name: int(shown.sum()) for name, shown in maps.items()} == {"car": 24, "wheel": 6, "street": 48}
 
 
@@ -174,7 +176,7 @@ def test_real_camvid(shared, tmp_path):
     found = refs(probe)
     assert len(found) == 101
     maps = probe.concept_maps(found[0])
-    assert sorted(maps) == sorted(CAMVID[:-1])
+    assert maps is not None and sorted(maps) == sorted(CAMVID[:-1])
     assert maps["Road"].shape == (360, 480) == probe.read(found[0]).image.size[::-1]
     assert np.argwhere(maps["Sky"])[:, 0].mean() < 180 < np.argwhere(maps["Road"])[:, 0].mean()
 
@@ -183,6 +185,7 @@ def test_real_ade20k(shared):
     probe = labelled_folder(shared / "data/images/ade20k_3")
     assert probe.manifest()["class_label"].to_pylist() == ["street"] * 3
     maps = probe.concept_maps(refs(probe)[0])
+    assert maps is not None
     assert {"road", "building", "person", "car", "window", "street"} <= maps.keys()
     assert maps["car"].shape == (1536, 2048) and maps["street"].all()
     assert (maps["window"] & maps["building"]).sum() > 0.5 * maps["window"].sum()

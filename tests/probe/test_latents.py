@@ -47,7 +47,9 @@ def test_latents_of_a_folder_come_floats_first(tmp_path, kind):
 
 def test_latents_of_files_keep_the_order_given(tmp_path):
     classes, codes = written(tmp_path, ".pth")
-    first, second = resolve_probe([str(classes), str(codes)]).latents([ImageRef(0, "", "6")])
+    probe = resolve_probe([str(classes), str(codes)])
+    assert isinstance(probe, LatentProbe)
+    first, second = probe.latents([ImageRef(0, "", "6")])
     assert first.tolist() == [6] and torch.equal(second, Z[6:])
     torch.save({"z": Z, "y": Y}, tmp_path / "both.pth")
     z, y = LatentFiles([tmp_path / "both.pth"]).latents([ImageRef(0, "", "2")])
@@ -61,7 +63,7 @@ def test_latents_are_mapped_not_read(tmp_path):
     before = codes.stat()
     with codes.open("r+b") as file:
         file.seek(-Z.numel() * 4 + 3 * 3 * 4, os.SEEK_END)
-        file.write(np.float32([9, 9, 9]).tobytes())
+        file.write(np.array([9, 9, 9], np.float32).tobytes())
     os.utime(codes, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert probe.latents(refs)[0].tolist() == [[9, 9, 9]]
 

@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, TiffImagePlugin
 
 from milan_ray.errors import MilanError, UnreadableImage
+from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.decode import probe_image
 from milan_ray.probe.files import tell
 from milan_ray.probe.manifest import image_refs
@@ -61,6 +62,7 @@ def tar(file: Path, members: list[tuple[str, bytes | tuple[bytes, str]]]) -> Pat
 def listed(*source: Path, **options: str) -> tuple[list[int], list[str | None]]:
     """The numbers of the pictures, and their classes."""
     probe = resolve_probe([str(one) for one in source], **options)
+    assert not isinstance(probe, LatentProbe)
     manifest = probe.manifest()
     found = [np.asarray(probe.read(ref).image) for ref in image_refs(manifest)]
     numbers = [next(n for n, one in enumerate(PIXELS) if np.array_equal(one, pixels)) for pixels in found]
@@ -78,7 +80,7 @@ def test_c2_shards_given_twice_count_once(tmp_path, capsys):
 
 
 def test_c4_members_of_any_name_or_kind_are_read_or_counted(tmp_path, capsys):
-    members = [
+    members: list[tuple[str, bytes | tuple[bytes, str]]] = [
         ("/cat/0.png", png(0)), ("a/../1.png", png(1)), ("../2.png", png(2)), ("./dog/./3.png", png(3)),
         ("dog/4.png", (tarfile.LNKTYPE, "/cat/0.png")), ("dog/5.png", (tarfile.SYMTYPE, "../cat/0.png")),
         ("dog/6.png", (tarfile.LNKTYPE, "none.png")), ("pipe", (tarfile.FIFOTYPE, "")),

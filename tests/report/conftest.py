@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -53,13 +54,13 @@ def pixels(image_id: int) -> np.ndarray:
     return np.full((SIDE, SIDE, 3), (200, 40 * image_id, 100), np.uint8)
 
 
-def rows(table: Table, values: list[tuple[object, ...]]) -> dict[str, list[object]]:
+def rows(table: Table, values: Sequence[tuple[object, ...]]) -> dict[str, list[object]]:
     columns = zip(*values, strict=True)
     return {column.name: list(found) for column, found in zip(table.columns, columns, strict=True)}
 
 
 def write(
-    storage: Storage, table: Table, values: list[tuple[object, ...]], metadata: dict[str, str] | None = None
+    storage: Storage, table: Table, values: Sequence[tuple[object, ...]], metadata: dict[str, str] | None = None
 ) -> None:
     data = table.table(rows(table, values), metadata)
     keys = {key: str(data[key][0]) for key in table.partition}

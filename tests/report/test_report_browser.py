@@ -115,6 +115,13 @@ def cards(page: Chrome) -> list[int]:
     )
 
 
+def pixel(image: Image.Image, x: float, y: float) -> tuple[int, ...]:
+    """The colour at a place."""
+    found = image.getpixel((int(x), int(y)))
+    assert isinstance(found, tuple)
+    return found
+
+
 def choose(page: Chrome, name: str, value: str) -> None:
     Select(page.find_element(By.NAME, name)).select_by_value(value)
 
@@ -253,8 +260,7 @@ def test_masks_darken_outline_or_go(page: Chrome, site: Path) -> None:
         shown = Image.open(io.BytesIO(picture.screenshot_as_png)).convert("RGB")
         side = shown.width / 20
         inside = {
-            abs(shown.getpixel((int((x + 0.5) * side), int((y + 0.5) * side)))[0] - (200 if y >= 1 and x <= 9 else 50))
-            <= 8
+            abs(pixel(shown, (x + 0.5) * side, (y + 0.5) * side)[0] - (200 if y >= 1 and x <= 9 else 50)) <= 8
             for y in range(20)
             for x in range(20)
         }
@@ -263,14 +269,14 @@ def test_masks_darken_outline_or_go(page: Chrome, site: Path) -> None:
     assert reds()[1] == {True}
     page.find_element(By.CSS_SELECTOR, "[value=outline]").click()
     shown, darkened = reds()
-    colours = [shown.getpixel((x, shown.height // 2)) for x in range(shown.width)]
+    colours = [pixel(shown, x, shown.height // 2) for x in range(shown.width)]
     yellow = [x for x, colour in enumerate(colours) if colour[0] > 220 and colour[1] > 200 and colour[2] < 90]
     edge = shown.width / 2  # ten of twenty columns are inside
     assert darkened != {True} and yellow and all(edge - 4 <= x <= edge for x in yellow)
     assert abs(colours[-5][0] - 200) <= 8 and abs(colours[5][0] - 200) <= 8  # the image itself, on both sides
     page.find_element(By.CSS_SELECTOR, "[value=plain]").click()
     shown, _ = reds()
-    assert all(abs(shown.getpixel((x, shown.height // 2))[0] - 200) <= 8 for x in range(4, shown.width - 4))
+    assert all(abs(pixel(shown, x, shown.height // 2)[0] - 200) <= 8 for x in range(4, shown.width - 4))
     page.get((site / "index.html").as_uri())
     assert page.find_element(By.CSS_SELECTOR, "[value=plain]").is_selected()  # the choice holds for the next page
     page.find_element(By.CSS_SELECTOR, "[value=darken]").click()

@@ -48,7 +48,7 @@ def test_signed_rank_of_many_pairs() -> None:
     values = np.random.default_rng(0).normal(0.1, size=300)
     ranks = average_ranks(np.abs(values)[:, None])[:, 0]
     z = (ranks[values > 0].sum() - ranks.sum() / 2) / np.sqrt((ranks**2).sum() / 4)
-    assert signed_rank(values) == pytest.approx(2 * NormalDist().cdf(-abs(z)), rel=0.02)
+    assert signed_rank(values.tolist()) == pytest.approx(2 * NormalDist().cdf(-abs(z)), rel=0.02)
 
 
 def test_sign_test_leaves_out_zeros() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -22,7 +23,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> str:
     storage = Storage(tmp_path_factory.mktemp("commands"))
     for model, texts in TEXTS.items():
         keys = {"labeler": "milan", "model": model, "layer": "conv1"}
-        columns = {name: [value] * len(texts) for name, value in keys.items()}
+        columns: dict[str, list[Any]] = {name: [value] * len(texts) for name, value in keys.items()}
         columns |= {"unit": list(range(len(texts))), "description": list(texts), "score": [1.0] * len(texts)}
         columns["n_best"] = [[]] * len(texts)
         table = DESCRIPTIONS.table({c.name: columns.get(c.name, [None] * len(texts)) for c in DESCRIPTIONS.columns})

@@ -31,7 +31,8 @@ def test_correlation_is_the_same_for_any_split_order_and_repetition(data):
     random.Random(data.draw(st.integers(0, 99))).shuffle(order)
     states = [Moments() for _ in range(data.draw(st.integers(1, 3)))]
     for place, block in enumerate(order):
-        states[place % len(states)].update(block, *parts[block], use[block])
+        x, y = parts[block]
+        states[place % len(states)].update(block, x, y, use[block])
     merged = Moments()
     for state in reversed(states):
         merged.merge(state)

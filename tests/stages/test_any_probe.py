@@ -8,6 +8,7 @@ import re
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -320,7 +321,7 @@ def test_a7_bands_enter_the_hash_only_where_they_are_not_three():
 @pytest.mark.parametrize(
     ("bands", "options"), [(4, {}), (0, {"inputs": floats}), (2, {"inputs": floats, "images": floats})]
 )
-def test_a7_bands_without_inputs_are_refused(bands: int, options: dict[str, object]):
+def test_a7_bands_without_inputs_are_refused(bands: int, options: dict[str, Any]):
     with pytest.raises(MilanError, match=rf"a7/wrong is registered with bands={bands}: "):
         register_model("a7/wrong", lambda weights: Bands(4), ["conv"], bands=bands, **options)
     assert re.match("tiny", get_model("tiny/cnn").name)

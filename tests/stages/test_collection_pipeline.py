@@ -71,7 +71,7 @@ def said(layer: str, unit: int) -> dict[str, str]:
     return {each.annotator: each.text for each in annotate_unit(masks, maps, f"{MODEL}/{layer}/{unit}")}
 
 
-def annotations(storage: Storage, source: str) -> dict[tuple[str, int, str], str]:
+def stored_annotations(storage: Storage, source: str) -> dict[tuple[str, int, str], str]:
     found = {}
     for keys in storage.partitions(ANNOTATIONS, source=source):
         assert storage.exemplars_of(ANNOTATIONS, **keys) == storage.config_of(
@@ -150,7 +150,7 @@ def test_answers_of_mturk_become_annotations(storage: Storage, folder: Path, tmp
         if (layer, unit) != ("conv1", 4)
         for worker, text in said(layer, unit).items()
     }
-    assert annotations(storage, "crowd") == expected
+    assert stored_annotations(storage, "crowd") == expected
     report = capsys.readouterr()
     assert "3 rejected or skipped" in report.err and "1 without a word, 1 repeated" in report.err
     assert "3 units with 3 to 3 annotations" in report.err and report.err.count("worker-") == 3
@@ -160,7 +160,7 @@ def test_answers_of_mturk_become_annotations(storage: Storage, folder: Path, tmp
     assert cli.main(["annotations", *arguments, "--bertscore", absent, "--storage", storage.root]) == 1
     assert absent in capsys.readouterr().err
     assert cli.main(["annotations", *arguments, "--rouge", "--storage", storage.root, "--keep-rejected"]) == 0
-    assert "good" in annotations(storage, "crowd").values()
+    assert "good" in stored_annotations(storage, "crowd").values()
 
 
 def test_answers_of_label_studio_become_the_same_annotations(
@@ -183,7 +183,7 @@ def test_answers_of_label_studio_become_the_same_annotations(
     tested.write_text(json.dumps([question]))
     arguments = ["--source", "studio", "--rouge", "--storage", storage.root]
     assert cli.main(["annotations", "answers", str(exported), *arguments]) == 0
-    everybody = annotations(storage, "studio")
+    everybody = stored_annotations(storage, "studio")
     assert everybody == {
         (layer, unit, _annotator("studio", str(numbers[worker]))): text.lower()
         for layer, units in LAYERS.items()
@@ -194,7 +194,7 @@ def test_answers_of_label_studio_become_the_same_annotations(
     passed = ["--qualification", str(tested), "--key", str(folder / "qualification-key.csv")]
     assert cli.main(["annotations", "answers", str(exported), *arguments, *passed]) == 0
     failed = _annotator("studio", "13")
-    assert annotations(storage, "studio") == {key: text for key, text in everybody.items() if key[2] != failed}
+    assert stored_annotations(storage, "studio") == {key: text for key, text in everybody.items() if key[2] != failed}
     out = capsys.readouterr()
     assert "2 people passed" in out.err and "3 of workers who did not pass" in out.err
     assert cli.main(["annotations", "answers", str(exported), *arguments, *passed[:2]]) == 1

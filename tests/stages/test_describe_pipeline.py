@@ -14,40 +14,34 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from toys import toy_captioner
 
 import milan_ray
 from milan_ray import cli
-from milan_ray.captioner.captioner import Captioner, best_descriptions
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
+from milan_ray.captioner.captioner import best_descriptions
+from milan_ray.captioner.fit import Sizes
 from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
+from milan_ray.labelers.milan import LIKELIHOOD, MILAN
+from milan_ray.library.run_directory import RunExemplars
 from milan_ray.report import write_report
 from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, TRAINING, VIEWS
 from milan_ray.stages import descriptions as describe
 from milan_ray.stages.captioners import EncoderRef, load_captioner, save_captioner
-from milan_ray.stages.descriptions import LIKELIHOOD, MILAN, Search, run_descriptions
+from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings, unit_features
 from milan_ray.stages.exemplars import run_exemplars
-from milan_ray.stages.training import Sizes, Training, TrainingJob
+from milan_ray.stages.training import Training, TrainingJob
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
 ENCODER = EncoderRef("tiny", plugins=(PLUGIN,))
 LAYERS = {"tiny/cnn": ("0", "2")}
-SEARCH = Search("toy", beam_size=6, length=5, lam=0.5)
-
-
-def toy_captioner() -> Captioner:
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    torch.manual_seed(0)
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny")
+BEAM, LENGTH, LAM = 6, 5, 0.5
+SEARCH = Search("toy", beam_size=BEAM, length=LENGTH, lam=LAM)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +66,7 @@ def by_hand(storage: Storage, layer: str) -> dict[int, np.ndarray]:
     """Every exemplar through the encoder on its own, as the reference does it."""
     encoder = ENCODER.load()
     meta = storage.metadata(EXEMPLARS, model="tiny/cnn", layer=layer)
+    assert meta is not None
     size = int(meta["mask_height"]), int(meta["mask_width"])
     images = {}
     for keys in storage.partitions(VIEWS):
@@ -100,7 +95,7 @@ def test_descriptions_equal_the_kernel(storage):
         features = by_hand(storage, layer)
         units = sorted(features)
         candidates = captioner.candidates(np.stack([features[u] for u in units]), SEARCH.beam_size, SEARCH.length)
-        for labeler, lam in ((MILAN, SEARCH.lam), (LIKELIHOOD, 0.0)):
+        for labeler, lam in ((MILAN, LAM), (LIKELIHOOD, 0.0)):
             table = storage.read(DESCRIPTIONS, labeler=labeler, model="tiny/cnn", layer=layer).to_pylist()
             best = best_descriptions(candidates, lam)
             assert [row["unit"] for row in table] == units
@@ -111,7 +106,7 @@ def test_descriptions_equal_the_kernel(storage):
 
 def test_candidates_keep_tokens_and_both_log_probabilities(storage):
     rows = storage.read(CANDIDATES, decoder="toy", model="tiny/cnn", layer="2").to_pylist()
-    assert len(rows) == 8 * SEARCH.beam_size
+    assert len(rows) == 8 * BEAM
     indexer = toy_captioner().indexer
     for row in rows:
         assert indexer.reconstruct(row["tokens"]) == row["text"]
@@ -151,22 +146,24 @@ def test_reference_quirks_change_log_p_d_as_the_kernel_does(storage, tmp_path, m
     features = by_hand(storage, "2")
     stacked = np.stack([features[unit] for unit in sorted(features)])
     with_quirks, without = (
-        toy_captioner().candidates(stacked, wide.beam_size, wide.length, quirks=quirks).logp_d.ravel()
+        toy_captioner().candidates(stacked, wide.beam_size, wide.length, quirks=quirks).logp_d
         for quirks in (REFERENCE, NO_QUIRKS)
     )
-    np.testing.assert_allclose(found, with_quirks, atol=1e-4)
-    assert (found < without - 1e-3).any()  # one token more is counted past <stop>
+    assert with_quirks is not None and without is not None
+    np.testing.assert_allclose(found, with_quirks.ravel(), atol=1e-4)
+    assert (found < without.ravel() - 1e-3).any()  # one token more is counted past <stop>
 
 
 def test_library_calls_say_what_the_jobs_wrote(storage):
     milan = milan_ray.load("toy", storage.root, device="cpu")
     exemplars = milan_ray.open_exemplars(storage.root, "tiny/cnn")
+    assert isinstance(exemplars, RunExemplars)
     for layer in LAYERS["tiny/cnn"]:
         units = [exemplars.lookup(layer, unit) for name, unit in exemplars.units() if name == layer]
         images, masks_ = ([getattr(unit, name) for unit in units] for name in ("images", "masks"))
         encodings = unit_features(storage.read(ENCODINGS, encoder="tiny", model="tiny/cnn", layer=layer))
         np.testing.assert_allclose(milan.encode(images, masks_), list(encodings.values()), atol=1e-5)
-        said = replace(milan, captioner=replace(milan.captioner, length=SEARCH.length))
+        said = replace(milan, captioner=replace(milan.captioner, length=LENGTH))
         found = said.describe(images, masks_, lam=SEARCH.lam, beam_size=SEARCH.beam_size)
         assert found["description"].to_list() == [unit.description for unit in units]
 

@@ -25,6 +25,7 @@ from milan_ray.models.chat import KEYS, Limits
 from milan_ray.models.generators import GeneratorRef
 from milan_ray.models.image_captions import ImageCaptionerRef
 from milan_ray.models.image_text import ImageTextRef
+from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, RUNS
 from milan_ray.stages.dnd import stage as dnd
@@ -37,7 +38,7 @@ PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/colours.py")
 MODEL = ModelRef("colours/watcher", plugins=(PLUGIN,))
 PROBE = ProbeRef(("colours",), plugins=(PLUGIN,))
 CONFIG = ExemplarConfig(k=3, batch_size=16, shard_size=96, pooled=True)
-KEYS_OF = {"model": "colours/watcher", "layer": "seen"}
+KEYS_OF: dict[str, Any] = {"model": "colours/watcher", "layer": "seen"}
 TRUTH = ("red", "green", "blue")
 ONE = Resources(actors=1)
 
@@ -95,6 +96,7 @@ def test_drawings_equal_loops_over_images(storage, how):
     def embed(image: np.ndarray) -> np.ndarray:
         return embedder.embed_images(torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255)[0].numpy()
 
+    assert not isinstance(source, LatentProbe)
     views = [spec.preprocess.view(source.read(ref).image) for ref in image_refs(source.manifest())]
     everything = torch.stack([maps(view) for view in views])
     drawn = generator(how.generator)

@@ -16,8 +16,8 @@ from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 
 TINY = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
-ONE = {"tiny/twin": ("0",)}
-ZOO = {**ONE, "tiny/cnn": ("0", "2")}
+ONE: dict[str, tuple[str, ...]] = {"tiny/twin": ("0",)}
+ZOO: dict[str, tuple[str, ...]] = {**ONE, "tiny/cnn": ("0", "2")}
 
 COUNTING = """
 import torch

@@ -14,14 +14,16 @@ import pytest
 import torch
 
 from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.engine.actor_pool import run_pool
 from milan_ray.engine.references import ModelRef, ProbeRef, model, probe
 from milan_ray.engine.run_log import Cost
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
-from milan_ray.probe.base import ImageRef
+from milan_ray.probe.base import ImageRef, LatentProbe
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, RUNS, SKIPPED, VIEWS
 from milan_ray.stages.exemplars import Exemplars, merge, run_exemplars, stage
 from milan_ray.stages.exemplars import masks as mask_stage
+from milan_ray.stages.exemplars.masks import recompute
 from milan_ray.stages.exemplars.worker import Run
 from milan_ray.storage import Storage
 
@@ -54,8 +56,8 @@ def undisturbed(ray_session, photos, tmp_path_factory) -> Storage:
 
 def test_exemplars_equal_a_naive_loop(undisturbed, photos):
     spec = model(CNN)
-    net = spec.load()
-    source = probe(ProbeRef((str(photos),)))
+    net, source = spec.load(), probe(ProbeRef((str(photos),)))
+    assert isinstance(net, torch.nn.Sequential) and not isinstance(source, LatentProbe)
     rows = source.manifest().to_pylist()
     views = np.stack(
         [spec.preprocess.view(source.read(ImageRef(r["image_id"], r["root"], r["path"])).image) for r in rows]
@@ -226,7 +228,7 @@ def test_b6_models_of_any_numbers_run_or_fail_alone_with_one_sentence(ray_sessio
 def test_exemplars_above_the_map_budget_are_masked_in_one_pool_whatever_model_fails(
     undisturbed, photos, tmp_path, monkeypatch
 ):
-    plugin, run_pool = str(shutil.copy(ROOT / "tests/plugins/late_models.py", tmp_path)), stage.run_pool
+    plugin = str(shutil.copy(ROOT / "tests/plugins/late_models.py", tmp_path))
     pools: list[str] = []
 
     def watched(worker, arguments, rows, resources):
@@ -239,7 +241,6 @@ def test_exemplars_above_the_map_budget_are_masked_in_one_pool_whatever_model_fa
         (tmp_path / "fail").touch()
         return recompute(*arguments)
 
-    recompute = stage.recompute
     monkeypatch.setattr(stage, "run_pool", watched)
     monkeypatch.setattr(mask_stage, "run_pool", watched)
     monkeypatch.setattr(stage, "recompute", fails_after_the_shards)

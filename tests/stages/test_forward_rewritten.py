@@ -50,6 +50,11 @@ def test_s1_a_forward_written_anew_makes_what_it_changes_anew(photos, tmp_path, 
         values = [storage.read(EXEMPLARS, **key)["activation"].to_pylist() for key in keys]
         return hashes, values, capsys.readouterr().err
 
+    def computes() -> str:
+        entries = storage.metadata(EXEMPLARS, **keys[1])
+        assert entries is not None
+        return entries[COMPUTES]
+
     with connected(Resources()):
         hashes, values, _ = run(1)
         assert run(1)[:2] == (hashes, values)
@@ -57,11 +62,11 @@ def test_s1_a_forward_written_anew_makes_what_it_changes_anew(photos, tmp_path, 
         assert "layer 'b' of rewritten/two computes something else" in said
         assert again[0] == hashes[0] and again[1] != hashes[1]  # what is made of these is stale, too
         assert other[0] == values[0] and other[1] != values[1]
-        before = storage.metadata(EXEMPLARS, **keys[1])[COMPUTES]
+        before = computes()
         repeated = run(-1)
         assert repeated[:2] == (again, other) and "up to date" in repeated[2]
         assert run(1)[1] == values
-        assert not same(before, storage.metadata(EXEMPLARS, **keys[1])[COMPUTES])
+        assert not same(before, computes())
 
 
 def test_s1_kernels_of_other_machines_are_no_other_computation():

@@ -6,6 +6,7 @@ import io
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def dissected(ray_session, latents: Path, tmp_path_factory: pytest.TempPathFacto
 
 def generated(latents: Path) -> tuple[np.ndarray, torch.Tensor]:
     """Images uint8 (100, 24, 24, 3) and maps of layer0, without any of our machinery."""
-    net = model(GENERATOR).load()
+    net: Any = model(GENERATOR).load()
     z, y = torch.load(latents / "codes.pth"), torch.load(latents / "classes.pth")
     y = F.one_hot(y, 3).float()
     with torch.inference_mode():
@@ -68,6 +69,7 @@ def generated(latents: Path) -> tuple[np.ndarray, torch.Tensor]:
 def views(storage: Storage, layer: str = "layer0", name: str = "tiny/generator") -> dict[int, np.ndarray]:
     """The stored images of a layer's exemplars."""
     meta = storage.metadata(EXEMPLARS, model=name, layer=layer)
+    assert meta is not None
     found = {}
     for keys in storage.partitions(VIEWS, probe=meta["probe"], view=meta["view"]):
         for row in storage.read(VIEWS, **keys).to_pylist():
@@ -96,10 +98,11 @@ def test_generator_views_are_its_own_and_follow_its_weights(dissected, latents, 
     weights = tmp_path / "other.pth"
     weights.write_bytes(b"other")
     storage = run(tmp_path / "run", latents, request=replace(GENERATOR, weights=str(weights)))
-    keys = [s.metadata(EXEMPLARS, model="tiny/generator", layer="layer0")["view"] for s in (dissected, storage)]
-    assert keys[0] != keys[1] and all(key.startswith("tiny/generator ") for key in keys)
+    entries = [s.metadata(EXEMPLARS, model="tiny/generator", layer="layer0") for s in (dissected, storage)]
+    keys = [entry["view"] for entry in entries if entry is not None]
+    assert len(keys) == 2 and keys[0] != keys[1] and all(key.startswith("tiny/generator ") for key in keys)
     before = views(dissected)
-    assert not any(np.array_equal(image, before.get(i)) for i, image in views(storage).items())
+    assert not any(i in before and np.array_equal(image, before[i]) for i, image in views(storage).items())
 
 
 def test_generator_killed_before_its_views_draws_the_same_again(dissected, latents, tmp_path):

@@ -19,7 +19,7 @@ from milan_ray.engine.run_log import Cost
 from milan_ray.engine.status import status
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.models.establish import establish
-from milan_ray.probe.base import ImageRef
+from milan_ray.probe.base import ImageRef, LatentProbe
 from milan_ray.schema import EXEMPLARS, POOLED, RUNS
 from milan_ray.stages.exemplars import Exemplars, exemplar_fingerprints, merge, run_exemplars, store_manifest
 from milan_ray.stages.exemplars.worker import ExemplarWorker, Run
@@ -69,13 +69,14 @@ def undisturbed(ray_session, few, tmp_path_factory) -> Storage:
 
 def test_pooled_equals_a_dense_computation(undisturbed, few):
     spec = model(CNN)
-    source = probe(ProbeRef((str(few),)))
+    net, source = spec.load(), probe(ProbeRef((str(few),)))
+    assert isinstance(net, torch.nn.Sequential) and not isinstance(source, LatentProbe)
     rows = [row for row in source.manifest().to_pylist() if row["image_id"] != BAD]
     views = np.stack(
         [spec.preprocess.view(source.read(ImageRef(r["image_id"], r["root"], r["path"])).image) for r in rows]
     )
     with torch.inference_mode():
-        maps = spec.load()[:1](spec.prepare(torch.from_numpy(views))).numpy()
+        maps = net[:1](spec.prepare(torch.from_numpy(views))).numpy()
     found = undisturbed.read(POOLED, model="tiny/cnn", layer="0")
     assert found["image_id"].to_pylist() == [row["image_id"] for row in rows]
     np.testing.assert_allclose(matrix(found["max"]), maps.max(axis=(2, 3)), rtol=1e-5)

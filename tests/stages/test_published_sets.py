@@ -9,30 +9,18 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from toys import toy_captioner
 
 from milan_ray import cli
 from milan_ray.annotations.layout import write_annotations
-from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import load_reference
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.encoder import get_encoder
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.models.weights import weights_digest
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
-
-
-def captioner(feature_size: int, encoder: str) -> Captioner:
-    indexer = Indexer(Vocabulary.build([["the red house"], ["a dog", "dogs on grass"]]))
-    torch.manual_seed(0)
-    words = len(indexer.vocabulary)
-    return Captioner(
-        indexer, Decoder(DecoderConfig(words, feature_size, 8, 12)), LanguageModel(LMConfig(words, 8, 12)), encoder
-    )
 
 
 @pytest.fixture
@@ -49,7 +37,7 @@ def test_published_set_is_imported_described_without_a_probe_and_exported(ray_se
     storage = Storage(tmp_path / "run")
     where = ["--storage", storage.root]
     assert cli.main(["annotations", "import", str(published), *where]) == 0
-    save_captioner(storage, "toy", captioner(10, "tiny"), "A toy.")
+    save_captioner(storage, "toy", toy_captioner(), "A toy.")
     describe = ["describe", "--model", "net/photos", "--decoder", "toy", "--plugin", PLUGIN, "--beam-size", "4", *where]
     describe += ["--actors", "1"]
     assert cli.main([*describe, "--dry-run"]) == 0
@@ -80,7 +68,7 @@ def test_describing_exemplars_that_are_not_there_names_those_that_are(published,
     storage = Storage(tmp_path / "run")
     where = ["--storage", storage.root]
     assert cli.main(["annotations", "import", str(published), *where]) == 0
-    save_captioner(storage, "toy", captioner(10, "tiny"), "A toy.")
+    save_captioner(storage, "toy", toy_captioner(), "A toy.")
     arguments = ["describe", "--model", "net/photo", "--decoder", "toy", "--plugin", PLUGIN, *where]
     assert cli.main(arguments) == 1
     assert "net/photos" in capsys.readouterr().err
@@ -89,11 +77,12 @@ def test_describing_exemplars_that_are_not_there_names_those_that_are(published,
 def test_export_writes_a_checkpoint_of_the_reference(tmp_path):
     storage = Storage(tmp_path / "run")
     torch.save(torchvision.models.resnet18().state_dict(), tmp_path / "encoder.pth")
-    save_captioner(storage, "toy", captioner(1024, "resnet18"), "A toy.")
+    toy = toy_captioner("resnet18", sizes=(1024, 8, 12))
+    save_captioner(storage, "toy", toy, "A toy.")
     out = tmp_path / "milan-toy.pth"
     arguments = ["export", str(out), "--decoder", "toy", "--encoder-weights", str(tmp_path / "encoder.pth")]
     assert cli.main([*arguments, "--storage", storage.root]) == 0
     back = load_reference(out)
-    assert back.indexer.vocabulary == captioner(1024, "resnet18").indexer.vocabulary
+    assert back.indexer.vocabulary == toy.indexer.vocabulary
     encoder = replace(get_encoder("resnet18"), weights=str(tmp_path / "encoder.pth")).load()
     assert weights_digest(back.encoder().backbone) == weights_digest(encoder.backbone)

@@ -96,7 +96,7 @@ def test_mobilenet_over_photographs_has_masks_where_its_relu6_does_not_saturate(
     found = check_layer(storage, name, "features.18", 1280)
     levels = storage.read(LEVELS, model=name, layer="features.18")["level"].to_numpy()
     best = np.array(found["activation"]).reshape(1280, 15)[:, 0]
-    shown = masks.unpack(found["mask"], (224, 224)).reshape(1280, 15, -1).any(axis=2)[:, 0]
+    shown: np.ndarray = masks.unpack(found["mask"], (224, 224)).reshape(1280, 15, -1)[:, 0].max(axis=1)
     # The last layer of these weights is often at its limit on more than 1 % of positions: nothing lies above such a
     # level.
     assert best.max() == levels.max() == 6
@@ -128,7 +128,8 @@ def test_notebook_and_job_find_the_same_of_networks_of_any_layout(ray_session, p
     assert list(layers) == list(found._exemplars)
     for layer, grid in layers.items():
         own, job = found._exemplars[layer], storage.read(EXEMPLARS, model=name, layer=layer).to_pydict()
-        assert tuple(json.loads(storage.metadata(EXEMPLARS, model=name, layer=layer)["layout"])["grid"]) == grid
+        entries = storage.metadata(EXEMPLARS, model=name, layer=layer)
+        assert entries is not None and tuple(json.loads(entries["layout"])["grid"]) == grid
         rows = job["unit"], job["rank"]
         assert len(rows[0]) == (own.ids >= 0).sum()
         assert own.ids[rows].tolist() == job["image_id"] and own.activations[rows].tolist() == job["activation"]

@@ -11,24 +11,24 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from toys import toy_captioner
 
 import milan_ray
 from milan_ray import cli
 from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine import stage
+from milan_ray.engine.actor_pool import run_pool
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.engine.status import status
 from milan_ray.exemplars import masks
 from milan_ray.labelers.clip import CLIP, Clip
+from milan_ray.labelers.milan import MILAN
 from milan_ray.models.image_text import ImageText
 from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, VIEWS
 from milan_ray.stages import rerank
 from milan_ray.stages.captioners import EncoderRef, save_captioner
-from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
+from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings, unit_features
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.stages.rerank import run_reranking
@@ -42,11 +42,7 @@ CLIP_ENCODER, TABLE = "tiny-clip", "toy+clip"
 
 
 def captioner() -> Captioner:
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    torch.manual_seed(0)
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny", None, 5, 6, 0.5)
+    return toy_captioner(length=5, beam_size=6, lam=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -75,13 +71,14 @@ def views(storage: Storage) -> dict[int, np.ndarray]:
 def by_hand(storage: Storage, layer: str, model: ImageText, z: float) -> dict[int, dict[str, float]]:
     """Unit → candidate → similarity, one image and one text at a time, as the reference does it."""
     meta = storage.metadata(EXEMPLARS, model="tiny/cnn", layer=layer)
+    assert meta is not None
     size, images = (int(meta["mask_height"]), int(meta["mask_width"])), views(storage)
     exemplars: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
     for row in storage.read(EXEMPLARS, model="tiny/cnn", layer=layer).to_pylist():
         image = torch.from_numpy(images[row["image_id"]].copy()).permute(2, 0, 1)[None] / 255
         mask = torch.from_numpy(masks.unpack([row["mask"]], size)).float()
-        both = model.pool(model.maps(model.fit(image)), mask, torch.tensor([0]))[0]
-        exemplars.setdefault(row["unit"], []).append(tuple(both.chunk(2)))
+        inside, whole = model.pool(model.maps(model.fit(image)), mask, torch.tensor([0]))[0].chunk(2)
+        exemplars.setdefault(row["unit"], []).append((inside, whole))
     found: dict[int, dict[str, float]] = {}
     for row in storage.read(CANDIDATES, decoder=TABLE, model="tiny/cnn", layer=layer).to_pylist():
         text, pairs = model.embed_texts([row["text"]])[0], exemplars[row["unit"]]
@@ -112,7 +109,7 @@ def test_reranked_candidates_are_a_wide_search_by_mutual_information(storage):
     assert {row["beam_size"] for row in rows} == {words} and len(rows) == 8 * words
     encodings = unit_features(storage.read(ENCODINGS, encoder="tiny", model="tiny/cnn", layer="2"))
     found = ours.candidates(np.stack([encodings[0]]), words, 5, mi_lam=0.5)
-    assert [row["text"] for row in rows[:words]] == found.texts[0]
+    assert [row["text"] for row in rows[:words]] == found.texts[0] and found.logp_d is not None
     for row, searched, prior in zip(rows, found.logp_d_given_e[0], found.logp_d[0], strict=False):
         assert row["logp_d_given_e"] - 0.5 * row["logp_d"] == pytest.approx(searched, abs=1e-5)
         assert row["logp_d"] == pytest.approx(prior, abs=1e-5)
@@ -188,7 +185,7 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
     before = stamps(storage, *tables)
     run_reranking(storage, LAYERS, SEARCH, clip, Resources(actors=1))
     assert stamps(storage, *tables) == before and "milan+clip): all up to date" in capsys.readouterr().err
-    answers, run_pool = [], stage.run_pool
+    answers = []
 
     def watched(*arguments):
         for answer in run_pool(*arguments):

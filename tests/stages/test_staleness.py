@@ -12,13 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
+from toys import toy_captioner
 
 from milan_ray import cli
 from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
@@ -50,11 +47,7 @@ register_encoder("stale", lambda weights: nn.Sequential(encoder(weights)), ("0",
 
 
 def captioner(seed: int) -> Captioner:
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    torch.manual_seed(seed)
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=4, embedding_size=4, hidden_size=6))
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 4, 6)), "stale")
+    return toy_captioner("stale", sizes=(4, 4, 6), seed=seed)
 
 
 def describe(folder: Path, photos: Path, *options: str, **knobs: float) -> list[str]:
@@ -128,7 +121,7 @@ def everywhere(rows: dict[str, str]) -> dict[str, str]:
 DESCRIBED = {"descriptions milan": "candidates changed", "descriptions milan-pdE": "candidates changed"}
 ALL = [("stale/changing", "02"), ("stale/constant", "0")]
 
-CASES = {
+CASES: dict[str, tuple[tuple[str, ...], dict[str, float], dict[str, str]]] = {
     "nothing": ((), {}, {}),
     "shard size": (("--shard-size", "5"), {}, {}),
     "some units of what is there": (("--units", "0,2"), {}, {}),

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -20,7 +21,7 @@ from gates import LIMIT, Gate
 
 from milan_ray import cli
 from milan_ray.annotations.groups import groups_of
-from milan_ray.captioner.fit import fit, new_state
+from milan_ray.captioner.fit import Sizes, fit, new_state
 from milan_ray.config import Resources, TrainingConfig
 from milan_ray.errors import MilanError
 from milan_ray.schema import ANNOTATIONS, DECODER_TRIALS, ENCODINGS, EXEMPLARS, TRAINING
@@ -38,7 +39,6 @@ from milan_ray.stages.training import (
     EPOCH,
     FEW_EXEMPLARS,
     STATE,
-    Sizes,
     Training,
     TrainingJob,
     run_trainings,
@@ -81,7 +81,7 @@ def write_layer(storage: Storage, model: str, units: int, k: int = K, size: int 
             "layer": ["0"] * units * k,
             "unit": np.repeat(np.arange(units), k),
             "rank": np.tile(np.arange(k), units),
-            "feature": pa.ListArray.from_arrays(np.arange(0, features.size + 1, size, np.int32), seen.ravel()),
+            "feature": pa.ListArray.from_arrays(np.arange(0, features.size + 1, size, dtype=np.int32), seen.ravel()),
         }
         storage.write(ENCODINGS, ENCODINGS.table(encodings), f"encoded {model}", encoder=encoder, **keys)
     texts = [f"{COLOURS[c]} {THINGS[t]}" for t, c in zip(things, colours, strict=True)]
@@ -97,7 +97,7 @@ def write_layer(storage: Storage, model: str, units: int, k: int = K, size: int 
     storage.write(ANNOTATIONS, ANNOTATIONS.table(annotations), f"said of {model}", source="people", **keys)
 
 
-def job_for(name: str, *models: str, **changes: object) -> TrainingJob:
+def job_for(name: str, *models: str, **changes: Any) -> TrainingJob:
     job = TrainingJob(
         name, "people", tuple((model, "0") for model in models or MODELS), ENCODER, CONFIG, Sizes(8, 16, dropout=0)
     )
@@ -128,7 +128,7 @@ def test_training_two_workers_reading_from_disk_have_the_curve_of_one_with_all_i
     np.testing.assert_allclose(curve(storage, "pair"), plain, rtol=2e-3)
 
 
-SPACE = {
+SPACE: dict[str, Choices | Range] = {
     "learning_rate": Choices((0.06, 1e-6)),
     "embedding": Choices((8,)),
     "hidden": Choices((32,)),
@@ -138,7 +138,7 @@ SPACE = {
 BUDGET = Budget(trials=6, epochs=7, patience=25, grace=3, reduction=2, searcher="random", hold_out=0.2, seed=1)
 
 
-def tuning_job(name: str, **budget: object) -> DecoderTuningJob:
+def tuning_job(name: str, **budget: Any) -> DecoderTuningJob:
     layers = tuple((model, "0") for model in MODELS)
     return DecoderTuningJob(name, "people", layers, DecoderSpace(SPACE, replace(BUDGET, **budget)))
 

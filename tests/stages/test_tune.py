@@ -14,15 +14,15 @@ import pyarrow as pa
 import pytest
 import torch
 from gates import Gate
+from toys import toy_captioner
 
 from milan_ray import runtime
+from milan_ray.labelers.milan import MILAN
 
 runtime.prepare(None)  # before anything imports Ray: this file is a job, too
 
 from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.captioner.text import Vocabulary
 from milan_ray.cli.describe import search_of
 from milan_ray.config import Resources
 from milan_ray.engine.cluster import connected
@@ -31,7 +31,7 @@ from milan_ray.errors import MilanError
 from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, SCORES, TRIALS
 from milan_ray.scoring.text import bleu_statistics, bleu_values
 from milan_ray.stages.captioners import save_captioner
-from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
+from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.tuning import Tuning, TuningJob
 from milan_ray.stages.tuning_statistics import Sweep, read_setting, split_units
 from milan_ray.storage import Storage
@@ -45,15 +45,12 @@ JOB = TuningJob("toy-sweep", "toy", "people", tuple(("toy/model", layer) for lay
 KEYS = {"decoder": "toy", "sweep": "toy-sweep"}
 
 
-def toy_captioner() -> Captioner:
-    indexer = Indexer(Vocabulary.build(WORDS))
-    torch.manual_seed(0)
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
+def peaked_captioner() -> Captioner:
+    captioner = toy_captioner(vocabulary=Vocabulary.build(WORDS))
     with torch.no_grad():
-        for parameter in decoder.parameters():
+        for parameter in captioner.decoder.parameters():
             parameter.mul_(4)  # so that units differ
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny")
+    return captioner
 
 
 def features() -> dict[str, np.ndarray]:
@@ -64,7 +61,7 @@ def features() -> dict[str, np.ndarray]:
 def fill(root: Path) -> Storage:
     """A run directory with a captioner, encodings and annotations."""
     storage = Storage(root)
-    save_captioner(storage, "toy", toy_captioner(), "A toy.")
+    save_captioner(storage, "toy", peaked_captioner(), "A toy.")
     for layer, values in features().items():
         n, k, _ = values.shape
         keys = {"model": "toy/model", "layer": layer}
@@ -98,7 +95,7 @@ def storage(ray_session, tmp_path_factory) -> Storage:
 
 
 def trials(storage: Storage) -> pl.DataFrame:
-    return pl.from_arrow(storage.read(TRIALS, **KEYS))
+    return pl.DataFrame(storage.read(TRIALS, **KEYS))
 
 
 def bleu_2(texts: list[str], places: np.ndarray) -> float:
@@ -108,7 +105,7 @@ def bleu_2(texts: list[str], places: np.ndarray) -> float:
 
 
 def said_by_hand(strategy: str, beam_size: int | None, lam: float) -> list[str]:
-    mi, captioner = strategy.endswith("-mi"), toy_captioner()
+    mi, captioner = strategy.endswith("-mi"), peaked_captioner()
     return [
         text
         for values in features().values()
@@ -178,6 +175,7 @@ def test_candidates_of_the_storage_are_rescored_and_not_searched_again(ray_sessi
         place = table.schema.get_field_index("text")
         changed = table.set_column(place, table.schema.field(place), [texts])
         meta = storage.metadata(CANDIDATES, **keys)
+        assert meta is not None
         storage.write(CANDIDATES, changed, meta["milan_ray.config"], **keys)
     Tuning(replace(JOB, sweep=replace(SWEEP, strategies=("beam",), beam_sizes=(3,)))).run(storage, Resources())
     rows = trials(storage).filter(pl.col("metric") == "rouge-1-f", pl.col("split") == "held-out")
@@ -197,7 +195,7 @@ def test_a_killed_tuning_goes_on_where_it_was(storage, kill_all, tmp_path, tmp_p
     done = resumed.work_names(work, "scores")
     assert len(done) == 2 < len(SWEEP.trials())
     for name in done:  # marked, to see that they are not made again
-        table = pl.from_arrow(resumed.get_work(work, name))
+        table = pl.DataFrame(resumed.get_work(work, name))
         marked = table.with_columns(
             pl.when(pl.col("metric") == "rouge-1-f").then(1000.0).otherwise("value").alias("value")
         )
@@ -218,7 +216,7 @@ def test_what_a_captioner_cannot_do_is_said_before_any_trial(storage):
     ):
         with pytest.raises(MilanError, match=says):
             Tuning(replace(JOB, sweep=sweep)).run(storage, Resources())
-    save_captioner(storage, "mute", replace(toy_captioner(), lm=None), "No language model.")
+    save_captioner(storage, "mute", replace(peaked_captioner(), lm=None), "No language model.")
     with pytest.raises(MilanError, match="has no language model"):
         Tuning(replace(JOB, decoder="mute")).run(storage, Resources())
 

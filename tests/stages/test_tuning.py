@@ -125,7 +125,7 @@ def test_rescored_chooses_what_the_captioner_chooses():
 
 
 def test_trial_scores_equal_an_evaluation_of_each_lambda():
-    lams = np.linspace(0, 1, 20)
+    lams = np.linspace(0, 1, 20).tolist()
     said = rescored(TEXTS, LIKELY, PRIOR, lams)
     everyone = {"all": np.arange(len(TEXTS))}
     found = trial_scores(said, REFERENCES, everyone, None, samples=50, seed=3)

@@ -13,13 +13,9 @@ from pathlib import Path
 
 import polars as pl
 import pytest
-import torch
+from toys import toy_captioner
 
 from milan_ray import cli
-from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.errors import MilanError
 from milan_ray.models.registry import match_models
 from milan_ray.plugins import load_plugins
@@ -41,14 +37,6 @@ def layers_of(model: str) -> tuple[str, ...]:
     return LAYERS[model.split("/")[0].rstrip("0123456789")]
 
 
-def toy_captioner() -> Captioner:
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    torch.manual_seed(0)
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny")
-
-
 @pytest.fixture(scope="module")
 def plugin(tmp_path_factory) -> Path:
     """The zoo's plug-in, beside its networks' weights and a file in which it notes what is built where."""
@@ -56,6 +44,7 @@ def plugin(tmp_path_factory) -> Path:
     (folder / "loads").touch()
     path = Path(shutil.copy(PLUGINS / "zoo_models.py", folder))
     spec = importlib.util.spec_from_file_location("zoo_weights", path)
+    assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     module.train()

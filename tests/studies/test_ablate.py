@@ -13,6 +13,8 @@ from milan_ray.engine.references import ModelRef, ProbeRef, model
 from milan_ray.errors import MilanError
 from milan_ray.models.ablation import Ablation
 from milan_ray.models.registry import ModelSpec
+from milan_ray.probe.base import LatentProbe
+from milan_ray.probe.manifest import image_refs
 from milan_ray.probe.registry import resolve_probe
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation import run as ablate
@@ -32,8 +34,9 @@ def test_tasks_add_up_to_a_plain_loop_and_go_on_after_a_death(photos, tmp_path, 
 
     spec = model(CNN)
     source = resolve_probe((str(photos),))
+    assert not isinstance(source, LatentProbe)
     manifest = source.manifest()
-    refs = [source.read(ref) for ref in ablate.image_refs(manifest)]
+    refs = [source.read(ref) for ref in image_refs(manifest)]
     views = torch.from_numpy(np.stack([spec.preprocess.view(read.image) for read in refs]))
     classes = sorted(set(manifest["class_label"].to_pylist()))
     labels = torch.tensor([classes.index(label) for label in manifest["class_label"].to_pylist()])

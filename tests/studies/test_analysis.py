@@ -42,7 +42,7 @@ def nlp():
     """A pipeline that knows three sentences by heart."""
     language = spacy.blank("en")
     for word, vector in VECTORS.items():
-        language.vocab.set_vector(word, np.array(vector, np.float32))
+        language.vocab.set_vector(word, np.array(vector, np.float32))  # type: ignore[arg-type]  # thinc's own array types
 
     @spacy.Language.component("by_heart")
     def by_heart(doc: Doc) -> Doc:
@@ -156,6 +156,7 @@ def test_contrast_takes_the_units_of_a_group_of_layers_together():
         }
     )
     found = contrast(properties, "contains a verb", pl.col("layer") == "a", pl.col("layer") != "a")
+    assert found is not None
     assert (found.here, found.there) == (0.8, 0.6)
     # Newcombe's own example, 56 of 70 against 48 of 80 (1998, table II, method 10).
     assert (round(found.low, 4), round(found.high, 4)) == (0.0524, 0.3339)

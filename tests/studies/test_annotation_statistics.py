@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -135,7 +136,7 @@ def test_statistics_without_a_tagger_count_lowercased_words_and_no_punctuation()
 
 def test_tag_words_uses_the_pipeline_s_lemmas_and_tags() -> None:
     nlp = load_spacy_pipeline()
-    ruler = nlp.add_pipe("attribute_ruler")
+    ruler: Any = nlp.add_pipe("attribute_ruler")
     ruler.add([[{"LOWER": "dogs"}]], {"LEMMA": "Dog", "POS": "NOUN"})
     ruler.add([[{"LOWER": "on"}]], {"LEMMA": "on", "POS": "ADP"})
     rows = tag_words(["Dogs on dogs", "", "Dogs on dogs"], nlp).rows()

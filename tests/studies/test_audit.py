@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pytest
@@ -136,7 +137,8 @@ def test_report_has_a_page_whose_units_lead_to_their_exemplars(storage: Storage,
             self.model, self.layer = model, "conv1"
 
     out = tmp_path / "report"
-    pages, layers = Pages(labelers=["milan"]), [Shown(model) for model in SAID]
+    pages = Pages(labelers=["milan"])
+    layers: list[Any] = [Shown(model) for model in SAID]
     (found,) = audits(storage, out, pages, layers, LeftOut("test"))
     assert (found["unblurred"], found["blurred"]) == (5, 1)
     html = (out / found["href"]).read_text(encoding="utf-8")

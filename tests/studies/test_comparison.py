@@ -80,7 +80,8 @@ def storage(tmp_path: Path) -> Storage:
     found = Storage(tmp_path)
 
     def write(table: Table, fingerprint: Fingerprint, rows: int, seconds: float, stage: str, **keys: str) -> None:
-        columns = {column.name: [None] * rows for column in table.columns} | {"unit": list(range(rows))}
+        columns: dict[str, object] = {column.name: [None] * rows for column in table.columns}
+        columns["unit"] = list(range(rows))
         columns |= {name: [value] * rows for name, value in keys.items()}
         columns |= {"description": ["x"] * rows, "score": [1.0] * rows, "n_best": [[]] * rows}
         data = table.table({name: columns[name] for name in (column.name for column in table.columns)})

@@ -60,11 +60,15 @@ def test_units_found_by_words_are_removed_step_by_step(photos, tmp_path, capsys,
     for step, one in enumerate(sets):
         for layer, unit in order[:step]:
             one.setdefault(layer, []).append(unit)
-    rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **PUBLIC))).filter(pl.col("class") == "")
+    ablations = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **PUBLIC))).filter(pl.col("class") == "")
     for split, images in (("validation", photos), ("test", test)):
-        line = rows.filter(pl.col("split") == split, pl.col("condition") == "sort-found").sort("ablated")
+        line = ablations.filter(pl.col("split") == split, pl.col("condition") == "sort-found").sort("ablated")
         np.testing.assert_allclose(line["accuracy"], accuracies(spec, images, sets))
-    assert rows.group_by("condition").len().sort("condition")["len"].to_list() == [16, 8, 8]  # random, sort-all, -found
+    assert ablations.group_by("condition").len().sort("condition")["len"].to_list() == [
+        16,
+        8,
+        8,
+    ]  # random, sort-all, -found
     assert b"<svg" in storage.get(figure_path(storage, ABLATIONS, **PUBLIC))
 
     deployed = spec.load()

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -15,11 +16,11 @@ import spacy
 
 from milan_ray import cli
 from milan_ray.annotations.splits import chosen_splits
+from milan_ray.captioner.fit import Sizes
 from milan_ray.config import Resources, TrainingConfig
 from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.schema import ANNOTATIONS, ENCODINGS, EXEMPLARS, GENERALIZATION, HELD_OUT, SCORES, SPLITS, TRAINING
 from milan_ray.stages.captioners import EncoderRef, load_captioner
-from milan_ray.stages.training import Sizes
 from milan_ray.storage import Storage
 from milan_ray.studies.generalization import run as generalization
 from milan_ray.studies.generalization.job import GeneralizationConfig, GeneralizationJob
@@ -47,7 +48,7 @@ def write_layer(storage: Storage, model: str, units: int) -> None:
         "unit": np.repeat(np.arange(units), K)[:rows],
         "rank": np.tile(np.arange(K), units)[:rows],
         "feature": pa.ListArray.from_arrays(
-            np.arange(0, rows * SIZE + 1, SIZE, np.int32), features.reshape(-1, SIZE)[:rows].ravel()
+            np.arange(0, rows * SIZE + 1, SIZE, dtype=np.int32), features.reshape(-1, SIZE)[:rows].ravel()
         ),
     }
     storage.write(ENCODINGS, ENCODINGS.table(encodings), f"encoded {model}", encoder="tiny", **keys)
@@ -68,7 +69,7 @@ TRAINED = TrainingConfig(max_epochs=2)
 CONFIG = GeneralizationConfig(2, 0.2, TRAINED, TRAINED, Sizes(8, 16), beam_size=4)
 
 
-def job_of(**changes: object) -> GeneralizationJob:
+def job_of(**changes: Any) -> GeneralizationJob:
     models = ("mine/a", "mine/b")
     return GeneralizationJob(
         "people",
@@ -79,7 +80,7 @@ def job_of(**changes: object) -> GeneralizationJob:
     )
 
 
-def generalize(storage: Storage, **changes: object) -> pl.DataFrame:
+def generalize(storage: Storage, **changes: Any) -> pl.DataFrame:
     return run_generalization(storage, job_of(**changes), spacy.blank("en"), "rules", Resources(device="cpu"))
 
 
@@ -96,7 +97,7 @@ class Invented(Stage):
         return iter(())
 
 
-def planned(storage: Storage, monkeypatch: pytest.MonkeyPatch, **changes: object) -> dict[str, int]:
+def planned(storage: Storage, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, int]:
     """Table → partitions that a dry run would make, where the encodings are those that tests have invented."""
     monkeypatch.setattr(generalization, "Encodings", Invented)
     before = storage.stat("")

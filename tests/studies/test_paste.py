@@ -45,7 +45,7 @@ def nlp():
     """Words with vectors of their own; "dog cup" is the most different."""
     nlp = spacy.blank("en")
     for word, vector in {"dog": (3, 0), "cup": (-3, 0), "red": (0, 1), "lines": (0, 0)}.items():
-        nlp.vocab.set_vector(word, np.array(vector, np.float32))
+        nlp.vocab.set_vector(word, np.array(vector, np.float32))  # type: ignore[arg-type]  # thinc's own array types
     return nlp
 
 

@@ -10,13 +10,18 @@ from milan_ray.engine.references import generator
 from milan_ray.models.generators import GeneratorRef
 from milan_ray.world.lexicon import concepts_in
 from milan_ray.world.painter import ScenePainter, seen
-from milan_ray.world.scenes import concept_maps, make_scene
+from milan_ray.world.scenes import Scene, concept_maps, make_scene
 
 
 @pytest.mark.parametrize("text", ["red houses", "a dog on the grass", "nothing of the kind"])
 def test_scenes_show_what_the_text_names(text, monkeypatch):
     drawn = []
-    monkeypatch.setattr("milan_ray.world.painter.render", lambda scene: drawn.append(scene) or np.zeros((64, 64, 3)))
+
+    def render(scene: Scene) -> np.ndarray:
+        drawn.append(scene)
+        return np.zeros((64, 64, 3))
+
+    monkeypatch.setattr("milan_ray.world.painter.render", render)
     ScenePainter().generate(text, 6, 0)
     assert len(drawn) == 6 and len(set(drawn)) == 6
     assert all(concepts_in(text) <= seen(concept_maps(scene)) for scene in drawn)

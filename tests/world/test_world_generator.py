@@ -7,13 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from toys import toy_captioner
 
-from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.labelers.milan import MILAN
 from milan_ray.models.hooks import LayerTap
 from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.manifest import digest, image_refs
@@ -21,7 +19,7 @@ from milan_ray.probe.registry import resolve_probe
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef, save_captioner
-from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
+from milan_ray.stages.descriptions import Search, run_descriptions
 from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
@@ -90,11 +88,3 @@ def test_world_generator_is_dissected_annotated_and_described(ray_session, tmp_p
         described = storage.read(DESCRIPTIONS, labeler=MILAN, model=MODEL, layer=layer)
         assert set(described["unit"].to_pylist()) == alive
     assert all(keys["view"].startswith(f"{MODEL} ") for keys in storage.partitions(VIEWS))
-
-
-def toy_captioner() -> Captioner:
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    torch.manual_seed(0)
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny")

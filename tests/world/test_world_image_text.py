@@ -50,7 +50,8 @@ def reranked(model: ImageText, kinds: tuple[str, ...], z: float, units: int = 60
     A unit is k held-out scenes that show a concept, its maps their masks; the wrong one names what none of them shows.
     """
     scenes = [concept_maps(make_scene("heldout", FIRST + index)) for index in range(300)]
-    names, draw, right = names_of(*kinds), Random(0), []
+    names, draw = names_of(*kinds), Random(0)
+    right: list[bool] = []
     while len(right) < units:
         concept, wrong = draw.sample(names, 2)
         rows = [row for row, maps in enumerate(scenes) if concept in maps and wrong not in maps]

@@ -156,7 +156,7 @@ def test_train_all_tasks_are_small_and_picklable() -> None:
 
 def test_places_are_sky_and_ground() -> None:
     scene = make_scene("train", 7)
-    assert PLACES[places_of("train", 7, 1).item()] == f"{scene.ground}, {scene.sky}"
+    assert PLACES[int(places_of("train", 7, 1).item())] == f"{scene.ground}, {scene.sky}"
 
 
 def test_encoder_and_planted_net_put_out_one_logit_per_concept() -> None:

@@ -22,7 +22,7 @@ from milan_ray.storage import Storage
 FIGURE = "ablations/experiment=cooking/figure.svg"
 CLAIMS_MADE = (
     Claim("Soup is <b>hot</b>.", "Table 9: 90 °C", "91 °C [89, 93]", True),
-    Claim("Soup is cold.", "Figure 1", "91 °C", np.float64(91) < 20, "it is hot"),
+    Claim("Soup is cold.", "Figure 1", "91 °C", np.float64(91) < 20, "it is hot"),  # type: ignore[arg-type]  # what comparing gives
     Claim("Soup is old.", "Section 2", "nobody knows", None),
 )
 

@@ -25,7 +25,9 @@ def rows(values: dict[str, float], gap: float = 0.1) -> pl.DataFrame:
         systems |= {
             f"milan − {trivial}": own - systems[trivial] for trivial in ("constant", "shuffled", "nearest-copy")
         }
-        lines = [(system, "bertscore-f", value, value - 0.01, value + 0.01, 9) for system, value in systems.items()]
+        lines: list[tuple[object, ...]] = [
+            (system, "bertscore-f", value, value - 0.01, value + 0.01, 9) for system, value in systems.items()
+        ]
         lines += [
             ("milan", metric, value, None, None, 9)
             for metric, value in (("length", 3.0), ("noun", 52.0), ("adjective", 20.0), ("preposition", 11.0))

@@ -9,15 +9,16 @@ import os
 import re
 import sys
 import time
+from typing import Any
 
 PATIENCE = 600
 """Seconds that a process waits for the gate, so that none outlives a failed test for long."""
 
 
-def _install(folder, pattern, number):
+def _install(folder: str, pattern: re.Pattern[str], number: int) -> None:
     count, reached, opened = (os.path.join(folder, name) for name in ("count", "reached", "open"))
 
-    def hook(event, arguments):
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
         if event != "os.rename" or not pattern.search(os.fspath(arguments[1])):
             return
         with open(count, "a") as file:

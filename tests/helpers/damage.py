@@ -10,14 +10,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from PIL import Image
+from toys import toy_captioner
 
 from milan_ray import cli
 from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.decoder import Decoder, DecoderConfig
-from milan_ray.captioner.lm import LanguageModel, LMConfig
-from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.schema import ANNOTATIONS, TABLES
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
@@ -122,11 +119,7 @@ def repair(file: Path, data: bytes) -> None:
 
 
 def captioner() -> Captioner:
-    torch.manual_seed(0)
-    indexer = Indexer(Vocabulary.build([["the red house", "dark areas"], ["a dog", "dogs on grass"]]))
-    words = len(indexer.vocabulary)
-    decoder = Decoder(DecoderConfig(words, feature_size=10, embedding_size=8, hidden_size=12))
-    return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny", None, 4, 5, 0.5)
+    return toy_captioner(length=4, beam_size=5, lam=0.5)
 
 
 def commands(place: Path) -> dict[str, list[str]]:
@@ -183,7 +176,7 @@ def build(place: Path, save_clip: Callable[..., str]) -> Storage:
 
 def tables(storage: Storage) -> dict[str, Path]:
     """The first file of every table, the first network's where it has one: (table → file)."""
-    found = {}
+    found: dict[str, Path] = {}
     for table in TABLES:
         for keys in storage.partitions(table):
             found.setdefault(table.name, Path(storage.root, storage.path(table, **keys)))
