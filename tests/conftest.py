@@ -79,12 +79,11 @@ def golden(shared: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def ray_session() -> Iterator[None]:
-    """One local Ray for all tests that need it."""
+    """One local Ray for all tests that need it; it starts when the first actor or task does."""
     from milan_ray.config import Resources
-    from milan_ray.engine.cluster import connected, start
+    from milan_ray.engine.cluster import connected
 
     with connected(Resources()):
-        start()
         yield
 
 

@@ -16,7 +16,7 @@ import ray
 from gates import wait_until
 
 from milan_ray.config import Resources
-from milan_ray.engine.cluster import PoolSize, connected, pool_size
+from milan_ray.engine.cluster import PoolSize, connected, pool_size, start
 from milan_ray.errors import MilanError
 
 PROC = Path("/proc")
@@ -211,6 +211,7 @@ def test_local_ray_that_does_not_come_up_in_time_is_given_up_for_another(below):
 
 
 def test_connected_inside_a_session_uses_it_and_leaves_it_alone(ray_session):
+    start()
     before = ray.get_runtime_context().get_job_id()
     with connected(Resources(address="10.255.255.1:6379")):
         assert ray.get_runtime_context().get_job_id() == before

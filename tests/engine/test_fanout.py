@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import ray
 
+from milan_ray.engine.cluster import cluster_resources
 from milan_ray.engine.tasks import AHEAD, MOST_THREADS, in_flight, run_parallel
 from milan_ray.errors import MilanError
 
@@ -43,7 +43,7 @@ def test_e_tasks_on_threads_are_submitted_a_few_at_a_time():
 
 @pytest.mark.usefixtures("ray_session")
 def test_e_tasks_on_ray_are_submitted_a_few_at_a_time():
-    bound = AHEAD * int(ray.cluster_resources()["CPU"])
+    bound = AHEAD * int(cluster_resources()["CPU"])
     assert most_ahead(2 * bound + 5, in_driver=False) <= bound
 
 
