@@ -102,7 +102,9 @@ def test_fit_of_the_decoder_alone_is_that_of_both(reported) -> None:
 
 
 def test_fit_does_nothing_when_all_is_finished(reported) -> None:
-    fit(Units(), PLANS, copy.deepcopy(reported[-1]), lambda state: pytest.fail("an epoch too many"))
+    state = copy.deepcopy(reported[-1])
+    fit(Units(), PLANS, state, lambda state: pytest.fail("an epoch too many"))
+    assert state["history"] == reported[-1]["history"]
 
 
 def test_split_units_depends_on_number_and_seed_alone() -> None:
