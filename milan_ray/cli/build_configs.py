@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -108,6 +109,16 @@ def resources_of(args: argparse.Namespace) -> Resources:
     return Resources(args.address, args.actors, args.cpus_per_actor, args.gpus_per_actor, args.device)
 
 
+@contextmanager
+def cluster(args: argparse.Namespace) -> Iterator[Resources]:
+    """Connects to the cluster of the options, and provides the part of it that the job may use."""
+    from milan_ray.engine.cluster import connected
+
+    resources = resources_of(args)
+    with connected(resources):
+        yield resources
+
+
 def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
     """Resolves the requested models and patterns. If one of several models fails, the first stage reports it.
 
@@ -127,7 +138,7 @@ def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
             raise MilanError("--weights names the weights of one model; give a single --model with it.")
         if args.weights != RANDOM and args.weights not in get_model(names[0]).published:
             args.weights = absolute("--weights", args.weights)
-    found, absent = [], None
+    refs, absent = [], None
     for name in names:
         weights = args.weights if runs else RANDOM
         try:
@@ -139,10 +150,10 @@ def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
                 raise
             say(f"{name}: {error}", level="warning")  # the first stage fails alike, and continues with the others
         layers, plugins = tuple(args.layers), tuple(args.plugin)
-        found.append(ModelRef(name, weights, layers, plugins, args.activations, reading_of(args)))
+        refs.append(ModelRef(name, weights, layers, plugins, args.activations, reading_of(args)))
     if absent is not None:
         raise absent
-    return found
+    return refs
 
 
 def reading_of(args: argparse.Namespace) -> Reading:
@@ -214,10 +225,10 @@ def annotated_layers(storage: Storage, source: str, models: Sequence[str] | None
     """
     from milan_ray.schema import ANNOTATIONS
 
-    found: dict[str, list[str]] = {}
+    layers: dict[str, list[str]] = {}
     for keys in storage.partitions(ANNOTATIONS, source=source):
         if not models or keys["model"] in models:
-            found.setdefault(keys["model"], []).append(keys["layer"])
-    if not found:
+            layers.setdefault(keys["model"], []).append(keys["layer"])
+    if not layers:
         raise MilanError(f"no annotations of source {source!r} for these models in {storage.root}.")
-    return found
+    return layers

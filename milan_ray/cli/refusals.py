@@ -55,10 +55,10 @@ def refuse(args: argparse.Namespace, names: Sequence[str], why: str, remedy: str
     Raises:
         MilanError: One of the options was given.
     """
-    found = given(args, names)
-    if found:
-        them = "them" if len(found) > 1 else "it"
-        raise MilanError(f"{why} {', '.join(found)} would do nothing: {remedy}, or leave {them} out.")
+    names_given = given(args, names)
+    if names_given:
+        them = "them" if len(names_given) > 1 else "it"
+        raise MilanError(f"{why} {', '.join(names_given)} would do nothing: {remedy}, or leave {them} out.")
 
 
 def check(args: argparse.Namespace) -> None:
