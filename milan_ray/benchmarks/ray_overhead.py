@@ -52,8 +52,7 @@ def run(options: Options) -> Iterator[Result]:
         "Ray's cost per shard, seconds": (slope - plain_slope) * (config.shard_size or 0),
         f"overhead of a job of {JOB:.0f} s, %": 100 * ((fixed + slope * images) / JOB - 1),
     }
-    last = times[many]
-    yield Result(last.name, last.seconds, last.baseline, last.work, last.unit, facts)
+    yield times[many].with_facts(**facts)
     yield _import(options)
 
 
