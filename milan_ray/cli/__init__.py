@@ -15,6 +15,7 @@ import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import NoReturn
 
 from milan_ray import hub, runtime
 from milan_ray.cli import refusals
@@ -93,6 +94,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if summarised or (args.json is True and args.summary.error is not None):
             print(args.summary.json(status))
     return status
+
+
+def job(verb: str) -> NoReturn:
+    """Runs a subcommand with this process's arguments, and exits: the main program of ``jobs.VERB``."""
+    sys.exit(main([verb, *sys.argv[1:]]))
 
 
 def build_parser() -> Parser:

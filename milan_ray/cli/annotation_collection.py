@@ -103,12 +103,7 @@ def _answers(args: argparse.Namespace) -> int:
 
 def _statistics(args: argparse.Namespace) -> int:
     from milan_ray.schema import ANNOTATION_STATISTICS
-    from milan_ray.studies.annotators.run import (
-        file_annotations,
-        run_statistics,
-        stored_annotations,
-        summary,
-    )
+    from milan_ray.studies.annotators.run import file_annotations, run_statistics, stored_annotations, summary
     from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
     storage = open_storage(args)

@@ -7,14 +7,7 @@ from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
 from milan_ray.cli.arguments import string, table_name
-from milan_ray.cli.build_configs import (
-    bert_score_folder,
-    cluster,
-    encoder_ref,
-    exemplar_config,
-    find_captioner,
-    opened,
-)
+from milan_ray.cli.build_configs import bert_score_folder, cluster, encoder_ref, exemplar_config, find_captioner, opened
 from milan_ray.cli.summary import report_on, say_figure, show_plan
 from milan_ray.progress import say
 

@@ -19,7 +19,6 @@ from milan_ray.textfiles import decode_text
 if TYPE_CHECKING:
     from milan_ray.engine.references import ModelRef, ProbeRef
     from milan_ray.models.image_text import ImageTextRef
-    from milan_ray.models.layouts import Reading
     from milan_ray.stages.captioners import EncoderRef
     from milan_ray.storage import Storage
 
@@ -126,13 +125,10 @@ def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
         args: The options.
         runs: Whether the models are run, so that their weights are required.
     """
-    from milan_ray.engine.references import ModelRef
-    from milan_ray.models.registry import RANDOM, get_model, match_models
+    from milan_ray.models.registry import RANDOM, get_model
     from milan_ray.models.resolve import resolve_model
-    from milan_ray.plugins import load_plugins
 
-    load_plugins(args.plugin)
-    names = list(dict.fromkeys(name for pattern in args.model for name in match_models(pattern)))
+    names = model_names(args)
     if args.weights is not None:
         if len(names) > 1:
             raise MilanError("--weights names the weights of one model; give a single --model with it.")
@@ -149,18 +145,28 @@ def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
             if len(names) == 1:
                 raise
             say(f"{name}: {error}", level="warning")  # the first stage fails alike, and continues with the others
-        layers, plugins = tuple(args.layers), tuple(args.plugin)
-        refs.append(ModelRef(name, weights, layers, plugins, args.activations, reading_of(args)))
+        refs.append(model_ref(args, name, weights))
     if absent is not None:
         raise absent
     return refs
 
 
-def reading_of(args: argparse.Namespace) -> Reading:
-    """Converts the options on the layers' axes to :class:`Reading`."""
+def model_names(args: argparse.Namespace) -> list[str]:
+    """Lists the registered models that match the patterns of ``--model``."""
+    from milan_ray.models.registry import match_models
+    from milan_ray.plugins import load_plugins
+
+    load_plugins(args.plugin)
+    return list(dict.fromkeys(name for pattern in args.model for name in match_models(pattern)))
+
+
+def model_ref(args: argparse.Namespace, name: str, weights: str | None) -> ModelRef:
+    """Converts the options on layers to the reference of a model with some weights."""
+    from milan_ray.engine.references import ModelRef
     from milan_ray.models.layouts import Reading
 
-    return Reading(args.batch_axis, args.units_axis, args.layer_grid, args.prefix_tokens)
+    reading = Reading(args.batch_axis, args.units_axis, args.layer_grid, args.prefix_tokens)
+    return ModelRef(name, weights, tuple(args.layers), tuple(args.plugin), args.activations, reading)
 
 
 def probe_ref(args: argparse.Namespace) -> ProbeRef:

@@ -9,13 +9,7 @@ from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
 from milan_ray.cli.arguments import choice, integer, number, string, tag
-from milan_ray.cli.build_configs import (
-    absolute,
-    cluster,
-    exemplar_config,
-    image_text_ref,
-    opened,
-)
+from milan_ray.cli.build_configs import absolute, cluster, exemplar_config, image_text_ref, opened
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import close, report_on, show_plan
 from milan_ray.errors import MilanError

@@ -39,13 +39,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.models.heads import HeadTraining
     from milan_ray.models.weights import save_weights
     from milan_ray.schema import ABLATIONS
-    from milan_ray.studies.editing.run import (
-        Editing,
-        EditingConfig,
-        edited_weights,
-        run_fine_tuning,
-        summary,
-    )
+    from milan_ray.studies.editing.run import Editing, EditingConfig, edited_weights, run_fine_tuning, summary
     from milan_ray.studies.editing.statistics import TEXT
 
     if args.fine_tune is None:

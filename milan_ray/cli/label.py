@@ -8,13 +8,7 @@ from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
 from milan_ray.cli.arguments import choice, fraction, integer, names, string
-from milan_ray.cli.build_configs import (
-    cluster,
-    exemplar_config,
-    image_text_ref,
-    opened,
-    read_text,
-)
+from milan_ray.cli.build_configs import cluster, exemplar_config, image_text_ref, opened, read_text
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import close, report_on, show_plan
 from milan_ray.errors import MilanError

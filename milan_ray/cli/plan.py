@@ -13,9 +13,10 @@ from milan_ray.cli.build_configs import (
     encoder_ref,
     exemplar_config,
     find_captioner,
+    model_names,
+    model_ref,
     open_storage,
     probe_ref,
-    reading_of,
     resources_of,
 )
 from milan_ray.cli.refusals import refuse
@@ -100,12 +101,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _models(args: argparse.Namespace) -> list[ModelRef]:
     """Resolves the requested models. Models without local weights are measured untrained, which takes as long."""
-    from milan_ray.engine.references import ModelRef
-    from milan_ray.models.registry import RANDOM, match_models
+    from milan_ray.models.registry import RANDOM
     from milan_ray.models.resolve import resolve_model
 
     refs = []
-    for name in dict.fromkeys(name for pattern in args.model for name in match_models(pattern)):
+    for name in model_names(args):
         weights = args.weights
         try:
             weights = resolve_model(name, weights, args.layers, download=args.download).weights
@@ -114,6 +114,5 @@ def _models(args: argparse.Namespace) -> list[ModelRef]:
                 raise
             weights = RANDOM
             say(f"{name}: its weights are not here; measured with random ones: as long, other masks")
-        layers, plugins = tuple(args.layers), tuple(args.plugin)
-        refs.append(ModelRef(name, weights, layers, plugins, args.activations, reading_of(args)))
+        refs.append(model_ref(args, name, weights))
     return refs

@@ -11,14 +11,7 @@ import yaml
 
 from milan_ray.cli import options
 from milan_ray.cli.arguments import string, strings
-from milan_ray.cli.build_configs import (
-    absolute,
-    annotated_layers,
-    cluster,
-    encoder_ref,
-    find_captioner,
-    open_storage,
-)
+from milan_ray.cli.build_configs import absolute, annotated_layers, cluster, encoder_ref, find_captioner, open_storage
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import note, show_plan
 from milan_ray.errors import MilanError
