@@ -319,14 +319,16 @@ def check_storage(storage: Storage) -> Check:
         _remove_empty(Path(storage.root))
     if back != data:
         return Check(name, "failed", f"{storage.root} gave back other bytes than were written", "", "another --storage")
-    found = f"{storage.root}: written, read and deleted in {1000 * seconds:.0f} ms"
+    finding = f"{storage.root}: written, read and deleted in {1000 * seconds:.0f} ms"
     if not storage.is_local:
-        return Check(name, "ok", found)
+        return Check(name, "ok", finding)
     free = shutil.disk_usage(_existing(Path(storage.root))).free
-    found += f", {_gib(free)} free"
+    finding += f", {_gib(free)} free"
     if free >= LITTLE_DISK:
-        return Check(name, "ok", found)
-    return Check(name, "missing", found, "small runs: jobs.plan says how large one gets", "make room, or another disk")
+        return Check(name, "ok", finding)
+    return Check(
+        name, "missing", finding, "small runs: jobs.plan says how large one gets", "make room, or another disk"
+    )
 
 
 def _existing(path: Path) -> Path:

@@ -69,7 +69,7 @@ _EXTRA = {
     "vit": ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11"),
     "densenet": ("features.transition1",),
 }
-"""Layers to compare besides the default ones, because their axes are in another order."""
+"""Layers to compare in addition to the default ones, because their axes are in another order."""
 
 
 def _torchvision(side: int | None) -> Iterator[Case]:
@@ -372,8 +372,8 @@ def _tiny(name: str) -> Subject:
 def _hidden_states(spec: ModelSpec, network: nn.Module, layout: int | str, views: torch.Tensor) -> list[torch.Tensor]:
     prepared = spec.prepare(views)
     assert isinstance(prepared, dict)
-    said = network(**prepared, output_hidden_states=True)
-    states = said.reshaped_hidden_states if layout in (RESHAPED, RESHAPED_LAST) else said.hidden_states
+    outputs = network(**prepared, output_hidden_states=True)
+    states = outputs.reshaped_hidden_states if layout in (RESHAPED, RESHAPED_LAST) else outputs.hidden_states
     if layout in (MAPS, RESHAPED):
         return list(states)
     if layout in (LAST, RESHAPED_LAST):

@@ -80,7 +80,7 @@ def _pooling(encoder: PyramidEncoder, images: torch.Tensor, options: Options) ->
         for some, where in zip(regions.split(MASKS), index.split(MASKS), strict=True):
             pool_maps(maps, some, where)
 
-    name = f"pooling beside the encoder pass, {PER_IMAGE} masks per image"
+    name = f"pooling against the encoder pass, {PER_IMAGE} masks per image"
     return compare(name, pool, lambda: encoder.maps(images), options.repeats, work=len(index), unit="masks")
 
 
@@ -94,7 +94,7 @@ def _batch_sizes(encoder: PyramidEncoder, images: torch.Tensor, options: Options
     """Compares other batch sizes with the pipeline's, over the same images."""
     return [
         compare(
-            f"batch of {BATCH_SIZE} beside batch of {size}",
+            f"batch of {BATCH_SIZE} against batch of {size}",
             partial(_passes, encoder, images),
             partial(_passes, encoder, images, size),
             options.repeats,
@@ -129,7 +129,7 @@ def _stage(
     results = []
     with connected(resources):
         for count in sorted({1, len(models)}):
-            name = f"stage with {count} models beside bare encoder passes over the images"
+            name = f"stage with {count} models against bare encoder passes over the images"
             compared = compare(name, partial(stage, count), bare, options.repeats, work=len(views), unit="images")
             results.append(compared.with_facts(masks=float(count * PER_IMAGE * len(views))))
     return results

@@ -48,7 +48,7 @@ def run(options: Options) -> Iterator[Result]:
             (BATCH, Arithmetic(channels_last=True), "; the subject with --channels-last"),
         ):
             yield compare(
-                f"all layers of decoded images, beside the bare forward pass in batches of {batch}{note}",
+                f"all layers of decoded images, against the bare forward pass in batches of {batch}{note}",
                 partial(_dissect, _forward(model, arithmetic), plan, views),
                 partial(_bare, model, views, batch),
                 options.repeats,
@@ -106,7 +106,7 @@ def _with_decoding(model: ModelRef, probe: ProbeRef, count: int, options: Option
             stage.run(Storage(folder), model, probe, ExemplarConfig())
         ours.append(sum(stage.shards))
         bare.append(elapsed(lambda: _bare_with_decoding(model, probe)))
-    name = "an actor's shards, reading and writing included, beside reading, decoding and the bare forward pass"
+    name = "an actor's shards, reading and writing included, against reading, decoding and the bare forward pass"
     return Result(name, tuple(ours), tuple(bare), count, "images")
 
 
@@ -117,7 +117,7 @@ def _stage(model: ModelRef, probe: ProbeRef, arithmetic: Arithmetic = FLOAT32) -
 
 
 def _cold_start(model: ModelRef, probe: ProbeRef, count: int, options: Options) -> Result:
-    name = f"the whole stage from a cold start, {count} photographs, beside one bare pass with decoding"
+    name = f"the whole stage from a cold start, {count} photographs, against one bare pass with decoding"
     stage, bare = partial(_stage, model, probe), partial(_bare_with_decoding, model, probe)
     result = compare(name, stage, bare, options.repeats, work=count, unit="images", warm_up=False)
     passes = 2 * len(references.model(model).layers)
@@ -135,7 +135,7 @@ def _arithmetics(model: ModelRef, probe: ProbeRef, count: int, options: Options)
         ("--precision bfloat16", Arithmetic("bfloat16")),
         ("--precision bfloat16 --channels-last", Arithmetic("bfloat16", True)),
     ):
-        name, subject = f"the whole stage with {flags}, beside the same without", partial(plain, arithmetic)
+        name, subject = f"the whole stage with {flags}, against the same without", partial(plain, arithmetic)
         yield compare(name, subject, plain, options.repeats, work=count, unit="images", warm_up=False)
 
 

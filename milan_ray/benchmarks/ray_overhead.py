@@ -34,7 +34,7 @@ def run(options: Options) -> Iterator[Result]:
                 plain.append(_plain(model, probe, config))
                 ours.append(_ray(model, probe, config, options.threads))
         times[count] = Result(
-            f"{count} images through Ray, beside a plain loop", tuple(ours), tuple(plain), count, "images"
+            f"{count} images through Ray, against a plain loop", tuple(ours), tuple(plain), count, "images"
         )
         if count == few:
             yield times[few]
@@ -75,5 +75,5 @@ def _import(options: Options) -> Result:
     def start(code: str) -> None:
         subprocess.run([sys.executable, "-c", code], check=True)
 
-    name = "import milan_ray in a fresh interpreter, beside an interpreter that does nothing"
+    name = "import milan_ray in a fresh interpreter, against an interpreter that does nothing"
     return compare(name, lambda: start("import milan_ray.cli"), lambda: start("pass"), options.repeats)

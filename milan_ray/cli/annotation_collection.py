@@ -54,12 +54,14 @@ def add_to(action: AddAction) -> None:
     strings(statistics, "--model", "NAME", "only these models; of a CSV, its model's name")
     string(statistics, "--source", "SOURCE", "whose annotations (default: the one source there is)")
     options.language(statistics)
-    for one in (answers, statistics):
-        string(one, "--bertscore", "FOLDER", "language model for agreement (default: milan-ray[minilm], else ROUGE-L)")
-        flag(one, "--rouge", "agreement by ROUGE-L: seconds instead of minutes")
-    for one in (collect, answers, statistics):
-        options.storage(one)
-        options.common(one)
+    for parser in (answers, statistics):
+        string(
+            parser, "--bertscore", "FOLDER", "language model for agreement (default: milan-ray[minilm], else ROUGE-L)"
+        )
+        flag(parser, "--rouge", "agreement by ROUGE-L: seconds instead of minutes")
+    for parser in (collect, answers, statistics):
+        options.storage(parser)
+        options.common(parser)
 
 
 def _collect(args: argparse.Namespace) -> int:
@@ -90,14 +92,16 @@ def _answers(args: argparse.Namespace) -> int:
         say(f"{len(qualified)} people passed the qualification test")
     storage = open_storage(args)
     storage.check_writable()
-    found = run_answers(
+    annotations = run_answers(
         storage, [Path(file) for file in args.files], args.source,
         tables=read_tables(Path(args.tables)) if args.tables else None,
         keep_rejected=args.keep_rejected, qualified=qualified,
     )  # fmt: skip
-    say(agreement_report(found, *_score(args)))
+    say(agreement_report(annotations, *_score(args)))
     say(f"train with them: jobs.train --annotations {args.source}")
-    note(args, f"{len(found.texts)} annotations brought in", source=args.source, annotations=len(found.texts))
+    note(
+        args, f"{len(annotations.texts)} annotations brought in", source=args.source, annotations=len(annotations.texts)
+    )
     return 0
 
 

@@ -35,16 +35,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     merge = action("merge", "Give masks-only sets the images of a local ImageNet or Places folder")
     string(merge, "set", "SET", sets)
-    for one in (bring, merge):
+    for verb in (bring, merge):
         strings(
-            one,
+            verb,
             "--images",
             "DIR",
             "source images in class folders (default: $MILAN_DATA_DIR/imagenet/val, …)",
             default=[],
         )
-        string(one, "--labels", "FILE", "classes of source images in a flat folder")
-        flag(one, "--reference-quirks", "squash images as the reference's merge does")
+        string(verb, "--labels", "FILE", "classes of source images in a flat folder")
+        flag(verb, "--reference-quirks", "squash images as the reference's merge does")
     export = action("export", "Write exemplars and annotations of a model as a published set")
     string(export, "model", "MODEL", "a model with exemplars in the storage")
     string(export, "folder", "DIR", "folder to be made")
@@ -55,17 +55,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     string(clean, "--tables", "JSON", "prefixes, substrings, suffixes, exact, words, workers: replacements")
     flag(clean, "--keep-rejected", "keep what was rejected")
     annotation_collection.add_to(action)
-    for one in (bring, export):
+    for verb in (bring, export):
         string(
-            one,
+            verb,
             "--source",
             "SOURCE",
             "source of the annotations (default: milannotations; export: the only one)",
-            type=table_name if one is bring else str,
+            type=table_name if verb is bring else str,
         )
-        options.storage(one)
-    for one in (bring, merge, export, clean):
-        options.common(one)
+        options.storage(verb)
+    for verb in (bring, merge, export, clean):
+        options.common(verb)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -95,8 +95,8 @@ def _import_annotations(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.model is not None and len(sets) > 1:
         raise MilanError(f"--model names one model, but {args.set} is {len(sets)} sets; import them one by one.")
-    for one in sets:
-        run_import(storage, one, model=args.model, source=source)
+    for published in sets:
+        run_import(storage, published, model=args.model, source=source)
     return 0
 
 

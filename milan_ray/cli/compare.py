@@ -50,6 +50,6 @@ def run(args: argparse.Namespace) -> int:
         scores = comparison.run(storage)
     say(summary(scores))
     report_on(args, storage)
-    say(f"tables: {storage.uri('scores')}, with figures beside them")
+    say(f"tables: {storage.uri('scores')}; figures are in the same folders")
     note(args, "compared", experiments=sorted(set(scores["experiment"].to_pylist())))
     return 0

@@ -43,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
     report_on(args, storage, notes={"About the descriptions": about_captioner(storage, DECODER)})
     layers = storage.partitions(DESCRIPTIONS, labeler="milan")
     units = sum(len(storage.read(DESCRIPTIONS, ["unit"], **keys)) for keys in layers)
-    say(f"\n{units} units of {len({keys['model'] for keys in layers})} networks described. Beside what costs nothing:")
+    networks = len({keys["model"] for keys in layers})
+    say(f"\n{units} units of {networks} networks described. Compared with trivial baselines:")
     say(summary(scores))
-    say(f"tables: {storage.uri('descriptions')}/**/*.parquet, and the others beside it")
-    note(args, f"{units} units described", units=units, networks=len({keys["model"] for keys in layers}))
+    say(f"tables: {storage.uri('descriptions')}/**/*.parquet; the others are in the same folder")
+    note(args, f"{units} units described", units=units, networks=networks)
     return 0

@@ -93,7 +93,8 @@ def _conformance(args: argparse.Namespace) -> int:
 
     if args.name is not None:
         raise MilanError(f"--conformance takes no model's name ({args.name}): choose families with --families.")
-    known = {(one.library, one.family): one for file in args.earlier for one in read_rows(Path(file))}
+    earlier = [result for file in args.earlier for result in read_rows(Path(file))]
+    known = {(result.library, result.family): result for result in earlier}
     results = []
     for case in cases(args.library, args.families, args.side):
         result = known.get((case.library, case.family)) or check(case)

@@ -43,8 +43,8 @@ def common(parser: argparse.ArgumentParser, json: str | None = None) -> None:
     flag(group, "--quiet", "say nothing but warnings and errors")
     own = "--json" in parser._option_string_actions
     if not own:
-        told = json or "print the closing summary on standard output, as one JSON object"
-        flag(group, "--json", told)
+        about = json or "print the closing summary on standard output, as one JSON object"
+        flag(group, "--json", about)
     choice(group, "--log", ("text", "json"), "form of the log (default: $MILAN_LOG, else text)")
     flag(group, "--debug", "show the traceback of an error")
     parser.set_defaults(prints_result=own or json is not None)
