@@ -140,30 +140,16 @@ def _config(args: argparse.Namespace) -> DndConfig:
     generator = args.generator
     if generator.startswith(PREFIX):
         generator = PREFIX + _place("--generator", generator.removeprefix(PREFIX))
-    summariser = SummariserRef(
-        _place("--llm", args.llm),
-        args.llm_model,
-        args.llm_temperature,
-        Limits(
-            per_minute=args.llm_per_minute,
-            input_price=args.llm_prices[0],
-            output_price=args.llm_prices[1],
-            budget=args.llm_budget,
-        ),
-    )
+    input_price, output_price = args.llm_prices
+    limits = Limits(args.llm_per_minute, input_price=input_price, output_price=output_price, budget=args.llm_budget)
+    summariser = SummariserRef(_place("--llm", args.llm), args.llm_model, args.llm_temperature, limits)
     return DndConfig(
         labeler,
         ImageCaptionerRef(_place("--captioner", args.captioner)),
         summariser,
         GeneratorRef(generator),
         None if args.clip is None else image_text_ref(args),
-        args.top,
-        args.crops,
-        args.pooling,
-        args.drawn,
-        args.prompt,
-        args.seed,
-        tuple(args.plugin),
+        *(args.top, args.crops, args.pooling, args.drawn, args.prompt, args.seed, tuple(args.plugin)),
     )
 
 

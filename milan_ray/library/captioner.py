@@ -190,16 +190,38 @@ class Milan:
                 return torch.ones(len(places), height, width)
             return torch.from_numpy(np.stack([regions[divmod(n, k)] for n in places]))
 
-        with Progress("encoding", len(first), "images") as progress:
+        def load(start: int, stop: int) -> torch.Tensor:
+            inputs = _inputs(np.stack([pixels[divmod(n, k)] for n in first[start:stop]]), encoder.mean.device)
+            return encoder.fit(inputs) if resize else inputs
 
-            def maps(start: int, stop: int) -> list[torch.Tensor]:
-                inputs = _inputs(np.stack([pixels[divmod(n, k)] for n in first[start:stop]]), encoder.mean.device)
-                progress.advance(stop - start)
-                return encoder.maps(encoder.fit(inputs) if resize else inputs)
-
-            exemplars = MaskedExemplars(index, masks_at)
-            (features,) = encode_exemplars(encoder, [exemplars], maps, len(first), BATCH_SIZE)
+        features = encode_images(encoder, MaskedExemplars(index, masks_at), load, len(first), "encoding")
         return features.reshape(units, k, encoder.feature_size)
+
+
+def encode_images(
+    encoder: Encoder, exemplars: MaskedExemplars, load: Callable[[int, int], torch.Tensor], count: int, label: str
+) -> np.ndarray:
+    """Encodes exemplars, with a progress bar.
+
+    Args:
+        encoder: The image encoder.
+        exemplars: Which images they are, by number, and their masks.
+        load: (first, last + 1) → these images, (N, 3, H, W).
+        count: Number of images.
+        label: Name of the progress bar.
+
+    Returns:
+        float32 (exemplars, F).
+    """
+    with Progress(label, count, "images") as progress:
+
+        def maps(start: int, stop: int) -> list[torch.Tensor]:
+            inputs = load(start, stop)
+            progress.advance(stop - start)
+            return encoder.maps(inputs)
+
+        (features,) = encode_exemplars(encoder, [exemplars], maps, count, BATCH_SIZE)
+    return features
 
 
 def _check_best(n_best: int) -> None:

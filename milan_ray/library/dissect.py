@@ -17,7 +17,7 @@ import polars as pl
 import torch
 from torch import nn
 
-from milan_ray.captioner.encoder import Encoder, MaskedExemplars, encode_exemplars
+from milan_ray.captioner.encoder import Encoder, MaskedExemplars
 from milan_ray.config import FLOAT32, Arithmetic
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError, unknown_name
@@ -26,7 +26,7 @@ from milan_ray.exemplars.forward import Forward, check_probe, pass_size, read_ah
 from milan_ray.exemplars.levels import in_words
 from milan_ray.exemplars.shard import LayerState, LayerStates, StateConfig
 from milan_ray.labelers.milan import MILAN
-from milan_ray.library.captioner import BATCH_SIZE, Milan
+from milan_ray.library.captioner import Milan, encode_images
 from milan_ray.library.probe_images import ProbeImages, check_axes, image_probe
 from milan_ray.library.run_directory import Unit, as_frame
 from milan_ray.models.establish import establish
@@ -195,15 +195,12 @@ class Dissection:
             packed = [exemplars.masks[int(units[place // k]), int(place % k)] for place in places]
             return torch.from_numpy(packed_masks.unpack(packed, self._view.shape))
 
-        with Progress(f"encoding {layer}", len(distinct), "images") as progress:
+        def load(start: int, stop: int) -> torch.Tensor:
+            images = torch.from_numpy(self._views(distinct[start:stop])).to(encoder.mean.device)
+            return encoder.fit(images.permute(0, 3, 1, 2).float() * (1 / 255))
 
-            def maps(start: int, stop: int) -> list[torch.Tensor]:
-                images = torch.from_numpy(self._views(distinct[start:stop])).to(encoder.mean.device)
-                progress.advance(stop - start)
-                return encoder.maps(encoder.fit(images.permute(0, 3, 1, 2).float() * (1 / 255)))
-
-            wanted = MaskedExemplars(np.where(flat < 0, -1, np.searchsorted(distinct, flat)), masks_at)
-            (features,) = encode_exemplars(encoder, [wanted], maps, len(distinct), BATCH_SIZE)
+        wanted = MaskedExemplars(np.where(flat < 0, -1, np.searchsorted(distinct, flat)), masks_at)
+        features = encode_images(encoder, wanted, load, len(distinct), f"encoding {layer}")
         return features.reshape(*ids.shape, -1)
 
     def _views(self, ids: np.ndarray) -> np.ndarray:
