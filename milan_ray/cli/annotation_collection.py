@@ -36,12 +36,7 @@ def add_to(action: AddAction) -> None:
     answers = action("answers", "Bring people's answers into the storage, cleaned, and say how much they agree")
     strings(answers, "files", "FILE", "Mechanical Turk's results (.csv) or Label Studio's export (.json)")
     string(
-        answers,
-        "--source",
-        "SOURCE",
-        "name of these annotations; replaces earlier ones",
-        type=table_name,
-        required=True,
+        answers, "--source", "SOURCE", "name of the annotations; replaces earlier ones", type=table_name, required=True
     )
     string(answers, "--tables", "JSON", "prefixes, substrings, suffixes, exact, words, workers: replacements")
     flag(answers, "--keep-rejected", "keep what was rejected, or skipped")

@@ -46,11 +46,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         required=True,
     )
     string(
-        group,
-        "--generator",
-        "MODEL",
-        "image generator: diffusers/FOLDER (#N for N steps), or a registered one",
-        GENERATOR,
+        group, "--generator", "MODEL", "generator: diffusers/FOLDER (#N for N steps), or a registered one", GENERATOR
     )
     string(group, "--scoring", "NAME", "mean, topk-squared-mean, image-products or topk-compare", "topk-compare")
     string(

@@ -49,7 +49,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         group,
         "--similarity",
         "NAME",
-        "soft_wpmi, wpmi, rank_reorder, cos_similarity or cos_similarity_cubed",
+        "soft_wpmi, wpmi, rank_reorder, cos_similarity, cos_similarity_cubed",
         "soft_wpmi",
     )
     choice(group, "--pooling", ("mean", "max"), "value of a unit's map of an image", "mean")

@@ -26,17 +26,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     string(parser, "--weights", "WEIGHTS", "weights of that model: a file, a name or a URL")
     group = parser.add_argument_group("conformance")
     flag(
-        group,
-        "--conformance",
-        "compare maps of layers with those of torchvision, timm and transformers, family by family",
+        group, "--conformance", "compare maps of layers with those of torchvision, timm, transformers, family by family"
     )
     string(group, "--families", "PATTERN", "only these families ('swin*')", "*")
     choice(group, "--library", ("torchvision", "timm", "transformers"), "only this library's")
     integer(
-        group,
-        "--side",
-        None,
-        "side of the images in pixels, for networks that take any (default: their own, at most 256)",
+        group, "--side", None, "side of the images in pixels, for networks that take any (default: own, at most 256)"
     )
     group.add_argument(
         "--earlier",

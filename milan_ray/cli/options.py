@@ -53,10 +53,7 @@ def common(parser: argparse.ArgumentParser, json: str | None = None) -> None:
 def storage(parser: argparse.ArgumentParser) -> None:
     """Adds the option for the run directory."""
     string(
-        parser,
-        "--storage",
-        "DIR",
-        "run directory: a path, s3://…, gs://… (default: $MILAN_RESULTS_DIR, else ./results)",
+        parser, "--storage", "DIR", "run directory: path, s3://…, gs://… (default: $MILAN_RESULTS_DIR, else ./results)"
     )
 
 
@@ -109,10 +106,7 @@ def models(parser: argparse.ArgumentParser, required: bool = True) -> None:
     zoo = "the same as one word: 'imagenet,imagenet-blurred' is every …/imagenet and …/imagenet-blurred"
     string(which, "--zoo", "NAMES", zoo, type=names, dest="model")
     string(
-        group,
-        "--weights",
-        "WEIGHTS",
-        "a file, a URL, the name of published ones (IMAGENET1K_V2) or 'random'; for one model",
+        group, "--weights", "WEIGHTS", "file, URL, name of published ones (IMAGENET1K_V2) or 'random'; for one model"
     )
     strings(group, "--layers", "PATH", "layers (default: the model's own list)", default=[])
     choice(
@@ -189,11 +183,7 @@ def exemplars(parser: argparse.ArgumentParser) -> None:
         "masks change",
         FLOAT32.precision,
     )
-    flag(
-        group,
-        "--channels-last",
-        "channels last in memory: faster convolutions, equal within float error; not for every model",
-    )
+    flag(group, "--channels-last", "channels last in memory: faster, equal within float error; not for every model")
     flag(group, "--pooled", "also store every unit's maximum and mean on every image, which some labelers read")
 
 

@@ -37,10 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     number(group, "--price", None, "price of one actor's hour, in any currency (default: none is said)")
     integer(group, "--sample", SAMPLE, "images that are measured, of the probe")
     number(
-        group,
-        "--speed-up",
-        1.0,
-        "speed of forward and encoder passes on the actors, as a multiple of this machine's rate",
+        group, "--speed-up", 1.0, "speed of forward and encoder passes on the actors, as a multiple of this machine's"
     )
     strings(
         group, "--probe", "SOURCE", "folders, Parquet, Arrow or tar files, URIs, a registered probe (default: noise)"

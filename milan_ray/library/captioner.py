@@ -216,12 +216,10 @@ def encode_images(
     with Progress(label, count, "images") as progress:
 
         def maps(start: int, stop: int) -> list[torch.Tensor]:
-            inputs = load(start, stop)
             progress.advance(stop - start)
-            return encoder.maps(inputs)
+            return encoder.maps(load(start, stop))
 
-        (features,) = encode_exemplars(encoder, [exemplars], maps, count, BATCH_SIZE)
-    return features
+        return encode_exemplars(encoder, [exemplars], maps, count, BATCH_SIZE)[0]
 
 
 def _check_best(n_best: int) -> None:
