@@ -30,13 +30,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         bring,
         "--annotation-count",
         None,
-        "annotations per unit, 0 for all (default: 3 for released sets, else 0)",
+        "the first N annotations of units that have as many; 0 for all (default: 3 for released sets, else 0)",
         least=0,
     )
     merge = action("merge", "Give masks-only sets the images of a local ImageNet or Places folder")
     string(merge, "set", "SET", sets)
     for verb in (bring, merge):
-        strings(verb, "--images", "DIR", "source images in folders by class (default: in $MILAN_DATA_DIR)", default=[])
+        strings(
+            verb, "--images", "DIR", "source images by class (default: $MILAN_DATA_DIR/imagenet/val, …)", default=[]
+        )
         string(verb, "--labels", "FILE", "classes of source images in a flat folder")
         flag(verb, "--reference-quirks", "squash images as the reference's merge does")
     export = action("export", "Write exemplars and annotations of a model as a published set")

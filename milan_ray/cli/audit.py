@@ -34,7 +34,13 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar=("UNBLURRED", "BLURRED"),
         help="a pair of other names; may be repeated, and is then all there is",
     )
-    string(group, "--words", "WORDS", "searches, with commas between (default: face,head,nose,eyes,mouth)", type=words)
+    string(
+        group,
+        "--words",
+        "WORDS",
+        "searches of descriptions, with commas between (default: face,head,nose,eyes,mouth)",
+        type=words,
+    )
     string(group, "--labeler", "NAME", "whose descriptions", "milan")
     string(group, "--name", "NAME", "name of the audit in the tables", "faces", type=table_name)
     group.add_argument(

@@ -17,7 +17,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", help="the network to start from")
     parser.add_argument("other", help="the one to compare with it: what its units say more often is gained")
     string(parser, "--labeler", "NAME", "whose descriptions to compare", "milan")
-    string(parser, "--words", "WORDS", "count these searches only: 'face|person,\"left of\"'", [], type=words)
+    string(parser, "--words", "WORDS", "count only these, as in a search: 'face|person,\"left of\"'", [], type=words)
     flag(parser, "--by-layer", "compare the layers that both have one by one, too")
     integer(parser, "--top", 20, "words and units to print")
     options.storage(parser)

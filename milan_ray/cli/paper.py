@@ -20,7 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         parser,
         "--only",
         "NAMES",
-        "only these, e.g. editing,audit; the page keeps the others (default: all)",
+        "only these experiments, e.g. editing,audit; the page keeps the others (default: all)",
         [],
         type=words,
     )

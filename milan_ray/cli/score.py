@@ -49,12 +49,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     flag(group, "--class-names", "also compare descriptions with class names, in layers with one unit per class")
     flag(group, "--sanity", "also judge the scores themselves, where the model's classes are concepts of --clip's maps")
     integer(group, "--seed", 0, "seed of the shuffled row and the bootstrap", least=0)
-    options.add_to(
-        parser,
-        options.models,
-        options.download,
-        options.stages,
-    )
+    options.add_to(parser, options.models, options.download, options.stages)
 
 
 def _sigmoid(text: str) -> Sigmoid:

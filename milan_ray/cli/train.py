@@ -34,12 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     string(parser, "--encoder", "NAME", "image encoder (default: the setting's, else resnet101)")
     string(parser, "--encoder-weights", "FILE", "weights file of the encoder (default: its own)")
     fitting(parser)
-    options.add_to(
-        parser,
-        options.download,
-        options.quirks,
-        options.stages,
-    )
+    options.add_to(parser, options.download, options.quirks, options.stages)
 
 
 def fitting(parser: argparse.ArgumentParser) -> None:

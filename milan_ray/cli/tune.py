@@ -32,11 +32,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     string(parser, "--bert-model", "DIR", "language model of BERTScore (default: MiniLM, where it is installed)")
     options.captioner(parser, required=False)  # decoder.yaml tunes the training of a captioner
-    options.add_to(
-        parser,
-        options.download,
-        options.stages,
-    )
+    options.add_to(parser, options.download, options.stages)
 
 
 def run(args: argparse.Namespace) -> int:
