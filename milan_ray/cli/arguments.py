@@ -21,8 +21,8 @@ def flag(parser: Parser, name: str, about: str) -> None:
 
 def integer(parser: Parser, name: str, default: int | None, about: str, least: int | None = 1) -> None:
     """Adds an option that takes an integer of at least 1, of at least 0, or any (None)."""
-    kind = {1: positive, 0: count, None: int}[least]
-    parser.add_argument(name, type=kind, default=default, metavar="N", help=about)
+    kinds: dict[int | None, Callable[[str], int]] = {1: positive, 0: count, None: int}
+    parser.add_argument(name, type=kinds[least], default=default, metavar="N", help=about)
 
 
 def fraction(parser: Parser, name: str, default: float, about: str) -> None:
