@@ -1,7 +1,5 @@
 """`python -m jobs.annotations`: see `milan-ray annotations --help`."""
 
-import sys
+from milan_ray.cli import job
 
-from milan_ray.cli import main
-
-sys.exit(main(["annotations", *sys.argv[1:]]))
+job("annotations")

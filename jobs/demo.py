@@ -1,7 +1,5 @@
 """`python -m jobs.demo`: see `milan-ray demo --help`."""
 
-import sys
+from milan_ray.cli import job
 
-from milan_ray.cli import main
-
-sys.exit(main(["demo", *sys.argv[1:]]))
+job("demo")

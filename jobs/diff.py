@@ -1,7 +1,5 @@
 """`python -m jobs.diff`: see `milan-ray diff --help`."""
 
-import sys
+from milan_ray.cli import job
 
-from milan_ray.cli import main
-
-sys.exit(main(["diff", *sys.argv[1:]]))
+job("diff")

@@ -1,7 +1,5 @@
 """`python -m jobs.dnd`: see `milan-ray dnd --help`."""
 
-import sys
+from milan_ray.cli import job
 
-from milan_ray.cli import main
-
-sys.exit(main(["dnd", *sys.argv[1:]]))
+job("dnd")

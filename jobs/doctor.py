@@ -1,7 +1,5 @@
 """`python -m jobs.doctor`: see `milan-ray doctor --help`."""
 
-import sys
+from milan_ray.cli import job
 
-from milan_ray.cli import main
-
-sys.exit(main(["doctor", *sys.argv[1:]]))
+job("doctor")

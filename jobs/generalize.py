@@ -1,7 +1,5 @@
 """`python -m jobs.generalize`: see `milan-ray generalize --help`."""
 
-import sys
+from milan_ray.cli import job
 
-from milan_ray.cli import main
-
-sys.exit(main(["generalize", *sys.argv[1:]]))
+job("generalize")

@@ -1,7 +1,5 @@
 """`python -m jobs.label`: see `milan-ray label --help`."""
 
-import sys
+from milan_ray.cli import job
 
-from milan_ray.cli import main
-
-sys.exit(main(["label", *sys.argv[1:]]))
+job("label")

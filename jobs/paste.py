@@ -1,7 +1,5 @@
 """`python -m jobs.paste`: see `milan-ray paste --help`."""
 
-import sys
+from milan_ray.cli import job
 
-from milan_ray.cli import main
-
-sys.exit(main(["paste", *sys.argv[1:]]))
+job("paste")

@@ -1,7 +1,5 @@
 """`python -m jobs.plan`: see `milan-ray plan --help`."""
 
-import sys
+from milan_ray.cli import job
 
-from milan_ray.cli import main
-
-sys.exit(main(["plan", *sys.argv[1:]]))
+job("plan")

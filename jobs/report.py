@@ -1,7 +1,5 @@
 """`python -m jobs.report`: see `milan-ray report --help`."""
 
-import sys
+from milan_ray.cli import job
 
-from milan_ray.cli import main
-
-sys.exit(main(["report", *sys.argv[1:]]))
+job("report")

@@ -1,7 +1,5 @@
 """`python -m jobs.status`: see `milan-ray status --help`."""
 
-import sys
+from milan_ray.cli import job
 
-from milan_ray.cli import main
-
-sys.exit(main(["status", *sys.argv[1:]]))
+job("status")

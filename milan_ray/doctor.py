@@ -126,6 +126,11 @@ def diagnose(storage: Storage, resources: Resources, start_ray: bool = True) -> 
     return Diagnosis(tuple(checks))
 
 
+def _optional(name: str, present: str, absent: str, without: str, remedy: str) -> Check:
+    """Result for an optional requirement: what is present, or if that is empty, what is absent."""
+    return Check(name, "ok", present) if present else Check(name, "missing", absent, without, remedy)
+
+
 def _python() -> Check:
     version = platform.python_version()
     if tuple(map(int, platform.python_version_tuple()[:2])) < PYTHON:
@@ -193,8 +198,8 @@ def _torch() -> Check:
             raise RuntimeError("2 × 2 ones times themselves do not add up to 8")
         vision = importlib.import_module("torchvision").__version__
     except Exception as error:  # a torch that was built for another system may raise anything
-        said = f"{torch.__version__}: {reason(error)}"
-        return Check("torch", "failed", said, "nothing", "pip install --force-reinstall torch torchvision, together")
+        finding = f"{torch.__version__}: {reason(error)}"
+        return Check("torch", "failed", finding, "nothing", "pip install --force-reinstall torch torchvision, together")
     return Check("torch", "ok", f"{torch.__version__}, torchvision {vision}, {torch.get_num_threads()} threads")
 
 
@@ -248,13 +253,11 @@ def _cores() -> Check:
 
 def _memory() -> Check:
     total, free = memory()
-    found = f"{_gib(free)} of {_gib(total)} free"
-    if total >= LITTLE_MEMORY:
-        return Check("memory", "ok", found)
-    return Check(
+    free_of_total = f"{_gib(free)} of {_gib(total)} free"
+    return _optional(
         "memory",
-        "missing",
-        found,
+        free_of_total if total >= LITTLE_MEMORY else "",
+        free_of_total,
         "small networks, with --actors 1 --batch-size 16",
         f"at least {_gib(LITTLE_MEMORY)}; large layers want more",
     )
@@ -316,14 +319,16 @@ def check_storage(storage: Storage) -> Check:
         _remove_empty(Path(storage.root))
     if back != data:
         return Check(name, "failed", f"{storage.root} gave back other bytes than were written", "", "another --storage")
-    found = f"{storage.root}: written, read and deleted in {1000 * seconds:.0f} ms"
+    finding = f"{storage.root}: written, read and deleted in {1000 * seconds:.0f} ms"
     if not storage.is_local:
-        return Check(name, "ok", found)
+        return Check(name, "ok", finding)
     free = shutil.disk_usage(_existing(Path(storage.root))).free
-    found += f", {_gib(free)} free"
+    finding += f", {_gib(free)} free"
     if free >= LITTLE_DISK:
-        return Check(name, "ok", found)
-    return Check(name, "missing", found, "small runs: jobs.plan says how large one gets", "make room, or another disk")
+        return Check(name, "ok", finding)
+    return Check(
+        name, "missing", finding, "small runs: jobs.plan says how large one gets", "make room, or another disk"
+    )
 
 
 def _existing(path: Path) -> Path:
@@ -339,12 +344,10 @@ def _remove_empty(folder: Path) -> None:
 def _weights() -> Check:
     published = [name for name in model_names() if get_model(name).published]
     present = [name for name in published if any(file.is_here() for file in get_model(name).published.values())]
-    if present:
-        more = f" and {len(present) - 6} more" if len(present) > 6 else ""
-        return Check("weights", "ok", f"{', '.join(present[:6])}{more}, of {len(published)} published models")
-    return Check(
+    more = f" and {len(present) - 6} more" if len(present) > 6 else ""
+    return _optional(
         "weights",
-        "missing",
+        f"{', '.join(present[:6])}{more}, of {len(published)} published models" if present else "",
         f"none of {len(published)} published models in {models_dir()}",
         "the built-in world, own models, --weights FILE, --weights random",
         "--download of any job that names a model, or files put there; jobs.models lists them",
@@ -354,11 +357,9 @@ def _weights() -> Check:
 def _encoder() -> Check:
     file = get_encoder(ENCODER).published
     assert file is not None  # torchvision publishes it
-    if file.is_here():
-        return Check("encoder", "ok", f"{ENCODER}: {file.file}")
-    return Check(
+    return _optional(
         "encoder",
-        "missing",
+        f"{ENCODER}: {file.file}" if file.is_here() else "",
         f"{file.file} is not in {models_dir()}",
         "captioners that bring their encoder (the demo's); not training on photographs",
         f"--download, or fetch {file.url} into {models_dir()}",
@@ -372,13 +373,11 @@ def _captioners(storage: Storage) -> Check:
         trained = sorted({path.split("/")[1] for path in storage.files(FOLDER) if path.endswith("/config.json")})
     except MilanError:  # the check of the storage reports it
         trained = []
-    if published or trained:
-        places = [f"published: {', '.join(published)}"] if published else []
-        places += [f"in {storage.root}: {', '.join(trained)}"] if trained else []
-        return Check("captioners", "ok", "; ".join(places))
-    return Check(
+    places = [f"published: {', '.join(published)}"] if published else []
+    places += [f"in {storage.root}: {', '.join(trained)}"] if trained else []
+    return _optional(
         "captioners",
-        "missing",
+        "; ".join(places),
         f"none in {models_dir()}, none in {storage.root}",
         "jobs.exemplars, jobs.label, jobs.demo, which trains one",
         f"--milan base downloads a published one into {models_dir()}; jobs.train makes your own",
@@ -387,11 +386,9 @@ def _captioners(storage: Storage) -> Check:
 
 def _annotations() -> Check:
     present = [name for name in RELEASED if (data_dir() / name).is_dir()]
-    if present:
-        return Check("MILANNOTATIONS", "ok", f"{', '.join(present)} in {data_dir()}")
-    return Check(
+    return _optional(
         "MILANNOTATIONS",
-        "missing",
+        f"{', '.join(present)} in {data_dir()}" if present else "",
         f"none in {data_dir()}",
         "all but training captioners on what people said of photographs",
         "jobs.annotations import base --download",
@@ -400,15 +397,16 @@ def _annotations() -> Check:
 
 def _clip() -> Check:
     try:
-        return Check("CLIP", "ok", find_image_text(DEFAULT))
+        folder = find_image_text(DEFAULT)
     except MilanError:
-        return Check(
-            "CLIP",
-            "missing",
-            f"{DEFAULT} is not in {models_dir()}",
-            "every labeler but milan+clip and clip-dissect; scores by concept maps in place of CLIP",
-            f"hf download openai/{DEFAULT} --local-dir {models_dir() / DEFAULT}, or --clip FOLDER",
-        )
+        folder = ""
+    return _optional(
+        "CLIP",
+        folder,
+        f"{DEFAULT} is not in {models_dir()}",
+        "every labeler but milan+clip and clip-dissect; scores by concept maps in place of CLIP",
+        f"hf download openai/{DEFAULT} --local-dir {models_dir() / DEFAULT}, or --clip FOLDER",
+    )
 
 
 def _language() -> Check:
@@ -417,11 +415,9 @@ def _language() -> Check:
     from milan_ray.studies.spacy_pipeline import INSTALLED
 
     pipelines = [name for name in INSTALLED if spacy.util.is_package(name)]
-    if pipelines:
-        return Check("spaCy pipeline", "ok", f"spaCy {spacy.__version__}, {', '.join(pipelines)}")
-    return Check(
+    return _optional(
         "spaCy pipeline",
-        "missing",
+        f"spaCy {spacy.__version__}, {', '.join(pipelines)}" if pipelines else "",
         f"spaCy {spacy.__version__}, none of {', '.join(INSTALLED)}",
         "all but parts of speech and word vectors of descriptions of photographs: a small pipeline of the built-in "
         "world's sentences takes its place, and the output says so",
@@ -461,11 +457,8 @@ OPTIONAL: Sequence[tuple[str, str, str, str]] = (
 
 
 def _extras() -> list[Check]:
-    checks = []
-    for module, purpose, without, remedy in OPTIONAL:
-        version = _installed(module)
-        if version is None:
-            checks.append(Check(module, "missing", f"not installed ({purpose})", without, remedy))
-        else:
-            checks.append(Check(module, "ok", f"{version} ({purpose})"))
-    return checks
+    return [
+        _optional(module, f"{version} ({purpose})" if version else "", f"not installed ({purpose})", without, remedy)
+        for module, purpose, without, remedy in OPTIONAL
+        for version in [_installed(module)]
+    ]

@@ -28,12 +28,12 @@ class DamagedTable(MilanError):
     reaches the user.
 
     Args:
-        said: The message.
+        message: The message.
         path: The file, relative to the run directory.
     """
 
-    def __init__(self, said: str, path: str = "") -> None:
-        super().__init__(said)
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
         self.path = path
 
     @property

@@ -68,10 +68,10 @@ def open_uri(uri: str) -> tuple[fs.FileSystem, str]:
 
 def why(error: BaseException, uri: str) -> str:
     """The end of an error message: what the object store or file system reports, and the remedy."""
-    said = getattr(error, "strerror", None) or reason(error)
+    message = getattr(error, "strerror", None) or reason(error)
     environment = _ENVIRONMENT.get(uri.partition(":")[0])
     if environment is None:
-        return f"{said}; see that it may be read and written."
-    if re.search("NO_SUCH_BUCKET|NoSuchBucket|bucket does not exist", said):
+        return f"{message}; see that it may be read and written."
+    if re.search("NO_SUCH_BUCKET|NoSuchBucket|bucket does not exist", message):
         return "there is no such bucket; make it first, or choose another."
-    return f"{said}; see that the bucket is there and that the environment may use it ({environment})."
+    return f"{message}; see that the bucket is there and that the environment may use it ({environment})."

@@ -23,7 +23,7 @@ _MAX_HEADER = 1 << 20
 """Bytes of the header of an array that are read."""
 
 _MAX_INDEX = 1 << 26
-"""Bytes of the pickle in an archive of ``torch.save`` that are read beside as many as the file has."""
+"""Bytes of the pickle in an archive of ``torch.save`` that are read in addition to as many as the file has."""
 
 _ARRAY = b"\x93NUMPY"
 """How files of numpy's arrays begin."""
@@ -115,8 +115,8 @@ def _header(text: bytes) -> tuple[tuple[int, ...], np.dtype]:
         ValueError: It is damaged.
     """
     try:
-        found = ast.literal_eval(text.decode())
-        return tuple(int(side) for side in found["shape"]), np.lib.format.descr_to_dtype(found["descr"])
+        header = ast.literal_eval(text.decode())
+        return tuple(int(side) for side in header["shape"]), np.lib.format.descr_to_dtype(header["descr"])
     except (SyntaxError, TypeError, KeyError, UnicodeError, RecursionError, MemoryError) as error:
         raise ValueError("its header is damaged") from error
 
@@ -152,7 +152,7 @@ def _check_pickles(file: BinaryIO, size: int, sizes: dict[str, int] | None = Non
                 elif name == "GLOBAL":
                     pushed.append(_Name(str(argument).rpartition(" ")[2]))
                 elif name == "STACK_GLOBAL":
-                    pushed.append(_Name(next((one for one in reversed(pushed) if type(one) is str), "")))
+                    pushed.append(_Name(next((value for value in reversed(pushed) if type(value) is str), "")))
                 elif argument is not None:
                     pushed.append(argument)
             if sizes is not None:

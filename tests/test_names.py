@@ -15,7 +15,7 @@ from toys import toy_captioner
 from milan_ray import cli
 from milan_ray.annotations.groups import training_groups
 from milan_ray.captioner.encoder import register_encoder
-from milan_ray.cli import options
+from milan_ray.cli import arguments
 from milan_ray.errors import MilanError
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
 from milan_ray.models.generators import register_generator
@@ -86,7 +86,7 @@ def _actions(parser: argparse.ArgumentParser, verb: str = "") -> Iterator[tuple[
             yield verb, action
 
 
-GIVEN = (options.name, options.table_name, options.tag)
+GIVEN = (arguments.name, arguments.table_name, arguments.tag)
 """The rule, as options are read by it."""
 
 OWN_FILES = ("FILE", "DIR", "FOLDER", "JSON", "CSV", "SET")
@@ -109,13 +109,13 @@ LOOKED_UP = {
 def test_f3_every_option_that_takes_a_text_is_known_to_be_a_name_or_none() -> None:
     """A new option belongs into one of the lists: where it becomes part of a path, it is read by the rule."""
     numbers = (
-        options.amount,
-        options.count,
-        options.positive,
-        options.share,
-        options.gib,
-        options.numbers,
-        options.grid,
+        arguments.amount,
+        arguments.count,
+        arguments.positive,
+        arguments.share,
+        arguments.gib,
+        arguments.numbers,
+        arguments.grid,
         int,
         float,
     )

@@ -103,11 +103,11 @@ def _annotations(options: Options, sizes: Sizes) -> list[list[str]]:
     file = options.annotations / ANNOTATIONS
     if not file.is_file():
         raise MilanError(f"no human annotations at {file}; give the folder that holds MILANNOTATIONS' {ANNOTATIONS}.")
-    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    summaries: dict[tuple[str, str], list[str]] = defaultdict(list)
     with file.open(encoding="utf-8", newline="") as stream:
         for row in csv.DictReader(stream):
-            found[row["layer"], row["unit"]].append(row["summary"])
-    return list(found.values())
+            summaries[row["layer"], row["unit"]].append(row["summary"])
+    return list(summaries.values())
 
 
 def _invented(number: int) -> list[str]:

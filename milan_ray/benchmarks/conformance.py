@@ -216,13 +216,13 @@ def _judge(
 def _difference(own: torch.Tensor, truth: torch.Tensor) -> str | None:
     """Describes the difference between maps (n, U, h, w) as read and the ground truth; None if there is none."""
     if own.shape != truth.shape:
-        said = []
+        differences = []
         if own.shape[1] != truth.shape[1]:
-            said.append(f"{own.shape[1]} units instead of {truth.shape[1]}")
+            differences.append(f"{own.shape[1]} units instead of {truth.shape[1]}")
         if own.shape[2:] != truth.shape[2:]:
             grids = ["×".join(map(str, maps.shape[2:])) for maps in (own, truth)]
-            said.append(f"a grid of {grids[0]} instead of {grids[1]}")
-        return ", ".join(said) or f"shape {tuple(own.shape)} instead of {tuple(truth.shape)}"
+            differences.append(f"a grid of {grids[0]} instead of {grids[1]}")
+        return ", ".join(differences) or f"shape {tuple(own.shape)} instead of {tuple(truth.shape)}"
     size = truth.abs().amax().clamp_min(1e-30)
     if (own - truth).abs().amax() <= _TOLERANCE * size:
         return None

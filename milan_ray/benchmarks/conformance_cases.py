@@ -69,7 +69,7 @@ _EXTRA = {
     "vit": ("encoder.layers.encoder_layer_0", "encoder.layers.encoder_layer_11"),
     "densenet": ("features.transition1",),
 }
-"""Layers to compare besides the default ones, because their axes are in another order."""
+"""Layers to compare in addition to the default ones, because their axes are in another order."""
 
 
 def _torchvision(side: int | None) -> Iterator[Case]:
@@ -140,107 +140,27 @@ def _grid(tokens: torch.Tensor) -> torch.Tensor:
 
 # timm -------------------------------------------------------------------------------------------------------------
 
-_SMALLEST = {
-    "beit": "beit_base_patch16_224",
-    "byoanet": "halonet_h1",
-    "byobnet": "test_byobnet",
-    "cait": "cait_xxs24_224",
-    "coat": "coat_tiny",
-    "convit": "convit_tiny",
-    "convmixer": "convmixer_768_32",
-    "convnext": "test_convnext",
-    "cpubone": "cpubone_nano",
-    "crossvit": "crossvit_tiny_240",
-    "csatv2": "csatv2",
-    "cspnet": "cs3darknet_focus_s",
-    "cspnext": "cspnext_tiny",
-    "davit": "davit_tiny",
-    "deepseek_vit": "deepseek_vit_412m",
-    "deit": "deit_tiny_patch16_224",
-    "densenet": "densenet121",
-    "dla": "dla46x_c",
-    "dpn": "dpn48b",
-    "edgenext": "edgenext_xx_small",
-    "efficientformer": "efficientformer_l1",
-    "efficientformer_v2": "efficientformerv2_s0",
-    "efficientnet": "test_efficientnet",
-    "efficientvim": "efficientvim_m1",
-    "efficientvit_mit": "efficientvit_b0",
-    "efficientvit_msra": "efficientvit_m0",
-    "eva": "vit_tiny_patch16_dinov3_qkvb",
-    "fasternet": "fasternet_t0",
-    "fastvit": "fastvit_t8",
-    "focalnet": "focalnet_tiny_srf",
-    "gcvit": "gcvit_xxtiny",
-    "gemma4_vit": "gemma4_vit_167m",
-    "ghostnet": "ghostnet_050",
-    "hardcorenas": "hardcorenas_b",
-    "hgnet": "hgnetv2_b0",
-    "hiera": "hiera_tiny_224",
-    "hieradet_sam2": "sam2_hiera_tiny",
-    "hrnet": "hrnet_w18_small",
-    "iformer": "iformer_t",
-    "inception_next": "inception_next_atto",
-    "inception_resnet_v2": "inception_resnet_v2",
-    "inception_v3": "inception_v3",
-    "inception_v4": "inception_v4",
-    "lcnetv2": "lcnetv2_small",
-    "levit": "levit_128s",
-    "lowformer": "lowformer_b0",
-    "mambaout": "test_mambaout",
-    "maxxvit": "test_coatnet",
-    "metaformer": "poolformerv2_s12",
-    "mlp_mixer": "gmlp_ti16_224",
-    "mobilenetv3": "mobilenetv3_small_050",
-    "mobilenetv5": "mobilenetv5_base",
-    "mobilevit": "mobilevit_xxs",
-    "mvitv2": "mvitv2_tiny",
-    "naflexvit": "naflexvit_base_patch16_parfac_gap",
-    "nasnet": "nasnetalarge",
-    "nest": "nest_tiny",
-    "nextvit": "nextvit_small",
-    "nfnet": "test_nfnet",
-    "pit": "pit_ti_224",
-    "pnasnet": "pnasnet5large",
-    "pvt_v2": "pvt_v2_b0",
-    "qwen3_vit": "qwen3_vit_88m",
-    "rdnet": "rdnet_tiny",
-    "regnet": "regnetx_002",
-    "repghost": "repghostnet_050",
-    "repvit": "repvit_m1",
-    "res2net": "res2next50",
-    "resnest": "resnest14d",
-    "resnet": "test_resnet",
-    "resnetv2": "resnetv2_18",
-    "rexnet": "rexnet_100",
-    "selecsls": "selecsls42",
-    "senet": "legacy_seresnet18",
-    "sequencer": "sequencer2d_s",
-    "shvit": "shvit_s1",
-    "sknet": "skresnet18",
-    "starnet": "starnet_s050",
-    "swiftformer": "swiftformer_xs",
-    "swin_transformer": "swin_tiny_patch4_window7_224",
-    "swin_transformer_v2": "swinv2_tiny_window8_256",
-    "swin_transformer_v2_cr": "swinv2_cr_tiny_224",
-    "tiny_vit": "tiny_vit_5m_224",
-    "tnt": "tnt_s_legacy_patch16_224",
-    "tresnet": "tresnet_m",
-    "twins": "twins_svt_small",
-    "vgg": "vgg11",
-    "visformer": "visformer_tiny",
-    "vision_transformer": "test_vit",
-    "vision_transformer_hybrid": "vit_tiny_r_s16_p8_224",
-    "vision_transformer_relpos": "test_vit_relpos",
-    "vision_transformer_sam": "samvit_base_patch16_224",
-    "vitamin": "vitamin_small_224",
-    "volo": "volo_d1_224",
-    "vovnet": "ese_vovnet19b_slim_dw",
-    "xception": "legacy_xception",
-    "xception_aligned": "xception41p",
-    "xcit": "xcit_nano_12_p8_224",
-}
-"""The smallest network of each of timm's modules; for modules not listed, it is searched for."""
+_SMALLEST = (
+    "beit_base_patch16_224", "halonet_h1", "test_byobnet", "cait_xxs24_224", "coat_tiny", "convit_tiny",
+    "convmixer_768_32", "test_convnext", "cpubone_nano", "crossvit_tiny_240", "csatv2", "cs3darknet_focus_s",
+    "cspnext_tiny", "davit_tiny", "deepseek_vit_412m", "deit_tiny_patch16_224", "densenet121", "dla46x_c",
+    "dpn48b", "edgenext_xx_small", "efficientformer_l1", "efficientformerv2_s0", "test_efficientnet",
+    "efficientvim_m1", "efficientvit_b0", "efficientvit_m0", "vit_tiny_patch16_dinov3_qkvb", "fasternet_t0",
+    "fastvit_t8", "focalnet_tiny_srf", "gcvit_xxtiny", "gemma4_vit_167m", "ghostnet_050", "hardcorenas_b",
+    "hgnetv2_b0", "hiera_tiny_224", "sam2_hiera_tiny", "hrnet_w18_small", "iformer_t", "inception_next_atto",
+    "inception_resnet_v2", "inception_v3", "inception_v4", "lcnetv2_small", "levit_128s", "lowformer_b0",
+    "test_mambaout", "test_coatnet", "poolformerv2_s12", "gmlp_ti16_224", "mobilenetv3_small_050",
+    "mobilenetv5_base", "mobilevit_xxs", "mvitv2_tiny", "naflexvit_base_patch16_parfac_gap", "nasnetalarge",
+    "nest_tiny", "nextvit_small", "test_nfnet", "pit_ti_224", "pnasnet5large", "pvt_v2_b0", "qwen3_vit_88m",
+    "rdnet_tiny", "regnetx_002", "repghostnet_050", "repvit_m1", "res2next50", "resnest14d", "test_resnet",
+    "resnetv2_18", "rexnet_100", "selecsls42", "legacy_seresnet18", "sequencer2d_s", "shvit_s1", "skresnet18",
+    "starnet_s050", "swiftformer_xs", "swin_tiny_patch4_window7_224", "swinv2_tiny_window8_256",
+    "swinv2_cr_tiny_224", "tiny_vit_5m_224", "tnt_s_legacy_patch16_224", "tresnet_m", "twins_svt_small",
+    "vgg11", "visformer_tiny", "test_vit", "vit_tiny_r_s16_p8_224", "test_vit_relpos",
+    "samvit_base_patch16_224", "vitamin_small_224", "volo_d1_224", "ese_vovnet19b_slim_dw", "legacy_xception",
+    "xception41p", "xcit_nano_12_p8_224",
+)  # fmt: skip
+"""The smallest network of each of timm's modules; where a module has none of these, it is searched for."""
 
 
 _IN_BLOCKS = ("byoanet",)
@@ -259,9 +179,8 @@ def _timm(side: int | None) -> Iterator[Case]:
         return
     for family in timm.list_modules():
         names = timm.list_models(module=family)
-        name = _SMALLEST.get(family, "")
-        if name not in names:
-            name = min(names, key=lambda one: _parameters(timm_zoo.structure(one)))
+        known = [name for name in names if name in _SMALLEST]
+        name = known[0] if known else min(names, key=lambda name: _parameters(timm_zoo.structure(name)))
         yield Case("timm", family, name, partial(_timm_subject, family, name, side))
 
 
@@ -299,6 +218,11 @@ def _intermediates(spec: ModelSpec, network: Any, views: torch.Tensor) -> list[t
 _TINY: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
 _VIT: dict[str, Any] = {**_TINY, "intermediate_size": 48, "image_size": 64, "patch_size": 8}
 _STAGES: dict[str, Any] = {"embed_dim": 16, "depths": [2, 2], "num_heads": [2, 4], "image_size": 64, "patch_size": 4}
+_DINO: dict[str, Any] = {**_TINY, "mlp_ratio": 2, "image_size": 64, "patch_size": 8}
+_MOBILE: dict[str, Any] = {"depth_multiplier": 0.25, "image_size": 64, "min_depth": 8, "initializer_range": 0.1}
+_PYRAMID: dict[str, Any] = {
+    "hidden_sizes": [16, 16, 32, 32], "depths": [1, 1, 1, 1], "num_attention_heads": [1, 1, 2, 2],
+}  # fmt: skip
 _CONVOLUTIONS: dict[str, Any] = {"hidden_sizes": [16, 24, 32], "depths": [1, 2, 1]}
 
 MAPS, LAST, RESHAPED, RESHAPED_LAST = "maps", "last", "reshaped", "reshaped, units last"
@@ -317,8 +241,8 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
     "DPT": ({**_VIT, "backbone_out_indices": [0, 1, 2, 2], "neck_hidden_sizes": [8, 8, 8, 8]}, 1),
     "Data2VecVision": ({**_VIT, "use_relative_position_bias": True}, 1),
     "DeiT": (_VIT, 2),
-    "Dinov2": ({**_TINY, "mlp_ratio": 2, "image_size": 64, "patch_size": 8}, 1),
-    "Dinov2WithRegisters": ({**_TINY, "mlp_ratio": 2, "image_size": 64, "patch_size": 8, "num_register_tokens": 3}, 4),
+    "Dinov2": (_DINO, 1),
+    "Dinov2WithRegisters": ({**_DINO, "num_register_tokens": 3}, 4),
     "DonutSwin": ({**_STAGES, "window_size": 4}, RESHAPED),
     "EfficientNet": (
         {
@@ -341,15 +265,7 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
         },
         RESHAPED,
     ),
-    "GLPN": (
-        {
-            "depths": [1, 1, 1, 1],
-            "hidden_sizes": [16, 16, 32, 32],
-            "decoder_hidden_size": 16,
-            "num_attention_heads": [1, 1, 2, 2],
-        },
-        MAPS,
-    ),
+    "GLPN": ({**_PYRAMID, "decoder_hidden_size": 16}, MAPS),
     "HGNetV2": (
         {
             "initializer_range": 0.1,
@@ -383,8 +299,8 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
         0,
     ),
     "MLCDVision": (_VIT, 1),
-    "MobileNetV1": ({"depth_multiplier": 0.25, "image_size": 64, "min_depth": 8, "initializer_range": 0.1}, MAPS),
-    "MobileNetV2": ({"depth_multiplier": 0.25, "image_size": 64, "min_depth": 8, "initializer_range": 0.1}, MAPS),
+    "MobileNetV1": (_MOBILE, MAPS),
+    "MobileNetV2": (_MOBILE, MAPS),
     "MobileViT": (
         {
             "initializer_range": 0.1,
@@ -396,41 +312,17 @@ _ARCHITECTURES: dict[str, tuple[dict[str, Any], int | str]] = {
         MAPS,
     ),
     "MobileViTV2": ({"image_size": 64, "width_multiplier": 0.25, "initializer_range": 0.1}, MAPS),
-    "Pixio": ({**_TINY, "mlp_ratio": 2, "image_size": 64, "patch_size": 8, "n_cls_tokens": 2}, 2),
+    "Pixio": ({**_DINO, "n_cls_tokens": 2}, 2),
     "PoolFormer": ({"hidden_sizes": [16, 24, 32, 40], "depths": [1, 1, 2, 1]}, MAPS),
-    "Pvt": (
-        {
-            "image_size": 64,
-            "hidden_sizes": [16, 16, 32, 32],
-            "depths": [1, 1, 1, 1],
-            "num_attention_heads": [1, 1, 2, 2],
-        },
-        0,
-    ),
-    "PvtV2": (
-        {
-            "image_size": 64,
-            "hidden_sizes": [16, 16, 32, 32],
-            "depths": [1, 1, 1, 1],
-            "num_attention_heads": [1, 1, 2, 2],
-        },
-        MAPS,
-    ),
+    "Pvt": ({**_PYRAMID, "image_size": 64}, 0),
+    "PvtV2": ({**_PYRAMID, "image_size": 64}, MAPS),
     "RegNet": ({"embedding_size": 8, "hidden_sizes": [8, 16, 24], "depths": [1, 2, 1], "groups_width": 8}, MAPS),
     "ResNet": ({"embedding_size": 8, **_CONVOLUTIONS}, MAPS),
     "SamVision": (
         {**_VIT, "output_channels": 16, "window_size": 4, "global_attn_indexes": [2], "initializer_range": 0.1},
         LAST,
     ),
-    "Segformer": (
-        {
-            "hidden_sizes": [16, 16, 32, 32],
-            "depths": [1, 1, 1, 1],
-            "num_attention_heads": [1, 1, 2, 2],
-            "decoder_hidden_size": 16,
-        },
-        MAPS,
-    ),
+    "Segformer": ({**_PYRAMID, "decoder_hidden_size": 16}, MAPS),
     "SiglipVision": (_VIT, 0),
     "SwiftFormer": ({"image_size": 64, "depths": [1, 1, 2, 1], "embed_dims": [16, 24, 32, 40]}, MAPS),
     "Swin": ({**_STAGES, "window_size": 4}, RESHAPED),
@@ -480,8 +372,8 @@ def _tiny(name: str) -> Subject:
 def _hidden_states(spec: ModelSpec, network: nn.Module, layout: int | str, views: torch.Tensor) -> list[torch.Tensor]:
     prepared = spec.prepare(views)
     assert isinstance(prepared, dict)
-    said = network(**prepared, output_hidden_states=True)
-    states = said.reshaped_hidden_states if layout in (RESHAPED, RESHAPED_LAST) else said.hidden_states
+    outputs = network(**prepared, output_hidden_states=True)
+    states = outputs.reshaped_hidden_states if layout in (RESHAPED, RESHAPED_LAST) else outputs.hidden_states
     if layout in (MAPS, RESHAPED):
         return list(states)
     if layout in (LAST, RESHAPED_LAST):

@@ -44,7 +44,7 @@ def truths_of(subject: Subject, views: np.ndarray) -> tuple[dict[str, torch.Tens
     output tensors after the first are named ``path#1``, ``path#2``, ….
     """
     inputs = torch.from_numpy(views)
-    said = subject.truths(inputs)
+    truths = subject.truths(inputs)
     raw: dict[str, torch.Tensor] = {}
     handles = []
     for path, module in subject.network.named_modules():
@@ -59,16 +59,16 @@ def truths_of(subject: Subject, views: np.ndarray) -> tuple[dict[str, torch.Tens
     finally:
         for handle in handles:
             handle.remove()
-    if isinstance(said, dict):
-        return raw, said
-    found: dict[str, torch.Tensor] = {}
+    if isinstance(truths, dict):
+        return raw, truths
+    matched: dict[str, torch.Tensor] = {}
     sums = {path: _sums(tensor) for path, tensor in raw.items() if tensor.is_floating_point() and tensor.numel()}
-    for maps in said:
+    for maps in truths:
         wanted = _sums(maps)
         same = [path for path in sums if path != OUTPUTS and _holds(raw[path], sums[path], maps, wanted)]
         if same:
-            found[min(same, key=lambda path: ("#" in path, path.count("."), len(path)))] = maps
-    return raw, found
+            matched[min(same, key=lambda path: ("#" in path, path.count("."), len(path)))] = maps
+    return raw, matched
 
 
 def _tensors(output: object) -> list[torch.Tensor]:

@@ -30,18 +30,18 @@ def run(options: Options) -> Iterator[Result]:
 
 
 def _compare(name: str, captioner: Captioner, features: Tensor, options: Options) -> Result:
-    found: list[Candidates] = []
+    candidates: list[Candidates] = []
     plain: list[PlainBeams] = []
     result = compare(
         name,
-        lambda: found.append(captioner.candidates(features)),
+        lambda: candidates.append(captioner.candidates(features)),
         lambda: plain.append(_plain(captioner, features)),
         options.repeats,
         work=len(features),
         unit="units",
         warm_up=not options.short,
     )
-    ours, theirs = found[-1], plain[-1]
+    ours, theirs = candidates[-1], plain[-1]
     assert ours.logp_d is not None
     slow = _through_stop(theirs.tokens.tolist(), captioner.indexer.ids.stop)
     slow_scores = theirs.logp_d_given_e - captioner.lam * theirs.logp_d

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -79,22 +80,23 @@ def _pooling(encoder: PyramidEncoder, images: torch.Tensor, options: Options) ->
         for some, where in zip(regions.split(MASKS), index.split(MASKS), strict=True):
             pool_maps(maps, some, where)
 
-    name = f"pooling beside the encoder pass, {PER_IMAGE} masks per image"
+    name = f"pooling against the encoder pass, {PER_IMAGE} masks per image"
     return compare(name, pool, lambda: encoder.maps(images), options.repeats, work=len(index), unit="masks")
+
+
+def _passes(encoder: PyramidEncoder, images: torch.Tensor, size: int = BATCH_SIZE) -> None:
+    """Runs only the encoder over the images."""
+    for batch in images.split(size):
+        encoder.maps(batch)
 
 
 def _batch_sizes(encoder: PyramidEncoder, images: torch.Tensor, options: Options) -> list[Result]:
     """Compares other batch sizes with the pipeline's, over the same images."""
-
-    def passes(size: int) -> None:
-        for batch in images.split(size):
-            encoder.maps(batch)
-
     return [
         compare(
-            f"batch of {BATCH_SIZE} beside batch of {size}",
-            lambda: passes(BATCH_SIZE),
-            lambda size=size: passes(size),  # type: ignore[misc]
+            f"batch of {BATCH_SIZE} against batch of {size}",
+            partial(_passes, encoder, images),
+            partial(_passes, encoder, images, size),
             options.repeats,
             work=len(images),
             unit="images",
@@ -118,20 +120,17 @@ def _stage(
     for number, model in enumerate(models):
         _write_exemplars(storage, model, len(views), number)
 
-    def bare() -> None:
-        for batch in images.split(BATCH_SIZE):
-            encoder.maps(batch)
-
     def stage(count: int) -> None:
         storage.remove(ENCODINGS.name)
         run_encodings(storage, {model: ["layer"] for model in models[:count]}, ref, resources)
 
     resources = Resources(cpus_per_actor=1, actors=options.threads)
+    bare = partial(_passes, encoder, images)
     results = []
     with connected(resources):
         for count in sorted({1, len(models)}):
-            name = f"stage with {count} models beside bare encoder passes over the images"
-            compared = compare(name, lambda: stage(count), bare, options.repeats, work=len(views), unit="images")  # noqa: B023
+            name = f"stage with {count} models against bare encoder passes over the images"
+            compared = compare(name, partial(stage, count), bare, options.repeats, work=len(views), unit="images")
             results.append(compared.with_facts(masks=float(count * PER_IMAGE * len(views))))
     return results
 

@@ -48,7 +48,7 @@ def run(options: Options) -> Iterator[Result]:
             (BATCH, Arithmetic(channels_last=True), "; the subject with --channels-last"),
         ):
             yield compare(
-                f"all layers of decoded images, beside the bare forward pass in batches of {batch}{note}",
+                f"all layers of decoded images, against the bare forward pass in batches of {batch}{note}",
                 partial(_dissect, _forward(model, arithmetic), plan, views),
                 partial(_bare, model, views, batch),
                 options.repeats,
@@ -56,7 +56,7 @@ def run(options: Options) -> Iterator[Result]:
                 unit="images",
             )
         yield _with_decoding(model, probe, count, options)
-        yield _stage(model, probe, count, options)
+        yield _cold_start(model, probe, count, options)
         yield from _arithmetics(model, probe, count, options)
         if not options.short:
             yield _memory(model, probe, count)
@@ -75,9 +75,11 @@ def _forward(model: ModelRef, arithmetic: Arithmetic) -> Forward:
 
 
 def _dissect(forward: Forward, plan: StateConfig, views: np.ndarray) -> None:
-    """Processes a shard's decoded images as an actor does."""
-    layers = LayerStates(plan, torch.get_num_threads())
-    size = pass_size(BATCH, torch.device("cpu"))
+    dissect(forward, LayerStates(plan, torch.get_num_threads()), views, pass_size(BATCH, torch.device("cpu")))
+
+
+def dissect(forward: Forward, layers: LayerStates, views: np.ndarray, size: int) -> None:
+    """Processes a shard's decoded images as an actor does, ``size`` at once."""
     for start in range(0, len(views), size):
         ids = np.arange(start, min(start + size, len(views)))
         layers.update(forward.maps(views[ids]), ids)
@@ -104,42 +106,36 @@ def _with_decoding(model: ModelRef, probe: ProbeRef, count: int, options: Option
             stage.run(Storage(folder), model, probe, ExemplarConfig())
         ours.append(sum(stage.shards))
         bare.append(elapsed(lambda: _bare_with_decoding(model, probe)))
-    name = "an actor's shards, reading and writing included, beside reading, decoding and the bare forward pass"
+    name = "an actor's shards, reading and writing included, against reading, decoding and the bare forward pass"
     return Result(name, tuple(ours), tuple(bare), count, "images")
 
 
-def _stage(model: ModelRef, probe: ProbeRef, count: int, options: Options) -> Result:
-    def stage() -> None:
-        resources = Resources()
-        with TemporaryDirectory(prefix="milan-exemplars-") as folder, connected(resources):
-            run_exemplars(Storage(folder), [model], probe, ExemplarConfig(), resources)
+def _stage(model: ModelRef, probe: ProbeRef, arithmetic: Arithmetic = FLOAT32) -> None:
+    resources = Resources()
+    with TemporaryDirectory(prefix="milan-exemplars-") as folder, connected(resources):
+        run_exemplars(Storage(folder), [model], probe, ExemplarConfig(arithmetic=arithmetic), resources)
 
-    name = f"the whole stage from a cold start, {count} photographs, beside one bare pass with decoding"
-    bare = partial(_bare_with_decoding, model, probe)
-    found = compare(name, stage, bare, options.repeats, work=count, unit="images", warm_up=False)
+
+def _cold_start(model: ModelRef, probe: ProbeRef, count: int, options: Options) -> Result:
+    name = f"the whole stage from a cold start, {count} photographs, against one bare pass with decoding"
+    stage, bare = partial(_stage, model, probe), partial(_bare_with_decoding, model, probe)
+    result = compare(name, stage, bare, options.repeats, work=count, unit="images", warm_up=False)
     passes = 2 * len(references.model(model).layers)
-    found = found.with_facts(**{f"times as fast as the reference's {passes} passes, bare": passes / found.ratio})
+    result = result.with_facts(**{f"times as fast as the reference's {passes} passes, bare": passes / result.ratio})
     if options.short:
-        return found
-    return found.with_facts(**{"times as fast as the reference's 143.6 s (best run)": REFERENCE / min(found.seconds)})
+        return result
+    return result.with_facts(**{"times as fast as the reference's 143.6 s (best run)": REFERENCE / min(result.seconds)})
 
 
 def _arithmetics(model: ModelRef, probe: ProbeRef, count: int, options: Options) -> Iterator[Result]:
     """Compares the whole stage with and without ``--precision`` and ``--channels-last``."""
-
-    def stage(arithmetic: Arithmetic) -> None:
-        resources = Resources()
-        with TemporaryDirectory(prefix="milan-exemplars-") as folder, connected(resources):
-            run_exemplars(Storage(folder), [model], probe, ExemplarConfig(arithmetic=arithmetic), resources)
-
-    for told, arithmetic in (
+    plain = partial(_stage, model, probe)
+    for flags, arithmetic in (
         ("--channels-last", Arithmetic(channels_last=True)),
         ("--precision bfloat16", Arithmetic("bfloat16")),
         ("--precision bfloat16 --channels-last", Arithmetic("bfloat16", True)),
     ):
-        name = f"the whole stage with {told}, beside the same without"
-        plain = partial(stage, FLOAT32)
-        subject = partial(stage, arithmetic)
+        name, subject = f"the whole stage with {flags}, against the same without", partial(plain, arithmetic)
         yield compare(name, subject, plain, options.repeats, work=count, unit="images", warm_up=False)
 
 

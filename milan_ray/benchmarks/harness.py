@@ -142,11 +142,17 @@ def compare(
 
 def elapsed(function: Callable[[], object]) -> float:
     """Measures the wall-clock seconds of one call."""
+    _wait()
     started = time.perf_counter()
     function()
+    _wait()
+    return time.perf_counter() - started
+
+
+def _wait() -> None:
+    """Waits for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    return time.perf_counter() - started
 
 
 def alone(function: Callable[..., Answer], *arguments: object) -> tuple[Answer, float]:

@@ -70,17 +70,17 @@ def _scaling(options: Options, plan: StateConfig, units: int, shards: int, image
         config = ExemplarConfig(shard_size=4 if options.short else 16)
         stage.run(Storage(folder), resnet18(options), ProbeRef((str(photos),)), config)
     recorded = [stage.shards[n % len(stage.shards)] for n in range(shards)]
-    one = 0.0
+    alone = 0.0
     results = []
     for actors in ACTORS:
         tables = _tables(plan, units, shards, images, actors)
         merging = min(elapsed(partial(fold, tables, plan)) for _ in range(3))
         seconds = _last_done(recorded, actors) + merging
-        one = one or seconds
+        alone = alone or seconds
         facts = {
             "merge, seconds": merging,
             "all that leaves the actors, MB": sum(map(_bytes, tables)) / 1e6,
-            "speed-up": one / seconds,
+            "speed-up": alone / seconds,
         }
         name = f"{shards} recorded shards played on {actors} actors, and merged"
         results.append(Result(name, (seconds,), (), shards, "shards", facts))

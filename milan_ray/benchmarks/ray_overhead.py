@@ -34,7 +34,7 @@ def run(options: Options) -> Iterator[Result]:
                 plain.append(_plain(model, probe, config))
                 ours.append(_ray(model, probe, config, options.threads))
         times[count] = Result(
-            f"{count} images through Ray, beside a plain loop", tuple(ours), tuple(plain), count, "images"
+            f"{count} images through Ray, against a plain loop", tuple(ours), tuple(plain), count, "images"
         )
         if count == few:
             yield times[few]
@@ -52,8 +52,7 @@ def run(options: Options) -> Iterator[Result]:
         "Ray's cost per shard, seconds": (slope - plain_slope) * (config.shard_size or 0),
         f"overhead of a job of {JOB:.0f} s, %": 100 * ((fixed + slope * images) / JOB - 1),
     }
-    last = times[many]
-    yield Result(last.name, last.seconds, last.baseline, last.work, last.unit, facts)
+    yield times[many].with_facts(**facts)
     yield _import(options)
 
 
@@ -76,5 +75,5 @@ def _import(options: Options) -> Result:
     def start(code: str) -> None:
         subprocess.run([sys.executable, "-c", code], check=True)
 
-    name = "import milan_ray in a fresh interpreter, beside an interpreter that does nothing"
+    name = "import milan_ray in a fresh interpreter, against an interpreter that does nothing"
     return compare(name, lambda: start("import milan_ray.cli"), lambda: start("pass"), options.repeats)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +17,7 @@ from PIL import Image
 
 from milan_ray.benchmarks.harness import Options, Result, alone, elapsed, peak_memory
 from milan_ray.report import write_report
-from milan_ray.schema import DESCRIPTIONS, ENCODINGS, EXEMPLARS, LEVELS, MANIFEST, UNIT_SCORES, VIEWS
+from milan_ray.schema import DESCRIPTIONS, ENCODINGS, EXEMPLARS, LEVELS, MANIFEST, UNIT_SCORES, VIEWS, Table
 from milan_ray.storage import Storage
 
 PROBE, VIEW = "synthetic", "synthetic-view"
@@ -91,7 +92,7 @@ def write_zoo(storage: Storage, zoo: Zoo) -> None:
         part = ids[block : block + _BLOCK]
         where = {"probe": PROBE, "view": VIEW, "block": f"{block // _BLOCK:06d}"}
         images = {"image_id": part, "image": [_picture(rng, zoo.side) for _ in part]}
-        storage.write(VIEWS, VIEWS.table(_repeated(where, len(part)) | images), "synthetic", **where)
+        _write(storage, VIEWS, where, images, "synthetic")
     masks = [_mask(rng, zoo.side) for _ in range(_MASKS)]
     for model in zoo.names:
         for place, width in enumerate(zoo.widths):
@@ -110,8 +111,7 @@ def _write_layer(storage: Storage, zoo: Zoo, masks: list[bytes], model: str, lay
         "mask": [masks[i] for i in rng.integers(0, _MASKS, len(unit))],
     }
     about = {"mask_height": str(zoo.side), "mask_width": str(zoo.side), "probe": PROBE, "view": VIEW, "k": str(zoo.k)}
-    table = EXEMPLARS.table(_repeated(keys, len(unit)) | exemplars, about)
-    storage.write(EXEMPLARS, table, config, **keys)
+    _write(storage, EXEMPLARS, keys, exemplars, config, about)
     levels = {
         "unit": np.arange(width),
         "level": rng.gamma(2.0, 1.0, width),
@@ -119,13 +119,12 @@ def _write_layer(storage: Storage, zoo: Zoo, masks: list[bytes], model: str, lay
         "nonfinite": np.zeros(width, int),
         "exact": np.ones(width, bool),
     }
-    storage.write(LEVELS, LEVELS.table(_repeated(keys, width) | levels), config, **keys)
+    _write(storage, LEVELS, keys, levels, config)
     features = pa.FixedSizeListArray.from_arrays(
         pa.array(rng.standard_normal(len(unit) * zoo.features, np.float32)), zoo.features
     )
     encoded = {"unit": unit, "rank": rank, "feature": features}
-    at = {"encoder": "synthetic", **keys}
-    storage.write(ENCODINGS, ENCODINGS.table(_repeated(at, len(unit)) | encoded), config, **at)
+    _write(storage, ENCODINGS, {"encoder": "synthetic", **keys}, encoded, config)
     for labeler in LABELERS:
         _describe(storage, rng, {"labeler": labeler, **keys}, width)
 
@@ -133,7 +132,7 @@ def _write_layer(storage: Storage, zoo: Zoo, masks: list[bytes], model: str, lay
 def _describe(storage: Storage, rng: np.random.Generator, at: dict[str, str], width: int) -> None:
     """Writes a layer's descriptions and their scores."""
     words = [rng.choice(some, (width, _CANDIDATES)) for some in (_COLOURS, _THINGS, _PLACES)]
-    texts = [[" ".join(said) for said in zip(*unit, strict=True)] for unit in zip(*words, strict=True)]
+    texts = [[" ".join(words_of) for words_of in zip(*unit, strict=True)] for unit in zip(*words, strict=True)]
     scores = -np.sort(rng.gamma(9.0, 2.0, (width, _CANDIDATES)), axis=1)
     keys = ("text", "score", "logp_d_given_e", "logp_d")
     best = [
@@ -150,7 +149,7 @@ def _describe(storage: Storage, rng: np.random.Generator, at: dict[str, str], wi
         "lam": np.full(width, 0.2),
         "n_best": best,
     }
-    storage.write(DESCRIPTIONS, DESCRIPTIONS.table(_repeated(at, width) | described), "synthetic", **at)
+    _write(storage, DESCRIPTIONS, at, described, "synthetic")
     systems = ("own", "shuffled", "constant")
     judged = {
         "unit": np.repeat(np.arange(width), len(systems)),
@@ -160,13 +159,17 @@ def _describe(storage: Storage, rng: np.random.Generator, at: dict[str, str], wi
         "value": rng.uniform(-1, 1, width * len(systems)),
         "images": np.full(width * len(systems), 1000),
     }
-    by = {"predictor": "synthetic", **at}
-    table = UNIT_SCORES.table(_repeated(by, width * len(systems)) | judged)
-    storage.write(UNIT_SCORES, table, "synthetic", **by)
+    _write(storage, UNIT_SCORES, {"predictor": "synthetic", **at}, judged, "synthetic")
 
 
-def _repeated(keys: dict[str, str], times: int) -> dict[str, object]:
-    return {key: pa.repeat(value, times) for key, value in keys.items()}
+def _write(
+    storage: Storage, table: Table, keys: dict[str, str], columns: dict[str, Any], config: str,
+    metadata: dict[str, str] | None = None,
+) -> None:  # fmt: skip
+    """Writes a partition, whose keys are columns too."""
+    length = len(next(iter(columns.values())))
+    keyed = {key: pa.repeat(value, length) for key, value in keys.items()}
+    storage.write(table, table.table(keyed | columns, metadata), config, **keys)
 
 
 def _picture(rng: np.random.Generator, side: int) -> bytes:

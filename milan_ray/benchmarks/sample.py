@@ -7,12 +7,14 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 
+from milan_ray.benchmarks.exemplars import dissect
 from milan_ray.benchmarks.harness import Options, elapsed, photographs
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.config import ExemplarConfig, Resources
@@ -77,7 +79,7 @@ def measure(
         stack.enter_context(torch_threads(resources.threads))
         images, total = stack.enter_context(_images(probe, count, Path(folder, "images")))
         source = ProbeRef((str(images),))
-        found: list[ModelCost] = []
+        costs: list[ModelCost] = []
         failed: dict[str, str] = {}
         kept: list[ModelRef] = []
         read, views = 0.0, np.zeros(0, np.uint8)
@@ -85,17 +87,17 @@ def measure(
             try:
                 spec = references.model(ref)
                 seconds, views = _read(source, spec)
-                found.append(_model(ref, spec, views, config, device))
+                costs.append(_model(ref, spec, views, config, device))
             except Exception as error:  # a user's model may raise anything; the others are still measured
                 failed[ref.name] = str(error) or type(error).__name__
                 continue
             read = max(read, seconds)
             kept.append(ref)
-        if not found:
+        if not costs:
             raise MilanError(f"nothing can be measured: {next(iter(failed.values()), 'no model was given')}")
         picture = _per_call(lambda: png(views[0]), len(views))
         storage = Storage(Path(folder, "run"))
-        sample = Sample(len(views), device.type, resources.threads, tuple(found), read, picture)
+        sample = Sample(len(views), device.type, resources.threads, tuple(costs), read, picture)
         with connected(resources):
             done = run_exemplars(storage, kept, source, replace(config, shard_size=None), resources)
             failed |= done.failed
@@ -149,25 +151,12 @@ def _model(
     size = pass_size(spec.batch(config.batch_size), device)
     forward = Forward(spec, network, spec.layers, size, config.arithmetic)
     plan = StateConfig(len(views), config.k, config.quantile, config.samples, config.map_budget)
-    found = LayerStates(plan, torch.get_num_threads())
-
-    def dissect() -> None:
-        for start in range(0, len(views), size):
-            ids = np.arange(start, min(start + size, len(views)))
-            found.update(forward.maps(views[ids]), ids)
-        _wait(device)
-
+    states = LayerStates(plan, torch.get_num_threads())
     forward.maps(views[:size])  # warm-up: the first pass allocates memory and selects algorithms
-    _wait(device)
-    seconds = elapsed(dissect)
+    seconds = elapsed(partial(dissect, forward, states, views, size))
     passes = -(-len(views) // size) * size  # a short batch is padded, so it takes as long as a full one
-    layers = tuple(LayerShape(layer, len(state.topk.ids), *state.map_shape) for layer, state in found.states.items())
+    layers = tuple(LayerShape(layer, len(state.topk.ids), *state.map_shape) for layer, state in states.states.items())
     return ModelCost(ref.name, layers, seconds / passes, spec.preprocess.view.key)
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _per_call(function: Callable[[], object], times: int) -> float:
@@ -201,19 +190,12 @@ def _captioned(
     images = loaded.fit(torch.rand(BATCH_SIZE, 3, *size, device=device))
     maps = loaded.maps(images)  # warm-up, not timed
 
-    def encode() -> None:
-        loaded.maps(images)
-        _wait(device)
-
-    def pool() -> None:
-        loaded.pool(maps, masks, torch.arange(len(masks), device=device) % BATCH_SIZE)
-        _wait(device)
-
+    index = torch.arange(len(masks), device=device) % BATCH_SIZE
     beam = captioner.beam_size if search.beam_size is None else search.beam_size
     return replace(
         sample,
-        encode=_per_call(encode, 2) / BATCH_SIZE,
-        pool=_per_call(pool, 2) / max(1, len(masks)),
+        encode=_per_call(lambda: loaded.maps(images), 2) / BATCH_SIZE,
+        pool=_per_call(lambda: loaded.pool(maps, masks, index), 2) / max(1, len(masks)),
         search=_search(storage, captioner, search, model, layers),
         beam_size=beam,
         labelers=len(labelers(captioner, search)),
@@ -227,13 +209,13 @@ def _search(storage: Storage, captioner: Captioner, search: Search, model: str, 
         table = storage.read(ENCODINGS, encoder=captioner.encoder_name, model=model, layer=layer)
         features += unit_features(table).values()
     most = max(map(len, features))
-    batch = np.stack([one for one in features if len(one) == most][:UNITS_PER_LAYER])
+    batch = np.stack([of_unit for of_unit in features if len(of_unit) == most][:UNITS_PER_LAYER])
     return elapsed(lambda: captioner.candidates(batch, search.beam_size, search.length, search.mi_lam)) / len(batch)
 
 
 def _tables(storage: Storage) -> dict[str, TableSize]:
     """Measures the bytes of a row and of a file of every table, from the run's output."""
-    found = {}
+    sizes = {}
     for table in TABLES:
         bytes_ = rows = empty = 0
         files = storage.partitions(table)
@@ -244,8 +226,8 @@ def _tables(storage: Storage) -> dict[str, TableSize]:
             empty += len(to_parquet(data.slice(0, 0), storage.metadata(table, **keys) or {}))
         if rows:
             fit = TableSize.fit(bytes_, rows, empty)
-            found[table.name] = TableSize(fit.per_file / len(files), fit.per_row)
-    return found
+            sizes[table.name] = TableSize(fit.per_file / len(files), fit.per_row)
+    return sizes
 
 
 def note(failed: dict[str, str]) -> None:

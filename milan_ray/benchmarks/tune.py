@@ -30,14 +30,14 @@ def run(options: Options) -> Iterator[Result]:
     bert_score = BertScore(folder) if folder else None
 
     def trial(lams: list[float]) -> int:
-        found = captioner.candidates(features)
-        said = rescored(found.texts, found.logp_d_given_e, found.logp_d, lams)
-        trial_scores(said, references, halves, bert_score, samples=1000, seed=0)
-        return len({pair for texts in said for pair in enumerate(texts)})
+        beams = captioner.candidates(features)
+        chosen = rescored(beams.texts, beams.logp_d_given_e, beams.logp_d, lams)
+        trial_scores(chosen, references, halves, bert_score, samples=1000, seed=0)
+        return len({pair for texts in chosen for pair in enumerate(texts)})
 
     many = np.linspace(0, 1, LAMS).tolist()
     result = compare(
-        f"a trial of {LAMS} values of λ beside one",
+        f"a trial of {LAMS} values of λ against one",
         lambda: trial(many),
         lambda: trial([0.2]),
         options.repeats,

@@ -8,77 +8,62 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import os
 import sys
 import tempfile
 import traceback
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from typing import NoReturn
 
 from milan_ray import hub, runtime
-from milan_ray.cli import (
-    analyze,
-    annotation_sets,
-    audit,
-    baselines,
-    benchmark,
-    compare,
-    demo,
-    describe,
-    diff,
-    dnd,
-    doctor,
-    edit,
-    exemplars,
-    export,
-    generalize,
-    label,
-    models,
-    options,
-    paper,
-    paste,
-    plan,
-    refusals,
-    report,
-    score,
-    search,
-    status,
-    train,
-    tune,
-)
+from milan_ray.cli import refusals
+from milan_ray.cli.arguments import Help
 from milan_ray.cli.parsing import Parser
 from milan_ray.cli.summary import Summary, show_downloads
 from milan_ray.errors import MilanError, reason
 from milan_ray.progress import say, speaking
 
-VERBS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
-    "models": ("list models, or one model's layers", models.add, models.run),
-    "exemplars": ("find every unit's exemplars and masks", exemplars.add, exemplars.run),
-    "describe": ("describe every unit of models", describe.add, describe.run),
-    "label": ("label every unit by its probe's concept maps, or from a list of concepts", label.add, label.run),
-    "train": ("train a captioner on annotated units", train.add, train.run),
-    "annotations": ("bring published annotations in, out, and into shape", annotation_sets.add, annotation_sets.run),
-    "dnd": ("label every unit by captions and drawn images (Describe-and-Dissect)", dnd.add, dnd.run),
-    "export": ("write a captioner as a checkpoint of the reference implementation", export.add, export.run),
-    "tune": ("choose λ, beam size and strategy on annotated units", tune.add, tune.run),
-    "demo": ("run everything on the built-in world", demo.add, demo.run),
-    "score": ("score descriptions on images that did not make them", score.add, score.run),
-    "generalize": ("train captioners on some networks and judge them on others", generalize.add, generalize.run),
-    "baselines": ("compare MILAN with labels from concept maps on networks new to it", baselines.add, baselines.run),
-    "compare": ("compare all labelers on the same units", compare.add, compare.run),
-    "search": ("find units by their descriptions", search.add, search.run),
-    "diff": ("compare what the units of two networks say", diff.add, diff.run),
-    "analyze": ("ablate units in the order of what is said of them", analyze.add, analyze.run),
-    "edit": ("remove units that are described by some words", edit.add, edit.run),
-    "audit": ("count units that name what was blurred out, in pairs of networks", audit.add, audit.run),
-    "paste": ("make adversarial images of what units fire at", paste.add, paste.run),
-    "paper": ("run the paper's experiments on the built-in world", paper.add, paper.run),
-    "report": ("write the HTML report of a storage", report.add, report.run),
-    "doctor": ("say what is installed and found, what is missing, and how to get it", doctor.add, doctor.run),
-    "plan": ("estimate what a big run costs, from a short measured sample", plan.add, plan.run),
-    "status": ("list what a storage holds, stale, orphaned and unfinished", status.add, status.run),
-    "benchmark": ("measure a stage beside its bare computation", benchmark.add, benchmark.run),
+SUMMARIES = {
+    "models": "list models, or one model's layers",
+    "exemplars": "find every unit's exemplars and masks",
+    "describe": "describe every unit of models",
+    "label": "label every unit by its probe's concept maps, or from a list of concepts",
+    "train": "train a captioner on annotated units",
+    "annotations": "bring published annotations in, out, and into shape",
+    "dnd": "label every unit by captions and drawn images (Describe-and-Dissect)",
+    "export": "write a captioner as a checkpoint of the reference implementation",
+    "tune": "choose λ, beam size and strategy on annotated units",
+    "demo": "run everything on the built-in world",
+    "score": "score descriptions on images that did not make them",
+    "generalize": "train captioners on some networks and judge them on others",
+    "baselines": "compare MILAN with labels from concept maps on networks new to it",
+    "compare": "compare all labelers on the same units",
+    "search": "find units by their descriptions",
+    "diff": "compare what the units of two networks say",
+    "analyze": "ablate units in the order of what is said of them",
+    "edit": "remove units that are described by some words",
+    "audit": "count units that name what was blurred out, in pairs of networks",
+    "paste": "make adversarial images of what units fire at",
+    "paper": "run the paper's experiments on the built-in world",
+    "report": "write the HTML report of a storage",
+    "doctor": "say what is installed and found, what is missing, and how to get it",
+    "plan": "estimate what a big run costs, from a short measured sample",
+    "status": "list what a storage holds, stale, orphaned and unfinished",
+    "benchmark": "compare the time of a stage with that of its bare computation",
 }
+"""Subcommand → its summary; the module of that name has the functions that add its options and run it."""
+
+Verb = tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]
+
+
+def _verb(name: str) -> Verb:
+    module = importlib.import_module(f"milan_ray.cli.{name}")
+    return SUMMARIES[name], module.add, module.run
+
+
+VERBS: dict[str, Verb] = {name: _verb(name) for name in SUMMARIES}
 """Subcommand → its summary, the function that adds its options, and the function that runs it."""
 
 
@@ -111,15 +96,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return status
 
 
+def job(verb: str) -> NoReturn:
+    """Runs a subcommand with this process's arguments, and exits: the main program of ``jobs.VERB``."""
+    sys.exit(main([verb, *sys.argv[1:]]))
+
+
 def build_parser() -> Parser:
     """Builds the parser of all subcommands."""
     parser = Parser(prog="milan-ray", description="Natural-language descriptions of every unit of vision models.")
     parser.add_argument("--version", action="version", version=f"milan-ray {version('milan-ray')}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for name, (summary, add, run) in VERBS.items():
-        verb = verbs.add_parser(
-            name, help=summary, description=summary.capitalize() + ".", formatter_class=options.Help
-        )
+        verb = verbs.add_parser(name, help=summary, description=summary.capitalize() + ".", formatter_class=Help)
         add(verb)
         verb.set_defaults(run=run)
     parser.tell_defaults()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
+from milan_ray.cli.arguments import flag, numbers, string, strings, table_name
 from milan_ray.cli.build_configs import absolute, bert_score_folder, open_storage
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import note
@@ -24,55 +25,38 @@ AddAction = Callable[[str, str], argparse.ArgumentParser]
 def add_to(action: AddAction) -> None:
     """Adds these actions to the subcommand."""
     collect = action("collect", "Write pictures of exemplars and task files for people to describe")
-    collect.add_argument("model", metavar="MODEL", help="a model with exemplars in the storage")
-    collect.add_argument("folder", metavar="DIR", help="folder to be made")
-    collect.add_argument("--layers", nargs="+", metavar="LAYER", help="only these layers")
-    collect.add_argument(
-        "--units", type=options.numbers, default=(), metavar="1,5,7-12", help="only these units of every layer"
-    )
-    collect.add_argument(
-        "--url", default="", metavar="PREFIX",
-        help="what pictures' addresses begin with: where the folder is served (https://…/ for Mechanical Turk)",
-    )  # fmt: skip
-    collect.add_argument(
-        "--qualification",
-        metavar="FILE",
-        help="CSV of model, layer, unit, right, wrong (wrong|wrong|…): a test for people",
+    string(collect, "model", "MODEL", "a model with exemplars in the storage")
+    string(collect, "folder", "DIR", "folder to be made")
+    strings(collect, "--layers", "LAYER", "only these layers")
+    string(collect, "--units", "1,5,7-12", "only these units of every layer", (), type=numbers)
+    string(collect, "--url", "PREFIX", "where the folder will be served (https://…/ for Mechanical Turk)", "")
+    string(
+        collect, "--qualification", "FILE", "test for people, a CSV: model, layer, unit, right, wrong (wrong|wrong|…)"
     )
     answers = action("answers", "Bring people's answers into the storage, cleaned, and say how much they agree")
-    answers.add_argument(
-        "files", nargs="+", metavar="FILE", help="Mechanical Turk's results (.csv) or Label Studio's export (.json)"
+    strings(answers, "files", "FILE", "Mechanical Turk's results (.csv) or Label Studio's export (.json)")
+    string(
+        answers, "--source", "SOURCE", "name of the annotations; replaces earlier ones", type=table_name, required=True
     )
-    answers.add_argument(
-        "--source",
-        type=options.table_name,
-        required=True,
-        help="what these annotations are to be called; replaces earlier ones",
-    )
-    answers.add_argument(
-        "--tables", metavar="JSON", help="prefixes, substrings, suffixes, exact, words, workers: replacements"
-    )
-    answers.add_argument("--keep-rejected", action="store_true", help="keep what was rejected, or skipped")
-    answers.add_argument(
-        "--qualification", metavar="FILE", help="Label Studio's export of the test: only who passed counts; with --key"
-    )
-    answers.add_argument("--key", metavar="FILE", help="qualification-key.csv of the tasks")
+    string(answers, "--tables", "JSON", "prefixes, substrings, suffixes, exact, words, workers: replacements")
+    flag(answers, "--keep-rejected", "keep what was rejected, or skipped")
+    string(answers, "--qualification", "FILE", "Label Studio's export of the test: only who passed counts; with --key")
+    string(answers, "--key", "FILE", "qualification-key.csv of the tasks")
     statistics = action("statistics", "Count what annotations are like: how many, how long, of which words, agreement")
     statistics.add_argument(
         "set", nargs="?", metavar="CSV", help="a CSV (layer, unit, summary) instead of the storage's annotations"
     )
-    statistics.add_argument("--model", nargs="+", metavar="NAME", help="only these models; of a CSV, its model's name")
-    statistics.add_argument("--source", help="whose annotations (default: the one source there is)")
+    strings(statistics, "--model", "NAME", "only these models; of a CSV, its model's name")
+    string(statistics, "--source", "SOURCE", "whose annotations (default: the one source there is)")
     options.language(statistics)
-    for one in (answers, statistics):
-        one.add_argument(
-            "--bertscore", metavar="FOLDER",
-            help="language model for agreement (default: that of milan-ray[minilm], else ROUGE-L)",
-        )  # fmt: skip
-        one.add_argument("--rouge", action="store_true", help="agreement by ROUGE-L: seconds instead of minutes")
-    for one in (collect, answers, statistics):
-        options.storage(one)
-        options.common(one)
+    for parser in (answers, statistics):
+        string(
+            parser, "--bertscore", "FOLDER", "language model for agreement (default: milan-ray[minilm], else ROUGE-L)"
+        )
+        flag(parser, "--rouge", "agreement by ROUGE-L: seconds instead of minutes")
+    for parser in (collect, answers, statistics):
+        options.storage(parser)
+        options.common(parser)
 
 
 def _collect(args: argparse.Namespace) -> int:
@@ -103,25 +87,22 @@ def _answers(args: argparse.Namespace) -> int:
         say(f"{len(qualified)} people passed the qualification test")
     storage = open_storage(args)
     storage.check_writable()
-    found = run_answers(
+    annotations = run_answers(
         storage, [Path(file) for file in args.files], args.source,
         tables=read_tables(Path(args.tables)) if args.tables else None,
         keep_rejected=args.keep_rejected, qualified=qualified,
     )  # fmt: skip
-    say(agreement_report(found, *_score(args)))
+    say(agreement_report(annotations, *_score(args)))
     say(f"train with them: jobs.train --annotations {args.source}")
-    note(args, f"{len(found.texts)} annotations brought in", source=args.source, annotations=len(found.texts))
+    note(
+        args, f"{len(annotations.texts)} annotations brought in", source=args.source, annotations=len(annotations.texts)
+    )
     return 0
 
 
 def _statistics(args: argparse.Namespace) -> int:
     from milan_ray.schema import ANNOTATION_STATISTICS
-    from milan_ray.studies.annotators.run import (
-        file_annotations,
-        run_statistics,
-        stored_annotations,
-        summary,
-    )
+    from milan_ray.studies.annotators.run import file_annotations, run_statistics, stored_annotations, summary
     from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
     storage = open_storage(args)

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import describe, options
+from milan_ray.cli.arguments import string, table_name, words
 from milan_ray.cli.build_configs import writable_storage
 from milan_ray.cli.refusals import CLUSTER, DISSECTION, refuse
 from milan_ray.cli.search import table, text_model
-from milan_ray.cli.summary import note, report_on, show_plan
+from milan_ray.cli.summary import note, report_on, say_figure, show_plan
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
@@ -24,9 +25,7 @@ if TYPE_CHECKING:
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
     group = parser.add_argument_group("audit; without --model, of all pairs that the storage has descriptions of")
-    group.add_argument(
-        "--suffix", default="-blurred", help="what blurred networks' names have behind their twins' (--suffix=-masked)"
-    )
+    string(group, "--suffix", "SUFFIX", "suffix that identifies the blurred twin (--suffix=-masked)", "-blurred")
     group.add_argument(
         "--pair",
         nargs=2,
@@ -35,15 +34,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         metavar=("UNBLURRED", "BLURRED"),
         help="a pair of other names; may be repeated, and is then all there is",
     )
-    group.add_argument(
+    string(
+        group,
         "--words",
-        type=lambda text: [word.strip() for word in text.split(",") if word.strip()],
-        metavar="WORDS",
-        help="what descriptions must contain, with commas between, each as in a search "
-        "(default: face,head,nose,eyes,mouth)",
+        "WORDS",
+        "searches of descriptions, with commas between (default: face,head,nose,eyes,mouth)",
+        type=words,
     )
-    group.add_argument("--labeler", default="milan", help="whose descriptions")
-    group.add_argument("--name", type=options.table_name, default="faces", help="name of the audit in the tables")
+    string(group, "--labeler", "NAME", "whose descriptions", "milan")
+    string(group, "--name", "NAME", "name of the audit in the tables", "faces", type=table_name)
     group.add_argument(
         "--query", action="append", default=[], metavar="TEXT",
         help="then search the units found in blurred networks, e.g. for faces of some people; may be repeated",
@@ -68,7 +67,6 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.planner import Plan
     from milan_ray.plugins import load_plugins
-    from milan_ray.report.figures import figure_path
     from milan_ray.schema import AUDITS, DESCRIPTIONS
     from milan_ray.studies.auditing.run import AuditConfig, find_audit, review_path, run_audit
     from milan_ray.studies.auditing.statistics import FACE_WORDS, summary
@@ -96,18 +94,18 @@ def run(args: argparse.Namespace) -> int:
         then(plan)
         return show_plan(args, plan)
     pairs = _pairs(args, storage)
-    found = run_audit(storage, pairs, config)
-    images = found.pairs["images"][0] or "the same images"
+    audit = run_audit(storage, pairs, config)
+    images = audit.pairs["images"][0] or "the same images"
     say(f"exemplars of all networks are from {images}, in which nothing may be blurred")
-    say(summary(found.pairs, found.rows))
+    say(summary(audit.pairs, audit.rows))
     for query in args.query:
-        _follow_up(found, query, args.semantic)
+        _follow_up(audit, query, args.semantic)
     review = review_path(storage, config.name)
     say(f"accept or reject each unit in {review}, and run this again")
-    figure = figure_path(storage, AUDITS, audit=config.name)
-    say(f"figure: {storage.uri(figure)}; table: {storage.uri(AUDITS.name)}")
+    say_figure(storage, AUDITS, audit=config.name)
+    say(f"table: {storage.uri(AUDITS.name)}")
     report_on(args, storage)
-    note(args, f"{len(found.units)} units of {len(pairs)} pairs found", audit=config.name, review=review)
+    note(args, f"{len(audit.units)} units of {len(pairs)} pairs found", audit=config.name, review=review)
     return status
 
 
@@ -147,10 +145,10 @@ def _describe(args: argparse.Namespace, then: Callable[[Plan], None]) -> int:
     return describe.run(argparse.Namespace(**{**vars(args), "model": names, "no_report": True}), then)
 
 
-def _follow_up(found: Audit, query: str, semantic: str | None) -> None:
+def _follow_up(audit: Audit, query: str, semantic: str | None) -> None:
     from milan_ray.scoring.search import search_descriptions
 
-    blurred = found.counted.filter(found.counted["model"].is_in(found.pairs["other"].implode()))
+    blurred = audit.counted.filter(audit.counted["model"].is_in(audit.pairs["other"].implode()))
     units = blurred.select("model", "layer", "unit", "description")
     model = None if semantic is None else text_model(semantic)
     hits = search_descriptions(units, query, model=model, top=20)

@@ -6,15 +6,9 @@ import argparse
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.build_configs import (
-    bert_score_folder,
-    encoder_ref,
-    exemplar_config,
-    find_captioner,
-    opened,
-    resources_of,
-)
-from milan_ray.cli.summary import report_on, show_plan
+from milan_ray.cli.arguments import string, table_name
+from milan_ray.cli.build_configs import bert_score_folder, cluster, encoder_ref, exemplar_config, find_captioner, opened
+from milan_ray.cli.summary import report_on, say_figure, show_plan
 from milan_ray.progress import say
 
 if TYPE_CHECKING:
@@ -27,21 +21,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
     options.probe(parser, required=True)
     group = parser.add_argument_group("labels from concept maps")
-    group.add_argument(
-        "--legend", metavar="FILE", help="what the numbers in a folder's label maps mean: lines of `number name`"
-    )
+    string(group, "--legend", "FILE", "names of the numbers in a folder's label maps: lines of `number name`")
     group = parser.add_argument_group("comparison")
-    group.add_argument("--annotations", metavar="SOURCE", help="whose annotations (default: the one source there is)")
+    string(group, "--annotations", "SOURCE", "whose annotations (default: the one source there is)")
     options.bertscore(group)
-    group.add_argument("--name", type=options.table_name, default="baselines", help="what its tables begin with")
+    string(group, "--name", "NAME", "what its tables begin with", "baselines", type=table_name)
     options.captioner(parser, required=False)
     options.add_to(parser, options.search, options.dissection)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
-    from milan_ray.engine.cluster import connected
-    from milan_ray.report.figures import figure_path
     from milan_ray.schema import SCORES
     from milan_ray.stages.concept_labels import LabelConfig
     from milan_ray.studies.baselines.run import BaselinesJob, plan_baselines, run_baselines
@@ -59,11 +49,10 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.dry_run:
         return show_plan(args, plan_baselines(storage, job))
-    resources = resources_of(args)
-    with connected(resources):
+    with cluster(args) as resources:
         rows = run_baselines(storage, job, resources)
     say(f"agreement with annotations, and where the built-in world judges, with what it knows:\n{summary(rows)}")
-    say(f"figure: {storage.uri(figure_path(storage, SCORES, experiment=args.name))}")
+    say_figure(storage, SCORES, experiment=args.name)
     report_on(args, storage, [model.name for model in models])
     return 0
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from milan_ray.benchmarks import BENCHMARKS
 from milan_ray.cli import options
+from milan_ray.cli.arguments import flag, integer, string
 from milan_ray.cli.refusals import refuse
 
 PHOTOGRAPHS = ("exemplars", "encode", "end-to-end", "merge", "ray-overhead")
@@ -19,12 +20,12 @@ CAPTIONS = ("describe", "end-to-end", "tune")
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
     parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
-    parser.add_argument("--repeats", type=options.positive, default=3, help="interleaved runs of subject and baseline")
-    parser.add_argument("--threads", type=options.positive, default=2, help="torch threads of both")
-    parser.add_argument("--photos", metavar="DIR", help="folder of JPEG photographs (default: generated noise)")
-    parser.add_argument("--annotations", metavar="DIR", help="folder of human annotations (default: invented ones)")
-    parser.add_argument("--short", action="store_true", help="tiny sizes, to see that it works; figures mean nothing")
-    parser.add_argument("--json", metavar="FILE", help="write machine and figures there")
+    integer(parser, "--repeats", 3, "interleaved runs of subject and baseline")
+    integer(parser, "--threads", 2, "torch threads of both")
+    string(parser, "--photos", "DIR", "folder of JPEG photographs (default: generated noise)")
+    string(parser, "--annotations", "DIR", "folder of human annotations (default: invented ones)")
+    flag(parser, "--short", "tiny sizes, to see that it works; figures mean nothing")
+    string(parser, "--json", "FILE", "write machine and figures there")
     options.common(parser)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,7 +19,6 @@ from milan_ray.textfiles import decode_text
 if TYPE_CHECKING:
     from milan_ray.engine.references import ModelRef, ProbeRef
     from milan_ray.models.image_text import ImageTextRef
-    from milan_ray.models.layouts import Reading
     from milan_ray.stages.captioners import EncoderRef
     from milan_ray.storage import Storage
 
@@ -108,6 +108,16 @@ def resources_of(args: argparse.Namespace) -> Resources:
     return Resources(args.address, args.actors, args.cpus_per_actor, args.gpus_per_actor, args.device)
 
 
+@contextmanager
+def cluster(args: argparse.Namespace) -> Iterator[Resources]:
+    """Connects to the cluster of the options, and provides the part of it that the job may use."""
+    from milan_ray.engine.cluster import connected
+
+    resources = resources_of(args)
+    with connected(resources):
+        yield resources
+
+
 def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
     """Resolves the requested models and patterns. If one of several models fails, the first stage reports it.
 
@@ -115,19 +125,16 @@ def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
         args: The options.
         runs: Whether the models are run, so that their weights are required.
     """
-    from milan_ray.engine.references import ModelRef
-    from milan_ray.models.registry import RANDOM, get_model, match_models
+    from milan_ray.models.registry import RANDOM, get_model
     from milan_ray.models.resolve import resolve_model
-    from milan_ray.plugins import load_plugins
 
-    load_plugins(args.plugin)
-    names = list(dict.fromkeys(name for pattern in args.model for name in match_models(pattern)))
+    names = model_names(args)
     if args.weights is not None:
         if len(names) > 1:
             raise MilanError("--weights names the weights of one model; give a single --model with it.")
         if args.weights != RANDOM and args.weights not in get_model(names[0]).published:
             args.weights = absolute("--weights", args.weights)
-    found, absent = [], None
+    refs, absent = [], None
     for name in names:
         weights = args.weights if runs else RANDOM
         try:
@@ -138,18 +145,28 @@ def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
             if len(names) == 1:
                 raise
             say(f"{name}: {error}", level="warning")  # the first stage fails alike, and continues with the others
-        layers, plugins = tuple(args.layers), tuple(args.plugin)
-        found.append(ModelRef(name, weights, layers, plugins, args.activations, reading_of(args)))
+        refs.append(model_ref(args, name, weights))
     if absent is not None:
         raise absent
-    return found
+    return refs
 
 
-def reading_of(args: argparse.Namespace) -> Reading:
-    """Converts the options on the layers' axes to :class:`Reading`."""
+def model_names(args: argparse.Namespace) -> list[str]:
+    """Lists the registered models that match the patterns of ``--model``."""
+    from milan_ray.models.registry import match_models
+    from milan_ray.plugins import load_plugins
+
+    load_plugins(args.plugin)
+    return list(dict.fromkeys(name for pattern in args.model for name in match_models(pattern)))
+
+
+def model_ref(args: argparse.Namespace, name: str, weights: str | None) -> ModelRef:
+    """Converts the options on layers to the reference of a model with some weights."""
+    from milan_ray.engine.references import ModelRef
     from milan_ray.models.layouts import Reading
 
-    return Reading(args.batch_axis, args.units_axis, args.layer_grid, args.prefix_tokens)
+    reading = Reading(args.batch_axis, args.units_axis, args.layer_grid, args.prefix_tokens)
+    return ModelRef(name, weights, tuple(args.layers), tuple(args.plugin), args.activations, reading)
 
 
 def probe_ref(args: argparse.Namespace) -> ProbeRef:
@@ -214,10 +231,10 @@ def annotated_layers(storage: Storage, source: str, models: Sequence[str] | None
     """
     from milan_ray.schema import ANNOTATIONS
 
-    found: dict[str, list[str]] = {}
+    layers: dict[str, list[str]] = {}
     for keys in storage.partitions(ANNOTATIONS, source=source):
         if not models or keys["model"] in models:
-            found.setdefault(keys["model"], []).append(keys["layer"])
-    if not found:
+            layers.setdefault(keys["model"], []).append(keys["layer"])
+    if not layers:
         raise MilanError(f"no annotations of source {source!r} for these models in {storage.root}.")
-    return found
+    return layers

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 
 from milan_ray.cli import options
-from milan_ray.cli.build_configs import bert_score_folder, resources_of, writable_storage
+from milan_ray.cli.arguments import string, strings, table_name
+from milan_ray.cli.build_configs import bert_score_folder, cluster, writable_storage
 from milan_ray.cli.refusals import CLUSTER, refuse
 from milan_ray.cli.summary import note, report_on, show_plan
 from milan_ray.progress import say
@@ -13,19 +14,16 @@ from milan_ray.progress import say
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
-    parser.add_argument("--model", nargs="+", metavar="NAME", help="only these models, or patterns ('resnet*')")
-    parser.add_argument(
-        "--labeler", nargs="+", metavar="NAME", help="only these labelers, or patterns; the first is the main one"
-    )
-    parser.add_argument("--annotations", metavar="SOURCE", help="whose annotations (default: the one source there is)")
+    strings(parser, "--model", "NAME", "only these models, or patterns ('resnet*')")
+    strings(parser, "--labeler", "NAME", "only these labelers, or patterns; the first is the main one")
+    string(parser, "--annotations", "SOURCE", "whose annotations (default: the one source there is)")
     options.bertscore(parser)
-    parser.add_argument("--name", type=options.table_name, default="comparison", help="what its tables begin with")
+    string(parser, "--name", "NAME", "what its tables begin with", "comparison", type=table_name)
     options.job(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
-    from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.plugins import load_plugins
     from milan_ray.studies.comparison.run import find_comparison, summary
@@ -37,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         "in a comparison, which runs next to nothing,",
         "give --address alone",
     )
-    storage, resources = writable_storage(args), resources_of(args)
+    storage = writable_storage(args)
     comparison = find_comparison(
         storage,
         models=args.model,
@@ -48,10 +46,10 @@ def run(args: argparse.Namespace) -> int:
     )
     if args.dry_run:
         return show_plan(args, Plan.of(storage, [comparison]))
-    with connected(resources):
+    with cluster(args):
         scores = comparison.run(storage)
     say(summary(scores))
     report_on(args, storage)
-    say(f"tables: {storage.uri('scores')}, with figures beside them")
+    say(f"tables: {storage.uri('scores')}; figures are in the same folders")
     note(args, "compared", experiments=sorted(set(scores["experiment"].to_pylist())))
     return 0

@@ -6,7 +6,8 @@ import argparse
 import os
 
 from milan_ray.cli import options
-from milan_ray.cli.build_configs import resources_of, writable_storage
+from milan_ray.cli.arguments import flag
+from milan_ray.cli.build_configs import cluster, writable_storage
 from milan_ray.cli.summary import note, report_on, show_plan
 from milan_ray.config import results_dir
 from milan_ray.progress import say
@@ -14,21 +15,14 @@ from milan_ray.progress import say
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
-    parser.add_argument("--generator", action="store_true", help="dissect the world's image generator too (2 minutes)")
-    parser.add_argument(
-        "--clip", action="store_true", help="re-rank by a small CLIP trained on the world, too (4 minutes)"
-    )
-    parser.add_argument(
-        "--groups",
-        action="store_true",
-        help="train a captioner on each of the paper's 14 groups of sets, played by six of the world's networks, too",
-    )
+    flag(parser, "--generator", "dissect the world's image generator too (2 minutes)")
+    flag(parser, "--clip", "re-rank by a small CLIP trained on the world, too (4 minutes)")
+    flag(parser, "--groups", "train a captioner on each of the paper's 14 groups, played by the world's networks, too")
     options.add_to(parser, options.storage, options.report, options.resources, options.dry_run, options.common)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
-    from milan_ray.engine.cluster import connected
     from milan_ray.plugins import load_plugins
     from milan_ray.schema import DESCRIPTIONS
     from milan_ray.showcase.demo import DECODER, plan_demo, run_demo, run_generator, run_groups, summary
@@ -36,11 +30,11 @@ def run(args: argparse.Namespace) -> int:
 
     load_plugins()
     args.storage = args.storage or str(results_dir() / "demo")
-    storage, resources = writable_storage(args), resources_of(args)
+    storage = writable_storage(args)
     if args.dry_run:
         return show_plan(args, plan_demo(storage, args.clip, args.generator, args.groups))
     say(f"the built-in world, end to end, into {storage.root}")
-    with connected(resources):
+    with cluster(args) as resources:
         scores = run_demo(storage, resources, max(1, (os.cpu_count() or 1) // 2 * 2), args.clip)
         if args.generator:
             run_generator(storage, resources)
@@ -49,8 +43,9 @@ def run(args: argparse.Namespace) -> int:
     report_on(args, storage, notes={"About the descriptions": about_captioner(storage, DECODER)})
     layers = storage.partitions(DESCRIPTIONS, labeler="milan")
     units = sum(len(storage.read(DESCRIPTIONS, ["unit"], **keys)) for keys in layers)
-    say(f"\n{units} units of {len({keys['model'] for keys in layers})} networks described. Beside what costs nothing:")
+    networks = len({keys["model"] for keys in layers})
+    say(f"\n{units} units of {networks} networks described. Compared with trivial baselines:")
     say(summary(scores))
-    say(f"tables: {storage.uri('descriptions')}/**/*.parquet, and the others beside it")
-    note(args, f"{units} units described", units=units, networks=len({keys["model"] for keys in layers}))
+    say(f"tables: {storage.uri('descriptions')}/**/*.parquet; the others are in the same folder")
+    note(args, f"{units} units described", units=units, networks=networks)
     return 0

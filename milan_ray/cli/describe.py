@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from milan_ray.cli import options
 from milan_ray.cli.build_configs import (
     absolute,
+    cluster,
     encoder_ref,
     exemplar_config,
     find_captioner,
@@ -18,7 +19,6 @@ from milan_ray.cli.build_configs import (
     open_storage,
     probe_ref,
     read_text,
-    resources_of,
 )
 from milan_ray.cli.refusals import DISSECTION, refuse
 from milan_ray.cli.summary import close, report_on, show_plan
@@ -43,7 +43,6 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
         args: Its options.
         then: Adds the later steps of another subcommand to the plan of a dry run; None adds nothing.
     """
-    from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.engine.stage import run_stage
     from milan_ray.engine.tasks import models_apart
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
 
     if args.probe is None:
         refuse(args, DISSECTION, "without --probe exemplars are taken as the storage has them, and", "give --probe too")
-    storage, resources = open_storage(args), resources_of(args)
+    storage = open_storage(args)
     clip = _clip(args)
     decoder = find_captioner(args, storage)
     encoder = encoder_ref(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
@@ -85,7 +84,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
         if then is not None:
             then(plan)
         return show_plan(args, plan)
-    with connected(resources):
+    with cluster(args) as resources:
         if args.probe is not None:
             done = exemplars.run(storage, resources)
             present, failed = done.models, dict(done.failed)

@@ -6,6 +6,7 @@ import argparse
 import json
 
 from milan_ray.cli import options
+from milan_ray.cli.arguments import flag, integer, string, words
 from milan_ray.cli.build_configs import open_storage
 from milan_ray.cli.refusals import refuse
 from milan_ray.progress import say
@@ -15,16 +16,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
     parser.add_argument("model", help="the network to start from")
     parser.add_argument("other", help="the one to compare with it: what its units say more often is gained")
-    parser.add_argument("--labeler", default="milan", help="whose descriptions to compare")
-    parser.add_argument(
-        "--words",
-        type=lambda text: [word.strip() for word in text.split(",") if word.strip()],
-        default=[],
-        metavar="WORDS",
-        help="count these only, with commas between, each as in a search: 'face|person,\"left of\"'",
-    )
-    parser.add_argument("--by-layer", action="store_true", help="compare the layers that both have one by one, too")
-    parser.add_argument("--top", type=options.positive, default=20, metavar="N", help="words and units to print")
+    string(parser, "--labeler", "NAME", "whose descriptions to compare", "milan")
+    string(parser, "--words", "WORDS", "count only these, as in a search: 'face|person,\"left of\"'", [], type=words)
+    flag(parser, "--by-layer", "compare the layers that both have one by one, too")
+    integer(parser, "--top", 20, "words and units to print")
     options.storage(parser)
     options.common(parser, json="print JSON, all of it")
 
@@ -38,11 +33,15 @@ def run(args: argparse.Namespace) -> int:
         refuse(args, ["top"], "with --json, which prints all of it,", "leave out --json")
     storage = open_storage(args)
     frame = scan_descriptions(storage, [args.model, args.other], None, [args.labeler])
-    found = diff_descriptions(frame, args.model, args.other, words=args.words, by_layer=args.by_layer)
+    difference = diff_descriptions(frame, args.model, args.other, words=args.words, by_layer=args.by_layer)
     if args.json:
-        print(json.dumps({"words": found.words.to_dicts(), "changes": found.changes.to_dicts()}, ensure_ascii=False))
+        print(
+            json.dumps(
+                {"words": difference.words.to_dicts(), "changes": difference.changes.to_dicts()}, ensure_ascii=False
+            )
+        )
     else:
-        print(summary(found, args.model, args.other, args.top))
-    store(storage, found, args.labeler, args.model, args.other, args.words)
+        print(summary(difference, args.model, args.other, args.top))
+    store(storage, difference, args.labeler, args.model, args.other, args.words)
     say(f"in {storage.uri('differences')} and {storage.uri('changes')}; jobs.report shows it")
     return 0

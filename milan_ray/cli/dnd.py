@@ -8,13 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.build_configs import (
-    absolute,
-    exemplar_config,
-    image_text_ref,
-    opened,
-    resources_of,
-)
+from milan_ray.cli.arguments import choice, integer, number, string, tag
+from milan_ray.cli.build_configs import absolute, cluster, exemplar_config, image_text_ref, opened
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import close, report_on, show_plan
 from milan_ray.errors import MilanError
@@ -33,63 +28,46 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
     options.probe(parser, required=True)
     group = parser.add_argument_group("captions, candidates, drawn images (docs/describe-and-dissect.md)")
-    group.add_argument(
+    string(
+        group,
         "--captioner",
-        default=CAPTIONER,
-        metavar="MODEL",
-        help="what captions images: a BLIP folder, the name of one in $MILAN_MODELS_DIR, a registered one, or "
+        "MODEL",
+        "what captions images: a BLIP folder, the name of one in $MILAN_MODELS_DIR, a registered one, or "
         "milan/NAME, a captioner of units in the storage or its folder",
+        CAPTIONER,
     )
-    group.add_argument(
+    string(
+        group,
         "--llm",
-        required=True,
-        metavar="MODEL",
-        help="what finds what captions share: a language model's folder, its name in $MILAN_MODELS_DIR, the address of "
+        "MODEL",
+        "what finds what captions share: a language model's folder, its name in $MILAN_MODELS_DIR, the address of "
         "a server that speaks OpenAI's protocol (https://…/v1; key in $MILAN_LLM_KEY or $OPENAI_API_KEY), or "
         "'frequent', which counts phrases",
+        required=True,
     )
-    group.add_argument(
-        "--generator",
-        default=GENERATOR,
-        metavar="MODEL",
-        help="what draws images: diffusers/FOLDER (#N for N steps), or a registered one",
+    string(
+        group, "--generator", "MODEL", "generator: diffusers/FOLDER (#N for N steps), or a registered one", GENERATOR
     )
-    group.add_argument(
-        "--scoring",
-        default="topk-compare",
-        metavar="NAME",
-        help="what chooses the label: mean, topk-squared-mean, image-products or topk-compare",
+    string(group, "--scoring", "NAME", "mean, topk-squared-mean, image-products or topk-compare", "topk-compare")
+    string(
+        group, "--clip", "MODEL", f"CLIP or SigLIP that compares images: a folder, or its name (default: {EMBEDDER})"
     )
-    group.add_argument(
-        "--clip",
-        metavar="MODEL",
-        help=f"what compares images, for the last two: a CLIP or SigLIP folder, or its name (default: {EMBEDDER})",
-    )
-    group.add_argument("--tag", type=options.tag, default="", help="tells several ways apart: the labeler is dnd-TAG")
-    group.add_argument("--top", type=options.positive, default=10, metavar="N", help="images and crops per unit")
-    group.add_argument(
-        "--crops", type=int, default=4, metavar="N", help="attention crops per image at most; 0 for none"
-    )
-    group.add_argument(
-        "--pooling",
-        choices=("mean", "max"),
-        default="mean",
-        help="what stands for a unit's map of an image; max for layers whose values are signed, as logits are",
-    )
-    group.add_argument("--drawn", type=options.positive, default=10, metavar="N", help="images drawn per candidate")
-    group.add_argument(
-        "--prompt", default="a realistic photograph of {}", help="what the generator is asked for; {} is the candidate"
-    )
-    group.add_argument("--seed", type=options.count, default=0, help="seed of the drawn images")
+    string(group, "--tag", "TAG", "tells several ways apart: the labeler is dnd-TAG", "", type=tag)
+    integer(group, "--top", 10, "images and crops per unit")
+    integer(group, "--crops", 4, "attention crops per image at most; 0 for none", least=None)
+    choice(group, "--pooling", ("mean", "max"), "value of a unit's map of an image; max for signed maps", "mean")
+    integer(group, "--drawn", 10, "images drawn per candidate")
+    string(group, "--prompt", "TEXT", "prompt of the generator; {} is the candidate", "a realistic photograph of {}")
+    integer(group, "--seed", 0, "seed of the drawn images", least=0)
     _add_language_model(parser)
     options.add_to(parser, options.units, options.dissection)
 
 
 def _add_language_model(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("language model")
-    group.add_argument("--llm-temperature", type=float, default=0.3, metavar="T", help="temperature of its answers")
-    group.add_argument("--llm-model", metavar="NAME", help="the model's name on the server")
-    group.add_argument("--llm-per-minute", type=float, default=300.0, metavar="N", help="requests per minute at most")
+    number(group, "--llm-temperature", 0.3, "temperature of its answers")
+    string(group, "--llm-model", "NAME", "the model's name on the server")
+    number(group, "--llm-per-minute", 300.0, "requests per minute at most")
     group.add_argument(
         "--llm-prices",
         type=float,
@@ -98,14 +76,11 @@ def _add_language_model(parser: argparse.ArgumentParser) -> None:
         metavar=("IN", "OUT"),
         help="US dollars per million tokens of questions and of answers",
     )
-    group.add_argument(
-        "--llm-budget", type=float, metavar="USD", help="what this run may cost at most, US dollars, at these prices"
-    )
+    number(group, "--llm-budget", None, "what this run may cost at most, US dollars, at these prices")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
-    from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.stages.dnd.config import FREQUENT, drawings_identity
     from milan_ray.stages.dnd.stage import dnd_stages, run_dnd
@@ -126,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         refuse(args, ["llm_budget"], "without --llm-prices every answer costs nothing, and", "give --llm-prices too")
     args.pooled = True  # source of the images with the highest mean activation
     storage, models, probe = opened(args)
-    resources, config, how = resources_of(args), exemplar_config(args), _config(args)
+    config, how = exemplar_config(args), _config(args)
     exemplars = Exemplars(models, probe, config)
     identity = drawings_identity(storage, how)  # detects missing inputs before anything starts
 
@@ -138,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
         for of_model in stages(exemplars.layers).values():
             plan.stages(storage, of_model)
         return show_plan(args, plan)
-    with connected(resources):
+    with cluster(args) as resources:
         done = exemplars.run(storage, resources)
         failed = run_dnd(storage, stages(done.models), resources)
     labelled = {name: layers for name, layers in done.models.items() if name not in failed}
@@ -161,30 +136,16 @@ def _config(args: argparse.Namespace) -> DndConfig:
     generator = args.generator
     if generator.startswith(PREFIX):
         generator = PREFIX + _place("--generator", generator.removeprefix(PREFIX))
-    summariser = SummariserRef(
-        _place("--llm", args.llm),
-        args.llm_model,
-        args.llm_temperature,
-        Limits(
-            per_minute=args.llm_per_minute,
-            input_price=args.llm_prices[0],
-            output_price=args.llm_prices[1],
-            budget=args.llm_budget,
-        ),
-    )
+    input_price, output_price = args.llm_prices
+    limits = Limits(args.llm_per_minute, input_price=input_price, output_price=output_price, budget=args.llm_budget)
+    summariser = SummariserRef(_place("--llm", args.llm), args.llm_model, args.llm_temperature, limits)
     return DndConfig(
         labeler,
         ImageCaptionerRef(_place("--captioner", args.captioner)),
         summariser,
         GeneratorRef(generator),
         None if args.clip is None else image_text_ref(args),
-        args.top,
-        args.crops,
-        args.pooling,
-        args.drawn,
-        args.prompt,
-        args.seed,
-        tuple(args.plugin),
+        *(args.top, args.crops, args.pooling, args.drawn, args.prompt, args.seed, tuple(args.plugin)),
     )
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.build_configs import absolute, opened, probe_ref, resources_of
+from milan_ray.cli.arguments import integer, number, string, strings
+from milan_ray.cli.build_configs import absolute, cluster, opened, probe_ref
 from milan_ray.cli.refusals import refuse
-from milan_ray.cli.summary import note, report_on, show_plan
+from milan_ray.cli.summary import note, report_on, say_figure, show_plan
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
@@ -21,45 +22,24 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
     options.experiment(parser)
     group = parser.add_argument_group("editing; --probe gives the validation images, which are like those of training")
-    group.add_argument(
-        "--test", nargs="+", metavar="SOURCE", help="images that judge: those that the network should not fail on"
-    )
-    group.add_argument("--labeler", default="milan", help="whose descriptions of the units to read")
-    group.add_argument(
-        "--words",
-        nargs="+",
-        metavar="WORD",
-        help="what unwanted units' descriptions contain (default: text word letter)",
-    )
-    group.add_argument("--most", type=options.positive, default=50, metavar="N", help="units removed at most")
-    group.add_argument("--trials", type=options.positive, default=5, help="random orders beside the others")
-    group.add_argument("--seed", type=options.count, default=0, help="of the random orders")
-    group.add_argument(
-        "--remove", type=options.positive, metavar="N", help="units to remove (default: by validation accuracy)"
-    )
-    group.add_argument(
-        "--fine-tune", nargs="+", metavar="SOURCE", help="then fine-tune the last layer on these images, with classes"
-    )
-    group.add_argument("--lr", type=float, default=1e-4, help="learning rate of the fine-tuning")
-    group.add_argument(
-        "--out", metavar="FILE", help="write the network's weights without these units, .pth or .safetensors"
-    )
+    strings(group, "--test", "SOURCE", "images that judge: those that the network should not fail on")
+    string(group, "--labeler", "NAME", "whose descriptions of the units to read", "milan")
+    strings(group, "--words", "WORD", "what unwanted units' descriptions contain (default: text word letter)")
+    integer(group, "--most", 50, "units removed at most")
+    integer(group, "--trials", 5, "random orders, in addition to the others")
+    integer(group, "--seed", 0, "seed of the random orders", least=0)
+    integer(group, "--remove", None, "units to remove (default: by validation accuracy)")
+    strings(group, "--fine-tune", "SOURCE", "then fine-tune the last layer on these images, with classes")
+    number(group, "--lr", 1e-4, "learning rate of the fine-tuning")
+    string(group, "--out", "FILE", "write the network's weights without these units, .pth or .safetensors")
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
-    from milan_ray.engine.cluster import connected
     from milan_ray.models.heads import HeadTraining
     from milan_ray.models.weights import save_weights
-    from milan_ray.report.figures import figure_path
     from milan_ray.schema import ABLATIONS
-    from milan_ray.studies.editing.run import (
-        Editing,
-        EditingConfig,
-        edited_weights,
-        run_fine_tuning,
-        summary,
-    )
+    from milan_ray.studies.editing.run import Editing, EditingConfig, edited_weights, run_fine_tuning, summary
     from milan_ray.studies.editing.statistics import TEXT
 
     if args.fine_tune is None:
@@ -73,18 +53,17 @@ def run(args: argparse.Namespace) -> int:
     study = Editing(models[0], validation, test, config)
     if args.dry_run:
         return show_plan(args, study.plan(storage, tuned=train is not None))
-    with connected(resources_of(args)):
-        edit = study.run(storage, resources_of(args))
+    with cluster(args) as resources:
+        edit = study.run(storage, resources)
         say(summary(edit))
         count = args.remove or edit.stop
         tuned = None
         if train is not None:
             training = HeadTraining(lr=args.lr, seed=args.seed)
-            rows, tuned = run_fine_tuning(storage, study, edit, count, train, training, resources_of(args))
+            rows, tuned = run_fine_tuning(storage, study, edit, count, train, training, resources)
             for split, ablated, accuracy in rows.select("split", "ablated", "accuracy").iter_rows():
                 say(f"  {split}: {accuracy:.3f} without {ablated} units and with the last layer fine-tuned")
-    figure = figure_path(storage, ABLATIONS, experiment=study.name, model=models[0].name)
-    say(f"figure: {storage.uri(figure)}")
+    say_figure(storage, ABLATIONS, experiment=study.name, model=models[0].name)
     if args.out is not None:
         path = Path(absolute("--out", args.out))
         weights = edited_weights(models[0], edit.removed(count), validation)

@@ -6,13 +6,14 @@ import argparse
 from dataclasses import replace
 
 from milan_ray.cli import options
+from milan_ray.cli.arguments import string
 from milan_ray.cli.build_configs import absolute, encoder_ref, find_captioner, open_storage
 from milan_ray.cli.summary import note
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
-    parser.add_argument("out", metavar="FILE", help="checkpoint to write, e.g. milan-mine.pth")
+    string(parser, "out", "FILE", "checkpoint to write, e.g. milan-mine.pth")
     options.add_to(parser, options.captioner, options.download, options.storage, options.plugins, options.common)
 
 

@@ -8,15 +8,17 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
+from milan_ray.cli.arguments import fraction, integer, name, number, string, strings
 from milan_ray.cli.build_configs import (
     annotated_layers,
     bert_score_folder,
+    cluster,
     encoder_ref,
     resources_of,
     writable_storage,
 )
 from milan_ray.cli.refusals import refuse
-from milan_ray.cli.summary import report_on, show_plan
+from milan_ray.cli.summary import report_on, say_figure, show_plan
 from milan_ray.cli.train import fitting, training_config
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
@@ -28,35 +30,28 @@ if TYPE_CHECKING:
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
     group = parser.add_argument_group("splits")
-    group.add_argument(
-        "--split", nargs="+", default=["all"], metavar="SPLIT",
-        help="within-network, across-architectures, across-datasets, across-tasks, leave-one-out, or all of them, as "
+    strings(
+        group,
+        "--split",
+        "SPLIT",
+        "within-network, across-architectures, across-datasets, across-tasks, leave-one-out, or all of them, as "
         "far as annotations are there; TRAIN:TEST, each a group (base, cls, not-alexnet-imagenet, …), a model or "
         "MODEL,MODEL; or one of these alone, whose units are divided",
-    )  # fmt: skip
-    group.add_argument("--annotations", default="milannotations", metavar="SOURCE", help="source of the annotations")
-    group.add_argument("--layers", nargs="+", metavar="PATH", help="only these layers")
-    group.add_argument("--trials", type=options.positive, default=5, help="captioners per split, of seeds of their own")
-    group.add_argument(
-        "--share", type=options.share, default=0.1, help="share of units to judge by where one network's are divided"
+        default=["all"],
     )
-    group.add_argument(
-        "--within-patience",
-        type=options.count,
-        default=10,
-        metavar="N",
-        help="--patience where one network's units are divided",
-    )
-    group.add_argument(
-        "--name", type=options.name, default="generalization", help="name of the experiment in the tables"
-    )
+    string(group, "--annotations", "SOURCE", "source of the annotations", "milannotations")
+    strings(group, "--layers", "PATH", "only these layers")
+    integer(group, "--trials", 5, "captioners per split, of seeds of their own")
+    fraction(group, "--share", 0.1, "share of units to judge by where one network's are divided")
+    integer(group, "--within-patience", 10, "--patience where one network's units are divided", least=0)
+    string(group, "--name", "NAME", "name of the experiment in the tables", "generalization", type=name)
     group = parser.add_argument_group("captioners")
-    group.add_argument("--encoder", default="resnet101", help="image encoder")
-    group.add_argument("--encoder-weights", metavar="FILE", help="weights file of the encoder (default: its own)")
+    string(group, "--encoder", "NAME", "image encoder", "resnet101")
+    string(group, "--encoder-weights", "FILE", "weights file of the encoder (default: its own)")
     fitting(parser)
     group = parser.add_argument_group("descriptions")
-    group.add_argument("--lam", type=float, help="λ of log p(d|E) − λ·log p(d) (default: 0.2)")
-    group.add_argument("--beam-size", type=options.positive, help="width of the beam (default: 50)")
+    number(group, "--lam", None, "λ of log p(d|E) − λ·log p(d) (default: 0.2)")
+    integer(group, "--beam-size", None, "width of the beam (default: 50)")
     options.language(group)
     options.bertscore(group)
     options.add_to(parser, options.download, options.quirks, options.job)
@@ -67,9 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.annotations.splits import chosen_splits
     from milan_ray.captioner.fit import Sizes
     from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
-    from milan_ray.engine.cluster import connected
     from milan_ray.plugins import load_plugins
-    from milan_ray.report.figures import figure_path
     from milan_ray.schema import SCORES
     from milan_ray.stages.encodings import run_encodings
     from milan_ray.studies.generalization.job import GeneralizationConfig, GeneralizationJob
@@ -112,12 +105,12 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return show_plan(args, plan_generalization(storage, job, language_name(args.language), resources))
     nlp, language = find_spacy_pipeline(args.language)
-    with connected(resources):
+    with cluster(args):
         run_encodings(storage, layers, encoder, resources)
         rows = run_generalization(storage, job, nlp, language, resources)
     say(summary(rows))
-    figure = figure_path(storage, SCORES, experiment=job.name)
-    say(f"tables: {storage.uri('generalization')}; figure: {storage.uri(figure)}")
+    say(f"tables: {storage.uri('generalization')}")
+    say_figure(storage, SCORES, experiment=job.name)
     report_on(args, storage)
     return 0
 

@@ -7,13 +7,8 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.build_configs import (
-    exemplar_config,
-    image_text_ref,
-    opened,
-    read_text,
-    resources_of,
-)
+from milan_ray.cli.arguments import choice, fraction, integer, names, string
+from milan_ray.cli.build_configs import cluster, exemplar_config, image_text_ref, opened, read_text
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import close, report_on, show_plan
 from milan_ray.errors import MilanError
@@ -27,59 +22,39 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
     options.probe(parser, required=True)
     group = parser.add_argument_group("labels from concept maps")
-    group.add_argument(
+    string(
+        group,
         "--labeler",
-        type=lambda text: text.split(","),
-        default="netdissect,compexp",
-        metavar="NAMES",
-        help="netdissect (one concept per unit), compexp (a formula of concepts), clip-dissect (one of a list of "
+        "NAMES",
+        "netdissect (one concept per unit), compexp (a formula of concepts), clip-dissect (one of a list of "
         "concepts, by a model of images and texts), or several",
+        "netdissect,compexp",
+        type=names,
     )
-    group.add_argument(
-        "--legend", metavar="FILE", help="what the numbers in a folder's label maps mean: lines of `number name`"
-    )
-    group.add_argument(
+    string(group, "--legend", "FILE", "names of the numbers in a folder's label maps: lines of `number name`")
+    string(
+        group,
         "--segmentation",
-        metavar="MODEL",
-        help="network for semantic segmentation that says what pixels show: a folder as transformers saves it, or the "
+        "MODEL",
+        "network for semantic segmentation that says what pixels show: a folder as transformers saves it, or the "
         "name of one in $MILAN_MODELS_DIR (default: the probe's own label maps)",
     )
-    group.add_argument(
-        "--grid",
-        type=options.positive,
-        metavar="N",
-        help="count on N × N positions (default: about 56, or a small view's own)",
-    )
-    group.add_argument(
-        "--formula-beam-size", type=options.positive, default=5, metavar="N", help="formulas kept per round"
-    )
-    group.add_argument(
-        "--formula-length", type=options.positive, default=3, metavar="N", help="concepts in a formula at most"
-    )
+    integer(group, "--grid", None, "count on N × N positions (default: about 56, or a small view's own)")
+    integer(group, "--formula-beam-size", 5, "formulas kept per round")
+    integer(group, "--formula-length", 3, "concepts in a formula at most")
     group = parser.add_argument_group("labels from a list of concepts (clip-dissect)")
-    group.add_argument(
-        "--clip", metavar="MODEL", help="CLIP or SigLIP: a folder, or the name of one in $MILAN_MODELS_DIR"
-    )
-    group.add_argument(
-        "--concepts",
-        metavar="FILE",
-        help="one concept per line (default: what the model brings, concepts.txt in its folder)",
-    )
-    group.add_argument(
+    string(group, "--clip", "MODEL", "CLIP or SigLIP: a folder, or the name of one in $MILAN_MODELS_DIR")
+    string(group, "--concepts", "FILE", "one concept per line (default: concepts.txt in the model's folder)")
+    string(
+        group,
         "--similarity",
-        default="soft_wpmi",
-        metavar="NAME",
-        help="soft_wpmi, wpmi, rank_reorder, cos_similarity or cos_similarity_cubed",
+        "NAME",
+        "soft_wpmi, wpmi, rank_reorder, cos_similarity, cos_similarity_cubed",
+        "soft_wpmi",
     )
-    group.add_argument(
-        "--pooling", choices=("mean", "max"), default="mean", help="what stands for a unit's map of an image"
-    )
-    group.add_argument(
-        "--hold-out",
-        type=options.share,
-        default=0.0,
-        metavar="SHARE",
-        help="share of the probe's images not to look at, so that jobs.score --held-out can be taken on them",
+    choice(group, "--pooling", ("mean", "max"), "value of a unit's map of an image", "mean")
+    fraction(
+        group, "--hold-out", 0.0, "share of the probe's images left out, so that jobs.score --held-out can use them"
     )
     options.add_to(parser, options.units, options.dissection)
 
@@ -87,7 +62,6 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
     from milan_ray.engine import references
-    from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.engine.stage import RunnableStage, run_stage
     from milan_ray.engine.tasks import models_apart
@@ -102,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         check_concepts(source, source.manifest())
     judge = None if dissect is None else image_text_ref(args)
     args.pooled = args.pooled or dissect is not None
-    resources, config = resources_of(args), exemplar_config(args)
+    config = exemplar_config(args)
     exemplars = Exemplars(models, probe, config)
 
     def by_concept_maps(layers: Mapping[str, Sequence[str]]) -> ConceptLabels:
@@ -117,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         plan = Plan.of(storage, [exemplars])
         plan.stages(storage, [by_concept_maps(exemplars.layers), *by_concepts(exemplars.layers)])
         return show_plan(args, plan)
-    with connected(resources):
+    with cluster(args) as resources:
         done = exemplars.run(storage, resources)
         failed = dict(done.failed)
         if how.labelers:

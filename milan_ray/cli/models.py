@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from milan_ray.cli import options
+from milan_ray.cli.arguments import choice, flag, integer, string
 from milan_ray.cli.refusals import refuse
 from milan_ray.errors import MilanError
 
@@ -22,20 +23,15 @@ def add(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="a model whose layers to list, with shapes and unit counts, or a pattern ('*/places365')",
     )
-    parser.add_argument("--weights", metavar="WEIGHTS", help="weights of that model: a file, a name or a URL")
+    string(parser, "--weights", "WEIGHTS", "weights of that model: a file, a name or a URL")
     group = parser.add_argument_group("conformance")
-    group.add_argument(
-        "--conformance",
-        action="store_true",
-        help="compare what is read of layers with what torchvision, timm and transformers say, family by family",
+    flag(
+        group, "--conformance", "compare maps of layers with those of torchvision, timm, transformers, family by family"
     )
-    group.add_argument("--families", metavar="PATTERN", default="*", help="only these families ('swin*')")
-    group.add_argument("--library", choices=("torchvision", "timm", "transformers"), help="only this library's")
-    group.add_argument(
-        "--side",
-        type=options.positive,
-        metavar="PIXELS",
-        help="height and width of the pictures in pixels, of networks that take any (default: their own, at most 256)",
+    string(group, "--families", "PATTERN", "only these families ('swin*')", "*")
+    choice(group, "--library", ("torchvision", "timm", "transformers"), "only this library's")
+    integer(
+        group, "--side", None, "side of the images in pixels, for networks that take any (default: own, at most 256)"
     )
     group.add_argument(
         "--earlier",
@@ -45,7 +41,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="what an earlier run printed with --json: its families are not run again, but stand in the table; "
         "may be given several times",
     )
-    group.add_argument("--out", metavar="FILE", help="write the table as Markdown")
+    string(group, "--out", "FILE", "write the table as Markdown")
     options.plugins(parser)
     options.common(parser, json="print JSON, an object per model or layer and line")
 
@@ -92,7 +88,8 @@ def _conformance(args: argparse.Namespace) -> int:
 
     if args.name is not None:
         raise MilanError(f"--conformance takes no model's name ({args.name}): choose families with --families.")
-    known = {(one.library, one.family): one for file in args.earlier for one in read_rows(Path(file))}
+    earlier = [result for file in args.earlier for result in read_rows(Path(file))]
+    known = {(result.library, result.family): result for result in earlier}
     results = []
     for case in cases(args.library, args.families, args.side):
         result = known.get((case.library, case.family)) or check(case)

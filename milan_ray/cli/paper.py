@@ -6,7 +6,8 @@ import argparse
 import os
 
 from milan_ray.cli import options
-from milan_ray.cli.build_configs import resources_of, writable_storage
+from milan_ray.cli.arguments import flag, string, words
+from milan_ray.cli.build_configs import cluster, writable_storage
 from milan_ray.cli.summary import note, report_folder, report_on, show_plan
 from milan_ray.config import results_dir
 from milan_ray.progress import say
@@ -14,20 +15,20 @@ from milan_ray.progress import say
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
-    parser.add_argument("--small", action="store_true", help="sizes of a test: minutes, and figures that mean nothing")
-    parser.add_argument(
+    flag(parser, "--small", "sizes of a test: minutes, and figures that mean nothing")
+    string(
+        parser,
         "--only",
-        type=lambda text: [name for name in text.split(",") if name],
-        default=[],
-        metavar="NAMES",
-        help="only these experiments, e.g. editing,audit; the page keeps what others found before (default: all)",
+        "NAMES",
+        "only these experiments, e.g. editing,audit; the page keeps the others (default: all)",
+        [],
+        type=words,
     )
     options.add_to(parser, options.storage, options.report, options.resources, options.dry_run, options.common)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
-    from milan_ray.engine.cluster import connected
     from milan_ray.plugins import load_plugins
     from milan_ray.showcase.demo import DECODER
     from milan_ray.showcase.paper import EXPERIMENTS, chosen, plan_paper, prepare, run_experiments
@@ -38,14 +39,14 @@ def run(args: argparse.Namespace) -> int:
     load_plugins()
     names = chosen(args.only)
     args.storage = args.storage or str(results_dir() / "demo")
-    storage, resources = writable_storage(args), resources_of(args)
+    storage = writable_storage(args)
     if args.dry_run:
         return show_plan(args, plan_paper(storage, args.small, names))
-    ground = ExperimentContext(storage, resources, args.small)
-    with connected(resources):
-        prepare(ground, max(1, (os.cpu_count() or 1) // 2 * 2))
-        found = {entry.name: entry for entry in run_experiments(ground, names)}
-    entries = {name: found.get(name) or stored_entry(storage, name) for name in EXPERIMENTS}
+    with cluster(args) as resources:
+        context = ExperimentContext(storage, resources, args.small)
+        prepare(context, max(1, (os.cpu_count() or 1) // 2 * 2))
+        done = {entry.name: entry for entry in run_experiments(context, names)}
+    entries = {name: done.get(name) or stored_entry(storage, name) for name in EXPERIMENTS}
     folder = report_folder(args, storage)
     page = None
     if folder is not None:
@@ -53,16 +54,16 @@ def run(args: argparse.Namespace) -> int:
         absent = [name for name, entry in entries.items() if entry is None]
         page = write_page(storage, folder, shown, absent, overview=not args.no_report)
     report_on(args, storage, notes={"About the descriptions": about_captioner(storage, DECODER)})
-    told = [claim.reproduced for entry in found.values() for claim in entry.claims]
-    failed = {name: entry.error for name, entry in found.items() if entry.error}
+    claims = [claim.reproduced for entry in done.values() for claim in entry.claims]
+    failed = {name: entry.error for name, entry in done.items() if entry.error}
     if page is not None:
         say(f"page: {page}")
         note(args, page=str(page))
     note(
         args,
-        f"{len(told)} claims, {told.count(True)} reproduced in shape, {told.count(False)} not, "
-        f"{told.count(None)} cannot be said",
-        experiments=list(found),
+        f"{len(claims)} claims, {claims.count(True)} reproduced in shape, {claims.count(False)} not, "
+        f"{claims.count(None)} cannot be said",
+        experiments=list(done),
         storage=storage.root,
     )
     args.summary.skipped |= failed

@@ -24,9 +24,9 @@ class _Loader(yaml.SafeLoader):
 
     yaml_implicit_resolvers = {  # noqa: RUF012
         letter: [
-            (tag, pattern) for tag, pattern in found if tag.rpartition(":")[2] not in ("int", "float", "timestamp")
+            (tag, pattern) for tag, pattern in resolvers if tag.rpartition(":")[2] not in ("int", "float", "timestamp")
         ]
-        for letter, found in yaml.SafeLoader.yaml_implicit_resolvers.items()
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -35,14 +35,14 @@ class _Loader(yaml.SafeLoader):
         Raises:
             yaml.constructor.ConstructorError: A key is duplicated.
         """
-        seen: dict[Any, yaml.Node] = {}
+        keys: dict[Any, yaml.Node] = {}
         for key, _ in node.value:
             name = (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else None
-            if name in seen and key.tag != "tag:yaml.org,2002:merge":
+            if name in keys and key.tag != "tag:yaml.org,2002:merge":
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key {key.value!r} stands there twice, leave one", key.start_mark
                 )
-            seen |= {} if name is None else {name: key}
+            keys |= {} if name is None else {name: key}
         return super().construct_mapping(node, deep)
 
 
@@ -125,21 +125,21 @@ def from_file(verb: argparse.ArgumentParser, arguments: Sequence[str]) -> tuple[
     options = _options(verb)
     if CONFIG not in options:
         return [], {}
-    one = Parser(add_help=False, prog=verb.prog)
-    one.add_argument(CONFIG)
-    path = one.parse_known_args(list(arguments))[0].config
+    first = Parser(add_help=False, prog=verb.prog)
+    first.add_argument(CONFIG)
+    path = first.parse_known_args(list(arguments))[0].config
     if path is None:
         return [], {}
     try:
-        found = _Loader(read_text(CONFIG, path)).get_single_data()  # as yaml.safe_load does
+        entries = _Loader(read_text(CONFIG, path)).get_single_data()  # as yaml.safe_load does
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
         raise MilanError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
-    if not isinstance(found, dict):
+    if not isinstance(entries, dict):
         raise MilanError(f"{path} must hold lines of the form 'option: value'.")
     given = {token.partition("=")[0] for token in arguments if token.startswith("--")}
     tokens: list[str] = []
     rest: dict[str, Any] = {}
-    for key, value in found.items():
+    for key, value in entries.items():
         name = "--" + str(key).replace("_", "-")
         if name in options and name != CONFIG:
             if not given & _rivals(verb, options[name]):
@@ -175,11 +175,11 @@ def _options(parser: argparse.ArgumentParser) -> dict[str, argparse.Action]:
 
 def _rivals(parser: argparse.ArgumentParser, action: argparse.Action) -> set[str]:
     """Returns the names of an option, including those of mutually exclusive options."""
-    found = set(action.option_strings)
+    rivals = set(action.option_strings)
     for group in parser._mutually_exclusive_groups:
         if action in group._group_actions:
-            found |= {name for other in group._group_actions for name in other.option_strings}
-    return found
+            rivals |= {name for other in group._group_actions for name in other.option_strings}
+    return rivals
 
 
 def _tokens(action: argparse.Action, name: str, value: object, where: str) -> list[str]:
@@ -191,9 +191,9 @@ def _tokens(action: argparse.Action, name: str, value: object, where: str) -> li
             raise MilanError(f"{name.removeprefix('--')} in {where} is true or false, not {value!r}.")
         return [name] if value else []
     values = value if isinstance(value, list) else [value]
-    if any(isinstance(one, bool | list | dict) for one in values):
+    if any(isinstance(item, bool | list | dict) for item in values):
         raise MilanError(f"{name.removeprefix('--')} in {where} is {value!r}; give what {name} takes.")
-    texts = [str(one) for one in values]
+    texts = [str(item) for item in values]
     if isinstance(action, argparse._AppendAction):
         return [f"{name}={text}" for text in texts]
     if action.nargs in (None, "?"):

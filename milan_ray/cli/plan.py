@@ -8,13 +8,15 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
+from milan_ray.cli.arguments import integer, number, strings
 from milan_ray.cli.build_configs import (
     encoder_ref,
     exemplar_config,
     find_captioner,
+    model_names,
+    model_ref,
     open_storage,
     probe_ref,
-    reading_of,
     resources_of,
 )
 from milan_ray.cli.refusals import refuse
@@ -30,29 +32,15 @@ SAMPLE = 48
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
     group = parser.add_argument_group("the run")
-    group.add_argument("--images", type=options.positive, metavar="N", help="probe images (default: all of --probe)")
-    group.add_argument(
-        "--copies",
-        type=options.positive,
-        default=1,
-        metavar="N",
-        help="so many models, and their units, like each of those given",
+    integer(group, "--images", None, "probe images (default: all of --probe)")
+    integer(group, "--copies", 1, "so many models, and their units, like each of those given")
+    number(group, "--price", None, "price of one actor's hour, in any currency (default: none is said)")
+    integer(group, "--sample", SAMPLE, "images that are measured, of the probe")
+    number(
+        group, "--speed-up", 1.0, "speed of forward and encoder passes on the actors, as a multiple of this machine's"
     )
-    group.add_argument(
-        "--price", type=float, metavar="P", help="price of one actor's hour, in any currency (default: none is said)"
-    )
-    group.add_argument(
-        "--sample", type=options.positive, default=SAMPLE, metavar="N", help="images that are measured, of the probe"
-    )
-    group.add_argument(
-        "--speed-up", type=float, default=1.0, metavar="X",
-        help="how many times as fast forward and encoder passes are on the actors meant as on this machine",
-    )  # fmt: skip
-    group.add_argument(
-        "--probe",
-        nargs="+",
-        metavar="SOURCE",
-        help="folders, Parquet, Arrow or tar files, URIs, or a registered probe (default: noise as JPEG)",
+    strings(
+        group, "--probe", "SOURCE", "folders, Parquet, Arrow or tar files, URIs, a registered probe (default: noise)"
     )
     options.columns(group)
     parser.set_defaults(labels=None, reference_quirks=False, max_bad=options.EXEMPLARS.max_bad)
@@ -103,19 +91,18 @@ def run(args: argparse.Namespace) -> int:
         price=args.price,
     )
     sample = faster(sample, args.speed_up)
-    found = estimate(sample, wanted)
-    print(json.dumps(found.record(), indent=1, ensure_ascii=False) if args.json else text(found, sample))
+    estimated = estimate(sample, wanted)
+    print(json.dumps(estimated.record(), indent=1, ensure_ascii=False) if args.json else text(estimated, sample))
     return 1 if failed else 0
 
 
 def _models(args: argparse.Namespace) -> list[ModelRef]:
     """Resolves the requested models. Models without local weights are measured untrained, which takes as long."""
-    from milan_ray.engine.references import ModelRef
-    from milan_ray.models.registry import RANDOM, match_models
+    from milan_ray.models.registry import RANDOM
     from milan_ray.models.resolve import resolve_model
 
-    found = []
-    for name in dict.fromkeys(name for pattern in args.model for name in match_models(pattern)):
+    refs = []
+    for name in model_names(args):
         weights = args.weights
         try:
             weights = resolve_model(name, weights, args.layers, download=args.download).weights
@@ -124,6 +111,5 @@ def _models(args: argparse.Namespace) -> list[ModelRef]:
                 raise
             weights = RANDOM
             say(f"{name}: its weights are not here; measured with random ones: as long, other masks")
-        layers, plugins = tuple(args.layers), tuple(args.plugin)
-        found.append(ModelRef(name, weights, layers, plugins, args.activations, reading_of(args)))
-    return found
+        refs.append(model_ref(args, name, weights))
+    return refs

@@ -8,24 +8,9 @@ from collections.abc import Sequence
 from milan_ray.errors import MilanError
 
 DISSECTION = (
-    "labels",
-    "image_column",
-    "label_column",
-    "max_bad",
-    "weights",
-    "activations",
-    "units_axis",
-    "batch_axis",
-    "layer_grid",
-    "prefix_tokens",
-    "k",
-    "quantile",
-    "batch_size",
-    "shard_size",
-    "precision",
-    "channels_last",
-    "pooled",
-)
+    "labels", "image_column", "label_column", "max_bad", "weights", "activations", "units_axis", "batch_axis",
+    "layer_grid", "prefix_tokens", "k", "quantile", "batch_size", "shard_size", "precision", "channels_last", "pooled",
+)  # fmt: skip
 """Destinations of the options on how models are dissected."""
 
 CLUSTER = ("address", "actors", "cpus_per_actor", "gpus_per_actor", "device")
@@ -55,10 +40,10 @@ def refuse(args: argparse.Namespace, names: Sequence[str], why: str, remedy: str
     Raises:
         MilanError: One of the options was given.
     """
-    found = given(args, names)
-    if found:
-        them = "them" if len(found) > 1 else "it"
-        raise MilanError(f"{why} {', '.join(found)} would do nothing: {remedy}, or leave {them} out.")
+    names_given = given(args, names)
+    if names_given:
+        them = "them" if len(names_given) > 1 else "it"
+        raise MilanError(f"{why} {', '.join(names_given)} would do nothing: {remedy}, or leave {them} out.")
 
 
 def check(args: argparse.Namespace) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 
 from milan_ray.cli import options
+from milan_ray.cli.arguments import string, strings
 from milan_ray.cli.build_configs import open_storage
 from milan_ray.cli.summary import note, report_on
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
-    parser.add_argument("--model", nargs="+", metavar="NAME", help="only these models")
+    strings(parser, "--model", "NAME", "only these models")
     parser.set_defaults(no_report=False)
-    parser.add_argument("--report", metavar="DIR", help="folder for the HTML report (default: report/ in the storage)")
+    string(parser, "--report", "DIR", "folder for the HTML report (default: report/ in the storage)")
     options.add_to(parser, options.storage, options.common)
 
 

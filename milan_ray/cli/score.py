@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.build_configs import image_text_ref, opened, resources_of
+from milan_ray.cli.arguments import choice, flag, fraction, integer, names, string
+from milan_ray.cli.build_configs import cluster, image_text_ref, opened
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import close, note, show_plan
 from milan_ray.errors import MilanError
@@ -25,59 +26,30 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
     options.probe(parser, required=True)
     group = parser.add_argument_group("scores")
-    group.add_argument(
-        "--labeler", type=lambda text: text.split(","), default=[], metavar="NAMES", help="only theirs (default: all)"
-    )
-    group.add_argument(
+    string(group, "--labeler", "NAMES", "only theirs (default: all)", [], type=names)
+    string(
+        group,
         "--clip",
-        metavar="MODEL",
-        help="CLIP or SigLIP that judges: a folder, the name of one in $MILAN_MODELS_DIR, or a registered one "
+        "MODEL",
+        "CLIP or SigLIP that judges: a folder, the name of one in $MILAN_MODELS_DIR, or a registered one "
         "(world/truth: the built-in world's concept maps)",
     )
-    group.add_argument(
-        "--generator",
-        metavar="NAME",
-        help="generate images from descriptions (CoSy): a registered generator such as world/painter",
+    string(
+        group, "--generator", "NAME", "registered generator of images from descriptions (CoSy), such as world/painter"
     )
-    group.add_argument("--images", type=options.positive, default=50, metavar="N", help="generated images per text")
-    group.add_argument("--prompt", default="{}", help="what the generator is told; {} stands for the description")
-    group.add_argument("--pooling", choices=("mean", "max"), default="mean", help="what stands for a unit's map")
-    group.add_argument(
-        "--held-out", type=options.share, default=1.0, metavar="SHARE", help="share of the probe's images to score on"
+    integer(group, "--images", 50, "generated images per text")
+    string(group, "--prompt", "TEXT", "prompt of the generator; {} is the description", "{}")
+    choice(group, "--pooling", ("mean", "max"), "value of a unit's map of an image", "mean")
+    fraction(group, "--held-out", 1.0, "share of the probe's images to score on")
+    fraction(group, "--top", 0.01, "AUPRC: share of images that count as exciting")
+    integer(group, "--retrieved", 50, "retrieval: images nearest to a description")
+    string(
+        group, "--sigmoid", "A,B", "simulation: 1 / (1 + exp(−A·(cos + B))) (default: by CLIP or SigLIP)", type=_sigmoid
     )
-    group.add_argument(
-        "--top", type=options.share, default=0.01, metavar="SHARE", help="AUPRC: share of images that count as exciting"
-    )
-    group.add_argument(
-        "--retrieved", type=options.positive, default=50, metavar="N", help="retrieval: images nearest to a description"
-    )
-    group.add_argument(
-        "--sigmoid",
-        type=_sigmoid,
-        metavar="A,B",
-        help="simulation: prediction = 1 / (1 + exp(−A·(cos + B))) (default: what belongs to CLIP or SigLIP)",
-    )
-    group.add_argument(
-        "--class-names",
-        action="store_true",
-        help="also compare descriptions with class names, in layers of as many units as there are classes alone",
-    )
-    group.add_argument(
-        "--sanity",
-        action="store_true",
-        help="also judge the scores themselves, where the model's classes are concepts of --clip's concept maps",
-    )
-    group.add_argument("--seed", type=options.count, default=0, help="seed of the shuffled row and the bootstrap")
-    options.add_to(
-        parser,
-        options.models,
-        options.download,
-        options.storage,
-        options.plugins,
-        options.resources,
-        options.dry_run,
-        options.common,
-    )
+    flag(group, "--class-names", "also compare descriptions with class names, in layers with one unit per class")
+    flag(group, "--sanity", "also judge the scores themselves, where the model's classes are concepts of --clip's maps")
+    integer(group, "--seed", 0, "seed of the shuffled row and the bootstrap", least=0)
+    options.add_to(parser, options.models, options.download, options.stages)
 
 
 def _sigmoid(text: str) -> Sigmoid:
@@ -89,7 +61,6 @@ def _sigmoid(text: str) -> Sigmoid:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
-    from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.engine.tasks import models_apart
     from milan_ray.models.generators import GeneratorRef
@@ -105,7 +76,6 @@ def run(args: argparse.Namespace) -> int:
     if args.generator is None:
         refuse(args, ["images", "prompt", "weights", "activations"], "without --generator", "give --generator too")
     storage, models, probe = opened(args, runs=args.generator is not None)
-    resources = resources_of(args)
     described = described_layers(storage, [model.name for model in models], args.labeler, args.layers)
     config = ScoreConfig(args.pooling, args.held_out, args.top, args.retrieved, args.sigmoid, args.seed)
     judge = None if args.clip is None else image_text_ref(args)
@@ -141,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
             experiments.extend(run_scores(storage, stages, config, resources))
 
     failed: dict[str, str] = {}
-    with connected(resources):
+    with cluster(args) as resources:
         done = models_apart(score, layers, failed)
     for experiment in experiments:
         say(_text(storage.read(SCORES, experiment=experiment)))
@@ -157,13 +127,13 @@ def _classes(models: list[ModelRef]) -> dict[str, tuple[str, ...]]:
     """
     from milan_ray.engine import references
 
-    found: dict[str, tuple[str, ...]] = {}
+    classes: dict[str, tuple[str, ...]] = {}
     for model in models:
         names = references.model(model).classes
         if names is None:
             raise MilanError(f"{model.name} is registered without names of its classes; leave out --class-names.")
-        found[model.name] = names
-    return found
+        classes[model.name] = names
+    return classes
 
 
 def _text(scores: pa.Table) -> str:
@@ -173,4 +143,4 @@ def _text(scores: pa.Table) -> str:
         if " − " not in row["system"]:
             lines.setdefault(row["metric"], []).append(f"{row['system']} {row['value']:.3g}")
     title = scores["experiment"][0].as_py() if len(scores) else "no scores"
-    return "\n".join([title, *(f"  {metric}: {' · '.join(found)}" for metric, found in lines.items())])
+    return "\n".join([title, *(f"  {metric}: {' · '.join(values)}" for metric, values in lines.items())])

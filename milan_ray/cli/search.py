@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
+from milan_ray.cli.arguments import flag, integer, string, strings
 from milan_ray.cli.build_configs import absolute, open_storage
 from milan_ray.cli.refusals import refuse
 from milan_ray.errors import MilanError
@@ -25,8 +26,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "query", help="words, in any inflection; 'red|blue stripes': either, and the other; '\"left of\"': a phrase"
     )
     options.described(parser)
-    parser.add_argument("--labeler", nargs="+", metavar="NAME", help="only these labelers, or patterns")
-    parser.add_argument("--any", action="store_true", help="one of the words suffices")
+    strings(parser, "--labeler", "NAME", "only these labelers, or patterns")
+    flag(parser, "--any", "one of the words suffices")
     parser.add_argument(
         "--semantic",
         nargs="?",
@@ -35,8 +36,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         help="rank by meaning: folder of a BERT-like language model, of CLIP or SigLIP, or the name of one in "
         "$MILAN_MODELS_DIR (alone: the MiniLM of milan-ray[minilm])",
     )
-    parser.add_argument("--top", type=int, default=50, metavar="N", help="units at most; 0 for all")
-    parser.add_argument("--parquet", metavar="FILE", help="write a Parquet file instead")
+    integer(parser, "--top", 50, "units at most; 0 for all", least=None)
+    string(parser, "--parquet", "FILE", "write a Parquet file instead")
     options.add_to(parser, options.plugins, options.storage)
     options.common(parser, json="print JSON, a unit per line")
 
@@ -54,16 +55,16 @@ def run(args: argparse.Namespace) -> int:
     if args.semantic is not None:
         model = text_model(args.semantic)
     top = None if args.top < 1 else args.top
-    found = search_descriptions(frame, args.query, model=model, any_word=args.any, top=top)
+    units = search_descriptions(frame, args.query, model=model, any_word=args.any, top=top)
     if args.parquet:
-        _write(found, absolute("--parquet", args.parquet))
+        _write(units, absolute("--parquet", args.parquet))
     elif args.json:
-        for row in found.iter_rows(named=True):
+        for row in units.iter_rows(named=True):
             print(json.dumps(row, ensure_ascii=False))
     else:
-        print(table(found))
-    least = "at least " if len(found) == top else ""
-    say(f"{least}{len(found)} units" + (f"; in {args.parquet}" if args.parquet else ""))
+        print(table(units))
+    least = "at least " if len(units) == top else ""
+    say(f"{least}{len(units)} units" + (f"; in {args.parquet}" if args.parquet else ""))
     return 0
 
 
@@ -84,19 +85,19 @@ def text_model(name: str) -> EmbedsTexts:
     return load_text_model(str(folder))
 
 
-def _write(found: pl.DataFrame, path: str) -> None:
+def _write(units: pl.DataFrame, path: str) -> None:
     try:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        found.write_parquet(path)
+        units.write_parquet(path)
     except OSError as error:
         raise MilanError(f"cannot write {path}: {error.strerror or error}; choose another --parquet.") from error
 
 
-def table(found: pl.DataFrame) -> str:
+def table(units: pl.DataFrame) -> str:
     """Formats search results as columns of text."""
     columns: tuple[str, ...] = ("relevance", "model", "layer", "unit", "labeler", "description")
-    columns = tuple(name for name in columns if name in found.columns)
-    rows = [[f"{row['relevance']:.3f}", *(str(row[name]) for name in columns[1:])] for row in found.to_dicts()]
+    columns = tuple(name for name in columns if name in units.columns)
+    rows = [[f"{row['relevance']:.3f}", *(str(row[name]) for name in columns[1:])] for row in units.to_dicts()]
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
     lines = ("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in [columns, *rows])
     return "\n".join(line.rstrip() for line in lines)

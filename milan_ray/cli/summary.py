@@ -15,6 +15,7 @@ from milan_ray.progress import say
 
 if TYPE_CHECKING:
     from milan_ray.engine.planner import Plan
+    from milan_ray.schema import Table
     from milan_ray.storage import Storage
 
 
@@ -56,12 +57,17 @@ class Summary:
     def json(self, status: int) -> str:
         """Formats the summary as JSON: verb, status (``done``, ``partly`` or ``failed``), seconds, and other facts."""
         word = "failed" if self.error is not None else "partly" if status else "done"
-        told: dict[str, object] = {"verb": self.verb, "status": word, "exit": status, "seconds": round(self.seconds, 3)}
+        entries: dict[str, object] = {
+            "verb": self.verb,
+            "status": word,
+            "exit": status,
+            "seconds": round(self.seconds, 3),
+        }
         if self.error is not None:
-            told["error"] = self.error
+            entries["error"] = self.error
         elif self.what is not None:
-            told["what"] = self.what
-        return json.dumps({**told, **self.facts, "skipped": self.skipped}, ensure_ascii=False)
+            entries["what"] = self.what
+        return json.dumps({**entries, **self.facts, "skipped": self.skipped}, ensure_ascii=False)
 
 
 def duration(seconds: float) -> str:
@@ -100,7 +106,7 @@ def report_on(
         return
     target = report_folder(args, storage)
     if target is None:
-        say("report: skipped; give --report DIR to write one beside a remote storage")
+        say("report: skipped; give --report DIR to write one for a remote storage")
         return
     index = write_report(storage, target, models=models, labelers=labelers_of(storage, models), notes=notes)
     say(f"report: {index}")
@@ -119,8 +125,15 @@ def labelers_of(storage: Storage, models: Sequence[str] | None) -> list[str] | N
     from milan_ray.schema import DESCRIPTIONS
 
     described = storage.partitions(DESCRIPTIONS)
-    found = {keys["labeler"] for keys in described if models is None or keys["model"] in models}
-    return sorted(found, key=lambda labeler: (labeler != "milan", labeler)) or None
+    labelers = {keys["labeler"] for keys in described if models is None or keys["model"] in models}
+    return sorted(labelers, key=lambda labeler: (labeler != "milan", labeler)) or None
+
+
+def say_figure(storage: Storage, table: Table, **keys: str) -> None:
+    """Prints where the figure of a partition is."""
+    from milan_ray.report.figures import figure_path
+
+    say(f"figure: {storage.uri(figure_path(storage, table, **keys))}")
 
 
 def show_plan(args: argparse.Namespace, plan: Plan) -> int:
@@ -128,8 +141,8 @@ def show_plan(args: argparse.Namespace, plan: Plan) -> int:
     args.summary.what = None
     if args.json:
         steps = [*plan.due, *plan.later]
-        told = [{"table": step.table, "keys": step.keys, "reason": step.reason} for step in steps]
-        note(args, planned=[*args.summary.facts.get("planned", ()), *told])
+        planned = [{"table": step.table, "keys": step.keys, "reason": step.reason} for step in steps]
+        note(args, planned=[*args.summary.facts.get("planned", ()), *planned])
         args.summary.skipped |= plan.failed
     else:
         print(plan.text())

@@ -6,7 +6,8 @@ import argparse
 from dataclasses import replace
 
 from milan_ray.cli import options
-from milan_ray.cli.build_configs import annotated_layers, encoder_ref, open_storage, read_text, resources_of
+from milan_ray.cli.arguments import flag, fraction, gib, integer, name, string, strings
+from milan_ray.cli.build_configs import annotated_layers, cluster, encoder_ref, open_storage, read_text, resources_of
 from milan_ray.cli.summary import note, show_plan
 from milan_ray.config import TrainingConfig
 from milan_ray.errors import MilanError
@@ -14,63 +15,41 @@ from milan_ray.errors import MilanError
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
-    parser.add_argument("--name", type=options.name, help="name of the captioner in the storage (default: the group's)")
-    parser.add_argument(
-        "--annotations", default="milannotations", metavar="SOURCE", help="source of the annotations to train on"
-    )
+    string(parser, "--name", "NAME", "name of the captioner in the storage (default: the group's)", type=name)
+    string(parser, "--annotations", "SOURCE", "source of the annotations to train on", "milannotations")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
         "--group", "--groups", nargs="+", metavar="GROUP",
         help="a captioner each: base, cls, gen, imagenet, places365, alexnet, resnet152, biggan, not-MODEL-DATASET, "
         "the same of the built-in world (world-base, …), an annotated model, NAME=MODEL,MODEL for your own, or all",
     )  # fmt: skip
-    which.add_argument("--model", nargs="+", metavar="NAME", help="only annotated units of these models (default: all)")
-    parser.add_argument(
-        "--setting", metavar="FILE",
-        help="learning rate, sizes, dropout, regulariser and encoder of the decoder, as jobs.tune chose them; the "
-        "language model keeps the options below",
-    )  # fmt: skip
-    parser.add_argument("--encoder", help="image encoder (default: the setting's, else resnet101)")
-    parser.add_argument("--encoder-weights", metavar="FILE", help="weights file of the encoder (default: its own)")
-    fitting(parser)
-    options.add_to(
+    strings(which, "--model", "NAME", "only annotated units of these models (default: all)")
+    string(
         parser,
-        options.download,
-        options.quirks,
-        options.storage,
-        options.plugins,
-        options.resources,
-        options.dry_run,
-        options.common,
+        "--setting",
+        "FILE",
+        "learning rate, sizes, dropout, regulariser and encoder of the decoder, as jobs.tune chose them; the "
+        "language model keeps the options below",
     )
+    string(parser, "--encoder", "NAME", "image encoder (default: the setting's, else resnet101)")
+    string(parser, "--encoder-weights", "FILE", "weights file of the encoder (default: its own)")
+    fitting(parser)
+    options.add_to(parser, options.download, options.quirks, options.stages)
 
 
 def fitting(parser: argparse.ArgumentParser) -> None:
     """Adds options for the training of captioners: sizes, epochs, workers."""
     config = TrainingConfig()
-    parser.add_argument(
-        "--epochs", type=options.positive, default=config.max_epochs, help="epochs at most, of each model"
-    )
-    parser.add_argument(
-        "--patience", type=options.count, default=config.patience, help="epochs without improvement forgiven"
-    )
-    parser.add_argument(
-        "--hold-out",
-        type=options.share,
-        default=config.hold_out,
-        help="share of units held out to stop early, at least one unit",
-    )
-    parser.add_argument("--hidden", type=options.positive, default=512, help="LSTM state, units")
-    parser.add_argument("--embedding", type=options.positive, default=128, help="token embedding, units")
-    parser.add_argument("--bf16", action="store_true", help="compute in bfloat16 where that is safe")
-    parser.add_argument("--seed", type=options.count, default=config.seed, help="seed of weights, dropout and order")
-    parser.add_argument(
-        "--workers", type=options.positive, default=1, help="data-parallel training workers of each captioner"
-    )
-    parser.add_argument(
-        "--memory-limit", type=options.gib, default="2", metavar="GIB",
-        help="GiB of features a worker keeps in memory; more are read from disk as needed",
-    )  # fmt: skip
+    integer(parser, "--epochs", config.max_epochs, "epochs at most, of each model")
+    integer(parser, "--patience", config.patience, "epochs without improvement forgiven", least=0)
+    fraction(parser, "--hold-out", config.hold_out, "share of units held out to stop early, at least one unit")
+    integer(parser, "--hidden", 512, "LSTM state, units")
+    integer(parser, "--embedding", 128, "token embedding, units")
+    flag(parser, "--bf16", "compute in bfloat16 where that is safe")
+    integer(parser, "--seed", config.seed, "seed of weights, dropout and order", least=0)
+    integer(parser, "--workers", 1, "data-parallel training workers of each captioner")
+    about = "GiB of features a worker keeps in memory; more are read from disk as needed"
+    string(parser, "--memory-limit", "GIB", about, "2", type=gib)
 
 
 def training_config(args: argparse.Namespace) -> TrainingConfig:
@@ -89,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
     from milan_ray.annotations.groups import training_groups
     from milan_ray.captioner.fit import Sizes
-    from milan_ray.engine.cluster import connected, gpus_each
+    from milan_ray.engine.cluster import gpus_each
     from milan_ray.engine.planner import Plan
     from milan_ray.engine.stage import run_stage
     from milan_ray.plugins import load_plugins
@@ -137,7 +116,7 @@ def run(args: argparse.Namespace) -> int:
             for job, models in zip(jobs, names.values(), strict=True)
         )
         return max(show_plan(args, plan) for plan in plans)
-    with connected(resources):
+    with cluster(args):
         wanted = {model: annotated[model] for models in names.values() for model in models}
         run_stage(Encodings(wanted, encoder), storage, resources)
         run_trainings(storage, [replace(job, gpus=gpus_each(resources)) for job in jobs])

@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING
 import yaml
 
 from milan_ray.cli import options
-from milan_ray.cli.build_configs import (
-    absolute,
-    annotated_layers,
-    encoder_ref,
-    find_captioner,
-    open_storage,
-    resources_of,
-)
+from milan_ray.cli.arguments import string, strings
+from milan_ray.cli.build_configs import absolute, annotated_layers, cluster, encoder_ref, find_captioner, open_storage
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import note, show_plan
 from milan_ray.errors import MilanError
@@ -32,43 +26,29 @@ if TYPE_CHECKING:
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
     parser.set_defaults(rest={})  # the search space: entries of the --config file that are no options
-    parser.add_argument("--annotations", required=True, metavar="SOURCE", help="source of the annotations that judge")
-    parser.add_argument(
-        "--model",
-        nargs="+",
-        metavar="NAME",
-        help="only annotated units of these models: best ones that the captioner was not trained on (default: all)",
+    string(parser, "--annotations", "SOURCE", "source of the annotations that judge", required=True)
+    strings(
+        parser, "--model", "NAME", "only annotated units of these models, best ones new to the captioner (default: all)"
     )
-    parser.add_argument(
-        "--bert-model", metavar="DIR", help="language model of BERTScore (default: MiniLM, where it is installed)"
-    )
+    string(parser, "--bert-model", "DIR", "language model of BERTScore (default: MiniLM, where it is installed)")
     options.captioner(parser, required=False)  # decoder.yaml tunes the training of a captioner
-    options.add_to(
-        parser,
-        options.download,
-        options.storage,
-        options.plugins,
-        options.resources,
-        options.dry_run,
-        options.common,
-    )
+    options.add_to(parser, options.download, options.stages)
 
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
-    from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
     from milan_ray.engine.stage import run_stage
     from milan_ray.stages.decoder_space import tunes_decoder
 
-    storage, resources = open_storage(args), resources_of(args)
+    storage = open_storage(args)
     if args.config is None:
         raise MilanError("what to try: give a file with --config, such as tune_configs/rerank.yaml.")
     text = yaml.safe_dump(args.rest)
     encodings, tuning, tuned = (_decoder_tuning if tunes_decoder(text) else _tuning)(args, storage, text)
     if args.dry_run:
         return show_plan(args, Plan.of(storage, [*encodings, tuning]))
-    with connected(resources):
+    with cluster(args) as resources:
         for stage in encodings:
             run_stage(stage, storage, resources)
         setting = tuning.run(storage, resources)

@@ -134,11 +134,11 @@ class Milan:
         with Progress("describing", len(features), "units") as progress:
             for start in range(0, len(features), size):
                 batch = features[start : start + size]
-                found = self.captioner.candidates(batch, beam_size, mi_lam=mi_lam, quirks=quirks)
-                likely = found.likelihood(mi_lam)
-                for place, texts in enumerate(found.texts):
-                    scores = similarities(len(rows), texts) if similarities else found.scores(lam or 0.0)[place]
-                    prior = None if found.logp_d is None else found.logp_d[place]
+                candidates = self.captioner.candidates(batch, beam_size, mi_lam=mi_lam, quirks=quirks)
+                likely = candidates.likelihood(mi_lam)
+                for place, texts in enumerate(candidates.texts):
+                    scores = similarities(len(rows), texts) if similarities else candidates.scores(lam or 0.0)[place]
+                    prior = None if candidates.logp_d is None else candidates.logp_d[place]
                     best = best_labels(texts, scores, likely[place], prior, n_best)
                     row = {"unit": len(rows), "description": best[0].text, "lam": lam, "n_best": list(map(vars, best))}
                     rows.append(vars(best[0]) | row)
@@ -163,11 +163,11 @@ class Milan:
         """
         return self._encode(self.encoder, images, masks, resize)
 
-    def _similarities(self, seen: np.ndarray) -> Callable[[int, list[str]], np.ndarray]:
+    def _similarities(self, features: np.ndarray) -> Callable[[int, list[str]], np.ndarray]:
         """(unit, texts) → how well each fits the unit's exemplars; every distinct text is embedded once."""
         judge, clip = self.judge, self.clip
         assert judge is not None and clip is not None
-        queries = [query(unit, clip.z) for unit in seen]
+        queries = [query(unit, clip.z) for unit in features]
         embedded: dict[str, np.ndarray] = {}
 
         def similarities(unit: int, texts: list[str]) -> np.ndarray:
@@ -190,16 +190,36 @@ class Milan:
                 return torch.ones(len(places), height, width)
             return torch.from_numpy(np.stack([regions[divmod(n, k)] for n in places]))
 
-        with Progress("encoding", len(first), "images") as progress:
+        def load(start: int, stop: int) -> torch.Tensor:
+            inputs = _inputs(np.stack([pixels[divmod(n, k)] for n in first[start:stop]]), encoder.mean.device)
+            return encoder.fit(inputs) if resize else inputs
 
-            def maps(start: int, stop: int) -> list[torch.Tensor]:
-                inputs = _inputs(np.stack([pixels[divmod(n, k)] for n in first[start:stop]]), encoder.mean.device)
-                progress.advance(stop - start)
-                return encoder.maps(encoder.fit(inputs) if resize else inputs)
-
-            exemplars = MaskedExemplars(index, masks_at)
-            (features,) = encode_exemplars(encoder, [exemplars], maps, len(first), BATCH_SIZE)
+        features = encode_images(encoder, MaskedExemplars(index, masks_at), load, len(first), "encoding")
         return features.reshape(units, k, encoder.feature_size)
+
+
+def encode_images(
+    encoder: Encoder, exemplars: MaskedExemplars, load: Callable[[int, int], torch.Tensor], count: int, label: str
+) -> np.ndarray:
+    """Encodes exemplars, with a progress bar.
+
+    Args:
+        encoder: The image encoder.
+        exemplars: Which images they are, by number, and their masks.
+        load: (first, last + 1) → these images, (N, 3, H, W).
+        count: Number of images.
+        label: Name of the progress bar.
+
+    Returns:
+        float32 (exemplars, F).
+    """
+    with Progress(label, count, "images") as progress:
+
+        def maps(start: int, stop: int) -> list[torch.Tensor]:
+            progress.advance(stop - start)
+            return encoder.maps(load(start, stop))
+
+        return encode_exemplars(encoder, [exemplars], maps, count, BATCH_SIZE)[0]
 
 
 def _check_best(n_best: int) -> None:
@@ -251,13 +271,13 @@ def load(
     if name.endswith(RERANKED) and not os.path.exists(name):
         name, clip = name.removesuffix(RERANKED), clip or DEFAULT
     how = None if clip is None else Clip(find_image_text(os.fspath(clip)), clip_z)
-    found = load_captioner(None if storage is None else Storage(storage), name)
-    spec = replace(get_encoder(found.encoder_name), weights=encoder_weights)
-    encoder = spec.load(found.encoder_state if encoder_weights is None else None)
+    loaded = load_captioner(None if storage is None else Storage(storage), name)
+    spec = replace(get_encoder(loaded.encoder_name), weights=encoder_weights)
+    encoder = spec.load(loaded.encoder_state if encoder_weights is None else None)
     where = resolve_device(device)
     judge = None if how is None else how.load().to(where)
     quirks = REFERENCE if reference_quirks else NO_QUIRKS
-    return Milan(found.to(str(where)), encoder.to(where), quirks, how, judge)
+    return Milan(loaded.to(str(where)), encoder.to(where), quirks, how, judge)
 
 
 def _digest(image: np.ndarray) -> bytes:
@@ -281,37 +301,37 @@ def _array(value: Any, what: str) -> np.ndarray:
 
 def _images(images: Images) -> np.ndarray:
     """The images as (U, k, 3, H, W), uint8 or float."""
-    found = _array(images, "images")
-    if found.ndim != 5 or 3 not in (found.shape[2], found.shape[4]) or 0 in found.shape[1:]:
+    pixels = _array(images, "images")
+    if pixels.ndim != 5 or 3 not in (pixels.shape[2], pixels.shape[4]) or 0 in pixels.shape[1:]:
         raise MilanError(
-            f"images have shape {found.shape}: give (units, exemplars, 3, height, width) or (…, height, width, 3); "
+            f"images have shape {pixels.shape}: give (units, exemplars, 3, height, width) or (…, height, width, 3); "
             "images[None] makes a set of one unit."
         )
-    if found.dtype != np.uint8 and not np.issubdtype(found.dtype, np.floating):
-        raise MilanError(f"images are of type {found.dtype}: give uint8, or floats in [0, 1].")
-    return found if found.shape[2] == 3 else np.moveaxis(found, 4, 2)
+    if pixels.dtype != np.uint8 and not np.issubdtype(pixels.dtype, np.floating):
+        raise MilanError(f"images are of type {pixels.dtype}: give uint8, or floats in [0, 1].")
+    return pixels if pixels.shape[2] == 3 else np.moveaxis(pixels, 4, 2)
 
 
 def _masks(masks: Masks, shape: tuple[int, ...]) -> np.ndarray:
     """The masks (U, k, H, W) of images (U, k, 3, H, W), boolean or numbers in [0, 1]."""
-    given = found = _array(masks, "masks")
+    given = regions = _array(masks, "masks")
     units, k, _, height, width = shape
     for axis in (2, 4):
-        if found.ndim == 5 and found.shape[axis] == 1:
-            found = found.squeeze(axis)
-    if found.shape != (units, k, height, width):
+        if regions.ndim == 5 and regions.shape[axis] == 1:
+            regions = regions.squeeze(axis)
+    if regions.shape != (units, k, height, width):
         raise MilanError(
             f"masks have shape {given.shape} and images {shape}: give one mask of the image's size for each, "
             "(units, exemplars, 1, height, width)."
         )
-    if found.dtype != bool and not np.issubdtype(found.dtype, np.number):
-        raise MilanError(f"masks are of type {found.dtype}: give booleans, or numbers in [0, 1].")
+    if regions.dtype != bool and not np.issubdtype(regions.dtype, np.number):
+        raise MilanError(f"masks are of type {regions.dtype}: give booleans, or numbers in [0, 1].")
     empty = []
-    for unit, regions in enumerate(found):  # one at a time: the array may be memory-mapped
-        if not bool(((regions >= 0) & (regions <= 1)).all()):
+    for unit, of_unit in enumerate(regions):  # one at a time: the array may be memory-mapped
+        if not bool(((of_unit >= 0) & (of_unit <= 1)).all()):
             raise MilanError(f"masks of unit row {unit} hold NaN or numbers outside [0, 1]: give booleans, or 0 and 1.")
-        if not regions.any():
+        if not of_unit.any():
             empty.append(unit)
     if empty:
         raise MilanError(f"masks of unit rows {empty[:8]} are empty in all exemplars: leave these units out.")
-    return found
+    return regions

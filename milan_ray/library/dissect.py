@@ -17,7 +17,7 @@ import polars as pl
 import torch
 from torch import nn
 
-from milan_ray.captioner.encoder import Encoder, MaskedExemplars, encode_exemplars
+from milan_ray.captioner.encoder import Encoder, MaskedExemplars
 from milan_ray.config import FLOAT32, Arithmetic
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError, unknown_name
@@ -26,7 +26,7 @@ from milan_ray.exemplars.forward import Forward, check_probe, pass_size, read_ah
 from milan_ray.exemplars.levels import in_words
 from milan_ray.exemplars.shard import LayerState, LayerStates, StateConfig
 from milan_ray.labelers.milan import MILAN
-from milan_ray.library.captioner import BATCH_SIZE, Milan
+from milan_ray.library.captioner import Milan, encode_images
 from milan_ray.library.probe_images import ProbeImages, check_axes, image_probe
 from milan_ray.library.run_directory import Unit, as_frame
 from milan_ray.models.establish import establish
@@ -176,8 +176,8 @@ class Dissection:
         queries = None if milan.judge is None else self._encode(milan.judge, layer, units)
         for count in np.unique(counts).tolist():  # with few images, units may have fewer exemplars
             rows = np.flatnonzero(counts == count)
-            seen = None if queries is None else queries[rows, :count]
-            frame = milan.describe_encoded(features[rows, :count], seen, **options)
+            own_queries = None if queries is None else queries[rows, :count]
+            frame = milan.describe_encoded(features[rows, :count], own_queries, **options)
             labeler = MILAN if milan.clip is None else milan.clip.labeler().name
             keys = {"labeler": pl.lit(labeler), "model": pl.lit(self.model), "layer": pl.lit(layer)}
             frame = frame.with_columns(pl.Series("unit", units[rows].astype(np.int32)), **keys)
@@ -195,15 +195,12 @@ class Dissection:
             packed = [exemplars.masks[int(units[place // k]), int(place % k)] for place in places]
             return torch.from_numpy(packed_masks.unpack(packed, self._view.shape))
 
-        with Progress(f"encoding {layer}", len(distinct), "images") as progress:
+        def load(start: int, stop: int) -> torch.Tensor:
+            images = torch.from_numpy(self._views(distinct[start:stop])).to(encoder.mean.device)
+            return encoder.fit(images.permute(0, 3, 1, 2).float() * (1 / 255))
 
-            def maps(start: int, stop: int) -> list[torch.Tensor]:
-                images = torch.from_numpy(self._views(distinct[start:stop])).to(encoder.mean.device)
-                progress.advance(stop - start)
-                return encoder.maps(encoder.fit(images.permute(0, 3, 1, 2).float() * (1 / 255)))
-
-            wanted = MaskedExemplars(np.where(flat < 0, -1, np.searchsorted(distinct, flat)), masks_at)
-            (features,) = encode_exemplars(encoder, [wanted], maps, len(distinct), BATCH_SIZE)
+        wanted = MaskedExemplars(np.where(flat < 0, -1, np.searchsorted(distinct, flat)), masks_at)
+        features = encode_images(encoder, wanted, load, len(distinct), f"encoding {layer}")
         return features.reshape(*ids.shape, -1)
 
     def _views(self, ids: np.ndarray) -> np.ndarray:
@@ -270,19 +267,13 @@ def dissect(
     if activations not in get_args(Activations):
         raise unknown_name("activations", str(activations), get_args(Activations), "Give one of these.")
     load_plugins(plugins)
-    if channels_last is not None:
-        if units_axis not in (None, -1 if channels_last else 1):
-            raise MilanError(
-                f"channels_last={channels_last} and units_axis={units_axis} say different things: give one."
-            )
-        units_axis = -1 if channels_last else 1
-    reading = Reading(batch_axis, units_axis, grid, prefix_tokens)
+    reading = Reading(batch_axis, _units_axis(units_axis, channels_last), grid, prefix_tokens)
     if isinstance(model, nn.Module):
         if weights is not None:
             raise MilanError("weights= is for registered models: load them into the network, and leave it out.")
-        model = unwrap(model)
-        _check_device(model, device)
-        network, spec = model, _spec(model, layers, preprocess, activations, name, reading)
+        network = unwrap(model)
+        _check_device(network, device)
+        spec = _spec(network, layers, preprocess, activations, name, reading)
     else:
         spec = resolve_model(model, weights, layers, activations=activations, reading=reading)
         spec = replace(spec, preprocess=preprocess or spec.preprocess, name=name or spec.name)
@@ -293,30 +284,22 @@ def dissect(
     if spec.images is not None:
         raise MilanError(f"{spec.name} is a generator: dissect it with jobs.exemplars.")
     refs = image_refs(probe.manifest())
+    plan = StateConfig(len(refs), k, quantile, max(len(refs), 2**20), _ALL_MAPS)
     with _evaluating(network):
-        find_layers(network, spec.layers)
-        check_network(spec.name, network)
         size = pass_size(spec.batch(batch_size), _device_of(network))
-        plan = StateConfig(len(refs), k, quantile, max(len(refs), 2**20), _ALL_MAPS)
-        layouts = establish(spec, network, spec.layers)
-        for layer, layout in layouts.items():
-            if layout.remark:
-                say(f"layer {layer!r} of {spec.name} {layout.remark}", level="warning")
-        # A copy for channels last, because weights are changed in place.
-        runs = deepcopy(network) if arithmetic.channels_last else network
-        forward = Forward(spec, runs, spec.layers, size, arithmetic, layouts)
-        states, skipped, doubts = _run(forward, spec, probe, refs, size, plan)
-    if not states:
-        first = f", the first {skipped[0][0].location}: {skipped[0][1]}" if skipped else ""
-        raise MilanError(f"none of {len(refs)} images can be read{first}; give images that PIL can open.")
-    tell_doubts(doubts, len(doubts))
-    if skipped:
-        say(f"skipped {len(skipped)} of {len(refs)} images: see .skipped")
-    for layer, state in states.items():
-        if words := in_words(state.level.nonfinite):
-            say(f"layer {layer!r} of {spec.name} {words}", level="warning")
-    found = {layer: _settle(state, spec.preprocess.view.shape) for layer, state in states.items()}
-    return Dissection(spec.name, probe, refs, spec.preprocess, found, skipped)
+        forward = _forward(network, spec, size, arithmetic)
+        states, skipped = _run(forward, spec, probe, refs, size, plan)
+    exemplars = {layer: _settle(state, spec.preprocess.view.shape) for layer, state in states.items()}
+    return Dissection(spec.name, probe, refs, spec.preprocess, exemplars, skipped)
+
+
+def _units_axis(units_axis: int | None, channels_last: bool | None) -> int | None:
+    """The axis of units, of which ``channels_last`` is a short form."""
+    if channels_last is None:
+        return units_axis
+    if units_axis not in (None, -1 if channels_last else 1):
+        raise MilanError(f"channels_last={channels_last} and units_axis={units_axis} say different things: give one.")
+    return -1 if channels_last else 1
 
 
 def _spec(
@@ -366,10 +349,23 @@ def _check_device(network: nn.Module, device: str) -> None:
         )
 
 
+def _forward(network: nn.Module, spec: ModelSpec, size: int, arithmetic: Arithmetic) -> Forward:
+    """Checks the network and establishes its layers' layouts."""
+    find_layers(network, spec.layers)
+    check_network(spec.name, network)
+    layouts = establish(spec, network, spec.layers)
+    for layer, layout in layouts.items():
+        if layout.remark:
+            say(f"layer {layer!r} of {spec.name} {layout.remark}", level="warning")
+    # A copy for channels last, because weights are changed in place.
+    runs = deepcopy(network) if arithmetic.channels_last else network
+    return Forward(spec, runs, spec.layers, size, arithmetic, layouts)
+
+
 def _run(
     forward: Forward, spec: ModelSpec, probe: ImageProbe, refs: Sequence[ImageRef], size: int, plan: StateConfig
-) -> tuple[dict[str, LayerState], list[tuple[ImageRef, str]], list[tuple[str, str]]]:
-    """One pass over the images; layer → its state, what could not be read, and doubts about what was."""
+) -> tuple[dict[str, LayerState], list[tuple[ImageRef, str]]]:
+    """One pass over the images, with warnings: layer → its state, and what could not be read."""
     layers = LayerStates(plan, torch.get_num_threads())
     skipped: list[tuple[ImageRef, str]] = []
     doubts: list[tuple[str, str]] = []
@@ -380,7 +376,16 @@ def _run(
             if len(batch.ids):
                 layers.update(forward.maps(batch.inputs), batch.ids)
             progress.advance(len(part))
-    return layers.states, skipped, doubts
+    if not layers.states:
+        first = f", the first {skipped[0][0].location}: {skipped[0][1]}" if skipped else ""
+        raise MilanError(f"none of {len(refs)} images can be read{first}; give images that PIL can open.")
+    tell_doubts(doubts, len(doubts))
+    if skipped:
+        say(f"skipped {len(skipped)} of {len(refs)} images: see .skipped")
+    for layer, state in layers.states.items():
+        if words := in_words(state.level.nonfinite):
+            say(f"layer {layer!r} of {spec.name} {words}", level="warning")
+    return layers.states, skipped
 
 
 def _settle(state: LayerState, size: tuple[int, int]) -> _Layer:

@@ -71,7 +71,7 @@ def image_probe(images: ProbeImages | Probe, image_column: str | None = None) ->
     tell.cache_clear()  # what is left out is said in every cell
     _check_images(images)
     in_memory = isinstance(images, (Source, np.ndarray)) or not (
-        isinstance(images, (str, os.PathLike)) or all(isinstance(one, (str, os.PathLike)) for one in images)
+        isinstance(images, (str, os.PathLike)) or all(isinstance(image, (str, os.PathLike)) for image in images)
     )
     if in_memory and image_column is not None:
         raise MilanError("image_column= is for Parquet, Arrow and tar files: leave it out for images in memory.")
@@ -111,7 +111,7 @@ def _check_images(images: object) -> None:
     if len(shape) == 2:
         raise MilanError(f"images have shape {shape}: give x[None] for one grey picture.")
     several = [] if isinstance(images, np.ndarray) and not np.ma.isMaskedArray(images) else images
-    if np.ma.isMaskedArray(images) or any(np.ma.isMaskedArray(one) for one in several):  # type: ignore[attr-defined]
+    if np.ma.isMaskedArray(images) or any(np.ma.isMaskedArray(image) for image in several):  # type: ignore[attr-defined]
         raise MilanError("images are masked arrays, whose masks would be lost: give x.filled(…) or x.data.")
 
 

@@ -57,8 +57,8 @@ class RunExemplars:
         Raises:
             MilanError: No such model, or several and none named.
         """
-        found = storage.partitions(EXEMPLARS)
-        models = sorted({keys["model"] for keys in found})
+        partitions = storage.partitions(EXEMPLARS)
+        models = sorted({keys["model"] for keys in partitions})
         if not models:
             raise MilanError(f"{storage.root} holds no exemplars: give a run directory that jobs.exemplars wrote.")
         if model is None and len(models) > 1:
@@ -67,7 +67,7 @@ class RunExemplars:
         if self.model not in models:
             raise unknown_name("model", self.model, models, f"These have exemplars in {storage.root}.")
         self.layers = storage.layers_in_order(
-            self.model, (keys["layer"] for keys in found if keys["model"] == self.model)
+            self.model, (keys["layer"] for keys in partitions if keys["model"] == self.model)
         )
         self._storage = storage
 
@@ -169,10 +169,12 @@ def open_exemplars(
         return RunExemplars(Storage(text), model)
     if model is not None:
         raise MilanError(f"{text} is no run directory with exemplars: model= has no meaning there.")
-    found = locate(text, download=download)
-    if len(found) > 1:
-        raise MilanError(f"{text} is a group of sets: open one of {', '.join(location.name for location in found)}.")
-    return PublishedSet(found[0].root, found[0].name, annotation_count=found[0].annotation_count)
+    locations = locate(text, download=download)
+    if len(locations) > 1:
+        raise MilanError(
+            f"{text} is a group of sets: open one of {', '.join(location.name for location in locations)}."
+        )
+    return PublishedSet(locations[0].root, locations[0].name, annotation_count=locations[0].annotation_count)
 
 
 def as_frame(table: pa.Table) -> pl.DataFrame:

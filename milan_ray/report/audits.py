@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from milan_ray.damaged import LeftOut
 from milan_ray.errors import DamagedTable
 from milan_ray.progress import say
-from milan_ray.report.layers import LayerSummary, layer_folder
+from milan_ray.report.layers import LayerSummary, Sources, layer_folder
 from milan_ray.report.pages import Pages, Row, slug
 from milan_ray.schema import AUDITED, AUDITS, FIGURE
 from milan_ray.schema.audits import REJECT
 from milan_ray.scoring.search import descriptions_hash
-from milan_ray.storage import FILE_NAME, Storage, natural
+from milan_ray.storage import FILE_NAME, natural
 
 
 def card_link(model: str, layer: str, unit: int) -> str:
@@ -21,7 +20,7 @@ def card_link(model: str, layer: str, unit: int) -> str:
     return f"{layer_folder(model, layer)}index.html#unit-{unit}"
 
 
-def audits(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSummary], left_out: LeftOut) -> list[Row]:
+def audits(out: Path, pages: Pages, sources: Sources, layers: Sequence[LayerSummary]) -> list[Row]:
     """Writes a page for each audit whose networks are all in the report.
 
     Audits are left out if their descriptions have changed since, or if one of their tables is damaged.
@@ -29,10 +28,10 @@ def audits(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSumm
     Returns:
         For each audit: its name, the page, and the numbers of units that it counts on both sides.
     """
+    storage = sources.storage
     place = {(layer.model, layer.layer): number for number, layer in enumerate(layers)}
-    shown = set(place)
     models = {layer.model for layer in layers}
-    found = []
+    shown_audits = []
     for keys in storage.partitions(AUDITS):
         name = keys["audit"]
         figure = storage.path(AUDITS, **keys).replace(FILE_NAME, f"{FIGURE}.svg")
@@ -50,7 +49,7 @@ def audits(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSumm
                 continue
             units = storage.read(AUDITED, **keys).to_pylist()
         except DamagedTable as error:
-            left_out.note(error)
+            sources.left_out.note(error)
             continue
         units.sort(
             key=lambda row: (
@@ -62,8 +61,8 @@ def audits(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSumm
             )
         )
         for row in units:
-            there = (row["model"], row["layer"]) in shown
-            row["card"] = card_link(row["model"], row["layer"], row["unit"]) if there else None
+            shown = (row["model"], row["layer"]) in place
+            row["card"] = card_link(row["model"], row["layer"], row["unit"]) if shown else None
         folder = f"audits/{slug(name)}/"
         (out / folder).mkdir(parents=True, exist_ok=True)
         (out / folder / "figure.svg").write_bytes(storage.get(figure))
@@ -79,5 +78,5 @@ def audits(storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSumm
             "blurred": sum(pair["other_units"] for pair in pairs),
         }
         pages.write("audit.html", out / audit["href"], root="../../", audit=audit)
-        found.append(audit)
-    return found
+        shown_audits.append(audit)
+    return shown_audits

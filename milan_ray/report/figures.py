@@ -28,14 +28,14 @@ def files(figure: Figure) -> dict[str, bytes]:
     """Renders the figure as files: extension → bytes, for each of :data:`ENDINGS`."""
     import matplotlib
 
-    found: dict[str, bytes] = {}
+    rendered: dict[str, bytes] = {}
     with matplotlib.rc_context({"svg.hashsalt": "milan_ray"}):  # otherwise the ids in the SVG are random
         for kind in ENDINGS:
             buffer = io.BytesIO()
             metadata = {"Date": None} if kind == "svg" else {"Software": None}
             figure.savefig(buffer, format=kind, metadata=metadata, dpi=120)
-            found[kind] = buffer.getvalue()
-    return found
+            rendered[kind] = buffer.getvalue()
+    return rendered
 
 
 def figure_path(storage: Storage, table: Table, ending: str = "svg", stem: str = FIGURE, **keys: str) -> str:

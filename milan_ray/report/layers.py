@@ -77,6 +77,12 @@ class Sources:
         read = partial(read_rows, self.storage, table, **keys)
         return self.left_out.unless_damaged(read, table.schema.empty_table())
 
+    def all_rows(self, table: Table, **where: str) -> list[Row]:
+        """Reads the rows of all undamaged partitions of a table."""
+        empty = table.schema.empty_table()
+        reads = [partial(self.storage.read, table, **keys) for keys in self.storage.partitions(table, **where)]
+        return [row for read in reads for row in self.left_out.unless_damaged(read, empty).to_pylist()]
+
     def named(self, probe: str) -> bool:
         """Whether a manifest with the names of a probe's images exists."""
         look = partial(self.storage.metadata, MANIFEST, probe=probe)
@@ -131,10 +137,10 @@ class _ByUnit:
     def rows(self, units: Sequence[int]) -> dict[int, list[Row]]:
         """Returns the rows of ``units``, which must be ascending and contain all of the table's units in that range."""
         start, stop = np.searchsorted(self.unit_of, [units[0], units[-1] + 1])
-        found: dict[int, list[Row]] = defaultdict(list)
+        rows: dict[int, list[Row]] = defaultdict(list)
         for row in self._table.slice(start, stop - start).to_pylist():
-            found[row["unit"]].append(row)
-        return found
+            rows[row["unit"]].append(row)
+        return rows
 
 
 @dataclass
@@ -253,53 +259,53 @@ def write_layer(
     Raises:
         DamagedTable: The layer's exemplars are damaged.
     """
-    found = _Layer.read(sources, model, layer)
-    folder, units = out / found.href, found.units
-    _tidy(out, found)
-    if not (out / found.masks).exists():
-        pieces = sources.storage.stream(EXEMPLARS, ["unit", "rank", "mask"], **found.keys)
-        counts = Counter(found.exemplars.unit_of.tolist())
-        write_masks(pieces, counts, found.shape, out / found.masks)
-    near = found.nearest()
-    found.labels = [[] for _ in sources.labelers]
-    shown = images[found.source]
+    content = _Layer.read(sources, model, layer)
+    folder, units = out / content.href, content.units
+    _tidy(out, content)
+    if not (out / content.masks).exists():
+        pieces = sources.storage.stream(EXEMPLARS, ["unit", "rank", "mask"], **content.keys)
+        counts = Counter(content.exemplars.unit_of.tolist())
+        write_masks(pieces, counts, content.shape, out / content.masks)
+    near = content.nearest()
+    content.labels = [[] for _ in sources.labelers]
+    shown = images[content.source]
     for number, start in enumerate(range(0, len(units), PAGE_SIZE)):
         part = units[start : start + PAGE_SIZE]
-        cards = list(_cards(found, part, start, len(units), near))
+        cards = list(_cards(content, part, start, len(units), near))
         for card in cards:
             shown.update(card["images"])
-        write_script(folder / "cards" / f"{number}.js", "milan.cards", found.href, number, cards)
-    if found.stale:
-        say(f"report: left out {found.stale} scores of {model} {layer}: they are of earlier descriptions")
-    columns = {key: column for key, column in found.columns.items() if any(v is not None for v in column["values"])}
+        write_script(folder / "cards" / f"{number}.js", "milan.cards", content.href, number, cards)
+    if content.stale:
+        say(f"report: left out {content.stale} scores of {model} {layer}: they are of earlier descriptions")
+    columns = {key: column for key, column in content.columns.items() if any(v is not None for v in column["values"])}
     write_script(
         folder / "units.js",
         "milan.layer",
         {
             "model": model,
             "layer": layer,
-            "href": found.href,
-            "images": f"{image_folder(*found.source)}/",
-            "masks": found.masks,
-            "named": sources.named(found.source[0]),
-            "shape": found.shape,
+            "href": content.href,
+            "images": f"{image_folder(*content.source)}/",
+            "masks": content.masks,
+            "named": sources.named(content.source[0]),
+            "shape": content.shape,
             "page": PAGE_SIZE,
             "labelers": sources.labelers,
             "units": units,
-            "first": found.first,
-            "texts": list(found.texts),
-            "labels": found.labels,
+            "first": content.first,
+            "texts": list(content.texts),
+            "labels": content.labels,
             "columns": columns,
         },
     )
-    summary = _summary(found, units, {key: column["name"] for key, column in columns.items()})
+    summary = _summary(content, units, {key: column["name"] for key, column in columns.items()})
     pages.write(
         "layer.html",
         folder / "index.html",
         root=ROOT,
         summary=summary,
         siblings=siblings,
-        metadata=found.metadata,
+        metadata=content.metadata,
         page_size=PAGE_SIZE,
     )
     return summary
@@ -346,12 +352,12 @@ def _cards(
     for place, unit in enumerate(units, start):
         put = partial(_put, layer.columns, total, place)
         mine = exemplars.get(unit, [])
-        said: list[Row | None] = []
+        current: list[Row | None] = []
         for number, (name, rows) in enumerate(labels.items()):
             row = rows[unit][0] if unit in rows else None
             layer.labels[number].append(layer.texts.setdefault(row["description"], len(layer.texts)) if row else -1)
             put(f"score {name}", "score" if len(labels) == 1 else f"{name}: score", row["score"] if row else None)
-            said.append(row and _label(row))
+            current.append(row and _label(row))
         level = levels[unit][0] if unit in levels else None
         layer.first.append(mine[0]["image_id"] if mine else None)
         put("activation", "highest activation", mine[0]["activation"] if mine else None)
@@ -361,11 +367,11 @@ def _cards(
             "images": [row["image_id"] for row in mine],
             "activations": [short(row["activation"]) for row in mine],
             "level": level and [short(level["level"]), level["positions"], level["nonfinite"], level["exact"]],
-            "labels": said,
+            "labels": current,
             "annotations": [
                 [row["text"], row["annotator"], row["source"]] for table in annotations for row in table.get(unit, [])
             ],
-            "scores": list(_scores(layer, unit, scores, said, put)),
+            "scores": list(_scores(layer, unit, scores, current, put)),
             "near": near.get(unit, []),
         }
 
@@ -388,11 +394,11 @@ def _scores(
     layer: _Layer,
     unit: int,
     scores: dict[tuple[str, str], dict[int, list[Row]]],
-    said: Sequence[Row | None],
+    labels: Sequence[Row | None],
     put: Callable[[str, str, float | None], None],
 ) -> Iterator[Row]:
     """Yields a unit's scores per judge, labeler and metric, if the scored description is the current one."""
-    now = dict(zip(layer.descriptions, said, strict=True))
+    now = dict(zip(layer.descriptions, labels, strict=True))
     for (predictor, labeler), rows in scores.items():
         metrics: dict[str, dict[str, Row]] = defaultdict(dict)
         for row in rows.get(unit, []):

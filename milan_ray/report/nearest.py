@@ -29,9 +29,9 @@ def mean_features(pieces: Iterable[pa.Table]) -> tuple[np.ndarray, np.ndarray]:
             units = batch["unit"].to_numpy()
             order = np.argsort(units, kind="stable")
             features = batch["feature"].flatten().to_numpy(zero_copy_only=False).reshape(len(units), -1)
-            found, starts, lengths = np.unique(units[order], return_index=True, return_counts=True)
+            present, starts, lengths = np.unique(units[order], return_index=True, return_counts=True)
             totals = np.add.reduceat(features[order], starts, axis=0, dtype=np.float32)
-            for unit, total, count in zip(found.tolist(), totals, lengths.tolist(), strict=True):
+            for unit, total, count in zip(present.tolist(), totals, lengths.tolist(), strict=True):
                 sums[unit] = sums[unit] + total if unit in sums else total.copy()
                 counts[unit] = counts.get(unit, 0) + count
     units = np.array(sorted(sums), np.int64)
@@ -60,13 +60,13 @@ def nearest(features: np.ndarray, top: int) -> tuple[np.ndarray, np.ndarray]:
     places = np.zeros((len(features), count), np.int64)
     cosines = np.zeros((len(features), count), np.float32)
     for start in range(0, len(features) if count else 0, _BLOCK):
-        found = apart[start : start + _BLOCK] @ apart.T
-        rows = np.arange(len(found))
-        found[rows, start + rows] = -np.inf  # excludes the unit itself
+        near = apart[start : start + _BLOCK] @ apart.T
+        rows = np.arange(len(near))
+        near[rows, start + rows] = -np.inf  # excludes the unit itself
         # Candidates are all units that reach the last neighbour's cosine, so that ties are in order of position.
-        bars = -np.partition(-found, count - 1, axis=1)[:, count - 1]
+        bars = -np.partition(-near, count - 1, axis=1)[:, count - 1]
         for row in rows:
-            candidates = np.flatnonzero(found[row] >= bars[row])
-            best = candidates[np.argsort(-found[row, candidates], kind="stable")][:count]
-            places[start + row], cosines[start + row] = best, found[row, best]
+            candidates = np.flatnonzero(near[row] >= bars[row])
+            best = candidates[np.argsort(-near[row, candidates], kind="stable")][:count]
+            places[start + row], cosines[start + row] = best, near[row, best]
     return places, cosines

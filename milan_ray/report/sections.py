@@ -6,13 +6,11 @@ import json
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
-from milan_ray.damaged import LeftOut
 from milan_ray.errors import DamagedTable
 from milan_ray.progress import say
-from milan_ray.report.layers import LayerSummary
+from milan_ray.report.layers import LayerSummary, Sources
 from milan_ray.report.pages import Pages, Row, slug, write_script
 from milan_ray.schema import ABLATIONS, CHANGES, DIFFERENCES, FIGURE, RUNS, SCORES, SKIPPED, TABLES, TRIALS, Table
 from milan_ray.scoring.differences import difference_config
@@ -21,10 +19,11 @@ from milan_ray.storage import CONFIG_KEY, FILE_NAME, Storage
 _WORDS_LISTED = 40
 _WORDS_SHOWN = 10
 _FIGURE = f"{FIGURE}.svg"
+_CHANGE = ("unit", "description", "other_description", "gained", "lost")
 
 
 _ABOUT = {
-    SCORES.name: "What was measured, a panel each: a row per labeler, with what costs nothing below",
+    SCORES.name: "What was measured, a panel each: a row per labeler, with trivial baselines below",
     TRIALS.name: "Score over λ, a line per beam size",
     ABLATIONS.name: "Accuracy over the share of units switched off, a line per order",
 }
@@ -76,20 +75,12 @@ def evaluations(rows: Sequence[Row]) -> list[Row]:
     return tables
 
 
-def rows_of(storage: Storage, table: Table, left_out: LeftOut, **where: str) -> list[Row]:
-    """Reads the rows of all undamaged partitions of a table."""
-    empty = table.schema.empty_table()
-    found = storage.partitions(table, **where)
-    tables = [left_out.unless_damaged(partial(storage.read, table, **keys), empty) for keys in found]
-    return [row for rows in tables for row in rows.to_pylist()]
-
-
-def skipped(storage: Storage, models: Sequence[str], left_out: LeftOut) -> list[Row]:
+def skipped(sources: Sources, models: Sequence[str]) -> list[Row]:
     """Lists models with skipped images: the rows, and the reasons with their frequencies."""
     tables = []
-    for keys in storage.partitions(SKIPPED):
+    for keys in sources.storage.partitions(SKIPPED):
         model = keys["model"]
-        rows = rows_of(storage, SKIPPED, left_out, model=model) if model in models else []
+        rows = sources.all_rows(SKIPPED, model=model) if model in models else []
         if rows:
             tables.append(
                 {"model": model, "rows": rows, "reasons": Counter(row["reason"] for row in rows).most_common()}
@@ -99,7 +90,7 @@ def skipped(storage: Storage, models: Sequence[str], left_out: LeftOut) -> list[
 
 def figures(storage: Storage, out: Path) -> list[Figure]:
     """Copies the figures that are stored next to tables of experiments and tunings of any kind."""
-    found = []
+    copies = []
     for table in (table for table in TABLES if {"experiment", "sweep"} & {*table.partition}):
         for keys in storage.partitions(table):
             source = storage.path(table, **keys).replace(FILE_NAME, _FIGURE)
@@ -109,14 +100,12 @@ def figures(storage: Storage, out: Path) -> list[Figure]:
             file = f"figures/{slug(title if table is TRIALS else source)}.svg"
             (out / "figures").mkdir(exist_ok=True)
             (out / file).write_bytes(storage.get(source))
-            about = _ABOUT.get(table.name, f"Figure beside the table {table.name}")
-            found.append(Figure(title, file, about, keys.get("model")))
-    return found
+            about = _ABOUT.get(table.name, f"Figure of the table {table.name}")
+            copies.append(Figure(title, file, about, keys.get("model")))
+    return copies
 
 
-def differences(
-    storage: Storage, out: Path, pages: Pages, layers: Sequence[LayerSummary], left_out: LeftOut
-) -> list[Row]:
+def differences(out: Path, pages: Pages, sources: Sources, layers: Sequence[LayerSummary]) -> list[Row]:
     """Writes a page for each pair of networks that were compared and are both in the report.
 
     Pairs are left out if their descriptions have changed since the comparison.
@@ -124,9 +113,10 @@ def differences(
     Returns:
         For each pair, its row in the overview.
     """
+    storage = sources.storage
     shown = {(layer.model, layer.layer): layer for layer in layers}
     models = {layer.model for layer in layers}
-    found = []
+    pairs = []
     for keys in storage.partitions(DIFFERENCES):
         if not {keys["model"], keys["other"]} <= models:
             continue
@@ -138,9 +128,9 @@ def differences(
             compared = int(meta["units"])
             words = storage.read(DIFFERENCES, **keys).to_pylist()
         except DamagedTable as error:
-            left_out.note(error)
+            sources.left_out.note(error)
             continue
-        changes = rows_of(storage, CHANGES, left_out, **keys)
+        changes = sources.all_rows(CHANGES, **keys)
         worded = [row for row in changes if row["gained"] or row["lost"]]
         names = storage.layers_in_order(keys["model"], (row["layer"] for row in worded))
         href = f"differences/{slug(json.dumps([keys['labeler'], keys['model'], keys['other']]))}/"
@@ -165,27 +155,17 @@ def differences(
                 "models": [keys["model"], keys["other"]],
                 "layers": names,
                 "sides": sides,
-                "rows": [
-                    [
-                        place[row["layer"]],
-                        row["unit"],
-                        row["description"],
-                        row["other_description"],
-                        row["gained"],
-                        row["lost"],
-                    ]
-                    for row in worded
-                ],
+                "rows": [[place[row["layer"]], *(row[name] for name in _CHANGE)] for row in worded],
             },
         )
         pages.write("difference.html", out / href / "index.html", root="../../", pair=pair)
-        found.append(pair)
-    return found
+        pairs.append(pair)
+    return pairs
 
 
-def provenance(storage: Storage, models: Sequence[str], left_out: LeftOut) -> Row:
+def provenance(sources: Sources, models: Sequence[str]) -> Row:
     """Lists the runs for these models, and the software versions they used."""
-    runs = [row for row in rows_of(storage, RUNS, left_out) if row["model"] in models or not row["model"]]
+    runs = [row for row in sources.all_rows(RUNS) if row["model"] in models or not row["model"]]
     versions: dict[str, list[str]] = {}
     for row in runs:
         for name, version in json.loads(row["versions"] or "{}").items():

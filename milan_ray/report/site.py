@@ -20,8 +20,8 @@ from milan_ray.errors import DamagedTable, MilanError, unknown_name
 from milan_ray.report.audits import audits
 from milan_ray.report.images import write_images, write_names
 from milan_ray.report.layers import PAGE_SIZE, LayerSummary, Sources, layer_folder, write_layer
-from milan_ray.report.pages import ASSETS, TEMPLATES, Pages, slug
-from milan_ray.report.sections import differences, evaluations, figures, provenance, rows_of, skipped
+from milan_ray.report.pages import ASSETS, TEMPLATES, Pages, Row, slug
+from milan_ray.report.sections import differences, evaluations, figures, provenance, skipped
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, SCORES
 from milan_ray.storage import Storage, natural
 
@@ -72,13 +72,13 @@ def write_report(
             missing; or the folder cannot be written.
     """
     out = Path(out_dir)
-    found = storage.partitions(EXEMPLARS)
-    if not found:
+    partitions = storage.partitions(EXEMPLARS)
+    if not partitions:
         raise MilanError(f"{storage.uri(EXEMPLARS.name)} holds no exemplars; run `python -m jobs.exemplars` first.")
-    shown_models = _chosen("model with exemplars", models, [keys["model"] for keys in found])
+    shown_models = _chosen("model with exemplars", models, [keys["model"] for keys in partitions])
     known_labelers = [keys["labeler"] for keys in storage.partitions(DESCRIPTIONS) if keys["model"] in shown_models]
     shown_labelers = _chosen("labeler with descriptions", labelers, known_labelers)
-    layers = storage.in_model_order(keys for keys in found if keys["model"] in shown_models)
+    layers = storage.in_model_order(keys for keys in partitions if keys["model"] in shown_models)
     layers.sort(key=lambda keys: shown_models.index(keys["model"]))
     left_out = LeftOut("report")
     sources = Sources.find(storage, shown_labelers, left_out)
@@ -93,8 +93,8 @@ def write_report(
             write_names(storage, out, probe, view, image_ids, left_out)
         for asset in ASSETS:
             shutil.copyfile(TEMPLATES / asset, out / asset)
-        count = sum(map(len, images.values()))
-        _write_overview(storage, out, pages, summaries, title, scores, notes or {}, count, left_out)
+        context = {"title": title, "notes": notes or {}, "images": sum(map(len, images.values()))}
+        _write_overview(out, pages, sources, summaries, scores, context)
     except OSError as error:
         raise MilanError(f"the report {out} could not be written: {error}; choose a folder that can.") from error
     if progress:
@@ -132,23 +132,14 @@ def _write_layers(
 
 
 def _write_overview(
-    storage: Storage,
-    out: Path,
-    pages: Pages,
-    layers: Sequence[LayerSummary],
-    title: str,
-    scores: pa.Table | None,
-    notes: Mapping[str, str],
-    images: int,
-    left_out: LeftOut,
+    out: Path, pages: Pages, sources: Sources, layers: Sequence[LayerSummary], scores: pa.Table | None, context: Row
 ) -> None:
     """Writes the models' pages and the overview; sections about a single model go to that model's page."""
     models = {model: list(of) for model, of in groupby(layers, key=lambda layer: layer.model)}
-    rows = rows_of(storage, SCORES, left_out) if scores is None else scores.to_pylist()
-    tables, drawn = evaluations(rows), figures(storage, out)
-    pairs = differences(storage, out, pages, layers, left_out)
-    unusable = skipped(storage, list(models), left_out)
-    ran = provenance(storage, list(models), left_out)
+    tables = evaluations(sources.all_rows(SCORES) if scores is None else scores.to_pylist())
+    plots = figures(sources.storage, out)
+    pairs = differences(out, pages, sources, layers)
+    unusable, ran = skipped(sources, list(models)), provenance(sources, list(models))
     hrefs = {model: f"layers/{slug(model)}/index.html" for model in models}
     for model, of in models.items():
         pages.write(
@@ -158,7 +149,7 @@ def _write_overview(
             model=model,
             layers=of,
             evaluations=[table for table in tables if table["model"] == model],
-            figures=[figure for figure in drawn if figure.model == model],
+            figures=[figure for figure in plots if figure.model == model],
             differences=[pair for pair in pairs if model in (pair["model"], pair["other"])],
             skipped=[table for table in unusable if table["model"] == model],
             skipped_listed=_SKIPPED_LISTED,
@@ -172,23 +163,21 @@ def _write_overview(
         "index.html",
         out / "index.html",
         root="",
-        title=title,
         models=[(model, hrefs[model], of) for model, of in models.items()],
         layers=layers,
         columns=columns,
         with_examples=len(layers) <= _LAYERS_WITH_EXAMPLES,
-        images=images,
         page_size=PAGE_SIZE,
         evaluations=[table for table in tables if table["model"] not in models],
         of_models=[(table["name"], hrefs[table["model"]]) for table in tables if table["model"] in models],
-        figures=[figure for figure in drawn if figure.model not in models],
+        figures=[figure for figure in plots if figure.model not in models],
         differences=pairs,
-        audits=audits(storage, out, pages, layers, left_out),
+        audits=audits(out, pages, sources, layers),
         paper=PAPER if (out / PAPER).is_file() else None,
-        notes=notes,
         skipped=unusable,
         skipped_listed=_SKIPPED_LISTED,
         **ran,
+        **context,
     )
 
 

@@ -94,6 +94,10 @@ class _Phrase:
         )
 
 
+Draw = Callable[[], float]
+"""Returns uniform random numbers in [0, 1)."""
+
+
 def _word(word: str, tag: str) -> _Phrase:
     return _Phrase((word,), (tag,), (0,))
 
@@ -165,8 +169,8 @@ def annotate_unit(masks: np.ndarray, maps: Sequence[Mapping[str, np.ndarray]], k
     Returns:
         One annotation per persona.
     """
-    seen = _look_at(evidence(masks, maps))
-    return [_annotate(persona, seen, Random(f"{key}/{persona}").random) for persona in PERSONAS]
+    content = _content(evidence(masks, maps))
+    return [_annotate(persona, content, Random(f"{key}/{persona}").random) for persona in PERSONAS]
 
 
 def specimens(count: int, seed: int = 0) -> list[Annotation]:
@@ -178,26 +182,26 @@ def specimens(count: int, seed: int = 0) -> list[Annotation]:
         count: Number of descriptions.
         seed: Random seed.
     """
-    found = []
+    annotations = []
     for number in range(count):
         draw = Random(f"specimen/{seed}/{number}").random
 
-        def one(names: Sequence[str], draw: Callable[[], float] = draw) -> str:
+        def pick(names: Sequence[str], draw: Draw = draw) -> str:
             return names[int(draw() * len(names))]
 
-        noun = one(NOUNS)
-        looks = [one(names_of(kind)) for kind in ("colour", "texture") if draw() < 0.5]
-        second = one(_beside(noun)) if draw() < 0.5 else None
-        relation = one(names_of("relation")) if draw() < 0.5 and CONCEPT[noun].kind in ("object", "face") else None
-        seen = _Seen(
+        noun = pick(NOUNS)
+        looks = [pick(names_of(kind)) for kind in ("colour", "texture") if draw() < 0.5]
+        second = pick(_companions(noun)) if draw() < 0.5 else None
+        relation = pick(names_of("relation")) if draw() < 0.5 and CONCEPT[noun].kind in ("object", "face") else None
+        content = _Content(
             noun if draw() < 0.9 or not looks else None, second, relation, tuple(looks), bool(looks) and draw() < 0.5
         )
-        found.append(_annotate(PERSONAS[number % len(PERSONAS)], seen, draw))
-    return found
+        annotations.append(_annotate(PERSONAS[number % len(PERSONAS)], content, draw))
+    return annotations
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Content:
     """Content of a description: main noun, second noun, relation, and colours and textures, strongest first."""
 
     noun: str | None
@@ -211,34 +215,34 @@ class _Seen:
         return frozenset(filter(None, (self.noun, self.second, self.relation, *self.looks)))
 
 
-def _look_at(found: Evidence) -> _Seen:
+def _content(clues: Evidence) -> _Content:
     def best(names: Sequence[str], share: float = 0.0) -> str | None:
-        name = max(names, key=lambda name: found.nats.get(name, 0.0))
-        return name if found.nats.get(name, 0.0) >= _ENOUGH and found.masked[name] > share else None
+        name = max(names, key=lambda name: clues.nats.get(name, 0.0))
+        return name if clues.nats.get(name, 0.0) >= _ENOUGH and clues.masked[name] > share else None
 
     thing = best(NOUNS)
-    noun = _detail(thing, found) if thing else None
-    second = thing if noun != thing else best(_beside(thing), share=0.15) if thing else None
+    noun = _detail(thing, clues) if thing else None
+    second = thing if noun != thing else best(_companions(thing), share=0.15) if thing else None
     looks = [look for kind in ("colour", "texture") if (look := best(names_of(kind), share=0.4))]
-    looks.sort(key=lambda look: -found.nats[look])
+    looks.sort(key=lambda look: -clues.nats[look])
     big = noun is not None and CONCEPT[noun].kind in ("object", "face")
     relation = best(names_of("relation"), share=0.5) if big else None
-    look_leads = bool(looks) and (thing is None or found.nats[looks[0]] > found.nats[thing])
-    return _Seen(noun, second, relation, tuple(looks), look_leads)
+    look_leads = bool(looks) and (thing is None or clues.nats[looks[0]] > clues.nats[thing])
+    return _Content(noun, second, relation, tuple(looks), look_leads)
 
 
-def _detail(thing: str, found: Evidence) -> str:
+def _detail(thing: str, clues: Evidence) -> str:
     """The part of a thing that has enough evidence and at least twice the thing's mask density; otherwise the thing."""
-    enough = 0.45 * found.nats[thing]
-    details = [name for name, wholes in _WHOLES.items() if thing in wholes and found.nats.get(name, 0.0) > enough]
+    enough = 0.45 * clues.nats[thing]
+    details = [name for name, wholes in _WHOLES.items() if thing in wholes and clues.nats.get(name, 0.0) > enough]
     focus = {
-        name: (found.masked[name] / found.masked[thing]) / (found.shown[name] / found.shown[thing]) for name in details
+        name: (clues.masked[name] / clues.masked[thing]) / (clues.shown[name] / clues.shown[thing]) for name in details
     }
     details = [name for name in details if focus[name] >= 2]
-    return max(details, key=lambda name: found.nats[name], default=thing)
+    return max(details, key=lambda name: clues.nats[name], default=thing)
 
 
-def _beside(noun: str) -> tuple[str, ...]:
+def _companions(noun: str) -> tuple[str, ...]:
     """Concepts that can be named alongside a noun: a part's wholes, the sign around a word, other things."""
     things = names_of("object", "face")
     if noun in _WHOLES:
@@ -250,62 +254,64 @@ def _beside(noun: str) -> tuple[str, ...]:
     return tuple(name for name in (*things, *names_of("background")) if name != noun)
 
 
-def _annotate(persona: str, seen: _Seen, draw: Callable[[], float]) -> Annotation:
+def _annotate(persona: str, content: _Content, draw: Draw) -> Annotation:
     chance = draw()
     if chance < ERROR_SHARE:
-        wrong = [name for name in NOUNS if name not in seen.concepts]
+        wrong = [name for name in NOUNS if name not in content.concepts]
         phrase = _noun(wrong[int(draw() * len(wrong))], draw)
-    elif chance < ERROR_SHARE + GENERIC_SHARE or not (seen.noun or seen.looks):
+    elif chance < ERROR_SHARE + GENERIC_SHARE or not (content.noun or content.looks):
         phrase = _vague(draw)
     else:
-        phrase = _WRITE[persona](seen, draw)
+        phrase = _WRITE[persona](content, draw)
     heads = tuple(0 if i == head else head + 1 for i, head in enumerate(phrase.heads))
     return Annotation(persona, " ".join(phrase.words), phrase.words, phrase.tags, heads)
 
 
-def _object_first(seen: _Seen, draw: Callable[[], float]) -> _Phrase:
-    if seen.noun is None:
-        return _look_first(seen, draw)
-    if seen.relation and draw() < 0.3:
-        return _related(seen.noun, seen.relation, draw)
-    looks = seen.looks[:1] if draw() < 0.8 else ()
-    if seen.second is None:
-        return _noun(seen.noun, draw, looks)
-    if CONCEPT[seen.noun].kind == "part":
-        return _noun(seen.noun, draw) + _word("of", "ADP").before(_noun(seen.second, draw, looks, many=True))
-    if CONCEPT[seen.noun].kind == "text":
-        return _noun(seen.noun, draw, many=True) + _word("on", "ADP").before(_noun(seen.second, draw, looks, many=True))
-    return _noun(seen.noun, draw, looks, many=True) + _word("and", "CCONJ").before(_noun(seen.second, draw, many=True))
+def _object_first(content: _Content, draw: Draw) -> _Phrase:
+    if content.noun is None:
+        return _look_first(content, draw)
+    if content.relation and draw() < 0.3:
+        return _related(content.noun, content.relation, draw)
+    looks = content.looks[:1] if draw() < 0.8 else ()
+    if content.second is None:
+        return _noun(content.noun, draw, looks)
+    kind = CONCEPT[content.noun].kind
+    if kind in ("part", "text"):
+        first = _noun(content.noun, draw, many=True if kind == "text" else None)
+        link = _word("of" if kind == "part" else "on", "ADP")
+        return first + link.before(_noun(content.second, draw, looks, many=True))
+    first = _noun(content.noun, draw, looks, many=True)
+    return first + _word("and", "CCONJ").before(_noun(content.second, draw, many=True))
 
 
-def _look_first(seen: _Seen, draw: Callable[[], float]) -> _Phrase:
-    if not seen.looks:
-        assert seen.noun is not None  # otherwise the description is vague
-        return _noun(seen.noun, draw)
-    first, *others = (_adjective(look, draw) for look in seen.looks)
+def _look_first(content: _Content, draw: Draw) -> _Phrase:
+    if not content.looks:
+        assert content.noun is not None  # otherwise the description is vague
+        return _noun(content.noun, draw)
+    first, *others = (_adjective(look, draw) for look in content.looks)
     looks = first + _word("and", "CCONJ").before(others[0]) if others else first
-    if seen.noun and draw() < 0.5:
-        return looks.before(_noun(seen.noun, draw, many=True))
+    if content.noun and draw() < 0.5:
+        return looks.before(_noun(content.noun, draw, many=True))
     stuff = looks.before(_word(_STUFF[int(draw() * len(_STUFF))], "NOUN"))
-    if seen.noun and draw() < 0.5:
-        return stuff + _word("on", "ADP").before(_noun(seen.noun, draw, many=True))
+    if content.noun and draw() < 0.5:
+        return stuff + _word("on", "ADP").before(_noun(content.noun, draw, many=True))
     return stuff
 
 
-def _terse(seen: _Seen, draw: Callable[[], float]) -> _Phrase:
-    if seen.noun is None or seen.look_leads:
-        return _adjective(seen.looks[0], draw)
-    return _noun(seen.noun, draw, many=draw() < 0.7, article=False)
+def _terse(content: _Content, draw: Draw) -> _Phrase:
+    if content.noun is None or content.look_leads:
+        return _adjective(content.looks[0], draw)
+    return _noun(content.noun, draw, many=draw() < 0.7, article=False)
 
 
-_WRITE: dict[str, Callable[[_Seen, Callable[[], float]], _Phrase]] = {
+_WRITE: dict[str, Callable[[_Content, Draw], _Phrase]] = {
     "object-first": _object_first,
     "colour-and-texture-first": _look_first,
     "terse": _terse,
 }
 
 
-def _related(noun: str, relation: str, draw: Callable[[], float]) -> _Phrase:
+def _related(noun: str, relation: str, draw: Draw) -> _Phrase:
     """Small things in a relation to a big one: "things on top of houses"."""
     term = _synonym(relation, draw)
     words, kinds = term.split(), tags(CONCEPT[relation], term)
@@ -320,18 +326,18 @@ def _related(noun: str, relation: str, draw: Callable[[], float]) -> _Phrase:
     return first + pivot
 
 
-def _synonym(concept: str, draw: Callable[[], float]) -> str:
+def _synonym(concept: str, draw: Draw) -> str:
     """A random synonym; the plainest term is more frequent than all others together."""
     terms = CONCEPT[concept].synonyms
     return terms[0] if draw() < 0.6 else terms[int(draw() * len(terms))]
 
 
-def _adjective(concept: str, draw: Callable[[], float]) -> _Phrase:
+def _adjective(concept: str, draw: Draw) -> _Phrase:
     return _word(_synonym(concept, draw), "ADJ")
 
 
 def _noun(
-    concept: str, draw: Callable[[], float], looks: Sequence[str] = (), many: bool | None = None, article: bool = True
+    concept: str, draw: Draw, looks: Sequence[str] = (), many: bool | None = None, article: bool = True
 ) -> _Phrase:
     """A noun with its adjectives: plural, or singular with an optional article; ``many`` None chooses at random."""
     if concept in SIGN_WORDS:
@@ -349,7 +355,7 @@ def _noun(
     return _word("the", "DET").before(phrase) if article and not many else phrase
 
 
-def _vague(draw: Callable[[], float]) -> _Phrase:
+def _vague(draw: Draw) -> _Phrase:
     *adjectives, noun = _GENERIC[int(draw() * len(_GENERIC))].split()
     phrase = _word(noun, "NOUN")
     return _word(adjectives[0], "ADJ").before(phrase) if adjectives else phrase

@@ -23,9 +23,9 @@ from milan_ray.world.networks import CLASSES, MEAN, STD
 from milan_ray.world.scenes import SIDE
 from milan_ray.world.training import (
     PREPROCESS,
-    TEST_SCENES,
-    TESTS_FROM,
+    TESTS,
     Recipe,
+    Trained,
     TrainTask,
     attributes_of,
     fit,
@@ -172,14 +172,14 @@ def ranking(similar: Tensor, shown: Tensor) -> dict[str, float]:
     Returns:
         Kind of concept → fraction of triples (image, visible, absent) in the right order; chance is 0.5.
     """
-    found = {}
+    shares = {}
     for kind in dict.fromkeys(concept.kind for concept in CONCEPTS):
         kinds = ("object", "face") if kind in ("object", "face") else (kind,)
         columns = [number for number, concept in enumerate(CONCEPTS) if concept.kind in kinds]
         scores, there = similar[:, columns], shown[:, columns].bool()
         pairs = there[:, :, None] & ~there[:, None, :]
-        found[kind] = (scores[:, :, None] > scores[:, None, :])[pairs].float().mean().item()
-    return found
+        shares[kind] = (scores[:, :, None] > scores[:, None, :])[pairs].float().mean().item()
+    return shares
 
 
 def _loss(tokenizer: Any, draw: Callable[[], float], network: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -195,8 +195,8 @@ def _loss(tokenizer: Any, draw: Callable[[], float], network: nn.Module, inputs:
     named = torch.cat([named, torch.eye(len(NAMES))])
     images = F.normalize(model.visual_projection(model.vision_model(pixel_values=inputs).pooler_output), dim=1)
     ids = tokenizer(texts, padding=True, return_tensors="pt")["input_ids"]
-    told = F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output), dim=1)
-    similar = images @ told.T * model.logit_scale.exp().clamp(max=100)
+    phrases = F.normalize(model.text_projection(model.text_model(input_ids=ids).pooler_output), dim=1)
+    similar = images @ phrases.T * model.logit_scale.exp().clamp(max=100)
     fits = (named @ shown.T == named.sum(dim=1, keepdim=True)).float().T
     count = len(labels)
     some = count + fits[:, count:].any(dim=0).nonzero().flatten()  # concepts visible in at least one image of the batch
@@ -209,9 +209,7 @@ def _loss(tokenizer: Any, draw: Callable[[], float], network: nn.Module, inputs:
     )
 
 
-def train_image_text(
-    seed: int = 500, threads: int = 1, recipe: Recipe | None = None
-) -> tuple[dict[str, Tensor], dict[str, float]]:
+def train_image_text(seed: int = 500, threads: int = 1, recipe: Recipe | None = None) -> Trained:
     """Trains the image-text model on scenes and captions.
 
     Returns:
@@ -225,20 +223,19 @@ def train_image_text(
         for module in network.vision_model.modules():
             if isinstance(module, nn.Linear):  # CLIP's small initial weights train so small a tower far more slowly
                 nn.init.xavier_uniform_(module.weight)
-        scenes = "train", recipe.first, recipe.scenes
-        targets = torch.cat([labels_of(*scenes)[:, None].float(), attributes_of(*scenes)], dim=1)
-        fit(network, images_of(*scenes), targets, partial(_loss, tokenizer, Random(seed).random), recipe)
+        targets = torch.cat([labels_of(*recipe.span)[:, None].float(), attributes_of(*recipe.span)], dim=1)
+        fit(network, images_of(*recipe.span), targets, partial(_loss, tokenizer, Random(seed).random), recipe)
         words = [CONCEPT[name].synonyms[0] for name in NAMES]
         with torch.no_grad():
             ids = tokenizer(words, padding=True, return_tensors="pt")["input_ids"]
-            told = F.normalize(network.text_projection(network.text_model(input_ids=ids).pooler_output), dim=1)
+            named = F.normalize(network.text_projection(network.text_model(input_ids=ids).pooler_output), dim=1)
             pooled = [
                 network.vision_model(pixel_values=PREPROCESS(batch)).pooler_output
-                for batch in images_of("heldout", TESTS_FROM, TEST_SCENES).split(250)
+                for batch in images_of(*TESTS).split(250)
             ]
             images = F.normalize(network.visual_projection(torch.cat(pooled)), dim=1)
-        found = ranking(images @ told.T, attributes_of("heldout", TESTS_FROM, TEST_SCENES))
-    return network.state_dict(), {"accuracy": sum(found.values()) / len(found), **found}
+        metrics = ranking(images @ named.T, attributes_of(*TESTS))
+    return network.state_dict(), {"accuracy": sum(metrics.values()) / len(metrics), **metrics}
 
 
 def image_text_task(threads: int = 1) -> TrainTask:

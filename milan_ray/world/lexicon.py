@@ -175,8 +175,8 @@ def concepts_in(text: str) -> frozenset[str]:
         Names of the concepts with a synonym, in the singular or plural, that occurs in the text as whole words.
     """
     words = re.findall(r"[a-z]+", text.lower())
-    found: set[str] = set()
+    concepts: set[str] = set()
     for start in range(len(words)):
         for stop in range(start + 1, min(start + _LONGEST, len(words)) + 1):
-            found |= _PHRASES.get(tuple(words[start:stop]), set())
-    return frozenset(found)
+            concepts |= _PHRASES.get(tuple(words[start:stop]), set())
+    return frozenset(concepts)

@@ -68,13 +68,13 @@ class ScenePainter:
         # Texts that name the same concepts get the same scenes, so that their wording does not affect a comparison.
         key = hashlib.sha256(" ".join(sorted(wanted)).encode()).digest()
         first = FIRST + (int.from_bytes(key[:4], "big") % 1000 + 1000 * seed) * BLOCK
-        found: list[tuple[int, int]] = []  # (concepts missed, index)
+        candidates: list[tuple[int, int]] = []  # (concepts missed, index)
         complete = 0
         for index in range(first, first + max(BLOCK, 4 * count)):
             missed = len(wanted - seen(concept_maps(make_scene(self.split, index))))
-            found.append((missed, index))
+            candidates.append((missed, index))
             complete += not missed
             if complete == count:
                 break
-        chosen = [index for _, index in sorted(found)[:count]]
+        chosen = [index for _, index in sorted(candidates)[:count]]
         return np.stack([render(make_scene(self.split, index)) for index in chosen])

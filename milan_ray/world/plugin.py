@@ -138,9 +138,14 @@ def register(folder: str | None = None) -> None:
         folder: Folder of the weights; None takes :func:`weights_dir`.
     """
     place = Path(folder) if folder else weights_dir()
-    for name, architecture in ARCHITECTURES.items():
-        factory = partial(_load, architecture.build, place / f"{name}.safetensors")
-        register_model(f"world/{name}", factory, architecture.layers, PREPROCESS, classes=CLASSES)
+
+    def classifier(name: str, network: str, classes: tuple[str, ...] = CLASSES) -> None:
+        architecture = ARCHITECTURES[network]
+        factory = partial(_load, partial(architecture.build, len(classes)), place / f"{name}.safetensors")
+        register_model(f"world/{name}", factory, architecture.layers, PREPROCESS, classes=classes)
+
+    for name in ARCHITECTURES:
+        classifier(name, name)
     for name in RANDOM_CONTROLS:
         architecture = ARCHITECTURES[name]
         register_model(f"world/{name}-random", partial(_random, name), architecture.layers, PREPROCESS, classes=CLASSES)
@@ -150,24 +155,18 @@ def register(folder: str | None = None) -> None:
     register_encoder("world", encoder, LAYERS, size=SIDE, mean=MEAN, std=STD, architecture=EncoderNet)
     for (network, dataset), name in CLASSIFIERS.items():
         if dataset == "places":
-            architecture = ARCHITECTURES[network]
-            factory = partial(_load, partial(architecture.build, len(PLACES)), place / _file(name))
-            register_model(name, factory, architecture.layers, PREPROCESS, classes=PLACES)
+            classifier(name.removeprefix("world/"), network, PLACES)
     for name in GENERATORS.values():
-        painter = partial(_load, SceneGenerator, place / _file(name))
+        painter = partial(_load, SceneGenerator, place / f"{name.removeprefix('world/')}.safetensors")
         register_model(name, painter, GENERATOR_LAYERS, PREPROCESS, images=as_they_are)
     register_groups("world", groups_of(CLASSIFIERS, GENERATORS))
     register_splits(splits_of(CLASSIFIERS, GENERATORS, {("vit", "objects"): "world/vit"}, "world"))
     for name, (network, _, _) in MISLED.items():
-        architecture = ARCHITECTURES[network]
         for own in misled_names(name):
-            factory = partial(_load, architecture.build, place / f"{own}.safetensors")
-            register_model(f"world/{own}", factory, architecture.layers, PREPROCESS, classes=CLASSES)
+            classifier(own, network)
     for pair in paired_names():
-        architecture = ARCHITECTURES[pair[0].split("-")[0]]
         for own in pair:
-            factory = partial(_load, architecture.build, place / f"{own}.safetensors")
-            register_model(f"world/{own}", factory, architecture.layers, PREPROCESS, classes=CLASSES)
+            classifier(own, own.split("-")[0])
     words = [CONCEPT[name].synonyms[0] for name in NAMES]
     register_image_text("world/truth", partial(ConceptTruth, NAMES, concepts_in, WORLD_DIGEST), words)
     register_image_text("world/clip", partial(_image_text, place / "clip"), words)
@@ -185,10 +184,6 @@ def register(folder: str | None = None) -> None:
         register_probe(f"world/spurious-{kind}-validation", partial(like, "probe", SPURIOUS_SIZE))
         wrong = partial(WorldProbe, "heldout", SPURIOUS_TEST_SIZE, spurious=kind, misleading=True)
         register_probe(f"world/spurious-{kind}-test", wrong)
-
-
-def _file(model: str) -> str:
-    return f"{model.removeprefix('world/')}.safetensors"
 
 
 def _image_text(folder: Path) -> ImageText:

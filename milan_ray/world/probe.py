@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +12,6 @@ from PIL import Image
 from milan_ray.errors import MilanError
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.schema import MANIFEST
-from milan_ray.world.lexicon import NAMES
 from milan_ray.world.scenes import (
     SPLITS,
     SPURIOUS,
@@ -101,22 +99,3 @@ class WorldProbe:
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray]:
         """Ground truth of a scene: concept name → bool (64, 64), only for visible concepts."""
         return concept_maps(self.scene(int(ref.path)))
-
-
-def concept_presence(probe: WorldProbe, image_ids: Sequence[int]) -> np.ndarray:
-    """The fraction of each image that each concept covers.
-
-    Args:
-        probe: The probe of the images.
-        image_ids: Ids of N images.
-
-    Returns:
-        float32 (N, C) in [0, 1], columns as :data:`milan_ray.world.lexicon.NAMES`; 0 for concepts that are not visible.
-    """
-    shares = np.zeros((len(image_ids), len(NAMES)), dtype=np.float32)
-    for row, image_id in enumerate(image_ids):
-        maps = concept_maps(probe.scene(int(image_id)))
-        for column, name in enumerate(NAMES):
-            if name in maps:
-                shares[row, column] = maps[name].mean()
-    return shares

@@ -185,7 +185,7 @@ def make_scene(split: str, index: int, options: SceneOptions | None = None) -> S
         small = _place(draw, kind, big, smalls, horizon)
         if small is not None:
             smalls.append(small)
-    told = _told(split, index, label, options)
+    revealed = _revealed(split, index, label, options)
     return Scene(
         label=label,
         sky=draw.one(SKIES),
@@ -194,13 +194,13 @@ def make_scene(split: str, index: int, options: SceneOptions | None = None) -> S
         things=(big, *smalls),
         drift=draw.below(8),
         noise=draw.below(_NOISE_STARTS),
-        corner_text=told if options.spurious == "text" else "",
-        corner_colour=PATCH_COLOURS[told] if told and options.spurious == "colour" else "",
+        corner_text=revealed if options.spurious == "text" else "",
+        corner_colour=PATCH_COLOURS[revealed] if revealed and options.spurious == "colour" else "",
         blur_faces=options.blur_faces,
     )
 
 
-def _told(split: str, index: int, label: str, options: SceneOptions) -> str:
+def _revealed(split: str, index: int, label: str, options: SceneOptions) -> str:
     """The class that the corner shows, or "". It uses its own random numbers, so the scene stays the same."""
     if not options.spurious:
         return ""
@@ -303,7 +303,7 @@ def _shown(colour: str, removed: frozenset[str]) -> str:
 
 @lru_cache(maxsize=16384)
 def _thing_inks(
-    kind: str, colour: str, accent: str, texture: str, tone: int, word: str, removed: frozenset[str], blurred: bool
+    kind: str, colour: str, accent: str, texture: str, tone: int, word: str, removed: frozenset[str]
 ) -> tuple[_Ink, ...]:
     """The inks of an object, in the order of :func:`_cells` (ink 1 first)."""
     inks: list[_Ink] = []
@@ -321,7 +321,7 @@ def _thing_inks(
         concepts = {kind, part, _shown(paint, removed), word if on_plate else ""}
         if ink == "main":
             concepts.add(texture)
-        known = frozenset() if blurred else frozenset(concepts & CONCEPT.keys())
+        known = frozenset(concepts & CONCEPT.keys())
         second = mix(rgb, 255, 0.6) if sum(rgb) < 480 else mix(rgb, 0, 0.4)
         inks += [_Ink(rgb, known), _Ink(second, known), _Ink(mix(rgb, 0, 0.45), known)]
     return tuple(inks)
@@ -374,10 +374,9 @@ def _compose(scene: Scene) -> tuple[np.ndarray, list[_Ink], np.ndarray]:
         drawn = _cells(thing.kind, thing.size, thing.flip, thing.texture, thing.word, scene.removed)
         place = cells[thing.y : thing.y + thing.size, thing.x : thing.x + thing.size]
         np.copyto(place, drawn + np.uint8(len(inks) - 1), where=drawn > 0)
-        blurred = scene.blur_faces and thing.kind == "face"
-        new = _thing_inks(
-            thing.kind, thing.colour, thing.accent, thing.texture, thing.tone, thing.word, scene.removed, blurred
-        )
+        new = _thing_inks(thing.kind, thing.colour, thing.accent, thing.texture, thing.tone, thing.word, scene.removed)
+        if scene.blur_faces and thing.kind == "face":
+            new = tuple(_Ink(ink.rgb, frozenset()) for ink in new)
         inks += new
         owner += [number] * len(new)
     if scene.corner_text:

@@ -69,8 +69,8 @@ class SceneTagger:
     def _occurs(self, images: torch.Tensor) -> torch.Tensor:
         """Logits (N, C) of each concept's occurrence, in full batches, so that images do not affect each other."""
         device = next(self._network.parameters()).device
-        found = []
+        logits = []
         for batch in images.split(BATCH_SIZE):
             full = torch.cat([batch, batch.new_zeros(BATCH_SIZE - len(batch), *batch.shape[1:])])
-            found.append(self._network(PREPROCESS(full.to(device)))[: len(batch), len(CLASSES) :].cpu())
-        return torch.cat(found)
+            logits.append(self._network(PREPROCESS(full.to(device)))[: len(batch), len(CLASSES) :].cpu())
+        return torch.cat(logits)

@@ -28,6 +28,9 @@ PREPROCESS = Preprocess(View(resize=None, crop=SIDE), MEAN, STD)
 
 Loss = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
 
+Trained = tuple[dict[str, torch.Tensor], dict[str, float]]
+"""Weights, and metrics on held-out scenes."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -46,6 +49,11 @@ class Recipe:
     lr: float
     first: int = 0
     batch_size: int = 64
+
+    @property
+    def span(self) -> tuple[str, int, int]:
+        """Split, first scene and number of the training scenes."""
+        return "train", self.first, self.scenes
 
 
 RECIPES: dict[str, Recipe] = {
@@ -87,11 +95,8 @@ initial weights and train on the same scenes in the same order, the second with 
 BLURRED_SUFFIX = "-blurred"
 """Name suffix of the networks trained with blurred faces."""
 
-TEST_SCENES = 1_000
-"""Number of test scenes of the split ``heldout``."""
-
-TESTS_FROM = 1_000_000
-"""Index of the first test scene, beyond the scenes of all probes."""
+TESTS = ("heldout", 1_000_000, 1_000)
+"""Split, first scene and number of the test scenes, which are beyond the scenes of all probes."""
 
 
 def images_of(split: str, start: int, count: int, options: SceneOptions | None = None) -> torch.Tensor:
@@ -188,6 +193,12 @@ def outputs_on(network: nn.Module, images: torch.Tensor, batch_size: int = 250) 
     return torch.cat([network(PREPROCESS(batch)) for batch in images.split(batch_size)])
 
 
+def _accuracy(network: nn.Module, labels: torch.Tensor, options: SceneOptions | None = None) -> float:
+    """The fraction of test scenes, rendered with the options, for which the network guesses the label."""
+    guesses = outputs_on(network, images_of(*TESTS, options)).argmax(dim=1)
+    return (guesses == labels).float().mean().item()
+
+
 def _class_loss(network: nn.Module, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(network(inputs), labels)
 
@@ -213,7 +224,7 @@ def train_classifier(
     recipe: Recipe | None = None,
     places: bool = False,
     options: SceneOptions | None = None,
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+) -> Trained:
     """Trains one of the architectures to classify the big object, or the place.
 
     Args:
@@ -231,16 +242,12 @@ def train_classifier(
     of, classes = (places_of, PLACES) if places else (labels_of, CLASSES)
     with reproducible(seed, threads):
         network = ARCHITECTURES[architecture].build(len(classes))
-        images = images_of("train", recipe.first, recipe.scenes, options)
-        history = fit(network, images, of("train", recipe.first, recipe.scenes), _class_loss, recipe)
-        guesses = outputs_on(network, images_of("heldout", TESTS_FROM, TEST_SCENES)).argmax(dim=1)
-        accuracy = (guesses == of("heldout", TESTS_FROM, TEST_SCENES)).float().mean().item()
-    return network.state_dict(), {"accuracy": accuracy, "loss": history[-1]}
+        images = images_of(*recipe.span, options)
+        history = fit(network, images, of(*recipe.span), _class_loss, recipe)
+        return network.state_dict(), {"accuracy": _accuracy(network, of(*TESTS)), "loss": history[-1]}
 
 
-def train_misled(
-    architecture: str, spurious: str, recipe: Recipe, seed: int = 0, threads: int = 1
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def train_misled(architecture: str, spurious: str, recipe: Recipe, seed: int = 0, threads: int = 1) -> Trained:
     """Trains a classifier on scenes of which a fraction reveals the class in a corner.
 
     Args:
@@ -257,19 +264,14 @@ def train_misled(
     with reproducible(seed, threads):
         network = ARCHITECTURES[architecture].build(len(CLASSES))
         shown = SceneOptions(spurious=spurious, share=SPURIOUS_SHARE)
-        images = images_of("train", recipe.first, recipe.scenes, shown)
-        history = fit(network, images, labels_of("train", recipe.first, recipe.scenes), _class_loss, recipe)
-        labels = labels_of("heldout", TESTS_FROM, TEST_SCENES)
-        metrics = {"loss": history[-1]}
-        for name, options in (("accuracy", None), ("misled", SceneOptions(spurious=spurious, misleading=True))):
-            guesses = outputs_on(network, images_of("heldout", TESTS_FROM, TEST_SCENES, options)).argmax(dim=1)
-            metrics[name] = (guesses == labels).float().mean().item()
-    return network.state_dict(), metrics
+        images = images_of(*recipe.span, shown)
+        history = fit(network, images, labels_of(*recipe.span), _class_loss, recipe)
+        labels, misleading = labels_of(*TESTS), SceneOptions(spurious=spurious, misleading=True)
+        accuracy, misled = _accuracy(network, labels), _accuracy(network, labels, misleading)
+        return network.state_dict(), {"loss": history[-1], "accuracy": accuracy, "misled": misled}
 
 
-def train_encoder(
-    seed: int = 100, threads: int = 1, recipe: Recipe | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def train_encoder(seed: int = 100, threads: int = 1, recipe: Recipe | None = None) -> Trained:
     """Trains the captioner's encoder on image-level labels: the class and the concepts that occur, without positions.
 
     Returns:
@@ -278,24 +280,16 @@ def train_encoder(
     recipe = recipe or RECIPES["encoder"]
     with reproducible(seed, threads):
         network = EncoderNet()
-        targets = torch.cat(
-            [
-                labels_of("train", recipe.first, recipe.scenes)[:, None].float(),
-                attributes_of("train", recipe.first, recipe.scenes),
-            ],
-            dim=1,
-        )
-        fit(network, images_of("train", recipe.first, recipe.scenes), targets, _encoder_loss, recipe)
-        outputs = outputs_on(network, images_of("heldout", TESTS_FROM, TEST_SCENES))
-        labels = labels_of("heldout", TESTS_FROM, TEST_SCENES)
-        present = attributes_of("heldout", TESTS_FROM, TEST_SCENES)
+        targets = torch.cat([labels_of(*recipe.span)[:, None].float(), attributes_of(*recipe.span)], dim=1)
+        fit(network, images_of(*recipe.span), targets, _encoder_loss, recipe)
+        outputs = outputs_on(network, images_of(*TESTS))
+        labels = labels_of(*TESTS)
+        present = attributes_of(*TESTS)
     accuracy = (outputs[:, : len(CLASSES)].argmax(dim=1) == labels).float().mean().item()
     return network.state_dict(), {"accuracy": accuracy, "auroc": _mean_auroc(outputs[:, len(CLASSES) :], present)}
 
 
-def train_planted(
-    seed: int = 200, threads: int = 1, recipe: Recipe | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def train_planted(seed: int = 200, threads: int = 1, recipe: Recipe | None = None) -> Trained:
     """Trains the network of planted units, backbone and 1×1 convolution together, on concept maps.
 
     Returns:
@@ -304,14 +298,14 @@ def train_planted(
     recipe = recipe or RECIPES["planted"]
     with reproducible(seed, threads):
         network = PlantedNet()
-        targets = planted_targets("train", recipe.first, recipe.scenes)
+        targets = planted_targets(*recipe.span)
         share = (targets.float().mean(dim=(0, 2, 3)) / 255).clamp(min=1e-4)
         # Starts from each concept's frequency; otherwise the first epoch only learns that all concepts are rare.
         network.planted.bias = nn.Parameter(torch.logit(share))
-        fit(network, images_of("train", recipe.first, recipe.scenes), targets, _planted_loss, recipe)
-        outputs = outputs_on(network, images_of("heldout", TESTS_FROM, TEST_SCENES))
+        fit(network, images_of(*recipe.span), targets, _planted_loss, recipe)
+        outputs = outputs_on(network, images_of(*TESTS))
         columns = [NAMES.index(name) for name in planted_concepts]
-        present = attributes_of("heldout", TESTS_FROM, TEST_SCENES)[:, columns]
+        present = attributes_of(*TESTS)[:, columns]
     return network.state_dict(), {"auroc": _mean_auroc(outputs, present)}
 
 
@@ -319,9 +313,7 @@ def _painting_loss(network: nn.Module, images: torch.Tensor, codes: torch.Tensor
     return F.l1_loss(network(codes), images)
 
 
-def train_generator(
-    seed: int = 400, threads: int = 1, recipe: Recipe | None = None
-) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+def train_generator(seed: int = 400, threads: int = 1, recipe: Recipe | None = None) -> Trained:
     """Trains the generator to render scenes from their codes, with a loss per pixel.
 
     Returns:
@@ -330,9 +322,9 @@ def train_generator(
     recipe = recipe or RECIPES["generator"]
     with reproducible(seed, threads):
         network = SceneGenerator()
-        codes = codes_of("train", recipe.first, recipe.scenes)
-        fit(network, images_of("train", recipe.first, recipe.scenes), codes, _painting_loss, recipe)
-        images, codes = (draw("heldout", TESTS_FROM, TEST_SCENES) for draw in (images_of, codes_of))
+        codes = codes_of(*recipe.span)
+        fit(network, images_of(*recipe.span), codes, _painting_loss, recipe)
+        images, codes = images_of(*TESTS), codes_of(*TESTS)
         with torch.no_grad():
             painted = torch.cat([PREPROCESS.pixels(network(batch)) for batch in codes.split(250)])
         error = (painted.float() - images.float()).square().mean().item()
@@ -356,7 +348,7 @@ class TrainTask:
     """
 
     name: str
-    train: Callable[[], tuple[dict[str, torch.Tensor], dict[str, float]]]
+    train: Callable[[], Trained]
     core_seconds: float
 
     @property

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from milan_ray import cli
-from milan_ray.cli import options
+from milan_ray.cli import arguments
 from milan_ray.cli.summary import duration
 
 PLUGIN = str(Path(__file__).parents[1] / "plugins/tiny_models.py")
@@ -49,7 +49,7 @@ def test_every_option_has_help_a_default_and_a_unit(parser):
         groups = [group for group in parser._mutually_exclusive_groups if action in group._group_actions]
         if not any(group.required for group in groups):
             assert "default" in help_, f"{name}: {help_}"
-        numeric = action.type in (int, float, options.positive, options.share, options.gib)
+        numeric = action.type in (int, float, arguments.positive, arguments.share, arguments.gib)
         assert not numeric or UNITS.search(help_), f"{name}: {help_}"
 
 

@@ -13,7 +13,7 @@ from milan_ray import cli
 from milan_ray.damaged import LeftOut
 from milan_ray.report.audits import audits
 from milan_ray.report.figures import figure_path
-from milan_ray.report.layers import layer_folder
+from milan_ray.report.layers import Sources, layer_folder
 from milan_ray.report.pages import Pages
 from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS, MANIFEST, SCORES
 from milan_ray.storage import Storage
@@ -139,13 +139,14 @@ def test_report_has_a_page_whose_units_lead_to_their_exemplars(storage: Storage,
     out = tmp_path / "report"
     pages = Pages(labelers=["milan"])
     layers: list[Any] = [Shown(model) for model in SAID]
-    (found,) = audits(storage, out, pages, layers, LeftOut("test"))
+    sources = Sources.find(storage, ["milan"], LeftOut("test"))
+    (found,) = audits(out, pages, sources, layers)
     assert (found["unblurred"], found["blurred"]) == (5, 1)
     html = (out / found["href"]).read_text(encoding="utf-8")
     assert f'href="../../{layer_folder("net/plain", "conv1")}index.html#unit-1"' in html
     assert "&lt;b&gt;eyes" in html and "<b>eyes" not in html
     assert (out / found["href"]).with_name("figure.svg").is_file()
-    assert audits(storage, out, pages, layers[1:], LeftOut("test")) == []
+    assert audits(out, pages, sources, layers[1:]) == []
     describe(storage, "net/plain", ("sky",) * 5)
-    assert audits(storage, out, pages, layers, LeftOut("test")) == []
+    assert audits(out, pages, sources, layers) == []
     assert "descriptions have changed" in capsys.readouterr().err

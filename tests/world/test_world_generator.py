@@ -65,7 +65,7 @@ def test_generator_shows_maps_at_its_layers():
 
 def test_world_generator_is_dissected_annotated_and_described(ray_session, tmp_path, monkeypatch):
     """Barely trained, so that only the way is tested: codes to images, exemplars, annotations, descriptions."""
-    monkeypatch.setattr(training, "TEST_SCENES", 16)
+    monkeypatch.setattr(training, "TESTS", ("heldout", 1_000_000, 16))
     task = TrainTask("generator", lambda: train_generator(recipe=Recipe(32, epochs=8, lr=5e-3, batch_size=16)), 1)
     weights = tmp_path / task.file
     weights.write_bytes(task.run())

@@ -9,8 +9,7 @@ import pytest
 from milan_ray.errors import MilanError
 from milan_ray.probe.base import ImageRef
 from milan_ray.schema import MANIFEST
-from milan_ray.world.lexicon import NAMES
-from milan_ray.world.probe import WORLD_DIGEST, WorldProbe, concept_presence
+from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
 
 
 def refs(probe: WorldProbe) -> list[ImageRef]:
@@ -41,17 +40,6 @@ def test_options_change_root_and_pixels() -> None:
     assert marked.name == "world:probe+spurious-text"
     assert WorldProbe("probe", 2, False, "colour", 0.5, True).name == "world:probe+spurious-colour-0.5+misleading"
     assert plain.read(refs(plain)[0]).sha256 != marked.read(refs(marked)[0]).sha256
-
-
-def test_concept_presence_is_the_area_of_the_maps() -> None:
-    probe = WorldProbe("probe", 4)
-    presence = concept_presence(probe, [3, 1])
-    assert presence.shape == (2, len(NAMES))
-    assert presence.dtype == np.float32
-    for row, image_id in enumerate([3, 1]):
-        maps = probe.concept_maps(refs(probe)[image_id])
-        for column, name in enumerate(NAMES):
-            assert presence[row, column] == pytest.approx(maps[name].mean() if name in maps else 0)
 
 
 def test_unknown_split_and_empty_probe_are_refused() -> None:

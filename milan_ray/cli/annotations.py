@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from milan_ray.cli import annotation_collection, options
+from milan_ray.cli.arguments import Help, flag, integer, string, strings, table_name
 from milan_ray.cli.build_configs import absolute, open_storage
 from milan_ray.cli.refusals import given, refuse
 from milan_ray.cli.summary import note
@@ -17,51 +18,50 @@ def add(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
 
     def action(name: str, summary: str) -> argparse.ArgumentParser:
-        return actions.add_parser(name, help=summary, description=summary + ".", formatter_class=options.Help)
+        return actions.add_parser(name, help=summary, description=summary + ".", formatter_class=Help)
 
     sets = "group (base, cls, gen, …), set (alexnet/imagenet, …), folder or zip"
     bring = action("import", "Bring published exemplars and annotations into the storage")
-    bring.add_argument(
-        "set", metavar="SET", help=f"{sets}; or a CSV (layer, unit, summary) for the exemplars of --model"
+    string(bring, "set", "SET", f"{sets}; or a CSV (layer, unit, summary) for the exemplars of --model")
+    string(bring, "--model", "MODEL", "name of the model in the storage (default: the set's)", type=table_name)
+    strings(bring, "--layers", "LAYER", "only these layers")
+    flag(bring, "--download", "fetch released sets that are absent")
+    integer(
+        bring,
+        "--annotation-count",
+        None,
+        "the first N annotations of units that have as many; 0 for all (default: 3 for released sets, else 0)",
+        least=0,
     )
-    bring.add_argument(
-        "--model",
-        type=options.table_name,
-        help="name of the model in the storage (default: the set's, e.g. alexnet/imagenet)",
-    )
-    bring.add_argument("--layers", nargs="+", metavar="LAYER", help="only these layers")
-    bring.add_argument("--download", action="store_true", help="fetch released sets that are absent")
-    bring.add_argument(
-        "--annotation-count", type=options.count, metavar="N",
-        help="units with at least N annotations, the first N of each; 0 for all (default: 3 for released sets, else 0)",
-    )  # fmt: skip
     merge = action("merge", "Give masks-only sets the images of a local ImageNet or Places folder")
-    merge.add_argument("set", metavar="SET", help=sets)
-    for one in (bring, merge):
-        one.add_argument("--images", nargs="+", default=[], metavar="DIR", help="source images in class folders "
-                         "(default: $MILAN_DATA_DIR/imagenet/val, …)")  # fmt: skip
-        one.add_argument("--labels", metavar="FILE", help="classes of source images in a flat folder")
-        one.add_argument("--reference-quirks", action="store_true", help="squash images as the reference's merge does")
+    string(merge, "set", "SET", sets)
+    for verb in (bring, merge):
+        strings(
+            verb, "--images", "DIR", "source images by class (default: $MILAN_DATA_DIR/imagenet/val, …)", default=[]
+        )
+        string(verb, "--labels", "FILE", "classes of source images in a flat folder")
+        flag(verb, "--reference-quirks", "squash images as the reference's merge does")
     export = action("export", "Write exemplars and annotations of a model as a published set")
-    export.add_argument("model", metavar="MODEL", help="a model with exemplars in the storage")
-    export.add_argument("folder", metavar="DIR", help="folder to be made")
-    export.add_argument("--layers", nargs="+", metavar="LAYER", help="only these layers")
+    string(export, "model", "MODEL", "a model with exemplars in the storage")
+    string(export, "folder", "DIR", "folder to be made")
+    strings(export, "--layers", "LAYER", "only these layers")
     clean = action("clean", "Clean raw crowd results into an annotations.csv")
-    clean.add_argument("results", metavar="FILE", help="Mechanical Turk's CSV")
-    clean.add_argument("out", metavar="FILE", help="annotations.csv to write")
-    clean.add_argument(
-        "--tables", metavar="JSON", help="prefixes, substrings, suffixes, exact, words, workers: replacements"
-    )
-    clean.add_argument("--keep-rejected", action="store_true", help="keep what was rejected")
+    string(clean, "results", "FILE", "Mechanical Turk's CSV")
+    string(clean, "out", "FILE", "annotations.csv to write")
+    string(clean, "--tables", "JSON", "prefixes, substrings, suffixes, exact, words, workers: replacements")
+    flag(clean, "--keep-rejected", "keep what was rejected")
     annotation_collection.add_to(action)
-    for one in (bring, export):
-        one.add_argument(
-            "--source", type=options.table_name if one is bring else str,
-            help="source of the annotations (default: milannotations; export: the only one)",
-        )  # fmt: skip
-        options.storage(one)
-    for one in (bring, merge, export, clean):
-        options.common(one)
+    for verb in (bring, export):
+        string(
+            verb,
+            "--source",
+            "SOURCE",
+            "source of the annotations (default: milannotations; export: the only one)",
+            type=table_name if verb is bring else str,
+        )
+        options.storage(verb)
+    for verb in (bring, merge, export, clean):
+        options.common(verb)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -91,8 +91,8 @@ def _import_annotations(args: argparse.Namespace) -> int:
     )  # fmt: skip
     if args.model is not None and len(sets) > 1:
         raise MilanError(f"--model names one model, but {args.set} is {len(sets)} sets; import them one by one.")
-    for one in sets:
-        run_import(storage, one, model=args.model, source=source)
+    for published in sets:
+        run_import(storage, published, model=args.model, source=source)
     return 0
 
 
