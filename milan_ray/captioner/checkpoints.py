@@ -28,6 +28,7 @@ from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.errors import MilanError
+from milan_ray.models.checkpoints import STORAGES, index_of, numbers_of
 from milan_ray.storage import Storage
 
 WEIGHTS = "model.safetensors"
@@ -302,18 +303,6 @@ def _language_model(
     return _filled(LanguageModel, LMConfig(len(indexer.vocabulary), *sizes), state, str(path))
 
 
-_STORAGES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-
-
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
     # Strides of 0, or many copies of one storage, would let a small file fill the memory.
     if math.prod(size) > storage.numel():
@@ -337,7 +326,7 @@ _CONFIG_CLASSES = {("confection", "Config"), ("confection._config", "Config"), (
 class _Unpickler(pickle.Unpickler):
     """Reads the pickle inside a torch zip file; allows only the names in ``_ALLOWED`` and tensor storages."""
 
-    def __init__(self, file: BinaryIO, read_storage: Callable[[str], bytearray], source: str) -> None:
+    def __init__(self, file: BinaryIO, read_storage: Callable[[str], bytes], source: str) -> None:
         super().__init__(file)
         self._read_storage = read_storage
         self._source = source
@@ -346,8 +335,8 @@ class _Unpickler(pickle.Unpickler):
         self._config_class = type("Config", (dict,), {})
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         if (module, name) in _CONFIG_CLASSES:
             return self._config_class
         if (module, name) not in _ALLOWED:
@@ -360,12 +349,10 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, _ = pid
-        if dtype not in _STORAGES.values():
+        if dtype not in STORAGES.values():
             raise ValueError(f"a tensor of type {dtype}")
         if key not in self._storages:
-            content = self._read_storage(key)
-            raw = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-            self._storages[key] = raw.view(dtype)
+            self._storages[key] = numbers_of(self._read_storage(key), dtype)
         return self._storages[key]
 
 
@@ -391,17 +378,10 @@ def read_pickled(path: str | Path) -> Any:
     """
     try:
         with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            if compressed or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
-                raise ValueError("it unpacks to more than it holds")
-            (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            root = index[: -len("data.pkl")]
-
-            def read_storage(key: str) -> bytearray:
-                return bytearray(archive.read(f"{root}data/{key}"))
-
-            return _Unpickler(io.BytesIO(archive.read(index)), read_storage, str(path)).load()
+            index = index_of(archive, path)
+            folder = f"{index.removesuffix('data.pkl')}data"
+            content = io.BytesIO(archive.read(index))
+            return _Unpickler(content, lambda key: archive.read(f"{folder}/{key}"), str(path)).load()
     except OSError as error:
         raise MilanError(f"cannot read the checkpoint {path} ({error.strerror}); check the path") from error
     except zipfile.BadZipFile as error:

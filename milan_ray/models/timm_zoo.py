@@ -5,7 +5,6 @@ timm is imported only when such a name is looked up.
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from functools import partial
@@ -19,6 +18,7 @@ from torch import nn
 
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.models.blocks import blocks, running
+from milan_ray.models.folders import import_optional
 from milan_ray.models.processors import agrees
 from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, ModelSpec, register_family
 from milan_ray.models.view import Preprocess, View
@@ -109,10 +109,7 @@ def import_timm() -> ModuleType:
     Raises:
         MilanError: It is not installed.
     """
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise MilanError("models named timm/… come with timm, which is not installed: `pip install timm`.") from error
+    return import_optional("timm", "models named timm/… come")
 
 
 _CHECKED: dict[str, Preprocess] = {}

@@ -5,7 +5,6 @@ Nothing is downloaded: a model is a folder written by ``save_pretrained``, or li
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from functools import partial
@@ -18,8 +17,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from milan_ray.errors import MilanError, reason
+from milan_ray.errors import MilanError, explained
 from milan_ray.models.blocks import blocks
+from milan_ray.models.folders import LOCAL, check_complete, import_transformers
 from milan_ray.models.hooks import LayerTap
 from milan_ray.models.processors import fit
 from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, ModelSpec, register_family
@@ -29,8 +29,6 @@ from milan_ray.models.weights_fit import UnfitWeights
 
 _MLP = re.compile(r".*\.(mlp\.fc1|intermediate\.dense|mlp\.up_proj)")
 _STAGE = re.compile(r"(.*\.)?stages\.\d+")
-# Unless told not to, transformers asks on the terminal whether to run the code that comes with a model.
-_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def resolve(source: str) -> ModelSpec:
@@ -47,15 +45,13 @@ def resolve(source: str) -> ModelSpec:
     """
     transformers = import_transformers()
     source = str(Path(source).expanduser().absolute()) if Path(source).expanduser().is_dir() else source
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, **_LOCAL)
+    absent = (
+        f"hf/{source} is neither a folder with a vision model's config.json, model.safetensors and "
+        "preprocessor_config.json nor in the Hugging Face cache"
+    )
+    with explained(absent, f"give such a folder, or run `hf download {source}`.", OSError, ValueError):
+        config = transformers.AutoConfig.from_pretrained(source, **LOCAL)
         processor = _processor(transformers, source)
-    except (OSError, ValueError) as error:
-        raise MilanError(
-            f"hf/{source} is neither a folder with a vision model's config.json, model.safetensors and "
-            f"preprocessor_config.json nor in the Hugging Face cache ({reason(error)}): give such a "
-            f"folder, or run `hf download {source}`."
-        ) from error
     preprocess, swapped = _preprocess(source, processor)
     with torch.device("meta"):
         model = _vision(transformers.AutoModel.from_config(_unmasked(config))).eval()
@@ -82,7 +78,7 @@ def build(source: str, weights: str | None) -> nn.Module:
         MilanError: Weights are missing or do not fit.
     """
     transformers = import_transformers()
-    config = _unmasked(transformers.AutoConfig.from_pretrained(source, **_LOCAL))
+    config = _unmasked(transformers.AutoConfig.from_pretrained(source, **LOCAL))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # also for a pooler that was not saved; nothing that is dissected depends on it
         if weights == RANDOM:
@@ -90,7 +86,7 @@ def build(source: str, weights: str | None) -> nn.Module:
         with torch.device("meta"):
             empty = transformers.AutoModel.from_config(config)
         kind, state = type(empty), None if weights is None else _state(weights, empty)
-        try:
+        with explained(f"the weights in {weights or source} cannot be loaded", "save the model again."):
             model, report = kind.from_pretrained(
                 source if weights is None else None,
                 config=config,
@@ -98,15 +94,8 @@ def build(source: str, weights: str | None) -> nn.Module:
                 local_files_only=True,
                 output_loading_info=True,
             )
-        except Exception as error:  # whatever transformers' readers raise on absent, damaged or unfit files
-            raise MilanError(
-                f"the weights in {weights or source} cannot be loaded ({reason(error)}): save the model again."
-            ) from error
-    missing = [name for name in sorted(report["missing_keys"]) if "pooler." not in name]
-    if missing:
-        raise MilanError(
-            f"the weights in {weights or source} lack {missing[0]} and {len(missing) - 1} more of {source}."
-        )
+    missing = [name for name in report["missing_keys"] if "pooler." not in name]
+    check_complete(missing, weights or source, f" of {source}")
     return _vision(model).float()
 
 
@@ -116,20 +105,6 @@ def _state(weights: str, model: nn.Module) -> dict[str, torch.Tensor]:
         return read_weights(weights, model, needless=lambda name: "pooler." in name)
     except UnfitWeights:  # e.g. names of earlier versions; the result of transformers' conversion is checked
         return read_state_dict(weights)
-
-
-def import_transformers(what: str = "models named hf/… come") -> ModuleType:
-    """The package transformers, without its progress bars.
-
-    Raises:
-        MilanError: It is not installed.
-    """
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise MilanError(f"{what} with transformers, which is not installed: `pip install transformers`.") from error
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
 
 
 def _vision(model: nn.Module) -> nn.Module:
@@ -186,7 +161,7 @@ def _prefix_tokens(model: nn.Module, layer: str, preprocess: Preprocess) -> int 
 def _processor(transformers: ModuleType, source: str) -> Any:
     """The image processor of a folder; where there are two, the one that works on PIL images, as a view does."""
     images = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {"use_fast": False}
-    return transformers.AutoImageProcessor.from_pretrained(source, **images, **_LOCAL)
+    return transformers.AutoImageProcessor.from_pretrained(source, **images, **LOCAL)
 
 
 _FITTED: dict[tuple[str, str], tuple[Preprocess, bool]] = {}

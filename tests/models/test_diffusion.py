@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from milan_ray.errors import MilanError
-from milan_ray.models import diffusion
+from milan_ray.models import folders
 from milan_ray.models.diffusion import DEFAULT, PREFIX, find_diffusion
 from milan_ray.models.generators import GeneratorRef
 
@@ -29,7 +29,7 @@ def test_without_diffusers_the_sentence_names_the_extra(tmp_path, monkeypatch):
         raise ImportError(name)
 
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    monkeypatch.setattr(diffusion.importlib, "import_module", absent)
+    monkeypatch.setattr(folders.importlib, "import_module", absent)
     with pytest.raises(MilanError, match=r"pip install 'milan-ray\[dnd\]'"):
         GeneratorRef(f"{PREFIX}{tmp_path}").load()
 
