@@ -47,7 +47,6 @@ def merge(
     root: Path,
     probe: ImageProbe,
     *,
-    view: View | None = None,
     expect: SourceShape | None = None,
     quirks: Quirks = NO_QUIRKS,
 ) -> list[str]:
@@ -61,7 +60,6 @@ def merge(
     Args:
         root: The published set's folder.
         probe: The source images: folders of classes, or flat with a file of labels.
-        view: The geometry that the masks were computed in; None uses ImageNet's, resize 256 and crop 224.
         expect: Required numbers of classes and images; None accepts any probe that has all the ids.
         quirks: Defects of the reference to reproduce.
 
@@ -84,7 +82,7 @@ def merge(
     merged = []
     for folder in layer_folders(root)[0]:
         files = open_layer(folder)
-        geometry = View(resize=files.size, crop=None) if quirks.merge_geometry else view or View()
+        geometry = View(resize=files.size, crop=None) if quirks.merge_geometry else View()
         identity = {"probe": digest(manifest), "view": geometry.key}
         if _wanted(files, identity):
             _merge_layer(files, probe, refs, geometry, identity)

@@ -85,12 +85,6 @@ def pack_words(masks: np.ndarray) -> np.ndarray:
     return np.pad(flat, ((0, 0), (0, -flat.shape[1] % 8))).view(np.uint64)
 
 
-def unpack_words(words: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Unpacks uint64 (N, W) into masks bool (N, h, w)."""
-    bits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, count=size[0] * size[1])
-    return bits.reshape(-1, *size).astype(bool)
-
-
 def fires(maps: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """The units that fire on an image, and their masks: the bilinearly upsampled map is above the level.
 

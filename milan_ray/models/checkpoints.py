@@ -46,18 +46,7 @@ class Ignored:
         """Does nothing."""
         return self
 
-    def __setstate__(self, _: object) -> None: ...
-
-    def __setitem__(self, _: object, __: object) -> None: ...
-
-    def append(self, _: object) -> None:
-        """Does nothing."""
-
-    def extend(self, _: object) -> None:
-        """Does nothing."""
-
-    def add(self, _: object) -> None:
-        """Does nothing."""
+    append = extend = add = __setitem__ = __setstate__ = __call__
 
 
 class _Stored(Ignored):

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from milan_ray.models.candidates import Candidate, LayerOutput, candidates, known_orders
-from milan_ray.models.hooks import Place, named_layers
+from milan_ray.models.hooks import Place, hooked, named_layers
 from milan_ray.models.layouts import UNSAID, Layout, grids
 from milan_ray.models.lit_cells import Evidence, LitPictures
 from milan_ray.models.registry import ModelSpec
@@ -452,27 +452,21 @@ class Positions:
             axis = self._structure.image_axis(key)
             if axis is None or key != (module, numbers[module] + 1):
                 return None
-            cells = places.lit(*way.grid)
+            cells = places.lit(*way.grid)[shown]
             if not (one_by_one and shown):
-                cells = torch.cat([torch.zeros_like(cells[:1]), cells[shown]])  # the first image stays as it is
-            else:
-                cells = cells[shown]
+                cells = torch.cat([cells.new_zeros(1, cells.shape[1]), cells])  # the first image stays as it is
             return way.lit(output.movedim(axis, 0), cells).movedim(0, axis)
 
         handles = [] if source is None else [source[0][0].register_forward_hook(light)]
         handles += [module.register_forward_hook(after) for module in {module for module, _ in wanted}]
         some = 1 if self._alone or one_by_one else min(self._most, _TOGETHER) - 1
         plain = self._pictures.grey(1) if source is None else pictures[:1]
-        try:
+        assert self._show is not None
+        with hooked(handles):
             for start in range(-some if one_by_one else 0, len(pictures), some):
                 numbers.clear()
                 shown[:] = range(max(start, 0), min(start + some, len(pictures)))
-                batch = pictures[shown] if one_by_one and shown else np.concatenate([plain, pictures[shown]])
-                assert self._show is not None
-                self._show(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+                self._show(pictures[shown] if one_by_one and shown else np.concatenate([plain, pictures[shown]]))
         return {
             key: {axis: torch.cat([part[axis] for part in parts]) for axis in parts[0]}
             for key, parts in found.items()

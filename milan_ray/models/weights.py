@@ -274,13 +274,13 @@ def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -
         raise MilanError(f"weights file {path} does not fit {type(model).__name__} ({reason(error)}).") from error
 
 
-def load_weights(model: nn.Module, path: str, *, rename: Callable[[str], str] = str) -> None:
+def load_weights(model: nn.Module, path: str) -> None:
     """Loads a weights file into a model, whatever else the file holds; see :func:`read_weights`.
 
     Raises:
         MilanError: The file is missing or damaged, or does not fit.
     """
-    load_strictly(model, read_weights(path, model, rename=rename), path)
+    load_strictly(model, read_weights(path, model), path)
 
 
 def _is_real(tensor: torch.Tensor) -> bool:
