@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,10 +116,9 @@ def _wanted(files: LayerFiles, identity: dict[str, str]) -> bool:
     if files.images is None:
         return True
     marker = files.folder / _MARKER
-    try:
+    with suppress(ValueError):  # a damaged marker: merge again
         return marker.exists() and json.loads(marker.read_text(encoding="utf-8")) != identity
-    except ValueError:  # a damaged marker: merge again
-        return True
+    return True
 
 
 def _merge_layer(

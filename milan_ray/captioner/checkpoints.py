@@ -14,6 +14,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +28,7 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
-from milan_ray.errors import MilanError
+from milan_ray.errors import MilanError, explained
 from milan_ray.models.checkpoints import STORAGES, index_of, numbers_of
 from milan_ray.storage import Storage
 
@@ -78,7 +79,8 @@ def from_bytes(files: Mapping[str, bytes]) -> Captioner:
     missing = {WEIGHTS, CONFIG} - set(files)
     if missing:
         raise MilanError(f"a captioner is made of {CONFIG} and {WEIGHTS}; {sorted(missing)[0]} is missing; copy both")
-    try:
+    remedy = "train it again or copy it again"
+    with explained("not a captioner written by milan_ray", remedy, *_DAMAGED, safetensors.SafetensorError):
         config = json.loads(files[CONFIG])
         if config["format"] != FORMAT:
             raise MilanError(f"the captioner has format {config['format']}, this is for {FORMAT}; update milan_ray")
@@ -100,8 +102,6 @@ def from_bytes(files: Mapping[str, bytes]) -> Captioner:
             config["lam"],
             config.get("strategy"),  # missing in older files
         )
-    except (*_DAMAGED, safetensors.SafetensorError) as error:
-        raise MilanError(f"not a captioner written by milan_ray ({error}); train it again or copy it again") from error
 
 
 def digest(captioner: Captioner) -> str:
@@ -126,7 +126,7 @@ def load_reference(path: str | Path) -> Captioner:
         MilanError: The file is missing, has another format, or refers to anything but tensors and plain data.
     """
     content = read_pickled(path)
-    try:
+    with _reading(path):
         properties, state = content["properties"], content["state_dict"]
         config, kind = properties["encoder"]["properties"]["config"], content["children"]["encoder"]
         if not isinstance(config, str):
@@ -157,8 +157,6 @@ def load_reference(path: str | Path) -> Captioner:
             properties["temperature"],
             properties["strategy"],
         )
-    except _DAMAGED as error:
-        raise _not_ours(path, error) from error
 
 
 def load_reference_lm(path: str | Path) -> tuple[Indexer, LanguageModel]:
@@ -168,12 +166,10 @@ def load_reference_lm(path: str | Path) -> tuple[Indexer, LanguageModel]:
         MilanError: As :func:`load_reference`.
     """
     content = read_pickled(path)
-    try:
+    with _reading(path):
         properties = content["properties"]
         indexer = _indexer(properties["indexer"], path)
         return indexer, _language_model(properties, indexer, content["state_dict"], path)
-    except _DAMAGED as error:
-        raise _not_ours(path, error) from error
 
 
 def export_reference(captioner: Captioner, path: str | Path) -> None:
@@ -257,8 +253,9 @@ def _save(
     Storage(path.parent).put(path.name, buffer.getbuffer())
 
 
-def _not_ours(path: str | Path, error: Exception) -> MilanError:
-    return MilanError(f"{path} is not a checkpoint of the MILAN reference ({error}); download it again")
+def _reading(path: str | Path) -> AbstractContextManager[None]:
+    """Converts the errors that readers raise for invalid content."""
+    return explained(f"{path} is not a checkpoint of the MILAN reference", "download it again", *_DAMAGED)
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -377,7 +374,7 @@ def read_pickled(path: str | Path) -> Any:
         MilanError: The file is missing or damaged, or refers to anything but tensors and plain data.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with _reading(path), zipfile.ZipFile(path) as archive:
             index = index_of(archive, path)
             folder = f"{index.removesuffix('data.pkl')}data"
             content = io.BytesIO(archive.read(index))
@@ -385,12 +382,10 @@ def read_pickled(path: str | Path) -> Any:
     except OSError as error:
         raise MilanError(f"cannot read the checkpoint {path} ({error.strerror}); check the path") from error
     except zipfile.BadZipFile as error:
-        with open(path, "rb") as file:
+        with _reading(path), open(path, "rb") as file:
             if file.read(1) != b"\x80":
-                raise _not_ours(path, error) from error
+                raise ValueError(str(error)) from error
         raise MilanError(
             f"{path} is a bare pickle, which torch wrote before version 1.6 and which cannot be read without executing "
             "it; where you trust it, load it with torch and save it again"
         ) from error
-    except _DAMAGED as error:
-        raise _not_ours(path, error) from error

@@ -16,7 +16,7 @@ from torch import nn
 
 from milan_ray import hub
 from milan_ray.config import models_dir
-from milan_ray.errors import MilanError, reason
+from milan_ray.errors import MilanError, explained, reason
 from milan_ray.models.checkpoints import Checkpoint, read_checkpoint
 from milan_ray.models.view import Preprocess
 from milan_ray.models.weights_fit import Fit, describe_problems, find_fits, misfit, same_tensors, tied_names
@@ -224,15 +224,12 @@ def save_weights(state: dict[str, torch.Tensor], path: str | Path) -> None:
     Raises:
         MilanError: The file cannot be written.
     """
-    try:
+    remedy = "give a file in a folder that is there."
+    with explained(f"cannot write weights to {path}", remedy, OSError, RuntimeError, SafetensorError):
         if str(path).endswith(".safetensors"):
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
         else:
             torch.save(state, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise MilanError(
-            f"cannot write weights to {path} ({reason(error)}); give a file in a folder that is there."
-        ) from error
 
 
 def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
@@ -304,14 +301,11 @@ def weights_digest(model: nn.Module) -> str:
         MilanError: The state dict holds an object whose content cannot be read.
     """
     digest = hashlib.sha256()
-    try:
+    needs = "tables need that to tell networks apart; give a network whose state_dict() holds tensors."
+    # A state dict may hold any object, and networks may build it themselves.
+    with explained(f"the weights of {type(model).__name__} cannot be identified", needs):
         for name, value in model.state_dict().items():
             _add(digest, name, value)
-    except Exception as error:  # a state dict may hold any object, and networks may build it themselves
-        raise MilanError(
-            f"the weights of {type(model).__name__} cannot be identified ({reason(error)}): tables need that to tell "
-            "networks apart; give a network whose state_dict() holds tensors."
-        ) from error
     return digest.hexdigest()
 
 
