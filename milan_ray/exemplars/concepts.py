@@ -7,8 +7,10 @@ bitwise operations and every count is an exact integer.
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -180,8 +182,8 @@ class ConceptCounts:
         """Starts empty, for U units."""
         self.positions = self.images = 0
         self.unit = np.zeros(units, np.int64)
-        self.size: dict[str, int] = {}
-        self.both: dict[str, np.ndarray] = {}
+        self.size: Counter[str] = Counter()
+        self.both: defaultdict[str, np.ndarray] = defaultdict(partial(np.zeros, units, np.int64))
 
     def update(self, seen: ImageMasks) -> None:
         """Counts one image."""
@@ -189,14 +191,9 @@ class ConceptCounts:
         self.images += 1
         self.unit[seen.units] += areas(seen.masks)
         together = shared(seen.masks, seen.concepts)
-        for column, (name, area) in enumerate(zip(seen.names, areas(seen.concepts).tolist(), strict=True)):
-            self.size[name] = self.size.get(name, 0) + area
-            self._of(name)[seen.units] += together[:, column]
-
-    def _of(self, name: str) -> np.ndarray:
-        if name not in self.both:
-            self.both[name] = np.zeros(len(self.unit), np.int64)
-        return self.both[name]
+        self.size.update(dict(zip(seen.names, areas(seen.concepts).tolist(), strict=True)))
+        for column, name in enumerate(seen.names):
+            self.both[name][seen.units] += together[:, column]
 
     def merge(self, other: ConceptCounts) -> None:
         """Adds the counts of another state.
@@ -209,9 +206,9 @@ class ConceptCounts:
         self.positions += other.positions
         self.images += other.images
         self.unit += other.unit
-        for name, area in other.size.items():
-            self.size[name] = self.size.get(name, 0) + area
-            self._of(name)[:] += other.both[name]
+        self.size.update(other.size)
+        for name, counts in other.both.items():
+            self.both[name] += counts
 
     def result(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
         """The counted concepts, sorted; |L|, int64 (C,); |M ∧ L|, int64 (U, C)."""
@@ -240,8 +237,8 @@ class ConceptCounts:
         state.unit += rows[0]
         names, sizes = table["concept"].to_pylist(), table["size"].to_pylist()
         state.positions, state.images = sizes[0], int((table.schema.metadata or {})[b"images"])
-        state.size = dict(zip(names[1:], sizes[1:], strict=True))
-        state.both = {name: rows[place].copy() for place, name in enumerate(names) if place}
+        state.size.update(dict(zip(names[1:], sizes[1:], strict=True)))
+        state.both.update({name: rows[place].copy() for place, name in enumerate(names) if place})
         return state
 
 

@@ -10,13 +10,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import nn
 from torchvision import models
 
-from milan_ray.models.registry import RANDOM, register_model
+from milan_ray.models.registry import build_seeded, register_model
 from milan_ray.models.torchvision_zoo import build, default_layers
-from milan_ray.models.weights import WeightsFile, load_weights
+from milan_ray.models.weights import WeightsFile
 
 HOST = "https://dissect.csail.mit.edu/models"
 CLASSES = 365
@@ -64,12 +63,7 @@ def build_alexnet(weights: str | None) -> nn.Module:
     Raises:
         MilanError: The file is missing or does not fit.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = alexnet()
-    if weights is not None and weights != RANDOM:
-        load_weights(model, weights)
-    return model
+    return build_seeded(alexnet, weights)
 
 
 def alexnet(classes: int = CLASSES) -> nn.Sequential:

@@ -20,7 +20,7 @@ from torch import nn
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.models.layouts import UNSAID, Reading
 from milan_ray.models.view import GENERATED, Preprocess
-from milan_ray.models.weights import WeightsFile
+from milan_ray.models.weights import WeightsFile, load_weights
 from milan_ray.names import checked_name
 
 ModelInput = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
@@ -137,6 +137,24 @@ class ModelSpec:
     def is_channels_last(self, layer: str) -> bool:
         """Whether the model declares that a layer's 4-d outputs are (B, H, W, U)."""
         return self.channels_last is not None and re.fullmatch(self.channels_last, layer) is not None
+
+
+def build_seeded(make: Callable[[], nn.Module], weights: str | None) -> nn.Module:
+    """Builds a network from seed 0 and loads a weights file, if there is one; leaves torch's random state as it was.
+
+    Args:
+        make: Builds the network, untrained.
+        weights: Path of a weights file; :data:`RANDOM` or None for untrained weights.
+
+    Raises:
+        MilanError: The file is missing or does not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make()
+    if weights is not None and weights != RANDOM:
+        load_weights(model, weights)
+    return model
 
 
 @contextmanager

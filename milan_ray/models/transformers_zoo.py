@@ -55,18 +55,26 @@ def resolve(source: str) -> ModelSpec:
     preprocess, swapped = _preprocess(source, processor)
     with torch.device("meta"):
         model = _vision(transformers.AutoModel.from_config(_unmasked(config))).eval()
-    inputs = partial(_inputs, preprocess, swapped, _masked_patches(model, preprocess))
+    masked = _patches(model, preprocess) if _shuffles_patches(model) else 0
     paths = [path for path, _ in model.named_modules()]
     mlps = tuple(filter(_MLP.fullmatch, paths))
-    if mlps and not _rows_are_images(model, mlps[0], preprocess):
-        mlps = ()
+    patches = _patches(model, preprocess) if isinstance(getattr(model.config, "patch_size", None), int) else 0
+    prefix = None
+    if mlps and patches:
+        height, width = preprocess.view.shape
+        with LayerTap(model, mlps[:1]) as tap, torch.no_grad():
+            (tokens,) = tap({"pixel_values": torch.zeros(1, 3, height, width, device="meta")}).values()
+        if len(tokens) != 1:  # one row per window, or per pixel of a patch (MobileViT)
+            mlps = ()
+        elif tokens.ndim == 3:
+            prefix = tokens.shape[1] - patches
     return ModelSpec(
         f"hf/{source}",
         partial(build, source),
         mlps or tuple(filter(_STAGE.fullmatch, paths)) or blocks(model) or (OUTPUTS,),
         preprocess,
-        inputs,
-        prefix_tokens=_prefix_tokens(model, mlps[0], preprocess) if mlps else None,
+        partial(_inputs, preprocess, swapped, masked),
+        prefix_tokens=prefix,
         max_batch=TOKEN_BATCH if mlps else None,
     )
 
@@ -118,12 +126,14 @@ def _unmasked(config: Any) -> Any:
     return config
 
 
-def _masked_patches(model: nn.Module, preprocess: Preprocess) -> int:
-    """Number of patches that a network shuffles before it masks some of them; 0 for most networks."""
-    if "noise" not in inspect.signature(model.forward).parameters or not hasattr(model.config, "mask_ratio"):
-        return 0
-    if not getattr(getattr(model, "embeddings", None), "is_mae", True):  # it could, but is not configured to
-        return 0
+def _shuffles_patches(model: nn.Module) -> bool:
+    """Whether a network sorts its patches by random numbers, to mask some of them."""
+    able = "noise" in inspect.signature(model.forward).parameters and hasattr(model.config, "mask_ratio")
+    return able and getattr(getattr(model, "embeddings", None), "is_mae", True)
+
+
+def _patches(model: nn.Module, preprocess: Preprocess) -> int:
+    """Number of patches of a view."""
     (height, width), patch = preprocess.view.shape, int(getattr(model.config, "patch_size", 1))
     return (height // patch) * (width // patch)
 
@@ -136,26 +146,6 @@ def _inputs(preprocess: Preprocess, swapped: bool, masked: int, views: torch.Ten
         order = torch.arange(masked, dtype=torch.float32, device=pixels.device)
         inputs["noise"] = order.expand(len(pixels), masked)
     return inputs
-
-
-def _rows_are_images(model: nn.Module, layer: str, preprocess: Preprocess) -> bool:
-    """Whether a layer puts out one row per image, not one per window or per pixel of a patch (MobileViT)."""
-    if not isinstance(getattr(model.config, "patch_size", None), int):
-        return True
-    height, width = preprocess.view.shape
-    with LayerTap(model, [layer]) as tap, torch.no_grad():
-        return len(tap({"pixel_values": torch.zeros(1, 3, height, width, device="meta")})[layer]) == 1
-
-
-def _prefix_tokens(model: nn.Module, layer: str, preprocess: Preprocess) -> int | None:
-    """Number of CLS and register tokens: a layer's tokens beyond one per patch. None when there are no patches."""
-    patch = getattr(model.config, "patch_size", None)
-    if not isinstance(patch, int):
-        return None
-    height, width = preprocess.view.shape
-    with LayerTap(model, [layer]) as tap, torch.no_grad():
-        tokens = tap({"pixel_values": torch.zeros(1, 3, height, width, device="meta")})[layer]
-    return tokens.shape[1] - (height // patch) * (width // patch) if tokens.ndim == 3 else None
 
 
 def _processor(transformers: ModuleType, source: str) -> Any:

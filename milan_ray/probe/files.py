@@ -245,8 +245,7 @@ def is_ignored(name: str) -> bool:
 
 def _list_local(root: str) -> Listing:
     if os.path.isfile(root):
-        status = os.stat(root)
-        return Listing([Found("", status.st_size, status.st_mtime_ns)])
+        return Listing([_stat("", root)])
     listing = Listing()
     folders: set[str] = set()
     links: list[tuple[str, str]] = []
@@ -262,22 +261,14 @@ def _list_local(root: str) -> Listing:
         for folder, names, files in os.walk(top, onerror=fail):
             here = below if folder == top else f"{below}{os.path.relpath(folder, top).replace(os.sep, '/')}/"
             folders.add(folder)
-            for name in list(names):
-                place = os.path.join(folder, name)
-                linked = os.path.islink(place)
-                if linked and not is_ignored(name):
-                    links.append((here + name, place))
-                if linked or is_ignored(name) or place in folders:
-                    names.remove(name)
-            for name in files:
-                place = os.path.join(folder, name)
-                if is_ignored(name):
-                    continue
-                if os.path.islink(place):
-                    file_links.append((here + name, place))
-                    continue
-                status = os.stat(place)
-                listing.files.append(Found(here + name, status.st_size, status.st_mtime_ns))
+            folder_paths = [(name, os.path.join(folder, name)) for name in names if not is_ignored(name)]
+            links.extend((here + name, path) for name, path in folder_paths if os.path.islink(path))
+            names[:] = [name for name, path in folder_paths if not os.path.islink(path) and path not in folders]
+            for name, path in ((name, os.path.join(folder, name)) for name in files if not is_ignored(name)):
+                if os.path.islink(path):
+                    file_links.append((here + name, path))
+                else:
+                    listing.files.append(_stat(here + name, path))
 
     walk(os.path.realpath(root), "")
     while links:  # real folders keep their own paths; a folder reached only by links gets the first link's path
@@ -296,13 +287,17 @@ def _list_local(root: str) -> Listing:
             listing.links.append(path)
             continue
         try:
-            status = os.stat(place)
+            listing.files.append(_stat(path, place))
+            linked_to.add(target)
         except OSError:  # a broken link: listed here, then skipped with a reason when read
             listing.files.append(Found(path, None, None))
-        else:
-            linked_to.add(target)
-            listing.files.append(Found(path, status.st_size, status.st_mtime_ns))
     return listing
+
+
+def _stat(path: str, file: str) -> Found:
+    """The entry of a local file, listed under a path."""
+    status = os.stat(file)
+    return Found(path, status.st_size, status.st_mtime_ns)
 
 
 def _list_remote(root: str) -> Listing:
