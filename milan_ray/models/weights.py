@@ -112,7 +112,10 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     states = [state for state in read_checkpoint(path).states if _is_part(state.address, part)]
     if not states:
         raise MilanError(f"weights file {path} holds no part {part!r}: leave out #{part}.")
-    outer = [state for state in states if not any(_is_inside(state.address, other.address) for other in states)]
+    addresses = {state.address for state in states}
+    outer = [
+        state for state in states if not any(_is_part(state.address, other) for other in addresses - {state.address})
+    ]
     if len(outer) > 1:
         raise _several(path, [state.address for state in outer])
     if outer[0].others:
@@ -183,10 +186,6 @@ def _unwrapped(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def _is_part(path: str, part: str) -> bool:
     return not part or path == part or path.startswith(f"{part}.")
-
-
-def _is_inside(address: str, other: str) -> bool:
-    return address != other and (not other or address.startswith(f"{other}."))
 
 
 def _several(path: str, parts: Sequence[str]) -> MilanError:

@@ -300,8 +300,8 @@ class Files:
                     f"cannot write {self.uri(path)}: it is a folder, where a file belongs; remove it and run the job "
                     "again."
                 ) from error
-            said = error.strerror or error
-            raise MilanError(f"cannot write {self.uri(path)}: {said}; choose a writable --storage.") from error
+            why_not = error.strerror or error
+            raise MilanError(f"cannot write {self.uri(path)}: {why_not}; choose a writable --storage.") from error
 
     def remove(self, folder: str) -> None:
         """Removes a folder and all below it; nothing happens when there is none.
@@ -353,10 +353,8 @@ class Files:
     def _infos(self, selector: pafs.FileSelector, folder: str) -> list[pafs.FileInfo]:
         with self._explain_reading(folder):
             for _ in range(TRIES):
-                try:
+                with suppress(FileNotFoundError):  # a folder below was removed while it was listed
                     return self._fs.get_file_info(selector)
-                except FileNotFoundError:  # a folder below was removed while it was listed
-                    continue
             return self._fs.get_file_info(selector)
 
 
