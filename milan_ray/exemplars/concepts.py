@@ -49,7 +49,7 @@ def sample(maps: Mapping[str, np.ndarray], view: View, size: tuple[int, int]) ->
     Returns:
         Concept → bool (h, w), only for concepts that occur in the view.
     """
-    found = {}
+    sampled = {}
     places: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
     for concept, whole in maps.items():
         height, width = whole.shape
@@ -58,8 +58,8 @@ def sample(maps: Mapping[str, np.ndarray], view: View, size: tuple[int, int]) ->
         rows, columns = places[height, width]
         seen = whole[np.ix_(rows.clip(0), columns.clip(0))] & (rows >= 0)[:, None] & (columns >= 0)
         if seen.any():
-            found[concept] = seen
-    return found
+            sampled[concept] = seen
+    return sampled
 
 
 def _places(view: View, source: tuple[int, int], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -71,14 +71,14 @@ def _places(view: View, source: tuple[int, int], size: tuple[int, int]) -> tuple
         short = min(source)
         height, width = (view.resize if side == short else int(view.resize * side / short) for side in source)
         resized = height, width
-    found = []
+    places = []
     for axis in range(2):
         shown, whole = view.shape[axis], resized[axis]
         offset = 0 if view.crop is None else view.offset(whole, shown)
         at = (np.arange(size[axis]) + 0.5) * (shown / size[axis]) + offset
         place = np.floor(at * (source[axis] / whole)).astype(np.int64)
-        found.append(np.where((at >= 0) & (at < whole), place.clip(0, source[axis] - 1), -1))
-    return found[0], found[1]
+        places.append(np.where((at >= 0) & (at < whole), place.clip(0, source[axis] - 1), -1))
+    return places[0], places[1]
 
 
 def pack_words(masks: np.ndarray) -> np.ndarray:

@@ -361,10 +361,10 @@ class Endpoint:
 
     def _read(self, content: bytes) -> tuple[str, dict[str, int]]:
         try:
-            found = json.loads(content)
-            text = found["choices"][0]["message"]["content"] or ""
+            answer = json.loads(content)
+            text = answer["choices"][0]["message"]["content"] or ""
             used = {
-                name: int((found.get("usage") or {}).get(name) or 0) for name in ("prompt_tokens", "completion_tokens")
+                name: int((answer.get("usage") or {}).get(name) or 0) for name in ("prompt_tokens", "completion_tokens")
             }
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise MilanError(

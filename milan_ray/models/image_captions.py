@@ -114,15 +114,15 @@ class Blip:
             MilanError: The model's files are absent, damaged or unfit.
         """
         model, tokenizer, processor = self._loaded
-        found: list[str] = []
+        captions: list[str] = []
         for start in range(0, len(images), BATCH_SIZE):
             some = [np.array(image) for image in images[start : start + BATCH_SIZE]]
             full = some + [some[0]] * (BATCH_SIZE - len(some))  # always a full batch: no caption depends on others
             pixels = processor(images=full, return_tensors="pt")["pixel_values"].to(self._device)
             tokens = model.generate(pixel_values=pixels, max_new_tokens=LONGEST, min_length=SHORTEST, do_sample=False)
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            found += [text.strip() for text in texts[: len(some)]]
-        return found
+            captions += [text.strip() for text in texts[: len(some)]]
+        return captions
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any, Any]:

@@ -307,11 +307,11 @@ class ImageText(nn.Module):
         Returns:
             float32 (N, D).
         """
-        found = [images.new_zeros(0, self.width)]
+        embeddings = [images.new_zeros(0, self.width)]
         for start in range(0, len(images), BATCH_SIZE):
             some = images[start : start + BATCH_SIZE]
-            found.append(self.maps(_padded(self.fit(some), BATCH_SIZE))[1][: len(some)])
-        return torch.cat(found)
+            embeddings.append(self.maps(_padded(self.fit(some), BATCH_SIZE))[1][: len(some)])
+        return torch.cat(embeddings)
 
     def embed_maps(self, maps: Sequence[Mapping[str, np.ndarray] | None]) -> Tensor:
         """Not supported: this model reads pixels, not concept maps.
@@ -342,7 +342,7 @@ class ImageText(nn.Module):
             # SigLIP reads the last token, padding or not, and was trained with full padding.
             length = self.length if self.kind == "siglip" else math.ceil(len(row) / _LENGTHS) * _LENGTHS
             groups.setdefault(min(length, self.length), []).append(place)
-        found: dict[int, Tensor] = {}
+        embeddings: dict[int, Tensor] = {}
         for length, places in groups.items():
             for start in range(0, len(places), TEXTS):
                 some = places[start : start + TEXTS]
@@ -353,8 +353,8 @@ class ImageText(nn.Module):
                 pooled = self.model.text_model(input_ids=ids.to(device)).pooler_output
                 if self.kind == "clip":
                     pooled = self.model.text_projection(pooled)
-                found.update(zip(some, F.normalize(pooled, dim=1)[: len(some)], strict=True))
-        return torch.stack([found[place] for place in range(len(texts))])
+                embeddings.update(zip(some, F.normalize(pooled, dim=1)[: len(some)], strict=True))
+        return torch.stack([embeddings[place] for place in range(len(texts))])
 
 
 def _attend(attention: nn.Module, tokens: Tensor, kept: Tensor) -> Tensor:

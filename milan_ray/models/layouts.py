@@ -190,7 +190,7 @@ def grids(count: int, view: tuple[int, int], seen: Sequence[tuple[int, int]] = (
         view: (height, width) of the model's view: a grid has its proportions, within rounding.
         seen: Sizes of maps that the model computes earlier; these come first, whatever their proportions.
     """
-    found = [grid for grid in dict.fromkeys(seen) if grid[0] * grid[1] == count]
+    sizes = [grid for grid in dict.fromkeys(seen) if grid[0] * grid[1] == count]
     height, width = view
     fitting = []
     for h in range(1, count + 1):
@@ -201,5 +201,5 @@ def grids(count: int, view: tuple[int, int], seen: Sequence[tuple[int, int]] = (
         low, high = max(height / (h + 1), width / (w + 1)), min(height / max(h - 1, 0.5), width / max(w - 1, 0.5))
         if low < high:
             fitting.append((abs(math.log((height / h) / (width / w))), (h, w)))
-    found += [grid for _, grid in sorted(fitting)]
-    return list(dict.fromkeys(found))
+    sizes += [grid for _, grid in sorted(fitting)]
+    return list(dict.fromkeys(sizes))

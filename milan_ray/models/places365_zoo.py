@@ -42,11 +42,11 @@ def resnet152_name(name: str) -> str:
     name = re.sub(r"^0\.", "conv1.", name)
     name = re.sub(r"^1\.", "bn1.", name)
     name = re.sub(r"^10\.1\.", "fc.", name)
-    if found := re.match(r"([4-7])\.(\d+)\.0\.0\.([013467])\.(.*)", name):
-        stage, block, module, rest = found.groups()
+    if match := re.match(r"([4-7])\.(\d+)\.0\.0\.([013467])\.(.*)", name):
+        stage, block, module, rest = match.groups()
         return f"layer{int(stage) - 3}.{block}.{_BLOCK[module]}.{rest}"
-    if found := re.match(r"([4-7])\.(\d+)\.0\.1\.([01])\.(.*)", name):
-        stage, block, module, rest = found.groups()
+    if match := re.match(r"([4-7])\.(\d+)\.0\.1\.([01])\.(.*)", name):
+        stage, block, module, rest = match.groups()
         return f"layer{int(stage) - 3}.{block}.downsample.{module}.{rest}"
     return name
 

@@ -210,9 +210,9 @@ def register_model(
             ``reading`` (docs/layouts.md).
     """
     checked_name("a model", name, slashes=True)
-    said = {field: options.pop(field) for field in ("batch_axis", "units_axis", "grid") if field in options}
-    if said:
-        options["reading"] = Reading(**said)  # type: ignore[arg-type]
+    reading = {field: options.pop(field) for field in ("batch_axis", "units_axis", "grid") if field in options}
+    if reading:
+        options["reading"] = Reading(**reading)  # type: ignore[arg-type]
     if preprocess is None:
         preprocess = GENERATED if options.get("images") else Preprocess()
     spec = ModelSpec(name, factory, tuple(layers), preprocess, **options)  # type: ignore[arg-type]
@@ -291,8 +291,8 @@ def match_models(pattern: str) -> list[str]:
     if pattern in _MODELS:
         return [pattern]
     whole = "/" in pattern
-    found = [name for name in model_names() if fnmatchcase(name if whole else name.partition("/")[2] or name, pattern)]
-    return found or [get_model(pattern).name]
+    names = [name for name in model_names() if fnmatchcase(name if whole else name.partition("/")[2] or name, pattern)]
+    return names or [get_model(pattern).name]
 
 
 def model_names() -> list[str]:

@@ -162,8 +162,8 @@ class Structure:
     def map_sizes(self, key: Key | None) -> list[tuple[int, int]]:
         """(height, width) of the maps that convolutions and their norms computed until a call ended, latest first."""
         end = float("inf") if key is None else self.calls[key].ended
-        found = [call for call in self.calls.values() if call.of_maps and len(call.shape) == 4 and call.ended <= end]
-        sizes = [(call.shape[2], call.shape[3]) for call in sorted(found, key=lambda call: -call.ended)]
+        maps = [call for call in self.calls.values() if call.of_maps and len(call.shape) == 4 and call.ended <= end]
+        sizes = [(call.shape[2], call.shape[3]) for call in sorted(maps, key=lambda call: -call.ended)]
         return list(dict.fromkeys(sizes))
 
     def units(self, key: Key | None, batch: int, per_image: tuple[int, ...]) -> Units:

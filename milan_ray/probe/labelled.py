@@ -332,8 +332,8 @@ def _is_ade20k(folder: Path) -> bool:
 
 def _walk(folder: Path) -> list[Path]:
     """The images below a folder, except hidden ones, sorted by path."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    images = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    return sorted(path for path in images if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
 def _stat(file: Path, kind: str, remedy: str) -> tuple[int, int]:
