@@ -280,7 +280,7 @@ def read_annotations(path: Path) -> list[Annotation]:
             number.
     """
     names = ", ".join(COLUMNS)
-    annotations = []
+    annotations: list[Annotation] = []
     for line, row in read_csv(path, COLUMNS, f"it must have {names}.", f"give a CSV with columns {names}."):
         layer, unit, text = (row[column] for column in COLUMNS)
         if layer is None or text is None or not (unit or "").strip().isdecimal():

@@ -70,7 +70,8 @@ def _apart(theirs: np.ndarray, image: Image.Image, preprocess: Preprocess, swapp
     ours = preprocess(torch.from_numpy(preprocess.view(image).copy())[None])[0].numpy()
     if theirs.shape != ours.shape:
         return np.array([math.inf])
-    return np.abs((theirs[::-1] if swapped else theirs) - ours) * (255 * np.array(preprocess.std)[:, None, None])
+    apart: np.ndarray = np.abs((theirs[::-1] if swapped else theirs) - ours)
+    return apart * (255 * np.array(preprocess.std)[:, None, None])
 
 
 def agrees(process: Process, preprocess: Preprocess, swapped: bool = False) -> bool:

@@ -151,7 +151,8 @@ def read_file(root: str, path: str, offset: int = 0, size: int | None = None) ->
     for pause in (*_PAUSES, None):
         try:
             with system.open_input_file(key) as remote:
-                return remote.read_at(length(remote.size()), offset)
+                content: bytes = remote.read_at(length(remote.size()), offset)
+                return content
         except (FileNotFoundError, PermissionError) as error:
             raise UnreadableImage(f"cannot be read ({type(error).__name__})") from error
         except OSError as error:  # the network failed, not the image: skipping the image would change the result

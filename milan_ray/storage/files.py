@@ -131,12 +131,8 @@ class Files:
             MilanError: There is no such file.
         """
         text = self.text(path)
-        try:
+        with self.intact(path):
             return json.loads(text)
-        except ValueError as error:
-            raise DamagedTable(
-                f"{self.uri(path)} is damaged ({error}); delete it and run the job again.", path
-            ) from error
 
     def open(self, path: str) -> pa.NativeFile:
         """Opens one version of a file, to read parts of it, however often other jobs replace it meanwhile.
@@ -234,7 +230,7 @@ class Files:
             yield
         except FileNotFoundError:
             raise
-        except (OSError, pa.ArrowException, MemoryError, UnicodeError) as error:
+        except (OSError, pa.ArrowException, MemoryError, UnicodeError, json.JSONDecodeError) as error:
             target = self._target(path)
             if self._fs.get_file_info(target).type == pafs.FileType.Directory:
                 raise DamagedTable(
