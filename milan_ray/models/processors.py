@@ -70,8 +70,9 @@ def _apart(theirs: np.ndarray, image: Image.Image, preprocess: Preprocess, swapp
     ours = preprocess(torch.from_numpy(preprocess.view(image).copy())[None])[0].numpy()
     if theirs.shape != ours.shape:
         return np.array([math.inf])
-    apart: np.ndarray = np.abs((theirs[::-1] if swapped else theirs) - ours)
-    return apart * (255 * np.array(preprocess.std)[:, None, None])
+    steps = 255 * np.array(preprocess.std)[:, None, None]
+    apart: np.ndarray = np.abs((theirs[::-1] if swapped else theirs) - ours) * steps
+    return apart
 
 
 def agrees(process: Process, preprocess: Preprocess, swapped: bool = False) -> bool:
