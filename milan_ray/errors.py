@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from urllib.parse import unquote
 
 
@@ -77,3 +78,24 @@ def all_failed(failed: Mapping[str, str], tried: int) -> None:
 def reason(error: BaseException) -> str:
     """The first line of another library's error message; the error's type when it is empty."""
     return str(error).strip().split("\n")[0] or type(error).__name__
+
+
+@contextmanager
+def explained(what: str, remedy: str, *errors: type[Exception]) -> Iterator[None]:
+    """Converts errors of other libraries into one sentence: ``what (their message): remedy``.
+
+    Args:
+        what: What failed, and where.
+        remedy: What to do.
+        *errors: The types to convert; all types if none is given. A MilanError always passes unchanged.
+
+    Raises:
+        MilanError: In place of these errors.
+    """
+    converted = errors or (Exception,)
+    try:
+        yield
+    except MilanError:
+        raise
+    except converted as error:
+        raise MilanError(f"{what} ({reason(error)}): {remedy}") from error

@@ -8,9 +8,10 @@ import shutil
 import stat
 import time
 import zipfile
+from contextlib import suppress
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
-from milan_ray.errors import MilanError
+from milan_ray.errors import MilanError, explained
 from milan_ray.progress import Progress
 
 MAX_BYTES = 256 * 2**30
@@ -40,15 +41,16 @@ def extract(archive: Path, target: Path, max_bytes: int = MAX_BYTES) -> Path:
         MilanError: The file is no zip, is damaged or encrypted, would write outside its folder, holds links, or is too
             large; or the target exists and was not unpacked from it.
     """
-    try:
+    with explained(f"{archive} cannot be unpacked", "fetch it again."):
         status = archive.stat()
         identity = {"archive": archive.name, "size": status.st_size, "mtime_ns": status.st_mtime_ns}
         marker = target / _MARKER
         if target.exists():
             if not marker.is_file():
                 raise MilanError(f"{target} exists and was not unpacked from {archive.name}: use or move that folder.")
-            if _says(marker, identity):
-                return content(target)
+            with suppress(ValueError):  # a damaged marker: unpack again
+                if json.loads(marker.read_text(encoding="utf-8")) == identity:
+                    return content(target)
         part = target.parent / f".{target.name}.part"
         if part.exists():
             shutil.rmtree(part)
@@ -61,19 +63,7 @@ def extract(archive: Path, target: Path, max_bytes: int = MAX_BYTES) -> Path:
             part.rename(target)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    except MilanError:
-        raise
-    except Exception as error:  # zipfile and its decompressors raise many types on damaged files
-        raise MilanError(f"{archive} cannot be unpacked ({error}): fetch it again.") from error
     return content(target)
-
-
-def _says(marker: Path, identity: dict[str, object]) -> bool:
-    """Whether a folder was unpacked from this archive. False if the marker is damaged, so that it is unpacked again."""
-    try:
-        return bool(json.loads(marker.read_text(encoding="utf-8")) == identity)
-    except ValueError:
-        return False
 
 
 def _unpack(archive: Path, folder: Path, max_bytes: int) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from milan_ray.annotations.layout import write_annotations
-from milan_ray.errors import MilanError
-from milan_ray.textfiles import dict_reader, read_text
+from milan_ray.annotations.layout import read_csv, write_annotations
+from milan_ray.errors import MilanError, explained
 
 LAYER, UNIT, TEXT, REJECTED, WORKER = "Input.layer", "Input.unit", "Answer.summary", "RejectionTime", "WorkerId"
 """Columns of Mechanical Turk's results; the worker's is needed only if a table has replacements per worker."""
@@ -80,12 +78,10 @@ def read_tables(path: Path) -> CleaningTables:
     Raises:
         MilanError: The file cannot be read, or holds something else.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise MilanError(f"the tables in {path} cannot be read ({error}): give a JSON file.") from error
+    with explained(f"the tables in {path} cannot be read", "give a JSON file.", OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
     names = [item.name for item in fields(CleaningTables)]
-    tables = dict(found) if isinstance(found, dict) else {"": None}
+    tables = dict(content) if isinstance(content, dict) else {"": None}
     workers = tables.pop("workers", {})
     every = [*tables.values(), *(workers.values() if isinstance(workers, dict) else [None])]
     if not tables.keys() <= set(names) or not all(map(_is_table, every)):
@@ -93,7 +89,7 @@ def read_tables(path: Path) -> CleaningTables:
             f"{path} is no set of tables: expected a JSON object of {', '.join(names)}, each a table of texts and "
             "replacements, workers a table of such tables."
         )
-    return CleaningTables(**found)
+    return CleaningTables(**content)
 
 
 def _is_table(value: object) -> bool:
@@ -148,16 +144,10 @@ def read_results(
     Raises:
         MilanError: The file cannot be read, a column is missing, or a row is incomplete.
     """
-    try:
-        reader = dict_reader(read_text(results))
-        missing = [column for column in needed if column not in (reader.fieldnames or ())]
-        if missing:
-            raise MilanError(f"{results} has no column {', '.join(missing)}: give the results as downloaded.")
-        rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise MilanError(f"{results} cannot be read ({error}): give Mechanical Turk's results as CSV.") from error
-    for number, row in enumerate(rows):
+    needs = "give the results as downloaded."
+    rows = [row for _, row in read_csv(results, needed, needs, "give Mechanical Turk's results as CSV.")]
+    for number, row in enumerate(rows, 1):
         if any(row[column] is None for column in needed):
-            raise MilanError(f"{results}: row {number + 1} is incomplete: give the results as downloaded.")
+            raise MilanError(f"{results}: row {number} is incomplete: {needs}")
     kept = [row for row in rows if keep_rejected or not row[REJECTED].strip()]
     return kept, len(rows) - len(kept)

@@ -13,8 +13,9 @@ from typing import Any
 from xml.etree import ElementTree
 
 from milan_ray.annotations.cleaning import REJECTED, TEXT, WORKER, read_results
+from milan_ray.annotations.layout import read_csv
 from milan_ray.errors import MilanError
-from milan_ray.textfiles import dict_reader, read_text
+from milan_ray.textfiles import read_text
 
 TASK_COLUMNS = ("model", "layer", "unit", "exemplars", "image")
 """Fields of a task; Mechanical Turk returns them as ``Input.model`` and so on, Label Studio as the task's data."""
@@ -108,30 +109,19 @@ def read_questions(path: Path) -> list[tuple[str, str, int, str, tuple[str, ...]
         MilanError: The file cannot be read, a column is missing, or a question is invalid: its unit is no whole number,
             or it lacks a right sentence and a wrong one that all differ.
     """
-    try:
-        reader = dict_reader(read_text(path))
-        missing = [column for column in QUESTION_COLUMNS if column not in (reader.fieldnames or ())]
-        if missing:
-            raise MilanError(
-                f"{path} has no column {', '.join(missing)}: a qualification test needs "
-                f"{', '.join(QUESTION_COLUMNS)} (several wrong sentences with | between)."
-            )
-        rows = list(reader)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise MilanError(
-            f"{path} cannot be read ({error}): give a CSV file of {', '.join(QUESTION_COLUMNS)}."
-        ) from error
-    found = []
-    for number, row in enumerate(rows):
+    names = ", ".join(QUESTION_COLUMNS)
+    needs = f"a qualification test needs {names} (several wrong sentences with | between)."
+    questions = []
+    for number, (_, row) in enumerate(read_csv(path, QUESTION_COLUMNS, needs, f"give a CSV file of {names}."), 1):
         unit, right = (row["unit"] or "").strip(), (row["right"] or "").strip()
         wrong = tuple(filter(None, (text.strip() for text in (row["wrong"] or "").split("|"))))
         if not unit.isdecimal() or not right or not wrong or len({right, *wrong}) < 1 + len(wrong):
             raise MilanError(
-                f"{path}, question {number + 1}: needs a whole number as unit, a right sentence, and wrong ones that "
+                f"{path}, question {number}: needs a whole number as unit, a right sentence, and wrong ones that "
                 "all differ."
             )
-        found.append((row["model"], row["layer"], int(unit), right, wrong))
-    return found
+        questions.append((row["model"], row["layer"], int(unit), right, wrong))
+    return questions
 
 
 # -- writing tasks ------------------------------------------------------------------------------------------------
@@ -144,23 +134,13 @@ def tasks_csv(tasks: Iterable[Task]) -> str:
 
 def tasks_jsonl(tasks: Iterable[Task]) -> str:
     """Formats tasks for Label Studio, one JSON object a line."""
-    return "".join(json.dumps({"data": asdict(task)}, ensure_ascii=False) + "\n" for task in tasks)
+    return _jsonl(map(asdict, tasks))
 
 
 def questions_jsonl(questions: Iterable[Question]) -> str:
     """Formats the qualification test as tasks for Label Studio, without the answers."""
-    return "".join(
-        json.dumps(
-            {
-                "data": {
-                    "question": each.name,
-                    "image": each.task.image,
-                    "options": [{"value": option} for option in each.options],
-                }
-            },
-            ensure_ascii=False,
-        )
-        + "\n"
+    return _jsonl(
+        {"question": each.name, "image": each.task.image, "options": [{"value": option} for option in each.options]}
         for each in questions
     )
 
@@ -172,42 +152,42 @@ def key_csv(questions: Iterable[Question]) -> str:
 
 def question_form(questions: Iterable[Question]) -> str:
     """Builds the qualification test of Mechanical Turk (``CreateQualificationType``, parameter Test)."""
-    form = ElementTree.Element("QuestionForm", xmlns=_FORM)
-    overview = ElementTree.SubElement(form, "Overview")
-    _text(overview, "Title", "Describing highlighted regions")
-    _text(overview, "Text", "Choose the sentence that describes best what is inside the highlighted regions.")
+    task = "Choose the sentence that describes best what is inside the highlighted regions."
+    overview = _element("Overview", _element("Title", "Describing highlighted regions"), _element("Text", task))
+    form = _element("QuestionForm", overview, xmlns=_FORM)
     for each in questions:
-        question = ElementTree.SubElement(form, "Question")
-        _text(question, "QuestionIdentifier", each.name)
-        _text(question, "IsRequired", "true")
-        content = ElementTree.SubElement(question, "QuestionContent")
-        picture = ElementTree.SubElement(content, "Binary")
-        mime = ElementTree.SubElement(picture, "MimeType")
-        _text(mime, "Type", "image")
-        _text(mime, "SubType", "jpeg")
-        _text(picture, "DataURL", each.task.image)
-        _text(picture, "AltText", "Pictures with highlighted regions")
-        answer = ElementTree.SubElement(ElementTree.SubElement(question, "AnswerSpecification"), "SelectionAnswer")
-        _text(answer, "StyleSuggestion", "radiobutton")
-        selections = ElementTree.SubElement(answer, "Selections")
-        for number, option in enumerate(each.options):
-            selection = ElementTree.SubElement(selections, "Selection")
-            _text(selection, "SelectionIdentifier", f"{number}")
-            _text(selection, "Text", option)
+        picture = _element(
+            "Binary",
+            _element("MimeType", _element("Type", "image"), _element("SubType", "jpeg")),
+            _element("DataURL", each.task.image),
+            _element("AltText", "Pictures with highlighted regions"),
+        )
+        selections = [
+            _element("Selection", _element("SelectionIdentifier", f"{number}"), _element("Text", option))
+            for number, option in enumerate(each.options)
+        ]
+        answer = _element(
+            "SelectionAnswer", _element("StyleSuggestion", "radiobutton"), _element("Selections", *selections)
+        )
+        form.append(
+            _question(
+                each,
+                _element("IsRequired", "true"),
+                _element("QuestionContent", picture),
+                _element("AnswerSpecification", answer),
+            )
+        )
     return _xml(form)
 
 
 def answer_key(questions: Sequence[Question]) -> str:
     """Builds the test's answer key (parameter AnswerKey); the score is the percentage of right answers."""
-    key = ElementTree.Element("AnswerKey", xmlns=_KEY)
+    key = _element("AnswerKey", xmlns=_KEY)
     for each in questions:
-        question = ElementTree.SubElement(key, "Question")
-        _text(question, "QuestionIdentifier", each.name)
-        option = ElementTree.SubElement(question, "AnswerOption")
-        _text(option, "SelectionIdentifier", f"{each.options.index(each.right)}")
-        _text(option, "AnswerScore", "1")
-    mapping = ElementTree.SubElement(ElementTree.SubElement(key, "QualificationValueMapping"), "PercentageMapping")
-    _text(mapping, "MaximumSummedScore", f"{len(questions)}")
+        right = _element("SelectionIdentifier", f"{each.options.index(each.right)}")
+        key.append(_question(each, _element("AnswerOption", right, _element("AnswerScore", "1"))))
+    mapping = _element("PercentageMapping", _element("MaximumSummedScore", f"{len(questions)}"))
+    key.append(_element("QualificationValueMapping", mapping))
     return _xml(key)
 
 
@@ -219,8 +199,23 @@ def _csv(header: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     return buffer.getvalue()
 
 
-def _text(parent: ElementTree.Element, name: str, text: str) -> None:
-    ElementTree.SubElement(parent, name).text = text
+def _jsonl(tasks: Iterable[Mapping[str, object]]) -> str:
+    return "".join(json.dumps({"data": task}, ensure_ascii=False) + "\n" for task in tasks)
+
+
+def _element(name: str, *content: str | ElementTree.Element, **attributes: str) -> ElementTree.Element:
+    """An XML element with a text or with elements inside."""
+    element = ElementTree.Element(name, attributes)
+    for part in content:
+        if isinstance(part, str):
+            element.text = part
+        else:
+            element.append(part)
+    return element
+
+
+def _question(question: Question, *content: ElementTree.Element) -> ElementTree.Element:
+    return _element("Question", _element("QuestionIdentifier", question.name), *content)
 
 
 def _xml(root: ElementTree.Element) -> str:
@@ -249,15 +244,15 @@ def read_answers(path: Path, *, keep_rejected: bool = False) -> tuple[list[Answe
         inputs = {name: f"Input.{name}" for name in TASK_COLUMNS[:4]}
         rows, rejected = read_results(path, [*inputs.values(), TEXT, WORKER, REJECTED], keep_rejected=keep_rejected)
         places: list[Mapping[str, Any]] = [{name: row[column] for name, column in inputs.items()} for row in rows]
-        said = [(row[WORKER], row[TEXT]) for row in rows]
+        texts = [(row[WORKER], row[TEXT]) for row in rows]
     else:
-        found = _label_studio(path, _SUMMARY)
-        kept = [each for each in found if keep_rejected or not each[2]]
-        rejected = len(found) - len(kept)
+        exported = _label_studio(path, _SUMMARY)
+        kept = [each for each in exported if keep_rejected or not each[2]]
+        rejected = len(exported) - len(kept)
         places = [data for data, *_ in kept]
-        said = [(worker, " ".join(texts)) for _, worker, _, texts in kept]
+        texts = [(worker, " ".join(parts)) for _, worker, _, parts in kept]
     answers = []
-    for place, (worker, text) in zip(places, said, strict=True):
+    for place, (worker, text) in zip(places, texts, strict=True):
         missing = [name for name in TASK_COLUMNS[:4] if not str(place.get(name, "")).strip()]
         if missing or not str(place["unit"]).strip().isdecimal():
             raise MilanError(
@@ -279,10 +274,8 @@ def passed_workers(path: Path, key: Path) -> set[str]:
     Raises:
         MilanError: One of the files cannot be read.
     """
-    try:
-        right = {row["question"]: row["right"] for row in dict_reader(read_text(key))}
-    except (OSError, UnicodeDecodeError, csv.Error, KeyError) as error:
-        raise MilanError(f"{key} cannot be read ({error}): give the qualification-key.csv of the tasks.") from error
+    remedy = "give the qualification-key.csv of the tasks."
+    right = {row["question"]: row["right"] for _, row in read_csv(key, ("question", "right"), remedy, remedy)}
     answered: dict[str, dict[str, str]] = {}
     for data, worker, _, choices in _label_studio(path, _CHOICE):
         answered.setdefault(worker, {})[str(data.get("question"))] = choices[0] if choices else ""
@@ -300,7 +293,7 @@ def _label_studio(path: Path, name: str) -> list[tuple[Mapping[str, Any], str, b
             if text.lstrip().startswith("[")
             else list(map(json.loads, filter(str.strip, text.splitlines())))
         )
-        found: list[tuple[Mapping[str, Any], str, bool, list[str]]] = []
+        annotations: list[tuple[Mapping[str, Any], str, bool, list[str]]] = []
         for task in tasks:
             for annotation in task["annotations"]:
                 who = annotation["completed_by"]  # a number; in some exports the person's record
@@ -310,10 +303,10 @@ def _label_studio(path: Path, name: str) -> list[tuple[Mapping[str, Any], str, b
                     if result.get("from_name") == name:
                         value = result["value"].get("text" if name == _SUMMARY else "choices", [])
                         given += [value] if isinstance(value, str) else list(map(str, value))
-                found.append((dict(task["data"]), worker, bool(annotation.get("was_cancelled")), given))
+                annotations.append((dict(task["data"]), worker, bool(annotation.get("was_cancelled")), given))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise MilanError(
             f"{path} is no export of Label Studio ({type(error).__name__}: {error}): give its JSON, or the results of "
             "Mechanical Turk as .csv."
         ) from error
-    return found
+    return annotations

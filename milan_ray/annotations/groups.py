@@ -92,13 +92,13 @@ def training_groups(names: Sequence[str], annotated: Collection[str]) -> dict[st
     Raises:
         MilanError: A group does not exist, one of its models has no annotations, or two groups have the same name.
     """
-    found: dict[str, tuple[str, ...]] = {}
+    groups: dict[str, tuple[str, ...]] = {}
     for text in names:
         name, _, members = text.partition("=")
         key = name.replace("/", "-")
         if text == "all":
-            found |= {name: models for name, models in _GROUPS.items() if set(models) <= set(annotated)}
-            if not found:
+            groups |= {name: models for name, models in _GROUPS.items() if set(models) <= set(annotated)}
+            if not groups:
                 raise MilanError(
                     f"no group has annotations of all its models: there are {', '.join(sorted(annotated)) or 'none'}."
                 )
@@ -117,10 +117,10 @@ def training_groups(names: Sequence[str], annotated: Collection[str]) -> dict[st
             raise MilanError(
                 f"group {name}: {', '.join(missing)} have no annotations in the storage; import them first."
             )
-        if found.get(key, models) != models:
+        if groups.get(key, models) != models:
             raise MilanError(f"two groups are called {key}; name one otherwise, as NAME=MODEL,MODEL.")
-        found[key] = models
-    return found
+        groups[key] = models
+    return groups
 
 
 @dataclass(frozen=True)

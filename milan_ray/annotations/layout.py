@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from milan_ray.errors import MilanError
+from milan_ray.errors import MilanError, explained
 from milan_ray.tensorfiles import check_sizes
 from milan_ray.textfiles import clean, dict_reader, read_text
 
@@ -120,12 +120,12 @@ class LayerFiles:
             MilanError: The masks hold values other than 0 and 1.
         """
         masks = self.masks[position, :, 0]
-        found = masks.astype(bool)
-        if not np.array_equal(found, masks):
+        marked = masks.astype(bool)
+        if not np.array_equal(marked, masks):
             raise MilanError(
                 f"{self.folder / MASKS} holds values other than 0 and 1 at position {position}: write masks as 0 and 1."
             )
-        return found
+        return marked
 
 
 def layer_folders(root: Path) -> tuple[list[Path], list[Path]]:
@@ -191,13 +191,11 @@ def open_layer(folder: Path) -> LayerFiles:
 
 
 def _array(path: Path) -> np.ndarray:
-    try:
+    if not path.exists():
+        raise MilanError(f"{path} is missing: a layer needs {MASKS}, and {IMAGES} or {IDS} to merge them.")
+    with explained(f"{path} is no complete .npy array", "fetch or write it again."):
         check_sizes(path)
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError as error:
-        raise MilanError(f"{path} is missing: a layer needs {MASKS}, and {IMAGES} or {IDS} to merge them.") from error
-    except Exception as error:  # numpy raises many types on damaged headers
-        raise MilanError(f"{path} is no complete .npy array ({error}): fetch or write it again.") from error
     if not isinstance(array, np.ndarray):
         raise MilanError(f"{path} is an archive of arrays, not one .npy array: write it with numpy.save.")
     return array
@@ -207,10 +205,9 @@ def _numbers(path: Path, dtype: type, shape: tuple[int, int]) -> np.ndarray | No
     """Reads a CSV of numbers without header; returns None if the file does not exist."""
     if not path.exists():
         return None
-    try:
+    expected = "expected rows of numbers, comma separated."
+    with explained(f"{path} cannot be read", expected, OSError, ValueError):
         numbers: np.ndarray = np.loadtxt(path, dtype=dtype, delimiter=",", comments=None, ndmin=2)
-    except (OSError, ValueError) as error:
-        raise MilanError(f"{path} cannot be read ({error}): expected rows of numbers, comma separated.") from error
     if numbers.shape != shape:
         raise MilanError(
             f"{path} has {numbers.shape[0]} rows of {numbers.shape[1]} numbers: expected {shape[0]} (units) of "
@@ -233,6 +230,29 @@ def _white(path: Path, images: np.ndarray) -> int:
     if not 0 <= low <= high <= 255:
         raise MilanError(f"{path} holds values from {low:g} to {high:g}: expected floats in [0, 1] or [0, 255].")
     return 1 if high <= 1 else 255
+
+
+def read_csv(path: Path, columns: Sequence[str], needs: str, remedy: str) -> list[tuple[int, dict[str, str]]]:
+    """Reads a CSV file with a header.
+
+    Args:
+        path: The file.
+        columns: Columns that it must have; others are kept, too.
+        needs: The end of the message where it lacks one.
+        remedy: The end of the message where it cannot be read.
+
+    Returns:
+        (number of its last line, column → cell) of each row.
+
+    Raises:
+        MilanError: The file cannot be read, or lacks a column.
+    """
+    with explained(f"{path} cannot be read", remedy, OSError, UnicodeDecodeError, csv.Error):
+        reader = dict_reader(read_text(path))
+        missing = [column for column in columns if column not in (reader.fieldnames or ())]
+        if missing:
+            raise MilanError(f"{path} has no column {', '.join(missing)}: {needs}")
+        return [(reader.line_num, row) for row in reader]
 
 
 @dataclass(frozen=True)
@@ -259,23 +279,17 @@ def read_annotations(path: Path) -> list[Annotation]:
         MilanError: The file is missing, is not text or lacks a column, or a row is incomplete or its unit is no whole
             number.
     """
-    try:
-        reader = dict_reader(read_text(path))
-        missing = [column for column in COLUMNS if column not in (reader.fieldnames or ())]
-        if missing:
-            raise MilanError(f"{path} has no column {', '.join(missing)}: it must have {', '.join(COLUMNS)}.")
-        found = []
-        for number, row in enumerate(reader):
-            layer, unit, text = (row[column] for column in COLUMNS)
-            if layer is None or text is None or not (unit or "").strip().isdecimal():
-                raise MilanError(
-                    f"{path}, line {reader.line_num}: needs a layer, a whole number as unit and a summary, "
-                    f"got {layer!r}, {unit!r}, {text!r}."
-                )
-            found.append(Annotation(number, clean(layer), int(unit), text))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise MilanError(f"{path} cannot be read ({error}): give a CSV with columns {', '.join(COLUMNS)}.") from error
-    return found
+    names = ", ".join(COLUMNS)
+    annotations: list[Annotation] = []
+    for line, row in read_csv(path, COLUMNS, f"it must have {names}.", f"give a CSV with columns {names}."):
+        layer, unit, text = (row[column] for column in COLUMNS)
+        if layer is None or text is None or not (unit or "").strip().isdecimal():
+            raise MilanError(
+                f"{path}, line {line}: needs a layer, a whole number as unit and a summary, "
+                f"got {layer!r}, {unit!r}, {text!r}."
+            )
+        annotations.append(Annotation(len(annotations), clean(layer), int(unit), text))
+    return annotations
 
 
 def write_annotations(path: Path, rows: Iterable[tuple[str, int | str, str]]) -> None:

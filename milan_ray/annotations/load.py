@@ -42,12 +42,12 @@ def load(
         MilanError: A set is unknown, absent or damaged, or lacks images and the source images are missing.
     """
     wanted = None if layers is None else [str(layer) for layer in layers]
-    found = []
+    sets = []
     for location in locate(text, download=download):
         merge_images(location, images, labels, quirks)
         count = location.annotation_count if annotation_count is None else annotation_count or None
-        found.append(PublishedSet(location.root, location.name, layers=wanted, annotation_count=count, quirks=quirks))
-    return found
+        sets.append(PublishedSet(location.root, location.name, layers=wanted, annotation_count=count, quirks=quirks))
+    return sets
 
 
 def bare_layers(location: SetLocation) -> list[Path]:

@@ -7,6 +7,7 @@ import os
 from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,7 +48,6 @@ def merge(
     root: Path,
     probe: ImageProbe,
     *,
-    view: View | None = None,
     expect: SourceShape | None = None,
     quirks: Quirks = NO_QUIRKS,
 ) -> list[str]:
@@ -61,7 +61,6 @@ def merge(
     Args:
         root: The published set's folder.
         probe: The source images: folders of classes, or flat with a file of labels.
-        view: The geometry that the masks were computed in; None uses ImageNet's, resize 256 and crop 224.
         expect: Required numbers of classes and images; None accepts any probe that has all the ids.
         quirks: Defects of the reference to reproduce.
 
@@ -84,7 +83,7 @@ def merge(
     merged = []
     for folder in layer_folders(root)[0]:
         files = open_layer(folder)
-        geometry = View(resize=files.size, crop=None) if quirks.merge_geometry else view or View()
+        geometry = View(resize=files.size, crop=None) if quirks.merge_geometry else View()
         identity = {"probe": digest(manifest), "view": geometry.key}
         if _wanted(files, identity):
             _merge_layer(files, probe, refs, geometry, identity)
@@ -117,10 +116,9 @@ def _wanted(files: LayerFiles, identity: dict[str, str]) -> bool:
     if files.images is None:
         return True
     marker = files.folder / _MARKER
-    try:
+    with suppress(ValueError):  # a damaged marker: merge again
         return marker.exists() and json.loads(marker.read_text(encoding="utf-8")) != identity
-    except ValueError:  # a damaged marker: merge again
-        return True
+    return True
 
 
 def _merge_layer(

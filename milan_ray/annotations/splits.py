@@ -116,23 +116,23 @@ def chosen_splits(texts: Sequence[str], annotated: Collection[str]) -> tuple[Spl
     Raises:
         MilanError: A split or group does not exist, models lack annotations, or a model is in both groups.
     """
-    found: dict[str, Split] = {}
+    splits: dict[str, Split] = {}
     for text in texts:
         chosen = _chosen(text, annotated)
         for split in chosen:
-            if found.setdefault(split.name, split) != split:
+            if splits.setdefault(split.name, split) != split:
                 raise MilanError(f"two splits are called {split.name}; name a group otherwise, as NAME=MODEL,MODEL.")
-    return tuple(found.values())
+    return tuple(splits.values())
 
 
 def _chosen(text: str, annotated: Collection[str]) -> list[Split]:
     if text == "all" or text in KINDS:
         known = [split for split in _SPLITS.values() if text in ("all", split.kind)]
-        found = [split for split in known if set(split.models) <= set(annotated)]
-        if not found:
+        complete = [split for split in known if set(split.models) <= set(annotated)]
+        if not complete:
             there = ", ".join(sorted(annotated)) or "none"
             raise MilanError(f"no split of {text} has annotations of all its models: there are {there}.")
-        return found
+        return complete
     if text in _SPLITS:
         missing = [model for model in _SPLITS[text].models if model not in annotated]
         if missing:

@@ -21,8 +21,8 @@ from milan_ray.benchmarks.conformance import MOST_PARAMETERS, Case
 from milan_ray.benchmarks.conformance_truth import Subject
 from milan_ray.errors import MilanError
 from milan_ray.models import timm_zoo
+from milan_ray.models.folders import import_transformers
 from milan_ray.models.registry import OUTPUTS, RANDOM, ModelSpec, get_model
-from milan_ray.models.transformers_zoo import import_transformers
 from milan_ray.models.view import Preprocess, View
 
 LIBRARIES = ("torchvision", "timm", "transformers")

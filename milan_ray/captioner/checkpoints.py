@@ -14,6 +14,7 @@ import math
 import pickle
 import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,7 +28,8 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
-from milan_ray.errors import MilanError
+from milan_ray.errors import MilanError, explained
+from milan_ray.models.checkpoints import STORAGES, index_of, numbers_of
 from milan_ray.storage import Storage
 
 WEIGHTS = "model.safetensors"
@@ -77,7 +79,8 @@ def from_bytes(files: Mapping[str, bytes]) -> Captioner:
     missing = {WEIGHTS, CONFIG} - set(files)
     if missing:
         raise MilanError(f"a captioner is made of {CONFIG} and {WEIGHTS}; {sorted(missing)[0]} is missing; copy both")
-    try:
+    remedy = "train it again or copy it again"
+    with explained("not a captioner written by milan_ray", remedy, *_DAMAGED, safetensors.SafetensorError):
         config = json.loads(files[CONFIG])
         if config["format"] != FORMAT:
             raise MilanError(f"the captioner has format {config['format']}, this is for {FORMAT}; update milan_ray")
@@ -99,8 +102,6 @@ def from_bytes(files: Mapping[str, bytes]) -> Captioner:
             config["lam"],
             config.get("strategy"),  # missing in older files
         )
-    except (*_DAMAGED, safetensors.SafetensorError) as error:
-        raise MilanError(f"not a captioner written by milan_ray ({error}); train it again or copy it again") from error
 
 
 def digest(captioner: Captioner) -> str:
@@ -125,7 +126,7 @@ def load_reference(path: str | Path) -> Captioner:
         MilanError: The file is missing, has another format, or refers to anything but tensors and plain data.
     """
     content = read_pickled(path)
-    try:
+    with _reading(path):
         properties, state = content["properties"], content["state_dict"]
         config, kind = properties["encoder"]["properties"]["config"], content["children"]["encoder"]
         if not isinstance(config, str):
@@ -156,8 +157,6 @@ def load_reference(path: str | Path) -> Captioner:
             properties["temperature"],
             properties["strategy"],
         )
-    except _DAMAGED as error:
-        raise _not_ours(path, error) from error
 
 
 def load_reference_lm(path: str | Path) -> tuple[Indexer, LanguageModel]:
@@ -167,12 +166,10 @@ def load_reference_lm(path: str | Path) -> tuple[Indexer, LanguageModel]:
         MilanError: As :func:`load_reference`.
     """
     content = read_pickled(path)
-    try:
+    with _reading(path):
         properties = content["properties"]
         indexer = _indexer(properties["indexer"], path)
         return indexer, _language_model(properties, indexer, content["state_dict"], path)
-    except _DAMAGED as error:
-        raise _not_ours(path, error) from error
 
 
 def export_reference(captioner: Captioner, path: str | Path) -> None:
@@ -256,8 +253,9 @@ def _save(
     Storage(path.parent).put(path.name, buffer.getbuffer())
 
 
-def _not_ours(path: str | Path, error: Exception) -> MilanError:
-    return MilanError(f"{path} is not a checkpoint of the MILAN reference ({error}); download it again")
+def _reading(path: str | Path) -> AbstractContextManager[None]:
+    """Converts the errors that readers raise for invalid content."""
+    return explained(f"{path} is not a checkpoint of the MILAN reference", "download it again", *_DAMAGED)
 
 
 def _below(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -302,18 +300,6 @@ def _language_model(
     return _filled(LanguageModel, LMConfig(len(indexer.vocabulary), *sizes), state, str(path))
 
 
-_STORAGES = {
-    "FloatStorage": torch.float32,
-    "DoubleStorage": torch.float64,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-
-
 def _rebuild_tensor(storage: Tensor, offset: int, size: tuple[int, ...], stride: tuple[int, ...], *_: object) -> Tensor:
     # Strides of 0, or many copies of one storage, would let a small file fill the memory.
     if math.prod(size) > storage.numel():
@@ -337,7 +323,7 @@ _CONFIG_CLASSES = {("confection", "Config"), ("confection._config", "Config"), (
 class _Unpickler(pickle.Unpickler):
     """Reads the pickle inside a torch zip file; allows only the names in ``_ALLOWED`` and tensor storages."""
 
-    def __init__(self, file: BinaryIO, read_storage: Callable[[str], bytearray], source: str) -> None:
+    def __init__(self, file: BinaryIO, read_storage: Callable[[str], bytes], source: str) -> None:
         super().__init__(file)
         self._read_storage = read_storage
         self._source = source
@@ -346,8 +332,8 @@ class _Unpickler(pickle.Unpickler):
         self._config_class = type("Config", (dict,), {})
 
     def find_class(self, module: str, name: str) -> Any:
-        if module == "torch" and name in _STORAGES:
-            return _STORAGES[name]
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         if (module, name) in _CONFIG_CLASSES:
             return self._config_class
         if (module, name) not in _ALLOWED:
@@ -360,12 +346,10 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Tensor:
         _, dtype, key, _, _ = pid
-        if dtype not in _STORAGES.values():
+        if dtype not in STORAGES.values():
             raise ValueError(f"a tensor of type {dtype}")
         if key not in self._storages:
-            content = self._read_storage(key)
-            raw = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-            self._storages[key] = raw.view(dtype)
+            self._storages[key] = numbers_of(self._read_storage(key), dtype)
         return self._storages[key]
 
 
@@ -390,27 +374,18 @@ def read_pickled(path: str | Path) -> Any:
         MilanError: The file is missing or damaged, or refers to anything but tensors and plain data.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-            compressed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-            if compressed or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
-                raise ValueError("it unpacks to more than it holds")
-            (index,) = [name for name in archive.namelist() if name.endswith("/data.pkl")]
-            root = index[: -len("data.pkl")]
-
-            def read_storage(key: str) -> bytearray:
-                return bytearray(archive.read(f"{root}data/{key}"))
-
-            return _Unpickler(io.BytesIO(archive.read(index)), read_storage, str(path)).load()
+        with _reading(path), zipfile.ZipFile(path) as archive:
+            index = index_of(archive, path)
+            folder = f"{index.removesuffix('data.pkl')}data"
+            content = io.BytesIO(archive.read(index))
+            return _Unpickler(content, lambda key: archive.read(f"{folder}/{key}"), str(path)).load()
     except OSError as error:
         raise MilanError(f"cannot read the checkpoint {path} ({error.strerror}); check the path") from error
     except zipfile.BadZipFile as error:
-        with open(path, "rb") as file:
+        with _reading(path), open(path, "rb") as file:
             if file.read(1) != b"\x80":
-                raise _not_ours(path, error) from error
+                raise ValueError(str(error)) from error
         raise MilanError(
             f"{path} is a bare pickle, which torch wrote before version 1.6 and which cannot be read without executing "
             "it; where you trust it, load it with torch and save it again"
         ) from error
-    except _DAMAGED as error:
-        raise _not_ours(path, error) from error

@@ -6,7 +6,7 @@ import functools
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import spacy
 from spacy.language import Language
@@ -31,40 +31,21 @@ class Tokenizer:
         return [token.text.lower() for token in _english().make_doc(text) if token.text.strip()]
 
 
-@dataclass(frozen=True)
 class TokenIds:
-    """The ids of a vocabulary: words first, then ``<start>``, ``<stop>``, ``<pad>``, ``<unk>``.
+    """The ids of a vocabulary: words first, then the special tokens.
 
     Attributes:
         words: Number of words.
+        start: Id of ``<start>``.
+        stop: Id of ``<stop>``.
+        pad: Id of ``<pad>``.
+        unk: Id of ``<unk>``.
+        total: Number of ids.
     """
 
-    words: int
-
-    @property
-    def start(self) -> int:
-        """Id of ``<start>``."""
-        return self.words
-
-    @property
-    def stop(self) -> int:
-        """Id of ``<stop>``."""
-        return self.words + 1
-
-    @property
-    def pad(self) -> int:
-        """Id of ``<pad>``."""
-        return self.words + 2
-
-    @property
-    def unk(self) -> int:
-        """Id of ``<unk>``."""
-        return self.words + 3
-
-    @property
-    def total(self) -> int:
-        """Number of ids."""
-        return self.words + 4
+    def __init__(self, words: int) -> None:
+        self.words = words
+        self.start, self.stop, self.pad, self.unk, self.total = range(words, words + 5)
 
 
 @dataclass(frozen=True)
@@ -76,17 +57,14 @@ class Vocabulary:
     """
 
     words: tuple[str, ...]
-    _ids: dict[str, int] = field(init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_ids", {word: i for i, word in enumerate(self.words)})
+    @functools.cached_property
+    def ids(self) -> dict[str, int]:
+        """Each word's id."""
+        return {word: i for i, word in enumerate(self.words)}
 
     def __len__(self) -> int:
         return len(self.words)
-
-    def id_of(self, word: str) -> int | None:
-        """The word's id, or None if it is unknown."""
-        return self._ids.get(word)
 
     @classmethod
     def build(cls, annotations: Iterable[Collection[str]], tokenizer: Tokenizer | None = None) -> Vocabulary:
@@ -128,7 +106,7 @@ class Indexer:
 
     def words(self, tokens: Sequence[str], unk: bool = True) -> list[int]:
         """Ids of tokens; unknown ones become ``<unk>``, or are left out if ``unk`` is False."""
-        ids = map(self.vocabulary.id_of, tokens)
+        ids = map(self.vocabulary.ids.get, tokens)
         return [self.ids.unk if i is None else i for i in ids if unk or i is not None]
 
     def frame(

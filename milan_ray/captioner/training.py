@@ -184,14 +184,6 @@ def _train(
 
 
 @torch.no_grad()
-def decoder_loss(model: nn.Module, batches: Iterable[DecoderBatch], pad: int) -> float:
-    """Validation loss of a decoder: mean token loss over batches, without the regulariser."""
-    model.eval()
-    losses = [token_loss(model(batch.features, batch.targets)[0], batch.targets, pad) for batch in batches]
-    return float(torch.stack(losses).mean()) if losses else float("nan")
-
-
-@torch.no_grad()
 def lm_loss(model: nn.Module, batches: Iterable[LMBatch], pad: int) -> float:
     """Validation loss of a language model: mean over all tokens, nats; exp of it is the perplexity."""
     model.eval()

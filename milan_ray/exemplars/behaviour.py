@@ -64,17 +64,17 @@ def same(one: str, other: str) -> bool:
 
 def _numbers(maps: torch.Tensor) -> list[float]:
     """The layer's root mean square, and projections of its units' statistics, from maps (n, U, h, w)."""
-    found = torch.nan_to_num(maps.double(), nan=0.0, posinf=0.0, neginf=0.0).cpu()
-    units, height, width = found.shape[1:]
-    squares = found.square().mean(dim=(0, 2, 3))
-    rows = torch.linspace(-1, 1, height, dtype=found.dtype)
-    columns = torch.linspace(-1, 1, width, dtype=found.dtype)
+    values = torch.nan_to_num(maps.double(), nan=0.0, posinf=0.0, neginf=0.0).cpu()
+    units, height, width = values.shape[1:]
+    squares = values.square().mean(dim=(0, 2, 3))
+    rows = torch.linspace(-1, 1, height, dtype=values.dtype)
+    columns = torch.linspace(-1, 1, width, dtype=values.dtype)
     told = torch.stack(
         [
-            found.mean(dim=(0, 2, 3)),
+            values.mean(dim=(0, 2, 3)),
             squares.sqrt(),
-            (found.mean(dim=(0, 3)) * rows).mean(dim=1),
-            (found.mean(dim=(0, 2)) * columns).mean(dim=1),
+            (values.mean(dim=(0, 3)) * rows).mean(dim=1),
+            (values.mean(dim=(0, 2)) * columns).mean(dim=1),
         ]
     )
     weights = torch.from_numpy(np.random.default_rng(1).standard_normal((units, _PROJECTIONS))) / units**0.5

@@ -7,8 +7,10 @@ bitwise operations and every count is an exact integer.
 from __future__ import annotations
 
 import math
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -47,7 +49,7 @@ def sample(maps: Mapping[str, np.ndarray], view: View, size: tuple[int, int]) ->
     Returns:
         Concept → bool (h, w), only for concepts that occur in the view.
     """
-    found = {}
+    sampled = {}
     places: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
     for concept, whole in maps.items():
         height, width = whole.shape
@@ -56,8 +58,8 @@ def sample(maps: Mapping[str, np.ndarray], view: View, size: tuple[int, int]) ->
         rows, columns = places[height, width]
         seen = whole[np.ix_(rows.clip(0), columns.clip(0))] & (rows >= 0)[:, None] & (columns >= 0)
         if seen.any():
-            found[concept] = seen
-    return found
+            sampled[concept] = seen
+    return sampled
 
 
 def _places(view: View, source: tuple[int, int], size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -69,26 +71,20 @@ def _places(view: View, source: tuple[int, int], size: tuple[int, int]) -> tuple
         short = min(source)
         height, width = (view.resize if side == short else int(view.resize * side / short) for side in source)
         resized = height, width
-    found = []
+    places = []
     for axis in range(2):
         shown, whole = view.shape[axis], resized[axis]
         offset = 0 if view.crop is None else view.offset(whole, shown)
         at = (np.arange(size[axis]) + 0.5) * (shown / size[axis]) + offset
         place = np.floor(at * (source[axis] / whole)).astype(np.int64)
-        found.append(np.where((at >= 0) & (at < whole), place.clip(0, source[axis] - 1), -1))
-    return found[0], found[1]
+        places.append(np.where((at >= 0) & (at < whole), place.clip(0, source[axis] - 1), -1))
+    return places[0], places[1]
 
 
 def pack_words(masks: np.ndarray) -> np.ndarray:
     """Packs masks bool (N, …) into uint64 (N, W), row-major; pads the last word with zeros."""
     flat = np.packbits(masks.reshape(len(masks), math.prod(masks.shape[1:])), axis=1)
     return np.pad(flat, ((0, 0), (0, -flat.shape[1] % 8))).view(np.uint64)
-
-
-def unpack_words(words: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Unpacks uint64 (N, W) into masks bool (N, h, w)."""
-    bits = np.unpackbits(np.ascontiguousarray(words).view(np.uint8), axis=1, count=size[0] * size[1])
-    return bits.reshape(-1, *size).astype(bool)
 
 
 def fires(maps: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
@@ -186,8 +182,8 @@ class ConceptCounts:
         """Starts empty, for U units."""
         self.positions = self.images = 0
         self.unit = np.zeros(units, np.int64)
-        self.size: dict[str, int] = {}
-        self.both: dict[str, np.ndarray] = {}
+        self.size: Counter[str] = Counter()
+        self.both: defaultdict[str, np.ndarray] = defaultdict(partial(np.zeros, units, np.int64))
 
     def update(self, seen: ImageMasks) -> None:
         """Counts one image."""
@@ -195,14 +191,9 @@ class ConceptCounts:
         self.images += 1
         self.unit[seen.units] += areas(seen.masks)
         together = shared(seen.masks, seen.concepts)
-        for column, (name, area) in enumerate(zip(seen.names, areas(seen.concepts).tolist(), strict=True)):
-            self.size[name] = self.size.get(name, 0) + area
-            self._of(name)[seen.units] += together[:, column]
-
-    def _of(self, name: str) -> np.ndarray:
-        if name not in self.both:
-            self.both[name] = np.zeros(len(self.unit), np.int64)
-        return self.both[name]
+        self.size.update(dict(zip(seen.names, areas(seen.concepts).tolist(), strict=True)))
+        for column, name in enumerate(seen.names):
+            self.both[name][seen.units] += together[:, column]
 
     def merge(self, other: ConceptCounts) -> None:
         """Adds the counts of another state.
@@ -215,9 +206,9 @@ class ConceptCounts:
         self.positions += other.positions
         self.images += other.images
         self.unit += other.unit
-        for name, area in other.size.items():
-            self.size[name] = self.size.get(name, 0) + area
-            self._of(name)[:] += other.both[name]
+        self.size.update(other.size)
+        for name, counts in other.both.items():
+            self.both[name] += counts
 
     def result(self) -> tuple[tuple[str, ...], np.ndarray, np.ndarray]:
         """The counted concepts, sorted; |L|, int64 (C,); |M ∧ L|, int64 (U, C)."""
@@ -246,8 +237,8 @@ class ConceptCounts:
         state.unit += rows[0]
         names, sizes = table["concept"].to_pylist(), table["size"].to_pylist()
         state.positions, state.images = sizes[0], int((table.schema.metadata or {})[b"images"])
-        state.size = dict(zip(names[1:], sizes[1:], strict=True))
-        state.both = {name: rows[place].copy() for place, name in enumerate(names) if place}
+        state.size.update(dict(zip(names[1:], sizes[1:], strict=True)))
+        state.both.update({name: rows[place].copy() for place, name in enumerate(names) if place})
         return state
 
 

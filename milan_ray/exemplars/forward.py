@@ -147,15 +147,15 @@ def _read(
     for ref in refs:
         good = len(batch.sha256)
         try:
-            found = probe.read(ref)
-            views[good] = see(ref, found)
+            image = probe.read(ref)
+            views[good] = see(ref, image)
         except UnreadableImage as error:
             batch.unreadable.append((ref, str(error)))
             continue
-        if found.note is not None:
-            batch.notes.append((ref, found.note))
+        if image.note is not None:
+            batch.notes.append((ref, image.note))
         batch.ids[good] = ref.image_id
-        batch.sha256.append(found.sha256)
+        batch.sha256.append(image.sha256)
     good = len(batch.sha256)
     batch.inputs, batch.ids = views[:good], batch.ids[:good]
     return batch

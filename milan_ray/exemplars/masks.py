@@ -51,10 +51,10 @@ def masks(maps: torch.Tensor, levels: torch.Tensor, size: tuple[int, int]) -> to
     Returns:
         bool (N, H, W).
     """
-    found = upsample(maps, size)
-    if found.is_cuda:
-        return found > levels[:, None, None]
-    return torch.from_numpy(found.numpy() > levels.numpy()[:, None, None])  # several times as fast as torch's
+    large = upsample(maps, size)
+    if large.is_cuda:
+        return large > levels[:, None, None]
+    return torch.from_numpy(large.numpy() > levels.numpy()[:, None, None])  # several times as fast as torch's
 
 
 def pack(masks_: torch.Tensor) -> list[bytes]:

@@ -100,9 +100,9 @@ class LayerState:
         maps = maps.to(torch.float32)
         pooled = maxima(maps)
         ids = torch.from_numpy(image_ids).to(pooled.device)
-        lower_bound = None if known is None else known.topk_lower_bound
-        self.topk.update(pooled, ids, maps if self.topk.carries_maps else None, lower_bound)
-        self.level.update(self._positions(maps, image_ids), None if known is None else known.level_lower_bound)
+        topk_bound, level_bound = (None, None) if known is None else known.lower_bounds
+        self.topk.update(pooled, ids, maps if self.topk.carries_maps else None, topk_bound)
+        self.level.update(self._positions(maps, image_ids), level_bound)
         return pooled
 
     def _positions(self, maps: torch.Tensor, image_ids: np.ndarray) -> torch.Tensor:
@@ -224,14 +224,9 @@ class Committed:
         self._shards: set[int] = set()
 
     @property
-    def topk_lower_bound(self) -> torch.Tensor:
-        """(U,): activations below which an image cannot enter the top k."""
-        return self._state.topk.lower_bound
-
-    @property
-    def level_lower_bound(self) -> torch.Tensor:
-        """(U,): activations below which a position cannot matter for the level."""
-        return self._state.level.lower_bound
+    def lower_bounds(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Activations below which an image cannot enter the top k, and a position cannot matter for the level: (U,)."""
+        return self._state.topk.lower_bound, self._state.level.lower_bound
 
     def delta(self, state: LayerState) -> RunningTopK:
         """The entries of a shard's top k that remain after merging with the committed top k."""

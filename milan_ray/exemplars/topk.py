@@ -100,9 +100,9 @@ class RunningTopK:
     def within(self, other: RunningTopK) -> RunningTopK:
         """A state that keeps only the images that are among the same unit's images in ``other``."""
         keep = (self.ids[:, :, None] == other.ids[:, None, :]).any(dim=2)
-        found = RunningTopK(self.values.masked_fill(~keep, -torch.inf), self.ids.masked_fill(~keep, NO_IMAGE))
-        found._store, found._slots = self._store, self._slots
-        return found
+        kept = RunningTopK(self.values.masked_fill(~keep, -torch.inf), self.ids.masked_fill(~keep, NO_IMAGE))
+        kept._store, kept._slots = self._store, self._slots
+        return kept
 
     def without_maps(self) -> RunningTopK:
         """A copy of the state without maps."""

@@ -141,10 +141,10 @@ def read_concepts(text: str) -> tuple[str, ...]:
     Raises:
         MilanError: The file has no concept.
     """
-    found = tuple(dict.fromkeys(read_lines(text)))
-    if not found:
+    concepts = tuple(dict.fromkeys(read_lines(text)))
+    if not concepts:
         raise MilanError("the list of concepts is empty: give a file with one concept per line with --concepts.")
-    return found
+    return concepts
 
 
 class LogSumExp:
@@ -228,15 +228,15 @@ def pointwise(fit: Tensor, normalisers: Tensor, rows: Tensor, how: Wpmi) -> Tens
         float64 (U, C).
     """
     probability = torch.exp(how.a * fit.double() - normalisers[:, None])
-    found = probability.new_empty(len(rows), fit.shape[1])
+    similarities = probability.new_empty(len(rows), fit.shape[1])
     weight = torch.from_numpy(weights(how, rows.shape[1])).to(fit.device)[:, None]
     for unit, own in enumerate(rows):
         there = own >= 0
         p = probability[own[there]]
         terms = p + MIN_PROB if how.soft is None else 1 + weight[there] * (p - 1) + MIN_PROB
-        found[unit] = terms.log().sum(dim=0)
-    prior = torch.logsumexp(found, dim=0) - float(np.log(len(rows)))
-    return found - how.lam * prior
+        similarities[unit] = terms.log().sum(dim=0)
+    prior = torch.logsumexp(similarities, dim=0) - float(np.log(len(rows)))
+    return similarities - how.lam * prior
 
 
 def rank_reorder(fit: Tensor, rows: Tensor, activations: Tensor) -> Tensor:
@@ -254,7 +254,7 @@ def rank_reorder(fit: Tensor, rows: Tensor, activations: Tensor) -> Tensor:
     Returns:
         float64 (U, C).
     """
-    found = torch.empty(len(rows), fit.shape[1], dtype=torch.float64, device=fit.device)
+    similarities = torch.empty(len(rows), fit.shape[1], dtype=torch.float64, device=fit.device)
     for unit, own in enumerate(rows):
         there = own >= 0
         near, act = fit[own[there]].T.contiguous(), activations[unit][there].double()
@@ -266,8 +266,8 @@ def rank_reorder(fit: Tensor, rows: Tensor, activations: Tensor) -> Tensor:
         shuffles = [torch.from_numpy(rng.permutation(len(act))).to(act.device) for _ in range(PERMUTATIONS)]
         usual = torch.stack([(act - act[shuffle]).abs().pow(3).mean() for shuffle in shuffles]).mean()
         fits = near.double().mean(dim=1).clamp(min=MIN_FIT)
-        found[unit] = -(errors / usual.clamp(min=torch.finfo(torch.float64).tiny)) / fits**SCALE
-    return found
+        similarities[unit] = -(errors / usual.clamp(min=torch.finfo(torch.float64).tiny)) / fits**SCALE
+    return similarities
 
 
 class Cosines:

@@ -186,7 +186,7 @@ class JointCounts:
         extensions that repeat a concept and those that hold at the same positions as the formula itself (``sky and not
         tree`` if no sky is a tree), because they would fill the beam with variants of one explanation.
         """
-        found = []
+        extensions = []
         rows = {row: place for place, row in enumerate(self._wanted.get(unit, ()))}
         for known in beam:
             row = self._row.get(known.formula)
@@ -206,8 +206,8 @@ class JointCounts:
                 least = np.partition(scores, -best)[-best] if best < len(scores) else 0
                 for concept in np.flatnonzero((scores > 0) & (scores >= least)).tolist():
                     formula = canonical((*known.formula, (op, concept)))
-                    found.append(Scored(formula, int(both[concept]), int(size[concept]), float(scores[concept])))
-        return found
+                    extensions.append(Scored(formula, int(both[concept]), int(size[concept]), float(scores[concept])))
+        return extensions
 
 
 @dataclass(frozen=True)
@@ -270,11 +270,11 @@ def explain(
 def _primitives(unit: int, counts: Totals, beam_size: int) -> list[Scored]:
     both = counts.both[unit]
     scores = iou(both, counts.unit[unit], counts.size)
-    found = [
+    formulas = [
         Scored((("or", concept),), int(both[concept]), int(counts.size[concept]), float(scores[concept]))
         for concept in np.flatnonzero(scores > 0).tolist()
     ]
-    return _best(found, beam_size)
+    return _best(formulas, beam_size)
 
 
 def _best(found: Sequence[Scored], beam_size: int) -> list[Scored]:

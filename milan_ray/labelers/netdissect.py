@@ -53,9 +53,9 @@ def best_concepts(counts: ConceptCounts, n_best: int = N_BEST) -> dict[int, list
     """
     names, sizes, both = counts.result()
     scores = iou(both, counts.unit[:, None], sizes[None])
-    found: dict[int, list[Label]] = {}
+    labels_of: dict[int, list[Label]] = {}
     for unit, row in enumerate(scores):
         best = np.argsort(-row, kind="stable")[:n_best]
         labels = [Label(names[place], float(row[place])) for place in best.tolist() if row[place] > 0]
-        found[unit] = labels or [Label(NOTHING, 0.0)]
-    return found
+        labels_of[unit] = labels or [Label(NOTHING, 0.0)]
+    return labels_of

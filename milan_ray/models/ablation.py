@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from torch import nn
 
 from milan_ray.errors import MilanError
 from milan_ray.models.establish import established
-from milan_ray.models.hooks import call, find_places, first_tensor
+from milan_ray.models.hooks import call, find_places, first_tensor, hooked
 from milan_ray.models.inputs import prepare
 from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelSpec
@@ -22,14 +21,6 @@ UnitSet = Mapping[str, Sequence[int]]
 
 ROWS = 512
 """Largest number of rows (sets × images) of a pass after the first changed layer."""
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Sets with the same first changed layer; ``numbers`` are their indices in the given list."""
-
-    first: str | None
-    numbers: tuple[int, ...]
 
 
 class Ablation:
@@ -53,11 +44,11 @@ class Ablation:
 
     def __init__(self, spec: ModelSpec, model: nn.Module, sets: Sequence[UnitSet], rows: int = ROWS) -> None:
         self._spec, self._model, self._rows = spec, model, rows
-        self._sets = [{layer: sorted(set(units)) for layer, units in one.items() if len(units)} for one in sets]
-        self._places = find_places(model, dict.fromkeys(layer for one in self._sets for layer in one))
+        self._sets = [{layer: sorted(set(units)) for layer, units in set_.items() if len(units)} for set_ in sets]
+        self._places = find_places(model, dict.fromkeys(layer for units in self._sets for layer in units))
         self._layouts: dict[str, Layout] = {}
         self._last: Counter[str] = Counter()  # layer → which call of its module counts
-        self._groups: list[_Group] | None = None
+        self._groups: dict[str | None, list[int]] | None = None  # first changed layer → indices of its sets
         self._shared: dict[str | None, bool] = {None: True}  # first layer → whether the pass before it can be shared
 
     @torch.inference_mode()
@@ -77,11 +68,11 @@ class Ablation:
         if self._groups is None:
             self._groups = self._grouped(views[:1])
         outputs: list[torch.Tensor | None] = [None] * len(self._sets)
-        for group in self._groups:
-            some = max(1, self._rows // len(views))
-            for start in range(0, len(group.numbers), some):
-                numbers = group.numbers[start : start + some]
-                for number, output in zip(numbers, self._run(views, group.first, numbers), strict=True):
+        some = max(1, self._rows // len(views))
+        for first, group in self._groups.items():
+            for start in range(0, len(group), some):
+                numbers = group[start : start + some]
+                for number, output in zip(numbers, self._run(views, first, numbers), strict=True):
                     outputs[number] = output
         return torch.stack([output for output in outputs if output is not None])
 
@@ -108,26 +99,23 @@ class Ablation:
         counts = torch.zeros(len(self._sets), logits.shape[-1], dtype=torch.int64)
         return counts.index_add_(1, labels, right.long())
 
-    def _grouped(self, views: torch.Tensor) -> list[_Group]:
-        """Groups the sets by the changed layer that runs first."""
+    def _grouped(self, views: torch.Tensor) -> dict[str | None, list[int]]:
+        """Groups the sets, by their indices, by the changed layer that runs first."""
         self._layouts = established(self._spec, self._model, list(self._places), positions=False)
         order: list[str] = []
-        handles = [
+        handles = (
             place.module.register_forward_hook(lambda *_, layer=layer: order.append(layer))
             for layer, place in self._places.items()
-        ]
-        try:
+        )
+        with hooked(handles):
             call(self._model, prepare(self._spec, self._model, self._on_device(views)))
-        finally:
-            for handle in handles:
-                handle.remove()
         self._last = Counter({layer: place.call or order.count(layer) for layer, place in self._places.items()})
         if absent := [layer for layer in self._places if layer not in order]:
             raise MilanError(f"layer {absent[0]!r} does not run in the model's forward pass: choose another layer.")
         groups: dict[str | None, list[int]] = {}
-        for number, one in enumerate(self._sets):
-            groups.setdefault(min(one, key=order.index, default=None), []).append(number)
-        return [_Group(first, tuple(numbers)) for first, numbers in groups.items()]
+        for number, units in enumerate(self._sets):
+            groups.setdefault(min(units, key=order.index, default=None), []).append(number)
+        return groups
 
     def _run(self, views: torch.Tensor, first: str | None, numbers: Sequence[int]) -> torch.Tensor:
         """Logits (sets, n, classes) of sets with the same first changed layer."""
@@ -155,15 +143,12 @@ class Ablation:
         Returns:
             (sets, n, classes), on the CPU.
         """
-        handles = [
+        handles = (
             self._places[layer].module.register_forward_hook(self._switch(layer, sets, len(views), first))
-            for layer in dict.fromkeys(layer for one in sets for layer in one)
-        ]
-        try:
+            for layer in dict.fromkeys(layer for units in sets for layer in units)
+        )
+        with hooked(handles):
             output = first_tensor(call(self._model, prepare(self._spec, self._model, self._on_device(views))))
-        finally:
-            for handle in handles:
-                handle.remove()
         if output is None or output.ndim != 2 or len(output) != len(sets) * len(views):
             raise MilanError(
                 f"{self._spec.name} does not put out one row of logits per image; units are ablated in classifiers."

@@ -11,7 +11,6 @@ with large values does not hide a difference in another one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -126,25 +125,21 @@ def exchanged(inputs: Inputs, size: int) -> Exchange:
     moved = tuple(others[len(kept) : len(kept) + count // 4])
     to = tuple(sorted(set(range(count)) - {*kept, *moved}))[: len(moved)]
     strange = sorted(set(range(size)) - {*kept, *to})
+
+    def mixed(part: torch.Tensor) -> torch.Tensor:
+        batch = part.new_zeros((size, *part.shape[1:]))
+        batch[[*kept, *to]] = part[[*kept, *moved]]
+        random = torch.Generator().manual_seed(0)
+        for row in strange[::2]:
+            if part.dtype == torch.uint8:
+                batch[row] = torch.randint(0, 2, part.shape[1:], generator=random).to(torch.uint8) * 255
+            elif part.is_floating_point():
+                batch[row] = -part[0]
+        return batch
+
     if isinstance(inputs, tuple):
-        return Exchange(tuple(_mixed(part, size, kept, moved, to, strange) for part in inputs), kept, moved, to)
-    mixed = _mixed(torch.from_numpy(inputs), size, kept, moved, to, strange).numpy()
-    return Exchange(mixed, kept, moved, to)
-
-
-def _mixed(
-    part: torch.Tensor, size: int, kept: Sequence[int], moved: Sequence[int], to: Sequence[int], strange: Sequence[int]
-) -> torch.Tensor:
-    mixed = part.new_zeros((size, *part.shape[1:]))
-    mixed[list(kept)] = part[list(kept)]
-    mixed[list(to)] = part[list(moved)]
-    random = torch.Generator().manual_seed(0)
-    for row in strange[::2]:
-        if part.dtype == torch.uint8:
-            mixed[row] = torch.randint(0, 2, part.shape[1:], generator=random).to(torch.uint8) * 255
-        elif part.is_floating_point():
-            mixed[row] = -part[0]
-    return mixed
+        return Exchange(tuple(map(mixed, inputs)), kept, moved, to)
+    return Exchange(mixed(torch.from_numpy(inputs)).numpy(), kept, moved, to)
 
 
 def summary(maps: torch.Tensor) -> torch.Tensor:

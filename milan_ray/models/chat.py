@@ -13,8 +13,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from email.message import Message as Headers
+from functools import cached_property
 from pathlib import Path
 from typing import IO, Any, Protocol
 from urllib.parse import urlsplit
@@ -23,8 +25,8 @@ import torch
 from jinja2 import TemplateError
 
 from milan_ray.config import canonical, config_hash
-from milan_ray.errors import MilanError, reason
-from milan_ray.models.transformers_zoo import import_transformers
+from milan_ray.errors import MilanError, explained, reason
+from milan_ray.models.folders import LOCAL, check_complete, import_transformers
 from milan_ray.models.weights import folder_digest
 from milan_ray.progress import say
 from milan_ray.storage import Storage
@@ -81,7 +83,6 @@ class LocalChat:
         self.name = Path(folder).name
         self._folder, self._temperature, self._precision = folder, temperature, precision
         self._device = torch.device("cpu")
-        self._loaded: tuple[Any, Any] | None = None
 
     def identity(self) -> dict[str, object]:
         """Everything that determines its answers besides the conversations."""
@@ -106,8 +107,6 @@ class LocalChat:
         """
         if not conversations:
             return []
-        if self._loaded is None:
-            self._loaded = self._load()
         model, tokenizer = self._loaded
         prompts = [self._prompt(tokenizer, conversation) for conversation in conversations]
         begin = tokenizer.chat_template is None  # a template writes its own special tokens
@@ -141,24 +140,18 @@ class LocalChat:
                 return tokenizer.apply_chat_template(_without_system(conversation), **rules)
         return "".join(f"{turn['role']}: {turn['content']}\n" for turn in conversation) + "assistant:"
 
-    def _load(self) -> tuple[Any, Any]:
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any]:
+        """The model and its tokenizer."""
         transformers = import_transformers("local language models come")
-        local = {"local_files_only": True, "trust_remote_code": False}
         precision = self._precision or ("float32" if self._device.type == "cpu" else "bfloat16")
-        try:
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, padding_side="left", **local)
+        needs = "it needs config.json, weights in safetensors and the tokenizer's files of a causal language model."
+        with explained(f"the language model in {self._folder} cannot be loaded", needs):
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, padding_side="left", **LOCAL)
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                self._folder, dtype=getattr(torch, precision), output_loading_info=True, use_safetensors=True, **local
+                self._folder, dtype=getattr(torch, precision), output_loading_info=True, use_safetensors=True, **LOCAL
             )
-        except Exception as error:  # whatever transformers' readers raise on absent, damaged or unfit files
-            raise MilanError(
-                f"the language model in {self._folder} cannot be loaded ({reason(error)}): it needs config.json, "
-                "weights in safetensors and the tokenizer's files of a causal language model."
-            ) from error
-        if missing := sorted(report["missing_keys"]):
-            raise MilanError(
-                f"the weights in {self._folder} lack {missing[0]} and {len(missing) - 1} more: fetch them again."
-            )
+        check_complete(report["missing_keys"], self._folder, ": fetch them again")
         if tokenizer.pad_token_id is None:
             tokenizer.pad_token = tokenizer.eos_token
         return model.to(self._device).eval().requires_grad_(False), tokenizer
@@ -301,16 +294,12 @@ class Endpoint:
         }
         name = hashlib.sha256(canonical({"url": self.url, **body}).encode()).hexdigest()[:32]
         path = f"{CACHE}/{name[:2]}/{name}.json"
-        try:
-            kept = json.loads(self.storage.get(path))
-        except FileNotFoundError:
-            kept = None
-        except ValueError:  # damaged
-            kept = None
-        if isinstance(kept, dict) and isinstance(kept.get("answer"), str):
-            with self._lock:
-                self.spent.remembered += 1
-            return kept["answer"]
+        with suppress(FileNotFoundError, ValueError, TypeError, KeyError):  # absent, or damaged
+            cached = json.loads(self.storage.get(path))["answer"]
+            if isinstance(cached, str):
+                with self._lock:
+                    self.spent.remembered += 1
+                return cached
         answer, used = self._ask(body)
         self.storage.put(path, json.dumps({"answer": answer, "model": self.model, "usage": used}).encode())
         return answer
@@ -372,10 +361,10 @@ class Endpoint:
 
     def _read(self, content: bytes) -> tuple[str, dict[str, int]]:
         try:
-            found = json.loads(content)
-            text = found["choices"][0]["message"]["content"] or ""
+            answer = json.loads(content)
+            text = answer["choices"][0]["message"]["content"] or ""
             used = {
-                name: int((found.get("usage") or {}).get(name) or 0) for name in ("prompt_tokens", "completion_tokens")
+                name: int((answer.get("usage") or {}).get(name) or 0) for name in ("prompt_tokens", "completion_tokens")
             }
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise MilanError(

@@ -46,18 +46,7 @@ class Ignored:
         """Does nothing."""
         return self
 
-    def __setstate__(self, _: object) -> None: ...
-
-    def __setitem__(self, _: object, __: object) -> None: ...
-
-    def append(self, _: object) -> None:
-        """Does nothing."""
-
-    def extend(self, _: object) -> None:
-        """Does nothing."""
-
-    def add(self, _: object) -> None:
-        """Does nothing."""
+    append = extend = add = __setitem__ = __setstate__ = __call__
 
 
 class _Stored(Ignored):
@@ -186,7 +175,7 @@ def _tensor(value: torch.Tensor | _Stored) -> torch.Tensor:
     return value.tensor() if isinstance(value, _Stored) else value
 
 
-_STORAGES = {
+STORAGES = {
     "FloatStorage": torch.float32,
     "DoubleStorage": torch.float64,
     "HalfStorage": torch.float16,
@@ -201,6 +190,30 @@ _STORAGES = {
     "ComplexDoubleStorage": torch.complex128,
     "UntypedStorage": torch.uint8,
 }
+"""torch's classes of storages, which files of ``torch.save`` name, → the type of their numbers."""
+
+
+def index_of(archive: zipfile.ZipFile, path: str | Path) -> str:
+    """The name of the pickle in a zip of ``torch.save``.
+
+    Raises:
+        ValueError: The zip unpacks to more bytes than the file has.
+        pickle.UnpicklingError: It is no file of ``torch.save``.
+    """
+    entries = archive.infolist()
+    packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+    if packed or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
+        raise ValueError("it unpacks to more than it holds")
+    indices = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
+    if len(indices) != 1:
+        raise pickle.UnpicklingError("not a file of torch.save")
+    return indices[0]
+
+
+def numbers_of(content: bytes, dtype: torch.dtype) -> torch.Tensor:
+    """The numbers in the bytes of a storage, (n,)."""
+    raw = torch.frombuffer(bytearray(content), dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
+    return raw.view(dtype)
 
 
 def _read_ignoring(path: str, ignored: set[str]) -> object:
@@ -210,16 +223,9 @@ def _read_ignoring(path: str, ignored: set[str]) -> object:
         Exception: Anything that readers raise on invalid content.
     """
     with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-        packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
-        if packed or sum(entry.file_size for entry in entries) > Path(path).stat().st_size:
-            raise ValueError("it unpacks to more than it holds")
-        indices = [entry.filename for entry in entries if entry.filename.endswith("/data.pkl")]
-        if len(indices) != 1:
-            raise pickle.UnpicklingError("not a file of torch.save")
-        root = indices[0].removesuffix("data.pkl")
-        sizes = {entry.filename: entry.file_size for entry in entries}
-        return _Reader(io.BytesIO(archive.read(indices[0])), path, root, sizes, ignored).load()
+        index = index_of(archive, path)
+        sizes = {entry.filename: entry.file_size for entry in archive.infolist()}
+        return _Reader(io.BytesIO(archive.read(index)), path, index.removesuffix("data.pkl"), sizes, ignored).load()
 
 
 # Python's own implementation of the reader: the one in C reserves as much memory as a number in the file requests.
@@ -236,8 +242,8 @@ class _Reader(pickle._Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("collections", "OrderedDict"):
             return lambda *items: collections.OrderedDict(*items)
-        if module in ("torch", "torch.storage") and name in _STORAGES:
-            return _STORAGES[name]
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return STORAGES[name]
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         if (module, name) in (("torch._utils", "_rebuild_tensor_v2"), ("torch._utils", "_rebuild_tensor_v3")):
@@ -256,9 +262,7 @@ class _Reader(pickle._Unpickler):
         def read(of: torch.dtype) -> torch.Tensor:
             if (name, of) not in self._storages:
                 with zipfile.ZipFile(self._path) as archive:
-                    content = bytearray(archive.read(name))
-                raw = torch.frombuffer(content, dtype=torch.uint8) if content else torch.empty(0, dtype=torch.uint8)
-                self._storages[name, of] = raw.view(of)
+                    self._storages[name, of] = numbers_of(archive.read(name), of)
             return self._storages[name, of]
 
         return read, self._sizes[name], dtype

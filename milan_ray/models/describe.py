@@ -30,11 +30,6 @@ class LayerInfo:
     default: bool
     reading: str = ""
 
-    @property
-    def dissectable(self) -> bool:
-        """Whether units can be read from the layer."""
-        return self.units is not None
-
 
 def layer_table(spec: ModelSpec) -> list[LayerInfo]:
     """Lists all modules of a model, by a few small forward passes.

@@ -6,17 +6,16 @@ Nothing is downloaded.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from milan_ray import hub
-from milan_ray.config import models_dir
-from milan_ray.errors import MilanError, reason
+from milan_ray.errors import explained
+from milan_ray.models.folders import LOCAL, find_folder, import_optional
 from milan_ray.models.generators import register_generator_family
 from milan_ray.models.weights import folder_digest
 
@@ -49,16 +48,8 @@ def find_diffusion(name: str) -> str:
         MilanError: There is no such folder; the message names the missing file, the places searched, the environment
             variable, and how to get the file.
     """
-    folder = Path(name).expanduser()
-    if (folder / _INDEX).is_file():
-        return str(folder.absolute())
-    if folder.parent != Path("."):
-        hub.find(_INDEX, [folder], hint="or name the folder of another pipeline of diffusers")
-    target = models_dir() / name
-    known = name == DEFAULT
-    fetch = f"`hf download {DEFAULT}/{DEFAULT} --local-dir {target}` does" if known else "save the pipeline there"
-    hint = f"{fetch}, or name the folder of another pipeline of diffusers"
-    return str(hub.find(f"{name}/{_INDEX}", [models_dir()], variable="MILAN_MODELS_DIR", hint=hint).parent)
+    other = "the folder of another pipeline of diffusers"
+    return find_folder(name, other, f"{DEFAULT}/{DEFAULT}", _INDEX, "the pipeline")
 
 
 class DiffusionGenerator:
@@ -81,13 +72,10 @@ class DiffusionGenerator:
         """
         self.name = Path(folder).name
         self._folder, self._steps, self._device = folder, steps, torch.device("cpu")
-        self._pipeline: Any = None
         _import_diffusers()
-        try:
+        with explained(f"{Path(folder, _INDEX)} names no pipeline", "save it again."):
             index = json.loads(Path(folder, _INDEX).read_text(encoding="utf-8"))
             self._kind: str = index["_class_name"]
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise MilanError(f"{Path(folder, _INDEX)} names no pipeline ({reason(error)}): save it again.") from error
         self._checked = "safety_checker" in index
 
     def identity(self) -> dict[str, object]:
@@ -97,7 +85,7 @@ class DiffusionGenerator:
     def to(self, device: torch.device) -> DiffusionGenerator:
         """Moves the generator to a device and returns it."""
         self._device = device
-        if self._pipeline is not None:
+        if "_pipeline" in vars(self):  # loaded
             self._pipeline.to(device)
         return self
 
@@ -116,8 +104,6 @@ class DiffusionGenerator:
         Raises:
             MilanError: The pipeline's files are absent, damaged or unfit.
         """
-        if self._pipeline is None:
-            self._pipeline = self._load()
         drawn: list[np.ndarray] = []
         for start in range(0, count, BATCH_SIZE):
             numbers = range(start, min(start + BATCH_SIZE, count))
@@ -129,21 +115,18 @@ class DiffusionGenerator:
             drawn.append(np.rint(np.clip(np.nan_to_num(images), 0, 1) * 255).astype(np.uint8))
         return np.concatenate(drawn)
 
-    def _load(self) -> Any:
+    @cached_property
+    def _pipeline(self) -> Any:
         diffusers = _import_diffusers()
         precision = torch.float32 if self._device.type == "cpu" else torch.float16
-        options: dict[str, Any] = {"local_files_only": True, "use_safetensors": True, "trust_remote_code": False}
+        options: dict[str, Any] = {**LOCAL, "use_safetensors": True}
         if self._checked:
             options |= {"safety_checker": None, "requires_safety_checker": False}
         if self._only_half():
             options["variant"] = "fp16"
-        try:
+        needs = "it needs a whole pipeline of diffusers, with weights in safetensors."
+        with explained(f"the generator in {self._folder} cannot be loaded", needs):
             pipeline = diffusers.DiffusionPipeline.from_pretrained(self._folder, **options)
-        except Exception as error:  # whatever diffusers' readers raise on absent, damaged or unfit files
-            raise MilanError(
-                f"the generator in {self._folder} cannot be loaded ({reason(error)}): it needs a whole pipeline of "
-                "diffusers, with weights in safetensors."
-            ) from error
         if self._kind == _CLASSIC:
             solver = diffusers.DPMSolverMultistepScheduler
             pipeline.scheduler = solver.from_config(pipeline.scheduler.config)
@@ -166,12 +149,7 @@ def _import_diffusers() -> Any:
     Raises:
         MilanError: It is not installed.
     """
-    try:
-        return importlib.import_module("diffusers")
-    except ImportError as error:
-        raise MilanError(
-            "images are drawn with diffusers, which is not installed: `pip install 'milan-ray[dnd]'`."
-        ) from error
+    return import_optional("diffusers", "images are drawn", "'milan-ray[dnd]'")
 
 
 def _resolve(name: str) -> DiffusionGenerator:

@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from milan_ray.models.registry import RANDOM, TOKEN_BATCH, register_model
+from milan_ray.models.registry import TOKEN_BATCH, build_seeded, register_model
 from milan_ray.models.view import Preprocess, View
-from milan_ray.models.weights import WeightsFile, load_weights
+from milan_ray.models.weights import WeightsFile
 
 HOST = "https://dl.fbaipublicfiles.com/dino"
 DEPTH = 12
@@ -112,12 +112,7 @@ def build(patch: int, width: int, heads: int, weights: str | None) -> nn.Module:
     Raises:
         MilanError: The file is missing or does not fit.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = VisionTransformer(patch, width, heads)
-    if weights is not None and weights != RANDOM:
-        load_weights(model, weights)
-    return model
+    return build_seeded(partial(VisionTransformer, patch, width, heads), weights)
 
 
 for _name, _file, _patch, _width, _heads in (

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
@@ -49,41 +47,36 @@ def edited(spec: ModelSpec, model: nn.Module, units: UnitSet, views: torch.Tenso
     """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for layer, numbers in units.items():
-        rows, columns = list(_makers(model, layer)), []
-        if not rows:
-            columns = list(_readers(model, layer))
-        for name in rows:
+        maker = _maker(model, layer)
+        if maker is not None:
             for part in ("weight", "bias"):
-                if f"{name}.{part}" in state:
-                    _rows(state[f"{name}.{part}"], model.get_submodule(name), part)[list(numbers)] = 0
-        for name in columns:
-            _columns(state[f"{name}.weight"], model.get_submodule(name))[:, list(numbers)] = 0
+                if f"{maker}.{part}" in state:
+                    _outputs_first(state[f"{maker}.{part}"], model.get_submodule(maker))[list(numbers)] = 0
+            continue
+        for name in _readers(model, layer):
+            _outputs_first(state[f"{name}.weight"], model.get_submodule(name))[:, list(numbers)] = 0
     _check(spec, model, units, state, views)
     return state
 
 
-def _rows(tensor: torch.Tensor, module: nn.Module, part: str) -> torch.Tensor:
-    transposed = isinstance(module, _TRANSPOSED) and part == "weight"
-    return tensor.movedim(1, 0) if transposed else tensor
+def _outputs_first(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """A view of a weight or bias with the module's outputs on the first axis."""
+    return tensor.movedim(1, 0) if isinstance(module, _TRANSPOSED) and tensor.ndim > 1 else tensor
 
 
-def _columns(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
-    return tensor.movedim(1, 0) if isinstance(module, _TRANSPOSED) else tensor
-
-
-def _makers(model: nn.Module, layer: str) -> Iterator[str]:
-    """Yields the module whose rows compute a layer's units; nothing where the layer does not end in such a module."""
+def _maker(model: nn.Module, layer: str) -> str | None:
+    """The module whose rows compute a layer's units; None where the layer does not end in such a module."""
     module, path = find_layers(model, [layer])[layer], layer
     while isinstance(module, nn.Sequential) and len(module):
         names = [name for name, child in module.named_children() if not is_activation(child)]
         if not names:
-            return
+            return None
         path, module = f"{path}.{names[-1]}", module.get_submodule(names[-1])
-    if isinstance(module, (*Weighted, nn.modules.batchnorm._BatchNorm)) and getattr(module, "weight", None) is not None:
-        yield path
+    able = isinstance(module, (*Weighted, nn.modules.batchnorm._BatchNorm))
+    return path if able and getattr(module, "weight", None) is not None else None
 
 
-def _readers(model: nn.Module, layer: str) -> Iterator[str]:
+def _readers(model: nn.Module, layer: str) -> list[str]:
     """The convolutions and linear maps that read a layer's output, also through operations that preserve zeros.
 
     Raises:
@@ -102,12 +95,12 @@ def _readers(model: nn.Module, layer: str) -> Iterator[str]:
         ) from error
     start = [node for node in graph.nodes if node.op == "call_module" and node.target == layer]
     waiting = [user for node in start for user in node.users]
-    found: dict[str, None] = {}
+    readers: dict[str, None] = {}
     while waiting:
         node = waiting.pop()
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Weighted):
-            found[str(node.target)] = None
+            readers[str(node.target)] = None
         elif _keeps_units(node, module):
             waiting += list(node.users)
         else:
@@ -115,9 +108,9 @@ def _readers(model: nn.Module, layer: str) -> Iterator[str]:
                 f"layer {layer!r} cannot be switched off in the weights: {node.name} reads it, which is no convolution "
                 "or linear map; choose a layer before it."
             )
-    if not found:
+    if not readers:
         raise MilanError(f"layer {layer!r} cannot be switched off in the weights: no weights make or read it.")
-    yield from found
+    return list(readers)
 
 
 def _keeps_units(node: fx.Node, module: nn.Module | None) -> bool:
@@ -150,8 +143,8 @@ def _check(
         MilanError: The effect differs.
     """
     wanted = Ablation(spec, model, [units]).logits(views)[0]
-    found = torch.func.functional_call(model, state, (spec.prepare(views),))
-    if not torch.allclose(found.float().cpu(), wanted, rtol=1e-3, atol=1e-4):
+    logits = torch.func.functional_call(model, state, (spec.prepare(views),))
+    if not torch.allclose(logits.float().cpu(), wanted, rtol=1e-3, atol=1e-4):
         layers = ", ".join(repr(layer) for layer in units)
         raise MilanError(
             f"units of {layers} cannot be switched off in the weights: the edited network puts out something else than "

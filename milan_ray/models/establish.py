@@ -78,11 +78,11 @@ def establish(
     Raises:
         MilanError: A layer does not exist, run or cannot be read; the message gives the reason and what to do.
     """
-    found = examine(spec, model, layers, latents, positions)
-    for reading in found.values():
+    readings = examine(spec, model, layers, latents, positions)
+    for reading in readings.values():
         if isinstance(reading, str):
             raise MilanError(reading)
-    return {layer: reading for layer, reading in found.items() if isinstance(reading, Layout)}
+    return {layer: reading for layer, reading in readings.items() if isinstance(reading, Layout)}
 
 
 _DECISIVE = ("reading", "prefix_tokens", "channels_last", "inputs", "hidden", "activations", "max_batch")
@@ -104,11 +104,13 @@ def established(
         MilanError: As for :func:`establish`.
     """
     known = _ESTABLISHED.setdefault(unwrap(model), {})
-    said = (*(getattr(spec, name) for name in _DECISIVE), spec.preprocess.view, positions)
-    due = [layer for layer in dict.fromkeys(layers) if (layer, said) not in known]
+    declared = (*(getattr(spec, name) for name in _DECISIVE), spec.preprocess.view, positions)
+    due = [layer for layer in dict.fromkeys(layers) if (layer, declared) not in known]
     if due:
-        known |= {(layer, said): layout for layer, layout in establish(spec, model, due, latents, positions).items()}
-    return {layer: known[layer, said] for layer in layers}
+        known |= {
+            (layer, declared): layout for layer, layout in establish(spec, model, due, latents, positions).items()
+        }
+    return {layer: known[layer, declared] for layer in layers}
 
 
 def examine(
@@ -203,19 +205,19 @@ class _Examination:
                 axis = self._why_no_values(layer, first[layer].movedim(axis, 0)) or axis
             batches[layer] = axis
         self._positions.look(list(self._places.values()))
-        found: dict[str, Layout | str] = {}
+        readings: dict[str, Layout | str] = {}
         for layer in self._layers:
             axis = batches[layer]
             if isinstance(axis, str):
-                found[layer] = axis
+                readings[layer] = axis
                 continue
             reading = self._positions.read(layer, self._places[layer], first[layer].shape, axis)
             if isinstance(reading, Layout):
                 calls = often[layer] if self._places[layer].call is None else 0
                 remarks = [reading.remark, self._remark(layer, often[layer])]
                 reading = replace(reading, remark="; ".join(filter(None, remarks)), calls=calls)
-            found[layer] = reading
-        return found
+            readings[layer] = reading
+        return readings
 
     # The passes
 
@@ -368,11 +370,11 @@ class _Examination:
             )
         if not watched.drew:
             return set()
-        found = []
+        outputs = []
         for highest in (False, True):
             with drawing(highest):
-                found.append(self._run(inputs)[0])
-        low, high = found
+                outputs.append(self._run(inputs)[0])
+        low, high = outputs
         return {
             layer
             for layer in low.keys() | high.keys()

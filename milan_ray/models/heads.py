@@ -11,7 +11,7 @@ from torch import nn
 
 from milan_ray.errors import MilanError
 from milan_ray.models.ablation import Ablation, UnitSet
-from milan_ray.models.hooks import call, first_tensor
+from milan_ray.models.hooks import call, first_tensor, hooked
 from milan_ray.models.registry import ModelSpec
 
 
@@ -49,16 +49,13 @@ def find_head(spec: ModelSpec, model: nn.Module, views: torch.Tensor) -> str:
         MilanError: The model does not end in a linear map.
     """
     outputs: dict[str, object] = {}
-    handles = [
+    handles = (
         module.register_forward_hook(lambda _, __, output, path=path: outputs.update({path: output}))
         for path, module in model.named_modules()
         if isinstance(module, nn.Linear)
-    ]
-    try:
+    )
+    with hooked(handles):
         logits = first_tensor(call(model, spec.prepare(views[:1])))
-    finally:
-        for handle in handles:
-            handle.remove()
     for path, output in outputs.items():
         if isinstance(output, torch.Tensor) and logits is not None and torch.equal(output, logits):
             return path
@@ -84,18 +81,15 @@ def head_inputs(
     Returns:
         float32 (n, inputs of the head), on the CPU.
     """
-    seen: list[torch.Tensor] = []
-    handle = model.get_submodule(head).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    passes: list[torch.Tensor] = []
     ablation = Ablation(spec, model, [units])
-    found = []
-    try:
+    inputs = []
+    with model.get_submodule(head).register_forward_pre_hook(lambda _, args: passes.append(args[0])):
         for some in views.split(rows):
             ablation.logits(some)
-            found.append(seen[-1].float().cpu())  # an ablation's first pass is a trial
-            seen.clear()
-    finally:
-        handle.remove()
-    return torch.cat(found)  # a copy: unlike tensors of inference mode, it supports gradients
+            inputs.append(passes[-1].float().cpu())  # an ablation's first pass is a trial
+            passes.clear()
+    return torch.cat(inputs)  # a copy: unlike tensors of inference mode, it supports gradients
 
 
 def fit_head(
@@ -155,5 +149,5 @@ def strongest_classes(weight: torch.Tensor, unit: int, count: int) -> Sequence[i
         unit: The unit's index.
         count: Number of classes.
     """
-    found: list[int] = weight[:, unit].topk(min(count, len(weight))).indices.tolist()
-    return found
+    classes: list[int] = weight[:, unit].topk(min(count, len(weight))).indices.tolist()
+    return classes

@@ -6,7 +6,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
@@ -156,6 +156,15 @@ def no_activations(tensor: torch.Tensor) -> str | None:
     if not (tensor.is_floating_point() or tensor.is_quantized):
         return "truth values" if tensor.dtype == torch.bool else "whole numbers (indices, labels or counts)"
     return None
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Removes hooks when the context ends."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
 
 
 def is_activation(module: nn.Module) -> bool:

@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
-from milan_ray import hub
-from milan_ray.config import models_dir
-from milan_ray.errors import MilanError, reason
-from milan_ray.models.transformers_zoo import import_transformers
+from milan_ray.errors import MilanError, explained
+from milan_ray.models.folders import LOCAL, check_complete, find_folder, import_transformers
 from milan_ray.models.weights import folder_digest
 
 DEFAULT = "blip-image-captioning-base"
@@ -73,34 +72,9 @@ class ImageCaptionerRef:
         Raises:
             MilanError: There is no such captioner, or its files are damaged.
         """
-        return _REGISTERED[self.name]() if self.name in _REGISTERED else Blip(find_folder(self.name, "--captioner"))
-
-
-def find_folder(name: str, option: str, index: str = "config.json", default: str = f"Salesforce/{DEFAULT}") -> str:
-    """Finds the folder of a model.
-
-    Args:
-        name: A folder, or the name of one in ``$MILAN_MODELS_DIR``.
-        option: The command-line option that names another folder, for the message.
-        index: A file that such a folder contains.
-        default: The default model's id on the Hugging Face hub, for the message.
-
-    Returns:
-        Its absolute path.
-
-    Raises:
-        MilanError: There is no such folder; the message names the missing file, the places searched, the environment
-            variable, and how to get the file.
-    """
-    folder = Path(name).expanduser()
-    if (folder / index).is_file():
-        return str(folder.absolute())
-    if folder.parent != Path("."):
-        hub.find(index, [folder], hint=f"or name another folder with {option}")
-    known = name == default.rpartition("/")[2]
-    fetch = f"`hf download {default} --local-dir {models_dir() / name}` does" if known else "save the model there"
-    hint = f"{fetch}, or name the folder of another model with {option}"
-    return str(hub.find(f"{name}/{index}", [models_dir()], variable="MILAN_MODELS_DIR", hint=hint).parent)
+        if self.name in _REGISTERED:
+            return _REGISTERED[self.name]()
+        return Blip(find_folder(self.name, "the folder of another model with --captioner", f"Salesforce/{DEFAULT}"))
 
 
 class Blip:
@@ -117,14 +91,9 @@ class Blip:
         """
         self.name = Path(folder).name
         self._folder, self._device = folder, torch.device("cpu")
-        self._loaded: tuple[Any, Any, Any] | None = None
         transformers = import_transformers("captions of images come")
-        try:
+        with explained(f"the captioner in {folder} cannot be loaded", "fetch or save it again.", OSError, ValueError):
             kind = transformers.AutoConfig.from_pretrained(folder, local_files_only=True).model_type
-        except (OSError, ValueError) as error:
-            raise MilanError(
-                f"the captioner in {folder} cannot be loaded ({reason(error)}): fetch or save it again."
-            ) from error
         if kind != "blip":
             raise MilanError(f"{folder} is a model of type {kind!r}: give the folder of a BLIP captioner.")
 
@@ -144,35 +113,31 @@ class Blip:
         Raises:
             MilanError: The model's files are absent, damaged or unfit.
         """
-        if self._loaded is None:
-            self._loaded = self._load()
         model, tokenizer, processor = self._loaded
-        found: list[str] = []
+        captions: list[str] = []
         for start in range(0, len(images), BATCH_SIZE):
             some = [np.array(image) for image in images[start : start + BATCH_SIZE]]
             full = some + [some[0]] * (BATCH_SIZE - len(some))  # always a full batch: no caption depends on others
             pixels = processor(images=full, return_tensors="pt")["pixel_values"].to(self._device)
             tokens = model.generate(pixel_values=pixels, max_new_tokens=LONGEST, min_length=SHORTEST, do_sample=False)
             texts = tokenizer.batch_decode(tokens, skip_special_tokens=True)
-            found += [text.strip() for text in texts[: len(some)]]
-        return found
+            captions += [text.strip() for text in texts[: len(some)]]
+        return captions
 
-    def _load(self) -> tuple[Any, Any, Any]:
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any, Any]:
+        """The model, its tokenizer and its image processor."""
         transformers = import_transformers("captions of images come")
-        local = {"local_files_only": True}
-        try:
-            processor = transformers.AutoImageProcessor.from_pretrained(self._folder, **local)
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, **local)
+        needs = (
+            "it needs config.json, model.safetensors, the tokenizer's files and preprocessor_config.json of a BLIP "
+            "model for captions."
+        )
+        with explained(f"the captioner in {self._folder} cannot be loaded", needs):
+            processor = transformers.AutoImageProcessor.from_pretrained(self._folder, **LOCAL)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, **LOCAL)
             model, report = transformers.BlipForConditionalGeneration.from_pretrained(
-                self._folder, output_loading_info=True, use_safetensors=True, **local
+                self._folder, output_loading_info=True, use_safetensors=True, **LOCAL
             )
-        except Exception as error:  # whatever transformers' readers raise on absent, damaged or unfit files
-            raise MilanError(
-                f"the captioner in {self._folder} cannot be loaded ({reason(error)}): it needs config.json, "
-                "model.safetensors, the tokenizer's files and preprocessor_config.json of a BLIP model for captions."
-            ) from error
-        if missing := sorted(name for name in report["missing_keys"] if not name.endswith("position_ids")):
-            raise MilanError(
-                f"the weights in {self._folder} lack {missing[0]} and {len(missing) - 1} more: fetch them again."
-            )
+        missing = [name for name in report["missing_keys"] if not name.endswith("position_ids")]
+        check_complete(missing, self._folder, ": fetch them again")
         return model.float().to(self._device).eval().requires_grad_(False), tokenizer, processor

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from milan_ray import hub
-from milan_ray.config import models_dir
-from milan_ray.errors import MilanError, reason
-from milan_ray.models.transformers_zoo import import_transformers
+from milan_ray.errors import MilanError, explained
+from milan_ray.models.folders import LOCAL, check_complete, find_folder, import_transformers
 from milan_ray.models.view import View
 from milan_ray.models.weights import weights_digest
 from milan_ray.names import checked_name
@@ -150,17 +148,7 @@ def find_image_text(name: str) -> str:
     """
     if name in _REGISTERED:
         return name
-    folder = Path(name).expanduser()
-    if (folder / "config.json").is_file():
-        return str(folder.absolute())
-    if folder.parent != Path("."):
-        hint = "or name the folder of a CLIP or SigLIP model, as transformers saves it, with --clip"
-        hub.find("config.json", [folder], hint=hint)
-    target = models_dir() / name
-    fetch = f"`hf download openai/{DEFAULT} --local-dir {target}` does" if name == DEFAULT else "save the model there"
-    hint = f"{fetch}, or name the folder of another CLIP or SigLIP model with --clip"
-    path = hub.find(f"{name}/config.json", [models_dir()], variable="MILAN_MODELS_DIR", hint=hint)
-    return str(path.parent)
+    return find_folder(name, "the folder of another CLIP or SigLIP model with --clip", f"openai/{DEFAULT}")
 
 
 class ImageText(nn.Module):
@@ -319,11 +307,11 @@ class ImageText(nn.Module):
         Returns:
             float32 (N, D).
         """
-        found = [images.new_zeros(0, self.width)]
+        embeddings = [images.new_zeros(0, self.width)]
         for start in range(0, len(images), BATCH_SIZE):
             some = images[start : start + BATCH_SIZE]
-            found.append(self.maps(_padded(self.fit(some), BATCH_SIZE))[1][: len(some)])
-        return torch.cat(found)
+            embeddings.append(self.maps(_padded(self.fit(some), BATCH_SIZE))[1][: len(some)])
+        return torch.cat(embeddings)
 
     def embed_maps(self, maps: Sequence[Mapping[str, np.ndarray] | None]) -> Tensor:
         """Not supported: this model reads pixels, not concept maps.
@@ -354,7 +342,7 @@ class ImageText(nn.Module):
             # SigLIP reads the last token, padding or not, and was trained with full padding.
             length = self.length if self.kind == "siglip" else math.ceil(len(row) / _LENGTHS) * _LENGTHS
             groups.setdefault(min(length, self.length), []).append(place)
-        found: dict[int, Tensor] = {}
+        embeddings: dict[int, Tensor] = {}
         for length, places in groups.items():
             for start in range(0, len(places), TEXTS):
                 some = places[start : start + TEXTS]
@@ -365,8 +353,8 @@ class ImageText(nn.Module):
                 pooled = self.model.text_model(input_ids=ids.to(device)).pooler_output
                 if self.kind == "clip":
                     pooled = self.model.text_projection(pooled)
-                found.update(zip(some, F.normalize(pooled, dim=1)[: len(some)], strict=True))
-        return torch.stack([found[place] for place in range(len(texts))])
+                embeddings.update(zip(some, F.normalize(pooled, dim=1)[: len(some)], strict=True))
+        return torch.stack([embeddings[place] for place in range(len(texts))])
 
 
 def _attend(attention: nn.Module, tokens: Tensor, kept: Tensor) -> Tensor:
@@ -404,30 +392,21 @@ def _padded(rows: Tensor, count: int) -> Tensor:
 def _read(folder: str) -> tuple[Any, Any, dict[str, Any]]:
     """The model, its tokenizer, and the settings of its image processor."""
     transformers = import_transformers("models of images and texts come")
-    local = {"local_files_only": True, "trust_remote_code": False}
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder, **local)
+    needs = (
+        "it needs config.json, model.safetensors, the tokenizer's files and preprocessor_config.json of a CLIP or "
+        "SigLIP model."
+    )
+    with explained(f"the model of images and texts in {folder} cannot be loaded", needs):
+        config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
         if config.model_type not in KINDS or not getattr(config.vision_config, "vision_use_head", True):
             raise MilanError(
                 f"{folder} is a model of type {config.model_type!r}: give the folder of a CLIP or SigLIP model."
             )
-        processor = transformers.AutoImageProcessor.from_pretrained(folder, **local).to_dict()
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **local)
-        model, report = transformers.AutoModel.from_pretrained(folder, config=config, output_loading_info=True, **local)
-    except MilanError:
-        raise
-    except Exception as error:  # whatever transformers' readers raise on absent, damaged or unfit files
-        raise MilanError(
-            f"the model of images and texts in {folder} cannot be loaded ({reason(error)}): it needs config.json, "
-            "model.safetensors, the tokenizer's files and preprocessor_config.json of a CLIP or SigLIP model."
-        ) from error
-    if missing := _essential(report["missing_keys"]):
-        raise MilanError(
-            f"the weights in {folder} lack {missing[0]} and {len(missing) - 1} more: save the model again."
-        )
-    return model, tokenizer, processor
-
-
-def _essential(names: Iterable[str]) -> list[str]:
+        processor = transformers.AutoImageProcessor.from_pretrained(folder, **LOCAL).to_dict()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **LOCAL)
+        model, report = transformers.AutoModel.from_pretrained(folder, config=config, output_loading_info=True, **LOCAL)
     # Old files lack these entries, which embeddings do not need from a file.
-    return sorted(name for name in names if not name.endswith(("position_ids", "logit_scale", "logit_bias")))
+    needless = ("position_ids", "logit_scale", "logit_bias")
+    missing = [name for name in report["missing_keys"] if not name.endswith(needless)]
+    check_complete(missing, folder, ": save the model again")
+    return model, tokenizer, processor

@@ -70,8 +70,8 @@ class Watch:
 
     def changed(self) -> dict[str, str]:
         """Layer → how its output was changed: :data:`RESHAPED`, :data:`OVERWRITTEN` or :data:`CHANGED`."""
-        found = {layer: _change(seen) for layer, seen in self._seen.items()}
-        return {layer: change for layer, change in found.items() if change is not None}
+        changes = {layer: _change(seen) for layer, seen in self._seen.items()}
+        return {layer: change for layer, change in changes.items() if change is not None}
 
 
 def _change(seen: _Seen) -> str | None:

@@ -20,10 +20,8 @@ def runs_alone(model: nn.Module) -> bool:
 
 def model_dtype(model: nn.Module) -> torch.dtype:
     """The floating-point type that a model computes in: that of its first such parameter or buffer, else float32."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        if tensor.is_floating_point():
-            return tensor.dtype
-    return torch.float32
+    tensors = itertools.chain(model.parameters(), model.buffers())
+    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
 
 
 def computes_in(model: nn.Module) -> torch.dtype:

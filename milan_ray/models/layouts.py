@@ -10,7 +10,6 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
-from typing import Any
 
 import torch
 
@@ -90,7 +89,7 @@ class Layout:
             maps = maps.flatten(2)  # tokens with an extra axis of size 1
         tokens = maps[:, :, self.prefix_tokens : maps.shape[2] - self.suffix_tokens]
         if self.order is not None:
-            tokens = tokens[:, :, torch.tensor(_inverse(self.order), device=tokens.device)]
+            tokens = tokens[:, :, torch.tensor(self.order, device=tokens.device).argsort()]
         if self.columns_first:
             return tokens.unflatten(2, (width, height)).transpose(2, 3)
         return tokens.unflatten(2, (height, width))
@@ -125,15 +124,6 @@ class Layout:
     def to_json(self) -> str:
         """The layout as text, for a table's metadata."""
         return json.dumps({key: value for key, value in asdict(self).items() if key != "calls"})
-
-    @classmethod
-    def from_json(cls, text: str) -> Layout:
-        """Reads what :meth:`to_json` wrote."""
-        values: dict[str, Any] = json.loads(text)
-        for name in ("shape", "grid", "order"):
-            if values[name] is not None:
-                values[name] = tuple(values[name])
-        return cls(**values)
 
     def __str__(self) -> str:
         """Readable text, e.g. ``units on axis 2, 14×14 tokens, after 1 prefix tokens; known from lit patches``."""
@@ -200,7 +190,7 @@ def grids(count: int, view: tuple[int, int], seen: Sequence[tuple[int, int]] = (
         view: (height, width) of the model's view: a grid has its proportions, within rounding.
         seen: Sizes of maps that the model computes earlier; these come first, whatever their proportions.
     """
-    found = [grid for grid in dict.fromkeys(seen) if grid[0] * grid[1] == count]
+    sizes = [grid for grid in dict.fromkeys(seen) if grid[0] * grid[1] == count]
     height, width = view
     fitting = []
     for h in range(1, count + 1):
@@ -211,12 +201,5 @@ def grids(count: int, view: tuple[int, int], seen: Sequence[tuple[int, int]] = (
         low, high = max(height / (h + 1), width / (w + 1)), min(height / max(h - 1, 0.5), width / max(w - 1, 0.5))
         if low < high:
             fitting.append((abs(math.log((height / h) / (width / w))), (h, w)))
-    found += [grid for _, grid in sorted(fitting)]
-    return list(dict.fromkeys(found))
-
-
-def _inverse(order: Sequence[int]) -> list[int]:
-    inverse = [0] * len(order)
-    for token, place in enumerate(order):
-        inverse[place] = token
-    return inverse
+    sizes += [grid for _, grid in sorted(fitting)]
+    return list(dict.fromkeys(sizes))

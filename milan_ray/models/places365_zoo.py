@@ -10,13 +10,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 
-import torch
 from torch import nn
 from torchvision import models
 
-from milan_ray.models.registry import RANDOM, register_model
+from milan_ray.models.registry import build_seeded, register_model
 from milan_ray.models.torchvision_zoo import build, default_layers
-from milan_ray.models.weights import WeightsFile, load_weights
+from milan_ray.models.weights import WeightsFile
 
 HOST = "https://dissect.csail.mit.edu/models"
 CLASSES = 365
@@ -43,11 +42,11 @@ def resnet152_name(name: str) -> str:
     name = re.sub(r"^0\.", "conv1.", name)
     name = re.sub(r"^1\.", "bn1.", name)
     name = re.sub(r"^10\.1\.", "fc.", name)
-    if found := re.match(r"([4-7])\.(\d+)\.0\.0\.([013467])\.(.*)", name):
-        stage, block, module, rest = found.groups()
+    if match := re.match(r"([4-7])\.(\d+)\.0\.0\.([013467])\.(.*)", name):
+        stage, block, module, rest = match.groups()
         return f"layer{int(stage) - 3}.{block}.{_BLOCK[module]}.{rest}"
-    if found := re.match(r"([4-7])\.(\d+)\.0\.1\.([01])\.(.*)", name):
-        stage, block, module, rest = found.groups()
+    if match := re.match(r"([4-7])\.(\d+)\.0\.1\.([01])\.(.*)", name):
+        stage, block, module, rest = match.groups()
         return f"layer{int(stage) - 3}.{block}.downsample.{module}.{rest}"
     return name
 
@@ -64,12 +63,7 @@ def build_alexnet(weights: str | None) -> nn.Module:
     Raises:
         MilanError: The file is missing or does not fit.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = alexnet()
-    if weights is not None and weights != RANDOM:
-        load_weights(model, weights)
-    return model
+    return build_seeded(alexnet, weights)
 
 
 def alexnet(classes: int = CLASSES) -> nn.Sequential:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from milan_ray.models.candidates import Candidate, LayerOutput, candidates, known_orders
-from milan_ray.models.hooks import Place, named_layers
+from milan_ray.models.hooks import Place, hooked, named_layers
 from milan_ray.models.layouts import UNSAID, Layout, grids
 from milan_ray.models.lit_cells import Evidence, LitPictures
 from milan_ray.models.registry import ModelSpec
@@ -106,9 +106,9 @@ class Positions:
             batch, shape = self._structure.image_axis(key), calls[key].shape
             per_image = tuple(size for number, size in enumerate(shape) if number != batch)
             axis = None if batch is None else self._structure.units(key, batch, per_image).axis
-            found = None if axis is None else still(answers[key][axis][0])
-            if found is not None:
-                self._still[key] = found
+            silent = None if axis is None else still(answers[key][axis][0])
+            if silent is not None:
+                self._still[key] = silent
 
     def read(self, layer: str, place: Place, shape: torch.Size, batch: int) -> Layout | str:
         """A layer's layout, or a message that explains why it cannot be determined.
@@ -174,8 +174,8 @@ class Positions:
         """
         told = self._spec.reading
         if not ways and (told.grid, told.prefix_tokens) != (None, None):
-            said = f"grid={told.grid}" if told.grid is not None else f"prefix_tokens={told.prefix_tokens}"
-            return f"{output.puts_out}, which does not agree with {said}; correct that, or choose another layer."
+            declared = f"grid={told.grid}" if told.grid is not None else f"prefix_tokens={told.prefix_tokens}"
+            return f"{output.puts_out}, which does not agree with {declared}; correct that, or choose another layer."
         if not ways or (told.grid is None and (told.units_axis is None or len(output.per_image) != 3)):
             return None
         layout = output.layout(ways[0], "what was said of it")
@@ -239,8 +239,8 @@ class Positions:
             return None
         ended, count = self._structure.calls[key].ended, per_image[2 - axis]
         before = [tokens for other, tokens in self._still.items() if self._structure.calls[other].ended <= ended]
-        found = [tokens for tokens in before if len(tokens) == count]
-        return torch.stack(found).any(0) if found else None
+        masks = [tokens for tokens in before if len(tokens) == count]
+        return torch.stack(masks).any(0) if masks else None
 
     def _weighed(
         self, ways: Sequence[Candidate], answers: _Answers, key: Key | None
@@ -422,7 +422,7 @@ class Positions:
         Returns:
             Call → assumed axis of the units (images first) → float64 (pictures, positions…).
         """
-        found: dict[Key, list[dict[int, torch.Tensor]]] = {}
+        answers: dict[Key, list[dict[int, torch.Tensor]]] = {}
         numbers: Counter[nn.Module] = Counter()
 
         def after(module: nn.Module, args: object, output: object) -> None:
@@ -441,7 +441,7 @@ class Positions:
             else:
                 squares = (values[1:] - values[:1]).square()
             sums = {units: squares.sum(units).sqrt().double().cpu() for units in range(1, values.ndim)}
-            found.setdefault(key, []).append(sums)
+            answers.setdefault(key, []).append(sums)
 
         shown: list[int] = []  # pictures of this pass
         one_by_one, plain_values = self._most == 1, dict[Key, torch.Tensor]()
@@ -452,30 +452,24 @@ class Positions:
             axis = self._structure.image_axis(key)
             if axis is None or key != (module, numbers[module] + 1):
                 return None
-            cells = places.lit(*way.grid)
+            cells = places.lit(*way.grid)[shown]
             if not (one_by_one and shown):
-                cells = torch.cat([torch.zeros_like(cells[:1]), cells[shown]])  # the first image stays as it is
-            else:
-                cells = cells[shown]
+                cells = torch.cat([cells.new_zeros(1, cells.shape[1]), cells])  # the first image stays as it is
             return way.lit(output.movedim(axis, 0), cells).movedim(0, axis)
 
         handles = [] if source is None else [source[0][0].register_forward_hook(light)]
         handles += [module.register_forward_hook(after) for module in {module for module, _ in wanted}]
         some = 1 if self._alone or one_by_one else min(self._most, _TOGETHER) - 1
         plain = self._pictures.grey(1) if source is None else pictures[:1]
-        try:
+        assert self._show is not None
+        with hooked(handles):
             for start in range(-some if one_by_one else 0, len(pictures), some):
                 numbers.clear()
                 shown[:] = range(max(start, 0), min(start + some, len(pictures)))
-                batch = pictures[shown] if one_by_one and shown else np.concatenate([plain, pictures[shown]])
-                assert self._show is not None
-                self._show(batch)
-        finally:
-            for handle in handles:
-                handle.remove()
+                self._show(pictures[shown] if one_by_one and shown else np.concatenate([plain, pictures[shown]]))
         return {
             key: {axis: torch.cat([part[axis] for part in parts]) for axis in parts[0]}
-            for key, parts in found.items()
+            for key, parts in answers.items()
             if sum(len(part[min(part)]) for part in parts) == len(pictures)  # otherwise it gets the batch in pieces
         }
 

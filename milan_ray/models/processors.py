@@ -59,15 +59,20 @@ def difference(process: Process, preprocess: Preprocess, swapped: bool = False) 
         swapped: Whether the network expects channels in the order blue, green, red.
     """
     most, mean = 0.0, 0.0
-    steps = 255 * np.array(preprocess.std)[:, None, None]
     for image in pictures(preprocess.view):
-        ours = preprocess(torch.from_numpy(preprocess.view(image).copy())[None])[0].numpy()
-        theirs = process(image)
-        if theirs.shape != ours.shape:
-            return math.inf, math.inf
-        apart = np.abs((theirs[::-1] if swapped else theirs) - ours) * steps
+        apart = _apart(process(image), image, preprocess, swapped)
         most, mean = max(most, float(apart.max())), max(mean, float(apart.mean()))
     return most, mean
+
+
+def _apart(theirs: np.ndarray, image: Image.Image, preprocess: Preprocess, swapped: bool) -> np.ndarray:
+    """Differences of a library's input from ours of the same picture, in 8-bit steps; infinite for other shapes."""
+    ours = preprocess(torch.from_numpy(preprocess.view(image).copy())[None])[0].numpy()
+    if theirs.shape != ours.shape:
+        return np.array([math.inf])
+    steps = 255 * np.array(preprocess.std)[:, None, None]
+    apart: np.ndarray = np.abs((theirs[::-1] if swapped else theirs) - ours) * steps
+    return apart
 
 
 def agrees(process: Process, preprocess: Preprocess, swapped: bool = False) -> bool:
@@ -102,10 +107,12 @@ def fit(process: Process, settings: Mapping[str, Any]) -> tuple[Preprocess, bool
     if len(shapes) > 1 or len(shape) != 3 or shape[0] != 3:
         raise MilanError(f"they have no fixed size or scale (of three pictures, {', '.join(map(str, sorted(shapes)))})")
     mean, std, swapped = _normalisation(flat, settings)
-    goal = process(picture(*_SIZES[0]))
+    first = picture(*_SIZES[0])
+    goal = process(first)
     for view in _views(settings, shape[1], shape[2], _scale(process, flat)):
         preprocess = Preprocess(view, mean, std)
-        if _near(goal, preprocess, swapped) and agrees(process, preprocess, swapped):
+        # The first test picture is a cheap check before the full one.
+        if _apart(goal, first, preprocess, swapped).mean() <= MEAN and agrees(process, preprocess, swapped):
             return preprocess, swapped
     raise MilanError("no resizing and cropping gives the same pictures")
 
@@ -146,14 +153,6 @@ def _normalisation(
 def _three(values: np.ndarray) -> tuple[float, float, float]:
     first, second, third = values.tolist()
     return first, second, third
-
-
-def _near(goal: np.ndarray, preprocess: Preprocess, swapped: bool) -> bool:
-    """Whether the first test picture agrees: a cheap check before the full one."""
-    view = preprocess.view(picture(*_SIZES[0]))
-    ours = preprocess(torch.from_numpy(view.copy())[None])[0].numpy()
-    apart = np.abs((goal[::-1] if swapped else goal) - ours) * (255 * np.array(preprocess.std)[:, None, None])
-    return bool(apart.mean() <= MEAN)
 
 
 def _scale(process: Process, flat: np.ndarray) -> float:

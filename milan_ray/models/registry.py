@@ -20,7 +20,7 @@ from torch import nn
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.models.layouts import UNSAID, Reading
 from milan_ray.models.view import GENERATED, Preprocess
-from milan_ray.models.weights import WeightsFile
+from milan_ray.models.weights import WeightsFile, load_weights
 from milan_ray.names import checked_name
 
 ModelInput = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
@@ -139,6 +139,24 @@ class ModelSpec:
         return self.channels_last is not None and re.fullmatch(self.channels_last, layer) is not None
 
 
+def build_seeded(make: Callable[[], nn.Module], weights: str | None) -> nn.Module:
+    """Builds a network from seed 0 and loads a weights file, if there is one; leaves torch's random state as it was.
+
+    Args:
+        make: Builds the network, untrained.
+        weights: Path of a weights file; :data:`RANDOM` or None for untrained weights.
+
+    Raises:
+        MilanError: The file is missing or does not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make()
+    if weights is not None and weights != RANDOM:
+        load_weights(model, weights)
+    return model
+
+
 @contextmanager
 def blaming(what: str) -> Iterator[None]:
     """Converts any exception of a network, or of code that comes with it, into a MilanError.
@@ -192,9 +210,9 @@ def register_model(
             ``reading`` (docs/layouts.md).
     """
     checked_name("a model", name, slashes=True)
-    said = {field: options.pop(field) for field in ("batch_axis", "units_axis", "grid") if field in options}
-    if said:
-        options["reading"] = Reading(**said)  # type: ignore[arg-type]
+    reading = {field: options.pop(field) for field in ("batch_axis", "units_axis", "grid") if field in options}
+    if reading:
+        options["reading"] = Reading(**reading)  # type: ignore[arg-type]
     if preprocess is None:
         preprocess = GENERATED if options.get("images") else Preprocess()
     spec = ModelSpec(name, factory, tuple(layers), preprocess, **options)  # type: ignore[arg-type]
@@ -273,8 +291,8 @@ def match_models(pattern: str) -> list[str]:
     if pattern in _MODELS:
         return [pattern]
     whole = "/" in pattern
-    found = [name for name in model_names() if fnmatchcase(name if whole else name.partition("/")[2] or name, pattern)]
-    return found or [get_model(pattern).name]
+    names = [name for name in model_names() if fnmatchcase(name if whole else name.partition("/")[2] or name, pattern)]
+    return names or [get_model(pattern).name]
 
 
 def model_names() -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,8 @@ import torch
 from PIL import Image
 
 from milan_ray.device import resolve_device
-from milan_ray.errors import MilanError, reason
-from milan_ray.models.image_captions import find_folder
-from milan_ray.models.transformers_zoo import import_transformers
+from milan_ray.errors import MilanError, explained
+from milan_ray.models.folders import LOCAL, find_folder, import_transformers
 from milan_ray.models.weights import folder_digest
 
 OPTION = "--segmentation"
@@ -38,18 +38,18 @@ class Segmenter:
             MilanError: There is no such folder, or transformers is not installed.
         """
         import_transformers("segmentations come")
-        self.folder = find_folder(name, OPTION, default=DEFAULT)
-        self._digest: str | None = None
-        self._loaded: tuple[Any, Any, dict[int, str], torch.device] | None = None
+        self.folder = find_folder(name, f"the folder of another model with {OPTION}", DEFAULT)
 
     def __getstate__(self) -> dict[str, object]:
         """The state without the network."""
-        return {**self.__dict__, "_loaded": None}
+        return {name: value for name, value in vars(self).items() if name != "_loaded"}
+
+    @cached_property
+    def _digest(self) -> str:
+        return folder_digest(self.folder)
 
     def identity(self) -> str:
         """Everything that determines its maps: the folder's content."""
-        if self._digest is None:
-            self._digest = folder_digest(self.folder)
         return self._digest
 
     @torch.inference_mode()
@@ -62,27 +62,26 @@ class Segmenter:
         Raises:
             MilanError: The network's files are absent, damaged, or belong to another kind of model.
         """
-        if self._loaded is None:
-            self._loaded = self._load()
         model, processor, names, device = self._loaded
         inputs = processor(images=image, return_tensors="pt").to(device)
         sizes = [(image.height, image.width)]
         (labels,) = processor.post_process_semantic_segmentation(model(**inputs), target_sizes=sizes)
-        found = labels.cpu().numpy()
-        return {names[number]: found == number for number in np.unique(found).tolist() if number in names}
+        pixels = labels.cpu().numpy()
+        return {names[number]: pixels == number for number in np.unique(pixels).tolist() if number in names}
 
-    def _load(self) -> tuple[Any, Any, dict[int, str], torch.device]:
+    @cached_property
+    def _loaded(self) -> tuple[Any, Any, dict[int, str], torch.device]:
+        """The network, its image processor, the names of its classes, and its device."""
         transformers = import_transformers("segmentations come")
-        try:
-            processor = transformers.AutoImageProcessor.from_pretrained(self.folder, local_files_only=True)
+        needs = (
+            f"{OPTION} takes config.json, model.safetensors and preprocessor_config.json of one for semantic "
+            "segmentation."
+        )
+        with explained(f"the network in {self.folder} cannot be loaded", needs):
+            processor = transformers.AutoImageProcessor.from_pretrained(self.folder, **LOCAL)
             model = transformers.AutoModelForSemanticSegmentation.from_pretrained(
-                self.folder, local_files_only=True, use_safetensors=True
+                self.folder, use_safetensors=True, **LOCAL
             )
-        except Exception as error:  # whatever transformers' readers raise on absent, damaged or unfit files
-            raise MilanError(
-                f"the network in {self.folder} cannot be loaded ({reason(error)}): {OPTION} takes config.json, "
-                "model.safetensors and preprocessor_config.json of one for semantic segmentation."
-            ) from error
         if not hasattr(processor, "post_process_semantic_segmentation"):
             raise MilanError(f"the image processor in {Path(self.folder).name} makes no segmentations; give another.")
         device = resolve_device("auto")

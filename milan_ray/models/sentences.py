@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from milan_ray.errors import MilanError, reason
+from milan_ray.errors import MilanError, explained
+from milan_ray.models.folders import LOCAL, import_transformers
 from milan_ray.models.image_text import KINDS, ImageTextRef, find_image_text
-from milan_ray.models.transformers_zoo import import_transformers
 
 TEXTS = 256
 """Texts per pass."""
@@ -41,22 +41,15 @@ class SentenceEncoder:
         """
         place = Path(folder).expanduser()
         transformers = import_transformers("models of sentences come")
-        local = {"local_files_only": True, "trust_remote_code": False}
         self.name = place.name
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        try:
-            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place, **local)
-            self._model: Any = transformers.AutoModel.from_pretrained(place, **local).float().eval().to(self.device)
-        except Exception as error:  # whatever transformers' readers raise on absent, damaged or unfit files
-            raise MilanError(
-                f"the language model in {place} cannot be loaded ({reason(error)}): give a folder with config.json, "
-                "tokenizer and weights of a BERT-like model."
-            ) from error
+        needs = "give a folder with config.json, tokenizer and weights of a BERT-like model."
+        with explained(f"the language model in {place} cannot be loaded", needs):
+            self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place, **LOCAL)
+            self._model: Any = transformers.AutoModel.from_pretrained(place, **LOCAL).float().eval().to(self.device)
         pooling = place / "1_Pooling/config.json"
-        try:
+        with explained(f"{pooling} is damaged", "save the model again.", ValueError):
             modes = json.loads(pooling.read_text(encoding="utf-8")) if pooling.is_file() else {}
-        except ValueError as error:
-            raise MilanError(f"{pooling} is damaged ({error}): save the model again.") from error
         if not isinstance(modes, dict):
             raise MilanError(f"{pooling} is no JSON object: save the model again.")
         chosen = [name for name, on in modes.items() if name.startswith("pooling_mode_") and on is True]
@@ -77,7 +70,7 @@ class SentenceEncoder:
             float32 (N, D).
         """
         order = sorted(range(len(texts)), key=lambda place: len(texts[place]))  # similar lengths, little padding
-        found: list[Tensor] = [torch.zeros(0)] * len(texts)
+        vectors: list[Tensor] = [torch.zeros(0)] * len(texts)
         longest = self._model.config.max_position_embeddings
         for start in range(0, len(order), TEXTS):
             places = order[start : start + TEXTS]
@@ -92,8 +85,8 @@ class SentenceEncoder:
             kept = batch["attention_mask"][:, :, None].to(hidden.dtype)
             pooled = hidden[:, 0] if self._first else (hidden * kept).sum(1) / kept.sum(1).clamp(min=1)
             for place, vector in zip(places, F.normalize(pooled, dim=1), strict=True):
-                found[place] = vector
-        return torch.stack(found) if found else torch.zeros(0, self._model.config.hidden_size, device=self.device)
+                vectors[place] = vector
+        return torch.stack(vectors) if vectors else torch.zeros(0, self._model.config.hidden_size, device=self.device)
 
 
 class EmbedsTexts(Protocol):
@@ -115,10 +108,8 @@ def load_text_model(name: str) -> EmbedsTexts:
     """
     config = Path(name).expanduser() / "config.json"
     if config.is_file():
-        try:
+        with explained(f"{config} is damaged", "save the model again.", ValueError, AttributeError):
             kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-        except (ValueError, AttributeError) as error:
-            raise MilanError(f"{config} is damaged ({error}): save the model again.") from error
         if kind not in KINDS:
             return SentenceEncoder(name)
     return ImageTextRef(find_image_text(name)).load()

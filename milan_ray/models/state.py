@@ -106,17 +106,17 @@ class _Drawn(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         if torch.Tag.nondeterministic_seeded not in func.tags:
             return result
-        name, said = func.overloadpacket.__name__.rstrip("_"), {**dict(enumerate(args)), **(kwargs or {})}
+        name, given = func.overloadpacket.__name__.rstrip("_"), {**dict(enumerate(args)), **(kwargs or {})}
         if name in ("rand", "rand_like"):
             return result.fill_(1 - torch.finfo(result.dtype).eps if self._highest else 0)
         if name == "uniform":
-            low, high = said.get("from", said.get(1, 0.0)), said.get("to", said.get(2, 1.0))
+            low, high = given.get("from", given.get(1, 0.0)), given.get("to", given.get(2, 1.0))
             return result.fill_(high - (high - low) * torch.finfo(result.dtype).eps if self._highest else low)
         if name == "bernoulli":
-            chance = said.get("p", said.get(1, 0.5 if func.overloadpacket.__name__.endswith("_") else args[0]))
+            chance = given.get("p", given.get(1, 0.5 if func.overloadpacket.__name__.endswith("_") else args[0]))
             return result.copy_(torch.as_tensor(chance > 0 if self._highest else chance >= 1))
         if name == "dropout" or name == "native_dropout":
-            kept = args[0] if said.get("p", said.get(1)) == 0 or not said.get("train", said.get(2)) else None
+            kept = args[0] if given.get("p", given.get(1)) == 0 or not given.get("train", given.get(2)) else None
             scaled = args[0] * float(self._highest) * 2 if kept is None else kept
             return (scaled, torch.ones_like(args[0], dtype=torch.bool)) if isinstance(result, tuple) else scaled
         return result

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from milan_ray.models.hooks import Place
+from milan_ray.models.hooks import Place, hooked
 
 Key = tuple[nn.Module, int]
 """A module and which of its calls in a forward pass, counted from 1."""
@@ -115,7 +115,6 @@ class Structure:
         events = itertools.count()
         numbers: dict[nn.Module, int] = {}
         running: dict[nn.Module, list[tuple[int, int]]] = {}
-        handles = []
 
         def before(module: nn.Module, args: object) -> None:
             numbers[module] = numbers.get(module, 0) + 1
@@ -139,14 +138,10 @@ class Structure:
                 tensor is output,
             )
 
-        for module in self._model.modules():
-            if not isinstance(module, torch.jit.ScriptModule):
-                handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
-        try:
+        modules = [module for module in self._model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+        starts = [module.register_forward_pre_hook(before) for module in modules]
+        with hooked([*starts, *(module.register_forward_hook(after) for module in modules)]):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def key(self, place: Place) -> Key | None:
         """The call that a layer's values come from; None where it was not recorded."""
@@ -167,8 +162,8 @@ class Structure:
     def map_sizes(self, key: Key | None) -> list[tuple[int, int]]:
         """(height, width) of the maps that convolutions and their norms computed until a call ended, latest first."""
         end = float("inf") if key is None else self.calls[key].ended
-        found = [call for call in self.calls.values() if call.of_maps and len(call.shape) == 4 and call.ended <= end]
-        sizes = [(call.shape[2], call.shape[3]) for call in sorted(found, key=lambda call: -call.ended)]
+        maps = [call for call in self.calls.values() if call.of_maps and len(call.shape) == 4 and call.ended <= end]
+        sizes = [(call.shape[2], call.shape[3]) for call in sorted(maps, key=lambda call: -call.ended)]
         return list(dict.fromkeys(sizes))
 
     def units(self, key: Key | None, batch: int, per_image: tuple[int, ...]) -> Units:

@@ -5,7 +5,6 @@ timm is imported only when such a name is looked up.
 
 from __future__ import annotations
 
-import importlib
 import math
 import re
 from functools import partial
@@ -19,10 +18,11 @@ from torch import nn
 
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.models.blocks import blocks, running
+from milan_ray.models.folders import import_optional
 from milan_ray.models.processors import agrees
-from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, ModelSpec, register_family
+from milan_ray.models.registry import OUTPUTS, TOKEN_BATCH, ModelSpec, build_seeded, register_family
 from milan_ray.models.view import Preprocess, View
-from milan_ray.models.weights import WeightsFile, load_weights
+from milan_ray.models.weights import WeightsFile
 
 _NO_PATCHES = re.compile(r"blocks_token_only|cls_attn|rel_pos")
 """MLPs of class tokens and of position tables: their outputs do not belong to places in the image."""
@@ -67,12 +67,7 @@ def build(name: str, weights: str | None) -> nn.Module:
     Raises:
         MilanError: timm is not installed, or the file does not fit.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = import_timm().create_model(name, pretrained=False)
-    if weights is not None and weights != RANDOM:
-        load_weights(model, weights)
-    return model
+    return build_seeded(partial(import_timm().create_model, name, pretrained=False), weights)
 
 
 def default_layers(model: nn.Module) -> tuple[str, ...]:
@@ -109,10 +104,7 @@ def import_timm() -> ModuleType:
     Raises:
         MilanError: It is not installed.
     """
-    try:
-        return importlib.import_module("timm")
-    except ImportError as error:
-        raise MilanError("models named timm/… come with timm, which is not installed: `pip install timm`.") from error
+    return import_optional("timm", "models named timm/… come")
 
 
 _CHECKED: dict[str, Preprocess] = {}

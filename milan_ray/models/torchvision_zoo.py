@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torchvision import models
 
-from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, register_model
+from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, build_seeded, register_model
 from milan_ray.models.view import Preprocess, View
 from milan_ray.models.weights import WeightsFile, load_strictly, read_weights
 
@@ -165,9 +165,7 @@ def _sizes(architecture: str, model: nn.Module, state: dict[str, torch.Tensor]) 
 
 
 def _construct(architecture: str, options: dict[str, object]) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return models.get_model(architecture, weights=None, **options)
+    return build_seeded(partial(models.get_model, architecture, weights=None, **options), None)
 
 
 def alexnet_by_name(model: models.AlexNet) -> nn.Sequential:

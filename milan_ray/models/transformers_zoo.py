@@ -5,7 +5,6 @@ Nothing is downloaded: a model is a folder written by ``save_pretrained``, or li
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from functools import partial
@@ -18,8 +17,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from milan_ray.errors import MilanError, reason
+from milan_ray.errors import MilanError, explained
 from milan_ray.models.blocks import blocks
+from milan_ray.models.folders import LOCAL, check_complete, import_transformers
 from milan_ray.models.hooks import LayerTap
 from milan_ray.models.processors import fit
 from milan_ray.models.registry import OUTPUTS, RANDOM, TOKEN_BATCH, ModelSpec, register_family
@@ -29,8 +29,6 @@ from milan_ray.models.weights_fit import UnfitWeights
 
 _MLP = re.compile(r".*\.(mlp\.fc1|intermediate\.dense|mlp\.up_proj)")
 _STAGE = re.compile(r"(.*\.)?stages\.\d+")
-# Unless told not to, transformers asks on the terminal whether to run the code that comes with a model.
-_LOCAL = {"local_files_only": True, "trust_remote_code": False}
 
 
 def resolve(source: str) -> ModelSpec:
@@ -47,30 +45,36 @@ def resolve(source: str) -> ModelSpec:
     """
     transformers = import_transformers()
     source = str(Path(source).expanduser().absolute()) if Path(source).expanduser().is_dir() else source
-    try:
-        config = transformers.AutoConfig.from_pretrained(source, **_LOCAL)
+    absent = (
+        f"hf/{source} is neither a folder with a vision model's config.json, model.safetensors and "
+        "preprocessor_config.json nor in the Hugging Face cache"
+    )
+    with explained(absent, f"give such a folder, or run `hf download {source}`.", OSError, ValueError):
+        config = transformers.AutoConfig.from_pretrained(source, **LOCAL)
         processor = _processor(transformers, source)
-    except (OSError, ValueError) as error:
-        raise MilanError(
-            f"hf/{source} is neither a folder with a vision model's config.json, model.safetensors and "
-            f"preprocessor_config.json nor in the Hugging Face cache ({reason(error)}): give such a "
-            f"folder, or run `hf download {source}`."
-        ) from error
     preprocess, swapped = _preprocess(source, processor)
     with torch.device("meta"):
         model = _vision(transformers.AutoModel.from_config(_unmasked(config))).eval()
-    inputs = partial(_inputs, preprocess, swapped, _masked_patches(model, preprocess))
+    masked = _patches(model, preprocess) if _shuffles_patches(model) else 0
     paths = [path for path, _ in model.named_modules()]
     mlps = tuple(filter(_MLP.fullmatch, paths))
-    if mlps and not _rows_are_images(model, mlps[0], preprocess):
-        mlps = ()
+    patches = _patches(model, preprocess) if isinstance(getattr(model.config, "patch_size", None), int) else 0
+    prefix = None
+    if mlps and patches:
+        height, width = preprocess.view.shape
+        with LayerTap(model, mlps[:1]) as tap, torch.no_grad():
+            (tokens,) = tap({"pixel_values": torch.zeros(1, 3, height, width, device="meta")}).values()
+        if len(tokens) != 1:  # one row per window, or per pixel of a patch (MobileViT)
+            mlps = ()
+        elif tokens.ndim == 3:
+            prefix = tokens.shape[1] - patches
     return ModelSpec(
         f"hf/{source}",
         partial(build, source),
         mlps or tuple(filter(_STAGE.fullmatch, paths)) or blocks(model) or (OUTPUTS,),
         preprocess,
-        inputs,
-        prefix_tokens=_prefix_tokens(model, mlps[0], preprocess) if mlps else None,
+        partial(_inputs, preprocess, swapped, masked),
+        prefix_tokens=prefix,
         max_batch=TOKEN_BATCH if mlps else None,
     )
 
@@ -82,7 +86,7 @@ def build(source: str, weights: str | None) -> nn.Module:
         MilanError: Weights are missing or do not fit.
     """
     transformers = import_transformers()
-    config = _unmasked(transformers.AutoConfig.from_pretrained(source, **_LOCAL))
+    config = _unmasked(transformers.AutoConfig.from_pretrained(source, **LOCAL))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # also for a pooler that was not saved; nothing that is dissected depends on it
         if weights == RANDOM:
@@ -90,7 +94,7 @@ def build(source: str, weights: str | None) -> nn.Module:
         with torch.device("meta"):
             empty = transformers.AutoModel.from_config(config)
         kind, state = type(empty), None if weights is None else _state(weights, empty)
-        try:
+        with explained(f"the weights in {weights or source} cannot be loaded", "save the model again."):
             model, report = kind.from_pretrained(
                 source if weights is None else None,
                 config=config,
@@ -98,15 +102,8 @@ def build(source: str, weights: str | None) -> nn.Module:
                 local_files_only=True,
                 output_loading_info=True,
             )
-        except Exception as error:  # whatever transformers' readers raise on absent, damaged or unfit files
-            raise MilanError(
-                f"the weights in {weights or source} cannot be loaded ({reason(error)}): save the model again."
-            ) from error
-    missing = [name for name in sorted(report["missing_keys"]) if "pooler." not in name]
-    if missing:
-        raise MilanError(
-            f"the weights in {weights or source} lack {missing[0]} and {len(missing) - 1} more of {source}."
-        )
+    missing = [name for name in report["missing_keys"] if "pooler." not in name]
+    check_complete(missing, weights or source, f" of {source}")
     return _vision(model).float()
 
 
@@ -116,20 +113,6 @@ def _state(weights: str, model: nn.Module) -> dict[str, torch.Tensor]:
         return read_weights(weights, model, needless=lambda name: "pooler." in name)
     except UnfitWeights:  # e.g. names of earlier versions; the result of transformers' conversion is checked
         return read_state_dict(weights)
-
-
-def import_transformers(what: str = "models named hf/… come") -> ModuleType:
-    """The package transformers, without its progress bars.
-
-    Raises:
-        MilanError: It is not installed.
-    """
-    try:
-        transformers = importlib.import_module("transformers")
-    except ImportError as error:
-        raise MilanError(f"{what} with transformers, which is not installed: `pip install transformers`.") from error
-    transformers.utils.logging.disable_progress_bar()
-    return transformers
 
 
 def _vision(model: nn.Module) -> nn.Module:
@@ -143,12 +126,14 @@ def _unmasked(config: Any) -> Any:
     return config
 
 
-def _masked_patches(model: nn.Module, preprocess: Preprocess) -> int:
-    """Number of patches that a network shuffles before it masks some of them; 0 for most networks."""
-    if "noise" not in inspect.signature(model.forward).parameters or not hasattr(model.config, "mask_ratio"):
-        return 0
-    if not getattr(getattr(model, "embeddings", None), "is_mae", True):  # it could, but is not configured to
-        return 0
+def _shuffles_patches(model: nn.Module) -> bool:
+    """Whether a network sorts its patches by random numbers, to mask some of them."""
+    able = "noise" in inspect.signature(model.forward).parameters and hasattr(model.config, "mask_ratio")
+    return able and getattr(getattr(model, "embeddings", None), "is_mae", True)
+
+
+def _patches(model: nn.Module, preprocess: Preprocess) -> int:
+    """Number of patches of a view."""
     (height, width), patch = preprocess.view.shape, int(getattr(model.config, "patch_size", 1))
     return (height // patch) * (width // patch)
 
@@ -163,30 +148,10 @@ def _inputs(preprocess: Preprocess, swapped: bool, masked: int, views: torch.Ten
     return inputs
 
 
-def _rows_are_images(model: nn.Module, layer: str, preprocess: Preprocess) -> bool:
-    """Whether a layer puts out one row per image, not one per window or per pixel of a patch (MobileViT)."""
-    if not isinstance(getattr(model.config, "patch_size", None), int):
-        return True
-    height, width = preprocess.view.shape
-    with LayerTap(model, [layer]) as tap, torch.no_grad():
-        return len(tap({"pixel_values": torch.zeros(1, 3, height, width, device="meta")})[layer]) == 1
-
-
-def _prefix_tokens(model: nn.Module, layer: str, preprocess: Preprocess) -> int | None:
-    """Number of CLS and register tokens: a layer's tokens beyond one per patch. None when there are no patches."""
-    patch = getattr(model.config, "patch_size", None)
-    if not isinstance(patch, int):
-        return None
-    height, width = preprocess.view.shape
-    with LayerTap(model, [layer]) as tap, torch.no_grad():
-        tokens = tap({"pixel_values": torch.zeros(1, 3, height, width, device="meta")})[layer]
-    return tokens.shape[1] - (height // patch) * (width // patch) if tokens.ndim == 3 else None
-
-
 def _processor(transformers: ModuleType, source: str) -> Any:
     """The image processor of a folder; where there are two, the one that works on PIL images, as a view does."""
     images = {"backend": "pil"} if int(transformers.__version__.split(".")[0]) >= 5 else {"use_fast": False}
-    return transformers.AutoImageProcessor.from_pretrained(source, **images, **_LOCAL)
+    return transformers.AutoImageProcessor.from_pretrained(source, **images, **LOCAL)
 
 
 _FITTED: dict[tuple[str, str], tuple[Preprocess, bool]] = {}

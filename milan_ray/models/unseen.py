@@ -30,7 +30,7 @@ def sides_unseen(answers: Collection[torch.Tensor]) -> tuple[str, ...]:
     if not answers:
         return ()
     seen = torch.stack([(answer.flatten(1) > 0).any(1) for answer in answers]).any(0)
-    return tuple(side for side, found in zip(SIDES, seen.tolist(), strict=True) if not found)
+    return tuple(side for side, is_seen in zip(SIDES, seen.tolist(), strict=True) if not is_seen)
 
 
 def still(answer: torch.Tensor) -> torch.Tensor | None:
@@ -43,8 +43,8 @@ def still(answer: torch.Tensor) -> torch.Tensor | None:
         bool (…); None where all positions respond, or where most do not, because these are not positions (queries,
         embeddings).
     """
-    found = _silent(answer)
-    return found if 0 < int(found.sum()) < found.numel() / 2 else None
+    silent = _silent(answer)
+    return silent if 0 < int(silent.sum()) < silent.numel() / 2 else None
 
 
 def padding(answer: torch.Tensor) -> tuple[str, ...]:
@@ -53,10 +53,10 @@ def padding(answer: torch.Tensor) -> tuple[str, ...]:
     Args:
         answer: float64 (h, w), the strength of a map's response to a picture.
     """
-    found = _silent(answer)
-    if bool(found.all()):  # this part of the network gets no picture
+    silent = _silent(answer)
+    if bool(silent.all()):  # this part of the network gets no picture
         return ()
-    rows, columns = found.all(1), found.all(0)
+    rows, columns = silent.all(1), silent.all(0)
     sides = (rows, rows.flip(0), columns, columns.flip(0))
     widths = [int(side.long().cumprod(0).sum()) for side in sides]
     return tuple(side for side, width, line in zip(SIDES, widths, sides, strict=True) if width * MARGIN > len(line))

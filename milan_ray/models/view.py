@@ -102,10 +102,10 @@ class View:
             UnreadableImage: The image is too elongated.
             ValueError: The result has another size than the view promises.
         """
-        found = [self._apply(plane) for plane in planes]
-        if any(pixels.shape != self.shape for pixels in found):
-            raise ValueError(f"view {self.key} got bands of shape {found[0].shape}, expected {self.shape}")
-        return np.stack(found, axis=-1)
+        bands = [self._apply(plane) for plane in planes]
+        if any(pixels.shape != self.shape for pixels in bands):
+            raise ValueError(f"view {self.key} got bands of shape {bands[0].shape}, expected {self.shape}")
+        return np.stack(bands, axis=-1)
 
     def _apply(self, image: Image.Image) -> np.ndarray:
         if isinstance(self.resize, int) and max(image.size) > MAX_ASPECT * min(image.size):

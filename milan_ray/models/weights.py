@@ -16,7 +16,7 @@ from torch import nn
 
 from milan_ray import hub
 from milan_ray.config import models_dir
-from milan_ray.errors import MilanError, reason
+from milan_ray.errors import MilanError, explained, reason
 from milan_ray.models.checkpoints import Checkpoint, read_checkpoint
 from milan_ray.models.view import Preprocess
 from milan_ray.models.weights_fit import Fit, describe_problems, find_fits, misfit, same_tensors, tied_names
@@ -112,7 +112,10 @@ def read_state_dict(path: str | Path) -> dict[str, torch.Tensor]:
     states = [state for state in read_checkpoint(path).states if _is_part(state.address, part)]
     if not states:
         raise MilanError(f"weights file {path} holds no part {part!r}: leave out #{part}.")
-    outer = [state for state in states if not any(_is_inside(state.address, other.address) for other in states)]
+    addresses = {state.address for state in states}
+    outer = [
+        state for state in states if not any(_is_part(state.address, other) for other in addresses - {state.address})
+    ]
     if len(outer) > 1:
         raise _several(path, [state.address for state in outer])
     if outer[0].others:
@@ -185,10 +188,6 @@ def _is_part(path: str, part: str) -> bool:
     return not part or path == part or path.startswith(f"{part}.")
 
 
-def _is_inside(address: str, other: str) -> bool:
-    return address != other and (not other or address.startswith(f"{other}."))
-
-
 def _several(path: str, parts: Sequence[str]) -> MilanError:
     named = [part or "the weights beside them" for part in parts]
     choice = next(part for part in parts if part)
@@ -224,15 +223,12 @@ def save_weights(state: dict[str, torch.Tensor], path: str | Path) -> None:
     Raises:
         MilanError: The file cannot be written.
     """
-    try:
+    remedy = "give a file in a folder that is there."
+    with explained(f"cannot write weights to {path}", remedy, OSError, RuntimeError, SafetensorError):
         if str(path).endswith(".safetensors"):
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
         else:
             torch.save(state, path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise MilanError(
-            f"cannot write weights to {path} ({reason(error)}); give a file in a folder that is there."
-        ) from error
 
 
 def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
@@ -274,13 +270,13 @@ def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -
         raise MilanError(f"weights file {path} does not fit {type(model).__name__} ({reason(error)}).") from error
 
 
-def load_weights(model: nn.Module, path: str, *, rename: Callable[[str], str] = str) -> None:
+def load_weights(model: nn.Module, path: str) -> None:
     """Loads a weights file into a model, whatever else the file holds; see :func:`read_weights`.
 
     Raises:
         MilanError: The file is missing or damaged, or does not fit.
     """
-    load_strictly(model, read_weights(path, model, rename=rename), path)
+    load_strictly(model, read_weights(path, model), path)
 
 
 def _is_real(tensor: torch.Tensor) -> bool:
@@ -304,14 +300,11 @@ def weights_digest(model: nn.Module) -> str:
         MilanError: The state dict holds an object whose content cannot be read.
     """
     digest = hashlib.sha256()
-    try:
+    needs = "tables need that to tell networks apart; give a network whose state_dict() holds tensors."
+    # A state dict may hold any object, and networks may build it themselves.
+    with explained(f"the weights of {type(model).__name__} cannot be identified", needs):
         for name, value in model.state_dict().items():
             _add(digest, name, value)
-    except Exception as error:  # a state dict may hold any object, and networks may build it themselves
-        raise MilanError(
-            f"the weights of {type(model).__name__} cannot be identified ({reason(error)}): tables need that to tell "
-            "networks apart; give a network whose state_dict() holds tensors."
-        ) from error
     return digest.hexdigest()
 
 

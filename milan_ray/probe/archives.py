@@ -13,10 +13,10 @@ from typing import Any, cast
 
 import pyarrow as pa
 
-from milan_ray.errors import MilanError, UnreadableImage, reason
+from milan_ray.errors import MilanError, UnreadableImage, explained
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.decode import HEAD, image_endings, looks_like_image, probe_image
-from milan_ray.probe.files import SYSTEM_FILES, Found, file_name, filesystem, read_part, tell
+from milan_ray.probe.files import SYSTEM_FILES, Found, file_name, location, place, read_file, tell
 from milan_ray.probe.manifest import Entry
 from milan_ray.probe.tables import Columns, class_name
 from milan_ray.textfiles import clean, decode_text
@@ -36,6 +36,9 @@ _LABELS = ("cls", "json", "txt")
 _JSON_LABELS = ("label", "class_name", "class", "category", "cls")
 _NAMED = 12
 """Maximum number of sample parts that a message lists."""
+
+_DAMAGE = (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, pa.ArrowException)
+"""What readers raise on damaged archives."""
 
 _MAX_LABEL = 1 << 20  # maximum size of a label member, bytes
 
@@ -58,16 +61,12 @@ class _Member:
         return self.name.rpartition("/")[2].partition(".")[2].lower()
 
 
-def is_member(ref: ImageRef) -> bool:
-    """Whether a manifest row is stored in an archive."""
-    place = _PLACE.fullmatch(ref.path)
-    return place is not None and file_name(ref.root, place[1] or "").endswith(TAR)
-
-
-def member_place(path: str) -> str:
-    """The archive in a member's manifest path; empty if the root itself is the archive."""
-    place = _PLACE.fullmatch(path)
-    return "" if place is None else place[1] or ""
+def archive_of(ref: ImageRef) -> str | None:
+    """The archive's path below the root, empty if the root is the archive; None for images that are in no archive."""
+    match = _PLACE.fullmatch(ref.path)
+    if match is None or not file_name(ref.root, match[1] or "").endswith(TAR):
+        return None
+    return match[1] or ""
 
 
 def read_member(ref: ImageRef) -> ProbeImage:
@@ -76,10 +75,10 @@ def read_member(ref: ImageRef) -> ProbeImage:
     Raises:
         UnreadableImage: The image is missing, corrupt, empty or too large.
     """
-    place = _PLACE.fullmatch(ref.path)
-    assert place is not None  # is_member
-    data = read_part(ref.root, place[1] or "", int(place[3]), int(place[4]))
-    if len(data) < int(place[4]):
+    match = _PLACE.fullmatch(ref.path)
+    assert match is not None  # archive_of
+    data = read_file(ref.root, match[1] or "", int(match[3]), int(match[4]))
+    if len(data) < int(match[4]):
         raise UnreadableImage("is cut off: the archive is shorter than when it was listed")
     return probe_image(data)
 
@@ -101,43 +100,43 @@ def archive_entries(root: str, files: Sequence[Found], columns: Columns) -> tupl
     """
     entries: list[Entry] = []
     left_out: Counter[str] = Counter()
-    parts_seen: Counter[str] = Counter()
+    parts: dict[str, None] = {}  # of all samples
     labelled = stray = 0
     for file in files:
-        where = f"{root.rstrip('/')}/{file.path}" if file.path else root
-        try:
-            with _Bounded(root, file.path) as source:
-                for sample in _samples(source, left_out):
-                    parts_seen.update(member.part for member in sample)
-                    images = _images(source, sample, columns.image)
-                    if len(images) > 1:
-                        parts = ", ".join(member.part for member in images)
-                        raise MilanError(
-                            f"sample {images[0].key} of {where} has several images ({parts}): choose one with "
-                            "--image-column; where these are several samples, give them names without further dots: a "
-                            "sample's key ends at the first."
-                        )
-                    label = _label(source, sample, columns.label, where)
-                    labelled += label is not None
-                    stray += label is not None and not images
-                    told = (*_LABELS, columns.label)
-                    left_out.update(
-                        f".{member.part}" if member.part else "no ending"
-                        for member in sample
-                        if member not in images and not (images and member.part in told)
+        where = location(root, file.path)
+        with (
+            explained(f"cannot read {where}", "give a sound tar archive.", *_DAMAGE),
+            _Bounded(root, file.path) as source,
+        ):
+            for sample in _samples(source, left_out):
+                parts |= {member.part: None for member in sample}
+                images = _images(source, sample, columns.image)
+                if len(images) > 1:
+                    several = ", ".join(member.part for member in images)
+                    raise MilanError(
+                        f"sample {images[0].key} of {where} has several images ({several}): choose one with "
+                        "--image-column; where these are several samples, give them names without further dots: a "
+                        "sample's key ends at the first."
                     )
-                    for member in images:
-                        folder = next(filter(None, member.name.split("/")[:-1]), None)
-                        place = f"{file.path}#{member.name}@{member.offset}:{member.size}"
-                        tag = f"{file.size} bytes"
-                        entries.append(Entry(root, place, member.size, file.mtime_ns, tag, label or folder))
-        except (tarfile.TarError, EOFError, OSError, ValueError, OverflowError, pa.ArrowException) as error:
-            raise MilanError(f"cannot read {where} ({reason(error)}): give a sound tar archive.") from error
-    seen = ", ".join(sorted(part or "no ending" for part in list(parts_seen)[:_NAMED])) or "nothing"
+                label = _label(source, sample, columns.label, where)
+                labelled += label is not None
+                stray += label is not None and not images
+                told = (*_LABELS, columns.label)
+                left_out.update(
+                    f".{member.part}" if member.part else "no ending"
+                    for member in sample
+                    if member not in images and not (images and member.part in told)
+                )
+                for member in images:
+                    folder = next(filter(None, member.name.split("/")[:-1]), None)
+                    path = f"{file.path}#{member.name}@{member.offset}:{member.size}"
+                    tag = f"{file.size} bytes"
+                    entries.append(Entry(root, path, member.size, file.mtime_ns, tag, label or folder))
+    present = ", ".join(sorted(part or "no ending" for part in list(parts)[:_NAMED])) or "nothing"
     if columns.image is not None and not entries and files:
-        raise MilanError(f"no sample in {root} has a part {columns.image!r} (--image-column): they have {seen}.")
+        raise MilanError(f"no sample in {root} has a part {columns.image!r} (--image-column): they have {present}.")
     if columns.label is not None and entries and not labelled:
-        raise MilanError(f"no sample in {root} has a label {columns.label!r} (--label-column): they have {seen}.")
+        raise MilanError(f"no sample in {root} has a label {columns.label!r} (--label-column): they have {present}.")
     if stray:
         tell(
             f"probe: {stray} labels in {root} belong to no image: the parts of a sample must follow each other in the "
@@ -150,8 +149,8 @@ class _Bounded:
     """A file whose reads are limited to its actual size, whatever size an archive header claims."""
 
     def __init__(self, root: str, path: str) -> None:
-        system, base = filesystem(root)
-        self._file = system.open_input_file(f"{base.rstrip('/')}/{path}" if path else base)
+        system, target = place(root, path)
+        self._file = system.open_input_file(target)
         self.size = self._file.size()
 
     def __enter__(self) -> _Bounded:
@@ -192,27 +191,27 @@ def _members(source: _Bounded, left_out: Counter[str]) -> Iterator[_Member]:
 
     A hard link is read as its target file under another name, as in a folder. Symbolic links are omitted.
     """
-    places: dict[str, tuple[int, int]] = {}
+    contents: dict[str, tuple[int, int]] = {}
     with tarfile.open(fileobj=cast(Any, source), mode="r:") as archive:
         while (info := archive.next()) is not None:
             archive.members.clear()  # type: ignore[attr-defined]  # otherwise tarfile keeps all members in memory
             if info.isfile() and info.offset_data + info.size > source.size:
                 raise EOFError(f"it is cut off in {info.name}")
             parts = info.name.removeprefix("./").split("/")
-            if info.isdir() or any(_is_hidden(part) for part in parts):
+            if info.isdir() or any(map(_is_hidden, parts)):
                 continue
-            place = (info.offset_data, info.size)
+            part = (info.offset_data, info.size)
             if info.islnk():
-                place = places.get(info.linkname.removeprefix("./"), (-1, 0))
+                part = contents.get(info.linkname.removeprefix("./"), (-1, 0))
             if ".." in parts:
                 left_out["names with .."] += 1
-            elif info.issym() or place[0] < 0:
+            elif info.issym() or part[0] < 0:
                 left_out["links"] += 1
             elif info.issparse() or not (info.isreg() or info.islnk()):
                 left_out["sparse files and devices"] += 1
             else:
-                places["/".join(parts)] = place
-                yield _Member("/".join(parts), *place)
+                contents["/".join(parts)] = part
+                yield _Member("/".join(parts), *part)
         # tarfile stops silently at a damaged header. An intact archive ends with zeros or at the end of the file.
         source.seek(archive.offset)
         if any(source.read(tarfile.BLOCKSIZE)):
@@ -228,9 +227,9 @@ def _images(source: _Bounded, sample: list[_Member], wanted: str | None) -> list
     if wanted is not None:
         return [member for member in sample if member.part == wanted.lower().removeprefix(".")]
     endings = image_endings()
-    found = [member for member in sample if f".{member.part}".endswith(endings)]
-    others = [member for member in sample if member.part not in _LABELS and member not in found]
-    return found or [member for member in others if member.size and looks_like_image(source.part(member, HEAD))]
+    images = [member for member in sample if f".{member.part}".endswith(endings)]
+    others = [member for member in sample if member.part not in _LABELS]
+    return images or [member for member in others if member.size and looks_like_image(source.part(member, HEAD))]
 
 
 def _label(source: _Bounded, sample: list[_Member], wanted: str | None, where: str) -> str | None:
@@ -253,21 +252,16 @@ def _label(source: _Bounded, sample: list[_Member], wanted: str | None, where: s
 def _of_json(source: _Bounded, parts: dict[str, _Member], fields: Sequence[str], where: str) -> str | None:
     if "json" not in parts:
         return None
-    try:
-        found = json.loads(_text(source, parts["json"], where))
-    except (ValueError, RecursionError) as error:
-        raise MilanError(f"{parts['json'].name} in {where} is no JSON ({error}): write the archive again.") from error
-    if isinstance(found, dict):
-        found = next((found[name] for name in fields if found.get(name) is not None), None)
-    if found is None or isinstance(found, (dict, list)):
-        return None
-    return class_name(found, None, where)
+    what = f"{parts['json'].name} in {where} is no JSON"
+    with explained(what, "write the archive again.", ValueError, RecursionError):
+        label = json.loads(_text(source, parts["json"], where))
+    if isinstance(label, dict):
+        label = next((label[name] for name in fields if label.get(name) is not None), None)
+    return None if isinstance(label, (dict, list)) else class_name(label, None, where)
 
 
 def _text(source: _Bounded, member: _Member, where: str) -> str:
     if member.size > _MAX_LABEL:
         raise MilanError(f"{member.name} in {where} has {member.size:,} bytes, too many for a label: leave it out.")
-    try:
+    with explained(f"{member.name} in {where} is no text in UTF-8", "write the archive again.", UnicodeDecodeError):
         return decode_text(source.part(member, member.size))
-    except UnicodeDecodeError as error:
-        raise MilanError(f"{member.name} in {where} is no text in UTF-8 ({error}): write the archive again.") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -12,9 +12,10 @@ import pyarrow as pa
 from milan_ray.errors import MilanError
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.decode import from_array
-from milan_ray.probe.files import absolute_root, list_files, local_path, tell
+from milan_ray.probe.files import list_files, local_path
+from milan_ray.probe.folder import FolderProbe, tell_classes
 from milan_ray.probe.manifest import Entry, build
-from milan_ray.probe.tables import PARQUET, Columns, read_row, table_entries
+from milan_ray.probe.tables import PARQUET, read_row, table_entries
 
 
 class ArrayProbe:
@@ -77,7 +78,7 @@ class ArrayProbe:
         return None if self._concept_maps is None else dict(self._concept_maps[int(ref.path)])
 
 
-class ParquetProbe:
+class ParquetProbe(FolderProbe):
     """A probe of encoded images in a column of one or several Parquet files, read by row group."""
 
     def __init__(self, path: str | Path, image: str | None = None, label: str | None = None) -> None:
@@ -89,9 +90,7 @@ class ParquetProbe:
                 names a file where ``bytes`` is null. None selects ``image``, or the only column that can hold images.
             label: Column of classes. None selects ``label``, or the only column that ``datasets`` marks as class label.
         """
-        self._root = absolute_root(path)
-        self._columns = Columns(image, label)
-        self.name = PurePosixPath(self._root).name or self._root
+        super().__init__([path], image_column=image, label_column=label)
 
     def manifest(self) -> pa.Table:
         """Lists the rows from the files' footers and the label column; reads no images.
@@ -99,17 +98,15 @@ class ParquetProbe:
         Raises:
             MilanError: The files or columns do not exist, or there are no rows.
         """
-        local = local_path(self._root)
+        (root,) = self._roots
+        local = local_path(root)
         if local is not None and not Path(local).exists():
-            raise MilanError(f"cannot read {self._root} (there is none): give a Parquet file or a folder of them.")
-        found = list_files(self._root).files
-        files = [file for file in found if not file.path or file.path.lower().endswith(PARQUET)]
-        entries = table_entries(self._root, sorted(files, key=lambda file: file.path), self._columns)
+            raise MilanError(f"cannot read {root} (there is none): give a Parquet file or a folder of them.")
+        files = [file for file in list_files(root).files if not file.path or file.path.lower().endswith(PARQUET)]
+        entries = table_entries(root, sorted(files), self._columns)
         if not entries:
-            raise MilanError(f"no images in {self._root}: it has no Parquet file with rows.")
-        without = sum(entry.class_label is None for entry in entries)
-        if without:
-            tell(f"probe: {without} of {len(entries)} images in {self._root} have no class (the shards do not say it)")
+            raise MilanError(f"no images in {root}: it has no Parquet file with rows.")
+        tell_classes(root, entries)
         return build(entries)
 
     def read(self, ref: ImageRef) -> ProbeImage:
@@ -119,10 +116,6 @@ class ParquetProbe:
             UnreadableImage: The image is null, missing, corrupt, empty or too large.
         """
         return read_row(ref, self._columns)
-
-    def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
-        """None: this probe has no concept maps."""
-        return None
 
 
 def _sha256(pixels: np.ndarray) -> str:

@@ -6,7 +6,8 @@ import hashlib
 import importlib.util
 import io
 import threading
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -124,48 +125,32 @@ def probe_image(data: bytes, sha256: str | None = None) -> ProbeImage:
         if not heic_is_read():
             raise UnreadableImage(f"is HEIC: {HEIC_REMEDY}")
         formats = (*FORMATS, "HEIF")
+    with _unreadable(), Image.open(io.BytesIO(data), formats=formats) as image:
+        return settle(image, hashlib.sha256(data).hexdigest() if sha256 is None else sha256)
+
+
+@contextmanager
+def _unreadable() -> Iterator[None]:
+    """Converts everything that Pillow's readers raise on damaged files, which is almost any exception."""
     try:
-        with Image.open(io.BytesIO(data), formats=formats) as image:
-            return settle(image, hashlib.sha256(data).hexdigest() if sha256 is None else sha256)
+        yield
     except UnreadableImage:
         raise
     except UnidentifiedImageError as error:  # its message contains a memory address
         raise UnreadableImage("is no image in a known format (JPEG, PNG, TIFF, WebP, GIF, AVIF, …)") from error
+    except Image.DecompressionBombError as error:
+        raise UnreadableImage(f"is more than {MAX_PIXELS:,} pixels large") from error
     except Exception as error:
-        raise _unreadable(error) from error
+        raise UnreadableImage(f"cannot be decoded ({type(error).__name__}: {error})") from error
 
 
+@_unreadable()
 def settle(image: Image.Image, sha256: str = "") -> ProbeImage:
     """Converts an opened or generated PIL image to the result of :func:`probe_image` for its file.
 
     Raises:
         UnreadableImage: The image is damaged, too large, or has pixels of unknown range.
     """
-    try:
-        return _settle(image, sha256)
-    except UnreadableImage:
-        raise
-    except Exception as error:  # Pillow's readers raise almost any exception on damaged files
-        raise _unreadable(error) from error
-
-
-def from_array(pixels: np.ndarray, sha256: str = "") -> ProbeImage:
-    """Makes a probe image of an array of pixels.
-
-    Args:
-        pixels: uint8 (H, W), (H, W, 3), or (H, W, N) for N bands. The first three bands are displayed as RGB; with two
-            bands, the first is displayed as grayscale.
-        sha256: Digest of the content.
-    """
-    if pixels.ndim == 2:
-        pixels = pixels[..., None]
-    if pixels.shape[2] == 3:
-        return ProbeImage(Image.fromarray(np.ascontiguousarray(pixels)), sha256)
-    shown = pixels[..., :3] if pixels.shape[2] > 3 else np.repeat(pixels[..., :1], 3, axis=2)
-    return ProbeImage(Image.fromarray(np.ascontiguousarray(shown)), sha256, pixels)
-
-
-def _settle(image: Image.Image, sha256: str) -> ProbeImage:
     if image.width * image.height > MAX_PIXELS:
         raise UnreadableImage(f"is {image.width}×{image.height} pixels, more than {MAX_PIXELS:,}")
     if image.mode == "F":
@@ -193,10 +178,26 @@ def _settle(image: Image.Image, sha256: str) -> ProbeImage:
     return ProbeImage(image.convert("RGB"), sha256, bands, note)
 
 
+def from_array(pixels: np.ndarray, sha256: str = "") -> ProbeImage:
+    """Makes a probe image of an array of pixels.
+
+    Args:
+        pixels: uint8 (H, W), (H, W, 3), or (H, W, N) for N bands. The first three bands are displayed as RGB; with two
+            bands, the first is displayed as grayscale.
+        sha256: Digest of the content.
+    """
+    if pixels.ndim == 2:
+        pixels = pixels[..., None]
+    if pixels.shape[2] == 3:
+        return ProbeImage(Image.fromarray(np.ascontiguousarray(pixels)), sha256)
+    shown = pixels[..., :3] if pixels.shape[2] > 3 else np.repeat(pixels[..., :1], 3, axis=2)
+    return ProbeImage(Image.fromarray(np.ascontiguousarray(shown)), sha256, pixels)
+
+
 def _tag(image: Image.Image, number: int) -> object:
     """The value of a TIFF tag; None for other formats."""
-    found = getattr(image, "tag_v2", {}).get(number)
-    return found[0] if isinstance(found, tuple) and found else found
+    value = getattr(image, "tag_v2", {}).get(number)
+    return value[0] if isinstance(value, tuple) and value else value
 
 
 def _refuse_doubtful(image: Image.Image) -> None:
@@ -246,9 +247,3 @@ def _too_dark(bits: int) -> str:
 
 def _is_heif(head: bytes) -> bool:
     return head[4:8] == b"ftyp" and head[8:12] in _HEIF_BRANDS and b"avif" not in head[8:64]
-
-
-def _unreadable(error: Exception) -> UnreadableImage:
-    if isinstance(error, Image.DecompressionBombError):
-        return UnreadableImage(f"is more than {MAX_PIXELS:,} pixels large")
-    return UnreadableImage(f"cannot be decoded ({type(error).__name__}: {error})")

@@ -6,7 +6,7 @@ import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -84,6 +84,17 @@ def absolute_root(root: str | Path) -> str:
     return str(path.parent.resolve() / path.name if path.is_file() else path.resolve())
 
 
+def location(root: str, path: str) -> str:
+    """The address of a file below a root, for messages; the root itself if the path is empty."""
+    return f"{root.rstrip('/')}/{path}" if path else root
+
+
+def place(root: str, path: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem of a file below a root, and the file's path in it."""
+    system, base = filesystem(root)
+    return system, location(base, path)
+
+
 def file_name(root: str, path: str) -> str:
     """The name whose ending tells the file's format: its path, or the root if the root is the file; in lower case."""
     return (path or split_query(root)[0]).lower()
@@ -108,49 +119,40 @@ def list_files(root: str) -> Listing:
     return _list_remote(root) if local is None else _list_local(local)
 
 
-def read_file(root: str, path: str) -> bytes:
-    """Reads a whole file.
+def read_file(root: str, path: str, offset: int = 0, size: int | None = None) -> bytes:
+    """Reads a file, or a range of its bytes; returns fewer bytes if the file ends earlier.
+
+    Args:
+        root: The root.
+        path: The file's path below the root; empty if the root is the file.
+        offset: First byte.
+        size: Number of bytes; None reads to the end.
 
     Raises:
         UnreadableImage: The file is missing or not readable.
         MilanError: An object store failed on every attempt.
     """
+
+    def length(whole: int) -> int:
+        return max(whole - offset if size is None else min(size, whole - offset), 0)
+
     local = local_path(root)
     if local is not None:
         try:
-            place = Path(local, path)
-            if not stat.S_ISREG(place.stat().st_mode):  # reading a pipe would block
+            target = Path(local, path)
+            if not stat.S_ISREG(target.stat().st_mode):  # reading a pipe would block
                 raise UnreadableImage("is no plain file")
-            return place.read_bytes()
-        except OSError as error:
-            raise UnreadableImage(f"cannot be read ({error.strerror})") from error
-    return _remotely(root, path, lambda file: file.read())
-
-
-def read_part(root: str, path: str, offset: int, size: int) -> bytes:
-    """Reads a range of bytes of a file; returns fewer bytes if the file ends earlier.
-
-    Raises:
-        UnreadableImage: The file is missing or not readable.
-        MilanError: An object store failed on every attempt.
-    """
-    local = local_path(root)
-    if local is not None:
-        try:
-            with Path(local, path).open("rb") as file:
+            with target.open("rb") as file:
                 file.seek(offset)
-                return file.read(max(min(size, os.fstat(file.fileno()).st_size - offset), 0))
+                return file.read(length(os.fstat(file.fileno()).st_size))
         except OSError as error:
             raise UnreadableImage(f"cannot be read ({error.strerror})") from error
-    return _remotely(root, path, lambda file: file.read_at(max(min(size, file.size() - offset), 0), offset))
-
-
-def _remotely(root: str, path: str, read: Callable[[pa.NativeFile], bytes]) -> bytes:
-    system, base = filesystem(root)
+    system, key = place(root, path)
     for pause in (*_PAUSES, None):
         try:
-            with system.open_input_file(f"{base.rstrip('/')}/{path}" if path else base) as file:
-                return read(file)
+            with system.open_input_file(key) as remote:
+                content: bytes = remote.read_at(length(remote.size()), offset)
+                return content
         except (FileNotFoundError, PermissionError) as error:
             raise UnreadableImage(f"cannot be read ({type(error).__name__})") from error
         except OSError as error:  # the network failed, not the image: skipping the image would change the result
@@ -174,11 +176,10 @@ def images_of(root: str, listing: Listing, only: tuple[str, ...] | None = None) 
         The images, in the listing's order; ending → number of files that are not images.
     """
     endings = only or image_endings()
-    odd = [found for found in listing.files if not found.path.lower().endswith(endings)]
-    seen = set(_look(root, odd)) if only is None else set()
-    left_out = Counter(ending(found.path) for found in odd if found.path not in seen)
-    images = [found for found in listing.files if found.path.lower().endswith(endings) or found.path in seen]
-    return images, left_out
+    odd = [file for file in listing.files if not file.path.lower().endswith(endings)]
+    images = set(_look(root, odd)) if only is None else set()
+    others = {file.path for file in odd if file.path not in images}
+    return [file for file in listing.files if file.path not in others], Counter(map(ending, others))
 
 
 def ending(path: str) -> str:
@@ -224,18 +225,18 @@ def tell(text: str) -> None:
 def _look(root: str, files: list[Found]) -> Iterator[str]:
     """Yields the paths of files whose first bytes are those of an image."""
 
-    def head(found: Found) -> bool:
+    def head(file: Found) -> bool:
         try:
-            return looks_like_image(read_part(root, found.path, 0, HEAD))
+            return looks_like_image(read_file(root, file.path, 0, HEAD))
         except UnreadableImage:
             return False
 
     if local_path(root) is not None:
-        yield from (found.path for found in files if found.size and head(found))
+        yield from (file.path for file in files if file.size and head(file))
         return
-    files = [found for found in files if found.size and ending(found.path) not in NEVER_IMAGES]
+    files = [file for file in files if file.size and ending(file.path) not in NEVER_IMAGES]
     with ThreadPoolExecutor(_LOOKS) as threads:
-        yield from (found.path for found, yes in zip(files, threads.map(head, files), strict=True) if yes)
+        yield from (file.path for file, is_image in zip(files, threads.map(head, files), strict=True) if is_image)
 
 
 def is_ignored(name: str) -> bool:
@@ -245,8 +246,7 @@ def is_ignored(name: str) -> bool:
 
 def _list_local(root: str) -> Listing:
     if os.path.isfile(root):
-        status = os.stat(root)
-        return Listing([Found("", status.st_size, status.st_mtime_ns)])
+        return Listing([_stat("", root)])
     listing = Listing()
     folders: set[str] = set()
     links: list[tuple[str, str]] = []
@@ -262,22 +262,14 @@ def _list_local(root: str) -> Listing:
         for folder, names, files in os.walk(top, onerror=fail):
             here = below if folder == top else f"{below}{os.path.relpath(folder, top).replace(os.sep, '/')}/"
             folders.add(folder)
-            for name in list(names):
-                place = os.path.join(folder, name)
-                linked = os.path.islink(place)
-                if linked and not is_ignored(name):
-                    links.append((here + name, place))
-                if linked or is_ignored(name) or place in folders:
-                    names.remove(name)
-            for name in files:
-                place = os.path.join(folder, name)
-                if is_ignored(name):
-                    continue
-                if os.path.islink(place):
-                    file_links.append((here + name, place))
-                    continue
-                status = os.stat(place)
-                listing.files.append(Found(here + name, status.st_size, status.st_mtime_ns))
+            folder_paths = [(name, os.path.join(folder, name)) for name in names if not is_ignored(name)]
+            links.extend((here + name, path) for name, path in folder_paths if os.path.islink(path))
+            names[:] = [name for name, path in folder_paths if not os.path.islink(path) and path not in folders]
+            for name, path in ((name, os.path.join(folder, name)) for name in files if not is_ignored(name)):
+                if os.path.islink(path):
+                    file_links.append((here + name, path))
+                else:
+                    listing.files.append(_stat(here + name, path))
 
     walk(os.path.realpath(root), "")
     while links:  # real folders keep their own paths; a folder reached only by links gets the first link's path
@@ -296,13 +288,17 @@ def _list_local(root: str) -> Listing:
             listing.links.append(path)
             continue
         try:
-            status = os.stat(place)
+            listing.files.append(_stat(path, place))
+            linked_to.add(target)
         except OSError:  # a broken link: listed here, then skipped with a reason when read
             listing.files.append(Found(path, None, None))
-        else:
-            linked_to.add(target)
-            listing.files.append(Found(path, status.st_size, status.st_mtime_ns))
     return listing
+
+
+def _stat(path: str, file: str) -> Found:
+    """The entry of a local file, listed under a path."""
+    status = os.stat(file)
+    return Found(path, status.st_size, status.st_mtime_ns)
 
 
 def _list_remote(root: str) -> Listing:

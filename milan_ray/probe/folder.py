@@ -15,8 +15,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 import pyarrow as pa
 
-from milan_ray.errors import MilanError
-from milan_ray.probe.archives import PACKED, TAR, archive_entries, is_member, member_place, read_member
+from milan_ray.errors import MilanError, explained
+from milan_ray.probe.archives import PACKED, TAR, archive_entries, archive_of, read_member
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.decode import EXTENSIONS, image_endings, probe_image
 from milan_ray.probe.files import (
@@ -27,6 +27,7 @@ from milan_ray.probe.files import (
     images_of,
     list_files,
     local_path,
+    location,
     read_file,
     tell,
     tell_left_out,
@@ -37,11 +38,11 @@ from milan_ray.probe.tables import (
     PARQUET,
     Columns,
     arrow_files,
-    is_row,
     is_saved,
     read_row,
     sidecars,
     table_entries,
+    table_of,
 )
 from milan_ray.remote import split_query
 from milan_ray.textfiles import delimiter, read_rows, read_text, same_name, unquoted
@@ -99,20 +100,24 @@ class FolderProbe:
         """
         labels = None if self._labels is None else _Labels(self._labels)
         entries: list[Entry] = []
-        seen: set[str] = set()
+        listed: set[str] = set()
         for root in self._roots:
-            found = _entries_of(root, labels, self._columns, self._endings)
+            own = _entries_of(root, labels, self._columns, self._endings)
             if labels is None:
-                tell_classes(root, found)
+                tell_classes(root, own)
             if len(self._roots) > 1:
-                fresh = [entry for entry in found if (place := _real(entry)) not in seen and not seen.add(place)]  # type: ignore[func-returns-value]
-                if len(fresh) < len(found):
-                    tell(f"probe: {len(found) - len(fresh)} of {len(found)} images in {root} are listed already")
-                found = fresh
-            entries += found
+                fresh: dict[str, Entry] = {}
+                for entry in own:
+                    if (place := _real(entry)) not in listed:
+                        fresh.setdefault(place, entry)
+                if len(fresh) < len(own):
+                    tell(f"probe: {len(own) - len(fresh)} of {len(own)} images in {root} are listed already")
+                listed |= fresh.keys()
+                own = list(fresh.values())
+            entries += own
         if labels is not None:
             labels.tell(len(entries), self._roots)
-        if self._columns != Columns() and not any(_in_shard(entry) for entry in entries):
+        if self._columns != Columns() and all(_shard(entry) is None for entry in entries):
             raise MilanError(
                 f"{', '.join(self._roots)} holds images as files: --image-column and --label-column are for Parquet, "
                 "Arrow and tar files."
@@ -126,9 +131,9 @@ class FolderProbe:
             UnreadableImage: The image is missing, corrupt, empty or too large.
             MilanError: A remote filesystem failed on every attempt.
         """
-        if is_row(ref):
+        if table_of(ref) is not None:
             return read_row(ref, self._columns)
-        if is_member(ref):
+        if archive_of(ref) is not None:
             return read_member(ref)
         data = read_file(ref.root, ref.path)
         return probe_image(data, hashlib.sha256(data).hexdigest())
@@ -193,33 +198,32 @@ def read_labels(path: str) -> dict[str, str]:
     Raises:
         MilanError: The file cannot be read, no line has a file and a label, or an image has two labels.
     """
-    try:
+    remedy = "give a CSV or lines of `file label`."
+    with explained(f"cannot read the labels in {path}", remedy, OSError, UnicodeDecodeError, csv.Error):
         text = read_text(path)
         rows = read_rows(text)
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise MilanError(f"cannot read the labels in {path} ({error}): give a CSV or lines of `file label`.") from error
     header = [name.lower() for name in rows[0]] if rows else []
     file_column = next((name for name in _FILE_COLUMNS if name in header), None)
     label_column = next((name for name in _LABEL_COLUMNS if name in header and name != file_column), None)
     if file_column and label_column:
-        file, label = header.index(file_column), header.index(label_column)
+        columns = header.index(file_column), header.index(label_column)
         _check_cells(path, text, len(header))
-        pairs = [(row[file], row[label]) for row in rows[1:] if len(row) > max(file, label)]
+        pairs = [(row[columns[0]], row[columns[1]]) for row in rows[1:] if len(row) > max(columns)]
     elif rows and all(len(row) == 2 and row[0].lower().endswith(image_endings()) for row in rows):  # without a header
         _check_cells(path, text, 2)
         pairs = [(row[0], row[1]) for row in rows]
     else:
         split = [line.split(maxsplit=1) for line in text.splitlines()]
         pairs = [(unquoted(words[0]), unquoted(words[1])) for words in split if len(words) == 2]
-    found: dict[str, str] = {}
-    for name, said in ((same_name(name), said) for name, said in pairs if name and said):
-        if any(unicodedata.category(letter) == "Cc" for letter in name + said):
-            raise MilanError(f"{path} has control characters in {name!r}, {said!r}: mend that line.")
-        if found.setdefault(name, said) != said:
-            raise MilanError(f"{path} labels {name} twice, as {found[name]!r} and as {said!r}: leave one.")
-    if not found:
+    labels: dict[str, str] = {}
+    for name, label in ((same_name(name), label) for name, label in pairs if name and label):
+        if any(unicodedata.category(letter) == "Cc" for letter in name + label):
+            raise MilanError(f"{path} has control characters in {name!r}, {label!r}: mend that line.")
+        if labels.setdefault(name, label) != label:
+            raise MilanError(f"{path} labels {name} twice, as {labels[name]!r} and as {label!r}: leave one.")
+    if not labels:
         raise MilanError(f"no labels in {path}: give a CSV with columns `file` and `label`, or lines of `file label`.")
-    return found
+    return labels
 
 
 def _check_cells(path: str, text: str, cells: int) -> None:
@@ -243,7 +247,7 @@ def _check_cells(path: str, text: str, cells: int) -> None:
 def tell_classes(where: str, entries: Sequence[Entry]) -> None:
     """Prints how many images have no class, if other images have one or if the images come from shards."""
     without = [entry for entry in entries if entry.class_label is None]
-    shards = bool(entries) and _in_shard(entries[0])
+    shards = bool(entries) and _shard(entries[0]) is not None
     if without and (shards or len(without) < len(entries)):
         why = "the shards do not say it" if shards else "they lie in no folder below it"
         first = without[0].path or where
@@ -300,44 +304,33 @@ def _entries_of(root: str, labels: _Labels | None, columns: Columns, endings: tu
 
 
 def _ending_in(root: str, files: Sequence[Found], endings: tuple[str, ...]) -> list[Found]:
-    found = [found for found in files if file_name(root, found.path).endswith(endings)]
-    return sorted(found, key=lambda found: found.path)
+    return sorted(file for file in files if file_name(root, file.path).endswith(endings))
 
 
-def _in_shard(entry: Entry) -> bool:
+def _shard(entry: Entry) -> str | None:
+    """The path below the root of the table or archive that holds an image; None for an image that is a file."""
     ref = ImageRef(0, entry.root, entry.path)
-    return is_row(ref) or is_member(ref)
+    table = table_of(ref)
+    return archive_of(ref) if table is None else table
 
 
-@lru_cache(maxsize=4096)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
-
-
-@lru_cache(maxsize=4096)
-def _real_file(file: str) -> str:
-    return os.path.realpath(file)
+@lru_cache(maxsize=8192)
+def _real_path(path: str) -> str:
+    return os.path.realpath(path)
 
 
 def _real(entry: Entry) -> str:
     """The image's location with all links resolved, for detecting images that two roots share."""
-    local = local_path(entry.root)
-    ref = ImageRef(0, entry.root, entry.path)
-    if is_row(ref) or is_member(ref):  # the shard's real path, then the position in the shard
-        path, mark, row = entry.path.rpartition("#") if is_row(ref) else _split_member(entry.path)
-        file = f"{entry.root.rstrip('/')}/{path}" if path else entry.root
-        return (file if local is None else _real_file(os.path.join(local, path) if path else local)) + mark + row
+    local, shard = local_path(entry.root), _shard(entry)
+    if shard is not None:  # the shard's real path, then the position in the shard
+        file = location(entry.root, shard) if local is None else _real_path(location(local, shard))
+        return file + entry.path[len(shard) :]
     if local is None:
-        return f"{entry.root.rstrip('/')}/{entry.path}"
-    place = os.path.join(local, entry.path)
-    if os.path.islink(place):
-        return os.path.realpath(place)
-    return os.path.join(_real_folder(os.path.dirname(place)), os.path.basename(place))
-
-
-def _split_member(path: str) -> tuple[str, str, str]:
-    archive = member_place(path)
-    return archive, "#", path[len(archive) + 1 :]
+        return location(entry.root, entry.path)
+    file = os.path.join(local, entry.path)
+    if os.path.islink(file):
+        return os.path.realpath(file)
+    return os.path.join(_real_path(os.path.dirname(file)), os.path.basename(file))
 
 
 def _parts(path: str) -> tuple[str, str, str]:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageDraw
 
-from milan_ray.errors import MilanError, reason
+from milan_ray.errors import MilanError, explained
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.decode import EXTENSIONS, FORMATS, MAX_PIXELS
 from milan_ray.probe.folder import FolderProbe
@@ -81,11 +81,10 @@ def read_legend(path: Path) -> dict[int, str]:
     Raises:
         MilanError: The file cannot be read, or has no line with a number and a name.
     """
-    try:
+    remedy = "give lines of `number name`."
+    with explained(f"cannot read the legend {path}", remedy, OSError, UnicodeDecodeError):
         lines = read_text(path).splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise MilanError(f"cannot read the legend {path} ({error}): give lines of `number name`.") from error
-    found = {}
+    names = {}
     for line in map(clean, lines):
         between = "\t" if "\t" in line else delimiter(line)
         with csv_in(path):
@@ -94,13 +93,13 @@ def read_legend(path: Path) -> dict[int, str]:
         if len(cells) > 1 and _is_number(cells[0]):
             # In a tab-separated table, the name is the last cell; in comma-separated lines, it is the second.
             name = cells[-1] if between == "\t" else cells[1]
-            found[int(cells[0])] = unquoted(name.split(",")[0])
+            names[int(cells[0])] = unquoted(name.split(",")[0])
         elif cells and _is_number(cells[0].partition(" ")[0]):  # `401 car, auto`
             number, _, name = cells[0].partition(" ")
-            found[int(number)] = unquoted(name)
-    if not found:
-        raise MilanError(f"{path} is no legend of label maps: give lines of `number name`.")
-    return found
+            names[int(number)] = unquoted(name)
+    if not names:
+        raise MilanError(f"{path} is no legend of label maps: {remedy}")
+    return names
 
 
 def _is_number(text: str) -> bool:
@@ -128,16 +127,11 @@ class LabelledFolder:
         """
         entries = []
         for path, label in self._images():
-            try:
-                status = (self._root / path).stat()
-            except OSError as error:
-                raise MilanError(f"cannot read {self._root / path} ({error.strerror}): mend the index.") from error
+            size, mtime_ns = _stat(self._root / path, "", "mend the index")
             tag = hashlib.sha256(repr(self._version()).encode())
             for file in self._label_files(path):
-                tag.update(repr((file.name, *_stat(file))).encode())
-            entries.append(
-                Entry(str(self._root), path, status.st_size, status.st_mtime_ns, tag.hexdigest()[:16], label)
-            )
+                tag.update(repr((file.name, *_stat(file, "the label map ", "put it there"))).encode())
+            entries.append(Entry(str(self._root), path, size, mtime_ns, tag.hexdigest()[:16], label))
         if not entries:
             raise MilanError(f"no images with label maps in {self._root}: see docs/labelers.md for the layouts.")
         return build(entries)
@@ -248,22 +242,19 @@ class BrodenFolder(LabelledFolder):
         names, row = self._names, self._index[ref.path.removeprefix("images/")]
         maps = [_numbers(file) for file in self._label_files(ref.path)]
         shape = maps[0].shape if maps else (int(row["sh"]), int(row["sw"]))
-        found: dict[str, np.ndarray] = {}
+        concepts: dict[str, np.ndarray] = {}
         for numbers in maps:
-            for number in np.unique(numbers).tolist():
-                if number in names:
-                    found[names[number]] = found.get(names[number], False) | (numbers == number)
+            _add_regions(concepts, numbers, names)
         for entry in _entries(row):
             if entry.isdigit() and int(entry) in names:
-                found[names[int(entry)]] = np.ones(shape, bool)
-        return found
+                concepts[names[int(entry)]] = np.ones(shape, bool)
+        return concepts
 
     def _images(self) -> list[tuple[str, str | None]]:
-        found = []
-        for image, row in self._index.items():
-            scene = (row.get("scene") or "").split(";")[0]
-            found.append((f"images/{image}", self._names.get(int(scene)) if scene.isdigit() else None))
-        return found
+        scenes = ((image, (row.get("scene") or "").split(";")[0]) for image, row in self._index.items())
+        return [
+            (f"images/{image}", self._names.get(int(scene)) if scene.isdigit() else None) for image, scene in scenes
+        ]
 
     def _label_files(self, path: str) -> list[Path]:
         entries = _entries(self._index[path.removeprefix("images/")])
@@ -287,10 +278,8 @@ class Ade20kFolder(LabelledFolder):
         objects = annotation.get("object", [])
         numbers = _numbers(segmentation, ade20k=True)
         names = {int(thing["name_ndx"]): _first(thing["name"]) for thing in objects}
-        found: dict[str, np.ndarray] = {}
-        for number in np.unique(numbers).tolist():
-            if number in names:
-                found[names[number]] = found.get(names[number], False) | (numbers == number)
+        concepts: dict[str, np.ndarray] = {}
+        _add_regions(concepts, numbers, names)
         drawn: dict[str, Image.Image] = {}
         for thing in objects:
             corners = list(zip(thing["polygon"]["x"], thing["polygon"]["y"], strict=True))
@@ -298,10 +287,10 @@ class Ade20kFolder(LabelledFolder):
                 canvas = drawn.setdefault(_first(thing["name"]), Image.new("1", numbers.shape[::-1]))
                 ImageDraw.Draw(canvas).polygon(corners, fill=1)
         for name, canvas in drawn.items():
-            found[name] = found.get(name, False) | np.asarray(canvas)
+            concepts[name] = concepts.get(name, False) | np.asarray(canvas)
         if scene := self._scene(annotation):
-            found[scene] = np.ones(numbers.shape, bool)
-        return found
+            concepts[scene] = np.ones(numbers.shape, bool)
+        return concepts
 
     @staticmethod
     def _scene(annotation: Mapping[str, Any]) -> str | None:
@@ -309,12 +298,13 @@ class Ade20kFolder(LabelledFolder):
         return named[-1] if named else None
 
     def _images(self) -> list[tuple[str, str | None]]:
-        found = []
-        for path in _walk(self._root):
-            files = self._label_files(path.relative_to(self._root).as_posix())
-            if all(file.is_file() for file in files):  # skips the label maps themselves
-                found.append((path.relative_to(self._root).as_posix(), self._scene(_ade20k(files[1]))))
-        return found
+        paths = [path.relative_to(self._root).as_posix() for path in _walk(self._root)]
+        labelled = ((path, self._label_files(path)) for path in paths)
+        return [
+            (path, self._scene(_ade20k(files[1])))
+            for path, files in labelled
+            if all(file.is_file() for file in files)  # skips the label maps themselves
+        ]
 
     def _label_files(self, path: str) -> list[Path]:
         whole = self._root / path
@@ -342,15 +332,16 @@ def _is_ade20k(folder: Path) -> bool:
 
 def _walk(folder: Path) -> list[Path]:
     """The images below a folder, except hidden ones, sorted by path."""
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
-    return sorted(path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts))
+    images = (path for path in folder.rglob("*") if path.suffix.lower() in EXTENSIONS)
+    return sorted(path for path in images if not any(part.startswith(".") for part in path.relative_to(folder).parts))
 
 
-def _stat(file: Path) -> tuple[int, int]:
+def _stat(file: Path, kind: str, remedy: str) -> tuple[int, int]:
+    """Size and modification time of a file."""
     try:
         status = file.stat()
     except OSError as error:
-        raise MilanError(f"cannot read the label map {file} ({error.strerror}): put it there.") from error
+        raise MilanError(f"cannot read {kind}{file} ({error.strerror}): {remedy}.") from error
     return status.st_size, status.st_mtime_ns
 
 
@@ -360,17 +351,24 @@ def _numbers(file: Path, ade20k: bool = False) -> np.ndarray:
     Raises:
         MilanError: The map is missing, damaged or too large.
     """
-    try:
-        with Image.open(io.BytesIO(file.read_bytes()), formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                raise ValueError(f"{image.width}×{image.height} pixels are too many")
-            pixels = np.asarray(image).astype(np.int64)
-    except Exception as error:  # Pillow's readers raise almost any exception on damaged files
-        raise MilanError(f"cannot read the label map {file} ({reason(error)}): put a sound one there.") from error
+    with (
+        explained(f"cannot read the label map {file}", "put a sound one there."),
+        Image.open(io.BytesIO(file.read_bytes()), formats=FORMATS) as image,
+    ):
+        if image.width * image.height > MAX_PIXELS:
+            raise ValueError(f"{image.width}×{image.height} pixels are too many")
+        pixels = np.asarray(image).astype(np.int64)
     if pixels.ndim == 2:
         return pixels
     red, green = pixels[..., 0], pixels[..., 1]
     return red // 10 * 256 + green if ade20k else red + 256 * green
+
+
+def _add_regions(concepts: dict[str, np.ndarray], numbers: np.ndarray, names: Mapping[int, str]) -> None:
+    """Adds the region of each named number in a label map (H, W) to the maps of concepts."""
+    for number in np.unique(numbers).tolist():
+        if number in names:
+            concepts[names[number]] = concepts.get(names[number], False) | (numbers == number)
 
 
 def _first(name: str) -> str:
@@ -378,11 +376,8 @@ def _first(name: str) -> str:
 
 
 def _rows(path: Path, needed: tuple[str, ...]) -> list[dict[str, str]]:
-    try:
-        with csv_in(path):
-            rows = list(dict_reader(read_text(path)))
-    except (OSError, UnicodeDecodeError) as error:
-        raise MilanError(f"cannot read {path} ({error}): give Broden's own file.") from error
+    with explained(f"cannot read {path}", "give Broden's own file.", OSError, UnicodeDecodeError), csv_in(path):
+        rows = list(dict_reader(read_text(path)))
     if not rows or any(rows[0].get(name) is None for name in needed):
         raise MilanError(f"{path} is none of Broden's: it lacks rows or the columns {', '.join(needed)}.")
     return rows

@@ -13,7 +13,7 @@ import pyarrow as pa
 import torch
 from safetensors.torch import load_file
 
-from milan_ray.errors import MilanError, reason
+from milan_ray.errors import MilanError, explained
 from milan_ray.probe.base import ImageRef
 from milan_ray.probe.manifest import Entry, build
 from milan_ray.tensorfiles import check_sizes, describe_dtype
@@ -48,8 +48,8 @@ class LatentFiles:
         files = self._files()
         identity = hashlib.sha256()
         for file in files:
-            found = file.stat()
-            identity.update(f"{file.name} {found.st_size} {found.st_mtime_ns}\n".encode())
+            status = file.stat()
+            identity.update(f"{file.name} {status.st_size} {status.st_mtime_ns}\n".encode())
         root, etag = "+".join(self._sources), identity.hexdigest()[:16]
         return build([Entry(root, str(row), etag=etag) for row in range(len(self._tensors(files)[0]))])
 
@@ -107,12 +107,8 @@ def _open(files: tuple[Path, ...], mtimes: tuple[int, ...]) -> tuple[tuple[str, 
 
 
 def _read(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    try:
+    with explained(f"{file} cannot be read as tensors", "save the tensors alone."):
         content = _content(file)
-    except MilanError:
-        raise
-    except Exception as error:  # the readers raise almost any exception on damaged files
-        raise MilanError(f"{file} cannot be read as tensors ({reason(error)}): save the tensors alone.") from error
     for name, tensor in content.items():
         if not isinstance(tensor, torch.Tensor):
             raise MilanError(

@@ -8,6 +8,7 @@ import os
 import re
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import PurePosixPath
@@ -15,12 +16,11 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from pyarrow import fs
 
-from milan_ray.errors import MilanError, UnreadableImage, reason
+from milan_ray.errors import MilanError, UnreadableImage, explained
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.decode import probe_image
-from milan_ray.probe.files import Found, file_name, filesystem, local_path, read_file, tell
+from milan_ray.probe.files import Found, file_name, local_path, location, place, read_file, tell
 from milan_ray.probe.manifest import Entry
 from milan_ray.remote import is_uri
 from milan_ray.tensorfiles import check_groups
@@ -61,10 +61,16 @@ class Columns:
     label: str | None = None
 
 
-def is_row(ref: ImageRef) -> bool:
-    """Whether a manifest row is a row of a table."""
-    place = _PLACE.fullmatch(ref.path)
-    return place is not None and file_name(ref.root, place[1]).endswith(PARQUET + ARROW)
+def table_of(ref: ImageRef) -> str | None:
+    """The table's path below the root, empty if the root is the table; None for images that are in no table."""
+    match = _PLACE.fullmatch(ref.path)
+    return match[1] if match and file_name(ref.root, match[1]).endswith(PARQUET + ARROW) else None
+
+
+def _readable(root: str, path: str) -> AbstractContextManager[None]:
+    """Converts errors of Arrow's readers into one that names the table."""
+    errors = (OSError, pa.ArrowException, IndexError)
+    return explained(f"cannot read {location(root, path)}", "mend it, or write it again.", *errors)
 
 
 def table_entries(root: str, files: Sequence[Found], columns: Columns) -> list[Entry]:
@@ -81,8 +87,8 @@ def table_entries(root: str, files: Sequence[Found], columns: Columns) -> list[E
     entries = []
     named: dict[str, tuple[list[str] | None, str]] = {}
     for file in files:
-        where = _location(root, file.path)
-        try:
+        where = location(root, file.path)
+        with _readable(root, file.path):
             table = _open(root, file.path)
             if file.size is not None and sum(table.rows) > 8 * file.size:  # a row takes at least one bit
                 raise pa.ArrowInvalid(f"it claims {sum(table.rows):,} rows, and has {file.size:,} bytes")
@@ -98,17 +104,14 @@ def table_entries(root: str, files: Sequence[Found], columns: Columns) -> list[E
                 classes = table.column(group, label).to_pylist() if label is not None else [None] * rows
                 tags = _tags(root, file, table, group, image)
                 for row, name in enumerate(classes):
-                    place = f"{file.path}#{group}:{row}"
-                    found = class_name(name, names, where)
-                    entries.append(Entry(root, place, mtime_ns=file.mtime_ns, etag=tags[row], class_label=found))
-        except (OSError, pa.ArrowException) as error:
-            raise MilanError(f"cannot read {where} ({reason(error)}): mend it, or write it again.") from error
+                    path = f"{file.path}#{group}:{row}"
+                    entries.append(Entry(root, path, None, file.mtime_ns, tags[row], class_name(name, names, where)))
     return entries
 
 
 def is_saved(files: Sequence[Found]) -> bool:
     """Whether a folder was written by ``save_to_disk``."""
-    names = {PurePosixPath(found.path).name for found in files}
+    names = {PurePosixPath(file.path).name for file in files}
     return "state.json" in names and any(name.endswith(ARROW) for name in names)
 
 
@@ -123,28 +126,27 @@ def arrow_files(root: str, files: Sequence[Found], others: Sequence[Found]) -> l
     Raises:
         MilanError: There are several data sets, or an indices file selects the data set's rows.
     """
-    states = [found for found in others if PurePosixPath(found.path).name == "state.json"]
+    states = [file for file in others if PurePosixPath(file.path).name == "state.json"]
     if len(states) > 1:
-        folders = ", ".join(sorted(str(PurePosixPath(found.path).parent) for found in states))
+        folders = ", ".join(sorted(str(PurePosixPath(file.path).parent) for file in states))
         raise MilanError(f"{root} holds several data sets ({folders}): give one of these folders, or several, by name.")
     if not states:
         return list(files)
     path = states[0].path
-    try:
+    what = f"cannot read {location(root, path)}"
+    with explained(what, "save the data set again.", ValueError, KeyError, TypeError):
         state = json.loads(read_file(root, path))
         names = [str(item["filename"]) for item in state["_data_files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise MilanError(f"cannot read {_location(root, path)} ({reason(error)}): save the data set again.") from error
     if state.get("_indices_data_files"):
         raise MilanError(
             f"{root} is saved with a choice of rows beside its data: call flatten_indices() and save_to_disk again."
         )
     folder = path.rpartition("/")[0]
-    below = {found.path: found for found in files}
+    below = {file.path: file for file in files}
     wanted = [f"{folder}/{name}" if folder else name for name in names]
     absent = next((name for name in wanted if name not in below), None)
     if absent is not None:
-        raise MilanError(f"{_location(root, absent)} is missing: {path} names it; copy or save the data set again.")
+        raise MilanError(f"{location(root, absent)} is missing: {path} names it; copy or save the data set again.")
     return [below[name] for name in wanted]
 
 
@@ -154,16 +156,16 @@ def read_row(ref: ImageRef, columns: Columns) -> ProbeImage:
     Raises:
         UnreadableImage: The image is null, missing, corrupt, empty or too large.
     """
-    place = _PLACE.fullmatch(ref.path)
-    assert place is not None  # is_row
-    path, group, row = place[1], int(place[2]), int(place[3])
+    match = _PLACE.fullmatch(ref.path)
+    assert match is not None  # table_of
+    path, group, row = match[1], int(match[2]), int(match[3])
     mtime = _mtime(ref.root, path)
-    with _reading:
+    with _reading, _readable(ref.root, path):
         image = _image_column(ref.root, path, mtime, columns)
         value = _images(ref.root, path, mtime, group, image)[row].as_py()
-    data, beside = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-    if data is None and beside:
-        data = _beside(ref.root, path, str(beside))
+    data, target = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
+    if data is None and target:
+        data = _beside(ref.root, path, str(target))
     if data is None:
         raise UnreadableImage("is null")
     return probe_image(data)
@@ -191,15 +193,15 @@ def _beside(root: str, path: str, target: str) -> bytes:
 
 
 def _folder(root: str, path: str) -> str:
-    return (f"{root.rstrip('/')}/{path}" if path else root).rpartition("/")[0]
+    return location(root, path).rpartition("/")[0]
 
 
 class _Parquet:
     """A Parquet file, read by row group."""
 
     def __init__(self, root: str, path: str) -> None:
-        system, place = _place(root, path)
-        stream = system.open_input_file(place)
+        system, target = place(root, path)
+        stream = system.open_input_file(target)
         self._file = pq.ParquetFile(stream)
         check_groups(self._file.metadata, stream.size())
         self.schema: pa.Schema = self._file.schema_arrow
@@ -212,8 +214,7 @@ class _Parquet:
     def holds_paths(self, group: int, name: str) -> bool:
         """Whether some images of a group may be stored as paths instead of bytes."""
         leaves = self._file.metadata.row_group(group)
-        for place in range(leaves.num_columns):
-            leaf = leaves.column(place)
+        for leaf in map(leaves.column, range(leaves.num_columns)):
             if leaf.path_in_schema == f"{name}.bytes":
                 return leaf.statistics is None or not leaf.statistics.has_null_count or leaf.statistics.null_count > 0
         return False
@@ -229,8 +230,8 @@ class _Arrow:
 
     def __init__(self, root: str, path: str) -> None:
         local = local_path(root)
-        system, place = _place(root, path)
-        source = pa.memory_map(place) if local is not None else system.open_input_file(place).read_buffer()
+        system, target = place(root, path)
+        source = pa.memory_map(target) if local is not None else system.open_input_file(target).read_buffer()
         try:
             reader = pa.ipc.open_stream(source)
         except pa.ArrowInvalid:
@@ -268,22 +269,12 @@ def _opened(root: str, path: str, mtime: int | None) -> _Parquet | _Arrow:
 
 @lru_cache(maxsize=2)  # rows are read mostly in order: each group is decoded once; the second entry serves readahead
 def _images(root: str, path: str, mtime: int | None, group: int, column: str) -> pa.ChunkedArray:
-    try:
-        return _opened(root, path, mtime).column(group, column)
-    except (OSError, pa.ArrowException, IndexError) as error:
-        raise MilanError(
-            f"cannot read {_location(root, path)} ({reason(error)}): mend it, or write it again."
-        ) from error
+    return _opened(root, path, mtime).column(group, column)
 
 
 @lru_cache(maxsize=64)
 def _image_column(root: str, path: str, mtime: int | None, columns: Columns) -> str:
-    try:
-        return _image_of(_opened(root, path, mtime).schema, columns.image, _location(root, path))
-    except (OSError, pa.ArrowException) as error:
-        raise MilanError(
-            f"cannot read {_location(root, path)} ({reason(error)}): mend it, or write it again."
-        ) from error
+    return _image_of(_opened(root, path, mtime).schema, columns.image, location(root, path))
 
 
 def _mtime(root: str, path: str) -> int | None:
@@ -297,20 +288,11 @@ def _mtime(root: str, path: str) -> int | None:
         return None
 
 
-def _place(root: str, path: str) -> tuple[fs.FileSystem, str]:
-    system, base = filesystem(root)
-    return system, f"{base.rstrip('/')}/{path}" if path else base
-
-
-def _location(root: str, path: str) -> str:
-    return f"{root.rstrip('/')}/{path}" if path else root
-
-
 def _features(schema: pa.Schema) -> dict[str, dict[str, Any]]:
     """The column features that Hugging Face's ``datasets`` stores in a schema; empty for other tables."""
     try:
-        found = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        return {name: feature for name, feature in found.items() if isinstance(feature, dict)}
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        return {name: feature for name, feature in features.items() if isinstance(feature, dict)}
     except (KeyError, ValueError, TypeError, AttributeError):
         return {}
 
@@ -452,5 +434,5 @@ def _version(root: str, path: str, target: object) -> str:
 
 def sidecars(tables: Sequence[Found], archives: Sequence[Found]) -> Iterator[Found]:
     """Yields the tables that describe an archive of the same name."""
-    stems = {found.path.rpartition(".")[0] for found in archives}
-    yield from (found for found in tables if found.path.rpartition(".")[0] in stems)
+    stems = {archive.path.rpartition(".")[0] for archive in archives}
+    yield from (table for table in tables if table.path.rpartition(".")[0] in stems)

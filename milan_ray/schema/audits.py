@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Table
+from milan_ray.schema.table import STUDIED_LAYER, Column, Table
 
 _AUDIT = Column("audit", pa.string(), "name of the audit")
 
@@ -31,8 +31,7 @@ AUDITED = Table(
     ("audit",),
     (
         _AUDIT,
-        Column("model", pa.string(), "registered name of the model"),
-        Column("layer", pa.string(), "module path of the layer"),
+        *STUDIED_LAYER,
         Column("unit", pa.int32(), "channel index in the layer"),
         Column("description", pa.string(), "its description"),
         Column("words", pa.list_(pa.string()), "which of the words asked for it has"),

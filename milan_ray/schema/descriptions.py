@@ -2,20 +2,14 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Table
-
-_MODEL = Column("model", pa.string(), "registered name of the model")
-_LAYER = Column("layer", pa.string(), "module path of the layer inside the model")
-_UNIT = Column("unit", pa.int32(), "channel index in the layer")
+from milan_ray.schema.table import UNIT, Column, Table
 
 ENCODINGS = Table(
     "encodings",
     ("encoder", "model", "layer"),
     (
         Column("encoder", pa.string(), "registered name of the image encoder"),
-        _MODEL,
-        _LAYER,
-        _UNIT,
+        *UNIT,
         Column("rank", pa.int16(), "the exemplar's rank"),
         Column("feature", pa.list_(pa.float32()), "F pooled pyramid features of the masked region; F in metadata"),
     ),
@@ -51,9 +45,7 @@ CANDIDATES = Table(
     ("decoder", "model", "layer"),
     (
         Column("decoder", pa.string(), "name of the captioner; with +clip, of its wide search"),
-        _MODEL,
-        _LAYER,
-        _UNIT,
+        *UNIT,
         Column("lm", pa.string(), "digest of the language model behind logp_d"),
         Column("beam_size", pa.int32(), "width of the beam"),
         Column("beam_rank", pa.int32(), "0 = highest log p(d|E); of a wide search, less λ·log p(d)"),
@@ -84,9 +76,7 @@ DESCRIPTIONS = Table(
             pa.string(),
             "which method labelled the unit: milan, milan-pdE, milan+clip, netdissect, compexp, clip-dissect, dnd",
         ),
-        _MODEL,
-        _LAYER,
-        _UNIT,
+        *UNIT,
         Column("description", pa.string(), "the label"),
         Column(
             "score",
@@ -108,9 +98,7 @@ DRAWINGS = Table(
     ("labeler", "model", "layer"),
     (
         Column("labeler", pa.string(), "for which method the images were drawn: dnd, with its tag"),
-        _MODEL,
-        _LAYER,
-        _UNIT,
+        *UNIT,
         Column("place", pa.int16(), "0 = the candidate that was proposed first"),
         Column("text", pa.string(), "a candidate label"),
         Column("activations", pa.list_(pa.float32()), "the unit's pooled activation on each image drawn for it"),
@@ -129,9 +117,7 @@ ANNOTATIONS = Table(
     ("source", "model", "layer"),
     (
         Column("source", pa.string(), "where the annotations come from, e.g. world or milannotations"),
-        _MODEL,
-        _LAYER,
-        _UNIT,
+        *UNIT,
         Column("annotator", pa.string(), "who wrote it; where that is not known, its place among its unit's"),
         Column("text", pa.string(), "the annotation, as written"),
     ),

@@ -2,15 +2,13 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Table
+from milan_ray.schema.table import LAYER, MODEL, UNIT, Column, Table
 
 EXEMPLARS = Table(
     "exemplars",
     ("model", "layer"),
     (
-        Column("model", pa.string(), "registered name of the model"),
-        Column("layer", pa.string(), "module path of the layer inside the model"),
-        Column("unit", pa.int32(), "channel index in the layer"),
+        *UNIT,
         Column("rank", pa.int16(), "0 = the image with the highest activation"),
         Column("image_id", pa.int64(), "row of the probe manifest"),
         Column(
@@ -30,9 +28,7 @@ LEVELS = Table(
     "levels",
     ("model", "layer"),
     (
-        Column("model", pa.string(), "registered name of the model"),
-        Column("layer", pa.string(), "module path of the layer inside the model"),
-        Column("unit", pa.int32(), "channel index in the layer"),
+        *UNIT,
         Column(
             "level",
             pa.float32(),
@@ -62,7 +58,7 @@ SKIPPED = Table(
     "skipped",
     ("model",),
     (
-        Column("model", pa.string(), "registered name of the model"),
+        MODEL,
         Column("image_id", pa.int64(), "row of the probe manifest"),
         Column("path", pa.string(), "root/path of the image"),
         Column("reason", pa.string(), "why it was left out"),
@@ -74,8 +70,7 @@ POOLED = Table(
     "pooled",
     ("model", "layer"),
     (
-        Column("model", pa.string(), "registered name of the model"),
-        Column("layer", pa.string(), "module path of the layer inside the model"),
+        *LAYER,
         Column("image_id", pa.int64(), "row of the probe manifest; ascending"),
         Column(
             "max",

@@ -2,14 +2,14 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Table
+from milan_ray.schema.table import EXPERIMENT, MODEL, STUDIED_LAYER, STUDIED_UNIT, Column, Table
 
 ABLATIONS = Table(
     "ablations",
     ("experiment", "model"),
     (
-        Column("experiment", pa.string(), "name of the experiment"),
-        Column("model", pa.string(), "registered name of the model"),
+        EXPERIMENT,
+        MODEL,
         Column("condition", pa.string(), "by what units were ordered: nouns, description-length, random, sort-text, …"),
         Column(
             "trial", pa.int32(), "counted from 0; random orders, and those with ties broken at random, have several"
@@ -28,10 +28,8 @@ CRITERIA = Table(
     "criteria",
     ("experiment", "model"),
     (
-        Column("experiment", pa.string(), "name of the experiment"),
-        Column("model", pa.string(), "registered name of the model"),
-        Column("layer", pa.string(), "module path of the layer"),
-        Column("unit", pa.int32(), "number of the unit in its layer"),
+        EXPERIMENT,
+        *STUDIED_UNIT,
         Column("criterion", pa.string(), "what was scored, e.g. nouns or validation accuracy without the unit"),
         Column("score", pa.float64(), "the score; units are ablated from the highest down"),
         Column("description", pa.string(), "the description that it was taken from"),
@@ -43,9 +41,8 @@ LAYER_PROPERTIES = Table(
     "layer_properties",
     ("experiment", "model"),
     (
-        Column("experiment", pa.string(), "name of the experiment"),
-        Column("model", pa.string(), "registered name of the model"),
-        Column("layer", pa.string(), "module path of the layer"),
+        EXPERIMENT,
+        *STUDIED_LAYER,
         Column("property", pa.string(), "property of descriptions, e.g. contains an adjective"),
         Column("holding", pa.int64(), "units of the layer whose description has it"),
         Column("units", pa.int64(), "described units of the layer"),
@@ -60,7 +57,7 @@ CLAIMS = Table(
     "claims",
     ("experiment",),
     (
-        Column("experiment", pa.string(), "name of the experiment"),
+        EXPERIMENT,
         Column("claim", pa.string(), "what the paper says, in a sentence"),
         Column("paper", pa.string(), "the paper's figures for it, and where they stand"),
         Column("ours", pa.string(), "what was found on the built-in world"),
@@ -78,10 +75,8 @@ PASTED = Table(
     "pasted",
     ("experiment", "model"),
     (
-        Column("experiment", pa.string(), "name of the experiment"),
-        Column("model", pa.string(), "registered name of the model"),
-        Column("layer", pa.string(), "module path of the layer"),
-        Column("unit", pa.int32(), "number of the unit in its layer"),
+        EXPERIMENT,
+        *STUDIED_UNIT,
         Column("group", pa.string(), "why the unit was chosen: different words, other units"),
         Column("score", pa.float64(), "its description's word difference"),
         Column("description", pa.string(), "its description"),

@@ -2,19 +2,17 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Table
+from milan_ray.schema.table import EXPERIMENT, STUDIED_UNIT, Column, Table
 
 SPLITS = Table(
     "splits",
     ("experiment", "split"),
     (
-        Column("experiment", pa.string(), "name of the experiment"),
+        EXPERIMENT,
         Column("split", pa.string(), "name of the split, e.g. within-alexnet-imagenet, alexnet-to-resnet152"),
         Column("trial", pa.int32(), "counted from 0"),
         Column("part", pa.string(), "train: the captioner learned from the unit; test: it was judged on it"),
-        Column("model", pa.string(), "registered name of the model"),
-        Column("layer", pa.string(), "module path of the layer"),
-        Column("unit", pa.int32(), "number of the unit in its layer"),
+        *STUDIED_UNIT,
     ),
     "One annotated unit in one trial of a split.",
 )
@@ -23,13 +21,11 @@ HELD_OUT = Table(
     "held_out",
     ("experiment", "split", "trial"),
     (
-        Column("experiment", pa.string(), "name of the experiment"),
+        EXPERIMENT,
         Column("split", pa.string(), "name of the split"),
         Column("trial", pa.string(), "counted from 0"),
         Column("system", pa.string(), "milan, milan-pdE (p(d|E) alone), or what costs nothing: constant, nearest-copy"),
-        Column("model", pa.string(), "registered name of the model"),
-        Column("layer", pa.string(), "module path of the layer"),
-        Column("unit", pa.int32(), "number of the unit in its layer"),
+        *STUDIED_UNIT,
         Column("description", pa.string(), "what the system says of it"),
     ),
     "A captioner's description of a unit that it was not trained on.",
@@ -39,7 +35,7 @@ GENERALIZATION = Table(
     "generalization",
     ("experiment", "split"),
     (
-        Column("experiment", pa.string(), "name of the experiment"),
+        EXPERIMENT,
         Column("split", pa.string(), "name of the split"),
         Column("kind", pa.string(), "within-network, across-architectures, -datasets, -tasks, leave-one-out or own"),
         Column("train", pa.string(), "group whose units the captioner learned from"),

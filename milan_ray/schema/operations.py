@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from milan_ray.schema.table import Column, Table
+from milan_ray.schema.table import UNIT, Column, Table
 
 RUNS = Table(
     "runs",
@@ -64,9 +64,7 @@ UNIT_SCORES = Table(
     (
         Column("predictor", pa.string(), "model of images and texts, or generator, that a description is judged by"),
         Column("labeler", pa.string(), "whose description; exemplars: of a score that needs none"),
-        Column("model", pa.string(), "registered name of the model"),
-        Column("layer", pa.string(), "module path of the layer inside the model"),
-        Column("unit", pa.int32(), "channel index in the layer"),
+        *UNIT,
         Column("system", pa.string(), "own, or what costs nothing: shuffled (another unit's), constant (one for all)"),
         Column("description", pa.string(), "what was judged; empty where there is nothing to say"),
         Column("metric", pa.string(), "name of the measure (docs/scores.md)"),

@@ -83,3 +83,15 @@ class Table:
             else:
                 arrays.append(pa.array(values, type=column.type))
         return pa.Table.from_arrays(arrays, schema=self.schema.with_metadata(metadata))
+
+
+EXPERIMENT = Column("experiment", pa.string(), "name of the experiment")
+MODEL = Column("model", pa.string(), "registered name of the model")
+
+LAYER = (MODEL, Column("layer", pa.string(), "module path of the layer inside the model"))
+UNIT = (*LAYER, Column("unit", pa.int32(), "channel index in the layer"))
+"""The columns that name a layer, or a unit, in tables that stages make."""
+
+STUDIED_LAYER = (MODEL, Column("layer", pa.string(), "module path of the layer"))
+STUDIED_UNIT = (*STUDIED_LAYER, Column("unit", pa.int32(), "number of the unit in its layer"))
+"""The same columns in tables that studies make."""

@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -81,18 +81,15 @@ def _temporary_file(folder: Path) -> Iterator[IO[bytes]]:
 
 
 def _create(folder: Path) -> IO[bytes]:
-    for last in (*[False] * (TRIES - 1), True):
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
+    for _ in range(TRIES - 1):
+        with suppress(FileNotFoundError, FileExistsError):  # another job has just removed the folder, or makes it
             return _create_locked(folder)
-        except (FileNotFoundError, FileExistsError):  # another job has just removed the folder, or while it was made
-            if last:
-                raise
-    raise AssertionError("the last attempt returns or raises")
+    return _create_locked(folder)
 
 
 def _create_locked(folder: Path) -> IO[bytes]:
-    """A new temporary file, locked as long as its writer lives, where the file system has locks."""
+    """A new temporary file in a folder, which is made; locked as long as its writer lives, if locks are supported."""
+    folder.mkdir(parents=True, exist_ok=True)
     while True:
         stream = tempfile.NamedTemporaryFile(prefix=".", suffix=".tmp", dir=folder, delete=False)  # noqa: SIM115
         _lock(stream.fileno(), wait=True)

@@ -131,12 +131,8 @@ class Files:
             MilanError: There is no such file.
         """
         text = self.text(path)
-        try:
+        with self.intact(path):
             return json.loads(text)
-        except ValueError as error:
-            raise DamagedTable(
-                f"{self.uri(path)} is damaged ({error}); delete it and run the job again.", path
-            ) from error
 
     def open(self, path: str) -> pa.NativeFile:
         """Opens one version of a file, to read parts of it, however often other jobs replace it meanwhile.
@@ -234,7 +230,7 @@ class Files:
             yield
         except FileNotFoundError:
             raise
-        except (OSError, pa.ArrowException, MemoryError, UnicodeError) as error:
+        except (OSError, pa.ArrowException, MemoryError, UnicodeError, json.JSONDecodeError) as error:
             target = self._target(path)
             if self._fs.get_file_info(target).type == pafs.FileType.Directory:
                 raise DamagedTable(
@@ -300,8 +296,8 @@ class Files:
                     f"cannot write {self.uri(path)}: it is a folder, where a file belongs; remove it and run the job "
                     "again."
                 ) from error
-            said = error.strerror or error
-            raise MilanError(f"cannot write {self.uri(path)}: {said}; choose a writable --storage.") from error
+            why_not = error.strerror or error
+            raise MilanError(f"cannot write {self.uri(path)}: {why_not}; choose a writable --storage.") from error
 
     def remove(self, folder: str) -> None:
         """Removes a folder and all below it; nothing happens when there is none.
@@ -353,10 +349,8 @@ class Files:
     def _infos(self, selector: pafs.FileSelector, folder: str) -> list[pafs.FileInfo]:
         with self._explain_reading(folder):
             for _ in range(TRIES):
-                try:
+                with suppress(FileNotFoundError):  # a folder below was removed while it was listed
                     return self._fs.get_file_info(selector)
-                except FileNotFoundError:  # a folder below was removed while it was listed
-                    continue
             return self._fs.get_file_info(selector)
 
 

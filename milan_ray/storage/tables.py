@@ -209,25 +209,17 @@ class Tables(Files):
 
     def is_current(self, table: Table, config: str, **keys: str) -> bool:
         """Whether one partition exists and was made under this configuration: "is this done?"."""
-        try:
-            metadata = self.metadata(table, **keys)
-        except DamagedTable:
-            self._warn_damaged(self.path(table, **keys))
-            return False
-        return metadata is not None and metadata.get(CONFIG_KEY) == config
+        metadata = self._footer(table, **keys)
+        return isinstance(metadata, dict) and metadata.get(CONFIG_KEY) == config
 
     def why(self, table: Table, fingerprint: Fingerprint, **keys: str) -> str | None:
         """Why one partition has to be made: ``missing``, ``damaged``, or which inputs changed.
 
         None when it is current; where only some units are wanted, a partition with all units is current too.
         """
-        try:
-            metadata = self.metadata(table, **keys)
-        except DamagedTable:
-            self._warn_damaged(self.path(table, **keys))
-            return "damaged"
-        if metadata is None:
-            return "missing"
+        metadata = self._footer(table, **keys)
+        if isinstance(metadata, str):
+            return metadata
         if metadata.get(CONFIG_KEY) in (fingerprint.hash, fingerprint.all_units):
             return None
         old = parts_of(metadata)
@@ -235,11 +227,17 @@ class Tables(Files):
         changed = [name for name in names if old.get(name) != fingerprint.inputs.get(name)]
         return f"{', '.join(changed)} changed" if old else "made by an earlier version"
 
-    def _warn_damaged(self, path: str) -> None:
-        """Warns once that a damaged file counts as missing."""
-        if path not in self._warned:
-            self._warned.add(path)
-            say(f"{self.uri(path)} is damaged: it counts as missing, and is made anew", level="warning")
+    def _footer(self, table: Table, **keys: str) -> dict[str, str] | str:
+        """The file metadata of one partition; ``missing`` or, with one warning, ``damaged`` where there are none."""
+        try:
+            metadata = self.metadata(table, **keys)
+        except DamagedTable:
+            path = self.path(table, **keys)
+            if path not in self._warned:
+                self._warned.add(path)
+                say(f"{self.uri(path)} is damaged: it counts as missing, and is made anew", level="warning")
+            return "damaged"
+        return "missing" if metadata is None else metadata
 
     def config_of(self, table: Table, **keys: str) -> str:
         """The configuration hash of one partition.

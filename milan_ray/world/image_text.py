@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milan_ray.models.folders import import_transformers
 from milan_ray.models.image_text import CONCEPTS_FILE
-from milan_ray.models.transformers_zoo import import_transformers
 from milan_ray.world.lexicon import CONCEPT, CONCEPTS, NAMES, names_of, plural
 from milan_ray.world.networks import CLASSES, MEAN, STD
 from milan_ray.world.scenes import SIDE

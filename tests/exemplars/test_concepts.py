@@ -20,7 +20,6 @@ from milan_ray.exemplars.concepts import (
     pack_words,
     sample,
     shared,
-    unpack_words,
 )
 from milan_ray.models.view import View
 
@@ -99,7 +98,7 @@ def test_words_pack_and_count_bits():
     masks = np.random.default_rng(1).random((9, 11, 13)) < 0.5
     words = pack_words(masks)
     assert words.dtype == np.uint64 and words.shape == (9, 3)
-    np.testing.assert_array_equal(unpack_words(words, (11, 13)), masks)
+    np.testing.assert_array_equal(np.unpackbits(words.view(np.uint8), axis=1, count=11 * 13), masks.reshape(9, -1))
     np.testing.assert_array_equal(areas(words), masks.sum(axis=(1, 2)))
     np.testing.assert_array_equal(concepts._swar(words), concepts.popcount(words))
     flat = masks.reshape(9, -1).astype(int)

@@ -40,11 +40,11 @@ def test_layer_table_tells_dissectable_layers_from_others() -> None:
     assert list(table) == ["conv", "tokens", "volume", "unused", "moved", "head", OUTPUTS]
     assert (table["conv"].shape, table["conv"].units, table["conv"].default) == ((6, 8, 8), 6, True)
     assert table["tokens"].units == 6 and table["tokens"].reading.startswith("units on axis 1, 8×8 tokens; known from ")
-    assert (table["volume"].shape, table["volume"].dissectable) == (None, False)
+    assert (table["volume"].shape, table["volume"].units) == (None, None)
     assert "puts out (2, 3, 8, 8) per image: units are read from vectors, tokens and maps" in table["volume"].reading
     assert "axis 0 holds 6 rows per image" in table["moved"].reading
-    assert (table["unused"].shape, table["unused"].dissectable) == (None, False)
-    assert (table["moved"].shape, table["moved"].dissectable) == (None, False)
+    assert (table["unused"].shape, table["unused"].units) == (None, None)
+    assert (table["moved"].shape, table["moved"].units) == (None, None)
     assert (table[OUTPUTS].kind, table[OUTPUTS].shape, table[OUTPUTS].units) == ("Odd", (5,), 5)
 
 

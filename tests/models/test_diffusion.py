@@ -28,7 +28,7 @@ def test_without_diffusers_the_sentence_names_the_extra(tmp_path, monkeypatch):
         raise ImportError(name)
 
     (tmp_path / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
-    monkeypatch.setattr("milan_ray.models.diffusion.importlib.import_module", absent)
+    monkeypatch.setattr("milan_ray.models.folders.importlib.import_module", absent)
     with pytest.raises(MilanError, match=r"pip install 'milan-ray\[dnd\]'"):
         GeneratorRef(f"{PREFIX}{tmp_path}").load()
 

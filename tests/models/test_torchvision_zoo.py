@@ -200,4 +200,4 @@ def test_layer_table_of_an_absent_model_lists_layers_without_weights() -> None:
     assert table["features.3"].kind == "Fire"
     assert table["features.3"].shape == (128, 55, 55) and table["features.3"].units == 128
     assert table["features.3"].default and not table["features.1"].default
-    assert table[OUTPUTS].shape == (1000,) and table[OUTPUTS].dissectable
+    assert table[OUTPUTS].shape == (1000,) and table[OUTPUTS].units == 1000

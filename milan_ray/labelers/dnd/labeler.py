@@ -66,5 +66,5 @@ def best(scoring: str, drawn: Sequence[Drawn], n_best: int = N_BEST) -> list[Lab
     """The best candidates of one unit."""
     none = [np.zeros(0, np.float32)] * len(drawn)
     similarities = [one.similarities for one in drawn if one.similarities is not None] or none
-    found = order(scoring, [one.activations for one in drawn], similarities)
-    return [Label(drawn[place].text, score) for place, score in found[:n_best]]
+    ranking = order(scoring, [one.activations for one in drawn], similarities)
+    return [Label(drawn[place].text, score) for place, score in ranking[:n_best]]

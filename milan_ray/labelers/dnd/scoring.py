@@ -34,22 +34,22 @@ def ranks(activations: Sequence[np.ndarray]) -> list[np.ndarray]:
     """
     if not activations:
         return []
-    values = np.concatenate([np.asarray(found, np.float64) for found in activations])
+    values = np.concatenate([np.asarray(own, np.float64) for own in activations])
     falling = -np.where(np.isfinite(values), values, -np.inf)
     _, place, counts = np.unique(falling, return_inverse=True, return_counts=True)
     middle = np.cumsum(counts) - (counts + 1) / 2
-    ends = np.cumsum([len(found) for found in activations])
+    ends = np.cumsum([len(own) for own in activations])
     return np.split(middle[place.reshape(-1)], ends[:-1])
 
 
 def mean_rank(ranked: Sequence[np.ndarray]) -> np.ndarray:
     """The negative mean rank of each candidate's images, (M,); −inf without images."""
-    return np.array([-found.mean() if len(found) else -np.inf for found in ranked])
+    return np.array([-own.mean() if len(own) else -np.inf for own in ranked])
 
 
 def topk_squared_mean(ranked: Sequence[np.ndarray]) -> np.ndarray:
     """The negative mean square of each candidate's :data:`BEST_RANKS` best ranks, (M,); −inf without images."""
-    return np.array([-(np.sort(found)[:BEST_RANKS] ** 2).mean() if len(found) else -np.inf for found in ranked])
+    return np.array([-(np.sort(own)[:BEST_RANKS] ** 2).mean() if len(own) else -np.inf for own in ranked])
 
 
 def image_products(ranked: Sequence[np.ndarray], similarities: Sequence[np.ndarray]) -> np.ndarray:
@@ -62,7 +62,7 @@ def image_products(ranked: Sequence[np.ndarray], similarities: Sequence[np.ndarr
     Returns:
         Means over a candidate's images among the :data:`BEST_IMAGES` of all; :data:`NONE` if there are none.
     """
-    chosen = [cosines[found < BEST_IMAGES] for found, cosines in zip(ranked, similarities, strict=True)]
+    chosen = [cosines[own < BEST_IMAGES] for own, cosines in zip(ranked, similarities, strict=True)]
     return np.array([cosines.mean() if len(cosines) else NONE for cosines in chosen])
 
 

@@ -55,13 +55,13 @@ def variants(labels: Sequence[str]) -> list[str]:
 
     Without “background”, an image generator tends to render such a label as an object on a table.
     """
-    found: dict[str, None] = {}
+    distinct: dict[str, None] = {}
     for label in labels:
         if label:
-            found[label] = None
+            distinct[label] = None
             if label.split()[-1] in _ADDED:
-                found[f"{label} background"] = None
-    return list(found)
+                distinct[f"{label} background"] = None
+    return list(distinct)
 
 
 # -- by a language model ------------------------------------------------------------------------------------------
@@ -173,35 +173,35 @@ class FrequentPhrases:
 
     def candidates(self, captions: Sequence[str]) -> list[str]:
         """The phrases with the highest scores, best first; “something” if there are none."""
-        found: Counter[tuple[str, ...]] = Counter()
-        said: dict[tuple[str, ...], Counter[str]] = {}
+        counts: Counter[tuple[str, ...]] = Counter()
+        texts_of: dict[tuple[str, ...], Counter[str]] = {}
         for caption in captions:
             inside = phrases(caption)
-            found.update(inside.keys())
+            counts.update(inside.keys())
             for key, text in inside.items():
-                said.setdefault(key, Counter())[text] += 1
-        order = sorted(found, key=lambda key: (-found[key] - (len(key) - 1) / 5, -len(key), key))
+                texts_of.setdefault(key, Counter())[text] += 1
+        order = sorted(counts, key=lambda key: (-counts[key] - (len(key) - 1) / 5, -len(key), key))
         chosen: list[tuple[str, ...]] = []
         for key in order:
             if len(chosen) == self.rounds:
                 break
-            if not any(_within(key, other) and found[key] <= found[other] for other in chosen):
+            if not any(_within(key, other) and counts[key] <= counts[other] for other in chosen):
                 chosen.append(key)
-        texts = [min(said[key], key=lambda text: (-said[key][text], text)) for key in chosen]
+        texts = [min(texts_of[key], key=lambda text: (-texts_of[key][text], text)) for key in chosen]
         return variants(texts) or ["something"]
 
 
 def phrases(caption: str) -> Mapping[tuple[str, ...], str]:
     """The phrases of a caption: words in the singular → the phrase as written."""
-    found: dict[tuple[str, ...], str] = {}
+    written: dict[tuple[str, ...], str] = {}
     for clause in _BREAK.split(caption.lower()):
         words = re.findall(r"[\w'-]+", clause)
         for start in range(len(words)):
             for stop in range(start + 1, min(start + _LONGEST, len(words)) + 1):
                 part = words[start:stop]
                 if part[0] not in _NO_ENDS and part[-1] not in _NO_ENDS:
-                    found.setdefault(tuple(map(_singular, part)), " ".join(part))
-    return found
+                    written.setdefault(tuple(map(_singular, part)), " ".join(part))
+    return written
 
 
 def _singular(word: str) -> str:

@@ -39,12 +39,12 @@ class WholeImages:
     def caption(self, images: Sequence[np.ndarray]) -> list[str]:
         """Captions images of one size, uint8 (H, W, 3) each; takes the best text by log p(d|E) − λ·log p(d)."""
         lam = None if self._captioner.lm is not None else 0.0
-        found: list[str] = []
+        captions: list[str] = []
         for start in range(0, len(images), BATCH_SIZE):
             some = np.stack(images[start : start + BATCH_SIZE])
             full = np.concatenate([some, np.repeat(some[:1], BATCH_SIZE - len(some), axis=0)])
             pixels = torch.from_numpy(full).to(self._encoder.mean.device).permute(0, 3, 1, 2).float() * (1 / 255)
             features = self._encoder(self._encoder.fit(pixels))[:, None]
             described = self._captioner.describe(features, lam)[: len(some)]
-            found += [best[0].text for best in described]
-        return found
+            captions += [best[0].text for best in described]
+        return captions

@@ -12,8 +12,9 @@ from milan_ray.labelers.dnd.crops import MOST
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
 from milan_ray.labelers.dnd.summaries import FrequentPhrases, Prompted, Summariser
 from milan_ray.models.chat import Endpoint, Limits, LocalChat
+from milan_ray.models.folders import find_folder
 from milan_ray.models.generators import GeneratorRef
-from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerRef, find_folder
+from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerRef
 from milan_ray.models.image_text import ImageTextRef
 from milan_ray.plugins import load_plugins
 from milan_ray.storage import Storage
@@ -63,7 +64,7 @@ class SummariserRef:
         if self.name == FREQUENT:
             return FrequentPhrases()
         if not self.is_server:
-            folder = find_folder(self.name, "--llm", default="Qwen/Qwen2.5-7B-Instruct")
+            folder = find_folder(self.name, "the folder of another model with --llm", "Qwen/Qwen2.5-7B-Instruct")
             return Prompted(LocalChat(folder, self.temperature))
         if self.model is None:
             raise MilanError(f"{self.name} may serve several models: name one with --llm-model.")
