@@ -34,7 +34,7 @@ test-floors: $(FLOORS)/.test  ## these tests with the lowest versions that pypro
 $(FLOORS)/.test: pyproject.toml tests/lowest.py
 	$(PYTHON) -m venv --clear $(FLOORS)
 	$(PYTHON) tests/lowest.py > $(FLOORS)/lowest.txt
-	$(FLOORS)/bin/python -m pip install --quiet --editable '.[test]' --constraint $(FLOORS)/lowest.txt
+	$(FLOORS)/bin/python -m pip install --quiet --no-compile --editable '.[test]' --constraint $(FLOORS)/lowest.txt
 	@touch $@
 
 lint: $(VENV)/.lint  ## formatting and lint

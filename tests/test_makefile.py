@@ -45,7 +45,7 @@ def planned(checkout: Path, *arguments: str) -> list[str]:
 
 def installs(commands: list[str]) -> list[str]:
     """The extras that some commands install."""
-    return re.findall(r"pip install --quiet --editable '\.\[(\w+)\]'", "\n".join(commands))
+    return re.findall(r"pip install --quiet (?:--no-compile )?--editable '\.\[(\w+)\]'", "\n".join(commands))
 
 
 @pytest.mark.parametrize(("target", "extra"), EXTRAS.items())
