@@ -26,8 +26,8 @@ soak: $(VENV)/.test  ## a job whose driver is killed 24 times at random moments,
 conformance: $(VENV)/.test  ## every family of torchvision, timm and transformers, read as its library says: half an hour
 	OMP_NUM_THREADS=1 MILAN_CONFORMANCE=1 $(VENV)/bin/python -m pytest -q -m slow tests/benchmarks/test_conformance.py
 
-# Kernels and formats, without Ray; TESTS=tests for all.
-TESTS ?= tests/exemplars tests/captioner tests/scoring tests/schema tests/annotations tests/probe tests/test_storage.py tests/test_config.py tests/report/test_report_files.py
+# Kernels and formats, without Ray and without comparisons with the reference implementation; TESTS=tests for all.
+TESTS ?= tests/exemplars tests/captioner tests/scoring tests/schema tests/annotations tests/probe tests/test_storage.py tests/test_config.py tests/report/test_report_files.py --ignore-glob='*_parity_*'
 test-floors: $(FLOORS)/.test  ## these tests with the lowest versions that pyproject.toml declares, in .venv-floors
 	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -q -m 'not slow' $(TESTS)
 
