@@ -40,7 +40,7 @@ def test_cluster_yaml_provider_has_no_misspelt_key(config):
 
 def test_cluster_yaml_node_configs_are_what_ec2_takes(config):
     """Ray's schema accepts any key inside a node's configuration, too; EC2's own model does not."""
-    session = pytest.importorskip("botocore.session", reason="EC2's model comes with the extra dev")
+    session = pytest.importorskip("botocore.session", reason="EC2's model comes with the extra test")
     from botocore.validate import ParamValidator
 
     shape = session.get_session().get_service_model("ec2").operation_model("RunInstances").input_shape

@@ -35,7 +35,7 @@ from milan_ray.probe.registry import resolve_probe
 from milan_ray.schema import IMAGE_EMBEDDINGS
 from milan_ray.storage import Storage
 
-moto = pytest.importorskip("moto", reason="the local S3 server comes with the extra dev")
+moto = pytest.importorskip("moto", reason="the local S3 server comes with the extra test")
 
 ROOT = Path(__file__).resolve().parents[2]
 SECRET = "sEcReT/0123456789+ofNobody"
@@ -105,7 +105,7 @@ def s3(moto_log) -> Iterator[str]:
 @pytest.fixture(scope="module")
 def gs(tmp_path_factory) -> Iterator[Callable[[str], str]]:
     """``gs(folder)``: the URI of a folder of a bucket on a server of this machine."""
-    pytest.importorskip("gcp_storage_emulator", reason="the local server comes with the extra dev")
+    pytest.importorskip("gcp_storage_emulator", reason="the local server comes with the extra test")
     port = free_port()
     command = (str(ROOT / "tests/faults/gcs.py"), str(port), BUCKET)
     options = f"?scheme=http&endpoint_override=127.0.0.1:{port}&retry_limit_seconds=30"

@@ -1,0 +1,83 @@
+"""The Makefile: targets install what they need first, in a fresh checkout and after a change of pyproject.toml."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXTRAS = {
+    "demo": "minilm",
+    "test": "test",
+    "test-slow": "test",
+    "soak": "test",
+    "conformance": "test",
+    "lint": "lint",
+    "types": "types",
+    "docs": "docs",
+    "test-floors": "test",
+}
+"""Target → the extra of pyproject.toml that it installs."""
+
+pytestmark = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A folder with what the Makefile decides by, and no environment."""
+    (tmp_path / "tests").mkdir()
+    for name in ("Makefile", "pyproject.toml", "tests/lowest.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    return tmp_path
+
+
+def planned(checkout: Path, *arguments: str) -> list[str]:
+    """The commands that make would run."""
+    inherited = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "MAKELEVEL", "TORCH")}
+    command = ["make", "--dry-run", "--no-print-directory", *arguments]
+    return subprocess.check_output(command, cwd=checkout, text=True, env=inherited).splitlines()
+
+
+def installs(commands: list[str]) -> list[str]:
+    """The extras that some commands install."""
+    return re.findall(r"pip install --quiet (?:--no-compile )?--editable '\.\[(\w+)\]'", "\n".join(commands))
+
+
+@pytest.mark.parametrize(("target", "extra"), EXTRAS.items())
+def test_target_in_a_fresh_checkout_creates_an_environment_and_installs_its_extra(checkout, target, extra) -> None:
+    commands = planned(checkout, target)
+    created = next(number for number, command in enumerate(commands) if " -m venv " in command)
+    installed = next(number for number, command in enumerate(commands) if installs([command]) == [extra])
+    assert created < installed < len(commands) - 1
+    assert installs(commands) == [extra]
+    assert re.search(rf"^{extra} = \[", (checkout / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def test_every_target_that_runs_something_is_listed_here(checkout) -> None:
+    text = (checkout / "Makefile").read_text(encoding="utf-8")
+    assert set(re.findall(r"^([\w-]+):.*  ## ", text, re.MULTILINE)) == set(EXTRAS)
+
+
+def test_installed_extra_is_installed_again_only_after_a_change_of_pyproject(checkout) -> None:
+    (checkout / ".venv").mkdir()
+    for name, seconds in (("pyproject.toml", 1000), (".venv/.created", 1001), (".venv/.test", 1002)):
+        (checkout / name).touch()
+        os.utime(checkout / name, (seconds, seconds))
+    assert installs(planned(checkout, "test")) == []
+    assert installs(planned(checkout, "demo", "test")) == ["minilm"]
+    os.utime(checkout / "pyproject.toml", (1003, 1003))
+    commands = planned(checkout, "test")
+    assert installs(commands) == ["test"]
+    assert not any(" -m venv " in command for command in commands)
+
+
+def test_torch_that_is_given_is_installed_before_the_package(checkout) -> None:
+    commands = planned(checkout, "demo", "TORCH=torch==1 torchvision==2 --pre")
+    given = next(number for number, command in enumerate(commands) if "torch==1 torchvision==2 --pre" in command)
+    assert given < next(number for number, command in enumerate(commands) if installs([command]))
+    assert not any("torch" in command for command in planned(checkout, "demo"))
