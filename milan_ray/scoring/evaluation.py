@@ -12,12 +12,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.helpers import extract_all_word_ngrams
 
-from milan_ray.errors import MilanError
 from milan_ray.schema import SCORES
 from milan_ray.scoring.bootstrap import Interval, Measure, difference, interval, ratio, resampling_counts
 from milan_ray.scoring.text import (
@@ -293,55 +291,3 @@ def text_statistics(
         # One call for all systems, so that every distinct text is embedded once.
         f = bert_score(texts, answers, [text for group in references for text in group])[:, 2]
         yield "bertscore-f", unit_values(f), ratio
-
-
-def score_frame(
-    descriptions: pl.DataFrame,
-    annotations: pl.DataFrame,
-    bert_score: BertScore | None = None,
-    by: Sequence[str] = (),
-    *,
-    samples: int = 1000,
-    seed: int = 0,
-) -> pl.DataFrame:
-    """Scores a table of descriptions against a table of annotations.
-
-    Args:
-        descriptions: Columns unit, description and those of ``by``; also model and layer, if both tables have them.
-        annotations: Columns unit and text; also model and layer, if both tables have them.
-        bert_score: The scorer; None leaves BERTScore out.
-        by: Columns of descriptions to group by; empty scores all units together.
-        samples: Bootstrap resamples.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        The columns of ``by``, then metric (of :data:`METRICS`), value, the ends low and high of its 95 % bootstrap
-        interval over units, and n (units). Groups are in order of first occurrence. Descriptions of units without
-        annotations, and annotations without words, are left out.
-
-    Raises:
-        MilanError: No described unit is annotated.
-    """
-    identity = [
-        name for name in ("model", "layer", "unit") if {name} <= set(descriptions.columns) & set(annotations.columns)
-    ]
-    worded = annotations.filter(pl.col("text").map_elements(lambda text: bool(normalize(text)), pl.Boolean))
-    references = worded.group_by(identity, maintain_order=True).agg(pl.col("text").alias("references"))
-    joined = descriptions.join(references, on=identity, how="inner", maintain_order="left")
-    if joined.is_empty():
-        raise MilanError("no described unit is annotated; give annotations of the same models, layers and units.")
-    keys = [pl.col(name) for name in by] or [pl.lit("").alias("all")]
-    groups = joined.with_row_index("place").group_by(keys, maintain_order=True).agg("place").with_row_index("group")
-    places = [np.array(group) for group in groups["place"]]
-    counts = {len(group): resampling_counts(len(group), samples, seed) for group in places}
-    texts, answers = joined["description"].to_list(), joined["references"].to_list()
-    everyone = references["references"].to_list()
-    scores = [
-        (number, metric, *interval(statistics[group], measure, counts[len(group)]), len(group))
-        for metric, statistics, measure in text_statistics(texts, answers, everyone, bert_score)
-        for number, group in enumerate(places)
-    ]
-    columns = ["metric", "value", "low", "high", "n"]
-    table = pl.DataFrame(scores, schema={"group": pl.UInt32} | dict.fromkeys(columns), orient="row")
-    table = groups.drop("place").join(table, on="group", maintain_order="left_right")
-    return table.select(*by, *columns)
