@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from milan_ray.studies.analysis.statistics import RANDOM
+from milan_ray.studies.ablation.curves import RANDOM
 from milan_ray.studies.editing.statistics import (
     EVERY,
     FOUND,

@@ -15,6 +15,7 @@ from milan_ray.showcase.paper.claims import Claim, Section
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
 from milan_ray.storage import Storage
+from milan_ray.studies.ablation.curves import RANDOM
 from milan_ray.studies.analysis import statistics as analysis
 from milan_ray.studies.analysis.run import Analysis, AnalysisConfig, stored_scores
 from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
@@ -102,7 +103,7 @@ def beside_random(rows: pl.DataFrame) -> pl.DataFrame:
     found = []
     for condition in rows["condition"].unique(maintain_order=True):
         models = rows.filter(pl.col("condition") == condition)["model"].unique().to_list()
-        of_them = rows.filter(pl.col("model").is_in(models), pl.col("condition").is_in([condition, analysis.RANDOM]))
+        of_them = rows.filter(pl.col("model").is_in(models), pl.col("condition").is_in([condition, RANDOM]))
         means = of_them.group_by("condition", "trial", "fraction", maintain_order=True).agg(
             pl.col("accuracy").mean(), pl.col("ablated").max()
         )

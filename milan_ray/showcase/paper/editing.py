@@ -26,8 +26,8 @@ from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.stages.training import Training, TrainingJob
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation.run import run_ablations
-from milan_ray.studies.analysis.run import read_descriptions
-from milan_ray.studies.analysis.statistics import RANDOM
+from milan_ray.studies.tables import read_descriptions
+from milan_ray.studies.ablation.curves import RANDOM
 from milan_ray.studies.editing.run import IMAGES, Edit, Editing, EditingConfig
 from milan_ray.studies.editing.statistics import (
     COLOURS,

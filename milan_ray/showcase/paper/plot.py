@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from milan_ray.report.figures import new_figure
-from milan_ray.studies.analysis.statistics import RANDOM
+from milan_ray.studies.ablation.curves import RANDOM
 from milan_ray.studies.editing.statistics import EVERY, FOUND, TEST, VALIDATION
 
 if TYPE_CHECKING:
