@@ -18,13 +18,7 @@ import polars as pl
 from milan_ray.config import config_hash
 from milan_ray.errors import MilanError
 from milan_ray.schema import CHANGES, DESCRIPTIONS, DIFFERENCES
-from milan_ray.scoring.words import (
-    FUNCTION_WORDS,
-    asked_in,
-    head_words,
-    vocabulary_of,
-    words_of,
-)
+from milan_ray.scoring.words import asked_in, content_words
 from milan_ray.storage import Storage
 
 ALL_LAYERS = ""
@@ -105,9 +99,8 @@ def _heads(texts: pl.Series, words: Sequence[str]) -> pl.Series:
     """Returns the words to count in each text, without duplicates: lists of strings."""
     if words:
         return asked_in(texts, words)
-    heads = head_words(vocabulary_of(texts))
-    found = [sorted({heads[word] for word in words_of(text)} - FUNCTION_WORDS) for text in texts]
-    return pl.Series("words", found, pl.List(pl.String))
+    contents = content_words(texts)
+    return pl.Series("words", [sorted(contents[text]) for text in texts], pl.List(pl.String))
 
 
 def _compare(both: pl.DataFrame, model: str, other: str, layer: str, words: Sequence[str]) -> pl.DataFrame:

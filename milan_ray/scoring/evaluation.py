@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
+import polars as pl
 import pyarrow as pa
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.helpers import extract_all_word_ngrams
@@ -92,6 +93,28 @@ def system_rows(
                 (f"{main} − {system}", metric, gap, len(of_units), f"paired difference; above 0: {main} is better")
             )
     return rows
+
+
+def mean_rows(metric: str, reading: str, values: Mapping[str, np.ndarray], counts: np.ndarray) -> list[Row]:
+    """Computes :func:`system_rows` of means over units.
+
+    Args:
+        metric: Name of the metric.
+        reading: How to interpret the metric.
+        values: System → a value per unit, (N,); the main system first.
+        counts: (B, N) from :func:`~milan_ray.scoring.bootstrap.resampling_counts`.
+    """
+    statistics = {system: unit_values(of_units) for system, of_units in values.items()}
+    return system_rows(metric, reading, statistics, ratio, counts)
+
+
+def summary_lines(scores: pl.DataFrame) -> str:
+    """A line per experiment and metric of a table of scores: every system with its value, or why there is none."""
+    lines = []
+    for (experiment, metric), rows in scores.group_by("experiment", "metric", maintain_order=True):
+        shown = (f"{row['system']} {row['value']:.3g}" if row["n"] else row["note"] for row in rows.to_dicts())
+        lines.append(f"  {experiment}, {metric}: {' · '.join(shown)}")
+    return "\n".join(lines)
 
 
 def unit_values(values: np.ndarray) -> np.ndarray:

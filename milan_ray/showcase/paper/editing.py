@@ -25,9 +25,8 @@ from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.stages.training import Training, TrainingJob
 from milan_ray.storage import Storage
-from milan_ray.studies.ablation.run import run_ablations
-from milan_ray.studies.tables import read_descriptions
 from milan_ray.studies.ablation.curves import RANDOM
+from milan_ray.studies.ablation.run import run_ablations
 from milan_ray.studies.editing.run import IMAGES, Edit, Editing, EditingConfig
 from milan_ray.studies.editing.statistics import (
     COLOURS,
@@ -40,6 +39,7 @@ from milan_ray.studies.editing.statistics import (
     mean_interval,
     mentioning,
 )
+from milan_ray.studies.tables import read_descriptions
 from milan_ray.world.lexicon import NAMES, names_of
 from milan_ray.world.networks import ARCHITECTURES
 from milan_ray.world.training import MISLED, misled_names, misled_tasks

@@ -97,8 +97,9 @@ def run(context: ExperimentContext) -> Section:
     )
     nlp, language = find_spacy_pipeline()
     rows = run_generalization(storage, job, nlp, language, context.resources)
-    said = pl.concat(held_out(storage, job, split.name) for split in job.splits)
-    failures, examples = generalization.disagreements(said, references_of(storage, job, said))
+    descriptions = pl.concat(held_out(storage, job, split.name) for split in job.splits)
+    units = list(descriptions.select("model", "layer", "unit").unique().sort(pl.all()).iter_rows())
+    failures, examples = generalization.disagreements(descriptions, references_of(storage, job, units))
     return Section(
         NAME,
         "Generalization: networks new to the captioner (paper, Section 4, Tables 3 and 6)",
