@@ -6,7 +6,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 
-from milan_ray.config import config_hash
+from milan_ray.config import Resources, config_hash
 from milan_ray.engine.planner import Plan, Step
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.progress import say
@@ -52,7 +52,7 @@ def prepare(context: ExperimentContext, threads: int) -> None:
         context: Where.
         threads: Torch threads of the training worker.
     """
-    _prepare(demo.Run(context.storage, demo.EXEMPLARS, context.resources), context.small, threads)
+    _prepare(demo.Steps(context.storage, demo.EXEMPLARS, context.resources), context.small, threads)
 
 
 def plan_paper(storage: Storage, small: bool, names: Sequence[str]) -> Plan:
@@ -66,20 +66,20 @@ def plan_paper(storage: Storage, small: bool, names: Sequence[str]) -> Plan:
         small: With sizes of a test.
         names: The experiments.
     """
-    dry = demo.DryRun(storage, demo.EXEMPLARS)
-    _prepare(dry, small)
+    plan = Plan()
+    _prepare(demo.Steps(storage, demo.EXEMPLARS, Resources(), plan), small)
     for name in names:
         known = storage.metadata(CLAIMS, experiment=name) is not None
         reason = "found anew by every run, from tables of its own that it makes where they are missing or stale"
-        dry.plan.steps.append(Step(CLAIMS.name, (name,), reason if known else "missing"))
-    return dry.plan
+        plan.steps.append(Step(CLAIMS.name, (name,), reason if known else "missing"))
+    return plan
 
 
-def _prepare(make: demo.Run, small: bool, threads: int = 1) -> None:
-    demo.make_main(make, threads)
+def _prepare(steps: demo.Steps, small: bool, threads: int = 1) -> None:
+    steps.main(threads)
     if not small:
-        demo.make_generator(make)
-        demo.make_sets(make)
+        steps.generator()
+        steps.sets()
 
 
 def run_experiments(context: ExperimentContext, names: Sequence[str]) -> list[Entry]:

@@ -97,7 +97,7 @@ class Comparison(Stage):
         return pa.concat_tables(storage.read(SCORES, **keys).replace_schema_metadata() for keys in partitions)
 
     def run(self, storage: Storage) -> pa.Table:
-        """Compares the labels of the same units. Ray must be connected if a network of the built-in world is among them.
+        """Compares the labels of the same units. Ray must be connected if networks of the world are among them.
 
         Agreement is measured on the annotated units. The world judges the units of its networks.
 
