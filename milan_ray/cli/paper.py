@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.showcase.demo import DECODER
     from milan_ray.showcase.paper import EXPERIMENTS, chosen, plan_paper, prepare, run_experiments
     from milan_ray.showcase.paper.experiment_context import ExperimentContext
-    from milan_ray.showcase.paper.page import stored_entry, write_page
+    from milan_ray.showcase.paper.page import stored_section, write_page
     from milan_ray.stages.captioners import about_captioner
 
     load_plugins()
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     with connected(resources):
         prepare(ground, max(1, (os.cpu_count() or 1) // 2 * 2))
         found = {entry.name: entry for entry in run_experiments(ground, names)}
-    entries = {name: found.get(name) or stored_entry(storage, name) for name in EXPERIMENTS}
+    entries = {name: found.get(name) or stored_section(storage, name) for name in EXPERIMENTS}
     folder = report_folder(args, storage)
     page = None
     if folder is not None:

@@ -16,7 +16,7 @@ from milan_ray.captioner.fit import Sizes
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources, TrainingConfig
 from milan_ray.engine import references
 from milan_ray.engine.planner import NETWORKS, Plan, Step
-from milan_ray.engine.stage import Known, Layers, Output, Stage, due, pairs, run_stage
+from milan_ray.engine.stage import Known, Layers, Output, RunnableStage, Stage, due, pairs, run_stage
 from milan_ray.labelers.clip import CLIP, Clip
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
 from milan_ray.progress import say
@@ -282,6 +282,7 @@ class Steps:
             run()
         else:
             for stage in stages:
+                assert isinstance(stage, RunnableStage)
                 run_stage(stage, self.storage, self.resources)
 
 
