@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -55,18 +56,12 @@ Row = tuple[str, str, Interval, int, str]
 
 def score_table(experiment: str, rows: Sequence[Row]) -> pa.Table:
     """Converts rows of one evaluation into a table of schema SCORES; NaN ends of an interval become null."""
-    return SCORES.table(
-        {
-            "experiment": [experiment] * len(rows),
-            "system": [system for system, *_ in rows],
-            "metric": [metric for _, metric, *_ in rows],
-            "value": [score.value for _, _, score, _, _ in rows],
-            "low": [None if np.isnan(score.low) else score.low for _, _, score, _, _ in rows],
-            "high": [None if np.isnan(score.high) else score.high for _, _, score, _, _ in rows],
-            "n": [n for *_, n, _ in rows],
-            "note": [note for *_, note in rows],
-        }
-    )
+    flat = [(system, metric, *score, n, note) for system, metric, score, n, note in rows]
+    names = ("system", "metric", "value", "low", "high", "n", "note")
+    columns: dict[str, list[Any]] = {name: [row[place] for row in flat] for place, name in enumerate(names)}
+    for end in ("low", "high"):
+        columns[end] = [None if np.isnan(value) else value for value in columns[end]]
+    return SCORES.table({"experiment": [experiment] * len(rows), **columns})
 
 
 def system_rows(
@@ -194,10 +189,7 @@ def nearest_copy(train_features: np.ndarray, train_captions: Sequence[str], feat
 
 
 def with_trivial_rows(
-    predictions: Mapping[str, Sequence[str]],
-    constant: str,
-    nearest: Sequence[str] | None = None,
-    seed: int = 0,
+    predictions: Mapping[str, Sequence[str]], constant: str, nearest: Sequence[str] | None = None
 ) -> dict[str, list[str]]:
     """Adds the trivial baselines to the systems to compare.
 
@@ -205,12 +197,11 @@ def with_trivial_rows(
         predictions: System → description of each of N units; the first system is the one that is shuffled.
         constant: The caption for all units (:func:`best_constant`).
         nearest: Caption of each unit's nearest training unit (:func:`nearest_copy`); None adds no such row.
-        seed: Seed of the shuffle.
     """
     main = next(iter(predictions.values()))
     systems = {system: list(texts) for system, texts in predictions.items()}
     systems[CONSTANT] = [constant] * len(main)
-    systems[SHUFFLED] = shuffled(main, seed)
+    systems[SHUFFLED] = shuffled(main)
     if nearest is not None:
         systems[NEAREST] = list(nearest)
     return systems
@@ -256,14 +247,14 @@ def evaluate_text(
             raise ValueError(f"{system} describes {len(descriptions)} units, the annotations are of {n}")
     # The annotators are another system. Its items are (unit, annotation), whose statistics are summed per unit.
     held_out = [
-        (place, said, rest)
+        (place, text, rest)
         for place, group in enumerate(references)
-        for i, said in enumerate(group)
-        if normalize(said) and any(map(normalize, rest := [*group[:i], *group[i + 1 :]]))
+        for i, text in enumerate(group)
+        if normalize(text) and any(map(normalize, rest := [*group[:i], *group[i + 1 :]]))
     ]
     unit = np.arange(n) if owners is None else np.asarray(owners)
     of_annotators = unit[[place for place, _, _ in held_out]]
-    texts = [text for descriptions in systems.values() for text in descriptions] + [said for _, said, _ in held_out]
+    texts = [text for descriptions in systems.values() for text in descriptions] + [text for _, text, _ in held_out]
     answers = [group for _ in systems for group in references] + [rest for _, _, rest in held_out]
 
     counts = resampling_counts(int(unit.max()) + 1, samples, seed)

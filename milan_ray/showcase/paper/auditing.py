@@ -13,7 +13,7 @@ from milan_ray.engine import references
 from milan_ray.report.figures import figure_path
 from milan_ray.schema import AUDITS, DESCRIPTIONS, LEVELS
 from milan_ray.scoring.auroc import auroc
-from milan_ray.scoring.bootstrap import Interval, difference, interval, ratio, resampling_counts
+from milan_ray.scoring.bootstrap import Interval, interval, ratio, resampling_counts
 from milan_ray.scoring.evaluation import Row, unit_values
 from milan_ray.scoring.search import search_descriptions
 from milan_ray.showcase.demo import DECODER, EXEMPLARS, PROBE, SEARCH
@@ -26,7 +26,7 @@ from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 from milan_ray.studies.auditing.run import Audit, AuditConfig, run_audit
-from milan_ray.studies.auditing.statistics import BLURRED, PLAIN, Pair
+from milan_ray.studies.auditing.statistics import BLURRED, PLAIN, Pair, side_rows
 from milan_ray.studies.judges.run import HELD_OUT_SCENES, scenes_of
 from milan_ray.studies.judges.statistics import IOU_THRESHOLD, presence
 from milan_ray.studies.tables import read_frame
@@ -189,12 +189,9 @@ def judge(audit: Audit, truth: Truth, pairs: Sequence[Pair]) -> Judged:
     ):
         statistics = sums.select(whole, part).to_numpy().astype(np.float64)
         rows.append(("audit", metric, interval(statistics, ratio, counts), len(sums), note))
-    plain, blurred = (unit_values(table[name].to_numpy()) for name in ("for faces", "blurred, for faces"))
+    sides = (unit_values(table[name].to_numpy()) for name in ("for faces", "blurred, for faces"))
     counts = resampling_counts(len(pairs), 10_000)
-    for side, statistics in ((PLAIN, plain), (BLURRED, blurred)):
-        rows.append((side, "units for faces", interval(statistics, ratio, counts), len(pairs), "mean over networks"))
-    gap = difference(plain, blurred, ratio, counts)
-    rows.append((f"{PLAIN} − {BLURRED}", "units for faces", gap, len(pairs), "paired, resampled over pairs"))
+    rows += side_rows("units for faces", "mean over networks", "paired, resampled over pairs", *sides, counts)
     return Judged(table, units, rows)
 
 

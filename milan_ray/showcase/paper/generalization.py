@@ -65,16 +65,10 @@ SMALL = GeneralizationConfig(1, 0.1, ONE_EPOCH, ONE_EPOCH, Sizes(8, 16), beam_si
 SMALL_SPLITS = ("world/planted", "world/planted:world/cnn")
 
 TABLE_6 = pl.DataFrame(
-    {
-        "of": ["the paper, all held-out units (Table 6)"],
-        "texts": [51585],
-        "words": [1002],
-        "length": [2.7],
-        "noun": [51.9],
-        "adjective": [19.8],
-        "preposition": [11.1],
-    }
-)  # fmt: skip
+    [("the paper, all held-out units (Table 6)", 51585, 1002, 2.7, 51.9, 19.8, 11.1)],
+    ["of", "texts", "words", "length", "noun", "adjective", "preposition"],
+    orient="row",
+)
 
 
 _TO_GENERATORS, _TO_CLASSIFIERS = "world-cls-to-world-gen", "world-gen-to-world-cls"

@@ -61,15 +61,15 @@ class _Task:
 
     storage: Storage
     work: str
-    name: str
     model: references.ModelRef
     probe: references.ProbeRef
+    outputs: int
+    resources: Resources
+    name: str
     refs: tuple[ImageRef, ...]
     labels: tuple[int, ...]
     first: int
     sets: tuple[UnitSet, ...]
-    outputs: int
-    resources: Resources
 
     @property
     def size(self) -> int:
@@ -112,19 +112,15 @@ def run_ablations(
     weights = weights_digest(spec.load())
     work = config_hash({"ablations": distinct, "model": spec.name, "weights": weights, "probe": digest})
     work = f"{within}/{work}" if within else work
+    common = storage, work, model, probe, len(classes), resources
     tasks = [
         _Task(
-            storage,
-            work,
+            *common,
             f"counts/{start:08d}-{first:06d}",
-            model,
-            probe,
             tuple(refs[start : start + IMAGES]),
             tuple(labels[start : start + IMAGES]),
             first,
             tuple(distinct[first : first + SETS]),
-            len(classes),
-            resources,
         )
         for first in range(0, len(distinct), SETS)
         for start in range(0, len(refs), IMAGES)

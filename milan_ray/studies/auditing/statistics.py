@@ -195,7 +195,7 @@ def count_pairs(pairs: Sequence[Pair], units: pl.DataFrame, sizes: dict[str, int
 
 
 def compare_sides(pairs: pl.DataFrame, samples: int = 10_000, seed: int = 0) -> list[Row]:
-    """Whether networks trained on blurred images have fewer such units: paired tests, and bootstrap over pairs.
+    """Compares both sides of the pairs: paired tests, and bootstrap over pairs.
 
     Args:
         pairs: From :func:`count_pairs`.
@@ -207,31 +207,38 @@ def compare_sides(pairs: pl.DataFrame, samples: int = 10_000, seed: int = 0) -> 
         sides and their difference; p of Wilcoxon's signed-rank and of the sign test.
     """
     counts = resampling_counts(len(pairs), samples, seed)
-    gap = f"{PLAIN} − {BLURRED}"
-    rows: list[Row] = []
-    for metric, reading, plain, blurred in (
-        (
-            "units per network",
-            "units found and not rejected, mean over networks",
-            unit_values(pairs["units"].to_numpy()),
-            unit_values(pairs["other_units"].to_numpy()),
-        ),
-        (
-            "share of units",
-            "units found and not rejected, of all described ones",
-            pairs.select("of", "units").to_numpy().astype(np.float64),
-            pairs.select("other_of", "other_units").to_numpy().astype(np.float64),
-        ),
-    ):
-        rows.append((PLAIN, metric, interval(plain, ratio, counts), len(pairs), reading))
-        rows.append((BLURRED, metric, interval(blurred, ratio, counts), len(pairs), reading))
-        apart = difference(plain, blurred, ratio, counts)
-        rows.append((gap, metric, apart, len(pairs), "paired difference, resampled over pairs of networks"))
+    gap, paired = f"{PLAIN} − {BLURRED}", "paired difference, resampled over pairs of networks"
+    numbers = (unit_values(pairs[name].to_numpy()) for name in ("units", "other_units"))
+    shares = (pairs.select(*names).to_numpy().astype(float) for names in (("of", "units"), ("other_of", "other_units")))
+    reading = "units found and not rejected, "
+    rows = side_rows("units per network", f"{reading}mean over networks", paired, *numbers, counts)
+    rows += side_rows("share of units", f"{reading}of all described ones", paired, *shares, counts)
     differences = (pairs["units"] - pairs["other_units"]).to_list()
     for metric, p in (("p (signed ranks)", signed_rank(differences)), ("p (signs)", sign(differences))):
         note = f"two-sided, exact, over pairs; with {len(pairs)} pairs it cannot fall below {2 ** (1 - len(pairs)):.2g}"
         rows.append((gap, metric, Interval(p, float("nan"), float("nan")), len(pairs), note))
     return rows
+
+
+def side_rows(
+    metric: str, reading: str, gap_reading: str, plain: np.ndarray, blurred: np.ndarray, counts: np.ndarray
+) -> list[Row]:
+    """A measure of both sides and its difference, as rows of scores.
+
+    Args:
+        metric: Name of the measure.
+        reading: Note of the sides.
+        gap_reading: Note of the difference.
+        plain: Counts and totals of unblurred networks, (N, 2).
+        blurred: The same of their twins.
+        counts: (B, N) from :func:`~milan_ray.scoring.bootstrap.resampling_counts`.
+    """
+    n = counts.shape[1]
+    return [
+        (PLAIN, metric, interval(plain, ratio, counts), n, reading),
+        (BLURRED, metric, interval(blurred, ratio, counts), n, reading),
+        (f"{PLAIN} − {BLURRED}", metric, difference(plain, blurred, ratio, counts), n, gap_reading),
+    ]
 
 
 def summary(pairs: pl.DataFrame, rows: Sequence[Row]) -> str:

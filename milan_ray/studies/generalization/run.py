@@ -166,34 +166,39 @@ def _trial(
 
 
 @dataclass(frozen=True)
-class _Description:
-    """Held-out units to describe."""
+class _Task:
+    """A captioner whose held-out units are described, or all captioners of a split that is scored."""
 
     storage: Storage
     job: GeneralizationJob
-    trial: Trial
     output: Output
+    trials: tuple[Trial, ...]
     resources: Resources
+
+    @property
+    def units(self) -> list[Unit]:
+        """The distinct held-out units."""
+        return sorted({unit for trial in self.trials for unit in trial.test})
 
 
 def _describe(storage: Storage, job: GeneralizationJob, trials: Sequence[Trial], resources: Resources) -> None:
     tasks = [
-        _Description(storage, job, trial, output, resources)
+        _Task(storage, job, output, (trial,), resources)
         for trial in trials
         for output in due(HeldOut(job, trial), storage)
     ]
     if not tasks:
         say(f"{job.name}: held-out descriptions are all up to date")
         return
-    few = sum(len(task.trial.test) for task in tasks) <= FEW_UNITS
+    few = sum(len(task.units) for task in tasks) <= FEW_UNITS
     for _ in run_tasks(_describe_units, tasks, resources, "held-out descriptions", "captioners", in_driver=few):
         pass
 
 
-def _describe_units(task: _Description) -> None:
+def _describe_units(task: _Task) -> None:
     """Writes a captioner's descriptions of held-out units, and two baselines: one text for all, the nearest unit's."""
     device = worker_device(task.resources)
-    storage, job, trial = task.storage, task.job, task.trial
+    storage, job, (trial,) = task.storage, task.job, task.trials
     captioner = load_captioner(storage, trial.training.name).to(str(device))
     lam = captioner.lam if job.config.lam is None else job.config.lam
     texts: dict[str, list[str]] = {MILAN: [], LIKELIHOOD: []}
@@ -236,17 +241,6 @@ def references_of(storage: Storage, job: GeneralizationJob, units: Sequence[Unit
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Scoring:
-    """A split to score."""
-
-    storage: Storage
-    job: GeneralizationJob
-    output: Output
-    units: list[Unit]
-    resources: Resources
-
-
 def _score(
     storage: Storage,
     job: GeneralizationJob,
@@ -257,23 +251,21 @@ def _score(
 ) -> None:
     tasks = []
     for output in due(SplitScores(job, language), storage):
-        units = {unit for trial in trials if trial.split.name == output.keys["split"] for unit in trial.test}
-        tasks.append(_Scoring(storage, job, output, sorted(units), resources))
+        of_split = tuple(trial for trial in trials if trial.split.name == output.keys["split"])
+        tasks.append(_Task(storage, job, output, of_split, resources))
     if not tasks:
         say(f"{job.name}: scores are all up to date")
         return
-    splits = {split.name: split for split in job.splits}
     few = sum(len(task.units) for task in tasks) <= FEW_UNITS
     for index, scored in run_tasks(_score_split, tasks, resources, "scores", "splits", in_driver=few):
-        output = tasks[index].output
-        split = splits[output.keys["split"]]
+        output, split = tasks[index].output, tasks[index].trials[0].split
         texts = generalization.text_rows(held_out(storage, job, split.name), nlp, language)
         about = {"kind": split.kind, "train": split.train, "test": split.test}
         rows = pl.concat([scored, texts]).with_columns(pl.lit(value).alias(key) for key, value in about.items())
         write_frame(storage, GENERALIZATION, rows, output.fingerprint, **output.keys)
 
 
-def _score_split(task: _Scoring) -> pl.DataFrame:
+def _score_split(task: _Task) -> pl.DataFrame:
     torch.set_num_threads(task.resources.threads)
     split = task.output.keys["split"]
     bert = _bert_score(task.job.bert_score) if task.job.bert_score else None
