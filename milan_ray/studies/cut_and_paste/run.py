@@ -33,19 +33,8 @@ from milan_ray.stages.exemplars import store_manifest
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation.run import class_numbers
 from milan_ray.studies.analysis import statistics as analysis
+from milan_ray.studies.cut_and_paste import statistics as pasting
 from milan_ray.studies.cut_and_paste.plot import Example, plot_examples
-from milan_ray.studies.cut_and_paste.statistics import (
-    CRITERION,
-    DIFFERENT,
-    LARGEST,
-    TARGETS,
-    best_examples,
-    choose_units,
-    describe_rates,
-    grown,
-    paste,
-    rates,
-)
 from milan_ray.studies.exemplar_images import exemplar_views, model_views, unit_exemplars, unit_masks
 from milan_ray.studies.tables import described_model, frame_of, read_descriptions, read_frame, table_of
 from milan_ray.studies.tasks import run_tasks, worker_device
@@ -78,7 +67,7 @@ class CutAndPasteConfig:
     originals: int = 8
     distractors: int = 8
     pool: int = 2000
-    targets: int = TARGETS
+    targets: int = pasting.TARGETS
     seed: int = 0
 
 
@@ -90,9 +79,9 @@ class _Scan:
     layer: str
     units: tuple[int, ...]
     probe: references.ProbeRef
-    refs: tuple[ImageRef, ...]
     arithmetic: Arithmetic
     resources: Resources
+    refs: tuple[ImageRef, ...]
 
 
 @dataclass(frozen=True)
@@ -117,8 +106,8 @@ class _Paste:
     layer: str
     probe: references.ProbeRef
     classes: tuple[str, ...]
-    units: tuple[_Unit, ...]
     resources: Resources
+    units: tuple[_Unit, ...]
 
     def name(self, number: int) -> str:
         """Name of a class."""
@@ -130,6 +119,8 @@ class _LastLayer:
     """The layer that a classifier's last linear map reads.
 
     Attributes:
+        storage: The run directory, which describes it.
+        probe: Images with classes, to paste on.
         model: The classifier, with its described layers.
         spec: Its specification.
         network: Its network.
@@ -137,6 +128,8 @@ class _LastLayer:
         weight: Weights of the map, float32 (classes, units).
     """
 
+    storage: Storage
+    probe: references.ProbeRef
     model: references.ModelRef
     spec: ModelSpec
     network: nn.Module
@@ -204,7 +197,7 @@ class CutAndPaste(Stage):
         network = spec.load()
         weight = _head_weight(spec, network, self.probe)
         layer = _described_layer(storage, spec, layers, weight.shape[1], self.config.labeler)
-        return _LastLayer(replace(self.model, layers=layers), spec, network, layer, weight)
+        return _LastLayer(storage, self.probe, replace(self.model, layers=layers), spec, network, layer, weight)
 
     def run(self, storage: Storage, nlp: Language, resources: Resources) -> pl.DataFrame:
         """Pastes what units respond to into images that they are silent on, and stores the classifier's answers.
@@ -230,50 +223,48 @@ class CutAndPaste(Stage):
         last = self.last_layer(storage)
         texts = read_descriptions(storage, last.spec.name, (last.layer,), self.config.labeler)
         scores = analysis.unit_scores(texts, nlp, ())
-        if CRITERION not in scores.columns:
+        if pasting.CRITERION not in scores.columns:
             raise MilanError(
                 f"{self.language} has no word vectors, which say how different words are: choose --language."
             )
-        chosen = choose_units(scores, self.config.units, self.config.seed)
+        chosen = pasting.choose_units(scores, self.config.units, self.config.seed)
         classes, labels = class_numbers(manifest["class_label"].to_pylist(), last.spec)
-        material = _material(storage, self, last, chosen["unit"].to_list(), manifest, labels, resources)
-        rows = _answers(storage, self, last, material, classes, resources)
+        material = _material(last, self.config, chosen["unit"].to_list(), manifest, labels, resources)
+        rows = _answers(last, material, classes, resources)
         if not rows:
             raise MilanError(
                 f"nothing to paste: none of the units of {last.spec.name} {last.layer} has an exemplar that is taken "
-                f"for none of its classes and whose mask covers less than {LARGEST:.0%} of it, and images given that "
-                "it is silent on and that the model classifies correctly: give more images, or --each more units."
+                f"for none of its classes and whose mask covers less than {pasting.LARGEST:.0%} of it, and images given "
+                "that it is silent on and that the model classifies correctly: give more images, or --each more units."
             )
         answers = pl.DataFrame(rows).with_columns(pl.col("unit").cast(chosen.schema["unit"]))
         table = table_of(PASTED, answers.join(chosen, on="unit", maintain_order="left"), **output.keys)
         frame = frame_of(table)
-        figure = plot_examples(last.spec.name, _shown(storage, self, last, manifest, frame))
+        figure = plot_examples(last.spec.name, _shown(last, manifest, frame))
         store_figure(storage, PASTED, figure, **output.keys)
         storage.write(PASTED, table, output.fingerprint, **output.keys)  # last: marks the result as complete
         return frame
 
 
 def _material(
-    storage: Storage,
-    study: CutAndPaste,
     last: _LastLayer,
+    config: CutAndPasteConfig,
     units: list[int],
     manifest: pa.Table,
-    labels: Sequence[int],
+    labels: list[int],
     resources: Resources,
 ) -> list[_Unit]:
     """What to paste on which images, for each unit that has both."""
-    config = study.config
     pool = np.random.default_rng(config.seed).permutation(len(manifest))[: config.pool]
-    guesses, maxima = _scan_images(storage, study, last, units, image_refs(manifest, pool), resources)
-    level = read_frame(storage, LEVELS, ["unit", "level"], **last.keys).sort("unit")["level"].to_numpy()
+    guesses, maxima = _scan_images(last, units, image_refs(manifest, pool), resources)
+    level = read_frame(last.storage, LEVELS, ["unit", "level"], **last.keys).sort("unit")["level"].to_numpy()
     material = []
     for place, unit in enumerate(units):
         silent = (maxima[:, place] <= level[unit]) & (guesses == np.array(labels)[pool])
         targets = tuple(strongest_classes(last.weight, unit, config.targets))
         good = pool[silent & ~np.isin(guesses, targets)]
         refs = image_refs(manifest, good[: config.originals + config.distractors])
-        distractors, cuts = _exemplars(storage, last, unit, float(level[unit]), config.distractors)
+        distractors, cuts = _exemplars(last, unit, float(level[unit]), config.distractors)
         if len(refs) < 2 or not distractors:
             continue
         # If few images are silent, some serve as both; pasted on itself, a control changes nothing.
@@ -284,24 +275,12 @@ def _material(
 
 
 def _answers(
-    storage: Storage,
-    study: CutAndPaste,
-    last: _LastLayer,
-    material: Sequence[_Unit],
-    classes: tuple[str, ...],
-    resources: Resources,
+    last: _LastLayer, material: Sequence[_Unit], classes: tuple[str, ...], resources: Resources
 ) -> list[dict[str, object]]:
     """The classifier's answers: a row per unit, original and cut."""
+    common = last.storage, last.model, last.layer, last.probe, classes, resources
     tasks = [
-        _Paste(
-            storage,
-            last.model,
-            last.layer,
-            study.probe,
-            classes,
-            tuple(material[start : start + UNITS_PER_TASK]),
-            resources,
-        )
+        _Paste(*common, tuple(material[start : start + UNITS_PER_TASK]))
         for start in range(0, len(material), UNITS_PER_TASK)
     ]
     label = f"adversarial images for {last.spec.name}"
@@ -329,14 +308,12 @@ def _described_layer(storage: Storage, spec: ModelSpec, layers: Sequence[str], w
     )
 
 
-def _exemplars(
-    storage: Storage, last: _LastLayer, unit: int, level: float, count: int
-) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
+def _exemplars(last: _LastLayer, unit: int, level: float, count: int) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
     """Exemplars of a unit to cut from, best first, with their masks; masks that cover most of the image are skipped."""
-    rows = unit_exemplars(storage, unit=unit, **last.keys).filter(pl.col("activation") > level)
-    cuts = unit_masks(storage, packed=rows["mask"].to_list(), **last.keys)
-    shares = [float(grown(cut, (cut.shape[0], cut.shape[1])).mean()) for cut in cuts]
-    rows = rows.filter([0 < share <= LARGEST for share in shares]).head(count)
+    rows = unit_exemplars(last.storage, unit=unit, **last.keys).filter(pl.col("activation") > level)
+    cuts = unit_masks(last.storage, packed=rows["mask"].to_list(), **last.keys)
+    shares = [float(pasting.grown(cut, (cut.shape[0], cut.shape[1])).mean()) for cut in cuts]
+    rows = rows.filter([0 < share <= pasting.LARGEST for share in shares]).head(count)
     return tuple(rows["image_id"].to_list()), tuple(rows["mask"].to_list())
 
 
@@ -351,19 +328,12 @@ def _forward(
 
 
 def _scan_images(
-    storage: Storage,
-    study: CutAndPaste,
-    last: _LastLayer,
-    units: Sequence[int],
-    refs: Sequence[ImageRef],
-    resources: Resources,
+    last: _LastLayer, units: Sequence[int], refs: Sequence[ImageRef], resources: Resources
 ) -> tuple[np.ndarray, np.ndarray]:
     """The model's answers to images (n,), and the units' maxima on them (n, units), computed as their levels were."""
-    how = arithmetic_of(storage, last.spec.name, last.layer), resources
-    tasks = [
-        _Scan(last.model, last.layer, tuple(units), study.probe, tuple(refs[start : start + IMAGES]), *how)
-        for start in range(0, len(refs), IMAGES)
-    ]
+    arithmetic = arithmetic_of(last.storage, last.spec.name, last.layer)
+    common = last.model, last.layer, tuple(units), last.probe, arithmetic, resources
+    tasks = [_Scan(*common, tuple(refs[start : start + IMAGES])) for start in range(0, len(refs), IMAGES)]
     label = f"images to paste on for {last.spec.name}"
     parts = dict(run_tasks(_scan, tasks, resources, label, "images", size=lambda task: len(task.refs)))
     guesses, maxima = zip(*(parts[index] for index in range(len(tasks))), strict=True)
@@ -383,7 +353,7 @@ def _scan(task: _Scan) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cuts(storage: Storage, model: str, layer: str, packed: Sequence[bytes], size: tuple[int, int]) -> np.ndarray:
-    return np.stack([grown(mask, size) for mask in unit_masks(storage, model, layer, packed)])
+    return np.stack([pasting.grown(mask, size) for mask in unit_masks(storage, model, layer, packed)])
 
 
 def _paste(task: _Paste) -> list[dict[str, object]]:
@@ -405,7 +375,10 @@ def _paste(task: _Paste) -> list[dict[str, object]]:
         distractors = exemplar_views(task.storage, spec.name, task.layer, unit.distractors)
         cuts = _cuts(task.storage, spec.name, task.layer, unit.masks, (originals.shape[1], originals.shape[2]))
         alone = classify(distractors), classify(controls)
-        pasted = classify(paste(originals, distractors, cuts)), classify(paste(originals, controls, cuts))
+        pasted = (
+            classify(pasting.paste(originals, distractors, cuts)),
+            classify(pasting.paste(originals, controls, cuts)),
+        )
         for i, (original, label) in enumerate(zip(unit.originals, unit.labels, strict=True)):
             for j, (distractor, control) in enumerate(zip(unit.distractors, unit.controls, strict=True)):
                 sources, answers = [shown[j] for shown in alone], [shown[i][j] for shown in pasted]
@@ -434,27 +407,27 @@ def _paste(task: _Paste) -> list[dict[str, object]]:
     return rows
 
 
-def _shown(
-    storage: Storage, study: CutAndPaste, last: _LastLayer, manifest: pa.Table, rows: pl.DataFrame
-) -> list[Example]:
+def _shown(last: _LastLayer, manifest: pa.Table, rows: pl.DataFrame) -> list[Example]:
     """The examples of the figure."""
-    shown = best_examples(rows)
+    shown = pasting.best_examples(rows)
     if not len(shown):
-        shown = rows.filter(pl.col("group") == DIFFERENT).unique("unit", keep="first", maintain_order=True).head(3)
+        shown = (
+            rows.filter(pl.col("group") == pasting.DIFFERENT).unique("unit", keep="first", maintain_order=True).head(3)
+        )
     examples = []
     for row in shown.iter_rows(named=True):
-        original = model_views(study.probe, image_refs(manifest, [row["original"]]), last.spec)
-        distractor = exemplar_views(storage, image_ids=[row["distractor"]], **last.keys)
-        exemplar = unit_exemplars(storage, unit=row["unit"], **last.keys)
+        original = model_views(last.probe, image_refs(manifest, [row["original"]]), last.spec)
+        distractor = exemplar_views(last.storage, image_ids=[row["distractor"]], **last.keys)
+        exemplar = unit_exemplars(last.storage, unit=row["unit"], **last.keys)
         exemplar = exemplar.filter(pl.col("image_id") == row["distractor"])
         size = (original.shape[1], original.shape[2])
-        cut = _cuts(storage, last.spec.name, last.layer, exemplar["mask"].to_list(), size)
+        cut = _cuts(last.storage, last.spec.name, last.layer, exemplar["mask"].to_list(), size)
         targets = ",\n".join(row["targets"])
         examples.append(
             Example(
                 f"{last.layer} {row['unit']}\n“{row['description']}”\nspeaks for\n{targets}",
                 (row["original_class"], row["distractor_class"], f"taken for {row['predicted']}"),
-                (original[0], distractor[0], paste(original, distractor, cut)[0, 0]),
+                (original[0], distractor[0], pasting.paste(original, distractor, cut)[0, 0]),
                 cut[0],
             )
         )
@@ -465,4 +438,5 @@ def summary(rows: pl.DataFrame) -> str:
     """How often pasting misled, by group of units."""
     units = rows.select("layer", "unit").unique().height
     made = f"{len(rows):,} images with something pasted on, for {units} units of {rows['layer'][0]}"
-    return f"{made}; share taken for a class of the unit's that neither image shows:\n{describe_rates(rates(rows))}"
+    shares = pasting.describe_rates(pasting.rates(rows))
+    return f"{made}; share taken for a class of the unit's that neither image shows:\n{shares}"

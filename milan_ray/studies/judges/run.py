@@ -88,15 +88,15 @@ def judge_labels(
     tables = []
     if not planted.all():
         tables += _by_scenes(
-            storage, name, [units[n] for n in np.flatnonzero(~planted)], _some(systems, ~planted), scenes
+            storage, name, [units[n] for n in np.flatnonzero(~planted)], labels_of(systems, ~planted), scenes
         )
     if planted.any():
-        tables += _by_plan(name, [units[n] for n in np.flatnonzero(planted)], _some(systems, planted))
+        tables += _by_plan(name, [units[n] for n in np.flatnonzero(planted)], labels_of(systems, planted))
     return tables
 
 
-def _some(systems: Mapping[str, Sequence[str]], which: np.ndarray) -> dict[str, list[str]]:
-    """The labels of some of the units."""
+def labels_of(systems: Mapping[str, Sequence[str]], which: np.ndarray) -> dict[str, list[str]]:
+    """The labels of some of the units, which are given as a mask."""
     return {name: [labels[n] for n in np.flatnonzero(which)] for name, labels in systems.items()}
 
 
@@ -129,7 +129,7 @@ def _by_scenes(
     by_kind = _by_kind(
         f"{name}: {BY_KIND}",
         [CONCEPTS[concept].kind for concept in best],
-        lambda which: judges.described_auroc(experiment, maxima[:, which], shown, _some(systems, which)),
+        lambda which: judges.described_auroc(experiment, maxima[:, which], shown, labels_of(systems, which)),
         "auroc",
         note,
     )
@@ -141,7 +141,7 @@ def _by_plan(name: str, units: Sequence[Unit], systems: Mapping[str, Sequence[st
     by_kind = _by_kind(
         f"{name}: {PLANTED_BY_KIND}",
         [CONCEPT[concept].kind for concept in concepts],
-        lambda which: judges.planted_accuracy(name, concepts[which].tolist(), _some(systems, which)),
+        lambda which: judges.planted_accuracy(name, concepts[which].tolist(), labels_of(systems, which)),
         "planted-accuracy",
         "share of units planted with a concept of this kind whose label names it",
     )
