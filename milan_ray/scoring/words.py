@@ -141,8 +141,8 @@ def pattern(term: Term, vocabulary: Sequence[str]) -> str:
 
 def vocabulary_of(texts: pl.Series) -> list[str]:
     """Returns the distinct words of texts, sorted."""
-    found = texts.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+").explode().drop_nulls()
-    return found.unique().sort().to_list()
+    words = texts.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+").explode().drop_nulls()
+    return words.unique().sort().to_list()
 
 
 def asked_in(texts: pl.Series, words: Sequence[str]) -> pl.Series:
@@ -161,6 +161,5 @@ def asked_in(texts: pl.Series, words: Sequence[str]) -> pl.Series:
     for place, word in enumerate(dict.fromkeys(words)):
         # Alternatives form one term; successive words form several terms, all of which must occur.
         hits = [spoken("text").str.contains(pattern(term, vocabulary)) for term in parse(word)]
-        found = pl.when(pl.all_horizontal(hits)).then(pl.lit(word)).alias(f"word {place}")
-        frame = frame.with_columns(found)
+        frame = frame.with_columns(pl.when(pl.all_horizontal(hits)).then(pl.lit(word)).alias(f"word {place}"))
     return frame.select(pl.concat_list(pl.exclude("text")).list.drop_nulls().alias("words")).to_series()

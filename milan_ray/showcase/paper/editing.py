@@ -223,13 +223,13 @@ def _retrieval(
     wanted = [NAMES.index(concept) for concept in sizes.concepts]
     true = np.isin(truth.concept, wanted) & (truth.iou > IOU_THRESHOLD)
     order = set(edit.order)
-    found = np.array([unit in order for unit in units.select("layer", "unit").iter_rows()])
+    unwanted = np.array([unit in order for unit in units.select("layer", "unit").iter_rows()])
     wrong = []
-    for place in np.flatnonzero(found != true):
+    for place in np.flatnonzero(unwanted != true):
         layer, unit, text = units.select("layer", "unit", "description").row(int(place))
         fires = f"fires at {NAMES[truth.concept[place]]} (IoU {truth.iou[place]:.2f})"
         wrong.append(f"{model} {layer} {unit}: “{text}”, but {fires}")
-    return Retrieval(int(found.sum()), int(true.sum()), int((found & true).sum()), len(units)), wrong
+    return Retrieval(int(unwanted.sum()), int(true.sum()), int((unwanted & true).sum()), len(units)), wrong
 
 
 def claims(networks: Mapping[str, Network]) -> list[Claim]:
@@ -237,7 +237,7 @@ def claims(networks: Mapping[str, Network]) -> list[Claim]:
     each = list(networks.values())
     whole = [network.edit.accuracy(TEST)[0] for network in each]
     lost = mean_interval([network.plain - accuracy for network, accuracy in zip(each, whole, strict=True)])
-    retrieval = sum((network.retrieval for network in each[1:]), each[0].retrieval)
+    retrieval = Retrieval(*map(sum, zip(*(network.retrieval for network in each), strict=True)))
     share = retrieval.true / retrieval.units
     best = {condition: mean_interval([n.gain(condition) for n in each]) for condition in (FOUND, EVERY, RANDOM)}
     beyond = mean_interval([n.gain(FOUND) - n.gain(EVERY) for n in each])

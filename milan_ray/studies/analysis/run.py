@@ -166,13 +166,12 @@ def summary(rows: pl.DataFrame) -> str:
     means = last.group_by("condition").agg(pl.col("accuracy").mean(), pl.len().alias("trials")).sort("accuracy")
     start = rows.filter(pl.col("ablated") == 0)["accuracy"][0]
     lines = [f"accuracy on {rows['n'][0]:,} images: {start:.3f}; with {last['fraction'][0]:.0%} of units ablated by"]
-    unusual = {}
-    for name, height, _, low, high in analysis.beside_random(rows).iter_rows():
-        if low is not None and not low <= height <= high:
-            matter = "more" if height < low else "less"
-            unusual[name] = (
-                f"  these units matter {matter}: {height:.3f} over all steps, random [{low:.3f}, {high:.3f}]"
-            )
+    unusual = {
+        name: f"  these units matter {'more' if height < low else 'less'}: {height:.3f} over all steps, random "
+        f"[{low:.3f}, {high:.3f}]"
+        for name, height, _, low, high in analysis.beside_random(rows).iter_rows()
+        if low is not None and not low <= height <= high
+    }
     lines += [f"  {name:24} {value:.3f}{unusual.get(name, '')}" for name, value, _ in means.iter_rows()]
     return "\n".join(lines)
 
@@ -182,8 +181,6 @@ def examples(storage: Storage, model: str, count: int = 3, name: str = "analysis
     first = analysis.first_ablated(stored_scores(storage, model, name), count)
     lines = ["ablated first by"]
     for (criterion,), rows in first.group_by(["criterion"], maintain_order=True):
-        shown = "; ".join(
-            f"{layer} {unit} “{text}”" for layer, unit, text in rows.select("layer", "unit", "description").iter_rows()
-        )
-        lines.append(f"  {criterion:24} {shown}")
+        units = (f"{row['layer']} {row['unit']} “{row['description']}”" for row in rows.to_dicts())
+        lines.append(f"  {criterion:24} {'; '.join(units)}")
     return "\n".join(lines)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -23,7 +24,7 @@ from milan_ray.scoring.text import BertScore, minilm_directory
 from milan_ray.storage import Storage
 from milan_ray.studies.comparison.plot import plot_comparison
 from milan_ray.studies.comparison.statistics import common_units, cost_rows, unit_score_rows, with_trivial_labels
-from milan_ray.studies.judges.run import BY_KIND, HELD_OUT_SCENES, in_words, judge_labels, of_the_world
+from milan_ray.studies.judges.run import BY_KIND, HELD_OUT_SCENES, in_words, judge_labels, labels_of, of_the_world
 from milan_ray.studies.tables import Unit, frame_of, read_annotations, read_frame
 
 NAME = "comparison"
@@ -185,14 +186,13 @@ def find_comparison(
 
 def _agreement(comparison: Comparison) -> list[pa.Table]:
     """Agreement with the annotations, if there are any."""
-    annotated = [place for place, unit in enumerate(comparison.units) if unit in comparison.annotations]
-    if not annotated:
+    annotated = np.array([unit in comparison.annotations for unit in comparison.units])
+    if not annotated.any():
         say("nobody has annotated these units: no agreement is measured")
         return []
-    labels = {labeler: [texts[place] for place in annotated] for labeler, texts in comparison.systems.items()}
-    references = [comparison.annotations[comparison.units[place]] for place in annotated]
+    references = [comparison.annotations[unit] for unit in comparison.units if unit in comparison.annotations]
     # The constant is chosen on the units that it is measured on, so it is the strongest possible constant.
-    systems = with_trivial_labels(labels, best_constant(references))
+    systems = with_trivial_labels(labels_of(comparison.systems, annotated), best_constant(references))
     bert = BertScore(comparison.bert_score) if comparison.bert_score else None
     return [evaluate_text(f"{comparison.name}: {AGREEMENT}", systems, references, bert)]
 
@@ -200,15 +200,14 @@ def _agreement(comparison: Comparison) -> list[pa.Table]:
 def _judged(storage: Storage, comparison: Comparison) -> list[pa.Table]:
     """The world's judgement of the units of its networks, if there are any."""
     in_world = {model: of_the_world(storage, model) for model in comparison.models}
-    judged = [place for place, (model, _, _) in enumerate(comparison.units) if in_world[model]]
-    if not judged:
+    judged = np.array([in_world[model] for model, _, _ in comparison.units])
+    if not judged.any():
         return []
-    labels = {
-        labeler: [in_words(labeler, texts[place]) for place in judged] for labeler, texts in comparison.systems.items()
-    }
+    labels = labels_of(comparison.systems, judged)
+    words = {labeler: [in_words(labeler, text) for text in texts] for labeler, texts in labels.items()}
     constant = best_constant(list(comparison.annotations.values())) if comparison.annotations else None
-    units = [comparison.units[place] for place in judged]
-    return judge_labels(storage, comparison.name, units, with_trivial_labels(labels, constant), comparison.scenes)
+    units = [unit for unit in comparison.units if in_world[unit[0]]]
+    return judge_labels(storage, comparison.name, units, with_trivial_labels(words, constant), comparison.scenes)
 
 
 def _unit_scores(storage: Storage, comparison: Comparison) -> list[pa.Table]:

@@ -234,8 +234,9 @@ class CutAndPaste(Stage):
         if not rows:
             raise MilanError(
                 f"nothing to paste: none of the units of {last.spec.name} {last.layer} has an exemplar that is taken "
-                f"for none of its classes and whose mask covers less than {pasting.LARGEST:.0%} of it, and images given "
-                "that it is silent on and that the model classifies correctly: give more images, or --each more units."
+                f"for none of its classes and whose mask covers less than {pasting.LARGEST:.0%} of it, and images "
+                "given that it is silent on and that the model classifies correctly: give more images, or --each more "
+                "units."
             )
         answers = pl.DataFrame(rows).with_columns(pl.col("unit").cast(chosen.schema["unit"]))
         table = table_of(PASTED, answers.join(chosen, on="unit", maintain_order="left"), **output.keys)

@@ -26,19 +26,9 @@ from milan_ray.stages.exemplars import store_manifest
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation.curves import RANDOM, ablation_rows, step_sets, units_of
 from milan_ray.studies.ablation.run import run_ablations
+from milan_ray.studies.editing import statistics as editing
 from milan_ray.studies.editing.fine_tune import Tuned, fine_tune
 from milan_ray.studies.editing.plot import plot_editing, plot_images
-from milan_ray.studies.editing.statistics import (
-    EVERY,
-    FOUND,
-    MOST,
-    TEST,
-    TEXT,
-    VALIDATION,
-    mentioning,
-    removal_orders,
-    stop,
-)
 from milan_ray.studies.exemplar_images import (
     exemplar_views,
     model_views,
@@ -86,8 +76,8 @@ class EditingConfig:
     """
 
     labeler: str = "milan"
-    words: tuple[str, ...] = TEXT
-    most: int = MOST
+    words: tuple[str, ...] = editing.TEXT
+    most: int = editing.MOST
     trials: int = 5
     seed: int = 0
 
@@ -112,7 +102,7 @@ class Edit:
         """The first units of the order, by layer."""
         return by_layer(self.order[:count])
 
-    def accuracy(self, split: str, condition: str = FOUND, trial: int = 0) -> list[float]:
+    def accuracy(self, split: str, condition: str = editing.FOUND, trial: int = 0) -> list[float]:
         """Accuracy without the first 0, 1, 2, … units of an order."""
         where = (pl.col("split") == split, pl.col("condition") == condition, pl.col("trial") == trial)
         return self.rows.filter(*where).sort("ablated")["accuracy"].to_list()
@@ -141,7 +131,7 @@ class Editing(Stage):
     @property
     def probes(self) -> dict[str, references.ProbeRef]:
         """Split → images."""
-        return {VALIDATION: self.validation, **({} if self.test is None else {TEST: self.test})}
+        return {editing.VALIDATION: self.validation, **({} if self.test is None else {editing.TEST: self.test})}
 
     @property
     def tuned_name(self) -> str:
@@ -199,10 +189,10 @@ class Editing(Stage):
         storage.remove_work(output.fingerprint.hash)
         scores = read_frame(storage, CRITERIA, ["layer", "unit", "score"], **output.keys)
         alone = units.join(scores, on=["layer", "unit"], how="left", maintain_order="left")["score"].to_numpy()
-        first = removal_orders(alone, unwanted, trials=0)[0]
+        first = editing.removal_orders(alone, unwanted, trials=0)[0]
         rows = of_all_classes(read_frame(storage, ABLATIONS, **output.keys))
         edit = Edit(rows, tuple(units[first.units].select("layer", "unit").iter_rows()), 0, len(units))
-        return replace(edit, stop=stop(edit.accuracy(VALIDATION)))
+        return replace(edit, stop=editing.stop(edit.accuracy(editing.VALIDATION)))
 
 
 def _edit(
@@ -223,7 +213,7 @@ def _edit(
     alone = run_ablations(storage, model, study.validation, single, resources, work).accuracy
     scores = units.with_columns(pl.lit(ALONE).alias("criterion"), pl.Series("score", alone))
     write_frame(storage, CRITERIA, scores, output.fingerprint, **keys)
-    orders = removal_orders(alone, unwanted, config.trials, config.seed)
+    orders = editing.removal_orders(alone, unwanted, config.trials, config.seed)
     counts = range(min(config.most, len(unwanted)) + 1)
     sets = step_sets(units, orders, counts)
     curves = [(order.criterion, order.trial) for order in orders]
@@ -247,7 +237,7 @@ def unwanted_units(
         MilanError: No description contains them.
     """
     units = read_descriptions(storage, model, layers, config.labeler)
-    places = mentioning(units["description"].to_list(), config.words)
+    places = editing.mentioning(units["description"].to_list(), config.words)
     if not len(places):
         raise MilanError(
             f"no description of {model} by {config.labeler} contains {' or '.join(config.words)}: choose --words."
@@ -284,7 +274,7 @@ def run_fine_tuning(
     keys = {"experiment": study.tuned_name, "model": study.model.name}
     shares = [(step / edit.units, step) for step in steps]
     table = pa.concat_tables(
-        ablation_rows(keys, split, [(FOUND, 0)], shares, of_split) for split, of_split in accuracies.items()
+        ablation_rows(keys, split, [(editing.FOUND, 0)], shares, of_split) for split, of_split in accuracies.items()
     )
     probes = {"train": train, **study.probes}
     fingerprint = Fingerprint.of(
@@ -342,7 +332,7 @@ def summary(edit: Edit) -> str:
     lines = [f"{len(edit.order)} units found; removing {edit.stop} keeps validation accuracy"]
     for split in dict.fromkeys(edit.rows["split"]):
         parts = [f"{edit.accuracy(split)[0]:.3f} with all units"]
-        for condition in (FOUND, EVERY):
+        for condition in (editing.FOUND, editing.EVERY):
             values = edit.accuracy(split, condition)
             parts.append(f"{condition} {values[edit.stop]:.3f}, best {max(values):.3f} at {np.argmax(values)}")
         trials = edit.rows.filter(pl.col("condition") == RANDOM)["trial"].unique()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
@@ -77,8 +77,7 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-@dataclass(frozen=True)
-class Retrieval:
+class Retrieval(NamedTuple):
     """How well the units found by words match the units that respond to a concept.
 
     Attributes:
@@ -106,8 +105,3 @@ class Retrieval:
     def _share(self, of: int) -> Interval:
         share, low, high = (float(value[0]) for value in wilson(np.array([self.both]), np.array([max(of, 1)])))
         return Interval(share, low, high)
-
-    def __add__(self, other: Retrieval) -> Retrieval:
-        return Retrieval(
-            self.found + other.found, self.true + other.true, self.both + other.both, self.units + other.units
-        )
