@@ -36,13 +36,9 @@ def table_of(table: Table, frame: pl.DataFrame, metadata: dict[str, str] | None 
     return table.table({column.name: frame[column.name].to_list() for column in table.columns}, metadata)
 
 
-def write_frame(
-    storage: Storage, table: Table, frame: pl.DataFrame, config: str | Fingerprint, **keys: str
-) -> pl.DataFrame:
-    """Writes a partition from the frame's columns of the same names; returns its rows as they are read back."""
-    rows = table_of(table, frame, **keys)
-    storage.write(table, rows, config, **keys)
-    return frame_of(rows)
+def write_frame(storage: Storage, table: Table, frame: pl.DataFrame, config: str | Fingerprint, **keys: str) -> None:
+    """Writes a partition from the frame's columns of the same names."""
+    storage.write(table, table_of(table, frame, **keys), config, **keys)
 
 
 def described_model(storage: Storage, ref: references.ModelRef, labeler: str) -> tuple[ModelSpec, tuple[str, ...]]:

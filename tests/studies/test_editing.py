@@ -51,7 +51,7 @@ def test_the_interval_of_a_mean_is_students():
     assert mean_interval([5.0]).value == 5.0 and np.isnan(mean_interval([5.0]).low)
 
 
-def test_retrieval_adds_up_and_has_shares():
+def test_retrieval_has_shares():
     found = Retrieval(found=4, true=8, both=3, units=40)
     assert (found.precision.value, found.recall.value) == (0.75, 0.375)
     assert 0.2 < found.precision.low < 0.75 < found.precision.high < 1

@@ -209,20 +209,13 @@ def follow_up(audit: Audit, truth: Truth) -> pl.DataFrame:
     faces = [place for place, scene in enumerate(truth.scenes) if scene.label == "face"]
     hair = [truth.scenes[place].things[0].colour for place in faces]
     rows = []
-    for row in hits.iter_rows(named=True):
-        colours = sorted(concepts_in(row["description"]) & set(COLOURS))
-        activations = truth.activations[np.ix_(faces, [places[row["model"], row["layer"], row["unit"]]])]
-        value = float(auroc(activations, np.array([[colour in colours] for colour in hair]))[0, 0])
-        rows.append(
-            {
-                **{name: row[name] for name in ("model", "layer", "unit", "description")},
-                "colours": ", ".join(colours),
-                "faces": len(faces),
-                "auroc": None if np.isnan(value) else value,
-            }
-        )
+    for model, layer, unit, text in hits.select("model", "layer", "unit", "description").iter_rows():
+        colours = sorted(concepts_in(text) & set(COLOURS))
+        activations = truth.activations[np.ix_(faces, [places[model, layer, unit]])]
+        area = float(auroc(activations, np.array([[colour in colours] for colour in hair]))[0, 0])
+        rows.append((model, layer, unit, text, ", ".join(colours), len(faces), None if np.isnan(area) else area))
     schema = {"model": pl.String, "layer": pl.String, "unit": pl.Int32, "description": pl.String, "colours": pl.String}
-    return pl.DataFrame(rows, {**schema, "faces": pl.Int64, "auroc": pl.Float64})
+    return pl.DataFrame(rows, {**schema, "faces": pl.Int64, "auroc": pl.Float64}, orient="row")
 
 
 def claims(audit: Audit, judged: Judged, follow: pl.DataFrame) -> list[Claim]:

@@ -58,18 +58,16 @@ def missing_criteria(nlp: Language, words: Sequence[str] = WORDS) -> dict[str, t
 
 
 def parse_depth(doc: Doc) -> int:
-    """Levels below the last root of a parsed text, 0 for a lone word.
+    """Levels below the last root of a parsed text, 0 for a single word or without a parser.
 
-    A text that was taken for several sentences has several roots; the reference looks at the last.
+    A text that was parsed as several sentences has several roots; the reference uses the last one.
     """
-    roots = [token for token in doc if token.dep_ == "ROOT"]
-    if not roots:
-        return 0
 
     def below(token: Token) -> int:
         return max((1 + below(child) for child in token.children), default=0)
 
-    return below(roots[-1])
+    roots = [token for token in doc if token.dep_ == "ROOT"]
+    return below(roots[-1]) if roots else 0
 
 
 def max_word_difference(doc: Doc) -> float:
@@ -103,10 +101,8 @@ def unit_scores(descriptions: pl.DataFrame, nlp: Language, words: Sequence[str] 
         tags = [token.pos_ for token in doc]
         row = {name: float(tags.count(tag)) for name, tag in TAGS.items()}
         row["description-length"] = float(len(doc))
-        if "parse-depth" not in without:
-            row["parse-depth"] = float(parse_depth(doc))
-        if "max-word-difference" not in without:
-            row["max-word-difference"] = max_word_difference(doc)
+        row["parse-depth"] = float(parse_depth(doc))
+        row["max-word-difference"] = max_word_difference(doc)
         for word, target in targets.items():
             # Where a text has no vector, spaCy would warn and return 0.
             row[f"similar to {word}"] = float(doc.similarity(target)) if doc.vector_norm and target.vector_norm else 0.0

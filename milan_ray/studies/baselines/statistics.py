@@ -69,16 +69,13 @@ def score_rows(rows: pl.DataFrame) -> list[Row]:
 
 
 def summary(rows: pl.DataFrame) -> str:
-    """The paper's Table 2 on the terminal, and the same of every other measure."""
+    """The paper's Table 2 as lines of text, for every measure."""
     lines = []
     for metric in METRICS:
         if metric in set(rows["metric"]):
             lines.append(f"  {metric}")
             for row in table_2(rows, metric).iter_rows(named=True):
-                values = (
-                    f"{name} {row[name]:.3f}"
-                    for name in row
-                    if name not in ("model", "units") and row[name] is not None
-                )
-                lines.append(f"    {row['model']} ({row['units']} units): {' · '.join(values)}")
+                model, units = row.pop("model"), row.pop("units")
+                values = (f"{name} {value:.3f}" for name, value in row.items() if value is not None)
+                lines.append(f"    {model} ({units} units): {' · '.join(values)}")
     return "\n".join(lines)
