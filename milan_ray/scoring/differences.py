@@ -141,12 +141,9 @@ def _compare(both: pl.DataFrame, model: str, other: str, layer: str, words: Sequ
 
 def _paired(both: pl.DataFrame, model: str, other: str, layers: Sequence[str]) -> pl.DataFrame:
     """Pairs the units of layers that have the same name and the same units in both networks, in order of ``layers``."""
-    sides = []
-    for name in (model, other):
-        side = both.filter(pl.col("model") == name).drop("model", "labeler")
-        sides.append((side, side.group_by("layer").agg(pl.col("unit").sort().alias("all"))))
-    (mine, of_mine), (theirs, of_theirs) = sides
-    alike = of_mine.join(of_theirs, on="layer").filter(pl.col("all") == pl.col("all_right"))["layer"]
+    mine, theirs = (both.filter(pl.col("model") == name).drop("model", "labeler") for name in (model, other))
+    units = [side.group_by("layer").agg(pl.col("unit").sort().alias("all")) for side in (mine, theirs)]
+    alike = units[0].join(units[1], on="layer").filter(pl.col("all") == pl.col("all_right"))["layer"]
     pairs = mine.filter(pl.col("layer").is_in(alike.to_list())).join(theirs, on=["layer", "unit"], suffix="_other")
     return pairs.select(
         "layer",

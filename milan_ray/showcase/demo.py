@@ -240,7 +240,8 @@ class Steps:
                 annotated = _annotated(exemplars.layers)
                 self._make([world.Annotations(annotated)], partial(world.annotate, self.storage, probe, annotated))
                 layers |= exemplars.layers
-        self._make([Encodings(layers, EncoderRef(DECODER))])
+        if layers:
+            self._make([Encodings(layers, EncoderRef(DECODER))])
         return layers
 
     def _captioners(self, shown: str, jobs: Callable[[], list[TrainingJob]]) -> None:

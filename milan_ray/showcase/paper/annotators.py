@@ -41,7 +41,7 @@ def run(context: ExperimentContext) -> Section:
     return Section(
         "annotations",
         "Annotations (paper, Section 3.2 and Appendix A, Tables 1, 4 and 5)",
-        (*counts(rows, texts), agreement(rows, measure), *layer_claims(layers, outer_layers(layers), language)),
+        (counts(rows, texts), agreement(rows, measure), *layer_claims(layers, outer_layers(layers), language)),
         tables=(
             evidence(f"Networks annotated, and how much annotators agree ({measure}; Tables 1 and 4)", agreements),
             evidence(f"By layer; words tagged by {language} (Table 5)", words),
@@ -68,24 +68,22 @@ def _kind(model: str) -> str:
     return model.removeprefix("world/").split("-")[0]
 
 
-def counts(rows: pl.DataFrame, texts: pl.DataFrame) -> list[Claim]:
-    """Table 1: how much there is."""
+def counts(rows: pl.DataFrame, texts: pl.DataFrame) -> Claim:
+    """Table 1: the numbers of units and annotations."""
     per_unit = texts.group_by("model", "layer", "unit").len()["len"]
-    all_of_them = total(rows).row(0, named=True)
-    return [
-        Claim(
-            "Every unit is annotated by three people.",
-            "20,272 units of 7 networks, three annotations each (Table 1)",
-            f"{all_of_them['units']:,} units of {len(of_models(rows))} networks, {per_unit.min()!r} to "
-            f"{per_unit.max()!r} annotations each",
-            per_unit.min() == per_unit.max() == 3,
-            "the people are the world's three annotators, which are programs",
-        )
-    ]
+    units = total(rows)["units"].item()
+    return Claim(
+        "Every unit is annotated by three people.",
+        "20,272 units of 7 networks, three annotations each (Table 1)",
+        f"{units:,} units of {len(of_models(rows))} networks, {per_unit.min()!r} to {per_unit.max()!r} annotations "
+        "each",
+        per_unit.min() == per_unit.max() == 3,
+        "the people are the world's three annotators, which are programs",
+    )
 
 
 def agreement(rows: pl.DataFrame, measure: str) -> Claim:
-    """Table 4: how much people agree."""
+    """Table 4: the agreement of annotators."""
     models = of_models(rows).drop_nulls("agreement").sort("agreement")
     text = "Some networks have clearer exemplars than others: there annotators agree more."
     paper = "BERTScore .17 (ResNet152-Places365) to .27 (AlexNet-Places365), no intervals (Table 4)"
@@ -106,7 +104,7 @@ def agreement(rows: pl.DataFrame, measure: str) -> Claim:
 
 
 def layer_claims(layers: pl.DataFrame, networks: dict[str, tuple[str, str]], language: str) -> list[Claim]:
-    """Table 5: how layers near the image and far from it differ.
+    """Table 5: differences between layers near the image and far from it.
 
     Args:
         layers: Rows of single layers.

@@ -281,13 +281,11 @@ def _failures(units: pl.DataFrame) -> list[str]:
     wrong = units.filter("found", ~pl.col("face")).sort("iou", descending=True)
     missed = units.filter("face", ~pl.col("found")).sort("iou", descending=True)
     lines = [f"{len(wrong)} units are found that are not for faces:"] if len(wrong) else []
-    for row in wrong.head(6).iter_rows(named=True):
-        lines.append(
-            f"{row['model']} {row['layer']} {row['unit']}: “{row['description']}”, but {row['concept']} overlaps most "
-            f"(IoU {row['iou']:.2f}; AUROC for scenes with a face {row['auroc']:.2f})"
-        )
-    if len(missed):
-        lines.append(f"{len(missed)} units for faces are not found:")
-    for row in missed.head(6).iter_rows(named=True):
-        lines.append(f"{row['model']} {row['layer']} {row['unit']}: {row['concept']}, IoU {row['iou']:.2f}")
-    return lines
+    lines += [
+        f"{row['model']} {row['layer']} {row['unit']}: “{row['description']}”, but {row['concept']} overlaps most "
+        f"(IoU {row['iou']:.2f}; AUROC for scenes with a face {row['auroc']:.2f})"
+        for row in wrong.head(6).to_dicts()
+    ]
+    lines += [f"{len(missed)} units for faces are not found:"] if len(missed) else []
+    missing = missed.head(6).select("model", "layer", "unit", "concept", "iou").iter_rows()
+    return lines + [f"{model} {layer} {unit}: {concept}, IoU {iou:.2f}" for model, layer, unit, concept, iou in missing]
