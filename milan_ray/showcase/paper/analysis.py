@@ -19,6 +19,7 @@ from milan_ray.storage import Storage
 from milan_ray.studies.ablation.curves import RANDOM
 from milan_ray.studies.analysis import statistics as analysis
 from milan_ray.studies.analysis.run import Analysis, AnalysisConfig, stored_scores
+from milan_ray.studies.judges.run import HELD_OUT_SCENES
 from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 from milan_ray.studies.tables import read_annotations, read_frame
 
@@ -26,8 +27,6 @@ NAME = "analysis"
 
 MODELS = ("world/cnn", "world/resnet", "world/vit")
 """The world's classifiers of objects. The captioner was trained on annotations of the first and the last."""
-
-SCENES = references.ProbeRef(("world/heldout",))
 
 CONFIG = AnalysisConfig(
     words=(),
@@ -52,7 +51,7 @@ def run(context: ExperimentContext) -> Section:
     models = MODELS[:1] if context.small else MODELS
     name = context.experiment(NAME)
     nlp, language = find_spacy_pipeline()
-    studies = [Analysis(references.ModelRef(model), SCENES, language, config, name) for model in models]
+    studies = [Analysis(references.ModelRef(model), HELD_OUT_SCENES, language, config, name) for model in models]
     rows = pl.concat(study.run(storage, nlp, context.resources) for study in studies)
     scores = {model: stored_scores(storage, model, name) for model in models}
     properties = pl.concat(_placed(storage, model, name) for model in models)

@@ -9,15 +9,16 @@ from milan_ray.report.figures import figure_path
 from milan_ray.schema import PASTED
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.showcase.paper.claims import Claim, Section, evidence
-from milan_ray.showcase.paper.experiment_context import ExperimentContext
+from milan_ray.showcase.paper.experiment_context import FEW_SCENES, ExperimentContext
 from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig
 from milan_ray.studies.cut_and_paste.statistics import DIFFERENT, OTHERS, between_groups, rates
+from milan_ray.studies.judges.run import HELD_OUT_SCENES
 from milan_ray.studies.spacy_pipeline import find_spacy_pipeline
 
 NAME = "cut-and-paste"
 
 MODELS = ("world/resnet", "world/cnn")
-"""Classifiers of objects whose last layer reads a layer that is described; the captioner never saw the first."""
+"""Classifiers of objects whose last layer reads a described layer; the captioner was not trained on the first."""
 
 CONFIG = CutAndPasteConfig(units=40, originals=8, distractors=15)
 SMALL = CutAndPasteConfig(units=12, originals=2, distractors=15)
@@ -27,11 +28,7 @@ def run(context: ExperimentContext) -> Section:
     """Pastes what units respond to into scenes that they are silent on, for the claims of the paper's Appendix D."""
     storage = context.storage
     name = context.experiment(NAME)
-    scenes = (
-        references.ProbeRef(("few/heldout",), plugins=("milan_ray.world.small_probes",))
-        if context.small
-        else references.ProbeRef(("world/heldout",))
-    )
+    scenes = FEW_SCENES if context.small else HELD_OUT_SCENES
     nlp, language = find_spacy_pipeline()
     models = MODELS[:1] if context.small else MODELS
     config = SMALL if context.small else CONFIG

@@ -17,7 +17,7 @@ from milan_ray.schema import ABLATIONS
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.showcase import demo
 from milan_ray.showcase.paper.claims import Claim, Section, evidence, shown, unit_lines
-from milan_ray.showcase.paper.experiment_context import ExperimentContext
+from milan_ray.showcase.paper.experiment_context import FEW_SCENES, SMALL_PROBES, ExperimentContext
 from milan_ray.showcase.paper.plot import plot_networks
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef
@@ -102,12 +102,11 @@ COLOUR = replace(
 )
 """The reference's second version, which is not in the paper."""
 
-_FEW = ("milan_ray.world.small_probes",)
 SMALL = Sizes(
     1,
-    references.ProbeRef(("few/spurious-text-validation",), plugins=_FEW),
-    references.ProbeRef(("few/spurious-text-test",), plugins=_FEW),
-    references.ProbeRef(("few/heldout",), plugins=_FEW),
+    references.ProbeRef(("few/spurious-text-validation",), plugins=SMALL_PROBES),
+    references.ProbeRef(("few/spurious-text-test",), plugins=SMALL_PROBES),
+    FEW_SCENES,
     EditingConfig(words=("e",), most=2, trials=1),
     ExemplarConfig(k=3, batch_size=48),
     demo.DECODER,

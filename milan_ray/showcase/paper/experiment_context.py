@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from milan_ray.config import Resources
+from milan_ray.engine.references import ProbeRef
 from milan_ray.storage import Storage
+
+SMALL_PROBES = ("milan_ray.world.small_probes",)
+"""Plug-in with the probes of small experiments."""
+
+FEW_SCENES = ProbeRef(("few/heldout",), plugins=SMALL_PROBES)
+"""Held-out scenes of small experiments."""
 
 
 @dataclass(frozen=True)

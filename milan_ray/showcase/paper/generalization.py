@@ -43,7 +43,7 @@ SPLITS = {
     "world-cls-to-world-gen": (0.34, "Classifiers → BigGAN"),
     "world-gen-to-world-cls": (0.27, "BigGAN → Classifiers"),
 }
-"""Split → the BERTScore in the paper's Table 3 of the split whose place it takes, and what that is."""
+"""Split → BERTScore of the corresponding split in the paper's Table 3, and the name of that split."""
 
 TRAINING = TrainingConfig(
     max_epochs=12,

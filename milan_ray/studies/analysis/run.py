@@ -163,7 +163,7 @@ def summary(rows: pl.DataFrame) -> str:
     Adds the mean over all steps if it is outside the range in which 95 % of random orders are expected.
     """
     last = rows.filter(pl.col("fraction") == pl.col("fraction").max())
-    means = last.group_by("condition").agg(pl.col("accuracy").mean(), pl.len().alias("trials")).sort("accuracy")
+    means = last.group_by("condition").agg(pl.col("accuracy").mean()).sort("accuracy")
     start = rows.filter(pl.col("ablated") == 0)["accuracy"][0]
     lines = [f"accuracy on {rows['n'][0]:,} images: {start:.3f}; with {last['fraction'][0]:.0%} of units ablated by"]
     unusual = {
@@ -172,7 +172,7 @@ def summary(rows: pl.DataFrame) -> str:
         for name, height, _, low, high in analysis.beside_random(rows).iter_rows()
         if low is not None and not low <= height <= high
     }
-    lines += [f"  {name:24} {value:.3f}{unusual.get(name, '')}" for name, value, _ in means.iter_rows()]
+    lines += [f"  {name:24} {value:.3f}{unusual.get(name, '')}" for name, value in means.iter_rows()]
     return "\n".join(lines)
 
 
