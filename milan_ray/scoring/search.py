@@ -170,17 +170,12 @@ def search_descriptions(
     rows = lazy.join(chosen, on="description", how="inner").collect(engine="streaming")
     order = ["relevance", *(name for name in ("score", "labeler", "model", "layer", "unit") if name in names)]
     if "layer" in names:
-        rows = rows.join(_places(lazy, names), on=[name for name in ("model", "layer") if name in names], how="left")
+        keys = [name for name in ("model", "layer") if name in names]
+        layers = lazy.select(keys).unique(maintain_order=True).collect(engine="streaming").with_row_index("place")
+        rows = rows.join(layers, on=keys, how="left")
         order[order.index("layer")] = "place"
     rows = rows.sort(order, descending=[name in ("relevance", "score") for name in order], nulls_last=True)
     return rows.select("relevance", "mentions", *names).head(len(rows) if top is None else top)
-
-
-def _places(descriptions: pl.LazyFrame, names: Sequence[str]) -> pl.DataFrame:
-    """Returns every layer with its position, in order of occurrence."""
-    keys = [name for name in ("model", "layer") if name in names]
-    distinct = descriptions.select(keys).unique(maintain_order=True).collect(engine="streaming")
-    return distinct.with_row_index("place")
 
 
 def _bm25(texts: pl.DataFrame, terms: int) -> pl.Expr:
