@@ -30,7 +30,7 @@ def frame_of(rows: pa.Table) -> pl.DataFrame:
     return pl.DataFrame(pl.from_arrow(rows))
 
 
-def table_of(table: Table, frame: pl.DataFrame, metadata: dict[str, str] | None = None, **keys: str) -> pa.Table:
+def table_of(table: Table, frame: pl.DataFrame, metadata: dict[str, str] | None = None, /, **keys: str) -> pa.Table:
     """Rows of a table from the frame's columns of the same names and from columns of one value."""
     frame = frame.with_columns(pl.lit(value).alias(key) for key, value in keys.items())
     return table.table({column.name: frame[column.name].to_list() for column in table.columns}, metadata)

@@ -191,7 +191,7 @@ def judge(audit: Audit, truth: Truth, pairs: Sequence[Pair]) -> Judged:
         rows.append(("audit", metric, interval(statistics, ratio, counts), len(sums), note))
     sides = (unit_values(table[name].to_numpy()) for name in ("for faces", "blurred, for faces"))
     counts = resampling_counts(len(pairs), 10_000)
-    rows += side_rows("units for faces", "mean over networks", "paired, resampled over pairs", *sides, counts)
+    rows += side_rows("units for faces", "mean over networks", "paired, resampled over pairs", sides, counts)
     return Judged(table, units, rows)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -211,8 +211,8 @@ def compare_sides(pairs: pl.DataFrame, samples: int = 10_000, seed: int = 0) -> 
     numbers = (unit_values(pairs[name].to_numpy()) for name in ("units", "other_units"))
     shares = (pairs.select(*names).to_numpy().astype(float) for names in (("of", "units"), ("other_of", "other_units")))
     reading = "units found and not rejected, "
-    rows = side_rows("units per network", f"{reading}mean over networks", paired, *numbers, counts)
-    rows += side_rows("share of units", f"{reading}of all described ones", paired, *shares, counts)
+    rows = side_rows("units per network", f"{reading}mean over networks", paired, numbers, counts)
+    rows += side_rows("share of units", f"{reading}of all described ones", paired, shares, counts)
     differences = (pairs["units"] - pairs["other_units"]).to_list()
     for metric, p in (("p (signed ranks)", signed_rank(differences)), ("p (signs)", sign(differences))):
         note = f"two-sided, exact, over pairs; with {len(pairs)} pairs it cannot fall below {2 ** (1 - len(pairs)):.2g}"
@@ -221,7 +221,7 @@ def compare_sides(pairs: pl.DataFrame, samples: int = 10_000, seed: int = 0) -> 
 
 
 def side_rows(
-    metric: str, reading: str, gap_reading: str, plain: np.ndarray, blurred: np.ndarray, counts: np.ndarray
+    metric: str, reading: str, gap_reading: str, sides: Iterable[np.ndarray], counts: np.ndarray
 ) -> list[Row]:
     """A measure of both sides and its difference, as rows of scores.
 
@@ -229,10 +229,10 @@ def side_rows(
         metric: Name of the measure.
         reading: Note of the sides.
         gap_reading: Note of the difference.
-        plain: Counts and totals of unblurred networks, (N, 2).
-        blurred: The same of their twins.
+        sides: Counts and totals of unblurred networks, (N, 2), and of their twins.
         counts: (B, N) from :func:`~milan_ray.scoring.bootstrap.resampling_counts`.
     """
+    plain, blurred = sides
     n = counts.shape[1]
     return [
         (PLAIN, metric, interval(plain, ratio, counts), n, reading),

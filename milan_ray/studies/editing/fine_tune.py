@@ -119,7 +119,7 @@ def _tune(task: _Task) -> Tuned:
     features, labels = inputs(task.train)
     last = network.get_submodule(head)
     assert isinstance(last, nn.Linear)
-    bias = None if last.bias is None else last.bias.cpu()
+    bias: torch.Tensor | None = None if last.bias is None else last.bias.cpu()
     weight, bias = fit_head(features, labels, last.weight.cpu(), bias, task.config)
     correct = {}
     for split, probe in task.probes.items():

@@ -88,16 +88,16 @@ def judge_labels(
     tables = []
     if not planted.all():
         tables += _by_scenes(
-            storage, name, [units[n] for n in np.flatnonzero(~planted)], labels_of(systems, ~planted), scenes
+            storage, name, [units[n] for n in np.flatnonzero(~planted).tolist()], labels_of(systems, ~planted), scenes
         )
     if planted.any():
-        tables += _by_plan(name, [units[n] for n in np.flatnonzero(planted)], labels_of(systems, planted))
+        tables += _by_plan(name, [units[n] for n in np.flatnonzero(planted).tolist()], labels_of(systems, planted))
     return tables
 
 
 def labels_of(systems: Mapping[str, Sequence[str]], which: np.ndarray) -> dict[str, list[str]]:
     """The labels of some of the units, which are given as a mask."""
-    return {name: [labels[n] for n in np.flatnonzero(which)] for name, labels in systems.items()}
+    return {name: [labels[n] for n in np.flatnonzero(which).tolist()] for name, labels in systems.items()}
 
 
 def _by_scenes(
