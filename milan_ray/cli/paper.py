@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.showcase.demo import DECODER
     from milan_ray.showcase.paper import EXPERIMENTS, chosen, plan_paper, prepare, run_experiments
     from milan_ray.showcase.paper.experiment_context import ExperimentContext
-    from milan_ray.showcase.paper.page import stored_entry, write_page
+    from milan_ray.showcase.paper.page import stored_section, write_page
     from milan_ray.stages.captioners import about_captioner
 
     load_plugins()
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         context = ExperimentContext(storage, resources, args.small)
         prepare(context, max(1, (os.cpu_count() or 1) // 2 * 2))
         done = {entry.name: entry for entry in run_experiments(context, names)}
-    entries = {name: done.get(name) or stored_entry(storage, name) for name in EXPERIMENTS}
+    entries = {name: done.get(name) or stored_section(storage, name) for name in EXPERIMENTS}
     folder = report_folder(args, storage)
     page = None
     if folder is not None:

@@ -59,14 +59,13 @@ def leave_one_out(texts: pl.DataFrame, score: TextScore) -> pl.DataFrame:
     return annotations.with_columns(pl.Series("score", scores, pl.Float64))
 
 
-def annotator_agreement(
-    texts: pl.DataFrame, bert_score: TextScore, by: Sequence[str] = ("layer",), samples: int = 1000, seed: int = 0
+def mean_agreement(
+    scores: pl.DataFrame, by: Sequence[str] = ("layer",), samples: int = 1000, seed: int = 0
 ) -> pl.DataFrame:
     """Agreement of annotators (paper, Table 4): mean score of every annotation against the others of its unit.
 
     Args:
-        texts: Columns layer, unit, text and those of ``by``.
-        bert_score: The scorer; scores of different language models cannot be compared.
+        scores: From :func:`leave_one_out`; scores by different language models cannot be compared.
         by: Columns to group by. ``annotator`` gives each annotator's agreement with the others; empty gives one row
             for all annotations.
         samples: Bootstrap resamples.
@@ -74,16 +73,8 @@ def annotator_agreement(
 
     Returns:
         The columns of ``by``, then units, texts (number compared), agreement (mean F) and the ends low and high of its
-        95 % bootstrap interval over units. Groups are in order of first occurrence. Annotations without words and units
-        with only one annotation are left out.
+        95 % bootstrap interval over units. Groups are in order of first occurrence.
     """
-    return mean_agreement(leave_one_out(texts, bert_score), by, samples, seed)
-
-
-def mean_agreement(
-    scores: pl.DataFrame, by: Sequence[str] = ("layer",), samples: int = 1000, seed: int = 0
-) -> pl.DataFrame:
-    """Computes :func:`annotator_agreement` from given scores of :func:`leave_one_out`."""
     keys = {name: None for name in ("model", "layer", "unit", *by) if name in scores.columns}
     units = scores.group_by(list(keys), maintain_order=True).agg(pl.len().alias("texts"), pl.col("score").sum())
     rows = []

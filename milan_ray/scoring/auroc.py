@@ -14,18 +14,11 @@ def average_ranks(values: np.ndarray) -> np.ndarray:
     Returns:
         float64 (N, U).
     """
-    n = len(values)
-    order = np.argsort(values, axis=0, kind="stable")
-    ordered = np.take_along_axis(values, order, axis=0)
-    position = np.arange(n)[:, None]
-    new = np.ones(values.shape, bool)  # a run of equal values starts here …
-    new[1:] = ordered[1:] != ordered[:-1]
-    ends = np.ones(values.shape, bool)  # … or ends here
-    ends[:-1] = new[1:]
-    first = np.maximum.accumulate(np.where(new, position, 0), axis=0)
-    last = np.minimum.accumulate(np.where(ends, position, n)[::-1], axis=0)[::-1]
     ranks = np.empty(values.shape)
-    np.put_along_axis(ranks, order, (first + last) / 2 + 1, axis=0)
+    for unit, column in enumerate(values.T):
+        ordered = np.sort(column)
+        first, last = np.searchsorted(ordered, column, "left"), np.searchsorted(ordered, column, "right")
+        ranks[:, unit] = (first + last + 1) / 2
     return ranks
 
 

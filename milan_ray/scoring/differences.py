@@ -18,13 +18,7 @@ import polars as pl
 from milan_ray.config import config_hash
 from milan_ray.errors import MilanError
 from milan_ray.schema import CHANGES, DESCRIPTIONS, DIFFERENCES
-from milan_ray.scoring.words import (
-    FUNCTION_WORDS,
-    asked_in,
-    head_words,
-    vocabulary_of,
-    words_of,
-)
+from milan_ray.scoring.words import asked_in, content_words
 from milan_ray.storage import Storage
 
 ALL_LAYERS = ""
@@ -105,9 +99,8 @@ def _heads(texts: pl.Series, words: Sequence[str]) -> pl.Series:
     """Returns the words to count in each text, without duplicates: lists of strings."""
     if words:
         return asked_in(texts, words)
-    heads = head_words(vocabulary_of(texts))
-    found = [sorted({heads[word] for word in words_of(text)} - FUNCTION_WORDS) for text in texts]
-    return pl.Series("words", found, pl.List(pl.String))
+    contents = content_words(texts)
+    return pl.Series("words", [sorted(contents[text]) for text in texts], pl.List(pl.String))
 
 
 def _compare(both: pl.DataFrame, model: str, other: str, layer: str, words: Sequence[str]) -> pl.DataFrame:
@@ -148,12 +141,9 @@ def _compare(both: pl.DataFrame, model: str, other: str, layer: str, words: Sequ
 
 def _paired(both: pl.DataFrame, model: str, other: str, layers: Sequence[str]) -> pl.DataFrame:
     """Pairs the units of layers that have the same name and the same units in both networks, in order of ``layers``."""
-    sides = []
-    for name in (model, other):
-        side = both.filter(pl.col("model") == name).drop("model", "labeler")
-        sides.append((side, side.group_by("layer").agg(pl.col("unit").sort().alias("all"))))
-    (mine, of_mine), (theirs, of_theirs) = sides
-    alike = of_mine.join(of_theirs, on="layer").filter(pl.col("all") == pl.col("all_right"))["layer"]
+    mine, theirs = (both.filter(pl.col("model") == name).drop("model", "labeler") for name in (model, other))
+    units = [side.group_by("layer").agg(pl.col("unit").sort().alias("all")) for side in (mine, theirs)]
+    alike = units[0].join(units[1], on="layer").filter(pl.col("all") == pl.col("all_right"))["layer"]
     pairs = mine.filter(pl.col("layer").is_in(alike.to_list())).join(theirs, on=["layer", "unit"], suffix="_other")
     return pairs.select(
         "layer",
@@ -182,22 +172,22 @@ def fisher(a: np.ndarray, of_a: int, b: np.ndarray, of_b: int) -> np.ndarray:
     def choose(n: int, k: np.ndarray) -> np.ndarray:
         return logs[n] - logs[k] - logs[n - k]
 
-    found: dict[tuple[int, int], float] = {}
+    p: dict[tuple[int, int], float] = {}
     for pair in set(zip(a.tolist(), b.tolist(), strict=True)):
         both = sum(pair)
         k = np.arange(max(0, both - of_b), min(of_a, both) + 1)
         chances = np.exp(choose(of_a, k) + choose(of_b, both - k) - choose(of_a + of_b, np.array(both)))
-        seen = chances[pair[0] - k[0]]
-        found[pair] = min(1.0, math.fsum(chances[chances <= seen * _SAME]))
-    return np.array([found[pair] for pair in zip(a.tolist(), b.tolist(), strict=True)], np.float64)
+        observed = chances[pair[0] - k[0]]
+        p[pair] = min(1.0, math.fsum(chances[chances <= observed * _SAME]))
+    return np.array([p[pair] for pair in zip(a.tolist(), b.tolist(), strict=True)], np.float64)
 
 
 def newcombe(a: np.ndarray, of_a: int, b: np.ndarray, of_b: int) -> tuple[np.ndarray, np.ndarray]:
     """95 % interval of b / of_b − a / of_a, from the Wilson interval of each share (Newcombe 1998, method 10)."""
-    one, one_low, one_high = wilson(a, of_a)
-    two, two_low, two_high = wilson(b, of_b)
-    gap = two - one
-    return gap - np.hypot(two - two_low, one_high - one), gap + np.hypot(two_high - two, one - one_low)
+    share_a, low_a, high_a = wilson(a, of_a)
+    share_b, low_b, high_b = wilson(b, of_b)
+    gap = share_b - share_a
+    return gap - np.hypot(share_b - low_b, high_a - share_a), gap + np.hypot(high_b - share_b, share_a - low_a)
 
 
 def wilson(count: np.ndarray, of: np.ndarray | int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -215,12 +205,14 @@ def false_discovery(p: np.ndarray) -> np.ndarray:
     return false_discovery_control(p, method="bh") if len(p) else p
 
 
-def store(storage: Storage, found: Difference, labeler: str, model: str, other: str, words: Sequence[str] = ()) -> None:
+def store(
+    storage: Storage, difference: Difference, labeler: str, model: str, other: str, words: Sequence[str] = ()
+) -> None:
     """Writes a difference into a run directory, from where the report reads it.
 
     Args:
         storage: The run directory.
-        found: The difference.
+        difference: The difference.
         labeler: The labeler whose descriptions were compared.
         model: The baseline network.
         other: The network compared with it.
@@ -228,8 +220,8 @@ def store(storage: Storage, found: Difference, labeler: str, model: str, other: 
     """
     keys = {"labeler": labeler, "model": model, "other": other}
     config = difference_config(storage, labeler, model, other, words)
-    metadata = {"units": str(found.units), "words": json.dumps(list(words))}
-    for table, frame in ((DIFFERENCES, found.words), (CHANGES, found.changes)):
+    metadata = {"units": str(difference.units), "words": json.dumps(list(words))}
+    for table, frame in ((DIFFERENCES, difference.words), (CHANGES, difference.changes)):
         columns: dict[str, object] = {name: [value] * len(frame) for name, value in keys.items()}
         columns |= {column.name: frame[column.name].to_list() for column in table.columns if column.name not in keys}
         storage.write(table, table.table(columns, metadata), config, **keys)
@@ -244,21 +236,21 @@ def difference_config(storage: Storage, labeler: str, model: str, other: str, wo
     return config_hash({"difference": 1, "descriptions": configs, "words": list(words)})
 
 
-def summary(found: Difference, model: str, other: str, top: int) -> str:
+def summary(difference: Difference, model: str, other: str, top: int) -> str:
     """Summarises a difference as text that fits on one screen."""
-    lines = [f"{model} ({found.sizes[0]} units) against {other} ({found.sizes[1]} units)"]
+    lines = [f"{model} ({difference.sizes[0]} units) against {other} ({difference.sizes[1]} units)"]
     lines.append(f"{'word':24} {model[-16:]:>16} {other[-16:]:>16}  {'difference [95 %]':>28}  {'q':>7}")
-    for row in found.words.head(top).iter_rows(named=True):
+    for row in difference.words.head(top).iter_rows(named=True):
         word = f"{row['word']} ({row['layer']})" if row["layer"] else row["word"]
         gap = f"{row['difference']:+.1%} [{row['low']:+.1%}, {row['high']:+.1%}]"
         lines.append(f"{word:24} {row['units']:>16} {row['other_units']:>16}  {gap:>28}  {row['q']:7.2g}")
-    if found.units:
-        lines.append(f"unit by unit: {len(found.changes)} of {found.units} say something else")
-        changed = found.changes.filter((pl.col("gained").list.len() + pl.col("lost").list.len()) > 0)
+    if difference.units:
+        lines.append(f"unit by unit: {len(difference.changes)} of {difference.units} say something else")
+        changed = difference.changes.filter((pl.col("gained").list.len() + pl.col("lost").list.len()) > 0)
         for row in changed.head(top).iter_rows(named=True):
-            said = f"{row['description']} → {row['other_description']}"
+            change = f"{row['description']} → {row['other_description']}"
             marks = [f"+{word}" for word in row["gained"]] + [f"−{word}" for word in row["lost"]]
-            lines.append(f"  {row['layer']} {row['unit']}: {said}  ({', '.join(marks)})")
+            lines.append(f"  {row['layer']} {row['unit']}: {change}  ({', '.join(marks)})")
     else:
         lines.append("unit by unit: nothing; they have no layer of one name with the same units")
     return "\n".join(lines)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -17,7 +18,6 @@ import pyarrow as pa
 from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.helpers import extract_all_word_ngrams
 
-from milan_ray.errors import MilanError
 from milan_ray.schema import SCORES
 from milan_ray.scoring.bootstrap import Interval, Measure, difference, interval, ratio, resampling_counts
 from milan_ray.scoring.text import (
@@ -56,18 +56,12 @@ Row = tuple[str, str, Interval, int, str]
 
 def score_table(experiment: str, rows: Sequence[Row]) -> pa.Table:
     """Converts rows of one evaluation into a table of schema SCORES; NaN ends of an interval become null."""
-    return SCORES.table(
-        {
-            "experiment": [experiment] * len(rows),
-            "system": [system for system, *_ in rows],
-            "metric": [metric for _, metric, *_ in rows],
-            "value": [score.value for _, _, score, _, _ in rows],
-            "low": [None if np.isnan(score.low) else score.low for _, _, score, _, _ in rows],
-            "high": [None if np.isnan(score.high) else score.high for _, _, score, _, _ in rows],
-            "n": [n for *_, n, _ in rows],
-            "note": [note for *_, note in rows],
-        }
-    )
+    flat = [(system, metric, *score, n, note) for system, metric, score, n, note in rows]
+    names = ("system", "metric", "value", "low", "high", "n", "note")
+    columns: dict[str, list[Any]] = {name: [row[place] for row in flat] for place, name in enumerate(names)}
+    for end in ("low", "high"):
+        columns[end] = [None if np.isnan(value) else value for value in columns[end]]
+    return SCORES.table({"experiment": [experiment] * len(rows), **columns})
 
 
 def system_rows(
@@ -94,6 +88,28 @@ def system_rows(
                 (f"{main} − {system}", metric, gap, len(of_units), f"paired difference; above 0: {main} is better")
             )
     return rows
+
+
+def mean_rows(metric: str, reading: str, values: Mapping[str, np.ndarray], counts: np.ndarray) -> list[Row]:
+    """Computes :func:`system_rows` of means over units.
+
+    Args:
+        metric: Name of the metric.
+        reading: How to interpret the metric.
+        values: System → a value per unit, (N,); the main system first.
+        counts: (B, N) from :func:`~milan_ray.scoring.bootstrap.resampling_counts`.
+    """
+    statistics = {system: unit_values(of_units) for system, of_units in values.items()}
+    return system_rows(metric, reading, statistics, ratio, counts)
+
+
+def summary_lines(scores: pl.DataFrame) -> str:
+    """A line per experiment and metric of a table of scores: every system with its value, or why there is none."""
+    lines = []
+    for (experiment, metric), rows in scores.group_by("experiment", "metric", maintain_order=True):
+        shown = (f"{row['system']} {row['value']:.3g}" if row["n"] else row["note"] for row in rows.to_dicts())
+        lines.append(f"  {experiment}, {metric}: {' · '.join(shown)}")
+    return "\n".join(lines)
 
 
 def unit_values(values: np.ndarray) -> np.ndarray:
@@ -173,10 +189,7 @@ def nearest_copy(train_features: np.ndarray, train_captions: Sequence[str], feat
 
 
 def with_trivial_rows(
-    predictions: Mapping[str, Sequence[str]],
-    constant: str,
-    nearest: Sequence[str] | None = None,
-    seed: int = 0,
+    predictions: Mapping[str, Sequence[str]], constant: str, nearest: Sequence[str] | None = None
 ) -> dict[str, list[str]]:
     """Adds the trivial baselines to the systems to compare.
 
@@ -184,12 +197,11 @@ def with_trivial_rows(
         predictions: System → description of each of N units; the first system is the one that is shuffled.
         constant: The caption for all units (:func:`best_constant`).
         nearest: Caption of each unit's nearest training unit (:func:`nearest_copy`); None adds no such row.
-        seed: Seed of the shuffle.
     """
     main = next(iter(predictions.values()))
     systems = {system: list(texts) for system, texts in predictions.items()}
     systems[CONSTANT] = [constant] * len(main)
-    systems[SHUFFLED] = shuffled(main, seed)
+    systems[SHUFFLED] = shuffled(main)
     if nearest is not None:
         systems[NEAREST] = list(nearest)
     return systems
@@ -235,14 +247,14 @@ def evaluate_text(
             raise ValueError(f"{system} describes {len(descriptions)} units, the annotations are of {n}")
     # The annotators are another system. Its items are (unit, annotation), whose statistics are summed per unit.
     held_out = [
-        (place, said, rest)
+        (place, text, rest)
         for place, group in enumerate(references)
-        for i, said in enumerate(group)
-        if normalize(said) and any(map(normalize, rest := [*group[:i], *group[i + 1 :]]))
+        for i, text in enumerate(group)
+        if normalize(text) and any(map(normalize, rest := [*group[:i], *group[i + 1 :]]))
     ]
     unit = np.arange(n) if owners is None else np.asarray(owners)
     of_annotators = unit[[place for place, _, _ in held_out]]
-    texts = [text for descriptions in systems.values() for text in descriptions] + [said for _, said, _ in held_out]
+    texts = [text for descriptions in systems.values() for text in descriptions] + [text for _, text, _ in held_out]
     answers = [group for _ in systems for group in references] + [rest for _, _, rest in held_out]
 
     counts = resampling_counts(int(unit.max()) + 1, samples, seed)
@@ -293,55 +305,3 @@ def text_statistics(
         # One call for all systems, so that every distinct text is embedded once.
         f = bert_score(texts, answers, [text for group in references for text in group])[:, 2]
         yield "bertscore-f", unit_values(f), ratio
-
-
-def score_frame(
-    descriptions: pl.DataFrame,
-    annotations: pl.DataFrame,
-    bert_score: BertScore | None = None,
-    by: Sequence[str] = (),
-    *,
-    samples: int = 1000,
-    seed: int = 0,
-) -> pl.DataFrame:
-    """Scores a table of descriptions against a table of annotations.
-
-    Args:
-        descriptions: Columns unit, description and those of ``by``; also model and layer, if both tables have them.
-        annotations: Columns unit and text; also model and layer, if both tables have them.
-        bert_score: The scorer; None leaves BERTScore out.
-        by: Columns of descriptions to group by; empty scores all units together.
-        samples: Bootstrap resamples.
-        seed: Seed of the bootstrap.
-
-    Returns:
-        The columns of ``by``, then metric (of :data:`METRICS`), value, the ends low and high of its 95 % bootstrap
-        interval over units, and n (units). Groups are in order of first occurrence. Descriptions of units without
-        annotations, and annotations without words, are left out.
-
-    Raises:
-        MilanError: No described unit is annotated.
-    """
-    identity = [
-        name for name in ("model", "layer", "unit") if {name} <= set(descriptions.columns) & set(annotations.columns)
-    ]
-    worded = annotations.filter(pl.col("text").map_elements(lambda text: bool(normalize(text)), pl.Boolean))
-    references = worded.group_by(identity, maintain_order=True).agg(pl.col("text").alias("references"))
-    joined = descriptions.join(references, on=identity, how="inner", maintain_order="left")
-    if joined.is_empty():
-        raise MilanError("no described unit is annotated; give annotations of the same models, layers and units.")
-    keys = [pl.col(name) for name in by] or [pl.lit("").alias("all")]
-    groups = joined.with_row_index("place").group_by(keys, maintain_order=True).agg("place").with_row_index("group")
-    places = [np.array(group) for group in groups["place"]]
-    counts = {len(group): resampling_counts(len(group), samples, seed) for group in places}
-    texts, answers = joined["description"].to_list(), joined["references"].to_list()
-    everyone = references["references"].to_list()
-    scores = [
-        (number, metric, *interval(statistics[group], measure, counts[len(group)]), len(group))
-        for metric, statistics, measure in text_statistics(texts, answers, everyone, bert_score)
-        for number, group in enumerate(places)
-    ]
-    columns = ["metric", "value", "low", "high", "n"]
-    table = pl.DataFrame(scores, schema={"group": pl.UInt32} | dict.fromkeys(columns), orient="row")
-    table = groups.drop("place").join(table, on="group", maintain_order="left_right")
-    return table.select(*by, *columns)

@@ -49,6 +49,6 @@ def sign(differences: Sequence[float]) -> float:
     return _two_sided(chances, sum(value > 0 for value in values))
 
 
-def _two_sided(chances: np.ndarray, seen: int) -> float:
+def _two_sided(chances: np.ndarray, observed: int) -> float:
     """Returns twice the smaller tail, which includes the observed value, of a symmetric distribution."""
-    return float(min(1.0, 2 * min(chances[: seen + 1].sum(), chances[seen:].sum())))
+    return float(min(1.0, 2 * min(chances[: observed + 1].sum(), chances[observed:].sum())))

@@ -64,55 +64,54 @@ def scan_descriptions(
         DamagedTable: A table is damaged and ``leave_out`` is False, or all tables are damaged.
         MilanError: There are no descriptions, or none of a given name.
     """
-    found = storage.in_model_order(storage.partitions(DESCRIPTIONS))
-    if not found:
+    partitions = every = storage.in_model_order(storage.partitions(DESCRIPTIONS))
+    if not every:
         raise MilanError(f"{storage.uri(DESCRIPTIONS.name)} holds no descriptions; run jobs.describe or jobs.label.")
-    every = found
     for key, wanted in (("labeler", labelers), ("model", models), ("layer", layers)):
         names = {keys[key] for keys in every}
         for name in wanted or ():
             if not any(fnmatchcase(known, name) for known in names):
                 raise unknown_name(f"{key} with descriptions", name, names)
         if wanted:
-            found = [keys for keys in found if any(fnmatchcase(keys[key], name) for name in wanted)]
-    if not found:
+            partitions = [keys for keys in partitions if any(fnmatchcase(keys[key], name) for name in wanted)]
+    if not partitions:
         raise MilanError("no layer has descriptions of all that is asked for together; leave one filter out.")
     left_out = LeftOut("search")
     with ThreadPoolExecutor(_THREADS) as threads:
-        looked = list(threads.map(lambda keys: _look(storage, keys), found))
-        damaged = [each for each in looked if isinstance(each, DamagedTable)]
-        if damaged and (len(damaged) == len(looked) or not leave_out):
+        states = list(threads.map(lambda keys: _state(storage, keys), partitions))
+        damaged = [each for each in states if isinstance(each, DamagedTable)]
+        if damaged and (len(damaged) == len(states) or not leave_out):
             raise damaged[0]
         for error in damaged:
             left_out.note(error)
-        if stale := looked.count(False):
+        if stale := states.count(False):
             say(f"left out {stale} tables of descriptions that speak of earlier exemplars")
-        found = [keys for keys, each in zip(found, looked, strict=True) if each is True]
-        if not found:
+        partitions = [keys for keys, state in zip(partitions, states, strict=True) if state is True]
+        if not partitions:
             raise MilanError(f"all descriptions in {storage.root} speak of earlier exemplars; describe again.")
         if storage.is_local:
-            paths = [storage.uri(storage.path(DESCRIPTIONS, **keys)) for keys in found]
+            paths = [storage.uri(storage.path(DESCRIPTIONS, **keys)) for keys in partitions]
             return pl.scan_parquet(paths, hive_partitioning=False, glob=False).select(COLUMNS)
-        tables = threads.map(lambda keys: storage.read(DESCRIPTIONS, list(COLUMNS), **keys), found)
+        tables = threads.map(lambda keys: storage.read(DESCRIPTIONS, list(COLUMNS), **keys), partitions)
         return pl.concat([pl.DataFrame(pl.from_arrow(table)) for table in tables]).lazy()
 
 
-def _look(storage: Storage, keys: dict[str, str]) -> bool | DamagedTable:
+def _state(storage: Storage, keys: dict[str, str]) -> bool | DamagedTable:
     """Checks that descriptions do not refer to replaced exemplars; returns the error if descriptions cannot be read.
 
     Reads all their pages, because a query that meets damage cannot tell which table is damaged.
     """
     try:
-        said = (storage.metadata(DESCRIPTIONS, **keys) or {}).get(EXEMPLARS_KEY)
+        described = (storage.metadata(DESCRIPTIONS, **keys) or {}).get(EXEMPLARS_KEY)
         if storage.is_local:
             storage.read(DESCRIPTIONS, list(COLUMNS), **keys)
     except DamagedTable as error:
         return error
     try:
-        there = storage.metadata(EXEMPLARS, model=keys["model"], layer=keys["layer"])
+        exemplars = storage.metadata(EXEMPLARS, model=keys["model"], layer=keys["layer"])
     except DamagedTable:  # the exemplars cannot be checked, but the descriptions are readable
         return True
-    return not said or there is None or there.get(CONFIG_KEY) == said
+    return not described or exemplars is None or exemplars.get(CONFIG_KEY) == described
 
 
 def search_descriptions(
@@ -152,35 +151,31 @@ def search_descriptions(
         spoken("description").str.count_matches(pattern(term, vocabulary)).alias(f"{place}")
         for place, term in enumerate(terms)
     ]
-    found = texts.with_columns(*counts, spoken("description").str.count_matches(r"\w+").alias("length"))
+    matches = texts.with_columns(*counts, spoken("description").str.count_matches(r"\w+").alias("length"))
     has = [pl.col(f"{place}") > 0 for place in range(len(terms))]
     mentions = pl.any_horizontal(has) if any_word else pl.all_horizontal(has)
     if model is None:
-        found = found.with_columns(_bm25(found, len(terms)).alias("relevance"), mentions.alias("mentions"))
-        found = found.filter("mentions")
+        relevance = _bm25(matches, len(terms))
     else:
-        cosines = _cosines(model, found["description"].to_list(), query)
-        found = found.with_columns(pl.Series("relevance", cosines, pl.Float64), mentions.alias("mentions"))
-    found = found.sort("relevance", "description", descending=[True, False])
+        relevance = pl.lit(_cosines(model, matches["description"].to_list(), query))
+    matches = matches.with_columns(relevance.alias("relevance"), mentions.alias("mentions"))
+    if model is None:
+        matches = matches.filter("mentions")
+    matches = matches.sort("relevance", "description", descending=[True, False])
     if top is not None:
         before = pl.col("units").cum_sum().shift(1, fill_value=0)
-        found = found.filter(before < top)  # keeps only texts that can be among the first rows
+        matches = matches.filter(before < top)  # keeps only texts that can be among the first rows
     names = lazy.collect_schema().names()
-    chosen = found.select("description", "relevance", "mentions").lazy()
+    chosen = matches.select("description", "relevance", "mentions").lazy()
     rows = lazy.join(chosen, on="description", how="inner").collect(engine="streaming")
     order = ["relevance", *(name for name in ("score", "labeler", "model", "layer", "unit") if name in names)]
     if "layer" in names:
-        rows = rows.join(_places(lazy, names), on=[name for name in ("model", "layer") if name in names], how="left")
+        keys = [name for name in ("model", "layer") if name in names]
+        layers = lazy.select(keys).unique(maintain_order=True).collect(engine="streaming").with_row_index("place")
+        rows = rows.join(layers, on=keys, how="left")
         order[order.index("layer")] = "place"
     rows = rows.sort(order, descending=[name in ("relevance", "score") for name in order], nulls_last=True)
     return rows.select("relevance", "mentions", *names).head(len(rows) if top is None else top)
-
-
-def _places(descriptions: pl.LazyFrame, names: Sequence[str]) -> pl.DataFrame:
-    """Returns every layer with its position, in order of occurrence."""
-    keys = [name for name in ("model", "layer") if name in names]
-    distinct = descriptions.select(keys).unique(maintain_order=True).collect(engine="streaming")
-    return distinct.with_row_index("place")
 
 
 def _bm25(texts: pl.DataFrame, terms: int) -> pl.Expr:
@@ -197,23 +192,22 @@ def _bm25(texts: pl.DataFrame, terms: int) -> pl.Expr:
     return total
 
 
-def _cosines(model: EmbedsTexts, texts: Sequence[str], query: str) -> np.ndarray:
+def _cosines(model: EmbedsTexts, texts: Sequence[str], query: str) -> pl.Series:
     wanted = model.embed_texts([" ".join(words_of(query))])[0]
-    found = np.zeros(len(texts))
+    cosines = np.zeros(len(texts))
     with Progress("texts", len(texts), "descriptions") as progress:
         for start in range(0, len(texts), TEXTS):
             part = texts[start : start + TEXTS]
-            found[start : start + len(part)] = (model.embed_texts(part) @ wanted).cpu().numpy()
+            cosines[start : start + len(part)] = (model.embed_texts(part) @ wanted).cpu().numpy()
             progress.advance(len(part))
-    return found
+    return pl.Series(cosines)
 
 
 def descriptions_hash(storage: Storage, labeler: str, models: Sequence[str]) -> str:
     """Hashes the inputs of an audit: the current descriptions of its networks."""
-    every = storage.partitions(DESCRIPTIONS, labeler=labeler)
-    found = [
+    configs = [
         (keys["model"], keys["layer"], storage.config_of(DESCRIPTIONS, **keys))
-        for keys in every
+        for keys in storage.partitions(DESCRIPTIONS, labeler=labeler)
         if keys["model"] in models
     ]
-    return config_hash({"descriptions": found})
+    return config_hash({"descriptions": configs})

@@ -119,9 +119,9 @@ def average_precision(scores: np.ndarray, positive: np.ndarray) -> float:
     order = np.argsort(-scores, kind="stable")
     ranked, hits = scores[order], np.cumsum(positive[order])
     ends = np.append(np.flatnonzero(np.diff(ranked)), len(ranked) - 1)
-    found = hits[ends]
-    precision = found / (ends + 1)
-    return float(np.sum(np.diff(found, prepend=0) * precision) / total)
+    retrieved = hits[ends]
+    precision = retrieved / (ends + 1)
+    return float(np.sum(np.diff(retrieved, prepend=0) * precision) / total)
 
 
 def highest(values: np.ndarray, count: int) -> np.ndarray:

@@ -86,6 +86,19 @@ def head_words(vocabulary: Iterable[str]) -> dict[str, str]:
     return heads
 
 
+def content_words(texts: Iterable[str]) -> dict[str, frozenset[str]]:
+    """Text → its words except function words; all forms of a word count as their representative in all texts."""
+    words = {text: words_of(text) for text in texts}
+    heads = head_words(word for split in words.values() for word in split)
+    return {text: frozenset(heads[word] for word in words[text]) - FUNCTION_WORDS for text in words}
+
+
+def shares_no_word(texts: Sequence[str], groups: Sequence[Sequence[str]]) -> list[bool]:
+    """Whether each of N texts has no content word in common with any text of its group."""
+    words = content_words([*texts, *(text for group in groups for text in group)])
+    return [not any(words[text] & words[other] for other in group) for text, group in zip(texts, groups, strict=True)]
+
+
 def forms(word: str, vocabulary: Iterable[str]) -> list[str]:
     """Returns the words of a vocabulary that are forms of a word, sorted, always including the word itself."""
     # No inflection changes the first letter, so this check avoids slow stemming.
@@ -128,8 +141,8 @@ def pattern(term: Term, vocabulary: Sequence[str]) -> str:
 
 def vocabulary_of(texts: pl.Series) -> list[str]:
     """Returns the distinct words of texts, sorted."""
-    found = texts.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+").explode().drop_nulls()
-    return found.unique().sort().to_list()
+    words = texts.str.to_lowercase().str.extract_all(r"[\p{L}\p{N}]+").explode().drop_nulls()
+    return words.unique().sort().to_list()
 
 
 def asked_in(texts: pl.Series, words: Sequence[str]) -> pl.Series:
@@ -148,6 +161,5 @@ def asked_in(texts: pl.Series, words: Sequence[str]) -> pl.Series:
     for place, word in enumerate(dict.fromkeys(words)):
         # Alternatives form one term; successive words form several terms, all of which must occur.
         hits = [spoken("text").str.contains(pattern(term, vocabulary)) for term in parse(word)]
-        found = pl.when(pl.all_horizontal(hits)).then(pl.lit(word)).alias(f"word {place}")
-        frame = frame.with_columns(found)
+        frame = frame.with_columns(pl.when(pl.all_horizontal(hits)).then(pl.lit(word)).alias(f"word {place}"))
     return frame.select(pl.concat_list(pl.exclude("text")).list.drop_nulls().alias("words")).to_series()

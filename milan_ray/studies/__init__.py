@@ -1,1 +1,1 @@
-"""The paper's experiments and their like: each runs, counts and plots."""
+"""The paper's experiments and similar studies: each has a run, statistics and a figure."""

@@ -1,4 +1,4 @@
-"""Images behind results, for figures: a unit's exemplars as the model saw them, and images of a probe."""
+"""Images for figures: a unit's exemplars as the model saw them, and images of a probe."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model_views(probe: references.ProbeRef, refs: Sequence[ImageRef], spec: Mode
 
 
 def visible_views(probe: references.ProbeRef, refs: Sequence[ImageRef], spec: ModelSpec) -> np.ndarray:
-    """Images of a probe as people see what a model takes, uint8 (n, H, W, 3).
+    """Images of a probe as a model takes them, in RGB for people, uint8 (n, H, W, 3).
 
     Raises:
         MilanError: One cannot be read.
@@ -58,17 +58,17 @@ def exemplar_views(storage: Storage, model: str, layer: str, image_ids: Sequence
     return np.stack([image_blocks.decode(pngs[image_id]) for image_id in image_ids])
 
 
-def veiled(views: np.ndarray, found: np.ndarray) -> np.ndarray:
+def veiled(views: np.ndarray, areas: np.ndarray) -> np.ndarray:
     """Images darkened to a quarter outside of masks, as people are shown exemplars.
 
     Args:
         views: uint8 (n, H, W, 3).
-        found: bool (n, h, w), masks of any size.
+        areas: bool (n, h, w), masks of any size.
 
     Returns:
         uint8 (n, H, W, 3).
     """
-    rows = np.arange(views.shape[1]) * found.shape[1] // views.shape[1]
-    columns = np.arange(views.shape[2]) * found.shape[2] // views.shape[2]
-    inside = found[:, rows[:, None], columns][..., None]
+    rows = np.arange(views.shape[1]) * areas.shape[1] // views.shape[1]
+    columns = np.arange(views.shape[2]) * areas.shape[2] // views.shape[2]
+    inside = areas[:, rows[:, None], columns][..., None]
     return np.where(inside, views, views // 4)

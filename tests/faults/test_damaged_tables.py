@@ -27,7 +27,8 @@ from milan_ray.library.run_directory import RunExemplars, open_exemplars
 from milan_ray.report.layers import layer_folder
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, VIEWS
 from milan_ray.schema import TABLES as ALL_TABLES
-from milan_ray.showcase.paper.page import Entry, store_entry, stored_entry
+from milan_ray.showcase.paper.claims import Section
+from milan_ray.showcase.paper.page import store_section, stored_section
 from milan_ray.stages.captioners import load_captioner
 from milan_ray.stages.training import stored_state
 from milan_ray.stages.training_units import UnitFeatures, write_units
@@ -309,11 +310,11 @@ def test_f2_damaged_captioners_name_their_folder(name: str, torn: bytes | None, 
 
 def test_f2_pages_of_the_paper_leave_damaged_experiments_out(tmp_path: Path, capsys: Any) -> None:
     storage = Storage(tmp_path)
-    store_entry(storage, Entry("analysis", "Analysis"))
-    assert stored_entry(storage, "analysis") == Entry("analysis", "Analysis")
+    store_section(storage, Section("analysis", "Analysis"))
+    assert stored_section(storage, "analysis") == Section("analysis", "Analysis")
     for data in (b"", b"{", b"[]", b'{"name": 1}', b"\xff\xfe"):
         storage.put("paper/analysis.json", data)
-        assert stored_entry(storage, "analysis") is None
+        assert stored_section(storage, "analysis") is None
         said = capsys.readouterr().err
         assert "paper/analysis.json is damaged" in said and "delete it" in said
 

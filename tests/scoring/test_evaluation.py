@@ -13,7 +13,6 @@ from milan_ray.scoring.evaluation import (
     best_constant,
     evaluate_text,
     nearest_copy,
-    score_frame,
     shuffled,
     with_trivial_rows,
 )
@@ -140,26 +139,3 @@ def test_evaluate_text_with_minilm_when_installed_puts_right_above_trivial() -> 
     # Scored together or alone, a system's value is the same: the weights come from the annotations only.
     alone = scorer(RIGHT, REFERENCES)[:, 2].mean()
     assert rows["wPMI", "bertscore-f"]["value"] == pytest.approx(alone, abs=1e-5)
-
-
-def test_scores_of_frames_equal_an_evaluation_of_each_group() -> None:
-    half = len(NOUNS) // 2
-    layers = ["late"] * half + ["early"] * (len(NOUNS) - half)
-    units = range(len(NOUNS))
-    said = pl.DataFrame({"layer": layers, "unit": units, "description": RIGHT})
-    unknown = pl.DataFrame({"layer": ["late"], "unit": [10**6], "description": ["nobody annotated this"]})
-    annotations = pl.DataFrame({"layer": layers, "unit": units, "text": [[*group, "."] for group in REFERENCES]})
-    annotations = annotations.with_columns(pl.col("unit").cast(pl.Int64)).explode("text")
-    found = score_frame(pl.concat([unknown, said]), annotations, by=["layer"], samples=50)
-    assert found["layer"].unique(maintain_order=True).to_list() == ["late", "early"]
-    for layer, part in (("late", slice(None, half)), ("early", slice(half, None))):
-        expected = evaluate_text("", {"it": RIGHT[part]}, REFERENCES[part], samples=50).to_pylist()
-        expected = {row["metric"]: row for row in expected if row["system"] == "it" and row["n"]}
-        rows = found.filter(pl.col("layer") == layer).to_dicts()
-        assert {row["metric"] for row in rows} == set(expected)
-        for row in rows:
-            for key in ("value", "low", "high", "n"):
-                assert row[key] == pytest.approx(expected[row["metric"]][key])
-    assert score_frame(said, annotations)["n"].to_list() == [len(NOUNS)] * 5
-    with pytest.raises(MilanError, match="no described unit is annotated"):
-        score_frame(unknown, annotations)

@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from milan_ray.errors import MilanError
-from milan_ray.scoring.agreement import annotator_agreement, leave_one_out, mean_agreement, rouge_l
+from milan_ray.scoring.agreement import leave_one_out, mean_agreement, rouge_l
 from milan_ray.scoring.evaluation import best_constant, shuffled
 from milan_ray.scoring.text import BertScore, bleu, minilm_directory
 from milan_ray.studies.annotators.statistics import (
@@ -160,10 +160,10 @@ def test_annotator_agreement_is_higher_where_people_say_the_same() -> None:
         }
     )
     bert_score = BertScore(folder)
-    found = annotator_agreement(texts, bert_score)
+    found = mean_agreement(leave_one_out(texts, bert_score))
     assert found["layer"].to_list() == ["far", "near"] and found["texts"].to_list() == [2, 2]
     assert found["agreement"][1] > found["agreement"][0] + 0.1
-    (whole,) = annotator_agreement(texts, bert_score, by=()).to_dicts()
+    (whole,) = mean_agreement(leave_one_out(texts, bert_score), by=()).to_dicts()
     assert (whole["units"], whole["texts"]) == (2, 4)
     # Two units: a resample has both, or one of them twice.
     assert [whole["low"], whole["high"]] == pytest.approx(found["agreement"].to_list(), abs=0.02)

@@ -5,18 +5,23 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
+from datetime import datetime, timezone
 
-from milan_ray.config import config_hash
+import polars as pl
+
+from milan_ray.config import Resources, config_hash
 from milan_ray.engine.planner import Plan, Step
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.progress import say
 from milan_ray.schema import CLAIMS
 from milan_ray.showcase import demo
 from milan_ray.showcase.paper import analysis, annotators, auditing, baselines, cut_and_paste, editing, generalization
-from milan_ray.showcase.paper.claims import Section
+from milan_ray.showcase.paper.claims import Claim, Section
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
-from milan_ray.showcase.paper.page import Entry, entry_of, store_entry
+from milan_ray.showcase.paper.page import store_section
 from milan_ray.storage import Storage
+from milan_ray.studies.tables import write_frame
 
 EXPERIMENTS: Mapping[str, Callable[[ExperimentContext], Section]] = {
     "generalization": generalization.run,
@@ -27,14 +32,14 @@ EXPERIMENTS: Mapping[str, Callable[[ExperimentContext], Section]] = {
     "cut-and-paste": cut_and_paste.run,
     "annotations": annotators.run,
 }
-"""Name → what runs it, in the paper's order."""
+"""Name → function that runs the experiment, in the paper's order."""
 
 
 def chosen(names: Sequence[str]) -> list[str]:
-    """The experiments of some names, in the paper's order; all for none.
+    """The experiments of some names, in the paper's order; all if there are no names.
 
     Raises:
-        MilanError: There is none of a name.
+        MilanError: There is no experiment of a name.
     """
     for name in names:
         if name not in EXPERIMENTS:
@@ -43,76 +48,76 @@ def chosen(names: Sequence[str]) -> list[str]:
 
 
 def prepare(context: ExperimentContext, threads: int) -> None:
-    """Makes what the experiments stand on, where it is not there: the demo, its generator, and the sets of its groups.
+    """Makes what the experiments need, unless it is up to date: the demo, its generator, and the sets of its groups.
 
-    The captioners of the groups are left out: experiments train those that they compare. With small sizes it is the
-    demo alone.
+    The captioners of the groups are left out, because experiments train those that they compare. Small sizes need only
+    the demo.
 
     Args:
-        context: Where.
+        context: Run directory, resources and size.
         threads: Torch threads of the training worker.
     """
-    _prepare(demo.Run(context.storage, demo.EXEMPLARS, context.resources), context.small, threads)
+    _prepare(demo.Steps(context.storage, demo.EXEMPLARS, context.resources), context.small, threads)
 
 
 def plan_paper(storage: Storage, small: bool, names: Sequence[str]) -> Plan:
-    """The dry run of :func:`prepare`, and of the experiments as far as it can be told.
+    """The dry run of :func:`prepare`, and of the experiments.
 
-    Every run of an experiment finds its claims anew; which of its own tables it makes for that only the run itself
-    says.
+    Every run of an experiment computes its claims again. Which of its own tables it makes is not known before the run.
 
     Args:
         storage: The run directory.
         small: With sizes of a test.
         names: The experiments.
     """
-    dry = demo.DryRun(storage, demo.EXEMPLARS)
-    _prepare(dry, small)
+    plan = Plan()
+    _prepare(demo.Steps(storage, demo.EXEMPLARS, Resources(), plan), small)
     for name in names:
         known = storage.metadata(CLAIMS, experiment=name) is not None
         reason = "found anew by every run, from tables of its own that it makes where they are missing or stale"
-        dry.plan.steps.append(Step(CLAIMS.name, (name,), reason if known else "missing"))
-    return dry.plan
+        plan.steps.append(Step(CLAIMS.name, (name,), reason if known else "missing"))
+    return plan
 
 
-def _prepare(make: demo.Run, small: bool, threads: int = 1) -> None:
-    demo.make_main(make, threads)
+def _prepare(steps: demo.Steps, small: bool, threads: int = 1) -> None:
+    steps.main(threads)
     if not small:
-        demo.make_generator(make)
-        demo.make_sets(make)
+        steps.generator()
+        steps.sets()
 
 
-def run_experiments(context: ExperimentContext, names: Sequence[str]) -> list[Entry]:
-    """Runs experiments one after the other; what one finds is kept at once, and one that fails stops no other.
+def run_experiments(context: ExperimentContext, names: Sequence[str]) -> list[Section]:
+    """Runs experiments one after the other and stores the results of each; a failure does not stop the others.
 
     Args:
-        context: Where and how large.
-        names: Which.
+        context: Run directory, resources and size.
+        names: Names of the experiments.
 
     Returns:
-        An entry of the page for each; one that failed says why.
+        A section of the page for each; that of a failed experiment has the error.
     """
-    entries = []
+    sections = []
     for place, name in enumerate(names):
         say(f"\n[{place + 1}/{len(names)}] {name}")
         started = time.monotonic()
         try:
             section = EXPERIMENTS[name](context)
-            entry = entry_of(section, name, context.small, time.monotonic() - started)
-            _store_claims(context.storage, entry)
-            store_entry(context.storage, entry)
+            seconds, now = time.monotonic() - started, datetime.now(timezone.utc).isoformat(timespec="seconds")
+            section = replace(section, name=name, small=context.small, seconds=seconds, finished=now)
+            _store_claims(context.storage, section)
+            store_section(context.storage, section)
         except Exception as error:
             if not isinstance(error, MilanError):
                 say(traceback.format_exc(), level="error")
             reason = str(error) if isinstance(error, MilanError) else f"{type(error).__name__}: {error}"
             say(f"{name} failed: {reason}", level="error")
-            entries.append(Entry(name, name, small=context.small, seconds=time.monotonic() - started, error=reason))
+            sections.append(Section(name, name, small=context.small, seconds=time.monotonic() - started, error=reason))
             continue
-        entries.append(entry)
-        say(f"{name}: {entry.seconds:.0f} s")
-        for claim in entry.claims:
+        sections.append(section)
+        say(f"{name}: {section.seconds:.0f} s")
+        for claim in section.claims:
             say(f"  {verdict(claim.reproduced)}: {claim.text} {claim.ours}")
-    return entries
+    return sections
 
 
 def verdict(reproduced: bool | None) -> str:
@@ -120,18 +125,9 @@ def verdict(reproduced: bool | None) -> str:
     return {True: "reproduced", False: "NOT reproduced", None: "cannot be said"}[reproduced]
 
 
-def _store_claims(storage: Storage, entry: Entry) -> None:
-    claims = entry.claims
-    table = CLAIMS.table(
-        {
-            "experiment": [entry.name] * len(claims),
-            "claim": [claim.text for claim in claims],
-            **{
-                column: [getattr(claim, column) for claim in claims]
-                for column in ("paper", "ours", "reproduced", "note")
-            },
-            "small": [entry.small] * len(claims),
-            "seconds": [entry.seconds] * len(claims),
-        }
-    )
-    storage.write(CLAIMS, table, config_hash({"claims": 1, "of": claims}), experiment=entry.name)
+def _store_claims(storage: Storage, section: Section) -> None:
+    columns = {field.name: pl.String for field in fields(Claim)} | {"reproduced": pl.Boolean}
+    claims = pl.DataFrame([vars(claim) for claim in section.claims], columns).rename({"text": "claim"})
+    about = claims.with_columns(small=pl.lit(section.small), seconds=pl.lit(section.seconds))
+    config = config_hash({"claims": 1, "of": section.claims})
+    write_frame(storage, CLAIMS, about, config, experiment=section.name)

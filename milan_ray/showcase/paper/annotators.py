@@ -1,13 +1,15 @@
-"""Appendix A on the built-in world: what its annotators write (the paper's Tables 1, 4 and 5)."""
+"""Appendix A on the built-in world: its annotators' texts (the paper's Tables 1, 4 and 5)."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import polars as pl
 
+from milan_ray.scoring.bootstrap import Interval
 from milan_ray.scoring.text import minilm_directory
-from milan_ray.showcase.paper.claims import Claim, Section
+from milan_ray.showcase.paper.claims import Claim, Section, evidence, shown
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
 from milan_ray.studies.annotators.run import (
@@ -26,63 +28,62 @@ GENERATOR = "generator"
 
 
 def run(context: ExperimentContext) -> Section:
-    """Counts the world's annotations; says what of the paper's Tables 1, 4 and 5 is the same there."""
+    """Computes statistics of the world's annotations, for the claims on the paper's Tables 1, 4 and 5."""
     storage = context.storage
     nlp, language = find_spacy_pipeline()
     score, measure = find_score(None if context.small else minilm_directory())
     texts = stored_annotations(storage, world.SOURCE)
     rows = run_statistics(storage, texts, nlp, language, score, measure)
     layers = of_layers(rows)
-    networks = outer_layers(layers)
+    units = texts.group_by("model", "layer", "unit", maintain_order=True).agg("text")
+    agreements = of_models(rows).select("model", "units", "texts", "agreement", "low", "high")
+    words = layers.select("model", "layer", "units", "words", "length", "noun", "adjective", "preposition")
     return Section(
         "annotations",
         "Annotations (paper, Section 3.2 and Appendix A, Tables 1, 4 and 5)",
-        (*counts(rows, texts), agreement(rows, measure), *layer_claims(layers, networks, language)),
+        (counts(rows, texts), agreement(rows, measure), *layer_claims(layers, outer_layers(layers), language)),
         tables=(
-            (
-                f"Networks annotated, and how much annotators agree ({measure}; Tables 1 and 4)",
-                of_models(rows).select("model", "units", "texts", "agreement", "low", "high"),
-            ),
-            (
-                f"By layer; words tagged by {language} (Table 5)",
-                layers.select("model", "layer", "units", "words", "length", "noun", "adjective", "preposition"),
-            ),
+            evidence(f"Networks annotated, and how much annotators agree ({measure}; Tables 1 and 4)", agreements),
+            evidence(f"By layer; words tagged by {language} (Table 5)", words),
         ),
-        failures=tuple(_alone(texts)),
-        examples=tuple(_examples(texts)),
+        failures=_apart(units),
+        examples=_lines(units.sample(min(8, len(units)), seed=0)),
     )
 
 
 def outer_layers(layers: pl.DataFrame) -> dict[str, tuple[str, str]]:
-    """Per annotated network, its annotated layers nearest to the image and farthest from it: a generator ends there."""
-    found = {}
-    for (model,), of in layers.group_by(["model"], maintain_order=True):
-        short = str(model).removeprefix("world/").split("-")[0]
-        every = LAYERS if short == GENERATOR else ARCHITECTURES[short].layers if short in ARCHITECTURES else ()
-        there = [layer for layer in every if layer in set(of["layer"])]
-        if len(there) > 1:
-            found[str(model)] = (there[-1], there[0]) if short == GENERATOR else (there[0], there[-1])
-    return found
+    """Annotated network → its layers nearest to the image and farthest from it; a generator's last layer is nearest."""
+    outer = {}
+    for (model,), rows in layers.group_by(["model"], maintain_order=True):
+        kind = _kind(str(model))
+        every = LAYERS if kind == GENERATOR else ARCHITECTURES[kind].layers if kind in ARCHITECTURES else ()
+        annotated = [layer for layer in every if layer in set(rows["layer"])]
+        if len(annotated) > 1:
+            outer[str(model)] = (annotated[-1], annotated[0]) if kind == GENERATOR else (annotated[0], annotated[-1])
+    return outer
 
 
-def counts(rows: pl.DataFrame, texts: pl.DataFrame) -> list[Claim]:
-    """Table 1: how much there is."""
+def _kind(model: str) -> str:
+    """Architecture of one of the world's networks."""
+    return model.removeprefix("world/").split("-")[0]
+
+
+def counts(rows: pl.DataFrame, texts: pl.DataFrame) -> Claim:
+    """Table 1: the numbers of units and annotations."""
     per_unit = texts.group_by("model", "layer", "unit").len()["len"]
-    all_of_them = total(rows).row(0, named=True)
-    return [
-        Claim(
-            "Every unit is annotated by three people.",
-            "20,272 units of 7 networks, three annotations each (Table 1)",
-            f"{all_of_them['units']:,} units of {len(of_models(rows))} networks, {per_unit.min()!r} to "
-            f"{per_unit.max()!r} annotations each",
-            per_unit.min() == per_unit.max() == 3,
-            "the people are the world's three annotators, which are programs",
-        )
-    ]
+    units = total(rows)["units"].item()
+    return Claim(
+        "Every unit is annotated by three people.",
+        "20,272 units of 7 networks, three annotations each (Table 1)",
+        f"{units:,} units of {len(of_models(rows))} networks, {per_unit.min()!r} to {per_unit.max()!r} annotations "
+        "each",
+        per_unit.min() == per_unit.max() == 3,
+        "the people are the world's three annotators, which are programs",
+    )
 
 
 def agreement(rows: pl.DataFrame, measure: str) -> Claim:
-    """Table 4: how much people agree."""
+    """Table 4: the agreement of annotators."""
     models = of_models(rows).drop_nulls("agreement").sort("agreement")
     text = "Some networks have clearer exemplars than others: there annotators agree more."
     paper = "BERTScore .17 (ResNet152-Places365) to .27 (AlexNet-Places365), no intervals (Table 4)"
@@ -90,38 +91,38 @@ def agreement(rows: pl.DataFrame, measure: str) -> Claim:
         return Claim(text, paper, "no unit has two annotations", None)
     least, most = models.row(0, named=True), models.row(-1, named=True)
 
-    def shown(row: dict[str, float]) -> str:
-        return f"{row['agreement']:.2f} [{row['low']:.2f}, {row['high']:.2f}] ({row['model']})"
+    def of_model(row: dict[str, Any]) -> str:
+        return f"{shown(Interval(row['agreement'], row['low'], row['high']))} ({row['model']})"
 
     return Claim(
         text,
         paper,
-        f"{measure}: {shown(least)} to {shown(most)}",
+        f"{measure}: {of_model(least)} to {of_model(most)}",
         least["high"] < most["low"],
         "another measure than the paper's: the figures themselves do not compare",
     )
 
 
 def layer_claims(layers: pl.DataFrame, networks: dict[str, tuple[str, str]], language: str) -> list[Claim]:
-    """Table 5: how layers near the image and far from it differ.
+    """Table 5: differences between layers near the image and far from it.
 
     Args:
         layers: Rows of single layers.
         networks: From :func:`outer_layers`.
-        language: What tagged the words.
+        language: Name of the spaCy pipeline that tagged the words.
     """
     at = {(row["model"], row["layer"]): row for row in layers.iter_rows(named=True)}
 
     def ends(column: str, kinds: Collection[str]) -> dict[str, tuple[float, float]]:
-        """Of networks of some kinds, the layers' figures, nearest first."""
+        """Values of the nearest and the farthest layer of networks of some kinds."""
         values = {
             model: (at[model, near][column], at[model, far][column])
             for model, (near, far) in networks.items()
-            if model.removeprefix("world/").split("-")[0] in kinds
+            if _kind(model) in kinds
         }
         return {model: pair for model, pair in values.items() if None not in pair}
 
-    found = []
+    results = []
     for text, column, paper, nearer in (
         (
             "Layers closest to the image (early in CNNs, late in generators) are described with more adjectives.",
@@ -145,43 +146,35 @@ def layer_claims(layers: pl.DataFrame, networks: dict[str, tuple[str, str]], lan
         ),
     ):
         values = ends(column, ("cnn", "resnet", GENERATOR))
-        shown = "; ".join(f"{model} {near:.1f} and {far:.1f}" for model, (near, far) in values.items())
+        pairs = "; ".join(f"{model} {near:.1f} and {far:.1f}" for model, (near, far) in values.items())
         same = [near > far if nearer else far > near for near, far in values.values()]
         others = "; ".join(f"{model} {near:.1f} and {far:.1f}" for model, (near, far) in ends(column, ("vit",)).items())
         beside = f"the paper speaks of CNNs and generators here; transformers: {others}" if others else ""
         tagged = "" if column == "length" else f"words are tagged by {language}"
-        found.append(
+        results.append(
             Claim(
                 text,
                 paper,
-                f"nearest and farthest layer: {shown}" if values else "nothing to compare",
+                f"nearest and farthest layer: {pairs}" if values else "nothing to compare",
                 (sum(same) * 2 > len(same) if column == "length" else all(same)) if values else None,
                 "; ".join(filter(None, (tagged, beside))),
             )
         )
-    return found
+    return results
 
 
-def _alone(texts: pl.DataFrame) -> list[str]:
-    """Units of which no two annotators say a common word: the noise that a captioner has to learn from."""
-    units = texts.group_by("model", "layer", "unit", maintain_order=True).agg("text")
-    apart = [
-        row
-        for row in units.iter_rows(named=True)
-        if len(row["text"]) > 1
-        and sum(len(set(text.lower().split())) for text in row["text"])
-        == len({word for text in row["text"] for word in text.lower().split()})
-    ]
-    lines = [f"{len(apart)} of {len(units):,} units have annotations without a single word in common:"]
-    step = max(1, len(apart) // 6)
-    return lines + [
-        f"{row['model']} {row['layer']} {row['unit']}: {' · '.join(row['text'])}" for row in apart[::step][:6]
-    ]
+def _lines(units: pl.DataFrame) -> tuple[str, ...]:
+    """Units with their annotations, as lines of text."""
+    return tuple(f"{row['model']} {row['layer']} {row['unit']}: {' · '.join(row['text'])}" for row in units.to_dicts())
 
 
-def _examples(texts: pl.DataFrame) -> list[str]:
-    units = texts.group_by("model", "layer", "unit", maintain_order=True).agg("text")
-    some = units.sample(min(8, len(units)), seed=0)
-    return [
-        f"{row['model']} {row['layer']} {row['unit']}: {' · '.join(row['text'])}" for row in some.iter_rows(named=True)
-    ]
+def _apart(units: pl.DataFrame) -> tuple[str, ...]:
+    """Units whose annotations have no word in common, which show the noise of the training data."""
+
+    def no_common_word(texts: pl.Series) -> bool:
+        words = [set(text.lower().split()) for text in texts]
+        return len(words) > 1 and sum(map(len, words)) == len(set().union(*words))
+
+    apart = units.filter([no_common_word(texts) for texts in units["text"]])
+    first = f"{len(apart)} of {len(units):,} units have annotations without a single word in common:"
+    return (first, *_lines(apart[:: max(1, len(apart) // 6)].head(6)))

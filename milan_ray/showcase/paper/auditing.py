@@ -1,4 +1,4 @@
-"""Section 6 on the built-in world: networks that never saw a face, and those of their units that look for faces."""
+"""Section 6 on the built-in world: units for faces in networks that were trained without faces."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from milan_ray.engine import references
 from milan_ray.report.figures import figure_path
 from milan_ray.schema import AUDITS, DESCRIPTIONS, LEVELS
 from milan_ray.scoring.auroc import auroc
-from milan_ray.scoring.bootstrap import Interval, difference, interval, ratio, resampling_counts
+from milan_ray.scoring.bootstrap import Interval, interval, ratio, resampling_counts
 from milan_ray.scoring.evaluation import Row, unit_values
 from milan_ray.scoring.search import search_descriptions
 from milan_ray.showcase.demo import DECODER, EXEMPLARS, PROBE, SEARCH
-from milan_ray.showcase.paper.claims import Claim, Section
+from milan_ray.showcase.paper.claims import Claim, Section, evidence, shown, unit_lines
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef
@@ -26,31 +26,32 @@ from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.storage import Storage
 from milan_ray.studies.auditing.run import Audit, AuditConfig, run_audit
-from milan_ray.studies.auditing.statistics import BLURRED, PLAIN, Pair
+from milan_ray.studies.auditing.statistics import BLURRED, PLAIN, Pair, side_rows
 from milan_ray.studies.judges.run import HELD_OUT_SCENES, scenes_of
 from milan_ray.studies.judges.statistics import IOU_THRESHOLD, presence
+from milan_ray.studies.tables import read_frame
 from milan_ray.world.lexicon import NAMES, concepts_in
 from milan_ray.world.scenes import COLOURS, Scene
 from milan_ray.world.training import paired_names, paired_tasks
 
 WORDS = ("face|person|portrait", "mouth|lip")
-"""What the world's people call a face and its mouth. Eyes do not tell: the world's animals have them, and keep them."""
+"""Words of the world's annotators for a face and its mouth; not eyes, which unblurred animals have too."""
 
 FACE_CONCEPTS = ("face", "mouth")
-"""Concepts that nothing but a face shows."""
+"""Concepts that only faces show."""
 
 LATE = {"cnn": ("conv3", "conv4"), "resnet": ("layer2", "layer3")}
-"""Layers that are described: the paper, too, takes some of them."""
+"""Layers that are described; the paper describes some layers too."""
 
 CONFIG = AuditConfig("faces", WORDS)
 SMALL = AuditConfig("faces (small)", WORDS)
 
 QUERY = "|".join(COLOURS)
-"""The follow-up: which units are for faces of some people? The world's people differ by the colour of their hair."""
+"""Query of the follow-up on units for faces of some people, who differ by the colour of their hair."""
 
 
 def run(context: ExperimentContext) -> Section:
-    """Audits pairs of the world's networks; says what of the paper's Section 6 is the same there."""
+    """Audits pairs of the world's networks, for the claims of the paper's Section 6."""
     storage = context.storage
     if context.small:
         pairs, config = _described_pairs(storage), SMALL
@@ -67,17 +68,17 @@ def run(context: ExperimentContext) -> Section:
         tuple(claims(audit, judged, follow)),
         (figure_path(storage, AUDITS, audit=config.name),),
         (
-            ("Units described with words for faces, by pair", audit.pairs.drop("audit", "images")),
-            ("Units that are for faces, by their overlap with faces in held-out scenes", judged.pairs),
-            ("Found units of networks that never saw a face, by the colour they name", follow),
+            evidence("Units described with words for faces, by pair", audit.pairs.drop("audit", "images")),
+            evidence("Units that are for faces, by their overlap with faces in held-out scenes", judged.pairs),
+            evidence("Found units of networks that never saw a face, by the colour they name", follow),
         ),
         tuple(_failures(judged.units)),
-        tuple(_examples(audit)),
+        unit_lines(audit.counted, 8),
     )
 
 
 def describe_pairs(storage: Storage, pairs: Sequence[Pair], resources: Resources) -> None:
-    """Trains the networks that are not there yet, dissects all on scenes as they are, and describes late layers."""
+    """Trains missing networks, dissects all on unblurred scenes, and describes late layers."""
     world.train_networks(paired_tasks())
     models = [
         references.ModelRef(name, layers=LATE[name.removeprefix("world/").split("-")[0]])
@@ -90,7 +91,7 @@ def describe_pairs(storage: Storage, pairs: Sequence[Pair], resources: Resources
 
 
 def _described_pairs(storage: Storage) -> list[Pair]:
-    """Any described networks in pairs, for want of such as were trained apart: only to see that all of it works."""
+    """Pairs of any described networks, for tests that do not train pairs."""
     names = sorted({keys["model"] for keys in storage.partitions(DESCRIPTIONS, labeler="milan")})
     names = [name for name in names if name.removeprefix("world/").split("-")[0] in LATE]
     return [(name, other) for name, other in zip(names, names[1:] + names[:1], strict=True) if name != other]
@@ -98,7 +99,7 @@ def _described_pairs(storage: Storage) -> list[Pair]:
 
 @dataclass(frozen=True)
 class Truth:
-    """What the units do on held-out scenes, as they are.
+    """The responses of units to unblurred held-out scenes.
 
     Attributes:
         units: Columns model, layer, unit, concept (best by intersection over union), iou, face (bool: the concept is
@@ -114,38 +115,30 @@ class Truth:
 
 
 def face_truth(storage: Storage, pairs: Sequence[Pair], config: AuditConfig) -> Truth:
-    """Which units are for faces, whatever is said of them."""
+    """Which units are for faces, whatever their descriptions."""
     layers = {
         name: [keys["layer"] for keys in storage.partitions(DESCRIPTIONS, labeler=config.labeler, model=name)]
         for pair in pairs
         for name in pair
     }
-    found = world.truth(storage, layers, HELD_OUT_SCENES)
+    truths = world.truth(storage, layers, HELD_OUT_SCENES)
     scenes = scenes_of(HELD_OUT_SCENES)
-    shown = presence(scenes)[:, [NAMES.index("face")]]
+    faces = presence(scenes)[:, [NAMES.index("face")]]
     frames = []
-    for model, of in layers.items():
-        numbers = [
-            (layer, unit)
-            for layer in of
-            for unit in storage.read(LEVELS, ["unit"], model=model, layer=layer)["unit"].to_pylist()
-        ]
-        seen = found[model]
-        frames.append(
-            pl.DataFrame(
-                {
-                    "model": [model] * len(numbers),
-                    "layer": [layer for layer, _ in numbers],
-                    "unit": pl.Series([unit for _, unit in numbers], dtype=pl.Int32),
-                    "concept": [NAMES[place] for place in seen.concept],
-                    "iou": seen.iou,
-                    "auroc": auroc(seen.activations, shown)[:, 0],
-                }
+    for model, names in layers.items():
+        units = pl.concat(
+            read_frame(storage, LEVELS, ["unit"], model=model, layer=layer).select(
+                pl.lit(model).alias("model"), pl.lit(layer).alias("layer"), pl.col("unit").cast(pl.Int32)
             )
+            for layer in names
         )
+        truth = truths[model]
+        concepts = pl.Series("concept", [NAMES[number] for number in truth.concept])
+        areas = auroc(truth.activations, faces)[:, 0]
+        frames.append(units.with_columns(concepts, pl.Series("iou", truth.iou), pl.Series("auroc", areas)))
     face = pl.col("concept").is_in(FACE_CONCEPTS) & (pl.col("iou") > IOU_THRESHOLD)
     units = pl.concat(frames).with_columns(face.alias("face"))
-    return Truth(units, np.concatenate([found[model].activations for model in layers], axis=1), scenes)
+    return Truth(units, np.concatenate([truths[model].activations for model in layers], axis=1), scenes)
 
 
 @dataclass(frozen=True)
@@ -154,7 +147,7 @@ class Judged:
 
     Attributes:
         pairs: Per pair the units that are for faces, and those of them that the audit found, on both sides.
-        units: :attr:`Truth.units` with found (bool) and description (null where the audit did not find it).
+        units: :attr:`Truth.units` with found (bool) and description (null for units that the audit did not find).
         rows: Precision, recall and base rate, and units for faces per network on both sides and their difference:
             (system, metric, value with its interval, networks or pairs, note).
     """
@@ -164,8 +157,8 @@ class Judged:
     rows: list[Row]
 
     def of(self, system: str, metric: str) -> Interval:
-        """One figure of ``rows``."""
-        return next(value for of, name, value, *_ in self.rows if (of, name) == (system, metric))
+        """One value of ``rows``."""
+        return next(value for *key, value, _, _ in self.rows if key == [system, metric])
 
 
 def judge(audit: Audit, truth: Truth, pairs: Sequence[Pair]) -> Judged:
@@ -173,51 +166,37 @@ def judge(audit: Audit, truth: Truth, pairs: Sequence[Pair]) -> Judged:
     counted = audit.counted.select("model", "layer", "unit", "description")
     units = truth.units.join(counted, on=["model", "layer", "unit"], how="left", maintain_order="left")
     units = units.with_columns(pl.col("description").is_not_null().alias("found"))
-    each = {
-        row["model"]: row
-        for row in units.group_by("model")
-        .agg(
-            pl.len().alias("of"),
-            pl.col("face").sum(),
-            pl.col("found").sum(),
-            (pl.col("face") & pl.col("found")).sum().alias("both"),
-        )
-        .iter_rows(named=True)
-    }
+    sums = units.group_by("model", maintain_order=True).agg(
+        pl.len().alias("of"), pl.col("face", "found").sum(), (pl.col("face") & pl.col("found")).sum().alias("both")
+    )
+    face, both = (dict(sums.select("model", name).iter_rows()) for name in ("face", "both"))
     table = pl.DataFrame(
         {
             "model": [model for model, _ in pairs],
-            "for faces": [each[model]["face"] for model, _ in pairs],
-            "of them found": [each[model]["both"] for model, _ in pairs],
+            "for faces": [face[model] for model, _ in pairs],
+            "of them found": [both[model] for model, _ in pairs],
             "blurred": [other for _, other in pairs],
-            "blurred, for faces": [each[other]["face"] for _, other in pairs],
-            "blurred, of them found": [each[other]["both"] for _, other in pairs],
+            "blurred, for faces": [face[other] for _, other in pairs],
+            "blurred, of them found": [both[other] for _, other in pairs],
         }
     )
-    networks = list(each.values())
-    counts = resampling_counts(len(networks))
+    counts = resampling_counts(len(sums))
     rows: list[Row] = []
     for metric, whole, part, note in (
         ("precision", "found", "both", "share of the units found that are for faces"),
         ("recall", "face", "both", "share of the units for faces that are found"),
         ("base rate", "of", "face", "share of all described units that are for faces"),
     ):
-        statistics = np.array([[row[whole], row[part]] for row in networks], np.float64)
-        rows.append(("audit", metric, interval(statistics, ratio, counts), len(networks), note))
-    sides = {
-        side: unit_values(np.array([each[pair[place]]["face"] for pair in pairs]))
-        for place, side in enumerate((PLAIN, BLURRED))
-    }
+        statistics = sums.select(whole, part).to_numpy().astype(np.float64)
+        rows.append(("audit", metric, interval(statistics, ratio, counts), len(sums), note))
+    sides = (unit_values(table[name].to_numpy()) for name in ("for faces", "blurred, for faces"))
     counts = resampling_counts(len(pairs), 10_000)
-    for side, statistics in sides.items():
-        rows.append((side, "units for faces", interval(statistics, ratio, counts), len(pairs), "mean over networks"))
-    gap = difference(sides[PLAIN], sides[BLURRED], ratio, counts)
-    rows.append((f"{PLAIN} − {BLURRED}", "units for faces", gap, len(pairs), "paired, resampled over pairs"))
+    rows += side_rows("units for faces", "mean over networks", "paired, resampled over pairs", sides, counts)
     return Judged(table, units, rows)
 
 
 def follow_up(audit: Audit, truth: Truth) -> pl.DataFrame:
-    """Found units of blurred networks whose descriptions name a colour: do they prefer faces with hair of it?
+    """Found units of blurred networks whose descriptions name a colour: whether they prefer faces with hair of it.
 
     Returns:
         Columns model, layer, unit, description, colours, faces (held-out scenes with one big face), auroc (of the
@@ -230,35 +209,26 @@ def follow_up(audit: Audit, truth: Truth) -> pl.DataFrame:
     faces = [place for place, scene in enumerate(truth.scenes) if scene.label == "face"]
     hair = [truth.scenes[place].things[0].colour for place in faces]
     rows = []
-    for row in hits.iter_rows(named=True):
-        colours = sorted(concepts_in(row["description"]) & set(COLOURS))
-        activations = truth.activations[np.ix_(faces, [places[row["model"], row["layer"], row["unit"]]])]
-        value = float(auroc(activations, np.array([[colour in colours] for colour in hair]))[0, 0])
-        rows.append(
-            {
-                **{name: row[name] for name in ("model", "layer", "unit", "description")},
-                "colours": ", ".join(colours),
-                "faces": len(faces),
-                "auroc": None if np.isnan(value) else value,
-            }
-        )
+    for model, layer, unit, text in hits.select("model", "layer", "unit", "description").iter_rows():
+        colours = sorted(concepts_in(text) & set(COLOURS))
+        activations = truth.activations[np.ix_(faces, [places[model, layer, unit]])]
+        area = float(auroc(activations, np.array([[colour in colours] for colour in hair]))[0, 0])
+        rows.append((model, layer, unit, text, ", ".join(colours), len(faces), None if np.isnan(area) else area))
     schema = {"model": pl.String, "layer": pl.String, "unit": pl.Int32, "description": pl.String, "colours": pl.String}
-    return pl.DataFrame(rows, {**schema, "faces": pl.Int64, "auroc": pl.Float64})
+    return pl.DataFrame(rows, {**schema, "faces": pl.Int64, "auroc": pl.Float64}, orient="row")
 
 
 def claims(audit: Audit, judged: Judged, follow: pl.DataFrame) -> list[Claim]:
-    """What Section 6 says, and what was found."""
+    """Compares the claims of Section 6 with the results."""
     figures = {(system, metric): value for system, metric, value, *_ in audit.rows}
     apart = figures[f"{PLAIN} − {BLURRED}", "units per network"]
     p = figures[f"{PLAIN} − {BLURRED}", "p (signed ranks)"].value
     plain, blurred = (int(audit.pairs[name].sum()) for name in ("units", "other_units"))
-    total = {
-        side: int(sum(judged.pairs[name])) for side, name in ((PLAIN, "for faces"), (BLURRED, "blurred, for faces"))
-    }
+    true_plain, true_blurred = (int(judged.pairs[name].sum()) for name in ("for faces", "blurred, for faces"))
     gap = judged.of(f"{PLAIN} − {BLURRED}", "units for faces")
     precision, recall, base = (judged.of("audit", name) for name in ("precision", "recall", "base rate"))
     looked = "" if (audit.units["verdict"] != "").any() else "nobody inspected the units here; the truth says more"
-    found = [
+    results = [
         Claim(
             "Networks trained on blurred images have fewer units described with words for faces.",
             "213 units in unblurred, 142 in blurred models, 12 pairs, after inspection (Figure 5)",
@@ -270,20 +240,20 @@ def claims(audit: Audit, judged: Judged, follow: pl.DataFrame) -> list[Claim]:
         Claim(
             "That is so because they have fewer units for faces.",
             "not measured: the paper's networks have no known truth",
-            f"{total[PLAIN]} and {total[BLURRED]} units overlap a face or its mouth more than anything else; per pair "
+            f"{true_plain} and {true_blurred} units overlap a face or its mouth more than anything else; per pair "
             f"{gap.value:.1f} fewer [{gap.low:.1f}, {gap.high:.1f}]",
             gap.low > 0,
         ),
         Claim(
             "Blurring reduces, but does not eliminate, units selective for unblurred faces.",
             "142 of 213 remain",
-            f"{total[BLURRED]} units for faces in networks that never saw one ({total[PLAIN]} in the others)",
-            0 < total[BLURRED] < total[PLAIN],
+            f"{true_blurred} units for faces in networks that never saw one ({true_plain} in the others)",
+            0 < true_blurred < true_plain,
         ),
         Claim(
             "Descriptions find the units that are for faces.",
             "by inspection only: the counts are of units that people confirmed",
-            f"precision {_shown(precision)}, recall {_shown(recall)}; {_shown(base)} of all units are for faces",
+            f"precision {shown(precision)}, recall {shown(recall)}; {shown(base)} of all units are for faces",
             precision.low > base.high,
             "a unit is for faces if, of all concepts, a face or its mouth overlaps it most in held-out scenes",
         ),
@@ -295,7 +265,7 @@ def claims(audit: Audit, judged: Judged, follow: pl.DataFrame) -> list[Claim]:
         if len(values)
         else "no found unit of a blurred network names a colour"
     )
-    found.append(
+    results.append(
         Claim(
             "Some of these units prefer faces of some people, which their exemplars show.",
             "two examples (Figure 6): faces of women, faces of Asian people",
@@ -304,33 +274,18 @@ def claims(audit: Audit, judged: Judged, follow: pl.DataFrame) -> list[Claim]:
             "the world's people differ by the colour of their hair only; too few units to say more",
         )
     )
-    return found
-
-
-def _shown(value: Interval) -> str:
-    return f"{value.value:.2f} [{value.low:.2f}, {value.high:.2f}]"
+    return results
 
 
 def _failures(units: pl.DataFrame) -> list[str]:
     wrong = units.filter("found", ~pl.col("face")).sort("iou", descending=True)
     missed = units.filter("face", ~pl.col("found")).sort("iou", descending=True)
     lines = [f"{len(wrong)} units are found that are not for faces:"] if len(wrong) else []
-    for row in wrong.head(6).iter_rows(named=True):
-        lines.append(
-            f"{row['model']} {row['layer']} {row['unit']}: “{row['description']}”, but {row['concept']} overlaps most "
-            f"(IoU {row['iou']:.2f}; AUROC for scenes with a face {row['auroc']:.2f})"
-        )
-    if len(missed):
-        lines.append(f"{len(missed)} units for faces are not found:")
-    for row in missed.head(6).iter_rows(named=True):
-        lines.append(f"{row['model']} {row['layer']} {row['unit']}: {row['concept']}, IoU {row['iou']:.2f}")
-    return lines
-
-
-def _examples(audit: Audit) -> list[str]:
-    found = audit.counted
-    some = found.sample(min(8, len(found)), seed=0).sort("model", "layer", "unit")
-    return [
-        f"{model} {layer} {unit}: “{text}”"
-        for model, layer, unit, text in some.select("model", "layer", "unit", "description").iter_rows()
+    lines += [
+        f"{row['model']} {row['layer']} {row['unit']}: “{row['description']}”, but {row['concept']} overlaps most "
+        f"(IoU {row['iou']:.2f}; AUROC for scenes with a face {row['auroc']:.2f})"
+        for row in wrong.head(6).to_dicts()
     ]
+    lines += [f"{len(missed)} units for faces are not found:"] if len(missed) else []
+    missing = missed.head(6).select("model", "layer", "unit", "concept", "iou").iter_rows()
+    return lines + [f"{model} {layer} {unit}: {concept}, IoU {iou:.2f}" for model, layer, unit, concept, iou in missing]

@@ -1,6 +1,8 @@
-"""Section 4 on the built-in world: MILAN beside labels from concept maps, on a network new to it (Table 2)."""
+"""Section 4 on the built-in world: MILAN and labels from concept maps, on a network new to MILAN (Table 2)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import polars as pl
 
@@ -14,7 +16,7 @@ from milan_ray.scoring.evaluation import CONSTANT
 from milan_ray.scoring.search import scan_descriptions
 from milan_ray.scoring.text import minilm_directory
 from milan_ray.showcase.demo import DECODER, EXEMPLARS, HELD_OUT, PROBE, SEARCH
-from milan_ray.showcase.paper.claims import Claim, Section
+from milan_ray.showcase.paper.claims import Claim, Section, evidence
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef
@@ -24,6 +26,7 @@ from milan_ray.studies.baselines import statistics as baselines
 from milan_ray.studies.baselines.run import BaselinesJob, HeldOut, run_baselines
 from milan_ray.studies.generalization.statistics import main_metric
 from milan_ray.studies.judges.run import PLANTED
+from milan_ray.studies.tables import read_annotations
 
 NAME = "baselines"
 
@@ -45,10 +48,10 @@ _NOTE = (
 
 
 def run(context: ExperimentContext) -> Section:
-    """Labels the world's held-out network by every method; says what of the paper's Table 2 is the same there."""
+    """Labels the world's held-out network by every method, for the claims on the paper's Table 2."""
     storage = context.storage
     models = (PLANTED,) if context.small else (HELD_OUT, PLANTED)
-    name = f"{NAME} (small)" if context.small else NAME
+    name = context.experiment(NAME)
     job = BaselinesJob(
         [HeldOut(references.ModelRef(model), SEARCH, EncoderRef(DECODER)) for model in models],
         PROBE,
@@ -67,8 +70,8 @@ def run(context: ExperimentContext) -> Section:
         claims(rows),
         (figure_path(storage, SCORES, experiment=name),),
         (
-            *((f"Here: {metric}", baselines.table_2(rows, metric)) for metric in metrics),
-            ("Table 2, the paper's: BERTScore", PAPER),
+            *(evidence(f"Here: {metric}", baselines.table_2(rows, metric)) for metric in metrics),
+            evidence("Table 2, the paper's: BERTScore", PAPER),
         ),
         failures,
         examples,
@@ -76,24 +79,23 @@ def run(context: ExperimentContext) -> Section:
 
 
 def claims(rows: pl.DataFrame) -> tuple[Claim, ...]:
-    """What Section 4 says of Table 2 beside what annotations and the world's own judges say here.
+    """Compares the claims of Section 4 on Table 2 with annotations and with the world's own judges.
 
     Args:
         rows: From :func:`milan_ray.studies.baselines.statistics.collected`.
     """
     metric = main_metric(rows)
     first = rows["model"][0]
-    judged = [("agreement with annotations", metric)]
+    results = []
     for judge, known in (
+        ("agreement with annotations", metric),
         ("held-out scenes", "auroc"),
         ("scenes without the concept", "causal-drop"),
         ("planted units", "planted-accuracy"),
     ):
-        if known in set(rows["metric"]):
-            judged.append((judge, known))
-    found = []
-    for judge, known in judged:
         of_judge = rows.filter(metric=known)
+        if of_judge.is_empty():
+            continue
         model = first if first in set(of_judge["model"]) else of_judge["model"][0]
         at = {row["system"]: row for row in of_judge.filter(model=model).iter_rows(named=True)}
         if not {CompExp.name, NetDissect.name, LIKELIHOOD, MILAN} <= at.keys():
@@ -106,7 +108,7 @@ def claims(rows: pl.DataFrame) -> tuple[Claim, ...]:
         maps = max(values[CompExp.name], values[NetDissect.name])
         order = maps < values[LIKELIHOOD] <= values[MILAN]
         note = _NOTE if known == metric else f"The paper has no such judge. {_NOTE}"
-        found.append(
+        results.append(
             Claim(
                 f"Judged by {judge}: compositional explanations and network dissection < p(d|E) ≤ wPMI.",
                 "Table 2: .01 to .03 and .21 to .25 < .27 to .34 < .31 to .38 (BERTScore)",
@@ -116,7 +118,7 @@ def claims(rows: pl.DataFrame) -> tuple[Claim, ...]:
             )
         )
         if known == metric:
-            found.append(
+            results.append(
                 Claim(
                     "Network dissection agrees more with annotations than compositional explanations.",
                     "Table 2: .21 to .25 against .01 to .03",
@@ -126,7 +128,7 @@ def claims(rows: pl.DataFrame) -> tuple[Claim, ...]:
                 )
             )
             gain = values[MILAN] - values[LIKELIHOOD]
-            found.append(
+            results.append(
                 Claim(
                     "Searching for mutual information agrees more with annotations than likelihood alone.",
                     "Table 2: wPMI .01 to .08 above p(d|E), mean .05",
@@ -135,7 +137,7 @@ def claims(rows: pl.DataFrame) -> tuple[Claim, ...]:
                     "Taken as reproduced when the value is higher, though the intervals may meet.",
                 )
             )
-    return tuple(found)
+    return tuple(results)
 
 
 def _ends(row: dict[str, float]) -> str:
@@ -143,18 +145,16 @@ def _ends(row: dict[str, float]) -> str:
 
 
 def _lines(storage: Storage, model: str, count: int = 10, seed: int = 0) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Units that one method labels and others miss, by the annotators' words; and random units with all labels."""
+    """Units with different labels by wPMI and by p(d|E), and random units, with all labels, as lines of text."""
     frame = scan_descriptions(storage, [model], None, list(baselines.LABELERS)).collect()
     wide = frame.pivot(on="labeler", index=["layer", "unit"], values="description").drop_nulls().sort("layer", "unit")
     names = [name for name in baselines.LABELERS if name in wide.columns]
-    said: dict[tuple[str, int], list[str]] = {}
-    for keys in storage.partitions(ANNOTATIONS, source=world.SOURCE, model=model):
-        for row in storage.read(ANNOTATIONS, ["unit", "text"], **keys).to_pylist():
-            said.setdefault((keys["layer"], row["unit"]), []).append(row["text"])
+    layers = [(model, keys["layer"]) for keys in storage.partitions(ANNOTATIONS, source=world.SOURCE, model=model)]
+    annotations = read_annotations(storage, world.SOURCE, layers)
 
-    def line(row: dict[str, object]) -> str:
+    def line(row: dict[str, Any]) -> str:
         labels = "; ".join(f"{baselines.LABELERS[name]} “{row[name]}”" for name in names)
-        people = "; ".join(said.get((row["layer"], row["unit"]), []))  # type: ignore[arg-type]
+        people = "; ".join(annotations.get((model, row["layer"], row["unit"]), []))
         return f"{model} {row['layer']} {row['unit']}: {labels}; the annotators: {people}"
 
     mixed = wide.sample(fraction=1.0, shuffle=True, seed=seed).rows(named=True)

@@ -1,4 +1,4 @@
-"""Section 7 on the built-in world: networks that read class names in a corner, found out and mended by descriptions."""
+"""Section 7 on the built-in world: networks that read class names in a corner, edited by descriptions."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ import polars as pl
 
 from milan_ray.config import ExemplarConfig
 from milan_ray.engine import references
+from milan_ray.engine.stage import pairs
 from milan_ray.labelers.milan import MILAN
 from milan_ray.report.figures import figure_path, store_figure
 from milan_ray.schema import ABLATIONS
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.showcase import demo
-from milan_ray.showcase.paper.claims import Claim, Section
-from milan_ray.showcase.paper.experiment_context import ExperimentContext
+from milan_ray.showcase.paper.claims import Claim, Section, evidence, shown, unit_lines
+from milan_ray.showcase.paper.experiment_context import FEW_SCENES, SMALL_PROBES, ExperimentContext
 from milan_ray.showcase.paper.plot import plot_networks
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef
@@ -25,9 +26,8 @@ from milan_ray.stages.encodings import run_encodings
 from milan_ray.stages.exemplars import run_exemplars
 from milan_ray.stages.training import Training, TrainingJob
 from milan_ray.storage import Storage
+from milan_ray.studies.ablation.curves import RANDOM
 from milan_ray.studies.ablation.run import run_ablations
-from milan_ray.studies.analysis.run import read_descriptions
-from milan_ray.studies.analysis.statistics import RANDOM
 from milan_ray.studies.editing.run import IMAGES, Edit, Editing, EditingConfig
 from milan_ray.studies.editing.statistics import (
     COLOURS,
@@ -40,6 +40,8 @@ from milan_ray.studies.editing.statistics import (
     mean_interval,
     mentioning,
 )
+from milan_ray.studies.judges.statistics import IOU_THRESHOLD
+from milan_ray.studies.tables import read_descriptions
 from milan_ray.world.lexicon import NAMES, names_of
 from milan_ray.world.networks import ARCHITECTURES
 from milan_ray.world.training import MISLED, misled_names, misled_tasks
@@ -47,30 +49,27 @@ from milan_ray.world.training import MISLED, misled_names, misled_tasks
 NAME = "editing"
 
 CAPTIONER = "world-text"
-"""A captioner that learned, beside what the demo's did, from the units of a network that reads."""
+"""A captioner trained on the networks of the demo's captioner and on a network that reads text."""
 
 READER = "cnn-text"
-"""That network; the edited ones are of an architecture that the captioner never saw."""
+"""The network that reads text; the edited networks have an architecture that the captioner was not trained on."""
 
 EDITED, COLOURED = "resnet-text", "resnet-colour"
-
-INTERPRETABLE = 0.04
-"""IoU with a concept above which a unit counts as firing at it, as in network dissection (Bau et al. 2017)."""
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much is done.
+    """Sizes and inputs of the experiment.
 
     Attributes:
-        networks: Networks that are edited.
+        networks: Number of networks that are edited.
         validation: Scenes like those of training.
         test: The held-out scenes with misleading words.
-        plain: The same without words.
-        editing: How to edit.
-        exemplars: How to dissect.
-        captioner: Captioner that describes; None trains :data:`CAPTIONER`.
-        concepts: What units should be found that fire at it, in the world's concept maps.
+        plain: The same scenes without words.
+        editing: Settings of the editing.
+        exemplars: Settings of the dissection.
+        captioner: Captioner that describes the units; None trains :data:`CAPTIONER`.
+        concepts: Concepts of the world's maps; the units that respond to them should be found.
     """
 
     networks: int
@@ -101,29 +100,28 @@ COLOUR = replace(
     captioner=CAPTIONER,
     concepts=names_of("colour"),
 )
-"""The reference's other version, of which the paper says nothing."""
+"""The reference's second version, which is not in the paper."""
 
-_FEW = ("milan_ray.world.small_probes",)
 SMALL = Sizes(
     1,
-    references.ProbeRef(("few/spurious-text-validation",), plugins=_FEW),
-    references.ProbeRef(("few/spurious-text-test",), plugins=_FEW),
-    references.ProbeRef(("few/heldout",), plugins=_FEW),
+    references.ProbeRef(("few/spurious-text-validation",), plugins=SMALL_PROBES),
+    references.ProbeRef(("few/spurious-text-test",), plugins=SMALL_PROBES),
+    FEW_SCENES,
     EditingConfig(words=("e",), most=2, trials=1),
     ExemplarConfig(k=3, batch_size=48),
     demo.DECODER,
 )
-"""Any description has an e: there is something to remove, whatever the captioner says."""
+"""Every description contains an e, so that there is always a unit to remove."""
 
 
 @dataclass(frozen=True)
 class Network:
-    """What came of a network.
+    """Result of one network.
 
     Attributes:
         edit: Its editing.
-        plain: Accuracy on scenes without words, of the whole network.
-        retrieval: How well the units found are those that fire at text.
+        plain: Accuracy of the whole network on scenes without words.
+        retrieval: How well the units found match the units that respond to text.
     """
 
     edit: Edit
@@ -136,31 +134,34 @@ class Network:
         return [self.edit.accuracy(split, condition, trial) for trial in trials]
 
     def gain(self, condition: str, count: int | None = None) -> float:
-        """Accuracy on misleading scenes gained by removing so many units; None for the number that gains most."""
+        """Accuracy gained on misleading scenes by removing ``count`` units; None for the number that gains most."""
         curves = np.array(self.curves(TEST, condition))
         best = curves.max(1) if count is None else curves[:, min(count, curves.shape[1] - 1)]
         return float((best - curves[:, 0]).mean())
 
     @property
     def best(self) -> int:
-        """Units found whose removal gains most on misleading scenes."""
+        """Number of unwanted units whose removal gains most on misleading scenes."""
         return int(np.argmax(self.edit.accuracy(TEST)))
 
 
+_TITLE = "Editing: networks without the units that read text (paper, Section 7 and Appendix E)"
+
+
 def run(context: ExperimentContext) -> Section:
-    """Trains networks on scenes that half show their class's name, edits them by descriptions, and says what came."""
+    """Edits networks that were trained on scenes half of which show their class's name, for the claims of Section 7."""
     storage, sizes = context.storage, SMALL if context.small else FULL
-    name = f"{NAME} (small)" if context.small else NAME
+    name = context.experiment(NAME)
     models = [f"world/{own}" for own in misled_names(EDITED)[: sizes.networks]]
     networks, failures, examples = edit_networks(context, name, models, sizes)
     if not networks:
         text = f"Units that read text are found by {', '.join(sizes.editing.words)} in their descriptions."
         claim = Claim(text, "300 of 1024 units (§7)", "none found", False, "the captioner names none of them")
         return Section(NAME, _TITLE, (claim,), failures=failures, examples=examples)
-    tables = [("Accuracy with all units, and without those found by their descriptions", _table(networks))]
+    tables = [evidence("Accuracy with all units, and without those found by their descriptions", _table(networks))]
     if not context.small:
         coloured = edit_networks(context, f"{NAME} of colours", [f"world/{COLOURED}"], COLOUR)[0]
-        tables.append(("The same with a patch in the class's colour, and words of colours", _table(coloured)))
+        tables.append(evidence("The same with a patch in the class's colour, and words of colours", _table(coloured)))
     images = figure_path(storage, ABLATIONS, stem=IMAGES, experiment=name, model=next(iter(networks)))
     every = {"experiment": name, "model": "all networks"}
     store_figure(storage, ABLATIONS, plot_networks(list(networks.values())), **every)
@@ -171,29 +172,26 @@ def run(context: ExperimentContext) -> Section:
 def edit_networks(
     context: ExperimentContext, name: str, models: Sequence[str], sizes: Sizes
 ) -> tuple[dict[str, Network], tuple[str, ...], tuple[str, ...]]:
-    """Edits networks; returns what came of each, where descriptions were wrong, and some descriptions at random."""
+    """Edits networks; returns the results, failures as lines of text, and some descriptions at random."""
     storage, described = context.storage, describe(context, models, sizes)
     failures: list[str] = []
     examples: list[str] = []
     networks: dict[str, Network] = {}
     for model in models:
         units = read_descriptions(storage, model, described[model], MILAN)
-        examples += [f"{model} {layer} {unit}: “{text}”" for layer, unit, text in units.sample(4, seed=0).iter_rows()]
+        examples += unit_lines(units.with_columns(pl.lit(model).alias("model")), 4)
         if not len(mentioning(units["description"].to_list(), sizes.editing.words)):
             failures.append(f"{model}: no description contains {' or '.join(sizes.editing.words)}")
             continue
         ref = references.ModelRef(model)
         study = Editing(ref, sizes.validation, sizes.test, sizes.editing, name)
         edit = study.run(storage, context.resources)
-        retrieval, wrong = _retrieval(storage, model, described[model], sizes, edit)
+        retrieval, wrong = _retrieval(storage, model, described[model], units, sizes, edit)
         failures += wrong
         whole = run_ablations(storage, ref, sizes.plain, [{}], context.resources)
         storage.remove_work(whole.work)
         networks[model] = Network(edit, float(whole.accuracy[0]), retrieval)
     return networks, tuple(failures), tuple(examples)
-
-
-_TITLE = "Editing: networks without the units that read text (paper, Section 7 and Appendix E)"
 
 
 def describe(context: ExperimentContext, models: Sequence[str], sizes: Sizes) -> dict[str, tuple[str, ...]]:
@@ -209,11 +207,7 @@ def describe(context: ExperimentContext, models: Sequence[str], sizes: Sizes) ->
     run_encodings(storage, dissected, encoder, resources)
     if readers:
         learned = {model: ARCHITECTURES[model.removeprefix("world/")].layers for model in demo.TRAIN}
-        layers = tuple(
-            (model, layer)
-            for model, of_model in (learned | {model: dissected[model] for model in readers}).items()
-            for layer in of_model
-        )
+        layers = tuple(pairs(learned | {model: dissected[model] for model in readers}))
         Training(TrainingJob(CAPTIONER, world.SOURCE, layers, encoder, demo.GROUP_TRAINING, demo.SIZES)).run(storage)
     described = {model: dissected[model] for model in models}
     run_descriptions(storage, described, Search(sizes.captioner or CAPTIONER), resources)
@@ -221,29 +215,28 @@ def describe(context: ExperimentContext, models: Sequence[str], sizes: Sizes) ->
 
 
 def _retrieval(
-    storage: Storage, model: str, layers: Sequence[str], sizes: Sizes, edit: Edit
+    storage: Storage, model: str, layers: Sequence[str], units: pl.DataFrame, sizes: Sizes, edit: Edit
 ) -> tuple[Retrieval, list[str]]:
-    """How well the units found are those that fire at the concepts, by the world's maps; where they are not."""
+    """How well the units found match the units that respond to the concepts, by the world's maps; and the mistakes."""
     truth = world.truth(storage, {model: layers}, sizes.test)[model]
-    units = read_descriptions(storage, model, layers, MILAN)
     wanted = [NAMES.index(concept) for concept in sizes.concepts]
-    true = np.isin(truth.concept, wanted) & (truth.iou > INTERPRETABLE)
+    true = np.isin(truth.concept, wanted) & (truth.iou > IOU_THRESHOLD)
     order = set(edit.order)
-    found = np.array([unit in order for unit in units.select("layer", "unit").iter_rows()])
+    unwanted = np.array([unit in order for unit in units.select("layer", "unit").iter_rows()])
     wrong = []
-    for place in np.flatnonzero(found != true):
+    for place in np.flatnonzero(unwanted != true):
         layer, unit, text = units.select("layer", "unit", "description").row(int(place))
         fires = f"fires at {NAMES[truth.concept[place]]} (IoU {truth.iou[place]:.2f})"
         wrong.append(f"{model} {layer} {unit}: “{text}”, but {fires}")
-    return Retrieval(int(found.sum()), int(true.sum()), int((found & true).sum()), len(units)), wrong
+    return Retrieval(int(unwanted.sum()), int(true.sum()), int((unwanted & true).sum()), len(units)), wrong
 
 
 def claims(networks: Mapping[str, Network]) -> list[Claim]:
-    """What the paper says of editing, beside what was found on several networks."""
+    """Compares the claims of Section 7 with the results of several networks."""
     each = list(networks.values())
     whole = [network.edit.accuracy(TEST)[0] for network in each]
     lost = mean_interval([network.plain - accuracy for network, accuracy in zip(each, whole, strict=True)])
-    retrieval = sum((network.retrieval for network in each[1:]), each[0].retrieval)
+    retrieval = Retrieval(*map(sum, zip(*(network.retrieval for network in each), strict=True)))
     share = retrieval.true / retrieval.units
     best = {condition: mean_interval([n.gain(condition) for n in each]) for condition in (FOUND, EVERY, RANDOM)}
     beyond = mean_interval([n.gain(FOUND) - n.gain(EVERY) for n in each])
@@ -266,7 +259,7 @@ def claims(networks: Mapping[str, Network]) -> list[Claim]:
             "Descriptions find the units that read text.",
             "300 of 1024 units are described by text, word or letter; nearly a third (§7)",
             f"{retrieval.found} of {retrieval.units} units; by concept maps {retrieval.true} fire at text. Precision "
-            f"{_share(retrieval.precision)}, recall {_share(retrieval.recall)}",
+            f"{shown(retrieval.precision, '.0%')}, recall {shown(retrieval.recall, '.0%')}",
             retrieval.found > 0 and retrieval.precision.low > share,
             "The paper has no truth to compare with; here those found must read text more often than units at large.",
         ),
@@ -294,12 +287,8 @@ def claims(networks: Mapping[str, Network]) -> list[Claim]:
     ]
 
 
-def _points(found: Interval) -> str:
-    return f"{100 * found.value:+.1f} [{100 * found.low:+.1f}, {100 * found.high:+.1f}] points"
-
-
-def _share(found: Interval) -> str:
-    return f"{found.value:.0%} [{found.low:.0%}, {found.high:.0%}]"
+def _points(interval: Interval) -> str:
+    return f"{shown(interval, '+.1f', 100)} points"
 
 
 def _table(networks: Mapping[str, Network]) -> pl.DataFrame:

@@ -14,10 +14,11 @@ from milan_ray.config import TrainingConfig
 from milan_ray.labelers.milan import MILAN
 from milan_ray.report.figures import figure_path
 from milan_ray.schema import ANNOTATIONS, SCORES
+from milan_ray.scoring.bootstrap import Interval
 from milan_ray.scoring.evaluation import CONSTANT, NEAREST, SHUFFLED
 from milan_ray.scoring.text import minilm_directory
 from milan_ray.showcase.demo import DECODER
-from milan_ray.showcase.paper.claims import Claim, Section
+from milan_ray.showcase.paper.claims import Claim, Section, evidence, shown
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef
@@ -42,7 +43,7 @@ SPLITS = {
     "world-cls-to-world-gen": (0.34, "Classifiers → BigGAN"),
     "world-gen-to-world-cls": (0.27, "BigGAN → Classifiers"),
 }
-"""Split → the BERTScore in the paper's Table 3 of the split whose place it takes, and what that is."""
+"""Split → BERTScore of the corresponding split in the paper's Table 3, and the name of that split."""
 
 TRAINING = TrainingConfig(
     max_epochs=12,
@@ -64,23 +65,17 @@ SMALL = GeneralizationConfig(1, 0.1, ONE_EPOCH, ONE_EPOCH, Sizes(8, 16), beam_si
 SMALL_SPLITS = ("world/planted", "world/planted:world/cnn")
 
 TABLE_6 = pl.DataFrame(
-    {
-        "of": ["the paper, all held-out units (Table 6)"],
-        "texts": [51585],
-        "words": [1002],
-        "length": [2.7],
-        "noun": [51.9],
-        "adjective": [19.8],
-        "preposition": [11.1],
-    }
-)  # fmt: skip
+    [("the paper, all held-out units (Table 6)", 51585, 1002, 2.7, 51.9, 19.8, 11.1)],
+    ["of", "texts", "words", "length", "noun", "adjective", "preposition"],
+    orient="row",
+)
 
 
 _TO_GENERATORS, _TO_CLASSIFIERS = "world-cls-to-world-gen", "world-gen-to-world-cls"
 
 
 def run(context: ExperimentContext) -> Section:
-    """Trains a captioner per split and judges it on the held-out units; says what of the paper's Section 4 is there."""
+    """Trains a captioner per split and judges it on the held-out units, for the claims of the paper's Section 4."""
     storage = context.storage
     annotated: dict[str, list[str]] = {}
     for keys in storage.partitions(ANNOTATIONS, source=world.SOURCE):
@@ -93,21 +88,24 @@ def run(context: ExperimentContext) -> Section:
         EncoderRef(DECODER),
         SMALL if context.small else CONFIG,
         str(folder) if folder else None,
-        f"{NAME} (small)" if context.small else NAME,
+        context.experiment(NAME),
     )
     nlp, language = find_spacy_pipeline()
     rows = run_generalization(storage, job, nlp, language, context.resources)
-    said = pl.concat(held_out(storage, job, split.name) for split in job.splits)
-    failures, examples = generalization.disagreements(said, references_of(storage, job, said))
+    descriptions = pl.concat(held_out(storage, job, split.name) for split in job.splits)
+    units = list(descriptions.select("model", "layer", "unit").unique().sort(pl.all()).iter_rows())
+    failures, examples = generalization.disagreements(descriptions, references_of(storage, job, units))
     return Section(
         NAME,
         "Generalization: networks new to the captioner (paper, Section 4, Tables 3 and 6)",
         claims(rows),
         (figure_path(storage, SCORES, experiment=job.name),),
         (
-            (f"Table 3: {generalization.main_metric(rows)} on held-out units, beside the paper's", _beside(rows)),
-            ("Table 6: what is said of held-out units", generalization.table_6(rows)),
-            ("Table 6, the paper's totals", TABLE_6),
+            evidence(
+                f"Table 3: {generalization.main_metric(rows)} on held-out units, beside the paper's", _beside(rows)
+            ),
+            evidence("Table 6: what is said of held-out units", generalization.table_6(rows)),
+            evidence("Table 6, the paper's totals", TABLE_6),
         ),
         tuple(failures),
         tuple(examples),
@@ -140,17 +138,17 @@ def claims(rows: pl.DataFrame) -> tuple[Claim, ...]:
     )
     table = generalization.table_3(rows)
     pooled = rows.filter(pl.col("trial").is_null(), metric=metric)
-    found = [_above_nothing(pooled, len(table), note), _nouns(rows)]
+    results = [_above_nothing(pooled, len(table), note), _nouns(rows)]
     at = {row["split"]: row for row in table.iter_rows(named=True)}
 
     def value(name: str) -> str:
         row = at[name]
-        return f"{row[metric]:.3f} [{row['low']:.3f}, {row['high']:.3f}]"
+        return shown(Interval(row[metric], row["low"], row["high"]), ".3f")
 
     within = table.filter(kind=WITHIN)[metric].mean()
     across = table.filter(pl.col("kind") != WITHIN)[metric].mean()
     if isinstance(within, float) and isinstance(across, float):
-        found.append(
+        results.append(
             Claim(
                 "Held-out units of a network that the captioner knows are described better than networks new to it.",
                 "Table 3: mean .42 within networks, .32 across architectures, datasets and tasks",
@@ -162,7 +160,7 @@ def claims(rows: pl.DataFrame) -> tuple[Claim, ...]:
     vit, cnns = "world-base-to-world-vit-objects", ("world-cnn-to-world-resnet", "world-resnet-to-world-cnn")
     if {vit, *cnns} <= at.keys():
         lowest = min(at[name][metric] for name in cnns)
-        found.append(
+        results.append(
             Claim(
                 "Units of a vision transformer are labelled as well as those of convolutional networks, by a captioner "
                 "that has seen convolutional units alone.",
@@ -173,8 +171,8 @@ def claims(rows: pl.DataFrame) -> tuple[Claim, ...]:
             )
         )
     if {_TO_GENERATORS, _TO_CLASSIFIERS} <= at.keys():
-        found += _between_tasks(at, metric, value, note)
-    return tuple(found)
+        results += _between_tasks(at, metric, value, note)
+    return tuple(results)
 
 
 def _between_tasks(
@@ -229,7 +227,7 @@ def _above_nothing(pooled: pl.DataFrame, splits: int, note: str) -> Claim:
 
 
 def _nouns(rows: pl.DataFrame) -> Claim:
-    """The shares of parts of speech in what is said."""
+    """The shares of parts of speech in the descriptions."""
     table = generalization.table_6(rows)
     parts = [name for name in ("noun", "adjective", "preposition") if name in table.columns]
     text = "Half of the words of the descriptions are nouns; adjectives follow, then prepositions."

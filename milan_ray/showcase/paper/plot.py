@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from milan_ray.report.figures import new_figure
-from milan_ray.studies.analysis.statistics import RANDOM
+from milan_ray.studies.ablation.curves import RANDOM
 from milan_ray.studies.editing.statistics import EVERY, FOUND, TEST, VALIDATION
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def plot_networks(networks: Sequence[Network]) -> Figure:
         if split == TEST:
             plain = np.mean([network.plain for network in networks])
             axes.axhline(plain, color="0.2", linewidth=0.8, linestyle="-.", label="all units kept, no words")
-        axes.set_xlabel("units removed")
-        axes.set_ylabel("accuracy")
+        axes.set(xlabel="units removed", ylabel="accuracy")
         axes.set_title({TEST: "misleading scenes", VALIDATION: "scenes like those of training"}[split])
         axes.legend(fontsize="x-small")
     figure.suptitle(f"{len(networks)} networks, mean and range", fontsize="small")

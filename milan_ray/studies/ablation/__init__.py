@@ -1,1 +1,1 @@
-"""Units switched off."""
+"""Accuracy of classifiers with units switched off."""

@@ -10,11 +10,9 @@ import pyarrow as pa
 import torch
 
 from milan_ray.config import Resources, config_hash
-from milan_ray.device import resolve_device
 from milan_ray.engine import references
-from milan_ray.engine.cluster import gpus_each
 from milan_ray.engine.model_cache import loaded_model
-from milan_ray.engine.tasks import retry_if_overtaken, run_parallel
+from milan_ray.engine.tasks import retry_if_overtaken
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import pass_size, read_inputs
 from milan_ray.models.ablation import Ablation, UnitSet
@@ -22,9 +20,9 @@ from milan_ray.models.registry import ModelSpec
 from milan_ray.models.weights import weights_digest
 from milan_ray.probe.base import ImageRef
 from milan_ray.probe.manifest import image_refs
-from milan_ray.progress import Progress
 from milan_ray.stages.exemplars import store_manifest
 from milan_ray.storage import Storage
+from milan_ray.studies.tasks import run_tasks, worker_device
 
 IMAGES = 512
 """Images per task."""
@@ -41,9 +39,9 @@ class Accuracies:
 
     Attributes:
         classes: Names of the C classes.
-        correct: int64 (S, C), images of each class that each of S sets leaves correctly classified.
+        correct: int64 (S, C), correctly classified images of each class, with each of S sets switched off.
         images: int64 (C,), images of each class.
-        work: Where the counts lie in the run directory; the caller removes them when its own table is there.
+        work: Folder of the counts in the run directory; the caller removes it after writing its own table.
     """
 
     classes: tuple[str, ...]
@@ -59,17 +57,24 @@ class Accuracies:
 
 @dataclass(frozen=True)
 class _Task:
+    """Some images with some sets, the first of which is number ``first``."""
+
     storage: Storage
     work: str
-    name: str
     model: references.ModelRef
     probe: references.ProbeRef
+    outputs: int
+    resources: Resources
+    name: str
     refs: tuple[ImageRef, ...]
     labels: tuple[int, ...]
+    first: int
     sets: tuple[UnitSet, ...]
-    outputs: int
-    threads: int
-    device: str
+
+    @property
+    def size(self) -> int:
+        """Images to classify."""
+        return len(self.refs) * len(self.sets)
 
 
 @retry_if_overtaken
@@ -81,67 +86,73 @@ def run_ablations(
     resources: Resources,
     within: str = "",
 ) -> Accuracies:
-    """Counts what a classifier gets right with each set of units switched off.
+    """Counts the correct answers of a classifier with each set of units switched off.
 
-    Tasks that are done lie in the run directory until the caller has made its table of them, so that a job that dies
-    goes on where it was.
+    Results of finished tasks stay in the run directory until the caller has written its table, so that a job that was
+    killed continues. Equal sets are measured once.
 
     Args:
         storage: The run directory.
-        model: The classifier; its layers may be any that the sets name.
+        model: The classifier; its layers are replaced by those that the sets name.
         probe: Images with classes.
         sets: Sets of units, see :class:`milan_ray.models.ablation.Ablation`.
-        resources: What of the cluster to use; Ray must be connected.
-        within: Configuration hash of the caller's table, whose work this is part of; the caller removes that. Empty
-            leaves it to :attr:`Accuracies.work`.
+        resources: The part of the cluster to use; Ray must be connected.
+        within: Configuration hash of the caller's table: the counts become part of its work in progress, which the
+            caller removes. Empty stores them in :attr:`Accuracies.work`.
 
     Raises:
-        MilanError: The images have no classes, or others than the model's.
+        MilanError: The images have no classes, or classes that the model does not have.
     """
-    model = replace(model, layers=tuple(dict.fromkeys(layer for one in sets for layer in one)) or model.layers)
+    model = replace(model, layers=tuple(dict.fromkeys(layer for units in sets for layer in units)) or model.layers)
     spec = references.model(model)
     manifest, digest = store_manifest(storage, probe)
     classes, labels = class_numbers(manifest["class_label"].to_pylist(), spec)
     refs = image_refs(manifest)
+    distinct, places = _distinct(sets)
     weights = weights_digest(spec.load())
-    tidy = [{layer: sorted(set(map(int, units))) for layer, units in one.items()} for one in sets]
-    work = config_hash({"ablations": tidy, "model": spec.name, "weights": weights, "probe": digest})
+    work = config_hash({"ablations": distinct, "model": spec.name, "weights": weights, "probe": digest})
     work = f"{within}/{work}" if within else work
-    stored = set(storage.work_names(work))
+    common = storage, work, model, probe, len(classes), resources
     tasks = [
         _Task(
-            storage,
-            work,
+            *common,
             f"counts/{start:08d}-{first:06d}",
-            model,
-            probe,
             tuple(refs[start : start + IMAGES]),
             tuple(labels[start : start + IMAGES]),
-            tuple(tidy[first : first + SETS]),
-            len(classes),
-            resources.threads,
-            resources.device,
+            first,
+            tuple(distinct[first : first + SETS]),
         )
-        for first in range(0, len(tidy), SETS)
+        for first in range(0, len(distinct), SETS)
         for start in range(0, len(refs), IMAGES)
     ]
+    stored = set(storage.work_names(work))
     due = [task for task in tasks if task.name not in stored]
-    with Progress(f"ablations of {spec.name}", sum(len(task.refs) * len(task.sets) for task in due), "images") as shown:
-        for index, _ in run_parallel(_count, due, resources.cpus_per_actor, gpus_each(resources)):
-            shown.advance(len(due[index].refs) * len(due[index].sets))
-    correct = np.zeros((len(tidy), len(classes)), np.int64)
+    for _ in run_tasks(_count, due, resources, f"ablations of {spec.name}", "images", size=lambda task: task.size):
+        pass
+    correct = np.zeros((len(distinct), len(classes)), np.int64)
     for task in tasks:
-        first = int(task.name.rsplit("-", 1)[1])
-        rows = storage.get_work(work, task.name)["correct"].to_pylist()
-        correct[first : first + len(rows)] += np.array(rows, np.int64)
-    return Accuracies(classes, correct, np.bincount(labels, minlength=len(classes)), work)
+        counts = np.array(storage.get_work(work, task.name)["correct"].to_pylist(), np.int64)
+        correct[task.first : task.first + len(counts)] += counts
+    return Accuracies(classes, correct[places], np.bincount(labels, minlength=len(classes)), work)
+
+
+def _distinct(sets: Sequence[UnitSet]) -> tuple[list[dict[str, list[int]]], list[int]]:
+    """The sets without repetition, their units sorted; and for each given set its index among them."""
+    distinct: dict[frozenset[tuple[str, int]], dict[str, list[int]]] = {}
+    keys = []
+    for layers in sets:
+        sorted_units = {layer: sorted(set(map(int, units))) for layer, units in layers.items()}
+        keys.append(frozenset((layer, unit) for layer, units in sorted_units.items() for unit in units))
+        distinct.setdefault(keys[-1], sorted_units)
+    places = {key: place for place, key in enumerate(distinct)}
+    return list(distinct.values()), [places[key] for key in keys]
 
 
 def class_numbers(labels: Sequence[str | None], spec: ModelSpec) -> tuple[tuple[str, ...], list[int]]:
-    """The classes of images as the numbers of a model's outputs.
+    """Numbers the classes of images as a model's outputs.
 
-    By the names of the outputs where the model has them and the images' classes are among them; else in alphabetical
-    order, as folders of classes are numbered everywhere.
+    Uses the names of the outputs if the model has names and the images' classes are among them; otherwise numbers the
+    classes in alphabetical order, as folders of classes usually are.
 
     Args:
         labels: Class of each image.
@@ -171,15 +182,13 @@ def class_numbers(labels: Sequence[str | None], spec: ModelSpec) -> tuple[tuple[
 
 
 def _count(task: _Task) -> None:
-    torch.set_num_threads(task.threads)
-    device = resolve_device(task.device)
+    device = worker_device(task.resources)
     spec, network = loaded_model(task.model, str(device))
     ablation = Ablation(spec, network, task.sets)
     batch = read_inputs(references.probe(task.probe), task.refs, spec)
     batch.complete("{reason}: accuracy needs every image; remove it or mend it.")
-    views, labels = torch.from_numpy(batch.views), torch.tensor(task.labels)
-    correct = torch.zeros(len(task.sets), task.outputs, dtype=torch.int64)
     size = pass_size(spec.batch(128), device)
-    for some, of in zip(views.split(size), labels.split(size), strict=True):
-        correct += ablation.correct(some, of)[:, : task.outputs]
+    views, labels = torch.from_numpy(batch.views).split(size), torch.tensor(task.labels).split(size)
+    parts = [ablation.correct(*some)[:, : task.outputs] for some in zip(views, labels, strict=True)]
+    correct = torch.stack(parts).sum(0)
     task.storage.put_work(task.work, task.name, pa.table({"correct": correct.tolist()}, schema=_COUNTS_SCHEMA))

@@ -1,1 +1,1 @@
-"""Units ablated in the order of what is said of them."""
+"""How much units matter, by their descriptions: accuracy as units are ablated."""

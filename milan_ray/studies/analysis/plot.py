@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 import polars as pl
 
 from milan_ray.report.figures import new_figure
-from milan_ray.studies.analysis.statistics import RANDOM, SAME_LAYERS
+from milan_ray.studies.ablation.curves import RANDOM, plot_random_orders
+from milan_ray.studies.analysis.statistics import SAME_LAYERS
+from milan_ray.studies.tables import of_all_classes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,7 +27,7 @@ def plot_analysis(rows: pl.DataFrame, properties: pl.DataFrame, language: str) -
         properties: Share of units with each property, by layer.
         language: Name of the spaCy pipeline that read the descriptions.
     """
-    rows = rows.filter(pl.col("class") == "")
+    rows = of_all_classes(rows)
     conditions = list(dict.fromkeys(rows["condition"]))
     same = [name for name in conditions if name.endswith(SAME_LAYERS)]
     words = [name for name in conditions if name not in (*SYNTACTIC, *STRUCTURAL, *same, RANDOM)]
@@ -41,32 +43,12 @@ def plot_analysis(rows: pl.DataFrame, properties: pl.DataFrame, language: str) -
             line = line.group_by("percent", maintain_order=True).agg(pl.col("accuracy").mean())
             if len(line):
                 axes.plot(line["percent"], line["accuracy"], marker=".", label=name.removeprefix("similar to "))
-        axes.set_xlabel("% units ablated")
-        axes.set_ylabel("accuracy")
+        axes.set(xlabel="% units ablated", ylabel="accuracy")
         axes.set_title(title, fontsize="medium")
         axes.legend(fontsize="x-small")
     _plot_properties(panels[-1], properties)
     figure.suptitle(f"{rows['model'][0]} on {rows['n'][0]:,} images; sentences read by {language}", fontsize="small")
     return figure
-
-
-def plot_random_orders(axes: Axes, rows: pl.DataFrame, x: str) -> None:
-    """Plots mean and range of accuracy over random orders, if there are any.
-
-    Args:
-        axes: The panel.
-        rows: Columns condition, accuracy and ``x``.
-        x: Column of the horizontal axis.
-    """
-    accuracy = pl.col("accuracy")
-    spread = (
-        rows.filter(pl.col("condition") == RANDOM)
-        .group_by(x, maintain_order=True)
-        .agg(accuracy.mean().alias("mean"), accuracy.min().alias("low"), accuracy.max().alias("high"))
-    )
-    if len(spread):
-        axes.plot(spread[x], spread["mean"], "--", color="0.4", label="random, mean and range")
-        axes.fill_between(spread[x], spread["low"], spread["high"], color="0.4", alpha=0.2)
 
 
 def _plot_properties(axes: Axes, properties: pl.DataFrame) -> None:
@@ -76,7 +58,6 @@ def _plot_properties(axes: Axes, properties: pl.DataFrame) -> None:
         axes.plot(range(len(layers)), line["share"], marker="o", label=name)
         axes.fill_between(range(len(layers)), line["low"], line["high"], alpha=0.1)
     axes.set_xticks(range(len(layers)), layers, rotation=30, ha="right")
-    axes.set_ylabel("share of units")
-    axes.set_ylim(0, 1)
+    axes.set(ylabel="share of units", ylim=(0, 1))
     axes.set_title("descriptions by layer", fontsize="medium")
     axes.legend(fontsize="x-small")

@@ -11,8 +11,8 @@ from scipy.stats import t as student
 from spacy.language import Language
 from spacy.tokens import Doc, Token
 
-from milan_ray.models.ablation import UnitSet
 from milan_ray.scoring.differences import newcombe, wilson
+from milan_ray.studies.ablation.curves import RANDOM, Order
 
 WORDS = ("airliner", "finch", "gazelle", "ship", "tabby", "truck")
 """Words that descriptions are compared with, the reference's."""
@@ -23,11 +23,8 @@ TAGS = {"nouns": "NOUN", "verbs": "VERB", "adpositions": "ADP", "adjectives": "A
 FRACTIONS = tuple(round(0.02 * step, 2) for step in range(10))
 """Shares of all units that are ablated, the reference's."""
 
-RANDOM = "random"
-"""The criterion that the others are compared with: units in random order."""
-
 SAME_LAYERS = ": other units of the same layers"
-"""Behind a criterion: not its units, but as many of each layer at every step."""
+"""Suffix of a criterion: at every step, as many units of each layer are ablated, but random ones."""
 
 PROPERTIES: Mapping[str, tuple[str, float]] = {
     "contains a verb": ("verbs", 0),
@@ -45,50 +42,32 @@ DIFFERENT_WORDS = "top 10 % word difference"
 """The property that this quantile decides."""
 
 
-_FIRST = {
-    "criterion": pl.String,
-    "place": pl.Int64,
-    "layer": pl.String,
-    "unit": pl.Int64,
-    "score": pl.Float64,
-    "description": pl.String,
-}
-
-
-@dataclass(frozen=True)
-class Missing:
-    """Criteria that a spaCy pipeline cannot give, and why."""
-
-    criteria: tuple[str, ...]
-    reason: str
-
-
-def missing_criteria(nlp: Language, words: Sequence[str] = WORDS) -> list[Missing]:
-    """Criteria that a pipeline cannot give: parts of speech without a tagger, depth without a parser, and so on."""
-    found = []
+def missing_criteria(nlp: Language, words: Sequence[str] = WORDS) -> dict[str, tuple[str, ...]]:
+    """Reason → criteria that a pipeline cannot compute: without a tagger, a parser or word vectors."""
+    missing: dict[str, tuple[str, ...]] = {}
     if not {"tagger", "morphologizer", "attribute_ruler"} & set(nlp.pipe_names):
-        found.append(Missing(tuple(TAGS), "the pipeline has no tagger"))
+        missing["the pipeline has no tagger"] = tuple(TAGS)
     if "parser" not in nlp.pipe_names:
-        found.append(Missing(("parse-depth",), "the pipeline has no parser"))
+        missing["the pipeline has no parser"] = ("parse-depth",)
     if nlp.vocab.vectors_length == 0:
-        similar = tuple(f"similar to {word}" for word in words)
-        found.append(Missing(("max-word-difference", *similar), "the pipeline has no word vectors"))
-    return found
+        missing["the pipeline has no word vectors"] = (
+            "max-word-difference",
+            *(f"similar to {word}" for word in words),
+        )
+    return missing
 
 
 def parse_depth(doc: Doc) -> int:
-    """Levels below the last root of a parsed text, 0 for a lone word.
+    """Levels below the last root of a parsed text, 0 for a single word or without a parser.
 
-    A text that was taken for several sentences has several roots; the reference looks at the last.
+    A text that was parsed as several sentences has several roots; the reference uses the last one.
     """
-    roots = [token for token in doc if token.dep_ == "ROOT"]
-    if not roots:
-        return 0
 
     def below(token: Token) -> int:
         return max((1 + below(child) for child in token.children), default=0)
 
-    return below(roots[-1])
+    roots = [token for token in doc if token.dep_ == "ROOT"]
+    return below(roots[-1]) if roots else 0
 
 
 def max_word_difference(doc: Doc) -> float:
@@ -113,7 +92,7 @@ def unit_scores(descriptions: pl.DataFrame, nlp: Language, words: Sequence[str] 
         (counts), description-length (tokens), parse-depth (levels), max-word-difference (squared distance of word
         vectors), ``similar to WORD`` (cosine). Rows as given.
     """
-    without = {criterion for each in missing_criteria(nlp, words) for criterion in each.criteria}
+    without = {criterion for criteria in missing_criteria(nlp, words).values() for criterion in criteria}
     texts = descriptions["description"].to_list()
     distinct = list(dict.fromkeys(texts))
     targets = {word: nlp(word) for word in words if f"similar to {word}" not in without}
@@ -122,12 +101,10 @@ def unit_scores(descriptions: pl.DataFrame, nlp: Language, words: Sequence[str] 
         tags = [token.pos_ for token in doc]
         row = {name: float(tags.count(tag)) for name, tag in TAGS.items()}
         row["description-length"] = float(len(doc))
-        if "parse-depth" not in without:
-            row["parse-depth"] = float(parse_depth(doc))
-        if "max-word-difference" not in without:
-            row["max-word-difference"] = max_word_difference(doc)
+        row["parse-depth"] = float(parse_depth(doc))
+        row["max-word-difference"] = max_word_difference(doc)
         for word, target in targets.items():
-            # spaCy warns, and says 0, where a text has no vector.
+            # Where a text has no vector, spaCy would warn and return 0.
             row[f"similar to {word}"] = float(doc.similarity(target)) if doc.vector_norm and target.vector_norm else 0.0
         rows.append({name: score for name, score in row.items() if name not in without})
     scored = pl.DataFrame(rows).with_columns(pl.Series("description", distinct, pl.String))
@@ -145,23 +122,21 @@ def layer_properties(scores: pl.DataFrame) -> pl.DataFrame:
     """How common properties of descriptions are in every layer (Figure 4, right).
 
     Returns:
-        Columns layer, property, holding (units of which it holds), units, share, and the ends low and high of its
-        95 % interval; layers in the order they first occur.
+        Columns layer, property, holding (units that have it), units, share, and the ends low and high of its 95 %
+        interval; layers in order of first occurrence.
     """
-    shown = {name: pl.col(column) > above for name, (column, above) in PROPERTIES.items() if column in scores.columns}
+    has = {name: pl.col(column) > above for name, (column, above) in PROPERTIES.items() if column in scores.columns}
     if "max-word-difference" in scores.columns:
-        bar = scores["max-word-difference"].quantile(TOP_WORD_DIFFERENCE, "linear")
-        shown[DIFFERENT_WORDS] = pl.col("max-word-difference") > bar
+        bound = scores["max-word-difference"].quantile(TOP_WORD_DIFFERENCE, "linear")
+        has[DIFFERENT_WORDS] = pl.col("max-word-difference") > bound
     counted = (
         scores.group_by("layer", maintain_order=True)
-        .agg(*(holds.sum().cast(pl.Int64).alias(name) for name, holds in shown.items()), units=pl.len().cast(pl.Int64))
-        .unpivot(list(shown), index=["layer", "units"], variable_name="property", value_name="holding")
+        .agg(*(holds.sum().cast(pl.Int64).alias(name) for name, holds in has.items()), units=pl.len().cast(pl.Int64))
+        .unpivot(list(has), index=["layer", "units"], variable_name="property", value_name="holding")
     )
-    share, low, high = wilson(counted["holding"].to_numpy(), counted["units"].to_numpy())
+    shares = wilson(counted["holding"].to_numpy(), counted["units"].to_numpy())
     return counted.select("layer", "property", "holding", "units").with_columns(
-        share=pl.Series(share, dtype=pl.Float64),
-        low=pl.Series(low, dtype=pl.Float64),
-        high=pl.Series(high, dtype=pl.Float64),
+        pl.Series(name, values, pl.Float64) for name, values in zip(("share", "low", "high"), shares, strict=True)
     )
 
 
@@ -170,68 +145,61 @@ class Contrast:
     """How much more common a property is in some layers than in others.
 
     Attributes:
-        here: Share of units in the ones.
-        there: Share of units in the others.
-        low: Lower end of the 95 % interval of here − there (Newcombe 1998).
+        share: Share of units in some layers.
+        other: Share of units in the other layers.
+        low: Lower end of the 95 % interval of share − other (Newcombe 1998).
         high: Its upper end.
     """
 
-    here: float
-    there: float
+    share: float
+    other: float
     low: float
     high: float
 
 
-def contrast(properties: pl.DataFrame, name: str, here: pl.Expr, there: pl.Expr) -> Contrast | None:
-    """Compares the shares of a property in two groups of layers, units of each group taken together.
+def contrast(properties: pl.DataFrame, name: str, some: pl.Expr, others: pl.Expr) -> Contrast | None:
+    """Compares the shares of a property in two groups of layers, the units of each group taken together.
 
     Args:
         properties: From :func:`layer_properties`, of one or several networks.
         name: The property.
-        here: Which rows are the ones.
-        there: Which are the others.
+        some: The rows of the first group.
+        others: The rows of the second group.
 
     Returns:
-        None where the property was not told, or a group has no units.
+        None if the property was not computed, or a group has no units.
     """
-    of_it = properties.filter(pl.col("property") == name)
-    (a, of_a), (b, of_b) = (
-        (int(rows["holding"].sum()), int(rows["units"].sum())) for rows in (of_it.filter(there), of_it.filter(here))
-    )
+    rows = properties.filter(pl.col("property") == name)
+    (b, of_b), (a, of_a) = (rows.filter(group).select("holding", "units").sum().row(0) for group in (some, others))
     if not of_a or not of_b:
         return None
     low, high = newcombe(np.array([a]), of_a, np.array([b]), of_b)
     return Contrast(b / of_b, a / of_a, float(low[0]), float(high[0]))
 
 
-def first_ablated(scores: pl.DataFrame, count: int = 10, of: Collection[str] | None = None) -> pl.DataFrame:
+def first_ablated(scores: pl.DataFrame, count: int = 10) -> pl.DataFrame:
     """The units that each criterion ablates first (the paper's Figure 13 is chosen from among the first 10).
 
     Args:
         scores: From :func:`unit_scores`.
         count: Units per criterion.
-        of: Criteria; all when left out.
 
     Returns:
         Columns criterion, place (from 1), layer, unit, score, description.
     """
-    chosen = [name for name in criteria(scores) if of is None or name in of]
-    if not chosen:
-        return pl.DataFrame(schema=_FIRST)
-    found = []
-    for name in chosen:
-        first = scores[np.argsort(-scores[name].to_numpy().astype(np.float64), kind="stable")[:count]]
-        found.append(
-            first.select(
-                pl.lit(name).alias("criterion"),
-                pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias("place"),
-                "layer",
-                pl.col("unit").cast(pl.Int64),
-                pl.col(name).cast(pl.Float64).alias("score"),
-                "description",
-            )
+    return pl.concat(
+        scores.sort(name, descending=True, maintain_order=True)
+        .head(count)
+        .select(
+            pl.lit(name).alias("criterion"),
+            pl.int_range(1, pl.len() + 1, dtype=pl.Int64).alias("place"),
+            "layer",
+            pl.col("unit").cast(pl.Int64),
+            pl.col(name).cast(pl.Float64).alias("score"),
+            "description",
         )
-    return pl.concat(found)
+        for name in criteria(scores)
+    )
 
 
 def beside_random(rows: pl.DataFrame) -> pl.DataFrame:
@@ -246,27 +214,20 @@ def beside_random(rows: pl.DataFrame) -> pl.DataFrame:
         Columns condition, accuracy, random (mean over the random orders), and low and high: the range in which 95 % of
         random orders are expected (Student's t; null with less than two of them). Lowest accuracy first.
     """
-    heights = (
-        rows.filter(pl.col("ablated") > 0)
-        .group_by("condition", "trial", maintain_order=True)
-        .agg(pl.col("accuracy").mean())
-    )
-    random = heights.filter(pl.col("condition") == RANDOM)["accuracy"].to_numpy()
-    mean, low, high = expected_range(random)
-    return (
-        heights.filter(pl.col("condition") != RANDOM)
-        .group_by("condition", maintain_order=True)
-        .agg(pl.col("accuracy").mean())
-        .with_columns(random=pl.lit(mean, pl.Float64), low=pl.lit(low, pl.Float64), high=pl.lit(high, pl.Float64))
-        .sort("accuracy")
-    )
+    accuracy = pl.col("accuracy").mean()
+    heights = rows.filter(pl.col("ablated") > 0).group_by("condition", "trial", maintain_order=True).agg(accuracy)
+    is_random = pl.col("condition") == RANDOM
+    expected = expected_range(heights.filter(is_random)["accuracy"].to_numpy())
+    means = heights.filter(~is_random).group_by("condition", maintain_order=True).agg(accuracy)
+    columns = (pl.lit(v, pl.Float64).alias(name) for name, v in zip(("random", "low", "high"), expected, strict=True))
+    return means.with_columns(columns).sort("accuracy")
 
 
 def expected_range(values: np.ndarray) -> tuple[float | None, float | None, float | None]:
     """Mean of independent values, and the range in which 95 % of further ones are expected (Student's t).
 
     Returns:
-        Mean, low, high; None for what cannot be said of so few.
+        Mean, low, high; the range is None for fewer than two values, the mean for none.
     """
     if len(values) < 2:
         return (float(values[0]) if len(values) else None), None, None
@@ -275,53 +236,40 @@ def expected_range(values: np.ndarray) -> tuple[float | None, float | None, floa
     return mean, mean - half, mean + half
 
 
-@dataclass(frozen=True)
-class Order:
-    """An order in which units are ablated.
-
-    Attributes:
-        criterion: By which: a criterion, or :data:`RANDOM`.
-        trial: Counted from 0; only random orders, and those with ties broken at random, have several.
-        units: Places of the units in the table of scores, first ablated first.
-    """
-
-    criterion: str
-    trial: int
-    units: np.ndarray
-
-
 def orders(
     scores: pl.DataFrame, trials: int = 5, seed: int = 0, ties: int = 0, matched: Collection[str] = ()
 ) -> list[Order]:
-    """Orders of all units, highest score first, and random ones.
+    """Orders of all units by each criterion, highest score first, and random orders.
 
-    Units of equal score stay in the table's order, as in the reference: layer by layer. Where few units have other
-    scores than the rest, such an order says more of layers than of descriptions; ``ties`` takes that out.
+    Units of equal score stay in the order of the table, as in the reference: layer by layer. If most units have the
+    same score, such an order reflects layers more than descriptions; ``ties`` avoids this.
 
     Args:
         scores: From :func:`unit_scores`.
         trials: Random orders.
-        seed: Of whatever is random.
-        ties: Orders per criterion, each with its ties broken at random; criteria by which all units are equal are left
-            out. 0 for one order, ties in the table's order.
-        matched: Criteria for which there are also orders of other units of the same layers: what of a criterion's
-            effect is where its units lie.
+        seed: Seed of everything random.
+        ties: Orders per criterion, each with its ties broken at random; criteria with equal scores for all units are
+            left out. 0 makes one order, with ties in the order of the table.
+        matched: Criteria that also get orders of random units of the same layers. Such an order shows how much of the
+            criterion's effect comes from the layers of its units.
     """
     random = np.random.default_rng(seed)
     shuffled = [Order(RANDOM, trial, random.permutation(len(scores))) for trial in range(trials)]
-    found = []
+    by_criterion = []
     for name in criteria(scores):
         values = -scores[name].to_numpy().astype(np.float64)
         if not ties:
-            found.append(Order(name, 0, np.argsort(values, kind="stable")))
+            by_criterion.append(Order(name, 0, np.argsort(values, kind="stable")))
         elif len(np.unique(values)) > 1:
-            found += [Order(name, trial, np.lexsort((random.random(len(values)), values))) for trial in range(ties)]
-    same = [_of_the_same_layers(order, scores, random) for order in found if order.criterion in matched]
-    return found + same + shuffled
+            by_criterion += [
+                Order(name, trial, np.lexsort((random.random(len(values)), values))) for trial in range(ties)
+            ]
+    same = [_of_the_same_layers(order, scores, random) for order in by_criterion if order.criterion in matched]
+    return by_criterion + same + shuffled
 
 
 def _of_the_same_layers(order: Order, scores: pl.DataFrame, random: np.random.Generator) -> Order:
-    """An order that takes as many units of each layer at every step, but any."""
+    """An order with as many units of each layer at every step, chosen at random."""
     layers = scores["layer"].to_numpy()[order.units]
     units = order.units.copy()
     for layer in dict.fromkeys(layers):
@@ -329,15 +277,7 @@ def _of_the_same_layers(order: Order, scores: pl.DataFrame, random: np.random.Ge
     return Order(f"{order.criterion}{SAME_LAYERS}", order.trial, units)
 
 
-def units_of(scores: pl.DataFrame, places: np.ndarray) -> UnitSet:
-    """The units in some places of a table, by layer."""
-    found: dict[str, list[int]] = {}
-    for layer, unit in scores[places].select("layer", "unit").iter_rows():
-        found.setdefault(layer, []).append(unit)
-    return found
-
-
-def steps(order: Order, fractions: Sequence[float] = FRACTIONS) -> list[np.ndarray]:
-    """The units ablated at each fraction of all: the first ⌊fraction · units⌋ of an order."""
+def step_counts(units: int, fractions: Sequence[float] = FRACTIONS) -> list[int]:
+    """The number of units ablated at each fraction of all: ⌊fraction · units⌋."""
     # The fractions are decimals: .58 of 50 units is 29, though .58 × 50 is 28.999….
-    return [order.units[: int(round(fraction * len(order.units), 9))] for fraction in fractions]
+    return [int(round(fraction * units, 9)) for fraction in fractions]

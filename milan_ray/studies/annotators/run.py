@@ -1,4 +1,4 @@
-"""Annotations ─► how many, how long, of which words, how much people agree (the paper's Tables 1, 4 and 5)."""
+"""Statistics of annotations: number, length, words, and agreement of annotators (the paper's Tables 1, 4 and 5)."""
 
 from __future__ import annotations
 
@@ -15,11 +15,8 @@ from milan_ray.schema import ANNOTATION_STATISTICS, ANNOTATIONS
 from milan_ray.scoring.agreement import TextScore, leave_one_out, mean_agreement, rouge_l
 from milan_ray.scoring.text import BertScore
 from milan_ray.storage import Storage
-from milan_ray.studies.annotators.statistics import (
-    annotation_statistics,
-    read_texts,
-    tag_words,
-)
+from milan_ray.studies.annotators.statistics import annotation_statistics, read_texts, tag_words
+from milan_ray.studies.tables import frame_of, read_frame, table_of
 
 KERNEL_VERSION = "annotation-statistics-1"
 
@@ -28,16 +25,16 @@ LEVELS: tuple[tuple[str, ...], ...] = (("model", "layer"), ("model",), ())
 
 
 def find_score(folder: str | Path | None) -> tuple[TextScore, str]:
-    """The measure of agreement, and its name: BERTScore with a language model, else ROUGE-L.
+    """The measure of agreement, and its name: BERTScore if there is a language model, otherwise ROUGE-L.
 
     Args:
-        folder: Folder of the language model; None for none.
+        folder: Folder of the language model; None uses ROUGE-L.
     """
     if folder is None:
         say("agreement is measured by ROUGE-L; --bertscore takes a language model")
         return rouge_l, "ROUGE-L"
     place = Path(folder)
-    name = place.parent.name if place.name == "model" else place.name  # of a wheel's folder, the wheel's
+    name = place.parent.name if place.name == "model" else place.name  # wheels keep the model in a folder of this name
     return BertScore(folder), f"BERTScore by {name}"
 
 
@@ -46,14 +43,14 @@ def stored_annotations(storage: Storage, source: str | None, models: Sequence[st
 
     Args:
         storage: The run directory.
-        source: Which; None takes the only one.
-        models: Only of these models; None for all.
+        source: The source; None uses the only one.
+        models: Names of models; None for all.
 
     Returns:
         Columns source, model, layer, unit, annotator, text; layers in their model's order, rows as stored.
 
     Raises:
-        MilanError: There are none, several sources, or none of such a name.
+        MilanError: There are no annotations, several sources, or no source or model of such a name.
     """
     every = storage.partitions(ANNOTATIONS)
     sources = sorted({keys["source"] for keys in every})
@@ -63,15 +60,17 @@ def stored_annotations(storage: Storage, source: str | None, models: Sequence[st
         raise MilanError(f"{storage.root} holds no annotations: import some, or give a CSV file.")
     if source is not None and source not in sources:
         raise unknown_name("source of annotations", source, sources)
-    found = [keys for keys in every if keys["source"] == (source or sources[0])]
-    known = {keys["model"] for keys in found}
+    partitions = storage.in_model_order(keys for keys in every if keys["source"] == (source or sources[0]))
+    known = {keys["model"] for keys in partitions}
     for name in models or ():
         if name not in known:
             raise unknown_name("model with annotations", name, known)
-    found = [keys for keys in found if models is None or keys["model"] in models]
-    found = storage.in_model_order(found)
     columns = [column.name for column in ANNOTATIONS.columns]
-    return pl.concat(pl.DataFrame(pl.from_arrow(storage.read(ANNOTATIONS, columns, **keys))) for keys in found)
+    return pl.concat(
+        read_frame(storage, ANNOTATIONS, columns, **keys)
+        for keys in partitions
+        if models is None or keys["model"] in models
+    )
 
 
 def file_annotations(path: str | Path, model: str | None = None, source: str | None = None) -> pl.DataFrame:
@@ -79,8 +78,8 @@ def file_annotations(path: str | Path, model: str | None = None, source: str | N
 
     Args:
         path: The file.
-        model: The model they speak of; None takes the file's name.
-        source: What the source is to be called; None takes the file's name.
+        model: The annotated model; None uses the file's name.
+        source: Name of the source; None uses the file's name.
 
     Returns:
         Columns source, model, layer, unit, text.
@@ -94,42 +93,38 @@ def file_annotations(path: str | Path, model: str | None = None, source: str | N
 def run_statistics(
     storage: Storage, texts: pl.DataFrame, nlp: Language, language: str, score: TextScore, measure: str
 ) -> pl.DataFrame:
-    """Counts, and writes the table unless it is there already, made of the same annotations in the same way.
+    """Computes statistics and agreement of annotations, and writes the table unless it is up to date.
 
     Args:
         storage: The run directory.
         texts: Columns source (one value), model, layer, unit, text.
         nlp: The spaCy pipeline that tags words.
         language: Its name.
-        score: What agreement is measured by.
-        measure: What that is called.
+        score: The measure of agreement.
+        measure: Its name.
 
     Returns:
         Rows of schema ANNOTATION_STATISTICS.
     """
     source = texts["source"][0]
-    said = texts.select("model", "layer", "unit", "text").rows()
-    stamp = config_hash({"kernel": KERNEL_VERSION, "language": language, "score": measure, "texts": said})
+    rows = texts.select("model", "layer", "unit", "text").rows()
+    stamp = config_hash({"kernel": KERNEL_VERSION, "language": language, "score": measure, "texts": rows})
     if storage.is_current(ANNOTATION_STATISTICS, stamp, source=source):
         say(f"statistics of {source}: up to date")
-        return pl.DataFrame(pl.from_arrow(storage.read(ANNOTATION_STATISTICS, source=source)))
+        return read_frame(storage, ANNOTATION_STATISTICS, source=source)
     words = tag_words(texts["text"].to_list(), nlp)
     scores = leave_one_out(texts, score)
-    tables = []
+    frames = []
     for by in LEVELS:
-        counted = annotation_statistics(texts, nlp, by, words)
-        agreed = mean_agreement(scores, by).select(*by, "agreement", "low", "high")
-        if by:
-            counted = counted.join(agreed, on=by, how="left", maintain_order="left")
-        else:
-            counted = pl.concat([counted, agreed], how="horizontal")
+        counts = annotation_statistics(texts, nlp, by, words)
+        agreement = mean_agreement(scores, by).select(*by, "agreement", "low", "high")
+        joined = counts.join(agreement, on=by, how="left", maintain_order="left") if by else counts.hstack(agreement)
         absent = [pl.lit("").alias(name) for name in LEVELS[0] if name not in by]
-        tables.append(counted.with_columns(pl.lit(source).alias("source"), *absent))
-    frame = pl.concat(table.select(column.name for column in ANNOTATION_STATISTICS.columns) for table in tables)
-    columns: dict[str, object] = {name: frame[name].to_list() for name in frame.columns}
-    table = ANNOTATION_STATISTICS.table(columns, {"language": language, "score": measure})
+        absent.append(pl.lit(source).alias("source"))
+        frames.append(joined.with_columns(absent).select(column.name for column in ANNOTATION_STATISTICS.columns))
+    table = table_of(ANNOTATION_STATISTICS, pl.concat(frames), {"language": language, "score": measure})
     storage.write(ANNOTATION_STATISTICS, table, stamp, source=source)
-    return pl.DataFrame(pl.from_arrow(table))
+    return frame_of(table)
 
 
 def of_layers(rows: pl.DataFrame) -> pl.DataFrame:
@@ -143,7 +138,7 @@ def of_models(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def total(rows: pl.DataFrame) -> pl.DataFrame:
-    """The row of all together."""
+    """The row of all models together."""
     return rows.filter(pl.col("model") == "")
 
 

@@ -1,4 +1,4 @@
-"""How people, and captioners, describe units: the corpus statistics of the paper's Tables 4, 5 and 6."""
+"""Corpus statistics of annotations and of generated descriptions (the paper's Tables 4, 5 and 6)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from milan_ray.errors import MilanError
 from milan_ray.textfiles import clean, delimiter, read_text
 
 TEXT_COLUMNS = ("text", "summary", "description", "caption", "annotation")
-"""Names of the column of texts, in the order they are looked for: ours, MILANNOTATIONS', those of generated files."""
+"""Accepted names of the column of texts; the first one present is read."""
 
 PARTS_OF_SPEECH = {"noun": "NOUN", "adjective": "ADJ", "preposition": "ADP"}
 """Column of the statistics → Universal part-of-speech tag."""
@@ -56,8 +56,8 @@ def load_spacy_pipeline(name: str | Path | None = None) -> Language:
     """A spaCy pipeline for the statistics.
 
     Args:
-        name: Installed pipeline (``en_core_web_sm``) or a directory with one; None takes English tokenizer rules
-            alone, which give lengths and surface forms but no parts of speech.
+        name: Installed pipeline (``en_core_web_sm``) or its directory; None uses only English tokenizer rules, which
+            give lengths and surface forms but no parts of speech.
 
     Raises:
         MilanError: There is no such pipeline.
@@ -72,7 +72,7 @@ def load_spacy_pipeline(name: str | Path | None = None) -> Language:
 
 
 def tag_words(texts: Sequence[str], nlp: Language) -> pl.DataFrame:
-    """The words of texts; punctuation and white space are none.
+    """The words of texts, without punctuation and white space.
 
     Args:
         texts: Any texts; equal ones are parsed once.
@@ -122,7 +122,7 @@ def annotation_statistics(
         pl.struct(unit).n_unique().alias("units"), pl.len().alias("texts")
     )
     tagged = tag_words(texts["text"].to_list(), nlp) if words is None else words
-    said = (
+    by_group = (
         tagged.join(place, on="place", maintain_order="left")
         .group_by(group)
         .agg(
@@ -134,7 +134,7 @@ def annotation_statistics(
             ),
         )
     )
-    return counts.join(said, on=keys, how="left", maintain_order="left").select(
+    return counts.join(by_group, on=keys, how="left", maintain_order="left").select(
         *by,
         "units",
         "texts",

@@ -1,1 +1,1 @@
-"""Units of two networks found by words."""
+"""Audits: units of pairs of networks, found by words in their descriptions."""

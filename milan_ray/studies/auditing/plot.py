@@ -19,16 +19,15 @@ def plot_audit(pairs: pl.DataFrame, words: Sequence[str]) -> Figure:
 
     Args:
         pairs: From :func:`milan_ray.studies.auditing.statistics.count_pairs`.
-        words: Words that were looked for.
+        words: Words that were searched for.
     """
     figure = new_figure(3.6, 3.6)
     axes = figure.subplots()
     for model, before, after in pairs.select("model", "units", "other_units").iter_rows():
         axes.plot([0, 1], [before, after], "-o", label=model)
     axes.set_xticks([0, 1], [PLAIN, BLURRED])
-    axes.set_xlim(-0.3, 1.3)
+    axes.set(xlim=(-0.3, 1.3), ylabel="units found")
     axes.set_ylim(bottom=0)
-    axes.set_ylabel("units found")
     axes.set_title(", ".join(words), fontsize="small")
     if len(pairs) <= 12:
         axes.legend(fontsize="x-small")

@@ -14,14 +14,14 @@ from milan_ray.names import checked_name
 from milan_ray.progress import say
 from milan_ray.report.audits import card_link
 from milan_ray.report.figures import store_figure
-from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS, MANIFEST, SCORES, Table
+from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS, MANIFEST, SCORES
 from milan_ray.schema.audits import REJECT, REVIEW
-from milan_ray.schema.table import Column
 from milan_ray.scoring.evaluation import Row, score_table
 from milan_ray.scoring.search import descriptions_hash, scan_descriptions
 from milan_ray.storage import FILE_NAME, Storage
 from milan_ray.studies.auditing import statistics as auditing
 from milan_ray.studies.auditing.plot import plot_audit
+from milan_ray.studies.tables import frame_of, table_of, write_frame
 from milan_ray.textfiles import decode_text
 
 KERNEL_VERSION = "audit-1"
@@ -34,7 +34,7 @@ class AuditConfig:
     Attributes:
         name: Name of the audit in the tables.
         words: Words, each as in a search (``face|person``), in any form.
-        labeler: Whose descriptions.
+        labeler: Labeler whose descriptions are read.
     """
 
     name: str = "faces"
@@ -52,7 +52,7 @@ class Audit:
     Attributes:
         pairs: Rows of schema AUDITS.
         units: Rows of schema AUDITED.
-        rows: What the sides differ by: rows of :func:`~milan_ray.scoring.evaluation.score_table`.
+        rows: Differences of the sides: rows of :func:`~milan_ray.scoring.evaluation.score_table`.
     """
 
     pairs: pl.DataFrame
@@ -61,7 +61,7 @@ class Audit:
 
     @property
     def counted(self) -> pl.DataFrame:
-        """The units that nobody rejected."""
+        """The units without a rejection."""
         return self.units.filter(pl.col("verdict") != REJECT)
 
 
@@ -77,9 +77,9 @@ class Auditing(Stage):
     Attributes:
         name: Name of the audit in the tables.
         audit: Its result.
-        fingerprint: What decides that, people's verdicts among it.
+        fingerprint: Fingerprint of everything that decides the result, including people's verdicts.
         about: Metadata of table AUDITS.
-        review: The review file as it should be; None where it is.
+        review: New text of the review file; None if the file is up to date.
         reviewed: Whether there is a review file.
     """
 
@@ -102,36 +102,36 @@ class Auditing(Stage):
 
 
 def run_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditConfig) -> Audit:
-    """Counts units by their descriptions in pairs of networks, with what people said of them in the review file.
+    """Counts units by their descriptions in pairs of networks, with people's verdicts in the review file.
 
-    The review file, ``review.csv`` next to the table ``audited``, is written with a line per unit found. What people
-    write into it stays there: later runs only add lines for units that are new, or that now say something else.
+    The review file, ``review.csv`` next to the table ``audited``, is written with a line per unit found. Later runs
+    keep what people write into it and only add lines for units that are new or whose descriptions changed.
 
     Args:
         storage: The run directory, which holds descriptions of all networks.
         pairs: Networks trained on images as they are, and their twins.
-        config: What to look for.
+        config: Settings.
 
     Raises:
         MilanError: A network has no descriptions, the networks were dissected on different images, or the review file
             is damaged.
     """
     study = find_audit(storage, pairs, config)
-    audit = study.audit
-    if study.review is not None:  # else the file stays as people saved it
+    audit, fingerprint = study.audit, study.fingerprint
+    if study.review is not None:  # otherwise the file stays as people saved it
         storage.put(_review(storage, config.name), study.review.encode())
     for output in due(study, storage):
-        keys, experiment = output.keys, f"audit: {config.name}"
-        storage.write(AUDITED, AUDITED.table(_columns(audit.units, AUDITED.columns)), study.fingerprint, **keys)
-        storage.write(SCORES, score_table(experiment, audit.rows), study.fingerprint, experiment=experiment)
-        store_figure(storage, AUDITS, plot_audit(audit.pairs, config.words), **keys)
-        table = AUDITS.table(_columns(audit.pairs, AUDITS.columns), study.about)
-        storage.write(AUDITS, table, study.fingerprint, **keys)  # last: it says that all is done
+        experiment = f"audit: {config.name}"
+        write_frame(storage, AUDITED, audit.units, fingerprint, **output.keys)
+        storage.write(SCORES, score_table(experiment, audit.rows), fingerprint, experiment=experiment)
+        store_figure(storage, AUDITS, plot_audit(audit.pairs, config.words), **output.keys)
+        # The table is written last: it marks the audit as complete.
+        storage.write(AUDITS, table_of(AUDITS, audit.pairs, study.about), fingerprint, **output.keys)
     return audit
 
 
 def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditConfig) -> Auditing:
-    """Counts as :func:`run_audit` does, whose arguments and errors these are, and writes nothing."""
+    """Counts like :func:`run_audit`, whose arguments and errors these are, but writes nothing."""
     models = list(dict.fromkeys(name for pair in pairs for name in pair))
     known = described_models(storage, config.labeler)
     if absent := [name for name in models if name not in known]:
@@ -140,29 +140,24 @@ def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCo
             "give this job a --decoder and a --probe."
         )
     images = _images(storage, models, config.labeler)
-    frame = scan_descriptions(storage, models, None, [config.labeler])
-    every = frame.select("model", "layer", "unit", "description").collect().sort("model", "layer", "unit")
+    descriptions = scan_descriptions(storage, models, None, [config.labeler])
+    every = descriptions.select("model", "layer", "unit", "description").collect().sort("model", "layer", "unit")
     sizes = {name: int((every["model"] == name).sum()) for name in models}
     for model, other in pairs:
         if sizes[model] != sizes[other]:
             say(f"audit: {model} has {sizes[model]} described units, {other} {sizes[other]}: compare the shares")
-    found = auditing.find_units(every, config.words)
-    found = found.with_columns(
-        _exemplars(storage, found),
-        pl.Series("card", [card_link(*row) for row in found.select("model", "layer", "unit").iter_rows()], pl.String),
-    )
-    place = _review(storage, config.name)
-    try:
-        text = decode_text(storage.get(place)) if storage.exists(place) else None
-    except UnicodeDecodeError as error:
-        raise MilanError(f"{storage.uri(place)} is not UTF-8 ({error}): save it as a CSV file in UTF-8.") from error
-    earlier = None if text is None else auditing.read_review(text, storage.uri(place))
-    units, new = auditing.reviewed(found, earlier)
+    with_words = auditing.find_units(every, config.words)
+    cards = [card_link(*unit) for unit in with_words.select("model", "layer", "unit").iter_rows()]
+    with_words = with_words.with_columns(_exemplars(storage, with_words), pl.Series("card", cards, pl.String))
+    text = _read_review(storage, config.name)
+    earlier = None if text is None else auditing.read_review(text, review_path(storage, config.name))
+    units, new = auditing.reviewed(with_words, earlier)
+    audited = frame_of(table_of(AUDITED, units, audit=config.name))
     counts = auditing.count_pairs(pairs, units, sizes)
-    rows = auditing.compare_sides(counts)
+    audit = Audit(
+        frame_of(table_of(AUDITS, counts, audit=config.name, images=images)), audited, auditing.compare_sides(counts)
+    )
     described = descriptions_hash(storage, config.labeler, models)
-    name = pl.lit(config.name).alias("audit")
-    audited = _frame(AUDITED, units.with_columns(name))
     fingerprint = Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
@@ -173,14 +168,9 @@ def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCo
             "images": images,
         }
     )
-    return Auditing(
-        config.name,
-        Audit(_frame(AUDITS, counts.with_columns(name, pl.lit(images).alias("images"))), audited, rows),
-        fingerprint,
-        {"labeler": config.labeler, "words": ", ".join(config.words), "descriptions": described},
-        auditing.write_review(new, text) if text is None or len(new) else None,
-        text is not None,
-    )
+    about = {"labeler": config.labeler, "words": ", ".join(config.words), "descriptions": described}
+    review = auditing.write_review(new, text) if text is None or len(new) else None
+    return Auditing(config.name, audit, fingerprint, about, review, reviewed=text is not None)
 
 
 def review_path(storage: Storage, name: str) -> str:
@@ -192,33 +182,34 @@ def _review(storage: Storage, name: str) -> str:
     return storage.path(AUDITED, audit=name).replace(FILE_NAME, REVIEW)
 
 
-def _frame(table: Table, frame: pl.DataFrame) -> pl.DataFrame:
-    """Rows as they are when read back."""
-    return pl.DataFrame(pl.from_arrow(table.table(_columns(frame, table.columns))))
+def _read_review(storage: Storage, name: str) -> str | None:
+    """The text of the review file; None if there is none yet.
+
+    Raises:
+        MilanError: It is not UTF-8.
+    """
+    place = _review(storage, name)
+    try:
+        return decode_text(storage.get(place)) if storage.exists(place) else None
+    except UnicodeDecodeError as error:
+        raise MilanError(f"{storage.uri(place)} is not UTF-8 ({error}): save it as a CSV file in UTF-8.") from error
 
 
-def _columns(frame: pl.DataFrame, columns: Sequence[Column]) -> dict[str, object]:
-    return {column.name: frame[column.name].to_list() for column in columns}
-
-
-def _exemplars(storage: Storage, found: pl.DataFrame) -> pl.Expr:
-    """The hash of the exemplars of each layer, shortened; empty where there are none."""
-    layers = found.select("model", "layer").unique().rows()
-    of = {
-        f"{model}\n{layer}": storage.config_of(EXEMPLARS, model=model, layer=layer)[:12]
-        if storage.exists(storage.path(EXEMPLARS, model=model, layer=layer))
-        else ""
-        for model, layer in layers
-    }
+def _exemplars(storage: Storage, units: pl.DataFrame) -> pl.Expr:
+    """The shortened hash of the exemplars of each unit's layer; empty if there are none."""
+    hashes = {}
+    for model, layer in units.select("model", "layer").unique().iter_rows():
+        made = storage.exists(storage.path(EXEMPLARS, model=model, layer=layer))
+        hashes[f"{model}\n{layer}"] = storage.config_of(EXEMPLARS, model=model, layer=layer)[:12] if made else ""
     key = pl.concat_str("model", "layer", separator="\n")
-    return key.replace_strict(list(of), list(of.values()), return_dtype=pl.String).alias("exemplars")
+    return key.replace_strict(list(hashes), list(hashes.values()), return_dtype=pl.String).alias("exemplars")
 
 
 def _images(storage: Storage, models: Sequence[str], labeler: str) -> str:
-    """The roots of the one probe that all networks were dissected on.
+    """The roots of the probe that all networks were dissected on.
 
     Raises:
-        MilanError: There are several.
+        MilanError: There are several probes.
     """
     probes: dict[str, str] = {}
     for keys in storage.partitions(DESCRIPTIONS, labeler=labeler):
@@ -232,8 +223,6 @@ def _images(storage: Storage, models: Sequence[str], labeler: str) -> str:
             f"{first} and {second} were dissected on different images: an audit compares exemplars from the same, "
             "unblurred ones; describe both on the same --probe."
         )
-    roots: list[str] = []
-    for probe in probes:
-        if storage.count(MANIFEST, probe=probe):
-            roots = sorted(set(storage.read(MANIFEST, ["root"], probe=probe)["root"].to_pylist()))
-    return ", ".join(roots)
+    stored = (probe for probe in probes if storage.count(MANIFEST, probe=probe))
+    roots = {root for probe in stored for root in storage.read(MANIFEST, ["root"], probe=probe)["root"].to_pylist()}
+    return ", ".join(sorted(roots))

@@ -1,10 +1,10 @@
-"""Auditing networks trained on anonymised images: units that still look for what was blurred out (paper, Section 6)."""
+"""Auditing networks trained on blurred images: units that still respond to what was blurred (paper, Section 6)."""
 
 from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 
 import numpy as np
@@ -19,10 +19,10 @@ from milan_ray.scoring.words import asked_in
 from milan_ray.textfiles import clean, csv_in, delimiter, dict_reader
 
 FACE_WORDS = ("face", "head", "nose", "eyes", "mouth")
-"""What descriptions of units that look for faces contain, the paper's; all forms of each count."""
+"""Words in descriptions of units that respond to faces, the paper's; all forms of a word count."""
 
 SUFFIX = "-blurred"
-"""What the name of a network has at its end when its twin is the one trained on images as they are."""
+"""Suffix of the name of a network that was trained on blurred images; its twin has the name without the suffix."""
 
 PLAIN, BLURRED = "unblurred", "blurred"
 """The sides of a pair."""
@@ -41,9 +41,9 @@ def pair_models(names: Collection[str], suffix: str = SUFFIX, patterns: Sequence
 
     Args:
         names: Networks that are described.
-        suffix: What the second's name has at its end, e.g. ``resnet18/imagenet`` and ``resnet18/imagenet-blurred``.
-        patterns: Only pairs of which either name matches one of these (``resnet*``), or is ``…/`` and one of them;
-            None for all.
+        suffix: Suffix of the second name, e.g. ``resnet18/imagenet`` and ``resnet18/imagenet-blurred``.
+        patterns: Only pairs with a name that matches one of these patterns (``resnet*``), with or without its part up
+            to the first slash; None for all pairs.
 
     Returns:
         The pairs, sorted.
@@ -78,12 +78,12 @@ def find_units(descriptions: pl.DataFrame, words: Sequence[str]) -> pl.DataFrame
         words: See :func:`~milan_ray.scoring.words.asked_in`.
 
     Returns:
-        Their rows, with a column ``words`` of those that occur.
+        Their rows, with a column ``words`` of the words that occur.
     """
     texts = descriptions.select("description").unique().sort("description")
     texts = texts.with_columns(asked_in(texts["description"], words))
-    found = descriptions.join(texts, on="description", how="left", maintain_order="left")
-    return found.filter(pl.col("words").list.len() > 0)
+    units = descriptions.join(texts, on="description", how="left", maintain_order="left")
+    return units.filter(pl.col("words").list.len() > 0)
 
 
 def read_review(text: str, where: str) -> pl.DataFrame:
@@ -97,7 +97,7 @@ def read_review(text: str, where: str) -> pl.DataFrame:
         :data:`REVIEW_COLUMNS`, strings but for the unit; verdicts in lower case.
 
     Raises:
-        MilanError: A column is missing, a verdict or unit is none, or a unit has two verdicts.
+        MilanError: A column is missing, a verdict or unit is invalid, or a unit has two verdicts.
     """
     with csv_in(where):
         reader = dict_reader(text)
@@ -126,11 +126,11 @@ def read_review(text: str, where: str) -> pl.DataFrame:
 
 
 def write_review(new: pl.DataFrame, text: str | None = None) -> str:
-    """A review file with further lines; what is there stays as it is, with any columns that people have added.
+    """Adds lines to a review file, which otherwise stays as it is, with any columns that people have added.
 
     Args:
         new: Rows with :data:`REVIEW_COLUMNS`.
-        text: The file as it is; None for none yet.
+        text: The existing file; None if there is none yet.
     """
     end = "\r\n" if text and "\r\n" in text else "\n"
     buffer = io.StringIO(newline="")
@@ -148,30 +148,30 @@ def write_review(new: pl.DataFrame, text: str | None = None) -> str:
     return buffer.getvalue()
 
 
-def reviewed(found: pl.DataFrame, earlier: pl.DataFrame | None) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Brings units and what people said of them together.
+def reviewed(units: pl.DataFrame, earlier: pl.DataFrame | None) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """Joins units and people's verdicts.
 
-    A verdict is about a description and the exemplars that were seen with it: where either changed, the unit has to be
-    looked at again, and the old line stays for its note.
+    A verdict holds for a description and the exemplars that were shown with it. If either changed, the unit has to be
+    reviewed again; the old line stays in the file.
 
     Args:
-        found: Columns model, layer, unit, description, exemplars, card and any others.
-        earlier: What :func:`read_review` found; None where there is no file yet.
+        units: Columns model, layer, unit, description, exemplars, card and any others.
+        earlier: From :func:`read_review`; None if there is no file yet.
 
     Returns:
-        The units with columns verdict and note; those of them that the review file lacks.
+        The units with columns verdict and note; and the units that are not in the review file.
     """
     if earlier is None:
         earlier = read_review(",".join(REVIEW_COLUMNS), "")
-    found = found.with_columns(pl.col("unit").cast(pl.Int64))
+    units = units.with_columns(pl.col("unit").cast(pl.Int64))
     verdicts = earlier.select(*_KEY, "verdict", "note")
-    units = found.join(verdicts, on=_KEY, how="left", maintain_order="left")
+    units = units.join(verdicts, on=_KEY, how="left", maintain_order="left")
     units = units.with_columns(pl.col("verdict", "note").fill_null(""))
     return units, units.join(earlier, on=_KEY, how="anti", maintain_order="left").select(REVIEW_COLUMNS)
 
 
 def count_pairs(pairs: Sequence[Pair], units: pl.DataFrame, sizes: dict[str, int]) -> pl.DataFrame:
-    """Counts, per pair, the units that were found and not rejected.
+    """Counts, per pair, the units found, except rejected ones.
 
     Args:
         pairs: The pairs.
@@ -181,25 +181,21 @@ def count_pairs(pairs: Sequence[Pair], units: pl.DataFrame, sizes: dict[str, int
     Returns:
         Columns model, other, and for each of them units, of, rejected, unreviewed (``other_…`` for the second).
     """
-    rejected, unreviewed = pl.col("verdict") == REJECT, pl.col("verdict") == ""
-    counts = {
-        model: {"units": counted, "rejected": out, "unreviewed": open_}
-        for model, counted, out, open_ in units.group_by("model")
-        .agg((~rejected).sum(), rejected.sum().alias("out"), unreviewed.sum().alias("open"))
-        .iter_rows()
-    }
-    nothing = {"units": 0, "rejected": 0, "unreviewed": 0}
-    rows = []
-    for model, other in pairs:
-        mine = {"of": sizes[model], **counts.get(model, nothing)}
-        theirs = {"of": sizes[other], **counts.get(other, nothing)}
-        rows.append({"model": model, "other": other, **mine, **{f"other_{key}": n for key, n in theirs.items()}})
+    verdict = pl.col("verdict")
+    counts = units.group_by("model").agg(
+        units=(verdict != REJECT).sum(), rejected=(verdict == REJECT).sum(), unreviewed=(verdict == "").sum()
+    )
+    counts = counts.with_columns(pl.exclude("model").cast(pl.Int64))
     columns = ("units", "of", "rejected", "unreviewed")
-    return pl.DataFrame(rows).select("model", "other", *columns, *(f"other_{name}" for name in columns))
+    described = pl.DataFrame(list(sizes.items()), {"model": pl.String, "of": pl.Int64}, orient="row")
+    sides = described.join(counts, on="model", how="left").select("model", *columns).fill_null(0)
+    others = sides.rename({name: f"other_{name}" for name in columns} | {"model": "other"})
+    table = pl.DataFrame(list(pairs), {"model": pl.String, "other": pl.String}, orient="row")
+    return table.join(sides, on="model", maintain_order="left").join(others, on="other", maintain_order="left")
 
 
 def compare_sides(pairs: pl.DataFrame, samples: int = 10_000, seed: int = 0) -> list[Row]:
-    """Whether networks trained on blurred images have fewer such units: paired tests, and bootstrap over pairs.
+    """Compares both sides of the pairs: paired tests, and bootstrap over pairs.
 
     Args:
         pairs: From :func:`count_pairs`.
@@ -211,21 +207,12 @@ def compare_sides(pairs: pl.DataFrame, samples: int = 10_000, seed: int = 0) -> 
         sides and their difference; p of Wilcoxon's signed-rank and of the sign test.
     """
     counts = resampling_counts(len(pairs), samples, seed)
-    means = {PLAIN: unit_values(pairs["units"].to_numpy()), BLURRED: unit_values(pairs["other_units"].to_numpy())}
-    shares = {
-        PLAIN: pairs.select("of", "units").to_numpy().astype(np.float64),
-        BLURRED: pairs.select("other_of", "other_units").to_numpy().astype(np.float64),
-    }
-    gap = f"{PLAIN} − {BLURRED}"
-    rows: list[Row] = []
-    for metric, reading, of in (
-        ("units per network", "units found and not rejected, mean over networks", means),
-        ("share of units", "units found and not rejected, of all described ones", shares),
-    ):
-        for side, statistics in of.items():
-            rows.append((side, metric, interval(statistics, ratio, counts), len(pairs), reading))
-        apart = difference(of[PLAIN], of[BLURRED], ratio, counts)
-        rows.append((gap, metric, apart, len(pairs), "paired difference, resampled over pairs of networks"))
+    gap, paired = f"{PLAIN} − {BLURRED}", "paired difference, resampled over pairs of networks"
+    numbers = (unit_values(pairs[name].to_numpy()) for name in ("units", "other_units"))
+    shares = (pairs.select(*names).to_numpy().astype(float) for names in (("of", "units"), ("other_of", "other_units")))
+    reading = "units found and not rejected, "
+    rows = side_rows("units per network", f"{reading}mean over networks", paired, numbers, counts)
+    rows += side_rows("share of units", f"{reading}of all described ones", paired, shares, counts)
     differences = (pairs["units"] - pairs["other_units"]).to_list()
     for metric, p in (("p (signed ranks)", signed_rank(differences)), ("p (signs)", sign(differences))):
         note = f"two-sided, exact, over pairs; with {len(pairs)} pairs it cannot fall below {2 ** (1 - len(pairs)):.2g}"
@@ -233,24 +220,45 @@ def compare_sides(pairs: pl.DataFrame, samples: int = 10_000, seed: int = 0) -> 
     return rows
 
 
+def side_rows(
+    metric: str, reading: str, gap_reading: str, sides: Iterable[np.ndarray], counts: np.ndarray
+) -> list[Row]:
+    """A measure of both sides and its difference, as rows of scores.
+
+    Args:
+        metric: Name of the measure.
+        reading: Note of the sides.
+        gap_reading: Note of the difference.
+        sides: Counts and totals of unblurred networks, (N, 2), and of their twins.
+        counts: (B, N) from :func:`~milan_ray.scoring.bootstrap.resampling_counts`.
+    """
+    plain, blurred = sides
+    n = counts.shape[1]
+    return [
+        (PLAIN, metric, interval(plain, ratio, counts), n, reading),
+        (BLURRED, metric, interval(blurred, ratio, counts), n, reading),
+        (f"{PLAIN} − {BLURRED}", metric, difference(plain, blurred, ratio, counts), n, gap_reading),
+    ]
+
+
 def summary(pairs: pl.DataFrame, rows: Sequence[Row]) -> str:
     """The audit on one screen."""
     widest = max(len(name) for name in pairs["model"])
-    lines = []
-    for row in pairs.iter_rows(named=True):
-        lines.append(
-            f"  {row['model']:{widest}} {row['units']:>5} of {row['of']:,} units; {BLURRED} {row['other_units']:>5} of "
-            f"{row['other_of']:,}"
-        )
-    total, other = pairs["units"].sum(), pairs["other_units"].sum()
-    found = {(system, metric): value for system, metric, value, *_ in rows}
-    gap = found[f"{PLAIN} − {BLURRED}", "units per network"]
-    p = found[f"{PLAIN} − {BLURRED}", "p (signed ranks)"].value
-    lines.append(
-        f"{total} units in {len(pairs)} {PLAIN} networks, {other} in {len(pairs)} {BLURRED} ones; per pair "
-        f"{gap.value:.1f} fewer [{gap.low:.1f}, {gap.high:.1f}], p = {p:.2g} (signed ranks)"
+    lines = [
+        f"  {row['model']:{widest}} {row['units']:>5} of {row['of']:,} units; {BLURRED} {row['other_units']:>5} of "
+        f"{row['other_of']:,}"
+        for row in pairs.iter_rows(named=True)
+    ]
+    sums = pairs.select(pl.exclude("model", "other", "audit", "images").sum()).row(0, named=True)
+    scores = {(system, metric): value for system, metric, value, *_ in rows}
+    gap = scores[f"{PLAIN} − {BLURRED}", "units per network"]
+    p = scores[f"{PLAIN} − {BLURRED}", "p (signed ranks)"].value
+    return "\n".join(
+        [
+            *lines,
+            f"{sums['units']} units in {len(pairs)} {PLAIN} networks, {sums['other_units']} in {len(pairs)} {BLURRED} "
+            f"ones; per pair {gap.value:.1f} fewer [{gap.low:.1f}, {gap.high:.1f}], p = {p:.2g} (signed ranks)",
+            f"rejected on inspection: {sums['rejected'] + sums['other_rejected']}; not looked at yet, and counted: "
+            f"{sums['unreviewed'] + sums['other_unreviewed']}",
+        ]
     )
-    looked = pairs.select(pl.sum_horizontal("rejected", "other_rejected").sum()).item()
-    unseen = pairs.select(pl.sum_horizontal("unreviewed", "other_unreviewed").sum()).item()
-    lines.append(f"rejected on inspection: {looked}; not looked at yet, and counted: {unseen}")
-    return "\n".join(lines)

@@ -1,1 +1,1 @@
-"""All labelers on a network that none was trained on."""
+"""Labelers compared on networks that the captioner was not trained on."""

@@ -23,8 +23,7 @@ def plot_baselines(rows: pl.DataFrame) -> Figure:
     """
     models = list(dict.fromkeys(rows["model"]))
     metrics = [name for name in METRICS if name in set(rows["metric"]) and name != "bleu-2"]
-    named = {**LABELERS, **{name: name for name in dict.fromkeys(rows["system"]) if name not in LABELERS}}
-    systems = [name for name in named if name in set(rows["system"])]
+    systems = [name for name in dict.fromkeys((*LABELERS, *rows["system"])) if name in set(rows["system"])]
     height = len(models) * (len(systems) + 1)
     figure = new_figure(3 * len(metrics) + 2, 0.22 * height + 1)
     panels = figure.subplots(1, len(metrics), sharey=True, squeeze=False)[0]
@@ -39,6 +38,7 @@ def plot_baselines(rows: pl.DataFrame) -> Figure:
             plot_score(axes, row, places[row["model"], row["system"]], colour, size=4)
         axes.set_title(PANELS.get(metric, metric), fontsize="medium")
         axes.grid(axis="x", alpha=0.3)
-    labels = [f"{named[system]}, {model}" if system == systems[0] else named[system] for model, system in places]
+    names = [LABELERS.get(system, system) for system in systems]
+    labels = [label for model in models for label in (f"{names[0]}, {model}", *names[1:])]
     panels[0].set_yticks(list(places.values()), labels, fontsize="small")
     return figure

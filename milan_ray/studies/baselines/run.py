@@ -1,4 +1,4 @@
-"""The paper's Table 2: labels from concept maps, p(d|E) and wPMI, on networks that the captioner never saw."""
+"""The paper's Table 2: labels from concept maps, p(d|E) and wPMI, on networks that are new to the captioner."""
 
 from __future__ import annotations
 
@@ -31,6 +31,7 @@ from milan_ray.studies.baselines.plot import plot_baselines
 from milan_ray.studies.baselines.statistics import LABELERS
 from milan_ray.studies.comparison.run import Comparison, find_comparison
 from milan_ray.studies.judges.run import HELD_OUT_SCENES
+from milan_ray.studies.tables import frame_of
 
 VERSION = "baselines-1"
 
@@ -38,16 +39,16 @@ NAME = "baselines"
 """Default name of the experiment."""
 
 LABELLING = tuple(table.name for table in (EXEMPLARS, ENCODINGS, CANDIDATES, DESCRIPTIONS))
-"""Tables that a comparison reads, labels or what they cost: once one is made again, the comparison is another."""
+"""Tables that a comparison reads, or whose cost it shows: if one is made again, the comparison changes."""
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """A network, and a captioner that never saw it.
+    """A network, and a captioner that was not trained on it.
 
     Attributes:
         model: The network.
-        search: How it is described, by which captioner.
+        search: The captioner, and how it describes the network.
         encoder: The captioner's encoder.
     """
 
@@ -58,16 +59,16 @@ class HeldOut:
 
 @dataclass(frozen=True)
 class BaselinesJob:
-    """What to label and to compare.
+    """Networks to label, and labelers to compare.
 
     Attributes:
-        networks: What to label, and with which captioner.
+        networks: The networks, each with its captioner.
         probe: The probe images, with concept maps.
-        exemplars: How to dissect.
-        labels: How to label from concept maps.
-        source: Whose annotations; None takes the one source there is.
+        exemplars: Settings of the dissection.
+        labels: Settings of labels from concept maps.
+        source: Source of the annotations; None uses the only source.
         bert_score: Folder of the language model of BERTScore; None leaves BERTScore out.
-        name: Name of the experiment, which its tables begin with.
+        name: Name of the experiment; names of its tables begin with it.
         scenes: Images by which the built-in world judges its own networks.
     """
 
@@ -105,27 +106,28 @@ class BaselinesJob:
         )
 
 
+@dataclass(frozen=True)
 class BaselinesTable(Stage):
     """The table of all networks.
 
-    Args:
+    Attributes:
         job: The experiment.
         comparisons: Model → its comparison, which is up to date.
     """
 
     table, name, title = SCORES, "baselines", "baselines"
 
-    def __init__(self, job: BaselinesJob, comparisons: Mapping[str, Comparison]) -> None:
-        self._job, self._comparisons = job, comparisons
+    job: BaselinesJob
+    comparisons: Mapping[str, Comparison]
 
     def outputs(self, known: Known) -> Iterator[Output]:
-        """The table, which follows from the tables of the comparisons."""
+        """The table, determined by the tables of the comparisons."""
         configs = {}
-        for model, comparison in self._comparisons.items():
+        for model, comparison in self.comparisons.items():
             experiments = sorted(set(comparison.stored(known.storage)["experiment"].to_pylist()))
             configs[model] = {name: known.config(SCORES, experiment=name) for name in experiments}
         fingerprint = Fingerprint.of({"version": VERSION, "comparisons": configs})
-        yield Output({"experiment": self._job.name}, fingerprint)
+        yield Output({"experiment": self.job.name}, fingerprint)
 
 
 def plan_baselines(storage: Storage, job: BaselinesJob) -> Plan:
@@ -147,21 +149,21 @@ def plan_baselines(storage: Storage, job: BaselinesJob) -> Plan:
 
 
 def run_baselines(storage: Storage, job: BaselinesJob, resources: Resources) -> pl.DataFrame:
-    """Labels networks by every method, and compares the labels with annotations; does only what is missing.
+    """Labels networks by every method, and compares the labels with annotations; makes only what is missing or stale.
 
-    Labelers that have labelled all layers of a network before, such as ``dnd`` or ``clip-dissect``, are compared too.
+    Other labelers that have labelled all layers of a network, such as ``dnd`` or ``clip-dissect``, are compared too.
 
     Args:
         storage: The run directory, which holds annotations of the networks.
-        job: What to label and to compare.
-        resources: What of the cluster to use; Ray must be connected.
+        job: The experiment.
+        resources: The part of the cluster to use; Ray must be connected.
 
     Returns:
         Columns model, system, metric, value, low, high, n, note
         (:func:`milan_ray.studies.baselines.statistics.collected`).
 
     Raises:
-        MilanError: A network could not be dissected or labelled, or nobody has annotated it.
+        MilanError: A network could not be dissected or labelled, or has no annotations.
     """
     for network in job.networks:
         _check_held_out(storage, network)
@@ -176,7 +178,7 @@ def run_baselines(storage: Storage, job: BaselinesJob, resources: Resources) -> 
     comparisons, tables = {}, {}
     for model, layers in done.models.items():
         comparisons[model] = job.comparison(storage, model, layers)
-        tables[model] = pl.DataFrame(pl.from_arrow(comparisons[model].run(storage)))
+        tables[model] = frame_of(comparisons[model].run(storage))
     rows = baselines.collected(tables)
     if "rouge-l-f" not in set(rows["metric"]):
         raise MilanError(
@@ -192,7 +194,7 @@ def run_baselines(storage: Storage, job: BaselinesJob, resources: Resources) -> 
 def _describing(
     storage: Storage, network: HeldOut, layers: Mapping[str, Sequence[str]]
 ) -> list[ShardedStage | TaskStage]:
-    """The stages that describe a network, if it is among dissected ones, which are given with their layers."""
+    """The stages that describe a network if it is among the dissected ones, which are given with their layers."""
     if network.model.name not in layers:
         return []
     own = {network.model.name: layers[network.model.name]}
@@ -202,18 +204,18 @@ def _describing(
 
 def labelers_of_all(storage: Storage, model: str, layers: Sequence[str]) -> list[str]:
     """The labelers that have labelled all of a model's layers: MILAN's first, then the paper's, then others."""
-    found: dict[str, set[str]] = {}
+    labelled: dict[str, set[str]] = {}
     for keys in storage.partitions(DESCRIPTIONS, model=model):
-        found.setdefault(keys["labeler"], set()).add(keys["layer"])
-    whole = [labeler for labeler, there in found.items() if there >= set(layers)]
-    for labeler in sorted(set(found) - set(whole)):
-        say(f"{labeler} has labelled {len(found[labeler])} of {len(layers)} layers of {model}: left out")
+        labelled.setdefault(keys["labeler"], set()).add(keys["layer"])
+    complete = [labeler for labeler, done in labelled.items() if done >= set(layers)]
+    for labeler in sorted(set(labelled) - set(complete)):
+        say(f"{labeler} has labelled {len(labelled[labeler])} of {len(layers)} layers of {model}: left out")
     order = [MILAN, LIKELIHOOD, *LABELERS]
-    return sorted(whole, key=lambda labeler: (order.index(labeler) if labeler in order else len(order), labeler))
+    return sorted(complete, key=lambda labeler: (order.index(labeler) if labeler in order else len(order), labeler))
 
 
 def _check_held_out(storage: Storage, network: HeldOut) -> None:
-    """Says where a captioner was trained on the network it is to be judged by."""
+    """Warns if a captioner was trained on the network that it describes."""
     model, decoder = network.model.name, network.search.decoder
     if re.search(rf"(?<![\w/-]){re.escape(model)}(?![\w/-])", about_captioner(storage, decoder)):
         say(

@@ -1,4 +1,4 @@
-"""MILAN and other labelers on networks that its captioner never saw (paper §4, Table 2)."""
+"""MILAN and other labelers on networks that are new to its captioner (paper §4, Table 2)."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from milan_ray.scoring.evaluation import ANNOTATORS, TRIVIAL, Row
 from milan_ray.studies.generalization.statistics import main_metric
 
 LABELERS = {CompExp.name: "CE", NetDissect.name: "ND", LIKELIHOOD: "p(d|E)", MILAN: "wPMI"}
-"""Labelers in the order of the paper's Table 2, with what it calls them."""
+"""Labelers in the order of the paper's Table 2, with their names there."""
 
 METRICS = ("bertscore-f", "rouge-l-f", "bleu-2", "auroc", "causal-drop", "planted-accuracy")
-"""Measures that are shown: with annotations, and where the built-in world judges, with what it knows."""
+"""Measures that are shown: agreement with annotations, and judgements by the built-in world."""
 
 
 def collected(comparisons: Mapping[str, pl.DataFrame]) -> pl.DataFrame:
@@ -43,14 +43,14 @@ def table_2(rows: pl.DataFrame, metric: str | None = None) -> pl.DataFrame:
 
     Args:
         rows: From :func:`collected`.
-        metric: Which measure; None takes BERTScore, or ROUGE-L where there is no model for it.
+        metric: The measure; None uses BERTScore, or ROUGE-L if there is no model for BERTScore.
     """
     rows = rows.filter(metric=metric or main_metric(rows))
     wide = rows.pivot(on="system", index=["model", "n"], values="value", maintain_order=True)
     first = [name for name in LABELERS if name in wide.columns]
     rest = [name for name in wide.columns if name not in ("model", "n", *first)]
     rest.sort(key=lambda name: (name == ANNOTATORS, name in TRIVIAL))
-    # Agreement among annotators counts fewer units where some have one annotation: a line of its own there.
+    # If some units have one annotation, agreement among annotators counts fewer units: a second row, merged here.
     lines = wide.group_by("model", maintain_order=True).agg(
         pl.col("n").max(), *(pl.col(name).drop_nulls().first() for name in (*first, *rest))
     )
@@ -69,16 +69,13 @@ def score_rows(rows: pl.DataFrame) -> list[Row]:
 
 
 def summary(rows: pl.DataFrame) -> str:
-    """The paper's Table 2 on the terminal, and the same of every other measure."""
+    """The paper's Table 2 as lines of text, for every measure."""
     lines = []
     for metric in METRICS:
         if metric in set(rows["metric"]):
             lines.append(f"  {metric}")
             for row in table_2(rows, metric).iter_rows(named=True):
-                values = (
-                    f"{name} {row[name]:.3f}"
-                    for name in row
-                    if name not in ("model", "units") and row[name] is not None
-                )
-                lines.append(f"    {row['model']} ({row['units']} units): {' · '.join(values)}")
+                model, units = row.pop("model"), row.pop("units")
+                values = (f"{name} {value:.3f}" for name, value in row.items() if value is not None)
+                lines.append(f"    {model} ({units} units): {' · '.join(values)}")
     return "\n".join(lines)

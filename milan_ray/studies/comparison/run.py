@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pyarrow as pa
 
@@ -17,19 +18,14 @@ from milan_ray.names import checked_name
 from milan_ray.progress import say
 from milan_ray.report.figures import figure_path, store_figure
 from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, SCORES, UNIT_SCORES
-from milan_ray.scoring.evaluation import Row, best_constant, evaluate_text, score_table
+from milan_ray.scoring.evaluation import Row, best_constant, evaluate_text, score_table, summary_lines
 from milan_ray.scoring.search import scan_descriptions
-from milan_ray.scoring.text import BertScore, minilm_directory, normalize
+from milan_ray.scoring.text import BertScore, minilm_directory
 from milan_ray.storage import Storage
 from milan_ray.studies.comparison.plot import plot_comparison
-from milan_ray.studies.comparison.statistics import (
-    Unit,
-    common_units,
-    cost_rows,
-    unit_score_rows,
-    with_trivial_labels,
-)
-from milan_ray.studies.judges.run import BY_KIND, HELD_OUT_SCENES, in_words, judge_labels, of_the_world
+from milan_ray.studies.comparison.statistics import common_units, cost_rows, unit_score_rows, with_trivial_labels
+from milan_ray.studies.judges.run import BY_KIND, HELD_OUT_SCENES, in_words, judge_labels, labels_of, of_the_world
+from milan_ray.studies.tables import Unit, frame_of, read_annotations, read_frame
 
 NAME = "comparison"
 """Default name of the comparison."""
@@ -42,18 +38,18 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class Comparison(Stage):
-    """Labelers, and the units to compare them on; :meth:`run` compares them.
+    """Labelers, and the units to compare them on.
 
     Attributes:
         name: Name that its tables begin with.
         units: The N units that all labelers have labelled.
         systems: Labeler → N labels, the main one first.
         annotations: Unit → its annotations.
-        costs: Rows of what labels cost.
+        costs: Rows of the cost of labels.
         scored: Partitions of unit scores of these layers and labelers.
         bert_score: Folder of the language model of BERTScore; None leaves BERTScore out.
         scenes: Images by which the built-in world judges.
-        config: Hash of all that decides the result.
+        config: Hash of everything that decides the result.
     """
 
     table = SCORES
@@ -75,11 +71,11 @@ class Comparison(Stage):
 
     @property
     def last(self) -> dict[str, str]:
-        """Partition of the table that is written last."""
+        """Partition of the table that is written last, which marks the comparison as complete."""
         return {"experiment": f"{self.name}: {COST}"}
 
     def outputs(self, known: Known) -> Iterator[Output]:
-        """All tables together, by the comparison's name."""
+        """All tables together, under the name of the comparison."""
         yield Output({"experiment": self.name}, Fingerprint(self.config, {}, self.config))
 
     def why(self, storage: Storage, output: Output) -> str | None:
@@ -91,26 +87,26 @@ class Comparison(Stage):
         return f"{', '.join(self.systems)} on {len(self.units)} units: {reason}"
 
     def is_current(self, storage: Storage) -> bool:
-        """Whether all tables and the figure are there, made of the same things."""
+        """Whether all tables and the figure exist and were made from the same inputs."""
         current = storage.is_current(SCORES, self.config, **self.last)
         return current and storage.exists(figure_path(storage, SCORES, **self.last))
 
     def stored(self, storage: Storage) -> pa.Table:
-        """The rows of all its tables; they must be up to date."""
+        """The rows of all its tables, which must be up to date."""
         partitions = [keys for keys in storage.partitions(SCORES) if keys["experiment"].startswith(f"{self.name}: ")]
         partitions = [keys for keys in partitions if storage.is_current(SCORES, self.config, **keys)]
         return pa.concat_tables(storage.read(SCORES, **keys).replace_schema_metadata() for keys in partitions)
 
     def run(self, storage: Storage) -> pa.Table:
-        """Compares what labelers say of the same units; Ray must be connected where these are the built-in world's.
+        """Compares the labels of the same units. Ray must be connected if networks of the world are among them.
 
-        Agreement counts the units that are annotated; the world judges those of its networks.
+        Agreement is measured on the annotated units. The world judges the units of its networks.
 
         Args:
             storage: The run directory.
 
         Returns:
-            Rows of schema SCORES, which now also are in the run directory.
+            The written rows of schema SCORES.
         """
         name, config = self.name, self.config
         if self.is_current(storage):
@@ -128,9 +124,9 @@ class Comparison(Stage):
         for table in tables[:-1]:
             storage.write(SCORES, table, config, experiment=table["experiment"][0].as_py())
         rows = pa.concat_tables(tables)
-        figure = plot_comparison(pl.DataFrame(pl.from_arrow(rows)), f"{name}: {BY_KIND}")
+        figure = plot_comparison(frame_of(rows), f"{name}: {BY_KIND}")
         store_figure(storage, SCORES, figure, **self.last)
-        storage.write(SCORES, tables[-1], config, **self.last)  # last: it says that all is done
+        storage.write(SCORES, tables[-1], config, **self.last)  # last: marks the comparison as complete
         return rows
 
 
@@ -144,13 +140,13 @@ def find_comparison(
     name: str = NAME,
     scenes: references.ProbeRef = HELD_OUT_SCENES,
 ) -> Comparison:
-    """Finds the units that all labelers have labelled, and all that is to be compared on them.
+    """Finds the units that all labelers have labelled, and everything that is compared on them.
 
     Args:
         storage: The run directory.
-        models: Names or patterns; None for all.
-        labelers: The same, of labelers, the main one first; None for all, MILAN first.
-        source: Whose annotations; None takes the one source there is.
+        models: Names or patterns of models; None for all.
+        labelers: Names or patterns of labelers, the main one first; None for all, MILAN first.
+        source: Source of the annotations; None uses the only source.
         bert_score: Folder of the language model of BERTScore; None leaves BERTScore out.
         name: Name of the comparison, which its tables begin with.
         scenes: Images by which the built-in world judges.
@@ -159,11 +155,9 @@ def find_comparison(
         MilanError: There are no descriptions, no unit that all labelers have labelled, or several sources.
     """
     checked_name("a comparison", name, slashes=True)
-    frame = scan_descriptions(storage, models, None, labelers).select(
-        "labeler", "model", "layer", "unit", "description"
-    )
-    descriptions = _in_order(frame.collect(), labelers)
-    units, systems = common_units(descriptions)
+    columns = ("labeler", "model", "layer", "unit", "description")
+    descriptions = scan_descriptions(storage, models, None, labelers).select(columns).collect()
+    units, systems = common_units(_in_order(descriptions, labelers))
     layers = sorted({(model, layer) for model, layer, _ in units})
     annotations = _annotations(storage, source, layers)
     costs = cost_rows(storage, list(systems), layers)
@@ -192,83 +186,71 @@ def find_comparison(
 
 def _agreement(comparison: Comparison) -> list[pa.Table]:
     """Agreement with the annotations, if there are any."""
-    annotated = [place for place, unit in enumerate(comparison.units) if unit in comparison.annotations]
-    if not annotated:
+    annotated = np.array([unit in comparison.annotations for unit in comparison.units])
+    if not annotated.any():
         say("nobody has annotated these units: no agreement is measured")
         return []
-    labels = {labeler: [texts[place] for place in annotated] for labeler, texts in comparison.systems.items()}
-    references = [comparison.annotations[comparison.units[place]] for place in annotated]
-    # Chosen on the very units that it is measured on, the constant is as hard to beat as a constant can be.
-    systems = with_trivial_labels(labels, best_constant(references))
+    references = [comparison.annotations[unit] for unit in comparison.units if unit in comparison.annotations]
+    # The constant is chosen on the units that it is measured on, so it is the strongest possible constant.
+    systems = with_trivial_labels(labels_of(comparison.systems, annotated), best_constant(references))
     bert = BertScore(comparison.bert_score) if comparison.bert_score else None
     return [evaluate_text(f"{comparison.name}: {AGREEMENT}", systems, references, bert)]
 
 
 def _judged(storage: Storage, comparison: Comparison) -> list[pa.Table]:
-    """The world's judgement of the units of its own networks, if there are any."""
+    """The world's judgement of the units of its networks, if there are any."""
     in_world = {model: of_the_world(storage, model) for model in comparison.models}
-    judged = [place for place, (model, _, _) in enumerate(comparison.units) if in_world[model]]
-    if not judged:
+    judged = np.array([in_world[model] for model, _, _ in comparison.units])
+    if not judged.any():
         return []
-    labels = {
-        labeler: [in_words(labeler, texts[place]) for place in judged] for labeler, texts in comparison.systems.items()
-    }
+    labels = labels_of(comparison.systems, judged)
+    words = {labeler: [in_words(labeler, text) for text in texts] for labeler, texts in labels.items()}
     constant = best_constant(list(comparison.annotations.values())) if comparison.annotations else None
-    units = [comparison.units[place] for place in judged]
-    return judge_labels(storage, comparison.name, units, with_trivial_labels(labels, constant), comparison.scenes)
+    units = [unit for unit in comparison.units if in_world[unit[0]]]
+    return judge_labels(storage, comparison.name, units, with_trivial_labels(words, constant), comparison.scenes)
 
 
 def _unit_scores(storage: Storage, comparison: Comparison) -> list[pa.Table]:
     """A table for each model that scored the labels of single units."""
     tables = []
     for predictor in sorted({keys["predictor"] for keys in comparison.scored}):
-        mine = [storage.read(UNIT_SCORES, **keys) for keys in comparison.scored if keys["predictor"] == predictor]
-        scores = pl.DataFrame(pl.from_arrow(pa.concat_tables(table.replace_schema_metadata() for table in mine)))
+        partitions = (keys for keys in comparison.scored if keys["predictor"] == predictor)
+        scores = pl.concat(read_frame(storage, UNIT_SCORES, **keys) for keys in partitions)
         if rows := unit_score_rows(scores, comparison.units, comparison.systems):
             tables.append(score_table(f"{comparison.name}: scores by {predictor}", rows))
     return tables
 
 
 def _language_model(folder: str | Path | None) -> bool | str:
-    """Identifies the language model of BERTScore: whether there is the usual one, or the name of another."""
+    """Identifies the language model of BERTScore: True for the default model, False for none, else its name."""
     if folder is None or str(folder) == str(minilm_directory()):
         return folder is not None
     return Path(folder).name
 
 
 def _in_order(descriptions: pl.DataFrame, labelers: Sequence[str] | None) -> pl.DataFrame:
-    """MILAN's first, or as they were asked for: the first is what the trivial rows are compared with."""
-    known = list(labelers or ("milan",))
-    place = pl.col("labeler").replace_strict(known, range(len(known)), default=len(known), return_dtype=pl.Int64)
+    """Sorts labelers as requested, or MILAN first; trivial baselines are compared with the first."""
+    first = list(labelers or ("milan",))
+    place = pl.col("labeler").replace_strict(first, range(len(first)), default=len(first), return_dtype=pl.Int64)
     return descriptions.sort(place, "labeler", maintain_order=True)
 
 
 def _annotations(storage: Storage, source: str | None, layers: Sequence[tuple[str, str]]) -> dict[Unit, list[str]]:
-    """Unit → its annotations, those with words."""
-    known = sorted({keys["source"] for keys in storage.partitions(ANNOTATIONS)})
-    if source is not None and source not in known:
-        raise unknown_name("source of annotations", source, known)
-    if source is None and len(known) > 1:
-        raise MilanError(f"there are annotations of {', '.join(known)}: say which count with --annotations.")
-    texts: dict[Unit, list[str]] = {}
-    for keys in storage.partitions(ANNOTATIONS, source=source or known[0]) if known else []:
-        if (keys["model"], keys["layer"]) in layers:
-            for row in storage.read(ANNOTATIONS, ["unit", "text"], **keys).to_pylist():
-                if normalize(row["text"]):
-                    texts.setdefault((keys["model"], keys["layer"], row["unit"]), []).append(row["text"])
-    return texts
+    """Unit → its annotations, except those without words."""
+    sources = sorted({keys["source"] for keys in storage.partitions(ANNOTATIONS)})
+    if source is not None and source not in sources:
+        raise unknown_name("source of annotations", source, sources)
+    if source is None and len(sources) > 1:
+        raise MilanError(f"there are annotations of {', '.join(sources)}: say which count with --annotations.")
+    if not sources:
+        return {}
+    source = source or sources[0]
+    annotated = {(keys["model"], keys["layer"]) for keys in storage.partitions(ANNOTATIONS, source=source)}
+    return read_annotations(storage, source, (layer for layer in layers if layer in annotated))
 
 
 def summary(scores: pa.Table) -> str:
     """The comparison on one screen: a line per measure, each labeler alongside trivial baselines."""
-    frame = pl.DataFrame(pl.from_arrow(scores)).filter(~pl.col("system").str.contains(" − |, shuffled$"))
-    skip = {"bleu", "rouge-1-f", "rouge-2-f", "auroc-all-present", "causal-share"}
-    lines = []
-    for experiment in dict.fromkeys(frame["experiment"]):
-        rows = frame.filter(pl.col("experiment") == experiment)
-        for metric in dict.fromkeys(rows["metric"]):
-            if metric not in skip:
-                found = rows.filter(pl.col("metric") == metric).iter_rows(named=True)
-                shown = (f"{row['system']} {row['value']:.3g}" if row["n"] else str(row["note"]) for row in found)
-                lines.append(f"  {experiment}, {metric}: " + " · ".join(shown))
-    return "\n".join(lines)
+    frame = frame_of(scores).filter(~pl.col("system").str.contains(" − |, shuffled$"))
+    hidden = ("bleu", "rouge-1-f", "rouge-2-f", "auroc-all-present", "causal-share")
+    return summary_lines(frame.filter(~pl.col("metric").is_in(hidden)))

@@ -14,19 +14,10 @@ from milan_ray.damaged import LeftOut
 from milan_ray.errors import MilanError
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, RUNS, TABLES, Table
 from milan_ray.schema.operations import SHARES
-from milan_ray.scoring.bootstrap import Interval, ratio, resampling_counts
-from milan_ray.scoring.evaluation import (
-    CONSTANT,
-    SHUFFLED,
-    Row,
-    shuffled,
-    system_rows,
-    unit_values,
-)
+from milan_ray.scoring.bootstrap import Interval, resampling_counts
+from milan_ray.scoring.evaluation import CONSTANT, SHUFFLED, Row, mean_rows, shuffled, with_trivial_rows
 from milan_ray.storage import ALL_UNITS_KEY, CONFIG_KEY, Storage, parts_of
-
-Unit = tuple[str, str, int]
-"""(model, layer, unit)."""
+from milan_ray.studies.tables import Unit
 
 SECONDS, PER_HOUR = "seconds per unit", "units per hour"
 
@@ -34,7 +25,7 @@ EVERYBODY = "exemplars (for all labelers)"
 
 
 def common_units(descriptions: pl.DataFrame) -> tuple[list[Unit], dict[str, list[str]]]:
-    """The units that every labeler has labelled, and what each says of them.
+    """The units that every labeler has labelled, and their labels.
 
     Args:
         descriptions: Columns labeler, model, layer, unit, description.
@@ -43,37 +34,34 @@ def common_units(descriptions: pl.DataFrame) -> tuple[list[Unit], dict[str, list
         N units, by model, layer and number; labeler → N descriptions, labelers in the order they first occur.
 
     Raises:
-        MilanError: There is no unit that all have labelled.
+        MilanError: No unit is labelled by all of them.
     """
     labelers = list(dict.fromkeys(descriptions["labeler"]))
     key = ["model", "layer", "unit"]
     table = descriptions.pivot(on="labeler", index=key, values="description").drop_nulls(labelers).sort(key)
     if table.is_empty():
-        said = descriptions.group_by("labeler", maintain_order=True).agg(pl.col("model").unique().sort())
-        each = "; ".join(f"{row['labeler']}: {', '.join(row['model'])}" for row in said.iter_rows(named=True))
+        models = descriptions.group_by("labeler", maintain_order=True).agg(pl.col("model").unique().sort())
+        each = "; ".join(f"{labeler}: {', '.join(names)}" for labeler, names in models.iter_rows())
         raise MilanError(f"no unit is labelled by all of these ({each}); choose --labeler or --model, or label more.")
     return list(table.select(key).iter_rows()), {labeler: table[labeler].to_list() for labeler in labelers}
 
 
 def with_trivial_labels(systems: Mapping[str, Sequence[str]], constant: str | None) -> dict[str, list[str]]:
-    """The labelers, then trivial baselines: one label for all units, and each labeler's own dealt to other units.
+    """Adds trivial baselines to labelers: one label for all units, and each labeler's labels given to other units.
 
     Args:
         systems: Labeler → labels of the same units, the main one first.
-        constant: The label for all; None takes the main labeler's commonest, the first in the alphabet among equals.
+        constant: The label for all units; None uses the main labeler's most common one (ties: alphabetically first).
     """
-    main = next(iter(systems.values()))
     if constant is None:
-        constant = min(Counter(main).items(), key=lambda pair: (-pair[1], pair[0]))[0]
-    found = {labeler: list(labels) for labeler, labels in systems.items()}
-    found[CONSTANT] = [constant] * len(main)
-    for labeler, labels in systems.items():
-        found[_shuffled(labeler, systems)] = shuffled(labels)
-    return found
+        main = Counter(next(iter(systems.values())))
+        constant = min(main, key=lambda label: (-main[label], label))
+    others = {_shuffled(labeler, systems): shuffled(labels) for labeler, labels in systems.items()}
+    return with_trivial_rows(systems, constant) | others
 
 
 def _shuffled(labeler: str, systems: Iterable[str]) -> str:
-    """The name of a labeler's own labels dealt to other units."""
+    """Name of the baseline that gives a labeler's labels to other units."""
     return SHUFFLED if labeler == next(iter(systems)) else f"{labeler}, {SHUFFLED}"
 
 
@@ -81,53 +69,44 @@ def unit_score_rows(
     scores: pl.DataFrame,
     units: Sequence[Unit],
     systems: Mapping[str, Sequence[str]],
-    *,
-    samples: int = 1000,
-    seed: int = 0,
 ) -> list[Row]:
     """Means of the scores by ``jobs.score``, over the units that it scored for all labelers.
 
     Args:
         scores: Columns of :data:`~milan_ray.schema.UNIT_SCORES`, of one predictor.
         units: N units.
-        systems: Labeler → N labels; scores of other labels than these do not count.
-        samples: Bootstrap resamples.
-        seed: Seed of the bootstrap.
+        systems: Labeler → N labels; scores of other labels are ignored.
 
     Returns:
-        Rows of every measure that was taken of two labelers or more: the labelers, the main one's constant row, and
-        each one's shuffled row.
+        Rows of every measure that exists for at least two labelers: the labelers, the constant baseline of the main
+        labeler, and the shuffled baseline of each labeler.
     """
     key = ["model", "layer", "unit"]
-    asked = pl.DataFrame(
-        list(units), schema=dict(zip(key, (pl.String, pl.String, pl.Int32), strict=True)), orient="row"
+    main, own = next(iter(systems)), pl.col("system") == "own"
+    requested = pl.DataFrame(units, {"model": pl.String, "layer": pl.String, "unit": pl.Int32}, orient="row")
+    labels = pl.concat(
+        requested.with_columns(pl.lit(labeler).alias("labeler"), pl.Series("description", texts, pl.String))
+        for labeler, texts in systems.items()
     )
-    said = pl.concat(
-        asked.with_columns(pl.lit(labeler).alias("labeler"), pl.Series("description", list(labels), pl.String))
-        for labeler, labels in systems.items()
-    )
-    current = scores.filter(pl.col("system") == "own").join(said, on=[*key, "labeler", "description"], how="semi")
-    scores = scores.join(current.select(*key, "labeler", "metric").unique(), on=[*key, "labeler", "metric"], how="semi")
-    main = next(iter(systems))
-    name = pl.col("labeler").replace_strict({one: _shuffled(one, systems) for one in systems})
+    current = scores.filter(own).join(labels, on=[*key, "labeler", "description"], how="semi")
+    scores = scores.join(current, on=[*key, "labeler", "metric"], how="semi")
     scores = scores.filter(pl.col("system").is_in(["own", SHUFFLED]) | (pl.col("labeler") == main)).with_columns(
-        pl.when(pl.col("system") == "own")
+        pl.when(own)
         .then("labeler")
         .when(pl.col("system") == SHUFFLED)
-        .then(name)
+        .then(pl.col("labeler").replace_strict({labeler: _shuffled(labeler, systems) for labeler in systems}))
         .otherwise(pl.lit(CONSTANT))
         .alias("name")
     )
+    order = [*systems, CONSTANT, *(_shuffled(labeler, systems) for labeler in systems)]
     rows: list[Row] = []
     for metric in dict.fromkeys(scores["metric"]):
         table = scores.filter(pl.col("metric") == metric, pl.col("value").is_finite())
         table = table.pivot(on="name", index=key, values="value").drop_nulls()
-        order = [*systems, CONSTANT, *(_shuffled(labeler, systems) for labeler in systems)]
-        present = [one for one in order if one in table.columns]
-        if len(table) and len([one for one in present if one in systems]) > 1:
-            statistics = {one: unit_values(table[one].to_numpy()) for one in present}
-            counts = resampling_counts(len(table), samples, seed)
-            rows += system_rows(metric, "mean over units that all could be scored on", statistics, ratio, counts)
+        values = {name: table[name].to_numpy() for name in order if name in table.columns}
+        if len(table) and len(values.keys() & systems.keys()) > 1:
+            note = "mean over units that all could be scored on"
+            rows += mean_rows(metric, note, values, resampling_counts(len(table)))
     return rows
 
 
@@ -135,57 +114,56 @@ def unit_score_rows(
 
 
 def cost_rows(storage: Storage, labelers: Sequence[str], layers: Iterable[tuple[str, str]]) -> list[Row]:
-    """Cost of labels by the run log: every stage that they follow from, except exemplars, which all labelers need.
+    """Cost of labels by the run log: every stage that they depend on, except exemplars, which all labelers need.
 
-    Seconds are those of one worker at a time, as if nothing had run side by side. What was done for several layers at
-    once, as a pass over images, counts by the share of these layers; what was done for all of them, once.
+    Seconds are those of one worker at a time, as if nothing had run in parallel. Work for several layers at once, such
+    as a pass over images, counts by the share of these layers.
 
     Args:
         storage: The run directory.
-        labelers: Whose labels.
+        labelers: The labelers.
         layers: (model, layer) pairs that all of them have labelled.
 
     Returns:
-        Rows of :data:`SECONDS` and :data:`PER_HOUR`; a labeler whose runs are not recorded, or by a version whose
-        seconds do not add up (:data:`~milan_ray.schema.operations.SHARES`), has none. What a killed job had done before
-        it was started again is in no record.
+        Rows of :data:`SECONDS` and :data:`PER_HOUR`. A labeler has none if its runs are not recorded, or were recorded
+        by a version whose seconds do not add up (:data:`~milan_ray.schema.operations.SHARES`). The work of killed jobs
+        is not recorded.
     """
-    pairs = list(dict.fromkeys(layers))
     runs = _runs(storage)
-    found: dict[str, dict[tuple[str, str, str], float]] = defaultdict(dict)
+    seconds: dict[str, dict[tuple[str, str, str], float]] = defaultdict(dict)
     units: Counter[str] = Counter()
     missing: set[str] = set()
-    for model, layer in pairs:
+    for model, layer in dict.fromkeys(layers):
         made = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
-        ran = ("exemplars", made.get(CONFIG_KEY, ""))
-        if ran in runs:
-            found[EVERYBODY] |= _spent(runs, ran, model)
+        run = ("exemplars", made.get(CONFIG_KEY, ""))
+        if run in runs:
+            seconds[EVERYBODY] |= _seconds(runs, run, model)
             units[EVERYBODY] += storage.count(DESCRIPTIONS, labeler=labelers[0], model=model, layer=layer)
         for labeler in labelers:
             keys = {"labeler": labeler, "model": model, "layer": layer}
-            behind = [run for run in sorted(lineage(storage, DESCRIPTIONS, keys)) if run in runs]
-            if not behind:
+            recorded = [run for run in sorted(lineage(storage, DESCRIPTIONS, keys)) if run in runs]
+            if not recorded:
                 missing.add(labeler)
             units[labeler] += storage.count(DESCRIPTIONS, **keys)
-            # By its run, so that what serves several layers, as the embeddings of a probe, counts once.
-            for run in behind:
-                found[labeler] |= _spent(runs, run, model)
+            # Keyed by run, so that a run for several layers, such as the embedding of a probe, counts once.
+            for run in recorded:
+                seconds[labeler] |= _seconds(runs, run, model)
     rows: list[Row] = []
     for labeler in (*labelers, EVERYBODY):
-        if labeler in missing or not found[labeler] or not units[labeler]:
+        if labeler in missing or not seconds[labeler] or not units[labeler]:
             continue
-        seconds = math.fsum(found[labeler].values()) / units[labeler]
-        if not seconds > 0:  # NaN: of an earlier version
+        per_unit = math.fsum(seconds[labeler].values()) / units[labeler]
+        if not per_unit > 0:  # NaN: recorded by an earlier version
             continue
-        stages = ", ".join(dict.fromkeys(stage for stage, _, _ in found[labeler]))
-        for metric, value in ((SECONDS, seconds), (PER_HOUR, 3600 / seconds)):
+        stages = ", ".join(dict.fromkeys(stage for stage, _, _ in seconds[labeler]))
+        for metric, value in ((SECONDS, per_unit), (PER_HOUR, 3600 / per_unit)):
             rows.append((labeler, metric, Interval(value, math.nan, math.nan), units[labeler], stages))
     return rows
 
 
 def _runs(storage: Storage) -> dict[tuple[str, str], dict[str, float]]:
-    """(stage, run) → model → its seconds; NaN where these do not add up, in records of earlier versions."""
-    found: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
+    """(stage, run) → model → its seconds; NaN in records of earlier versions, whose seconds do not add up."""
+    runs: dict[tuple[str, str], dict[str, float]] = defaultdict(dict)
     left_out, columns = LeftOut("costs"), ["stage", "run", "model", "seconds"]
     for keys in storage.partitions(RUNS):
         table = left_out.unless_damaged(partial(storage.read, RUNS, columns, **keys), None)
@@ -193,30 +171,30 @@ def _runs(storage: Storage) -> dict[tuple[str, str], dict[str, float]]:
             continue
         adds_up = SHARES.items() <= (storage.metadata(RUNS, **keys) or {}).items()
         for row in table.to_pylist():
-            found[row["stage"], row["run"]][row["model"]] = row["seconds"] if adds_up else math.nan
-    return found
+            runs[row["stage"], row["run"]][row["model"]] = row["seconds"] if adds_up else math.nan
+    return runs
 
 
-def _spent(
+def _seconds(
     runs: Mapping[tuple[str, str], Mapping[str, float]], run: tuple[str, str], model: str
 ) -> dict[tuple[str, str, str], float]:
-    """A run, by the model that it was of, and its seconds; a network that goes by two names has it twice."""
-    of = model if model in runs[run] else next(iter(runs[run]))
-    return {(*run, of): runs[run][of]}
+    """(stage, run, model) → seconds of a run; a network with two names has its run under one of them."""
+    recorded = model if model in runs[run] else next(iter(runs[run]))
+    return {(*run, recorded): runs[run][recorded]}
 
 
-def lineage(storage: Storage, noun: Table, keys: Mapping[str, str]) -> set[tuple[str, str]]:
-    """(stage, run) of a partition and of all that it was made from, exemplars left out."""
-    meta = storage.metadata(noun, **keys) or {}
-    found = {(keys.get("labeler", noun.name), meta.get(CONFIG_KEY, ""))}
+def lineage(storage: Storage, table: Table, keys: Mapping[str, str]) -> set[tuple[str, str]]:
+    """(stage, run) of a partition and of everything that it was made from, except exemplars."""
+    meta = storage.metadata(table, **keys) or {}
+    runs = {(keys.get("labeler", table.name), meta.get(CONFIG_KEY, ""))}
     parts = parts_of(meta)
-    for above in TABLES:
-        if above is EXEMPLARS or above.name not in parts:
+    for source in TABLES:
+        if source is EXEMPLARS or source.name not in parts:
             continue
-        same = {key: keys[key] for key in ("model", "layer") if key in above.partition}
-        for other in storage.partitions(above, **same):
-            made = LeftOut("costs").unless_damaged(partial(storage.metadata, above, **other), None) or {}
-            whole = made.get(ALL_UNITS_KEY, made.get(CONFIG_KEY, ""))
-            if Fingerprint.of({above.name: whole}).inputs[above.name] == parts[above.name]:
-                found |= lineage(storage, above, other)
-    return found
+        where = {key: keys[key] for key in ("model", "layer") if key in source.partition}
+        for other in storage.partitions(source, **where):
+            made = LeftOut("costs").unless_damaged(partial(storage.metadata, source, **other), None) or {}
+            all_units = made.get(ALL_UNITS_KEY, made.get(CONFIG_KEY, ""))
+            if Fingerprint.of({source.name: all_units}).inputs[source.name] == parts[source.name]:
+                runs |= lineage(storage, source, other)
+    return runs

@@ -1,1 +1,1 @@
-"""Objects pasted into images by what units say."""
+"""Cut-and-paste adversarial images for units that are chosen by their descriptions."""

@@ -39,8 +39,7 @@ def plot_examples(model: str, examples: Sequence[Example]) -> Figure:
         for place, image, title in zip(axes, example.images, example.titles, strict=True):
             place.imshow(image)
             place.set_title(title, fontsize="small")
-            place.set_xticks([])
-            place.set_yticks([])
+            place.set(xticks=[], yticks=[])
         axes[1].contour(example.cut, [0.5], colors="red", linewidths=0.8)
         axes[0].set_ylabel(example.unit, fontsize="x-small", rotation=0, ha="right", va="center")
     figure.suptitle(f"{model}: what a unit fires at, pasted where it does not belong", fontsize="small")

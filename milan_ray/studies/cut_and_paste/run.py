@@ -1,10 +1,11 @@
-"""Cut-and-paste adversarial images: descriptions ─► units ─► what they fire at, pasted elsewhere ─► wrong answers."""
+"""Cut-and-paste adversarial images: descriptions ─► units ─► cuts of their exemplars, pasted elsewhere ─► answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import polars as pl
@@ -14,12 +15,9 @@ from spacy.language import Language
 from torch import nn
 
 from milan_ray.config import Arithmetic, Fingerprint, Resources
-from milan_ray.device import resolve_device
 from milan_ray.engine import references
-from milan_ray.engine.cluster import gpus_each
 from milan_ray.engine.model_cache import loaded_model
 from milan_ray.engine.stage import Known, Output, Stage
-from milan_ray.engine.tasks import run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import Forward, pass_size
 from milan_ray.models.heads import find_head, strongest_classes
@@ -27,7 +25,7 @@ from milan_ray.models.registry import OUTPUTS, ModelSpec
 from milan_ray.models.weights import weights_digest
 from milan_ray.probe.base import ImageRef
 from milan_ray.probe.manifest import digest, image_refs
-from milan_ray.progress import Progress, say
+from milan_ray.progress import say
 from milan_ray.report.figures import store_figure
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, PASTED
 from milan_ray.stages.arithmetic import arithmetic_of
@@ -35,21 +33,11 @@ from milan_ray.stages.exemplars import store_manifest
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation.run import class_numbers
 from milan_ray.studies.analysis import statistics as analysis
-from milan_ray.studies.analysis.run import described_model, read_descriptions
+from milan_ray.studies.cut_and_paste import statistics as pasting
 from milan_ray.studies.cut_and_paste.plot import Example, plot_examples
-from milan_ray.studies.cut_and_paste.statistics import (
-    CRITERION,
-    DIFFERENT,
-    LARGEST,
-    TARGETS,
-    best_examples,
-    choose_units,
-    describe_rates,
-    grown,
-    paste,
-    rates,
-)
 from milan_ray.studies.exemplar_images import exemplar_views, model_views, unit_exemplars, unit_masks
+from milan_ray.studies.tables import described_model, frame_of, read_descriptions, read_frame, table_of
+from milan_ray.studies.tasks import run_tasks, worker_device
 
 KERNEL_VERSION = "cut-and-paste-1"
 
@@ -65,13 +53,13 @@ class CutAndPasteConfig:
     """How adversarial images are made.
 
     Attributes:
-        labeler: Whose descriptions.
-        units: Units with the highest word difference, and as many others.
+        labeler: Labeler whose descriptions are read.
+        units: Number of units with the highest word difference, and of other units.
         originals: Images that are pasted on, per unit.
-        distractors: Exemplars that are cut from, per unit, at most.
-        pool: Images, of those given, among which originals are chosen.
-        targets: Classes per unit that it may mislead to.
-        seed: Of the choice of images and of the other units.
+        distractors: Maximum number of exemplars that are cut from, per unit.
+        pool: Number of the given images among which originals are chosen.
+        targets: Number of classes per unit that its cuts may mislead to.
+        seed: Seed of the choice of images and of the other units.
     """
 
     labeler: str = "milan"
@@ -79,25 +67,26 @@ class CutAndPasteConfig:
     originals: int = 8
     distractors: int = 8
     pool: int = 2000
-    targets: int = TARGETS
+    targets: int = pasting.TARGETS
     seed: int = 0
 
 
 @dataclass(frozen=True)
 class _Scan:
+    """Images to look for originals among."""
+
     model: references.ModelRef
     layer: str
     units: tuple[int, ...]
     probe: references.ProbeRef
-    refs: tuple[ImageRef, ...]
-    threads: int
-    device: str
     arithmetic: Arithmetic
+    resources: Resources
+    refs: tuple[ImageRef, ...]
 
 
 @dataclass(frozen=True)
 class _Unit:
-    """A unit with its material: originals and controls of the probe given, exemplars by image id, their masks."""
+    """A unit with its classes, originals (with labels) and controls of the given probe, and exemplars with masks."""
 
     unit: int
     targets: tuple[int, ...]
@@ -110,23 +99,19 @@ class _Unit:
 
 @dataclass(frozen=True)
 class _Paste:
+    """Units to make images for."""
+
     storage: Storage
     model: references.ModelRef
     layer: str
     probe: references.ProbeRef
+    classes: tuple[str, ...]
+    resources: Resources
     units: tuple[_Unit, ...]
-    threads: int
-    device: str
 
-
-@dataclass(frozen=True)
-class _Guesses:
-    """Numbers of classes: of distractors and controls alone (n,), and of the originals with their cuts (m, n)."""
-
-    distractors: np.ndarray
-    controls: np.ndarray
-    pasted: np.ndarray
-    control_pasted: np.ndarray
+    def name(self, number: int) -> str:
+        """Name of a class."""
+        return self.classes[number] if number < len(self.classes) else f"class {number}"
 
 
 @dataclass(frozen=True)
@@ -134,6 +119,8 @@ class _LastLayer:
     """The layer that a classifier's last linear map reads.
 
     Attributes:
+        storage: The run directory, which describes it.
+        probe: Images with classes, to paste on.
         model: The classifier, with its described layers.
         spec: Its specification.
         network: Its network.
@@ -141,6 +128,8 @@ class _LastLayer:
         weight: Weights of the map, float32 (classes, units).
     """
 
+    storage: Storage
+    probe: references.ProbeRef
     model: references.ModelRef
     spec: ModelSpec
     network: nn.Module
@@ -155,16 +144,16 @@ class _LastLayer:
 
 @dataclass(frozen=True)
 class CutAndPaste(Stage):
-    """Adversarial images and a classifier's answers to them; :meth:`run` makes them.
+    """Adversarial images and a classifier's answers to them.
 
-    Units are of the layer whose units the classifier's last layer reads: there, weights say which unit supports which
-    class.
+    The units belong to the layer before the classifier's last layer, because the last layer's weights tell which unit
+    supports which class.
 
     Attributes:
         model: The classifier.
         probe: Images with classes, to paste on.
         language: Name of the spaCy pipeline that reads descriptions.
-        config: How to make them.
+        config: Settings.
         name: Name of the experiment in the tables.
     """
 
@@ -177,7 +166,7 @@ class CutAndPaste(Stage):
     name: str = "cut-and-paste"
 
     def outputs(self, known: Known) -> Iterator[Output]:
-        """The answers, which follow from descriptions, exemplars, weights and images.
+        """The answers, determined by descriptions, exemplars, weights and images.
 
         Raises:
             MilanError: The model does not end in a linear map over a described layer, or that has no exemplars.
@@ -208,15 +197,15 @@ class CutAndPaste(Stage):
         network = spec.load()
         weight = _head_weight(spec, network, self.probe)
         layer = _described_layer(storage, spec, layers, weight.shape[1], self.config.labeler)
-        return _LastLayer(replace(self.model, layers=layers), spec, network, layer, weight)
+        return _LastLayer(storage, self.probe, replace(self.model, layers=layers), spec, network, layer, weight)
 
     def run(self, storage: Storage, nlp: Language, resources: Resources) -> pl.DataFrame:
-        """Pastes what units fire at on images that they are silent on, and stores the classifier's answers.
+        """Pastes what units respond to into images that they are silent on, and stores the classifier's answers.
 
         Args:
             storage: The run directory, which holds exemplars and descriptions of the layer.
             nlp: The spaCy pipeline that reads descriptions; it must have word vectors.
-            resources: What of the cluster to use; Ray must be connected.
+            resources: The part of the cluster to use; Ray must be connected.
 
         Returns:
             Rows of schema PASTED.
@@ -229,58 +218,57 @@ class CutAndPaste(Stage):
         (output,) = self.outputs(Known(storage))
         if self.why(storage, output) is None:
             say(f"{self.name} of {output.model}: up to date")
-            return pl.DataFrame(pl.from_arrow(storage.read(PASTED, **output.keys)))
+            return read_frame(storage, PASTED, **output.keys)
         say(f"{self.name}: sentences are read by {self.language}")
         last = self.last_layer(storage)
         texts = read_descriptions(storage, last.spec.name, (last.layer,), self.config.labeler)
         scores = analysis.unit_scores(texts, nlp, ())
-        if CRITERION not in scores.columns:
+        if pasting.CRITERION not in scores.columns:
             raise MilanError(
                 f"{self.language} has no word vectors, which say how different words are: choose --language."
             )
-        chosen = choose_units(scores, self.config.units, self.config.seed)
+        chosen = pasting.choose_units(scores, self.config.units, self.config.seed)
         classes, labels = class_numbers(manifest["class_label"].to_pylist(), last.spec)
-        material = _material(storage, self, last, chosen["unit"].to_list(), manifest, labels, resources)
-        rows = _rows(output.keys, chosen, material, _answers(storage, self, last, material, resources), classes)
+        material = _material(last, self.config, chosen["unit"].to_list(), manifest, labels, resources)
+        rows = _answers(last, material, classes, resources)
         if not rows:
             raise MilanError(
                 f"nothing to paste: none of the units of {last.spec.name} {last.layer} has an exemplar that is taken "
-                f"for none of its classes and whose mask covers less than {LARGEST:.0%} of it, and images given that "
-                "it is silent on and that the model classifies correctly: give more images, or --each more units."
+                f"for none of its classes and whose mask covers less than {pasting.LARGEST:.0%} of it, and images "
+                "given that it is silent on and that the model classifies correctly: give more images, or --each more "
+                "units."
             )
-        table = PASTED.table({column.name: [row[column.name] for row in rows] for column in PASTED.columns})
-        frame = pl.DataFrame(pl.from_arrow(table))
-        figure = plot_examples(last.spec.name, _shown(storage, self, last, manifest, frame))
+        answers = pl.DataFrame(rows).with_columns(pl.col("unit").cast(chosen.schema["unit"]))
+        table = table_of(PASTED, answers.join(chosen, on="unit", maintain_order="left"), **output.keys)
+        frame = frame_of(table)
+        figure = plot_examples(last.spec.name, _shown(last, manifest, frame))
         store_figure(storage, PASTED, figure, **output.keys)
-        storage.write(PASTED, table, output.fingerprint, **output.keys)  # last: it says that all is done
+        storage.write(PASTED, table, output.fingerprint, **output.keys)  # last: marks the result as complete
         return frame
 
 
 def _material(
-    storage: Storage,
-    study: CutAndPaste,
     last: _LastLayer,
+    config: CutAndPasteConfig,
     units: list[int],
     manifest: pa.Table,
-    labels: Sequence[int],
+    labels: list[int],
     resources: Resources,
 ) -> list[_Unit]:
-    """What to paste, and on what, for each unit that has both."""
-    config = study.config
+    """What to paste on which images, for each unit that has both."""
     pool = np.random.default_rng(config.seed).permutation(len(manifest))[: config.pool]
-    guesses, maxima = _scan_images(storage, study, last, units, image_refs(manifest, pool), resources)
-    table = storage.read(LEVELS, ["unit", "level"], **last.keys)
-    level = pl.DataFrame(pl.from_arrow(table)).sort("unit")["level"].to_numpy()
+    guesses, maxima = _scan_images(last, units, image_refs(manifest, pool), resources)
+    level = read_frame(last.storage, LEVELS, ["unit", "level"], **last.keys).sort("unit")["level"].to_numpy()
     material = []
     for place, unit in enumerate(units):
         silent = (maxima[:, place] <= level[unit]) & (guesses == np.array(labels)[pool])
         targets = tuple(strongest_classes(last.weight, unit, config.targets))
         good = pool[silent & ~np.isin(guesses, targets)]
         refs = image_refs(manifest, good[: config.originals + config.distractors])
-        distractors, cuts = _exemplars(storage, last, unit, float(level[unit]), config.distractors)
+        distractors, cuts = _exemplars(last, unit, float(level[unit]), config.distractors)
         if len(refs) < 2 or not distractors:
             continue
-        # Where few images are silent some serve as both; on itself a control changes nothing.
+        # If few images are silent, some serve as both; pasted on itself, a control changes nothing.
         originals, controls = refs[: config.originals], (refs * config.distractors)[-len(distractors) :]
         numbers = tuple(labels[ref.image_id] for ref in originals)
         material.append(_Unit(unit, targets, tuple(originals), numbers, tuple(controls), distractors, cuts))
@@ -288,20 +276,17 @@ def _material(
 
 
 def _answers(
-    storage: Storage, study: CutAndPaste, last: _LastLayer, material: Sequence[_Unit], resources: Resources
-) -> dict[int, _Guesses]:
-    """Unit → the classifier's answers."""
-    of_all = storage, last.model, last.layer, study.probe
+    last: _LastLayer, material: Sequence[_Unit], classes: tuple[str, ...], resources: Resources
+) -> list[dict[str, object]]:
+    """The classifier's answers: a row per unit, original and cut."""
+    common = last.storage, last.model, last.layer, last.probe, classes, resources
     tasks = [
-        _Paste(*of_all, tuple(material[start : start + UNITS_PER_TASK]), resources.threads, resources.device)
+        _Paste(*common, tuple(material[start : start + UNITS_PER_TASK]))
         for start in range(0, len(material), UNITS_PER_TASK)
     ]
-    answers: dict[int, _Guesses] = {}
-    with Progress(f"adversarial images for {last.spec.name}", len(material), "units") as progress:
-        for index, results in run_parallel(_paste, tasks, resources.cpus_per_actor, gpus_each(resources)):
-            answers |= {unit.unit: guess for unit, guess in zip(tasks[index].units, results, strict=True)}
-            progress.advance(len(results))
-    return answers
+    label = f"adversarial images for {last.spec.name}"
+    answers = dict(run_tasks(_paste, tasks, resources, label, "units", size=lambda task: len(task.units)))
+    return [row for index in range(len(tasks)) for row in answers[index]]
 
 
 def _head_weight(spec: ModelSpec, network: nn.Module, probe: references.ProbeRef) -> torch.Tensor:
@@ -324,14 +309,12 @@ def _described_layer(storage: Storage, spec: ModelSpec, layers: Sequence[str], w
     )
 
 
-def _exemplars(
-    storage: Storage, last: _LastLayer, unit: int, level: float, count: int
-) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
-    """Exemplars of a unit to cut from, best first: those with a mask that leaves most of the image."""
-    rows = unit_exemplars(storage, unit=unit, **last.keys).filter(pl.col("activation") > level)
-    cuts = unit_masks(storage, packed=rows["mask"].to_list(), **last.keys)
-    shares = [float(grown(cut, (cut.shape[0], cut.shape[1])).mean()) for cut in cuts]
-    rows = rows.filter([0 < share <= LARGEST for share in shares]).head(count)
+def _exemplars(last: _LastLayer, unit: int, level: float, count: int) -> tuple[tuple[int, ...], tuple[bytes, ...]]:
+    """Exemplars of a unit to cut from, best first, with their masks; masks that cover most of the image are skipped."""
+    rows = unit_exemplars(last.storage, unit=unit, **last.keys).filter(pl.col("activation") > level)
+    cuts = unit_masks(last.storage, packed=rows["mask"].to_list(), **last.keys)
+    shares = [float(pasting.grown(cut, (cut.shape[0], cut.shape[1])).mean()) for cut in cuts]
+    rows = rows.filter([0 < share <= pasting.LARGEST for share in shares]).head(count)
     return tuple(rows["image_id"].to_list()), tuple(rows["mask"].to_list())
 
 
@@ -346,27 +329,20 @@ def _forward(
 
 
 def _scan_images(
-    storage: Storage,
-    study: CutAndPaste,
-    last: _LastLayer,
-    units: Sequence[int],
-    refs: Sequence[ImageRef],
-    resources: Resources,
+    last: _LastLayer, units: Sequence[int], refs: Sequence[ImageRef], resources: Resources
 ) -> tuple[np.ndarray, np.ndarray]:
     """The model's answers to images (n,), and the units' maxima on them (n, units), computed as their levels were."""
-    how = resources.threads, resources.device, arithmetic_of(storage, last.spec.name, last.layer)
-    tasks = [
-        _Scan(last.model, last.layer, tuple(units), study.probe, tuple(refs[start : start + IMAGES]), *how)
-        for start in range(0, len(refs), IMAGES)
-    ]
-    results = dict(run_parallel(_scan, tasks, resources.cpus_per_actor, gpus_each(resources)))
-    guesses, maxima = zip(*(results[number] for number in range(len(tasks))), strict=True)
+    arithmetic = arithmetic_of(last.storage, last.spec.name, last.layer)
+    common = last.model, last.layer, tuple(units), last.probe, arithmetic, resources
+    tasks = [_Scan(*common, tuple(refs[start : start + IMAGES])) for start in range(0, len(refs), IMAGES)]
+    label = f"images to paste on for {last.spec.name}"
+    parts = dict(run_tasks(_scan, tasks, resources, label, "images", size=lambda task: len(task.refs)))
+    guesses, maxima = zip(*(parts[index] for index in range(len(tasks))), strict=True)
     return np.concatenate(guesses), np.concatenate(maxima)
 
 
 def _scan(task: _Scan) -> tuple[np.ndarray, np.ndarray]:
-    torch.set_num_threads(task.threads)
-    device = resolve_device(task.device)
+    device = worker_device(task.resources)
     spec, forward, size = _forward(task.model, task.layer, str(device), task.arithmetic)
     views = model_views(task.probe, task.refs, spec)
     guesses, maxima = [], []
@@ -378,105 +354,81 @@ def _scan(task: _Scan) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _cuts(storage: Storage, model: str, layer: str, packed: Sequence[bytes], size: tuple[int, int]) -> np.ndarray:
-    return np.stack([grown(mask, size) for mask in unit_masks(storage, model, layer, packed)])
+    return np.stack([pasting.grown(mask, size) for mask in unit_masks(storage, model, layer, packed)])
 
 
-def _paste(task: _Paste) -> list[_Guesses]:
-    torch.set_num_threads(task.threads)
-    device = resolve_device(task.device)
+def _paste(task: _Paste) -> list[dict[str, object]]:
+    device = worker_device(task.resources)
     spec, network = loaded_model(task.model, str(device))
 
     @torch.inference_mode()
-    def guess(images: np.ndarray) -> np.ndarray:
+    def classify(images: np.ndarray) -> list[Any]:
+        """Class numbers of images of any leading shape, as nested lists of that shape."""
         shape, flat = images.shape[:-3], torch.from_numpy(images.reshape(-1, *images.shape[-3:]))
         batches = flat.split(pass_size(spec.batch(128), device))
-        classes = [network(spec.prepare(batch.to(device))).argmax(-1).cpu() for batch in batches]
-        answers: np.ndarray = torch.cat(classes).numpy().reshape(shape)
-        return answers
+        numbers = torch.cat([network(spec.prepare(batch.to(device))).argmax(-1).cpu() for batch in batches])
+        nested: list[Any] = numbers.reshape(shape).tolist()
+        return nested
 
-    results = []
+    rows: list[dict[str, object]] = []
     for unit in task.units:
         originals, controls = (model_views(task.probe, refs, spec) for refs in (unit.originals, unit.controls))
         distractors = exemplar_views(task.storage, spec.name, task.layer, unit.distractors)
         cuts = _cuts(task.storage, spec.name, task.layer, unit.masks, (originals.shape[1], originals.shape[2]))
-        results.append(
-            _Guesses(
-                guess(distractors),
-                guess(controls),
-                guess(paste(originals, distractors, cuts)),
-                guess(paste(originals, controls, cuts)),
-            )
+        alone = classify(distractors), classify(controls)
+        pasted = (
+            classify(pasting.paste(originals, distractors, cuts)),
+            classify(pasting.paste(originals, controls, cuts)),
         )
-    return results
-
-
-def _rows(
-    public: Mapping[str, str],
-    chosen: pl.DataFrame,
-    material: Sequence[_Unit],
-    guesses: Mapping[int, _Guesses],
-    classes: Sequence[str],
-) -> list[dict[str, object]]:
-    """Rows of schema PASTED, one per original and cut; not of exemplars that are taken for a target themselves."""
-    about = {row["unit"]: row for row in chosen.iter_rows(named=True)}
-
-    def name(number: int) -> str:
-        return classes[number] if number < len(classes) else f"class {number}"
-
-    rows: list[dict[str, object]] = []
-    for unit in material:
-        guess = guesses[unit.unit]
         for i, (original, label) in enumerate(zip(unit.originals, unit.labels, strict=True)):
             for j, (distractor, control) in enumerate(zip(unit.distractors, unit.controls, strict=True)):
-                answers = int(guess.pasted[i, j]), int(guess.control_pasted[i, j])
-                sources = int(guess.distractors[j]), int(guess.controls[j])
-                if sources[0] in unit.targets:  # what is pasted is then what is seen
+                sources, answers = [shown[j] for shown in alone], [shown[i][j] for shown in pasted]
+                if sources[0] in unit.targets:  # the answer would then be correct
                     continue
                 fooled = [
-                    answer in unit.targets and answer not in (label, shown)
-                    for answer, shown in zip(answers, sources, strict=True)
+                    answer in unit.targets and answer not in (label, source)
+                    for answer, source in zip(answers, sources, strict=True)
                 ]
                 rows.append(
                     {
-                        **public,
-                        **about[unit.unit],
-                        "targets": [name(target) for target in unit.targets],
+                        "unit": unit.unit,
+                        "targets": [task.name(target) for target in unit.targets],
                         "original": original.image_id,
-                        "original_class": name(label),
+                        "original_class": task.name(label),
                         "distractor": distractor,
-                        "distractor_class": name(sources[0]),
-                        "predicted": name(answers[0]),
+                        "distractor_class": task.name(sources[0]),
+                        "predicted": task.name(answers[0]),
                         "fooled": fooled[0],
                         "control": control.image_id,
-                        "control_class": name(sources[1]),
-                        "control_predicted": name(answers[1]),
+                        "control_class": task.name(sources[1]),
+                        "control_predicted": task.name(answers[1]),
                         "control_fooled": fooled[1],
                     }
                 )
     return rows
 
 
-def _shown(
-    storage: Storage, study: CutAndPaste, last: _LastLayer, manifest: pa.Table, rows: pl.DataFrame
-) -> list[Example]:
+def _shown(last: _LastLayer, manifest: pa.Table, rows: pl.DataFrame) -> list[Example]:
     """The examples of the figure."""
-    shown = best_examples(rows)
+    shown = pasting.best_examples(rows)
     if not len(shown):
-        shown = rows.filter(pl.col("group") == DIFFERENT).unique("unit", keep="first", maintain_order=True).head(3)
+        shown = (
+            rows.filter(pl.col("group") == pasting.DIFFERENT).unique("unit", keep="first", maintain_order=True).head(3)
+        )
     examples = []
     for row in shown.iter_rows(named=True):
-        original = model_views(study.probe, image_refs(manifest, [row["original"]]), last.spec)
-        distractor = exemplar_views(storage, image_ids=[row["distractor"]], **last.keys)
-        exemplar = unit_exemplars(storage, unit=row["unit"], **last.keys)
+        original = model_views(last.probe, image_refs(manifest, [row["original"]]), last.spec)
+        distractor = exemplar_views(last.storage, image_ids=[row["distractor"]], **last.keys)
+        exemplar = unit_exemplars(last.storage, unit=row["unit"], **last.keys)
         exemplar = exemplar.filter(pl.col("image_id") == row["distractor"])
         size = (original.shape[1], original.shape[2])
-        cut = _cuts(storage, last.spec.name, last.layer, exemplar["mask"].to_list(), size)
+        cut = _cuts(last.storage, last.spec.name, last.layer, exemplar["mask"].to_list(), size)
         targets = ",\n".join(row["targets"])
         examples.append(
             Example(
                 f"{last.layer} {row['unit']}\n“{row['description']}”\nspeaks for\n{targets}",
                 (row["original_class"], row["distractor_class"], f"taken for {row['predicted']}"),
-                (original[0], distractor[0], paste(original, distractor, cut)[0, 0]),
+                (original[0], distractor[0], pasting.paste(original, distractor, cut)[0, 0]),
                 cut[0],
             )
         )
@@ -487,4 +439,5 @@ def summary(rows: pl.DataFrame) -> str:
     """How often pasting misled, by group of units."""
     units = rows.select("layer", "unit").unique().height
     made = f"{len(rows):,} images with something pasted on, for {units} units of {rows['layer'][0]}"
-    return f"{made}; share taken for a class of the unit's that neither image shows:\n{describe_rates(rates(rows))}"
+    shares = pasting.describe_rates(pasting.rates(rows))
+    return f"{made}; share taken for a class of the unit's that neither image shows:\n{shares}"

@@ -1,4 +1,4 @@
-"""Cut-and-paste adversarial images: what a unit sees, pasted where it does not belong (paper, Appendix D)."""
+"""Cut-and-paste adversarial images: what a unit responds to, pasted into other images (paper, Appendix D)."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ import torch
 import torch.nn.functional as F
 
 from milan_ray.scoring.bootstrap import Interval, difference, interval, ratio, resampling_counts
+from milan_ray.scoring.evaluation import unit_values
 
 DIFFERENT, OTHERS = "different words", "other units"
-"""Groups of units: those whose descriptions are made of the most different words, and a sample of the rest."""
+"""Groups of units: those whose descriptions have the most different words, and a sample of the others."""
 
 CRITERION = "max-word-difference"
 """The criterion of :mod:`milan_ray.studies.analysis.statistics` by which units are chosen."""
 
 TARGETS = 3
-"""Classes per unit that it may mislead to: those it speaks for most, by the weights of the last layer."""
+"""Number of classes per unit that its cuts may mislead to: those with the largest weights in the last layer."""
 
 MARGIN = 1 / 16
-"""Margin cut out around the mask, as a share of the image's height: a mask is smaller than what its unit sees."""
+"""Margin cut out around the mask, which is smaller than what its unit sees, as a share of the image's height."""
 
 LARGEST = 1 / 3
-"""Share of an image that a cut may cover: beyond it little of the original is left to be mistaken."""
+"""Largest share of an image that a cut may cover; larger cuts hide most of the original."""
 
 OUTCOMES = ("fooled", "control", "beyond control")
 """Outcomes that are counted, see :func:`rates`."""
 
 
 def choose_units(scores: pl.DataFrame, count: int, seed: int = 0) -> pl.DataFrame:
-    """The units with the highest word difference, and as many of the others at random.
+    """The units with the highest word difference, and as many random other units.
 
-    Units of equal score stay in the table's order.
+    Units of equal score stay in the order of the table.
 
     Args:
         scores: Columns layer, unit, description and :data:`CRITERION`, of one layer.
-        count: Units per group at most; with fewer than twice as many, half of all.
-        seed: Of the others.
+        count: Maximum number of units per group; if there are fewer than twice as many units, half of them.
+        seed: Seed of the choice of other units.
 
     Returns:
         Columns layer, unit, description, score, group.
@@ -55,7 +56,7 @@ def choose_units(scores: pl.DataFrame, count: int, seed: int = 0) -> pl.DataFram
 
 
 def grown(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """The area to cut out: a mask in the size of the images, with a margin of :data:`MARGIN`.
+    """The area to cut out: a mask, resized to the size of the images and extended by :data:`MARGIN`.
 
     Args:
         mask: bool (h, w).
@@ -68,12 +69,12 @@ def grown(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     columns = np.arange(size[1]) * mask.shape[1] // size[1]
     reach = max(1, round(MARGIN * size[0]))
     wide = torch.from_numpy(mask[rows[:, None], columns].astype(np.float32))[None, None]
-    found: np.ndarray = F.max_pool2d(wide, 2 * reach + 1, stride=1, padding=reach)[0, 0].numpy() > 0
-    return found
+    area: np.ndarray = F.max_pool2d(wide, 2 * reach + 1, stride=1, padding=reach)[0, 0].numpy() > 0
+    return area
 
 
 def paste(originals: np.ndarray, distractors: np.ndarray, cuts: np.ndarray) -> np.ndarray:
-    """Every distractor's cut on every original, at its own place.
+    """Pastes every distractor's cut into every original, at the same position.
 
     Args:
         originals: uint8 (m, H, W, 3).
@@ -87,42 +88,41 @@ def paste(originals: np.ndarray, distractors: np.ndarray, cuts: np.ndarray) -> n
 
 
 def rates(pairs: pl.DataFrame, samples: int = 2000) -> dict[str, dict[str, Interval]]:
-    """How often pasting misleads to a class of the unit's that is neither image's, with 95 % intervals over units.
+    """How often pasting misleads to a class of the unit that neither image shows, with 95 % intervals over units.
 
-    Every unit counts the same.
+    Every unit has the same weight.
 
     Args:
         pairs: Columns layer, unit, group, fooled, control_fooled, a row per original and cut.
         samples: Bootstrap resamples.
 
     Returns:
-        Group → outcome → rate: ``fooled``; ``control``, with the same cut from images that the unit is silent on;
-        ``beyond control``, their difference.
+        Group → outcome → rate: ``fooled``; ``control``, for the same cut from images that the unit is silent on;
+        ``beyond control``, the difference of both.
     """
     units = pairs.group_by("group", "layer", "unit", maintain_order=True).agg(
         pl.col("fooled").mean(), pl.col("control_fooled").mean()
     )
-    found = {}
-    for group in dict.fromkeys(units["group"]):
-        mine = units.filter(pl.col("group") == group)
-        counts = resampling_counts(len(mine), samples)
-        fooled, control = (_statistics(mine[column]) for column in ("fooled", "control_fooled"))
+    outcomes = {}
+    for (group,), shares in units.group_by(["group"], maintain_order=True):
+        counts = resampling_counts(len(shares), samples)
+        fooled, control = (unit_values(shares[column].to_numpy()) for column in ("fooled", "control_fooled"))
         values = (
             interval(fooled, ratio, counts),
             interval(control, ratio, counts),
             difference(fooled, control, ratio, counts),
         )
-        found[group] = dict(zip(OUTCOMES, values, strict=True))
-    return found
+        outcomes[str(group)] = dict(zip(OUTCOMES, values, strict=True))
+    return outcomes
 
 
 def between_groups(pairs: pl.DataFrame, samples: int = 2000, seed: int = 0) -> Interval:
-    """How much more often, beyond their controls, units of different words mislead than others; a bootstrap over units.
+    """How much more often units of different words mislead than other units, both less their controls.
 
     Args:
-        pairs: As :func:`rates` takes them.
-        samples: Bootstrap resamples.
-        seed: Of them.
+        pairs: As for :func:`rates`.
+        samples: Bootstrap resamples, over units.
+        seed: Seed of the bootstrap.
     """
     units = pairs.group_by("group", "layer", "unit", maintain_order=True).agg(
         (pl.col("fooled").cast(pl.Float64) - pl.col("control_fooled").cast(pl.Float64)).mean().alias("beyond")
@@ -136,16 +136,12 @@ def between_groups(pairs: pl.DataFrame, samples: int = 2000, seed: int = 0) -> I
     return Interval(float(of[DIFFERENT].mean() - of[OTHERS].mean()), float(low), float(high))
 
 
-def _statistics(values: pl.Series) -> np.ndarray:
-    return np.stack([np.ones(len(values)), values.to_numpy()], axis=1)
-
-
 def best_examples(pairs: pl.DataFrame, count: int = 3) -> pl.DataFrame:
-    """A pair each of the units of different words that mislead most often: those a figure shows.
+    """One pair of each of the units of different words that mislead most often, for the figure.
 
     Args:
-        pairs: As :func:`rates` takes them.
-        count: Units at most.
+        pairs: As for :func:`rates`.
+        count: Maximum number of units.
     """
     fooled = pairs.filter(pl.col("group") == DIFFERENT).with_columns(
         pl.col("fooled").mean().over("layer", "unit").alias("rate")
@@ -154,9 +150,9 @@ def best_examples(pairs: pl.DataFrame, count: int = 3) -> pl.DataFrame:
     return fooled.unique(["layer", "unit"], keep="first", maintain_order=True).head(count).drop("rate")
 
 
-def describe_rates(found: Mapping[str, Mapping[str, Interval]]) -> str:
-    """The rates in a few lines."""
+def describe_rates(groups: Mapping[str, Mapping[str, Interval]]) -> str:
+    """The rates as lines of text."""
     return "\n".join(
         f"  {group}: " + ", ".join(f"{name} {v.value:.3f} [{v.low:.3f}, {v.high:.3f}]" for name, v in outcomes.items())
-        for group, outcomes in found.items()
+        for group, outcomes in groups.items()
     )

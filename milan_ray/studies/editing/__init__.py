@@ -1,1 +1,1 @@
-"""Classifiers without units found by words."""
+"""Editing of classifiers: removal of units that are found by their descriptions."""

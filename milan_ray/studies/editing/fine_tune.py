@@ -11,17 +11,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from milan_ray.config import Resources
-from milan_ray.device import resolve_device
 from milan_ray.engine import references
-from milan_ray.engine.cluster import gpus_each
-from milan_ray.engine.tasks import run_parallel
 from milan_ray.exemplars.forward import pass_size
 from milan_ray.models.ablation import UnitSet
 from milan_ray.models.heads import HeadTraining, find_head, fit_head, head_inputs
 from milan_ray.probe.manifest import image_refs
-from milan_ray.progress import Progress
 from milan_ray.studies.ablation.run import Accuracies, class_numbers
 from milan_ray.studies.exemplar_images import model_views
+from milan_ray.studies.tasks import run_tasks, worker_device
 
 CHUNK = 512
 """Images read at a time."""
@@ -35,7 +32,7 @@ class Tuned:
         head: Its path in the network.
         weight: float32 (classes, inputs).
         bias: float32 (classes,), or None.
-        correct: Split → int64 (classes,), images of each class that are then classified correctly.
+        correct: Split → int64 (classes,), correctly classified images of each class.
     """
 
     head: str
@@ -57,8 +54,7 @@ class _Task:
     probes: Mapping[str, references.ProbeRef]
     units: UnitSet
     config: HeadTraining
-    threads: int
-    device: str
+    resources: Resources
 
 
 def fine_tune(
@@ -69,18 +65,18 @@ def fine_tune(
     config: HeadTraining,
     resources: Resources,
 ) -> tuple[list[Tuned], dict[str, Accuracies]]:
-    """Fine-tunes a classifier's last layer with each set of units switched off, side by side.
+    """Fine-tunes a classifier's last layer with each set of units switched off, in parallel.
 
-    Because the rest of the network stays as it is, it runs over every image once per set; what is learnt from is what
-    reaches the last layer. Nothing is stored: to do it again costs that much.
+    The rest of the network does not change, so it runs over every image once per set, and the last layer learns from
+    its inputs. Nothing is stored: every call computes everything again.
 
     Args:
         model: The classifier.
         train: Images with classes to learn from.
         probes: Split → images with classes to count accuracy on.
-        sets: Sets of units that are switched off.
-        config: How to learn.
-        resources: What of the cluster to use; Ray must be connected.
+        sets: Different sets of units that are switched off.
+        config: Optimisation.
+        resources: The part of the cluster to use; Ray must be connected.
 
     Returns:
         The layer of each set, and per split the accuracies of all sets.
@@ -88,52 +84,46 @@ def fine_tune(
     Raises:
         MilanError: The model does not end in a linear map, or images have no classes.
     """
-    layers = tuple(dict.fromkeys(layer for one in sets for layer in one)) or model.layers
+    layers = tuple(dict.fromkeys(layer for units in sets for layer in units)) or model.layers
     ref = replace(model, layers=layers)
-    tasks = [
-        _Task(ref, train, dict(probes), dict(units), config, resources.threads, resources.device) for units in sets
-    ]
-    found: dict[int, Tuned] = {}
-    with Progress(f"last layer of {model.name}", len(tasks), "trainings") as shown:
-        for index, tuned in run_parallel(_tune, tasks, resources.cpus_per_actor, gpus_each(resources)):
-            found[index] = tuned
-            shown.advance()
+    tasks = [_Task(ref, train, dict(probes), dict(units), config, resources) for units in sets]
+    results = dict(run_tasks(_tune, tasks, resources, f"last layer of {model.name}", "trainings"))
+    tuned = [results[index] for index in range(len(tasks))]
     spec = references.model(ref)
     accuracies = {}
     for split, probe in probes.items():
         names, labels = class_numbers(references.probe(probe).manifest()["class_label"].to_pylist(), spec)
-        correct = np.stack([found[index].correct[split][: len(names)] for index in range(len(tasks))])
+        correct = np.stack([head.correct[split][: len(names)] for head in tuned])
         accuracies[split] = Accuracies(names, correct, np.bincount(labels, minlength=len(names)))
-    return [found[index] for index in range(len(tasks))], accuracies
+    return tuned, accuracies
 
 
 def _tune(task: _Task) -> Tuned:
-    torch.set_num_threads(task.threads)
-    device = resolve_device(task.device)
+    device = worker_device(task.resources)
     spec = references.model(task.model)
     network = spec.load().to(device)
     head = ""
 
     def inputs(ref: references.ProbeRef) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last layer's inputs for the images of a probe, and their classes."""
         nonlocal head
         manifest = references.probe(ref).manifest()
         labels = class_numbers(manifest["class_label"].to_pylist(), spec)[1]
-        refs, found = image_refs(manifest), []
+        refs, parts = image_refs(manifest), []
         for start in range(0, len(refs), CHUNK):
             views = torch.from_numpy(model_views(ref, refs[start : start + CHUNK], spec))
             head = head or find_head(spec, network, views.to(device))
-            found.append(head_inputs(spec, network, head, task.units, views, pass_size(spec.batch(128), device)))
-        return torch.cat(found), torch.tensor(labels)
+            parts.append(head_inputs(spec, network, head, task.units, views, pass_size(spec.batch(128), device)))
+        return torch.cat(parts), torch.tensor(labels)
 
-    reached, labels = inputs(task.train)
+    features, labels = inputs(task.train)
     last = network.get_submodule(head)
     assert isinstance(last, nn.Linear)
-    weight, bias = fit_head(
-        reached, labels, last.weight.cpu(), None if last.bias is None else last.bias.cpu(), task.config
-    )
+    bias: torch.Tensor | None = None if last.bias is None else last.bias.cpu()
+    weight, bias = fit_head(features, labels, last.weight.cpu(), bias, task.config)
     correct = {}
     for split, probe in task.probes.items():
-        reached, labels = inputs(probe)
-        right = F.linear(reached, weight, bias).argmax(-1) == labels
+        features, labels = inputs(probe)
+        right = F.linear(features, weight, bias).argmax(-1) == labels
         correct[split] = np.bincount(labels[right].numpy(), minlength=len(weight))
     return Tuned(head, weight, bias, correct)

@@ -9,8 +9,9 @@ import numpy as np
 import polars as pl
 
 from milan_ray.report.figures import new_figure
-from milan_ray.studies.analysis.plot import plot_random_orders
+from milan_ray.studies.ablation.curves import plot_random_orders
 from milan_ray.studies.editing.statistics import EVERY, FOUND, TEST, VALIDATION
+from milan_ray.studies.tables import of_all_classes
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -22,7 +23,7 @@ def plot_editing(rows: pl.DataFrame) -> Figure:
     Args:
         rows: Rows of schema ABLATIONS.
     """
-    rows = rows.filter(pl.col("class") == "")
+    rows = of_all_classes(rows)
     splits = [split for split in (TEST, VALIDATION) if split in set(rows["split"])]
     figure = new_figure(4.5 * len(splits), 3.6)
     for axes, split in zip(figure.subplots(1, len(splits), squeeze=False)[0], splits, strict=True):
@@ -32,8 +33,7 @@ def plot_editing(rows: pl.DataFrame) -> Figure:
             line = of_split.filter(pl.col("condition") == condition)
             axes.plot(line["ablated"], line["accuracy"], label=label)
         axes.axhline(of_split["accuracy"][0], color="0.6", linewidth=0.8, linestyle=":")
-        axes.set_xlabel("units removed")
-        axes.set_ylabel("accuracy")
+        axes.set(xlabel="units removed", ylabel="accuracy")
         axes.set_title(f"{split} images (n = {of_split['n'][0]:,})", fontsize="medium")
         axes.legend(fontsize="x-small")
     figure.suptitle(rows["model"][0], fontsize="small")
@@ -52,9 +52,7 @@ def plot_images(rows: Sequence[tuple[str, np.ndarray]], columns: int) -> Figure:
     for places, (title, images) in zip(panels, rows, strict=True):
         places[0].set_ylabel(title, fontsize="x-small", rotation=0, ha="right", va="center")
         for number, axes in enumerate(places):
-            axes.set_xticks([])
-            axes.set_yticks([])
-            axes.set_frame_on(False)
+            axes.set(xticks=[], yticks=[], frame_on=False)
             if number < len(images):
                 axes.imshow(images[number])
     return figure

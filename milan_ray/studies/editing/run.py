@@ -24,29 +24,11 @@ from milan_ray.report.figures import store_figure
 from milan_ray.schema import ABLATIONS, CRITERIA, EXEMPLARS
 from milan_ray.stages.exemplars import store_manifest
 from milan_ray.storage import Storage
+from milan_ray.studies.ablation.curves import RANDOM, ablation_rows, step_sets, units_of
 from milan_ray.studies.ablation.run import run_ablations
-from milan_ray.studies.analysis.run import (
-    Curve,
-    ablation_rows,
-    described_model,
-    descriptions_of,
-    distinct_sets,
-    read_descriptions,
-)
-from milan_ray.studies.analysis.statistics import RANDOM, units_of
+from milan_ray.studies.editing import statistics as editing
 from milan_ray.studies.editing.fine_tune import Tuned, fine_tune
 from milan_ray.studies.editing.plot import plot_editing, plot_images
-from milan_ray.studies.editing.statistics import (
-    EVERY,
-    FOUND,
-    MOST,
-    TEST,
-    TEXT,
-    VALIDATION,
-    mentioning,
-    removal_orders,
-    stop,
-)
 from milan_ray.studies.exemplar_images import (
     exemplar_views,
     model_views,
@@ -54,6 +36,16 @@ from milan_ray.studies.exemplar_images import (
     unit_masks,
     veiled,
     visible_views,
+)
+from milan_ray.studies.tables import (
+    by_layer,
+    described_model,
+    descriptions_of,
+    frame_of,
+    of_all_classes,
+    read_descriptions,
+    read_frame,
+    write_frame,
 )
 
 KERNEL_VERSION = "editing-1"
@@ -65,27 +57,27 @@ IMAGES = "images"
 """Stem of the figure of images."""
 
 SHOWN_IMAGES, SHOWN_UNITS = 8, 3
-"""In that figure: images of each split and exemplars of each unit; units."""
+"""Images per row, and number of units, in that figure."""
 
 CHECKED = 8
-"""Images on which edited weights are compared with switched-off units."""
+"""Number of images on which edited weights are compared with switched-off units."""
 
 
 @dataclass(frozen=True)
 class EditingConfig:
-    """How a network is edited; the defaults are the paper's.
+    """Settings of an editing; the defaults are the paper's.
 
     Attributes:
-        labeler: Whose descriptions.
-        words: What descriptions of unwanted units contain.
-        most: Units removed at most.
+        labeler: Labeler whose descriptions are read.
+        words: Words that descriptions of unwanted units contain.
+        most: Maximum number of units removed.
         trials: Random orders.
-        seed: Of the random orders.
+        seed: Seed of the random orders.
     """
 
     labeler: str = "milan"
-    words: tuple[str, ...] = TEXT
-    most: int = MOST
+    words: tuple[str, ...] = editing.TEXT
+    most: int = editing.MOST
     trials: int = 5
     seed: int = 0
 
@@ -96,9 +88,9 @@ class Edit:
 
     Attributes:
         rows: Rows of schema ABLATIONS, over all classes.
-        order: Layer and unit of those whose descriptions have the words, in the order of removal.
-        stop: How many of them to remove, by validation accuracy.
-        units: Units of the network that are described.
+        order: Layer and unit of the unwanted units, in the order of removal.
+        stop: Number of them to remove, chosen by validation accuracy.
+        units: Number of described units of the network.
     """
 
     rows: pl.DataFrame
@@ -108,12 +100,9 @@ class Edit:
 
     def removed(self, count: int) -> dict[str, list[int]]:
         """The first units of the order, by layer."""
-        units: dict[str, list[int]] = {}
-        for layer, unit in self.order[:count]:
-            units.setdefault(layer, []).append(unit)
-        return units
+        return by_layer(self.order[:count])
 
-    def accuracy(self, split: str, condition: str = FOUND, trial: int = 0) -> list[float]:
+    def accuracy(self, split: str, condition: str = editing.FOUND, trial: int = 0) -> list[float]:
         """Accuracy without the first 0, 1, 2, … units of an order."""
         where = (pl.col("split") == split, pl.col("condition") == condition, pl.col("trial") == trial)
         return self.rows.filter(*where).sort("ablated")["accuracy"].to_list()
@@ -121,13 +110,13 @@ class Edit:
 
 @dataclass(frozen=True)
 class Editing(Stage):
-    """Accuracy of a classifier as units are removed, by order; :meth:`run` makes it.
+    """Accuracy of a classifier as units are removed, by order.
 
     Attributes:
         model: The classifier.
-        validation: Images with classes, like those of training: they order units and say when to stop.
-        test: Images with classes that judge, e.g. with misleading texts; None for none.
-        config: How to edit.
+        validation: Images with classes, like the training images: they order the units and decide when to stop.
+        test: Images with classes to measure the effect on, e.g. with misleading texts; None for none.
+        config: Settings.
         name: Name of the experiment in the tables.
     """
 
@@ -142,7 +131,7 @@ class Editing(Stage):
     @property
     def probes(self) -> dict[str, references.ProbeRef]:
         """Split → images."""
-        return {VALIDATION: self.validation, **({} if self.test is None else {TEST: self.test})}
+        return {editing.VALIDATION: self.validation, **({} if self.test is None else {editing.TEST: self.test})}
 
     @property
     def tuned_name(self) -> str:
@@ -150,7 +139,7 @@ class Editing(Stage):
         return f"{self.name}, fine-tuned"
 
     def outputs(self, known: Known) -> Iterator[Output]:
-        """The accuracies, which follow from descriptions, weights and images.
+        """The accuracies, determined by descriptions, weights and images.
 
         Raises:
             MilanError: A layer has no descriptions, or none contains the words.
@@ -173,7 +162,7 @@ class Editing(Stage):
         )
 
     def plan(self, storage: Storage, tuned: bool) -> Plan:
-        """The dry run, with or without fine-tuning, which is stored nowhere to resume from."""
+        """The dry run, with or without fine-tuning, which always runs again because nothing of it is stored."""
         plan = Plan.of(storage, [self])
         if tuned:
             keys = (self.tuned_name, references.model(self.model).name)
@@ -181,62 +170,74 @@ class Editing(Stage):
         return plan
 
     def run(self, storage: Storage, resources: Resources) -> Edit:
-        """Removes the units whose descriptions have some words, one by one, doing only what is missing.
+        """Removes the units whose descriptions contain the words, one by one, unless the result is up to date.
 
         Args:
             storage: The run directory, which holds descriptions of the model's layers.
-            resources: What of the cluster to use; Ray must be connected.
+            resources: The part of the cluster to use; Ray must be connected.
 
         Raises:
-            MilanError: A layer has no descriptions, none has the words, or images have no classes.
+            MilanError: A layer has no descriptions, none contains the words, or images have no classes.
         """
         (output,) = self.outputs(Known(storage))
-        config, public, work = self.config, output.keys, output.fingerprint.hash
-        _, layers = described_model(storage, self.model, config.labeler)
-        model = replace(self.model, layers=layers)
-        units, unwanted = unwanted_units(storage, output.model, layers, config)
-        due = self.why(storage, output)
-        if due is None:
+        _, layers = described_model(storage, self.model, self.config.labeler)
+        units, unwanted = unwanted_units(storage, output.model, layers, self.config)
+        if self.why(storage, output) is None:
             say(f"{self.name} of {output.model}: up to date")
-            alone = _stored_scores(storage, units, public)
         else:
-            words = ", ".join(config.words)
-            say(f"{self.name}: {len(unwanted)} of {len(units)} units of {output.model} speak of {words}")
-            single = [units_of(units, np.array([place])) for place in range(len(units))]
-            alone = run_ablations(storage, model, self.validation, single, resources, work).accuracy
-            _store_scores(storage, units, alone, output)
-        orders = removal_orders(alone, unwanted, config.trials, config.seed)
-        if due is not None:
-            counts = range(min(config.most, len(unwanted)) + 1)
-            steps = [units_of(units, order.units[:count]) for order in orders for count in counts]
-            sets, places = distinct_sets(steps)
-            tables = []
-            for split, probe in self.probes.items():
-                fractions = [count / len(units) for count in counts]
-                curves = [Curve(order.criterion, order.trial, split, fractions, tuple(counts)) for order in orders]
-                accuracies = run_ablations(storage, model, probe, sets, resources, work)
-                tables.append(ablation_rows(public, curves, accuracies, places))
-            table = pa.concat_tables(tables)
-            store_figure(storage, ABLATIONS, plot_editing(pl.DataFrame(pl.from_arrow(table))), **public)
-            images = example_images(storage, self, units[orders[0].units[:SHOWN_UNITS]])
-            store_figure(storage, ABLATIONS, plot_images(images, SHOWN_IMAGES), IMAGES, **public)
-            storage.write(ABLATIONS, table, output.fingerprint, **public)  # last: it says that all is done
-        storage.remove_work(work)
-        rows = pl.DataFrame(pl.from_arrow(storage.read(ABLATIONS, **public))).filter(pl.col("class") == "")
-        edit = Edit(rows, tuple(units[orders[0].units].select("layer", "unit").iter_rows()), 0, len(units))
-        return replace(edit, stop=stop(edit.accuracy(VALIDATION)))
+            _edit(storage, self, output, layers, units, unwanted, resources)
+        storage.remove_work(output.fingerprint.hash)
+        scores = read_frame(storage, CRITERIA, ["layer", "unit", "score"], **output.keys)
+        alone = units.join(scores, on=["layer", "unit"], how="left", maintain_order="left")["score"].to_numpy()
+        first = editing.removal_orders(alone, unwanted, trials=0)[0]
+        rows = of_all_classes(read_frame(storage, ABLATIONS, **output.keys))
+        edit = Edit(rows, tuple(units[first.units].select("layer", "unit").iter_rows()), 0, len(units))
+        return replace(edit, stop=editing.stop(edit.accuracy(editing.VALIDATION)))
+
+
+def _edit(
+    storage: Storage,
+    study: Editing,
+    output: Output,
+    layers: tuple[str, ...],
+    units: pl.DataFrame,
+    unwanted: np.ndarray,
+    resources: Resources,
+) -> None:
+    """Makes all tables and figures of an editing."""
+    config, keys, work = study.config, output.keys, output.fingerprint.hash
+    model = replace(study.model, layers=layers)
+    words = ", ".join(config.words)
+    say(f"{study.name}: {len(unwanted)} of {len(units)} units of {output.model} speak of {words}")
+    single = [units_of(units, np.array([place])) for place in range(len(units))]
+    alone = run_ablations(storage, model, study.validation, single, resources, work).accuracy
+    scores = units.with_columns(pl.lit(ALONE).alias("criterion"), pl.Series("score", alone))
+    write_frame(storage, CRITERIA, scores, output.fingerprint, **keys)
+    orders = editing.removal_orders(alone, unwanted, config.trials, config.seed)
+    counts = range(min(config.most, len(unwanted)) + 1)
+    sets = step_sets(units, orders, counts)
+    curves = [(order.criterion, order.trial) for order in orders]
+    steps = [(count / len(units), count) for count in counts]
+    table = pa.concat_tables(
+        ablation_rows(keys, split, curves, steps, run_ablations(storage, model, probe, sets, resources, work))
+        for split, probe in study.probes.items()
+    )
+    store_figure(storage, ABLATIONS, plot_editing(frame_of(table)), **keys)
+    images = example_images(storage, study, units[orders[0].units[:SHOWN_UNITS]])
+    store_figure(storage, ABLATIONS, plot_images(images, SHOWN_IMAGES), IMAGES, **keys)
+    storage.write(ABLATIONS, table, output.fingerprint, **keys)  # last: marks the editing as complete
 
 
 def unwanted_units(
     storage: Storage, model: str, layers: Sequence[str], config: EditingConfig
 ) -> tuple[pl.DataFrame, np.ndarray]:
-    """All described units, and the places of those whose descriptions have the words.
+    """All described units, and the places of those whose descriptions contain the words.
 
     Raises:
-        MilanError: None has.
+        MilanError: No description contains them.
     """
     units = read_descriptions(storage, model, layers, config.labeler)
-    places = mentioning(units["description"].to_list(), config.words)
+    places = editing.mentioning(units["description"].to_list(), config.words)
     if not len(places):
         raise MilanError(
             f"no description of {model} by {config.labeler} contains {' or '.join(config.words)}: choose --words."
@@ -253,16 +254,16 @@ def run_fine_tuning(
     config: HeadTraining,
     resources: Resources,
 ) -> tuple[pl.DataFrame, Tuned]:
-    """Fine-tunes the last layer with all units, and without the first so many of those found.
+    """Fine-tunes the last layer with all units, and without the first ``count`` unwanted units.
 
     Args:
         storage: The run directory.
         study: The editing.
         edit: From :meth:`Editing.run`.
-        count: Units removed.
-        train: Images with classes, to learn from.
-        config: How to learn.
-        resources: What of the cluster to use; Ray must be connected.
+        count: Number of units removed.
+        train: Images with classes to learn from.
+        config: Optimisation.
+        resources: The part of the cluster to use; Ray must be connected.
 
     Returns:
         Rows of schema ABLATIONS over all classes, and the last layer without the units.
@@ -270,11 +271,10 @@ def run_fine_tuning(
     steps = tuple(dict.fromkeys((0, count)))
     sets = [edit.removed(step) for step in steps]
     tuned, accuracies = fine_tune(study.model, train, study.probes, sets, config, resources)
-    public = {"experiment": study.tuned_name, "model": study.model.name}
-    fractions = [step / edit.units for step in steps]
+    keys = {"experiment": study.tuned_name, "model": study.model.name}
+    shares = [(step / edit.units, step) for step in steps]
     table = pa.concat_tables(
-        ablation_rows(public, [Curve(FOUND, 0, split, fractions, steps)], of_split, range(len(steps)))
-        for split, of_split in accuracies.items()
+        ablation_rows(keys, split, [(editing.FOUND, 0)], shares, of_split) for split, of_split in accuracies.items()
     )
     probes = {"train": train, **study.probes}
     fingerprint = Fingerprint.of(
@@ -286,8 +286,8 @@ def run_fine_tuning(
             "training": config,
         }
     )
-    storage.write(ABLATIONS, table, fingerprint, **public)
-    return pl.DataFrame(pl.from_arrow(table)).filter(pl.col("class") == ""), tuned[-1]
+    storage.write(ABLATIONS, table, fingerprint, **keys)
+    return of_all_classes(frame_of(table)), tuned[-1]
 
 
 def edited_weights(
@@ -298,32 +298,20 @@ def edited_weights(
     Args:
         model: The network.
         units: Layer → units.
-        probe: Images, a few of which the weights are checked on.
+        probe: Images; the weights are checked on a few of them.
     """
     spec = references.model(replace(model, layers=tuple(units) or model.layers))
     views = model_views(probe, image_refs(references.probe(probe).manifest().slice(0, CHECKED)), spec)
     return edited(spec, spec.load(), units, torch.from_numpy(views))
 
 
-def _store_scores(storage: Storage, units: pl.DataFrame, alone: np.ndarray, output: Output) -> None:
-    columns = {name: units[name].to_list() for name in ("layer", "unit", "description")}
-    keys = {key: [value] * len(units) for key, value in output.keys.items()}
-    table = CRITERIA.table({**keys, **columns, "criterion": [ALONE] * len(units), "score": alone})
-    storage.write(CRITERIA, table, output.fingerprint, **output.keys)
-
-
-def _stored_scores(storage: Storage, units: pl.DataFrame, public: Mapping[str, str]) -> np.ndarray:
-    rows = pl.DataFrame(pl.from_arrow(storage.read(CRITERIA, ["layer", "unit", "score"], **public)))
-    return units.join(rows, on=["layer", "unit"], how="left", maintain_order="left")["score"].to_numpy()
-
-
 def example_images(storage: Storage, study: Editing, units: pl.DataFrame) -> list[tuple[str, np.ndarray]]:
     """Title and images, uint8 (n, H, W, 3), of each row of the paper's Figure 7.
 
     Args:
-        storage: The run directory; a unit without exemplars in it is left out.
-        study: The editing, whose splits come first.
-        units: Columns layer, unit, description; exemplars of each, darkened outside of their masks.
+        storage: The run directory; units without exemplars are left out.
+        study: The editing; images of its splits come first.
+        units: Columns layer, unit, description. Exemplars of each are shown, darkened outside of their masks.
     """
     spec = references.model(study.model)
     rows: list[tuple[str, np.ndarray]] = []
@@ -340,18 +328,16 @@ def example_images(storage: Storage, study: Editing, units: pl.DataFrame) -> lis
 
 
 def summary(edit: Edit) -> str:
-    """Accuracy with all units, at the stopping rule's number, and at the best that the images would have told."""
+    """Accuracy with all units, at the number given by the stopping rule, and at the best number for the images."""
     lines = [f"{len(edit.order)} units found; removing {edit.stop} keeps validation accuracy"]
     for split in dict.fromkeys(edit.rows["split"]):
-        by_condition = {}
-        for condition in (FOUND, EVERY):
+        parts = [f"{edit.accuracy(split)[0]:.3f} with all units"]
+        for condition in (editing.FOUND, editing.EVERY):
             values = edit.accuracy(split, condition)
-            by_condition[condition] = (
-                f"{condition} {values[edit.stop]:.3f}, best {max(values):.3f} at {np.argmax(values)}"
-            )
+            parts.append(f"{condition} {values[edit.stop]:.3f}, best {max(values):.3f} at {np.argmax(values)}")
         trials = edit.rows.filter(pl.col("condition") == RANDOM)["trial"].unique()
-        random = [edit.accuracy(split, RANDOM, trial)[edit.stop] for trial in trials]
-        at_random = f"; {RANDOM} {np.mean(random):.3f} (mean of {len(random)})" if random else ""
-        before = edit.accuracy(split)[0]
-        lines.append(f"  {split}: {before:.3f} with all units; {'; '.join(by_condition.values())}{at_random}")
+        if len(trials):
+            random = np.mean([edit.accuracy(split, RANDOM, trial)[edit.stop] for trial in trials])
+            parts.append(f"{RANDOM} {random:.3f} (mean of {len(trials)})")
+        lines.append(f"  {split}: {'; '.join(parts)}")
     return "\n".join(lines)

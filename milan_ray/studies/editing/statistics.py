@@ -1,66 +1,65 @@
-"""Units that should not be there, found by their descriptions, and the order to remove them in (paper, Section 7)."""
+"""Unwanted units, found by their descriptions, and the order to remove them in (paper, Section 7)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import t as student
 
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.scoring.differences import wilson
-from milan_ray.studies.analysis.statistics import RANDOM, Order
+from milan_ray.studies.ablation.curves import RANDOM, Order
 
 TEXT = ("text", "word", "letter")
-"""What descriptions of units that read text contain, the paper's."""
+"""Words in descriptions of units that read text, the paper's."""
 
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
-"""What descriptions of units that see colours contain."""
+"""Words in descriptions of units that respond to colours."""
 
 VALIDATION, TEST = "validation", "test"
-"""Splits: images like those of training, which choose; images that the network must not fail on, which judge."""
+"""Splits: images like the training images, which choose the units; images on which the effect is measured."""
 
 FOUND, EVERY = "sort-found", "sort-all"
-"""Orders: the units found by their descriptions, and as many of all, the most dispensable first."""
+"""Orders: the units found by their descriptions, and as many of all units, the most dispensable first."""
 
 MOST = 50
-"""Units removed at most, the reference's."""
+"""Maximum number of units removed, the reference's."""
 
 
 def mentioning(descriptions: Sequence[str], words: Sequence[str]) -> np.ndarray:
-    """Places of the descriptions that contain one of some words, also within other words."""
+    """Places of the descriptions that contain one of some words, including as a part of another word."""
     lowered = [text.lower() for text in descriptions]
     return np.array([n for n, text in enumerate(lowered) if any(word.lower() in text for word in words)], np.int64)
 
 
-def removal_orders(alone: np.ndarray, found: np.ndarray, trials: int = 5, seed: int = 0) -> list[Order]:
+def removal_orders(alone: np.ndarray, unwanted: np.ndarray, trials: int = 5, seed: int = 0) -> list[Order]:
     """Orders in which units are removed.
 
     Args:
-        alone: Validation accuracy with each of all U units removed alone: the higher, the less it is missed.
-        found: Places of the units found by their descriptions.
+        alone: Validation accuracy with each of all U units removed alone; the higher, the less important the unit.
+        unwanted: Places of the units found by their descriptions.
         trials: Random orders.
-        seed: Of the random orders.
+        seed: Seed of the random orders.
 
     Returns:
-        ``sort-found``, ``sort-all`` and random orders, each of as many units as were found. Units that are missed alike
-        stay in the table's order.
+        ``sort-found``, ``sort-all`` and random orders, each of as many units as are unwanted. Units of equal accuracy
+        stay in the order of the table.
     """
     ranked = np.argsort(-alone, kind="stable")
     random = np.random.default_rng(seed)
     return [
-        Order(FOUND, 0, ranked[np.isin(ranked, found)]),
-        Order(EVERY, 0, ranked[: len(found)]),
-        *(Order(RANDOM, trial, random.permutation(len(alone))[: len(found)]) for trial in range(trials)),
+        Order(FOUND, 0, ranked[np.isin(ranked, unwanted)]),
+        Order(EVERY, 0, ranked[: len(unwanted)]),
+        *(Order(RANDOM, trial, random.permutation(len(alone))[: len(unwanted)]) for trial in range(trials)),
     ]
 
 
 def stop(validation: Sequence[float]) -> int:
-    """How many units to remove where no test images tell: the most before validation accuracy falls for good.
+    """Number of units to remove, chosen without test images.
 
-    The paper's rule (Appendix E): the last step at which accuracy on validation images, which are like the training
-    images, is no lower than with all units.
+    The paper's rule (Appendix E): the last step at which accuracy on validation images is no lower than with all units.
 
     Args:
         validation: Accuracy with the first 0, 1, 2, … units of an order removed.
@@ -69,7 +68,7 @@ def stop(validation: Sequence[float]) -> int:
 
 
 def mean_interval(values: Sequence[float]) -> Interval:
-    """The mean of independent values, such as of networks, with its 95 % interval by Student's t; NaN ends of one."""
+    """Mean of independent values with its 95 % interval by Student's t; the ends are NaN for a single value."""
     array = np.asarray(values, np.float64)
     mean = float(array.mean())
     if len(array) < 2:
@@ -78,15 +77,14 @@ def mean_interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-@dataclass(frozen=True)
-class Retrieval:
-    """How well units found by words are those that fire at a concept.
+class Retrieval(NamedTuple):
+    """How well the units found by words match the units that respond to a concept.
 
     Attributes:
-        found: Units found.
-        true: Units that fire at the concept.
-        both: Units that are both.
-        units: All units.
+        found: Number of units found.
+        true: Number of units that respond to the concept.
+        both: Number of units in both groups.
+        units: Number of all units.
     """
 
     found: int
@@ -96,19 +94,14 @@ class Retrieval:
 
     @property
     def precision(self) -> Interval:
-        """Share of the units found that fire at the concept, with its 95 % interval (Wilson)."""
+        """Share of the units found that respond to the concept, with its 95 % interval (Wilson)."""
         return self._share(self.found)
 
     @property
     def recall(self) -> Interval:
-        """Share of the units that fire at the concept that were found, with its 95 % interval (Wilson)."""
+        """Share of the units responding to the concept that were found, with its 95 % interval (Wilson)."""
         return self._share(self.true)
 
     def _share(self, of: int) -> Interval:
         share, low, high = (float(value[0]) for value in wilson(np.array([self.both]), np.array([max(of, 1)])))
         return Interval(share, low, high)
-
-    def __add__(self, other: Retrieval) -> Retrieval:
-        return Retrieval(
-            self.found + other.found, self.true + other.true, self.both + other.both, self.units + other.units
-        )

@@ -1,10 +1,12 @@
-"""Generalization as data: settings, captioners with their units, and the stages that declare its tables."""
+"""Generalization: settings, captioners with their units, and the stages that declare its tables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import polars as pl
 
 from milan_ray.annotations.splits import Split
 from milan_ray.captioner.fit import Sizes
@@ -15,7 +17,8 @@ from milan_ray.schema import ENCODINGS, GENERALIZATION, HELD_OUT, SCORES, SPLITS
 from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.training import TrainingJob, annotations_read
 from milan_ray.storage import Storage
-from milan_ray.studies.generalization.statistics import TEST, TRAIN, Unit
+from milan_ray.studies.generalization.statistics import TEST, TRAIN
+from milan_ray.studies.tables import Unit, write_frame
 
 KERNEL_VERSION = "generalization-1"
 
@@ -28,13 +31,13 @@ class GeneralizationConfig:
     """How captioners are trained and judged; defaults are the paper's.
 
     Attributes:
-        trials: Captioners per split; they differ in seed, and where one network's units are divided, in the division.
-        share: Share of units held out where one network's are divided.
-        within: Optimisation there, where units are few; its seed is the first trial's.
-        training: Optimisation elsewhere; likewise.
+        trials: Captioners per split. They differ in their seed and, within one network, in the division of its units.
+        share: Share of units held out within one network.
+        within: Optimisation within one network, where units are few; its seed is the first trial's.
+        training: Optimisation of all other captioners; its seed is the first trial's.
         sizes: Sizes of the models.
-        beam_size: Width of the beam; None takes the captioner's own, 50.
-        lam: λ; None takes the captioner's own, .2.
+        beam_size: Width of the beam; None uses the captioner's own, 50.
+        lam: λ; None uses the captioner's own, .2.
         quirks: Defects of the reference to reproduce in log p(d).
     """
 
@@ -50,14 +53,14 @@ class GeneralizationConfig:
 
 @dataclass(frozen=True)
 class GeneralizationJob:
-    """What to train and to judge.
+    """Captioners to train and to judge.
 
     Attributes:
         source: Source of the annotations.
-        layers: Annotated model → its layers to take.
-        splits: What trains and what judges.
-        encoder: Encoder of their encodings.
-        config: How.
+        layers: Annotated model → its layers.
+        splits: Models that train and models that judge.
+        encoder: Encoder of the encodings.
+        config: Settings.
         bert_score: Folder of the language model of BERTScore; None leaves BERTScore out.
         name: Name of the experiment in the tables; the captioners are called NAME-SPLIT-TRIAL.
         workers: Data-parallel workers of each training.
@@ -86,14 +89,14 @@ class GeneralizationJob:
 
 @dataclass(frozen=True)
 class Trial:
-    """One captioner and what it is judged on.
+    """One captioner and the units that judge it.
 
     Attributes:
-        split: What trains and what judges.
-        number: Which of several such captioners.
+        split: Its split.
+        number: Its number among the captioners of the split.
         train: Units that it is trained on.
-        test: Units that it is judged by.
-        training: How it is trained; without GPUs.
+        test: Units that it is judged on.
+        training: Its training, without GPUs.
     """
 
     split: Split
@@ -103,55 +106,60 @@ class Trial:
     training: TrainingJob
 
 
+@dataclass(frozen=True)
 class Splits(Stage):
     """The units that train and judge captioners, a table per split.
 
-    Args:
+    Attributes:
         experiment: Name of the experiment.
         trials: All captioners.
     """
 
     table, name, title = SPLITS, "splits", "splits"
 
-    def __init__(self, experiment: str, trials: Sequence[Trial]) -> None:
-        self._experiment = experiment
-        self._units: dict[str, list[tuple[int, str, str, str, int]]] = {}
-        for trial in trials:
-            units = self._units.setdefault(trial.split.name, [])
-            units += [(trial.number, TRAIN, *unit) for unit in trial.train]
-            units += [(trial.number, TEST, *unit) for unit in trial.test]
+    experiment: str
+    trials: Sequence[Trial]
+
+    def _units(self) -> dict[str, list[tuple[int, str, str, str, int]]]:
+        """Split → trial, part, model, layer and number of its units."""
+        units: dict[str, list[tuple[int, str, str, str, int]]] = {}
+        for trial in self.trials:
+            for part, members in ((TRAIN, trial.train), (TEST, trial.test)):
+                units.setdefault(trial.split.name, []).extend((trial.number, part, *unit) for unit in members)
+        return units
 
     def outputs(self, known: Known) -> Iterator[Output]:
-        """A table per split, which follows from its units."""
-        for split, units in self._units.items():
+        """A table per split, determined by its units."""
+        for split, units in self._units().items():
             fingerprint = Fingerprint.of({"kernel": KERNEL_VERSION, "units": units})
-            yield Output({"experiment": self._experiment, "split": split}, fingerprint)
+            yield Output({"experiment": self.experiment, "split": split}, fingerprint)
 
     def run(self, storage: Storage) -> None:
         """Writes the tables that are missing or stale."""
+        units = self._units()
         for output in due(self, storage):
-            units = self._units[output.keys["split"]]
-            columns = dict(zip(("trial", "part", "model", "layer", "unit"), zip(*units, strict=True), strict=True))
-            names = {key: [value] * len(units) for key, value in output.keys.items()}
-            storage.write(SPLITS, SPLITS.table({**names, **columns}), output.fingerprint, **output.keys)
+            columns = ["trial", "part", "model", "layer", "unit"]
+            rows = pl.DataFrame(units[output.keys["split"]], columns, orient="row")
+            write_frame(storage, SPLITS, rows, output.fingerprint, **output.keys)
 
 
+@dataclass(frozen=True)
 class HeldOut(Stage):
     """Descriptions of held-out units by one captioner.
 
-    Args:
+    Attributes:
         job: The experiment.
         trial: The captioner.
     """
 
     table, name, title = HELD_OUT, "held_out", "held-out descriptions"
 
-    def __init__(self, job: GeneralizationJob, trial: Trial) -> None:
-        self._job, self._trial = job, trial
+    job: GeneralizationJob
+    trial: Trial
 
     def outputs(self, known: Known) -> Iterator[Output]:
-        """The descriptions, which follow from the captioner, encodings and annotations."""
-        job, trial = self._job, self._trial
+        """The descriptions, determined by the captioner, encodings and annotations."""
+        job, trial = self.job, self.trial
         layers = (*trial.training.layers, *job.pairs(trial.split.test_models))
         quirks = {} if job.config.quirks == NO_QUIRKS else {"quirks": job.config.quirks}
         yield Output(
@@ -174,48 +182,48 @@ class HeldOut(Stage):
         )
 
 
+@dataclass(frozen=True)
 class SplitScores(Stage):
-    """How well held-out units are described, a table per split.
+    """Scores of the descriptions of held-out units, a table per split.
 
-    Args:
+    Attributes:
         job: The experiment.
         language: Name of the spaCy pipeline that reads descriptions.
     """
 
     table, name, title = GENERALIZATION, "generalization", "scores"
 
-    def __init__(self, job: GeneralizationJob, language: str) -> None:
-        self._job, self._language = job, language
+    job: GeneralizationJob
+    language: str
 
     def outputs(self, known: Known) -> Iterator[Output]:
-        """A table per split, which follows from what its captioners say."""
-        job = self._job
+        """A table per split, determined by the descriptions of its captioners."""
+        job = self.job
         for split in job.splits:
-            public = {"experiment": job.name, "split": split.name}
-            trials = range(job.config.trials)
+            keys = {"experiment": job.name, "split": split.name}
             inputs = {
                 "kernel": KERNEL_VERSION,
-                "held_out": [known.config(HELD_OUT, **public, trial=str(trial)) for trial in trials],
+                "held_out": [known.config(HELD_OUT, **keys, trial=str(trial)) for trial in range(job.config.trials)],
                 "bertscore": job.bert_score and Path(job.bert_score).name,
-                "language": self._language,
+                "language": self.language,
             }
-            yield Output(public, Fingerprint.of(inputs))
+            yield Output(keys, Fingerprint.of(inputs))
 
 
+@dataclass(frozen=True)
 class ScoreTable(Stage):
     """The table of scores that the report shows.
 
-    Args:
+    Attributes:
         job: The experiment.
     """
 
     table, name, title = SCORES, "scores", "table of scores"
 
-    def __init__(self, job: GeneralizationJob) -> None:
-        self._job = job
+    job: GeneralizationJob
 
     def outputs(self, known: Known) -> Iterator[Output]:
-        """The table, which follows from the scores of the splits."""
-        experiment = self._job.name
-        splits = [known.config(GENERALIZATION, experiment=experiment, split=split.name) for split in self._job.splits]
+        """The table, determined by the scores of the splits."""
+        experiment = self.job.name
+        splits = [known.config(GENERALIZATION, experiment=experiment, split=split.name) for split in self.job.splits]
         yield Output({"experiment": experiment}, Fingerprint.of({"kernel": KERNEL_VERSION, "splits": splits}))

@@ -9,29 +9,27 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import groupby
 
 import numpy as np
 import polars as pl
-import pyarrow as pa
 import torch
 from spacy.language import Language
 
 from milan_ray.annotations.splits import Split
 from milan_ray.captioner.captioner import best_descriptions
 from milan_ray.config import Resources
-from milan_ray.device import resolve_device
 from milan_ray.engine.cluster import gpus_each
 from milan_ray.engine.planner import Plan
 from milan_ray.engine.stage import Output, due
-from milan_ray.engine.tasks import run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
-from milan_ray.progress import Progress, say
+from milan_ray.progress import say
 from milan_ray.report.figures import store_figure
-from milan_ray.schema import ANNOTATIONS, ENCODINGS, GENERALIZATION, HELD_OUT, SCORES, SPLITS, TRAINING
+from milan_ray.schema import ENCODINGS, GENERALIZATION, HELD_OUT, SCORES, SPLITS, TRAINING
 from milan_ray.scoring.bootstrap import Interval
 from milan_ray.scoring.evaluation import CONSTANT, NEAREST, best_constant, nearest_copy, score_table
-from milan_ray.scoring.text import BertScore, normalize
+from milan_ray.scoring.text import BertScore
 from milan_ray.stages.captioners import load_captioner
 from milan_ray.stages.descriptions import units_per_search
 from milan_ray.stages.encodings import Encodings, unit_features
@@ -47,23 +45,26 @@ from milan_ray.studies.generalization.job import (
     Trial,
 )
 from milan_ray.studies.generalization.plot import plot_generalization
-from milan_ray.studies.generalization.statistics import Unit
+from milan_ray.studies.tables import Unit, read_annotations, read_frame, write_frame
+from milan_ray.studies.tasks import run_tasks, worker_device
 
 FEW_UNITS = 256
-"""Held-out units of no more are described, and scored, by the driver: workers take longer to start."""
+"""Up to this number of held-out units, the driver describes and scores them, because workers take longer to start."""
 
 
 def run_generalization(
     storage: Storage, job: GeneralizationJob, nlp: Language, language: str, resources: Resources
 ) -> pl.DataFrame:
-    """Trains a captioner per split and trial, lets it describe the held-out units, and scores that; what is missing.
+    """Trains a captioner per split and trial, describes the held-out units with it, and scores the descriptions.
+
+    Makes only what is missing or stale.
 
     Args:
         storage: The run directory, which holds annotations and encodings of all models.
-        job: What to find out.
-        nlp: Tells words and parts of speech of the descriptions.
-        language: Its name: printed, and part of what decides the result.
-        resources: What of the cluster to use; Ray must be connected.
+        job: The experiment.
+        nlp: The spaCy pipeline that reads the descriptions.
+        language: Its name: printed, and part of the fingerprint.
+        resources: The part of the cluster to use; Ray must be connected.
 
     Returns:
         Rows of schema GENERALIZATION of all splits.
@@ -83,11 +84,10 @@ def run_generalization(
     Splits(job.name, trials).run(storage)
     _describe(storage, job, trials, resources)
     _score(storage, job, trials, nlp, language, resources)
-    rows = [storage.read(GENERALIZATION, experiment=job.name, split=split.name) for split in job.splits]
-    frame = pl.DataFrame(pl.from_arrow(pa.concat_tables(table.replace_schema_metadata() for table in rows)))
-    _publish(storage, job, frame)
+    rows = pl.concat(read_frame(storage, GENERALIZATION, experiment=job.name, split=split.name) for split in job.splits)
+    _publish(storage, job, rows)
     say(f"{job.name}: done in {time.monotonic() - started:.0f} s")
-    return frame
+    return rows
 
 
 def plan_generalization(storage: Storage, job: GeneralizationJob, language: str, resources: Resources) -> Plan:
@@ -109,16 +109,15 @@ def plan_generalization(storage: Storage, job: GeneralizationJob, language: str,
 
 
 def _annotated(storage: Storage, job: GeneralizationJob, model: str) -> list[Unit]:
-    """A model's units that have annotations with words, and as many exemplars as the others of their layer."""
-    found = []
+    """A model's units that have annotations with words, and as many exemplars as the other units of their layer."""
+    units: list[Unit] = []
     for layer in job.layers[model]:
-        said = storage.read(ANNOTATIONS, ["unit", "text"], source=job.source, model=model, layer=layer).to_pylist()
-        worded = {row["unit"] for row in said if normalize(row["text"])}
+        annotated = read_annotations(storage, job.source, [(model, layer)])
         encoded = storage.read(ENCODINGS, ["unit"], encoder=job.encoder.name, model=model, layer=layer)
-        units, counts = np.unique(encoded["unit"].to_numpy(), return_counts=True)
-        whole = units[counts == counts.max()].tolist() if len(units) else []
-        found += [(model, layer, unit) for unit in whole if unit in worded]
-    return found
+        numbers, exemplars = np.unique(encoded["unit"].to_numpy(), return_counts=True)
+        complete = numbers[exemplars == exemplars.max(initial=0)].tolist()
+        units += [(model, layer, unit) for unit in complete if (model, layer, unit) in annotated]
+    return units
 
 
 def find_trials(storage: Storage, job: GeneralizationJob, resources: Resources) -> list[Trial]:
@@ -145,9 +144,7 @@ def _trial(
             "annotate more, or leave it out with --split."
         )
     layers = job.pairs(split.train_models)
-    of_layers: dict[tuple[str, str], list[int]] = {layer: [] for layer in layers}
-    for model, layer, unit in train:
-        of_layers[model, layer].append(unit)
+    units = tuple(tuple(unit for *layer, unit in train if tuple(layer) == pair) for pair in layers)
     training = TrainingJob(
         f"{job.name}-{split.name}-{number}",
         job.source,
@@ -159,110 +156,89 @@ def _trial(
         resources.cpus_per_actor,
         threads=resources.threads,
         memory_limit=job.memory_limit,
-        units=tuple(map(tuple, of_layers.values())) if split.within else (),
+        units=units if split.within else (),
         keep_encoder=False,
     )
     return Trial(split, number, train, test, training)
 
 
-# -- what captioners say ----------------------------------------------------------------------------------------------
+# -- descriptions by the captioners -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class _Saying:
-    """Held-out units to describe."""
+class _Task:
+    """A captioner whose held-out units are described, or all captioners of a split that is scored."""
 
     storage: Storage
     job: GeneralizationJob
-    trial: Trial
     output: Output
-    threads: int
-    device: str
+    trials: tuple[Trial, ...]
+    resources: Resources
+
+    @property
+    def units(self) -> list[Unit]:
+        """The distinct held-out units."""
+        return sorted({unit for trial in self.trials for unit in trial.test})
 
 
 def _describe(storage: Storage, job: GeneralizationJob, trials: Sequence[Trial], resources: Resources) -> None:
     tasks = [
-        _Saying(storage, job, trial, output, resources.threads, resources.device)
+        _Task(storage, job, output, (trial,), resources)
         for trial in trials
         for output in due(HeldOut(job, trial), storage)
     ]
     if not tasks:
         say(f"{job.name}: held-out descriptions are all up to date")
         return
-    here = sum(len(task.trial.test) for task in tasks) <= FEW_UNITS
-    gpus = 0 if here else gpus_each(resources)
-    with Progress("held-out descriptions", len(tasks), "captioners") as progress:
-        for _ in run_parallel(_say_all, tasks, resources.cpus_per_actor, gpus, here):
-            progress.advance()
+    few = sum(len(task.units) for task in tasks) <= FEW_UNITS
+    for _ in run_tasks(_describe_units, tasks, resources, "held-out descriptions", "captioners", in_driver=few):
+        pass
 
 
-def _say_all(task: _Saying) -> None:
+def _describe_units(task: _Task) -> None:
     """Writes a captioner's descriptions of held-out units, and two baselines: one text for all, the nearest unit's."""
-    torch.set_num_threads(task.threads)
-    storage, trial = task.storage, task.trial
-    captioner = load_captioner(storage, trial.training.name).to(str(resolve_device(task.device)))
-    lam = captioner.lam if task.job.config.lam is None else task.job.config.lam
+    device = worker_device(task.resources)
+    storage, job, (trial,) = task.storage, task.job, task.trials
+    captioner = load_captioner(storage, trial.training.name).to(str(device))
+    lam = captioner.lam if job.config.lam is None else job.config.lam
     texts: dict[str, list[str]] = {MILAN: [], LIKELIHOOD: []}
     means = []
-    quirks, beam = task.job.config.quirks, task.job.config.beam_size
-    step = units_per_search(quirks)
-    for features in _features(storage, task.job, trial.test):
+    quirks, step = job.config.quirks, units_per_search(job.config.quirks)
+    for features in _features(storage, job, trial.test):
         means.append(features.mean(axis=1))
         for start in range(0, len(features), step):
-            candidates = captioner.candidates(features[start : start + step], beam, quirks=quirks)
+            candidates = captioner.candidates(features[start : start + step], job.config.beam_size, quirks=quirks)
             for system, weight in ((MILAN, lam), (LIKELIHOOD, 0.0)):
                 texts[system] += [best.text for (best,) in best_descriptions(candidates, weight)]
-    captions = _references(storage, task.job, trial.train)
-    known = np.concatenate([features.mean(axis=1) for features in _features(storage, task.job, trial.train)])
+    captions = references_of(storage, job, trial.train)
+    train_means = np.concatenate([features.mean(axis=1) for features in _features(storage, job, trial.train)])
     texts[CONSTANT] = [best_constant(list(captions.values()))] * len(trial.test)
-    texts[NEAREST] = nearest_copy(known, [captions[unit][0] for unit in trial.train], np.concatenate(means))
-    rows = len(trial.test) * len(texts)
-    columns = {
-        **{key: [value] * rows for key, value in task.output.keys.items()},
-        "system": [system for system in texts for _ in trial.test],
-        **{
-            key: [unit[place] for unit in trial.test] * len(texts)
-            for place, key in enumerate(("model", "layer", "unit"))
-        },
-        "description": [text for of_system in texts.values() for text in of_system],
-    }
-    storage.write(HELD_OUT, HELD_OUT.table(columns), task.output.fingerprint, **task.output.keys)
+    texts[NEAREST] = nearest_copy(train_means, [captions[unit][0] for unit in trial.train], np.concatenate(means))
+    rows = [
+        (system, *unit, text)
+        for system, descriptions in texts.items()
+        for unit, text in zip(trial.test, descriptions, strict=True)
+    ]
+    frame = pl.DataFrame(rows, ["system", "model", "layer", "unit", "description"], orient="row")
+    write_frame(storage, HELD_OUT, frame, task.output.fingerprint, **task.output.keys)
 
 
 def _features(storage: Storage, job: GeneralizationJob, units: Sequence[Unit]) -> Iterator[np.ndarray]:
-    """Features of units, layer by layer and in order: float32 (units of the layer, k, F)."""
-    layers: dict[tuple[str, str], list[int]] = {}
-    for model, layer, unit in units:
-        layers.setdefault((model, layer), []).append(unit)
-    for (model, layer), numbers in layers.items():
-        columns = ["unit", "rank", "feature"]
-        found = unit_features(storage.read(ENCODINGS, columns, encoder=job.encoder.name, model=model, layer=layer))
-        yield np.stack([found[number] for number in numbers])
+    """Features of units, which come layer by layer: float32 (units of the layer, k, F)."""
+    columns = ["unit", "rank", "feature"]
+    for (model, layer), members in groupby(units, key=lambda unit: unit[:2]):
+        features = unit_features(storage.read(ENCODINGS, columns, encoder=job.encoder.name, model=model, layer=layer))
+        yield np.stack([features[unit] for _, _, unit in members])
 
 
-def _references(storage: Storage, job: GeneralizationJob, units: Sequence[Unit]) -> dict[Unit, list[str]]:
-    """The annotations of units, those with words."""
-    found: dict[Unit, list[str]] = {unit: [] for unit in units}
-    for model, layer in dict.fromkeys((model, layer) for model, layer, _ in units):
-        table = storage.read(ANNOTATIONS, source=job.source, model=model, layer=layer)
-        for row in table.sort_by([("unit", "ascending"), ("annotator", "ascending")]).to_pylist():
-            if (model, layer, row["unit"]) in found and normalize(row["text"]):
-                found[model, layer, row["unit"]].append(row["text"])
-    return found
+def references_of(storage: Storage, job: GeneralizationJob, units: Sequence[Unit]) -> dict[Unit, list[str]]:
+    """The annotations of units, except those without words."""
+    layers = dict.fromkeys((model, layer) for model, layer, _ in units)
+    annotations = read_annotations(storage, job.source, layers, by_annotator=True)
+    return {unit: annotations.get(unit, []) for unit in units}
 
 
-# -- how well ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class _Scoring:
-    """A split to score."""
-
-    storage: Storage
-    job: GeneralizationJob
-    output: Output
-    units: list[Unit]
-    threads: int
+# -- scores -----------------------------------------------------------------------------------------------------------
 
 
 def _score(
@@ -275,31 +251,25 @@ def _score(
 ) -> None:
     tasks = []
     for output in due(SplitScores(job, language), storage):
-        units = {unit for trial in trials if trial.split.name == output.keys["split"] for unit in trial.test}
-        tasks.append(_Scoring(storage, job, output, sorted(units), resources.threads))
+        of_split = tuple(trial for trial in trials if trial.split.name == output.keys["split"])
+        tasks.append(_Task(storage, job, output, of_split, resources))
     if not tasks:
         say(f"{job.name}: scores are all up to date")
         return
-    splits = {split.name: split for split in job.splits}
-    here = sum(len(task.units) for task in tasks) <= FEW_UNITS
-    gpus = 0 if here else gpus_each(resources)
-    with Progress("scores", len(tasks), "splits") as progress:
-        for index, scored in run_parallel(_score_split, tasks, resources.cpus_per_actor, gpus, here):
-            output = tasks[index].output
-            split = splits[output.keys["split"]]
-            texts = generalization.text_rows(held_out(storage, job, split.name), nlp, language)
-            names = {**output.keys, "kind": split.kind, "train": split.train, "test": split.test}
-            rows = pl.concat([scored, texts]).with_columns(pl.lit(value).alias(key) for key, value in names.items())
-            table = GENERALIZATION.table({name: rows[name].to_list() for name in GENERALIZATION.schema.names})
-            storage.write(GENERALIZATION, table, output.fingerprint, **output.keys)
-            progress.advance()
+    few = sum(len(task.units) for task in tasks) <= FEW_UNITS
+    for index, scored in run_tasks(_score_split, tasks, resources, "scores", "splits", in_driver=few):
+        output, split = tasks[index].output, tasks[index].trials[0].split
+        texts = generalization.text_rows(held_out(storage, job, split.name), nlp, language)
+        about = {"kind": split.kind, "train": split.train, "test": split.test}
+        rows = pl.concat([scored, texts]).with_columns(pl.lit(value).alias(key) for key, value in about.items())
+        write_frame(storage, GENERALIZATION, rows, output.fingerprint, **output.keys)
 
 
-def _score_split(task: _Scoring) -> pl.DataFrame:
-    torch.set_num_threads(task.threads)
+def _score_split(task: _Task) -> pl.DataFrame:
+    torch.set_num_threads(task.resources.threads)
     split = task.output.keys["split"]
     bert = _bert_score(task.job.bert_score) if task.job.bert_score else None
-    references = _references(task.storage, task.job, task.units)
+    references = references_of(task.storage, task.job, task.units)
     return generalization.score_split(split, held_out(task.storage, task.job, split), references, bert)
 
 
@@ -311,31 +281,23 @@ def _bert_score(folder: str) -> BertScore:
 
 def held_out(storage: Storage, job: GeneralizationJob, split: str) -> pl.DataFrame:
     """Descriptions by the captioners of all trials of a split: rows of schema HELD_OUT, the trial as a number."""
-    tables = [
-        storage.read(HELD_OUT, experiment=job.name, split=split, trial=str(trial)).replace_schema_metadata()
+    tables = (
+        read_frame(storage, HELD_OUT, experiment=job.name, split=split, trial=str(trial))
         for trial in range(job.config.trials)
-    ]
-    return pl.DataFrame(pl.from_arrow(pa.concat_tables(tables))).with_columns(pl.col("trial").cast(pl.Int32))
-
-
-def references_of(storage: Storage, job: GeneralizationJob, said: pl.DataFrame) -> dict[Unit, list[str]]:
-    """The annotations of all units in a table of what captioners say."""
-    return _references(storage, job, list(said.select("model", "layer", "unit").unique().sort(pl.all()).iter_rows()))
+    )
+    return pl.concat(tables).with_columns(pl.col("trial").cast(pl.Int32))
 
 
 def _publish(storage: Storage, job: GeneralizationJob, rows: pl.DataFrame) -> None:
     """Writes the table of scores that the report shows, and the figure."""
-    table = generalization.table_3(rows)
     metric = generalization.main_metric(rows)
     note = "MILAN on the held-out units, against all annotations of the unit; table generalization has the other rows"
     columns = ("train", "test", metric, "low", "high", "units")
-    scores = score_table(
-        job.name,
-        [
-            (f"{train} → {test}", metric, Interval(value, low, high), units, note)
-            for train, test, value, low, high, units in table.select(columns).iter_rows()
-        ],
-    )
+    scores = [
+        (f"{train} → {test}", metric, Interval(value, low, high), units, note)
+        for train, test, value, low, high, units in generalization.table_3(rows).select(columns).iter_rows()
+    ]
     for output in due(ScoreTable(job), storage):
         store_figure(storage, SCORES, plot_generalization(rows), **output.keys)
-        storage.write(SCORES, scores, output.fingerprint, **output.keys)  # last: it says that all is done
+        # The table is written last: it marks the result as complete.
+        storage.write(SCORES, score_table(job.name, scores), output.fingerprint, **output.keys)

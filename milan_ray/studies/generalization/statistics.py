@@ -1,4 +1,4 @@
-"""Does a captioner describe networks it never saw (paper §4): units are divided, descriptions scored."""
+"""Captioners on networks that they were not trained on (paper §4): divides the units and scores the descriptions."""
 
 from __future__ import annotations
 
@@ -12,11 +12,9 @@ from milan_ray.annotations.splits import KINDS, OWN, Split
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
 from milan_ray.scoring.evaluation import CONSTANT, NEAREST, SHUFFLED, evaluate_text, shuffled
 from milan_ray.scoring.text import BertScore
-from milan_ray.scoring.words import FUNCTION_WORDS, head_words, words_of
+from milan_ray.scoring.words import shares_no_word
 from milan_ray.studies.annotators.statistics import PARTS_OF_SPEECH, annotation_statistics
-
-Unit = tuple[str, str, int]
-"""(model, layer, unit)."""
+from milan_ray.studies.tables import Unit
 
 TRAIN, TEST = "train", "test"
 """Parts of a split."""
@@ -33,14 +31,14 @@ SYSTEMS = (MILAN, LIKELIHOOD, CONSTANT, NEAREST)
 def divided(
     split: Split, annotated: Mapping[str, Sequence[Unit]], share: float, seed: int, trial: int
 ) -> tuple[list[Unit], list[Unit]]:
-    """The units that train and those that judge, both by model, layer and number.
+    """Divides units into those that train and those that judge, both sorted by model, layer and number.
 
     Args:
         split: The split.
         annotated: Model → its annotated units.
-        share: Share of units held out where units of the same models are divided, at least one.
-        seed: Of that division.
-        trial: Number of the trial; each has a division of its own.
+        share: Share of units held out if the same models train and judge; at least one unit.
+        seed: Seed of that division.
+        trial: Number of the trial; each trial has its own division.
 
     Returns:
         (train, test).
@@ -58,79 +56,70 @@ def divided(
 
 def score_split(
     name: str,
-    said: pl.DataFrame,
+    descriptions: pl.DataFrame,
     references: Mapping[Unit, Sequence[str]],
     bert_score: BertScore | None = None,
     *,
     samples: int = 1000,
 ) -> pl.DataFrame:
-    """Scores what captioners of all trials say of held-out units, and trivial baselines.
+    """Scores the descriptions of held-out units by the captioners of all trials, and trivial baselines.
 
     Args:
         name: Name of the split.
-        said: Columns trial, system (of :data:`SYSTEMS`), model, layer, unit, description; every system of every unit.
+        descriptions: Columns trial, system (of :data:`SYSTEMS`), model, layer, unit, description; every system
+            describes every unit.
         references: Unit → its annotations, at least one with words in it.
         bert_score: The scorer; None leaves BERTScore out.
         samples: Bootstrap resamples.
 
     Returns:
         Columns trial, system, metric, value, low, high, n, note. Rows without a trial are of all trials together: a
-        unit that several describe is resampled as one.
+        unit that several trials describe is resampled as one.
     """
-    trials = said["trial"].unique().sort().to_list()
-    of_trials = [_systems(said.filter(trial=trial)) for trial in trials]
-    found = []
-    for trial, (units, systems) in zip(trials, of_trials, strict=True):
-        found.append(_scored(name, trial, units, systems, references, bert_score, samples))
+    trials = descriptions["trial"].unique().sort().to_list()
+    by_trial = [_systems(descriptions.filter(trial=trial)) for trial in trials]
+
+    def scored(trial: int | None, units: Sequence[Unit], systems: Mapping[str, Sequence[str]]) -> pl.DataFrame:
+        places = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
+        table = evaluate_text(
+            name,
+            systems,
+            [references[unit] for unit in units],
+            bert_score,
+            owners=[places[unit] for unit in units],
+            orders=BLEU_ORDERS,
+            samples=samples,
+        )
+        frame = pl.DataFrame(pl.from_arrow(table)).drop("experiment").filter(pl.col("n") > 0)
+        return frame.select(pl.lit(trial, pl.Int32).alias("trial"), pl.all())
+
+    tables = [scored(trial, *described) for trial, described in zip(trials, by_trial, strict=True)]
     if len(trials) == 1:
-        found.append(found[0].with_columns(pl.lit(None, pl.Int32).alias("trial")))
+        together = tables[0].with_columns(pl.lit(None, pl.Int32).alias("trial"))
     else:
-        units = [unit for some, _ in of_trials for unit in some]
-        systems = {name: [text for _, each in of_trials for text in each[name]] for name in of_trials[0][1]}
-        found.append(_scored(name, None, units, systems, references, bert_score, samples))
-    return pl.concat(found)
+        units = [unit for members, _ in by_trial for unit in members]
+        texts = {system: [text for _, each in by_trial for text in each[system]] for system in by_trial[0][1]}
+        together = scored(None, units, texts)
+    return pl.concat([*tables, together])
 
 
-def _systems(said: pl.DataFrame) -> tuple[list[Unit], dict[str, list[str]]]:
-    """The units of one trial, and what each system says of them; shuffled is made here."""
-    wide = said.pivot(on="system", index=["model", "layer", "unit"], values="description", maintain_order=True)
+def _systems(descriptions: pl.DataFrame) -> tuple[list[Unit], dict[str, list[str]]]:
+    """The units of one trial; and system → their descriptions, with the shuffled baseline added."""
+    wide = descriptions.pivot(on="system", index=["model", "layer", "unit"], values="description", maintain_order=True)
     systems = {name: wide[name].to_list() for name in SYSTEMS}
     systems[SHUFFLED] = shuffled(systems[MILAN])
     return list(wide.select("model", "layer", "unit").iter_rows()), systems
 
 
-def _scored(
-    name: str,
-    trial: int | None,
-    units: Sequence[Unit],
-    systems: Mapping[str, Sequence[str]],
-    references: Mapping[Unit, Sequence[str]],
-    bert_score: BertScore | None,
-    samples: int,
-) -> pl.DataFrame:
-    places = {unit: place for place, unit in enumerate(dict.fromkeys(units))}
-    table = evaluate_text(
-        name,
-        systems,
-        [references[unit] for unit in units],
-        bert_score,
-        owners=[places[unit] for unit in units],
-        orders=BLEU_ORDERS,
-        samples=samples,
-    )
-    frame = pl.DataFrame(pl.from_arrow(table)).drop("experiment").filter(pl.col("n") > 0)
-    return frame.select(pl.lit(trial, pl.Int32).alias("trial"), pl.all())
-
-
-def text_rows(said: pl.DataFrame, nlp: Language, language: str) -> pl.DataFrame:
+def text_rows(descriptions: pl.DataFrame, nlp: Language, language: str) -> pl.DataFrame:
     """Statistics of MILAN's descriptions by trial and in the mean over trials (paper, Table 6), as rows of scores.
 
     Args:
-        said: As for :func:`score_split`.
-        nlp: Tells words and parts of speech.
+        descriptions: As for :func:`score_split`.
+        nlp: The spaCy pipeline that finds words and parts of speech.
         language: Its name.
     """
-    texts = said.filter(system=MILAN).rename({"description": "text"})
+    texts = descriptions.filter(system=MILAN).rename({"description": "text"})
     by_trial = annotation_statistics(texts, nlp, by=("trial",))
     rows = by_trial.unpivot(TEXT_COLUMNS, index=["trial", "units"], variable_name="metric", value_name="value")
     rows = rows.drop_nulls("value")
@@ -150,12 +139,12 @@ def text_rows(said: pl.DataFrame, nlp: Language, language: str) -> pl.DataFrame:
 
 
 def main_metric(rows: pl.DataFrame) -> str:
-    """The measure that the paper's tables have, BERTScore, or ROUGE-L where there is no model for it."""
+    """The measure of the paper's tables: BERTScore, or ROUGE-L if there is no model for BERTScore."""
     return "bertscore-f" if "bertscore-f" in rows["metric"] else "rouge-l-f"
 
 
 def table_3(rows: pl.DataFrame) -> pl.DataFrame:
-    """The paper's Table 3, with what its numbers have to be read beside: a line per split, in the paper's order.
+    """The paper's Table 3 with trivial baselines: a line per split, in the paper's order.
 
     Args:
         rows: Columns of :data:`~milan_ray.schema.GENERALIZATION`.
@@ -186,40 +175,37 @@ def table_6(rows: pl.DataFrame) -> pl.DataFrame:
 
 
 def disagreements(
-    said: pl.DataFrame, references: Mapping[Unit, Sequence[str]], count: int = 12, seed: int = 0
+    descriptions: pl.DataFrame, references: Mapping[Unit, Sequence[str]], count: int = 12, seed: int = 0
 ) -> tuple[list[str], list[str]]:
-    """Held-out units of which MILAN says nothing that any annotator says, and random ones, as lines of text.
+    """Held-out units whose description by MILAN shares no word with any annotation, and random units, as lines of text.
 
     Args:
-        said: As for :func:`score_split`, with the column split.
+        descriptions: As for :func:`score_split`, with the column split.
         references: Unit → its annotations.
-        count: Lines of each at most; the first line of the former says how many there are in all.
-        seed: Of the choice.
+        count: Maximum number of units of each kind; the first line of the former counts all of them.
+        seed: Seed of the choice.
     """
-    rows = said.filter(system=MILAN).sort("split", "trial", "model", "layer", "unit")
+    rows = descriptions.filter(system=MILAN).sort("split", "trial", "model", "layer", "unit")
     units = list(rows.select("model", "layer", "unit").iter_rows())
-    people = [references[unit] for unit in units]
+    annotations = [references[unit] for unit in units]
     texts = rows["description"].to_list()
-    heads = head_words(
-        word for text in [*texts, *(each for group in people for each in group)] for word in words_of(text)
-    )
-
-    def contents(text: str) -> set[str]:
-        return {heads[word] for word in words_of(text)} - FUNCTION_WORDS
 
     def line(place: int) -> str:
         model, layer, unit = units[place]
-        where = f"{rows['split'][place]}: {model} {layer} {unit}"
-        return f"{where}: “{texts[place]}”; the annotators: {'; '.join(people[place])}"
+        return (
+            f"{rows['split'][place]}: {model} {layer} {unit}: “{texts[place]}”; the annotators: "
+            f"{'; '.join(annotations[place])}"
+        )
 
     order = np.random.default_rng(seed).permutation(len(units)).tolist()
-    apart = [place for place in order if not contents(texts[place]) & set().union(*map(contents, people[place]))]
+    unlike = shares_no_word(texts, annotations)
+    apart = [place for place in order if unlike[place]]
     first = f"{len(apart)} of {len(units)} descriptions of held-out units share no word with any annotation:"
     return [first, *map(line, apart[:count])], list(map(line, order[:count]))
 
 
 def where(row: Mapping[str, object]) -> str:
-    """From which networks to which a captioner generalizes, of a row of :func:`table_3`."""
+    """The networks that a captioner generalizes from and to, of a row of :func:`table_3`."""
     return f"within {row['train']}" if row["train"] == row["test"] else f"{row['train']} → {row['test']}"
 
 

@@ -1,1 +1,1 @@
-"""The world judges labels of its networks' units."""
+"""The built-in world judges labels of its networks' units."""

@@ -9,14 +9,15 @@ import polars as pl
 import pyarrow as pa
 
 from milan_ray.engine import references
+from milan_ray.engine.stage import pairs
 from milan_ray.labelers.compexp import CompExp
 from milan_ray.models.registry import ModelSpec
-from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST
+from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, SCORES
 from milan_ray.stages import world
 from milan_ray.stages.arithmetic import Forwards, arithmetics_of
 from milan_ray.storage import Storage
-from milan_ray.studies.comparison.statistics import Unit
 from milan_ray.studies.judges import statistics as judges
+from milan_ray.studies.tables import Unit, frame_of, table_of
 from milan_ray.world.lexicon import CONCEPT, CONCEPTS, KINDS
 from milan_ray.world.networks import planted_concepts
 from milan_ray.world.probe import WorldProbe
@@ -26,7 +27,7 @@ from milan_ray.world.training import PREPROCESS
 HELD_OUT_SCENES = references.ProbeRef(("world/heldout",))
 
 PLANTED = "world/planted"
-"""The network whose units' concepts are known beforehand."""
+"""The network with units built for known concepts."""
 
 TRUTH, PLANTED_UNITS = "held-out scenes", "planted units"
 """Suffixes of the names of the judgements' tables."""
@@ -36,7 +37,7 @@ PLANTED_BY_KIND = "planted units named, by kind of concept"
 
 
 def of_the_world(storage: Storage, model: str) -> bool:
-    """Whether the world can judge a model: a network that looked at the world's scenes."""
+    """Whether the world can judge a model: a network that was dissected on the world's scenes."""
     layers = storage.partitions(EXEMPLARS, model=model) if model.startswith("world/") else []
     if not layers:
         return False
@@ -52,10 +53,10 @@ def _spec(model: str) -> ModelSpec:
 
 
 def in_words(labeler: str, label: str) -> str:
-    """A label as the world's lexicon understands it: what a formula rules out left out, concepts by a word for them.
+    """A label in words of the world's lexicon: concepts become words, and negated parts of a formula are left out.
 
     Args:
-        labeler: Whose label.
+        labeler: The labeler of the label.
         label: The label.
     """
     parts = [label]
@@ -76,9 +77,9 @@ def judge_labels(
     Args:
         storage: The run directory, which holds the units' levels.
         name: Name of the comparison.
-        units: N units of networks that :func:`of_the_world` takes.
+        units: N units of networks that :func:`of_the_world` accepts.
         systems: System → N labels in words (:func:`in_words`), the main one first.
-        scenes: Held-out ones.
+        scenes: Held-out scenes.
 
     Returns:
         Tables of schema SCORES, one per experiment.
@@ -86,17 +87,17 @@ def judge_labels(
     planted = np.array([model == PLANTED for model, _, _ in units])
     tables = []
     if not planted.all():
-        tables += _by_scenes(storage, name, *_some(units, systems, ~planted), scenes)
+        tables += _by_scenes(
+            storage, name, [units[n] for n in np.flatnonzero(~planted).tolist()], labels_of(systems, ~planted), scenes
+        )
     if planted.any():
-        tables += _by_plan(name, *_some(units, systems, planted))
+        tables += _by_plan(name, [units[n] for n in np.flatnonzero(planted).tolist()], labels_of(systems, planted))
     return tables
 
 
-def _some(
-    units: Sequence[Unit], systems: Mapping[str, Sequence[str]], which: np.ndarray
-) -> tuple[list[Unit], dict[str, list[str]]]:
-    places = np.flatnonzero(which).tolist()
-    return [units[n] for n in places], {name: [labels[n] for n in places] for name, labels in systems.items()}
+def labels_of(systems: Mapping[str, Sequence[str]], which: np.ndarray) -> dict[str, list[str]]:
+    """The labels of some of the units, which are given as a mask."""
+    return {name: [labels[n] for n in np.flatnonzero(which).tolist()] for name, labels in systems.items()}
 
 
 def _by_scenes(
@@ -107,62 +108,65 @@ def _by_scenes(
     held_out: references.ProbeRef,
 ) -> list[pa.Table]:
     layers: dict[str, list[str]] = {}
-    for model, layer, _ in units:
-        if layer not in layers.setdefault(model, []):
-            layers[model].append(layer)
-    sizes = {
-        (model, layer): storage.count(LEVELS, model=model, layer=layer) for model, of in layers.items() for layer in of
-    }
+    for model, layer in dict.fromkeys((model, layer) for model, layer, _ in units):
+        layers.setdefault(model, []).append(layer)
+    sizes = {(model, layer): storage.count(LEVELS, model=model, layer=layer) for model, layer in pairs(layers)}
     starts = dict(zip(sizes, np.cumsum([0, *sizes.values()]).tolist(), strict=False))
     columns = np.array([starts[model, layer] + unit for model, layer, unit in units])
-    found = world.truth(storage, layers, held_out)
-    maxima = np.concatenate([found[model].activations for model in layers], axis=1)[:, columns]
-    best = np.concatenate([found[model].concept for model in layers])[columns]
+    truths = world.truth(storage, layers, held_out)
+    maxima = np.concatenate([truths[model].activations for model in layers], axis=1)[:, columns]
+    best = np.concatenate([truths[model].concept for model in layers])[columns]
     scenes = scenes_of(held_out)
     shown = judges.presence(scenes)
-    told = f"{name}: {TRUTH}"
-    run = activations(storage, layers, columns)
-    tables = [
-        pa.concat_tables(
-            [
-                judges.described_auroc(told, maxima, shown, systems),
-                judges.causal_drops(told, run, scenes, systems),
-            ]
-        )
-    ]
-    parts = []
-    for kind in KINDS:
-        of_kind = np.array([CONCEPTS[concept].kind == kind for concept in best])
-        if of_kind.any():
-            _, some = _some(units, systems, of_kind)
-            parts.append((kind, judges.described_auroc(told, maxima[:, of_kind], shown, some)))
+    experiment = f"{name}: {TRUTH}"
+    table = pa.concat_tables(
+        [
+            judges.described_auroc(experiment, maxima, shown, systems),
+            judges.causal_drops(experiment, activations(storage, layers, columns), scenes, systems),
+        ]
+    )
     note = "AUROC of units whose best concept on held-out scenes, by intersection over union, is of this kind"
-    return [*tables, _by_kind(f"{name}: {BY_KIND}", parts, "auroc", note)]
+    by_kind = _by_kind(
+        f"{name}: {BY_KIND}",
+        [CONCEPTS[concept].kind for concept in best],
+        lambda which: judges.described_auroc(experiment, maxima[:, which], shown, labels_of(systems, which)),
+        "auroc",
+        note,
+    )
+    return [table, by_kind]
 
 
 def _by_plan(name: str, units: Sequence[Unit], systems: Mapping[str, Sequence[str]]) -> list[pa.Table]:
-    concepts = [planted_concepts[unit] for _, _, unit in units]
-    tables = [judges.planted_accuracy(f"{name}: {PLANTED_UNITS}", concepts, systems)]
-    parts = []
+    concepts = np.array([planted_concepts[unit] for _, _, unit in units])
+    by_kind = _by_kind(
+        f"{name}: {PLANTED_BY_KIND}",
+        [CONCEPT[concept].kind for concept in concepts],
+        lambda which: judges.planted_accuracy(name, concepts[which].tolist(), labels_of(systems, which)),
+        "planted-accuracy",
+        "share of units planted with a concept of this kind whose label names it",
+    )
+    return [judges.planted_accuracy(f"{name}: {PLANTED_UNITS}", concepts.tolist(), systems), by_kind]
+
+
+def _by_kind(
+    experiment: str, kinds: Sequence[str], judge: Callable[[np.ndarray], pa.Table], metric: str, note: str
+) -> pa.Table:
+    """One measure for each kind of concept, with the kind in the column of metrics.
+
+    Args:
+        experiment: Name of the evaluation.
+        kinds: Kind of each unit's concept.
+        judge: Judges some of the units, bool (N,).
+        metric: The measure.
+        note: Note of all rows.
+    """
+    frames = []
     for kind in KINDS:
-        of_kind = np.array([CONCEPT[concept].kind == kind for concept in concepts])
-        if of_kind.any():
-            _, some = _some(units, systems, of_kind)
-            chosen = [concept for concept, use in zip(concepts, of_kind, strict=True) if use]
-            parts.append((kind, judges.planted_accuracy(name, chosen, some)))
-    note = "share of units planted with a concept of this kind whose label names it"
-    return [*tables, _by_kind(f"{name}: {PLANTED_BY_KIND}", parts, "planted-accuracy", note)]
-
-
-def _by_kind(experiment: str, parts: Sequence[tuple[str, pa.Table]], metric: str, note: str) -> pa.Table:
-    """One measure of several tables, the kinds of concepts in place of metrics."""
-    frames = [
-        pl.DataFrame(pl.from_arrow(table))
-        .filter(pl.col("metric") == metric, ~pl.col("system").str.contains(" − "))
-        .with_columns(pl.lit(experiment).alias("experiment"), pl.lit(kind).alias("metric"), pl.lit(note).alias("note"))
-        for kind, table in parts
-    ]
-    return pl.concat(frames).to_arrow().cast(parts[0][1].schema)
+        which = np.array([of_unit == kind for of_unit in kinds])
+        if which.any():
+            rows = frame_of(judge(which)).filter(pl.col("metric") == metric, ~pl.col("system").str.contains(" − "))
+            frames.append(rows.with_columns(experiment=pl.lit(experiment), metric=pl.lit(kind), note=pl.lit(note)))
+    return table_of(SCORES, pl.concat(frames))
 
 
 def scenes_of(ref: references.ProbeRef) -> list[Scene]:
@@ -178,21 +182,21 @@ def activations(
     """A function from scenes (N, 64, 64, 3) to units' maxima (N, U).
 
     Args:
-        storage: The run directory, which says how the models' exemplars were computed.
+        storage: The run directory, which holds the arithmetic of the models' exemplars.
         layers: Model → layers.
-        columns: Places of the U units among those of all layers side by side.
+        columns: Indices of the U units among the units of all layers, concatenated.
     """
     forwards = {}
-    for model, of in layers.items():
+    for model, names in layers.items():
         spec = _spec(model)
-        assert spec.preprocess == PREPROCESS  # scenes are the network's views as they are
-        forwards[model] = Forwards(spec, spec.load, arithmetics_of(storage, model, of), 16)
+        assert spec.preprocess == PREPROCESS  # so that scenes are the network's views
+        forwards[model] = Forwards(spec, spec.load, arithmetics_of(storage, model, names), 16)
 
     def run(images: np.ndarray) -> np.ndarray:
-        found = []
-        for model, of in layers.items():
+        maxima = []
+        for model, names in layers.items():
             maps = forwards[model].maps(images)
-            found += [maps[layer].amax(dim=(2, 3)).numpy() for layer in of]
-        return np.concatenate(found, axis=1)[:, columns]
+            maxima += [maps[layer].amax(dim=(2, 3)).numpy() for layer in names]
+        return np.concatenate(maxima, axis=1)[:, columns]
 
     return run

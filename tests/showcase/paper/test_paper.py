@@ -14,9 +14,9 @@ from milan_ray.config import Resources
 from milan_ray.errors import MilanError
 from milan_ray.schema import CLAIMS
 from milan_ray.showcase import paper
-from milan_ray.showcase.paper.claims import Claim, Section
+from milan_ray.showcase.paper.claims import Claim, Section, evidence
 from milan_ray.showcase.paper.experiment_context import ExperimentContext
-from milan_ray.showcase.paper.page import stored_entry, write_page
+from milan_ray.showcase.paper.page import stored_section, write_page
 from milan_ray.storage import Storage
 
 FIGURE = "ablations/experiment=cooking/figure.svg"
@@ -30,8 +30,8 @@ CLAIMS_MADE = (
 def cook(context: ExperimentContext) -> Section:
     table = pl.DataFrame({"pot": ["a", "b"], "heat": [90.123456, None], "spices": [["salt", "pepper"], []]})
     return Section(
-        "cooking", "Cooking (paper, Section 9)", CLAIMS_MADE, (FIGURE, "absent.svg"), (("pots", table),), ("burnt",),
-        ("soup <script>alert(1)</script>",),
+        "cooking", "Cooking (paper, Section 9)", CLAIMS_MADE, (FIGURE, "absent.svg"),
+        (evidence("pots", table),), ("burnt",), ("soup <script>alert(1)</script>",),
     )  # fmt: skip
 
 
@@ -60,7 +60,9 @@ def test_one_that_fails_stops_no_other(context, capsys):
     rows = context.storage.read(CLAIMS, experiment="cooking").to_pylist()
     assert [row["reproduced"] for row in rows] == [True, False, None] and all(row["small"] for row in rows)
     assert context.storage.partitions(CLAIMS) == [{"experiment": "cooking"}]
-    assert stored_entry(context.storage, "cooking") == entries[2] and stored_entry(context.storage, "burning") is None
+    assert (
+        stored_section(context.storage, "cooking") == entries[2] and stored_section(context.storage, "burning") is None
+    )
 
 
 def test_page_shows_claims_evidence_and_failures_and_asks_nobody(context, tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from milan_ray.showcase.paper.analysis import EARLY, LATE, MIDDLE, beside_random, importance, whereabouts
-from milan_ray.studies.analysis.statistics import RANDOM
+from milan_ray.studies.ablation.curves import RANDOM
 
 SPREAD = (-0.01, 0.0, 0.01)
 

@@ -52,5 +52,5 @@ def test_agreement_differs_where_intervals_do_not_meet() -> None:
 def test_counts_ask_for_three_annotations_everywhere() -> None:
     texts = pl.DataFrame([("a", "l", unit) for unit in (0, 0, 0, 1, 1)], ["model", "layer", "unit"], orient="row")
     rows = pl.DataFrame([("a", "", 2, 5), ("", "", 2, 5)], ["model", "layer", "units", "texts"], orient="row")
-    (claim,) = counts(rows, texts)
+    claim = counts(rows, texts)
     assert claim.reproduced is False and "2 units of 1 networks, 2 to 3 annotations each" in claim.ours

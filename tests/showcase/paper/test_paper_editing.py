@@ -7,7 +7,7 @@ import polars as pl
 import pytest
 
 from milan_ray.showcase.paper import cut_and_paste, editing
-from milan_ray.studies.analysis.statistics import RANDOM
+from milan_ray.studies.ablation.curves import RANDOM
 from milan_ray.studies.cut_and_paste.statistics import DIFFERENT, OTHERS
 from milan_ray.studies.editing.run import Edit
 from milan_ray.studies.editing.statistics import EVERY, FOUND, TEST, VALIDATION, Retrieval
