@@ -21,7 +21,7 @@ from milan_ray.exemplars.forward import Forward, pass_size, read_inputs
 from milan_ray.exemplars.shard import LayerState, LayerStates, StateConfig
 from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.manifest import image_refs
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 
 REFERENCE = 143.6
@@ -112,7 +112,7 @@ def _stage(model: ModelRef, probe: ProbeRef, count: int, options: Options) -> Re
     def stage() -> None:
         resources = Resources()
         with TemporaryDirectory(prefix="milan-exemplars-") as folder, connected(resources):
-            run_exemplars(Storage(folder), [model], probe, ExemplarConfig(), resources)
+            Exemplars([model], probe, ExemplarConfig()).run(Storage(folder), resources)
 
     name = f"the whole stage from a cold start, {count} photographs, beside one bare pass with decoding"
     bare = partial(_bare_with_decoding, model, probe)
@@ -130,7 +130,7 @@ def _arithmetics(model: ModelRef, probe: ProbeRef, count: int, options: Options)
     def stage(arithmetic: Arithmetic) -> None:
         resources = Resources()
         with TemporaryDirectory(prefix="milan-exemplars-") as folder, connected(resources):
-            run_exemplars(Storage(folder), [model], probe, ExemplarConfig(arithmetic=arithmetic), resources)
+            Exemplars([model], probe, ExemplarConfig(arithmetic=arithmetic)).run(Storage(folder), resources)
 
     for told, arithmetic in (
         ("--channels-last", Arithmetic(channels_last=True)),

@@ -142,7 +142,7 @@ def run_parallel(
     A few items per call that the cluster can run at once are submitted at a time; the others are not yet taken.
 
     Args:
-        function: A picklable function of one item.
+        function: A picklable function of one item: a plain one, a method, or a partial of either.
         items: Its arguments; an iterator is read as tasks finish.
         num_cpus: CPUs per call.
         num_gpus: GPUs per call.
@@ -166,7 +166,7 @@ def run_parallel(
                 threads.shutdown(cancel_futures=True)
         return
     start()
-    remote: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3)(function)
+    remote: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3)(_plain(function))
     for index, reference in in_flight(
         items,
         lambda: AHEAD * _room(num_cpus, num_gpus),
@@ -177,6 +177,16 @@ def run_parallel(
             yield index, ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
+
+
+def _plain(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """A plain function, which is all that Ray takes, of the same name, which its dashboard shows."""
+
+    def task(item: Item) -> Result:
+        return function(item)
+
+    task.__name__ = task.__qualname__ = getattr(function, "func", function).__name__
+    return task
 
 
 def first_done(futures: list[Future[Result]]) -> Iterable[Future[Result]]:

@@ -15,7 +15,7 @@ from milan_ray.captioner.fit import Sizes
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources, TrainingConfig
 from milan_ray.engine import references
 from milan_ray.engine.planner import NETWORKS, Plan, Step
-from milan_ray.engine.stage import Known, Layers, Output, Stage, due, pairs
+from milan_ray.engine.stage import Known, Layers, Output, Stage, due, pairs, run_stage
 from milan_ray.labelers.clip import CLIP, Clip
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
 from milan_ray.progress import say
@@ -25,8 +25,8 @@ from milan_ray.scoring.text import BertScore, minilm_directory
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef, load_captioner
 from milan_ray.stages.descriptions import Search, description_stages, run_descriptions
-from milan_ray.stages.encodings import Encodings, run_encodings, unit_features
-from milan_ray.stages.exemplars import Exemplars, run_exemplars
+from milan_ray.stages.encodings import Encodings, unit_features
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.stages.rerank import reranking_stages, run_reranking
 from milan_ray.stages.training import Training, TrainingJob, run_trainings
 from milan_ray.stages.tuning import Tuning, TuningJob
@@ -214,10 +214,10 @@ class Run:
         layers: dict[str, tuple[str, ...]] = {}
         for probe, names in sets.items():
             models = [references.ModelRef(name) for name in names]
-            dissected = run_exemplars(self.storage, models, probe, self.config, self.resources).models
+            dissected = Exemplars(models, probe, self.config).run(self.storage, self.resources).models
             world.annotate(self.storage, probe, _annotated(dissected))
             layers |= dissected
-        run_encodings(self.storage, layers, EncoderRef(DECODER), self.resources)
+        run_stage(Encodings(layers, EncoderRef(DECODER)), self.storage, self.resources)
         return layers
 
     def captioners(self, shown: str, jobs: Callable[[], list[TrainingJob]]) -> None:

@@ -12,16 +12,26 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import digest as captioner_digest
 from milan_ray.captioner.checkpoints import lm_digest
 from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
 from milan_ray.config import Fingerprint, Resources
-from milan_ray.device import resolve_device
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, TaskStage, pairs, run_stage
+from milan_ray.engine.stage import (
+    Job,
+    Known,
+    Layers,
+    Output,
+    Shard,
+    ShardedStage,
+    Shards,
+    ShardWorker,
+    TaskStage,
+    pairs,
+    run_stage,
+)
 from milan_ray.engine.tasks import FEW_ROWS
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN, PointwiseMutualInformation
 from milan_ray.labelers.protocol import Evidence, Label, Labeler
@@ -164,23 +174,13 @@ def description_fingerprint(
     return Fingerprint.of(parts if encodings is None else parts | {"encodings": encodings}, units)
 
 
-class CandidateWorker:
+class CandidateWorker(ShardWorker):
     """Searches candidates for a batch of units."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        work: str,
-        outputs: dict[int, Output],
-        encoded: dict[int, dict[str, str]],
-        search: _Settled,
-        threads: int,
-        device: str,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._search = storage, work, search
-        self._outputs, self._encoded = outputs, encoded
-        self._captioner = load_captioner(storage, search.decoder).to(str(resolve_device(device)))
+    def __init__(self, encoded: dict[int, dict[str, str]], search: _Settled, **context: Any) -> None:
+        super().__init__(**context)
+        self._encoded, self._search = encoded, search
+        self._captioner = load_captioner(self._storage, search.decoder).to(str(self._device))
         self._features: tuple[int, dict[int, np.ndarray]] = (-1, {})
 
     def __call__(self, row: Row) -> Row:
@@ -191,8 +191,7 @@ class CandidateWorker:
         for unit in row["units"]:
             by_count[len(features[unit])].append(unit)  # dead or broken units may have fewer exemplars
         tables = [self._candidates([(unit, features[unit]) for unit in units]) for units in by_count.values()]
-        table = pa.concat_tables(tables).sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
-        self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), table)
+        self._store(row, number, pa.concat_tables(tables).sort_by([("unit", "ascending"), ("beam_rank", "ascending")]))
         return {}
 
     def _of(self, number: int) -> dict[int, np.ndarray]:
@@ -253,25 +252,21 @@ class Candidates(ShardedStage):
             keys = {"decoder": self._decoder, "model": model, "layer": layer}
             yield Output(keys, candidates_fingerprint(self._identity, encodings, self._units))
 
-    def shards(self, job: Job) -> list[Shard]:
+    def shards(self, job: Job) -> Shards:
         """Batches of units."""
-        found = []
+        shards = []
         for output in job.due:
             encoded = job.storage.read(ENCODINGS, ["unit"], **self._encoded(output))
             present = sorted(set(only_units(encoded, output.fingerprint.units)["unit"].to_pylist()))
             for start in range(0, len(present), self._settled.units):
                 batch = present[start : start + self._settled.units]
                 name = f"{output.number:04d}-{batch[0]:06d}"
-                found.append(Shard(name, (output.number,), {"units": batch}, len(batch)))
-        return found
+                shards.append(Shard(name, (output.number,), {"units": batch}, len(batch)))
+        return Shards(shards, sum(shard.size for shard in shards) * self._settled.beam_size <= FEW_ROWS)
 
     def arguments(self, job: Job) -> dict[str, Any]:
-        """The search, and where the encodings of each output are."""
-        return {
-            "outputs": {output.number: output for output in job.due},
-            "encoded": {output.number: self._encoded(output) for output in job.due},
-            "search": self._settled,
-        }
+        """The search, and the partition of each output's encodings."""
+        return {"encoded": {output.number: self._encoded(output) for output in job.due}, "search": self._settled}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """A layer's candidates, by unit and place in the beam."""
@@ -280,15 +275,6 @@ class Candidates(ShardedStage):
         searched = {"lm": [self._lm] * len(table), "beam_size": [self._settled.beam_size] * len(table)}
         exemplars = storage.exemplars_of(ENCODINGS, **self._encoded(output)) or ""
         return CANDIDATES.table({**output.columns(table), **searched}, {EXEMPLARS_KEY: exemplars})
-
-    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
-        """How many units are searched."""
-        models = len({output.model for output in job.due})
-        return f"{self.label}: {sum(shard.size for shard in shards)} units of {models} models by {self._decoder}"
-
-    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
-        """Whether there are few candidates."""
-        return sum(shard.size for shard in shards) * self._settled.beam_size <= FEW_ROWS
 
     def _encoded(self, output: Output) -> dict[str, str]:
         return {"encoder": self._encoder, "model": output.model, "layer": output.layer}

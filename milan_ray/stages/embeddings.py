@@ -15,10 +15,9 @@ import pyarrow as pa
 import torch
 
 from milan_ray.config import Fingerprint, Resources, config_hash
-from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, Stream, run_stage
+from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, Shards, ShardWorker, Stream, run_stage
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import read_views
 from milan_ray.models.image_text import Embedder, ImageTextRef
@@ -51,36 +50,25 @@ _IMAGES_SCHEMA = pa.schema([("image_id", pa.int64()), ("embedding", pa.list_(pa.
 _TEXTS_SCHEMA = pa.schema([("text", pa.string()), ("embedding", pa.list_(pa.float32()))])
 
 
-class ImageEmbeddingWorker:
+class ImageEmbeddingWorker(ShardWorker):
     """Embeds the images of one shard."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        work: str,
-        output: Output,
-        ref: ImageTextRef,
-        probe: references.ProbeRef,
-        threads: int,
-        device: str,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._output = storage, work, output
+    def __init__(self, ref: ImageTextRef, probe: references.ProbeRef, **context: Any) -> None:
+        super().__init__(**context)
         self._probe = references.probe(probe)
-        self._device = resolve_device(device)
-        self._embedder: Embedder = references.image_text(ref, probe.plugins).to(self._device)
+        self._embedder: Embedder = references.load(ref, probe.plugins).to(self._device)
 
     def __call__(self, row: Row) -> Row:
         """Runs one shard."""
-        columns = ["image_id", "root", "path"]
-        part = self._storage.read_rows(MANIFEST, row["start"], row["stop"], columns, probe=self._output.keys["probe"])
+        digest, columns = self._outputs[0].keys["probe"], ["image_id", "root", "path"]
+        part = self._storage.read_rows(MANIFEST, row["start"], row["stop"], columns, probe=digest)
         refs = image_refs(part, range(len(part)))
         tables = [_IMAGES_SCHEMA.empty_table()]
         for start in range(0, len(refs), BATCH):
             ids, embedded = embed_refs(self._embedder, self._probe, refs[start : start + BATCH], self._device)
             tables.append(pa.table([pa.array(ids, pa.int64()), lists_of(embedded)], schema=_IMAGES_SCHEMA))
         embeddings = pa.concat_tables(tables)
-        self._storage.put_work(self._work, self._output.piece(row["name"]), embeddings)
+        self._store(row, 0, embeddings)
         return {"images": len(embeddings)}
 
 
@@ -112,7 +100,7 @@ class ImageEmbeddings(ShardedStage):
                 "a generator's latents cannot be embedded by a model of images and texts: give a probe of images."
             )
         self.ref, self.probe, self.digest = ref, probe, probe_digest(source.manifest())
-        self.embedder = references.image_text(ref, probe.plugins) if embedder is None else embedder
+        self.embedder = references.load(ref, probe.plugins) if embedder is None else embedder
         self.keys = {"encoder": ref.name, "probe": self.digest}
         self.title = f"image embeddings ({ref.name})"
 
@@ -122,20 +110,20 @@ class ImageEmbeddings(ShardedStage):
         identity = {**self.embedder.identity(), "kernel": KERNEL_VERSION, "view": view}
         yield Output(self.keys, Fingerprint.of({**identity, "probe": self.digest}), about=self.ref.name)
 
-    def shards(self, job: Job) -> list[Shard]:
-        """Images in the order of the manifest."""
+    def shards(self, job: Job) -> Shards:
+        """Images in the order of the manifest; the driver concatenates the shards, because it reads each once."""
         store_manifest(job.storage, self.probe)
         total = job.storage.count(MANIFEST, probe=self.digest)
         spans = [(start, min(start + SHARD, total)) for start in range(0, total, SHARD)]
-        return [
+        shards = [
             Shard(f"{n:06d}", (0,), {"start": start, "stop": stop}, stop - start)
             for n, (start, stop) in enumerate(spans)
         ]
+        return Shards(shards, merged_in_driver=True)
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """The model, and where the images come from."""
-        (output,) = job.due
-        return {"output": output, "ref": self.ref, "probe": self.probe}
+        return {"ref": self.ref, "probe": self.probe}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> Stream:
         """All embeddings, by image."""
@@ -151,15 +139,6 @@ class ImageEmbeddings(ShardedStage):
             raise MilanError(f"no image of the probe could be read, so there is nothing for {self.ref.name} to embed.")
         if made < total:
             say(f"{self.title}: {total - made} of {total} images could not be read")
-
-    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
-        """How many images are embedded."""
-        total = job.storage.count(MANIFEST, probe=self.digest)
-        return f"{self.title}: {total} images, {len(shards)} of {-(-total // SHARD)} shards to do"
-
-    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
-        """The driver strings the shards together: it reads each once."""
-        return True
 
 
 def embed_refs(
@@ -213,11 +192,10 @@ def embeddings_of(storage: Storage, encoder: str, probe: str, image_ids: np.ndar
     Raises:
         MilanError: One is missing.
     """
-    found = []
-    for part in storage.stream(IMAGE_EMBEDDINGS, ["image_id", "embedding"], encoder=encoder, probe=probe):
-        wanted = np.isin(part["image_id"].to_numpy(), image_ids)
-        found.append(rows_of(part["embedding"])[wanted])
-    matrix = np.concatenate(found)
+    parts = storage.stream(IMAGE_EMBEDDINGS, ["image_id", "embedding"], encoder=encoder, probe=probe)
+    matrix = np.concatenate(
+        [rows_of(part["embedding"])[np.isin(part["image_id"].to_numpy(), image_ids)] for part in parts]
+    )
     if len(matrix) != len(image_ids):
         raise MilanError(f"{len(image_ids) - len(matrix)} images have no embedding by {encoder}; run the job again.")
     return matrix
@@ -247,28 +225,18 @@ def image_embeddings(storage: Storage, encoder: str, probe: str) -> tuple[np.nda
     return table["image_id"].to_numpy(), rows_of(table["embedding"])
 
 
-class TextEmbeddingWorker:
+class TextEmbeddingWorker(ShardWorker):
     """Embeds a chunk of texts."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        work: str,
-        output: Output,
-        ref: ImageTextRef,
-        plugins: tuple[str, ...],
-        threads: int,
-        device: str,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._output = storage, work, output
-        self._embedder: Embedder = references.image_text(ref, plugins).to(resolve_device(device))
+    def __init__(self, ref: ImageTextRef, plugins: tuple[str, ...], **context: Any) -> None:
+        super().__init__(**context)
+        self._embedder: Embedder = references.load(ref, plugins).to(self._device)
 
     def __call__(self, row: Row) -> Row:
         """Runs one chunk."""
-        made = self._embedder.embed_texts(row["texts"]).cpu().numpy()
-        table = pa.table([pa.array(row["texts"], pa.string()), lists_of(made)], schema=_TEXTS_SCHEMA)
-        self._storage.put_work(self._work, self._output.piece(row["name"]), table)
+        vectors = self._embedder.embed_texts(row["texts"]).cpu().numpy()
+        texts = pa.array(row["texts"], pa.string())
+        self._store(row, 0, pa.table([texts, lists_of(vectors)], schema=_TEXTS_SCHEMA))
         return {}
 
 
@@ -289,7 +257,7 @@ class TextEmbeddings(ShardedStage):
     def __init__(
         self, texts: Sequence[str], ref: ImageTextRef, embedder: Embedder, plugins: tuple[str, ...] = ()
     ) -> None:
-        self._texts, self._request, self._plugins = list(texts), ref, plugins
+        self._texts, self._ref, self._plugins = list(texts), ref, plugins
         key = config_hash({"texts": self._texts})
         self._fingerprint = Fingerprint.of({**embedder.text_identity(), "kernel": KERNEL_VERSION, "texts": key})
         self.keys = {"encoder": ref.name, "texts": key}
@@ -297,35 +265,22 @@ class TextEmbeddings(ShardedStage):
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """The embeddings of the texts."""
-        yield Output(self.keys, self._fingerprint, about=self._request.name)
+        yield Output(self.keys, self._fingerprint, about=self._ref.name)
 
-    def shards(self, job: Job) -> list[Shard]:
+    def shards(self, job: Job) -> Shards:
         """Texts in their order."""
         starts = range(0, len(self._texts), CHUNK)
         chunks = [self._texts[start : start + CHUNK] for start in starts]
-        return [Shard(f"{n:06d}", (0,), {"texts": chunk}, len(chunk)) for n, chunk in enumerate(chunks)]
+        shards = [Shard(f"{n:06d}", (0,), {"texts": chunk}, len(chunk)) for n, chunk in enumerate(chunks)]
+        return Shards(shards, merged_in_driver=True, run_in_driver=len(self._texts) <= FEW_TEXTS)
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """The model."""
-        (output,) = job.due
-        return {"output": output, "ref": self._request, "plugins": self._plugins}
+        return {"ref": self._ref, "plugins": self._plugins}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """All embeddings, by text."""
-        made = pa.concat_tables([_TEXTS_SCHEMA.empty_table(), *pieces])
-        return TEXT_EMBEDDINGS.table(output.columns(made))
-
-    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
-        """How many texts are embedded."""
-        return f"{self.title}: {sum(shard.size for shard in shards)} texts"
-
-    def runs_in_driver(self, shards: Sequence[Shard]) -> bool:
-        """Whether there are few texts."""
-        return len(self._texts) <= FEW_TEXTS
-
-    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
-        """There is one table."""
-        return True
+        return TEXT_EMBEDDINGS.table(output.columns(pa.concat_tables([_TEXTS_SCHEMA.empty_table(), *pieces])))
 
 
 def text_embeddings(
@@ -350,7 +305,7 @@ def text_embeddings(
     Raises:
         MilanError: The model is missing.
     """
-    stage = TextEmbeddings(sorted(set(texts)), ref, references.image_text(ref, plugins), plugins)
+    stage = TextEmbeddings(sorted(set(texts)), ref, references.load(ref, plugins), plugins)
     run_stage(stage, storage, resources)
     table = storage.read(TEXT_EMBEDDINGS, ["text", "embedding"], **stage.keys)
     place = {text: row for row, text in enumerate(table["text"].to_pylist())}

@@ -57,8 +57,8 @@ from milan_ray.stages.dnd import stage as dnd
 from milan_ray.stages.dnd.config import DndConfig, SummariserRef, drawings_identity
 from milan_ray.stages.dnd.stage import dnd_stages, run_dnd
 from milan_ray.stages.embeddings import ImageEmbeddings, text_embeddings
-from milan_ray.stages.encodings import run_encodings
-from milan_ray.stages.exemplars import DissectedModels, run_exemplars
+from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.exemplars import DissectedModels, Exemplars
 from milan_ray.stages.rerank import run_reranking
 from milan_ray.stages.scores import ScoreConfig, described_layers, run_scores, score_stages
 from milan_ray.stages.tuning_statistics import Sweep
@@ -130,7 +130,7 @@ def train_here(storage: Storage) -> None:
 
 
 def look(storage: Storage) -> DissectedModels:
-    return run_exemplars(storage, [WATCHER], FIELDS, FEW, HERE)
+    return Exemplars([WATCHER], FIELDS, FEW).run(storage, HERE)
 
 
 def explain(storage: Storage) -> None:
@@ -156,7 +156,7 @@ def draw(storage: Storage) -> None:
 
 
 def watch(storage: Storage) -> DissectedModels:
-    return run_exemplars(storage, [COLOUR_MODEL], SCENES, SHOTS, HERE)
+    return Exemplars([COLOUR_MODEL], SCENES, SHOTS).run(storage, HERE)
 
 
 def describe_and_dissect(storage: Storage) -> None:
@@ -252,7 +252,7 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
     clip, embedder = Clip(clip_folder, beam_size=4), ImageTextRef(clip_folder)
 
     def dissect(config: ExemplarConfig) -> Callable[[Storage], object]:
-        return lambda storage: run_exemplars(storage, [CNN], probe, config, HERE)
+        return lambda storage: Exemplars([CNN], probe, config).run(storage, HERE)
 
     labelled = {"models": ["tiny/cnn"], "labelers": ["milan*"]}
     exemplars = {EXEMPLARS: "exemplars", POOLED: "pooled"}
@@ -260,7 +260,7 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
     photographs = {
         "exemplars": Stage(dissect(CONFIG), exemplars),
         "masks": Stage(dissect(replace(CONFIG, k=3, map_budget=0)), exemplars),
-        "encodings": Stage(lambda place: run_encodings(place, LAYERS, ENCODER, HERE), {ENCODINGS: "encodings"}),
+        "encodings": Stage(lambda place: run_stage(Encodings(LAYERS, ENCODER), place, HERE), {ENCODINGS: "encodings"}),
         "annotations": Stage(annotate, {}),
         "descriptions": Stage(lambda place: run_descriptions(place, LAYERS, SEARCH, HERE), {CANDIDATES: "candidates"}),
         "reranking": Stage(
@@ -292,7 +292,7 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
     adversarial = CutAndPaste(CLASSES, told, "four words", pasting)
     experiments = {
         "dissected": Stage(
-            lambda place: run_exemplars(place, [CLASSES], told, ExemplarConfig(k=4, batch_size=16), HERE), {}
+            lambda place: Exemplars([CLASSES], told, ExemplarConfig(k=4, batch_size=16)).run(place, HERE), {}
         ),
         "said": Stage(say_words, {}),
         "analysis": Stage(lambda place: analysis.run(place, reader(), HERE), {}),

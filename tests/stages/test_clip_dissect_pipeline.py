@@ -25,7 +25,7 @@ from milan_ray.scoring.simulation import held_out
 from milan_ray.stages import clip_dissect, embeddings
 from milan_ray.stages.clip_dissect import clip_dissect_stages
 from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings, text_embeddings
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -56,7 +56,7 @@ def request_of(save_clip, tmp_path_factory) -> ImageTextRef:
 def storage(ray_session, folder, tmp_path_factory) -> Storage:
     storage = Storage(tmp_path_factory.mktemp("run"))
     request = ModelRef("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
-    run_exemplars(storage, [request], ProbeRef((str(folder),)), CONFIG, ONE)
+    Exemplars([request], ProbeRef((str(folder),)), CONFIG).run(storage, ONE)
     return storage
 
 

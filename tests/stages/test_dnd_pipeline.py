@@ -30,7 +30,7 @@ from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, RUNS
 from milan_ray.stages.dnd import stage as dnd
 from milan_ray.stages.dnd.config import DndConfig, SummariserRef, drawings_identity
 from milan_ray.stages.dnd.stage import dnd_stages, read_drawings, run_dnd
-from milan_ray.stages.exemplars import DissectedModels, run_exemplars
+from milan_ray.stages.exemplars import DissectedModels, Exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/colours.py")
@@ -52,7 +52,7 @@ def how() -> DndConfig:
 
 
 def run(storage: Storage, how: DndConfig, **named) -> DissectedModels:
-    done = run_exemplars(storage, [MODEL], PROBE, CONFIG, ONE)
+    done = Exemplars([MODEL], PROBE, CONFIG).run(storage, ONE)
     assert dissect(storage, done, how, **named) == {}
     return done
 
@@ -234,7 +234,7 @@ def test_command_line_plans_and_says_what_is_missing(storage, how, tmp_path, mon
 
 
 def test_what_cannot_be_dissected_says_so(storage, how):
-    done = run_exemplars(storage, [MODEL], PROBE, CONFIG, ONE)
+    done = Exemplars([MODEL], PROBE, CONFIG).run(storage, ONE)
     with pytest.raises(MilanError, match="has 4 units, numbered from 0, and --units asks for 7"):
         dissect(storage, done, how, units=(7,))
     with pytest.raises(MilanError, match="scoring by topk-compare compares images"):

@@ -20,7 +20,7 @@ from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, RUNS
 from milan_ray.stages import concept_labels as label
 from milan_ray.stages.concept_labels import CONCEPTS, ConceptLabels, LabelConfig
-from milan_ray.stages.exemplars import DissectedModels, run_exemplars
+from milan_ray.stages.exemplars import DissectedModels, Exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/flags.py")
@@ -31,7 +31,7 @@ KEYS = {"model": "flags/watcher", "layer": "seen"}
 
 
 def run(storage: Storage, how: LabelConfig, config: ExemplarConfig = CONFIG, **named) -> DissectedModels:
-    done = run_exemplars(storage, [MODEL], PROBE, config, Resources(actors=1))
+    done = Exemplars([MODEL], PROBE, config).run(storage, Resources(actors=1))
     stage = ConceptLabels(done.models, [MODEL], PROBE, config, how, **named)
     assert stage.run(storage, Resources(actors=1)) == {}
     return done

@@ -21,7 +21,7 @@ from milan_ray.exemplars.pooled import matrix
 from milan_ray.models.establish import establish
 from milan_ray.probe.base import ImageRef
 from milan_ray.schema import EXEMPLARS, POOLED, RUNS
-from milan_ray.stages.exemplars import Exemplars, exemplar_fingerprints, merge, run_exemplars, store_manifest
+from milan_ray.stages.exemplars import Exemplars, exemplar_fingerprints, merge, store_manifest
 from milan_ray.stages.exemplars.worker import ExemplarWorker, Run
 from milan_ray.storage import Storage
 
@@ -45,7 +45,7 @@ def few(photos, tmp_path_factory) -> Path:
 
 def run(path: Path, few: Path, config: ExemplarConfig = CONFIG, actors: int = 1) -> Storage:
     storage = Storage(path)
-    run_exemplars(storage, [CNN], ProbeRef((str(few),)), config, Resources(actors=actors))
+    Exemplars([CNN], ProbeRef((str(few),)), config).run(storage, Resources(actors=actors))
     return storage
 
 

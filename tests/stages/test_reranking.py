@@ -21,6 +21,7 @@ from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine import stage
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.engine.stage import run_stage
 from milan_ray.engine.status import status
 from milan_ray.exemplars import masks
 from milan_ray.labelers.clip import CLIP, Clip
@@ -29,8 +30,8 @@ from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, VIE
 from milan_ray.stages import rerank
 from milan_ray.stages.captioners import EncoderRef, save_captioner
 from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
-from milan_ray.stages.encodings import run_encodings, unit_features
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.encodings import Encodings, unit_features
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.stages.rerank import run_reranking
 from milan_ray.storage import Storage
 
@@ -59,8 +60,8 @@ def storage(ray_session, photos, clip, tmp_path_factory) -> Storage:
     """A run directory with re-ranked descriptions of two layers."""
     storage = Storage(tmp_path_factory.mktemp("run"))
     request = ModelRef("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
-    run_exemplars(storage, [request], ProbeRef((str(photos),)), ExemplarConfig(k=4, batch_size=16), Resources(actors=1))
-    run_encodings(storage, LAYERS, ENCODER, Resources(actors=1))
+    Exemplars([request], ProbeRef((str(photos),)), ExemplarConfig(k=4, batch_size=16)).run(storage, Resources(actors=1))
+    run_stage(Encodings(LAYERS, ENCODER), storage, Resources(actors=1))
     save_captioner(storage, "toy", captioner(), "A toy.")
     run_descriptions(storage, LAYERS, SEARCH, Resources(actors=1))
     run_reranking(storage, LAYERS, SEARCH, clip, Resources(actors=1))

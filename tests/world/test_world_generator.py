@@ -14,6 +14,7 @@ from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.engine.stage import run_stage
 from milan_ray.models.hooks import LayerTap
 from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.manifest import digest, image_refs
@@ -22,8 +23,8 @@ from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef, save_captioner
 from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
-from milan_ray.stages.encodings import run_encodings
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 from milan_ray.world import training
 from milan_ray.world.generator import CODE_SIZE, LAYERS, CodeProbe, SceneGenerator, scene_code
@@ -74,11 +75,11 @@ def test_world_generator_is_dissected_annotated_and_described(ray_session, tmp_p
     storage, plugin = Storage(tmp_path / "run"), str(PLUGINS / "tiny_generators.py")
     request = ModelRef(MODEL, str(weights), plugins=(plugin,))
     probe = ProbeRef(("tiny/codes",), plugins=(plugin,))
-    run_exemplars(storage, [request], probe, ExemplarConfig(k=3, batch_size=16), Resources(actors=1))
+    Exemplars([request], probe, ExemplarConfig(k=3, batch_size=16)).run(storage, Resources(actors=1))
     models = {MODEL: LAYERS}
     world.annotate(storage, probe, models)
     encoder = EncoderRef("tiny", plugins=(str(PLUGINS / "tiny_models.py"),))
-    run_encodings(storage, models, encoder, Resources(actors=1))
+    run_stage(Encodings(models, encoder), storage, Resources(actors=1))
     save_captioner(storage, "toy", toy_captioner(), "A toy.")
     run_descriptions(storage, models, Search("toy", beam_size=4, length=5), Resources(actors=1))
     for layer, units in UNITS.items():

@@ -124,7 +124,7 @@ def image_captioner(storage: Storage, how: DndConfig) -> ImageCaptioner:
     """
     name = how.captioner.name
     if not name.startswith(UNIT_CAPTIONER):
-        return references.image_captioner(how.captioner, how.plugins)
+        return references.load(how.captioner, how.plugins)
     # Not above: it brings spaCy, which takes seconds to import and all other workers do without.
     from milan_ray.labelers.dnd.unit_captioner import WholeImages
     from milan_ray.stages.captioners import load_captioner
@@ -140,7 +140,7 @@ def drawings_identity(storage: Storage, how: DndConfig) -> dict[str, object]:
     Raises:
         MilanError: A captioner, summariser, generator or model of images and texts is missing.
     """
-    embedder = None if how.embedder is None else references.image_text(how.embedder, how.plugins)
+    embedder = None if how.embedder is None else references.load(how.embedder, how.plugins)
     if embedder is not None and embedder.view is None:
         raise MilanError(
             "a model that reads a probe's concept maps cannot look at drawn images: name a CLIP or SigLIP model with "
@@ -150,7 +150,7 @@ def drawings_identity(storage: Storage, how: DndConfig) -> dict[str, object]:
         "kernel": KERNEL_VERSION,
         "captioner": config_hash(image_captioner(storage, how).identity()),
         "summariser": config_hash(how.summariser.load(storage).identity()),
-        "generator": config_hash(references.generator(how.generator, how.plugins).identity()),
+        "generator": config_hash(references.load(how.generator, how.plugins).identity()),
         "embedder": None if embedder is None else config_hash(embedder.identity()),
         "augmentation": {"images": how.images, "crops": how.crops, "pooling": how.pooling},
         "drawing": {"images": how.drawn, "prompt": how.prompt, "seed": how.seed},

@@ -129,7 +129,7 @@ class _DndWorker(ModelWorker):
         how = dnd.how
         self._embedder = None
         if how.embedder is not None:
-            embedder = references.image_text(how.embedder, how.plugins)
+            embedder = references.load(how.embedder, how.plugins)
             self._embedder = _checked(embedder, dnd.identity["embedder"], "model of images and texts").to(self._device)
 
     def _maps(self, forward: Forward, spec: ModelSpec, views: np.ndarray, layer: str, units: list[int]) -> torch.Tensor:
@@ -296,7 +296,7 @@ class DrawWorker(_DndWorker):
 
     def __init__(self, dnd: DndWork, **arguments: Any) -> None:
         super().__init__(dnd, **arguments)
-        generator = references.generator(dnd.how.generator, dnd.how.plugins)
+        generator = references.load(dnd.how.generator, dnd.how.plugins)
         self._generator = _checked(generator, dnd.identity["generator"], "generator").to(self._device)
         self._anchors: dict[int, dict[int, np.ndarray]] = {}
 

@@ -8,7 +8,7 @@ winners ─► [views, once per image and geometry]
 """
 
 from milan_ray.stages.exemplars.describe_model import describe_model, exemplar_fingerprints
-from milan_ray.stages.exemplars.stage import DissectedModels, Exemplars, run_exemplars, store_manifest
+from milan_ray.stages.exemplars.stage import DissectedModels, Exemplars, store_manifest
 from milan_ray.stages.exemplars.worker import ModelWork, ModelWorker
 
 __all__ = [
@@ -18,6 +18,5 @@ __all__ = [
     "ModelWorker",
     "describe_model",
     "exemplar_fingerprints",
-    "run_exemplars",
     "store_manifest",
 ]

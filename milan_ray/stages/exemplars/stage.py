@@ -44,31 +44,6 @@ class DissectedModels:
     failed: dict[str, str]
 
 
-def run_exemplars(
-    storage: Storage,
-    models: Sequence[references.ModelRef],
-    probe: references.ProbeRef,
-    config: ExemplarConfig,
-    resources: Resources,
-) -> DissectedModels:
-    """Makes the exemplars of every unit of every requested layer where they are missing or stale.
-
-    Args:
-        storage: The run directory.
-        models: What to dissect.
-        probe: The probe images.
-        config: How.
-        resources: What of the cluster to use; Ray must be connected.
-
-    Returns:
-        What is now there, and which models failed.
-
-    Raises:
-        MilanError: The probe cannot be listed, or every model failed.
-    """
-    return Exemplars(models, probe, config).run(storage, resources)
-
-
 def store_manifest(storage: Storage, ref: references.ProbeRef) -> tuple[pa.Table, str]:
     """Lists the probe and stores its manifest, keeping digests of bytes already read."""
     manifest = references.probe(ref).manifest()

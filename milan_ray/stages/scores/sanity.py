@@ -73,7 +73,7 @@ def truth_of(ref: ImageTextRef, probe: references.ProbeRef) -> Embedder:
     Raises:
         MilanError: It is a model.
     """
-    embedder = references.image_text(ref, probe.plugins)
+    embedder = references.load(ref, probe.plugins)
     if embedder.view is not None:
         raise MilanError(f"{ref.name} is a model, not the truth: scores are judged by concept maps alone.")
     return embedder

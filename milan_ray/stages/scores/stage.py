@@ -18,7 +18,17 @@ import torch
 from milan_ray.config import Fingerprint, Resources
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import Job, Known, Output, RunnableStage, Shard, ShardedStage, run_stage
+from milan_ray.engine.stage import (
+    Job,
+    Known,
+    Output,
+    RunnableStage,
+    Shard,
+    ShardedStage,
+    Shards,
+    ShardWorker,
+    run_stage,
+)
 from milan_ray.engine.tasks import FEW_IMAGES
 from milan_ray.errors import MilanError
 from milan_ray.models.image_text import Embedder, ImageTextRef
@@ -50,15 +60,13 @@ IMAGES = 1024
 """Images per matrix product, and per block of sums."""
 
 
-class ScoreWorker:
+class ScoreWorker(ShardWorker):
     """Scores a block of units of one layer."""
 
-    def __init__(
-        self, storage: Storage, work: str, outputs: dict[int, Output], judge: Judge, threads: int, device: str
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._outputs, self._judge = storage, work, outputs, judge
-        self._embedded = embedded_ids(storage, **judge.images)
+    def __init__(self, judge: Judge, **context: Any) -> None:
+        super().__init__(**context)
+        self._judge = judge
+        self._embedded = embedded_ids(self._storage, **judge.images)
 
     def __call__(self, row: Row) -> Row:
         """Scores one block by every metric, each system's descriptions in turn."""
@@ -77,8 +85,7 @@ class ScoreWorker:
             for column, (unit, text) in enumerate(zip(units, table["description"].to_pylist(), strict=True)):
                 about = {"unit": unit, "system": system, "description": text, "images": used[column]}
                 rows += [about | {"metric": metric, "value": float(of[column])} for metric, of in scores.items()]
-        piece = pa.Table.from_pylist(rows, schema=ROWS_SCHEMA)
-        self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), piece)
+        self._store(row, number, pa.Table.from_pylist(rows, schema=ROWS_SCHEMA))
         return {}
 
 
@@ -139,7 +146,7 @@ class Scores(ShardedStage):
             fingerprint = Fingerprint.of({**identity, "images": images, **above, "classes": names})
             yield Output({"predictor": self._ref.name, **layer.keys}, fingerprint)
 
-    def shards(self, job: Job) -> list[Shard]:
+    def shards(self, job: Job) -> Shards:
         """Blocks of units, with the embeddings of their descriptions in the work.
 
         A last shard of a layer holds the scores by class names: they are a few products, which are made at once.
@@ -149,43 +156,31 @@ class Scores(ShardedStage):
         every = sorted(set().union(*(of_layer.every() for of_layer in texts.values())))
         embedded = text_embeddings(storage, every, self._ref, job.resources, self._plugins)
         vectors = dict(zip(every, embedded, strict=True))
-        shards = []
+        shards, few = [], True
         for output in job.due:
             own, number = texts[output.number], output.number
-            images = {"images": storage.count(POOLED, model=output.model, layer=output.layer)}
+            few &= storage.count(POOLED, model=output.model, layer=output.layer) <= FEW_IMAGES
             for system, of_system in own.systems.items():
                 embedding = np.array([vectors[text] for text in of_system], np.float32).reshape(-1, self._width)
                 columns = {"unit": own.units, "description": of_system, "embedding": lists_of(embedding)}
                 storage.put_work(job.work, f"texts/{number}/{system}", pa.table(columns))
             for start in range(0, len(own.units), UNITS_PER_SHARD):
-                row = {"start": start, "stop": start + UNITS_PER_SHARD, **images}
+                row = {"start": start, "stop": start + UNITS_PER_SHARD}
                 shards.append(Shard(f"{number:04d}-{start:07d}", (number,), row))
             if names := self._classes.get((output.model, output.layer)):
-                shards.append(Shard(f"{number:04d}-classes", (number,), images))
-                embedder = references.image_text(self._ref, self._plugins)
+                shards.append(Shard(f"{number:04d}-classes", (number,)))
+                embedder = references.load(self._ref, self._plugins)
                 named = _class_rows(own, names, vectors, embedder)
                 storage.put_work(job.work, output.piece(shards[-1].name), named)
-        return shards
+        return Shards(shards, merged_in_driver=True, run_in_driver=few)
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """How to score."""
-        return {"outputs": {output.number: output for output in job.due}, "judge": self._judge}
+        return {"judge": self._judge}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """A layer's scores, by block of units, and those by class names."""
         return unit_scores(output.keys, pa.concat_tables([ROWS_SCHEMA.empty_table(), *pieces]))
-
-    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
-        """How many layers are scored."""
-        return f"{self.title}: {len(job.due)} layers and labelers"
-
-    def runs_in_driver(self, shards: Sequence[Shard]) -> bool:
-        """Whether the probe has few images."""
-        return all(shard.row["images"] <= FEW_IMAGES for shard in shards)
-
-    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
-        """The driver strings the blocks together."""
-        return True
 
 
 def _begun(job: Job) -> list[int]:

@@ -24,7 +24,7 @@ from milan_ray.stages.captioners import EncoderRef, about_captioner, load_captio
 from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
 from milan_ray.stages.descriptions import Search, description_stages
 from milan_ray.stages.encodings import Encodings
-from milan_ray.stages.exemplars import Exemplars, run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 from milan_ray.studies.baselines import statistics as baselines
 from milan_ray.studies.baselines.plot import plot_baselines
@@ -165,7 +165,7 @@ def run_baselines(storage: Storage, job: BaselinesJob, resources: Resources) -> 
     """
     for network in job.networks:
         _check_held_out(storage, network)
-    done = run_exemplars(storage, job.models, job.probe, job.exemplars, resources)
+    done = Exemplars(job.models, job.probe, job.exemplars).run(storage, resources)
     for network in job.networks:
         for stage in _describing(storage, network, done.models):
             run_stage(stage, storage, resources)
