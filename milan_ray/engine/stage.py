@@ -86,6 +86,11 @@ class Output:
         return f"{PIECES}/{self.number}/{shard}"
 
 
+def piece_schema(table: Table, *without: str) -> pa.Schema:
+    """Names and types of a table's columns, without its partition keys and the columns named."""
+    return pa.schema([(c.name, c.type) for c in table.columns if c.name not in (*table.partition, *without)])
+
+
 @dataclass(frozen=True)
 class Stream:
     """An output that is too large for memory.

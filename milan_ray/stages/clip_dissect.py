@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -114,9 +115,15 @@ class ClipDissectLabels(StepStage):
         self.name, self.title = labeler.name, f"descriptions ({labeler.name})"
 
     def outputs(self, known: Known) -> Iterator[Output]:
-        """Labels of every layer, by its exemplars, their pooled activations and the probe's embeddings."""
+        """Labels of every layer, by its exemplars, their pooled activations and the probe's embeddings.
+
+        Raises:
+            MilanError: A layer has no pooled activations of the probe, or not the units selected.
+        """
         texts = self._images.embedder.text_identity()
         identity = {**self._labeler.identity(), "kernel": KERNEL_VERSION, "clip": dict(texts)}
+        if not known.pending(POOLED):
+            self._check(known.storage)
         for model, layer in pairs(self._models):
             exemplars, pooled = (known.config(table, model=model, layer=layer) for table in (EXEMPLARS, POOLED))
             images = known.config(IMAGE_EMBEDDINGS, **self._images.keys)
@@ -125,12 +132,8 @@ class ClipDissectLabels(StepStage):
                 {"labeler": self.name, "model": model, "layer": layer}, Fingerprint.of(identity | above, self._units)
             )
 
-    def check(self, storage: Storage) -> None:
-        """Checks that every layer has pooled activations of the probe, and the units selected.
-
-        Raises:
-            MilanError: A layer has not.
-        """
+    def _check(self, storage: Storage) -> None:
+        """Checks that every layer has pooled activations of the probe, and the units selected."""
         for model, layer in pairs(self._models):
             meta = storage.metadata(POOLED, model=model, layer=layer)
             if meta is None or meta["probe"] != self._images.digest:
@@ -147,10 +150,10 @@ class ClipDissectLabels(StepStage):
         if "concepts" not in stored:
             storage.put_work(work, "concepts", pa.table({"embedding": lists_of(vectors)}))
         few = storage.count(IMAGE_EMBEDDINGS, **how.images) <= FEW_IMAGES
-        scans = [_Scan(how, layer) for layer in job.every if f"units/{layer.number}" not in stored]
+        scans = [layer for layer in job.every if f"units/{layer.number}" not in stored]
         scanned = {layer.number: 0.0 for layer in job.every}
-        for index, took in run_parallel(_scan, scans, in_driver=few):
-            scanned[scans[index].layer.number] = took
+        for index, seconds in run_parallel(partial(_scan, how), scans, in_driver=few):
+            scanned[scans[index].number] = seconds
         needed = np.unique(np.concatenate([_needed(how, layer) for layer in job.every]))
         seconds = _compare(how, job.every, needed, job.resources)
         for layer in job.due:
@@ -198,17 +201,11 @@ def clip_dissect_stages(
     return [images, ClipDissectLabels(models, labeler, images, units)]
 
 
-@dataclass(frozen=True)
-class _Scan:
-    how: _How
-    layer: Output
-
-
-def _scan(task: _Scan) -> float:
+def _scan(how: _How, layer: Output) -> float:
     """Finds the images of every unit of a layer, in one pass over its pooled activations; returns the seconds."""
     started = time.monotonic()
-    how, storage = task.how, task.how.storage
-    keys = {"model": task.layer.model, "layer": task.layer.layer}
+    storage = how.storage
+    keys = {"model": layer.model, "layer": layer.layer}
     known = embedded_ids(storage, **how.images)
     known = known[~held_out(known, how.labeler.hold_out)]
     total = storage.count(POOLED, **keys)
@@ -241,8 +238,8 @@ def _scan(task: _Scan) -> float:
             "alive": high > low,
         }
     )
-    storage.put_work(how.work, f"known/{task.layer.number}", pa.table({"image_id": known}))
-    storage.put_work(how.work, f"units/{task.layer.number}", table)
+    storage.put_work(how.work, f"known/{layer.number}", pa.table({"image_id": known}))
+    storage.put_work(how.work, f"units/{layer.number}", table)
     return time.monotonic() - started
 
 

@@ -30,6 +30,7 @@ from milan_ray.engine.stage import (
     ShardWorker,
     TaskStage,
     pairs,
+    piece_schema,
     run_stage,
 )
 from milan_ray.engine.tasks import FEW_ROWS
@@ -42,17 +43,7 @@ from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 KERNEL_VERSION = "candidates-1"
 
-_CANDIDATES_SCHEMA = pa.schema(
-    [
-        ("unit", pa.int32()),
-        ("beam_rank", pa.int32()),
-        ("tokens", pa.list_(pa.int32())),
-        ("finished", pa.bool_()),
-        ("logp_d_given_e", pa.float32()),
-        ("logp_d", pa.float32()),
-        ("text", pa.string()),
-    ]
-)
+_CANDIDATES_SCHEMA = piece_schema(CANDIDATES, "lm", "beam_size")
 
 UNITS_PER_SEARCH = 32
 """Units per beam search."""

@@ -17,7 +17,18 @@ import torch
 from milan_ray.config import Fingerprint, Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, Shards, ShardWorker, Stream, run_stage
+from milan_ray.engine.stage import (
+    Job,
+    Known,
+    Output,
+    Shard,
+    ShardedStage,
+    Shards,
+    ShardWorker,
+    Stream,
+    piece_schema,
+    run_stage,
+)
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import read_views
 from milan_ray.models.image_text import Embedder, ImageTextRef
@@ -46,8 +57,7 @@ FEW_TEXTS = 2048
 CHUNK = 1024
 """Texts per piece of an actor's work."""
 
-_IMAGES_SCHEMA = pa.schema([("image_id", pa.int64()), ("embedding", pa.list_(pa.float32()))])
-_TEXTS_SCHEMA = pa.schema([("text", pa.string()), ("embedding", pa.list_(pa.float32()))])
+_IMAGES_SCHEMA, _TEXTS_SCHEMA = piece_schema(IMAGE_EMBEDDINGS), piece_schema(TEXT_EMBEDDINGS)
 
 
 class ImageEmbeddingWorker(ShardWorker):

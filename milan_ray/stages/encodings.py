@@ -19,7 +19,18 @@ import torch
 from milan_ray.captioner.encoder import Encoder, MaskedExemplars, encode_exemplars
 from milan_ray.config import Fingerprint, config_hash
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, Shards, ShardWorker, pairs
+from milan_ray.engine.stage import (
+    Job,
+    Known,
+    Layers,
+    Output,
+    Shard,
+    ShardedStage,
+    Shards,
+    ShardWorker,
+    pairs,
+    piece_schema,
+)
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.masks import mask_size
@@ -37,7 +48,7 @@ BATCH_SIZE = 16
 AnyEncoderRef = EncoderRef | Clip
 """An encoder as it travels to workers."""
 
-_FEATURES_SCHEMA = pa.schema([("unit", pa.int32()), ("rank", pa.int16()), ("feature", pa.list_(pa.float32()))])
+_FEATURES_SCHEMA = piece_schema(ENCODINGS)
 
 
 class EncodingWorker(ShardWorker):

@@ -91,9 +91,8 @@ def test_encodings_overtaken_by_the_same_job_are_those_of_one(alone, tmp_path, c
     storage = Storage(tmp_path / "run")
     storage.remove(ENCODINGS.name)
     run = storage.root
-    overtaken = Overtaken(
-        run, "work pieces", lambda: run_stage(Encodings(LAYERS, ENCODER), Storage(run), Resources(actors=1))
-    )
-    run_stage(Encodings(LAYERS, ENCODER), overtaken, Resources(actors=1))
+    encodings, resources = Encodings(LAYERS, ENCODER), Resources(actors=1)
+    overtaken = Overtaken(run, "work pieces", lambda: run_stage(encodings, Storage(run), resources))
+    run_stage(encodings, overtaken, resources)
     assert "another job on this storage has finished the same work" in capsys.readouterr().err
     assert_equal(storage, alone, (EXEMPLARS, LEVELS, VIEWS, ENCODINGS))

@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from milan_ray.engine.stage import Output
+from milan_ray.engine.stage import Output, piece_schema
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.models.image_text import Embedder, ImageText
@@ -33,16 +33,7 @@ WORDLESS = "exemplars"
 Classes = Mapping[tuple[str, str], tuple[str, ...]]
 """(model, layer) → the class or concept of each unit."""
 
-ROWS_SCHEMA = pa.schema(
-    [
-        ("unit", pa.int32()),
-        ("system", pa.string()),
-        ("description", pa.string()),
-        ("metric", pa.string()),
-        ("value", pa.float64()),
-        ("images", pa.int64()),
-    ]
-)
+ROWS_SCHEMA = piece_schema(UNIT_SCORES)
 """Columns of table ``unit_scores`` without those of the partition."""
 
 
