@@ -170,9 +170,9 @@ def test_exemplars_killed_while_results_become_public_go_on_from_the_shards(undi
     manifest, digest = stage.store_manifest(storage, source)
     (item,) = Exemplars([CNN], source, CONFIG).due(storage, digest, len(manifest))
     job = Run(storage, source, CONFIG, Resources())
-    assert stage.run_shards(job, [item], manifest) == {}
+    assert stage.run_shards(job, stage.ExemplarWorker, [item], [item.pieces], "exemplars")[0] == {}
     shards = merge.finish_images(job, item, len(manifest))[2]
-    merge.merge_layer(merge.LayerTask(job, item, "2", shards, Cost(images=90)))
+    merge.merge_layer(job, item, shards, Cost(images=90), "2")
     run(tmp_path, photos)
     said = capsys.readouterr().err
     assert "3 of 3 shards are done already" in said

@@ -139,7 +139,7 @@ def test_pooled_after_a_kill_has_every_row_once(undisturbed, few, tmp_path, caps
         (tmp_path / f"_work/{item.work}/{file}.arrow").unlink()
     (tmp_path / f"_work/{item.work}/images/000002.arrow").unlink()
     job = Run(storage, source, config, Resources())
-    merge.merge_pooled(merge.LayerTask(job, item, "0", tuple(f"{n:06d}" for n in range(5)), Cost(images=39)))
+    merge.merge_pooled(job, item, [f"{n:06d}" for n in range(5)], Cost(images=39), "0")
     capsys.readouterr()
     run(tmp_path, few, config)
     assert "2 of 5 shards are done already" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,11 +25,10 @@ from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Job, Known, Layers, Output, RunnableStage, StepStage, TaskStage, pairs, run_stage
 from milan_ray.engine.tasks import FEW_IMAGES, run_parallel
 from milan_ray.errors import MilanError, all_failed
-from milan_ray.exemplars.shard import StateConfig
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
 from milan_ray.labelers.protocol import Drawn, Evidence
 from milan_ray.progress import Progress, say
-from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, MANIFEST
+from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS
 from milan_ray.stages.dnd.config import DndConfig
 from milan_ray.stages.dnd.workers import (
     DRAWN_SCHEMA,
@@ -38,10 +38,9 @@ from milan_ray.stages.dnd.workers import (
     DndWork,
     DrawWorker,
     SummariseWorker,
-    Top,
     find_top,
 )
-from milan_ray.stages.exemplars import ModelWork, describe_model
+from milan_ray.stages.exemplars import ModelWork, Run, rerun_work
 from milan_ray.storage import EXEMPLARS_KEY, Storage, WorkRemovedError
 
 UNITS_PER_BLOCK = 8
@@ -119,7 +118,7 @@ class Drawings(StepStage):
         say(f"{self.name}: {count} units of {name} by {pieces}")
         clock = _Clock(storage, work, job.resources)
         plain = {"storage": storage, "work": work, "threads": job.resources.threads, "device": job.resources.device}
-        modelled = {**plain, "work": [item], "probe": self._probe, "config": self._config, "dnd": work}
+        modelled = {**Run(storage, self._probe, self._config, job.resources).arguments([item]), "dnd": work}
         clock.run("augmented", AugmentWorker, modelled, rows)
         clock.run("captions", CaptionWorker, plain, rows)
         clock.run("candidates", SummariseWorker, plain, rows, in_driver=how.summariser.is_server)
@@ -134,19 +133,13 @@ class Drawings(StepStage):
 
     def _model_work(self, job: Job) -> ModelWork:
         """What workers must know of the model."""
-        storage, config, spec = job.storage, self._config, references.model(self._ref)
+        spec = references.model(self._ref)
         if spec.images is not None:
             raise MilanError(
                 f"{spec.name} generates images; Describe-and-Dissect shows images to models: choose another."
             )
-        due = tuple(output.layer for output in job.due)
-        digest = (storage.metadata(EXEMPLARS, model=spec.name, layer=due[0]) or {})["probe"]
-        model = describe_model(spec, references.probe(self._probe), digest, config)
-        images = storage.count(MANIFEST, probe=digest)
-        plan = StateConfig(images, config.k, config.quantile, config.samples, config.map_budget)
-        return ModelWork(
-            self._ref, model.weights, spec.layers, due, digest, job.work, plan, {}, {}, model.view, model.layouts
-        )
+        due = [output.layer for output in job.due]
+        return rerun_work(job.storage, self._ref, self._probe, self._config, due, job.work)
 
 
 class DrawnLabels(TaskStage):
@@ -265,12 +258,9 @@ def read_drawings(
 
 def _units_of(storage: Storage, work: DndWork) -> dict[str, list[int]]:
     """Layer → its units that have top images, which go into the work."""
-    item, how = work.item, work.how
-    tasks = [Top(storage, item, layer, how.images, how.pooling, work.units) for layer in item.layers]
-    units: dict[str, list[int]] = {}
-    for index, present in run_parallel(find_top, tasks, in_driver=item.plan.images <= FEW_IMAGES):
-        units[item.layers[index]] = present
-    return units
+    item = work.item
+    tops = run_parallel(partial(find_top, storage, work), item.layers, in_driver=item.plan.images <= FEW_IMAGES)
+    return {item.layers[index]: units for index, units in tops}
 
 
 class _Clock:

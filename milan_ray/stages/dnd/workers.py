@@ -70,39 +70,29 @@ class DndWork:
     blocks: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Top:
-    """A search for the images that excite the units of a layer most; fields as of :class:`DndWork` and its config."""
-
-    storage: Storage
-    item: ModelWork
-    layer: str
-    count: int
-    pooling: str
-    units: tuple[int, ...]
-
-
-def find_top(task: Top) -> list[int]:
+def find_top(storage: Storage, work: DndWork, layer: str) -> list[int]:
     """Stores the images with the highest pooled activation of every unit of a layer; returns the units with any."""
-    storage, item = task.storage, task.item
+    item, pooling = work.item, work.how.pooling
     ids = np.zeros((0, 0), np.int64)
     values = np.zeros((0, 0), np.float32)
-    for piece in storage.stream(POOLED, ["image_id", task.pooling], model=item.model.name, layer=task.layer):
-        more = matrix(piece[task.pooling]).T  # (U, n)
-        chosen = list(task.units) or slice(None)
+    for piece in storage.stream(POOLED, ["image_id", pooling], model=item.model.name, layer=layer):
+        more = matrix(piece[pooling]).T  # (U, n)
+        chosen = list(work.units) or slice(None)
         more = np.where(np.isfinite(more), more, -np.inf)[chosen]
         fresh = np.broadcast_to(piece["image_id"].to_numpy(), more.shape)
         values = np.concatenate([values, more], axis=1) if values.size else more
         ids = np.concatenate([ids, fresh], axis=1) if ids.size else fresh
-        best = np.argsort(-values, axis=1, kind="stable")[:, : task.count]  # equal ones stay in the manifest's order
+        best = np.argsort(-values, axis=1, kind="stable")[
+            :, : work.how.images
+        ]  # equal ones stay in the manifest's order
         values, ids = np.take_along_axis(values, best, axis=1), np.take_along_axis(ids, best, axis=1)
-    numbers = np.array(task.units or range(len(values)), np.int64)
+    numbers = np.array(work.units or range(len(values)), np.int64)
     unit, place = np.nonzero(np.isfinite(values))
     chosen_ids = ids[unit, place]
     manifest = storage.read(MANIFEST, ["image_id", "root", "path"], probe=item.probe)
     refs = manifest.take(pc.index_in(pa.array(chosen_ids), manifest["image_id"].combine_chunks()))
     columns = [pa.array(numbers[unit], pa.int32()), *(refs[name] for name in _TOP_SCHEMA.names[1:])]
-    storage.put_work(item.work, f"top/{item.folder(task.layer)}", pa.table(columns, schema=_TOP_SCHEMA))
+    storage.put_work(item.work, f"top/{item.folder(layer)}", pa.table(columns, schema=_TOP_SCHEMA))
     return sorted(set(numbers[unit].tolist()))
 
 

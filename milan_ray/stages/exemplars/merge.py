@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -48,25 +49,6 @@ class Merged:
     winners: dict[str, list[int]]
 
 
-@dataclass(frozen=True)
-class LayerTask:
-    """A layer to merge.
-
-    Attributes:
-        run: The run.
-        item: Its model's work.
-        layer: Module path.
-        shards: Names of the shards that read a usable image.
-        cost: What each table of the model took.
-    """
-
-    run: Run
-    item: ModelWork
-    layer: str
-    shards: tuple[str, ...]
-    cost: Cost
-
-
 def merge(run: Run, item: ModelWork, expected: int) -> Merged:
     """Folds the shards of every layer and writes its tables, except exemplars whose masks are not computed yet.
 
@@ -82,14 +64,9 @@ def merge(run: Run, item: ModelWork, expected: int) -> Merged:
     images, seconds, shards = finish_images(run, item, expected)
     cost = Cost(images=images)
     cost.add(seconds, len(item.layers) + len(item.pooled))  # one pass for all
-    winners: dict[str, list[int]] = {}
-    tasks = [LayerTask(run, item, layer, shards, cost) for layer in item.layers]
-    for index, ids in run_parallel(merge_layer, tasks, in_driver=expected <= FEW_IMAGES):
-        if ids is not None:
-            winners[item.layers[index]] = ids
-    tasks = [LayerTask(run, item, layer, shards, cost) for layer in item.pooled]
-    for _ in run_parallel(merge_pooled, tasks, in_driver=images <= FEW_IMAGES):
-        pass
+    merged = run_parallel(partial(merge_layer, run, item, shards, cost), item.layers, in_driver=expected <= FEW_IMAGES)
+    winners = {item.layers[index]: ids for index, ids in merged if ids is not None}
+    list(run_parallel(partial(merge_pooled, run, item, shards, cost), item.pooled, in_driver=images <= FEW_IMAGES))
     return Merged(item, cost, winners)
 
 
@@ -148,12 +125,23 @@ def _record_digests(storage: Storage, digest: str, images: pa.Table) -> None:
     storage.write(MANIFEST, manifest, digest, probe=digest)
 
 
-def merge_layer(task: LayerTask) -> list[int] | None:
-    """Folds one layer; returns the winners' ids where their maps must be computed again, else None."""
-    storage, item, layer, model = task.run.storage, task.item, task.layer, task.item.model.name
+def merge_layer(run: Run, item: ModelWork, shards: Sequence[str], cost: Cost, layer: str) -> list[int] | None:
+    """Folds one layer.
+
+    Args:
+        run: The run.
+        item: The model's work.
+        shards: Names of the shards that read a usable image.
+        cost: What each table of the model took.
+        layer: Module path.
+
+    Returns:
+        The winners' ids where their maps must be computed again, else None.
+    """
+    storage, model = run.storage, item.model.name
     # By name, not what is there: another job may be removing the same work, and some of it is not all of it.
     with layer_in_errors(layer):
-        state = fold((storage.get_work(item.work, f"{item.folder(layer)}/{n}") for n in task.shards), item.plan)
+        state = fold((storage.get_work(item.work, f"{item.folder(layer)}/{n}") for n in shards), item.plan)
     levels = state.level.result()
     units = len(levels)
     keys = {"model": [model] * units, "layer": [layer] * units, "unit": np.arange(units)}
@@ -164,11 +152,9 @@ def merge_layer(task: LayerTask) -> list[int] | None:
     columns = [column.numpy() for column in (unit, rank, ids, activations, levels[unit])]
     winners = pa.table(columns, schema=WINNERS_SCHEMA)
     if state.topk.carries_maps:
-        size = mask_size(task.run, item)
+        size = mask_size(run, item)
         packed = masks.packed_masks(lambda part: state.topk.maps_of(unit[part], rank[part]), levels[unit], size)
-        write_exemplars(
-            task.run, item, layer, winners.append_column("mask", pa.array(packed, pa.large_binary())), task.cost
-        )
+        write_exemplars(run, item, layer, winners.append_column("mask", pa.array(packed, pa.large_binary())), cost)
     else:
         storage.put_work(item.work, f"winners/{item.folder(layer)}", winners)
     storage.write(LEVELS, table, item.fingerprints[layer], model=model, layer=layer)
@@ -203,17 +189,18 @@ def write_exemplars(run: Run, item: ModelWork, layer: str, rows: pa.Table, cost:
     run.storage.write(EXEMPLARS, table, fingerprint, model=name, layer=layer)
 
 
-def merge_pooled(task: LayerTask) -> None:
+def merge_pooled(run: Run, item: ModelWork, shards: Sequence[str], cost: Cost, layer: str) -> None:
     """Concatenates the pooled activations of one layer's shards in the manifest's order, one shard at a time.
+
+    Arguments as of :func:`merge_layer`.
 
     Raises:
         MilanError: They are not those of the images that were read.
     """
-    storage, item, layer, images = task.run.storage, task.item, task.layer, task.cost.images
-    fingerprint, model = item.pooled[layer], item.model.name
-    names = [f"pooled/{item.folder(layer)}/{shard}" for shard in task.shards]
+    storage, fingerprint, model = run.storage, item.pooled[layer], item.model.name
+    names = [f"pooled/{item.folder(layer)}/{shard}" for shard in shards]
     units = len(storage.get_work(item.work, names[0])["max"][0])
-    metadata = {"units": str(units), "probe": item.probe, **arithmetic.metadata(task.run.config.arithmetic)}
+    metadata = {"units": str(units), "probe": item.probe, **arithmetic.metadata(run.config.arithmetic)}
 
     def pieces() -> Iterator[pa.Table]:
         rows = 0
@@ -221,11 +208,11 @@ def merge_pooled(task: LayerTask) -> None:
             rows += len(piece)
             keys = {"model": [model] * len(piece), "layer": [layer] * len(piece)}
             yield POOLED.table({**keys, **{name: piece[name] for name in piece.column_names}})
-        if rows != images:
+        if rows != cost.images:
             raise MilanError(
-                f"{rows} of {images} images have pooled activations of layer {layer!r}; run the job again."
+                f"{rows} of {cost.images} images have pooled activations of layer {layer!r}; run the job again."
             )
-        record_run(storage, "pooled", fingerprint.hash, model, layer=layer, rows=rows, cost=task.cost)
+        record_run(storage, "pooled", fingerprint.hash, model, layer=layer, rows=rows, cost=cost)
 
     storage.write_stream(POOLED, pieces(), fingerprint, metadata, model=model, layer=layer)
 

@@ -114,6 +114,11 @@ class ModelWork:
         """The layers whose outputs a forward pass takes."""
         return tuple(layer for layer in self.every if layer in self.layers or layer in self.pooled)
 
+    @property
+    def pieces(self) -> list[str]:
+        """Work folders in which every finished shard of :class:`ExemplarWorker` has a piece."""
+        return [IMAGES, *map(self.folder, self.layers), *(f"pooled/{self.folder(layer)}" for layer in self.pooled)]
+
     def folder(self, layer: str) -> str:
         """Work folder of a layer's partials: the same whichever layers are still to do."""
         return f"L{self.every.index(layer)}"
