@@ -84,6 +84,14 @@ class _How:
     labeler: ClipDissect
     images: dict[str, str]
 
+    def get(self, name: str) -> pa.Table:
+        """Reads a table of the work."""
+        return self.storage.get_work(self.work, name)
+
+    def put(self, name: str, table: pa.Table) -> None:
+        """Writes a table of the work."""
+        self.storage.put_work(self.work, name, table)
+
     @property
     def every_image(self) -> bool:
         """Whether units are compared on all images, which need no list of them: cosines are."""
@@ -148,7 +156,7 @@ class ClipDissectLabels(StepStage):
         vectors = text_embeddings(storage, labeler.concepts, ref, job.resources, plugins)
         stored = set(storage.work_names(work))
         if "concepts" not in stored:
-            storage.put_work(work, "concepts", pa.table({"embedding": lists_of(vectors)}))
+            how.put("concepts", pa.table({"embedding": lists_of(vectors)}))
         few = storage.count(IMAGE_EMBEDDINGS, **how.images) <= FEW_IMAGES
         scans = [layer for layer in job.every if f"units/{layer.number}" not in stored]
         scanned = {layer.number: 0.0 for layer in job.every}
@@ -166,9 +174,9 @@ class ClipDissectLabels(StepStage):
 
     def _best(self, how: _How, layer: Output) -> Mapping[int, list[Label]]:
         """Unit → its labels, best first, from the best of every chunk."""
-        tables = [how.storage.get_work(how.work, f"best/{_chunk_name(first)}/{layer.number}") for first in how.chunks]
+        tables = [how.get(f"best/{_chunk_name(first)}/{layer.number}") for first in how.chunks]
         best = Best.merged(Best(rows_of(table["concepts"]), rows_of(table["scores"])) for table in tables)
-        alive = how.storage.get_work(how.work, f"units/{layer.number}")["alive"].to_numpy()
+        alive = how.get(f"units/{layer.number}")["alive"].to_numpy()
         named = best.labels(how.labeler.concepts, alive, NOTHING)
         return how.labeler.label(Evidence(concepts={unit: named[unit] for unit in self._units or sorted(named)}))
 
@@ -238,15 +246,14 @@ def _scan(how: _How, layer: Output) -> float:
             "alive": high > low,
         }
     )
-    storage.put_work(how.work, f"known/{layer.number}", pa.table({"image_id": known}))
-    storage.put_work(how.work, f"units/{layer.number}", table)
+    how.put(f"known/{layer.number}", pa.table({"image_id": known}))
+    how.put(f"units/{layer.number}", table)
     return time.monotonic() - started
 
 
 def _needed(how: _How, layer: Output) -> np.ndarray:
     """The images that some unit of a layer is compared on."""
-    scanned = how.storage.get_work(how.work, f"units/{layer.number}")
-    ids = scanned["images"].combine_chunks().flatten().to_numpy()
+    ids = how.get(f"units/{layer.number}")["images"].combine_chunks().flatten().to_numpy()
     return np.unique(ids[ids >= 0])
 
 
@@ -263,7 +270,7 @@ class _Chunk:
 
     def vectors(self, device: torch.device) -> torch.Tensor:
         """Embeddings of the chunk's concepts, (chunk, D), zeros beyond the last: every product has one shape."""
-        every = rows_of(self.how.storage.get_work(self.how.work, "concepts")["embedding"])
+        every = rows_of(self.how.get("concepts")["embedding"])
         size = chunk_of(len(every))
         padded = np.zeros((size, every.shape[1]), np.float32)
         own = every[self.first : self.first + size]
@@ -297,7 +304,7 @@ def _compare(how: _How, layers: Sequence[Output], needed: np.ndarray, resources:
     storage, work, labeler, encoder = how.storage, how.work, how.labeler, how.images["encoder"]
     total = len(labeler.concepts)
     if "needed" not in storage.work_names(work):
-        storage.put_work(work, "needed", pa.table({"image_id": needed}))
+        how.put("needed", pa.table({"image_id": needed}))
     chunks = [_Chunk(how, tuple(layers), first, resources.device) for first in how.chunks]
     images = storage.count(IMAGE_EMBEDDINGS, **how.images) if how.every_image else len(needed)
     here = images * total <= FEW
@@ -322,7 +329,7 @@ def _compare(how: _How, layers: Sequence[Output], needed: np.ndarray, resources:
 
 def _images_of(task: _Chunk) -> tuple[np.ndarray, np.ndarray]:
     """The images that any unit is compared on: their ids, ascending, and embeddings."""
-    ids = task.how.storage.get_work(task.how.work, "needed")["image_id"].to_numpy()
+    ids = task.how.get("needed")["image_id"].to_numpy()
     return ids, embeddings_of(task.how.storage, **task.how.images, image_ids=ids)
 
 
@@ -334,7 +341,7 @@ def _sum(task: _Chunk) -> float:
     _, images = _images_of(task)
     state = LogSumExp()
     state.update(task.name, (task.how.labeler.wpmi.a * task.fit(images, device).double()).cpu().numpy())
-    task.how.storage.put_work(task.how.work, f"sums/{task.name}", state.to_table())
+    task.how.put(f"sums/{task.name}", state.to_table())
     return time.monotonic() - started
 
 
@@ -352,11 +359,10 @@ def _compare_chunk(task: _Chunk) -> float:
     if task.how.labeler.wpmi is not None:
         state = LogSumExp()
         for first in task.how.chunks:  # by name: a piece that is missing is an error, not a smaller sum
-            sums = task.how.storage.get_work(task.how.work, f"sums/{_chunk_name(first)}")
-            state.merge(LogSumExp.from_table(sums))
+            state.merge(LogSumExp.from_table(task.how.get(f"sums/{_chunk_name(first)}")))
         normalisers = torch.from_numpy(state.result()).to(device)
     for layer in task.layers:
-        scanned = task.how.storage.get_work(task.how.work, f"units/{layer.number}")
+        scanned = task.how.get(f"units/{layer.number}")
         own = rows_of(scanned["images"])
         rows = torch.from_numpy(np.where(own >= 0, np.searchsorted(ids, own), -1)).to(device)
         if task.how.labeler.wpmi is not None:
@@ -371,8 +377,8 @@ def _compare_chunk(task: _Chunk) -> float:
 def _cosines(task: _Chunk, layer: Output, device: torch.device) -> torch.Tensor:
     """Cosines of a layer's units and a chunk's concepts, in one pass over the layer's pooled activations."""
     keys = {"model": layer.model, "layer": layer.layer}
-    scanned = task.how.storage.get_work(task.how.work, f"units/{layer.number}")
-    known = task.how.storage.get_work(task.how.work, f"known/{layer.number}")["image_id"].to_numpy()
+    scanned = task.how.get(f"units/{layer.number}")
+    known = task.how.get(f"known/{layer.number}")["image_id"].to_numpy()
     known = known[np.isin(known, task.how.storage.read(POOLED, ["image_id"], **keys)["image_id"].to_numpy())]
     images = embeddings_of(task.how.storage, **task.how.images, image_ids=known)
     fit = task.fit(images, device)
@@ -389,4 +395,4 @@ def _cosines(task: _Chunk, layer: Output, device: torch.device) -> torch.Tensor:
 def _write_best(task: _Chunk, layer: Output, similarities: torch.Tensor) -> None:
     best = Best.of(similarities.cpu().numpy(), task.first)
     table = pa.table({"concepts": lists_of(best.concepts), "scores": lists_of(best.scores)})
-    task.how.storage.put_work(task.how.work, f"best/{task.name}/{layer.number}", table)
+    task.how.put(f"best/{task.name}/{layer.number}", table)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -40,6 +40,8 @@ from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS
 from milan_ray.stages.captioners import captioner_name, load_captioner
 from milan_ray.stages.encodings import only_units, unit_features
 from milan_ray.storage import EXEMPLARS_KEY, Storage
+
+Value = TypeVar("Value")
 
 KERNEL_VERSION = "candidates-1"
 
@@ -88,47 +90,20 @@ def units_per_search(quirks: Quirks) -> int:
     return REFERENCE_UNITS if quirks.batch_dependent_length else UNITS_PER_SEARCH
 
 
-@dataclass(frozen=True)
-class _Settled:
-    """A search with nothing left open."""
-
-    decoder: str
-    beam_size: int
-    length: int
-    lam: float
-    quirks: Quirks
-    mi_lam: float | None
-
-    @property
-    def units(self) -> int:
-        """Units per beam search: the planned batch."""
-        if self.mi_lam is not None:
-            return max(1, WIDE_BEAMS // self.beam_size)
-        return units_per_search(self.quirks)
-
-
-def _settle(search: Search, captioner: Captioner) -> _Settled:
-    return _Settled(
-        search.decoder,
-        captioner.beam_size if search.beam_size is None else search.beam_size,
-        captioner.length if search.length is None else search.length,
-        captioner.lam if search.lam is None else search.lam,
-        search.quirks,
-        search.mi_lam,
-    )
-
-
 def search_identity(captioner: Captioner, search: Search) -> dict[str, object]:
     """All that decides candidates besides the encodings."""
-    settled = _settle(search, captioner)
     identity: dict[str, object] = {
         "kernel": KERNEL_VERSION,
         "captioner": captioner_digest(captioner),
-        "beam_size": settled.beam_size,
-        "length": settled.length,
-        "quirks": settled.quirks,
+        "beam_size": _given(search.beam_size, captioner.beam_size),
+        "length": _given(search.length, captioner.length),
+        "quirks": search.quirks,
     }
-    return identity if settled.mi_lam is None else identity | {"mi_lam": settled.mi_lam}
+    return identity if search.mi_lam is None else identity | {"mi_lam": search.mi_lam}
+
+
+def _given(value: Value | None, default: Value) -> Value:
+    return default if value is None else value
 
 
 def candidates_fingerprint(search: Mapping[str, object], encodings: str, units: tuple[int, ...]) -> Fingerprint:
@@ -144,10 +119,10 @@ def candidates_fingerprint(search: Mapping[str, object], encodings: str, units: 
 
 def labelers(captioner: Captioner, search: Search) -> list[PointwiseMutualInformation]:
     """The labelers that rank what a captioner's own search finds."""
-    found = [PointwiseMutualInformation(LIKELIHOOD, 0.0)]
-    if captioner.lm is not None:
-        found.append(PointwiseMutualInformation(MILAN, _settle(search, captioner).lam))
-    return found
+    likelihood = PointwiseMutualInformation(LIKELIHOOD, 0.0)
+    if captioner.lm is None:
+        return [likelihood]
+    return [likelihood, PointwiseMutualInformation(MILAN, _given(search.lam, captioner.lam))]
 
 
 def description_fingerprint(
@@ -161,14 +136,14 @@ def description_fingerprint(
         units: The units selected; empty for all.
         encodings: The same of its encodings, where the labeler compares with them.
     """
-    parts = labeler.identity() | {"candidates": candidates}
-    return Fingerprint.of(parts if encodings is None else parts | {"encodings": encodings}, units)
+    inputs = labeler.identity() | {"candidates": candidates}
+    return Fingerprint.of(inputs if encodings is None else inputs | {"encodings": encodings}, units)
 
 
 class CandidateWorker(ShardWorker):
     """Searches candidates for a batch of units."""
 
-    def __init__(self, encoded: dict[int, dict[str, str]], search: _Settled, **context: Any) -> None:
+    def __init__(self, encoded: dict[int, dict[str, str]], search: Search, **context: Any) -> None:
         super().__init__(**context)
         self._encoded, self._search = encoded, search
         self._captioner = load_captioner(self._storage, search.decoder).to(str(self._device))
@@ -192,24 +167,24 @@ class CandidateWorker(ShardWorker):
         return self._features[1]
 
     def _candidates(self, units: list[tuple[int, np.ndarray]]) -> pa.Table:
-        found = self._captioner.candidates(
+        candidates = self._captioner.candidates(
             np.stack([features for _, features in units]),
             self._search.beam_size,
             self._search.length,
             self._search.mi_lam,
             self._search.quirks,
         )
-        beams = found.logp_d_given_e.shape[1]
-        logp_d = found.logp_d if found.logp_d is not None else np.zeros_like(found.logp_d_given_e)
+        beams = candidates.logp_d_given_e.shape[1]
+        logp_d = candidates.logp_d if candidates.logp_d is not None else np.zeros_like(candidates.logp_d_given_e)
         return pa.table(
             {
                 "unit": pa.array(np.repeat([unit for unit, _ in units], beams), pa.int32()),
                 "beam_rank": pa.array(np.tile(np.arange(beams), len(units)), pa.int32()),
-                "tokens": pa.array([t for unit in found.tokens for t in unit], pa.list_(pa.int32())),
-                "finished": found.finished.ravel(),
-                "logp_d_given_e": found.likelihood(self._search.mi_lam).ravel(),
+                "tokens": pa.array([tokens for unit in candidates.tokens for tokens in unit], pa.list_(pa.int32())),
+                "finished": candidates.finished.ravel(),
+                "logp_d_given_e": candidates.likelihood(self._search.mi_lam).ravel(),
                 "logp_d": logp_d.ravel(),
-                "text": [text for unit in found.texts for text in unit],
+                "text": [text for unit in candidates.texts for text in unit],
             },
             schema=_CANDIDATES_SCHEMA,
         )
@@ -231,8 +206,8 @@ class Candidates(ShardedStage):
 
     def __init__(self, models: Layers, search: Search, captioner: Captioner, units: tuple[int, ...] = ()) -> None:
         self._models, self._units = models, units
-        self._settled, self._decoder = _settle(search, captioner), search.name
-        self._identity = search_identity(captioner, search)
+        self._search, self._identity = search, search_identity(captioner, search)
+        self._beam_size = _given(search.beam_size, captioner.beam_size)
         self._encoder, self._lm = captioner.encoder_name, lm_digest(captioner) or ""
         self.title = f"candidates ({search.name})"
 
@@ -240,30 +215,32 @@ class Candidates(ShardedStage):
         """Candidates of every layer, by what its encodings are."""
         for model, layer in pairs(self._models):
             encodings = known.all_units(ENCODINGS, encoder=self._encoder, model=model, layer=layer)
-            keys = {"decoder": self._decoder, "model": model, "layer": layer}
+            keys = {"decoder": self._search.name, "model": model, "layer": layer}
             yield Output(keys, candidates_fingerprint(self._identity, encodings, self._units))
 
     def shards(self, job: Job) -> Shards:
         """Batches of units."""
+        wide = self._search.mi_lam is not None
+        size = max(1, WIDE_BEAMS // self._beam_size) if wide else units_per_search(self._search.quirks)
         shards = []
         for output in job.due:
             encoded = job.storage.read(ENCODINGS, ["unit"], **self._encoded(output))
             present = sorted(set(only_units(encoded, output.fingerprint.units)["unit"].to_pylist()))
-            for start in range(0, len(present), self._settled.units):
-                batch = present[start : start + self._settled.units]
+            for start in range(0, len(present), size):
+                batch = present[start : start + size]
                 name = f"{output.number:04d}-{batch[0]:06d}"
                 shards.append(Shard(name, (output.number,), {"units": batch}, len(batch)))
-        return Shards(shards, sum(shard.size for shard in shards) * self._settled.beam_size <= FEW_ROWS)
+        return Shards(shards, sum(shard.size for shard in shards) * self._beam_size <= FEW_ROWS)
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """The search, and the partition of each output's encodings."""
-        return {"encoded": {output.number: self._encoded(output) for output in job.due}, "search": self._settled}
+        return {"encoded": {output.number: self._encoded(output) for output in job.due}, "search": self._search}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """A layer's candidates, by unit and place in the beam."""
         table = pa.concat_tables([_CANDIDATES_SCHEMA.empty_table(), *pieces])
         table = table.sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
-        searched = {"lm": [self._lm] * len(table), "beam_size": [self._settled.beam_size] * len(table)}
+        searched = {"lm": [self._lm] * len(table), "beam_size": [self._beam_size] * len(table)}
         exemplars = storage.exemplars_of(ENCODINGS, **self._encoded(output)) or ""
         return CANDIDATES.table({**output.columns(table), **searched}, {EXEMPLARS_KEY: exemplars})
 
@@ -308,7 +285,7 @@ class Descriptions(TaskStage):
     def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
         """Whether there are few candidates."""
         layers = {(output.model, output.layer): output for output in outputs}.values()
-        return sum(storage.count(CANDIDATES, **candidates_of(self._decoder, one)) for one in layers) <= FEW_ROWS
+        return sum(storage.count(CANDIDATES, **candidates_of(self._decoder, output)) for output in layers) <= FEW_ROWS
 
 
 def description_stages(

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -245,12 +246,12 @@ def _train_in_tasks(storage: Storage, jobs: Sequence[TrainingJob]) -> dict[str, 
             say(f"training of {job.name} failed: {error}")
             continue
         if fingerprint is not None:
-            tasks.append(_Task(storage, job, fingerprint))
+            tasks.append((job, fingerprint))
     if not tasks:
         return failures
     with Progress("captioners", len(tasks), "captioners") as progress:
-        for index, (trained, line) in run_parallel(_train_in_task, tasks, tasks[0].job.cpus):
-            name = tasks[index].job.name
+        for index, (trained, line) in run_parallel(partial(_train_in_task, storage), tasks, tasks[0][0].cpus):
+            name = tasks[index][0].name
             if not trained:
                 failures[name] = line
             say(line if trained else f"training of {name} failed: {line}")
@@ -394,21 +395,13 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     fit(units, job.plans, state, report, group)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A captioner to train in a plain task."""
-
-    storage: Storage
-    job: TrainingJob
-    fingerprint: Fingerprint
-
-
-def _train_in_task(task: _Task) -> tuple[bool, str]:
+def _train_in_task(storage: Storage, task: tuple[TrainingJob, Fingerprint]) -> tuple[bool, str]:
     """Trains a captioner; returns (True, a log line) or (False, the error).
 
     The state is stored every :data:`SAVE_INTERVAL` seconds; a task that is run again continues from it.
     """
-    storage, job, work = task.storage, task.job, task.fingerprint.hash
+    job, fingerprint = task
+    work = fingerprint.hash
     path = f"{WORK}/{work}/{STATE}"
     started = saved = time.monotonic()
     torch.set_num_threads(job.threads)
@@ -424,7 +417,7 @@ def _train_in_task(task: _Task) -> tuple[bool, str]:
         units.keep(job.memory_limit)
         state = stored_state(storage, path) or new_state(units.texts)
         fit(units, job.plans, state, report)
-        return True, _publish(storage, job, task.fingerprint, state, units, started)
+        return True, _publish(storage, job, fingerprint, state, units, started)
     except Exception as error:  # returned, so that other trainings continue; the driver raises it at the end
         return False, str(error) if isinstance(error, MilanError) else f"{type(error).__name__}: {error}"
 

@@ -125,7 +125,7 @@ def train_here(storage: Storage) -> None:
     job = train.TrainingJob("taught", "people", (("tiny/cnn", "0"),), ENCODER, config, train.Sizes(4, 6))
     fingerprint = train.Training(job).due(storage)
     if fingerprint is not None:
-        done, said = train._train_in_task(train._Task(storage, job, fingerprint))
+        done, said = train._train_in_task(storage, (job, fingerprint))
         assert done, said
 
 

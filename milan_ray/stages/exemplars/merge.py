@@ -85,7 +85,7 @@ def finish_images(run: Run, item: ModelWork, expected: int) -> tuple[int, float,
     shards = [storage.get_work(item.work, name) for name in names]
     images = pa.concat_tables([IMAGES_SCHEMA.empty_table(), *shards]).sort_by("image_id")
     if len(images) != expected:
-        due = [why_exemplars(storage, item.fingerprints[layer], model, layer) for layer in item.layers]
+        due = [why_exemplars(storage, item.described.fingerprints[layer], model, layer) for layer in item.layers]
         due += [storage.why(POOLED, pooled, model=model, layer=layer) for layer, pooled in item.pooled.items()]
         if not any(due):
             raise WorkRemovedError(f"the exemplars of {model} are there already; run the job again.")
@@ -157,7 +157,7 @@ def merge_layer(run: Run, item: ModelWork, shards: Sequence[str], cost: Cost, la
         write_exemplars(run, item, layer, winners.append_column("mask", pa.array(packed, pa.large_binary())), cost)
     else:
         storage.put_work(item.work, f"winners/{item.folder(layer)}", winners)
-    storage.write(LEVELS, table, item.fingerprints[layer], model=model, layer=layer)
+    storage.write(LEVELS, table, item.described.fingerprints[layer], model=model, layer=layer)
     return None if state.topk.carries_maps else sorted(set(ids.tolist()))
 
 
@@ -168,23 +168,23 @@ def mask_size(run: Run, item: ModelWork) -> tuple[int, int]:
 
 def write_exemplars(run: Run, item: ModelWork, layer: str, rows: pa.Table, cost: Cost) -> None:
     """Writes a layer's exemplars: unit, rank, image_id, activation and mask of every winner."""
-    name, config, fingerprint = item.model.name, run.config, item.fingerprints[layer]
+    name, config, described = item.model.name, run.config, item.described
     height, width = mask_size(run, item)
     metadata = {
         "mask_height": str(height),
         "mask_width": str(width),
         "probe": item.probe,
-        "view": item.view,
+        "view": described.view,
         "k": str(config.k),
         "quantile": str(config.quantile),
         **arithmetic.metadata(config.arithmetic),
-        "layout": item.layouts[layer].to_json(),
-        ORDER_KEY: str(item.order[layer]),
-        **({COMPUTES: item.computes[layer]} if layer in item.computes else {}),
+        "layout": described.layouts[layer].to_json(),
+        ORDER_KEY: str(described.order[layer]),
+        **({COMPUTES: described.computes[layer]} if layer in described.computes else {}),
     }
     columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
     columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}
-    table = EXEMPLARS.table(columns, metadata)
+    table, fingerprint = EXEMPLARS.table(columns, metadata), described.fingerprints[layer]
     record_run(run.storage, "exemplars", fingerprint.hash, name, layer=layer, rows=len(table), cost=cost)
     run.storage.write(EXEMPLARS, table, fingerprint, model=name, layer=layer)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -179,8 +178,7 @@ class Exemplars(Stage):
         identity = {"model": ref.name, "exemplars": hashes, "map_budget": config.map_budget}
         work = config_hash({**identity, "shard_size": config.shard(images)})
         plan = StateConfig(images, config.k, config.quantile, config.samples, config.map_budget)
-        asked: dict[str, Any] = {"model": ref, "every": self.layers[ref.name], "layers": missing, "pooled": pooled}
-        return ModelWork(**asked, probe=digest, work=work, plan=plan, **vars(described))
+        return ModelWork(ref, described, self.layers[ref.name], missing, digest, work, plan, pooled)
 
     def _make(self, run: Run, work: Sequence[ModelWork], manifest: pa.Table) -> None:
         """Makes the tables of models; notes the models that fail."""
@@ -282,12 +280,10 @@ def rerun_work(
     """
     spec = references.model(ref)
     digest = (storage.metadata(EXEMPLARS, model=ref.name, layer=layers[0]) or {})["probe"]
-    model = describe_model(spec, references.probe(probe), digest, config)
+    described = describe_model(spec, references.probe(probe), digest, config)
     images = storage.count(MANIFEST, probe=digest)
     plan = StateConfig(images, config.k, config.quantile, config.samples, config.map_budget)
-    return ModelWork(
-        ref, model.weights, spec.layers, tuple(layers), digest, work, plan, {}, {}, model.view, model.layouts
-    )
+    return ModelWork(ref, described, spec.layers, tuple(layers), digest, work, plan)
 
 
 def _shown(storage: Storage, model: str, layers: Sequence[str]) -> dict[tuple[str, str], set[int]]:

@@ -6,7 +6,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,12 +25,12 @@ from milan_ray.exemplars.forward import Batch, Forward, pass_size, read_ahead
 from milan_ray.exemplars.pooled import maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import Committed, LayerStates, StateConfig, layer_in_errors, to_table
-from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.base import ImageRef
 from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import MANIFEST
 from milan_ray.stages.arithmetic import refused_by
+from milan_ray.stages.exemplars.describe_model import DescribedModel
 from milan_ray.storage import Storage, WorkRemovedError
 
 IMAGES = "images"
@@ -81,33 +81,23 @@ class ModelWork:
 
     Attributes:
         model: Which model, and how to get it.
-        weights: Digest of its weights, which every worker's copy must have.
+        described: What its exemplars depend on; every worker's copy must have the same weights.
         every: All layers asked for; a layer's place here names its partials.
         layers: Those whose exemplars are still to do.
         probe: Digest of the probe manifest.
         work: Configuration hash of this work; partials lie below it.
         plan: The states' plan.
-        fingerprints: Layer → what decides its exemplars.
         pooled: Layer whose pooled activations are still to do → what decides them.
-        view: Key of the view that shows its exemplars.
-        layouts: Layer → how its output is read; empty where workers determine that themselves.
-        order: Layer → its place among the model's modules.
-        computes: Layer → its output for fixed inputs (:mod:`milan_ray.exemplars.behaviour`).
     """
 
     model: references.ModelRef
-    weights: str
+    described: DescribedModel
     every: tuple[str, ...]
     layers: tuple[str, ...]
     probe: str
     work: str
     plan: StateConfig
-    fingerprints: dict[str, Fingerprint]
-    pooled: dict[str, Fingerprint]
-    view: str
-    layouts: dict[str, Layout] = field(default_factory=dict)
-    order: dict[str, int] = field(default_factory=dict)
-    computes: dict[str, str] = field(default_factory=dict)
+    pooled: Mapping[str, Fingerprint] = field(default_factory=dict)
 
     @property
     def read(self) -> tuple[str, ...]:
@@ -189,11 +179,9 @@ class ModelWorker(ABC):
     def _load(self, index: int) -> tuple[ModelSpec, Forward]:
         item = self._work[index]
         spec = references.model(item.model)
-        model = references.network(spec, item.weights)
-        layers = item.read
-        layouts = {layer: item.layouts[layer] for layer in layers} if item.layouts else None
-        size, how = self._pass_size(spec), self._config.arithmetic
-        return spec, Forward(spec, model.to(self._device), layers, size, how, layouts)
+        model = references.network(spec, item.described.weights).to(self._device)
+        layouts = {layer: item.described.layouts[layer] for layer in item.read}
+        return spec, Forward(spec, model, item.read, self._pass_size(spec), self._config.arithmetic, layouts)
 
     def _pass_size(self, spec: ModelSpec) -> int:
         return pass_size(spec.batch(self._config.batch_size), self._device)
