@@ -268,9 +268,8 @@ def _annotator(source: str, worker: str) -> str:
 def _store(storage: Storage, source: str, model: str, layer: str, rows: Sequence[tuple[int, str, str]]) -> pl.DataFrame:
     keys = {"source": source, "model": model, "layer": layer}
     exemplars = storage.config_of(EXEMPLARS, model=model, layer=layer)
-    columns: dict[str, object] = {name: [value] * len(rows) for name, value in keys.items()}
-    columns |= {name: [row[place] for row in rows] for place, name in enumerate(("unit", "annotator", "text"))}
-    table = ANNOTATIONS.table(columns, {EXEMPLARS_KEY: exemplars})
+    columns = {name: [row[place] for row in rows] for place, name in enumerate(("unit", "annotator", "text"))}
+    table = ANNOTATIONS.table(columns, {EXEMPLARS_KEY: exemplars}, **keys)
     stamp = config_hash({"kernel": KERNEL_VERSION, "exemplars": exemplars, "annotations": rows})
     if not storage.is_current(ANNOTATIONS, stamp, **keys):
         storage.write(ANNOTATIONS, table, stamp, **keys)

@@ -217,9 +217,7 @@ def _write_exemplars(
     for position in range(count):
         packed += masks.pack(torch.from_numpy(files.unit_masks(position)))
     activations = np.full((count, k), np.nan, np.float32) if files.activations is None else files.activations
-    columns: dict[str, object] = {
-        "model": [model] * (count * k),
-        "layer": [layer] * (count * k),
+    columns = {
         "unit": np.repeat(files.units, k),
         "rank": rows["rank"].to_numpy(),
         "image_id": rows["image_id"].to_numpy(),
@@ -236,7 +234,8 @@ def _write_exemplars(
         PUBLISHED: published.name,
         UNITS_FILE: str(files.has_units),
     }
-    storage.write(EXEMPLARS, EXEMPLARS.table(columns, metadata), config, model=model, layer=layer)
+    keys = {"model": model, "layer": layer}
+    storage.write(EXEMPLARS, EXEMPLARS.table(columns, metadata, **keys), config, **keys)
 
 
 def _write_annotations(
@@ -264,13 +263,12 @@ def _write_annotations(
         keys = {"source": source, "model": model, "layer": layer}
         if storage.is_current(ANNOTATIONS, config, **keys):
             continue
-        columns: dict[str, object] = {name: [value] * len(items) for name, value in keys.items()}
-        columns |= {
+        columns = {
             "unit": [unit for _, unit, _, _ in texts],
             # Published sets do not say who wrote what: a unit's first, second, … annotator.
             "annotator": [f"{place:03d}" for _, _, place, _ in texts],
             "text": [text for *_, text in texts],
         }
         metadata = {EXEMPLARS_KEY: exemplars, CSV_ROWS: ",".join(str(row) for row, *_ in texts)}
-        storage.write(ANNOTATIONS, ANNOTATIONS.table(columns, metadata), config, **keys)
+        storage.write(ANNOTATIONS, ANNOTATIONS.table(columns, metadata, **keys), config, **keys)
     say(f"annotations of {model}: {sum(map(len, by_layer.values()))} of {len(kept) - len(homeless)} units")

@@ -43,6 +43,8 @@ from milan_ray.stages.embeddings import (
     embedded_ids,
     embeddings_of,
     lists_of,
+    padded,
+    products,
     rows_of,
     text_embeddings,
 )
@@ -55,9 +57,6 @@ CHUNKS = 8
 
 MOST = 512
 """Concepts per chunk at most: what bounds memory, images × chunk × 4 bytes."""
-
-IMAGES = 1024
-"""Images per matrix product."""
 
 FEW = 2**22
 """Products of images and concepts; no more are computed by the driver: workers take longer to start."""
@@ -268,15 +267,6 @@ class _Chunk:
     def name(self) -> str:
         return _chunk_name(self.first)
 
-    def vectors(self, device: torch.device) -> torch.Tensor:
-        """Embeddings of the chunk's concepts, (chunk, D), zeros beyond the last: every product has one shape."""
-        every = rows_of(self.how.get("concepts")["embedding"])
-        size = chunk_of(len(every))
-        padded = np.zeros((size, every.shape[1]), np.float32)
-        own = every[self.first : self.first + size]
-        padded[: len(own)] = own
-        return torch.from_numpy(padded).to(device)
-
     @property
     def concepts(self) -> int:
         """How many concepts the chunk holds."""
@@ -284,15 +274,14 @@ class _Chunk:
         return min(chunk_of(total), total - self.first)
 
     def fit(self, images: np.ndarray, device: torch.device) -> torch.Tensor:
-        """P of some images, given by their embeddings (N, D), and the chunk's concepts: float32 (N, concepts)."""
-        vectors = self.vectors(device).T
-        products = []
-        for start in range(0, len(images), IMAGES):
-            some = images[start : start + IMAGES]
-            padded = torch.zeros(IMAGES, images.shape[1])
-            padded[: len(some)] = torch.from_numpy(some)
-            products.append((padded.to(device) @ vectors)[: len(some), : self.concepts])
-        return torch.cat(products)
+        """P of some images, given by their embeddings (N, D), and the chunk's concepts: float32 (N, concepts).
+
+        The last chunk is padded, so that every product has one shape.
+        """
+        vectors = rows_of(self.how.get("concepts")["embedding"])
+        size = chunk_of(len(vectors))
+        chunk = padded(vectors[self.first : self.first + size], size)
+        return products(images, chunk.to(device), self.concepts)
 
 
 def _chunk_name(first: int) -> str:

@@ -89,31 +89,22 @@ class Network:
     layers: dict[str, Arithmetic]
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What images are generated, and what is kept of them.
-
-    Attributes:
-        generator: The generator.
-        cosy: How to generate.
-        pooling: ``mean`` or ``max``: what stands for an activation map.
-        plugins: Modules that register the generator.
-    """
-
-    generator: GeneratorRef
-    cosy: CosyConfig
-    pooling: str
-    plugins: tuple[str, ...]
-
-
 class CosyWorker(ShardWorker):
     """Generates images of texts and pools the activations of a model's units for them."""
 
-    def __init__(self, networks: list[Network], how: Generation, **context: Any) -> None:
+    def __init__(
+        self,
+        networks: list[Network],
+        ref: GeneratorRef,
+        plugins: tuple[str, ...],
+        cosy: CosyConfig,
+        pooling: str,
+        **context: Any,
+    ) -> None:
         super().__init__(**context)
-        self._networks, self._cosy = networks, how.cosy
-        self._pool = means if how.pooling == "mean" else maxima
-        self._generator: Generator = references.load(how.generator, how.plugins).to(self._device)
+        self._networks, self._cosy = networks, cosy
+        self._pool = means if pooling == "mean" else maxima
+        self._generator: Generator = references.load(ref, plugins).to(self._device)
         self._forward = ModelCache(self._load)
 
     def __call__(self, row: Row) -> Row:
@@ -184,10 +175,10 @@ class CosyScores(ShardedStage):
         cosy: CosyConfig,
         config: ScoreConfig,
     ) -> None:
-        self._described, self._config, self._predictor = described, config, ref.name
+        self._described, self._config, self._cosy = described, config, cosy
+        self._ref, self._plugins = ref, probe.plugins
         self._models = {model.name: model for model in models}
         self._digest = probe_digest(references.probe(probe).manifest())
-        self._how = Generation(ref, cosy, config.pooling, probe.plugins)
         self._identity = {
             "kernel": KERNEL_VERSION,
             "generator": references.load(ref, probe.plugins).identity(),
@@ -203,7 +194,7 @@ class CosyScores(ShardedStage):
         """Scores of every labeler's descriptions of every layer."""
         for layer in self._described:
             above = {"weights": self._weights[layer.model], **upstream(known.storage, layer, self._digest)}
-            yield Output({"predictor": self._predictor, **layer.keys}, Fingerprint.of({**self._identity, **above}))
+            yield Output({"predictor": self._ref.name, **layer.keys}, Fingerprint.of({**self._identity, **above}))
 
     def shards(self, job: Job) -> Shards:
         """A few texts of one model each, with the units of each output that they describe."""
@@ -234,7 +225,8 @@ class CosyScores(ShardedStage):
             Network(model, self._weights[name], arithmetics_of(job.storage, name, layers[name], POOLED))
             for name, model in self._models.items()
         ]
-        return {"networks": networks, "how": self._how}
+        how = {"ref": self._ref, "plugins": self._plugins, "cosy": self._cosy, "pooling": self._config.pooling}
+        return {"networks": networks, **how}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """Compares the activations for generated images with those for the probe."""

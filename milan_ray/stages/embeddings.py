@@ -57,6 +57,9 @@ FEW_TEXTS = 2048
 CHUNK = 1024
 """Texts per piece of an actor's work."""
 
+IMAGES = 1024
+"""Images per matrix product."""
+
 _IMAGES_SCHEMA, _TEXTS_SCHEMA = piece_schema(IMAGE_EMBEDDINGS), piece_schema(TEXT_EMBEDDINGS)
 
 
@@ -185,6 +188,26 @@ def rows_of(column: pa.ChunkedArray) -> np.ndarray:
     values = column.combine_chunks()
     flat = values.flatten().to_numpy(zero_copy_only=False)
     return flat.reshape(len(values), -1 if len(values) else 0)
+
+
+def padded(rows: np.ndarray, count: int) -> torch.Tensor:
+    """Rows (n, …) and zeros beyond them, (count, …): results must not depend on the number of rows."""
+    zeros = np.zeros((count, *rows.shape[1:]), rows.dtype)
+    zeros[: len(rows)] = rows
+    return torch.from_numpy(zeros)
+
+
+def products(images: np.ndarray, vectors: torch.Tensor, count: int) -> torch.Tensor:
+    """Products of images (N, D) and the first ``count`` of some vectors (B, D), on their device: float32 (N, count).
+
+    Blocks of images are padded to one shape, so that a product does not depend on the number of images.
+    """
+    parts = [torch.zeros(0, count, device=vectors.device)]
+    for start in range(0, len(images), IMAGES):
+        block = images[start : start + IMAGES]
+        product = padded(block, IMAGES).to(vectors.device) @ vectors.T
+        parts.append(product[: len(block), :count])
+    return torch.cat(parts)
 
 
 def embeddings_of(storage: Storage, encoder: str, probe: str, image_ids: np.ndarray) -> np.ndarray:

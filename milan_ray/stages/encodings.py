@@ -37,6 +37,7 @@ from milan_ray.exemplars.masks import mask_size
 from milan_ray.labelers.clip import Clip
 from milan_ray.schema import ENCODINGS, EXEMPLARS
 from milan_ray.stages.captioners import EncoderRef
+from milan_ray.stages.embeddings import padded
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 from milan_ray.storage.image_blocks import decode, read_pngs
 
@@ -221,9 +222,7 @@ def encode(encoder: Encoder, pngs: Sequence[bytes], batch_size: int) -> list[tor
         The encoder's maps of n images; of a pyramid, one (n, C, h, w) per level.
     """
     pixels = np.stack([decode(png) for png in pngs])
-    padded = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
-    padded[: len(pixels)] = pixels
-    images = torch.from_numpy(padded).to(encoder.mean.device).permute(0, 3, 1, 2).float() * (1 / 255)
+    images = padded(pixels, batch_size).to(encoder.mean.device).permute(0, 3, 1, 2).float() * (1 / 255)
     return [level[: len(pixels)] for level in encoder.maps(encoder.fit(images))]
 
 

@@ -7,10 +7,10 @@ import json
 import platform
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pyarrow as pa
@@ -64,15 +64,6 @@ class ExemplarImages:
         return config_hash({"views": self.digest, "view": self.key})
 
 
-@dataclass(frozen=True)
-class _Block:
-    storage: Storage
-    images: ExemplarImages
-    block: str
-    wanted: tuple[int, ...]
-    resources: Resources
-
-
 def view_key(spec: ModelSpec, model: nn.Module, weights: str, config: ExemplarConfig) -> str:
     """Names the view that shows a model's exemplars: equal exactly when the pixels are.
 
@@ -116,20 +107,18 @@ def ensure_views(storage: Storage, images: ExemplarImages, image_ids: list[int],
     blocks: dict[str, set[int]] = defaultdict(set)
     for image_id in image_ids:
         blocks[block_of(image_id)].add(image_id)
-    tasks = [
-        _Block(storage, images, block, tuple(sorted(wanted)), resources)
-        for block, wanted in blocks.items()
-        if wanted - _stored(storage, images, block)
-    ]
+    tasks = [(block, wanted) for block, wanted in blocks.items() if wanted - _stored(storage, images, block)]
     if not tasks:
         return
-    own = _announce(storage, images, image_ids)
+    own = f"{_board(storage, images)}/{uuid.uuid4().hex}.json"
+    storage.put(own, json.dumps(image_ids).encode())
     generator = references.model(images.model).images is not None
     cpus, gpus = (resources.cpus_per_actor, gpus_each(resources)) if generator else (1, 0)
-    with Progress(f"views {images.key}", sum(len(task.wanted) for task in tasks), "images") as progress:
+    with Progress(f"views {images.key}", sum(len(wanted) for _, wanted in tasks), "images") as progress:
         in_driver = storage.count(MANIFEST, probe=images.digest) <= FEW_IMAGES and not generator
-        for index, _ in run_parallel(_write_block, tasks, cpus, gpus, in_driver):
-            progress.advance(len(tasks[index].wanted))
+        write = partial(_write_block, storage, images, resources)
+        for index, _ in run_parallel(write, tasks, cpus, gpus, in_driver):
+            progress.advance(len(tasks[index][1]))
     _withdraw(storage, images, own)
 
 
@@ -158,23 +147,17 @@ def _read(storage: Storage, images: ExemplarImages, block: str, *columns: str) -
 def _announced(storage: Storage, images: ExemplarImages) -> set[str]:
     """The files in which jobs say what they want of a view; those of long ago are gone afterwards."""
     old = datetime.now(timezone.utc) - FORGET
-    found = set()
+    recent = set()
     for path, stat in storage.stat(_board(storage, images)).items():
         if stat.modified is not None and stat.modified < old:
             storage.remove_file(path)
         else:
-            found.add(path)
-    return found
+            recent.add(path)
+    return recent
 
 
 def _board(storage: Storage, images: ExemplarImages) -> str:
     return f"{storage.path(VIEWS, **_keys(images, '')).rsplit('/', 2)[0]}/{WANTED}"
-
-
-def _announce(storage: Storage, images: ExemplarImages, image_ids: list[int]) -> str:
-    path = f"{_board(storage, images)}/{uuid.uuid4().hex}.json"
-    storage.put(path, json.dumps(image_ids).encode())
-    return path
 
 
 def _withdraw(storage: Storage, images: ExemplarImages, own: str) -> None:
@@ -187,41 +170,43 @@ def _withdraw(storage: Storage, images: ExemplarImages, own: str) -> None:
         storage.remove_file(own)
 
 
-def _write_block(task: _Block) -> None:
-    """Extends a block by what this and all other jobs want of it."""
-    storage, images, keys = task.storage, task.images, _keys(task.images, task.block)
-    wanted, seen = set(task.wanted), set[str]()
+def _write_block(
+    storage: Storage, images: ExemplarImages, resources: Resources, task: tuple[str, Iterable[int]]
+) -> None:
+    """Extends a block by the images that this and all other jobs want of it."""
+    block, keys = task[0], _keys(images, task[0])
+    wanted, read = set(task[1]), set[str]()
     rendered: dict[int, bytes] = {}
     while True:
-        for path in _announced(storage, images) - seen:
-            seen.add(path)
-            wanted.update(i for i in _read_announcement(storage, path) if block_of(i) == task.block)
-        lacking = wanted - rendered.keys() - _stored(storage, images, task.block)
+        for path in _announced(storage, images) - read:
+            read.add(path)
+            wanted.update(i for i in _read_announcement(storage, path) if block_of(i) == block)
+        lacking = wanted - rendered.keys() - _stored(storage, images, block)
         if lacking:
-            rendered.update(_render(images, _refs(storage, images, task.block, lacking), task.resources))
+            rendered.update(_render(images, _refs(storage, images, block, lacking), resources))
         # As late as can be: what is stored between this and the next line is found by the look after it.
-        stored = _read(storage, images, task.block, "image_id", "image")
+        stored = _read(storage, images, block, "image_id", "image")
         if stored is None and (lost := wanted - rendered.keys()):  # their ids were legible, and their images are not
-            rendered.update(_render(images, _refs(storage, images, task.block, lost), task.resources))
+            rendered.update(_render(images, _refs(storage, images, block, lost), resources))
         together = dict(rendered)
         if stored is not None:
             together |= zip(stored["image_id"].to_pylist(), stored["image"].to_pylist(), strict=True)
         if stored is None or len(together) > len(stored):
             ids = sorted(together)
             write_block(storage, images.hash, ids, [together[image_id] for image_id in ids], **keys)
-        if _announced(storage, images) <= seen:
+        if _announced(storage, images) <= read:
             return
 
 
 def _read_announcement(storage: Storage, path: str) -> list[int]:
     try:
-        found = json.loads(storage.get(path))
+        image_ids = json.loads(storage.get(path))
     except FileNotFoundError:  # withdrawn since it was listed: its blocks are as they should be
         return []
     except ValueError as error:
         say(f"{storage.uri(path)} is damaged ({error}): the job that wrote it makes its own images", level="warning")
         return []
-    return [image for image in found if isinstance(image, int)] if isinstance(found, list) else []
+    return [image for image in image_ids if isinstance(image, int)] if isinstance(image_ids, list) else []
 
 
 def _refs(storage: Storage, images: ExemplarImages, block: str, image_ids: set[int]) -> list[ImageRef]:

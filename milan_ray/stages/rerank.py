@@ -94,7 +94,7 @@ class SimilarityWorker(ShardWorker):
             text = pc.index_in(table["text"], known).to_numpy()
             scores = pa.array(similarity(embedded[text], vectors[unit]), pa.float32())
             self._store(row, number, table.select(["unit", "beam_rank"]).append_column("similarity", scores))
-        return {}
+        return {"texts": len(texts)}
 
 
 class Reranked(ShardedStage):

@@ -295,10 +295,10 @@ def _publish(
     kept = {part: state["kept"][part] for part in (LM, DECODER)}
     table = TRAINING.table(
         {
-            "decoder": [job.name] * len(history),
             **{key: [row[key] for row in history] for key in ("part", "epoch", "train_loss", "validation", "sample")},
             "kept": [kept[row["part"]] == row["epoch"] for row in history],
-        }
+        },
+        decoder=job.name,
     )
     seconds = time.monotonic() - started
     cost = Cost(seconds * job.workers, seconds * job.workers)  # of all workers

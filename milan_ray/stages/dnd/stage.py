@@ -99,19 +99,14 @@ class Drawings(StepStage):
         work = DndWork(self._model_work(job), how, self._identity, self._units)
         item, name = work.item, self._ref.name
         units = _units_of(storage, work)
-        parts = {
-            layer: [of[start : start + UNITS_PER_BLOCK] for start in range(0, len(of), UNITS_PER_BLOCK)]
-            for layer, of in units.items()
-        }
-        blocks = {
-            layer: [f"{item.folder(layer)}/{config_hash({'units': part})}" for part in of]
-            for layer, of in parts.items()
-        }
-        rows: list[Row] = [
-            {"model": 0, "images": len(part), "layer": layer, "block": block, "units": part}
-            for layer in item.layers
-            for block, part in zip(blocks[layer], parts[layer], strict=True)
-        ]
+        rows: list[Row] = []
+        blocks: dict[str, list[str]] = defaultdict(list)
+        for layer in item.layers:
+            for start in range(0, len(units[layer]), UNITS_PER_BLOCK):
+                part = units[layer][start : start + UNITS_PER_BLOCK]
+                blocks[layer].append(f"{item.folder(layer)}/{config_hash({'units': part})}")
+                row = {"model": 0, "images": len(part), "layer": layer, "block": blocks[layer][-1], "units": part}
+                rows.append(row)
         work = replace(work, blocks=blocks)
         count = sum(map(len, units.values()))
         pieces = ", ".join((how.captioner.name, how.summariser.name, how.generator.name))

@@ -95,7 +95,7 @@ def finish_images(run: Run, item: ModelWork, expected: int) -> tuple[int, float,
         )
     bad = images.filter(pc.is_valid(images["reason"]))
     columns = {name: bad[name] for name in ("image_id", "path", "reason")}
-    storage.write(SKIPPED, SKIPPED.table({"model": [model] * len(bad), **columns}), item.work, model=model)
+    storage.write(SKIPPED, SKIPPED.table(columns, model=model), item.work, model=model)
     if len(bad):
         first = f"{bad['path'][0].as_py()} ({bad['reason'][0].as_py()})"
         say(f"exemplars of {model}: skipped {len(bad)} of {expected} images, the first {first}; see the table skipped")
@@ -143,14 +143,13 @@ def merge_layer(run: Run, item: ModelWork, shards: Sequence[str], cost: Cost, la
     with layer_in_errors(layer):
         state = fold((storage.get_work(item.work, f"{item.folder(layer)}/{n}") for n in shards), item.plan)
     levels = state.level.result()
-    units = len(levels)
-    keys = {"model": [model] * units, "layer": [layer] * units, "unit": np.arange(units)}
     counts = {"positions": state.level.counted.numpy(), "nonfinite": state.level.nonfinite.numpy()}
-    table = LEVELS.table({**keys, "level": levels.numpy(), **counts, "exact": [state.exact] * units})
+    columns = {"unit": np.arange(len(levels)), "level": levels.numpy(), **counts, "exact": [state.exact] * len(levels)}
+    table = LEVELS.table(columns, model=model, layer=layer)
     unit, rank = torch.nonzero(state.topk.ids >= 0, as_tuple=True)
     ids, activations = state.topk.ids[unit, rank], state.topk.values[unit, rank]
-    columns = [column.numpy() for column in (unit, rank, ids, activations, levels[unit])]
-    winners = pa.table(columns, schema=WINNERS_SCHEMA)
+    arrays = [column.numpy() for column in (unit, rank, ids, activations, levels[unit])]
+    winners = pa.table(arrays, schema=WINNERS_SCHEMA)
     if state.topk.carries_maps:
         size = mask_size(run, item)
         packed = masks.packed_masks(lambda part: state.topk.maps_of(unit[part], rank[part]), levels[unit], size)
@@ -182,9 +181,8 @@ def write_exemplars(run: Run, item: ModelWork, layer: str, rows: pa.Table, cost:
         ORDER_KEY: str(described.order[layer]),
         **({COMPUTES: described.computes[layer]} if layer in described.computes else {}),
     }
-    columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
-    columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}
-    table, fingerprint = EXEMPLARS.table(columns, metadata), described.fingerprints[layer]
+    columns = {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}
+    table, fingerprint = EXEMPLARS.table(columns, metadata, model=name, layer=layer), described.fingerprints[layer]
     record_run(run.storage, "exemplars", fingerprint.hash, name, layer=layer, rows=len(table), cost=cost)
     run.storage.write(EXEMPLARS, table, fingerprint, model=name, layer=layer)
 
@@ -206,8 +204,7 @@ def merge_pooled(run: Run, item: ModelWork, shards: Sequence[str], cost: Cost, l
         rows = 0
         for piece in in_groups(storage.get_work(item.work, name) for name in names):
             rows += len(piece)
-            keys = {"model": [model] * len(piece), "layer": [layer] * len(piece)}
-            yield POOLED.table({**keys, **{name: piece[name] for name in piece.column_names}})
+            yield POOLED.table({name: piece[name] for name in piece.column_names}, model=model, layer=layer)
         if rows != cost.images:
             raise MilanError(
                 f"{rows} of {cost.images} images have pooled activations of layer {layer!r}; run the job again."

@@ -166,10 +166,9 @@ class UnitActivations:
 
 def unit_scores(keys: Mapping[str, str], rows: pa.Table) -> pa.Table:
     """A layer's table of scores, from rows as of :data:`ROWS_SCHEMA`; NaN becomes null."""
-    columns: dict[str, object] = {name: [value] * len(rows) for name, value in keys.items()}
-    columns |= {name: rows[name] for name in rows.column_names}
+    columns = {name: rows[name] for name in rows.column_names}
     columns["value"] = pa.array(rows["value"].to_numpy(), pa.float64(), from_pandas=True)
-    return UNIT_SCORES.table(columns)
+    return UNIT_SCORES.table(columns, **keys)
 
 
 def upstream(storage: Storage, described: Described, digest: str) -> dict[str, str]:

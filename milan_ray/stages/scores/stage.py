@@ -8,12 +8,10 @@ unit_scores ─► [means, intervals, differences] ─► scores
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from milan_ray.config import Fingerprint, Resources
 from milan_ray.engine import references
@@ -34,7 +32,16 @@ from milan_ray.errors import MilanError
 from milan_ray.models.image_text import Embedder, ImageTextRef
 from milan_ray.schema import IMAGE_EMBEDDINGS, POOLED, UNIT_SCORES
 from milan_ray.scoring.simulation import Moments, Sigmoid, average_precision, highest, retrieval
-from milan_ray.stages.embeddings import ImageEmbeddings, embedded_ids, embeddings_of, lists_of, rows_of, text_embeddings
+from milan_ray.stages.embeddings import (
+    ImageEmbeddings,
+    embedded_ids,
+    embeddings_of,
+    lists_of,
+    padded,
+    products,
+    rows_of,
+    text_embeddings,
+)
 from milan_ray.stages.scores.exemplars import ExemplarScores
 from milan_ray.stages.scores.inputs import (
     KERNEL_VERSION,
@@ -57,51 +64,35 @@ UNITS_PER_SHARD = 64
 """Units per shard: what bounds memory, images × units × 4 bytes a few times over."""
 
 IMAGES = 1024
-"""Images per matrix product, and per block of sums."""
+"""Images per block of sums."""
 
 
 class ScoreWorker(ShardWorker):
     """Scores a block of units of one layer."""
 
-    def __init__(self, judge: Judge, **context: Any) -> None:
+    def __init__(self, images: dict[str, str], config: ScoreConfig, curve: Sigmoid | None, **context: Any) -> None:
         super().__init__(**context)
-        self._judge = judge
-        self._embedded = embedded_ids(self._storage, **judge.images)
+        self._images, self._config, self._curve = images, config, curve
+        self._embedded = embedded_ids(self._storage, **images)
 
     def __call__(self, row: Row) -> Row:
         """Scores one block by every metric, each system's descriptions in turn."""
         (number,) = row["outputs"]
-        judge, block = self._judge, slice(row["start"], row["stop"])
+        block = slice(row["start"], row["stop"])
         tables = {system: self._storage.get_work(self._work, f"texts/{number}/{system}")[block] for system in SYSTEMS}
         units = tables[SYSTEMS[0]]["unit"].to_pylist()
         layer = Described.of(self._outputs[number])
-        seen = UnitActivations.read(self._storage, layer, units, judge.config, self._embedded)
-        images = embeddings_of(self._storage, **judge.images, image_ids=seen.ids)
+        seen = UnitActivations.read(self._storage, layer, units, self._config, self._embedded)
+        images = embeddings_of(self._storage, **self._images, image_ids=seen.ids)
         used = seen.use.sum(axis=0).tolist()
         rows: list[dict[str, object]] = []
         for system, table in tables.items():
-            vectors = rows_of(table["embedding"]).copy()  # torch wants to own what it reads
-            scores = score_units(images, vectors, seen, judge.config, judge.curve)
+            scores = score_units(images, rows_of(table["embedding"]), seen, self._config, self._curve)
             for column, (unit, text) in enumerate(zip(units, table["description"].to_pylist(), strict=True)):
                 about = {"unit": unit, "system": system, "description": text, "images": used[column]}
                 rows += [about | {"metric": metric, "value": float(of[column])} for metric, of in scores.items()]
         self._store(row, number, pa.Table.from_pylist(rows, schema=ROWS_SCHEMA))
         return {}
-
-
-@dataclass(frozen=True)
-class Judge:
-    """How workers score.
-
-    Attributes:
-        images: Partition of the probe's embeddings: encoder and probe.
-        config: How to score.
-        curve: From a fit to a prediction; None takes the fit.
-    """
-
-    images: dict[str, str]
-    config: ScoreConfig
-    curve: Sigmoid | None
 
 
 class Scores(ShardedStage):
@@ -122,7 +113,7 @@ class Scores(ShardedStage):
     ) -> None:
         self._described, self._classes = described, classes
         self._ref, self._plugins, self._width = images.ref, images.probe.plugins, images.embedder.width
-        self._judge = Judge(images.keys, config, config.curve(images.embedder))
+        self._images, self._config, self._curve = images.keys, config, config.curve(images.embedder)
         self._texts = images.embedder.text_identity()
         self.title, self.label = f"scores by {images.ref.name}", f"scores ({images.ref.name})"
 
@@ -132,11 +123,10 @@ class Scores(ShardedStage):
         Raises:
             MilanError: Pooled activations are missing, or there are not as many classes as units.
         """
-        judge = self._judge
-        identity = {"kernel": KERNEL_VERSION, "config": judge.config, "curve": judge.curve, "texts": self._texts}
-        images = known.config(IMAGE_EMBEDDINGS, **judge.images)
+        identity = {"kernel": KERNEL_VERSION, "config": self._config, "curve": self._curve, "texts": self._texts}
+        images = known.config(IMAGE_EMBEDDINGS, **self._images)
         for layer in self._described:
-            above = upstream(known.storage, layer, judge.images["probe"])
+            above = upstream(known.storage, layer, self._images["probe"])
             names = self._classes.get((layer.model, layer.layer))
             if names is not None and (units := units_of(known.storage, layer.model, layer.layer)) != len(names):
                 raise MilanError(
@@ -151,7 +141,7 @@ class Scores(ShardedStage):
 
         A last shard of a layer holds the scores by class names: they are a few products, which are made at once.
         """
-        storage, config = job.storage, self._judge.config
+        storage, config = job.storage, self._config
         texts = {number: Texts.read(storage, self._described[number], config.seed) for number in _begun(job)}
         every = sorted(set().union(*(of_layer.every() for of_layer in texts.values())))
         embedded = text_embeddings(storage, every, self._ref, job.resources, self._plugins)
@@ -176,7 +166,7 @@ class Scores(ShardedStage):
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """How to score."""
-        return {"judge": self._judge}
+        return {"images": self._images, "config": self._config, "curve": self._curve}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """A layer's scores, by block of units, and those by class names."""
@@ -256,7 +246,7 @@ def score_units(
     Returns:
         Metric → float64 (B,); NaN for a unit whose activation never changes.
     """
-    fit = _products(images, texts)
+    fit = products(images, padded(texts, max(UNITS_PER_SHARD, len(texts))), len(texts)).numpy()
     simulated, plain = Moments(), Moments()
     for block, start in enumerate(range(0, len(fit), IMAGES)):
         rows = slice(start, start + IMAGES)
@@ -276,22 +266,6 @@ def score_units(
         chosen = highest(near, min(config.retrieved, len(own) // 2))
         scores["retrieval-auc"][column], scores["retrieval-mad"][column] = retrieval(own, chosen)
     return scores
-
-
-def _products(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Products of images (N, D) and texts (B, D), float32 (N, B).
-
-    Blocks are padded to one shape, so that a product does not depend on how many images and texts there are.
-    """
-    padded = torch.zeros(max(UNITS_PER_SHARD, len(texts)), texts.shape[1])
-    padded[: len(texts)] = torch.from_numpy(texts)
-    products = []
-    for start in range(0, len(images), IMAGES):
-        some = images[start : start + IMAGES]
-        block = torch.zeros(IMAGES, images.shape[1])
-        block[: len(some)] = torch.from_numpy(some)
-        products.append((block @ padded.T)[: len(some), : len(texts)].numpy())
-    return np.concatenate(products) if products else np.zeros((0, len(texts)), np.float32)
 
 
 def _class_rows(
