@@ -76,6 +76,11 @@ class Output:
         """The layer; empty for a partition without one."""
         return self.keys.get("layer", "")
 
+    @property
+    def of_layer(self) -> dict[str, str]:
+        """The partition of its layer in tables of model and layer."""
+        return {"model": self.model, "layer": self.layer}
+
     def columns(self, rows: pa.Table) -> dict[str, object]:
         """The columns of some rows, after the columns of the partition keys."""
         keys: dict[str, object] = {name: [value] * len(rows) for name, value in self.keys.items()}
@@ -314,9 +319,9 @@ class TaskStage(Stage):
     def make(self, storage: Storage, output: Output) -> pa.Table:
         """Makes an output."""
 
-    @abstractmethod
     def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
-        """Whether the driver makes these outputs itself, because they are small."""
+        """Whether the driver makes these outputs itself, because workers would take longer to start."""
+        return True
 
 
 RunnableStage = ShardedStage | StepStage | TaskStage

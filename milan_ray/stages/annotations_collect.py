@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -87,17 +87,17 @@ def run_collect(
     with whole_folder(folder) as part:
         tasks: list[Task] = []
         for number, (of, layer) in enumerate(wanted):
-            there = [unit for unit in _units(storage, of, layer) if not units or unit in units]
-            chosen = [unit for unit in there if (of, layer, unit) not in questioned]
+            present = [unit for unit in _units(storage, of, layer) if not units or unit in units]
+            chosen = [unit for unit in present if (of, layer, unit) not in questioned]
             tasks += _write_images(storage, of, layer, chosen, part, f"{IMAGES}/{number:02d}", url)
         if not tasks:
             raise MilanError(f"none of the chosen units of {model} has exemplars: choose others with --units.")
         questions = []
         for number, (of, layer, unit, right, wrong) in enumerate(asked):
-            found = _write_images(storage, of, layer, [unit], part, f"{IMAGES}/{QUALIFICATION}/{number:02d}", url)
-            if not found:
+            shown = _write_images(storage, of, layer, [unit], part, f"{IMAGES}/{QUALIFICATION}/{number:02d}", url)
+            if not shown:
                 raise MilanError(f"the qualification test asks about {of} {layer} {unit}, which has no exemplars.")
-            questions.append(Question(found[0], right, wrong))
+            questions.append(Question(shown[0], right, wrong))
         _write(part, tasks, questions)
     return len(tasks)
 
@@ -142,9 +142,9 @@ def _write_images(
     tasks: list[Task] = []
 
     def write(unit: int, rows: np.ndarray, pngs: dict[int, bytes]) -> Task:
-        mine = table.take(rows)
-        pixels = [nearest(decode(pngs[i]).transpose(2, 0, 1), size) for i in mine["image_id"].to_pylist()]
-        regions = masks.unpack(mine["mask"].to_pylist(), size)
+        of_unit = table.take(rows)
+        pixels = [nearest(decode(pngs[i]).transpose(2, 0, 1), size) for i in of_unit["image_id"].to_pylist()]
+        regions = masks.unpack(of_unit["mask"].to_pylist(), size)
         images = np.stack(pixels).astype(np.float32) / 255
         sample = Sample(layer, unit, images, regions[:, None].astype(np.float32))
         grid = sample.grid()
@@ -220,27 +220,27 @@ def run_answers(
     answers: list[Answer] = []
     rejected = 0
     for file in files:
-        found, out = collection.read_answers(file, keep_rejected=keep_rejected)
-        answers += found
-        rejected += out
+        accepted, refused = collection.read_answers(file, keep_rejected=keep_rejected)
+        answers += accepted
+        rejected += refused
     unqualified = 0
     if qualified is not None:
         unqualified = sum(answer.worker not in qualified for answer in answers)
         answers = [answer for answer in answers if answer.worker in qualified]
     kept: dict[tuple[str, str, int, str], str] = {}
-    left: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
     for answer in answers:
         text = tables.clean(answer.text, answer.worker)
         key = (answer.model, answer.layer, answer.unit, _annotator(source, answer.worker))
         if not text:
-            left["empty"] += 1
+            dropped["empty"] += 1
         elif key in kept:
-            left["repeated"] += 1
+            dropped["repeated"] += 1
         else:
             kept[key] = text
     if not kept:
         raise MilanError(f"no answer is left of {', '.join(map(str, files))}: nothing was written.")
-    shown = {(answer.model, answer.layer): {answer.exemplars} for answer in answers}
+    shown: dict[tuple[str, str], set[str]] = defaultdict(set)
     for answer in answers:
         shown[answer.model, answer.layer].add(answer.exemplars)
     layers = sorted({(model, layer) for model, layer, *_ in kept})
@@ -257,7 +257,7 @@ def run_answers(
         frames.append(_store(storage, source, model, layer, rows))
     texts = pl.concat(frames)
     say(f"annotations of source {source}: {len(texts)} on {texts.select('model', 'layer', 'unit').n_unique()} units")
-    return Answers(texts, rejected, unqualified, left["empty"], left["repeated"])
+    return Answers(texts, rejected, unqualified, dropped["empty"], dropped["repeated"])
 
 
 def _annotator(source: str, worker: str) -> str:

@@ -66,12 +66,12 @@ def run_export(
         raise MilanError(f"layer {bad[0]!r} of {model} cannot be the name of a folder: leave it out.")
     annotations = _annotations(storage, model, source, chosen)
     with layout.whole_folder(folder) as part:
-        kept = {}
+        written = {}
         for layer in chosen:
             (part / layer).mkdir()
-            kept[layer] = _export_layer(storage, model, layer, part / layer)
+            written[layer] = _export_layer(storage, model, layer, part / layer)
         if annotations:
-            rows = [(layer, unit, text) for layer, unit, text in annotations if unit in kept[layer]]
+            rows = [(layer, unit, text) for layer, unit, text in annotations if unit in written[layer]]
             layout.write_annotations(part / layout.ANNOTATIONS, rows)
     return chosen
 
@@ -82,14 +82,14 @@ def exemplar_layers(storage: Storage, model: str, layers: Sequence[str] | None =
     Raises:
         MilanError: There are no exemplars of the model, or of such a layer.
     """
-    found = [keys["layer"] for keys in storage.partitions(EXEMPLARS, model=model)]
-    if not found:
+    present = [keys["layer"] for keys in storage.partitions(EXEMPLARS, model=model)]
+    if not present:
         known = {keys["model"] for keys in storage.partitions(EXEMPLARS)}
         raise unknown_name("model with exemplars", model, known, f"Looked in {storage.root}.")
     for layer in layers or ():
-        if layer not in found:
-            raise unknown_name("layer with exemplars", layer, found)
-    return storage.layers_in_order(model, found) if layers is None else list(layers)
+        if layer not in present:
+            raise unknown_name("layer with exemplars", layer, present)
+    return storage.layers_in_order(model, present) if layers is None else list(layers)
 
 
 def _annotations(storage: Storage, model: str, source: str | None, layers: Sequence[str]) -> list[tuple[str, int, str]]:
@@ -126,15 +126,15 @@ def _export_layer(storage: Storage, model: str, layer: str, folder: Path) -> set
     meta = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
     size = mask_size(meta)
     unit, rank, image_id = (table[name].to_numpy() for name in ("unit", "rank", "image_id"))
-    found, first, counts = np.unique(unit, return_index=True, return_counts=True)
+    present, first, counts = np.unique(unit, return_index=True, return_counts=True)
     k = int(counts.max(initial=0))
     whole = np.argsort(first[counts == k])
-    units = found[counts == k][whole].astype(np.int64)  # in the order of the table: that of the set it came from
+    units = present[counts == k][whole].astype(np.int64)  # in the order of the table: that of the set it came from
     if not len(units):
         raise MilanError(f"{model} {layer} has no exemplars to export: leave the layer out.")
-    if len(units) < len(found):
-        say(f"{model} {layer}: left out {len(found) - len(units)} units with fewer than {k} exemplars")
-    position = np.full(int(found.max()) + 1, -1)
+    if len(units) < len(present):
+        say(f"{model} {layer}: left out {len(present) - len(units)} units with fewer than {k} exemplars")
+    position = np.full(int(present.max()) + 1, -1)
     position[units] = np.arange(len(units))
     place = position[unit]
     shape = len(units), k

@@ -167,7 +167,7 @@ class ClipDissectLabels(StepStage):
             cost = Cost(scanned[layer.number], scanned[layer.number], len(needed))
             cost.add(seconds, len(job.due))
             labels = self._best(how, layer)
-            keys = {"model": layer.model, "layer": layer.layer}
+            keys = layer.of_layer
             record_run(storage, self.name, layer.fingerprint.hash, **keys, rows=len(labels), cost=cost)
             write_labels(storage, layer, labeler, labels, storage.config_of(EXEMPLARS, **keys))
 
@@ -212,7 +212,7 @@ def _scan(how: _How, layer: Output) -> float:
     """Finds the images of every unit of a layer, in one pass over its pooled activations; returns the seconds."""
     started = time.monotonic()
     storage = how.storage
-    keys = {"model": layer.model, "layer": layer.layer}
+    keys = layer.of_layer
     known = embedded_ids(storage, **how.images)
     known = known[~held_out(known, how.labeler.hold_out)]
     total = storage.count(POOLED, **keys)
@@ -296,21 +296,21 @@ def _compare(how: _How, layers: Sequence[Output], needed: np.ndarray, resources:
         how.put("needed", pa.table({"image_id": needed}))
     chunks = [_Chunk(how, tuple(layers), first, resources.device) for first in how.chunks]
     images = storage.count(IMAGE_EMBEDDINGS, **how.images) if how.every_image else len(needed)
-    here = images * total <= FEW
-    gpus = 0.0 if here else gpus_each(resources)
+    few = images * total <= FEW
+    gpus = 0.0 if few else gpus_each(resources)
     stored = set(storage.work_names(work))
     seconds = 0.0
     say(f"descriptions ({labeler.name}): {len(layers)} layers, {total} concepts, by {encoder} and {labeler.similarity}")
     with torch_threads(resources.threads), Progress(f"descriptions ({labeler.name})", total, "concepts") as progress:
         if labeler.wpmi is not None:
             fresh = [chunk for chunk in chunks if f"sums/{chunk.name}" not in stored]
-            for _, took in run_parallel(_sum, fresh, resources.cpus_per_actor, gpus, here):
+            for _, took in run_parallel(_sum, fresh, resources.cpus_per_actor, gpus, few):
                 seconds += took
         fresh = [
             chunk for chunk in chunks if any(f"best/{chunk.name}/{layer.number}" not in stored for layer in layers)
         ]
         progress.advance(total - sum(chunk.concepts for chunk in fresh))
-        for index, took in run_parallel(_compare_chunk, fresh, resources.cpus_per_actor, gpus, here):
+        for index, took in run_parallel(_compare_chunk, fresh, resources.cpus_per_actor, gpus, few):
             seconds += took
             progress.advance(fresh[index].concepts)
     return seconds
@@ -365,7 +365,7 @@ def _compare_chunk(task: _Chunk) -> float:
 
 def _cosines(task: _Chunk, layer: Output, device: torch.device) -> torch.Tensor:
     """Cosines of a layer's units and a chunk's concepts, in one pass over the layer's pooled activations."""
-    keys = {"model": layer.model, "layer": layer.layer}
+    keys = layer.of_layer
     scanned = task.how.get(f"units/{layer.number}")
     known = task.how.get(f"known/{layer.number}")["image_id"].to_numpy()
     known = known[np.isin(known, task.how.storage.read(POOLED, ["image_id"], **keys)["image_id"].to_numpy())]
@@ -375,9 +375,9 @@ def _cosines(task: _Chunk, layer: Output, device: torch.device) -> torch.Tensor:
     state = Cosines(units, fit.double().mean(dim=0), 3 if task.how.labeler.similarity.endswith("cubed") else 1)
     for part in task.how.storage.stream(POOLED, ["image_id", task.how.labeler.pooling], **keys):
         ids = part["image_id"].to_numpy()
-        here = np.isin(ids, known)
-        values = torch.from_numpy(matrix(part[task.how.labeler.pooling])[here]).to(device)
-        state.update(values, fit[torch.from_numpy(np.searchsorted(known, ids[here])).to(device)])
+        embedded = np.isin(ids, known)
+        values = torch.from_numpy(matrix(part[task.how.labeler.pooling])[embedded]).to(device)
+        state.update(values, fit[torch.from_numpy(np.searchsorted(known, ids[embedded])).to(device)])
     return state.result()
 
 

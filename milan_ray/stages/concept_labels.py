@@ -47,6 +47,7 @@ from milan_ray.stages.exemplars import (
     run_shards,
     shard_name,
 )
+from milan_ray.stages.images import read_refs
 from milan_ray.storage import Storage
 
 KERNEL_VERSION = "concepts-1"
@@ -291,12 +292,11 @@ class CountWorker(ModelWorker):
         spec, forward = self._forward(row["model"])
         levels = self._levels(row["model"])
         view = spec.preprocess.view if spec.images is None else View(spec.preprocess.view.shape, None)
-        start, columns = row["start"], ["image_id", "root", "path"]
-        rows = self._storage.read_rows(MANIFEST, start, start + row["images"], columns, probe=item.probe)
+        rows = read_refs(self._storage, item.probe, row["start"], row["start"] + row["images"])
         counts = {layer: ConceptCounts(len(level)) for layer, level in levels.items()}
-        shown: list[dict[str, object]] = []
+        annotated: list[dict[str, object]] = []
         fired: dict[str, list[pa.Table]] = {layer: [_MASKS_SCHEMA.empty_table()] for layer in work.composed}
-        for refs, batch in self._batches(image_refs(rows), spec):
+        for refs, batch in self._batches(rows, spec):
             by_id = {ref.image_id: ref for ref in refs}
             truth = [self._probe.concept_maps(by_id[image_id]) for image_id in batch.ids.tolist()]
             if all(concepts is None for concepts in truth):
@@ -308,7 +308,7 @@ class CountWorker(ModelWorker):
                 image_id, on_grid = int(batch.ids[place]), sample(concepts, view, size)
                 names = sorted(on_grid)
                 words = pack_words(np.stack([on_grid[name] for name in names])) if names else _nothing(size)
-                shown.append({"image_id": image_id, "names": names, "bits": words.tobytes()})
+                annotated.append({"image_id": image_id, "names": names, "bits": words.tobytes()})
                 for layer in item.layers:
                     units, on = fires(maps[layer][place], levels[layer], size)
                     counts[layer].update(ImageMasks(names, words, units, on, size[0] * size[1]))
@@ -318,7 +318,7 @@ class CountWorker(ModelWorker):
             self._storage.put_work(item.work, f"counts/{item.folder(layer)}/{shard}", state.to_table())
         for layer, tables in fired.items():
             self._storage.put_work(item.work, f"masks/{item.folder(layer)}/{shard}", pa.concat_tables(tables))
-        table = pa.Table.from_pylist(shown, schema=_CONCEPTS_SCHEMA)
+        table = pa.Table.from_pylist(annotated, schema=_CONCEPTS_SCHEMA)
         self._storage.put_work(item.work, f"{CONCEPTS}/{shard}", table)
 
 
@@ -408,14 +408,14 @@ def _images(storage: Storage, work: _Work, block: _Block) -> Iterator[ImageMasks
     (layer, block_units), item = block, work.item
     width, positions = _nothing(work.size).shape[1], work.size[0] * work.size[1]
     for shard in work.shards:
-        shown = storage.get_work(item.work, f"{CONCEPTS}/{shard}")
+        annotated = storage.get_work(item.work, f"{CONCEPTS}/{shard}")
         fired = storage.get_work(item.work, f"masks/{item.folder(layer)}/{shard}")
         fired = fired.filter(pc.is_in(fired["unit"], pa.array(block_units, pa.int32()))).combine_chunks()
         words = np.frombuffer(b"".join(fired["bits"].to_pylist()), np.uint64).reshape(-1, width)
         ids, units = fired["image_id"].to_numpy(), fired["unit"].to_numpy()
         order = np.argsort(ids, kind="stable")
         ids, units, words = ids[order], units[order], words[order]
-        for row in shown.to_pylist():
+        for row in annotated.to_pylist():
             begin, end = np.searchsorted(ids, [row["image_id"], row["image_id"] + 1]).tolist()
             concepts = np.frombuffer(row["bits"], np.uint64).reshape(-1, width)
             yield ImageMasks(row["names"], concepts, units[begin:end], words[begin:end], positions)

@@ -214,9 +214,7 @@ class CosyScores(ShardedStage):
                 row = {"model": index, "texts": texts_of_shard, "units": wanted}
                 name = f"{index}/{config_hash({'texts': texts_of_shard})}"
                 shards.append(Shard(name, outputs, row, len(texts_of_shard)))
-        return Shards(
-            shards, all(job.storage.count(POOLED, model=o.model, layer=o.layer) <= FEW_IMAGES for o in job.due)
-        )
+        return Shards(shards, all(job.storage.count(POOLED, **o.of_layer) <= FEW_IMAGES for o in job.due))
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """The models, and how images are generated."""
@@ -236,10 +234,10 @@ class CosyScores(ShardedStage):
             generated |= dict(zip(keys, rows_of(piece["activations"]), strict=True))
         layer = Described.of(output)
         texts = Texts.read(storage, layer, self._config.seed)
-        seen = UnitActivations.read(storage, layer, texts.units, self._config, None)
+        responses = UnitActivations.read(storage, layer, texts.units, self._config, None)
         rows: list[dict[str, object]] = []
         for column, unit in enumerate(texts.units):
-            control = seen.activations[seen.use[:, column], column]
+            control = responses.activations[responses.use[:, column], column]
             for system in SYSTEMS:
                 text = texts.systems[system][column]
                 own = generated[text, unit]

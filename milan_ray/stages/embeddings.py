@@ -34,10 +34,10 @@ from milan_ray.exemplars.forward import read_views
 from milan_ray.models.image_text import Embedder, ImageTextRef
 from milan_ray.probe.base import ImageRef, LatentProbe, Probe
 from milan_ray.probe.manifest import digest as probe_digest
-from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import say
 from milan_ray.schema import IMAGE_EMBEDDINGS, MANIFEST, TEXT_EMBEDDINGS
 from milan_ray.stages.exemplars import store_manifest
+from milan_ray.stages.images import read_refs
 from milan_ray.storage import Storage
 
 KERNEL_VERSION = "embeddings-1"
@@ -73,9 +73,7 @@ class ImageEmbeddingWorker(ShardWorker):
 
     def __call__(self, row: Row) -> Row:
         """Runs one shard."""
-        digest, columns = self._outputs[0].keys["probe"], ["image_id", "root", "path"]
-        part = self._storage.read_rows(MANIFEST, row["start"], row["stop"], columns, probe=digest)
-        refs = image_refs(part, range(len(part)))
+        refs = read_refs(self._storage, self._outputs[0].keys["probe"], row["start"], row["stop"])
         tables = [_IMAGES_SCHEMA.empty_table()]
         for start in range(0, len(refs), BATCH):
             ids, embedded = embed_refs(self._embedder, self._probe, refs[start : start + BATCH], self._device)

@@ -68,12 +68,12 @@ class EncodingWorker(ShardWorker):
             source = pa.array(np.full(len(table), number, np.int32))
             by_size[self._mask_sizes[number]].append(table.append_column("source", source))
         tables = {size: pa.concat_tables(tables).sort_by("image_id") for size, tables in by_size.items()}
-        shown = [table["image_id"].to_numpy() for table in tables.values()]
-        ids = np.unique(np.concatenate(shown))
+        image_ids = [table["image_id"].to_numpy() for table in tables.values()]
+        ids = np.unique(np.concatenate(image_ids))
         pngs = list(read_pngs(self._storage, row["probe"], row["view"], ids.tolist()).values())
         groups = [
             MaskedExemplars(np.searchsorted(ids, images), partial(_unpacked, table["mask"].combine_chunks(), size))
-            for images, (size, table) in zip(shown, tables.items(), strict=True)
+            for images, (size, table) in zip(image_ids, tables.items(), strict=True)
         ]
 
         def maps(start: int, stop: int) -> list[torch.Tensor]:
@@ -83,8 +83,8 @@ class EncodingWorker(ShardWorker):
         for table, features in zip(tables.values(), encoded, strict=True):
             sources = table["source"].to_numpy()
             for number in np.unique(sources).tolist():
-                mine = np.flatnonzero(sources == number)
-                self._store(row, number, _features(table.take(mine), features[mine]))
+                rows = np.flatnonzero(sources == number)
+                self._store(row, number, _features(table.take(rows), features[rows]))
         return {"images": len(ids)}
 
 
@@ -128,7 +128,7 @@ class Encodings(ShardedStage):
 
     def shards(self, job: Job) -> Shards:
         """Chunks of images; the exemplars of each are stored with it, so that no worker reads a layer as a whole."""
-        few = sum(job.storage.count(EXEMPLARS, **_layer(output)) for output in job.every) <= FEW_ROWS
+        few = sum(job.storage.count(EXEMPLARS, **output.of_layer) for output in job.every) <= FEW_ROWS
         views = [_view(job.storage, output) for output in job.every]
         used: dict[tuple[str, str], set[int]] = defaultdict(set)
         for index, ids in run_parallel(partial(_image_ids, job.storage), job.every, in_driver=few):
@@ -154,17 +154,13 @@ class Encodings(ShardedStage):
         table = pa.concat_tables([_FEATURES_SCHEMA.empty_table(), *pieces])
         table = table.sort_by([("unit", "ascending"), ("rank", "ascending")]).combine_chunks()
         size = len(table["feature"][0]) if len(table) else 0
-        exemplars = storage.config_of(EXEMPLARS, **_layer(output))
+        exemplars = storage.config_of(EXEMPLARS, **output.of_layer)
         return ENCODINGS.table(output.columns(table), {"feature_size": str(size), EXEMPLARS_KEY: exemplars})
-
-
-def _layer(output: Output) -> dict[str, str]:
-    return {"model": output.model, "layer": output.layer}
 
 
 def _metadata(storage: Storage, output: Output) -> dict[str, str]:
     """Metadata of the exemplars that an output encodes."""
-    return storage.metadata(EXEMPLARS, **_layer(output)) or {}
+    return storage.metadata(EXEMPLARS, **output.of_layer) or {}
 
 
 def _view(storage: Storage, output: Output) -> tuple[str, str]:
@@ -175,7 +171,7 @@ def _view(storage: Storage, output: Output) -> tuple[str, str]:
 
 def _exemplars(storage: Storage, output: Output, columns: Sequence[str]) -> pa.Table:
     """Columns of the exemplars that an output encodes."""
-    return only_units(storage.read(EXEMPLARS, ["unit", *columns], **_layer(output)), output.fingerprint.units)
+    return only_units(storage.read(EXEMPLARS, ["unit", *columns], **output.of_layer), output.fingerprint.units)
 
 
 def _image_ids(storage: Storage, output: Output) -> list[int]:

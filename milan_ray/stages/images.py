@@ -209,11 +209,16 @@ def _read_announcement(storage: Storage, path: str) -> list[int]:
     return [image for image in image_ids if isinstance(image, int)] if isinstance(image_ids, list) else []
 
 
+def read_refs(storage: Storage, probe: str, start: int, stop: int) -> list[ImageRef]:
+    """References to the images in some rows of a probe's manifest."""
+    rows = storage.read_rows(MANIFEST, start, stop, ["image_id", "root", "path"], probe=probe)
+    return [ImageRef(**row) for row in rows.to_pylist()]
+
+
 def _refs(storage: Storage, images: ExemplarImages, block: str, image_ids: set[int]) -> list[ImageRef]:
-    """Where images of a block lie, ascending."""
+    """References to images of a block, ascending."""
     first = int(block) * BLOCK
-    rows = storage.read_rows(MANIFEST, first, first + BLOCK, ["image_id", "root", "path"], probe=images.digest)
-    return [ImageRef(**row) for row in rows.to_pylist() if row["image_id"] in image_ids]
+    return [ref for ref in read_refs(storage, images.digest, first, first + BLOCK) if ref.image_id in image_ids]
 
 
 def _render(images: ExemplarImages, refs: Sequence[ImageRef], resources: Resources) -> dict[int, bytes]:

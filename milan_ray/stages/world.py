@@ -75,8 +75,10 @@ def train_image_text() -> str:
 def _metrics(weights: bytes) -> str:
     """What a training says of itself, from the header of its safetensors file."""
     header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
-    found = json.loads(header["__metadata__"]["metrics"])
-    return ", ".join(f"{name} {found[name]:.3f}" for name in ("accuracy", "misled", "auroc", "psnr") if name in found)
+    metrics = json.loads(header["__metadata__"]["metrics"])
+    return ", ".join(
+        f"{name} {metrics[name]:.3f}" for name in ("accuracy", "misled", "auroc", "psnr") if name in metrics
+    )
 
 
 class Annotations(Stage):
@@ -111,7 +113,7 @@ def annotate(storage: Storage, probe: references.ProbeRef, models: Layers) -> No
 
 
 def _annotate_layer(storage: Storage, probe: references.ProbeRef, output: Output) -> None:
-    keys = {"model": output.model, "layer": output.layer}
+    keys = output.of_layer
     exemplars = storage.read(EXEMPLARS, ["unit", "image_id", "mask"], **keys)
     metadata = storage.metadata(EXEMPLARS, **keys) or {}
     size = mask_size(metadata)

@@ -40,8 +40,8 @@ from milan_ray.stages.dnd.workers import (
     SummariseWorker,
     find_top,
 )
-from milan_ray.stages.exemplars import ModelWork, Run, rerun_work
-from milan_ray.storage import EXEMPLARS_KEY, Storage, WorkRemovedError
+from milan_ray.stages.exemplars import ModelWork, Run, failing, rerun_work
+from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 UNITS_PER_BLOCK = 8
 """Units of a layer that are augmented, captioned and summarised at a time."""
@@ -164,12 +164,8 @@ class DrawnLabels(TaskStage):
         from milan_ray.stages.descriptions import described  # with its captioner, which workers can do without
 
         drawn = read_drawings(storage, self.name, output.model, output.layer, self._units)
-        exemplars = storage.config_of(EXEMPLARS, model=output.model, layer=output.layer)
+        exemplars = storage.config_of(EXEMPLARS, **output.of_layer)
         return described(output, self._labeler, self._labeler.label(Evidence(drawn=drawn)), exemplars)
-
-    def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
-        """Choosing is sorting some numbers."""
-        return True
 
 
 def dnd_stages(
@@ -217,14 +213,10 @@ def run_dnd(storage: Storage, stages: Mapping[str, Sequence[RunnableStage]], res
         MilanError: Every model failed.
     """
     failed: dict[str, str] = {}
-    for model, stages_of in stages.items():
-        try:
-            for stage in stages_of:
+    for model, of_model in stages.items():
+        with failing(failed, model):
+            for stage in of_model:
                 run_stage(stage, storage, resources)
-        except WorkRemovedError:
-            raise
-        except MilanError as error:
-            failed[model] = str(error)
     all_failed(failed, len(stages))
     return failed
 
@@ -333,12 +325,12 @@ def _chunks(storage: Storage, work: DndWork) -> list[Row]:
     rows: list[Row] = []
     stored = set(storage.work_names(item.work, "wanted"))
     for start in range(0, len(texts), LABELS):
-        some = texts[start : start + LABELS]
-        name = config_hash({"texts": some})
-        asked = [{"text": text, "layer": layer, "unit": unit} for text in some for layer, unit in wanted[text]]
+        chunk = texts[start : start + LABELS]
+        name = config_hash({"texts": chunk})
+        asking = [{"text": text, "layer": layer, "unit": unit} for text in chunk for layer, unit in wanted[text]]
         if f"wanted/{name}" not in stored:
-            storage.put_work(item.work, f"wanted/{name}", pa.Table.from_pylist(asked, schema=WANTED_SCHEMA))
-        rows.append({"model": 0, "block": name, "texts": some, "images": len(some) * work.how.drawn})
+            storage.put_work(item.work, f"wanted/{name}", pa.Table.from_pylist(asking, schema=WANTED_SCHEMA))
+        rows.append({"model": 0, "block": name, "texts": chunk, "images": len(chunk) * work.how.drawn})
     return rows
 
 

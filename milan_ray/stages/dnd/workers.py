@@ -135,8 +135,8 @@ class _DndWorker(ModelWorker):
         assert self._embedder is not None
         pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._device).permute(0, 3, 1, 2).float() * (1 / 255)
         with torch.inference_mode():
-            found = self._embedder.embed_images(pixels).float()
-            return torch.nn.functional.normalize(found, dim=1).cpu().numpy()
+            vectors = self._embedder.embed_images(pixels).float()
+            return torch.nn.functional.normalize(vectors, dim=1).cpu().numpy()
 
 
 class AugmentWorker(_DndWorker):

@@ -28,7 +28,7 @@ from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import say
 from milan_ray.schema import EXEMPLARS, LEVELS
 from milan_ray.stages.images import view_key
-from milan_ray.storage import Storage, parts_of
+from milan_ray.storage import Storage, inputs_of
 
 _AFTER_ACTIVATIONS = ("kernel", "k", "quantile", "mask_size", "samples")
 """Inputs of exemplars on which no activation depends."""
@@ -174,7 +174,7 @@ def settled_model(
         before, now = stored.get(COMPUTES), described.computes.get(layer)
         if before is None or now is None:  # made by an earlier version
             continue
-        inputs = parts_of(stored)
+        inputs = inputs_of(stored)
         computes = inputs.pop(COMPUTES, None)
         if inputs != fingerprint.inputs:  # stale anyway, for a reason that has a name
             continue

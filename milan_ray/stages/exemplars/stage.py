@@ -288,9 +288,9 @@ def rerun_work(
 
 def _shown(storage: Storage, model: str, layers: Sequence[str]) -> dict[tuple[str, str], set[int]]:
     """(probe, view) → the images that are exemplars of a model's layers."""
-    shown: dict[tuple[str, str], set[int]] = defaultdict(set)
+    ids: dict[tuple[str, str], set[int]] = defaultdict(set)
     for layer in layers:
         metadata = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
         column = storage.read(EXEMPLARS, ["image_id"], model=model, layer=layer)["image_id"]
-        shown[metadata["probe"], metadata["view"]].update(pc.unique(column).to_pylist())
-    return shown
+        ids[metadata["probe"], metadata["view"]].update(pc.unique(column).to_pylist())
+    return ids

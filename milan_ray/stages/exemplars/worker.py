@@ -27,10 +27,9 @@ from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import Committed, LayerStates, StateConfig, layer_in_errors, to_table
 from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.base import ImageRef
-from milan_ray.probe.manifest import image_refs
-from milan_ray.schema import MANIFEST
 from milan_ray.stages.arithmetic import refused_by
 from milan_ray.stages.exemplars.describe_model import DescribedModel
+from milan_ray.stages.images import read_refs
 from milan_ray.storage import Storage, WorkRemovedError
 
 IMAGES = "images"
@@ -205,13 +204,12 @@ class ExemplarWorker(ModelWorker):
         # The rows of the models before are over: only this model's lower bounds are kept.
         committed = self._committed.get(index, {})
         self._committed = {index: committed}
-        start, columns = row["start"], ["image_id", "root", "path"]
-        rows = self._storage.read_rows(MANIFEST, start, start + row["images"], columns, probe=item.probe)
+        refs = read_refs(self._storage, item.probe, row["start"], row["start"] + row["images"])
         states = LayerStates(item.plan, self._threads)
         pooled: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         images: list[dict[str, object]] = []
         notes: list[tuple[str, str]] = []
-        for _, batch in self._batches(image_refs(rows), spec):
+        for _, batch in self._batches(refs, spec):
             notes += [(ref.location, note) for ref, note in batch.notes]
             images += [{"image_id": ref.image_id, "path": ref.location, "reason": why} for ref, why in batch.unreadable]
             images += [{"image_id": int(i), "sha256": sha} for i, sha in zip(batch.ids, batch.sha256, strict=True)]

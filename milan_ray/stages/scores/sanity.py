@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -49,22 +49,18 @@ class Sanity(TaskStage):
         experiment, config = output.keys["experiment"], self._config
         (model, layer), concepts = self._layers[experiment]
         ids, embedded = image_embeddings(storage, **self._images.keys)
-        seen = UnitActivations.read(storage, Described(WORDLESS, model, layer), range(len(concepts)), config, ids)
+        responses = UnitActivations.read(storage, Described(WORDLESS, model, layer), range(len(concepts)), config, ids)
         texts = self._images.embedder.embed_texts(concepts).numpy()
-        truth = embedded[np.searchsorted(ids, seen.ids)] @ texts.T
-        complete = seen.use.any(axis=1) & np.isfinite(seen.activations).all(axis=1)
+        truth = embedded[np.searchsorted(ids, responses.ids)] @ texts.T
+        complete = responses.use.any(axis=1) & np.isfinite(responses.activations).all(axis=1)
         return sanity(
             experiment,
-            seen.activations[complete],
+            responses.activations[complete],
             truth[complete] > 1 - 1e-6,  # the image shows everything that the concept's name names
             measures(config.top, config.retrieved),
             samples=config.samples,
             seed=config.seed,
         )
-
-    def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
-        """The driver does it: a built-in world is small."""
-        return True
 
 
 def truth_of(ref: ImageTextRef, probe: references.ProbeRef) -> Embedder:

@@ -82,12 +82,12 @@ class ScoreWorker(ShardWorker):
         tables = {system: self._storage.get_work(self._work, f"texts/{number}/{system}")[block] for system in SYSTEMS}
         units = tables[SYSTEMS[0]]["unit"].to_pylist()
         layer = Described.of(self._outputs[number])
-        seen = UnitActivations.read(self._storage, layer, units, self._config, self._embedded)
-        images = embeddings_of(self._storage, **self._images, image_ids=seen.ids)
-        used = seen.use.sum(axis=0).tolist()
+        responses = UnitActivations.read(self._storage, layer, units, self._config, self._embedded)
+        images = embeddings_of(self._storage, **self._images, image_ids=responses.ids)
+        used = responses.use.sum(axis=0).tolist()
         rows: list[dict[str, object]] = []
         for system, table in tables.items():
-            scores = score_units(images, rows_of(table["embedding"]), seen, self._config, self._curve)
+            scores = score_units(images, rows_of(table["embedding"]), responses, self._config, self._curve)
             for column, (unit, text) in enumerate(zip(units, table["description"].to_pylist(), strict=True)):
                 about = {"unit": unit, "system": system, "description": text, "images": used[column]}
                 rows += [about | {"metric": metric, "value": float(of[column])} for metric, of in scores.items()]
@@ -149,7 +149,7 @@ class Scores(ShardedStage):
         shards, few = [], True
         for output in job.due:
             own, number = texts[output.number], output.number
-            few &= storage.count(POOLED, model=output.model, layer=output.layer) <= FEW_IMAGES
+            few &= storage.count(POOLED, **output.of_layer) <= FEW_IMAGES
             for system, of_system in own.systems.items():
                 embedding = np.array([vectors[text] for text in of_system], np.float32).reshape(-1, self._width)
                 columns = {"unit": own.units, "description": of_system, "embedding": lists_of(embedding)}
@@ -232,14 +232,14 @@ def run_scores(
 
 
 def score_units(
-    images: np.ndarray, texts: np.ndarray, seen: UnitActivations, config: ScoreConfig, curve: Sigmoid | None
+    images: np.ndarray, texts: np.ndarray, responses: UnitActivations, config: ScoreConfig, curve: Sigmoid | None
 ) -> dict[str, np.ndarray]:
     """Scores the descriptions of some units by a model of images and texts.
 
     Args:
         images: Embeddings of N images, float32 (N, D).
         texts: Embedding of one description per unit, float32 (B, D).
-        seen: Activations of the units for the images.
+        responses: Activations of the units for the images.
         config: How to score.
         curve: From a fit to a prediction; None takes the fit.
 
@@ -251,14 +251,14 @@ def score_units(
     for block, start in enumerate(range(0, len(fit), IMAGES)):
         rows = slice(start, start + IMAGES)
         predicted = fit[rows].astype(np.float64) if curve is None else curve(fit[rows])
-        simulated.update(block, seen.activations[rows], predicted, seen.use[rows])
-        plain.update(block, seen.activations[rows], fit[rows], seen.use[rows])
+        simulated.update(block, responses.activations[rows], predicted, responses.use[rows])
+        plain.update(block, responses.activations[rows], fit[rows], responses.use[rows])
     scores = {"simulation": simulated.result(), "correlation": plain.result()}
     for name in ("auprc", "retrieval-auc", "retrieval-mad"):
         scores[name] = np.full(len(texts), np.nan)
     for column in range(len(texts)):
-        use = seen.use[:, column]
-        own, near = seen.activations[use, column], fit[use, column]
+        use = responses.use[:, column]
+        own, near = responses.activations[use, column], fit[use, column]
         if not len(own) or own.min() == own.max():
             scores["simulation"][column] = scores["correlation"][column] = np.nan
             continue

@@ -23,7 +23,7 @@ from milan_ray.scoring.evaluation import (
     system_rows,
     unit_values,
 )
-from milan_ray.storage import ALL_UNITS_KEY, CONFIG_KEY, Storage, parts_of
+from milan_ray.storage import ALL_UNITS_KEY, CONFIG_KEY, Storage, inputs_of
 
 Unit = tuple[str, str, int]
 """(model, layer, unit)."""
@@ -209,7 +209,7 @@ def lineage(storage: Storage, noun: Table, keys: Mapping[str, str]) -> set[tuple
     """(stage, run) of a partition and of all that it was made from, exemplars left out."""
     meta = storage.metadata(noun, **keys) or {}
     found = {(keys.get("labeler", noun.name), meta.get(CONFIG_KEY, ""))}
-    parts = parts_of(meta)
+    parts = inputs_of(meta)
     for above in TABLES:
         if above is EXEMPLARS or above.name not in parts:
             continue
