@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar
@@ -437,38 +437,46 @@ def _merge(stage: ShardedStage, storage: Storage, work: str, item: tuple[Output,
     output, names, cost = item
     merged = stage.merge(storage, output, (storage.get_work(work, output.piece(name)) for name in names))
 
-    def record(rows: int) -> None:
-        if stage.recorded:
-            _record(storage, stage, output, rows, cost)
+    name = stage.name if stage.recorded else ""
+    if not isinstance(merged, Stream):
+        publish(storage, stage.table, output, merged, name, cost)
+        return
 
-    if isinstance(merged, Stream):
-        counted = _counted(merged.pieces, record)
-        storage.write_stream(stage.table, counted, output.fingerprint, merged.metadata, **output.keys)
-    else:
-        record(len(merged))
-        storage.write(stage.table, merged, output.fingerprint, **output.keys)
+    def recorded() -> Iterator[pa.Table]:  # the row of the run log is written before the file is complete
+        rows = 0
+        for piece in merged.pieces:
+            rows += len(piece)
+            yield piece
+        if name:
+            _record(storage, name, output, rows, cost)
 
-
-def _counted(pieces: Iterator[pa.Table], then: Callable[[int], None]) -> Iterator[pa.Table]:
-    """Yields the same pieces, and calls ``then`` with the number of rows before the file is complete."""
-    rows = 0
-    for piece in pieces:
-        rows += len(piece)
-        yield piece
-    then(rows)
+    storage.write_stream(stage.table, recorded(), output.fingerprint, merged.metadata, **output.keys)
 
 
 def _make_output(stage: TaskStage, storage: Storage, output: Output) -> None:
     """Makes an output and its row of the run log, and makes it public."""
     started = time.monotonic()
     rows = stage.make(storage, output)
-    if stage.recorded:
-        seconds = time.monotonic() - started
-        _record(storage, stage, output, len(rows), Cost(seconds, seconds))
-    storage.write(stage.table, rows, output.fingerprint, **output.keys)
+    seconds = time.monotonic() - started
+    publish(storage, stage.table, output, rows, stage.name if stage.recorded else "", Cost(seconds, seconds))
 
 
-def _record(storage: Storage, stage: Stage, output: Output, rows: int, cost: Cost) -> None:
-    """Writes an output's row of the run log."""
+def publish(storage: Storage, table: Table, output: Output, rows: pa.Table, stage: str, cost: Cost) -> None:
+    """Writes an output's row of the run log, then its rows.
+
+    Args:
+        storage: The run directory.
+        table: The output's table.
+        output: The output.
+        rows: Its rows.
+        stage: Name in the run log; empty for no row.
+        cost: What the output took.
+    """
+    if stage:
+        _record(storage, stage, output, len(rows), cost)
+    storage.write(table, rows, output.fingerprint, **output.keys)
+
+
+def _record(storage: Storage, stage: str, output: Output, rows: int, cost: Cost) -> None:
     run = output.fingerprint.hash
-    record_run(storage, stage.name, run, output.model, layer=output.layer, rows=rows, cost=cost)
+    record_run(storage, stage, run, output.model, layer=output.layer, rows=rows, cost=cost)

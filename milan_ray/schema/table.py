@@ -61,7 +61,7 @@ class Table:
                     f"its column {column.name!r} holds {schema.field(number).type} instead of {column.type}"
                 )
 
-    def table(self, columns: dict[str, Any], metadata: dict[str, str] | None = None, **keys: str) -> pa.Table:
+    def table(self, columns: dict[str, Any], metadata: dict[str, str] | None = None, /, **keys: str) -> pa.Table:
         """Builds rows of this table from columns, and checks names and types.
 
         Args:

@@ -23,8 +23,8 @@ from milan_ray.config import Fingerprint, Resources
 from milan_ray.device import resolve_device, torch_threads
 from milan_ray.engine import references
 from milan_ray.engine.cluster import gpus_each
-from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.stage import Job, Known, Layers, Output, RunnableStage, StepStage, abandon, pairs
+from milan_ray.engine.run_log import Cost
+from milan_ray.engine.stage import Job, Known, Layers, Output, RunnableStage, StepStage, abandon, pairs, publish
 from milan_ray.engine.tasks import FEW_IMAGES, run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
@@ -36,7 +36,7 @@ from milan_ray.models.image_text import ImageTextRef
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED
 from milan_ray.scoring.simulation import held_out
-from milan_ray.stages.descriptions import write_labels
+from milan_ray.stages.descriptions import described
 from milan_ray.stages.embeddings import (
     ImageEmbeddings,
     TextEmbeddings,
@@ -166,10 +166,9 @@ class ClipDissectLabels(StepStage):
         for layer in job.due:
             cost = Cost(scanned[layer.number], scanned[layer.number], len(needed))
             cost.add(seconds, len(job.due))
-            labels = self._best(how, layer)
-            keys = layer.of_layer
-            record_run(storage, self.name, layer.fingerprint.hash, **keys, rows=len(labels), cost=cost)
-            write_labels(storage, layer, labeler, labels, storage.config_of(EXEMPLARS, **keys))
+            exemplars = storage.config_of(EXEMPLARS, **layer.of_layer)
+            rows = described(layer, labeler, self._best(how, layer), exemplars)
+            publish(storage, DESCRIPTIONS, layer, rows, self.name, cost)
 
     def _best(self, how: _How, layer: Output) -> Mapping[int, list[Label]]:
         """Unit → its labels, best first, from the best of every chunk."""
@@ -264,10 +263,6 @@ class _Chunk:
     device: str
 
     @property
-    def name(self) -> str:
-        return _chunk_name(self.first)
-
-    @property
     def concepts(self) -> int:
         """How many concepts the chunk holds."""
         total = len(self.how.labeler.concepts)
@@ -303,11 +298,13 @@ def _compare(how: _How, layers: Sequence[Output], needed: np.ndarray, resources:
     say(f"descriptions ({labeler.name}): {len(layers)} layers, {total} concepts, by {encoder} and {labeler.similarity}")
     with torch_threads(resources.threads), Progress(f"descriptions ({labeler.name})", total, "concepts") as progress:
         if labeler.wpmi is not None:
-            fresh = [chunk for chunk in chunks if f"sums/{chunk.name}" not in stored]
+            fresh = [chunk for chunk in chunks if f"sums/{_chunk_name(chunk.first)}" not in stored]
             for _, took in run_parallel(_sum, fresh, resources.cpus_per_actor, gpus, few):
                 seconds += took
         fresh = [
-            chunk for chunk in chunks if any(f"best/{chunk.name}/{layer.number}" not in stored for layer in layers)
+            chunk
+            for chunk in chunks
+            if any(f"best/{_chunk_name(chunk.first)}/{layer.number}" not in stored for layer in layers)
         ]
         progress.advance(total - sum(chunk.concepts for chunk in fresh))
         for index, took in run_parallel(_compare_chunk, fresh, resources.cpus_per_actor, gpus, few):
@@ -329,8 +326,8 @@ def _sum(task: _Chunk) -> float:
     device = resolve_device(task.device)
     _, images = _images_of(task)
     state = LogSumExp()
-    state.update(task.name, (task.how.labeler.wpmi.a * task.fit(images, device).double()).cpu().numpy())
-    task.how.put(f"sums/{task.name}", state.to_table())
+    state.update(_chunk_name(task.first), (task.how.labeler.wpmi.a * task.fit(images, device).double()).cpu().numpy())
+    task.how.put(f"sums/{_chunk_name(task.first)}", state.to_table())
     return time.monotonic() - started
 
 
@@ -384,4 +381,4 @@ def _cosines(task: _Chunk, layer: Output, device: torch.device) -> torch.Tensor:
 def _write_best(task: _Chunk, layer: Output, similarities: torch.Tensor) -> None:
     best = Best.of(similarities.cpu().numpy(), task.first)
     table = pa.table({"concepts": lists_of(best.concepts), "scores": lists_of(best.scores)})
-    task.how.put(f"best/{task.name}/{layer.number}", table)
+    task.how.put(f"best/{_chunk_name(task.first)}/{layer.number}", table)

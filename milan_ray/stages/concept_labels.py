@@ -23,8 +23,8 @@ from milan_ray.config import ExemplarConfig, Fingerprint, Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.model_cache import ModelCache
-from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.stage import Known, Layers, Output, Stage, pairs
+from milan_ray.engine.run_log import Cost
+from milan_ray.engine.stage import Known, Layers, Output, Stage, pairs, publish
 from milan_ray.engine.tasks import FEW_IMAGES, retry_if_overtaken, run_parallel
 from milan_ray.errors import MilanError, all_failed
 from milan_ray.exemplars.concepts import ConceptCounts, ImageMasks, fires, grid_size, pack_words, sample
@@ -37,7 +37,7 @@ from milan_ray.probe.base import Probe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST
-from milan_ray.stages.descriptions import write_labels
+from milan_ray.stages.descriptions import described
 from milan_ray.stages.exemplars import (
     ModelWork,
     ModelWorker,
@@ -244,9 +244,8 @@ class ConceptLabels(Stage):
             cost.add(seconds, len(work.due))
             if isinstance(labeler, CompExp):
                 cost.add(searched[layer])
-            run = output.fingerprint.hash
-            record_run(storage, labeler.name, run, name, layer=layer, rows=len(labels), cost=cost)
-            write_labels(storage, output, labeler, labels, storage.config_of(EXEMPLARS, model=name, layer=layer))
+            rows = described(output, labeler, labels, storage.config_of(EXEMPLARS, **output.of_layer))
+            publish(storage, DESCRIPTIONS, output, rows, labeler.name, cost)
             clear = sum(best[0].score > INTERPRETABLE for best in labels.values())
             say(f"{labeler.name}: {name} {layer}: {clear} of {len(labels)} units above IoU {INTERPRETABLE}")
         storage.remove_work(item.work)

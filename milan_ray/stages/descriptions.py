@@ -358,10 +358,3 @@ def described(
     if labeler.lam is not None:
         metadata["lam"] = str(labeler.lam)
     return pa.Table.from_pylist(rows, schema=DESCRIPTIONS.schema.with_metadata(metadata))
-
-
-def write_labels(
-    storage: Storage, output: Output, labeler: Labeler, labels: Mapping[int, Sequence[Label]], exemplars: str
-) -> None:
-    """Writes a layer's descriptions that were chosen from no candidates; arguments as of :func:`described`."""
-    storage.write(DESCRIPTIONS, described(output, labeler, labels, exemplars), output.fingerprint, **output.keys)

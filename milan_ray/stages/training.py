@@ -217,8 +217,6 @@ def _exemplars(storage: Storage, job: TrainingJob) -> int:
 
 def _train_on_ray_train(storage: Storage, jobs: Sequence[TrainingJob], concurrent: int) -> dict[str, str]:
     """Trains captioners with Ray Train, at most ``concurrent`` at a time; returns name → error of those that failed."""
-    if not jobs:
-        return {}
     failures: dict[str, str] = {}
     pool = ThreadPoolExecutor(concurrent)
     try:

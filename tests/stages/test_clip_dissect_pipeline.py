@@ -192,7 +192,7 @@ def test_a_killed_job_goes_on_and_a_second_run_does_nothing(storage, folder, req
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(clip_dissect, "write_labels", killed)
+        patched.setattr(clip_dissect, "publish", killed)
         dissect(mine, LAYERS, folder, how, request_of)
     (work,) = {path.split("/")[1] for path in mine.files("_work") if "/best/" in path}
     (gone,) = [name for name in mine.work_names(work, "best/0000016") if name.endswith("/1")]

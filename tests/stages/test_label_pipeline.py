@@ -110,7 +110,7 @@ def test_a_killed_job_goes_on_with_what_changed_for_the_units_chosen(labelled, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(label, "write_labels", killed)
+        patched.setattr(label, "publish", killed)
         run(storage, how, config, units=(1, 3))
     (work,) = {path.split("/")[1] for path in storage.files("_work") if f"/{CONCEPTS}/" in path}
     assert sum(name.startswith("formulas/") for name in storage.work_names(work)) == 1

@@ -21,8 +21,19 @@ import torch
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row, run_pool
-from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.stage import Job, Known, Layers, Output, RunnableStage, StepStage, TaskStage, pairs, run_stage
+from milan_ray.engine.run_log import Cost
+from milan_ray.engine.stage import (
+    Job,
+    Known,
+    Layers,
+    Output,
+    RunnableStage,
+    StepStage,
+    TaskStage,
+    pairs,
+    publish,
+    run_stage,
+)
 from milan_ray.engine.tasks import FEW_IMAGES, run_parallel
 from milan_ray.errors import MilanError, all_failed
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
@@ -355,6 +366,4 @@ def _publish(storage: Storage, work: DndWork, output: Output, chunks: Sequence[s
     rows.sort(key=lambda row: (row["unit"], row["place"]))
     metadata = {EXEMPLARS_KEY: storage.config_of(EXEMPLARS, model=output.model, layer=layer)}
     table = pa.Table.from_pylist(rows, schema=DRAWINGS.schema.with_metadata(metadata))
-    run, stage = output.fingerprint.hash, work.how.labeler.name
-    record_run(storage, stage, run, output.model, layer=layer, rows=len(rows), cost=cost)
-    storage.write(DRAWINGS, table, output.fingerprint, **output.keys)
+    publish(storage, DRAWINGS, output, table, work.how.labeler.name, cost)
