@@ -92,7 +92,7 @@ class Output:
 
 
 def piece_schema(table: Table, *without: str) -> pa.Schema:
-    """Names and types of a table's columns, without its partition keys and the columns named."""
+    """Schema of a table's columns, without the partition keys and the given columns, for pieces of work."""
     return pa.schema([(c.name, c.type) for c in table.columns if c.name not in (*table.partition, *without)])
 
 

@@ -1,4 +1,4 @@
-"""Asking people about units: exemplars + views ─► pictures and task files; their answers ─► annotations."""
+"""Annotation tasks for people: exemplars + views ─► images and task files; answers ─► annotations."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ from milan_ray.storage.image_blocks import decode, read_pngs
 KERNEL_VERSION = "answers-1"
 
 SMALLEST = 160
-"""Pixels at least, a side of one exemplar in the pictures that workers see."""
+"""Minimum side of an exemplar in the images of the tasks, pixels."""
 
 UNITS_AT_ONCE = 512
-"""Units whose images are in memory at once, as PNG: some hundred megabytes."""
+"""Units whose images are in memory at a time, as PNG: a few hundred megabytes."""
 
 IMAGES, TASKS, LABEL_STUDIO = "images", "tasks.csv", "label-studio.jsonl"
 QUALIFICATION, KEY = "qualification", "qualification-key"
-"""Names of what a folder of tasks holds."""
+"""Names of the files and folders of a folder of tasks."""
 
 
 def run_collect(
@@ -55,7 +55,7 @@ def run_collect(
     url: str = "",
     qualification: Path | None = None,
 ) -> int:
-    """Writes the tasks in which people are asked to describe units, whole or not at all.
+    """Writes the tasks in which people describe units; a folder that exists is complete.
 
     Into the folder: ``images/``, a picture per unit with its exemplars side by side, darkened outside the masks;
     ``tasks.csv`` and ``mturk.html`` for Mechanical Turk; ``label-studio.jsonl`` and ``label-studio.xml`` for Label
@@ -173,7 +173,7 @@ def _write_images(
 
 @dataclass(frozen=True)
 class Answers:
-    """What came back.
+    """Answers that were imported, and counts of those left out.
 
     Attributes:
         texts: Columns source, model, layer, unit, annotator, text: what is now in the table ``annotations``.
@@ -199,7 +199,7 @@ def run_answers(
     keep_rejected: bool = False,
     qualified: set[str] | None = None,
 ) -> Answers:
-    """Brings people's answers into the table ``annotations``, cleaned, whole layers at a time.
+    """Imports people's answers into the table ``annotations``, cleaned, one layer at a time.
 
     Give all files of a source at once: what a layer had from it is replaced. Workers' names do not enter the table;
     they are told apart by hashes.
@@ -261,7 +261,7 @@ def run_answers(
 
 
 def _annotator(source: str, worker: str) -> str:
-    """A name that tells workers apart, but not who they are."""
+    """A pseudonym of a worker: a hash of the name."""
     return f"worker-{hashlib.sha256(f'{source} {worker}'.encode()).hexdigest()[:8]}"
 
 
@@ -277,7 +277,7 @@ def _store(storage: Storage, source: str, model: str, layer: str, rows: Sequence
 
 
 def agreement_report(answers: Answers, score: TextScore, measure: str) -> str:
-    """How much people agree, by model and by worker: each annotation against its unit's others."""
+    """Formats the agreement of annotations, by model and by worker: each is compared with the unit's others."""
     lines = [
         f"left out: {answers.rejected} rejected or skipped, {answers.unqualified} of workers who did not pass the "
         f"test, {answers.empty} without a word, {answers.repeated} repeated"

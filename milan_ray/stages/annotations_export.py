@@ -1,4 +1,4 @@
-"""MILANNOTATIONS out of the run directory: exemplars + views + annotations ─► a published set."""
+"""Export of MILANNOTATIONS: exemplars + views + annotations ─► a published set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from milan_ray.schema import ANNOTATIONS, EXEMPLARS, MANIFEST
 from milan_ray.storage import EXEMPLARS_KEY, Storage, image_blocks
 
 ROOT = "milannotations:"
-"""Start of the root of an imported set's images in their manifest; their paths are ids, where ``ids.csv`` had them."""
+"""Prefix of the root of an imported set's images in the manifest; their paths are ids where ``ids.csv`` has them."""
 
 PUBLISHED = "published"
 """Metadata key of imported exemplars: the set that they come from."""
@@ -41,7 +41,7 @@ def run_export(
     source: str | None = None,
     layers: Sequence[str] | None = None,
 ) -> list[str]:
-    """Writes a model's exemplars and annotations as a published set, whole or not at all.
+    """Writes a model's exemplars and annotations as a published set; a folder that exists is complete.
 
     What was imported comes out with identical arrays (images as bytes, if they were floats). Units with fewer than k
     exemplars (dead ones) have no place in the layout and are left out, as ``units.npy`` then says.
@@ -77,7 +77,7 @@ def run_export(
 
 
 def exemplar_layers(storage: Storage, model: str, layers: Sequence[str] | None = None) -> list[str]:
-    """The layers asked for, or all, of a model with exemplars.
+    """The given layers of a model with exemplars, or all of them.
 
     Raises:
         MilanError: There are no exemplars of the model, or of such a layer.
@@ -93,7 +93,7 @@ def exemplar_layers(storage: Storage, model: str, layers: Sequence[str] | None =
 
 
 def _annotations(storage: Storage, model: str, source: str | None, layers: Sequence[str]) -> list[tuple[str, int, str]]:
-    """(layer, unit, text) in the order of the file that they came from, else layer by layer."""
+    """Annotations as (layer, unit, text), in the order of the imported file, or else layer by layer."""
     partitions = [keys for keys in storage.partitions(ANNOTATIONS, model=model) if keys["layer"] in layers]
     sources = sorted({keys["source"] for keys in partitions})
     if source is None and len(sources) > 1:
@@ -175,7 +175,7 @@ def _export_layer(storage: Storage, model: str, layer: str, folder: Path) -> set
 
 
 def _source_ids(storage: Storage, probe: str, image_ids: np.ndarray) -> np.ndarray | None:
-    """Manifest rows → what ``ids.csv`` says of them; None where it was not there when they were imported."""
+    """The ids in ``ids.csv`` of some manifest rows; None where the imported set had no ``ids.csv``."""
     images = rows_of(storage.read(MANIFEST, ["root", "path"], probe=probe), image_ids)
     if not images["root"][0].as_py().startswith(ROOT):
         return image_ids

@@ -1,4 +1,4 @@
-"""MILANNOTATIONS into the run directory.
+"""Import of MILANNOTATIONS into the run directory.
 
 published set ─► [hash images] ─► manifest ─► views ─► exemplars ─► annotations
 
@@ -48,7 +48,7 @@ SOURCE = "milannotations"
 
 
 def run_import(storage: Storage, published: PublishedSet, *, model: str | None = None, source: str = SOURCE) -> str:
-    """Brings a published set into the run directory, unless it is there already, made from the same files.
+    """Imports a published set into the run directory, unless it was imported from the same files before.
 
     Exemplars, views, manifest and annotations are then as if made here, so encodings, descriptions, training and the
     report run on them. Levels are not known, so there are none. An image's identity is its id in ``ids.csv``, where
@@ -93,7 +93,7 @@ def run_import(storage: Storage, published: PublishedSet, *, model: str | None =
 
 
 def import_csv(storage: Storage, path: Path, model: str, *, source: str, annotation_count: int | None = None) -> None:
-    """Brings the annotations of an ``annotations.csv`` to exemplars that are there already.
+    """Imports the annotations of an ``annotations.csv`` for exemplars that are stored already.
 
     Args:
         storage: The run directory, which holds the model's exemplars.
@@ -114,7 +114,7 @@ def import_csv(storage: Storage, path: Path, model: str, *, source: str, annotat
 
 
 def _files(published: PublishedSet) -> list[tuple[str, str, int, int]]:
-    """(layer, file, size, modification time) of all that decides exemplars: hashing gigabytes would take minutes."""
+    """(layer, file, size, modification time) of the files that decide exemplars: hashing them would take minutes."""
     names = (layout.IMAGES, layout.MASKS, layout.UNITS, layout.IDS, layout.ACTIVATIONS)
     files = [(layer, of_layer.folder / name) for layer, of_layer in published.files.items() for name in names]
     return [(layer, file.name, file.stat().st_size, file.stat().st_mtime_ns) for layer, file in files if file.exists()]
@@ -151,7 +151,7 @@ def _import_exemplars(
 
 
 def _scan(storage: Storage, published: PublishedSet, config: str, pool: ThreadPoolExecutor) -> pl.DataFrame:
-    """Every exemplar's image: layer, position, rank, source_id (null without ids.csv), sha256 of its RGB bytes."""
+    """A row per exemplar: layer, position, rank, source_id (null without ids.csv), sha256 of its RGB bytes."""
     parts = []
     done = set(storage.work_names(config))
     for number, (layer, files) in enumerate(published.files.items()):
@@ -187,7 +187,7 @@ def _view(files: LayerFiles) -> str:
 def _write_views(
     storage: Storage, published: PublishedSet, images: pl.DataFrame, probe: str, pool: ThreadPoolExecutor
 ) -> None:
-    """Stores every image once, block by block; a block that is there is whole."""
+    """Stores every image once, block by block; a block that exists is complete."""
     blocks: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in images.iter_rows(named=True):
         blocks[_view(published.files[row["layer"]]), block_of(row["image_id"])].append(row)

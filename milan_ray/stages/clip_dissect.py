@@ -53,13 +53,13 @@ from milan_ray.storage import Storage
 KERNEL_VERSION = "clip-dissect-1"
 
 CHUNKS = 8
-"""Chunks that a list of concepts is cut into, at least, as long as they are not tiny."""
+"""Minimum number of chunks of a list of concepts; chunks have a multiple of 16 concepts."""
 
 MOST = 512
-"""Concepts per chunk at most: what bounds memory, images × chunk × 4 bytes."""
+"""Maximum number of concepts per chunk, which bounds memory: images × chunk × 4 bytes."""
 
 FEW = 2**22
-"""Products of images and concepts; no more are computed by the driver: workers take longer to start."""
+"""Maximum number of products of images and concepts that the driver computes: workers take longer to start."""
 
 
 def chunk_of(concepts: int) -> int:
@@ -69,7 +69,7 @@ def chunk_of(concepts: int) -> int:
 
 @dataclass(frozen=True)
 class _How:
-    """What pieces of work need to know.
+    """Inputs that all pieces of work share.
 
     Attributes:
         storage: The run directory.
@@ -93,7 +93,7 @@ class _How:
 
     @property
     def every_image(self) -> bool:
-        """Whether units are compared on all images, which need no list of them: cosines are."""
+        """Whether units are compared on all images instead of their own list of images: with cosines."""
         return self.labeler.similarity.startswith("cos")
 
     @property

@@ -1,4 +1,4 @@
-"""Labels from concept maps (docs/labelers.md): network dissection and compositional explanations, sharded exactly.
+"""Labels from concept maps (docs/labelers.md): network dissection and compositional explanations.
 
 levels ─► [actor pool: forward once more, masks and concept maps] ─► counts, packed masks ─► [merge per layer]
                                                  ├─► netdissect
@@ -53,13 +53,13 @@ from milan_ray.storage import Storage
 KERNEL_VERSION = "concepts-1"
 
 UNITS_PER_SEARCH = 64
-"""Units per beam search of formulas: what bounds its memory, and what a worker does at a time."""
+"""Units per beam search of formulas, which bounds its memory; one search is one task."""
 
 FEW = 2**16
-"""Images times units: formulas of no more are searched by the driver: workers take longer to start."""
+"""Maximum of images times units for which the driver searches formulas: workers take longer to start."""
 
 PEEK = 16
-"""Images whose concept maps are looked for before anything starts."""
+"""Images that are checked for concept maps before anything starts."""
 
 _CONCEPTS_SCHEMA = pa.schema([("image_id", pa.int64()), ("names", pa.list_(pa.string())), ("bits", pa.large_binary())])
 _MASKS_SCHEMA = pa.schema([("image_id", pa.int64()), ("unit", pa.int32()), ("bits", pa.large_binary())])
@@ -252,7 +252,7 @@ class ConceptLabels(Stage):
 
 
 def check_concepts(source: Probe, manifest: pa.Table) -> None:
-    """Checks before anything starts that there are concept maps at all.
+    """Checks before anything starts that the probe has concept maps.
 
     Raises:
         MilanError: The first images have none.
@@ -271,7 +271,7 @@ CONCEPTS = "concepts"
 
 
 class CountWorker(ModelWorker):
-    """Counts on one shard of the probe how often units and concepts meet."""
+    """Counts on one shard of the probe how often units and concepts overlap."""
 
     runs = "the model or its concept maps"
 

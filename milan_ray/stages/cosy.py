@@ -48,7 +48,7 @@ from milan_ray.storage import Storage
 KERNEL_VERSION = "cosy-1"
 
 TEXTS = 8
-"""Texts per piece of work."""
+"""Texts per shard."""
 
 COUNT = 50
 """Images per text: the reference's."""
@@ -61,7 +61,7 @@ class CosyConfig:
     Attributes:
         count: Images per text.
         seed: Their seed.
-        template: What the generator is told; ``{}`` stands for the description. CoSy's is ``realistic photo of a close
+        template: The generator's prompt; ``{}`` stands for the description. CoSy's is ``realistic photo of a close
             up of {}``.
     """
 
@@ -76,7 +76,7 @@ class CosyConfig:
 
 @dataclass(frozen=True)
 class Network:
-    """A model that looks at generated images.
+    """A model that is run on generated images.
 
     Attributes:
         ref: The model.
@@ -152,9 +152,9 @@ class CosyScores(ShardedStage):
     Images of every distinct text of a model are generated once, whichever units and labelers it comes from.
 
     Args:
-        described: What to score.
-        probe: The probe that it is of: the control.
-        models: The models described.
+        described: The descriptions to score.
+        probe: The probe of their exemplars, which is the control.
+        models: The described models.
         ref: The generator.
         cosy: How to generate.
         config: How to pool, and which images of the probe count.

@@ -51,7 +51,7 @@ UNITS_PER_SEARCH = 32
 """Units per beam search."""
 
 WIDE_BEAMS = 4000
-"""Beams of all units of a search by mutual information, which is a wide one: what bounds its memory."""
+"""Beams of all units of a search by mutual information, whose beams are wide: bounds its memory."""
 
 REFERENCE_UNITS = 16
 """Units per beam search of the reference, whose scores depend on it."""
@@ -86,12 +86,12 @@ class Search:
 
 
 def units_per_search(quirks: Quirks) -> int:
-    """Units per beam search: the planned batch, or where their scores depend on it, the reference's."""
+    """Units per beam search: the reference's number where scores depend on it, else the planned batch."""
     return REFERENCE_UNITS if quirks.batch_dependent_length else UNITS_PER_SEARCH
 
 
 def search_identity(captioner: Captioner, search: Search) -> dict[str, object]:
-    """All that decides candidates besides the encodings."""
+    """All inputs that decide candidates, except the encodings."""
     identity: dict[str, object] = {
         "kernel": KERNEL_VERSION,
         "captioner": captioner_digest(captioner),
@@ -107,7 +107,7 @@ def _given(value: Value | None, default: Value) -> Value:
 
 
 def candidates_fingerprint(search: Mapping[str, object], encodings: str, units: tuple[int, ...]) -> Fingerprint:
-    """What decides a layer's candidates.
+    """The fingerprint of a layer's candidates.
 
     Args:
         search: As :func:`search_identity` gives it.
@@ -118,7 +118,7 @@ def candidates_fingerprint(search: Mapping[str, object], encodings: str, units: 
 
 
 def labelers(captioner: Captioner, search: Search) -> list[PointwiseMutualInformation]:
-    """The labelers that rank what a captioner's own search finds."""
+    """The labelers that rank the candidates of a captioner's own search."""
     likelihood = PointwiseMutualInformation(LIKELIHOOD, 0.0)
     if captioner.lm is None:
         return [likelihood]
@@ -128,7 +128,7 @@ def labelers(captioner: Captioner, search: Search) -> list[PointwiseMutualInform
 def description_fingerprint(
     labeler: Labeler, candidates: str, units: tuple[int, ...], encodings: str | None = None
 ) -> Fingerprint:
-    """What decides a layer's descriptions by one labeler.
+    """The fingerprint of a layer's descriptions by one labeler.
 
     Args:
         labeler: The labeler.
@@ -191,7 +191,7 @@ class CandidateWorker(ShardWorker):
 
 
 class Candidates(ShardedStage):
-    """What a captioner's search finds for every unit of some layers.
+    """Candidate descriptions of every unit of some layers, by a captioner's beam search.
 
     Args:
         models: Model name → layers.
@@ -338,8 +338,8 @@ def described(
         output: Its partition.
         labeler: Whose labels they are.
         labels: Unit → its labels, best first.
-        exemplars: Configuration hash of the exemplars that they speak of.
-        decoder: Which candidates were labels to choose from; empty for none.
+        exemplars: Configuration hash of the exemplars that they describe.
+        decoder: Captioner whose candidates the labels were chosen from; empty for none.
     """
     rows = [
         {

@@ -44,10 +44,10 @@ from milan_ray.storage.image_blocks import decode, read_pngs
 KERNEL_VERSION = "encodings-3"
 
 BATCH_SIZE = 16
-"""Images per encoder pass: on a CPU larger ones are no faster and heavier, smaller ones slower."""
+"""Images per encoder pass: on a CPU, larger batches take more memory and are no faster, smaller ones are slower."""
 
 AnyEncoderRef = EncoderRef | Clip
-"""An encoder as it travels to workers."""
+"""A reference to an encoder, from which workers load it."""
 
 _FEATURES_SCHEMA = piece_schema(ENCODINGS)
 

@@ -34,10 +34,10 @@ from milan_ray.storage import Storage
 from milan_ray.storage.image_blocks import BLOCK, block_of, write_block
 
 WANTED = "wanted"
-"""Folder of a view in which jobs announce the images that they want."""
+"""Folder of a view in which jobs announce the images that they need."""
 
 FORGET = timedelta(days=1)
-"""Age of announcements that nobody takes back: of jobs that were killed, or that were not alone."""
+"""Age at which announcements are deleted that their jobs did not withdraw, because they were killed or not alone."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ def view_key(spec: ModelSpec, model: nn.Module, weights: str, config: ExemplarCo
 
 
 def ensure_views(storage: Storage, images: ExemplarImages, image_ids: list[int], resources: Resources) -> None:
-    """Stores the views of these images where they are missing; a block keeps what it had.
+    """Stores the views of these images where they are missing; a block keeps the images that it holds.
 
     Jobs of other models may extend the same blocks at the same time. None loses what another wrote: each announces the
     images that it wants before it reads a block, and looks after it has replaced one whether more were announced.
@@ -133,7 +133,7 @@ def _stored(storage: Storage, images: ExemplarImages, block: str) -> set[int]:
 
 
 def _read(storage: Storage, images: ExemplarImages, block: str, *columns: str) -> pa.Table | None:
-    """Columns of a block; None where there is none of this view, or it is damaged: it is then made anew."""
+    """Columns of a block; None where it is missing, of another view or damaged, so that it is made again."""
     keys = _keys(images, block)
     if not storage.is_current(VIEWS, images.hash, **keys):
         return None
@@ -145,7 +145,7 @@ def _read(storage: Storage, images: ExemplarImages, block: str, *columns: str) -
 
 
 def _announced(storage: Storage, images: ExemplarImages) -> set[str]:
-    """The files in which jobs say what they want of a view; those of long ago are gone afterwards."""
+    """The files in which jobs announce the images of a view that they need; deletes old ones."""
     old = datetime.now(timezone.utc) - FORGET
     recent = set()
     for path, stat in storage.stat(_board(storage, images)).items():
@@ -161,7 +161,7 @@ def _board(storage: Storage, images: ExemplarImages) -> str:
 
 
 def _withdraw(storage: Storage, images: ExemplarImages, own: str) -> None:
-    """Takes an announcement back, unless another job is at work, which may have to see it.
+    """Withdraws an announcement, unless another job is at work, which may have to read it.
 
     A job that begins after this look reads blocks that are as they should be; one that began before has announced
     what it wants.
@@ -173,7 +173,7 @@ def _withdraw(storage: Storage, images: ExemplarImages, own: str) -> None:
 def _write_block(
     storage: Storage, images: ExemplarImages, resources: Resources, task: tuple[str, Iterable[int]]
 ) -> None:
-    """Extends a block by the images that this and all other jobs want of it."""
+    """Extends a block by the images that this job and all other jobs need."""
     block, keys = task[0], _keys(images, task[0])
     wanted, read = set(task[1]), set[str]()
     rendered: dict[int, bytes] = {}

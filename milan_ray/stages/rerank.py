@@ -51,11 +51,11 @@ from milan_ray.stages.encodings import Encodings, only_units, unit_features
 from milan_ray.storage import Storage
 
 PAIRS = 8192
-"""Candidates per chunk of texts, about: the unit of work."""
+"""Approximate number of candidates per chunk of texts, which is a shard."""
 
 
 def wide_search(captioner: Captioner, search: Search, clip: Clip) -> Search:
-    """The search for what is to be re-ranked: wide, and by mutual information where there is a language model.
+    """The search whose candidates are re-ranked: wide, and by mutual information where there is a language model.
 
     Args:
         captioner: The search's captioner.

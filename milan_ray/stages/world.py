@@ -73,7 +73,7 @@ def train_image_text() -> str:
 
 
 def _metrics(weights: bytes) -> str:
-    """What a training says of itself, from the header of its safetensors file."""
+    """The metrics of a training, from the header of its safetensors file."""
     header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
     metrics = json.loads(header["__metadata__"]["metrics"])
     return ", ".join(
@@ -138,7 +138,7 @@ def _annotate_layer(storage: Storage, probe: references.ProbeRef, output: Output
 
 @dataclass(frozen=True)
 class Truth:
-    """What a network's units do on held-out scenes.
+    """Activations and concepts of a network's units on held-out scenes.
 
     Attributes:
         activations: float32 (N, U), each unit's maximum over positions; units of all layers side by side.

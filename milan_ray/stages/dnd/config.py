@@ -1,4 +1,4 @@
-"""How units are described and dissected, and what decides the images generated of their candidate labels."""
+"""Configuration of Describe-and-Dissect, and the inputs that decide the generated images."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from milan_ray.storage import Storage
 KERNEL_VERSION = "dnd-1"
 
 POOLINGS = {"mean": means, "max": maxima}
-"""How a unit's map of an image becomes one number, by the column of ``pooled`` that holds it."""
+"""Column of ``pooled`` → the function that reduces a unit's map of an image to one number."""
 
 UNIT_CAPTIONER = "milan/"
-"""Prefix of the names of captioners that describe units, where one captions images instead."""
+"""Prefix that makes a captioner of units caption whole images."""
 
 FREQUENT = "frequent"
 """Name of the summariser that counts phrases."""
@@ -32,7 +32,7 @@ FREQUENT = "frequent"
 
 @dataclass(frozen=True)
 class SummariserRef:
-    """What turns captions into candidate labels, as it travels to workers.
+    """A reference to a summariser, which turns captions into candidate labels; workers load it.
 
     Attributes:
         name: :data:`FREQUENT`, a folder or a name in ``$MILAN_MODELS_DIR`` of a language model, or a server's address.
@@ -48,7 +48,7 @@ class SummariserRef:
 
     @property
     def is_server(self) -> bool:
-        """Whether it is a server, which this process asks itself: its key stays here."""
+        """Whether it is a server; only the driver sends requests to it, so its key stays in this process."""
         return "://" in self.name
 
     def load(self, storage: Storage) -> Summariser:
@@ -117,7 +117,7 @@ class DndConfig:
 
 
 def image_captioner(storage: Storage, how: DndConfig) -> ImageCaptioner:
-    """What captions images.
+    """Loads the captioner of images.
 
     Raises:
         MilanError: It is missing or damaged.
@@ -135,7 +135,7 @@ def image_captioner(storage: Storage, how: DndConfig) -> ImageCaptioner:
 
 
 def drawings_identity(storage: Storage, how: DndConfig) -> dict[str, object]:
-    """All that decides drawings besides the exemplars. Loads every piece, so that a missing one is found at once.
+    """All inputs that decide drawings, except the exemplars. Loads every model, so that a missing one is found early.
 
     Raises:
         MilanError: A captioner, summariser, generator or model of images and texts is missing.

@@ -101,7 +101,7 @@ class Drawings(StepStage):
             yield Output({"labeler": self.name, "model": model, "layer": layer}, fingerprint)
 
     def run(self, job: Job) -> None:
-        """Runs the steps one after the other, each as far as it is not done, and puts the drawings together.
+        """Runs the unfinished rows of all steps, one step after the other, and merges the drawings.
 
         Raises:
             MilanError: The model generates images itself, or a step failed.
@@ -138,7 +138,7 @@ class Drawings(StepStage):
         say(f"{self.name} of {name}: {clock.text(count)}")
 
     def _model_work(self, job: Job) -> ModelWork:
-        """What workers must know of the model."""
+        """The model's work, for workers."""
         spec = references.model(self._ref)
         if spec.images is not None:
             raise MilanError(
@@ -149,11 +149,11 @@ class Drawings(StepStage):
 
 
 class DrawnLabels(TaskStage):
-    """Labels of some layers, chosen by what their units make of the drawings.
+    """Labels of some layers, chosen by the activations of their units for the drawings.
 
     Args:
         models: Model name → layers.
-        labeler: Who chooses.
+        labeler: The labeler that chooses.
         units: The units of every layer to describe; empty for all.
     """
 
@@ -255,14 +255,14 @@ def read_drawings(
 
 
 def _units_of(storage: Storage, work: DndWork) -> dict[str, list[int]]:
-    """Layer → its units that have top images, which go into the work."""
+    """Layer → its units that have top images; stores these images in the work."""
     item = work.item
     tops = run_parallel(partial(find_top, storage, work), item.layers, in_driver=item.plan.images <= FEW_IMAGES)
     return {item.layers[index]: units for index, units in tops}
 
 
 class _Clock:
-    """Runs steps, each as far as it is not done, and adds up the seconds that they take."""
+    """Runs the unfinished rows of steps, and adds up the seconds that they take."""
 
     def __init__(self, storage: Storage, work: DndWork, resources: Resources) -> None:
         self._storage, self._work, self._resources = storage, work, resources
@@ -346,7 +346,7 @@ def _chunks(storage: Storage, work: DndWork) -> list[Row]:
 
 
 def _publish(storage: Storage, work: DndWork, output: Output, chunks: Sequence[str], cost: Cost) -> None:
-    """Puts a layer's drawings together and writes them."""
+    """Merges a layer's drawings and writes them."""
     item, layer = work.item, output.layer
     number = item.every.index(layer)
     drawn = pa.concat_tables(

@@ -97,7 +97,7 @@ def find_top(storage: Storage, work: DndWork, layer: str) -> list[int]:
 
 
 def _checked(piece: Any, expected: object, what: str) -> Any:
-    """Returns a piece, checked to be the one that the job was started with.
+    """Returns a loaded model after checking that it is the one that the job was started with.
 
     Raises:
         MilanError: This machine has another one.
@@ -140,7 +140,7 @@ class _DndWorker(ModelWorker):
 
 
 class AugmentWorker(_DndWorker):
-    """Crops what excites units out of their images, and keeps the most exciting images and crops."""
+    """Crops the regions that activate units out of their images; keeps the images and crops that activate them most."""
 
     def _run(self, row: Row) -> None:
         item = self._work[0]
@@ -177,7 +177,7 @@ class AugmentWorker(_DndWorker):
     def _augment(
         self, ids: list[int], views: np.ndarray, maps: torch.Tensor, layer: str, unit: int
     ) -> tuple[list[dict[str, object]], np.ndarray]:
-        """Chooses the most exciting of a unit's images and their attention crops, the most exciting first.
+        """Chooses the images and attention crops that activate a unit most, in descending order.
 
         Args:
             ids: The n images.
@@ -274,13 +274,13 @@ class SummariseWorker(_TextWorker):
         return self._summariser.candidates(values)
 
     def close(self) -> None:
-        """Prints how much a server was used."""
+        """Prints the usage of a server."""
         if isinstance(self._chat, Endpoint):
             self._chat.say_usage()
 
 
 class DrawWorker(_DndWorker):
-    """Generates images of candidate labels and computes the activations of the units that may be called so."""
+    """Generates images of candidate labels, and computes the activations of the units that have these candidates."""
 
     runs = "the generator or the model"
 

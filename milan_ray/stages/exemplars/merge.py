@@ -215,7 +215,7 @@ def merge_pooled(run: Run, item: ModelWork, shards: Sequence[str], cost: Cost, l
 
 
 def warn_of_nonfinite(storage: Storage, work: Sequence[ModelWork]) -> None:
-    """Warns of layers whose new tables leave out values that are no numbers."""
+    """Warns of layers whose new tables leave out values that are not finite."""
     for item in work:
         for layer in item.layers:
             counts = storage.read(LEVELS, ["nonfinite"], model=item.model.name, layer=layer)["nonfinite"]

@@ -36,11 +36,11 @@ from milan_ray.storage import Storage
 
 @dataclass(frozen=True)
 class DissectedModels:
-    """What a run of :class:`Exemplars` leaves behind.
+    """Result of a run of :class:`Exemplars`.
 
     Attributes:
         probe: Digest of the probe manifest.
-        models: Model name → the layers whose exemplars are now there.
+        models: Model name → the layers whose exemplars are stored.
         failed: Model name → why it could not be dissected.
     """
 

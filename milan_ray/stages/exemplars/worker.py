@@ -36,10 +36,10 @@ IMAGES = "images"
 """Work folder of the tables of the images that a shard read; written last, so it also says that the shard is done."""
 
 SECONDS = "seconds"
-"""Metadata key of these tables: what the shard took."""
+"""Metadata key of these tables: seconds of the shard."""
 
 NOTES = "notes"
-"""Metadata key of these tables: how many images were decoded with a doubt, and the first with it, as JSON."""
+"""Metadata key of these tables: number of images decoded with a warning, and the first of them, as JSON."""
 
 IMAGES_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("path", pa.string()), ("sha256", pa.string()), ("reason", pa.string())]
@@ -76,7 +76,7 @@ class Run:
 
 @dataclass(frozen=True)
 class ModelWork:
-    """One model's work: what an actor must know besides its shard.
+    """One model's work: the inputs of an actor besides its shard.
 
     Attributes:
         model: Which model, and how to get it.
@@ -136,7 +136,7 @@ class ModelWorker(ABC):
     """
 
     runs = "the model"
-    """What may fail on a batch, for messages."""
+    """What may fail on a batch, for error messages."""
 
     def __init__(
         self,
@@ -173,7 +173,7 @@ class ModelWorker(ABC):
 
     @abstractmethod
     def _run(self, row: Row) -> None:
-        """Does what a row asks for, and stores it."""
+        """Runs a row and stores its result."""
 
     def _load(self, index: int) -> tuple[ModelSpec, Forward]:
         item = self._work[index]

@@ -1,4 +1,4 @@
-"""What scores are taken of: descriptions, activations of the images that count, and the rows that they become."""
+"""Inputs of scores: descriptions, activations of the images that count; rows of the resulting table."""
 
 from __future__ import annotations
 

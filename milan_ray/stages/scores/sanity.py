@@ -1,4 +1,4 @@
-"""Judgement of the scores themselves, on layers whose units' concepts are known (``scoring/score_sanity.py``)."""
+"""Checks of the scores themselves, on layers whose units' concepts are known (``scoring/score_sanity.py``)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from milan_ray.storage import Storage
 
 
 class Sanity(TaskStage):
-    """How often each score falls when the truth about a layer's units is made too narrow, or too wide.
+    """How often each score falls when the true concept of a unit is made too narrow or too wide.
 
     Args:
         images: The probe as the truth of concept maps sees it.

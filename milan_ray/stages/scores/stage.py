@@ -61,7 +61,7 @@ from milan_ray.stages.scores.summary import summarise
 from milan_ray.storage import Storage
 
 UNITS_PER_SHARD = 64
-"""Units per shard: what bounds memory, images × units × 4 bytes a few times over."""
+"""Units per shard, which bounds memory: a few times images × units × 4 bytes."""
 
 IMAGES = 1024
 """Images per block of sums."""
