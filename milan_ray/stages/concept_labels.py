@@ -38,15 +38,7 @@ from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST
 from milan_ray.stages.descriptions import described
-from milan_ray.stages.exemplars import (
-    ModelWork,
-    ModelWorker,
-    Run,
-    failing,
-    rerun_work,
-    run_shards,
-    shard_name,
-)
+from milan_ray.stages.exemplars import ModelWork, ModelWorker, Run, failing, rerun_work, run_shards, shard_name
 from milan_ray.stages.images import read_refs
 from milan_ray.storage import Storage
 

@@ -30,10 +30,10 @@ from milan_ray.engine.trainer import Scaling, train_on_workers
 from milan_ray.errors import MilanError, reason
 from milan_ray.names import checked_name
 from milan_ray.progress import Progress, say, watched
-from milan_ray.schema import ANNOTATIONS, ENCODINGS, EXEMPLARS, TRAINING
+from milan_ray.schema import ENCODINGS, EXEMPLARS, TRAINING
 from milan_ray.stages.captioners import EncoderRef, has_captioner, load_captioner, save_captioner
 from milan_ray.stages.decoder_space import DecoderSetting
-from milan_ray.stages.training_units import UnitFeatures, write_units
+from milan_ray.stages.training_units import UnitFeatures, annotations_config, write_units
 from milan_ray.storage import WORK, Storage
 
 KERNEL_VERSION = "training-2"
@@ -359,14 +359,8 @@ def annotations_read(storage: Storage, source: str, layers: Sequence[tuple[str, 
     """
     annotations = []
     for model, layer in layers:
-        keys = {"source": source, "model": model, "layer": layer}
         exemplars = storage.config_of(EXEMPLARS, model=model, layer=layer)
-        if storage.exemplars_of(ANNOTATIONS, **keys) not in (None, exemplars):
-            raise MilanError(
-                f"the annotations {source!r} of {model} {layer} speak of other exemplars than those now in "
-                f"{storage.root}; annotate again, or restore the exemplars."
-            )
-        annotations.append((model, layer, storage.config_of(ANNOTATIONS, **keys)))
+        annotations.append((model, layer, annotations_config(storage, source, model, layer, exemplars)))
     return annotations
 
 
