@@ -45,7 +45,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     """
     from milan_ray.engine.cluster import connected
     from milan_ray.engine.planner import Plan
-    from milan_ray.engine.stage import run_stage
+    from milan_ray.engine.stage import run_stages
     from milan_ray.engine.tasks import models_apart
     from milan_ray.stages.annotations_export import exemplar_layers
     from milan_ray.stages.captioners import about_captioner, load_captioner
@@ -91,8 +91,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
             present, failed = done.models, dict(done.failed)
 
         def describe(models: dict[str, Sequence[str]]) -> None:
-            for stage in stages(models):
-                run_stage(stage, storage, resources)
+            run_stages(stages(models), storage, resources)
 
         present = models_apart(describe, present, failed)
     about = about_captioner(storage, decoder)

@@ -24,8 +24,8 @@ from milan_ray.device import resolve_device
 from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.references import check_units
 from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.tasks import removed_if_damaged, retry_if_overtaken, run_parallel
-from milan_ray.errors import MilanError
+from milan_ray.engine.tasks import retry_if_overtaken, run_parallel
+from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.progress import Progress, say
 from milan_ray.schema import CANDIDATES, ENCODINGS, EXEMPLARS, LEVELS, Table
 from milan_ray.storage import Storage
@@ -353,17 +353,25 @@ def run_stage(stage: RunnableStage, storage: Storage, resources: Resources) -> l
     work = _work(stage, every)
     if due:
         job = Job(storage, work, every, due, resources)
-        with removed_if_damaged(storage, work):
+        try:
             if isinstance(stage, StepStage):
                 stage.run(job)
             else:
                 _make(stage, job)
+        except DamagedTable:  # what it has done can no longer be finished
+            storage.remove_work(work)
+            raise
     else:
         if isinstance(stage, StepStage):
             stage.clean_up(storage)
         say(f"{stage.title}: all up to date")
     storage.remove_work(work)
     return every
+
+
+def run_stages(stages: Iterable[RunnableStage], storage: Storage, resources: Resources) -> list[Output]:
+    """Runs stages one after the other; returns the outputs of all. Arguments and errors as of :func:`run_stage`."""
+    return [output for stage in stages for output in run_stage(stage, storage, resources)]
 
 
 def numbered(stage: Stage, storage: Storage) -> list[Output]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from functools import wraps
 from itertools import islice
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ import ray
 from milan_ray.engine.cluster import start
 from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.progress import say
-from milan_ray.storage import Storage, WorkRemovedError
+from milan_ray.storage import WorkRemovedError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -85,21 +84,6 @@ def models_apart(
             if not left:
                 raise MilanError("; ".join(dict.fromkeys(failed.values()))) from error
             say(f"{error.model} fails, the others go on: {error}", level="warning")
-
-
-@contextmanager
-def removed_if_damaged(storage: Storage, work: str) -> Iterator[None]:
-    """Removes work in progress when a table that it reads is damaged, because it can no longer be finished.
-
-    Args:
-        storage: The run directory.
-        work: Hash of the work.
-    """
-    try:
-        yield
-    except DamagedTable:
-        storage.remove_work(work)
-        raise
 
 
 def in_flight(

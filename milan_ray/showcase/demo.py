@@ -15,7 +15,7 @@ from milan_ray.captioner.fit import Sizes
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources, TrainingConfig
 from milan_ray.engine import references
 from milan_ray.engine.planner import NETWORKS, Plan, Step
-from milan_ray.engine.stage import Known, Layers, Output, Stage, due, pairs, run_stage
+from milan_ray.engine.stage import Known, Layers, Output, Stage, due, pairs, run_stage, run_stages
 from milan_ray.labelers.clip import CLIP, Clip
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
 from milan_ray.progress import say
@@ -27,7 +27,7 @@ from milan_ray.stages.captioners import EncoderRef, load_captioner
 from milan_ray.stages.descriptions import Search, description_stages, run_descriptions
 from milan_ray.stages.encodings import Encodings, unit_features
 from milan_ray.stages.exemplars import Exemplars
-from milan_ray.stages.rerank import reranking_stages, run_reranking
+from milan_ray.stages.rerank import reranking_stages
 from milan_ray.stages.training import Training, TrainingJob, run_trainings
 from milan_ray.stages.tuning import Tuning, TuningJob
 from milan_ray.stages.tuning_statistics import Sweep
@@ -234,7 +234,8 @@ class Run:
 
     def reranking(self, layers: Layers) -> None:
         """Trains the world's model of images and texts, and re-ranks with it."""
-        run_reranking(self.storage, layers, SEARCH, Clip(world.train_image_text()), self.resources)
+        clip, captioner = Clip(world.train_image_text()), load_captioner(self.storage, SEARCH.decoder)
+        run_stages(reranking_stages(layers, SEARCH, captioner, clip), self.storage, self.resources)
 
     def evaluation(self, layers: Layers, systems: Mapping[str, str]) -> None:
         """Scores the descriptions."""

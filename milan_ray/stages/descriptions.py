@@ -31,7 +31,7 @@ from milan_ray.engine.stage import (
     TaskStage,
     pairs,
     piece_schema,
-    run_stage,
+    run_stages,
 )
 from milan_ray.engine.tasks import FEW_ROWS
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN, PointwiseMutualInformation
@@ -314,8 +314,7 @@ def run_descriptions(
     Raises:
         MilanError: The captioner or encodings are missing.
     """
-    for stage in description_stages(models, search, load_captioner(storage, search.decoder), units):
-        run_stage(stage, storage, resources)
+    run_stages(description_stages(models, search, load_captioner(storage, search.decoder), units), storage, resources)
 
 
 def candidates_of(decoder: str, output: Output) -> dict[str, str]:

@@ -20,25 +20,13 @@ import pyarrow.compute as pc
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.quirks import NO_QUIRKS
-from milan_ray.config import Resources
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import (
-    Job,
-    Known,
-    Layers,
-    Output,
-    Shard,
-    ShardedStage,
-    Shards,
-    ShardWorker,
-    pairs,
-    run_stage,
-)
+from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, Shards, ShardWorker, pairs
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.labelers.clip import Clip, query, similarity
 from milan_ray.labelers.protocol import Evidence
 from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS
-from milan_ray.stages.captioners import RERANKED, load_captioner
+from milan_ray.stages.captioners import RERANKED
 from milan_ray.stages.descriptions import (
     Candidates,
     Search,
@@ -176,37 +164,20 @@ class Reranked(ShardedStage):
 def reranking_stages(
     models: Layers, search: Search, captioner: Captioner, clip: Clip, units: tuple[int, ...] = ()
 ) -> tuple[Candidates, Encodings, Reranked]:
-    """The stages that re-rank a wide search; ``search`` is the captioner's own."""
+    """The stages that describe encoded layers by re-ranking a wide search.
+
+    Every image and every region of it is embedded once, every distinct text once, for all units, layers and models.
+
+    Args:
+        models: Model name → layers.
+        search: The captioner's own search.
+        captioner: The search's captioner.
+        clip: How to re-rank.
+        units: The units of every layer to describe; empty for all.
+    """
     wide = wide_search(captioner, search, clip)
     return (
         Candidates(models, wide, captioner, units),
         Encodings(models, clip, units),
         Reranked(models, wide, clip, units),
     )
-
-
-def run_reranking(
-    storage: Storage,
-    models: Layers,
-    search: Search,
-    clip: Clip,
-    resources: Resources,
-    units: tuple[int, ...] = (),
-) -> None:
-    """Describes every unit of every layer whose re-ranked descriptions are missing or stale.
-
-    Every image and every region of it is embedded once, every distinct text once, for all units, layers and models.
-
-    Args:
-        storage: The run directory, which holds exemplars and the captioner's encodings.
-        models: Model name → layers.
-        search: The captioner and its own search.
-        clip: How to re-rank.
-        resources: What of the cluster to use; Ray must be connected.
-        units: The units of every layer to describe; empty for all.
-
-    Raises:
-        MilanError: The captioner, encodings or the model of images and texts are missing.
-    """
-    for stage in reranking_stages(models, search, load_captioner(storage, search.decoder), clip, units):
-        run_stage(stage, storage, resources)

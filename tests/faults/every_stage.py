@@ -23,7 +23,7 @@ from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
 from milan_ray.engine import tuner
 from milan_ray.engine.cluster import connected
 from milan_ray.engine.references import ModelRef, ProbeRef
-from milan_ray.engine.stage import run_stage
+from milan_ray.engine.stage import run_stage, run_stages
 from milan_ray.labelers.clip import Clip
 from milan_ray.labelers.clip_dissect import ClipDissect
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
@@ -48,7 +48,7 @@ from milan_ray.stages import embeddings
 from milan_ray.stages import training as train
 from milan_ray.stages import tuning as tune
 from milan_ray.stages.annotations_import import run_import
-from milan_ray.stages.captioners import EncoderRef, save_captioner
+from milan_ray.stages.captioners import EncoderRef, load_captioner, save_captioner
 from milan_ray.stages.clip_dissect import clip_dissect_stages
 from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
 from milan_ray.stages.cosy import CosyConfig, CosyScores
@@ -59,7 +59,7 @@ from milan_ray.stages.dnd.stage import dnd_stages, run_dnd
 from milan_ray.stages.embeddings import ImageEmbeddings, text_embeddings
 from milan_ray.stages.encodings import Encodings
 from milan_ray.stages.exemplars import DissectedModels, Exemplars
-from milan_ray.stages.rerank import run_reranking
+from milan_ray.stages.rerank import reranking_stages
 from milan_ray.stages.scores import ScoreConfig, described_layers, run_scores, score_stages
 from milan_ray.stages.tuning_statistics import Sweep
 from milan_ray.storage import Storage
@@ -264,7 +264,7 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
         "annotations": Stage(annotate, {}),
         "descriptions": Stage(lambda place: run_descriptions(place, LAYERS, SEARCH, HERE), {CANDIDATES: "candidates"}),
         "reranking": Stage(
-            lambda place: run_reranking(place, LAYERS, SEARCH, clip, HERE),
+            lambda place: run_stages(reranking_stages(LAYERS, SEARCH, load_captioner(place, "toy"), clip), place, HERE),
             {CANDIDATES: "candidates", ENCODINGS: "encodings"},
         ),
         "comparison": Stage(lambda place: find_comparison(place, **labelled).run(place), {}),

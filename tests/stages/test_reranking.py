@@ -21,18 +21,18 @@ from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine import stage
 from milan_ray.engine.references import ModelRef, ProbeRef
-from milan_ray.engine.stage import run_stage
+from milan_ray.engine.stage import run_stage, run_stages
 from milan_ray.engine.status import status
 from milan_ray.exemplars import masks
 from milan_ray.labelers.clip import CLIP, Clip
 from milan_ray.models.image_text import ImageText
 from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, VIEWS
 from milan_ray.stages import rerank
-from milan_ray.stages.captioners import EncoderRef, save_captioner
+from milan_ray.stages.captioners import EncoderRef, load_captioner, save_captioner
 from milan_ray.stages.descriptions import MILAN, Search, run_descriptions
 from milan_ray.stages.encodings import Encodings, unit_features
 from milan_ray.stages.exemplars import Exemplars
-from milan_ray.stages.rerank import run_reranking
+from milan_ray.stages.rerank import reranking_stages
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -50,6 +50,11 @@ def captioner() -> Captioner:
     return Captioner(indexer, decoder, LanguageModel(LMConfig(words, 8, 12)), "tiny", None, 5, 6, 0.5)
 
 
+def rerank_all(storage: Storage, clip: Clip) -> None:
+    stages = reranking_stages(LAYERS, SEARCH, load_captioner(storage, "toy"), clip)
+    run_stages(stages, storage, Resources(actors=1))
+
+
 @pytest.fixture(scope="module")
 def clip(save_clip, tmp_path_factory) -> Clip:
     return Clip(save_clip(tmp_path_factory.mktemp("models") / CLIP_ENCODER))
@@ -64,7 +69,7 @@ def storage(ray_session, photos, clip, tmp_path_factory) -> Storage:
     run_stage(Encodings(LAYERS, ENCODER), storage, Resources(actors=1))
     save_captioner(storage, "toy", captioner(), "A toy.")
     run_descriptions(storage, LAYERS, SEARCH, Resources(actors=1))
-    run_reranking(storage, LAYERS, SEARCH, clip, Resources(actors=1))
+    rerank_all(storage, clip)
     return storage
 
 
@@ -187,7 +192,7 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
 ):
     tables = CANDIDATES, ENCODINGS, DESCRIPTIONS
     before = stamps(storage, *tables)
-    run_reranking(storage, LAYERS, SEARCH, clip, Resources(actors=1))
+    rerank_all(storage, clip)
     assert stamps(storage, *tables) == before and "milan+clip): all up to date" in capsys.readouterr().err
     answers, run_pool = [], stage.run_pool
 
@@ -199,7 +204,7 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
     monkeypatch.setattr(stage, "run_pool", watched)
     monkeypatch.setattr(rerank, "PAIRS", 40)
     monkeypatch.setattr(rerank, "FEW_ROWS", -1)  # by tasks, as for many
-    run_reranking(storage, LAYERS, SEARCH, replace(clip, z=1.0), Resources(actors=1))
+    rerank_all(storage, replace(clip, z=1.0))
     after = stamps(storage, *tables)
     keys = [{"model": "tiny/cnn", "layer": layer} for layer in LAYERS["tiny/cnn"]]
     assert {path for path in before if after[path] != before[path]} == {

@@ -32,7 +32,7 @@ from milan_ray.engine.stage import (
     TaskStage,
     pairs,
     publish,
-    run_stage,
+    run_stages,
 )
 from milan_ray.engine.tasks import FEW_IMAGES, run_parallel
 from milan_ray.errors import MilanError, all_failed
@@ -226,8 +226,7 @@ def run_dnd(storage: Storage, stages: Mapping[str, Sequence[RunnableStage]], res
     failed: dict[str, str] = {}
     for model, of_model in stages.items():
         with failing(failed, model):
-            for stage in of_model:
-                run_stage(stage, storage, resources)
+            run_stages(of_model, storage, resources)
     all_failed(failed, len(stages))
     return failed
 

@@ -39,12 +39,10 @@ class DissectedModels:
     """Result of a run of :class:`Exemplars`.
 
     Attributes:
-        probe: Digest of the probe manifest.
         models: Model name → the layers whose exemplars are stored.
         failed: Model name → why it could not be dissected.
     """
 
-    probe: str
     models: dict[str, tuple[str, ...]]
     failed: dict[str, str]
 
@@ -138,7 +136,7 @@ class Exemplars(Stage):
             raise MilanError(reasons[0] if len(reasons) == 1 else "every model failed; see above.")
         for images, ids in views:
             ensure_views(storage, images, sorted(ids), resources)
-        return DissectedModels(digest, self.layers, self.failed)
+        return DissectedModels(self.layers, self.failed)
 
     def due(self, storage: Storage, digest: str, images: int) -> list[ModelWork]:
         """The work of models with tables that are missing or stale; notes the models that fail.

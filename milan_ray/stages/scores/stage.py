@@ -25,7 +25,7 @@ from milan_ray.engine.stage import (
     ShardedStage,
     Shards,
     ShardWorker,
-    run_stage,
+    run_stages,
 )
 from milan_ray.engine.tasks import FEW_IMAGES
 from milan_ray.errors import MilanError
@@ -225,7 +225,7 @@ def run_scores(
     Returns:
         The experiments of table ``scores``: one per model, and those that judge scores.
     """
-    keys = [output.keys for stage in stages for output in run_stage(stage, storage, resources)]
+    keys = [output.keys for output in run_stages(stages, storage, resources)]
     scored = sorted({(of["predictor"], of["model"]) for of in keys if "predictor" in of})
     summaries = [summarise(storage, predictor, model, config) for predictor, model in scored]
     return [*summaries, *(of["experiment"] for of in keys if "experiment" in of)]
