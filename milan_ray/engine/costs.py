@@ -291,13 +291,9 @@ def faster(sample: Sample, times: float) -> Sample:
 
     Reading, decoding and writing images run on the CPU and take as long as before.
     """
-    return replace(
-        sample,
-        models=tuple(replace(model, seconds=model.seconds / times) for model in sample.models),
-        encode=None if sample.encode is None else sample.encode / times,
-        pool=None if sample.pool is None else sample.pool / times,
-        search=None if sample.search is None else sample.search / times,
-    )
+    models = tuple(replace(model, seconds=model.seconds / times) for model in sample.models)
+    encode, pool, search = (s and s / times for s in (sample.encode, sample.pool, sample.search))
+    return replace(sample, models=models, encode=encode, pool=pool, search=search)
 
 
 def estimate(sample: Sample, wanted: Wanted) -> Estimate:

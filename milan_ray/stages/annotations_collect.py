@@ -103,20 +103,21 @@ def run_collect(
 
 
 def _write(folder: Path, tasks: Sequence[Task], questions: Sequence[Question]) -> None:
+    def template(name: str) -> str:
+        return (collection.TEMPLATES / name).read_text(encoding="utf-8")
+
     files = {
         TASKS: collection.tasks_csv(tasks),
         LABEL_STUDIO: collection.tasks_jsonl(tasks),
-        "mturk.html": (collection.TEMPLATES / "mturk.html").read_text(encoding="utf-8"),
-        "label-studio.xml": (collection.TEMPLATES / "label-studio.xml").read_text(encoding="utf-8"),
+        "mturk.html": template("mturk.html"),
+        "label-studio.xml": template("label-studio.xml"),
     }
     if questions:
         files |= {
             f"{QUALIFICATION}.xml": collection.question_form(questions),
             f"{KEY}.xml": collection.answer_key(questions),
             f"{QUALIFICATION}.jsonl": collection.questions_jsonl(questions),
-            f"{QUALIFICATION}-label-studio.xml": (collection.TEMPLATES / "qualification.xml").read_text(
-                encoding="utf-8"
-            ),
+            f"{QUALIFICATION}-label-studio.xml": template("qualification.xml"),
             f"{KEY}.csv": collection.key_csv(questions),
         }
     for name, text in files.items():

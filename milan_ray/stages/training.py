@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -101,6 +101,11 @@ class TrainingJob:
         return Scaling(self.workers, self.cpus, self.gpus)
 
     @property
+    def encodings(self) -> list[dict[str, str]]:
+        """The partition of each layer's encodings."""
+        return [{"encoder": self.encoder.name, "model": model, "layer": layer} for model, layer in self.layers]
+
+    @property
     def plans(self) -> dict[str, FitConfig]:
         """Part → how to train it."""
         plan = FitConfig(self.config, self.sizes)
@@ -121,10 +126,7 @@ class Training(Stage):
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """The captioner, by encodings and annotations."""
-        encodings = {
-            (model, layer): known.config(ENCODINGS, encoder=self._job.encoder.name, model=model, layer=layer)
-            for model, layer in self._job.layers
-        }
+        encodings = [known.config(ENCODINGS, **keys) for keys in self._job.encodings]
         yield Output({"decoder": self._job.name}, training_fingerprint(known.storage, self._job, encodings))
 
     def why(self, storage: Storage, output: Output) -> str | None:
@@ -197,7 +199,7 @@ def run_trainings(storage: Storage, jobs: Sequence[TrainingJob]) -> None:
     concurrent = min(len(jobs), jobs[0].scaling.capacity())
     started = time.monotonic()
     say(f"training {len(jobs)} captioners, {concurrent} at a time")
-    sizes = {job.name: _exemplars(storage, job) for job in jobs}
+    sizes = {job.name: sum(storage.count(ENCODINGS, **keys) for keys in job.encodings) for job in jobs}
     small = [job for job in jobs if job.workers == 1 and not job.gpus and sizes[job.name] <= FEW_EXEMPLARS]
     small.sort(key=lambda job: -sizes[job.name])  # largest first, so that all tasks end at about the same time
     failures = _train_in_tasks(storage, small)
@@ -206,13 +208,6 @@ def run_trainings(storage: Storage, jobs: Sequence[TrainingJob]) -> None:
         reasons = " ".join(f"{name}: {error}" for name, error in failures.items())
         raise MilanError(f"{len(failures)} of {len(jobs)} trainings failed. {reasons}")
     say(f"trained {len(jobs)} captioners in {time.monotonic() - started:.0f} s")
-
-
-def _exemplars(storage: Storage, job: TrainingJob) -> int:
-    """The number of exemplars of a training's layers."""
-    return sum(
-        storage.count(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer) for model, layer in job.layers
-    )
 
 
 def _train_on_ray_train(storage: Storage, jobs: Sequence[TrainingJob], concurrent: int) -> dict[str, str]:
@@ -330,20 +325,20 @@ def line_logger(storage: Storage, paths: Callable[[], Iterable[str]], prefix: st
     return look
 
 
-def training_fingerprint(storage: Storage, job: TrainingJob, encodings: Mapping[tuple[str, str], str]) -> Fingerprint:
+def training_fingerprint(storage: Storage, job: TrainingJob, encodings: Sequence[str]) -> Fingerprint:
     """The fingerprint of a captioner.
 
     Args:
         storage: The run directory, which holds exemplars and annotations.
         job: Training data and hyperparameters.
-        encodings: (model, layer) → configuration hash of the encodings.
+        encodings: Configuration hash of each layer's encodings.
 
     Raises:
         MilanError: Annotations are missing, or describe other exemplars than those stored.
     """
     annotations = annotations_read(storage, job.source, job.layers)
     # With the name: two captioners of the same inputs may be trained at the same time, each in its own work folder.
-    inputs = {"name": job.name, "annotations": annotations, "encodings": [encodings[pair] for pair in job.layers]}
+    inputs = {"name": job.name, "annotations": annotations, "encodings": list(encodings)}
     tuned = {"decoder": asdict(job.decoder)} if job.decoder else {}
     chosen = {"units": job.units} if job.units else {}
     return Fingerprint.of(
