@@ -87,8 +87,9 @@ def run_collect(
     with whole_folder(folder) as part:
         tasks: list[Task] = []
         for number, (of, layer) in enumerate(wanted):
-            present = [unit for unit in _units(storage, of, layer) if not units or unit in units]
-            chosen = [unit for unit in present if (of, layer, unit) not in questioned]
+            present = storage.read(EXEMPLARS, ["unit"], model=of, layer=layer)["unit"].unique().to_pylist()
+            wanted_units = [unit for unit in sorted(present) if not units or unit in units]
+            chosen = [unit for unit in wanted_units if (of, layer, unit) not in questioned]
             tasks += _write_images(storage, of, layer, chosen, part, f"{IMAGES}/{number:02d}", url)
         if not tasks:
             raise MilanError(f"none of the chosen units of {model} has exemplars: choose others with --units.")
@@ -122,10 +123,6 @@ def _write(folder: Path, tasks: Sequence[Task], questions: Sequence[Question]) -
         }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8", newline="")
-
-
-def _units(storage: Storage, model: str, layer: str) -> list[int]:
-    return sorted(storage.read(EXEMPLARS, ["unit"], model=model, layer=layer)["unit"].unique().to_pylist())
 
 
 def _write_images(

@@ -161,7 +161,9 @@ class ClipDissectLabels(StepStage):
         scanned = {layer.number: 0.0 for layer in job.every}
         for index, seconds in run_parallel(partial(_scan, how), scans, in_driver=few):
             scanned[scans[index].number] = seconds
-        needed = np.unique(np.concatenate([_needed(how, layer) for layer in job.every]))
+        images = [rows_of(how.get(f"units/{layer.number}")["images"]).ravel() for layer in job.every]
+        needed = np.unique(np.concatenate(images))
+        needed = needed[needed >= 0]  # -1 stands for no image
         seconds = _compare(how, job.every, needed, job.resources)
         for layer in job.due:
             cost = Cost(scanned[layer.number], scanned[layer.number], len(needed))
@@ -247,12 +249,6 @@ def _scan(how: _How, layer: Output) -> float:
     how.put(f"known/{layer.number}", pa.table({"image_id": known}))
     how.put(f"units/{layer.number}", table)
     return time.monotonic() - started
-
-
-def _needed(how: _How, layer: Output) -> np.ndarray:
-    """The images that some unit of a layer is compared on."""
-    ids = how.get(f"units/{layer.number}")["images"].combine_chunks().flatten().to_numpy()
-    return np.unique(ids[ids >= 0])
 
 
 @dataclass(frozen=True)

@@ -234,8 +234,7 @@ def embeddings_of(storage: Storage, encoder: str, probe: str, image_ids: np.ndar
 
 def embedded_ids(storage: Storage, encoder: str, probe: str) -> np.ndarray:
     """The ids of a probe's embedded images, int64 (N,), ascending."""
-    parts = storage.stream(IMAGE_EMBEDDINGS, ["image_id"], encoder=encoder, probe=probe)
-    return np.concatenate([part["image_id"].to_numpy() for part in parts])
+    return storage.read(IMAGE_EMBEDDINGS, ["image_id"], encoder=encoder, probe=probe)["image_id"].to_numpy()
 
 
 def image_embeddings(storage: Storage, encoder: str, probe: str) -> tuple[np.ndarray, np.ndarray]:
