@@ -88,8 +88,7 @@ def run_collect(
         tasks: list[Task] = []
         for number, (of, layer) in enumerate(wanted):
             present = storage.read(EXEMPLARS, ["unit"], model=of, layer=layer)["unit"].unique().to_pylist()
-            wanted_units = [unit for unit in sorted(present) if not units or unit in units]
-            chosen = [unit for unit in wanted_units if (of, layer, unit) not in questioned]
+            chosen = [u for u in sorted(present) if (not units or u in units) and (of, layer, u) not in questioned]
             tasks += _write_images(storage, of, layer, chosen, part, f"{IMAGES}/{number:02d}", url)
         if not tasks:
             raise MilanError(f"none of the chosen units of {model} has exemplars: choose others with --units.")
