@@ -25,7 +25,7 @@ from milan_ray.models.view import View
 from milan_ray.probe.arrays import ParquetProbe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, SKIPPED
-from milan_ray.stages.exemplars import DissectedModels, run_exemplars
+from milan_ray.stages.exemplars import DissectedModels, Exemplars
 from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -109,7 +109,7 @@ def write_probe(folder: Path) -> None:
 
 def run(storage: Storage, probe: Path, models: tuple[str, ...] = MODELS) -> DissectedModels:
     requests = [ModelRef(name, layers=("0",), plugins=PLUGINS) for name in models]
-    return run_exemplars(storage, requests, ProbeRef((str(probe),)), CONFIG, Resources(actors=1))
+    return Exemplars(requests, ProbeRef((str(probe),)), CONFIG).run(storage, Resources())
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +127,8 @@ def dissection(storage: Storage, tmp_path_factory) -> DissectedModels:
 
 @pytest.fixture(scope="module")
 def paths(storage: Storage, dissection: DissectedModels) -> list[str]:
-    return storage.read(MANIFEST, probe=dissection.probe)["path"].to_pylist()
+    (keys,) = storage.partitions(MANIFEST)
+    return storage.read(MANIFEST, **keys)["path"].to_pylist()
 
 
 def test_bad_images_are_skipped_counted_and_listed_with_the_reason(storage, dissection, paths) -> None:

@@ -16,10 +16,11 @@ from milan_ray.benchmarks.harness import Options, Result, compare, photographs
 from milan_ray.captioner.encoder import MASKS, PyramidEncoder, pool_maps
 from milan_ray.config import Resources, config_hash
 from milan_ray.engine.cluster import connected
+from milan_ray.engine.stage import run_stage
 from milan_ray.exemplars.masks import pack
 from milan_ray.schema import ENCODINGS, EXEMPLARS
 from milan_ray.stages.captioners import EncoderRef
-from milan_ray.stages.encodings import BATCH_SIZE, run_encodings
+from milan_ray.stages.encodings import BATCH_SIZE, Encodings
 from milan_ray.stages.images import png
 from milan_ray.storage import Storage
 from milan_ray.storage.image_blocks import block_of, write_block
@@ -122,7 +123,7 @@ def _stage(
 
     def stage(count: int) -> None:
         storage.remove(ENCODINGS.name)
-        run_encodings(storage, {model: ["layer"] for model in models[:count]}, ref, resources)
+        run_stage(Encodings({model: ["layer"] for model in models[:count]}, ref), storage, resources)
 
     resources = Resources(cpus_per_actor=1, actors=options.threads)
     bare = partial(_passes, encoder, images)

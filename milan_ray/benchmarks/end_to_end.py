@@ -14,12 +14,13 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.cluster import connected
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.engine.stage import run_stage
 from milan_ray.labelers.milan import MILAN
 from milan_ray.schema import DESCRIPTIONS
 from milan_ray.stages.captioners import EncoderRef, save_captioner
 from milan_ray.stages.descriptions import Search, run_descriptions
-from milan_ray.stages.encodings import run_encodings
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 
 MODEL = "resnet18/imagenet"
@@ -73,8 +74,8 @@ class _Job:
         def job() -> None:
             with connected(resources):
                 for stage, function in {
-                    "exemplars": lambda: run_exemplars(storage, [model], probe, ExemplarConfig(), resources),
-                    "encodings": lambda: run_encodings(storage, models, self.encoder, resources),
+                    "exemplars": lambda: Exemplars([model], probe, ExemplarConfig()).run(storage, resources),
+                    "encodings": lambda: run_stage(Encodings(models, self.encoder), storage, resources),
                     "descriptions": lambda: run_descriptions(storage, models, Search("benchmark"), resources),
                 }.items():
                     seconds[f"{stage}, seconds"] = elapsed(function)

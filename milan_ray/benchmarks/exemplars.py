@@ -21,7 +21,7 @@ from milan_ray.exemplars.forward import Forward, pass_size, read_inputs
 from milan_ray.exemplars.shard import LayerState, LayerStates, StateConfig
 from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.manifest import image_refs
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 
 REFERENCE = 143.6
@@ -113,7 +113,7 @@ def _with_decoding(model: ModelRef, probe: ProbeRef, count: int, options: Option
 def _stage(model: ModelRef, probe: ProbeRef, arithmetic: Arithmetic = FLOAT32) -> None:
     resources = Resources()
     with TemporaryDirectory(prefix="milan-exemplars-") as folder, connected(resources):
-        run_exemplars(Storage(folder), [model], probe, ExemplarConfig(arithmetic=arithmetic), resources)
+        Exemplars([model], probe, ExemplarConfig(arithmetic=arithmetic)).run(Storage(folder), resources)
 
 
 def _cold_start(model: ModelRef, probe: ProbeRef, count: int, options: Options) -> Result:

@@ -13,7 +13,7 @@ from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.stages import images as views
-from milan_ray.stages.exemplars import masks, merge, run_exemplars, stage
+from milan_ray.stages.exemplars import Exemplars, masks, merge, stage
 from milan_ray.storage import Storage
 
 
@@ -28,7 +28,7 @@ class PlainStage:
         self.shards: list[float] = []
 
     def run(self, storage: Storage, model: ModelRef, probe: ProbeRef, config: ExemplarConfig) -> None:
-        """Does the same as :func:`run_exemplars`."""
+        """Does the same as :class:`Exemplars`."""
         self.shards.clear()
         with (
             patch.object(stage, "run_pool", self._pool),
@@ -37,7 +37,7 @@ class PlainStage:
             patch.object(views, "run_parallel", _parallel),
         ):
             resources = Resources(cpus_per_actor=torch.get_num_threads(), device="cpu")
-            run_exemplars(storage, [model], probe, config, resources)
+            Exemplars([model], probe, config).run(storage, resources)
 
     def _pool(
         self, worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], resources: Resources

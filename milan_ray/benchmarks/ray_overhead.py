@@ -13,7 +13,7 @@ from milan_ray.benchmarks.plain_stage import PlainStage
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.cluster import connected
 from milan_ray.engine.references import ModelRef, ProbeRef
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 
 JOB = 600.0
@@ -66,7 +66,7 @@ def _ray(model: ModelRef, probe: ProbeRef, config: ExemplarConfig, threads: int)
 
     def job() -> None:
         with TemporaryDirectory(prefix="milan-overhead-") as folder, connected(resources):
-            run_exemplars(Storage(folder), [model], probe, config, resources)
+            Exemplars([model], probe, config).run(Storage(folder), resources)
 
     return elapsed(job)
 

@@ -23,6 +23,7 @@ from milan_ray.engine import references
 from milan_ray.engine.cluster import connected
 from milan_ray.engine.costs import LayerShape, ModelCost, Sample, TableSize
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.engine.stage import run_stage
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import Forward, pass_size, read_inputs
 from milan_ray.exemplars.masks import mask_size, unpack
@@ -34,8 +35,8 @@ from milan_ray.progress import say
 from milan_ray.schema import ENCODINGS, EXEMPLARS, TABLES
 from milan_ray.stages.captioners import EncoderRef, load_captioner, save_captioner
 from milan_ray.stages.descriptions import Search, labelers, run_descriptions
-from milan_ray.stages.encodings import BATCH_SIZE, run_encodings, unit_features
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.encodings import BATCH_SIZE, Encodings, unit_features
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.stages.images import png
 from milan_ray.storage import Storage, to_parquet
 
@@ -99,7 +100,7 @@ def measure(
         storage = Storage(Path(folder, "run"))
         sample = Sample(len(views), device.type, resources.threads, tuple(costs), read, picture)
         with connected(resources):
-            done = run_exemplars(storage, kept, source, replace(config, shard_size=None), resources)
+            done = Exemplars(kept, source, replace(config, shard_size=None)).run(storage, resources)
             failed |= done.failed
             if search is not None and encoder is not None:
                 sample = _captioned(storage, done.models, search, encoder, sample, device, resources)
@@ -178,7 +179,7 @@ def _captioned(
     captioner = load_captioner(encoder.storage, search.decoder)
     save_captioner(storage, CAPTIONER, captioner, "A copy.")
     search = replace(search, decoder=CAPTIONER)
-    run_encodings(storage, models, encoder, resources, units)
+    run_stage(Encodings(models, encoder, units), storage, resources)
     run_descriptions(storage, models, search, resources, units)
     model, layers = next(iter(models.items()))
     captioner = captioner.to(str(device))

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
         then: Adds the later steps of another subcommand to the plan of a dry run; None adds nothing.
     """
     from milan_ray.engine.planner import Plan
-    from milan_ray.engine.stage import run_stage
+    from milan_ray.engine.stage import run_stages
     from milan_ray.engine.tasks import models_apart
     from milan_ray.stages.annotations_export import exemplar_layers
     from milan_ray.stages.captioners import about_captioner, load_captioner
@@ -90,8 +90,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
             present, failed = done.models, dict(done.failed)
 
         def describe(models: dict[str, Sequence[str]]) -> None:
-            for stage in stages(models):
-                run_stage(stage, storage, resources)
+            run_stages(stages(models), storage, resources)
 
         present = models_apart(describe, present, failed)
     about = about_captioner(storage, decoder)

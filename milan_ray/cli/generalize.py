@@ -62,9 +62,10 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.annotations.splits import chosen_splits
     from milan_ray.captioner.fit import Sizes
     from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
+    from milan_ray.engine.stage import run_stage
     from milan_ray.plugins import load_plugins
     from milan_ray.schema import SCORES
-    from milan_ray.stages.encodings import run_encodings
+    from milan_ray.stages.encodings import Encodings
     from milan_ray.studies.generalization.job import GeneralizationConfig, GeneralizationJob
     from milan_ray.studies.generalization.run import plan_generalization, run_generalization
     from milan_ray.studies.generalization.statistics import summary
@@ -106,7 +107,7 @@ def run(args: argparse.Namespace) -> int:
         return show_plan(args, plan_generalization(storage, job, language_name(args.language), resources))
     nlp, language = find_spacy_pipeline(args.language)
     with cluster(args):
-        run_encodings(storage, layers, encoder, resources)
+        run_stage(Encodings(layers, encoder), storage, resources)
         rows = run_generalization(storage, job, nlp, language, resources)
     say(summary(rows))
     say(f"tables: {storage.uri('generalization')}")

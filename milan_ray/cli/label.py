@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
     from milan_ray.engine import references
     from milan_ray.engine.planner import Plan
-    from milan_ray.engine.stage import RunnableStage, run_stage
+    from milan_ray.engine.stage import RunnableStage, run_stages
     from milan_ray.engine.tasks import models_apart
     from milan_ray.stages.clip_dissect import clip_dissect_stages
     from milan_ray.stages.concept_labels import ConceptLabels, check_concepts
@@ -98,8 +98,7 @@ def run(args: argparse.Namespace) -> int:
             failed |= by_concept_maps(done.models).run(storage, resources)
 
         def label(left: Mapping[str, Sequence[str]]) -> None:
-            for stage in by_concepts(left):
-                run_stage(stage, storage, resources)
+            run_stages(by_concepts(left), storage, resources)
 
         models_apart(label, done.models, failed)
     labelled = {name: layers for name, layers in done.models.items() if name not in failed}

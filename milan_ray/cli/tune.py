@@ -38,7 +38,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
     from milan_ray.engine.planner import Plan
-    from milan_ray.engine.stage import run_stage
+    from milan_ray.engine.stage import run_stages
     from milan_ray.stages.decoder_space import tunes_decoder
 
     storage = open_storage(args)
@@ -49,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         return show_plan(args, Plan.of(storage, [*encodings, tuning]))
     with cluster(args) as resources:
-        for stage in encodings:
-            run_stage(stage, storage, resources)
+        run_stages(encodings, storage, resources)
         setting = tuning.run(storage, resources)
     note(args, f"{tuned} tuned", setting=asdict(setting))
     return 0

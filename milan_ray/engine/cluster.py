@@ -123,7 +123,8 @@ def connected(resources: Resources) -> Iterator[None]:
 def start() -> None:
     """Starts the local Ray of :func:`connected` unless it runs; small jobs never call this."""
     if _own.options is not None and not ray.is_initialized():
-        _start_local(_own.options)
+        with _reaped():
+            _start_in_time(_own.options)
         _own.options = None
     _quiet()
 
@@ -132,12 +133,6 @@ def cluster_resources() -> dict[str, float]:
     """Starts the cluster and returns its resources by name."""
     start()
     return dict(ray.cluster_resources())
-
-
-def _start_local(options: dict[str, Any]) -> None:
-    """Starts a local Ray, guarded by the reaper."""
-    with _reaped():
-        _start_in_time(options)
 
 
 @contextlib.contextmanager

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 
 HOUR = 3600.0
@@ -244,9 +244,8 @@ def emitted(per_shard: float, kept: float, shards: float) -> float:
         shards: Shards of the actor, S.
     """
     shards = math.ceil(shards)
-    full = (
-        min(shards, math.floor(kept / per_shard)) if per_shard else 0
-    )  # shards of which every value is among the largest
+    # Of the first shards, every value is among the largest.
+    full = min(shards, math.floor(kept / per_shard)) if per_shard else 0
     return full * per_shard + kept * (_harmonic(shards) - _harmonic(full))
 
 
@@ -292,13 +291,9 @@ def faster(sample: Sample, times: float) -> Sample:
 
     Reading, decoding and writing images run on the CPU and take as long as before.
     """
-    return replace(
-        sample,
-        models=tuple(replace(model, seconds=model.seconds / times) for model in sample.models),
-        encode=None if sample.encode is None else sample.encode / times,
-        pool=None if sample.pool is None else sample.pool / times,
-        search=None if sample.search is None else sample.search / times,
-    )
+    models = tuple(replace(model, seconds=model.seconds / times) for model in sample.models)
+    encode, pool, search = (s and s / times for s in (sample.encode, sample.pool, sample.search))
+    return replace(sample, models=models, encode=encode, pool=pool, search=search)
 
 
 def estimate(sample: Sample, wanted: Wanted) -> Estimate:
@@ -329,7 +324,11 @@ def estimate(sample: Sample, wanted: Wanted) -> Estimate:
     work = [
         Line("images read and decoded", passes, passes * sample.read),
         Line("forward passes, exemplars and levels", passes, forward),
-        Line("forward passes of winners, for masks", sum(again), _seconds(again, models)),
+        Line(
+            "forward passes of winners, for masks",
+            sum(again),
+            sum(n * model.seconds for n, model in zip(again, models, strict=True)),
+        ),
         Line("views of exemplars", distinct, distinct * (sample.read + sample.picture)),
     ]
     files = {"exemplars": layers, "levels": layers}
@@ -354,11 +353,6 @@ def estimate(sample: Sample, wanted: Wanted) -> Estimate:
     return Estimate(
         wanted, copies * len(models), units, tuple(line for line in work if line.count), tuple(tables), partials
     )
-
-
-def _seconds(passes: Sequence[float], models: Sequence[ModelCost]) -> float:
-    """Seconds of a number of passes of each model."""
-    return sum(count * model.seconds for count, model in zip(passes, models, strict=True))
 
 
 def in_bytes(count: float) -> str:

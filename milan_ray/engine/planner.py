@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from milan_ray.config import Fingerprint
@@ -77,22 +77,14 @@ class Plan:
         totals = f"{len(due)} {what} would be made, {current} are up to date{after}; nothing was done."
         return "\n".join([*lines, totals])
 
-    def add(self, storage: Storage, table: Table, fingerprint: Fingerprint, **keys: str) -> None:
-        """Adds a partition whose fingerprint is known."""
-        self.note(table, fingerprint, storage.why(table, fingerprint, **keys), **keys)
-
-    def note(self, table: Table, fingerprint: Fingerprint, reason: str | None, **keys: str) -> None:
-        """Adds a partition whose fingerprint and reason are known, once."""
-        step = Step(table.name, tuple(keys.values()), reason)
-        self.steps += [] if step in self.steps else [step]
-        self.made[_key(table, keys)] = fingerprint
-
     def stages(self, storage: Storage, stages: Iterable[Stage]) -> None:
-        """Adds all outputs of stages, in the order in which they run, and the models that they cannot do."""
+        """Adds all outputs of stages, in the order in which they run and each once, and the models that failed."""
         for stage in stages:
             for output in stage.outputs(Planned(storage, self)):
                 table = output.table or stage.table
-                self.note(table, output.fingerprint, stage.why(storage, output), **output.keys)
+                step = Step(table.name, tuple(output.keys.values()), stage.why(storage, output))
+                self.steps += [] if step in self.steps else [step]
+                self.made[_key(table, output.keys)] = output.fingerprint
             self.failed |= stage.failed
 
     def waits(self, table: str, keys: tuple[str, ...], *before: str, of: str | None = None) -> bool:
@@ -149,5 +141,5 @@ class Planned(Known):
             super().check_units(units, model, layer)
 
 
-def _key(table: Table, keys: dict[str, str]) -> tuple[str, tuple[tuple[str, str], ...]]:
+def _key(table: Table, keys: Mapping[str, str]) -> tuple[str, tuple[tuple[str, str], ...]]:
     return table.name, tuple(sorted(keys.items()))

@@ -5,13 +5,11 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol, TypeVar
 
 from torch import nn
 
 from milan_ray.errors import MilanError
-from milan_ray.models.generators import Generator, GeneratorRef
-from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerRef
-from milan_ray.models.image_text import Embedder, ImageTextRef
 from milan_ray.models.layouts import UNSAID, Reading
 from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
@@ -21,6 +19,16 @@ from milan_ray.plugins import load_plugins
 from milan_ray.probe.base import LatentProbe, Probe
 from milan_ray.probe.registry import resolve_probe
 from milan_ray.probe.segmented import SegmentedProbe
+
+Loaded_co = TypeVar("Loaded_co", covariant=True)
+
+
+class Loadable(Protocol[Loaded_co]):
+    """A reference that loads what it refers to: a generator, an image captioner, a model of images and texts."""
+
+    def load(self) -> Loaded_co:
+        """Loads it, on the CPU."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -111,31 +119,11 @@ def network(spec: ModelSpec, weights: str | None = None) -> nn.Module:
     return model
 
 
-def image_text(ref: ImageTextRef, plugins: tuple[str, ...] = ()) -> Embedder:
-    """Loads the model of images and texts of a reference.
+def load(ref: Loadable[Loaded_co], plugins: tuple[str, ...] = ()) -> Loaded_co:
+    """Loads the plug-ins that a reference needs, then what it refers to.
 
     Raises:
-        MilanError: It is missing or damaged, or a plug-in is broken.
-    """
-    load_plugins(plugins)
-    return ref.load()
-
-
-def generator(ref: GeneratorRef, plugins: tuple[str, ...] = ()) -> Generator:
-    """Loads the generator of a reference.
-
-    Raises:
-        MilanError: The name is unknown, or a plug-in is broken.
-    """
-    load_plugins(plugins)
-    return ref.load()
-
-
-def image_captioner(ref: ImageCaptionerRef, plugins: tuple[str, ...] = ()) -> ImageCaptioner:
-    """Loads the image captioner of a reference.
-
-    Raises:
-        MilanError: It is missing or damaged, or a plug-in is broken.
+        MilanError: It is unknown, missing or damaged, or a plug-in is broken.
     """
     load_plugins(plugins)
     return ref.load()

@@ -11,18 +11,21 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar
 
 import pyarrow as pa
+import torch
 
 from milan_ray.config import Fingerprint, Resources, config_hash
+from milan_ray.device import resolve_device
 from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.references import check_units
 from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.tasks import removed_if_damaged, retry_if_overtaken, run_parallel
-from milan_ray.errors import MilanError
+from milan_ray.engine.tasks import retry_if_overtaken, run_parallel
+from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.progress import Progress, say
 from milan_ray.schema import CANDIDATES, ENCODINGS, EXEMPLARS, LEVELS, Table
 from milan_ray.storage import Storage
@@ -73,6 +76,11 @@ class Output:
         """The layer; empty for a partition without one."""
         return self.keys.get("layer", "")
 
+    @property
+    def of_layer(self) -> dict[str, str]:
+        """The partition of its layer in tables of model and layer."""
+        return {"model": self.model, "layer": self.layer}
+
     def columns(self, rows: pa.Table) -> dict[str, object]:
         """The columns of some rows, after the columns of the partition keys."""
         keys: dict[str, object] = {name: [value] * len(rows) for name, value in self.keys.items()}
@@ -81,6 +89,11 @@ class Output:
     def piece(self, shard: str) -> str:
         """Name of the work table that holds a shard's part of this output."""
         return f"{PIECES}/{self.number}/{shard}"
+
+
+def piece_schema(table: Table, *without: str) -> pa.Schema:
+    """Schema of a table's columns, without the partition keys and the given columns, for pieces of work."""
+    return pa.schema([(c.name, c.type) for c in table.columns if c.name not in (*table.partition, *without)])
 
 
 @dataclass(frozen=True)
@@ -111,6 +124,21 @@ class Shard:
     outputs: tuple[int, ...]
     row: Mapping[str, Any] = field(default_factory=dict)
     size: int = 1
+
+
+@dataclass(frozen=True)
+class Shards:
+    """The shards of a job, and which work is small enough for the driver, because workers take longer to start.
+
+    Attributes:
+        every: The shards; an output's pieces are merged in this order.
+        merged_in_driver: Whether the driver merges the pieces.
+        run_in_driver: Whether the driver runs the shards, whatever the resources are.
+    """
+
+    every: Sequence[Shard]
+    merged_in_driver: bool
+    run_in_driver: bool = False
 
 
 class Known:
@@ -204,57 +232,64 @@ class Stage(ABC):
         """Why an output has to be made; None when it is current."""
         return output.reason or storage.why(self.table, output.fingerprint, **output.keys)
 
-    def check(self, storage: Storage) -> None:
-        """Refuses to run where something is missing that a dry run cannot know of yet.
 
-        Raises:
-            MilanError: It is missing.
+class ShardWorker(ABC):
+    """Runs shards of a :class:`ShardedStage` in one process, one after the other.
+
+    Args:
+        storage: The run directory.
+        work: Hash of the stage's work in progress.
+        outputs: Number → output, of those that are due.
+        threads: Torch threads.
+        device: Name of the device.
+    """
+
+    def __init__(self, storage: Storage, work: str, outputs: Mapping[int, Output], threads: int, device: str) -> None:
+        torch.set_num_threads(threads)
+        self._storage, self._work, self._outputs = storage, work, outputs
+        self._device = resolve_device(device)
+
+    @abstractmethod
+    def __call__(self, row: Row) -> Row:
+        """Runs a shard: stores a piece for each of its outputs, and may return the number of ``images`` it used.
+
+        Args:
+            row: The shard's row, and its ``name`` and ``outputs``.
         """
-        return
+
+    def _store(self, row: Row, number: int, piece: pa.Table) -> None:
+        """Stores a shard's piece of an output."""
+        self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), piece)
 
 
 class ShardedStage(Stage):
     """A stage whose outputs are cut into shards.
 
     Attributes:
-        worker: Class of the workers: ``worker(storage, work, threads, device, **arguments)(row)`` runs a shard. The row
-            has the shard's ``name`` and ``outputs`` besides its own entries. The worker stores a piece for each output
-            and may return the number of ``images`` that it used.
+        worker: Class of the workers.
         label: Name of the stage in progress output.
         counted: Unit of progress.
         recorded: Whether the run log has a row for each output.
         uses_gpus: Whether the workers compute on GPUs where the cluster has some.
     """
 
-    worker: ClassVar[type]
+    worker: ClassVar[type[ShardWorker]]
     label: str
     counted: ClassVar[str]
     recorded: ClassVar[bool] = True
     uses_gpus: ClassVar[bool] = True
 
     @abstractmethod
-    def shards(self, job: Job) -> list[Shard]:
+    def shards(self, job: Job) -> Shards:
         """Cuts the outputs that are due into shards."""
 
     @abstractmethod
     def arguments(self, job: Job) -> dict[str, Any]:
-        """Constructor arguments of the workers, besides storage, work, threads and device."""
+        """Constructor arguments of the workers, besides those of every :class:`ShardWorker`."""
 
     @abstractmethod
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table | Stream:
         """Merges an output's pieces, which come in the order of the shards."""
-
-    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
-        """Message before the shards that are not stored yet are run."""
-        return f"{self.title}: {len(job.due)} layers of {len({output.model for output in job.due})} models"
-
-    def runs_in_driver(self, shards: Sequence[Shard]) -> bool:
-        """Whether the driver runs these shards itself, whatever the resources are, because they are small."""
-        return False
-
-    @abstractmethod
-    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
-        """Whether the driver merges the pieces itself, because workers would take longer to start."""
 
 
 class StepStage(Stage):
@@ -284,9 +319,9 @@ class TaskStage(Stage):
     def make(self, storage: Storage, output: Output) -> pa.Table:
         """Makes an output."""
 
-    @abstractmethod
     def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
-        """Whether the driver makes these outputs itself, because they are small."""
+        """Whether the driver makes these outputs itself, because workers would take longer to start."""
+        return True
 
 
 RunnableStage = ShardedStage | StepStage | TaskStage
@@ -308,30 +343,35 @@ def run_stage(stage: RunnableStage, storage: Storage, resources: Resources) -> l
     Raises:
         MilanError: A table that the stage reads is missing, or a worker failed.
     """
-    stage.check(storage)
     every = numbered(stage, storage)
     due = [output for output in every if stage.why(storage, output)]
     if isinstance(stage, TaskStage):
         if stage.remark:
             say(stage.remark)
-        tasks = [_Task(stage, storage, output) for output in due]
-        for _ in run_parallel(_run_task, tasks, in_driver=stage.runs_in_driver(storage, every)):
-            pass
+        list(run_parallel(partial(_make_output, stage, storage), due, in_driver=stage.runs_in_driver(storage, every)))
         return every
     work = _work(stage, every)
     if due:
         job = Job(storage, work, every, due, resources)
-        with removed_if_damaged(storage, work):
+        try:
             if isinstance(stage, StepStage):
                 stage.run(job)
             else:
                 _make(stage, job)
+        except DamagedTable:  # what it has done can no longer be finished
+            storage.remove_work(work)
+            raise
     else:
         if isinstance(stage, StepStage):
             stage.clean_up(storage)
         say(f"{stage.title}: all up to date")
     storage.remove_work(work)
     return every
+
+
+def run_stages(stages: Iterable[RunnableStage], storage: Storage, resources: Resources) -> list[Output]:
+    """Runs stages one after the other; returns the outputs of all. Arguments and errors as of :func:`run_stage`."""
+    return [output for stage in stages for output in run_stage(stage, storage, resources)]
 
 
 def numbered(stage: Stage, storage: Storage) -> list[Output]:
@@ -359,41 +399,40 @@ def _make(stage: ShardedStage, job: Job) -> None:
     shards = stage.shards(job)
     costs = _run_shards(stage, job, shards)
     names: dict[int, list[str]] = {output.number: [] for output in job.due}
-    for shard in shards:
+    for shard in shards.every:
         for number in shard.outputs:
             names[number].append(shard.name)
-    merges = [
-        _Merge(stage, job.storage, job.work, output, tuple(names[output.number]), costs[output.number])
-        for output in job.due
-    ]
-    for _ in run_parallel(_merge, merges, in_driver=stage.merges_in_driver(job, shards)):
-        pass
+    merges = [(output, names[output.number], costs[output.number]) for output in job.due]
+    list(run_parallel(partial(_merge, stage, job.storage, job.work), merges, in_driver=shards.merged_in_driver))
 
 
-def _run_shards(stage: ShardedStage, job: Job, shards: Sequence[Shard]) -> dict[int, Cost]:
-    """Runs the shards that are not stored yet; returns what each output took, by number."""
-    storage, work = job.storage, job.work
+def _run_shards(stage: ShardedStage, job: Job, shards: Shards) -> dict[int, Cost]:
+    """Runs the shards that are not stored yet; returns the cost of each output, by number."""
     output_of = {output.number: output for output in job.due}
-    stored = set(storage.work_names(work, PIECES))
+    stored = set(job.storage.work_names(job.work, PIECES))
     fresh = [
-        shard for shard in shards if any(output_of[number].piece(shard.name) not in stored for number in shard.outputs)
+        shard
+        for shard in shards.every
+        if any(output_of[number].piece(shard.name) not in stored for number in shard.outputs)
     ]
-    say(stage.announce(job, fresh))
+    total = sum(shard.size for shard in fresh)
+    say(f"{stage.title}: {len(job.due)} tables, {total} {stage.counted} to do")
     costs = {number: Cost() for number in output_of}
     rows: list[Row] = [{**shard.row, "name": shard.name, "outputs": shard.outputs} for shard in fresh]
     resources = job.resources if stage.uses_gpus else replace(job.resources, device="cpu", gpus_per_actor=None)
     arguments = {
         **stage.arguments(job),
-        "storage": storage,
-        "work": work,
+        "storage": job.storage,
+        "work": job.work,
+        "outputs": output_of,
         "threads": resources.threads,
         "device": resources.device,
     }
     shard_of = {shard.name: shard for shard in fresh}
     layers = {number: (output.model, output.layer) for number, output in output_of.items()}
     pieces = (layers[number] for shard in fresh for number in shard.outputs)
-    with Progress(stage.label, sum(shard.size for shard in fresh), stage.counted, pieces) as progress:
-        for answer in run_pool(stage.worker, arguments, rows, resources, stage.runs_in_driver(shards)):
+    with Progress(stage.label, total, stage.counted, pieces) as progress:
+        for answer in run_pool(stage.worker, arguments, rows, resources, shards.run_in_driver):
             shard = shard_of[answer["name"]]
             progress.advance(shard.size, (layers[number] for number in shard.outputs))
             for number in shard.outputs:
@@ -401,61 +440,51 @@ def _run_shards(stage: ShardedStage, job: Job, shards: Sequence[Shard]) -> dict[
     return costs
 
 
-@dataclass(frozen=True)
-class _Merge:
-    stage: ShardedStage
-    storage: Storage
-    work: str
-    output: Output
-    names: tuple[str, ...]
-    cost: Cost
+def _merge(stage: ShardedStage, storage: Storage, work: str, item: tuple[Output, Sequence[str], Cost]) -> None:
+    """Merges an output from the pieces of the shards of these names, and makes it public."""
+    output, names, cost = item
+    merged = stage.merge(storage, output, (storage.get_work(work, output.piece(name)) for name in names))
+
+    name = stage.name if stage.recorded else ""
+    if not isinstance(merged, Stream):
+        publish(storage, stage.table, output, merged, name, cost)
+        return
+
+    def recorded() -> Iterator[pa.Table]:  # the row of the run log is written before the file is complete
+        rows = 0
+        for piece in merged.pieces:
+            rows += len(piece)
+            yield piece
+        if name:
+            _record(storage, name, output, rows, cost)
+
+    storage.write_stream(stage.table, recorded(), output.fingerprint, merged.metadata, **output.keys)
 
 
-def _merge(task: _Merge) -> None:
-    """Merges an output and makes it public."""
-    stage, storage, output = task.stage, task.storage, task.output
-    pieces = (storage.get_work(task.work, output.piece(name)) for name in task.names)
-    merged = stage.merge(storage, output, pieces)
-
-    def record(rows: int) -> None:
-        if stage.recorded:
-            _record(storage, stage, output, rows, task.cost)
-
-    if isinstance(merged, Stream):
-        counted = _counted(merged.pieces, record)
-        storage.write_stream(stage.table, counted, output.fingerprint, merged.metadata, **output.keys)
-    else:
-        record(len(merged))
-        storage.write(stage.table, merged, output.fingerprint, **output.keys)
+def _make_output(stage: TaskStage, storage: Storage, output: Output) -> None:
+    """Makes an output and its row of the run log, and makes it public."""
+    started = time.monotonic()
+    rows = stage.make(storage, output)
+    seconds = time.monotonic() - started
+    publish(storage, stage.table, output, rows, stage.name if stage.recorded else "", Cost(seconds, seconds))
 
 
-def _counted(pieces: Iterator[pa.Table], then: Callable[[int], None]) -> Iterator[pa.Table]:
-    """Yields the same pieces, and calls ``then`` with the number of rows before the file is complete."""
-    rows = 0
-    for piece in pieces:
-        rows += len(piece)
-        yield piece
-    then(rows)
+def publish(storage: Storage, table: Table, output: Output, rows: pa.Table, stage: str, cost: Cost) -> None:
+    """Writes an output's row of the run log, then its rows.
+
+    Args:
+        storage: The run directory.
+        table: The output's table.
+        output: The output.
+        rows: Its rows.
+        stage: Name in the run log; empty for no row.
+        cost: What the output took.
+    """
+    if stage:
+        _record(storage, stage, output, len(rows), cost)
+    storage.write(table, rows, output.fingerprint, **output.keys)
 
 
-@dataclass(frozen=True)
-class _Task:
-    stage: TaskStage
-    storage: Storage
-    output: Output
-
-
-def _run_task(task: _Task) -> None:
-    stage, output, started = task.stage, task.output, time.monotonic()
-    rows = stage.make(task.storage, output)
-    if stage.recorded:
-        cost = Cost()
-        cost.add(time.monotonic() - started)
-        _record(task.storage, stage, output, len(rows), cost)
-    task.storage.write(stage.table, rows, output.fingerprint, **output.keys)
-
-
-def _record(storage: Storage, stage: Stage, output: Output, rows: int, cost: Cost) -> None:
-    """Writes an output's row of the run log."""
+def _record(storage: Storage, stage: str, output: Output, rows: int, cost: Cost) -> None:
     run = output.fingerprint.hash
-    record_run(storage, stage.name, run, output.model, layer=output.layer, rows=rows, cost=cost)
+    record_run(storage, stage, run, output.model, layer=output.layer, rows=rows, cost=cost)

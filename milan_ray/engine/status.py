@@ -22,7 +22,7 @@ from milan_ray.schema import (
     TABLES,
     Table,
 )
-from milan_ray.storage import ALL_UNITS_KEY, CONFIG_KEY, EXEMPLARS_KEY, UNITS_KEY, WORK, FileStat, Storage, parts_of
+from milan_ray.storage import ALL_UNITS_KEY, CONFIG_KEY, EXEMPLARS_KEY, UNITS_KEY, WORK, FileStat, Storage, inputs_of
 
 STAGES = (EXEMPLARS, POOLED, ANNOTATIONS, ENCODINGS, CANDIDATES, DRAWINGS, DESCRIPTIONS)
 """The tables of layers, each made from earlier ones."""
@@ -133,7 +133,7 @@ def status(storage: Storage, verify: bool = False) -> Status:
                 continue
             state = _state(table, keys, meta, made)
             if table is EXEMPLARS:
-                exemplars[keys["model"], keys["layer"]] = parts_of(meta)
+                exemplars[keys["model"], keys["layer"]] = inputs_of(meta)
             elif table is POOLED:
                 state = _pooled_state(exemplars.get((keys["model"], keys["layer"]), {}), meta)
             config = meta.get(CONFIG_KEY, "")
@@ -202,7 +202,7 @@ def _state(
     table: Table, keys: dict[str, str], meta: dict[str, str], made: dict[tuple[str, str, str], dict[str, str]]
 ) -> str:
     """State of a partition, by the tables that it was made from."""
-    inputs = parts_of(meta)
+    inputs = inputs_of(meta)
     if EXEMPLARS_KEY in meta:
         inputs["exemplars"] = _digest("exemplars", meta[EXEMPLARS_KEY])
     for above in STAGES[: STAGES.index(table)]:
@@ -219,7 +219,7 @@ def _state(
 
 def _pooled_state(exemplars: dict[str, str], meta: dict[str, str]) -> str:
     """State of pooled activations, which share inputs with the layer's exemplars and are not made from them."""
-    inputs = parts_of(meta)
+    inputs = inputs_of(meta)
     other = [name for name in inputs if inputs[name] != exemplars.get(name, inputs[name])]
     return f"stale: exemplars have other {', '.join(other)}" if other else ""
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from functools import wraps
 from itertools import islice
 from typing import Any, TypeVar
@@ -15,7 +14,7 @@ import ray
 from milan_ray.engine.cluster import start
 from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.progress import say
-from milan_ray.storage import Storage, WorkRemovedError
+from milan_ray.storage import WorkRemovedError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -87,21 +86,6 @@ def models_apart(
             say(f"{error.model} fails, the others go on: {error}", level="warning")
 
 
-@contextmanager
-def removed_if_damaged(storage: Storage, work: str) -> Iterator[None]:
-    """Removes work in progress when a table that it reads is damaged, because it can no longer be finished.
-
-    Args:
-        storage: The run directory.
-        work: Hash of the work.
-    """
-    try:
-        yield
-    except DamagedTable:
-        storage.remove_work(work)
-        raise
-
-
 def in_flight(
     items: Iterable[Item],
     limit: Callable[[], int],
@@ -142,7 +126,7 @@ def run_parallel(
     A few items per call that the cluster can run at once are submitted at a time; the others are not yet taken.
 
     Args:
-        function: A picklable function of one item.
+        function: A picklable function of one item: a plain one, a method, or a partial of either.
         items: Its arguments; an iterator is read as tasks finish.
         num_cpus: CPUs per call.
         num_gpus: GPUs per call.
@@ -166,7 +150,7 @@ def run_parallel(
                 threads.shutdown(cancel_futures=True)
         return
     start()
-    remote: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3)(function)
+    remote: Any = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=3)(_plain(function))
     for index, reference in in_flight(
         items,
         lambda: AHEAD * _room(num_cpus, num_gpus),
@@ -177,6 +161,16 @@ def run_parallel(
             yield index, ray.get(reference)
         except ray.exceptions.RayTaskError as error:
             raise error.cause from error
+
+
+def _plain(function: Callable[[Item], Result]) -> Callable[[Item], Result]:
+    """A plain function, which is all that Ray takes, of the same name, which its dashboard shows."""
+
+    def task(item: Item) -> Result:
+        return function(item)
+
+    task.__name__ = task.__qualname__ = getattr(function, "func", function).__name__
+    return task
 
 
 def first_done(futures: list[Future[Result]]) -> Iterable[Future[Result]]:

@@ -104,34 +104,24 @@ def run_trials(
         config = ray.tune.TuneConfig(reuse_actors=True, max_concurrent_trials=resources.actors)
     else:
         config = search.config(resources.actors)
-    results = _tuner(trial, task, work, space, config, resources).fit()
+    start()
+    trainable = ray.tune.with_resources(
+        ray.tune.with_parameters(trial, task=task), {"cpu": resources.cpus_per_actor, "gpu": gpus_each(resources)}
+    )
+    if ray.tune.Tuner.can_restore(f"{work}/{EXPERIMENT}"):
+        tuner = ray.tune.Tuner.restore(f"{work}/{EXPERIMENT}", trainable, restart_errored=True)
+    else:
+        run = ray.tune.RunConfig(
+            name=EXPERIMENT, storage_path=work, verbose=0, failure_config=ray.tune.FailureConfig(max_failures=3)
+        )
+        tuner = ray.tune.Tuner(trainable, param_space=space, tune_config=config, run_config=run)
+    results = tuner.fit()
     finished = [
         TrialResult(result.config, result.metrics)
         for result in (results[number] for number in range(len(results)))
         if result.config is not None and result.metrics is not None
     ]
     return finished, list(results.errors)
-
-
-def _tuner(
-    trial: Callable[..., Any],
-    task: object,
-    work: str,
-    space: dict[str, Any],
-    config: ray.tune.TuneConfig,
-    resources: Resources,
-) -> ray.tune.Tuner:
-    """A tuner that starts the experiment, or restores it from the work."""
-    start()
-    trainable = ray.tune.with_resources(
-        ray.tune.with_parameters(trial, task=task), {"cpu": resources.cpus_per_actor, "gpu": gpus_each(resources)}
-    )
-    if ray.tune.Tuner.can_restore(f"{work}/{EXPERIMENT}"):
-        return ray.tune.Tuner.restore(f"{work}/{EXPERIMENT}", trainable, restart_errored=True)
-    run = ray.tune.RunConfig(
-        name=EXPERIMENT, storage_path=work, verbose=0, failure_config=ray.tune.FailureConfig(max_failures=3)
-    )
-    return ray.tune.Tuner(trainable, param_space=space, tune_config=config, run_config=run)
 
 
 def grid(values: Sequence[object]) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 
@@ -61,17 +62,21 @@ class Table:
                     f"its column {column.name!r} holds {schema.field(number).type} instead of {column.type}"
                 )
 
-    def table(self, columns: Mapping[str, object], metadata: dict[str, str] | None = None) -> pa.Table:
+    def table(self, columns: Mapping[str, Any], metadata: dict[str, str] | None = None, /, **keys: str) -> pa.Table:
         """Builds rows of this table from columns, and checks names and types.
 
         Args:
             columns: Column name → values.
             metadata: Key-value pairs for the file.
+            **keys: Columns of one value, as a rule those of the partition.
 
         Raises:
             KeyError: A column is missing.
             pa.ArrowInvalid: A value does not fit its column's type.
         """
+        if keys:
+            rows = len(next(iter(columns.values())))
+            columns = {**columns, **{name: [value] * rows for name, value in keys.items()}}
         extra = set(columns) - {c.name for c in self.columns}
         if extra:
             raise KeyError(f"{self.name} has no column {sorted(extra)}")

@@ -1,10 +1,10 @@
-"""Asking people about units: exemplars + views ─► pictures and task files; their answers ─► annotations."""
+"""Annotation tasks for people: exemplars + views ─► images and task files; answers ─► annotations."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -35,14 +35,14 @@ from milan_ray.storage.image_blocks import decode, read_pngs
 KERNEL_VERSION = "answers-1"
 
 SMALLEST = 160
-"""Pixels at least, a side of one exemplar in the pictures that workers see."""
+"""Minimum side of an exemplar in the images of the tasks, pixels."""
 
 UNITS_AT_ONCE = 512
-"""Units whose images are in memory at once, as PNG: some hundred megabytes."""
+"""Units whose images are in memory at a time, as PNG: a few hundred megabytes."""
 
 IMAGES, TASKS, LABEL_STUDIO = "images", "tasks.csv", "label-studio.jsonl"
 QUALIFICATION, KEY = "qualification", "qualification-key"
-"""Names of what a folder of tasks holds."""
+"""Names of the files and folders of a folder of tasks."""
 
 
 def run_collect(
@@ -55,7 +55,7 @@ def run_collect(
     url: str = "",
     qualification: Path | None = None,
 ) -> int:
-    """Writes the tasks in which people are asked to describe units, whole or not at all.
+    """Writes the tasks in which people describe units; a folder that exists is complete.
 
     Into the folder: ``images/``, a picture per unit with its exemplars side by side, darkened outside the masks;
     ``tasks.csv`` and ``mturk.html`` for Mechanical Turk; ``label-studio.jsonl`` and ``label-studio.xml`` for Label
@@ -87,44 +87,41 @@ def run_collect(
     with whole_folder(folder) as part:
         tasks: list[Task] = []
         for number, (of, layer) in enumerate(wanted):
-            there = [unit for unit in _units(storage, of, layer) if not units or unit in units]
-            chosen = [unit for unit in there if (of, layer, unit) not in questioned]
+            present = storage.read(EXEMPLARS, ["unit"], model=of, layer=layer)["unit"].unique().to_pylist()
+            chosen = [u for u in sorted(present) if (not units or u in units) and (of, layer, u) not in questioned]
             tasks += _write_images(storage, of, layer, chosen, part, f"{IMAGES}/{number:02d}", url)
         if not tasks:
             raise MilanError(f"none of the chosen units of {model} has exemplars: choose others with --units.")
         questions = []
         for number, (of, layer, unit, right, wrong) in enumerate(asked):
-            found = _write_images(storage, of, layer, [unit], part, f"{IMAGES}/{QUALIFICATION}/{number:02d}", url)
-            if not found:
+            shown = _write_images(storage, of, layer, [unit], part, f"{IMAGES}/{QUALIFICATION}/{number:02d}", url)
+            if not shown:
                 raise MilanError(f"the qualification test asks about {of} {layer} {unit}, which has no exemplars.")
-            questions.append(Question(found[0], right, wrong))
+            questions.append(Question(shown[0], right, wrong))
         _write(part, tasks, questions)
     return len(tasks)
 
 
 def _write(folder: Path, tasks: Sequence[Task], questions: Sequence[Question]) -> None:
+    def template(name: str) -> str:
+        return (collection.TEMPLATES / name).read_text(encoding="utf-8")
+
     files = {
         TASKS: collection.tasks_csv(tasks),
         LABEL_STUDIO: collection.tasks_jsonl(tasks),
-        "mturk.html": (collection.TEMPLATES / "mturk.html").read_text(encoding="utf-8"),
-        "label-studio.xml": (collection.TEMPLATES / "label-studio.xml").read_text(encoding="utf-8"),
+        "mturk.html": template("mturk.html"),
+        "label-studio.xml": template("label-studio.xml"),
     }
     if questions:
         files |= {
             f"{QUALIFICATION}.xml": collection.question_form(questions),
             f"{KEY}.xml": collection.answer_key(questions),
             f"{QUALIFICATION}.jsonl": collection.questions_jsonl(questions),
-            f"{QUALIFICATION}-label-studio.xml": (collection.TEMPLATES / "qualification.xml").read_text(
-                encoding="utf-8"
-            ),
+            f"{QUALIFICATION}-label-studio.xml": template("qualification.xml"),
             f"{KEY}.csv": collection.key_csv(questions),
         }
     for name, text in files.items():
         (folder / name).write_text(text, encoding="utf-8", newline="")
-
-
-def _units(storage: Storage, model: str, layer: str) -> list[int]:
-    return sorted(storage.read(EXEMPLARS, ["unit"], model=model, layer=layer)["unit"].unique().to_pylist())
 
 
 def _write_images(
@@ -142,9 +139,9 @@ def _write_images(
     tasks: list[Task] = []
 
     def write(unit: int, rows: np.ndarray, pngs: dict[int, bytes]) -> Task:
-        mine = table.take(rows)
-        pixels = [nearest(decode(pngs[i]).transpose(2, 0, 1), size) for i in mine["image_id"].to_pylist()]
-        regions = masks.unpack(mine["mask"].to_pylist(), size)
+        of_unit = table.take(rows)
+        pixels = [nearest(decode(pngs[i]).transpose(2, 0, 1), size) for i in of_unit["image_id"].to_pylist()]
+        regions = masks.unpack(of_unit["mask"].to_pylist(), size)
         images = np.stack(pixels).astype(np.float32) / 255
         sample = Sample(layer, unit, images, regions[:, None].astype(np.float32))
         grid = sample.grid()
@@ -173,7 +170,7 @@ def _write_images(
 
 @dataclass(frozen=True)
 class Answers:
-    """What came back.
+    """Answers that were imported, and counts of those left out.
 
     Attributes:
         texts: Columns source, model, layer, unit, annotator, text: what is now in the table ``annotations``.
@@ -199,7 +196,7 @@ def run_answers(
     keep_rejected: bool = False,
     qualified: set[str] | None = None,
 ) -> Answers:
-    """Brings people's answers into the table ``annotations``, cleaned, whole layers at a time.
+    """Imports people's answers into the table ``annotations``, cleaned, one layer at a time.
 
     Give all files of a source at once: what a layer had from it is replaced. Workers' names do not enter the table;
     they are told apart by hashes.
@@ -220,27 +217,27 @@ def run_answers(
     answers: list[Answer] = []
     rejected = 0
     for file in files:
-        found, out = collection.read_answers(file, keep_rejected=keep_rejected)
-        answers += found
-        rejected += out
+        accepted, refused = collection.read_answers(file, keep_rejected=keep_rejected)
+        answers += accepted
+        rejected += refused
     unqualified = 0
     if qualified is not None:
         unqualified = sum(answer.worker not in qualified for answer in answers)
         answers = [answer for answer in answers if answer.worker in qualified]
     kept: dict[tuple[str, str, int, str], str] = {}
-    left: Counter[str] = Counter()
+    dropped: Counter[str] = Counter()
     for answer in answers:
         text = tables.clean(answer.text, answer.worker)
         key = (answer.model, answer.layer, answer.unit, _annotator(source, answer.worker))
         if not text:
-            left["empty"] += 1
+            dropped["empty"] += 1
         elif key in kept:
-            left["repeated"] += 1
+            dropped["repeated"] += 1
         else:
             kept[key] = text
     if not kept:
         raise MilanError(f"no answer is left of {', '.join(map(str, files))}: nothing was written.")
-    shown = {(answer.model, answer.layer): {answer.exemplars} for answer in answers}
+    shown: dict[tuple[str, str], set[str]] = defaultdict(set)
     for answer in answers:
         shown[answer.model, answer.layer].add(answer.exemplars)
     layers = sorted({(model, layer) for model, layer, *_ in kept})
@@ -257,20 +254,19 @@ def run_answers(
         frames.append(_store(storage, source, model, layer, rows))
     texts = pl.concat(frames)
     say(f"annotations of source {source}: {len(texts)} on {texts.select('model', 'layer', 'unit').n_unique()} units")
-    return Answers(texts, rejected, unqualified, left["empty"], left["repeated"])
+    return Answers(texts, rejected, unqualified, dropped["empty"], dropped["repeated"])
 
 
 def _annotator(source: str, worker: str) -> str:
-    """A name that tells workers apart, but not who they are."""
+    """A pseudonym of a worker: a hash of the name."""
     return f"worker-{hashlib.sha256(f'{source} {worker}'.encode()).hexdigest()[:8]}"
 
 
 def _store(storage: Storage, source: str, model: str, layer: str, rows: Sequence[tuple[int, str, str]]) -> pl.DataFrame:
     keys = {"source": source, "model": model, "layer": layer}
     exemplars = storage.config_of(EXEMPLARS, model=model, layer=layer)
-    columns: dict[str, object] = {name: [value] * len(rows) for name, value in keys.items()}
-    columns |= {name: [row[place] for row in rows] for place, name in enumerate(("unit", "annotator", "text"))}
-    table = ANNOTATIONS.table(columns, {EXEMPLARS_KEY: exemplars})
+    columns = {name: [row[place] for row in rows] for place, name in enumerate(("unit", "annotator", "text"))}
+    table = ANNOTATIONS.table(columns, {EXEMPLARS_KEY: exemplars}, **keys)
     stamp = config_hash({"kernel": KERNEL_VERSION, "exemplars": exemplars, "annotations": rows})
     if not storage.is_current(ANNOTATIONS, stamp, **keys):
         storage.write(ANNOTATIONS, table, stamp, **keys)
@@ -278,7 +274,7 @@ def _store(storage: Storage, source: str, model: str, layer: str, rows: Sequence
 
 
 def agreement_report(answers: Answers, score: TextScore, measure: str) -> str:
-    """How much people agree, by model and by worker: each annotation against its unit's others."""
+    """Formats the agreement of annotations, by model and by worker: each is compared with the unit's others."""
     lines = [
         f"left out: {answers.rejected} rejected or skipped, {answers.unqualified} of workers who did not pass the "
         f"test, {answers.empty} without a word, {answers.repeated} repeated"

@@ -1,4 +1,4 @@
-"""MILANNOTATIONS out of the run directory: exemplars + views + annotations ─► a published set."""
+"""Export of MILANNOTATIONS: exemplars + views + annotations ─► a published set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from milan_ray.schema import ANNOTATIONS, EXEMPLARS, MANIFEST
 from milan_ray.storage import EXEMPLARS_KEY, Storage, image_blocks
 
 ROOT = "milannotations:"
-"""Start of the root of an imported set's images in their manifest; their paths are ids, where ``ids.csv`` had them."""
+"""Prefix of the root of an imported set's images in the manifest; their paths are ids where ``ids.csv`` has them."""
 
 PUBLISHED = "published"
 """Metadata key of imported exemplars: the set that they come from."""
@@ -41,7 +41,7 @@ def run_export(
     source: str | None = None,
     layers: Sequence[str] | None = None,
 ) -> list[str]:
-    """Writes a model's exemplars and annotations as a published set, whole or not at all.
+    """Writes a model's exemplars and annotations as a published set; a folder that exists is complete.
 
     What was imported comes out with identical arrays (images as bytes, if they were floats). Units with fewer than k
     exemplars (dead ones) have no place in the layout and are left out, as ``units.npy`` then says.
@@ -66,34 +66,34 @@ def run_export(
         raise MilanError(f"layer {bad[0]!r} of {model} cannot be the name of a folder: leave it out.")
     annotations = _annotations(storage, model, source, chosen)
     with layout.whole_folder(folder) as part:
-        kept = {}
+        written = {}
         for layer in chosen:
             (part / layer).mkdir()
-            kept[layer] = _export_layer(storage, model, layer, part / layer)
+            written[layer] = _export_layer(storage, model, layer, part / layer)
         if annotations:
-            rows = [(layer, unit, text) for layer, unit, text in annotations if unit in kept[layer]]
+            rows = [(layer, unit, text) for layer, unit, text in annotations if unit in written[layer]]
             layout.write_annotations(part / layout.ANNOTATIONS, rows)
     return chosen
 
 
 def exemplar_layers(storage: Storage, model: str, layers: Sequence[str] | None = None) -> list[str]:
-    """The layers asked for, or all, of a model with exemplars.
+    """The given layers of a model with exemplars, or all of them.
 
     Raises:
         MilanError: There are no exemplars of the model, or of such a layer.
     """
-    found = [keys["layer"] for keys in storage.partitions(EXEMPLARS, model=model)]
-    if not found:
+    present = [keys["layer"] for keys in storage.partitions(EXEMPLARS, model=model)]
+    if not present:
         known = {keys["model"] for keys in storage.partitions(EXEMPLARS)}
         raise unknown_name("model with exemplars", model, known, f"Looked in {storage.root}.")
     for layer in layers or ():
-        if layer not in found:
-            raise unknown_name("layer with exemplars", layer, found)
-    return storage.layers_in_order(model, found) if layers is None else list(layers)
+        if layer not in present:
+            raise unknown_name("layer with exemplars", layer, present)
+    return storage.layers_in_order(model, present) if layers is None else list(layers)
 
 
 def _annotations(storage: Storage, model: str, source: str | None, layers: Sequence[str]) -> list[tuple[str, int, str]]:
-    """(layer, unit, text) in the order of the file that they came from, else layer by layer."""
+    """Annotations as (layer, unit, text), in the order of the imported file, or else layer by layer."""
     partitions = [keys for keys in storage.partitions(ANNOTATIONS, model=model) if keys["layer"] in layers]
     sources = sorted({keys["source"] for keys in partitions})
     if source is None and len(sources) > 1:
@@ -126,15 +126,15 @@ def _export_layer(storage: Storage, model: str, layer: str, folder: Path) -> set
     meta = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
     size = mask_size(meta)
     unit, rank, image_id = (table[name].to_numpy() for name in ("unit", "rank", "image_id"))
-    found, first, counts = np.unique(unit, return_index=True, return_counts=True)
+    present, first, counts = np.unique(unit, return_index=True, return_counts=True)
     k = int(counts.max(initial=0))
     whole = np.argsort(first[counts == k])
-    units = found[counts == k][whole].astype(np.int64)  # in the order of the table: that of the set it came from
+    units = present[counts == k][whole].astype(np.int64)  # in the order of the table: that of the set it came from
     if not len(units):
         raise MilanError(f"{model} {layer} has no exemplars to export: leave the layer out.")
-    if len(units) < len(found):
-        say(f"{model} {layer}: left out {len(found) - len(units)} units with fewer than {k} exemplars")
-    position = np.full(int(found.max()) + 1, -1)
+    if len(units) < len(present):
+        say(f"{model} {layer}: left out {len(present) - len(units)} units with fewer than {k} exemplars")
+    position = np.full(int(present.max()) + 1, -1)
     position[units] = np.arange(len(units))
     place = position[unit]
     shape = len(units), k
@@ -175,7 +175,7 @@ def _export_layer(storage: Storage, model: str, layer: str, folder: Path) -> set
 
 
 def _source_ids(storage: Storage, probe: str, image_ids: np.ndarray) -> np.ndarray | None:
-    """Manifest rows → what ``ids.csv`` says of them; None where it was not there when they were imported."""
+    """The ids in ``ids.csv`` of some manifest rows; None where the imported set had no ``ids.csv``."""
     images = rows_of(storage.read(MANIFEST, ["root", "path"], probe=probe), image_ids)
     if not images["root"][0].as_py().startswith(ROOT):
         return image_ids

@@ -1,4 +1,4 @@
-"""MILANNOTATIONS into the run directory.
+"""Import of MILANNOTATIONS into the run directory.
 
 published set ─► [hash images] ─► manifest ─► views ─► exemplars ─► annotations
 
@@ -14,6 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ SOURCE = "milannotations"
 
 
 def run_import(storage: Storage, published: PublishedSet, *, model: str | None = None, source: str = SOURCE) -> str:
-    """Brings a published set into the run directory, unless it is there already, made from the same files.
+    """Imports a published set into the run directory, unless it was imported from the same files before.
 
     Exemplars, views, manifest and annotations are then as if made here, so encodings, descriptions, training and the
     report run on them. Levels are not known, so there are none. An image's identity is its id in ``ids.csv``, where
@@ -92,7 +93,7 @@ def run_import(storage: Storage, published: PublishedSet, *, model: str | None =
 
 
 def import_csv(storage: Storage, path: Path, model: str, *, source: str, annotation_count: int | None = None) -> None:
-    """Brings the annotations of an ``annotations.csv`` to exemplars that are there already.
+    """Imports the annotations of an ``annotations.csv`` for exemplars that are stored already.
 
     Args:
         storage: The run directory, which holds the model's exemplars.
@@ -113,14 +114,10 @@ def import_csv(storage: Storage, path: Path, model: str, *, source: str, annotat
 
 
 def _files(published: PublishedSet) -> list[tuple[str, str, int, int]]:
-    """(layer, file, size, modification time) of all that decides exemplars: hashing gigabytes would take minutes."""
-    found = []
-    for layer, files in published.files.items():
-        for name in (layout.IMAGES, layout.MASKS, layout.UNITS, layout.IDS, layout.ACTIVATIONS):
-            if (files.folder / name).exists():
-                status = (files.folder / name).stat()
-                found.append((layer, name, status.st_size, status.st_mtime_ns))
-    return found
+    """(layer, file, size, modification time) of the files that decide exemplars: hashing them would take minutes."""
+    names = (layout.IMAGES, layout.MASKS, layout.UNITS, layout.IDS, layout.ACTIVATIONS)
+    files = [(layer, of_layer.folder / name) for layer, of_layer in published.files.items() for name in names]
+    return [(layer, file.name, file.stat().st_size, file.stat().st_mtime_ns) for layer, file in files if file.exists()]
 
 
 def _import_exemplars(
@@ -129,9 +126,9 @@ def _import_exemplars(
     started = time.monotonic()
     say(f"import of {published.name}: {len(published.layers)} layers as {model}")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        seen = _scan(storage, published, config, pool)
+        scanned = _scan(storage, published, config, pool)
         # One image is one id and one content; where it was seen first is where its pixels are read from.
-        images = seen.unique(["source_id", "sha256"], keep="first", maintain_order=True)
+        images = scanned.unique(["source_id", "sha256"], keep="first", maintain_order=True)
         images = images.sort("source_id", "sha256").with_row_index("image_id")
         root = f"{ROOT}{published.name}"
         manifest = build(
@@ -144,17 +141,17 @@ def _import_exemplars(
         if not storage.is_current(MANIFEST, probe, probe=probe):
             storage.write(MANIFEST, manifest, probe, probe=probe)
         _write_views(storage, published, images, probe, pool)
-    ids = seen.join(images.select("image_id", "source_id", "sha256"), ["source_id", "sha256"], nulls_equal=True)
+    ids = scanned.join(images.select("image_id", "source_id", "sha256"), ["source_id", "sha256"], nulls_equal=True)
     for layer in missing:
-        mine = ids.filter(pl.col("layer") == layer).sort("position", "rank")
+        of_layer = ids.filter(pl.col("layer") == layer).sort("position", "rank")
         if layer == missing[-1]:
             seconds = time.monotonic() - started
             record_run(storage, "import", config, model, rows=len(ids), cost=Cost(seconds, seconds, len(images)))
-        _write_exemplars(storage, published, layer, mine, model, probe, config)
+        _write_exemplars(storage, published, layer, of_layer, model, probe, config)
 
 
 def _scan(storage: Storage, published: PublishedSet, config: str, pool: ThreadPoolExecutor) -> pl.DataFrame:
-    """Every exemplar's image: layer, position, rank, source_id (null without ids.csv), sha256 of its RGB bytes."""
+    """A row per exemplar: layer, position, rank, source_id (null without ids.csv), sha256 of its RGB bytes."""
     parts = []
     done = set(storage.work_names(config))
     for number, (layer, files) in enumerate(published.files.items()):
@@ -162,8 +159,8 @@ def _scan(storage: Storage, published: PublishedSet, config: str, pool: ThreadPo
         if name not in done:
             with Progress(f"images of {layer}", len(files.units), "units") as progress:
                 digests = []
-                for found in pool.map(lambda position, files=files: _digests(files, position), range(len(files.units))):
-                    digests += found
+                for of_unit in pool.map(partial(_digests, files), range(len(files.units))):
+                    digests += of_unit
                     progress.advance()
             count, k = files.masks.shape[:2]
             sources = [None] * (count * k) if files.image_ids is None else files.image_ids.ravel()
@@ -190,7 +187,7 @@ def _view(files: LayerFiles) -> str:
 def _write_views(
     storage: Storage, published: PublishedSet, images: pl.DataFrame, probe: str, pool: ThreadPoolExecutor
 ) -> None:
-    """Stores every image once, block by block; a block that is there is whole."""
+    """Stores every image once, block by block; a block that exists is complete."""
     blocks: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for row in images.iter_rows(named=True):
         blocks[_view(published.files[row["layer"]]), block_of(row["image_id"])].append(row)
@@ -217,9 +214,7 @@ def _write_exemplars(
     for position in range(count):
         packed += masks.pack(torch.from_numpy(files.unit_masks(position)))
     activations = np.full((count, k), np.nan, np.float32) if files.activations is None else files.activations
-    columns: dict[str, object] = {
-        "model": [model] * (count * k),
-        "layer": [layer] * (count * k),
+    columns = {
         "unit": np.repeat(files.units, k),
         "rank": rows["rank"].to_numpy(),
         "image_id": rows["image_id"].to_numpy(),
@@ -236,7 +231,8 @@ def _write_exemplars(
         PUBLISHED: published.name,
         UNITS_FILE: str(files.has_units),
     }
-    storage.write(EXEMPLARS, EXEMPLARS.table(columns, metadata), config, model=model, layer=layer)
+    keys = {"model": model, "layer": layer}
+    storage.write(EXEMPLARS, EXEMPLARS.table(columns, metadata, **keys), config, **keys)
 
 
 def _write_annotations(
@@ -249,12 +245,12 @@ def _write_annotations(
     """Writes the annotations of the units that have exemplars, in the order of the file, layer by layer."""
     if not kept:
         return
-    there = {(layer, unit) for layer, numbers in units.items() for unit in numbers}
-    homeless = [key for key in kept if key not in there]
-    if homeless:
-        say(f"annotations of {model}: left out {len(homeless)} units without exemplars, the first {homeless[0]}")
+    present = {(layer, unit) for layer, numbers in units.items() for unit in numbers}
+    missing = [key for key in kept if key not in present]
+    if missing:
+        say(f"annotations of {model}: left out {len(missing)} units without exemplars, the first {missing[0]}")
     by_layer: dict[str, list[tuple[Annotation, int]]] = defaultdict(list)
-    for layer, unit in kept.keys() & there:
+    for layer, unit in kept.keys() & present:
         by_layer[layer] += [(item, place) for place, item in enumerate(kept[layer, unit])]
     for layer, items in by_layer.items():
         items.sort(key=lambda item: item[0].row)
@@ -264,13 +260,12 @@ def _write_annotations(
         keys = {"source": source, "model": model, "layer": layer}
         if storage.is_current(ANNOTATIONS, config, **keys):
             continue
-        columns: dict[str, object] = {name: [value] * len(items) for name, value in keys.items()}
-        columns |= {
+        columns = {
             "unit": [unit for _, unit, _, _ in texts],
             # Published sets do not say who wrote what: a unit's first, second, … annotator.
             "annotator": [f"{place:03d}" for _, _, place, _ in texts],
             "text": [text for *_, text in texts],
         }
         metadata = {EXEMPLARS_KEY: exemplars, CSV_ROWS: ",".join(str(row) for row, *_ in texts)}
-        storage.write(ANNOTATIONS, ANNOTATIONS.table(columns, metadata), config, **keys)
-    say(f"annotations of {model}: {sum(map(len, by_layer.values()))} of {len(kept) - len(homeless)} units")
+        storage.write(ANNOTATIONS, ANNOTATIONS.table(columns, metadata, **keys), config, **keys)
+    say(f"annotations of {model}: {sum(map(len, by_layer.values()))} of {len(kept) - len(missing)} units")

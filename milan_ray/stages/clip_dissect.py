@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -22,8 +23,8 @@ from milan_ray.config import Fingerprint, Resources
 from milan_ray.device import resolve_device, torch_threads
 from milan_ray.engine import references
 from milan_ray.engine.cluster import gpus_each
-from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.stage import Job, Known, Layers, Output, RunnableStage, StepStage, abandon, pairs
+from milan_ray.engine.run_log import Cost
+from milan_ray.engine.stage import Job, Known, Layers, Output, RunnableStage, StepStage, abandon, pairs, publish
 from milan_ray.engine.tasks import FEW_IMAGES, run_parallel
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
@@ -35,13 +36,15 @@ from milan_ray.models.image_text import ImageTextRef
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED
 from milan_ray.scoring.simulation import held_out
-from milan_ray.stages.descriptions import write_labels
+from milan_ray.stages.descriptions import described
 from milan_ray.stages.embeddings import (
     ImageEmbeddings,
     TextEmbeddings,
     embedded_ids,
     embeddings_of,
     lists_of,
+    padded,
+    products,
     rows_of,
     text_embeddings,
 )
@@ -50,16 +53,13 @@ from milan_ray.storage import Storage
 KERNEL_VERSION = "clip-dissect-1"
 
 CHUNKS = 8
-"""Chunks that a list of concepts is cut into, at least, as long as they are not tiny."""
+"""Minimum number of chunks of a list of concepts; chunks have a multiple of 16 concepts."""
 
 MOST = 512
-"""Concepts per chunk at most: what bounds memory, images × chunk × 4 bytes."""
-
-IMAGES = 1024
-"""Images per matrix product."""
+"""Maximum number of concepts per chunk, which bounds memory: images × chunk × 4 bytes."""
 
 FEW = 2**22
-"""Products of images and concepts; no more are computed by the driver: workers take longer to start."""
+"""Maximum number of products of images and concepts that the driver computes: workers take longer to start."""
 
 
 def chunk_of(concepts: int) -> int:
@@ -69,7 +69,7 @@ def chunk_of(concepts: int) -> int:
 
 @dataclass(frozen=True)
 class _How:
-    """What pieces of work need to know.
+    """Inputs that all pieces of work share.
 
     Attributes:
         storage: The run directory.
@@ -83,9 +83,17 @@ class _How:
     labeler: ClipDissect
     images: dict[str, str]
 
+    def get(self, name: str) -> pa.Table:
+        """Reads a table of the work."""
+        return self.storage.get_work(self.work, name)
+
+    def put(self, name: str, table: pa.Table) -> None:
+        """Writes a table of the work."""
+        self.storage.put_work(self.work, name, table)
+
     @property
     def every_image(self) -> bool:
-        """Whether units are compared on all images, which need no list of them: cosines are."""
+        """Whether units are compared on all images instead of their own list of images: with cosines."""
         return self.labeler.similarity.startswith("cos")
 
     @property
@@ -114,9 +122,15 @@ class ClipDissectLabels(StepStage):
         self.name, self.title = labeler.name, f"descriptions ({labeler.name})"
 
     def outputs(self, known: Known) -> Iterator[Output]:
-        """Labels of every layer, by its exemplars, their pooled activations and the probe's embeddings."""
+        """Labels of every layer, by its exemplars, their pooled activations and the probe's embeddings.
+
+        Raises:
+            MilanError: A layer has no pooled activations of the probe, or not the units selected.
+        """
         texts = self._images.embedder.text_identity()
         identity = {**self._labeler.identity(), "kernel": KERNEL_VERSION, "clip": dict(texts)}
+        if not known.pending(POOLED):
+            self._check(known.storage)
         for model, layer in pairs(self._models):
             exemplars, pooled = (known.config(table, model=model, layer=layer) for table in (EXEMPLARS, POOLED))
             images = known.config(IMAGE_EMBEDDINGS, **self._images.keys)
@@ -125,12 +139,8 @@ class ClipDissectLabels(StepStage):
                 {"labeler": self.name, "model": model, "layer": layer}, Fingerprint.of(identity | above, self._units)
             )
 
-    def check(self, storage: Storage) -> None:
-        """Checks that every layer has pooled activations of the probe, and the units selected.
-
-        Raises:
-            MilanError: A layer has not.
-        """
+    def _check(self, storage: Storage) -> None:
+        """Checks that every layer has pooled activations of the probe, and the units selected."""
         for model, layer in pairs(self._models):
             meta = storage.metadata(POOLED, model=model, layer=layer)
             if meta is None or meta["probe"] != self._images.digest:
@@ -145,27 +155,28 @@ class ClipDissectLabels(StepStage):
         vectors = text_embeddings(storage, labeler.concepts, ref, job.resources, plugins)
         stored = set(storage.work_names(work))
         if "concepts" not in stored:
-            storage.put_work(work, "concepts", pa.table({"embedding": lists_of(vectors)}))
+            how.put("concepts", pa.table({"embedding": lists_of(vectors)}))
         few = storage.count(IMAGE_EMBEDDINGS, **how.images) <= FEW_IMAGES
-        scans = [_Scan(how, layer) for layer in job.every if f"units/{layer.number}" not in stored]
+        scans = [layer for layer in job.every if f"units/{layer.number}" not in stored]
         scanned = {layer.number: 0.0 for layer in job.every}
-        for index, took in run_parallel(_scan, scans, in_driver=few):
-            scanned[scans[index].layer.number] = took
-        needed = np.unique(np.concatenate([_needed(how, layer) for layer in job.every]))
+        for index, seconds in run_parallel(partial(_scan, how), scans, in_driver=few):
+            scanned[scans[index].number] = seconds
+        images = [rows_of(how.get(f"units/{layer.number}")["images"]).ravel() for layer in job.every]
+        needed = np.unique(np.concatenate(images))
+        needed = needed[needed >= 0]  # -1 stands for no image
         seconds = _compare(how, job.every, needed, job.resources)
         for layer in job.due:
             cost = Cost(scanned[layer.number], scanned[layer.number], len(needed))
             cost.add(seconds, len(job.due))
-            labels = self._best(how, layer)
-            keys = {"model": layer.model, "layer": layer.layer}
-            record_run(storage, self.name, layer.fingerprint.hash, **keys, rows=len(labels), cost=cost)
-            write_labels(storage, layer, labeler, labels, storage.config_of(EXEMPLARS, **keys))
+            exemplars = storage.config_of(EXEMPLARS, **layer.of_layer)
+            rows = described(layer, labeler, self._best(how, layer), exemplars)
+            publish(storage, DESCRIPTIONS, layer, rows, self.name, cost)
 
     def _best(self, how: _How, layer: Output) -> Mapping[int, list[Label]]:
         """Unit → its labels, best first, from the best of every chunk."""
-        tables = [how.storage.get_work(how.work, f"best/{_chunk_name(first)}/{layer.number}") for first in how.chunks]
+        tables = [how.get(f"best/{_chunk_name(first)}/{layer.number}") for first in how.chunks]
         best = Best.merged(Best(rows_of(table["concepts"]), rows_of(table["scores"])) for table in tables)
-        alive = how.storage.get_work(how.work, f"units/{layer.number}")["alive"].to_numpy()
+        alive = how.get(f"units/{layer.number}")["alive"].to_numpy()
         named = best.labels(how.labeler.concepts, alive, NOTHING)
         return how.labeler.label(Evidence(concepts={unit: named[unit] for unit in self._units or sorted(named)}))
 
@@ -198,17 +209,11 @@ def clip_dissect_stages(
     return [images, ClipDissectLabels(models, labeler, images, units)]
 
 
-@dataclass(frozen=True)
-class _Scan:
-    how: _How
-    layer: Output
-
-
-def _scan(task: _Scan) -> float:
+def _scan(how: _How, layer: Output) -> float:
     """Finds the images of every unit of a layer, in one pass over its pooled activations; returns the seconds."""
     started = time.monotonic()
-    how, storage = task.how, task.how.storage
-    keys = {"model": task.layer.model, "layer": task.layer.layer}
+    storage = how.storage
+    keys = layer.of_layer
     known = embedded_ids(storage, **how.images)
     known = known[~held_out(known, how.labeler.hold_out)]
     total = storage.count(POOLED, **keys)
@@ -241,16 +246,9 @@ def _scan(task: _Scan) -> float:
             "alive": high > low,
         }
     )
-    storage.put_work(how.work, f"known/{task.layer.number}", pa.table({"image_id": known}))
-    storage.put_work(how.work, f"units/{task.layer.number}", table)
+    how.put(f"known/{layer.number}", pa.table({"image_id": known}))
+    how.put(f"units/{layer.number}", table)
     return time.monotonic() - started
-
-
-def _needed(how: _How, layer: Output) -> np.ndarray:
-    """The images that some unit of a layer is compared on."""
-    scanned = how.storage.get_work(how.work, f"units/{layer.number}")
-    ids = scanned["images"].combine_chunks().flatten().to_numpy()
-    return np.unique(ids[ids >= 0])
 
 
 @dataclass(frozen=True)
@@ -261,34 +259,20 @@ class _Chunk:
     device: str
 
     @property
-    def name(self) -> str:
-        return _chunk_name(self.first)
-
-    def vectors(self, device: torch.device) -> torch.Tensor:
-        """Embeddings of the chunk's concepts, (chunk, D), zeros beyond the last: every product has one shape."""
-        every = rows_of(self.how.storage.get_work(self.how.work, "concepts")["embedding"])
-        size = chunk_of(len(every))
-        padded = np.zeros((size, every.shape[1]), np.float32)
-        own = every[self.first : self.first + size]
-        padded[: len(own)] = own
-        return torch.from_numpy(padded).to(device)
-
-    @property
     def concepts(self) -> int:
         """How many concepts the chunk holds."""
         total = len(self.how.labeler.concepts)
         return min(chunk_of(total), total - self.first)
 
     def fit(self, images: np.ndarray, device: torch.device) -> torch.Tensor:
-        """P of some images, given by their embeddings (N, D), and the chunk's concepts: float32 (N, concepts)."""
-        vectors = self.vectors(device).T
-        products = []
-        for start in range(0, len(images), IMAGES):
-            some = images[start : start + IMAGES]
-            padded = torch.zeros(IMAGES, images.shape[1])
-            padded[: len(some)] = torch.from_numpy(some)
-            products.append((padded.to(device) @ vectors)[: len(some), : self.concepts])
-        return torch.cat(products)
+        """P of some images, given by their embeddings (N, D), and the chunk's concepts: float32 (N, concepts).
+
+        The last chunk is padded, so that every product has one shape.
+        """
+        vectors = rows_of(self.how.get("concepts")["embedding"])
+        size = chunk_of(len(vectors))
+        chunk = padded(vectors[self.first : self.first + size], size)
+        return products(images, chunk.to(device), self.concepts)
 
 
 def _chunk_name(first: int) -> str:
@@ -300,24 +284,26 @@ def _compare(how: _How, layers: Sequence[Output], needed: np.ndarray, resources:
     storage, work, labeler, encoder = how.storage, how.work, how.labeler, how.images["encoder"]
     total = len(labeler.concepts)
     if "needed" not in storage.work_names(work):
-        storage.put_work(work, "needed", pa.table({"image_id": needed}))
+        how.put("needed", pa.table({"image_id": needed}))
     chunks = [_Chunk(how, tuple(layers), first, resources.device) for first in how.chunks]
     images = storage.count(IMAGE_EMBEDDINGS, **how.images) if how.every_image else len(needed)
-    here = images * total <= FEW
-    gpus = 0.0 if here else gpus_each(resources)
+    few = images * total <= FEW
+    gpus = 0.0 if few else gpus_each(resources)
     stored = set(storage.work_names(work))
     seconds = 0.0
     say(f"descriptions ({labeler.name}): {len(layers)} layers, {total} concepts, by {encoder} and {labeler.similarity}")
     with torch_threads(resources.threads), Progress(f"descriptions ({labeler.name})", total, "concepts") as progress:
         if labeler.wpmi is not None:
-            fresh = [chunk for chunk in chunks if f"sums/{chunk.name}" not in stored]
-            for _, took in run_parallel(_sum, fresh, resources.cpus_per_actor, gpus, here):
+            fresh = [chunk for chunk in chunks if f"sums/{_chunk_name(chunk.first)}" not in stored]
+            for _, took in run_parallel(_sum, fresh, resources.cpus_per_actor, gpus, few):
                 seconds += took
         fresh = [
-            chunk for chunk in chunks if any(f"best/{chunk.name}/{layer.number}" not in stored for layer in layers)
+            chunk
+            for chunk in chunks
+            if any(f"best/{_chunk_name(chunk.first)}/{layer.number}" not in stored for layer in layers)
         ]
         progress.advance(total - sum(chunk.concepts for chunk in fresh))
-        for index, took in run_parallel(_compare_chunk, fresh, resources.cpus_per_actor, gpus, here):
+        for index, took in run_parallel(_compare_chunk, fresh, resources.cpus_per_actor, gpus, few):
             seconds += took
             progress.advance(fresh[index].concepts)
     return seconds
@@ -325,7 +311,7 @@ def _compare(how: _How, layers: Sequence[Output], needed: np.ndarray, resources:
 
 def _images_of(task: _Chunk) -> tuple[np.ndarray, np.ndarray]:
     """The images that any unit is compared on: their ids, ascending, and embeddings."""
-    ids = task.how.storage.get_work(task.how.work, "needed")["image_id"].to_numpy()
+    ids = task.how.get("needed")["image_id"].to_numpy()
     return ids, embeddings_of(task.how.storage, **task.how.images, image_ids=ids)
 
 
@@ -336,8 +322,8 @@ def _sum(task: _Chunk) -> float:
     device = resolve_device(task.device)
     _, images = _images_of(task)
     state = LogSumExp()
-    state.update(task.name, (task.how.labeler.wpmi.a * task.fit(images, device).double()).cpu().numpy())
-    task.how.storage.put_work(task.how.work, f"sums/{task.name}", state.to_table())
+    state.update(_chunk_name(task.first), (task.how.labeler.wpmi.a * task.fit(images, device).double()).cpu().numpy())
+    task.how.put(f"sums/{_chunk_name(task.first)}", state.to_table())
     return time.monotonic() - started
 
 
@@ -355,11 +341,10 @@ def _compare_chunk(task: _Chunk) -> float:
     if task.how.labeler.wpmi is not None:
         state = LogSumExp()
         for first in task.how.chunks:  # by name: a piece that is missing is an error, not a smaller sum
-            sums = task.how.storage.get_work(task.how.work, f"sums/{_chunk_name(first)}")
-            state.merge(LogSumExp.from_table(sums))
+            state.merge(LogSumExp.from_table(task.how.get(f"sums/{_chunk_name(first)}")))
         normalisers = torch.from_numpy(state.result()).to(device)
     for layer in task.layers:
-        scanned = task.how.storage.get_work(task.how.work, f"units/{layer.number}")
+        scanned = task.how.get(f"units/{layer.number}")
         own = rows_of(scanned["images"])
         rows = torch.from_numpy(np.where(own >= 0, np.searchsorted(ids, own), -1)).to(device)
         if task.how.labeler.wpmi is not None:
@@ -373,9 +358,9 @@ def _compare_chunk(task: _Chunk) -> float:
 
 def _cosines(task: _Chunk, layer: Output, device: torch.device) -> torch.Tensor:
     """Cosines of a layer's units and a chunk's concepts, in one pass over the layer's pooled activations."""
-    keys = {"model": layer.model, "layer": layer.layer}
-    scanned = task.how.storage.get_work(task.how.work, f"units/{layer.number}")
-    known = task.how.storage.get_work(task.how.work, f"known/{layer.number}")["image_id"].to_numpy()
+    keys = layer.of_layer
+    scanned = task.how.get(f"units/{layer.number}")
+    known = task.how.get(f"known/{layer.number}")["image_id"].to_numpy()
     known = known[np.isin(known, task.how.storage.read(POOLED, ["image_id"], **keys)["image_id"].to_numpy())]
     images = embeddings_of(task.how.storage, **task.how.images, image_ids=known)
     fit = task.fit(images, device)
@@ -383,13 +368,13 @@ def _cosines(task: _Chunk, layer: Output, device: torch.device) -> torch.Tensor:
     state = Cosines(units, fit.double().mean(dim=0), 3 if task.how.labeler.similarity.endswith("cubed") else 1)
     for part in task.how.storage.stream(POOLED, ["image_id", task.how.labeler.pooling], **keys):
         ids = part["image_id"].to_numpy()
-        here = np.isin(ids, known)
-        values = torch.from_numpy(matrix(part[task.how.labeler.pooling])[here]).to(device)
-        state.update(values, fit[torch.from_numpy(np.searchsorted(known, ids[here])).to(device)])
+        embedded = np.isin(ids, known)
+        values = torch.from_numpy(matrix(part[task.how.labeler.pooling])[embedded]).to(device)
+        state.update(values, fit[torch.from_numpy(np.searchsorted(known, ids[embedded])).to(device)])
     return state.result()
 
 
 def _write_best(task: _Chunk, layer: Output, similarities: torch.Tensor) -> None:
     best = Best.of(similarities.cpu().numpy(), task.first)
     table = pa.table({"concepts": lists_of(best.concepts), "scores": lists_of(best.scores)})
-    task.how.storage.put_work(task.how.work, f"best/{task.name}/{layer.number}", table)
+    task.how.put(f"best/{_chunk_name(task.first)}/{layer.number}", table)

@@ -13,16 +13,14 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 from PIL import Image
 from torch import nn
 
 from milan_ray.config import Arithmetic, ExemplarConfig, Fingerprint, config_hash
-from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.model_cache import ModelCache
-from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage
+from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, Shards, ShardWorker
 from milan_ray.engine.tasks import FEW_IMAGES
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import pass_size
@@ -50,7 +48,7 @@ from milan_ray.storage import Storage
 KERNEL_VERSION = "cosy-1"
 
 TEXTS = 8
-"""Texts per piece of work."""
+"""Texts per shard."""
 
 COUNT = 50
 """Images per text: the reference's."""
@@ -63,7 +61,7 @@ class CosyConfig:
     Attributes:
         count: Images per text.
         seed: Their seed.
-        template: What the generator is told; ``{}`` stands for the description. CoSy's is ``realistic photo of a close
+        template: The generator's prompt; ``{}`` stands for the description. CoSy's is ``realistic photo of a close
             up of {}``.
     """
 
@@ -78,7 +76,7 @@ class CosyConfig:
 
 @dataclass(frozen=True)
 class Network:
-    """A model that looks at generated images.
+    """A model that is run on generated images.
 
     Attributes:
         ref: The model.
@@ -91,42 +89,22 @@ class Network:
     layers: dict[str, Arithmetic]
 
 
-@dataclass(frozen=True)
-class Generation:
-    """What images are generated, and what is kept of them.
-
-    Attributes:
-        generator: The generator.
-        cosy: How to generate.
-        pooling: ``mean`` or ``max``: what stands for an activation map.
-        plugins: Modules that register the generator.
-    """
-
-    generator: GeneratorRef
-    cosy: CosyConfig
-    pooling: str
-    plugins: tuple[str, ...]
-
-
-class CosyWorker:
-    """Generates images of texts and pools what a model's units make of them."""
+class CosyWorker(ShardWorker):
+    """Generates images of texts and pools the activations of a model's units for them."""
 
     def __init__(
         self,
-        storage: Storage,
-        work: str,
-        outputs: dict[int, Output],
         networks: list[Network],
-        how: Generation,
-        threads: int,
-        device: str,
+        ref: GeneratorRef,
+        plugins: tuple[str, ...],
+        cosy: CosyConfig,
+        pooling: str,
+        **context: Any,
     ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._outputs, self._networks = storage, work, outputs, networks
-        self._cosy = how.cosy
-        self._pool = means if how.pooling == "mean" else maxima
-        self._device = resolve_device(device)
-        self._generator: Generator = references.generator(how.generator, how.plugins).to(self._device)
+        super().__init__(**context)
+        self._networks, self._cosy = networks, cosy
+        self._pool = means if pooling == "mean" else maxima
+        self._generator: Generator = references.load(ref, plugins).to(self._device)
         self._forward = ModelCache(self._load)
 
     def __call__(self, row: Row) -> Row:
@@ -145,7 +123,7 @@ class CosyWorker:
                 columns = {"text": texts, "unit": pa.array(units, pa.int64()), "activations": values}
                 pieces[number].append(pa.table(columns))
         for number, tables in pieces.items():
-            self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), pa.concat_tables(tables))
+            self._store(row, number, pa.concat_tables(tables))
         return {}
 
     def _load(self, index: int) -> tuple[ModelSpec, Forwards]:
@@ -161,11 +139,11 @@ class CosyWorker:
     def _activations(self, spec: ModelSpec, forward: Forwards, views: np.ndarray) -> dict[str, np.ndarray]:
         """Layer → pooled activations of N views, float32 (N, U)."""
         size = pass_size(spec.batch(ExemplarConfig().batch_size), self._device)
-        found: dict[str, list[np.ndarray]] = defaultdict(list)
+        pooled: dict[str, list[np.ndarray]] = defaultdict(list)
         for start in range(0, len(views), size):
             for layer, maps in forward.maps(views[start : start + size]).items():
-                found[layer].append(self._pool(maps).cpu().numpy())
-        return {layer: np.concatenate(parts) for layer, parts in found.items()}
+                pooled[layer].append(self._pool(maps).cpu().numpy())
+        return {layer: np.concatenate(parts) for layer, parts in pooled.items()}
 
 
 class CosyScores(ShardedStage):
@@ -174,9 +152,9 @@ class CosyScores(ShardedStage):
     Images of every distinct text of a model are generated once, whichever units and labelers it comes from.
 
     Args:
-        described: What to score.
-        probe: The probe that it is of: the control.
-        models: The models described.
+        described: The descriptions to score.
+        probe: The probe of their exemplars, which is the control.
+        models: The described models.
         ref: The generator.
         cosy: How to generate.
         config: How to pool, and which images of the probe count.
@@ -197,13 +175,13 @@ class CosyScores(ShardedStage):
         cosy: CosyConfig,
         config: ScoreConfig,
     ) -> None:
-        self._described, self._config, self._predictor = described, config, ref.name
+        self._described, self._config, self._cosy = described, config, cosy
+        self._ref, self._plugins = ref, probe.plugins
         self._models = {model.name: model for model in models}
         self._digest = probe_digest(references.probe(probe).manifest())
-        self._how = Generation(ref, cosy, config.pooling, probe.plugins)
         self._identity = {
             "kernel": KERNEL_VERSION,
-            "generator": references.generator(ref, probe.plugins).identity(),
+            "generator": references.load(ref, probe.plugins).identity(),
             "cosy": cosy,
             "config": config,
         }
@@ -216,10 +194,10 @@ class CosyScores(ShardedStage):
         """Scores of every labeler's descriptions of every layer."""
         for layer in self._described:
             above = {"weights": self._weights[layer.model], **upstream(known.storage, layer, self._digest)}
-            yield Output({"predictor": self._predictor, **layer.keys}, Fingerprint.of({**self._identity, **above}))
+            yield Output({"predictor": self._ref.name, **layer.keys}, Fingerprint.of({**self._identity, **above}))
 
-    def shards(self, job: Job) -> list[Shard]:
-        """A few texts of one model each, with the units of each output that they are said of."""
+    def shards(self, job: Job) -> Shards:
+        """A few texts of one model each, with the units of each output that they describe."""
         units: dict[str, dict[str, dict[int, set[int]]]] = {name: {} for name in self._models}
         for output in job.due:
             texts = Texts.read(job.storage, Described.of(output), self._config.seed)
@@ -236,7 +214,7 @@ class CosyScores(ShardedStage):
                 row = {"model": index, "texts": texts_of_shard, "units": wanted}
                 name = f"{index}/{config_hash({'texts': texts_of_shard})}"
                 shards.append(Shard(name, outputs, row, len(texts_of_shard)))
-        return shards
+        return Shards(shards, all(job.storage.count(POOLED, **o.of_layer) <= FEW_IMAGES for o in job.due))
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """The models, and how images are generated."""
@@ -245,7 +223,8 @@ class CosyScores(ShardedStage):
             Network(model, self._weights[name], arithmetics_of(job.storage, name, layers[name], POOLED))
             for name, model in self._models.items()
         ]
-        return {"outputs": {output.number: output for output in job.due}, "networks": networks, "how": self._how}
+        how = {"ref": self._ref, "plugins": self._plugins, "cosy": self._cosy, "pooling": self._config.pooling}
+        return {"networks": networks, **how}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """Compares the activations for generated images with those for the probe."""
@@ -255,10 +234,10 @@ class CosyScores(ShardedStage):
             generated |= dict(zip(keys, rows_of(piece["activations"]), strict=True))
         layer = Described.of(output)
         texts = Texts.read(storage, layer, self._config.seed)
-        seen = UnitActivations.read(storage, layer, texts.units, self._config, None)
+        responses = UnitActivations.read(storage, layer, texts.units, self._config, None)
         rows: list[dict[str, object]] = []
         for column, unit in enumerate(texts.units):
-            control = seen.activations[seen.use[:, column], column]
+            control = responses.activations[responses.use[:, column], column]
             for system in SYSTEMS:
                 text = texts.systems[system][column]
                 own = generated[text, unit]
@@ -270,11 +249,3 @@ class CosyScores(ShardedStage):
                 metrics = zip(("cosy-auc", "cosy-mad"), scores, strict=True)
                 rows += [about | {"metric": metric, "value": value} for metric, value in metrics]
         return unit_scores(output.keys, pa.Table.from_pylist(rows, schema=ROWS_SCHEMA))
-
-    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
-        """How many layers are scored, and how many texts are left to generate images of."""
-        return f"{self.title}: {len(job.due)} layers and labelers, {sum(shard.size for shard in shards)} texts"
-
-    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
-        """Whether the probe has few images."""
-        return all(job.storage.count(POOLED, model=o.model, layer=o.layer) <= FEW_IMAGES for o in job.due)

@@ -8,20 +8,31 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import digest as captioner_digest
 from milan_ray.captioner.checkpoints import lm_digest
 from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
 from milan_ray.config import Fingerprint, Resources
-from milan_ray.device import resolve_device
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, TaskStage, pairs, run_stage
+from milan_ray.engine.stage import (
+    Job,
+    Known,
+    Layers,
+    Output,
+    Shard,
+    ShardedStage,
+    Shards,
+    ShardWorker,
+    TaskStage,
+    pairs,
+    piece_schema,
+    run_stages,
+)
 from milan_ray.engine.tasks import FEW_ROWS
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN, PointwiseMutualInformation
 from milan_ray.labelers.protocol import Evidence, Label, Labeler
@@ -30,25 +41,17 @@ from milan_ray.stages.captioners import captioner_name, load_captioner
 from milan_ray.stages.encodings import only_units, unit_features
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
+Value = TypeVar("Value")
+
 KERNEL_VERSION = "candidates-1"
 
-_CANDIDATES_SCHEMA = pa.schema(
-    [
-        ("unit", pa.int32()),
-        ("beam_rank", pa.int32()),
-        ("tokens", pa.list_(pa.int32())),
-        ("finished", pa.bool_()),
-        ("logp_d_given_e", pa.float32()),
-        ("logp_d", pa.float32()),
-        ("text", pa.string()),
-    ]
-)
+_CANDIDATES_SCHEMA = piece_schema(CANDIDATES, "lm", "beam_size")
 
 UNITS_PER_SEARCH = 32
 """Units per beam search."""
 
 WIDE_BEAMS = 4000
-"""Beams of all units of a search by mutual information, which is a wide one: what bounds its memory."""
+"""Beams of all units of a search by mutual information, whose beams are wide: bounds its memory."""
 
 REFERENCE_UNITS = 16
 """Units per beam search of the reference, whose scores depend on it."""
@@ -83,55 +86,28 @@ class Search:
 
 
 def units_per_search(quirks: Quirks) -> int:
-    """Units per beam search: the planned batch, or where their scores depend on it, the reference's."""
+    """Units per beam search: the reference's number where scores depend on it, else the planned batch."""
     return REFERENCE_UNITS if quirks.batch_dependent_length else UNITS_PER_SEARCH
 
 
-@dataclass(frozen=True)
-class _Settled:
-    """A search with nothing left open."""
-
-    decoder: str
-    beam_size: int
-    length: int
-    lam: float
-    quirks: Quirks
-    mi_lam: float | None
-
-    @property
-    def units(self) -> int:
-        """Units per beam search: the planned batch."""
-        if self.mi_lam is not None:
-            return max(1, WIDE_BEAMS // self.beam_size)
-        return units_per_search(self.quirks)
-
-
-def _settle(search: Search, captioner: Captioner) -> _Settled:
-    return _Settled(
-        search.decoder,
-        captioner.beam_size if search.beam_size is None else search.beam_size,
-        captioner.length if search.length is None else search.length,
-        captioner.lam if search.lam is None else search.lam,
-        search.quirks,
-        search.mi_lam,
-    )
-
-
 def search_identity(captioner: Captioner, search: Search) -> dict[str, object]:
-    """All that decides candidates besides the encodings."""
-    settled = _settle(search, captioner)
+    """All inputs that decide candidates, except the encodings."""
     identity: dict[str, object] = {
         "kernel": KERNEL_VERSION,
         "captioner": captioner_digest(captioner),
-        "beam_size": settled.beam_size,
-        "length": settled.length,
-        "quirks": settled.quirks,
+        "beam_size": _given(search.beam_size, captioner.beam_size),
+        "length": _given(search.length, captioner.length),
+        "quirks": search.quirks,
     }
-    return identity if settled.mi_lam is None else identity | {"mi_lam": settled.mi_lam}
+    return identity if search.mi_lam is None else identity | {"mi_lam": search.mi_lam}
+
+
+def _given(value: Value | None, default: Value) -> Value:
+    return default if value is None else value
 
 
 def candidates_fingerprint(search: Mapping[str, object], encodings: str, units: tuple[int, ...]) -> Fingerprint:
-    """What decides a layer's candidates.
+    """The fingerprint of a layer's candidates.
 
     Args:
         search: As :func:`search_identity` gives it.
@@ -142,17 +118,17 @@ def candidates_fingerprint(search: Mapping[str, object], encodings: str, units: 
 
 
 def labelers(captioner: Captioner, search: Search) -> list[PointwiseMutualInformation]:
-    """The labelers that rank what a captioner's own search finds."""
-    found = [PointwiseMutualInformation(LIKELIHOOD, 0.0)]
-    if captioner.lm is not None:
-        found.append(PointwiseMutualInformation(MILAN, _settle(search, captioner).lam))
-    return found
+    """The labelers that rank the candidates of a captioner's own search."""
+    likelihood = PointwiseMutualInformation(LIKELIHOOD, 0.0)
+    if captioner.lm is None:
+        return [likelihood]
+    return [likelihood, PointwiseMutualInformation(MILAN, _given(search.lam, captioner.lam))]
 
 
 def description_fingerprint(
     labeler: Labeler, candidates: str, units: tuple[int, ...], encodings: str | None = None
 ) -> Fingerprint:
-    """What decides a layer's descriptions by one labeler.
+    """The fingerprint of a layer's descriptions by one labeler.
 
     Args:
         labeler: The labeler.
@@ -160,27 +136,17 @@ def description_fingerprint(
         units: The units selected; empty for all.
         encodings: The same of its encodings, where the labeler compares with them.
     """
-    parts = labeler.identity() | {"candidates": candidates}
-    return Fingerprint.of(parts if encodings is None else parts | {"encodings": encodings}, units)
+    inputs = labeler.identity() | {"candidates": candidates}
+    return Fingerprint.of(inputs if encodings is None else inputs | {"encodings": encodings}, units)
 
 
-class CandidateWorker:
+class CandidateWorker(ShardWorker):
     """Searches candidates for a batch of units."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        work: str,
-        outputs: dict[int, Output],
-        encoded: dict[int, dict[str, str]],
-        search: _Settled,
-        threads: int,
-        device: str,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._search = storage, work, search
-        self._outputs, self._encoded = outputs, encoded
-        self._captioner = load_captioner(storage, search.decoder).to(str(resolve_device(device)))
+    def __init__(self, encoded: dict[int, dict[str, str]], search: Search, **context: Any) -> None:
+        super().__init__(**context)
+        self._encoded, self._search = encoded, search
+        self._captioner = load_captioner(self._storage, search.decoder).to(str(self._device))
         self._features: tuple[int, dict[int, np.ndarray]] = (-1, {})
 
     def __call__(self, row: Row) -> Row:
@@ -191,8 +157,7 @@ class CandidateWorker:
         for unit in row["units"]:
             by_count[len(features[unit])].append(unit)  # dead or broken units may have fewer exemplars
         tables = [self._candidates([(unit, features[unit]) for unit in units]) for units in by_count.values()]
-        table = pa.concat_tables(tables).sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
-        self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), table)
+        self._store(row, number, pa.concat_tables(tables).sort_by([("unit", "ascending"), ("beam_rank", "ascending")]))
         return {}
 
     def _of(self, number: int) -> dict[int, np.ndarray]:
@@ -202,31 +167,31 @@ class CandidateWorker:
         return self._features[1]
 
     def _candidates(self, units: list[tuple[int, np.ndarray]]) -> pa.Table:
-        found = self._captioner.candidates(
+        candidates = self._captioner.candidates(
             np.stack([features for _, features in units]),
             self._search.beam_size,
             self._search.length,
             self._search.mi_lam,
             self._search.quirks,
         )
-        beams = found.logp_d_given_e.shape[1]
-        logp_d = found.logp_d if found.logp_d is not None else np.zeros_like(found.logp_d_given_e)
+        beams = candidates.logp_d_given_e.shape[1]
+        logp_d = candidates.logp_d if candidates.logp_d is not None else np.zeros_like(candidates.logp_d_given_e)
         return pa.table(
             {
                 "unit": pa.array(np.repeat([unit for unit, _ in units], beams), pa.int32()),
                 "beam_rank": pa.array(np.tile(np.arange(beams), len(units)), pa.int32()),
-                "tokens": pa.array([t for unit in found.tokens for t in unit], pa.list_(pa.int32())),
-                "finished": found.finished.ravel(),
-                "logp_d_given_e": found.likelihood(self._search.mi_lam).ravel(),
+                "tokens": pa.array([tokens for unit in candidates.tokens for tokens in unit], pa.list_(pa.int32())),
+                "finished": candidates.finished.ravel(),
+                "logp_d_given_e": candidates.likelihood(self._search.mi_lam).ravel(),
                 "logp_d": logp_d.ravel(),
-                "text": [text for unit in found.texts for text in unit],
+                "text": [text for unit in candidates.texts for text in unit],
             },
             schema=_CANDIDATES_SCHEMA,
         )
 
 
 class Candidates(ShardedStage):
-    """What a captioner's search finds for every unit of some layers.
+    """Candidate descriptions of every unit of some layers, by a captioner's beam search.
 
     Args:
         models: Model name → layers.
@@ -241,8 +206,8 @@ class Candidates(ShardedStage):
 
     def __init__(self, models: Layers, search: Search, captioner: Captioner, units: tuple[int, ...] = ()) -> None:
         self._models, self._units = models, units
-        self._settled, self._decoder = _settle(search, captioner), search.name
-        self._identity = search_identity(captioner, search)
+        self._search, self._identity = search, search_identity(captioner, search)
+        self._beam_size = _given(search.beam_size, captioner.beam_size)
         self._encoder, self._lm = captioner.encoder_name, lm_digest(captioner) or ""
         self.title = f"candidates ({search.name})"
 
@@ -250,45 +215,34 @@ class Candidates(ShardedStage):
         """Candidates of every layer, by what its encodings are."""
         for model, layer in pairs(self._models):
             encodings = known.all_units(ENCODINGS, encoder=self._encoder, model=model, layer=layer)
-            keys = {"decoder": self._decoder, "model": model, "layer": layer}
+            keys = {"decoder": self._search.name, "model": model, "layer": layer}
             yield Output(keys, candidates_fingerprint(self._identity, encodings, self._units))
 
-    def shards(self, job: Job) -> list[Shard]:
+    def shards(self, job: Job) -> Shards:
         """Batches of units."""
-        found = []
+        wide = self._search.mi_lam is not None
+        size = max(1, WIDE_BEAMS // self._beam_size) if wide else units_per_search(self._search.quirks)
+        shards = []
         for output in job.due:
             encoded = job.storage.read(ENCODINGS, ["unit"], **self._encoded(output))
             present = sorted(set(only_units(encoded, output.fingerprint.units)["unit"].to_pylist()))
-            for start in range(0, len(present), self._settled.units):
-                batch = present[start : start + self._settled.units]
+            for start in range(0, len(present), size):
+                batch = present[start : start + size]
                 name = f"{output.number:04d}-{batch[0]:06d}"
-                found.append(Shard(name, (output.number,), {"units": batch}, len(batch)))
-        return found
+                shards.append(Shard(name, (output.number,), {"units": batch}, len(batch)))
+        return Shards(shards, sum(shard.size for shard in shards) * self._beam_size <= FEW_ROWS)
 
     def arguments(self, job: Job) -> dict[str, Any]:
-        """The search, and where the encodings of each output are."""
-        return {
-            "outputs": {output.number: output for output in job.due},
-            "encoded": {output.number: self._encoded(output) for output in job.due},
-            "search": self._settled,
-        }
+        """The search, and the partition of each output's encodings."""
+        return {"encoded": {output.number: self._encoded(output) for output in job.due}, "search": self._search}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """A layer's candidates, by unit and place in the beam."""
         table = pa.concat_tables([_CANDIDATES_SCHEMA.empty_table(), *pieces])
         table = table.sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
-        searched = {"lm": [self._lm] * len(table), "beam_size": [self._settled.beam_size] * len(table)}
+        searched = {"lm": [self._lm] * len(table), "beam_size": [self._beam_size] * len(table)}
         exemplars = storage.exemplars_of(ENCODINGS, **self._encoded(output)) or ""
         return CANDIDATES.table({**output.columns(table), **searched}, {EXEMPLARS_KEY: exemplars})
-
-    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
-        """How many units are searched."""
-        models = len({output.model for output in job.due})
-        return f"{self.label}: {sum(shard.size for shard in shards)} units of {models} models by {self._decoder}"
-
-    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
-        """Whether there are few candidates."""
-        return sum(shard.size for shard in shards) * self._settled.beam_size <= FEW_ROWS
 
     def _encoded(self, output: Output) -> dict[str, str]:
         return {"encoder": self._encoder, "model": output.model, "layer": output.layer}
@@ -331,7 +285,7 @@ class Descriptions(TaskStage):
     def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
         """Whether there are few candidates."""
         layers = {(output.model, output.layer): output for output in outputs}.values()
-        return sum(storage.count(CANDIDATES, **candidates_of(self._decoder, one)) for one in layers) <= FEW_ROWS
+        return sum(storage.count(CANDIDATES, **candidates_of(self._decoder, output)) for output in layers) <= FEW_ROWS
 
 
 def description_stages(
@@ -360,8 +314,7 @@ def run_descriptions(
     Raises:
         MilanError: The captioner or encodings are missing.
     """
-    for stage in description_stages(models, search, load_captioner(storage, search.decoder), units):
-        run_stage(stage, storage, resources)
+    run_stages(description_stages(models, search, load_captioner(storage, search.decoder), units), storage, resources)
 
 
 def candidates_of(decoder: str, output: Output) -> dict[str, str]:
@@ -384,8 +337,8 @@ def described(
         output: Its partition.
         labeler: Whose labels they are.
         labels: Unit → its labels, best first.
-        exemplars: Configuration hash of the exemplars that they speak of.
-        decoder: Which candidates were labels to choose from; empty for none.
+        exemplars: Configuration hash of the exemplars that they describe.
+        decoder: Captioner whose candidates the labels were chosen from; empty for none.
     """
     rows = [
         {
@@ -404,10 +357,3 @@ def described(
     if labeler.lam is not None:
         metadata["lam"] = str(labeler.lam)
     return pa.Table.from_pylist(rows, schema=DESCRIPTIONS.schema.with_metadata(metadata))
-
-
-def write_labels(
-    storage: Storage, output: Output, labeler: Labeler, labels: Mapping[int, Sequence[Label]], exemplars: str
-) -> None:
-    """Writes a layer's descriptions that were chosen from no candidates; arguments as of :func:`described`."""
-    storage.write(DESCRIPTIONS, described(output, labeler, labels, exemplars), output.fingerprint, **output.keys)

@@ -15,19 +15,29 @@ import pyarrow as pa
 import torch
 
 from milan_ray.config import Fingerprint, Resources, config_hash
-from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import Job, Known, Output, Shard, ShardedStage, Stream, run_stage
+from milan_ray.engine.stage import (
+    Job,
+    Known,
+    Output,
+    Shard,
+    ShardedStage,
+    Shards,
+    ShardWorker,
+    Stream,
+    piece_schema,
+    run_stage,
+)
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import read_views
 from milan_ray.models.image_text import Embedder, ImageTextRef
 from milan_ray.probe.base import ImageRef, LatentProbe, Probe
 from milan_ray.probe.manifest import digest as probe_digest
-from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import say
 from milan_ray.schema import IMAGE_EMBEDDINGS, MANIFEST, TEXT_EMBEDDINGS
 from milan_ray.stages.exemplars import store_manifest
+from milan_ray.stages.images import read_refs
 from milan_ray.storage import Storage
 
 KERNEL_VERSION = "embeddings-1"
@@ -47,40 +57,29 @@ FEW_TEXTS = 2048
 CHUNK = 1024
 """Texts per piece of an actor's work."""
 
-_IMAGES_SCHEMA = pa.schema([("image_id", pa.int64()), ("embedding", pa.list_(pa.float32()))])
-_TEXTS_SCHEMA = pa.schema([("text", pa.string()), ("embedding", pa.list_(pa.float32()))])
+IMAGES = 1024
+"""Images per matrix product."""
+
+_IMAGES_SCHEMA, _TEXTS_SCHEMA = piece_schema(IMAGE_EMBEDDINGS), piece_schema(TEXT_EMBEDDINGS)
 
 
-class ImageEmbeddingWorker:
+class ImageEmbeddingWorker(ShardWorker):
     """Embeds the images of one shard."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        work: str,
-        output: Output,
-        ref: ImageTextRef,
-        probe: references.ProbeRef,
-        threads: int,
-        device: str,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._output = storage, work, output
+    def __init__(self, ref: ImageTextRef, probe: references.ProbeRef, **context: Any) -> None:
+        super().__init__(**context)
         self._probe = references.probe(probe)
-        self._device = resolve_device(device)
-        self._embedder: Embedder = references.image_text(ref, probe.plugins).to(self._device)
+        self._embedder: Embedder = references.load(ref, probe.plugins).to(self._device)
 
     def __call__(self, row: Row) -> Row:
         """Runs one shard."""
-        columns = ["image_id", "root", "path"]
-        part = self._storage.read_rows(MANIFEST, row["start"], row["stop"], columns, probe=self._output.keys["probe"])
-        refs = image_refs(part, range(len(part)))
+        refs = read_refs(self._storage, self._outputs[0].keys["probe"], row["start"], row["stop"])
         tables = [_IMAGES_SCHEMA.empty_table()]
         for start in range(0, len(refs), BATCH):
             ids, embedded = embed_refs(self._embedder, self._probe, refs[start : start + BATCH], self._device)
             tables.append(pa.table([pa.array(ids, pa.int64()), lists_of(embedded)], schema=_IMAGES_SCHEMA))
         embeddings = pa.concat_tables(tables)
-        self._storage.put_work(self._work, self._output.piece(row["name"]), embeddings)
+        self._store(row, 0, embeddings)
         return {"images": len(embeddings)}
 
 
@@ -112,7 +111,7 @@ class ImageEmbeddings(ShardedStage):
                 "a generator's latents cannot be embedded by a model of images and texts: give a probe of images."
             )
         self.ref, self.probe, self.digest = ref, probe, probe_digest(source.manifest())
-        self.embedder = references.image_text(ref, probe.plugins) if embedder is None else embedder
+        self.embedder = references.load(ref, probe.plugins) if embedder is None else embedder
         self.keys = {"encoder": ref.name, "probe": self.digest}
         self.title = f"image embeddings ({ref.name})"
 
@@ -122,20 +121,20 @@ class ImageEmbeddings(ShardedStage):
         identity = {**self.embedder.identity(), "kernel": KERNEL_VERSION, "view": view}
         yield Output(self.keys, Fingerprint.of({**identity, "probe": self.digest}), about=self.ref.name)
 
-    def shards(self, job: Job) -> list[Shard]:
-        """Images in the order of the manifest."""
+    def shards(self, job: Job) -> Shards:
+        """Images in the order of the manifest; the driver concatenates the shards, because it reads each once."""
         store_manifest(job.storage, self.probe)
         total = job.storage.count(MANIFEST, probe=self.digest)
         spans = [(start, min(start + SHARD, total)) for start in range(0, total, SHARD)]
-        return [
+        shards = [
             Shard(f"{n:06d}", (0,), {"start": start, "stop": stop}, stop - start)
             for n, (start, stop) in enumerate(spans)
         ]
+        return Shards(shards, merged_in_driver=True)
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """The model, and where the images come from."""
-        (output,) = job.due
-        return {"output": output, "ref": self.ref, "probe": self.probe}
+        return {"ref": self.ref, "probe": self.probe}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> Stream:
         """All embeddings, by image."""
@@ -151,15 +150,6 @@ class ImageEmbeddings(ShardedStage):
             raise MilanError(f"no image of the probe could be read, so there is nothing for {self.ref.name} to embed.")
         if made < total:
             say(f"{self.title}: {total - made} of {total} images could not be read")
-
-    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
-        """How many images are embedded."""
-        total = job.storage.count(MANIFEST, probe=self.digest)
-        return f"{self.title}: {total} images, {len(shards)} of {-(-total // SHARD)} shards to do"
-
-    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
-        """The driver strings the shards together: it reads each once."""
-        return True
 
 
 def embed_refs(
@@ -198,6 +188,26 @@ def rows_of(column: pa.ChunkedArray) -> np.ndarray:
     return flat.reshape(len(values), -1 if len(values) else 0)
 
 
+def padded(rows: np.ndarray, count: int) -> torch.Tensor:
+    """Rows (n, …) and zeros beyond them, (count, …): results must not depend on the number of rows."""
+    zeros = np.zeros((count, *rows.shape[1:]), rows.dtype)
+    zeros[: len(rows)] = rows
+    return torch.from_numpy(zeros)
+
+
+def products(images: np.ndarray, vectors: torch.Tensor, count: int) -> torch.Tensor:
+    """Products of images (N, D) and the first ``count`` of some vectors (B, D), on their device: float32 (N, count).
+
+    Blocks of images are padded to one shape, so that a product does not depend on the number of images.
+    """
+    parts = [torch.zeros(0, count, device=vectors.device)]
+    for start in range(0, len(images), IMAGES):
+        block = images[start : start + IMAGES]
+        product = padded(block, IMAGES).to(vectors.device) @ vectors.T
+        parts.append(product[: len(block), :count])
+    return torch.cat(parts)
+
+
 def embeddings_of(storage: Storage, encoder: str, probe: str, image_ids: np.ndarray) -> np.ndarray:
     """Some images' embeddings, read a row group at a time.
 
@@ -213,11 +223,10 @@ def embeddings_of(storage: Storage, encoder: str, probe: str, image_ids: np.ndar
     Raises:
         MilanError: One is missing.
     """
-    found = []
-    for part in storage.stream(IMAGE_EMBEDDINGS, ["image_id", "embedding"], encoder=encoder, probe=probe):
-        wanted = np.isin(part["image_id"].to_numpy(), image_ids)
-        found.append(rows_of(part["embedding"])[wanted])
-    matrix = np.concatenate(found)
+    parts = storage.stream(IMAGE_EMBEDDINGS, ["image_id", "embedding"], encoder=encoder, probe=probe)
+    matrix = np.concatenate(
+        [rows_of(part["embedding"])[np.isin(part["image_id"].to_numpy(), image_ids)] for part in parts]
+    )
     if len(matrix) != len(image_ids):
         raise MilanError(f"{len(image_ids) - len(matrix)} images have no embedding by {encoder}; run the job again.")
     return matrix
@@ -225,8 +234,7 @@ def embeddings_of(storage: Storage, encoder: str, probe: str, image_ids: np.ndar
 
 def embedded_ids(storage: Storage, encoder: str, probe: str) -> np.ndarray:
     """The ids of a probe's embedded images, int64 (N,), ascending."""
-    parts = storage.stream(IMAGE_EMBEDDINGS, ["image_id"], encoder=encoder, probe=probe)
-    return np.concatenate([part["image_id"].to_numpy() for part in parts])
+    return storage.read(IMAGE_EMBEDDINGS, ["image_id"], encoder=encoder, probe=probe)["image_id"].to_numpy()
 
 
 def image_embeddings(storage: Storage, encoder: str, probe: str) -> tuple[np.ndarray, np.ndarray]:
@@ -247,28 +255,18 @@ def image_embeddings(storage: Storage, encoder: str, probe: str) -> tuple[np.nda
     return table["image_id"].to_numpy(), rows_of(table["embedding"])
 
 
-class TextEmbeddingWorker:
+class TextEmbeddingWorker(ShardWorker):
     """Embeds a chunk of texts."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        work: str,
-        output: Output,
-        ref: ImageTextRef,
-        plugins: tuple[str, ...],
-        threads: int,
-        device: str,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._output = storage, work, output
-        self._embedder: Embedder = references.image_text(ref, plugins).to(resolve_device(device))
+    def __init__(self, ref: ImageTextRef, plugins: tuple[str, ...], **context: Any) -> None:
+        super().__init__(**context)
+        self._embedder: Embedder = references.load(ref, plugins).to(self._device)
 
     def __call__(self, row: Row) -> Row:
         """Runs one chunk."""
-        made = self._embedder.embed_texts(row["texts"]).cpu().numpy()
-        table = pa.table([pa.array(row["texts"], pa.string()), lists_of(made)], schema=_TEXTS_SCHEMA)
-        self._storage.put_work(self._work, self._output.piece(row["name"]), table)
+        vectors = self._embedder.embed_texts(row["texts"]).cpu().numpy()
+        texts = pa.array(row["texts"], pa.string())
+        self._store(row, 0, pa.table([texts, lists_of(vectors)], schema=_TEXTS_SCHEMA))
         return {}
 
 
@@ -289,7 +287,7 @@ class TextEmbeddings(ShardedStage):
     def __init__(
         self, texts: Sequence[str], ref: ImageTextRef, embedder: Embedder, plugins: tuple[str, ...] = ()
     ) -> None:
-        self._texts, self._request, self._plugins = list(texts), ref, plugins
+        self._texts, self._ref, self._plugins = list(texts), ref, plugins
         key = config_hash({"texts": self._texts})
         self._fingerprint = Fingerprint.of({**embedder.text_identity(), "kernel": KERNEL_VERSION, "texts": key})
         self.keys = {"encoder": ref.name, "texts": key}
@@ -297,35 +295,22 @@ class TextEmbeddings(ShardedStage):
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """The embeddings of the texts."""
-        yield Output(self.keys, self._fingerprint, about=self._request.name)
+        yield Output(self.keys, self._fingerprint, about=self._ref.name)
 
-    def shards(self, job: Job) -> list[Shard]:
+    def shards(self, job: Job) -> Shards:
         """Texts in their order."""
         starts = range(0, len(self._texts), CHUNK)
         chunks = [self._texts[start : start + CHUNK] for start in starts]
-        return [Shard(f"{n:06d}", (0,), {"texts": chunk}, len(chunk)) for n, chunk in enumerate(chunks)]
+        shards = [Shard(f"{n:06d}", (0,), {"texts": chunk}, len(chunk)) for n, chunk in enumerate(chunks)]
+        return Shards(shards, merged_in_driver=True, run_in_driver=len(self._texts) <= FEW_TEXTS)
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """The model."""
-        (output,) = job.due
-        return {"output": output, "ref": self._request, "plugins": self._plugins}
+        return {"ref": self._ref, "plugins": self._plugins}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """All embeddings, by text."""
-        made = pa.concat_tables([_TEXTS_SCHEMA.empty_table(), *pieces])
-        return TEXT_EMBEDDINGS.table(output.columns(made))
-
-    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
-        """How many texts are embedded."""
-        return f"{self.title}: {sum(shard.size for shard in shards)} texts"
-
-    def runs_in_driver(self, shards: Sequence[Shard]) -> bool:
-        """Whether there are few texts."""
-        return len(self._texts) <= FEW_TEXTS
-
-    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
-        """There is one table."""
-        return True
+        return TEXT_EMBEDDINGS.table(output.columns(pa.concat_tables([_TEXTS_SCHEMA.empty_table(), *pieces])))
 
 
 def text_embeddings(
@@ -350,7 +335,7 @@ def text_embeddings(
     Raises:
         MilanError: The model is missing.
     """
-    stage = TextEmbeddings(sorted(set(texts)), ref, references.image_text(ref, plugins), plugins)
+    stage = TextEmbeddings(sorted(set(texts)), ref, references.load(ref, plugins), plugins)
     run_stage(stage, storage, resources)
     table = storage.read(TEXT_EMBEDDINGS, ["text", "embedding"], **stage.keys)
     place = {text: row for row, text in enumerate(table["text"].to_pylist())}

@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,46 +17,47 @@ import pyarrow.compute as pc
 import torch
 
 from milan_ray.captioner.encoder import Encoder, MaskedExemplars, encode_exemplars
-from milan_ray.config import Fingerprint, Resources, config_hash
-from milan_ray.device import resolve_device
+from milan_ray.config import Fingerprint, config_hash
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, pairs, run_stage
+from milan_ray.engine.stage import (
+    Job,
+    Known,
+    Layers,
+    Output,
+    Shard,
+    ShardedStage,
+    Shards,
+    ShardWorker,
+    pairs,
+    piece_schema,
+)
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.masks import mask_size
 from milan_ray.labelers.clip import Clip
 from milan_ray.schema import ENCODINGS, EXEMPLARS
 from milan_ray.stages.captioners import EncoderRef
+from milan_ray.stages.embeddings import padded
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 from milan_ray.storage.image_blocks import decode, read_pngs
 
 KERNEL_VERSION = "encodings-3"
 
 BATCH_SIZE = 16
-"""Images per encoder pass: on a CPU larger ones are no faster and heavier, smaller ones slower."""
+"""Images per encoder pass: on a CPU, larger batches take more memory and are no faster, smaller ones are slower."""
 
 AnyEncoderRef = EncoderRef | Clip
-"""An encoder as it travels to workers."""
+"""A reference to an encoder, from which workers load it."""
 
-_FEATURES_SCHEMA = pa.schema([("unit", pa.int32()), ("rank", pa.int16()), ("feature", pa.list_(pa.float32()))])
+_FEATURES_SCHEMA = piece_schema(ENCODINGS)
 
 
-class EncodingWorker:
+class EncodingWorker(ShardWorker):
     """Encodes the images of one chunk once and pools them with every mask that refers to them."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        work: str,
-        outputs: dict[int, Output],
-        mask_sizes: dict[int, tuple[int, int]],
-        encoder: AnyEncoderRef,
-        threads: int,
-        device: str,
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._outputs, self._mask_sizes = storage, work, outputs, mask_sizes
-        self._device = resolve_device(device)
+    def __init__(self, mask_sizes: dict[int, tuple[int, int]], encoder: AnyEncoderRef, **context: Any) -> None:
+        super().__init__(**context)
+        self._mask_sizes = mask_sizes
         self._encoder = encoder.load().to(self._device)
 
     def __call__(self, row: Row) -> Row:
@@ -68,12 +68,12 @@ class EncodingWorker:
             source = pa.array(np.full(len(table), number, np.int32))
             by_size[self._mask_sizes[number]].append(table.append_column("source", source))
         tables = {size: pa.concat_tables(tables).sort_by("image_id") for size, tables in by_size.items()}
-        shown = [table["image_id"].to_numpy() for table in tables.values()]
-        ids = np.unique(np.concatenate(shown))
+        image_ids = [table["image_id"].to_numpy() for table in tables.values()]
+        ids = np.unique(np.concatenate(image_ids))
         pngs = list(read_pngs(self._storage, row["probe"], row["view"], ids.tolist()).values())
         groups = [
             MaskedExemplars(np.searchsorted(ids, images), partial(_unpacked, table["mask"].combine_chunks(), size))
-            for images, (size, table) in zip(shown, tables.items(), strict=True)
+            for images, (size, table) in zip(image_ids, tables.items(), strict=True)
         ]
 
         def maps(start: int, stop: int) -> list[torch.Tensor]:
@@ -83,9 +83,8 @@ class EncodingWorker:
         for table, features in zip(tables.values(), encoded, strict=True):
             sources = table["source"].to_numpy()
             for number in np.unique(sources).tolist():
-                mine = np.flatnonzero(sources == number)
-                piece = _features(table.take(mine), features[mine])
-                self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), piece)
+                rows = np.flatnonzero(sources == number)
+                self._store(row, number, _features(table.take(rows), features[rows]))
         return {"images": len(ids)}
 
 
@@ -127,87 +126,57 @@ class Encodings(ShardedStage):
             keys = {"encoder": self._encoder.name, "model": model, "layer": layer}
             yield Output(keys, Fingerprint.of({**identity, "exemplars": exemplars}, self._units))
 
-    def shards(self, job: Job) -> list[Shard]:
-        """Chunks of images; the exemplars of each lie beside it, so that no worker reads a layer as a whole."""
+    def shards(self, job: Job) -> Shards:
+        """Chunks of images; the exemplars of each are stored with it, so that no worker reads a layer as a whole."""
+        few = sum(job.storage.count(EXEMPLARS, **output.of_layer) for output in job.every) <= FEW_ROWS
+        views = [_view(job.storage, output) for output in job.every]
         used: dict[tuple[str, str], set[int]] = defaultdict(set)
-        every = [_Scatter.of(job, output) for output in job.every]
-        for index, ids in run_parallel(_image_ids, every, in_driver=self.merges_in_driver(job)):
-            used[every[index].view].update(ids)
+        for index, ids in run_parallel(partial(_image_ids, job.storage), job.every, in_driver=few):
+            used[views[index]].update(ids)
         starts = {view: chunk_starts(sorted(ids)) for view, ids in used.items()}
-        due = [task for task in every if task.output in job.due]
-        scatters = [replace(task, starts=starts[task.view]) for task in due]
-        rows: dict[str, dict[str, Any]] = {}
+        rows: dict[str, dict[str, str]] = {}
         outputs: dict[str, list[int]] = defaultdict(list)
-        for index, names in run_parallel(_scatter, scatters, in_driver=self.merges_in_driver(job)):
-            probe, view = scatters[index].view
+        tasks = [(output, views[output.number], starts[views[output.number]]) for output in job.due]
+        for index, names in run_parallel(partial(_scatter, job.storage, job.work), tasks, in_driver=few):
+            output, (probe, view), _ = tasks[index]
             for name in names:
                 rows[name] = {"probe": probe, "view": view}
-                outputs[name].append(scatters[index].output.number)
-        return [Shard(name, tuple(sorted(outputs[name])), rows[name]) for name in sorted(rows)]
+                outputs[name].append(output.number)
+        return Shards([Shard(name, tuple(sorted(outputs[name])), rows[name]) for name in sorted(rows)], few)
 
     def arguments(self, job: Job) -> dict[str, Any]:
-        """The encoder, and how large each output's masks are."""
-        return {
-            "outputs": {output.number: output for output in job.due},
-            "mask_sizes": {output.number: _Scatter.of(job, output).mask_size for output in job.due},
-            "encoder": self._encoder,
-        }
+        """The encoder, and the size of each output's masks."""
+        sizes = {output.number: mask_size(_metadata(job.storage, output)) for output in job.due}
+        return {"mask_sizes": sizes, "encoder": self._encoder}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """A layer's features, by unit and rank."""
         table = pa.concat_tables([_FEATURES_SCHEMA.empty_table(), *pieces])
         table = table.sort_by([("unit", "ascending"), ("rank", "ascending")]).combine_chunks()
         size = len(table["feature"][0]) if len(table) else 0
-        exemplars = storage.config_of(EXEMPLARS, model=output.model, layer=output.layer)
+        exemplars = storage.config_of(EXEMPLARS, **output.of_layer)
         return ENCODINGS.table(output.columns(table), {"feature_size": str(size), EXEMPLARS_KEY: exemplars})
 
-    def merges_in_driver(self, job: Job, shards: Sequence[Shard] = ()) -> bool:
-        """Whether all layers together have few exemplars."""
-        keys = ({"model": output.model, "layer": output.layer} for output in job.every)
-        return sum(job.storage.count(EXEMPLARS, **of) for of in keys) <= FEW_ROWS
+
+def _metadata(storage: Storage, output: Output) -> dict[str, str]:
+    """Metadata of the exemplars that an output encodes."""
+    return storage.metadata(EXEMPLARS, **output.of_layer) or {}
 
 
-def run_encodings(
-    storage: Storage,
-    models: Layers,
-    encoder: AnyEncoderRef,
-    resources: Resources,
-    units: tuple[int, ...] = (),
-) -> None:
-    """Encodes the exemplars of every layer whose encodings are missing or stale; arguments as of :class:`Encodings`.
-
-    Raises:
-        MilanError: Exemplars or the encoder are missing, or a layer has no such unit.
-    """
-    run_stage(Encodings(models, encoder, units), storage, resources)
+def _view(storage: Storage, output: Output) -> tuple[str, str]:
+    """(probe, view) of the exemplars that an output encodes."""
+    metadata = _metadata(storage, output)
+    return metadata["probe"], metadata["view"]
 
 
-@dataclass(frozen=True)
-class _Scatter:
-    """One layer's exemplars, to be sorted into chunks of images."""
-
-    storage: Storage
-    work: str
-    output: Output
-    view: tuple[str, str]
-    mask_size: tuple[int, int]
-    starts: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, job: Job, output: Output) -> _Scatter:
-        """The task of an output."""
-        told = job.storage.metadata(EXEMPLARS, model=output.model, layer=output.layer) or {}
-        return cls(job.storage, job.work, output, (told["probe"], told["view"]), mask_size(told))
-
-    def read(self, columns: list[str]) -> pa.Table:
-        """Some columns of the units that are wanted."""
-        table = self.storage.read(EXEMPLARS, ["unit", *columns], model=self.output.model, layer=self.output.layer)
-        return only_units(table, self.output.fingerprint.units)
+def _exemplars(storage: Storage, output: Output, columns: Sequence[str]) -> pa.Table:
+    """Columns of the exemplars that an output encodes."""
+    return only_units(storage.read(EXEMPLARS, ["unit", *columns], **output.of_layer), output.fingerprint.units)
 
 
-def _image_ids(task: _Scatter) -> list[int]:
-    """The images that a layer's exemplars show, ascending."""
-    return np.unique(task.read(["image_id"])["image_id"].to_numpy()).tolist()
+def _image_ids(storage: Storage, output: Output) -> list[int]:
+    """The images that an output's exemplars show, ascending."""
+    return np.unique(_exemplars(storage, output, ["image_id"])["image_id"].to_numpy()).tolist()
 
 
 def chunk_starts(ids: Sequence[int]) -> tuple[int, ...]:
@@ -223,17 +192,17 @@ def chunk_starts(ids: Sequence[int]) -> tuple[int, ...]:
     return tuple(ids[:: batches * BATCH_SIZE])
 
 
-def _scatter(task: _Scatter) -> list[str]:
-    """Sorts a layer's exemplars into chunks of images; returns the chunks' names."""
-    probe, view = task.view
-    table = task.read(["rank", "image_id", "mask"]).sort_by("image_id").combine_chunks()
-    cuts = np.searchsorted(table["image_id"].to_numpy(), [*task.starts, np.iinfo(np.int64).max])
+def _scatter(storage: Storage, work: str, task: tuple[Output, tuple[str, str], Sequence[int]]) -> list[str]:
+    """Sorts an output's exemplars of a (probe, view) into chunks that start at these images; returns their names."""
+    output, (probe, view), starts = task
+    table = _exemplars(storage, output, ["rank", "image_id", "mask"]).sort_by("image_id").combine_chunks()
+    cuts = np.searchsorted(table["image_id"].to_numpy(), [*starts, np.iinfo(np.int64).max])
     names = []
-    for start, (begin, end) in zip(task.starts, itertools.pairwise(cuts.tolist()), strict=True):
+    for start, (begin, end) in zip(starts, itertools.pairwise(cuts.tolist()), strict=True):
         if begin < end:
             names.append(f"{config_hash({'view': view, 'probe': probe})}-{start:09d}")
             part = table.slice(begin, end - begin)
-            task.storage.put_work(task.work, f"masks/{names[-1]}/{task.output.number}", part)
+            storage.put_work(work, f"masks/{names[-1]}/{output.number}", part)
     return names
 
 
@@ -249,9 +218,7 @@ def encode(encoder: Encoder, pngs: Sequence[bytes], batch_size: int) -> list[tor
         The encoder's maps of n images; of a pyramid, one (n, C, h, w) per level.
     """
     pixels = np.stack([decode(png) for png in pngs])
-    padded = np.zeros((batch_size, *pixels.shape[1:]), np.uint8)
-    padded[: len(pixels)] = pixels
-    images = torch.from_numpy(padded).to(encoder.mean.device).permute(0, 3, 1, 2).float() * (1 / 255)
+    images = padded(pixels, batch_size).to(encoder.mean.device).permute(0, 3, 1, 2).float() * (1 / 255)
     return [level[: len(pixels)] for level in encoder.maps(encoder.fit(images))]
 
 

@@ -7,10 +7,10 @@ import json
 import platform
 import uuid
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta, timezone
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import numpy as np
 import pyarrow as pa
@@ -34,10 +34,10 @@ from milan_ray.storage import Storage
 from milan_ray.storage.image_blocks import BLOCK, block_of, write_block
 
 WANTED = "wanted"
-"""Folder of a view in which jobs announce the images that they want."""
+"""Folder of a view in which jobs announce the images that they need."""
 
 FORGET = timedelta(days=1)
-"""Age of announcements that nobody takes back: of jobs that were killed, or that were not alone."""
+"""Age at which announcements are deleted that their jobs did not withdraw, because they were killed or not alone."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +62,6 @@ class ExemplarImages:
     def hash(self) -> str:
         """The configuration hash of the view's blocks; which images a block holds is not part of it."""
         return config_hash({"views": self.digest, "view": self.key})
-
-
-@dataclass(frozen=True)
-class _Block:
-    storage: Storage
-    images: ExemplarImages
-    block: str
-    wanted: tuple[int, ...]
-    resources: Resources
 
 
 def view_key(spec: ModelSpec, model: nn.Module, weights: str, config: ExemplarConfig) -> str:
@@ -102,7 +93,7 @@ def view_key(spec: ModelSpec, model: nn.Module, weights: str, config: ExemplarCo
 
 
 def ensure_views(storage: Storage, images: ExemplarImages, image_ids: list[int], resources: Resources) -> None:
-    """Stores the views of these images where they are missing; a block keeps what it had.
+    """Stores the views of these images where they are missing; a block keeps the images that it holds.
 
     Jobs of other models may extend the same blocks at the same time. None loses what another wrote: each announces the
     images that it wants before it reads a block, and looks after it has replaced one whether more were announced.
@@ -116,20 +107,18 @@ def ensure_views(storage: Storage, images: ExemplarImages, image_ids: list[int],
     blocks: dict[str, set[int]] = defaultdict(set)
     for image_id in image_ids:
         blocks[block_of(image_id)].add(image_id)
-    tasks = [
-        _Block(storage, images, block, tuple(sorted(wanted)), resources)
-        for block, wanted in blocks.items()
-        if wanted - _stored(storage, images, block)
-    ]
+    tasks = [(block, wanted) for block, wanted in blocks.items() if wanted - _stored(storage, images, block)]
     if not tasks:
         return
-    own = _announce(storage, images, image_ids)
+    own = f"{_board(storage, images)}/{uuid.uuid4().hex}.json"
+    storage.put(own, json.dumps(image_ids).encode())
     generator = references.model(images.model).images is not None
     cpus, gpus = (resources.cpus_per_actor, gpus_each(resources)) if generator else (1, 0)
-    with Progress(f"views {images.key}", sum(len(task.wanted) for task in tasks), "images") as progress:
+    with Progress(f"views {images.key}", sum(len(wanted) for _, wanted in tasks), "images") as progress:
         in_driver = storage.count(MANIFEST, probe=images.digest) <= FEW_IMAGES and not generator
-        for index, _ in run_parallel(_write_block, tasks, cpus, gpus, in_driver):
-            progress.advance(len(tasks[index].wanted))
+        write = partial(_write_block, storage, images, resources)
+        for index, _ in run_parallel(write, tasks, cpus, gpus, in_driver):
+            progress.advance(len(tasks[index][1]))
     _withdraw(storage, images, own)
 
 
@@ -144,7 +133,7 @@ def _stored(storage: Storage, images: ExemplarImages, block: str) -> set[int]:
 
 
 def _read(storage: Storage, images: ExemplarImages, block: str, *columns: str) -> pa.Table | None:
-    """Columns of a block; None where there is none of this view, or it is damaged: it is then made anew."""
+    """Columns of a block; None where it is missing, of another view or damaged, so that it is made again."""
     keys = _keys(images, block)
     if not storage.is_current(VIEWS, images.hash, **keys):
         return None
@@ -156,29 +145,23 @@ def _read(storage: Storage, images: ExemplarImages, block: str, *columns: str) -
 
 
 def _announced(storage: Storage, images: ExemplarImages) -> set[str]:
-    """The files in which jobs say what they want of a view; those of long ago are gone afterwards."""
+    """The files in which jobs announce the images of a view that they need; deletes old ones."""
     old = datetime.now(timezone.utc) - FORGET
-    found = set()
+    recent = set()
     for path, stat in storage.stat(_board(storage, images)).items():
         if stat.modified is not None and stat.modified < old:
             storage.remove_file(path)
         else:
-            found.add(path)
-    return found
+            recent.add(path)
+    return recent
 
 
 def _board(storage: Storage, images: ExemplarImages) -> str:
     return f"{storage.path(VIEWS, **_keys(images, '')).rsplit('/', 2)[0]}/{WANTED}"
 
 
-def _announce(storage: Storage, images: ExemplarImages, image_ids: list[int]) -> str:
-    path = f"{_board(storage, images)}/{uuid.uuid4().hex}.json"
-    storage.put(path, json.dumps(image_ids).encode())
-    return path
-
-
 def _withdraw(storage: Storage, images: ExemplarImages, own: str) -> None:
-    """Takes an announcement back, unless another job is at work, which may have to see it.
+    """Withdraws an announcement, unless another job is at work, which may have to read it.
 
     A job that begins after this look reads blocks that are as they should be; one that began before has announced
     what it wants.
@@ -187,48 +170,55 @@ def _withdraw(storage: Storage, images: ExemplarImages, own: str) -> None:
         storage.remove_file(own)
 
 
-def _write_block(task: _Block) -> None:
-    """Extends a block by what this and all other jobs want of it."""
-    storage, images, keys = task.storage, task.images, _keys(task.images, task.block)
-    wanted, seen = set(task.wanted), set[str]()
+def _write_block(
+    storage: Storage, images: ExemplarImages, resources: Resources, task: tuple[str, Iterable[int]]
+) -> None:
+    """Extends a block by the images that this job and all other jobs need."""
+    block, keys = task[0], _keys(images, task[0])
+    wanted, read = set(task[1]), set[str]()
     rendered: dict[int, bytes] = {}
     while True:
-        for path in _announced(storage, images) - seen:
-            seen.add(path)
-            wanted.update(i for i in _read_announcement(storage, path) if block_of(i) == task.block)
-        lacking = wanted - rendered.keys() - _stored(storage, images, task.block)
+        for path in _announced(storage, images) - read:
+            read.add(path)
+            wanted.update(i for i in _read_announcement(storage, path) if block_of(i) == block)
+        lacking = wanted - rendered.keys() - _stored(storage, images, block)
         if lacking:
-            rendered.update(_render(images, _refs(storage, images, task.block, lacking), task.resources))
+            rendered.update(_render(images, _refs(storage, images, block, lacking), resources))
         # As late as can be: what is stored between this and the next line is found by the look after it.
-        stored = _read(storage, images, task.block, "image_id", "image")
+        stored = _read(storage, images, block, "image_id", "image")
         if stored is None and (lost := wanted - rendered.keys()):  # their ids were legible, and their images are not
-            rendered.update(_render(images, _refs(storage, images, task.block, lost), task.resources))
+            rendered.update(_render(images, _refs(storage, images, block, lost), resources))
         together = dict(rendered)
         if stored is not None:
             together |= zip(stored["image_id"].to_pylist(), stored["image"].to_pylist(), strict=True)
         if stored is None or len(together) > len(stored):
             ids = sorted(together)
             write_block(storage, images.hash, ids, [together[image_id] for image_id in ids], **keys)
-        if _announced(storage, images) <= seen:
+        if _announced(storage, images) <= read:
             return
 
 
 def _read_announcement(storage: Storage, path: str) -> list[int]:
     try:
-        found = json.loads(storage.get(path))
+        image_ids = json.loads(storage.get(path))
     except FileNotFoundError:  # withdrawn since it was listed: its blocks are as they should be
         return []
     except ValueError as error:
         say(f"{storage.uri(path)} is damaged ({error}): the job that wrote it makes its own images", level="warning")
         return []
-    return [image for image in found if isinstance(image, int)] if isinstance(found, list) else []
+    return [image for image in image_ids if isinstance(image, int)] if isinstance(image_ids, list) else []
+
+
+def read_refs(storage: Storage, probe: str, start: int, stop: int) -> list[ImageRef]:
+    """References to the images in some rows of a probe's manifest."""
+    rows = storage.read_rows(MANIFEST, start, stop, ["image_id", "root", "path"], probe=probe)
+    return [ImageRef(**row) for row in rows.to_pylist()]
 
 
 def _refs(storage: Storage, images: ExemplarImages, block: str, image_ids: set[int]) -> list[ImageRef]:
-    """Where images of a block lie, ascending."""
+    """References to images of a block, ascending."""
     first = int(block) * BLOCK
-    rows = storage.read_rows(MANIFEST, first, first + BLOCK, ["image_id", "root", "path"], probe=images.digest)
-    return [ImageRef(**row) for row in rows.to_pylist() if row["image_id"] in image_ids]
+    return [ref for ref in read_refs(storage, images.digest, first, first + BLOCK) if ref.image_id in image_ids]
 
 
 def _render(images: ExemplarImages, refs: Sequence[ImageRef], resources: Resources) -> dict[int, bytes]:

@@ -9,26 +9,24 @@ from __future__ import annotations
 
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.quirks import NO_QUIRKS
-from milan_ray.config import Resources
-from milan_ray.device import resolve_device
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, pairs, run_stage
+from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, Shards, ShardWorker, pairs
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.labelers.clip import Clip, query, similarity
 from milan_ray.labelers.protocol import Evidence
 from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS
-from milan_ray.stages.captioners import RERANKED, load_captioner
+from milan_ray.stages.captioners import RERANKED
 from milan_ray.stages.descriptions import (
     Candidates,
     Search,
@@ -41,11 +39,11 @@ from milan_ray.stages.encodings import Encodings, only_units, unit_features
 from milan_ray.storage import Storage
 
 PAIRS = 8192
-"""Candidates per chunk of texts, about: the unit of work."""
+"""Approximate number of candidates per chunk of texts, which is a shard."""
 
 
 def wide_search(captioner: Captioner, search: Search, clip: Clip) -> Search:
-    """The search for what is to be re-ranked: wide, and by mutual information where there is a language model.
+    """The search whose candidates are re-ranked: wide, and by mutual information where there is a language model.
 
     Args:
         captioner: The search's captioner.
@@ -62,15 +60,12 @@ def wide_search(captioner: Captioner, search: Search, clip: Clip) -> Search:
     )
 
 
-class SimilarityWorker:
+class SimilarityWorker(ShardWorker):
     """Embeds a chunk's texts once and compares them with every unit that has one of them as a candidate."""
 
-    def __init__(
-        self, storage: Storage, work: str, outputs: dict[int, Output], clip: Clip, threads: int, device: str
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._outputs = storage, work, outputs
-        self._model = clip.load().to(resolve_device(device))
+    def __init__(self, clip: Clip, **context: Any) -> None:
+        super().__init__(**context)
+        self._model = clip.load().to(self._device)
 
     def __call__(self, row: Row) -> Row:
         """Runs one chunk."""
@@ -86,11 +81,7 @@ class SimilarityWorker:
             unit = pc.index_in(table["unit"], queries["unit"].combine_chunks()).to_numpy()
             text = pc.index_in(table["text"], known).to_numpy()
             scores = pa.array(similarity(embedded[text], vectors[unit]), pa.float32())
-            self._storage.put_work(
-                self._work,
-                self._outputs[number].piece(row["name"]),
-                table.select(["unit", "beam_rank"]).append_column("similarity", scores),
-            )
+            self._store(row, number, table.select(["unit", "beam_rank"]).append_column("similarity", scores))
         return {"texts": len(texts)}
 
 
@@ -123,116 +114,70 @@ class Reranked(ShardedStage):
             fingerprint = description_fingerprint(self._labeler, candidates, self._units, encodings)
             yield Output({"labeler": self.name, **keys}, fingerprint)
 
-    def shards(self, job: Job) -> list[Shard]:
-        """Chunks of texts; which one a text falls into depends on the text alone, so that no two share one."""
-        chunks = max(1, self._candidates(job) // PAIRS)
-        tasks = [
-            _Scatter(job.storage, job.work, output, self._decoder, self._clip.name, self._labeler.z, chunks)
-            for output in job.due
-        ]
+    def shards(self, job: Job) -> Shards:
+        """Chunks of texts; a text's chunk depends on the text alone, so that each text is in one chunk only."""
+        pairs = sum(job.storage.count(CANDIDATES, **candidates_of(self._decoder, output)) for output in job.every)
+        few = pairs <= FEW_ROWS
+        scatter = partial(self._scatter, job.storage, job.work, max(1, pairs // PAIRS))
         outputs: dict[str, list[int]] = defaultdict(list)
-        for index, names in run_parallel(_scatter, tasks, in_driver=self.merges_in_driver(job)):
+        for index, names in run_parallel(scatter, job.due, in_driver=few):
             for name in names:
                 outputs[name].append(job.due[index].number)
-        return [Shard(name, tuple(sorted(outputs[name]))) for name in sorted(outputs)]
+        return Shards([Shard(name, tuple(sorted(outputs[name]))) for name in sorted(outputs)], few)
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """The model of images and texts."""
-        return {"outputs": {output.number: output for output in job.due}, "clip": self._clip}
+        return {"clip": self._clip}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """A layer's candidates, ranked."""
         table = read_candidates(storage, self._decoder, output)
         scores = np.zeros(0, np.float32)
         if len(table):
-            found = pa.concat_tables(pieces)
-            found = found.sort_by([("unit", "ascending"), ("beam_rank", "ascending")])  # the candidates' own order
-            scores = found["similarity"].to_numpy()
+            compared = pa.concat_tables(pieces)
+            compared = compared.sort_by([("unit", "ascending"), ("beam_rank", "ascending")])  # the candidates' order
+            scores = compared["similarity"].to_numpy()
         labels = self._labeler.label(Evidence(table, scores))
         exemplars = storage.exemplars_of(CANDIDATES, **candidates_of(self._decoder, output)) or ""
         return described(output, self._labeler, labels, exemplars, self._decoder)
 
-    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
-        """How many layers are ranked."""
-        return f"{self.title}: {len(job.due)} layers by {self._clip.name}"
-
-    def merges_in_driver(self, job: Job, shards: Sequence[Shard] = ()) -> bool:
-        """Whether all layers together have few candidates."""
-        return self._candidates(job) <= FEW_ROWS
-
-    def _candidates(self, job: Job) -> int:
-        return sum(job.storage.count(CANDIDATES, **candidates_of(self._decoder, output)) for output in job.every)
+    def _scatter(self, storage: Storage, work: str, chunks: int, output: Output) -> list[str]:
+        """Sorts a layer's candidates by text into chunks, and stores its units' queries; returns the chunks' names."""
+        keys = {"encoder": self._clip.name, "model": output.model, "layer": output.layer}
+        encoded = storage.read(ENCODINGS, ["unit", "rank", "feature"], **keys)
+        features = unit_features(only_units(encoded, output.fingerprint.units))
+        units = pa.array(list(features), pa.int32())
+        vectors = pa.array([query(of_unit, self._labeler.z) for of_unit in features.values()], pa.list_(pa.float32()))
+        storage.put_work(work, f"queries/{output.number}", pa.table({"unit": units, "query": vectors}))
+        table = read_candidates(storage, self._decoder, output, ["unit", "beam_rank", "text"])
+        texts = table["text"].combine_chunks().dictionary_encode()
+        of_text = np.array([zlib.crc32(text.encode()) % chunks for text in texts.dictionary.to_pylist()], np.int64)
+        of_row = of_text[texts.indices.to_numpy()] if len(table) else of_text
+        names = []
+        for chunk in np.unique(of_row).tolist():
+            names.append(f"{chunk:06d}")
+            part = table.filter(pa.array(of_row == chunk))
+            storage.put_work(work, f"pairs/{names[-1]}/{output.number}", part)
+        return names
 
 
 def reranking_stages(
     models: Layers, search: Search, captioner: Captioner, clip: Clip, units: tuple[int, ...] = ()
 ) -> tuple[Candidates, Encodings, Reranked]:
-    """The stages that re-rank a wide search; ``search`` is the captioner's own."""
+    """The stages that describe encoded layers by re-ranking a wide search.
+
+    Every image and every region of it is embedded once, every distinct text once, for all units, layers and models.
+
+    Args:
+        models: Model name → layers.
+        search: The captioner's own search.
+        captioner: The search's captioner.
+        clip: How to re-rank.
+        units: The units of every layer to describe; empty for all.
+    """
     wide = wide_search(captioner, search, clip)
     return (
         Candidates(models, wide, captioner, units),
         Encodings(models, clip, units),
         Reranked(models, wide, clip, units),
     )
-
-
-def run_reranking(
-    storage: Storage,
-    models: Layers,
-    search: Search,
-    clip: Clip,
-    resources: Resources,
-    units: tuple[int, ...] = (),
-) -> None:
-    """Describes every unit of every layer whose re-ranked descriptions are missing or stale.
-
-    Every image and every region of it is embedded once, every distinct text once, for all units, layers and models.
-
-    Args:
-        storage: The run directory, which holds exemplars and the captioner's encodings.
-        models: Model name → layers.
-        search: The captioner and its own search.
-        clip: How to re-rank.
-        resources: What of the cluster to use; Ray must be connected.
-        units: The units of every layer to describe; empty for all.
-
-    Raises:
-        MilanError: The captioner, encodings or the model of images and texts are missing.
-    """
-    for stage in reranking_stages(models, search, load_captioner(storage, search.decoder), clip, units):
-        run_stage(stage, storage, resources)
-
-
-@dataclass(frozen=True)
-class _Scatter:
-    storage: Storage
-    work: str
-    output: Output
-    decoder: str
-    encoder: str
-    z: float
-    chunks: int
-
-
-def _scatter(task: _Scatter) -> list[str]:
-    """Sorts a layer's candidates by text into chunks, beside its units' queries; returns the chunks' names."""
-    output = task.output
-    keys = {"encoder": task.encoder, "model": output.model, "layer": output.layer}
-    encoded = task.storage.read(ENCODINGS, ["unit", "rank", "feature"], **keys)
-    features = unit_features(only_units(encoded, output.fingerprint.units))
-    queries = {unit: query(found, task.z) for unit, found in features.items()}
-    units, vectors = list(queries), list(queries.values())
-    lists = pa.array(vectors, pa.list_(pa.float32()))
-    task.storage.put_work(
-        task.work, f"queries/{output.number}", pa.table({"unit": pa.array(units, pa.int32()), "query": lists})
-    )
-    table = read_candidates(task.storage, task.decoder, output, ["unit", "beam_rank", "text"])
-    texts = table["text"].combine_chunks().dictionary_encode()
-    of_text = np.array([zlib.crc32(text.encode()) % task.chunks for text in texts.dictionary.to_pylist()], np.int64)
-    of_row = of_text[texts.indices.to_numpy()] if len(table) else of_text
-    names = []
-    for chunk in np.unique(of_row).tolist():
-        names.append(f"{chunk:06d}")
-        mine = table.filter(pa.array(of_row == chunk))
-        task.storage.put_work(task.work, f"pairs/{names[-1]}/{output.number}", mine)
-    return names

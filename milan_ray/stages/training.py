@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -29,10 +30,10 @@ from milan_ray.engine.trainer import Scaling, train_on_workers
 from milan_ray.errors import MilanError, reason
 from milan_ray.names import checked_name
 from milan_ray.progress import Progress, say, watched
-from milan_ray.schema import ANNOTATIONS, ENCODINGS, EXEMPLARS, TRAINING
+from milan_ray.schema import ENCODINGS, EXEMPLARS, TRAINING
 from milan_ray.stages.captioners import EncoderRef, has_captioner, load_captioner, save_captioner
 from milan_ray.stages.decoder_space import DecoderSetting
-from milan_ray.stages.training_units import UnitFeatures, write_units
+from milan_ray.stages.training_units import UnitFeatures, annotations_config, write_units
 from milan_ray.storage import WORK, Storage
 
 KERNEL_VERSION = "training-2"
@@ -100,6 +101,11 @@ class TrainingJob:
         return Scaling(self.workers, self.cpus, self.gpus)
 
     @property
+    def encodings(self) -> list[dict[str, str]]:
+        """The partition of each layer's encodings."""
+        return [{"encoder": self.encoder.name, "model": model, "layer": layer} for model, layer in self.layers]
+
+    @property
     def plans(self) -> dict[str, FitConfig]:
         """Part → how to train it."""
         plan = FitConfig(self.config, self.sizes)
@@ -120,10 +126,7 @@ class Training(Stage):
 
     def outputs(self, known: Known) -> Iterator[Output]:
         """The captioner, by encodings and annotations."""
-        encodings = {
-            (model, layer): known.config(ENCODINGS, encoder=self._job.encoder.name, model=model, layer=layer)
-            for model, layer in self._job.layers
-        }
+        encodings = [known.config(ENCODINGS, **keys) for keys in self._job.encodings]
         yield Output({"decoder": self._job.name}, training_fingerprint(known.storage, self._job, encodings))
 
     def why(self, storage: Storage, output: Output) -> str | None:
@@ -196,7 +199,7 @@ def run_trainings(storage: Storage, jobs: Sequence[TrainingJob]) -> None:
     concurrent = min(len(jobs), jobs[0].scaling.capacity())
     started = time.monotonic()
     say(f"training {len(jobs)} captioners, {concurrent} at a time")
-    sizes = {job.name: _exemplars(storage, job) for job in jobs}
+    sizes = {job.name: sum(storage.count(ENCODINGS, **keys) for keys in job.encodings) for job in jobs}
     small = [job for job in jobs if job.workers == 1 and not job.gpus and sizes[job.name] <= FEW_EXEMPLARS]
     small.sort(key=lambda job: -sizes[job.name])  # largest first, so that all tasks end at about the same time
     failures = _train_in_tasks(storage, small)
@@ -207,17 +210,8 @@ def run_trainings(storage: Storage, jobs: Sequence[TrainingJob]) -> None:
     say(f"trained {len(jobs)} captioners in {time.monotonic() - started:.0f} s")
 
 
-def _exemplars(storage: Storage, job: TrainingJob) -> int:
-    """The number of exemplars of a training's layers."""
-    return sum(
-        storage.count(ENCODINGS, encoder=job.encoder.name, model=model, layer=layer) for model, layer in job.layers
-    )
-
-
 def _train_on_ray_train(storage: Storage, jobs: Sequence[TrainingJob], concurrent: int) -> dict[str, str]:
     """Trains captioners with Ray Train, at most ``concurrent`` at a time; returns name → error of those that failed."""
-    if not jobs:
-        return {}
     failures: dict[str, str] = {}
     pool = ThreadPoolExecutor(concurrent)
     try:
@@ -245,12 +239,12 @@ def _train_in_tasks(storage: Storage, jobs: Sequence[TrainingJob]) -> dict[str, 
             say(f"training of {job.name} failed: {error}")
             continue
         if fingerprint is not None:
-            tasks.append(_Task(storage, job, fingerprint))
+            tasks.append((job, fingerprint))
     if not tasks:
         return failures
     with Progress("captioners", len(tasks), "captioners") as progress:
-        for index, (trained, line) in run_parallel(_train_in_task, tasks, tasks[0].job.cpus):
-            name = tasks[index].job.name
+        for index, (trained, line) in run_parallel(partial(_train_in_task, storage), tasks, tasks[0][0].cpus):
+            name = tasks[index][0].name
             if not trained:
                 failures[name] = line
             say(line if trained else f"training of {name} failed: {line}")
@@ -294,10 +288,10 @@ def _publish(
     kept = {part: state["kept"][part] for part in (LM, DECODER)}
     table = TRAINING.table(
         {
-            "decoder": [job.name] * len(history),
             **{key: [row[key] for row in history] for key in ("part", "epoch", "train_loss", "validation", "sample")},
             "kept": [kept[row["part"]] == row["epoch"] for row in history],
-        }
+        },
+        decoder=job.name,
     )
     seconds = time.monotonic() - started
     cost = Cost(seconds * job.workers, seconds * job.workers)  # of all workers
@@ -331,20 +325,20 @@ def line_logger(storage: Storage, paths: Callable[[], Iterable[str]], prefix: st
     return look
 
 
-def training_fingerprint(storage: Storage, job: TrainingJob, encodings: Mapping[tuple[str, str], str]) -> Fingerprint:
+def training_fingerprint(storage: Storage, job: TrainingJob, encodings: Sequence[str]) -> Fingerprint:
     """The fingerprint of a captioner.
 
     Args:
         storage: The run directory, which holds exemplars and annotations.
         job: Training data and hyperparameters.
-        encodings: (model, layer) → configuration hash of the encodings.
+        encodings: Configuration hash of each layer's encodings.
 
     Raises:
         MilanError: Annotations are missing, or describe other exemplars than those stored.
     """
     annotations = annotations_read(storage, job.source, job.layers)
     # With the name: two captioners of the same inputs may be trained at the same time, each in its own work folder.
-    inputs = {"name": job.name, "annotations": annotations, "encodings": [encodings[pair] for pair in job.layers]}
+    inputs = {"name": job.name, "annotations": annotations, "encodings": list(encodings)}
     tuned = {"decoder": asdict(job.decoder)} if job.decoder else {}
     chosen = {"units": job.units} if job.units else {}
     return Fingerprint.of(
@@ -360,14 +354,8 @@ def annotations_read(storage: Storage, source: str, layers: Sequence[tuple[str, 
     """
     annotations = []
     for model, layer in layers:
-        keys = {"source": source, "model": model, "layer": layer}
         exemplars = storage.config_of(EXEMPLARS, model=model, layer=layer)
-        if storage.exemplars_of(ANNOTATIONS, **keys) not in (None, exemplars):
-            raise MilanError(
-                f"the annotations {source!r} of {model} {layer} speak of other exemplars than those now in "
-                f"{storage.root}; annotate again, or restore the exemplars."
-            )
-        annotations.append((model, layer, storage.config_of(ANNOTATIONS, **keys)))
+        annotations.append((model, layer, annotations_config(storage, source, model, layer, exemplars)))
     return annotations
 
 
@@ -394,21 +382,13 @@ def _train_worker(arguments: dict[str, Any]) -> None:
     fit(units, job.plans, state, report, group)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """A captioner to train in a plain task."""
-
-    storage: Storage
-    job: TrainingJob
-    fingerprint: Fingerprint
-
-
-def _train_in_task(task: _Task) -> tuple[bool, str]:
+def _train_in_task(storage: Storage, task: tuple[TrainingJob, Fingerprint]) -> tuple[bool, str]:
     """Trains a captioner; returns (True, a log line) or (False, the error).
 
     The state is stored every :data:`SAVE_INTERVAL` seconds; a task that is run again continues from it.
     """
-    storage, job, work = task.storage, task.job, task.fingerprint.hash
+    job, fingerprint = task
+    work = fingerprint.hash
     path = f"{WORK}/{work}/{STATE}"
     started = saved = time.monotonic()
     torch.set_num_threads(job.threads)
@@ -424,7 +404,7 @@ def _train_in_task(task: _Task) -> tuple[bool, str]:
         units.keep(job.memory_limit)
         state = stored_state(storage, path) or new_state(units.texts)
         fit(units, job.plans, state, report)
-        return True, _publish(storage, job, task.fingerprint, state, units, started)
+        return True, _publish(storage, job, fingerprint, state, units, started)
     except Exception as error:  # returned, so that other trainings continue; the driver raises it at the end
         return False, str(error) if isinstance(error, MilanError) else f"{type(error).__name__}: {error}"
 

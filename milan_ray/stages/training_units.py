@@ -8,6 +8,7 @@ would deliver blocks in arbitrary order, take 1.5 s to restart every epoch, and 
 from __future__ import annotations
 
 import io
+from collections import defaultdict
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -29,6 +30,40 @@ READERS = 8
 
 TEXTS = "texts.parquet"
 """Work file with the annotations of every unit; written after all features, so it marks them complete."""
+
+
+def annotated_texts(storage: Storage, source: str, model: str, layer: str) -> dict[int, list[str]]:
+    """Unit → its annotations, by annotator."""
+    annotations = storage.read(ANNOTATIONS, ["unit", "annotator", "text"], source=source, model=model, layer=layer)
+    texts: dict[int, list[str]] = defaultdict(list)
+    for row in annotations.sort_by([("unit", "ascending"), ("annotator", "ascending")]).to_pylist():
+        texts[row["unit"]].append(row["text"])
+    return texts
+
+
+def annotations_config(
+    storage: Storage, source: str, model: str, layer: str, exemplars: str | None, others: str = "those now"
+) -> str:
+    """Configuration hash of a layer's annotations.
+
+    Args:
+        storage: The run directory.
+        source: Source of the annotations.
+        model: Name of the model.
+        layer: Module path.
+        exemplars: Configuration hash of the exemplars that they must describe.
+        others: What these exemplars are of, for the error.
+
+    Raises:
+        MilanError: Annotations are missing, or describe other exemplars.
+    """
+    keys = {"source": source, "model": model, "layer": layer}
+    if storage.exemplars_of(ANNOTATIONS, **keys) not in (None, exemplars):
+        raise MilanError(
+            f"the annotations {source!r} of {model} {layer} speak of other exemplars than {others} in {storage.root}; "
+            "annotate again, or restore the exemplars."
+        )
+    return storage.config_of(ANNOTATIONS, **keys)
 
 
 def write_units(
@@ -63,10 +98,7 @@ def write_units(
     files: list[int] = []
     texts: list[list[str]] = []
     for index, (model, layer) in enumerate(layers):
-        annotations = storage.read(ANNOTATIONS, source=source, model=model, layer=layer)
-        by_unit: dict[int, list[str]] = {}
-        for row in annotations.sort_by([("unit", "ascending"), ("annotator", "ascending")]).to_pylist():
-            by_unit.setdefault(row["unit"], []).append(row["text"])
+        by_unit = annotated_texts(storage, source, model, layer)
         features = unit_features(storage.read(ENCODINGS, encoder=encoder, model=model, layer=layer))
         exemplars = max(map(len, features.values()), default=0)
         wanted = set(chosen[index]) if chosen else by_unit.keys()

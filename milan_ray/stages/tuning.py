@@ -29,20 +29,12 @@ from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.errors import MilanError
 from milan_ray.progress import LINE_INTERVAL, Progress, say, watched
-from milan_ray.schema import (
-    ANNOTATIONS,
-    CANDIDATES,
-    ENCODINGS,
-    EXEMPLARS,
-    SCORES,
-    TRIALS,
-    TRIALS_FIGURE,
-    TRIALS_SETTING,
-)
+from milan_ray.schema import CANDIDATES, ENCODINGS, EXEMPLARS, SCORES, TRIALS, TRIALS_FIGURE, TRIALS_SETTING
 from milan_ray.scoring.text import BertScore, normalize
 from milan_ray.stages.captioners import about_captioner, captioner_name, load_captioner
 from milan_ray.stages.descriptions import Search, candidates_fingerprint, search_identity
 from milan_ray.stages.encodings import unit_features
+from milan_ray.stages.training_units import annotated_texts, annotations_config
 from milan_ray.stages.tuning_statistics import (
     BEAM_MI,
     DESCRIBED,
@@ -216,18 +208,13 @@ def _check(captioner: Captioner, job: TuningJob) -> None:
 def _fingerprint(known: Known, captioner: Captioner, job: TuningJob) -> Fingerprint:
     storage, annotations, encodings = known.storage, [], []
     for model, layer in job.layers:
-        annotated = {"source": job.source, "model": model, "layer": layer}
         encoded = {"encoder": captioner.encoder_name, "model": model, "layer": layer}
         if known.pending(ENCODINGS):
             exemplars: str | None = known.config(EXEMPLARS, model=model, layer=layer)
         else:
             exemplars = storage.exemplars_of(ENCODINGS, **encoded)
-        if storage.exemplars_of(ANNOTATIONS, **annotated) not in (None, exemplars):
-            raise MilanError(
-                f"the annotations {job.source!r} of {model} {layer} speak of other exemplars than the encodings in "
-                f"{storage.root}; annotate again, or restore the exemplars."
-            )
-        annotations.append((model, layer, storage.config_of(ANNOTATIONS, **annotated)))
+        config = annotations_config(storage, job.source, model, layer, exemplars, "the encodings")
+        annotations.append((model, layer, config))
         encodings.append(known.config(ENCODINGS, **encoded))
     return Fingerprint.of(
         {
@@ -379,12 +366,10 @@ class _Task:
         for model, layer in self.job.layers:
             keys = {"model": model, "layer": layer}
             encoded = storage.read(ENCODINGS, ["unit"], encoder=self.encoder, **keys)["unit"].unique().to_pylist()
-            texts: dict[int, list[str]] = defaultdict(list)
-            annotations = storage.read(ANNOTATIONS, ["unit", "annotator", "text"], source=self.job.source, **keys)
-            for row in annotations.sort_by([("unit", "ascending"), ("annotator", "ascending")]).to_pylist():
-                if normalize(row["text"]):
-                    texts[row["unit"]].append(row["text"])
-            units += [_Unit(model, layer, unit, tuple(texts[unit])) for unit in sorted(texts.keys() & set(encoded))]
+            annotations = annotated_texts(storage, self.job.source, model, layer)
+            for unit in sorted(annotations.keys() & set(encoded)):
+                if texts := tuple(text for text in annotations[unit] if normalize(text)):
+                    units.append(_Unit(model, layer, unit, texts))
         return units
 
     def bert_score(self) -> BertScore | None:

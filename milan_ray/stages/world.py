@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import torch
 
 from milan_ray.config import ExemplarConfig, Fingerprint
 from milan_ray.engine import references
-from milan_ray.engine.stage import Known, Layers, Output, Stage, due, pairs
+from milan_ray.engine.stage import Known, Layers, Output, Stage, due, pairs, piece_schema
 from milan_ray.engine.tasks import run_parallel
 from milan_ray.exemplars import masks
 from milan_ray.exemplars.forward import read_inputs
@@ -71,17 +73,12 @@ def train_image_text() -> str:
 
 
 def _metrics(weights: bytes) -> str:
-    """What a training says of itself, from the header of its safetensors file."""
+    """The metrics of a training, from the header of its safetensors file."""
     header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
-    found = json.loads(header["__metadata__"]["metrics"])
-    return ", ".join(f"{name} {found[name]:.3f}" for name in ("accuracy", "misled", "auroc", "psnr") if name in found)
-
-
-@dataclass(frozen=True)
-class _Annotate:
-    storage: Storage
-    probe: references.ProbeRef
-    output: Output
+    metrics = json.loads(header["__metadata__"]["metrics"])
+    return ", ".join(
+        f"{name} {metrics[name]:.3f}" for name in ("accuracy", "misled", "auroc", "psnr") if name in metrics
+    )
 
 
 class Annotations(Stage):
@@ -106,51 +103,42 @@ class Annotations(Stage):
 
 def annotate(storage: Storage, probe: references.ProbeRef, models: Layers) -> None:
     """Lets the world's annotators describe every unit of some models, where their annotations are missing or stale."""
-    tasks = [_Annotate(storage, probe, output) for output in due(Annotations(models), storage)]
-    if not tasks:
+    outputs = due(Annotations(models), storage)
+    if not outputs:
         say("annotations: all up to date")
         return
-    with Progress("annotations", len(tasks), "layers") as progress:
-        for _ in run_parallel(_annotate_layer, tasks):
+    with Progress("annotations", len(outputs), "layers") as progress:
+        for _ in run_parallel(partial(_annotate_layer, storage, probe), outputs):
             progress.advance()
 
 
-def _annotate_layer(task: _Annotate) -> None:
-    keys = {"model": task.output.model, "layer": task.output.layer}
-    exemplars = task.storage.read(EXEMPLARS, ["unit", "image_id", "mask"], **keys)
-    meta = task.storage.metadata(EXEMPLARS, **keys) or {}
-    size = mask_size(meta)
+def _annotate_layer(storage: Storage, probe: references.ProbeRef, output: Output) -> None:
+    keys = output.of_layer
+    exemplars = storage.read(EXEMPLARS, ["unit", "image_id", "mask"], **keys)
+    metadata = storage.metadata(EXEMPLARS, **keys) or {}
+    size = mask_size(metadata)
     ids = sorted(set(exemplars["image_id"].to_pylist()))
-    source = references.probe(task.probe)
-    maps = {
-        ref.image_id: source.concept_maps(ref) or {}
-        for ref in image_refs(task.storage.read(MANIFEST, probe=meta["probe"]), ids)
-    }
+    source = references.probe(probe)
+    refs = image_refs(storage.read(MANIFEST, probe=metadata["probe"]), ids)
+    maps = {ref.image_id: source.concept_maps(ref) or {} for ref in refs}
     units = exemplars["unit"].to_numpy()
-    rows: list[tuple[int, str, str]] = []
-    for unit in np.unique(units):
-        mine = exemplars.filter(units == unit)
-        found = annotate_unit(
-            masks.unpack(mine["mask"].to_pylist(), size),
-            [maps[image_id] for image_id in mine["image_id"].to_pylist()],
-            f"{task.output.model}/{task.output.layer}/{unit}",
+    rows: list[dict[str, object]] = []
+    for unit in np.unique(units).tolist():
+        of_unit = exemplars.filter(units == unit)
+        annotations = annotate_unit(
+            masks.unpack(of_unit["mask"].to_pylist(), size),
+            [maps[image_id] for image_id in of_unit["image_id"].to_pylist()],
+            f"{output.model}/{output.layer}/{unit}",
         )
-        rows += [(int(unit), annotation.annotator, annotation.text) for annotation in found]
-    table = ANNOTATIONS.table(
-        {
-            **{key: [value] * len(rows) for key, value in task.output.keys.items()},
-            "unit": [unit for unit, _, _ in rows],
-            "annotator": [who for _, who, _ in rows],
-            "text": [text for _, _, text in rows],
-        },
-        {EXEMPLARS_KEY: task.storage.config_of(EXEMPLARS, **keys)},
-    )
-    task.storage.write(ANNOTATIONS, table, task.output.fingerprint, **task.output.keys)
+        rows += [{"unit": unit, "annotator": each.annotator, "text": each.text} for each in annotations]
+    columns = output.columns(pa.Table.from_pylist(rows, schema=piece_schema(ANNOTATIONS)))
+    table = ANNOTATIONS.table(columns, {EXEMPLARS_KEY: storage.config_of(EXEMPLARS, **keys)})
+    storage.write(ANNOTATIONS, table, output.fingerprint, **output.keys)
 
 
 @dataclass(frozen=True)
 class Truth:
-    """What a network's units do on held-out scenes.
+    """Activations and concepts of a network's units on held-out scenes.
 
     Attributes:
         activations: float32 (N, U), each unit's maximum over positions; units of all layers side by side.
@@ -163,38 +151,28 @@ class Truth:
     concept: np.ndarray
 
 
-@dataclass(frozen=True)
-class _Judge:
-    storage: Storage
-    model: references.ModelRef
-    layers: tuple[str, ...]
-    probe: references.ProbeRef
-
-
 def truth(storage: Storage, models: Mapping[str, Sequence[str]], probe: references.ProbeRef) -> dict[str, Truth]:
     """Runs models over held-out scenes and compares their units with the scenes' concept maps."""
-    tasks = [_Judge(storage, references.ModelRef(model), tuple(layers), probe) for model, layers in models.items()]
     names = list(models)
-    found: dict[str, Truth] = {}
-    with Progress("held-out scenes", len(tasks), "models") as progress:
-        for index, result in run_parallel(_judge, tasks):
-            found[names[index]] = result
+    truths: dict[str, Truth] = {}
+    with Progress("held-out scenes", len(names), "models") as progress:
+        for index, result in run_parallel(partial(_truth, storage, probe), list(models.items())):
+            truths[names[index]] = result
             progress.advance()
-    return found
+    return truths
 
 
-def _judge(task: _Judge) -> Truth:
-    source = references.probe(task.probe)
-    spec = references.model(task.model)
+def _truth(storage: Storage, probe: references.ProbeRef, model: tuple[str, Sequence[str]]) -> Truth:
+    """The truth of one model, given by its name and layers."""
+    name, layers = model
+    source = references.probe(probe)
+    spec = references.model(references.ModelRef(name))
     batch_size = ExemplarConfig().batch_size
-    forward = Forwards(spec, spec.load, arithmetics_of(task.storage, spec.name, task.layers), batch_size)
-    states = {
-        layer: ConceptIoU(
-            torch.from_numpy(np.array(task.storage.read(LEVELS, ["level"], model=spec.name, layer=layer)["level"])),
-            NAMES,
-        )
-        for layer in task.layers
-    }
+    forward = Forwards(spec, spec.load, arithmetics_of(storage, name, layers), batch_size)
+    states: dict[str, ConceptIoU] = {}
+    for layer in layers:
+        levels = storage.read(LEVELS, ["level"], model=name, layer=layer)["level"]
+        states[layer] = ConceptIoU(torch.from_numpy(np.array(levels)), NAMES)
     pooled: list[np.ndarray] = []
     refs = image_refs(source.manifest())
     for start in range(0, len(refs), batch_size):
@@ -203,6 +181,6 @@ def _judge(task: _Judge) -> Truth:
         maps = forward.maps(read_inputs(source, batch, spec).inputs)
         for layer, state in states.items():
             state.update(maps[layer], concepts)
-        pooled.append(np.concatenate([maps[layer].amax(dim=(2, 3)).numpy() for layer in task.layers], axis=1))
+        pooled.append(np.concatenate([maps[layer].amax(dim=(2, 3)).numpy() for layer in layers], axis=1))
     ious = np.concatenate([state.result() for state in states.values()])
     return Truth(np.concatenate(pooled), ious.max(axis=1), ious.argmax(axis=1))

@@ -16,7 +16,7 @@ from milan_ray.storage.parquet import (
     INPUTS_KEY,
     ORDER_KEY,
     UNITS_KEY,
-    parts_of,
+    inputs_of,
     to_parquet,
 )
 from milan_ray.storage.tables import FILE_NAME, Tables, natural
@@ -34,8 +34,8 @@ __all__ = [
     "FileStat",
     "Storage",
     "WorkRemovedError",
+    "inputs_of",
     "natural",
-    "parts_of",
     "to_parquet",
 ]
 

@@ -71,7 +71,7 @@ def metadata_of(config: str | Fingerprint) -> dict[str, str]:
     return metadata
 
 
-def parts_of(metadata: Mapping[str, str]) -> dict[str, str]:
+def inputs_of(metadata: Mapping[str, str]) -> dict[str, str]:
     """The inputs' digests in a file's metadata; empty where there are none, or they cannot be read."""
     try:
         inputs = json.loads(metadata.get(INPUTS_KEY, "{}"))

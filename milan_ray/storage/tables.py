@@ -28,9 +28,9 @@ from milan_ray.storage.parquet import (
     ORDER_KEY,
     Entries,
     checked,
+    inputs_of,
     metadata_of,
     open_parquet,
-    parts_of,
     to_parquet,
 )
 
@@ -222,7 +222,7 @@ class Tables(Files):
             return metadata
         if metadata.get(CONFIG_KEY) in (fingerprint.hash, fingerprint.all_units):
             return None
-        old = parts_of(metadata)
+        old = inputs_of(metadata)
         names = {**fingerprint.inputs, **old}
         changed = [name for name in names if old.get(name) != fingerprint.inputs.get(name)]
         return f"{', '.join(changed)} changed" if old else "made by an earlier version"

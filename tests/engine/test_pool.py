@@ -20,7 +20,7 @@ from milan_ray.engine.model_cache import ModelCache
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.errors import MilanError
 from milan_ray.schema import EXEMPLARS, LEVELS
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage, WorkRemovedError
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -37,7 +37,7 @@ def test_threads_and_actors_write_the_same_bytes(photos, tmp_path):
     for actors in (None, 2):
         storage = Storage(tmp_path / str(actors))
         model = ModelRef("tiny/cnn", plugins=(PLUGIN,))
-        run_exemplars(storage, [model], ProbeRef((str(photos),)), CONFIG, Resources(actors=actors))
+        Exemplars([model], ProbeRef((str(photos),)), CONFIG).run(storage, Resources(actors=actors))
         found.append(tables(storage))
     assert found[0] == found[1] and len(found[0]) == 6
 
@@ -49,14 +49,14 @@ runtime.prepare(None)
 import ray
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.cluster import connected
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.engine.model_cache import ModelCache
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.storage import Storage
 root, plugin, photos = sys.argv[1:]
 with connected(Resources()):
     model, probe = ModelRef("tiny/cnn", plugins=(plugin,)), ProbeRef((photos,))
-    run_exemplars(Storage(root), [model], probe, ExemplarConfig(k=4, batch_size=16, shard_size=16), Resources())
+    Exemplars([model], probe, ExemplarConfig(k=4, batch_size=16, shard_size=16)).run(Storage(root), Resources())
     assert not ray.is_initialized() and "ray.data" not in sys.modules
     try:
         ray.get(ray.remote(lambda: 1).remote())

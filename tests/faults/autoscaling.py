@@ -18,7 +18,7 @@ from gates import wait_until
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 
 
@@ -33,7 +33,7 @@ def main(address: str, result: str, root: str, photos: str, plugin: str) -> None
     before = alive()
     request, probe = ModelRef("slow/cnn", plugins=(plugin,)), ProbeRef((photos,))
     config, resources = ExemplarConfig(k=4, batch_size=16, shard_size=1), Resources(actors=2)
-    job = threading.Thread(target=run_exemplars, args=(Storage(root), [request], probe, config, resources))
+    job = threading.Thread(target=Exemplars([request], probe, config).run, args=(Storage(root), resources))
     job.start()
     where = Path(os.environ["MILAN_TEST_WHERE"])
     wait_until(

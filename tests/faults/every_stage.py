@@ -21,7 +21,7 @@ from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
 from milan_ray.engine import tuner
 from milan_ray.engine.cluster import connected
 from milan_ray.engine.references import ModelRef, ProbeRef
-from milan_ray.engine.stage import run_stage
+from milan_ray.engine.stage import run_stage, run_stages
 from milan_ray.labelers.clip import Clip
 from milan_ray.labelers.clip_dissect import ClipDissect
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
@@ -46,7 +46,7 @@ from milan_ray.stages import embeddings
 from milan_ray.stages import training as train
 from milan_ray.stages import tuning as tune
 from milan_ray.stages.annotations_import import run_import
-from milan_ray.stages.captioners import EncoderRef, save_captioner
+from milan_ray.stages.captioners import EncoderRef, load_captioner, save_captioner
 from milan_ray.stages.clip_dissect import clip_dissect_stages
 from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
 from milan_ray.stages.cosy import CosyConfig, CosyScores
@@ -55,9 +55,9 @@ from milan_ray.stages.dnd import stage as dnd
 from milan_ray.stages.dnd.config import DndConfig, SummariserRef, drawings_identity
 from milan_ray.stages.dnd.stage import dnd_stages, run_dnd
 from milan_ray.stages.embeddings import ImageEmbeddings, text_embeddings
-from milan_ray.stages.encodings import run_encodings
-from milan_ray.stages.exemplars import DissectedModels, run_exemplars
-from milan_ray.stages.rerank import run_reranking
+from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.exemplars import DissectedModels, Exemplars
+from milan_ray.stages.rerank import reranking_stages
 from milan_ray.stages.scores import ScoreConfig, described_layers, run_scores, score_stages
 from milan_ray.stages.tuning_statistics import Sweep, Trial
 from milan_ray.storage import Storage
@@ -119,12 +119,12 @@ def train_here(storage: Storage) -> None:
     job = train.TrainingJob("taught", "people", (("tiny/cnn", "0"),), ENCODER, config, Sizes(4, 6))
     fingerprint = train.Training(job).due(storage)
     if fingerprint is not None:
-        done, said = train._train_in_task(train._Task(storage, job, fingerprint))
+        done, said = train._train_in_task(storage, (job, fingerprint))
         assert done, said
 
 
 def look(storage: Storage) -> DissectedModels:
-    return run_exemplars(storage, [WATCHER], FIELDS, FEW, HERE)
+    return Exemplars([WATCHER], FIELDS, FEW).run(storage, HERE)
 
 
 def explain(storage: Storage) -> None:
@@ -150,7 +150,7 @@ def draw(storage: Storage) -> None:
 
 
 def watch(storage: Storage) -> DissectedModels:
-    return run_exemplars(storage, [COLOUR_MODEL], SCENES, SHOTS, HERE)
+    return Exemplars([COLOUR_MODEL], SCENES, SHOTS).run(storage, HERE)
 
 
 def describe_and_dissect(storage: Storage) -> None:
@@ -246,18 +246,18 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
     clip, embedder = Clip(clip_folder, beam_size=4), ImageTextRef(clip_folder)
 
     def dissect(config: ExemplarConfig) -> Callable[[Storage], object]:
-        return lambda storage: run_exemplars(storage, [CNN], probe, config, HERE)
+        return lambda storage: Exemplars([CNN], probe, config).run(storage, HERE)
 
     exemplars = {EXEMPLARS: "exemplars", POOLED: "pooled"}
     texts = ["a dog", "a house", "red"]
     photographs = {
         "exemplars": Stage(dissect(CONFIG), exemplars),
         "masks": Stage(dissect(replace(CONFIG, k=3, map_budget=0)), exemplars),
-        "encodings": Stage(lambda place: run_encodings(place, LAYERS, ENCODER, HERE), {ENCODINGS: "encodings"}),
+        "encodings": Stage(lambda place: run_stage(Encodings(LAYERS, ENCODER), place, HERE), {ENCODINGS: "encodings"}),
         "annotations": Stage(annotate, {}),
         "descriptions": Stage(lambda place: run_descriptions(place, LAYERS, SEARCH, HERE), {CANDIDATES: "candidates"}),
         "reranking": Stage(
-            lambda place: run_reranking(place, LAYERS, SEARCH, clip, HERE),
+            lambda place: run_stages(reranking_stages(LAYERS, SEARCH, load_captioner(place, "toy"), clip), place, HERE),
             {CANDIDATES: "candidates", ENCODINGS: "encodings"},
         ),
         "comparison": Stage(
@@ -287,7 +287,7 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
     adversarial = CutAndPaste(CLASSES, told, "four words", pasting)
     experiments = {
         "dissected": Stage(
-            lambda place: run_exemplars(place, [CLASSES], told, ExemplarConfig(k=4, batch_size=16), HERE), {}
+            lambda place: Exemplars([CLASSES], told, ExemplarConfig(k=4, batch_size=16)).run(place, HERE), {}
         ),
         "said": Stage(say_words, {}),
         "analysis": Stage(lambda place: analysis.run(place, reader(), HERE), {}),

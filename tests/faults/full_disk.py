@@ -16,11 +16,12 @@ from pathlib import Path
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.cluster import connected
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.engine.stage import run_stage
 from milan_ray.errors import MilanError
 from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.descriptions import Search, run_descriptions
-from milan_ray.stages.encodings import run_encodings
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 
 
@@ -96,8 +97,8 @@ def main(result: str, root: str, log: str, photos: str, plugin: str, captioner: 
     with connected(resources):
         while len(said) < 40:
             try:
-                done = run_exemplars(storage, [request], probe, config, resources)
-                run_encodings(storage, done.models, encoder, resources)
+                done = Exemplars([request], probe, config).run(storage, resources)
+                run_stage(Encodings(done.models, encoder), storage, resources)
                 run_descriptions(storage, done.models, Search(captioner, 5, 5), resources)
                 break
             except MilanError as error:

@@ -19,7 +19,7 @@ from ray.cluster_utils import Cluster
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 
 
@@ -32,7 +32,7 @@ def main(result: str, root: str, photos: str, plugin: str) -> None:
     ray.init(address=cluster.address, log_to_driver=False)
     request, probe = ModelRef("slow/cnn", plugins=(plugin,)), ProbeRef((photos,))
     config = ExemplarConfig(k=4, batch_size=16, shard_size=1)
-    job = threading.Thread(target=run_exemplars, args=(storage, [request], probe, config, Resources(actors=3)))
+    job = threading.Thread(target=Exemplars([request], probe, config).run, args=(storage, Resources(actors=3)))
     job.start()
     where = Path(os.environ["MILAN_TEST_WHERE"])
 

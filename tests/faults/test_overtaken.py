@@ -10,10 +10,11 @@ import pytest
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.engine.stage import run_stage
 from milan_ray.schema import ENCODINGS, EXEMPLARS, LEVELS, SKIPPED, VIEWS, Table
 from milan_ray.stages.captioners import EncoderRef
-from milan_ray.stages.encodings import run_encodings
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -25,10 +26,10 @@ LAYERS = {"tiny/cnn": ("0", "2", "6")}
 class Overtaken(Storage):
     """Something else happens before a certain step of the driver, once; workers know nothing of it."""
 
-    def __init__(self, root: str, step: str, happens: Callable[[], None]) -> None:
+    def __init__(self, root: str, step: str, happens: Callable[[], object]) -> None:
         super().__init__(root)
         self._step = step
-        self._happens: Callable[[], None] | None = happens
+        self._happens: Callable[[], object] | None = happens
 
     def __reduce__(self):
         return (Storage, (self.root,))
@@ -50,7 +51,7 @@ class Overtaken(Storage):
 
 def exemplars(storage: Storage, photos: Path, budget: int) -> None:
     config = ExemplarConfig(k=4, batch_size=16, shard_size=40, map_budget=budget)
-    run_exemplars(storage, [CNN], ProbeRef((str(photos),)), config, Resources(actors=1))
+    Exemplars([CNN], ProbeRef((str(photos),)), config).run(storage, Resources(actors=1))
 
 
 def assert_equal(found: Storage, expected: Storage, tables: Sequence[Table]) -> None:
@@ -65,7 +66,7 @@ def assert_equal(found: Storage, expected: Storage, tables: Sequence[Table]) -> 
 def alone(ray_session, photos, tmp_path_factory) -> Storage:
     storage = Storage(tmp_path_factory.mktemp("alone"))
     exemplars(storage, photos, 2**20)
-    run_encodings(storage, LAYERS, ENCODER, Resources(actors=1))
+    run_stage(Encodings(LAYERS, ENCODER), storage, Resources(actors=1))
     return storage
 
 
@@ -90,7 +91,8 @@ def test_encodings_overtaken_by_the_same_job_are_those_of_one(alone, tmp_path, c
     storage = Storage(tmp_path / "run")
     storage.remove(ENCODINGS.name)
     run = storage.root
-    overtaken = Overtaken(run, "work pieces", lambda: run_encodings(Storage(run), LAYERS, ENCODER, Resources(actors=1)))
-    run_encodings(overtaken, LAYERS, ENCODER, Resources(actors=1))
+    encodings, resources = Encodings(LAYERS, ENCODER), Resources(actors=1)
+    overtaken = Overtaken(run, "work pieces", lambda: run_stage(encodings, Storage(run), resources))
+    run_stage(encodings, overtaken, resources)
     assert "another job on this storage has finished the same work" in capsys.readouterr().err
     assert_equal(storage, alone, (EXEMPLARS, LEVELS, VIEWS, ENCODINGS))

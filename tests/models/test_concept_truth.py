@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from milan_ray.engine.references import image_text
+from milan_ray.engine.references import load
 from milan_ray.models.concept_truth import ConceptTruth
 from milan_ray.models.image_text import ImageTextRef, find_image_text
 
@@ -28,7 +28,7 @@ def test_pixels_are_refused():
 
 
 def test_the_worlds_truth_reads_synonyms_and_goes_by_its_name():
-    truth = image_text(ImageTextRef("world/truth"))
+    truth = load(ImageTextRef("world/truth"))
     assert find_image_text("world/truth") == ImageTextRef("world/truth").name == "world/truth"
     house, home, both = truth.embed_texts(["a house", "homes", "red home"])
     assert torch.equal(house, home) and house.sum() == both.sum() == 1

@@ -36,7 +36,7 @@ from milan_ray.probe.folder import FolderProbe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.probe.registry import register_probe
 from milan_ray.schema import EXEMPLARS, LEVELS, SKIPPED, VIEWS
-from milan_ray.stages.exemplars import exemplar_fingerprints, run_exemplars
+from milan_ray.stages.exemplars import Exemplars, exemplar_fingerprints
 from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -108,7 +108,7 @@ def test_any_source_gives_the_same_tables_to_the_last_bit(sources, tmp_path):
         for shard_size in (500, 16):  # one worker, and two
             storage = Storage(tmp_path / f"{name} {shard_size}")
             config = ExemplarConfig(k=4, batch_size=16, shard_size=shard_size)
-            run_exemplars(storage, [CNN], ProbeRef((str(path),)), config, Resources())
+            Exemplars([CNN], ProbeRef((str(path),)), config).run(storage, Resources())
             expected = expected or tables(storage)
             assert_same(tables(storage), expected, f"{name} {shard_size}")
 
@@ -119,7 +119,7 @@ def test_any_source_gives_the_same_tables_on_one_and_two_actors(sources, tmp_pat
     for (name, path), actors in zip(sources.items(), (1, 2, 1, 2), strict=True):
         storage = Storage(tmp_path / name)
         config = ExemplarConfig(k=4, batch_size=16, shard_size=50)
-        run_exemplars(storage, [CNN], ProbeRef((str(path),)), config, Resources(actors=actors))
+        Exemplars([CNN], ProbeRef((str(path),)), config).run(storage, Resources(actors=actors))
         expected = expected or tables(storage)
         assert_same(tables(storage), expected, f"{name} {actors}")
 
@@ -137,14 +137,14 @@ def test_any_source_of_500_pictures_gives_the_same_tables_on_actors(tmp_path):
         for actors in (None, 1, 2):
             storage = Storage(tmp_path / f"run {name} {actors}")
             config = ExemplarConfig(k=8, batch_size=16, shard_size=100)
-            run_exemplars(storage, [CNN], ProbeRef((str(path),)), config, Resources(actors=actors))
+            Exemplars([CNN], ProbeRef((str(path),)), config).run(storage, Resources(actors=actors))
             expected = expected or tables(storage)
             assert_same(tables(storage), expected, f"{name} {actors}")
 
 
 def test_any_source_gives_a_notebook_what_a_job_finds(sources, tmp_path):
     storage = Storage(tmp_path)
-    run_exemplars(storage, [CNN], ProbeRef((str(sources["folder"]),)), CONFIG, Resources())
+    Exemplars([CNN], ProbeRef((str(sources["folder"]),)), CONFIG).run(storage, Resources())
     job = pl.DataFrame(pl.from_arrow(storage.read(EXEMPLARS, model="tiny/cnn", layer="0"))).sort("unit", "rank")
     files = [Path(sources["folder"], path) for path in FolderProbe([sources["folder"]]).manifest()["path"].to_pylist()]
     opened = [Image.open(file) for file in files]
@@ -201,7 +201,7 @@ def test_c3_and_c7_are_said_when_a_job_starts(tmp_path, capsys):
         Image.fromarray(values).save(root / f"{number}.tif")
     for name in ("a.txt", "b.txt", "c.mp4"):
         (root / name).write_text("no image")
-    run_exemplars(Storage(tmp_path / "run"), [CNN], ProbeRef((str(root),)), CONFIG, Resources())
+    Exemplars([CNN], ProbeRef((str(root),)), CONFIG).run(Storage(tmp_path / "run"), Resources())
     told = capsys.readouterr().err
     assert told.count("left out 3 files that are no images") == 1 and ".txt 2, .mp4 1" in told
     (line,) = [line for line in told.splitlines() if "16-bit pixels use 12 bits at most" in line]
@@ -249,7 +249,7 @@ def test_a7_all_bands_of_arrays_reach_inputs(count: int, tmp_path: Path):
     np.testing.assert_allclose(shown[0], people.transpose(2, 0, 1) / np.float32(255), atol=1e-6)
     register_probe(f"a7/probe{count}", lambda: ArrayProbe(pixels))
     storage = Storage(tmp_path)
-    run_exemplars(storage, [ModelRef(f"a7/arrays{count}")], ProbeRef((f"a7/probe{count}",)), CONFIG, Resources())
+    Exemplars([ModelRef(f"a7/arrays{count}")], ProbeRef((f"a7/probe{count}",)), CONFIG).run(storage, Resources())
     job = storage.read(EXEMPLARS, model=f"a7/arrays{count}", layer="conv")["activation"].to_pylist()
     assert job == np.sort(expected.T)[:, :0:-1].ravel().tolist()
     (view,) = storage.partitions(VIEWS)
@@ -281,7 +281,7 @@ def test_a7_other_pictures_are_skipped_and_lost_bands_stop(tmp_path: Path):
     banded("a7/four", 4, 4)
     config = ExemplarConfig(k=4, batch_size=16, max_bad=0.7)
     request = ProbeRef((str(root),))
-    run_exemplars(storage, [ModelRef("a7/four")], request, config, Resources())
+    Exemplars([ModelRef("a7/four")], request, config).run(storage, Resources())
     reasons = storage.read(SKIPPED, model="a7/four")["reason"].to_pylist()
     assert reasons == ["has 3 bands where a7/four takes 4", "has 1 bands where a7/four takes 4",
                        "has 3 bands where a7/four takes 4"]  # fmt: skip
@@ -289,13 +289,13 @@ def test_a7_other_pictures_are_skipped_and_lost_bands_stop(tmp_path: Path):
     with pytest.raises(
         MilanError, match=r"0\.png has 4 bands, of which a7/none would see RGB alone: .*bands=4.*bands=3"
     ):
-        run_exemplars(storage, [ModelRef("a7/none")], request, config, Resources())
+        Exemplars([ModelRef("a7/none")], request, config).run(storage, Resources())
     banded("a7/three", 3, 3)
-    run_exemplars(storage, [ModelRef("a7/three")], request, config, Resources())
+    Exemplars([ModelRef("a7/three")], request, config).run(storage, Resources())
     assert not len(storage.read(SKIPPED, model="a7/three"))
     for name in ("0.png", "3.png"):
         (root / name).unlink()
-    run_exemplars(storage, [ModelRef("a7/none")], request, config, Resources())  # RGB, grey, palette: as ever
+    Exemplars([ModelRef("a7/none")], request, config).run(storage, Resources())  # RGB, grey, palette: as ever
 
 
 def test_a7_arrays_of_other_bands_are_refused_where_they_would_be_lost():

@@ -25,7 +25,7 @@ from milan_ray.scoring.simulation import held_out
 from milan_ray.stages import clip_dissect, embeddings
 from milan_ray.stages.clip_dissect import clip_dissect_stages
 from milan_ray.stages.embeddings import ImageEmbeddings, image_embeddings, text_embeddings
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -34,7 +34,7 @@ WORDS = ("a", "red", "house", "dog", "dogs", "on", "grass", "dark", "areas", "th
 CONCEPTS = tuple(f"{one} {other}" for one in WORDS[:4] for other in WORDS)
 HOLD_OUT = {"soft_wpmi": 0.3, "cos_similarity": 0.5}
 CONFIG = ExemplarConfig(k=4, batch_size=16, pooled=True)
-ONE = Resources(actors=1)
+ONE = Resources()
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def request_of(save_clip, tmp_path_factory) -> ImageTextRef:
 def storage(ray_session, folder, tmp_path_factory) -> Storage:
     storage = Storage(tmp_path_factory.mktemp("run"))
     request = ModelRef("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
-    run_exemplars(storage, [request], ProbeRef((str(folder),)), CONFIG, ONE)
+    Exemplars([request], ProbeRef((str(folder),)), CONFIG).run(storage, ONE)
     return storage
 
 
@@ -192,7 +192,7 @@ def test_a_killed_job_goes_on_and_a_second_run_does_nothing(storage, folder, req
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(clip_dissect, "write_labels", killed)
+        patched.setattr(clip_dissect, "publish", killed)
         dissect(mine, LAYERS, folder, how, request_of)
     (work,) = {path.split("/")[1] for path in mine.files("_work") if "/best/" in path}
     (gone,) = [name for name in mine.work_names(work, "best/0000016") if name.endswith("/1")]

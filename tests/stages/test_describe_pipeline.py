@@ -23,6 +23,7 @@ from milan_ray.captioner.fit import Sizes
 from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
 from milan_ray.config import ExemplarConfig, Resources, TrainingConfig
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.engine.stage import run_stage
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
@@ -32,8 +33,8 @@ from milan_ray.schema import ANNOTATIONS, CANDIDATES, DESCRIPTIONS, ENCODINGS, E
 from milan_ray.stages import descriptions as describe
 from milan_ray.stages.captioners import EncoderRef, load_captioner, save_captioner
 from milan_ray.stages.descriptions import Search, run_descriptions
-from milan_ray.stages.encodings import run_encodings, unit_features
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.encodings import Encodings, unit_features
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.stages.training import Training, TrainingJob
 from milan_ray.storage import Storage
 
@@ -53,10 +54,10 @@ def storage(ray_session, photos, tmp_path_factory) -> Storage:
     storage = Storage(tmp_path_factory.mktemp("run"))
     models = {**LAYERS, "tiny/broken": ("good", "nan"), "tiny/twin": ("0",)}
     requests = [ModelRef(name, layers=layers, plugins=(PLUGIN,)) for name, layers in models.items()]
-    one = Resources(actors=1)
-    run_exemplars(storage, requests, ProbeRef((str(photos),)), ExemplarConfig(k=4, batch_size=16), one)
+    one = Resources()
+    Exemplars(requests, ProbeRef((str(photos),)), ExemplarConfig(k=4, batch_size=16)).run(storage, one)
     del models["tiny/twin"]
-    run_encodings(storage, models, ENCODER, one)
+    run_stage(Encodings(models, ENCODER), storage, one)
     save_captioner(storage, "toy", toy_captioner(), "A toy.")
     run_descriptions(storage, models, SEARCH, one)
     return storage
@@ -128,12 +129,12 @@ def test_descriptions_again_do_nothing_and_another_lambda_only_rescores(storage)
     paths = [storage.path(CANDIDATES, decoder="toy", model="tiny/cnn", layer=layer) for layer in LAYERS["tiny/cnn"]]
     paths += [storage.path(DESCRIPTIONS, labeler=LIKELIHOOD, model="tiny/cnn", layer="0")]
     before = [os.stat(f"{storage.root}/{path}").st_mtime_ns for path in paths]
-    run_encodings(storage, LAYERS, ENCODER, Resources(actors=1))
-    run_descriptions(storage, LAYERS, replace(SEARCH, lam=0.9), Resources(actors=1))
+    run_stage(Encodings(LAYERS, ENCODER), storage, Resources())
+    run_descriptions(storage, LAYERS, replace(SEARCH, lam=0.9), Resources())
     assert [os.stat(f"{storage.root}/{path}").st_mtime_ns for path in paths] == before
     table = storage.read(DESCRIPTIONS, labeler=MILAN, model="tiny/cnn", layer="0")
     assert table["lam"].to_pylist() == pytest.approx([0.9] * 6)
-    run_descriptions(storage, LAYERS, SEARCH, Resources(actors=1))
+    run_descriptions(storage, LAYERS, SEARCH, Resources())
 
 
 def test_reference_quirks_change_log_p_d_as_the_kernel_does(storage, tmp_path, monkeypatch):
@@ -141,7 +142,7 @@ def test_reference_quirks_change_log_p_d_as_the_kernel_does(storage, tmp_path, m
     for folder in ("encodings", "captioners"):
         shutil.copytree(f"{storage.root}/{folder}", tmp_path / folder)
     other, wide = Storage(tmp_path), replace(SEARCH, beam_size=14, quirks=REFERENCE)  # all tokens, <stop> among them
-    run_descriptions(other, {"tiny/cnn": ("2",)}, wide, Resources(actors=1))
+    run_descriptions(other, {"tiny/cnn": ("2",)}, wide, Resources())
     found = np.array(other.read(CANDIDATES, decoder="toy", model="tiny/cnn", layer="2")["logp_d"])
     features = by_hand(storage, "2")
     stacked = np.stack([features[unit] for unit in sorted(features)])
@@ -176,7 +177,7 @@ def test_polars_reads_all_descriptions_by_the_documented_glob(storage):
 
 def test_encodings_without_exemplars_say_what_to_run(storage):
     with pytest.raises(MilanError, match=r"jobs\.exemplars"):
-        run_encodings(storage, {"tiny/cnn": ("6",)}, ENCODER, Resources(actors=1))
+        run_stage(Encodings({"tiny/cnn": ("6",)}, ENCODER), storage, Resources())
 
 
 def test_captioner_survives_the_round_trip_through_the_run_directory(storage):
@@ -246,7 +247,7 @@ def test_report_leaves_out_descriptions_of_earlier_exemplars(storage, photos, tm
     copy = Storage(tmp_path / "copy")
     shutil.copytree(storage.root, copy.root)
     request = ModelRef("tiny/cnn", layers=("2",), plugins=(PLUGIN,))
-    run_exemplars(copy, [request], ProbeRef((str(photos),)), ExemplarConfig(k=3, batch_size=16), Resources(actors=1))
+    Exemplars([request], ProbeRef((str(photos),)), ExemplarConfig(k=3, batch_size=16)).run(copy, Resources())
     write_report(copy, tmp_path / "report", models=["tiny/cnn"])
     said = capsys.readouterr().err
     assert "left out descriptions of tiny/cnn 2" in said and "tiny/cnn 0" not in said

@@ -16,7 +16,7 @@ from PIL import Image
 
 from milan_ray import cli
 from milan_ray.config import ExemplarConfig, Resources
-from milan_ray.engine.references import ModelRef, ProbeRef, generator, model, probe
+from milan_ray.engine.references import ModelRef, ProbeRef, load, model, probe
 from milan_ray.engine.status import status
 from milan_ray.errors import MilanError
 from milan_ray.labelers.dnd.crops import attention_boxes, crop
@@ -31,7 +31,7 @@ from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, RUNS
 from milan_ray.stages.dnd import stage as dnd
 from milan_ray.stages.dnd.config import DndConfig, SummariserRef, drawings_identity
 from milan_ray.stages.dnd.stage import dnd_stages, read_drawings, run_dnd
-from milan_ray.stages.exemplars import DissectedModels, run_exemplars
+from milan_ray.stages.exemplars import DissectedModels, Exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/colours.py")
@@ -40,7 +40,7 @@ PROBE = ProbeRef(("colours",), plugins=(PLUGIN,))
 CONFIG = ExemplarConfig(k=3, batch_size=16, shard_size=96, pooled=True)
 KEYS_OF: dict[str, Any] = {"model": "colours/watcher", "layer": "seen"}
 TRUTH = ("red", "green", "blue")
-ONE = Resources(actors=1)
+ONE = Resources()
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def how() -> DndConfig:
 
 
 def run(storage: Storage, how: DndConfig, **named) -> DissectedModels:
-    done = run_exemplars(storage, [MODEL], PROBE, CONFIG, ONE)
+    done = Exemplars([MODEL], PROBE, CONFIG).run(storage, ONE)
     assert dissect(storage, done, how, **named) == {}
     return done
 
@@ -99,7 +99,7 @@ def test_drawings_equal_loops_over_images(storage, how):
     assert not isinstance(source, LatentProbe)
     views = [spec.preprocess.view(source.read(ref).image) for ref in image_refs(source.manifest())]
     everything = torch.stack([maps(view) for view in views])
-    drawn = generator(how.generator)
+    drawn = load(how.generator)
     found = read_drawings(storage, "dnd", **KEYS_OF)
     for unit in range(3):
         means = everything[:, unit].mean(dim=(1, 2))
@@ -236,7 +236,7 @@ def test_command_line_plans_and_says_what_is_missing(storage, how, tmp_path, mon
 
 
 def test_what_cannot_be_dissected_says_so(storage, how):
-    done = run_exemplars(storage, [MODEL], PROBE, CONFIG, ONE)
+    done = Exemplars([MODEL], PROBE, CONFIG).run(storage, ONE)
     with pytest.raises(MilanError, match="has 4 units, numbered from 0, and --units asks for 7"):
         dissect(storage, done, how, units=(7,))
     with pytest.raises(MilanError, match="scoring by topk-compare compares images"):

@@ -8,11 +8,12 @@ import pytest
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.engine.stage import run_stage
 from milan_ray.schema import ENCODINGS, EXEMPLARS
 from milan_ray.stages import encodings as encodings_stage
 from milan_ray.stages.captioners import EncoderRef
-from milan_ray.stages.encodings import BATCH_SIZE, chunk_starts, run_encodings
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.encodings import BATCH_SIZE, Encodings, chunk_starts
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 
 TINY = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -45,7 +46,7 @@ def storage(ray_session, photos, tmp_path_factory) -> Storage:
     storage = Storage(tmp_path_factory.mktemp("passes"))
     requests = [ModelRef(name, layers=layers, plugins=(TINY,)) for name, layers in ZOO.items()]
     config = ExemplarConfig(k=4, batch_size=16)
-    run_exemplars(storage, requests, ProbeRef((str(photos),)), config, Resources(actors=1))
+    Exemplars(requests, ProbeRef((str(photos),)), config).run(storage, Resources())
     return storage
 
 
@@ -63,14 +64,14 @@ def test_encoder_passes_are_unique_images_for_one_model_and_for_several(storage,
     plugin.write_text(COUNTING.format(log=str(log)))
     encoder = EncoderRef("counting", plugins=(str(plugin),))
     encoder.load().feature_size  # noqa: B018 - its images are zeros
-    run_encodings(storage, ONE, encoder, Resources(actors=1))
+    run_stage(Encodings(ONE, encoder), storage, Resources())
     assert len(log.read_text().splitlines()) == len(set(log.read_text().splitlines())) == len(images_of(storage, ONE))
     alone = encodings(storage)
 
     log.write_text("")
     storage.remove(ENCODINGS.name)
     monkeypatch.setattr(encodings_stage, "FEW_ROWS", -1)  # by tasks, as for many
-    run_encodings(storage, ZOO, encoder, Resources())
+    run_stage(Encodings(ZOO, encoder), storage, Resources())
     assert len(images_of(storage, ZOO)) > len(images_of(storage, ONE))
     assert len(log.read_text().splitlines()) == len(set(log.read_text().splitlines())) == len(images_of(storage, ZOO))
     assert encodings(storage).equals(alone)  # other images in a batch change nothing

@@ -21,10 +21,10 @@ from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.probe.base import ImageRef, LatentProbe
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, RUNS, SKIPPED, VIEWS
-from milan_ray.stages.exemplars import Exemplars, merge, run_exemplars, stage
+from milan_ray.stages.exemplars import Exemplars, merge, stage
 from milan_ray.stages.exemplars import masks as mask_stage
 from milan_ray.stages.exemplars.masks import recompute
-from milan_ray.stages.exemplars.worker import Run
+from milan_ray.stages.exemplars.worker import ExemplarWorker, Run
 from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,9 +43,9 @@ def tables(storage: Storage) -> dict[str, pa.Table]:
     return found
 
 
-def run(path: Path, photos: Path, config: ExemplarConfig = CONFIG, actors: int = 1, models=(CNN,)) -> Storage:
+def run(path: Path, photos: Path, config: ExemplarConfig = CONFIG, actors: int | None = None, models=(CNN,)) -> Storage:
     storage = Storage(path)
-    run_exemplars(storage, list(models), ProbeRef((str(photos),)), config, Resources(actors=actors))
+    Exemplars(list(models), ProbeRef((str(photos),)), config).run(storage, Resources(actors=actors))
     return storage
 
 
@@ -172,9 +172,9 @@ def test_exemplars_killed_while_results_become_public_go_on_from_the_shards(undi
     manifest, digest = stage.store_manifest(storage, source)
     (item,) = Exemplars([CNN], source, CONFIG).due(storage, digest, len(manifest))
     job = Run(storage, source, CONFIG, Resources())
-    assert stage.run_shards(job, [item], manifest) == {}
+    assert stage.run_shards(job, ExemplarWorker, [item], [item.pieces], "exemplars")[0] == {}
     shards = merge.finish_images(job, item, len(manifest))[2]
-    merge.merge_layer(merge.LayerTask(job, item, "2", shards, Cost(images=90)))
+    merge.merge_layer(job, item, shards, Cost(images=90), "2")
     run(tmp_path, photos)
     said = capsys.readouterr().err
     assert "3 of 3 shards are done already" in said
@@ -200,7 +200,7 @@ def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, 
     storage = Storage(tmp_path)
     unseeded = ModelRef("tiny/unseeded", plugins=(PLUGIN,))
     models = [failing, unseeded, BROKEN, CNN]
-    done = run_exemplars(storage, models, ProbeRef((str(photos),)), CONFIG, Resources(actors=1))
+    done = Exemplars(models, ProbeRef((str(photos),)), CONFIG).run(storage, Resources())
     assert list(done.models) == ["tiny/broken", "tiny/cnn"]
     assert "does not run on a test batch of (3, 24, 24, 3) (RuntimeError" in done.failed["tiny/failing"]
     assert "random weights need a seed" in done.failed["tiny/unseeded"]
@@ -216,7 +216,7 @@ def test_b6_models_of_any_numbers_run_or_fail_alone_with_one_sentence(ray_sessio
     plugin = str(ROOT / "tests/plugins/bad_models.py")
     names = ("bad/secret", "bad/unbuilt", "bad/inputs", "bad/int8")
     models = [*(ModelRef(name, plugins=(plugin,)) for name in names), CNN]
-    done = run_exemplars(Storage(tmp_path), models, ProbeRef((str(photos),)), CONFIG, Resources(actors=1))
+    done = Exemplars(models, ProbeRef((str(photos),)), CONFIG).run(Storage(tmp_path), Resources())
     assert list(done.models) == ["bad/int8", "tiny/cnn"]
     assert "the weights of Secret cannot be identified" in done.failed["bad/secret"]
     assert done.failed["bad/unbuilt"] == "model bad/unbuilt cannot be built: KeyError: 'no such\\nsize'"
@@ -248,8 +248,8 @@ def test_exemplars_above_the_map_budget_are_masked_in_one_pool_whatever_model_fa
     names = [f"late/{name}" for name in ("cnn", "failing", "twin")]
     models = [ModelRef(name, plugins=(plugin,)) for name in names]
     config = replace(CONFIG, map_budget=0, shard_size=23)
-    arguments = [*models, BROKEN], ProbeRef((str(photos),)), config, Resources(actors=2)
-    done = run_exemplars(storage, *arguments)
+    exemplars, resources = Exemplars([*models, BROKEN], ProbeRef((str(photos),)), config), Resources(actors=2)
+    done = exemplars.run(storage, resources)
     assert done.failed == {"late/failing": "the model failed on a batch: RuntimeError: not now"}
     assert pools == ["ExemplarWorker", "MaskWorker"]
     loads = Counter((tmp_path / "loads").read_text().splitlines())
@@ -273,7 +273,7 @@ def test_exemplars_above_the_map_budget_are_masked_in_one_pool_whatever_model_fa
     # What failed goes on from its winners.
     (tmp_path / "fail").unlink()
     monkeypatch.setattr(stage, "recompute", recompute)
-    assert run_exemplars(storage, *arguments).failed == {}
+    assert exemplars.run(storage, resources).failed == {}
     assert pools[2:] == ["MaskWorker"]
     assert_as_alone("late/failing", "2")
     assert not [file for file in storage.files("_work") if file.endswith(".arrow")]

@@ -12,7 +12,7 @@ from milan_ray.exemplars.behaviour import COMPUTES, same
 from milan_ray.models.registry import register_model
 from milan_ray.models.view import Preprocess, View
 from milan_ray.schema import EXEMPLARS
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 
 CONFIG = ExemplarConfig(k=3, batch_size=8, shard_size=500)
@@ -45,7 +45,7 @@ def test_s1_a_forward_written_anew_makes_what_it_changes_anew(photos, tmp_path, 
 
     def run(sign: int) -> tuple[list[str], list[list[float]], str]:
         register(sign)
-        run_exemplars(storage, [ModelRef("rewritten/two")], probe, CONFIG, Resources())
+        Exemplars([ModelRef("rewritten/two")], probe, CONFIG).run(storage, Resources())
         hashes = [storage.config_of(EXEMPLARS, **key) for key in keys]
         values = [storage.read(EXEMPLARS, **key)["activation"].to_pylist() for key in keys]
         return hashes, values, capsys.readouterr().err

@@ -16,13 +16,14 @@ from PIL import Image
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef, model
+from milan_ray.engine.stage import run_stage
 from milan_ray.errors import MilanError
 from milan_ray.exemplars import masks
 from milan_ray.report import write_report
 from milan_ray.schema import ENCODINGS, EXEMPLARS, VIEWS
 from milan_ray.stages.captioners import EncoderRef
-from milan_ray.stages.encodings import run_encodings
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 
 PLUGINS = Path(__file__).resolve().parents[1] / "plugins"
@@ -44,7 +45,7 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(path: Path, latents: Path, config: ExemplarConfig = CONFIG, request: ModelRef = GENERATOR) -> Storage:
     storage = Storage(path)
-    run_exemplars(storage, [request], ProbeRef((str(latents),)), config, Resources(actors=1))
+    Exemplars([request], ProbeRef((str(latents),)), config).run(storage, Resources())
     return storage
 
 
@@ -117,7 +118,7 @@ def test_generator_killed_before_its_views_draws_the_same_again(dissected, laten
 
 def test_generator_exemplars_reach_encodings_and_report(dissected, tmp_path):
     encoder = EncoderRef("tiny", plugins=(str(PLUGINS / "tiny_models.py"),))
-    run_encodings(dissected, {"tiny/generator": LAYERS}, encoder, Resources(actors=1))
+    run_stage(Encodings({"tiny/generator": LAYERS}, encoder), dissected, Resources())
     assert dissected.read(ENCODINGS, encoder="tiny", model="tiny/generator", layer="layer1").num_rows == 4 * 4
     write_report(dissected, tmp_path)
     assert len(list(tmp_path.rglob("*.jpg"))) >= len(views(dissected, "layer1"))
@@ -137,7 +138,7 @@ def test_parity_generators_through_the_pipeline(ray_session, golden, tmp_path):
     probe = ProbeRef((str(golden / "toygen_inputs_seed17.npz"),))
     config = ExemplarConfig(batch_size=32, truncate_bytes=True, map_budget=0)  # masks from a second pass
     storage = Storage(tmp_path)
-    run_exemplars(storage, [request], probe, config, Resources(actors=1))
+    Exemplars([request], probe, config).run(storage, Resources())
     table = storage.read(EXEMPLARS, model="golden/generator", layer="layer0")
     folder = golden / "exemplars/toygen/layer0"
     expected, packed = np.load(folder / "stats.npz"), np.load(folder / "masks_packed.npz")

@@ -21,7 +21,7 @@ from milan_ray.probe.manifest import image_refs
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, RUNS
 from milan_ray.stages import concept_labels as label
 from milan_ray.stages.concept_labels import CONCEPTS, ConceptLabels, LabelConfig
-from milan_ray.stages.exemplars import DissectedModels, run_exemplars
+from milan_ray.stages.exemplars import DissectedModels, Exemplars
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/flags.py")
@@ -32,9 +32,9 @@ KEYS = {"model": "flags/watcher", "layer": "seen"}
 
 
 def run(storage: Storage, how: LabelConfig, config: ExemplarConfig = CONFIG, **named) -> DissectedModels:
-    done = run_exemplars(storage, [MODEL], PROBE, config, Resources(actors=1))
+    done = Exemplars([MODEL], PROBE, config).run(storage, Resources())
     stage = ConceptLabels(done.models, [MODEL], PROBE, config, how, **named)
-    assert stage.run(storage, Resources(actors=1)) == {}
+    assert stage.run(storage, Resources()) == {}
     return done
 
 
@@ -112,7 +112,7 @@ def test_a_killed_job_goes_on_with_what_changed_for_the_units_chosen(labelled, t
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(label, "write_labels", killed)
+        patched.setattr(label, "publish", killed)
         run(storage, how, config, units=(1, 3))
     (work,) = {path.split("/")[1] for path in storage.files("_work") if f"/{CONCEPTS}/" in path}
     assert sum(name.startswith("formulas/") for name in storage.work_names(work)) == 1
@@ -129,7 +129,7 @@ def test_a_killed_job_goes_on_with_what_changed_for_the_units_chosen(labelled, t
 def test_what_cannot_be_labelled_says_so(dissected, tmp_path):
     storage = Storage(shutil.copytree(dissected[0].root, tmp_path / "refused"))
     storage.remove(DESCRIPTIONS.name)
-    one = Resources(actors=1)
+    one = Resources()
     with pytest.raises(MilanError, match="has 5 units, numbered from 0, and --units asks for 7"):
         ConceptLabels(dissected[1].models, [MODEL], PROBE, CONFIG, LabelConfig(), (7,)).run(storage, one)
     unlabelled = ProbeRef(("flags/unlabelled",), plugins=(PLUGIN,))

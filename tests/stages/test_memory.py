@@ -31,7 +31,7 @@ from milan_ray import runtime
 runtime.prepare(None)
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.cluster import connected, start
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.storage import Storage
 
@@ -71,13 +71,11 @@ with connected(Resources(actors=1)):
     stop = threading.Event()
     thread = threading.Thread(target=watch)
     thread.start()
-    run_exemplars(
-        Storage(folder),
+    Exemplars(
         [ModelRef("noise/net", plugins=(plugin,))],
         ProbeRef((f"noise/{images}",), plugins=(plugin,)),
         ExemplarConfig(k=3, pooled=True),
-        Resources(actors=1),
-    )
+    ).run(Storage(folder), Resources(actors=1))
     stop.set()
     thread.join()
 Path(result).write_text(json.dumps(samples))

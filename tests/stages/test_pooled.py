@@ -21,7 +21,7 @@ from milan_ray.exemplars.pooled import matrix
 from milan_ray.models.establish import establish
 from milan_ray.probe.base import ImageRef, LatentProbe
 from milan_ray.schema import EXEMPLARS, POOLED, RUNS
-from milan_ray.stages.exemplars import Exemplars, exemplar_fingerprints, merge, run_exemplars, store_manifest
+from milan_ray.stages.exemplars import Exemplars, exemplar_fingerprints, merge, store_manifest
 from milan_ray.stages.exemplars.worker import ExemplarWorker, Run
 from milan_ray.storage import Storage
 
@@ -43,9 +43,9 @@ def few(photos, tmp_path_factory) -> Path:
     return folder
 
 
-def run(path: Path, few: Path, config: ExemplarConfig = CONFIG, actors: int = 1) -> Storage:
+def run(path: Path, few: Path, config: ExemplarConfig = CONFIG, actors: int | None = None) -> Storage:
     storage = Storage(path)
-    run_exemplars(storage, [CNN], ProbeRef((str(few),)), config, Resources(actors=actors))
+    Exemplars([CNN], ProbeRef((str(few),)), config).run(storage, Resources(actors=actors))
     return storage
 
 
@@ -109,7 +109,7 @@ def test_pooled_is_added_later_without_making_exemplars_again(undisturbed, few, 
     storage.remove("pooled")
     before = {table: written(storage, table) for table in ("exemplars", "levels")}
     arguments = ["exemplars", "--model", "tiny/cnn", "--plugin", PLUGIN, "--probe", str(few), "--batch-size", "16"]
-    arguments += ["--storage", str(tmp_path), "--no-report", "--actors", "1", "--k", "4", "--pooled"]
+    arguments += ["--storage", str(tmp_path), "--no-report", "--k", "4", "--pooled"]
     capsys.readouterr()
     assert cli.main([*arguments, "--dry-run"]) == 0
     lines = capsys.readouterr().out.splitlines()
@@ -140,7 +140,7 @@ def test_pooled_after_a_kill_has_every_row_once(undisturbed, few, tmp_path, caps
         (tmp_path / f"_work/{item.work}/{file}.arrow").unlink()
     (tmp_path / f"_work/{item.work}/images/000002.arrow").unlink()
     job = Run(storage, source, config, Resources())
-    merge.merge_pooled(merge.LayerTask(job, item, "0", tuple(f"{n:06d}" for n in range(5)), Cost(images=39)))
+    merge.merge_pooled(job, item, [f"{n:06d}" for n in range(5)], Cost(images=39), "0")
     capsys.readouterr()
     run(tmp_path, few, config)
     assert "2 of 5 shards are done already" in capsys.readouterr().err

@@ -39,7 +39,6 @@ def test_published_set_is_imported_described_without_a_probe_and_exported(ray_se
     assert cli.main(["annotations", "import", str(published), *where]) == 0
     save_captioner(storage, "toy", toy_captioner(), "A toy.")
     describe = ["describe", "--model", "net/photos", "--decoder", "toy", "--plugin", PLUGIN, "--beam-size", "4", *where]
-    describe += ["--actors", "1"]
     assert cli.main([*describe, "--dry-run"]) == 0
     assert "4 tables would be made, 0 are up to date" in capsys.readouterr().out
     assert cli.main(describe) == 0

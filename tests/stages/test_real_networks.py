@@ -44,7 +44,7 @@ def dissect(shared: Path, photographs: tuple[Path, Path, list[int]], run: Path, 
         pytest.skip(f"needs ../shared/data/weights/{file}")
     folder, labels, _ = photographs
     arguments = ["exemplars", "--model", name, "--weights", str(weights), "--layers", *layers]
-    arguments += ["--probe", str(folder), "--labels", str(labels), "--storage", str(run), "--actors", "1"]
+    arguments += ["--probe", str(folder), "--labels", str(labels), "--storage", str(run)]
     return cli.main(arguments)
 
 
@@ -123,7 +123,7 @@ def test_notebook_and_job_find_the_same_of_networks_of_any_layout(ray_session, p
     pytest.importorskip("timm")
     name, storage, layers = f"layouts/{network}", Storage(tmp_path), GRIDS[network]
     arguments = ["exemplars", "--model", name, "--plugin", str(LAYOUTS), "--probe", str(photographs[0]), "--k", "5"]
-    assert cli.main([*arguments, "--storage", str(tmp_path), "--actors", "1", "--no-report"]) == 0
+    assert cli.main([*arguments, "--storage", str(tmp_path), "--no-report"]) == 0
     found = milan_ray.dissect(name, str(photographs[0]), k=5, plugins=[str(LAYOUTS)])
     assert list(layers) == list(found._exemplars)
     for layer, grid in layers.items():

@@ -20,6 +20,7 @@ from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine import stage
 from milan_ray.engine.actor_pool import run_pool
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.engine.stage import run_stage, run_stages
 from milan_ray.engine.status import status
 from milan_ray.exemplars import masks
 from milan_ray.labelers.clip import CLIP, Clip
@@ -27,11 +28,11 @@ from milan_ray.labelers.milan import MILAN
 from milan_ray.models.image_text import ImageText
 from milan_ray.schema import CANDIDATES, DESCRIPTIONS, ENCODINGS, EXEMPLARS, VIEWS
 from milan_ray.stages import rerank
-from milan_ray.stages.captioners import EncoderRef, save_captioner
+from milan_ray.stages.captioners import EncoderRef, load_captioner, save_captioner
 from milan_ray.stages.descriptions import Search, run_descriptions
-from milan_ray.stages.encodings import run_encodings, unit_features
-from milan_ray.stages.exemplars import run_exemplars
-from milan_ray.stages.rerank import run_reranking
+from milan_ray.stages.encodings import Encodings, unit_features
+from milan_ray.stages.exemplars import Exemplars
+from milan_ray.stages.rerank import reranking_stages
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -45,6 +46,11 @@ def captioner() -> Captioner:
     return toy_captioner(length=5, beam_size=6, lam=0.5)
 
 
+def rerank_all(storage: Storage, clip: Clip) -> None:
+    stages = reranking_stages(LAYERS, SEARCH, load_captioner(storage, "toy"), clip)
+    run_stages(stages, storage, Resources())
+
+
 @pytest.fixture(scope="module")
 def clip(save_clip, tmp_path_factory) -> Clip:
     return Clip(save_clip(tmp_path_factory.mktemp("models") / CLIP_ENCODER))
@@ -55,11 +61,11 @@ def storage(ray_session, photos, clip, tmp_path_factory) -> Storage:
     """A run directory with re-ranked descriptions of two layers."""
     storage = Storage(tmp_path_factory.mktemp("run"))
     request = ModelRef("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
-    run_exemplars(storage, [request], ProbeRef((str(photos),)), ExemplarConfig(k=4, batch_size=16), Resources(actors=1))
-    run_encodings(storage, LAYERS, ENCODER, Resources(actors=1))
+    Exemplars([request], ProbeRef((str(photos),)), ExemplarConfig(k=4, batch_size=16)).run(storage, Resources())
+    run_stage(Encodings(LAYERS, ENCODER), storage, Resources())
     save_captioner(storage, "toy", captioner(), "A toy.")
-    run_descriptions(storage, LAYERS, SEARCH, Resources(actors=1))
-    run_reranking(storage, LAYERS, SEARCH, clip, Resources(actors=1))
+    run_descriptions(storage, LAYERS, SEARCH, Resources())
+    rerank_all(storage, clip)
     return storage
 
 
@@ -144,7 +150,6 @@ def test_command_line_plans_and_reranks_selected_units(storage, clip, monkeypatc
         os.symlink(f"{storage.root}/{folder}", f"{other.root}/{folder}")
     options = ["--model", "tiny/cnn", "--layers", "2", "--plugin", PLUGIN, "--storage", other.root, "--no-report"]
     options += ["--decoder", "toy+clip", "--clip", CLIP_ENCODER, "--units", "0,5", "--beam-size", "6"]
-    options += ["--actors", "1"]
     assert cli.main(["describe", *options, "--dry-run"]) == 0
     planned = capsys.readouterr().out
     for part in (
@@ -183,7 +188,7 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
 ):
     tables = CANDIDATES, ENCODINGS, DESCRIPTIONS
     before = stamps(storage, *tables)
-    run_reranking(storage, LAYERS, SEARCH, clip, Resources(actors=1))
+    rerank_all(storage, clip)
     assert stamps(storage, *tables) == before and "milan+clip): all up to date" in capsys.readouterr().err
     answers = []
 
@@ -195,7 +200,7 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
     monkeypatch.setattr(stage, "run_pool", watched)
     monkeypatch.setattr(rerank, "PAIRS", 40)
     monkeypatch.setattr(rerank, "FEW_ROWS", -1)  # by tasks, as for many
-    run_reranking(storage, LAYERS, SEARCH, replace(clip, z=1.0), Resources(actors=1))
+    rerank_all(storage, replace(clip, z=1.0))
     after = stamps(storage, *tables)
     keys = [{"model": "tiny/cnn", "layer": layer} for layer in LAYERS["tiny/cnn"]]
     assert {path for path in before if after[path] != before[path]} == {

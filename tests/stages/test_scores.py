@@ -13,7 +13,7 @@ import torch
 
 from milan_ray import cli
 from milan_ray.config import Resources
-from milan_ray.engine.references import ModelRef, ProbeRef, generator, image_text, model
+from milan_ray.engine.references import ModelRef, ProbeRef, load, model
 from milan_ray.engine.stage import run_stage
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
@@ -36,9 +36,9 @@ TRUTH, PAINTER = ImageTextRef("flags/truth"), GeneratorRef("flags/fields")
 KEYS = {"model": "flags/watcher", "layer": "seen"}
 CLASSES = {("flags/watcher", "seen"): ("red", "green", "blue", "red green", "blue left")}
 CONFIG = ScoreConfig(share=0.9, top=0.2, retrieved=10)
-ONE = Resources(actors=1)
+ONE = Resources()
 SOURCE = ["--model", "flags/watcher", "--layers", "seen", "--plugin", PLUGIN, "--probe", "flags/some"]
-SCORE = ["score", *SOURCE, "--held-out", "0.9", "--top", "0.2", "--retrieved", "10", "--actors", "1"]
+SCORE = ["score", *SOURCE, "--held-out", "0.9", "--top", "0.2", "--retrieved", "10"]
 DRAW = ["--generator", "flags/fields", "--images", "20", "--prompt", "a field, {}"]
 
 
@@ -46,7 +46,7 @@ def labelled(path: Path) -> list[str]:
     concepts = path / "concepts.txt"
     concepts.write_text("red\n\ngreen\nblue\nleft\n\n")
     options = ["label", *SOURCE, "--k", "3", "--batch-size", "16", "--no-report", "--storage", str(path / "run")]
-    options += ["--labeler", "clip-dissect", "--clip", "flags/truth", "--concepts", str(concepts), "--actors", "1"]
+    options += ["--labeler", "clip-dissect", "--clip", "flags/truth", "--concepts", str(concepts)]
     return options
 
 
@@ -75,7 +75,7 @@ def test_units_are_named_and_a_dry_run_finds_them_done(storage, tmp_path, capsys
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "--concepts" in error and "one concept per line" in error
     assert (
-        cli.main([*labelled(tmp_path)[:-4], "--actors", "1", *done]) == 0
+        cli.main([*labelled(tmp_path)[:-2], *done]) == 0
     )  # the list that the truth brings is another
     assert "concepts changed" in capsys.readouterr().out
     assert cli.main([*options, *done, "--similarity", "soft"]) == 1
@@ -96,7 +96,7 @@ def test_scores_equal_whole_matrices_without_a_units_exemplars(storage):
     ids, images = image_embeddings(storage, **keys)
     act = matrix(storage.read(POOLED, **KEYS)["mean"]).astype(float)
     exemplars = storage.read(EXEMPLARS, **KEYS).to_pylist()
-    found, embedder = values(storage), image_text(TRUTH)
+    found, embedder = values(storage), load(TRUTH)
     for unit in range(5):
         own = {row["image_id"] for row in exemplars if row["unit"] == unit}
         use = held_out(ids, 0.9) & ~np.isin(ids, list(own))
@@ -158,7 +158,7 @@ def test_blocks_of_units_change_nothing_and_a_second_run_does_nothing(storage, t
 def test_images_drawn_for_descriptions_equal_whole_matrices(storage):
     rows = storage.read(UNIT_SCORES, predictor="flags/fields", labeler=CLIP_DISSECT, **KEYS).to_pylist()
     assert len(rows) == 5 * 3 * 2
-    spec, painter = model(MODEL), generator(PAINTER, (PLUGIN,))
+    spec, painter = model(MODEL), load(PAINTER, (PLUGIN,))
     pooled = storage.read(POOLED, **KEYS)
     ids, control = pooled["image_id"].to_numpy(), matrix(pooled["mean"])
     exemplars = storage.read(EXEMPLARS, **KEYS).to_pylist()
@@ -272,7 +272,7 @@ def test_what_cannot_be_scored_says_so(storage, tmp_path):
     with pytest.raises(MilanError, match=r"no \{\} in the place"):
         CosyConfig(template="a photo")
     with pytest.raises(MilanError, match="unknown generator 'flags/field'; nearest: flags/fields"):
-        generator(GeneratorRef("flags/field"), (PLUGIN,))
+        load(GeneratorRef("flags/field"), (PLUGIN,))
 
 
 def test_command_line_says_what_is_up_to_date_and_what_is_missing(storage, capsys):

@@ -55,7 +55,7 @@ def describe(folder: Path, photos: Path, *options: str, **knobs: float) -> list[
     plugin = folder / "plugin.py"
     plugin.write_text(PLUGIN.format(**{**KNOBS, **knobs}))
     arguments = ["describe", "--model", "stale/changing", "stale/constant", "--plugin", str(plugin), "--decoder", "toy"]
-    arguments += ["--probe", str(photos), "--storage", str(folder / "run"), "--no-report", "--actors", "1"]
+    arguments += ["--probe", str(photos), "--storage", str(folder / "run"), "--no-report"]
     return [*arguments, "--k", "2", "--beam-size", "3", "--length", "4", "--lam", "0.3", *options]
 
 

@@ -289,9 +289,7 @@ class Killed(Exception):
 
 def begin(storage: Storage, job: TrainingJob, epochs: int) -> None:
     """The first epochs of a training whose task was then killed; the first is marked, so that one sees it is kept."""
-    encodings = {
-        pair: storage.config_of(ENCODINGS, encoder="tiny", model=pair[0], layer=pair[1]) for pair in job.layers
-    }
+    encodings = [storage.config_of(ENCODINGS, **keys) for keys in job.encodings]
     work = training_fingerprint(storage, job, encodings).hash
     units = write_units(storage, work, job.source, "tiny", job.layers)
 

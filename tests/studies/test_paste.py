@@ -18,7 +18,7 @@ from milan_ray.errors import MilanError
 from milan_ray.probe.manifest import image_refs
 from milan_ray.report.figures import figure_path
 from milan_ray.schema import DESCRIPTIONS, PASTED
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 from milan_ray.studies.cut_and_paste.run import CutAndPaste, CutAndPasteConfig, summary
 from milan_ray.studies.cut_and_paste.statistics import grown, paste
@@ -52,7 +52,7 @@ def nlp():
 @pytest.mark.usefixtures("ray_session")
 def test_what_units_fire_at_is_pasted_on_what_they_are_silent_on(photos, tmp_path, nlp, capsys):
     storage, images = Storage(tmp_path / "run"), ProbeRef((str(photos),))
-    run_exemplars(storage, [REQUEST], images, ExemplarConfig(k=4), Resources())
+    Exemplars([REQUEST], images, ExemplarConfig(k=4)).run(storage, Resources())
     texts = ["lines", "dog cup", "red dog", "lines", "red lines", "lines", "red", "dogs"]
     keys = {"labeler": "milan", "model": "tiny/cnn", "layer": "2"}
     rows = [{**keys, "unit": u, "description": t, "score": 0.0, "n_best": []} for u, t in enumerate(texts)]

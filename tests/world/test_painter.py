@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from milan_ray.engine.references import generator
+from milan_ray.engine.references import load
 from milan_ray.models.generators import GeneratorRef
 from milan_ray.world.lexicon import concepts_in
 from milan_ray.world.painter import ScenePainter, seen
@@ -34,7 +34,7 @@ def test_what_covers_a_few_pixels_is_not_seen_unless_it_is_a_part():
 
 
 def test_images_follow_from_concepts_count_and_seed():
-    painter = generator(GeneratorRef("world/painter")).to(torch.device("cpu"))
+    painter = load(GeneratorRef("world/painter")).to(torch.device("cpu"))
     first = painter.generate("blue boats", 4, 0)
     assert first.shape == (4, 64, 64, 3) and first.dtype == np.uint8
     np.testing.assert_array_equal(first, painter.generate("a ship, azure", 4, 0))

@@ -11,6 +11,7 @@ from toys import toy_captioner
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.engine.stage import run_stage
 from milan_ray.labelers.milan import MILAN
 from milan_ray.models.hooks import LayerTap
 from milan_ray.probe.base import LatentProbe
@@ -20,8 +21,8 @@ from milan_ray.schema import ANNOTATIONS, DESCRIPTIONS, EXEMPLARS, VIEWS
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef, save_captioner
 from milan_ray.stages.descriptions import Search, run_descriptions
-from milan_ray.stages.encodings import run_encodings
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 from milan_ray.world import training
 from milan_ray.world.generator import CODE_SIZE, LAYERS, CodeProbe, SceneGenerator, scene_code
@@ -72,13 +73,13 @@ def test_world_generator_is_dissected_annotated_and_described(ray_session, tmp_p
     storage, plugin = Storage(tmp_path / "run"), str(PLUGINS / "tiny_generators.py")
     request = ModelRef(MODEL, str(weights), plugins=(plugin,))
     probe = ProbeRef(("tiny/codes",), plugins=(plugin,))
-    run_exemplars(storage, [request], probe, ExemplarConfig(k=3, batch_size=16), Resources(actors=1))
+    Exemplars([request], probe, ExemplarConfig(k=3, batch_size=16)).run(storage, Resources())
     models = {MODEL: LAYERS}
     world.annotate(storage, probe, models)
     encoder = EncoderRef("tiny", plugins=(str(PLUGINS / "tiny_models.py"),))
-    run_encodings(storage, models, encoder, Resources(actors=1))
+    run_stage(Encodings(models, encoder), storage, Resources())
     save_captioner(storage, "toy", toy_captioner(), "A toy.")
-    run_descriptions(storage, models, Search("toy", beam_size=4, length=5), Resources(actors=1))
+    run_descriptions(storage, models, Search("toy", beam_size=4, length=5), Resources())
     for layer, units in UNITS.items():
         exemplars = storage.read(EXEMPLARS, model=MODEL, layer=layer)
         alive = set(exemplars["unit"].to_pylist())

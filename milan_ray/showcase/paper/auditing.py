@@ -10,6 +10,7 @@ import polars as pl
 
 from milan_ray.config import Resources
 from milan_ray.engine import references
+from milan_ray.engine.stage import run_stage
 from milan_ray.report.figures import figure_path
 from milan_ray.schema import AUDITS, DESCRIPTIONS, LEVELS
 from milan_ray.scoring.auroc import auroc
@@ -22,8 +23,8 @@ from milan_ray.showcase.paper.experiment_context import ExperimentContext
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.descriptions import run_descriptions
-from milan_ray.stages.encodings import run_encodings
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 from milan_ray.studies.auditing.run import Audit, AuditConfig, run_audit
 from milan_ray.studies.auditing.statistics import BLURRED, PLAIN, Pair, side_rows
@@ -85,8 +86,8 @@ def describe_pairs(storage: Storage, pairs: Sequence[Pair], resources: Resources
         for pair in pairs
         for name in pair
     ]
-    dissected = run_exemplars(storage, models, PROBE, EXEMPLARS, resources).models
-    run_encodings(storage, dissected, EncoderRef(DECODER), resources)
+    dissected = Exemplars(models, PROBE, EXEMPLARS).run(storage, resources).models
+    run_stage(Encodings(dissected, EncoderRef(DECODER)), storage, resources)
     run_descriptions(storage, dissected, SEARCH, resources)
 
 

@@ -10,7 +10,7 @@ import polars as pl
 
 from milan_ray.config import ExemplarConfig
 from milan_ray.engine import references
-from milan_ray.engine.stage import pairs
+from milan_ray.engine.stage import pairs, run_stage
 from milan_ray.labelers.milan import MILAN
 from milan_ray.report.figures import figure_path, store_figure
 from milan_ray.schema import ABLATIONS
@@ -22,8 +22,8 @@ from milan_ray.showcase.paper.plot import plot_networks
 from milan_ray.stages import world
 from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.descriptions import Search, run_descriptions
-from milan_ray.stages.encodings import run_encodings
-from milan_ray.stages.exemplars import run_exemplars
+from milan_ray.stages.encodings import Encodings
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.stages.training import Training, TrainingJob
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation.curves import RANDOM
@@ -201,10 +201,10 @@ def describe(context: ExperimentContext, models: Sequence[str], sizes: Sizes) ->
     needed = {model.removeprefix("world/") for model in (*models, *readers)}
     world.train_networks([task for task in misled_tasks() if task.name in needed])
     requested = [references.ModelRef(model) for model in (*models, *readers)]
-    dissected = run_exemplars(storage, requested, sizes.validation, sizes.exemplars, resources).models
+    dissected = Exemplars(requested, sizes.validation, sizes.exemplars).run(storage, resources).models
     world.annotate(storage, sizes.validation, {model: dissected[model] for model in readers})
     encoder = EncoderRef(demo.DECODER)
-    run_encodings(storage, dissected, encoder, resources)
+    run_stage(Encodings(dissected, encoder), storage, resources)
     if readers:
         learned = {model: ARCHITECTURES[model.removeprefix("world/")].layers for model in demo.TRAIN}
         layers = tuple(pairs(learned | {model: dissected[model] for model in readers}))

@@ -1,4 +1,4 @@
-"""How units are described and dissected, and what decides the images generated of their candidate labels."""
+"""Configuration of Describe-and-Dissect, and the inputs that decide the generated images."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from milan_ray.storage import Storage
 KERNEL_VERSION = "dnd-1"
 
 POOLINGS = {"mean": means, "max": maxima}
-"""How a unit's map of an image becomes one number, by the column of ``pooled`` that holds it."""
+"""Column of ``pooled`` → the function that reduces a unit's map of an image to one number."""
 
 UNIT_CAPTIONER = "milan/"
-"""Prefix of the names of captioners that describe units, where one captions images instead."""
+"""Prefix that makes a captioner of units caption whole images."""
 
 FREQUENT = "frequent"
 """Name of the summariser that counts phrases."""
@@ -33,7 +33,7 @@ FREQUENT = "frequent"
 
 @dataclass(frozen=True)
 class SummariserRef:
-    """What turns captions into candidate labels, as it travels to workers.
+    """A reference to a summariser, which turns captions into candidate labels; workers load it.
 
     Attributes:
         name: :data:`FREQUENT`, a folder or a name in ``$MILAN_MODELS_DIR`` of a language model, or a server's address.
@@ -49,7 +49,7 @@ class SummariserRef:
 
     @property
     def is_server(self) -> bool:
-        """Whether it is a server, which this process asks itself: its key stays here."""
+        """Whether it is a server; only the driver sends requests to it, so its key stays in this process."""
         return "://" in self.name
 
     def load(self, storage: Storage) -> Summariser:
@@ -118,14 +118,14 @@ class DndConfig:
 
 
 def image_captioner(storage: Storage, how: DndConfig) -> ImageCaptioner:
-    """What captions images.
+    """Loads the captioner of images.
 
     Raises:
         MilanError: It is missing or damaged.
     """
     name = how.captioner.name
     if not name.startswith(UNIT_CAPTIONER):
-        return references.image_captioner(how.captioner, how.plugins)
+        return references.load(how.captioner, how.plugins)
     # Not above: it brings spaCy, which takes seconds to import and all other workers do without.
     from milan_ray.labelers.dnd.unit_captioner import WholeImages
     from milan_ray.stages.captioners import load_captioner
@@ -136,12 +136,12 @@ def image_captioner(storage: Storage, how: DndConfig) -> ImageCaptioner:
 
 
 def drawings_identity(storage: Storage, how: DndConfig) -> dict[str, object]:
-    """All that decides drawings besides the exemplars. Loads every piece, so that a missing one is found at once.
+    """All inputs that decide drawings, except the exemplars. Loads every model, so that a missing one is found early.
 
     Raises:
         MilanError: A captioner, summariser, generator or model of images and texts is missing.
     """
-    embedder = None if how.embedder is None else references.image_text(how.embedder, how.plugins)
+    embedder = None if how.embedder is None else references.load(how.embedder, how.plugins)
     if embedder is not None and embedder.view is None:
         raise MilanError(
             "a model that reads a probe's concept maps cannot look at drawn images: name a CLIP or SigLIP model with "
@@ -151,7 +151,7 @@ def drawings_identity(storage: Storage, how: DndConfig) -> dict[str, object]:
         "kernel": KERNEL_VERSION,
         "captioner": config_hash(image_captioner(storage, how).identity()),
         "summariser": config_hash(how.summariser.load(storage).identity()),
-        "generator": config_hash(references.generator(how.generator, how.plugins).identity()),
+        "generator": config_hash(references.load(how.generator, how.plugins).identity()),
         "embedder": None if embedder is None else config_hash(embedder.identity()),
         "augmentation": {"images": how.images, "crops": how.crops, "pooling": how.pooling},
         "drawing": {"images": how.drawn, "prompt": how.prompt, "seed": how.seed},

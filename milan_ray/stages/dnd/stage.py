@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -20,15 +21,25 @@ import torch
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row, run_pool
-from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.engine.stage import Job, Known, Layers, Output, RunnableStage, StepStage, TaskStage, pairs, run_stage
+from milan_ray.engine.run_log import Cost
+from milan_ray.engine.stage import (
+    Job,
+    Known,
+    Layers,
+    Output,
+    RunnableStage,
+    StepStage,
+    TaskStage,
+    pairs,
+    publish,
+    run_stages,
+)
 from milan_ray.engine.tasks import FEW_IMAGES, run_parallel
 from milan_ray.errors import MilanError, all_failed
-from milan_ray.exemplars.shard import StateConfig
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
 from milan_ray.labelers.protocol import Drawn, Evidence
 from milan_ray.progress import Progress, say
-from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, MANIFEST
+from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS
 from milan_ray.stages.dnd.config import DndConfig
 from milan_ray.stages.dnd.workers import (
     DRAWN_SCHEMA,
@@ -38,11 +49,10 @@ from milan_ray.stages.dnd.workers import (
     DndWork,
     DrawWorker,
     SummariseWorker,
-    Top,
     find_top,
 )
-from milan_ray.stages.exemplars import ModelWork, describe_model
-from milan_ray.storage import EXEMPLARS_KEY, Storage, WorkRemovedError
+from milan_ray.stages.exemplars import ModelWork, Run, failing, rerun_work
+from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 UNITS_PER_BLOCK = 8
 """Units of a layer that are augmented, captioned and summarised at a time."""
@@ -91,7 +101,7 @@ class Drawings(StepStage):
             yield Output({"labeler": self.name, "model": model, "layer": layer}, fingerprint)
 
     def run(self, job: Job) -> None:
-        """Runs the steps one after the other, each as far as it is not done, and puts the drawings together.
+        """Runs the unfinished rows of all steps, one step after the other, and merges the drawings.
 
         Raises:
             MilanError: The model generates images itself, or a step failed.
@@ -100,26 +110,21 @@ class Drawings(StepStage):
         work = DndWork(self._model_work(job), how, self._identity, self._units)
         item, name = work.item, self._ref.name
         units = _units_of(storage, work)
-        parts = {
-            layer: [of[start : start + UNITS_PER_BLOCK] for start in range(0, len(of), UNITS_PER_BLOCK)]
-            for layer, of in units.items()
-        }
-        blocks = {
-            layer: [f"{item.folder(layer)}/{config_hash({'units': part})}" for part in of]
-            for layer, of in parts.items()
-        }
-        rows: list[Row] = [
-            {"model": 0, "images": len(part), "layer": layer, "block": block, "units": part}
-            for layer in item.layers
-            for block, part in zip(blocks[layer], parts[layer], strict=True)
-        ]
+        rows: list[Row] = []
+        blocks: dict[str, list[str]] = defaultdict(list)
+        for layer in item.layers:
+            for start in range(0, len(units[layer]), UNITS_PER_BLOCK):
+                part = units[layer][start : start + UNITS_PER_BLOCK]
+                blocks[layer].append(f"{item.folder(layer)}/{config_hash({'units': part})}")
+                row = {"model": 0, "images": len(part), "layer": layer, "block": blocks[layer][-1], "units": part}
+                rows.append(row)
         work = replace(work, blocks=blocks)
         count = sum(map(len, units.values()))
         pieces = ", ".join((how.captioner.name, how.summariser.name, how.generator.name))
         say(f"{self.name}: {count} units of {name} by {pieces}")
         clock = _Clock(storage, work, job.resources)
         plain = {"storage": storage, "work": work, "threads": job.resources.threads, "device": job.resources.device}
-        modelled = {**plain, "work": [item], "probe": self._probe, "config": self._config, "dnd": work}
+        modelled = {**Run(storage, self._probe, self._config, job.resources).arguments([item]), "dnd": work}
         clock.run("augmented", AugmentWorker, modelled, rows)
         clock.run("captions", CaptionWorker, plain, rows)
         clock.run("candidates", SummariseWorker, plain, rows, in_driver=how.summariser.is_server)
@@ -133,28 +138,22 @@ class Drawings(StepStage):
         say(f"{self.name} of {name}: {clock.text(count)}")
 
     def _model_work(self, job: Job) -> ModelWork:
-        """What workers must know of the model."""
-        storage, config, spec = job.storage, self._config, references.model(self._ref)
+        """The model's work, for workers."""
+        spec = references.model(self._ref)
         if spec.images is not None:
             raise MilanError(
                 f"{spec.name} generates images; Describe-and-Dissect shows images to models: choose another."
             )
-        due = tuple(output.layer for output in job.due)
-        digest = (storage.metadata(EXEMPLARS, model=spec.name, layer=due[0]) or {})["probe"]
-        model = describe_model(spec, references.probe(self._probe), digest, config)
-        images = storage.count(MANIFEST, probe=digest)
-        plan = StateConfig(images, config.k, config.quantile, config.samples, config.map_budget)
-        return ModelWork(
-            self._ref, model.weights, spec.layers, due, digest, job.work, plan, {}, {}, model.view, model.layouts
-        )
+        due = [output.layer for output in job.due]
+        return rerun_work(job.storage, self._ref, self._probe, self._config, due, job.work)
 
 
 class DrawnLabels(TaskStage):
-    """Labels of some layers, chosen by what their units make of the drawings.
+    """Labels of some layers, chosen by the activations of their units for the drawings.
 
     Args:
         models: Model name → layers.
-        labeler: Who chooses.
+        labeler: The labeler that chooses.
         units: The units of every layer to describe; empty for all.
     """
 
@@ -176,12 +175,8 @@ class DrawnLabels(TaskStage):
         from milan_ray.stages.descriptions import described  # with its captioner, which workers can do without
 
         drawn = read_drawings(storage, self.name, output.model, output.layer, self._units)
-        exemplars = storage.config_of(EXEMPLARS, model=output.model, layer=output.layer)
+        exemplars = storage.config_of(EXEMPLARS, **output.of_layer)
         return described(output, self._labeler, self._labeler.label(Evidence(drawn=drawn)), exemplars)
-
-    def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
-        """Choosing is sorting some numbers."""
-        return True
 
 
 def dnd_stages(
@@ -229,14 +224,9 @@ def run_dnd(storage: Storage, stages: Mapping[str, Sequence[RunnableStage]], res
         MilanError: Every model failed.
     """
     failed: dict[str, str] = {}
-    for model, stages_of in stages.items():
-        try:
-            for stage in stages_of:
-                run_stage(stage, storage, resources)
-        except WorkRemovedError:
-            raise
-        except MilanError as error:
-            failed[model] = str(error)
+    for model, of_model in stages.items():
+        with failing(failed, model):
+            run_stages(of_model, storage, resources)
     all_failed(failed, len(stages))
     return failed
 
@@ -264,17 +254,14 @@ def read_drawings(
 
 
 def _units_of(storage: Storage, work: DndWork) -> dict[str, list[int]]:
-    """Layer → its units that have top images, which go into the work."""
-    item, how = work.item, work.how
-    tasks = [Top(storage, item, layer, how.images, how.pooling, work.units) for layer in item.layers]
-    units: dict[str, list[int]] = {}
-    for index, present in run_parallel(find_top, tasks, in_driver=item.plan.images <= FEW_IMAGES):
-        units[item.layers[index]] = present
-    return units
+    """Layer → its units that have top images; stores these images in the work."""
+    item = work.item
+    tops = run_parallel(partial(find_top, storage, work), item.layers, in_driver=item.plan.images <= FEW_IMAGES)
+    return {item.layers[index]: units for index, units in tops}
 
 
 class _Clock:
-    """Runs steps, each as far as it is not done, and adds up the seconds that they take."""
+    """Runs the unfinished rows of steps, and adds up the seconds that they take."""
 
     def __init__(self, storage: Storage, work: DndWork, resources: Resources) -> None:
         self._storage, self._work, self._resources = storage, work, resources
@@ -348,17 +335,17 @@ def _chunks(storage: Storage, work: DndWork) -> list[Row]:
     rows: list[Row] = []
     stored = set(storage.work_names(item.work, "wanted"))
     for start in range(0, len(texts), LABELS):
-        some = texts[start : start + LABELS]
-        name = config_hash({"texts": some})
-        asked = [{"text": text, "layer": layer, "unit": unit} for text in some for layer, unit in wanted[text]]
+        chunk = texts[start : start + LABELS]
+        name = config_hash({"texts": chunk})
+        asking = [{"text": text, "layer": layer, "unit": unit} for text in chunk for layer, unit in wanted[text]]
         if f"wanted/{name}" not in stored:
-            storage.put_work(item.work, f"wanted/{name}", pa.Table.from_pylist(asked, schema=WANTED_SCHEMA))
-        rows.append({"model": 0, "block": name, "texts": some, "images": len(some) * work.how.drawn})
+            storage.put_work(item.work, f"wanted/{name}", pa.Table.from_pylist(asking, schema=WANTED_SCHEMA))
+        rows.append({"model": 0, "block": name, "texts": chunk, "images": len(chunk) * work.how.drawn})
     return rows
 
 
 def _publish(storage: Storage, work: DndWork, output: Output, chunks: Sequence[str], cost: Cost) -> None:
-    """Puts a layer's drawings together and writes them."""
+    """Merges a layer's drawings and writes them."""
     item, layer = work.item, output.layer
     number = item.every.index(layer)
     drawn = pa.concat_tables(
@@ -378,6 +365,4 @@ def _publish(storage: Storage, work: DndWork, output: Output, chunks: Sequence[s
     rows.sort(key=lambda row: (row["unit"], row["place"]))
     metadata = {EXEMPLARS_KEY: storage.config_of(EXEMPLARS, model=output.model, layer=layer)}
     table = pa.Table.from_pylist(rows, schema=DRAWINGS.schema.with_metadata(metadata))
-    run, stage = output.fingerprint.hash, work.how.labeler.name
-    record_run(storage, stage, run, output.model, layer=layer, rows=len(rows), cost=cost)
-    storage.write(DRAWINGS, table, output.fingerprint, **output.keys)
+    publish(storage, DRAWINGS, output, table, work.how.labeler.name, cost)

@@ -70,44 +70,34 @@ class DndWork:
     blocks: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Top:
-    """A search for the images that excite the units of a layer most; fields as of :class:`DndWork` and its config."""
-
-    storage: Storage
-    item: ModelWork
-    layer: str
-    count: int
-    pooling: str
-    units: tuple[int, ...]
-
-
-def find_top(task: Top) -> list[int]:
+def find_top(storage: Storage, work: DndWork, layer: str) -> list[int]:
     """Stores the images with the highest pooled activation of every unit of a layer; returns the units with any."""
-    storage, item = task.storage, task.item
+    item, pooling = work.item, work.how.pooling
     ids = np.zeros((0, 0), np.int64)
     values = np.zeros((0, 0), np.float32)
-    for piece in storage.stream(POOLED, ["image_id", task.pooling], model=item.model.name, layer=task.layer):
-        more = matrix(piece[task.pooling]).T  # (U, n)
-        chosen = list(task.units) or slice(None)
+    for piece in storage.stream(POOLED, ["image_id", pooling], model=item.model.name, layer=layer):
+        more = matrix(piece[pooling]).T  # (U, n)
+        chosen = list(work.units) or slice(None)
         more = np.where(np.isfinite(more), more, -np.inf)[chosen]
         fresh = np.broadcast_to(piece["image_id"].to_numpy(), more.shape)
         values = np.concatenate([values, more], axis=1) if values.size else more
         ids = np.concatenate([ids, fresh], axis=1) if ids.size else fresh
-        best = np.argsort(-values, axis=1, kind="stable")[:, : task.count]  # equal ones stay in the manifest's order
+        best = np.argsort(-values, axis=1, kind="stable")[
+            :, : work.how.images
+        ]  # equal ones stay in the manifest's order
         values, ids = np.take_along_axis(values, best, axis=1), np.take_along_axis(ids, best, axis=1)
-    numbers = np.array(task.units or range(len(values)), np.int64)
+    numbers = np.array(work.units or range(len(values)), np.int64)
     unit, place = np.nonzero(np.isfinite(values))
     chosen_ids = ids[unit, place]
     manifest = storage.read(MANIFEST, ["image_id", "root", "path"], probe=item.probe)
     refs = manifest.take(pc.index_in(pa.array(chosen_ids), manifest["image_id"].combine_chunks()))
     columns = [pa.array(numbers[unit], pa.int32()), *(refs[name] for name in _TOP_SCHEMA.names[1:])]
-    storage.put_work(item.work, f"top/{item.folder(task.layer)}", pa.table(columns, schema=_TOP_SCHEMA))
+    storage.put_work(item.work, f"top/{item.folder(layer)}", pa.table(columns, schema=_TOP_SCHEMA))
     return sorted(set(numbers[unit].tolist()))
 
 
 def _checked(piece: Any, expected: object, what: str) -> Any:
-    """Returns a piece, checked to be the one that the job was started with.
+    """Returns a loaded model after checking that it is the one that the job was started with.
 
     Raises:
         MilanError: This machine has another one.
@@ -129,7 +119,7 @@ class _DndWorker(ModelWorker):
         how = dnd.how
         self._embedder = None
         if how.embedder is not None:
-            embedder = references.image_text(how.embedder, how.plugins)
+            embedder = references.load(how.embedder, how.plugins)
             self._embedder = _checked(embedder, dnd.identity["embedder"], "model of images and texts").to(self._device)
 
     def _maps(self, forward: Forward, spec: ModelSpec, views: np.ndarray, layer: str, units: list[int]) -> torch.Tensor:
@@ -145,12 +135,12 @@ class _DndWorker(ModelWorker):
         assert self._embedder is not None
         pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._device).permute(0, 3, 1, 2).float() * (1 / 255)
         with torch.inference_mode():
-            found = self._embedder.embed_images(pixels).float()
-            return torch.nn.functional.normalize(found, dim=1).cpu().numpy()
+            vectors = self._embedder.embed_images(pixels).float()
+            return torch.nn.functional.normalize(vectors, dim=1).cpu().numpy()
 
 
 class AugmentWorker(_DndWorker):
-    """Crops what excites units out of their images, and keeps the most exciting images and crops."""
+    """Crops the regions that activate units out of their images; keeps the images and crops that activate them most."""
 
     def _run(self, row: Row) -> None:
         item = self._work[0]
@@ -187,7 +177,7 @@ class AugmentWorker(_DndWorker):
     def _augment(
         self, ids: list[int], views: np.ndarray, maps: torch.Tensor, layer: str, unit: int
     ) -> tuple[list[dict[str, object]], np.ndarray]:
-        """Chooses the most exciting of a unit's images and their attention crops, the most exciting first.
+        """Chooses the images and attention crops that activate a unit most, in descending order.
 
         Args:
             ids: The n images.
@@ -284,19 +274,19 @@ class SummariseWorker(_TextWorker):
         return self._summariser.candidates(values)
 
     def close(self) -> None:
-        """Prints how much a server was used."""
+        """Prints the usage of a server."""
         if isinstance(self._chat, Endpoint):
             self._chat.say_usage()
 
 
 class DrawWorker(_DndWorker):
-    """Generates images of candidate labels and computes the activations of the units that may be called so."""
+    """Generates images of candidate labels, and computes the activations of the units that have these candidates."""
 
     runs = "the generator or the model"
 
     def __init__(self, dnd: DndWork, **arguments: Any) -> None:
         super().__init__(dnd, **arguments)
-        generator = references.generator(dnd.how.generator, dnd.how.plugins)
+        generator = references.load(dnd.how.generator, dnd.how.plugins)
         self._generator = _checked(generator, dnd.identity["generator"], "generator").to(self._device)
         self._anchors: dict[int, dict[int, np.ndarray]] = {}
 

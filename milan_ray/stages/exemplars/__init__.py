@@ -8,16 +8,20 @@ winners ─► [views, once per image and geometry]
 """
 
 from milan_ray.stages.exemplars.describe_model import describe_model, exemplar_fingerprints
-from milan_ray.stages.exemplars.stage import DissectedModels, Exemplars, run_exemplars, store_manifest
-from milan_ray.stages.exemplars.worker import ModelWork, ModelWorker
+from milan_ray.stages.exemplars.stage import DissectedModels, Exemplars, rerun_work, run_shards, store_manifest
+from milan_ray.stages.exemplars.worker import ModelWork, ModelWorker, Run, failing, shard_name
 
 __all__ = [
     "DissectedModels",
     "Exemplars",
     "ModelWork",
     "ModelWorker",
+    "Run",
     "describe_model",
     "exemplar_fingerprints",
-    "run_exemplars",
+    "failing",
+    "rerun_work",
+    "run_shards",
+    "shard_name",
     "store_manifest",
 ]

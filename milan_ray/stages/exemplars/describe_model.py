@@ -1,4 +1,4 @@
-"""What decides the tables of a model's layers: the model, how its layers are read, the probe and the configuration."""
+"""Fingerprints of the tables of a model's layers: model, layouts of the layers, probe and configuration."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import say
 from milan_ray.schema import EXEMPLARS, LEVELS
 from milan_ray.stages.images import view_key
-from milan_ray.storage import Storage, parts_of
+from milan_ray.storage import Storage, inputs_of
 
 _AFTER_ACTIVATIONS = ("kernel", "k", "quantile", "mask_size", "samples")
 """Inputs of exemplars on which no activation depends."""
@@ -36,7 +36,7 @@ _AFTER_ACTIVATIONS = ("kernel", "k", "quantile", "mask_size", "samples")
 
 @dataclass(frozen=True)
 class DescribedModel:
-    """What the exemplars of a model depend on.
+    """Inputs that the exemplars of a model depend on.
 
     Attributes:
         weights: Digest of its weights.
@@ -91,7 +91,7 @@ def exemplar_fingerprints(
     config: ExemplarConfig,
     layouts: Mapping[str, Layout],
 ) -> dict[str, Fingerprint]:
-    """Layer → what decides its exemplars, and nothing else.
+    """Layer → fingerprint of its exemplars.
 
     A layout is part of it only where it is not the conventional one: tables that were made before layouts were
     established, and are right, stay current.
@@ -123,7 +123,7 @@ def exemplar_fingerprints(
 
 
 def _inputs_digest(spec: ModelSpec) -> str:
-    """Digest of what a model's input function makes of one fixed view: tells functions apart by what they compute."""
+    """Digest of the output of a model's input function for one fixed view."""
     height, width, bands = spec.view_shape
     view = (torch.arange(height * width * bands, dtype=torch.int64) * 7919 % 256).to(torch.uint8)
     prepared = spec.prepare(view.view(1, height, width, bands))
@@ -138,7 +138,7 @@ def _inputs_digest(spec: ModelSpec) -> str:
 
 
 def pooled_fingerprint(exemplars: Fingerprint) -> Fingerprint:
-    """What decides a layer's pooled activations: the inputs of its exemplars on which activations depend."""
+    """Fingerprint of a layer's pooled activations: the inputs of its exemplars on which activations depend."""
     inputs = {name: digest for name, digest in exemplars.inputs.items() if name not in _AFTER_ACTIVATIONS}
     return _of_inputs({**inputs, "pooling": config_hash({"pooling": POOLED_VERSION})[:8]})
 
@@ -146,7 +146,7 @@ def pooled_fingerprint(exemplars: Fingerprint) -> Fingerprint:
 def settled_model(
     storage: Storage, ref: references.ModelRef, source: Probe, probe: str, config: ExemplarConfig
 ) -> DescribedModel:
-    """A model; its fingerprints include what a layer computes where that has changed since its table was made.
+    """Describes a model; a fingerprint includes the layer's output if that has changed since the table was made.
 
     Neither weights nor modules say what a ``forward`` does between them. Tables therefore carry their layers' outputs
     for fixed inputs. Where a layer's output is another now, it becomes one of the inputs of the fingerprint, so that
@@ -174,7 +174,7 @@ def settled_model(
         before, now = stored.get(COMPUTES), described.computes.get(layer)
         if before is None or now is None:  # made by an earlier version
             continue
-        inputs = parts_of(stored)
+        inputs = inputs_of(stored)
         computes = inputs.pop(COMPUTES, None)
         if inputs != fingerprint.inputs:  # stale anyway, for a reason that has a name
             continue

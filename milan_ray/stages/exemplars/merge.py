@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pyarrow as pa
@@ -48,25 +49,6 @@ class Merged:
     winners: dict[str, list[int]]
 
 
-@dataclass(frozen=True)
-class LayerTask:
-    """A layer to merge.
-
-    Attributes:
-        run: The run.
-        item: Its model's work.
-        layer: Module path.
-        shards: Names of the shards that read a usable image.
-        cost: What each table of the model took.
-    """
-
-    run: Run
-    item: ModelWork
-    layer: str
-    shards: tuple[str, ...]
-    cost: Cost
-
-
 def merge(run: Run, item: ModelWork, expected: int) -> Merged:
     """Folds the shards of every layer and writes its tables, except exemplars whose masks are not computed yet.
 
@@ -82,14 +64,9 @@ def merge(run: Run, item: ModelWork, expected: int) -> Merged:
     images, seconds, shards = finish_images(run, item, expected)
     cost = Cost(images=images)
     cost.add(seconds, len(item.layers) + len(item.pooled))  # one pass for all
-    winners: dict[str, list[int]] = {}
-    tasks = [LayerTask(run, item, layer, shards, cost) for layer in item.layers]
-    for index, ids in run_parallel(merge_layer, tasks, in_driver=expected <= FEW_IMAGES):
-        if ids is not None:
-            winners[item.layers[index]] = ids
-    tasks = [LayerTask(run, item, layer, shards, cost) for layer in item.pooled]
-    for _ in run_parallel(merge_pooled, tasks, in_driver=images <= FEW_IMAGES):
-        pass
+    merged = run_parallel(partial(merge_layer, run, item, shards, cost), item.layers, in_driver=expected <= FEW_IMAGES)
+    winners = {item.layers[index]: ids for index, ids in merged if ids is not None}
+    list(run_parallel(partial(merge_pooled, run, item, shards, cost), item.pooled, in_driver=images <= FEW_IMAGES))
     return Merged(item, cost, winners)
 
 
@@ -108,7 +85,7 @@ def finish_images(run: Run, item: ModelWork, expected: int) -> tuple[int, float,
     shards = [storage.get_work(item.work, name) for name in names]
     images = pa.concat_tables([IMAGES_SCHEMA.empty_table(), *shards]).sort_by("image_id")
     if len(images) != expected:
-        due = [why_exemplars(storage, item.fingerprints[layer], model, layer) for layer in item.layers]
+        due = [why_exemplars(storage, item.described.fingerprints[layer], model, layer) for layer in item.layers]
         due += [storage.why(POOLED, pooled, model=model, layer=layer) for layer, pooled in item.pooled.items()]
         if not any(due):
             raise WorkRemovedError(f"the exemplars of {model} are there already; run the job again.")
@@ -118,7 +95,7 @@ def finish_images(run: Run, item: ModelWork, expected: int) -> tuple[int, float,
         )
     bad = images.filter(pc.is_valid(images["reason"]))
     columns = {name: bad[name] for name in ("image_id", "path", "reason")}
-    storage.write(SKIPPED, SKIPPED.table({"model": [model] * len(bad), **columns}), item.work, model=model)
+    storage.write(SKIPPED, SKIPPED.table(columns, model=model), item.work, model=model)
     if len(bad):
         first = f"{bad['path'][0].as_py()} ({bad['reason'][0].as_py()})"
         say(f"exemplars of {model}: skipped {len(bad)} of {expected} images, the first {first}; see the table skipped")
@@ -148,30 +125,38 @@ def _record_digests(storage: Storage, digest: str, images: pa.Table) -> None:
     storage.write(MANIFEST, manifest, digest, probe=digest)
 
 
-def merge_layer(task: LayerTask) -> list[int] | None:
-    """Folds one layer; returns the winners' ids where their maps must be computed again, else None."""
-    storage, item, layer, model = task.run.storage, task.item, task.layer, task.item.model.name
+def merge_layer(run: Run, item: ModelWork, shards: Sequence[str], cost: Cost, layer: str) -> list[int] | None:
+    """Folds one layer.
+
+    Args:
+        run: The run.
+        item: The model's work.
+        shards: Names of the shards that read a usable image.
+        cost: What each table of the model took.
+        layer: Module path.
+
+    Returns:
+        The winners' ids where their maps must be computed again, else None.
+    """
+    storage, model = run.storage, item.model.name
     # By name, not what is there: another job may be removing the same work, and some of it is not all of it.
     with layer_in_errors(layer):
-        state = fold((storage.get_work(item.work, f"{item.folder(layer)}/{n}") for n in task.shards), item.plan)
+        state = fold((storage.get_work(item.work, f"{item.folder(layer)}/{n}") for n in shards), item.plan)
     levels = state.level.result()
-    units = len(levels)
-    keys = {"model": [model] * units, "layer": [layer] * units, "unit": np.arange(units)}
     counts = {"positions": state.level.counted.numpy(), "nonfinite": state.level.nonfinite.numpy()}
-    table = LEVELS.table({**keys, "level": levels.numpy(), **counts, "exact": [state.exact] * units})
+    columns = {"unit": np.arange(len(levels)), "level": levels.numpy(), **counts, "exact": [state.exact] * len(levels)}
+    table = LEVELS.table(columns, model=model, layer=layer)
     unit, rank = torch.nonzero(state.topk.ids >= 0, as_tuple=True)
     ids, activations = state.topk.ids[unit, rank], state.topk.values[unit, rank]
-    columns = [column.numpy() for column in (unit, rank, ids, activations, levels[unit])]
-    winners = pa.table(columns, schema=WINNERS_SCHEMA)
+    arrays = [column.numpy() for column in (unit, rank, ids, activations, levels[unit])]
+    winners = pa.table(arrays, schema=WINNERS_SCHEMA)
     if state.topk.carries_maps:
-        size = mask_size(task.run, item)
+        size = mask_size(run, item)
         packed = masks.packed_masks(lambda part: state.topk.maps_of(unit[part], rank[part]), levels[unit], size)
-        write_exemplars(
-            task.run, item, layer, winners.append_column("mask", pa.array(packed, pa.large_binary())), task.cost
-        )
+        write_exemplars(run, item, layer, winners.append_column("mask", pa.array(packed, pa.large_binary())), cost)
     else:
         storage.put_work(item.work, f"winners/{item.folder(layer)}", winners)
-    storage.write(LEVELS, table, item.fingerprints[layer], model=model, layer=layer)
+    storage.write(LEVELS, table, item.described.fingerprints[layer], model=model, layer=layer)
     return None if state.topk.carries_maps else sorted(set(ids.tolist()))
 
 
@@ -182,56 +167,55 @@ def mask_size(run: Run, item: ModelWork) -> tuple[int, int]:
 
 def write_exemplars(run: Run, item: ModelWork, layer: str, rows: pa.Table, cost: Cost) -> None:
     """Writes a layer's exemplars: unit, rank, image_id, activation and mask of every winner."""
-    name, config, fingerprint = item.model.name, run.config, item.fingerprints[layer]
+    name, config, described = item.model.name, run.config, item.described
     height, width = mask_size(run, item)
     metadata = {
         "mask_height": str(height),
         "mask_width": str(width),
         "probe": item.probe,
-        "view": item.view,
+        "view": described.view,
         "k": str(config.k),
         "quantile": str(config.quantile),
         **arithmetic.metadata(config.arithmetic),
-        "layout": item.layouts[layer].to_json(),
-        ORDER_KEY: str(item.order[layer]),
-        **({COMPUTES: item.computes[layer]} if layer in item.computes else {}),
+        "layout": described.layouts[layer].to_json(),
+        ORDER_KEY: str(described.order[layer]),
+        **({COMPUTES: described.computes[layer]} if layer in described.computes else {}),
     }
-    columns: dict[str, object] = {"model": [name] * len(rows), "layer": [layer] * len(rows)}
-    columns |= {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}
-    table = EXEMPLARS.table(columns, metadata)
+    columns = {column: rows[column] for column in ("unit", "rank", "image_id", "activation", "mask")}
+    table, fingerprint = EXEMPLARS.table(columns, metadata, model=name, layer=layer), described.fingerprints[layer]
     record_run(run.storage, "exemplars", fingerprint.hash, name, layer=layer, rows=len(table), cost=cost)
     run.storage.write(EXEMPLARS, table, fingerprint, model=name, layer=layer)
 
 
-def merge_pooled(task: LayerTask) -> None:
+def merge_pooled(run: Run, item: ModelWork, shards: Sequence[str], cost: Cost, layer: str) -> None:
     """Concatenates the pooled activations of one layer's shards in the manifest's order, one shard at a time.
+
+    Arguments as of :func:`merge_layer`.
 
     Raises:
         MilanError: They are not those of the images that were read.
     """
-    storage, item, layer, images = task.run.storage, task.item, task.layer, task.cost.images
-    fingerprint, model = item.pooled[layer], item.model.name
-    names = [f"pooled/{item.folder(layer)}/{shard}" for shard in task.shards]
+    storage, fingerprint, model = run.storage, item.pooled[layer], item.model.name
+    names = [f"pooled/{item.folder(layer)}/{shard}" for shard in shards]
     units = len(storage.get_work(item.work, names[0])["max"][0])
-    metadata = {"units": str(units), "probe": item.probe, **arithmetic.metadata(task.run.config.arithmetic)}
+    metadata = {"units": str(units), "probe": item.probe, **arithmetic.metadata(run.config.arithmetic)}
 
     def pieces() -> Iterator[pa.Table]:
         rows = 0
         for piece in in_groups(storage.get_work(item.work, name) for name in names):
             rows += len(piece)
-            keys = {"model": [model] * len(piece), "layer": [layer] * len(piece)}
-            yield POOLED.table({**keys, **{name: piece[name] for name in piece.column_names}})
-        if rows != images:
+            yield POOLED.table({name: piece[name] for name in piece.column_names}, model=model, layer=layer)
+        if rows != cost.images:
             raise MilanError(
-                f"{rows} of {images} images have pooled activations of layer {layer!r}; run the job again."
+                f"{rows} of {cost.images} images have pooled activations of layer {layer!r}; run the job again."
             )
-        record_run(storage, "pooled", fingerprint.hash, model, layer=layer, rows=rows, cost=task.cost)
+        record_run(storage, "pooled", fingerprint.hash, model, layer=layer, rows=rows, cost=cost)
 
     storage.write_stream(POOLED, pieces(), fingerprint, metadata, model=model, layer=layer)
 
 
 def warn_of_nonfinite(storage: Storage, work: Sequence[ModelWork]) -> None:
-    """Warns of layers whose new tables leave out values that are no numbers."""
+    """Warns of layers whose new tables leave out values that are not finite."""
     for item in work:
         for layer in item.layers:
             counts = storage.read(LEVELS, ["nonfinite"], model=item.model.name, layer=layer)["nonfinite"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,52 +20,31 @@ from milan_ray.probe.base import Probe
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.progress import Progress, say
 from milan_ray.schema import EXEMPLARS, MANIFEST, POOLED
-from milan_ray.stages.exemplars.describe_model import DescribedModel, pooled_fingerprint, settled_model, why_exemplars
+from milan_ray.stages.exemplars.describe_model import (
+    DescribedModel,
+    describe_model,
+    pooled_fingerprint,
+    settled_model,
+    why_exemplars,
+)
 from milan_ray.stages.exemplars.masks import recompute
 from milan_ray.stages.exemplars.merge import Merged, merge, warn_of_nonfinite
-from milan_ray.stages.exemplars.worker import IMAGES, ExemplarWorker, ModelWork, Run, failing, shard_name
+from milan_ray.stages.exemplars.worker import ExemplarWorker, ModelWork, ModelWorker, Run, failing, shard_name
 from milan_ray.stages.images import ExemplarImages, ensure_views
 from milan_ray.storage import Storage
 
 
 @dataclass(frozen=True)
 class DissectedModels:
-    """What a run of :class:`Exemplars` leaves behind.
+    """Result of a run of :class:`Exemplars`.
 
     Attributes:
-        probe: Digest of the probe manifest.
-        models: Model name → the layers whose exemplars are now there.
+        models: Model name → the layers whose exemplars are stored.
         failed: Model name → why it could not be dissected.
     """
 
-    probe: str
     models: dict[str, tuple[str, ...]]
     failed: dict[str, str]
-
-
-def run_exemplars(
-    storage: Storage,
-    models: Sequence[references.ModelRef],
-    probe: references.ProbeRef,
-    config: ExemplarConfig,
-    resources: Resources,
-) -> DissectedModels:
-    """Makes the exemplars of every unit of every requested layer where they are missing or stale.
-
-    Args:
-        storage: The run directory.
-        models: What to dissect.
-        probe: The probe images.
-        config: How.
-        resources: What of the cluster to use; Ray must be connected.
-
-    Returns:
-        What is now there, and which models failed.
-
-    Raises:
-        MilanError: The probe cannot be listed, or every model failed.
-    """
-    return Exemplars(models, probe, config).run(storage, resources)
 
 
 def store_manifest(storage: Storage, ref: references.ProbeRef) -> tuple[pa.Table, str]:
@@ -156,9 +134,9 @@ class Exemplars(Stage):
         if not self.layers:
             reasons = list(self.failed.values())
             raise MilanError(reasons[0] if len(reasons) == 1 else "every model failed; see above.")
-        for pictures, ids in views:
-            ensure_views(storage, pictures, sorted(ids), resources)
-        return DissectedModels(digest, self.layers, self.failed)
+        for images, ids in views:
+            ensure_views(storage, images, sorted(ids), resources)
+        return DissectedModels(self.layers, self.failed)
 
     def due(self, storage: Storage, digest: str, images: int) -> list[ModelWork]:
         """The work of models with tables that are missing or stale; notes the models that fail.
@@ -198,12 +176,11 @@ class Exemplars(Stage):
         identity = {"model": ref.name, "exemplars": hashes, "map_budget": config.map_budget}
         work = config_hash({**identity, "shard_size": config.shard(images)})
         plan = StateConfig(images, config.k, config.quantile, config.samples, config.map_budget)
-        asked: dict[str, Any] = {"model": ref, "every": self.layers[ref.name], "layers": missing, "pooled": pooled}
-        return ModelWork(**asked, probe=digest, work=work, plan=plan, **vars(described))
+        return ModelWork(ref, described, self.layers[ref.name], missing, digest, work, plan, pooled)
 
     def _make(self, run: Run, work: Sequence[ModelWork], manifest: pa.Table) -> None:
         """Makes the tables of models; notes the models that fail."""
-        self.failed |= run_shards(run, work, manifest)
+        self.failed |= run_shards(run, ExemplarWorker, work, [item.pieces for item in work], self.title)[0]
         unmasked: list[Merged] = []
         for item in work:
             if item.model.name not in self.failed:
@@ -233,42 +210,85 @@ class Exemplars(Stage):
         return list(views.values())
 
 
-def run_shards(run: Run, work: Sequence[ModelWork], manifest: pa.Table) -> dict[str, str]:
-    """Runs every shard that is not stored yet; returns the models that failed, with the reason."""
-    images, size = len(manifest), run.config.shard(len(manifest))
-    shards = range(-(-images // size))
+def run_shards(
+    run: Run,
+    worker: type[ModelWorker],
+    work: Sequence[ModelWork],
+    folders: Sequence[Sequence[str]],
+    title: str,
+    **arguments: object,
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Runs every shard of some models that is not stored yet; one pool of actors serves all models.
+
+    Args:
+        run: The run.
+        worker: Runs a shard of a model.
+        work: The models' work.
+        folders: For each model, the work folders in which every finished shard has a piece.
+        title: What the work is called in messages.
+        **arguments: Further arguments of the worker.
+
+    Returns:
+        Model → why it failed, and model → seconds of its shards.
+    """
     rows: list[Row] = []
     for index, item in enumerate(work):
-        stored = set(run.storage.work_names(item.work))
-        folders = [IMAGES, *map(item.folder, item.layers), *(f"pooled/{item.folder(layer)}" for layer in item.pooled)]
-        fresh = [shard for shard in shards if any(f"{folder}/{shard_name(shard)}" not in stored for folder in folders)]
+        images, size = item.plan.images, run.config.shard(item.plan.images)
+        shards, stored = range(-(-images // size)), set(run.storage.work_names(item.work))
+        fresh = [n for n in shards if any(f"{folder}/{shard_name(n)}" not in stored for folder in folders[index])]
         if len(fresh) < len(shards):
-            say(f"exemplars of {item.model.name}: {len(shards) - len(fresh)} of {len(shards)} shards are done already")
+            say(f"{title} of {item.model.name}: {len(shards) - len(fresh)} of {len(shards)} shards are done already")
         # What travels through Ray says where a shard lies in the manifest, not what is in it.
-        rows += [
-            {"model": index, "shard": shard, "start": shard * size, "images": min(size, images - shard * size)}
-            for shard in fresh
-        ]
+        rows += [{"model": index, "shard": n, "start": n * size, "images": min(size, images - n * size)} for n in fresh]
+    names = [item.model.name for item in work]
+    failed, seconds = dict[str, str](), dict.fromkeys(names, 0.0)
     if not rows:
-        return {}
-    failed: dict[str, str] = {}
-    names = ", ".join(item.model.name for item in work)
-    say(f"exemplars: {names} over {images} images, {len(rows)} shards")
+        return failed, seconds
+    total = sum(row["images"] for row in rows)
+    say(f"{title}: {', '.join(names)} over {images} images, {len(rows)} shards")
     layers = [[(item.model.name, layer) for layer in item.read] for item in work]
     pieces = (piece for row in rows for piece in layers[row["model"]])
-    with Progress("exemplars", sum(row["images"] for row in rows), "images", pieces) as progress:
-        for answer in run_pool(ExemplarWorker, run.arguments(work), rows, run.resources):
+    with Progress(title, total, "images", pieces) as progress:
+        for answer in run_pool(worker, {**run.arguments(work), **arguments}, rows, run.resources):
+            name = names[answer["model"]]
             progress.advance(answer["images"], layers[answer["model"]])
+            seconds[name] += answer["seconds"]
             if answer["error"]:
-                failed.setdefault(work[answer["model"]].model.name, answer["error"])
-    return failed
+                failed.setdefault(name, answer["error"])
+    return failed, seconds
+
+
+def rerun_work(
+    storage: Storage,
+    ref: references.ModelRef,
+    probe: references.ProbeRef,
+    config: ExemplarConfig,
+    layers: Sequence[str],
+    work: str,
+) -> ModelWork:
+    """The work of running some layers of a dissected model over its probe again.
+
+    Args:
+        storage: The run directory, which holds the exemplars.
+        ref: The model.
+        probe: The probe that it was dissected on.
+        config: How it was dissected.
+        layers: The layers.
+        work: Hash of the work.
+    """
+    spec = references.model(ref)
+    digest = (storage.metadata(EXEMPLARS, model=ref.name, layer=layers[0]) or {})["probe"]
+    described = describe_model(spec, references.probe(probe), digest, config)
+    images = storage.count(MANIFEST, probe=digest)
+    plan = StateConfig(images, config.k, config.quantile, config.samples, config.map_budget)
+    return ModelWork(ref, described, spec.layers, tuple(layers), digest, work, plan)
 
 
 def _shown(storage: Storage, model: str, layers: Sequence[str]) -> dict[tuple[str, str], set[int]]:
     """(probe, view) → the images that are exemplars of a model's layers."""
-    shown: dict[tuple[str, str], set[int]] = defaultdict(set)
+    ids: dict[tuple[str, str], set[int]] = defaultdict(set)
     for layer in layers:
         metadata = storage.metadata(EXEMPLARS, model=model, layer=layer) or {}
         column = storage.read(EXEMPLARS, ["image_id"], model=model, layer=layer)["image_id"]
-        shown[metadata["probe"], metadata["view"]].update(pc.unique(column).to_pylist())
-    return shown
+        ids[metadata["probe"], metadata["view"]].update(pc.unique(column).to_pylist())
+    return ids

@@ -6,7 +6,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,22 +25,21 @@ from milan_ray.exemplars.forward import Batch, Forward, pass_size, read_ahead
 from milan_ray.exemplars.pooled import maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import Committed, LayerStates, StateConfig, layer_in_errors, to_table
-from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.base import ImageRef
-from milan_ray.probe.manifest import image_refs
-from milan_ray.schema import MANIFEST
 from milan_ray.stages.arithmetic import refused_by
+from milan_ray.stages.exemplars.describe_model import DescribedModel
+from milan_ray.stages.images import read_refs
 from milan_ray.storage import Storage, WorkRemovedError
 
 IMAGES = "images"
 """Work folder of the tables of the images that a shard read; written last, so it also says that the shard is done."""
 
 SECONDS = "seconds"
-"""Metadata key of these tables: what the shard took."""
+"""Metadata key of these tables: seconds of the shard."""
 
 NOTES = "notes"
-"""Metadata key of these tables: how many images were decoded with a doubt, and the first with it, as JSON."""
+"""Metadata key of these tables: number of images decoded with a warning, and the first of them, as JSON."""
 
 IMAGES_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("path", pa.string()), ("sha256", pa.string()), ("reason", pa.string())]
@@ -77,42 +76,37 @@ class Run:
 
 @dataclass(frozen=True)
 class ModelWork:
-    """One model's work: what an actor must know besides its shard.
+    """One model's work: the inputs of an actor besides its shard.
 
     Attributes:
         model: Which model, and how to get it.
-        weights: Digest of its weights, which every worker's copy must have.
+        described: What its exemplars depend on; every worker's copy must have the same weights.
         every: All layers asked for; a layer's place here names its partials.
         layers: Those whose exemplars are still to do.
         probe: Digest of the probe manifest.
         work: Configuration hash of this work; partials lie below it.
         plan: The states' plan.
-        fingerprints: Layer → what decides its exemplars.
         pooled: Layer whose pooled activations are still to do → what decides them.
-        view: Key of the view that shows its exemplars.
-        layouts: Layer → how its output is read; empty where workers determine that themselves.
-        order: Layer → its place among the model's modules.
-        computes: Layer → its output for fixed inputs (:mod:`milan_ray.exemplars.behaviour`).
     """
 
     model: references.ModelRef
-    weights: str
+    described: DescribedModel
     every: tuple[str, ...]
     layers: tuple[str, ...]
     probe: str
     work: str
     plan: StateConfig
-    fingerprints: dict[str, Fingerprint]
-    pooled: dict[str, Fingerprint]
-    view: str
-    layouts: dict[str, Layout] = field(default_factory=dict)
-    order: dict[str, int] = field(default_factory=dict)
-    computes: dict[str, str] = field(default_factory=dict)
+    pooled: Mapping[str, Fingerprint] = field(default_factory=dict)
 
     @property
     def read(self) -> tuple[str, ...]:
         """The layers whose outputs a forward pass takes."""
         return tuple(layer for layer in self.every if layer in self.layers or layer in self.pooled)
+
+    @property
+    def pieces(self) -> list[str]:
+        """Work folders in which every finished shard of :class:`ExemplarWorker` has a piece."""
+        return [IMAGES, *map(self.folder, self.layers), *(f"pooled/{self.folder(layer)}" for layer in self.pooled)]
 
     def folder(self, layer: str) -> str:
         """Work folder of a layer's partials: the same whichever layers are still to do."""
@@ -142,7 +136,7 @@ class ModelWorker(ABC):
     """
 
     runs = "the model"
-    """What may fail on a batch, for messages."""
+    """What may fail on a batch, for error messages."""
 
     def __init__(
         self,
@@ -179,16 +173,14 @@ class ModelWorker(ABC):
 
     @abstractmethod
     def _run(self, row: Row) -> None:
-        """Does what a row asks for, and stores it."""
+        """Runs a row and stores its result."""
 
     def _load(self, index: int) -> tuple[ModelSpec, Forward]:
         item = self._work[index]
         spec = references.model(item.model)
-        model = references.network(spec, item.weights)
-        layers = item.read
-        layouts = {layer: item.layouts[layer] for layer in layers} if item.layouts else None
-        size, how = self._pass_size(spec), self._config.arithmetic
-        return spec, Forward(spec, model.to(self._device), layers, size, how, layouts)
+        model = references.network(spec, item.described.weights).to(self._device)
+        layouts = {layer: item.described.layouts[layer] for layer in item.read}
+        return spec, Forward(spec, model, item.read, self._pass_size(spec), self._config.arithmetic, layouts)
 
     def _pass_size(self, spec: ModelSpec) -> int:
         return pass_size(spec.batch(self._config.batch_size), self._device)
@@ -212,13 +204,12 @@ class ExemplarWorker(ModelWorker):
         # The rows of the models before are over: only this model's lower bounds are kept.
         committed = self._committed.get(index, {})
         self._committed = {index: committed}
-        start, columns = row["start"], ["image_id", "root", "path"]
-        rows = self._storage.read_rows(MANIFEST, start, start + row["images"], columns, probe=item.probe)
+        refs = read_refs(self._storage, item.probe, row["start"], row["start"] + row["images"])
         states = LayerStates(item.plan, self._threads)
         pooled: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         images: list[dict[str, object]] = []
         notes: list[tuple[str, str]] = []
-        for _, batch in self._batches(image_refs(rows), spec):
+        for _, batch in self._batches(refs, spec):
             notes += [(ref.location, note) for ref, note in batch.notes]
             images += [{"image_id": ref.image_id, "path": ref.location, "reason": why} for ref, why in batch.unreadable]
             images += [{"image_id": int(i), "sha256": sha} for i, sha in zip(batch.ids, batch.sha256, strict=True)]

@@ -41,7 +41,7 @@ class ExemplarScores(TaskStage):
 
     def make(self, storage: Storage, output: Output) -> pa.Table:
         """A layer's scores."""
-        table = storage.read(EXEMPLARS, ["unit", "image_id"], model=output.model, layer=output.layer)
+        table = storage.read(EXEMPLARS, ["unit", "image_id"], **output.of_layer)
         of, images = table["unit"].to_numpy(), table["image_id"].to_numpy()
         ids = np.unique(images)
         vectors = embeddings_of(storage, **self._images, image_ids=ids).astype(np.float64)
@@ -59,7 +59,3 @@ class ExemplarScores(TaskStage):
             )
         ]
         return unit_scores(output.keys, pa.Table.from_pylist(rows, schema=ROWS_SCHEMA))
-
-    def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
-        """A layer's scores are some products of matrices."""
-        return True

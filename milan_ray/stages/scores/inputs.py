@@ -1,4 +1,4 @@
-"""What scores are taken of: descriptions, activations of the images that count, and the rows that they become."""
+"""Inputs of scores: descriptions, activations of the images that count; rows of the resulting table."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import pyarrow as pa
 
-from milan_ray.engine.stage import Output
+from milan_ray.engine.stage import Output, piece_schema
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.models.image_text import Embedder, ImageText
@@ -33,16 +33,7 @@ WORDLESS = "exemplars"
 Classes = Mapping[tuple[str, str], tuple[str, ...]]
 """(model, layer) → the class or concept of each unit."""
 
-ROWS_SCHEMA = pa.schema(
-    [
-        ("unit", pa.int32()),
-        ("system", pa.string()),
-        ("description", pa.string()),
-        ("metric", pa.string()),
-        ("value", pa.float64()),
-        ("images", pa.int64()),
-    ]
-)
+ROWS_SCHEMA = piece_schema(UNIT_SCORES)
 """Columns of table ``unit_scores`` without those of the partition."""
 
 
@@ -175,10 +166,9 @@ class UnitActivations:
 
 def unit_scores(keys: Mapping[str, str], rows: pa.Table) -> pa.Table:
     """A layer's table of scores, from rows as of :data:`ROWS_SCHEMA`; NaN becomes null."""
-    columns: dict[str, object] = {name: [value] * len(rows) for name, value in keys.items()}
-    columns |= {name: rows[name] for name in rows.column_names}
+    columns = {name: rows[name] for name in rows.column_names}
     columns["value"] = pa.array(rows["value"].to_numpy(), pa.float64(), from_pandas=True)
-    return UNIT_SCORES.table(columns)
+    return UNIT_SCORES.table(columns, **keys)
 
 
 def upstream(storage: Storage, described: Described, digest: str) -> dict[str, str]:

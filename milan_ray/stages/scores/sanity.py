@@ -1,8 +1,8 @@
-"""Judgement of the scores themselves, on layers whose units' concepts are known (``scoring/score_sanity.py``)."""
+"""Checks of the scores themselves, on layers whose units' concepts are known (``scoring/score_sanity.py``)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -21,7 +21,7 @@ from milan_ray.storage import Storage
 
 
 class Sanity(TaskStage):
-    """How often each score falls when the truth about a layer's units is made too narrow, or too wide.
+    """How often each score falls when the true concept of a unit is made too narrow or too wide.
 
     Args:
         images: The probe as the truth of concept maps sees it.
@@ -49,22 +49,18 @@ class Sanity(TaskStage):
         experiment, config = output.keys["experiment"], self._config
         (model, layer), concepts = self._layers[experiment]
         ids, embedded = image_embeddings(storage, **self._images.keys)
-        seen = UnitActivations.read(storage, Described(WORDLESS, model, layer), range(len(concepts)), config, ids)
+        responses = UnitActivations.read(storage, Described(WORDLESS, model, layer), range(len(concepts)), config, ids)
         texts = self._images.embedder.embed_texts(concepts).numpy()
-        truth = embedded[np.searchsorted(ids, seen.ids)] @ texts.T
-        complete = seen.use.any(axis=1) & np.isfinite(seen.activations).all(axis=1)
+        truth = embedded[np.searchsorted(ids, responses.ids)] @ texts.T
+        complete = responses.use.any(axis=1) & np.isfinite(responses.activations).all(axis=1)
         return sanity(
             experiment,
-            seen.activations[complete],
+            responses.activations[complete],
             truth[complete] > 1 - 1e-6,  # the image shows everything that the concept's name names
             measures(config.top, config.retrieved),
             samples=config.samples,
             seed=config.seed,
         )
-
-    def runs_in_driver(self, storage: Storage, outputs: Sequence[Output]) -> bool:
-        """The driver does it: a built-in world is small."""
-        return True
 
 
 def truth_of(ref: ImageTextRef, probe: references.ProbeRef) -> Embedder:
@@ -73,7 +69,7 @@ def truth_of(ref: ImageTextRef, probe: references.ProbeRef) -> Embedder:
     Raises:
         MilanError: It is a model.
     """
-    embedder = references.image_text(ref, probe.plugins)
+    embedder = references.load(ref, probe.plugins)
     if embedder.view is not None:
         raise MilanError(f"{ref.name} is a model, not the truth: scores are judged by concept maps alone.")
     return embedder

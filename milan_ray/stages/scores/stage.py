@@ -8,23 +8,40 @@ unit_scores ─► [means, intervals, differences] ─► scores
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from milan_ray.config import Fingerprint, Resources
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.stage import Job, Known, Output, RunnableStage, Shard, ShardedStage, run_stage
+from milan_ray.engine.stage import (
+    Job,
+    Known,
+    Output,
+    RunnableStage,
+    Shard,
+    ShardedStage,
+    Shards,
+    ShardWorker,
+    run_stages,
+)
 from milan_ray.engine.tasks import FEW_IMAGES
 from milan_ray.errors import MilanError
 from milan_ray.models.image_text import Embedder, ImageTextRef
 from milan_ray.schema import IMAGE_EMBEDDINGS, POOLED, UNIT_SCORES
 from milan_ray.scoring.simulation import Moments, Sigmoid, average_precision, highest, retrieval
-from milan_ray.stages.embeddings import ImageEmbeddings, embedded_ids, embeddings_of, lists_of, rows_of, text_embeddings
+from milan_ray.stages.embeddings import (
+    ImageEmbeddings,
+    embedded_ids,
+    embeddings_of,
+    lists_of,
+    padded,
+    products,
+    rows_of,
+    text_embeddings,
+)
 from milan_ray.stages.scores.exemplars import ExemplarScores
 from milan_ray.stages.scores.inputs import (
     KERNEL_VERSION,
@@ -44,57 +61,38 @@ from milan_ray.stages.scores.summary import summarise
 from milan_ray.storage import Storage
 
 UNITS_PER_SHARD = 64
-"""Units per shard: what bounds memory, images × units × 4 bytes a few times over."""
+"""Units per shard, which bounds memory: a few times images × units × 4 bytes."""
 
 IMAGES = 1024
-"""Images per matrix product, and per block of sums."""
+"""Images per block of sums."""
 
 
-class ScoreWorker:
+class ScoreWorker(ShardWorker):
     """Scores a block of units of one layer."""
 
-    def __init__(
-        self, storage: Storage, work: str, outputs: dict[int, Output], judge: Judge, threads: int, device: str
-    ) -> None:
-        torch.set_num_threads(threads)
-        self._storage, self._work, self._outputs, self._judge = storage, work, outputs, judge
-        self._embedded = embedded_ids(storage, **judge.images)
+    def __init__(self, images: dict[str, str], config: ScoreConfig, curve: Sigmoid | None, **context: Any) -> None:
+        super().__init__(**context)
+        self._images, self._config, self._curve = images, config, curve
+        self._embedded = embedded_ids(self._storage, **images)
 
     def __call__(self, row: Row) -> Row:
         """Scores one block by every metric, each system's descriptions in turn."""
         (number,) = row["outputs"]
-        judge, block = self._judge, slice(row["start"], row["stop"])
+        block = slice(row["start"], row["stop"])
         tables = {system: self._storage.get_work(self._work, f"texts/{number}/{system}")[block] for system in SYSTEMS}
         units = tables[SYSTEMS[0]]["unit"].to_pylist()
         layer = Described.of(self._outputs[number])
-        seen = UnitActivations.read(self._storage, layer, units, judge.config, self._embedded)
-        images = embeddings_of(self._storage, **judge.images, image_ids=seen.ids)
-        used = seen.use.sum(axis=0).tolist()
+        responses = UnitActivations.read(self._storage, layer, units, self._config, self._embedded)
+        images = embeddings_of(self._storage, **self._images, image_ids=responses.ids)
+        used = responses.use.sum(axis=0).tolist()
         rows: list[dict[str, object]] = []
         for system, table in tables.items():
-            vectors = rows_of(table["embedding"]).copy()  # torch wants to own what it reads
-            scores = score_units(images, vectors, seen, judge.config, judge.curve)
+            scores = score_units(images, rows_of(table["embedding"]), responses, self._config, self._curve)
             for column, (unit, text) in enumerate(zip(units, table["description"].to_pylist(), strict=True)):
                 about = {"unit": unit, "system": system, "description": text, "images": used[column]}
                 rows += [about | {"metric": metric, "value": float(of[column])} for metric, of in scores.items()]
-        piece = pa.Table.from_pylist(rows, schema=ROWS_SCHEMA)
-        self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), piece)
+        self._store(row, number, pa.Table.from_pylist(rows, schema=ROWS_SCHEMA))
         return {}
-
-
-@dataclass(frozen=True)
-class Judge:
-    """How workers score.
-
-    Attributes:
-        images: Partition of the probe's embeddings: encoder and probe.
-        config: How to score.
-        curve: From a fit to a prediction; None takes the fit.
-    """
-
-    images: dict[str, str]
-    config: ScoreConfig
-    curve: Sigmoid | None
 
 
 class Scores(ShardedStage):
@@ -115,7 +113,7 @@ class Scores(ShardedStage):
     ) -> None:
         self._described, self._classes = described, classes
         self._ref, self._plugins, self._width = images.ref, images.probe.plugins, images.embedder.width
-        self._judge = Judge(images.keys, config, config.curve(images.embedder))
+        self._images, self._config, self._curve = images.keys, config, config.curve(images.embedder)
         self._texts = images.embedder.text_identity()
         self.title, self.label = f"scores by {images.ref.name}", f"scores ({images.ref.name})"
 
@@ -125,11 +123,10 @@ class Scores(ShardedStage):
         Raises:
             MilanError: Pooled activations are missing, or there are not as many classes as units.
         """
-        judge = self._judge
-        identity = {"kernel": KERNEL_VERSION, "config": judge.config, "curve": judge.curve, "texts": self._texts}
-        images = known.config(IMAGE_EMBEDDINGS, **judge.images)
+        identity = {"kernel": KERNEL_VERSION, "config": self._config, "curve": self._curve, "texts": self._texts}
+        images = known.config(IMAGE_EMBEDDINGS, **self._images)
         for layer in self._described:
-            above = upstream(known.storage, layer, judge.images["probe"])
+            above = upstream(known.storage, layer, self._images["probe"])
             names = self._classes.get((layer.model, layer.layer))
             if names is not None and (units := units_of(known.storage, layer.model, layer.layer)) != len(names):
                 raise MilanError(
@@ -139,53 +136,41 @@ class Scores(ShardedStage):
             fingerprint = Fingerprint.of({**identity, "images": images, **above, "classes": names})
             yield Output({"predictor": self._ref.name, **layer.keys}, fingerprint)
 
-    def shards(self, job: Job) -> list[Shard]:
+    def shards(self, job: Job) -> Shards:
         """Blocks of units, with the embeddings of their descriptions in the work.
 
         A last shard of a layer holds the scores by class names: they are a few products, which are made at once.
         """
-        storage, config = job.storage, self._judge.config
+        storage, config = job.storage, self._config
         texts = {number: Texts.read(storage, self._described[number], config.seed) for number in _begun(job)}
         every = sorted(set().union(*(of_layer.every() for of_layer in texts.values())))
         embedded = text_embeddings(storage, every, self._ref, job.resources, self._plugins)
         vectors = dict(zip(every, embedded, strict=True))
-        shards = []
+        shards, few = [], True
         for output in job.due:
             own, number = texts[output.number], output.number
-            images = {"images": storage.count(POOLED, model=output.model, layer=output.layer)}
+            few &= storage.count(POOLED, **output.of_layer) <= FEW_IMAGES
             for system, of_system in own.systems.items():
                 embedding = np.array([vectors[text] for text in of_system], np.float32).reshape(-1, self._width)
                 columns = {"unit": own.units, "description": of_system, "embedding": lists_of(embedding)}
                 storage.put_work(job.work, f"texts/{number}/{system}", pa.table(columns))
             for start in range(0, len(own.units), UNITS_PER_SHARD):
-                row = {"start": start, "stop": start + UNITS_PER_SHARD, **images}
+                row = {"start": start, "stop": start + UNITS_PER_SHARD}
                 shards.append(Shard(f"{number:04d}-{start:07d}", (number,), row))
             if names := self._classes.get((output.model, output.layer)):
-                shards.append(Shard(f"{number:04d}-classes", (number,), images))
-                embedder = references.image_text(self._ref, self._plugins)
+                shards.append(Shard(f"{number:04d}-classes", (number,)))
+                embedder = references.load(self._ref, self._plugins)
                 named = _class_rows(own, names, vectors, embedder)
                 storage.put_work(job.work, output.piece(shards[-1].name), named)
-        return shards
+        return Shards(shards, merged_in_driver=True, run_in_driver=few)
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """How to score."""
-        return {"outputs": {output.number: output for output in job.due}, "judge": self._judge}
+        return {"images": self._images, "config": self._config, "curve": self._curve}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """A layer's scores, by block of units, and those by class names."""
         return unit_scores(output.keys, pa.concat_tables([ROWS_SCHEMA.empty_table(), *pieces]))
-
-    def announce(self, job: Job, shards: Sequence[Shard]) -> str:
-        """How many layers are scored."""
-        return f"{self.title}: {len(job.due)} layers and labelers"
-
-    def runs_in_driver(self, shards: Sequence[Shard]) -> bool:
-        """Whether the probe has few images."""
-        return all(shard.row["images"] <= FEW_IMAGES for shard in shards)
-
-    def merges_in_driver(self, job: Job, shards: Sequence[Shard]) -> bool:
-        """The driver strings the blocks together."""
-        return True
 
 
 def _begun(job: Job) -> list[int]:
@@ -240,40 +225,40 @@ def run_scores(
     Returns:
         The experiments of table ``scores``: one per model, and those that judge scores.
     """
-    keys = [output.keys for stage in stages for output in run_stage(stage, storage, resources)]
+    keys = [output.keys for output in run_stages(stages, storage, resources)]
     scored = sorted({(of["predictor"], of["model"]) for of in keys if "predictor" in of})
     summaries = [summarise(storage, predictor, model, config) for predictor, model in scored]
     return [*summaries, *(of["experiment"] for of in keys if "experiment" in of)]
 
 
 def score_units(
-    images: np.ndarray, texts: np.ndarray, seen: UnitActivations, config: ScoreConfig, curve: Sigmoid | None
+    images: np.ndarray, texts: np.ndarray, responses: UnitActivations, config: ScoreConfig, curve: Sigmoid | None
 ) -> dict[str, np.ndarray]:
     """Scores the descriptions of some units by a model of images and texts.
 
     Args:
         images: Embeddings of N images, float32 (N, D).
         texts: Embedding of one description per unit, float32 (B, D).
-        seen: Activations of the units for the images.
+        responses: Activations of the units for the images.
         config: How to score.
         curve: From a fit to a prediction; None takes the fit.
 
     Returns:
         Metric → float64 (B,); NaN for a unit whose activation never changes.
     """
-    fit = _products(images, texts)
+    fit = products(images, padded(texts, max(UNITS_PER_SHARD, len(texts))), len(texts)).numpy()
     simulated, plain = Moments(), Moments()
     for block, start in enumerate(range(0, len(fit), IMAGES)):
         rows = slice(start, start + IMAGES)
         predicted = fit[rows].astype(np.float64) if curve is None else curve(fit[rows])
-        simulated.update(block, seen.activations[rows], predicted, seen.use[rows])
-        plain.update(block, seen.activations[rows], fit[rows], seen.use[rows])
+        simulated.update(block, responses.activations[rows], predicted, responses.use[rows])
+        plain.update(block, responses.activations[rows], fit[rows], responses.use[rows])
     scores = {"simulation": simulated.result(), "correlation": plain.result()}
     for name in ("auprc", "retrieval-auc", "retrieval-mad"):
         scores[name] = np.full(len(texts), np.nan)
     for column in range(len(texts)):
-        use = seen.use[:, column]
-        own, near = seen.activations[use, column], fit[use, column]
+        use = responses.use[:, column]
+        own, near = responses.activations[use, column], fit[use, column]
         if not len(own) or own.min() == own.max():
             scores["simulation"][column] = scores["correlation"][column] = np.nan
             continue
@@ -281,22 +266,6 @@ def score_units(
         chosen = highest(near, min(config.retrieved, len(own) // 2))
         scores["retrieval-auc"][column], scores["retrieval-mad"][column] = retrieval(own, chosen)
     return scores
-
-
-def _products(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    """Products of images (N, D) and texts (B, D), float32 (N, B).
-
-    Blocks are padded to one shape, so that a product does not depend on how many images and texts there are.
-    """
-    padded = torch.zeros(max(UNITS_PER_SHARD, len(texts)), texts.shape[1])
-    padded[: len(texts)] = torch.from_numpy(texts)
-    products = []
-    for start in range(0, len(images), IMAGES):
-        some = images[start : start + IMAGES]
-        block = torch.zeros(IMAGES, images.shape[1])
-        block[: len(some)] = torch.from_numpy(some)
-        products.append((block @ padded.T)[: len(some), : len(texts)].numpy())
-    return np.concatenate(products) if products else np.zeros((0, len(texts)), np.float32)
 
 
 def _class_rows(

@@ -12,7 +12,7 @@ import polars as pl
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources
 from milan_ray.engine import references
 from milan_ray.engine.planner import Plan
-from milan_ray.engine.stage import Known, Output, ShardedStage, Stage, TaskStage, due, run_stage
+from milan_ray.engine.stage import Known, Output, ShardedStage, Stage, TaskStage, due, run_stages
 from milan_ray.errors import MilanError
 from milan_ray.labelers.milan import LIKELIHOOD, MILAN
 from milan_ray.names import checked_name
@@ -24,7 +24,7 @@ from milan_ray.stages.captioners import EncoderRef, about_captioner, load_captio
 from milan_ray.stages.concept_labels import ConceptLabels, LabelConfig
 from milan_ray.stages.descriptions import Search, description_stages
 from milan_ray.stages.encodings import Encodings
-from milan_ray.stages.exemplars import Exemplars, run_exemplars
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 from milan_ray.studies.baselines import statistics as baselines
 from milan_ray.studies.baselines.plot import plot_baselines
@@ -167,10 +167,9 @@ def run_baselines(storage: Storage, job: BaselinesJob, resources: Resources) -> 
     """
     for network in job.networks:
         _check_held_out(storage, network)
-    done = run_exemplars(storage, job.models, job.probe, job.exemplars, resources)
+    done = Exemplars(job.models, job.probe, job.exemplars).run(storage, resources)
     for network in job.networks:
-        for stage in _describing(storage, network, done.models):
-            run_stage(stage, storage, resources)
+        run_stages(_describing(storage, network, done.models), storage, resources)
     labels = ConceptLabels(done.models, job.models, job.probe, job.exemplars, job.labels)
     failed = done.failed | labels.run(storage, resources)
     if failed:

@@ -16,7 +16,7 @@ from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, RUNS, TABLES, Table
 from milan_ray.schema.operations import SHARES
 from milan_ray.scoring.bootstrap import Interval, resampling_counts
 from milan_ray.scoring.evaluation import CONSTANT, SHUFFLED, Row, mean_rows, shuffled, with_trivial_rows
-from milan_ray.storage import ALL_UNITS_KEY, CONFIG_KEY, Storage, parts_of
+from milan_ray.storage import ALL_UNITS_KEY, CONFIG_KEY, Storage, inputs_of
 from milan_ray.studies.tables import Unit
 
 SECONDS, PER_HOUR = "seconds per unit", "units per hour"
@@ -187,14 +187,14 @@ def lineage(storage: Storage, table: Table, keys: Mapping[str, str]) -> set[tupl
     """(stage, run) of a partition and of everything that it was made from, except exemplars."""
     meta = storage.metadata(table, **keys) or {}
     runs = {(keys.get("labeler", table.name), meta.get(CONFIG_KEY, ""))}
-    parts = parts_of(meta)
+    inputs = inputs_of(meta)
     for source in TABLES:
-        if source is EXEMPLARS or source.name not in parts:
+        if source is EXEMPLARS or source.name not in inputs:
             continue
         where = {key: keys[key] for key in ("model", "layer") if key in source.partition}
         for other in storage.partitions(source, **where):
             made = LeftOut("costs").unless_damaged(partial(storage.metadata, source, **other), None) or {}
             all_units = made.get(ALL_UNITS_KEY, made.get(CONFIG_KEY, ""))
-            if Fingerprint.of({source.name: all_units}).inputs[source.name] == parts[source.name]:
+            if Fingerprint.of({source.name: all_units}).inputs[source.name] == inputs[source.name]:
                 runs |= lineage(storage, source, other)
     return runs
