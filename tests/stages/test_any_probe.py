@@ -113,17 +113,6 @@ def test_any_source_gives_the_same_tables_to_the_last_bit(sources, tmp_path):
             assert_same(tables(storage), expected, f"{name} {shard_size}")
 
 
-def test_any_source_gives_the_same_tables_on_one_and_two_actors(sources, tmp_path):
-    """Every source once, for a pool takes seconds to start; the slow test below has every source on both."""
-    expected = None
-    for (name, path), actors in zip(sources.items(), (1, 2, 1, 2), strict=True):
-        storage = Storage(tmp_path / name)
-        config = ExemplarConfig(k=4, batch_size=16, shard_size=50)
-        Exemplars([CNN], ProbeRef((str(path),)), config).run(storage, Resources(actors=actors))
-        expected = expected or tables(storage)
-        assert_same(tables(storage), expected, f"{name} {actors}")
-
-
 @pytest.mark.slow
 def test_any_source_of_500_pictures_gives_the_same_tables_on_actors(tmp_path):
     """64×64, in four classes; one thread, one actor and two."""

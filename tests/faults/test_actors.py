@@ -1,0 +1,41 @@
+"""On actors every stage writes the bytes that it writes on threads, where the tests of what stages do run."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from milan_ray.config import Resources
+from milan_ray.engine import actor_pool
+from milan_ray.storage import Storage
+from tests.faults import every_stage
+from tests.faults.test_killed_at_each_write import public, runs
+
+STAGES = {
+    "photographs": ("exemplars", "masks", "encodings", "descriptions", "reranking", "image embeddings"),
+    "fields": ("labels", "clip-dissect", "scores", "cosy"),
+    "scenes": ("dnd",),
+}
+"""World → its stages that have pools."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "name"), [(world, name) for world, names in STAGES.items() for name in names])
+def test_stage_on_actors_writes_what_it_writes_on_threads(before_and_after, tmp_path, monkeypatch, world, name) -> None:
+    before, after, stage = before_and_after(world, name)
+    pools, on_actors = [], actor_pool._actors
+
+    def watched(worker, *arguments):
+        pools.append(worker.__name__)
+        return on_actors(worker, *arguments)
+
+    monkeypatch.setattr(actor_pool, "_actors", watched)
+    monkeypatch.setattr(every_stage, "HERE", Resources(actors=1))
+    shutil.copytree(before, tmp_path / "run")
+    stage.run(Storage(tmp_path / "run"))
+    assert pools
+    files, expected = public(tmp_path / "run"), public(after)
+    assert files.keys() == expected.keys()
+    assert [path for path in expected if files[path] != expected[path]] == []
+    assert runs(tmp_path / "run") == runs(after)
