@@ -16,9 +16,10 @@ demo: $(VENV)/.minilm  ## describe every unit of the built-in world's networks, 
 test: $(VENV)/.test  ## the test suite, two processes side by side; all but the long tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m 'not slow'
 
-# One at a time: each starts a Ray of its own on all cores, kills some of it, or measures memory.
+# What limits or measures memory runs with nothing beside it.
 test-slow: $(VENV)/.test  ## the long tests: the whole demo, 50,000 images, submitted jobs, failing nodes
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m slow
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m 'slow and not alone'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m alone
 
 soak: $(VENV)/.test  ## a job whose driver is killed 24 times at random moments, against one that nobody disturbs
 	OMP_NUM_THREADS=1 MILAN_SOAK=24 $(VENV)/bin/python -m pytest -q tests/faults/test_disturbed.py -k driver_killed

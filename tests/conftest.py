@@ -34,9 +34,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Under ``-n 2``: what shares fixtures stays together."""
     from xdist.scheduler import LoadScopeScheduling
 
+    long = "not slow" not in config.option.markexpr
+
     class ByFixtures(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
-            return group_of(nodeid.split("::")[0])
+            file = nodeid.split("::")[0]
+            return file if long else group_of(file)  # long tests of a folder share little, and take minutes
 
     config.option.loadscopereorder = False  # the order is that of `pytest_collection_modifyitems`
     return ByFixtures(config, log)

@@ -42,12 +42,12 @@ class PlainStage:
     def _pool(
         self, worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], resources: Resources
     ) -> Iterator[Row]:
-
         built = worker(**arguments)
         for row in rows:
             started = time.perf_counter()
-            yield built(row)
+            answer = built(row)
             self.shards.append(time.perf_counter() - started)
+            yield {"seconds": self.shards[-1], **answer}
 
 
 def _parallel(

@@ -69,6 +69,7 @@ def test_worker_killed_in_the_middle_of_a_shard_costs_that_shard_alone(job, undi
 
 @linux
 @pytest.mark.slow
+@pytest.mark.alone
 def test_worker_killed_for_the_memory_it_takes_costs_that_shard_alone(job, undisturbed, tmp_path):
     """By Ray's own memory monitor, whose limit is set a little above what this machine uses at the moment."""
     storage, where, hunger = Storage(tmp_path / "run"), tmp_path / "where", tmp_path / "hunger"

@@ -11,6 +11,8 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.stages.training import Training, TrainingJob, _train_in_task
+from milan_ray.storage import Storage
 
 TEXTS = [["the red house", "dark areas"], ["a dog", "dogs on grass"]]
 """What people say of two units; their words are the vocabulary."""
@@ -45,3 +47,15 @@ def toy_captioner(
     decoder = Decoder(DecoderConfig(len(vocabulary), feature_size, embedding_size, hidden_size))
     lm = LanguageModel(LMConfig(len(vocabulary), embedding_size, hidden_size))
     return Captioner(Indexer(vocabulary), decoder, lm, encoder, encoder_state, length, beam_size, lam)
+
+
+def train_here(storage: Storage, job: TrainingJob) -> None:
+    """Trains a captioner that is not up to date, as a task does, in this process: Ray Train takes longer to start.
+
+    Raises:
+        AssertionError: The training failed.
+    """
+    fingerprint = Training(job).due(storage)
+    if fingerprint is not None:
+        trained, line = _train_in_task(storage, (job, fingerprint))
+        assert trained, line

@@ -90,6 +90,7 @@ def private(samples: list, process: str, since: float, until: float) -> float:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of processes from /proc")
 def test_memory_and_object_store_do_not_grow_with_the_probe(tmp_path):
     result, folder = tmp_path / "result", tmp_path / "run"

@@ -99,6 +99,7 @@ def test_pooled_has_its_width_its_probe_and_a_run(undisturbed):
         assert sum(len(part) for part in parts) == 39 and matrix(parts[0]["max"]).shape[1] == units
 
 
+@pytest.mark.slow
 def test_pooled_is_the_same_file_for_any_actors_and_shards(undisturbed, few, tmp_path):
     other = run(tmp_path, few, replace(CONFIG, shard_size=7), actors=2)
     assert files(other, "pooled") == files(undisturbed, "pooled")

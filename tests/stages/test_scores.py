@@ -74,9 +74,7 @@ def test_units_are_named_and_a_dry_run_finds_them_done(storage, tmp_path, capsys
     assert cli.main([*options, *done, "--concepts", str(tmp_path / "absent.txt")]) == 1
     (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
     assert "--concepts" in error and "one concept per line" in error
-    assert (
-        cli.main([*labelled(tmp_path)[:-2], *done]) == 0
-    )  # the list that the truth brings is another
+    assert cli.main([*labelled(tmp_path)[:-2], *done]) == 0  # the list that the truth brings is another
     assert "concepts changed" in capsys.readouterr().out
     assert cli.main([*options, *done, "--similarity", "soft"]) == 1
     assert "unknown similarity 'soft'; nearest: soft_wpmi" in capsys.readouterr().err

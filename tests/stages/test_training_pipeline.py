@@ -18,6 +18,7 @@ import pyarrow as pa
 import pytest
 import torch
 from gates import LIMIT, Gate
+from toys import train_here
 
 from milan_ray import cli
 from milan_ray.annotations.groups import groups_of
@@ -112,14 +113,15 @@ def curve(storage: Storage, name: str, epochs: int = CONFIG.max_epochs) -> list[
 
 @pytest.fixture(scope="module")
 def storage(ray_session, tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """Annotated, encoded units of three models, and a captioner trained on them by one worker, in memory."""
+    """Annotated, encoded units of three models, and a captioner trained on them as a task does it."""
     storage = Storage(tmp_path_factory.mktemp("run"))
     for model, units in zip(MODELS, (31, 17, 24), strict=True):
         write_layer(storage, model, units)
-    assert Training(job_for("plain")).run(storage)
+    train_here(storage, job_for("plain"))
     return storage
 
 
+@pytest.mark.slow
 def test_training_two_workers_reading_from_disk_have_the_curve_of_one_with_all_in_memory(storage: Storage) -> None:
     short = replace(CONFIG, max_epochs=4)
     assert Training(job_for("pair", config=short, workers=2, cpus=0.5, memory_limit=0)).run(storage)
@@ -175,6 +177,7 @@ def test_decoder_tuning_stops_worse_trials_early_and_training_does_what_the_chos
     assert "up to date" in capsys.readouterr().err and not Path(storage.root, "_work").exists()
 
 
+@pytest.mark.slow
 def test_decoder_tuning_by_optuna(storage) -> None:
     pytest.importorskip("optuna")
     DecoderTuning(tuning_job("by-optuna", searcher="optuna", trials=2, epochs=1)).run(storage, Resources())
@@ -256,7 +259,9 @@ def test_training_goes_on_after_driver_and_worker_are_killed_to_the_same_result(
     torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("few", [FEW_EXEMPLARS, 0], ids=["tasks", "ray-train"])
+@pytest.mark.parametrize(
+    "few", [pytest.param(FEW_EXEMPLARS, id="tasks"), pytest.param(0, id="ray-train", marks=pytest.mark.slow)]
+)
 def test_trainings_of_groups_run_side_by_side_and_survive_one_that_fails(storage: Storage, few, monkeypatch) -> None:
     monkeypatch.setattr("milan_ray.stages.training.FEW_EXEMPLARS", few)
     short = replace(CONFIG, max_epochs=1, bf16=True)
@@ -270,15 +275,20 @@ def test_trainings_of_groups_run_side_by_side_and_survive_one_that_fails(storage
         assert len(curve(storage, name)) == 2 and all(math.isfinite(loss) for loss, _ in curve(storage, name))
 
 
-def test_trainings_in_tasks_are_those_of_ray_train_to_the_bit_and_go_on_where_they_were(storage, capsys) -> None:
-    jobs = [job_for("twin"), job_for("resumed")]
-    begin(storage, jobs[1], epochs=3)
-    run_trainings(storage, jobs)
+@pytest.mark.slow
+def test_trainings_on_ray_train_are_those_of_tasks_to_the_bit(storage) -> None:
+    assert Training(job_for("twin")).run(storage)
     assert curve(storage, "twin") == curve(storage, "plain")
-    resumed = curve(storage, "resumed")
-    assert resumed[0][1] == 1000 and resumed[1:] == curve(storage, "plain")[1:]
     ours, theirs = (load_captioner(storage, name).decoder.state_dict() for name in ("twin", "plain"))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_trainings_in_tasks_go_on_where_they_were(storage, capsys) -> None:
+    jobs = [job_for("resumed"), job_for("other", config=replace(CONFIG, max_epochs=1))]
+    begin(storage, jobs[0], epochs=3)
+    run_trainings(storage, jobs)
+    resumed = curve(storage, "resumed")
+    assert resumed[0][1] == 1000 and resumed[1:] == curve(storage, "plain")[1:]
     run_trainings(storage, jobs)
     assert "training of resumed: up to date" in capsys.readouterr().err
 
