@@ -51,7 +51,7 @@ class Overtaken(Storage):
 
 def exemplars(storage: Storage, photos: Path, budget: int) -> None:
     config = ExemplarConfig(k=4, batch_size=16, shard_size=40, map_budget=budget)
-    Exemplars([CNN], ProbeRef((str(photos),)), config).run(storage, Resources(actors=1))
+    Exemplars([CNN], ProbeRef((str(photos),)), config).run(storage, Resources())
 
 
 def assert_equal(found: Storage, expected: Storage, tables: Sequence[Table]) -> None:
@@ -66,7 +66,7 @@ def assert_equal(found: Storage, expected: Storage, tables: Sequence[Table]) -> 
 def alone(ray_session, photos, tmp_path_factory) -> Storage:
     storage = Storage(tmp_path_factory.mktemp("alone"))
     exemplars(storage, photos, 2**20)
-    run_stage(Encodings(LAYERS, ENCODER), storage, Resources(actors=1))
+    run_stage(Encodings(LAYERS, ENCODER), storage, Resources())
     return storage
 
 
@@ -91,7 +91,7 @@ def test_encodings_overtaken_by_the_same_job_are_those_of_one(alone, tmp_path, c
     storage = Storage(tmp_path / "run")
     storage.remove(ENCODINGS.name)
     run = storage.root
-    encodings, resources = Encodings(LAYERS, ENCODER), Resources(actors=1)
+    encodings, resources = Encodings(LAYERS, ENCODER), Resources()
     overtaken = Overtaken(run, "work pieces", lambda: run_stage(encodings, Storage(run), resources))
     run_stage(encodings, overtaken, resources)
     assert "another job on this storage has finished the same work" in capsys.readouterr().err
