@@ -27,6 +27,8 @@ from milan_ray import runtime
 runtime.prepare(None)  # before anything imports Ray
 
 ROOT = Path(__file__).resolve().parents[1]
+DEMO = "tests/test_demo.py"
+"""The longest of all: ten minutes."""
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -46,9 +48,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Side by side, the long files go first, so that the processes are done at the same time."""
+    """Side by side, the long files go first, so that the processes are done at the same time: the demo, then Ray."""
+
+    def place(item: pytest.Item) -> tuple[bool, bool]:
+        file = item.nodeid.split("::")[0]
+        return file != DEMO, not needs_ray(file)
+
     if hasattr(config, "workerinput"):
-        items.sort(key=lambda item: not needs_ray(item.nodeid.split("::")[0]))
+        items.sort(key=place)
 
 
 def group_of(file: str) -> str:
