@@ -41,7 +41,7 @@ def test_places_are_those_of_the_modules_whatever_is_asked_for():
     assert places(own, ["after", "outputs"]) == {"outputs": 1, "after": 2}
 
 
-def test_e_layers_follow_one_another_as_in_their_model(storage):
+def test_layers_follow_one_another_as_in_their_model(storage):
     order = places(network(), MODEL)
     for layer in sorted(MODEL):
         write(storage, layer, order)
@@ -53,7 +53,7 @@ def test_e_layers_follow_one_another_as_in_their_model(storage):
     assert storage.metadata(EXEMPLARS, model="net", layer="stem")[CONFIG_KEY] == "c"
 
 
-def test_e_layers_without_a_stored_order_are_sorted_by_name_and_number(storage):
+def test_layers_without_a_stored_order_are_sorted_by_name_and_number(storage):
     names = ["layer2", "layer3", "layer10", "outputs", "stem"]
     for layer in MODEL:
         write(storage, layer, None)
@@ -63,7 +63,7 @@ def test_e_layers_without_a_stored_order_are_sorted_by_name_and_number(storage):
     assert storage.layers_in_order("unknown", MODEL) == names
 
 
-def test_e_damaged_exemplars_leave_the_order_to_the_names(storage):
+def test_damaged_exemplars_leave_the_order_to_the_names(storage):
     order = places(network(), MODEL)
     for layer in MODEL:
         write(storage, layer, order)
@@ -71,7 +71,7 @@ def test_e_damaged_exemplars_leave_the_order_to_the_names(storage):
     assert storage.layers_in_order("net", MODEL) == ["layer2", "layer3", "layer10", "outputs", "stem"]
 
 
-def test_e_searches_and_differences_list_layers_as_in_their_model(storage):
+def test_searches_and_differences_list_layers_as_in_their_model(storage):
     order = places(network(), MODEL)
     for model, text in (("net", "a face"), ("other", "a hand")):
         for layer in sorted(MODEL):

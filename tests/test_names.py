@@ -59,19 +59,19 @@ WITH_SLASHES = ("resnet18/imagenet", "timm/vit_tiny_patch16_224.augreg_in21k", "
 
 @pytest.mark.parametrize("name", ATTACKS)
 @pytest.mark.parametrize("slashes", [False, True])
-def test_f3_names_that_lead_elsewhere_are_refused_in_one_sentence(name: str, slashes: bool) -> None:
+def test_names_that_lead_elsewhere_are_refused_in_one_sentence(name: str, slashes: bool) -> None:
     with pytest.raises(MilanError, match="cannot be called") as error:
         checked_name("the captioner", name, slashes=slashes)
     assert "\n" not in str(error.value) and len(str(error.value)) < 400
 
 
 @pytest.mark.parametrize("name", FINE)
-def test_f3_ordinary_names_go_on_to_work(name: str) -> None:
+def test_ordinary_names_go_on_to_work(name: str) -> None:
     assert checked_name("it", name) == checked_name("it", name, slashes=True) == name
 
 
 @pytest.mark.parametrize("name", WITH_SLASHES)
-def test_f3_names_of_models_may_have_slashes_where_they_are_quoted(name: str) -> None:
+def test_names_of_models_may_have_slashes_where_they_are_quoted(name: str) -> None:
     assert checked_name("it", name, slashes=True) == name
     with pytest.raises(MilanError, match="separator"):
         checked_name("it", name)
@@ -106,7 +106,7 @@ LOOKED_UP = {
 """Options that name what is there already: registered, in the storage, or a file; what registers it knows the rule."""
 
 
-def test_f3_every_option_that_takes_a_text_is_known_to_be_a_name_or_none() -> None:
+def test_every_option_that_takes_a_text_is_known_to_be_a_name_or_none() -> None:
     """A new option belongs into one of the lists: where it becomes part of a path, it is read by the rule."""
     numbers = (
         arguments.amount,
@@ -130,7 +130,7 @@ def test_f3_every_option_that_takes_a_text_is_known_to_be_a_name_or_none() -> No
 
 
 @pytest.mark.parametrize("name", ["..", "../x", "/abs", "a/../b", "nul\0", "", "x" * 300])
-def test_f3_what_plug_ins_register_keeps_the_rule(name: str) -> None:
+def test_what_plug_ins_register_keeps_the_rule(name: str) -> None:
     for register in (
         lambda: register_model(name, lambda weights: torch.nn.Identity(), ()),
         lambda: register_encoder(name, lambda weights: torch.nn.Identity(), ()),
@@ -143,7 +143,7 @@ def test_f3_what_plug_ins_register_keeps_the_rule(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["..", "../../x", "/abs", ".hidden", "nul\0", "a/../b"])
-def test_f3_layers_called_like_paths_stay_below_their_table(name: str, tmp_path: Path) -> None:
+def test_layers_called_like_paths_stay_below_their_table(name: str, tmp_path: Path) -> None:
     storage = Storage(tmp_path / "a/run")
     keys = {"stage": "s", "run": name, "model": name}
     table = RUNS.table({column.name: [] for column in RUNS.columns})
@@ -161,7 +161,7 @@ PLACES = {
 """Options that become parts of paths and are read by the rule; groups have it in their records."""
 
 
-def test_f3_every_option_that_gives_a_name_is_read_by_the_rule() -> None:
+def test_every_option_that_gives_a_name_is_read_by_the_rule() -> None:
     found = {
         f"{verb} {action.option_strings[0]}": action.type in GIVEN
         for verb, action in _actions(cli.build_parser())
@@ -173,7 +173,7 @@ def test_f3_every_option_that_gives_a_name_is_read_by_the_rule() -> None:
 
 
 @pytest.mark.parametrize("name", ["..", "../../x", "/abs", "", "nul\0", "%2e%2e"])
-def test_f3_verbs_refuse_a_name_before_anything_starts(name: str, tmp_path: Path, capsys: Any) -> None:
+def test_verbs_refuse_a_name_before_anything_starts(name: str, tmp_path: Path, capsys: Any) -> None:
     storage = tmp_path / "a/run"
     for place in sorted(PLACES if name else PLACES - {"dnd --tag"}):
         *verb, option = place.split()
@@ -186,7 +186,7 @@ def test_f3_verbs_refuse_a_name_before_anything_starts(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", ATTACKS)
-def test_f3_python_users_are_refused_the_same_names(name: str, tmp_path: Path) -> None:
+def test_python_users_are_refused_the_same_names(name: str, tmp_path: Path) -> None:
     storage = Storage(tmp_path / "a/run")
     for use in (
         lambda: TrainingJob(name, "people", (), EncoderRef("tiny")),
@@ -208,7 +208,7 @@ def test_f3_python_users_are_refused_the_same_names(name: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("name", ["..", "../../x", "/abs", ".", "", "nul\0", "x" * 300])
-def test_f3_what_is_read_by_a_name_stays_in_the_storage(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_is_read_by_a_name_stays_in_the_storage(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     storage = Storage(tmp_path / "run/inner")
     for folder in ("run", "."):  # what a way out would find
         (tmp_path / folder / "config.json").parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ def test_f3_what_is_read_by_a_name_stays_in_the_storage(name: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("path", ["../x", "a/../../x", "/abs", "a//b", "./a", "a/.", "a/" + "x" * 256, "a\0b", ".."])
-def test_f3_a_storage_writes_reads_and_removes_below_its_root_alone(path: str, tmp_path: Path) -> None:
+def test_a_storage_writes_reads_and_removes_below_its_root_alone(path: str, tmp_path: Path) -> None:
     storage = Storage(tmp_path / "a/run")
     for use in (
         lambda: storage.put(path, b"x"),
@@ -243,7 +243,7 @@ def test_f3_a_storage_writes_reads_and_removes_below_its_root_alone(path: str, t
 
 
 @pytest.mark.parametrize("value", [name for name in ATTACKS if name != "\ud800"])
-def test_f3_values_of_partitions_are_one_folder_each_whatever_they_are(value: str, tmp_path: Path) -> None:
+def test_values_of_partitions_are_one_folder_each_whatever_they_are(value: str, tmp_path: Path) -> None:
     """Names of plug-ins' models, layers and probes: all that fit work, and nothing leaves its folder."""
     storage = Storage(tmp_path / "a/run")
     for table in TABLES:
@@ -265,7 +265,7 @@ def test_f3_values_of_partitions_are_one_folder_each_whatever_they_are(value: st
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["run"]
 
 
-def test_f3_layers_and_models_called_like_paths_are_searched_as_ever(tmp_path: Path, capsys: Any) -> None:
+def test_layers_and_models_called_like_paths_are_searched_as_ever(tmp_path: Path, capsys: Any) -> None:
     storage = Storage(tmp_path / "run")
     names = ("resnet18/imagenet", "hf//abs/folder", "../../x", "timm/a.b_c.d")
     for model in names:

@@ -165,7 +165,7 @@ X = np.random.default_rng(3).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8)
         (np.uint8(3), "give a path"),
     ],
 )
-def test_c11_pictures_that_can_be_meant_in_two_ways_are_refused(images, match):
+def test_pictures_that_can_be_meant_in_two_ways_are_refused(images, match):
     with pytest.raises(MilanError, match=match):
         milan_ray.dissect(nn.Sequential(nn.Conv2d(3, 2, 3)), images, ["0"])
 
@@ -177,6 +177,6 @@ def test_c11_pictures_that_can_be_meant_in_two_ways_are_refused(images, match):
         {"batch_size": -3}, {"activations": "foo"}, {"device": "tpu"}, {"device": "meta"}, {"weights": "random"},
     ],
 )  # fmt: skip
-def test_d5_options_of_dissect_that_mean_nothing_are_refused(options):
+def test_options_of_dissect_that_mean_nothing_are_refused(options):
     with pytest.raises(MilanError):
         milan_ray.dissect(nn.Sequential(nn.Conv2d(3, 2, 3)), X, ["0"], **options)

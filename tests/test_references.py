@@ -12,7 +12,7 @@ ABSENT = re.compile(r"\b(DESIGN|REFERENCE|METHODS)(\s+§|, appendix)|RAY-" + r"N
 """Names of working documents that were never part of the repository."""
 
 
-def test_e_nothing_refers_to_documents_outside_of_the_repository():
+def test_nothing_refers_to_documents_outside_of_the_repository():
     files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     found = []
     for name in files.split("\0"):

@@ -382,7 +382,7 @@ def test_work_tables_come_back_and_go_with_their_configuration(tmp_path):
         storage.get_work("one", "L0/000001")
 
 
-def test_f6_nothing_is_left_of_work(tmp_path):
+def test_nothing_is_left_of_work(tmp_path):
     storage, work = Storage(tmp_path), tmp_path / "_work"
     storage.check_writable()
     assert list(tmp_path.iterdir()) == []
@@ -396,7 +396,7 @@ def test_f6_nothing_is_left_of_work(tmp_path):
     storage.remove_work("two")
 
 
-def test_f6_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_path):
+def test_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tmp_path):
     storage, keys = Storage(tmp_path), {"model": "tiny/cnn", "layer": "0"}
     storage.check_writable()
     folder = (tmp_path / storage.path(LEVELS, **keys)).parent
@@ -416,7 +416,7 @@ def test_f6_what_a_killed_writer_left_goes_and_what_a_living_one_writes_stays(tm
     assert os.listdir(folder) == ["data.parquet"] and not (tmp_path / "_work").exists()
 
 
-def test_f6_writers_of_work_and_removers_of_its_folder_do_not_meet(tmp_path):
+def test_writers_of_work_and_removers_of_its_folder_do_not_meet(tmp_path):
     def work(number: int) -> None:
         storage = Storage(tmp_path)
         for turn in range(30):

@@ -81,7 +81,7 @@ CLAIMS = {
 
 
 @pytest.mark.parametrize("name", CLAIMS)
-def test_f4_latents_that_claim_16_gib_are_one_sentence(tmp_path: Path, name: str) -> None:
+def test_latents_that_claim_16_gib_are_one_sentence(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.write_bytes(CLAIMS[name])
     with pytest.raises(
@@ -91,14 +91,14 @@ def test_f4_latents_that_claim_16_gib_are_one_sentence(tmp_path: Path, name: str
 
 
 @pytest.mark.parametrize("name", [name for name in CLAIMS if not name.endswith(("npy", "npz"))])
-def test_f4_weights_that_claim_16_gib_are_one_sentence(tmp_path: Path, name: str) -> None:
+def test_weights_that_claim_16_gib_are_one_sentence(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.write_bytes(CLAIMS[name])
     with pytest.raises(MilanError, match=rf"{name} cannot be read \(.*(claims|header|Header|Incomplete)"):
         read_state_dict(str(file))
 
 
-def test_f4_arrays_of_annotations_that_claim_16_gib_are_one_sentence(tmp_path: Path) -> None:
+def test_arrays_of_annotations_that_claim_16_gib_are_one_sentence(tmp_path: Path) -> None:
     file = tmp_path / "images.npy"
     file.write_bytes(CLAIMS["shape.npy"])
     with pytest.raises(MilanError, match=r"is no complete \.npy array .*claims 17,179,869,184 bytes"):
@@ -116,9 +116,7 @@ def test_f4_arrays_of_annotations_that_claim_16_gib_are_one_sentence(tmp_path: P
     ],
 )
 @pytest.mark.parametrize("kind", ["npy", "npz"])
-def test_f4_latents_that_are_no_numbers_are_one_sentence(
-    tmp_path: Path, values: np.ndarray, told: str, kind: str
-) -> None:
+def test_latents_that_are_no_numbers_are_one_sentence(tmp_path: Path, values: np.ndarray, told: str, kind: str) -> None:
     file = tmp_path / f"z.{kind}"
     np.save(file, values) if kind == "npy" else np.savez(file, values)
     with pytest.raises(MilanError, match=rf"z\.{kind} holds {told} \(.*\) where numbers should be"):
@@ -158,9 +156,7 @@ def deflated(total: int) -> bytes:
 
 @pytest.mark.parametrize("ending", ["ckpt", "bin", "pkl", ""])
 @pytest.mark.parametrize("legacy", [True, False])
-def test_f4_weights_are_compared_with_their_size_whatever_their_ending(
-    tmp_path: Path, ending: str, legacy: bool
-) -> None:
+def test_weights_are_compared_with_their_size_whatever_their_ending(tmp_path: Path, ending: str, legacy: bool) -> None:
     file = tmp_path / f"weights.{ending}".rstrip(".")
     file.write_bytes(claiming(torch_file(legacy=legacy)))
     with pytest.raises(MilanError, match=r"weights.* cannot be read \(.*claims 34,359,738,368|claims 17,179,869,184"):
@@ -168,14 +164,14 @@ def test_f4_weights_are_compared_with_their_size_whatever_their_ending(
 
 
 @pytest.mark.parametrize("name", ["shape.npz", "shape.pth", "shape.pt"])
-def test_f4_arrays_with_another_files_ending_are_compared_too(tmp_path: Path, name: str) -> None:
+def test_arrays_with_another_files_ending_are_compared_too(tmp_path: Path, name: str) -> None:
     file = tmp_path / name
     file.write_bytes(CLAIMS["shape.npy"])
     with pytest.raises(ValueError, match="claims 17,179,869,184 bytes"):
         check_sizes(file)
 
 
-def test_f4_arrays_of_version_3_are_compared_too(tmp_path: Path) -> None:
+def test_arrays_of_version_3_are_compared_too(tmp_path: Path) -> None:
     file = tmp_path / "z.npy"
     file.write_bytes(array_header((HUGE,), 3) + bytes(64))
     with pytest.raises(ValueError, match="claims 17,179,869,184 bytes"):
@@ -188,7 +184,7 @@ def test_f4_arrays_of_version_3_are_compared_too(tmp_path: Path) -> None:
         check_sizes(file)
 
 
-def test_f4_archives_that_unpack_to_more_than_the_memory_are_one_sentence(
+def test_archives_that_unpack_to_more_than_the_memory_are_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "z.npz"
@@ -199,7 +195,7 @@ def test_f4_archives_that_unpack_to_more_than_the_memory_are_one_sentence(
         LatentFiles([file]).manifest()
 
 
-def test_f4_tables_of_images_that_claim_too_much_are_one_sentence(tmp_path: Path) -> None:
+def test_tables_of_images_that_claim_too_much_are_one_sentence(tmp_path: Path) -> None:
     sound = pa.table({"image": [os.urandom(5000) for _ in range(3)], "label": ["a", "b", "c"]})
     for name, ending in (("rows", "parquet"), ("rows", "arrow")):
         file = tmp_path / f"{name}.{ending}"
@@ -220,7 +216,7 @@ def test_f4_tables_of_images_that_claim_too_much_are_one_sentence(tmp_path: Path
         resolve_probe((str(file),)).manifest()
 
 
-def test_f4_huge_fields_and_numbers_of_csv_files_are_one_sentence(tmp_path: Path) -> None:
+def test_huge_fields_and_numbers_of_csv_files_are_one_sentence(tmp_path: Path) -> None:
     field = "x" * 200_000
     legend = tmp_path / "legend.csv"
     for line, told in ((f"1,{field}", "is no CSV"), (f"{'9' * 5000},cat", "is no legend"), ("²,cat", "is no legend")):
@@ -231,7 +227,7 @@ def test_f4_huge_fields_and_numbers_of_csv_files_are_one_sentence(tmp_path: Path
         read_review(f"model,layer,unit,description,verdict,note,card\n{field},", "review.csv")
 
 
-def test_f4_label_maps_that_are_no_images_are_one_sentence(tmp_path: Path) -> None:
+def test_label_maps_that_are_no_images_are_one_sentence(tmp_path: Path) -> None:
     huge = Image.new("L", (8, 8))
     huge.save(tmp_path / "map.png")
     data = (tmp_path / "map.png").read_bytes()

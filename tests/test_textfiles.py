@@ -30,7 +30,7 @@ def encoded(text: str, encoding: str) -> bytes:
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_c5_concepts_without_marks_blanks_and_quotes(tmp_path: Path, encoding: str) -> None:
+def test_concepts_without_marks_blanks_and_quotes(tmp_path: Path, encoding: str) -> None:
     text = ' red \r\n\r\n"left"\r\n\u00a0e\u0301tang\r\n“red”\r\n\ufeffblue\u200b\r\n'
     (tmp_path / "c.txt").write_bytes(encoded(text, encoding))
     assert read_concepts(read_text("--concepts", str(tmp_path / "c.txt"))) == ("red", "left", "étang", "blue")
@@ -50,13 +50,13 @@ def test_c5_concepts_without_marks_blanks_and_quotes(tmp_path: Path, encoding: s
         "file\tlabel\ncat.jpg\tcat\nd/dog.jpg\tdog\né.png\tlake\n",
     ],
 )  # fmt: skip
-def test_c5_labels_match_whatever_the_editor(tmp_path: Path, encoding: str, text: str) -> None:
+def test_labels_match_whatever_the_editor(tmp_path: Path, encoding: str, text: str) -> None:
     (tmp_path / "labels.csv").write_bytes(encoded(text, encoding))
     expected = {"cat.jpg": "cat", "d/dog.jpg": "dog", "é.png": "lake"}
     assert read_labels(str(tmp_path / "labels.csv")) == expected
 
 
-def test_c5_names_are_compared_composed_and_what_matches_nothing_is_counted(tmp_path: Path, capsys: Any) -> None:
+def test_names_are_compared_composed_and_what_matches_nothing_is_counted(tmp_path: Path, capsys: Any) -> None:
     root = tmp_path / "photos"
     root.mkdir()
     for name in (NFD, "cat.jpg", "dog.jpg", "owl.jpg"):
@@ -72,14 +72,14 @@ def test_c5_names_are_compared_composed_and_what_matches_nothing_is_counted(tmp_
     assert "1 of 3 names" in told and "such as DOG.jpg" in told
 
 
-def test_c5_two_labels_of_one_file_are_refused(tmp_path: Path) -> None:
+def test_two_labels_of_one_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "labels.csv").write_text("file,label\ncat.jpg,cat\n./cat.jpg,dog\n")
     with pytest.raises(MilanError, match=r"labels cat\.jpg twice, as 'cat' and as 'dog'"):
         read_labels(str(tmp_path / "labels.csv"))
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_c5_configuration_legend_and_annotations(tmp_path: Path, encoding: str) -> None:
+def test_configuration_legend_and_annotations(tmp_path: Path, encoding: str) -> None:
     from milan_ray.cli import build_parser
 
     file = tmp_path / "f.txt"

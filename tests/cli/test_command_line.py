@@ -240,7 +240,7 @@ def test_the_documentations_example_is_understood(tmp_path):
     assert (args.model, args.milan, args.beam_size, args.pooled) == (["alexnet/imagenet"], "base", 20, True)
 
 
-def test_d4_config_is_read_as_it_is_written(tmp_path, capsys):
+def test_config_is_read_as_it_is_written(tmp_path, capsys):
     file = tmp_path / "run.yaml"
     file.write_text("k: 3\nmodel: tiny/cnn\nk: 5\n")
     assert cli.main(["exemplars", "--config", str(file)]) == 2
@@ -253,7 +253,7 @@ def test_d4_config_is_read_as_it_is_written(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("option", ["--gpus-per-actor=nan", "--gpus-per-actor=-1", "--device=tpu", "--device=cuda:x"])
-def test_d4_devices_that_are_none_are_refused(option, capsys):
+def test_devices_that_are_none_are_refused(option, capsys):
     with pytest.raises(SystemExit):
         cli.build_parser().read(["exemplars", "--model", "tiny/cnn", option])
     assert option.partition("=")[2] in capsys.readouterr().err

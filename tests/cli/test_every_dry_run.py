@@ -163,7 +163,7 @@ def dry(world: dict[str, str], command: list[str], tmp_path: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize("verb", COMMANDS)
-def test_e_dry_runs_of_every_verb_connect_to_nothing_and_write_nothing(
+def test_dry_runs_of_every_verb_connect_to_nothing_and_write_nothing(
     verb, world, tmp_path, capsys, monkeypatch
 ) -> None:
     assert dry(world, line(world, verb, *COMMANDS[verb]), tmp_path, monkeypatch) == 0, capsys.readouterr().err
@@ -172,7 +172,7 @@ def test_e_dry_runs_of_every_verb_connect_to_nothing_and_write_nothing(
 
 
 @pytest.mark.parametrize("command", FETCHED, ids=lambda command: " ".join(command[:3]))
-def test_e_dry_runs_say_what_would_be_fetched(command, world, tmp_path, capsys, monkeypatch) -> None:
+def test_dry_runs_say_what_would_be_fetched(command, world, tmp_path, capsys, monkeypatch) -> None:
     assert dry(world, line(world, *command), tmp_path, monkeypatch) == 0, capsys.readouterr().err
     wanted = 2 if "alexnet/imagenet" in command and "resnet18/imagenet" in command else 1
     assert capsys.readouterr().out.count("would be fetched from") == wanted  # all of them are named

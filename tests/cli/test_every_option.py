@@ -30,7 +30,7 @@ SEGMENTATION = "models/test_segmentation.py"
 COMMAND = "cli/test_command_line.py"
 TRAIN, LABEL = "stages/test_training_pipeline.py", "stages/test_scores.py"
 DND, COLLECT = "stages/test_dnd_pipeline.py", "stages/test_collection_pipeline.py"
-ALONE = f"{HERE}::test_g5_options_that_would_do_nothing_are_refused"
+ALONE = f"{HERE}::test_options_that_would_do_nothing_are_refused"
 WORKERS = f"{HERE}::test_d_options_of_dissections_reach_the_workers"
 MORE = "cli/test_every_option_of_training.py"
 NAMES = f"{MORE}::test_dry_runs_of_what_is_done_name_what_an_option_changes"
@@ -106,9 +106,9 @@ ROWS: dict[str, str] = {
     "--quiet": f"{COMMAND}::test_a_plan_is_text_or_json",
     "--log": "test_progress.py::test_log_as_json_says_errors_too_and_shows_no_bar_in_a_terminal",
     "--debug": "test_cli.py::test_debug_shows_the_traceback",
-    "--dry-run": "cli/test_every_dry_run.py::test_e_dry_runs_of_every_verb_connect_to_nothing_and_write_nothing",
-    "--download": "cli/test_every_dry_run.py::test_e_dry_runs_say_what_would_be_fetched",
-    "--milan": "cli/test_every_dry_run.py::test_e_dry_runs_say_what_would_be_fetched",
+    "--dry-run": "cli/test_every_dry_run.py::test_dry_runs_of_every_verb_connect_to_nothing_and_write_nothing",
+    "--download": "cli/test_every_dry_run.py::test_dry_runs_say_what_would_be_fetched",
+    "--milan": "cli/test_every_dry_run.py::test_dry_runs_say_what_would_be_fetched",
     "--storage": CHANGES,
     "--plugin": CHANGES,
     "--probe": CHANGES,
@@ -156,7 +156,7 @@ ROWS: dict[str, str] = {
     "--prefix-tokens": f"{HERE}::test_options_say_how_layers_are_read",
     "--image-column": "stages/test_any_probe.py::test_options_image_column_and_label_column_choose",
     "--label-column": "stages/test_any_probe.py::test_options_image_column_and_label_column_choose",
-    "--verify": "faults/test_damaged_tables.py::test_f2_status_lists_what_is_damaged_and_goes_on",
+    "--verify": "faults/test_damaged_tables.py::test_status_lists_what_is_damaged_and_goes_on",
     "--conformance": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "--families": f"{HERE}::test_conformance_of_chosen_families_is_written",
     "--side": f"{HERE}::test_conformance_of_chosen_families_is_written",
@@ -166,7 +166,7 @@ ROWS: dict[str, str] = {
     "--repeats": "benchmarks/test_exemplar_benchmarks.py::test_benchmark_short_form_writes_its_figures",
     "--annotation-count": "stages/test_published_sets.py::test_annotation_count_chooses_units_and_annotations",
     "--address": f"{MORE}::test_address_is_where_ray_is_looked_for",
-    "plan --address": f"{HERE}::test_g5_options_that_would_do_nothing_are_refused",
+    "plan --address": f"{HERE}::test_options_that_would_do_nothing_are_refused",
     "--beam-size": NAMES,
     "baselines --beam-size": BASELINES,
     "audit --beam-size": DESCRIBING,
@@ -397,7 +397,7 @@ def test_conformance_of_chosen_families_is_written(tmp_path, capsys) -> None:
         (["annotations", "import", "a.csv", "--model", "m", "--download"], "--download would do nothing"),
     ],
 )
-def test_g5_options_that_would_do_nothing_are_refused(command, sentence, tmp_path, capsys, monkeypatch) -> None:
+def test_options_that_would_do_nothing_are_refused(command, sentence, tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert cli.main(command) == 1
     said = capsys.readouterr().err
@@ -405,13 +405,13 @@ def test_g5_options_that_would_do_nothing_are_refused(command, sentence, tmp_pat
     assert not list(tmp_path.iterdir())
 
 
-def test_g7_labels_without_concept_maps_are_refused_before_exemplars(few, tmp_path, capsys) -> None:
+def test_labels_without_concept_maps_are_refused_before_exemplars(few, tmp_path, capsys) -> None:
     command = ["label", "--model", "tiny/cnn", "--plugin", TINY, "--probe", str(few), "--storage", str(tmp_path)]
     assert cli.main(command) == 1
     assert "has no concept maps" in capsys.readouterr().err and not Storage(tmp_path).partitions(EXEMPLARS)
 
 
-def test_g7_describe_and_dissect_without_generator_is_refused_before_exemplars(few, tmp_path, capsys) -> None:
+def test_describe_and_dissect_without_generator_is_refused_before_exemplars(few, tmp_path, capsys) -> None:
     command = ["dnd", "--model", "tiny/cnn", "--plugin", TINY, "--probe", str(few), "--storage", str(tmp_path)]
     assert cli.main([*command, "--llm", "frequent", "--captioner", "absent", "--scoring", "mean"]) == 1
     assert "absent" in capsys.readouterr().err and not Storage(tmp_path).partitions(EXEMPLARS)

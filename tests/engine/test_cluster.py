@@ -168,7 +168,7 @@ sys.stdin.readline()
 @linux
 @pytest.mark.slow
 @pytest.mark.parametrize("killed", [True, False])
-def test_f6_local_ray_and_all_that_it_started_end_with_its_driver(below, killed):
+def test_local_ray_and_all_that_it_started_end_with_its_driver(below, killed):
     """Also what Ray itself would leave: a process that a task has started."""
     process = subprocess.Popen(
         [sys.executable, "-c", BUSY_RAY],

@@ -37,17 +37,17 @@ def most_ahead(items: int, in_driver: bool) -> int:
     return ahead
 
 
-def test_e_tasks_on_threads_are_submitted_a_few_at_a_time():
+def test_tasks_on_threads_are_submitted_a_few_at_a_time():
     assert most_ahead(300, in_driver=True) <= AHEAD * min(MOST_THREADS, os.cpu_count() or 1)
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_e_tasks_on_ray_are_submitted_a_few_at_a_time():
+def test_tasks_on_ray_are_submitted_a_few_at_a_time():
     bound = AHEAD * int(cluster_resources()["CPU"])
     assert most_ahead(2 * bound + 5, in_driver=False) <= bound
 
 
-def test_e_tasks_wait_for_others_and_never_for_a_list_of_all():
+def test_tasks_wait_for_others_and_never_for_a_list_of_all():
     waiting: list[int] = []
     limits = iter([2, 2, 5] + [3] * 100)  # a cluster that grows and shrinks
     submitted: list[int] = []
@@ -67,7 +67,7 @@ def test_e_tasks_wait_for_others_and_never_for_a_list_of_all():
 
 @pytest.mark.parametrize("in_driver", [True, False])
 @pytest.mark.usefixtures("ray_session")
-def test_e_first_error_ends_the_rest_as_it_was_raised(in_driver):
+def test_first_error_ends_the_rest_as_it_was_raised(in_driver):
     taken: list[int] = []
     with pytest.raises(MilanError, match="seventy-seven"):
         for _ in run_parallel(square, counted(10_000, taken), in_driver=in_driver):
@@ -75,5 +75,5 @@ def test_e_first_error_ends_the_rest_as_it_was_raised(in_driver):
     assert len(taken) < 1000
 
 
-def test_e_nothing_to_do_starts_nothing(tmp_path: Path):
+def test_nothing_to_do_starts_nothing(tmp_path: Path):
     assert list(run_parallel(square, iter(()), in_driver=True)) == []

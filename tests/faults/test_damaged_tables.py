@@ -97,7 +97,7 @@ def kinds_for(table: str, count: int, data: bytes) -> list[str]:
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_f2_status_lists_what_is_damaged_and_goes_on(table: str, place: Path, run: Any) -> None:
+def test_status_lists_what_is_damaged_and_goes_on(table: str, place: Path, run: Any) -> None:
     file = tables(Storage(place / "run"))[table]
     data = file.read_bytes()
     sound = run("status")[1].splitlines()
@@ -116,7 +116,7 @@ def test_f2_status_lists_what_is_damaged_and_goes_on(table: str, place: Path, ru
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_f2_search_leaves_damaged_descriptions_out_and_says_so(kind: str, place: Path, run: Any) -> None:
+def test_search_leaves_damaged_descriptions_out_and_says_so(kind: str, place: Path, run: Any) -> None:
     tables_of = tables(Storage(place / "run"))
     sound = run("search")[1].splitlines()
     for table in ("descriptions", "exemplars", "runs"):
@@ -136,7 +136,7 @@ def test_f2_search_leaves_damaged_descriptions_out_and_says_so(kind: str, place:
 
 
 @pytest.mark.parametrize("table", TABLES)
-def test_f2_report_leaves_out_what_is_damaged_and_says_so(table: str, place: Path, run: Any) -> None:
+def test_report_leaves_out_what_is_damaged_and_says_so(table: str, place: Path, run: Any) -> None:
     file = tables(Storage(place / "run"))[table]
     data = file.read_bytes()
     for kind in kinds_for(table, 4 if table in REPORTED else 1, data):
@@ -172,7 +172,7 @@ NEEDS = {
 
 
 @pytest.mark.parametrize("verb", NEEDS)
-def test_f2_other_verbs_make_anew_or_say_which_file_and_what_to_do(verb: str, place: Path, run: Any) -> None:
+def test_other_verbs_make_anew_or_say_which_file_and_what_to_do(verb: str, place: Path, run: Any) -> None:
     for number, table in enumerate(NEEDS[verb]):
         kind = KINDS[(5 * number + 2 * len(verb)) % len(KINDS)]
         restore(place)
@@ -188,7 +188,7 @@ def test_f2_other_verbs_make_anew_or_say_which_file_and_what_to_do(verb: str, pl
 
 
 @pytest.mark.parametrize("kind", ["emptied", "cut", "other_footer", "other_columns", "without_metadata"])
-def test_f2_what_can_be_made_anew_is_and_is_what_it_was(kind: str, place: Path, run: Any) -> None:
+def test_what_can_be_made_anew_is_and_is_what_it_was(kind: str, place: Path, run: Any) -> None:
     """Of every table on the way to a description at once; and the reason stands in the dry run."""
     sound = Storage(place / "sound")
     made = ("manifest", "exemplars", "levels", "pooled", "skipped", "encodings", "candidates", "descriptions")
@@ -209,7 +209,7 @@ def test_f2_what_can_be_made_anew_is_and_is_what_it_was(kind: str, place: Path, 
                 ), (table.name, keys)
 
 
-def test_f2_python_users_get_the_sentence_and_the_rest(place: Path, run: Any) -> None:
+def test_python_users_get_the_sentence_and_the_rest(place: Path, run: Any) -> None:
     storage = Storage(place / "run")
     keys = {"labeler": "milan", "model": MODELS[0], "layer": "0"}
     damage(Path(storage.root, storage.path(DESCRIPTIONS, **keys)), "other_pages")
@@ -231,7 +231,7 @@ def test_f2_python_users_get_the_sentence_and_the_rest(place: Path, run: Any) ->
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind not in NOT_TO_BE_SEEN])
-def test_f2_every_reader_of_a_storage_says_the_same_of_a_damaged_table(kind: str, place: Path, run: Any) -> None:
+def test_every_reader_of_a_storage_says_the_same_of_a_damaged_table(kind: str, place: Path, run: Any) -> None:
     storage, keys = Storage(place / "run"), {"model": MODELS[0], "layer": "0"}
     path = storage.path(LEVELS, **keys)
     damage(Path(storage.root, path), kind)
@@ -252,7 +252,7 @@ def test_f2_every_reader_of_a_storage_says_the_same_of_a_damaged_table(kind: str
     assert keys in storage.partitions(LEVELS)
 
 
-def test_f2_a_torn_piece_of_work_is_gone_and_so_made_again(tmp_path: Path) -> None:
+def test_a_torn_piece_of_work_is_gone_and_so_made_again(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     piece = pa.table({"a": list(range(1000)), "b": [f"text {n}" for n in range(1000)]})
     for number, torn in enumerate((b"", None, b"no arrow" * 100)):
@@ -266,7 +266,7 @@ def test_f2_a_torn_piece_of_work_is_gone_and_so_made_again(tmp_path: Path) -> No
     assert storage.get_work("hash", "shard/0").equals(piece)
 
 
-def test_f2_units_of_a_killed_training_that_are_torn_are_written_anew(place: Path, run: Any) -> None:
+def test_units_of_a_killed_training_that_are_torn_are_written_anew(place: Path, run: Any) -> None:
     storage = Storage(place / "run")
     layers = [(model, "0") for model in MODELS]
     sound = write_units(storage, "work", "people", "tiny", layers)
@@ -286,7 +286,7 @@ def test_f2_units_of_a_killed_training_that_are_torn_are_written_anew(place: Pat
         again.take(range(len(again)))
 
 
-def test_f2_a_damaged_state_of_training_begins_anew_and_says_so(tmp_path: Path, capsys: Any) -> None:
+def test_a_damaged_state_of_training_begins_anew_and_says_so(tmp_path: Path, capsys: Any) -> None:
     storage = Storage(tmp_path)
     assert stored_state(storage, f"{WORK}/x/state.pt") is None
     for data in (b"", b"PK\x03\x04 torn", b"\x80\x04."):
@@ -297,7 +297,7 @@ def test_f2_a_damaged_state_of_training_begins_anew_and_says_so(tmp_path: Path, 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
 @pytest.mark.parametrize("torn", [b"", b"{", b"[]", b"\xff\xfe\x00", b"\xff" * 8 + b"{}", None])
-def test_f2_damaged_captioners_name_their_folder(name: str, torn: bytes | None, place: Path, run: Any) -> None:
+def test_damaged_captioners_name_their_folder(name: str, torn: bytes | None, place: Path, run: Any) -> None:
     file = place / "run/captioners/toy" / name
     data = file.read_bytes()
     flipped = data[:-9] + bytes([data[-9] ^ 1]) + data[-8:]
@@ -308,7 +308,7 @@ def test_f2_damaged_captioners_name_their_folder(name: str, torn: bytes | None, 
     assert run("search")[0] == run("status")[0] == 0
 
 
-def test_f2_pages_of_the_paper_leave_damaged_experiments_out(tmp_path: Path, capsys: Any) -> None:
+def test_pages_of_the_paper_leave_damaged_experiments_out(tmp_path: Path, capsys: Any) -> None:
     storage = Storage(tmp_path)
     store_section(storage, Section("analysis", "Analysis"))
     assert stored_section(storage, "analysis") == Section("analysis", "Analysis")
@@ -319,7 +319,7 @@ def test_f2_pages_of_the_paper_leave_damaged_experiments_out(tmp_path: Path, cap
         assert "paper/analysis.json is damaged" in said and "delete it" in said
 
 
-def test_f2_a_review_that_is_no_csv_is_one_sentence(place: Path, run: Any) -> None:
+def test_a_review_that_is_no_csv_is_one_sentence(place: Path, run: Any) -> None:
     file = place / "run/audited/audit=faces/review.csv"
     for data in (b"", b"\xff\xfe\x00", b"model,layer\n", b"\0\0\0"):
         file.write_bytes(data)
@@ -327,7 +327,7 @@ def test_f2_a_review_that_is_no_csv_is_one_sentence(place: Path, run: Any) -> No
         assert status == 1 and "review.csv" in said
 
 
-def test_f2_status_as_json_has_damage_as_a_state(place: Path, run: Any) -> None:
+def test_status_as_json_has_damage_as_a_state(place: Path, run: Any) -> None:
     damage(tables(Storage(place / "run"))["levels"], "cut")
     found = json.loads(run("status", "--json")[1])
     (partition,) = [partition for partition in found["partitions"] if partition["state"].startswith("damaged: ")]
@@ -347,7 +347,7 @@ ALONE = [
 
 
 @pytest.mark.parametrize(("verb", "table", "due"), ALONE)
-def test_f2_a_model_with_a_damaged_table_fails_alone(verb: str, table: str, due: Any, place: Path, run: Any) -> None:
+def test_a_model_with_a_damaged_table_fails_alone(verb: str, table: str, due: Any, place: Path, run: Any) -> None:
     """Damaged pages, which footers do not tell: the other models of the zoo are done, and nothing is left in _work."""
     storage = Storage(place / "run")
     for name in due:
@@ -374,7 +374,7 @@ def test_f2_a_model_with_a_damaged_table_fails_alone(verb: str, table: str, due:
     assert not (place / "run" / WORK).exists()
 
 
-def test_f2_where_all_models_are_damaged_the_job_fails_and_names_the_files(place: Path, run: Any) -> None:
+def test_where_all_models_are_damaged_the_job_fails_and_names_the_files(place: Path, run: Any) -> None:
     files = [
         place / f"run/encodings/encoder=tiny/model={quote(model, safe='')}/layer=0/data.parquet" for model in MODELS
     ]

@@ -138,7 +138,7 @@ EVERY += [pytest.param(world, name, marks=pytest.mark.slow) for world, names in 
 
 
 @pytest.mark.parametrize(("world", "name"), EVERY)
-def test_f1_f6_killed_at_each_write_in_turn(before_and_after, tmp_path, world, name):
+def test_killed_at_each_write_in_turn(before_and_after, tmp_path, world, name):
     before, after, stage = before_and_after(world, name)
     expected, recorded = public(after), runs(after)
     for last in count(1):
@@ -163,7 +163,7 @@ def test_f1_f6_killed_at_each_write_in_turn(before_and_after, tmp_path, world, n
 
 
 @pytest.mark.parametrize(("world", "name"), EVERY)
-def test_e_f6_work_is_gone_whichever_way_the_job_before_ended(before_and_after, tmp_path, world, name):
+def test_work_is_gone_whichever_way_the_job_before_ended(before_and_after, tmp_path, world, name):
     """Full disk, Ctrl-C, and work that a job left behind whose tables somebody else has made since."""
     before, after, stage = before_and_after(world, name)
     shutil.copytree(before, tmp_path / "counted")
@@ -218,7 +218,7 @@ STUDIED = [
     ],
 )
 @pytest.mark.parametrize(("world", "name"), STUDIED)
-def test_f2_damaged_tables_of_studies_are_made_anew_or_named(before_and_after, tmp_path, world, name, kind):
+def test_damaged_tables_of_studies_are_made_anew_or_named(before_and_after, tmp_path, world, name, kind):
     """Of every table there is, before the stage and after it: what comes out is right, or a sentence."""
     before, after, stage = before_and_after(world, name)
     expected = public(after)

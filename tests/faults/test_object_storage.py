@@ -325,7 +325,7 @@ def test_storage_on_gs_asks_nothing_before_it_is_used():
     assert storage._base == "bucket/run" and not storage.is_local
 
 
-def test_e_readers_of_an_object_see_one_version_however_it_is_replaced(s3):
+def test_readers_of_an_object_see_one_version_however_it_is_replaced(s3):
     storage = Storage(f"{s3}/versions")
     at = {"encoder": "e", "probe": "p"}
 
@@ -352,7 +352,7 @@ def test_e_readers_of_an_object_see_one_version_however_it_is_replaced(s3):
     assert storage.get(path) != whole
 
 
-def test_e_object_replaced_while_it_is_opened_is_read_again(s3, monkeypatch):
+def test_object_replaced_while_it_is_opened_is_read_again(s3, monkeypatch):
     storage = Storage(f"{s3}/opened")
     old, new = b"a" * 3_000_000, b"b" * 2_000_000
     storage.put("file", old)

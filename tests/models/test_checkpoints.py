@@ -71,7 +71,7 @@ WRAPPED: dict[str, Callable[[State], object]] = {
 
 
 @pytest.mark.parametrize("how", WRAPPED)
-def test_b7_wrapped_and_prefixed_weights_are_loaded_and_said(
+def test_wrapped_and_prefixed_weights_are_loaded_and_said(
     how: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     trained, model, path = net(seed=1), net(), str(tmp_path / "w.pth")
@@ -96,7 +96,7 @@ TWO: dict[str, tuple[Callable[[State, State], object], str]] = {
 
 
 @pytest.mark.parametrize("how", TWO)
-def test_b7_several_networks_in_a_file_are_named_and_can_be_chosen(how: str, tmp_path: Path) -> None:
+def test_several_networks_in_a_file_are_named_and_can_be_chosen(how: str, tmp_path: Path) -> None:
     make, part = TWO[how]
     one, two, path = net(seed=1), net(seed=2), str(tmp_path / "w.pth")
     torch.save(make(one.state_dict(), two.state_dict()), path)
@@ -129,9 +129,7 @@ def test_b7_several_networks_in_a_file_are_named_and_can_be_chosen(how: str, tmp
         (lambda: net(), "holds no state dict"),
     ],
 )
-def test_b7_weights_that_do_not_fit_name_prefix_and_remedy(
-    make: Callable[[], object], words: str, tmp_path: Path
-) -> None:
+def test_weights_that_do_not_fit_name_prefix_and_remedy(make: Callable[[], object], words: str, tmp_path: Path) -> None:
     torch.save(make(), tmp_path / "w.pth")
     model = net()
     with pytest.raises(MilanError, match=words) as caught:
@@ -140,7 +138,7 @@ def test_b7_weights_that_do_not_fit_name_prefix_and_remedy(
     assert weights_digest(model) == weights_digest(net())
 
 
-def test_b7_numbers_of_another_type_are_not_taken_for_weights(tmp_path: Path) -> None:
+def test_numbers_of_another_type_are_not_taken_for_weights(tmp_path: Path) -> None:
     state = {name: tensor.to(torch.int8) for name, tensor in net().state_dict().items()}
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(MilanError, match=r"of another type \(first: 0\.weight torch\.int8\)"):
@@ -159,7 +157,7 @@ class Command:
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("protocol", [2, 4])
-def test_b7_commands_beside_the_weights_are_never_executed(tmp_path: Path, protocol: int) -> None:
+def test_commands_beside_the_weights_are_never_executed(tmp_path: Path, protocol: int) -> None:
     target = tmp_path / "executed"
     commands = [
         Command(os.mkdir, str(target)),
@@ -178,7 +176,7 @@ def test_b7_commands_beside_the_weights_are_never_executed(tmp_path: Path, proto
     assert not target.exists()
 
 
-def test_b7_without_a_network_several_state_dicts_are_a_question(tmp_path: Path) -> None:
+def test_without_a_network_several_state_dicts_are_a_question(tmp_path: Path) -> None:
     path = str(tmp_path / "w.pth")
     torch.save({"model": below("module.", net().state_dict()), "model_ema": net(seed=1).state_dict()}, path)
     with pytest.raises(MilanError, match="several networks, model, model_ema: choose one"):
@@ -234,13 +232,13 @@ NUMBERS: dict[str, Callable[[int], nn.Module]] = {
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", NUMBERS)
-def test_b6_networks_of_any_numbers_have_an_identity(kind: str) -> None:
+def test_networks_of_any_numbers_have_an_identity(kind: str) -> None:
     one, same, other = (weights_digest(NUMBERS[kind](seed)) for seed in (1, 1, 2))
     assert one == same
     assert (one != other) == (kind != "nothing")
 
 
-def test_b6_identity_of_an_ordinary_network_is_what_it_was() -> None:
+def test_identity_of_an_ordinary_network_is_what_it_was() -> None:
     model = nn.Sequential(nn.Conv2d(1, 1, 1), nn.BatchNorm2d(1))
     for index, tensor in enumerate(model.state_dict().values()):
         tensor.fill_(index)
@@ -248,7 +246,7 @@ def test_b6_identity_of_an_ordinary_network_is_what_it_was() -> None:
     assert weights_digest(model) == expected
 
 
-def test_b6_weights_that_cannot_be_identified_are_one_sentence() -> None:
+def test_weights_that_cannot_be_identified_are_one_sentence() -> None:
     class Odd(nn.Module):
         def get_extra_state(self) -> object:
             return object()

@@ -1,4 +1,4 @@
-"""Kind A of what users ran into, and B4 to B6: which axis is what, for networks of every arrangement."""
+"""Which axis of an output is what, for networks of every arrangement."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ class SequenceFirst(nn.Module):
         return self.tokens(x).mean(0)
 
 
-def test_a1_sequence_first_tokens_give_the_exemplars_of_a_direct_forward():
+def test_sequence_first_tokens_give_the_exemplars_of_a_direct_forward():
     network, images = seeded(SequenceFirst), pictures()
     with torch.no_grad():
         tokens = network.tokens(Preprocess(VIEW)(torch.from_numpy(images)))
@@ -85,7 +85,7 @@ def test_a1_sequence_first_tokens_give_the_exemplars_of_a_direct_forward():
     assert (layout.batch_axis, layout.units_axis, layout.grid, layout.prefix_tokens) == (1, 2, (8, 8), 0)
 
 
-def test_a2_swin_has_its_96_units_without_an_option():
+def test_swin_has_its_96_units_without_an_option():
     network = seeded(torchvision.models.swin_t)
     layouts = examine(
         spec_of(network, View((64, 64), None)), network, ["features.0", "features.1", "features.3", "permute"]
@@ -106,7 +106,7 @@ def place_of_response(maps: torch.Tensor) -> tuple[int, int]:
     return row, column
 
 
-def test_a3_hiera_answers_where_the_picture_is_lit():
+def test_hiera_answers_where_the_picture_is_lit():
     timm = pytest.importorskip("timm")
     network = seeded(lambda: timm.create_model("hiera_tiny_224", img_size=(64, 64)))
     spec = spec_of(network)
@@ -121,7 +121,7 @@ def test_a3_hiera_answers_where_the_picture_is_lit():
         torch.testing.assert_close(maps[layer], truth, rtol=1e-4, atol=1e-5)
 
 
-def test_a4_rectangular_vit_has_the_grid_of_its_view_and_drops_what_the_model_says():
+def test_rectangular_vit_has_the_grid_of_its_view_and_drops_what_the_model_says():
     timm = pytest.importorskip("timm")
     network = seeded(lambda: timm.create_model("vit_tiny_patch16_224", img_size=(256, 128), depth=2))
     view = View((256, 128), None)
@@ -143,7 +143,7 @@ class HasOutputs(nn.Module):
         return self.outputs(self.conv(x)).mean((2, 3))
 
 
-def test_a5_a_module_called_outputs_is_shown_under_its_name_and_said(capsys):
+def test_a_module_called_outputs_is_shown_under_its_name_and_said(capsys):
     network, images = seeded(HasOutputs), pictures()
     with torch.no_grad():
         child = network.outputs(network.conv(Preprocess(VIEW)(torch.from_numpy(images))))
@@ -162,7 +162,7 @@ class OneReLU(nn.Module):
         return self.relu(self.second(self.relu(self.first(x))))
 
 
-def test_a6_calls_of_a_shared_module_have_names_and_the_last_is_said_to_be_it(capsys):
+def test_calls_of_a_shared_module_have_names_and_the_last_is_said_to_be_it(capsys):
     network, images = seeded(OneReLU), pictures()
     with torch.no_grad():
         first = network.first(Preprocess(VIEW)(torch.from_numpy(images))).relu()
@@ -175,7 +175,7 @@ def test_a6_calls_of_a_shared_module_have_names_and_the_last_is_said_to_be_it(ca
         exemplar_ids(network, "relu@3", images)
 
 
-def test_b4_compiled_networks_give_the_eager_answer():
+def test_compiled_networks_give_the_eager_answer():
     network, images = seeded(OneReLU), pictures(12)
     expected = exemplar_ids(network, "relu@1", images)
     compiled: Any = torch.compile(network, backend="eager")
@@ -188,7 +188,7 @@ def test_b4_compiled_networks_give_the_eager_answer():
     assert exemplar_ids(nn.DataParallel(network), "relu@1", images) == expected
 
 
-def test_b4_torchscript_is_refused_with_a_sentence():
+def test_torchscript_is_refused_with_a_sentence():
     network = torch.jit.trace(seeded(OneReLU), torch.zeros(1, 3, 64, 64))
     with pytest.raises(MilanError, match=r"layer 'relu' is inside a TorchScript module.*as Python code"):
         exemplar_ids(network, "relu", pictures(12))
@@ -203,7 +203,7 @@ class BatchStatistics(nn.Module):
         return self.norm(self.conv(x))
 
 
-def test_b5_statistics_of_the_batch_are_refused_and_named():
+def test_statistics_of_the_batch_are_refused_and_named():
     network, images = seeded(BatchStatistics), pictures(12)
     with pytest.raises(MilanError, match=r"other values for an image beside other images \(norm uses statistics of"):
         exemplar_ids(network, "norm", images)
@@ -211,7 +211,7 @@ def test_b5_statistics_of_the_batch_are_refused_and_named():
         assert exemplar_ids(network, "conv", images) == best(network.conv(Preprocess(VIEW)(torch.from_numpy(images))))
 
 
-def test_b5_images_that_run_alone_are_read():
+def test_images_that_run_alone_are_read():
     network = seeded(BatchStatistics)
     layouts = establish(spec_of(network, max_batch=1), network, ["norm"])
     assert (layouts["norm"].batch_axis, layouts["norm"].units) == (0, 4)
@@ -232,7 +232,7 @@ def test_random_outputs_are_refused():
 
 
 @pytest.mark.parametrize("kind", ["half", "bfloat16", "double"])
-def test_b6_networks_of_other_number_types_run(kind):
+def test_networks_of_other_number_types_run(kind):
     network, images = seeded(OneReLU), pictures(12)
     expected = exemplar_ids(network, "relu", images)
     found = exemplar_ids(getattr(network, kind)(), "relu", images)
@@ -249,7 +249,7 @@ class Perceptron(nn.Module):
         return self.fc2(self.act(self.fc1(self.flat(x))))
 
 
-def test_b6_dynamically_quantised_networks_run_images_alone():
+def test_dynamically_quantised_networks_run_images_alone():
     """Their scales depend on the whole batch, so that batches would decide results."""
     network, images = seeded(Perceptron), pictures(12)
     quantised = torch.ao.quantization.quantize_dynamic(network, {nn.Linear})

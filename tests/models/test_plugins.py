@@ -94,7 +94,7 @@ register_model("{name}", build, ["outputs"])
 """
 
 
-def test_c6_a_plugin_imports_its_neighbours_at_once_and_later(tmp_path: Path) -> None:
+def test_a_plugin_imports_its_neighbours_at_once_and_later(tmp_path: Path) -> None:
     (tmp_path / "c6_net.py").write_text(NEIGHBOUR.format(width=3))
     (tmp_path / "c6_net_late.py").write_text("extra = True")
     (tmp_path / "mine.py").write_text(WITH_NEIGHBOUR.format(module="c6_net", name="c6/net"))
@@ -102,7 +102,7 @@ def test_c6_a_plugin_imports_its_neighbours_at_once_and_later(tmp_path: Path) ->
     assert get_model("c6/net").load().in_features == 3
 
 
-def test_c6_two_plugins_with_neighbours_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_two_plugins_with_neighbours_of_one_name_are_told_apart(tmp_path: Path) -> None:
     for width, folder in ((3, "a"), (4, "b")):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "c6_twin.py").write_text(NEIGHBOUR.format(width=width))
@@ -127,7 +127,7 @@ NEIGHBOURS = {  # what a plug-in does to get a neighbour, and the neighbour
 
 
 @pytest.mark.parametrize("how", NEIGHBOURS)
-def test_c10_neighbours_of_one_name_are_told_apart_however_imported(how: str, tmp_path: Path) -> None:
+def test_neighbours_of_one_name_are_told_apart_however_imported(how: str, tmp_path: Path) -> None:
     source, neighbour = NEIGHBOURS[how]
     for folder in ("one", "two"):
         (tmp_path / folder / neighbour).parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ def test_c10_neighbours_of_one_name_are_told_apart_however_imported(how: str, tm
         load_plugins([str(tmp_path / "two/plug.py")])
 
 
-def test_c10_files_beside_a_plugin_take_nobody_s_place(tmp_path: Path) -> None:
+def test_files_beside_a_plugin_take_nobody_s_place(tmp_path: Path) -> None:
     (tmp_path / "plug.py").write_text("x = 1")
     (tmp_path / "this.py").write_text("raise SystemExit")  # the standard library has one
     (tmp_path / "other.py").write_text("import this")
@@ -150,7 +150,7 @@ def test_c10_files_beside_a_plugin_take_nobody_s_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("source", "match"), [("raise SystemExit(3)", "SystemExit"), ("from .h import X", "the dot")])
-def test_c10_plugins_that_end_the_program_or_import_with_a_dot_are_one_sentence(source, match, tmp_path: Path) -> None:
+def test_plugins_that_end_the_program_or_import_with_a_dot_are_one_sentence(source, match, tmp_path: Path) -> None:
     (tmp_path / "ends.py").write_text(source)
     with pytest.raises(MilanError, match=match):
         load_plugins([str(tmp_path / "ends.py")])

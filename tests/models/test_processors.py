@@ -69,7 +69,7 @@ def save(folder: Path, transformers: object, kind: str, **settings: object) -> s
 
 
 @pytest.mark.parametrize("kind", PROCESSORS)
-def test_b2_inputs_are_those_of_the_folders_own_processor(kind: str, transformers: object, tmp_path: Path) -> None:
+def test_inputs_are_those_of_the_folders_own_processor(kind: str, transformers: object, tmp_path: Path) -> None:
     if not hasattr(transformers, kind):
         pytest.skip(f"this version of transformers has no {kind}")
     spec = resolve_model(save(tmp_path, transformers, kind, **PROCESSORS[kind]))
@@ -93,7 +93,7 @@ def test_b2_inputs_are_those_of_the_folders_own_processor(kind: str, transformer
         ("ImageGPTImageProcessor", {}, "more than a picture"),
     ],
 )
-def test_b2_processors_that_no_view_equals_are_refused_by_name(
+def test_processors_that_no_view_equals_are_refused_by_name(
     kind: str, settings: dict[str, object], words: str, transformers: object, tmp_path: Path
 ) -> None:
     with pytest.raises(MilanError, match=rf"cannot be made by a view \({kind}.*({words}).*--plugin.*inputs=") as caught:
@@ -101,7 +101,7 @@ def test_b2_processors_that_no_view_equals_are_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
-def test_b3_masked_autoencoder_sees_all_patches_in_their_order(transformers: object, tmp_path: Path) -> None:
+def test_masked_autoencoder_sees_all_patches_in_their_order(transformers: object, tmp_path: Path) -> None:
     config = transformers.ViTMAEConfig(  # type: ignore[attr-defined]
         hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8, image_size=32, patch_size=8
     )
@@ -131,7 +131,7 @@ TIMM = (
 
 
 @pytest.mark.parametrize(("name", "special"), TIMM)
-def test_b2_inputs_are_those_of_timms_own_transform(name: str, special: str | None) -> None:
+def test_inputs_are_those_of_timms_own_transform(name: str, special: str | None) -> None:
     timm = pytest.importorskip("timm")
     from milan_ray.models.timm_zoo import _preprocess
 
@@ -149,7 +149,7 @@ def test_b2_inputs_are_those_of_timms_own_transform(name: str, special: str | No
         torch.testing.assert_close(got, transform(picture(*size)), rtol=0, atol=1e-6)
 
 
-def test_b2_timm_inputs_of_other_bands_and_shapes_are_refused() -> None:
+def test_timm_inputs_of_other_bands_and_shapes_are_refused() -> None:
     timm = pytest.importorskip("timm")
     from milan_ray.models.timm_zoo import _preprocess
 
@@ -159,7 +159,7 @@ def test_b2_timm_inputs_of_other_bands_and_shapes_are_refused() -> None:
             _preprocess(timm, "resnet18", data | {"input_size": size})
 
 
-def test_b2_inputs_are_those_of_torchvisions_published_transforms() -> None:
+def test_inputs_are_those_of_torchvisions_published_transforms() -> None:
     seen = set()
     for name in models.list_models(module=models):
         spec = get_model(f"{name}/imagenet")
@@ -175,7 +175,7 @@ def test_b2_inputs_are_those_of_torchvisions_published_transforms() -> None:
 
 
 @pytest.mark.parametrize("floor", [False, True])
-def test_b2_crops_of_either_library_are_found(floor: bool) -> None:
+def test_crops_of_either_library_are_found(floor: bool) -> None:
     own = Preprocess(View(248, 224, "bicubic", floor=floor), (0.5,) * 3, (0.25,) * 3)
     found, swapped = fit(lambda image: own(torch.from_numpy(own.view(image).copy())[None])[0].numpy(), {"resample": 3})
     assert (found.view, swapped) == (own.view, False)

@@ -86,7 +86,7 @@ def test_resolve_addresses_with_one_file_name_are_two_files(
     assert WeightsFile.at("https://example.org/a/model.safetensors?download=true").file == "model.safetensors"
 
 
-def test_f5_plain_http_without_a_digest_is_warned_about_once(
+def test_plain_http_without_a_digest_is_warned_about_once(
     server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path / "models"))
@@ -99,7 +99,7 @@ def test_f5_plain_http_without_a_digest_is_warned_about_once(
 
 
 @pytest.mark.parametrize("form", ["{path}", "file://{path}", "file://localhost{path}", "FILE:{path}"])
-def test_f5_local_weights_are_used_where_they_are(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_local_weights_are_used_where_they_are(form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path / "models"))
     path = tmp_path / "my weights#1.pth"
     path.touch()
@@ -117,6 +117,6 @@ def test_f5_local_weights_are_used_where_they_are(form: str, tmp_path: Path, mon
         ("file:///nowhere/w.pth", "no weights file at /nowhere/w.pth for tiny/mine"),
     ],
 )
-def test_f5_other_addresses_are_one_sentence(address: str, words: str) -> None:
+def test_other_addresses_are_one_sentence(address: str, words: str) -> None:
     with pytest.raises(MilanError, match=words):
         resolve_model("tiny/mine", address)

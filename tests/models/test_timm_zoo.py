@@ -55,7 +55,7 @@ def test_timm_model_brings_view_layers_and_prefix_tokens(
         ("vit_small_plus_patch16_dinov3", [384] * 12),  # gated MLPs, so its blocks
     ],
 )
-def test_b1_timm_families_have_default_layers_that_run(name: str, units: list[int]) -> None:
+def test_timm_families_have_default_layers_that_run(name: str, units: list[int]) -> None:
     spec = get_model(f"timm/{name}")
     layouts = establish(spec, spec.factory(RANDOM).eval(), spec.layers)
     assert [layouts[layer].units for layer in spec.layers] == units

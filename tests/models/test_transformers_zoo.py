@@ -74,7 +74,7 @@ def test_transformers_weights_are_the_saved_ones_or_random(vit: str) -> None:
     assert weights_digest(resolve_model(vit, file).load()) == saved
 
 
-def test_b7_transformers_weights_below_a_prefix_are_those_of_the_network(vit: str, tmp_path: Path) -> None:
+def test_transformers_weights_below_a_prefix_are_those_of_the_network(vit: str, tmp_path: Path) -> None:
     model = resolve_model(vit).load()
     state = {name: tensor + 1 for name, tensor in model.state_dict().items() if "pooler" not in name}
     prefixed = {f"model.vit.{name}": tensor for name, tensor in state.items()}

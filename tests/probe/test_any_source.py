@@ -94,11 +94,11 @@ def save_to_disk(folder: Path, tables: list[pa.Table]) -> Path:
     return folder
 
 
-# C1: one decoder.
+# One decoder.
 
 
 @pytest.mark.parametrize("mode", ["I;16", "L", "P", "RGBA", "LA", "CMYK", "1", "RGB"])
-def test_c1_a_pil_image_gives_what_its_file_gives(mode: str) -> None:
+def test_a_pil_image_gives_what_its_file_gives(mode: str) -> None:
     if mode == "I;16":
         image = Image.fromarray(np.arange(117, dtype=np.uint16).reshape(9, 13) * 560)
     else:
@@ -110,7 +110,7 @@ def test_c1_a_pil_image_gives_what_its_file_gives(mode: str) -> None:
         np.testing.assert_array_equal(pixels(probe)[0], expected)
 
 
-def test_c1_what_a_file_is_refused_for_a_pil_image_is_too() -> None:
+def test_what_a_file_is_refused_for_a_pil_image_is_too() -> None:
     floats = Image.fromarray(np.ones((2, 2), np.float32))
     broken = Image.open(io.BytesIO(encode(RGB)[:-30]))
     for image, reason in ((floats, "floating-point"), (broken, "cannot be decoded")):
@@ -120,11 +120,11 @@ def test_c1_what_a_file_is_refused_for_a_pil_image_is_too() -> None:
         ImagesInMemory([Image.fromarray(np.array([[0, 70_000]], np.int32))]).read(ImageRef(0, "memory:", "0"))
 
 
-# C2: links.
+# Links.
 
 
 @pytest.mark.parametrize("uri", [False, True])
-def test_c2_link_to_its_parent_lists_each_folder_once(tmp_path: Path, uri: bool, capsys: Any) -> None:
+def test_link_to_its_parent_lists_each_folder_once(tmp_path: Path, uri: bool, capsys: Any) -> None:
     root = tmp_path / "photos"
     for name in ("cats/1.png", "dogs/1.png", "dogs/2.png"):
         put(root / name, drawn(0))
@@ -135,7 +135,7 @@ def test_c2_link_to_its_parent_lists_each_folder_once(tmp_path: Path, uri: bool,
     assert "left out 3 links" in capsys.readouterr().err
 
 
-def test_c2_links_out_of_the_folder_show_each_file_once(tmp_path: Path) -> None:
+def test_links_out_of_the_folder_show_each_file_once(tmp_path: Path) -> None:
     for name in ("elsewhere/x/1.png", "root/b/2.png"):
         put(tmp_path / name, drawn(0))
     (tmp_path / "root/far").symlink_to(tmp_path / "elsewhere")
@@ -144,14 +144,14 @@ def test_c2_links_out_of_the_folder_show_each_file_once(tmp_path: Path) -> None:
     assert paths(FolderProbe([tmp_path / "root"])) == ["b/2.png", "far/x/1.png"]
 
 
-def test_c2_overlapping_roots_show_each_file_once(tmp_path: Path) -> None:
+def test_overlapping_roots_show_each_file_once(tmp_path: Path) -> None:
     for name in ("a/1.png", "b/2.png"):
         put(tmp_path / name, drawn(0))
     probe = FolderProbe([tmp_path / "b", tmp_path])
     assert paths(probe) == ["2.png", "a/1.png"]
 
 
-def test_c2_pipes_are_not_waited_for(tmp_path: Path) -> None:
+def test_pipes_are_not_waited_for(tmp_path: Path) -> None:
     put(tmp_path / "a.png", drawn(0))
     for name in ("b.png", "pipe"):
         os.mkfifo(tmp_path / name)
@@ -161,10 +161,10 @@ def test_c2_pipes_are_not_waited_for(tmp_path: Path) -> None:
         probe.read(image_refs(probe.manifest(), [1])[0])
 
 
-# C3: endings.
+# Endings.
 
 
-def test_c3_odd_endings_are_read_by_content_and_the_rest_is_counted(tmp_path: Path, capsys: Any) -> None:
+def test_odd_endings_are_read_by_content_and_the_rest_is_counted(tmp_path: Path, capsys: Any) -> None:
     for name, kind in {"a.jfif": "JPEG", "b.gif": "GIF", "c.avif": "AVIF", "d.jpg": "JPEG", "e": "PNG", "f.jpg_large":
                        "JPEG", "g.dat": "WEBP", "h.txt": "BMP", "i.png": "JPEG", "j.raw": "PPM"}.items():  # fmt: skip
         put(tmp_path / name, encode(RGB, kind))
@@ -179,7 +179,7 @@ def test_c3_odd_endings_are_read_by_content_and_the_rest_is_counted(tmp_path: Pa
     assert ".txt 2, .mp4 1, no ending 1" in told and "Thumbs" not in told
 
 
-def test_c3_images_that_others_know_by_number_are_those_of_imagefolder(tmp_path: Path, capsys: Any) -> None:
+def test_images_that_others_know_by_number_are_those_of_imagefolder(tmp_path: Path, capsys: Any) -> None:
     for name, kind in {"a/1.gif": "GIF", "a/2.png": "PNG", "b/3": "PNG", "b/4.webp": "WEBP"}.items():
         put(tmp_path / name, encode(RGB, kind))
     assert paths(FolderProbe([tmp_path], endings=IMAGE_FOLDER)) == ["a/2.png", "b/4.webp"]
@@ -187,14 +187,14 @@ def test_c3_images_that_others_know_by_number_are_those_of_imagefolder(tmp_path:
 
 
 @pytest.mark.parametrize("kind", ["AVIF", "JPEG2000", "TGA", "ICO", "DDS", "PCX", "SGI", "QOI", "DIB", "XBM"])
-def test_c3_what_pillow_decodes_is_decoded(kind: str) -> None:
+def test_what_pillow_decodes_is_decoded(kind: str) -> None:
     image = RGB.convert("1") if kind == "XBM" else RGB
     options = {"sizes": [(13, 9)]} if kind == "ICO" else {}
     assert decode(encode(image, kind, **options)).mode == "RGB"
     assert not {"EPS", "WMF", "FITS"} & set(FORMATS)
 
 
-def test_c3_heic_without_its_package_is_left_out_with_the_remedy(tmp_path: Path, capsys: Any) -> None:
+def test_heic_without_its_package_is_left_out_with_the_remedy(tmp_path: Path, capsys: Any) -> None:
     if heic_is_read():
         pytest.skip("pillow-heif is installed here")
     head = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
@@ -207,17 +207,17 @@ def test_c3_heic_without_its_package_is_left_out_with_the_remedy(tmp_path: Path,
         decode(head)
 
 
-def test_c3_heic_with_its_package_is_read(tmp_path: Path) -> None:
+def test_heic_with_its_package_is_read(tmp_path: Path) -> None:
     heif = pytest.importorskip("pillow_heif", reason="HEIC takes the optional package pillow-heif")
     heif.register_heif_opener()
     RGB.resize((64, 64)).save(tmp_path / "a.heic", "HEIF")
     assert pixels(FolderProbe([tmp_path]))[0].shape == (64, 64, 3)
 
 
-# C4: tables and archives.
+# Tables and archives.
 
 
-def test_c4_a_folder_of_shards_gives_images_and_class_names(tmp_path: Path) -> None:
+def test_a_folder_of_shards_gives_images_and_class_names(tmp_path: Path) -> None:
     for n in range(2):
         rows = [{"bytes": drawn(2 * n + i), "path": None} for i in range(2)]
         file = tmp_path / f"data/train-{n:05d}-of-00002.parquet"
@@ -233,7 +233,7 @@ def test_c4_a_folder_of_shards_gives_images_and_class_names(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("arrow", [False, True])
-def test_c4_paths_are_followed_where_bytes_are_null(tmp_path: Path, arrow: bool) -> None:
+def test_paths_are_followed_where_bytes_are_null(tmp_path: Path, arrow: bool) -> None:
     put(tmp_path / "set/images/1.png", drawn(1))
     absolute = put(tmp_path / "far/2.png", drawn(2))
     rows = [
@@ -273,7 +273,7 @@ def test_c4_paths_are_followed_where_bytes_are_null(tmp_path: Path, arrow: bool)
     ]
 
 
-def test_c4_the_column_of_images_is_found_or_asked_for(tmp_path: Path) -> None:
+def test_the_column_of_images_is_found_or_asked_for(tmp_path: Path) -> None:
     left, right = [drawn(0)], [drawn(1)]
     pq.write_table(pa.table({"left": left, "right": right, "kind": ["a"]}), tmp_path / "two.parquet")
     with pytest.raises(MilanError, match=r"two\.parquet has several columns .*\(left, right\).*--image-column"):
@@ -288,7 +288,7 @@ def test_c4_the_column_of_images_is_found_or_asked_for(tmp_path: Path) -> None:
         resolve_probe([str(tmp_path)]).manifest()
 
 
-def test_c4_columns_are_refused_where_there_are_none(tmp_path: Path) -> None:
+def test_columns_are_refused_where_there_are_none(tmp_path: Path) -> None:
     register_probe("tiny/columns", lambda: FolderProbe([tmp_path]))
     with pytest.raises(MilanError, match="has no columns"):
         resolve_probe(["tiny/columns"], image_column="img")
@@ -299,7 +299,7 @@ def test_c4_columns_are_refused_where_there_are_none(tmp_path: Path) -> None:
         resolve_probe(["tiny/columns", str(tmp_path)])
 
 
-def test_c4_save_to_disk_folders_are_read_by_their_state(tmp_path: Path) -> None:
+def test_save_to_disk_folders_are_read_by_their_state(tmp_path: Path) -> None:
     rows = [{"bytes": drawn(n), "path": None} for n in range(6)]
     folder = save_to_disk(tmp_path / "set/train", [hub_table(rows[:4], [0, 1, 0, 1]), hub_table(rows[4:], [1, 0])])
     put(folder / "cache-1234.arrow", b"no part of it")
@@ -317,7 +317,7 @@ def test_c4_save_to_disk_folders_are_read_by_their_state(tmp_path: Path) -> None
         probe.manifest()
 
 
-def test_c4_damaged_tables_are_one_sentence(tmp_path: Path) -> None:
+def test_damaged_tables_are_one_sentence(tmp_path: Path) -> None:
     rows = [{"bytes": drawn(n), "path": None} for n in range(6)]
     folder = save_to_disk(tmp_path / "set", [hub_table(rows, [0] * 6)])
     file = folder / "data-00000-of-00001.arrow"
@@ -330,7 +330,7 @@ def test_c4_damaged_tables_are_one_sentence(tmp_path: Path) -> None:
         resolve_probe([str(folder)]).manifest()
 
 
-def test_c4_tar_shards_are_read_in_place(tmp_path: Path, capsys: Any) -> None:
+def test_tar_shards_are_read_in_place(tmp_path: Path, capsys: Any) -> None:
     write_tar(
         tmp_path / "0.tar",
         {
@@ -353,7 +353,7 @@ def test_c4_tar_shards_are_read_in_place(tmp_path: Path, capsys: Any) -> None:
     assert classes(resolve_probe([str(tmp_path / "0.tar")], label_column="caption"))[1] == "x"
 
 
-def test_c4_a_sample_with_two_images_asks_which(tmp_path: Path) -> None:
+def test_a_sample_with_two_images_asks_which(tmp_path: Path) -> None:
     file = write_tar(tmp_path / "0.tar", {"1.jpg": drawn(0), "1.seg.png": drawn(1)})
     with pytest.raises(MilanError, match=r"sample 1 of .*0\.tar has several images \(jpg, seg\.png\).*--image-column"):
         resolve_probe([str(file)]).manifest()
@@ -362,7 +362,7 @@ def test_c4_a_sample_with_two_images_asks_which(tmp_path: Path) -> None:
     )
 
 
-def test_c4_damaged_and_malicious_archives_are_one_sentence(tmp_path: Path) -> None:
+def test_damaged_and_malicious_archives_are_one_sentence(tmp_path: Path) -> None:
     sound = write_tar(tmp_path / "0.tar", {"1.jpg": drawn(0), "2.jpg": drawn(1), "3.jpg": drawn(2)}).read_bytes()
     second = sound.index(b"2.jpg")
     claims = bytearray(sound)
@@ -383,7 +383,7 @@ def test_c4_damaged_and_malicious_archives_are_one_sentence(tmp_path: Path) -> N
         resolve_probe([str(tmp_path)]).manifest()
 
 
-def test_c4_kinds_of_shards_are_not_mixed_and_packed_ones_are_refused(tmp_path: Path) -> None:
+def test_kinds_of_shards_are_not_mixed_and_packed_ones_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [drawn(0)]}), tmp_path / "a.parquet")
     write_tar(tmp_path / "b.tar", {"1.jpg": drawn(0)})
     with pytest.raises(MilanError, match=r"holds \.parquet and \.tar files"):
@@ -398,7 +398,7 @@ def test_c4_kinds_of_shards_are_not_mixed_and_packed_ones_are_refused(tmp_path: 
         resolve_probe([str(tmp_path)]).manifest()
 
 
-def test_c4_sources_of_all_kinds_are_joined(tmp_path: Path) -> None:
+def test_sources_of_all_kinds_are_joined(tmp_path: Path) -> None:
     put(tmp_path / "f/cat/0.png", drawn(0))
     (tmp_path / "p").mkdir()
     pq.write_table(pa.table({"image": [drawn(1)]}), tmp_path / "p/a.parquet")
@@ -418,12 +418,12 @@ def test_parquet_rewritten_is_read_anew(tmp_path: Path) -> None:
         np.testing.assert_array_equal(pixels(ParquetProbe(file))[0], np.roll(PIXELS, n, axis=1))
 
 
-# C7: fewer bits than 16.
+# Fewer bits than 16.
 
 
 @pytest.mark.parametrize("kind", ["TIFF", "PNG"])
 @pytest.mark.parametrize(("bits", "doubted"), [(12, True), (10, True), (16, False)])
-def test_c7_fewer_bits_than_16_are_noted(kind: str, bits: int, doubted: bool) -> None:
+def test_fewer_bits_than_16_are_noted(kind: str, bits: int, doubted: bool) -> None:
     values = np.linspace(0, 2**bits - 1, 40).astype(np.uint16).reshape(5, 8)
     found = probe_image(encode(Image.fromarray(values), kind))
     assert (found.note is not None) == doubted

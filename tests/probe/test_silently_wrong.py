@@ -69,7 +69,7 @@ def listed(*source: Path, **options: str) -> tuple[list[int], list[str | None]]:
     return numbers, manifest["class_label"].to_pylist()
 
 
-def test_c2_shards_given_twice_count_once(tmp_path, capsys):
+def test_shards_given_twice_count_once(tmp_path, capsys):
     file = parquet(tmp_path / "p/0.parquet", pa.array(["a", "b"]))
     (tmp_path / "q").symlink_to(tmp_path / "p")
     assert listed(tmp_path / "p", file) == listed(file, tmp_path / "q") == ([0, 1], ["a", "b"])
@@ -79,7 +79,7 @@ def test_c2_shards_given_twice_count_once(tmp_path, capsys):
     assert "listed already" in capsys.readouterr().err
 
 
-def test_c4_members_of_any_name_or_kind_are_read_or_counted(tmp_path, capsys):
+def test_members_of_any_name_or_kind_are_read_or_counted(tmp_path, capsys):
     members: list[tuple[str, bytes | tuple[bytes, str]]] = [
         ("/cat/0.png", png(0)), ("a/../1.png", png(1)), ("../2.png", png(2)), ("./dog/./3.png", png(3)),
         ("dog/4.png", (tarfile.LNKTYPE, "/cat/0.png")), ("dog/5.png", (tarfile.SYMTYPE, "../cat/0.png")),
@@ -95,7 +95,7 @@ def test_c4_members_of_any_name_or_kind_are_read_or_counted(tmp_path, capsys):
     assert listed(folder) == ([0, 0], ["cat", "cat"])  # hard links are files in folders, too
 
 
-def test_c4_parts_that_no_sample_has_are_refused(tmp_path, capsys):
+def test_parts_that_no_sample_has_are_refused(tmp_path, capsys):
     file = tar(tmp_path / "a.tar", [("0.png", png(0)), ("0.cls", b"a")])
     for option in ("label_column", "image_column"):
         with pytest.raises(MilanError, match="they have cls, png"):
@@ -120,18 +120,18 @@ def test_c4_parts_that_no_sample_has_are_refused(tmp_path, capsys):
         (pa.array(["a", "b"]).dictionary_encode(), None, ["a", "b"]),
     ],
 )
-def test_c4_classes_of_any_type_are_their_names(labels, classes, expected, tmp_path, capsys):
+def test_classes_of_any_type_are_their_names(labels, classes, expected, tmp_path, capsys):
     assert listed(parquet(tmp_path / "a.parquet", labels, classes=classes), image_column="image")[1] == expected
     assert ("1 of 2 images" in capsys.readouterr().err) == (None in expected)
 
 
 @pytest.mark.parametrize("labels", [pa.array([["a"], ["b"]]), pa.array([{"a": 1}, {"a": 2}]), pa.array([b"\xff", b""])])
-def test_c4_columns_that_are_no_classes_are_refused(labels, tmp_path):
+def test_columns_that_are_no_classes_are_refused(labels, tmp_path):
     with pytest.raises(MilanError, match="--label-column"):
         listed(parquet(tmp_path / "a.parquet", labels), image_column="image")
 
 
-def test_c4_missing_and_mixed_classes_are_said_or_refused(tmp_path, capsys):
+def test_missing_and_mixed_classes_are_said_or_refused(tmp_path, capsys):
     parquet(tmp_path / "a/0.parquet", pa.array([0, 1]), classes=["cat", "dog"])
     parquet(tmp_path / "a/1.parquet", pa.array([0, 1]), classes=["dog", "cat"])
     with pytest.raises(MilanError, match="has other classes"):
@@ -161,7 +161,7 @@ def test_c4_missing_and_mixed_classes_are_said_or_refused(tmp_path, capsys):
         ("file,label\na/1.png,c\0at\n", "control characters|cannot read"),
     ],
 )
-def test_c5_labels_that_can_be_meant_in_two_ways_are_refused(text, match, tmp_path):
+def test_labels_that_can_be_meant_in_two_ways_are_refused(text, match, tmp_path):
     for place in ("p/a/1.png", "p/b/1.png"):
         (tmp_path / place).parent.mkdir(parents=True)
         (tmp_path / place).write_bytes(png(0))
@@ -188,20 +188,20 @@ def tiff(pixels: np.ndarray, **tags: int) -> bytes:
     return bytes(data)
 
 
-def test_c1_inverted_16_bit_tiff_is_turned_round():
+def test_inverted_16_bit_tiff_is_turned_round():
     pixels = np.arange(0, 65536, 1024, dtype=np.uint16).reshape(8, 8)
     plain, turned = tiff(pixels), tiff(65535 - pixels, photometric=0)
     assert (np.asarray(probe_image(plain).image) == np.asarray(probe_image(turned).image)).all()
 
 
 @pytest.mark.parametrize("kind", [np.uint8, np.uint16])
-def test_c1_signed_tiff_is_unreadable(kind):
+def test_signed_tiff_is_unreadable(kind):
     probe_image(tiff(np.full((8, 8), 200, kind), sampleformat=1))
     with pytest.raises(UnreadableImage, match="signed pixels"):
         probe_image(tiff(np.full((8, 8), 200, kind), sampleformat=2))
 
 
-def test_c1_files_that_pillow_misreads_are_unreadable(tmp_path):
+def test_files_that_pillow_misreads_are_unreadable(tmp_path):
     Image.fromarray(PIXELS[0]).quantize(64).save(tmp_path / "a.pcx")
     data = (tmp_path / "a.pcx").read_bytes()
     probe_image(data)

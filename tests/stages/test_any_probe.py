@@ -182,7 +182,7 @@ def test_options_image_column_and_label_column_choose(tmp_path, capsys):
     assert notebook == values
 
 
-def test_c3_and_c7_are_said_when_a_job_starts(tmp_path, capsys):
+def test_unreadable_files_and_unused_bits_are_said_when_a_job_starts(tmp_path, capsys):
     root = tmp_path / "photos"
     root.mkdir()
     for number in range(6):
@@ -200,7 +200,7 @@ def test_c3_and_c7_are_said_when_a_job_starts(tmp_path, capsys):
     assert told.count("left out 3 files") == 1 and told.count("16-bit pixels use 12 bits") == 1
 
 
-# A7: bands.
+# Bands.
 
 
 class Bands(nn.Module):
@@ -226,7 +226,7 @@ PIXELS = np.random.default_rng(2).integers(0, 256, (5, 6, 6, 7), dtype=np.uint8)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4, 7])
-def test_a7_all_bands_of_arrays_reach_inputs(count: int, tmp_path: Path):
+def test_all_bands_of_arrays_reach_inputs(count: int, tmp_path: Path):
     pixels = PIXELS[..., :count]
     banded(f"a7/arrays{count}", count, count)
     expected = pixels.astype(np.float32).max(axis=(1, 2))
@@ -247,7 +247,7 @@ def test_a7_all_bands_of_arrays_reach_inputs(count: int, tmp_path: Path):
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "CMYK", "LA", "L"])
-def test_a7_all_bands_of_files_reach_inputs_unmixed(mode: str, tmp_path: Path):
+def test_all_bands_of_files_reach_inputs_unmixed(mode: str, tmp_path: Path):
     bands = len(Image.new(mode, (1, 1)).getbands())
     pixels = PIXELS[0, ..., :bands].squeeze()
     Image.fromarray(pixels, mode).resize((12, 12), Image.Resampling.NEAREST).save(tmp_path / "a.tif")
@@ -259,7 +259,7 @@ def test_a7_all_bands_of_files_reach_inputs_unmixed(mode: str, tmp_path: Path):
     np.testing.assert_array_equal(found[0], np.stack([np.asarray(band) for band in resized], axis=-1))
 
 
-def test_a7_other_pictures_are_skipped_and_lost_bands_stop(tmp_path: Path):
+def test_other_pictures_are_skipped_and_lost_bands_stop(tmp_path: Path):
     root = tmp_path / "photos"
     root.mkdir()
     for number, mode in enumerate(("RGBA", "RGB", "L", "RGBA", "P")):
@@ -287,7 +287,7 @@ def test_a7_other_pictures_are_skipped_and_lost_bands_stop(tmp_path: Path):
     Exemplars([ModelRef("a7/none")], request, config).run(storage, Resources())  # RGB, grey, palette: as ever
 
 
-def test_a7_arrays_of_other_bands_are_refused_where_they_would_be_lost():
+def test_arrays_of_other_bands_are_refused_where_they_would_be_lost():
     load_plugins([PLUGIN])
     for model in ("tiny/cnn", "a7/lost"):
         banded("a7/lost", 3, None)
@@ -295,7 +295,7 @@ def test_a7_arrays_of_other_bands_are_refused_where_they_would_be_lost():
             milan_ray.dissect(model, PIXELS[..., :4], ["0" if model == "tiny/cnn" else "conv"])
 
 
-def test_a7_bands_enter_the_hash_only_where_they_are_not_three():
+def test_bands_enter_the_hash_only_where_they_are_not_three():
     parts = []
     for bands in (None, 3, 4):
         spec = banded("a7/hash", bands or 3, bands)
@@ -310,7 +310,7 @@ def test_a7_bands_enter_the_hash_only_where_they_are_not_three():
 @pytest.mark.parametrize(
     ("bands", "options"), [(4, {}), (0, {"inputs": floats}), (2, {"inputs": floats, "images": floats})]
 )
-def test_a7_bands_without_inputs_are_refused(bands: int, options: dict[str, Any]):
+def test_bands_without_inputs_are_refused(bands: int, options: dict[str, Any]):
     with pytest.raises(MilanError, match=rf"a7/wrong is registered with bands={bands}: "):
         register_model("a7/wrong", lambda weights: Bands(4), ["conv"], bands=bands, **options)
     assert re.match("tiny", get_model("tiny/cnn").name)

@@ -212,7 +212,7 @@ def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, 
 
 
 @pytest.mark.filterwarnings("ignore:.*quantiz:DeprecationWarning")
-def test_b6_models_of_any_numbers_run_or_fail_alone_with_one_sentence(ray_session, photos, tmp_path):
+def test_models_of_any_numbers_run_or_fail_alone_with_one_sentence(ray_session, photos, tmp_path):
     plugin = str(ROOT / "tests/plugins/bad_models.py")
     names = ("bad/secret", "bad/unbuilt", "bad/inputs", "bad/int8")
     models = [*(ModelRef(name, plugins=(plugin,)) for name in names), CNN]

@@ -222,7 +222,7 @@ register_model("two/other", lambda weights: Classifier(2), ("features", "head"),
 """
 
 
-def test_g1_class_names_are_for_layers_with_as_many_units_as_classes(tmp_path, capsys):
+def test_class_names_are_for_layers_with_as_many_units_as_classes(tmp_path, capsys):
     plugin = tmp_path / "classifier.py"
     plugin.write_text(CLASSIFIER)
     (tmp_path / "concepts.txt").write_text("red\ngreen\nblue\n")

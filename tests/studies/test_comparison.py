@@ -147,7 +147,7 @@ def test_cost_of_labels_without_records_is_left_out(storage: Storage) -> None:
     }
 
 
-def test_e_cost_of_layers_alone_is_their_share(storage: Storage) -> None:
+def test_cost_of_layers_alone_is_their_share(storage: Storage) -> None:
     def total(*layers: tuple[str, str]) -> dict[str, float]:
         rows = cost_rows(storage, ["milan", "netdissect"], layers)
         return {labeler: value.value * units for labeler, metric, value, units, _ in rows if metric == SECONDS}
@@ -156,7 +156,7 @@ def test_e_cost_of_layers_alone_is_their_share(storage: Storage) -> None:
     assert both == {labeler: pytest.approx(one[labeler] + other[labeler]) for labeler in one}
 
 
-def test_e_cost_by_records_of_earlier_versions_is_left_out(storage: Storage) -> None:
+def test_cost_by_records_of_earlier_versions_is_left_out(storage: Storage) -> None:
     """Their seconds do not add up, and do not say of how many layers a pass was."""
     for keys in storage.partitions(RUNS):
         if keys["stage"] == "encodings":
