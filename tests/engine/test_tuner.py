@@ -14,11 +14,12 @@ from milan_ray.schema import DECODER_TRIALS
 from milan_ray.storage import Storage
 
 TWO_HALVES = """
-import json, sys, time
+import json, sys
 from pathlib import Path
 from milan_ray import runtime
 runtime.prepare(None)
 import ray
+from gates import wait_until
 from test_training_pipeline import tuning_job, write_layer
 from milan_ray.config import Resources
 from milan_ray.stages.decoder_search import DecoderTuning
@@ -29,16 +30,18 @@ def trial(config, task):
     folder = Path(task)
     own = folder / f"running-{config['n']}"
     own.touch()
-    most = 0
-    while not (folder / "met").exists():  # until two run at the same time
-        most = max(most, len(list(folder.glob("running-*"))))
-        if most == 2:
+    counts = []
+
+    def met():
+        counts.append(len(list(folder.glob("running-*"))))
+        if counts[-1] == 2:
             (folder / "met").touch()
-        time.sleep(0.01)
-    most = max(most, len(list(folder.glob("running-*"))))
+        return (folder / "met").exists()
+
+    wait_until(met, "two run at the same time")
     own.unlink()
     got = ray.get_runtime_context().get_assigned_resources()
-    tuner.report({"most": most, "gpu": got.get("GPU", 0), "cpu": got.get("CPU", 0)})
+    tuner.report({"most": max(counts), "gpu": got.get("GPU", 0), "cpu": got.get("CPU", 0)})
 
 root = Path(sys.argv[1])
 halves = Resources(cpus_per_actor=1, gpus_per_actor=0.5)
