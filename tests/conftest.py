@@ -59,11 +59,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def group_of(file: str) -> str:
-    """The group of tests that a test file belongs to, by its path below the root: a folder, but with Ray a file.
+    """The group of tests that a test file belongs to, by its path below the root: its folder, or those that use Ray.
 
-    Each process then has a Ray of its own: what takes its time is the start of workers, of which two go side by side.
+    One process starts a Ray, whose workers take longer to start than these tests take, and the other has none.
     """
-    return file if needs_ray(file) else Path(file).parts[1]
+    return "ray" if needs_ray(file) else Path(file).parts[1]
 
 
 @functools.cache

@@ -129,8 +129,9 @@ def adapted(command: list[str]) -> list[str]:
         r"^(describe|label) (?=.*/imagenet .*--probe)": r"\1 --weights random --units 0,1 --k 3 ",
         r"^exemplars (?=.*/imagenet)": "exemplars --weights random --layers layer4 --k 3 ",
         r"alexnet/imagenet (?=--dry-run)": "mine ",
+        r"^(describe .*)--model (alexnet|squeezenet1_0)/imagenet (?=.*--probe)": r"\1--model resnet18/imagenet --layers layer4 ",
         r"^edit ": f"edit --trials 1 --most 2 --words {' '.join(WORDS)} ",
-        r"^plan ": "plan --sample 2 --layers layer4 ",
+        r"^plan (.*)--model \S+": r"plan --sample 2 --plugin mine.py \1--model mine",
     }.items():
         line = re.sub(pattern, here, line)
     return [word.replace("\0", " ") for word in line.split()]
@@ -352,6 +353,7 @@ def workplace(
 
 
 @pytest.mark.parametrize("command", [one for one in TYPED if not why_not(one)], ids=" ".join)
+@pytest.mark.slow
 def test_every_command_that_can_be_run_here_is_run(command, workplace, monkeypatch, capsys) -> None:
     """In the order of the pages: each finds what those before it have made."""
     monkeypatch.chdir(workplace)

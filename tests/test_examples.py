@@ -31,7 +31,7 @@ LINES = {
 ELSEWHERE = {"cifar_resnets"}
 """A plug-in that is no program: tests/examples/test_cifar_resnets.py."""
 
-LONG = {"concept_labels", "describe_units"}
+LONG = {"concept_labels", "custom_probe", "describe_units", "dissect_network"}
 
 
 def test_every_example_is_tested() -> None:

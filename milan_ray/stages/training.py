@@ -1,6 +1,6 @@
-"""Training captioners with Ray Train: first p(d), then p(d|E), on annotated units.
+"""Training captioners: first p(d), then p(d|E), on annotated units.
 
-encodings + annotations ─► units (Parquet) ─► [Ray Train: language model, decoder] ─► captioner, training table
+encodings + annotations ─► units (Parquet) ─► [Ray Train, or a task: language model, decoder] ─► captioner, training table
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ MEMORY_LIMIT = 2 * 2**30
 """Bytes of features that a worker keeps in memory; beyond it, it reads them from Parquet batch by batch."""
 
 FEW_EXEMPLARS = 2**16
-"""Most exemplars of a captioner that is trained in a plain Ray task when there are several captioners: for so few,
-starting Ray Train's worker and writing its checkpoints takes longer than the training."""
+"""Most exemplars of a captioner that one worker on CPUs trains in a plain Ray task: for so few, starting Ray Train and
+writing its checkpoints takes longer than the training. Both train to the same weights."""
 
 SAVE_INTERVAL = 10.0
 """Seconds between stored states of a training in a plain task: the most that a killed task loses."""
@@ -113,7 +113,7 @@ class TrainingJob:
 
 
 class Training(Stage):
-    """A captioner, trained with Ray Train.
+    """A captioner, trained with Ray Train, or in a plain Ray task where it has few exemplars.
 
     Args:
         job: Training data and hyperparameters.
@@ -177,9 +177,15 @@ class Training(Stage):
         started = time.monotonic()
         epoch = f"{WORK}/{work}/{EPOCH}"
         with watched(line_logger(storage, lambda: [epoch] if storage.exists(epoch) else [], f"{job.name}: ")):
-            arguments = {"job": job, "storage": storage, "work": work}
-            state = train_on_workers(_train_worker, arguments, job.scaling, job.name, storage.uri(f"{WORK}/{work}"))
-        say(_publish(storage, job, fingerprint, state, units, started))
+            if _is_small(storage, job):
+                ((_, (trained, line)),) = run_parallel(partial(_train_in_task, storage), [(job, fingerprint)], job.cpus)
+                if not trained:
+                    raise MilanError(line)
+            else:
+                arguments = {"job": job, "storage": storage, "work": work}
+                state = train_on_workers(_train_worker, arguments, job.scaling, job.name, storage.uri(f"{WORK}/{work}"))
+                line = _publish(storage, job, fingerprint, state, units, started)
+        say(line)
         return True
 
 
@@ -199,9 +205,8 @@ def run_trainings(storage: Storage, jobs: Sequence[TrainingJob]) -> None:
     concurrent = min(len(jobs), jobs[0].scaling.capacity())
     started = time.monotonic()
     say(f"training {len(jobs)} captioners, {concurrent} at a time")
-    sizes = {job.name: sum(storage.count(ENCODINGS, **keys) for keys in job.encodings) for job in jobs}
-    small = [job for job in jobs if job.workers == 1 and not job.gpus and sizes[job.name] <= FEW_EXEMPLARS]
-    small.sort(key=lambda job: -sizes[job.name])  # largest first, so that all tasks end at about the same time
+    small = [job for job in jobs if _is_small(storage, job)]
+    small.sort(key=lambda job: -_exemplars(storage, job))  # largest first, so that all tasks end at about the same time
     failures = _train_in_tasks(storage, small)
     failures |= _train_on_ray_train(storage, [job for job in jobs if job not in small], concurrent)
     if failures:
@@ -210,8 +215,18 @@ def run_trainings(storage: Storage, jobs: Sequence[TrainingJob]) -> None:
     say(f"trained {len(jobs)} captioners in {time.monotonic() - started:.0f} s")
 
 
+def _exemplars(storage: Storage, job: TrainingJob) -> int:
+    """The number of encoded exemplars of all units of a training's layers."""
+    return sum(storage.count(ENCODINGS, **keys) for keys in job.encodings)
+
+
+def _is_small(storage: Storage, job: TrainingJob) -> bool:
+    """Whether a plain task trains it sooner than Ray Train."""
+    return job.workers == 1 and not job.gpus and _exemplars(storage, job) <= FEW_EXEMPLARS
+
+
 def _train_on_ray_train(storage: Storage, jobs: Sequence[TrainingJob], concurrent: int) -> dict[str, str]:
-    """Trains captioners with Ray Train, at most ``concurrent`` at a time; returns name → error of those that failed."""
+    """Trains large captioners, at most ``concurrent`` at a time; returns name → error of those that failed."""
     failures: dict[str, str] = {}
     pool = ThreadPoolExecutor(concurrent)
     try:
@@ -395,6 +410,7 @@ def _train_in_task(storage: Storage, task: tuple[TrainingJob, Fingerprint]) -> t
 
     def report(state: State) -> None:
         nonlocal saved
+        storage.put(f"{WORK}/{work}/{EPOCH}", epoch_line(state["history"][-1]).encode())
         if time.monotonic() - saved >= SAVE_INTERVAL:
             store_state(storage, path, state)
             saved = time.monotonic()

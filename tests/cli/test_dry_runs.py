@@ -112,6 +112,7 @@ print(plan_demo(storage).text())
 """The demo with untrained networks and 40 scenes, planned; tests/test_demo.py plans a finished one."""
 
 
+@pytest.mark.slow
 def test_demo_says_which_layers_where_its_networks_are_there(tmp_path) -> None:
     environment = {**os.environ, "MILAN_MODELS_DIR": str(tmp_path / "models")}
     command = [sys.executable, "-c", SMALL, str(tmp_path / "run"), WORLD]
@@ -233,6 +234,7 @@ def test_audit_waits_for_descriptions_where_it_makes_them(photos, toy: Storage, 
     assert dry_run(toy.root, *pair) == {"audits faces": "missing"}
 
 
+@pytest.mark.slow
 def test_dry_runs_start_no_ray(tmp_path) -> None:
     script = "import sys, ray; from milan_ray import cli; s = cli.main(sys.argv[1:]); print(ray.is_initialized(), s)"
     command = ["demo", "--groups", "--storage", str(tmp_path / "run"), "--dry-run"]

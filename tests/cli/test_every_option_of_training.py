@@ -341,6 +341,7 @@ for command in json.loads(sys.stdin.read()):
 """
 
 
+@pytest.mark.slow
 def test_address_is_where_ray_is_looked_for(photos, tmp_path) -> None:
     storage = Storage(tmp_path / "run")
     toy = runpy.run_path(str(TESTS / "helpers/damage.py"))["captioner"]()

@@ -123,6 +123,7 @@ def local_ray(below):
 
 
 @linux
+@pytest.mark.slow
 def test_connected_local_ray_listens_on_loopback_alone_and_ends_with_its_job(local_ray):
     process, started = local_ray
     commands = [(PROC / str(pid) / "cmdline").read_text() for pid in started]
@@ -141,6 +142,7 @@ def test_connected_local_ray_listens_on_loopback_alone_and_ends_with_its_job(loc
 
 
 @linux
+@pytest.mark.slow
 def test_connected_local_ray_ends_when_its_job_is_terminated(local_ray):
     process, started = local_ray
     process.terminate()
@@ -240,10 +242,12 @@ def join(address: str, seconds: float) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_connected_to_no_address_at_all_is_a_milan_error():
     assert join("not an address", 60).startswith("cannot reach the Ray cluster at not an address: ")
 
 
+@pytest.mark.slow
 def test_connected_to_a_dead_cluster_is_soon_a_milan_error():
     with socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))

@@ -32,6 +32,7 @@ def tables(storage: Storage) -> dict[str, bytes]:
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
 def test_threads_and_actors_write_the_same_bytes(photos, tmp_path):
     found = []
     for actors in (None, 2):
@@ -65,6 +66,7 @@ with connected(Resources()):
 """
 
 
+@pytest.mark.slow
 def test_small_job_never_starts_ray(photos, tmp_path):
     command = [sys.executable, "-c", SMALL, str(tmp_path), PLUGIN, str(photos)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -42,7 +42,9 @@ def fingerprints(root: Path, of_files: bool) -> dict[str, dict[str, str]]:
     return found
 
 
-@pytest.mark.parametrize("world", LAST)
+@pytest.mark.parametrize(
+    "world", [pytest.param(world, marks=[pytest.mark.slow] * (world == "experiments")) for world in LAST]
+)
 def test_fingerprints_are_what_they_were(before_and_after, world):
     """Weights are drawn at random from fixed seeds: those of the torch that wrote the file."""
     _, after, _ = before_and_after(world, LAST[world])

@@ -213,8 +213,7 @@ STUDIED = [
     "kind",
     [
         "other_pages",
-        "other_columns",
-        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("emptied", "cut", "other_footer")),
+        *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("other_columns", "emptied", "cut", "other_footer")),
     ],
 )
 @pytest.mark.parametrize(("world", "name"), STUDIED)

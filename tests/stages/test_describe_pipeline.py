@@ -233,6 +233,7 @@ def test_training_learns_keeps_the_best_epoch_and_is_not_repeated(storage):
     assert not [file for file in storage.files("_work") if file != "_work/writable"]
 
 
+@pytest.mark.slow
 def test_errors_inside_actors_reach_the_user_as_one_sentence(storage):
     with pytest.raises(MilanError, match="beam"):
         run_descriptions(storage, LAYERS, replace(SEARCH, beam_size=400), Resources(actors=1))

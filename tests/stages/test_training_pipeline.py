@@ -42,6 +42,7 @@ from milan_ray.stages.training import (
     STATE,
     Training,
     TrainingJob,
+    _train_in_task,
     run_trainings,
     training_fingerprint,
 )
@@ -149,6 +150,7 @@ def tried(storage: Storage, name: str) -> list[dict]:
     return storage.read(DECODER_TRIALS, sweep=name).to_pylist()
 
 
+@pytest.mark.slow
 def test_decoder_tuning_stops_worse_trials_early_and_training_does_what_the_chosen_one_did(storage, capsys) -> None:
     setting = DecoderTuning(tuning_job("first")).run(storage, ONE_AT_A_TIME)
     rows = tried(storage, "first")
@@ -231,10 +233,11 @@ runtime.prepare(None)
 from test_training_pipeline import job_for
 from milan_ray.config import Resources
 from milan_ray.engine.cluster import connected
-from milan_ray.stages.training import Training
+from milan_ray.stages import training
 from milan_ray.storage import Storage
+training.FEW_EXEMPLARS = 0  # with Ray Train
 with connected(Resources()):
-    Training(job_for("late", memory_limit=0)).run(Storage(sys.argv[1]))
+    training.Training(job_for("late", memory_limit=0)).run(Storage(sys.argv[1]))
 """
 
 
@@ -276,11 +279,28 @@ def test_trainings_of_groups_run_side_by_side_and_survive_one_that_fails(storage
 
 
 @pytest.mark.slow
-def test_trainings_on_ray_train_are_those_of_tasks_to_the_bit(storage) -> None:
+def test_trainings_on_ray_train_are_those_of_tasks_to_the_bit(storage, monkeypatch) -> None:
+    monkeypatch.setattr("milan_ray.stages.training.FEW_EXEMPLARS", 0)
     assert Training(job_for("twin")).run(storage)
     assert curve(storage, "twin") == curve(storage, "plain")
     ours, theirs = (load_captioner(storage, name).decoder.state_dict() for name in ("twin", "plain"))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+def test_one_small_training_is_a_task_and_leaves_a_line_on_each_epoch(storage, monkeypatch, capsys) -> None:
+    monkeypatch.setattr("milan_ray.stages.training.train_on_workers", None)  # Ray Train's way is not taken
+    job = job_for("alone", "b/x", config=replace(CONFIG, max_epochs=2))
+    fingerprint = Training(job).due(storage)
+    assert fingerprint is not None
+    run_trainings(storage, [job])
+    said = capsys.readouterr().err
+    assert "training alone on 24 annotated units" in said and "trained alone in " in said
+    assert len(curve(storage, "alone")) == 4 and not Path(storage.root, "_work", fingerprint.hash).exists()
+    line = f"_work/{fingerprint.hash}/{EPOCH}"
+    monkeypatch.setattr("milan_ray.stages.training._publish", lambda *_: storage.get(line).decode())
+    trained, last = _train_in_task(storage, (job, fingerprint))
+    assert trained and last.startswith("decoder, epoch 2, ")
+    storage.remove_work(fingerprint.hash)
 
 
 def test_trainings_in_tasks_go_on_where_they_were(storage, capsys) -> None:
@@ -403,6 +423,7 @@ print(units.nbytes, peak() - before)
 
 
 @linux
+@pytest.mark.slow
 def test_training_on_units_read_from_disk_never_has_them_in_memory_together(tmp_path: Path) -> None:
     storage = Storage(tmp_path)
     write_layer(storage, "big/x", 300, k=15, size=3904)
