@@ -1,6 +1,6 @@
 """Training captioners: first p(d), then p(d|E), on annotated units.
 
-encodings + annotations ─► units (Parquet) ─► [Ray Train, or a task: language model, decoder] ─► captioner, training table
+encodings + annotations ─► units (Parquet) ─► [Ray Train or a task: p(d), p(d|E)] ─► captioner, training table
 """
 
 from __future__ import annotations
