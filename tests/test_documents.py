@@ -129,7 +129,7 @@ def adapted(command: list[str]) -> list[str]:
         r"^(describe|label) (?=.*/imagenet .*--probe)": r"\1 --weights random --units 0,1 --k 3 ",
         r"^exemplars (?=.*/imagenet)": "exemplars --weights random --layers layer4 --k 3 ",
         r"alexnet/imagenet (?=--dry-run)": "mine ",
-        r"^(describe .*--model )(alexnet|squeezenet1_0)/imagenet (?=.*--probe)": r"\1resnet18/imagenet --layers layer4 ",
+        r"^(describe .*--model )(alex|squeeze)net[^ ]* (?=.*--probe)": r"\1resnet18/imagenet --layers layer4 ",
         r"^edit ": f"edit --trials 1 --most 2 --words {' '.join(WORDS)} ",
         r"^plan (.*)--model \S+": r"plan --sample 2 --plugin mine.py \1--model mine",
     }.items():
