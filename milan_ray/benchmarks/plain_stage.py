@@ -40,7 +40,12 @@ class PlainStage:
             Exemplars([model], probe, config).run(storage, resources)
 
     def _pool(
-        self, worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], resources: Resources
+        self,
+        worker: Callable[..., Any],
+        arguments: dict[str, Any],
+        rows: list[Row],
+        resources: Resources,
+        pieces: int | None = None,
     ) -> Iterator[Row]:
         built = worker(**arguments)
         for row in rows:

@@ -29,6 +29,7 @@ from milan_ray.exemplars.forward import Forward, pass_size, read_inputs
 from milan_ray.exemplars.masks import mask_size, unpack
 from milan_ray.exemplars.shard import LayerStates, StateConfig
 from milan_ray.models.registry import ModelSpec
+from milan_ray.models.weights import nbytes
 from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import say
@@ -157,7 +158,7 @@ def _model(
     seconds = elapsed(partial(dissect, forward, states, views, size))
     passes = -(-len(views) // size) * size  # a short batch is padded, so it takes as long as a full one
     layers = tuple(LayerShape(layer, len(state.topk.ids), *state.map_shape) for layer, state in states.states.items())
-    return ModelCost(ref.name, layers, seconds / passes, spec.preprocess.view.key)
+    return ModelCost(ref.name, layers, seconds / passes, spec.preprocess.view.key, nbytes(network))
 
 
 def _per_call(function: Callable[[], object], times: int) -> float:

@@ -10,7 +10,7 @@ from milan_ray.cli import options
 from milan_ray.cli.arguments import flag, integer, string
 from milan_ray.cli.refusals import refuse
 
-PHOTOGRAPHS = ("exemplars", "encode", "end-to-end", "merge", "ray-overhead")
+PHOTOGRAPHS = ("exemplars", "encode", "end-to-end", "merge", "ray-overhead", "zoo")
 """Benchmarks that read photographs."""
 
 CAPTIONS = ("describe", "end-to-end", "tune")

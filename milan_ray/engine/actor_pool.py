@@ -29,6 +29,7 @@ def run_pool(
     rows: list[Row],
     resources: Resources,
     in_driver: bool = False,
+    pieces: int | None = None,
 ) -> Iterator[Row]:
     """Runs ``worker(**arguments)(row)`` for every row on a pool of actors, or on threads where that is faster.
 
@@ -42,6 +43,7 @@ def run_pool(
         rows: Shards, JSON-able.
         resources: The part of the cluster that the pool may use.
         in_driver: Whether one thread of this process runs the rows in any case.
+        pieces: Pieces of work in all rows, where a row has several; None for one each.
 
     Yields:
         The workers' answers (JSON-able), as they finish, with the ``seconds`` that each took and its row's ``name``.
@@ -51,7 +53,7 @@ def run_pool(
     """
     if not rows:
         return
-    threads = threads_here(resources, len(rows)) or int(in_driver)
+    threads = threads_here(resources, pieces or len(rows)) or int(in_driver)
     answers = _on_threads(worker, arguments, rows, threads) if threads else _actors(worker, arguments, rows, resources)
     with closing(answers):  # rows that still run have ended when an error is raised, and write nothing after that
         for answer in answers:

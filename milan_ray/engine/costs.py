@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+
+from milan_ray.engine.model_cache import together
 
 HOUR = 3600.0
 
@@ -37,13 +39,15 @@ class ModelCost:
         name: Registered name.
         layers: Its dissected layers.
         seconds: Seconds per image on one actor: forward pass, exemplars and levels of all layers.
-        view: Key of the view of its exemplars; models with the same view share encoder passes.
+        view: Key of the view of its exemplars; models with the same view share encoder passes, and a shard's images.
+        weights: Bytes of its weights.
     """
 
     name: str
     layers: tuple[LayerShape, ...]
     seconds: float
     view: str = ""
+    weights: int = 0
 
     @property
     def units(self) -> int:
@@ -280,10 +284,28 @@ def partial_bytes(layer: LayerShape, wanted: Wanted) -> float:
     own = shards / actors
     maps = 4 * layer.height * layer.width if carries_maps(layer, wanted) else 0
     candidates = emitted(min(wanted.shard_size, wanted.k), wanted.k, own) * (maps + 12)
-    positions = min(layer.height * layer.width, max(1, math.ceil(wanted.samples / wanted.images)))
-    planned = wanted.images * positions
-    tail = math.ceil((1 - wanted.quantile) * planned) + 2
+    positions = _positions(layer, wanted)
+    tail = _tail(layer, wanted)
     return layer.units * actors * (candidates + 4 * emitted_tail(wanted.shard_size * positions, tail, own))
+
+
+def _positions(layer: LayerShape, wanted: Wanted) -> int:
+    """Positions of a unit's map that count for its level, on each image."""
+    return min(layer.height * layer.width, max(1, math.ceil(wanted.samples / wanted.images)))
+
+
+def _tail(layer: LayerShape, wanted: Wanted) -> int:
+    """Activations that decide a unit's level."""
+    return math.ceil((1 - wanted.quantile) * wanted.images * _positions(layer, wanted)) + 2
+
+
+def images_read(models: Sequence[ModelCost], wanted: Wanted) -> int:
+    """Images that are read and decoded: once for all models of a view that an actor has room for."""
+    sizes: dict[str, list[int]] = {}
+    for model in models:
+        states = sum(4 * layer.units * _tail(layer, wanted) for layer in model.layers)
+        sizes.setdefault(model.view, []).extend([model.weights + states] * wanted.copies)
+    return wanted.images * sum(len(together(each)) for each in sizes.values())
 
 
 def faster(sample: Sample, times: float) -> Sample:
@@ -321,8 +343,9 @@ def estimate(sample: Sample, wanted: Wanted) -> Estimate:
     distinct = sum(distinct_images(wanted.images, k, shared) for shared in views.values())
     passes = wanted.images * copies * len(models)
     forward = wanted.images * copies * sum(model.seconds for model in models)
+    decoded = images_read(models, wanted)
     work = [
-        Line("images read and decoded", passes, passes * sample.read),
+        Line("images read and decoded", decoded, decoded * sample.read),
         Line("forward passes, exemplars and levels", passes, forward),
         Line(
             "forward passes of winners, for masks",

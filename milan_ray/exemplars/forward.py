@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from math import prod
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -183,6 +184,51 @@ def read_ahead(
                 yield part, batch.result()
         for part, batch in waiting:
             yield part, batch.result()
+
+
+MOST_SHARED = 2**30
+"""Bytes of a shard's views up to which they are kept for the next model; a shard of more is read for each model."""
+
+
+def reading(spec: ModelSpec) -> Hashable:
+    """What decides how an image becomes a model's input: models of which it is equal take the same inputs."""
+    if spec.images is not None:
+        return "latents"
+    return spec.preprocess.view, spec.bands, spec.inputs is None
+
+
+class SharedInputs:
+    """The rows of a shard, read once for all models that take the same inputs.
+
+    Args:
+        probe: The probe to read from.
+        refs: The rows.
+        threads: Number of batches that are read concurrently.
+    """
+
+    def __init__(self, probe: Probe, refs: Sequence[ImageRef], threads: int) -> None:
+        self._probe, self._refs, self._threads = probe, refs, threads
+        self._read: dict[Hashable, list[tuple[Sequence[ImageRef], Batch]]] = {}
+
+    def batches(self, spec: ModelSpec, size: int) -> Iterator[tuple[Sequence[ImageRef], Batch]]:
+        """Yields the rows in batches of one forward pass, as :func:`read_ahead` does.
+
+        Args:
+            spec: The model that takes the batches; it must not change them.
+            size: Rows per batch.
+        """
+        key = reading(spec), size
+        if key in self._read:
+            yield from self._read[key]
+            return
+        kept = []
+        is_small = len(self._refs) * prod(spec.view_shape) <= MOST_SHARED
+        for batch in read_ahead(self._probe, self._refs, spec, size, self._threads):
+            if is_small:
+                kept.append(batch)
+            yield batch
+        if is_small:
+            self._read[key] = kept
 
 
 CPU_PASS = 16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -42,6 +43,11 @@ class StateConfig:
     def carries_maps(self, units: int, map_shape: tuple[int, int]) -> bool:
         """Whether the state stores the maps of its top-k images."""
         return 4 * units * self.k * map_shape[0] * map_shape[1] <= self.map_budget
+
+    def committed_bytes(self, units: int, map_shape: tuple[int, int]) -> int:
+        """Bytes at most of a layer's :class:`Committed` results: of the activations that decide its level."""
+        positions = self.images * positions_per_image(self.images, map_shape[0] * map_shape[1], self.samples)
+        return 4 * units * (math.ceil((1 - self.quantile) * positions) + 2)
 
 
 @dataclass

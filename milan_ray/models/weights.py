@@ -284,6 +284,11 @@ def _is_real(tensor: torch.Tensor) -> bool:
     return tensor.is_floating_point() and not tensor.is_quantized and tensor.dtype.itemsize > 1
 
 
+def nbytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers."""
+    return sum(tensor.nbytes for tensor in model.state_dict().values() if isinstance(tensor, torch.Tensor))
+
+
 def weights_digest(model: nn.Module) -> str:
     """Digest of a model's weights: a hash over names, types, shapes and bytes of its state dict, in order.
 

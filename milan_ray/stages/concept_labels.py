@@ -22,7 +22,6 @@ import torch
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.model_cache import ModelCache
 from milan_ray.engine.run_log import Cost
 from milan_ray.engine.stage import Known, Layers, Output, Stage, pairs, publish
 from milan_ray.engine.tasks import FEW_IMAGES, retry_if_overtaken, run_parallel
@@ -38,8 +37,7 @@ from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST
 from milan_ray.stages.descriptions import described
-from milan_ray.stages.exemplars import ModelWork, ModelWorker, Run, failing, rerun_work, run_shards, shard_name
-from milan_ray.stages.images import read_refs
+from milan_ray.stages.exemplars import ModelWork, Run, ShardsWorker, failing, rerun_work, run_shards, shard_name
 from milan_ray.storage import Storage
 
 KERNEL_VERSION = "concepts-1"
@@ -262,7 +260,7 @@ CONCEPTS = "concepts"
 """Work folder of a shard's concept maps; written last, so it also says that the shard is finished."""
 
 
-class CountWorker(ModelWorker):
+class CountWorker(ShardsWorker):
     """Counts on one shard of the probe how often units and concepts overlap."""
 
     runs = "the model or its concept maps"
@@ -270,7 +268,7 @@ class CountWorker(ModelWorker):
     def __init__(self, labels: list[_Work], **arguments: Any) -> None:
         super().__init__(**arguments)
         self._labels = labels
-        self._levels = ModelCache(self._load_levels)
+        self._levels = self._kept(self._load_levels)
 
     def _load_levels(self, index: int) -> dict[str, torch.Tensor]:
         item = self._work[index]
@@ -283,11 +281,10 @@ class CountWorker(ModelWorker):
         spec, forward = self._forward(row["model"])
         levels = self._levels(row["model"])
         view = spec.preprocess.view if spec.images is None else View(spec.preprocess.view.shape, None)
-        rows = read_refs(self._storage, item.probe, row["start"], row["start"] + row["images"])
         counts = {layer: ConceptCounts(len(level)) for layer, level in levels.items()}
         annotated: list[dict[str, object]] = []
         fired: dict[str, list[pa.Table]] = {layer: [_MASKS_SCHEMA.empty_table()] for layer in work.composed}
-        for refs, batch in self._batches(rows, spec):
+        for refs, batch in self._shard(spec):
             by_id = {ref.image_id: ref for ref in refs}
             truth = [self._probe.concept_maps(by_id[image_id]) for image_id in batch.ids.tolist()]
             if all(concepts is None for concepts in truth):

@@ -1,4 +1,4 @@
-"""The short forms of the benchmarks of exemplars, merging and Ray run to the end, through the command line."""
+"""The short forms of the benchmarks of exemplars, zoos, merging and Ray run to the end, through the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from milan_ray import cli
 
 @pytest.mark.parametrize(
     "name",
-    ["merge", pytest.param("exemplars", marks=pytest.mark.slow), pytest.param("ray-overhead", marks=pytest.mark.slow)],
+    [
+        "merge",
+        "zoo",
+        pytest.param("exemplars", marks=pytest.mark.slow),
+        pytest.param("ray-overhead", marks=pytest.mark.slow),
+    ],
 )
 def test_benchmark_short_form_writes_its_figures(ray_session, name, tmp_path, capsys):
     file = tmp_path / "figures.json"

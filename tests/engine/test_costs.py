@@ -21,11 +21,13 @@ from milan_ray.engine.costs import (
     emitted_tail,
     estimate,
     faster,
+    images_read,
     in_bytes,
     in_hours,
     partial_bytes,
     text,
 )
+from milan_ray.engine.model_cache import MODELS_MEMORY
 from milan_ray.exemplars.shard import Committed, LayerState, StateConfig, to_table
 
 NET = ModelCost("net", (LayerShape("a", 64, 56, 56), LayerShape("b", 512, 7, 7)), 0.02, "view")
@@ -113,10 +115,10 @@ def test_estimate_counts_passes_units_and_rows() -> None:
 
 
 def test_estimate_is_linear_in_models_where_nothing_is_shared() -> None:
-    """Encoder passes and views are shared: a second model of the same view costs less than the first."""
+    """Images, encoder passes and views are shared: a second model of the same view costs less than the first."""
     one, two = (estimate(SAMPLE, Wanted(images=5000, copies=copies)) for copies in (1, 2))
     first, second = ({line.what: line.seconds for line in found.work} for found in (one, two))
-    shared = {"encoder passes", "views of exemplars"}
+    shared = {"images read and decoded", "encoder passes", "views of exemplars"}
     for what, seconds in first.items():
         assert second[what] < 2 * seconds if what in shared else second[what] == pytest.approx(2 * seconds)
     apart = replace(SAMPLE, models=(NET, replace(NET, name="other", view="another view")))
@@ -139,6 +141,23 @@ def test_estimate_without_captioner_says_so_and_leaves_its_tables_out() -> None:
     found = estimate(bare, Wanted(images=1000, pooled=True))
     assert {table.name for table in found.tables} == {"manifest", "exemplars", "levels", "views", "pooled"}
     assert "--decoder" in text(found, bare) and "--decoder" not in text(estimate(SAMPLE, Wanted(images=9)), SAMPLE)
+
+
+def test_models_of_a_view_are_read_for_together_as_far_as_an_actor_has_room() -> None:
+    wanted = Wanted(images=1000, copies=20)
+    small = replace(NET, layers=(LayerShape("a", 2),), weights=1)
+    assert images_read((small,), wanted) == 1000 * 2  # 16 and 4
+    assert images_read((small, replace(small, view="other")), wanted) == 1000 * 4
+    assert images_read((replace(small, weights=MODELS_MEMORY // 3),), wanted) == 1000 * 10
+    assert images_read((replace(small, weights=2 * MODELS_MEMORY),), wanted) == 1000 * 20
+    exact = Wanted(images=10_000, samples=10**9)
+    wide = replace(NET, weights=0)  # 64 units of 56 × 56 positions, 512 of 7 × 7
+    plan = StateConfig(10_000, 15, 0.99, 10**9, 0)
+    states = [plan.committed_bytes(layer.units, (layer.height, layer.width)) for layer in wide.layers]
+    fit = MODELS_MEMORY // sum(states)
+    assert 1 < fit < 16
+    assert images_read((wide,), replace(exact, copies=fit)) == 10_000
+    assert images_read((wide,), replace(exact, copies=fit + 1)) == 20_000
 
 
 def test_faster_actors_still_have_to_read_images() -> None:

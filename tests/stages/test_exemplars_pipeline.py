@@ -235,11 +235,11 @@ def test_exemplars_above_the_map_budget_are_masked_in_one_pool_whatever_model_fa
     plugin = str(shutil.copy(ROOT / "tests/plugins/late_models.py", tmp_path))
     pools: list[str] = []
 
-    def watched(worker, arguments, rows, resources):
+    def watched(worker, arguments, rows, resources, **options):
         pools.append(worker.__name__)
         if worker is mask_stage.MaskWorker:
             (tmp_path / "loads").touch()
-        return run_pool(worker, arguments, rows, resources)
+        return run_pool(worker, arguments, rows, resources, **options)
 
     def fails_after_the_shards(*arguments):
         (tmp_path / "fail").touch()

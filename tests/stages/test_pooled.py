@@ -136,7 +136,8 @@ def test_pooled_after_a_kill_has_every_row_once(undisturbed, few, tmp_path, caps
         (item,) = Exemplars([CNN], source, asked).due(storage, digest, len(manifest))
         worker = ExemplarWorker(**Run(storage, source, asked, Resources()).arguments([item]))
         for n in shards:
-            assert worker({"model": 0, "shard": n, "start": 8 * n, "images": 8})["error"] is None
+            (answer,) = worker({"group": 0, "models": [0], "shard": n, "start": 8 * n, "images": 8})["models"]
+            assert answer["error"] is None
     for file in ("pooled/L1/000000", "pooled/L1/000003"):
         (tmp_path / f"_work/{item.work}/{file}.arrow").unlink()
     (tmp_path / f"_work/{item.work}/images/000002.arrow").unlink()

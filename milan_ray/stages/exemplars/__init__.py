@@ -9,7 +9,7 @@ winners ─► [views, once per image and geometry]
 
 from milan_ray.stages.exemplars.describe_model import describe_model, exemplar_fingerprints
 from milan_ray.stages.exemplars.stage import DissectedModels, Exemplars, rerun_work, run_shards, store_manifest
-from milan_ray.stages.exemplars.worker import ModelWork, ModelWorker, Run, failing, shard_name
+from milan_ray.stages.exemplars.worker import ModelWork, ModelWorker, Run, ShardsWorker, failing, shard_name
 
 __all__ = [
     "DissectedModels",
@@ -17,6 +17,7 @@ __all__ = [
     "ModelWork",
     "ModelWorker",
     "Run",
+    "ShardsWorker",
     "describe_model",
     "exemplar_fingerprints",
     "failing",

@@ -22,7 +22,7 @@ from milan_ray.models.inputs import check_network
 from milan_ray.models.layouts import Layout
 from milan_ray.models.order import places
 from milan_ray.models.registry import ModelSpec, blaming, source_of
-from milan_ray.models.weights import weights_digest
+from milan_ray.models.weights import nbytes, weights_digest
 from milan_ray.probe.base import LatentProbe, Probe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.progress import say
@@ -45,6 +45,7 @@ class DescribedModel:
         layouts: Layer → how its output is read.
         order: Layer → its place among the model's modules.
         computes: Layer → its output for fixed inputs (:mod:`milan_ray.exemplars.behaviour`).
+        nbytes: Size of its weights.
     """
 
     weights: str
@@ -53,6 +54,7 @@ class DescribedModel:
     layouts: dict[str, Layout]
     order: dict[str, int]
     computes: dict[str, str]
+    nbytes: int
 
 
 def describe_model(spec: ModelSpec, source: Probe, probe: str, config: ExemplarConfig) -> DescribedModel:
@@ -79,7 +81,8 @@ def describe_model(spec: ModelSpec, source: Probe, probe: str, config: ExemplarC
         layouts = established(spec, model, spec.layers, latents)
         fingerprints = exemplar_fingerprints(spec, model, weights, view, probe, config, layouts)
         computes = behaviours(spec, model, layouts, latents)
-    return DescribedModel(weights, view, fingerprints, layouts, places(unwrap(model), spec.layers), computes)
+    order = places(unwrap(model), spec.layers)
+    return DescribedModel(weights, view, fingerprints, layouts, order, computes, nbytes(model))
 
 
 def exemplar_fingerprints(

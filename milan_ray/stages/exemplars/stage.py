@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -12,9 +12,11 @@ import pyarrow.compute as pc
 from milan_ray.config import ExemplarConfig, Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row, run_pool
+from milan_ray.engine.model_cache import together
 from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.engine.tasks import retry_if_overtaken
 from milan_ray.errors import DamagedTable, MilanError
+from milan_ray.exemplars.forward import reading
 from milan_ray.exemplars.shard import StateConfig
 from milan_ray.probe.base import Probe
 from milan_ray.probe.manifest import digest as probe_digest
@@ -29,7 +31,7 @@ from milan_ray.stages.exemplars.describe_model import (
 )
 from milan_ray.stages.exemplars.masks import recompute
 from milan_ray.stages.exemplars.merge import Merged, merge, warn_of_nonfinite
-from milan_ray.stages.exemplars.worker import ExemplarWorker, ModelWork, ModelWorker, Run, failing, shard_name
+from milan_ray.stages.exemplars.worker import ExemplarWorker, ModelWork, Run, ShardsWorker, failing, shard_name
 from milan_ray.stages.images import ExemplarImages, ensure_views
 from milan_ray.storage import Storage
 
@@ -212,7 +214,7 @@ class Exemplars(Stage):
 
 def run_shards(
     run: Run,
-    worker: type[ModelWorker],
+    worker: type[ShardsWorker],
     work: Sequence[ModelWork],
     folders: Sequence[Sequence[str]],
     title: str,
@@ -222,7 +224,7 @@ def run_shards(
 
     Args:
         run: The run.
-        worker: Runs a shard of a model.
+        worker: Runs a shard of some models.
         work: The models' work.
         folders: For each model, the work folders in which every finished shard has a piece.
         title: What the work is called in messages.
@@ -231,31 +233,58 @@ def run_shards(
     Returns:
         Model → why it failed, and model → seconds of its shards.
     """
-    rows: list[Row] = []
+    todo: dict[int, list[int]] = {}
     for index, item in enumerate(work):
-        images, size = item.plan.images, run.config.shard(item.plan.images)
-        shards, stored = range(-(-images // size)), set(run.storage.work_names(item.work))
-        fresh = [n for n in shards if any(f"{folder}/{shard_name(n)}" not in stored for folder in folders[index])]
-        if len(fresh) < len(shards):
-            say(f"{title} of {item.model.name}: {len(shards) - len(fresh)} of {len(shards)} shards are done already")
-        # What travels through Ray says where a shard lies in the manifest, not what is in it.
-        rows += [{"model": index, "shard": n, "start": n * size, "images": min(size, images - n * size)} for n in fresh]
+        shards, stored = range(item.shards(run.config)), set(run.storage.work_names(item.work))
+        todo[index] = [n for n in shards if any(f"{folder}/{shard_name(n)}" not in stored for folder in folders[index])]
+        if len(todo[index]) < len(shards):
+            done = len(shards) - len(todo[index])
+            say(f"{title} of {item.model.name}: {done} of {len(shards)} shards are done already")
+    rows = list(_rows(run, work, todo)) if work else []
     names = [item.model.name for item in work]
     failed, seconds = dict[str, str](), dict.fromkeys(names, 0.0)
     if not rows:
         return failed, seconds
-    total = sum(row["images"] for row in rows)
-    say(f"{title}: {', '.join(names)} over {images} images, {len(rows)} shards")
+    total = sum(row["images"] * len(row["models"]) for row in rows)
+    say(f"{title}: {', '.join(names)} over {work[0].plan.images} images, {sum(map(len, todo.values()))} shards")
     layers = [[(item.model.name, layer) for layer in item.read] for item in work]
-    pieces = (piece for row in rows for piece in layers[row["model"]])
+    pieces = (piece for index, shards in todo.items() for _ in shards for piece in layers[index])
     with Progress(title, total, "images", pieces) as progress:
-        for answer in run_pool(worker, {**run.arguments(work), **arguments}, rows, run.resources):
-            name = names[answer["model"]]
-            progress.advance(answer["images"], layers[answer["model"]])
-            seconds[name] += answer["seconds"]
-            if answer["error"]:
-                failed.setdefault(name, answer["error"])
+        arguments = {**run.arguments(work), **arguments}
+        for row in run_pool(worker, arguments, rows, run.resources, pieces=sum(map(len, todo.values()))):
+            for answer in row["models"]:
+                name = names[answer["model"]]
+                progress.advance(row["images"], layers[answer["model"]])
+                seconds[name] += answer["seconds"]
+                if answer["error"]:
+                    failed.setdefault(name, answer["error"])
     return failed, seconds
+
+
+def _rows(run: Run, work: Sequence[ModelWork], todo: Mapping[int, Sequence[int]]) -> Iterator[Row]:
+    """A row for each shard and group of models that share its images.
+
+    What travels through Ray says where a shard lies in the manifest, not what is in it.
+    """
+    images = work[0].plan.images
+    size = run.config.shard(images)
+    for group, members in enumerate(_groups(work)):
+        for n in sorted(set().union(*(todo[index] for index in members))):
+            models = [index for index in members if n in todo[index]]
+            row = {"group": group, "models": models, "shard": n, "start": n * size}
+            yield {**row, "images": min(size, images - n * size)}
+
+
+def _groups(work: Sequence[ModelWork]) -> list[list[int]]:
+    """Models that an actor runs over a shard while its images stay: of the same inputs, and together small enough."""
+    by_inputs: dict[Hashable, list[int]] = defaultdict(list)
+    for index, item in enumerate(work):
+        by_inputs[reading(references.model(item.model))].append(index)
+    return [
+        [members[place] for place in places]
+        for members in by_inputs.values()
+        for places in together([work[index].nbytes for index in members])
+    ]
 
 
 def rerun_work(

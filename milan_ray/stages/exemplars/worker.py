@@ -1,4 +1,4 @@
-"""Workers of the exemplars stage: each keeps one model loaded and runs it over shards of the probe."""
+"""Workers of the exemplars stage: each keeps some models loaded and runs them over shards of the probe."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +19,9 @@ from milan_ray.config import ExemplarConfig, Fingerprint, Resources
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
-from milan_ray.engine.model_cache import ModelCache
+from milan_ray.engine.model_cache import GroupCache, ModelCache
 from milan_ray.errors import MilanError
-from milan_ray.exemplars.forward import Batch, Forward, pass_size, read_ahead
+from milan_ray.exemplars.forward import Batch, Forward, SharedInputs, pass_size, read_ahead
 from milan_ray.exemplars.pooled import maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
 from milan_ray.exemplars.shard import Committed, LayerStates, StateConfig, layer_in_errors, to_table
@@ -31,6 +31,8 @@ from milan_ray.stages.arithmetic import refused_by
 from milan_ray.stages.exemplars.describe_model import DescribedModel
 from milan_ray.stages.images import read_refs
 from milan_ray.storage import Storage, WorkRemovedError
+
+T = TypeVar("T")
 
 IMAGES = "images"
 """Work folder of the tables of the images that a shard read; written last, so it also says that the shard is done."""
@@ -108,6 +110,16 @@ class ModelWork:
         """Work folders in which every finished shard of :class:`ExemplarWorker` has a piece."""
         return [IMAGES, *map(self.folder, self.layers), *(f"pooled/{self.folder(layer)}" for layer in self.pooled)]
 
+    def shards(self, config: ExemplarConfig) -> int:
+        """The number of shards of the probe."""
+        return -(-self.plan.images // config.shard(self.plan.images))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a worker needs to keep the model, and at most what it has seen of its activations."""
+        layouts = [self.described.layouts[layer] for layer in self.layers]
+        return self.described.nbytes + sum(self.plan.committed_bytes(each.units, each.grid) for each in layouts)
+
     def folder(self, layer: str) -> str:
         """Work folder of a layer's partials: the same whichever layers are still to do."""
         return f"L{self.every.index(layer)}"
@@ -152,7 +164,7 @@ class ModelWorker(ABC):
         self._storage, self._work, self._config = storage, work, config
         self._probe = references.probe(probe)
         self._device = resolve_device(device)
-        self._forward = ModelCache(self._load)
+        self._forward: Callable[[int], tuple[ModelSpec, Forward]] = ModelCache(self._load)
         self._failed: dict[int, str] = {}
 
     def __call__(self, row: Row) -> Row:
@@ -190,26 +202,60 @@ class ModelWorker(ABC):
         return read_ahead(self._probe, refs, spec, self._pass_size(spec), self._threads)
 
 
-class ExemplarWorker(ModelWorker):
+class ShardsWorker(ModelWorker):
+    """Runs some models over a shard of the probe, one after the other, whose images are read once for all of them.
+
+    Its rows say which ``models`` they are for, and to which ``group`` of models these belong; a group's models stay
+    loaded from row to row.
+    """
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self._caches: list[GroupCache[Any]] = []
+        self._forward = self._kept(self._load)
+
+    def _kept(self, build: Callable[[int], T]) -> GroupCache[T]:
+        """Keeps what ``build`` makes for each model of the rows' group."""
+        cache = GroupCache(build)
+        self._caches.append(cache)
+        return cache
+
+    def __call__(self, row: Row) -> Row:
+        """Runs the row's models; returns the error and the seconds of each."""
+        for cache in self._caches:
+            cache.turn_to(row["group"])
+        probe = self._work[row["models"][0]].probe  # one run has one probe
+        refs = read_refs(self._storage, probe, row["start"], row["start"] + row["images"])
+        self._inputs = SharedInputs(self._probe, refs, self._threads)
+        answers = []
+        for index in row["models"]:
+            started = time.monotonic()
+            answer = super().__call__({**row, "model": index})
+            answers.append({**answer, "seconds": time.monotonic() - started})
+        return {"images": row["images"], "models": answers}
+
+    def _shard(self, spec: ModelSpec) -> Iterator[tuple[Sequence[ImageRef], Batch]]:
+        """The shard's rows, as many at a time as a forward pass of this model takes."""
+        return self._inputs.batches(spec, self._pass_size(spec))
+
+
+class ExemplarWorker(ShardsWorker):
     """Turns a shard of the probe into every layer's contribution to a model's exemplars."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)
-        self._committed: dict[int, dict[str, Committed]] = {}
+        self._committed: GroupCache[dict[str, Committed]] = self._kept(lambda _: {})
 
     def _run(self, row: Row) -> None:
         started = time.monotonic()
         index, item, shard = row["model"], self._work[row["model"]], shard_name(row["shard"])
         spec, forward = self._forward(index)
-        # The rows of the models before are over: only this model's lower bounds are kept.
-        committed = self._committed.get(index, {})
-        self._committed = {index: committed}
-        refs = read_refs(self._storage, item.probe, row["start"], row["start"] + row["images"])
+        committed = self._committed(index)
         states = LayerStates(item.plan, self._threads)
         pooled: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         images: list[dict[str, object]] = []
         notes: list[tuple[str, str]] = []
-        for _, batch in self._batches(refs, spec):
+        for _, batch in self._shard(spec):
             notes += [(ref.location, note) for ref, note in batch.notes]
             images += [{"image_id": ref.image_id, "path": ref.location, "reason": why} for ref, why in batch.unreadable]
             images += [{"image_id": int(i), "sha256": sha} for i, sha in zip(batch.ids, batch.sha256, strict=True)]
