@@ -107,7 +107,7 @@ def test_exemplars_of_all_layers_record_views_manifest_and_run(undisturbed):
     assert not [f for f in undisturbed.files("_work") if f.endswith(".arrow")]
 
 
-@pytest.mark.parametrize(("actors", "shard_size"), [(2, 16), pytest.param(1, 500, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("actors", "shard_size"), [(2, 16), (None, 500)])
 def test_exemplars_are_identical_for_any_actors_and_shards(undisturbed, photos, tmp_path, actors, shard_size):
     other = tables(run(tmp_path, photos, replace(CONFIG, shard_size=shard_size), actors))
     expected = tables(undisturbed)
