@@ -1,7 +1,8 @@
 """Run by a test: a job on a storage where the first file of every kind cannot be written, run again after each.
 
-``python full_disk.py RESULT STORAGE LOG PHOTOS PLUGIN CAPTIONER`` writes what the job said each time, as JSON, and an
-file for every kind into the folder LOG, with the process whose write failed. This folder must be on ``PYTHONPATH``, so that workers know the storage.
+``python full_disk.py RESULT STORAGE LOG PHOTOS PLUGIN CAPTIONER`` writes what the job said each time, as JSON, and for
+every kind a file into the folder LOG, with the process whose write failed. This folder must be on ``PYTHONPATH``, so
+that workers know the storage.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ def torsos(root: Path) -> list[str]:
 
 
 def main(result: str, root: str, log: str, photos: str, plugin: str, captioner: str) -> None:
-    """Runs it until nothing fails any more: on actors until they have failed at all that they write, then on threads."""
+    """Runs it until nothing fails any more: on an actor while that can fail, then on threads."""
     storage = FullDisk(root, log)
     Path(log).mkdir()
     request, probe = ModelRef("slow/cnn", plugins=(plugin,)), ProbeRef((photos,))

@@ -120,8 +120,8 @@ def stands(gate: Gate, process: subprocess.Popen[str]) -> bool:
 def test_driver_killed_before_any_of_its_writes_again_and_again(job, undisturbed, kill_all, tmp_path):
     """Each time it continues where it was killed, so that later writes come near; once it was through, it begins anew.
 
-    Before whichever write: workers' own and the driver's, of work files, tables and records. Every third job has actors;
-    the others go on, on threads, with what these had done, and these with what threads had.
+    Before whichever write: workers' own and the driver's, of work files, tables and records. Every third job has
+    actors; the others go on, on threads, with what these had done, and these with what threads had.
     """
     rng, root = random.Random(KILLS), tmp_path / "run"
     storage, killed, rounds, most = Storage(root), 0, 0, WRITES
