@@ -100,7 +100,7 @@ def test_pooled_has_its_width_its_probe_and_a_run(undisturbed):
 
 
 def test_pooled_is_the_same_file_for_any_shards(undisturbed, few, tmp_path):
-    """And on actors: tests/faults/test_actors.py."""
+    """On actors, too: tests/faults/test_actors.py."""
     other = run(tmp_path, few, replace(CONFIG, shard_size=7))
     assert files(other, "pooled") == files(undisturbed, "pooled")
 
