@@ -129,16 +129,14 @@ def test_any_source_of_500_pictures_gives_the_same_tables_on_actors(tmp_path):
         Exemplars([CNN], ProbeRef(paths), config).run(storage, Resources(actors=actors))
         return tables(storage)
 
-    expected = None
-    for name, path in sources.items():
-        found = dissected(name, (str(path),), None)
-        expected = expected or found
-        assert_same(found, expected, name)
+    alone = [dissected(name, (str(path),), None) for name, path in sources.items()]
+    for name, found in zip(sources, alone, strict=True):
+        assert_same(found, alone[0], name)
     joined = tuple(map(str, sources.values()))
     here, there = (dissected(f"joined {actors}", joined, actors) for actors in (None, 2))
     assert_same(there, here, "all on actors")
     for name in (name for name in here if name.startswith("exemplars")):
-        best = pl.DataFrame(pl.from_arrow(expected[name])).filter(pl.col("rank") < 2)  # each is there four times now
+        best = pl.DataFrame(pl.from_arrow(alone[0][name])).filter(pl.col("rank") < 2)  # each is there four times now
         assert here[name]["image_id"].to_pylist() == [
             500 * source + image for image in best["image_id"] for source in range(4)
         ]
