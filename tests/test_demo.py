@@ -11,6 +11,7 @@ from pathlib import Path
 
 import polars as pl
 import pytest
+from commands import run_commands
 
 from milan_ray.world.lexicon import concepts_in
 from milan_ray.world.networks import planted_concepts
@@ -81,7 +82,7 @@ def test_demo_planted_units_are_named(scores):
 def test_demo_tuned_lambda_is_on_held_out_units_not_worse_than_none_or_the_papers(demo, scores):
     rows = scores.filter(pl.col("experiment") == "tuning of world by lam")
     metric = "bertscore-f" if "bertscore-f" in rows["metric"] else "rouge-l-f"
-    chosen = pl.read_parquet(demo[0] / "trials/**/*.parquet").filter("chosen", metric=metric, split="held-out")
+    chosen = pl.read_parquet(demo[0] / "trials/*/sweep=lam/*.parquet").filter("chosen", metric=metric, split="held-out")
     others = {"λ = 0", "λ = 0.2"} - {f"λ = {chosen['lam'].item():g}"}
     for other in others:
         difference = rows.filter(pl.col("system").str.ends_with(f" − {other}"), metric=metric)
@@ -107,26 +108,54 @@ def test_demo_again_does_nothing(demo):
     run = demo[0]
     files = [path for path in run.rglob("*.parquet") if "_work" not in path.parts]
     before = {path: path.stat().st_mtime_ns for path in files}
-    again = run_demo(run.parent)
+    again = run_demo(run.parent, "--no-report")
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in files} == before
     assert "training of world: up to date" in again.stderr
 
 
-def test_demo_that_is_done_has_nothing_to_do(demo):
-    planned = run_demo(demo[0].parent, "--dry-run")
-    assert planned.returncode == 0, planned.stderr
-    assert planned.stdout.splitlines()[-1].startswith("0 networks and tables would be made, ")
+SWEEP = "strategies: [beam, rerank]\nbeam_sizes: [5]\nlams: [0, 0.2]\nmetric: rouge-l-f\n"
+SMALL = ("analysis", "annotations", "audit", "cut-and-paste")
+"""Experiments of the paper that train nothing."""
 
 
-def test_demo_planted_units_are_named_by_describe_and_dissect(demo):
+@pytest.fixture(scope="module")
+def afterwards(
+    demo: tuple[Path, str], scores: pl.DataFrame, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """Verb → standard output of its last command, of all that follow the demo, run by one process one after the other.
+
+    The documents' commands, as they are written but for a shorter sweep, fewer drawn images and one report, that of the
+    last; the paper's experiments in small; the demo's dry run. What the demo itself has found is read before.
+    """
+    documents = runpy.run_path(str(ROOT / "tests/test_documents.py"))
+    commands = [
+        command for command in documents["TYPED"] if documents["why_not"](command) == [documents["ON_THE_DEMO"]]
+    ]
+    folder = tmp_path_factory.mktemp("afterwards")
+    (folder / "rerank.yaml").write_text(SWEEP)
+    places = {"results/demo": str(demo[0]), "tune_configs/rerank.yaml": str(folder / "rerank.yaml")}
+    lines = []
+    for command in commands:
+        line = [functools.reduce(lambda w, place: w.replace(place, places[place]), places, word) for word in command]
+        if command[0] == "score" and "--generator" in command:
+            line += ["--images", "2"]
+        if command is not commands[-1] and "--no-report" in documents["leaf"](command)._option_string_actions:
+            line.append("--no-report")
+        lines.append(line)
+    lines.append(["paper", "--small", "--only", ",".join(SMALL), "--no-report", "--storage", str(demo[0])])
+    lines.append(["demo", "--dry-run", "--storage", str(demo[0])])
+    environment = {"MILAN_MODELS_DIR": str(demo[0].parent / "models")}
+    answers = run_commands(lines, folder / "commands.json", environment)
+    return {line[0]: out for line, (out, _) in zip(lines, answers, strict=True)}
+
+
+def test_demo_that_is_done_has_nothing_to_do(afterwards):
+    assert afterwards["demo"].splitlines()[-1].startswith("0 networks and tables would be made, ")
+
+
+def test_demo_planted_units_are_named_by_describe_and_dissect(demo, afterwards):
     """The whole method offline: captions of a tagger, phrases counted, scenes drawn (docs/describe-and-dissect.md)."""
-    environment = {**os.environ, "MILAN_MODELS_DIR": str(demo[0].parent / "models")}
-    command = [sys.executable, "-m", "jobs.dnd", "--model", "world/planted", "--probe", "world/probe", "--no-report"]
-    command += ["--storage", str(demo[0]), "--captioner", "world/tagger", "--llm", "frequent"]
-    command += ["--generator", "world/painter", "--scoring", "topk-squared-mean", "--pooling", "max"]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
     labels = pl.read_parquet(demo[0] / "descriptions/labeler=dnd/**/*.parquet").sort("unit")
     assert labels["unit"].to_list() == list(range(len(planted_concepts)))
     named = [
@@ -135,39 +164,14 @@ def test_demo_planted_units_are_named_by_describe_and_dissect(demo):
     assert sum(named) / len(named) >= 0.2
 
 
-def documented() -> list[list[str]]:
-    """The commands of the documents that are about the demo's networks, in the order of the pages."""
-    documents = runpy.run_path(str(ROOT / "tests/test_documents.py"))
-    return [command for command in documents["TYPED"] if documents["why_not"](command) == [documents["ON_THE_DEMO"]]]
+def test_documents_commands_on_the_demo_run(afterwards):
+    assert afterwards.keys() >= {"dnd", "baselines", "label", "score", "compare", "tune", "describe"}
 
 
-def test_documents_commands_on_the_demo_run(demo, tmp_path):
-    """As they are written, but for a shorter sweep and fewer drawn images."""
-    sweep = tmp_path / "rerank.yaml"
-    sweep.write_text("strategies: [beam, rerank]\nbeam_sizes: [5]\nlams: [0, 0.2]\nmetric: rouge-l-f\n")
-    environment = {**os.environ, "MILAN_MODELS_DIR": str(demo[0].parent / "models")}
-    ran = set()
-    for command in documented():
-        places = {"results/demo": demo[0], "tune_configs/rerank.yaml": sweep}
-        verb, *words = (functools.reduce(lambda w, p: w.replace(p, str(places[p])), places, word) for word in command)
-        fewer = ["--images", "2"] if verb == "score" and "--generator" in words else []
-        line = [sys.executable, "-m", f"jobs.{verb}", *words, *fewer]
-        done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900, check=False)
-        assert done.returncode == 0, (command, done.stderr)
-        ran.add(verb)
-    assert ran >= {"dnd", "baselines", "label", "score", "compare", "tune", "describe"}
-
-
-def test_papers_experiments_in_small_write_the_page(demo):
+def test_papers_experiments_in_small_write_the_page(demo, afterwards):
     """Sizes of a test: that all hangs together, from the demo's tables to the page; figures mean nothing."""
-    environment = {**os.environ, "MILAN_MODELS_DIR": str(demo[0].parent / "models")}
-    experiments = ("analysis", "annotations", "audit", "cut-and-paste")  # the others train something
-    command = [sys.executable, "-m", "jobs.paper", "--small", "--only", ",".join(experiments), "--no-report"]
-    command += ["--storage", str(demo[0])]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
     claims = pl.read_parquet(demo[0] / "claims/**/*.parquet")
-    assert set(claims["experiment"]) == set(experiments) and claims["small"].all()
+    assert set(claims["experiment"]) == set(SMALL) and claims["small"].all()
     page = (demo[0] / "report/paper/index.html").read_text(encoding="utf-8")
     assert "Sizes of a test" in page and "Not run here yet" in page
-    assert all(f'id="{name}"' in page for name in experiments)
+    assert all(f'id="{name}"' in page for name in SMALL)

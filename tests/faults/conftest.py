@@ -34,18 +34,23 @@ class Job:
         captioner: Folder of a toy captioner.
         environment: Variables beside this process's own.
         verb: ``exemplars`` where the stages after these are not looked at.
+        actors: Actors of each pool; 0 leaves it to the job, which is so small that it starts no Ray: threads of its own
+            process do the same work, and write the same bytes (test_actors.py).
     """
 
     photos: Path
     captioner: Path
     environment: dict[str, str] = field(default_factory=dict)
     verb: str = "describe"
+    actors: int = 0
 
     def command(self, storage: str | Path, *more: str, model: str = "slow/cnn") -> list[str]:
         options = {"--model": model, "--plugin": PLUGIN, "--probe": str(self.photos), "--storage": str(storage)}
         if self.verb == "describe":
             options |= {"--decoder": str(self.captioner), "--beam-size": "5", "--length": "5"}
-        options |= {"--k": "4", "--batch-size": "16", "--shard-size": "4", "--actors": "1"}
+        options |= {"--k": "4", "--batch-size": "16", "--shard-size": "4"}
+        if self.actors:
+            options["--actors"] = str(self.actors)
         arguments = [text for pair in options.items() for text in pair]
         return [sys.executable, "-m", f"jobs.{self.verb}", *arguments, "--no-report", *more]
 

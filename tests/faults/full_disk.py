@@ -1,12 +1,14 @@
 """Run by a test: a job on a storage where the first file of every kind cannot be written, run again after each.
 
-``python full_disk.py RESULT STORAGE LOG PHOTOS PLUGIN CAPTIONER`` writes what the job said each time, as JSON, and an
-empty file for every kind into the folder LOG. This folder must be on ``PYTHONPATH``, so that workers know the storage.
+``python full_disk.py RESULT STORAGE LOG PHOTOS PLUGIN CAPTIONER`` writes what the job said each time, as JSON, and for
+every kind a file into the folder LOG, with the process whose write failed. This folder must be on ``PYTHONPATH``, so
+that workers know the storage.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
 import resource
 import sys
@@ -62,7 +64,8 @@ class FullDisk(Storage):
     def _first_of_its_kind(self, path: str) -> bool:
         """Whether nobody asked before, in any process."""
         try:
-            Path(self._log, kind_of(path)).touch(exist_ok=False)
+            with Path(self._log, kind_of(path)).open("x") as file:
+                file.write(str(os.getpid()))
         except FileExistsError:
             return False
         return True
@@ -87,15 +90,17 @@ def torsos(root: Path) -> list[str]:
 
 
 def main(result: str, root: str, log: str, photos: str, plugin: str, captioner: str) -> None:
-    """Runs it until nothing fails any more."""
+    """Runs it until nothing fails any more: on an actor while that can fail, then on threads."""
     storage = FullDisk(root, log)
     Path(log).mkdir()
     request, probe = ModelRef("slow/cnn", plugins=(plugin,)), ProbeRef((photos,))
     encoder = EncoderRef("slow", plugins=(plugin,))
-    config, resources = ExemplarConfig(k=4, batch_size=16, shard_size=45), Resources(actors=1)
+    config = ExemplarConfig(k=4, batch_size=16, shard_size=45)
     said: list[str] = []
-    with connected(resources):
+    with connected(Resources()):
         while len(said) < 40:
+            failed = {file.name for file in Path(log).iterdir()}
+            resources = Resources(actors=None if "_work images" in failed else 1)
             try:
                 done = Exemplars([request], probe, config).run(storage, resources)
                 run_stage(Encodings(done.models, encoder), storage, resources)

@@ -1,10 +1,15 @@
-"""On actors every stage writes the bytes that it writes on threads, where the tests of what stages do run."""
+"""In other processes every stage writes the bytes that it writes on threads, where the tests of what stages do run.
+
+Exemplars on the actors of Ray Data, which are the same for all stages. What stages differ by is whether worker,
+arguments and answers travel; the others show that on processes that start faster.
+"""
 
 from __future__ import annotations
 
 import shutil
 
 import pytest
+from processes import in_a_process
 
 from milan_ray.config import Resources
 from milan_ray.engine import actor_pool
@@ -19,16 +24,21 @@ STAGES = {
 }
 """World → its stages that have pools."""
 
+EVERY = [("photographs", "exemplars", "actors")]
+EVERY += [(world, name, "a process") for world, names in STAGES.items() for name in names if name != "exemplars"]
+
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "name"), [(world, name) for world, names in STAGES.items() for name in names])
-def test_stage_on_actors_writes_what_it_writes_on_threads(before_and_after, tmp_path, monkeypatch, world, name) -> None:
+@pytest.mark.parametrize(("world", "name", "where"), EVERY)
+def test_stage_elsewhere_writes_what_it_writes_on_threads(
+    before_and_after, tmp_path, monkeypatch, world, name, where
+) -> None:
     before, after, stage = before_and_after(world, name)
-    pools, on_actors = [], actor_pool._actors
+    pools, elsewhere = [], {"actors": actor_pool._actors, "a process": in_a_process}[where]
 
     def watched(worker, *arguments):
         pools.append(worker.__name__)
-        return on_actors(worker, *arguments)
+        return elsewhere(worker, *arguments)
 
     monkeypatch.setattr(actor_pool, "_actors", watched)
     monkeypatch.setattr(every_stage, "HERE", Resources(actors=1))

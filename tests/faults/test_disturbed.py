@@ -54,7 +54,7 @@ def waiting(where: Path, passes: int, gate: Path | None = None, hunger: Path | N
 @pytest.mark.slow
 def test_worker_killed_in_the_middle_of_a_shard_costs_that_shard_alone(job, undisturbed, below, tmp_path):
     storage, where, gate = Storage(tmp_path / "run"), tmp_path / "where", tmp_path / "gate"
-    job = replace(job, environment=waiting(where, 3, gate), verb="exemplars")
+    job = replace(job, environment=waiting(where, 3, gate), verb="exemplars", actors=1)
     process = job.start(storage.root)
     wait_until(lambda: passes(where) > 3, "the fourth shard has begun", process)
     victims = [pid for pid, command in below(process.pid).items() if "ExemplarWorker" in command]
@@ -80,7 +80,8 @@ def test_worker_killed_for_the_memory_it_takes_costs_that_shard_alone(job, undis
     logs = Path(tempfile.mkdtemp(prefix="ray"))  # sockets' paths must be short
     monitor = {"RAY_memory_usage_threshold": str(limit / total), "RAY_memory_monitor_refresh_ms": "50"}
     told = {"RAY_TMPDIR": str(logs), "RAY_BACKEND_LOG_LEVEL": "info"}
-    job = replace(job, environment={**waiting(where, 3, hunger=hunger), **monitor, **told}, verb="exemplars")
+    environment = {**waiting(where, 3, hunger=hunger), **monitor, **told}
+    job = replace(job, environment=environment, verb="exemplars", actors=1)
     try:
         said = job.run(storage.root)
         raylet = "".join(file.read_text() for file in logs.rglob("raylet.out"))
@@ -119,14 +120,15 @@ def stands(gate: Gate, process: subprocess.Popen[str]) -> bool:
 def test_driver_killed_before_any_of_its_writes_again_and_again(job, undisturbed, kill_all, tmp_path):
     """Each time it continues where it was killed, so that later writes come near; once it was through, it begins anew.
 
-    Before whichever write: workers' own and the driver's, of work files, tables and records.
+    Before whichever write: workers' own and the driver's, of work files, tables and records. Every third job has
+    actors; the others go on, on threads, with what these had done, and these with what threads had.
     """
     rng, root = random.Random(KILLS), tmp_path / "run"
     storage, killed, rounds, most = Storage(root), 0, 0, WRITES
     while killed < KILLS:
         rounds += 1
         gate = Gate(tmp_path / f"gate-{rounds}", re.escape(str(root)), rng.randint(1, most))
-        process = replace(job, environment=gate.environment).start(storage.root)
+        process = replace(job, environment=gate.environment, actors=int(rounds % 3 == 1)).start(storage.root)
         wait_until(partial(stands, gate, process), "gate or end")
         if not gate.reached():
             assert process.wait() == 0, process.communicate()[1]
@@ -160,8 +162,8 @@ def test_file_of_any_kind_that_cannot_be_written_is_one_sentence_and_no_torso(jo
         timeout=600,
     )
     assert done.returncode == 0, done.stderr
-    said, kinds = json.loads(result.read_text()), [file.name for file in log.iterdir()]
-    assert len(kinds) >= 12
+    said, kinds = json.loads(result.read_text()), {file.name: file.read_text() for file in log.iterdir()}
+    assert len(kinds) >= 12 and kinds["_work images"] != kinds["manifest"], "no actor's write failed"
     for public in ("manifest", "skipped", "exemplars", "levels", "views", "encodings", "candidates", "descriptions"):
         assert public in kinds
     assert len(said) >= len(kinds) / 2  # the threads of two layers may fail in the same run
@@ -173,13 +175,25 @@ def test_file_of_any_kind_that_cannot_be_written_is_one_sentence_and_no_torso(jo
 
 @pytest.mark.slow
 def test_two_jobs_on_one_storage_end_with_the_tables_of_one(job, undisturbed, tmp_path):
-    """The same job twice, side by side, and one of another network that shows some of the same images."""
-    twins = [job.start(tmp_path), job.start(tmp_path)]
-    other = job.start(tmp_path, model="slow/other")
-    for process in (*twins, other):
+    """The same job twice, side by side, and one of another network that shows some of the same images.
+
+    None begins before all have come to their first write of work in progress.
+    """
+    root = tmp_path / "run"
+    gates = [Gate(tmp_path / f"gate-{number}", rf"^{re.escape(str(root))}/_work/", 1) for number in range(3)]
+    models = ("slow/cnn", "slow/cnn", "slow/other")
+    jobs = [
+        replace(job, environment=gate.environment).start(root, model=model)
+        for gate, model in zip(gates, models, strict=True)
+    ]
+    for gate, process in zip(gates, jobs, strict=True):
+        gate.wait(process)
+    for gate in gates:
+        gate.open()
+    for process in jobs:
         said = process.communicate(timeout=600)[1]
         assert process.returncode == 0, said
-    storage = Storage(tmp_path)
+    storage = Storage(root)
     found = job.tables(storage)
     for name, table in undisturbed.items():
         assert found[name].equals(table), name

@@ -126,10 +126,12 @@ def remote_job(s3, job) -> Iterator[Any]:
 
 @pytest.mark.slow
 def test_job_on_s3_killed_and_started_again_ends_with_the_tables_of_a_local_one(s3, remote_job, undisturbed, tmp_path):
+    """On an actor until it is killed, whose logs show no secret either, then on threads."""
     storage, where = Storage(f"{s3}/run"), tmp_path / "where"
     probe = ("--probe", f"{s3}/photos")
     never = {"MILAN_TEST_WHERE": str(where), "MILAN_TEST_PASSES": "5", "MILAN_TEST_GATE": str(tmp_path / "never")}
-    process = replace(remote_job, environment={**remote_job.environment, **never}).start(storage.root, *probe)
+    environment = {**remote_job.environment, **never}
+    process = replace(remote_job, environment=environment, actors=1).start(storage.root, *probe)
     wait_until(lambda: passes(where) > 5, "the sixth shard has begun", process)
     done = [file for file in storage.files("_work") if "/images/" in file]
     said = remote_job.kill(process)
@@ -177,7 +179,7 @@ def test_job_on_gs_killed_and_started_again_ends_with_the_tables_of_a_local_one(
         photos.put(str(file.relative_to(job.photos)), file.read_bytes())
     job = replace(job, verb="exemplars")
     never = {"MILAN_TEST_WHERE": str(where), "MILAN_TEST_PASSES": "5", "MILAN_TEST_GATE": str(tmp_path / "never")}
-    process = replace(job, environment=never).start(storage.root, "--probe", photos.root)
+    process = replace(job, environment=never, actors=1).start(storage.root, "--probe", photos.root)
     wait_until(lambda: passes(where) > 5, "the sixth shard has begun", process)
     done = [file for file in storage.files("_work") if "/images/" in file]
     said = job.kill(process)

@@ -76,7 +76,7 @@ class Gate:
         }
 
     def reached(self) -> list[int]:
-        """The processes that wait, or have waited, at the gate."""
+        """The processes that wait, or have waited, at the gate: of the chosen rename, and of every later one."""
         file = self.folder / "reached"
         return [int(line) for line in file.read_text().split()] if file.exists() else []
 
@@ -84,6 +84,8 @@ class Gate:
         """Waits until a process of the job has come to the gate."""
         wait_until(self.reached, "the gate was reached", process)
 
-    def open(self) -> None:
-        """Lets all processes go on."""
-        (self.folder / "open").touch()
+    def open(self, to: int | None = None) -> None:
+        """Lets all processes go on: for good, or up to and with the rename of a number."""
+        meanwhile = self.folder / "opening"
+        meanwhile.write_text("" if to is None else str(to))
+        meanwhile.rename(self.folder / "open")

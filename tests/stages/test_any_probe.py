@@ -115,20 +115,31 @@ def test_any_source_gives_the_same_tables_to_the_last_bit(sources, tmp_path):
 
 @pytest.mark.slow
 def test_any_source_of_500_pictures_gives_the_same_tables_on_actors(tmp_path):
-    """64×64, in four classes; one thread, one actor and two."""
+    """64×64, in four classes: of each source on a thread, and of all four joined on threads and on two actors."""
     rng, photos = np.random.default_rng(6), tmp_path / "photos"
     for number in range(500):
         file = photos / "abcd"[number // 125] / f"{number:03d}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(rng.integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(file)
-    expected = None
-    for name, path in shards_of(photos, tmp_path).items():
-        for actors in (None, 1, 2):
-            storage = Storage(tmp_path / f"run {name} {actors}")
-            config = ExemplarConfig(k=8, batch_size=16, shard_size=100)
-            Exemplars([CNN], ProbeRef((str(path),)), config).run(storage, Resources(actors=actors))
-            expected = expected or tables(storage)
-            assert_same(tables(storage), expected, f"{name} {actors}")
+    sources = shards_of(photos, tmp_path)
+
+    def dissected(name: str, paths: tuple[str, ...], actors: int | None) -> dict[str, pa.Table]:
+        storage = Storage(tmp_path / f"run {name}")
+        config = ExemplarConfig(k=8, batch_size=16, shard_size=100)
+        Exemplars([CNN], ProbeRef(paths), config).run(storage, Resources(actors=actors))
+        return tables(storage)
+
+    alone = [dissected(name, (str(path),), None) for name, path in sources.items()]
+    for name, found in zip(sources, alone, strict=True):
+        assert_same(found, alone[0], name)
+    joined = tuple(map(str, sources.values()))
+    here, there = (dissected(f"joined {actors}", joined, actors) for actors in (None, 2))
+    assert_same(there, here, "all on actors")
+    for name in (name for name in here if name.startswith("exemplars")):
+        best = pl.DataFrame(pl.from_arrow(alone[0][name])).filter(pl.col("rank") < 2)  # each is there four times now
+        assert here[name]["image_id"].to_pylist() == [
+            500 * source + image for image in best["image_id"] for source in range(4)
+        ]
 
 
 def test_any_source_gives_a_notebook_what_a_job_finds(sources, tmp_path):

@@ -108,8 +108,7 @@ def test_exemplars_of_all_layers_record_views_manifest_and_run(undisturbed):
 
 
 @pytest.mark.parametrize(
-    ("actors", "shard_size"),
-    [(None, 16), (None, 500), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 16), (1, 500)])],
+    ("actors", "shard_size"), [(None, 16), (None, 500), pytest.param(2, 16, marks=pytest.mark.slow)]
 )
 def test_exemplars_are_identical_for_any_actors_and_shards(undisturbed, photos, tmp_path, actors, shard_size):
     other = tables(run(tmp_path, photos, replace(CONFIG, shard_size=shard_size), actors))

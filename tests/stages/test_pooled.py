@@ -43,9 +43,9 @@ def few(photos, tmp_path_factory) -> Path:
     return folder
 
 
-def run(path: Path, few: Path, config: ExemplarConfig = CONFIG, actors: int | None = None) -> Storage:
+def run(path: Path, few: Path, config: ExemplarConfig = CONFIG) -> Storage:
     storage = Storage(path)
-    Exemplars([CNN], ProbeRef((str(few),)), config).run(storage, Resources(actors=actors))
+    Exemplars([CNN], ProbeRef((str(few),)), config).run(storage, Resources())
     return storage
 
 
@@ -99,9 +99,9 @@ def test_pooled_has_its_width_its_probe_and_a_run(undisturbed):
         assert sum(len(part) for part in parts) == 39 and matrix(parts[0]["max"]).shape[1] == units
 
 
-@pytest.mark.slow
-def test_pooled_is_the_same_file_for_any_actors_and_shards(undisturbed, few, tmp_path):
-    other = run(tmp_path, few, replace(CONFIG, shard_size=7), actors=2)
+def test_pooled_is_the_same_file_for_any_shards(undisturbed, few, tmp_path):
+    """On actors, too: tests/faults/test_actors.py."""
+    other = run(tmp_path, few, replace(CONFIG, shard_size=7))
     assert files(other, "pooled") == files(undisturbed, "pooled")
 
 
