@@ -9,8 +9,8 @@ tensors on the host are real. Inside :class:`PretendedCuda` an operation fails
 - if it copies to the host; or to the GPU from memory that is not pinned, or without ``non_blocking``: such a copy first
   waits until the GPU has done everything that it was given before. An index on the host is such a copy, too.
 
-What it cannot show: the GPU's numbers, its speed, and waits inside of the CUDA libraries. ``python -m jobs.benchmark gpu``
-shows these on a real one.
+What it cannot show: the GPU's numbers, its speed, and waits inside of CUDA's libraries. ``jobs.benchmark gpu`` shows
+these on a real GPU.
 """
 
 from __future__ import annotations
@@ -67,6 +67,10 @@ class _Watch(TorchDispatchMode):
             if not args[0].is_cuda:
                 return args[0].copy_(self._read(args[1], None))
             self._sent(args[1], (*args, False)[2])
+        if func is aten._local_scalar_dense.default and self.reads > 0:
+            zero = self._read(args[0], None)
+            with unset_fake_temporarily():
+                return zero.item()
         if func in _INDEXING and args[0].is_cuda:
             for index in args[1]:
                 if index is not None and not index.is_cuda:
@@ -124,6 +128,10 @@ class PretendedCuda:
         # cuDNN, which is there in a build for CUDA, would ask the driver for its device.
         self._stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         self._stack.enter_context(patch.object(torch.Tensor, "backward", _backward))
+        # In inference mode, operations arrive here that consist of others, which are what can be judged.
+        self._stack.enter_context(
+            patch.object(torch._C, "_InferenceMode", lambda mode: torch.set_grad_enabled(not mode))
+        )
         self._stack.enter_context(self._fake)
         self._stack.enter_context(self._watch)
         return self
@@ -154,7 +162,7 @@ class PretendedCuda:
 
 @torch.no_grad()
 def _backward(loss: torch.Tensor) -> None:
-    """``loss.backward()``: runs the same nodes of the graph as torch's engine, which would ask the driver for streams."""
+    """``loss.backward()``: runs the nodes of the graph. Torch's engine would ask the driver for streams."""
     order: list[Any] = []
     visited: set[Any] = set()
     stack: list[tuple[Any, bool]] = [(loss.grad_fn, False)]
