@@ -113,12 +113,11 @@ def check_device(name: str) -> torch.device:
         MilanError: A GPU is asked for, and there is none; the message says what is missing.
     """
     if name.startswith("cuda") and not torch.cuda.is_available():
-        built = torch.version.cuda
-        missing = (
-            f"torch {torch.__version__} is built without CUDA" if built is None else "torch finds no GPU or driver"
-        )
+        missing = f"torch {torch.__version__} is built without CUDA"
+        if torch.version.cuda:
+            missing = "no GPU or driver is found"
         raise MilanError(
-            f"benchmark gpu measures a GPU, and here {missing}: run it on a machine that has one, or try it with "
+            f"benchmark gpu measures a GPU, but {missing} here: run it on a machine that has one, or try it with "
             "--device cpu --short."
         )
     return resolve_device(name)

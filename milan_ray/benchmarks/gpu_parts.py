@@ -226,9 +226,8 @@ def tables(bench: Bench, seconds: float) -> Iterator[Result]:
                 storage, took = _stored(bench, f"{folder}/{name}", str(bench.device))
             found = agreement(reference, storage, MODEL, layers)
             title = f"tables of {bench.device.type} in {name}, against the CPU's"
-            yield Result(
-                title, (took,), (bare,), len(bench.views), "images", found.facts(ties=1e-2 if allowed else 1e-4)
-            )
+            facts = found.facts(ties=TF32_TIES if allowed else TIES)
+            yield Result(title, (took,), (bare,), len(bench.views), "images", facts)
 
 
 def forward(bench: Bench, seconds: float) -> Iterator[Result]:
@@ -282,15 +281,17 @@ def stage(bench: Bench, seconds: float) -> Iterator[Result]:
 
 def beam(bench: Bench, seconds: float) -> Iterator[Result]:
     """Compares the search with all beams at every step with that which leaves some out; and captions with the CPU's."""
-    sizes = Sizes.of(bench.options)
+    sizes, ends = Sizes.of(bench.options), time.monotonic() + seconds
     captioner = untrained(sizes)
     few = random_features(2, sizes.features)
     expected = captioner.candidates(few).texts
     captioner.to(str(bench.device))
     found = captioner.candidates(few).texts
     same = [a == b for unit in zip(expected, found, strict=True) for a, b in zip(*unit, strict=True)]
-    ends = time.monotonic() + seconds
+    needed = 0.0
     for units in (2,) if bench.options.short else (32, 128):
+        if not _fits(f"searches of {units} units", needed, ends):
+            return
         features = to_device(random_features(units, sizes.features), bench.device)
         result = timed(
             f"beam search and re-ranking of {units} units, all beams at every step, against leaving some out",
@@ -302,8 +303,15 @@ def beam(bench: Bench, seconds: float) -> Iterator[Result]:
             "units",
         )
         yield result.with_facts(candidates_as_on_the_CPU=f"{sum(same)} of {len(same)}")
-        if not _goes_on(ends, 8 * (result.seconds[0] + result.baseline[0]), "searches of more units"):
-            return
+        needed = 8 * (result.seconds[0] + result.baseline[0])
+
+
+def _fits(what: str, needed: float, ends: float) -> bool:
+    """Whether the seconds until ``ends`` suffice; says so where they do not."""
+    left = max(0.0, ends - time.monotonic())
+    if needed > left:
+        say(f"benchmark gpu leaves out {what}: they take about {needed:.0f} s, and {left:.0f} s are left")
+    return needed <= left
 
 
 def _search(captioner: Captioner, features: Tensor, skip: bool) -> None:
@@ -315,11 +323,13 @@ def _search(captioner: Captioner, features: Tensor, skip: bool) -> None:
 
 def encoder(bench: Bench, seconds: float) -> Iterator[Result]:
     """Compares encoding images and pooling them with masks with the encoder's bare passes."""
-    sizes, short = Sizes.of(bench.options), bench.options.short
+    sizes, ends = Sizes.of(bench.options), time.monotonic() + seconds
     with TemporaryDirectory(prefix="milan-gpu-") as folder:
         network = random_encoder(sizes.encoder, Path(folder)).load().to(bench.device)
-    ends = time.monotonic() + seconds
-    for size in (2,) if short else (16, 64):
+    needed = 0.0
+    for size in (2,) if bench.options.short else (16, 64):
+        if not _fits(f"batches of {size} images", needed, ends):
+            return
         images = torch.rand(size, 3, 224, 224, device=bench.device)
         index = torch.arange(size, device=bench.device).repeat_interleave(PER_IMAGE)
         masks = to_device(torch.from_numpy(round_masks(len(index))), bench.device)
@@ -336,16 +346,7 @@ def encoder(bench: Bench, seconds: float) -> Iterator[Result]:
                 "images",
             )
             yield result
-        if not _goes_on(ends, 8 * (result.seconds[0] + result.baseline[0]) / passes, "larger batches of the encoder"):
-            return
-
-
-def _goes_on(ends: float, needed: float, what: str) -> bool:
-    """Whether the time until ``ends`` suffices; says so where it does not."""
-    left = ends - time.monotonic()
-    if needed > left:
-        say(f"benchmark gpu leaves out {what}: they take about {needed:.0f} s, and {max(0.0, left):.0f} s are left")
-    return needed <= left
+            needed = 16 * (result.seconds[0] + result.baseline[0]) / passes
 
 
 def _encode(network: PyramidEncoder, images: Tensor, masks: Tensor, index: Tensor, skip: bool) -> None:

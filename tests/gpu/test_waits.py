@@ -14,6 +14,7 @@ from torch import nn
 from toys import toy_captioner
 
 from milan_ray.captioner.beam import beam_search
+from milan_ray.captioner.encoder import EncoderSpec, MaskedExemplars, PyramidEncoder, encode_exemplars
 from milan_ray.captioner.training import EarlyStopping, greedy_captions
 from milan_ray.exemplars import masks, pooled, shard
 from milan_ray.exemplars.concepts import fires
@@ -24,6 +25,9 @@ from milan_ray.models.batch_mates import summary
 from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelSpec
 from milan_ray.models.view import Preprocess, View
+from milan_ray.probe.arrays import ArrayProbe
+from milan_ray.probe.manifest import image_refs
+from milan_ray.stages.embeddings import embed_refs
 
 ARCHITECTURE = Path(__file__).resolve().parents[2] / "ARCHITECTURE.md"
 
@@ -58,6 +62,29 @@ def captioner_on(gpu: PretendedCuda):
     return captioner
 
 
+def encode(gpu: PretendedCuda) -> object:
+    backbone = nn.Sequential(nn.Conv2d(3, 4, 3, 2))
+    encoder = PyramidEncoder(EncoderSpec("small", lambda _: backbone, ("0",), size=20), backbone)
+    _ = encoder.feature_size
+    encoder = gpu.network(encoder)
+    exemplars = MaskedExemplars(np.zeros(2, np.int64), lambda places: torch.ones(len(places), 20, 20))
+    return encode_exemplars(encoder, [exemplars], lambda start, stop: encoder.maps(on_gpu(1, 3, 20, 20)), 1, 1)
+
+
+class Brightness:
+    """A model of images: their mean colours."""
+
+    view = View(8, 8)
+
+    def embed_images(self, images: torch.Tensor) -> torch.Tensor:
+        return images.mean(dim=(2, 3))
+
+
+def embed_a_picture(gpu: PretendedCuda) -> object:
+    probe = ArrayProbe(np.zeros((1, 8, 8, 3), np.uint8))
+    return embed_refs(Brightness(), probe, image_refs(probe.manifest()), CUDA)
+
+
 MUST_WAIT: dict[str, Callable[[PretendedCuda], object]] = {
     "exemplars.forward.Forward.maps": first_batch,
     "exemplars.forward.Forward.images": generated_images,
@@ -69,6 +96,7 @@ MUST_WAIT: dict[str, Callable[[PretendedCuda], object]] = {
     ),
     "exemplars.concepts.fires": lambda gpu: fires(on_gpu(6, 5, 5), on_gpu(6), (20, 20)),
     "models.batch_mates.summary": lambda gpu: summary(on_gpu(4, 6, 5, 5)),
+    "captioner.encoder.encode_exemplars": encode,
     "captioner.beam.beam_search": lambda gpu: beam_search(captioner_on(gpu).decoder, on_gpu(3, 4, 10), 5, 7),
     "captioner.captioner.Captioner.candidates": lambda gpu: captioner_on(gpu).candidates(
         np.zeros((3, 4, 10), np.float32)
@@ -77,6 +105,7 @@ MUST_WAIT: dict[str, Callable[[PretendedCuda], object]] = {
         (captioner := captioner_on(gpu)).decoder, on_gpu(3, 4, 10), captioner.indexer
     ),
     "captioner.training.EarlyStopping.update": lambda gpu: EarlyStopping().update(0, 1.0, gpu.network(nn.Linear(2, 2))),
+    "stages.embeddings.embed_refs": embed_a_picture,
 }
 """Place → something that goes there; what runs for every batch besides is in ``test_hot_path.py``."""
 
