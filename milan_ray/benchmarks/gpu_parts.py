@@ -194,15 +194,12 @@ def _peak(device: torch.device) -> float:
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Sets whether float32 products and convolutions on a GPU may round their factors to TF32."""
-    backends = torch.backends.cuda.matmul, torch.backends.cudnn
-    before = [backend.allow_tf32 for backend in backends]
-    for backend in backends:
-        backend.allow_tf32 = allowed
+    before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
     try:
         yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.allow_tf32 = value
+        torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = before
 
 
 def _config(bench: Bench) -> ExemplarConfig:
@@ -232,7 +229,7 @@ def tables(bench: Bench, seconds: float) -> Iterator[Result]:
 
 def forward(bench: Bench, seconds: float) -> Iterator[Result]:
     """Compares the kernels on decoded images with the bare forward pass over the same, in each arithmetic."""
-    chosen = [(name, *rest) for name, *rest in ARITHMETICS if bench.device.type == "cuda" or name != "TF32"]
+    chosen = [row for row in ARITHMETICS if bench.device.type == "cuda" or row[0] != "TF32"]
     for name, arithmetic, allowed in chosen:
         share = seconds / len(chosen)
         with tf32(allowed):

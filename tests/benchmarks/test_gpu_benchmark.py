@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,10 +11,10 @@ import pytest
 import torch
 
 from milan_ray import cli
-from milan_ray.benchmarks import gpu
+from milan_ray.benchmarks import gpu, gpu_parts
 from milan_ray.benchmarks.agreement import agreement
 from milan_ray.benchmarks.gpu import PARTS, Report
-from milan_ray.benchmarks.gpu_parts import Bench, timed
+from milan_ray.benchmarks.gpu_parts import Bench, tf32, timed
 from milan_ray.benchmarks.harness import Options, Result
 from milan_ray.schema import EXEMPLARS, LEVELS
 from milan_ray.storage import Storage
@@ -49,9 +50,9 @@ def test_parts_share_the_time_that_is_left_and_those_that_do_not_fit_are_left_ou
         now[0] += 40
         yield Result("measured", (1.0,))
 
-    monkeypatch.setattr(gpu.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     monkeypatch.setattr(gpu, "PARTS", tuple(gpu.Part(name, part, 10, 1) for name in "abcd"))
-    monkeypatch.setattr(gpu.gpu_parts, "photo_count", lambda options: 1)
+    monkeypatch.setattr(gpu_parts, "photo_count", lambda options: 1)
     results = list(gpu.run(Options(device="cpu", minutes=1.5, out=tmp_path)))
     figures = json.loads((tmp_path / "gpu.json").read_text())
     assert shares == [90 / 4, 50 / 3, 10 / 2] and len(results) == 3
@@ -66,6 +67,17 @@ def test_timing_repeats_as_often_as_the_time_allows(tmp_path: Path) -> None:
     assert len(plenty.seconds) == len(plenty.baseline) == 3
     assert calls == ["ours", "bare", "ours", "bare", "bare", "ours", "ours", "bare"]
     assert len(timed("x", lambda: None, None, bench, 0.0, 1, "runs").seconds) == 1
+
+
+def test_tf32_is_set_for_a_while() -> None:
+    def flags() -> tuple[bool, bool]:
+        return torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
+
+    before = flags()
+    for allowed in (False, True):
+        with tf32(allowed):
+            assert flags() == (allowed, allowed)
+        assert flags() == before
 
 
 def test_report_has_a_row_for_each_result_under_the_gpus_name() -> None:

@@ -171,10 +171,11 @@ def pyramid() -> PyramidEncoder:
 
 def exemplars(count: int) -> list[MaskedExemplars]:
     """Two groups of exemplars of images 0 … count − 1, with masks of two sizes."""
-    return [
-        MaskedExemplars(np.arange(2 * count) % count, lambda places, side=side: torch.ones(len(places), side, side))
-        for side in (20, 30)
-    ]
+
+    def masked(side: int) -> MaskedExemplars:
+        return MaskedExemplars(np.arange(2 * count) % count, lambda places: torch.ones(len(places), side, side))
+
+    return [masked(side) for side in (20, 30)]
 
 
 def test_encoding_a_chunk_reads_its_features_once_all_passes_are_under_way(pyramid: PyramidEncoder) -> None:
@@ -300,7 +301,8 @@ def test_validation_of_a_language_model_on_a_gpu_reads_a_loss_per_batch_at_its_e
 ROWS = torch.tensor([[3, 1, 0], [2, -1, -1], [4, 0, -1]])
 
 LABELERS: dict[str, Callable[[], Tensor]] = {
-    **{name: lambda how=how: pointwise(on_gpu(5, 7), on_gpu(5).double(), ROWS, how) for name, how in WPMI.items()},
+    "soft_wpmi": lambda: pointwise(on_gpu(5, 7), on_gpu(5).double(), ROWS, WPMI["soft_wpmi"]),
+    "wpmi": lambda: pointwise(on_gpu(5, 7), on_gpu(5).double(), ROWS, WPMI["wpmi"]),
     "rank reorder": lambda: rank_reorder(on_gpu(5, 7), ROWS, torch.ones(3, 3)),
 }
 

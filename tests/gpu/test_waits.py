@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from milan_ray.exemplars.forward import Forward
 from milan_ray.exemplars.levels import RunningLevel
 from milan_ray.exemplars.shard import LayerState, StateConfig
 from milan_ray.models.batch_mates import summary
+from milan_ray.models.image_text import Embedder
 from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelSpec
 from milan_ray.models.view import Preprocess, View
@@ -82,7 +84,7 @@ class Brightness:
 
 def embed_a_picture(gpu: PretendedCuda) -> object:
     probe = ArrayProbe(np.zeros((1, 8, 8, 3), np.uint8))
-    return embed_refs(Brightness(), probe, image_refs(probe.manifest()), CUDA)
+    return embed_refs(cast(Embedder, Brightness()), probe, image_refs(probe.manifest()), CUDA)
 
 
 MUST_WAIT: dict[str, Callable[[PretendedCuda], object]] = {

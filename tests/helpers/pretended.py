@@ -49,7 +49,7 @@ class _Watch(TorchDispatchMode):
     """Fails where the host would wait; keeps track of which tensors are pinned, and of copies to the host."""
 
     def __init__(self, reads: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # torch declares no types here
         self.reads = reads
         self._pinned = WeakTensorKeyDictionary()
 
