@@ -33,6 +33,21 @@ def resolve_device(device: str = "auto") -> torch.device:
     return resolved
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor of the host to a device; the host does not wait for what a GPU has yet to do.
+
+    A copy from ordinary memory first waits until the GPU has finished everything that it was given before, so that the
+    GPU idles until the host has prepared more. A copy from pinned memory takes its turn with the rest.
+
+    Args:
+        tensor: The tensor; one that is on the device already is returned as it is.
+        device: The device.
+    """
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @contextmanager
 def torch_threads(count: int) -> Iterator[None]:
     """Temporarily sets torch's number of threads; another number may change the last bits of a result."""

@@ -74,7 +74,7 @@ def _view(file: Path) -> np.ndarray:
 def _pooling(encoder: PyramidEncoder, images: torch.Tensor, options: Options) -> Result:
     images = images[:BATCH_SIZE]
     index = torch.arange(len(images)).repeat_interleave(PER_IMAGE)
-    regions = torch.from_numpy(_masks(len(index)))
+    regions = torch.from_numpy(round_masks(len(index)))
     maps = encoder.maps(images)
 
     def pool() -> None:
@@ -154,14 +154,14 @@ def _write_exemplars(storage: Storage, model: str, images: int, seed: int) -> No
         "rank": np.tile(np.arange(K), count // K),
         "image_id": order,
         "activation": np.zeros(count, np.float32),
-        "mask": pack(torch.from_numpy(_masks(count))),
+        "mask": pack(torch.from_numpy(round_masks(count))),
     }
     metadata = {"probe": "benchmark", "view": "benchmark", "mask_height": "224", "mask_width": "224"}
     table = EXEMPLARS.table(columns, metadata)
     storage.write(EXEMPLARS, table, config_hash({"benchmark": model}), model=model, layer="layer")
 
 
-def _masks(count: int) -> np.ndarray:
+def round_masks(count: int) -> np.ndarray:
     """Generates round regions of about a tenth of the image, bool (count, 224, 224)."""
     centre = np.random.default_rng(0).integers(0, 224, (2, count, 1, 1))
     rows, columns = np.ogrid[:224, :224]

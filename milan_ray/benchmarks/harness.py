@@ -44,6 +44,9 @@ class Options:
         short: Use tiny sizes, to check in seconds that everything works. The resulting figures are meaningless.
         photos: Folder of JPEG photographs; None generates noise of the same size.
         annotations: Folder of human annotations, for benchmarks that train on real captions; None generates some.
+        device: Device that the benchmark of a GPU measures.
+        minutes: Minutes that it may take.
+        out: Folder for its figures; None writes none.
     """
 
     repeats: int = 3
@@ -51,6 +54,9 @@ class Options:
     short: bool = False
     photos: Path | None = None
     annotations: Path | None = None
+    device: str = "cuda"
+    minutes: float = 8.0
+    out: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,16 @@ class PlainStage:
     def __init__(self) -> None:
         self.shards: list[float] = []
 
-    def run(self, storage: Storage, model: ModelRef, probe: ProbeRef, config: ExemplarConfig) -> None:
-        """Does the same as :class:`Exemplars`."""
+    def run(
+        self,
+        storage: Storage,
+        model: ModelRef | Sequence[ModelRef],
+        probe: ProbeRef,
+        config: ExemplarConfig,
+        device: str = "cpu",
+    ) -> None:
+        """Does the same as :class:`Exemplars`, for one model or several."""
+        models = [model] if isinstance(model, ModelRef) else list(model)
         self.shards.clear()
         with (
             patch.object(stage, "run_pool", self._pool),
@@ -36,8 +44,8 @@ class PlainStage:
             patch.object(merge, "run_parallel", _parallel),
             patch.object(views, "run_parallel", _parallel),
         ):
-            resources = Resources(cpus_per_actor=torch.get_num_threads(), device="cpu")
-            Exemplars([model], probe, config).run(storage, resources)
+            resources = Resources(cpus_per_actor=torch.get_num_threads(), device=device)
+            Exemplars(models, probe, config).run(storage, resources)
 
     def _pool(
         self,

@@ -1,9 +1,10 @@
 """Beam search over units × beams at once, with the semantics of AllenNLP's beam search.
 
-Three optimisations that do not change results: attention keys and the token half of the LSTM's input are projected
-once; beams that reached ``<stop>`` are skipped; and the computations that depend on the state only (attention, gate,
-most of the LSTM's input: nine tenths of the work) run once per *distinct parent*, not once per beam. In the first step,
-all beams of a unit have the same parent; later, 50 beams have about 25 distinct parents.
+On a GPU, all beams take part in every step (:func:`search_all_beams`): to leave some out, the host would have to ask
+how many are left. On a CPU, three optimisations do not change results: attention keys and the token half of the LSTM's
+input are projected once; beams that reached ``<stop>`` are skipped; and the computations that depend on the state only
+(attention, gate, most of the LSTM's input: nine tenths of the work) run once per *distinct parent*, not once per beam.
+In the first step, all beams of a unit have the same parent; later, 50 beams have about 25 distinct parents.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def beam_search(
     length: int = 15,
     lm: LanguageModel | None = None,
     lam: float = 0.2,
+    skip: bool | None = None,
 ) -> Beams:
     """Finds the most likely descriptions.
 
@@ -52,6 +54,8 @@ def beam_search(
         length: Maximum tokens of a description, ``<stop>`` included; longer ones stay unfinished.
         lm: If given, the search maximises log p(d|E) − λ log p(d), subtracted token by token.
         lam: λ.
+        skip: Whether to leave out finished and repeated beams, at least half of the work; the host then waits for the
+            device at every step, for how many are left. None leaves them out on a CPU only.
 
     Raises:
         MilanError: The vocabulary has fewer tokens than there are beams, or the length is below 1.
@@ -59,6 +63,9 @@ def beam_search(
     ids = decoder.config.ids
     _check(ids.total, beam_size, length)
     units, device = len(features), features.device
+    if units and not (device.type == "cpu" if skip is None else skip):
+        beams = search_all_beams(decoder, features, beam_size, length, lm, lam)
+        return Beams(beams.tokens[:, :, : int(beams.steps.max())], beams.scores, beams.steps)
     keys = decoder.attend.key_to_hidden(features).unsqueeze(1)
     token_gates, context_weight = decoder.token_gates(), decoder.input_weights()[1]
 
@@ -93,6 +100,57 @@ def beam_search(
         row_of, unit_of = running.flatten().cumsum(0).view_as(running) - 1, unit
 
         scores, parent, last = _extend(scores, log_probs, unit, beam, ids.stop, beam_size)
+        tokens = torch.cat([tokens.gather(1, parent.unsqueeze(2).expand(-1, -1, tokens.shape[2])), last[..., None]], 2)
+    return Beams(tokens, scores, steps)
+
+
+@torch.no_grad()
+def search_all_beams(
+    decoder: Decoder,
+    features: Tensor,
+    beam_size: int = 50,
+    length: int = 15,
+    lm: LanguageModel | None = None,
+    lam: float = 0.2,
+) -> Beams:
+    """The search of :func:`beam_search` with all beams at every step.
+
+    No size depends on values, so the host never waits for a GPU.
+
+    Returns:
+        The beams of :func:`beam_search`, with ``length`` tokens each: columns of ``<stop>`` follow the last step.
+    """
+    units, device, stop = len(features), features.device, decoder.config.ids.stop
+    keys = decoder.attend.key_to_hidden(features).unsqueeze(1)
+    token_gates, context_weight = decoder.token_gates(), decoder.input_weights()[1]
+    first_beam = torch.arange(units, device=device).unsqueeze(1)
+    h, c = decoder.initial_state(features)
+    last = torch.full((units, 1), decoder.config.ids.start, device=device)
+    scores = torch.zeros(units, 1, device=device)
+    tokens = torch.empty(units, 1, 0, dtype=torch.long, device=device)
+    steps = torch.zeros(units, dtype=torch.long, device=device)
+    lm_state = None
+    for _ in range(length):
+        running = last != stop
+        steps += running.any(dim=1)
+        context = torch.bmm(decoder.attend(h.unflatten(0, scores.shape), keys), features).flatten(0, 1)
+        gates = decoder.state_gates(h, context, context_weight) + F.embedding(last.flatten(), token_gates)
+        h, c = decoder.cell(gates, c)
+        log_probs = decoder.output(h)
+        if lm is not None:
+            lm_log_probs, lm_state = lm.step(last.flatten(), lm_state)
+            log_probs = log_probs - lam * lm_log_probs
+        candidates = log_probs.unflatten(0, scores.shape) + scores.unsqueeze(2)
+        # A finished beam has one extension, another <stop>, at no cost.
+        stopping = torch.where(running, candidates[..., stop], scores)
+        candidates = candidates.masked_fill(~running.unsqueeze(2), -torch.inf)
+        candidates[..., stop] = stopping
+        before = scores.shape[1]
+        scores, chosen = largest(candidates.flatten(1), beam_size)
+        parent, last = chosen // candidates.shape[2], chosen % candidates.shape[2]
+        rows = (first_beam * before + parent).flatten()
+        h, c = h.index_select(0, rows), c.index_select(0, rows)
+        lm_state = lm_state and (lm_state[0].index_select(1, rows), lm_state[1].index_select(1, rows))
         tokens = torch.cat([tokens.gather(1, parent.unsqueeze(2).expand(-1, -1, tokens.shape[2])), last[..., None]], 2)
     return Beams(tokens, scores, steps)
 

@@ -17,7 +17,7 @@ from milan_ray.captioner.lm import LanguageModel
 from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
 from milan_ray.captioner.rerank import beam_logp, counted_length, rescore
 from milan_ray.captioner.text import Indexer
-from milan_ray.device import resolve_device
+from milan_ray.device import resolve_device, to_device
 from milan_ray.errors import MilanError, unknown_name
 
 STRATEGIES = ("greedy", "sample", "beam", "rerank")
@@ -170,7 +170,7 @@ class Captioner:
     def _features(self, features: Tensor | np.ndarray) -> Tensor:
         """Features (B, k, F), checked, on the decoder's device and in its type."""
         weight = self.decoder.embedding.weight
-        features = torch.as_tensor(features).to(weight.device, weight.dtype)
+        features = torch.as_tensor(features).to(weight.dtype)
         size = self.decoder.config.feature_size
         if features.ndim != 3 or features.shape[2] != size:
             raise MilanError(
@@ -180,7 +180,7 @@ class Captioner:
         if not torch.isfinite(features).all():
             invalid = (~torch.isfinite(features)).flatten(1).any(1).nonzero().flatten().tolist()
             raise MilanError(f"features of unit rows {invalid[:8]} hold NaN or infinity; encode them again")
-        return features
+        return to_device(features, weight.device)  # only now: on a GPU, the host would have to wait for the check
 
     def candidates(
         self,

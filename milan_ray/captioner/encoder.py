@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milan_ray.device import to_device
 from milan_ray.errors import unknown_name
 from milan_ray.models.hooks import LayerTap
 from milan_ray.models.image_text import ImageText
@@ -26,6 +27,10 @@ from milan_ray.names import checked_name
 
 MASKS = 256
 """Masks pooled at a time, 50 MB at 224×224: bounds memory where an image is an exemplar of thousands of units."""
+
+
+HELD = 2**28
+"""Bytes of features that stay on a GPU before the host reads them, for which it waits."""
 
 
 @dataclass(frozen=True)
@@ -161,7 +166,7 @@ def level_weights(masks: Tensor, size: tuple[int, int]) -> Tensor:
     return weights / weights.sum(dim=(1, 2), keepdim=True).masked_fill(empty, 1)
 
 
-def pool_maps(maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
+def pool_maps(maps: Sequence[Tensor], masks: Tensor, index: Tensor, skip: bool | None = None) -> Tensor:
     """Pools pyramids with masks: per level, the weighted sum of the positions that a mask covers.
 
     Each sum runs over the mask's positions in order, so a result does not depend on the other masks. With a matrix
@@ -172,6 +177,8 @@ def pool_maps(maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
         maps: One (N, C, h, w) per level.
         masks: (M, H, W), any float or bool; values in [0, 1].
         index: The image of each mask, int64 (M,) in [0, N).
+        skip: Whether to list only the positions that masks cover; the host then waits for the device, for their
+            number. None does so on a CPU only.
 
     Returns:
         Features (M, F), F the channels of all levels.
@@ -180,13 +187,30 @@ def pool_maps(maps: Sequence[Tensor], masks: Tensor, index: Tensor) -> Tensor:
     pooled = []
     for level in maps:
         weights = level_weights(masks, (level.shape[2], level.shape[3])).flatten(1)
-        mask, position = weights.nonzero(as_tuple=True)
-        starts = torch.searchsorted(mask, torch.arange(len(masks), device=mask.device))
-        rows = index[mask] * weights.shape[1] + position
         table = level.permute(0, 2, 3, 1).flatten(0, 2)
-        sums = F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights[mask, position])
-        pooled.append(sums)
+        skipped = masks.device.type == "cpu" if skip is None else skip
+        pooled.append((_sums_of_covered if skipped else _sums_of_all)(table, weights, index))
     return torch.cat(pooled, dim=1)
+
+
+def _sums_of_covered(table: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    """Sums (M, C) of the rows of a table (N·P, C) by weights (M, P); only positions with a weight are listed."""
+    mask, position = weights.nonzero(as_tuple=True)
+    starts = torch.searchsorted(mask, torch.arange(len(weights), device=mask.device))
+    rows = index[mask] * weights.shape[1] + position
+    return F.embedding_bag(rows, table, starts, mode="sum", per_sample_weights=weights[mask, position])
+
+
+def _sums_of_all(table: Tensor, weights: Tensor, index: Tensor) -> Tensor:
+    """The same sums from a list of all positions, whose length does not depend on the masks.
+
+    A position without a weight refers to a row of padding, which the sum leaves out without reading it.
+    """
+    padding = len(table)
+    rows = index[:, None] * weights.shape[1] + torch.arange(weights.shape[1], device=weights.device)
+    rows = rows.masked_fill(weights == 0, padding)
+    table = torch.cat([table, table.new_zeros(1, table.shape[1])])
+    return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights, padding_idx=padding)
 
 
 @dataclass(frozen=True)
@@ -223,6 +247,13 @@ def encode_exemplars(
     """
     features = [np.zeros((len(group.images), encoder.feature_size), np.float32) for group in groups]
     device = encoder.mean.device
+    waiting: list[tuple[np.ndarray, np.ndarray, Tensor]] = []
+
+    def read() -> None:
+        for of_group, places, pooled in waiting:
+            of_group[places] = pooled.cpu().numpy()
+        waiting.clear()
+
     for start in range(0, count, batch_size):
         stop = min(start + batch_size, count)
         batch = maps(start, stop)
@@ -230,8 +261,12 @@ def encode_exemplars(
             shown = np.flatnonzero((group.images >= start) & (group.images < stop))
             for first in range(0, len(shown), MASKS):
                 places = shown[first : first + MASKS]
-                index = torch.from_numpy(group.images[places] - start).to(device)
-                of_group[places] = encoder.pool(batch, group.masks(places).to(device), index).cpu().numpy()
+                index = to_device(torch.from_numpy(group.images[places] - start), device)
+                pooled = encoder.pool(batch, to_device(group.masks(places), device), index)
+                waiting.append((of_group, places, pooled))
+                if device.type == "cpu" or sum(part.nbytes for *_, part in waiting) > HELD:
+                    read()
+    read()
     return features
 
 

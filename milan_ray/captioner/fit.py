@@ -25,6 +25,7 @@ from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.captioner.training import EarlyStopping
 from milan_ray.config import TrainingConfig
+from milan_ray.device import to_device
 from milan_ray.errors import MilanError
 from milan_ray.scoring.text import bleu_order, bleu_statistics, bleu_values
 
@@ -43,7 +44,6 @@ Report = Callable[[State], None]
 
 Item = TypeVar("Item")
 Batch = TypeVar("Batch")
-Collated = TypeVar("Collated", training.LMBatch, training.DecoderBatch)
 
 
 class Units(Protocol):
@@ -236,18 +236,20 @@ class _Fitting:
     def _lm_batch(self, batch: Sequence[Caption]) -> training.LMBatch:
         """This worker's part of a batch for the language model."""
         _, words, share = self._part(batch)
-        return self._on_device(training.collate_lm(words, self.indexer, share))
+        return training.collate_lm(words, self.indexer, share)
 
     def _decoder_batch(self, batch: Sequence[Caption]) -> training.DecoderBatch:
         """This worker's part of a batch for the decoder, as long as the whole batch's longest caption."""
         rows, words, share = self._part(batch)
         longest = max(len(words) for _, words in batch)
-        return self._on_device(training.collate_decoder(self.units.take(rows), words, self.indexer, longest, share))
+        features, targets, _ = training.collate_decoder(self.units.take(rows), words, self.indexer, longest, share)
+        device = self.group.device
+        return training.DecoderBatch(to_device(features, device), to_device(targets, device), share)
 
     def _lm_loss(self, model: nn.Module, captions: Sequence[Caption], batch_size: int) -> float:
         words = [words for _, words in captions]
         chunks = (training.collate_lm(chunk, self.indexer) for chunk in _chunks(words, batch_size))
-        return training.lm_loss(model, map(self._on_device, chunks), self.pad)
+        return training.lm_loss(model, chunks, self.pad)
 
     def _bleu(self, model: nn.Module, rows: Sequence[int], batch_size: int) -> tuple[float, str]:
         """BLEU of greedy captions of some units, and the first caption."""
@@ -255,14 +257,10 @@ class _Fitting:
         captions = [
             caption
             for features in _prefetched(self.units.take, _chunks(rows, batch_size))
-            for caption in training.greedy_captions(model, features.to(self.group.device), self.indexer)
+            for caption in training.greedy_captions(model, to_device(features, self.group.device), self.indexer)
         ]
         statistics = bleu_statistics(captions, [self.units.texts[row] for row in rows])
         return float(bleu_values(statistics.sum(axis=0, keepdims=True), self.order)[0]), captions[0]
-
-    def _on_device(self, batch: Collated) -> Collated:
-        inputs, targets, share = batch
-        return type(batch)(inputs.to(self.group.device), targets.to(self.group.device), share)
 
 
 def _chunks(items: Sequence[Item], size: int) -> Iterator[Sequence[Item]]:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence
 
 from milan_ray.captioner.text import TokenIds
 
@@ -50,21 +50,18 @@ class LanguageModel(nn.Module):
         )
         self.output = nn.Sequential(nn.Linear(config.hidden_size, config.ids.total), nn.LogSoftmax(dim=-1))
 
-    def forward(self, inputs: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def forward(self, inputs: Tensor | PackedSequence) -> Tensor:
         """Log-probabilities of every next token.
 
         Args:
-            inputs: Token ids (B, T), beginning with ``<start>``.
-            lengths: Tokens of each row (B,), at least 1, on the CPU; tokens beyond them are skipped.
+            inputs: Token ids (B, T), beginning with ``<start>``; or N ids of sequences of different lengths, packed.
 
         Returns:
-            (B, T, V): [b, t] is log p(· | inputs[b, :t+1]). With lengths (N, V), N = Σ lengths, in the order of
-            ``pack_padded_sequence``.
+            (B, T, V): [b, t] is log p(· | inputs[b, :t+1]). Of a packed sequence (N, V), in its order.
         """
-        if lengths is None:
-            return self.output(self.lstm(self.embedding(inputs))[0])
-        packed = pack_padded_sequence(inputs, lengths, batch_first=True, enforce_sorted=False)
-        return self.output(self.lstm(packed._replace(data=self.embedding(packed.data)))[0].data)
+        if isinstance(inputs, PackedSequence):
+            return self.output(self.lstm(inputs._replace(data=self.embedding(inputs.data)))[0].data)
+        return self.output(self.lstm(self.embedding(inputs))[0])
 
     def step(self, tokens: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
         """One step: token ids (R,) and the state before them → log-probabilities (R, V) and the state after."""
@@ -72,15 +69,17 @@ class LanguageModel(nn.Module):
         return self.output(hidden.squeeze(1)), state
 
     @torch.no_grad()
-    def sequence_logp(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def sequence_logp(self, tokens: Tensor, lengths: Tensor, skip: bool | None = None) -> Tensor:
         """Log p of sequences: Σ_t log p(tokens[t] | tokens[:t]) over t < length, nats (N,).
-
-        Beams share most prefixes, so each distinct prefix is computed once.
 
         Args:
             tokens: Token ids (N, T), without ``<start>``.
             lengths: Number of tokens to score (N,), at most T.
+            skip: Whether to compute each distinct prefix once, as beams share most of theirs; the host then waits for
+                the device at each token, for their number. None does so on a CPU only.
         """
+        if not (tokens.device.type == "cpu" if skip is None else skip):
+            return self._sequence_logp_of_all(tokens, lengths)
         total = torch.zeros(len(tokens), device=tokens.device)
         row = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
         log_probs, state = self.step(row.new_tensor([self.config.ids.start]))
@@ -94,4 +93,14 @@ class LanguageModel(nn.Module):
             parents, last = prefixes // self.config.ids.total, prefixes % self.config.ids.total
             if len(prefixes):
                 log_probs, state = self.step(last, (state[0][:, parents], state[1][:, parents]))
+        return total
+
+    def _sequence_logp_of_all(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """The result of :meth:`sequence_logp` from all tokens of all sequences: no size depends on their values."""
+        total = torch.zeros(len(tokens), device=tokens.device)
+        last, state = torch.full_like(lengths, self.config.ids.start), None
+        for t in range(tokens.shape[1]):
+            log_probs, state = self.step(last, state)
+            last = tokens[:, t]
+            total += log_probs.gather(1, last[:, None])[:, 0].masked_fill(lengths <= t, 0)
         return total

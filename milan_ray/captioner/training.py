@@ -14,11 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from milan_ray.captioner.decoder import Decoder, decode_stepwise
 from milan_ray.captioner.text import Indexer
 from milan_ray.config import TrainingConfig
+from milan_ray.device import to_device
 
 T = TypeVar("T")
 
@@ -50,7 +51,7 @@ class DecoderBatch(NamedTuple):
 
 
 class LMBatch(NamedTuple):
-    """A batch for the language model: ``<start>`` w₁…wₙ and w₁…wₙ ``<stop>``, ids (B, T), both padded."""
+    """A batch for the language model: ``<start>`` w₁…wₙ and w₁…wₙ ``<stop>``, ids (B, T), both padded, on the CPU."""
 
     inputs: Tensor
     targets: Tensor
@@ -158,9 +159,13 @@ def lm_epoch(
 
 def _lm_predictions(model: nn.Module, batch: LMBatch, pad: int) -> tuple[Tensor, Tensor]:
     """Log-probabilities (N, V) and targets (N,) of all tokens but padding, which can be 90 % of a batch."""
-    lengths = (batch.targets != pad).sum(dim=1).cpu()
-    targets = pack_padded_sequence(batch.targets, lengths, batch_first=True, enforce_sorted=False).data
-    return model(batch.inputs, lengths), targets
+    # Packed on the host, where the lengths are: on a GPU it would have to be asked for them.
+    lengths, device = (batch.targets != pad).sum(dim=1), next(model.parameters()).device
+    inputs, targets = (
+        pack_padded_sequence(ids, lengths, batch_first=True, enforce_sorted=False)
+        for ids in (batch.inputs, batch.targets)
+    )
+    return model(PackedSequence(to_device(inputs.data, device), inputs.batch_sizes)), to_device(targets.data, device)
 
 
 def _train(
@@ -187,12 +192,12 @@ def _train(
 def lm_loss(model: nn.Module, batches: Iterable[LMBatch], pad: int) -> float:
     """Validation loss of a language model: mean over all tokens, nats; exp of it is the perplexity."""
     model.eval()
-    total, tokens = 0.0, 0
+    losses, tokens = [], 0
     for batch in batches:
         log_probs, targets = _lm_predictions(model, batch, pad)
-        total += float(F.nll_loss(log_probs, targets, reduction="sum"))
+        losses.append(F.nll_loss(log_probs, targets, reduction="sum"))
         tokens += len(targets)
-    return total / tokens if tokens else float("nan")
+    return sum(torch.stack(losses).tolist()) / tokens if tokens else float("nan")
 
 
 def greedy_captions(decoder: Decoder, features: Tensor, indexer: Indexer, length: int = 15) -> list[str]:

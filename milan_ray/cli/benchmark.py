@@ -3,28 +3,35 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from milan_ray.benchmarks import BENCHMARKS
 from milan_ray.cli import options
-from milan_ray.cli.arguments import flag, integer, string
+from milan_ray.cli.arguments import amount, device, flag, integer, number, string
 from milan_ray.cli.refusals import refuse
 
-PHOTOGRAPHS = ("exemplars", "encode", "end-to-end", "merge", "ray-overhead", "zoo")
+PHOTOGRAPHS = ("exemplars", "encode", "end-to-end", "gpu", "merge", "ray-overhead", "zoo")
 """Benchmarks that read photographs."""
 
 CAPTIONS = ("describe", "end-to-end", "tune")
 """Benchmarks whose captioner is trained on human annotations."""
+
+ON_A_GPU = ("gpu",)
+"""Benchmarks that measure one device within a given time."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
     parser.add_argument("name", choices=BENCHMARKS, metavar="NAME", help=", ".join(BENCHMARKS))
     integer(parser, "--repeats", 3, "interleaved runs of subject and baseline")
-    integer(parser, "--threads", 2, "torch threads of both")
+    integer(parser, "--threads", None, "torch threads of both (default: 2; benchmark gpu: all cores)")
     string(parser, "--photos", "DIR", "folder of JPEG photographs (default: generated noise)")
     string(parser, "--annotations", "DIR", "folder of human annotations (default: invented ones)")
     flag(parser, "--short", "tiny sizes, to see that it works; figures mean nothing")
+    string(parser, "--device", "DEVICE", "device that benchmark gpu measures; cpu tries it", "cuda", type=device)
+    number(parser, "--minutes", 8, "minutes that benchmark gpu may take", amount)
+    string(parser, "--out", "DIR", "folder for gpu.json and gpu.md, written after each part of benchmark gpu")
     string(parser, "--json", "FILE", "write machine and figures there")
     options.common(parser)
 
@@ -33,11 +40,14 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
     from milan_ray.benchmarks.harness import Options, run_benchmark
 
-    for names, option in ((PHOTOGRAPHS, "photos"), (CAPTIONS, "annotations")):
+    needs = {"photos": PHOTOGRAPHS, "annotations": CAPTIONS, **dict.fromkeys(("device", "minutes", "out"), ON_A_GPU)}
+    for option, names in needs.items():
         if args.name not in names:
             refuse(args, [option], f"in benchmark {args.name}", f"take one of {', '.join(names)}")
-    photos, annotations, json = (
-        None if path is None else Path(path) for path in (args.photos, args.annotations, args.json)
+    photos, annotations, out, json = (
+        None if path is None else Path(path) for path in (args.photos, args.annotations, args.out, args.json)
     )
-    run_benchmark(args.name, Options(args.repeats, args.threads, args.short, photos, annotations), json)
+    threads = args.threads or ((os.cpu_count() or 1) if args.name in ON_A_GPU else 2)
+    about = (args.repeats, threads, args.short, photos, annotations, args.device, args.minutes, out)
+    run_benchmark(args.name, Options(*about), json)
     return 0

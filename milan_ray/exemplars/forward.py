@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from milan_ray.config import FLOAT32, Arithmetic
+from milan_ray.device import to_device
 from milan_ray.errors import MilanError, UnreadableImage
 from milan_ray.models.batch_mates import differing, exchanged, summary
 from milan_ray.models.establish import established
@@ -399,7 +400,4 @@ class Forward:
         if count < self._batch_size:
             short = self._batch_size - count
             tensors = tuple(torch.cat([tensor, tensor.new_zeros((short, *tensor.shape[1:]))]) for tensor in tensors)
-        if self._device.type == "cuda":
-            tensors = tuple(tensor.pin_memory() for tensor in tensors)  # otherwise the host waits for the copy
-        there = (tensor.to(self._device, non_blocking=True) for tensor in tensors)
-        return count, prepare(self._spec, self._model, *there)
+        return count, prepare(self._spec, self._model, *(to_device(tensor, self._device) for tensor in tensors))

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from milan_ray.device import to_device
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.levels import RunningLevel, positions_per_image, sample_positions
 from milan_ray.exemplars.pooled import maxima
@@ -105,7 +106,7 @@ class LayerState:
         self._check(tuple(maps.shape[1:]))
         maps = maps.to(torch.float32)
         pooled = maxima(maps)
-        ids = torch.from_numpy(image_ids).to(pooled.device)
+        ids = to_device(torch.from_numpy(image_ids), pooled.device)
         topk_bound, level_bound = (None, None) if known is None else known.lower_bounds
         self.topk.update(pooled, ids, maps if self.topk.carries_maps else None, topk_bound)
         self.level.update(self._positions(maps, image_ids), level_bound)
@@ -118,7 +119,7 @@ class LayerState:
         count = positions_per_image(self.plan.images, positions, self.plan.samples)
         chosen = torch.empty(0, dtype=torch.int64)
         if count < positions:
-            chosen = torch.from_numpy(sample_positions(image_ids, count, positions)).to(maps.device)
+            chosen = to_device(torch.from_numpy(sample_positions(image_ids, count, positions)), maps.device)
         if maps.stride(1) == 1:  # units last in memory, as in channels_last convolutions and transformers
             rows = maps.permute(0, 2, 3, 1).reshape(-1, units)
             if count < positions:

@@ -13,8 +13,9 @@ Source: Oikarinen and Weng, *CLIP-Dissect* (ICLR 2023) and its code.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -22,6 +23,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from milan_ray.device import to_device
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.labelers.protocol import Evidence, Kind, Label
 from milan_ray.textfiles import read_lines
@@ -221,7 +223,7 @@ def pointwise(fit: Tensor, normalisers: Tensor, rows: Tensor, how: Wpmi) -> Tens
     Args:
         fit: P of the images used by at least one unit, for these concepts, (N, C).
         normalisers: log Σ_c exp(a·P[x, c]) over *all* concepts, float64 (N,).
-        rows: Row of P of every unit's images, best first, int64 (U, K); −1 where a unit has fewer.
+        rows: Row of P of every unit's images, best first, int64 (U, K) on the CPU; −1 where it has fewer.
         how: Parameters.
 
     Returns:
@@ -229,14 +231,22 @@ def pointwise(fit: Tensor, normalisers: Tensor, rows: Tensor, how: Wpmi) -> Tens
     """
     probability = torch.exp(how.a * fit.double() - normalisers[:, None])
     similarities = probability.new_empty(len(rows), fit.shape[1])
-    weight = torch.from_numpy(weights(how, rows.shape[1])).to(fit.device)[:, None]
-    for unit, own in enumerate(rows):
-        there = own >= 0
-        p = probability[own[there]]
-        terms = p + MIN_PROB if how.soft is None else 1 + weight[there] * (p - 1) + MIN_PROB
+    there = rows >= 0
+    listed = to_device(rows[there], fit.device)
+    weight = torch.from_numpy(weights(how, rows.shape[1])).expand(len(rows), -1)[there]
+    weight = to_device(weight, fit.device)[:, None]
+    for unit, own in enumerate(_rows_of_units(there)):
+        p = probability[listed[own]]
+        terms = p + MIN_PROB if how.soft is None else 1 + weight[own] * (p - 1) + MIN_PROB
         similarities[unit] = terms.log().sum(dim=0)
     prior = torch.logsumexp(similarities, dim=0) - float(np.log(len(rows)))
     return similarities - how.lam * prior
+
+
+def _rows_of_units(there: Tensor) -> Iterator[slice]:
+    """Where each unit's images lie in the list of all units' images, given which there are, bool (U, K) on the CPU."""
+    ends = there.sum(dim=1).cumsum(dim=0).tolist()
+    return (slice(start, end) for start, end in pairwise([0, *ends]))
 
 
 def rank_reorder(fit: Tensor, rows: Tensor, activations: Tensor) -> Tensor:
@@ -248,23 +258,27 @@ def rank_reorder(fit: Tensor, rows: Tensor, activations: Tensor) -> Tensor:
 
     Args:
         fit: P of the images used by at least one unit, for some concepts, (N, C).
-        rows: Row of P of every unit's images, best first, int64 (U, K); −1 where a unit has fewer.
-        activations: Their activations, (U, K).
+        rows: Row of P of every unit's images, best first, int64 (U, K) on the CPU; −1 where it has fewer.
+        activations: Their activations, (U, K) on the CPU.
 
     Returns:
         float64 (U, C).
     """
     similarities = torch.empty(len(rows), fit.shape[1], dtype=torch.float64, device=fit.device)
-    for unit, own in enumerate(rows):
-        there = own >= 0
-        near, act = fit[own[there]].T.contiguous(), activations[unit][there].double()
+    there = rows >= 0
+    listed, active = to_device(rows[there], fit.device), to_device(activations[there].double(), fit.device)
+    shuffled: dict[int, list[Tensor]] = {}
+    for unit, own in enumerate(_rows_of_units(there)):
+        near, act = fit[listed[own]].T.contiguous(), active[own]
         order = torch.argsort(near, dim=1, descending=True, stable=True)
         # In the concept's order; the mean over images does not depend on the order.
         apart = (act - act[order]).abs()
         errors = (apart * apart * apart).mean(dim=1)
-        rng = np.random.default_rng(0)
-        shuffles = [torch.from_numpy(rng.permutation(len(act))).to(act.device) for _ in range(PERMUTATIONS)]
-        usual = torch.stack([(act - act[shuffle]).abs().pow(3).mean() for shuffle in shuffles]).mean()
+        if len(act) not in shuffled:
+            rng = np.random.default_rng(0)
+            permutations = [torch.from_numpy(rng.permutation(len(act))) for _ in range(PERMUTATIONS)]
+            shuffled[len(act)] = [to_device(permutation, fit.device) for permutation in permutations]
+        usual = torch.stack([(act - act[shuffle]).abs().pow(3).mean() for shuffle in shuffled[len(act)]]).mean()
         fits = near.double().mean(dim=1).clamp(min=MIN_FIT)
         similarities[unit] = -(errors / usual.clamp(min=torch.finfo(torch.float64).tiny)) / fits**SCALE
     return similarities

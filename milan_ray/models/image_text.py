@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from milan_ray.device import to_device
 from milan_ray.errors import MilanError, explained
 from milan_ray.models.folders import LOCAL, check_complete, find_folder, import_transformers
 from milan_ray.models.view import View
@@ -350,7 +351,7 @@ class ImageText(nn.Module):
                 for number, place in enumerate(some):
                     ids[number, : len(rows[place])] = torch.tensor(rows[place])
                 ids[len(some) :] = ids[0]
-                pooled = self.model.text_model(input_ids=ids.to(device)).pooler_output
+                pooled = self.model.text_model(input_ids=to_device(ids, device)).pooler_output
                 if self.kind == "clip":
                     pooled = self.model.text_projection(pooled)
                 embeddings.update(zip(some, F.normalize(pooled, dim=1)[: len(some)], strict=True))

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 
 import torch
 
+from milan_ray.device import to_device
 from milan_ray.errors import MilanError
 
 
@@ -89,7 +90,7 @@ class Layout:
             maps = maps.flatten(2)  # tokens with an extra axis of size 1
         tokens = maps[:, :, self.prefix_tokens : maps.shape[2] - self.suffix_tokens]
         if self.order is not None:
-            tokens = tokens[:, :, torch.tensor(self.order, device=tokens.device).argsort()]
+            tokens = tokens[:, :, to_device(torch.tensor(self.order).argsort(), tokens.device)]
         if self.columns_first:
             return tokens.unflatten(2, (width, height)).transpose(2, 3)
         return tokens.unflatten(2, (height, width))

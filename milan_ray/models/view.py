@@ -197,4 +197,5 @@ GENERATED = Preprocess(View(resize=(224, 224), crop=None, interpolation="nearest
 
 
 def _per_channel(values: Sequence[float], device: torch.device) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+    # Filled where they are used: a copy of three numbers to a GPU would wait for all that the GPU has yet to do.
+    return torch.stack([torch.full((1, 1), value, dtype=torch.float32, device=device) for value in values])[None]

@@ -20,7 +20,7 @@ import pyarrow as pa
 import torch
 
 from milan_ray.config import Fingerprint, Resources
-from milan_ray.device import resolve_device, torch_threads
+from milan_ray.device import resolve_device, to_device, torch_threads
 from milan_ray.engine import references
 from milan_ray.engine.cluster import gpus_each
 from milan_ray.engine.run_log import Cost
@@ -272,7 +272,7 @@ class _Chunk:
         vectors = rows_of(self.how.get("concepts")["embedding"])
         size = chunk_of(len(vectors))
         chunk = padded(vectors[self.first : self.first + size], size)
-        return products(images, chunk.to(device), self.concepts)
+        return products(images, to_device(chunk, device), self.concepts)
 
 
 def _chunk_name(first: int) -> str:
@@ -346,11 +346,11 @@ def _compare_chunk(task: _Chunk) -> float:
     for layer in task.layers:
         scanned = task.how.get(f"units/{layer.number}")
         own = rows_of(scanned["images"])
-        rows = torch.from_numpy(np.where(own >= 0, np.searchsorted(ids, own), -1)).to(device)
+        rows = torch.from_numpy(np.where(own >= 0, np.searchsorted(ids, own), -1))
         if task.how.labeler.wpmi is not None:
             similarities = pointwise(fit, normalisers, rows, task.how.labeler.wpmi)
         else:
-            activations = torch.from_numpy(rows_of(scanned["activations"]).copy()).to(device)
+            activations = torch.from_numpy(rows_of(scanned["activations"]).copy())
             similarities = rank_reorder(fit, rows, activations)
         _write_best(task, layer, similarities)
     return time.monotonic() - started
@@ -369,8 +369,8 @@ def _cosines(task: _Chunk, layer: Output, device: torch.device) -> torch.Tensor:
     for part in task.how.storage.stream(POOLED, ["image_id", task.how.labeler.pooling], **keys):
         ids = part["image_id"].to_numpy()
         embedded = np.isin(ids, known)
-        values = torch.from_numpy(matrix(part[task.how.labeler.pooling])[embedded]).to(device)
-        state.update(values, fit[torch.from_numpy(np.searchsorted(known, ids[embedded])).to(device)])
+        values = to_device(torch.from_numpy(matrix(part[task.how.labeler.pooling])[embedded]), device)
+        state.update(values, fit[to_device(torch.from_numpy(np.searchsorted(known, ids[embedded])), device)])
     return state.result()
 
 

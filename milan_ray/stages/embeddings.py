@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 
 from milan_ray.config import Fingerprint, Resources, config_hash
+from milan_ray.device import to_device
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.stage import (
@@ -171,7 +172,7 @@ def embed_refs(
         ids = np.array([ref.image_id for ref in refs], np.int64)
         return ids, embedder.embed_maps([probe.concept_maps(ref) for ref in refs]).numpy()
     batch = read_views(probe, refs, embedder.view)
-    images = torch.from_numpy(batch.views).to(device).permute(0, 3, 1, 2).float() * (1 / 255)
+    images = to_device(torch.from_numpy(batch.views), device).permute(0, 3, 1, 2).float() * (1 / 255)
     return batch.ids, embedder.embed_images(images).cpu().numpy()
 
 
@@ -203,7 +204,7 @@ def products(images: np.ndarray, vectors: torch.Tensor, count: int) -> torch.Ten
     parts = [torch.zeros(0, count, device=vectors.device)]
     for start in range(0, len(images), IMAGES):
         block = images[start : start + IMAGES]
-        product = padded(block, IMAGES).to(vectors.device) @ vectors.T
+        product = to_device(padded(block, IMAGES), vectors.device) @ vectors.T
         parts.append(product[: len(block), :count])
     return torch.cat(parts)
 

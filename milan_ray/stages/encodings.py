@@ -18,6 +18,7 @@ import torch
 
 from milan_ray.captioner.encoder import Encoder, MaskedExemplars, encode_exemplars
 from milan_ray.config import Fingerprint, config_hash
+from milan_ray.device import to_device
 from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.stage import (
     Job,
@@ -218,7 +219,8 @@ def encode(encoder: Encoder, pngs: Sequence[bytes], batch_size: int) -> list[tor
         The encoder's maps of n images; of a pyramid, one (n, C, h, w) per level.
     """
     pixels = np.stack([decode(png) for png in pngs])
-    images = padded(pixels, batch_size).to(encoder.mean.device).permute(0, 3, 1, 2).float() * (1 / 255)
+    views = to_device(padded(pixels, batch_size), encoder.mean.device)
+    images = views.permute(0, 3, 1, 2).float() * (1 / 255)
     return [level[: len(pixels)] for level in encoder.maps(encoder.fit(images))]
 
 

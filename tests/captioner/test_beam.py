@@ -66,10 +66,28 @@ def test_beam_any_decoder_equals_the_plain_search(
         with pytest.raises(MilanError, match="does not fit a vocabulary"):
             beam_search(decoder, features, beam_size, length, lm)
         return
-    ours = beam_search(decoder, features, beam_size, length, lm)
     tokens, scores = plain_search(decoder, features, beam_size, length, lm)
-    assert ours.tokens.tolist() == tokens  # as long as the longest of the batch, padded with <stop>
-    np.testing.assert_allclose(ours.scores, scores, rtol=0, atol=1e-4)
+    searches = [beam_search(decoder, features, beam_size, length, lm, skip=skip) for skip in (True, False)]
+    for ours in searches:
+        assert ours.tokens.tolist() == tokens  # as long as the longest of the batch, padded with <stop>
+        np.testing.assert_allclose(ours.scores, scores, rtol=0, atol=1e-4)
+    assert searches[0].steps.tolist() == searches[1].steps.tolist()
+
+
+@settings(max_examples=20, deadline=None, derandomize=True)
+@given(count=st.integers(1, 9), width=st.integers(0, 5), seed=st.integers(0, 9))
+def test_language_model_scores_sequences_alike_with_and_without_shared_prefixes(
+    count: int, width: int, seed: int
+) -> None:
+    torch.manual_seed(seed)
+    lm = LanguageModel(LMConfig(3, embedding_size=3, hidden_size=5)).eval()
+    tokens, lengths = torch.randint(lm.config.ids.total, (count, width)), torch.randint(width + 1, (count,))
+    with torch.no_grad():
+        inputs = torch.cat([torch.full((count, 1), lm.config.ids.start), tokens], dim=1)
+        each = lm(inputs)[:, :-1].gather(2, tokens[..., None])[..., 0]
+    expected = each.masked_fill(torch.arange(width) >= lengths[:, None], 0).sum(dim=1)
+    for skip in (True, False):
+        torch.testing.assert_close(lm.sequence_logp(tokens, lengths, skip), expected, atol=1e-5, rtol=0)
 
 
 def test_beam_tiny_decoder_some_beams_finish_and_some_run_out_of_room(

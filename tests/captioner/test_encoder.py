@@ -30,6 +30,7 @@ def test_pool_maps_shared_images_equals_one_pass_per_exemplar(encoder: PyramidEn
     masks[3] = 0
     index = torch.tensor([3, 0, 0, 2, 3, 3, 0, 2, 0])  # image 1 has no mask
     pooled = pool_maps(encoder.maps(images), masks, index)
+    torch.testing.assert_close(pool_maps(encoder.maps(images), masks, index, skip=False), pooled, atol=1e-6, rtol=0)
     assert pooled.shape == (9, encoder.feature_size) == (9, 10)
     for row, (mask, image) in enumerate(zip(masks, index, strict=True)):
         naive = []
@@ -48,15 +49,20 @@ def test_pool_maps_a_mask_s_last_bits_do_not_depend_on_other_masks(encoder: Pyra
     maps += [torch.randn(3, 64, 40, 40, generator=random)]  # wide enough for other kernels of matrix products
     masks = torch.rand(50, 17, 17, generator=random) > 0.7
     index = torch.randint(0, 3, (50,), generator=random)
-    together = pool_maps(maps, masks, index)
+    together = {skip: pool_maps(maps, masks, index, skip) for skip in (True, False)}
     for size in (1, 2, 7, 49):
         some = torch.randperm(50, generator=random)[:size]
-        assert torch.equal(pool_maps(maps, masks[some], index[some]), together[some])
+        for skip, whole in together.items():
+            assert torch.equal(pool_maps(maps, masks[some], index[some], skip), whole[some])
+    maps[0][0, 0, 0, 0] = torch.inf  # what no mask covers counts for none
+    masks[:, :5, :5] = False
+    assert torch.isfinite(pool_maps(maps, masks, index, skip=False)).all()
 
 
 def test_pool_maps_no_mask_at_all_is_empty(encoder: PyramidEncoder) -> None:
     maps = encoder.maps(torch.rand(1, 3, 17, 17))
-    assert pool_maps(maps, torch.zeros(0, 17, 17), torch.zeros(0, dtype=torch.long)).shape == (0, 10)
+    for skip in (True, False):
+        assert pool_maps(maps, torch.zeros(0, 17, 17), torch.zeros(0, dtype=torch.long), skip).shape == (0, 10)
 
 
 def test_encoder_in_place_relu_is_seen_as_the_reference_sees_it(encoder: PyramidEncoder) -> None:

@@ -43,8 +43,12 @@ ANALYZE = "studies/test_analyze.py::test_analysis_from_descriptions_to_figure"
 EDIT = "studies/test_edit_pipeline.py::test_units_found_by_words_are_removed_step_by_step"
 MERGED = "annotations/test_merge.py::test_reference_quirks_of_the_command_line_squash_and_sets_with_images_refuse_them"
 CHANGES = f"{HERE}::test_options_change_the_tables_that_they_speak_of"
+GPU_BENCHMARK = "benchmarks/test_gpu_benchmark.py::test_gpu_benchmark_without_time_leaves_out_every_part_and_says_so"
 
 ROWS: dict[str, str] = {
+    "benchmark --device": GPU_BENCHMARK,
+    "--minutes": GPU_BENCHMARK,
+    "benchmark --out": GPU_BENCHMARK,
     "--any": f"{STUDIES}::test_search_takes_one_word_of_several_and_so_many_units",
     "search --top": f"{STUDIES}::test_search_takes_one_word_of_several_and_so_many_units",
     "diff --top": f"{STUDIES}::test_diff_compares_layers_and_prints_so_many",

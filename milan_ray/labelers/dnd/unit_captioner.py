@@ -10,6 +10,7 @@ import torch
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import digest
 from milan_ray.captioner.encoder import PyramidEncoder
+from milan_ray.device import to_device
 
 BATCH_SIZE = 16
 
@@ -43,7 +44,9 @@ class WholeImages:
         for start in range(0, len(images), BATCH_SIZE):
             some = np.stack(images[start : start + BATCH_SIZE])
             full = np.concatenate([some, np.repeat(some[:1], BATCH_SIZE - len(some), axis=0)])
-            pixels = torch.from_numpy(full).to(self._encoder.mean.device).permute(0, 3, 1, 2).float() * (1 / 255)
+            pixels = to_device(torch.from_numpy(full), self._encoder.mean.device).permute(0, 3, 1, 2).float() * (
+                1 / 255
+            )
             features = self._encoder(self._encoder.fit(pixels))[:, None]
             described = self._captioner.describe(features, lam)[: len(some)]
             captions += [best[0].text for best in described]

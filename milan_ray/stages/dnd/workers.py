@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from milan_ray.config import config_hash
-from milan_ray.device import resolve_device
+from milan_ray.device import resolve_device, to_device
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
 from milan_ray.errors import MilanError
@@ -133,7 +133,8 @@ class _DndWorker(ModelWorker):
     def _embed(self, images: np.ndarray) -> np.ndarray:
         """Embeddings of images uint8 (N, H, W, 3), of length 1: float32 (N, D)."""
         assert self._embedder is not None
-        pixels = torch.from_numpy(np.ascontiguousarray(images)).to(self._device).permute(0, 3, 1, 2).float() * (1 / 255)
+        views = to_device(torch.from_numpy(np.ascontiguousarray(images)), self._device)
+        pixels = views.permute(0, 3, 1, 2).float() * (1 / 255)
         with torch.inference_mode():
             vectors = self._embedder.embed_images(pixels).float()
             return torch.nn.functional.normalize(vectors, dim=1).cpu().numpy()
