@@ -244,6 +244,19 @@ def gpus_each(resources: Resources) -> float:
     return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
 
 
+def decoders(threads: int, device: torch.device) -> int:
+    """Threads of this worker that read and decode images.
+
+    Args:
+        threads: Its torch threads: as many without a GPU, which decodes no faster than the model runs.
+        device: The device of its model; where it is a GPU, the share of the cluster's CPUs that the GPU has.
+    """
+    if device.type != "cuda" or not ray.is_initialized() or ray.get_runtime_context().get_actor_id() is None:
+        return threads
+    total, own = ray.cluster_resources(), ray.get_runtime_context().get_assigned_resources().get("GPU", 1.0)
+    return max(threads, int(total.get("CPU", 0) * own / max(total.get("GPU", 0), own)))
+
+
 def threads_here(resources: Resources, rows: int) -> int:
     """Threads of this process that run a stage; 0 where a pool of actors runs it.
 

@@ -163,6 +163,10 @@ def _read(
     return batch
 
 
+PIECE = 16
+"""Images that a thread reads at a time: several threads work on one large batch."""
+
+
 def read_ahead(
     probe: Probe, refs: Sequence[ImageRef], spec: ModelSpec, size: int, threads: int
 ) -> Iterator[tuple[Sequence[ImageRef], Batch]]:
@@ -173,18 +177,40 @@ def read_ahead(
         refs: The rows.
         spec: The model that takes the batches.
         size: Rows per batch.
-        threads: Number of batches that are read concurrently.
+        threads: Number of threads that read; batches do not depend on it.
     """
-    waiting: deque[tuple[Sequence[ImageRef], Future[Batch]]] = deque()
+    piece = min(size, PIECE)
+    ahead = max(1, threads * piece // size)  # batches, so that every thread has a piece to read
+    waiting: deque[tuple[Sequence[ImageRef], list[Future[Batch]]]] = deque()
     with ThreadPoolExecutor(threads) as readers:
         for start in range(0, len(refs), size):
             part = refs[start : start + size]
-            waiting.append((part, readers.submit(read_inputs, probe, part, spec)))
-            if len(waiting) > threads:
-                part, batch = waiting.popleft()
-                yield part, batch.result()
-        for part, batch in waiting:
-            yield part, batch.result()
+            pieces = (part[first : first + piece] for first in range(0, len(part), piece))
+            waiting.append((part, [readers.submit(read_inputs, probe, rows, spec) for rows in pieces]))
+            if len(waiting) > ahead:
+                part, batches = waiting.popleft()
+                yield part, _joined(batches)
+        for part, batches in waiting:
+            yield part, _joined(batches)
+
+
+def _joined(reading: Sequence[Future[Batch]]) -> Batch:
+    """One batch out of its pieces, in order."""
+    pieces = [future.result() for future in reading]
+    if len(pieces) == 1:
+        return pieces[0]
+    if isinstance(pieces[0].inputs, tuple):
+        parts = zip(*(piece.inputs for piece in pieces), strict=True)
+        inputs: Inputs = tuple(torch.cat([torch.as_tensor(tensor) for tensor in part]) for part in parts)
+    else:
+        inputs = np.concatenate([piece.views for piece in pieces])
+    return Batch(
+        inputs,
+        np.concatenate([piece.ids for piece in pieces]),
+        [digest for piece in pieces for digest in piece.sha256],
+        [row for piece in pieces for row in piece.unreadable],
+        [row for piece in pieces for row in piece.notes],
+    )
 
 
 MOST_SHARED = 2**30
@@ -195,7 +221,9 @@ def reading(spec: ModelSpec) -> Hashable:
     """What decides how an image becomes a model's input: models of which it is equal take the same inputs."""
     if spec.images is not None:
         return "latents"
-    return spec.preprocess.view, spec.bands, spec.inputs is None
+    if spec.bands is not None:  # what is said of images with other bands names the model
+        return spec.name
+    return spec.preprocess.view, spec.inputs is None
 
 
 class SharedInputs:
@@ -204,7 +232,7 @@ class SharedInputs:
     Args:
         probe: The probe to read from.
         refs: The rows.
-        threads: Number of batches that are read concurrently.
+        threads: Number of threads that read.
     """
 
     def __init__(self, probe: Probe, refs: Sequence[ImageRef], threads: int) -> None:

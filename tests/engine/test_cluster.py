@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
+import json
 import os
 import signal
 import socket
@@ -253,6 +254,36 @@ def test_connected_to_a_dead_cluster_is_soon_a_milan_error():
         closed.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{closed.getsockname()[1]}"
     assert join(address, 15).startswith(f"cannot reach the Ray cluster at {address}: ")
+
+
+PRETENDED_GPUS = """
+import json
+from milan_ray import runtime
+runtime.prepare(None)
+import ray, torch
+from milan_ray.engine.cluster import decoders
+ray.init(num_cpus=16, num_gpus=2, include_dashboard=False)
+
+@ray.remote
+class Actor:
+    def count(self, threads, device):
+        return decoders(threads, torch.device(device))
+
+def count(gpus, *asked):
+    return ray.get(Actor.options(num_gpus=gpus, num_cpus=1).remote().count.remote(*asked))
+
+print(json.dumps([decoders(3, torch.device("cuda")), count(1, 1, "cuda"), count(0.5, 1, "cuda"), count(0.5, 6, "cuda"),
+                  count(1, 2, "cpu")]))
+"""
+
+
+@pytest.mark.slow
+def test_actors_with_a_gpu_decode_with_its_share_of_the_clusters_cpus():
+    """Without a GPU, which Ray is made to believe in; in the driver, and on CPUs, with as many threads as torch."""
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    command = [sys.executable, "-c", PRETENDED_GPUS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
+    assert json.loads(done.stdout.splitlines()[-1]) == [3, 8, 4, 6, 2]
 
 
 # -- pool_size ----------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ from milan_ray.config import ExemplarConfig, Fingerprint, Resources
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
+from milan_ray.engine.cluster import decoders
 from milan_ray.engine.model_cache import GroupCache, ModelCache
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import Batch, Forward, SharedInputs, pass_size, read_ahead
@@ -164,6 +165,7 @@ class ModelWorker(ABC):
         self._storage, self._work, self._config = storage, work, config
         self._probe = references.probe(probe)
         self._device = resolve_device(device)
+        self._decoders = decoders(threads, self._device)
         self._forward: Callable[[int], tuple[ModelSpec, Forward]] = ModelCache(self._load)
         self._failed: dict[int, str] = {}
 
@@ -199,7 +201,7 @@ class ModelWorker(ABC):
 
     def _batches(self, refs: list[ImageRef], spec: ModelSpec) -> Iterator[tuple[Sequence[ImageRef], Batch]]:
         """Reads as many rows at a time as a forward pass takes."""
-        return read_ahead(self._probe, refs, spec, self._pass_size(spec), self._threads)
+        return read_ahead(self._probe, refs, spec, self._pass_size(spec), self._decoders)
 
 
 class ShardsWorker(ModelWorker):
@@ -226,7 +228,7 @@ class ShardsWorker(ModelWorker):
             cache.turn_to(row["group"])
         probe = self._work[row["models"][0]].probe  # one run has one probe
         refs = read_refs(self._storage, probe, row["start"], row["start"] + row["images"])
-        self._inputs = SharedInputs(self._probe, refs, self._threads)
+        self._inputs = SharedInputs(self._probe, refs, self._decoders)
         answers = []
         for index in row["models"]:
             started = time.monotonic()
