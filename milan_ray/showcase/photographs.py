@@ -40,11 +40,11 @@ FEWEST = 20
 
 EXEMPLAR_CONFIG = ExemplarConfig(pooled=True)
 
-LABELER = ClipDissect(concept_list(EVERYDAY), "cos_similarity", hold_out=HOLD_OUT)
-"""Cosines, because they use every photograph: the other similarities compare the 28 or 100 images that excite a unit
-most, which in a small folder are all of them."""
+LABELER = ClipDissect(concept_list(EVERYDAY), "cos_similarity", "max", HOLD_OUT)
+"""Maxima, because exemplars are ranked by them. Cosines, because they use every photograph: the other similarities
+compare the 28 or 100 images that excite a unit most, which in a small folder are all of them."""
 
-SCORING = ScoreConfig(share=HOLD_OUT, top=0.05)
+SCORING = ScoreConfig("max", share=HOLD_OUT, top=0.05)
 
 METRICS = {
     "correlation": "correlation of activation and fit",
