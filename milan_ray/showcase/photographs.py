@@ -15,7 +15,7 @@ from milan_ray.engine.planner import Plan
 from milan_ray.engine.references import ModelRef, ProbeRef, probe
 from milan_ray.engine.stage import Layers, pairs, run_stages
 from milan_ray.errors import MilanError
-from milan_ray.labelers.clip_dissect import CLIP_DISSECT, ClipDissect
+from milan_ray.labelers.clip_dissect import CLIP_DISSECT, ClipDissect, Similarity
 from milan_ray.models.concepts import EVERYDAY, concept_list
 from milan_ray.models.conse import NAME as CONSE
 from milan_ray.models.conse import minilm_folder
@@ -40,9 +40,9 @@ FEWEST = 20
 
 EXEMPLAR_CONFIG = ExemplarConfig(pooled=True)
 
-LABELER = ClipDissect(concept_list(EVERYDAY), "cos_similarity", "max", HOLD_OUT)
-"""Maxima, because exemplars are ranked by them. Cosines, because they use every photograph: the other similarities
-compare the 28 or 100 images that excite a unit most, which in a small folder are all of them."""
+MANY = 300
+"""Photographs from which on the 28 that excite a unit most decide its label: a tenth of those that make labels, and
+what a reader sees. In smaller folders all photographs decide, by cosines."""
 
 SCORING = ScoreConfig("max", share=HOLD_OUT, top=0.05)
 
@@ -83,8 +83,17 @@ class Photographs:
     found: pl.DataFrame
 
 
-def check_photographs(source: ProbeRef) -> None:
+def labeler_of(photographs: int) -> ClipDissect:
+    """CLIP-Dissect with everyday words, for a number of photographs. Exemplars are ranked by maxima: so are these."""
+    similarity: Similarity = "wpmi" if photographs >= MANY else "cos_similarity"
+    return ClipDissect(concept_list(EVERYDAY), similarity, "max", HOLD_OUT)
+
+
+def check_photographs(source: ProbeRef) -> int:
     """Checks that the extra is installed and the folder has photographs, before any work.
+
+    Returns:
+        The number of photographs.
 
     Raises:
         MilanError: A package is missing, or there are too few photographs.
@@ -97,6 +106,7 @@ def check_photographs(source: ProbeRef) -> None:
             f"{', '.join(source.sources)} has {count} photographs: give a folder with at least {FEWEST}; a few hundred "
             "make a good probe."
         )
+    return count
 
 
 def run_photographs(storage: Storage, source: ProbeRef, resources: Resources) -> Photographs:
@@ -109,10 +119,10 @@ def run_photographs(storage: Storage, source: ProbeRef, resources: Resources) ->
         source: The photographs.
         resources: The part of the cluster to use; Ray must be connected.
     """
-    check_photographs(source)
+    labeler = labeler_of(check_photographs(source))
     done = Exemplars([ModelRef(NETWORK)], source, EXEMPLAR_CONFIG).run(storage, resources)
     judge = ImageTextRef(CONSE)
-    run_stages(clip_dissect_stages(done.models, source, LABELER, judge), storage, resources)
+    run_stages(clip_dissect_stages(done.models, source, labeler, judge), storage, resources)
     experiments = run_scores(storage, score_stages(_described(done.models), source, judge, SCORING), SCORING, resources)
     scores = pa.concat_tables([storage.read(SCORES, experiment=name) for name in experiments])
     descriptions = scan_descriptions(storage, [NETWORK], labelers=[CLIP_DISSECT])
@@ -124,11 +134,11 @@ def run_photographs(storage: Storage, source: ProbeRef, resources: Resources) ->
 
 def plan_photographs(storage: Storage, source: ProbeRef) -> Plan:
     """The dry run of :func:`run_photographs`."""
-    check_photographs(source)
+    labeler = labeler_of(check_photographs(source))
     exemplars = Exemplars([ModelRef(NETWORK)], source, EXEMPLAR_CONFIG)
     plan = Plan.of(storage, [exemplars])
     judge = ImageTextRef(CONSE)
-    plan.stages(storage, clip_dissect_stages(exemplars.layers, source, LABELER, judge))
+    plan.stages(storage, clip_dissect_stages(exemplars.layers, source, labeler, judge))
     if not plan.waits(UNIT_SCORES.name, (CONSE, NETWORK), EXEMPLARS.name, DESCRIPTIONS.name):
         plan.stages(storage, score_stages(_described(exemplars.layers), source, judge, SCORING))
     return plan

