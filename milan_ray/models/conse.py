@@ -65,7 +65,8 @@ def ridge_map(texts: Tensor, targets: Tensor, weight: float = RIDGE) -> Tensor:
         Float (D, E).
     """
     x, y = texts.double(), targets.double()
-    return torch.linalg.solve(x.T @ x + weight * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y).float()
+    solved: Tensor = torch.linalg.solve(x.T @ x + weight * torch.eye(x.shape[1], dtype=x.dtype), x.T @ y)
+    return solved.float()
 
 
 def joined(first: Tensor, second: Tensor) -> Tensor:

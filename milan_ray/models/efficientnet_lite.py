@@ -48,7 +48,8 @@ class Conv2dSame(nn.Conv2d):
         for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
             missing = max((-(-size // stride) - 1) * stride + kernel - size, 0)
             padding += [missing // 2, missing - missing // 2]
-        return super().forward(F.pad(x, padding))
+        filtered: torch.Tensor = super().forward(F.pad(x, padding))
+        return filtered
 
 
 class Block(nn.Module):

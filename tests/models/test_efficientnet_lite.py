@@ -73,6 +73,7 @@ def test_same_weights_give_what_timms_network_gives() -> None:
     own, other = build(RANDOM).eval(), timm.create_model("tf_efficientnet_lite0", pretrained=False).eval()
     for module in own.modules():  # statistics that are not those of an identity
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.normal_(std=0.1)
             module.running_var.uniform_(0.5, 1.5)
     names = list(other.state_dict())  # the same modules in the same order under other names
