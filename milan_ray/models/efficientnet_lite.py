@@ -72,7 +72,8 @@ class Block(nn.Module):
         y = F.relu6(self.bn0(self.expand_conv(x))) if self.expands else x
         y = F.relu6(self.bn1(self.depthwise_conv(y)))
         y = self.bn2(self.project_conv(y))
-        return x + y if self.adds else y
+        out: torch.Tensor = x + y if self.adds else y
+        return out
 
 
 class EfficientNetLite0(nn.Module):

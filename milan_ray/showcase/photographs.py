@@ -126,10 +126,10 @@ def run_photographs(storage: Storage, source: ProbeRef, resources: Resources) ->
     experiments = run_scores(storage, score_stages(_described(done.models), source, judge, SCORING), SCORING, resources)
     scores = pa.concat_tables([storage.read(SCORES, experiment=name) for name in experiments])
     descriptions = scan_descriptions(storage, [NETWORK], labelers=[CLIP_DISSECT])
-    counts = descriptions.select(pl.len(), pl.col("description").n_unique().alias("labels")).collect().row(0)
+    units, labels = descriptions.select(pl.len(), pl.col("description").n_unique().alias("labels")).collect().row(0)
     found = search_descriptions(descriptions, QUERY, model=SentenceEncoder(minilm_folder(), "cpu"))
     nearest = found.unique("description", keep="first", maintain_order=True).head(FOUND)
-    return Photographs(done.models, scores, *counts, nearest)
+    return Photographs(done.models, scores, units, labels, nearest)
 
 
 def plan_photographs(storage: Storage, source: ProbeRef) -> Plan:
