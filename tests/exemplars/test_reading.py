@@ -70,5 +70,5 @@ def test_models_share_what_they_read_the_same_way() -> None:
     assert reading(spec("a")) != reading(spec("b", side=32))
     assert reading(spec("a")) != reading(spec("b", inputs=lambda views: views))
     # A model that takes any number of bands is named where an image has another.
-    banded = {"inputs": lambda views: views, "bands": 4}
-    assert reading(spec("a", **banded)) != reading(spec("b", **banded))
+    banded = [spec(name, inputs=lambda views: views, bands=4) for name in "ab"]
+    assert reading(banded[0]) != reading(banded[1])
