@@ -36,7 +36,7 @@ conformance: $(VENV)/.test  ## every family of torchvision, timm and transformer
 # Kernels and formats, without Ray and without comparisons with the reference implementation; TESTS=tests for all.
 TESTS ?= tests/exemplars tests/captioner tests/scoring tests/schema tests/annotations tests/probe tests/test_storage.py tests/test_config.py tests/report/test_report_files.py --ignore-glob='*_parity_*'
 test-floors: $(FLOORS)/.test  ## these tests with the lowest versions that pyproject.toml declares, in .venv-floors
-	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -q -m 'not slow' $(TESTS)
+	OMP_NUM_THREADS=1 $(FLOORS)/bin/python -m pytest -q -n 2 -m 'not slow' $(TESTS)
 
 $(FLOORS)/.test: pyproject.toml tests/lowest.py
 	$(PYTHON) -m venv --clear $(FLOORS)

@@ -234,7 +234,7 @@ def forward(bench: Bench, seconds: float) -> Iterator[Result]:
         share = seconds / len(chosen)
         with tf32(allowed):
             kernels, bare = partial(_dissect, bench, bench.forward(arithmetic)), bench.bare(arithmetic)
-            passes = _passes(bare, share / 8)
+            passes = _passes(bench, bare, share / 8)
             yield timed(
                 f"kernels on decoded images, {name}, against the bare forward pass",
                 partial(_repeat, kernels, passes),
@@ -246,8 +246,10 @@ def forward(bench: Bench, seconds: float) -> Iterator[Result]:
             )
 
 
-def _passes(function: Callable[[], object], seconds: float) -> int:
-    """How often a function runs in some seconds, at least once and at most 64 times."""
+def _passes(bench: Bench, function: Callable[[], object], seconds: float) -> int:
+    """How often a function runs in some seconds, at least once and at most 64 times; once in short runs."""
+    if bench.options.short:
+        return 1
     function()
     return max(1, min(64, int(seconds / elapsed(function))))
 
@@ -331,7 +333,7 @@ def encoder(bench: Bench, seconds: float) -> Iterator[Result]:
         index = torch.arange(size, device=bench.device).repeat_interleave(PER_IMAGE)
         masks = to_device(torch.from_numpy(round_masks(len(index))), bench.device)
         for skip in (False, True):
-            passes = _passes(partial(network.maps, images), seconds / 32)
+            passes = _passes(bench, partial(network.maps, images), seconds / 32)
             listed = "covered" if skip else "all"
             result = timed(
                 f"encoding batches of {size}, {PER_IMAGE} masks an image, {listed} positions listed; bare passes",
