@@ -233,10 +233,11 @@ class SharedInputs:
         probe: The probe to read from.
         refs: The rows.
         threads: Number of threads that read.
+        models: Number of models that take them; for one, nothing is kept.
     """
 
-    def __init__(self, probe: Probe, refs: Sequence[ImageRef], threads: int) -> None:
-        self._probe, self._refs, self._threads = probe, refs, threads
+    def __init__(self, probe: Probe, refs: Sequence[ImageRef], threads: int, models: int) -> None:
+        self._probe, self._refs, self._threads, self._models = probe, refs, threads, models
         self._read: dict[Hashable, list[tuple[Sequence[ImageRef], Batch]]] = {}
 
     def batches(self, spec: ModelSpec, size: int) -> Iterator[tuple[Sequence[ImageRef], Batch]]:
@@ -251,12 +252,12 @@ class SharedInputs:
             yield from self._read[key]
             return
         kept = []
-        is_small = len(self._refs) * prod(spec.view_shape) <= MOST_SHARED
+        keeps = self._models > 1 and len(self._refs) * prod(spec.view_shape) <= MOST_SHARED
         for batch in read_ahead(self._probe, self._refs, spec, size, self._threads):
-            if is_small:
+            if keeps:
                 kept.append(batch)
             yield batch
-        if is_small:
+        if keeps:
             self._read[key] = kept
 
 

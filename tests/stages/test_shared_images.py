@@ -142,14 +142,17 @@ def test_what_belongs_to_models_of_a_group_is_kept_while_rows_are_for_it_or_the_
     assert made == [0, 1, 2, 3, 0]  # two rows in succession were of the other group
 
 
-def test_shared_inputs_are_those_of_reading_for_each_model(photos, plugin):
+def test_shared_inputs_are_those_of_reading_for_each_model(photos, plugin, reads):
     probe = references.probe(ProbeRef((str(photos),)))
     assert not isinstance(probe, LatentProbe)
     spec = references.model(ModelRef("share/a", plugins=(plugin,)))
     refs = [ImageRef(row["image_id"], row["root"], row["path"]) for row in probe.manifest().to_pylist()][:20]
-    shared = forward.SharedInputs(probe, refs, 2)
-    for _ in range(2):
-        found = list(shared.batches(spec, 8))
-        assert [len(batch.ids) for _, batch in found] == [8, 8, 4]
-        for part, batch in found:
-            assert (batch.views == forward.read_views(probe, part, View(resize=24, crop=24)).views).all()
+    for models, count in ((2, 20), (1, 40)):
+        reads.clear()
+        shared = forward.SharedInputs(probe, refs, 2, models)
+        for _ in range(2):
+            batches = list(shared.batches(spec, 8))
+            assert [len(batch.ids) for _, batch in batches] == [8, 8, 4]
+            for part, batch in batches:
+                assert (batch.views == forward.read_views(probe, part, View(resize=24, crop=24)).views).all()
+        assert len(reads) == count, "only what another model takes is kept"

@@ -228,7 +228,7 @@ class ShardsWorker(ModelWorker):
             cache.turn_to(row["group"])
         probe = self._work[row["models"][0]].probe  # one run has one probe
         refs = read_refs(self._storage, probe, row["start"], row["start"] + row["images"])
-        self._inputs = SharedInputs(self._probe, refs, self._decoders)
+        self._inputs = SharedInputs(self._probe, refs, self._decoders, len(row["models"]))
         answers = []
         for index in row["models"]:
             started = time.monotonic()
