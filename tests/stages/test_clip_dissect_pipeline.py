@@ -53,11 +53,17 @@ def request_of(save_clip, tmp_path_factory) -> ImageTextRef:
 
 
 @pytest.fixture(scope="module")
-def storage(ray_session, folder, tmp_path_factory) -> Storage:
+def dissected(ray_session, folder, tmp_path_factory) -> Storage:
     storage = Storage(tmp_path_factory.mktemp("run"))
     request = ModelRef("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
     Exemplars([request], ProbeRef((str(folder),)), CONFIG).run(storage, ONE)
     return storage
+
+
+@pytest.fixture
+def storage(dissected, tmp_path) -> Storage:
+    """A copy of it for each test."""
+    return Storage(shutil.copytree(dissected.root, tmp_path / "copy"))
 
 
 def source(folder: Path) -> ProbeRef:

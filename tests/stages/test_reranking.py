@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def clip(save_clip, tmp_path_factory) -> Clip:
 
 
 @pytest.fixture(scope="module")
-def storage(ray_session, photos, clip, tmp_path_factory) -> Storage:
+def reranked(ray_session, photos, clip, tmp_path_factory) -> Storage:
     """A run directory with re-ranked descriptions of two layers."""
     storage = Storage(tmp_path_factory.mktemp("run"))
     request = ModelRef("tiny/cnn", layers=LAYERS["tiny/cnn"], plugins=(PLUGIN,))
@@ -67,6 +68,12 @@ def storage(ray_session, photos, clip, tmp_path_factory) -> Storage:
     run_descriptions(storage, LAYERS, SEARCH, Resources())
     rerank_all(storage, clip)
     return storage
+
+
+@pytest.fixture
+def storage(reranked, tmp_path) -> Storage:
+    """A copy of it for each test."""
+    return Storage(shutil.copytree(reranked.root, tmp_path / "copy"))
 
 
 def views(storage: Storage) -> dict[int, np.ndarray]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
@@ -115,11 +116,17 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 
 @pytest.fixture(scope="module")
-def done(storage: Storage, ray_session: None) -> Storage:
+def finished(storage: Storage, ray_session: None) -> Storage:
     """A finished experiment: two splits, two trials each."""
     rows = generalize(storage)
     assert rows["split"].n_unique() == 2
     return storage
+
+
+@pytest.fixture
+def done(finished: Storage, tmp_path: Path) -> Storage:
+    """A copy of it for each test."""
+    return Storage(shutil.copytree(finished.root, tmp_path / "copy"))
 
 
 def frame(storage: Storage, table, split: str, **keys: str) -> pl.DataFrame:
