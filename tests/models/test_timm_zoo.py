@@ -26,8 +26,8 @@ def test_timm_absent_says_what_to_install() -> None:
 @pytest.mark.parametrize(
     ("name", "prefix", "units", "view"),
     [
-        pytest.param(  # 1,374 tokens a pass; the small one beside it has registers, too
-            *("vit_small_patch14_reg4_dinov2.lvd142m", 5, [1536] * 12, "r518-c518-bicubic-518x518"),
+        pytest.param(
+            *("vit_small_patch16_dinov3.lvd1689m", 5, [1536] * 12, "r256-c256-bicubic-256x256"),
             marks=pytest.mark.slow,
         ),
         ("vit_wee_patch16_reg1_gap_256", 1, [1280] * 14, "r269-c256-bicubic-256x256"),
