@@ -8,7 +8,7 @@ FLOORS := .venv-floors
 export OMP_WAIT_POLICY ?= passive
 
 .NOTPARALLEL:
-.PHONY: demo photos test test-slow test-floors soak conformance lint types docs check clean
+.PHONY: demo photos tools test test-slow test-floors soak conformance lint types docs check clean
 
 demo: $(VENV)/.minilm  ## describe every unit of the built-in world's networks, and write the report
 	$(VENV)/bin/python -m jobs.demo
@@ -22,9 +22,10 @@ photos: $(VENV)/.photos  ## a real network over photographs of your own: what it
 test: $(VENV)/.test  ## the test suite, two processes side by side; all but the long tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m 'not slow'
 
-# What limits or measures memory runs with nothing beside it.
+# Three processes for two cores: each waits for Ray, disks and deadlines a tenth of the time. What limits or measures
+# memory runs with nothing beside it.
 test-slow: $(VENV)/.test  ## the long tests: the whole demo, 50,000 images, submitted jobs, failing nodes
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m 'slow and not alone'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 3 -m 'slow and not alone'
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m alone
 
 soak: $(VENV)/.test  ## a job whose driver is killed 24 times, each time before another write, against one that nobody disturbs
@@ -56,15 +57,21 @@ docs: $(VENV)/.docs  ## the pages in docs/ as HTML, in docs/_build
 
 check: lint types docs test test-slow
 
-# A stamp is named after the extra that is installed; when pyproject.toml changes, pip installs the difference.
+# A stamp is named after the extra that is installed; when pyproject.toml changes, pip installs the difference. Without
+# --no-compile pip compiles the 30,000 modules of which a job imports a few thousand, which Python then does itself.
 $(VENV)/.minilm $(VENV)/.photos $(VENV)/.test $(VENV)/.lint $(VENV)/.types $(VENV)/.docs: $(VENV)/.%: $(VENV)/.created pyproject.toml
-	$(VENV)/bin/python -m pip install --quiet --editable '.[$*]'
+	$(VENV)/bin/python -m pip install --quiet --no-compile --editable '.[$*]'
 	@touch $@
+
+# pip looks at everything anew each time that it is called.
+tools: $(VENV)/.created  ## what tests, lint, types and docs need, installed at once
+	$(VENV)/bin/python -m pip install --quiet --no-compile --editable '.[test,lint,types,docs]'
+	@touch $(addprefix $(VENV)/.,test lint types docs)
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit(v < (3, 10) and f"milan_ray needs Python 3.10 or newer; {sys.executable} is {v.major}.{v.minor}. Give another one: make PYTHON=/path/to/python3.x")'
 	$(PYTHON) -m venv --clear $(VENV)
-	$(if $(TORCH),$(VENV)/bin/python -m pip install --quiet $(TORCH))
+	$(if $(TORCH),$(VENV)/bin/python -m pip install --quiet --no-compile $(TORCH))
 	@touch $@
 
 clean:

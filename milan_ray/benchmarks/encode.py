@@ -56,7 +56,7 @@ def random_encoder(name: str, folder: Path) -> EncoderRef:
 
 def run(options: Options) -> Iterator[Result]:
     """Measures pooling, batch sizes, and the stage with one and several models."""
-    name, count = ("resnet18", 8) if options.short else ("resnet101", 96)
+    name, count = ("resnet18", 4) if options.short else ("resnet101", 96)
     with TemporaryDirectory(prefix="milan-encode-") as folder, photographs(options, count) as photos:
         ref = random_encoder(name, Path(folder))
         views = [_view(file) for file in sorted(photos.iterdir())]
@@ -131,7 +131,10 @@ def _stage(
     with connected(resources):
         for count in sorted({1, len(models)}):
             name = f"stage with {count} models against bare encoder passes over the images"
-            compared = compare(name, partial(stage, count), bare, options.repeats, work=len(views), unit="images")
+            compared = compare(
+                name, partial(stage, count), bare, options.repeats,
+                work=len(views), unit="images", warm_up=not options.short,
+            )  # fmt: skip
             results.append(compared.with_facts(masks=float(count * PER_IMAGE * len(views))))
     return results
 

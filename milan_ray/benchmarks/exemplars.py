@@ -37,7 +37,7 @@ def resnet18(options: Options) -> ModelRef:
 
 def run(options: Options) -> Iterator[Result]:
     """Measures kernels, kernels with decoding, the whole stage, memory, and the scaling with each size."""
-    count, model = (12, resnet18(options)) if options.short else (300, resnet18(options))
+    count, model = 4 if options.short else 300, resnet18(options)
     with photographs(options, count) as folder:
         probe = ProbeRef((str(folder),))
         views = _views(model, probe)
@@ -54,6 +54,7 @@ def run(options: Options) -> Iterator[Result]:
                 options.repeats,
                 work=count,
                 unit="images",
+                warm_up=not options.short,
             )
         yield _with_decoding(model, probe, count, options)
         yield _cold_start(model, probe, count, options)

@@ -270,10 +270,11 @@ class Actor:
         return decoders(threads, torch.device(device))
 
 def count(gpus, *asked):
-    return ray.get(Actor.options(num_gpus=gpus, num_cpus=1).remote().count.remote(*asked))
+    actor = Actor.options(num_gpus=gpus, num_cpus=1).remote()
+    return ray.get([actor.count.remote(*each) for each in asked])
 
-print(json.dumps([decoders(3, torch.device("cuda")), count(1, 1, "cuda"), count(0.5, 1, "cuda"), count(0.5, 6, "cuda"),
-                  count(1, 2, "cpu")]))
+print(json.dumps([decoders(3, torch.device("cuda")), *count(1, (1, "cuda"), (2, "cpu")),
+                  *count(0.5, (1, "cuda"), (6, "cuda"))]))
 """
 
 
@@ -283,7 +284,7 @@ def test_actors_with_a_gpu_decode_with_its_share_of_the_clusters_cpus():
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     command = [sys.executable, "-c", PRETENDED_GPUS]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
-    assert json.loads(done.stdout.splitlines()[-1]) == [3, 8, 4, 6, 2]
+    assert json.loads(done.stdout.splitlines()[-1]) == [3, 8, 2, 4, 6]
 
 
 # -- pool_size ----------------------------------------------------------------------------------------------------
