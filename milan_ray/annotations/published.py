@@ -9,8 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.transforms.functional import to_pil_image
-from torchvision.utils import make_grid
 
 from milan_ray.annotations.layout import (
     ANNOTATIONS,
@@ -65,6 +63,9 @@ class Sample:
             columns: Images per row.
         """
         images = torch.from_numpy(self.masked_images(opacity)[:limit])
+        from torchvision.transforms.functional import to_pil_image  # takes two seconds to import
+        from torchvision.utils import make_grid
+
         return to_pil_image(make_grid(images, nrow=columns))
 
 

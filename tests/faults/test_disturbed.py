@@ -25,7 +25,7 @@ from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = str(ROOT / "tests/plugins/slow_models.py")
-KILLS = int(os.environ.get("MILAN_SOAK", "6"))
+KILLS = int(os.environ.get("MILAN_SOAK", "4"))
 """Times that the driver is killed; `make soak` sets more."""
 
 WRITES = 60
