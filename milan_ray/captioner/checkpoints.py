@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import safetensors.torch
-import spacy
 import torch
 from torch import Tensor
 
@@ -28,6 +27,7 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
+from milan_ray.device import without_weights
 from milan_ray.errors import MilanError, explained
 from milan_ray.models.checkpoints import STORAGES, index_of, numbers_of
 from milan_ray.storage import Storage
@@ -232,6 +232,8 @@ def _record(**properties: Any) -> dict[str, Any]:
 
 
 def _indexer_record(indexer: Indexer) -> dict[str, Any]:
+    import spacy  # only here, as in captioner/text.py
+
     english = spacy.blank("en")
     tokenize = _record(nlp=(dict(english.config), english.to_bytes()), **_TOKENIZE)
     return _record(vocab=_record(tokens=tuple(indexer.vocabulary.words)), tokenize=tokenize, **_INDEX)
@@ -267,11 +269,12 @@ def _filled(model: Callable[[Any], Any], config: object, state: Mapping[str, Ten
     """A model with these weights."""
     if getattr(config, "layers", 0) > len(state):
         raise ValueError(f"{config} has more layers than weights")
-    with torch.device("meta"):
-        empty = model(config)
-    filled = empty.to_empty(device="cpu")  # not initialised: a small file may claim a huge model
+    with without_weights():  # a small file may claim a huge model
+        filled = model(config)
+    own = filled.state_dict()
+    mine = {name: tensor.to(own[name].dtype, copy=True) if name in own else tensor for name, tensor in state.items()}
     try:
-        filled.load_state_dict(state)
+        filled.load_state_dict(mine, assign=True)
     except RuntimeError as error:
         raise MilanError(
             f"the weights in {source} do not fit its configuration: {error}; get the file again"

@@ -7,15 +7,18 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-
-import spacy
-from spacy.language import Language
+from typing import TYPE_CHECKING
 
 from milan_ray.errors import MilanError
+
+if TYPE_CHECKING:
+    from spacy.language import Language
 
 
 @functools.cache
 def _english() -> Language:
+    import spacy  # takes half a second, and only those need it who read texts of people
+
     return spacy.blank("en")
 
 

@@ -119,10 +119,11 @@ def search_of(args: argparse.Namespace, decoder: str) -> Search:
     """Configures the search, from the options, or else the setting, or else the captioner's defaults."""
     from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE
     from milan_ray.stages.descriptions import Search
-    from milan_ray.stages.tuning_statistics import read_setting
 
     search = Search(decoder, args.beam_size, args.length, args.lam, REFERENCE if args.reference_quirks else NO_QUIRKS)
     if args.setting is None:
         return search
+    from milan_ray.stages.tuning_statistics import read_setting  # imports polars
+
     setting = read_setting(read_text("--setting", args.setting), args.setting)
     return replace(search, **{name: value for name, value in asdict(setting).items() if getattr(args, name) is None})

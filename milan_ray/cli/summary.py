@@ -100,10 +100,10 @@ def report_on(
     notes: Mapping[str, str] | None = None,
 ) -> None:
     """Writes the HTML report and prints its path, unless the user declined it or it has no local folder."""
-    from milan_ray.report import write_report
-
     if args.no_report:
         return
+    from milan_ray.report import write_report
+
     target = report_folder(args, storage)
     if target is None:
         say("report: skipped; give --report DIR to write one for a remote storage")

@@ -12,10 +12,10 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import nn
 
+from milan_ray.device import without_weights
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.models.blocks import blocks, running
 from milan_ray.models.folders import import_optional
@@ -92,7 +92,7 @@ def default_layers(model: nn.Module) -> tuple[str, ...]:
 def structure(name: str) -> nn.Module:
     """One of timm's networks without weights, for its layers' names."""
     try:
-        with torch.device("meta"):
+        with without_weights():
             return import_timm().create_model(name, pretrained=False)
     except RuntimeError:  # versions up to 1.0.20 at least read numbers off tensors while they build some networks
         return build(name, None)

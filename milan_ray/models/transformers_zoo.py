@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from milan_ray.device import without_weights
 from milan_ray.errors import MilanError, explained
 from milan_ray.models.blocks import blocks
 from milan_ray.models.folders import LOCAL, check_complete, import_transformers
@@ -53,7 +54,7 @@ def resolve(source: str) -> ModelSpec:
         config = transformers.AutoConfig.from_pretrained(source, **LOCAL)
         processor = _processor(transformers, source)
     preprocess, swapped = _preprocess(source, processor)
-    with torch.device("meta"):
+    with without_weights():
         model = _vision(transformers.AutoModel.from_config(_unmasked(config))).eval()
     masked = _patches(model, preprocess) if _shuffles_patches(model) else 0
     paths = [path for path, _ in model.named_modules()]
@@ -91,7 +92,7 @@ def build(source: str, weights: str | None) -> nn.Module:
         torch.manual_seed(0)  # also for a pooler that was not saved; nothing that is dissected depends on it
         if weights == RANDOM:
             return _vision(transformers.AutoModel.from_config(config)).float()
-        with torch.device("meta"):
+        with without_weights():
             empty = transformers.AutoModel.from_config(config)
         kind, state = type(empty), None if weights is None else _state(weights, empty)
         with explained(f"the weights in {weights or source} cannot be loaded", "save the model again."):

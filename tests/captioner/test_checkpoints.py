@@ -3,6 +3,8 @@ import functools
 import operator
 import os
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import replace
@@ -43,6 +45,26 @@ def test_bytes_round_trip_keeps_every_weight_and_every_answer(tiny: Captioner, t
     assert copy.encoder_state is not None and torch.equal(copy.encoder_state["conv1.weight"], state["conv1.weight"])
     assert to_bytes(copy) == to_bytes(tiny)
     assert copy.describe(tiny_features) == tiny.describe(tiny_features)
+
+
+def test_from_bytes_loads_neither_torchs_compiler_nor_spacy_nor_draws_weights(tiny: Captioner, tmp_path: Path) -> None:
+    """They cost every process that reads a captioner more than the captioner does."""
+    for name, data in to_bytes(tiny).items():
+        (tmp_path / name).write_bytes(data)
+    script = """
+import sys
+from pathlib import Path
+import torch
+from milan_ray.captioner.checkpoints import from_bytes
+before = torch.get_rng_state()
+captioner = from_bytes({file.name: file.read_bytes() for file in Path(sys.argv[1]).iterdir()})
+assert {tensor.device.type for tensor in captioner.decoder.state_dict().values()} == {"cpu"}
+assert all(weight.requires_grad for weight in captioner.decoder.parameters())
+assert torch.equal(torch.get_rng_state(), before)
+print([name for name in ("torch._dynamo", "sympy", "spacy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stderr
 
 
 def test_digest_changes_with_a_weight_and_with_nothing_else(tiny: Captioner) -> None:
