@@ -51,6 +51,7 @@ NOT_RUN = {
     "demo|paper|benchmark": "minutes by themselves: tests/test_demo.py and tests/benchmarks run them",
     "(describe|plan) --zoo": "dozens of networks: tests/stages/test_zoo.py runs a small zoo",
     "annotations import base": "a download: tests/stages/test_published_sets.py imports a set of its own",
+    "describe .*--decoder own": "a captioner that the tutorial trains: the marked blocks run it",
     "annotations import units.csv": "text about networks of one's own: tests/stages/test_own_text.py has some",
     "annotations (collect|answers)": "people's answers: tests/stages/test_collection_pipeline.py makes some",
     "annotations statistics annotations.csv": "a pipeline of spaCy that has to be downloaded",
