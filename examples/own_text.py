@@ -40,7 +40,7 @@ def texts_of(path: str) -> dict[Unit, list[str]]:
 
 def mean_encodings(storage: Storage, encoder: str, model: str, layers: set[str]) -> dict[Unit, np.ndarray]:
     """Returns the mean encoding of each unit's exemplars, float32 (F,)."""
-    means = {}
+    means: dict[Unit, np.ndarray] = {}
     for layer in layers:
         table = storage.read(ENCODINGS, ["unit", "rank", "feature"], encoder=encoder, model=model, layer=layer)
         means |= {(layer, unit): features.mean(axis=0) for unit, features in unit_features(table).items()}
@@ -88,6 +88,7 @@ def main() -> None:
     parser.add_argument("--encoder-weights")
     parser.add_argument("--plugin", action="append", default=[])
     parser.add_argument("--epochs")
+    parser.add_argument("--beam-size", help="fewer than 50 where the text has fewer words")
     args = parser.parse_args()
     train_texts, held_texts = texts_of(args.train), texts_of(args.held)
     if seen := train_texts.keys() & held_texts.keys():
@@ -98,11 +99,13 @@ def main() -> None:
     encoder = ["--encoder", args.encoder]
     encoder += ["--encoder-weights", args.encoder_weights] if args.encoder_weights else []
     epochs = ["--epochs", args.epochs] if args.epochs else []
+    beam = ["--beam-size", args.beam_size] if args.beam_size else []
+    layers = ["--layers", *sorted({layer for layer, _ in held_texts})]
     for command in (
         ["exemplars", "--model", args.model, *weights, "--probe", args.probe, *plugins, *where],
         ["annotations", "import", args.train, "--model", args.model, "--source", SOURCE, *where],
         ["train", "--annotations", SOURCE, *encoder, *epochs, *plugins, *where],
-        ["describe", "--model", args.model, "--decoder", SOURCE, *plugins, *where],
+        ["describe", "--model", args.model, "--decoder", SOURCE, *layers, *beam, *plugins, *where],
     ):
         print("milan-ray", *command, flush=True)
         if cli.main(command):

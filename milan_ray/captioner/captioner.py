@@ -340,15 +340,14 @@ def best_descriptions(
 ) -> list[list[Description]]:
     """The ``n_best`` descriptions of each unit by log p(d|E) − λ log p(d), best first; complete ones before others."""
     scores, logp_d_given_e, logp_d = candidates.scores(lam), candidates.logp_d_given_e, candidates.logp_d
-    order, join = candidates.order(lam), str
+    order = candidates.order(lam)
     if not quirks.plain_choice:
-        join = readable
         each = zip(scores, candidates.texts, candidates.finished, strict=True)
         order = np.stack([choice_order(*unit) for unit in each]) if len(scores) else order
     return [
         [
             Description(
-                join(candidates.texts[unit][beam]),
+                candidates.texts[unit][beam] if quirks.plain_choice else readable(candidates.texts[unit][beam]),
                 float(scores[unit, beam]),
                 float(logp_d_given_e[unit, beam]),
                 None if logp_d is None else float(logp_d[unit, beam]),

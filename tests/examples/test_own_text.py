@@ -25,7 +25,7 @@ def arguments(photos: Path, folder: Path, held: str = HELD) -> list[str]:
 
 @pytest.mark.slow
 def test_own_text_is_learned_and_held_out_units_are_scored(ray_session, photos, tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(sys, "argv", [*arguments(photos, tmp_path), "--epochs", "2"])
+    monkeypatch.setattr(sys, "argv", [*arguments(photos, tmp_path), "--epochs", "2", "--beam-size", "6"])
     runpy.run_path(EXAMPLE, run_name="__main__")
     printed = capsys.readouterr().out
     for system in ("milan", "milan-pdE", "constant", "shuffled", "nearest-copy"):

@@ -126,14 +126,14 @@ def test_report_overview_shows_scores_skips_and_versions(site: Path) -> None:
     assert "1 left out (1 × truncated file)" in text
     assert "milan_ray 0.1.0" in text
     assert "181 units · 89 described · 6 images shown" in text
-    assert "Conv1 91 89 6 −55.6 −54.6" in text  # means of both labelers' scores: 89 of the scores −100 … −11
+    assert "Conv1 91 89 5 −55.6 −54.6" in text  # means of both labelers' scores: 89 of the scores −100 … −11
     assert "simulation" not in text.split("Models and layers")[1]  # on the model's page
 
 
 def test_report_model_page_has_what_is_of_the_model_alone(site: Path) -> None:
     (path,) = site.glob("layers/*/index.html")
     text = re.sub(r"\s+", " ", Page(path).text)
-    assert "2 layers · 181 units · 89 described · 6 distinct descriptions" in text
+    assert "2 layers · 181 units · 89 described · 5 distinct descriptions" in text
     assert "scores by judge: toy/" in text and "milan 0.4 [0.3, 0.5]" in text
     assert "Said most often: red thing 30, green thing 29, blue thing 28" in text
     assert "truncated file" in text and "held-out" not in text
