@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -245,14 +246,39 @@ def read_csv(path: Path, columns: Sequence[str], needs: str, remedy: str) -> lis
         (number of its last line, column → cell) of each row.
 
     Raises:
-        MilanError: The file cannot be read, or lacks a column.
+        MilanError: The file cannot be read, is not UTF-8, lacks a column, or has one twice.
     """
-    with explained(f"{path} cannot be read", remedy, OSError, UnicodeDecodeError, csv.Error):
-        reader = dict_reader(read_text(path))
-        missing = [column for column in columns if column not in (reader.fieldnames or ())]
+    with explained(f"{path} cannot be read", remedy, OSError, csv.Error):
+        reader = dict_reader(_text(path))
+        names = reader.fieldnames or ()
+        missing = [column for column in columns if column not in names]
         if missing:
             raise MilanError(f"{path} has no column {', '.join(missing)}: {needs}")
+        twice = [column for column in columns if list(names).count(column) > 1]
+        if twice:
+            raise MilanError(f"{path}, line 1: has column {twice[0]} twice; rename or remove one of them.")
         return [(reader.line_num, row) for row in reader]
+
+
+def _text(path: Path) -> str:
+    """The text of a file.
+
+    Raises:
+        MilanError: It is neither UTF-8 nor begins with a byte-order mark.
+        OSError: It cannot be read.
+    """
+    remedy = 'save it as UTF-8 (spreadsheets: "CSV UTF-8").'
+    try:
+        text = read_text(path)
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise MilanError(
+            f"{path} cannot be read: line {line} holds byte 0x{error.object[error.start]:02x}, which is not "
+            f"{error.encoding.upper()}; {remedy}"
+        ) from error
+    if "\0" in text:
+        raise MilanError(f"{path} cannot be read: line 1 holds NUL, as UTF-16 without a byte-order mark does; {remedy}")
+    return text
 
 
 @dataclass(frozen=True)
@@ -264,16 +290,22 @@ class Annotation:
         layer: The layer's name, stripped; kept as a string even if it looks like a number.
         unit: Channel.
         text: The annotation, as written; may be empty.
+        line: The last line of the row in the file, from 1.
     """
 
     row: int
     layer: str
     unit: int
     text: str
+    line: int
 
 
-def read_annotations(path: Path) -> list[Annotation]:
+def read_annotations(path: Path, *, strict: bool = False) -> list[Annotation]:
     """Reads ``annotations.csv``. Columns may be in any order, and other columns are ignored.
+
+    Args:
+        path: The file.
+        strict: Refuse rows with more cells than the header, whose text would be cut off at its comma.
 
     Raises:
         MilanError: The file is missing, is not text or lacks a column, or a row is incomplete or its unit is no whole
@@ -282,13 +314,19 @@ def read_annotations(path: Path) -> list[Annotation]:
     names = ", ".join(COLUMNS)
     annotations: list[Annotation] = []
     for line, row in read_csv(path, COLUMNS, f"it must have {names}.", f"give a CSV with columns {names}."):
+        beyond = cast("dict[str | None, Sequence[str]]", row).get(None, ())
+        if strict and any(map(str.strip, beyond)):
+            raise MilanError(
+                f"{path}, line {line}: has more cells than the header ({', '.join(beyond)!r} is beyond it); put texts "
+                "with commas between double quotes."
+            )
         layer, unit, text = (row[column] for column in COLUMNS)
         if layer is None or text is None or not (unit or "").strip().isdecimal():
             raise MilanError(
                 f"{path}, line {line}: needs a layer, a whole number as unit and a summary, "
                 f"got {layer!r}, {unit!r}, {text!r}."
             )
-        annotations.append(Annotation(len(annotations), clean(layer), int(unit), text))
+        annotations.append(Annotation(len(annotations), clean(layer), int(unit), text, line))
     return annotations
 
 

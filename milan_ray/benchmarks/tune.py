@@ -31,7 +31,7 @@ def run(options: Options) -> Iterator[Result]:
 
     def trial(lams: list[float]) -> int:
         beams = captioner.candidates(features)
-        chosen = rescored(beams.texts, beams.logp_d_given_e, beams.logp_d, lams)
+        chosen = rescored(beams.texts, beams.finished, beams.logp_d_given_e, beams.logp_d, lams)
         trial_scores(chosen, references, halves, bert_score, samples=1000, seed=0)
         return len({pair for texts in chosen for pair in enumerate(texts)})
 

@@ -15,8 +15,8 @@ from milan_ray.captioner.decoder import Decoder, decode_forced, decode_stepwise
 from milan_ray.captioner.encoder import PyramidEncoder, get_encoder
 from milan_ray.captioner.lm import LanguageModel
 from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
-from milan_ray.captioner.rerank import beam_logp, counted_length, rescore
-from milan_ray.captioner.text import Indexer
+from milan_ray.captioner.rerank import beam_logp, choice_order, counted_length, rescore
+from milan_ray.captioner.text import Indexer, readable
 from milan_ray.device import resolve_device, to_device
 from milan_ray.errors import MilanError, unknown_name
 
@@ -33,7 +33,7 @@ class Candidates:
         logp_d_given_e: The score of the search, nats, float32 (B, beam), descending: log p(d|E), or with mutual
             information in the search log p(d|E) − λ log p(d).
         logp_d: log p(d), nats, float32 (B, beam); None without a language model.
-        texts: The descriptions, [unit][beam].
+        texts: The descriptions, [unit][beam], as the reference joins their tokens.
     """
 
     tokens: list[list[list[int]]]
@@ -237,7 +237,7 @@ class Captioner:
     ) -> list[list[Description]]:
         """The ``n_best`` descriptions of each unit, by :func:`best_descriptions` of :meth:`candidates`."""
         candidates = self.candidates(features, beam_size, length, quirks=quirks)
-        return best_descriptions(candidates, self.lam if lam is None else lam, n_best)
+        return best_descriptions(candidates, self.lam if lam is None else lam, n_best, quirks)
 
     @torch.no_grad()
     def decode(
@@ -335,18 +335,24 @@ class Captioner:
         return (chosen * (decoded.tokens != self.indexer.ids.pad)).sum(dim=1).cpu().numpy()
 
 
-def best_descriptions(candidates: Candidates, lam: float, n_best: int = 1) -> list[list[Description]]:
-    """The ``n_best`` descriptions of each unit by log p(d|E) − λ log p(d), best first."""
+def best_descriptions(
+    candidates: Candidates, lam: float, n_best: int = 1, quirks: Quirks = NO_QUIRKS
+) -> list[list[Description]]:
+    """The ``n_best`` descriptions of each unit by log p(d|E) − λ log p(d), best first; complete ones before others."""
     scores, logp_d_given_e, logp_d = candidates.scores(lam), candidates.logp_d_given_e, candidates.logp_d
+    order = candidates.order(lam)
+    if not quirks.plain_choice:
+        each = zip(scores, candidates.texts, candidates.finished, strict=True)
+        order = np.stack([choice_order(*unit) for unit in each]) if len(scores) else order
     return [
         [
             Description(
-                candidates.texts[unit][beam],
+                candidates.texts[unit][beam] if quirks.plain_choice else readable(candidates.texts[unit][beam]),
                 float(scores[unit, beam]),
                 float(logp_d_given_e[unit, beam]),
                 None if logp_d is None else float(logp_d[unit, beam]),
             )
             for beam in beams[:n_best]
         ]
-        for unit, beams in enumerate(candidates.order(lam))
+        for unit, beams in enumerate(order)
     ]

@@ -22,7 +22,7 @@ from milan_ray.models.hooks import LayerTap
 from milan_ray.models.image_text import ImageText
 from milan_ray.models.registry import BUILDING
 from milan_ray.models.view import IMAGENET_MEAN, IMAGENET_STD
-from milan_ray.models.weights import WeightsFile, load_strictly, load_weights, weights_digest
+from milan_ray.models.weights import WeightsFile, load_strictly, read_weights, weights_digest
 from milan_ray.names import checked_name
 
 MASKS = 256
@@ -317,14 +317,14 @@ def get_encoder(name: str) -> EncoderSpec:
 
 
 def _build(name: str, path: str | None) -> nn.Module:
-    """A backbone without the modules after the last layer of the pyramid."""
+    """A backbone without the modules after the last layer of the pyramid, whose weights a file may have or lack."""
     from torchvision import models  # not above: its import takes a third of a worker's start
 
-    model = models.get_model(name, weights=None)
+    model, unused = models.get_model(name, weights=None), "classifier" if name == "alexnet" else "fc"
+    model.avgpool = nn.Identity()
+    setattr(model, unused, nn.Identity())
     if path is not None:
-        load_weights(model, path)
-    for unused in ("avgpool", "classifier" if name == "alexnet" else "fc"):
-        setattr(model, unused, nn.Identity())
+        load_strictly(model, read_weights(path, model, needless=lambda name: name.startswith(f"{unused}.")), path)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TypeVar
 
 import numpy as np
@@ -11,13 +12,35 @@ from torch import Tensor
 from milan_ray.captioner.beam import Beams
 from milan_ray.captioner.lm import LanguageModel
 from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
+from milan_ray.captioner.text import breaks_off
 
 Values = TypeVar("Values", np.ndarray, Tensor)
+
+CHOICE_VERSION = 2
+"""Version of how a description is chosen among candidates and written; 1 is the reference's."""
 
 
 def rescore(logp_d_given_e: Values, logp_d: Values, lam: float) -> Values:
     """Log p(d|E) − λ log p(d), nats, for log-probabilities of equal shapes."""
     return logp_d_given_e - lam * logp_d
+
+
+def choice_order(scores: np.ndarray, texts: Sequence[str], finished: np.ndarray) -> np.ndarray:
+    """Sorts a unit's candidates: complete ones first, then by descending score; ties keep their order.
+
+    Re-ranking prefers what the language model finds unlikely, and a sentence that breaks off is that: without this
+    rule, "The top of the" wins over "The top of the heads".
+
+    Args:
+        scores: Scores (N,).
+        texts: Texts (N).
+        finished: Whether each reached ``<stop>``, bool (N,); it is complete if it does not break off either.
+
+    Returns:
+        Places of the candidates, best first (N,).
+    """
+    complete = finished & ~np.fromiter(map(breaks_off, texts), bool, len(texts))
+    return np.lexsort((-scores, ~complete))
 
 
 def counted_length(tokens: Tensor, stop: int, steps: Tensor, quirks: Quirks = NO_QUIRKS) -> Tensor:

@@ -170,3 +170,38 @@ class Indexer:
     def from_state(cls, state: dict[str, list[str]]) -> Indexer:
         """The indexer of :meth:`state`."""
         return cls(Vocabulary(tuple(state["words"])))
+
+
+_TO_THE_LEFT = re.compile(r" ('(?:s|m|d|re|ve|ll)|n't|[!?%)\]}…]|'(?= |$)(?<=s '))(?![^\W\d_])", re.IGNORECASE)
+"""Tokens of spaCy's English rules that are written without a space before them; a lone ' only after an s."""
+
+_TO_THE_RIGHT = re.compile(r"([(\[{$#]) ")
+_TO_BOTH = re.compile(r" ([/]) ")
+_QUOTED = re.compile(r"([\"“]|(?<!s )') ([^\"'“”]+?) ([\"'”])(?= |$|[.,;:!?])")
+
+_UNENDED = frozenset((
+    "a", "an", "the", "and", "or", "but", "nor", "of", "with", "without", "from", "into", "onto", "at", "by", "for",
+    "in", "on", "to", "than", "as", "its", "their", "his", "her", "your", "our", "my", "that", "which", "who",
+    "whose", "is", "are", "was", "were", "be", "being", "some", "every", "very",
+))  # fmt: skip
+"""Words that do not end a description."""
+
+
+def readable(text: str) -> str:
+    """A text of :meth:`Indexer.reconstruct` as people write it: ``People 's heads`` becomes ``People's heads``.
+
+    The reference joins tokens by blanks, except around dashes and before ``.,;:``. Here contractions, possessives,
+    brackets, quotes, slashes and the other marks of sentences have no blank either.
+    """
+    text = _QUOTED.sub(r"\1\2\3", text)
+    text = _TO_THE_LEFT.sub(r"\1", text)
+    return " ".join(_TO_BOTH.sub(r"\1", _TO_THE_RIGHT.sub(r"\1", text)).split())
+
+
+def breaks_off(text: str) -> bool:
+    """Whether a text ends in the middle of a phrase, such as ``The top of the``; an empty one does, too.
+
+    Known by its last word: an article, a preposition, a conjunction or the like, or a mark that joins words.
+    """
+    words = text.lower().split()
+    return not words or words[-1].strip(".") in _UNENDED or words[-1][-1] in ",;:-(/&" or words[-1].endswith("'s")

@@ -11,6 +11,7 @@ from milan_ray.cli.build_configs import absolute, open_storage
 from milan_ray.cli.refusals import given, refuse
 from milan_ray.cli.summary import note
 from milan_ray.errors import MilanError
+from milan_ray.progress import say
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -76,13 +77,18 @@ def _import_annotations(args: argparse.Namespace) -> int:
     from milan_ray.stages.annotations_import import SOURCE, import_csv, run_import
 
     storage, source = open_storage(args), args.source or SOURCE
-    if args.set.endswith(".csv"):
+    if args.set.lower().endswith(".csv"):
         if args.model is None:
             raise MilanError("annotations from a CSV need --model, the model whose exemplars they speak of.")
-        others = ["layers", "download", "images", "labels", "reference_quirks"]
+        others = ["download", "images", "labels", "reference_quirks"]
         refuse(args, others, "for a CSV of annotations", "name a published set instead")
         path = Path(absolute("SET", args.set))
-        import_csv(storage, path, args.model, source=source, annotation_count=args.annotation_count or None)
+        count = import_csv(
+            storage, path, args.model, source=source, annotation_count=args.annotation_count or None,
+            layers=args.layers,
+        )  # fmt: skip
+        say(f"train with them: jobs.train --annotations {source} --encoder NAME")
+        note(args, f"{count} annotations of {args.model}", source=source, annotations=count)
         return 0
     _refuse(args, args.download)
     sets = load(

@@ -21,7 +21,7 @@ from milan_ray.cli.build_configs import (
     read_text,
 )
 from milan_ray.cli.refusals import DISSECTION, refuse
-from milan_ray.cli.summary import close, report_on, show_plan
+from milan_ray.cli.summary import close, report_on, say_distinct, show_plan
 
 if TYPE_CHECKING:
     from milan_ray.engine.planner import Plan
@@ -46,9 +46,10 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     from milan_ray.engine.planner import Plan
     from milan_ray.engine.stage import run_stages
     from milan_ray.engine.tasks import models_apart
+    from milan_ray.labelers.clip import CLIP
     from milan_ray.stages.annotations_export import exemplar_layers
     from milan_ray.stages.captioners import about_captioner, load_captioner
-    from milan_ray.stages.descriptions import description_stages
+    from milan_ray.stages.descriptions import description_stages, labelers
     from milan_ray.stages.encodings import Encodings
     from milan_ray.stages.exemplars import Exemplars
     from milan_ray.stages.rerank import reranking_stages
@@ -95,6 +96,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
         present = models_apart(describe, present, failed)
     about = about_captioner(storage, decoder)
     report_on(args, storage, list(present), {"About the descriptions": about} if about else None)
+    say_distinct(args, storage, present, CLIP if clip else labelers(load_captioner(storage, decoder), search)[-1].name)
     return close(args, "descriptions", present, failed)
 
 

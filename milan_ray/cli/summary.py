@@ -129,6 +129,36 @@ def labelers_of(storage: Storage, models: Sequence[str] | None) -> list[str] | N
     return sorted(labelers, key=lambda labeler: (labeler != "milan", labeler)) or None
 
 
+def say_distinct(args: argparse.Namespace, storage: Storage, done: Mapping[str, Sequence[str]], labeler: str) -> None:
+    """Prints, and adds to the summary, how many distinct descriptions a labeler gives the units of each model.
+
+    Args:
+        args: The subcommand's options.
+        storage: The run directory.
+        done: Model → layers.
+        labeler: The labeler.
+    """
+    from milan_ray.schema import DESCRIPTIONS
+
+    distinct: dict[str, int] = {}
+    every: set[str] = set()
+    units = 0
+    for model, layers in done.items():
+        said: set[str] = set()
+        for layer in layers:
+            keys = {"labeler": labeler, "model": model, "layer": layer}
+            if storage.metadata(DESCRIPTIONS, **keys) is not None:
+                texts = storage.read(DESCRIPTIONS, ["description"], **keys)["description"]
+                units += len(texts)
+                said.update(texts.to_pylist())
+        distinct[model] = len(said)
+        every |= said
+    per_model = ", ".join(f"{name} {count:,}" for name, count in sorted(distinct.items(), key=lambda item: item[1])[:5])
+    fewest = f"; fewest: {per_model}" if len(distinct) > 1 else ""
+    say(f"distinct descriptions ({labeler}): {len(every):,} among {units:,} units{fewest}")
+    note(args, distinct=distinct)
+
+
 def say_figure(storage: Storage, table: Table, **keys: str) -> None:
     """Prints where the figure of a partition is."""
     from milan_ray.report.figures import figure_path

@@ -11,11 +11,18 @@ from milan_ray.cli.build_configs import annotated_layers, cluster, encoder_ref, 
 from milan_ray.cli.summary import note, show_plan
 from milan_ray.config import TrainingConfig
 from milan_ray.errors import MilanError
+from milan_ray.names import checked_name
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Adds the subcommand's options."""
-    string(parser, "--name", "NAME", "name of the captioner in the storage (default: the group's)", type=name)
+    string(
+        parser,
+        "--name",
+        "NAME",
+        "name of the captioner in the storage (default: the group's, else the source's)",
+        type=name,
+    )
     string(parser, "--annotations", "SOURCE", "source of the annotations to train on", "milannotations")
     which = parser.add_mutually_exclusive_group()
     which.add_argument(
@@ -84,10 +91,8 @@ def run(args: argparse.Namespace) -> int:
         if args.name and len(groups) > 1:
             raise MilanError(f"--name is for one captioner, and these are {len(groups)} groups: leave it out.")
         names = {args.name or group: models for group, models in groups.items()}
-    elif args.name:
-        names = {args.name: tuple(annotated)}
     else:
-        raise MilanError("which annotations to train on: give --group, or --name for a captioner of all of them.")
+        names = {args.name or checked_name("the captioner", args.annotations): tuple(annotated)}
     setting = None
     if args.setting:
         setting = read_decoder_setting(read_text("--setting", args.setting), args.setting)

@@ -101,7 +101,7 @@ def probe(ref: ProbeRef) -> Probe:
 
 
 def network(spec: ModelSpec, weights: str | None = None) -> nn.Module:
-    """Builds a model, on the CPU.
+    """Builds a model whose layers are dissected, on the CPU; its file may lack weights that these do not need.
 
     Args:
         spec: The model.
@@ -110,7 +110,7 @@ def network(spec: ModelSpec, weights: str | None = None) -> nn.Module:
     Raises:
         MilanError: It cannot be built, or its weights differ.
     """
-    model = spec.load()
+    model = spec.load(parts=True)
     if weights is not None and weights_digest(model) != weights:
         raise MilanError(
             f"{spec.name} has other weights on {platform.node()} than where the job was started; every node must see "

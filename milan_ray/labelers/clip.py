@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from milan_ray.captioner.captioner import Captioner
+from milan_ray.captioner.rerank import CHOICE_VERSION
 from milan_ray.labelers.milan import N_BEST, rank
 from milan_ray.labelers.protocol import Evidence, Kind, Label
 from milan_ray.models.image_text import ImageText, ImageTextRef
@@ -50,9 +51,9 @@ class Clip(ImageTextRef):
         """λ of the beam search; None for a captioner without a language model, which is searched by log p(d|E)."""
         return None if captioner.lm is None else self.lam
 
-    def labeler(self) -> ClipSimilarity:
+    def labeler(self, plain_choice: bool = False) -> ClipSimilarity:
         """The labeler with these parameters."""
-        return ClipSimilarity(self.z, self.load().text_identity())
+        return ClipSimilarity(self.z, self.load().text_identity(), plain_choice)
 
 
 @dataclass(frozen=True)
@@ -62,22 +63,25 @@ class ClipSimilarity:
     Attributes:
         z: Weight of whole images; masked regions have weight 1 − z.
         model: Identity of the image-text model.
+        plain_choice: The reference's choice, see :class:`milan_ray.captioner.quirks.Quirks`.
     """
 
     z: float
     model: Mapping[str, object]
+    plain_choice: bool = False
     name: str = field(default=CLIP, init=False)
     lam: None = field(default=None, init=False)
     requires: tuple[Kind, ...] = field(default=("candidates", "similarity"), init=False)
 
     def identity(self) -> dict[str, object]:
         """Everything that determines the labels, except candidates and exemplar embeddings."""
-        return {"similarity": 1, "z": self.z, "clip": dict(self.model), "n_best": N_BEST}
+        version = 1 if self.plain_choice else CHOICE_VERSION
+        return {"similarity": version, "z": self.z, "clip": dict(self.model), "n_best": N_BEST}
 
     def label(self, evidence: Evidence) -> dict[int, list[Label]]:
         """The best candidates of every unit."""
         assert evidence.candidates is not None and evidence.similarity is not None  # required
-        return rank(evidence.candidates, evidence.similarity)
+        return rank(evidence.candidates, evidence.similarity, self.plain_choice)
 
 
 def query(features: np.ndarray, z: float) -> np.ndarray:

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import pyarrow as pa
 
-from milan_ray.captioner.rerank import rescore
+from milan_ray.captioner.rerank import CHOICE_VERSION, choice_order, rescore
+from milan_ray.captioner.text import readable
 from milan_ray.labelers.protocol import Evidence, Kind, Label
 
 MILAN = "milan"
@@ -27,36 +28,46 @@ class PointwiseMutualInformation:
     Attributes:
         name: :data:`MILAN` or :data:`LIKELIHOOD`.
         lam: λ.
+        plain_choice: The reference's choice, see :class:`milan_ray.captioner.quirks.Quirks`.
     """
 
     name: str
     lam: float
+    plain_choice: bool = False
     requires: tuple[Kind, ...] = field(default=("candidates",), init=False)
 
     def identity(self) -> dict[str, object]:
         """Everything that determines the labels, except the candidates."""
-        return {"rescore": 1, "lam": self.lam, "n_best": N_BEST}
+        return {"rescore": 1 if self.plain_choice else CHOICE_VERSION, "lam": self.lam, "n_best": N_BEST}
 
     def label(self, evidence: Evidence) -> dict[int, list[Label]]:
         """The best candidates of every unit."""
         table = evidence.candidates
         assert table is not None  # required
         likely, prior = (table[name].to_numpy() for name in ("logp_d_given_e", "logp_d"))
-        return rank(table, rescore(likely, prior, self.lam))
+        return rank(table, rescore(likely, prior, self.lam), self.plain_choice)
 
 
-def rank(candidates: pa.Table, scores: np.ndarray) -> dict[int, list[Label]]:
+def rank(candidates: pa.Table, scores: np.ndarray, plain_choice: bool = False) -> dict[int, list[Label]]:
     """The best candidates of every unit.
 
     Args:
         candidates: Rows of the table of candidates, grouped by unit.
         scores: Scores of the rows; ties keep beam order.
+        plain_choice: The reference's choice: by score alone, texts as it joins them.
     """
     texts = candidates["text"].to_pylist()
+    finished = None if plain_choice else candidates["finished"].to_numpy(zero_copy_only=False)
     likely, prior = (candidates[name].to_numpy() for name in ("logp_d_given_e", "logp_d"))
     has_lm = bool(candidates["lm"][0].as_py()) if len(candidates) else False
     return {
-        unit: best_labels(texts[rows], scores[rows], likely[rows], prior[rows] if has_lm else None)
+        unit: best_labels(
+            texts[rows],
+            scores[rows],
+            likely[rows],
+            prior[rows] if has_lm else None,
+            finished=None if finished is None else finished[rows],
+        )
         for unit, rows in by_unit(candidates["unit"].to_numpy())
     }
 
@@ -70,12 +81,28 @@ def by_unit(units: np.ndarray) -> Iterator[tuple[int, slice]]:
 
 
 def best_labels(
-    texts: Sequence[str], scores: np.ndarray, likely: np.ndarray, prior: np.ndarray | None, n_best: int = N_BEST
+    texts: Sequence[str],
+    scores: np.ndarray,
+    likely: np.ndarray,
+    prior: np.ndarray | None,
+    n_best: int = N_BEST,
+    finished: np.ndarray | None = None,
 ) -> list[Label]:
-    """The best distinct texts of one unit, with their scores and log-probabilities, best first."""
+    """The best distinct texts of one unit, with their scores and log-probabilities, best first.
+
+    Args:
+        texts: The candidates (N).
+        scores: Their scores (N,).
+        likely: Their log p(d|E) (N,).
+        prior: Their log p(d) (N,); None without a language model.
+        n_best: Most texts.
+        finished: Whether each reached ``<stop>`` (N,): complete ones come first, and texts are as people write them.
+            None chooses as the reference does, by score alone.
+    """
     best: dict[str, Label] = {}
-    for place in np.argsort(-scores, kind="stable").tolist():
-        text = texts[place]
+    order = np.argsort(-scores, kind="stable") if finished is None else choice_order(scores, texts, finished)
+    for place in order.tolist():
+        text = texts[place] if finished is None else readable(texts[place])
         if text not in best:  # different tokens may give the same text
             chosen = None if prior is None else float(prior[place])
             best[text] = Label(text, float(scores[place]), float(likely[place]), chosen)

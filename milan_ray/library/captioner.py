@@ -17,6 +17,7 @@ from PIL import Image
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.encoder import Encoder, MaskedExemplars, PyramidEncoder, encode_exemplars, get_encoder
 from milan_ray.captioner.quirks import NO_QUIRKS, REFERENCE, Quirks
+from milan_ray.captioner.text import readable
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError
 from milan_ray.labelers.clip import Clip, query, similarity
@@ -128,7 +129,8 @@ class Milan:
             similarities = self._similarities(queries)
             mi_lam = self.clip.mi_lam(self.captioner) if lam is None else lam
             beam_size = self.clip.beams(self.captioner) if beam_size is None else beam_size
-            quirks, lam = NO_QUIRKS, None  # no quirk touches this search, and no λ what it ranks by
+            # No other quirk touches this search, and no λ what it ranks by.
+            quirks, lam = Quirks(plain_choice=quirks.plain_choice), None
         size = UNITS_PER_SEARCH if self.clip is None else 1
         rows: list[dict[str, object]] = []
         with Progress("describing", len(features), "units") as progress:
@@ -139,7 +141,8 @@ class Milan:
                 for place, texts in enumerate(candidates.texts):
                     scores = similarities(len(rows), texts) if similarities else candidates.scores(lam or 0.0)[place]
                     prior = None if candidates.logp_d is None else candidates.logp_d[place]
-                    best = best_labels(texts, scores, likely[place], prior, n_best)
+                    finished = None if quirks.plain_choice else candidates.finished[place]
+                    best = best_labels(texts, scores, likely[place], prior, n_best, finished)
                     row = {"unit": len(rows), "description": best[0].text, "lam": lam, "n_best": list(map(vars, best))}
                     rows.append(vars(best[0]) | row)
                 progress.advance(len(batch))
@@ -168,11 +171,13 @@ class Milan:
         judge, clip = self.judge, self.clip
         assert judge is not None and clip is not None
         queries = [query(unit, clip.z) for unit in features]
+        write = str if self.quirks.plain_choice else readable
         embedded: dict[str, np.ndarray] = {}
 
         def similarities(unit: int, texts: list[str]) -> np.ndarray:
             new = sorted(set(texts) - embedded.keys())
-            embedded.update(zip(new, judge.embed_texts(new).cpu().numpy(), strict=True))
+            vectors = judge.embed_texts([write(text) for text in new]).cpu().numpy()
+            embedded.update(zip(new, vectors, strict=True))
             return similarity(np.stack([embedded[text] for text in texts]), np.stack([queries[unit]] * len(texts)))
 
         return similarities

@@ -53,7 +53,7 @@ def layer_table(spec: ModelSpec) -> list[LayerInfo]:
         )
     if spec.published and spec.weights is None:
         spec = replace(spec, weights=RANDOM)
-    model = spec.load()
+    model = spec.load(parts=True)
     modules = named_layers(model)
     default = find_places(model, spec.layers)
     paths = list(dict.fromkeys([*modules, *spec.layers]))

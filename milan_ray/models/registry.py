@@ -19,9 +19,11 @@ from torch import nn
 
 from milan_ray.errors import MilanError, unknown_name
 from milan_ray.models.layouts import UNSAID, Reading
+from milan_ray.models.partial import accepting_parts, modules_in_need
 from milan_ray.models.view import GENERATED, Preprocess
 from milan_ray.models.weights import WeightsFile, load_weights
 from milan_ray.names import checked_name
+from milan_ray.progress import say
 
 ModelInput = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 """One tensor, several positional ones, or keyword arguments."""
@@ -37,6 +39,8 @@ at the same time."""
 
 TOKEN_BATCH = 32
 """Images per forward pass of vision transformers, as in the reference: their MLPs put out 617 MB for 128 images."""
+
+_PARTS_SAID: set[tuple[str, str]] = set()
 
 RANDOM = "random"
 """Replaces a weights file's path: untrained weights from seed 0, as a control. A factory may support or reject it."""
@@ -108,8 +112,11 @@ class ModelSpec:
         """(height, width, bands) of the views that :meth:`prepare` takes."""
         return (*self.preprocess.view.shape, self.bands or 3)
 
-    def load(self) -> nn.Module:
+    def load(self, parts: bool = False) -> nn.Module:
         """Builds the model, in eval mode and without gradients.
+
+        Args:
+            parts: Whether its file may lack weights that none of :attr:`layers` needs; these are NaN then.
 
         Raises:
             MilanError: Its weights are missing or do not fit, or its factory failed.
@@ -118,11 +125,31 @@ class ModelSpec:
         if weights is None and self.published:
             weights = next(iter(self.published.values())).find()
         with BUILDING, blaming(f"model {self.name} cannot be built"):
-            network = self.factory(weights).eval()
+            with accepting_parts(parts and self.images is None) as lacking:
+                network = self.factory(weights).eval()
+            for file, names in lacking.items():
+                self._check_part(network, file, names)
             for parameter in network.parameters():  # TorchScript cannot do so by itself
                 if not nn.parameter.is_lazy(parameter):  # rejected later, when it is examined
                     parameter.requires_grad_(False)
             return network
+
+    def _check_part(self, network: nn.Module, file: str, missing: list[str]) -> None:
+        """Reports which weights a file lacks, and refuses layers that need them."""
+        inputs = self.prepare(torch.zeros(1, *self.view_shape, dtype=torch.uint8))
+        inputs = (inputs,) if isinstance(inputs, torch.Tensor) else inputs
+        run = partial(network, **inputs) if isinstance(inputs, Mapping) else partial(network, *inputs)
+        needy = [path or OUTPUTS for path in modules_in_need(network, run)]
+        lacks = f"weights file {file} lacks {len(missing)} weights of {self.name} (first: {', '.join(missing[:3])})"
+        refused = [layer for layer in self.layers if re.sub(r"@\d+$", "", layer) in needy]
+        if refused:
+            raise MilanError(
+                f"{lacks}, which layer {', '.join(refused)} needs: choose other layers with --layers, or give a file "
+                "of the whole network."
+            )
+        if (self.name, file) not in _PARTS_SAID:
+            _PARTS_SAID.add((self.name, file))
+            say(f"{lacks}: layers that need them cannot be dissected ({', '.join(needy)})")
 
     def batch(self, wanted: int) -> int:
         """Images per forward pass: the wanted number, limited by :attr:`max_batch`."""
@@ -153,7 +180,7 @@ def build_seeded(make: Callable[[], nn.Module], weights: str | None) -> nn.Modul
         torch.manual_seed(0)
         model = make()
     if weights is not None and weights != RANDOM:
-        load_weights(model, weights)
+        load_weights(model, weights, parts=True)
     return model
 
 

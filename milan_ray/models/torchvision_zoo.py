@@ -141,11 +141,12 @@ def build(
             rename=rename,
             needless=lambda name: auxiliary and name.lower().startswith("aux"),
             sizes=False,  # the head and the size of images follow the file's
+            parts=True,
         )
         fitting = options | _sizes(architecture, model, state)
         if fitting != options:
             model = _construct(architecture, fitting)
-        load_strictly(model, state, weights)
+        load_strictly(model, state, weights, parts=True)
     return arrange(model) if arrange else model
 
 

@@ -19,6 +19,7 @@ from milan_ray.config import models_dir
 from milan_ray.errors import MilanError, explained, reason
 from milan_ray.models.checkpoints import Checkpoint, read_checkpoint
 from milan_ray.models.folders import packaged_folder, require_packaged
+from milan_ray.models.partial import accepts_parts, fill
 from milan_ray.models.view import Preprocess
 from milan_ray.models.weights_fit import Fit, describe_problems, find_fits, misfit, same_tensors, tied_names
 from milan_ray.progress import say
@@ -161,6 +162,7 @@ def read_weights(
     rename: Callable[[str], str] = str,
     needless: Callable[[str], bool] = lambda name: False,
     sizes: bool = True,
+    parts: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Reads the weights of a network from a file, whatever else the file holds.
 
@@ -174,6 +176,7 @@ def read_weights(
         rename: Converts a parameter's name in the file, without the prefix, to the network's name.
         needless: Whether a parameter, by the network's name, is optional in the file.
         sizes: Whether shapes must fit, too.
+        parts: Whether the file may lack weights where that is accepted (:mod:`milan_ray.models.partial`).
 
     Returns:
         The network's names of parameters and buffers → tensors, on the CPU.
@@ -193,6 +196,9 @@ def read_weights(
     # Counters of BatchNorm that old files lack; torch fills them in.
     needed = {name for name in own if not name.endswith("num_batches_tracked") and not needless(name)}
     good = [fit for fit in fits if not fit.problems(own, needed, sizes)]
+    if not good and parts and accepts_parts():
+        some = [fit for fit in fits if fit.matching(own)[0] and not fit.problems(own, set(), sizes)]
+        good = sorted(some, key=lambda fit: fit.matching(own), reverse=True)[:1]
     if not good:
         nearest = max(fits, key=lambda fit: fit.matching(own))
         raise misfit(path, type(model).__name__, nearest.problems(own, needed, sizes), nearest, own)
@@ -259,13 +265,14 @@ def save_weights(state: dict[str, torch.Tensor], path: str | Path) -> None:
             torch.save(state, path)
 
 
-def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -> None:
+def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str, *, parts: bool = False) -> None:
     """Loads weights into a model. Every name and shape must match; half precision becomes float32.
 
     Args:
         model: The model.
         state: Its weights.
         path: The file of the weights, for messages.
+        parts: Whether weights may be missing where that is accepted (:mod:`milan_ray.models.partial`).
 
     Raises:
         MilanError: A name is missing or unexpected, or a shape differs; the message names the first ones.
@@ -279,6 +286,8 @@ def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -
     # Numbers that are not weights yet, such as those of a compressed file, would be loaded without an error.
     real = [name for name in shared if own[name].is_floating_point() and own[name].dtype != state[name].dtype]
     whole = [name for name in real if not _is_real(state[name])]
+    if parts and missing and not (unexpected or different) and fill(model, missing, path):
+        missing = []
     problems = describe_problems(missing, unexpected, different)
     if whole:
         problems.append(f"{len(whole)} of another type (first: {whole[0]} {state[whole[0]].dtype})")
@@ -298,13 +307,13 @@ def load_strictly(model: nn.Module, state: dict[str, torch.Tensor], path: str) -
         raise MilanError(f"weights file {path} does not fit {type(model).__name__} ({reason(error)}).") from error
 
 
-def load_weights(model: nn.Module, path: str) -> None:
+def load_weights(model: nn.Module, path: str, *, parts: bool = False) -> None:
     """Loads a weights file into a model, whatever else the file holds; see :func:`read_weights`.
 
     Raises:
         MilanError: The file is missing or damaged, or does not fit.
     """
-    load_strictly(model, read_weights(path, model), path)
+    load_strictly(model, read_weights(path, model, parts=parts), path, parts=parts)
 
 
 def _is_real(tensor: torch.Tensor) -> bool:

@@ -103,7 +103,7 @@ class LayerSummary:
         described: Number of units with a description.
         means: For each labeler, the mean of its finite scores; None if it has none.
         examples: A few units: unit, image, description.
-        most_said: The main labeler's most frequent descriptions, with their units.
+        said: The main labeler's descriptions, with their units, most frequent first.
         columns: Keys that the units can be sorted by, key → name.
     """
 
@@ -116,8 +116,18 @@ class LayerSummary:
     described: int
     means: list[float | None]
     examples: list[Row]
-    most_said: list[tuple[str, int]]
+    said: list[tuple[str, int]]
     columns: dict[str, str]
+
+    @property
+    def distinct(self) -> int:
+        """Number of the main labeler's distinct descriptions."""
+        return len(self.said)
+
+    @property
+    def most_said(self) -> list[tuple[str, int]]:
+        """The most frequent descriptions."""
+        return self.said[:_MOST_SAID]
 
     def card(self, unit: int) -> str:
         """Returns the link to a unit's page, relative to the report's folder."""
@@ -311,6 +321,22 @@ def write_layer(
     return summary
 
 
+def what_is_said(layers: Sequence[LayerSummary]) -> dict[str, int]:
+    """Counts what the main labeler says of a model: distinct descriptions, and units that say nothing.
+
+    Returns:
+        ``distinct``; ``nothing``, units described as "Nothing"; ``empty``, units with a description without a word.
+    """
+    said: Counter[str] = Counter()
+    for layer in layers:
+        said.update(dict(layer.said))
+    return {
+        "distinct": len(said),
+        "nothing": sum(units for text, units in said.items() if text.strip(" .").lower() == "nothing"),
+        "empty": sum(units for text, units in said.items() if not text.strip()),
+    }
+
+
 def layer_folder(model: str, layer: str) -> str:
     """Returns a layer's folder, relative to the report's, with a slash at its end."""
     return f"layers/{slug(model)}/{slug(layer)}/"
@@ -438,7 +464,7 @@ def _summary(layer: _Layer, units: Sequence[int], columns: dict[str, str]) -> La
         described=sum(any(of[place] >= 0 for of in layer.labels) for place in range(len(units))),
         means=[math.fsum(of) / len(of) if of else None for of in finite],
         examples=_examples(layer, units, values[0] if names and finite[0] else None),
-        most_said=[(texts[n], count) for n, count in Counter(n for n in labels if n >= 0).most_common(_MOST_SAID)],
+        said=[(texts[n], count) for n, count in Counter(n for n in labels if n >= 0).most_common()],
         columns=columns,
     )
 
@@ -459,7 +485,7 @@ def _examples(layer: _Layer, units: Sequence[int], scores: Sequence[float | None
         {
             "unit": units[place],
             "image": image_source(*layer.source, int(layer.first[place] or 0)),
-            "description": texts[layer.labels[0][place]] if layer.labels and layer.labels[0][place] >= 0 else "",
+            "description": texts[layer.labels[0][place]] if layer.labels and layer.labels[0][place] >= 0 else None,
         }
         for place in places
     ]

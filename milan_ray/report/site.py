@@ -19,7 +19,7 @@ from milan_ray.damaged import LeftOut
 from milan_ray.errors import DamagedTable, MilanError, unknown_name
 from milan_ray.report.audits import audits
 from milan_ray.report.images import write_images, write_names
-from milan_ray.report.layers import PAGE_SIZE, LayerSummary, Sources, layer_folder, write_layer
+from milan_ray.report.layers import PAGE_SIZE, LayerSummary, Sources, layer_folder, what_is_said, write_layer
 from milan_ray.report.pages import ASSETS, TEMPLATES, Pages, Row, slug
 from milan_ray.report.sections import differences, evaluations, figures, provenance, skipped
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, SCORES
@@ -148,6 +148,7 @@ def _write_overview(
             root="../../",
             model=model,
             layers=of,
+            said=what_is_said(of),
             evaluations=[table for table in tables if table["model"] == model],
             figures=[figure for figure in plots if figure.model == model],
             differences=[pair for pair in pairs if model in (pair["model"], pair["other"])],

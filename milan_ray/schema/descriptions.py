@@ -88,7 +88,11 @@ DESCRIPTIONS = Table(
         Column("logp_d_given_e", pa.float32(), "log p(d|E), nats; null for labelers without one", True),
         Column("logp_d", pa.float32(), "log p(d), nats; null for labelers without one", True),
         Column("lam", pa.float32(), "λ; null for labelers without one", True),
-        Column("n_best", pa.list_(NBEST), "the best labels, best first"),
+        Column(
+            "n_best",
+            pa.list_(NBEST),
+            "the best labels, best first; a captioner's complete descriptions before those that break off",
+        ),
     ),
     "The label of one unit.",
 )

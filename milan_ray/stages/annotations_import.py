@@ -12,7 +12,7 @@ import hashlib
 import os
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -28,18 +28,19 @@ from milan_ray.annotations.layout import Annotation, LayerFiles
 from milan_ray.annotations.published import PublishedSet, kept_annotations
 from milan_ray.config import config_hash
 from milan_ray.engine.run_log import Cost, record_run
-from milan_ray.errors import MilanError
+from milan_ray.errors import MilanError, unknown_name
 from milan_ray.exemplars import masks
 from milan_ray.models.view import View
 from milan_ray.names import checked_name
 from milan_ray.probe.manifest import Entry, build
 from milan_ray.probe.manifest import digest as manifest_digest
 from milan_ray.progress import Progress, say
-from milan_ray.schema import ANNOTATIONS, EXEMPLARS, MANIFEST, VIEWS
+from milan_ray.schema import ANNOTATIONS, EXEMPLARS, LEVELS, MANIFEST, VIEWS, Table
 from milan_ray.stages.annotations_export import CSV_ROWS, PUBLISHED, ROOT, UNITS_FILE, exemplar_layers
 from milan_ray.stages.images import png
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 from milan_ray.storage.image_blocks import block_of, write_block
+from milan_ray.textfiles import clean
 
 KERNEL_VERSION = "published-1"
 
@@ -92,25 +93,78 @@ def run_import(storage: Storage, published: PublishedSet, *, model: str | None =
     return model
 
 
-def import_csv(storage: Storage, path: Path, model: str, *, source: str, annotation_count: int | None = None) -> None:
+def import_csv(
+    storage: Storage,
+    path: Path,
+    model: str,
+    *,
+    source: str,
+    annotation_count: int | None = None,
+    layers: Sequence[str] | None = None,
+) -> int:
     """Imports the annotations of an ``annotations.csv`` for exemplars that are stored already.
 
     Args:
         storage: The run directory, which holds the model's exemplars.
-        path: A CSV with columns layer, unit, summary.
+        path: A CSV with columns layer, unit, summary; several rows of a unit are several annotators.
         model: Name of the model.
         source: Source of the annotations.
         annotation_count: Keep only units with at least this many, and of these the first so many; None keeps all.
+        layers: Use only rows of these layers, and do not check others; None uses all rows.
+
+    Returns:
+        The number of annotations.
 
     Raises:
-        MilanError: The CSV is damaged, or there are no exemplars of the model.
+        MilanError: The CSV is damaged, there are no exemplars of the model, or a row is empty or speaks of a unit
+            without exemplars. The message names the row.
     """
     checked_name("a source of annotations", source, slashes=True)
-    units = {
-        layer: storage.read(EXEMPLARS, ["unit"], model=model, layer=layer)["unit"].unique().to_pylist()
-        for layer in exemplar_layers(storage, model)
-    }
-    _write_annotations(storage, kept_annotations(layout.read_annotations(path), annotation_count), units, model, source)
+    rows = layout.read_annotations(path, strict=True)
+    if layers is not None:
+        rows = [row for row in rows if row.layer in layers]
+    if not rows:
+        raise MilanError(
+            f"{path} has no annotations{'' if layers is None else ' of these layers'}: add a row for each."
+        )
+    units = _check_rows(storage, path, rows, model, exemplar_layers(storage, model, layers))
+    kept = kept_annotations(rows, annotation_count)
+    if not kept:
+        raise MilanError(f"{path} has no unit with {annotation_count} annotations: give a smaller --annotation-count.")
+    _write_annotations(storage, kept, units, model, source)
+    return sum(map(len, kept.values()))
+
+
+def _check_rows(
+    storage: Storage, path: Path, rows: Sequence[Annotation], model: str, layers: Sequence[str]
+) -> dict[str, set[int]]:
+    """Checks that every row of a CSV says something of a unit with exemplars; returns these units by layer."""
+    units: dict[str, set[int]] = {}
+    for row in rows:
+        where, begin = f"layer {row.layer!r} of {model}", f"{path}, line {row.line}: "
+        if row.layer not in layers:
+            hint = f"Dissect it first (jobs.exemplars), or choose among {', '.join(layers)} with --layers."
+            raise MilanError(f"{begin}{unknown_name('layer with exemplars', row.layer, layers, hint)}")
+        if row.layer not in units:
+            units[row.layer] = _units(storage, EXEMPLARS, model, row.layer)
+        if row.unit not in units[row.layer]:
+            every = units[row.layer] | _units(storage, LEVELS, model, row.layer)
+            if row.unit > max(every, default=-1):
+                last = f"the last one is {max(every, default=-1)}, and the first is 0"
+                raise MilanError(f"{begin}{where} has no unit {row.unit}, {last}; correct the number.")
+            raise MilanError(f"{begin}unit {row.unit} of {where} has no exemplars; remove its rows.")
+        if not clean(row.text):
+            what = f"says nothing of unit {row.unit} of {where}"
+            raise MilanError(f"{begin}{what}; write a summary, or remove the row.")
+    return units
+
+
+def _units(storage: Storage, table: Table, model: str, layer: str) -> set[int]:
+    """The units of a layer in a table; none where there is no such table."""
+    keys = {"model": model, "layer": layer}
+    if storage.metadata(table, **keys) is None:
+        return set()
+    return set(storage.read(table, ["unit"], **keys)["unit"].to_pylist())
 
 
 def _files(published: PublishedSet) -> list[tuple[str, str, int, int]]:
@@ -238,7 +292,7 @@ def _write_exemplars(
 def _write_annotations(
     storage: Storage,
     kept: Mapping[tuple[str, int], Sequence[Annotation]],
-    units: Mapping[str, Sequence[int]],
+    units: Mapping[str, Collection[int]],
     model: str,
     source: str,
 ) -> None:

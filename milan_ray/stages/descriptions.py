@@ -66,7 +66,7 @@ class Search:
         beam_size: Width of the beam; None takes the captioner's own.
         length: Most tokens, ``<stop>`` included; None takes the captioner's own.
         lam: λ; None takes the captioner's own.
-        quirks: Defects of the reference to reproduce in log p(d).
+        quirks: Defects of the reference to reproduce in log p(d), and in the choice among candidates.
         mi_lam: Search for log p(d|E) − λ·log p(d) with this λ, token by token; None searches for log p(d|E).
         table: Name of the partition of candidates; None takes the captioner's.
     """
@@ -97,7 +97,7 @@ def search_identity(captioner: Captioner, search: Search) -> dict[str, object]:
         "captioner": captioner_digest(captioner),
         "beam_size": _given(search.beam_size, captioner.beam_size),
         "length": _given(search.length, captioner.length),
-        "quirks": search.quirks,
+        "quirks": search.quirks.of_search(),
     }
     return identity if search.mi_lam is None else identity | {"mi_lam": search.mi_lam}
 
@@ -119,10 +119,11 @@ def candidates_fingerprint(search: Mapping[str, object], encodings: str, units: 
 
 def labelers(captioner: Captioner, search: Search) -> list[PointwiseMutualInformation]:
     """The labelers that rank the candidates of a captioner's own search."""
-    likelihood = PointwiseMutualInformation(LIKELIHOOD, 0.0)
+    plain = search.quirks.plain_choice
+    likelihood = PointwiseMutualInformation(LIKELIHOOD, 0.0, plain)
     if captioner.lm is None:
         return [likelihood]
-    return [likelihood, PointwiseMutualInformation(MILAN, _given(search.lam, captioner.lam))]
+    return [likelihood, PointwiseMutualInformation(MILAN, _given(search.lam, captioner.lam), plain)]
 
 
 def description_fingerprint(

@@ -19,7 +19,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from milan_ray.captioner.captioner import Captioner
-from milan_ray.captioner.quirks import NO_QUIRKS
+from milan_ray.captioner.quirks import Quirks
+from milan_ray.captioner.text import readable
 from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, Shards, ShardWorker, pairs
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
@@ -54,7 +55,7 @@ def wide_search(captioner: Captioner, search: Search, clip: Clip) -> Search:
         search,
         beam_size=clip.beams(captioner),
         lam=None,
-        quirks=NO_QUIRKS,  # none of them touches this search
+        quirks=Quirks(plain_choice=search.quirks.plain_choice),  # no other touches this search
         mi_lam=clip.mi_lam(captioner),
         table=search.name + RERANKED,
     )
@@ -63,9 +64,9 @@ def wide_search(captioner: Captioner, search: Search, clip: Clip) -> Search:
 class SimilarityWorker(ShardWorker):
     """Embeds a chunk's texts once and compares them with every unit that has one of them as a candidate."""
 
-    def __init__(self, clip: Clip, **context: Any) -> None:
+    def __init__(self, clip: Clip, plain_choice: bool, **context: Any) -> None:
         super().__init__(**context)
-        self._model = clip.load().to(self._device)
+        self._model, self._write = clip.load().to(self._device), str if plain_choice else readable
 
     def __call__(self, row: Row) -> Row:
         """Runs one chunk."""
@@ -73,7 +74,7 @@ class SimilarityWorker(ShardWorker):
             number: self._storage.get_work(self._work, f"pairs/{row['name']}/{number}") for number in row["outputs"]
         }
         texts = sorted({text for table in pairs.values() for text in table["text"].to_pylist()})
-        embedded = self._model.embed_texts(texts).cpu().numpy()
+        embedded = self._model.embed_texts([self._write(text) for text in texts]).cpu().numpy()
         known = pa.array(texts, pa.string())
         for number, table in pairs.items():
             queries = self._storage.get_work(self._work, f"queries/{number}").combine_chunks()
@@ -100,7 +101,7 @@ class Reranked(ShardedStage):
 
     def __init__(self, models: Layers, search: Search, clip: Clip, units: tuple[int, ...] = ()) -> None:
         self._models, self._decoder, self._clip, self._units = models, search.name, clip, units
-        self._labeler = clip.labeler()
+        self._labeler = clip.labeler(search.quirks.plain_choice)
         self.name = self._labeler.name
         self.title = f"descriptions ({self.name})"
         self.label = self.title
@@ -127,7 +128,7 @@ class Reranked(ShardedStage):
 
     def arguments(self, job: Job) -> dict[str, Any]:
         """The model of images and texts."""
-        return {"clip": self._clip}
+        return {"clip": self._clip, "plain_choice": self._labeler.plain_choice}
 
     def merge(self, storage: Storage, output: Output, pieces: Iterable[pa.Table]) -> pa.Table:
         """A layer's candidates, ranked."""

@@ -22,6 +22,8 @@ import torch
 
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import digest as captioner_digest
+from milan_ray.captioner.rerank import CHOICE_VERSION
+from milan_ray.captioner.text import readable
 from milan_ray.config import Fingerprint, Resources
 from milan_ray.device import resolve_device
 from milan_ray.engine import tuner
@@ -219,6 +221,7 @@ def _fingerprint(known: Known, captioner: Captioner, job: TuningJob) -> Fingerpr
     return Fingerprint.of(
         {
             "kernel": KERNEL_VERSION,
+            "choice": CHOICE_VERSION,
             "captioner": captioner_digest(captioner),
             "annotations": annotations,
             "encodings": encodings,
@@ -432,13 +435,14 @@ def _reranked(
     fingerprint = candidates_fingerprint(search_identity(captioner, search), encodings, ())
     if storage.why(CANDIDATES, fingerprint, **keys):
         return None
-    columns = ["unit", "beam_rank", "logp_d_given_e", "logp_d", "text"]
+    columns = ["unit", "beam_rank", "finished", "logp_d_given_e", "logp_d", "text"]
     table = storage.read(CANDIDATES, columns, **keys).sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
     rows = table.filter(pc.is_in(table["unit"], pa.array(units, pa.int32())))
     shape = len(units), trial.beam_size or 1
     logp_d_given_e, logp_d = (np.reshape(rows[name].to_numpy(), shape) for name in ("logp_d_given_e", "logp_d"))
     texts = np.reshape(rows["text"].to_pylist(), shape).tolist()
-    return rescored(texts, logp_d_given_e, logp_d, trial.lams)
+    finished = np.reshape(rows["finished"].to_numpy(), shape)
+    return rescored(texts, finished, logp_d_given_e, logp_d, trial.lams)
 
 
 def _decoded(captioner: Captioner, trial: Trial, features: Sequence[np.ndarray]) -> list[list[str]]:
@@ -468,9 +472,9 @@ def _decoded_batch(captioner: Captioner, trial: Trial, features: np.ndarray) -> 
     lam = trial.lams[0]
     if trial.strategy in (GREEDY, GREEDY_MI):
         mi = trial.strategy == GREEDY_MI
-        return [captioner.decode(features, "greedy", mi=mi, lam=lam, length=trial.length).texts]
+        texts = captioner.decode(features, "greedy", mi=mi, lam=lam, length=trial.length).texts
+        return [[readable(text) for text in texts]]
     mi_lam = lam if trial.strategy == BEAM_MI else None
     candidates = captioner.candidates(features, trial.beam_size, trial.length, mi_lam)
-    if trial.strategy == BEAM_MI:
-        return [[beams[0] for beams in candidates.texts]]
-    return rescored(candidates.texts, candidates.logp_d_given_e, candidates.logp_d, trial.lams)
+    prior = None if trial.strategy == BEAM_MI else candidates.logp_d
+    return rescored(candidates.texts, candidates.finished, candidates.logp_d_given_e, prior, trial.lams)

@@ -15,6 +15,7 @@ import polars as pl
 import pyarrow as pa
 
 from milan_ray.captioner.rerank import rescore
+from milan_ray.captioner.text import breaks_off, readable
 from milan_ray.errors import MilanError
 from milan_ray.scoring.bootstrap import difference, interval, intervals, resampling_counts
 from milan_ray.scoring.evaluation import METRICS, Row, score_table, text_statistics
@@ -190,23 +191,32 @@ def split_units(units: int, sweep: Sweep) -> dict[str, np.ndarray]:
 
 
 def rescored(
-    texts: Sequence[Sequence[str]], logp_d_given_e: np.ndarray, logp_d: np.ndarray | None, lams: Sequence[float]
+    texts: Sequence[Sequence[str]],
+    finished: np.ndarray,
+    logp_d_given_e: np.ndarray,
+    logp_d: np.ndarray | None,
+    lams: Sequence[float],
 ) -> list[list[str]]:
     """The best description of every unit for every λ.
 
     Args:
         texts: Candidates, [unit][beam].
+        finished: Whether they reached ``<stop>``, bool (N, beam).
         logp_d_given_e: Nats, (N, beam).
         logp_d: Nats, (N, beam); may be None where λ is 0 only.
         lams: L values of λ.
 
     Returns:
-        [λ][unit]; ties go to the first candidate, as in :mod:`milan_ray.stages.descriptions`.
+        [λ][unit]; complete candidates come first, and ties go to the first, as in
+        :mod:`milan_ray.stages.descriptions`.
     """
+    complete = finished & ~np.array([[breaks_off(text) for text in beams] for beams in texts], bool)
+    complete |= ~complete.any(axis=1, keepdims=True)
     descriptions = []
     for lam in lams:
         scores = logp_d_given_e if logp_d is None else rescore(logp_d_given_e, logp_d, lam)
-        descriptions.append([beams[best] for beams, best in zip(texts, scores.argmax(axis=1), strict=True)])
+        chosen = np.where(complete, scores, -np.inf).argmax(axis=1)
+        descriptions.append([readable(beams[best]) for beams, best in zip(texts, chosen, strict=True)])
     return descriptions
 
 

@@ -161,12 +161,66 @@ def test_import_keeps_exemplars_that_were_made_here(write_set, tmp_path):
 def test_import_csv_annotates_exemplars_that_are_there(write_set, tmp_path):
     root, storage = write_set(), Storage(tmp_path / "run")
     run_import(storage, PublishedSet(root, annotated=False))
-    write_annotations(tmp_path / "mine.csv", [("10", 9, "x"), ("10", 5, "y"), ("10", 9, "z"), ("10", 1, "lost")])
-    import_csv(storage, tmp_path / "mine.csv", "net/photos", source="me", annotation_count=2)
+    write_annotations(tmp_path / "mine.csv", [("10", 9, "x"), ("10", 5, "y"), ("10", 9, "z"), ("7", 1, "lost")])
+    written = import_csv(storage, tmp_path / "mine.csv", "net/photos", source="me", annotation_count=2, layers=["10"])
+    assert written == 2
     assert storage.partitions(ANNOTATIONS) == [{"source": "me", "model": "net/photos", "layer": "10"}]
     assert storage.read(ANNOTATIONS, source="me", model="net/photos", layer="10")["text"].to_pylist() == ["x", "z"]
     with pytest.raises(MilanError, match="unknown model with exemplars 'net/photo'; nearest: net/photos"):
         import_csv(storage, tmp_path / "mine.csv", "net/photo", source="me")
+
+
+GOOD = "layer,unit,summary\n10,9,a dog\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (f"{GOOD}conv1,0,sky\n", r"line 3: unknown layer with exemplars 'conv1'.*Dissect it first.*choose among 0, 10"),
+        (f'{GOOD}10,5,"one\ntwo"\n1O,9,sky\n', r"line 5: unknown layer with exemplars '1O'; nearest: 10"),
+        (f"{GOOD}0,12,sky\n", r"line 3: layer '0' of net/photos has no unit 12, the last one is 7.*correct the number"),
+        (f"{GOOD}0,7,sky\n", r"line 3: unit 7 of layer '0' of net/photos has no exemplars; remove its rows"),
+        (
+            f"{GOOD}10,5, \u200b\n",
+            r"line 3: says nothing of unit 5 of layer '10' .* write a summary, or remove the row",
+        ),
+        (f"{GOOD}0,1,\n", r"line 3: says nothing of unit 1"),
+        (f"{GOOD}0,1,dogs, cats\n", r"line 3: has more cells than the header \(' cats' is beyond it\).*double quotes"),
+        (f"{GOOD}0,1.0,dogs\n", r"line 3: needs a layer, a whole number as unit"),
+        (f"{GOOD}0,1\n", r"line 3: needs a layer, a whole number as unit and a summary, got '0', '1', None"),
+        ("layer,unit,summary,summary\n", r"line 1: has column summary twice; rename or remove one"),
+        ("layer,unit,text\n0,0,x\n", r"has no column summary: it must have layer, unit, summary"),
+        ("layer,unit,summary\n", r"has no annotations: add a row for each"),
+        (f"{GOOD}0,1,caf\xe9\n".encode("cp1252"), r"cannot be read: line 3 holds byte 0xe9, .* not UTF-8; save it as"),
+        (GOOD.encode("utf-16-le"), r"cannot be read: line 1 holds NUL.* save it as UTF-8"),
+    ],
+)
+def test_import_csv_names_the_row_and_what_to_do(content, sentence, write_set, tmp_path):
+    storage, file, keys = Storage(tmp_path / "run"), tmp_path / "mine.csv", {"model": "net/photos", "layer": "0"}
+    run_import(storage, PublishedSet(write_set(), annotated=False))
+    levels = {"unit": [0, 1, 2, 7], "level": [0.0] * 4, "positions": [1] * 4, "nonfinite": [0] * 4, "exact": [True] * 4}
+    storage.write(LEVELS, LEVELS.table(levels, **keys), "levels", **keys)  # unit 7 is one that nothing excites
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(MilanError, match=sentence) as found:
+        import_csv(storage, file, "net/photos", source="me")
+    assert str(file) in str(found.value)
+    assert not storage.partitions(ANNOTATIONS)
+
+
+def test_import_csv_reads_what_spreadsheets_write(write_set, tmp_path):
+    storage, file = Storage(tmp_path / "run"), tmp_path / "mine.csv"
+    run_import(storage, PublishedSet(write_set(), annotated=False))
+    text = 'unit;summary;layer;note\r\n9;"dogs; cats";10;;\r\n9;café;10;x\r\n'
+    for data in (text.encode("utf-8-sig"), text.encode("utf-16"), text.encode()):
+        file.write_bytes(data)
+        assert import_csv(storage, file, "net/photos", source="me") == 2
+        found = storage.read(ANNOTATIONS, source="me", model="net/photos", layer="10")
+        assert found["text"].to_pylist() == ["dogs; cats", "café"]
+        assert found["annotator"].to_pylist() == ["000", "001"]
+    with pytest.raises(MilanError, match="no annotations of these layers"):
+        import_csv(storage, file, "net/photos", source="me", layers=["0"])
+    with pytest.raises(MilanError, match="no unit with 3 annotations"):
+        import_csv(storage, file, "net/photos", source="me", annotation_count=3)
 
 
 def test_export_leaves_out_units_with_fewer_exemplars(write_set, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from milan_ray.captioner.beam import Beams
-from milan_ray.captioner.captioner import Captioner
+from milan_ray.captioner.captioner import Candidates, Captioner, best_descriptions
 from milan_ray.captioner.decoder import decode_forced, decode_stepwise
 from milan_ray.captioner.quirks import REFERENCE, Quirks
 from milan_ray.captioner.rerank import beam_logp, rescore
@@ -92,7 +92,7 @@ def test_describe_larger_lam_prefers_the_unexpected(tiny: Captioner, tiny_featur
     candidates = tiny.candidates(tiny_features)
     assert candidates.logp_d is not None
     for lam in (0.0, 0.2, 5.0):
-        best = [unit[0] for unit in tiny.describe(tiny_features, lam=lam)]
+        best = [unit[0] for unit in tiny.describe(tiny_features, lam=lam, quirks=Quirks(plain_choice=True))]
         expected = (candidates.logp_d_given_e - lam * candidates.logp_d).max(axis=1)
         assert [one.score for one in best] == pytest.approx(expected.tolist(), abs=1e-5)
         for one in best:
@@ -101,9 +101,36 @@ def test_describe_larger_lam_prefers_the_unexpected(tiny: Captioner, tiny_featur
 
 
 def test_describe_n_best_falls_in_score(tiny: Captioner, tiny_features: torch.Tensor) -> None:
-    for unit in tiny.describe(tiny_features, n_best=4):
+    for unit in tiny.describe(tiny_features, n_best=4, quirks=Quirks(plain_choice=True)):
         assert len(unit) == 4
         assert [one.score for one in unit] == sorted((one.score for one in unit), reverse=True)
+
+
+SAID = ["The top of the", "The", "", "People 's heads", "Long but", "Dogs"]
+"""Of which the model finds the first two unlikeliest as sentences; the fifth is the end of the longest beam."""
+
+
+def said(finished: list[bool]) -> Candidates:
+    likely = np.array([[-1.0, -2.0, -3.0, -4.0, -4.5, -5.0]])
+    return Candidates([], np.array([finished]), likely, likely * 4 - 8, [SAID])
+
+
+def test_what_breaks_off_never_wins_over_a_complete_description() -> None:
+    candidates = said([True, True, True, True, False, False])
+    for lam in (0.0, 0.2):
+        (found,) = best_descriptions(candidates, lam, n_best=6)
+        assert found[0].text == "People's heads"
+        assert found[0].score == pytest.approx(candidates.scores(lam)[0, 3])
+        rest = [one.score for one in found[1:]]
+        assert rest == sorted(rest, reverse=True)
+        (plain,) = best_descriptions(candidates, lam, n_best=6, quirks=Quirks(plain_choice=True))
+        assert [one.text for one in plain] == [SAID[place] for place in candidates.order(lam)[0]]
+    assert plain[0].text != "People 's heads"
+
+
+def test_what_breaks_off_is_said_where_nothing_is_complete() -> None:
+    ((best,),) = best_descriptions(said([True, True, True, False, False, False]), 0.0)
+    assert best.text == "The top of the"
 
 
 def test_rescore_any_lam_is_linear() -> None:

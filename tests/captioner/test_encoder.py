@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -6,6 +7,7 @@ import torchvision
 from torch import nn
 from torch.nn import functional as F
 
+from milan_ray.captioner import encoder as encoders
 from milan_ray.captioner.encoder import EncoderSpec, PyramidEncoder, get_encoder, pool_maps, register_encoder
 from milan_ray.errors import MilanError
 from milan_ray.models.weights import WeightsFile
@@ -162,3 +164,13 @@ def test_encoder_published_weights_are_fetched_only_when_asked(tmp_path: Path, m
         torch.equal(tensor, spec.load().backbone.state_dict()[name])
         for name, tensor in loaded.backbone.state_dict().items()
     )
+
+
+def test_encoder_of_the_documents_is_a_pyramid_of_efficientnet_lite0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoders, "_ENCODERS", dict(encoders._ENCODERS))
+    page = (Path(__file__).resolve().parents[2] / "docs/photographs.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(# lite0\.py\n.*?)```", page, re.DOTALL)
+    exec(compile(block, "lite0.py", "exec"), {})
+    spec = get_encoder("lite0")
+    built = PyramidEncoder(spec, spec.factory("random"))
+    assert built.feature_size == 16 + 24 + 40 + 112 + 320 + 1280

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from milan_ray.captioner.text import Indexer, Tokenizer, Vocabulary
+from milan_ray.captioner.text import Indexer, Tokenizer, Vocabulary, breaks_off, readable
 from milan_ray.errors import MilanError
 
 
@@ -44,6 +44,44 @@ def test_indexer_round_trip_through_state_and_pickle() -> None:
 def test_reconstruct_joins_punctuation_and_capitalises_sentences() -> None:
     indexer = Indexer(Vocabulary(("red", "dog", "-", ".")))
     assert indexer.reconstruct([4, 0, 2, 1, 3, 1, 5, 0]) == "Red-dog. Dog"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "people's heads", "dogs' ears", "dogs' and cats' ears", "rock 'n' roll", "don't, can't: they're", "low-res",
+        'a (small) "stop" sign', "'stop' signs", "black/white", "5% off!", "objects [red]; men's clothes", "$5 bills",
+        "the dog's",
+    ],
+)  # fmt: skip
+def test_readable_restores_what_people_wrote(text: str) -> None:
+    tokens = Tokenizer()(text)
+    indexer = Indexer(Vocabulary(tuple(dict.fromkeys(tokens))))
+    found = readable(indexer.reconstruct([indexer.vocabulary.ids[token] for token in tokens]))
+    assert found.lower() == text
+    assert readable(found) == found
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(
+    words=st.lists(st.sampled_from(("red", "dogs", "'", "'s", "n't", '"', "(", ")", "/", "!", ",", "$")), max_size=8)
+)
+def test_readable_changes_nothing_but_blanks(words: list[str]) -> None:
+    text = " ".join(words)
+    assert readable(text).replace(" ", "") == text.replace(" ", "")
+
+
+@pytest.mark.parametrize(
+    ("text", "broken"),
+    [
+        ("The top of the", True), ("The", True), ("Items with with", True), ("Dog and", True), ("", True),
+        ("The dog 's", True), ("Red,", True), ("Low-", True), ("The bottom right of a.", True),
+        ("Dog heads", False), ("Nothing", False), ("Text", False), ("Center part of all flowers.", False),
+        ("Things to look at them", False), ("Lights", False), ("What ?", False),
+    ],
+)  # fmt: skip
+def test_breaks_off_in_the_middle_of_a_phrase(text: str, broken: bool) -> None:
+    assert breaks_off(text) == broken
 
 
 PIECES = ("red", "dog", "-", "--", ".", "...", ",", ";", ":", "low-res", "-like", "'s", "U.S.")

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 
 from milan_ray.labelers.clip import Clip, ClipSimilarity, query, similarity
-from milan_ray.labelers.milan import LIKELIHOOD, MILAN, PointwiseMutualInformation, best_labels
+from milan_ray.labelers.milan import LIKELIHOOD, MILAN, N_BEST, PointwiseMutualInformation, best_labels
 from milan_ray.labelers.protocol import Evidence, Labeler
 
 TEXTS = ("red house", "dogs", "dogs", "grass", "dark areas")
@@ -28,6 +28,7 @@ def candidates() -> pa.Table:
             "beam_rank": [*range(5), *range(5)],
             "logp_d_given_e": -np.sort(rng.random((2, 5)), axis=1).ravel(),
             "logp_d": -10 * rng.random(10),
+            "finished": [True] * 10,
             "text": TEXTS * 2,
         }
     )
@@ -76,6 +77,27 @@ def test_labelers_rank_every_unit_s_candidates_by_their_own_scores() -> None:
             assert found[0].score == pytest.approx(scores[best]) and found[0].logp_d_given_e == likely[best]
             assert sorted(label.text for label in found) == sorted(set(TEXTS))
             assert [label.score for label in found] == sorted((label.score for label in found), reverse=True)
+
+
+def test_labels_are_complete_and_written_as_people_write_unless_the_choice_is_the_reference_s() -> None:
+    table = candidates().slice(0, 5)
+    texts = pa.array(["The top of the", "people 's heads", "dogs", "cats", "and"])
+    table = table.set_column(table.schema.get_field_index("text"), "text", texts)
+    fits = np.array([0.9, 0.7, 0.8, 0.95, 1.0], np.float32)
+    finished = pa.array([True, True, True, False, True])
+    table = table.set_column(table.schema.get_field_index("finished"), "finished", finished)
+    for plain, expected in (
+        (False, ["dogs", "people's heads", "and", "cats", "The top of the"]),
+        (True, ["and", "cats", "The top of the", "dogs", "people 's heads"]),
+    ):
+        labeler = ClipSimilarity(0.5, {}, plain)
+        (found,) = labeler.label(Evidence(table, fits)).values()
+        assert [label.text for label in found] == expected
+        by_likelihood = PointwiseMutualInformation(LIKELIHOOD, 0.0, plain)
+        (found,) = by_likelihood.label(Evidence(table)).values()
+        assert found[0].text == ("The top of the" if plain else "people's heads")
+    assert PointwiseMutualInformation(MILAN, 0.2, True).identity() == {"rescore": 1, "lam": 0.2, "n_best": N_BEST}
+    assert PointwiseMutualInformation(MILAN, 0.2).identity() == {"rescore": 2, "lam": 0.2, "n_best": N_BEST}
 
 
 def test_labels_without_a_language_model_have_no_log_p_d_and_ties_stay_in_beam_order() -> None:

@@ -21,7 +21,7 @@ from milan_ray.errors import MilanError
 from milan_ray.report import write_report
 from milan_ray.report.images import mask_strip, thumbnail, write_masks
 from milan_ray.report.pages import slug, write_script
-from milan_ray.schema import ABLATIONS, DIFFERENCES, EXEMPLARS, TRIALS, VIEWS
+from milan_ray.schema import ABLATIONS, DESCRIPTIONS, DIFFERENCES, EXEMPLARS, TRIALS, VIEWS
 from milan_ray.scoring.differences import Difference, store
 from milan_ray.storage import Storage
 
@@ -126,17 +126,34 @@ def test_report_overview_shows_scores_skips_and_versions(site: Path) -> None:
     assert "1 left out (1 × truncated file)" in text
     assert "milan_ray 0.1.0" in text
     assert "181 units · 89 described · 6 images shown" in text
-    assert "Conv1 91 89 −55.6 −54.6" in text  # means of both labelers' scores: 89 of the scores −100 … −11
+    assert "Conv1 91 89 5 −55.6 −54.6" in text  # means of both labelers' scores: 89 of the scores −100 … −11
     assert "simulation" not in text.split("Models and layers")[1]  # on the model's page
 
 
 def test_report_model_page_has_what_is_of_the_model_alone(site: Path) -> None:
     (path,) = site.glob("layers/*/index.html")
     text = re.sub(r"\s+", " ", Page(path).text)
-    assert "2 layers · 181 units · 89 described" in text
+    assert "2 layers · 181 units · 89 described · 5 distinct descriptions" in text
     assert "scores by judge: toy/" in text and "milan 0.4 [0.3, 0.5]" in text
     assert "Said most often: red thing 30, green thing 29, blue thing 28" in text
     assert "truncated file" in text and "held-out" not in text
+
+
+def test_report_says_so_where_descriptions_say_nothing(sheet_storage: Storage, tmp_path: Path) -> None:
+    keys = {"labeler": "milan", "model": "toy/net", "layer": "conv"}
+    (keys["model"], keys["layer"]) = next((at["model"], at["layer"]) for at in sheet_storage.partitions(EXEMPLARS))
+    texts = ["Nothing", "nothing.", "", " ", "dogs", "dogs", "Dogs"]
+    columns = {"unit": list(range(len(texts))), "description": texts, "score": [0.5] * len(texts)}
+    rest = {name: [None] * len(texts) for name in ("logp_d_given_e", "logp_d", "lam", "n_best")}
+    sheet_storage.write(DESCRIPTIONS, DESCRIPTIONS.table({**columns, **rest}, **keys), "a1b2", **keys)
+    write_report(sheet_storage, tmp_path / "site")
+    (path,) = (tmp_path / "site").glob("layers/*/index.html")
+    text = re.sub(r"\s+", " ", Page(path).text)
+    assert (
+        "7 described · 6 distinct descriptions · 2 units described as Nothing · 2 units with an empty description"
+        in text
+    )
+    assert "(empty description)" in text
 
 
 def test_report_dead_unit_has_no_exemplars_and_counts_nonfinite(site: Path) -> None:

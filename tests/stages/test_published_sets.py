@@ -45,6 +45,8 @@ def test_published_set_is_imported_described_without_a_probe_and_exported(ray_se
     found = storage.read(DESCRIPTIONS, labeler="milan", model="net/photos", layer="conv")
     assert found["unit"].to_pylist() == [0, 1, 2]
     assert (tmp_path / "run/report/index.html").is_file()
+    distinct = len(set(found["description"].to_pylist()))
+    assert f"distinct descriptions (milan): {distinct} among 3 units\n" in capsys.readouterr().err
     assert cli.main(["annotations", "export", "net/photos", str(tmp_path / "out"), *where]) == 0
     for name in ("conv/images.npy", "conv/masks.npy", "annotations.csv"):
         assert (tmp_path / "out" / name).read_bytes() == (published / name).read_bytes()

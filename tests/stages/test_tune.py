@@ -21,7 +21,7 @@ from milan_ray.labelers.milan import MILAN
 
 runtime.prepare(None)  # before anything imports Ray: this file is a job, too
 
-from milan_ray.captioner.captioner import Captioner
+from milan_ray.captioner.captioner import Captioner, best_descriptions
 from milan_ray.captioner.text import Vocabulary
 from milan_ray.cli.describe import search_of
 from milan_ray.config import Resources
@@ -105,12 +105,16 @@ def bleu_2(texts: list[str], places: np.ndarray) -> float:
 
 
 def said_by_hand(strategy: str, beam_size: int | None, lam: float) -> list[str]:
-    mi, captioner = strategy.endswith("-mi"), peaked_captioner()
-    return [
-        text
-        for values in features().values()
-        for text in captioner.decode(values, strategy.removesuffix("-mi"), mi, lam, beam_size, SWEEP.lengths[0]).texts
-    ]
+    mi, captioner, length = strategy.endswith("-mi"), peaked_captioner(), SWEEP.lengths[0]
+    said: list[str] = []
+    for values in features().values():
+        if strategy.startswith("greedy"):
+            said += captioner.decode(values, "greedy", mi, lam, length=length).texts
+            continue
+        candidates = captioner.candidates(values, beam_size, length, lam if mi else None)
+        best = best_descriptions(candidates, lam if strategy == "rerank" else 0.0)
+        said += [description.text for (description,) in best]
+    return said
 
 
 def test_trials_equal_decoding_by_hand(storage):
@@ -147,7 +151,10 @@ def test_the_choice_is_the_best_on_validation_and_what_describing_says(storage):
 def test_held_out_units_judge_the_choice_in_the_scores(storage):
     rows = storage.read(SCORES, experiment="tuning of toy by toy-sweep").to_pylist()
     assert {row["n"] for row in rows} == {10}
-    assert sum(" − " in row["system"] for row in rows) == len(rows) / 3  # chosen, another λ, and the difference
+    systems = {row["system"] for row in rows}
+    others = {system for system in systems if system.startswith("λ")}  # λ = 0, or the paper's, if it is not chosen
+    assert others and len(systems) == 1 + 2 * len(others)  # each with its difference from the chosen one
+    assert sum(" − " in system for system in systems) == len(others)
     assert Path(storage.root, storage.path(TRIALS, **KEYS)).with_name("figure.svg").stat().st_size > 1000
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from milan_ray.captioner.captioner import Candidates
+from milan_ray.captioner.captioner import Candidates, best_descriptions
 from milan_ray.errors import MilanError
 from milan_ray.scoring.evaluation import evaluate_text
 from milan_ray.scoring.text import BertScore, minilm_directory
@@ -34,6 +34,7 @@ NUMBERS = "beam_sizes: [5]\nlams: [0, 0.2]\n"
 REFERENCES = [["a red dog", "dogs"], ["blue sky at night", "the blue sky"], ["grass"], ["text on a sign", "words"]] * 4
 TEXTS = [["a dog", "a red dog"], ["sky", "blue sky"], ["grass", "green grass"], ["a sign", "text on a sign"]] * 4
 LIKELY = np.log(np.tile([[0.5, 0.3], [0.6, 0.1], [0.9, 0.05], [0.4, 0.39]], (4, 1))).astype(np.float32)
+FINISHED = np.ones(LIKELY.shape, bool)
 PRIOR = np.log(np.tile([[0.4, 0.01], [0.2, 0.01], [0.3, 0.01], [0.2, 0.01]], (4, 1))).astype(np.float32)
 
 
@@ -118,15 +119,18 @@ def test_splits_are_disjoint_complete_and_fixed():
 
 
 def test_rescored_chooses_what_the_captioner_chooses():
-    candidates = Candidates([], np.ones(LIKELY.shape, bool), LIKELY, PRIOR, TEXTS)
     lams = (0.0, 0.2, 1.0)
-    for lam, said in zip(lams, rescored(TEXTS, LIKELY, PRIOR, lams), strict=True):
-        assert said == [texts[order[0]] for texts, order in zip(TEXTS, candidates.order(lam), strict=True)]
+    broken = [["the", *texts[1:]] for texts in TEXTS]
+    for texts in (TEXTS, broken, [["of"] * len(beams) for beams in TEXTS]):
+        for finished in (np.ones(LIKELY.shape, bool), np.arange(LIKELY.size).reshape(LIKELY.shape) % 3 > 0):
+            candidates = Candidates([], finished, LIKELY, PRIOR, texts)
+            for lam, said in zip(lams, rescored(texts, finished, LIKELY, PRIOR, lams), strict=True):
+                assert said == [best.text for (best,) in best_descriptions(candidates, lam)]
 
 
 def test_trial_scores_equal_an_evaluation_of_each_lambda():
     lams = np.linspace(0, 1, 20).tolist()
-    said = rescored(TEXTS, LIKELY, PRIOR, lams)
+    said = rescored(TEXTS, FINISHED, LIKELY, PRIOR, lams)
     everyone = {"all": np.arange(len(TEXTS))}
     found = trial_scores(said, REFERENCES, everyone, None, samples=50, seed=3)
     for setting, texts in enumerate(said):
@@ -160,7 +164,7 @@ def test_remembered_bertscore_is_that_of_one_call_and_scores_nothing_twice(monke
 
 
 def test_trial_scores_of_a_split_leave_the_other_units_out():
-    said = rescored(TEXTS, LIKELY, PRIOR, [0.0])
+    said = rescored(TEXTS, FINISHED, LIKELY, PRIOR, [0.0])
     changed = [[*said[0][:8], *["nothing"] * 8]]
     splits = {"first": np.arange(8), "last": np.arange(8, 16)}
     before, after = (trial_scores(texts, REFERENCES, splits, None, 20, 0) for texts in (said, changed))
@@ -189,7 +193,7 @@ def test_best_trial_among_equals_is_the_cheapest():
 
 
 def test_compared_systems_have_paired_differences():
-    likely, ranked = rescored(TEXTS, LIKELY, PRIOR, [0.0, 1.0])
+    likely, ranked = rescored(TEXTS, FINISHED, LIKELY, PRIOR, [0.0, 1.0])
     systems = {"tuned": ranked, "λ = 0": likely, "same": ranked}
     table = compare_systems("e", systems, REFERENCES, np.arange(8), None, 50, 0)
     rows = {(found["system"], found["metric"]): found for found in table.to_pylist()}

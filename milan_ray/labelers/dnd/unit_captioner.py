@@ -10,6 +10,7 @@ import torch
 from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.checkpoints import digest
 from milan_ray.captioner.encoder import PyramidEncoder
+from milan_ray.captioner.rerank import CHOICE_VERSION
 from milan_ray.device import to_device
 
 BATCH_SIZE = 16
@@ -29,7 +30,7 @@ class WholeImages:
 
     def identity(self) -> dict[str, object]:
         """Everything that determines the captions, except the images."""
-        return {"captioner": digest(self._captioner), "encoder": self._encoder.identity()}
+        return {"captioner": digest(self._captioner), "encoder": self._encoder.identity(), "choice": CHOICE_VERSION}
 
     def to(self, device: torch.device) -> WholeImages:
         """Moves the captioner and its encoder to a device."""

@@ -2,7 +2,7 @@
 // Search, filter, sort and pages: over all layers on the overview, over one on its page. What is chosen stands behind the
 // # of the address, so that going back, reloading and sharing a place all work without a server.
 (() => {
-  const { $, $$, layerAt, cardOf, number, count, matcher, spoken, element, facts, exemplars, item, unitLink, link, labelOf, say, complain, pagers } = milan;
+  const { $, $$, layerAt, cardOf, number, count, matcher, spoken, element, facts, exemplars, item, unitLink, link, labelOf, shownText, say, complain, pagers } = milan;
   const NAMES = ["words", "layer", "by", "sort", "order", "column", "low", "high"];
 
   // The words of a unit, its number among them: by one labeler, or by all.
@@ -56,7 +56,7 @@
     const href = unitLink(layer, card.unit);
     return element("article.card", { ariaLabel: `unit ${card.unit}` },
       element("header", {},
-        element("h2", {}, label ? element("span.description", {}, label.text) : null, link(href, `unit ${card.unit}`)),
+        element("h2", {}, label ? element("span.description", {}, shownText(label.text)) : null, link(href, `unit ${card.unit}`)),
         facts([
           label && [label.lam === null ? "score" : "wPMI", number(label.score)],
           label && label.logp_d_given_e !== null && ["log p(d|E)", number(label.logp_d_given_e)],
@@ -67,7 +67,7 @@
           shown && [shown.name, number(shown.values[layer.places.get(card.unit)])],
         ])),
       exemplars(layer, card),
-      ...others.map(([name, one]) => element("p.other", {}, element("span.who", {}, name), " ", one.text, " ", element("span.number", {}, number(one.score)))),
+      ...others.map(([name, one]) => element("p.other", {}, element("span.who", {}, name), " ", shownText(one.text), " ", element("span.number", {}, number(one.score)))),
       card.annotations.length ? element("ul.annotations", { ariaLabel: "Annotations" },
         ...card.annotations.map(([text, who, source]) => element("li", { title: `${who}, ${source}` }, text))) : null);
   };

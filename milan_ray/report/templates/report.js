@@ -102,12 +102,15 @@ window.milan = (() => {
     }));
   };
   const unitLink = (of, unit) => `${of.href}index.html#unit-${unit}`;
-  const labelOf = (of, place, by = 0) => (of.labels[by]?.[place] ?? -1) < 0 ? "" : of.texts[of.labels[by][place]];
+  const labelOf = (of, place, by = 0) => (of.labels[by]?.[place] ?? -1) < 0 ? null : of.texts[of.labels[by][place]];
+
+  // A description as it is shown. Text that says nothing is said as such: no unit looks as if it had not been described.
+  const shownText = (text) => !text.trim() ? "(empty description)" : /^nothing\W*$/i.test(text.trim()) ? `${text} (says the description)` : text;
 
   // A unit in a list: its strongest exemplar, what is said of it, where it is.
   const item = (of, place, note, labels = of.labelers.map((_, by) => labelOf(of, place, by))) => {
     const [unit, image] = [of.units[place], of.first[place]];
-    const said = [...new Set(labels.filter(Boolean))].join(" / ");
+    const said = [...new Set(labels.filter((text) => text !== null).map(shownText))].join(" / ");
     return element("li", {}, link(unitLink(of, unit),
       image === null ? null : strongest(of, place),
       element("span", {}, said, element("small", {}, note))));
@@ -178,6 +181,6 @@ window.milan = (() => {
     cards: (href, page, found) => cards.set(`${href}cards/${page}.js`, found),
     names: (folder, found) => names.set(folder, found),
     $, $$, load, layerAt, cardOf, namesOf, number, count, matcher, spoken, wordsOf, element, link, facts, table, exemplars,
-    item, strongest, unitLink, labelOf, say, complain, pagers,
+    item, strongest, unitLink, labelOf, shownText, say, complain, pagers,
   };
 })();

@@ -1,7 +1,7 @@
 "use strict";
 // The page of one unit: its layer's page with #unit-12 behind it.
 (() => {
-  const { $, $$, layerAt, cardOf, namesOf, number, count, spoken, wordsOf, element, link, facts, table, exemplars, item, labelOf, unitLink, complain } = milan;
+  const { $, $$, layerAt, cardOf, namesOf, number, count, spoken, wordsOf, element, link, facts, table, exemplars, item, labelOf, shownText, unitLink, complain } = milan;
   const NEAREST = 8;
 
   const section = (title, ...children) => element("section", {}, element("h3", {}, title), ...children);
@@ -12,7 +12,7 @@
     const parts = label.best.some(([, , given]) => given !== null);
     const heads = ["description", wpmi ? `wPMI, λ = ${number(label.lam)}` : "score", ...(parts ? ["log p(d|E)", "log p(d)"] : [])];
     return section(`${name}: the ${label.best.length} best`,
-      table(heads, label.best.map(([text, ...figures]) => [text, ...figures.slice(0, heads.length - 1).map(number)])));
+      table(heads, label.best.map(([text, ...figures]) => [shownText(text), ...figures.slice(0, heads.length - 1).map(number)])));
   };
 
   const levelFacts = ([level, positions, nonfinite, exact]) => [
@@ -75,7 +75,7 @@
     if (first) fill(alike, layer, place, siblings).catch(complain);
     return element("article", {},
       element("header.unit", {},
-        element("h2", { tabIndex: -1 }, first ? element("span.description", {}, first.text) : null, element("small", {}, `unit ${card.unit}`)),
+        element("h2", { tabIndex: -1 }, first ? element("span.description", {}, shownText(first.text)) : null, element("small", {}, `unit ${card.unit}`)),
         facts([
           first && [first.lam === null ? "score" : "wPMI", number(first.score)],
           first && first.logp_d_given_e !== null && ["log p(d|E)", number(first.logp_d_given_e)],
@@ -86,7 +86,7 @@
       shown,
       element("div.columns", {},
         labels.length > 1 ? section("Described by", table(["labeler", "description", "its own score"],
-          labels.map(([name, label]) => [name, label.text, number(label.score)]), "labelers")) : null,
+          labels.map(([name, label]) => [name, shownText(label.text), number(label.score)]), "labelers")) : null,
         card.annotations.length ? section("Annotated", element("ul.plain", {}, ...card.annotations.map(([text, who, source]) =>
           element("li", {}, text, " ", element("small", {}, `${who}, ${source}`))))) : null,
         scores.length ? section("Scores", table(["measure", "labeler", "judge", "value", "shuffled", "constant", "images"], scores),

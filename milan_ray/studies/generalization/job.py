@@ -11,6 +11,7 @@ import polars as pl
 from milan_ray.annotations.splits import Split
 from milan_ray.captioner.fit import Sizes
 from milan_ray.captioner.quirks import NO_QUIRKS, Quirks
+from milan_ray.captioner.rerank import CHOICE_VERSION
 from milan_ray.config import Fingerprint, TrainingConfig
 from milan_ray.engine.stage import Known, Output, Stage, due
 from milan_ray.schema import ENCODINGS, GENERALIZATION, HELD_OUT, SCORES, SPLITS, TRAINING
@@ -161,7 +162,11 @@ class HeldOut(Stage):
         """The descriptions, determined by the captioner, encodings and annotations."""
         job, trial = self.job, self.trial
         layers = (*trial.training.layers, *job.pairs(trial.split.test_models))
-        quirks = {} if job.config.quirks == NO_QUIRKS else {"quirks": job.config.quirks}
+        quirks: dict[str, object] = {}
+        if job.config.quirks != NO_QUIRKS:
+            quirks["quirks"] = job.config.quirks.of_search()
+        if not job.config.quirks.plain_choice:
+            quirks["choice"] = CHOICE_VERSION
         yield Output(
             {"experiment": job.name, "split": trial.split.name, "trial": str(trial.number)},
             Fingerprint.of(

@@ -209,7 +209,7 @@ def _describe_units(task: _Task) -> None:
         for start in range(0, len(features), step):
             candidates = captioner.candidates(features[start : start + step], job.config.beam_size, quirks=quirks)
             for system, weight in ((MILAN, lam), (LIKELIHOOD, 0.0)):
-                texts[system] += [best.text for (best,) in best_descriptions(candidates, weight)]
+                texts[system] += [best.text for (best,) in best_descriptions(candidates, weight, quirks=quirks)]
     captions = references_of(storage, job, trial.train)
     train_means = np.concatenate([features.mean(axis=1) for features in _features(storage, job, trial.train)])
     texts[CONSTANT] = [best_constant(list(captions.values()))] * len(trial.test)
