@@ -47,6 +47,8 @@ class Options:
         device: Device that the benchmark of a GPU measures.
         minutes: Minutes that it may take.
         out: Folder for its figures; None writes none.
+        images: Images of the job of the benchmark of scale; None takes ImageNet's, and few where it is short.
+        models: Models of that job; None takes 24, and 2 where it is short.
     """
 
     repeats: int = 3
@@ -57,6 +59,8 @@ class Options:
     device: str = "cuda"
     minutes: float = 8.0
     out: Path | None = None
+    images: int | None = None
+    models: int | None = None
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,9 @@ PHOTOGRAPHS = ("exemplars", "encode", "end-to-end", "gpu", "merge", "ray-overhea
 CAPTIONS = ("describe", "end-to-end", "tune")
 """Benchmarks whose captioner is trained on human annotations."""
 
+SCALED = ("scale",)
+"""Benchmarks of a job of any size."""
+
 ON_A_GPU = ("gpu",)
 """Benchmarks that measure one device within a given time."""
 
@@ -32,6 +35,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     string(parser, "--device", "DEVICE", "device that benchmark gpu measures; cpu tries it", "cuda", type=device)
     number(parser, "--minutes", 8, "minutes that benchmark gpu may take", amount)
     string(parser, "--out", "DIR", "folder for gpu.json and gpu.md, written after each part of benchmark gpu")
+    integer(parser, "--images", None, "images of the job of benchmark scale (default: 1,281,167)")
+    integer(parser, "--models", None, "models of the job of benchmark scale (default: 24)")
     string(parser, "--json", "FILE", "write machine and figures there")
     options.common(parser)
 
@@ -41,6 +46,7 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.benchmarks.harness import Options, run_benchmark
 
     needs = {"photos": PHOTOGRAPHS, "annotations": CAPTIONS, **dict.fromkeys(("device", "minutes", "out"), ON_A_GPU)}
+    needs |= dict.fromkeys(("images", "models"), SCALED)
     for option, names in needs.items():
         if args.name not in names:
             refuse(args, [option], f"in benchmark {args.name}", f"take one of {', '.join(names)}")
@@ -48,6 +54,17 @@ def run(args: argparse.Namespace) -> int:
         None if path is None else Path(path) for path in (args.photos, args.annotations, args.out, args.json)
     )
     threads = args.threads or ((os.cpu_count() or 1) if args.name in ON_A_GPU else 2)
-    about = (args.repeats, threads, args.short, photos, annotations, args.device, args.minutes, out)
+    about = (
+        args.repeats,
+        threads,
+        args.short,
+        photos,
+        annotations,
+        args.device,
+        args.minutes,
+        out,
+        args.images,
+        args.models,
+    )
     run_benchmark(args.name, Options(*about), json)
     return 0

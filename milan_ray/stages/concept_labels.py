@@ -38,7 +38,8 @@ from milan_ray.progress import Progress, say
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, MANIFEST
 from milan_ray.stages.descriptions import described
 from milan_ray.stages.exemplars import ModelWork, Run, ShardsWorker, failing, rerun_work, run_shards, shard_name
-from milan_ray.storage import Storage
+from milan_ray.stages.exemplars.merge import FEW_PARTS
+from milan_ray.storage import Storage, WorkRemovedError
 
 KERNEL_VERSION = "concepts-1"
 
@@ -85,13 +86,15 @@ class _Work:
         item: What a worker must know of the model.
         due: The labels: one output per labeler and layer.
         size: (height, width) of the grid.
-        shards: Names of the shards of the probe.
+        shards: Number of shards of the probe.
+        pieces: Names of their pieces, in their order; known once these are there.
     """
 
     item: ModelWork
     due: tuple[Output, ...]
     size: tuple[int, int]
-    shards: tuple[str, ...]
+    shards: int
+    pieces: tuple[str, ...] = ()
 
     @property
     def composed(self) -> dict[str, Output]:
@@ -99,11 +102,28 @@ class _Work:
         return {output.layer: output for output in self.due if output.keys["labeler"] == CompExp.name}
 
     @property
-    def pieces(self) -> list[str]:
-        """Work folders in which every finished shard has a piece."""
-        folder = self.item.folder
-        counts = [f"counts/{folder(layer)}" for layer in self.item.layers]
-        return [CONCEPTS, *counts, *(f"masks/{folder(layer)}" for layer in self.composed)]
+    def parts(self) -> list[str]:
+        """What a finished shard's piece holds."""
+        return [*map(self.counts, self.item.layers), *map(self.masks, self.composed), CONCEPTS]
+
+    def counts(self, layer: str) -> str:
+        """Name of the part with a layer's counts."""
+        return f"counts/{self.item.part(layer)}"
+
+    def masks(self, layer: str) -> str:
+        """Name of the part with the masks of a layer's units."""
+        return f"masks/{self.item.part(layer)}"
+
+    def counted(self, storage: Storage) -> _Work:
+        """The same, with the names of the pieces of its shards.
+
+        Raises:
+            WorkRemovedError: Not all of them are there.
+        """
+        pieces = storage.pieces_with(self.item.work, self.parts)
+        if len(pieces) != self.shards:
+            raise WorkRemovedError(f"the labels of {self.item.model.name} may be there already; run the job again.")
+        return replace(self, pieces=tuple(piece for _, piece in sorted(pieces.items())))
 
 
 class ConceptLabels(Stage):
@@ -173,14 +193,14 @@ class ConceptLabels(Stage):
             rows = storage.read_rows(MANIFEST, 0, PEEK, ["image_id", "root", "path"], probe=todo[0].item.probe)
             check_concepts(references.probe(self._probe), rows)
             run, items = Run(storage, self._probe, self._config, resources), [work.item for work in todo]
-            folders = [work.pieces for work in todo]
-            uncounted, seconds = run_shards(run, CountWorker, items, folders, self.title, labels=todo)
+            parts = [work.parts for work in todo]
+            uncounted, seconds = run_shards(run, CountWorker, items, parts, self.title, labels=todo)
             failed |= uncounted
         for work in todo:
             name = work.item.model.name
             if name not in failed:
                 with failing(failed, name):
-                    self._finish(storage, work, seconds[name])
+                    self._finish(storage, work.counted(storage), seconds[name])
         all_failed(failed, len(self._models))
         return failed
 
@@ -203,8 +223,7 @@ class ConceptLabels(Stage):
         spec = references.model(ref)
         missing = [layer for layer in spec.layers if any(output.layer == layer for output in due)]
         item = rerun_work(storage, ref, self._probe, config, missing, work)
-        shards = tuple(map(shard_name, range(-(-images // config.shard(images)))))
-        return _Work(item, tuple(due), self._how.grid(spec), shards)
+        return _Work(item, tuple(due), self._how.grid(spec), item.shards(config))
 
     def _finish(self, storage: Storage, work: _Work, seconds: float) -> None:
         """Adds a model's shards up and writes its labels.
@@ -257,7 +276,7 @@ def check_concepts(source: Probe, manifest: pa.Table) -> None:
 
 
 CONCEPTS = "concepts"
-"""Work folder of a shard's concept maps; written last, so it also says that the shard is finished."""
+"""Part of a shard's piece: its concept maps."""
 
 
 class CountWorker(ShardsWorker):
@@ -302,12 +321,15 @@ class CountWorker(ShardsWorker):
                     counts[layer].update(ImageMasks(names, words, units, on, size[0] * size[1]))
                     if layer in fired:
                         fired[layer].append(_mask_rows(image_id, units, on))
-        for layer, state in counts.items():
-            self._storage.put_work(item.work, f"counts/{item.folder(layer)}/{shard}", state.to_table())
-        for layer, tables in fired.items():
-            self._storage.put_work(item.work, f"masks/{item.folder(layer)}/{shard}", pa.concat_tables(tables))
-        table = pa.Table.from_pylist(annotated, schema=_CONCEPTS_SCHEMA)
-        self._storage.put_work(item.work, f"{CONCEPTS}/{shard}", table)
+
+        def parts() -> Iterator[tuple[str, pa.Table]]:
+            for layer, state in counts.items():
+                yield work.counts(layer), state.to_table()
+            for layer, tables in fired.items():
+                yield work.masks(layer), pa.concat_tables(tables)
+            yield CONCEPTS, pa.Table.from_pylist(annotated, schema=_CONCEPTS_SCHEMA)
+
+        self._storage.put_piece(item.work, shard, work.parts, parts())
 
 
 def _nothing(size: tuple[int, int]) -> np.ndarray:
@@ -322,8 +344,7 @@ def _mask_rows(image_id: int, units: np.ndarray, words: np.ndarray) -> pa.Table:
 
 def _merge(storage: Storage, work: _Work, layer: str) -> ConceptCounts:
     """Adds the shards of one layer up."""
-    item = work.item
-    tables = (storage.get_work(item.work, f"counts/{item.folder(layer)}/{shard}") for shard in work.shards)
+    tables = storage.get_parts(work.item.work, work.pieces, work.counts(layer))
     state = ConceptCounts.from_table(next(tables))
     for table in tables:
         state.merge(ConceptCounts.from_table(table))
@@ -368,12 +389,12 @@ def _search(
 
 
 def _merged_name(item: ModelWork, layer: str) -> str:
-    return f"merged/{item.folder(layer)}"
+    return f"merged/{item.part(layer)}"
 
 
 def _formulas_name(item: ModelWork, block: _Block) -> str:
     layer, units = block
-    return f"formulas/{item.folder(layer)}/{config_hash({'units': units})}"
+    return f"formulas/{item.part(layer)}/{config_hash({'units': units})}"
 
 
 def _compose(storage: Storage, work: _Work, labeler: CompExp, block: _Block) -> float:
@@ -395,9 +416,8 @@ def _images(storage: Storage, work: _Work, block: _Block) -> Iterator[ImageMasks
     """Every annotated image of the probe, with the masks of a block's units."""
     (layer, block_units), item = block, work.item
     width, positions = _nothing(work.size).shape[1], work.size[0] * work.size[1]
-    for shard in work.shards:
-        annotated = storage.get_work(item.work, f"{CONCEPTS}/{shard}")
-        fired = storage.get_work(item.work, f"masks/{item.folder(layer)}/{shard}")
+    tables = (storage.get_parts(item.work, work.pieces, part, FEW_PARTS) for part in (CONCEPTS, work.masks(layer)))
+    for annotated, fired in zip(*tables, strict=True):
         fired = fired.filter(pc.is_in(fired["unit"], pa.array(block_units, pa.int32()))).combine_chunks()
         words = np.frombuffer(b"".join(fired["bits"].to_pylist()), np.uint64).reshape(-1, width)
         ids, units = fired["image_id"].to_numpy(), fired["unit"].to_numpy()

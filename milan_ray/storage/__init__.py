@@ -1,9 +1,10 @@
 """The run directory: the tables on disk *are* the state.
 
 Public tables are hive-partitioned, one file of a fixed name per partition, replaced whole (:mod:`.tables`). Work in
-progress lies under ``_work/<configuration hash>/`` (:mod:`.work`). Both are written by :meth:`Storage.put`, so that a
-reader sees the old file or the new one and never a part of one (:mod:`.files`). Every file carries the hash of the
-configuration that made it, and :meth:`Storage.is_current` is the one answer to "is this done?".
+progress lies under ``_work/<configuration hash>/`` (:mod:`.work`, :mod:`.pieces`). Both are written by
+:meth:`Storage.put`, so that a reader sees the old file or the new one and never a part of one (:mod:`.files`). Every
+file carries the hash of the configuration that made it, and :meth:`Storage.is_current` is the one answer to "is this
+done?".
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from milan_ray.storage.parquet import (
     inputs_of,
     to_parquet,
 )
+from milan_ray.storage.pieces import Pieces
 from milan_ray.storage.tables import FILE_NAME, Tables, natural
-from milan_ray.storage.work import Work, WorkRemovedError
+from milan_ray.storage.work import WorkRemovedError
 
 __all__ = [
     "ALL_UNITS_KEY",
@@ -40,7 +42,7 @@ __all__ = [
 ]
 
 
-class Storage(Tables, Work):
+class Storage(Tables, Pieces):
     """Tables, work in progress and other files of one run directory, local or on an object store.
 
     Picklable: what travels is the root.

@@ -13,6 +13,9 @@ from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.storage.atomic import remove_abandoned
 from milan_ray.storage.files import WORK, Files
 
+COMPRESSED = pa.ipc.IpcWriteOptions(compression="lz4")
+"""How work tables are written."""
+
 
 class WorkRemovedError(MilanError):
     """Work in progress no longer exists: another job on the same storage has finished it."""
@@ -27,8 +30,7 @@ class Work(Files):
         Work is Arrow IPC, not Parquet: it is written and read once, and no glob for tables can meet it.
         """
         buffer = io.BytesIO()
-        options = pa.ipc.IpcWriteOptions(compression="lz4")
-        with pa.ipc.new_file(buffer, table.schema, options=options) as writer:
+        with pa.ipc.new_file(buffer, table.schema, options=COMPRESSED) as writer:
             writer.write_table(table)
         self.put(f"{WORK}/{config}/{name}.arrow", buffer.getbuffer())
 
@@ -42,9 +44,7 @@ class Work(Files):
         try:
             data = self.get(path)
         except FileNotFoundError as error:
-            raise WorkRemovedError(
-                f"{self.uri(path)} is gone; run the job again to go on from what is there."
-            ) from error
+            raise self._gone(path) from error
         try:
             with self.intact(path):
                 table = pa.ipc.open_file(pa.BufferReader(data)).read_all()
@@ -52,9 +52,13 @@ class Work(Files):
                 return table
         except DamagedTable as error:
             self.remove_file(path)
-            raise WorkRemovedError(
-                f"{self.uri(path)} was damaged and is gone; run the job again to make it anew."
-            ) from error
+            raise self._was_damaged(path) from error
+
+    def _gone(self, path: str) -> WorkRemovedError:
+        return WorkRemovedError(f"{self.uri(path)} is gone; run the job again to go on from what is there.")
+
+    def _was_damaged(self, path: str) -> WorkRemovedError:
+        return WorkRemovedError(f"{self.uri(path)} was damaged and is gone; run the job again to make it anew.")
 
     def work_names(self, config: str, folder: str = "") -> list[str]:
         """The names of a configuration's finished work tables, below one of its folders."""

@@ -25,3 +25,21 @@ def test_benchmark_short_form_writes_its_figures(ray_session, name, tmp_path, ca
     assert figures["benchmark"] == name and figures["machine"]["threads"] == 1
     assert all(seconds > 0 for result in figures["results"] for seconds in result["seconds"])
     assert figures["results"][0]["name"] in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_scale_benchmark_counts_the_job_asked_for(ray_session, tmp_path):
+    """An object for each shard and model, whatever the number of layers; a merge reads little more than its layer."""
+    file = tmp_path / "figures.json"
+    size = ["--images", "1280", "--models", "3"]
+    assert (
+        cli.main(["benchmark", "scale", "--short", "--repeats", "1", "--threads", "1", *size, "--json", str(file)]) == 0
+    )
+    stored, resumed, finished, merged, rows = json.loads(file.read_text())["results"]
+    assert stored["work"] == merged["work"] == rows["work"] == 16
+    assert stored["facts"]["objects of the job"] == 16 * 3
+    assert resumed["facts"]["requests: LIST"] == 3 and "requests: GET" not in resumed["facts"]
+    assert finished["work"] == 1280 and finished["facts"]["requests: PUT"] == 2  # skipped, and the manifest's digests
+    assert 16 <= merged["facts"]["requests: GET"] <= 16 * 2 and merged["facts"]["requests: HEAD"] == 16
+    assert merged["facts"]["requests: PUT"] == 3  # exemplars, levels, a row of the run log
+    assert 1e3 * merged["facts"]["requests: MB"] < 1e6 * stored["facts"]["GB of the job"] / 3

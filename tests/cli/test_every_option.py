@@ -45,7 +45,11 @@ MERGED = "annotations/test_merge.py::test_reference_quirks_of_the_command_line_s
 CHANGES = f"{HERE}::test_options_change_the_tables_that_they_speak_of"
 GPU_BENCHMARK = "benchmarks/test_gpu_benchmark.py::test_gpu_benchmark_without_time_leaves_out_every_part_and_says_so"
 
+SCALE_BENCHMARK = "benchmarks/test_exemplar_benchmarks.py::test_scale_benchmark_counts_the_job_asked_for"
+
 ROWS: dict[str, str] = {
+    "benchmark --images": SCALE_BENCHMARK,
+    "benchmark --models": SCALE_BENCHMARK,
     "benchmark --device": GPU_BENCHMARK,
     "--minutes": GPU_BENCHMARK,
     "benchmark --out": GPU_BENCHMARK,

@@ -102,7 +102,7 @@ class Job:
         assert there.keys() == expected.keys()
         for name, table in expected.items():
             assert there[name].equals(table), name
-        assert not [file for file in found.files("_work") if file.endswith(".arrow")]
+        assert not found.files("_work")
 
 
 @pytest.fixture(scope="session")

@@ -28,10 +28,10 @@ from milan_ray.storage import Storage
 
 
 def kind_of(path: str) -> str:
-    """``_work/…/L0/000003.arrow`` is ``_work L``, ``exemplars/model=…`` is ``exemplars``."""
+    """``_work/…/pieces/…/000003.parts`` is ``_work pieces parts``, ``exemplars/model=…`` is ``exemplars``."""
     parts = path.split("/")
     if parts[0] == "_work" and len(parts) > 2:
-        return "_work " + re.sub(r"\d", "", parts[2])
+        return "_work " + re.sub(r"\d", "", parts[2]) + (" parts" if path.endswith(".parts") else "")
     return f"{parts[0]} wanted" if "wanted" in parts else parts[0]
 
 
@@ -71,6 +71,19 @@ class FullDisk(Storage):
         return True
 
 
+def read_parts(file: Path) -> None:
+    """Reads every part of a piece."""
+    import pyarrow as pa
+
+    from milan_ray.storage.pieces import read_index
+
+    folder, _, work, piece = (str(part) for part in re.split(r"/(_work)/([^/]+)/", str(file.with_suffix(""))))
+    with pa.OSFile(str(file)) as stream:
+        parts = read_index(stream)[1]
+    for part in parts:
+        Storage(folder).get_part(work, piece, part)
+
+
 def torsos(root: Path) -> list[str]:
     """Files that are not whole, but for temporary ones of tasks that go on."""
     import pyarrow as pa
@@ -84,6 +97,8 @@ def torsos(root: Path) -> list[str]:
                 pq.read_table(file, partitioning=None)
             elif file.suffix == ".arrow":
                 pa.ipc.open_file(file).read_all()
+            elif file.suffix == ".parts":
+                read_parts(file)
         except pa.ArrowException:
             found.append(str(file))
     return found
@@ -100,7 +115,7 @@ def main(result: str, root: str, log: str, photos: str, plugin: str, captioner: 
     with connected(Resources()):
         while len(said) < 40:
             failed = {file.name for file in Path(log).iterdir()}
-            resources = Resources(actors=None if "_work images" in failed else 1)
+            resources = Resources(actors=None if "_work pieces parts" in failed else 1)
             try:
                 done = Exemplars([request], probe, config).run(storage, resources)
                 run_stage(Encodings(done.models, encoder), storage, resources)

@@ -104,7 +104,7 @@ def test_exemplars_of_all_layers_record_views_manifest_and_run(undisturbed):
     for row in runs:
         assert row["run"] == undisturbed.config_of(EXEMPLARS, model="tiny/cnn", layer=row["layer"])
         assert row["images_per_second"] == pytest.approx(90 / (3 * row["seconds"]))  # one pass for three layers
-    assert not [f for f in undisturbed.files("_work") if f.endswith(".arrow")]
+    assert not undisturbed.files("_work")
 
 
 @pytest.mark.parametrize(
@@ -169,21 +169,23 @@ def test_exemplars_fewer_images_than_k_give_fewer_ranks(ray_session, photos, tmp
 
 
 def test_exemplars_killed_while_results_become_public_go_on_from_the_shards(undisturbed, photos, tmp_path, capsys):
-    """What a kill between two layers leaves: all partials, one of three layers public."""
+    """What a kill between two layers leaves: all pieces, one of three layers public."""
     storage, source = Storage(tmp_path), ProbeRef((str(photos),))
     manifest, digest = stage.store_manifest(storage, source)
     (item,) = Exemplars([CNN], source, CONFIG).due(storage, digest, len(manifest))
     job = Run(storage, source, CONFIG, Resources())
-    assert stage.run_shards(job, ExemplarWorker, [item], [item.pieces], "exemplars")[0] == {}
-    shards = merge.finish_images(job, item, len(manifest))[2]
-    merge.merge_layer(job, item, shards, Cost(images=90), "2")
+    assert stage.run_shards(job, ExemplarWorker, [item], [item.parts], "exemplars")[0] == {}
+    pieces = merge.finish_images(job, item, len(manifest))[2]
+    assert sorted(storage.pieces_with(item.work, item.parts).values()) == list(pieces)
+    assert len(storage.files(f"_work/{item.work}")) == 3  # an object a shard, whatever the number of layers
+    merge.merge_layer(job, item, pieces, Cost(images=90), "2")
     run(tmp_path, photos)
     said = capsys.readouterr().err
     assert "3 of 3 shards are done already" in said
     expected, found = tables(undisturbed), tables(storage)
     assert found.keys() == expected.keys()
     assert all(found[name].equals(table) for name, table in expected.items())
-    assert not [file for file in storage.files("_work") if file.endswith(".arrow")]
+    assert not storage.files("_work")
 
 
 BROKEN = ModelRef("tiny/broken", plugins=(PLUGIN,))
@@ -279,4 +281,4 @@ def test_exemplars_above_the_map_budget_are_masked_in_one_pool_whatever_model_fa
     assert exemplars.run(storage, resources).failed == {}
     assert pools[2:] == ["MaskWorker"]
     assert_as_alone("late/failing", "2")
-    assert not [file for file in storage.files("_work") if file.endswith(".arrow")]
+    assert not storage.files("_work")

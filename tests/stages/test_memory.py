@@ -56,7 +56,7 @@ def processes():
 
 def watch():
     while not stop.wait(0.2):
-        done = len(list(Path(folder).glob("_work/*/images/*.arrow")))
+        done = len(list(Path(folder).glob("_work/*/pieces/*/*.parts")))
         for pid, said, found, parent in processes():
             if pid == mine:
                 samples.append((done, "driver", *found))

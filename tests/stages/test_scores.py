@@ -150,7 +150,7 @@ def test_blocks_of_units_change_nothing_and_a_second_run_does_nothing(storage, t
     run_scores(mine, score_stages(described(mine), PROBE, TRUTH, CONFIG), CONFIG, ONE)
     for place, row in values(mine).items():
         assert row["value"] == pytest.approx(whole[place]["value"], abs=1e-6)
-    assert not [path for path in mine.files("_work") if path.endswith(".arrow")]
+    assert not mine.files("_work")
 
 
 def test_images_drawn_for_descriptions_equal_whole_matrices(storage):

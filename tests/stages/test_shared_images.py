@@ -110,10 +110,11 @@ def test_a_killed_zoo_goes_on_with_the_shards_that_each_model_lacks(dissect, rea
     refs = [ModelRef(name, plugins=(plugin,)) for name in ALIKE]
     work = Exemplars(refs, source, config).due(storage, digest, len(manifest))
     run = Run(storage, source, config, Resources())
-    done = stage.run_shards(run, ExemplarWorker, work[:2], [item.pieces for item in work[:2]], "exemplars")
+    done = stage.run_shards(run, ExemplarWorker, work[:2], [item.parts for item in work[:2]], "exemplars")
     assert done[0] == {}
+    pieces = storage.pieces_with(work[1].work, work[1].parts)
     for shard in range(2, 6):
-        storage.remove_file(f"_work/{work[1].work}/images/{shard:06d}.arrow")
+        storage.remove_file(f"_work/{work[1].work}/{pieces[f'{shard:06d}']}.parts")
     reads.clear()
     dissect(tmp_path, *ALIKE)
     said = capsys.readouterr().err

@@ -115,7 +115,7 @@ class Drawings(StepStage):
         for layer in item.layers:
             for start in range(0, len(units[layer]), UNITS_PER_BLOCK):
                 part = units[layer][start : start + UNITS_PER_BLOCK]
-                blocks[layer].append(f"{item.folder(layer)}/{config_hash({'units': part})}")
+                blocks[layer].append(f"{item.part(layer)}/{config_hash({'units': part})}")
                 row = {"model": 0, "images": len(part), "layer": layer, "block": blocks[layer][-1], "units": part}
                 rows.append(row)
         work = replace(work, blocks=blocks)

@@ -92,7 +92,7 @@ def find_top(storage: Storage, work: DndWork, layer: str) -> list[int]:
     manifest = storage.read(MANIFEST, ["image_id", "root", "path"], probe=item.probe)
     refs = manifest.take(pc.index_in(pa.array(chosen_ids), manifest["image_id"].combine_chunks()))
     columns = [pa.array(numbers[unit], pa.int32()), *(refs[name] for name in _TOP_SCHEMA.names[1:])]
-    storage.put_work(item.work, f"top/{item.folder(layer)}", pa.table(columns, schema=_TOP_SCHEMA))
+    storage.put_work(item.work, f"top/{item.part(layer)}", pa.table(columns, schema=_TOP_SCHEMA))
     return sorted(set(numbers[unit].tolist()))
 
 
@@ -147,7 +147,7 @@ class AugmentWorker(_DndWorker):
         item = self._work[0]
         layer, units = row["layer"], row["units"]
         spec, forward = self._forward(0)
-        top = self._storage.get_work(item.work, f"top/{item.folder(layer)}")
+        top = self._storage.get_work(item.work, f"top/{item.part(layer)}")
         top = top.filter(pc.is_in(top["unit"], pa.array(units, pa.int32())))
         refs = {ref["image_id"]: ImageRef(ref["image_id"], ref["root"], ref["path"]) for ref in top.to_pylist()}
         ids = sorted(refs)

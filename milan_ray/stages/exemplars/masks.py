@@ -82,7 +82,7 @@ def _write_masked(run: Run, merged: Merged, names: Sequence[str]) -> None:
     """Writes the exemplars of a model's layers, with the masks of all blocks."""
     item = merged.item
     for layer in merged.winners:
-        blocks = (run.storage.get_work(item.work, f"masks/{item.folder(layer)}/{name}") for name in names)
+        blocks = (run.storage.get_work(item.work, f"masks/{item.part(layer)}/{name}") for name in names)
         empty = WINNERS_SCHEMA.append(pa.field("mask", pa.large_binary())).empty_table()
         rows = pa.concat_tables([empty, *blocks]).sort_by([("unit", "ascending"), ("rank", "ascending")])
         write_exemplars(run, item, layer, rows, merged.cost)
@@ -96,7 +96,7 @@ class MaskWorker(ModelWorker):
         item = self._work[row["model"]]
         spec, forward = self._forward(row["model"])
         size = self._config.mask_size or spec.preprocess.view.shape
-        winners = {layer: self._storage.get_work(item.work, f"winners/{item.folder(layer)}") for layer in row["layers"]}
+        winners = {layer: self._storage.get_work(item.work, f"winners/{item.part(layer)}") for layer in row["layers"]}
         masked: dict[str, list[pa.Table]] = defaultdict(list)
         refs = [ImageRef(*ref) for ref in zip(row["image_id"], row["root"], row["path"], strict=True)]
         for _, batch in self._batches(refs, spec):
@@ -107,7 +107,7 @@ class MaskWorker(ModelWorker):
                 in_batch = of_layer.filter(pc.is_in(of_layer["image_id"], ids))
                 masked[layer].append(_mask(in_batch, ids, maps[layer], size))
         for layer, tables in masked.items():
-            name = f"masks/{item.folder(layer)}/{row['name']}"
+            name = f"masks/{item.part(layer)}/{row['name']}"
             self._storage.put_work(item.work, name, pa.concat_tables(tables))
 
 

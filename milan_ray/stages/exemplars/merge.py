@@ -34,6 +34,10 @@ WINNERS_SCHEMA = pa.schema(
 )
 
 
+FEW_PARTS = 4
+"""Parts of a layer that are read at once from an object store: those of first shards carry maps, up to the budget."""
+
+
 @dataclass(frozen=True)
 class Merged:
     """A model whose shards are folded.
@@ -61,12 +65,12 @@ def merge(run: Run, item: ModelWork, expected: int) -> Merged:
         MilanError: A layer or too many images cannot be used.
         WorkRemovedError: Another job has made the same tables meanwhile.
     """
-    images, seconds, shards = finish_images(run, item, expected)
+    images, seconds, pieces = finish_images(run, item, expected)
     cost = Cost(images=images)
     cost.add(seconds, len(item.layers) + len(item.pooled))  # one pass for all
-    merged = run_parallel(partial(merge_layer, run, item, shards, cost), item.layers, in_driver=expected <= FEW_IMAGES)
+    merged = run_parallel(partial(merge_layer, run, item, pieces, cost), item.layers, in_driver=expected <= FEW_IMAGES)
     winners = {item.layers[index]: ids for index, ids in merged if ids is not None}
-    list(run_parallel(partial(merge_pooled, run, item, shards, cost), item.pooled, in_driver=images <= FEW_IMAGES))
+    list(run_parallel(partial(merge_pooled, run, item, pieces, cost), item.pooled, in_driver=images <= FEW_IMAGES))
     return Merged(item, cost, winners)
 
 
@@ -74,15 +78,15 @@ def finish_images(run: Run, item: ModelWork, expected: int) -> tuple[int, float,
     """Writes which images were skipped, and the digests of those that were read.
 
     Returns:
-        Usable images, seconds of all shards, and the names of those that read a usable image.
+        Usable images, seconds of all shards, and the names of the pieces with a usable image.
 
     Raises:
         MilanError: Too many images were unreadable.
         WorkRemovedError: Another job has made the same tables meanwhile.
     """
     storage, model = run.storage, item.model.name
-    names = storage.work_names(item.work, IMAGES)
-    shards = [storage.get_work(item.work, name) for name in names]
+    names = [piece for _, piece in sorted(storage.pieces_with(item.work, item.parts).items())]
+    shards = list(storage.get_parts(item.work, names, IMAGES))
     images = pa.concat_tables([IMAGES_SCHEMA.empty_table(), *shards]).sort_by("image_id")
     if len(images) != expected:
         due = [why_exemplars(storage, item.described.fingerprints[layer], model, layer) for layer in item.layers]
@@ -110,7 +114,7 @@ def finish_images(run: Run, item: ModelWork, expected: int) -> tuple[int, float,
     _record_digests(storage, item.probe, images)
     seconds = sum(float(entries[SECONDS.encode()]) for entries in metadata)
     usable = [shard["reason"].null_count > 0 for shard in shards]  # a usable image has no reason
-    readable = tuple(name.rpartition("/")[2] for name, some in zip(names, usable, strict=True) if some)
+    readable = tuple(name for name, some in zip(names, usable, strict=True) if some)
     return expected - len(bad), seconds, readable
 
 
@@ -125,13 +129,13 @@ def _record_digests(storage: Storage, digest: str, images: pa.Table) -> None:
     storage.write(MANIFEST, manifest, digest, probe=digest)
 
 
-def merge_layer(run: Run, item: ModelWork, shards: Sequence[str], cost: Cost, layer: str) -> list[int] | None:
+def merge_layer(run: Run, item: ModelWork, pieces: Sequence[str], cost: Cost, layer: str) -> list[int] | None:
     """Folds one layer.
 
     Args:
         run: The run.
         item: The model's work.
-        shards: Names of the shards that read a usable image.
+        pieces: Names of the pieces with a usable image.
         cost: What each table of the model took.
         layer: Module path.
 
@@ -141,7 +145,7 @@ def merge_layer(run: Run, item: ModelWork, shards: Sequence[str], cost: Cost, la
     storage, model = run.storage, item.model.name
     # By name, not what is there: another job may be removing the same work, and some of it is not all of it.
     with layer_in_errors(layer):
-        state = fold((storage.get_work(item.work, f"{item.folder(layer)}/{n}") for n in shards), item.plan)
+        state = fold(storage.get_parts(item.work, pieces, item.part(layer), FEW_PARTS), item.plan)
     levels = state.level.result()
     counts = {"positions": state.level.counted.numpy(), "nonfinite": state.level.nonfinite.numpy()}
     columns = {"unit": np.arange(len(levels)), "level": levels.numpy(), **counts, "exact": [state.exact] * len(levels)}
@@ -155,7 +159,7 @@ def merge_layer(run: Run, item: ModelWork, shards: Sequence[str], cost: Cost, la
         packed = masks.packed_masks(lambda part: state.topk.maps_of(unit[part], rank[part]), levels[unit], size)
         write_exemplars(run, item, layer, winners.append_column("mask", pa.array(packed, pa.large_binary())), cost)
     else:
-        storage.put_work(item.work, f"winners/{item.folder(layer)}", winners)
+        storage.put_work(item.work, f"winners/{item.part(layer)}", winners)
     storage.write(LEVELS, table, item.described.fingerprints[layer], model=model, layer=layer)
     return None if state.topk.carries_maps else sorted(set(ids.tolist()))
 
@@ -187,7 +191,7 @@ def write_exemplars(run: Run, item: ModelWork, layer: str, rows: pa.Table, cost:
     run.storage.write(EXEMPLARS, table, fingerprint, model=name, layer=layer)
 
 
-def merge_pooled(run: Run, item: ModelWork, shards: Sequence[str], cost: Cost, layer: str) -> None:
+def merge_pooled(run: Run, item: ModelWork, pieces: Sequence[str], cost: Cost, layer: str) -> None:
     """Concatenates the pooled activations of one layer's shards in the manifest's order, one shard at a time.
 
     Arguments as of :func:`merge_layer`.
@@ -196,22 +200,22 @@ def merge_pooled(run: Run, item: ModelWork, shards: Sequence[str], cost: Cost, l
         MilanError: They are not those of the images that were read.
     """
     storage, fingerprint, model = run.storage, item.pooled[layer], item.model.name
-    names = [f"pooled/{item.folder(layer)}/{shard}" for shard in shards]
-    units = len(storage.get_work(item.work, names[0])["max"][0])
+    part = item.pooled_part(layer)
+    units = len(storage.get_part(item.work, pieces[0], part)["max"][0])
     metadata = {"units": str(units), "probe": item.probe, **arithmetic.metadata(run.config.arithmetic)}
 
-    def pieces() -> Iterator[pa.Table]:
+    def groups() -> Iterator[pa.Table]:
         rows = 0
-        for piece in in_groups(storage.get_work(item.work, name) for name in names):
-            rows += len(piece)
-            yield POOLED.table({name: piece[name] for name in piece.column_names}, model=model, layer=layer)
+        for group in in_groups(storage.get_parts(item.work, pieces, part, FEW_PARTS)):
+            rows += len(group)
+            yield POOLED.table({name: group[name] for name in group.column_names}, model=model, layer=layer)
         if rows != cost.images:
             raise MilanError(
                 f"{rows} of {cost.images} images have pooled activations of layer {layer!r}; run the job again."
             )
         record_run(storage, "pooled", fingerprint.hash, model, layer=layer, rows=rows, cost=cost)
 
-    storage.write_stream(POOLED, pieces(), fingerprint, metadata, model=model, layer=layer)
+    storage.write_stream(POOLED, groups(), fingerprint, metadata, model=model, layer=layer)
 
 
 def warn_of_nonfinite(storage: Storage, work: Sequence[ModelWork]) -> None:

@@ -173,7 +173,7 @@ class Exemplars(Stage):
         for layer in missing:
             if remark := described.layouts[layer].remark:
                 say(f"layer {layer!r} of {ref.name} {remark}", level="warning")
-        # Over all layers, so that a job killed while results become public finds its partials again.
+        # Over all layers, so that a job killed while results become public finds its pieces again.
         hashes = {layer: fingerprint.hash for layer, fingerprint in described.fingerprints.items()}
         identity = {"model": ref.name, "exemplars": hashes, "map_budget": config.map_budget}
         work = config_hash({**identity, "shard_size": config.shard(images)})
@@ -182,7 +182,7 @@ class Exemplars(Stage):
 
     def _make(self, run: Run, work: Sequence[ModelWork], manifest: pa.Table) -> None:
         """Makes the tables of models; notes the models that fail."""
-        self.failed |= run_shards(run, ExemplarWorker, work, [item.pieces for item in work], self.title)[0]
+        self.failed |= run_shards(run, ExemplarWorker, work, [item.parts for item in work], self.title)[0]
         unmasked: list[Merged] = []
         for item in work:
             if item.model.name not in self.failed:
@@ -216,7 +216,7 @@ def run_shards(
     run: Run,
     worker: type[ShardsWorker],
     work: Sequence[ModelWork],
-    folders: Sequence[Sequence[str]],
+    parts: Sequence[Sequence[str]],
     title: str,
     **arguments: object,
 ) -> tuple[dict[str, str], dict[str, float]]:
@@ -226,7 +226,7 @@ def run_shards(
         run: The run.
         worker: Runs a shard of some models.
         work: The models' work.
-        folders: For each model, the work folders in which every finished shard has a piece.
+        parts: For each model, what a finished shard's piece holds.
         title: What the work is called in messages.
         **arguments: Further arguments of the worker.
 
@@ -235,8 +235,8 @@ def run_shards(
     """
     todo: dict[int, list[int]] = {}
     for index, item in enumerate(work):
-        shards, stored = range(item.shards(run.config)), set(run.storage.work_names(item.work))
-        todo[index] = [n for n in shards if any(f"{folder}/{shard_name(n)}" not in stored for folder in folders[index])]
+        shards, stored = range(item.shards(run.config)), run.storage.pieces_with(item.work, parts[index])
+        todo[index] = [n for n in shards if shard_name(n) not in stored]
         if len(todo[index]) < len(shards):
             done = len(shards) - len(todo[index])
             say(f"{title} of {item.model.name}: {done} of {len(shards)} shards are done already")

@@ -36,13 +36,13 @@ from milan_ray.storage import Storage, WorkRemovedError
 T = TypeVar("T")
 
 IMAGES = "images"
-"""Work folder of the tables of the images that a shard read; written last, so it also says that the shard is done."""
+"""Part of a shard's piece: the images that it read."""
 
 SECONDS = "seconds"
-"""Metadata key of these tables: seconds of the shard."""
+"""Metadata key of this part: seconds of the shard."""
 
 NOTES = "notes"
-"""Metadata key of these tables: number of images decoded with a warning, and the first of them, as JSON."""
+"""Metadata key of this part: number of images decoded with a warning, and the first of them, as JSON."""
 
 IMAGES_SCHEMA = pa.schema(
     [("image_id", pa.int64()), ("path", pa.string()), ("sha256", pa.string()), ("reason", pa.string())]
@@ -84,10 +84,10 @@ class ModelWork:
     Attributes:
         model: Which model, and how to get it.
         described: What its exemplars depend on; every worker's copy must have the same weights.
-        every: All layers asked for; a layer's place here names its partials.
+        every: All layers asked for; a layer's place here names its parts of a shard's piece.
         layers: Those whose exemplars are still to do.
         probe: Digest of the probe manifest.
-        work: Configuration hash of this work; partials lie below it.
+        work: Configuration hash of this work; pieces lie below it.
         plan: The states' plan.
         pooled: Layer whose pooled activations are still to do → what decides them.
     """
@@ -107,9 +107,9 @@ class ModelWork:
         return tuple(layer for layer in self.every if layer in self.layers or layer in self.pooled)
 
     @property
-    def pieces(self) -> list[str]:
-        """Work folders in which every finished shard of :class:`ExemplarWorker` has a piece."""
-        return [IMAGES, *map(self.folder, self.layers), *(f"pooled/{self.folder(layer)}" for layer in self.pooled)]
+    def parts(self) -> list[str]:
+        """What a finished shard's piece of :class:`ExemplarWorker` holds."""
+        return [*map(self.part, self.layers), *map(self.pooled_part, self.pooled), IMAGES]
 
     def shards(self, config: ExemplarConfig) -> int:
         """The number of shards of the probe."""
@@ -121,9 +121,13 @@ class ModelWork:
         layouts = [self.described.layouts[layer] for layer in self.layers]
         return self.described.nbytes + sum(self.plan.committed_bytes(each.units, each.grid) for each in layouts)
 
-    def folder(self, layer: str) -> str:
-        """Work folder of a layer's partials: the same whichever layers are still to do."""
+    def part(self, layer: str) -> str:
+        """Name of a layer's part of a piece: the same whichever layers are still to do."""
         return f"L{self.every.index(layer)}"
+
+    def pooled_part(self, layer: str) -> str:
+        """Name of the part with a layer's pooled activations."""
+        return f"pooled/{self.part(layer)}"
 
 
 @contextmanager
@@ -268,17 +272,18 @@ class ExemplarWorker(ShardsWorker):
                 values = maps[layer].to(torch.float32)
                 pooled[layer].append((maxima(values), means(values)))
             states.update({layer: maps[layer] for layer in item.layers}, batch.ids, committed)
-        for layer, state in states.states.items():
-            table = to_table(state, committed[layer].delta(state))
-            self._storage.put_work(item.work, f"{item.folder(layer)}/{shard}", table)
-        readable = np.array([image["image_id"] for image in images if "reason" not in image], np.int64)
-        for layer, parts in pooled.items():
-            largest, mean = zip(*parts, strict=True)
-            table = pooled_table(readable, largest, mean)
-            self._storage.put_work(item.work, f"pooled/{item.folder(layer)}/{shard}", table)
-        metadata = {SECONDS: str(time.monotonic() - started), NOTES: json.dumps([len(notes), notes[:1]])}
-        table = pa.Table.from_pylist(images, schema=IMAGES_SCHEMA.with_metadata(metadata))
-        self._storage.put_work(item.work, f"{IMAGES}/{shard}", table)
+
+        def parts() -> Iterator[tuple[str, pa.Table]]:
+            for layer, state in states.states.items():
+                yield item.part(layer), to_table(state, committed[layer].delta(state))
+            readable = np.array([image["image_id"] for image in images if "reason" not in image], np.int64)
+            for layer, batches in pooled.items():
+                largest, mean = zip(*batches, strict=True)
+                yield item.pooled_part(layer), pooled_table(readable, largest, mean)
+            metadata = {SECONDS: str(time.monotonic() - started), NOTES: json.dumps([len(notes), notes[:1]])}
+            yield IMAGES, pa.Table.from_pylist(images, schema=IMAGES_SCHEMA.with_metadata(metadata))
+
+        self._storage.put_piece(item.work, shard, item.parts, parts())
         # Only now, with the shard durable, may it raise the lower bounds for the next.
         for layer, state in states.states.items():
             with layer_in_errors(layer):
