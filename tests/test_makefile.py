@@ -61,7 +61,15 @@ def test_target_in_a_fresh_checkout_creates_an_environment_and_installs_its_extr
 
 def test_every_target_that_runs_something_is_listed_here(checkout) -> None:
     text = (checkout / "Makefile").read_text(encoding="utf-8")
-    assert set(re.findall(r"^([\w-]+):.*  ## ", text, re.MULTILINE)) == set(EXTRAS)
+    assert set(re.findall(r"^([\w-]+):.*  ## ", text, re.MULTILINE)) == {*EXTRAS, "tools"}
+
+
+def test_tools_are_what_the_checks_need_installed_at_once(checkout) -> None:
+    commands = planned(checkout, "tools")
+    (extras,) = re.findall(r"--editable '\.\[(.*)\]'", "\n".join(commands))
+    assert set(extras.split(",")) == {"test", "lint", "types", "docs"}
+    stamps = commands[-1].split()
+    assert stamps[0] == "touch" and set(stamps[1:]) == {f".venv/.{extra}" for extra in extras.split(",")}
 
 
 def test_installed_extra_is_installed_again_only_after_a_change_of_pyproject(checkout) -> None:
