@@ -1,6 +1,7 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
@@ -8,7 +9,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from milan_ray.captioner import encoder as encoders
-from milan_ray.captioner.encoder import EncoderSpec, PyramidEncoder, get_encoder, pool_maps, register_encoder
+from milan_ray.captioner.encoder import (
+    EncoderSpec,
+    MaskedExemplars,
+    PyramidEncoder,
+    encode_exemplars,
+    get_encoder,
+    pool_maps,
+    register_encoder,
+)
 from milan_ray.errors import MilanError
 from milan_ray.models.weights import WeightsFile
 
@@ -59,6 +68,27 @@ def test_pool_maps_a_mask_s_last_bits_do_not_depend_on_other_masks(encoder: Pyra
     maps[0][0, 0, 0, 0] = torch.inf  # what no mask covers counts for none
     masks[:, :5, :5] = False
     assert torch.isfinite(pool_maps(maps, masks, index, skip=False)).all()
+
+
+def test_encode_exemplars_more_masks_than_one_pass_takes_are_each_pooled(encoder, monkeypatch) -> None:
+    monkeypatch.setattr(encoders, "MASKS", 4)
+    random = torch.Generator().manual_seed(0)
+    images, masks = torch.rand(3, 3, 17, 17, generator=random), torch.rand(11, 17, 17, generator=random) > 0.6
+    of_image = np.array([0, 0, 2, 0, 0, 0, 0, 0, -1, 0, 2])  # nine of the first image, none of one exemplar
+    group = MaskedExemplars(of_image, lambda places: masks[torch.from_numpy(places)])
+    (features,) = encode_exemplars(encoder, [group], lambda start, stop: encoder.maps(images[start:stop]), 3, 2)
+    for found, mask, image in zip(features, masks, of_image, strict=True):
+        alone = pool_maps(encoder.maps(images[[image]]), mask[None], torch.zeros(1, dtype=torch.int64))[0]
+        np.testing.assert_allclose(found, alone.numpy() if image >= 0 else np.zeros_like(found), atol=1e-6)
+
+
+def test_fit_resizes_images_of_another_size_and_no_others(encoder: PyramidEncoder) -> None:
+    images = torch.rand(2, 3, 34, 51, generator=torch.Generator().manual_seed(0))
+    assert encoder.fit(images).shape == (2, 3, 17, 17)
+    flat = torch.full((1, 3, 34, 51), 0.25)
+    torch.testing.assert_close(encoder.fit(flat), torch.full((1, 3, 17, 17), 0.25))
+    own = images[..., :17, :17]
+    assert encoder.fit(own) is own
 
 
 def test_pool_maps_no_mask_at_all_is_empty(encoder: PyramidEncoder) -> None:

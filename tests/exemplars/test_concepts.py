@@ -143,6 +143,18 @@ def test_a_coarse_grid_takes_the_middle_of_its_cells():
     np.testing.assert_array_equal(np.argwhere(found["a"]), [[1, 3]])
 
 
+def test_a_grid_that_does_not_divide_the_view_lies_evenly_over_it():
+    size = grid_size((300, 400))
+    assert size == (60, 80)
+    for view, cells in ((View((299, 230), None, "nearest"), grid_size((299, 230))), (View((300, 400), None), size)):
+        height, width = view.shape
+        maps = {f"row {row}": np.eye(height, dtype=bool)[:, [row]].repeat(width, axis=1) for row in range(height)}
+        found = sample(maps, view, cells)
+        for number in range(cells[0]):
+            (seen,) = [name for name, shown in found.items() if shown[number].any()]
+            assert seen == f"row {int((number + 0.5) * height / cells[0])}"
+
+
 def test_grids_of_views():
     assert grid_size((224, 224)) == (56, 56)
     assert grid_size((64, 64)) == (64, 64)

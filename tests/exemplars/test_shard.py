@@ -71,6 +71,12 @@ def test_update_with_nonfinite_maps_leaves_them_out():
     assert state.level.nonfinite.tolist() == [5, 0]
 
 
+@pytest.mark.parametrize(("samples", "positions"), [(10**9, 200 * 21), (4 * 200, 200 * 4)])
+def test_committed_bytes_are_those_of_the_activations_that_decide_levels(samples, positions):
+    plan = replace(PLAN, samples=samples, quantile=0.75)
+    assert plan.committed_bytes(6, (3, 7)) == plan.committed_bytes(6, (7, 3)) == 4 * 6 * (positions // 4 + 2)
+
+
 def test_update_with_another_map_size_says_so():
     state = LayerState.empty(PLAN, 6, (4, 4))
     with pytest.raises(MilanError, match="changed from"):
