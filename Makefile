@@ -22,10 +22,9 @@ photos: $(VENV)/.photos  ## a real network over photographs of your own: what it
 test: $(VENV)/.test  ## the test suite, two processes side by side; all but the long tests
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m 'not slow'
 
-# Three processes for two cores: each waits for Ray, disks and deadlines a tenth of the time. What limits or measures
-# memory runs with nothing beside it.
+# What limits or measures memory runs with nothing beside it.
 test-slow: $(VENV)/.test  ## the long tests: the whole demo, 50,000 images, submitted jobs, failing nodes
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 3 -m 'slow and not alone'
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m 'slow and not alone'
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m alone
 
 soak: $(VENV)/.test  ## a job whose driver is killed 24 times, each time before another write, against one that nobody disturbs

@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -22,6 +24,7 @@ from milan_ray.storage import Storage
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = str(ROOT / "tests/plugins/slow_models.py")
 RAY = Path(sys.executable).with_name("ray")
+ATTEMPTS = 3
 
 
 def free_ports(count: int) -> list[int]:
@@ -71,38 +74,61 @@ def fake_cluster(gcs: str) -> dict[str, object]:
     }
 
 
+def end(head: subprocess.Popen[bytes]) -> None:
+    """Ends a head and its nodes, and no other."""
+    with suppress(ProcessLookupError):
+        os.killpg(head.pid, signal.SIGKILL)
+    head.wait()
+
+
+def up_or_ended(head: subprocess.Popen[bytes], log: Path) -> bool:
+    return "--block" in log.read_text() or head.poll() is not None
+
+
+def start_head(folder: Path, ip: str, environment: dict[str, str]) -> tuple[str, subprocess.Popen[bytes]]:
+    """Starts a head; another one, on other ports, where another process has taken one of them meanwhile.
+
+    Ray also gives up where it is not up in half a minute.
+    """
+    for attempt in range(ATTEMPTS):
+        gcs, client, agent, grpc = free_ports(4)
+        config, log = folder / f"cluster-{attempt}.yaml", folder / f"head-{attempt}.log"
+        config.write_text(yaml.safe_dump(fake_cluster(f"{ip}:{gcs}")))
+        options = {
+            "--port": gcs,
+            "--ray-client-server-port": client,
+            "--dashboard-agent-listen-port": agent,
+            "--dashboard-agent-grpc-port": grpc,
+            "--num-cpus": 0,
+            "--include-dashboard": "false",
+            "--autoscaling-config": config,
+            "--temp-dir": folder / str(attempt),
+            "--object-store-memory": 100 * 2**20,
+        }
+        command = [str(RAY), "start", "--head", "--block", "--disable-usage-stats"]
+        command += [f"{name}={value}" for name, value in options.items()]
+        with log.open("w") as stream:
+            head = subprocess.Popen(command, env=environment, stdout=stream, stderr=stream, start_new_session=True)
+        wait_until(partial(up_or_ended, head, log), "the head is up or has ended")
+        if head.poll() is None:
+            return f"{ip}:{gcs}", head
+        end(head)
+    pytest.fail(f"no head came up: {log.read_text()}")
+
+
 @pytest.mark.slow
 def test_cluster_grows_to_what_the_work_needs_and_shrinks_again(job, undisturbed, tmp_path):
     from ray.util import get_node_ip_address
 
     folder = Path(tempfile.mkdtemp(prefix="ray"))  # sockets' paths must be short
-    gcs, client, agent, grpc = free_ports(4)
-    address = f"{get_node_ip_address()}:{gcs}"
-    config = folder / "cluster.yaml"
-    config.write_text(yaml.safe_dump(fake_cluster(address)))
     alien = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_BACKEND_LOG_LEVEL")
     environment = {name: value for name, value in os.environ.items() if name not in alien}
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "e" * 64, "HOME": str(folder)}
     environment |= {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "0", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     environment |= {"MILAN_TEST_WHERE": str(tmp_path / "where"), "MILAN_TEST_GATE": str(tmp_path / "gate")}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests/helpers'}"
-    options = {
-        "--port": gcs,
-        "--ray-client-server-port": client,
-        "--dashboard-agent-listen-port": agent,
-        "--dashboard-agent-grpc-port": grpc,
-        "--num-cpus": 0,
-        "--include-dashboard": "false",
-        "--autoscaling-config": config,
-        "--temp-dir": folder,
-        "--object-store-memory": 100 * 2**20,
-    }
-    command = [str(RAY), "start", "--head", "--block", "--disable-usage-stats"]
-    command += [f"{name}={value}" for name, value in options.items()]
-    with (folder / "head.log").open("w") as log:
-        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    address, head = start_head(folder, get_node_ip_address(), environment)
     try:
-        wait_until(lambda: "--block" in (folder / "head.log").read_text(), "the head is up", head)
         arguments = [address, str(tmp_path / "result"), str(tmp_path / "run"), str(job.photos), PLUGIN]
         done = subprocess.run(
             [sys.executable, str(ROOT / "tests/faults/autoscaling.py"), *arguments],
@@ -114,8 +140,7 @@ def test_cluster_grows_to_what_the_work_needs_and_shrinks_again(job, undisturbed
         )
         assert done.returncode == 0, done.stderr
     finally:
-        os.killpg(head.pid, signal.SIGKILL)  # all of this head and its nodes, and of no other
-        head.wait()
+        end(head)
         shutil.rmtree(folder, ignore_errors=True)
     assert json.loads((tmp_path / "result").read_text()) == {"before": 1, "ran": 2, "after": 1}
     found = job.tables(Storage(tmp_path / "run"))
