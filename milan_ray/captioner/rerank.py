@@ -25,6 +25,12 @@ def rescore(logp_d_given_e: Values, logp_d: Values, lam: float) -> Values:
     return logp_d_given_e - lam * logp_d
 
 
+def complete(texts: Sequence[str], finished: np.ndarray) -> np.ndarray:
+    """Whether a unit's candidates are whole descriptions: they reached ``<stop>``, and do not break off; bool (N,)."""
+    whole: np.ndarray = finished & ~np.fromiter(map(breaks_off, texts), bool, len(texts))
+    return whole
+
+
 def choice_order(scores: np.ndarray, texts: Sequence[str], finished: np.ndarray) -> np.ndarray:
     """Sorts a unit's candidates: complete ones first, then by descending score; ties keep their order.
 
@@ -34,13 +40,12 @@ def choice_order(scores: np.ndarray, texts: Sequence[str], finished: np.ndarray)
     Args:
         scores: Scores (N,).
         texts: Texts (N).
-        finished: Whether each reached ``<stop>``, bool (N,); it is complete if it does not break off either.
+        finished: Whether each reached ``<stop>``, bool (N,).
 
     Returns:
         Places of the candidates, best first (N,).
     """
-    complete = finished & ~np.fromiter(map(breaks_off, texts), bool, len(texts))
-    return np.lexsort((-scores, ~complete))
+    return np.lexsort((-scores, ~complete(texts, finished)))
 
 
 def counted_length(tokens: Tensor, stop: int, steps: Tensor, quirks: Quirks = NO_QUIRKS) -> Tensor:

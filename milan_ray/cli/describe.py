@@ -59,7 +59,8 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
     storage = open_storage(args)
     clip = _clip(args)
     decoder = find_captioner(args, storage)
-    encoder = encoder_ref(args, load_captioner(storage, decoder).encoder_name, storage, decoder)
+    captioner = load_captioner(storage, decoder)
+    encoder = encoder_ref(args, captioner.encoder_name, storage, decoder)
     encoder.load()
     search = search_of(args, decoder)
     present: Mapping[str, Sequence[str]] = {}
@@ -70,7 +71,6 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
         exemplars = Exemplars(model_refs(args), probe_ref(args), exemplar_config(args))
 
     def stages(models: Mapping[str, Sequence[str]]) -> Iterator[ShardedStage | TaskStage]:
-        captioner = load_captioner(storage, decoder)
         yield Encodings(models, encoder, args.units)
         yield from description_stages(models, search, captioner, args.units)
         if clip is not None:
@@ -96,7 +96,7 @@ def run(args: argparse.Namespace, then: Callable[[Plan], None] | None = None) ->
         present = models_apart(describe, present, failed)
     about = about_captioner(storage, decoder)
     report_on(args, storage, list(present), {"About the descriptions": about} if about else None)
-    say_distinct(args, storage, present, CLIP if clip else labelers(load_captioner(storage, decoder), search)[-1].name)
+    say_distinct(args, storage, present, CLIP if clip else labelers(captioner, search)[-1].name)
     return close(args, "descriptions", present, failed)
 
 

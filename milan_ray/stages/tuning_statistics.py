@@ -14,8 +14,8 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from milan_ray.captioner.rerank import rescore
-from milan_ray.captioner.text import breaks_off, readable
+from milan_ray.captioner.rerank import complete, rescore
+from milan_ray.captioner.text import readable
 from milan_ray.errors import MilanError
 from milan_ray.scoring.bootstrap import difference, interval, intervals, resampling_counts
 from milan_ray.scoring.evaluation import METRICS, Row, score_table, text_statistics
@@ -210,12 +210,12 @@ def rescored(
         [λ][unit]; complete candidates come first, and ties go to the first, as in
         :mod:`milan_ray.stages.descriptions`.
     """
-    complete = finished & ~np.array([[breaks_off(text) for text in beams] for beams in texts], bool)
-    complete |= ~complete.any(axis=1, keepdims=True)
+    whole = np.array([complete(*unit) for unit in zip(texts, finished, strict=True)], bool).reshape(finished.shape)
+    whole |= ~whole.any(axis=1, keepdims=True)
     descriptions = []
     for lam in lams:
         scores = logp_d_given_e if logp_d is None else rescore(logp_d_given_e, logp_d, lam)
-        chosen = np.where(complete, scores, -np.inf).argmax(axis=1)
+        chosen = np.where(whole, scores, -np.inf).argmax(axis=1)
         descriptions.append([readable(beams[best]) for beams, best in zip(texts, chosen, strict=True)])
     return descriptions
 
