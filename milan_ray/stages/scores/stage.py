@@ -31,6 +31,7 @@ from milan_ray.engine.tasks import FEW_IMAGES
 from milan_ray.errors import MilanError
 from milan_ray.models.image_text import Embedder, ImageTextRef
 from milan_ray.schema import IMAGE_EMBEDDINGS, POOLED, UNIT_SCORES
+from milan_ray.scoring.class_names import SIMILARITY, TOP1, class_scores
 from milan_ray.scoring.simulation import Moments, Sigmoid, average_precision, highest, retrieval
 from milan_ray.stages.embeddings import (
     ImageEmbeddings,
@@ -276,11 +277,9 @@ def _class_rows(
     rows: list[dict[str, object]] = []
     for system, own in texts.systems.items():
         for unit, text in zip(texts.units, own, strict=True):
-            products = classes @ vectors[text]
-            others = np.delete(products, unit)
-            first = float(products[unit] > others.max()) if len(others) else 1.0
+            scores = class_scores(vectors[text], classes, unit)
             rows += [
                 {"unit": unit, "system": system, "description": text, "metric": metric, "value": value, "images": 0}
-                for metric, value in (("class-similarity", float(products[unit])), ("class-top1", first))
+                for metric, value in zip((SIMILARITY, TOP1), scores, strict=True)
             ]
     return pa.Table.from_pylist(rows, schema=ROWS_SCHEMA)
