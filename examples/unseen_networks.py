@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from milan_ray.models.registry import RANDOM
 from milan_ray.models.sentences import SentenceEncoder
 from milan_ray.schema import UNIT_SCORES
 from milan_ray.scoring.bootstrap import resampling_counts
-from milan_ray.scoring.class_names import class_name_rows
+from milan_ray.scoring.class_names import class_name_rows, nearest_constant
 from milan_ray.scoring.differences import wilson
 from milan_ray.scoring.evaluation import CONSTANT, SHUFFLED, Row, mean_rows, with_trivial_rows
 from milan_ray.scoring.text import minilm_directory
@@ -59,8 +60,13 @@ def read_descriptions(storage: str, models: list[str], layers: list[str] | None,
 def class_rows(texts: list[str], names: tuple[str, ...], labeler: str, folder: Path) -> list[Row]:
     """Compares descriptions of a classifier's outputs with its class names, by a sentence encoder."""
     encoder = SentenceEncoder(folder, "cpu")
-    systems = with_trivial_rows({labeler: texts}, Counter(texts).most_common(1)[0][0])
-    return class_name_rows(systems, names, lambda some: encoder.embed_texts(some).numpy())
+
+    def embed(some: Sequence[str]) -> np.ndarray:
+        vectors: np.ndarray = encoder.embed_texts(some).numpy()
+        return vectors
+
+    systems = with_trivial_rows({labeler: texts}, nearest_constant(texts, names, embed))
+    return class_name_rows(systems, names, embed)
 
 
 def scored_rows(storage: Storage, model: str, layer: str, labeler: str) -> list[tuple[str, Row]]:

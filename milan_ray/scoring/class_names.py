@@ -34,6 +34,20 @@ def class_scores(text: np.ndarray, classes: np.ndarray, unit: int) -> tuple[floa
     return float(products[unit]), float(products[unit] > others.max()) if len(others) else 1.0
 
 
+def nearest_constant(texts: Sequence[str], names: Sequence[str], embed: Callable[[Sequence[str]], np.ndarray]) -> str:
+    """Finds the description that is most similar to class names when given to all outputs.
+
+    It may beat descriptions that say something about their units: short plain words are near to many names.
+
+    Args:
+        texts: Descriptions to choose from; of equal ones the alphabetically first is taken.
+        names: The K class names.
+        embed: Embeds T texts as vectors of length 1, (T, D).
+    """
+    distinct = sorted(set(texts))
+    return distinct[int((embed(distinct) @ embed(names).mean(axis=0)).argmax())]
+
+
 def class_name_rows(
     systems: Mapping[str, Sequence[str]],
     names: Sequence[str],

@@ -85,25 +85,19 @@ def test_sheets_hide_whose_descriptions_are_and_verdicts_are_counted(run, tmp_pa
     sheets = ("--layers", "2", "--sheets", str(tmp_path), "--units", "8")
     start(monkeypatch, run, *sheets)
     assert {file.name for file in tmp_path.iterdir()} == {"units.csv", "sheet-1.png", "sheet-2.png"}
-    with Image.open(tmp_path / "sheet-1.png") as first, Image.open(tmp_path / "sheet-2.png") as second:
-        assert first.width == 1200
-        assert first.height == 3 * second.height
+    with Image.open(tmp_path / "sheet-1.png") as six, Image.open(tmp_path / "sheet-2.png") as two:
+        assert six.width == 1200
+        assert six.height == 3 * two.height
     units = pl.read_csv(tmp_path / "units.csv", infer_schema=False)
     assert units["unit"].to_list() == [str(unit) for unit in range(8)]
-    first = [row["a"] == SAID["2"][int(row["unit"])] for row in units.to_dicts()]
-    assert all(
-        (row["a"] == SAID["2"][int(row["unit"])]) != (row["b"] == SAID["2"][int(row["unit"])])
-        for row in units.to_dicts()
-    )
-    assert 0 < sum(first) < 8
-    own = ["right" if unit < 2 else "part" for unit in range(8)]
-    verdicts = {
-        "verdict_a": [one if its else "wrong" for one, its in zip(own, first, strict=True)],
-        "verdict_b": ["wrong" if its else one for one, its in zip(own, first, strict=True)],
-    }
-    units.with_columns(**{name: pl.Series(column) for name, column in verdicts.items()}).write_csv(
-        tmp_path / "units.csv"
-    )
+    is_own = {letter: [text == own for text, own in zip(units[letter], SAID["2"], strict=True)] for letter in "ab"}
+    assert is_own["a"] == [not own for own in is_own["b"]]
+    assert 0 < sum(is_own["a"]) < 8
+    verdicts = ["right" if unit < 2 else "part" for unit in range(8)]
+    for letter, own in is_own.items():
+        filled = [verdict if its else "wrong" for verdict, its in zip(verdicts, own, strict=True)]
+        units = units.with_columns(pl.Series(f"verdict_{letter}", filled))
+    units.write_csv(tmp_path / "units.csv")
     capsys.readouterr()
     start(monkeypatch, run, *sheets)
     printed = capsys.readouterr().out
@@ -112,7 +106,7 @@ def test_sheets_hide_whose_descriptions_are_and_verdicts_are_counted(run, tmp_pa
 
 
 def test_seed_and_number_choose_units_and_open_verdicts_are_refused(run, tmp_path, monkeypatch) -> None:
-    drawn = []
+    drawn: list[pl.DataFrame] = []
     for seed in ("0", "1", "0"):
         folder = tmp_path / str(len(drawn))
         start(monkeypatch, run, "--sheets", str(folder), "--units", "3", "--seed", seed)

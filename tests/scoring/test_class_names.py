@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from milan_ray.scoring.class_names import SIMILARITY, TOP1, class_name_rows, class_scores
+from milan_ray.scoring.class_names import SIMILARITY, TOP1, class_name_rows, class_scores, nearest_constant
 from milan_ray.scoring.evaluation import CONSTANT, SHUFFLED, with_trivial_rows
 
 CLASSES = ("dog", "wolf", "car")
@@ -18,9 +18,9 @@ def embed(texts) -> np.ndarray:
 
 def test_scores_of_one_description_are_as_by_hand() -> None:
     classes = embed(CLASSES)
-    assert class_scores(np.array(VECTORS["paws"]), classes, 0) == (pytest.approx(0.96), 1.0)
-    assert class_scores(np.array(VECTORS["paws"]), classes, 1) == (pytest.approx(0.936), 0.0)
-    assert class_scores(np.array(VECTORS["paws"]), classes, 2) == (pytest.approx(0.28), 0.0)
+    assert class_scores(np.array(VECTORS["paws"]), classes, 0) == pytest.approx((0.96, 1.0))
+    assert class_scores(np.array(VECTORS["paws"]), classes, 1) == pytest.approx((0.936, 0.0))
+    assert class_scores(np.array(VECTORS["paws"]), classes, 2) == pytest.approx((0.28, 0.0))
 
 
 def test_a_tie_is_not_first_and_a_single_class_is() -> None:
@@ -38,6 +38,12 @@ def test_names_themselves_are_right_and_baselines_stand_beside_them() -> None:
     assert rows[SHUFFLED, SIMILARITY][2].value == pytest.approx((0.8 + 0.6 + 0.0) / 3)
     assert rows["milan − shuffled", TOP1][2].value == 1
     assert {row[3] for row in rows.values()} == {3}
+
+
+def test_constant_is_the_description_nearest_to_all_names() -> None:
+    # Mean products with dog, wolf, car: dog 0.6, wolf 0.8, car 0.53, paws 0.73.
+    assert nearest_constant(["car", "dog", "dog", "paws"], CLASSES, embed) == "paws"
+    assert nearest_constant(["paws", "wolf", "paws"], CLASSES, embed) == "wolf"
 
 
 def test_descriptions_and_classes_must_be_as_many() -> None:
