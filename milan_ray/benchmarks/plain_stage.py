@@ -53,7 +53,7 @@ class PlainStage:
         arguments: dict[str, Any],
         rows: list[Row],
         resources: Resources,
-        pieces: int | None = None,
+        **_: object,
     ) -> Iterator[Row]:
         built = worker(**arguments)
         for row in rows:

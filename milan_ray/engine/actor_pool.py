@@ -8,7 +8,10 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from milan_ray.config import Resources
 from milan_ray.device import torch_threads
@@ -22,6 +25,22 @@ Row = dict[str, Any]
 _WAITING = 2
 """Rows submitted to each actor: while one runs, the next one waits."""
 
+WINDOW = 4096
+"""Rows of a run of Ray Data: it makes a block of each when it starts, of 10 kB and 5 ms of the driver's time."""
+
+
+@dataclass(frozen=True)
+class Read:
+    """What a row's reader has read.
+
+    Attributes:
+        facts: JSON-able facts.
+        array: An array; in the worker it is read-only, and shared with other processes of the node.
+    """
+
+    facts: Row
+    array: np.ndarray
+
 
 def run_pool(
     worker: Callable[..., Any],
@@ -30,6 +49,7 @@ def run_pool(
     resources: Resources,
     in_driver: bool = False,
     pieces: int | None = None,
+    reader: Callable[..., Callable[[Row], Read | None]] | None = None,
 ) -> Iterator[Row]:
     """Runs ``worker(**arguments)(row)`` for every row on a pool of actors, or on threads where that is faster.
 
@@ -44,6 +64,10 @@ def run_pool(
         resources: The part of the cluster that the pool may use.
         in_driver: Whether one thread of this process runs the rows in any case.
         pieces: Pieces of work in all rows, where a row has several; None for one each.
+        reader: A callable class with the worker's arguments, which reads what a row needs. Where actors hold GPUs, it
+            runs in tasks on any CPUs of the cluster, ahead of the actors by as much as Ray's object store holds, and
+            ``worker(**arguments)(row, read)`` gets what it has read. Elsewhere the worker reads for itself: it would
+            wait for the same CPUs.
 
     Yields:
         The workers' answers (JSON-able), as they finish, with the ``seconds`` that each took and its row's ``name``.
@@ -54,7 +78,11 @@ def run_pool(
     if not rows:
         return
     threads = threads_here(resources, pieces or len(rows)) or int(in_driver)
-    answers = _on_threads(worker, arguments, rows, threads) if threads else _actors(worker, arguments, rows, resources)
+    answers = (
+        _on_threads(worker, arguments, rows, threads)
+        if threads
+        else _actors(worker, arguments, rows, resources, reader)
+    )
     with closing(answers):  # rows that still run have ended when an error is raised, and write nothing after that
         for answer in answers:
             if "failure" in answer:
@@ -63,25 +91,51 @@ def run_pool(
 
 
 def _actors(
-    worker: Callable[..., Any], arguments: dict[str, Any], rows: list[Row], resources: Resources
+    worker: Callable[..., Any],
+    arguments: dict[str, Any],
+    rows: list[Row],
+    resources: Resources,
+    reader: Callable[..., Callable[[Row], Read | None]] | None,
 ) -> Generator[Row, None, None]:
+    """Runs the rows on actors, a window of them after the other."""
     import ray.data  # two seconds of CPU, which a small job does not pay
 
     start()
     size = pool_size(resources, len(rows))
-    # JSON keeps Ray Data from inferring Arrow types from the first row.
-    blocks = ray.data.from_items([{"row": json.dumps(row)} for row in rows], override_num_blocks=len(rows))
-    answers = blocks.map(
-        _named(worker),
-        fn_constructor_kwargs=arguments,
-        compute=ray.data.ActorPoolStrategy(
-            min_size=size.least, max_size=size.most, max_tasks_in_flight_per_actor=_WAITING
-        ),
-        num_cpus=resources.cpus_per_actor,
-        num_gpus=size.gpus or None,
-    )
-    for answer in answers.iter_rows():
-        yield json.loads(answer["row"])
+    for first in range(0, len(rows), WINDOW):
+        # JSON keeps Ray Data from inferring Arrow types from the first row.
+        window = [{"row": json.dumps(row)} for row in rows[first : first + WINDOW]]
+        blocks: ray.data.Dataset = ray.data.from_items(window, override_num_blocks=len(window))
+        if reader is not None and size.gpus:
+            blocks = blocks.map(_task(reader, arguments), num_cpus=1)
+        answers = blocks.map(
+            _named(worker),
+            fn_constructor_kwargs=arguments,
+            compute=ray.data.ActorPoolStrategy(
+                min_size=size.least, max_size=size.most, max_tasks_in_flight_per_actor=_WAITING
+            ),
+            num_cpus=resources.cpus_per_actor,
+            num_gpus=size.gpus or None,
+        )
+        for answer in answers.iter_rows():
+            yield json.loads(answer["row"])
+
+
+def _task(reader: Callable[..., Callable[[Row], Read | None]], arguments: dict[str, Any]) -> Callable[[Row], Row]:
+    """A reader as a function that Ray Data runs in tasks: adds columns "facts" and "array" to a row."""
+
+    def read(row: Row) -> Row:
+        facts, array = dict[str, Any](), np.empty(0, np.uint8)
+        try:
+            found = reader(**arguments)(json.loads(row["row"]))
+            if found is not None:
+                facts, array = {"read": found.facts}, found.array
+        except MilanError as error:
+            facts = {"answer": _to_answer(error)}
+        return {**row, "facts": json.dumps(facts), "array": array}
+
+    read.__name__ = read.__qualname__ = getattr(reader, "__name__", "read")
+    return read
 
 
 def _on_threads(
@@ -140,8 +194,10 @@ def _named(worker: Callable[..., Any]) -> type:
             if self._failure is not None:
                 return {"row": json.dumps(self._failure)}
             started, shard = time.monotonic(), json.loads(row["row"])
+            facts = json.loads(row.get("facts", "{}"))
+            read = [Read(facts["read"], row["array"])] if "read" in facts else []
             try:
-                answer = self._worker(shard)
+                answer = facts.get("answer") or self._worker(shard, *read)
             except MilanError as error:
                 answer = _to_answer(error)
             seconds = time.monotonic() - started

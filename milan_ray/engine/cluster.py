@@ -28,7 +28,10 @@ from milan_ray.errors import MilanError
 from milan_ray.progress import say
 
 LOCAL_OBJECT_STORE = 512 * 2**20
-"""Bytes of a local Ray's object store: stages pass file names and manifest rows, never images or features."""
+"""Bytes of a local Ray's object store: stages pass file names and manifest rows, never images or features.
+
+With a GPU, images go to the actors through it, and Ray chooses its size: 30 % of the memory.
+"""
 
 ROWS_PER_NEW_ACTOR = 4
 """Shards per actor that is requested of a growing cluster: fewer are finished before a new node is up."""
@@ -103,7 +106,7 @@ def connected(resources: Resources) -> Iterator[None]:
                 **options,
                 "address": "local",
                 "include_dashboard": False,
-                "object_store_memory": LOCAL_OBJECT_STORE,
+                "object_store_memory": None if torch.cuda.is_available() else LOCAL_OBJECT_STORE,
             }
         else:
             # Workers of an existing cluster do not inherit this process's environment.
@@ -234,14 +237,23 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.ERROR)
 
 
-def gpus_each(resources: Resources) -> float:
-    """GPUs of each actor: the user's number, else one where the cluster has GPUs and the device is not the CPU."""
+def on_gpus(resources: Resources) -> bool:
+    """Whether actors hold GPUs: as the user says, else where there are some and the device is not the CPU.
+
+    A local Ray is not started for that.
+    """
     if resources.gpus_per_actor is not None:
-        return resources.gpus_per_actor
+        return resources.gpus_per_actor > 0
     if resources.device == "cpu":
-        return 0.0
-    start()
-    return 1.0 if ray.cluster_resources().get("GPU", 0) >= 1 else 0.0
+        return False
+    if not ray.is_initialized():
+        return torch.cuda.is_available()
+    return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+
+
+def gpus_each(resources: Resources) -> float:
+    """GPUs of each actor: the user's number, else one where actors hold GPUs."""
+    return float(on_gpus(resources)) if resources.gpus_per_actor is None else resources.gpus_per_actor
 
 
 def decoders(threads: int, device: torch.device) -> int:

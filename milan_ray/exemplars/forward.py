@@ -163,13 +163,14 @@ def _read(
     return batch
 
 
+Batches = Iterator[tuple[Sequence[ImageRef], Batch]]
+"""The rows of batches, and the batches."""
+
 PIECE = 16
 """Images that a thread reads at a time: several threads work on one large batch."""
 
 
-def read_ahead(
-    probe: Probe, refs: Sequence[ImageRef], spec: ModelSpec, size: int, threads: int
-) -> Iterator[tuple[Sequence[ImageRef], Batch]]:
+def read_ahead(probe: Probe, refs: Sequence[ImageRef], spec: ModelSpec, size: int, threads: int) -> Batches:
     """Yields rows in batches of one forward pass, and reads the next batches while the model runs.
 
     Args:
@@ -234,19 +235,30 @@ class SharedInputs:
         refs: The rows.
         threads: Number of threads that read.
         models: Number of models that take them; for one, nothing is kept.
+        read: Makes batches of a number of rows out of what another process has read; None reads here.
     """
 
-    def __init__(self, probe: Probe, refs: Sequence[ImageRef], threads: int, models: int) -> None:
-        self._probe, self._refs, self._threads, self._models = probe, refs, threads, models
+    def __init__(
+        self,
+        probe: Probe,
+        refs: Sequence[ImageRef],
+        threads: int,
+        models: int,
+        read: Callable[[int], Batches] | None = None,
+    ) -> None:
+        self._probe, self._refs, self._threads, self._models, self._elsewhere = probe, refs, threads, models, read
         self._read: dict[Hashable, list[tuple[Sequence[ImageRef], Batch]]] = {}
 
-    def batches(self, spec: ModelSpec, size: int) -> Iterator[tuple[Sequence[ImageRef], Batch]]:
+    def batches(self, spec: ModelSpec, size: int) -> Batches:
         """Yields the rows in batches of one forward pass, as :func:`read_ahead` does.
 
         Args:
             spec: The model that takes the batches; it must not change them.
             size: Rows per batch.
         """
+        if self._elsewhere is not None:
+            yield from self._elsewhere(size)
+            return
         key = reading(spec), size
         if key in self._read:
             yield from self._read[key]

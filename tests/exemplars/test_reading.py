@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import nn
 
 from milan_ray.engine import references
 from milan_ray.engine.references import ProbeRef
-from milan_ray.exemplars.forward import Batch, read_ahead, read_inputs, reading
+from milan_ray.exemplars.forward import Batch, SharedInputs, read_ahead, read_inputs, reading
+from milan_ray.exemplars.read_shard import ReadShard
 from milan_ray.models.registry import ModelSpec
 from milan_ray.models.view import Preprocess, View
 from milan_ray.probe.base import Probe
@@ -50,6 +53,32 @@ def test_batches_are_those_of_one_read_each_whatever_the_threads(photos: Path, t
     assert sum(len(batch.unreadable) for batch in expected) == 3
     found = batches(probe, SPEC, size, threads)
     assert len(found) == len(expected) and all(map(same, found, expected))
+
+
+@pytest.mark.parametrize("size", [1, 7, 16, 89, 1000])
+def test_batches_of_what_another_process_has_read_are_those_of_reading_here(photos: Path, tmp_path: Path, size) -> None:
+    """Through JSON and a read-only array, with remarks, and with images that cannot be read, all of a batch at once."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    dark = Image.fromarray(np.full((24, 24), 500, np.uint16))  # 16 bits that use nine: a remark
+    for number in (0, 3, *range(14, 21), 89):
+        (file,) = folder.rglob(f"{number:03d}.png")
+        file.write_bytes(b"no image")
+    for number in (5, 30, 88):
+        (file,) = folder.rglob(f"{number:03d}.png")
+        dark.save(file)
+    probe = references.probe(ProbeRef((str(folder),)))
+    refs = image_refs(probe.manifest())
+    expected = batches(probe, SPEC, size, 1)
+    assert sum(len(batch.notes) for batch in expected) == 3 and sum(len(batch.unreadable) for batch in expected) == 10
+    packed = ReadShard.of(refs, read_inputs(probe, refs, SPEC))
+    packed.views.flags.writeable = False
+    received = ReadShard(packed.views, json.loads(json.dumps(packed.facts)))
+    shared = SharedInputs(probe, [], 1, 2, lambda rows: received.batches(refs, rows))
+    found = [batch for _, batch in shared.batches(SPEC, size)]
+    assert len(found) == len(expected) and all(map(same, found, expected))
+    assert all(batch.views.flags.writeable for batch in found)
+    assert [ref for part, _ in received.batches(refs, size) for ref in part] == list(refs)
 
 
 def test_batches_of_latents_are_those_of_one_read_each(tmp_path: Path) -> None:

@@ -34,11 +34,15 @@ def test_stage_elsewhere_writes_what_it_writes_on_threads(
     before_and_after, tmp_path, monkeypatch, world, name, where
 ) -> None:
     before, after, stage = before_and_after(world, name)
-    pools, elsewhere = [], {"actors": actor_pool._actors, "a process": in_a_process}[where]
+    pools = []
 
-    def watched(worker, *arguments):
+    def watched(worker, arguments, rows, resources, reader):
         pools.append(worker.__name__)
-        return elsewhere(worker, *arguments)
+        if where == "actors":
+            return actors(worker, arguments, rows, resources, reader)
+        return in_a_process(worker, arguments, rows, resources)
+
+    actors = actor_pool._actors
 
     monkeypatch.setattr(actor_pool, "_actors", watched)
     monkeypatch.setattr(every_stage, "HERE", Resources(actors=1))

@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 from milan_ray.config import ExemplarConfig, Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row, run_pool
+from milan_ray.engine.cluster import on_gpus
 from milan_ray.engine.model_cache import together
 from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.engine.tasks import retry_if_overtaken
@@ -31,7 +32,15 @@ from milan_ray.stages.exemplars.describe_model import (
 )
 from milan_ray.stages.exemplars.masks import recompute
 from milan_ray.stages.exemplars.merge import Merged, merge, warn_of_nonfinite
-from milan_ray.stages.exemplars.worker import ExemplarWorker, ModelWork, Run, ShardsWorker, failing, shard_name
+from milan_ray.stages.exemplars.worker import (
+    ExemplarWorker,
+    ModelWork,
+    Run,
+    ShardReader,
+    ShardsWorker,
+    failing,
+    shard_name,
+)
 from milan_ray.stages.images import ExemplarImages, ensure_views
 from milan_ray.storage import Storage
 
@@ -126,6 +135,8 @@ class Exemplars(Stage):
         """
         storage.check_writable()
         manifest, digest = store_manifest(storage, self._probe)
+        if on_gpus(resources):
+            self._config = self._config.for_gpus(len(manifest))
         run = Run(storage, self._probe, self._config, resources)
         self.layers, self.failed = {}, {}
         self._make(run, self.due(storage, digest, len(manifest)), manifest)
@@ -251,7 +262,8 @@ def run_shards(
     pieces = (piece for index, shards in todo.items() for _ in shards for piece in layers[index])
     with Progress(title, total, "images", pieces) as progress:
         arguments = {**run.arguments(work), **arguments}
-        for row in run_pool(worker, arguments, rows, run.resources, pieces=sum(map(len, todo.values()))):
+        pieces_left = sum(map(len, todo.values()))
+        for row in run_pool(worker, arguments, rows, run.resources, pieces=pieces_left, reader=ShardReader):
             for answer in row["models"]:
                 name = names[answer["model"]]
                 progress.advance(row["images"], layers[answer["model"]])

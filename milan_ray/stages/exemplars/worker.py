@@ -9,6 +9,8 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
+from math import prod
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,16 +20,25 @@ import torch
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources
 from milan_ray.device import resolve_device
 from milan_ray.engine import references
-from milan_ray.engine.actor_pool import Row
+from milan_ray.engine.actor_pool import Read, Row
 from milan_ray.engine.cluster import decoders
 from milan_ray.engine.model_cache import GroupCache, ModelCache
 from milan_ray.errors import MilanError
-from milan_ray.exemplars.forward import Batch, Forward, SharedInputs, pass_size, read_ahead
+from milan_ray.exemplars.forward import (
+    MOST_SHARED,
+    Batch,
+    Forward,
+    SharedInputs,
+    pass_size,
+    read_ahead,
+    read_inputs,
+)
 from milan_ray.exemplars.pooled import maxima, means
 from milan_ray.exemplars.pooled import to_table as pooled_table
+from milan_ray.exemplars.read_shard import ReadShard
 from milan_ray.exemplars.shard import Committed, LayerStates, StateConfig, layer_in_errors, to_table
 from milan_ray.models.registry import ModelSpec
-from milan_ray.probe.base import ImageRef
+from milan_ray.probe.base import ImageRef, LatentProbe
 from milan_ray.stages.arithmetic import refused_by
 from milan_ray.stages.exemplars.describe_model import DescribedModel
 from milan_ray.stages.images import read_refs
@@ -226,13 +237,19 @@ class ShardsWorker(ModelWorker):
         self._caches.append(cache)
         return cache
 
-    def __call__(self, row: Row) -> Row:
-        """Runs the row's models; returns the error and the seconds of each."""
+    def __call__(self, row: Row, read: Read | None = None) -> Row:
+        """Runs the row's models; returns the error and the seconds of each.
+
+        Args:
+            row: The shard.
+            read: Its images where :class:`ShardReader` has read them.
+        """
         for cache in self._caches:
             cache.turn_to(row["group"])
         probe = self._work[row["models"][0]].probe  # one run has one probe
         refs = read_refs(self._storage, probe, row["start"], row["start"] + row["images"])
-        self._inputs = SharedInputs(self._probe, refs, self._decoders, len(row["models"]))
+        elsewhere = None if read is None else partial(ReadShard(read.array, read.facts).batches, refs)
+        self._inputs = SharedInputs(self._probe, refs, self._decoders, len(row["models"]), elsewhere)
         answers = []
         for index in row["models"]:
             started = time.monotonic()
@@ -243,6 +260,29 @@ class ShardsWorker(ModelWorker):
     def _shard(self, spec: ModelSpec) -> Iterator[tuple[Sequence[ImageRef], Batch]]:
         """The shard's rows, as many at a time as a forward pass of this model takes."""
         return self._inputs.batches(spec, self._pass_size(spec))
+
+
+class ShardReader:
+    """Reads the images of a shard for a :class:`ShardsWorker` on another node; takes the same arguments."""
+
+    def __init__(self, storage: Storage, work: list[ModelWork], probe: references.ProbeRef, **_: Any) -> None:
+        self._storage, self._work, self._probe = storage, work, references.probe(probe)
+
+    def __call__(self, row: Row) -> Read | None:
+        """Reads the images; None where the worker has to: latents, shards too large to keep, and what raises here.
+
+        An error is thus raised where it fails the model that it names.
+        """
+        item = self._work[row["models"][0]]
+        spec = references.model(item.model)
+        if isinstance(self._probe, LatentProbe) or row["images"] * prod(spec.view_shape) > MOST_SHARED:
+            return None
+        refs = read_refs(self._storage, item.probe, row["start"], row["start"] + row["images"])
+        try:
+            found = ReadShard.of(refs, read_inputs(self._probe, refs, spec))
+        except Exception:  # anything that a probe's plug-in may raise: the worker reads again, and says what it is
+            return None
+        return Read(found.facts, found.views)
 
 
 class ExemplarWorker(ShardsWorker):
