@@ -33,11 +33,11 @@ from milan_ray.storage import Storage
 H100 = 0.15e-3
 """Seconds that an H100 takes per image of ResNet-18 at 224 pixels."""
 
-SUPPLY = 1.1
-"""Images that CPUs decode for each that the pretended GPU takes."""
+SUPPLY = 1.5
+"""Images that decoding supplies for each that the pretended GPU takes: enough, with some for the actor's own work."""
 
-REPLAYING, PLENTY = 6, 1.5
-"""Tasks that replay decoding for an H100, asleep most of the time; and images they supply for each that it takes."""
+REPLAYING = 6
+"""Tasks that replay decoding for an H100, asleep most of the time."""
 
 OBJECT_STORE = 4 * 2**30
 """Bytes of Ray's object store: a node with a GPU has more."""
@@ -111,12 +111,12 @@ def run(options: Options) -> Iterator[Result]:
         slow = SUPPLY * each / options.threads
         fed = Feeding(job, item, shards, options.threads, slow, ShardReader)
         yield _compared(
-            f"photographs, for a GPU that {options.threads} CPUs can just feed",
+            f"photographs, for a GPU that {options.threads} CPUs can feed {SUPPLY:g} times over",
             fed, None if options.short else replace(fed, reader=None), options.repeats,
         ).with_facts(**{"decoding, ms per image of a core": 1e3 * each, "GPU, ms per image": 1e3 * slow})  # fmt: skip
         shards, size = (2, 16) if options.short else (120, 1024)
         job, item, _ = _job(storage, source, shards, size)
-        fast = Feeding(job, item, shards, REPLAYING, H100, ReplayingReader, H100 * REPLAYING / PLENTY)
+        fast = Feeding(job, item, shards, REPLAYING, H100, ReplayingReader, H100 * REPLAYING / SUPPLY)
         yield _compared("as fast as an H100, decoding replayed", fast, None, options.repeats)
 
 
@@ -140,22 +140,39 @@ def _job(storage: Storage, source: ProbeRef, shards: int, size: int) -> tuple[Ru
 
 def _compared(name: str, subject: Feeding, baseline: Feeding | None, repeats: int) -> Result:
     """Times both in turns, each in a process with a Ray of its own; without a baseline, against the GPU's own time."""
-    images = (subject.shards - 1) * subject.run.config.shard(subject.item.plan.images)
-    spans: list[float] = []
-    bare: list[float] = []
+    size = subject.run.config.shard(subject.item.plan.images)
+    ends: list[list[float]] = []
+    bare: list[list[float]] = []
     for turn in range(repeats):
-        pair = [(subject, spans), *([(baseline, bare)] if baseline else [])]
+        pair = [(subject, ends), *([(baseline, bare)] if baseline else [])]
         for each, into in pair if turn % 2 == 0 else pair[::-1]:
-            into.append(alone(_span, each)[0])
-    ideal = images * subject.seconds
-    facts = {"GPU busy, %": 100 * ideal / sorted(spans)[len(spans) // 2]}
+            into.append(alone(_ends, each)[0])
+    images = (subject.shards - 1) * size
+    facts = _busy("GPU busy", ends, size * subject.seconds)
     if baseline:
-        facts["GPU busy where the actor decodes, %"] = 100 * ideal / sorted(bare)[len(bare) // 2]
-    return Result(name, tuple(spans), tuple(bare) or (ideal,), images, "images").with_facts(**facts)
+        facts |= _busy("GPU busy where the actor decodes", bare, size * subject.seconds)
+    spans = [tuple(run[-1] - run[0] for run in runs) for runs in (ends, bare)]
+    return Result(name, spans[0], spans[1] or (images * subject.seconds,), images, "images").with_facts(**facts)
 
 
-def _span(feeding: Feeding) -> float:
-    """Seconds from the end of the actor's first shard, in which it imports what it needs, to the end of its last."""
+def _busy(what: str, runs: list[list[float]], seconds: float) -> dict[str, float]:
+    """Shares of a GPU's time, over the whole of the median run and in the median shard of all.
+
+    Args:
+        what: Name of the fact.
+        runs: When each run's shards ended.
+        seconds: Of the GPU per shard.
+    """
+    between = [np.diff(run) for run in runs]
+    whole = float(np.median([each.mean() for each in between]))
+    return {
+        f"{what}, %": 100 * seconds / whole,
+        f"{what}, median shard, %": 100 * seconds / float(np.median(np.concatenate(between))),
+    }
+
+
+def _ends(feeding: Feeding) -> list[float]:
+    """When the actor's shards ended: the first, in which it imports what it needs, counts no further than that."""
     runtime.prepare(None)
     own = 1 if feeding.reader else feeding.cpus
     cpus = feeding.cpus + own if feeding.reader else own
@@ -174,5 +191,4 @@ def _span(feeding: Feeding) -> float:
     for answer in answers:
         assert answer["models"][0]["error"] is None, answer
     ray.shutdown()
-    ended = sorted(answer["ended"] for answer in answers)
-    return float(ended[-1] - ended[0])
+    return sorted(float(answer["ended"]) for answer in answers)

@@ -15,7 +15,7 @@ import numpy as np
 
 from milan_ray.config import Resources
 from milan_ray.device import torch_threads
-from milan_ray.engine.cluster import pool_size, start, threads_here
+from milan_ray.engine.cluster import cpus_when_fed, pool_size, start, threads_here
 from milan_ray.engine.tasks import AHEAD, first_done, in_flight
 from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.storage import WorkRemovedError
@@ -66,8 +66,8 @@ def run_pool(
         pieces: Pieces of work in all rows, where a row has several; None for one each.
         reader: A callable class with the worker's arguments, which reads what a row needs. Where actors hold GPUs, it
             runs in tasks on any CPUs of the cluster, ahead of the actors by as much as Ray's object store holds, and
-            ``worker(**arguments)(row, read)`` gets what it has read. Elsewhere the worker reads for itself: it would
-            wait for the same CPUs.
+            ``worker(**arguments)(row, read)`` gets what it has read; an actor then asks for one CPU at most, and leaves
+            the others to the tasks. Elsewhere the worker reads for itself: it would wait for the same CPUs.
 
     Yields:
         The workers' answers (JSON-able), as they finish, with the ``seconds`` that each took and its row's ``name``.
@@ -102,11 +102,12 @@ def _actors(
 
     start()
     size = pool_size(resources, len(rows))
+    cpus = cpus_when_fed(resources, size) if reader is not None else None
     for first in range(0, len(rows), WINDOW):
         # JSON keeps Ray Data from inferring Arrow types from the first row.
         window = [{"row": json.dumps(row)} for row in rows[first : first + WINDOW]]
         blocks: ray.data.Dataset = ray.data.from_items(window, override_num_blocks=len(window))
-        if reader is not None and size.gpus:
+        if reader is not None and cpus is not None:
             blocks = blocks.map(_task(reader, arguments), num_cpus=1)
         answers = blocks.map(
             _named(worker),
@@ -114,7 +115,7 @@ def _actors(
             compute=ray.data.ActorPoolStrategy(
                 min_size=size.least, max_size=size.most, max_tasks_in_flight_per_actor=_WAITING
             ),
-            num_cpus=resources.cpus_per_actor,
+            num_cpus=resources.cpus_per_actor if cpus is None else cpus,
             num_gpus=size.gpus or None,
         )
         for answer in answers.iter_rows():

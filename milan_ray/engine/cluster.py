@@ -307,3 +307,17 @@ def pool_size(resources: Resources, rows: int) -> PoolSize:
     # Ray Data grows a pool only into existing nodes; new nodes are started only for the least size.
     least = min(most, max(fits, math.ceil(rows / ROWS_PER_NEW_ACTOR)))
     return PoolSize(least, most, gpus)
+
+
+def cpus_when_fed(resources: Resources, size: PoolSize) -> float | None:
+    """CPUs of each actor with a GPU whose images tasks read: one at most, so that the others are left for the tasks.
+
+    Returns:
+        The CPUs; None where actors have to read for themselves: where they hold no GPUs, and where the cluster has GPUs
+        for them and no CPU beyond theirs. One that has no GPU yet gets its CPUs with them.
+    """
+    if not size.gpus:
+        return None
+    each, total = min(1.0, resources.cpus_per_actor), ray.cluster_resources()
+    actors = min(size.least, int(total.get("GPU", 0) / size.gpus))
+    return None if actors and total.get("CPU", 0) - actors * each < 1 else each
