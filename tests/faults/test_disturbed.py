@@ -20,7 +20,6 @@ from gates import Gate, passes, wait_until
 from ray._common.utils import get_system_memory
 from ray._private.utils import get_used_memory
 
-from milan_ray.schema import EXEMPLARS, LEVELS, VIEWS
 from milan_ray.storage import Storage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -91,24 +90,6 @@ def test_worker_killed_for_the_memory_it_takes_costs_that_shard_alone(job, undis
     assert re.search("(above|exceeded) threshold", raylet)
     job.assert_same(storage, undisturbed)
     assert passes(where) - SHARDS in COST
-
-
-@pytest.mark.slow
-def test_node_lost_and_node_joined_in_the_middle(job, undisturbed, tmp_path):
-    where, result = tmp_path / "where", tmp_path / "result"
-    alien = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_MODE")
-    environment = {name: value for name, value in os.environ.items() if name not in alien}
-    environment |= waiting(where, 0, tmp_path / "gate")
-    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests/helpers'}"
-    arguments = [str(result), str(tmp_path / "run"), str(job.photos), PLUGIN]
-    command = [sys.executable, str(ROOT / "tests/faults/nodes.py"), *arguments]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr
-    assert set(json.loads(result.read_text())) == set(where.read_text().split())
-    found = job.tables(Storage(tmp_path / "run"))
-    for name, table in undisturbed.items():
-        if name.split()[0] in (EXEMPLARS.name, LEVELS.name, VIEWS.name):
-            assert found[name].equals(table), name
 
 
 def stands(gate: Gate, process: subprocess.Popen[str]) -> bool:

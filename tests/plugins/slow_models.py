@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from milan_ray.captioner.encoder import register_encoder
+from milan_ray.exemplars import forward
 from milan_ray.models.registry import register_model
 from milan_ray.models.view import Preprocess, View
 
@@ -25,6 +26,9 @@ PASSES = "MILAN_TEST_PASSES"
 
 GATE = "MILAN_TEST_GATE"
 """Environment variable with a file: later passes wait until it is there. Needs `WHERE`."""
+
+READ = "MILAN_TEST_READ"
+"""Environment variable with a file to which every batch that is read adds its number of images."""
 
 HUNGER = "MILAN_TEST_HUNGER"
 """Environment variable with a file: the first of the later passes makes it, takes memory, and waits for its process to
@@ -86,6 +90,11 @@ def slow_cnn(weights: str | None) -> nn.Module:
     )
 
 
+def large_cnn(weights: str | None) -> nn.Module:
+    torch.manual_seed(3)
+    return nn.Sequential(Slow(), nn.Conv2d(3, 6, 16, stride=16), nn.ReLU(), nn.Conv2d(6, 8, 3, padding=1))
+
+
 def slow_encoder(weights: str | None) -> nn.Module:
     torch.manual_seed(5)
     return nn.Sequential(nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Conv2d(4, 6, 3, stride=2, padding=1))
@@ -93,4 +102,16 @@ def slow_encoder(weights: str | None) -> nn.Module:
 
 register_model("slow/cnn", slow_cnn, ("1", "3"), Preprocess(View(resize=24, crop=24)))
 register_model("slow/other", slow_cnn, ("3",), Preprocess(View(resize=24, crop=24)))
+register_model("slow/large-cnn", large_cnn, ("1", "3"), Preprocess(View(resize=256, crop=224)))
+register_model("slow/large-other", large_cnn, ("3",), Preprocess(View(resize=256, crop=224)))
 register_encoder("slow", slow_encoder, ("0", "2"), size=24)
+
+if reads := os.environ.get(READ):
+    read = forward._read
+
+    def counted(probe, refs, *arguments):
+        with Path(reads).open("a") as log:
+            log.write(f"{len(refs)}\n")
+        return read(probe, refs, *arguments)
+
+    forward._read = counted
