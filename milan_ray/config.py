@@ -159,7 +159,8 @@ class Resources:
     Attributes:
         address: Ray cluster to join; None starts a local one.
         actors: Most actors of a pool; None takes one per GPU where there are GPUs, else one per CPU.
-        cpus_per_actor: CPUs (and torch threads) of each actor. Fixed, because it may change the last bits.
+        cpus_per_actor: CPUs (and torch threads) of each actor. Fixed, because it may change the last bits. Where tasks
+            read for actors with GPUs, these have as many threads, but ask for one CPU at most.
         gpus_per_actor: GPUs of each actor, fractions allowed; None takes one where there are GPUs.
         device: Where models run: auto (CUDA where the actor has a GPU), cpu or cuda.
     """

@@ -17,7 +17,7 @@ import ray
 from gates import wait_until
 
 from milan_ray.config import Resources
-from milan_ray.engine.cluster import PoolSize, connected, pool_size, start
+from milan_ray.engine.cluster import PoolSize, connected, cpus_when_fed, pool_size, start
 from milan_ray.errors import MilanError
 
 PROC = Path("/proc")
@@ -292,6 +292,7 @@ def test_actors_with_a_gpu_decode_with_its_share_of_the_clusters_cpus():
 
 @pytest.fixture
 def cpus(ray_session) -> int:
+    start()
     return int(ray.cluster_resources()["CPU"])
 
 
@@ -306,6 +307,25 @@ def test_pool_size_without_gpus_takes_an_actor_per_cpu(cpus):
 def test_pool_size_never_exceeds_the_rows(cpus):
     assert pool_size(Resources(gpus_per_actor=0), 1) == PoolSize(1, 1, 0)
     assert pool_size(Resources(gpus_per_actor=0, actors=8), 3).most == 3
+
+
+@pytest.mark.parametrize(
+    ("cluster", "asked", "gpus", "expected"),
+    [
+        ({"CPU": 8, "GPU": 1}, 8, 1, 1),  # seven are left for tasks
+        ({"CPU": 2, "GPU": 1}, 1, 1, 1),
+        ({"CPU": 2, "GPU": 1}, 0.5, 0.5, 0.5),
+        ({"CPU": 1, "GPU": 1}, 1, 1, None),  # a task would wait for ever
+        ({"CPU": 4, "GPU": 4}, 1, 1, None),
+        ({"CPU": 4}, 1, 1, 1),  # no GPU yet: its node brings CPUs, or those that are there read
+        ({}, 8, 1, 1),
+        ({"CPU": 8, "GPU": 1}, 1, 0, None),  # actors on CPUs
+    ],
+)
+def test_actors_that_tasks_read_for_leave_them_cpus_or_read_themselves(monkeypatch, cluster, asked, gpus, expected):
+    monkeypatch.setattr(ray, "cluster_resources", lambda: cluster)
+    size = PoolSize(least=4, most=4, gpus=gpus)
+    assert cpus_when_fed(Resources(cpus_per_actor=asked, gpus_per_actor=gpus), size) == expected
 
 
 def test_pool_size_takes_the_users_number_even_beyond_the_cluster_of_now(cpus):
