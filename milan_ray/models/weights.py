@@ -24,7 +24,7 @@ from milan_ray.models.view import Preprocess
 from milan_ray.models.weights_fit import Fit, describe_problems, find_fits, misfit, same_tensors, tied_names
 from milan_ray.progress import say
 
-_READ = (".json", ".safetensors", ".txt", ".model", ".jinja")
+_READ = (".json", ".safetensors", ".txt", ".model", ".jinja", ".gguf")
 _CHUNK = 2**22  # bytes that are hashed at a time
 _WRAPPERS = ("module.", "_orig_mod.")
 _PLAIN = (bool, int, float, complex, str, bytes, torch.dtype, torch.Size, torch.device)

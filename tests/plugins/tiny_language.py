@@ -75,3 +75,52 @@ def save_blip(folder: Path) -> str:
     _tokenizer(folder, transformers.PreTrainedTokenizerFast, bos_token="[BOS]", sep_token="[SEP]", cls_token="[CLS]")
     transformers.BlipImageProcessor(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
     return str(folder)
+
+
+def save_gguf(folder: Path) -> str:
+    """Saves a tiny random Llama as a GGUF file, with a chat template; needs gguf. Returns the folder."""
+    import gguf
+
+    folder.mkdir(parents=True)
+    tokens = [
+        "<pad>",
+        "<s>",
+        "</s>",
+        *(chr(code) for code in range(33, 127)),
+        "Ġ",
+        "Ċ",
+        "ab",
+    ]  # bytes as GPT-2 writes them
+    writer = gguf.GGUFWriter(folder / "tiny.gguf", "llama")
+    writer.add_block_count(2)
+    writer.add_context_length(512)
+    writer.add_embedding_length(32)
+    writer.add_feed_forward_length(64)
+    writer.add_head_count(2)
+    writer.add_head_count_kv(2)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(16)
+    writer.add_vocab_size(len(tokens))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens)
+    writer.add_token_types([3, 3, 3] + [1] * (len(tokens) - 3))
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_pad_token_id(0)
+    writer.add_chat_template(TEMPLATE.replace(" [SEP] ", "\n"))
+    torch.manual_seed(0)
+    square = [f"attn_{name}" for name in ("q", "k", "v", "output")]
+    shapes = {"token_embd": (len(tokens), 32), "output": (len(tokens), 32), "output_norm": (32,)}
+    for block in range(2):
+        shapes |= {f"blk.{block}.{name}": (32, 32) for name in square}
+        shapes |= {f"blk.{block}.{name}": (64, 32) for name in ("ffn_gate", "ffn_up")}
+        shapes |= {f"blk.{block}.ffn_down": (32, 64)}
+        shapes |= {f"blk.{block}.{name}": (32,) for name in ("attn_norm", "ffn_norm")}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", torch.randn(shape).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(folder)

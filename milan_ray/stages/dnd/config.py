@@ -12,7 +12,7 @@ from milan_ray.labelers.dnd.crops import MOST
 from milan_ray.labelers.dnd.labeler import DescribeAndDissect
 from milan_ray.labelers.dnd.summaries import FrequentPhrases, Prompted, Summariser
 from milan_ray.models.chat import Endpoint, Limits, LocalChat
-from milan_ray.models.folders import find_folder
+from milan_ray.models.folders import find_language_model
 from milan_ray.models.generators import GeneratorRef
 from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerRef
 from milan_ray.models.image_text import ImageTextRef
@@ -36,7 +36,8 @@ class SummariserRef:
     """A reference to a summariser, which turns captions into candidate labels; workers load it.
 
     Attributes:
-        name: :data:`FREQUENT`, a folder or a name in ``$MILAN_MODELS_DIR`` of a language model, or a server's address.
+        name: :data:`FREQUENT`, a language model as :func:`~milan_ray.models.folders.find_language_model` takes it, or a
+            server's address.
         model: The model's name on the server.
         temperature: Of a language model's answers.
         limits: How a server may be used.
@@ -64,8 +65,7 @@ class SummariserRef:
         if self.name == FREQUENT:
             return FrequentPhrases()
         if not self.is_server:
-            folder = find_folder(self.name, "the folder of another model with --llm", "Qwen/Qwen2.5-7B-Instruct")
-            return Prompted(LocalChat(folder, self.temperature))
+            return Prompted(LocalChat(find_language_model(self.name), self.temperature))
         if self.model is None:
             raise MilanError(f"{self.name} may serve several models: name one with --llm-model.")
         return Prompted(Endpoint(self.name, self.model, storage, self.temperature, self.limits))
