@@ -17,6 +17,7 @@ from milan_ray.errors import MilanError
 from milan_ray.models.registry import register_later
 
 BUILT_IN = (
+    "milan_ray.models.class_captions",
     "milan_ray.models.conse",
     "milan_ray.models.diffusion",
     "milan_ray.models.dino_zoo",

@@ -33,9 +33,6 @@ TOP, TEMPERATURE = 50, 0.5
 RIDGE = 10.0
 """Weight of the squared norm of the map from texts to class vectors."""
 
-BATCH = 16
-"""Images per pass, always full: an embedding must not depend on the other images."""
-
 
 def mix_classes(logits: Tensor, classes: Tensor, top: int = TOP, temperature: float = TEMPERATURE) -> Tensor:
     """ConSE: the mean of the likeliest classes' text vectors, weighted by probability.
@@ -101,8 +98,6 @@ class Conse:
 
         self._folder = minilm_folder()
         self._network = build(None).eval().requires_grad_(False)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (PREPROCESS.mean, PREPROCESS.std))
-        self._pixels = mean, std
         self._texts = SentenceEncoder(self._folder, "cpu")
         targets = self._network.fc.weight.detach()
         self._targets = targets - targets.mean(dim=0)
@@ -132,18 +127,11 @@ class Conse:
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:
         """Embeds images (N, 3, H, W) in [0, 1], of any size, as float32 (N, D); an image does not affect others."""
-        side = self.view.shape
-        if images.shape[-2:] != side:
-            images = F.interpolate(images, side, mode="bilinear", align_corners=False, antialias=True)
-        mean, std = (values.to(self.device) for values in self._pixels)
+        from milan_ray.models.efficientnet_lite import classified
+
         embedded = [torch.zeros(0, self.width)]
-        for start in range(0, len(images), BATCH):
-            some = images[start : start + BATCH].to(self.device)
-            full = torch.cat([some, some.new_zeros(BATCH - len(some), *some.shape[1:])])
-            features = self._network.features((full - mean) / std)
-            logits = self._network.fc(features)
-            mixed = mix_classes(logits.cpu(), self._classes) - self._mean
-            embedded.append(joined(mixed, features.cpu())[: len(some)])
+        for features, logits in classified(self._network, images):
+            embedded.append(joined(mix_classes(logits, self._classes) - self._mean, features))
         return torch.cat(embedded)
 
     def embed_maps(self, maps: Sequence[Mapping[str, np.ndarray] | None]) -> Tensor:

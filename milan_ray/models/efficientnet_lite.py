@@ -6,6 +6,8 @@ Works like a user's plug-in: importing the module registers the model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -101,6 +103,29 @@ class EfficientNetLite0(nn.Module):
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits: images (B, 3, H, W) → (B, classes)."""
         return self.fc(self.features(images))  # type: ignore[no-any-return]
+
+
+BATCH = 16
+"""Images per pass, always full: what is said of an image must not depend on the other images."""
+
+
+def classified(network: EfficientNetLite0, images: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Features (n, 1280) and logits (n, classes) of up to :data:`BATCH` images at a time, on the CPU.
+
+    Args:
+        network: The network, in evaluation mode, on its device.
+        images: (N, 3, H, W) in [0, 1], of any size.
+    """
+    device = network.fc.weight.device
+    mean, std = (torch.tensor(values, device=device).view(1, 3, 1, 1) for values in (PREPROCESS.mean, PREPROCESS.std))
+    side = PREPROCESS.view.shape
+    if images.shape[-2:] != side:
+        images = F.interpolate(images, side, mode="bilinear", align_corners=False, antialias=True)
+    for start in range(0, len(images), BATCH):
+        some = images[start : start + BATCH].to(device)
+        full = torch.cat([some, some.new_zeros(BATCH - len(some), *some.shape[1:])])
+        features = network.features((full - mean) / std)
+        yield features.cpu()[: len(some)], network.fc(features).cpu()[: len(some)]
 
 
 def own_name(name: str) -> str:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from milan_ray.errors import MilanError
 from milan_ray.models import conse
 from milan_ray.models.conse import NAME, Conse, joined, minilm_folder, mix_classes, ridge_map
+from milan_ray.models.efficientnet_lite import BATCH
 from milan_ray.models.folders import MINILM, packaged_folder
 from milan_ray.models.image_text import ImageTextRef, find_image_text
 from milan_ray.plugins import load_plugins
@@ -87,11 +88,11 @@ def model() -> Conse:
 
 @installed
 def test_embedding_of_an_image_depends_on_no_other_image(model: Conse) -> None:
-    images = torch.rand(conse.BATCH + 3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    images = torch.rand(BATCH + 3, 3, 224, 224, generator=torch.Generator().manual_seed(0))
     together = model.embed_images(images)
     assert together.shape == (len(images), model.width)
     np.testing.assert_allclose(together.norm(dim=1), 1, atol=1e-5)
-    for place in (2, conse.BATCH + 1):
+    for place in (2, BATCH + 1):
         assert torch.equal(model.embed_images(images[place : place + 1])[0], together[place])
 
 
@@ -110,7 +111,7 @@ def test_models_of_one_process_and_texts_of_any_number_agree(model: Conse) -> No
 def test_image_is_where_the_formula_puts_it(model: Conse) -> None:
     """From the classifier's own outputs, part by part."""
     image = torch.rand(1, 3, 224, 224, generator=torch.Generator().manual_seed(1))
-    features = model._network.features((torch.cat([image, torch.zeros(conse.BATCH - 1, 3, 224, 224)]) - 0.5) / 0.5)[:1]
+    features = model._network.features((torch.cat([image, torch.zeros(BATCH - 1, 3, 224, 224)]) - 0.5) / 0.5)[:1]
     classes = conse.class_vectors(minilm_folder())
     logits = model._network.fc(features)
     mixed = slow_mix(logits[0].tolist(), classes.tolist(), conse.TOP, conse.TEMPERATURE)
