@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 CAPTIONER = "blip-image-captioning-base"
 GENERATOR = "diffusers/stable-diffusion-v1-5"
+PROBE = "probe"
+"""In place of a generator: finds images in the probe. It is the default tag, too."""
+
 EMBEDDER = "clip-vit-base-patch16"
 """Default embedder, a folder in $MILAN_MODELS_DIR."""
 
@@ -32,31 +35,38 @@ def add(parser: argparse.ArgumentParser) -> None:
         group,
         "--captioner",
         "MODEL",
-        "what captions images: a BLIP folder, the name of one in $MILAN_MODELS_DIR, a registered one, or "
-        "milan/NAME, a captioner of units in the storage or its folder",
+        "what captions images: a BLIP folder, the name of one in $MILAN_MODELS_DIR, a registered one such as "
+        "photos/classes, or milan/NAME, a captioner of units in the storage or its folder",
         CAPTIONER,
     )
     string(
         group,
         "--llm",
         "MODEL",
-        "what finds what captions share: a language model's folder, its name in $MILAN_MODELS_DIR, the address of "
+        "what finds what captions share: a language model's folder, its name in $MILAN_MODELS_DIR, smollm2, a small "
+        "one that pip installs, the address of "
         "a server that speaks OpenAI's protocol (https://…/v1; key in $MILAN_LLM_KEY or $OPENAI_API_KEY), or "
         "'frequent', which counts phrases",
         required=True,
     )
     string(
-        group, "--generator", "MODEL", "generator: diffusers/FOLDER (#N for N steps), or a registered one", GENERATOR
+        group,
+        "--generator",
+        "MODEL",
+        "generator: diffusers/FOLDER (#N for N steps), a registered one, or 'probe', which draws nothing and takes the "
+        "probe images that fit a candidate best, by --clip",
+        GENERATOR,
     )
     string(group, "--scoring", "NAME", "mean, topk-squared-mean, image-products or topk-compare", "topk-compare")
     string(
         group, "--clip", "MODEL", f"CLIP or SigLIP that compares images: a folder, or its name (default: {EMBEDDER})"
     )
-    string(group, "--tag", "TAG", "tells several ways apart: the labeler is dnd-TAG", "", type=tag)
+    about = "tells several ways apart: the labeler is dnd-TAG (default with --generator probe: probe)"
+    string(group, "--tag", "TAG", about, "", type=tag)
     integer(group, "--top", 10, "images and crops per unit")
     integer(group, "--crops", 4, "attention crops per image at most; 0 for none", least=None)
     choice(group, "--pooling", ("mean", "max"), "value of a unit's map of an image; max for signed maps", "mean")
-    integer(group, "--drawn", 10, "images drawn per candidate")
+    integer(group, "--drawn", 10, "images drawn, or found, per candidate")
     string(group, "--prompt", "TEXT", "prompt of the generator; {} is the candidate", "a realistic photograph of {}")
     integer(group, "--seed", 0, "seed of the drawn images", least=0)
     _add_language_model(parser)
@@ -97,6 +107,8 @@ def run(args: argparse.Namespace) -> int:
                 f"with --llm {args.llm}",
                 "name a server (https://…/v1)" if len(names) > 1 else "name a language model",
             )
+    if args.generator == PROBE:
+        refuse(args, ["prompt", "seed"], "with --generator probe, which draws nothing,", "name a generator")
     if not any(args.llm_prices):
         refuse(args, ["llm_budget"], "without --llm-prices every answer costs nothing, and", "give --llm-prices too")
     args.pooled = True  # source of the images with the highest mean activation
@@ -131,8 +143,9 @@ def _config(args: argparse.Namespace) -> DndConfig:
 
     if args.crops < 0 or args.llm_per_minute <= 0 or args.llm_temperature < 0:
         raise MilanError("--crops and --llm-temperature take 0 or more, --llm-per-minute more than 0.")
-    labeler = DescribeAndDissect(args.scoring, args.tag)
-    args.clip = args.clip or (EMBEDDER if labeler.compares else None)
+    found = args.generator == PROBE
+    labeler = DescribeAndDissect(args.scoring, args.tag or (PROBE if found else ""))
+    args.clip = args.clip or (EMBEDDER if labeler.compares or found else None)
     generator = args.generator
     if generator.startswith(PREFIX):
         generator = PREFIX + _place("--generator", generator.removeprefix(PREFIX))
@@ -143,7 +156,7 @@ def _config(args: argparse.Namespace) -> DndConfig:
         labeler,
         ImageCaptionerRef(_place("--captioner", args.captioner)),
         summariser,
-        GeneratorRef(generator),
+        None if found else GeneratorRef(generator),
         None if args.clip is None else image_text_ref(args),
         *(args.top, args.crops, args.pooling, args.drawn, args.prompt, args.seed, tuple(args.plugin)),
     )

@@ -101,11 +101,17 @@ DRAWINGS = Table(
     "drawings",
     ("labeler", "model", "layer"),
     (
-        Column("labeler", pa.string(), "for which method the images were drawn: dnd, with its tag"),
+        Column(
+            "labeler",
+            pa.string(),
+            "for which method: dnd, with its tag; dnd-probe where the images were not drawn but found in the probe",
+        ),
         *UNIT,
         Column("place", pa.int16(), "0 = the candidate that was proposed first"),
         Column("text", pa.string(), "a candidate label"),
-        Column("activations", pa.list_(pa.float32()), "the unit's pooled activation on each image drawn for it"),
+        Column(
+            "activations", pa.list_(pa.float32()), "the unit's pooled activation on each image drawn, or found, for it"
+        ),
         Column(
             "similarities",
             pa.list_(pa.float32()),
@@ -113,7 +119,7 @@ DRAWINGS = Table(
             True,
         ),
     ),
-    "A unit's activations on the images that a generator made for one candidate label.",
+    "A unit's activations on the images that a generator made, or the probe has, for one candidate label.",
 )
 
 ANNOTATIONS = Table(

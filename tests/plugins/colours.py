@@ -71,6 +71,11 @@ class ColourGrid(nn.Module):
         fields = nn.functional.adaptive_avg_pool2d(images - 0.5, 4).flatten(1)
         return nn.functional.normalize(fields, dim=1)
 
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        """A text is an image of the colours that it names."""
+        fields = [[[[float(colour in text)]] for colour in SEEN] for text in texts]
+        return self.embed_images(torch.tensor(fields).expand(-1, -1, 4, 4))
+
 
 def watcher(weights: str | None) -> nn.Module:
     return Watcher()

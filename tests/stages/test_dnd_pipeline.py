@@ -84,44 +84,64 @@ def test_built_in_truth_is_named(storage):
         assert rows[unit]["n_best"][0]["text"] == rows[unit]["description"] and rows[unit]["logp_d"] is None
 
 
-def test_drawings_equal_loops_over_images(storage, how):
-    """The method once more, an image at a time."""
-    spec, source = model(MODEL), probe(PROBE)
-    network, embedder = spec.load(), how.embedder.load()
+class Slow:
+    """The method's passes, an image at a time."""
 
-    def maps(image: np.ndarray) -> torch.Tensor:
+    def __init__(self, how: DndConfig) -> None:
+        self.how, self.spec, source = how, model(MODEL), probe(PROBE)
+        self.network, self.embedder = self.spec.load(), load(how.embedder) if how.embedder else None
+        assert not isinstance(source, LatentProbe)
+        refs = image_refs(source.manifest())
+        self.views = {ref.image_id: self.spec.preprocess.view(source.read(ref).image) for ref in refs}
+        self.seen = {image_id: self.maps(view) for image_id, view in self.views.items()}
+
+    def maps(self, image: np.ndarray) -> torch.Tensor:
         with torch.inference_mode():
-            return network(spec.prepare(torch.from_numpy(image.copy())[None]))[0]
+            return self.network(self.spec.prepare(torch.from_numpy(image.copy())[None]))[0]
 
-    def embed(image: np.ndarray) -> np.ndarray:
-        return embedder.embed_images(torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255)[0].numpy()
+    def mean(self, image: np.ndarray, unit: int) -> float:
+        return float(self.maps(image)[unit].mean())
 
-    assert not isinstance(source, LatentProbe)
-    views = [spec.preprocess.view(source.read(ref).image) for ref in image_refs(source.manifest())]
-    everything = torch.stack([maps(view) for view in views])
+    def embed(self, image: np.ndarray) -> np.ndarray:
+        assert self.embedder is not None
+        return self.embedder.embed_images(torch.from_numpy(image.copy()).permute(2, 0, 1)[None] / 255)[0].numpy()
+
+    def top(self, unit: int) -> list[int]:
+        return sorted(self.seen, key=lambda image_id: -float(self.seen[image_id][unit].mean()))[: self.how.images]
+
+    def exemplars(self, unit: int) -> np.ndarray:
+        """Embeddings of the unit's images and crops."""
+        top = self.top(unit)
+        images = [self.views[image_id] for image_id in top]
+        images += [
+            crop(self.views[image_id], box)
+            for image_id in top
+            for box in attention_boxes(self.seen[image_id][unit], (64, 64), self.how.crops)
+        ]
+        assert len(images) > self.how.images  # there is something to crop
+        images.sort(key=lambda image: -self.mean(image, unit))
+        return np.stack([self.embed(image) for image in images[: self.how.images]])
+
+
+@pytest.fixture(scope="module")
+def slow(how) -> Slow:
+    return Slow(how)
+
+
+def test_drawings_equal_loops_over_images(storage, how, slow):
+    """The method once more, an image at a time."""
     drawn = load(how.generator)
     found = read_drawings(storage, "dnd", **KEYS_OF)
     for unit in range(3):
-        means = everything[:, unit].mean(dim=(1, 2))
-        top = means.argsort(descending=True, stable=True)[: how.images].tolist()
-        images = [views[place] for place in top]
-        images += [
-            crop(views[place], box)
-            for place in top
-            for box in attention_boxes(everything[place, unit], (64, 64), how.crops)
-        ]
-        assert len(images) > how.images  # there is something to crop
-        images.sort(key=lambda image: -float(maps(image)[unit].mean()))
-        exemplars = np.stack([embed(image) for image in images[: how.images]])
+        exemplars = slow.exemplars(unit)
         assert found[unit]
         for one in found[unit]:
             new = [
-                spec.preprocess.view(Image.fromarray(image))
+                slow.spec.preprocess.view(Image.fromarray(image))
                 for image in drawn.generate(how.prompt.format(one.text), how.drawn, how.seed)
             ]
-            expected = [float(maps(image)[unit].mean()) for image in new]
-            assert one.activations == pytest.approx(expected, rel=1e-4)
-            cosines = [float((exemplars @ embed(image)).mean()) for image in new]
+            assert one.activations == pytest.approx([slow.mean(image, unit) for image in new], rel=1e-4)
+            cosines = [float((exemplars @ slow.embed(image)).mean()) for image in new]
             assert one.similarities == pytest.approx(cosines, abs=1e-4)
 
 
@@ -157,6 +177,49 @@ def test_a_second_run_does_nothing_and_another_scoring_function_only_scores_agai
             row = described(other)[unit]
             expected = [(label.text, pytest.approx(label.score, rel=1e-5)) for label in best(scoring, drawn)]
             assert [(label["text"], label["score"]) for label in row["n_best"]] == expected
+
+
+@pytest.fixture(scope="module")
+def found(storage, how, tmp_path_factory) -> Storage:
+    """The same units, their candidates scored by probe images; several labels at a time in two blocks of units."""
+    other = Storage(shutil.copytree(storage.root, tmp_path_factory.mktemp("found") / "run"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(dnd, "UNITS_PER_BLOCK", 3)
+        patched.setattr(dnd, "LABELS_FOUND", 2)
+        run(other, replace(how, generator=None, labeler=DescribeAndDissect("topk-squared-mean", "probe")))
+    return other
+
+
+def test_without_a_generator_candidates_are_scored_by_the_probe_images_that_fit_them_best(found, how, slow):
+    """The search once more, an image at a time: the unit's own images are left out."""
+    drawings = read_drawings(found, "dnd-probe", **KEYS_OF)
+    assert sorted(drawings) == [0, 1, 2, 3]
+    for unit in range(3):
+        others, exemplars = set(slow.views) - set(slow.top(unit)), slow.exemplars(unit)
+        for one in drawings[unit]:
+            text = slow.embedder.embed_texts([one.text])[0].numpy()
+            fit = {image_id: float(slow.embed(slow.views[image_id]) @ text) for image_id in others}
+            best = sorted(others, key=lambda image_id: (-fit[image_id], image_id))[: how.drawn]
+            expected = [slow.mean(slow.views[image_id], unit) for image_id in best]
+            assert one.activations == pytest.approx(expected, rel=1e-4) and len(expected) == how.drawn
+            cosines = [float((exemplars @ slow.embed(slow.views[image_id])).mean()) for image_id in best]
+            assert one.similarities == pytest.approx(cosines, abs=1e-4)
+    rows = described(found, "dnd-probe")
+    for unit, colour in enumerate(TRUTH):
+        assert colour in rows[unit]["description"], rows[unit]
+
+
+def test_finding_images_draws_nothing_and_is_said(found, how, tmp_path, capsys):
+    found = Storage(shutil.copytree(found.root, tmp_path / "again"))
+    assert "generator" not in drawings_identity(found, replace(how, generator=None))
+    again = replace(how, generator=None, labeler=DescribeAndDissect("topk-squared-mean", "probe"))
+    run(found, again)
+    assert "dnd-probe of colours/watcher: all up to date" in capsys.readouterr().err
+    run(found, replace(again, drawn=3))
+    assert "nothing is drawn: the probe images that fit a candidate best" in capsys.readouterr().err
+    assert {len(one.activations) for of in read_drawings(found, "dnd-probe", **KEYS_OF).values() for one in of} == {3}
+    with pytest.raises(MilanError, match="found by a model of images and texts: name one with --clip"):
+        replace(again, embedder=None)
 
 
 @pytest.fixture
@@ -213,6 +276,10 @@ def test_command_line_plans_and_says_what_is_missing(storage, how, tmp_path, mon
     out = capsys.readouterr().out
     assert "drawings" in out and "dnd-b colours/watcher seen" in out and out.count("missing") == 2
 
+    assert cli.main([*options, *same, "--generator", "probe"]) == 0
+    out = capsys.readouterr().out
+    assert "image_embeddings" in out and "dnd-probe colours/watcher seen" in out
+
     for option, table in (
         (["--pooling", "max"], "drawings"),
         (["--reference-quirks"], "exemplars"),
@@ -233,6 +300,8 @@ def test_command_line_plans_and_says_what_is_missing(storage, how, tmp_path, mon
     assert "unknown generator 'world/painte'; nearest: world/painter" in error(*own, "--generator", "world/painte")
     assert "name one with --llm-model" in error(*own, "--generator", "world/painter", "--llm", "http://localhost/v1")
     assert "has no {}" in error(*own, "--prompt", "a photo")
+    assert "clip-vit-base-patch16/config.json" in error(*own, "--generator", "probe")
+    assert "draws nothing, --seed would do nothing" in error(*own, "--generator", "probe", "--seed", "1")
 
 
 def test_what_cannot_be_dissected_says_so(storage, how):

@@ -17,9 +17,13 @@ from milan_ray.models.generators import GeneratorRef
 from milan_ray.models.image_captions import ImageCaptioner, ImageCaptionerRef
 from milan_ray.models.image_text import ImageTextRef
 from milan_ray.plugins import load_plugins
+from milan_ray.stages.embeddings import KERNEL_VERSION as EMBEDDINGS_VERSION
 from milan_ray.storage import Storage
 
 KERNEL_VERSION = "dnd-1"
+
+FINDING_VERSION = "finding-1"
+"""Part of the hash where images are found; increased when other ones are found."""
 
 POOLINGS = {"mean": means, "max": maxima}
 """Column of ``pooled`` → the function that reduces a unit's map of an image to one number."""
@@ -79,12 +83,12 @@ class DndConfig:
         labeler: How candidates are scored, and the partition's name.
         captioner: Says what images show.
         summariser: Turns captions into candidates.
-        generator: Draws images of candidates.
-        embedder: Compares images; None where the scoring function does not.
+        generator: Draws images of candidates; None finds them among the probe's.
+        embedder: Compares images, and finds them; None where nothing of this is needed.
         images: Exemplars per unit, crops included.
         crops: Attention crops per image at most; 0 for none.
         pooling: A key of :data:`POOLINGS`: the method's is ``mean``, which says little of units with signed outputs.
-        drawn: Images per candidate.
+        drawn: Images per candidate, drawn or found.
         prompt: What the generator is asked for; ``{}`` stands for the candidate.
         seed: Seed of the drawn images.
         plugins: Modules that register any of these.
@@ -93,7 +97,7 @@ class DndConfig:
     labeler: DescribeAndDissect
     captioner: ImageCaptionerRef
     summariser: SummariserRef
-    generator: GeneratorRef
+    generator: GeneratorRef | None
     embedder: ImageTextRef | None = None
     images: int = 10
     crops: int = MOST
@@ -110,6 +114,8 @@ class DndConfig:
             raise MilanError(
                 f"the prompt {self.prompt!r} has no {{}} where the candidate label goes: give one with it."
             )
+        if self.generator is None and self.embedder is None:
+            raise MilanError("images of the probe are found by a model of images and texts: name one with --clip.")
         if self.labeler.compares and self.embedder is None:
             raise MilanError(
                 f"scoring by {self.labeler.scoring} compares images: name a model of images and texts with --clip, or "
@@ -147,12 +153,19 @@ def drawings_identity(storage: Storage, how: DndConfig) -> dict[str, object]:
             "a model that reads a probe's concept maps cannot look at drawn images: name a CLIP or SigLIP model with "
             "--clip, or score by topk-squared-mean."
         )
-    return {
+    identity = {
         "kernel": KERNEL_VERSION,
         "captioner": config_hash(image_captioner(storage, how).identity()),
         "summariser": config_hash(how.summariser.load(storage).identity()),
-        "generator": config_hash(references.load(how.generator, how.plugins).identity()),
         "embedder": None if embedder is None else config_hash(embedder.identity()),
         "augmentation": {"images": how.images, "crops": how.crops, "pooling": how.pooling},
+    }
+    if how.generator is None:
+        assert embedder is not None
+        versions = {"finding": FINDING_VERSION, "embeddings": EMBEDDINGS_VERSION}
+        return {**identity, **versions, "texts": config_hash(embedder.text_identity()), "images": how.drawn}
+    return {
+        **identity,
+        "generator": config_hash(references.load(how.generator, how.plugins).identity()),
         "drawing": {"images": how.drawn, "prompt": how.prompt, "seed": how.seed},
     }

@@ -2,6 +2,8 @@
 
 pooled ─► [augment: top images, attention crops] ─► [caption] ─► [summarise] ─► candidate labels
 candidate labels ─► [draw: images of each, the units' activations for them] ─► drawings ─► [score] ─► descriptions
+
+Without a generator, [find: probe images that fit each, the units' activations for them] takes the place of [draw].
 """
 
 from __future__ import annotations
@@ -48,9 +50,11 @@ from milan_ray.stages.dnd.workers import (
     CaptionWorker,
     DndWork,
     DrawWorker,
+    FindWorker,
     SummariseWorker,
     find_top,
 )
+from milan_ray.stages.embeddings import ImageEmbeddings
 from milan_ray.stages.exemplars import ModelWork, Run, failing, rerun_work
 from milan_ray.storage import EXEMPLARS_KEY, Storage
 
@@ -59,6 +63,9 @@ UNITS_PER_BLOCK = 8
 
 LABELS = 4
 """Distinct candidate labels that images are generated of at a time."""
+
+LABELS_FOUND = 256
+"""Distinct candidate labels that images are found for at a time: each time, the pooled activations are read once."""
 
 
 class Drawings(StepStage):
@@ -120,8 +127,10 @@ class Drawings(StepStage):
                 rows.append(row)
         work = replace(work, blocks=blocks)
         count = sum(map(len, units.values()))
-        pieces = ", ".join((how.captioner.name, how.summariser.name, how.generator.name))
-        say(f"{self.name}: {count} units of {name} by {pieces}")
+        source = "the probe's images" if how.generator is None else how.generator.name
+        say(f"{self.name}: {count} units of {name} by {how.captioner.name}, {how.summariser.name}, {source}")
+        if how.generator is None:
+            say(f"{self.name}: nothing is drawn: the probe images that fit a candidate best, by --clip, score it")
         clock = _Clock(storage, work, job.resources)
         plain = {"storage": storage, "work": work, "threads": job.resources.threads, "device": job.resources.device}
         modelled = {**Run(storage, self._probe, self._config, job.resources).arguments([item]), "dnd": work}
@@ -129,7 +138,10 @@ class Drawings(StepStage):
         clock.run("captions", CaptionWorker, plain, rows)
         clock.run("candidates", SummariseWorker, plain, rows, in_driver=how.summariser.is_server)
         drawing = _chunks(storage, work)
-        clock.run("drawn", DrawWorker, modelled, drawing)
+        if how.generator is None:
+            clock.run("drawn", FindWorker, plain, drawing)
+        else:
+            clock.run("drawn", DrawWorker, modelled, drawing)
         images = sum(row["images"] for row in drawing)
         for output in job.due:
             share = len(units[output.layer]) / max(1, count)
@@ -199,8 +211,10 @@ def dnd_stages(
         identity: As :func:`milan_ray.stages.dnd.config.drawings_identity` gives it.
         units: The units of every layer to describe; empty for all.
     """
+    found = [] if how.generator is not None or how.embedder is None else [ImageEmbeddings(how.embedder, probe)]
     return {
         ref.name: [
+            *found,
             Drawings(ref, layers[ref.name], probe, config, how, identity, units),
             DrawnLabels({ref.name: layers[ref.name]}, how.labeler, units),
         ]
@@ -325,7 +339,7 @@ class _Clock:
 
 def _chunks(storage: Storage, work: DndWork) -> list[Row]:
     """Sorts all candidates by text, so that images of each distinct one are generated once for the whole model."""
-    item = work.item
+    item, count = work.item, LABELS_FOUND if work.how.generator is None else LABELS
     wanted: dict[str, list[tuple[int, int]]] = defaultdict(list)
     for number, layer in enumerate(item.every):
         for block in work.blocks.get(layer, ()):
@@ -334,8 +348,8 @@ def _chunks(storage: Storage, work: DndWork) -> list[Row]:
     texts = sorted(wanted)
     rows: list[Row] = []
     stored = set(storage.work_names(item.work, "wanted"))
-    for start in range(0, len(texts), LABELS):
-        chunk = texts[start : start + LABELS]
+    for start in range(0, len(texts), count):
+        chunk = texts[start : start + count]
         name = config_hash({"texts": chunk})
         asking = [{"text": text, "layer": layer, "unit": unit} for text in chunk for layer, unit in wanted[text]]
         if f"wanted/{name}" not in stored:

@@ -24,10 +24,12 @@ from milan_ray.exemplars.pooled import matrix
 from milan_ray.labelers.dnd.crops import attention_boxes, crop
 from milan_ray.labelers.dnd.summaries import Prompted, Summariser
 from milan_ray.models.chat import Endpoint
+from milan_ray.models.image_text import Embedder
 from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.base import ImageRef
 from milan_ray.schema import MANIFEST, POOLED
 from milan_ray.stages.dnd.config import POOLINGS, DndConfig, image_captioner
+from milan_ray.stages.embeddings import image_embeddings, products
 from milan_ray.stages.exemplars import ModelWork, ModelWorker
 from milan_ray.stages.images import png
 from milan_ray.storage import Storage
@@ -280,6 +282,83 @@ class SummariseWorker(_TextWorker):
             self._chat.say_usage()
 
 
+class FindWorker:
+    """Finds the probe images that fit candidate labels best, and looks up the activations of the units for them.
+
+    A unit's images with the highest activations are left out: the candidates are about them.
+    """
+
+    def __init__(self, storage: Storage, work: DndWork, threads: int, device: str) -> None:
+        torch.set_num_threads(threads)
+        how = work.how
+        assert how.embedder is not None  # checked by the configuration
+        embedder = references.load(how.embedder, how.plugins)
+        checked = _checked(embedder, work.identity["embedder"], "model of images and texts")
+        self._embedder: Embedder = checked.to(resolve_device(device))
+        self._storage, self._work = storage, work
+        self._ids, self._vectors = image_embeddings(storage, how.embedder.name, work.item.probe)
+        self._vectors = _unit(self._vectors)
+
+    def __call__(self, row: Row) -> Row:
+        """Runs one block of labels."""
+        item, texts = self._work.item, row["texts"]
+        wanted = self._storage.get_work(item.work, f"wanted/{row['block']}").to_pylist()
+        fits = products(self._vectors, self._embedder.embed_texts(texts).float(), len(texts)).cpu().numpy()
+        order = dict(zip(texts, np.argsort(-fits, axis=0, kind="stable").T, strict=True))
+        rows: list[dict[str, object]] = []
+        for number in sorted({asked["layer"] for asked in wanted}):
+            asked_here = [asked for asked in wanted if asked["layer"] == number]
+            rows += self._of_layer(item.every[number], asked_here, order)
+        self._storage.put_work(item.work, f"drawn/{row['block']}", pa.Table.from_pylist(rows, schema=DRAWN_SCHEMA))
+        return {"images": row["images"]}
+
+    def _of_layer(
+        self, layer: str, wanted: Sequence[dict[str, Any]], order: Mapping[str, np.ndarray]
+    ) -> list[dict[str, object]]:
+        """Activations and cosines of a layer's candidates.
+
+        Args:
+            layer: The layer.
+            wanted: Texts and units.
+            order: Text → places of the embedded images, the best fit first.
+        """
+        item, how = self._work.item, self._work.how
+        units = sorted({asked["unit"] for asked in wanted})
+        pooled, known = self._pooled(layer, units)
+        top = self._storage.get_work(item.work, f"top/{item.part(layer)}")
+        anchors = read_anchors(self._storage, self._work, layer)
+        rows: list[dict[str, object]] = []
+        for asked in wanted:
+            unit, places = asked["unit"], order[asked["text"]]
+            own = top.filter(pc.equal(top["unit"], unit))["image_id"].to_numpy()
+            places = places[~np.isin(self._ids[places], own) & known[places]][: how.drawn]
+            activations, similar = pooled[places, units.index(unit)], self._vectors[places] @ anchors[unit]
+            rows.append({**asked, "activations": activations.tolist(), "similarities": similar.tolist()})
+        return rows
+
+    def _pooled(self, layer: str, units: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+        """Pooled activations of the embedded images, float32 (N, units), and which of them the model read, (N,)."""
+        item, pooling = self._work.item, self._work.how.pooling
+        values, known = np.full((len(self._ids), len(units)), np.nan, np.float32), np.zeros(len(self._ids), bool)
+        for piece in self._storage.stream(POOLED, ["image_id", pooling], model=item.model.name, layer=layer):
+            ids, more = piece["image_id"].to_numpy(), matrix(piece[pooling])[:, units]
+            places = np.searchsorted(self._ids, ids)
+            embedded = np.isin(ids, self._ids)
+            values[places[embedded]], known[places[embedded]] = more[embedded], True
+        return values, known
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    """Vectors (N, D) at length 1; zeros stay."""
+    return torch.nn.functional.normalize(torch.from_numpy(vectors).float(), dim=1).numpy()
+
+
+def read_anchors(storage: Storage, work: DndWork, layer: str) -> dict[int, np.ndarray]:
+    """Unit → the mean embedding of its images and crops: products with it are mean cosines."""
+    tables = (storage.get_work(work.item.work, f"anchors/{block}") for block in work.blocks[layer])
+    return {row["unit"]: np.array(row["embedding"], np.float32) for table in tables for row in table.to_pylist()}
+
+
 class DrawWorker(_DndWorker):
     """Generates images of candidate labels, and computes the activations of the units that have these candidates."""
 
@@ -287,6 +366,7 @@ class DrawWorker(_DndWorker):
 
     def __init__(self, dnd: DndWork, **arguments: Any) -> None:
         super().__init__(dnd, **arguments)
+        assert dnd.how.generator is not None  # or images are found
         generator = references.load(dnd.how.generator, dnd.how.plugins)
         self._generator = _checked(generator, dnd.identity["generator"], "generator").to(self._device)
         self._anchors: dict[int, dict[int, np.ndarray]] = {}
@@ -315,13 +395,6 @@ class DrawWorker(_DndWorker):
         self._storage.put_work(item.work, f"drawn/{row['block']}", pa.Table.from_pylist(rows, schema=DRAWN_SCHEMA))
 
     def _anchor(self, number: int, unit: int) -> np.ndarray:
-        """The mean embedding of a unit's images and crops: products with it are mean cosines."""
         if number not in self._anchors:
-            item = self._work[0]
-            tables = (
-                self._storage.get_work(item.work, f"anchors/{block}") for block in self._dnd.blocks[item.every[number]]
-            )
-            self._anchors[number] = {
-                row["unit"]: np.array(row["embedding"], np.float32) for table in tables for row in table.to_pylist()
-            }
+            self._anchors[number] = read_anchors(self._storage, self._dnd, self._work[0].every[number])
         return self._anchors[number][unit]
