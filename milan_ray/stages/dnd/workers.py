@@ -350,7 +350,7 @@ class FindWorker:
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
     """Vectors (N, D) at length 1; zeros stay."""
-    return torch.nn.functional.normalize(torch.from_numpy(vectors).float(), dim=1).numpy()
+    return torch.nn.functional.normalize(torch.from_numpy(vectors.astype(np.float32)), dim=1).numpy()
 
 
 def read_anchors(storage: Storage, work: DndWork, layer: str) -> dict[int, np.ndarray]:
