@@ -148,14 +148,21 @@ def watch(storage: Storage) -> DissectedModels:
     return Exemplars([COLOUR_MODEL], SCENES, SHOTS).run(storage, HERE)
 
 
-def describe_and_dissect(storage: Storage) -> None:
+def describe_and_dissect(storage: Storage, generator: GeneratorRef | None, tag: str = "") -> None:
     how = DndConfig(
-        DescribeAndDissect("topk-squared-mean"), ImageCaptionerRef("colours/names"), SummariserRef(),
-        GeneratorRef("world/painter"), ImageTextRef("colours/grid"), images=3, crops=1, drawn=2,
-        plugins=(COLOURS,),
+        DescribeAndDissect("topk-squared-mean", tag), ImageCaptionerRef("colours/names"), SummariserRef(),
+        generator, ImageTextRef("colours/grid"), images=3, crops=1, drawn=2, plugins=(COLOURS,),
     )  # fmt: skip
     layers, identity = watch(storage).models, drawings_identity(storage, how)
     assert run_dnd(storage, dnd_stages([COLOUR_MODEL], layers, SCENES, SHOTS, how, identity), HERE) == {}
+
+
+def draw_scenes(storage: Storage) -> None:
+    describe_and_dissect(storage, GeneratorRef("world/painter"))
+
+
+def find_scenes(storage: Storage) -> None:
+    describe_and_dissect(storage, None, "probe")
 
 
 def tune_here(storage: Storage) -> None:
@@ -273,12 +280,16 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
         "scores": Stage(score, {UNIT_SCORES: "scores"}),
         "cosy": Stage(draw, {}),
     }
-    scenes = {"dissected": Stage(watch, exemplars), "dnd": Stage(describe_and_dissect, {DRAWINGS: "dnd"})}
+    scenes = {"dissected": Stage(watch, exemplars), "dnd": Stage(draw_scenes, {DRAWINGS: "dnd"})}
+    found = {
+        "dissected": Stage(watch, exemplars),
+        "dnd-probe": Stage(find_scenes, {DRAWINGS: "dnd-probe", IMAGE_EMBEDDINGS: "image_embeddings"}),
+    }
     published = {"import": Stage(bring_in(published_set(tmp_path_factory.mktemp("net") / "photos")), {})}
     told = ProbeRef((str(classes(tmp_path_factory.mktemp("classes"))),))
-    words, found = AnalysisConfig(trials=1, fractions=(0.0, 0.5), words=("red",)), EditingConfig(trials=1, most=2)
+    words, edits = AnalysisConfig(trials=1, fractions=(0.0, 0.5), words=("red",)), EditingConfig(trials=1, most=2)
     pasting = CutAndPasteConfig(units=3, originals=3, distractors=2, targets=2)
-    analysis, editing = Analysis(CLASSES, told, "four words", words), Editing(CLASSES, told, None, found)
+    analysis, editing = Analysis(CLASSES, told, "four words", words), Editing(CLASSES, told, None, edits)
     adversarial = CutAndPaste(CLASSES, told, "four words", pasting)
     experiments = {
         "dissected": Stage(
@@ -293,6 +304,7 @@ def stages(photos, save_clip, tmp_path_factory) -> dict[str, dict[str, Stage]]:
         "photographs": photographs,
         "fields": fields,
         "scenes": scenes,
+        "found": found,
         "published": published,
         "experiments": experiments,
     }
@@ -305,6 +317,7 @@ def on_threads() -> Iterator[None]:
         patched.setattr(embeddings, "CHUNK", 2)
         patched.setattr(embeddings, "FEW_TEXTS", 0)
         patched.setattr(dnd, "UNITS_PER_BLOCK", 3)
+        patched.setattr(dnd, "LABELS_FOUND", 2)
         patched.setattr("milan_ray.studies.tasks.run_parallel", in_turn)
         patched.setattr(ablate, "SETS", 4)
         patched.setattr(tune, "_run_trials", try_here)

@@ -21,6 +21,7 @@ STAGES = {
     "photographs": ("exemplars", "masks", "encodings", "descriptions", "reranking", "image embeddings"),
     "fields": ("labels", "clip-dissect", "scores", "cosy"),
     "scenes": ("dnd",),
+    "found": ("dnd-probe",),
 }
 """World → its stages that have pools."""
 

@@ -132,7 +132,12 @@ FAST = {
     "fields": ("labels", "clip-dissect", "scores", "cosy"),
     "published": ("import",),
 }
-LONG = {"photographs": ("reranking",), "scenes": ("dnd",), "experiments": ("analysis", "editing", "pasting")}
+LONG = {
+    "photographs": ("reranking",),
+    "scenes": ("dnd",),
+    "found": ("dnd-probe",),
+    "experiments": ("analysis", "editing", "pasting"),
+}
 EVERY = [pytest.param(world, name) for world, names in FAST.items() for name in names]
 EVERY += [pytest.param(world, name, marks=pytest.mark.slow) for world, names in LONG.items() for name in names]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -17,6 +17,7 @@ from toys import toy_captioner
 from milan_ray.captioner.beam import beam_search
 from milan_ray.captioner.encoder import EncoderSpec, MaskedExemplars, PyramidEncoder, encode_exemplars
 from milan_ray.captioner.training import EarlyStopping, greedy_captions
+from milan_ray.exemplars import forward as forward_module
 from milan_ray.exemplars import masks, pooled, shard
 from milan_ray.exemplars.concepts import fires
 from milan_ray.exemplars.forward import Forward
@@ -29,6 +30,7 @@ from milan_ray.models.registry import ModelSpec
 from milan_ray.models.view import Preprocess, View
 from milan_ray.probe.arrays import ArrayProbe
 from milan_ray.probe.manifest import image_refs
+from milan_ray.stages.dnd import passes
 from milan_ray.stages.embeddings import embed_refs
 
 ARCHITECTURE = Path(__file__).resolve().parents[2] / "ARCHITECTURE.md"
@@ -48,6 +50,22 @@ def first_batch(gpu: PretendedCuda) -> object:
     layouts = {"0": Layout((4, 6, 6), 0, 1, (6, 6))}
     network = gpu.network(spec.load())
     return Forward(spec, network, ("0",), 2, layouts=layouts).maps(np.zeros((2, 8, 8, 3), np.uint8))
+
+
+def checked(gpu: PretendedCuda) -> Forward:
+    """A network after its first batch: what remains to wait for is not its check."""
+    spec = ModelSpec("small", lambda _: nn.Sequential(nn.Conv2d(3, 4, 3)), ("0",), Preprocess(View(8, 8)))
+    network = gpu.network(spec.load())
+    forward = Forward(spec, network, ("0",), 2, layouts={"0": Layout((4, 6, 6), 0, 1, (6, 6))})
+    forward_module._CHECKED[forward._model] = Everything()
+    return forward
+
+
+class Everything(set[object]):
+    """The configurations for which a network was checked: all."""
+
+    def __contains__(self, item: object) -> bool:
+        return True
 
 
 def generated_images(gpu: PretendedCuda) -> object:
@@ -81,11 +99,23 @@ class Brightness:
     def embed_images(self, images: torch.Tensor) -> torch.Tensor:
         return images.mean(dim=(2, 3))
 
+    def embed_texts(self, texts: Sequence[str]) -> torch.Tensor:
+        return on_gpu(len(texts), 3)
+
 
 def embed_a_picture(gpu: PretendedCuda) -> object:
     probe = ArrayProbe(np.zeros((1, 8, 8, 3), np.uint8))
     return embed_refs(cast(Embedder, Brightness()), probe, image_refs(probe.manifest()), CUDA)
 
+
+PICTURES = np.zeros((5, 8, 8, 3), np.uint8)
+DISSECTING: dict[str, Callable[[PretendedCuda], object]] = {
+    "unit_maps": lambda gpu: passes.unit_maps(checked(gpu), PICTURES, "0", [2, 0], 2),
+    "unit_vectors": lambda gpu: passes.unit_vectors(cast(Embedder, Brightness()), PICTURES, CUDA),
+    "pooled_values": lambda gpu: passes.pooled_values(checked(gpu), PICTURES, pooled.means, 2),
+    "fits": lambda gpu: passes.fits(cast(Embedder, Brightness()), np.zeros((3, 3), np.float32), ["red", "a house"]),
+}
+"""Describe-and-Dissect's: each reads what it has computed once, when all of it is under way."""
 
 MUST_WAIT: dict[str, Callable[[PretendedCuda], object]] = {
     "exemplars.forward.Forward.maps": first_batch,
@@ -108,6 +138,7 @@ MUST_WAIT: dict[str, Callable[[PretendedCuda], object]] = {
     ),
     "captioner.training.EarlyStopping.update": lambda gpu: EarlyStopping().update(0, 1.0, gpu.network(nn.Linear(2, 2))),
     "stages.embeddings.embed_refs": embed_a_picture,
+    **{f"stages.dnd.passes.{name}": of for name, of in DISSECTING.items()},
 }
 """Place → something that goes there; what runs for every batch besides is in ``test_hot_path.py``."""
 
@@ -121,3 +152,10 @@ def test_place_that_must_wait_for_the_gpu_does(place: str) -> None:
 def test_places_that_must_wait_are_those_that_the_architecture_lists() -> None:
     text = ARCHITECTURE.read_text(encoding="utf-8").partition("## On a GPU")[2].partition("\n## ")[0]
     assert re.findall(r"^\| `([\w.]+)` \|", text, flags=re.MULTILINE) == list(MUST_WAIT)
+
+
+@pytest.mark.parametrize("name", DISSECTING)
+def test_describing_and_dissecting_waits_for_a_result_once(name: str) -> None:
+    with PretendedCuda(reads=1) as gpu:
+        DISSECTING[name](gpu)
+        assert gpu.reads_left == 0

@@ -81,6 +81,15 @@ def test_a_local_model_in_a_gguf_file_answers_and_its_bytes_are_its_identity(tmp
     with (tmp_path / "tiny-gguf/tiny.gguf").open("ab") as file:
         file.write(b"more")
     assert chat.identity() != before
+    (tmp_path / "tiny-gguf/tiny.gguf").write_bytes(b"GGUF")
+    with pytest.raises(MilanError, match=r"tiny-gguf cannot be loaded .* it needs the GGUF file of a causal language"):
+        LocalChat(folder).answers(ASKED)
+
+
+def test_a_folder_that_is_not_there_is_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path))
+    with pytest.raises(MilanError, match=r"nowhere.*another model with --llm, or smollm2"):
+        find_language_model("nowhere")
 
 
 def test_a_gguf_file_is_the_model_where_it_is_the_only_one_and_no_config_lies_beside_it(tmp_path):

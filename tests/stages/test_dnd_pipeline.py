@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -27,7 +30,8 @@ from milan_ray.models.image_captions import ImageCaptionerRef
 from milan_ray.models.image_text import ImageTextRef
 from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.manifest import image_refs
-from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, RUNS
+from milan_ray.schema import DESCRIPTIONS, DRAWINGS, EXEMPLARS, IMAGE_EMBEDDINGS, POOLED, RUNS
+from milan_ray.schema.table import Table
 from milan_ray.stages.dnd import stage as dnd
 from milan_ray.stages.dnd.config import DndConfig, SummariserRef, drawings_identity
 from milan_ray.stages.dnd.stage import dnd_stages, read_drawings, run_dnd
@@ -220,6 +224,52 @@ def test_finding_images_draws_nothing_and_is_said(found, how, tmp_path, capsys):
     assert {len(one.activations) for of in read_drawings(found, "dnd-probe", **KEYS_OF).values() for one in of} == {3}
     with pytest.raises(MilanError, match="found by a model of images and texts: name one with --clip"):
         replace(again, embedder=None)
+
+
+def test_found_images_do_not_depend_on_blocks_or_actors(storage, found, how, tmp_path):
+    other = Storage(shutil.copytree(storage.root, tmp_path / "again"))
+    done = Exemplars([MODEL], PROBE, CONFIG).run(other, ONE)
+    again = replace(how, generator=None, labeler=DescribeAndDissect("topk-squared-mean", "probe"))
+    stages = dnd_stages([MODEL], done.models, PROBE, CONFIG, again, drawings_identity(other, again))
+    assert run_dnd(other, stages, Resources(actors=2)) == {}
+    keys = {"labeler": "dnd-probe", **KEYS_OF}
+    for table in (DRAWINGS, DESCRIPTIONS):
+        assert other.read(table, **keys).equals(found.read(table, **keys))
+
+
+def keep(storage: Storage, table: Table, kept: set[int], **keys: str) -> dict[int, dict[str, Any]]:
+    """Leaves the rows of some images in a table whose fingerprint stays; image → its row."""
+    path = storage.uri(storage.path(table, **keys))
+    rows = pq.ParquetFile(path).read()
+    rows = rows.filter(pc.is_in(rows["image_id"], pa.array(sorted(kept))))
+    pq.write_table(rows, path)
+    return {row["image_id"]: row for row in rows.to_pylist()}
+
+
+def test_images_that_the_model_or_the_embedder_could_not_read_fit_no_candidate(found, how, slow, tmp_path):
+    holes = Storage(shutil.copytree(found.root, tmp_path / "holes"))
+    embeddings = holes.partitions(IMAGE_EMBEDDINGS)[0]
+    pooled = keep(holes, POOLED, {image for image in slow.views if image % 3}, **KEYS_OF)
+    embedded = keep(holes, IMAGE_EMBEDDINGS, {image for image in slow.views if image % 4}, **embeddings)
+    assert pooled.keys() - embedded.keys() and embedded.keys() - pooled.keys()
+    run(holes, replace(how, generator=None, labeler=DescribeAndDissect("topk-squared-mean", "holes")))
+    drawings = read_drawings(holes, "dnd-holes", **KEYS_OF)
+    for unit in range(3):
+        of_unit = {image: row["mean"][unit] for image, row in pooled.items()}
+        own = sorted(of_unit, key=lambda image: (-of_unit[image], image))[: how.images]
+        others = (of_unit.keys() & embedded.keys()) - set(own)
+        for one in drawings[unit]:
+            text = slow.embedder.embed_texts([one.text])[0].numpy()
+            fit = {image: float(np.array(embedded[image]["embedding"], np.float32) @ text) for image in others}
+            best = sorted(others, key=lambda image: (-fit[image], image))[: how.drawn]
+            assert one.activations.tolist() == [of_unit[image] for image in best]
+
+
+def test_a_probe_without_other_images_than_the_units_own_says_so(found, how, slow, tmp_path):
+    other = Storage(shutil.copytree(found.root, tmp_path / "all"))
+    all_own = replace(how, generator=None, images=len(slow.views), crops=0)
+    with pytest.raises(MilanError, match=rf"has no probe image beside the {len(slow.views)} .* a smaller --top"):
+        run(other, all_own)
 
 
 @pytest.fixture

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from milan_ray.config import config_hash
-from milan_ray.device import resolve_device, to_device
+from milan_ray.device import resolve_device
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
 from milan_ray.errors import MilanError
-from milan_ray.exemplars.forward import Forward, read_inputs
+from milan_ray.exemplars.forward import read_inputs
 from milan_ray.exemplars.pooled import matrix
 from milan_ray.labelers.dnd.crops import attention_boxes, crop
 from milan_ray.labelers.dnd.summaries import Prompted, Summariser
@@ -29,7 +29,8 @@ from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.base import ImageRef
 from milan_ray.schema import MANIFEST, POOLED
 from milan_ray.stages.dnd.config import POOLINGS, DndConfig, image_captioner
-from milan_ray.stages.embeddings import image_embeddings, products
+from milan_ray.stages.dnd.passes import fits, pooled_values, unit_maps, unit_vectors
+from milan_ray.stages.embeddings import image_embeddings
 from milan_ray.stages.exemplars import ModelWork, ModelWorker
 from milan_ray.stages.images import png
 from milan_ray.storage import Storage
@@ -124,22 +125,9 @@ class _DndWorker(ModelWorker):
             embedder = references.load(how.embedder, how.plugins)
             self._embedder = _checked(embedder, dnd.identity["embedder"], "model of images and texts").to(self._device)
 
-    def _maps(self, forward: Forward, spec: ModelSpec, views: np.ndarray, layer: str, units: list[int]) -> torch.Tensor:
-        """The maps (N, units, h, w) of some views, on the CPU."""
-        size = self._pass_size(spec)
-        parts = [
-            forward.maps(views[start : start + size])[layer][:, units].cpu() for start in range(0, len(views), size)
-        ]
-        return torch.cat(parts)
-
     def _embed(self, images: np.ndarray) -> np.ndarray:
-        """Embeddings of images uint8 (N, H, W, 3), of length 1: float32 (N, D)."""
         assert self._embedder is not None
-        views = to_device(torch.from_numpy(np.ascontiguousarray(images)), self._device)
-        pixels = views.permute(0, 3, 1, 2).float() * (1 / 255)
-        with torch.inference_mode():
-            vectors = self._embedder.embed_images(pixels).float()
-            return torch.nn.functional.normalize(vectors, dim=1).cpu().numpy()
+        return unit_vectors(self._embedder, images, self._device)
 
 
 class AugmentWorker(_DndWorker):
@@ -154,7 +142,7 @@ class AugmentWorker(_DndWorker):
         refs = {ref["image_id"]: ImageRef(ref["image_id"], ref["root"], ref["path"]) for ref in top.to_pylist()}
         ids = sorted(refs)
         views = self._read([refs[image_id] for image_id in ids], spec)
-        maps = self._maps(forward, spec, views, layer, units)
+        maps = unit_maps(forward, views, layer, units, self._pass_size(spec))
         members: dict[int, list[int]] = defaultdict(list)
         for place in top.to_pylist():
             members[place["unit"]].append(place["image_id"])
@@ -203,7 +191,7 @@ class AugmentWorker(_DndWorker):
         pool = POOLINGS[how.pooling]
         values = pool(maps[:, None])[:, 0]
         if boxes:
-            cut = self._maps(forward, spec, np.stack(images[len(ids) :]), layer, [unit])
+            cut = unit_maps(forward, np.stack(images[len(ids) :]), layer, [unit], self._pass_size(spec))
             values = torch.cat([values, pool(cut)[:, 0]])
         origin: list[tuple[int, list[int] | None]] = [(image_id, None) for image_id in ids]
         origin += [(ids[place], list(box)) for place, box in boxes]
@@ -300,52 +288,73 @@ class FindWorker:
         self._vectors = _unit(self._vectors)
 
     def __call__(self, row: Row) -> Row:
-        """Runs one block of labels."""
+        """Runs one block of labels.
+
+        Raises:
+            MilanError: The probe has no other image than the unit's own.
+        """
         item, texts = self._work.item, row["texts"]
         wanted = self._storage.get_work(item.work, f"wanted/{row['block']}").to_pylist()
-        fits = products(self._vectors, self._embedder.embed_texts(texts).float(), len(texts)).cpu().numpy()
-        order = dict(zip(texts, np.argsort(-fits, axis=0, kind="stable").T, strict=True))
+        by_text = dict(zip(texts, fits(self._embedder, self._vectors, texts).T, strict=True))
         rows: list[dict[str, object]] = []
         for number in sorted({asked["layer"] for asked in wanted}):
             asked_here = [asked for asked in wanted if asked["layer"] == number]
-            rows += self._of_layer(item.every[number], asked_here, order)
+            rows += self._of_layer(item.every[number], asked_here, by_text)
         self._storage.put_work(item.work, f"drawn/{row['block']}", pa.Table.from_pylist(rows, schema=DRAWN_SCHEMA))
         return {"images": row["images"]}
 
     def _of_layer(
-        self, layer: str, wanted: Sequence[dict[str, Any]], order: Mapping[str, np.ndarray]
+        self, layer: str, wanted: Sequence[dict[str, Any]], by_text: Mapping[str, np.ndarray]
     ) -> list[dict[str, object]]:
         """Activations and cosines of a layer's candidates.
 
         Args:
             layer: The layer.
             wanted: Texts and units.
-            order: Text → places of the embedded images, the best fit first.
+            by_text: Text → how well each embedded image fits it, (N,).
         """
         item, how = self._work.item, self._work.how
-        units = sorted({asked["unit"] for asked in wanted})
-        pooled, known = self._pooled(layer, units)
         top = self._storage.get_work(item.work, f"top/{item.part(layer)}")
         anchors = read_anchors(self._storage, self._work, layer)
-        rows: list[dict[str, object]] = []
+        pooled = self._storage.stream(POOLED, ["image_id"], model=item.model.name, layer=layer)
+        read = np.isin(self._ids, np.concatenate([piece["image_id"].to_numpy() for piece in pooled]))
+        most = how.drawn + how.images  # a unit's own may be among the best
+        best = {
+            text: np.argsort(np.where(read, -by_text[text], np.inf), kind="stable")[: min(most, read.sum())]
+            for text in {asked["text"] for asked in wanted}
+        }
+        places: list[np.ndarray] = []
         for asked in wanted:
-            unit, places = asked["unit"], order[asked["text"]]
-            own = top.filter(pc.equal(top["unit"], unit))["image_id"].to_numpy()
-            places = places[~np.isin(self._ids[places], own) & known[places]][: how.drawn]
-            activations, similar = pooled[places, units.index(unit)], self._vectors[places] @ anchors[unit]
-            rows.append({**asked, "activations": activations.tolist(), "similarities": similar.tolist()})
-        return rows
+            own = top.filter(pc.equal(top["unit"], asked["unit"]))["image_id"].to_numpy()
+            of = best[asked["text"]]
+            places.append(of[~np.isin(self._ids[of], own)][: how.drawn])
+            if not len(places[-1]):
+                raise MilanError(
+                    f"unit {asked['unit']} of {layer} has no probe image beside the {len(own)} that its captions are "
+                    "about: give a larger probe, a smaller --top, or a generator."
+                )
+        activations = self._activations(layer, [asked["unit"] for asked in wanted], [self._ids[of] for of in places])
+        return [
+            {
+                **asked,
+                "activations": values.tolist(),
+                "similarities": (self._vectors[of] @ anchors[asked["unit"]]).tolist(),
+            }
+            for asked, of, values in zip(wanted, places, activations, strict=True)
+        ]
 
-    def _pooled(self, layer: str, units: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-        """Pooled activations of the embedded images, float32 (N, units), and which of them the model read, (N,)."""
+    def _activations(self, layer: str, units: Sequence[int], image_ids: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Each unit's pooled activations on its images, (n,) each; holds a row group of ``pooled`` at a time."""
         item, pooling = self._work.item, self._work.how.pooling
-        values, known = np.full((len(self._ids), len(units)), np.nan, np.float32), np.zeros(len(self._ids), bool)
+        ids = np.concatenate(image_ids)
+        columns = np.repeat(np.array(units), [len(of) for of in image_ids])
+        found = np.full(len(ids), np.nan, np.float32)
         for piece in self._storage.stream(POOLED, ["image_id", pooling], model=item.model.name, layer=layer):
-            ids, more = piece["image_id"].to_numpy(), matrix(piece[pooling])[:, units]
-            places = np.searchsorted(self._ids, ids)
-            embedded = np.isin(ids, self._ids)
-            values[places[embedded]], known[places[embedded]] = more[embedded], True
-        return values, known
+            row_of = {image_id: row for row, image_id in enumerate(piece["image_id"].to_pylist())}
+            here = np.flatnonzero(np.isin(ids, piece["image_id"].to_numpy()))
+            rows = [row_of[image_id] for image_id in ids[here].tolist()]
+            found[here] = matrix(piece[pooling])[rows, columns[here]]
+        return np.split(found, np.cumsum([len(of) for of in image_ids])[:-1])
 
 
 def _unit(vectors: np.ndarray) -> np.ndarray:
@@ -380,9 +389,7 @@ class DrawWorker(_DndWorker):
         for text in row["texts"]:
             images = self._generator.generate(how.prompt.replace("{}", text), how.drawn, how.seed)
             views = np.stack([spec.preprocess.view(Image.fromarray(image)) for image in images])
-            size = self._pass_size(spec)
-            parts = [forward.maps(views[start : start + size]) for start in range(0, len(views), size)]
-            pooled = {layer: torch.cat([pool(part[layer]) for part in parts]).cpu().numpy() for layer in item.read}
+            pooled = pooled_values(forward, views, pool, self._pass_size(spec))
             embedded = None if self._embedder is None else self._embed(images)
             for asked in wanted:
                 if asked["text"] != text:
