@@ -226,12 +226,12 @@ def test_finding_images_draws_nothing_and_is_said(found, how, tmp_path, capsys):
         replace(again, embedder=None)
 
 
-def test_found_images_do_not_depend_on_blocks_or_actors(storage, found, how, tmp_path):
+def test_found_images_do_not_depend_on_blocks(storage, found, how, tmp_path):
     other = Storage(shutil.copytree(storage.root, tmp_path / "again"))
     done = Exemplars([MODEL], PROBE, CONFIG).run(other, ONE)
     again = replace(how, generator=None, labeler=DescribeAndDissect("topk-squared-mean", "probe"))
     stages = dnd_stages([MODEL], done.models, PROBE, CONFIG, again, drawings_identity(other, again))
-    assert run_dnd(other, stages, Resources(actors=2)) == {}
+    assert run_dnd(other, stages, ONE) == {}
     keys = {"labeler": "dnd-probe", **KEYS_OF}
     for table in (DRAWINGS, DESCRIPTIONS):
         assert other.read(table, **keys).equals(found.read(table, **keys))
