@@ -17,7 +17,7 @@ from milan_ray.models.chat import Chat, Message
 ROUNDS = 5
 """Number of times that a unit's captions are summarised."""
 
-PROMPTS_VERSION = 1
+PROMPTS_VERSION = 2
 """Part of every hash of candidates; increased when the prompts or the processing of answers change."""
 
 _WORDS = 5
@@ -43,11 +43,11 @@ class Summariser(Protocol):
 
 
 def tidy(answer: str) -> str:
-    """Extracts a label from an answer: the last non-empty line, after any colon, lower case, no quotes, no stop."""
+    """Extracts a label from an answer: the last non-empty line, after any colon, lower case; no quotes, stop or bullet."""
     lines = [line for line in answer.strip().splitlines() if line.strip()]
     text = lines[-1] if lines else ""
     text = text.rpartition(":")[2] or text.replace(":", "")
-    return " ".join(text.strip().strip("\"'`*“”‘’. ").lower().split())
+    return " ".join(text.strip().strip("\"'`*“”‘’.-–• ").lower().split())
 
 
 def variants(labels: Sequence[str]) -> list[str]:
