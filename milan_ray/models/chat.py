@@ -27,6 +27,7 @@ from jinja2 import TemplateError
 from milan_ray.config import canonical, config_hash
 from milan_ray.errors import MilanError, explained, reason
 from milan_ray.models.folders import LANGUAGE, LOCAL, check_complete, gguf_file, import_optional, import_transformers
+from milan_ray.models.registry import BUILDING
 from milan_ray.models.weights import folder_digest
 from milan_ray.progress import say
 from milan_ray.storage import Storage
@@ -155,7 +156,7 @@ class LocalChat:
         if self._gguf:
             needs = "it needs the GGUF file of a causal language model that transformers can read."
         file: dict[str, Any] = LOCAL | ({"gguf_file": self._gguf} if self._gguf else {})
-        with explained(f"the language model in {self._folder} cannot be loaded", needs):
+        with BUILDING, explained(f"the language model in {self._folder} cannot be loaded", needs):
             tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, padding_side="left", **file)
             model, report = transformers.AutoModelForCausalLM.from_pretrained(
                 self._folder, dtype=getattr(torch, precision), output_loading_info=True, use_safetensors=True, **file

@@ -17,6 +17,7 @@ import torch
 from milan_ray.errors import explained
 from milan_ray.models.folders import LOCAL, find_folder, import_optional
 from milan_ray.models.generators import register_generator_family
+from milan_ray.models.registry import BUILDING
 from milan_ray.models.weights import folder_digest
 
 PREFIX = "diffusers/"
@@ -125,7 +126,7 @@ class DiffusionGenerator:
         if self._only_half():
             options["variant"] = "fp16"
         needs = "it needs a whole pipeline of diffusers, with weights in safetensors."
-        with explained(f"the generator in {self._folder} cannot be loaded", needs):
+        with BUILDING, explained(f"the generator in {self._folder} cannot be loaded", needs):
             pipeline = diffusers.DiffusionPipeline.from_pretrained(self._folder, **options)
         if self._kind == _CLASSIC:
             solver = diffusers.DPMSolverMultistepScheduler

@@ -16,6 +16,7 @@ import torch
 
 from milan_ray.errors import MilanError, explained
 from milan_ray.models.folders import LOCAL, check_complete, find_folder, import_transformers
+from milan_ray.models.registry import BUILDING
 from milan_ray.models.weights import folder_digest
 
 DEFAULT = "blip-image-captioning-base"
@@ -132,7 +133,7 @@ class Blip:
             "it needs config.json, model.safetensors, the tokenizer's files and preprocessor_config.json of a BLIP "
             "model for captions."
         )
-        with explained(f"the captioner in {self._folder} cannot be loaded", needs):
+        with BUILDING, explained(f"the captioner in {self._folder} cannot be loaded", needs):
             processor = transformers.AutoImageProcessor.from_pretrained(self._folder, **LOCAL)
             tokenizer = transformers.AutoTokenizer.from_pretrained(self._folder, **LOCAL)
             model, report = transformers.BlipForConditionalGeneration.from_pretrained(

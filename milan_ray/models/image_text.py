@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from milan_ray.device import to_device
 from milan_ray.errors import MilanError, explained
 from milan_ray.models.folders import LOCAL, check_complete, find_folder, import_transformers
+from milan_ray.models.registry import BUILDING
 from milan_ray.models.view import View
 from milan_ray.models.weights import weights_digest
 from milan_ray.names import checked_name
@@ -397,7 +398,7 @@ def _read(folder: str) -> tuple[Any, Any, dict[str, Any]]:
         "it needs config.json, model.safetensors, the tokenizer's files and preprocessor_config.json of a CLIP or "
         "SigLIP model."
     )
-    with explained(f"the model of images and texts in {folder} cannot be loaded", needs):
+    with BUILDING, explained(f"the model of images and texts in {folder} cannot be loaded", needs):
         config = transformers.AutoConfig.from_pretrained(folder, **LOCAL)
         if config.model_type not in KINDS or not getattr(config.vision_config, "vision_use_head", True):
             raise MilanError(

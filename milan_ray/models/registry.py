@@ -34,8 +34,9 @@ OUTPUTS = "outputs"
 Activations = Literal["seen", "pre", "post"]
 
 BUILDING = threading.RLock()
-"""Lock held while a network is built: factories seed torch's global random generator, and threads may build networks
-at the same time."""
+"""Lock held while a network is built, or a model of transformers read. Threads may do so at once, but factories
+seed torch's global random generator, and transformers changes torch's default type and its own classes meanwhile: after
+two at once, its models may tie no weights any more."""
 
 TOKEN_BATCH = 32
 """Images per forward pass of vision transformers, as in the reference: their MLPs put out 617 MB for 128 images."""

@@ -13,6 +13,7 @@ from PIL import Image
 from milan_ray.device import resolve_device
 from milan_ray.errors import MilanError, explained
 from milan_ray.models.folders import LOCAL, find_folder, import_transformers
+from milan_ray.models.registry import BUILDING
 from milan_ray.models.weights import folder_digest
 
 OPTION = "--segmentation"
@@ -77,7 +78,7 @@ class Segmenter:
             f"{OPTION} takes config.json, model.safetensors and preprocessor_config.json of one for semantic "
             "segmentation."
         )
-        with explained(f"the network in {self.folder} cannot be loaded", needs):
+        with BUILDING, explained(f"the network in {self.folder} cannot be loaded", needs):
             processor = transformers.AutoImageProcessor.from_pretrained(self.folder, **LOCAL)
             model = transformers.AutoModelForSemanticSegmentation.from_pretrained(
                 self.folder, use_safetensors=True, **LOCAL

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from milan_ray.errors import MilanError, explained
 from milan_ray.models.folders import LOCAL, import_transformers
 from milan_ray.models.image_text import KINDS, ImageTextRef, find_image_text
+from milan_ray.models.registry import BUILDING
 
 TEXTS = 256
 """Texts per pass."""
@@ -44,7 +45,7 @@ class SentenceEncoder:
         self.name = place.name
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         needs = "give a folder with config.json, tokenizer and weights of a BERT-like model."
-        with explained(f"the language model in {place} cannot be loaded", needs):
+        with BUILDING, explained(f"the language model in {place} cannot be loaded", needs):
             self._tokenizer: Any = transformers.AutoTokenizer.from_pretrained(place, **LOCAL)
             self._model: Any = transformers.AutoModel.from_pretrained(place, **LOCAL).float().eval().to(self.device)
         pooling = place / "1_Pooling/config.json"

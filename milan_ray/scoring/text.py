@@ -187,6 +187,8 @@ class BertScore:
         from transformers import AutoConfig, AutoModel, AutoTokenizer
         from transformers.utils.logging import disable_progress_bar
 
+        from milan_ray.models.registry import BUILDING
+
         disable_progress_bar()
 
         folder = Path(model_dir).resolve()
@@ -204,7 +206,8 @@ class BertScore:
         self.device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-            model = AutoModel.from_pretrained(folder, config=config, local_files_only=True)
+            with BUILDING:
+                model = AutoModel.from_pretrained(folder, config=config, local_files_only=True)
         except Exception as error:  # transformers raises many types on absent, damaged or unfit files
             raise MilanError(f"the model for BERTScore in {folder} cannot be loaded ({reason(error)}).") from error
         self.model = model.eval().to(self.device)

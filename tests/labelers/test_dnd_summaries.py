@@ -15,6 +15,8 @@ def test_answers_become_labels():
         "Wheels:": "wheels",
         "  \n": "",
         "*green grass*": "green grass",
+        "- dogs\n- two-tailed cats": "two-tailed cats",
+        "-": "",
     }.items():
         assert tidy(answer) == label
 

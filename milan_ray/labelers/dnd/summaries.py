@@ -43,7 +43,7 @@ class Summariser(Protocol):
 
 
 def tidy(answer: str) -> str:
-    """Extracts a label from an answer: the last non-empty line, after any colon, lower case; no quotes, stop or bullet."""
+    """A label from an answer: the last non-empty line, after any colon, lower case, no quotes, stop or bullet."""
     lines = [line for line in answer.strip().splitlines() if line.strip()]
     text = lines[-1] if lines else ""
     text = text.rpartition(":")[2] or text.replace(":", "")
