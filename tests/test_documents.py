@@ -37,7 +37,7 @@ TUTORIALS = ("notebook", "own-model", "annotations")
 
 BLOCK = re.compile(r"^(<!-- run -->\n)?```([\w{}-]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"(?:^|[\s`])(?:python -m jobs\.|milan-ray )(?P<verb>[a-z]+)\b(?P<rest>.*)")
-ELSEWHERE = {
+ELSEWHERE = {"--no-deps", 
     "--address", "--working-dir", "--runtime-env-json", "--local-dir", "--head", "--only", "--help", "--upgrade",
     "--force-reinstall",
 }  # fmt: skip
