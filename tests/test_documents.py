@@ -37,9 +37,9 @@ TUTORIALS = ("notebook", "own-model", "annotations")
 
 BLOCK = re.compile(r"^(<!-- run -->\n)?```([\w{}-]*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(r"(?:^|[\s`])(?:python -m jobs\.|milan-ray )(?P<verb>[a-z]+)\b(?P<rest>.*)")
-ELSEWHERE = {"--no-deps", 
+ELSEWHERE = {
     "--address", "--working-dir", "--runtime-env-json", "--local-dir", "--head", "--only", "--help", "--upgrade",
-    "--force-reinstall",
+    "--force-reinstall", "--no-deps",
 }  # fmt: skip
 """Options of Ray, pip and others that the documents name, and of every program."""
 
