@@ -21,6 +21,7 @@ from milan_ray.labelers.dnd.labeler import DescribeAndDissect
 from milan_ray.models.generators import register_generator
 from milan_ray.models.image_text import register_image_text
 from milan_ray.models.registry import register_model
+from milan_ray.models.segmentation import register_segmenter
 from milan_ray.names import LONGEST, checked_name
 from milan_ray.probe.registry import register_probe
 from milan_ray.schema import DESCRIPTIONS, RUNS, TABLES
@@ -136,6 +137,7 @@ def test_what_plug_ins_register_keeps_the_rule(name: str) -> None:
         lambda: register_encoder(name, lambda weights: torch.nn.Identity(), ()),
         lambda: register_image_text(name, lambda: pytest.fail("is not asked for")),
         lambda: register_generator(name, lambda: pytest.fail("is not asked for")),
+        lambda: register_segmenter(name, lambda: pytest.fail("is not asked for")),
         lambda: register_probe(name, lambda: pytest.fail("is not asked for")),
     ):
         with pytest.raises(MilanError, match="cannot be called"):

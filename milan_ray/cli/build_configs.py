@@ -172,6 +172,7 @@ def model_ref(args: argparse.Namespace, name: str, weights: str | None) -> Model
 def probe_ref(args: argparse.Namespace) -> ProbeRef:
     """Converts the probe options to :class:`ProbeRef`."""
     from milan_ray.engine.references import ProbeRef
+    from milan_ray.models.segmentation import is_registered
     from milan_ray.plugins import load_plugins
     from milan_ray.probe.registry import probe_names
 
@@ -181,7 +182,7 @@ def probe_ref(args: argparse.Namespace) -> ProbeRef:
         sources.append(source if source in probe_names() else absolute("--probe", source))
     labels = None if args.labels is None else absolute("--labels", args.labels)
     legend, network = getattr(args, "legend", None), getattr(args, "segmentation", None)
-    if network is not None and Path(network).parent != Path("."):
+    if network is not None and not is_registered(network) and Path(network).parent != Path("."):
         network = absolute("--segmentation", network)
     legend = legend and absolute("--legend", legend)
     columns = args.image_column, args.label_column

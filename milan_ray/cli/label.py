@@ -36,8 +36,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         group,
         "--segmentation",
         "MODEL",
-        "network for semantic segmentation that says what pixels show: a folder as transformers saves it, or the "
-        "name of one in $MILAN_MODELS_DIR (default: the probe's own label maps)",
+        "network for semantic segmentation that says what pixels show: a folder as transformers saves it, the name of "
+        "one in $MILAN_MODELS_DIR, or a plug-in's (default: the probe's own label maps)",
     )
     integer(group, "--grid", None, "count on N × N positions (default: about 56, or a small view's own)")
     integer(group, "--formula-beam-size", 5, "formulas kept per round")

@@ -13,7 +13,7 @@ from milan_ray.errors import MilanError
 from milan_ray.models.layouts import UNSAID, Reading
 from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
-from milan_ray.models.segmentation import Segmenter
+from milan_ray.models.segmentation import find_segmenter
 from milan_ray.models.weights import weights_digest
 from milan_ray.plugins import load_plugins
 from milan_ray.probe.base import LatentProbe, Probe
@@ -61,7 +61,7 @@ class ProbeRef:
         labels: Path of a labels file for flat folders, or None.
         plugins: Modules that register what the name needs.
         legend: Path of the file that names the numbers in a folder's label maps, or None.
-        segmentation: Folder of the network that makes concept maps, or None for the probe's own.
+        segmentation: Folder or registered name of the network that makes concept maps, or None for the probe's own.
         image_column: Column of images in tables and archives; None finds it.
         label_column: Column of class labels; None finds it.
     """
@@ -97,7 +97,7 @@ def probe(ref: ProbeRef) -> Probe:
         return images
     if isinstance(images, LatentProbe):
         raise MilanError("a generator's latents cannot be segmented: leave out --segmentation.")
-    return SegmentedProbe(images, Segmenter(ref.segmentation))
+    return SegmentedProbe(images, find_segmenter(ref.segmentation))
 
 
 def network(spec: ModelSpec, weights: str | None = None) -> nn.Module:

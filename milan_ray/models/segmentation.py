@@ -1,7 +1,8 @@
-"""Concept maps from a semantic segmentation network in a folder that transformers saved."""
+"""Concept maps from a semantic segmentation network: in a folder that transformers saved, or a plug-in's own."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from milan_ray.errors import MilanError, explained
 from milan_ray.models.folders import LOCAL, find_folder, import_transformers
 from milan_ray.models.registry import BUILDING
 from milan_ray.models.weights import folder_digest
+from milan_ray.names import checked_name
+from milan_ray.probe.segmented import Segments
 
 OPTION = "--segmentation"
 
@@ -23,6 +26,78 @@ DEFAULT = "nvidia/segformer-b0-finetuned-ade-512-512"
 
 NOTHING = {"background", "unlabeled", "unlabelled", "void", "ignore"}
 """Names of classes that stand for no concept."""
+
+_REGISTERED: dict[str, Callable[[], Segments]] = {}
+
+
+def register_segmenter(name: str, factory: Callable[[], Segments]) -> None:
+    """Registers a custom segmentation network; a later registration of the same name replaces it.
+
+    Args:
+        name: Name used in place of a folder.
+        factory: Builds the network; called once per process that asks for its identity or its maps.
+    """
+    checked_name("a segmentation network", name, slashes=True)
+    _REGISTERED[name] = factory
+
+
+def is_registered(name: str) -> bool:
+    """Whether a name was registered with :func:`register_segmenter`."""
+    return name in _REGISTERED
+
+
+def find_segmenter(name: str) -> Segments:
+    """The segmentation network of a name; it is loaded on first use.
+
+    Args:
+        name: A registered name, a folder that transformers saved, or the name of one in ``$MILAN_MODELS_DIR``.
+
+    Raises:
+        MilanError: There is no such network, or transformers, which reads folders, is not installed.
+    """
+    return RegisteredSegmenter(name) if is_registered(name) else Segmenter(name)
+
+
+class RegisteredSegmenter:
+    """A plug-in's segmentation network. Small when pickled: it travels by name, and its maps are checked."""
+
+    def __init__(self, name: str) -> None:
+        """Stores the name.
+
+        Args:
+            name: A registered name.
+        """
+        self.name = name
+
+    def __getstate__(self) -> dict[str, object]:
+        """The state without the network."""
+        return {"name": self.name}
+
+    @cached_property
+    def _loaded(self) -> Segments:
+        return _REGISTERED[self.name]()
+
+    def identity(self) -> str:
+        """The name, and what the plug-in says that determines the maps."""
+        return f"{self.name}:{self._loaded.identity()}"
+
+    def maps(self, image: Image.Image) -> dict[str, np.ndarray]:
+        """Concept → bool (H, W), at the resolution that the plug-in chooses; only for concepts that occur.
+
+        Args:
+            image: RGB.
+
+        Raises:
+            MilanError: A map is no bool (H, W).
+        """
+        maps = self._loaded.maps(image)
+        for concept, shown in maps.items():
+            if shown.ndim != 2 or shown.dtype != bool:
+                raise MilanError(
+                    f"the segmentation network {self.name} says where {concept!r} is with {shown.dtype} "
+                    f"{shown.shape}: let it return bool (H, W) over the whole image."
+                )
+        return {concept: shown for concept, shown in maps.items() if shown.any()}
 
 
 class Segmenter:

@@ -16,11 +16,11 @@ class Segments(Protocol):
     """A network that segments images into concepts."""
 
     def identity(self) -> str:
-        """A text that covers everything that determines the maps."""
+        """A text that covers everything that determines the maps besides the images."""
         ...
 
     def maps(self, image: Image.Image) -> dict[str, np.ndarray]:
-        """Concept → bool (H, W)."""
+        """Concept → bool (H, W) over a whole RGB image, at any resolution."""
         ...
 
 
@@ -55,5 +55,5 @@ class SegmentedProbe:
         return self.images.read(ref)
 
     def concept_maps(self, ref: ImageRef) -> dict[str, np.ndarray] | None:
-        """The network's concept maps of one image, in the image's own resolution."""
+        """The network's concept maps of one image."""
         return self.by.maps(self.images.read(ref).image)

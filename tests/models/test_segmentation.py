@@ -1,4 +1,4 @@
-"""Concept maps by a network: a tiny random SegFormer, saved and read as a real one."""
+"""Concept maps by a network: a tiny random SegFormer, saved and read as a real one, and a plug-in's own."""
 
 from __future__ import annotations
 
@@ -16,9 +16,30 @@ from milan_ray.cli import build_parser
 from milan_ray.cli.build_configs import probe_ref
 from milan_ray.engine import references
 from milan_ray.errors import MilanError
-from milan_ray.models.segmentation import Segmenter
+from milan_ray.models.segmentation import Segmenter, register_segmenter
 from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.manifest import digest, image_refs
+
+PLUGIN = """
+import numpy as np
+
+from milan_ray.models.segmentation import register_segmenter
+
+
+class Halves:
+    def __init__(self):
+        print("halves are built")
+
+    def identity(self):
+        return VERSION
+
+    def maps(self, image):
+        left = np.arange(image.width) < image.width // 2
+        return {"left": left[None], "right": ~left[None], "nothing": np.zeros((1, 1), bool)}
+
+
+register_segmenter("own/halves", Halves)
+"""
 
 NAMES = {0: "background", 1: "Sky", 2: "tree", 3: "road"}
 
@@ -80,3 +101,45 @@ def test_a_network_is_found_in_the_models_folder_or_missed_with_one_sentence(fol
     other = Segmenter(save_clip(Path(folder).parent / "clip"))
     with pytest.raises(MilanError, match=r"cannot be loaded .*for semantic segmentation"):
         other.maps(Image.new("RGB", (8, 8)))
+
+
+def probe_of(plugin: Path, photos: Path, *more: str) -> Any:
+    command = ["label", "--model", "m", "--probe", str(photos), "--plugin", str(plugin), *more]
+    return references.probe(probe_ref(build_parser().read(command)))
+
+
+def test_a_plug_ins_network_is_asked_by_name_and_travels_without_being_built(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MILAN_MODELS_DIR", str(tmp_path))
+    plugin = tmp_path / "halves.py"
+    plugin.write_text(f"VERSION = '1'\n{PLUGIN}")
+    probe = probe_of(plugin, photos, "--segmentation", "own/halves")
+    assert "halves are built" not in capsys.readouterr().out
+    etags = probe.manifest()["etag"].to_pylist()
+    assert all(etag.endswith("+segmentation:own/halves:1") for etag in etags)
+    (ref,) = image_refs(probe.manifest(), [1])
+    copy = pickle.loads(pickle.dumps(probe))
+    assert vars(copy.by) == {"name": "own/halves"}
+    maps = copy.concept_maps(ref)
+    assert set(maps) == {"left", "right"}
+    width = probe.read(ref).image.width
+    np.testing.assert_array_equal(maps["left"], np.arange(width)[None] < width // 2)
+    assert capsys.readouterr().out.count("halves are built") == 2  # once here, once in the copy
+    other = tmp_path / "halves2.py"
+    other.write_text(f"VERSION = '2'\n{PLUGIN}")
+    assert digest(probe_of(other, photos, "--segmentation", "own/halves").manifest()) != digest(probe.manifest())
+
+
+@pytest.mark.parametrize("wrong", [np.ones((4, 4)), np.ones((1, 4, 4), bool), np.full((4, 4), 2, np.uint8)])
+def test_maps_of_a_plug_in_that_are_no_masks_are_refused(wrong, photos):
+    class Wrong:
+        def identity(self) -> str:
+            return "1"
+
+        def maps(self, image: Image.Image) -> dict[str, np.ndarray]:
+            return {"sky": wrong}
+
+    register_segmenter("own/wrong", Wrong)
+    probe: Any = references.probe(references.ProbeRef((str(photos),), segmentation="own/wrong"))
+    (ref,) = image_refs(probe.manifest(), [0])
+    with pytest.raises(MilanError, match=r"own/wrong says where 'sky' is with .*: let it return bool \(H, W\)"):
+        probe.concept_maps(ref)

@@ -16,6 +16,7 @@ from milan_ray.models.concept_truth import ConceptTruth
 from milan_ray.models.generators import register_generator
 from milan_ray.models.image_text import register_image_text
 from milan_ray.models.registry import register_model
+from milan_ray.models.segmentation import register_segmenter
 from milan_ray.models.view import Preprocess, View
 from milan_ray.probe.base import ImageRef, ProbeImage
 from milan_ray.probe.manifest import Entry, build
@@ -107,7 +108,22 @@ class Fields:
         return images
 
 
+class BrightFields:
+    """A segmentation network: each colour is where its channel is bright."""
+
+    def identity(self) -> str:
+        return "bright"
+
+    def maps(self, image: Image.Image) -> dict[str, np.ndarray]:
+        pixels = np.asarray(image)
+        shown: dict[str, np.ndarray] = {}
+        for channel, colour in enumerate(COLOURS):
+            shown[colour] = (pixels[..., channel] >= 150) & ~np.any([*shown.values(), np.zeros((SIDE, SIDE), bool)], 0)
+        return shown
+
+
 register_generator("flags/fields", Fields)
+register_segmenter("flags/bright", BrightFields)
 register_probe("flags", Flags)
 register_probe("flags/some", partial(Flags, 400, share=0.4))
 register_probe("flags/unlabelled", partial(Flags, concepts=False))
