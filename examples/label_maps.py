@@ -60,7 +60,7 @@ def write_label_maps(network: Segments, images: Path, out: Path) -> dict[str, in
         try:
             image = probe.read(ref).image
         except UnreadableImage as error:
-            print(f"left out: {error}")
+            print(f"{ref.path} is left out: {error}")
             continue
         file = (out / "labels" / ref.path).with_suffix(".png")
         if file.exists():
