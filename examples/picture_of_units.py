@@ -27,7 +27,7 @@ from milan_ray.storage import Storage
 PHOTOGRAPHS = {
     "skimage": [f"data/{name}" for name in (
         "astronaut.png", "brick.png", "camera.png", "chelsea.png", "coffee.png", "coins.png", "grass.png",
-        "gravel.png", "hubble_deep_field.jpg", "moon.png", "page.png", "retina.jpg", "rocket.jpg", "text.png",
+        "gravel.png", "hubble_deep_field.jpg", "retina.jpg", "rocket.jpg", "text.png",
     )],
     "sklearn": ["datasets/images/china.jpg", "datasets/images/flower.jpg"],
     "matplotlib": ["mpl-data/sample_data/grace_hopper.jpg"],
