@@ -177,6 +177,10 @@ class Resources:
         return max(1, int(self.cpus_per_actor))
 
 
+BLEU, LOSS = STOP_BY = ("bleu", "loss")
+"""What may choose the decoder's epoch on held-out units: BLEU of greedy captions, or the loss per token."""
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """Training of decoder and language model; defaults are the paper's.
@@ -193,6 +197,7 @@ class TrainingConfig:
         seed: Seed of initial weights, dropout and the order of captions.
         keep_last_weights: Keep the last epoch's weights instead of the best, as the reference does by mistake.
         bf16: Compute forward passes in bfloat16 where that is safe (autocast); weights stay float32.
+        stop_by: What the decoder's early stopping compares, of :data:`STOP_BY`; the reference's is BLEU.
     """
 
     decoder_batch_size: int = 64
@@ -206,3 +211,4 @@ class TrainingConfig:
     seed: int = 0
     keep_last_weights: bool = False
     bf16: bool = False
+    stop_by: str = BLEU

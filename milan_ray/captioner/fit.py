@@ -24,7 +24,7 @@ from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
 from milan_ray.captioner.text import Indexer, Vocabulary
 from milan_ray.captioner.training import EarlyStopping
-from milan_ray.config import TrainingConfig
+from milan_ray.config import LOSS, TrainingConfig
 from milan_ray.device import to_device
 from milan_ray.errors import MilanError
 from milan_ray.scoring.text import bleu_order, bleu_statistics, bleu_values
@@ -199,13 +199,18 @@ class _Fitting:
                 lm_batches = _prefetched(self._lm_batch, batches)
                 loss = training.lm_epoch(model, optimizer, lm_batches, self.pad, config)
                 validation = self._lm_loss(bare, validation_captions, batch_size)
+                score = -validation
             else:
                 decoder_batches = _prefetched(self._decoder_batch, batches)
                 loss = training.decoder_epoch(model, optimizer, decoder_batches, self.pad, config)
                 validation, sample = self._bleu(bare, held_out, batch_size)
-            loss, validation = group.mean(loss, validation)
-            stop = stopping.update(epoch, -validation if part == LM else validation, bare)
+                by_loss = config.stop_by == LOSS
+                score = -self._decoder_loss(bare, validation_captions, batch_size) if by_loss else validation
+            loss, validation, score = group.mean(loss, validation, score)
+            stop = stopping.update(epoch, score, bare)
             row = {"part": part, "epoch": epoch, "train_loss": loss, "validation": validation, "sample": sample}
+            if part == DECODER and config.stop_by == LOSS:
+                row["validation_loss"] = -score
             state["history"].append(row)
             last = stop or epoch + 1 == config.max_epochs
             if last:
@@ -251,6 +256,18 @@ class _Fitting:
         chunks = (training.collate_lm(chunk, self.indexer) for chunk in _chunks(words, batch_size))
         return training.lm_loss(model, chunks, self.pad)
 
+    def _decoder_loss(self, model: nn.Module, captions: Sequence[Caption], batch_size: int) -> float:
+        """Loss per token of some captions, each whole batch on this worker."""
+        device = self.group.device
+
+        def load(chunk: Sequence[Caption]) -> training.DecoderBatch:
+            batch = training.collate_decoder(
+                self.units.take([row for row, _ in chunk]), [words for _, words in chunk], self.indexer
+            )
+            return training.DecoderBatch(to_device(batch.features, device), to_device(batch.targets, device))
+
+        return training.decoder_loss(model, _prefetched(load, _chunks(captions, batch_size)), self.pad)
+
     def _bleu(self, model: nn.Module, rows: Sequence[int], batch_size: int) -> tuple[float, str]:
         """BLEU of greedy captions of some units, and the first caption."""
         assert isinstance(model, Decoder)
@@ -290,4 +307,5 @@ def epoch_line(row: Mapping[str, Any]) -> str:
     done = f"epoch {row['epoch'] + 1}, loss {row['train_loss']:.2f}"
     if row["part"] == LM:
         return f"language model, {done}, held-out perplexity {np.exp(row['validation']):.1f}"
-    return f"decoder, {done}, held-out BLEU {row['validation']:.1f}, says {row['sample']!r}"
+    loss = f", held-out loss {row['validation_loss']:.2f}" if "validation_loss" in row else ""
+    return f"decoder, {done}{loss}, held-out BLEU {row['validation']:.1f}, says {row['sample']!r}"

@@ -200,6 +200,18 @@ def lm_loss(model: nn.Module, batches: Iterable[LMBatch], pad: int) -> float:
     return sum(torch.stack(losses).tolist()) / tokens if tokens else float("nan")
 
 
+@torch.no_grad()
+def decoder_loss(model: nn.Module, batches: Iterable[DecoderBatch], pad: int) -> float:
+    """Validation loss of a decoder: mean over all tokens, nats, without the regulariser."""
+    model.eval()
+    losses, tokens = [], 0
+    for batch in batches:
+        count = int((batch.targets != pad).sum())
+        losses.append(token_loss(model(batch.features, batch.targets)[0], batch.targets, pad) * count)
+        tokens += count
+    return sum(torch.stack(losses).tolist()) / tokens if tokens else float("nan")
+
+
 def greedy_captions(decoder: Decoder, features: Tensor, indexer: Indexer, length: int = 15) -> list[str]:
     """Greedy captions of features (B, k, F), for validation BLEU; leaves the decoder in eval mode."""
     decoder.eval()

@@ -6,10 +6,10 @@ import argparse
 from dataclasses import replace
 
 from milan_ray.cli import options
-from milan_ray.cli.arguments import flag, fraction, gib, integer, name, string, strings
+from milan_ray.cli.arguments import choice, flag, fraction, gib, integer, name, string, strings
 from milan_ray.cli.build_configs import annotated_layers, cluster, encoder_ref, open_storage, read_text, resources_of
 from milan_ray.cli.summary import note, show_plan
-from milan_ray.config import TrainingConfig
+from milan_ray.config import STOP_BY, TrainingConfig
 from milan_ray.errors import MilanError
 from milan_ray.names import checked_name
 
@@ -50,6 +50,7 @@ def fitting(parser: argparse.ArgumentParser) -> None:
     integer(parser, "--epochs", config.max_epochs, "epochs at most, of each model")
     integer(parser, "--patience", config.patience, "epochs without improvement forgiven", least=0)
     fraction(parser, "--hold-out", config.hold_out, "share of units held out to stop early, at least one unit")
+    choice(parser, "--stop-by", STOP_BY, "what of held-out units chooses the decoder's epoch", config.stop_by)
     integer(parser, "--hidden", 512, "LSTM state, units")
     integer(parser, "--embedding", 128, "token embedding, units")
     flag(parser, "--bf16", "compute in bfloat16 where that is safe")
@@ -68,6 +69,7 @@ def training_config(args: argparse.Namespace) -> TrainingConfig:
         seed=args.seed,
         bf16=args.bf16,
         keep_last_weights=args.reference_quirks,
+        stop_by=args.stop_by,
     )
 
 

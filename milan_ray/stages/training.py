@@ -21,7 +21,7 @@ from milan_ray.captioner.decoder import Decoder
 from milan_ray.captioner.fit import DECODER, LM, FitConfig, Sizes, State, epoch_line, fit, fitted, new_state
 from milan_ray.captioner.lm import LanguageModel
 from milan_ray.captioner.text import Indexer
-from milan_ray.config import Fingerprint, TrainingConfig
+from milan_ray.config import BLEU, Fingerprint, TrainingConfig
 from milan_ray.engine import trainer
 from milan_ray.engine.run_log import Cost, record_run
 from milan_ray.engine.stage import Known, Output, Stage
@@ -356,9 +356,10 @@ def training_fingerprint(storage: Storage, job: TrainingJob, encodings: Sequence
     inputs = {"name": job.name, "annotations": annotations, "encodings": list(encodings)}
     tuned = {"decoder": asdict(job.decoder)} if job.decoder else {}
     chosen = {"units": job.units} if job.units else {}
-    return Fingerprint.of(
-        {"kernel": KERNEL_VERSION, **inputs, **asdict(job.config), **asdict(job.sizes), **tuned, **chosen}
-    )
+    config = asdict(job.config)
+    if job.config.stop_by == BLEU:
+        del config["stop_by"]  # captioners that were trained before there was a choice stay current
+    return Fingerprint.of({"kernel": KERNEL_VERSION, **inputs, **config, **asdict(job.sizes), **tuned, **chosen})
 
 
 def annotations_read(storage: Storage, source: str, layers: Sequence[tuple[str, str]]) -> list[tuple[str, str, str]]:

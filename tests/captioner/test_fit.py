@@ -13,8 +13,8 @@ from milan_ray.captioner.decoder import Decoder
 from milan_ray.captioner.fit import FitConfig, Sizes, epoch_line, fit, fitted, new_state, split_units
 from milan_ray.captioner.lm import LanguageModel
 from milan_ray.captioner.text import Indexer
-from milan_ray.captioner.training import greedy_captions, optimizer_for
-from milan_ray.config import TrainingConfig
+from milan_ray.captioner.training import collate_decoder, greedy_captions, optimizer_for, token_loss
+from milan_ray.config import STOP_BY, TrainingConfig
 
 THINGS = ("dog", "cat", "house", "tree")
 
@@ -53,6 +53,7 @@ def test_defaults_are_the_papers() -> None:
     assert (config.learning_rate, config.weight_decay) == (1e-3, 1e-2)
     assert (config.max_epochs, config.patience, config.hold_out) == (100, 4, 0.1)
     assert config.regularization_weight == 1 and not config.bf16 and not config.keep_last_weights
+    assert config.stop_by == "bleu"
     assert sizes == Sizes(embedding=128, hidden=512, dropout=0.5)
     lm, decoder = FitConfig().model("lm", 30, 40), FitConfig().model("decoder", 30, 40)
     assert isinstance(lm, LanguageModel) and isinstance(decoder, Decoder)
@@ -99,6 +100,31 @@ def test_fit_of_the_decoder_alone_is_that_of_both(reported) -> None:
     state = new_state(units.texts)
     fit(units, {"decoder": PLAN}, state, lambda state: None)
     assert state["history"] == reported[-1]["history"][6:]
+
+
+def test_fit_stops_by_the_loss_where_told_and_trains_the_same() -> None:
+    """The first epoch with BLEU 100 is not the one with the lowest loss."""
+    units, states = Units(), {}
+    for stop_by in STOP_BY:
+        config = replace(PLAN.config, stop_by=stop_by)
+        states[stop_by] = new_state(units.texts)
+        fit(units, {"decoder": FitConfig(config, PLAN.sizes)}, states[stop_by], lambda state: None)
+    by_bleu, by_loss = (states[stop_by]["history"] for stop_by in STOP_BY)
+    assert [row["validation"] for row in by_bleu] == [row["validation"] for row in by_loss]
+    losses = [row["validation_loss"] for row in by_loss]
+    assert states["loss"]["kept"]["decoder"] == min(range(6), key=losses.__getitem__)
+    assert states["loss"]["kept"]["decoder"] > states["bleu"]["kept"]["decoder"]
+    assert f"held-out loss {losses[-1]:.2f}, held-out BLEU" in epoch_line(by_loss[-1])
+    assert "held-out loss" not in epoch_line(by_bleu[-1])
+
+    indexer = Indexer.from_state(states["loss"]["indexer"])
+    decoder = fitted(states["loss"], "decoder", PLAN, units.size).eval()
+    held_out, _ = split_units(40, PLAN.config)
+    texts = [units.texts[row][0] for row in held_out]  # both annotations are the same
+    batch = collate_decoder(units.take(held_out), [indexer.words(indexer.tokenizer(text)) for text in texts], indexer)
+    with torch.no_grad():
+        expected = token_loss(decoder(batch.features, batch.targets)[0], batch.targets, indexer.ids.pad)
+    assert min(losses) == pytest.approx(float(expected), rel=1e-4)
 
 
 def test_fit_does_nothing_when_all_is_finished(reported) -> None:

@@ -13,6 +13,7 @@ from milan_ray.captioner.training import (
     collate_decoder,
     collate_lm,
     decoder_epoch,
+    decoder_loss,
     greedy_captions,
     lm_epoch,
     lm_loss,
@@ -167,6 +168,18 @@ def trained_metrics(stopping: EarlyStopping, metrics: list[float]) -> tuple[int,
             break
     stopping.restore(model)
     return epoch, model.weight.item()
+
+
+def test_decoder_loss_is_the_mean_over_tokens_whatever_the_batches(tiny: Captioner, words: list[list[int]]) -> None:
+    features, pad = torch.randn(3, 3, 6, generator=torch.Generator().manual_seed(0)), tiny.indexer.ids.pad
+    whole = collate_decoder(features, words[:3], tiny.indexer)
+    parts = [collate_decoder(features[rows], words[rows], tiny.indexer) for rows in (slice(2), slice(2, 3))]
+    loss = decoder_loss(tiny.decoder.train(), [whole], pad)  # measured without dropout
+    assert decoder_loss(tiny.decoder, parts, pad) == pytest.approx(loss, rel=1e-5)
+    with torch.no_grad():
+        log_probs, _ = tiny.decoder(features, whole.targets)
+    of_tokens = log_probs.gather(2, whole.targets[..., None])[..., 0][whole.targets != pad]
+    assert loss == pytest.approx(-float(of_tokens.mean()), rel=1e-5)
 
 
 def test_early_stopping_keeps_the_best_epochs_weights() -> None:

@@ -239,6 +239,7 @@ ROWS: dict[str, str] = {
     "--trials": NAMES,
     "analyze --trials": ANALYZE,
     "edit --trials": EDIT,
+    "--stop-by": NAMES,
     "--ties": ANALYZE,
     "--workers": f"{MORE}::test_more_training_workers_than_there_is_room_for_are_refused",
     "--threads": "benchmarks/test_exemplar_benchmarks.py::test_benchmark_short_form_writes_its_figures",
