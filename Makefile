@@ -27,8 +27,8 @@ test-slow: $(VENV)/.test  ## the long tests: the whole demo, 50,000 images, subm
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -n 2 -m 'slow and not alone'
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m alone
 
-soak: $(VENV)/.test  ## a job whose driver is killed 24 times, each time before another write, against one that nobody disturbs
-	OMP_NUM_THREADS=1 MILAN_SOAK=24 $(VENV)/bin/python -m pytest -q tests/faults/test_disturbed.py -k driver_killed
+soak: $(VENV)/.test  ## a job whose driver is killed 24 times, each time before another write, and one that loses a node every 20 seconds
+	OMP_NUM_THREADS=1 MILAN_SOAK=24 $(VENV)/bin/python -m pytest -q -s tests/faults -k "driver_killed or every_20"
 
 conformance: $(VENV)/.test  ## every family of torchvision, timm and transformers, read as its library says: half an hour
 	OMP_NUM_THREADS=1 MILAN_CONFORMANCE=1 $(VENV)/bin/python -m pytest -q -m slow tests/benchmarks/test_conformance.py

@@ -6,7 +6,6 @@ decoding, what travels through Ray and what the actor does around its passes are
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -14,13 +13,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-import ray
 
-from milan_ray import runtime
 from milan_ray.benchmarks.harness import Options, Result, alone, photographs
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Read, Row, run_pool
+from milan_ray.engine.cluster import pretended
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.exemplars.forward import read_inputs
 from milan_ray.probe.manifest import image_refs
@@ -173,13 +171,8 @@ def _busy(what: str, runs: list[list[float]], seconds: float) -> dict[str, float
 
 def _ends(feeding: Feeding) -> list[float]:
     """When the actor's shards ended: the first, in which it imports what it needs, counts no further than that."""
-    runtime.prepare(None)
     own = 1 if feeding.reader else feeding.cpus
     cpus = feeding.cpus + own if feeding.reader else own
-    ray.init(
-        address="local", num_cpus=cpus, num_gpus=1, include_dashboard=False, object_store_memory=OBJECT_STORE,
-        log_to_driver=False, logging_level=logging.ERROR,
-    )  # fmt: skip
     run = replace(feeding.run, resources=replace(feeding.run.resources, cpus_per_actor=own))
     size = run.config.shard(feeding.item.plan.images)
     rows: Sequence[Row] = [
@@ -187,8 +180,8 @@ def _ends(feeding: Feeding) -> list[float]:
         for n in range(feeding.shards)
     ]
     arguments = {**run.arguments([feeding.item]), "seconds": feeding.seconds, "replayed": feeding.replayed}
-    answers = list(run_pool(PretendedGpu, arguments, list(rows), run.resources, reader=feeding.reader))
+    with pretended(cpus, 1, OBJECT_STORE):
+        answers = list(run_pool(PretendedGpu, arguments, list(rows), run.resources, reader=feeding.reader))
     for answer in answers:
         assert answer["models"][0]["error"] is None, answer
-    ray.shutdown()
     return sorted(float(answer["ended"]) for answer in answers)

@@ -123,6 +123,24 @@ def connected(resources: Resources) -> Iterator[None]:
             _dismiss()
 
 
+@contextlib.contextmanager
+def pretended(cpus: int, gpus: int, object_store: int) -> Iterator[None]:
+    """A local Ray of this process that believes in as many CPUs and GPUs, whatever there is; for benchmarks.
+
+    Args:
+        cpus: CPUs.
+        gpus: GPUs.
+        object_store: Bytes of its object store.
+    """
+    runtime.prepare(None)
+    options = {"address": "local", "include_dashboard": False, "log_to_driver": False, "logging_level": logging.ERROR}
+    _init("local", {**options, "num_cpus": cpus, "num_gpus": gpus, "object_store_memory": object_store})
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
 def start() -> None:
     """Starts the local Ray of :func:`connected` unless it runs; small jobs never call this."""
     if _own.options is not None and not ray.is_initialized():
