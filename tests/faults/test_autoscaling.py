@@ -38,8 +38,8 @@ ATTEMPTS = 3
 
 LAYER = {"model": "slow/other", "layer": "3"}
 
-COPIES = 20
-"""Of each photograph."""
+COPIES, BATCH = 20, 16
+"""Of each photograph; photographs per pass, as elastic.py says."""
 
 linux = pytest.mark.skipif(not Path("/proc/meminfo").exists(), reason="reads /proc")
 
@@ -154,24 +154,23 @@ def elastic(tmp_path: Path, memory: int = 100 * 2**20) -> Iterator[Callable[...,
     environment |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "e" * 64, "HOME": str(folder)}
     environment |= {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     environment |= dict.fromkeys(("RAY_CLOUD_INSTANCE_ID", "RAY_OVERRIDE_NODE_ID_FOR_TESTING"), FAKE_HEAD_NODE_ID)
-    environment |= {"MILAN_TEST_WHERE": str(tmp_path / "where"), "MILAN_TEST_READ": str(tmp_path / "read")}
+    # Workers' processes come from the head's, and the driver's passes do not count.
+    environment |= {f"MILAN_TEST_{name.upper()}": str(tmp_path / name) for name in ("where", "read", "gate")}
     environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{ROOT / 'tests/helpers'}"
 
-    def run(how: str, photos: Path, timeout: float, **more: str) -> dict[str, Any]:
+    def run(how: str, photos: Path, timeout: float) -> dict[str, Any]:
         arguments = [how, address, str(tmp_path / "result"), str(tmp_path / "run"), str(photos), PLUGIN]
         script = str(ROOT / "tests/faults/elastic.py")
         done = subprocess.run(
-            [sys.executable, script, *arguments], cwd=ROOT, env={**environment, **more}, capture_output=True,
-            text=True, timeout=timeout, check=False,
+            [sys.executable, script, *arguments], cwd=ROOT, env=environment, capture_output=True, text=True,
+            timeout=timeout, check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         found: dict[str, Any] = json.loads((tmp_path / "result").read_text())
         assert not found["failed"], found
         return found
 
-    # Workers' processes come from the head's, with what they need to know.
-    gate = {"MILAN_TEST_GATE": str(tmp_path / "gate"), "MILAN_TEST_PASSES": os.environ.get("MILAN_TEST_PASSES", "0")}
-    address, head = start_head(folder, get_node_ip_address(), {**environment, **gate}, memory)
+    address, head = start_head(folder, get_node_ip_address(), environment, memory)
     try:
         yield run
     finally:
@@ -184,7 +183,7 @@ def elastic(tmp_path: Path, memory: int = 100 * 2**20) -> Iterator[Callable[...,
 def test_cluster_gets_nodes_of_both_kinds_loses_some_gets_others_and_shrinks_again(job, undisturbed, tmp_path):
     """Tables are those of an undisturbed job, for two networks that share what is read."""
     with elastic(tmp_path) as run:
-        found = run("once", job.photos, 900, MILAN_TEST_GATE=str(tmp_path / "gate"))
+        found = run("once", job.photos, 900)
     assert len(found["ran"]) == 3 and found["lost"] in found["ran"]
     assert found["readers"] and not set(found["readers"]) & set(found["ran"])
     tables = job.tables(Storage(tmp_path / "run"))
@@ -209,16 +208,16 @@ def test_node_lost_every_20_seconds_costs_little_work(shared, tmp_path):
         for copy in range(COPIES):
             shutil.copy(photo, folder / f"{photo.stem}-{copy}.JPEG")  # a link would be the same image
     images = len(list(folder.iterdir()))
-    (tmp_path / "gate").touch()
+    (tmp_path / "gate").touch()  # nobody waits
     with elastic(tmp_path, 400 * 2**20) as run:
         found = run("every", folder, 3000)
     passes, read = len((tmp_path / "where").read_text().split()), (tmp_path / "read").read_text().split()
-    shards = images / 32
-    work = {"passes": passes / (2 * shards * 2), "read": sum(map(int, read)) / images}
+    needed = 2 * images / BATCH  # of two networks
+    work = {"passes": passes / needed, "read": sum(map(int, read)) / images}
     print(json.dumps({**found, **work, "images": images}))
     expected = Storage(tmp_path / "undisturbed")
     models = [ModelRef(f"slow/large-{name}", plugins=(PLUGIN,)) for name in ("cnn", "other")]
-    config = ExemplarConfig(k=4, batch_size=16, shard_size=256)
+    config = ExemplarConfig(k=4, batch_size=BATCH, shard_size=256)
     with connected(Resources()):
         Exemplars(models, ProbeRef((str(folder),)), config).run(expected, Resources(actors=2))
     there = Storage(tmp_path / "run")
