@@ -19,6 +19,7 @@ from milan_ray.textfiles import decode_text
 if TYPE_CHECKING:
     from milan_ray.engine.references import ModelRef, ProbeRef
     from milan_ray.models.image_text import ImageTextRef
+    from milan_ray.models.registry import ModelSpec
     from milan_ray.stages.captioners import EncoderRef
     from milan_ray.storage import Storage
 
@@ -126,7 +127,6 @@ def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
         runs: Whether the models are run, so that their weights are required.
     """
     from milan_ray.models.registry import RANDOM, get_model
-    from milan_ray.models.resolve import resolve_model
 
     names = model_names(args)
     if args.weights is not None:
@@ -138,7 +138,7 @@ def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
     for name in names:
         weights = args.weights if runs else RANDOM
         try:
-            weights = resolve_model(name, weights, args.layers, download=args.download).weights
+            weights = resolved(args, name, weights).weights
         except WouldDownload as error:  # a dry run lists all of them
             absent = error
         except MilanError as error:
@@ -160,13 +160,41 @@ def model_names(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(name for pattern in args.model for name in match_models(pattern)))
 
 
+def resolved(args: argparse.Namespace, name: str, weights: str | None) -> ModelSpec:
+    """Finds a model with the options on weights, layers and features."""
+    from milan_ray.models.resolve import resolve_model
+
+    ref = model_ref(args, name, weights)
+    return resolve_model(name, weights, ref.layers, features=ref.features, download=args.download)
+
+
 def model_ref(args: argparse.Namespace, name: str, weights: str | None) -> ModelRef:
     """Converts the options on layers to the reference of a model with some weights."""
     from milan_ray.engine.references import ModelRef
     from milan_ray.models.layouts import Reading
 
     reading = Reading(args.batch_axis, args.units_axis, args.layer_grid, args.prefix_tokens)
-    return ModelRef(name, weights, tuple(args.layers), tuple(args.plugin), args.activations, reading)
+    layers, features = feature_layers(args)
+    return ModelRef(name, weights, layers, tuple(args.plugin), args.activations, reading, features)
+
+
+def feature_layers(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The layers of ``--layers`` and those of ``--features``, and the files of the latter as every process knows them.
+
+    Raises:
+        MilanError: There are several models, or a file cannot be read.
+    """
+    if not args.features:
+        return tuple(args.layers), ()
+    if len(model_names(args)) > 1:
+        raise MilanError("--features names features of one model; give a single --model with it.")
+    from milan_ray.models.features.files import file_features, split_given
+
+    files = []
+    for given in args.features:
+        layer, path = split_given(given)
+        files.append(f"{layer}={absolute('--features', path)}" if layer else absolute("--features", path))
+    return tuple(dict.fromkeys([*args.layers, *(file_features(file).path for file in files)])), tuple(files)
 
 
 def probe_ref(args: argparse.Namespace) -> ProbeRef:

@@ -108,7 +108,10 @@ def models(parser: argparse.ArgumentParser, required: bool = True) -> None:
     string(
         group, "--weights", "WEIGHTS", "file, URL, name of published ones (IMAGENET1K_V2) or 'random'; for one model"
     )
-    strings(group, "--layers", "PATH", "layers (default: the model's own list)", default=[])
+    layers = "layers, or registered feature sets as LAYER#NAME (default: the model's own list)"
+    strings(group, "--layers", "PATH", layers, default=[])
+    features = "features of one model's layer, dissected like units: a checkpoint of a sparse autoencoder, or a matrix"
+    strings(group, "--features", "LAYER=FILE", f"{features} of directions (docs/features.md)", default=[])
     choice(
         group,
         "--activations",

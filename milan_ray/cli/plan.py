@@ -17,6 +17,7 @@ from milan_ray.cli.build_configs import (
     model_ref,
     open_storage,
     probe_ref,
+    resolved,
     resources_of,
 )
 from milan_ray.cli.refusals import refuse
@@ -99,13 +100,12 @@ def run(args: argparse.Namespace) -> int:
 def _models(args: argparse.Namespace) -> list[ModelRef]:
     """Resolves the requested models. Models without local weights are measured untrained, which takes as long."""
     from milan_ray.models.registry import RANDOM
-    from milan_ray.models.resolve import resolve_model
 
     refs = []
     for name in model_names(args):
         weights = args.weights
         try:
-            weights = resolve_model(name, weights, args.layers, download=args.download).weights
+            weights = resolved(args, name, weights).weights
         except MilanError:
             if weights is not None:
                 raise

@@ -42,6 +42,7 @@ class ModelRef:
         plugins: Modules that register what the name needs.
         activations: Which values of a layer count: ``seen``, ``pre`` or ``post``.
         reading: How the user describes the layers' axes.
+        features: Files of features that the layers may name, as ``LAYER=PATH``.
     """
 
     name: str
@@ -50,6 +51,7 @@ class ModelRef:
     plugins: tuple[str, ...] = ()
     activations: Activations = "seen"
     reading: Reading = UNSAID
+    features: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,9 @@ def model(ref: ModelRef) -> ModelSpec:
         MilanError: Unknown name, missing weights, broken plug-in.
     """
     load_plugins(ref.plugins)
-    return resolve_model(ref.name, ref.weights, ref.layers, activations=ref.activations, reading=ref.reading)
+    return resolve_model(
+        ref.name, ref.weights, ref.layers, activations=ref.activations, reading=ref.reading, features=ref.features
+    )
 
 
 def probe(ref: ProbeRef) -> Probe:

@@ -19,6 +19,7 @@ from torch import nn
 from milan_ray.config import FLOAT32, Arithmetic
 from milan_ray.device import to_device
 from milan_ray.errors import MilanError, UnreadableImage
+from milan_ray.exemplars.feature_maps import FeatureMaps
 from milan_ray.models.batch_mates import differing, exchanged, summary
 from milan_ray.models.establish import established
 from milan_ray.models.hooks import LayerTap, call, unwrap
@@ -317,17 +318,21 @@ class Forward:
         layouts: Mapping[str, Layout] | None = None,
     ) -> None:
         model = unwrap(model)
-        self._spec, self._layers, self._layouts = spec, tuple(layers), layouts
+        self._spec, self._layers = spec, tuple(layers)
+        self._layouts = None if layouts is None else {spec.base(layer): layout for layer, layout in layouts.items()}
         self._alone = runs_alone(model)
         self._batch_size = 1 if self._alone else batch_size
         self._model = model.to(memory_format=torch.channels_last) if arithmetic.channels_last else model
         self._low = None if arithmetic.precision == "float32" else getattr(torch, arithmetic.precision)
         parameter = next(iter(model.parameters()), None)
         self._device = parameter.device if parameter is not None else torch.device("cpu")
+        self._bases = tuple(dict.fromkeys(map(spec.base, layers)))
+        self._encoders = {
+            layer: FeatureMaps(spec.features[layer], self._device) for layer in layers if layer in spec.features
+        }
 
-    @torch.inference_mode()
     def maps(self, inputs: Inputs) -> dict[str, torch.Tensor]:
-        """Computes every layer's activation maps of one batch of inputs.
+        """Computes every layer's activation maps of one batch of inputs, at once; see :meth:`pieces`.
 
         Args:
             inputs: n ≤ batch size views, or a generator's latents.
@@ -336,14 +341,46 @@ class Forward:
             Layer → (n, U, h, w), on the model's device, float32 at any precision.
 
         Raises:
-            MilanError: A layer's output cannot be read as maps, or an image's maps depend on other images.
+            MilanError: As for :meth:`pieces`.
         """
+        found: dict[str, list[torch.Tensor]] = {layer: [] for layer in self._layers}
+        for _, maps in self.pieces(inputs):
+            for layer, piece in maps.items():
+                found[layer].append(piece)
+        return {layer: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for layer, pieces in found.items()}
+
+    @torch.inference_mode()
+    def pieces(self, inputs: Inputs) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
+        """Computes every layer's activation maps of one batch of inputs; of many features, for some images at a time.
+
+        A layer of 25,000 features has maps of 300 MB for sixteen images; its units have maps of 10 MB.
+
+        Args:
+            inputs: n ≤ batch size views, or a generator's latents.
+
+        Yields:
+            Rows of the inputs, and layer → (rows, U, h, w), on the model's device, float32 at any precision. Each layer
+            comes with all rows, in order.
+
+        Raises:
+            MilanError: A layer's output cannot be read as maps, an image's maps depend on other images, or features
+                cannot be read from a layer.
+        """
+        maps = self._base_maps(inputs)
+        count = len(inputs[0]) if isinstance(inputs, tuple) else len(inputs)
+        yield slice(0, count), {layer: found for layer, found in maps.items() if layer in self._layers}
+        for layer, encoder in self._encoders.items():
+            for rows, found in encoder.pieces(maps[self._spec.base(layer)], self._batch_size):
+                yield rows, {layer: found}
+
+    def _base_maps(self, inputs: Inputs) -> dict[str, torch.Tensor]:
+        """Maps (n, U, h, w) of the layers, and of those that feature sets read."""
         if self._layouts is None:
             latents = inputs if isinstance(inputs, tuple) else None
-            self._layouts = established(self._spec, self._model, self._layers, latents)
+            self._layouts = established(self._spec, self._model, self._bases, latents)
         checked = _CHECKED.setdefault(self._model, set())
-        how = self._spec.activations, self._layers, self._batch_size, self._low
-        if self._batch_size > 1 and self._layers and how not in checked:
+        how = self._spec.activations, self._bases, self._batch_size, self._low
+        if self._batch_size > 1 and self._bases and how not in checked:
             maps = self._checked(inputs, self._layouts)
             checked.add(how)
             return maps
@@ -355,7 +392,7 @@ class Forward:
     def _maps(self, inputs: Inputs, layouts: Mapping[str, Layout], every: bool = False) -> dict[str, torch.Tensor]:
         """The maps of the inputs; with ``every``, also those of the padding rows of the batch."""
         count, prepared = self._prepare(inputs)
-        with LayerTap(self._model, self._layers, self._spec.hidden, self._spec.activations) as tap, self._mixed():
+        with LayerTap(self._model, self._bases, self._spec.hidden, self._spec.activations) as tap, self._mixed():
             outputs = tap(prepared)
         if self._batch_size > 1:
             for layer, layout in layouts.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -69,7 +69,12 @@ class LayerState:
 
     @classmethod
     def empty(
-        cls, plan: StateConfig, units: int, map_shape: tuple[int, int], device: str | torch.device = "cpu"
+        cls,
+        plan: StateConfig,
+        units: int,
+        map_shape: tuple[int, int],
+        device: str | torch.device = "cpu",
+        rectified: bool = False,
     ) -> LayerState:
         """The state before any image, for a layer with U units and maps of (h, w)."""
         carried = map_shape if plan.carries_maps(units, map_shape) else None
@@ -78,8 +83,13 @@ class LayerState:
             plan,
             map_shape,
             RunningTopK.empty(units, plan.k, carried, device),
-            RunningLevel.empty(units, plan.quantile, plan.images * per_image, device),
+            RunningLevel.empty(units, plan.quantile, plan.images * per_image, device, 0.0 if rectified else -math.inf),
         )
+
+    @property
+    def rectified(self) -> bool:
+        """Whether activations are never below zero and zero means absent, so that no such image is an exemplar."""
+        return self.level.floor == 0
 
     @property
     def exact(self) -> bool:
@@ -108,7 +118,8 @@ class LayerState:
         pooled = maxima(maps)
         ids = to_device(torch.from_numpy(image_ids), pooled.device)
         topk_bound, level_bound = (None, None) if known is None else known.lower_bounds
-        self.topk.update(pooled, ids, maps if self.topk.carries_maps else None, topk_bound)
+        entering = pooled.masked_fill(pooled <= 0, -torch.inf) if self.rectified else pooled
+        self.topk.update(entering, ids, maps if self.topk.carries_maps else None, topk_bound)
         self.level.update(self._positions(maps, image_ids), level_bound)
         return pooled
 
@@ -163,15 +174,16 @@ class LayerStates:
         states: Layer → its state.
     """
 
-    def __init__(self, plan: StateConfig, threads: int = 1) -> None:
+    def __init__(self, plan: StateConfig, threads: int = 1, rectified: Collection[str] = ()) -> None:
         """Starts empty.
 
         Args:
             plan: The states' parameters.
             threads: Number of layers that are updated at the same time; results do not depend on it.
+            rectified: Layers whose activations are never below zero and absent at zero.
         """
         self.states: dict[str, LayerState] = {}
-        self._plan = plan
+        self._plan, self._rectified = plan, frozenset(rectified)
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def update(
@@ -190,7 +202,9 @@ class LayerStates:
         for layer, batch in maps.items():
             if layer not in self.states:
                 shape = batch.shape[2], batch.shape[3]
-                self.states[layer] = LayerState.empty(self._plan, batch.shape[1], shape, batch.device)
+                self.states[layer] = LayerState.empty(
+                    self._plan, batch.shape[1], shape, batch.device, layer in self._rectified
+                )
             if known is not None and layer not in known:
                 known[layer] = Committed(self.states[layer])
 
@@ -227,7 +241,9 @@ class Committed:
     def __init__(self, state: LayerState) -> None:
         """Starts with no committed shards, for states of the same shape as ``state``."""
         plan = replace(state.plan, map_budget=0)
-        self._state = LayerState.empty(plan, len(state.topk.ids), state.map_shape, state.topk.ids.device)
+        self._state = LayerState.empty(
+            plan, len(state.topk.ids), state.map_shape, state.topk.ids.device, state.rectified
+        )
         self._shards: set[int] = set()
 
     @property
@@ -286,13 +302,15 @@ def to_table(state: LayerState, emitted: RunningTopK) -> pa.Table:
             "nonfinite": pa.array(state.level.nonfinite.cpu().numpy(), pa.int64()),
         }
     )
-    return table.replace_schema_metadata({"height": str(h), "width": str(w)})
+    rectified = {"rectified": "true"} if state.rectified else {}
+    return table.replace_schema_metadata({"height": str(h), "width": str(w), **rectified})
 
 
 def from_table(table: pa.Table, plan: StateConfig) -> LayerState:
     """Rebuilds a shard's contribution as a state that can be merged; its k is the length of its longest list."""
     h, w = (int(table.schema.metadata[key]) for key in (b"height", b"width"))
-    state = LayerState.empty(replace(plan, k=0), len(table), (h, w))
+    rectified = b"rectified" in table.schema.metadata
+    state = LayerState.empty(replace(plan, k=0), len(table), (h, w), rectified=rectified)
 
     def values(name: str) -> torch.Tensor:
         return torch.from_numpy(np.array(table[name].combine_chunks().flatten()))
@@ -328,7 +346,7 @@ def fold(tables: Iterable[pa.Table], plan: StateConfig) -> LayerState:
     for table in tables:
         state = from_table(table, plan)
         if total is None:
-            total = LayerState.empty(plan, len(table), state.map_shape)
+            total = LayerState.empty(plan, len(table), state.map_shape, rectified=state.rectified)
         total.merge(state)
     if total is None:
         raise ValueError("nothing to fold")

@@ -98,19 +98,24 @@ def established(
 ) -> dict[str, Layout]:
     """Like :func:`establish`, but caches layouts per network in this process; for networks that do not change.
 
-    Without ``positions``, layouts with known axes are enough.
+    Without ``positions``, layouts with known axes are enough. A feature set among the layers has the layout of the
+    layer that it reads, with features in place of units.
 
     Raises:
-        MilanError: As for :func:`establish`.
+        MilanError: As for :func:`establish`, or a feature set was made for a layer of another width.
     """
     known = _ESTABLISHED.setdefault(unwrap(model), {})
     declared = (*(getattr(spec, name) for name in _DECISIVE), spec.preprocess.view, positions)
-    due = [layer for layer in dict.fromkeys(layers) if (layer, declared) not in known]
+    due = [layer for layer in dict.fromkeys(map(spec.base, layers)) if (layer, declared) not in known]
     if due:
         known |= {
             (layer, declared): layout for layer, layout in establish(spec, model, due, latents, positions).items()
         }
-    return {layer: known[layer, declared] for layer in layers}
+    layouts = {layer: known[spec.base(layer), declared] for layer in layers}
+    return {
+        layer: spec.features[layer].layout(layout, spec.name) if layer in spec.features else layout
+        for layer, layout in layouts.items()
+    }
 
 
 def examine(

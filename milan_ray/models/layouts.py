@@ -34,6 +34,8 @@ class Layout:
         known: How the layout was determined.
         remark: Further notes for users, such as that the module runs several times; may be empty.
         calls: How often the module runs in a forward pass, where its last call counts; 0 where that does not matter.
+        features: Number of features that are read from the units, and take their place; 0 where units are read.
+        rectified: Whether values are never below zero and zero means absent: of features that say so.
     """
 
     shape: tuple[int, ...]
@@ -47,10 +49,17 @@ class Layout:
     known: str = ""
     remark: str = ""
     calls: int = field(default=0, compare=False)
+    features: int = 0
+    rectified: bool = False
 
     @property
     def units(self) -> int:
-        """Number of units."""
+        """Number of units, or of the features in their place."""
+        return self.features or self.width
+
+    @property
+    def width(self) -> int:
+        """Number of units of the output itself."""
         return self.shape[self.units_axis - (self.units_axis > self.batch_axis)]
 
     def maps(self, output: torch.Tensor, layer: str = "the layer", images: int | None = None) -> torch.Tensor:
@@ -100,7 +109,8 @@ class Layout:
 
     def identity(self) -> dict[str, object]:
         """The fields that determine results, for configuration hashes."""
-        return {key: value for key, value in asdict(self).items() if key not in ("known", "remark", "shape", "calls")}
+        dropped = ("known", "remark", "shape", "calls", "features", "rectified")  # features have a digest of their own
+        return {key: value for key, value in asdict(self).items() if key not in dropped}
 
     def is_conventional(self, prefix_tokens: int | None, channels_last: bool) -> bool:
         """Whether this is the layout that earlier versions assumed without establishing it.
@@ -124,7 +134,8 @@ class Layout:
 
     def to_json(self) -> str:
         """The layout as text, for a table's metadata."""
-        return json.dumps({key: value for key, value in asdict(self).items() if key != "calls"})
+        unsaid = () if self.features else ("features", "rectified")
+        return json.dumps({key: value for key, value in asdict(self).items() if key not in ("calls", *unsaid)})
 
     def __str__(self) -> str:
         """Readable text, e.g. ``units on axis 2, 14×14 tokens, after 1 prefix tokens; known from lit patches``."""
@@ -141,6 +152,8 @@ class Layout:
             parts.append("column by column")
         if self.order is not None:
             parts.append("in an order of its own")
+        if self.features:
+            parts.append(f"{self.features} features of {self.width} units")
         return f"{', '.join(parts)}; known from {self.known}{'; ' + self.remark if self.remark else ''}"
 
 

@@ -6,13 +6,18 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from milan_ray.models.features.sets import SIGN
+
 
 def places(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:
     """Layer → its place among all modules of a model, in the order in which the model defines them.
 
     Places are comparable between jobs on different layers. The model's own output comes last, unless a module has that
-    name; a path with a call number (``relu@1``) has its module's place.
+    name; a path with a call number (``relu@1``), or a feature set (``relu#sae``), has its module's place.
     """
     modules = {name: place for place, (name, _) in enumerate(model.named_modules())}
     last = len(modules)
-    return {layer: modules.get(layer, modules.get(layer.rpartition("@")[0] or layer, last)) for layer in layers}
+    paths = {layer: layer.partition(SIGN)[0] for layer in layers}
+    return {
+        layer: modules.get(path, modules.get(path.rpartition("@")[0] or path, last)) for layer, path in paths.items()
+    }

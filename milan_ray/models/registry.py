@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
@@ -24,6 +24,9 @@ from milan_ray.models.view import GENERATED, Preprocess
 from milan_ray.models.weights import WeightsFile, load_weights
 from milan_ray.names import checked_name
 from milan_ray.progress import say
+
+if TYPE_CHECKING:
+    from milan_ray.models.features.sets import FeatureSet
 
 ModelInput = torch.Tensor | Sequence[torch.Tensor] | Mapping[str, torch.Tensor]
 """One tensor, several positional ones, or keyword arguments."""
@@ -78,6 +81,7 @@ class ModelSpec:
         classes: Names of the outputs, when known; ignored where their number differs from that of the outputs.
         bands: How many bands ``inputs`` takes; an image with another number is skipped. 3 takes RGB and drops alpha, 1
             takes grey. None takes RGB and refuses images with bands that would be lost.
+        features: The feature sets among :attr:`layers`, by their names there.
     """
 
     name: str
@@ -96,6 +100,7 @@ class ModelSpec:
     published: Mapping[str, WeightsFile] = field(default_factory=dict)
     classes: tuple[str, ...] | None = None
     bands: int | None = None
+    features: Mapping[str, FeatureSet] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.bands is None:
@@ -142,7 +147,7 @@ class ModelSpec:
         run = partial(network, **inputs) if isinstance(inputs, Mapping) else partial(network, *inputs)
         needy = [path or OUTPUTS for path in modules_in_need(network, run)]
         lacks = f"weights file {file} lacks {len(missing)} weights of {self.name} (first: {', '.join(missing[:3])})"
-        refused = [layer for layer in self.layers if re.sub(r"@\d+$", "", layer) in needy]
+        refused = [layer for layer in self.layers if re.sub(r"@\d+$", "", self.base(layer)) in needy]
         if refused:
             raise MilanError(
                 f"{lacks}, which layer {', '.join(refused)} needs: choose other layers with --layers, or give a file "
@@ -161,6 +166,10 @@ class ModelSpec:
         if self.inputs is not None:
             return self.inputs(*tensors)
         return tensors if self.images is not None else self.preprocess(*tensors)
+
+    def base(self, layer: str) -> str:
+        """The module path of a layer: of a feature set, the layer that it reads."""
+        return self.features[layer].layer if layer in self.features else layer
 
     def is_channels_last(self, layer: str) -> bool:
         """Whether the model declares that a layer's 4-d outputs are (B, H, W, U)."""

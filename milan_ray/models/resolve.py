@@ -11,6 +11,7 @@ from urllib.request import url2pathname
 
 from milan_ray.errors import MilanError
 from milan_ray.hub import digest_in
+from milan_ray.models.features.sets import SIGN, FeatureSet, find_features
 from milan_ray.models.layouts import UNSAID, Reading
 from milan_ray.models.registry import RANDOM, Activations, ModelSpec, get_model
 from milan_ray.models.weights import WeightsFile, split_weights
@@ -24,6 +25,7 @@ def resolve_model(
     *,
     activations: Activations = "seen",
     reading: Reading = UNSAID,
+    features: Sequence[str] = (),
     download: bool = False,
 ) -> ModelSpec:
     """Finds a registered model and applies the user's choices to it.
@@ -37,18 +39,22 @@ def resolve_model(
         weights: Path or address of a weights file, the name of published ones (``IMAGENET1K_V2``), ``random`` for
             untrained weights from seed 0, or None for the model's own. ``FILE#PART`` selects one of several networks
             in a file; see :func:`milan_ray.models.weights.read_weights`.
-        layers: Module paths to dissect, in order; None or empty for the model's defaults.
+        layers: Module paths to dissect, in order, or registered feature sets as ``LAYER#NAME``; None or empty for the
+            model's defaults, or for ``features`` alone.
         activations: Which values of a layer count; see :class:`milan_ray.models.hooks.LayerTap`.
         reading: What the user declares about the layers' axes; overrides the model's declaration.
+        features: Files of features, as ``LAYER=PATH``; see
+            :func:`milan_ray.models.features.files.file_features`. ``layers`` may name them, ``LAYER#NAME``.
         download: Whether to download the model's own weights where they are absent; an address is always downloaded.
 
     Returns:
         The model; weights that are a file are given as an absolute path.
 
     Raises:
-        MilanError: There is no such model, or no such weights file.
+        MilanError: There is no such model, weights file or feature set.
     """
     spec = get_model(name)
+    layers, sets = _layers(spec, layers or (), features)
     if weights is None:
         weights = spec.weights or next(iter(spec.published), None)
     if weights is not None and weights in spec.published:
@@ -69,11 +75,26 @@ def resolve_model(
     return replace(
         spec,
         weights=weights,
-        layers=tuple(dict.fromkeys(layers or spec.layers)),
+        layers=layers,
+        features=sets,
         activations=activations,
         reading=reading.over(spec.reading),
         preprocess=version.preprocess if version and version.preprocess else spec.preprocess,
     )
+
+
+def _layers(
+    spec: ModelSpec, layers: Sequence[str], files: Sequence[str]
+) -> tuple[tuple[str, ...], dict[str, FeatureSet]]:
+    """The layers to dissect, by default those of the files, and the feature sets among them."""
+    read = {}
+    if files:
+        from milan_ray.models.features.files import file_features  # readers of many formats, for those who have files
+
+        read = {features.path: features for features in map(file_features, files)}
+    chosen = tuple(dict.fromkeys(layers or read or spec.layers))
+    sets = [layer for layer in chosen if SIGN in layer]
+    return chosen, {layer: read[layer] if layer in read else find_features(spec.name, layer) for layer in sets}
 
 
 def _is_address(weights: str) -> bool:

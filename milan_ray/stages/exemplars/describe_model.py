@@ -74,7 +74,7 @@ def describe_model(spec: ModelSpec, source: Probe, probe: str, config: ExemplarC
     if isinstance(source, LatentProbe):
         latents = source.latents(image_refs(source.manifest().slice(0, 3)))
     with blaming(f"model {spec.name} cannot be looked at"):
-        find_layers(model, spec.layers)
+        find_layers(model, map(spec.base, spec.layers))
         check_network(spec.name, unwrap(model))
         weights = weights_digest(model)
         view = view_key(spec, model, weights, config)
@@ -118,9 +118,10 @@ def exemplar_fingerprints(
     fingerprints = {}
     for layer in spec.layers:
         layout = layouts[layer]
-        usual = layout.is_conventional(spec.prefix_tokens, spec.is_channels_last(layer))
+        usual = layout.is_conventional(spec.prefix_tokens, spec.is_channels_last(spec.base(layer)))
+        features = {"features": spec.features[layer].digest} if layer in spec.features else {}
         fingerprints[layer] = Fingerprint.of(
-            {**identity, "layer": layer} | ({} if usual else {"layout": layout.identity()})
+            {**identity, "layer": layer} | ({} if usual else {"layout": layout.identity()}) | features
         )
     return fingerprints
 

@@ -101,11 +101,11 @@ class MaskWorker(ModelWorker):
         refs = [ImageRef(*ref) for ref in zip(row["image_id"], row["root"], row["path"], strict=True)]
         for _, batch in self._batches(refs, spec):
             batch.complete("was read before but not now ({reason}); run the job again.")
-            ids = pa.array(batch.ids)
-            maps = forward.maps(batch.inputs)
-            for layer, of_layer in winners.items():
-                in_batch = of_layer.filter(pc.is_in(of_layer["image_id"], ids))
-                masked[layer].append(_mask(in_batch, ids, maps[layer], size))
+            for rows, maps in forward.pieces(batch.inputs):
+                ids = pa.array(batch.ids[rows])
+                for layer in maps.keys() & winners.keys():
+                    in_piece = winners[layer].filter(pc.is_in(winners[layer]["image_id"], ids))
+                    masked[layer].append(_mask(in_piece, ids, maps[layer], size))
         for layer, tables in masked.items():
             name = f"masks/{item.part(layer)}/{row['name']}"
             self._storage.put_work(item.work, name, pa.concat_tables(tables))

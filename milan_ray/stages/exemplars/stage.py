@@ -23,6 +23,7 @@ from milan_ray.probe.base import Probe
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.progress import Progress, say
 from milan_ray.schema import EXEMPLARS, MANIFEST, POOLED
+from milan_ray.stages.exemplars.check_features import check_features
 from milan_ray.stages.exemplars.describe_model import (
     DescribedModel,
     describe_model,
@@ -164,6 +165,7 @@ class Exemplars(Stage):
         for ref in self._models:
             with failing(self.failed, ref.name):
                 item = self._work(storage, ref, self._describe(storage, ref, source, digest), digest, images)
+                check_features(references.model(ref), source, item.read, self._config)
                 if item.read:
                     every.append(item)
                 else:

@@ -297,7 +297,8 @@ class ExemplarWorker(ShardsWorker):
         index, item, shard = row["model"], self._work[row["model"]], shard_name(row["shard"])
         spec, forward = self._forward(index)
         committed = self._committed(index)
-        states = LayerStates(item.plan, self._threads)
+        layouts = item.described.layouts
+        states = LayerStates(item.plan, self._threads, [layer for layer in item.layers if layouts[layer].rectified])
         pooled: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = defaultdict(list)
         images: list[dict[str, object]] = []
         notes: list[tuple[str, str]] = []
@@ -307,11 +308,11 @@ class ExemplarWorker(ShardsWorker):
             images += [{"image_id": int(i), "sha256": sha} for i, sha in zip(batch.ids, batch.sha256, strict=True)]
             if len(batch.ids) == 0:
                 continue
-            maps = forward.maps(batch.inputs)
-            for layer in item.pooled:
-                values = maps[layer].to(torch.float32)
-                pooled[layer].append((maxima(values), means(values)))
-            states.update({layer: maps[layer] for layer in item.layers}, batch.ids, committed)
+            for rows, maps in forward.pieces(batch.inputs):
+                for layer in maps.keys() & item.pooled.keys():
+                    pooled[layer].append((maxima(maps[layer]), means(maps[layer])))
+                due = {layer: found for layer, found in maps.items() if layer in item.layers}
+                states.update(due, batch.ids[rows], committed)
 
         def parts() -> Iterator[tuple[str, pa.Table]]:
             for layer, state in states.states.items():

@@ -1,0 +1,100 @@
+"""Maps of features: what a feature set makes of a layer's maps, position by position."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from milan_ray.errors import MilanError
+from milan_ray.models.features.sets import FeatureSet
+from milan_ray.models.registry import blaming
+
+PIECE_BYTES = 2**26
+"""Bytes of features' maps that are made at a time, where an image's are not more."""
+
+MOST_BYTES = 2**32
+"""Bytes of one image's features up to which they are made at all."""
+
+
+class FeatureMaps:
+    """Reads a feature set from maps of its layer.
+
+    The number of images per step is fixed, and a short step is filled up with zeros: kernels of a matrix product may
+    depend on the number of rows, and with them the last bits of an image's codes.
+
+    Args:
+        features: The feature set.
+        device: Where the layer's maps are.
+
+    Raises:
+        MilanError: It cannot be built.
+    """
+
+    def __init__(self, features: FeatureSet, device: torch.device) -> None:
+        self._features = features
+        with blaming(f"features {features.name!r} cannot be built"):
+            self._encoder = features.build().to(device)
+
+    def pieces(self, maps: torch.Tensor, batch_size: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Reads features from maps, some images at a time.
+
+        Args:
+            maps: float32 (n, C, h, w), n ≤ ``batch_size``.
+            batch_size: Images of a full batch.
+
+        Yields:
+            Rows, and float32 (rows, F, h, w), a view with features last in memory.
+
+        Raises:
+            MilanError: The encoder fails, puts out something else than codes (N, F), or needs too much memory.
+        """
+        images, _, height, width = maps.shape
+        size = self._images(height * width, batch_size)
+        for start in range(0, images, size):
+            part = maps[start : start + size]
+            rows = part.permute(0, 2, 3, 1).flatten(0, 2)
+            if len(part) < size:
+                rows = torch.cat([rows, rows.new_zeros(((size - len(part)) * height * width, rows.shape[1]))])
+            codes = self._codes(rows)[: len(part) * height * width]
+            yield slice(start, start + len(part)), codes.unflatten(0, (-1, height, width)).permute(0, 3, 1, 2)
+
+    def explained_variance(self, maps: torch.Tensor) -> float:
+        """The share of a layer's variance over images and positions that the features' reconstruction explains.
+
+        1 − Σ‖x − x̂‖² / Σ‖x − mean x‖², as is customary for sparse autoencoders; 1 where nothing varies.
+
+        Args:
+            maps: float32 (n, C, h, w).
+
+        Raises:
+            MilanError: The encoder fails.
+        """
+        rows = maps.permute(0, 2, 3, 1).flatten(0, 2)
+        with blaming(f"features {self._features.name!r} cannot be read from layer {self._features.layer!r}"):
+            missed = (rows - self._encoder.reconstruct(rows)).double().square().sum()
+        varies = (rows - rows.mean(dim=0)).double().square().sum()
+        return float(1 - missed / varies) if varies > 0 else 1.0
+
+    def _images(self, positions: int, batch_size: int) -> int:
+        """Images per step."""
+        one = 4 * self._features.count * positions
+        if one > MOST_BYTES:
+            raise MilanError(
+                f"{self._features.count:,} features at {positions} positions take {one / 2**30:.1f} GiB for one image, "
+                f"more than the {MOST_BYTES / 2**30:.0f} GiB that a step may take: give a part of the features, or "
+                "features of a layer with fewer positions."
+            )
+        return max(1, min(batch_size, PIECE_BYTES // one))
+
+    def _codes(self, rows: torch.Tensor) -> torch.Tensor:
+        """Codes (N, F) of the layer's output (N, C)."""
+        features = self._features
+        with blaming(f"features {features.name!r} cannot be read from layer {features.layer!r}"):
+            codes = self._encoder.encode(rows)
+        if tuple(codes.shape) != (len(rows), features.count) or not codes.is_floating_point():
+            raise MilanError(
+                f"features {features.name!r}: encode= puts out {codes.dtype} of shape {tuple(codes.shape)} for "
+                f"{len(rows)} positions, not floats ({len(rows)}, {features.count})."
+            )
+        return codes.float()

@@ -1,0 +1,105 @@
+"""Feature sets in files, as ``--features`` names them."""
+
+from __future__ import annotations
+
+import hashlib
+from copy import deepcopy
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from pathlib import Path
+
+from milan_ray.errors import MilanError
+from milan_ray.models.features.checkpoints import ReadingOptions, layer_of, read_dictionary
+from milan_ray.models.features.dictionary import Dictionary
+from milan_ray.models.features.sets import SIGN, FeatureSet
+from milan_ray.models.weights import weights_digest
+from milan_ray.names import checked_name
+from milan_ray.textfiles import decode_text
+from milan_ray.yaml_files import mapping, wrong
+
+DESCRIPTIONS = (".yaml", ".yml")
+"""Suffixes of files that describe a checkpoint which does not describe itself."""
+
+
+@dataclass(frozen=True)
+class Described:
+    """What a YAML file may say of a file of features, besides :class:`ReadingOptions`.
+
+    Attributes:
+        file: The checkpoint or matrix, from the YAML file's folder.
+        layer: The layer that it was made for; None where nothing says so.
+        name: The set's name; None for the file's own.
+    """
+
+    file: str
+    layer: str | None = None
+    name: str | None = None
+
+
+def file_features(given: str) -> FeatureSet:
+    """Reads a feature set.
+
+    Args:
+        given: ``LAYER=PATH`` or ``PATH``, of a checkpoint, of a matrix, or of a YAML file that describes one
+            (docs/features.md). Without ``LAYER=``, the file has to name the layer.
+
+    Raises:
+        MilanError: The file is missing, damaged or of an unknown kind, or the layer is not known.
+    """
+    layer, path = split_given(given)
+    said, reading = _described(Path(path).expanduser())
+    layer = layer or said.layer or layer_of(said.file)
+    if not layer:
+        raise MilanError(f"--features {given}: which layer? Give --features LAYER={path}.")
+    if SIGN in layer:
+        raise MilanError(f"--features {given}: {layer!r} is a feature set itself; give the layer that it reads.")
+    name = checked_name("a feature set", (said.name or Path(said.file).stem).replace(SIGN, "-"))
+
+    def loaded() -> tuple[Dictionary, str]:
+        return _loaded(said.file, reading, _stamp(said.file))
+
+    dictionary, digest = loaded()
+    return FeatureSet(
+        name, layer, dictionary.count, dictionary.width, dictionary.rectified, digest,
+        lambda: deepcopy(loaded()[0]), dictionary.reconstructs, lambda: loaded()[0].directions, said.file,
+    )  # fmt: skip
+
+
+def split_given(given: str) -> tuple[str | None, str]:
+    """Splits ``LAYER=PATH``; an existing path that contains ``=`` is a path."""
+    layer, sign, path = given.partition("=")
+    if sign and not Path(given).expanduser().exists():
+        return layer, path
+    return None, given
+
+
+def _described(path: Path) -> tuple[Described, ReadingOptions]:
+    """What a path, or the YAML file there, says of a file of features."""
+    if not path.exists():
+        raise MilanError(f"no features at {path}: give a checkpoint's file or folder, a matrix, or a YAML file.")
+    if path.suffix not in DESCRIPTIONS:
+        return Described(str(path.absolute())), ReadingOptions()
+    values = mapping(decode_text(path.read_bytes()), str(path), Described, ReadingOptions)
+    own = {field.name for field in fields(Described)}
+    said = Described(**{key: value for key, value in values.items() if key in own})
+    for key, value in vars(said).items():
+        if not isinstance(value, str | None):
+            raise wrong(str(path), key, value, "a text")
+    file = (path.parent / Path(said.file).expanduser()).absolute()
+    reading = ReadingOptions(**{key: value for key, value in values.items() if key not in own})
+    return replace(said, file=str(file)), reading
+
+
+def _stamp(file: str) -> tuple[tuple[str, int, int], ...]:
+    """Changes with the file, or with a file of the folder."""
+    path = Path(file)
+    files = sorted(path.iterdir()) if path.is_dir() else [path]
+    stats = [(each.name, each.stat()) for each in files if each.is_file()]
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+@lru_cache(maxsize=4)
+def _loaded(file: str, reading: ReadingOptions, stamp: object) -> tuple[Dictionary, str]:
+    """The dictionary in a file, and a digest of all that decides its codes; read again when the stamp changes."""
+    dictionary = read_dictionary(file, reading)
+    return dictionary, hashlib.sha256(f"{dictionary.identity()!r} {weights_digest(dictionary)}".encode()).hexdigest()
