@@ -26,7 +26,9 @@ ROWS = 512
 class Ablation:
     """A classifier with each of several sets of units switched off.
 
-    A unit is switched off by setting it to zero in its layer's output, at all positions or in all tokens. The part of
+    A unit is switched off by setting it to zero in its layer's output, at all positions or in all tokens. Features are
+    switched off by projecting their directions out of it, so that nothing of the span of the directions is left: units
+    are the features whose directions are the axes. The part of
     the network before the first changed layer gives the same values for all sets that share this layer, so it runs
     once. The layer's output is then repeated once per set, and the rest of the network processes a longer batch. A
     network with a shortcut around the layer does not allow this: a trial on the first images detects that, and each
@@ -39,13 +41,15 @@ class Ablation:
         rows: Largest number of rows of a pass; limits memory use.
 
     Raises:
-        MilanError: A layer or unit does not exist.
+        MilanError: A layer or unit does not exist, or the directions of features are unknown.
     """
 
     def __init__(self, spec: ModelSpec, model: nn.Module, sets: Sequence[UnitSet], rows: int = ROWS) -> None:
         self._spec, self._model, self._rows = spec, model, rows
         self._sets = [{layer: sorted(set(units)) for layer, units in set_.items() if len(units)} for set_ in sets]
-        self._places = find_places(model, dict.fromkeys(layer for units in self._sets for layer in units))
+        layers = list(dict.fromkeys(layer for units in self._sets for layer in units))
+        self._places = find_places(model, dict.fromkeys(map(spec.base, layers)))
+        self._directions = {layer: directions(spec, layer) for layer in layers if layer in spec.features}
         self._layouts: dict[str, Layout] = {}
         self._last: Counter[str] = Counter()  # layer → which call of its module counts
         self._groups: dict[str | None, list[int]] | None = None  # first changed layer → indices of its sets
@@ -114,7 +118,7 @@ class Ablation:
             raise MilanError(f"layer {absent[0]!r} does not run in the model's forward pass: choose another layer.")
         groups: dict[str | None, list[int]] = {}
         for number, units in enumerate(self._sets):
-            groups.setdefault(min(units, key=order.index, default=None), []).append(number)
+            groups.setdefault(min(map(self._spec.base, units), key=order.index, default=None), []).append(number)
         return groups
 
     def _run(self, views: torch.Tensor, first: str | None, numbers: Sequence[int]) -> torch.Tensor:
@@ -145,7 +149,7 @@ class Ablation:
         """
         handles = (
             self._places[layer].module.register_forward_hook(self._switch(layer, sets, len(views), first))
-            for layer in dict.fromkeys(layer for units in sets for layer in units)
+            for layer in dict.fromkeys(self._spec.base(layer) for units in sets for layer in units)
         )
         with hooked(handles):
             output = first_tensor(call(self._model, prepare(self._spec, self._model, self._on_device(views))))
@@ -174,17 +178,55 @@ class Ablation:
             changed = tensor.repeat(times, *[1] * (tensor.ndim - 1))
             rows = changed.unflatten(0, (len(sets), len(changed) // len(sets))).movedim(axis + 1, 2)
             for number, one in enumerate(sets):
-                units = one.get(layer, [])
-                if units and not 0 <= units[0] <= units[-1] < tensor.shape[axis]:
-                    raise MilanError(f"layer {layer!r} has {tensor.shape[axis]} units, so none of number {units[-1]}.")
-                rows[number, :, units] = 0
+                units, basis = one.get(layer, []), self._basis(layer, one, layout.width)
+                if basis is None:
+                    rows[number, :, units] = 0
+                else:
+                    outputs, basis = rows[number].movedim(1, -1), basis.to(rows)
+                    rows[number] = (outputs - outputs @ basis @ basis.T).movedim(-1, 1)
             return _replaced(output, own, changed.movedim(0, layout.batch_axis))
 
         return hook
 
+    def _basis(self, base: str, one: UnitSet, width: int) -> torch.Tensor | None:
+        """An orthonormal basis (C, r) of what a set switches off in a layer; None where that is units alone."""
+        vectors = []
+        for layer, numbers in one.items():
+            if self._spec.base(layer) != base:
+                continue
+            count = len(self._directions[layer]) if layer in self._directions else width
+            if not 0 <= numbers[0] <= numbers[-1] < count:
+                raise MilanError(f"layer {layer!r} has {count} units, so none of number {numbers[-1]}.")
+            if layer in self._directions:
+                vectors.append(self._directions[layer][list(numbers)])
+        if not vectors:
+            return None
+        return spanned(torch.cat([torch.eye(width)[list(one.get(base, []))], *vectors]))
+
     def _on_device(self, views: torch.Tensor) -> torch.Tensor:
         parameter = next(iter(self._model.parameters()), None)
         return views if parameter is None else views.to(parameter.device)
+
+
+def directions(spec: ModelSpec, layer: str) -> torch.Tensor:
+    """What each feature of a feature set adds to its layer's output, float32 (F, C).
+
+    Raises:
+        MilanError: The set does not say.
+    """
+    features = spec.features[layer]
+    if features.directions is None:
+        raise MilanError(
+            f"features {features.name!r} of {spec.name} have no directions, so that they cannot be switched off: "
+            "register them with directions=, what each adds to the layer's output."
+        )
+    return features.directions()
+
+
+def spanned(vectors: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis (C, r) of the span of vectors (n, C)."""
+    _, sizes, basis = torch.linalg.svd(vectors, full_matrices=False)
+    return basis[sizes > sizes.max() * 1e-6 * max(vectors.shape)].T
 
 
 def _replaced(output: object, old: torch.Tensor, new: torch.Tensor) -> object:

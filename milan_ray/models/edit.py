@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
 from milan_ray.errors import MilanError
-from milan_ray.models.ablation import Ablation, UnitSet
+from milan_ray.models.ablation import Ablation, UnitSet, directions, spanned
 from milan_ray.models.hooks import find_layers, is_activation
 from milan_ray.models.registry import ModelSpec
 
@@ -22,6 +24,8 @@ _KEEPING_FUNCTIONS = (
     torch.relu, F.relu, F.gelu, F.silu, torch.tanh, F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d,
     F.adaptive_max_pool2d, F.dropout, torch.max_pool2d,
 )  # fmt: skip
+_LINEAR_MODULES = (nn.Identity, nn.Dropout, nn.Dropout2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.Flatten)
+_LINEAR_FUNCTIONS = (F.avg_pool2d, F.adaptive_avg_pool2d, F.dropout, torch.flatten, torch.mean)
 _KEEPING_METHODS = ("relu", "tanh", "contiguous", "clone")
 
 
@@ -30,7 +34,8 @@ def edited(spec: ModelSpec, model: nn.Module, units: UnitSet, views: torch.Tenso
 
     Where a layer ends in a convolution, linear map or batch normalisation, the rows that compute the unit are set to
     zero. Where it ends in something else (such as the sum of a residual block), the columns that read the unit are set
-    to zero in all following convolutions and linear maps. Before the weights are returned, a check on images confirms
+    to zero in all following convolutions and linear maps. For features, such rows or columns are projected off their
+    directions, where only linear operations stand between. Before the weights are returned, a check on images confirms
     that this has the same effect as switching the units off.
 
     Args:
@@ -47,6 +52,9 @@ def edited(spec: ModelSpec, model: nn.Module, units: UnitSet, views: torch.Tenso
     """
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for layer, numbers in units.items():
+        if layer in spec.features:
+            _project(spec, model, layer, numbers, state)
+            continue
         maker = _maker(model, layer)
         if maker is not None:
             for part in ("weight", "bias"):
@@ -57,6 +65,37 @@ def edited(spec: ModelSpec, model: nn.Module, units: UnitSet, views: torch.Tenso
             _outputs_first(state[f"{name}.weight"], model.get_submodule(name))[:, list(numbers)] = 0
     _check(spec, model, units, state, views)
     return state
+
+
+def _project(
+    spec: ModelSpec, model: nn.Module, layer: str, features: Sequence[int], state: dict[str, torch.Tensor]
+) -> None:
+    """Projects directions of features out of what makes their layer's output, or else out of what reads it."""
+    basis = spanned(directions(spec, layer)[list(features)])
+    base = spec.base(layer)
+
+    def off(rows: torch.Tensor) -> torch.Tensor:  # (C, …)
+        span = basis.to(rows)
+        return rows - (span @ (span.T @ rows.flatten(1))).view_as(rows)
+
+    module, path = find_layers(model, [base])[base], base
+    while isinstance(module, nn.Sequential) and len(module):
+        name, module = list(module.named_children())[-1]
+        path = f"{path}.{name}"
+    if isinstance(module, Weighted):
+        for part in ("weight", "bias"):
+            if f"{path}.{part}" in state:
+                rows = _outputs_first(state[f"{path}.{part}"], module)
+                rows.copy_(off(rows[:, None])[:, 0] if rows.ndim == 1 else off(rows))
+        return
+    for name in _readers(model, base, linearly=True):
+        columns = _outputs_first(state[f"{name}.weight"], model.get_submodule(name)).movedim(1, 0)
+        if len(columns) != len(basis):
+            raise MilanError(
+                f"features of layer {base!r} cannot be switched off in the weights: {name} reads {len(columns)} "
+                f"numbers of its {len(basis)} units; choose a later layer."
+            )
+        columns.copy_(off(columns))
 
 
 def _outputs_first(tensor: torch.Tensor, module: nn.Module) -> torch.Tensor:
@@ -76,8 +115,13 @@ def _maker(model: nn.Module, layer: str) -> str | None:
     return path if able and getattr(module, "weight", None) is not None else None
 
 
-def _readers(model: nn.Module, layer: str) -> list[str]:
+def _readers(model: nn.Module, layer: str, linearly: bool = False) -> list[str]:
     """The convolutions and linear maps that read a layer's output, also through operations that preserve zeros.
+
+    Args:
+        model: The network.
+        layer: The layer.
+        linearly: Whether only linear operations may stand between, which preserve directions.
 
     Raises:
         MilanError: Something else reads it, or the network cannot be traced.
@@ -101,12 +145,12 @@ def _readers(model: nn.Module, layer: str) -> list[str]:
         module = model.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Weighted):
             readers[str(node.target)] = None
-        elif _keeps_units(node, module):
+        elif _keeps_units(node, module) and not (linearly and _bends(node, module)):
             waiting += list(node.users)
         else:
             raise MilanError(
-                f"layer {layer!r} cannot be switched off in the weights: {node.name} reads it, which is no convolution "
-                "or linear map; choose a layer before it."
+                f"layer {layer!r} cannot be switched off in the weights: {node.name} reads it, which is "
+                f"{'not linear' if linearly else 'no convolution or linear map'}; choose a layer before it."
             )
     if not readers:
         raise MilanError(f"layer {layer!r} cannot be switched off in the weights: no weights make or read it.")
@@ -126,6 +170,15 @@ def _keeps_units(node: fx.Node, module: nn.Module | None) -> bool:
             return _over_positions(node)
         return node.target in _KEEPING_METHODS
     return False
+
+
+def _bends(node: fx.Node, module: nn.Module | None) -> bool:
+    """Whether an operation that preserves zeroed units is not linear."""
+    if module is not None:
+        return not isinstance(module, _LINEAR_MODULES)
+    if node.op == "call_function":
+        return node.target not in _LINEAR_FUNCTIONS
+    return node.target in ("relu", "tanh")
 
 
 def _over_positions(node: fx.Node) -> bool:

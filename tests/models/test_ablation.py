@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 
 from milan_ray.errors import MilanError
 from milan_ray.models.ablation import Ablation
+from milan_ray.models.features.sets import find_features, register_features
 from milan_ray.models.registry import ModelSpec
 from milan_ray.models.view import Preprocess, View
 from milan_ray.world.networks import ARCHITECTURES
@@ -200,3 +202,61 @@ def test_unknown_layers_and_units_and_outputs_are_named():
     spec, network = spec_of(lambda: nn.Sequential(nn.Conv2d(3, 4, 3)))
     with pytest.raises(MilanError, match="one row of logits per image"):
         Ablation(spec, network, [{"0": [1]}]).logits(images(1))
+
+
+def with_features(spec: ModelSpec, layer: str, found: torch.Tensor) -> ModelSpec:
+    register_features("toy", "toy/net", layer, torch.relu, len(found), directions=found)
+    return replace(spec, features={f"{layer}#toy": find_features("toy/net", f"{layer}#toy")})
+
+
+@pytest.mark.parametrize(("architecture", "layer"), [("cnn", "conv2"), ("resnet", "layer1"), ("vit", "blocks.1")])
+def test_features_are_projected_out_of_the_layers_output(architecture, layer):
+    spec, network = spec_of(ARCHITECTURES[architecture].build)
+    shapes: list[torch.Size] = []
+    handle = network.get_submodule(layer).register_forward_hook(lambda _m, _a, output: shapes.append(output.shape))
+    network(spec.prepare(images(1)))
+    handle.remove()
+    axis = 2 if len(shapes[0]) == 3 else 1
+    width = shapes[0][axis]
+    found = torch.randn(width + 9, width, generator=torch.Generator().manual_seed(2))
+    found[4] = 2 * found[3]  # no new direction
+    name = f"{layer}#toy"
+    views = images(3)
+    cases: list[tuple[list[int], list[int]]] = [([], [0]), ([], [1, 3, 4]), ([2], [5]), ([], [])]
+    sets = [{layer: units, name: features} for units, features in cases]
+    logits = Ablation(with_features(spec, layer, found), network, sets).logits(views)
+
+    @torch.inference_mode()
+    def naive(units: list[int], features: list[int]) -> torch.Tensor:
+        def hook(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+            x = output.movedim(axis, -1)
+            across = torch.cat([torch.eye(width)[units], found[features]])
+            return (x - x @ torch.linalg.pinv(across) @ across if len(across) else x).movedim(-1, axis)
+
+        handle = network.get_submodule(layer).register_forward_hook(hook)
+        output = network(spec.prepare(views))
+        handle.remove()
+        return output
+
+    for logit, (units, features) in zip(logits, cases, strict=True):
+        torch.testing.assert_close(logit, naive(units, features), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(logits[0], logits[3], atol=1e-4)
+
+
+def test_directions_that_are_the_axes_are_the_units():
+    spec, network = spec_of(ARCHITECTURES["cnn"].build)
+    with_set = with_features(spec, "conv2", torch.eye(48))
+    views = images(3)
+    units, features = (Ablation(with_set, network, [{name: [3, 5]}]).logits(views) for name in ("conv2", "conv2#toy"))
+    torch.testing.assert_close(units, features)
+
+
+def test_features_without_directions_or_of_a_higher_number_are_refused():
+    spec, network = spec_of(ARCHITECTURES["cnn"].build)
+    register_features("bare", "toy/net", "conv2", torch.relu, 5)
+    bare = replace(spec, features={"conv2#bare": find_features("toy/net", "conv2#bare")})
+    with pytest.raises(MilanError, match=r"have no directions.*register them with directions="):
+        Ablation(bare, network, [{"conv2#bare": [0]}])
+    five = with_features(spec, "conv2", torch.eye(48)[:5])
+    with pytest.raises(MilanError, match="'conv2#toy' has 5 units, so none of number 5"):
+        Ablation(five, network, [{"conv2#toy": [5]}]).logits(images(1))

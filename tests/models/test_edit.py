@@ -13,7 +13,7 @@ from milan_ray.errors import MilanError
 from milan_ray.models.ablation import Ablation, UnitSet
 from milan_ray.models.edit import edited
 from milan_ray.world.networks import ARCHITECTURES
-from tests.models.test_ablation import images, spec_of
+from tests.models.test_ablation import images, spec_of, with_features
 
 
 def trained_statistics(network: nn.Module) -> nn.Module:
@@ -109,3 +109,47 @@ class Linears(nn.Module):
 @pytest.mark.parametrize(("layer", "units"), [("up", [1, 3]), ("after", [0, 2, 4])])
 def test_transposed_convolutions_and_linear_maps(layer, units):
     assert edits_like_hooks(Linears, {layer: units}) == {f"{layer}.weight", f"{layer}.bias"}
+
+
+class Linearly(nn.Module):
+    """Two layers with nothing but linear operations behind them."""
+
+    def __init__(self, end: nn.Module) -> None:
+        super().__init__()
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 5, stride=4), end)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(torch.flatten(self.pool(self.first(x)), 1))
+
+
+@pytest.mark.parametrize(
+    ("end", "changed"),
+    [
+        (nn.ReLU(), {"head.weight"}),
+        (nn.Conv2d(8, 8, 1), {"first.1.weight", "first.1.bias"}),
+        (nn.ConvTranspose2d(8, 8, 2), {"first.1.weight", "first.1.bias"}),
+        (nn.BatchNorm2d(8), {"head.weight"}),
+    ],
+)
+def test_features_are_projected_out_of_the_weights_that_make_or_read_them(end, changed):
+    spec, network = spec_of(lambda: trained_statistics(Linearly(end)))
+    found = torch.randn(12, 8, generator=torch.Generator().manual_seed(2))
+    spec = with_features(spec, "first", found)
+    before = {key: tensor.clone() for key, tensor in network.state_dict().items()}
+    state = edited(spec, network, {"first#toy": [3, 7, 11]}, images(2, seed=3))
+    assert {key for key, tensor in state.items() if not torch.equal(tensor, before[key])} == changed
+    views = images(5)
+    logits = torch.func.functional_call(network, state, (spec.prepare(views),))
+    wanted = Ablation(spec, network, [{"first#toy": [3, 7, 11]}]).logits(views)[0]
+    torch.testing.assert_close(logits.detach(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_features_with_a_rectifier_between_them_and_their_readers_are_refused():
+    spec, network = spec_of(ARCHITECTURES["cnn"].build)
+    spec = with_features(spec, "conv2", torch.eye(48)[:5])
+    with pytest.raises(
+        MilanError, match="'conv2' cannot be switched off in the weights: max_pool2d_1 reads it, which is not linear"
+    ):
+        edited(spec, network, {"conv2#toy": [0]}, images(2))

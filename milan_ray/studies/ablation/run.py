@@ -110,7 +110,10 @@ def run_ablations(
     refs = image_refs(manifest)
     distinct, places = _distinct(sets)
     weights = weights_digest(spec.load())
-    work = config_hash({"ablations": distinct, "model": spec.name, "weights": weights, "probe": digest})
+    identity = {"ablations": distinct, "model": spec.name, "weights": weights, "probe": digest}
+    if spec.features:
+        identity["features"] = {layer: features.digest for layer, features in spec.features.items()}
+    work = config_hash(identity)
     work = f"{within}/{work}" if within else work
     common = storage, work, model, probe, len(classes), resources
     tasks = [
