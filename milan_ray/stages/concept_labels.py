@@ -308,19 +308,24 @@ class CountWorker(ShardsWorker):
             truth = [self._probe.concept_maps(by_id[image_id]) for image_id in batch.ids.tolist()]
             if all(concepts is None for concepts in truth):
                 continue
-            maps = forward.maps(batch.inputs)
+            shown: dict[int, tuple[list[str], np.ndarray]] = {}  # place in the batch → concepts, and where they are
             for place, concepts in enumerate(truth):
                 if concepts is None:
                     continue
-                image_id, on_grid = int(batch.ids[place]), sample(concepts, view, size)
+                on_grid = sample(concepts, view, size)
                 names = sorted(on_grid)
                 words = pack_words(np.stack([on_grid[name] for name in names])) if names else _nothing(size)
-                annotated.append({"image_id": image_id, "names": names, "bits": words.tobytes()})
-                for layer in item.layers:
-                    units, on = fires(maps[layer][place], levels[layer], size)
-                    counts[layer].update(ImageMasks(names, words, units, on, size[0] * size[1]))
-                    if layer in fired:
-                        fired[layer].append(_mask_rows(image_id, units, on))
+                annotated.append({"image_id": int(batch.ids[place]), "names": names, "bits": words.tobytes()})
+                shown[place] = names, words
+            for rows, maps in forward.pieces(batch.inputs):
+                for layer in maps:
+                    for place in range(rows.start, rows.stop):
+                        if place not in shown:
+                            continue
+                        units, on = fires(maps[layer][place - rows.start], levels[layer], size)
+                        counts[layer].update(ImageMasks(*shown[place], units, on, size[0] * size[1]))
+                        if layer in fired:
+                            fired[layer].append(_mask_rows(int(batch.ids[place]), units, on))
 
         def parts() -> Iterator[tuple[str, pa.Table]]:
             for layer, state in counts.items():

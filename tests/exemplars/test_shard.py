@@ -88,25 +88,33 @@ def test_update_with_another_map_size_says_so():
 def test_fold_of_retried_shards_of_several_actors_equals_one_pass(seed, random):
     """Shards are run again by actors that know others' bounds, the last file counts, and no tie is lost in a circle."""
     plan = StateConfig(60, 3, 0.8, 10**6, random.choice([0, 2**20]))
+    rectified = random.choice([False, True])
+
+    def empty() -> LayerState:
+        return LayerState.empty(plan, 6, (4, 4), rectified=rectified)
+
+    def found(ids: np.ndarray) -> torch.Tensor:
+        return maps_of(ids).relu() if rectified else maps_of(ids)
+
     shards = np.array_split(np.random.default_rng(seed).permutation(60), 5)
-    actors = [Committed(LayerState.empty(plan, 6, (4, 4))) for _ in range(3)]
+    actors = [Committed(empty()) for _ in range(3)]
     files = {}
     runs = [*range(5), *random.choices(range(5), k=6)]
     random.shuffle(runs)
     for shard in runs:
         number = random.randrange(3)
-        state = LayerState.empty(plan, 6, (4, 4))
+        state = empty()
         for batch in np.array_split(shards[shard], random.randint(1, 4)):
-            state.update(maps_of(batch), batch, actors[number])
+            state.update(found(batch), batch, actors[number])
         fate = random.random()
         if fate < 0.9 or shard not in files:  # else killed before its file was there
             files[shard] = to_table(state, actors[number].delta(state))
             actors[number].commit(shard, state)
         if fate < 0.1:  # killed after, and started anew
-            actors[number] = Committed(LayerState.empty(plan, 6, (4, 4)))
+            actors[number] = Committed(empty())
     parts = fold([files[shard] for shard in sorted(files, key=lambda _: random.random())], plan)
-    whole = LayerState.empty(plan, 6, (4, 4))
-    whole.update(maps_of(np.arange(60)), np.arange(60))
+    whole = empty()
+    whole.update(found(np.arange(60)), np.arange(60))
     assert torch.equal(parts.topk.ids, whole.topk.ids)
     assert torch.equal(parts.topk.values, whole.topk.values)
     assert torch.equal(parts.level.result(), whole.level.result())
@@ -167,3 +175,21 @@ def test_layer_states_name_the_layer_whose_shape_changes(threads):
     layers.update({"a": torch.ones(2, 3, 4, 4), "b": torch.ones(2, 3, 4, 4)}, np.arange(2))
     with pytest.raises(MilanError, match=r"^layer 'b': its output changed"):
         layers.update({"a": torch.ones(2, 3, 4, 4), "b": torch.ones(2, 3, 5, 5)}, np.arange(2, 4))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**20), st.sampled_from([0.5, 0.9, 0.99]), st.integers(1, 4))
+def test_rectified_maps_have_the_levels_of_any_maps_and_no_exemplars_at_zero(seed, quantile, parts):
+    generator = torch.Generator().manual_seed(seed)
+    bias = torch.tensor([0.5, 0, -1, -2.5, -9])[None, :, None, None]  # seldom, hardly ever and never above zero
+    maps = (torch.randn(40, 5, 2, 3, generator=generator) + bias).relu()
+    plan = StateConfig(40, 6, quantile, 10**6, 2**20)
+    plain, rectified = (LayerState.empty(plan, 5, (2, 3), rectified=each) for each in (False, True))
+    for ids in np.array_split(np.arange(40), parts):
+        for state in (plain, rectified):
+            state.update(maps[ids], ids)
+    assert torch.equal(plain.level.result(), rectified.level.result())
+    assert torch.equal(plain.level.counted, rectified.level.counted)
+    fires = plain.topk.values > 0
+    assert torch.equal(rectified.topk.ids, plain.topk.ids.masked_fill(~fires, -1))
+    assert rectified.level.tail.shape[1] <= plain.level.tail.shape[1]
