@@ -17,6 +17,7 @@ import milan_ray
 from milan_ray import cli
 from milan_ray.errors import MilanError
 from milan_ray.library.run_directory import RunExemplars
+from milan_ray.models.features.dictionary import Dictionary, Weights
 from milan_ray.models.view import Preprocess, View
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
@@ -120,6 +121,23 @@ def test_some_units_are_described_with_fewer_exemplars_than_k(milan, photos, tmp
     said = found.describe(milan, units=[3, 1], n_best=2)
     assert said["unit"].to_list() == [1, 3] and set(said["labeler"]) == {"milan"}
     assert found.lookup("2", 3).description == said["description"][1]
+
+
+def test_features_are_dissected_like_layers(photos) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    bias = torch.tensor([-0.4, -1e6, 0.0])
+    sparse = Dictionary(Weights(torch.eye(4)[:3], torch.eye(4)[:3], encoder_bias=bias), "relu", reconstructs=False)
+    sets = {"0#axes": np.eye(4), "0#sparse": sparse}
+    found = milan_ray.dissect(network, photos, ["0"], k=3, preprocess=PREPROCESS, features=sets)
+    units, axes = (found.exemplars.filter(layer=layer).drop("layer") for layer in ("0", "0#axes"))
+    assert units.equals(axes) and len(units) == 12
+    assert {unit for layer, unit in found.units() if layer == "0#sparse"} <= {0, 2}  # 1 never fires
+    assert (found.exemplars.filter(layer="0#sparse")["activation"] > 0).all()
+    alone = milan_ray.dissect("tiny/cnn", photos, k=3, plugins=(PLUGIN,), device="cpu", features={"0#axes": np.eye(6)})
+    assert alone.layers == ["0#axes"]
+    for wrong, said in (({"0": np.eye(4)}, "as 'layer4#sae'"), ({"0#axes": np.eye(5)}, "a layer of 5 units")):
+        with pytest.raises(MilanError, match=said):
+            milan_ray.dissect(network, photos, k=3, preprocess=PREPROCESS, features=wrong)
 
 
 @pytest.mark.parametrize(

@@ -188,7 +188,7 @@ def feature_layers(args: argparse.Namespace) -> tuple[tuple[str, ...], tuple[str
         return tuple(args.layers), ()
     if len(model_names(args)) > 1:
         raise MilanError("--features names features of one model; give a single --model with it.")
-    from milan_ray.models.features.files import file_features, split_given
+    from milan_ray.models.features.given import file_features, split_given
 
     files = []
     for given in args.features:

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from milan_ray.errors import MilanError
 
 DISSECTION = (
-    "labels", "image_column", "label_column", "max_bad", "weights", "activations", "units_axis", "batch_axis",
-    "layer_grid", "prefix_tokens", "k", "quantile", "batch_size", "shard_size", "precision", "channels_last", "pooled",
+    "labels", "image_column", "label_column", "max_bad", "weights", "features", "activations", "units_axis",
+    "batch_axis", "layer_grid", "prefix_tokens", "k", "quantile", "batch_size", "shard_size", "precision",
+    "channels_last", "pooled",
 )  # fmt: skip
 """Destinations of the options on how models are dissected."""
 

@@ -8,6 +8,7 @@ import torch
 
 from milan_ray.errors import MilanError
 from milan_ray.models.features.sets import FeatureSet
+from milan_ray.models.features.statistics import explained_variance
 from milan_ray.models.registry import blaming
 
 PIECE_BYTES = 2**26
@@ -62,19 +63,14 @@ class FeatureMaps:
     def explained_variance(self, maps: torch.Tensor) -> float:
         """The share of a layer's variance over images and positions that the features' reconstruction explains.
 
-        1 − Σ‖x − x̂‖² / Σ‖x − mean x‖², as is customary for sparse autoencoders; 1 where nothing varies.
-
         Args:
             maps: float32 (n, C, h, w).
 
         Raises:
             MilanError: The encoder fails.
         """
-        rows = maps.permute(0, 2, 3, 1).flatten(0, 2)
         with blaming(f"features {self._features.name!r} cannot be read from layer {self._features.layer!r}"):
-            missed = (rows - self._encoder.reconstruct(rows)).double().square().sum()
-        varies = (rows - rows.mean(dim=0)).double().square().sum()
-        return float(1 - missed / varies) if varies > 0 else 1.0
+            return explained_variance(self._encoder, maps.permute(0, 2, 3, 1).flatten(0, 2))
 
     def _images(self, positions: int, batch_size: int) -> int:
         """Images per step."""

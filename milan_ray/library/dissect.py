@@ -29,10 +29,11 @@ from milan_ray.labelers.milan import MILAN
 from milan_ray.library.captioner import Milan, encode_images
 from milan_ray.library.probe_images import ProbeImages, check_axes, image_probe
 from milan_ray.library.run_directory import Unit, as_frame
-from milan_ray.models.establish import establish
+from milan_ray.models.establish import establish, with_features
+from milan_ray.models.features.given import Features, feature_set
 from milan_ray.models.hooks import find_layers, named_layers, unwrap
 from milan_ray.models.inputs import check_network
-from milan_ray.models.layouts import Reading
+from milan_ray.models.layouts import Layout, Reading
 from milan_ray.models.registry import Activations, ModelSpec
 from milan_ray.models.resolve import resolve_model
 from milan_ray.models.view import Preprocess
@@ -235,6 +236,7 @@ def dissect(
     name: str | None = None,
     plugins: Sequence[str] = (),
     image_column: str | None = None,
+    features: Mapping[str, Features] | None = None,
 ) -> Dissection:
     """Finds the exemplars of all units of a model's layers (paper §3): one pass over the images, in this process.
 
@@ -259,25 +261,32 @@ def dissect(
         name: What to call the model; of a registered one its own.
         plugins: Modules or ``.py`` files that register the model or the probe.
         image_column: Of Parquet, Arrow and tar files, where images are; None finds it.
+        features: Feature sets to dissect like layers, by names ``LAYER#NAME``: a matrix of directions (F, C), a
+            :class:`~milan_ray.models.features.dictionary.Dictionary`, or the path of a checkpoint (docs/features.md).
 
     Raises:
-        MilanError: There is no such model, layer or folder, a layer has no units, or no image can be read.
+        MilanError: There is no such model, layer or folder, a layer has no units, no image can be read, or features do
+            not fit their layer.
     """
     _check_numbers(k, quantile, batch_size)
     if activations not in get_args(Activations):
         raise unknown_name("activations", str(activations), get_args(Activations), "Give one of these.")
     load_plugins(plugins)
     reading = Reading(batch_axis, _units_axis(units_axis, channels_last), grid, prefix_tokens)
+    sets = {path: feature_set(path, given) for path, given in (features or {}).items()}
     if isinstance(model, nn.Module):
         if weights is not None:
             raise MilanError("weights= is for registered models: load them into the network, and leave it out.")
         network = unwrap(model)
         _check_device(network, device)
-        spec = _spec(network, layers, preprocess, activations, name, reading)
+        spec = _spec(network, [*(layers or ()), *sets], preprocess, activations, name, reading)
     else:
         spec = resolve_model(model, weights, layers, activations=activations, reading=reading)
+        if sets:
+            spec = replace(spec, layers=tuple(dict.fromkeys([*(spec.layers if layers else ()), *sets])))
         spec = replace(spec, preprocess=preprocess or spec.preprocess, name=name or spec.name)
         network = spec.load().to(resolve_device(device))
+    spec = replace(spec, features={**spec.features, **sets})
     probe = image_probe(images, image_column)
     check_probe(spec, probe)
     check_axes(images, spec)
@@ -287,8 +296,10 @@ def dissect(
     plan = StateConfig(len(refs), k, quantile, max(len(refs), 2**20), _ALL_MAPS)
     with _evaluating(network):
         size = pass_size(spec.batch(batch_size), _device_of(network))
-        forward = _forward(network, spec, size, arithmetic)
-        states, skipped = _run(forward, spec, probe, refs, size, plan)
+        forward, layouts = _forward(network, spec, size, arithmetic)
+        rectified = [layer for layer, layout in layouts.items() if layout.rectified]
+        found = LayerStates(plan, torch.get_num_threads(), rectified)
+        states, skipped = _run(forward, spec, probe, refs, size, found)
     exemplars = {layer: _settle(state, spec.preprocess.view.shape) for layer, state in states.items()}
     return Dissection(spec.name, probe, refs, spec.preprocess, exemplars, skipped)
 
@@ -349,32 +360,35 @@ def _check_device(network: nn.Module, device: str) -> None:
         )
 
 
-def _forward(network: nn.Module, spec: ModelSpec, size: int, arithmetic: Arithmetic) -> Forward:
+def _forward(
+    network: nn.Module, spec: ModelSpec, size: int, arithmetic: Arithmetic
+) -> tuple[Forward, dict[str, Layout]]:
     """Checks the network and establishes its layers' layouts."""
-    find_layers(network, spec.layers)
+    bases = list(dict.fromkeys(map(spec.base, spec.layers)))
+    find_layers(network, bases)
     check_network(spec.name, network)
-    layouts = establish(spec, network, spec.layers)
+    found = establish(spec, network, bases)
+    layouts = with_features(spec, {layer: found[spec.base(layer)] for layer in spec.layers})
     for layer, layout in layouts.items():
         if layout.remark:
             say(f"layer {layer!r} of {spec.name} {layout.remark}", level="warning")
     # A copy for channels last, because weights are changed in place.
     runs = deepcopy(network) if arithmetic.channels_last else network
-    return Forward(spec, runs, spec.layers, size, arithmetic, layouts)
+    return Forward(spec, runs, spec.layers, size, arithmetic, layouts), layouts
 
 
 def _run(
-    forward: Forward, spec: ModelSpec, probe: ImageProbe, refs: Sequence[ImageRef], size: int, plan: StateConfig
+    forward: Forward, spec: ModelSpec, probe: ImageProbe, refs: Sequence[ImageRef], size: int, layers: LayerStates
 ) -> tuple[dict[str, LayerState], list[tuple[ImageRef, str]]]:
     """One pass over the images, with warnings: layer → its state, and what could not be read."""
-    layers = LayerStates(plan, torch.get_num_threads())
     skipped: list[tuple[ImageRef, str]] = []
     doubts: list[tuple[str, str]] = []
     with Progress(f"exemplars of {spec.name}", len(refs), "images") as progress:
         for part, batch in read_ahead(probe, refs, spec, size, torch.get_num_threads()):
             skipped += batch.unreadable
             doubts += [(ref.location, why) for ref, why in batch.notes]
-            if len(batch.ids):
-                layers.update(forward.maps(batch.inputs), batch.ids)
+            for rows, maps in forward.pieces(batch.inputs) if len(batch.ids) else ():
+                layers.update(maps, batch.ids[rows])
             progress.advance(len(part))
     if not layers.states:
         first = f", the first {skipped[0][0].location}: {skipped[0][1]}" if skipped else ""

@@ -111,7 +111,19 @@ def established(
         known |= {
             (layer, declared): layout for layer, layout in establish(spec, model, due, latents, positions).items()
         }
-    layouts = {layer: known[spec.base(layer), declared] for layer in layers}
+    return with_features(spec, {layer: known[spec.base(layer), declared] for layer in layers})
+
+
+def with_features(spec: ModelSpec, layouts: Mapping[str, Layout]) -> dict[str, Layout]:
+    """Puts features in place of units in the layouts of feature sets.
+
+    Args:
+        spec: The model.
+        layouts: Layer or feature set → layout of the layer.
+
+    Raises:
+        MilanError: A feature set was made for a layer of another width.
+    """
     return {
         layer: spec.features[layer].layout(layout, spec.name) if layer in spec.features else layout
         for layer, layout in layouts.items()

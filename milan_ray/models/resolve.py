@@ -44,7 +44,7 @@ def resolve_model(
         activations: Which values of a layer count; see :class:`milan_ray.models.hooks.LayerTap`.
         reading: What the user declares about the layers' axes; overrides the model's declaration.
         features: Files of features, as ``LAYER=PATH``; see
-            :func:`milan_ray.models.features.files.file_features`. ``layers`` may name them, ``LAYER#NAME``.
+            :func:`milan_ray.models.features.given.file_features`. ``layers`` may name them, ``LAYER#NAME``.
         download: Whether to download the model's own weights where they are absent; an address is always downloaded.
 
     Returns:
@@ -89,7 +89,7 @@ def _layers(
     """The layers to dissect, by default those of the files, and the feature sets among them."""
     read = {}
     if files:
-        from milan_ray.models.features.files import file_features  # readers of many formats, for those who have files
+        from milan_ray.models.features.given import file_features  # readers of many formats, for those who have files
 
         read = {features.path: features for features in map(file_features, files)}
     chosen = tuple(dict.fromkeys(layers or read or spec.layers))

@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
 import pytest
 from PIL import Image
 
@@ -105,6 +106,7 @@ ROWS: dict[str, str] = {
     "--activations": CHANGES,
     "--weights": CHANGES,
     "--layers": CHANGES,
+    "--features": f"{HERE}::test_features_of_files_are_dissected_beside_or_in_place_of_layers",
     "--pooled": CHANGES,
     "--max-bad": CHANGES,
     "--device": CHANGES,
@@ -357,6 +359,35 @@ def test_options_change_the_tables_that_they_speak_of(few, tmp_path, capsys) -> 
         assert cli.main([*command, "--probe", str(few), "--no-report", "--device", "cuda:9", "--k", "2"]) == 1
     finally:
         (few / "zz.png").unlink()
+
+
+def test_features_of_files_are_dissected_beside_or_in_place_of_layers(few, tmp_path, capsys) -> None:
+    np.save(tmp_path / "axes.npy", np.eye(6)[:4])
+    np.save(tmp_path / "square.npy", np.eye(6))
+    (tmp_path / "said.yaml").write_text("file: square.npy\nlayer: '0'\nname: all\ntransposed: true\n")
+    plain = dissect(tmp_path / "plain", few, "--layers", "0", "--features", f"0={tmp_path}/axes.npy")
+    assert sorted(k["layer"] for k in plain.partitions(EXEMPLARS)) == ["0", "0#axes"]
+    units, axes = (plain.read(EXEMPLARS, model="tiny/cnn", layer=layer) for layer in ("0", "0#axes"))
+    few_units = units.filter(pc.less(units["unit"], 4))
+    assert few_units.drop_columns(["layer", "mask"]).equals(axes.drop_columns(["layer", "mask"]))
+    alone = dissect(tmp_path / "alone", few, "--features", str(tmp_path / "said.yaml"))
+    assert [k["layer"] for k in alone.partitions(EXEMPLARS)] == ["0#all"]
+    command = ["exemplars", "--plugin", TINY, "--probe", str(few), "--storage", str(tmp_path / "bad")]
+    one = [*command, "--model", "tiny/cnn", "--features"]
+    assert cli.main([*one, str(tmp_path / "axes.npy")]) == 1
+    assert cli.main([*one, f"2={tmp_path}/axes.npy"]) == 1
+    assert cli.main([*one, f"0={tmp_path}/square.npy"]) == 1
+    assert cli.main([*one, f"0={tmp_path}/nothing.npy"]) == 1
+    assert cli.main([*command, "--model", "tiny/*", "--features", f"0={tmp_path}/axes.npy"]) == 1
+    said = capsys.readouterr().err
+    for sentence in (
+        "which layer? Give --features LAYER=",
+        "were made for a layer of 6 units, and '2' of tiny/cnn has 8",
+        "which side of their 6 × 6 matrix is the layer's",
+        "no features at",
+        "--features names features of one model",
+    ):
+        assert sentence in said
 
 
 @pytest.mark.parametrize(

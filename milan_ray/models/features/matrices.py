@@ -71,12 +71,15 @@ def _array(path: Path) -> Tensors:
 
 
 def _rows(path: str, matrix: torch.Tensor, options: ReadingOptions) -> torch.Tensor:
-    """The matrix with a row per feature; which side is the layer's is not guessed."""
+    """The matrix with a row per feature.
+
+    One with a column per feature does not pass for one: its columns are not the layer's width, unless it is square.
+    """
     count, width = matrix.shape
-    if options.transposed is None and (options.width is None or count == width == options.width):
+    if options.transposed is None and count == width:
         what = f"which side of their {count} × {width} matrix is the layer's"
         raise ask(path, what, "transposed", "false where each row is a feature, true where each column is")
-    if options.transposed is None and count == options.width:
+    if options.transposed is None and count == options.width != width:
         raise MilanError(
             f"features {path} hold a {count} × {width} matrix, whose columns fit the layer's {options.width} units: "
             "give transposed, or save it with a row per feature."

@@ -83,7 +83,8 @@ class FeatureSet:
         if self.width is not None and self.width != layout.width:
             raise MilanError(
                 f"features {self.name!r} ({self.source}) were made for a layer of {self.width} units, and "
-                f"{self.layer!r} of {model} has {layout.width}: give the layer and network that they were made for."
+                f"{self.layer!r} of {model} has {layout.width}: give the layer and network that they were made for"
+                + (", or the matrix with a row per feature." if self.count == layout.width else ".")
             )
         return replace(layout, features=self.count, rectified=self.rectified)
 

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
-
-from milan_ray.models.features.dictionary import Dictionary
 
 _ROWS = 4096
 """Positions that are reconstructed at a time where codes are dense."""
@@ -118,7 +117,15 @@ class FeatureStatistics:
         return 1 - float(self._errors) / variance
 
 
-def explained_variance(dictionary: Dictionary, x: torch.Tensor) -> float:
+class Reconstructing(Protocol):
+    """What has a reconstruction, such as a dictionary."""
+
+    def reconstruct(self, x: torch.Tensor) -> torch.Tensor:
+        """Computes x̂ (N, C) of a layer's outputs (N, C)."""
+        ...
+
+
+def explained_variance(dictionary: Reconstructing, x: torch.Tensor) -> float:
     """Explained variance of a dictionary on a layer's outputs.
 
     Args:
@@ -129,7 +136,7 @@ def explained_variance(dictionary: Dictionary, x: torch.Tensor) -> float:
         1 − Σ‖x − x̂‖² / Σ‖x − mean x‖²: 1 for equal reconstructions, 0 for those no better than the mean, below 0 for a
         dictionary of another layer or with another normalisation. NaN where all outputs are the same.
     """
-    statistics = FeatureStatistics(dictionary.count, dictionary.width, x.device)
+    statistics = FeatureStatistics(0, x.shape[1], x.device)
     with torch.inference_mode():
         for rows in x.split(_ROWS):
             statistics.add_reconstruction(rows, dictionary.reconstruct(rows))

@@ -45,7 +45,7 @@ def check_features(spec: ModelSpec, source: Probe, layers: Collection[str], conf
     maps = Forward(spec, references.network(spec), bases, size, config.arithmetic).maps(batch.inputs)
     for features in due.values():
         explained = FeatureMaps(features, cpu).explained_variance(maps[features.layer])
-        if not explained >= 0:
+        if explained < 0:
             raise MilanError(
                 f"features {features.name!r} ({features.source}) reconstruct layer {features.layer!r} of {spec.name} "
                 f"worse than its mean does: explained variance {explained:.3g} on the first {len(batch.ids)} images. "

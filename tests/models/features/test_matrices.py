@@ -63,12 +63,10 @@ def test_principal_components_reconstruct(tmp_path):
     assert explained_variance(read_dictionary(whole, ReadingOptions(transposed=False)), x) == pytest.approx(1)
 
 
-def test_which_side_is_the_layers_is_not_guessed(tmp_path):
+def test_which_side_is_the_layers_is_asked_where_the_width_cannot_tell(tmp_path):
     file = array(tmp_path / "w.npy", MATRIX.numpy())
-    with pytest.raises(
-        MilanError, match="do not say which side of their 12 × 5 matrix is the layer's: give transposed"
-    ):
-        read_dictionary(file)
+    rows = read_dictionary(file)
+    assert (rows.count, rows.width) == (FEATURES, WIDTH)
     with pytest.raises(MilanError, match="whose columns fit the layer's 12 units: give transposed"):
         read_dictionary(file, ReadingOptions(width=FEATURES))
     with pytest.raises(MilanError, match="of a layer with 5 units, and this layer has 7"):

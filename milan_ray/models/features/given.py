@@ -1,4 +1,4 @@
-"""Feature sets in files, as ``--features`` names them."""
+"""Feature sets as users give them: files of ``--features``, and objects of Python."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from pathlib import Path
 
+import numpy as np
+import torch
+
 from milan_ray.errors import MilanError
-from milan_ray.models.features.checkpoints import ReadingOptions, layer_of, read_dictionary
-from milan_ray.models.features.dictionary import Dictionary
+from milan_ray.models.features.checkpoints import layer_of, read_dictionary
+from milan_ray.models.features.dictionary import Dictionary, Weights
+from milan_ray.models.features.options import ReadingOptions
 from milan_ray.models.features.sets import SIGN, FeatureSet
 from milan_ray.models.weights import weights_digest
 from milan_ray.names import checked_name
@@ -19,6 +23,9 @@ from milan_ray.yaml_files import mapping, wrong
 
 DESCRIPTIONS = (".yaml", ".yml")
 """Suffixes of files that describe a checkpoint which does not describe itself."""
+
+Features = torch.Tensor | np.ndarray | Dictionary | FeatureSet | str | Path
+"""A matrix of directions (F, C), a dictionary, a feature set, or the path of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -48,21 +55,36 @@ def file_features(given: str) -> FeatureSet:
     """
     layer, path = split_given(given)
     said, reading = _described(Path(path).expanduser())
-    layer = layer or said.layer or layer_of(said.file)
+    layer = layer or said.layer or layer_of(Path(said.file))
     if not layer:
         raise MilanError(f"--features {given}: which layer? Give --features LAYER={path}.")
-    if SIGN in layer:
-        raise MilanError(f"--features {given}: {layer!r} is a feature set itself; give the layer that it reads.")
-    name = checked_name("a feature set", (said.name or Path(said.file).stem).replace(SIGN, "-"))
+    return _from_file(layer, said.name or Path(said.file).stem.replace(SIGN, "-"), said.file, reading)
 
-    def loaded() -> tuple[Dictionary, str]:
-        return _loaded(said.file, reading, _stamp(said.file))
 
-    dictionary, digest = loaded()
-    return FeatureSet(
-        name, layer, dictionary.count, dictionary.width, dictionary.rectified, digest,
-        lambda: deepcopy(loaded()[0]), dictionary.reconstructs, lambda: loaded()[0].directions, said.file,
-    )  # fmt: skip
+def feature_set(path: str, given: Features) -> FeatureSet:
+    """Makes a feature set of what Python users have.
+
+    Args:
+        path: ``LAYER#NAME``.
+        given: A matrix, a dictionary, the path of a checkpoint, or a set, which is renamed.
+
+    Raises:
+        MilanError: The name has another form, or the file cannot be read.
+    """
+    layer, sign, name = path.partition(SIGN)
+    if not layer or not sign:
+        raise MilanError(f"features={{{path!r}: …}}: give the layer's path, {SIGN!r} and a name, as 'layer4{SIGN}sae'.")
+    if isinstance(given, FeatureSet):
+        return replace(given, layer=layer, name=name)
+    if isinstance(given, str | Path):
+        said, reading = _described(Path(given).expanduser())
+        return _from_file(layer, name, said.file, reading)
+    if not isinstance(given, Dictionary):
+        rows = torch.as_tensor(given)
+        if rows.ndim != 2 or not (rows.is_floating_point() or rows.dtype == torch.int64):
+            raise MilanError(f"features {path!r}: give a matrix of numbers (features, units), not {tuple(rows.shape)}.")
+        given = Dictionary(Weights(rows.float(), rows.float()), "identity", reconstructs=False)
+    return _of(layer, name, given, _digest(given), "given in Python")
 
 
 def split_given(given: str) -> tuple[str | None, str]:
@@ -71,6 +93,21 @@ def split_given(given: str) -> tuple[str | None, str]:
     if sign and not Path(given).expanduser().exists():
         return layer, path
     return None, given
+
+
+def _from_file(layer: str, name: str, file: str, reading: ReadingOptions) -> FeatureSet:
+    dictionary, digest = _loaded(file, reading, _stamp(file))
+    return _of(layer, name, dictionary, digest, file)
+
+
+def _of(layer: str, name: str, dictionary: Dictionary, digest: str, source: str) -> FeatureSet:
+    checked_name("a feature set", name)
+    if SIGN in layer or SIGN in name:
+        raise MilanError(f"features {name!r} of {layer!r}: neither may contain {SIGN!r}, which stands between them.")
+    return FeatureSet(
+        name, layer, dictionary.count, dictionary.width, dictionary.rectified, digest,
+        lambda: deepcopy(dictionary), dictionary.reconstructs, lambda: dictionary.directions, source,
+    )  # fmt: skip
 
 
 def _described(path: Path) -> tuple[Described, ReadingOptions]:
@@ -93,6 +130,8 @@ def _described(path: Path) -> tuple[Described, ReadingOptions]:
 def _stamp(file: str) -> tuple[tuple[str, int, int], ...]:
     """Changes with the file, or with a file of the folder."""
     path = Path(file)
+    if not path.exists():
+        raise MilanError(f"no features at {path}: give a checkpoint's file or folder, or a matrix.")
     files = sorted(path.iterdir()) if path.is_dir() else [path]
     stats = [(each.name, each.stat()) for each in files if each.is_file()]
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
@@ -100,6 +139,11 @@ def _stamp(file: str) -> tuple[tuple[str, int, int], ...]:
 
 @lru_cache(maxsize=4)
 def _loaded(file: str, reading: ReadingOptions, stamp: object) -> tuple[Dictionary, str]:
-    """The dictionary in a file, and a digest of all that decides its codes; read again when the stamp changes."""
+    """The dictionary in a file, and its digest; read again when the stamp changes."""
     dictionary = read_dictionary(file, reading)
-    return dictionary, hashlib.sha256(f"{dictionary.identity()!r} {weights_digest(dictionary)}".encode()).hexdigest()
+    return dictionary, _digest(dictionary)
+
+
+def _digest(dictionary: Dictionary) -> str:
+    """A digest of all that decides a dictionary's codes."""
+    return hashlib.sha256(f"{dictionary.identity()!r} {weights_digest(dictionary)}".encode()).hexdigest()
