@@ -18,6 +18,7 @@ from milan_ray import cli
 from milan_ray.errors import MilanError
 from milan_ray.library.run_directory import RunExemplars
 from milan_ray.models.features.dictionary import Dictionary, Weights
+from milan_ray.models.features.given import Features
 from milan_ray.models.view import Preprocess, View
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
@@ -127,7 +128,7 @@ def test_features_are_dissected_like_layers(photos) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
     bias = torch.tensor([-0.4, -1e6, 0.0])
     sparse = Dictionary(Weights(torch.eye(4)[:3], torch.eye(4)[:3], encoder_bias=bias), "relu", reconstructs=False)
-    sets = {"0#axes": np.eye(4), "0#sparse": sparse}
+    sets: dict[str, Features] = {"0#axes": np.eye(4), "0#sparse": sparse}
     found = milan_ray.dissect(network, photos, ["0"], k=3, preprocess=PREPROCESS, features=sets)
     units, axes = (found.exemplars.filter(layer=layer).drop("layer") for layer in ("0", "0#axes"))
     assert units.equals(axes) and len(units) == 12

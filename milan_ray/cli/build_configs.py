@@ -138,7 +138,7 @@ def model_refs(args: argparse.Namespace, runs: bool = True) -> list[ModelRef]:
     for name in names:
         weights = args.weights if runs else RANDOM
         try:
-            weights = resolved(args, name, weights).weights
+            weights = resolved(args, name, weights, runs).weights
         except WouldDownload as error:  # a dry run lists all of them
             absent = error
         except MilanError as error:
@@ -160,12 +160,12 @@ def model_names(args: argparse.Namespace) -> list[str]:
     return list(dict.fromkeys(name for pattern in args.model for name in match_models(pattern)))
 
 
-def resolved(args: argparse.Namespace, name: str, weights: str | None) -> ModelSpec:
-    """Finds a model with the options on weights, layers and features."""
+def resolved(args: argparse.Namespace, name: str, weights: str | None, runs: bool = True) -> ModelSpec:
+    """Finds a model with the options on weights, and where it is run, on layers and features."""
     from milan_ray.models.resolve import resolve_model
 
-    ref = model_ref(args, name, weights)
-    return resolve_model(name, weights, ref.layers, features=ref.features, download=args.download)
+    layers, features = feature_layers(args) if runs else ((), ())
+    return resolve_model(name, weights, layers, features=features, download=args.download)
 
 
 def model_ref(args: argparse.Namespace, name: str, weights: str | None) -> ModelRef:

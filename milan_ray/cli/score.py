@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
 from milan_ray.cli.arguments import choice, flag, fraction, integer, names, string
-from milan_ray.cli.build_configs import cluster, image_text_ref, opened
+from milan_ray.cli.build_configs import cluster, feature_layers, image_text_ref, opened
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import close, note, show_plan
 from milan_ray.errors import MilanError
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if args.generator is None:
         refuse(args, ["images", "prompt", "weights", "activations"], "without --generator", "give --generator too")
     storage, models, probe = opened(args, runs=args.generator is not None)
-    described = described_layers(storage, [model.name for model in models], args.labeler, args.layers)
+    described = described_layers(storage, [model.name for model in models], args.labeler, feature_layers(args)[0])
     config = ScoreConfig(args.pooling, args.held_out, args.top, args.retrieved, args.sigmoid, args.seed)
     judge = None if args.clip is None else image_text_ref(args)
     named = args.clip and (args.class_names or args.sanity)

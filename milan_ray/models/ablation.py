@@ -226,7 +226,8 @@ def directions(spec: ModelSpec, layer: str) -> torch.Tensor:
 def spanned(vectors: torch.Tensor) -> torch.Tensor:
     """An orthonormal basis (C, r) of the span of vectors (n, C)."""
     _, sizes, basis = torch.linalg.svd(vectors, full_matrices=False)
-    return basis[sizes > sizes.max() * 1e-6 * max(vectors.shape)].T
+    kept: torch.Tensor = basis[sizes > sizes.max() * 1e-6 * max(vectors.shape)]
+    return kept.T
 
 
 def _replaced(output: object, old: torch.Tensor, new: torch.Tensor) -> object:

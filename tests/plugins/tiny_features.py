@@ -15,6 +15,9 @@ DEAD = 7
 class Rectified(nn.Module):
     """Random directions behind a rectifier; one feature never fires."""
 
+    directions: torch.Tensor
+    bias: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(5)

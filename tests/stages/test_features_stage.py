@@ -59,8 +59,10 @@ def test_rectified_features_equal_a_naive_loop(both, photos):
     import tiny_features  # registered by now
 
     with torch.inference_mode():
-        output = spec.load()[:1](spec.prepare(torch.from_numpy(views)))
-        maps = tiny_features.RECTIFIED(output.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        network = spec.load()
+        assert isinstance(network, torch.nn.Sequential)
+        output = network[:1](spec.prepare(torch.from_numpy(views)))
+        maps = tiny_features.RECTIFIED.forward(output.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
     largest, flat = maps.amax(dim=(2, 3)).numpy(), maps.numpy().transpose(1, 0, 2, 3).reshape(maps.shape[1], -1)
     levels = np.quantile(flat.astype(float), 0.99, axis=1, method="hazen")
     found = both.read(LEVELS, model="tiny/cnn", layer="0#rectified")

@@ -110,7 +110,7 @@ def run_ablations(
     refs = image_refs(manifest)
     distinct, places = _distinct(sets)
     weights = weights_digest(spec.load())
-    identity = {"ablations": distinct, "model": spec.name, "weights": weights, "probe": digest}
+    identity: dict[str, object] = {"ablations": distinct, "model": spec.name, "weights": weights, "probe": digest}
     if spec.features:
         identity["features"] = {layer: features.digest for layer, features in spec.features.items()}
     work = config_hash(identity)
