@@ -7,12 +7,18 @@ from collections.abc import Iterator
 import torch
 
 from milan_ray.errors import MilanError
+from milan_ray.exemplars.sparse_maps import SparseMaps
+from milan_ray.models.features.dictionary import Dictionary
 from milan_ray.models.features.sets import FeatureSet
 from milan_ray.models.features.statistics import explained_variance
 from milan_ray.models.registry import blaming
 
 PIECE_BYTES = 2**26
 """Bytes of features' maps that are made at a time, where an image's are not more."""
+
+_FEW_BYTES = 2**24
+"""Bytes of pre-activations that are made at a time where only their largest are kept: fewer rows than the matrix needs
+cost more than reading them again."""
 
 MOST_BYTES = 2**32
 """Bytes of one image's features up to which they are made at all."""
@@ -36,8 +42,9 @@ class FeatureMaps:
         self._features = features
         with blaming(f"features {features.name!r} cannot be built"):
             self._encoder = features.build().to(device)
+        self._few = features.rectified and isinstance(self._encoder, Dictionary) and self._encoder.sparse is not None
 
-    def pieces(self, maps: torch.Tensor, batch_size: int) -> Iterator[tuple[slice, torch.Tensor]]:
+    def pieces(self, maps: torch.Tensor, batch_size: int) -> Iterator[tuple[slice, torch.Tensor | SparseMaps]]:
         """Reads features from maps, some images at a time.
 
         Args:
@@ -45,20 +52,29 @@ class FeatureMaps:
             batch_size: Images of a full batch.
 
         Yields:
-            Rows, and float32 (rows, F, h, w), a view with features last in memory.
+            Rows, and float32 (rows, F, h, w), a view with features last in memory; on a CPU sparse maps where few
+            features are on at a position.
 
         Raises:
             MilanError: The encoder fails, puts out something else than codes (N, F), or needs too much memory.
         """
         images, _, height, width = maps.shape
-        size = self._images(height * width, batch_size)
+        few = self._few and not maps.is_cuda
+        size = batch_size if few else self._images(height * width, batch_size)
         for start in range(0, images, size):
             part = maps[start : start + size]
             rows = part.permute(0, 2, 3, 1).flatten(0, 2)
             if len(part) < size:
                 rows = torch.cat([rows, rows.new_zeros(((size - len(part)) * height * width, rows.shape[1]))])
-            codes = self._codes(rows)[: len(part) * height * width]
-            yield slice(start, start + len(part)), codes.unflatten(0, (-1, height, width)).permute(0, 3, 1, 2)
+            found = slice(start, start + len(part))
+            if few:
+                values, features = self._sparse_codes(rows)
+                grid = (len(part), height, width, -1)
+                kept = len(part) * height * width
+                yield found, SparseMaps(values[:kept].view(grid), features[:kept].view(grid), self._features.count)
+            else:
+                codes = self._codes(rows)[: len(part) * height * width]
+                yield found, codes.unflatten(0, (-1, height, width)).permute(0, 3, 1, 2)
 
     def explained_variance(self, maps: torch.Tensor) -> float:
         """The share of a layer's variance over images and positions that the features' reconstruction explains.
@@ -82,6 +98,14 @@ class FeatureMaps:
                 "features of a layer with fewer positions."
             )
         return max(1, min(batch_size, PIECE_BYTES // one))
+
+    def _sparse_codes(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Values and features (N, k) of the layer's output (N, C), where few are on at a position."""
+        encoder = self._encoder
+        assert isinstance(encoder, Dictionary)
+        found = [encoder.encode_sparse(part) for part in rows.split(max(1, _FEW_BYTES // (4 * self._features.count)))]
+        values, features = zip(*found, strict=True)
+        return torch.cat(values), torch.cat(features)
 
     def _codes(self, rows: torch.Tensor) -> torch.Tensor:
         """Codes (N, F) of the layer's output (N, C)."""

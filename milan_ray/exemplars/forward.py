@@ -20,6 +20,7 @@ from milan_ray.config import FLOAT32, Arithmetic
 from milan_ray.device import to_device
 from milan_ray.errors import MilanError, UnreadableImage
 from milan_ray.exemplars.feature_maps import FeatureMaps
+from milan_ray.exemplars.sparse_maps import SparseMaps
 from milan_ray.models.batch_mates import differing, exchanged, summary
 from milan_ray.models.establish import established
 from milan_ray.models.hooks import LayerTap, call, unwrap
@@ -349,7 +350,6 @@ class Forward:
                 found[layer].append(piece)
         return {layer: pieces[0] if len(pieces) == 1 else torch.cat(pieces) for layer, pieces in found.items()}
 
-    @torch.inference_mode()
     def pieces(self, inputs: Inputs) -> Iterator[tuple[slice, dict[str, torch.Tensor]]]:
         """Computes every layer's activation maps of one batch of inputs; of many features, for some images at a time.
 
@@ -366,6 +366,15 @@ class Forward:
             MilanError: A layer's output cannot be read as maps, an image's maps depend on other images, or features
                 cannot be read from a layer.
         """
+        for rows, maps in self.sparse_pieces(inputs):
+            yield (
+                rows,
+                {layer: found.dense() if isinstance(found, SparseMaps) else found for layer, found in maps.items()},
+            )
+
+    @torch.inference_mode()
+    def sparse_pieces(self, inputs: Inputs) -> Iterator[tuple[slice, dict[str, torch.Tensor | SparseMaps]]]:
+        """As :meth:`pieces`, but features of which few are on at a position stay sparse."""
         maps = self._base_maps(inputs)
         count = len(inputs[0]) if isinstance(inputs, tuple) else len(inputs)
         yield slice(0, count), {layer: found for layer, found in maps.items() if layer in self._layers}

@@ -67,11 +67,9 @@ class RunningLevel:
         quantile: q, e.g. 0.99.
         capacity: Largest values kept per unit.
         tail: float32 (U, n), unordered, −inf in empty columns; n may exceed the capacity until the tail is trimmed.
-        lower_bound: float32 (U,); values at or below it are not kept; the floor until the tail is full.
+        lower_bound: float32 (U,); values at or below it are not kept; −inf until the tail is full.
         counted: int64 (U,), number of finite activations.
         nonfinite: int64 (U,), number of NaN and infinite activations, which are left out.
-        floor: A value below which no activation lies, so that those at it are counted and not kept; −inf where there is
-            none. Features that are mostly zero thus cost little.
     """
 
     quantile: float
@@ -82,17 +80,9 @@ class RunningLevel:
     nonfinite: torch.Tensor
     _used: np.ndarray
     """int64 (U,), number of used columns of the tail."""
-    floor: float = -math.inf
 
     @classmethod
-    def empty(
-        cls,
-        units: int,
-        quantile: float,
-        planned: int,
-        device: str | torch.device = "cpu",
-        floor: float = -math.inf,
-    ) -> RunningLevel:
+    def empty(cls, units: int, quantile: float, planned: int, device: str | torch.device = "cpu") -> RunningLevel:
         """The state before any activation.
 
         Args:
@@ -100,13 +90,12 @@ class RunningLevel:
             quantile: q in (0, 1].
             planned: Upper bound of the positions that will be counted per unit, over all shards.
             device: Device of the state.
-            floor: A value below which no activation lies.
         """
         capacity = min(planned, math.ceil((1 - quantile) * planned) + 2)
         tail = torch.empty((units, 0), device=device)
-        lower_bound = torch.full((units,), floor, device=device)
+        lower_bound = torch.full((units,), -torch.inf, device=device)
         zeros = torch.zeros(units, dtype=torch.int64, device=device)
-        return cls(quantile, capacity, tail, lower_bound, zeros, zeros.clone(), np.zeros(units, np.int64), floor)
+        return cls(quantile, capacity, tail, lower_bound, zeros, zeros.clone(), np.zeros(units, np.int64))
 
     def update(self, activations: torch.Tensor, known: torch.Tensor | None = None) -> None:
         """Counts activations.
@@ -130,7 +119,7 @@ class RunningLevel:
 
     def merge(self, other: RunningLevel) -> None:
         """Adds another state's activations (of the same quantile and capacity)."""
-        if (self.quantile, self.capacity, self.floor) != (other.quantile, other.capacity, other.floor):
+        if (self.quantile, self.capacity) != (other.quantile, other.capacity):
             raise ValueError("levels of different plans cannot be merged")
         self.counted = self.counted + other.counted
         self.nonfinite = self.nonfinite + other.nonfinite
@@ -193,6 +182,12 @@ class RunningLevel:
         """The kept activations, descending (U, ≤ capacity), padded with −inf; independent of the order of updates."""
         return torch.sort(_largest(self.tail.clone(), self.capacity), dim=1, descending=True).values
 
+    def sorted_values(self) -> tuple[np.ndarray, np.ndarray]:
+        """The kept activations, unit by unit and descending, float32, and each unit's number of them, int64 (U,)."""
+        tail = self.sorted_tail().cpu().numpy()
+        kept = tail > -np.inf
+        return tail[kept], kept.sum(axis=1)
+
     def result(self) -> torch.Tensor:
         """The levels, float32 (U,): the Hazen quantile, which the reference's sketch also uses while it is exact.
 
@@ -206,11 +201,8 @@ class RunningLevel:
         high = np.minimum(low + 1, np.maximum(counted - 1, 0))
         rows = np.arange(len(tail))
         empty = counted == 0
-        if tail.shape[1] < self.capacity and self.floor > -math.inf:  # the rest lies at the floor
-            tail = np.pad(tail, ((0, 0), (0, self.capacity - tail.shape[1])), constant_values=-np.inf)
         if tail.shape[1] == 0:
             return torch.full((len(tail),), torch.nan)
-        tail = np.maximum(tail, self.floor)
         # The i-th smallest of n is the (n−1−i)-th largest.
         lower, upper = (tail[rows, np.where(empty, 0, counted - 1 - place_)] for place_ in (low, high))
         weight = place - low

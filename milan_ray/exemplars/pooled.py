@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 
+from milan_ray.exemplars.sparse_maps import SparseMaps
+
 POOLED_VERSION = "pooled-1"
 """Part of every fingerprint of pooled activations; increased when the arithmetic below changes its results."""
 
@@ -19,7 +21,7 @@ GROUP_VALUES = 2**20
 """Number of values per column that are written and read together: 4 MiB."""
 
 
-def maxima(maps: torch.Tensor) -> torch.Tensor:
+def maxima(maps: torch.Tensor | SparseMaps) -> torch.Tensor:
     """The largest finite activation of every unit on every image.
 
     Args:
@@ -28,6 +30,8 @@ def maxima(maps: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, U); −inf where no position is finite.
     """
+    if isinstance(maps, SparseMaps):
+        return maps.maxima()
     largest = maps.amax(dim=(2, 3))
     broken = ~torch.isfinite(largest)
     if broken.is_cuda or bool(broken.any()):  # on a GPU, the check would make the host wait
@@ -36,7 +40,7 @@ def maxima(maps: torch.Tensor) -> torch.Tensor:
     return largest
 
 
-def means(maps: torch.Tensor) -> torch.Tensor:
+def means(maps: torch.Tensor | SparseMaps) -> torch.Tensor:
     """The mean of the finite activations of every unit on every image.
 
     An image's means do not depend on the other images in its batch: each image is summed separately, in a fixed order.
@@ -47,6 +51,8 @@ def means(maps: torch.Tensor) -> torch.Tensor:
     Returns:
         (B, U); NaN where no position is finite.
     """
+    if isinstance(maps, SparseMaps):
+        return maps.means()
     mean = maps.mean(dim=(2, 3))
     broken = ~torch.isfinite(mean)
     if broken.is_cuda or bool(broken.any()):

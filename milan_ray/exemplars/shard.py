@@ -16,6 +16,8 @@ from milan_ray.device import to_device
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.levels import RunningLevel, positions_per_image, sample_positions
 from milan_ray.exemplars.pooled import maxima
+from milan_ray.exemplars.sparse_levels import SparseLevel
+from milan_ray.exemplars.sparse_maps import SparseMaps
 from milan_ray.exemplars.topk import NO_IMAGE, RunningTopK
 from milan_ray.storage import WorkRemovedError
 
@@ -60,12 +62,15 @@ class LayerState:
         map_shape: (h, w) of the layer's maps.
         topk: The images that activate each unit most.
         level: The activations that determine each unit's level.
+        rectified: Whether activations are never below zero and zero means absent, so that no image without any is an
+            exemplar.
     """
 
     plan: StateConfig
     map_shape: tuple[int, int]
     topk: RunningTopK
-    level: RunningLevel
+    level: RunningLevel | SparseLevel
+    rectified: bool = False
 
     @classmethod
     def empty(
@@ -79,17 +84,13 @@ class LayerState:
         """The state before any image, for a layer with U units and maps of (h, w)."""
         carried = map_shape if plan.carries_maps(units, map_shape) else None
         per_image = positions_per_image(plan.images, map_shape[0] * map_shape[1], plan.samples)
-        return cls(
-            plan,
-            map_shape,
-            RunningTopK.empty(units, plan.k, carried, device),
-            RunningLevel.empty(units, plan.quantile, plan.images * per_image, device, 0.0 if rectified else -math.inf),
-        )
-
-    @property
-    def rectified(self) -> bool:
-        """Whether activations are never below zero and zero means absent, so that no such image is an exemplar."""
-        return self.level.floor == 0
+        planned = plan.images * per_image
+        level: RunningLevel | SparseLevel
+        if rectified and torch.device(device).type == "cpu":
+            level = SparseLevel.empty(units, plan.quantile, planned)
+        else:
+            level = RunningLevel.empty(units, plan.quantile, planned, device)
+        return cls(plan, map_shape, RunningTopK.empty(units, plan.k, carried, device), level, rectified)
 
     @property
     def exact(self) -> bool:
@@ -97,13 +98,15 @@ class LayerState:
         positions = self.map_shape[0] * self.map_shape[1]
         return positions_per_image(self.plan.images, positions, self.plan.samples) == positions
 
-    def update(self, maps: torch.Tensor, image_ids: np.ndarray, known: Committed | None = None) -> torch.Tensor:
+    def update(
+        self, maps: torch.Tensor | SparseMaps, image_ids: np.ndarray, known: Committed | None = None
+    ) -> torch.Tensor:
         """Adds a batch of images, each id once per state.
 
         NaN and infinite activations are ignored, and counted.
 
         Args:
-            maps: float (B, U, h, w), the layer's activation maps, in either memory format.
+            maps: float32 (B, U, h, w), the layer's activation maps, in either memory format.
             image_ids: int64 (B,).
             known: The actor's committed results; values below their lower bounds are skipped.
 
@@ -114,14 +117,31 @@ class LayerState:
             MilanError: The maps have another size than earlier batches.
         """
         self._check(tuple(maps.shape[1:]))
-        maps = maps.to(torch.float32)
-        pooled = maxima(maps)
-        ids = to_device(torch.from_numpy(image_ids), pooled.device)
         topk_bound, level_bound = (None, None) if known is None else known.lower_bounds
+        pooled = maxima(maps)
+        if isinstance(maps, SparseMaps):
+            assert isinstance(self.level, SparseLevel)
+            units, values, per_unit = self._found(maps, image_ids)
+            self.level.update_found(units, values, per_unit, level_bound)
+            carried = maps.dense() if self.topk.carries_maps else None
+        else:
+            carried = maps
+            self.level.update(self._positions(maps, image_ids), level_bound)
+        ids = to_device(torch.from_numpy(image_ids), pooled.device)
         entering = pooled.masked_fill(pooled <= 0, -torch.inf) if self.rectified else pooled
-        self.topk.update(entering, ids, maps if self.topk.carries_maps else None, topk_bound)
-        self.level.update(self._positions(maps, image_ids), level_bound)
+        self.topk.update(entering, ids, carried if self.topk.carries_maps else None, topk_bound)
         return pooled
+
+    def _found(self, maps: SparseMaps, image_ids: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+        """Units and activations that are stored for the positions that count, and the number of these positions."""
+        positions = self.map_shape[0] * self.map_shape[1]
+        count = positions_per_image(self.plan.images, positions, self.plan.samples)
+        units, values = maps.features.flatten(1, 2), maps.values.flatten(1, 2)
+        if count < positions:
+            chosen = torch.from_numpy(sample_positions(image_ids, count, positions))[:, :, None]
+            chosen = chosen.expand(-1, -1, units.shape[2])
+            units, values = units.gather(1, chosen), values.gather(1, chosen)
+        return units.numpy().ravel(), values.numpy().ravel(), len(image_ids) * count
 
     def _positions(self, maps: torch.Tensor, image_ids: np.ndarray) -> torch.Tensor:
         """The activations that count for the levels, (m, U, n), from maps (B, U, h, w); a view if possible."""
@@ -161,7 +181,12 @@ class LayerState:
         """
         self._check((len(other.topk.ids), *other.map_shape))
         self.topk.merge(other.topk)
-        self.level.merge(other.level)
+        if isinstance(self.level, SparseLevel):
+            assert isinstance(other.level, SparseLevel)
+            self.level.merge(other.level)
+        else:
+            assert isinstance(other.level, RunningLevel)
+            self.level.merge(other.level)
 
 
 class LayerStates:
@@ -187,12 +212,15 @@ class LayerStates:
         self._pool = ThreadPoolExecutor(threads) if threads > 1 else None
 
     def update(
-        self, maps: Mapping[str, torch.Tensor], image_ids: np.ndarray, known: dict[str, Committed] | None = None
+        self,
+        maps: Mapping[str, torch.Tensor | SparseMaps],
+        image_ids: np.ndarray,
+        known: dict[str, Committed] | None = None,
     ) -> None:
         """Adds a batch of images to every layer.
 
         Args:
-            maps: Layer → float (B, U, h, w).
+            maps: Layer → float32 (B, U, h, w).
             image_ids: int64 (B,).
             known: Layer → the actor's committed results; layers that are not in it are added.
 
@@ -288,8 +316,7 @@ def to_table(state: LayerState, emitted: RunningTopK) -> pa.Table:
     if carried:
         unit, rank = torch.nonzero(emitted.ids != NO_IMAGE, as_tuple=True)
         maps = emitted.maps_of(unit, rank).flatten().cpu().numpy()
-    tail = state.level.sorted_tail().cpu().numpy()
-    kept = tail > -np.inf
+    tail, kept = state.level.sorted_values()
     units = len(valid)
     table = pa.table(
         {
@@ -297,7 +324,7 @@ def to_table(state: LayerState, emitted: RunningTopK) -> pa.Table:
             "image_ids": _lists(emitted.ids.cpu()[valid].numpy(), lengths, pa.int64()),
             "activations": _lists(emitted.values.cpu()[valid].numpy(), lengths, pa.float32()),
             "maps": _lists(maps, lengths * h * w * carried, pa.float32()),
-            "tail": _lists(tail[kept], kept.sum(axis=1), pa.float32()),
+            "tail": _lists(tail, kept, pa.float32()),
             "counted": pa.array(state.level.counted.cpu().numpy(), pa.int64()),
             "nonfinite": pa.array(state.level.nonfinite.cpu().numpy(), pa.int64()),
         }
@@ -329,7 +356,11 @@ def from_table(table: pa.Table, plan: StateConfig) -> LayerState:
         maps = torch.zeros((*images.shape, h, w))
         maps[images] = values("maps").reshape(-1, h, w)
     state.topk = RunningTopK(dense("activations", images, -torch.inf), dense("image_ids", images, NO_IMAGE), maps)
-    state.level.merge(replace(state.level, tail=dense("tail", slots("tail"), -torch.inf)))
+    if isinstance(state.level, SparseLevel):
+        lengths = np.diff(table["tail"].combine_chunks().offsets.to_numpy())
+        state.level.update_found(np.repeat(np.arange(len(table)), lengths), values("tail").numpy(), 0)
+    else:
+        state.level.merge(replace(state.level, tail=dense("tail", slots("tail"), -torch.inf)))
     state.level.counted = torch.from_numpy(np.array(table["counted"].to_numpy()))
     state.level.nonfinite = torch.from_numpy(np.array(table["nonfinite"].to_numpy()))
     return state

@@ -387,7 +387,7 @@ def _run(
         for part, batch in read_ahead(probe, refs, spec, size, torch.get_num_threads()):
             skipped += batch.unreadable
             doubts += [(ref.location, why) for ref, why in batch.notes]
-            for rows, maps in forward.pieces(batch.inputs) if len(batch.ids) else ():
+            for rows, maps in forward.sparse_pieces(batch.inputs) if len(batch.ids) else ():
                 layers.update(maps, batch.ids[rows])
             progress.advance(len(part))
     if not layers.states:

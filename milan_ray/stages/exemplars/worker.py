@@ -308,7 +308,7 @@ class ExemplarWorker(ShardsWorker):
             images += [{"image_id": int(i), "sha256": sha} for i, sha in zip(batch.ids, batch.sha256, strict=True)]
             if len(batch.ids) == 0:
                 continue
-            for rows, maps in forward.pieces(batch.inputs):
+            for rows, maps in forward.sparse_pieces(batch.inputs):
                 for layer in maps.keys() & item.pooled.keys():
                     pooled[layer].append((maxima(maps[layer]), means(maps[layer])))
                 due = {layer: found for layer, found in maps.items() if layer in item.layers}
