@@ -141,9 +141,9 @@ def test_parts_of_an_object_store_are_read_ahead_in_order(storage, tmp_path, mon
     taken: list[str] = []
     get_part = storage.get_part
 
-    def counting(config: str, piece: str, part: str) -> pa.Table:
+    def counting(config: str, piece: str, part: str, known: None) -> pa.Table:
         taken.append(piece)
-        return get_part(config, piece, part)
+        return get_part(config, piece, part, known)
 
     monkeypatch.setattr(storage, "get_part", counting)
     found = storage.get_parts("work", pieces, "L0", ahead)

@@ -20,6 +20,7 @@ from milan_ray.captioner.encoder import Encoder, MaskedExemplars, encode_exempla
 from milan_ray.config import Fingerprint, config_hash
 from milan_ray.device import to_device
 from milan_ray.engine.actor_pool import Row
+from milan_ray.engine.scattered import Scattered
 from milan_ray.engine.stage import (
     Job,
     Known,
@@ -60,12 +61,12 @@ class EncodingWorker(ShardWorker):
         super().__init__(**context)
         self._mask_sizes = mask_sizes
         self._encoder = encoder.load().to(self._device)
+        self._scattered = Scattered(self._storage, self._work)
 
     def __call__(self, row: Row) -> Row:
         """Runs one chunk."""
         by_size: dict[tuple[int, int], list[pa.Table]] = defaultdict(list)
-        for number in row["outputs"]:
-            table = self._storage.get_work(self._work, f"masks/{row['name']}/{number}")
+        for number, table in self._scattered.get(row["outputs"], row["name"]):
             source = pa.array(np.full(len(table), number, np.int32))
             by_size[self._mask_sizes[number]].append(table.append_column("source", source))
         tables = {size: pa.concat_tables(tables).sort_by("image_id") for size, tables in by_size.items()}
@@ -81,11 +82,15 @@ class EncodingWorker(ShardWorker):
             return encode(self._encoder, pngs[start:stop], BATCH_SIZE)
 
         encoded = encode_exemplars(self._encoder, groups, maps, len(ids), BATCH_SIZE)
-        for table, features in zip(tables.values(), encoded, strict=True):
-            sources = table["source"].to_numpy()
-            for number in np.unique(sources).tolist():
-                rows = np.flatnonzero(sources == number)
-                self._store(row, number, _features(table.take(rows), features[rows]))
+
+        def parts() -> Iterator[tuple[int, pa.Table]]:
+            for table, features in zip(tables.values(), encoded, strict=True):
+                sources = table["source"].to_numpy()
+                for number in np.unique(sources).tolist():
+                    rows = np.flatnonzero(sources == number)
+                    yield number, _features(table.take(rows), features[rows])
+
+        self._store(row, parts())
         return {"images": len(ids)}
 
 
@@ -198,13 +203,14 @@ def _scatter(storage: Storage, work: str, task: tuple[Output, tuple[str, str], S
     output, (probe, view), starts = task
     table = _exemplars(storage, output, ["rank", "image_id", "mask"]).sort_by("image_id").combine_chunks()
     cuts = np.searchsorted(table["image_id"].to_numpy(), [*starts, np.iinfo(np.int64).max])
-    names = []
-    for start, (begin, end) in zip(starts, itertools.pairwise(cuts.tolist()), strict=True):
-        if begin < end:
-            names.append(f"{config_hash({'view': view, 'probe': probe})}-{start:09d}")
-            part = table.slice(begin, end - begin)
-            storage.put_work(work, f"masks/{names[-1]}/{output.number}", part)
-    return names
+    of_view = config_hash({"view": view, "probe": probe})
+    parts = [
+        (f"{of_view}-{start:09d}", table.slice(begin, end - begin))
+        for start, (begin, end) in zip(starts, itertools.pairwise(cuts.tolist()), strict=True)
+        if begin < end
+    ]
+    Scattered(storage, work).put(output.number, parts)
+    return [name for name, _ in parts]
 
 
 def encode(encoder: Encoder, pngs: Sequence[bytes], batch_size: int) -> list[torch.Tensor]:

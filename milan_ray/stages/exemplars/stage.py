@@ -201,7 +201,7 @@ class Exemplars(Stage):
             if item.model.name not in self.failed:
                 with failing(self.failed, item.model.name):
                     merged = merge(run, item, len(manifest))
-                    if merged.winners:
+                    if merged.unmasked:
                         unmasked.append(merged)
                     else:
                         run.storage.remove_work(item.work)
