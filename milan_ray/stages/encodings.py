@@ -6,10 +6,10 @@ exemplars ─► [scatter by chunk of images] ─► [actor pool: encode a chunk
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -47,6 +47,9 @@ KERNEL_VERSION = "encodings-3"
 
 BATCH_SIZE = 16
 """Images per encoder pass: on a CPU, larger batches take more memory and are no faster, smaller ones are slower."""
+
+MOST_ROWS = 4096
+"""Exemplars per chunk, about, beyond 256 images: 64 MB of features of ResNet-101's pyramid."""
 
 AnyEncoderRef = EncoderRef | Clip
 """A reference to an encoder, from which workers load it."""
@@ -113,8 +116,12 @@ class Encodings(ShardedStage):
         models: Model name → layers.
         encoder: Which encoder.
         units: The units of every layer to encode; empty for all.
+
+    Attributes:
+        few: Exemplars of a job up to which the driver scatters and merges them.
     """
 
+    few: ClassVar[int] = FEW_ROWS
     worker = EncodingWorker
     table, counted = ENCODINGS, "chunks of images"
     name = label = "encodings"
@@ -134,19 +141,23 @@ class Encodings(ShardedStage):
 
     def shards(self, job: Job) -> Shards:
         """Chunks of images; the exemplars of each are stored with it, so that no worker reads a layer as a whole."""
-        few = sum(job.storage.count(EXEMPLARS, **output.of_layer) for output in job.every) <= FEW_ROWS
+        counts = [job.storage.count(EXEMPLARS, **output.of_layer) for output in job.every]
+        few = sum(counts) <= self.few
         views = [_view(job.storage, output) for output in job.every]
         used: dict[tuple[str, str], set[int]] = defaultdict(set)
         for index, ids in run_parallel(partial(_image_ids, job.storage), job.every, in_driver=few):
             used[views[index]].update(ids)
-        starts = {view: chunk_starts(sorted(ids)) for view, ids in used.items()}
+        shown: Counter[tuple[str, str]] = Counter()
+        for view, count in zip(views, counts, strict=True):
+            shown[view] += count
+        starts = {view: chunk_starts(sorted(ids), shown[view]) for view, ids in used.items()}
         rows: dict[str, dict[str, str]] = {}
         outputs: dict[str, list[int]] = defaultdict(list)
         tasks = [(output, views[output.number], starts[views[output.number]]) for output in job.due]
         for index, names in run_parallel(partial(_scatter, job.storage, job.work), tasks, in_driver=few):
-            output, (probe, view), _ = tasks[index]
+            output, (probe, key), _ = tasks[index]
             for name in names:
-                rows[name] = {"probe": probe, "view": view}
+                rows[name] = {"probe": probe, "view": key}
                 outputs[name].append(output.number)
         return Shards([Shard(name, tuple(sorted(outputs[name])), rows[name]) for name in sorted(rows)], few)
 
@@ -185,16 +196,18 @@ def _image_ids(storage: Storage, output: Output) -> list[int]:
     return np.unique(_exemplars(storage, output, ["image_id"])["image_id"].to_numpy()).tolist()
 
 
-def chunk_starts(ids: Sequence[int]) -> tuple[int, ...]:
+def chunk_starts(ids: Sequence[int], exemplars: int) -> tuple[int, ...]:
     """Cuts a view's images into chunks, the units of work, by the first of each.
 
     A few images make chunks small enough to keep several actors busy; many make chunks so large that hardly a block of
-    views is read twice and files stay few. Which images share a chunk never changes a result.
+    views is read twice and layers have more than a few rows in each. Which images share a chunk never changes a result.
 
     Args:
         ids: Image ids, ascending.
+        exemplars: Exemplars that show them, for a bound on a chunk's features; at least as many.
     """
-    batches = min(max(len(ids) // (64 * BATCH_SIZE), 2), 16)
+    most = min(64, max(16, MOST_ROWS * len(ids) // (BATCH_SIZE * max(1, exemplars))))
+    batches = min(max(len(ids) // (64 * BATCH_SIZE), 2), most)
     return tuple(ids[:: batches * BATCH_SIZE])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,9 +54,7 @@ def recompute(run: Run, unmasked: Sequence[Merged], manifest: pa.Table) -> dict[
         item = unmasked[index].item
         if item.model.name not in failed:
             with failing(failed, item.model.name):
-                names = [row["name"] for row in blocks[index]]
-                new = {name: piece_name(name, _parts(unmasked[index])) for name in names}
-                write_masked(run, unmasked[index], [stored[index].get(name, new[name]) for name in names])
+                write_masked(run, unmasked[index], blocks[index], stored[index])
                 run.storage.remove_work(item.work)
 
     for index in range(len(unmasked)):
@@ -120,19 +118,21 @@ def _masks(item: ModelWork) -> str:
     return f"{item.work}/masks"
 
 
-def write_masked(run: Run, merged: Merged, pieces: Sequence[str]) -> None:
+def write_masked(run: Run, merged: Merged, blocks: Sequence[Row], stored: Mapping[str, str]) -> None:
     """Writes the exemplars of a model's layers, with the masks of all blocks.
 
     Args:
         run: The run.
         merged: The model.
-        pieces: Names of the blocks' pieces.
+        blocks: Its blocks.
+        stored: The blocks that an earlier job computed: name → name of the piece.
     """
-    item = merged.item
+    item, parts = merged.item, _parts(merged)
+    pieces = [stored.get(row["name"]) or piece_name(row["name"], parts) for row in blocks]
     for layer in merged.unmasked:
         empty = WINNERS_SCHEMA.append(pa.field("mask", pa.large_binary())).empty_table()
-        blocks = run.storage.get_parts(_masks(item), pieces, item.part(layer))
-        rows = pa.concat_tables([empty, *blocks]).sort_by([("unit", "ascending"), ("rank", "ascending")])
+        masked = run.storage.get_parts(_masks(item), pieces, item.part(layer))
+        rows = pa.concat_tables([empty, *masked]).sort_by([("unit", "ascending"), ("rank", "ascending")])
         write_exemplars(run, item, layer, rows, merged.cost)
 
 
