@@ -205,9 +205,20 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
             yield answer
 
     monkeypatch.setattr(stage, "run_pool", watched)
+    written: list[str] = []
+    reads: list[tuple[int, int]] = []
+    put, read = storage.put, rerank.SimilarityWorker._read_queries
+    monkeypatch.setattr(storage, "put", lambda path, data: (written.append(path), put(path, data)))
+    monkeypatch.setattr(
+        rerank.SimilarityWorker,
+        "_read_queries",
+        lambda self, number: (reads.append((id(self), number)), read(self, number))[1],
+    )
     monkeypatch.setattr(rerank, "PAIRS", 40)
     monkeypatch.setattr(rerank, "FEW_ROWS", -1)  # by tasks, as for many
     rerank_all(storage, replace(clip, z=1.0))
+    assert len([path for path in written if "/pieces/" in path]) == len(answers)  # not one for each layer too
+    assert len(reads) == len(set(reads)) < 2 * len(answers)  # each worker reads a layer's queries once
     after = stamps(storage, *tables)
     keys = [{"model": "tiny/cnn", "layer": layer} for layer in LAYERS["tiny/cnn"]]
     assert {path for path in before if after[path] != before[path]} == {
