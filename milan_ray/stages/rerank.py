@@ -41,13 +41,18 @@ from milan_ray.stages.encodings import Encodings, only_units, unit_features
 from milan_ray.storage import Storage
 
 PAIRS = 8192
-"""Approximate number of candidates per chunk of texts, which is a shard."""
+"""Approximate number of candidates per chunk of texts, which is a shard; four times as many in a large job."""
 
 MOST_QUERIES = 256
 """Layers whose units' queries a worker keeps: most chunks have candidates of all layers."""
 
 QUERIES = "queries"
 """Part of what is scattered of a layer: its units' queries."""
+
+
+def chunks_of(pairs: int) -> int:
+    """The number of chunks of a job's candidates: they grow, up to a bound, before there are more than 512 of them."""
+    return max(1, pairs // min(4 * PAIRS, max(PAIRS, pairs // 512)))
 
 
 def wide_search(captioner: Captioner, search: Search, clip: Clip) -> Search:
@@ -135,7 +140,7 @@ class Reranked(ShardedStage):
         """Chunks of texts; a text's chunk depends on the text alone, so that each text is in one chunk only."""
         pairs = sum(job.storage.count(CANDIDATES, **candidates_of(self._decoder, output)) for output in job.every)
         few = pairs <= FEW_ROWS
-        scatter = partial(self._scatter, job.storage, job.work, max(1, pairs // PAIRS))
+        scatter = partial(self._scatter, job.storage, job.work, chunks_of(pairs))
         outputs: dict[str, list[int]] = defaultdict(list)
         for index, names in run_parallel(scatter, job.due, in_driver=few):
             for name in names:

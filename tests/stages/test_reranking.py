@@ -236,3 +236,8 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
             assert row["score"] == pytest.approx(max(expected[row["unit"]].values()), abs=1e-5)
     found = status(storage)
     assert not any(partition.state for partition in found.partitions) and not found.work
+
+
+def test_chunks_of_texts_grow_before_they_become_many():
+    assert [rerank.chunks_of(pairs) for pairs in (0, 8191, 16_384, 10**6)] == [1, 1, 2, 122]
+    assert [rerank.chunks_of(pairs) for pairs in (8_000_000, 24_576_000)] == [512, 750]
