@@ -208,12 +208,17 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
     written: list[str] = []
     reads: list[tuple[int, int]] = []
     put, read = storage.put, rerank.SimilarityWorker._read_queries
-    monkeypatch.setattr(storage, "put", lambda path, data: (written.append(path), put(path, data)))
-    monkeypatch.setattr(
-        rerank.SimilarityWorker,
-        "_read_queries",
-        lambda self, number: (reads.append((id(self), number)), read(self, number))[1],
-    )
+
+    def noted_put(path, data):
+        written.append(path)
+        put(path, data)
+
+    def noted_read(worker, number):
+        reads.append((id(worker), number))
+        return read(worker, number)
+
+    monkeypatch.setattr(storage, "put", noted_put)
+    monkeypatch.setattr(rerank.SimilarityWorker, "_read_queries", noted_read)
     monkeypatch.setattr(rerank, "PAIRS", 40)
     monkeypatch.setattr(rerank, "FEW_ROWS", -1)  # by tasks, as for many
     rerank_all(storage, replace(clip, z=1.0))
