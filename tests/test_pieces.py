@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.fs as pafs
 import pytest
+from reads import Reads
 
 from milan_ray.storage import Storage, WorkRemovedError
 from milan_ray.storage.pieces import piece_name
@@ -28,27 +25,6 @@ def large(seed: int) -> pa.Table:
 def put(storage: Storage, shard: str, parts: dict[str, pa.Table], *more: str) -> str:
     storage.put_piece("work", shard, [*parts, *more], parts.items())
     return piece_name(shard, [*parts, *more])
-
-
-class Reads:
-    """A file system that notes the number of bytes of every read."""
-
-    def __init__(self, system: pafs.FileSystem, sizes: list[int]) -> None:
-        self._system, self._sizes = system, sizes
-
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._system, name)
-
-    @contextmanager
-    def open_input_file(self, path: str) -> Iterator[SimpleNamespace]:
-        with self._system.open_input_file(path) as file:
-
-            def read_at(length: int, start: int) -> bytes:
-                self._sizes.append(length)
-                data: bytes = file.read_at(length, start)
-                return data
-
-            yield SimpleNamespace(size=file.size, read_at=read_at)
 
 
 @pytest.fixture
@@ -110,6 +86,17 @@ def test_a_listing_tells_which_shards_have_some_parts(storage, read):
     assert storage.pieces_with("work", ["L2"]) == storage.pieces_with("other", ["L0"]) == {}
 
 
+def test_a_shard_s_name_may_have_folders(storage):
+    piece = put(storage, "0/one", {"L0": EMPTY})
+    other = put(storage, "1/one", {"L0": EMPTY})
+    assert storage.pieces_with("work", ["L0"]) == {"0/one": piece, "1/one": other}
+    storage.put_piece("work/masks", "one", ["L0"], {"L0": IMAGES}.items())  # apart from those
+    assert storage.pieces_with("work", ["L0"]) == {"0/one": piece, "1/one": other}
+    assert storage.get_part("work/masks", piece_name("one", ["L0"]), "L0").equals(IMAGES)
+    storage.remove_work("work")
+    assert storage.files("_work") == []
+
+
 def test_a_damaged_piece_is_removed_wherever_the_damage_lies(storage, tmp_path):
     rng = random.Random(0)
     piece = put(storage, "000001", {"L0": large(0).slice(0, 50), "images": IMAGES})
@@ -141,9 +128,9 @@ def test_parts_of_an_object_store_are_read_ahead_in_order(storage, tmp_path, mon
     taken: list[str] = []
     get_part = storage.get_part
 
-    def counting(config: str, piece: str, part: str) -> pa.Table:
+    def counting(config: str, piece: str, part: str, known: None) -> pa.Table:
         taken.append(piece)
-        return get_part(config, piece, part)
+        return get_part(config, piece, part, known)
 
     monkeypatch.setattr(storage, "get_part", counting)
     found = storage.get_parts("work", pieces, "L0", ahead)

@@ -2,8 +2,9 @@
 
 Shards of one network are recorded and stored again and again under the names of a whole probe and of a whole zoo. What
 is measured is what the driver and the store do then: listing what is done after a kill, reading which images were read,
-merging a layer, and handing rows to actors. All of it lies on this machine's disk; requests are those that an object
-store would get.
+merging a layer, and handing rows to actors; what passes through the store for masks and encodings of a zoo's winners;
+and how many images one actor takes where the network costs next to nothing. All of it lies on this machine's disk;
+requests are those that an object store would get.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +22,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.fs as pafs
 import torch
 
 from milan_ray.benchmarks import scale_network
 from milan_ray.benchmarks.harness import Options, Result, alone, photographs
+from milan_ray.benchmarks.requests import counting
+from milan_ray.benchmarks.scale_actor import actor_ceiling
+from milan_ray.benchmarks.scale_winners import Winners, encode, mask, store_winners
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.actor_pool import Row, run_pool
 from milan_ray.engine.cluster import connected
@@ -41,9 +44,6 @@ from milan_ray.storage import WORK, Storage
 
 RECORDED = 64
 """Shards that are recorded, of one actor; the last of them stands for all later ones."""
-
-PAGE = 1000
-"""Objects that an object store lists per request."""
 
 Parts = dict[str, pa.Table]
 
@@ -83,12 +83,28 @@ def run(options: Options) -> Iterator[Result]:
             yield Result(name, tuple(seconds for (seconds, _), _ in runs), (), count, unit).with_facts(
                 **{"peak memory, MB": peak, **facts}
             )
+    with TemporaryDirectory(prefix="milan-scale-") as folder:
+        yield from _winners(options, folder, images, models)
+    yield from actor_ceiling(options)
     rows = shards * -(-models // MOST_TOGETHER)
     handed = [alone(_submit, rows) for _ in range(options.repeats)]
     seconds, ((first, _, cpu), peak) = tuple(seconds for (_, seconds, _), _ in handed), handed[0]
     yield Result("hand rows to an actor that does nothing", seconds, (), rows, "rows").with_facts(
         **{"the first after, seconds": first, "processor time of the driver, seconds": cpu, "peak memory, MB": peak}
     )
+
+
+def _winners(options: Options, folder: str, images: int, models: int) -> Iterator[Result]:
+    """Computes masks and encodings of winners, and counts what is stored below the work while it is in progress."""
+    job = store_winners(options, folder, images, models)
+    steps: tuple[tuple[str, Callable[[Winners], tuple[float, Counter[str]]], float, str], ...] = (
+        ("compute masks of one model's winners again", mask, job.images_of_model, "images"),
+        (f"encode the winners of {models} models", encode, job.images_of_zoo, "images"),
+    )
+    for name, function, count, unit in steps:
+        (seconds, requests), peak = alone(function, job)
+        facts = {f"requests: {kind}": float(requests[kind]) for kind in sorted(requests)}
+        yield Result(name, (seconds,), (), count, unit).with_facts(**{"peak memory, MB": peak, **facts})
 
 
 def _stored(options: Options, folder: str, images: int, models: int) -> tuple[Job, float]:
@@ -211,81 +227,9 @@ def _submit(count: int) -> tuple[float, float, float]:
         return first - started, time.perf_counter() - first, time.process_time() - cpu
 
 
-# -- the requests that an object store would get ------------------------------------------------------------------
-
-
 @contextmanager
 def _counted(job: Job) -> Iterator[tuple[Job, Counter[str]]]:
     """The job on a storage that counts requests, as on an object store."""
     requests: Counter[str] = Counter()
-    storage = Storage(job.run.storage.root)
-    storage._fs = _CountingSystem(storage._fs, requests)
-    storage.is_local = False
+    storage = counting(job.run.storage, requests)
     yield replace(job, run=replace(job.run, storage=storage)), requests
-
-
-class _CountingSystem:
-    """A local file system that counts what pyarrow would ask an object store for."""
-
-    def __init__(self, system: pafs.FileSystem, requests: Counter[str]) -> None:
-        self._system, self._requests = system, requests
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._system, name)
-
-    def get_file_info(self, where: str | pafs.FileSelector) -> Any:
-        """A listing, or what is known of one object."""
-        found = self._system.get_file_info(where)
-        if isinstance(where, str):
-            self._requests["HEAD"] += 1
-        else:
-            self._requests["LIST"] += -(-len(found) // PAGE) or 1
-        return found
-
-    def open_input_file(self, path: str) -> _CountingFile:
-        """Asks for the object's size."""
-        self._requests["HEAD"] += 1
-        return _CountingFile(self._system.open_input_file(path), self._requests, path)
-
-    def open_input_stream(self, path: str) -> _CountingFile:
-        """Asks for the object's version."""
-        return self.open_input_file(path)
-
-    def open_output_stream(self, path: str) -> pa.NativeFile:
-        """Writes the object; a folder is nothing on an object store."""
-        self._requests["PUT"] += 1
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        return self._system.open_output_stream(path)
-
-
-class _CountingFile:
-    """A file of which every read is a request."""
-
-    def __init__(self, file: pa.NativeFile, requests: Counter[str], path: str) -> None:
-        self._file, self._requests, self._path = file, requests, path
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> _CountingFile:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def metadata(self) -> Mapping[bytes, bytes]:
-        """The object's tag."""
-        return {b"ETag": str(os.stat(self._path).st_mtime_ns).encode()}
-
-    def read(self, *size: int) -> bytes:
-        """Reads on."""
-        return self._noted(self._file.read(*size))
-
-    def read_at(self, size: int, start: int) -> bytes:
-        """Reads a range."""
-        return self._noted(self._file.read_at(size, start))
-
-    def _noted(self, data: bytes) -> bytes:
-        self._requests["GET"] += 1
-        self._requests["MB"] += len(data) / 1e6  # type: ignore[assignment]
-        return data

@@ -54,6 +54,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
     from milan_ray.benchmarks.sample import measure, note
+    from milan_ray.engine.cluster import sized_for
     from milan_ray.engine.costs import Wanted, estimate, faster, text
     from milan_ray.plugins import load_plugins
     from milan_ray.stages.captioners import load_captioner
@@ -86,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         quantile=config.quantile,
         samples=config.samples,
         map_budget=config.map_budget,
-        shard_size=config.shard(images),
+        shard_size=sized_for(resources, config, images).shard(images),
         actors=args.actors or 1,
         pooled=config.pooled,
         price=args.price,

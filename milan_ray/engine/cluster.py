@@ -22,7 +22,7 @@ import torch
 from ray.util.annotations import RayDeprecationWarning
 
 from milan_ray import runtime
-from milan_ray.config import Resources, models_dir
+from milan_ray.config import ExemplarConfig, Resources, models_dir
 from milan_ray.engine import reaper
 from milan_ray.errors import MilanError
 from milan_ray.progress import say
@@ -267,6 +267,17 @@ def on_gpus(resources: Resources) -> bool:
     if not ray.is_initialized():
         return torch.cuda.is_available()
     return bool(ray.cluster_resources().get("GPU", 0) >= 1)
+
+
+def sized_for(resources: Resources, config: ExemplarConfig, images: int) -> ExemplarConfig:
+    """The configuration with shards of a size for the actors' devices, which never changes a result.
+
+    Args:
+        resources: What the actors may use.
+        config: The configuration.
+        images: Images of the probe.
+    """
+    return config.for_gpus(images) if on_gpus(resources) else config
 
 
 def gpus_each(resources: Resources) -> float:

@@ -29,13 +29,10 @@ from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.progress import Progress, say
 from milan_ray.schema import CANDIDATES, ENCODINGS, EXEMPLARS, LEVELS, Table
 from milan_ray.storage import Storage
+from milan_ray.storage.pieces import piece_name
 
 _MADE_BY = {EXEMPLARS.name: "exemplars", ENCODINGS.name: "describe", CANDIDATES.name: "describe"}
 """Table → the subcommand that makes it."""
-
-PIECES = "pieces"
-"""Folder of finished pieces in the work of a stage: one folder per output, one file per shard."""
-
 
 Layers = Mapping[str, Sequence[str]]
 """Model → layers."""
@@ -86,9 +83,10 @@ class Output:
         keys: dict[str, object] = {name: [value] * len(rows) for name, value in self.keys.items()}
         return keys | {name: rows[name] for name in rows.column_names}
 
-    def piece(self, shard: str) -> str:
-        """Name of the work table that holds a shard's part of this output."""
-        return f"{PIECES}/{self.number}/{shard}"
+    @property
+    def part(self) -> str:
+        """Name of its part of a shard's piece."""
+        return str(self.number)
 
 
 def piece_schema(table: Table, *without: str) -> pa.Schema:
@@ -114,7 +112,7 @@ class Shard:
     """A piece of work: the unit of retry and of progress. Its composition never depends on the cluster.
 
     Attributes:
-        name: Name of its work tables.
+        name: Name of its piece.
         outputs: Numbers of the outputs that it has a part of.
         row: Further input of the worker, JSON-able.
         size: Its size, in the stage's unit of progress.
@@ -208,6 +206,10 @@ class Job:
     due: Sequence[Output]
     resources: Resources
 
+    def store(self, shard: str, tables: Iterable[tuple[int, pa.Table]]) -> None:
+        """Stores the piece of a shard that the driver has done: the number of each of its outputs, and its part."""
+        _store(self.storage, self.work, self.due, shard, tables)
+
 
 class Stage(ABC):
     """Makes the partitions of one table.
@@ -251,15 +253,15 @@ class ShardWorker(ABC):
 
     @abstractmethod
     def __call__(self, row: Row) -> Row:
-        """Runs a shard: stores a piece for each of its outputs, and may return the number of ``images`` it used.
+        """Runs a shard: stores its piece, and may return the number of ``images`` it used.
 
         Args:
             row: The shard's row, and its ``name`` and ``outputs``.
         """
 
-    def _store(self, row: Row, number: int, piece: pa.Table) -> None:
-        """Stores a shard's piece of an output."""
-        self._storage.put_work(self._work, self._outputs[number].piece(row["name"]), piece)
+    def _store(self, row: Row, tables: Iterable[tuple[int, pa.Table]]) -> None:
+        """Stores a shard's piece: the number of each of its outputs, and its part."""
+        _store(self._storage, self._work, self._outputs.values(), row["name"], tables)
 
 
 class ShardedStage(Stage):
@@ -397,24 +399,21 @@ def _work(stage: Stage, outputs: Iterable[Output]) -> str:
 def _make(stage: ShardedStage, job: Job) -> None:
     """Runs the shards that are not stored yet, then merges the pieces of every output that is due."""
     shards = stage.shards(job)
-    costs = _run_shards(stage, job, shards)
+    parts = [output.part for output in job.due]
+    stored = job.storage.pieces_with(job.work, parts)
+    costs = _run_shards(stage, job, shards, [shard for shard in shards.every if shard.name not in stored])
     names: dict[int, list[str]] = {output.number: [] for output in job.due}
     for shard in shards.every:
         for number in shard.outputs:
-            names[number].append(shard.name)
+            # By name, not what is there now: another job may be removing the same work.
+            names[number].append(stored.get(shard.name) or piece_name(shard.name, parts))
     merges = [(output, names[output.number], costs[output.number]) for output in job.due]
     list(run_parallel(partial(_merge, stage, job.storage, job.work), merges, in_driver=shards.merged_in_driver))
 
 
-def _run_shards(stage: ShardedStage, job: Job, shards: Shards) -> dict[int, Cost]:
+def _run_shards(stage: ShardedStage, job: Job, shards: Shards, fresh: Sequence[Shard]) -> dict[int, Cost]:
     """Runs the shards that are not stored yet; returns the cost of each output, by number."""
     output_of = {output.number: output for output in job.due}
-    stored = set(job.storage.work_names(job.work, PIECES))
-    fresh = [
-        shard
-        for shard in shards.every
-        if any(output_of[number].piece(shard.name) not in stored for number in shard.outputs)
-    ]
     total = sum(shard.size for shard in fresh)
     say(f"{stage.title}: {len(job.due)} tables, {total} {stage.counted} to do")
     costs = {number: Cost() for number in output_of}
@@ -441,9 +440,9 @@ def _run_shards(stage: ShardedStage, job: Job, shards: Shards) -> dict[int, Cost
 
 
 def _merge(stage: ShardedStage, storage: Storage, work: str, item: tuple[Output, Sequence[str], Cost]) -> None:
-    """Merges an output from the pieces of the shards of these names, and makes it public."""
+    """Merges an output from its parts of the pieces of these names, and makes it public."""
     output, names, cost = item
-    merged = stage.merge(storage, output, (storage.get_work(work, output.piece(name)) for name in names))
+    merged = stage.merge(storage, output, storage.get_parts(work, names, output.part))
 
     name = stage.name if stage.recorded else ""
     if not isinstance(merged, Stream):
@@ -459,6 +458,14 @@ def _merge(stage: ShardedStage, storage: Storage, work: str, item: tuple[Output,
             _record(storage, name, output, rows, cost)
 
     storage.write_stream(stage.table, recorded(), output.fingerprint, merged.metadata, **output.keys)
+
+
+def _store(
+    storage: Storage, work: str, due: Iterable[Output], shard: str, tables: Iterable[tuple[int, pa.Table]]
+) -> None:
+    """Stores a shard's piece: one object, whatever the number of outputs that it has a part of."""
+    parts = ((str(number), table) for number, table in tables)
+    storage.put_piece(work, shard, [output.part for output in due], parts)
 
 
 def _make_output(stage: TaskStage, storage: Storage, output: Output) -> None:

@@ -49,6 +49,7 @@ from milan_ray.stages.embeddings import (
     text_embeddings,
 )
 from milan_ray.storage import Storage
+from milan_ray.storage.pieces import piece_name
 
 KERNEL_VERSION = "clip-dissect-1"
 
@@ -76,12 +77,14 @@ class _How:
         work: Hash of the work.
         labeler: The list of concepts, and how to compare.
         images: Partition of the probe's embeddings: encoder and probe.
+        layers: What a chunk's piece holds: the part of every layer.
     """
 
     storage: Storage
     work: str
     labeler: ClipDissect
     images: dict[str, str]
+    layers: tuple[str, ...]
 
     def get(self, name: str) -> pa.Table:
         """Reads a table of the work."""
@@ -90,6 +93,11 @@ class _How:
     def put(self, name: str, table: pa.Table) -> None:
         """Writes a table of the work."""
         self.storage.put_work(self.work, name, table)
+
+    @property
+    def best(self) -> str:
+        """The work with the best concepts of each chunk: one piece per chunk, whatever the number of layers."""
+        return f"{self.work}/best"
 
     @property
     def every_image(self) -> bool:
@@ -150,7 +158,7 @@ class ClipDissectLabels(StepStage):
     def run(self, job: Job) -> None:
         """Scans the layers, compares their units with every chunk of concepts, and keeps the best."""
         storage, work, labeler = job.storage, job.work, self._labeler
-        how = _How(storage, work, labeler, self._images.keys)
+        how = _How(storage, work, labeler, self._images.keys, tuple(layer.part for layer in job.every))
         ref, plugins = self._images.ref, self._images.probe.plugins
         vectors = text_embeddings(storage, labeler.concepts, ref, job.resources, plugins)
         stored = set(storage.work_names(work))
@@ -174,7 +182,8 @@ class ClipDissectLabels(StepStage):
 
     def _best(self, how: _How, layer: Output) -> Mapping[int, list[Label]]:
         """Unit → its labels, best first, from the best of every chunk."""
-        tables = [how.get(f"best/{_chunk_name(first)}/{layer.number}") for first in how.chunks]
+        chunks = [piece_name(_chunk_name(first), how.layers) for first in how.chunks]
+        tables = how.storage.get_parts(how.best, chunks, layer.part)
         best = Best.merged(Best(rows_of(table["concepts"]), rows_of(table["scores"])) for table in tables)
         alive = how.get(f"units/{layer.number}")["alive"].to_numpy()
         named = best.labels(how.labeler.concepts, alive, NOTHING)
@@ -297,11 +306,8 @@ def _compare(how: _How, layers: Sequence[Output], needed: np.ndarray, resources:
             fresh = [chunk for chunk in chunks if f"sums/{_chunk_name(chunk.first)}" not in stored]
             for _, took in run_parallel(_sum, fresh, resources.cpus_per_actor, gpus, few):
                 seconds += took
-        fresh = [
-            chunk
-            for chunk in chunks
-            if any(f"best/{_chunk_name(chunk.first)}/{layer.number}" not in stored for layer in layers)
-        ]
+        compared = storage.pieces_with(how.best, how.layers)
+        fresh = [chunk for chunk in chunks if _chunk_name(chunk.first) not in compared]
         progress.advance(total - sum(chunk.concepts for chunk in fresh))
         for index, took in run_parallel(_compare_chunk, fresh, resources.cpus_per_actor, gpus, few):
             seconds += took
@@ -331,10 +337,21 @@ def _compare_chunk(task: _Chunk) -> float:
     """Every unit's best among a chunk's concepts."""
     started = time.monotonic()
     device = resolve_device(task.device)
+
+    def parts() -> Iterator[tuple[str, pa.Table]]:
+        for layer, similarities in _similarities(task, device):
+            best = Best.of(similarities.cpu().numpy(), task.first)
+            yield layer.part, pa.table({"concepts": lists_of(best.concepts), "scores": lists_of(best.scores)})
+
+    task.how.storage.put_piece(task.how.best, _chunk_name(task.first), task.how.layers, parts())
+    return time.monotonic() - started
+
+
+def _similarities(task: _Chunk, device: torch.device) -> Iterator[tuple[Output, torch.Tensor]]:
+    """Similarities of every layer's units and a chunk's concepts, one layer after the other."""
     if task.how.every_image:
-        for layer in task.layers:
-            _write_best(task, layer, _cosines(task, layer, device))
-        return time.monotonic() - started
+        yield from ((layer, _cosines(task, layer, device)) for layer in task.layers)
+        return
     ids, images = _images_of(task)
     fit = task.fit(images, device)
     normalisers = torch.zeros(0)
@@ -348,12 +365,10 @@ def _compare_chunk(task: _Chunk) -> float:
         own = rows_of(scanned["images"])
         rows = torch.from_numpy(np.where(own >= 0, np.searchsorted(ids, own), -1))
         if task.how.labeler.wpmi is not None:
-            similarities = pointwise(fit, normalisers, rows, task.how.labeler.wpmi)
+            yield layer, pointwise(fit, normalisers, rows, task.how.labeler.wpmi)
         else:
             activations = torch.from_numpy(rows_of(scanned["activations"]).copy())
-            similarities = rank_reorder(fit, rows, activations)
-        _write_best(task, layer, similarities)
-    return time.monotonic() - started
+            yield layer, rank_reorder(fit, rows, activations)
 
 
 def _cosines(task: _Chunk, layer: Output, device: torch.device) -> torch.Tensor:
@@ -372,9 +387,3 @@ def _cosines(task: _Chunk, layer: Output, device: torch.device) -> torch.Tensor:
         values = to_device(torch.from_numpy(matrix(part[task.how.labeler.pooling])[embedded]), device)
         state.update(values, fit[to_device(torch.from_numpy(np.searchsorted(known, ids[embedded])), device)])
     return state.result()
-
-
-def _write_best(task: _Chunk, layer: Output, similarities: torch.Tensor) -> None:
-    best = Best.of(similarities.cpu().numpy(), task.first)
-    table = pa.table({"concepts": lists_of(best.concepts), "scores": lists_of(best.scores)})
-    task.how.put(f"best/{_chunk_name(task.first)}/{layer.number}", table)

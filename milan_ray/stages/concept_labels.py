@@ -22,6 +22,7 @@ import torch
 from milan_ray.config import ExemplarConfig, Fingerprint, Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
+from milan_ray.engine.cluster import sized_for
 from milan_ray.engine.run_log import Cost
 from milan_ray.engine.stage import Known, Layers, Output, Stage, pairs, publish
 from milan_ray.engine.tasks import FEW_IMAGES, retry_if_overtaken, run_parallel
@@ -185,7 +186,7 @@ class ConceptLabels(Stage):
         todo: list[_Work] = []
         for name in self._models:
             with failing(failed, name):
-                if work := self._work(storage, name):
+                if work := self._work(storage, name, resources):
                     todo.append(work)
                 else:
                     say(f"labels of {name}: all up to date")
@@ -204,10 +205,10 @@ class ConceptLabels(Stage):
         all_failed(failed, len(self._models))
         return failed
 
-    def _work(self, storage: Storage, name: str) -> _Work | None:
+    def _work(self, storage: Storage, name: str, resources: Resources) -> _Work | None:
         """What is missing or stale of a model's labels; None when nothing is."""
-        ref, layers, config = self._models[name], self._layers[name], self._config
-        of_model = ConceptLabels({name: layers}, [ref], self._probe, config, self._how, self._units)
+        ref, layers = self._models[name], self._layers[name]
+        of_model = ConceptLabels({name: layers}, [ref], self._probe, self._config, self._how, self._units)
         hashes: dict[str, dict[str, str]] = {labeler.name: {} for labeler in self._how.labelers}
         due: list[Output] = []
         for output in of_model.outputs(Known(storage)):
@@ -215,6 +216,7 @@ class ConceptLabels(Stage):
             due += [output] if self.why(storage, output) else []
         probe = (storage.metadata(EXEMPLARS, model=name, layer=layers[0]) or {})["probe"]
         images = storage.count(MANIFEST, probe=probe)
+        config = self._config = sized_for(resources, self._config, images)  # all models have one probe
         # Over all layers, so that a job killed while results become public finds its counts again.
         work = config_hash({"model": name, "labels": hashes, "shard_size": config.shard(images)})
         if not due:

@@ -122,8 +122,7 @@ class CosyWorker(ShardWorker):
                 texts = pa.array([text] * len(units), pa.string())
                 columns = {"text": texts, "unit": pa.array(units, pa.int64()), "activations": values}
                 pieces[number].append(pa.table(columns))
-        for number, tables in pieces.items():
-            self._store(row, number, pa.concat_tables(tables))
+        self._store(row, ((number, pa.concat_tables(tables)) for number, tables in pieces.items()))
         return {}
 
     def _load(self, index: int) -> tuple[ModelSpec, Forwards]:

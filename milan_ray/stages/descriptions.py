@@ -158,7 +158,8 @@ class CandidateWorker(ShardWorker):
         for unit in row["units"]:
             by_count[len(features[unit])].append(unit)  # dead or broken units may have fewer exemplars
         tables = [self._candidates([(unit, features[unit]) for unit in units]) for units in by_count.values()]
-        self._store(row, number, pa.concat_tables(tables).sort_by([("unit", "ascending"), ("beam_rank", "ascending")]))
+        found = pa.concat_tables(tables).sort_by([("unit", "ascending"), ("beam_rank", "ascending")])
+        self._store(row, [(number, found)])
         return {}
 
     def _of(self, number: int) -> dict[int, np.ndarray]:

@@ -80,7 +80,7 @@ class ImageEmbeddingWorker(ShardWorker):
             ids, embedded = embed_refs(self._embedder, self._probe, refs[start : start + BATCH], self._device)
             tables.append(pa.table([pa.array(ids, pa.int64()), lists_of(embedded)], schema=_IMAGES_SCHEMA))
         embeddings = pa.concat_tables(tables)
-        self._store(row, 0, embeddings)
+        self._store(row, [(0, embeddings)])
         return {"images": len(embeddings)}
 
 
@@ -267,7 +267,7 @@ class TextEmbeddingWorker(ShardWorker):
         """Runs one chunk."""
         vectors = self._embedder.embed_texts(row["texts"]).cpu().numpy()
         texts = pa.array(row["texts"], pa.string())
-        self._store(row, 0, pa.table([texts, lists_of(vectors)], schema=_TEXTS_SCHEMA))
+        self._store(row, [(0, pa.table([texts, lists_of(vectors)], schema=_TEXTS_SCHEMA))])
         return {}
 
 

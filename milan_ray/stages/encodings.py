@@ -6,10 +6,10 @@ exemplars ─► [scatter by chunk of images] ─► [actor pool: encode a chunk
 from __future__ import annotations
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -20,6 +20,7 @@ from milan_ray.captioner.encoder import Encoder, MaskedExemplars, encode_exempla
 from milan_ray.config import Fingerprint, config_hash
 from milan_ray.device import to_device
 from milan_ray.engine.actor_pool import Row
+from milan_ray.engine.scattered import Scattered
 from milan_ray.engine.stage import (
     Job,
     Known,
@@ -47,6 +48,9 @@ KERNEL_VERSION = "encodings-3"
 BATCH_SIZE = 16
 """Images per encoder pass: on a CPU, larger batches take more memory and are no faster, smaller ones are slower."""
 
+MOST_ROWS = 4096
+"""Exemplars per chunk, about, beyond 256 images: 64 MB of features of ResNet-101's pyramid."""
+
 AnyEncoderRef = EncoderRef | Clip
 """A reference to an encoder, from which workers load it."""
 
@@ -60,12 +64,12 @@ class EncodingWorker(ShardWorker):
         super().__init__(**context)
         self._mask_sizes = mask_sizes
         self._encoder = encoder.load().to(self._device)
+        self._scattered = Scattered(self._storage, self._work)
 
     def __call__(self, row: Row) -> Row:
         """Runs one chunk."""
         by_size: dict[tuple[int, int], list[pa.Table]] = defaultdict(list)
-        for number in row["outputs"]:
-            table = self._storage.get_work(self._work, f"masks/{row['name']}/{number}")
+        for number, table in self._scattered.get(row["outputs"], row["name"]):
             source = pa.array(np.full(len(table), number, np.int32))
             by_size[self._mask_sizes[number]].append(table.append_column("source", source))
         tables = {size: pa.concat_tables(tables).sort_by("image_id") for size, tables in by_size.items()}
@@ -81,11 +85,15 @@ class EncodingWorker(ShardWorker):
             return encode(self._encoder, pngs[start:stop], BATCH_SIZE)
 
         encoded = encode_exemplars(self._encoder, groups, maps, len(ids), BATCH_SIZE)
-        for table, features in zip(tables.values(), encoded, strict=True):
-            sources = table["source"].to_numpy()
-            for number in np.unique(sources).tolist():
-                rows = np.flatnonzero(sources == number)
-                self._store(row, number, _features(table.take(rows), features[rows]))
+
+        def parts() -> Iterator[tuple[int, pa.Table]]:
+            for table, features in zip(tables.values(), encoded, strict=True):
+                sources = table["source"].to_numpy()
+                for number in np.unique(sources).tolist():
+                    rows = np.flatnonzero(sources == number)
+                    yield number, _features(table.take(rows), features[rows])
+
+        self._store(row, parts())
         return {"images": len(ids)}
 
 
@@ -108,8 +116,12 @@ class Encodings(ShardedStage):
         models: Model name → layers.
         encoder: Which encoder.
         units: The units of every layer to encode; empty for all.
+
+    Attributes:
+        few: Exemplars of a job up to which the driver scatters and merges them.
     """
 
+    few: ClassVar[int] = FEW_ROWS
     worker = EncodingWorker
     table, counted = ENCODINGS, "chunks of images"
     name = label = "encodings"
@@ -129,19 +141,23 @@ class Encodings(ShardedStage):
 
     def shards(self, job: Job) -> Shards:
         """Chunks of images; the exemplars of each are stored with it, so that no worker reads a layer as a whole."""
-        few = sum(job.storage.count(EXEMPLARS, **output.of_layer) for output in job.every) <= FEW_ROWS
+        counts = [job.storage.count(EXEMPLARS, **output.of_layer) for output in job.every]
+        few = sum(counts) <= self.few
         views = [_view(job.storage, output) for output in job.every]
         used: dict[tuple[str, str], set[int]] = defaultdict(set)
         for index, ids in run_parallel(partial(_image_ids, job.storage), job.every, in_driver=few):
             used[views[index]].update(ids)
-        starts = {view: chunk_starts(sorted(ids)) for view, ids in used.items()}
+        shown: Counter[tuple[str, str]] = Counter()
+        for view, count in zip(views, counts, strict=True):
+            shown[view] += count
+        starts = {view: chunk_starts(sorted(ids), shown[view]) for view, ids in used.items()}
         rows: dict[str, dict[str, str]] = {}
         outputs: dict[str, list[int]] = defaultdict(list)
         tasks = [(output, views[output.number], starts[views[output.number]]) for output in job.due]
         for index, names in run_parallel(partial(_scatter, job.storage, job.work), tasks, in_driver=few):
-            output, (probe, view), _ = tasks[index]
+            output, (probe, key), _ = tasks[index]
             for name in names:
-                rows[name] = {"probe": probe, "view": view}
+                rows[name] = {"probe": probe, "view": key}
                 outputs[name].append(output.number)
         return Shards([Shard(name, tuple(sorted(outputs[name])), rows[name]) for name in sorted(rows)], few)
 
@@ -180,16 +196,18 @@ def _image_ids(storage: Storage, output: Output) -> list[int]:
     return np.unique(_exemplars(storage, output, ["image_id"])["image_id"].to_numpy()).tolist()
 
 
-def chunk_starts(ids: Sequence[int]) -> tuple[int, ...]:
+def chunk_starts(ids: Sequence[int], exemplars: int) -> tuple[int, ...]:
     """Cuts a view's images into chunks, the units of work, by the first of each.
 
     A few images make chunks small enough to keep several actors busy; many make chunks so large that hardly a block of
-    views is read twice and files stay few. Which images share a chunk never changes a result.
+    views is read twice and layers have more than a few rows in each. Which images share a chunk never changes a result.
 
     Args:
         ids: Image ids, ascending.
+        exemplars: Exemplars that show them, for a bound on a chunk's features; at least as many.
     """
-    batches = min(max(len(ids) // (64 * BATCH_SIZE), 2), 16)
+    most = min(64, max(16, MOST_ROWS * len(ids) // (BATCH_SIZE * max(1, exemplars))))
+    batches = min(max(len(ids) // (64 * BATCH_SIZE), 2), most)
     return tuple(ids[:: batches * BATCH_SIZE])
 
 
@@ -198,13 +216,14 @@ def _scatter(storage: Storage, work: str, task: tuple[Output, tuple[str, str], S
     output, (probe, view), starts = task
     table = _exemplars(storage, output, ["rank", "image_id", "mask"]).sort_by("image_id").combine_chunks()
     cuts = np.searchsorted(table["image_id"].to_numpy(), [*starts, np.iinfo(np.int64).max])
-    names = []
-    for start, (begin, end) in zip(starts, itertools.pairwise(cuts.tolist()), strict=True):
-        if begin < end:
-            names.append(f"{config_hash({'view': view, 'probe': probe})}-{start:09d}")
-            part = table.slice(begin, end - begin)
-            storage.put_work(work, f"masks/{names[-1]}/{output.number}", part)
-    return names
+    of_view = config_hash({"view": view, "probe": probe})
+    parts = [
+        (f"{of_view}-{start:09d}", table.slice(begin, end - begin))
+        for start, (begin, end) in zip(starts, itertools.pairwise(cuts.tolist()), strict=True)
+        if begin < end
+    ]
+    Scattered(storage, work).put(output.number, parts)
+    return [name for name, _ in parts]
 
 
 def encode(encoder: Encoder, pngs: Sequence[bytes], batch_size: int) -> list[torch.Tensor]:

@@ -11,7 +11,7 @@ import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from milan_ray.captioner.captioner import Captioner
 from milan_ray.captioner.quirks import Quirks
 from milan_ray.captioner.text import readable
 from milan_ray.engine.actor_pool import Row
+from milan_ray.engine.scattered import Scattered
 from milan_ray.engine.stage import Job, Known, Layers, Output, Shard, ShardedStage, Shards, ShardWorker, pairs
 from milan_ray.engine.tasks import FEW_ROWS, run_parallel
 from milan_ray.labelers.clip import Clip, query, similarity
@@ -40,7 +41,18 @@ from milan_ray.stages.encodings import Encodings, only_units, unit_features
 from milan_ray.storage import Storage
 
 PAIRS = 8192
-"""Approximate number of candidates per chunk of texts, which is a shard."""
+"""Approximate number of candidates per chunk of texts, which is a shard; four times as many in a large job."""
+
+MOST_QUERIES = 256
+"""Layers whose units' queries a worker keeps: most chunks have candidates of all layers."""
+
+QUERIES = "queries"
+"""Part of what is scattered of a layer: its units' queries."""
+
+
+def chunks_of(pairs: int) -> int:
+    """The number of chunks of a job's candidates: they grow, up to a bound, before there are more than 512 of them."""
+    return max(1, pairs // min(4 * PAIRS, max(PAIRS, pairs // 512)))
 
 
 def wide_search(captioner: Captioner, search: Search, clip: Clip) -> Search:
@@ -67,23 +79,32 @@ class SimilarityWorker(ShardWorker):
     def __init__(self, clip: Clip, plain_choice: bool, **context: Any) -> None:
         super().__init__(**context)
         self._model, self._write = clip.load().to(self._device), str if plain_choice else readable
+        self._scattered = Scattered(self._storage, self._work)
+        self._queries = lru_cache(MOST_QUERIES)(self._read_queries)
 
     def __call__(self, row: Row) -> Row:
         """Runs one chunk."""
-        pairs = {
-            number: self._storage.get_work(self._work, f"pairs/{row['name']}/{number}") for number in row["outputs"]
-        }
+        pairs = dict(self._scattered.get(row["outputs"], row["name"]))
         texts = sorted({text for table in pairs.values() for text in table["text"].to_pylist()})
         embedded = self._model.embed_texts([self._write(text) for text in texts]).cpu().numpy()
         known = pa.array(texts, pa.string())
-        for number, table in pairs.items():
-            queries = self._storage.get_work(self._work, f"queries/{number}").combine_chunks()
-            vectors = queries["query"].combine_chunks().flatten().to_numpy().reshape(len(queries), -1)
-            unit = pc.index_in(table["unit"], queries["unit"].combine_chunks()).to_numpy()
-            text = pc.index_in(table["text"], known).to_numpy()
-            scores = pa.array(similarity(embedded[text], vectors[unit]), pa.float32())
-            self._store(row, number, table.select(["unit", "beam_rank"]).append_column("similarity", scores))
+
+        def compared() -> Iterator[tuple[int, pa.Table]]:
+            for number, table in pairs.items():
+                units, vectors = self._queries(number)
+                unit = pc.index_in(table["unit"], units).to_numpy()
+                text = pc.index_in(table["text"], known).to_numpy()
+                scores = pa.array(similarity(embedded[text], vectors[unit]), pa.float32())
+                yield number, table.select(["unit", "beam_rank"]).append_column("similarity", scores)
+
+        self._store(row, compared())
         return {"texts": len(texts)}
+
+    def _read_queries(self, number: int) -> tuple[pa.Array, np.ndarray]:
+        """An output's units (U,) and their queries (U, D)."""
+        ((_, queries),) = self._scattered.get([number], QUERIES)
+        vectors = queries["query"].combine_chunks().flatten().to_numpy()
+        return queries["unit"].combine_chunks(), vectors.reshape(len(queries), -1)
 
 
 class Reranked(ShardedStage):
@@ -119,7 +140,7 @@ class Reranked(ShardedStage):
         """Chunks of texts; a text's chunk depends on the text alone, so that each text is in one chunk only."""
         pairs = sum(job.storage.count(CANDIDATES, **candidates_of(self._decoder, output)) for output in job.every)
         few = pairs <= FEW_ROWS
-        scatter = partial(self._scatter, job.storage, job.work, max(1, pairs // PAIRS))
+        scatter = partial(self._scatter, job.storage, job.work, chunks_of(pairs))
         outputs: dict[str, list[int]] = defaultdict(list)
         for index, names in run_parallel(scatter, job.due, in_driver=few):
             for name in names:
@@ -149,17 +170,15 @@ class Reranked(ShardedStage):
         features = unit_features(only_units(encoded, output.fingerprint.units))
         units = pa.array(list(features), pa.int32())
         vectors = pa.array([query(of_unit, self._labeler.z) for of_unit in features.values()], pa.list_(pa.float32()))
-        storage.put_work(work, f"queries/{output.number}", pa.table({"unit": units, "query": vectors}))
+        queries = pa.table({"unit": units, "query": vectors})
         table = read_candidates(storage, self._decoder, output, ["unit", "beam_rank", "text"])
         texts = table["text"].combine_chunks().dictionary_encode()
         of_text = np.array([zlib.crc32(text.encode()) % chunks for text in texts.dictionary.to_pylist()], np.int64)
         of_row = of_text[texts.indices.to_numpy()] if len(table) else of_text
-        names = []
-        for chunk in np.unique(of_row).tolist():
-            names.append(f"{chunk:06d}")
-            part = table.filter(pa.array(of_row == chunk))
-            storage.put_work(work, f"pairs/{names[-1]}/{output.number}", part)
-        return names
+        chunks_of_layer = np.unique(of_row).tolist()
+        parts = [(f"{chunk:06d}", table.filter(pa.array(of_row == chunk))) for chunk in chunks_of_layer]
+        Scattered(storage, work).put(output.number, [*parts, (QUERIES, queries)])
+        return [name for name, _ in parts]
 
 
 def reranking_stages(

@@ -11,7 +11,7 @@ import json
 import struct
 import zlib
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pyarrow as pa
@@ -37,7 +37,7 @@ _KIND = b"MILANPT1"
 _END = 2**15
 """Bytes at the end of a piece that are read first: the index, and most often the last part."""
 
-_Index = dict[str, tuple[int, int, int]]
+Index = Mapping[str, tuple[int, int, int]]
 """Part → where it begins, its length and its checksum."""
 
 
@@ -55,8 +55,14 @@ class Pieces(Work):
         """
         self.put(f"{WORK}/{config}/{piece_name(shard, holds)}{ENDING}", encode(holds, parts))
 
-    def get_part(self, config: str, piece: str, part: str) -> pa.Table:
+    def get_part(self, config: str, piece: str, part: str, known: dict[str, Index] | None = None) -> pa.Table:
         """Reads one part of a piece by its name, as :meth:`pieces_with` gives it.
+
+        Args:
+            config: Configuration hash of the work.
+            piece: Name of the piece.
+            part: The part.
+            known: Indexes of pieces by path, to read them once only; the piece's is added.
 
         Raises:
             WorkRemovedError: The piece does not exist.
@@ -67,34 +73,46 @@ class Pieces(Work):
             # Another job may put its own piece there between two requests to an object store: they do not fit then.
             for _ in range(2):
                 try:
-                    return self._read_part(path, part)
+                    return self._read_part(path, part, {} if known is None else known)
                 except DamagedTable as error:
                     damage = error
+                    if known is not None:
+                        known.pop(path, None)
         except FileNotFoundError as error:
             raise self._gone(path) from error
         self.remove_file(path)
         raise self._was_damaged(path) from damage
 
     def get_parts(self, config: str, pieces: Sequence[str], part: str, ahead: int = AHEAD) -> Iterator[pa.Table]:
-        """Yields one part of several pieces, in their order; on an object store several are read at once.
+        """Yields one part of several pieces, in their order; arguments and errors as of :meth:`get_each`."""
+        return self.get_each(config, [(piece, part) for piece in pieces], ahead)
+
+    def get_each(
+        self,
+        config: str,
+        parts: Sequence[tuple[str, str]],
+        ahead: int = AHEAD,
+        known: dict[str, Index] | None = None,
+    ) -> Iterator[pa.Table]:
+        """Yields parts of pieces, in their order; on an object store several are read at once.
 
         Args:
             config: Configuration hash of the work.
-            pieces: Names of the pieces.
-            part: The part.
+            parts: (piece, part) of each.
             ahead: Parts at most that are in memory.
+            known: As of :meth:`get_part`.
 
         Raises:
             WorkRemovedError: One of the pieces does not exist.
         """
         if self.is_local:
-            yield from (self.get_part(config, piece, part) for piece in pieces)
+            yield from (self.get_part(config, piece, part, known) for piece, part in parts)
             return
         waiting: deque[Future[pa.Table]] = deque()
         with ThreadPoolExecutor(ahead) as readers:
             try:
-                for piece in pieces:
-                    waiting.append(readers.submit(self.get_part, config, piece, part))
+                for piece, part in parts:
+                    waiting.append(readers.submit(self.get_part, config, piece, part, known))
                     if len(waiting) == ahead:
                         yield waiting.popleft().result()
                 while waiting:
@@ -110,10 +128,10 @@ class Pieces(Work):
         folders: dict[str, dict[str, str]] = defaultdict(dict)
         prefix = f"{WORK}/{config}/"
         for path in self.files(prefix + PIECES):
-            folder, _, file = path[len(prefix) :].rpartition("/")
-            if file.endswith(ENDING):
-                shard = file.removesuffix(ENDING)
-                folders[folder][shard] = f"{folder}/{shard}"
+            if path.endswith(ENDING):
+                piece = path[len(prefix) : -len(ENDING)]
+                root, made_for, shard = piece.split("/", 2)
+                folders[f"{root}/{made_for}"][shard] = piece
         found = folders.pop(_folder(parts), {})
         for _, pieces in sorted(folders.items()):
             if set(parts) <= self._holds(config, pieces):
@@ -131,7 +149,7 @@ class Pieces(Work):
                 continue
         return set()
 
-    def _read_part(self, path: str, part: str) -> pa.Table:
+    def _read_part(self, path: str, part: str, known: dict[str, Index]) -> pa.Table:
         """Reads a part.
 
         Raises:
@@ -139,9 +157,11 @@ class Pieces(Work):
             DamagedTable: Its content is damaged.
         """
         with self._explain_reading(path), self.intact(path), self._fs.open_input_file(self._target(path)) as stream:
-            _, index, end = read_index(stream)
-            start, length, checksum = index[part]
-            before = stream.size() - len(end)
+            before, end = stream.size(), b""
+            if path not in known:
+                _, known[path], end = read_index(stream)
+                before -= len(end)
+            start, length, checksum = known[path][part]
             data = end[start - before :][:length] if start >= before else stream.read_at(length, start)
             if len(data) != length or zlib.crc32(data) != checksum:
                 raise pa.ArrowInvalid(f"part {part!r} has another checksum")
@@ -162,7 +182,7 @@ def _folder(holds: Collection[str]) -> str:
 def encode(holds: Collection[str], parts: Iterable[tuple[str, pa.Table]]) -> memoryview:
     """The bytes of a piece; arguments as of :meth:`Pieces.put_piece`."""
     sink = io.BytesIO()
-    index: _Index = {}
+    index: dict[str, tuple[int, int, int]] = {}
     for name, table in parts:
         start = sink.tell()
         with pa.ipc.new_stream(sink, table.schema, options=COMPRESSED) as writer:
@@ -174,7 +194,7 @@ def encode(holds: Collection[str], parts: Iterable[tuple[str, pa.Table]]) -> mem
     return sink.getbuffer()
 
 
-def read_index(stream: pa.NativeFile) -> tuple[list[str], _Index, bytes]:
+def read_index(stream: pa.NativeFile) -> tuple[list[str], Index, bytes]:
     """What a piece was made for, its index, and the last bytes of the file, the index among them.
 
     Raises:

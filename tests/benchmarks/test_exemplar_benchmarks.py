@@ -36,7 +36,7 @@ def test_scale_benchmark_counts_the_job_asked_for(ray_session, tmp_path):
     assert (
         cli.main(["benchmark", "scale", "--short", "--repeats", "1", "--threads", "1", *size, "--json", str(file)]) == 0
     )
-    stored, resumed, finished, merged, rows = json.loads(file.read_text())["results"]
+    stored, resumed, finished, merged, masked, encoded, *actors, rows = json.loads(file.read_text())["results"]
     assert stored["work"] == merged["work"] == rows["work"] == 16
     assert stored["facts"]["objects of the job"] == 16 * 3
     assert resumed["facts"]["requests: LIST"] == 3 and "requests: GET" not in resumed["facts"]
@@ -44,3 +44,9 @@ def test_scale_benchmark_counts_the_job_asked_for(ray_session, tmp_path):
     assert 16 <= merged["facts"]["requests: GET"] <= 16 * 2 and merged["facts"]["requests: HEAD"] == 16
     assert merged["facts"]["requests: PUT"] == 3  # exemplars, levels, a row of the run log
     assert 1e3 * merged["facts"]["requests: MB"] < 1e6 * stored["facts"]["GB of the job"] / 3
+    requests = {name: [found["facts"][f"requests: {name}"] for found in (masked, encoded)] for name in ("PUT", "GET")}
+    assert masked["work"] <= 1280 and requests["PUT"][0] == -(-masked["work"] // 128)  # blocks, not one per layer too
+    chunks = -(-encoded["work"] // 32)
+    assert requests["PUT"][1] == chunks + 3 * 5  # and an object per layer of what is scattered
+    assert requests["GET"][1] <= 2 * 15 + 3 * 15 * chunks  # indexes, what is scattered, and parts of pieces
+    assert [actor["unit"] for actor in actors] == ["images"] * 4

@@ -10,6 +10,7 @@ import pytest
 from toys import toy_captioner
 
 from milan_ray import cli
+from milan_ray.engine import cluster
 from milan_ray.schema import TABLES
 from milan_ray.stages.captioners import save_captioner
 from milan_ray.storage import Storage
@@ -64,6 +65,16 @@ def test_plan_needs_no_images_and_multiplies_models(capsys) -> None:
     assert passes["forward passes, exemplars and levels"] == 10**9
     assert found["elapsed"] == pytest.approx(found["hours"] / 50)
     assert found["price"] == pytest.approx(found["hours"] * 1.5)
+
+
+def test_plan_has_the_shards_of_the_actors_devices(capsys, monkeypatch) -> None:
+    small = ("--model", "tiny/cnn", "--layers", "2", "--sample", "4", "--images", "1000000", "--actors", "8")
+    on_cpus = plan(capsys, *small)
+    monkeypatch.setattr(cluster, "on_gpus", lambda resources: True)
+    on_gpus = plan(capsys, *small)
+    assert (on_cpus["wanted"]["shard_size"], on_gpus["wanted"]["shard_size"]) == (256, 1024)
+    assert on_gpus["partials"] != on_cpus["partials"]
+    assert plan(capsys, *small, "--shard-size", "64")["wanted"]["shard_size"] == 64
 
 
 def test_plan_leaves_out_what_cannot_run_and_says_why(capsys) -> None:

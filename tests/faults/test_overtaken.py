@@ -50,11 +50,6 @@ class Overtaken(Storage):
         self._reached(f"listing {self._listed}")
         return found
 
-    def work_names(self, config, folder=""):
-        found = super().work_names(config, folder)
-        self._reached(f"work {folder}")
-        return found
-
 
 def exemplars(storage: Storage, photos: Path, budget: int) -> None:
     config = ExemplarConfig(k=4, batch_size=16, shard_size=40, map_budget=budget)
@@ -100,7 +95,7 @@ def test_encodings_overtaken_by_the_same_job_are_those_of_one(alone, tmp_path, c
     storage.remove(ENCODINGS.name)
     run = storage.root
     encodings, resources = Encodings(LAYERS, ENCODER), Resources()
-    overtaken = Overtaken(run, "work pieces", lambda: run_stage(encodings, Storage(run), resources))
+    overtaken = Overtaken(run, "listing 1", lambda: run_stage(encodings, Storage(run), resources))
     run_stage(encodings, overtaken, resources)
     assert "another job on this storage has finished the same work" in capsys.readouterr().err
     assert_equal(storage, alone, (EXEMPLARS, LEVELS, VIEWS, ENCODINGS))

@@ -10,7 +10,6 @@ from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.engine.stage import run_stage
 from milan_ray.schema import ENCODINGS, EXEMPLARS
-from milan_ray.stages import encodings as encodings_stage
 from milan_ray.stages.captioners import EncoderRef
 from milan_ray.stages.encodings import BATCH_SIZE, Encodings, chunk_starts
 from milan_ray.stages.exemplars import Exemplars
@@ -70,7 +69,7 @@ def test_encoder_passes_are_unique_images_for_one_model_and_for_several(storage,
 
     log.write_text("")
     storage.remove(ENCODINGS.name)
-    monkeypatch.setattr(encodings_stage, "FEW_ROWS", -1)  # by tasks, as for many
+    monkeypatch.setattr(Encodings, "few", -1)  # by tasks, as for many
     run_stage(Encodings(ZOO, encoder), storage, Resources())
     assert len(images_of(storage, ZOO)) > len(images_of(storage, ONE))
     assert len(log.read_text().splitlines()) == len(set(log.read_text().splitlines())) == len(images_of(storage, ZOO))
@@ -82,8 +81,11 @@ def encodings(storage: Storage):
 
 
 def test_chunks_are_small_for_few_images_and_bounded_for_many():
-    assert chunk_starts([]) == ()
-    assert chunk_starts([5]) == (5,)
-    assert chunk_starts(range(300)) == tuple(range(0, 300, 2 * BATCH_SIZE))
-    assert chunk_starts(range(50_000)) == tuple(range(0, 50_000, 16 * BATCH_SIZE))
-    assert all(start % BATCH_SIZE == 0 for start in chunk_starts(range(5000)))
+    assert chunk_starts([], 0) == ()
+    assert chunk_starts([5], 1) == (5,)
+    assert chunk_starts(range(300), 300) == tuple(range(0, 300, 2 * BATCH_SIZE))
+    assert chunk_starts(range(50_000), 50_000) == tuple(range(0, 50_000, 48 * BATCH_SIZE))
+    assert chunk_starts(range(500_000), 500_000) == tuple(range(0, 500_000, 64 * BATCH_SIZE))
+    assert chunk_starts(range(500_000), 4_000_000) == tuple(range(0, 500_000, 32 * BATCH_SIZE))
+    assert chunk_starts(range(500_000), 50_000_000) == tuple(range(0, 500_000, 16 * BATCH_SIZE))
+    assert all(start % BATCH_SIZE == 0 for start in chunk_starts(range(5000), 9000))

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.engine import cluster
 from milan_ray.engine.references import ModelRef, ProbeRef, model, probe
 from milan_ray.errors import MilanError
 from milan_ray.labelers.compexp import CompExp
@@ -101,6 +102,16 @@ def test_a_second_run_does_nothing(labelled, capsys):
     run(labelled, LabelConfig())
     assert before == {path: os.stat(labelled.uri(path)).st_mtime_ns for path in labelled.files(DESCRIPTIONS.name)}
     assert "labels of flags/watcher: all up to date" in capsys.readouterr().err
+
+
+def test_shards_are_larger_on_gpus_and_change_no_label(labelled, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cluster, "on_gpus", lambda resources: True)
+    storage = Storage(shutil.copytree(labelled.root, tmp_path / "gpus"))
+    for config, shards in ((replace(CONFIG, shard_size=None), 1), (CONFIG, 4)):
+        storage.remove(DESCRIPTIONS.name)
+        run(storage, LabelConfig(), config)
+        assert f"labels: flags/watcher over 120 images, {shards} shards" in capsys.readouterr().err
+        assert tables(storage) == tables(labelled)
 
 
 def test_a_killed_job_goes_on_with_what_changed_for_the_units_chosen(labelled, tmp_path, monkeypatch, capsys):

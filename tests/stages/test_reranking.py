@@ -205,9 +205,25 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
             yield answer
 
     monkeypatch.setattr(stage, "run_pool", watched)
+    written: list[str] = []
+    reads: list[tuple[int, int]] = []
+    put, read = storage.put, rerank.SimilarityWorker._read_queries
+
+    def noted_put(path, data):
+        written.append(path)
+        put(path, data)
+
+    def noted_read(worker, number):
+        reads.append((id(worker), number))
+        return read(worker, number)
+
+    monkeypatch.setattr(storage, "put", noted_put)
+    monkeypatch.setattr(rerank.SimilarityWorker, "_read_queries", noted_read)
     monkeypatch.setattr(rerank, "PAIRS", 40)
     monkeypatch.setattr(rerank, "FEW_ROWS", -1)  # by tasks, as for many
     rerank_all(storage, replace(clip, z=1.0))
+    assert len([path for path in written if "/pieces/" in path]) == len(answers)  # not one for each layer too
+    assert len(reads) == len(set(reads)) < 2 * len(answers)  # each worker reads a layer's queries once
     after = stamps(storage, *tables)
     keys = [{"model": "tiny/cnn", "layer": layer} for layer in LAYERS["tiny/cnn"]]
     assert {path for path in before if after[path] != before[path]} == {
@@ -225,3 +241,8 @@ def test_reranking_again_does_nothing_and_another_z_only_compares_again_in_any_c
             assert row["score"] == pytest.approx(max(expected[row["unit"]].values()), abs=1e-5)
     found = status(storage)
     assert not any(partition.state for partition in found.partitions) and not found.work
+
+
+def test_chunks_of_texts_grow_before_they_become_many():
+    assert [rerank.chunks_of(pairs) for pairs in (0, 8191, 16_384, 10**6)] == [1, 1, 2, 122]
+    assert [rerank.chunks_of(pairs) for pairs in (8_000_000, 24_576_000)] == [512, 750]

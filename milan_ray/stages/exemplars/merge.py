@@ -45,12 +45,12 @@ class Merged:
     Attributes:
         item: Its work.
         cost: What one of its tables took; masks that are computed again are added.
-        winners: Layer whose masks are still to be computed → the ids of its winners.
+        unmasked: The layers whose masks are still to be computed; their winners are in the work.
     """
 
     item: ModelWork
     cost: Cost
-    winners: dict[str, list[int]]
+    unmasked: tuple[str, ...]
 
 
 def merge(run: Run, item: ModelWork, expected: int) -> Merged:
@@ -69,9 +69,9 @@ def merge(run: Run, item: ModelWork, expected: int) -> Merged:
     cost = Cost(images=images)
     cost.add(seconds, len(item.layers) + len(item.pooled))  # one pass for all
     merged = run_parallel(partial(merge_layer, run, item, pieces, cost), item.layers, in_driver=expected <= FEW_IMAGES)
-    winners = {item.layers[index]: ids for index, ids in merged if ids is not None}
+    masked = {item.layers[index]: done for index, done in merged}
     list(run_parallel(partial(merge_pooled, run, item, pieces, cost), item.pooled, in_driver=images <= FEW_IMAGES))
-    return Merged(item, cost, winners)
+    return Merged(item, cost, tuple(layer for layer in item.layers if not masked[layer]))
 
 
 def finish_images(run: Run, item: ModelWork, expected: int) -> tuple[int, float, tuple[str, ...]]:
@@ -129,7 +129,7 @@ def _record_digests(storage: Storage, digest: str, images: pa.Table) -> None:
     storage.write(MANIFEST, manifest, digest, probe=digest)
 
 
-def merge_layer(run: Run, item: ModelWork, pieces: Sequence[str], cost: Cost, layer: str) -> list[int] | None:
+def merge_layer(run: Run, item: ModelWork, pieces: Sequence[str], cost: Cost, layer: str) -> bool:
     """Folds one layer.
 
     Args:
@@ -140,7 +140,7 @@ def merge_layer(run: Run, item: ModelWork, pieces: Sequence[str], cost: Cost, la
         layer: Module path.
 
     Returns:
-        The winners' ids where their maps must be computed again, else None.
+        Whether its exemplars are written; else their maps must be computed again, and its winners are in the work.
     """
     storage, model = run.storage, item.model.name
     # By name, not what is there: another job may be removing the same work, and some of it is not all of it.
@@ -159,9 +159,9 @@ def merge_layer(run: Run, item: ModelWork, pieces: Sequence[str], cost: Cost, la
         packed = masks.packed_masks(lambda part: state.topk.maps_of(unit[part], rank[part]), levels[unit], size)
         write_exemplars(run, item, layer, winners.append_column("mask", pa.array(packed, pa.large_binary())), cost)
     else:
-        storage.put_work(item.work, f"winners/{item.part(layer)}", winners)
+        storage.put_work(item.work, item.winners(layer), winners)
     storage.write(LEVELS, table, item.described.fingerprints[layer], model=model, layer=layer)
-    return None if state.topk.carries_maps else sorted(set(ids.tolist()))
+    return state.topk.carries_maps
 
 
 def mask_size(run: Run, item: ModelWork) -> tuple[int, int]:

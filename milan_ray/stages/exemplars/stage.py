@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from milan_ray.config import ExemplarConfig, Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row, run_pool
-from milan_ray.engine.cluster import on_gpus
+from milan_ray.engine.cluster import sized_for
 from milan_ray.engine.model_cache import together
 from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.engine.tasks import retry_if_overtaken
@@ -136,8 +136,7 @@ class Exemplars(Stage):
         """
         storage.check_writable()
         manifest, digest = store_manifest(storage, self._probe)
-        if on_gpus(resources):
-            self._config = self._config.for_gpus(len(manifest))
+        self._config = sized_for(resources, self._config, len(manifest))
         run = Run(storage, self._probe, self._config, resources)
         self.layers, self.failed = {}, {}
         self._make(run, self.due(storage, digest, len(manifest)), manifest)
@@ -201,7 +200,7 @@ class Exemplars(Stage):
             if item.model.name not in self.failed:
                 with failing(self.failed, item.model.name):
                     merged = merge(run, item, len(manifest))
-                    if merged.winners:
+                    if merged.unmasked:
                         unmasked.append(merged)
                     else:
                         run.storage.remove_work(item.work)

@@ -60,6 +60,10 @@ IMAGES_SCHEMA = pa.schema(
 )
 
 
+WINNERS = "winners"
+"""Folder of the work with winners whose masks are still to be computed: one table per layer."""
+
+
 @dataclass(frozen=True)
 class Run:
     """One run of the stage.
@@ -135,6 +139,10 @@ class ModelWork:
     def part(self, layer: str) -> str:
         """Name of a layer's part of a piece: the same whichever layers are still to do."""
         return f"L{self.every.index(layer)}"
+
+    def winners(self, layer: str) -> str:
+        """Name of the work table with the winners of a layer whose masks are still to be computed."""
+        return f"{WINNERS}/{self.part(layer)}"
 
     def pooled_part(self, layer: str) -> str:
         """Name of the part with a layer's pooled activations."""

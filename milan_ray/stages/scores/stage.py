@@ -92,7 +92,7 @@ class ScoreWorker(ShardWorker):
             for column, (unit, text) in enumerate(zip(units, table["description"].to_pylist(), strict=True)):
                 about = {"unit": unit, "system": system, "description": text, "images": used[column]}
                 rows += [about | {"metric": metric, "value": float(of[column])} for metric, of in scores.items()]
-        self._store(row, number, pa.Table.from_pylist(rows, schema=ROWS_SCHEMA))
+        self._store(row, [(number, pa.Table.from_pylist(rows, schema=ROWS_SCHEMA))])
         return {}
 
 
@@ -161,8 +161,7 @@ class Scores(ShardedStage):
             if names := self._classes.get((output.model, output.layer)):
                 shards.append(Shard(f"{number:04d}-classes", (number,)))
                 embedder = references.load(self._ref, self._plugins)
-                named = _class_rows(own, names, vectors, embedder)
-                storage.put_work(job.work, output.piece(shards[-1].name), named)
+                job.store(shards[-1].name, [(number, _class_rows(own, names, vectors, embedder))])
         return Shards(shards, merged_in_driver=True, run_in_driver=few)
 
     def arguments(self, job: Job) -> dict[str, Any]:
