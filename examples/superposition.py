@@ -61,7 +61,7 @@ class SparseCoder:
 
 
 def fit_topk(
-    vectors: Tensor, width: int, k: int, steps: int = 2_000, batch: int = 1_024, lr: float = 3e-3, seed: int = 0
+    vectors: Tensor, width: int, k: int, steps: int = 2_000, batch: int = 512, lr: float = 1e-2, seed: int = 0
 ) -> SparseCoder:
     """Trains a TopK autoencoder: Adam, unit-norm decoder, mean subtracted, an auxiliary loss against dead features.
 
@@ -176,11 +176,13 @@ def by_channels(train: Scenes, judge: Scenes, steps: int) -> Iterator[Sequence[o
         vectors = layer.outputs(train).flatten(0, 1)
         neurons = both_signs(np.eye(channels, dtype=np.float32))
         components = both_signs(principal_components(vectors))
-        coder = fit_topk(vectors, 128, 4, steps)
         for name, rows in (("neurons", neurons), ("principal components", components)):
             encode = torch.from_numpy(np.ascontiguousarray(rows.T))
             yield channels, name, recovered(rows, true), layer.auroc(lambda part, encode=encode: part @ encode)
-        yield channels, "TopK autoencoder", recovered(coder.decoder.numpy(), true), layer.auroc(coder.encode)
+        for k in SPARSITIES[:3]:
+            coder = fit_topk(vectors, 128, k, steps)
+            name = f"TopK autoencoder, 128 features, k = {k}"
+            yield channels, name, recovered(coder.decoder.numpy(), true), layer.auroc(coder.encode)
         for name, rows in (("true directions", true), ("their pseudo-inverse", np.linalg.pinv(true).T)):
             encode = torch.from_numpy(np.ascontiguousarray(rows.T))
             yield channels, name, recovered(rows, true), layer.auroc(lambda part, encode=encode: part @ encode, True)
