@@ -109,7 +109,14 @@ def _revival(codes: Tensor, decoder: Tensor, left: Tensor, k: int) -> Tensor:
 
 def principal_components(vectors: Tensor) -> np.ndarray:
     """The principal components of vectors (N, C): (C, C)."""
-    return torch.linalg.eigh(torch.cov(vectors.T)).eigenvectors.T.numpy()
+    components: np.ndarray = torch.linalg.eigh(torch.cov(vectors.T)).eigenvectors.T.numpy()
+    return components
+
+
+def products(rows: np.ndarray) -> Callable[[Tensor], Tensor]:
+    """The linear features of directions (F, C): a function of vectors (…, C) to (…, F)."""
+    weights = torch.from_numpy(np.ascontiguousarray(rows.T))
+    return lambda vectors: vectors @ weights
 
 
 @dataclass(frozen=True)
@@ -177,15 +184,13 @@ def by_channels(train: Scenes, judge: Scenes, steps: int) -> Iterator[Sequence[o
         neurons = both_signs(np.eye(channels, dtype=np.float32))
         components = both_signs(principal_components(vectors))
         for name, rows in (("neurons", neurons), ("principal components", components)):
-            encode = torch.from_numpy(np.ascontiguousarray(rows.T))
-            yield channels, name, recovered(rows, true), layer.auroc(lambda part, encode=encode: part @ encode)
+            yield channels, name, recovered(rows, true), layer.auroc(products(rows))
         for k in SPARSITIES[:3]:
             coder = fit_topk(vectors, 128, k, steps)
             name = f"TopK autoencoder, 128 features, k = {k}"
             yield channels, name, recovered(coder.decoder.numpy(), true), layer.auroc(coder.encode)
         for name, rows in (("true directions", true), ("their pseudo-inverse", np.linalg.pinv(true).T)):
-            encode = torch.from_numpy(np.ascontiguousarray(rows.T))
-            yield channels, name, recovered(rows, true), layer.auroc(lambda part, encode=encode: part @ encode, True)
+            yield channels, name, recovered(rows, true), layer.auroc(products(rows), own=True)
 
 
 def by_width(train: Scenes, judge: Scenes, steps: int, seeds: int) -> Iterator[Sequence[object]]:

@@ -100,6 +100,7 @@ def best_features(
 
 def _unit_rows(directions: np.ndarray) -> np.ndarray:
     """The directions that are not zero, at length 1, float64."""
-    rows = directions.astype(np.float64)
+    rows: np.ndarray = directions.astype(np.float64)
     length = np.linalg.norm(rows, axis=1, keepdims=True)
-    return (rows / np.where(length > 0, length, 1))[length[:, 0] > 0]
+    unit: np.ndarray = (rows / np.where(length > 0, length, 1))[length[:, 0] > 0]
+    return unit

@@ -56,7 +56,8 @@ def directions(features: int = len(superposed_concepts), channels: int = CHANNEL
     for _ in range(_PASSES):
         if sum(_improve(signs, products, row) for row in range(features)) == 0:
             break
-    return (signs / np.sqrt(channels)).astype(np.float32)
+    matrix: np.ndarray = (signs / np.sqrt(channels)).astype(np.float32)
+    return matrix
 
 
 def _improve(signs: np.ndarray, products: np.ndarray, row: int) -> bool:
@@ -118,7 +119,8 @@ class SuperposedNet(PlantedNet):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """The highest readout of each concept over all positions: (B, concepts)."""
-        return self.readout(self.superposed(self.activations(images))).amax(dim=(2, 3))
+        read: torch.Tensor = self.readout(self.superposed(self.activations(images)))
+        return read.amax(dim=(2, 3))
 
 
 def active(logits: torch.Tensor) -> torch.Tensor:

@@ -102,13 +102,9 @@ def test_trained_network_s_directions_beat_its_neurons(
     train = example["scenes_of"]("probe", 0, 1_000, network)
     judge = example["scenes_of"]("heldout", 0, 1_000, network)
     layer = example["Bottleneck"](train, judge, directions())
-    true = torch.from_numpy(directions().T.copy())
-    inverse = torch.from_numpy(np.linalg.pinv(directions()))
-    neurons = torch.from_numpy(both_signs(np.eye(CHANNELS, dtype=np.float32)).T.copy())
-    planted, dual, single = (
-        layer.auroc(lambda part, encode=encode: part @ encode, own)
-        for encode, own in ((true, True), (inverse, True), (neurons, False))
-    )
+    inverse, neurons = np.linalg.pinv(directions()).T, both_signs(np.eye(CHANNELS, dtype=np.float32))
+    planted, dual = (layer.auroc(example["products"](rows), own=True) for rows in (directions(), inverse))
+    single = layer.auroc(example["products"](neurons))
     assert planted >= 0.94 and dual >= 0.95 and single <= 0.8
     coder = example["fit_topk"](layer.outputs(train).flatten(0, 1), 128, 4, steps=1_000)
     assert recovered(coder.decoder.numpy(), directions()) >= 0.7

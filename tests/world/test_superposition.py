@@ -12,6 +12,8 @@ from safetensors import safe_open
 from scipy.optimize import nnls
 
 from milan_ray.errors import MilanError
+from milan_ray.models.features.checkpoints import read_dictionary
+from milan_ray.models.features.options import ReadingOptions
 from milan_ray.models.hooks import LayerTap
 from milan_ray.models.registry import get_model
 from milan_ray.scoring.auroc import auroc
@@ -156,6 +158,8 @@ def test_neither_units_nor_principal_components_are_directions(truth: tuple[np.n
 @pytest.mark.parametrize("name", ["d.npy", "d.safetensors"])
 def test_directions_are_written_as_a_matrix(name: str, tmp_path: Path) -> None:
     write_directions(tmp_path / name)
+    dictionary = read_dictionary(str(tmp_path / name), ReadingOptions(width=CHANNELS))
+    assert dictionary.count == 27 and np.array_equal(dictionary.directions.numpy(), directions())
     if name.endswith(".npy"):
         assert np.array_equal(np.load(tmp_path / name), directions())
         return
