@@ -23,6 +23,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "dissect a real network over the photographs of a folder instead (needs pip install 'milan-ray[photos]')",
     )
     flag(parser, "--generator", "dissect the world's image generator too (2 minutes)")
+    flag(parser, "--superposed", "dissect the world's network in superposition too (2 minutes)")
     flag(parser, "--clip", "re-rank by a small CLIP trained on the world, too (4 minutes)")
     flag(parser, "--groups", "train a captioner on each of the paper's 14 groups, played by the world's networks, too")
     options.add_to(parser, options.storage, options.report, options.resources, options.dry_run, options.common)
@@ -32,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
     from milan_ray.plugins import load_plugins
     from milan_ray.schema import DESCRIPTIONS
-    from milan_ray.showcase.demo import DECODER, plan_demo, run_demo, run_generator, run_groups, summary
+    from milan_ray.showcase.demo import DECODER, plan_demo, run_demo, run_generator, run_groups, run_superposed, summary
     from milan_ray.stages.captioners import about_captioner
 
     load_plugins()
@@ -41,12 +42,14 @@ def run(args: argparse.Namespace) -> int:
     args.storage = args.storage or str(results_dir() / "demo")
     storage = writable_storage(args)
     if args.dry_run:
-        return show_plan(args, plan_demo(storage, args.clip, args.generator, args.groups))
+        return show_plan(args, plan_demo(storage, args.clip, args.generator, args.groups, args.superposed))
     say(f"the built-in world, end to end, into {storage.root}")
     with cluster(args) as resources:
         scores = run_demo(storage, resources, max(1, (os.cpu_count() or 1) // 2 * 2), args.clip)
         if args.generator:
             run_generator(storage, resources)
+        if args.superposed:
+            run_superposed(storage, resources)
         if args.groups:
             run_groups(storage, resources)
     report_on(args, storage, notes={"About the descriptions": about_captioner(storage, DECODER)})
@@ -65,7 +68,7 @@ def _run_photographs(args: argparse.Namespace) -> int:
     from milan_ray.engine.references import ProbeRef
     from milan_ray.showcase.photographs import CAVEAT, plan_photographs, run_photographs, summary
 
-    refuse(args, ["generator", "clip", "groups"], "with --photos", "leave out --photos")
+    refuse(args, ["generator", "superposed", "clip", "groups"], "with --photos", "leave out --photos")
     source = ProbeRef((absolute("--photos", args.photos),))
     args.storage = args.storage or str(results_dir() / "photos")
     storage = writable_storage(args)

@@ -47,7 +47,7 @@ from milan_ray.world.image_text import image_text_task
 from milan_ray.world.networks import planted_concepts
 from milan_ray.world.plugin import CLASSIFIERS, GENERATORS
 from milan_ray.world.probe import WORLD_DIGEST
-from milan_ray.world.training import TrainTask, generator_task, places_tasks, train_all_tasks
+from milan_ray.world.training import TrainTask, generator_task, places_tasks, superposed_task, train_all_tasks
 
 DECODER = "world"
 """Name of the captioner, and of its encoder."""
@@ -66,6 +66,9 @@ MODELS = (*TRAIN, HELD_OUT, CONTROL, PLANTED)
 
 GENERATOR = "world/generator"
 """A generator of scenes from their codes; only on request."""
+
+SUPERPOSED = "world/superposed"
+"""A network with more concepts than channels; only on request."""
 
 PROBE = references.ProbeRef(("world/probe",))
 CODES = references.ProbeRef(("world/probe-codes",))
@@ -129,6 +132,11 @@ def run_generator(storage: Storage, resources: Resources) -> None:
     Steps(storage, EXEMPLARS, resources).generator()
 
 
+def run_superposed(storage: Storage, resources: Resources) -> None:
+    """Trains the world's network in superposition, dissects it and describes its units as :func:`run_demo` does."""
+    Steps(storage, EXEMPLARS, resources).superposed()
+
+
 def run_groups(
     storage: Storage,
     resources: Resources,
@@ -150,7 +158,9 @@ def run_groups(
     Steps(storage, config, resources).groups(sets, training, groups)
 
 
-def plan_demo(storage: Storage, clip: bool = False, generator: bool = False, groups: bool = False) -> Plan:
+def plan_demo(
+    storage: Storage, clip: bool = False, generator: bool = False, groups: bool = False, superposed: bool = False
+) -> Plan:
     """The dry run of the demo.
 
     Args:
@@ -158,12 +168,15 @@ def plan_demo(storage: Storage, clip: bool = False, generator: bool = False, gro
         clip: With re-ranking (:func:`run_demo`).
         generator: With the world's generator (:func:`run_generator`).
         groups: With a captioner per group of sets (:func:`run_groups`).
+        superposed: With the world's network in superposition (:func:`run_superposed`).
     """
     plan = Plan()
     steps = Steps(storage, EXEMPLARS, Resources(), plan)
     steps.main(clip=clip)
     if generator:
         steps.generator()
+    if superposed:
+        steps.superposed()
     if groups:
         steps.groups()
     return plan
@@ -204,6 +217,11 @@ class Steps:
         """The generator's exemplars and descriptions."""
         self._networks([generator_task()])
         self._descriptions(GENERATOR, self._dissection({CODES: (GENERATOR,)}))
+
+    def superposed(self) -> None:
+        """The exemplars and descriptions of the network in superposition."""
+        self._networks([superposed_task()])
+        self._descriptions(SUPERPOSED, self._dissection({PROBE: (SUPERPOSED,)}))
 
     def sets(self, sets: Sets = SETS) -> Layers:
         """The sets of annotated units that represent the paper's; returns model → layers, as far as they are known."""

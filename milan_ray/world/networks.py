@@ -167,15 +167,17 @@ class PlantedNet(nn.Module):
     """A network of units with known meaning: a 1×1 convolution over a backbone's whole pyramid, one unit per concept.
 
     Attributes:
-        planted: (B, len(planted_concepts), 16, 16), logits of each concept's presence at each position.
+        concepts: Concept of each unit.
+        planted: (B, len(concepts), 16, 16), logits of each concept's presence at each position.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, concepts: tuple[str, ...] = planted_concepts) -> None:
         super().__init__()
+        self.concepts = concepts
         self.backbone = ResidualNet()
         del self.backbone.head
         widths = 24 + 48 + 72 + 104
-        self.planted = nn.Conv2d(widths, len(planted_concepts), 1)
+        self.planted = nn.Conv2d(widths, len(concepts), 1)
 
     def maps(self, images: torch.Tensor) -> torch.Tensor:
         """Concept logits (B, concepts, 16, 16) of images (B, 3, 64, 64)."""

@@ -37,6 +37,7 @@ from milan_ray.world.networks import (
 from milan_ray.world.painter import ScenePainter
 from milan_ray.world.probe import WORLD_DIGEST, WorldProbe
 from milan_ray.world.scenes import SIDE, SPURIOUS
+from milan_ray.world.superposition import SuperposedNet, superposed_concepts
 from milan_ray.world.tagger import SceneTagger
 from milan_ray.world.training import (
     MISLED,
@@ -87,6 +88,7 @@ SPURIOUS_TEST_SIZE = 500
 
 _MADE_BY = {
     "demo --generator": ("generator",),
+    "demo --superposed": ("superposed",),
     "demo --groups": tuple(f"{name}{PLACES_SUFFIX}" for name in ("cnn", "resnet", "generator")),
     "paper": (
         *(own for name in MISLED for own in misled_names(name)),
@@ -111,6 +113,8 @@ def register(folder: str | None = None) -> None:
     Models:
 
     * ``world/cnn``, ``world/resnet``, ``world/vit``, ``world/planted``.
+    * ``world/superposed``: more concepts than channels, as known directions
+      (:mod:`milan_ray.world.superposition`).
     * ``world/cnn-random``, ``world/resnet-random``: controls with random weights.
     * ``world/generator``: renders scenes from their codes.
     * ``world/cnn-places``, ``world/resnet-places``, ``world/generator-places``: trained on other scenes; the first two
@@ -151,6 +155,9 @@ def register(folder: str | None = None) -> None:
         register_model(f"world/{name}-random", partial(_random, name), architecture.layers, PREPROCESS, classes=CLASSES)
     planted = partial(_load, PlantedNet, place / "planted.safetensors")
     register_model("world/planted", planted, ("planted",), PREPROCESS, classes=planted_concepts)
+    superposed = partial(_load, SuperposedNet, place / "superposed.safetensors")
+    layers = ("planted", "superposed")
+    register_model("world/superposed", superposed, layers, PREPROCESS, classes=superposed_concepts)
     encoder = partial(_load, EncoderNet, place / "encoder.safetensors")
     register_encoder("world", encoder, LAYERS, size=SIDE, mean=MEAN, std=STD, architecture=EncoderNet)
     for (network, dataset), name in CLASSIFIERS.items():

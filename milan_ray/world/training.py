@@ -22,6 +22,7 @@ from milan_ray.world.generator import SceneGenerator, scene_code
 from milan_ray.world.lexicon import NAMES
 from milan_ray.world.networks import ARCHITECTURES, CLASSES, MEAN, PLACES, STD, PlantedNet, planted_concepts
 from milan_ray.world.scenes import SIDE, SceneOptions, concept_maps, make_scene, render
+from milan_ray.world.superposition import SuperposedNet
 
 PREPROCESS = Preprocess(View(resize=None, crop=SIDE), MEAN, STD)
 """View and normalisation of every network of the world."""
@@ -62,6 +63,7 @@ RECIPES: dict[str, Recipe] = {
     "vit": Recipe(scenes=7_000, epochs=3, lr=3e-3, first=40_000, batch_size=32),
     "encoder": Recipe(scenes=12_000, epochs=2, lr=4e-3, first=60_000, batch_size=32),
     "planted": Recipe(scenes=6_000, epochs=3, lr=5e-3, first=80_000, batch_size=32),
+    "superposed": Recipe(scenes=10_000, epochs=4, lr=5e-3, first=400_000, batch_size=32),
     "generator": Recipe(scenes=6_000, epochs=3, lr=6e-3, first=100_000, batch_size=16),
     "cnn-places": Recipe(scenes=6_000, epochs=2, lr=6e-3, first=120_000),
     "resnet-places": Recipe(scenes=5_000, epochs=2, lr=5e-3, first=140_000),
@@ -121,10 +123,10 @@ def attributes_of(split: str, start: int, count: int) -> torch.Tensor:
     return torch.tensor([[float(name in shown) for name in NAMES] for shown in present])
 
 
-def planted_targets(split: str, start: int, count: int) -> torch.Tensor:
-    """Coverage of grid cells by planted concepts in consecutive scenes, uint8 (count, concepts, 16, 16), 255 = all."""
-    targets = np.zeros((count, len(planted_concepts), 16, 16), dtype=np.uint8)
-    column = {name: number for number, name in enumerate(planted_concepts)}
+def planted_targets(split: str, start: int, count: int, concepts: Sequence[str] = planted_concepts) -> torch.Tensor:
+    """Coverage of grid cells by concepts in consecutive scenes, uint8 (count, len(concepts), 16, 16), 255 = all."""
+    targets = np.zeros((count, len(concepts), 16, 16), dtype=np.uint8)
+    column = {name: number for number, name in enumerate(concepts)}
     for row in range(count):
         for name, shown in concept_maps(make_scene(split, start + row)).items():
             if name in column:
@@ -298,15 +300,32 @@ def train_planted(seed: int = 200, threads: int = 1, recipe: Recipe | None = Non
     recipe = recipe or RECIPES["planted"]
     with reproducible(seed, threads):
         network = PlantedNet()
-        targets = planted_targets(*recipe.span)
-        share = (targets.float().mean(dim=(0, 2, 3)) / 255).clamp(min=1e-4)
-        # Starts from each concept's frequency; otherwise the first epoch only learns that all concepts are rare.
-        network.planted.bias = nn.Parameter(torch.logit(share))
-        fit(network, images_of(*recipe.span), targets, _planted_loss, recipe)
-        outputs = outputs_on(network, images_of(*TESTS))
-        columns = [NAMES.index(name) for name in planted_concepts]
-        present = attributes_of(*TESTS)[:, columns]
-    return network.state_dict(), {"auroc": _mean_auroc(outputs, present)}
+        metrics = {"auroc": _fit_planted(network, recipe)}
+    return network.state_dict(), metrics
+
+
+def train_superposed(seed: int = 600, threads: int = 1, recipe: Recipe | None = None) -> Trained:
+    """Trains the network in superposition as :func:`train_planted` trains its own; its directions are not trained.
+
+    Returns:
+        Weights, and metrics: mean ``auroc`` of the directions' maxima for their concepts on held-out scenes.
+    """
+    recipe = recipe or RECIPES["superposed"]
+    with reproducible(seed, threads):
+        network = SuperposedNet()
+        metrics = {"auroc": _fit_planted(network, recipe)}
+    return network.state_dict(), metrics
+
+
+def _fit_planted(network: PlantedNet, recipe: Recipe) -> float:
+    """Trains a network's planted units on concept maps; returns its outputs' mean AUROC on held-out scenes."""
+    targets = planted_targets(*recipe.span, network.concepts)
+    share = (targets.float().mean(dim=(0, 2, 3)) / 255).clamp(min=1e-4)
+    # Starts from each concept's frequency; otherwise the first epoch only learns that all concepts are rare.
+    network.planted.bias = nn.Parameter(torch.logit(share))
+    fit(network, images_of(*recipe.span), targets, _planted_loss, recipe)
+    columns = [NAMES.index(name) for name in network.concepts]
+    return _mean_auroc(outputs_on(network, images_of(*TESTS)), attributes_of(*TESTS)[:, columns])
 
 
 def _painting_loss(network: nn.Module, images: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
@@ -366,6 +385,11 @@ class TrainTask:
 def generator_task(threads: int = 1) -> TrainTask:
     """The training task of the generator, which is needed only for dissecting it."""
     return TrainTask("generator", partial(train_generator, threads=threads), 90)
+
+
+def superposed_task(threads: int = 1) -> TrainTask:
+    """The training task of the network in superposition, which is needed only for describing directions."""
+    return TrainTask("superposed", partial(train_superposed, threads=threads), 80)
 
 
 def places_tasks(threads: int = 1) -> list[TrainTask]:

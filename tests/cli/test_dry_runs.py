@@ -74,7 +74,9 @@ def test_demo_begins_with_its_networks(tmp_path, dry_run: DryRun) -> None:
         "exemplars", "annotations", "encodings", "training", "descriptions", "trials", "scores",
     }  # fmt: skip
     assert set(said.values()) == {"not known before: networks"}
-    more = dry_run(str(tmp_path / "run"), "demo", "--clip", "--generator", "--groups")
+    assert "networks superposed" not in said
+    more = dry_run(str(tmp_path / "run"), "demo", "--clip", "--generator", "--groups", "--superposed")
+    assert {"networks superposed", "exemplars world/superposed"} <= set(more)
     assert {"networks clip/model", "networks generator", "networks cnn-places", "training of every group"} <= set(more)
     assert not (tmp_path / "run").exists()
 

@@ -37,7 +37,7 @@ COMMANDS: dict[str, list[str]] = {
         *["--llm", "https://example.invalid/v1", "--llm-model", "m", "--generator", "world/painter"],
         *["--scoring", "mean"],
     ],
-    "demo": ["--clip", "--generator", "--groups"],
+    "demo": ["--clip", "--generator", "--superposed", "--groups"],
     "score": [*WATCHER, "--clip", "flags/truth", "--generator", "flags/fields"],
     "generalize": [*TRAINED, "--split", "tiny/cnn:tiny/twin", "--encoder", "tiny"],
     "baselines": [*WATCHER, TINY, "--decoder", "toy", "--annotations", "people"],

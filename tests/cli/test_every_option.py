@@ -86,6 +86,7 @@ ROWS: dict[str, str] = {
     "--originals": "cli/test_dry_runs.py::test_paste_says_what_is_missing",
     "--distractors": "cli/test_dry_runs.py::test_paste_says_what_is_missing",
     "demo --photos": "showcase/test_photographs.py::test_plan_is_of_the_real_network_over_the_folder",
+    "demo --superposed": "cli/test_dry_runs.py::test_demo_begins_with_its_networks",
     "demo --generator": "cli/test_dry_runs.py::test_demo_begins_with_its_networks",
     "dnd --generator": f"{DND}::test_command_line_plans_and_says_what_is_missing",
     "dnd --top": f"{DND}::test_command_line_plans_and_says_what_is_missing",
