@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
         args.name,
         "" if args.out is None else absolute("--out", args.out),
         SaeConfig(args.lr, args.rows),
+        args.workers,
     )
     storage, models, probe = opened(args)
     if len(models) > 1:

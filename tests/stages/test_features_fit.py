@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef, model, probe
 from milan_ray.engine.stage import run_stage
 from milan_ray.errors import MilanError
+from milan_ray.models.features.checkpoints import read_dictionary
+from milan_ray.models.features.dictionary import Dictionary
 from milan_ray.models.features.given import file_features
+from milan_ray.models.features.sae import SaeConfig, SparseAutoencoder
 from milan_ray.models.features.statistics import explained_variance
 from milan_ray.probe.base import ImageRef, LatentProbe
 from milan_ray.schema import FEATURES_FIT
 from milan_ray.scoring.simulation import held_out
-from milan_ray.stages.features_fit import FeaturesFit, FitConfig, FitJob
+from milan_ray.stages.features_fit import FeaturesFit, FitConfig, FitJob, training
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
 KEYS = {"model": "tiny/cnn", "layer": "2"}
+SMALL = SaeConfig(lr=3e-3, rows=128)
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
@@ -104,15 +112,110 @@ def test_accuracy_is_that_of_the_network_with_the_reconstruction_in_the_layer(ph
         assert figures(storage, name)["accuracy"] is None
 
 
-@pytest.mark.parametrize("method", ["pca"])
-def test_any_shards_and_actors_fit_the_same_features(photos, tmp_path, method):
-    config = FitConfig(method, (3,), epochs=None if method == "pca" else 2)
+@pytest.mark.parametrize("method", ["pca", "topk-sae"])
+def test_any_shards_fit_the_same_features_within_float_error(photos, tmp_path, method):
+    config = FitConfig(method, (3,), k=2, epochs=None if method == "pca" else 2, sae=SMALL)
+    one, other = fit(tmp_path / "one", photos, config), fit(tmp_path / "other", photos, config, shard=80)
+    found = [file_features(str(figures(storage, f"{method}-3")["file"])).build() for storage in (one, other)]
+    torch.testing.assert_close(found[0].encoder, found[1].encoder, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_any_actors_fit_the_same_features_to_the_bit(photos, tmp_path):
+    sets = []
+    for actors in (None, 1, 2):
+        storage = fit(tmp_path / str(actors), photos, FitConfig("pca", (3,)), actors=actors)
+        sets.append(file_features(str(figures(storage, "pca-3")["file"])).build())
+    assert torch.equal(sets[0].encoder, sets[1].encoder) and torch.equal(sets[0].encoder, sets[2].encoder)
+
+
+def dictionary(storage: Storage, name: str) -> Dictionary:
+    return read_dictionary(str(figures(storage, name)["file"]))
+
+
+@pytest.mark.parametrize("method", ["topk-sae", "jumprelu-sae"])
+def test_autoencoders_learn_the_layer_and_are_folders_of_saelens(photos, network, tmp_path, method):
+    storage = fit(tmp_path, photos, FitConfig(method, (16,), k=3, epochs=12, held_out=0.3, sae=SMALL))
+    place = str(figures(storage, f"{method}-16")["file"])
+    features = file_features(place)
+    assert (features.path, features.count, features.rectified) == (f"2#{method}-16", 16, True)
+    config = json.loads(Path(place, "cfg.json").read_text())
+    assert config["architecture"] == method.removesuffix("-sae") and config["metadata"]["hook_name"] == "2"
+    assert config["metadata"]["milan_ray_model"] == "tiny/cnn" and config["metadata"]["milan_ray_layer"] == "2"
+    assert len(config["metadata"]["milan_ray_weights"]) == 64
+    one = dictionary(storage, f"{method}-16")
+    for split, rows in zip(("train", "held-out"), split_of(network, 0.3), strict=True):
+        row, codes = figures(storage, f"{method}-16", split), one.encode(rows)
+        assert row["l0"] == pytest.approx(float((codes > 0).sum(dim=1).double().mean()), abs=0.01)
+        assert row["dead"] == pytest.approx(float((codes > 0).any(dim=0).logical_not().double().mean()))
+        assert row["explained_variance"] == pytest.approx(explained_variance(one, rows), abs=1e-4)
+        assert row["explained_variance"] > 0.75 and row["k"] == 3
+
+
+def test_a_set_is_the_same_alone_and_beside_another_width(photos, tmp_path):
+    config = FitConfig("topk-sae", (16,), k=3, epochs=2, sae=SMALL)
+    alone = fit(tmp_path / "alone", photos, config)
+    both = fit(tmp_path / "both", photos, replace(config, widths=(24, 16)))
+    assert torch.equal(dictionary(alone, "topk-sae-16").encoder, dictionary(both, "topk-sae-16").encoder)
+    assert dictionary(both, "topk-sae-24").count == 24
+    named = fit(tmp_path / "both", photos, replace(config, widths=(24, 16), name="mine", seed=1))
+    assert not torch.equal(dictionary(named, "mine-16").encoder, dictionary(both, "topk-sae-16").encoder)
+
+
+def test_a_training_that_was_killed_goes_on_to_the_same_weights(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "CHUNK_BYTES", 4 * 8 * 36 * 20)  # twenty images
+    monkeypatch.setattr(training, "SAVE_INTERVAL", 0.0)
+    config = FitConfig("jumprelu-sae", (16, 24), k=3, epochs=3, sae=SMALL)
+    whole = fit(tmp_path / "whole", photos, config)
+    steps, step = 0, SparseAutoencoder.step
+
+    def counted(self, *arguments):
+        nonlocal steps
+        steps += 1
+        if steps == stop:
+            raise KeyboardInterrupt
+        return step(self, *arguments)
+
+    monkeypatch.setattr(SparseAutoencoder, "step", counted)
+    stop = -1
+    fit(tmp_path / "count", photos, config)
+    all_steps, steps, stop = steps, 0, 2 * steps // 3
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "killed", photos, config)
+    steps, stop = 0, -1
+    again = fit(tmp_path / "killed", photos, config)
+    assert 0 < steps < all_steps / 2
+    for name in ("jumprelu-sae-16", "jumprelu-sae-24"):
+        for one, other in zip(dictionary(whole, name).buffers(), dictionary(again, name).buffers(), strict=True):
+            assert torch.equal(one, other)
+    assert not again.files("_work")
+
+
+def test_held_out_images_change_nothing_that_is_fitted(photos, tmp_path):
+    config = FitConfig("topk-sae", (16,), k=3, epochs=1, held_out=0.4, sae=SMALL)
+    copied = tmp_path / "photos"
+    shutil.copytree(photos, copied)
+    one = fit(tmp_path / "one", copied, config)
+    files = sorted(path for path in copied.rglob("*.png"))
+    for number in np.flatnonzero(held_out(np.arange(90), 0.4)):
+        Image.new("RGB", (32, 32), (int(number), 0, 255)).save(files[number])
+    two = fit(tmp_path / "two", copied, config)
+    name = "topk-sae-16"
+    assert torch.equal(dictionary(one, name).encoder, dictionary(two, name).encoder)
+    assert figures(one, name, "held-out")["explained_variance"] != figures(two, name, "held-out")["explained_variance"]
+
+
+@pytest.mark.slow
+def test_ray_train_gives_the_same_bits_on_one_worker_and_the_same_set_on_two(photos, tmp_path, monkeypatch):
+    config = FitConfig("topk-sae", (16,), k=3, epochs=2, sae=SMALL)
+    task = fit(tmp_path / "task", photos, config)
+    two = fit(tmp_path / "two", photos, replace(config, workers=2))
+    monkeypatch.setattr(training, "plain", lambda task: False)
     one = fit(tmp_path / "one", photos, config)
-    two = fit(tmp_path / "two", photos, config, actors=1)
-    other = fit(tmp_path / "other", photos, config, shard=80)
-    found = [file_features(str(figures(storage, f"{method}-3")["file"])).build() for storage in (one, two, other)]
-    assert torch.equal(found[0].encoder, found[1].encoder)
-    torch.testing.assert_close(found[0].encoder, found[2].encoder, rtol=1e-4, atol=1e-5)
+    name = "topk-sae-16"
+    assert torch.equal(dictionary(task, name).encoder, dictionary(one, name).encoder)
+    explained = [figures(each, name)["explained_variance"] for each in (one, two)]
+    assert explained[0] == pytest.approx(explained[1], abs=0.05)  # other batches
 
 
 def test_sets_are_made_once_and_again_where_files_are_missing_or_anothers(photos, tmp_path, capsys):
@@ -149,7 +252,7 @@ def test_a_layer_without_positions_has_one_output_for_each_image(photos, tmp_pat
         (FitConfig("topk-sae", (16,), k=17), "2", "tiny/cnn", "--k 17 of --width 16"),
         (FitConfig("pca", (2,)), "nan", "tiny/broken", "NaN or infinite values"),
         (FitConfig("pca", (2,)), "9", "tiny/cnn", "unknown layer '9'"),
-        (FitConfig("pca", (4,), held_out=0.99), "6", "tiny/cnn", "too few for 4 features"),
+        (FitConfig("pca", (4,), held_out=0.99), "6", "tiny/cnn", "too few for 4 features|no images to fit"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_in_one_sentence(photos, tmp_path, config, layer, name, sentence):

@@ -5,14 +5,16 @@ mean the same for every layer. With x such an output, unit rows d_f in the decod
 
     pre = (x − c)·Wᵀ + b,    z = TopK(max(pre, 0)), or max(pre, 0) where pre > θ,    x̂ = z·D + c
 
-The loss of a batch of N is Σ‖x − x̂‖² / (N·C), plus what brings dead features back (Gao et al. 2024, AuxK), plus, for
-JumpReLU, how far the number of features that are on is from the number aimed at (Rajamanoharan et al. 2024).
+The loss of a batch of N is Σ‖x − x̂‖² / (N·C), plus what brings dead features back (AuxK of Gao et al. 2024, there with
+max(pre, 0)), plus, for JumpReLU, how far the number of features that are on is from the number aimed at (Rajamanoharan
+et al. 2024).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +25,9 @@ from milan_ray.models.features.dictionary import Dictionary, Weights
 from milan_ray.models.features.moments import Moments
 
 TOPK, JUMPRELU = ACTIVATIONS = ("topk", "jumprelu")
+
+LEAST_THRESHOLD = 1e-2
+"""What JumpReLU's thresholds start from at least."""
 
 Sum = Callable[[torch.Tensor], None]
 """Sums a tensor over data-parallel workers, in place."""
@@ -38,7 +43,6 @@ class SaeConfig:
         dead_after: A feature that was off at so many positions in a row counts as dead.
         dead_weight: Weight of the loss that brings dead features back.
         sparsity: Weight of the loss on the number of features that are on, for JumpReLU.
-        threshold: What JumpReLU's thresholds start from.
         bandwidth: Width of the window around a threshold in which it learns.
     """
 
@@ -47,8 +51,7 @@ class SaeConfig:
     dead_after: int = 10_000_000
     dead_weight: float = 1 / 32
     sparsity: float = 1.0
-    threshold: float = 0.1
-    bandwidth: float = 0.1
+    bandwidth: float = 0.2
 
     def identity(self) -> dict[str, object]:
         """The fields, all of which decide the weights."""
@@ -112,12 +115,19 @@ class SparseAutoencoder:
         rows = functional.normalize(torch.randn(width, units, generator=generator), dim=1)
         tensors = {"encoder": rows, "decoder": rows, "encoder_bias": torch.zeros(width), "bias": torch.zeros(units)}
         if activation == JUMPRELU:
-            tensors["log_threshold"] = torch.full((width,), math.log(config.threshold))
+            tensors["log_threshold"] = self._thresholds(moments, rows).log()
         self.weights = {name: tensor.clone().to(device).requires_grad_() for name, tensor in tensors.items()}
         self.idle = torch.zeros(width, dtype=torch.int64, device=device)
         rate = config.lr or 2e-4 / math.sqrt(width / 2**14)
         self._rate = rate
         self._adam = torch.optim.Adam(self.weights.values(), lr=rate, eps=6.25e-10)
+
+    def _thresholds(self, moments: Moments, rows: torch.Tensor) -> torch.Tensor:
+        """Where so many features are on at first as are aimed at, were outputs normally distributed: float32 (F,)."""
+        share = torch.tensor(min(1 - 1e-6, self._k / len(rows)), dtype=torch.float64)
+        covariance = moments.scatter.cpu() * (self.scale**2 / max(1, moments.positions))
+        deviations = ((rows.double() @ covariance) * rows).sum(dim=1).clamp_min(0).sqrt()
+        return (deviations * torch.special.ndtri(1 - share)).clamp_min(LEAST_THRESHOLD).float()
 
     def step(self, x: torch.Tensor, pace: float = 1.0, total: Sum = alone) -> torch.Tensor:
         """Changes the weights after a batch.
@@ -189,12 +199,16 @@ class SparseAutoencoder:
         return pre.relu() * gate, gate.sum()
 
     def _revival(self, pre: torch.Tensor, error: torch.Tensor, missed: torch.Tensor) -> torch.Tensor:
-        """How far dead features, as many as half the units, are from what the others miss: 1 for no use at all."""
+        """How far dead features, as many as half the units, are from what the others miss: 1 for no use at all.
+
+        Their values count below zero too, so that features that are off everywhere have a gradient.
+        """
         dead = self.idle >= self._config.dead_after
         if dead.device.type == "cpu" and not dead.any():  # the same gradients, which are 0; a GPU would have to wait
             return pre.new_zeros(())
         values, indices = pre.masked_fill(~dead, -torch.inf).topk(self._aux, dim=1)
-        codes = torch.zeros_like(pre).scatter(1, indices, values.relu())
+        values = values.masked_fill(values.isneginf(), 0)  # there are fewer dead features
+        codes = torch.zeros_like(pre).scatter(1, indices, values)
         left = error - codes @ self.weights["decoder"]
         return left.square().sum() / missed.clamp_min(torch.finfo(torch.float32).tiny)
 
@@ -216,12 +230,12 @@ class SparseAutoencoder:
     def state(self) -> dict[str, Any]:
         """All that a training needs to go on, on the CPU."""
         weights = {name: tensor.detach().cpu().clone() for name, tensor in self.weights.items()}
-        return {"weights": weights, "adam": self._adam.state_dict(), "idle": self.idle.cpu().clone()}
+        return {"weights": weights, "adam": deepcopy(self._adam.state_dict()), "idle": self.idle.cpu().clone()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Goes back to a :meth:`state`."""
         with torch.no_grad():
             for name, tensor in self.weights.items():
                 tensor.copy_(state["weights"][name])
-        self._adam.load_state_dict(state["adam"])
+        self._adam.load_state_dict(deepcopy(state["adam"]))
         self.idle = state["idle"].to(self.idle.device).clone()

@@ -40,6 +40,7 @@ class FitConfig:
         name: Name of the set, with ``-WIDTH`` where there are several; None for the method's and the width.
         out: Where the sets are written, a folder or a URI; empty for the run directory's ``features/MODEL/LAYER``.
         sae: How sparse autoencoders are trained.
+        workers: Data-parallel workers of that training.
     """
 
     method: str
@@ -51,6 +52,7 @@ class FitConfig:
     name: str | None = None
     out: str = ""
     sae: SaeConfig = field(default_factory=SaeConfig)
+    workers: int = 1
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:

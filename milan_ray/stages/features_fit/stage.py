@@ -31,8 +31,9 @@ from milan_ray.stages.exemplars import ModelWork, Run, store_manifest
 from milan_ray.stages.exemplars.describe_model import AFTER_ACTIVATIONS, DescribedModel, describe_model
 from milan_ray.stages.features_fit.config import NMF, PCA, SAES, FitJob
 from milan_ray.stages.features_fit.figures import HELD_OUT, MEAN, PLAIN, SPLICED, Figures, FiguresWorker, merged
-from milan_ray.stages.features_fit.output import FIT, files_of, place_of, to_bytes, why_written
+from milan_ray.stages.features_fit.output import FIT, files_of, of_bytes, place_of, to_bytes, why_written
 from milan_ray.stages.features_fit.passes import layer_moments, run_pass
+from milan_ray.stages.features_fit.training import SaeTask, train
 from milan_ray.storage import Storage
 from milan_ray.storage.files import WORK
 
@@ -104,10 +105,12 @@ class FeaturesFit(StepStage):
         moments = layer_moments(run, item, self._job.config.held_out)
         every = self._sets()
         due = {output.keys["features"]: every[output.keys["features"]] for output in job.due}
-        dictionaries = self._fitted(run, item, moments, due)
+        places = {name: f"{WORK}/{job.work}/sets/{name}" for name in due}
+        new = {name: width for name, width in due.items() if not job.storage.exists(places[name])}
+        for name, dictionary in (self._fitted(run, item, moments, new) if new else {}).items():
+            job.storage.put(places[name], to_bytes(dictionary))
+        dictionaries = {name: of_bytes(job.storage.get(place)) for name, place in places.items()}
         labelled = self._store_classes(job.storage, item, manifest)
-        for name, dictionary in dictionaries.items():
-            job.storage.put(f"{WORK}/{job.work}/sets/{name}", to_bytes(dictionary))
         pieces = run_pass(
             run, item, FiguresWorker, "figures", "figures of features", share=self._job.config.held_out,
             sets=list(due), mean=moments.mean.tolist(), labelled=labelled,
@@ -135,7 +138,9 @@ class FeaturesFit(StepStage):
                 f"the images have {moments.positions} positions in layer {item.layers[0]!r}, too few for {most} "
                 "features: give more images, a layer with more positions, or a smaller --width."
             )
-        return {name: component_dictionary(moments, width) for name, width in due.items()}
+        if self._job.config.method == PCA:
+            return {name: component_dictionary(moments, width) for name, width in due.items()}
+        return train(SaeTask(run, item, self._job.config, moments, due))
 
     def _store_classes(self, storage: Storage, item: ModelWork, manifest: pa.Table) -> bool:
         """Stores the number of each image's class for workers; returns False where there is nothing to classify."""
