@@ -19,6 +19,7 @@ from milan_ray.errors import MilanError
 from milan_ray.models.features.checkpoints import read_dictionary
 from milan_ray.models.features.dictionary import Dictionary
 from milan_ray.models.features.given import file_features
+from milan_ray.models.features.nmf import PartSums
 from milan_ray.models.features.sae import SaeConfig, SparseAutoencoder
 from milan_ray.models.features.statistics import explained_variance
 from milan_ray.probe.base import ImageRef, LatentProbe
@@ -112,7 +113,7 @@ def test_accuracy_is_that_of_the_network_with_the_reconstruction_in_the_layer(ph
         assert figures(storage, name)["accuracy"] is None
 
 
-@pytest.mark.parametrize("method", ["pca", "topk-sae"])
+@pytest.mark.parametrize("method", ["pca", "nmf", "topk-sae"])
 def test_any_shards_fit_the_same_features_within_float_error(photos, tmp_path, method):
     config = FitConfig(method, (3,), k=2, epochs=None if method == "pca" else 2, sae=SMALL)
     one, other = fit(tmp_path / "one", photos, config), fit(tmp_path / "other", photos, config, shard=80)
@@ -205,6 +206,38 @@ def test_held_out_images_change_nothing_that_is_fitted(photos, tmp_path):
     assert figures(one, name, "held-out")["explained_variance"] != figures(two, name, "held-out")["explained_variance"]
 
 
+def test_parts_are_those_of_the_layers_outputs_with_everything_in_memory(photos, network, tmp_path):
+    storage = fit(tmp_path, photos, FitConfig("nmf", (3, 5), epochs=4, held_out=0.3))
+    train = split_of(network, 0.3)[0]
+    for name, width in (("nmf-3", 3), ("nmf-5", 5)):
+        parts = dictionary(storage, name).directions
+        assert (parts >= 0).all() and parts.shape == (width, 8)
+        sums = PartSums(width, 8)
+        sums.add(train, parts)  # one more pass hardly changes them: they belong to these outputs
+        assert float((sums.updated(parts) * parts).sum(dim=1).min()) > 0.98
+        explained = 1 - float(sums.error) / float((train - train.mean(dim=0)).double().square().sum())
+        assert figures(storage, name)["explained_variance"] == pytest.approx(explained, abs=0.15)
+
+
+def test_a_factorisation_that_was_killed_goes_on_after_its_last_pass(photos, tmp_path, monkeypatch):
+    config = FitConfig("nmf", (3,), epochs=4)
+    whole = fit(tmp_path / "whole", photos, config)
+    updated, passes = PartSums.updated, []
+
+    def killed(self, parts):
+        passes.append(1)
+        if len(passes) == 3:
+            raise KeyboardInterrupt
+        return updated(self, parts)
+
+    monkeypatch.setattr(PartSums, "updated", killed)
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "killed", photos, config)
+    again = fit(tmp_path / "killed", photos, config)
+    assert len(passes) == 5  # two, one that was killed, and the other two
+    assert torch.equal(dictionary(whole, "nmf-3").encoder, dictionary(again, "nmf-3").encoder)
+
+
 @pytest.mark.slow
 def test_ray_train_gives_the_same_bits_on_one_worker_and_the_same_set_on_two(photos, tmp_path, monkeypatch):
     config = FitConfig("topk-sae", (16,), k=3, epochs=2, sae=SMALL)
@@ -251,6 +284,7 @@ def test_a_layer_without_positions_has_one_output_for_each_image(photos, tmp_pat
         (FitConfig("pca", (9,)), "2", "tiny/cnn", "8 principal components at most"),
         (FitConfig("topk-sae", (16,), k=17), "2", "tiny/cnn", "--k 17 of --width 16"),
         (FitConfig("pca", (2,)), "nan", "tiny/broken", "NaN or infinite values"),
+        (FitConfig("nmf", (2,)), "6", "tiny/cnn", "puts out values down to -.*nmf knows none below zero"),
         (FitConfig("pca", (2,)), "9", "tiny/cnn", "unknown layer '9'"),
         (FitConfig("pca", (4,), held_out=0.99), "6", "tiny/cnn", "too few for 4 features|no images to fit"),
     ],

@@ -30,6 +30,7 @@ from milan_ray.schema import FEATURES_FIT
 from milan_ray.stages.exemplars import ModelWork, Run, store_manifest
 from milan_ray.stages.exemplars.describe_model import AFTER_ACTIVATIONS, DescribedModel, describe_model
 from milan_ray.stages.features_fit.config import NMF, PCA, SAES, FitJob
+from milan_ray.stages.features_fit.factors import factorise
 from milan_ray.stages.features_fit.figures import HELD_OUT, MEAN, PLAIN, SPLICED, Figures, FiguresWorker, merged
 from milan_ray.stages.features_fit.output import FIT, files_of, of_bytes, place_of, to_bytes, why_written
 from milan_ray.stages.features_fit.passes import layer_moments, run_pass
@@ -140,6 +141,8 @@ class FeaturesFit(StepStage):
             )
         if self._job.config.method == PCA:
             return {name: component_dictionary(moments, width) for name, width in due.items()}
+        if self._job.config.method == NMF:
+            return factorise(run, item, self._job.config, moments, due)
         return train(SaeTask(run, item, self._job.config, moments, due))
 
     def _store_classes(self, storage: Storage, item: ModelWork, manifest: pa.Table) -> bool:
