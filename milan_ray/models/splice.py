@@ -10,7 +10,7 @@ from torch import nn
 from milan_ray.errors import MilanError
 from milan_ray.models.ablation import replaced
 from milan_ray.models.hooks import call, find_places, first_tensor, hooked
-from milan_ray.models.inputs import prepare
+from milan_ray.models.inputs import prepare, runs_alone
 from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelSpec
 
@@ -35,6 +35,7 @@ class Splice:
         self._spec, self._model, self._layer, self._layout = spec, model, layer, layout
         self._place = find_places(model, [layer])[layer]
         self._call = self._place.call or 0
+        self._alone = runs_alone(model)
         parameter = next(iter(model.parameters()), None)
         self._device = torch.device("cpu") if parameter is None else parameter.device
 
@@ -52,6 +53,9 @@ class Splice:
         Raises:
             MilanError: The model does not put out one row of logits per image, or the layer runs in another way.
         """
+        if self._alone and len(views) > 1:
+            ones = range(len(views))
+            return torch.cat([self.logits(views[n : n + 1], None if maps is None else maps[n : n + 1]) for n in ones])
         inputs = prepare(self._spec, self._model, views.to(self._device))
         if maps is None:
             return self._rows(call(self._model, inputs), len(views))

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,6 @@ from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef, model, probe
 from milan_ray.engine.stage import run_stage
 from milan_ray.errors import MilanError
-from milan_ray.models.features.checkpoints import read_dictionary
 from milan_ray.models.features.dictionary import Dictionary
 from milan_ray.models.features.given import file_features
 from milan_ray.models.features.nmf import PartSums
@@ -44,14 +44,21 @@ def fit(
     return storage
 
 
-def figures(storage: Storage, name: str, split: str = "train") -> dict[str, object]:
+def figures(storage: Storage, name: str, split: str = "train") -> dict[str, Any]:
     rows = storage.read(FEATURES_FIT, **KEYS, features=name).to_pylist()
     (row,) = [row for row in rows if row["split"] == split]
     return row
 
 
+def dictionary(storage: Storage, name: str) -> Dictionary:
+    """The set as ``--features`` reads it."""
+    encoder = file_features(str(figures(storage, name)["file"])).build()
+    assert isinstance(encoder, Dictionary)
+    return encoder
+
+
 @pytest.fixture(scope="module")
-def network(photos) -> dict[str, torch.Tensor]:
+def network(photos) -> dict[str, Any]:
     """What the network does, without the package: outputs of layer 2 after its ReLU (90, 8, 6, 6), and their ids."""
     spec = model(ModelRef("tiny/cnn", layers=("2",), plugins=(PLUGIN,)))
     source = probe(ProbeRef((str(photos),)))
@@ -59,6 +66,7 @@ def network(photos) -> dict[str, torch.Tensor]:
     rows = source.manifest().to_pylist()
     views = [spec.preprocess.view(source.read(ImageRef(r["image_id"], r["root"], r["path"])).image) for r in rows]
     net = spec.load()
+    assert isinstance(net, torch.nn.Sequential)
     with torch.inference_mode():
         inputs = spec.prepare(torch.from_numpy(np.stack(views)))
         names = sorted({row["class_label"] for row in rows})
@@ -71,7 +79,7 @@ def rows_of(maps: torch.Tensor) -> torch.Tensor:
     return maps.permute(0, 2, 3, 1).reshape(-1, maps.shape[1])
 
 
-def split_of(network: dict[str, torch.Tensor], share: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
+def split_of(network: dict[str, Any], share: float = 0.1) -> tuple[torch.Tensor, torch.Tensor]:
     held = torch.from_numpy(held_out(np.arange(90), share))
     return rows_of(network["maps"][~held]), rows_of(network["maps"][held])
 
@@ -83,8 +91,9 @@ def test_components_are_numpys_of_the_images_that_are_not_held_out(photos, netwo
     vectors = np.linalg.svd(x - x.mean(axis=0), full_matrices=False)[2][:3]
     features = file_features(str(figures(storage, "pca-3")["file"]))
     assert (features.path, features.count, features.width) == ("2#pca-3", 3, 8)
-    encoder = features.build()
-    np.testing.assert_allclose(np.abs(encoder.encoder.numpy() @ vectors.T), np.eye(3), atol=1e-5)
+    encoder = dictionary(storage, "pca-3")
+    assert encoder.input_bias is not None
+    np.testing.assert_allclose(np.abs(encoder.encoder.double().numpy() @ vectors.T), np.eye(3), atol=1e-5)
     np.testing.assert_allclose(encoder.input_bias.numpy(), x.mean(axis=0), atol=1e-5)
     for split, rows in (("train", train), ("held-out", held)):
         row = figures(storage, "pca-3", split)
@@ -106,7 +115,7 @@ def test_accuracy_is_that_of_the_network_with_the_reconstruction_in_the_layer(ph
 
     for name in ("pca-1", "pca-8"):
         row = figures(storage, name, "held-out")
-        one = file_features(str(row["file"])).build()
+        one = dictionary(storage, name)
         assert row["spliced_accuracy"] == pytest.approx(right(one.reconstruct(rows_of(maps))))
         assert row["accuracy"] == pytest.approx(right(rows_of(maps)))
         assert row["mean_accuracy"] == pytest.approx(right(train.mean(dim=0).expand(len(maps) * 36, -1)))
@@ -117,7 +126,7 @@ def test_accuracy_is_that_of_the_network_with_the_reconstruction_in_the_layer(ph
 def test_any_shards_fit_the_same_features_within_float_error(photos, tmp_path, method):
     config = FitConfig(method, (3,), k=2, epochs=None if method == "pca" else 2, sae=SMALL)
     one, other = fit(tmp_path / "one", photos, config), fit(tmp_path / "other", photos, config, shard=80)
-    found = [file_features(str(figures(storage, f"{method}-3")["file"])).build() for storage in (one, other)]
+    found = [dictionary(storage, f"{method}-3") for storage in (one, other)]
     torch.testing.assert_close(found[0].encoder, found[1].encoder, rtol=1e-4, atol=1e-5)
 
 
@@ -126,12 +135,8 @@ def test_any_actors_fit_the_same_features_to_the_bit(photos, tmp_path):
     sets = []
     for actors in (None, 1, 2):
         storage = fit(tmp_path / str(actors), photos, FitConfig("pca", (3,)), actors=actors)
-        sets.append(file_features(str(figures(storage, "pca-3")["file"])).build())
+        sets.append(dictionary(storage, "pca-3"))
     assert torch.equal(sets[0].encoder, sets[1].encoder) and torch.equal(sets[0].encoder, sets[2].encoder)
-
-
-def dictionary(storage: Storage, name: str) -> Dictionary:
-    return read_dictionary(str(figures(storage, name)["file"]))
 
 
 @pytest.mark.parametrize("method", ["topk-sae", "jumprelu-sae"])

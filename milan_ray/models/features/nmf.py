@@ -114,7 +114,8 @@ def first_parts(rows: torch.Tensor, count: int) -> torch.Tensor:
     parts = unit[chosen]
     # An entry of 0 would stay 0, whatever is added up.
     parts = parts + 0.1 * parts.mean(dim=1, keepdim=True)
-    return (parts / parts.norm(dim=1, keepdim=True)).float()
+    found: torch.Tensor = parts / parts.norm(dim=1, keepdim=True)
+    return found.float()
 
 
 def part_dictionary(parts: torch.Tensor) -> Dictionary:
@@ -126,5 +127,5 @@ def part_dictionary(parts: torch.Tensor) -> Dictionary:
     Args:
         parts: (F, C).
     """
-    encoder = torch.linalg.pinv(parts.double()).T.float()
-    return Dictionary(Weights(encoder, parts.float()), "relu")
+    inverse: torch.Tensor = torch.linalg.pinv(parts.double())
+    return Dictionary(Weights(inverse.T.float(), parts.float()), "relu")

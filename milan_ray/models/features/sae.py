@@ -127,7 +127,8 @@ class SparseAutoencoder:
         share = torch.tensor(min(1 - 1e-6, self._k / len(rows)), dtype=torch.float64)
         covariance = moments.scatter.cpu() * (self.scale**2 / max(1, moments.positions))
         deviations = ((rows.double() @ covariance) * rows).sum(dim=1).clamp_min(0).sqrt()
-        return (deviations * torch.special.ndtri(1 - share)).clamp_min(LEAST_THRESHOLD).float()
+        thresholds: torch.Tensor = deviations * torch.special.ndtri(1 - share)
+        return thresholds.clamp_min(LEAST_THRESHOLD).float()
 
     def step(self, x: torch.Tensor, pace: float = 1.0, total: Sum = alone) -> torch.Tensor:
         """Changes the weights after a batch.

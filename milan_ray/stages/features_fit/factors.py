@@ -73,7 +73,7 @@ class FactorsWorker(PassWorker):
         self._parts = {name: torch.from_numpy(array.copy()).to(self._device) for name, array in arrays.items()}
 
     def _add_up(self, refs: list[ImageRef]) -> Arrays:
-        sums = {name: PartSums(*parts.shape, self._device) for name, parts in self._parts.items()}
+        sums = {name: PartSums(len(parts), self._units, self._device) for name, parts in self._parts.items()}
         with torch.inference_mode():
             for _, _, maps in self._maps(fitted_to(refs, self._share)):
                 for name, parts in self._parts.items():
