@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from milan_ray.device import to_device
 from milan_ray.errors import MilanError
 from milan_ray.models.ablation import replaced
 from milan_ray.models.hooks import call, find_places, first_tensor, hooked
@@ -56,7 +57,7 @@ class Splice:
         if self._alone and len(views) > 1:
             ones = range(len(views))
             return torch.cat([self.logits(views[n : n + 1], None if maps is None else maps[n : n + 1]) for n in ones])
-        inputs = prepare(self._spec, self._model, views.to(self._device))
+        inputs = prepare(self._spec, self._model, to_device(views, self._device))
         if maps is None:
             return self._rows(call(self._model, inputs), len(views))
         if not self._call:

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch.nn import functional
 
+from milan_ray.device import to_device
 from milan_ray.models.features.dictionary import Dictionary, Weights
 from milan_ray.models.features.moments import Moments
 
@@ -62,24 +63,6 @@ def alone(_: torch.Tensor) -> None:
     """The sum over one worker."""
 
 
-class Step(torch.autograd.Function):
-    """Whether pre > θ, with the gradient of a window around θ in the place of one that is zero almost everywhere."""
-
-    @staticmethod
-    def forward(ctx: Any, pre: torch.Tensor, threshold: torch.Tensor, bandwidth: float) -> torch.Tensor:
-        """Returns 1 where pre > θ, else 0, for pre (N, F) and θ (F,)."""
-        ctx.save_for_backward(pre, threshold)
-        ctx.bandwidth = bandwidth
-        return (pre > threshold).to(pre.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, None]:
-        """Returns the gradients of pre and θ."""
-        pre, threshold = ctx.saved_tensors
-        near = ((pre - threshold).abs() < ctx.bandwidth / 2).to(pre.dtype)
-        return None, -(near * grads[0] / ctx.bandwidth).sum(dim=0), None
-
-
 class SparseAutoencoder:
     """A sparse autoencoder in training, on one device.
 
@@ -108,7 +91,8 @@ class SparseAutoencoder:
         units = len(moments.mean)
         self._config, self._activation, self._k, self._units = config, activation, k, units
         self._aux = min(width, max(1, units // 2))
-        self.mean = moments.mean.float().to(device)
+        device = torch.device(device)
+        self.mean = to_device(moments.mean.float().cpu(), device)
         # An output that never varies is all mean: any scale will do.
         self.scale = math.sqrt(units / moments.variance) if moments.variance > 0 else 1.0
         generator = torch.Generator().manual_seed(seed * 1_000_003 + width)
@@ -116,7 +100,7 @@ class SparseAutoencoder:
         tensors = {"encoder": rows, "decoder": rows, "encoder_bias": torch.zeros(width), "bias": torch.zeros(units)}
         if activation == JUMPRELU:
             tensors["log_threshold"] = self._thresholds(moments, rows).log()
-        self.weights = {name: tensor.clone().to(device).requires_grad_() for name, tensor in tensors.items()}
+        self.weights = {name: to_device(tensor.clone(), device).requires_grad_() for name, tensor in tensors.items()}
         self.idle = torch.zeros(width, dtype=torch.int64, device=device)
         rate = config.lr or 2e-4 / math.sqrt(width / 2**14)
         self._rate = rate
@@ -196,7 +180,9 @@ class SparseAutoencoder:
             codes = torch.zeros_like(pre).scatter(1, indices, values.relu())
             return codes, pre.new_tensor(float(self._k * len(pre)))
         threshold = self.weights["log_threshold"].exp()
-        gate = Step.apply(pre, threshold, self._config.bandwidth)
+        # A step's gradient is zero almost everywhere: in its place, thresholds get that of a window around them.
+        near = ((pre - threshold).detach().abs() < self._config.bandwidth / 2).to(pre.dtype) / self._config.bandwidth
+        gate = (pre > threshold).to(pre.dtype) - near * (threshold - threshold.detach())
         return pre.relu() * gate, gate.sum()
 
     def _revival(self, pre: torch.Tensor, error: torch.Tensor, missed: torch.Tensor) -> torch.Tensor:

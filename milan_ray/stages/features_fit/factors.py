@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from milan_ray.device import to_device
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.levels import sample_positions
 from milan_ray.models.features.dictionary import Dictionary
@@ -49,14 +50,14 @@ class SampleWorker(PassWorker):
         # Other numbers than the ids, whose hashes decide what is held out.
         ids = np.array([ref.image_id for ref in due], np.int64) + 1_000_003 * (self._seed + 1)
         chosen = [ref for ref, one in zip(due, held_out(ids, self._chosen), strict=True) if one]
-        found = [np.zeros((0, self._units), np.float32)]
+        found = [torch.zeros(0, self._units, device=self._device)]
         with torch.inference_mode():
             for _, batch, maps in self._maps(chosen):
                 positions = maps.shape[2] * maps.shape[3]
                 places = sample_positions(batch.ids + self._seed, min(self._each, positions), positions)
-                rows = rows_of(maps).unflatten(0, (len(maps), positions)).cpu().numpy()
-                found.append(np.take_along_axis(rows, places[:, :, None], axis=1).reshape(-1, self._units))
-        return {"rows": np.concatenate(found)}
+                places += np.arange(len(maps))[:, None] * positions
+                found.append(rows_of(maps)[to_device(torch.from_numpy(places.ravel()), self._device)])
+        return {"rows": torch.cat(found).cpu().numpy()}
 
 
 class FactorsWorker(PassWorker):

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from milan_ray.device import to_device
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import Batch
 from milan_ray.models.features.dictionary import Dictionary
@@ -107,7 +108,7 @@ class FiguresWorker(PassWorker):
             layout = self._item.described.layouts[self._layer]
             self._splice = Splice(spec, self._network, self._layer, layout)
         views = torch.from_numpy(batch.views)
-        wanted = torch.from_numpy(self._classes[batch.ids]).to(self._device)
+        wanted = to_device(torch.from_numpy(self._classes[batch.ids]), self._device)
         versions: dict[str, torch.Tensor | None] = {
             PLAIN: None,
             MEAN: self._mean[None, :, None, None].expand_as(maps),

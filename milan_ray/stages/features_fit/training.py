@@ -19,7 +19,7 @@ import torch
 
 from milan_ray.captioner.fit import WorkerGroup
 from milan_ray.config import config_hash
-from milan_ray.device import resolve_device
+from milan_ray.device import resolve_device, to_device
 from milan_ray.engine import references, trainer
 from milan_ray.engine.cluster import decoders, on_gpus
 from milan_ray.engine.tasks import run_parallel
@@ -271,7 +271,7 @@ class Outputs:
         count = max(1, round(len(chosen) * self._positions / self._config.sae.rows))
         rows = self._outputs(chosen[self._group.rank :: self._group.workers])
         generator = torch.Generator().manual_seed(((self._config.seed * 1009 + epoch) * 1_000_003) + chunk)
-        mixed = rows[torch.randperm(len(rows), generator=generator).to(rows.device)]
+        mixed = rows[to_device(torch.randperm(len(rows), generator=generator), rows.device)]
         return list(mixed.tensor_split(count))
 
     @torch.inference_mode()
