@@ -41,7 +41,8 @@ def _add_fit(fit: argparse.ArgumentParser) -> None:
     integer(group, "--epochs", None, "passes over the images (default: 20 for nmf, 4 for autoencoders)")
     integer(group, "--seed", 0, "seed of weights and of the order of images", least=0)
     number(group, "--lr", None, "learning rate (default: 2e-4 for 16,384 features, more for fewer)", kind=amount)
-    integer(group, "--rows", 4096, "positions per step of a training")
+    about = "positions per step of a training (default: 4096, fewer of small probes)"
+    integer(group, "--rows", None, about)
     fraction(group, "--held-out", 0.1, "share of the images that is only measured")
     string(group, "--name", "NAME", "name of the set, with -N where there are several (default: METHOD-N)")
     string(group, "--out", "DIR", "folder for the sets (default: features/MODEL/LAYER in the storage)")

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -30,6 +30,12 @@ TOPK, JUMPRELU = ACTIVATIONS = ("topk", "jumprelu")
 LEAST_THRESHOLD = 1e-2
 """What JumpReLU's thresholds start from at least."""
 
+LEAST_ROWS, MOST_ROWS, STEPS = 64, 4096, 256
+"""Positions per step at least and at most where nothing is said, and steps of an epoch unless they would be smaller."""
+
+SYNTHETIC = 2048
+"""Normally distributed outputs by which encoders are scaled before the first step."""
+
 Sum = Callable[[torch.Tensor], None]
 """Sums a tensor over data-parallel workers, in place."""
 
@@ -40,7 +46,7 @@ class SaeConfig:
 
     Attributes:
         lr: Learning rate of Adam; None for 2·10⁻⁴·√(2¹⁴/F) (Gao et al. 2024).
-        rows: Positions per step.
+        rows: Positions per step; None for 4,096, or fewer where an epoch has fewer than 256 such steps.
         dead_after: A feature that was off at so many positions in a row counts as dead.
         dead_weight: Weight of the loss that brings dead features back.
         sparsity: Weight of the loss on the number of features that are on, for JumpReLU.
@@ -48,11 +54,16 @@ class SaeConfig:
     """
 
     lr: float | None = None
-    rows: int = 4096
+    rows: int | None = None
     dead_after: int = 10_000_000
     dead_weight: float = 1 / 32
     sparsity: float = 1.0
     bandwidth: float = 0.2
+
+    def for_positions(self, positions: int) -> SaeConfig:
+        """The settings for an epoch of so many positions: a feature counts as dead after an epoch at the latest."""
+        rows = self.rows or min(MOST_ROWS, max(LEAST_ROWS, positions // STEPS))
+        return replace(self, rows=rows, dead_after=min(self.dead_after, positions))
 
     def identity(self) -> dict[str, object]:
         """The fields, all of which decide the weights."""
@@ -104,7 +115,26 @@ class SparseAutoencoder:
         self.idle = torch.zeros(width, dtype=torch.int64, device=device)
         rate = config.lr or 2e-4 / math.sqrt(width / 2**14)
         self._rate = rate
+        self._match(moments, generator)
         self._adam = torch.optim.Adam(self.weights.values(), lr=rate, eps=6.25e-10)
+
+    def _match(self, moments: Moments, generator: torch.Generator) -> None:
+        """Scales encoder and thresholds, so that reconstructions of normally distributed outputs have their length.
+
+        Codes would be too large otherwise: rows of the decoder are not orthogonal, and share what they explain.
+        """
+        values, vectors = torch.linalg.eigh(moments.scatter.cpu() / max(1, moments.positions))
+        drawn = torch.randn(SYNTHETIC, len(values), generator=generator, dtype=torch.float64)
+        x = (self.scale * (drawn * values.clamp_min(0).sqrt()) @ vectors.T).float()
+        device = self.mean.device
+        with torch.no_grad():
+            x = to_device(x, device)
+            again = self._codes(functional.linear(x, self.weights["encoder"]))[0] @ self.weights["decoder"]
+            factor = (x * again).sum() / again.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
+            factor = torch.where(factor > 0, factor, 1)
+            self.weights["encoder"] *= factor
+            if self._activation == JUMPRELU:
+                self.weights["log_threshold"] += factor.log()
 
     def _thresholds(self, moments: Moments, rows: torch.Tensor) -> torch.Tensor:
         """Where so many features are on at first as are aimed at, were outputs normally distributed: float32 (F,)."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -81,9 +81,8 @@ class SaeTask:
 
     @property
     def sae(self) -> SaeConfig:
-        """The settings: a feature counts as dead after an epoch at the latest."""
-        sae = self.config.sae
-        return replace(sae, dead_after=min(sae.dead_after, self.moments.positions))
+        """The settings for the positions that there are."""
+        return self.config.sae.for_positions(self.moments.positions)
 
     def autoencoders(self, device: torch.device) -> dict[str, SparseAutoencoder]:
         """Set → autoencoder before the first step."""
@@ -182,7 +181,7 @@ def fit(task: SaeTask, state: State | None, report: Report, group: WorkerGroup, 
     Returns:
         The last state.
     """
-    outputs = Outputs(task.run, task.item, task.config, group)
+    outputs = Outputs(task, group)
     sets = task.autoencoders(group.device)
     state = state or {"sets": {}, "epoch": 0, "chunk": 0, "steps": 0, "history": [], "missed": dict.fromkeys(sets, 0.0)}
     for name, one in state["sets"].items():
@@ -232,19 +231,19 @@ class Outputs:
     """A layer's outputs on the images that features are fitted to, in mixed batches.
 
     Args:
-        run: The run.
-        item: The network and its layer.
-        config: How features are fitted.
+        task: The training.
         group: The workers, of which each takes its share of every chunk's images.
 
     Attributes:
         chunks: Chunks of images in an epoch.
     """
 
-    def __init__(self, run: Run, item: ModelWork, config: FitConfig, group: WorkerGroup) -> None:
+    def __init__(self, task: SaeTask, group: WorkerGroup) -> None:
+        run, item, config, rows = task.run, task.item, task.config, task.sae.rows
+        assert rows is not None
         (self._layer,) = item.layers
         layout = item.described.layouts[self._layer]
-        self._run, self._config, self._group = run, config, group
+        self._run, self._config, self._group, self._rows = run, config, group, rows
         self._spec = references.model(item.model)
         network = references.network(self._spec, item.described.weights).to(group.device)
         self._size = pass_size(self._spec.batch(run.config.batch_size), group.device)
@@ -268,7 +267,7 @@ class Outputs:
         """
         order = np.random.default_rng([self._config.seed, epoch]).permutation(len(self._refs))
         chosen = [self._refs[place] for place in order[chunk * self._chunk : (chunk + 1) * self._chunk]]
-        count = max(1, round(len(chosen) * self._positions / self._config.sae.rows))
+        count = max(1, round(len(chosen) * self._positions / self._rows))
         rows = self._outputs(chosen[self._group.rank :: self._group.workers])
         generator = torch.Generator().manual_seed(((self._config.seed * 1009 + epoch) * 1_000_003) + chunk)
         mixed = rows[to_device(torch.randperm(len(rows), generator=generator), rows.device)]
