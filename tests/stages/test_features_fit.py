@@ -276,6 +276,13 @@ def test_sets_are_made_once_and_again_where_files_are_missing_or_anothers(photos
     assert line == f"# milan_ray_fit: {storage.config_of(FEATURES_FIT, **KEYS, features='pca-2')}"
 
 
+def test_without_rows_of_logits_there_is_no_accuracy_and_a_line_says_why(photos, tmp_path, capsys):
+    storage = fit(tmp_path, photos, FitConfig("pca", (2,)), layer="good", name="tiny/broken")
+    rows = storage.read(FEATURES_FIT, model="tiny/broken", layer="good", features="pca-2").to_pylist()
+    assert all(row["accuracy"] is None and row["spliced_accuracy"] is None for row in rows) and len(rows) == 2
+    assert "no accuracy with features in the layer: tiny/broken does not put out" in capsys.readouterr().err
+
+
 def test_a_layer_without_positions_has_one_output_for_each_image(photos, tmp_path):
     storage = fit(tmp_path, photos, FitConfig("pca", (2,), held_out=0), layer="6")
     (row,) = storage.read(FEATURES_FIT, model="tiny/cnn", layer="6", features="pca-2").to_pylist()

@@ -23,7 +23,8 @@ from milan_ray.models.class_numbers import class_numbers
 from milan_ray.models.features.dictionary import Dictionary
 from milan_ray.models.features.moments import Moments
 from milan_ray.models.features.pca import component_dictionary
-from milan_ray.models.hooks import call, first_tensor
+from milan_ray.models.hooks import unwrap
+from milan_ray.models.splice import Splice
 from milan_ray.probe.manifest import digest as probe_digest
 from milan_ray.progress import say
 from milan_ray.schema import FEATURES_FIT
@@ -213,17 +214,23 @@ class FeaturesFit(StepStage):
 
 
 def _check_classifier(item: ModelWork, classes: int) -> None:
-    """Checks that a network tells so many classes.
+    """Checks that a network tells so many classes, also with other values in its layer.
 
     Raises:
         MilanError: It does not.
     """
     spec = references.model(item.model)
     network = references.network(spec)
-    view = torch.zeros(2, *spec.view_shape, dtype=torch.uint8)
-    with torch.inference_mode():
-        logits = first_tensor(call(network, spec.prepare(view)))
-    if logits is None or logits.ndim != 2 or len(logits) != 2 or logits.shape[1] < classes:
+    if spec.hidden is not None:
+        raise MilanError(
+            f"units of {spec.name} are taken out of its outputs by hidden=, so that nothing can be put back."
+        )
+    ((layer, layout),) = item.described.layouts.items()
+    views = torch.zeros(2, *spec.view_shape, dtype=torch.uint8)
+    splice = Splice(spec, unwrap(network), layer, layout)
+    splice.logits(views, torch.zeros(2, layout.width, *layout.grid))
+    logits = splice.logits(views, None)
+    if logits.shape[1] < classes:
         raise MilanError(f"{spec.name} does not put out a row of logits for each image and {classes} classes.")
     if not logits.isfinite().all():  # those that the layer does not need may be missing from the weights
         raise MilanError(f"the weights of {spec.name} do not tell classes.")
