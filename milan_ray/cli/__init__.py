@@ -30,6 +30,7 @@ SUMMARIES = {
     "exemplars": "find every unit's exemplars and masks",
     "describe": "describe every unit of models",
     "label": "label every unit by its probe's concept maps, or from a list of concepts",
+    "features": "fit features to a layer, to be described like units",
     "train": "train a captioner on annotated units",
     "annotations": "bring published annotations in, out, and into shape",
     "dnd": "label every unit by captions and drawn images (Describe-and-Dissect)",

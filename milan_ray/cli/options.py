@@ -112,6 +112,12 @@ def models(parser: argparse.ArgumentParser, required: bool = True) -> None:
     strings(group, "--layers", "PATH", layers, default=[])
     features = "features of one model's layer, dissected like units: a checkpoint of a sparse autoencoder, or a matrix"
     strings(group, "--features", "LAYER=FILE", f"{features} of directions (docs/features.md)", default=[])
+    activations(group)
+    reading(group)
+
+
+def activations(group: argparse._ActionsContainer) -> None:
+    """Adds the option for which values of a layer count."""
     choice(
         group,
         "--activations",
@@ -120,7 +126,6 @@ def models(parser: argparse.ArgumentParser, required: bool = True) -> None:
         "works in place, else before), always before, or always after",
         "seen",
     )
-    reading(group)
 
 
 def reading(group: argparse._ActionsContainer) -> None:
@@ -178,6 +183,12 @@ def exemplars(parser: argparse.ArgumentParser) -> None:
     fraction(group, "--quantile", EXEMPLARS.quantile, "activation quantile of the level η")
     integer(group, "--batch-size", EXEMPLARS.batch_size, "images per forward pass")
     integer(group, "--shard-size", None, "images per unit of work (default: at most 256)")
+    precision(group)
+    flag(group, "--pooled", "also store every unit's maximum and mean on every image, which some labelers read")
+
+
+def precision(group: argparse._ActionsContainer) -> None:
+    """Adds options for the arithmetic of the dissected models."""
     choice(
         group,
         "--precision",
@@ -187,7 +198,6 @@ def exemplars(parser: argparse.ArgumentParser) -> None:
         FLOAT32.precision,
     )
     flag(group, "--channels-last", "channels last in memory: faster, equal within float error; not for every model")
-    flag(group, "--pooled", "also store every unit's maximum and mean on every image, which some labelers read")
 
 
 def language(parser: argparse._ActionsContainer) -> None:

@@ -184,7 +184,7 @@ class Ablation:
                 else:
                     outputs, basis = rows[number].movedim(1, -1), basis.to(rows)
                     rows[number] = (outputs - outputs @ basis @ basis.T).movedim(-1, 1)
-            return _replaced(output, own, changed.movedim(0, layout.batch_axis))
+            return replaced(output, own, changed.movedim(0, layout.batch_axis))
 
         return hook
 
@@ -230,13 +230,13 @@ def spanned(vectors: torch.Tensor) -> torch.Tensor:
     return kept.T
 
 
-def _replaced(output: object, old: torch.Tensor, new: torch.Tensor) -> object:
-    """A module's output with one tensor in it replaced."""
+def replaced(output: object, old: torch.Tensor, new: torch.Tensor) -> object:
+    """A module's output with one tensor in it replaced by another."""
     if output is old:
         return new
     if isinstance(output, Mapping):
-        return type(output)({key: _replaced(value, old, new) for key, value in output.items()})  # type: ignore[call-arg]
+        return type(output)({key: replaced(value, old, new) for key, value in output.items()})  # type: ignore[call-arg]
     if isinstance(output, (tuple, list)):
-        members: list[Any] = [_replaced(value, old, new) for value in output]
+        members: list[Any] = [replaced(value, old, new) for value in output]
         return type(output)(*members) if hasattr(output, "_fields") else type(output)(members)
     return output

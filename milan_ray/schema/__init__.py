@@ -14,6 +14,7 @@ from milan_ray.schema.descriptions import (
 from milan_ray.schema.differences import CHANGES, DIFFERENCES
 from milan_ray.schema.exemplars import EXEMPLARS, LEVELS, POOLED, SKIPPED, VIEWS
 from milan_ray.schema.experiments import ABLATIONS, CLAIMS, CRITERIA, FIGURE, LAYER_PROPERTIES, PASTED
+from milan_ray.schema.features import FEATURES_FIT
 from milan_ray.schema.generalization import GENERALIZATION, HELD_OUT, SPLITS
 from milan_ray.schema.manifest import MANIFEST
 from milan_ray.schema.operations import (
@@ -61,6 +62,7 @@ TABLES: tuple[Table, ...] = (
     ANNOTATION_STATISTICS,
     AUDITS,
     AUDITED,
+    FEATURES_FIT,
 )
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "DRAWINGS",
     "ENCODINGS",
     "EXEMPLARS",
+    "FEATURES_FIT",
     "FIGURE",
     "GENERALIZATION",
     "HELD_OUT",

@@ -48,7 +48,20 @@ GPU_BENCHMARK = "benchmarks/test_gpu_benchmark.py::test_gpu_benchmark_without_ti
 
 SCALE_BENCHMARK = "benchmarks/test_exemplar_benchmarks.py::test_scale_benchmark_counts_the_job_asked_for"
 
+FIT = "cli/test_features_command.py"
+FITTED = f"{FIT}::test_options_of_fitting_are_part_of_what_decides"
+ASKED = f"{FIT}::test_widths_layers_and_folders_are_those_asked_for"
+
 ROWS: dict[str, str] = {
+    "--method": FITTED,
+    "--width": FITTED,
+    "--layer": ASKED,
+    "--rows": FITTED,
+    **{f"features fit --{name}": FITTED for name in ("k", "epochs", "seed", "lr", "held-out", "out", "activations")},
+    **{f"features fit --{name}": FITTED for name in ("precision", "channels-last", "batch-size")},
+    "features fit --name": ASKED,
+    "features fit --workers": f"{FIT}::test_what_cannot_be_asked_for_is_one_sentence",
+    "features fit --max-bad": f"{FIT}::test_what_cannot_be_asked_for_is_one_sentence",
     "benchmark --images": SCALE_BENCHMARK,
     "benchmark --models": SCALE_BENCHMARK,
     "benchmark --device": GPU_BENCHMARK,

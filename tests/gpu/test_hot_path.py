@@ -47,9 +47,13 @@ from milan_ray.exemplars.shard import Committed, LayerState, LayerStates, StateC
 from milan_ray.exemplars.topk import RunningTopK
 from milan_ray.labelers.clip_dissect import WPMI, Cosines, pointwise, rank_reorder
 from milan_ray.models.establish import established
+from milan_ray.models.features.moments import Moments
+from milan_ray.models.features.nmf import PartSums
+from milan_ray.models.features.sae import SaeConfig, SparseAutoencoder
 from milan_ray.models.image_text import ImageText
 from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelSpec
+from milan_ray.models.splice import spliced
 from milan_ray.models.view import Preprocess
 from milan_ray.stages.embeddings import products
 from milan_ray.stages.encodings import encode
@@ -97,6 +101,12 @@ def layer_state(plan: StateConfig, memory_format: torch.memory_format) -> Tensor
     return known.delta(state).values
 
 
+def autoencoder(activation: str) -> SparseAutoencoder:
+    moments = Moments(6)
+    moments.add(torch.arange(48.0).view(8, 6).sin())
+    return SparseAutoencoder(moments, 12, activation, 3, SaeConfig(), device=CUDA)
+
+
 KERNELS: dict[str, Callable[[], object]] = {
     "top-k": topk_with_maps,
     "levels": level_of_a_shard,
@@ -115,6 +125,11 @@ KERNELS: dict[str, Callable[[], object]] = {
     "pooling with masks, channels last": lambda: pool_maps(
         [on_gpu(4, 6, 5, 5).contiguous(memory_format=torch.channels_last)], on_gpu(3, 20, 20) > 0, indices(3)
     ),
+    "moments": lambda: Moments(6, CUDA).add(on_gpu(8, 6)),
+    "sums of a factorisation": lambda: PartSums(3, 6, CUDA).add(on_gpu(8, 6), on_gpu(3, 6)),
+    "step of a TopK autoencoder": lambda: autoencoder("topk").step(on_gpu(8, 6)),
+    "step of a JumpReLU autoencoder": lambda: autoencoder("jumprelu").step(on_gpu(8, 6)),
+    "other maps in a layer": lambda: spliced(on_gpu(5, 4, 6), on_gpu(5, 6, 2, 2), Layout((4, 6), 0, 2, (2, 2))),
     "products of embeddings": lambda: products(np.zeros((5, 4), np.float32), on_gpu(6, 4), 5),
 }
 

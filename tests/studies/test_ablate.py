@@ -12,13 +12,14 @@ from milan_ray.config import Resources
 from milan_ray.engine.references import ModelRef, ProbeRef, model
 from milan_ray.errors import MilanError
 from milan_ray.models.ablation import Ablation
+from milan_ray.models.class_numbers import class_numbers
 from milan_ray.models.registry import ModelSpec
 from milan_ray.probe.base import LatentProbe
 from milan_ray.probe.manifest import image_refs
 from milan_ray.probe.registry import resolve_probe
 from milan_ray.storage import Storage
 from milan_ray.studies.ablation import run as ablate
-from milan_ray.studies.ablation.run import class_numbers, run_ablations
+from milan_ray.studies.ablation.run import run_ablations
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
 CNN = ModelRef("tiny/cnn", plugins=(PLUGIN,))

@@ -30,7 +30,7 @@ from milan_ray.schema import EXEMPLARS, LEVELS
 from milan_ray.stages.images import view_key
 from milan_ray.storage import Storage, inputs_of
 
-_AFTER_ACTIVATIONS = ("kernel", "k", "quantile", "mask_size", "samples")
+AFTER_ACTIVATIONS = ("kernel", "k", "quantile", "mask_size", "samples")
 """Inputs of exemplars on which no activation depends."""
 
 
@@ -143,7 +143,7 @@ def _inputs_digest(spec: ModelSpec) -> str:
 
 def pooled_fingerprint(exemplars: Fingerprint) -> Fingerprint:
     """Fingerprint of a layer's pooled activations: the inputs of its exemplars on which activations depend."""
-    inputs = {name: digest for name, digest in exemplars.inputs.items() if name not in _AFTER_ACTIVATIONS}
+    inputs = {name: digest for name, digest in exemplars.inputs.items() if name not in AFTER_ACTIVATIONS}
     return _of_inputs({**inputs, "pooling": config_hash({"pooling": POOLED_VERSION})[:8]})
 
 

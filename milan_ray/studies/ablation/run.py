@@ -13,10 +13,9 @@ from milan_ray.config import Resources, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.model_cache import loaded_model
 from milan_ray.engine.tasks import retry_if_overtaken
-from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import pass_size, read_inputs
 from milan_ray.models.ablation import Ablation, UnitSet
-from milan_ray.models.registry import ModelSpec
+from milan_ray.models.class_numbers import class_numbers
 from milan_ray.models.weights import weights_digest
 from milan_ray.probe.base import ImageRef
 from milan_ray.probe.manifest import image_refs
@@ -149,39 +148,6 @@ def _distinct(sets: Sequence[UnitSet]) -> tuple[list[dict[str, list[int]]], list
         distinct.setdefault(keys[-1], sorted_units)
     places = {key: place for place, key in enumerate(distinct)}
     return list(distinct.values()), [places[key] for key in keys]
-
-
-def class_numbers(labels: Sequence[str | None], spec: ModelSpec) -> tuple[tuple[str, ...], list[int]]:
-    """Numbers the classes of images as a model's outputs.
-
-    Uses the names of the outputs if the model has names and the images' classes are among them; otherwise numbers the
-    classes in alphabetical order, as folders of classes usually are.
-
-    Args:
-        labels: Class of each image.
-        spec: The model.
-
-    Returns:
-        Names of the classes, and each image's number.
-
-    Raises:
-        MilanError: There are no images, an image has no class, or there are more classes than outputs.
-    """
-    names = sorted({label for label in labels if label is not None})
-    if not names or None in labels:
-        raise MilanError(
-            "accuracy needs images with classes, and some have none: give a folder of class folders, or --labels."
-        )
-    if spec.classes is not None:
-        if set(names) <= set(spec.classes):
-            names = list(spec.classes)
-        elif len(names) != len(spec.classes):
-            raise MilanError(
-                f"{spec.name} tells {len(spec.classes)} classes, {', '.join(spec.classes[:3])}, …, and the images have "
-                f"{len(names)}, {', '.join(names[:3])}, …: give images of the model's classes."
-            )
-    numbers = {name: number for number, name in enumerate(names)}
-    return tuple(names), [numbers[str(label)] for label in labels]
 
 
 def _count(task: _Task) -> None:

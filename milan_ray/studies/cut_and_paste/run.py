@@ -20,6 +20,7 @@ from milan_ray.engine.model_cache import loaded_model
 from milan_ray.engine.stage import Known, Output, Stage
 from milan_ray.errors import MilanError
 from milan_ray.exemplars.forward import Forward, pass_size
+from milan_ray.models.class_numbers import class_numbers
 from milan_ray.models.heads import find_head, strongest_classes
 from milan_ray.models.registry import OUTPUTS, ModelSpec
 from milan_ray.models.weights import weights_digest
@@ -31,7 +32,6 @@ from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, LEVELS, PASTED
 from milan_ray.stages.arithmetic import arithmetic_of
 from milan_ray.stages.exemplars import store_manifest
 from milan_ray.storage import Storage
-from milan_ray.studies.ablation.run import class_numbers
 from milan_ray.studies.analysis import statistics as analysis
 from milan_ray.studies.cut_and_paste import statistics as pasting
 from milan_ray.studies.cut_and_paste.plot import Example, plot_examples

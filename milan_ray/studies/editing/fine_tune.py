@@ -14,9 +14,10 @@ from milan_ray.config import Resources
 from milan_ray.engine import references
 from milan_ray.exemplars.forward import pass_size
 from milan_ray.models.ablation import UnitSet
+from milan_ray.models.class_numbers import class_numbers
 from milan_ray.models.heads import HeadTraining, find_head, fit_head, head_inputs
 from milan_ray.probe.manifest import image_refs
-from milan_ray.studies.ablation.run import Accuracies, class_numbers
+from milan_ray.studies.ablation.run import Accuracies
 from milan_ray.studies.exemplar_images import model_views
 from milan_ray.studies.tasks import run_tasks, worker_device
 
