@@ -41,12 +41,15 @@ from milan_ray.engine import references
 from milan_ray.engine.references import ModelRef
 from milan_ray.exemplars import forward as forward_module
 from milan_ray.exemplars import masks, pooled
+from milan_ray.exemplars.feature_maps import FeatureMaps
 from milan_ray.exemplars.forward import Forward
 from milan_ray.exemplars.levels import RunningLevel
 from milan_ray.exemplars.shard import Committed, LayerState, LayerStates, StateConfig
 from milan_ray.exemplars.topk import RunningTopK
 from milan_ray.labelers.clip_dissect import WPMI, Cosines, pointwise, rank_reorder
 from milan_ray.models.establish import established
+from milan_ray.models.features.dictionary import Dictionary, Weights
+from milan_ray.models.features.given import feature_set
 from milan_ray.models.features.moments import Moments
 from milan_ray.models.features.nmf import PartSums
 from milan_ray.models.features.sae import SaeConfig, SparseAutoencoder
@@ -173,6 +176,20 @@ def test_shard_after_a_networks_first_batch_never_waits(
         maps = forward.maps(np.zeros((3, *spec.view_shape), np.uint8))
     assert set(states.states) == set(spec.layers)
     assert all(each.is_cuda and len(each) == 3 for each in maps.values())
+
+
+@pytest.mark.parametrize("activation", ["relu", "topk"])
+def test_features_on_a_gpu_never_wait(activation: str) -> None:
+    matrix = torch.ones(9, 6)
+    dictionary = Dictionary(Weights(matrix, matrix), activation, 3 if activation == "topk" else None)
+    found = FeatureMaps(feature_set("layer#set", dictionary), torch.device("cpu"))
+    states = LayerStates(PLAN, 2, ["layer#set"])
+    assert isinstance(found._encoder, Dictionary)
+    with PretendedCuda() as gpu:
+        found._encoder = gpu.network(found._encoder)  # once, where the host may wait
+        for rows, maps in found.pieces(on_gpu(4, 6, 5, 5), 4):
+            states.update({"layer#set": maps}, np.arange(4)[rows], {})
+    assert states.states["layer#set"].topk.values.is_cuda
 
 
 # -- encoders ---------------------------------------------------------------------------------------------------------
