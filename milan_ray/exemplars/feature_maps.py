@@ -76,6 +76,15 @@ class FeatureMaps:
                 codes = self._codes(rows)[: len(part) * height * width]
                 yield found, codes.unflatten(0, (-1, height, width)).permute(0, 3, 1, 2)
 
+    def check(self, maps: torch.Tensor) -> None:
+        """Reads features from maps float32 (n, C, h, w) once.
+
+        Raises:
+            MilanError: As for :meth:`pieces`.
+        """
+        for _ in self.pieces(maps, len(maps)):
+            pass
+
     def explained_variance(self, maps: torch.Tensor) -> float:
         """The share of a layer's variance over images and positions that the features' reconstruction explains.
 
@@ -117,4 +126,10 @@ class FeatureMaps:
                 f"features {features.name!r}: encode= puts out {codes.dtype} of shape {tuple(codes.shape)} for "
                 f"{len(rows)} positions, not floats ({len(rows)}, {features.count})."
             )
+        if features.rectified and not isinstance(self._encoder, Dictionary) and not codes.is_cuda:
+            if bool((codes < 0).any()):  # a GPU's host would wait; the first images are checked on a CPU
+                raise MilanError(
+                    f"features {features.name!r} are registered with rectified=True, and encode= puts out codes below "
+                    "zero: leave that out, or rectify them."
+                )
         return codes.float()

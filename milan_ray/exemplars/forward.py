@@ -19,7 +19,7 @@ from torch import nn
 from milan_ray.config import FLOAT32, Arithmetic
 from milan_ray.device import to_device
 from milan_ray.errors import MilanError, UnreadableImage
-from milan_ray.exemplars.feature_maps import FeatureMaps
+from milan_ray.exemplars.feature_maps import PIECE_BYTES, FeatureMaps
 from milan_ray.exemplars.sparse_maps import SparseMaps
 from milan_ray.models.batch_mates import differing, exchanged, summary
 from milan_ray.models.establish import established
@@ -367,10 +367,13 @@ class Forward:
                 cannot be read from a layer.
         """
         for rows, maps in self.sparse_pieces(inputs):
-            yield (
-                rows,
-                {layer: found.dense() if isinstance(found, SparseMaps) else found for layer, found in maps.items()},
-            )
+            dense = {layer: found for layer, found in maps.items() if isinstance(found, torch.Tensor)}
+            if dense or not maps:
+                yield rows, dense
+            for layer, found in maps.items():
+                if isinstance(found, SparseMaps):
+                    for part, piece in found.dense_parts(PIECE_BYTES):
+                        yield slice(rows.start + part.start, rows.start + part.stop), {layer: piece}
 
     @torch.inference_mode()
     def sparse_pieces(self, inputs: Inputs) -> Iterator[tuple[slice, dict[str, torch.Tensor | SparseMaps]]]:

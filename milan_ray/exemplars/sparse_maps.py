@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,14 @@ class SparseMaps:
         sums = blank.scatter_add(1, features, values.masked_fill(broken, 0))
         lost = blank.scatter_add(1, features, broken.to(values.dtype))
         return sums / (self.values.shape[1] * self.values.shape[2] - lost)
+
+    def dense_parts(self, most: int) -> Iterator[tuple[slice, torch.Tensor]]:
+        """The maps with all zeros of some images at a time: at most so many bytes, where one image has not more."""
+        images, count, height, width = self.shape
+        size = max(1, most // (4 * count * height * width))
+        for start in range(0, images, size):
+            part = slice(start, min(start + size, images))
+            yield part, SparseMaps(self.values[part], self.features[part], count).dense()
 
     def dense(self) -> torch.Tensor:
         """The maps with all zeros, (n, F, h, w), features last in memory."""

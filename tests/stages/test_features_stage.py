@@ -11,8 +11,10 @@ import torch
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef, model, probe
 from milan_ray.errors import MilanError
-from milan_ray.exemplars import feature_maps, masks
+from milan_ray.exemplars import feature_maps, forward, masks
 from milan_ray.exemplars.pooled import matrix
+from milan_ray.models.features.dictionary import Dictionary, Weights
+from milan_ray.models.features.saelens import write_saelens
 from milan_ray.probe.base import ImageRef, LatentProbe
 from milan_ray.schema import EXEMPLARS, LEVELS, POOLED
 from milan_ray.stages.exemplars import Exemplars
@@ -112,6 +114,7 @@ def test_masks_that_are_computed_again_are_the_same(both, photos, tmp_path):
         ("0#broken", r"puts out torch\.float32 of shape \(\d+, 2\) for \d+ positions, not floats \(\d+, 6\)"),
         ("0#failing", "features 'failing' cannot be read from layer '0': ValueError: no such thing"),
         ("0#other", "were made for a layer of 5 units, and '0' of tiny/cnn has 6"),
+        ("0#signed", "registered with rectified=True, and encode= puts out codes below zero"),
         ("0#sam", "0#same"),
         ("0#unfit", r"worse than its mean does: explained variance -1\d\d on the first 16"),
     ],
@@ -119,6 +122,29 @@ def test_masks_that_are_computed_again_are_the_same(both, photos, tmp_path):
 def test_features_that_do_not_fit_are_refused(photos, tmp_path, layer, message):
     with pytest.raises(MilanError, match=message):
         run(tmp_path, photos, layer)
+
+
+def test_masks_of_sparse_features_are_those_of_dense_ones(photos, tmp_path, monkeypatch):
+    """TopK of all features is ReLU; masks come from maps that are carried, or computed again some images at a time."""
+    matrix = torch.randn(9, 6, generator=torch.Generator().manual_seed(8))
+    sets = {
+        "sparse": Dictionary(Weights(matrix, matrix), "topk", 9),
+        "dense": Dictionary(Weights(matrix, matrix), "relu"),
+    }
+    folders = [str(tmp_path / name) for name in sets]
+    for folder, dictionary in zip(folders, sets.values(), strict=True):
+        write_saelens(dictionary, folder, {})
+    monkeypatch.setattr(forward, "PIECE_BYTES", 4 * 9 * 12 * 12 * 3)
+    monkeypatch.setattr(Dictionary, "reconstructs", property(lambda self: False, lambda self, value: None))  # random
+    tables = []
+    for budget in (0, 2**28):
+        storage = Storage(tmp_path / str(budget))
+        ref = ModelRef("tiny/cnn", plugins=(PLUGIN,), features=tuple(f"0={folder}" for folder in folders))
+        config = ExemplarConfig(k=4, batch_size=16, shard_size=40, map_budget=budget)
+        Exemplars([ref], ProbeRef((str(photos),)), config).run(storage, Resources())
+        read = [storage.read(EXEMPLARS, model="tiny/cnn", layer=f"0#{name}") for name in sets]
+        tables += [table.drop_columns("layer") for table in read]
+    assert all(table.equals(tables[0]) for table in tables) and len(tables[0]) > 9
 
 
 def test_codes_that_are_not_finite_are_left_out_and_said(photos, tmp_path, capsys):

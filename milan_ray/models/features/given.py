@@ -58,7 +58,9 @@ def file_features(given: str) -> FeatureSet:
     layer = layer or said.layer or layer_of(Path(said.file))
     if not layer:
         raise MilanError(f"--features {given}: which layer? Give --features LAYER={path}.")
-    return _from_file(layer, said.name or Path(said.file).stem.replace(SIGN, "-"), said.file, reading)
+    file = Path(said.file)
+    name = said.name or (file.name if file.is_dir() else file.stem).replace(SIGN, "-")
+    return _from_file(layer, name, said.file, reading)
 
 
 def feature_set(path: str, given: Features) -> FeatureSet:

@@ -25,15 +25,13 @@ def check_features(spec: ModelSpec, source: Probe, layers: Collection[str], conf
     Args:
         spec: The model.
         source: The probe.
-        layers: Its layers that are about to be dissected; those that are no feature sets, or do not reconstruct, are
-            not checked.
+        layers: Its layers that are about to be dissected; those that are no feature sets are not checked.
         config: How exemplars are made.
 
     Raises:
-        MilanError: The explained variance is below zero.
+        MilanError: The explained variance is below zero, or the codes are not what they are said to be.
     """
     due = {layer: spec.features[layer] for layer in layers if layer in spec.features}
-    due = {layer: features for layer, features in due.items() if features.reconstructs}
     if not due:
         return
     cpu = torch.device("cpu")
@@ -44,7 +42,9 @@ def check_features(spec: ModelSpec, source: Probe, layers: Collection[str], conf
     bases = list(dict.fromkeys(features.layer for features in due.values()))
     maps = Forward(spec, references.network(spec), bases, size, config.arithmetic).maps(batch.inputs)
     for features in due.values():
-        explained = FeatureMaps(features, cpu).explained_variance(maps[features.layer])
+        reader = FeatureMaps(features, cpu)
+        reader.check(maps[features.layer])
+        explained = reader.explained_variance(maps[features.layer]) if features.reconstructs else 1.0
         if explained < 0:
             raise MilanError(
                 f"features {features.name!r} ({features.source}) reconstruct layer {features.layer!r} of {spec.name} "
