@@ -17,7 +17,7 @@ from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef, model, probe
 from milan_ray.engine.stage import run_stage
 from milan_ray.errors import MilanError
-from milan_ray.models.features.dictionary import Dictionary
+from milan_ray.models.features.dictionary import Dictionary, Weights
 from milan_ray.models.features.given import file_features
 from milan_ray.models.features.nmf import PartSums
 from milan_ray.models.features.sae import SaeConfig, SparseAutoencoder
@@ -26,6 +26,7 @@ from milan_ray.probe.base import ImageRef, LatentProbe
 from milan_ray.schema import FEATURES_FIT
 from milan_ray.scoring.simulation import held_out
 from milan_ray.stages.features_fit import FeaturesFit, FitConfig, FitJob, training
+from milan_ray.stages.features_fit.output import FIT, files_of, place_of, why_written
 from milan_ray.storage import Storage
 
 PLUGIN = str(Path(__file__).resolve().parents[1] / "plugins/tiny_models.py")
@@ -313,3 +314,21 @@ def test_numbers_that_cannot_be_are_refused():
             FitConfig("pca", **wrong)
     with pytest.raises(MilanError, match="give one of pca, nmf"):
         FitConfig("ica")
+
+
+def test_files_that_are_missing_damaged_or_of_another_fit_are_written_again(tmp_path):
+    folder, dictionaries = Storage(tmp_path), {"ends": "relu", "components": "identity"}
+    mean, rows = torch.arange(3.0), torch.eye(2, 3)
+    for name, activation in dictionaries.items():
+        made = Dictionary(Weights(rows, rows, decoder_bias=mean, input_bias=mean), activation)
+        matrix = activation == "identity"
+        assert why_written(folder, name, matrix, "abc") == "its files are missing"
+        for path, content in files_of(name, made, "layer1", {FIT: "abc", "k": None}).items():
+            folder.put(path, content)
+        assert why_written(folder, name, matrix, "abc") is None
+        assert why_written(folder, name, matrix, "abd") == "its files are of another fit"
+        again = file_features(folder.uri(place_of(name, matrix)) if matrix else f"layer1={folder.uri(name)}").build()
+        x = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
+        torch.testing.assert_close(again.encode(x), made.encode(x))
+        folder.put(f"{name}.yaml" if matrix else f"{name}/cfg.json", b"\xff" if matrix else b"[]")
+        assert why_written(folder, name, matrix, "abc") == "its files are damaged"

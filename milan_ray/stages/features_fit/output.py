@@ -9,7 +9,6 @@ import torch
 import yaml
 from safetensors.torch import load, save
 
-from milan_ray.errors import MilanError
 from milan_ray.models.features.dictionary import Dictionary, Weights
 from milan_ray.models.features.saelens import CONFIG, saelens_files
 from milan_ray.storage import Storage
@@ -65,7 +64,7 @@ def why_written(folder: Storage, name: str, matrix: bool, fit: str) -> str | Non
             found = content.splitlines()[0].removeprefix(f"# {FIT}: ")
         else:
             found = json.loads(content)["metadata"].get(FIT, "")
-    except (MilanError, ValueError, KeyError, IndexError, AttributeError):
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError):  # whatever lies there instead
         return "its files are damaged"
     return None if found == fit else "its files are of another fit"
 
