@@ -126,10 +126,11 @@ class FeatureMaps:
                 f"features {features.name!r}: encode= puts out {codes.dtype} of shape {tuple(codes.shape)} for "
                 f"{len(rows)} positions, not floats ({len(rows)}, {features.count})."
             )
-        if features.rectified and not isinstance(self._encoder, Dictionary) and not codes.is_cuda:
-            if bool((codes < 0).any()):  # a GPU's host would wait; the first images are checked on a CPU
-                raise MilanError(
-                    f"features {features.name!r} are registered with rectified=True, and encode= puts out codes below "
-                    "zero: leave that out, or rectify them."
-                )
+        # A GPU's host would wait for the answer; the first images are checked on a CPU.
+        promised = features.rectified and not isinstance(self._encoder, Dictionary) and not codes.is_cuda
+        if promised and bool((codes < 0).any()):
+            raise MilanError(
+                f"features {features.name!r} are registered with rectified=True, and encode= puts out codes below "
+                "zero: leave that out, or rectify them."
+            )
         return codes.float()

@@ -128,14 +128,13 @@ def test_masks_of_sparse_features_are_those_of_dense_ones(photos, tmp_path, monk
     """TopK of all features is ReLU; masks come from maps that are carried, or computed again some images at a time."""
     matrix = torch.randn(9, 6, generator=torch.Generator().manual_seed(8))
     sets = {
-        "sparse": Dictionary(Weights(matrix, matrix), "topk", 9),
+        "sparse": Dictionary(Weights(matrix, matrix), "topk", 12),
         "dense": Dictionary(Weights(matrix, matrix), "relu"),
     }
     folders = [str(tmp_path / name) for name in sets]
     for folder, dictionary in zip(folders, sets.values(), strict=True):
         write_saelens(dictionary, folder, {})
-    monkeypatch.setattr(forward, "PIECE_BYTES", 4 * 9 * 12 * 12 * 3)
-    monkeypatch.setattr(Dictionary, "reconstructs", property(lambda self: False, lambda self, value: None))  # random
+    monkeypatch.setattr(forward, "PIECE_BYTES", 4 * 12 * 12 * 12 * 3)
     tables = []
     for budget in (0, 2**28):
         storage = Storage(tmp_path / str(budget))
