@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -16,7 +18,7 @@ from milan_ray.exemplars.topk import RunningTopK
 NOTHING = -np.inf
 
 
-def ties(topk: list[list[float]], levels: list[float], positions: int = 1000, quantile: float = 0.99) -> Ties:
+def ties(topk: Sequence[Sequence[float]], levels: Sequence[float], positions: int = 1000, quantile: float = 0.99) -> Ties:
     counted = np.full(len(levels), positions)
     return find_ties(np.array(topk, np.float32), np.array(levels, np.float32), counted, quantile)
 
