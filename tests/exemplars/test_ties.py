@@ -18,7 +18,9 @@ from milan_ray.exemplars.topk import RunningTopK
 NOTHING = -np.inf
 
 
-def ties(topk: Sequence[Sequence[float]], levels: Sequence[float], positions: int = 1000, quantile: float = 0.99) -> Ties:
+def ties(
+    topk: Sequence[Sequence[float]], levels: Sequence[float], positions: int = 1000, quantile: float = 0.99
+) -> Ties:
     counted = np.full(len(levels), positions)
     return find_ties(np.array(topk, np.float32), np.array(levels, np.float32), counted, quantile)
 
