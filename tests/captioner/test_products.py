@@ -1,4 +1,4 @@
-"""Matrix products of searches: oneDNN's where the processor has AVX-512, torch's elsewhere; equal within float error."""
+"""Matrix products of searches: oneDNN's where the processor has AVX-512, torch's elsewhere, within float error."""
 
 from __future__ import annotations
 
