@@ -85,7 +85,7 @@ def run(options: Options) -> Iterator[Result]:
     annotations = "" if options.annotations is None else str(options.annotations.absolute())
     with photographs(options, describing_path.IMAGES) as photos, ExitStack() as stack:
         arguments = [str(photos), annotations, str(int(options.short))]
-        work = Work(*arguments[:2], options.short)  # trains the captioner, if there is none
+        work = Work(str(photos), annotations, options.short)  # trains the captioner, if there is none
         versions = [stack.enter_context(Version(path, arguments)) for path in (own, options.against.absolute())]
         rate = best_rate(options.short)
         for part in PARTS:
@@ -146,4 +146,4 @@ def operations(function: Callable[[], object]) -> int:
     own = {torch.ops.aten.mkldnn_rnn_layer: lstm, torch.ops.aten.mkldnn_linear: linear}
     with FlopCounterMode(display=False, custom_mapping=own) as counter:
         function()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())

@@ -213,10 +213,10 @@ def _contexts(
     """
     counts = torch.bincount(owner, minlength=len(features)).tolist()
     queries, energies = products.query(h).unsqueeze(1).split(counts), h.new_empty(len(h), keys.shape[1])
-    weight, bias = decoder.attend.output[0].weight[0], decoder.attend.output[0].bias
+    weight, bias = (decoder.attend.output[0].get_parameter(name) for name in ("weight", "bias"))
     for query, key, energy in zip(queries, keys, energies.split(counts), strict=True):
         if len(query):
-            torch.matmul((query + key).tanh_(), weight, out=energy)
+            torch.matmul((query + key).tanh_(), weight[0], out=energy)
     weights = energies.add_(bias).softmax(dim=1)
     contexts = features.new_empty(len(h), features.shape[2])
     for some, feature, context in zip(weights.split(counts), features, contexts.split(counts), strict=True):
