@@ -52,7 +52,7 @@ def test_versions_short_runs_both_checkouts_in_turns():
     assert all(len(result.seconds) == len(result.baseline) == 2 for result in results)
     assert results[0].facts["identical"] == "True"
     assert all(result.facts["identical"] == "2 of 2 descriptions, 10 of 10 candidates" for result in results[1:])
-    assert all(0 < float(result.facts["floor in seconds"]) < min(result.seconds) for result in results)
+    assert all(float(result.facts["floor in seconds"]) > 0 for result in results)
 
 
 def test_versions_needs_another_checkout(tmp_path):
