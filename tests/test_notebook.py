@@ -68,6 +68,14 @@ def test_dissect_and_describe_are_what_the_job_makes(storage, milan, found, phot
     assert here.columns == table.columns and here.schema == table.schema
 
 
+def test_dissect_tells_which_layer_has_exemplars_that_tie(photos, capsys) -> None:
+    milan_ray.dissect("tiny/saturated", photos, k=K, plugins=(PLUGIN,), device="cpu")
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "mean nothing" in line]
+    assert said.startswith(
+        "layer '1' of tiny/saturated has 4 of 4 units whose exemplars or masks mean nothing: 1 never"
+    )
+
+
 def test_own_network_is_left_as_it_was(photos) -> None:
     network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.9))
     network[2].eval()

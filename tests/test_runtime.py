@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import platform
+import resource
 import subprocess
 import sys
 
@@ -72,3 +74,35 @@ def test_in_submitted_job_is_told_by_the_variable_that_ray_sets(monkeypatch):
     assert not runtime.in_submitted_job()
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
     assert runtime.in_submitted_job()
+
+
+FAULTS = """
+import resource
+from milan_ray.runtime import freed_memory_kept, keep_freed_memory
+
+size = 2**26
+
+def faults():  # pages that the system clears when 64 MB are used again
+    for _ in range(2):
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        b'x' * size
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+with freed_memory_kept():
+    print(faults())
+print(faults())
+print(keep_freed_memory(), faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
+@pytest.mark.parametrize(("variable", "kept"), [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)])
+def test_freed_memory_is_kept_for_a_while_unless_the_user_has_set_the_allocator(variable, kept):
+    plain = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    run = subprocess.run(
+        [sys.executable, "-c", FAULTS], env={**plain, **variable}, capture_output=True, text=True, check=True
+    )
+    during, afterwards, said, again = run.stdout.split()
+    few, pages = 100, 2**26 // resource.getpagesize()
+    assert (int(during) < few) == (int(again) < few) == kept and said == str(kept)
+    assert few < int(afterwards) <= 2 * pages

@@ -2,6 +2,6 @@
 
 BENCHMARKS = (
     "exemplars", "encode", "describe", "end-to-end", "features", "feeding", "gpu", "merge", "ray-overhead", "report",
-    "scale", "tune", "zoo",
+    "scale", "tune", "versions", "zoo",
 )  # fmt: skip
 """Names of the benchmarks; each is implemented in the module of that name, with ``_`` for ``-``."""

@@ -49,6 +49,7 @@ class Options:
         out: Folder for its figures; None writes none.
         images: Images of the job of the benchmark of scale; None takes ImageNet's, and few where it is short.
         models: Models of that job; None takes 24, and 2 where it is short.
+        against: Another checkout, for the benchmark of versions.
     """
 
     repeats: int = 3
@@ -61,6 +62,7 @@ class Options:
     out: Path | None = None
     images: int | None = None
     models: int | None = None
+    against: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from milan_ray.captioner.lm import LanguageModel
+from milan_ray.captioner.products import Product
 from milan_ray.captioner.text import TokenIds
 
 
@@ -157,6 +158,38 @@ class Decoder(nn.Module):
             states.append(h)
             attentions.append(weights)
         return self.output(torch.stack(states, dim=1)), torch.stack(attentions, dim=1)
+
+
+class DecoderProducts:
+    """The matrix products of a decoder, which is not in training.
+
+    Attributes:
+        query: Hidden state → the attention's hidden layer.
+        keys: Feature → the attention's hidden layer.
+        gate: Hidden state → the gate of the context, before its sigmoid.
+        hidden: Hidden state → its part of the LSTM's gates.
+        context: Gated context → its part of the LSTM's gates.
+        output: Hidden state → scores of the next token, before the softmax.
+        token_gates: Of every token, its part of the LSTM's gates (V, 4·hidden).
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        """Takes the weights as they are now."""
+        self.query, self.keys = Product.of(decoder.attend.query_to_hidden), Product.of(decoder.attend.key_to_hidden)
+        self.gate, self.output = Product.of(decoder.feature_gate), Product.of(decoder.output)
+        self.hidden = Product(decoder.lstm.weight_hh.detach(), decoder.lstm.bias_hh.detach())
+        token_weight, context_weight = (weight.detach() for weight in decoder.input_weights())
+        self.context = Product(context_weight)
+        self.token_gates = Product(token_weight, decoder.lstm.bias_ih.detach())(decoder.embedding.weight.detach())
+
+    def state_gates(self, h: Tensor, context: Tensor) -> Tensor:
+        """The part of the LSTM's gates that depends on the state, as :meth:`Decoder.state_gates`: (R, 4·hidden).
+
+        Args:
+            h: Hidden state (R, hidden).
+            context: Attention-weighted features (R, F); overwritten.
+        """
+        return self.hidden(h).add_(self.context(context.mul_(self.gate(h).sigmoid_())))
 
 
 @torch.no_grad()

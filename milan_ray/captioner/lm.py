@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
+from milan_ray.captioner.products import Product
 from milan_ray.captioner.text import TokenIds
 
 LMState = tuple[Tensor, Tensor]
@@ -63,10 +65,19 @@ class LanguageModel(nn.Module):
             return self.output(self.lstm(inputs._replace(data=self.embedding(inputs.data)))[0].data)
         return self.output(self.lstm(self.embedding(inputs))[0])
 
-    def step(self, tokens: Tensor, state: LMState | None = None) -> tuple[Tensor, LMState]:
-        """One step: token ids (R,) and the state before them → log-probabilities (R, V) and the state after."""
+    def step(
+        self, tokens: Tensor, state: LMState | None = None, output: Product | None = None
+    ) -> tuple[Tensor, LMState]:
+        """One step: token ids (R,) and the state before them → log-probabilities (R, V) and the state after.
+
+        Args:
+            tokens: Token ids.
+            state: The state; None before the first token.
+            output: The product of the linear output layer, where many steps share it.
+        """
         hidden, state = self.lstm(self.embedding(tokens).unsqueeze(1), state)
-        return self.output(hidden.squeeze(1)), state
+        hidden = hidden.squeeze(1)
+        return (self.output(hidden) if output is None else F.log_softmax(output(hidden), dim=1)), state
 
     @torch.no_grad()
     def sequence_logp(self, tokens: Tensor, lengths: Tensor, skip: bool | None = None) -> Tensor:
@@ -82,7 +93,8 @@ class LanguageModel(nn.Module):
             return self._sequence_logp_of_all(tokens, lengths)
         total = torch.zeros(len(tokens), device=tokens.device)
         row = torch.zeros(len(tokens), dtype=torch.long, device=tokens.device)
-        log_probs, state = self.step(row.new_tensor([self.config.ids.start]))
+        output = Product.of(self.output)
+        log_probs, state = self.step(row.new_tensor([self.config.ids.start]), None, output)
         for t in range(int(lengths.max()) if len(tokens) else 0):
             active = (lengths > t).nonzero().squeeze(1)
             total[active] += log_probs[row[active], tokens[active, t]]
@@ -92,7 +104,7 @@ class LanguageModel(nn.Module):
             )
             parents, last = prefixes // self.config.ids.total, prefixes % self.config.ids.total
             if len(prefixes):
-                log_probs, state = self.step(last, (state[0][:, parents], state[1][:, parents]))
+                log_probs, state = self.step(last, (state[0][:, parents], state[1][:, parents]), output)
         return total
 
     def _sequence_logp_of_all(self, tokens: Tensor, lengths: Tensor) -> Tensor:

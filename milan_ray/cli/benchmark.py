@@ -11,14 +11,17 @@ from milan_ray.cli import options
 from milan_ray.cli.arguments import amount, device, flag, integer, number, string
 from milan_ray.cli.refusals import refuse
 
-PHOTOGRAPHS = ("exemplars", "encode", "end-to-end", "gpu", "merge", "ray-overhead", "zoo")
+PHOTOGRAPHS = ("exemplars", "encode", "end-to-end", "gpu", "merge", "ray-overhead", "versions", "zoo")
 """Benchmarks that read photographs."""
 
-CAPTIONS = ("describe", "end-to-end", "tune")
+CAPTIONS = ("describe", "end-to-end", "tune", "versions")
 """Benchmarks whose captioner is trained on human annotations."""
 
 SCALED = ("scale",)
 """Benchmarks of a job of any size."""
+
+PAIRED = ("versions",)
+"""Benchmarks that compare two versions of the package."""
 
 ON_A_GPU = ("gpu",)
 """Benchmarks that measure one device within a given time."""
@@ -37,6 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     string(parser, "--out", "DIR", "folder for gpu.json and gpu.md, written after each part of benchmark gpu")
     integer(parser, "--images", None, "images of the job of benchmark scale (default: 1,281,167)")
     integer(parser, "--models", None, "models of the job of benchmark scale (default: 24)")
+    string(parser, "--against", "DIR", "checkout of the version that benchmark versions compares with")
     string(parser, "--json", "FILE", "write machine and figures there")
     options.common(parser)
 
@@ -46,12 +50,13 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.benchmarks.harness import Options, run_benchmark
 
     needs = {"photos": PHOTOGRAPHS, "annotations": CAPTIONS, **dict.fromkeys(("device", "minutes", "out"), ON_A_GPU)}
-    needs |= dict.fromkeys(("images", "models"), SCALED)
+    needs |= {**dict.fromkeys(("images", "models"), SCALED), "against": PAIRED}
     for option, names in needs.items():
         if args.name not in names:
             refuse(args, [option], f"in benchmark {args.name}", f"take one of {', '.join(names)}")
-    photos, annotations, out, json = (
-        None if path is None else Path(path) for path in (args.photos, args.annotations, args.out, args.json)
+    photos, annotations, out, against, json = (
+        None if path is None else Path(path)
+        for path in (args.photos, args.annotations, args.out, args.against, args.json)
     )
     threads = args.threads or ((os.cpu_count() or 1) if args.name in ON_A_GPU else 2)
     about = (
@@ -65,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
         out,
         args.images,
         args.models,
+        against,
     )
     run_benchmark(args.name, Options(*about), json)
     return 0

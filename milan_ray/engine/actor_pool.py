@@ -18,6 +18,7 @@ from milan_ray.device import torch_threads
 from milan_ray.engine.cluster import cpus_when_fed, pool_size, start, threads_here
 from milan_ray.engine.tasks import AHEAD, first_done, in_flight
 from milan_ray.errors import DamagedTable, MilanError
+from milan_ray.runtime import freed_memory_kept, keep_freed_memory
 from milan_ray.storage import WorkRemovedError
 
 Row = dict[str, Any]
@@ -150,7 +151,7 @@ def _on_threads(
             local.worker = named(**arguments)
         return json.loads(local.worker({"row": json.dumps(row)})["row"])
 
-    with torch_threads(arguments["threads"]), ThreadPoolExecutor(threads) as executor:
+    with freed_memory_kept(), torch_threads(arguments["threads"]), ThreadPoolExecutor(threads) as executor:
         try:
             for _, future in in_flight(
                 rows, lambda: AHEAD * threads, lambda row: executor.submit(run, row), first_done
@@ -186,6 +187,7 @@ def _named(worker: Callable[..., Any]) -> type:
     class Named:
         def __init__(self, **arguments: Any) -> None:
             self._failure: Row | None = None
+            keep_freed_memory()
             try:
                 self._worker = worker(**arguments)
             except MilanError as error:

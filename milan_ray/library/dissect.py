@@ -25,6 +25,7 @@ from milan_ray.exemplars import masks as packed_masks
 from milan_ray.exemplars.forward import Forward, check_probe, pass_size, read_ahead, read_views
 from milan_ray.exemplars.levels import in_words
 from milan_ray.exemplars.shard import LayerState, LayerStates, StateConfig
+from milan_ray.exemplars.ties import find_ties
 from milan_ray.labelers.milan import MILAN
 from milan_ray.library.captioner import Milan, encode_images
 from milan_ray.library.probe_images import ProbeImages, check_axes, image_probe
@@ -301,6 +302,10 @@ def dissect(
         found = LayerStates(plan, torch.get_num_threads(), rectified)
         states, skipped = _run(forward, spec, probe, refs, size, found)
     exemplars = {layer: _settle(state, spec.preprocess.view.shape) for layer, state in states.items()}
+    for layer, of_layer in exemplars.items():
+        positions = states[layer].level.counted.cpu().numpy()
+        if words := find_ties(of_layer.activations, of_layer.levels, positions, quantile).in_words():
+            say(f"layer {layer!r} of {spec.name} {words}", level="warning")
     return Dissection(spec.name, probe, refs, spec.preprocess, exemplars, skipped)
 
 

@@ -20,6 +20,7 @@ import pyarrow as pa
 
 from milan_ray.damaged import LeftOut
 from milan_ray.exemplars.masks import mask_size
+from milan_ray.exemplars.ties import Ties, ties_of_tables
 from milan_ray.progress import say
 from milan_ray.report.images import image_folder, image_source, write_masks
 from milan_ray.report.nearest import mean_features, nearest
@@ -101,6 +102,7 @@ class LayerSummary:
         shape: Height and width of its masks.
         units: Number of units.
         described: Number of units with a description.
+        doubtful: Number of units whose exemplars or masks mean nothing.
         means: For each labeler, the mean of its finite scores; None if it has none.
         examples: A few units: unit, image, description.
         said: The main labeler's descriptions, with their units, most frequent first.
@@ -114,6 +116,7 @@ class LayerSummary:
     shape: tuple[int, int]
     units: int
     described: int
+    doubtful: int
     means: list[float | None]
     examples: list[Row]
     said: list[tuple[str, int]]
@@ -163,6 +166,7 @@ class _Layer:
     metadata: dict[str, str]
     exemplars: _ByUnit
     levels: _ByUnit
+    ties: Ties  # of all units
     descriptions: dict[str, _ByUnit]
     annotations: list[_ByUnit]
     scores: dict[tuple[str, str], _ByUnit]  # (predictor, labeler) → rows
@@ -181,13 +185,16 @@ class _Layer:
         shown = [at for at in sources.scores.get((model, layer), []) if at["labeler"] in judged]
         shown.sort(key=lambda at: judged.index(at["labeler"]))
         annotations = [sources.rows(ANNOTATIONS, source=source, **keys) for source in sources.annotations]
+        exemplars, levels = storage.read(EXEMPLARS, columns, **keys), sources.rows(LEVELS, **keys)
+        metadata = storage.metadata(EXEMPLARS, **keys) or {}
         return cls(
             sources=sources,
             model=model,
             layer=layer,
-            metadata=storage.metadata(EXEMPLARS, **keys) or {},
-            exemplars=_ByUnit(storage.read(EXEMPLARS, columns, **keys), "rank"),
-            levels=_ByUnit(sources.rows(LEVELS, **keys)),
+            metadata=metadata,
+            exemplars=_ByUnit(exemplars, "rank"),
+            levels=_ByUnit(levels),
+            ties=ties_of_tables(exemplars, levels, metadata),
             descriptions={name: _ByUnit(table) for name, table in descriptions.items()},
             annotations=[_ByUnit(table) for table in annotations if len(table)],
             scores={(at["predictor"], at["labeler"]): _ByUnit(sources.rows(UNIT_SCORES, **at)) for at in shown},
@@ -393,6 +400,7 @@ def _cards(
             "images": [row["image_id"] for row in mine],
             "activations": [short(row["activation"]) for row in mine],
             "level": level and [short(level["level"]), level["positions"], level["nonfinite"], level["exact"]],
+            "doubt": layer.ties.of_unit(place),
             "labels": current,
             "annotations": [
                 [row["text"], row["annotator"], row["source"]] for table in annotations for row in table.get(unit, [])
@@ -462,6 +470,7 @@ def _summary(layer: _Layer, units: Sequence[int], columns: dict[str, str]) -> La
         shape=layer.shape,
         units=len(units),
         described=sum(any(of[place] >= 0 for of in layer.labels) for place in range(len(units))),
+        doubtful=int(layer.ties.doubtful.sum()),
         means=[math.fsum(of) / len(of) if of else None for of in finite],
         examples=_examples(layer, units, values[0] if names and finite[0] else None),
         said=[(texts[n], count) for n, count in Counter(n for n in labels if n >= 0).most_common()],

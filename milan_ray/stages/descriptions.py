@@ -43,7 +43,7 @@ from milan_ray.storage import EXEMPLARS_KEY, Storage
 
 Value = TypeVar("Value")
 
-KERNEL_VERSION = "candidates-1"
+KERNEL_VERSION = "candidates-2"
 
 _CANDIDATES_SCHEMA = piece_schema(CANDIDATES, "lm", "beam_size")
 

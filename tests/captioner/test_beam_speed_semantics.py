@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from milan_ray.benchmarks.plain_search import plain_rerank
 from milan_ray.captioner.beam import Beams, beam_search, largest
 from milan_ray.captioner.decoder import Decoder, DecoderConfig
 from milan_ray.captioner.lm import LanguageModel, LMConfig
+from milan_ray.captioner.products import Product
 from milan_ray.captioner.rerank import beam_logp
 
-UNITS, EXEMPLARS, FEATURES, WORDS = 5, 4, 24, 40
+UNITS, EXEMPLARS, FEATURES, HIDDEN, WORDS = 5, 4, 24, 16, 40
+
+Rows = dict[tuple[int, int], list[int]]
 
 
 def captioner(stop_bias: float, seed: int = 0) -> tuple[Decoder, LanguageModel, torch.Tensor]:
     """A decoder, a language model, and features of some units; a bias makes beams finish."""
     torch.manual_seed(seed)
-    decoder = Decoder(DecoderConfig(WORDS, FEATURES, embedding_size=8, hidden_size=16)).eval()
-    lm = LanguageModel(LMConfig(WORDS, embedding_size=8, hidden_size=16)).eval()
+    decoder = Decoder(DecoderConfig(WORDS, FEATURES, embedding_size=8, hidden_size=HIDDEN)).eval()
+    lm = LanguageModel(LMConfig(WORDS, embedding_size=8, hidden_size=HIDDEN)).eval()
     with torch.no_grad():
         for parameter in [*decoder.parameters(), *lm.parameters()]:
             parameter.mul_(4)
@@ -28,9 +32,19 @@ def captioner(stop_bias: float, seed: int = 0) -> tuple[Decoder, LanguageModel, 
     return decoder, lm, torch.randn(UNITS, EXEMPLARS, FEATURES)
 
 
-def rows_through(module: nn.Module, seen: list[int]) -> None:
-    """Records how many rows every call of a module gets."""
-    module.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].flatten(0, -2).shape[0]))
+@pytest.fixture
+def rows(monkeypatch: pytest.MonkeyPatch) -> Rows:
+    """(size of a row, size of its product) → how many rows every matrix product of a search gets."""
+    seen: Rows = defaultdict(list)
+    product = Product.__call__
+
+    def watched(self: Product, x: torch.Tensor) -> torch.Tensor:
+        result = product(self, x)
+        seen[x.shape[1], result.shape[1]].append(len(x))
+        return result
+
+    monkeypatch.setattr(Product, "__call__", watched)
+    return seen
 
 
 def prefixes(beams: Beams, stop: int, length: int) -> set[tuple[int, ...]]:
@@ -52,39 +66,34 @@ def test_beam_and_rerank_equal_the_plain_search_and_reading_every_beam(stop_bias
     torch.testing.assert_close(beam_logp(lm, beams), plain.logp_d, atol=1e-4, rtol=0)
 
 
-def test_beam_attention_keys_are_projected_once_and_finished_beams_leave() -> None:
+def test_beam_attention_keys_are_projected_once_and_finished_beams_leave(rows: Rows) -> None:
     decoder, _, features = captioner(stop_bias=4.0)
-    keys: list[int] = []
-    outputs: list[int] = []
-    rows_through(decoder.attend.key_to_hidden, keys)
-    rows_through(decoder.output[1], outputs)
     beam_search(decoder, features, beam_size=20, length=8)
-    assert keys == [UNITS * EXEMPLARS]
+    assert rows[FEATURES, HIDDEN] == [UNITS * EXEMPLARS]
+    outputs = rows[HIDDEN, decoder.config.ids.total].copy()
     before = beam_search(decoder, features, beam_size=20, length=4)
     running = int((before.tokens[..., -1] != decoder.config.ids.stop).sum())
     assert outputs[0] == UNITS and outputs[4] == running < 20 * UNITS
 
 
-def test_beam_state_work_is_done_once_per_parent_not_per_beam() -> None:
+def test_beam_state_work_is_done_once_per_parent_not_per_beam(rows: Rows) -> None:
     decoder, _, features = captioner(stop_bias=-20.0)
-    gates: list[int] = []
-    rows_through(decoder.feature_gate[0], gates)
     beam_search(decoder, features, beam_size=20, length=3)
+    gates = rows[HIDDEN, FEATURES].copy()
     two = beam_search(decoder, features, beam_size=20, length=2)
     # Step 3 needs the state before the second token: one per distinct first token among the beams of two tokens.
     assert gates[:3] == [UNITS, UNITS, len(prefixes(two, decoder.config.ids.stop, 1))]
     assert gates[2] < 20 * UNITS
 
 
-def test_rerank_language_model_runs_every_distinct_beginning_once() -> None:
+def test_rerank_language_model_runs_every_distinct_beginning_once(rows: Rows) -> None:
     decoder, lm, features = captioner(stop_bias=1.0)
-    seen: list[int] = []
-    rows_through(lm.output[0], seen)
     beams = beam_search(decoder, features, beam_size=20, length=6)
+    rows.clear()
     beam_logp(lm, beams)
     stop = decoder.config.ids.stop
     everyone = [{prefix[1:] for prefix in prefixes(beams, stop, t)} for t in range(1, 6)]
-    assert seen == [1, *map(len, everyone)]
+    assert rows[HIDDEN, lm.config.ids.total] == [1, *map(len, everyone)]
 
 
 def test_beam_candidates_do_not_depend_on_batch_mates() -> None:

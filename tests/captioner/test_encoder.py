@@ -15,6 +15,7 @@ from milan_ray.captioner.encoder import (
     PyramidEncoder,
     encode_exemplars,
     get_encoder,
+    level_weights,
     pool_maps,
     register_encoder,
 )
@@ -51,6 +52,17 @@ def test_pool_maps_shared_images_equals_one_pass_per_exemplar(encoder: PyramidEn
             naive.append((level * small).sum((2, 3))[0])
         assert torch.allclose(pooled[row], torch.cat(naive), atol=1e-6)
     assert not pooled[3].any()
+
+
+@pytest.mark.parametrize("shape", [(224, 224), (32, 96), (20, 20)])
+@pytest.mark.parametrize("size", [(112, 112), (56, 28), (7, 7), (16, 48), (10, 10), (13, 13), (55, 55)])
+def test_level_weights_of_bool_masks_are_those_of_float_masks_to_the_bit(
+    shape: tuple[int, int], size: tuple[int, int]
+) -> None:
+    masks = torch.rand(9, *shape, generator=torch.Generator().manual_seed(0)) > 0.8
+    masks[0] = False
+    assert torch.equal(level_weights(masks, size), level_weights(masks.float(), size))
+    assert level_weights(masks, size, torch.float64).dtype == torch.float64
 
 
 def test_pool_maps_a_mask_s_last_bits_do_not_depend_on_other_masks(encoder: PyramidEncoder) -> None:

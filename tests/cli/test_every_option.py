@@ -46,6 +46,7 @@ MERGED = "annotations/test_merge.py::test_reference_quirks_of_the_command_line_s
 CHANGES = f"{HERE}::test_options_change_the_tables_that_they_speak_of"
 GPU_BENCHMARK = "benchmarks/test_gpu_benchmark.py::test_gpu_benchmark_without_time_leaves_out_every_part_and_says_so"
 
+VERSIONS_BENCHMARK = "benchmarks/test_description_benchmarks.py::test_versions_short_runs_both_checkouts_in_turns"
 SCALE_BENCHMARK = "benchmarks/test_exemplar_benchmarks.py::test_scale_benchmark_counts_the_job_asked_for"
 
 FIT = "cli/test_features_command.py"
@@ -64,6 +65,7 @@ ROWS: dict[str, str] = {
     "features fit --max-bad": f"{FIT}::test_what_cannot_be_asked_for_is_one_sentence",
     "benchmark --images": SCALE_BENCHMARK,
     "benchmark --models": SCALE_BENCHMARK,
+    "benchmark --against": VERSIONS_BENCHMARK,
     "benchmark --device": GPU_BENCHMARK,
     "--minutes": GPU_BENCHMARK,
     "benchmark --out": GPU_BENCHMARK,

@@ -100,6 +100,8 @@ def test_benchmarks_read_the_photographs_given_or_refuse_them(tmp_path: Path, ca
     assert "in benchmark merge --minutes would do nothing: take one of gpu" in capsys.readouterr().err
     assert cli.main(["benchmark", "merge", "--short", "--models", "3"]) == 1
     assert "in benchmark merge --models would do nothing: take one of scale" in capsys.readouterr().err
+    assert cli.main(["benchmark", "merge", "--short", "--against", str(tmp_path)]) == 1
+    assert "in benchmark merge --against would do nothing: take one of versions" in capsys.readouterr().err
     assert cli.main(["benchmark", "merge", "--short", "--annotations", str(tmp_path)]) == 1
     assert "in benchmark merge --annotations would do nothing" in capsys.readouterr().err
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import os
+import platform
+import resource
 import subprocess
 import sys
 import threading
@@ -72,6 +75,31 @@ def test_small_job_never_starts_ray(photos, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout == "done\n", done.stderr
     assert Storage(tmp_path).partitions(EXEMPLARS, model="tiny/cnn")
+
+
+class Faults:
+    """Counts the pages that the system clears when a block of 16 MB is used again."""
+
+    def __init__(self, threads: int) -> None:
+        pass
+
+    def __call__(self, row: Row) -> Row:
+        for _ in range(2):
+            before = resource.getrusage(resource.RUSAGE_THREAD).ru_minflt
+            b"x" * row["bytes"]
+        return {"faults": resource.getrusage(resource.RUSAGE_THREAD).ru_minflt - before}
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glibc's allocator")
+def test_workers_use_their_freed_memory_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    size = 2**24
+    for name in [name for name in os.environ if name.startswith("MALLOC_")]:
+        monkeypatch.delenv(name)
+    (here,) = run_pool(Faults, {"threads": 1}, [{"bytes": size}], Resources(), in_driver=True)
+    assert here["faults"] < 100 < size // resource.getpagesize()
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "2")  # the user's own settings stay
+    (here,) = run_pool(Faults, {"threads": 1}, [{"bytes": 2**27}], Resources(), in_driver=True)
+    assert here["faults"] > 1000
 
 
 @pytest.fixture

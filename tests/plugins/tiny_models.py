@@ -56,6 +56,19 @@ def broken(weights: str | None) -> nn.Module:
     return Broken()
 
 
+class Cut(nn.Module):
+    """Cuts all units off at 6, but for unit 0, which is dead."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([0 * x[:, :1], x[:, 1:].abs().mul(30).clamp(max=6)], dim=1)
+
+
+def saturated(weights: str | None) -> nn.Module:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Conv2d(3, 4, 5), Cut())
+
+
+register_model("tiny/saturated", saturated, ("0", "1"), PREPROCESS)
 register_model("tiny/broken", broken, ("good", "nan"), PREPROCESS)
 register_model("tiny/cnn", tiny_cnn, ("0", "2", "6"), PREPROCESS)
 register_model("tiny/twin", tiny_cnn, ("0",), PREPROCESS)

@@ -20,8 +20,9 @@ from PIL import Image
 from milan_ray.errors import MilanError
 from milan_ray.report import write_report
 from milan_ray.report.images import mask_strip, thumbnail, write_masks
+from milan_ray.report.layers import layer_folder
 from milan_ray.report.pages import slug, write_script
-from milan_ray.schema import ABLATIONS, DESCRIPTIONS, DIFFERENCES, EXEMPLARS, TRIALS, VIEWS
+from milan_ray.schema import ABLATIONS, DESCRIPTIONS, DIFFERENCES, EXEMPLARS, LEVELS, TRIALS, VIEWS
 from milan_ray.scoring.differences import Difference, store
 from milan_ray.storage import Storage
 
@@ -160,6 +161,30 @@ def test_report_dead_unit_has_no_exemplars_and_counts_nonfinite(site: Path) -> N
     dead = cards_of(described(site))[90]
     assert dead["images"] == [] and dead["labels"] == [None, None] and dead["near"] == []
     assert dead["level"] == [None, 1000, 9, True]
+
+
+def test_report_says_which_units_exemplars_tie_and_nothing_of_their_neighbours(
+    sheet_storage: Storage, tmp_path: Path
+) -> None:
+    (keys, *_) = sheet_storage.partitions(EXEMPLARS)
+    table, metadata = sheet_storage.read(EXEMPLARS, **keys), sheet_storage.metadata(EXEMPLARS, **keys) or {}
+    unit = table["unit"].to_numpy()
+    values = np.where(unit == 3, 0, np.where(unit == 4, 6, table["activation"].to_numpy())).astype(np.float32)
+    place = table.schema.get_field_index("activation")
+    table = table.set_column(place, table.schema.field(place), pa.array(values))
+    metadata = {name: value for name, value in metadata.items() if not name.startswith("milan_ray.")}
+    sheet_storage.write(EXEMPLARS, table.replace_schema_metadata(metadata), "a1b2", **keys)
+    levels = {"unit": [2, 3, 4], "level": [1.0, 0.0, 5.0], "positions": [1000] * 3, "nonfinite": [0] * 3}
+    sheet_storage.write(LEVELS, LEVELS.table({**levels, "exact": [True] * 3}, **keys), "a1b2", **keys)
+    write_report(sheet_storage, tmp_path / "site")
+    folder = tmp_path / "site" / layer_folder(keys["model"], keys["layer"])
+    doubts = {card["unit"]: card["doubt"] for card in cards_of(folder) if card["doubt"]}
+    tie = "3 images or more have the highest activation, and these are the first"
+    dead = f"never active (no activation is above 0); {tie}; no activation is above the level, so masks show nothing"
+    assert doubts == {3: ["exemplars tie", dead], 4: ["exemplars tie", tie]}
+    for page in (folder / "index.html", folder.parent / "index.html"):
+        text = re.sub(r"\s+", " ", Page(page).text)
+        assert text.count("2 whose exemplars or masks mean nothing") == 1, page
 
 
 def test_report_cards_hold_everything_that_is_known_of_a_unit(site: Path) -> None:

@@ -215,6 +215,42 @@ def test_exemplars_failing_model_is_reported_and_the_others_finish(ray_session, 
     assert "layer 'good'" not in said
 
 
+SATURATED = ModelRef("tiny/saturated", plugins=(PLUGIN,))
+TIES = (
+    "layer '1' of tiny/saturated has 4 of 4 units whose exemplars or masks mean nothing: 1 never active (no "
+    "activation is above 0); 3 with their highest activation on 4 images or more, of which the first are shown; 3 "
+    "without an activation above their level, so that masks show nothing; dissect another layer, or "
+)
+
+
+def told_ties(capsys) -> list[str]:
+    return [line for line in capsys.readouterr().err.splitlines() if "mean nothing" in line]
+
+
+@pytest.mark.parametrize("config", [CONFIG, replace(CONFIG, shard_size=23), replace(CONFIG, map_budget=0)])
+def test_exemplars_that_tie_are_told_once_per_layer_and_neighbours_say_nothing(
+    ray_session, photos, tmp_path, capsys, config
+):
+    run(tmp_path, photos, config, models=(SATURATED, CNN))
+    (said,) = told_ties(capsys)
+    assert said.startswith(TIES)
+    run(tmp_path, photos, config, models=(CNN, SATURATED))  # nothing is left to do
+    assert told_ties(capsys) == [said]
+
+
+def test_exemplars_that_tie_are_told_by_the_job_that_ends_what_a_killed_one_began(photos, tmp_path, capsys):
+    storage, source = Storage(tmp_path), ProbeRef((str(photos),))
+    manifest, digest = stage.store_manifest(storage, source)
+    (item,) = Exemplars([SATURATED], source, CONFIG).due(storage, digest, len(manifest))
+    job = Run(storage, source, CONFIG, Resources())
+    stage.run_shards(job, ExemplarWorker, [item], [item.parts], "exemplars")
+    merge.merge_layer(job, item, merge.finish_images(job, item, len(manifest))[2], Cost(images=90), "1")
+    assert told_ties(capsys) == []
+    run(tmp_path, photos, models=(SATURATED,))
+    (said,) = told_ties(capsys)
+    assert said.startswith(TIES)
+
+
 @pytest.mark.filterwarnings("ignore:.*quantiz:DeprecationWarning")
 def test_models_of_any_numbers_run_or_fail_alone_with_one_sentence(ray_session, photos, tmp_path):
     plugin = str(ROOT / "tests/plugins/bad_models.py")

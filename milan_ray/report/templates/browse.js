@@ -64,6 +64,7 @@
           label && label.lam !== null && ["λ", number(label.lam)],
           card.level && ["level η", number(card.level[0])],
           card.level && card.level[2] && ["NaN or infinite activations", number(card.level[2]), "warning"],
+          card.doubt && [...card.doubt, "warning"],
           shown && [shown.name, number(shown.values[layer.places.get(card.unit)])],
         ])),
       exemplars(layer, card),

@@ -82,6 +82,7 @@
           first && first.logp_d !== null && ["log p(d)", number(first.logp_d)],
           first && first.lam !== null && ["λ", number(first.lam)],
           ...(card.level ? levelFacts(card.level) : []),
+          card.doubt && [...card.doubt, "warning"],
         ])),
       shown,
       element("div.columns", {},

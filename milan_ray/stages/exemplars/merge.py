@@ -21,6 +21,7 @@ from milan_ray.exemplars.behaviour import COMPUTES
 from milan_ray.exemplars.levels import in_words
 from milan_ray.exemplars.pooled import in_groups
 from milan_ray.exemplars.shard import fold, layer_in_errors
+from milan_ray.exemplars.ties import ties_of_tables
 from milan_ray.probe.files import tell_doubts
 from milan_ray.progress import say
 from milan_ray.schema import EXEMPLARS, LEVELS, MANIFEST, POOLED, SKIPPED
@@ -225,3 +226,20 @@ def warn_of_nonfinite(storage: Storage, work: Sequence[ModelWork]) -> None:
             counts = storage.read(LEVELS, ["nonfinite"], model=item.model.name, layer=layer)["nonfinite"]
             if words := in_words(torch.tensor(counts.to_pylist())):
                 say(f"layer {layer!r} of {item.model.name} {words}", level="warning")
+
+
+def warn_of_ties(storage: Storage, model: str, layers: Sequence[str]) -> None:
+    """Warns of layers with units whose exemplars or masks mean nothing.
+
+    It reads the tables, whichever job has made them, so that every job that uses them warns.
+
+    Raises:
+        DamagedTable: A table cannot be read.
+    """
+    for layer in layers:
+        keys = {"model": model, "layer": layer}
+        levels = storage.read(LEVELS, ["unit", "level", "positions"], **keys)
+        exemplars = storage.read(EXEMPLARS, ["unit", "rank", "activation"], **keys)
+        ties = ties_of_tables(exemplars, levels, storage.metadata(EXEMPLARS, **keys) or {})
+        if words := ties.in_words():
+            say(f"layer {layer!r} of {model} {words}", level="warning")

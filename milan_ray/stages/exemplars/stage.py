@@ -32,7 +32,7 @@ from milan_ray.stages.exemplars.describe_model import (
     why_exemplars,
 )
 from milan_ray.stages.exemplars.masks import recompute
-from milan_ray.stages.exemplars.merge import Merged, merge, warn_of_nonfinite
+from milan_ray.stages.exemplars.merge import Merged, merge, warn_of_nonfinite, warn_of_ties
 from milan_ray.stages.exemplars.worker import (
     ExemplarWorker,
     ModelWork,
@@ -208,13 +208,14 @@ class Exemplars(Stage):
         self.failed |= recompute(run, unmasked, manifest)
 
     def _views(self, storage: Storage) -> list[tuple[ExemplarImages, set[int]]]:
-        """The images that are exemplars, once per view over all models; notes the models whose table is damaged."""
+        """The images that are exemplars, once per view over all models; warns of ties, notes damaged tables' models."""
         views: dict[tuple[str, str], tuple[ExemplarImages, set[int]]] = {}
         for ref in self._models:
             if ref.name in self.failed:
                 continue
             try:
                 shown = _shown(storage, ref.name, self.layers[ref.name])
+                warn_of_ties(storage, ref.name, self.layers[ref.name])
             except DamagedTable as error:  # of values behind a sound footer: it looked up to date
                 self.failed[ref.name] = str(error)
                 continue
