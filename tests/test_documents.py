@@ -58,7 +58,7 @@ NOT_RUN = {
     "annotations statistics annotations.csv": "a pipeline of spaCy that has to be downloaded",
     "train|generalize|baselines --model alexnet|tune (?!.*world/).*": "training and trials: tests/pipelines has them",
     "edit .*-text|label .*world/clip": "networks that jobs.paper or the demo with --clip train, for minutes",
-    "label .*world/superposed": "a network that the demo with --superposed trains, for a minute",
+    "(label|score) .*world/superposed": "a network that the demo with --superposed trains, for a minute",
     ON_THE_DEMO: "networks that the demo trains: tests/test_demo.py runs these, too",
     "describe .*--milan base.clip|dnd --model resnet50": "big models to download: tests/pipelines has tiny ones",
     "dnd .*--llm smollm2": "a language model of 98 MB: tests/models/test_chat.py reads a tiny one",
