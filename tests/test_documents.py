@@ -44,7 +44,7 @@ ELSEWHERE = {
 """Options of Ray, pip and others that the documents name, and of every program."""
 
 
-ON_THE_DEMO = "(?!edit|.*world/clip).* world/(resnet|planted|probe)"
+ON_THE_DEMO = "(?!edit|.*world/(clip|superposed)).* world/(resnet|planted|probe)"
 
 NOT_RUN = {
     "models --conformance": "a quarter of an hour: tests/benchmarks/test_conformance.py runs a sample",
@@ -58,7 +58,7 @@ NOT_RUN = {
     "annotations statistics annotations.csv": "a pipeline of spaCy that has to be downloaded",
     "train|generalize|baselines --model alexnet|tune (?!.*world/).*": "training and trials: tests/pipelines has them",
     "edit .*-text|label .*world/clip": "networks that jobs.paper or the demo with --clip train, for minutes",
-    "(label|score) .*world/superposed": "a network that the demo with --superposed trains, for a minute",
+    "(label|score|features fit) .*world/superposed": "a network that the demo with --superposed trains, for a minute",
     ON_THE_DEMO: "networks that the demo trains: tests/test_demo.py runs these, too",
     "describe .*--milan base.clip|dnd --model resnet50": "big models to download: tests/pipelines has tiny ones",
     "dnd .*--llm smollm2": "a language model of 98 MB: tests/models/test_chat.py reads a tiny one",
