@@ -11,13 +11,22 @@ import pytest
 import torch
 
 from milan_ray import cli
+from milan_ray.config import ExemplarConfig, Resources
+from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.labelers.dnd.labeler import DescribeAndDissect
+from milan_ray.models.generators import GeneratorRef
+from milan_ray.models.image_captions import ImageCaptionerRef
+from milan_ray.models.image_text import ImageTextRef
 from milan_ray.models.weights import read_state_dict
 from milan_ray.schema import ABLATIONS, CANDIDATES, CRITERIA, DESCRIPTIONS, ENCODINGS, LEVELS, UNIT_SCORES, Table
 from milan_ray.stages.captioners import save_captioner
+from milan_ray.stages.dnd.config import DndConfig, SummariserRef, drawings_identity
+from milan_ray.stages.dnd.stage import dnd_stages, run_dnd
+from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 
 TESTS = Path(__file__).resolve().parents[1]
-TINY, FLAGS = (str(TESTS / f"plugins/{name}.py") for name in ("tiny_models", "flags"))
+TINY, FLAGS, COLOURS = (str(TESTS / f"plugins/{name}.py") for name in ("tiny_models", "flags", "colours"))
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
@@ -90,6 +99,22 @@ def test_descriptions_of_features_are_those_of_the_units(photos, tmp_path):
     turned = [storage.read(DESCRIPTIONS, labeler="milan", model="tiny/cnn", layer=name) for name in ("0", "0#axes")]
     assert turned[0]["description"].to_pylist() == turned[1]["description"].to_pylist()[::-1]
     assert storage.files(DESCRIPTIONS.name) == before
+
+
+def test_describe_and_dissect_says_of_features_what_it_says_of_the_units(tmp_path):
+    storage, probe = Storage(tmp_path / "run"), ProbeRef(("colours",), plugins=(COLOURS,))
+    ref = ModelRef(
+        "colours/watcher", layers=("seen", "seen#axes"), plugins=(COLOURS,), features=(f"seen={axes(tmp_path, 4)}",)
+    )
+    config = ExemplarConfig(k=3, batch_size=16, shard_size=96, pooled=True)
+    how = DndConfig(
+        DescribeAndDissect("topk-squared-mean"), ImageCaptionerRef("colours/names"), SummariserRef(),
+        GeneratorRef("world/painter"), ImageTextRef("colours/grid"), images=3, crops=1, drawn=2, plugins=(COLOURS,),
+    )  # fmt: skip
+    done = Exemplars([ref], probe, config).run(storage, Resources())
+    stages = dnd_stages([ref], done.models, probe, config, how, drawings_identity(storage, how))
+    assert run_dnd(storage, stages, Resources()) == {}
+    same(storage, DESCRIPTIONS, "seen", labeler="dnd", model="colours/watcher")
 
 
 def test_edits_of_features_are_those_of_the_units(photos, tmp_path):
