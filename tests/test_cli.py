@@ -31,10 +31,12 @@ def assert_one_sentence(err: str, *parts: str) -> None:
         assert part in lines[0], lines[0]
 
 
-ACTIONS = [("annotations", action) for action in ("import", "merge", "export", "clean")]
+ACTIONS = [*(("annotations", action) for action in ("import", "merge", "export", "clean")), ("features", "fit")]
 
 
-@pytest.mark.parametrize("verb", [*((verb,) for verb in sorted(cli.VERBS) if verb != "annotations"), *ACTIONS])
+@pytest.mark.parametrize(
+    "verb", [*((verb,) for verb in sorted(cli.VERBS) if verb not in ("annotations", "features")), *ACTIONS]
+)
 def test_help_of_every_verb_names_every_option(verb, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main([*verb, "--help"])

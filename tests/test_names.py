@@ -100,7 +100,7 @@ NO_NAMES = {
 """Options that never are a part of a path in a storage: words, numbers, choices, and the storage itself."""
 
 LOOKED_UP = {
-    "--annotations", "--captioner", "--clip", "--decoder", "--encoder", "--fine-tune", "--generator", "--group",
+    "--annotations", "--captioner", "--clip", "--features", "--layer", "--decoder", "--encoder", "--fine-tune", "--generator", "--group",
     "--labeler", "--language", "--layers", "--llm", "--milan", "--model", "--pair", "--plugin", "--probe",
     "--segmentation", "--semantic", "--source", "--test", "--weights", "--zoo", "model", "name", "other",
 }  # fmt: skip
@@ -159,6 +159,7 @@ def test_layers_called_like_paths_stay_below_their_table(name: str, tmp_path: Pa
 PLACES = {
     "train --name", "generalize --name", "compare --name", "baselines --name", "audit --name",
     "annotations import --source", "annotations answers --source", "annotations import --model", "dnd --tag",
+    "features fit --name",
 }  # fmt: skip
 """Options that become parts of paths and are read by the rule; groups have it in their records."""
 

@@ -183,7 +183,7 @@ def _means_of_four(masks: Tensor, size: tuple[int, int], dtype: torch.dtype) -> 
     if masks.dtype != torch.bool or any(step % 2 for step in steps):
         return None
     above, left = (int(step) // 2 - 1 for step in steps)
-    pixels = masks.view(torch.uint8)
+    pixels = masks.to(torch.uint8)  # not a view: PIL's masks hold 255 for True
     rows = [pixels[:, start :: int(steps[0])] for start in (above, above + 1)]
     columns = [row[..., start :: int(steps[1])] for row in rows for start in (left, left + 1)]
     return (columns[0] + columns[1] + columns[2] + columns[3]).to(dtype).mul_(0.25)

@@ -21,7 +21,7 @@ PLUGIN = str(Path(__file__).parents[1] / "plugins/tiny_models.py")
 
 UNITS = re.compile(
     r"\b(images?|models|pixels|units?|seconds|GiB|share|tokens?|captioners|positions|concepts|formulas|candidates?|actors?|CPUs|GPUs|threads|workers"
-    r"|epochs|orders?|runs|crops|requests|dollars|temperature|weight|quantile|seed|words|beam|annotations|rate)\b|λ"
+    r"|epochs|orders?|runs|crops|requests|dollars|temperature|weight|quantile|seed|words|beam|annotations|rate|features)\b|λ"
 )
 """What numbers count or measure: the help of an option that takes one has one of these words."""
 

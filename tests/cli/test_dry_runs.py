@@ -31,7 +31,7 @@ TINY, FLAGS, WORLD = (str(PLUGINS / f"{name}.py") for name in ("tiny_models", "f
 DryRun = Callable[..., dict[str, str]]
 
 WITHOUT = {
-    "models", "export", "search", "diff", "annotations", "report", "doctor", "plan", "status", "benchmark",
+    "models", "export", "search", "diff", "annotations", "report", "doctor", "plan", "status", "benchmark", "features",
 }  # fmt: skip
 """Verbs without a dry run, with the reason in docs/command-line.md."""
 
