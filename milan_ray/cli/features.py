@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from milan_ray.cli import options
-from milan_ray.cli.arguments import Help, amount, choice, fraction, integer, number, string
+from milan_ray.cli.arguments import Help, amount, choice, fraction, integer, name, number, string
 from milan_ray.cli.build_configs import absolute, cluster, opened
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import note, show_plan
@@ -44,7 +44,8 @@ def _add_fit(fit: argparse.ArgumentParser) -> None:
     about = "positions per step of a training (default: 4096, fewer of small probes)"
     integer(group, "--rows", None, about)
     fraction(group, "--held-out", 0.1, "share of the images that is only measured")
-    string(group, "--name", "NAME", "name of the set, with -N where there are several (default: METHOD-N)")
+    about = "name of the set, with -N where there are several (default: METHOD-N)"
+    string(group, "--name", "NAME", about, type=name)
     string(group, "--out", "DIR", "folder for the sets (default: features/MODEL/LAYER in the storage)")
     integer(group, "--workers", 1, "data-parallel workers of a training (Ray Train)")
 
@@ -52,7 +53,7 @@ def _add_fit(fit: argparse.ArgumentParser) -> None:
 def _add_network(fit: argparse.ArgumentParser) -> None:
     """Adds the options on the network and its layer."""
     group = fit.add_argument_group("network")
-    string(group, "--model", "NAME", "a registered model; see jobs.models", type=lambda name: [name], required=True)
+    string(group, "--model", "NAME", "a registered model; see jobs.models", type=lambda given: [given], required=True)
     string(group, "--layer", "PATH", "the layer", type=lambda path: [path], required=True, dest="layers")
     string(group, "--weights", "WEIGHTS", "file, URL, name of published ones (IMAGENET1K_V2) or 'random'")
     options.activations(group)
