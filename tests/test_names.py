@@ -100,9 +100,9 @@ NO_NAMES = {
 """Options that never are a part of a path in a storage: words, numbers, choices, and the storage itself."""
 
 LOOKED_UP = {
-    "--annotations", "--captioner", "--clip", "--features", "--layer", "--decoder", "--encoder", "--fine-tune", "--generator", "--group",
+    "--annotations", "--captioner", "--clip", "--decoder", "--encoder", "--fine-tune", "--generator", "--group",
     "--labeler", "--language", "--layers", "--llm", "--milan", "--model", "--pair", "--plugin", "--probe",
-    "--segmentation", "--semantic", "--source", "--test", "--weights", "--zoo", "model", "name", "other",
+    "--features", "--layer", "--segmentation", "--semantic", "--source", "--test", "--weights", "--zoo", "model", "name", "other",
 }  # fmt: skip
 """Options that name what is there already: registered, in the storage, or a file; what registers it knows the rule."""
 
