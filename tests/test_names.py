@@ -102,7 +102,8 @@ NO_NAMES = {
 LOOKED_UP = {
     "--annotations", "--captioner", "--clip", "--decoder", "--encoder", "--fine-tune", "--generator", "--group",
     "--labeler", "--language", "--layers", "--llm", "--milan", "--model", "--pair", "--plugin", "--probe",
-    "--features", "--layer", "--segmentation", "--semantic", "--source", "--test", "--weights", "--zoo", "model", "name", "other",
+    "--features", "--layer",
+    "--segmentation", "--semantic", "--source", "--test", "--weights", "--zoo", "model", "name", "other",
 }  # fmt: skip
 """Options that name what is there already: registered, in the storage, or a file; what registers it knows the rule."""
 
