@@ -37,8 +37,10 @@ def storage(tmp_path: Path) -> Storage:
     return storage
 
 
-def describe(storage: Storage, model: str, texts: tuple[str, ...], probe: str = "p", stamp: str = "e") -> None:
-    keys = {"model": model, "layer": "conv1"}
+def describe(
+    storage: Storage, model: str, texts: tuple[str, ...], probe: str = "p", stamp: str = "e", layer: str = "conv1"
+) -> None:
+    keys = {"model": model, "layer": layer}
     rows = [
         {"labeler": "milan", **keys, "unit": u, "description": t, "score": 0.0, "n_best": []}
         for u, t in enumerate(texts)
@@ -53,6 +55,16 @@ def describe(storage: Storage, model: str, texts: tuple[str, ...], probe: str = 
 
 def audit(storage: Storage, *arguments: str) -> int:
     return cli.main(["audit", "--storage", storage.root, "--no-report", *arguments])
+
+
+def test_features_are_counted_where_every_network_has_them(storage: Storage, capsys) -> None:
+    for model in SAID:
+        describe(storage, model, ("faces",), layer="conv1#both")
+    describe(storage, "net/plain", ("faces",) * 9, layer="conv1#own")
+    assert audit(storage) == 0
+    assert "left out conv1#own, features that not every network has" in capsys.readouterr().err
+    pairs = read(storage, AUDITS).select("model", "units", "of", "other_units", "other_of")
+    assert pairs.rows() == [("net/plain", 5, 6, 2, 6), ("new/plain", 2, 6, 1, 6)]
 
 
 def read(storage: Storage, table) -> pl.DataFrame:

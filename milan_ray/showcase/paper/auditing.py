@@ -11,6 +11,7 @@ import polars as pl
 from milan_ray.config import Resources
 from milan_ray.engine import references
 from milan_ray.engine.stage import run_stage
+from milan_ray.models.features.sets import SIGN
 from milan_ray.report.figures import figure_path
 from milan_ray.schema import AUDITS, DESCRIPTIONS, LEVELS
 from milan_ray.scoring.auroc import auroc
@@ -118,7 +119,11 @@ class Truth:
 def face_truth(storage: Storage, pairs: Sequence[Pair], config: AuditConfig) -> Truth:
     """Which units are for faces, whatever their descriptions."""
     layers = {
-        name: [keys["layer"] for keys in storage.partitions(DESCRIPTIONS, labeler=config.labeler, model=name)]
+        name: [
+            keys["layer"]
+            for keys in storage.partitions(DESCRIPTIONS, labeler=config.labeler, model=name)
+            if SIGN not in keys["layer"]
+        ]
         for pair in pairs
         for name in pair
     }
