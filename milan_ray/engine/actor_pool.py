@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from milan_ray.config import Resources
 from milan_ray.device import torch_threads
 from milan_ray.engine.cluster import cpus_when_fed, pool_size, start, threads_here
+from milan_ray.engine.demand import one_more_cpu
 from milan_ray.engine.tasks import AHEAD, first_done, in_flight
 from milan_ray.errors import DamagedTable, MilanError
 from milan_ray.runtime import freed_memory_kept, keep_freed_memory
@@ -119,8 +120,9 @@ def _actors(
             num_cpus=resources.cpus_per_actor if cpus is None else cpus,
             num_gpus=size.gpus or None,
         )
-        for answer in answers.iter_rows():
-            yield json.loads(answer["row"])
+        with one_more_cpu() if cpus is not None else nullcontext():
+            for answer in answers.iter_rows():
+                yield json.loads(answer["row"])
 
 
 def _task(reader: Callable[..., Callable[[Row], Read | None]], arguments: dict[str, Any]) -> Callable[[Row], Row]:

@@ -27,6 +27,7 @@ from gates import wait_until
 
 from milan_ray.config import ExemplarConfig, Resources
 from milan_ray.engine.references import ModelRef, ProbeRef
+from milan_ray.runtime import prepare
 from milan_ray.stages.exemplars import Exemplars
 from milan_ray.storage import Storage
 
@@ -85,6 +86,7 @@ def every(job: threading.Thread) -> dict[str, Any]:
 
 def main(how: str, address: str, result: str, root: str, photos: str, plugin: str) -> None:
     """Runs it."""
+    prepare(address)
     ray.init(address=address, log_to_driver=False)
     kind, shard = {"once": ("", 1), "every": ("large-", 32)}[how]
     models = [ModelRef(f"slow/{kind}{name}", plugins=(plugin,)) for name in ("cnn", "other")]
