@@ -17,9 +17,10 @@ import pytest
 import torch
 
 from milan_ray.captioner.checkpoints import load_reference
+from milan_ray.engine import references
+from milan_ray.engine.references import ModelRef
 from milan_ray.errors import MilanError
 from milan_ray.models.image_text import ImageText
-from milan_ray.models.resolve import resolve_model
 from milan_ray.models.sentences import SentenceEncoder
 from milan_ray.models.weights import read_state_dict
 from milan_ray.probe.latents import LatentFiles
@@ -145,7 +146,7 @@ def network(folder: Path) -> None:
     }
     transformers.ViTConfig(**sizes, image_size=32, patch_size=8).save_pretrained(folder)
     transformers.ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
-    resolve_model(f"hf/{folder}").load()
+    references.model(ModelRef(f"hf/{folder}")).load()
 
 
 def sentences(folder: Path) -> None:
