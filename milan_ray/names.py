@@ -1,4 +1,4 @@
-"""Checks names that users give and that become parts of paths."""
+"""Names that become parts of paths: those that users give, and those of features."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import unicodedata
 from urllib.parse import quote, unquote
 
 from milan_ray.errors import MilanError
+
+SIGN = "#"
+"""Between a layer's path and the name of a feature set."""
 
 LONGEST = 200
 """Bytes of a name in a path at most: with prefix and suffix it fits into 255."""

@@ -26,6 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Runs the subcommand; returns the exit status."""
+    from milan_ray.scoring.comparable import same_features
     from milan_ray.scoring.differences import diff_descriptions, store, summary
     from milan_ray.scoring.search import scan_descriptions
 
@@ -33,7 +34,8 @@ def run(args: argparse.Namespace) -> int:
         refuse(args, ["top"], "with --json, which prints all of it,", "leave out --json")
     storage = open_storage(args)
     frame = scan_descriptions(storage, [args.model, args.other], None, [args.labeler])
-    difference = diff_descriptions(frame, args.model, args.other, words=args.words, by_layer=args.by_layer)
+    same = same_features(storage, args.model, args.other)
+    difference = diff_descriptions(frame, args.model, args.other, words=args.words, by_layer=args.by_layer, same=same)
     if args.json:
         print(
             json.dumps(

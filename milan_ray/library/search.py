@@ -9,6 +9,7 @@ import polars as pl
 
 from milan_ray.labelers.milan import MILAN
 from milan_ray.models.sentences import load_text_model
+from milan_ray.scoring.comparable import same_features
 from milan_ray.scoring.differences import Difference, diff_descriptions
 from milan_ray.scoring.search import scan_descriptions, search_descriptions
 from milan_ray.storage import Storage
@@ -74,7 +75,10 @@ def diff(
         MilanError: One has no descriptions.
     """
     frame = _descriptions(source, [model, other], None, [labeler])
-    return diff_descriptions(frame, model, other, words=words, by_layer=by_layer)
+    same: Sequence[str] = ()
+    if not isinstance(source, (pl.LazyFrame, pl.DataFrame)):  # which do not say by what dictionary features were made
+        same = same_features(_opened(source), model, other)
+    return diff_descriptions(frame, model, other, words=words, by_layer=by_layer, same=same)
 
 
 def _descriptions(
@@ -86,5 +90,8 @@ def _descriptions(
 ) -> pl.LazyFrame:
     if isinstance(source, (pl.LazyFrame, pl.DataFrame)):
         return source.lazy()
-    storage = source if isinstance(source, Storage) else Storage(source)
-    return scan_descriptions(storage, models, layers, labelers, leave_out=leave_out)
+    return scan_descriptions(_opened(source), models, layers, labelers, leave_out=leave_out)
+
+
+def _opened(source: str | os.PathLike[str] | Storage) -> Storage:
+    return source if isinstance(source, Storage) else Storage(source)

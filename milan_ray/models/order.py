@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from milan_ray.models.features.sets import SIGN
+from milan_ray.names import SIGN
 
 
 def places(model: nn.Module, layers: Iterable[str]) -> dict[str, int]:

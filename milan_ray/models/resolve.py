@@ -11,10 +11,11 @@ from urllib.request import url2pathname
 
 from milan_ray.errors import MilanError
 from milan_ray.hub import digest_in
-from milan_ray.models.features.sets import SIGN, FeatureSet, find_features
+from milan_ray.models.features.sets import FeatureSet, find_features
 from milan_ray.models.layouts import UNSAID, Reading
 from milan_ray.models.registry import RANDOM, Activations, ModelSpec, get_model
 from milan_ray.models.weights import WeightsFile, split_weights
+from milan_ray.names import SIGN
 from milan_ray.progress import say
 
 

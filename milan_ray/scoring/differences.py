@@ -17,7 +17,9 @@ import polars as pl
 
 from milan_ray.config import config_hash
 from milan_ray.errors import MilanError
+from milan_ray.names import SIGN
 from milan_ray.schema import CHANGES, DESCRIPTIONS, DIFFERENCES
+from milan_ray.scoring.comparable import comparable
 from milan_ray.scoring.words import asked_in, content_words
 from milan_ray.storage import Storage
 
@@ -56,12 +58,14 @@ def diff_descriptions(
     *,
     words: Sequence[str] = (),
     by_layer: bool = False,
+    same: Sequence[str] = (),
 ) -> Difference:
     """Compares the descriptions of two networks by one labeler.
 
     All forms of a word are counted as one word, named by the shortest form (*face* for *faces*). Function words are
     left out. Units that have a counterpart are also compared one by one. This is meaningful only if one network was
-    made from the other, or both in the same way; the comparison of words is meaningful for any two networks.
+    made from the other, or both in the same way; the comparison of words is meaningful for any two networks. Features
+    are counted where both networks have a set of the name, and have counterparts where it is the same set.
 
     Args:
         descriptions: Columns labeler, model, layer, unit, description.
@@ -69,6 +73,7 @@ def diff_descriptions(
         other: The network to compare with it; words that it has more often are gained.
         words: Count only these, with ``face|person`` and ``"left of"`` as in a search; empty counts all words.
         by_layer: Also compare each common layer.
+        same: Layers of features that are the same in both networks, by :func:`same_features`.
 
     Raises:
         MilanError: A network has no descriptions, or the descriptions are by several labelers.
@@ -80,12 +85,13 @@ def diff_descriptions(
             raise MilanError(f"there are no descriptions of {name}; describe it first, or look at `jobs.status`.")
     if both["labeler"].n_unique() > 1:
         raise MilanError(f"descriptions by {', '.join(sorted(set(both['labeler'])))}: compare those of one labeler.")
+    both = comparable(both, (model, other), "difference")
     texts = both.select("description").unique().sort("description")
     texts = texts.with_columns(_heads(texts["description"], words))
     both = both.join(texts, on="description", maintain_order="left")
     tables = [_compare(both, model, other, ALL_LAYERS, words)]
     layers = both.filter(pl.col("model") == model)["layer"].unique(maintain_order=True).to_list()
-    paired = _paired(both, model, other, layers)
+    paired = _paired(both, model, other, [layer for layer in layers if SIGN not in layer or layer in same])
     if by_layer:
         shared = both.group_by("layer").agg(pl.col("model").n_unique()).filter(pl.col("model") == 2)
         for layer in [layer for layer in layers if layer in shared["layer"]]:
@@ -140,10 +146,11 @@ def _compare(both: pl.DataFrame, model: str, other: str, layer: str, words: Sequ
 
 
 def _paired(both: pl.DataFrame, model: str, other: str, layers: Sequence[str]) -> pl.DataFrame:
-    """Pairs the units of layers that have the same name and the same units in both networks, in order of ``layers``."""
+    """Pairs the units of those of some layers that have the same units in both networks, in the order of the layers."""
     mine, theirs = (both.filter(pl.col("model") == name).drop("model", "labeler") for name in (model, other))
     units = [side.group_by("layer").agg(pl.col("unit").sort().alias("all")) for side in (mine, theirs)]
     alike = units[0].join(units[1], on="layer").filter(pl.col("all") == pl.col("all_right"))["layer"]
+    alike = alike.filter(alike.is_in(layers))
     pairs = mine.filter(pl.col("layer").is_in(alike.to_list())).join(theirs, on=["layer", "unit"], suffix="_other")
     return pairs.select(
         "layer",
@@ -233,7 +240,8 @@ def difference_config(storage: Storage, labeler: str, model: str, other: str, wo
         keys for name in (model, other) for keys in storage.partitions(DESCRIPTIONS, labeler=labeler, model=name)
     ]
     configs = [storage.config_of(DESCRIPTIONS, **keys) for keys in described]
-    return config_hash({"difference": 1, "descriptions": configs, "words": list(words)})
+    version = 2 if any(SIGN in keys["layer"] for keys in described) else 1  # 1 paired features of different sets
+    return config_hash({"difference": version, "descriptions": configs, "words": list(words)})
 
 
 def summary(difference: Difference, model: str, other: str, top: int) -> str:

@@ -20,12 +20,11 @@ def wanted() -> list[dict[str, float]]:
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.slow
 def test_one_more_cpu_is_asked_for_while_all_are_taken_and_no_longer():
-    @ray.remote(num_cpus=cluster_resources()["CPU"])
     class Busy:
         def there(self) -> bool:
             return True
 
-    busy = Busy.remote()
+    busy = ray.remote(num_cpus=cluster_resources()["CPU"])(Busy).remote()
     assert ray.get(busy.there.remote())
     wait_until(lambda: not wanted(), "nothing is asked for")
     with one_more_cpu():

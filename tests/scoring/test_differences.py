@@ -48,6 +48,17 @@ def test_units_are_paired_in_layers_of_the_same_units_alone(both: pl.DataFrame) 
     assert "unit by unit: 3 of 4 say something else" in shown and "Dog faces → Dog legs" in shown
 
 
+def test_features_are_counted_where_both_have_them_and_paired_where_they_are_the_same(capsys) -> None:
+    one, other = {"a#sae": ["a dog", "a cat"], "a": ["red"]}, {"a#sae": ["a dog", "a cow"], "a": ["red"]}
+    both = pl.concat([frame("one", {**one, "a#own": ["faces"]}), frame("other", other)])
+    found = diff_descriptions(both, "one", "other")
+    assert "left out a#own" in capsys.readouterr().err
+    assert set(found.words["word"]) == {"dog", "cat", "cow", "red"} and found.sizes == (3, 3)
+    assert found.units == 1  # the unit of a; nothing says that feature 1 of both is one feature
+    found = diff_descriptions(both, "one", "other", same=["a#sae"])
+    assert found.units == 3 and found.changes["other_description"].to_list() == ["a cow"]
+
+
 def test_words_asked_for_may_be_alternatives_and_unsaid(both: pl.DataFrame) -> None:
     found = diff_descriptions(both, "plain", "blurred", words=["people|cat", "unicorn", "red line"])
     assert found.words["word"].to_list() == ["people|cat", "unicorn", "red line"]

@@ -15,9 +15,9 @@ from milan_ray.errors import MilanError
 from milan_ray.models.features.checkpoints import layer_of, read_dictionary
 from milan_ray.models.features.dictionary import Dictionary, Weights
 from milan_ray.models.features.options import ReadingOptions
-from milan_ray.models.features.sets import SIGN, FeatureSet
+from milan_ray.models.features.sets import FeatureSet
 from milan_ray.models.weights import weights_digest
-from milan_ray.names import checked_name
+from milan_ray.names import SIGN, checked_name
 from milan_ray.textfiles import decode_text
 from milan_ray.yaml_files import mapping, wrong
 

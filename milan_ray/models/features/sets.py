@@ -18,10 +18,7 @@ from milan_ray.errors import MilanError, unknown_name
 from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import source_of
 from milan_ray.models.weights import weights_digest
-from milan_ray.names import checked_name
-
-SIGN = "#"
-"""Between a layer's path and the name of a feature set."""
+from milan_ray.names import SIGN, checked_name
 
 
 class Encoder(Protocol):

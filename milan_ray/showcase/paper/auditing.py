@@ -11,7 +11,7 @@ import polars as pl
 from milan_ray.config import Resources
 from milan_ray.engine import references
 from milan_ray.engine.stage import run_stage
-from milan_ray.models.features.sets import SIGN
+from milan_ray.names import SIGN
 from milan_ray.report.figures import figure_path
 from milan_ray.schema import AUDITS, DESCRIPTIONS, LEVELS
 from milan_ray.scoring.auroc import auroc

@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 from milan_ray.engine.references import ModelRef, ProbeRef
 from milan_ray.errors import MilanError
 from milan_ray.models.features.sae import SaeConfig
-from milan_ray.models.features.sets import SIGN
-from milan_ray.names import checked_name
+from milan_ray.names import SIGN, checked_name
 
 PCA, NMF, TOPK, JUMPRELU = METHODS = ("pca", "nmf", "topk-sae", "jumprelu-sae")
 """Names of the methods."""

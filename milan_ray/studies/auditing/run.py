@@ -10,13 +10,13 @@ import polars as pl
 from milan_ray.config import Fingerprint
 from milan_ray.engine.stage import Known, Output, Stage, due
 from milan_ray.errors import MilanError
-from milan_ray.models.features.sets import SIGN
 from milan_ray.names import checked_name
 from milan_ray.progress import say
 from milan_ray.report.audits import card_link
 from milan_ray.report.figures import store_figure
 from milan_ray.schema import AUDITED, AUDITS, DESCRIPTIONS, EXEMPLARS, MANIFEST, SCORES
 from milan_ray.schema.audits import REJECT, REVIEW
+from milan_ray.scoring.comparable import comparable
 from milan_ray.scoring.evaluation import Row, score_table
 from milan_ray.scoring.search import descriptions_hash, scan_descriptions
 from milan_ray.storage import FILE_NAME, Storage
@@ -143,7 +143,7 @@ def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCo
     images = _images(storage, models, config.labeler)
     descriptions = scan_descriptions(storage, models, None, [config.labeler])
     every = descriptions.select("model", "layer", "unit", "description").collect().sort("model", "layer", "unit")
-    every = _comparable(every, models)
+    every = comparable(every, models, "audit")
     sizes = {name: int((every["model"] == name).sum()) for name in models}
     for model, other in pairs:
         if sizes[model] != sizes[other]:
@@ -173,15 +173,6 @@ def find_audit(storage: Storage, pairs: Sequence[auditing.Pair], config: AuditCo
     about = {"labeler": config.labeler, "words": ", ".join(config.words), "descriptions": described}
     review = auditing.write_review(new, text) if text is None or len(new) else None
     return Auditing(config.name, audit, fingerprint, about, review, reviewed=text is not None)
-
-
-def _comparable(units: pl.DataFrame, models: Sequence[str]) -> pl.DataFrame:
-    """Units of all layers, and features of those sets that every network has: others would be counted on one side."""
-    having = {layer: set(some["model"]) for (layer,), some in units.group_by("layer") if SIGN in str(layer)}
-    lacking = sorted(str(layer) for layer, owners in having.items() if owners != set(models))
-    if lacking:
-        say(f"audit: left out {', '.join(lacking)}, features that not every network has")
-    return units.filter(~pl.col("layer").is_in(lacking))
 
 
 def review_path(storage: Storage, name: str) -> str:
