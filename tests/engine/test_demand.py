@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import ray
 from gates import wait_until
@@ -24,7 +26,7 @@ def test_one_more_cpu_is_asked_for_while_all_are_taken_and_no_longer():
         def there(self) -> bool:
             return True
 
-    busy = ray.remote(num_cpus=cluster_resources()["CPU"])(Busy).remote()
+    busy: Any = ray.remote(num_cpus=cluster_resources()["CPU"])(Busy).remote()
     assert ray.get(busy.there.remote())
     wait_until(lambda: not wanted(), "nothing is asked for")
     with one_more_cpu():
