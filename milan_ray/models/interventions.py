@@ -44,7 +44,7 @@ class Interventions:
         drawn = np.array([np.random.default_rng([seed, unit]).standard_normal(width) for unit in self._units])
         other = _unit_vectors(torch.from_numpy(drawn.reshape(-1, width)).float())
         # (change, unit, C): what is added is scale · a · vector
-        self.vectors = torch.stack([own, own, other]).to(device or torch.device("cpu"))
+        self.vectors: torch.Tensor = torch.stack([own, own, other]).to(device or torch.device("cpu"))
         self.scales = torch.tensor([-1.0, factor - 1, -1.0], device=self.vectors.device)
 
     def amounts(self, values: torch.Tensor) -> torch.Tensor:
@@ -57,7 +57,8 @@ class Interventions:
             float32 (U, P), P positions.
         """
         flat = values.flatten(1) if values.ndim > 1 else values[:, None]
-        return (flat[self._units] if self._are_axes else self.vectors[0] @ flat.float()).float()
+        amounts: torch.Tensor = flat[self._units] if self._are_axes else self.vectors[0] @ flat.float()
+        return amounts.to(torch.float32)
 
     def rows(self, values: torch.Tensor, amounts: torch.Tensor, pairs: torch.Tensor) -> torch.Tensor:
         """Versions of a layer's values.

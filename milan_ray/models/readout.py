@@ -14,13 +14,14 @@ from milan_ray.models.tail import Tail
 AMPLITUDE = 64.0
 """Value with which units are lit to read their weights: large against rounding of class scores."""
 
-_LINEAR = frozenset(
-    "mean.dim sum.dim_IntList view.default _unsafe_view.default reshape.default _reshape_alias.default t.default "
-    "transpose.int permute.default addmm.default mm.default linear.default convolution.default avg_pool2d.default "
-    "_adaptive_avg_pool2d.default adaptive_avg_pool2d.default flatten.using_ints squeeze.default squeeze.dim "
-    "squeeze.dims unsqueeze.default select.int slice.Tensor clone.default contiguous.default alias.default "
-    "detach.default expand.default add.Tensor sub.Tensor empty.memory_format".split()
-)
+_LINEAR = {
+    "mean.dim", "sum.dim_IntList", "view.default", "_unsafe_view.default", "reshape.default",
+    "_reshape_alias.default", "t.default", "transpose.int", "permute.default", "addmm.default", "mm.default",
+    "linear.default", "convolution.default", "avg_pool2d.default", "_adaptive_avg_pool2d.default",
+    "adaptive_avg_pool2d.default", "flatten.using_ints", "squeeze.default", "squeeze.dim", "squeeze.dims",
+    "unsqueeze.default", "select.int", "slice.Tensor", "clone.default", "contiguous.default", "alias.default",
+    "detach.default", "expand.default", "add.Tensor", "sub.Tensor", "empty.memory_format",
+}  # fmt: skip
 """Operations of torch that are linear in what they get, or add something to it."""
 
 
@@ -53,7 +54,7 @@ class _Operations(TorchDispatchMode):
     """Notes which operations run once the layer is reached."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.listening = False
         self.names: set[str] = set()
 

@@ -237,9 +237,7 @@ class Tail:
         with hooked([self._place.module.register_forward_hook(count)]):
             call(self._model, prepare(self._spec, self._model, to_device(views, self._device)))
         if not seen:
-            raise MilanError(
-                f"layer {self._layer!r} does not run in the model's forward pass: choose another layer."
-            )
+            raise MilanError(f"layer {self._layer!r} does not run in the model's forward pass: choose another layer.")
         return seen
 
     def _find_axes(self, view: torch.Tensor) -> None:

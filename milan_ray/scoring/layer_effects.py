@@ -12,11 +12,15 @@ from milan_ray.models.readout import Readout, linear_readout
 from milan_ray.models.tail import Tail
 from milan_ray.scoring.effects import EffectSums, log_scores
 
-ROWS = 512
-"""Rows of a pass at most."""
+ROWS = (12, 510)
+"""Rows of a pass, at least and at most: whole numbers of units."""
 
-ROW_BYTES = 2**26
-"""Bytes of the layer's values in all rows of a pass, at most, as long as there is more than one row."""
+ROW_BYTES = {"cpu": 2**20}
+"""Kind of device → bytes of the layer's values in all rows of a pass: more do not fit into the caches of a CPU, and
+take up to twice as long."""
+
+MOST_BYTES = 2**26
+"""The same for other devices."""
 
 RELATIVE, ABSOLUTE = 1e-3, 1e-4
 """How far class scores of two ways may be apart: of the largest change, and of the largest score."""
@@ -74,8 +78,9 @@ class LayerEffects:
 
     def _rows(self, values: torch.Tensor) -> int:
         """Rows of a pass: a whole number of units, so that what a unit shares a pass with is another unit's changes."""
-        fit = ROW_BYTES // max(1, values.numel() * values.element_size())
-        return len(CHANGES) * max(1, min(ROWS, fit) // len(CHANGES))
+        fit = ROW_BYTES.get(values.device.type, MOST_BYTES) // max(1, values.numel() * values.element_size())
+        least, most = ROWS
+        return len(CHANGES) * (max(least, min(most, fit)) // len(CHANGES))
 
     def _pairs(self, places: torch.Tensor) -> torch.Tensor:
         """All changes of some units, unit by unit: int64 (R, 2)."""
@@ -145,5 +150,3 @@ def check_reaches(tail: Tail, views: Sequence[torch.Tensor], what: str) -> int:
     raise MilanError(
         f"{what} does not reach the class scores: whatever it puts out, they are the same; choose another layer."
     )
-
-

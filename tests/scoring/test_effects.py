@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 
 import numpy as np
@@ -75,7 +76,11 @@ class Transformer(nn.Module):
         self.patches = nn.Conv2d(3, 8, 8, stride=8)
         self.token, self.places = nn.Parameter(torch.randn(1, 1, 8)), nn.Parameter(torch.randn(1, 17, 8))
         self.norm1, self.norm2, self.last = nn.LayerNorm(8), nn.LayerNorm(8), nn.LayerNorm(8)
-        self.attention, self.up, self.down = nn.MultiheadAttention(8, 2, batch_first=True), nn.Linear(8, 16), nn.Linear(16, 8)
+        self.attention, self.up, self.down = (
+            nn.MultiheadAttention(8, 2, batch_first=True),
+            nn.Linear(8, 16),
+            nn.Linear(16, 8),
+        )
         self.head = nn.Linear(8, 5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -131,6 +136,7 @@ def built(build: Callable[[], nn.Module]) -> tuple[ModelSpec, nn.Module]:
     network = build().eval().requires_grad_(False)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
+            assert module.running_mean is not None and module.running_var is not None
             module.running_mean.uniform_(-1, 1)
             module.running_var.uniform_(0.5, 2)
     return ModelSpec("toy/net", lambda weights: network, (), Preprocess(View(resize=SIDE, crop=SIDE))), network
@@ -221,7 +227,7 @@ def test_effects_are_those_of_changing_a_unit_and_running_the_network_again(buil
 
 def inside(spec: ModelSpec, network: nn.Module) -> tuple[ModelSpec, nn.Module, str]:
     """The attention's own last layer takes no call, so its first output is read: through an identity behind it."""
-    attention = network.attention
+    attention = network.get_submodule("attention")
 
     class First(nn.Module):
         def __init__(self) -> None:
@@ -229,7 +235,7 @@ def inside(spec: ModelSpec, network: nn.Module) -> tuple[ModelSpec, nn.Module, s
             self.attention, self.out = attention, nn.Identity()
 
         def forward(self, *args: torch.Tensor, **named: bool) -> tuple[torch.Tensor, None]:
-            return self.out(self.attention(*args, **named)[0]), None
+            return self.out(attention(*args, **named)[0]), None
 
     network.attention = First()
     return spec, network, "attention.out"
@@ -257,7 +263,9 @@ def check(sums: EffectSums, logits: torch.Tensor, base: torch.Tensor) -> None:
         for one in (*effect.gained, *effect.lost):
             assert one.probability == pytest.approx(float(mean[one.number]), rel=1e-3, abs=1e-6)
             assert one.logit == pytest.approx(float(score[one.number]), rel=1e-3, abs=1e-4)
-            share = (logits[place, effect.unit].argmax(-1) == one.number).double() - (base.argmax(-1) == one.number).double()
+            share = (logits[place, effect.unit].argmax(-1) == one.number).double() - (
+                base.argmax(-1) == one.number
+            ).double()
             assert one.predicted == pytest.approx(float(share.mean()))
         rises = [one.probability for one in effect.gained]
         assert rises == sorted(rises, reverse=True) and all(rise > 0 for rise in rises)
@@ -292,7 +300,8 @@ class Dead(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.relu, self.head = nn.Conv2d(3, 6, 3, stride=2), nn.ReLU(), nn.Linear(6, 5)
-        self.conv.bias.data[:2] = -1e3
+        nn.init.zeros_(self.conv.weight[:2])
+        nn.init.constant_(self.conv.bias[:2], -1)  # type: ignore[index]
         self.calls = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -303,7 +312,12 @@ def test_units_without_a_value_are_left_out_and_change_nothing(monkeypatch):
     spec, network = built(Dead)
     rows = []
     behind = Tail.logits
-    monkeypatch.setattr(Tail, "logits", lambda self, some: rows.append(len(some)) or behind(self, some))
+
+    def counted(self: Tail, some: torch.Tensor) -> torch.Tensor:
+        rows.append(len(some))
+        return behind(self, some)
+
+    monkeypatch.setattr(Tail, "logits", counted)
     sums = summed(spec, network, "relu", images(2))
     assert sums.active.tolist()[:2] == [0, 0] and sums.active[2:].sum() > 0
     active = int(sums.active.sum())
@@ -353,6 +367,7 @@ def test_a_readout_that_is_not_what_the_network_does_is_not_used(monkeypatch):
     views = images(2)
     sums = found.add(views[0], 0)
     assert sums.replayed.tolist() == [0, 1]
+    assert found._readout is not None
     found._readout.weights.mul_(1.1)
     sums = found.add(views[1], 1, sums)
     assert sums.replayed.tolist() == [0, 1]  # the second image was done behind the layer
@@ -385,7 +400,7 @@ def one_image(number: int) -> EffectSums:
 def test_sums_are_the_same_bits_in_any_order_and_split(order, cuts):
     edges = sorted({0, 6, *cuts})
     merged = EffectSums.empty(4, 5)
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in itertools.pairwise(edges):
         part = EffectSums.empty(4, 5)
         for number in order[start:stop]:
             part.merge(one_image(number))
