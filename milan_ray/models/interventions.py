@@ -80,4 +80,5 @@ class Interventions:
 
 
 def _unit_vectors(vectors: torch.Tensor) -> torch.Tensor:
-    return vectors / vectors.norm(dim=1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / lengths.clamp_min(torch.finfo(torch.float32).tiny)
