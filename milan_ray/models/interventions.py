@@ -81,4 +81,5 @@ class Interventions:
 
 def _unit_vectors(vectors: torch.Tensor) -> torch.Tensor:
     lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
-    return vectors / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+    scaled: torch.Tensor = vectors / lengths.clamp_min(torch.finfo(torch.float32).tiny)
+    return scaled

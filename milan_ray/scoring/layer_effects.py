@@ -71,7 +71,7 @@ class LayerEffects:
         places = (amounts != 0).any(dim=1).nonzero()[:, 0]
         linear, whole = self._way(values, amounts, base, places, image_id)
         sums.add_image(amounts, whole, linear)
-        for some in self._pairs(places).split(self._rows(values)):
+        for some in self._pairs(places).split(self._rows(values)) if len(places) else ():
             scores = self._scores(values, amounts, base, some, linear, whole)
             sums.add(some, log_scores(base, base), log_scores(scores, base))
         return sums

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from milan_ray.config import ExemplarConfig, Fingerprint
+from milan_ray.config import ExemplarConfig, Fingerprint, config_hash
 from milan_ray.engine import references
 from milan_ray.engine.actor_pool import Row
 from milan_ray.engine.model_cache import ModelCache
@@ -191,9 +191,14 @@ class Effects(ShardedStage):
                 directions(spec, layer)
             alone = (*AFTER_ACTIVATIONS, "batch_size")  # each image runs alone
             inputs = {name: digest for name, digest in fingerprint.inputs.items() if name not in alone}
-            how = {"effects": KERNEL_VERSION, "images": self._config.images, "amplify": self._config.factor}
-            how["classes"] = self._config.classes
-            yield Output({"model": spec.name, "layer": layer}, Fingerprint.of({**inputs, **how}, self._units))
+            own = {"effects": KERNEL_VERSION, "images": self._config.images, "amplify": self._config.factor}
+            inputs |= Fingerprint.of({**own, "classes": self._config.classes}).inputs
+            every = config_hash(inputs)
+            if self._units:
+                inputs |= Fingerprint.of({"units": self._units}).inputs
+            yield Output(
+                {"model": spec.name, "layer": layer}, Fingerprint(config_hash(inputs), inputs, every, self._units)
+            )
 
     def shards(self, job: Job) -> Shards:
         """Blocks of units × ranges of images; an image's effects depend neither on its range nor on other images.

@@ -323,6 +323,9 @@ def test_units_without_a_value_are_left_out_and_change_nothing(monkeypatch):
     active = int(sums.active.sum())
     compared = 4 * 2
     assert sum(rows) - 1 == 3 * active + compared  # one row asks whether what follows is linear
+    layout = established(spec, network, ["relu"], positions=False)["relu"]
+    silent = LayerEffects(Tail(spec, network, "relu", layout), interventions("relu", [0, 1], 6)).add(images(1)[0], 0)
+    assert silent.active.tolist() == [0, 0] and int(silent.images) == 1 and not silent.moved.any()
     for effect in effects(sums, 5)[:6]:
         assert (effect.moved, effect.flipped, len(effect.gained), effect.strength) == (0, 0, 0, 0)
 

@@ -89,7 +89,12 @@ def test_a_job_that_was_killed_goes_on_and_writes_the_same(once, photos, tmp_pat
         made(tmp_path, photos, Resources(actors=None))
     first = list(done)
     done.clear()
-    monkeypatch.setattr(EffectsWorker, "__call__", lambda self, row: done.append(str(row["name"])) or run(self, row))
+
+    def counted(self: EffectsWorker, row: dict[str, object]) -> object:
+        done.append(str(row["name"]))
+        return run(self, row)
+
+    monkeypatch.setattr(EffectsWorker, "__call__", counted)
     storage = made(tmp_path, photos)
     assert contents(storage) == contents(once) and len(first) == 6 and not {*first} & {*done}
     assert not (tmp_path / "_work").exists()
