@@ -53,9 +53,7 @@ def once(ray_session, photos, tmp_path_factory) -> Storage:
     return made(tmp_path_factory.mktemp("once"), photos)
 
 
-@pytest.mark.parametrize(
-    ("images", "units", "actors"), [(1, 512, None), (7, 3, None), (32, 2, None), (7, 512, 2)], ids=str
-)
+@pytest.mark.parametrize(("images", "units", "actors"), [(4, 512, None), (32, 3, None), (7, 512, 2)], ids=str)
 def test_tables_are_the_same_bytes_for_any_shards_and_actors(
     once, photos, tmp_path, monkeypatch, images, units, actors
 ):
