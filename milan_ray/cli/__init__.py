@@ -45,6 +45,7 @@ SUMMARIES = {
     "diff": "compare what the units of two networks say",
     "analyze": "ablate units in the order of what is said of them",
     "edit": "remove units that are described by some words",
+    "effects": "measure what ablating and amplifying units does to classes",
     "audit": "count units that name what was blurred out, in pairs of networks",
     "paste": "make adversarial images of what units fire at",
     "paper": "run the paper's experiments on the built-in world",

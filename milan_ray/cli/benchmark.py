@@ -11,7 +11,7 @@ from milan_ray.cli import options
 from milan_ray.cli.arguments import amount, device, flag, integer, number, string
 from milan_ray.cli.refusals import refuse
 
-PHOTOGRAPHS = ("exemplars", "encode", "end-to-end", "gpu", "merge", "ray-overhead", "versions", "zoo")
+PHOTOGRAPHS = ("effects", "exemplars", "encode", "end-to-end", "gpu", "merge", "ray-overhead", "versions", "zoo")
 """Benchmarks that read photographs."""
 
 CAPTIONS = ("describe", "end-to-end", "tune", "versions")

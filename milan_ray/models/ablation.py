@@ -11,7 +11,7 @@ from torch import nn
 
 from milan_ray.errors import MilanError
 from milan_ray.models.establish import established
-from milan_ray.models.hooks import call, find_places, first_tensor, hooked
+from milan_ray.models.hooks import call, find_places, first_tensor, hooked, mapped
 from milan_ray.models.inputs import prepare
 from milan_ray.models.layouts import Layout
 from milan_ray.models.registry import ModelSpec
@@ -232,11 +232,4 @@ def spanned(vectors: torch.Tensor) -> torch.Tensor:
 
 def replaced(output: object, old: torch.Tensor, new: torch.Tensor) -> object:
     """A module's output with one tensor in it replaced by another."""
-    if output is old:
-        return new
-    if isinstance(output, Mapping):
-        return type(output)({key: replaced(value, old, new) for key, value in output.items()})  # type: ignore[call-arg]
-    if isinstance(output, (tuple, list)):
-        members: list[Any] = [replaced(value, old, new) for value in output]
-        return type(output)(*members) if hasattr(output, "_fields") else type(output)(members)
-    return output
+    return mapped(output, lambda tensor: new if tensor is old else tensor)

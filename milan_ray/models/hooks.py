@@ -130,6 +130,18 @@ def tensors(output: object) -> list[torch.Tensor]:
     return [tensor for member in members for tensor in tensors(member)]
 
 
+def mapped(output: object, function: Callable[[torch.Tensor], torch.Tensor]) -> object:
+    """A module's output with every tensor in it replaced by a function of it."""
+    if isinstance(output, torch.Tensor):
+        return function(output)
+    if isinstance(output, Mapping):
+        return type(output)({key: mapped(value, function) for key, value in output.items()})  # type: ignore[call-arg]
+    if isinstance(output, (tuple, list)):
+        members: list[Any] = [mapped(value, function) for value in output]
+        return type(output)(*members) if hasattr(output, "_fields") else type(output)(members)
+    return output
+
+
 def first_tensor(output: object) -> torch.Tensor | None:
     """The first tensor of a module's output: itself, or the first in a (nested) tuple, list or dict; None without."""
     return next(iter(tensors(output)), None)

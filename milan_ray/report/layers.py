@@ -22,6 +22,7 @@ from milan_ray.damaged import LeftOut
 from milan_ray.exemplars.masks import mask_size
 from milan_ray.exemplars.ties import Ties, ties_of_tables
 from milan_ray.progress import say
+from milan_ray.report.effects import read_effects
 from milan_ray.report.images import image_folder, image_source, write_masks
 from milan_ray.report.nearest import mean_features, nearest
 from milan_ray.report.pages import Pages, Row, short, slug, write_script
@@ -170,6 +171,7 @@ class _Layer:
     descriptions: dict[str, _ByUnit]
     annotations: list[_ByUnit]
     scores: dict[tuple[str, str], _ByUnit]  # (predictor, labeler) → rows
+    effects: dict[int, Row]
     first: list[int | None] = field(default_factory=list)
     texts: dict[str, int] = field(default_factory=dict)  # description → number
     labels: list[list[int]] = field(default_factory=list)  # per labeler and unit, a number from texts, or −1
@@ -198,6 +200,7 @@ class _Layer:
             descriptions={name: _ByUnit(table) for name, table in descriptions.items()},
             annotations=[_ByUnit(table) for table in annotations if len(table)],
             scores={(at["predictor"], at["labeler"]): _ByUnit(sources.rows(UNIT_SCORES, **at)) for at in shown},
+            effects=sources.left_out.unless_damaged(partial(read_effects, storage, model, layer, metadata), {}),
         )
 
     @property
@@ -328,22 +331,6 @@ def write_layer(
     return summary
 
 
-def what_is_said(layers: Sequence[LayerSummary]) -> dict[str, int]:
-    """Counts what the main labeler says of a model: distinct descriptions, and units that say nothing.
-
-    Returns:
-        ``distinct``; ``nothing``, units described as "Nothing"; ``empty``, units with a description without a word.
-    """
-    said: Counter[str] = Counter()
-    for layer in layers:
-        said.update(dict(layer.said))
-    return {
-        "distinct": len(said),
-        "nothing": sum(units for text, units in said.items() if text.strip(" .").lower() == "nothing"),
-        "empty": sum(units for text, units in said.items() if not text.strip()),
-    }
-
-
 def layer_folder(model: str, layer: str) -> str:
     """Returns a layer's folder, relative to the report's, with a slash at its end."""
     return f"layers/{slug(model)}/{slug(layer)}/"
@@ -395,6 +382,8 @@ def _cards(
         layer.first.append(mine[0]["image_id"] if mine else None)
         put("activation", "highest activation", mine[0]["activation"] if mine else None)
         put("level", "level η", level["level"] if level else None)
+        effect = layer.effects.get(unit)
+        put("effect", "probability moved when ablated", effect["changes"][0]["moved"] if effect else None)
         yield {
             "unit": unit,
             "images": [row["image_id"] for row in mine],
@@ -406,6 +395,7 @@ def _cards(
                 [row["text"], row["annotator"], row["source"]] for table in annotations for row in table.get(unit, [])
             ],
             "scores": list(_scores(layer, unit, scores, current, put)),
+            "effect": effect,
             "near": near.get(unit, []),
         }
 

@@ -19,8 +19,9 @@ from milan_ray.damaged import LeftOut
 from milan_ray.errors import DamagedTable, MilanError, unknown_name
 from milan_ray.report.audits import audits
 from milan_ray.report.images import write_images, write_names
-from milan_ray.report.layers import PAGE_SIZE, LayerSummary, Sources, layer_folder, what_is_said, write_layer
+from milan_ray.report.layers import PAGE_SIZE, LayerSummary, Sources, layer_folder, write_layer
 from milan_ray.report.pages import ASSETS, TEMPLATES, Pages, Row, slug
+from milan_ray.report.said import what_is_said
 from milan_ray.report.sections import differences, evaluations, figures, provenance, skipped
 from milan_ray.schema import DESCRIPTIONS, EXEMPLARS, SCORES
 from milan_ray.storage import Storage, natural

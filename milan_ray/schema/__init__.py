@@ -12,6 +12,7 @@ from milan_ray.schema.descriptions import (
     TEXT_EMBEDDINGS,
 )
 from milan_ray.schema.differences import CHANGES, DIFFERENCES
+from milan_ray.schema.effects import EFFECTS
 from milan_ray.schema.exemplars import EXEMPLARS, LEVELS, POOLED, SKIPPED, VIEWS
 from milan_ray.schema.experiments import ABLATIONS, CLAIMS, CRITERIA, FIGURE, LAYER_PROPERTIES, PASTED
 from milan_ray.schema.features import FEATURES_FIT
@@ -63,6 +64,7 @@ TABLES: tuple[Table, ...] = (
     AUDITS,
     AUDITED,
     FEATURES_FIT,
+    EFFECTS,
 )
 
 __all__ = [
@@ -79,6 +81,7 @@ __all__ = [
     "DESCRIPTIONS",
     "DIFFERENCES",
     "DRAWINGS",
+    "EFFECTS",
     "ENCODINGS",
     "EXEMPLARS",
     "FEATURES_FIT",

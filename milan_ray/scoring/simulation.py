@@ -22,11 +22,16 @@ def held_out(image_ids: np.ndarray, share: float) -> np.ndarray:
     Returns:
         bool (N,).
     """
+    return scattered(image_ids) < share
+
+
+def scattered(image_ids: np.ndarray) -> np.ndarray:
+    """A fixed pseudo-random number in [0, 1) for each image id, the same in every job: float64 (N,)."""
     # splitmix64's finalizer, so that neighbouring ids are not held out together.
     x = image_ids.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x632BE59BD9B4E019)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53 < share
+    return ((x ^ (x >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2**53
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from milan_ray import cli
     [
         "merge",
         "zoo",
+        "effects",
         "features",
         pytest.param("exemplars", marks=pytest.mark.slow),
         pytest.param("feeding", marks=pytest.mark.slow),

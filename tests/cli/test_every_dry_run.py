@@ -45,6 +45,7 @@ COMMANDS: dict[str, list[str]] = {
     "analyze": [*PHOTOS, "--words", "dog"],
     "edit": [*PHOTOS, "--words", "dog", "--test", "{photos}", "--fine-tune", "{photos}", "--out", "{out}"],
     "audit": ["--pair", "tiny/cnn", "tiny/twin", "--words", "red"],
+    "effects": PHOTOS,
     "paste": PHOTOS,
     "paper": [],
 }

@@ -53,7 +53,12 @@ FIT = "cli/test_features_command.py"
 FITTED = f"{FIT}::test_options_of_fitting_are_part_of_what_decides"
 ASKED = f"{FIT}::test_widths_layers_and_folders_are_those_asked_for"
 
+EFFECTS = "cli/test_effects_command.py"
+EFFECTS_DECIDED = f"{EFFECTS}::test_options_of_effects_are_part_of_what_decides"
+
 ROWS: dict[str, str] = {
+    **{f"effects --{name}": EFFECTS_DECIDED for name in ("images", "amplify", "classes", "units", "activations")},
+    "effects --max-bad": "stages/test_effects_stage.py::test_unreadable_images_are_left_out_up_to_the_share_allowed",
     "--method": FITTED,
     "--width": FITTED,
     "--layer": ASKED,

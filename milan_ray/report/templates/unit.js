@@ -21,6 +21,19 @@
     nonfinite && ["NaN or infinite activations", nonfinite.toLocaleString("en"), "warning"],
   ];
 
+  // What the unit does to the classes, beside two baselines.
+  const effects = ({ images, active, factor, random, changes }) => {
+    const percent = (value, sign = "") => value === null ? "–" : `${sign && value > 0 ? sign : ""}${number(100 * value)} %`;
+    const classes = (found) => element("ul.plain", {}, ...found.map(([name, probability, logit]) =>
+      element("li", { title: `logit ${number(logit)}` }, name, " ", element("small", {}, percent(probability, "+")))));
+    return section("Effect on the classes",
+      table(["change", "moved", "random direction", "unit of like strength", "prediction changes", "gain", "lose"],
+        changes.map((one) => [one.change === "amplified" ? `amplified × ${factor}` : one.change, percent(one.moved),
+          one.change === "ablated" ? percent(random) : "–", percent(one.peer_moved), percent(one.flipped), classes(one.gained), classes(one.lost)]), "effects"),
+      element("p.legend", {}, `Mean changes of probabilities over ${count(images, "image")}; the unit has a value on ${active.toLocaleString("en")} of them, and nothing changes on the others. `
+        + "Moved: how much probability went from classes to others. A random direction takes as much off the layer's output; what is not above it is what any change of this size does."));
+  };
+
   // Units that say nearly the same: cosine of the words of two descriptions, rare words weighing more (tf-idf).
   const sayTheSame = (layers, layer, place) => {
     const own = layer.labels[0]?.[place] ?? -1;
@@ -92,6 +105,7 @@
           element("li", {}, text, " ", element("small", {}, `${who}, ${source}`))))) : null,
         scores.length ? section("Scores", table(["measure", "labeler", "judge", "value", "shuffled", "constant", "images"], scores),
           element("p.legend", {}, "Shuffled: another unit's description in place of this one's; constant: the labeler's most frequent one. What is not above them says little.")) : null,
+        card.effect ? effects(card.effect) : null,
         ...labels.filter(([, label]) => label.best.length).map(([name, label]) => candidates(name, label))),
       near.length ? section("Units of this layer with the most similar exemplars", element("ol.units", {},
         ...near.map(([at, value]) => item(layer, at, `unit ${layer.units[at]} · cosine ${number(value)}`, [labelOf(layer, at)])))) : null,
