@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from milan_ray.cli import options
-from milan_ray.cli.arguments import choice, flag, fraction, integer, names, string
+from milan_ray.cli.arguments import choice, flag, fraction, integer, names, string, strings
 from milan_ray.cli.build_configs import cluster, feature_layers, image_text_ref, opened
 from milan_ray.cli.refusals import refuse
 from milan_ray.cli.summary import close, note, show_plan
@@ -48,6 +48,13 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     flag(group, "--class-names", "also compare descriptions with class names, in layers with one unit per class")
     flag(group, "--sanity", "also judge the scores themselves, where the model's classes are concepts of --clip's maps")
+    strings(
+        group,
+        "--calibrate",
+        "UNTRAINED",
+        "learn the probabilities of verdicts: true are the concepts of --model's units, as with --sanity; false are "
+        "these shuffled, and what is said of these described networks with random weights",
+    )
     integer(group, "--seed", 0, "seed of the shuffled row and the bootstrap", least=0)
     options.add_to(parser, options.models, options.download, options.stages)
 
@@ -66,12 +73,12 @@ def run(args: argparse.Namespace) -> int:
     from milan_ray.models.generators import GeneratorRef
     from milan_ray.schema import SCORES
     from milan_ray.stages.cosy import CosyConfig, CosyScores
-    from milan_ray.stages.scores import ScoreConfig, class_layers, described_layers, run_scores, score_stages
+    from milan_ray.stages.scores import Learning, ScoreConfig, class_layers, described_layers, run_scores, score_stages
 
     if args.clip is None and args.generator is None:
         raise MilanError("give what judges: a model of images and texts with --clip, or --generator, or both.")
     if args.clip is None:
-        judged = ["top", "retrieved", "sigmoid", "class_names", "sanity"]
+        judged = ["top", "retrieved", "sigmoid", "class_names", "sanity", "calibrate"]
         refuse(args, judged, "without --clip", "give --clip too")
     if args.generator is None:
         refuse(args, ["images", "prompt", "weights", "activations"], "without --generator", "give --generator too")
@@ -79,8 +86,9 @@ def run(args: argparse.Namespace) -> int:
     described = described_layers(storage, [model.name for model in models], args.labeler, feature_layers(args)[0])
     config = ScoreConfig(args.pooling, args.held_out, args.top, args.retrieved, args.sigmoid, args.seed)
     judge = None if args.clip is None else image_text_ref(args)
-    named = args.clip and (args.class_names or args.sanity)
+    named = args.clip and (args.class_names or args.sanity or args.calibrate)
     classes = class_layers(storage, described, _classes(models)) if named else {}
+    untrained = described_layers(storage, args.calibrate, args.labeler) if args.calibrate else []
     painter, cosy = GeneratorRef(args.generator or ""), CosyConfig(args.images, args.seed, args.prompt)
     layers = {
         model: list(dict.fromkeys(what.layer for what in described if what.model == model))
@@ -93,7 +101,8 @@ def run(args: argparse.Namespace) -> int:
         if judge is not None:
             own = {keys: names for keys, names in classes.items() if keys[0] in left}
             compared, judged = own if args.class_names else None, own if args.sanity else None
-            yield score_stages(chosen, probe, judge, config, compared, judged)
+            learning = Learning(own, tuple(untrained)) if own and untrained else None
+            yield score_stages(chosen, probe, judge, config, compared, judged, learning)
         if args.generator is not None:
             generating = [model for model in models if model.name in left]
             yield [CosyScores(chosen, probe, generating, painter, cosy, config)]

@@ -28,6 +28,7 @@ from milan_ray.schema.operations import (
     UNIT_SCORES,
 )
 from milan_ray.schema.table import Column, Table
+from milan_ray.schema.verdicts import CALIBRATIONS, VERDICTS
 
 TABLES: tuple[Table, ...] = (
     MANIFEST,
@@ -47,6 +48,8 @@ TABLES: tuple[Table, ...] = (
     RUNS,
     SCORES,
     UNIT_SCORES,
+    VERDICTS,
+    CALIBRATIONS,
     TRIALS,
     DECODER_TRIALS,
     DIFFERENCES,
@@ -71,6 +74,7 @@ __all__ = [
     "ANNOTATION_STATISTICS",
     "AUDITED",
     "AUDITS",
+    "CALIBRATIONS",
     "CANDIDATES",
     "CHANGES",
     "CLAIMS",
@@ -102,6 +106,7 @@ __all__ = [
     "TRIALS_FIGURE",
     "TRIALS_SETTING",
     "UNIT_SCORES",
+    "VERDICTS",
     "VIEWS",
     "Column",
     "Table",

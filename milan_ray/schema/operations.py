@@ -11,7 +11,7 @@ RUNS = Table(
         Column(
             "stage",
             pa.string(),
-            "exemplars, pooled, encodings, candidates, image_embeddings, scores, cosy, training, tuning, import, or a "
+            "exemplars, pooled, encodings, candidates, image_embeddings, scores, verdicts, cosy, training, tuning, import, or a "
             "labeler whose labels are a stage's work",
         ),
         Column("run", pa.string(), "configuration hash of what was made: of the table's partition, where it is one"),

@@ -10,14 +10,18 @@ Sources: Benjamini and Hochberg (1995); Phipson and Smyth, *Permutation p-values
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
+from milan_ray.schema.verdicts import SUPPORTED
 from milan_ray.scoring.differences import false_discovery
 
-SUPPORTED, PARTLY, UNSUPPORTED, NOTHING = VERDICTS = ("supported", "partly", "unsupported", "nothing to describe")
+PARTLY, UNSUPPORTED, NOTHING = "partly", "unsupported", "nothing to describe"
+VERDICTS = (SUPPORTED, PARTLY, UNSUPPORTED, NOTHING)
 """Verdicts, the best first."""
 
 RATE = 0.1
@@ -58,6 +62,42 @@ class Evidence(NamedTuple):
     excess: np.ndarray
     p: np.ndarray
     q: np.ndarray
+
+
+def cross_correlations(blocks: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]], width: int) -> np.ndarray:
+    """Computes Pearson correlations of all units' activations with the fits of all texts, each unit on its own images.
+
+    Args:
+        blocks: Activations float (B, U), the same use bool (B, U), and fits float (B, T) of blocks of images, in order.
+        width: Columns that units are padded to, so that products do not depend on how units were cut; at least U.
+
+    Returns:
+        float64 (U, T); 0 where a fit is constant, NaN where an activation is constant or has no image.
+
+    Raises:
+        ValueError: There are no blocks.
+    """
+    sums: list[torch.Tensor] | None = None
+    units = 0
+    for activations, use, fits in blocks:
+        units = activations.shape[1]
+        there = np.zeros((len(activations), width))
+        there[:, :units] = use & np.isfinite(activations)
+        x = np.zeros_like(there)
+        x[:, :units] = np.where(there[:, :units] > 0, activations, 0)
+        n, own, y = torch.from_numpy(there), torch.from_numpy(x), torch.from_numpy(fits.astype(np.float64))
+        of_units = [n.sum(dim=0)[:, None], own.sum(dim=0)[:, None], (own * own).sum(dim=0)[:, None]]
+        of_block = [*of_units, n.T @ y, n.T @ (y * y), own.T @ y]
+        sums = of_block if sums is None else [total + more for total, more in zip(sums, of_block, strict=True)]
+    if sums is None:
+        raise ValueError("there are no images to correlate on")
+    count, of_unit, unit_squares, of_text, text_squares, both = (total[:units].numpy() for total in sums)
+    # Variances times n². A variance that rounding errors alone can explain counts as zero.
+    unit_spread = count * unit_squares - of_unit * of_unit
+    text_spread = count * text_squares - of_text * of_text
+    moves, varies = unit_spread > 1e-10 * count * unit_squares, text_spread > 1e-10 * count * text_squares
+    scale = np.sqrt(np.where(moves, unit_spread, 1)) * np.sqrt(np.where(varies, text_spread, 1))
+    return np.where(moves, np.where(varies, (count * both - of_unit * of_text) / scale, 0.0), np.nan)
 
 
 def permutation_p(values: np.ndarray, null: np.ndarray, weights: np.ndarray | None = None) -> np.ndarray:

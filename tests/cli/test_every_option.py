@@ -90,6 +90,7 @@ ROWS: dict[str, str] = {
     "--retrieved": f"{STUDIES}::test_scores_are_as_the_options_say",
     "--sigmoid": f"{STUDIES}::test_scores_are_as_the_options_say",
     "--sanity": f"{STUDIES}::test_scores_are_as_the_options_say",
+    "--calibrate": "stages/test_verdicts.py::test_calibration_learns_from_known_concepts_and_untrained_networks_alone",
     "--grid": f"{STUDIES}::test_labels_come_from_the_grid_and_the_legend_given",
     "label --legend": f"{STUDIES}::test_labels_come_from_the_grid_and_the_legend_given",
     "--segmentation": f"{SEGMENTATION}::test_a_network_is_found_in_the_models_folder_or_missed_with_one_sentence",
