@@ -221,7 +221,11 @@ def run_scores(
     """
     keys = [output.keys for output in run_stages(stages, storage, resources)]
     scored = sorted({(of["predictor"], of["model"]) for of in keys if {"predictor", "model"} <= {*of}})
-    summaries = [summarise(storage, predictor, model, config) for predictor, model in scored]
+    summaries = [
+        summarise(storage, predictor, model, config)
+        for predictor, model in scored
+        if storage.partitions(UNIT_SCORES, predictor=predictor, model=model)
+    ]
     judged = [pair for pair in scored if storage.partitions(VERDICTS, predictor=pair[0], model=pair[1])]
     summaries += [summarise_verdicts(storage, predictor, model, config) for predictor, model in judged]
     return [*summaries, *(of["experiment"] for of in keys if "experiment" in of)]
